@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use. PYTHON=… picks the interpreter (3.11 or newer).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint unit clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## Virtual environment with the `redline` command
+
+demo: install  ## The main job on a real model: two configurations, searched, swept and drawn into results/demo
+	$(BIN)/redline sweep --preset demo --out results/demo
+
+test: lint unit  ## The whole suite: linters, types, import contracts, tests
+
+lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(VENV)/installed-dev  ## Tests, with the coverage of the core
+	$(BIN)/pytest --cov=engine.core --cov-report=term --cov-fail-under=90
+
+clean:  ## Remove the virtual environment and caches, not results
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,1 @@
+"""Workloads, load generator, measurement, the search for the sustained rate, sweeps."""

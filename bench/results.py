@@ -1,0 +1,246 @@
+"""Result files: one row a request, one row a load point, one summary a run.
+
+results/NAME/
+    summary.json                 versions, hardware, seed, configurations, one answer a (configuration, workload)
+    points.csv                   one row a load point, columns of PointRow
+    requests/POINT_ID.parquet    one row a request, columns of RequestRow
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import pandas as pd
+import psutil
+
+Phase = Literal["probe", "search", "confirm", "ladder", "fixed"]
+
+POINTS_FILE = "points.csv"
+SUMMARY_FILE = "summary.json"
+REQUESTS_FOLDER = "requests"
+
+
+@dataclass(slots=True)
+class RequestRow:
+    """One request of a load point; times in seconds since the start of the point, from the intended send time on."""
+
+    index: int
+    intended_s: float
+    sent_s: float
+    ttft_s: float | None
+    e2e_s: float | None
+    input_tokens: int
+    asked_output_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    in_window: bool
+    status: str  # "ok", or the kind of failure: "http 429", "connection", "malformed stream", "cut short", …
+    error: str = ""
+    chunk_gaps_s: list[float] = field(default_factory=list)  # between arrivals of chunks
+    chunk_tokens: list[int] = field(default_factory=list)  # tokens of each chunk, the first one included
+
+
+@dataclass(slots=True)
+class PointRow:
+    """One load point: one rate, one run, one configuration; latencies in ms over the requests of the window."""
+
+    point_id: str
+    configuration: str
+    workload: str
+    phase: Phase
+    rate: float  # asked, requests/s
+    sustained: bool | None  # None: not judged (a probe, or an invalid point)
+    reason: str  # why it counts as (un)sustained or invalid, in words
+    valid: bool
+    provisional: bool  # the window was shorter than the answer's precision asks for
+    preemptions: int | None  # None: the server has no such counter
+    requests: int  # in the window
+    completed: int
+    failed: int
+    window_s: float
+    achieved_rate: float  # completions/s in the window
+    input_tok_s: float
+    output_tok_s: float
+    prefix_hit_rate: float | None
+    kv_use_max: float | None  # 0..1
+    waiting_max: int | None
+    running_max: int | None
+    lateness_p99_ms: float  # sent - intended
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    itl_p50_ms: float
+    itl_p99_ms: float
+    tpot_p50_ms: float
+    tpot_p99_ms: float
+    e2e_p50_ms: float
+    e2e_p99_ms: float
+    itl_p99_low_ms: float  # 95 % interval of the P99, which few samples leave wide
+    itl_p99_high_ms: float
+    ttft_p99_low_ms: float
+    ttft_p99_high_ms: float
+    seed: int
+    started: str  # ISO 8601, UTC
+    binding: str = ""  # what an unsustained point ran into, as in Answer
+    repeat: int = 0  # tells runs of the same rate apart: each has requests of its own
+    warmup_s: float = 0.0  # before the window, not counted
+    tokens_per_chunk: float = 1.0  # gaps between chunks are gaps between tokens only where this is 1
+    cut_short: int = 0  # requests of the window still open when the point ended: their latencies are lower bounds
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a search found for one configuration and workload: the highest sustained rate and what binds."""
+
+    configuration: str
+    workload: str
+    rate: float | None  # requests/s; None: not even the lowest rate was sustained
+    low: float
+    high: float | None  # None: no unsustained rate was reached
+    confirmed: bool
+    provisional: bool
+    binding: str  # "KV cache", "rows", "compute", "client", "latency limit", "not reached"
+    note: str = ""
+    output_tok_s: float | None = None  # at the rate found
+
+    def line(self) -> str:
+        """The last line of a bench run, e.g. "sustains 4.2 req/s (3.9-4.4); binding: KV cache"."""
+        if self.rate is None:
+            bound = f"below {self.high:.3g} req/s" if self.high is not None else "no rate"
+            return f"sustains {bound}; binding: {self.binding}"
+        high = f"{self.high:.3g}" if self.high is not None else "?"
+        kind = ", provisional" if self.provisional else ""
+        state = "" if self.confirmed else ", not confirmed"
+        return f"sustains {self.rate:.3g} req/s ({self.low:.3g}–{high}{kind}{state}); binding: {self.binding}"
+
+
+@dataclass(slots=True)
+class Summary:
+    """What was run, on what, and what came out."""
+
+    title: str
+    seed: int
+    configurations: dict[str, dict[str, Any]]
+    workloads: dict[str, dict[str, Any]]
+    answers: list[Answer] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)  # "configuration / workload" -> cause
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    hardware: dict[str, Any] = field(default_factory=lambda: hardware())
+    started: str = field(default_factory=lambda: utc_now())
+    finished: str | None = None
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a figure."""
+    found = {"python": platform.python_version()}
+    for name in ("redline-llm", "torch", "transformers", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine in words: processor, cores this process may use, memory in GiB."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.system(),
+    }
+
+
+class RunFiles:
+    """Writes and reads the files of one run; every write leaves complete files behind."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    def write_summary(self, summary: Summary) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(
+            self.folder / SUMMARY_FILE, json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False) + "\n"
+        )
+
+    def read_summary(self) -> Summary:
+        data = json.loads((self.folder / SUMMARY_FILE).read_text())
+        data["answers"] = [Answer(**answer) for answer in data["answers"]]
+        return Summary(**data)
+
+    def add_point(self, point: PointRow, requests: list[RequestRow]) -> None:
+        """Write the requests first, then the point, so that a point in points.csv always has its requests."""
+        folder = self.folder / REQUESTS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{point.point_id}.parquet"
+        part = path.with_suffix(".part")
+        names = [f.name for f in dataclasses.fields(RequestRow)]
+        pd.DataFrame([dataclasses.asdict(r) for r in requests], columns=names).to_parquet(part)
+        part.replace(path)
+        rows = [p for p in self.read_points() if p.point_id != point.point_id]
+        self.write_points([*rows, point])
+
+    def write_points(self, points: list[PointRow]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [f.name for f in dataclasses.fields(PointRow)]
+        part = self.folder / (POINTS_FILE + ".part")
+        with part.open("w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(names)
+            for point in points:
+                writer.writerow([_cell(getattr(point, name)) for name in names])
+        part.replace(self.folder / POINTS_FILE)
+
+    def read_points(self) -> list[PointRow]:
+        path = self.folder / POINTS_FILE
+        if not path.exists():
+            return []
+        kinds = get_type_hints(PointRow)
+        with path.open(newline="") as f:
+            return [PointRow(**{k: _value(v, kinds[k]) for k, v in row.items()}) for row in csv.DictReader(f)]
+
+    def read_requests(self, point_id: str) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / REQUESTS_FOLDER / f"{point_id}.parquet")
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _value(text: str, kind: Any) -> Any:
+    options = getattr(kind, "__args__", (kind,))
+    if text == "" and type(None) in options:
+        return None
+    if bool in options:
+        return text == "true"
+    if int in options:
+        return int(text)
+    if float in options:
+        return float(text)
+    return text

@@ -1,0 +1,1 @@
+"""The EngineCore: loop, scheduler, KV blocks, prefix cache. Imports no torch."""

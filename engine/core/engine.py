@@ -1,0 +1,257 @@
+"""The EngineCore: receives requests, keeps the executor busy, sends tokens out. It never waits and knows no sockets."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.clock import Clock
+from engine.config import ResolvedConfig
+from engine.core.protocols import Executor
+from engine.core.request import Request
+from engine.core.scheduler import Booked, Plan, Scheduler
+from engine.messages import (
+    HANDLE_SEQUENCE_BITS,
+    Abort,
+    AddRequest,
+    Admitted,
+    Finished,
+    FinishReason,
+    Outputs,
+    Shutdown,
+    StepResult,
+    TokenLogprobs,
+    Utility,
+    UtilityResult,
+    decode_result,
+    decode_to_core,
+    encode,
+    float32s,
+    front_end_of,
+    int32s,
+)
+
+log = logging.getLogger("redline.core")
+
+# One step runs while the next is planned and handed over, so that a device never waits for the scheduler.
+STEPS_IN_FLIGHT = 2
+
+# Tokens carry the stats along; this often they are sent also while steps yield none, as in a long prefill.
+STATS_PERIOD_S = 0.25
+
+
+_Event = TypeVar("_Event", Finished, Admitted)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    plan: Plan
+    result: "Future[bytes]"
+
+
+class EngineCore:
+    """One engine's loop body; adapters own its threads and sockets.
+
+    `send(front_end, message)` takes an encoded FromCore. `receive()` may be called from another thread than `step()`.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        executor: Executor,
+        clock: Clock,
+        send: Callable[[int, bytes], None],
+        front_ends: int = 1,
+    ) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self._executor = executor
+        self._clock = clock
+        self._send = send
+        self._front_ends = front_ends
+        self._stats_sent = -STATS_PERIOD_S
+        self._inbox: deque[Request | Abort | Utility | Shutdown] = deque()
+        self._in_flight: deque[_InFlight] = deque()
+        self._draining_until: float | None = None
+        self._in_episode = False
+        self._utilities: dict[str, Callable[..., Any]] = {"reset_prefix_cache": self.scheduler.reset_prefix_cache}
+
+    # -------------------------------------------------------------------------------------------------------- receive
+
+    def receive(self, data: bytes) -> None:
+        """Take an encoded ToCore; prompts are hashed here, which is another thread than the loop's."""
+        message = decode_to_core(data)
+        if isinstance(message, AddRequest):
+            request = Request(message, self.config.max_model_len, self._clock.now())
+            if self.config.enable_prefix_caching:
+                request.hash_prompt(self.config.block_size)
+            self._inbox.append(request)
+        else:
+            self._inbox.append(message)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox or self._in_flight or self.scheduler.has_work)
+
+    @property
+    def finished(self) -> bool:
+        """Told to shut down, and done with what was under way."""
+        return self._draining_until is not None and not self.has_work
+
+    def next_deadline(self, now: float) -> float | None:
+        """Seconds until something is due although nothing arrives; None: never."""
+        return None if self._draining_until is None else max(0.0, self._draining_until - now)
+
+    # ----------------------------------------------------------------------------------------------------------- step
+
+    def step(self, now: float) -> bool:
+        """Do what can be done without waiting; False if that was nothing."""
+        moved = self._take_inbox(now)
+        moved |= self._book_results(now)
+        if self._draining_until is not None and now >= self._draining_until:
+            self._abort_all(now)
+        while len(self._in_flight) < STEPS_IN_FLIGHT and self._launch(now):
+            moved = True
+        if moved and now - self._stats_sent >= STATS_PERIOD_S:
+            self._stats_sent = now
+            message = encode(Outputs(at=now, stats=self.scheduler.stats(now)))
+            for front_end in range(self._front_ends):
+                self._send(front_end, message)
+        return moved
+
+    def _take_inbox(self, now: float) -> bool:
+        moved = False
+        done: list[Finished] = []
+        while self._inbox:
+            moved = True
+            message = self._inbox.popleft()
+            if isinstance(message, Request):
+                done += self._add(message)
+            elif isinstance(message, Abort):
+                done += [ended for handle in message.handles if (ended := self.scheduler.abort(handle))]
+            elif isinstance(message, Utility):
+                self._answer(message)
+            else:
+                self._draining_until = now + message.drain_s
+        self._emit(now, finished=done)
+        return moved
+
+    def _add(self, request: Request) -> list[Finished]:
+        if self._draining_until is not None:
+            return [Finished(request.handle, FinishReason.ERROR, error="the server is shutting down")]
+        refused = self.scheduler.add(request)
+        return [refused] if refused else []
+
+    def _answer(self, call: Utility) -> None:
+        """Run a utility; its failure is the caller's, not the engine's."""
+        method = self._utilities.get(call.method)
+        if method is None:
+            answer = UtilityResult(call.call, error=f"no utility is called {call.method!r}")
+        else:
+            try:
+                answer = UtilityResult(call.call, method(**call.arguments))
+            except Exception as error:  # the caller gets it, whatever it is
+                answer = UtilityResult(call.call, error=f"{type(error).__name__}: {error}")
+        self._send(call.front_end, encode(answer))
+
+    def _launch(self, now: float) -> bool:
+        preemptions, lost = self.scheduler.preemptions, self.scheduler.tokens_lost
+        plan = self.scheduler.schedule(now)
+        self._log_preemptions(self.scheduler.preemptions - preemptions, self.scheduler.tokens_lost - lost)
+        if plan is None:
+            return False
+        self._executor.submit(encode(plan.message))
+        self._in_flight.append(_InFlight(plan, self._executor.sample(plan.step)))
+        return True
+
+    def _log_preemptions(self, count: int, lost: int) -> None:
+        """One line an episode: from the first preemption until a step finds every preempted request running again."""
+        if count and not self._in_episode:
+            log.warning(
+                "preempted %d request(s), %d computed tokens lost, KV cache %.0f %% in use, %d running: "
+                "raise --kv-cache-memory-bytes or lower --max-num-seqs",
+                count,
+                lost,
+                100 * self.scheduler.pool.use,
+                self.scheduler.rows.running,
+            )
+        if count:
+            self._in_episode = True
+        elif self._in_episode and not any(request.preemptions for request in self.scheduler.waiting):
+            self._in_episode = False
+
+    def _book_results(self, now: float) -> bool:
+        moved = False
+        while self._in_flight and self._in_flight[0].result.done():
+            moved = True
+            flight = self._in_flight.popleft()
+            result = decode_result(flight.result.result())
+            booked = self.scheduler.update(flight.plan, result)
+            self._emit(now, booked, _kept_logprobs(result, booked), booked.finished)
+        return moved
+
+    def _abort_all(self, now: float) -> None:
+        ended = [self.scheduler.abort(handle) for handle in list(self.scheduler.requests)]
+        self._emit(now, finished=[one for one in ended if one])
+
+    # ----------------------------------------------------------------------------------------------------------- send
+
+    def _emit(
+        self,
+        now: float,
+        booked: Booked | None = None,
+        logprobs: TokenLogprobs | None = None,
+        finished: list[Finished] | None = None,
+    ) -> None:
+        """Tell each front end what concerns its requests."""
+        admitted, self.scheduler.admitted = self.scheduler.admitted, []
+        finished = finished or []
+        handles = booked.handles if booked else np.empty(0, np.int64)
+        if not (len(handles) or admitted or finished):
+            return
+        owners = handles >> HANDLE_SEQUENCE_BITS
+        front_ends = set(np.unique(owners).tolist())
+        front_ends |= {front_end_of(one.handle) for one in admitted} | {front_end_of(one.handle) for one in finished}
+        for front_end in sorted(front_ends):
+            mine = owners == front_end
+            message = Outputs(
+                at=now,
+                handles=handles[mine].tobytes(),
+                tokens=booked.tokens[mine].tobytes() if booked else b"",
+                finished=_of(front_end, finished),
+                admitted=_of(front_end, admitted),
+                logprobs=select_logprobs(logprobs, mine) if logprobs else None,
+                stats=self.scheduler.stats(now),
+            )
+            self._send(front_end, encode(message))
+
+
+def _of(front_end: int, events: Sequence[_Event]) -> tuple[_Event, ...]:
+    return tuple(event for event in events if front_end_of(event.handle) == front_end)
+
+
+def _kept_logprobs(result: StepResult, booked: Booked) -> TokenLogprobs | None:
+    if result.logprobs is None or booked.kept.all():
+        return result.logprobs
+    return select_logprobs(result.logprobs, booked.kept)
+
+
+def select_logprobs(logprobs: TokenLogprobs, kept: NDArray[np.bool_]) -> TokenLogprobs | None:
+    """The entries whose tokens are kept, renumbered to the tokens that remain."""
+    index = int32s(logprobs.index)
+    entries = kept[index]
+    if not entries.any():
+        return None
+    renumbered = (np.cumsum(kept) - 1).astype(np.int32)
+    return TokenLogprobs(
+        width=logprobs.width,
+        index=renumbered[index[entries]].tobytes(),
+        ids=int32s(logprobs.ids).reshape(-1, logprobs.width)[entries].tobytes(),
+        values=float32s(logprobs.values).reshape(-1, logprobs.width)[entries].tobytes(),
+        ranks=int32s(logprobs.ranks)[entries].tobytes(),
+    )

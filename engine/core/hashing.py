@@ -1,0 +1,32 @@
+"""Names of KV blocks: a chain of cryptographic hashes over token ids.
+
+    root  = H(salt, adapter)
+    hash₀ = H(root  + tokens of block 0)
+    hash₁ = H(hash₀ + tokens of block 1) …
+
+Two requests share a block only if everything before it is the same too. Salt and adapter sit in the root and reach
+every block through the chain. 128 bits of BLAKE2b: nobody can construct a collision to read another tenant's cache.
+"""
+
+from hashlib import blake2b
+
+HASH_BYTES = 16
+TOKEN_BYTES = 4
+
+
+def root_hash(cache_salt: str = "", adapter: str = "") -> bytes:
+    """The parent of a request's first block; each part is framed by its length, so that parts can't run together."""
+    framed = b"".join(len(part).to_bytes(8, "little") + part for part in (cache_salt.encode(), adapter.encode()))
+    return blake2b(framed, digest_size=HASH_BYTES).digest()
+
+
+def extend_hashes(hashes: list[bytes], root: bytes, tokens: bytes | memoryview, block_size: int) -> None:
+    """Append the hashes of all full blocks of `tokens` (int32) that `hashes` doesn't hold yet."""
+    size = block_size * TOKEN_BYTES
+    parent = hashes[-1] if hashes else root
+    view = memoryview(tokens)
+    for start in range(len(hashes) * size, len(view) - size + 1, size):
+        state = blake2b(parent, digest_size=HASH_BYTES)
+        state.update(view[start : start + size])
+        parent = state.digest()
+        hashes.append(parent)

@@ -1,0 +1,279 @@
+"""Every message that crosses a process boundary: msgspec structs of columns.
+
+Columns of numbers travel as little-endian bytes (`column()` packs, `int32s()` and its kin read without a copy). An
+optional part that is absent costs a byte or none.
+
+    front end ──AddRequest, Abort, Utility, Shutdown──► EngineCore ──StepMessage──► workers
+    front end ◄─Ready, Outputs, UtilityResult, Dead──── EngineCore ◄──StepResult─── workers
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Int32s = NDArray[np.int32]
+
+HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
+
+
+def make_handle(front_end: int, sequence: int) -> int:
+    return front_end << HANDLE_SEQUENCE_BITS | sequence
+
+
+def front_end_of(handle: int) -> int:
+    return handle >> HANDLE_SEQUENCE_BITS
+
+
+def column(values: Sequence[int] | Sequence[Sequence[int]] | NDArray[Any], kind: str = "<i4") -> bytes:
+    """Pack numbers as little-endian bytes, int32 unless told."""
+    return np.asarray(values, dtype=kind).tobytes()
+
+
+def int32s(data: bytes, width: int = 1) -> Int32s:
+    """Read an int32 column, as [n] or, with a width, as [n, width]; a read-only view."""
+    flat = np.frombuffer(data, dtype="<i4")
+    return flat if width == 1 else flat.reshape(-1, width)
+
+
+def int64s(data: bytes) -> NDArray[np.int64]:
+    return np.frombuffer(data, dtype="<i8")
+
+
+def float32s(data: bytes, width: int = 1) -> NDArray[np.float32]:
+    flat = np.frombuffer(data, dtype="<f4")
+    return flat if width == 1 else flat.reshape(-1, width)
+
+
+class FinishReason(IntEnum):
+    STOP = 0
+    LENGTH = 1
+    ABORT = 2
+    ERROR = 3
+
+
+class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a worker must know to sample one row; the front end draws the seed where the user gave none."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    seed: int = 0  # unsigned 64 bit
+    logprobs: int = -1  # -1: none; k >= 0: the sampled token's and the k likeliest
+    min_tokens: int = 0  # before that many output tokens, `stop_ids` can't be sampled
+    stop_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------- front end -> EngineCore
+
+
+class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
+    handle: int
+    prompt: bytes  # int32[tokens]
+    max_tokens: int  # output tokens, at most; the front end has cut it to max_model_len - prompt
+    sampling: Sampling
+    stop_ids: tuple[int, ...] = ()  # end-of-sequence ids included, unless ignored
+    min_tokens: int = 0
+    priority: int = 0  # smaller is sooner; only a priority policy looks at it
+    cache_salt: str = ""  # prompts share cached blocks only under the same salt
+    adapter: str = ""
+
+
+class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
+    handles: tuple[int, ...]
+
+
+class Utility(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
+    """A call by name that isn't about one request, e.g. `reset_prefix_cache`; answered by a UtilityResult."""
+
+    front_end: int
+    call: int
+    method: str
+    arguments: dict[str, Any] = {}
+
+
+class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
+    """Finish what runs for at most `drain_s` seconds, then end; the rest is aborted."""
+
+    drain_s: float = 0.0
+
+
+ToCore = AddRequest | Abort | Utility | Shutdown
+
+
+# ---------------------------------------------------------------------------------------------- EngineCore -> front end
+
+
+class MemoryLine(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One line of the memory table: what, bytes, and the flag that changes it."""
+
+    what: str
+    bytes: int
+    flag: str = ""
+
+
+class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
+    """The EngineCore is up; what the front end must know and the start table shows."""
+
+    model_path: str
+    device: str  # in words, e.g. "cpu (2 threads)"
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int  # usable: without the null block
+    prefix_caching: bool
+    memory: tuple[MemoryLine, ...] = ()
+    warnings: tuple[str, ...] = ()
+    process_id: int = 0
+    seconds: tuple[tuple[str, float], ...] = ()  # start-up ledger: phase, seconds
+
+
+class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    handle: int
+    reason: int  # FinishReason
+    stop_id: int = -1  # the stop token that ended it, if one of the user's did
+    error: str = ""  # with ERROR: the cause, for the user
+    preemptions: int = 0
+
+
+class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A request was given a row for the first time."""
+
+    handle: int
+    cached_tokens: int  # prompt tokens found in the prefix cache
+    waited_s: float
+
+
+class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Gauges now, and counters since the EngineCore started."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_use: float = 0.0  # 0..1
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens asked of the prefix cache
+    prefix_hits: int = 0  # tokens found
+    prompt_tokens: int = 0  # computed or found, at admission
+    generation_tokens: int = 0
+    steps: int = 0
+    step_tokens: int = 0  # tokens scheduled in the last step
+    last_step_at: float = 0.0  # the core's clock
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Logprobs of the tokens that asked for them; column 0 is the sampled token, 1.. the likeliest in order.
+
+    index: int32[m], positions in `Outputs.tokens` (or in `StepResult.tokens`) · ids: int32[m, width] ·
+    values: float32[m, width] · ranks: int32[m], 1 is the likeliest. A row that asked for fewer than width - 1 ignores
+    the rest.
+    """
+
+    width: int
+    index: bytes
+    ids: bytes
+    values: bytes
+    ranks: bytes
+
+
+class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
+    """What one step (or a rejection) means for one front end."""
+
+    at: float  # the core's clock when the tokens were booked
+    handles: bytes = b""  # int64[n]: requests with new tokens
+    tokens: bytes = b""  # int32[sum of counts]
+    counts: bytes = b""  # int32[n]; absent: one token each
+    finished: tuple[Finished, ...] = ()
+    admitted: tuple[Admitted, ...] = ()
+    logprobs: TokenLogprobs | None = None
+    stats: Stats | None = None
+
+
+class UtilityResult(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=False):
+    call: int
+    result: Any = None
+    error: str = ""
+
+
+class Dead(msgspec.Struct, array_like=True, frozen=True, tag=13, gc=False):
+    """The EngineCore can't go on."""
+
+    cause: str
+
+
+FromCore = Ready | Outputs | UtilityResult | Dead
+
+
+# ------------------------------------------------------------------------------------------------ EngineCore -> workers
+
+
+class RowAdded(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A request takes a row. Rows are numbered by the scheduler; a row's generation grows with each new owner."""
+
+    row: int
+    generation: int
+    tokens: bytes  # int32: all known tokens, prompt first
+    prompt_len: int  # output tokens follow after a preemption
+    computed: int  # tokens whose KV is in the blocks already (prefix hit)
+    blocks: bytes  # int32: the block table so far (KV group 0)
+    sampling: Sampling
+    adapter: str = ""
+
+
+class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What changed since the last step. A worker applies removed, added, blocks, in this order, then runs.
+
+    Every live row that `chunks` doesn't name computes one token: the one at its position `computed`. A row samples in
+    this step if that brings `computed` to the number of its tokens; results come in ascending order of rows.
+    """
+
+    step: int
+    removed: bytes = b""  # int32[n]: rows
+    added: tuple[RowAdded, ...] = ()
+    blocks: bytes = b""  # int32[n, 3]: row, KV group, block; appended to the row's table
+    chunks: bytes = b""  # int32[n, 2]: row, tokens to compute; 0: the row rests
+
+
+class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    step: int
+    tokens: bytes  # int32[rows]: sampled tokens, ascending rows
+    counts: bytes = b""  # int32[rows], when rows sampled more than one token each (k > 1)
+    logprobs: TokenLogprobs | None = None
+    seconds: float = 0.0  # device time of the step
+
+
+_encoder = msgspec.msgpack.Encoder()
+_to_core = msgspec.msgpack.Decoder(ToCore)
+_from_core = msgspec.msgpack.Decoder(FromCore)
+_step = msgspec.msgpack.Decoder(StepMessage)
+_result = msgspec.msgpack.Decoder(StepResult)
+
+
+def encode(message: ToCore | FromCore | StepMessage | StepResult) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_core(data: bytes) -> ToCore:
+    return _to_core.decode(data)
+
+
+def decode_from_core(data: bytes) -> FromCore:
+    return _from_core.decode(data)
+
+
+def decode_step(data: bytes) -> StepMessage:
+    return _step.decode(data)
+
+
+def decode_result(data: bytes) -> StepResult:
+    return _result.decode(data)

@@ -1,0 +1,276 @@
+"""The core against a fake worker: whatever happens, each request gets the tokens it would get alone."""
+
+import logging
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from engine.messages import FinishReason, Outputs, Shutdown, Utility, UtilityResult, encode
+from tests.engine.core_driver import Driver, resolved
+from tests.engine.fake_executor import expected_tokens
+
+
+def test_one_request_gets_its_tokens_and_ends_by_length():
+    driver = Driver()
+    handle = driver.add([1, 2, 3, 4, 5], max_tokens=6)
+    driver.run()
+    assert driver.tokens[handle] == expected_tokens([1, 2, 3, 4, 5], 6)
+    assert driver.finished[handle].reason == FinishReason.LENGTH
+    assert driver.core.scheduler.pool.free_count == 64
+
+
+def test_a_stop_id_ends_the_request_and_drops_the_step_in_flight():
+    output = expected_tokens([7, 7], 20)
+    stop = output[3]
+    driver = Driver()
+    handle = driver.add([7, 7], max_tokens=20, stop_ids=(stop,))
+    driver.run()
+    assert driver.tokens[handle] == output[: output.index(stop) + 1]
+    assert driver.finished[handle].reason == FinishReason.STOP
+    assert driver.finished[handle].stop_id == stop
+    computed = sum(driver.worker.batch_tokens)
+    assert computed == 2 + len(driver.tokens[handle]), "exactly one token past the stop was computed"
+
+
+def test_more_stop_ids_than_the_table_has_columns():
+    output = expected_tokens([9], 20)
+    others = tuple(token for token in range(50) if token not in output)[:12]
+    driver = Driver()
+    handle = driver.add([9], max_tokens=20, stop_ids=(*others, output[2]))
+    driver.run()
+    assert driver.tokens[handle] == output[: output.index(output[2]) + 1]
+
+
+def test_min_tokens_holds_a_stop_back():
+    output = expected_tokens([3, 3, 3], 20)
+    driver = Driver()
+    handle = driver.add([3, 3, 3], max_tokens=20, stop_ids=(output[0],), min_tokens=5)
+    driver.run()
+    assert len(driver.tokens[handle]) >= 5
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
+    driver = Driver(resolved(max_num_batched_tokens=8))
+    handle = driver.add(list(range(30)), max_tokens=2)
+    driver.run()
+    assert driver.worker.batch_tokens[:4] == [8, 8, 8, 6]
+    assert driver.tokens[handle] == expected_tokens(range(30), 2)
+
+
+def test_three_requests_share_a_budget_of_ten():
+    """Decodes and prefill chunks fill the same ten tokens: 3 + 5 + 2 of 12, then 1 + 1 + 8, then 1 + 1 + 2."""
+    driver = Driver(resolved(max_num_batched_tokens=10))
+    for length in (3, 5, 12):
+        driver.add([length] * length, max_tokens=10)
+    driver.run()
+    assert [list(rows.values()) for rows in driver.worker.row_tokens[:3]] == [[3, 5, 2], [1, 1, 8], [1, 1, 2]]
+
+
+def test_a_second_request_with_the_same_prompt_recomputes_at_least_one_token():
+    driver = Driver()
+    first = driver.add([1] * 12, max_tokens=1)
+    driver.run()
+    second = driver.add([1] * 12, max_tokens=1)
+    driver.run()
+    assert driver.cached == {first: 0, second: 8}, "two of three full blocks: the last token must be computed"
+    assert driver.tokens[first] == driver.tokens[second]
+    assert (driver.stats.prefix_queries, driver.stats.prefix_hits) == (24, 8)
+
+
+def test_two_requests_of_one_step_share_what_it_computes():
+    driver = Driver()
+    first, second = driver.add([1] * 9, max_tokens=3), driver.add([1] * 9, max_tokens=3)
+    driver.run()
+    assert driver.cached[second] == 8
+    assert driver.tokens[first] == driver.tokens[second] == expected_tokens([1] * 9, 3)
+
+
+@pytest.mark.parametrize("change", [{"cache_salt": "tenant"}, {"adapter": "french"}])
+def test_another_salt_or_adapter_shares_nothing(change: dict[str, str]):
+    driver = Driver()
+    driver.add([1] * 12, max_tokens=1)
+    driver.run()
+    other = driver.add([1] * 12, max_tokens=1, **change)
+    driver.run()
+    assert driver.cached[other] == 0
+
+
+def test_generated_tokens_are_found_again():
+    driver = Driver()
+    prompt = [1, 2, 3]
+    driver.add(prompt, max_tokens=14)
+    driver.run()
+    follow_up = driver.add([*prompt, *expected_tokens(prompt, 14)], max_tokens=1)
+    driver.run()
+    assert driver.cached[follow_up] == 16
+
+
+def test_without_prefix_caching_nothing_is_found_or_named():
+    driver = Driver(resolved(enable_prefix_caching=False))
+    for _ in range(2):
+        driver.add([1] * 12, max_tokens=6)
+        driver.run()
+    assert set(driver.cached.values()) == {0}
+    assert not driver.core.scheduler.pool.block_of
+    assert driver.stats.prefix_queries == 0
+
+
+def test_preemption_recomputes_and_is_counted_and_logged_once(caplog: pytest.LogCaptureFixture):
+    driver = Driver(resolved(num_blocks=9, max_model_len=32, enable_prefix_caching=False))
+    with caplog.at_level(logging.WARNING, "redline.core"):
+        handles = [driver.add([i] * 7, max_tokens=20) for i in range(3)]
+        driver.run()
+    assert driver.stats.preemptions > 0
+    for i, handle in enumerate(handles):
+        assert driver.tokens[handle] == expected_tokens([i] * 7, 20)
+    assert sum(one.preemptions for one in driver.finished.values()) == driver.stats.preemptions
+    assert 1 <= len(caplog.records) <= driver.stats.preemptions
+    assert "--kv-cache-memory-bytes" in caplog.text
+
+
+def test_a_waiting_request_is_admitted_only_if_all_of_it_fits():
+    driver = Driver(resolved(num_blocks=9, max_model_len=32, max_num_batched_tokens=4))
+    driver.add([1] * 16, max_tokens=2)
+    big = driver.add([2] * 20, max_tokens=2)
+    driver.turn()
+    assert driver.core.scheduler.rows.running == 1, "20 tokens need 5 blocks, 4 are free"
+    driver.run()
+    assert driver.tokens[big] == expected_tokens([2] * 20, 2)
+    assert driver.stats.preemptions == 0
+
+
+def test_a_prompt_that_cannot_be_served_is_refused_with_the_numbers():
+    driver = Driver()
+    handle, served = driver.add([1] * 64), driver.add([1] * 3, max_tokens=1)
+    driver.run()
+    assert driver.finished[handle].reason == FinishReason.ERROR
+    assert "64" in driver.finished[handle].error
+    assert driver.finished[served].reason == FinishReason.LENGTH
+
+
+def test_max_model_len_ends_a_request():
+    driver = Driver()
+    handle = driver.add([1] * 60, max_tokens=50)
+    driver.run()
+    assert len(driver.tokens[handle]) == 4
+    assert driver.finished[handle].reason == FinishReason.LENGTH
+
+
+def test_an_unknown_utility_is_answered_with_an_error_and_the_cache_can_be_reset():
+    driver = Driver()
+    driver.add([1] * 12, max_tokens=1)
+    driver.run()
+    for call, (method, arguments) in enumerate([("nonsense", {}), ("reset_prefix_cache", {"x": 1})]):
+        driver.core.receive(encode(Utility(0, call, method, arguments)))
+    driver.core.receive(encode(Utility(0, 2, "reset_prefix_cache")))
+    driver.run()
+    answers = [message for message in driver.messages if isinstance(message, UtilityResult)]
+    assert "nonsense" in answers[0].error
+    assert "TypeError" in answers[1].error
+    assert answers[2].result == 3
+    again = driver.add([1] * 12, max_tokens=1)
+    driver.run()
+    assert driver.cached[again] == 0
+
+
+def test_shutdown_drains_then_aborts_and_refuses_the_new():
+    driver = Driver()
+    short, long = driver.add([1], max_tokens=3), driver.add([2], max_tokens=60)
+    driver.turn()
+    driver.core.receive(encode(Shutdown(drain_s=10)))
+    late = driver.add([3])
+    assert not driver.core.finished
+    for _ in range(40):
+        if not driver.turn():
+            driver.advance()
+    assert driver.core.finished
+    assert driver.finished[short].reason == FinishReason.LENGTH
+    assert driver.finished[long].reason == FinishReason.ABORT
+    assert "shutting down" in driver.finished[late].error
+    assert driver.core.next_deadline(0.0) == 10
+
+
+def test_a_failing_worker_is_not_swallowed():
+    driver = Driver()
+    driver.add([1], max_tokens=3)
+    driver.turn()
+    driver.worker.failure = RuntimeError("rank 0: out of memory")
+    driver.advance()
+    with pytest.raises(RuntimeError, match="rank 0"):
+        driver.turn()
+
+
+def test_stats_are_sent_also_while_a_long_prefill_yields_no_token():
+    driver = Driver(resolved(max_num_batched_tokens=4, max_model_len=64))
+    driver.add([1] * 40, max_tokens=1)
+    driver.turn()
+    driver.advance()
+    driver.turn()
+    told = [message.stats for message in driver.messages if isinstance(message, Outputs)]
+    assert told
+    assert told[-1] is not None
+    assert told[-1].running == 1
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 2), min_size=1, max_size=20),  # few tokens: prefixes are shared often
+        st.integers(1, 14),  # max_tokens
+        st.sets(st.integers(0, 49), max_size=10),  # stop ids
+        st.integers(0, 6),  # arrives after that many turns
+        st.one_of(st.none(), st.integers(0, 12)),  # aborted that many turns later
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests,
+    st.sampled_from([(16, 2), (8, 4), (10, 4), (64, 4)]),
+    st.integers(4, 16),
+    st.booleans(),
+    st.lists(st.booleans(), max_size=30),
+)
+def test_whatever_happens_each_request_gets_its_own_tokens(requests, pool_and_size, budget, caching, eager):
+    """Random arrivals, aborts, preemptions, prefix hits and steps in flight."""
+    blocks, size = pool_and_size
+    config = resolved(
+        num_blocks=blocks + 1,  # the smallest pools hold just one request of the greatest length
+        block_size=size,
+        max_num_batched_tokens=budget,
+        max_model_len=32,
+        enable_prefix_caching=caching,
+    )
+    driver = Driver(config)
+    arrivals = sorted(enumerate(requests), key=lambda pair: pair[1][3])
+    handles: dict[int, int] = {}
+    turn = 0
+    while arrivals or driver.core.has_work or any(r[4] is not None and i not in handles for i, r in arrivals):
+        while arrivals and arrivals[0][1][3] <= turn:
+            index, (prompt, max_tokens, stop_ids, _, _) = arrivals.pop(0)
+            handles[index] = driver.add(prompt, max_tokens, tuple(stop_ids))
+        for index, handle in handles.items():
+            after = requests[index][4]
+            if after is not None and turn == requests[index][3] + after:
+                driver.abort(handle)
+        driver.turn()
+        if not (turn < len(eager) and eager[turn]):
+            driver.advance()
+        turn += 1
+        assert turn < 5000, "no progress"
+    for index, (prompt, max_tokens, stop_ids, _, abort) in enumerate(requests):
+        expected = expected_tokens(prompt, min(max_tokens, 32 - len(prompt)), stop_ids)
+        got, end = driver.tokens[handles[index]], driver.finished[handles[index]]
+        if end.reason == FinishReason.ABORT:
+            assert abort is not None
+            assert got == expected[: len(got)]
+        else:
+            assert got == expected
+    event(f"preempted: {driver.stats.preemptions > 0}, found a prefix: {driver.stats.prefix_hits > 0}")
+    assert max(driver.worker.batch_tokens, default=0) <= budget
+    assert driver.core.scheduler.pool.free_count == config.num_blocks - 1, "every block came back"
+    assert not driver.core.scheduler.requests
+    assert not driver.worker.rows or driver.core.scheduler.has_work is False

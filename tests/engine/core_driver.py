@@ -1,0 +1,108 @@
+"""Drives an EngineCore with a fake worker under a fake clock, and collects what a front end would see."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.clock import FakeClock
+from engine.config import ResolvedConfig
+from engine.core.engine import EngineCore
+from engine.messages import (
+    Abort,
+    AddRequest,
+    Finished,
+    FromCore,
+    Outputs,
+    Sampling,
+    Stats,
+    column,
+    decode_from_core,
+    encode,
+    int32s,
+    int64s,
+    make_handle,
+)
+from tests.engine.fake_executor import FakeExecutor
+
+
+def resolved(**changes: Any) -> ResolvedConfig:
+    settings: dict[str, Any] = {
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "block_size": 4,
+        "num_blocks": 65,
+        "enable_prefix_caching": True,
+    }
+    return ResolvedConfig(**{**settings, **changes})
+
+
+@dataclass
+class Driver:
+    """One core, one fake worker, any number of requests of front end 0."""
+
+    config: ResolvedConfig = field(default_factory=resolved)
+    seconds: Any = lambda *_: 1.0
+
+    def __post_init__(self) -> None:
+        self.clock = FakeClock()
+        self.worker = FakeExecutor(self.clock, self.config.block_size, self.seconds)
+        self.core = EngineCore(self.config, self.worker, self.clock, self._receive)
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.times: dict[int, list[float]] = defaultdict(list)
+        self.finished: dict[int, Finished] = {}
+        self.cached: dict[int, int] = {}
+        self.messages: list[FromCore] = []
+        self.stats = Stats()
+        self._sequence = 0
+
+    def add(self, prompt: list[int], max_tokens: int = 8, stop_ids: tuple[int, ...] = (), **fields: Any) -> int:
+        handle = make_handle(0, self._sequence)
+        self._sequence += 1
+        message = AddRequest(handle, column(prompt), max_tokens, Sampling(), stop_ids, **fields)
+        self.core.receive(encode(message))
+        return handle
+
+    def abort(self, handle: int) -> None:
+        self.core.receive(encode(Abort((handle,))))
+
+    def turn(self) -> bool:
+        """Let the core do all it can at this moment; False if that was nothing."""
+        moved = self.core.step(self.clock.now())
+        self.core.scheduler.check()
+        return moved
+
+    def advance(self) -> None:
+        """Go to the next result and deliver it."""
+        due = self.worker.next_due
+        if due is not None:
+            self.clock.advance(max(0.0, due - self.clock.now()))
+        self.worker.pump()
+
+    def run(self, turns: int = 10_000) -> None:
+        """Until nothing is left to do."""
+        for _ in range(turns):
+            if not self.turn():
+                if not self.core.has_work:
+                    return
+                self.advance()
+        raise AssertionError(f"still busy after {turns} turns")
+
+    def _receive(self, front_end: int, data: bytes) -> None:
+        message = decode_from_core(data)
+        self.messages.append(message)
+        if not isinstance(message, Outputs):
+            return
+        assert front_end == 0
+        for handle, token in zip(int64s(message.handles).tolist(), int32s(message.tokens).tolist(), strict=True):
+            assert handle not in self.finished, "a token after the end"
+            self.tokens[handle].append(token)
+            self.times[handle].append(message.at)
+        for one in message.finished:
+            assert one.handle not in self.finished, "ended twice"
+            self.finished[one.handle] = one
+        for one in message.admitted:
+            assert one.handle not in self.cached, "admitted twice"
+            self.cached[one.handle] = one.cached_tokens
+        if message.stats is not None:
+            self.stats = message.stats

@@ -1,0 +1,147 @@
+"""A worker without a model, which checks what a real one would silently get wrong.
+
+The next token is a hash of the whole prefix. The KV memory is real in shape: each slot holds the hash of the prefix
+that was computed into it, and whenever a row computes, every slot of its context must hold exactly its own prefix. A
+block shared too early, reused too soon or appended in the wrong order fails at once.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from engine.clock import Clock
+from engine.messages import StepMessage, StepResult, column, decode_step, encode, int32s
+
+VOCABULARY = 50
+
+
+def prefix_hash(parent: bytes, token: int) -> bytes:
+    return blake2b(parent + token.to_bytes(4, "little"), digest_size=8).digest()
+
+
+def next_token(state: bytes) -> int:
+    return state[0] % VOCABULARY
+
+
+def expected_tokens(prompt: Iterable[int], max_tokens: int, stop_ids: Iterable[int] = ()) -> list[int]:
+    """What an undisturbed request must produce."""
+    state = b""
+    for token in prompt:
+        state = prefix_hash(state, token)
+    output: list[int] = []
+    while len(output) < max_tokens:
+        output.append(next_token(state))
+        if output[-1] in stop_ids:
+            break
+        state = prefix_hash(state, output[-1])
+    return output
+
+
+@dataclass
+class FakeRow:
+    generation: int
+    tokens: list[int]
+    blocks: list[int]
+    computed: int
+    states: list[bytes] = field(default_factory=list)  # prefix hash after each computed token
+
+
+class FakeExecutor:
+    """Works off steps in order; results become due `seconds(step)` after they were handed over, by the clock."""
+
+    def __init__(self, clock: Clock, block_size: int, seconds: Callable[[StepMessage, int], float] = lambda *_: 0.0):
+        self.rows: dict[int, FakeRow] = {}
+        self.steps: list[StepMessage] = []
+        self.batch_tokens: list[int] = []
+        self.row_tokens: list[dict[int, int]] = []  # per step: row -> tokens computed
+        self._clock = clock
+        self._block_size = block_size
+        self._seconds = seconds
+        self._kv: dict[int, bytes] = {}
+        self._busy_until = 0.0
+        self._sampled: dict[int, bytes] = {}
+        self._due: deque[tuple[float, int, Future[bytes]]] = deque()
+        self.failure: Exception | None = None
+
+    def submit(self, step: bytes) -> Future[None]:
+        message = decode_step(step)
+        self.steps.append(message)
+        self._apply(message)
+        self._sampled[message.step] = self._run(message)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def sample(self, step: int, masks: bytes = b"") -> Future[bytes]:
+        start = max(self._busy_until, self._clock.now())
+        self._busy_until = start + self._seconds(self.steps[-1], self.batch_tokens[-1])
+        result: Future[bytes] = Future()
+        self._due.append((self._busy_until, step, result))
+        return result
+
+    def shutdown(self) -> None:
+        self._due.clear()
+
+    @property
+    def next_due(self) -> float | None:
+        return self._due[0][0] if self._due else None
+
+    def pump(self) -> None:
+        """Deliver what is due by now."""
+        while self._due and self._due[0][0] <= self._clock.now():
+            _, step, result = self._due.popleft()
+            if self.failure is not None:
+                result.set_exception(self.failure)
+            else:
+                result.set_result(self._sampled.pop(step))
+
+    def _apply(self, message: StepMessage) -> None:
+        for row in int32s(message.removed).tolist():
+            del self.rows[row]
+        for added in message.added:
+            assert added.row not in self.rows, f"row {added.row} was added over a live one"
+            tokens = int32s(added.tokens).tolist()
+            row = FakeRow(added.generation, tokens, int32s(added.blocks).tolist(), added.computed)
+            state = b""
+            for token in tokens[: added.computed]:
+                state = prefix_hash(state, token)
+                row.states.append(state)
+            self.rows[added.row] = row
+        for number, group, block in int32s(message.blocks, 3).tolist():
+            assert group == 0
+            self.rows[number].blocks.append(block)
+
+    def _run(self, message: StepMessage) -> bytes:
+        counts = dict(int32s(message.chunks, 2).tolist())
+        plan = {number: counts.get(number, 1) for number in sorted(self.rows)}
+        for number, count in plan.items():
+            self._write(self.rows[number], count)
+        sampled = []
+        for number, count in plan.items():
+            row = self.rows[number]
+            self._check_context(number, row)
+            if count and row.computed == len(row.tokens):
+                sampled.append(next_token(row.states[-1]))
+                row.tokens.append(sampled[-1])
+        self.batch_tokens.append(sum(plan.values()))
+        self.row_tokens.append({number: count for number, count in plan.items() if count})
+        return encode(StepResult(message.step, column(sampled)))
+
+    def _slot(self, row: FakeRow, position: int) -> int:
+        block = row.blocks[position // self._block_size]
+        assert block != 0, "the null block holds no content"
+        return block * self._block_size + position % self._block_size
+
+    def _write(self, row: FakeRow, count: int) -> None:
+        for position in range(row.computed, row.computed + count):
+            state = prefix_hash(row.states[-1] if row.states else b"", row.tokens[position])
+            row.states.append(state)
+            self._kv[self._slot(row, position)] = state
+        row.computed += count
+
+    def _check_context(self, number: int, row: FakeRow) -> None:
+        for position in range(row.computed):
+            held = self._kv.get(self._slot(row, position))
+            assert held == row.states[position], f"row {number}: the KV at position {position} is another prefix's"
