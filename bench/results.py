@@ -91,6 +91,8 @@ class PointRow:
     repeat: int = 0  # tells runs of the same rate apart: each has requests of its own
     warmup_s: float = 0.0  # before the window, not counted
     tokens_per_chunk: float = 1.0  # gaps between chunks are gaps between tokens only where this is 1
+    backlog_growth: float = 0.0  # requests by which the backlog grew over the window …
+    backlog_noise: float = 0.0  # … and how much of that would be noise
     cut_short: int = 0  # requests of the window still open when the point ended: their latencies are lower bounds
 
 

@@ -1,0 +1,93 @@
+"""Waiting for sockets until a moment: a timerfd among the polled descriptors, or the poll's own timeout.
+
+A poll's timeout is in whole milliseconds; a timerfd wakes within some microseconds, which is what keeps sends on time.
+"""
+
+import ctypes
+import os
+import select
+import time
+
+READ, WRITE = 1, 4  # the same bits for poll and epoll
+_CLOCK_MONOTONIC = 1
+_TFD_TIMER_ABSTIME = 1
+_BATCH = 32  # events taken at once, so that a crowd of arrivals doesn't hold back a send for long
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("interval", _Timespec), ("value", _Timespec))
+
+
+class Poller:
+    """Readiness of descriptors, with a deadline on the monotonic clock in nanoseconds."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._poll = None if self._epoll else select.poll()
+        self._deadline = -1
+        self._spec = _Itimerspec()
+        self._libc, self._timer = _open_timer() if self._epoll else (None, -1)
+        if self._timer >= 0:
+            self.watch(self._timer, READ)
+
+    def watch(self, fd: int, mask: int) -> None:
+        """Start watching a descriptor, or change what it is watched for."""
+        if self._poll is not None:
+            self._poll.register(fd, mask)
+            return
+        assert self._epoll is not None
+        try:
+            self._epoll.register(fd, mask)
+        except FileExistsError:
+            self._epoll.modify(fd, mask)
+
+    def forget(self, fd: int) -> None:
+        (self._epoll or self._poll).unregister(fd)  # type: ignore[union-attr]
+
+    def wait(self, deadline_ns: int) -> list[tuple[int, int]]:
+        """Ready (fd, events) pairs, none when the deadline came first."""
+        if self._timer < 0:
+            left_s = max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
+            if self._epoll is not None:
+                return self._epoll.poll(left_s, _BATCH)
+            assert self._poll is not None
+            return self._poll.poll(left_s * 1000)
+        assert self._epoll is not None
+        if deadline_ns != self._deadline:
+            self._arm(deadline_ns)
+        ready = self._epoll.poll(-1, _BATCH)
+        for position, (fd, _) in enumerate(ready):
+            if fd == self._timer:
+                os.read(self._timer, 8)
+                self._deadline = -1
+                del ready[position]
+                break
+        return ready
+
+    def close(self) -> None:
+        if self._timer >= 0:
+            os.close(self._timer)
+            self._timer = -1
+        if self._epoll is not None:
+            self._epoll.close()
+
+    def _arm(self, deadline_ns: int) -> None:
+        self._deadline = deadline_ns
+        # A value of 0 would disarm the timer; any moment in the past fires at once.
+        self._spec.value.seconds, self._spec.value.nanoseconds = divmod(max(1, deadline_ns), 1_000_000_000)
+        assert self._libc is not None
+        if self._libc.timerfd_settime(self._timer, _TFD_TIMER_ABSTIME, ctypes.byref(self._spec), None):
+            raise OSError(ctypes.get_errno(), "timerfd_settime")
+
+
+def _open_timer() -> tuple[ctypes.CDLL | None, int]:
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, AttributeError):
+        return None, -1
+    return libc, fd

@@ -1,0 +1,157 @@
+"""What a load point left behind: raw bytes with stamps, read into rows only when asked."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bench.loadgen.response import Body
+from bench.loadgen.stream import Stream
+from bench.results import RequestRow
+from bench.sse import StreamedAnswer, error_message, read_stream
+from bench.workloads.base import RequestSpec
+
+# Beyond these a figure would describe the generator, not the server.
+CPU_SHARE_LIMIT = 0.9
+LATENESS_LIMIT_S = 0.05
+LOOP_LAG_LIMIT_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorHealth:
+    """Whether the generator kept up; times in seconds."""
+
+    lateness_p99_s: float  # sent - intended, over all requests sent
+    loop_lag_p99_s: float  # from the arrival of bytes to their read; 0 where the system gives no receive stamps
+    cpu_share: float  # of one core, 0..1
+    coalesced_reads: int  # reads that held several chunks with tokens: these share the stamp of the last
+    saturated: bool  # the generator was the bottleneck: the point says nothing about the server
+    reason: str  # in words, "" when not saturated
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One stream, parsed."""
+
+    status: str
+    error: str
+    answer: StreamedAnswer
+    arrivals_ns: np.ndarray  # int64, one a chunk with tokens
+    reads: np.ndarray  # int64, the read that completed each chunk
+
+
+class Recording:
+    """The record of one load point, requests in the order of their intended times."""
+
+    def __init__(
+        self, streams: list[Stream], specs: list[RequestSpec], start_ns: int, *, cpu_share: float, cut_short: bool
+    ):
+        self._streams = [s for s in streams if s.begun]
+        self._specs = specs
+        self._start_ns = start_ns
+        self._cpu_share = cpu_share
+        self.cut_short = cut_short
+        self.asked = len(streams)
+        self.sent = sum(s.sent_ns > 0 for s in streams)
+
+    def rows(self, window: tuple[float, float]) -> list[RequestRow]:
+        """One row a request that was sent or tried; in_window = window[0] <= intended time < window[1], in seconds."""
+        return [self._row(s, r, window) for s, r in zip(self._streams, self._readings, strict=True)]
+
+    @cached_property
+    def health(self) -> GeneratorHealth:
+        sent = [s for s in self._streams if s.sent_ns]
+        lateness = _p99([s.sent_ns - s.intended_ns for s in sent])
+        # A server that is slow to accept makes requests late too: only the time after the connection stood is ours.
+        slip = _p99([s.sent_ns - max(s.intended_ns, s.ready_ns) for s in sent])
+        lag = _p99(np.concatenate([_lags(s) for s in self._streams]) if self._streams else [])
+        causes = []
+        if self._cpu_share > CPU_SHARE_LIMIT:
+            causes.append(f"used {self._cpu_share:.0%} of its core")
+        if slip > LATENESS_LIMIT_S:
+            causes.append(f"sent requests {slip * 1e3:.0f} ms late (P99)")
+        if lag > LOOP_LAG_LIMIT_S:
+            causes.append(f"read answers {lag * 1e3:.0f} ms after they arrived (P99)")
+        return GeneratorHealth(
+            lateness_p99_s=lateness,
+            loop_lag_p99_s=lag,
+            cpu_share=self._cpu_share,
+            coalesced_reads=sum(_coalesced(r.reads) for r in self._readings),
+            saturated=bool(causes),
+            reason="the load generator " + " and ".join(causes) if causes else "",
+        )
+
+    @cached_property
+    def _readings(self) -> list[_Reading]:
+        return [_read(s) for s in self._streams]
+
+    def _row(self, stream: Stream, reading: _Reading, window: tuple[float, float]) -> RequestRow:
+        spec = self._specs[stream.index]
+        answer, arrivals = reading.answer, reading.arrivals_ns
+        intended_s = (stream.intended_ns - self._start_ns) / 1e9
+        ok = reading.status == "ok"
+        said = answer.completion_tokens
+        return RequestRow(
+            index=stream.index,
+            intended_s=intended_s,
+            sent_s=((stream.sent_ns or stream.intended_ns) - self._start_ns) / 1e9,
+            ttft_s=(int(arrivals[0]) - stream.intended_ns) / 1e9 if len(arrivals) else None,
+            e2e_s=(int(arrivals[-1]) - stream.intended_ns) / 1e9 if ok and len(arrivals) else None,
+            input_tokens=spec.input_tokens if answer.prompt_tokens is None else answer.prompt_tokens,
+            asked_output_tokens=spec.output_tokens,
+            output_tokens=sum(answer.tokens) if said is None else said,
+            cached_tokens=answer.cached_tokens,
+            in_window=window[0] <= intended_s < window[1],
+            status=reading.status,
+            error=reading.error,
+            chunk_gaps_s=(np.diff(arrivals) / 1e9).tolist(),
+            chunk_tokens=list(answer.tokens),
+        )
+
+
+def _read(stream: Stream) -> _Reading:
+    """Parse one stream."""
+    answer, places = StreamedAnswer(), np.empty(0, dtype=np.int64)
+    failure = stream.failure
+    if stream.head is None:
+        failure = failure or ("connection", "the server closed the connection before it answered")
+    else:
+        body = Body(bytes(stream.answer), stream.head)
+        if stream.head.status != 200:
+            failure = (f"http {stream.head.status}", error_message(body.data))
+        else:
+            answer = read_stream(body.data)
+            places = np.array([body.place(p) for p in answer.places], dtype=np.int64)
+            failure = _judge(answer, body, failure)
+    status, error = failure or ("ok", "")
+    reads = np.searchsorted(np.array(stream.ends, dtype=np.int64), places, side="right")
+    arrivals = np.array(stream.stamps, dtype=np.int64)[reads] if len(reads) else np.empty(0, dtype=np.int64)
+    return _Reading(status, error, answer, arrivals, reads)
+
+
+def _judge(answer: StreamedAnswer, body: Body, failure: tuple[str, str] | None) -> tuple[str, str] | None:
+    """What was wrong with a 200, if anything; the server's own words come first, since a close often follows them."""
+    if answer.error:
+        return "stream error", answer.error
+    if answer.malformed or body.malformed:
+        return "malformed stream", answer.malformed or body.malformed
+    if failure is not None:
+        return failure
+    if not answer.ended:
+        return "malformed stream", "the stream ends without [DONE] or a finish reason"
+    if not answer.tokens:
+        return "malformed stream", "the stream holds no tokens"
+    return None
+
+
+def _lags(stream: Stream) -> np.ndarray:
+    return np.array(stream.read_ns, dtype=np.int64) - np.array(stream.stamps, dtype=np.int64)
+
+
+def _coalesced(reads: np.ndarray) -> int:
+    """How many reads completed more than one chunk with tokens."""
+    return int((np.unique(reads, return_counts=True)[1] > 1).sum()) if len(reads) else 0
+
+
+def _p99(nanoseconds: list[int] | np.ndarray) -> float:
+    return float(np.percentile(nanoseconds, 99)) / 1e9 if len(nanoseconds) else 0.0

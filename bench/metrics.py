@@ -1,0 +1,212 @@
+"""What the server says about itself: its Prometheus page, read in a background thread during a load point."""
+
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+import httpx
+
+SCRAPE_EVERY_S = 0.5
+
+# Field of ServerState -> names in order of preference. Counters carry _total or not, by the age of the server's
+# Prometheus library; "gpu_" names are those of older vLLM.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "running": ("vllm:num_requests_running", "sglang:num_running_reqs"),
+    "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
+    "kv_use": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"),
+    "preemptions": (
+        "vllm:num_preemptions_total",
+        "vllm:num_preemptions",
+        "sglang:num_retracted_requests_total",
+        "sglang:num_retracted_reqs_total",
+    ),
+    "retracted_now": ("sglang:num_retracted_reqs",),
+    "prefix_queries": (
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_queries",
+        "vllm:gpu_prefix_cache_queries_total",
+        "vllm:gpu_prefix_cache_queries",
+        "sglang:prompt_tokens_total",
+    ),
+    "prefix_hits": (
+        "vllm:prefix_cache_hits_total",
+        "vllm:prefix_cache_hits",
+        "vllm:gpu_prefix_cache_hits_total",
+        "vllm:gpu_prefix_cache_hits",
+        "sglang:cached_tokens_total",
+    ),
+}
+_WANTED = {name for names in _NAMES.values() for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """One reading; None where the server has no such metric. Summed over engines, `kv_use` (0..1) is the fullest's."""
+
+    at_s: float
+    running: float | None = None
+    waiting: float | None = None
+    kv_use: float | None = None
+    preemptions: float | None = None  # a counter
+    retracted_now: float | None = None  # a gauge, where there is no counter
+    prefix_queries: float | None = None  # counters, in tokens
+    prefix_hits: float | None = None
+
+
+def parse_metrics(text: str, at_s: float) -> ServerState:
+    """Read a Prometheus text page; lines that are not understood are skipped."""
+    seen: dict[str, list[float]] = {}
+    for line in text.splitlines():
+        name = line.partition("{")[0].split(" ", 1)[0]
+        if name not in _WANTED:
+            continue
+        # After the labels (a label's value may hold spaces and braces) come the value and perhaps a timestamp.
+        rest = line[line.rindex("}") + 1 :] if "{" in line else line[len(name) :]
+        try:
+            value = float(rest.split()[0])
+        except (IndexError, ValueError):
+            continue
+        seen.setdefault(name, []).append(value)
+    found: dict[str, float] = {}
+    for field, names in _NAMES.items():
+        values = next((seen[name] for name in names if name in seen), None)
+        if values is not None:
+            found[field] = max(values) if field == "kv_use" else sum(values)
+    return ServerState(at_s=at_s, **found)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowState:
+    """What the readings say about one window; None where the server has no such metric."""
+
+    preemptions: int | None = None
+    prefix_hit_rate: float | None = None
+    kv_use_max: float | None = None
+    waiting_max: int | None = None
+    waiting_start: float | None = None
+    waiting_end: float | None = None
+    running_max: int | None = None
+    full_rows: bool = False  # requests waited while the number running stood still at its maximum
+
+
+def window_state(states: list[ServerState], start_s: float, end_s: float) -> WindowState:
+    """Reduce readings (by time) to the window; counters are taken from the readings just around it."""
+    if not states:
+        return WindowState()
+    times = [s.at_s for s in states]
+    first = max(0, bisect_right(times, start_s) - 1)
+    last = min(len(states) - 1, bisect_left(times, end_s))
+    inside = states[first : max(first, last) + 1]
+    waiting = [s.waiting for s in inside if s.waiting is not None]
+    running = [s.running for s in inside if s.running is not None]
+    return WindowState(
+        preemptions=_preemptions(inside),
+        prefix_hit_rate=_hit_rate(inside[0], inside[-1]),
+        kv_use_max=max((s.kv_use for s in inside if s.kv_use is not None), default=None),
+        waiting_max=int(max(waiting)) if waiting else None,
+        waiting_start=_mean(waiting[: max(1, len(waiting) // 4)]),
+        waiting_end=_mean(waiting[-max(1, len(waiting) // 4) :]),
+        running_max=int(max(running)) if running else None,
+        full_rows=_full_rows(inside),
+    )
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _preemptions(states: list[ServerState]) -> int | None:
+    before, after = states[0].preemptions, states[-1].preemptions
+    if before is not None and after is not None:
+        return max(0, int(after - before))
+    gauge = [s.retracted_now for s in states if s.retracted_now is not None]
+    return int(max(gauge)) if gauge else None
+
+
+def _hit_rate(before: ServerState, after: ServerState) -> float | None:
+    counters = (before.prefix_queries, before.prefix_hits, after.prefix_queries, after.prefix_hits)
+    if any(c is None for c in counters):
+        return None
+    queries_before, hits_before, queries_after, hits_after = (c for c in counters if c is not None)
+    queries = queries_after - queries_before
+    return (hits_after - hits_before) / queries if queries > 0 else None
+
+
+def _full_rows(states: list[ServerState]) -> bool:
+    queued = [s for s in states if s.waiting and s.running is not None]
+    if len(queued) < 3 or 2 * len(queued) < len(states):
+        return False
+    running = sorted(s.running for s in queued if s.running is not None)
+    top = running[-1]
+    # A reading may fall between the end of one request and the start of the next, so a few lower ones are normal.
+    return running[len(running) // 4] >= 0.95 * top and sum(r == top for r in running) * 2 >= len(running)
+
+
+class MetricsReader:
+    """Reads BASE_URL/metrics twice a second in a thread of its own; `states` grows, nothing is parsed by the loop."""
+
+    def __init__(self, base_url: str, api_key: str | None = None, every_s: float = SCRAPE_EVERY_S):
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        # trust_env off: a proxy of the environment must not sit between the client and the measured server.
+        self._client = httpx.Client(base_url=base_url, headers=headers, timeout=5.0, trust_env=False)
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.states: list[ServerState] = []
+        self.failures = 0  # readings in a row that got no answer
+        self.available = True  # False: the server has no /metrics page, or none with names known here
+
+    def __enter__(self) -> "MetricsReader":
+        self.read()
+        if self.available:
+            self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+        self._client.close()
+
+    def read(self) -> ServerState | None:
+        """Take one reading now; None when the server gave none."""
+        before = time.monotonic()
+        try:
+            response = self._client.get("/metrics")
+        except httpx.HTTPError:
+            self.failures += 1
+            return None
+        self.failures = 0
+        if response.status_code != 200:
+            self.available = False
+            return None
+        state = parse_metrics(response.text, (before + time.monotonic()) / 2)
+        self.available = state.running is not None or state.waiting is not None or state.preemptions is not None
+        if not self.available:
+            return None
+        self.states.append(state)
+        return state
+
+    @property
+    def latest(self) -> ServerState | None:
+        return self.states[-1] if self.states else None
+
+    def forget(self) -> None:
+        """Drop the readings of the load points before."""
+        del self.states[:-1]
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.read()
+
+    def healthy(self) -> bool:
+        """Whether GET /health (or else /v1/models, which every OpenAI-compatible server has) answers."""
+        for path in ("/health", "/v1/models"):
+            try:
+                if self._client.get(path).status_code == 200:
+                    return True
+            except httpx.HTTPError:
+                continue
+        return False

@@ -1,0 +1,145 @@
+"""How the time of a run is shared out: a hard limit, and windows that fit into it."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bench.results import Phase
+from bench.search import Trial, bisections
+
+LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # x the rate found
+WINDOW_LATENCIES = 5  # a full window holds this many E2E latencies
+_WARMUP_LATENCIES = 1.25
+_OVERHEAD_S = 1.0  # between points: connections, draining, writing
+_SEARCH_SHARE, _CONFIRM_SHARE = 0.68, 0.85  # of the limit, when a ladder follows
+_LEAST_LATENCIES, _LEAST_REQUESTS = 1.5, 5  # a window shorter than this says nothing
+_DOUBLING_REQUESTS = 8
+
+
+@dataclass(slots=True)
+class TimeBudget:
+    """A limit in seconds that starts with the first load point; `stopped` ends it at once (Ctrl-C)."""
+
+    limit_s: float
+    clock: Callable[[], float] = time.monotonic
+    stopped: bool = False
+    _start: float = field(default=math.nan)
+
+    def start(self) -> None:
+        self._start = self.clock()
+
+    def used_s(self) -> float:
+        return self.clock() - self._start
+
+    def left_s(self, share: float = 1.0) -> float:
+        """Seconds until `share` of the limit is used; 0 once stopped."""
+        return 0.0 if self.stopped else max(0.0, share * self.limit_s - self.used_s())
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Seconds of the parts of a load point."""
+
+    warmup_s: float
+    window_s: float
+    drain_s: float  # at most, after the window, for the requests still open
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Chooses the windows of load points from what is left of the budget."""
+
+    budget: TimeBudget
+    precision: float
+    ladder: bool
+    window_s: float | None = None  # given by the user: taken as it is
+
+    def full_window(self, rate: float, latency_s: float) -> float:
+        """The window that gives the asked precision: 5 x the E2E latency, and (2 / precision)^2 requests."""
+        return max(WINDOW_LATENCIES * latency_s, full_requests(self.precision) / rate)
+
+    def lengths(self, trial: Trial, latency_s: float) -> Lengths | None:
+        """Parts of the next load point of a search; None when no window that says anything fits any more."""
+        share = (_SEARCH_SHARE if trial.phase == "search" else _CONFIRM_SHARE) if self.ladder else 1.0
+        left = self.budget.left_s(share)
+        if trial.phase == "search":
+            left -= self._confirmation(trial.rate, latency_s)
+        wanted = self.full_window(trial.rate, latency_s)
+        if trial.phase == "search" and trial.points_left > 1 + bisections(2.0, self.precision):
+            # Doubling: far from the answer in all but its last point, so that short windows do.
+            wanted = min(wanted, max(WINDOW_LATENCIES * latency_s, _DOUBLING_REQUESTS / trial.rate))
+        return self._fit(trial.rate, latency_s, left, trial.points_left, wanted)
+
+    def ladder_lengths(self, rate: float, found: float, latency_s: float, points_left: int) -> Lengths | None:
+        """Parts of a ladder's point: the same window for all its rates, that of the rate found where time allows."""
+        # Past the knee requests take longer, and the points to come hold more of them.
+        wanted = self.full_window(found, latency_s)
+        return self._fit(rate, latency_s, self.budget.left_s(), points_left, wanted)
+
+    def fixed_lengths(self, rate: float, latency_s: float, points_left: int) -> Lengths | None:
+        """Parts of one of a list of given rates."""
+        return self._fit(rate, latency_s, self.budget.left_s(), points_left, self.full_window(rate, latency_s))
+
+    def expected_s(self, start_rate: float, latency_s: float) -> tuple[float, float]:
+        """Seconds a search will probably take, with its ladder: if it ends 4 and 32 times above its start."""
+        return tuple(  # type: ignore[return-value]
+            min(self.budget.limit_s, self._search_s(start_rate, latency_s, d)) for d in (2, 5)
+        )
+
+    def fixed_s(self, rates: list[float], latency_s: float) -> float:
+        windows = sum(self.window_s or self.full_window(r, latency_s) for r in rates)
+        return min(self.budget.limit_s, windows + len(rates) * self._around(latency_s))
+
+    def _search_s(self, start_rate: float, latency_s: float, doublings: int) -> float:
+        found = start_rate * 2**doublings
+        full = self.window_s or self.full_window(found, latency_s)
+        short = self.window_s or WINDOW_LATENCIES * latency_s
+        fine = bisections(2.0, self.precision) + 1
+        ladder = len(LADDER) * full if self.ladder else 0.0
+        points = doublings + 2 + fine + (len(LADDER) if self.ladder else 0)
+        return (doublings + 2) * short + fine * full + ladder + points * self._around(latency_s)
+
+    def _confirmation(self, rate: float, latency_s: float) -> float:
+        """Least time to keep for confirming, so that a search which runs out of time still ends with an answer."""
+        return self._least(rate, latency_s) + self._around(latency_s)
+
+    def _fit(self, rate: float, latency_s: float, left_s: float, points: int, wanted_s: float) -> Lengths | None:
+        around = self._around(latency_s)
+        if self.window_s is not None:
+            window, least = self.window_s, self.window_s
+        else:
+            least = min(self._least(rate, latency_s), wanted_s)
+            window = min(wanted_s, max(least, left_s / max(points, 1) - around))
+        if self.budget.left_s() <= 0 or left_s < least + around:
+            return None
+        window = max(1, round(rate * window)) / rate  # whole requests, so that its arrivals are exactly rate x length
+        warmup = _WARMUP_LATENCIES * latency_s
+        # One more latency for the last requests of the window, more for those that queue.
+        return Lengths(warmup, window, max(3 * latency_s, 0.5 * window))
+
+    def _around(self, latency_s: float) -> float:
+        return (_WARMUP_LATENCIES + 1) * latency_s + _OVERHEAD_S
+
+    def _least(self, rate: float, latency_s: float) -> float:
+        return max(_LEAST_LATENCIES * latency_s, _LEAST_REQUESTS / rate)
+
+
+def full_requests(precision: float) -> int:
+    """Requests that a window needs so that Poisson noise stays within half of `precision` (0..1)."""
+    return math.ceil((2 / precision) ** 2 - 1e-9)
+
+
+def is_provisional(precision: float, window_s: float, requests: int, latency_s: float) -> bool:
+    """Whether a window was shorter than the precision asks for (a tenth of slack, as latencies are estimates)."""
+    enough = requests >= 0.9 * full_requests(precision) and window_s >= 0.9 * WINDOW_LATENCIES * latency_s
+    return not enough
+
+
+def ladder_rates(rate: float) -> list[float]:
+    return [float(f"{share * rate:.4g}") for share in LADDER]
+
+
+def phase_repeat(phase: Phase, repeat: int) -> int:
+    """A number for seeds: no two runs of one rate within a configuration may share requests, whatever their phase."""
+    return {"search": 0, "confirm": 0, "fixed": 0, "ladder": 1000, "probe": 2000}[phase] + repeat

@@ -1,0 +1,324 @@
+"""One load point: sends a workload at one rate, watches the server meanwhile, reduces what came back to one row."""
+
+import dataclasses
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bench.arrivals import arrival_times, point_seed
+from bench.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance
+from bench.loadgen import GeneratorHealth, Recording, Target, run_load
+from bench.metrics import MetricsReader, ServerState, WindowState, window_state
+from bench.plan import Lengths, is_provisional, phase_repeat
+from bench.results import Phase, PointRow, RequestRow, utc_now
+from bench.stats import latencies, percentile, percentile_interval, token_rates
+from bench.workloads import Workload
+
+_DRAIN_LIMIT_S = 30.0
+_LOST_SERVER_READINGS = 6  # readings in a row without an answer
+_ENOUGH = "enough seen"  # the window is over and its verdict plain: its last answers needn't be awaited
+
+
+@dataclass(frozen=True, slots=True)
+class PointPlan:
+    """What one load point runs; rate in requests/s, times in seconds."""
+
+    rate: float
+    phase: Phase
+    repeat: int
+    lengths: Lengths
+    latency_s: float  # expected E2E
+    cut_overload: bool  # end early when clearly overloaded
+
+    @property
+    def start_s(self) -> float:
+        return self.lengths.warmup_s
+
+    @property
+    def end_s(self) -> float:
+        return self.lengths.warmup_s + self.lengths.window_s
+
+    @property
+    def limit_s(self) -> float:
+        return self.end_s + self.lengths.drain_s
+
+
+_ALONE = PointPlan(1.0, "probe", 0, Lengths(0.0, 1.0, 0.0), 0.0, cut_overload=False)  # one request
+
+
+@dataclass(frozen=True, slots=True)
+class PointState:
+    """A load point under way, for showing."""
+
+    now_s: float
+    sent: int
+    first_token: int
+    finished: int
+    failed: int
+    server: ServerState | None
+
+
+@dataclass(slots=True)
+class Watch:
+    """The load generator's observer: shows progress, and ends the point on overload, time-out or Ctrl-C."""
+
+    plan: PointPlan
+    reader: MetricsReader
+    show: Callable[[PointState], None]
+    left_s: Callable[[], float]  # of the run's time; 0 once stopped
+    clock: Callable[[], float] = time.monotonic  # the readings' clock
+    cut: str = ""
+    now_s: float = 0.0
+    started_at: float = 0.0  # time 0 of the point on that clock
+    _at_start: tuple[int, float | None] | None = None  # requests open, and waiting, at the start of the window
+
+    def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:
+        self.now_s = now_s
+        self.started_at = self.clock() - now_s
+        server = self.reader.latest
+        self.show(PointState(now_s, sent, first_token, finished, failed, server))
+        self.cut = self._cut(now_s, sent - finished - failed, failed, server)
+        return not self.cut
+
+    def _cut(self, now_s: float, backlog: int, failed: int, server: ServerState | None) -> str:
+        if self.left_s() <= 0:
+            return "time"
+        if self.reader.failures >= _LOST_SERVER_READINGS and failed:
+            return "the server stopped answering"
+        if now_s < self.plan.start_s:
+            return ""
+        if now_s >= self.plan.end_s:
+            return _ENOUGH if self._overfull(backlog) else ""
+        waiting = server.waiting if server is not None else None
+        if self._at_start is None:
+            self._at_start = backlog, waiting
+        if not self.plan.cut_overload:
+            return ""
+        if server is not None and self._preempted(server):
+            return "preempted"
+        queue = None
+        if waiting is not None and self._at_start[1] is not None:
+            queue = self._at_start[1], waiting
+        elapsed = now_s - self.plan.start_s
+        return overload((self._at_start[0], backlog), elapsed, self.plan.rate, self.plan.latency_s, queue)
+
+    def _overfull(self, backlog: int) -> bool:
+        """Whether a search point ended its window with a queue that would take long to answer and show nothing new."""
+        if not self.plan.cut_overload or self._at_start is None:
+            return False
+        in_flight = max(self._at_start[0], self.plan.rate * self.plan.latency_s)
+        noise = tolerance(self.plan.rate * self.plan.lengths.window_s, in_flight)
+        return backlog - self._at_start[0] > 2 * noise
+
+    def _preempted(self, server: ServerState) -> bool:
+        begin = self.started_at + self.plan.start_s
+        state = window_state(self.reader.states, begin, server.at_s)
+        return server.at_s > begin and bool(state.preemptions)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPoint:
+    """Everything load points of one configuration and workload have in common."""
+
+    target: Target
+    workload: Workload
+    configuration: str
+    reader: MetricsReader
+    seed: int
+    precision: float
+    left_s: Callable[[], float]
+    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
+
+    def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRow, list[RequestRow]]:
+        """Send, wait for the answers, judge. The server is drained when this returns."""
+        seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))
+        times, needed = _times(plan, seed)
+        specs = self.workload.requests(len(times), seed)
+        started = utc_now()
+        self.reader.forget()
+        watch = Watch(plan, self.reader, show, self.left_s)
+        recording = run_load(
+            self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed
+        )  # fmt: skip
+        self.reader.read()
+        row, requests = self._reduce(plan, recording, watch, seed, started)
+        limit_s = min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0))
+        drain(self.reader, limit_s)
+        if recording.cut_short and self.left_s() > 0:
+            self._settle(seed, limit_s)
+        return row, requests
+
+    def _settle(self, seed: int, limit_s: float) -> None:
+        """Send one request for one token: it is answered after the steps that still hold requests just closed."""
+        spec = dataclasses.replace(self.workload.requests(1, seed + 3)[0], output_tokens=1)
+        watch = Watch(_ALONE, self.reader, lambda _: None, self.left_s)
+        run_load(self.target, [spec], np.zeros(1), observer=watch, time_limit_s=limit_s)
+
+    def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> tuple[PointRow, list[RequestRow]]:
+        """One request alone; its rate is one over its E2E latency."""
+        seed = point_seed(self.seed, self.workload.name, 0.0, phase_repeat("probe", 0))
+        watch = Watch(_ALONE, self.reader, show, self.left_s)
+        started = utc_now()
+        specs = self.workload.requests(1, seed)
+        recording = run_load(self.target, specs, np.zeros(1), observer=watch, time_limit_s=time_limit_s)
+        requests = recording.rows((0.0, 1.0))
+        alone_s = max((r.e2e_s for r in requests if r.e2e_s is not None), default=1.0)
+        row = self._row(_ALONE, requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
+        row.point_id = point_id(self.configuration, self.workload.name, "probe", 0.0, 0)
+        row.rate, row.achieved_rate = float(f"{1 / alone_s:.4g}"), 1 / alone_s
+        row.seed, row.started, row.reason = seed, started, "one request alone"
+        row.valid = all(r.status == "ok" for r in requests) and bool(requests)
+        row.completed = sum(r.status == "ok" for r in requests)
+        return row, requests
+
+    def _reduce(
+        self, plan: PointPlan, recording: Recording, watch: Watch, seed: int, started: str
+    ) -> tuple[PointRow, list[RequestRow]]:
+        start_s, end_s, cut = plan.start_s, plan.end_s, watch.cut
+        if cut and watch.now_s < end_s:
+            # What was seen until the cut is the window. A warm-up that was cut leaves none.
+            end_s = max(start_s, watch.now_s)
+        elif cut in ("time", _ENOUGH):
+            cut = ""  # only answers were awaited any more: the window is whole
+        requests = recording.rows((start_s, end_s))
+        server = window_state(self.reader.states, watch.started_at + start_s, watch.started_at + end_s)
+        row = self._row(plan, requests, (start_s, end_s), server, recording.health, watch.now_s)
+        row.seed, row.started = seed, started
+        verdict = judge(self._evidence(row, requests, (start_s, end_s), server, recording.health, cut))
+        _set_verdict(row, verdict)
+        return row, requests
+
+    def _evidence(
+        self,
+        row: PointRow,
+        requests: list[RequestRow],
+        window: tuple[float, float],
+        server: WindowState,
+        health: GeneratorHealth,
+        cut: str,
+    ) -> Evidence:
+        inside = [r for r in requests if r.in_window]
+        done = [r for r in inside if r.status == "ok"]
+        return Evidence(
+            flow=flow_of(requests, *window),
+            server=server,
+            failed=Counter(r.status for r in inside if r.status not in ("ok", "cut short")),
+            missed_lengths=sum(r.output_tokens != r.asked_output_tokens for r in done),
+            requests=len(inside),
+            client_fault=health.reason if health.saturated else "",
+            cut=cut,
+            limits={column: (getattr(row, column), allowed) for column, allowed in self.limits.items()},
+        )
+
+    def _row(
+        self,
+        plan: PointPlan,
+        requests: list[RequestRow],
+        window: tuple[float, float],
+        server: WindowState,
+        health: GeneratorHealth,
+        ended_s: float,
+    ) -> PointRow:
+        window_s = window[1] - window[0]
+        inside = [r for r in requests if r.in_window]
+        samples = latencies(requests, ended_s)
+        input_tok_s, output_tok_s = token_rates(requests, *window)
+        completed = flow_of(requests, *window).completed()
+        e2e_s = percentile(samples.e2e, 50) / 1e3
+        itl_low, itl_high = percentile_interval(samples.itl, 99)
+        ttft_low, ttft_high = percentile_interval(samples.ttft, 99)
+        return PointRow(
+            point_id=point_id(self.configuration, self.workload.name, plan.phase, plan.rate, plan.repeat),
+            configuration=self.configuration,
+            workload=self.workload.name,
+            phase=plan.phase,
+            rate=plan.rate,
+            sustained=None,
+            reason="",
+            valid=False,
+            provisional=is_provisional(self.precision, window_s, len(inside), e2e_s),
+            preemptions=server.preemptions,
+            requests=len(inside),
+            completed=completed,
+            failed=sum(r.status not in ("ok", "cut short") for r in inside),
+            window_s=window_s,
+            achieved_rate=completed / window_s if window_s > 0 else 0.0,
+            input_tok_s=input_tok_s,
+            output_tok_s=output_tok_s,
+            prefix_hit_rate=server.prefix_hit_rate,
+            kv_use_max=server.kv_use_max,
+            waiting_max=server.waiting_max,
+            running_max=server.running_max,
+            lateness_p99_ms=health.lateness_p99_s * 1e3,
+            ttft_p50_ms=percentile(samples.ttft, 50),
+            ttft_p99_ms=percentile(samples.ttft, 99),
+            itl_p50_ms=percentile(samples.itl, 50),
+            itl_p99_ms=percentile(samples.itl, 99),
+            tpot_p50_ms=percentile(samples.tpot, 50),
+            tpot_p99_ms=percentile(samples.tpot, 99),
+            e2e_p50_ms=percentile(samples.e2e, 50),
+            e2e_p99_ms=percentile(samples.e2e, 99),
+            itl_p99_low_ms=itl_low,
+            itl_p99_high_ms=itl_high,
+            ttft_p99_low_ms=ttft_low,
+            ttft_p99_high_ms=ttft_high,
+            seed=0,
+            started="",
+            repeat=plan.repeat,
+            warmup_s=window[0],
+            tokens_per_chunk=samples.tokens_per_chunk,
+            cut_short=samples.cut_short,
+        )
+
+
+def point_id(configuration: str, workload: str, phase: Phase, rate: float, repeat: int) -> str:
+    """A name for files, the same for the same point of an interrupted and resumed run."""
+    again = f"-{repeat}" if repeat else ""
+    return f"{_slug(configuration)}_{_slug(workload)}_{phase}-{rate:.4g}{again}"
+
+
+def drain(reader: MetricsReader, limit_s: float) -> bool:
+    """Wait until the server has nothing left to do; without metrics the closed connections have to be enough."""
+    end = time.monotonic() + limit_s
+    while reader.available:
+        state = reader.read()
+        if state is None or not ((state.running or 0) + (state.waiting or 0)):
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.1)
+    time.sleep(min(0.3, limit_s))
+    return True
+
+
+def _times(plan: PointPlan, seed: int) -> tuple[np.ndarray, int]:
+    """Send times, and how many of the first requests must have ended before the point may.
+
+    Warm-up and window are drawn apart, so that the window holds exactly rate x length arrivals. Requests go on after
+    the window until its last answer is there: the last ones of the window see the same load as the first.
+    """
+    lengths = plan.lengths
+    parts, start_s = [], 0.0
+    for part, length_s in enumerate((lengths.warmup_s, lengths.window_s, lengths.drain_s)):
+        if length_s > 0:
+            drawn = arrival_times(plan.rate, length_s, seed + part)
+            parts.append(start_s + drawn[drawn < length_s])
+        start_s += length_s
+    times = np.concatenate(parts)
+    return times, int(np.searchsorted(times, plan.end_s))
+
+
+def _set_verdict(row: PointRow, verdict: Verdict) -> None:
+    row.valid = verdict.valid
+    row.sustained = verdict.sustained
+    row.reason = verdict.reason
+    row.binding = verdict.binding
+    row.backlog_growth, row.backlog_noise = verdict.growth, verdict.noise
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", name).strip("-") or "x"

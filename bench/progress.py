@@ -1,0 +1,146 @@
+"""What a run shows while it runs, and the table at its end."""
+
+import math
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from bench.point import PointPlan, PointState
+from bench.results import Answer, PointRow
+
+
+class Progress(Protocol):
+    """Hears what a run does; called from the run's own thread, `point_tick` from inside the load generator's loop."""
+
+    def message(self, text: str) -> None: ...
+
+    def point_started(self, plan: PointPlan) -> None: ...
+
+    def point_tick(self, plan: PointPlan, state: PointState) -> None: ...
+
+    def point_finished(self, row: PointRow) -> None: ...
+
+
+class QuietProgress:
+    """Keeps messages and shows nothing."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def point_started(self, plan: PointPlan) -> None:
+        pass
+
+    def point_tick(self, plan: PointPlan, state: PointState) -> None:
+        pass
+
+    def point_finished(self, row: PointRow) -> None:
+        pass
+
+
+class ConsoleProgress:
+    """One line a load point on the terminal, below it the point under way."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._live: Live | None = None
+        self._shown_s = -math.inf
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def point_started(self, plan: PointPlan) -> None:
+        self._shown_s = -math.inf
+        if self._console.is_terminal:
+            # Refreshed by ticks alone: a thread that draws would take time from the load generator unasked.
+            start = PointState(0.0, 0, 0, 0, 0, None)
+            self._live = Live(_state_view(plan, start), console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+
+    def point_tick(self, plan: PointPlan, state: PointState) -> None:
+        if self._live is not None and state.now_s >= self._shown_s + 0.5:
+            self._shown_s = state.now_s
+            self._live.update(_state_view(plan, state), refresh=True)
+
+    def point_finished(self, row: PointRow) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._console.print(point_line(row), soft_wrap=True)
+
+
+def point_line(row: PointRow) -> Text:
+    """One load point in one line."""
+    mark, style = ("✓", "green") if row.sustained else ("✗", "red") if row.sustained is False else ("?", "yellow")
+    text = Text(f"{mark} {row.phase:<7} {row.rate:>6.4g} req/s", style=style)
+    text.append(f" {row.requests:>4} in {row.window_s:>3.0f} s", style="default")
+    text.append(f"  TTFT {_ms(row.ttft_p50_ms)}  ITL {_ms(row.itl_p50_ms)} ms  ", style="default")
+    text.append(row.reason, style="dim" if row.sustained else style)
+    return text
+
+
+def _state_view(plan: PointPlan, state: PointState) -> Group:
+    part = "warm-up" if state.now_s < plan.start_s else "window" if state.now_s < plan.end_s else "last answers"
+    line = f"{plan.phase} {plan.rate:.4g} req/s · {part} · {state.now_s:.0f} of {plan.end_s:.0f} s"
+    counts = f"sent {state.sent} · answering {state.first_token - state.finished} · finished {state.finished}"
+    counts += f" · failed {state.failed}" if state.failed else ""
+    server = state.server
+    if server is not None:
+        counts += f"   server: running {_count(server.running)} · waiting {_count(server.waiting)}"
+        counts += f" · KV {server.kv_use:.0%}" if server.kv_use is not None else ""
+        counts += f" · preemptions {_count(server.preemptions)}" if server.preemptions is not None else ""
+    bar = ProgressBar(total=max(plan.end_s, 1e-9), completed=min(max(state.now_s, 0.0), plan.end_s), width=40)
+    return Group(Text(line, style="bold"), bar, Text(counts))
+
+
+def points_table(rows: list[PointRow], title: str | None = None) -> Table:
+    """Load points by rate, as printed at the end of a run; fits 80 columns in most cases."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in ("req/s", "sustained", "TTFT", "ITL", "TPOT", "E2E", "output", "preemp-"):
+        table.add_column(name, justify="left" if name == "sustained" else "right", no_wrap=True)
+    pair = "P50/P99 ms"
+    for column, unit in zip(table.columns, ("", "", pair, pair, pair, pair, "tok/s", "tions"), strict=True):
+        column.header = Text(f"{column.header}\n{unit}")
+    for row in sorted((r for r in rows if r.phase != "probe"), key=lambda r: (r.rate, r.started)):
+        table.add_row(
+            f"{row.rate:.4g}",
+            _sustained(row),
+            _pair(row.ttft_p50_ms, row.ttft_p99_ms),
+            _pair(row.itl_p50_ms, row.itl_p99_ms),
+            _pair(row.tpot_p50_ms, row.tpot_p99_ms),
+            _pair(row.e2e_p50_ms, row.e2e_p99_ms),
+            f"{row.output_tok_s:.0f}",
+            _count(row.preemptions),
+            style="" if row.valid else "dim",
+        )
+    return table
+
+
+def answer_text(answer: Answer) -> Text:
+    return Text(answer.line(), style="bold")
+
+
+def _sustained(row: PointRow) -> Text:
+    if not row.valid:
+        return Text("INVALID", style="bold yellow")
+    return Text("yes", style="green") if row.sustained else Text("no", style="red")
+
+
+def _pair(p50: float, p99: float) -> str:
+    return f"{_ms(p50)}/{_ms(p99)}"
+
+
+def _ms(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"

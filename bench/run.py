@@ -1,0 +1,325 @@
+"""Measures one configuration under one workload: probe, plan, search or given rates, ladder; every point is saved."""
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+from bench.errors import BenchError
+from bench.loadgen import Target
+from bench.metrics import MetricsReader
+from bench.plan import Lengths, Planner, TimeBudget, ladder_rates
+from bench.point import LoadPoint, PointPlan, point_id
+from bench.progress import Progress
+from bench.results import Answer, Phase, PointRow, RequestRow, RunFiles
+from bench.search import Trial, answer_of_rates, find_sustained, round_rate
+from bench.workloads import Workload
+
+_SECOND_PROBE_BELOW_S = 5.0
+_PROBE_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """How to measure; the same for every configuration that is compared."""
+
+    seed: int = 0
+    precision: float = 0.1  # 0..1
+    max_minutes: float = 15.0
+    rates: Sequence[float] | None = None  # requests/s; None: search
+    ladder: bool = True
+    ladder_rates: Sequence[float] | None = None  # None: 0.25 … 1.5 x the rate found
+    window_s: float | None = None  # None: planned from precision and time
+    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C; `answer` is what was found until then, and everything measured is on disk."""
+
+    def __init__(self, answer: Answer | None):
+        super().__init__("interrupted")
+        self.answer = answer
+
+
+class LostServerError(BenchError):
+    """The server stopped answering; `answer` is what was found until then."""
+
+    def __init__(self, message: str, answer: Answer | None = None):
+        super().__init__(message)
+        self.answer = answer
+
+
+def measure_configuration(
+    target: Target,
+    workload: Workload,
+    options: BenchOptions,
+    files: RunFiles,
+    configuration: str,
+    progress: Progress,
+    finished: Sequence[PointRow] = (),
+) -> Answer | None:
+    """Measure and save every load point; returns the answer, None when not one point could be judged.
+
+    `finished` are points of an interrupted run: they are taken as they are. Time limits end it with what was found.
+    Raises InterruptedRunError (Ctrl-C) and LostServerError, both with the answer so far; BenchError if the probe fails.
+    """
+    with _open_run(target, workload, options, files, configuration, progress, finished) as run:
+        latency_s = run.probe()
+        if options.rates is not None:
+            run.say_fixed_plan(options.rates, latency_s)
+            run.run_rates("fixed", options.rates)
+            run.answer = answer_of_rates(run.rows_of("fixed"), configuration, workload.name)
+        else:
+            start = round_rate(1 / latency_s)
+            run.say_search_plan(start, latency_s)
+            answer, _ = find_sustained(
+                run.measure, start_rate=start, precision=options.precision,
+                configuration=configuration, workload=workload.name,
+            )  # fmt: skip
+            run.answer = answer
+            if options.ladder:
+                run.ladder(options.ladder_rates)
+    return run.answer if any(r.valid and r.phase != "probe" for r in run.rows) else None
+
+
+def measure_ladder(
+    target: Target,
+    workload: Workload,
+    options: BenchOptions,
+    files: RunFiles,
+    configuration: str,
+    progress: Progress,
+    finished: Sequence[PointRow] = (),
+) -> list[PointRow]:
+    """Measure `options.ladder_rates` only, in bounded windows within `options.max_minutes`; returns their rows."""
+    if not options.ladder_rates:
+        raise ValueError("ladder_rates must be given")
+    with _open_run(target, workload, options, files, configuration, progress, finished) as run:
+        run.probe()
+        run.rows.extend(r for r in finished if r.phase in ("search", "confirm") and run.mine(r))
+        run.ladder(options.ladder_rates)
+    return run.rows_of("ladder")
+
+
+@contextlib.contextmanager
+def _open_run(
+    target: Target,
+    workload: Workload,
+    options: BenchOptions,
+    files: RunFiles,
+    configuration: str,
+    progress: Progress,
+    finished: Sequence[PointRow],
+) -> Iterator["_Run"]:
+    """The run with its readings and its handling of Ctrl-C; what ended it early is raised at its end."""
+    budget = TimeBudget(options.max_minutes * 60)
+    budget.start()
+    with stop_on_interrupt(budget), MetricsReader(target.base_url, target.api_key) as reader:
+        point = LoadPoint(
+            target, workload, configuration, reader, options.seed, options.precision, budget.left_s, options.limits
+        )
+        planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
+        run = _Run(point, planner, files, progress, {r.point_id: r for r in finished if _reusable(r)})
+        yield run
+    if run.lost:
+        raise LostServerError(run.lost, run.answer)
+    if budget.stopped:
+        raise InterruptedRunError(run.answer)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(budget: TimeBudget) -> Iterator[None]:
+    """Let the first Ctrl-C (or SIGTERM) end the run in order; a second one is a plain KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if budget.stopped:
+            raise KeyboardInterrupt
+        budget.stopped = True
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One configuration and workload under measurement; `rows` are its points so far."""
+
+    def __init__(
+        self, point: LoadPoint, planner: Planner, files: RunFiles, progress: Progress, finished: dict[str, PointRow]
+    ):
+        self._point = point
+        self._planner = planner
+        self._files = files
+        self._progress = progress
+        self._finished = finished
+        self._alone_s = math.nan
+        self._warned_cache = False
+        self.rows: list[PointRow] = []
+        self.answer: Answer | None = None
+        self.lost = ""  # why the server counts as gone
+
+    def mine(self, row: PointRow) -> bool:
+        return row.configuration == self._point.configuration and row.workload == self._point.workload.name
+
+    def rows_of(self, phase: Phase) -> list[PointRow]:
+        return [r for r in self.rows if r.phase == phase]
+
+    def probe(self) -> float:
+        """One request alone; returns its E2E latency in seconds. Checks the server's API and its output lengths."""
+        name = point_id(self._point.configuration, self._point.workload.name, "probe", 0.0, 0)
+        row = self._finished.get(name)
+        if row is None:
+            row = self._new_probe()
+        self.rows.append(row)
+        self._alone_s = row.e2e_p50_ms / 1e3
+        self._progress.message(
+            f"one request alone: {self._alone_s:.3g} s (TTFT {row.ttft_p50_ms:.0f} ms, ITL {row.itl_p50_ms:.1f} ms)"
+        )
+        return self._alone_s
+
+    def _new_probe(self) -> PointRow:
+        self._progress.message(f"sending one request of {self._point.workload.name} alone …")
+        limit_s = min(_PROBE_LIMIT_S, max(self._planner.budget.left_s(), 1.0))
+        row, requests = self._point.probe(lambda _: None, limit_s)
+        if row.valid and row.e2e_p50_ms < _SECOND_PROBE_BELOW_S * 1e3:
+            row, requests = self._point.probe(lambda _: None, limit_s)  # the first one also warmed the server up
+        self._check_probe(row, requests, limit_s)
+        self._files.add_point(row, requests)
+        if not self._point.reader.available:
+            self._progress.message(
+                "the server has no /metrics page with known names: its queue and completions decide, not preemptions"
+            )
+        return row
+
+    def _check_probe(self, row: PointRow, requests: list[RequestRow], limit_s: float) -> None:
+        url = self._point.target.base_url
+        if not requests or requests[0].status == "cut short":
+            if self._planner.budget.stopped:
+                raise InterruptedRunError(None)
+            raise BenchError(f"one request alone took more than {limit_s:.0f} s: raise --max-minutes or ask for less")
+        request = requests[0]
+        if request.status != "ok":
+            cause = f": {request.error}" if request.error else ""
+            raise BenchError(f"the first request to {url} failed with {request.status}{cause}")
+        if request.output_tokens != request.asked_output_tokens:
+            row.reason = f"{request.output_tokens} of {request.asked_output_tokens} tokens came back"
+            self._progress.message(
+                f"warning: {row.reason}: the server does not honour ignore_eos or max_tokens, "
+                "and points whose outputs miss the asked length are invalid"
+            )
+
+    def say_search_plan(self, start_rate: float, latency_s: float) -> None:
+        planner = self._planner
+        low, high = sorted(planner.expected_s(start_rate, latency_s))
+        ladder = ", then a ladder of six rates" if planner.ladder else ""
+        self._progress.message(
+            f"plan: search from {start_rate:g} req/s to {planner.precision:.0%}, confirm{ladder}; "
+            f"about {_minutes(low)} to {_minutes(high)}, at most {_minutes(planner.budget.limit_s)} (--max-minutes)"
+        )
+
+    def say_fixed_plan(self, rates: Sequence[float], latency_s: float) -> None:
+        expected = self._planner.fixed_s(list(rates), latency_s)
+        shown = ", ".join(f"{r:g}" for r in rates)
+        self._progress.message(
+            f"plan: {shown} req/s; about {_minutes(expected)}, at most "
+            f"{_minutes(self._planner.budget.limit_s)} (--max-minutes)"
+        )
+
+    def measure(self, trial: Trial) -> PointRow | None:
+        """One point of the search; None when the time is up or the server is gone."""
+        known = self._known(trial.phase, trial.rate, trial.repeat)
+        if known is not None:
+            return known
+        latency_s = self._latency_s(trial.rate)
+        lengths = self._planner.lengths(trial, latency_s)
+        return self._measure(trial.rate, trial.phase, trial.repeat, lengths, latency_s)
+
+    def run_rates(self, phase: Phase, rates: Sequence[float]) -> None:
+        """Given rates, one after the other; those that no longer fit into the time are named and left out."""
+        rounded = [round_rate(r) for r in rates]
+        knee = self.answer.rate if self.answer is not None else None
+        left_out: list[float] = []
+        for i, rate in enumerate(rounded):
+            repeat = rounded[:i].count(rate)
+            if self._known(phase, rate, repeat) is not None:
+                continue
+            latency_s = self._latency_s(rate)
+            if phase == "ladder":
+                found = knee or max(rounded) / 1.5
+                lengths = self._planner.ladder_lengths(rate, found, self._latency_s(found), len(rounded) - i)
+            else:
+                lengths = self._planner.fixed_lengths(rate, latency_s, len(rounded) - i)
+            if self._measure(rate, phase, repeat, lengths, latency_s) is None:
+                left_out.append(rate)
+        if left_out and not self._planner.budget.stopped and not self.lost:
+            shown = ", ".join(f"{r:g}" for r in left_out)
+            self._progress.message(f"no time left for {shown} req/s (--max-minutes)")
+
+    def ladder(self, rates: Sequence[float] | None) -> None:
+        """The fixed rates after a search, past the knee too."""
+        if rates is None:
+            if self.answer is None or self.answer.rate is None:
+                return
+            rates = ladder_rates(self.answer.rate)
+        self.run_rates("ladder", rates)
+
+    def _known(self, phase: Phase, rate: float, repeat: int) -> PointRow | None:
+        name = point_id(self._point.configuration, self._point.workload.name, phase, rate, repeat)
+        row = self._finished.get(name)
+        if row is not None:
+            self.rows.append(row)
+        return row
+
+    def _latency_s(self, rate: float) -> float:
+        """E2E to expect: from the nearest lower rate that was sustained, growing slowly towards this one."""
+        below = [r for r in self.rows if r.sustained and r.rate <= rate and r.e2e_p50_ms > 0]
+        above = [r.e2e_p50_ms / 1e3 for r in self.rows if r.sustained and r.rate >= rate and r.e2e_p50_ms > 0]
+        nearest = max(below, key=lambda r: r.rate, default=None)
+        known = self._alone_s
+        if nearest is not None:
+            known = nearest.e2e_p50_ms / 1e3 * min(2.0, rate / nearest.rate) ** 0.3
+        return max(self._alone_s, min([known, *above]))
+
+    def _measure(
+        self, rate: float, phase: Phase, repeat: int, lengths: Lengths | None, latency_s: float
+    ) -> PointRow | None:
+        if lengths is None or self.lost or self._planner.budget.left_s() <= 0:
+            return None
+        plan = PointPlan(rate, phase, repeat, lengths, latency_s, cut_overload=phase in ("search", "confirm"))
+        self._progress.point_started(plan)
+        row, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
+        self._files.add_point(row, requests)
+        self.rows.append(row)
+        self._progress.point_finished(row)
+        self._after(row, requests)
+        return row
+
+    def _after(self, row: PointRow, requests: list[RequestRow]) -> None:
+        failed = [r for r in requests if r.status == "connection"]
+        if failed and not self._point.reader.healthy():
+            self.lost = f"the server stopped answering at {row.rate:g} req/s: {failed[0].error or failed[0].status}"
+        hits = row.prefix_hit_rate or 0.0
+        if hits > 0.05 and not self._warned_cache and self._point.workload.describe().get("kind") == "random":
+            self._warned_cache = True
+            self._progress.message(
+                f"warning: {hits:.0%} of the random prompts' tokens were in the server's prefix cache: it has seen "
+                "these prompts before; choose another --seed or restart it"
+            )
+
+
+def _reusable(row: PointRow) -> bool:
+    return row.valid or row.binding == "client"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

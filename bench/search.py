@@ -1,0 +1,226 @@
+"""The search for the highest sustained rate: doubles, bisects, confirms; knows neither sockets nor time.
+
+`measure` runs one load point and returns its row, or None when no further point can be run (the time is up, or the
+user stopped the run): the search then reports what is confirmed so far.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bench.criteria import binding_of_search
+from bench.results import Answer, Phase, PointRow
+
+_MOST_DOUBLINGS = 20
+_MOST_HALVINGS = 6
+_MOST_CONFIRMATIONS = 10
+_MOST_POINTS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A load point the search asks for."""
+
+    rate: float
+    phase: Phase
+    repeat: int = 0  # runs of one rate have requests of their own
+    points_left: int = 1  # this one and those the search still expects after it
+
+
+Measure = Callable[[Trial], PointRow | None]
+
+
+class _StoppedError(Exception):
+    """No further point: `final` unless only the time meant for searching is over and a confirmation may still fit."""
+
+    def __init__(self, final: bool):
+        self.final = final
+
+
+@dataclass(slots=True)
+class _Bracket:
+    """The rows so far, and the rates between which the answer lies."""
+
+    measure: Measure
+    precision: float
+    rows: list[PointRow] = field(default_factory=list)
+    narrow: bool = True  # False: there is no time left to narrow the bracket
+    confirmed: bool = False
+
+    def try_rate(self, rate: float, phase: Phase, points_left: int) -> bool:
+        """Measure one rate; a point spoilt by the client counts as not sustained."""
+        rate = round_rate(rate)
+        repeat = sum(1 for r in self.rows if r.rate == rate)
+        row = self.measure(Trial(rate, phase, repeat, points_left))
+        if row is None:
+            raise _StoppedError(final=phase == "confirm")
+        self.rows.append(row)
+        if row.sustained is None and row.binding != "client":
+            raise _StoppedError(final=True)  # cut by the clock, or spoilt in a way that no other rate would mend
+        return bool(row.sustained)
+
+    @property
+    def high(self) -> float | None:
+        """The lowest rate whose runs say that it is not sustained."""
+        return min((rate for rate, votes in self._votes().items() if votes <= 0), default=None)
+
+    @property
+    def low(self) -> float | None:
+        """The highest rate sustained below that."""
+        high = self.high
+        good = (rate for rate, votes in self._votes().items() if votes > 0 and (high is None or rate < high))
+        return max(good, default=None)
+
+    def contested(self, rate: float) -> bool:
+        """Whether the runs of a rate contradict each other and none outweighs the others."""
+        return self._votes().get(round_rate(rate)) == 0
+
+    def _votes(self) -> dict[float, int]:
+        """By rate: whole runs that sustained it minus those that didn't; a short window loses against a whole one."""
+        most = max((r.requests for r in self.rows), default=0)
+        whole: dict[float, int] = {}
+        short: dict[float, int] = {}
+        for row in self.rows:
+            if row.sustained is None and row.binding != "client":
+                continue
+            votes = short if 2 * row.requests < most and not _plain(row) else whole
+            votes[row.rate] = votes.get(row.rate, 0) + (1 if row.sustained else -1)
+        return short | whole
+
+    def wide(self) -> bool:
+        low, high = self.low, self.high
+        if low is None or high is None or not self.narrow:
+            return False
+        return high / low > (1 + self.precision) * 1.001  # rates are rounded to four digits
+
+    def weak(self) -> bool:
+        """Whether the upper end rests on one short window (of the doubling) with a backlog that hardly grew."""
+        runs = [r for r in self.rows if r.rate == self.high]
+        if len(runs) != 1 or not self.narrow or _plain(runs[0]):
+            return False
+        return 2 * runs[0].requests < max(r.requests for r in self.rows)
+
+    def low_holds(self) -> bool:
+        """Whether the lower end was confirmed."""
+        return any(r.phase == "confirm" and r.sustained and r.rate == self.low for r in self.rows)
+
+    def bisections(self) -> int:
+        return bisections(self.high / self.low if self.low and self.high else 2.0, self.precision)
+
+
+def _plain(row: PointRow) -> bool:
+    """Whether a point is so clearly not sustained that a longer window would show nothing else."""
+    hard = row.preemptions or row.failed or row.binding in ("client", "latency limit")
+    return not row.sustained and bool(hard or row.backlog_growth >= 2 * row.backlog_noise)
+
+
+def round_rate(rate: float) -> float:
+    """Four significant digits: what result files and seeds hold."""
+    return float(f"{rate:.4g}")
+
+
+def bisections(ratio: float, precision: float) -> int:
+    """Halvings of a bracket high/low = `ratio` until it is within `precision`."""
+    return max(0, math.ceil(math.log2(max(1.0, math.log(ratio) / math.log1p(precision))) - 1e-9))
+
+
+def find_sustained(
+    measure: Measure, *, start_rate: float, precision: float, configuration: str = "", workload: str = ""
+) -> tuple[Answer, list[PointRow]]:
+    """Search from `start_rate` (requests/s) until the bracket is within `precision` and its lower end is confirmed.
+
+    Returns the answer and the rows it rests on, in the order of measurement.
+    """
+    bracket = _Bracket(measure, precision)
+    try:
+        _double(bracket, start_rate)
+        _confirm(bracket)
+    except _StoppedError as stopped:
+        if not stopped.final:
+            bracket.narrow = False
+            with contextlib.suppress(_StoppedError):
+                _confirm(bracket)
+    return _answer(bracket, configuration, workload), bracket.rows
+
+
+def _double(b: _Bracket, start_rate: float) -> None:
+    rate = start_rate
+    if b.try_rate(rate, "search", 4 + b.bisections()):
+        for _ in range(_MOST_DOUBLINGS):
+            rate *= 2
+            if not b.try_rate(rate, "search", 3 + b.bisections()):
+                return
+        b.narrow = False  # no end in sight: say so rather than go on for ever
+        return
+    for _ in range(_MOST_HALVINGS):
+        rate /= 2
+        if b.try_rate(rate, "search", 3 + b.bisections()):
+            return
+
+
+def _bisect(b: _Bracket) -> None:
+    while b.narrow and b.low is not None and len(b.rows) < _MOST_POINTS:
+        if b.high is None:
+            b.try_rate(b.low * (1 + b.precision) ** 2, "search", 2)  # an upper end that did not hold
+        elif b.wide():
+            b.try_rate(math.sqrt(b.low * b.high), "search", b.bisections() + 1)
+        elif b.weak():
+            b.try_rate(b.high, "search", 2)
+        else:
+            return
+
+
+def _confirm(b: _Bracket) -> None:
+    """Run the answer a second time with requests of its own; where that fails, step down, each time twice as far."""
+    failures = 0
+    for _ in range(_MOST_CONFIRMATIONS):
+        if not failures or b.low_holds():
+            failures = 0
+            _bisect(b)
+        if b.low_holds():
+            b.confirmed = True
+            return
+        if failures:
+            assert b.high is not None
+            rate = max(b.high / (1 + b.precision) ** 2 ** (failures - 1), b.low or 0.0)
+        elif b.low is not None:
+            rate = b.low
+        else:
+            return  # not even the lowest rate was sustained
+        good = b.try_rate(rate, "confirm", 1)
+        if b.contested(rate):
+            good = b.try_rate(rate, "confirm", 1)  # one run of two may be bad luck: the third decides
+        failures = 0 if good else failures + 1
+
+
+def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
+    low, high = b.low, b.high
+    answer = Answer(
+        configuration=configuration,
+        workload=workload,
+        rate=low,
+        low=0.0,
+        high=high,
+        confirmed=b.confirmed,
+        provisional=False,
+        binding=binding_of_search(b.rows, high),
+    )
+    runs = [r for r in b.rows if r.rate == low and r.sustained]
+    if not runs or low is None:
+        answer.note = next((r.reason for r in reversed(b.rows) if not r.sustained), "nothing was measured")
+        return answer
+    # Within the tolerance of the rule the rate may exceed what the server completes by 1 / sqrt(requests).
+    answer.low = low * (1 - 1 / math.sqrt(max(max(r.requests for r in runs), 2)))
+    answer.provisional = all(r.provisional for r in runs)
+    answer.output_tok_s = runs[-1].output_tok_s
+    notes = [f"at {r.rate:g} req/s: {r.reason}" for r in b.rows if r.rate == high and not r.sustained][:1]
+    if all(r.preemptions is None for r in runs):
+        notes.append("the server has no preemption counter: its queue and completions decided")
+    answer.note = "; ".join(notes)
+    return answer
+
+
+def answer_of_rates(rows: list[PointRow], configuration: str, workload: str) -> Answer:
+    """What a list of given rates says: the highest one sustained below the lowest that was not; never confirmed."""
+    return _answer(_Bracket(lambda _: None, precision=1.0, rows=rows), configuration, workload)

@@ -1,0 +1,192 @@
+"""Starts a server for a run, waits until it answers, and leaves nothing of it behind."""
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+
+from bench.errors import BenchError
+
+_GRACE_S = (20.0, 5.0, 5.0)  # after SIGINT, SIGTERM, SIGKILL
+_TAIL_LINES = 12
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerProcess:
+    """A server in a process group of its own, with its output in a log file.
+
+    `command` is an argument list or a command line; "{port}" in it, or in `url`, stands for a free port.
+    Raises BenchError with the end of the log when the server doesn't come up within `start_limit_s`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] | str,
+        log: Path | str,
+        *,
+        url: str = "http://127.0.0.1:{port}",
+        health: str = "/health",
+        start_limit_s: float = 900.0,
+    ):
+        parts = shlex.split(command) if isinstance(command, str) else list(command)
+        port = str(free_port())
+        self.command = [part.replace("{port}", port) for part in parts]
+        self.base_url = url.replace("{port}", port)
+        self.log = Path(log)
+        self._health = health if "://" in health else self.base_url + "/" + health.lstrip("/")
+        self._health = self._health.replace("{port}", port)
+        self._start_limit_s = start_limit_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def redline(
+        cls, model: str, flags: Sequence[str], log: Path | str, *, start_limit_s: float = 900.0
+    ) -> "ServerProcess":
+        """`redline serve MODEL` with the flags given; host and port are chosen here unless `flags` name them."""
+        host = _flag(flags, "--host")
+        port = _flag(flags, "--port")
+        command = [sys.executable, "-m", "cli.main", "serve", model, *flags]
+        if host is None:
+            command += ["--host", "127.0.0.1"]
+        if port is None:
+            command += ["--port", "{port}"]
+        reach = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
+        return cls(command, log, url=f"http://{reach}:{port or '{port}'}", start_limit_s=start_limit_s)
+
+    def __enter__(self) -> "ServerProcess":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, on_wait: Callable[[float], None] | None = None) -> None:
+        """Start and wait for GET /health to answer 200; `on_wait` hears the seconds so far, a few times a second."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        follow = _die_with_parent() if sys.platform == "linux" else None
+        with self.log.open("wb") as out:
+            try:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=follow,
+                )
+            except OSError as error:
+                raise BenchError(f"can't start {self.command[0]!r}: {error.strerror or error}") from None
+        try:
+            self._wait(on_wait)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self, on_wait: Callable[[float], None] | None) -> None:
+        began = time.monotonic()
+        with httpx.Client(timeout=5.0, trust_env=False) as client:
+            while True:
+                if not self.alive():
+                    raise BenchError(f"the server did not start: {self.cause()}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if client.get(self._health).status_code == 200:
+                        return
+                waited = time.monotonic() - began
+                if waited > self._start_limit_s:
+                    raise BenchError(
+                        f"the server did not answer {self._health} within {waited:.0f} s; its last line: "
+                        f"{self._last_line()} (log: {self.log})"
+                    )
+                if on_wait is not None:
+                    on_wait(waited)
+                time.sleep(0.2)
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def cause(self) -> str:
+        """Why the server is gone, in one line: its last words and exit code."""
+        code = self._process.poll() if self._process is not None else None
+        how = "" if code is None else f" (exit code {code})" if code >= 0 else f" (ended by signal {-code})"
+        return f"{self._last_line()}{how}; log: {self.log}"
+
+    def tail(self, lines: int = _TAIL_LINES) -> list[str]:
+        """The end of the server's log, without empty lines."""
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as f:
+            f.seek(0, os.SEEK_END)
+            f.seek(max(0, f.tell() - 16384))
+            text = f.read().decode("utf-8", "replace")
+        return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+
+    def _last_line(self) -> str:
+        tail = self.tail()
+        return tail[-1].strip() if tail else "it said nothing"
+
+    def stop(self) -> None:
+        """Interrupt, then terminate, then kill; returns when the whole group is gone."""
+        process = self._process
+        if process is None:
+            return
+        try:
+            for number, grace in zip((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), _GRACE_S, strict=True):
+                if process.poll() is None:
+                    self._signal(number)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(grace)
+        finally:
+            # Also after a second Ctrl-C, and for children that outlived their parent.
+            self._signal(signal.SIGKILL)
+            process.wait()
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _flag(flags: Sequence[str], name: str) -> str | None:
+    """The value of a flag among others, as "--flag value" or "--flag=value"; underscores equal hyphens."""
+    for i, flag in enumerate(flags):
+        key, equals, value = flag.partition("=")
+        if key.replace("_", "-") == name:
+            return value if equals else (flags[i + 1] if i + 1 < len(flags) else None)
+    return None
+
+
+def has_flag(flags: Sequence[str], name: str) -> bool:
+    return any(flag.partition("=")[0].replace("_", "-") == name for flag in flags)
+
+
+def serve_flags(options: dict[str, object]) -> list[str]:
+    """Flags of `redline serve` from plain data: {"enable-prefix-caching": False} -> ["--no-enable-prefix-caching"]."""
+    flags: list[str] = []
+    for name, value in options.items():
+        hyphened = name.replace("_", "-").removeprefix("--")
+        if isinstance(value, bool):
+            flags.append(f"--{hyphened}" if value else f"--no-{hyphened}")
+        elif value is not None:
+            flags += [f"--{hyphened}", str(value)]
+    return flags
+
+
+def _die_with_parent() -> Callable[[], object]:
+    """What the child does between fork and exec so that it gets SIGTERM if the run is killed outright."""
+    libc = ctypes.CDLL(None)  # looked up here: after the fork only the call itself is safe
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

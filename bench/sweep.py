@@ -1,0 +1,304 @@
+"""Runs a sweep: every configuration on every workload, each on a server of its own; goes on where it was interrupted.
+
+Of one workload all configurations are searched first. Their ladders follow, on the same absolute rates for all, so that
+the curves can be laid over each other.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from bench.loadgen import Target
+from bench.loadgen.probe import probe_server
+from bench.progress import Progress
+from bench.results import POINTS_FILE, REQUESTS_FOLDER, SUMMARY_FILE, PointRow, RunFiles, Summary, utc_now
+from bench.run import BenchOptions, LostServerError, measure_configuration, measure_ladder
+from bench.server import ServerProcess
+from bench.sweepfile import Configuration, SweepPlan, SweepWorkload, model_len
+from bench.workloads import Workload
+
+STATE_FILE = "sweep.json"
+LOGS_FOLDER = "logs"
+_SEARCH_SHARE = 0.5  # of the time of one configuration on one workload; the ladder has the rest
+_LADDER_LOW, _LADDER_HIGH = 0.25, 1.5  # x the lowest and the highest of the rates found
+_LADDER_POINTS = 6
+_EVEN_UP_TO = 2.0  # ratio of the rates found up to which even steps leave each of them enough points
+_LAST_WORDS_S = 5.0
+
+
+@dataclass(slots=True)
+class _State:
+    """What must be known to go on: which file this is, and what summary and points don't tell."""
+
+    plan: str  # a hash of the file's content, so that no key in it is copied
+    ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s
+    ladders: list[list[str]] = field(default_factory=list)  # finished ones: [configuration, workload]
+
+
+def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, *, fresh: bool = False) -> Summary:
+    """Measure what isn't measured yet; the causes of what failed are in the summary's `failures`.
+
+    Raises BenchError if `folder` holds another sweep and `fresh` isn't set, InterruptedRunError on Ctrl-C.
+    """
+    if fresh:
+        discard(folder)
+    sweep = _Sweep(plan, folder, progress)
+    sweep.run()
+    return sweep.summary
+
+
+def discard(folder: Path) -> None:
+    """Remove the results of an earlier run; whatever else lies in the folder stays."""
+    if not any((folder / name).exists() for name in (STATE_FILE, SUMMARY_FILE, POINTS_FILE)):
+        return  # nothing says that a folder called "logs" in it is ours
+    for name in (STATE_FILE, POINTS_FILE, SUMMARY_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for name in (REQUESTS_FOLDER, LOGS_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def common_ladder(found: Sequence[float]) -> list[float]:
+    """Rates from a quarter of the lowest rate found to one and a half of the highest, for all configurations alike."""
+    low, high = min(found), max(found)
+    if high / low <= _EVEN_UP_TO:
+        step = (_LADDER_HIGH * high - _LADDER_LOW * low) / (_LADDER_POINTS - 1)
+        rates = [_LADDER_LOW * low + i * step for i in range(_LADDER_POINTS)]
+    else:
+        points = _LADDER_POINTS + 1
+        ratio = (_LADDER_HIGH * high / (_LADDER_LOW * low)) ** (1 / (points - 1))
+        rates = [_LADDER_LOW * low * ratio**i for i in range(points)]
+    return [float(f"{rate:.3g}") for rate in rates]
+
+
+class _Sweep:
+    def __init__(self, plan: SweepPlan, folder: Path, progress: Progress):
+        self._plan = plan
+        self._folder = folder
+        self._files = RunFiles(folder)
+        self._progress = progress
+        self._state = self._open_state()
+        self.summary = self._open_summary()
+
+    def run(self) -> None:
+        self.summary.failures.clear()  # what failed is tried again
+        self._save()
+        for workload in self._plan.workloads:
+            for configuration in self._plan.configurations:
+                if not self._answered(configuration, workload):
+                    self._step(configuration, workload, "rates" if workload.options.rates else "search")
+            rates = self._ladder_rates(workload)
+            for configuration in self._plan.configurations if rates else []:
+                if self._wants_ladder(configuration, workload):
+                    self._step(configuration, workload, "ladder", rates)
+        self.summary.finished = utc_now()
+        self._save()
+
+    def _step(
+        self, configuration: Configuration, workload: SweepWorkload, stage: str, ladder: list[float] | None = None
+    ) -> None:
+        """One server's turn; an error is recorded and ends nothing but this turn."""
+        what = _key(configuration, workload)
+        self._progress.message(f"\n{what}: {stage}")
+        try:
+            with self._server(configuration, workload, stage) as (target, built):
+                if ladder is None:
+                    self._measure(configuration, workload, target, built)
+                else:
+                    self._measure_ladder(configuration, workload, target, built, ladder)
+        except BenchError as error:
+            self._fail(what, str(error))
+        self._save()
+
+    def _measure(self, configuration: Configuration, workload: SweepWorkload, target: Target, built: Workload) -> None:
+        known = self._points(configuration, workload)
+        share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
+        options = self._options(workload, share, rates=workload.options.rates)
+        answer = measure_configuration(
+            target, built, options, self._files, configuration.name, self._progress, finished=known
+        )
+        if answer is None:
+            raise BenchError(self._why_unanswered(configuration, workload))
+        self.summary.answers.append(answer)
+        self._progress.message(f"{configuration.name}: {answer.line()}")
+
+    def _why_unanswered(self, configuration: Configuration, workload: SweepWorkload) -> str:
+        points = self._points(configuration, workload)
+        invalid = [p.reason for p in points if not p.valid and p.phase != "probe"]
+        if invalid:
+            return f"no load point could be judged: {invalid[-1]}"
+        alone = next((f" (one request alone takes {p.e2e_p50_ms / 1e3:.3g} s)" for p in points), "")
+        return f"the time is too short for a single load point{alone}: raise max_minutes, or ask for fewer tokens"
+
+    def _measure_ladder(
+        self, configuration: Configuration, workload: SweepWorkload, target: Target, built: Workload, rates: list[float]
+    ) -> None:
+        # Not the probe: one request alone also warms up the server that has just been started.
+        known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
+        options = self._options(workload, 1 - _SEARCH_SHARE, ladder_rates=rates)
+        rows = measure_ladder(target, built, options, self._files, configuration.name, self._progress, finished=known)
+        if not rows:
+            raise BenchError("the time is too short for a single point of the ladder: raise max_minutes")
+        self._state.ladders.append([configuration.name, workload.name])
+
+    def _options(self, workload: SweepWorkload, share: float, **rates: Any) -> BenchOptions:
+        wanted = workload.options
+        return BenchOptions(
+            seed=self._plan.seed,
+            precision=wanted.precision,
+            max_minutes=wanted.max_minutes * share,
+            window_s=wanted.window_s,
+            limits=dict(wanted.limits),
+            ladder=False,
+            **rates,
+        )
+
+    @contextlib.contextmanager
+    def _server(
+        self, configuration: Configuration, workload: SweepWorkload, stage: str
+    ) -> Iterator[tuple[Target, Workload]]:
+        """The configuration's server while it lives, and the workload made for its vocabulary."""
+        log = self._folder / LOGS_FOLDER / f"{_slug(_key(configuration, workload))}-{stage}.log"
+        server = _process(configuration, workload, log)
+        self._progress.message(f"starting {configuration.shown(workload.max_tokens)} …")
+        with server:
+            try:
+                facts = probe_server(server.base_url, configuration.api_key)
+                vocabulary = configuration.vocab_size or facts.vocab_size
+                if vocabulary is None:
+                    raise BenchError(
+                        f"the server does not tell the size of its vocabulary: give configurations."
+                        f"{configuration.name}.vocab_size"
+                    )
+                yield Target(server.base_url, facts.model, configuration.api_key), workload.build(vocabulary)
+            except LostServerError:
+                if not _ends(server):
+                    raise
+                raise BenchError(f"the server ended: {server.cause()}") from None
+
+    def _fail(self, what: str, cause: str) -> None:
+        cause = " ".join(cause.split())
+        self.summary.failures[what] = cause
+        self._progress.message(f"{what}: failed: {cause}")
+
+    def _points(self, configuration: Configuration, workload: SweepWorkload) -> list[PointRow]:
+        mine = (configuration.name, workload.name)
+        return [p for p in self._files.read_points() if (p.configuration, p.workload) == mine]
+
+    def _answered(self, configuration: Configuration, workload: SweepWorkload) -> bool:
+        mine = (configuration.name, workload.name)
+        return any((a.configuration, a.workload) == mine for a in self.summary.answers)
+
+    def _has_ladder(self, workload: SweepWorkload) -> bool:
+        return workload.options.ladder and workload.options.rates is None
+
+    def _wants_ladder(self, configuration: Configuration, workload: SweepWorkload) -> bool:
+        done = [configuration.name, workload.name] in self._state.ladders
+        return self._answered(configuration, workload) and not done
+
+    def _ladder_rates(self, workload: SweepWorkload) -> list[float] | None:
+        """The workload's ladder, fixed once and for all by the first answers; None where nothing was sustained."""
+        if not self._has_ladder(workload):
+            return None
+        found = [a.rate for a in self.summary.answers if a.workload == workload.name and a.rate]
+        if workload.name not in self._state.ladder_rates and found:
+            self._state.ladder_rates[workload.name] = common_ladder(found)
+            self.summary.workloads[workload.name]["ladder_rates"] = self._state.ladder_rates[workload.name]
+        return self._state.ladder_rates.get(workload.name)
+
+    def _open_state(self) -> _State:
+        path = self._folder / STATE_FILE
+        plan = _digest(self._plan)
+        if not path.exists():
+            for name in (SUMMARY_FILE, POINTS_FILE):
+                if (self._folder / name).exists():
+                    raise BenchError(
+                        f"{self._folder} holds other results: choose another folder with --out, or discard them "
+                        "with --fresh"
+                    )
+            return _State(plan)
+        try:
+            state = _State(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise BenchError(f"{path} can't be read ({error}): start over with --fresh") from None
+        if state.plan != plan:
+            raise BenchError(
+                f"{self._folder} holds results of another version of this sweep: choose another folder with --out, or "
+                "discard them with --fresh"
+            )
+        return state
+
+    def _open_summary(self) -> Summary:
+        if (self._folder / SUMMARY_FILE).exists():
+            summary = self._files.read_summary()
+            summary.title, summary.finished = self._plan.title, None
+            return summary
+        return Summary(
+            title=self._plan.title,
+            seed=self._plan.seed,
+            configurations={c.name: c.describe() for c in self._plan.configurations},
+            workloads={w.name: _describe(w) for w in self._plan.workloads},
+        )
+
+    def _save(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The state first: a folder with a summary but no state is taken for somebody else's.
+        part = self._folder / (STATE_FILE + ".part")
+        fields = {name: getattr(self._state, name) for name in ("plan", "ladder_rates", "ladders")}
+        part.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+        part.replace(self._folder / STATE_FILE)
+        self._files.write_summary(self.summary)
+
+
+def _process(configuration: Configuration, workload: SweepWorkload, log: Path) -> ServerProcess:
+    limit = configuration.start_limit_s
+    if configuration.command is None:
+        assert configuration.model is not None
+        return ServerProcess.redline(
+            configuration.model, configuration.arguments(workload.max_tokens), log, start_limit_s=limit
+        )
+    command = configuration.command_line(workload.max_tokens)
+    return ServerProcess(command, log, health=configuration.health, start_limit_s=limit)
+
+
+def _ends(server: ServerProcess) -> bool:
+    """Whether a server that stopped answering is gone; it may still be on its way out, and its exit tells the cause."""
+    for _ in range(int(_LAST_WORDS_S / 0.1)):
+        if not server.alive():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _describe(workload: SweepWorkload) -> dict[str, Any]:
+    options = workload.options
+    asked = {
+        "precision": options.precision,
+        "max_minutes": options.max_minutes,
+        "window_s": options.window_s,
+        "rates": list(options.rates) if options.rates else None,
+        "limits": dict(options.limits) or None,
+    }
+    known = {key: value for key, value in asked.items() if value is not None}
+    return {**workload.spec, "max_model_len": model_len(workload.max_tokens), "options": known}
+
+
+def _digest(plan: SweepPlan) -> str:
+    """Changes with whatever changes a measurement."""
+    data = {key: value for key, value in plan.data.items() if key not in ("title", "description")}
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _key(configuration: Configuration, workload: SweepWorkload) -> str:
+    return f"{configuration.name} / {workload.name}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", name).strip("-") or "x"

@@ -1,0 +1,303 @@
+"""What a sweep's YAML file says: configurations, workloads, and how to measure them.
+
+title: Prefix caching on and off
+seed: 1
+model: smollm2-135m                    # of every configuration that names none
+configurations:
+  caching: {serve: {enable-prefix-caching: true}}                         # flags of `redline serve`
+  other: {command: "vllm serve {model} --port {port}", health: /health}   # or any server
+workloads:
+  - {kind: random, input: 500, output: 2000}      # as in make_workload(); name, and options of its own, if wanted
+options: {precision: 10%, max_minutes: 15}
+"""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.errors import BenchError
+from bench.presets import datasets_folder
+from bench.results import PointRow
+from bench.server import has_flag, serve_flags
+from bench.workloads import Workload, make_workload
+
+START_MINUTES = 0.3  # what starting and stopping a server is taken to cost
+_STARTS = 2  # of each server: for the search, and for the ladder
+_ANY_VOCABULARY = 32_000  # names and lengths don't depend on it
+
+_TOP = frozenset({"title", "description", "seed", "model", "configurations", "workloads", "options"})
+_CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s"})
+_OPTIONS = frozenset({"precision", "max_minutes", "window", "rates", "ladder", "limits"})
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOptions:
+    """How one workload is measured, the same for all configurations."""
+
+    precision: float = 0.10
+    max_minutes: float = 15.0  # of one configuration on one workload: search and ladder
+    window_s: float | None = None
+    rates: tuple[float, ...] | None = None  # these instead of a search
+    ladder: bool = True
+    limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest value allowed
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One server to measure: `redline serve` with flags, or any command line with a health URL."""
+
+    name: str
+    model: str | None
+    serve: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    health: str = "/health"
+    vocab_size: int | None = None  # for servers that don't tell it
+    api_key: str | None = None
+    start_limit_s: float = 900.0
+
+    def arguments(self, max_tokens: int) -> list[str]:
+        """Flags of `redline serve` for a workload whose largest request has `max_tokens` tokens."""
+        flags = serve_flags(self.serve)
+        if not has_flag(flags, "--max-model-len"):
+            flags += ["--max-model-len", str(model_len(max_tokens))]
+        return [*flags, "--api-key", self.api_key] if self.api_key else flags
+
+    def command_line(self, max_tokens: int) -> str:
+        """The foreign command line with everything filled in but the port."""
+        assert self.command is not None
+        filled = self.command.replace("{max_model_len}", str(model_len(max_tokens)))
+        return filled.replace("{model}", self.model or "")
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for result files, without the key."""
+        known: dict[str, Any] = {"model": self.model}
+        if self.command is None:
+            return known | {"serve": dict(self.serve)}
+        return known | {"command": self.command.replace(self.api_key, "***") if self.api_key else self.command}
+
+    def shown(self, max_tokens: int) -> str:
+        """The command line in words, without the key."""
+        if self.command is not None:
+            line = self.command_line(max_tokens)
+        else:
+            line = " ".join(["redline serve", str(self.model), *self.arguments(max_tokens)])
+        return line.replace(self.api_key, "***") if self.api_key else line
+
+
+@dataclass(frozen=True, slots=True)
+class SweepWorkload:
+    """A workload of a sweep: its description, the name it has on figures, and how it is measured."""
+
+    name: str
+    spec: dict[str, Any]
+    max_tokens: int
+    options: SweepOptions
+
+    def build(self, vocab_size: int) -> Workload:
+        workload = make_workload(self.spec, vocab_size)
+        return workload if workload.name == self.name else _Renamed(self.name, workload)
+
+
+class _Renamed:
+    """A workload under the name its sweep gives it."""
+
+    def __init__(self, name: str, workload: Workload):
+        self.name = name
+        self.max_tokens = workload.max_tokens
+        self.describe = workload.describe
+        self.requests = workload.requests
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPlan:
+    """A whole sweep, checked."""
+
+    name: str
+    title: str
+    description: str
+    seed: int
+    configurations: list[Configuration]
+    workloads: list[SweepWorkload]
+    data: dict[str, Any]  # as in the file
+
+    def most_minutes(self) -> float:
+        """The longest the sweep can take, given servers that start in the usual time."""
+        starts = sum(1 if w.options.rates or not w.options.ladder else _STARTS for w in self.workloads)
+        minutes = sum(w.options.max_minutes for w in self.workloads)
+        return len(self.configurations) * (minutes + starts * START_MINUTES)
+
+
+def model_len(max_tokens: int) -> int:
+    """A model length that leaves a tenth beyond the longest request."""
+    return math.ceil(round(1.1 * max_tokens, 6))
+
+
+def presets() -> dict[str, Path]:
+    """The sweeps that ship with the product, by name."""
+    files = sorted((datasets_folder() / "presets").glob("*.yaml"))
+    return {path.stem: path for path in files if "configurations" in _load(path)}
+
+
+def read_sweep(path: Path) -> SweepPlan:
+    """Read and check a sweep; raises BenchError naming the file and the field that is wrong."""
+    data = _load(path)
+    try:
+        return _plan(path.stem, data)
+    except BenchError as error:
+        raise BenchError(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BenchError(f"{path}: can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise BenchError(f"{path}: a sweep has the fields configurations and workloads at its top level")
+    return data
+
+
+def _plan(name: str, data: dict[str, Any]) -> SweepPlan:
+    _only(data, _TOP, "the sweep")
+    seed = data.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise BenchError(f"seed must be a whole number, not {seed!r}")
+    configurations = _mapping(data, "configurations")
+    workloads = data.get("workloads")
+    if not isinstance(workloads, list) or not workloads:
+        raise BenchError("workloads must be a list with at least one workload")
+    options = _options(data.get("options") or {}, SweepOptions(), "options")
+    built = [_workload(entry, options, f"workloads[{i}]") for i, entry in enumerate(workloads)]
+    names = [workload.name for workload in built]
+    for doubled in {n for n in names if names.count(n) > 1}:
+        raise BenchError(f"two workloads are called {doubled!r}; give one of them a name of its own")
+    return SweepPlan(
+        name=name,
+        title=str(data.get("title") or name),
+        description=str(data.get("description") or ""),
+        seed=seed,
+        configurations=[_configuration(str(n), entry, data.get("model")) for n, entry in configurations.items()],
+        workloads=built,
+        data=data,
+    )
+
+
+def _configuration(name: str, entry: Any, model: Any) -> Configuration:
+    where = f"configurations.{name}"
+    entry = {} if entry is None else entry
+    if not isinstance(entry, dict):
+        raise BenchError(f"{where} must hold fields such as serve or command, not {entry!r}")
+    _only(entry, _CONFIGURATION, where)
+    serve, command, model = entry.get("serve") or {}, entry.get("command"), entry.get("model", model)
+    if not isinstance(serve, dict):
+        raise BenchError(f"{where}.serve must hold flags and their values, such as {{max-num-seqs: 16}}")
+    for flag, value in serve.items():
+        if isinstance(value, dict | list):
+            raise BenchError(f"{where}.serve.{flag} must be a single value, not {value!r}")
+    if command is None and not model:
+        raise BenchError(f"{where} has neither a model to serve nor a command")
+    if command is not None and ("serve" in entry or not isinstance(command, str)):
+        raise BenchError(f"{where}: give either serve (flags of redline serve) or command (one line), not both")
+    if command is not None and "{port}" not in command:
+        raise BenchError(f"{where}.command must contain {{port}}, which stands for a free port")
+    if any(str(flag).replace("_", "-") == "api-key" for flag in serve):
+        raise BenchError(f"{where}.serve.api-key: put the key into {where}.api_key, which keeps it out of result files")
+    return Configuration(
+        name,
+        str(model) if model else None,
+        dict(serve),
+        command,
+        health=str(entry.get("health") or "/health"),
+        vocab_size=_whole(entry, "vocab_size", where),
+        api_key=str(entry["api_key"]) if entry.get("api_key") else None,
+        start_limit_s=_positive(entry.get("start_limit_s", 900), f"{where}.start_limit_s"),
+    )
+
+
+def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
+    if not isinstance(entry, dict):
+        raise BenchError(f"{where} must hold fields such as kind, input and output, not {entry!r}")
+    own = {key: value for key, value in entry.items() if key in _OPTIONS}
+    spec = {key: value for key, value in entry.items() if key not in _OPTIONS and key != "name"}
+    try:
+        workload = make_workload(spec, _ANY_VOCABULARY)
+    except BenchError as error:
+        raise BenchError(f"{where}: {error}") from None
+    return SweepWorkload(
+        str(entry.get("name") or workload.name), spec, workload.max_tokens, _options(own, options, where)
+    )
+
+
+def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
+    if not isinstance(entry, dict):
+        raise BenchError(f"{where} must hold fields such as precision and max_minutes")
+    _only(entry, _OPTIONS, where)
+    changed: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key == "precision":
+            changed[key] = _precision(value, f"{where}.precision")
+        elif key == "ladder":
+            if not isinstance(value, bool):
+                raise BenchError(f"{where}.ladder must be true or false, not {value!r}")
+            changed[key] = value
+        elif key == "limits":
+            changed[key] = _limits(value, f"{where}.limits")
+        elif key == "rates":
+            if not isinstance(value, list) or not value:
+                raise BenchError(f"{where}.rates must be a list of request rates, not {value!r}")
+            changed[key] = tuple(sorted({_positive(rate, f"{where}.rates") for rate in value}))
+        else:
+            changed["window_s" if key == "window" else key] = _positive(value, f"{where}.{key}")
+    return replace(defaults, **changed)
+
+
+def _limits(value: Any, where: str) -> dict[str, float]:
+    known = sorted(f.name for f in fields(PointRow) if re.search(r"_p\d+_ms$", f.name))
+    if not isinstance(value, dict):
+        raise BenchError(f"{where} must hold columns of points.csv and their highest values, such as ttft_p99_ms: 2000")
+    _only(value, known, where)
+    return {column: _positive(limit, f"{where}.{column}") for column, limit in value.items()}
+
+
+def _whole(entry: dict[str, Any], key: str, where: str) -> int | None:
+    value = entry.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+        raise BenchError(f"{where}.{key} must be a whole number of at least 2, not {value!r}")
+    return value
+
+
+def _precision(value: Any, where: str) -> float:
+    text = str(value).strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if isinstance(value, bool) or not 0 < share < 1:
+        raise BenchError(f"{where} must be a share such as 10% or 0.1, not {value!r}")
+    return share
+
+
+def _positive(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BenchError(f"{where} must be a number above 0, not {value!r}")
+    return float(value)
+
+
+def _mapping(data: dict[str, Any], key: str) -> dict[Any, Any]:
+    value = data.get(key)
+    if not isinstance(value, dict) or not value:
+        raise BenchError(f"{key} must hold at least one named entry")
+    return value
+
+
+def _only(entry: dict[Any, Any], known: Collection[str], where: str) -> None:
+    for key in entry:
+        if key not in known:
+            raise BenchError(f"{where} has an unknown field {key!r}; it knows {', '.join(sorted(known))}")

@@ -1,0 +1,1 @@
+"""The `redline` command: one small file per subcommand, no logic."""

@@ -1,0 +1,99 @@
+"""The `redline` command: finds the subcommand, and turns every known error into one line and an exit code."""
+
+import importlib
+import os
+import sys
+from importlib import metadata
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "serve": "Serve a model over an OpenAI-compatible HTTP interface.",
+    "bench": "Measure a server, and find the highest request rate it sustains.",
+    "sweep": "Compare configurations and workloads, each on its own server.",
+    "report": "Redraw figures and tables from result files.",
+}
+
+INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand's module only when that subcommand is used: `redline --help` must not load pandas."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def underscores_equal_hyphens(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"redline {metadata.version('redline-llm')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": underscores_equal_hyphens,
+        "max_content_width": 110,
+    },
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Show it.")
+def redline() -> None:
+    """Serve language models, and find the highest request rate a deployment sustains."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    program = "tool" if os.path.basename(sys.argv[0]) == "tool" else "redline"
+    try:
+        result: Any = redline.main(args=arguments, prog_name=program, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else str(error))
+        return error.exit_code
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else None
+        message = error.format_message().rstrip(".") + (f" (see {where} --help)" if where else "")
+        return complain(program, message, error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`redline report | head`): nobody to tell, and Python must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not is_known(error):
+            raise
+        return complain(program, str(error), getattr(error, "exit_code", 1))
+
+
+def is_known(error: Exception) -> bool:
+    """Whether the error is meant for the user; asks `sys.modules` so that an error path imports nothing new."""
+    known = [("engine.errors", "RedlineError"), ("bench.errors", "BenchError")]
+    kinds = tuple(getattr(sys.modules[module], name) for module, name in known if module in sys.modules)
+    return isinstance(error, kinds)
+
+
+def complain(program: str, message: str, exit_code: int) -> int:
+    click.echo(f"{program}: error: {' '.join(message.split())}", err=True)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Pieces the subcommands share: options shown in groups, and sizes like 8k."""
+
+import re
+from typing import Any
+
+import click
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` shows under a heading of its own."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` lists its options by group, each short enough for a screen."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Size(click.ParamType):
+    """A whole number with an optional unit: 8k is 8,000 and 8K is 8,192; the same for m/M and g/G, and KiB, GB, …"""
+
+    name = "size"
+    pattern = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)(i?[bB])?")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = self.pattern.fullmatch(str(value).replace(",", "").strip())
+        if match is None:
+            self.fail(f"{value!r} is no size: write a number such as 4096, 4k or 2GiB", param, ctx)
+        number, unit, suffix = match.groups()
+        binary = suffix in ("iB", "ib") or (unit.isupper() and not suffix)
+        size = float(number) * (1024 if binary else 1000) ** ("", "k", "m", "g", "t").index(unit.lower())
+        if size != int(size):
+            self.fail(f"{value!r} is not a whole number", param, ctx)
+        return int(size)
+
+
+SIZE = Size()

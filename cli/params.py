@@ -1,0 +1,78 @@
+"""Types of flags that measuring commands share: lengths, lists of rates, shares, latency limits."""
+
+import re
+from typing import Any
+
+import click
+
+_METRICS = ("ttft", "itl", "tpot", "e2e")
+
+
+class LengthType(click.ParamType):
+    """N, or LOW:HIGH -> [low, high]; tokens."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | list[int]:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", value.strip())
+        if match is None or int(match[1]) < 1:
+            self.fail(f"{value!r} is not a number of tokens: give N or LOW:HIGH, from 1 on", param, ctx)
+        if match[2] is None:
+            return int(match[1])
+        if int(match[2]) < int(match[1]):
+            self.fail(f"{value!r}: the high end is below the low end", param, ctx)
+        return [int(match[1]), int(match[2])]
+
+
+class RatesType(click.ParamType):
+    """A,B,C in requests/s."""
+
+    name = "a,b,c"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if not isinstance(value, str):
+            return value
+        try:
+            rates = [float(part) for part in value.split(",")]
+        except ValueError:
+            rates = []
+        if not rates or not all(0 < r < float("inf") for r in rates):
+            self.fail(f"{value!r} is not a list of rates: give numbers above 0 with commas between", param, ctx)
+        return rates
+
+
+class ShareType(click.ParamType):
+    """5% or 0.05."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if not isinstance(value, str):
+            return value
+        try:
+            share = float(value.rstrip("% ")) / (100 if value.strip().endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if not 0.005 <= share <= 1:
+            self.fail(f"{value!r} is not a share: give something from 0.5% to 100%", param, ctx)
+        return share
+
+
+class LimitType(click.ParamType):
+    """ttft_p99=2s -> ("ttft_p99_ms", 2000.0)."""
+
+    name = "metric=limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(rf"({'|'.join(_METRICS)})_p(50|99)=(\d+(?:\.\d*)?)(ms|s)", value.strip().lower())
+        if match is None:
+            names = ", ".join(_METRICS)
+            self.fail(f"{value!r} is not a limit such as ttft_p99=2s ({names}; p50, p99; ms, s)", param, ctx)
+        return f"{match[1]}_p{match[2]}_ms", float(match[3]) * (1000 if match[4] == "s" else 1)
+
+
+LENGTH, RATES, SHARE, LIMIT = LengthType(), RatesType(), ShareType(), LimitType()

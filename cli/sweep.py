@@ -1,0 +1,117 @@
+"""`redline sweep`: measures configurations on workloads, each on its own server, and draws the report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.sweepfile import SweepPlan, SweepWorkload
+
+ROOT = Path("results")
+
+
+@click.command(name="sweep", context_settings={"max_content_width": 110})
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--preset", "preset_name", metavar="NAME", help="A sweep that ships with the product instead of FILE.")
+@click.option("--dry-run", is_flag=True, help="Print the runs and the time they take, and start nothing.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the results.  [default: results/NAME]"
+)
+@click.option("--fresh", is_flag=True, help="Discard what the folder holds of an earlier sweep.")
+def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path | None, fresh: bool) -> int:
+    """Measure every configuration of FILE on every workload, each on a server of its own, and draw the report.
+
+    A sweep that was interrupted goes on with the same command; finished points are kept. Without FILE or --preset
+    the presets are listed.
+    """
+    from rich.console import Console
+
+    from bench.sweepfile import presets, read_sweep
+
+    if file is not None and preset_name is not None:
+        raise click.UsageError("give either FILE or --preset")
+    console = Console(highlight=False)
+    if file is None and preset_name is None:
+        _list_presets(console)
+        return 0
+    if file is None:
+        known = presets()
+        if preset_name not in known:
+            raise click.BadParameter(f"{preset_name!r} is not one of {', '.join(known)}", param_hint="--preset")
+        file = known[preset_name]
+    plan = read_sweep(file)
+    folder = out or ROOT / plan.name
+    if dry_run:
+        _show_plan(console, plan, folder)
+        return 0
+    return _run(console, plan, folder, fresh)
+
+
+def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> int:
+    from bench.progress import ConsoleProgress
+    from bench.sweep import run_sweep
+    from cli.report import show_report
+    from plots.data import ReportError
+
+    console.print(f"{plan.title}: at most {minutes(plan.most_minutes())}, results in {folder}", markup=False)
+    try:
+        summary = run_sweep(plan, folder, ConsoleProgress(console), fresh=fresh)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; the same command goes on from here", style="bold")
+        raise
+    console.print()
+    try:
+        show_report((folder,), None)
+    except ReportError as error:
+        raise click.ClickException(str(error)) from error
+    if summary.failures:
+        click.echo(f"{len(summary.failures)} of the runs failed; the same command tries them again", err=True)
+    return 1 if summary.failures else 0
+
+
+def _list_presets(console: "Console") -> None:
+    from rich.table import Table
+
+    from bench.sweepfile import presets, read_sweep
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("Preset", "Takes at most", "What it measures"):
+        table.add_column(heading)
+    for name, path in presets().items():
+        plan = read_sweep(path)
+        table.add_row(name, minutes(plan.most_minutes()), plan.description)
+    console.print(table)
+    console.print("\nredline sweep --preset NAME runs one, and --dry-run shows its runs; a file of your own: FILE.yaml")
+
+
+def _show_plan(console: "Console", plan: "SweepPlan", folder: Path) -> None:
+    """One block a run, since command lines are long."""
+    console.print(plan.title, style="bold", markup=False)
+    number = 0
+    for workload in plan.workloads:
+        for configuration in plan.configurations:
+            number += 1
+            console.print(f"\n{number}. {configuration.name} / {workload.name}", style="bold", markup=False)
+            console.print(f"   {configuration.shown(workload.max_tokens)}", markup=False, soft_wrap=True)
+            console.print(f"   {_how(workload)}; at most {minutes(workload.options.max_minutes)}", markup=False)
+    console.print(f"\n{number} runs, at most {minutes(plan.most_minutes())} with starting the servers")
+    console.print(f"results in {folder}", markup=False)
+
+
+def _how(workload: "SweepWorkload") -> str:
+    options = workload.options
+    if options.rates:
+        return f"{', '.join(f'{rate:g}' for rate in options.rates)} req/s"
+    ladder = ", then the ladder that all configurations share" if options.ladder else ""
+    return f"search to {options.precision:.0%}{ladder}"
+
+
+def minutes(value: float) -> str:
+    """Minutes in words: 45 s, 8 min, 3 h 20 min."""
+    if value < 1:
+        return f"{60 * value:.0f} s"
+    whole = round(value)
+    return f"{whole} min" if whole < 100 else f"{whole // 60} h {whole % 60:02d} min"

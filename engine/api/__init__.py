@@ -1,0 +1,1 @@
+"""The front-end process's HTTP side: OpenAI protocol, SSE, errors, metrics."""

@@ -1,0 +1,157 @@
+"""The HTTP face of an engine: routes, authorisation, errors."""
+
+import hmac
+from collections.abc import Awaitable, Callable
+from importlib import metadata
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from engine.api.chat import chat_completions
+from engine.api.completions import completions
+from engine.api.errors import ApiError
+from engine.api.metrics import make_registry
+from engine.api.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, parse
+from engine.api.state import ApiState
+from engine.errors import RedlineError, RequestError
+
+OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})  # answered without a key
+
+Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
+
+
+class RequireKey:
+    """Lets requests through that carry `Authorization: Bearer KEY`."""
+
+    def __init__(self, app: ASGIApp, key: str):
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                message = "this server needs its API key: Authorization: Bearer KEY"
+                refusal = ApiError(401, message, code="invalid_api_key").response()
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def create_app(state: ApiState) -> FastAPI:
+    """Build the application around a client of the core that is open."""
+    app = FastAPI(title="Redline", openapi_url=None)
+    registry = make_registry(state.client, state.model)
+    routes: list[tuple[str, str, Endpoint]] = [
+        ("GET", "/v1/models", models),
+        ("POST", "/v1/completions", completions),
+        ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/tokenize", tokenize),
+        ("POST", "/detokenize", detokenize),
+        ("POST", "/reset_prefix_cache", reset_prefix_cache),
+        ("GET", "/health", health),
+        ("GET", "/version", version),
+        ("GET", "/metrics", lambda _state, _request: metrics(registry)),
+    ]
+    for method, path, endpoint in routes:
+        app.add_api_route(path, bound(endpoint, state), methods=[method], response_class=Response)
+    app.add_exception_handler(ApiError, answer_error)
+    app.add_exception_handler(RedlineError, answer_error)
+    app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(Exception, answer_error)
+    if state.api_key:
+        app.add_middleware(RequireKey, key=state.api_key)
+    return app
+
+
+def bound(endpoint: Endpoint, state: ApiState) -> Callable[[Request], Awaitable[Response]]:
+    async def call(request: Request) -> Response:
+        return await endpoint(state, request)
+
+    return call
+
+
+async def answer_error(_request: Request, error: Exception) -> Response:
+    return ApiError.of(error).response()
+
+
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    message = f"{what} is no path of this server" if error.status_code == 404 else f"{what}: {error.detail}"
+    return ApiError(error.status_code, message).response()
+
+
+def answer(body: dict[str, Any], status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+async def models(state: ApiState, _request: Request) -> Response:
+    ready = state.client.ready
+    cards = [
+        {
+            "id": name,
+            "object": "model",
+            "created": state.created,
+            "owned_by": "redline",
+            "root": ready.model_path,
+            "parent": None,
+            "max_model_len": ready.max_model_len,
+            "vocab_size": ready.vocab_size,
+        }
+        for name in state.names
+    ]
+    return answer({"object": "list", "data": cards})
+
+
+async def health(state: ApiState, _request: Request) -> Response:
+    client = state.client
+    if client.dead is not None:
+        return answer({"status": "dead", "cause": client.dead}, 503)
+    core = client.stats.core
+    age = client.clock.now() - core.last_step_at if core.steps else None
+    return answer({"status": "ok", "running": core.running, "waiting": core.waiting, "last_step_age_s": age})
+
+
+async def version(_state: ApiState, _request: Request) -> Response:
+    return answer({"version": metadata.version("redline-llm")})
+
+
+async def metrics(registry: CollectorRegistry) -> Response:
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def tokenize(state: ApiState, request: Request) -> Response:
+    body = parse(await request.body(), TokenizeRequest)
+    state.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        conversation = ChatRequest(messages=body.messages).conversation()
+        text = state.tokenizer.render_chat(conversation, add_generation_prompt=body.add_generation_prompt)
+        ids = await state.encode(text, False)
+    else:
+        ids = await state.encode(body.prompt or "", body.add_special_tokens)
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        found["token_strs"] = [state.tokenizer.token_text(token) for token in ids]
+    return answer(found)
+
+
+async def detokenize(state: ApiState, request: Request) -> Response:
+    body = parse(await request.body(), DetokenizeRequest)
+    state.check_model(body.model)
+    last = state.client.ready.vocab_size - 1
+    for token in body.tokens:
+        if not 0 <= token <= last:
+            raise RequestError(f"{token} is no token of this model (0..{last})", "tokens")
+    return answer({"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+async def reset_prefix_cache(state: ApiState, _request: Request) -> Response:
+    return answer({"forgotten_blocks": await state.client.call("reset_prefix_cache")})

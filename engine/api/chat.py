@@ -1,0 +1,59 @@
+"""/v1/chat/completions: a conversation, continued."""
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from engine.api.completions import events
+from engine.api.protocol import ChatRequest, parse
+from engine.api.render import Chunks, chat_logprobs, new_head, usage
+from engine.api.sse import EventStream, until_disconnect
+from engine.api.state import ApiState
+from engine.frontend.streams import Whole, gather
+
+
+async def chat_completions(state: ApiState, request: Request) -> Response:
+    body = parse(await request.body(), ChatRequest)
+    state.check_model(body.model)
+    body.check()
+    # A chat without a limit goes on as long as it fits.
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    params = body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    text = state.tokenizer.render_chat(
+        body.conversation(),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        **(body.chat_template_kwargs or {}),
+    )
+    # The template has written all special tokens already.
+    prompt = await state.encode(text, False)
+    stream = state.client.add([prompt], params, cache_salt=body.cache_salt or "")
+    model = body.model or state.model
+    if body.stream:
+        chunks = Chunks(
+            stream,
+            state.tokenizer,
+            new_head("chatcmpl", "chat.completion.chunk", model),
+            chat=True,
+            include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
+            token_ids=bool(body.return_token_ids),
+        )
+        return EventStream(stream, events(stream, chunks))
+    outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
+    choices = [choice(state, index, output, body) for index, output in enumerate(outputs)]
+    spent = usage(stream, sum(len(output.token_ids) for output in outputs))
+    answer = new_head("chatcmpl", "chat.completion", model) | {"choices": choices, "usage": spent}
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def choice(state: ApiState, index: int, output: Whole, body: ChatRequest) -> dict[str, object]:
+    shown: dict[str, object] = {
+        "index": index,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "logprobs": chat_logprobs(state.tokenizer, output.logprobs) if body.logprobs else None,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    if body.return_token_ids:
+        shown["token_ids"] = output.token_ids
+    return shown

@@ -1,0 +1,71 @@
+"""/v1/completions: texts or token ids, continued."""
+
+from collections.abc import AsyncIterator
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from engine.api.protocol import CompletionRequest, parse
+from engine.api.render import Chunks, completion_logprobs, new_head, usage
+from engine.api.sse import EventStream, until_disconnect
+from engine.api.state import ApiState
+from engine.frontend.streams import RequestStream, Whole, gather
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def completions(state: ApiState, request: Request) -> Response:
+    body = parse(await request.body(), CompletionRequest)
+    state.check_model(body.model)
+    body.check()
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    params = body.sampling_params(max_tokens, body.logprobs)
+    special = body.add_special_tokens is not False
+    given = body.prompts()
+    prompts = [await state.encode(one, special) if isinstance(one, str) else one for one in given]
+    head = new_head("cmpl", "text_completion", body.model or state.model)
+    stream = state.client.add(prompts, params, cache_salt=body.cache_salt or "")
+
+    def echo(index: int) -> str:
+        one = given[index // params.n]
+        return one if isinstance(one, str) else state.tokenizer.decode(one)
+
+    if body.stream:
+        chunks = Chunks(
+            stream,
+            state.tokenizer,
+            head,
+            chat=False,
+            include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
+            token_ids=bool(body.return_token_ids),
+            echo=echo if body.echo else None,
+        )
+        return EventStream(stream, events(stream, chunks))
+    outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
+    choices = []
+    for index, output in enumerate(outputs):
+        text = echo(index) + output.text if body.echo else output.text
+        choices.append(choice(state, index, text, output, body))
+    spent = usage(stream, sum(len(output.token_ids) for output in outputs))
+    return Response(msgspec.json.encode(head | {"choices": choices, "usage": spent}), media_type="application/json")
+
+
+def choice(state: ApiState, index: int, text: str, output: Whole, body: CompletionRequest) -> dict[str, object]:
+    shown: dict[str, object] = {"index": index, "text": text, "logprobs": None, "finish_reason": output.finish_reason}
+    shown["stop_reason"] = output.stop_reason
+    if body.logprobs is not None:
+        shown["logprobs"] = completion_logprobs(state.tokenizer, output.logprobs, 0)[0]
+    if body.return_token_ids:
+        shown["token_ids"] = output.token_ids
+    return shown
+
+
+async def events(stream: RequestStream, chunks: Chunks) -> AsyncIterator[bytes]:
+    """All that is new since the last write, as one piece of bytes."""
+    async for deltas in stream:
+        yield chunks.render(deltas[0]) if len(deltas) == 1 else b"".join(map(chunks.render, deltas))
+    last = chunks.end()
+    if last:
+        yield last

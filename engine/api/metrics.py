@@ -1,0 +1,100 @@
+"""/metrics: the counters of front end and core under vLLM's names, so that its dashboards and clients work."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from engine.frontend.client import CoreClient
+from engine.frontend.stats import FrontEndStats, Histogram
+from engine.messages import Stats
+
+PREFIX = "vllm:"
+REASONS = ("stop", "length", "abort", "error")
+
+
+class EngineCollector(Collector):
+    """Reads the numbers when asked: nothing is kept twice."""
+
+    def __init__(self, client: CoreClient, model: str):
+        self._client = client
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._client.stats
+        yield from self._gauges(stats.core)
+        yield from self._counters(stats.core)
+        yield self._finished(stats)
+        yield from self._histograms(stats)
+        yield self._cache_info()
+
+    def _gauges(self, core: Stats) -> Iterator[Metric]:
+        for name, what, value in (
+            ("num_requests_running", "Requests that have a row.", core.running),
+            ("num_requests_waiting", "Requests that wait for a row.", core.waiting),
+            ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", core.kv_use),
+            ("gpu_cache_usage_perc", "The same under its older name.", core.kv_use),
+        ):
+            family = GaugeMetricFamily(PREFIX + name, what, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
+
+    def _counters(self, core: Stats) -> Iterator[Metric]:
+        for name, what, value in (
+            ("num_preemptions", "Preemptions.", core.preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", core.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", core.prefix_hits),
+            ("prompt_tokens", "Prompt tokens of admitted requests.", core.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", core.generation_tokens),
+            ("engine_steps", "Steps of the engine.", core.steps),
+        ):
+            family = CounterMetricFamily(PREFIX + name, what, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
+
+    def _finished(self, stats: FrontEndStats) -> Metric:
+        family = CounterMetricFamily(
+            PREFIX + "request_success", "Requests by the reason of their end.", labels=["model_name", "finished_reason"]
+        )
+        for reason in REASONS:
+            family.add_metric([self._model, reason], stats.finished[reason])
+        return family
+
+    def _histograms(self, stats: FrontEndStats) -> Iterator[Metric]:
+        for name, what, histogram in (
+            ("time_to_first_token_seconds", "From a request's arrival to its first token.", stats.ttft),
+            ("inter_token_latency_seconds", "Between two tokens of a request.", stats.itl),
+            ("time_per_output_token_seconds", "The same under its older name.", stats.itl),
+            ("e2e_request_latency_seconds", "From a request's arrival to its end.", stats.e2e),
+            ("request_queue_time_seconds", "From a request's arrival at the core to its row.", stats.queue),
+            ("request_prompt_tokens", "Prompt tokens of finished requests.", stats.prompt_tokens),
+            ("request_generation_tokens", "Output tokens of finished requests.", stats.generation_tokens),
+            ("iteration_tokens_total", "Tokens of a step.", stats.step_tokens),
+        ):
+            yield self._histogram(name, what, histogram)
+
+    def _histogram(self, name: str, what: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(PREFIX + name, what, labels=["model_name"])
+        family.add_metric([self._model], histogram.cumulative(), histogram.total)
+        return family
+
+    def _cache_info(self) -> Metric:
+        ready = self._client.ready
+        labels = {
+            "model_name": self._model,
+            "block_size": str(ready.block_size),
+            "num_gpu_blocks": str(ready.num_blocks),
+            "enable_prefix_caching": str(ready.prefix_caching),
+        }
+        family = GaugeMetricFamily(PREFIX + "cache_config_info", "The KV cache; always 1.", labels=list(labels))
+        family.add_metric(list(labels.values()), 1)
+        return family
+
+
+def make_registry(client: CoreClient, model: str) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(client, model))
+    ProcessCollector(registry=registry)
+    return registry

@@ -1,0 +1,42 @@
+"""What the endpoints share."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.api.errors import ApiError
+from engine.frontend.client import CoreClient
+from engine.frontend.tokenizer import Tokenizer
+
+# Longer texts are tokenised on a thread: the library lets go of the interpreter, and streams go on meanwhile.
+LONG_TEXT = 4096
+
+
+@dataclass
+class ApiState:
+    """One API server: its client of the core, and what it calls its model."""
+
+    client: CoreClient
+    names: tuple[str, ...]  # the first is shown, all are accepted
+    api_key: str | None = None
+    created: int = 0  # of the model card, seconds since 1970
+    model_info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        return self.names[0]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.client.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            known = ", ".join(map(repr, self.names))
+            message = f"the model {name!r} is not served here: this server has {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)

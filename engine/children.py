@@ -1,0 +1,109 @@
+"""Child processes: framed orders on stdin, how a child ended, and a child that never outlives its parent.
+
+stdin stays open as long as the parent lives, so that a child whose parent is gone ends too. Plain child processes
+instead of `multiprocessing`: a user's script needs no `__main__` guard.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, BinaryIO
+
+import msgspec
+
+import engine.errors
+from engine.errors import EngineDeadError, RedlineError
+
+
+class Failure(msgspec.Struct, tag="failure"):
+    """Why a child ended: the class of a RedlineError where it was one."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: RedlineError) -> "Failure":
+        return cls(type(error).__name__, str(error))
+
+    def error(self) -> RedlineError:
+        kind = getattr(engine.errors, self.kind, EngineDeadError)
+        result: RedlineError = kind(self.message)
+        return result
+
+
+# ----------------------------------------------------------------------------------------------------- in the parent
+
+
+def spawn(module: str, orders: msgspec.Struct, pass_fds: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+    """Start `python -m module` with its orders on stdin, which stays open."""
+    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, pass_fds=tuple(pass_fds))
+    assert child.stdin is not None
+    try:
+        child.stdin.write(framed(orders))
+        child.stdin.flush()
+    except BrokenPipeError:
+        pass  # it ended already: whoever waits for its report learns how
+    return child
+
+
+def how_it_ended(child: "subprocess.Popen[bytes]", advice_if_killed: str) -> str:
+    """The end of a sentence about a child that has ended."""
+    code = child.returncode
+    if code is None or code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = f"; if the system ran out of memory, {advice_if_killed}" if -code == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
+
+
+# ------------------------------------------------------------------------------------------------------ in the child
+
+
+def leave_signals_to_parent() -> None:
+    """A Ctrl-C reaches the whole terminal group; the parent decides when its children end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _ignore)
+
+
+def end_with_parent() -> None:
+    """Watch stdin, once the orders were read: it ends when the parent does, however it did."""
+    threading.Thread(target=_wait_for_end, name="parent-watch", daemon=True).start()
+
+
+def settle() -> None:
+    """What was made while starting lives for ever: keep it out of every later collection."""
+    import gc
+
+    gc.collect()
+    gc.freeze()
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
+def _wait_for_end() -> None:
+    while os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin: its lock would be held at exit
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ----------------------------------------------------------------------------------------------------------- frames
+
+
+def framed(message: Any) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(8, "little") + data
+
+
+def read_framed(stream: BinaryIO, decoder: "msgspec.msgpack.Decoder[Any]") -> Any:
+    """The next message; None once the other end has closed."""
+    try:
+        head = stream.read(8)
+        return decoder.decode(stream.read(int.from_bytes(head, "little"))) if len(head) == 8 else None
+    except ValueError:  # the stream was closed here while it was waited for
+        return None

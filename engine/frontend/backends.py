@@ -1,0 +1,164 @@
+"""What turns text into token ids and back: three ways behind one protocol.
+
+Most tokenizers concatenate: the bytes of a text are the bytes of its tokens, one after the other. Those give `piece`,
+and detokenising is then a table look-up a token. The rest give None and are decoded by windows.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import decoders
+
+from engine.errors import ModelError
+
+
+class Backend(Protocol):
+    vocab_size: int
+    concatenates: bool  # whether `piece` has an answer for every id
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, empty for an id that means nothing; only where `concatenates`."""
+        ...
+
+    def id_of(self, token: str) -> int | None: ...
+
+    def special_ids(self) -> frozenset[int]: ...
+
+
+class FastBackend:
+    """A tokenizer.json, run by the tokenizers library."""
+
+    def __init__(self, library: LibraryTokenizer, add_bos: tuple[bool, int] | None = None):
+        """`add_bos` (wanted?, id) overrules what the file itself does about a begin-of-sequence token."""
+        library.no_truncation()
+        library.no_padding()
+        self._library = library
+        self.vocab_size = library.get_vocab_size(with_added_tokens=True)
+        self.concatenates = isinstance(library.decoder, decoders.ByteLevel)
+        self._bytes_of_character = {character: byte for byte, character in enumerate(byte_characters())}
+        self._add_bos = add_bos
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._add_bos is not None:
+            wanted, bos = self._add_bos
+            present = ids[:1] == [bos]
+            if wanted and not present:
+                ids.insert(0, bos)
+            elif present and not wanted and self._library.encode("", add_special_tokens=True).ids[:1] == [bos]:
+                del ids[0]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text: str = self._library.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def piece(self, token: int) -> bytes:
+        written: str | None = self._library.id_to_token(token)
+        if written is None:
+            return b""
+        try:
+            return bytes([self._bytes_of_character[character] for character in written])
+        except KeyError:  # an added token written in plain text
+            return written.encode()
+
+    def id_of(self, token: str) -> int | None:
+        found: int | None = self._library.token_to_id(token)
+        return found
+
+    def special_ids(self) -> frozenset[int]:
+        added = self._library.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
+
+
+class SlowBackend:
+    """A tokenizer that only transformers can run (no tokenizer.json can be made of it)."""
+
+    concatenates = False
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def piece(self, token: int) -> bytes:
+        raise NotImplementedError("this tokenizer does not concatenate")
+
+    def id_of(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.convert_tokens_to_ids(token)
+        return found
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.all_special_ids)
+
+
+class StandInBackend:
+    """For weights without a tokenizer: text becomes its UTF-8 bytes, and every id has a text of its own.
+
+    ASCII ids read as their character, all others as `<id>`, so that random weights write something for each token.
+    """
+
+    concatenates = True
+    written = re.compile(r"<(\d+)>|.", re.DOTALL)
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:  # noqa: ARG002
+        ids: list[int] = []
+        for match in self.written.finditer(text):
+            number = match.group(1)
+            if number is not None and 128 <= int(number) < self.vocab_size:
+                ids.append(int(number))
+            else:
+                ids += [min(byte, self.vocab_size - 1) for byte in match.group().encode()]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
+        return b"".join(map(self.piece, ids)).decode()
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if 0 <= token < 128 else b"<%d>" % token
+
+    def id_of(self, token: str) -> int | None:  # noqa: ARG002
+        return None
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset()
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself if it prints, else one from 256 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printing else next(others)) for byte in range(256)]
+
+
+def load_with_transformers(folder: Path) -> tuple[Backend, dict[str, Any]]:
+    """Load what has no tokenizer.json, with its settings as a tokenizer_config.json would hold them.
+
+    The only way here that imports transformers; ModelError if it can't read the files either.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # whatever a broken file makes it raise
+        raise ModelError(f"no tokenizer can be read from {folder} ({error}); --tokenizer names another") from error
+    library = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
+    settings = dict(tokenizer.special_tokens_map) | {"chat_template": getattr(tokenizer, "chat_template", None)}
+    return FastBackend(library) if isinstance(library, LibraryTokenizer) else SlowBackend(tokenizer), settings

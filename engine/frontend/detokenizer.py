@@ -1,0 +1,147 @@
+"""From token ids to text, token by token: whole characters only, and stop strings found across token borders."""
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from engine.frontend.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+# A character of UTF-8 has at most four bytes: what still ends in U+FFFD after this many tokens never becomes one.
+LONGEST_CHARACTER = 8
+
+
+class Decoder(Protocol):
+    """Turns ids into text; `push` may hold back what isn't a whole character yet, `finish` gives the rest."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class PieceDecoder:
+    """For tokenizers whose text is the concatenation of their tokens' bytes."""
+
+    __slots__ = ("_decode", "_pieces", "_skip")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+        self._pieces = tokenizer.piece
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def push(self, ids: Sequence[int]) -> str:
+        skip, piece = self._skip, self._pieces
+        return self._decode(b"".join([piece(token) for token in ids if token not in skip]))
+
+    def finish(self) -> str:
+        return self._decode(b"", True)
+
+
+class WindowDecoder:
+    """For any other tokenizer: decodes a window of the last tokens and keeps what is new.
+
+    Some decoders treat the first token of a text differently, so the window starts with the end of the prompt.
+    """
+
+    __slots__ = ("_begin", "_ids", "_read", "_skip", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_tail: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids = list(prompt_tail)
+        self._begin = 0
+        self._read = len(self._ids)
+
+    def push(self, ids: Sequence[int]) -> str:
+        text = ""
+        for token in ids:
+            self._ids.append(token)
+            text += self._take(len(self._ids) - self._read > LONGEST_CHARACTER)
+        return text
+
+    def finish(self) -> str:
+        return self._take(True)
+
+    def _take(self, whatever: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._begin : self._read], self._skip)
+        now = self._tokenizer.decode(self._ids[self._begin :], self._skip)
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not whatever):
+            return ""
+        self._begin, self._read = self._read, len(self._ids)
+        if self._begin > 64:
+            del self._ids[: self._begin]
+            self._read -= self._begin
+            self._begin = 0
+        return now[len(before) :]
+
+
+class StopStrings:
+    """Finds the first of several strings in a text that arrives in pieces; holds back what may become one."""
+
+    __slots__ = ("_held", "_include", "_keep", "_stops")
+
+    def __init__(self, stops: Sequence[str], include: bool):
+        self._stops = tuple(stops)
+        self._include = include
+        self._keep = max(map(len, self._stops)) - 1
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Take more text; gives what may be shown, and the stop string if one is complete."""
+        text = self._held + text
+        # The one that ends first wins, and of those the longest: so the answer doesn't depend on where the pieces end.
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            end, at, stop = min(ends)
+            self._held = ""
+            return text[: end if self._include else at], stop
+        keep = self._open_end(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _open_end(self, text: str) -> int:
+        """The length of the longest end of the text that begins a stop string."""
+        for length in range(min(self._keep, len(text)), 0, -1):
+            end = text[len(text) - length :]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+class Detokenizer:
+    """The text of one request's output."""
+
+    __slots__ = ("_decoder", "_stops")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ):
+        self._decoder: Decoder = (
+            PieceDecoder(tokenizer, skip_special_tokens)
+            if tokenizer.concatenates
+            else WindowDecoder(tokenizer, skip_special_tokens, list(prompt[-LONGEST_CHARACTER:]))
+        )
+        self._stops = StopStrings(stop, include_stop) if stop else None
+
+    def push(self, token: int) -> tuple[str, str | None]:
+        """Take one token; gives the text that may be shown now, and the stop string if it completed one."""
+        text = self._decoder.push((token,))
+        return (text, None) if self._stops is None else self._stops.push(text)
+
+    def finish(self) -> str:
+        """The text held back when the output ended otherwise."""
+        text = self._decoder.finish()
+        if self._stops is None:
+            return text
+        shown, stop = self._stops.push(text)
+        return shown if stop is not None else shown + self._stops.finish()

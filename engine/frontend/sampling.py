@@ -1,0 +1,133 @@
+"""SamplingParams: what a user may ask of one request, checked, and turned into messages for the core."""
+
+import math
+from typing import Any
+
+import msgspec
+
+from engine.errors import RequestError
+from engine.frontend.tokenizer import Tokenizer
+from engine.messages import AddRequest, Sampling, column
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 64
+SEED_MASK = (1 << 64) - 1
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
+    """How to continue one prompt.
+
+    n: independent outputs · temperature: 0 is greedy · top_p, min_p: 0 to 1 · top_k: 0 or -1 is no limit · seed: any
+    integer; None draws one · max_tokens: None is as many as fit · min_tokens: end-of-sequence and stop ids can't come
+    before · stop: strings that end the text, left out of it unless include_stop_str_in_output · stop_token_ids: ids
+    that end it · ignore_eos: end-of-sequence ids don't · logprobs: for each token, so many of the likeliest beside the
+    sampled one · penalties as usual · logit_bias: id to an addend. Fields that can't hold raise RequestError.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in RANGES:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise RequestError(f"{name} must lie in {describe(low, high)}, not {value!r}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens: {self.max_tokens}", "min_tokens"
+            )
+        stops = self.stops
+        if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+            raise RequestError(f"stop must hold at most {MAX_STOPS} strings, none of them empty", "stop")
+        for token, bias in (self.logit_bias or {}).items():
+            if not -100 <= bias <= 100:
+                raise RequestError(f"logit_bias must lie in -100..100, not {bias!r} (of token {token})", "logit_bias")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise RequestError for token ids the model doesn't have."""
+        for name, ids in (("stop_token_ids", self.stop_token_ids or ()), ("logit_bias", self.logit_bias or ())):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise RequestError(f"{name}: {token} is no token of this model (0..{vocab_size - 1})", name)
+
+
+# name, smallest, largest
+RANGES: tuple[tuple[str, float, float], ...] = (
+    ("n", 1, 128),
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("top_k", -1, 2**31 - 1),
+    ("min_p", 0, 1),
+    ("seed", -(2**63), 2**64 - 1),
+    ("max_tokens", 1, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 1e-3, 100),
+)
+
+
+def describe(low: float, high: float) -> str:
+    return f"{low:g}..{high:g}" if not math.isinf(high) else f"{low:g} or more"
+
+
+def make_request(
+    handle: int,
+    prompt: list[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    seed: int,
+    room: int,
+    **extra: Any,
+) -> AddRequest:
+    """Build the core's message for one output; `room` is how many tokens fit behind the prompt."""
+    end_ids = () if params.ignore_eos else tokenizer.eos_ids
+    stop_ids = tuple(dict.fromkeys((*end_ids, *(params.stop_token_ids or ()))))
+    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    min_tokens = min(params.min_tokens, max_tokens)
+    sampling = Sampling(
+        temperature=float(params.temperature),
+        top_p=float(params.top_p),
+        top_k=max(params.top_k, 0),
+        min_p=float(params.min_p),
+        seed=seed & SEED_MASK,
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        min_tokens=min_tokens,
+        stop_ids=stop_ids if min_tokens else (),
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        repetition_penalty=float(params.repetition_penalty),
+        logit_bias=tuple((int(token), float(bias)) for token, bias in (params.logit_bias or {}).items()),
+    )
+    return AddRequest(
+        handle=handle,
+        prompt=column(prompt),
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        min_tokens=min_tokens,
+        **extra,
+    )

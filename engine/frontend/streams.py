@@ -1,0 +1,209 @@
+"""What one call of a user gets back: outputs that arrive in deltas, merged for a reader that is slow."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.sampling import SamplingParams
+from engine.messages import FinishReason
+
+if TYPE_CHECKING:
+    from engine.frontend.tokenizer import Tokenizer
+
+REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+    FinishReason.ERROR: "error",
+}
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
+    """The logprob of a sampled token, its rank (1 is the likeliest), and the likeliest (id, logprob) in order."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class Delta(msgspec.Struct, gc=False):
+    """What is new of one output since it was last read."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Closer(Protocol):
+    def abort(self, stream: "RequestStream") -> None: ...
+
+
+class Output:
+    """One output under way: the front end's side of a request of the core."""
+
+    __slots__ = (
+        "count",
+        "delta",
+        "detokenizer",
+        "first_at",
+        "handle",
+        "include_stop",
+        "index",
+        "last_at",
+        "prompt",
+        "stream",
+        "top",
+        "user_stop_ids",
+        "user_stops",
+    )
+
+    def __init__(self, handle: int, index: int, prompt: int, stream: "RequestStream", tokenizer: "Tokenizer"):
+        params = stream.params
+        self.handle = handle
+        self.index = index
+        self.prompt = prompt  # which of the stream's prompts
+        self.stream = stream
+        self.count = 0
+        self.first_at = self.last_at = 0.0
+        self.delta: Delta | None = None
+        self.include_stop = params.include_stop_str_in_output
+        self.top = params.logprobs  # so many alternatives a token; None: no logprobs
+        self.user_stop_ids = frozenset(params.stop_token_ids or ())
+        self.user_stops = params.stops
+        self.detokenizer = Detokenizer(
+            tokenizer,
+            stream.prompts[prompt],
+            stop=self.user_stops,
+            include_stop=self.include_stop,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+
+    def add(self, token: int, text: str, logprob: TokenLogprob | None) -> None:
+        """Put a token into the slot that the reader empties."""
+        self.count += 1
+        delta = self.delta
+        if delta is None:
+            delta = self.delta = Delta(self.index, text, [token])
+            self.stream.offer(self)
+        else:
+            delta.text += text
+            delta.token_ids.append(token)
+        if logprob is not None:
+            if delta.logprobs is None:
+                delta.logprobs = []
+            delta.logprobs.append(logprob)
+
+    def finish(self, reason: str, stop_reason: int | str | None, text: str) -> None:
+        if self.delta is None:
+            self.delta = Delta(self.index, "", [])
+            self.stream.offer(self)
+        self.delta.text += text
+        self.delta.finish_reason = reason
+        self.delta.stop_reason = stop_reason
+
+
+class RequestStream:
+    """The outputs of one call (prompts × n), as an async iterator of lists of deltas.
+
+    Output `index` belongs to prompt `index // n`. Raises EngineDeadError when the engine is gone and RequestError when
+    the core refuses an output. `close()` ends what still runs; `async with` does so on the way out.
+    """
+
+    def __init__(self, prompts: Sequence[list[int]], params: SamplingParams, client: Closer, arrived: float):
+        self.prompts = prompts
+        self.params = params
+        self.arrived = arrived
+        self.cached_tokens = [0] * len(prompts)
+        self.live: dict[int, Output] = {}  # by handle
+        self._client = client
+        self._ready: list[Output] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    def offer(self, output: Output) -> None:
+        """An output has a delta."""
+        self._ready.append(output)
+        self.wake()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self.wake()
+
+    def wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> list[Delta]:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if not self.live:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        deltas: list[Delta] = []
+        for output in self._ready:
+            if output.delta is not None:
+                deltas.append(output.delta)
+                output.delta = None
+        self._ready.clear()
+        return deltas
+
+    def close(self) -> None:
+        if self.live:
+            self._client.abort(self)
+
+    async def __aenter__(self) -> "RequestStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+class Whole:
+    """One output, put together from its deltas."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or ()
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+async def gather(stream: RequestStream) -> list[Whole]:
+    """Read a stream to its end."""
+    outputs = [Whole() for _ in range(len(stream.prompts) * stream.params.n)]
+    async for deltas in stream:
+        for delta in deltas:
+            outputs[delta.index].add(delta)
+    return outputs

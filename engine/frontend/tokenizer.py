@@ -1,0 +1,138 @@
+"""The tokenizer of a model: encode, decode, chat template and the ids that end a text."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from engine.errors import ModelError, RequestError
+from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_with_transformers
+from engine.frontend.chat_template import ChatTemplate, read_template
+
+# Files of which one suffices for transformers to build a tokenizer where no tokenizer.json lies.
+OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "spm.model")
+
+
+class Tokenizer:
+    """One model's tokenizer; safe to use from several threads."""
+
+    def __init__(self, backend: Backend, *, eos_ids: Iterable[int] = (), template: ChatTemplate | None = None):
+        self.backend = backend
+        self.vocab_size = backend.vocab_size
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.special_ids = backend.special_ids()
+        self.template = template
+        self._pieces: dict[int, bytes] = {}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.backend.encode(text, add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(ids, skip_special_tokens)
+
+    @property
+    def concatenates(self) -> bool:
+        return self.backend.concatenates
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, remembered; only where `concatenates`."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self.backend.piece(token)
+        return found
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for, as far as it has any of its own."""
+        return self.piece(token) if self.concatenates else self.backend.decode([token], False).encode()
+
+    def token_text(self, token: int) -> str:
+        """One token as text, for logprobs; bytes that are no character alone read as U+FFFD."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
+        """Write a conversation as a prompt; RequestError if the model has no template or it refuses."""
+        if self.template is None:
+            raise RequestError("the model has no chat template: use /v1/completions", "messages")
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+
+    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        """As `render_chat`, in token ids."""
+        # The template writes the begin-of-sequence token itself where the model wants one.
+        return self.encode(self.render_chat(messages, **options), False)
+
+
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> tuple[Tokenizer, list[str]]:
+    """Load the tokenizer of a model folder, or the one beside a config.json.
+
+    `vocab_size` is the model's: with it, a folder without any tokenizer file gets a stand-in. Returns the tokenizer and
+    warnings for the user. ModelError if there is none or it can't be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    settings = read_json(folder / "tokenizer_config.json")
+    warnings: list[str] = []
+    backend: Backend
+    if (folder / "tokenizer.json").is_file():
+        backend = load_fast(folder / "tokenizer.json", settings)
+    elif any((folder / name).is_file() for name in OTHER_TOKENIZER_FILES):
+        backend, found = load_with_transformers(folder)
+        settings = found | settings
+    elif vocab_size is not None:
+        backend = StandInBackend(vocab_size)
+        warnings.append(f"{folder} has no tokenizer: text is read as bytes, each token id written as a text of its own")
+    else:
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json); --tokenizer names another folder")
+    named = special_tokens(settings)
+    own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
+    eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
+    known = [token for token in eos if vocab_size is None or token < vocab_size]
+    source = read_template(folder, settings)
+    template = None
+    try:
+        template = ChatTemplate(source, named) if source is not None else None
+    except TemplateError as error:
+        warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are refused")
+    return Tokenizer(backend, eos_ids=known, template=template), warnings
+
+
+def load_fast(file: Path, settings: dict[str, Any]) -> FastBackend:
+    try:
+        library = LibraryTokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{file} can't be read: {error}") from error
+    bos = special_tokens(settings).get("bos_token")
+    bos_id = library.token_to_id(bos) if bos is not None else None
+    wanted = settings.get("add_bos_token")
+    return FastBackend(library, (wanted, bos_id) if isinstance(wanted, bool) and bos_id is not None else None)
+
+
+def declared_eos_ids(folder: Path) -> list[int]:
+    """End-of-sequence ids of generation_config.json, or else of config.json; either may hold one or a list."""
+    config = read_json(folder / "config.json")
+    for source in (read_json(folder / "generation_config.json"), config, config.get("text_config") or {}):
+        found = source.get("eos_token_id")
+        if found is not None:
+            return [int(token) for token in (found if isinstance(found, list) else [found])]
+    return []
+
+
+def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The named special tokens, e.g. `eos_token`, as text; files hold a string or an object with `content`."""
+    named: dict[str, str] = {}
+    for name, value in settings.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            named[name] = content
+    return named
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is no JSON: {error}") from error
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,100 @@
+"""How messages travel between a front end and the core: ZeroMQ between processes, plain calls within one."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import zmq
+
+from engine.messages import ToCore, encode
+
+# So many messages are taken in one go before other tasks of the loop get their turn.
+BURST = 64
+
+
+class Transport(Protocol):
+    """Carries a front end's messages to the core, and the core's (encoded) back."""
+
+    def open(self, deliver: Callable[[bytes], None]) -> None:
+        """Start to deliver; called once, inside the running event loop."""
+        ...
+
+    def send(self, message: ToCore) -> None:
+        """Hand over a message without waiting."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ZmqTransport:
+    """ZeroMQ sockets served by the event loop that `open` runs in."""
+
+    def __init__(self, to_core: str, from_core: str):
+        self._context = zmq.Context()
+        self._inbound = self._context.socket(zmq.PULL)
+        self._inbound.set_hwm(0)
+        self._inbound.bind(from_core)
+        self._descriptor = int(self._inbound.getsockopt(zmq.FD))
+        self._outbound = self._context.socket(zmq.PUSH)
+        self._outbound.set_hwm(0)
+        self._outbound.setsockopt(zmq.LINGER, 0)
+        self._outbound.connect(to_core)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deliver: Callable[[bytes], None] = _drop
+
+    def open(self, deliver: Callable[[bytes], None]) -> None:
+        self._deliver = deliver
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._descriptor, self._read)
+        self._read()
+
+    def send(self, message: ToCore) -> None:
+        self._outbound.send(encode(message), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        if self._inbound.closed:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._descriptor)
+        self._inbound.close()
+        self._outbound.close()
+        self._context.term()
+
+    def _read(self) -> None:
+        if self._inbound.closed:
+            return
+        for _ in range(BURST):
+            try:
+                data = self._inbound.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._deliver(data)
+        # The descriptor tells of changes only: what is left must be asked for.
+        assert self._loop is not None
+        self._loop.call_soon(self._read)
+
+
+class InlineTransport:
+    """For a core in the same thread: `receive` takes encoded messages, and the core sends through `from_core`."""
+
+    def __init__(self, receive: Callable[[bytes], None] | None = None):
+        self.receive = receive
+        self._deliver: Callable[[bytes], None] = _drop
+
+    def open(self, deliver: Callable[[bytes], None]) -> None:
+        self._deliver = deliver
+
+    def send(self, message: ToCore) -> None:
+        assert self.receive is not None, "no core was attached"
+        self.receive(encode(message))
+
+    def from_core(self, _front_end: int, data: bytes) -> None:
+        """The core's `send`."""
+        self._deliver(data)
+
+    def close(self) -> None:
+        self._deliver = _drop
+
+
+def _drop(_data: bytes) -> None:
+    """Before `open` and after `close` nobody listens."""

@@ -1,0 +1,266 @@
+"""Paged attention over a ragged batch, in plain torch: the reference, and the CPU's path until it has its own kernels.
+
+A layer's keys and values lie in blocks `[blocks, kv heads, block, head dim]`, so that one head's part of one block is a
+contiguous run and a gather by block table needs no transpose. Rows that compute one token are batched by length; a
+chunk of several tokens is computed alone, in tiles of queries, each against just the keys that it can see.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Int64s = NDArray[np.int64]
+
+TILE = 64  # queries of a chunk at a time: keeps the scores of a few thousand keys in the caches
+GROUP_BYTES = 16 << 20  # of gathered keys or values: bounds the workspace of a batch of single tokens
+WORST_FILL = 0.75  # shortest to longest row of a group, in blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Rows laid end to end: row i computes `counts[i]` tokens after `computed[i]`, from token `starts[i]` of the batch.
+
+    tables: int32[rows, blocks], a row's blocks in order; entries past its length are never followed.
+    """
+
+    starts: Int64s
+    counts: Int64s
+    computed: Int64s
+    tables: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Shape of a layer's cache."""
+
+    block_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class SingleTokens:
+    """Rows of one token and about one length, attended in one batch."""
+
+    tokens: Tensor  # int64[rows], in the batch
+    index: Tensor  # int64[rows * kv heads * blocks], runs of the cache
+    bias: Tensor  # [rows, 1, 1, keys], 0 or -inf
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries first..last of a chunk against keys low..high of its gathered ones."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+    lower: Tensor | None  # bias [queries, 1, edge] of the first keys: those that left the window
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One row's tokens, several at once."""
+
+    start: int  # in the batch
+    index: Tensor  # int64[kv heads * blocks]
+    blocks: int
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a step's attention needs besides tensors of a layer; made once for each window size of the model."""
+
+    layout: Layout
+    singles: list[SingleTokens] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class Workspace:
+    """Two buffers that grow to the largest gather, so that a step allocates no large tensors."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._flat = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
+
+    def take(self, which: int, runs: int, width: int) -> Tensor:
+        if self._flat[which].numel() < runs * width:
+            self._flat[which] = torch.empty(runs * width, dtype=self._flat[which].dtype)
+        return self._flat[which][: runs * width].view(runs, width)
+
+
+def write_index(tables: NDArray[np.int32], rows: Int64s, positions: Int64s, layout: Layout) -> Tensor:
+    """Where the tokens' keys and values go: int64[tokens * kv heads] into the cache seen as `[-1, head dim]`.
+
+    rows: int64[tokens], the row of `tables` each token belongs to.
+    """
+    block = tables[rows, positions // layout.block_size].astype(np.int64)
+    heads = np.arange(layout.kv_heads)
+    slots = (block[:, None] * layout.kv_heads + heads) * layout.block_size + (positions % layout.block_size)[:, None]
+    return torch.from_numpy(slots.reshape(-1))
+
+
+def write(cache: Tensor, index: Tensor, values: Tensor) -> None:
+    """Store values [tokens, kv heads, head dim] in a layer's cache."""
+    cache.view(-1, cache.shape[-1]).index_copy_(0, index, values.reshape(-1, cache.shape[-1]))
+
+
+def make_plan(ragged: Ragged, layout: Layout, window: int | None = None) -> Plan:
+    """Group the rows for attention over the last `window` tokens, or all."""
+    plan = Plan(layout)
+    single = ragged.counts == 1
+    if single.any():
+        plan.singles = _group_singles(ragged, np.flatnonzero(single), layout, window)
+    for i in np.flatnonzero(~single).tolist():
+        plan.chunks.append(_make_chunk(ragged, i, layout, window))
+    return plan
+
+
+def _group_singles(ragged: Ragged, which: Int64s, layout: Layout, window: int | None) -> list[SingleTokens]:
+    positions = ragged.computed[which]
+    lowest = np.zeros_like(positions) if window is None else np.maximum(positions - window + 1, 0)
+    first_block = lowest // layout.block_size
+    lengths = positions // layout.block_size - first_block + 1
+    order = np.argsort(-lengths, kind="stable")
+    descending = -lengths[order]
+    run_bytes = layout.kv_heads * layout.block_size * layout.head_dim * layout.dtype.itemsize
+    groups, at = [], 0
+    while at < len(order):
+        longest = int(-descending[at])
+        shortest = min(longest - 2, math.ceil(longest * WORST_FILL))
+        end = int(np.searchsorted(descending, -shortest, side="right"))
+        end = min(end, at + max(1, GROUP_BYTES // (longest * run_bytes)))
+        chosen = order[at:end]
+        at = end
+        columns = first_block[chosen, None] + np.arange(longest)
+        in_use = columns <= (positions[chosen] // layout.block_size)[:, None]
+        columns = np.minimum(columns, ragged.tables.shape[1] - 1)
+        blocks = np.where(in_use, ragged.tables[which[chosen, None], columns], 0).astype(np.int64)
+        heads = np.arange(layout.kv_heads)[:, None]
+        index = blocks[:, None, :] * layout.kv_heads + heads
+        keys = first_block[chosen, None] * layout.block_size + np.arange(longest * layout.block_size)
+        seen = (keys <= positions[chosen, None]) & (keys >= lowest[chosen, None])
+        bias = torch.zeros(seen.shape, dtype=layout.dtype).masked_fill_(torch.from_numpy(~seen), -math.inf)
+        groups.append(
+            SingleTokens(
+                torch.from_numpy(ragged.starts[which[chosen]]),
+                torch.from_numpy(index.reshape(-1)),
+                bias[:, None, None, :],
+                longest,
+            )
+        )
+    return groups
+
+
+def _make_chunk(ragged: Ragged, i: int, layout: Layout, window: int | None) -> Chunk:
+    computed, count = int(ragged.computed[i]), int(ragged.counts[i])
+    lowest = 0 if window is None else max(computed - window + 1, 0)
+    first_block = lowest // layout.block_size
+    last_block = (computed + count - 1) // layout.block_size
+    blocks = ragged.tables[i, first_block : last_block + 1].astype(np.int64)
+    index = blocks[None, :] * layout.kv_heads + np.arange(layout.kv_heads)[:, None]
+    offset = first_block * layout.block_size
+    tiles = []
+    for first in range(0, count, TILE):
+        last = min(first + TILE, count)
+        low, lower = 0, None
+        if window is not None:
+            low = max(computed + first - window + 1, 0)
+            hidden = computed + np.arange(first, last) - window + 1 - low  # keys of the tile that each query lost
+            edge = int(hidden[-1])
+            if edge > 0:
+                lost = np.arange(edge) < hidden[:, None]
+                lower = torch.zeros(lost.shape, dtype=layout.dtype).masked_fill_(torch.from_numpy(lost), -math.inf)
+                lower = lower[:, None, :]
+        tiles.append(Tile(first, last, max(low - offset, 0), computed + last - offset, lower))
+    return Chunk(int(ragged.starts[i]), torch.from_numpy(index.reshape(-1)), len(blocks), tuple(tiles))
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer turns products of queries and keys into weights."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [heads]: a score that each head can spend on no key at all
+
+    def products(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Scaled and capped scores of query [batch, queries, dim] and keys [batch, dim, keys].
+
+        The product scales its result before it rounds it to the dtype.
+        """
+        unread = query.new_empty(1, 1, 1).expand(query.shape[0], query.shape[1], keys.shape[2])
+        scores = torch.baddbmm(unread, query, keys, beta=0, alpha=self.scaling)
+        if self.softcap is None:
+            return scores
+        return scores.float().div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def weigh(self, scores: Tensor, sink_shape: tuple[int, ...]) -> Tensor:
+        if self.sinks is None:
+            return torch.softmax(scores, -1)
+        sinks = self.sinks.float().view(sink_shape).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat((scores.float(), sinks), -1), -1)[..., :-1]
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, plan: Plan, scores: Scores, workspace: Workspace) -> Tensor:
+    """Attention of query [tokens, heads, head dim] over the cache; the step's own tokens are written already.
+
+    keys, values: [blocks, kv heads, block, head dim]. Returns [tokens, heads, head dim].
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for single in plan.singles:
+        _attend_single(query, keys, values, single, scores, workspace, out)
+    for chunk in plan.chunks:
+        _attend_chunk(query, keys, values, chunk, scores, workspace, out)
+    return out
+
+
+def _gather(cache: Tensor, index: Tensor, workspace: Workspace, which: int) -> Tensor:
+    runs = cache.view(-1, cache.shape[2] * cache.shape[3])
+    return torch.index_select(runs, 0, index, out=workspace.take(which, len(index), runs.shape[1]))
+
+
+def _attend_single(
+    query: Tensor, keys: Tensor, values: Tensor, group: SingleTokens, scores: Scores, workspace: Workspace, out: Tensor
+) -> None:
+    _, kv_heads, block_size, dim = keys.shape
+    rows, length = len(group.tokens), group.blocks * block_size
+    q = query.index_select(0, group.tokens).view(rows * kv_heads, -1, dim)
+    k = _gather(keys, group.index, workspace, 0).view(rows * kv_heads, length, dim)
+    v = _gather(values, group.index, workspace, 1).view(rows * kv_heads, length, dim)
+    s = scores.products(q, k.transpose(-1, -2)).view(rows, kv_heads, -1, length).add_(group.bias)
+    p = scores.weigh(s, (1, kv_heads, -1, 1)).to(v.dtype).view(rows * kv_heads, -1, length)
+    out.index_copy_(0, group.tokens, torch.bmm(p, v).view(rows, -1, dim))
+
+
+def _attend_chunk(
+    query: Tensor, keys: Tensor, values: Tensor, chunk: Chunk, scores: Scores, workspace: Workspace, out: Tensor
+) -> None:
+    _, kv_heads, block_size, dim = keys.shape
+    length = chunk.blocks * block_size
+    k = _gather(keys, chunk.index, workspace, 0).view(kv_heads, length, dim).transpose(-1, -2)
+    v = _gather(values, chunk.index, workspace, 1).view(kv_heads, length, dim)
+    for tile in chunk.tiles:
+        count, size = tile.last - tile.first, tile.high - tile.low
+        rows = slice(chunk.start + tile.first, chunk.start + tile.last)
+        q = query[rows].view(count, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
+        s = scores.products(q, k[:, :, tile.low : tile.high]).view(kv_heads, count, -1, size)
+        s[..., size - count :].add_(_future(count, v.dtype))
+        if tile.lower is not None:
+            s[..., : tile.lower.shape[-1]].add_(tile.lower)
+        p = scores.weigh(s, (kv_heads, 1, -1, 1)).to(v.dtype).view(kv_heads, -1, size)
+        mixed = torch.bmm(p, v[:, tile.low : tile.high]).view(kv_heads, count, -1, dim)
+        out[rows].view(count, kv_heads, -1, dim).copy_(mixed.transpose(0, 1))
+
+
+@functools.cache
+def _future(count: int, dtype: torch.dtype) -> Tensor:
+    """Bias [count, 1, count] that hides from each of a tile's queries the keys after its own."""
+    return torch.full((count, count), -math.inf, dtype=dtype).triu_(1)[:, None, :]

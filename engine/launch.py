@@ -1,0 +1,221 @@
+"""Builds the processes of an engine and owns their start and end.
+
+The EngineCore is a child that gets its orders on stdin (one msgpack map) and reports on a pipe: Ready, or the error
+that ended it (see `engine.children`).
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from engine import children
+from engine.children import Failure, framed, read_framed
+from engine.clock import MonotonicClock
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, RedlineError
+from engine.messages import Ready, Shutdown, encode
+
+if TYPE_CHECKING:
+    from engine.core.server import CoreServer
+
+STOP_GRACE_S = 5.0  # beyond the drain, before the child is ended by force
+PROBE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """ZeroMQ addresses: the core binds `to_core`, front end i binds `from_core[i]`, the other side connects."""
+
+    to_core: str
+    from_core: tuple[str, ...]
+
+
+class _Orders(msgspec.Struct):
+    config: dict[str, Any]
+    to_core: str
+    from_core: tuple[str, ...]
+    report_fd: int
+
+
+class _Up(msgspec.Struct, tag="up"):
+    ready: Ready
+
+
+_reports = msgspec.msgpack.Decoder(_Up | Failure)
+
+
+class CoreProcess:
+    """The EngineCore in a process of its own."""
+
+    def __init__(self, config: EngineConfig, *, front_ends: int = 1):
+        self._folder = tempfile.mkdtemp(prefix="redline-")
+        self.endpoints = Endpoints(
+            f"ipc://{self._folder}/core", tuple(f"ipc://{self._folder}/front-{i}" for i in range(front_ends))
+        )
+        self._expected_end = False
+        self._up = False
+        self._failure: Failure | None = None
+        report_read, report_write = os.pipe()
+        self._reports = os.fdopen(report_read, "rb")
+        try:
+            orders = _Orders(config.describe(), self.endpoints.to_core, self.endpoints.from_core, report_write)
+            self._child = children.spawn("engine.launch", orders, (report_write,))
+        finally:
+            os.close(report_write)
+
+    @property
+    def process_id(self) -> int:
+        return self._child.pid
+
+    def wait_ready(self, on_wait: Callable[[], None] | None = None) -> Ready:
+        """Block until the core is up, calling `on_wait` meanwhile; a failing start raises its own error here."""
+        box: list[_Up | Failure | None] = []
+        reader = threading.Thread(target=lambda: box.append(self._next_report()), daemon=True)
+        reader.start()
+        while reader.is_alive():
+            reader.join(timeout=PROBE_S)
+            if on_wait is not None:
+                on_wait()
+        report = box[0]
+        if isinstance(report, _Up):
+            self._up = True
+            return report.ready
+        self._failure = report
+        self._expected_end = True
+        self._child.wait()
+        self._clean()
+        raise self._error()
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """Call back from a thread, with the cause in one line, if the core ends without having been told to."""
+
+        def wait() -> None:
+            report = self._next_report()
+            self._failure = report if isinstance(report, Failure) else None
+            self._child.wait()
+            if not self._expected_end:
+                on_death(str(self._error()))
+
+        threading.Thread(target=wait, name="core-watch", daemon=True).start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Let running requests finish for `drain_s`, then end the core; safe to call twice."""
+        self._expected_end = True
+        if not self._up:  # it listens to nobody yet, and has nothing to finish
+            self._child.kill()
+            self._child.wait()
+        elif self._child.poll() is None:
+            self._ask_to_end(drain_s)
+            try:
+                self._child.wait(drain_s + STOP_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.wait()
+        self._clean()
+
+    def _ask_to_end(self, drain_s: float) -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(self.endpoints.to_core)
+        socket.send(encode(Shutdown(drain_s)))
+        socket.close()
+        context.term()
+
+    def _next_report(self) -> "_Up | Failure | None":
+        """The child's next report; None once it has closed its end."""
+        return read_framed(self._reports, _reports)
+
+    def _error(self) -> RedlineError:
+        if self._failure is not None:
+            return self._failure.error()
+        end = children.how_it_ended(self._child, "lower --kv-cache-memory-bytes")
+        return EngineDeadError(f"the EngineCore (process {self._child.pid}) {end}")
+
+    def _clean(self) -> None:
+        for stream in (self._child.stdin, self._reports):
+            if stream is not None:
+                stream.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------ in the child
+
+
+def build_core_server(config: EngineConfig, endpoints: Endpoints) -> "tuple[CoreServer, Ready]":
+    """Load the model, plan memory, allocate, and build the server; returns it with the Ready message."""
+    from engine.core.server import CoreServer
+    from engine.memory import resolve
+    from engine.model.facts import read_facts
+    from engine.worker.executor import InProcessExecutor
+
+    start = time.monotonic()
+    facts = read_facts(config)
+    resolution = resolve(config, facts)
+    ledger = [("read the configuration", time.monotonic() - start)]
+    executor = InProcessExecutor(config, facts, resolution.config)
+    ledger += executor.seconds.items()
+    resolved = resolution.config
+    server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core)
+    ready = Ready(
+        model_path=str(facts.path),
+        device=resolution.device,
+        dtype=facts.dtype,
+        vocab_size=facts.vocab_size,
+        max_model_len=resolved.max_model_len,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        block_size=resolved.block_size,
+        num_blocks=resolved.num_blocks - 1,
+        prefix_caching=resolved.enable_prefix_caching,
+        memory=resolution.memory,
+        warnings=resolution.warnings,
+        process_id=os.getpid(),
+        seconds=tuple(ledger),
+    )
+    return server, ready
+
+
+def main() -> int:
+    """The EngineCore's process, from orders on stdin to its end."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
+    children.leave_signals_to_parent()
+    orders = read_framed(sys.stdin.buffer, msgspec.msgpack.Decoder(_Orders))
+    if orders is None:
+        return 1
+    children.end_with_parent()
+    with os.fdopen(orders.report_fd, "wb") as report:
+
+        def tell(message: _Up | Failure) -> None:
+            report.write(framed(message))
+            report.flush()
+
+        try:
+            endpoints = Endpoints(orders.to_core, orders.from_core)
+            server, ready = build_core_server(EngineConfig(**orders.config), endpoints)
+            children.settle()
+            tell(_Up(ready))
+            server.run()
+        except RedlineError as error:
+            tell(Failure.of(error))
+            return error.exit_code
+        except BaseException as error:  # whatever it is, the parent shows it last
+            logging.getLogger("redline.core").exception("the EngineCore failed")
+            tell(Failure("EngineDeadError", f"the EngineCore failed: {type(error).__name__}: {error}"))
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

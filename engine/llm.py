@@ -1,0 +1,223 @@
+"""LLM: the same engine from Python, without a server."""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, RequestError
+from engine.frontend.client import CoreClient
+from engine.frontend.sampling import SamplingParams
+from engine.frontend.start import Engine, start_engine
+from engine.frontend.streams import TokenLogprob, Whole, gather
+from engine.frontend.tokenizer import Tokenizer
+
+Prompt = str | list[int] | dict[str, Any]
+Conversation = list[dict[str, Any]]
+Answer = TypeVar("Answer")
+
+
+@dataclass(slots=True)
+class Logprob:
+    logprob: float
+    rank: int | None  # 1 is the likeliest
+    decoded_token: str
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One output. `logprobs`, if asked for: for each token, a map of token id to Logprob with the sampled one first."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What came of one prompt; `prompt` is None where token ids were given."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+class LLM:
+    """An engine of its own for one model: `LLM("smollm2-135m").generate(["Hello"])`.
+
+    Keyword arguments are the fields of EngineConfig. The engine ends with `close()`, at the end of a `with` block, or
+    with the program.
+    """
+
+    def __init__(self, model: str, **settings: Any):
+        try:
+            config = EngineConfig(model=model, **settings)
+        except TypeError as error:  # an unknown field: Python's own message names it
+            raise TypeError(str(error).replace("EngineConfig.__init__", "LLM")) from None
+        self._engine = start_engine(config)
+        self.config = self._engine.config
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="redline-llm", daemon=True)
+        self._thread.start()
+        self._client = self._engine.connect()
+        self._run(self._open())
+        self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._client, self._loop, self._thread)
+
+    async def _open(self) -> None:
+        self._client.open()
+        self._engine.core.watch(self._client.die_threadsafe)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many; texts, lists of token ids, or {"prompt_token_ids": [...]}.
+
+        `sampling_params` is one for all or one each. The answers come in the order of the prompts. RequestError if one
+        can't be served.
+        """
+        listed = as_list(prompts)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
+        ids = [self._encode(prompt) for prompt in listed]
+        return self._run(self._generate(texts, ids, self._params_for(len(listed), sampling_params), progress))
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue one conversation (a list of messages) or many, written as prompts by the model's chat template."""
+        first = messages[0] if messages else None
+        several: list[Any] = list(messages) if isinstance(first, list) else [messages]
+        template = self.tokenizer.render_chat
+        texts = [template(conversation, add_generation_prompt=add_generation_prompt) for conversation in several]
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return self._run(self._generate(texts, ids, self._params_for(len(texts), sampling_params), progress))
+
+    def reset_prefix_cache(self) -> None:
+        self._run(self._client.call("reset_prefix_cache"))
+
+    def close(self) -> None:
+        """End the engine; safe to call twice."""
+        self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -------------------------------------------------------------------------------------------------------- inside
+
+    def _run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        if not self._thread.is_alive():
+            work.close()
+            raise EngineDeadError("this LLM is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, dict):
+            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _params_for(
+        self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * count
+        if len(params) != count:
+            raise RequestError(f"{count} prompts came with {len(params)} sampling_params", "sampling_params")
+        return params
+
+    async def _generate(
+        self,
+        texts: Sequence[str | None],
+        ids: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        progress: bool,
+    ) -> list[RequestOutput]:
+        from rich.progress import Progress
+
+        for prompt in ids:
+            self._client.check_prompt(prompt)
+        with Progress(disable=not progress) as bar:
+            counter = bar.add_task("requests", total=len(ids))
+            tasks = [
+                asyncio.ensure_future(self._one(text, prompt, each, lambda: bar.advance(counter)))
+                for text, prompt, each in zip(texts, ids, params, strict=True)
+            ]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def _one(
+        self, text: str | None, ids: list[int], params: SamplingParams, done: Callable[[], None]
+    ) -> RequestOutput:
+        async with self._client.add([ids], params) as stream:
+            outputs = await gather(stream)
+            cached = stream.cached_tokens[0]
+        done()
+        return RequestOutput(
+            prompt=text,
+            prompt_token_ids=ids,
+            outputs=[self._completion(index, output, params) for index, output in enumerate(outputs)],
+            num_cached_tokens=cached,
+        )
+
+    def _completion(self, index: int, output: Whole, params: SamplingParams) -> CompletionOutput:
+        completion = CompletionOutput(index, output.text, output.token_ids, output.finish_reason, output.stop_reason)
+        if params.logprobs is not None:
+            completion.logprobs = [self._logprobs(entry) for entry in output.logprobs]
+            completion.cumulative_logprob = sum(entry.logprob for entry in output.logprobs)
+        return completion
+
+    def _logprobs(self, entry: TokenLogprob) -> dict[int, Logprob]:
+        shown = {entry.token: Logprob(entry.logprob, entry.rank, self.tokenizer.token_text(entry.token))}
+        for rank, (token, logprob) in enumerate(entry.top, start=1):
+            shown.setdefault(token, Logprob(logprob, rank, self.tokenizer.token_text(token)))
+        return shown
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list; a list of integers is one."""
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    listed: list[Any] = list(prompts)
+    return [listed] if listed and isinstance(listed[0], int) else listed
+
+
+def _shut_down(engine: Engine, client: CoreClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """End the core, then the thread of the loop; no reference to the LLM, whose end calls it."""
+    engine.core.stop()
+    if not thread.is_alive():
+        return
+    loop.call_soon_threadsafe(client.close)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()

@@ -1,0 +1,160 @@
+"""What the device offers, and how the engine divides it: weights, workspace, KV cache."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig
+from engine.errors import ConfigError, OutOfMemoryError
+from engine.messages import MemoryLine
+from engine.model.facts import ITEMSIZE, ModelFacts
+
+ROWS = 128
+BUDGET = 512
+BLOCK_SIZE = 32
+UTILIZATION = 0.5  # of available memory: the CPU's memory is everyone's
+MODEL_ROWS_IN_FLOAT = 32  # the sampler's slice
+QUERY_TILE = 64  # the attention's
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Every choice made, and what the start table says about it."""
+
+    config: ResolvedConfig
+    memory: tuple[MemoryLine, ...]
+    warnings: tuple[str, ...]
+    device: str
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity, cut by a container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+
+
+def available_memory() -> int:
+    """Bytes the process can still take: the machine's, cut by a container's limit."""
+    available = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
+    """Choose rows, budget, block and the number of KV blocks.
+
+    Raises OutOfMemoryError if one sequence of max-model-len doesn't fit, naming the flags and values that would work.
+    """
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(f"--tp {config.tensor_parallel_size}: this build runs on one rank (--tp 1)")
+    rows, budget = _rows_and_budget(config)
+    block_size = config.block_size or BLOCK_SIZE
+    workspace = _workspace(facts, rows, budget, block_size)
+    available = available_memory()
+    share = config.gpu_memory_utilization or UTILIZATION
+    block_bytes = facts.kv_bytes_per_token * block_size
+    per_sequence = -(-facts.max_model_len // block_size)
+    if config.kv_cache_memory_bytes is not None:
+        blocks = config.kv_cache_memory_bytes // block_bytes
+    else:
+        room = int(share * available) - facts.weight_bytes - workspace
+        blocks = min(max(room, 0) // block_bytes, rows * per_sequence + 1)
+    if blocks < per_sequence + 1:
+        raise OutOfMemoryError(_too_little(config, facts, blocks, block_size, (share, available, workspace)))
+    resolved = ResolvedConfig(
+        max_model_len=facts.max_model_len,
+        max_num_seqs=rows,
+        max_num_batched_tokens=budget,
+        block_size=block_size,
+        num_blocks=blocks,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    kv_flag = f"{KV_ALLOCATION}, --gpu-memory-utilization"
+    memory = (
+        MemoryLine("weights", facts.weight_bytes, "--dtype"),
+        MemoryLine("workspace", workspace, "--max-num-batched-tokens, --max-num-seqs"),
+        MemoryLine("KV cache", blocks * block_bytes, kv_flag),
+    )
+    total = sum(line.bytes for line in memory)
+    warnings = list(facts.warnings)
+    if total > available:
+        warnings.append(
+            f"{_size(total)} are planned but only {_size(available)} of memory are free: lower {KV_ALLOCATION}"
+        )
+    warnings += _slow_dtype(facts.dtype)
+    count = cores()
+    return Resolution(resolved, memory, tuple(warnings), f"cpu ({count} thread{'s' if count > 1 else ''})")
+
+
+def _rows_and_budget(config: EngineConfig) -> tuple[int, int]:
+    """Where only one is given, the other adapts: each row needs a token of the budget."""
+    rows, budget = config.max_num_seqs, config.max_num_batched_tokens
+    if rows is None:
+        rows = min(ROWS, budget or ROWS)
+    return rows, budget or max(BUDGET, rows)
+
+
+def _workspace(facts: ModelFacts, rows: int, budget: int, block_size: int) -> int:
+    """Upper bound of what a step allocates, from shapes."""
+    item = ITEMSIZE[facts.dtype]
+    query = facts.num_heads * facts.head_dim
+    key_value = 2 * facts.num_kv_heads * facts.head_dim
+    per_token = 4 * facts.hidden_size + 2 * facts.intermediate_size + 3 * query + 2 * key_value
+    activations = budget * (per_token * item + 2 * facts.hidden_size * 4)
+    logits = rows * facts.vocab_size * item + min(rows, MODEL_ROWS_IN_FLOAT) * facts.vocab_size * 4 * 4
+    gathered = max(facts.max_model_len + block_size, 32 << 10) * key_value * item
+    scores = QUERY_TILE * facts.num_heads * facts.max_model_len * (2 * 4 + 2 * item)
+    return activations + logits + gathered + scores
+
+
+def _too_little(
+    config: EngineConfig, facts: ModelFacts, blocks: int, block_size: int, budget: tuple[float, int, int]
+) -> str:
+    share, available, workspace = budget
+    needed = (-(-facts.max_model_len // block_size) + 1) * block_size * facts.kv_bytes_per_token
+    fits = (blocks - 1) * block_size
+    if config.kv_cache_memory_bytes is not None:
+        given = f"{KV_ALLOCATION} {config.kv_cache_memory_bytes} holds"
+        ways = [f"{KV_ALLOCATION} {needed}"]
+    else:
+        given = (
+            f"{share:.0%} of {_size(available)} free memory less {_size(facts.weight_bytes)} of weights and "
+            f"{_size(workspace)} of workspace leaves room for"
+        )
+        enough = (facts.weight_bytes + workspace + needed) / max(available, 1)
+        ways = [f"--gpu-memory-utilization {min(1.0, enough + 0.01):.2f}"] if enough <= 1 else []
+    if fits > 0:
+        ways.append(f"--max-model-len {fits}")
+    if not ways:
+        ways.append(f"a machine with {_size(facts.weight_bytes + workspace + needed)} free, or a smaller model")
+    return (
+        f"one request of {facts.max_model_len} tokens needs {_size(needed)} of KV cache, but {given} "
+        f"{max(fits, 0)} tokens: use {' or '.join(ways)}"
+    )
+
+
+def _slow_dtype(dtype: str) -> list[str]:
+    fast = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"amx_fp16", "avx512_fp16", "fphp"}}
+    if dtype not in fast:
+        return []
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return []
+    if fast[dtype] & set(flags):
+        return []
+    return [f"this CPU computes {dtype} slowly: --dtype float32 is faster if its memory suffices"]
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"

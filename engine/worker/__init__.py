@@ -1,0 +1,1 @@
+"""One rank: rows, runner, sampler, executor."""

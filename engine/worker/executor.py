@@ -1,0 +1,62 @@
+"""The executor of one rank in the caller's own process: a thread that runs steps in order."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig, ResolvedConfig
+from engine.memory import cores
+from engine.model.facts import ModelFacts
+from engine.worker.rows import Rows
+
+if TYPE_CHECKING:
+    from engine.worker.runner import Runner
+
+
+class InProcessExecutor:
+    """Loads the model and allocates the KV cache when made; raises the RedlineError that says why it can't."""
+
+    def __init__(self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig):
+        self.seconds: dict[str, float] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
+        try:
+            self._runner = self._thread.submit(self._start, config, facts, resolved).result()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def submit(self, step: bytes) -> "Future[None]":
+        """Hand over an encoded StepMessage; the forward pass starts as soon as the steps before it are done."""
+        return self._thread.submit(self._runner.forward, step)
+
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+        """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
+        if masks:
+            raise NotImplementedError("masks come with structured output")
+        return self._thread.submit(self._runner.sample, step)
+
+    def shutdown(self) -> None:
+        """End the thread once the step in progress is done; steps that wait are dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig) -> "Runner":
+        began = time.perf_counter()
+        import torch
+
+        from engine.model.adapt import KVCache
+        from engine.model.load import layout_of, load_model
+        from engine.worker.runner import Runner
+
+        torch.set_num_threads(cores())
+        imported = time.perf_counter()
+        model = load_model(config, facts)
+        loaded = time.perf_counter()
+        cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(facts, resolved.block_size))
+        rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size)
+        runner = Runner(model, cache, rows)
+        self.seconds = {
+            "import torch": imported - began,
+            "load weights": loaded - imported,
+            "allocate KV cache": time.perf_counter() - loaded,
+        }
+        return runner

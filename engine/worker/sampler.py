@@ -1,0 +1,186 @@
+"""Sampling from logits, all rows of a step at once; a feature costs only the rows that ask for it.
+
+Order: logit bias and stop ids barred by min_tokens, penalties, temperature, min_p, top_k and top_p, draw. A row draws
+with one number hashed from its seed and the count of its output tokens, so what it samples depends on nothing else:
+not on its neighbours, its chunks or a preemption.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.messages import Sampling, TokenLogprobs, column
+from engine.worker.rows import Int64s, Rows
+
+SLICE = 32  # rows in float32 at a time: bounds the workspace
+RUN = 256  # tokens summed first when drawing
+MIN_TEMPERATURE = 1e-6  # below it float32 can't tell the likeliest token from greedy
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """tokens: int64[rows]."""
+
+    tokens: Int64s
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Of one row: ids and values, the sampled token first."""
+
+    at: int
+    ids: list[int]
+    values: list[float]
+    rank: int
+
+
+def uniform(seed: int, count: int) -> float:
+    """A number in [0, 1) hashed from a 64-bit seed and a counter."""
+    mixed = _mix(_mix(seed & _MASK) + (count + 1) * _GOLDEN & _MASK)
+    return (mixed >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
+    return x ^ x >> 31
+
+
+def sample(logits: Tensor, rows: Rows, which: Int64s) -> Sampled:
+    """Sample one token for each of the rows `which` from logits [rows, vocabulary]; books nothing."""
+    tokens: list[NDArray[np.int64]] = []
+    logprobs: list[_Logprobs] = []
+    for start in range(0, len(which), SLICE):
+        chosen = which[start : start + SLICE].tolist()
+        params = [rows.sampling[row] for row in chosen]
+        part = logits[start : start + SLICE].float()
+        asked = [i for i, p in enumerate(params) if p.logprobs >= 0]
+        raw = torch.log_softmax(part[asked], -1) if asked else None
+        part = _adjust(part, logits.dtype == torch.float32, params, rows, chosen)
+        found = part.numpy().argmax(-1)
+        drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+        if drawn:
+            numbers = [uniform(params[i].seed, len(rows.output(chosen[i]))) for i in drawn]
+            subset = part if len(drawn) == len(chosen) else part[drawn]
+            found[drawn] = draw(subset, [params[i] for i in drawn], numbers)
+        for i, at in enumerate(asked):
+            assert raw is not None
+            logprobs.append(_row_logprobs(raw[i], start + at, int(found[at]), params[at].logprobs))
+        tokens.append(found)
+    return Sampled(np.concatenate(tokens), _pack(logprobs) if logprobs else None)
+
+
+def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, chosen: list[int]) -> Tensor:
+    """Bias, barred stop ids and penalties; `shared`: the tensor is the model's own and must not change."""
+    touched = [i for i, p in enumerate(params) if _needs_adjusting(p)]
+    if not touched:
+        return logits
+    if shared:
+        logits = logits.clone()
+    for i in touched:
+        p, row = params[i], chosen[i]
+        line = logits[i]
+        output = rows.output(row)
+        if p.logit_bias:
+            ids = torch.tensor([token for token, _ in p.logit_bias if token < len(line)])
+            bias = torch.tensor([value for token, value in p.logit_bias if token < len(line)])
+            line[ids] += bias
+        if len(output) < p.min_tokens and p.stop_ids:
+            line[torch.tensor([token for token in p.stop_ids if token < len(line)], dtype=torch.int64)] = -torch.inf
+        if p.repetition_penalty != 1.0:
+            ids = torch.from_numpy(np.unique(rows.known(row)).astype(np.int64))
+            old = line[ids]
+            line[ids] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
+        if (p.presence_penalty or p.frequency_penalty) and len(output):
+            seen, counts = np.unique(output, return_counts=True)
+            penalty = p.presence_penalty + p.frequency_penalty * counts
+            line[torch.from_numpy(seen.astype(np.int64))] -= torch.from_numpy(penalty.astype(np.float32))
+    return logits
+
+
+def _needs_adjusting(p: Sampling) -> bool:
+    return bool(
+        p.logit_bias
+        or (p.min_tokens and p.stop_ids)
+        or p.repetition_penalty != 1.0
+        or p.presence_penalty
+        or p.frequency_penalty
+    )
+
+
+def draw(logits: Tensor, params: list[Sampling], numbers: list[float]) -> Int64s:
+    """Draw a token a row from float32 logits [rows, vocabulary] by inverse CDF over the ids.
+
+    min_p, top_k and top_p each become a least weight, where the likeliest token weighs 1; tokens that tie with the
+    last one kept are kept too, so the order of equals plays no part.
+    """
+    temperature = torch.tensor([p.temperature for p in params])[:, None].clamp_(min=MIN_TEMPERATURE)
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+    least = _least_weights(weights, params)
+    if least is not None:
+        weights.masked_fill_(weights < least[:, None], 0.0)
+    rows, vocab = weights.shape
+    weights = torch.nn.functional.pad(weights, (0, -vocab % RUN))
+    runs = weights.view(rows, -1, RUN)
+    edges = runs.sum(-1).numpy().astype(np.float64).cumsum(-1)
+    targets = np.array(numbers) * edges[:, -1]
+    run = np.minimum((edges <= targets[:, None]).sum(-1), edges.shape[1] - 1)
+    before = np.where(run > 0, edges[np.arange(rows), run - 1], 0.0)
+    inside = runs[torch.arange(rows), torch.from_numpy(run)].numpy()
+    offset = (inside.astype(np.float64).cumsum(-1) <= (targets - before)[:, None]).sum(-1)
+    last = RUN - 1 - (inside[:, ::-1] > 0).argmax(-1)  # rounding must not lead past the last token that can be drawn
+    return run * RUN + np.minimum(offset, last)
+
+
+def _least_weights(weights: Tensor, params: list[Sampling]) -> Tensor | None:
+    """The weight that a token of each row needs to stay, or None where every token stays."""
+    vocab = weights.shape[1]
+    least = torch.tensor([p.min_p for p in params])
+    limited = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
+    if not limited and not any(p.min_p > 0 for p in params):
+        return None
+    for i in limited:
+        least[i] = max(float(least[i]), _limit(weights[i].numpy(), float(least[i]), params[i]))
+    return least
+
+
+def _limit(weights: NDArray[np.float32], least: float, params: Sampling) -> float:
+    """The least weight that top_k and top_p let through in one row, after min_p."""
+    vocab = len(weights)
+    top_k = params.top_k if 0 < params.top_k < vocab else vocab
+    if params.top_p >= 1:
+        return float(np.partition(weights, vocab - top_k)[vocab - top_k])
+    values = np.sort(weights)[::-1][:top_k]  # numpy sorts float32 much faster than torch does
+    values = values[values >= least]
+    reached = values.cumsum(dtype=np.float64)
+    kept = int((reached - values < params.top_p * reached[-1]).sum())
+    return float(values[max(kept, 1) - 1])
+
+
+def _row_logprobs(raw: Tensor, at: int, token: int, count: int) -> _Logprobs:
+    value = raw[token]
+    ids, values = [token], [float(value)]
+    if count:
+        top = torch.topk(raw, min(count, len(raw)))
+        ids += top.indices.tolist()
+        values += top.values.tolist()
+    return _Logprobs(at, ids, values, int((raw > value).sum()) + 1)
+
+
+def _pack(rows: list[_Logprobs]) -> TokenLogprobs:
+    width = max(len(row.ids) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int32)
+    values = np.full((len(rows), width), -np.inf, dtype=np.float32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = row.ids
+        values[i, : len(row.values)] = row.values
+    at, ranks = column([row.at for row in rows]), column([row.rank for row in rows])
+    return TokenLogprobs(width, at, column(ids), column(values, "<f4"), ranks)

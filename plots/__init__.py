@@ -1,0 +1,1 @@
+"""Figures, tables and the HTML page of a report, drawn from result files only."""

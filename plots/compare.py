@@ -1,0 +1,197 @@
+"""Configurations compared: figures side by side, differences in percent, conditions that fail a build."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from plots.data import ReportError, Results, Series
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One column of the comparison."""
+
+    key: str
+    label: str
+    unit: str
+    higher_is_better: bool
+
+
+METRICS = (
+    Metric("rate", "Highest sustained rate", "req/s", True),
+    Metric("output_tok_s", "Output throughput there", "tok/s", True),
+    Metric("ttft_p50", "TTFT P50", "ms", False),
+    Metric("ttft_p99", "TTFT P99", "ms", False),
+    Metric("itl_p50", "ITL P50", "ms", False),
+    Metric("itl_p99", "ITL P99", "ms", False),
+    Metric("tpot_p50", "TPOT P50", "ms", False),
+    Metric("e2e_p99", "E2E P99", "ms", False),
+)
+LATENCIES = METRICS[2:]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value and its difference in percent from the baseline's; None: not measured, or nothing to compare with."""
+
+    value: float | None
+    difference: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The configurations of one workload against each other."""
+
+    workload: str
+    latencies_at: str  # in words: which rate the latency columns are from
+    rows: dict[str, dict[str, Cell]]  # configuration -> metric key -> cell
+
+
+def compare(results: Results) -> list[Comparison]:
+    """One comparison a workload; latencies are taken at one rate for all wherever a common one was measured."""
+    return [_compare(results, workload) for workload in results.workloads if results.of_workload(workload)]
+
+
+def percent(value: float | None, base: float | None) -> float | None:
+    """How much `value` differs from `base`, in percent of `base`."""
+    if value is None or not base or not math.isfinite(value) or not math.isfinite(base):
+        return None
+    return 100 * (value - base) / base
+
+
+def percent_words(difference: float) -> str:
+    """A difference with its sign: +12 %, −3.4 %; from tenfold on as a factor, which says more than +5,223 %."""
+    if difference >= 900:
+        return f"×{1 + difference / 100:,.3g}" if difference < 99_900 else f"×{1 + difference / 100:,.0f}"
+    digits = 0 if abs(difference) >= 9.95 else 1
+    size = f"{abs(difference):,.{digits}f}"
+    if float(size.replace(",", "")) == 0:
+        return "±0 %"
+    return f"{'+' if difference > 0 else '−'}{size} %"
+
+
+def throughput(series: Series) -> float | None:
+    """Output tokens/s at the highest sustained rate; None when no rate was sustained."""
+    if series.answer is None or series.answer.rate is None:
+        return None
+    if series.answer.output_tok_s is not None:
+        return series.answer.output_tok_s
+    return _at(series, series.answer.rate, "output_tok_s")
+
+
+def failed_conditions(results: Results, conditions: Iterable[str]) -> list[str]:
+    """The conditions (`itl_p99>+5%`, `rate<3.5`, `ttft_p99>2s`) that hold, each as a line that says where.
+
+    A condition that can't be judged counts as failed: a gate must not open because nothing was measured.
+    """
+    comparisons = compare(results)
+    return [line for text in conditions for line in _judge(text, results, comparisons)]
+
+
+def _compare(results: Results, workload: str) -> Comparison:
+    series = results.of_workload(workload)
+    rate, words = _common_rate(series)
+    values = {s.configuration: _values(s, rate) for s in series}
+    rows = {}
+    for name, own in values.items():
+        base = values.get(results.baselines[name], {})
+        compared = results.baselines[name] != name
+        rows[name] = {k: Cell(v, percent(v, base.get(k)) if compared else None) for k, v in own.items()}
+    return Comparison(workload, words, rows)
+
+
+def _common_rate(series: list[Series]) -> tuple[float | None, str]:
+    """The rate at which latencies are compared, and how to say so.
+
+    The highest that all measured and sustained, else the lowest that all measured. Curves without a common rate are
+    read between their points at the lowest of the sustained rates, since at different rates latencies say little.
+    """
+    curves = [{_rounded(d.point.rate): s.sustained(d.point) for d in s.curve} for s in series if s.curve]
+    if len(curves) == 1:
+        return None, "at its highest sustained rate"
+    common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    sustained = [rate for rate in common if all(curve[rate] for curve in curves)]
+    if sustained:
+        return max(sustained), f"at {max(sustained):.3g} req/s, the highest rate measured and sustained by all"
+    if common:
+        return min(common), f"at {min(common):.3g} req/s, which not all sustain"
+    found = [s.answer.rate for s in series if s.answer and s.answer.rate]
+    if found and all(min(curve) <= min(found) <= max(curve) for curve in curves):
+        return min(found), f"at {min(found):.3g} req/s, read between the measured rates"
+    return None, "each at its own highest sustained rate"
+
+
+def _values(series: Series, rate: float | None) -> dict[str, float | None]:
+    answered = series.answer.rate if series.answer else None
+    at = rate if rate is not None else answered
+    latencies = {m.key: _at(series, at, f"{m.key}_ms") if at is not None else None for m in LATENCIES}
+    return {"rate": answered, "output_tok_s": throughput(series), **latencies}
+
+
+def _at(series: Series, rate: float, column: str) -> float | None:
+    """A figure of the curve at `rate`: of the point there, else between its neighbours; None off the curve's ends."""
+    points = [d.point for d in series.curve if math.isfinite(getattr(d.point, column))]
+    for point in points:
+        if abs(point.rate / rate - 1) < 0.01:
+            return float(getattr(point, column))
+    for low, high in itertools.pairwise(points):
+        if low.rate <= rate <= high.rate:
+            share = (rate - low.rate) / (high.rate - low.rate)
+            return float((1 - share) * getattr(low, column) + share * getattr(high, column))
+    return None
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`itl_p99>+5%`: a metric, a side, a limit in the metric's unit or, if relative, in percent of the baseline."""
+
+    metric: Metric
+    above: bool
+    limit: float
+    relative: bool
+
+
+def parse_condition(text: str) -> Condition:
+    """Read a condition of `--fail-if`; raises ReportError that says how one is written."""
+    match = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?)\s*(%|ms|s)?\s*", text)
+    known = {m.key: m for m in METRICS}
+    key = re.sub(r"_ms$", "", match[1]) if match else ""
+    if match is None or key not in known:
+        raise ReportError(
+            f"--fail-if {text!r} is not understood: write METRIC>LIMIT or METRIC<LIMIT with a limit such as +5%, "
+            f"50ms or 3.5, and a metric of {', '.join(known)}"
+        )
+    metric, unit = known[key], match[4]
+    if unit in ("ms", "s") and metric.unit != "ms":
+        raise ReportError(f"--fail-if {text!r}: {key} is in {metric.unit}, not in {unit}")
+    limit = float(match[3]) * (1000 if unit == "s" else 1)
+    return Condition(metric, match[2] == ">", limit, unit == "%")
+
+
+def _judge(text: str, results: Results, comparisons: list[Comparison]) -> list[str]:
+    condition = parse_condition(text)
+    lines = []
+    judged = 0
+    candidates = results.candidates
+    for comparison in comparisons:
+        for name, row in comparison.rows.items():
+            if name not in candidates or (condition.relative and results.baselines[name] == name):
+                continue
+            judged += 1
+            cell = row[condition.metric.key]
+            value = cell.difference if condition.relative else cell.value
+            where = f"{name} / {comparison.workload}"
+            if value is None:
+                lines.append(f"{where}: {condition.metric.key} can't be judged against {text!r}: it was not measured")
+            elif value > condition.limit if condition.above else value < condition.limit:
+                shown = percent_words(value) if condition.relative else f"{value:.4g} {condition.metric.unit}"
+                lines.append(f"{where}: {condition.metric.key} is {shown}, which {text!r} forbids")
+    if not judged:
+        raise ReportError(f"--fail-if {text!r}: nothing to compare; give two results folders or two configurations")
+    return lines

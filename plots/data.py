@@ -1,0 +1,241 @@
+"""What a report draws: result folders read, merged and reduced to one curve a (configuration, workload)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRow, RunFiles, Summary
+
+P99_SAMPLES = 1000  # below this a P99 rests on fewer than ten samples and is shown with its interval
+CURVE_PHASES = ("ladder", "fixed", "confirm")
+SAME_RATE = 1.03  # points closer than this share one place on a curve
+
+
+class ReportError(Exception):
+    """Results that can't be read or compared; the message is shown as one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One point of a curve and how many samples stand behind its percentiles."""
+
+    point: PointRow
+    requests: int
+    gaps: int  # inter-token gaps of all its requests
+
+
+@dataclass(slots=True)
+class Run:
+    """One results folder."""
+
+    folder: Path
+    summary: Summary
+    points: list[PointRow]
+    labels: dict[str, str] = field(default_factory=dict)  # configuration as in the files -> as on the figures
+
+
+@dataclass(frozen=True)
+class Series:
+    """Everything measured for one configuration (under its label) on one workload."""
+
+    configuration: str
+    workload: str
+    answer: Answer | None
+    points: list[PointRow]
+    folder: Path
+
+    @cached_property
+    def curve(self) -> list[Drawn]:
+        """The points of the line, by rate: what was measured in bounded windows if there is enough of it, else all."""
+        valid = [p for p in self.points if p.valid and p.sustained is not None and p.requests > 0]
+        bounded = [p for p in valid if p.phase in CURVE_PHASES]
+        chosen = _one_a_rate(bounded if len({p.rate for p in bounded}) >= 3 else valid)
+        return [_drawn(RunFiles(self.folder), p) for p in chosen]
+
+    def sustained(self, point: PointRow) -> bool:
+        """Whether a point is sustained: a short window doesn't overrule a search that found its rate too high."""
+        high = self.answer.high if self.answer else None
+        return bool(point.sustained) and not (point.provisional and high is not None and point.rate >= high)
+
+    @property
+    def measured(self) -> list[PointRow]:
+        """All load points; a single request alone is none."""
+        return [p for p in self.points if p.phase != "probe"]
+
+    @property
+    def invalid(self) -> int:
+        return sum(not p.valid for p in self.measured)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Result folders, merged: configurations and workloads in the order they were given."""
+
+    runs: list[Run]
+    configurations: list[str]
+    workloads: list[str]
+    series: dict[tuple[str, str], Series]  # (configuration, workload) -> what was measured
+    baselines: dict[str, str]  # configuration -> the one its differences refer to
+
+    def of_workload(self, workload: str) -> list[Series]:
+        return [self.series[c, workload] for c in self.configurations if (c, workload) in self.series]
+
+    @property
+    def title(self) -> str:
+        return " vs ".join(dict.fromkeys(run.summary.title for run in self.runs))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return {k: v for run in self.runs for k, v in run.summary.failures.items()}
+
+    @property
+    def candidates(self) -> list[str]:
+        """What a condition judges: with several folders those after the first, which is the reference."""
+        judged = self.runs[1:] or self.runs
+        return [label for run in judged for label in run.labels.values()]
+
+    def details(self, configuration: str) -> dict[str, Any]:
+        """The resolved configuration behind a label."""
+        for run in self.runs:
+            for name, label in run.labels.items():
+                if label == configuration:
+                    return run.summary.configurations.get(name, {})
+        return {}
+
+
+def load(folders: Sequence[Path]) -> Results:
+    """Read result folders; configurations that occur in several are prefixed with the folder's name."""
+    runs = [_read(Path(folder)) for folder in folders]
+    if not runs:
+        raise ReportError("no results folder given")
+    owners = [list(dict.fromkeys([*r.summary.configurations, *(p.configuration for p in r.points)])) for r in runs]
+    names = _folder_names([run.folder for run in runs])
+    for i, run in enumerate(runs):
+        others = {name for j, owned in enumerate(owners) if j != i for name in owned}
+        run.labels = {name: f"{names[i]}: {name}" if name in others else name for name in owners[i]}
+    configurations = [label for run in runs for label in run.labels.values()]
+    workloads = list(dict.fromkeys(w for r in runs for w in [*r.summary.workloads, *(p.workload for p in r.points)]))
+    series = {(s.configuration, s.workload): s for run in runs for s in _series(run, workloads)}
+    return Results(runs, configurations, workloads, series, _baselines(runs))
+
+
+def newest(root: Path) -> Path:
+    """The results folder under `root` that was written to last."""
+    found = [path.parent for path in root.glob(f"*/{SUMMARY_FILE}")] if root.is_dir() else []
+    if not found:
+        raise ReportError(f"no results under {root}/: name a folder, or measure first (redline sweep --preset demo)")
+    return max(found, key=_written)
+
+
+def model_names(results: Results, configurations: Sequence[str] | None = None) -> list[str]:
+    """The models behind the configurations, each once, with how their weights came about where that was said."""
+    names: dict[str, None] = {}
+    for configuration in configurations or results.configurations:
+        details = results.details(configuration)
+        name = str(details.get("model") or "")
+        if name and _has_random_weights(details.get("serve")):
+            name += " (random weights)"
+        if name:
+            names[name] = None
+    return list(names)
+
+
+def hardware_lines(results: Results) -> list[str]:
+    """The machines of all runs in words, each once."""
+    lines: dict[str, None] = {}
+    for run in results.runs:
+        hardware = run.summary.hardware
+        words = [str(hardware["cpu"])] if hardware.get("cpu") else []
+        words += [f"{hardware['cores']} cores"] if hardware.get("cores") else []
+        words += [f"{hardware['memory_gib']:g} GiB"] if hardware.get("memory_gib") else []
+        known = ("cpu", "cores", "memory_gib", "system")
+        words += [f"{key} {value}" for key, value in hardware.items() if key not in known and value]
+        lines[", ".join(words)] = None
+    return [line for line in lines if line]
+
+
+def versions_line(results: Results) -> str:
+    """The version of Redline that measured, of every run once."""
+    found = dict.fromkeys(run.summary.versions.get("redline-llm", "") for run in results.runs)
+    return ", ".join(f"redline {version}" for version in found if version and version != "not installed")
+
+
+def _has_random_weights(serve: Any) -> bool:
+    """Whether the flags of a server, as a mapping or as a command line's words, ask for made-up weights."""
+    words = [w for pair in serve.items() for w in pair] if isinstance(serve, dict) else (serve or [])
+    said = " ".join(str(word) for word in words).replace("_", "-").replace("=", " ")
+    return "load-format dummy" in said
+
+
+def _read(folder: Path) -> Run:
+    files = RunFiles(folder)
+    if not (folder / SUMMARY_FILE).exists():
+        raise ReportError(f"{folder} is not a results folder: it has no {SUMMARY_FILE}")
+    try:
+        return Run(folder, files.read_summary(), files.read_points())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{folder}: {SUMMARY_FILE} or {POINTS_FILE} can't be read: {error}") from error
+
+
+def _written(folder: Path) -> float:
+    return max((folder / name).stat().st_mtime for name in (SUMMARY_FILE, POINTS_FILE) if (folder / name).exists())
+
+
+def _folder_names(folders: list[Path]) -> list[str]:
+    """The shortest tails of the paths that tell the folders apart."""
+    paths = [folder.resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ReportError(f"{folders[0]} is given twice")
+
+
+def _baselines(runs: list[Run]) -> dict[str, str]:
+    """Each configuration is compared with its namesake in the first folder, else with the first configuration."""
+    first = next(iter(runs[0].labels.values()), "")
+    return {
+        label: runs[0].labels.get(name, first) if run is not runs[0] else first
+        for run in runs
+        for name, label in run.labels.items()
+    }
+
+
+def _series(run: Run, workloads: list[str]) -> list[Series]:
+    made = []
+    for name, label in run.labels.items():
+        for workload in workloads:
+            points = [
+                replace(p, configuration=label) for p in run.points if (p.configuration, p.workload) == (name, workload)
+            ]
+            answers = [a for a in run.summary.answers if (a.configuration, a.workload) == (name, workload)]
+            answer = replace(answers[-1], configuration=label) if answers else None
+            if points or answer:
+                made.append(Series(label, workload, answer, points, run.folder))
+    return made
+
+
+def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
+    """Where a rate was measured more than once, the point with the most requests stands for it."""
+    kept: list[PointRow] = []
+    for point in sorted(points, key=lambda p: p.rate):
+        if kept and point.rate < kept[-1].rate * SAME_RATE:
+            if point.requests > kept[-1].requests:
+                kept[-1] = point
+        else:
+            kept.append(point)
+    return kept
+
+
+def _drawn(files: RunFiles, point: PointRow) -> Drawn:
+    """Counts what the percentiles of a point were taken over: requests of its window, also those cut at its end."""
+    try:
+        rows = files.read_requests(point.point_id)
+    except FileNotFoundError:  # a folder may be passed on without its request files; the point still tells roughly
+        gaps = point.output_tok_s * point.window_s / point.tokens_per_chunk - point.requests
+        return Drawn(point, point.requests, max(0, round(gaps)) if math.isfinite(gaps) else 0)
+    rows = rows[rows["in_window"] & rows["status"].isin(["ok", "cut short"])]
+    return Drawn(point, len(rows), int(rows["chunk_gaps_s"].map(len).sum()))

@@ -1,0 +1,161 @@
+"""P99 ITL and P99 TTFT against the request rate, side by side, one line a configuration."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from bench.results import Answer, PointRow
+from plots.data import P99_SAMPLES, Drawn, Results, Series, hardware_lines, model_names, versions_line
+from plots.style import MUTED, STYLE, WIDTH_IN, headline, linear_y, log_y, palette, plain, span, wants_log, wrapped
+
+SECONDS_FROM_MS = 20_000  # an axis that reaches this far is labelled in seconds
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One latency: its title, its value and interval of a point, and the number of samples behind it."""
+
+    title: str
+    p99: Callable[[PointRow], float]
+    interval: Callable[[PointRow], tuple[float, float]]
+    samples: Callable[[Drawn], int]
+
+
+PANELS = (
+    Panel(
+        "P99 inter-token latency",
+        lambda p: p.itl_p99_ms,
+        lambda p: (p.itl_p99_low_ms, p.itl_p99_high_ms),
+        lambda d: d.gaps,
+    ),
+    Panel(
+        "P99 time to first token",
+        lambda p: p.ttft_p99_ms,
+        lambda p: (p.ttft_p99_low_ms, p.ttft_p99_high_ms),
+        lambda d: d.requests,
+    ),
+)
+
+
+def latency_figure(results: Results, workload: str) -> Figure:
+    """The two latencies of every configuration on one workload; says on itself what was run."""
+    series = results.of_workload(workload)
+    looks = palette(results.configurations)
+    with matplotlib.rc_context(STYLE):
+        footer = caption(results, workload)
+        rows = len(series)
+        head, foot = 0.5 + 0.24 * rows, 0.75 + 0.17 * len(footer)
+        height = 3.5 + head + foot
+        figure = Figure(figsize=(WIDTH_IN, height))
+        both = figure.subplots(1, 2)
+        figure.subplots_adjust(
+            left=0.075, right=0.985, top=1 - (head + 0.24) / height, bottom=foot / height, wspace=0.2
+        )
+        for axes, panel in zip(both, PANELS, strict=True):
+            _draw_panel(axes, panel, series, looks)
+        title = results.title if workload in results.title else f"{results.title}: {workload}"
+        headline(figure, title, height)
+        figure.legend(
+            handles=[_handle(s, looks[s.configuration]) for s in series],
+            loc="upper left",
+            bbox_to_anchor=(0.005, 1 - 0.36 / height),
+            handlelength=2.4,
+            labelspacing=0.35,
+            borderaxespad=0.2,
+        )
+        figure.text(0.012, 0.1 / height, "\n".join(footer), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
+        return figure
+
+
+def caption(results: Results, workload: str) -> list[str]:
+    """What was run and how to read the figure, as lines that fit its width."""
+    series = results.of_workload(workload)
+    drawn = [d for s in series for d in s.curve]
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.summary.seed for run in results.runs))
+    models = model_names(results, [s.configuration for s in series])
+    facts = [
+        f"Model: {', '.join(models)}" if models else "",
+        f"Hardware: {'; '.join(hardware_lines(results))}",
+        f"Samples per point: {span([d.requests for d in drawn])} requests, {span([d.gaps for d in drawn])} gaps",
+        f"Seed {seeds}",
+        versions_line(results),
+    ]
+    reading = ["Dashed: highest sustained rate", "Hollow: not sustained"]
+    if any(panel.samples(d) < P99_SAMPLES for panel in PANELS for d in drawn):
+        reading.append(f"Whiskers: 95 % interval of a P99 of fewer than {P99_SAMPLES:,} samples")
+    if any(d.point.cut_short for d in drawn):
+        reading.append("Requests still open at the end of a point count with their wait so far")
+    if any(d.point.provisional for d in drawn):
+        reading.append("Provisional: windows too short for the precision")
+    invalid = sum(s.invalid for s in series)
+    if invalid:
+        reading.append(f"{invalid} invalid point{'s' if invalid > 1 else ''} left out")
+    return [*wrapped(fact for fact in facts if fact), *wrapped(reading)]
+
+
+def sustained_words(answer: Answer | None) -> str:
+    """An answer in the few words a legend has room for."""
+    if answer is None:
+        return "no answer"
+    if answer.rate is None:
+        return f"sustains less than {answer.high:.3g} req/s" if answer.high else "sustains no rate tried"
+    high = f"{answer.high:.3g}" if answer.high is not None else "?"
+    kind = ", provisional" if answer.provisional else "" if answer.confirmed else ", not confirmed"
+    return f"sustains {answer.rate:.3g} req/s ({answer.low:.3g}–{high}{kind})"
+
+
+def _draw_panel(axes: Axes, panel: Panel, series: list[Series], looks: dict[str, tuple[str, str]]) -> None:
+    drawn = [d for s in series for d in s.curve]
+    values = [panel.p99(d.point) for d in drawn if math.isfinite(panel.p99(d.point))]
+    unit, scale = ("s", 1e-3) if values and max(values) >= SECONDS_FROM_MS else ("ms", 1.0)
+    scaled = [value * scale for value in values]
+    for s in series:
+        _draw_line(axes, panel, s, looks[s.configuration], scale)
+    axes.set_title(panel.title)
+    axes.set_ylabel(f"{unit} (lower is better)")
+    axes.set_xlabel("Request rate (req/s)")
+    highest = max(
+        [d.point.rate for d in drawn] + [s.answer.rate for s in series if s.answer and s.answer.rate] or [1.0]
+    )
+    axes.set_xlim(0, highest * 1.05)
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+    if not scaled:
+        axes.text(0.5, 0.5, "no valid load point", transform=axes.transAxes, ha="center", color=MUTED)
+    elif wants_log(scaled):
+        log_y(axes, scaled)
+    else:
+        linear_y(axes, scaled)
+
+
+def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], scale: float) -> None:
+    colour, marker = look
+    shown = [d for d in series.curve if math.isfinite(panel.p99(d.point))]
+    rates = [d.point.rate for d in shown]
+    values = [panel.p99(d.point) * scale for d in shown]
+    axes.plot(rates, values, color=colour, linewidth=1.8, zorder=3)
+    for d, value in zip(shown, values, strict=True):
+        low, high = panel.interval(d.point)
+        if panel.samples(d) < P99_SAMPLES and math.isfinite(low) and math.isfinite(high):
+            reach = [[max(0.0, value - low * scale)], [max(0.0, high * scale - value)]]
+            axes.errorbar(
+                d.point.rate, value, reach, fmt="none", ecolor=colour, alpha=0.55, elinewidth=1.1, capsize=2.5, zorder=2
+            )
+        face = colour if series.sustained(d.point) else "white"
+        axes.plot(
+            d.point.rate, value, marker, color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.6, zorder=4
+        )
+    if series.answer and series.answer.rate:
+        axes.axvline(series.answer.rate, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.85, zorder=1)
+
+
+def _handle(series: Series, look: tuple[str, str]) -> Line2D:
+    colour, marker = look
+    label = f"{series.configuration}  ·  {sustained_words(series.answer)}"
+    return Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)

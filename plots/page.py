@@ -1,0 +1,162 @@
+"""report.html: one self-contained page with the answers on top, figures, tables, configurations and environment."""
+
+import base64
+import dataclasses
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from bench.results import PointRow
+from plots.compare import METRICS, Comparison, percent_words
+from plots.data import Results, Series, hardware_lines, model_names
+from plots.style import palette
+from plots.tables import heading, number, verdict
+from plots.template import PAGE
+
+# column, heading, unit shown beneath
+POINT_COLUMNS = (
+    ("configuration", "Configuration", ""),
+    ("workload", "Workload", ""),
+    ("phase", "Phase", ""),
+    ("rate", "Rate", "req/s"),
+    ("sustained", "Sustained", ""),
+    ("requests", "Requests", ""),
+    ("failed", "Failed", ""),
+    ("preemptions", "Preemptions", ""),
+    ("achieved_rate", "Achieved", "req/s"),
+    ("output_tok_s", "Output", "tok/s"),
+    ("ttft_p50_ms", "TTFT P50", "ms"),
+    ("ttft_p99_ms", "TTFT P99", "ms"),
+    ("itl_p50_ms", "ITL P50", "ms"),
+    ("itl_p99_ms", "ITL P99", "ms"),
+    ("tpot_p50_ms", "TPOT P50", "ms"),
+    ("e2e_p50_ms", "E2E P50", "ms"),
+    ("e2e_p99_ms", "E2E P99", "ms"),
+    ("prefix_hit_rate", "Prefix hits", "share"),
+    ("kv_use_max", "KV use", "max"),
+    ("waiting_max", "Waiting", "max"),
+    ("lateness_p99_ms", "Lateness P99", "ms"),
+)
+TEXT_COLUMNS = ("configuration", "workload", "phase")
+
+
+def page(results: Results, comparisons: list[Comparison], figures: dict[str, Path]) -> str:
+    """The whole page; `figures` maps a caption to the PNG that is embedded under it."""
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
+    colours = {name: colour for name, (colour, _) in palette(results.configurations).items()}
+    return template.render(
+        title=results.title,
+        models=model_names(results),
+        hardware=hardware_lines(results),
+        finished=list(dict.fromkeys(_date(run.summary.finished or run.summary.started) for run in results.runs)),
+        answers=_answers(results, colours),
+        failures=results.failures,
+        figures=[(caption, _embedded(path)) for caption, path in figures.items()],
+        comparisons=[_comparison(c) for c in comparisons],
+        metrics=METRICS,
+        point_columns=[
+            (label, unit, "text" if column in TEXT_COLUMNS else "") for column, label, unit in POINT_COLUMNS
+        ],
+        points=[_point(p, colours) for s in results.series.values() for p in s.points],
+        configurations=[(name, _plain_rows(results.details(name))) for name in results.configurations],
+        colours=colours,
+        runs=[_run(run.folder, run.summary) for run in results.runs],
+    )
+
+
+def _answers(results: Results, colours: dict[str, str]) -> list[tuple[str, list[dict[str, str]]]]:
+    """One group of cards a workload."""
+    return [
+        (workload, [_card(s, colours[s.configuration]) for s in results.of_workload(workload)])
+        for workload in results.workloads
+        if results.of_workload(workload)
+    ]
+
+
+def _card(series: Series, colour: str) -> dict[str, str]:
+    card = {"configuration": series.configuration, "colour": colour, "rate": "–", "note": ""}
+    answer = series.answer
+    if answer is None:
+        return card | {"detail": "no answer: the measurement did not come to its end"}
+    high = f"{answer.high:.3g}" if answer.high is not None else "unknown"
+    states = [f"{answer.low:.3g} to {high}"] if answer.rate is not None else []
+    states.append(f"binding: {answer.binding}")
+    states += ["provisional"] * answer.provisional + ["not confirmed"] * (not answer.confirmed)
+    rate = f"{answer.rate:.3g}" if answer.rate is not None else f"less than {high}" if answer.high else "none"
+    return card | {"rate": rate, "detail": " · ".join(states), "note": answer.note}
+
+
+def _comparison(comparison: Comparison) -> dict[str, Any]:
+    rows = []
+    for name, row in comparison.rows.items():
+        cells = []
+        for metric in METRICS:
+            cell = row[metric.key]
+            difference = percent_words(cell.difference) if cell.difference is not None else ""
+            cells.append((_sort_key(cell.value), number(cell.value), difference, verdict(metric, cell)))
+        rows.append((name, cells))
+    return {"heading": heading(comparison), "rows": rows}
+
+
+def _point(point: PointRow, colours: dict[str, str]) -> dict[str, Any]:
+    values = dataclasses.asdict(point)
+    cells = []
+    for column, _, _ in POINT_COLUMNS:
+        value = values[column]
+        if column == "sustained":
+            shown = "invalid" if not point.valid else {True: "yes", False: "no", None: "–"}[value]
+            cells.append(("" if value is None else int(value), shown, shown if point.valid else "worse"))
+        elif isinstance(value, str):
+            cells.append((value, value, "text"))
+        else:
+            cells.append((_sort_key(value), number(_finite(value)), "number"))
+    state = "invalid" if not point.valid else "sustained" if point.sustained else "unsustained"
+    reason = point.reason + (" (provisional: short window)" if point.provisional else "")
+    return {"state": state, "reason": reason, "colour": colours[point.configuration], "cells": cells}
+
+
+def _run(folder: Path, summary: Any) -> dict[str, Any]:
+    environment = {"seed": summary.seed, "started": summary.started, "finished": summary.finished or "not finished"}
+    environment |= {str(k).replace("_", " "): v for k, v in summary.hardware.items()}
+    environment |= {f"{name} version": version for name, version in summary.versions.items()}
+    return {
+        "name": folder.resolve().name,
+        "environment": _plain_rows(environment),
+        "workloads": [(name, _plain_rows(spec)) for name, spec in summary.workloads.items()],
+    }
+
+
+def _plain_rows(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested plain data as (dotted name, value) rows."""
+    rows: list[tuple[str, str]] = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            rows += _plain_rows(value, f"{prefix}{key}.")
+        elif value is not None:
+            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return rows
+
+
+def _date(moment: str) -> str:
+    """An ISO 8601 moment as people read it; anything else as it is."""
+    try:
+        return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M %Z}".strip()
+    except ValueError:
+        return moment
+
+
+def _sort_key(value: float | None) -> str:
+    return "" if _finite(value) is None else repr(value)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _embedded(path: Path) -> Markup:
+    return Markup("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())

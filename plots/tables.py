@@ -1,0 +1,94 @@
+"""The comparison as tables: for the terminal and as markdown for a pull request."""
+
+from rich.table import Table
+from rich.text import Text
+
+from plots.compare import METRICS, Cell, Comparison, Metric, percent_words
+from plots.data import Results
+from plots.latency import sustained_words
+
+SMALL = 0.5  # percent: below this a difference is neither good nor bad
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A figure for a table cell: three digits that matter, thousands separated; "–" for what was not measured."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    elif abs(value) >= 100:
+        text = f"{value:.0f}"
+    else:
+        text = f"{value:.3g}"
+    return f"{text} {unit}".rstrip()
+
+
+def verdict(metric: Metric, cell: Cell) -> str:
+    """ "better", "worse" or "" for a cell's difference."""
+    if cell.difference is None or abs(cell.difference) < SMALL:
+        return ""
+    return "better" if (cell.difference > 0) == metric.higher_is_better else "worse"
+
+
+def heading(comparison: Comparison) -> str:
+    return f"{comparison.workload}: latencies {comparison.latencies_at}"
+
+
+def terminal_table(comparison: Comparison) -> Table:
+    """One row a metric, one column a configuration: stays readable in 80 columns."""
+    table = Table(title=heading(comparison), title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("")
+    for name in comparison.rows:
+        table.add_column(name, justify="right", overflow="fold")
+    for metric in METRICS:
+        between = " " if len(comparison.rows) <= 2 else "\n"
+        cells = [_terminal_cell(metric, row[metric.key], between) for row in comparison.rows.values()]
+        table.add_row(f"{metric.label}, {metric.unit}", *cells)
+    return table
+
+
+def answer_lines(results: Results) -> list[str]:
+    """One line a (configuration, workload): what it sustains and what binds."""
+    lines = []
+    for workload in results.workloads:
+        for series in results.of_workload(workload):
+            binding = f"; binding: {series.answer.binding}" if series.answer else ""
+            lines.append(f"{series.configuration} / {workload}: {sustained_words(series.answer)}{binding}")
+    return lines
+
+
+def markdown(results: Results, comparisons: list[Comparison]) -> str:
+    """The comparison as markdown tables, one a workload."""
+    parts = [f"## {results.title}"]
+    for comparison in comparisons:
+        lines = [_row(["", *(_escaped(name) for name in comparison.rows)])]
+        lines.append(_row([":--"] + ["--:"] * len(comparison.rows)))
+        for metric in METRICS:
+            cells = [_cell_words(row[metric.key]) for row in comparison.rows.values()]
+            lines.append(_row([f"{metric.label}, {metric.unit}", *cells]))
+        parts += [f"**{_escaped(heading(comparison))}**", "\n".join(lines)]
+    parts.append("\n".join(f"- {_escaped(line)}" for line in answer_lines(results)))
+    if results.failures:
+        parts.append("\n".join(f"- failed: {_escaped(f'{k}: {v}')}" for k, v in results.failures.items()))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _terminal_cell(metric: Metric, cell: Cell, between: str) -> Text:
+    text = Text(number(cell.value))
+    if cell.difference is not None:
+        style = {"better": "green", "worse": "red", "": "dim"}[verdict(metric, cell)]
+        text.append(between + percent_words(cell.difference), style=style)
+    return text
+
+
+def _cell_words(cell: Cell) -> str:
+    difference = f" ({percent_words(cell.difference)})" if cell.difference is not None else ""
+    return number(cell.value) + difference
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

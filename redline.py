@@ -1,0 +1,40 @@
+"""Public Python API: `from redline import LLM, SamplingParams`."""
+
+from typing import TYPE_CHECKING, Any
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineDeadError, ModelError, OutOfMemoryError, RedlineError, RequestError
+
+if TYPE_CHECKING:
+    from engine.frontend.sampling import SamplingParams
+    from engine.llm import LLM, CompletionOutput, RequestOutput
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "EngineDeadError",
+    "ModelError",
+    "OutOfMemoryError",
+    "RedlineError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+]
+
+_LAZY = {
+    "LLM": "engine.llm",
+    "CompletionOutput": "engine.llm",
+    "RequestOutput": "engine.llm",
+    "SamplingParams": "engine.frontend.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is heavy at its first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

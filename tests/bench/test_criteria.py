@@ -1,0 +1,97 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.criteria import Evidence, Flow, binding, judge, overload, tolerance
+from bench.metrics import WindowState
+from tests.bench.queue_model import queue
+
+QUIET = WindowState(preemptions=0)
+
+
+def evidence(flow: Flow, **fields: object) -> Evidence:
+    plain: dict[str, object] = {"flow": flow, "server": QUIET, "requests": flow.arrived()}
+    return Evidence(**(plain | fields))  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)  # statistical: the same draws at every run
+@given(st.integers(0, 10_000), st.sampled_from([1, 8, 64]), st.floats(0.3, 0.85))
+def test_below_capacity_is_sustained(seed: int, slots: int, load: float) -> None:
+    flow = queue(load * slots, slots, 1.0, 400, seed, warmup=4 * slots)
+    verdict = judge(evidence(flow))
+    assert verdict.sustained is True, verdict
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.sampled_from([1, 8, 64]), st.floats(1.25, 5.0))
+def test_above_capacity_is_not(seed: int, slots: int, load: float) -> None:
+    flow = queue(load * slots, slots, 1.0, 400, seed)
+    verdict = judge(evidence(flow))
+    assert verdict.sustained is False
+    assert "backlog grew" in verdict.reason
+
+
+@pytest.mark.parametrize("load", [0.95, 1.05])
+def test_at_5_percent_precision_most_points_5_percent_off_are_told_right(load: float) -> None:
+    verdicts = [judge(evidence(queue(load * 8, 8, 1.0, 1600, seed))).sustained for seed in range(40)]
+    assert verdicts.count(load < 1) >= 36
+
+
+def test_each_rule_breaks_alone() -> None:
+    flow = queue(4.0, 8, 1.0, 400, 3)
+    assert judge(evidence(flow)).sustained is True
+    preempted = judge(evidence(flow, server=WindowState(preemptions=2)))
+    assert (preempted.sustained, preempted.binding, preempted.reason) == (False, "KV cache", "2 preemptions")
+    failed = judge(evidence(flow, failed={"http 429": 3}))
+    assert failed.sustained is False
+    assert "3 http 429" in failed.reason
+    slow = judge(evidence(flow, limits={"ttft_p99_ms": (2100.0, 2000.0)}))
+    assert (slow.sustained, slow.binding) == (False, "latency limit")
+    assert judge(evidence(flow, limits={"ttft_p99_ms": (float("nan"), 2000.0)})).sustained is False
+    assert judge(evidence(flow, limits={"ttft_p99_ms": (1900.0, 2000.0)})).sustained is True
+    assert judge(evidence(flow, cut="backlog grew by 90 in 3 s")).sustained is False
+
+
+def test_without_a_preemption_counter_the_reason_says_so() -> None:
+    verdict = judge(evidence(queue(4.0, 8, 1.0, 400, 3), server=WindowState()))
+    assert verdict.sustained is True
+    assert "no preemption counter" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"client_fault": "used 99% of its core"}, "load generator was the bottleneck"),
+        ({"missed_lengths": 5}, "5 of 400 outputs had not the asked length"),
+        ({"requests": 0}, "no request fell into the window"),
+        ({"cut": "time"}, "before its window was over"),
+        ({"failed": {"connection": 400}}, "no request reached the server"),
+    ],
+)
+def test_points_that_say_nothing_are_invalid_not_slow(fields: dict[str, object], words: str) -> None:
+    verdict = judge(evidence(queue(40.0, 8, 1.0, 400, 3), **fields))
+    assert (verdict.valid, verdict.sustained) == (False, None)
+    assert words in verdict.reason
+
+
+def test_what_binds() -> None:
+    assert binding(WindowState(preemptions=1)) == "KV cache"
+    assert binding(WindowState(kv_use_max=0.98, waiting_max=3)) == "KV cache"
+    assert binding(WindowState(kv_use_max=0.98, waiting_max=0, full_rows=True)) == "rows"
+    assert binding(WindowState(kv_use_max=0.5, waiting_max=9)) == "compute"
+
+
+def test_overload_is_seen_early_and_a_ramp_is_not_overload() -> None:
+    # 20 requests/s at a server that does 10: by 10 s the backlog has grown by 100.
+    assert "backlog grew by 100" in overload((20, 120), 10.0, 20.0, 1.0, None)
+    assert overload((20, 120), 10.0, 20.0, 1.0, (0.0, 1.0)) == ""  # nothing waits: it still fills up
+    assert overload((20, 120), 10.0, 20.0, 1.0, (0.0, 90.0)) != ""
+    assert overload((20, 120), 0.5, 20.0, 1.0, None) == ""  # not one latency has passed
+    assert overload((20, 30), 10.0, 20.0, 1.0, None) == ""
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_tolerance_never_falls_with_more_requests(count: float, in_flight: float) -> None:
+    assert tolerance(count, in_flight) >= 2
+    assert tolerance(count + 1, in_flight) >= tolerance(count, in_flight)
+    assert tolerance(count, in_flight + 1) >= tolerance(count, in_flight)

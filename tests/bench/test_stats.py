@@ -1,0 +1,75 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.stats import latencies, percentile, percentile_interval, token_rates
+from tests.bench.rows import plain_request
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.sampled_from([50, 90, 99]))
+def test_interval_holds_order_statistics_around_the_percentile(samples: list[float], q: float) -> None:
+    values = np.array(samples)
+    low, high = percentile_interval(values, q)
+    assert low in values
+    assert high in values
+    assert low <= np.percentile(values, q, method="inverted_cdf") <= high
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    truth = -math.log(0.01)
+    covered = 0
+    for _ in range(400):
+        low, high = percentile_interval(rng.exponential(size=1500), 99)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 400 <= 0.99
+
+
+def test_exact_and_normal_ranks_agree_where_they_meet() -> None:
+    values = np.arange(20_000.0)
+    normal = percentile_interval(values, 99)
+    exact = percentile_interval(values[:-1], 99)
+    assert normal == pytest.approx(exact, abs=5)
+
+
+def test_no_samples_give_no_number() -> None:
+    assert math.isnan(percentile(np.zeros(0), 99))
+    assert all(math.isnan(v) for v in percentile_interval(np.zeros(0), 99))
+
+
+def test_a_stall_is_seen_and_not_averaged_away() -> None:
+    rows = [plain_request(chunk_gaps_s=[0.02] * 62 + [0.52], chunk_tokens=[1] * 64) for _ in range(20)]
+    samples = latencies(rows, 10.0)
+    assert percentile(samples.itl, 99) == pytest.approx(520)
+    assert percentile(samples.tpot, 50) == pytest.approx((62 * 20 + 520) / 63)
+
+
+def test_chunks_of_several_tokens_count_all_of_them() -> None:
+    samples = latencies([plain_request(chunk_gaps_s=[0.08], chunk_tokens=[4, 4], output_tokens=8)], 10.0)
+    assert samples.tokens_per_chunk == 4
+    assert samples.tpot.tolist() == pytest.approx([20.0])
+    assert samples.itl.tolist() == pytest.approx([80.0])
+
+
+def test_open_requests_count_with_what_they_waited_and_failed_ones_not() -> None:
+    rows = [
+        plain_request(),
+        plain_request(intended_s=2.0, status="cut short", ttft_s=None, e2e_s=None, chunk_gaps_s=[], chunk_tokens=[]),
+        plain_request(status="http 429", ttft_s=None, e2e_s=None, chunk_gaps_s=[], chunk_tokens=[]),
+        plain_request(in_window=False),
+    ]
+    samples = latencies(rows, 5.0)
+    assert samples.ttft.tolist() == pytest.approx([100.0, 3000.0])
+    assert samples.e2e.tolist() == pytest.approx([400.0, 3000.0])
+    assert samples.cut_short == 1
+    assert len(samples.itl) == 3
+
+
+def test_token_rates_count_arrivals_inside_the_window_only() -> None:
+    rows = [plain_request(intended_s=0.0), plain_request(intended_s=0.75, in_window=False)]
+    # Tokens at 0.1, 0.2, 0.3, 0.4 and 0.85, 0.95, 1.05, 1.15.
+    assert token_rates(rows, 0.0, 1.0) == (14, 6)
+    assert token_rates(rows, 0.25, 0.75) == (0, 4)

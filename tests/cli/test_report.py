@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from cli.main import main
+from tests.plots.made import DEMO, TWO, write_run
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "results" / "demo", TWO, DEMO)
+
+
+@pytest.mark.usefixtures("demo")
+def test_bare_it_takes_the_newest_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report"]) == 0
+    said = capsys.readouterr().out
+    assert said.rstrip().splitlines()[-1] == "report: results/demo/report.html"
+    assert "1.82 −57 %" in said
+    assert "prefix caching on / shared-prefix 448+64/32: sustains 4.22 req/s (3.93–4.56, provisional)" in said
+
+
+def test_out_takes_the_files(demo: Path, tmp_path: Path) -> None:
+    assert main(["report", str(demo), "--out", "elsewhere"]) == 0
+    assert (tmp_path / "elsewhere" / "report.html").exists()
+    assert not (demo / "report.html").exists()
+
+
+def test_conditions_make_the_exit_code(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(demo), "--fail-if", "itl_p99>+500%"]) == 0
+    assert main(["report", str(demo), "--fail-if", "itl_p99>+5%", "--fail-if", "rate<-5%"]) == 1
+    failed = capsys.readouterr().err.splitlines()
+    assert len(failed) == 2
+    assert all(line.startswith("fail-if: prefix caching off / ") for line in failed)
+
+
+def test_markdown_alone_is_on_stdout(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(demo), "--markdown"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("## Prefix caching on and off")
+    assert "report.html" not in captured.out
+    assert "report.html" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        ([], "no results under results/", 1),
+        (["nowhere"], "nowhere is not a results folder", 1),
+        (["nowhere", "--fail-if", "speed>3"], "--fail-if 'speed>3' is not understood", 2),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str, code: int) -> None:
+    assert main(["report", *arguments]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -1,0 +1,109 @@
+"""A whole server in the test's own loop: real application, client and core, a worker without a model."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+
+from engine.api.app import create_app
+from engine.api.state import ApiState
+from engine.clock import FakeClock
+from engine.core.engine import EngineCore
+from engine.frontend.backends import StandInBackend
+from engine.frontend.chat_template import ChatTemplate
+from engine.frontend.client import CoreClient
+from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.transport import InlineTransport
+from engine.messages import Ready
+from tests.engine.core_driver import resolved
+from tests.engine.fake_executor import FakeExecutor
+
+VOCABULARY = 300
+STEP_S = 0.125
+TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
+
+
+@dataclass
+class InLoop:
+    """One server without sockets."""
+
+    app: FastAPI
+    client: CoreClient
+    core: EngineCore
+    http: httpx.AsyncClient
+
+    @property
+    def openai(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url="http://test/v1", api_key="key", http_client=self.http, max_retries=0)
+
+    async def post(self, path: str, **body: Any) -> Any:
+        answer = await self.http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def refusal(self, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+        answer = await (
+            self.http.post(path, content=body) if isinstance(body, bytes) else self.http.post(path, json=body)
+        )
+        assert answer.status_code == status, answer.text
+        error: dict[str, Any] = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert "\n" not in error["message"]
+        return error
+
+
+@contextlib.asynccontextmanager
+async def in_loop(api_key: str | None = None, template: str | None = TEMPLATE) -> AsyncIterator[InLoop]:
+    config = resolved(max_model_len=128, num_blocks=257, max_num_batched_tokens=32)
+    clock = FakeClock()
+    worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S)
+    transport = InlineTransport()
+    core = EngineCore(config, worker, clock, transport.from_core)
+    transport.receive = core.receive
+    ready = Ready(
+        "/models/fake",
+        "fake",
+        "float32",
+        VOCABULARY,
+        config.max_model_len,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.block_size,
+        config.num_blocks - 1,
+        True,
+    )
+    tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
+    client = CoreClient(ready, tokenizer, transport, clock)
+    client.open()
+    app = create_app(ApiState(client, ("fake",), api_key, created=1))
+
+    async def pump() -> None:
+        while True:
+            core.step(clock.now())
+            if worker.next_due is not None:
+                clock.advance(max(0.0, worker.next_due - clock.now()))
+                worker.pump()
+            for _ in range(10):  # readers keep up: nothing is merged
+                await asyncio.sleep(0)
+
+    pumping = asyncio.ensure_future(pump())
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    try:
+        yield InLoop(app, client, core, http)
+    finally:
+        await http.aclose()
+        pumping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await pumping
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[InLoop]:
+    async with in_loop() as running:
+        yield running

@@ -1,0 +1,40 @@
+import asyncio
+from pathlib import Path
+
+import zmq
+
+from engine.frontend.transport import BURST, ZmqTransport
+from engine.messages import Abort, decode_to_core
+
+
+async def test_messages_travel_both_ways_in_order_and_none_is_left_behind(tmp_path: Path):
+    to_core, from_core = (f"ipc://{tmp_path}/{name}" for name in ("core", "front"))
+    context = zmq.Context()
+    inbound, outbound = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbound.setsockopt(zmq.RCVTIMEO, 5000)
+    inbound.bind(to_core)
+    outbound.connect(from_core)
+    transport = ZmqTransport(to_core, from_core)
+    received: list[bytes] = []
+    enough = asyncio.Event()
+    count = 3 * BURST + 1
+
+    def deliver(data: bytes) -> None:
+        received.append(data)
+        if len(received) == count:
+            enough.set()
+
+    try:
+        transport.open(deliver)
+        transport.send(Abort((1, 2)))
+        assert decode_to_core(inbound.recv()) == Abort((1, 2))
+        for number in range(count):
+            outbound.send(str(number).encode())
+        await asyncio.wait_for(enough.wait(), 10)
+        assert received == [str(number).encode() for number in range(count)]
+    finally:
+        transport.close()
+        transport.close()
+        inbound.close()
+        outbound.close()
+        context.term()

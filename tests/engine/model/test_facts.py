@@ -1,0 +1,128 @@
+"""What is known of a model before it is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, ModelError
+from engine.model.facts import read_facts
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+PARAMETERS = 100 * 32 + 32 + 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3 + 2 * 32)
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def facts(folder: Path, **options: Any):
+    return read_facts(EngineConfig(model=str(folder), **options))
+
+
+def test_shapes_and_sizes(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(7, 3), "b": torch.zeros(5, dtype=torch.bfloat16)}
+    found = facts(write(tmp_path, LLAMA, tensors))
+    assert (found.architecture, found.dtype, found.vocab_size) == ("LlamaForCausalLM", "bfloat16", 100)
+    assert (found.num_layers, found.num_heads, found.num_kv_heads, found.head_dim) == (2, 4, 2, 8)
+    assert found.weight_bytes == 26 * 2  # as loaded: bfloat16
+    assert found.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
+    assert found.max_model_len == 128
+    assert found.warnings == ()
+
+
+def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(6)}, tmp_path / "model-00002-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert facts(write(tmp_path, LLAMA)).weight_bytes == 20
+
+
+def test_dummy_weights_are_counted_from_the_class(tmp_path: Path) -> None:
+    assert facts(write(tmp_path, LLAMA), load_format="dummy").weight_bytes == PARAMETERS * 2
+
+
+def test_fewer_layers_only_with_dummy_weights(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA, {"a": torch.zeros(4)})
+    assert facts(tmp_path, load_format="dummy", num_layers=1).num_layers == 1
+    with pytest.raises(ConfigError, match="--num-layers needs --load-format dummy"):
+        facts(tmp_path, num_layers=1)
+
+
+def test_the_dtype_is_the_flags_then_the_configs_then_the_tensors(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA, {"a": torch.zeros(4, dtype=torch.float16)})
+    assert facts(tmp_path, dtype="float32").dtype == "float32"
+    assert facts(tmp_path).dtype == "bfloat16"
+    write(tmp_path, {name: value for name, value in LLAMA.items() if name != "dtype"})
+    assert facts(tmp_path).dtype == "float16"
+
+
+def test_a_length_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA, {"a": torch.zeros(4)})
+    assert facts(tmp_path, max_model_len=64).max_model_len == 64
+    with pytest.raises(ConfigError, match="--max-model-len 129 is more than the 128 positions"):
+        facts(tmp_path, max_model_len=129)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "falcon"}, "attention mask by itself"),
+        ({"model_type": "t5"}, "encoder-decoder"),
+        ({"model_type": "no_such_kind"}, "no_such_kind"),
+        ({"model_type": "llava"}, "images"),
+        ({"model_type": "qwen3_next"}, "linear_attention"),
+        ({"model_type": "deepseek_v3"}, "latent attention"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of kind dynamic"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
+    ],
+)
+def test_models_that_the_path_cannot_run_are_refused_with_the_reason(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    write(tmp_path, {**LLAMA, **change}, {"a": torch.zeros(4)})
+    with pytest.raises(ModelError) as caught:
+        facts(tmp_path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_untested_kind_is_named_in_a_warning(tmp_path: Path) -> None:
+    write(tmp_path, {**LLAMA, "model_type": "arcee"}, {"a": torch.zeros(4)})
+    assert "arcee" in facts(tmp_path).warnings[0]
+
+
+def test_a_folder_without_weights_is_refused_unless_dummy(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA)
+    with pytest.raises(ModelError, match="--load-format dummy"):
+        facts(tmp_path)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    write(tmp_path, LLAMA)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(ModelError, match=r"model\.safetensors is missing or isn't a safetensors file"):
+        facts(tmp_path)
+    (tmp_path / "config.json").write_text("{ not json")
+    with pytest.raises(ModelError, match=r"config\.json can't be read"):
+        facts(tmp_path)

@@ -1,0 +1,157 @@
+"""Shares of a model, run side by side as threads of one process, give what the whole model gives."""
+
+import copy
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, ModelError
+from engine.kernels import attention
+from engine.kernels.attention import Ragged, Workspace
+from engine.model import adapt, gate
+from engine.model.adapt import Forward, KVCache
+from engine.model.facts import ModelFacts, read_facts
+from engine.model.load import layout_of, load_model
+from engine.model.shard import shard
+from engine.model.split import Split, plan_split
+from tests.engine.worker.driver import BASE, MODELS, VOCAB, build_model
+
+WITHOUT_A_PLAN = {"gpt2", "gpt_oss", "opt", "stablelm"}
+UNDIVIDED_HEADS = {"olmo2", "olmo3", "phi3"}
+TOKENS = 23
+BLOCK = 4
+TOLERANCE = 1e-4
+
+
+class ThreadGroup:
+    """Ranks that are threads: what each puts on the table, all take in the order of ranks."""
+
+    def __init__(self, rank: int, size: int, table: list[Tensor], barrier: threading.Barrier):
+        self.rank, self.size = rank, size
+        self._table, self._barrier = table, barrier
+
+    def _exchange(self, tensor: Tensor, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        self._table[self.rank] = tensor.clone()
+        self._barrier.wait()
+        joined = join(list(self._table))
+        self._barrier.wait()
+        return joined
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self._exchange(tensor, lambda parts: torch.stack(parts).sum(0))
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self._exchange(tensor, lambda parts: torch.cat(parts, -1))
+
+
+def make_groups(size: int) -> list[ThreadGroup]:
+    table, barrier = [torch.empty(0)] * size, threading.Barrier(size, timeout=30)
+    return [ThreadGroup(rank, size, table, barrier) for rank in range(size)]
+
+
+@torch.inference_mode()
+def logits_of(model: Any, facts: ModelFacts, ids: list[int]) -> Tensor:
+    """Logits [tokens, vocabulary] of a prompt computed in two chunks."""
+    layout = layout_of(facts, BLOCK)
+    blocks = -(-len(ids) // BLOCK)
+    cache, workspace = KVCache(facts.num_layers, blocks + 1, layout), Workspace(layout.dtype)
+    table = np.arange(1, blocks + 1, dtype=np.int32)[None]
+    parts = []
+    for first, last in ((0, len(ids) // 2), (len(ids) // 2, len(ids))):
+        positions = np.arange(first, last)
+        ragged = Ragged(np.zeros(1, np.int64), np.array([last - first]), np.array([first]), table)
+        index = attention.write_index(table, np.zeros(last - first, dtype=np.int64), positions, layout)
+        arguments = {
+            "input_ids": torch.tensor([ids[first:last]]),
+            "position_ids": torch.from_numpy(positions)[None],
+            "use_cache": False,
+        }
+        parts.append(adapt.run(model, Forward(cache, ragged, index, workspace), arguments).logits[0])
+    return torch.cat(parts)
+
+
+def logits_of_rank(config: EngineConfig, split: Split, group: ThreadGroup, model: Any, ids: list[int]) -> Tensor:
+    shard(model, split, group)
+    return logits_of(model, split.rank, ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [*((kind, 2) for kind in sorted(gate.TESTED - WITHOUT_A_PLAN)), ("glm4", 4), ("qwen3_moe", 4)]
+)
+def test_the_shares_give_the_logits_of_the_whole(kind: str, size: int, tmp_path: Path, monkeypatch: Any) -> None:
+    if size == 4:
+        wider = {"num_key_value_heads": 4, "moe_intermediate_size": 32}
+        monkeypatch.setitem(MODELS, kind, {**MODELS[kind], **wider})
+    build_model(kind, tmp_path)
+    config = EngineConfig(model=str(tmp_path), tensor_parallel_size=size)
+    facts = read_facts(config)
+    split = plan_split(config, facts)
+    torch.manual_seed(1)
+    ids = torch.randint(VOCAB, (TOKENS,)).tolist()
+    model = load_model(config, facts)
+    models = [copy.deepcopy(model) for _ in range(size)]
+    whole = logits_of(model, facts, ids)
+    with ThreadPoolExecutor(size) as pool:
+        shares = list(
+            pool.map(lambda group: logits_of_rank(config, split, group, models[group.rank], ids), make_groups(size))
+        )
+    assert all(torch.equal(share, shares[0]) for share in shares[1:])
+    assert float((shares[0] - whole).abs().max()) < TOLERANCE
+    assert len(set(whole.argmax(-1).tolist())) > 3
+    stored = [sum(p.numel() for p in model.parameters()) * 4 for model in models]  # bytes
+    assert sum(stored) == split.weight_bytes
+    assert max(stored) < facts.weight_bytes
+    assert split.divides_heads == (kind not in UNDIVIDED_HEADS)
+    assert bool(split.warnings) == (kind in UNDIVIDED_HEADS)
+    assert split.rank.kv_bytes_per_token * (size if split.divides_heads else 1) == facts.kv_bytes_per_token
+
+
+@contextmanager
+def folder(tmp_path: Path, kind: str, **changes: Any) -> Iterator[EngineConfig]:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": kind, **MODELS.get(kind, {}), **changes}))
+    yield EngineConfig(model=str(tmp_path), load_format="dummy", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("kind", sorted(WITHOUT_A_PLAN))
+def test_a_class_without_a_plan_is_refused(kind: str, tmp_path: Path) -> None:
+    with folder(tmp_path, kind) as config, pytest.raises(ModelError, match=r"--tp 2.*no tensor-parallel plan for"):
+        plan_split(config, read_facts(config))
+
+
+def test_heads_that_do_not_divide_are_refused_with_what_works(tmp_path: Path) -> None:
+    changes = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
+    with folder(tmp_path, "llama", **changes) as config, pytest.raises(ConfigError) as caught:
+        plan_split(config, read_facts(config))
+    assert "9 heads and 3 KV heads" in str(caught.value)
+    assert str(caught.value).endswith("use --tp 1 or 3")
+
+
+def test_weights_that_do_not_divide_are_refused_with_what_works(tmp_path: Path) -> None:
+    with folder(tmp_path, "llama", intermediate_size=49) as config, pytest.raises(ConfigError) as caught:
+        plan_split(config, read_facts(config))
+    assert "weights of length 49" in str(caught.value)
+    assert str(caught.value).endswith("use --tp 1")
+
+
+def test_experts_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    with folder(tmp_path, "qwen3_moe", moe_intermediate_size=25) as config:
+        with pytest.raises(ConfigError, match="weights of length 25"):
+            plan_split(config, read_facts(config))
+
+
+def test_a_style_that_is_not_known_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", {"layers.*.self_attn.q_proj": "mla_kv_a_proj"})
+    with folder(tmp_path, "llama") as config, pytest.raises(ModelError, match="not supported: mla_kv_a_proj"):
+        plan_split(config, read_facts(config))

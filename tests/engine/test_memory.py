@@ -1,0 +1,125 @@
+"""How memory is divided, and what is said when it doesn't suffice."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import memory
+from engine.config import EngineConfig
+from engine.errors import ConfigError, OutOfMemoryError
+from engine.memory import resolve
+from engine.model.facts import ModelFacts
+
+GIB = 1 << 30
+
+
+def make_facts(**changes: Any) -> ModelFacts:
+    values: dict[str, Any] = {
+        "path": Path("model"),
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float32",
+        "vocab_size": 32000,
+        "max_model_len": 2048,
+        "num_layers": 4,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "weight_bytes": 100 << 20,
+        "kv_bytes_per_token": 2 * 4 * 2 * 64 * 4,
+    }
+    return ModelFacts(**{**values, **changes})
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch):
+    def set_free(amount: int) -> None:
+        monkeypatch.setattr(memory, "available_memory", lambda: amount)
+
+    return set_free
+
+
+def test_the_pool_is_what_remains(free) -> None:
+    free(2 * GIB)
+    found = resolve(EngineConfig(model="m", max_num_seqs=128), make_facts())
+    lines = {line.what: line.bytes for line in found.memory}
+    assert lines["weights"] == 100 << 20
+    block_bytes = make_facts().kv_bytes_per_token * found.config.block_size
+    assert lines["KV cache"] == found.config.num_blocks * block_bytes
+    assert 0 <= GIB - sum(lines.values()) < block_bytes
+    assert all(line.flag.startswith("--") for line in found.memory)
+
+
+def test_the_pool_is_no_larger_than_all_rows_can_use(free) -> None:
+    free(1000 * GIB)
+    found = resolve(EngineConfig(model="m", max_num_seqs=3), make_facts()).config
+    assert found.num_blocks == 3 * 2048 // 32 + 1
+
+
+def test_given_bytes_are_taken_as_given(free) -> None:
+    free(4 * GIB)
+    config = EngineConfig(model="m", kv_cache_memory_bytes=GIB, max_num_seqs=1)
+    found = resolve(config, make_facts())
+    assert found.config.num_blocks == GIB // (make_facts().kv_bytes_per_token * 32)
+    assert found.warnings == ()
+    free(GIB)
+    assert "--kv-cache-memory-bytes" in resolve(config, make_facts()).warnings[0]
+
+
+@given(st.one_of(st.none(), st.integers(1, 4000)), st.one_of(st.none(), st.integers(1, 4000)))
+def test_every_row_has_a_token_of_the_budget(rows: int | None, budget: int | None) -> None:
+    if rows is not None and budget is not None and budget < rows:
+        return
+    config = EngineConfig(model="m", max_num_seqs=rows, max_num_batched_tokens=budget, kv_cache_memory_bytes=1 << 34)
+    found = resolve(config, make_facts()).config
+    assert found.max_num_batched_tokens >= found.max_num_seqs >= 1
+    assert rows is None or found.max_num_seqs == rows
+    assert budget is None or found.max_num_batched_tokens == budget
+
+
+def test_the_defaults(free) -> None:
+    free(64 * GIB)
+    found = resolve(EngineConfig(model="m"), make_facts()).config
+    assert (found.max_num_seqs, found.max_num_batched_tokens, found.block_size) == (128, 512, 32)
+
+
+def test_too_few_bytes_name_values_that_work(free) -> None:
+    free(4 * GIB)
+    with pytest.raises(OutOfMemoryError) as caught:
+        resolve(EngineConfig(model="m", kv_cache_memory_bytes=1 << 20), make_facts())
+    message = str(caught.value)
+    wanted = int(re.search(r"--kv-cache-memory-bytes (\d+) or", message)[1])
+    length = int(re.search(r"--max-model-len (\d+)", message)[1])
+    resolve(EngineConfig(model="m", kv_cache_memory_bytes=wanted), make_facts())
+    resolve(EngineConfig(model="m", kv_cache_memory_bytes=1 << 20), make_facts(max_model_len=length))
+    with pytest.raises(OutOfMemoryError):
+        resolve(EngineConfig(model="m", kv_cache_memory_bytes=wanted - 1), make_facts())
+
+
+def test_too_small_a_share_names_one_that_works(free) -> None:
+    free(600 << 20)
+    with pytest.raises(OutOfMemoryError) as caught:
+        resolve(EngineConfig(model="m", gpu_memory_utilization=0.3), make_facts())
+    share = float(re.search(r"--gpu-memory-utilization ([\d.]+)", str(caught.value))[1])
+    resolve(EngineConfig(model="m", gpu_memory_utilization=share), make_facts())
+
+
+def test_a_model_beyond_the_machine_says_what_it_needs(free) -> None:
+    free(50 << 20)
+    with pytest.raises(OutOfMemoryError, match="use a machine with"):
+        resolve(EngineConfig(model="m"), make_facts())
+
+
+def test_more_ranks_are_refused_for_now() -> None:
+    with pytest.raises(ConfigError, match="--tp 2"):
+        resolve(EngineConfig(model="m", tensor_parallel_size=2), make_facts())
+
+
+def test_the_machine_has_cores_and_memory() -> None:
+    assert memory.cores() >= 1
+    assert memory.available_memory() > 0

@@ -1,0 +1,117 @@
+"""The served model against plain transformers, on the real SmolLM2-135M weights.
+
+In float32 the greedy tokens are the same, however a request was scheduled. In bfloat16 rounding depends on the shape of
+a batch, so log-probabilities are compared instead, teacher-forced on what was served.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.model.resolve import resolve_model
+from tests.serving import Served, serve
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+
+MODEL = "smollm2-135m"
+NEW_TOKENS = 32
+LENGTHS = [5, 6, 9, 13, 16, 17, 24, 31, 32, 33, 48, 64, 65, 90, 127, 160, 224, 300, 420, 511, 600]
+
+# Both sides round every layer to 8 bits of mantissa, in different orders.
+BF16_LOGPROB_TOLERANCE = 0.25
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return resolve_model(MODEL)
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path) -> list[list[int]]:
+    """Stretches of a real text, each from another place."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    tokens = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert len(tokens) > 2000
+    return [tokens[37 * i : 37 * i + length] for i, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                eos_token_id=-1,
+                do_sample=False,
+            )
+        outputs.append(out[0, len(prompt) :].tolist())
+    assert all(len(set(output)) > 3 for output in outputs), "a text of one repeated token proves nothing"
+    return outputs
+
+
+def complete(server: Served, prompt: list[int], **more: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    return server.post("/v1/completions", **body, return_token_ids=True, **more)
+
+
+def token_ids(answer: dict[str, Any]) -> list[int]:
+    ids: list[int] = answer["choices"][0]["token_ids"]
+    return ids
+
+
+def all_at_once(server: Served, prompts: list[list[int]]) -> list[list[int]]:
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return [token_ids(answer) for answer in pool.map(lambda prompt: complete(server, prompt), prompts)]
+
+
+def test_alone_all_at_once_and_from_the_prefix_cache(tmp_path: Path, prompts, expected):
+    with serve(tmp_path, MODEL, "--dtype", "float32", "--max-model-len", "1024", "--block-size", "16") as server:
+        alone = [complete(server, prompt) for prompt in prompts]
+        assert [token_ids(answer) for answer in alone] == expected
+        assert all(answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 for answer in alone[:4])
+        hits = server.metric("vllm:prefix_cache_hits_total")
+        assert all_at_once(server, prompts) == expected
+        long_prompts = sum((len(prompt) - 1) // 16 * 16 for prompt in prompts)
+        assert server.metric("vllm:prefix_cache_hits_total") - hits == long_prompts, "the second pass hit every block"
+        assert server.metric("vllm:num_preemptions_total") == 0
+
+
+def test_all_at_once_in_chunks_without_a_cache(tmp_path: Path, prompts, expected):
+    flags = ["--max-num-batched-tokens", "48", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
+    with serve(tmp_path, MODEL, "--dtype", "float32", "--max-model-len", "1024", *flags) as server:
+        assert all_at_once(server, prompts) == expected
+        assert server.metric("vllm:prefix_cache_hits_total") == 0
+
+
+def test_with_so_few_blocks_that_requests_are_preempted(tmp_path: Path, prompts, expected):
+    kv_bytes_a_token = 2 * 30 * 3 * 64 * 4
+    pool = 60 * 16 * kv_bytes_a_token
+    flags = ["--kv-cache-memory-bytes", str(pool), "--block-size", "16", "--max-num-seqs", "24"]
+    with serve(tmp_path, MODEL, "--dtype", "float32", "--max-model-len", "704", *flags) as server:
+        assert all_at_once(server, prompts) == expected
+        assert server.metric("vllm:num_preemptions_total") > 0
+
+
+def test_bf16_logprobs_agree_teacher_forced(tmp_path: Path, folder: Path, prompts):
+    with serve(tmp_path, MODEL, "--dtype", "bfloat16", "--max-model-len", "1024") as server:
+        answers = [complete(server, prompt, logprobs=5) for prompt in prompts]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    worst = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        output = token_ids(answer)
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :]
+        reference = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(output)[:, None])[:, 0]
+        served = torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"])
+        worst = max(worst, float((served - reference).abs().max()))
+    assert worst < BF16_LOGPROB_TOLERANCE, f"the largest difference of a log-probability is {worst:.3f}"

@@ -1,0 +1,31 @@
+"""Starts executors for the tests of the worker and ends them."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.memory import resolve
+from engine.model.facts import read_facts
+from engine.worker.executor import InProcessExecutor
+from tests.engine.worker.driver import Driver
+
+
+@pytest.fixture
+def make_driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
+    """Start an executor on a folder and wrap it into a driver."""
+
+    def make(folder: Path, *, rows: int = 6, block_size: int = 4, num_blocks: int = 2000, **options: Any) -> Driver:
+        options = {"dtype": "float32", **options}
+        config = EngineConfig(model=str(folder), max_num_seqs=rows, block_size=block_size, **options)
+        facts = read_facts(config)
+        pool = facts.kv_bytes_per_token * block_size * num_blocks
+        config = dataclasses.replace(config, kv_cache_memory_bytes=pool)
+        executor = InProcessExecutor(config, facts, resolve(config, facts).config)
+        request.addfinalizer(executor.shutdown)
+        return Driver(executor, rows=rows, block_size=block_size, num_blocks=num_blocks)
+
+    return make

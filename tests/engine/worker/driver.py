@@ -1,0 +1,185 @@
+"""Tiny models with random weights, and a driver that makes step messages by itself."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.messages import RowAdded, Sampling, StepMessage, StepResult, column, decode_result, encode, int32s
+from engine.worker.executor import InProcessExecutor
+
+VOCAB = 128
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+PLAIN = {"num_key_value_heads": None}  # as many as heads
+WINDOWED = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MODELS: dict[str, dict[str, object]] = {
+    "cohere2": {**WINDOWED, "logit_scale": 1.0},
+    "exaone4": {**WINDOWED, "head_dim": 8},
+    "gemma2": {**WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "glm4": {"head_dim": 8},
+    "gpt2": {**PLAIN, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 256},
+    "gpt_neox": {**PLAIN},
+    "gpt_oss": {**WINDOWED, **MOE, "head_dim": 8},
+    "granite": {"attention_multiplier": 0.3},
+    "llama": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+    "mistral": {"sliding_window": 9, "head_dim": 16},
+    "mixtral": {**MOE},
+    "olmo2": {},
+    "olmo3": {**WINDOWED},
+    "opt": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi3": {"original_max_position_embeddings": 256},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 9},
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 24},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {**MOE, "head_dim": 16},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 9},
+}
+
+
+def build_model(kind: str, folder: Path) -> torch.nn.Module:
+    """Save a tiny model of that kind with random float32 weights, and return it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**BASE, **MODELS[kind]})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@dataclass
+class Request:
+    """What the driver knows of one request."""
+
+    prompt: list[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    output: list[int] = field(default_factory=list)
+    row: int = -1
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+
+    @property
+    def known(self) -> list[int]:
+        return self.prompt + self.output
+
+
+class Driver:
+    """Schedules requests at random: ragged chunks, late arrivals, rests, preemptions, shared prefix blocks."""
+
+    def __init__(self, executor: InProcessExecutor, *, rows: int, block_size: int, num_blocks: int):
+        self.executor = executor
+        self.free_rows = list(range(rows))
+        self.block_size = block_size
+        self.free_blocks = list(range(1, num_blocks))
+        self.generations = [0] * rows
+        self.step = 0
+        self.preemptions = 0
+        self.shared = 0
+
+    def run(self, requests: list[Request], new: int, *, seed: int, chunk: int = 7, preempt: float = 0.15) -> None:
+        """Run all requests to `new` output tokens each."""
+        luck = random.Random(seed)
+        waiting, running = list(requests), list[Request]()
+        removed: list[int] = []
+        prefixes: dict[tuple[int, ...], int] = {}
+        while waiting or running:
+            added = []
+            while waiting and self.free_rows and (not running or luck.random() < 0.5):
+                request = waiting.pop(0)
+                added.append(self._admit(request, prefixes))
+                running.append(request)
+            chunks, work, blocks = [], [], []
+            for request in running:
+                left = len(request.known) - request.computed
+                count = luck.randint(0 if left == 1 else 1, min(left, chunk))
+                if count != 1:
+                    chunks.append((request.row, count))
+                if count:
+                    work.append((request, count))
+                    blocks += self._grow(request, request.computed + count, prefixes)
+            result = self._run_step(
+                StepMessage(self.step, column(removed), tuple(added), column(blocks), column(chunks))
+            )
+            self._book(result, work)
+            removed = []
+            for request in list(running):
+                done = len(request.output) >= new
+                if done or luck.random() < preempt / 4:
+                    running.remove(request)
+                    removed.append(request.row)
+                    self._release(request)
+                    if not done:
+                        self.preemptions += 1
+                        waiting.insert(0, request)
+        if removed:
+            self._run_step(StepMessage(self.step, column(removed)))
+
+    def _admit(self, request: Request, prefixes: dict[tuple[int, ...], int]) -> RowAdded:
+        request.row = self.free_rows.pop(0)
+        self.generations[request.row] += 1
+        request.blocks, known = [], request.known
+        while (end := (len(request.blocks) + 1) * self.block_size) < len(known) and tuple(known[:end]) in prefixes:
+            request.blocks.append(prefixes[tuple(known[:end])])
+            self.shared += 1
+        request.computed = len(request.blocks) * self.block_size
+        return RowAdded(
+            request.row,
+            self.generations[request.row],
+            column(known),
+            len(request.prompt),
+            request.computed,
+            column(request.blocks),
+            request.sampling,
+        )
+
+    def _grow(self, request: Request, end: int, prefixes: dict[tuple[int, ...], int]) -> list[tuple[int, int, int]]:
+        """Blocks up to `end`; full ones may be shared from now on, also by requests of this very step."""
+        new = []
+        while len(request.blocks) * self.block_size < end:
+            block = self.free_blocks.pop(0)
+            new.append((request.row, 0, block))
+            request.blocks.append(block)
+        for i in range(request.computed // self.block_size, end // self.block_size):
+            prefixes.setdefault(tuple(request.known[: (i + 1) * self.block_size]), request.blocks[i])
+        return new
+
+    def _release(self, request: Request) -> None:
+        # Blocks aren't reused within a run, so that shared ones stay valid.
+        self.free_rows.append(request.row)
+        request.row, request.computed = -1, 0
+
+    def _run_step(self, message: StepMessage) -> StepResult:
+        forward = self.executor.submit(encode(message))
+        result = self.executor.sample(message.step)
+        forward.result()
+        self.step += 1
+        return decode_result(result.result())
+
+    def _book(self, result: StepResult, work: list[tuple[Request, int]]) -> None:
+        tokens = int32s(result.tokens).tolist()
+        sampled = []
+        for request, count in sorted(work, key=lambda pair: pair[0].row):
+            request.computed += count
+            if request.computed == len(request.known):
+                sampled.append(request)
+        assert len(tokens) == len(sampled)
+        for request, token in zip(sampled, tokens, strict=True):
+            request.output.append(token)

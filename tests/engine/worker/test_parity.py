@@ -1,0 +1,41 @@
+"""Greedy output through the worker equals transformers' generate(), whatever the schedule."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.model import gate
+from tests.engine.worker.driver import MODELS, VOCAB, Driver, Request, build_model
+
+NEW = 12
+
+
+def reference(model: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+def prompts(seed: int) -> list[list[int]]:
+    luck = random.Random(seed)
+    shared = [luck.randrange(VOCAB) for _ in range(21)]
+    alone = [[luck.randrange(VOCAB) for _ in range(length)] for length in (1, 3, 18, 70)]
+    return [*alone, [*shared, 5, 6, 7], [*shared, 8], [*shared[:16], 1, 2], [*shared, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_every_tested_kind_equals_generate(kind: str, tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
+    model = build_model(kind, tmp_path)
+    driver = make_driver(tmp_path)
+    requests = [Request(prompt) for prompt in prompts(1)]
+    driver.run(requests, NEW, seed=3)
+    for request in requests:
+        assert request.output == reference(model, request.prompt, NEW)
+    assert driver.shared > 0
+
+
+def test_the_gate_promises_what_the_suite_holds() -> None:
+    assert set(MODELS) == gate.TESTED

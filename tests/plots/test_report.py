@@ -1,0 +1,171 @@
+import base64
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench.results import RunFiles, Summary
+from plots.data import ReportError
+from plots.report import slug, write_report
+from tests.plots.made import ARTICLES, DEMO, TWO, Server
+
+VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Parses strictly enough to find unclosed tags, and collects what the tests look at."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.keys: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"unclosed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.links += [v for k, v in attrs if k == "href" and v]
+        self.sources += [v for k, v in attrs if k == "src" and v]
+        self.keys += [v or "" for k, v in attrs if k == "data-value"]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        assert "onclick" not in values
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"script", "style"} & set(self.open):
+            return
+        self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data.strip()
+
+
+def test_a_report_is_made_of_files_in_the_folder(demo: Path) -> None:
+    report = write_report([demo])
+    names = {path.name for path in report.files}
+    assert names == {
+        "latency-shared-prefix-448-64-32.png",
+        "latency-shared-prefix-448-64-32.svg",
+        "throughput.png",
+        "throughput.svg",
+        "comparison.md",
+        "report.html",
+    }
+    assert all(path.parent == demo and path.stat().st_size > 500 for path in report.files)
+    assert report.page == demo / "report.html"
+
+
+def test_the_page_is_self_contained_and_whole(make_run: Callable[..., Path]) -> None:
+    folder = make_run("a", workloads=ARTICLES)
+    page = Page(write_report([folder]).page.read_text())
+    assert not page.links
+    assert len(page.sources) == len(ARTICLES) + 1
+    for source in page.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert Image.open(BytesIO(base64.b64decode(data))).width == 2000
+    points = RunFiles(folder).read_points()
+    comparisons, load_points = page.tables[: len(ARTICLES)], page.tables[len(ARTICLES)]
+    assert all(len(table) == 1 + len(TWO) for table in comparisons)
+    assert len(load_points) == 1 + len(points)
+    assert {len(row) for row in load_points} == {len(load_points[0])}
+    said = " ".join(page.words)
+    for fact in ("Three" if "Three" in said else "Prefix caching on and off", "4.22", "binding: compute", "Intel Xeon"):
+        assert fact in said
+    assert "max-num-seqs" in said
+    assert "torch version" in said
+
+
+def test_nothing_is_fetched_from_elsewhere(demo: Path) -> None:
+    text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", write_report([demo]).page.read_text())
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", text)
+
+
+def test_sort_keys_are_plain_numbers(demo: Path) -> None:
+    page = Page(write_report([demo]).page.read_text())
+    numeric = [key for key in page.keys if key and key[0].isdigit() and not key.endswith("/32")]
+    assert len(numeric) > 50
+    assert all(float(key) >= 0 for key in numeric)
+
+
+def test_names_are_escaped(make_run: Callable[..., Path]) -> None:
+    folder = make_run("a", servers={"<script>alert(1)</script>": Server(4), "a & b | c": Server(3)})
+    report = write_report([folder])
+    page = Page(report.page.read_text())
+    assert "<script>alert" not in report.page.read_text()
+    assert any("<script>alert(1)</script>" in word for word in page.words)
+    assert "a & b \\| c" in (folder / "comparison.md").read_text()
+
+
+def test_markdown_tables_have_as_many_cells_in_every_row(make_run: Callable[..., Path]) -> None:
+    folder = make_run("a", workloads=ARTICLES)
+    write_report([folder])
+    text = (folder / "comparison.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == len(ARTICLES) * (2 + 8)
+    assert {row.count("|") for row in rows} == {len(TWO) + 2}
+    assert "1.82 (−57 %)" in text
+
+
+def test_several_folders_become_one_report_beside_the_last(make_run: Callable[..., Path]) -> None:
+    a, b = make_run("results/a"), make_run("results/b")
+    before = {path.name for path in a.iterdir()}
+    report = write_report([a, b])
+    assert report.page == a.parent / "compare-a-b" / "report.html"
+    assert {path.name for path in a.iterdir()} == before
+    assert "b: prefix caching off" in report.page.read_text()
+
+
+def test_failures_are_shown(demo: Path) -> None:
+    files = RunFiles(demo)
+    summary = files.read_summary()
+    summary.failures["v0 / 500/2000"] = "the server did not start: unknown flag"
+    files.write_summary(summary)
+    report = write_report([demo])
+    assert "the server did not start: unknown flag" in report.page.read_text()
+    assert "the server did not start: unknown flag" in (demo / "comparison.md").read_text()
+
+
+def test_a_run_cut_off_before_its_answer_is_still_drawn(demo: Path) -> None:
+    files = RunFiles(demo)
+    summary = files.read_summary()
+    summary.answers, summary.finished = [], None
+    files.write_summary(summary)
+    report = write_report([demo])
+    assert "no answer" in report.page.read_text()
+    assert not (demo / "throughput.png").exists()
+
+
+def test_nothing_measured(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "empty")
+    files.write_summary(Summary("Empty", 1, {"v1": {}}, {}, failures={"v1 / 500/2000": "out of memory"}))
+    with pytest.raises(ReportError, match=r"no load point was measured \(v1 / 500/2000: out of memory\)"):
+        write_report([tmp_path / "empty"])
+
+
+def test_workloads_whose_names_make_the_same_file_name(make_run: Callable[..., Path]) -> None:
+    folder = make_run("a", workloads={"500/2000": 1.0, "500 2000": 0.5})
+    names = {path.name for path in write_report([folder]).files}
+    assert {"latency-500-2000.png", "latency-500-2000-2.png"} <= names
+
+
+def test_file_names_of_workloads() -> None:
+    assert [slug(name) for name in ("500/2000", *DEMO, "…")] == ["500-2000", "shared-prefix-448-64-32", "workload"]
