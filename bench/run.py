@@ -222,9 +222,10 @@ class _Run:
         planner = self._planner
         low, high = sorted(planner.expected_s(start_rate, latency_s))
         ladder = ", then a ladder of six rates" if planner.ladder else ""
+        expected = _minutes(low) if _minutes(low) == _minutes(high) else f"{_minutes(low)} to {_minutes(high)}"
         self._progress.message(
             f"plan: search from {start_rate:g} req/s to {planner.precision:.0%}, confirm{ladder}; "
-            f"about {_minutes(low)} to {_minutes(high)}, at most {_minutes(planner.budget.limit_s)} (--max-minutes)"
+            f"about {expected}, at most {_minutes(planner.budget.limit_s)} (--max-minutes)"
         )
 
     def say_fixed_plan(self, rates: Sequence[float], latency_s: float) -> None:

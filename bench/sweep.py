@@ -177,6 +177,8 @@ class _Sweep:
                         f"the server does not tell the size of its vocabulary: give configurations."
                         f"{configuration.name}.vocab_size"
                     )
+                known = self.summary.configurations[configuration.name]
+                known |= {"model": known["model"] or facts.model, "server": facts.kind}
                 yield Target(server.base_url, facts.model, configuration.api_key), workload.build(vocabulary)
             except LostServerError:
                 if not _ends(server):

@@ -40,6 +40,11 @@ class Endpoints:
     to_core: str
     from_core: tuple[str, ...]
 
+    @property
+    def folder(self) -> str:
+        """Where the sockets lie: the parent removes it, whatever became of the core."""
+        return os.path.dirname(self.to_core.removeprefix("ipc://"))
+
 
 class _Orders(msgspec.Struct):
     config: dict[str, Any]
@@ -155,19 +160,29 @@ class CoreProcess:
 
 def build_core_server(config: EngineConfig, endpoints: Endpoints) -> "tuple[CoreServer, Ready]":
     """Load the model, plan memory, allocate, and build the server; returns it with the Ready message."""
+    from engine.worker.threads import bound_spinning
+
+    bound_spinning()  # before anything below imports torch
     from engine.core.server import CoreServer
     from engine.memory import resolve
     from engine.model.facts import read_facts
     from engine.worker.executor import InProcessExecutor
+    from engine.worker.multiprocess import MultiprocessExecutor
 
     start = time.monotonic()
     facts = read_facts(config)
     resolution = resolve(config, facts)
     ledger = [("read the configuration", time.monotonic() - start)]
-    executor = InProcessExecutor(config, facts, resolution.config)
+    executor: InProcessExecutor | MultiprocessExecutor
+    if config.tensor_parallel_size > 1:
+        executor = MultiprocessExecutor(config, facts, resolution.config, folder=endpoints.folder)
+    else:
+        executor = InProcessExecutor(config, facts, resolution.config)
     ledger += executor.seconds.items()
     resolved = resolution.config
     server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core)
+    if isinstance(executor, MultiprocessExecutor):
+        executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
     ready = Ready(
         model_path=str(facts.path),
         device=resolution.device,

@@ -1,5 +1,6 @@
 """What the device offers, and how the engine divides it: weights, workspace, KV cache."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import psutil
 
 from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig
-from engine.errors import ConfigError, OutOfMemoryError
+from engine.errors import OutOfMemoryError
 from engine.messages import MemoryLine
 from engine.model.facts import ITEMSIZE, ModelFacts
+from engine.model.split import plan_split
 
 ROWS = 128
 BUDGET = 512
@@ -55,11 +57,17 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
 
     Raises OutOfMemoryError if one sequence of max-model-len doesn't fit, naming the flags and values that would work.
     """
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(f"--tp {config.tensor_parallel_size}: this build runs on one rank (--tp 1)")
     rows, budget = _rows_and_budget(config)
     block_size = config.block_size or BLOCK_SIZE
-    workspace = _workspace(facts, rows, budget, block_size)
+    ranks, warnings = config.tensor_parallel_size, list(facts.warnings)
+    if ranks == 1:
+        workspace = _workspace(facts, rows, budget, block_size)
+    else:  # they share the machine: from here on, figures are sums over ranks
+        split = plan_split(config, facts)
+        warnings += split.warnings
+        workspace = ranks * _workspace(split.rank, rows, budget, block_size)
+        kv_bytes = ranks * split.rank.kv_bytes_per_token
+        facts = dataclasses.replace(facts, weight_bytes=split.weight_bytes, kv_bytes_per_token=kv_bytes)
     available = available_memory()
     share = config.gpu_memory_utilization or UTILIZATION
     block_bytes = facts.kv_bytes_per_token * block_size
@@ -86,14 +94,25 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
         MemoryLine("KV cache", blocks * block_bytes, kv_flag),
     )
     total = sum(line.bytes for line in memory)
-    warnings = list(facts.warnings)
     if total > available:
         warnings.append(
             f"{_size(total)} are planned but only {_size(available)} of memory are free: lower {KV_ALLOCATION}"
         )
     warnings += _slow_dtype(facts.dtype)
-    count = cores()
-    return Resolution(resolved, memory, tuple(warnings), f"cpu ({count} thread{'s' if count > 1 else ''})")
+    if ranks > cores():
+        warnings.append(f"--tp {ranks} on {cores()} cores: ranks take turns, fewer are faster")
+    return Resolution(resolved, memory, tuple(warnings), _device(ranks))
+
+
+def threads_per_rank(ranks: int) -> int:
+    """Each rank's share of the cores."""
+    return max(1, cores() // ranks)
+
+
+def _device(ranks: int) -> str:
+    threads = threads_per_rank(ranks)
+    each = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"cpu ({each})" if ranks == 1 else f"cpu ({ranks} ranks of {each})"
 
 
 def _rows_and_budget(config: EngineConfig) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRow, RunFiles,
 
 P99_SAMPLES = 1000  # below this a P99 rests on fewer than ten samples and is shown with its interval
 CURVE_PHASES = ("ladder", "fixed", "confirm")
-SAME_RATE = 1.03  # points closer than this share one place on a curve
+SAME_RATE = 1.005  # points closer than this share one place on a curve
 
 
 class ReportError(Exception):

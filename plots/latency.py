@@ -14,7 +14,7 @@ from bench.results import Answer, PointRow
 from plots.data import P99_SAMPLES, Drawn, Results, Series, hardware_lines, model_names, versions_line
 from plots.style import MUTED, STYLE, WIDTH_IN, headline, linear_y, log_y, palette, plain, span, wants_log, wrapped
 
-SECONDS_FROM_MS = 20_000  # an axis that reaches this far is labelled in seconds
+SECONDS_FROM_MS = 10_000  # an axis that reaches this far is labelled in seconds
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def latency_figure(results: Results, workload: str) -> Figure:
         figure = Figure(figsize=(WIDTH_IN, height))
         both = figure.subplots(1, 2)
         figure.subplots_adjust(
-            left=0.075, right=0.985, top=1 - (head + 0.24) / height, bottom=foot / height, wspace=0.2
+            left=0.078, right=0.985, top=1 - (head + 0.24) / height, bottom=foot / height, wspace=0.21
         )
         for axes, panel in zip(both, PANELS, strict=True):
             _draw_panel(axes, panel, series, looks)
@@ -106,7 +106,7 @@ def sustained_words(answer: Answer | None) -> str:
     if answer.rate is None:
         return f"sustains less than {answer.high:.3g} req/s" if answer.high else "sustains no rate tried"
     high = f"{answer.high:.3g}" if answer.high is not None else "?"
-    kind = ", provisional" if answer.provisional else "" if answer.confirmed else ", not confirmed"
+    kind = ", provisional" * answer.provisional + ", not confirmed" * (not answer.confirmed)
     return f"sustains {answer.rate:.3g} req/s ({answer.low:.3g}–{high}{kind})"
 
 
@@ -127,7 +127,8 @@ def _draw_panel(axes: Axes, panel: Panel, series: list[Series], looks: dict[str,
     axes.xaxis.set_major_locator(MaxNLocator(8))
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
     if not scaled:
-        axes.text(0.5, 0.5, "no valid load point", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(0.5, 0.5, "nothing measured", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.set_yticks([])
     elif wants_log(scaled):
         log_y(axes, scaled)
     else:

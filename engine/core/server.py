@@ -12,6 +12,7 @@ from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.protocols import Executor
+from engine.errors import RedlineError
 from engine.messages import Dead, encode
 
 log = logging.getLogger("redline.core")
@@ -46,6 +47,7 @@ class CoreServer:
         self._clock = clock
         self._from_core = from_core
         self._wake = threading.Event()
+        self._failure: BaseException | None = None
         self._outbox: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
         self._context = zmq.Context()
         self._inbound = self._context.socket(zmq.PULL)
@@ -59,6 +61,11 @@ class CoreServer:
     def _post(self, front_end: int, data: bytes) -> None:
         self._outbox.put((front_end, data))
 
+    def fail(self, error: BaseException | None) -> None:
+        """End `run` with this error, also while nothing is in flight that could meet it; from any thread."""
+        self._failure = error
+        self._wake.set()
+
     def run(self) -> None:
         """Serve until told to shut down; an error of the loop reaches all front ends as Dead, then the caller."""
         self._sender.start()
@@ -66,11 +73,14 @@ class CoreServer:
         try:
             while not self.core.finished:
                 self._wake.clear()
+                if self._failure is not None:
+                    raise self._failure
                 if not self.core.step(self._clock.now()):
                     self._wake.wait(self.core.next_deadline(self._clock.now()))
         except BaseException as error:
+            cause = str(error) if isinstance(error, RedlineError) else f"{type(error).__name__}: {error}"
             for front_end in range(len(self._from_core)):
-                self._outbox.put((front_end, encode(Dead(f"{type(error).__name__}: {error}"))))
+                self._outbox.put((front_end, encode(Dead(cause))))
             raise
         finally:
             self._outbox.put(None)

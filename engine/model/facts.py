@@ -52,7 +52,13 @@ def read_facts(config: EngineConfig) -> ModelFacts:
     kv_heads = getattr(model, "num_key_value_heads", None) or heads
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // heads
     layers = model.num_hidden_layers
+    length = _max_model_len(config, model)
     warnings = []
+    if length > (getattr(model, "max_position_embeddings", None) or length):
+        warnings.append(
+            f"--max-model-len {length} goes past the {model.max_position_embeddings} positions the model was trained "
+            "on: good for measuring, not for reading what it writes there"
+        )
     if model.model_type not in gate.TESTED:
         warnings.append(f"models of kind {model.model_type!r} aren't in the parity suite: check the output")
     return ModelFacts(
@@ -60,7 +66,7 @@ def read_facts(config: EngineConfig) -> ModelFacts:
         architecture=(getattr(model, "architectures", None) or [model.model_type])[0],
         dtype=dtype,
         vocab_size=model.vocab_size,
-        max_model_len=_max_model_len(config, model),
+        max_model_len=length,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -99,7 +105,9 @@ def _max_model_len(config: EngineConfig, model: Any) -> int:
         if wanted is None:
             raise ConfigError(f"{config.model} doesn't say how long a request may be: give --max-model-len")
         return wanted
-    if wanted is not None and wanted > longest:
+    # Plain rotary positions are defined at any length; tables and scaled ones are not.
+    rope = getattr(model, "rope_parameters", None) or {}
+    if wanted is not None and wanted > longest and rope.get("rope_type") != "default":
         raise ConfigError(f"--max-model-len {wanted} is more than the {longest} positions of {config.model}")
     return wanted or longest
 

@@ -8,6 +8,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import cores
 from engine.model.facts import ModelFacts
 from engine.worker.rows import Rows
+from engine.worker.threads import bound_spinning
 
 if TYPE_CHECKING:
     from engine.worker.runner import Runner
@@ -41,6 +42,7 @@ class InProcessExecutor:
 
     def _start(self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig) -> "Runner":
         began = time.perf_counter()
+        bound_spinning()
         import torch
 
         from engine.model.adapt import KVCache

@@ -68,6 +68,7 @@ def test_given_rates_are_measured_on_every_configuration(write: Callable[..., Pa
     assert not summary.failures
     assert summary.finished is not None
     assert summary.workloads["short"]["max_model_len"] == 14
+    assert summary.configurations["two"]["model"] == "stub"
     assert RunFiles(tmp_path / "out").read_summary() == summary
 
 

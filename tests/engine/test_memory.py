@@ -1,5 +1,7 @@
 """How memory is divided, and what is said when it doesn't suffice."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from engine import memory
 from engine.config import EngineConfig
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.memory import resolve
-from engine.model.facts import ModelFacts
+from engine.model.facts import ModelFacts, read_facts
+from tests.engine.worker.driver import BASE, VOCAB
 
 GIB = 1 << 30
 
@@ -115,9 +118,48 @@ def test_a_model_beyond_the_machine_says_what_it_needs(free) -> None:
         resolve(EngineConfig(model="m"), make_facts())
 
 
-def test_more_ranks_are_refused_for_now() -> None:
-    with pytest.raises(ConfigError, match="--tp 2"):
-        resolve(EngineConfig(model="m", tensor_parallel_size=2), make_facts())
+def make_folder(folder: Path, kind: str) -> EngineConfig:
+    (folder / "config.json").write_text(json.dumps({**BASE, "model_type": kind, "num_key_value_heads": 4}))
+    return EngineConfig(model=str(folder), load_format="dummy", max_num_seqs=4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+def test_ranks_share_the_machine(kind: str, tmp_path: Path, free) -> None:
+    """What each rank has for itself counts once a rank; what they divide, once."""
+    free(GIB)
+    config = make_folder(tmp_path, kind)
+    facts = read_facts(config)
+    lines = {}
+    for ranks in (1, 4):
+        found = resolve(dataclasses.replace(config, tensor_parallel_size=ranks), facts)
+        lines[ranks] = {line.what: line.bytes for line in found.memory}
+        block_bytes = facts.kv_bytes_per_token * found.config.block_size * (ranks if kind == "olmo2" else 1)
+        assert lines[ranks]["KV cache"] == found.config.num_blocks * block_bytes
+    vocabulary = 2 * VOCAB * 32 * 4
+    replicated = lines[4]["weights"] - lines[1]["weights"]
+    assert 3 * vocabulary <= replicated < 3 * facts.weight_bytes
+    assert lines[1]["workspace"] < lines[4]["workspace"] < 4 * lines[1]["workspace"]
+
+
+def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_folder(tmp_path, "llama")
+    facts = read_facts(config)
+    for cores, device, warned in ((2, "cpu (4 ranks of 1 thread)", True), (9, "cpu (4 ranks of 2 threads)", False)):
+        monkeypatch.setattr(memory, "cores", lambda cores=cores: cores)
+        found = resolve(dataclasses.replace(config, tensor_parallel_size=4), facts)
+        assert found.device == device
+        assert [f"--tp 4 on {cores} cores" in line for line in found.warnings] == [True] * warned
+
+
+def test_undivided_attention_is_warned_of(tmp_path: Path) -> None:
+    config = dataclasses.replace(make_folder(tmp_path, "olmo2"), tensor_parallel_size=2)
+    assert any("keeps the KV cache of all heads" in line for line in resolve(config, read_facts(config)).warnings)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(make_folder(tmp_path, "llama"), tensor_parallel_size=3)
+    with pytest.raises(ConfigError, match=r"--tp 3.*4 heads and 4 KV heads.*use --tp 1, 2 or 4"):
+        resolve(config, read_facts(config))
 
 
 def test_the_machine_has_cores_and_memory() -> None:

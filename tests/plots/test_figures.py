@@ -126,7 +126,7 @@ def test_invalid_points_are_counted_in_a_note(demo: Path) -> None:
 def test_a_figure_without_a_valid_point_says_so(demo: Path) -> None:
     edited(demo, lambda p: replace(p, valid=False, sustained=None))
     figure = latency_figure(load([demo]), WORKLOAD)
-    assert all("no valid load point" in [t.get_text() for t in axes.texts] for axes in figure.axes)
+    assert all("nothing measured" in [t.get_text() for t in axes.texts] for axes in figure.axes)
 
 
 def test_latencies_that_are_not_numbers_are_not_drawn(demo: Path) -> None:

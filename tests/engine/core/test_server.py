@@ -9,6 +9,7 @@ import zmq
 
 from engine.clock import MonotonicClock
 from engine.core.server import CoreServer
+from engine.errors import EngineDeadError
 from engine.messages import (
     AddRequest,
     Dead,
@@ -121,3 +122,11 @@ def test_an_error_of_the_loop_reaches_every_front_end(served: Served):
         assert "rank 0: out of memory" in message.cause
     served.thread.join(timeout=10)
     assert isinstance(served.error, RuntimeError)
+
+
+def test_workers_that_end_while_nothing_runs_end_the_server(served: Served):
+    served.server.fail(EngineDeadError("rank 1 was killed by SIGKILL"))
+    for front_end in (0, 1):
+        assert served.receive(front_end) == Dead("rank 1 was killed by SIGKILL")
+    served.thread.join(timeout=10)
+    assert isinstance(served.error, EngineDeadError)

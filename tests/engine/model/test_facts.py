@@ -77,9 +77,17 @@ def test_the_dtype_is_the_flags_then_the_configs_then_the_tensors(tmp_path: Path
     assert facts(tmp_path).dtype == "float16"
 
 
-def test_a_length_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+def test_a_length_beyond_the_models_positions_is_told_where_plain_rope_allows_it(tmp_path: Path) -> None:
     write(tmp_path, LLAMA, {"a": torch.zeros(4)})
-    assert facts(tmp_path, max_model_len=64).max_model_len == 64
+    assert facts(tmp_path, max_model_len=64).warnings == ()
+    longer = facts(tmp_path, max_model_len=129)
+    assert longer.max_model_len == 129
+    assert "--max-model-len 129 goes past the 128 positions" in longer.warnings[0]
+
+
+def test_a_length_beyond_the_models_positions_is_refused_where_positions_end(tmp_path: Path) -> None:
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    write(tmp_path, {**LLAMA, "rope_parameters": linear}, {"a": torch.zeros(4)})
     with pytest.raises(ConfigError, match="--max-model-len 129 is more than the 128 positions"):
         facts(tmp_path, max_model_len=129)
 

@@ -1,0 +1,117 @@
+"""`python -m engine.worker.rank`: one rank of several, in a process of its own, from orders on stdin to its end.
+
+All ranks get the same orders and keep the same rows. Each has the whole head, so that each computes all logits and
+samples the same tokens as the others: what they feed back needs no exchange. Rank 0 alone answers.
+"""
+
+import contextlib
+import logging
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine import children
+from engine.children import Failure
+from engine.config import EngineConfig, ResolvedConfig
+from engine.errors import EngineDeadError, RedlineError
+from engine.memory import threads_per_rank
+from engine.model.facts import ModelFacts
+from engine.model.split import plan_split
+from engine.worker.rows import Rows
+from engine.worker.threads import bound_spinning
+from engine.worker.wire import Failed, Kind, Orders, PeerLostError, Up, read_sample, receive, send
+
+if TYPE_CHECKING:
+    from engine.worker.runner import Runner
+
+
+def main() -> int:
+    children.leave_signals_to_parent()
+    orders = children.read_framed(sys.stdin.buffer, msgspec.msgpack.Decoder(Orders))
+    if orders is None:
+        return 1
+    logging.basicConfig(format=f"%(levelname)s %(asctime)s %(name)s rank {orders.rank}: %(message)s")
+    children.end_with_parent()
+    with socket.socket(fileno=orders.socket_fd) as parent:
+        failed = run(parent, orders)
+        if failed is not None:
+            with contextlib.suppress(BrokenPipeError):
+                send(parent, Kind.FAILED, msgspec.msgpack.encode(failed))
+    return 0 if failed is None else 1
+
+
+def run(parent: socket.socket, orders: Orders) -> Failed | None:
+    """Serve until the parent closes its end; returns why, if the rank can't go on."""
+    try:
+        runner, seconds = build(orders)
+        children.settle()
+        send(parent, Kind.UP, msgspec.msgpack.encode(Up(seconds)))
+        serve(parent, runner, answers=orders.rank == 0)
+    except PeerLostError as error:
+        return Failed(Failure(EngineDeadError.__name__, f"lost another rank: {error}"), peer_lost=True)
+    except RedlineError as error:
+        return Failed(Failure.of(error))
+    except BrokenPipeError:  # the parent is done with us
+        return None
+    except BaseException as error:  # whatever it is, the parent shows it last
+        logging.getLogger("redline.worker").exception("failed")
+        return Failed(Failure(EngineDeadError.__name__, f"{type(error).__name__}: {error}"))
+    return None
+
+
+def build(orders: Orders) -> "tuple[Runner, dict[str, float]]":
+    """Load the rank's share of the model, join the others, and allocate its KV cache; with the start-up ledger."""
+    began = time.perf_counter()
+    bound_spinning()
+    import torch
+
+    from engine.model.adapt import KVCache
+    from engine.model.load import check, layout_of, load_model
+    from engine.model.shard import shard
+    from engine.worker.group import GlooGroup
+    from engine.worker.runner import Runner
+
+    config, resolved = EngineConfig(**orders.config), ResolvedConfig(**orders.resolved)
+    facts = ModelFacts(**{**orders.facts, "path": Path(orders.facts["path"])})
+    torch.set_num_threads(threads_per_rank(config.tensor_parallel_size))
+    imported = time.perf_counter()
+    model = load_model(config, facts)
+    split = plan_split(config, facts)
+    loaded = time.perf_counter()
+    group = GlooGroup(orders.rank, split.size, orders.store)
+    shard(model, split, group)
+    check(model, config, split.rank)
+    joined = time.perf_counter()
+    cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(split.rank, resolved.block_size))
+    rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size)
+    seconds = {
+        "import torch": imported - began,
+        "load weights": loaded - imported,
+        "join ranks": joined - loaded,
+        "allocate KV cache": time.perf_counter() - joined,
+    }
+    return Runner(model, cache, rows), seconds
+
+
+def serve(parent: socket.socket, runner: "Runner", *, answers: bool) -> None:
+    """Run orders as they come, until the parent closes its end."""
+    while (order := receive(parent)) is not None:
+        kind, body = order
+        if kind is Kind.FORWARD:
+            runner.forward(body)
+            answer, result = Kind.DONE, b""
+        else:
+            step, masks = read_sample(body)
+            if masks:
+                raise NotImplementedError("masks come with structured output")
+            answer, result = Kind.RESULT, runner.sample(step)
+        if answers:
+            send(parent, answer, result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Several ranks in processes of their own: the tokens of one rank, and an end that names its cause."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, ModelError
+from engine.memory import resolve
+from engine.messages import RowAdded, Sampling, StepMessage, column, decode_result, encode, int32s
+from engine.model.facts import read_facts
+from engine.worker.executor import InProcessExecutor
+from engine.worker.multiprocess import MultiprocessExecutor
+from tests.engine.worker.driver import BASE, MODELS, Driver, Request, build_model
+
+BLOCK, BLOCKS, ROWS = 4, 1200, 5
+PATIENCE_S = 60.0
+
+
+def start(folder: Path, size: int, **options: Any) -> Driver:
+    options = {"dtype": "float32", **options}
+    config = EngineConfig(model=str(folder), tensor_parallel_size=size, max_num_seqs=ROWS, block_size=BLOCK, **options)
+    facts = read_facts(config)
+    config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * BLOCK * BLOCKS)
+    resolved = resolve(config, facts).config
+    assert resolved.num_blocks == BLOCKS
+    executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, facts, resolved)
+    return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS)  # type: ignore[arg-type]
+
+
+def make_requests() -> list[Request]:
+    """Shared beginnings, one token and many, greedy and drawn, penalties and all."""
+    shared = [(7 * i) % 120 + 1 for i in range(21)]
+    prompts = [[3], [5, 6, 7], [i % 90 + 2 for i in range(70)], [*shared, 8], [*shared, 9, 10], [*shared[:16], 1]]
+    drawn = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "presence_penalty": 0.5}
+    greedy = [Request(prompt) for prompt in prompts]
+    return greedy + [Request(prompt, Sampling(seed=100 + i, **drawn)) for i, prompt in enumerate(prompts)]
+
+
+def outputs(driver: Driver, schedule: int) -> list[list[int]]:
+    requests = make_requests()
+    driver.run(requests, 12, seed=schedule, chunk=5, preempt=0.4)
+    return [request.output for request in requests]
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize(("kind", "size"), [("llama", 2), ("qwen2", 2), ("qwen3", 4)])
+def test_ranks_give_the_tokens_of_one(kind: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if size == 4:
+        monkeypatch.setitem(MODELS, kind, {**MODELS[kind], "num_key_value_heads": 4})
+    model = build_model(kind, tmp_path)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # biases start as zeros, norms as ones: neither would show a mistake
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    alone = start(tmp_path, 1)
+    try:
+        expected = outputs(alone, 1)
+    finally:
+        alone.executor.shutdown()
+    assert len({token for tokens in expected for token in tokens}) > 20
+    ranks = start(tmp_path, size)
+    executor = ranks.executor
+    assert isinstance(executor, MultiprocessExecutor)
+    pids = executor.process_ids
+    try:
+        assert outputs(ranks, 2) == expected
+        assert ranks.preemptions > 0
+        assert ranks.shared > 0
+        assert set(executor.seconds) == {
+            "start ranks", "import torch", "load weights", "join ranks", "allocate KV cache"
+        }  # fmt: skip
+    finally:
+        executor.shutdown()
+    assert len(pids) == size
+    assert all(gone(pid) for pid in pids)
+    assert not executor.ended.done()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        executor.sample(0).result(PATIENCE_S)
+
+
+@pytest.fixture
+def dummy(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
+    return tmp_path
+
+
+@pytest.fixture
+def ranks(dummy: Path) -> Iterator[MultiprocessExecutor]:
+    executor: Any = start(dummy, 2, load_format="dummy").executor
+    yield executor
+    executor.shutdown()
+
+
+FIRST = RowAdded(0, 1, column([1, 2, 3]), 3, 0, column(range(1, 30)), Sampling())
+
+
+def submit(executor: Any, message: StepMessage) -> tuple["Future[None]", "Future[bytes]"]:
+    return executor.submit(encode(message)), executor.sample(message.step)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_steps_run_ahead_idle_ranks_use_no_processor_and_are_missed_when_gone(ranks: MultiprocessExecutor) -> None:
+    messages = [StepMessage(0, added=(FIRST,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 40))]
+    results = [submit(ranks, message)[1] for message in messages]
+    tokens = [int32s(decode_result(result.result(PATIENCE_S)).tokens) for result in results]
+    assert [len(one) for one in tokens] == [1] * 40
+    time.sleep(0.3)
+    before = sum(map(cpu_seconds, ranks.process_ids))
+    time.sleep(1.0)
+    assert sum(map(cpu_seconds, ranks.process_ids)) - before <= 0.05
+    os.kill(ranks.process_ids[1], signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match=r"^rank 1 .* was killed by SIGKILL"):
+        ranks.ended.result(PATIENCE_S)
+    assert all(gone(pid) for pid in ranks.process_ids)
+
+
+def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExecutor) -> None:
+    other, pid = ranks.process_ids
+    steps = [StepMessage(0, added=(FIRST,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 80))]
+    results = [submit(ranks, message)[1] for message in steps]
+    results[0].result(PATIENCE_S)
+    os.kill(pid, signal.SIGKILL)
+    cause = rf"^rank 1 \(process {pid}\) was killed by SIGKILL"
+    with pytest.raises(EngineDeadError, match=cause):
+        results[-1].result(PATIENCE_S)
+    with pytest.raises(EngineDeadError, match=cause):
+        ranks.ended.result(PATIENCE_S)
+    for later in submit(ranks, StepMessage(80)):
+        with pytest.raises(EngineDeadError, match=cause):
+            later.result(PATIENCE_S)
+    assert gone(pid)
+    assert gone(other)
+
+
+def test_an_error_in_the_ranks_is_shown_with_its_rank(ranks: MultiprocessExecutor) -> None:
+    _, result = submit(ranks, StepMessage(0, blocks=column([[0, 7, 1]])))
+    with pytest.raises(EngineDeadError, match=r"^rank [01] \(process \d+\): RuntimeError: .*KV group 7 of row 0"):
+        result.result(PATIENCE_S)
+
+
+def test_a_rank_that_can_not_start_says_why(tmp_path: Path) -> None:
+    build_model("llama", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    config = EngineConfig(model=str(tmp_path), tensor_parallel_size=2)
+    facts = read_facts(config)
+    resolved = resolve(config, facts).config
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"^rank [01] \(process \d+\): .*weights can't be loaded"):
+        MultiprocessExecutor(config, facts, resolved)
+
+
+def test_ranks_end_with_their_parent(dummy: Path) -> None:
+    """The parent is killed, so that nothing of it can tidy up."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from tests.engine.worker.test_multiprocess import start\n"
+        "driver = start(Path(sys.argv[1]), 2, load_format='dummy')\n"
+        "print(*driver.executor.process_ids, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    root = Path(__file__).parents[3]
+    parent = subprocess.Popen([sys.executable, "-c", script, str(dummy)], cwd=root, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
