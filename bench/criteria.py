@@ -38,6 +38,10 @@ class Flow:
     def completed(self) -> int:
         return _inside(self.completions_s, self.start_s, self.end_s)
 
+    def due(self, latency_s: float) -> int:
+        """Arrivals that a server of this latency completes within the window."""
+        return _inside(self.arrivals_s, self.start_s - latency_s, self.end_s - latency_s)
+
     def backlog(self, at_s: np.ndarray) -> np.ndarray:
         """Requests sent and not finished at each time."""
         return np.searchsorted(self.arrivals_s, at_s, "right") - np.searchsorted(self.completions_s, at_s, "right")
@@ -80,6 +84,7 @@ class Evidence:
     client_fault: str = ""  # why the load generator can't be trusted, else empty
     cut: str = ""  # why the point ended early: "" or the overload that was seen, or "time"
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # column -> (seen, allowed)
+    fastest_s: float = 0.0  # the lowest E2E latency of the window: nothing that came later than that is owed yet
 
 
 def tolerance(count: float, in_flight: float) -> float:
@@ -98,14 +103,14 @@ def judge(e: Evidence) -> Verdict:
     noise = tolerance(count, float(np.quantile(e.flow.backlog(grid), 0.25)))
     growth = e.flow.growth()
     seen = f"{growth:+.0f}, noise ±{noise:.0f}"
-    reason, bound = _broken_rule(e, count, growth, noise, seen)
+    reason, bound = _broken_rule(e, growth, noise, seen)
     if reason:
         return Verdict(True, False, reason, bound or binding(e.server), growth, noise)
     counter = "" if e.server.preemptions is not None else "; no preemption counter"
     return Verdict(True, True, f"backlog steady ({seen}){counter}", "", growth, noise)
 
 
-def _broken_rule(e: Evidence, count: int, growth: float, noise: float, seen: str) -> tuple[str, str]:
+def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[str, str]:
     """The first rule that is broken, and what binds where that follows from the rule; ("", "") if none is."""
     if e.failed:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(e.failed.items()))
@@ -116,9 +121,9 @@ def _broken_rule(e: Evidence, count: int, growth: float, noise: float, seen: str
         return e.cut, ""
     if growth > noise:
         return f"backlog grew ({seen})", ""
-    completed = e.flow.completed()
-    if completed < 0.95 * count - noise:
-        return f"completions did not keep up ({completed} of {count} arrivals)", ""
+    completed, due = e.flow.completed(), e.flow.due(e.fastest_s)
+    if completed < 0.95 * due - noise:
+        return f"completions did not keep up ({completed} of {due} that were due)", ""
     for column, (value, limit) in e.limits.items():
         if not value <= limit:  # a latency that is not a number fails too
             return f"{column} {value:.4g} is above its limit {limit:.4g}", "latency limit"

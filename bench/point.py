@@ -212,6 +212,7 @@ class LoadPoint:
             client_fault=health.reason if health.saturated else "",
             cut=cut,
             limits={column: (getattr(row, column), allowed) for column, allowed in self.limits.items()},
+            fastest_s=min((r.e2e_s for r in done if r.e2e_s is not None), default=0.0),
         )
 
     def _row(

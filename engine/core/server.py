@@ -17,7 +17,7 @@ from engine.messages import Dead, encode
 
 log = logging.getLogger("redline.core")
 
-LINGER_MS = 2000  # how long a last message may take to leave
+LINGER_MS = 200  # how long a last message may take to leave; a front end that lives takes it at once
 
 
 class _WakingExecutor:
@@ -84,7 +84,7 @@ class CoreServer:
             raise
         finally:
             self._outbox.put(None)
-            self._sender.join(timeout=LINGER_MS / 1000)
+            self._sender.join(timeout=2.0)
             self._executor.shutdown()
             self._context.term()
 

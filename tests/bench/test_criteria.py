@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,17 @@ def test_above_capacity_is_not(seed: int, slots: int, load: float) -> None:
 def test_at_5_percent_precision_most_points_5_percent_off_are_told_right(load: float) -> None:
     verdicts = [judge(evidence(queue(load * 8, 8, 1.0, 1600, seed))).sustained for seed in range(40)]
     assert verdicts.count(load < 1) >= 36
+
+
+def test_what_came_just_before_the_end_is_not_owed_yet() -> None:
+    arrivals = np.array([0.0, 1.0, 2.0, 8.9, 9.2, 9.5])
+    flow = Flow(arrivals, arrivals + 1.2, 0.0, 10.0)
+    assert flow.completed() == 3
+    assert judge(evidence(flow, fastest_s=1.2)).sustained is True
+    late = Flow(arrivals, np.array([1.2, 12.0, 13.0, 14.0, 15.0, 16.0]), 0.0, 10.0)
+    verdict = judge(evidence(late, fastest_s=0.0))
+    assert verdict.sustained is False
+    assert "1 of 6 that were due" in verdict.reason
 
 
 def test_each_rule_breaks_alone() -> None:
