@@ -20,6 +20,7 @@ from bench.workloads import Workload
 
 _SECOND_PROBE_BELOW_S = 5.0
 _PROBE_LIMIT_S = 600.0
+_LADDER_LATENCIES = 4.0  # x that of one request alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +257,10 @@ class _Run:
                 continue
             latency_s = self._latency_s(rate)
             if phase == "ladder":
+                # Beyond the knee latencies grow without end: no warm-up outlasts them, so none is tried.
+                latency_s = min(latency_s, _LADDER_LATENCIES * self._alone_s)
                 found = knee or max(rounded) / 1.5
-                lengths = self._planner.ladder_lengths(rate, found, self._latency_s(found), len(rounded) - i)
+                lengths = self._planner.ladder_lengths(rate, found, latency_s, len(rounded) - i)
             else:
                 lengths = self._planner.fixed_lengths(rate, latency_s, len(rounded) - i)
             if self._measure(rate, phase, repeat, lengths, latency_s) is None:
