@@ -105,7 +105,8 @@ def test_a_client_that_leaves_frees_its_row(served: Served):
     body = {"prompt": "hello", "max_tokens": 1000, "ignore_eos": True, "stream": True}
     before = served.metric("vllm:request_success_total")
     with served.client.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_raw())
+        chunks = answer.iter_raw()  # kept: a collected iterator closes the connection
+        next(chunks)
         assert served.metric("vllm:num_requests_running") == 1
     deadline = time.monotonic() + 20
     while served.metric("vllm:request_success_total") == before or served.metric("vllm:num_requests_running"):
