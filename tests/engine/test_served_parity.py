@@ -69,9 +69,13 @@ def token_ids(answer: dict[str, Any]) -> list[int]:
     return ids
 
 
-def all_at_once(server: Served, prompts: list[list[int]]) -> list[list[int]]:
+def together(server: Served, prompts: list[list[int]], **more: Any) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return [token_ids(answer) for answer in pool.map(lambda prompt: complete(server, prompt), prompts)]
+        return list(pool.map(lambda prompt: complete(server, prompt, **more), prompts))
+
+
+def all_at_once(server: Served, prompts: list[list[int]]) -> list[list[int]]:
+    return [token_ids(answer) for answer in together(server, prompts)]
 
 
 def test_alone_all_at_once_and_from_the_prefix_cache(tmp_path: Path, prompts, expected):
@@ -104,10 +108,11 @@ def test_with_so_few_blocks_that_requests_are_preempted(tmp_path: Path, prompts,
 
 def test_bf16_logprobs_agree_teacher_forced(tmp_path: Path, folder: Path, prompts):
     with serve(tmp_path, MODEL, "--dtype", "bfloat16", "--max-model-len", "1024") as server:
-        answers = [complete(server, prompt, logprobs=5) for prompt in prompts]
+        answers = together(server, prompts, logprobs=5)
+        answers += together(server, prompts, logprobs=5)  # from the prefix cache
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     worst = 0.0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip([*prompts, *prompts], answers, strict=True):
         output = token_ids(answer)
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :]
