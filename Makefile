@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint unit clean
+.PHONY: bench-client help install demo test lint unit clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -23,6 +23,10 @@ install: $(VENV)/installed  ## Virtual environment with the `redline` command
 demo: install  ## The main job on a real model: two configurations, searched, swept and drawn into results/demo
 	$(BIN)/redline sweep --preset demo --out results/demo
 
+.PHONY: bench-search
+bench-search: $(VENV)/installed-dev  ## The search against a queue of known capacity: found and true, seed by seed
+	$(BIN)/python -m tests.perf.bench_search
+
 test: lint unit  ## The whole suite: linters, types, import contracts, tests
 
 lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter
@@ -33,6 +37,9 @@ lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter
 
 unit: $(VENV)/installed-dev  ## Tests, with the coverage of the core
 	$(BIN)/pytest --cov=engine.core --cov-report=term --cov-fail-under=90
+
+bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
+	$(BIN)/python tests/perf/bench_client.py
 
 clean:  ## Remove the virtual environment and caches, not results
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -3,9 +3,11 @@
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
+
+from bench.results import ServerState as ServerState
 
 SCRAPE_EVERY_S = 0.5
 
@@ -38,20 +40,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _WANTED = {name for names in _NAMES.values() for name in names}
-
-
-@dataclass(frozen=True, slots=True)
-class ServerState:
-    """One reading; None where the server has no such metric. Summed over engines, `kv_use` (0..1) is the fullest's."""
-
-    at_s: float
-    running: float | None = None
-    waiting: float | None = None
-    kv_use: float | None = None
-    preemptions: float | None = None  # a counter
-    retracted_now: float | None = None  # a gauge, where there is no counter
-    prefix_queries: float | None = None  # counters, in tokens
-    prefix_hits: float | None = None
 
 
 def parse_metrics(text: str, at_s: float) -> ServerState:
@@ -154,6 +142,7 @@ class MetricsReader:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.states: list[ServerState] = []
+        self.started_at = 0.0  # time 0 of the load point, on the clock of the readings
         self.failures = 0  # readings in a row that got no answer
         self.available = True  # False: the server has no /metrics page, or none with names known here
 
@@ -196,6 +185,10 @@ class MetricsReader:
     def forget(self) -> None:
         """Drop the readings of the load points before."""
         del self.states[:-1]
+
+    def readings(self) -> list[ServerState]:
+        """What was read since `forget()`, with times counted from `started_at`."""
+        return [replace(state, at_s=state.at_s - self.started_at) for state in list(self.states)]
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):

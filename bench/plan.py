@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bench.results import Phase
-from bench.search import Trial, bisections
+from bench.search import CONFIRMATION_RUNS, Trial, bisections
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # x the rate found
 WINDOW_LATENCIES = 5  # a full window holds this many E2E latencies
@@ -61,11 +61,15 @@ class Planner:
 
     def lengths(self, trial: Trial, latency_s: float) -> Lengths | None:
         """Parts of the next load point of a search; None when no window that says anything fits any more."""
-        share = (_SEARCH_SHARE if trial.phase == "search" else _CONFIRM_SHARE) if self.ladder else 1.0
+        # A run that only narrows the interval must not cost the ladder its windows either.
+        early = trial.phase == "search" or trial.whole
+        share = (_SEARCH_SHARE if early else _CONFIRM_SHARE) if self.ladder else 1.0
         left = self.budget.left_s(share)
         if trial.phase == "search":
             left -= self._confirmation(trial.rate, latency_s)
         wanted = self.full_window(trial.rate, latency_s)
+        if trial.whole and left < (self.window_s or wanted) + self._around(latency_s):
+            return None
         if trial.phase == "search" and trial.points_left > 1 + bisections(2.0, self.precision):
             # Doubling: far from the answer in all but its last point, so that short windows do.
             wanted = min(wanted, max(WINDOW_LATENCIES * latency_s, _DOUBLING_REQUESTS / trial.rate))
@@ -95,7 +99,7 @@ class Planner:
         found = start_rate * 2**doublings
         full = self.window_s or self.full_window(found, latency_s)
         short = self.window_s or WINDOW_LATENCIES * latency_s
-        fine = bisections(2.0, self.precision) + 1
+        fine = bisections(2.0, self.precision) + CONFIRMATION_RUNS
         ladder = len(LADDER) * full if self.ladder else 0.0
         points = doublings + 2 + fine + (len(LADDER) if self.ladder else 0)
         return (doublings + 2) * short + fine * full + ladder + points * self._around(latency_s)

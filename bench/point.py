@@ -6,16 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from bench.arrivals import arrival_times, point_seed
+from bench.arrivals import Arrivals, point_seed
 from bench.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance
 from bench.loadgen import GeneratorHealth, Recording, Target, run_load
 from bench.metrics import MetricsReader, ServerState, WindowState, window_state
 from bench.plan import Lengths, is_provisional, phase_repeat
 from bench.results import Phase, PointRow, RequestRow, utc_now
-from bench.stats import latencies, percentile, percentile_interval, token_rates
+from bench.stats import goodput, latencies, percentile, percentile_interval, token_rates
 from bench.workloads import Workload
 
 _DRAIN_LIMIT_S = 30.0
@@ -132,11 +133,12 @@ class LoadPoint:
     precision: float
     left_s: Callable[[], float]
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
     def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRow, list[RequestRow]]:
         """Send, wait for the answers, judge. The server is drained when this returns."""
         seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))
-        times, needed = _times(plan, seed)
+        times, needed = _times(plan, seed, self.arrivals)
         specs = self.workload.requests(len(times), seed)
         started = utc_now()
         self.reader.forget()
@@ -145,6 +147,7 @@ class LoadPoint:
             self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed
         )  # fmt: skip
         self.reader.read()
+        self.reader.started_at = watch.started_at
         row, requests = self._reduce(plan, recording, watch, seed, started)
         limit_s = min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0))
         drain(self.reader, limit_s)
@@ -273,7 +276,28 @@ class LoadPoint:
             warmup_s=window[0],
             tokens_per_chunk=samples.tokens_per_chunk,
             cut_short=samples.cut_short,
+            failures=failure_kinds(requests),
+            goodput=goodput(requests, self.limits, window_s),
+            **generator_columns(health),
         )
+
+
+def generator_columns(health: GeneratorHealth) -> dict[str, Any]:
+    """Columns of PointRow that say how the load generator itself did."""
+    return {
+        "generator_processes": health.processes,
+        "generator_cpu_share": health.cpu_share,
+        "generator_starved_share": health.starved_share,
+        "generator_us_per_chunk": health.cpu_us_per_chunk,
+        "loop_lag_p99_ms": health.loop_lag_p99_s * 1e3,
+        "coalesced_reads": health.coalesced_reads,
+    }
+
+
+def failure_kinds(requests: list[RequestRow]) -> str:
+    """How many requests failed, by kind: "connection:3;http 429:12"; those the run itself cut short did not."""
+    kinds = Counter(r.status for r in requests if r.status not in ("ok", "cut short"))
+    return ";".join(f"{kind}:{count}" for kind, count in sorted(kinds.items()))
 
 
 def point_id(configuration: str, workload: str, phase: Phase, rate: float, repeat: int) -> str:
@@ -296,20 +320,14 @@ def drain(reader: MetricsReader, limit_s: float) -> bool:
     return True
 
 
-def _times(plan: PointPlan, seed: int) -> tuple[np.ndarray, int]:
+def _times(plan: PointPlan, seed: int, arrivals: Arrivals) -> tuple[np.ndarray, int]:
     """Send times, and how many of the first requests must have ended before the point may.
 
-    Warm-up and window are drawn apart, so that the window holds exactly rate x length arrivals. Requests go on after
-    the window until its last answer is there: the last ones of the window see the same load as the first.
+    Requests go on after the window until its last answer is there: the last ones of the window see the same load as
+    the first.
     """
     lengths = plan.lengths
-    parts, start_s = [], 0.0
-    for part, length_s in enumerate((lengths.warmup_s, lengths.window_s, lengths.drain_s)):
-        if length_s > 0:
-            drawn = arrival_times(plan.rate, length_s, seed + part)
-            parts.append(start_s + drawn[drawn < length_s])
-        start_s += length_s
-    times = np.concatenate(parts)
+    times = arrivals.schedule(plan.rate, (lengths.warmup_s, lengths.window_s, lengths.drain_s), seed)
     return times, int(np.searchsorted(times, plan.end_s))
 
 

@@ -2,6 +2,9 @@
 
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from bench.errors import BenchError
 
@@ -15,3 +18,32 @@ def datasets_folder() -> Path:
         if (folder / "presets").is_dir() and not (folder / "__init__.py").exists():
             return folder
     raise BenchError(f"the presets are missing: neither {beside} nor {installed} holds them; install redline again")
+
+
+def workload_presets() -> dict[str, Path]:
+    """The workloads that ship with the product, by name."""
+    return {path.stem: path for path in sorted((datasets_folder() / "workloads").glob("*.yaml"))}
+
+
+def read_workload(name: str) -> dict[str, Any]:
+    """The description of a workload that ships with the product, or of a YAML file, for make_workload().
+
+    A relative path of a data set or trace in the file is looked for beside the file first.
+    """
+    known = workload_presets()
+    path = known.get(name, Path(name).expanduser())
+    if not path.is_file():
+        raise BenchError(f"there is no workload {name!r}: give one of {', '.join(known)}, or a YAML file (--workload)")
+    try:
+        spec = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BenchError(f"{path}: can't be read: {error.strerror} (--workload)") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path}: is not valid YAML: {' '.join(str(error).split())} (--workload)") from None
+    if not isinstance(spec, dict) or "kind" not in spec:
+        raise BenchError(f"{path}: a workload has fields such as kind, input and output (--workload)")
+    spec.pop("description", None)
+    for field in ("dataset", "trace"):
+        if isinstance(spec.get(field), str) and (path.parent / spec[field]).exists():
+            spec[field] = str(path.parent / spec[field])
+    return spec

@@ -4,6 +4,7 @@ results/NAME/
     summary.json                 versions, hardware, seed, configurations, one answer a (configuration, workload)
     points.csv                   one row a load point, columns of PointRow
     requests/POINT_ID.parquet    one row a request, columns of RequestRow
+    metrics/POINT_ID.parquet     one row a reading of the server's metrics, columns of ServerState; if it has any
 """
 
 import csv
@@ -11,6 +12,9 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,11 +24,12 @@ from typing import Any, Literal, get_type_hints
 import pandas as pd
 import psutil
 
-Phase = Literal["probe", "search", "confirm", "ladder", "fixed"]
+Phase = Literal["probe", "search", "confirm", "ladder", "fixed", "closed"]
 
 POINTS_FILE = "points.csv"
 SUMMARY_FILE = "summary.json"
 REQUESTS_FOLDER = "requests"
+METRICS_FOLDER = "metrics"
 
 
 @dataclass(slots=True)
@@ -45,6 +50,20 @@ class RequestRow:
     error: str = ""
     chunk_gaps_s: list[float] = field(default_factory=list)  # between arrivals of chunks
     chunk_tokens: list[int] = field(default_factory=list)  # tokens of each chunk, the first one included
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """One reading; None where the server has no such metric. Summed over engines, `kv_use` (0..1) is the fullest's."""
+
+    at_s: float  # of a monotonic clock; in a file since the start of the load point
+    running: float | None = None
+    waiting: float | None = None
+    kv_use: float | None = None
+    preemptions: float | None = None  # a counter
+    retracted_now: float | None = None  # a gauge, where there is no counter
+    prefix_queries: float | None = None  # counters, in tokens
+    prefix_hits: float | None = None
 
 
 @dataclass(slots=True)
@@ -94,6 +113,15 @@ class PointRow:
     backlog_growth: float = 0.0  # requests by which the backlog grew over the window …
     backlog_noise: float = 0.0  # … and how much of that would be noise
     cut_short: int = 0  # requests of the window still open when the point ended: their latencies are lower bounds
+    failures: str = ""  # by kind, warm-up included: "connection:3;http 429:12"
+    goodput: float | None = None  # requests/s of the window that met every limit; None: there were none to meet
+    concurrency: int | None = None  # of a closed loop, whose rate is what came out; None: an open loop
+    generator_processes: int = 1
+    generator_cpu_share: float = 0.0  # of one core, the busiest process
+    generator_starved_share: float = 0.0  # of the time: ready to run while others had its core
+    generator_us_per_chunk: float = 0.0  # CPU time
+    loop_lag_p99_ms: float = 0.0  # from the arrival of bytes to their read
+    coalesced_reads: int = 0  # reads that held several chunks, which then share the stamp of the last
 
 
 @dataclass(slots=True)
@@ -143,14 +171,24 @@ def utc_now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can change a figure."""
-    found = {"python": platform.python_version()}
+    """Versions of what can change a figure; in a checkout with the commit, since its version changes seldom."""
+    found = {"python": platform.python_version(), **_commit()}
     for name in ("redline-llm", "torch", "transformers", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _commit() -> dict[str, str]:
+    """The commit this code is from, with a "+" where files have been changed since; nothing outside a checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    asked = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty=+", "--match="]
+    said = subprocess.run(asked, capture_output=True, text=True)
+    return {"commit": said.stdout.strip()} if said.returncode == 0 else {}
 
 
 def hardware() -> dict[str, Any]:
@@ -165,7 +203,7 @@ def hardware() -> dict[str, Any]:
         "cpu": cpu,
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.system(),
+        "system": f"{platform.system()} {platform.release()}",
     }
 
 
@@ -186,17 +224,29 @@ class RunFiles:
         data["answers"] = [Answer(**answer) for answer in data["answers"]]
         return Summary(**data)
 
-    def add_point(self, point: PointRow, requests: list[RequestRow]) -> None:
-        """Write the requests first, then the point, so that a point in points.csv always has its requests."""
-        folder = self.folder / REQUESTS_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{point.point_id}.parquet"
-        part = path.with_suffix(".part")
-        names = [f.name for f in dataclasses.fields(RequestRow)]
-        pd.DataFrame([dataclasses.asdict(r) for r in requests], columns=names).to_parquet(part)
-        part.replace(path)
+    def add_point(self, point: PointRow, requests: list[RequestRow], readings: Sequence[ServerState] = ()) -> None:
+        """Write the requests first, then the point, so that a point in points.csv always has its requests.
+
+        The `at_s` of the readings counts from the start of the point; without readings no file of them is written.
+        """
+        self._write_rows(REQUESTS_FOLDER, point.point_id, RequestRow, requests)
+        if readings:
+            self._write_rows(METRICS_FOLDER, point.point_id, ServerState, readings)
+        else:
+            (self.folder / METRICS_FOLDER / f"{point.point_id}.parquet").unlink(missing_ok=True)
         rows = [p for p in self.read_points() if p.point_id != point.point_id]
         self.write_points([*rows, point])
+
+    def _write_rows(self, folder: str, point_id: str, kind: type, rows: Sequence[Any]) -> None:
+        path = self.folder / folder / f"{point_id}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        names = [f.name for f in dataclasses.fields(kind)]
+        frame = pd.DataFrame([dataclasses.asdict(r) for r in rows], columns=names)
+        if kind is ServerState:
+            frame = frame.astype(float)  # a metric the server lacks is a column of NaN, not one without a type
+        frame.to_parquet(part)
+        part.replace(path)
 
     def write_points(self, points: list[PointRow]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -217,8 +267,16 @@ class RunFiles:
         with path.open(newline="") as f:
             return [PointRow(**{k: _value(v, kinds[k]) for k, v in row.items()}) for row in csv.DictReader(f)]
 
+    def requests_path(self, point_id: str) -> Path:
+        return self.folder / REQUESTS_FOLDER / f"{point_id}.parquet"
+
     def read_requests(self, point_id: str) -> pd.DataFrame:
-        return pd.read_parquet(self.folder / REQUESTS_FOLDER / f"{point_id}.parquet")
+        return pd.read_parquet(self.requests_path(point_id))
+
+    def read_metrics(self, point_id: str) -> pd.DataFrame | None:
+        """The server's readings during a point, columns of ServerState; None where there were none."""
+        path = self.folder / METRICS_FOLDER / f"{point_id}.parquet"
+        return pd.read_parquet(path) if path.exists() else None
 
 
 def _replace(path: Path, text: str) -> None:

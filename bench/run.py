@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+from bench.arrivals import Arrivals
 from bench.errors import BenchError
 from bench.loadgen import Target
 from bench.metrics import MetricsReader
@@ -35,6 +36,7 @@ class BenchOptions:
     ladder_rates: Sequence[float] | None = None  # None: 0.25 … 1.5 x the rate found
     window_s: float | None = None  # None: planned from precision and time
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
 
 class InterruptedRunError(KeyboardInterrupt):
@@ -120,8 +122,9 @@ def _open_run(
     budget.start()
     with stop_on_interrupt(budget), MetricsReader(target.base_url, target.api_key) as reader:
         point = LoadPoint(
-            target, workload, configuration, reader, options.seed, options.precision, budget.left_s, options.limits
-        )
+            target, workload, configuration, reader, options.seed, options.precision, budget.left_s, options.limits,
+            options.arrivals,
+        )  # fmt: skip
         planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
         run = _Run(point, planner, files, progress, {r.point_id: r for r in finished if _reusable(r)})
         yield run
@@ -194,8 +197,10 @@ class _Run:
         row, requests = self._point.probe(lambda _: None, limit_s)
         if row.valid and row.e2e_p50_ms < _SECOND_PROBE_BELOW_S * 1e3:
             row, requests = self._point.probe(lambda _: None, limit_s)  # the first one also warmed the server up
-        self._check_probe(row, requests, limit_s)
-        self._files.add_point(row, requests)
+        try:
+            self._check_probe(row, requests, limit_s)
+        finally:
+            self._files.add_point(row, requests)
         if not self._point.reader.available:
             self._progress.message(
                 "the server has no /metrics page with known names: its queue and completions decide, not preemptions"
@@ -210,8 +215,9 @@ class _Run:
             raise BenchError(f"one request alone took more than {limit_s:.0f} s: raise --max-minutes or ask for less")
         request = requests[0]
         if request.status != "ok":
-            cause = f": {request.error}" if request.error else ""
-            raise BenchError(f"the first request to {url} failed with {request.status}{cause}")
+            row.reason = f"failed with {request.status}" + (f": {request.error}" if request.error else "")
+            error = LostServerError if request.status == "connection" else BenchError
+            raise error(f"the first request to {url} {row.reason}")
         if request.output_tokens != request.asked_output_tokens:
             row.reason = f"{request.output_tokens} of {request.asked_output_tokens} tokens came back"
             self._progress.message(
@@ -302,7 +308,7 @@ class _Run:
         plan = PointPlan(rate, phase, repeat, lengths, latency_s, cut_overload=phase in ("search", "confirm"))
         self._progress.point_started(plan)
         row, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
-        self._files.add_point(row, requests)
+        self._files.add_point(row, requests, self._point.reader.readings())
         self.rows.append(row)
         self._progress.point_finished(row)
         self._after(row, requests)

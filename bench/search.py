@@ -6,6 +6,7 @@ user stopped the run): the search then reports what is confirmed so far.
 
 import contextlib
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,9 @@ _MOST_DOUBLINGS = 20
 _MOST_HALVINGS = 6
 _MOST_CONFIRMATIONS = 10
 _MOST_POINTS = 60
+CONFIRMATION_RUNS = 3  # of the answer, as time allows: their spread is its interval
+# Student's t for 95 %, by degrees of freedom: the interval of a mean of so few runs.
+_STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Trial:
     phase: Phase
     repeat: int = 0  # runs of one rate have requests of their own
     points_left: int = 1  # this one and those the search still expects after it
+    whole: bool = False  # worth its time only in a window of full length
 
 
 Measure = Callable[[Trial], PointRow | None]
@@ -46,13 +51,12 @@ class _Bracket:
     precision: float
     rows: list[PointRow] = field(default_factory=list)
     narrow: bool = True  # False: there is no time left to narrow the bracket
-    confirmed: bool = False
 
-    def try_rate(self, rate: float, phase: Phase, points_left: int) -> bool:
+    def try_rate(self, rate: float, phase: Phase, points_left: int, *, whole: bool = False) -> bool:
         """Measure one rate; a point spoilt by the client counts as not sustained."""
         rate = round_rate(rate)
         repeat = sum(1 for r in self.rows if r.rate == rate)
-        row = self.measure(Trial(rate, phase, repeat, points_left))
+        row = self.measure(Trial(rate, phase, repeat, points_left, whole))
         if row is None:
             raise _StoppedError(final=phase == "confirm")
         self.rows.append(row)
@@ -105,6 +109,11 @@ class _Bracket:
         """Whether the lower end was confirmed."""
         return any(r.phase == "confirm" and r.sustained and r.rate == self.low for r in self.rows)
 
+    def confirmations(self) -> list[PointRow]:
+        """Confirmation runs of the lower end that were long enough to count, whatever they said."""
+        runs = [r for r in self.rows if r.phase == "confirm" and r.rate == self.low and r.sustained is not None]
+        return [r for r in runs if 2 * r.requests >= max(run.requests for run in runs)]
+
     def bisections(self) -> int:
         return bisections(self.high / self.low if self.low and self.high else 2.0, self.precision)
 
@@ -136,6 +145,7 @@ def find_sustained(
     try:
         _double(bracket, start_rate)
         _confirm(bracket)
+        _repeat(bracket)
     except _StoppedError as stopped:
         if not stopped.final:
             bracket.narrow = False
@@ -153,6 +163,10 @@ def _double(b: _Bracket, start_rate: float) -> None:
                 return
         b.narrow = False  # no end in sight: say so rather than go on for ever
         return
+    _halve(b, rate)
+
+
+def _halve(b: _Bracket, rate: float) -> None:
     for _ in range(_MOST_HALVINGS):
         rate /= 2
         if b.try_rate(rate, "search", 3 + b.bisections()):
@@ -179,7 +193,6 @@ def _confirm(b: _Bracket) -> None:
             failures = 0
             _bisect(b)
         if b.low_holds():
-            b.confirmed = True
             return
         if failures:
             assert b.high is not None
@@ -194,6 +207,17 @@ def _confirm(b: _Bracket) -> None:
         failures = 0 if good else failures + 1
 
 
+def _repeat(b: _Bracket) -> None:
+    """Run the confirmed answer again for its interval; where further runs outvote it, confirm what is left below."""
+    while b.low_holds() and len(b.confirmations()) < CONFIRMATION_RUNS and len(b.rows) < _MOST_POINTS:
+        assert b.low is not None
+        b.try_rate(b.low, "confirm", 1, whole=True)
+        if b.low is None and b.high is not None:
+            _halve(b, b.high)
+        if b.wide() or not b.low_holds():
+            _confirm(b)
+
+
 def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
     low, high = b.low, b.high
     answer = Answer(
@@ -202,7 +226,7 @@ def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
         rate=low,
         low=0.0,
         high=high,
-        confirmed=b.confirmed,
+        confirmed=b.low_holds(),
         provisional=False,
         binding=binding_of_search(b.rows, high),
     )
@@ -210,15 +234,34 @@ def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
     if not runs or low is None:
         answer.note = next((r.reason for r in reversed(b.rows) if not r.sustained), "nothing was measured")
         return answer
-    # Within the tolerance of the rule the rate may exceed what the server completes by 1 / sqrt(requests).
-    answer.low = low * (1 - 1 / math.sqrt(max(max(r.requests for r in runs), 2)))
+    repeated = b.confirmations()
+    answer.low = _low_end(low, repeated, runs)
     answer.provisional = all(r.provisional for r in runs)
     answer.output_tok_s = runs[-1].output_tok_s
     notes = [f"at {r.rate:g} req/s: {r.reason}" for r in b.rows if r.rate == high and not r.sustained][:1]
     if all(r.preemptions is None for r in runs):
         notes.append("the server has no preemption counter: its queue and completions decided")
+    if len(repeated) >= CONFIRMATION_RUNS:
+        seen = ", ".join(f"{r.achieved_rate:.4g}" for r in repeated)
+        notes.append(f"confirmed in {len(repeated)} runs that completed {seen} req/s")
     answer.note = "; ".join(notes)
     return answer
+
+
+def _low_end(rate: float, repeated: list[PointRow], runs: list[PointRow]) -> float:
+    """The least rate that the answer stands for, from what its runs completed.
+
+    With enough confirmation runs: the low end of the 95 % interval of the mean rate they completed. Of fewer the spread
+    says nothing; within the tolerance of the rule the rate may then exceed what is completed by 1 / sqrt(requests).
+    """
+    requests = max([2, *(r.requests for r in runs)])
+    if len(repeated) < CONFIRMATION_RUNS:
+        return rate * (1 - 1 / math.sqrt(requests))
+    done = [r.achieved_rate for r in repeated]
+    n = len(done)
+    half = _STUDENT_T.get(n - 1, 2.262) * statistics.stdev(done) / math.sqrt(n)
+    resolution = rate / requests  # a window can't tell less than one request
+    return max(0.0, min(rate - resolution, statistics.fmean(done) - half))
 
 
 def answer_of_rates(rows: list[PointRow], configuration: str, workload: str) -> Answer:

@@ -17,6 +17,7 @@ import httpx
 from bench.errors import BenchError
 
 _GRACE_S = (20.0, 5.0, 5.0)  # after SIGINT, SIGTERM, SIGKILL
+_LAST_WORDS_S = 5.0
 _TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1
 
@@ -72,7 +73,7 @@ class ServerProcess:
     def start(self, on_wait: Callable[[float], None] | None = None) -> None:
         """Start and wait for GET /health to answer 200; `on_wait` hears the seconds so far, a few times a second."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        follow = _die_with_parent() if sys.platform == "linux" else None
+        prepare = _prepare_child()
         with self.log.open("wb") as out:
             try:
                 self._process = subprocess.Popen(
@@ -81,7 +82,7 @@ class ServerProcess:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=follow,
+                    preexec_fn=prepare,
                 )
             except OSError as error:
                 raise BenchError(f"can't start {self.command[0]!r}: {error.strerror or error}") from None
@@ -112,6 +113,15 @@ class ServerProcess:
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def ends(self, within_s: float = _LAST_WORDS_S) -> bool:
+        """Whether a silent server is gone: it may be on its way out yet, and its end tells the cause."""
+        assert self._process is not None
+        try:
+            self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def cause(self) -> str:
         """Why the server is gone, in one line: its last words and exit code."""
@@ -186,7 +196,18 @@ def serve_flags(options: dict[str, object]) -> list[str]:
     return flags
 
 
-def _die_with_parent() -> Callable[[], object]:
-    """What the child does between fork and exec so that it gets SIGTERM if the run is killed outright."""
-    libc = ctypes.CDLL(None)  # looked up here: after the fork only the call itself is safe
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+def _prepare_child() -> Callable[[], object]:
+    """What the child does between fork and exec.
+
+    It takes SIGINT, by which it is stopped, although a job in a shell's background ignores it and its children would
+    too. On Linux it gets SIGTERM if the run is killed outright.
+    """
+    # Looked up here: after the fork only the call itself is safe.
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def before_exec() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+    return before_exec

@@ -1,7 +1,8 @@
 """Percentiles with intervals, and the columns of a load point that are reduced from its requests."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,35 @@ def token_rates(rows: Sequence[RequestRow], start_s: float, end_s: float) -> tup
         outputs += int(counted[(arrivals >= start_s) & (arrivals < end_s)].sum())
     window = max(end_s - start_s, 1e-9)
     return inputs / window, outputs / window
+
+
+def goodput(rows: Sequence[RequestRow], limits: Mapping[str, float], window_s: float) -> float | None:
+    """Requests/s of the window that met every limit (column of PointRow -> ms); None without limits.
+
+    A limit counts for each request by itself: its TTFT, TPOT and E2E latency, and the limit's percentile of its gaps.
+    """
+    if not limits:
+        return None
+    good = sum(row.in_window and row.status == "ok" and _meets(row, limits) for row in rows)
+    return good / window_s if window_s > 0 else 0.0
+
+
+def _meets(row: RequestRow, limits: Mapping[str, float]) -> bool:
+    for column, allowed_ms in limits.items():
+        metric, q = re.fullmatch(r"(\w+)_p(\d+)_ms", column).groups()  # type: ignore[union-attr]
+        if metric == "ttft":
+            seen = row.ttft_s
+        elif metric == "e2e":
+            seen = row.e2e_s
+        elif len(row.chunk_tokens) < 2:
+            continue  # a single chunk has no gaps
+        elif metric == "tpot":
+            seen = sum(row.chunk_gaps_s) / max(1, sum(row.chunk_tokens[1:]))
+        else:
+            seen = percentile(np.asarray(row.chunk_gaps_s), float(q))
+        if seen is None or seen * 1e3 > allowed_ms:
+            return False
+    return True
 
 
 def _ms(seconds: list[float]) -> np.ndarray:

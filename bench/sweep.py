@@ -11,27 +11,38 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.arrivals import Arrivals
 from bench.errors import BenchError
+from bench.facts import resolved_configuration
 from bench.loadgen import Target
 from bench.loadgen.probe import probe_server
 from bench.progress import Progress
-from bench.results import POINTS_FILE, REQUESTS_FOLDER, SUMMARY_FILE, PointRow, RunFiles, Summary, utc_now
+from bench.results import (
+    METRICS_FOLDER,
+    POINTS_FILE,
+    REQUESTS_FOLDER,
+    SUMMARY_FILE,
+    PointRow,
+    RunFiles,
+    Summary,
+    utc_now,
+)
 from bench.run import BenchOptions, LostServerError, measure_configuration, measure_ladder
 from bench.server import ServerProcess
 from bench.sweepfile import Configuration, SweepPlan, SweepWorkload, model_len
 from bench.workloads import Workload
+from bench.workloads.encoding import server_encoder
 
 STATE_FILE = "sweep.json"
 LOGS_FOLDER = "logs"
-_SEARCH_SHARE = 0.5  # of the time of one configuration on one workload; the ladder has the rest
+_SEARCH_SHARE = 0.5  # at most, of the time of one configuration on one workload; the ladder has what is left
 _LADDER_LOW, _LADDER_HIGH = 0.25, 1.5  # x the lowest and the highest of the rates found
 _LADDER_POINTS = 6
 _EVEN_UP_TO = 2.0  # ratio of the rates found up to which even steps leave each of them enough points
-_LAST_WORDS_S = 5.0
 
 
 @dataclass(slots=True)
@@ -41,6 +52,7 @@ class _State:
     plan: str  # a hash of the file's content, so that no key in it is copied
     ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s
     ladders: list[list[str]] = field(default_factory=list)  # finished ones: [configuration, workload]
+    searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> spent on its search
 
 
 def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, *, fresh: bool = False) -> Summary:
@@ -61,7 +73,7 @@ def discard(folder: Path) -> None:
         return  # nothing says that a folder called "logs" in it is ours
     for name in (STATE_FILE, POINTS_FILE, SUMMARY_FILE):
         (folder / name).unlink(missing_ok=True)
-    for name in (REQUESTS_FOLDER, LOGS_FOLDER):
+    for name in (REQUESTS_FOLDER, METRICS_FOLDER, LOGS_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -92,6 +104,9 @@ class _Sweep:
         self._save()
         for workload in self._plan.workloads:
             for configuration in self._plan.configurations:
+                self._show_answer(configuration, workload)
+        for workload in self._plan.workloads:
+            for configuration in self._plan.configurations:
                 if not self._answered(configuration, workload):
                     self._step(configuration, workload, "rates" if workload.options.rates else "search")
             rates = self._ladder_rates(workload)
@@ -107,6 +122,7 @@ class _Sweep:
         """One server's turn; an error is recorded and ends nothing but this turn."""
         what = _key(configuration, workload)
         self._progress.message(f"\n{what}: {stage}")
+        self._progress.run_state(configuration.name, workload.name, f"{stage}: starting the server")
         try:
             with self._server(configuration, workload, stage) as (target, built):
                 if ladder is None:
@@ -114,20 +130,28 @@ class _Sweep:
                 else:
                     self._measure_ladder(configuration, workload, target, built, ladder)
         except BenchError as error:
-            self._fail(what, str(error))
-        self._save()
+            self._fail(configuration, workload, str(error))
+        finally:
+            self._save()
 
     def _measure(self, configuration: Configuration, workload: SweepWorkload, target: Target, built: Workload) -> None:
         known = self._points(configuration, workload)
         share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
-        options = self._options(workload, share, rates=workload.options.rates)
-        answer = measure_configuration(
-            target, built, options, self._files, configuration.name, self._progress, finished=known
-        )
+        options = self._options(workload, share * workload.options.max_minutes, rates=workload.options.rates)
+        began = time.monotonic()
+        try:
+            answer = measure_configuration(
+                target, built, options, self._files, configuration.name, self._progress, finished=known
+            )
+        finally:
+            what = _key(configuration, workload)
+            used_s = self._state.searched_s.get(what, 0.0) + time.monotonic() - began
+            self._state.searched_s[what] = used_s
         if answer is None:
             raise BenchError(self._why_unanswered(configuration, workload))
         self.summary.answers.append(answer)
         self._progress.message(f"{configuration.name}: {answer.line()}")
+        self._show_answer(configuration, workload)
 
     def _why_unanswered(self, configuration: Configuration, workload: SweepWorkload) -> str:
         points = self._points(configuration, workload)
@@ -142,20 +166,24 @@ class _Sweep:
     ) -> None:
         # Not the probe: one request alone also warms up the server that has just been started.
         known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
-        options = self._options(workload, 1 - _SEARCH_SHARE, ladder_rates=rates)
+        limit = workload.options.max_minutes
+        searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
+        options = self._options(workload, max(limit - searched, (1 - _SEARCH_SHARE) * limit), ladder_rates=rates)
         rows = measure_ladder(target, built, options, self._files, configuration.name, self._progress, finished=known)
         if not rows:
             raise BenchError("the time is too short for a single point of the ladder: raise max_minutes")
         self._state.ladders.append([configuration.name, workload.name])
+        self._show_answer(configuration, workload)
 
-    def _options(self, workload: SweepWorkload, share: float, **rates: Any) -> BenchOptions:
+    def _options(self, workload: SweepWorkload, max_minutes: float, **rates: Any) -> BenchOptions:
         wanted = workload.options
         return BenchOptions(
             seed=self._plan.seed,
             precision=wanted.precision,
-            max_minutes=wanted.max_minutes * share,
+            max_minutes=max_minutes,
             window_s=wanted.window_s,
             limits=dict(wanted.limits),
+            arrivals=wanted.arrivals,
             ladder=False,
             **rates,
         )
@@ -172,23 +200,37 @@ class _Sweep:
             try:
                 facts = probe_server(server.base_url, configuration.api_key)
                 vocabulary = configuration.vocab_size or facts.vocab_size
-                if vocabulary is None:
+                if vocabulary is None and workload.needs_vocabulary:
                     raise BenchError(
                         f"the server does not tell the size of its vocabulary: give configurations."
                         f"{configuration.name}.vocab_size"
                     )
                 known = self.summary.configurations[configuration.name]
                 known |= {"model": known["model"] or facts.model, "server": facts.kind}
-                yield Target(server.base_url, facts.model, configuration.api_key), workload.build(vocabulary)
+                resolved = resolved_configuration(server.base_url, configuration.api_key)
+                known.setdefault("resolved", {})[workload.name] = resolved
+                encode = server_encoder(server.base_url, facts.model, configuration.api_key)
+                yield Target(server.base_url, facts.model, configuration.api_key), workload.build(vocabulary, encode)
             except LostServerError:
-                if not _ends(server):
+                if not server.ends():
                     raise
                 raise BenchError(f"the server ended: {server.cause()}") from None
 
-    def _fail(self, what: str, cause: str) -> None:
+    def _fail(self, configuration: Configuration, workload: SweepWorkload, cause: str) -> None:
+        what = _key(configuration, workload)
         cause = " ".join(cause.split())
         self.summary.failures[what] = cause
         self._progress.message(f"{what}: failed: {cause}")
+        self._progress.run_state(configuration.name, workload.name, f"failed: {cause}")
+
+    def _show_answer(self, configuration: Configuration, workload: SweepWorkload) -> None:
+        """Tell the progress what a run found, and whether its ladder is still to come."""
+        mine = (configuration.name, workload.name)
+        for answer in self.summary.answers:
+            if (answer.configuration, answer.workload) == mine:
+                words = answer.line().partition(";")[0]
+                waits = self._has_ladder(workload) and answer.rate and list(mine) not in self._state.ladders
+                self._progress.run_state(*mine, words + (", ladder to come" if waits else ""))
 
     def _points(self, configuration: Configuration, workload: SweepWorkload) -> list[PointRow]:
         mine = (configuration.name, workload.name)
@@ -212,6 +254,7 @@ class _Sweep:
         found = [a.rate for a in self.summary.answers if a.workload == workload.name and a.rate]
         if workload.name not in self._state.ladder_rates and found:
             self._state.ladder_rates[workload.name] = common_ladder(found)
+            self._save()  # a configuration that is tried again later must not move them
             self.summary.workloads[workload.name]["ladder_rates"] = self._state.ladder_rates[workload.name]
         return self._state.ladder_rates.get(workload.name)
 
@@ -253,7 +296,7 @@ class _Sweep:
         self._folder.mkdir(parents=True, exist_ok=True)
         # The state first: a folder with a summary but no state is taken for somebody else's.
         part = self._folder / (STATE_FILE + ".part")
-        fields = {name: getattr(self._state, name) for name in ("plan", "ladder_rates", "ladders")}
+        fields = {name: getattr(self._state, name) for name in ("plan", "ladder_rates", "ladders", "searched_s")}
         part.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
         part.replace(self._folder / STATE_FILE)
         self._files.write_summary(self.summary)
@@ -270,15 +313,6 @@ def _process(configuration: Configuration, workload: SweepWorkload, log: Path) -
     return ServerProcess(command, log, health=configuration.health, start_limit_s=limit)
 
 
-def _ends(server: ServerProcess) -> bool:
-    """Whether a server that stopped answering is gone; it may still be on its way out, and its exit tells the cause."""
-    for _ in range(int(_LAST_WORDS_S / 0.1)):
-        if not server.alive():
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def _describe(workload: SweepWorkload) -> dict[str, Any]:
     options = workload.options
     asked = {
@@ -287,6 +321,7 @@ def _describe(workload: SweepWorkload) -> dict[str, Any]:
         "window_s": options.window_s,
         "rates": list(options.rates) if options.rates else None,
         "limits": dict(options.limits) or None,
+        "arrivals": asdict(options.arrivals) if options.arrivals != Arrivals() else None,
     }
     known = {key: value for key, value in asked.items() if value is not None}
     return {**workload.spec, "max_model_len": model_len(workload.max_tokens), "options": known}

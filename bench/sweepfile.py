@@ -8,7 +8,8 @@ configurations:
   other: {command: "vllm serve {model} --port {port}", health: /health}   # or any server
 workloads:
   - {kind: random, input: 500, output: 2000}      # as in make_workload(); name, and options of its own, if wanted
-options: {precision: 10%, max_minutes: 15}
+  - {preset: visionarena-sample, output: 32}      # a workload that ships with the product, or a file
+options: {precision: 10%, max_minutes: 15}        # and arrivals: gamma, burstiness: 0.5, or trace: FILE
 """
 
 import math
@@ -20,11 +21,12 @@ from typing import Any
 
 import yaml
 
+from bench.arrivals import Arrivals
 from bench.errors import BenchError
-from bench.presets import datasets_folder
+from bench.presets import datasets_folder, read_workload
 from bench.results import PointRow
 from bench.server import has_flag, serve_flags
-from bench.workloads import Workload, make_workload
+from bench.workloads import Encode, Workload, make_workload, needs_vocabulary
 
 START_MINUTES = 0.3  # what starting and stopping a server is taken to cost
 _STARTS = 2  # of each server: for the search, and for the ladder
@@ -32,7 +34,8 @@ _ANY_VOCABULARY = 32_000  # names and lengths don't depend on it
 
 _TOP = frozenset({"title", "description", "seed", "model", "configurations", "workloads", "options"})
 _CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s"})
-_OPTIONS = frozenset({"precision", "max_minutes", "window", "rates", "ladder", "limits"})
+_ARRIVALS = frozenset({"arrivals", "burstiness", "trace"})
+_OPTIONS = frozenset({"precision", "max_minutes", "window", "rates", "ladder", "limits"}) | _ARRIVALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class SweepOptions:
     rates: tuple[float, ...] | None = None  # these instead of a search
     ladder: bool = True
     limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest value allowed
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,12 @@ class SweepWorkload:
     max_tokens: int
     options: SweepOptions
 
-    def build(self, vocab_size: int) -> Workload:
-        workload = make_workload(self.spec, vocab_size)
+    @property
+    def needs_vocabulary(self) -> bool:
+        return needs_vocabulary(self.spec)
+
+    def build(self, vocab_size: int | None, encode: Encode | None = None) -> Workload:
+        workload = make_workload(self.spec, vocab_size, encode)
         return workload if workload.name == self.name else _Renamed(self.name, workload)
 
 
@@ -225,8 +233,12 @@ def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
     if not isinstance(entry, dict):
         raise BenchError(f"{where} must hold fields such as kind, input and output, not {entry!r}")
     own = {key: value for key, value in entry.items() if key in _OPTIONS}
-    spec = {key: value for key, value in entry.items() if key not in _OPTIONS and key != "name"}
+    spec = {key: value for key, value in entry.items() if key not in _OPTIONS and key not in ("name", "preset")}
+    if spec.get("kind") == "trace":  # there the trace gives the lengths too
+        spec["trace"] = entry.get("trace")
     try:
+        if "preset" in entry:
+            spec = read_workload(str(entry["preset"])) | spec
         workload = make_workload(spec, _ANY_VOCABULARY)
     except BenchError as error:
         raise BenchError(f"{where}: {error}") from None
@@ -249,13 +261,29 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
             changed[key] = value
         elif key == "limits":
             changed[key] = _limits(value, f"{where}.limits")
+        elif key in ("arrivals", "trace"):
+            if not isinstance(value, str):
+                raise BenchError(f"{where}.{key} must be a name, not {value!r}")
         elif key == "rates":
             if not isinstance(value, list) or not value:
                 raise BenchError(f"{where}.rates must be a list of request rates, not {value!r}")
             changed[key] = tuple(sorted({_positive(rate, f"{where}.rates") for rate in value}))
         else:
             changed["window_s" if key == "window" else key] = _positive(value, f"{where}.{key}")
+    if entry.keys() & _ARRIVALS:
+        changed.pop("burstiness", None)
+        changed["arrivals"] = _arrivals(entry, where)
     return replace(defaults, **changed)
+
+
+def _arrivals(entry: dict[str, Any], where: str) -> Arrivals:
+    kind, burstiness = entry.get("arrivals", "poisson"), entry.get("burstiness", 1.0)
+    if "burstiness" in entry and kind != "gamma":
+        raise BenchError(f"{where}.burstiness needs arrivals: gamma")
+    try:
+        return Arrivals(kind, float(burstiness), entry.get("trace"))
+    except BenchError as error:
+        raise BenchError(f"{where}: {error}") from None
 
 
 def _limits(value: Any, where: str) -> dict[str, float]:

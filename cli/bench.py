@@ -11,33 +11,43 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from bench.errors import BenchError
+from bench.facts import resolved_configuration
 from bench.loadgen import Target
 from bench.loadgen.probe import ServerFacts, probe_server
-from bench.progress import ConsoleProgress, answer_text, points_table
+from bench.progress import ConsoleProgress, answer_text, failure_words, points_table
 from bench.results import Answer, RunFiles, Summary, utc_now
 from bench.run import BenchOptions, InterruptedRunError, LostServerError, measure_configuration
 from bench.server import ServerProcess, has_flag
-from bench.workloads import make_workload
-from cli.params import LENGTH, LIMIT, RATES, SHARE
+from bench.workloads import make_workload, tells_lengths
+from cli.closed import check_closed, run_closed, save_vllm_of_rate
+from cli.params import LIMIT, RATES, SHARE
+from cli.workload import (
+    arrivals_of,
+    check_workload,
+    encoder_of,
+    rates_of,
+    vocabulary_of,
+    workload_options,
+    workload_spec,
+)
 
+FAILED_REQUESTS = 3  # the exit code of a whole measurement in which requests failed
 _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 
 
 @click.command(context_settings={"max_content_width": 110})
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server to load.")
 @click.option("--model", help="Start a Redline server for this model instead; its flags follow after --.")
-@click.option(
-    "--input", "input_tokens", type=LENGTH, default="500", show_default=True, help="Prompt tokens: N or LOW:HIGH."
-)
-@click.option(
-    "--output", "output_tokens", type=LENGTH, default="100", show_default=True, help="Tokens asked: N or LOW:HIGH."
-)
-@click.option("--prefix", type=click.IntRange(1), help="Tokens of a shared prefix before each prompt.")
-@click.option(
-    "--prefixes", type=click.IntRange(1), default=1, show_default=True, help="How many such prefixes there are."
-)
+@workload_options
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Measure this rate only, in requests/s.")
 @click.option("--rates", type=RATES, help="Measure these rates: A,B,C.")
+@click.option("--concurrency", type=click.IntRange(1), help="Instead of a rate: keep this many requests open.")
+@click.option("--num-requests", type=click.IntRange(1), help="Requests of --concurrency.  [default: 4 x it]")
+@click.option(
+    "--save-vllm-json",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the result file of `vllm bench serve` (with --concurrency or --rate).",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of arrivals and prompts.")
 @click.option("--precision", type=SHARE, default="10%", show_default=True, help="How closely to find the rate.")
 @click.option(
@@ -54,7 +64,10 @@ _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 )
 @click.option("--served-model", "--model-name", "served_model", help="The model to ask for, if the server has several.")
 @click.option("--api-key", help="Key of the server.")
-@click.option("--tokenizer", help="Tokenizer folder, for a server that does not tell the size of its vocabulary.")
+@click.option(
+    "--tokenizer",
+    help="Tokenizer folder, for a server that does not tell the size of its vocabulary or can't tokenize.",
+)
 @click.option("--vocab-size", type=click.IntRange(2), help="The size itself.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of result files.  [default: results/bench-DATE-TIME]"
@@ -68,6 +81,8 @@ def command(ctx: click.Context, **given: Any) -> None:
     """Find the highest request rate a server sustains, or measure given rates.
 
     Flags after -- go to the server that --model starts: redline bench --model smollm2-135m -- --max-num-seqs 16
+
+    Exits with 0, with 1 if nothing could be judged or the server was lost, with 3 if requests failed.
     """
     _check(ctx, given)
     console = Console()
@@ -75,13 +90,14 @@ def command(ctx: click.Context, **given: Any) -> None:
         console = Console(width=120)  # a file or a pipe: nothing to fit into
     folder = given["out"] or Path("results") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     files = RunFiles(folder)
-    spec = _workload_spec(given)
+    spec = workload_spec(ctx)
+    most = make_workload(spec, _ANY_VOCABULARY).max_tokens  # what is wrong with it shows before a server is asked
     if given["model"] is None:
         facts = probe_server(given["url"], given["api_key"])
         ctx.exit(_run(console, files, given, spec, facts, given["url"]))
     flags = list(given["serve_flags"])
     if not has_flag(flags, "--max-model-len"):
-        flags += ["--max-model-len", str(math.ceil(1.1 * make_workload(spec, _ANY_VOCABULARY).max_tokens))]
+        flags += ["--max-model-len", str(math.ceil(1.1 * most))]
     if given["api_key"] and not has_flag(flags, "--api-key"):
         flags += ["--api-key", given["api_key"]]
     server = ServerProcess.redline(given["model"], flags, folder / "server.log")
@@ -91,7 +107,7 @@ def command(ctx: click.Context, **given: Any) -> None:
             facts = probe_server(server.base_url, given["api_key"])
             code = _run(console, files, given, spec, facts, server.base_url, serve=_shown(flags))
         except LostServerError as error:
-            raise (error if server.alive() else BenchError(f"the server ended: {server.cause()}")) from None
+            raise (BenchError(f"the server ended: {server.cause()}") if server.ends() else error) from None
     ctx.exit(code)
 
 
@@ -105,18 +121,19 @@ def _run(
     serve: list[str] | None = None,
 ) -> int:
     """Measure, print and write; returns the exit code."""
-    workload = make_workload(spec, _vocabulary(given, facts))
-    if facts.max_model_len is not None and workload.max_tokens > facts.max_model_len:
+    target = Target(url, given["served_model"] or facts.model, given["api_key"])
+    workload = make_workload(spec, vocabulary_of(given, spec, facts), encoder_of(given, spec, target))
+    if facts.max_model_len is not None and tells_lengths(workload) and workload.max_tokens > facts.max_model_len:
         raise BenchError(
             f"requests of up to {workload.max_tokens} tokens don't fit into the server's {facts.max_model_len} "
-            "(--max-model-len of the server, or --input and --output)"
+            "(--max-model-len of the server, or --input, --output or max_tokens of the workload)"
         )
-    target = Target(url, given["served_model"] or facts.model, given["api_key"])
     options = _options(given)
     name = given["configuration"]
     described: dict[str, Any] = {"model": target.model, "server": facts.kind}
     described |= {"url": url} if serve is None else {"serve": [given["model"], *serve]}
-    asked = {k: v for k, v in dataclasses.asdict(options).items() if v}
+    described["resolved"] = {workload.name: resolved_configuration(url, given["api_key"])}
+    asked = {k: v for k, v in dataclasses.asdict(options).items() if v not in (None, {})}
     summary = Summary(
         title=f"{workload.name} on {target.model}",
         seed=options.seed,
@@ -124,38 +141,48 @@ def _run(
         workloads={workload.name: workload.describe()},
     )
     files.write_summary(summary)
-    code, answer, lost = 0, None, None
+    if given["concurrency"] is not None:
+        return run_closed(console, files, summary, target, workload, options, given)
+    code, answer, ended = 0, None, None
     try:
         answer = measure_configuration(target, workload, options, files, name, ConsoleProgress(console))
         code = 0 if answer is not None else 1
     except InterruptedRunError as interrupted:
         answer, code = interrupted.answer, 130
-    except LostServerError as error:
-        answer, lost = error.answer, error
-    _finish(console, files, summary, answer)
-    if lost is not None:
-        raise lost
-    return code
+    except BenchError as error:
+        answer, ended = error.answer if isinstance(error, LostServerError) else None, error
+        summary.failures[f"{name} / {workload.name}"] = str(error)
+    failed = _finish(console, files, summary, answer)
+    if given["save_vllm_json"] is not None:
+        save_vllm_of_rate(given["save_vllm_json"], files, target.model)
+    if ended is not None:
+        raise ended
+    return FAILED_REQUESTS if failed and code == 0 else code
 
 
-def _finish(console: Console, files: RunFiles, summary: Summary, answer: Answer | None) -> None:
+def _finish(console: Console, files: RunFiles, summary: Summary, answer: Answer | None) -> bool:
+    """Print and write what there is; returns whether requests failed in any of this run's load points."""
     summary.answers = [answer] if answer is not None else []
     summary.finished = utc_now()
     files.write_summary(summary)
     points = files.read_points()
+    failed = [p for p in points if p.failures and p.started >= summary.started]
     if any(p.phase != "probe" for p in points):
         console.print()
         console.print(points_table(points, title=summary.title))
         for point in points:
             if not point.valid:
                 console.print(f"INVALID at {point.rate:g} req/s: {point.reason}", style="yellow", highlight=False)
+    for point in failed:
+        console.print(f"failed at {point.rate:g} req/s: {failure_words(point)}", style="red", highlight=False)
     console.print(f"results: {files.folder}", highlight=False)
     if answer is None:
         console.print("no load point could be judged", style="bold")
-        return
+        return bool(failed)
     if answer.note:
         console.print(answer.note, highlight=False)
     console.print(answer_text(answer))
+    return bool(failed)
 
 
 def _check(ctx: click.Context, given: dict[str, Any]) -> None:
@@ -165,56 +192,21 @@ def _check(ctx: click.Context, given: dict[str, Any]) -> None:
         raise click.UsageError("give either --rate or --rates")
     if given["model"] is not None and ctx.get_parameter_source("url") is ParameterSource.COMMANDLINE:
         raise click.UsageError("give either --url, a server that runs, or --model, which starts one")
-    if given["prefix"] is None and ctx.get_parameter_source("prefixes") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--prefixes needs --prefix, the length of each")
-
-
-def _workload_spec(given: dict[str, Any]) -> dict[str, Any]:
-    lengths = {"input": given["input_tokens"], "output": given["output_tokens"]}
-    if given["prefix"] is None:
-        return {"kind": "random", **lengths}
-    return {"kind": "shared-prefix", "prefix": given["prefix"], "prefixes": given["prefixes"], **lengths}
+    check_closed(given)
+    check_workload(ctx)
 
 
 def _options(given: dict[str, Any]) -> BenchOptions:
-    rates = [given["rate"]] if given["rate"] is not None else given["rates"]
     return BenchOptions(
         seed=given["seed"],
         precision=given["precision"],
         max_minutes=given["max_minutes"],
-        rates=rates,
+        rates=rates_of(given),
         ladder=given["ladder"],
         window_s=given["window"],
         limits=dict(given["limits"]),
+        arrivals=arrivals_of(given),
     )
-
-
-def _vocabulary(given: dict[str, Any], facts: ServerFacts) -> int:
-    if given["vocab_size"] is not None:
-        return int(given["vocab_size"])
-    if given["tokenizer"] is not None:
-        return _tokenizer_size(given["tokenizer"])
-    if facts.vocab_size is None:
-        raise BenchError("the server does not tell the size of its vocabulary: give --vocab-size or --tokenizer")
-    return facts.vocab_size
-
-
-def _tokenizer_size(name: str) -> int:
-    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
-    if path.is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            return int(Tokenizer.from_file(str(path)).get_vocab_size())
-        except Exception as error:  # the library raises plain Exception
-            raise BenchError(f"{path} can't be read as a tokenizer: {error} (--tokenizer)") from None
-    from transformers import AutoTokenizer
-
-    try:
-        return len(AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BenchError(f"no tokenizer at {name!r}: {first} (--tokenizer)") from None
 
 
 def _shown(flags: list[str]) -> list[str]:

@@ -22,8 +22,21 @@ DEFAULT_ROOT = "results"
     help="Exit with 1 where this holds: 'itl_p99>+5%' compares with the first DIR (or configuration), "
     "'ttft_p99>2s' and 'rate<3.5' don't. May be repeated.",
 )
+@click.option(
+    "--timeline",
+    "timelines",
+    metavar="POINT_ID",
+    multiple=True,
+    help="Draw this load point (of points.csv) second by second too. May be repeated.",
+)
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the comparison as markdown, for a pull request.")
-def command(folders: tuple[Path, ...], out: Path | None, conditions: tuple[str, ...], as_markdown: bool) -> None:
+def command(
+    folders: tuple[Path, ...],
+    out: Path | None,
+    conditions: tuple[str, ...],
+    timelines: tuple[str, ...],
+    as_markdown: bool,
+) -> None:
     """Redraw figures, tables and the HTML page from the result files in DIR.
 
     Without DIR the newest folder under results/ is taken; several are drawn into one report and compared.
@@ -38,7 +51,7 @@ def command(folders: tuple[Path, ...], out: Path | None, conditions: tuple[str, 
         raise click.UsageError(str(error)) from error
     try:
         chosen = folders or (newest(Path(DEFAULT_ROOT)),)
-        failed = show_report(chosen, out, conditions, as_markdown)
+        failed = show_report(chosen, out, conditions, timelines, as_markdown)
     except ReportError as error:
         raise click.ClickException(str(error)) from error
     for line in failed:
@@ -48,16 +61,20 @@ def command(folders: tuple[Path, ...], out: Path | None, conditions: tuple[str, 
 
 
 def show_report(
-    folders: tuple[Path, ...], out: Path | None, conditions: tuple[str, ...] = (), as_markdown: bool = False
+    folders: tuple[Path, ...],
+    out: Path | None,
+    conditions: tuple[str, ...] = (),
+    timelines: tuple[str, ...] = (),
+    as_markdown: bool = False,
 ) -> list[str]:
     """Write a report, print its comparison and where it lies, and return the conditions that failed."""
     from rich.console import Console
 
     from plots.compare import failed_conditions
     from plots.report import write_report
-    from plots.tables import answer_lines, markdown, terminal_table
+    from plots.tables import answer_lines, markdown, terminal_table, trouble_lines
 
-    report = write_report(folders, out)
+    report = write_report(folders, out, timelines)
     if as_markdown:
         click.echo(markdown(report.results, report.comparisons))
     else:
@@ -66,6 +83,8 @@ def show_report(
             console.print(terminal_table(comparison))
         for line in answer_lines(report.results):
             console.print(line, style="bold", markup=False, soft_wrap=True)
+        for line in trouble_lines(report.results):
+            console.print(line, style="yellow", markup=False, soft_wrap=True)
         for what, cause in report.results.failures.items():
             console.print(f"not measured: {what}: {cause}", style="red", markup=False, soft_wrap=True)
     failed = failed_conditions(report.results, conditions)

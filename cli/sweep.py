@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bench.sweepfile import SweepPlan, SweepWorkload
 
 ROOT = Path("results")
+FAILED_REQUESTS = 3  # the exit code of a whole sweep in which requests failed
 
 
 @click.command(name="sweep", context_settings={"max_content_width": 110})
@@ -51,17 +52,23 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
 
 
 def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> int:
-    from bench.progress import ConsoleProgress
+    from bench.progress import SweepProgress, failed_requests
+    from bench.results import RunFiles
     from bench.sweep import run_sweep
     from cli.report import show_report
     from plots.data import ReportError
 
     console.print(f"{plan.title}: at most {minutes(plan.most_minutes())}, results in {folder}", markup=False)
-    try:
-        summary = run_sweep(plan, folder, ConsoleProgress(console), fresh=fresh)
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; the same command goes on from here", style="bold")
-        raise
+    names = [c.name for c in plan.configurations], [w.name for w in plan.workloads]
+    with SweepProgress(console, *names) as progress:
+        try:
+            summary = run_sweep(plan, folder, progress, fresh=fresh)
+        except KeyboardInterrupt:
+            console.print("\ninterrupted; the same command goes on from here", style="bold")
+            raise
+        finally:
+            console.print()
+            console.print(progress.table())
     console.print()
     try:
         show_report((folder,), None)
@@ -69,7 +76,11 @@ def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> in
         raise click.ClickException(str(error)) from error
     if summary.failures:
         click.echo(f"{len(summary.failures)} of the runs failed; the same command tries them again", err=True)
-    return 1 if summary.failures else 0
+        return 1
+    failed = sum(failed_requests(point) for point in RunFiles(folder).read_points())
+    if failed:
+        click.echo(f"{failed} requests failed: points.csv counts them by kind", err=True)
+    return FAILED_REQUESTS if failed else 0
 
 
 def _list_presets(console: "Console") -> None:

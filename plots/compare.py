@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bench.results import PointRow
 from plots.data import ReportError, Results, Series
 
 
@@ -110,7 +111,9 @@ def _common_rate(series: list[Series]) -> tuple[float | None, str]:
     """
     curves = [{_rounded(d.point.rate): s.sustained(d.point) for d in s.curve} for s in series if s.curve]
     if len(curves) == 1:
-        return None, "at its highest sustained rate"
+        if any(s.answer and s.answer.rate for s in series):
+            return None, "at its highest sustained rate"
+        return min(curves[0]), f"at {min(curves[0]):.3g} req/s, the lowest measured"
     common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
     sustained = [rate for rate in common if all(curve[rate] for curve in curves)]
     if sustained:
@@ -121,6 +124,24 @@ def _common_rate(series: list[Series]) -> tuple[float | None, str]:
     if found and all(min(curve) <= min(found) <= max(curve) for curve in curves):
         return min(found), f"at {min(found):.3g} req/s, read between the measured rates"
     return None, "each at its own highest sustained rate"
+
+
+def points_at_one_rate(series: list[Series]) -> tuple[list[tuple[Series, PointRow]], str]:
+    """One measured point a configuration, all as near as possible to the rate of the comparison, and that in words."""
+    wanted, words = _common_rate(series)
+    chosen: list[tuple[Series, PointRow]] = []
+    for s in series:
+        rate = wanted if wanted is not None else (s.answer.rate if s.answer else None)
+        points = [d.point for d in s.curve if d.requests]
+        if points:
+            goal = rate or min(p.rate for p in points)
+            chosen.append((s, min(points, key=lambda p: abs(math.log(p.rate / goal)))))
+    rates = {_rounded(p.rate) for _, p in chosen}
+    if wanted is not None and rates != {_rounded(wanted)}:
+        words = f"at the measured rates nearest to {wanted:.3g} req/s"
+    elif wanted is not None:
+        words = f"at {wanted:.3g} req/s"
+    return chosen, words
 
 
 def _values(series: Series, rate: float | None) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ from bench.results import PointRow
 from plots.compare import METRICS, Comparison, percent_words
 from plots.data import Results, Series, hardware_lines, model_names
 from plots.style import palette
-from plots.tables import heading, number, verdict
+from plots.tables import failure_words, heading, number, trouble, verdict
 from plots.template import PAGE
 
 # column, heading, unit shown beneath
@@ -26,9 +26,10 @@ POINT_COLUMNS = (
     ("rate", "Rate", "req/s"),
     ("sustained", "Sustained", ""),
     ("requests", "Requests", ""),
-    ("failed", "Failed", ""),
+    ("failed", "Failed", "by kind"),
     ("preemptions", "Preemptions", ""),
     ("achieved_rate", "Achieved", "req/s"),
+    ("goodput", "Goodput", "req/s"),
     ("output_tok_s", "Output", "tok/s"),
     ("ttft_p50_ms", "TTFT P50", "ms"),
     ("ttft_p99_ms", "TTFT P99", "ms"),
@@ -43,10 +44,13 @@ POINT_COLUMNS = (
     ("lateness_p99_ms", "Lateness P99", "ms"),
 )
 TEXT_COLUMNS = ("configuration", "workload", "phase")
+OPTIONAL = ("goodput", "preemptions", "prefix_hit_rate", "kv_use_max", "waiting_max")  # where any point has them
 
 
-def page(results: Results, comparisons: list[Comparison], figures: dict[str, Path]) -> str:
-    """The whole page; `figures` maps a caption to the PNG that is embedded under it."""
+def page(results: Results, comparisons: list[Comparison], figures: dict[str, Path], timelines: dict[str, Path]) -> str:
+    """The whole page; `figures` and `timelines` map a caption to the PNG that is embedded under it."""
+    points = [p for s in results.series.values() for p in s.points]
+    columns = [c for c in POINT_COLUMNS if c[0] not in OPTIONAL or any(getattr(p, c[0]) is not None for p in points)]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     colours = {name: colour for name, (colour, _) in palette(results.configurations).items()}
     return template.render(
@@ -56,14 +60,14 @@ def page(results: Results, comparisons: list[Comparison], figures: dict[str, Pat
         finished=list(dict.fromkeys(_date(run.summary.finished or run.summary.started) for run in results.runs)),
         answers=_answers(results, colours),
         failures=results.failures,
+        troubles=[(f"{p.configuration} / {p.workload}", words) for p in points if (words := trouble(p))],
         figures=[(caption, _embedded(path)) for caption, path in figures.items()],
+        timelines=[(caption, _embedded(path)) for caption, path in timelines.items()],
         comparisons=[_comparison(c) for c in comparisons],
         metrics=METRICS,
-        point_columns=[
-            (label, unit, "text" if column in TEXT_COLUMNS else "") for column, label, unit in POINT_COLUMNS
-        ],
-        points=[_point(p, colours) for s in results.series.values() for p in s.points],
-        configurations=[(name, _plain_rows(results.details(name))) for name in results.configurations],
+        point_columns=[(label, unit, "text" if column in TEXT_COLUMNS else "") for column, label, unit in columns],
+        points=[_point(p, columns, colours) for p in points],
+        configurations=[(name, *_settings(results.details(name))) for name in results.configurations],
         colours=colours,
         runs=[_run(run.folder, run.summary) for run in results.runs],
     )
@@ -103,20 +107,23 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {"heading": heading(comparison), "rows": rows}
 
 
-def _point(point: PointRow, colours: dict[str, str]) -> dict[str, Any]:
+def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[str, str]) -> dict[str, Any]:
     values = dataclasses.asdict(point)
     cells = []
-    for column, _, _ in POINT_COLUMNS:
+    for column, _, _ in columns:
         value = values[column]
         if column == "sustained":
             shown = "invalid" if not point.valid else {True: "yes", False: "no", None: "–"}[value]
             cells.append(("" if value is None else int(value), shown, shown if point.valid else "worse"))
+        elif column == "failed":
+            kinds = failure_words(point)
+            cells.append((str(value), f"{value} ({kinds})" if kinds else str(value), "worse" if value else "number"))
         elif isinstance(value, str):
             cells.append((value, value, "text"))
         else:
             cells.append((_sort_key(value), number(_finite(value)), "number"))
     state = "invalid" if not point.valid else "sustained" if point.sustained else "unsustained"
-    reason = point.reason + (" (provisional: short window)" if point.provisional else "")
+    reason = f"{point.reason}{' (provisional: short window)' if point.provisional else ''} · {point.point_id}"
     return {"state": state, "reason": reason, "colour": colours[point.configuration], "cells": cells}
 
 
@@ -131,12 +138,28 @@ def _run(folder: Path, summary: Any) -> dict[str, Any]:
     }
 
 
+def _settings(details: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """A configuration as it was asked for, and as its server resolved it; what differs by workload says where."""
+    resolved: dict[str, dict[str, str]] = {}  # key -> workload -> value
+    for workload, found in (details.get("resolved") or {}).items():
+        for key, value in _plain_rows(found):
+            resolved.setdefault(key, {})[workload] = value
+    rows = []
+    for key, values in resolved.items():
+        same = len(set(values.values())) == 1
+        each = [value if same else f"{value} ({workload})" for workload, value in values.items()]
+        rows.append((key, ", ".join(dict.fromkeys(each))))
+    return _plain_rows({key: value for key, value in details.items() if key != "resolved"}), rows
+
+
 def _plain_rows(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested plain data as (dotted name, value) rows."""
     rows: list[tuple[str, str]] = []
     for key, value in data.items():
         if isinstance(value, dict):
             rows += _plain_rows(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and all(isinstance(word, str) for word in value):
+            rows.append((f"{prefix}{key}", " ".join(value)))
         elif value is not None:
             rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     return rows

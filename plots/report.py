@@ -1,17 +1,23 @@
 """A whole report from result folders: figures, markdown table and the HTML page."""
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from bench.results import PointRow
 from plots.compare import Comparison, compare
-from plots.data import ReportError, Results, load
+from plots.data import ReportError, Results, Series, load
 from plots.latency import latency_figure
 from plots.page import page
+from plots.percentiles import percentile_figure
 from plots.style import save
 from plots.tables import markdown
 from plots.throughput import throughput_figure
+from plots.timeline import telling_point, timeline_figure
 
 PAGE_FILE = "report.html"
 MARKDOWN_FILE = "comparison.md"
@@ -27,10 +33,11 @@ class Report:
     files: list[Path]
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
+def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Sequence[str] = ()) -> Report:
     """Redraw everything from result files into `out`; left out: the folder itself, or a new one beside the last.
 
-    Raises ReportError when a folder holds no results or no load point.
+    `timelines` are ids of load points to draw in time beside those chosen for each configuration and workload.
+    Raises ReportError when a folder holds no results, no load point, or not one with such an id.
     """
     results = load(folders)
     if not any(s.measured for s in results.series.values()):
@@ -38,24 +45,68 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
         raise ReportError(
             f"{', '.join(str(f) for f in folders)}: no load point was measured{f' ({causes})' if causes else ''}"
         )
-    out = out or _default_out([Path(folder) for folder in folders])
+    asked = [_find_point(results, point_id) for point_id in timelines]
+    pictures = _Pictures(out or _default_out([Path(folder) for folder in folders]))
     comparisons = compare(results)
-    figures: dict[str, Path] = {}
-    files: list[Path] = []
-    for workload in results.workloads:
-        if any(s.measured for s in results.of_workload(workload)):
-            path = _unused(out / f"latency-{slug(workload)}.png", files)
-            files += save(latency_figure(results, workload), path)
-            figures[f"P99 ITL and P99 TTFT against request rate, {workload}"] = path
-    if any(s.answer for s in results.series.values()):
-        path = out / "throughput.png"
-        files += save(throughput_figure(results), path)
-        figures["Output throughput at the highest sustained rate"] = path
-    table = out / MARKDOWN_FILE
+    _draw_summaries(results, pictures)
+    main_figures = dict(pictures.shown)
+    _draw_timelines(results, pictures, asked)
+    courses = {caption: path for caption, path in pictures.shown.items() if caption not in main_figures}
+    table = pictures.out / MARKDOWN_FILE
     table.write_text(markdown(results, comparisons))
-    html = out / PAGE_FILE
-    html.write_text(page(results, comparisons, figures))
-    return Report(results, comparisons, html, [*files, table, html])
+    html = pictures.out / PAGE_FILE
+    html.write_text(page(results, comparisons, main_figures, courses))
+    return Report(results, comparisons, html, [*pictures.files, table, html])
+
+
+class _Pictures:
+    """Writes figures under names of their own and remembers their captions."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.files: list[Path] = []
+        self.shown: dict[str, Path] = {}  # caption -> PNG
+
+    def add(self, name: str, caption: str, figure: Figure) -> None:
+        path = _unused(self.out / f"{name}.png", self.files)
+        self.files += save(figure, path)
+        self.shown[caption] = path
+
+
+def _draw_summaries(results: Results, pictures: _Pictures) -> None:
+    measured = [w for w in results.workloads if any(s.measured for s in results.of_workload(w))]
+    for workload in measured:
+        caption = f"P99 ITL and P99 TTFT against request rate, {workload}"
+        pictures.add(f"latency-{slug(workload)}", caption, latency_figure(results, workload))
+    if any(s.answer for s in results.series.values()):
+        caption = "Output throughput at the highest sustained rate"
+        pictures.add("throughput", caption, throughput_figure(results))
+    for workload in measured:
+        figure = percentile_figure(results, workload)
+        if figure is not None:
+            pictures.add(f"percentiles-{slug(workload)}", f"Distribution of ITL and TTFT, {workload}", figure)
+
+
+def _draw_timelines(results: Results, pictures: _Pictures, asked: list[tuple[Series, PointRow]]) -> None:
+    chosen = list(asked)
+    for series in results.series.values():
+        telling = telling_point(series)
+        if telling is not None and all(telling is not point for _, point in asked):
+            chosen.append((series, telling))
+    for series, point in chosen:
+        figure = timeline_figure(results, series, point)
+        if figure is not None:
+            caption = f"Timeline of {series.configuration}, {series.workload}, {point.rate:.3g} req/s ({point.phase})"
+            pictures.add(f"timeline-{slug(point.point_id)}", caption, figure)
+
+
+def _find_point(results: Results, point_id: str) -> tuple[Series, PointRow]:
+    found = [(s, p) for s in results.series.values() for p in s.points if p.point_id == point_id]
+    if not found:
+        known = [p.point_id for s in results.series.values() for p in s.measured]
+        near = difflib.get_close_matches(point_id, known, n=3, cutoff=0.3) or known[:3]
+        raise ReportError(f"no load point is called {point_id!r} (--timeline); there are {', '.join(near)}, …")
+    return found[-1]  # of several folders the last, which is what is compared with those before
 
 
 def slug(name: str) -> str:

@@ -3,6 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
+from bench.results import PointRow
 from plots.compare import METRICS, Cell, Comparison, Metric, percent_words
 from plots.data import Results
 from plots.latency import sustained_words
@@ -57,6 +58,27 @@ def answer_lines(results: Results) -> list[str]:
     return lines
 
 
+def failure_words(point: PointRow) -> str:
+    """The failures of a load point by kind: "12 × http 429, 3 × connection"."""
+    pairs = [part.rpartition(":") for part in point.failures.split(";") if part]
+    return ", ".join(f"{count} × {kind}" for kind, _, count in sorted(pairs, key=lambda pair: -int(pair[2])))
+
+
+def trouble(point: PointRow) -> str:
+    """Why a load point is no clean measurement: invalid, or with requests that failed; "" where it is one."""
+    kinds = failure_words(point) or (f"{point.failed}" if point.failed else "")
+    if point.valid and not kinds:
+        return ""
+    words = [f"at {point.rate:.3g} req/s ({point.phase})", "valid" if point.valid else f"invalid: {point.reason}"]
+    return ", ".join(words) + (f"; failed requests: {kinds}" if kinds else "")
+
+
+def trouble_lines(results: Results) -> list[str]:
+    """One line a load point that is invalid or had failures."""
+    points = [p for s in results.series.values() for p in s.points]
+    return [f"{p.configuration} / {p.workload}: {words}" for p in points if (words := trouble(p))]
+
+
 def markdown(results: Results, comparisons: list[Comparison]) -> str:
     """The comparison as markdown tables, one a workload."""
     parts = [f"## {results.title}"]
@@ -70,6 +92,7 @@ def markdown(results: Results, comparisons: list[Comparison]) -> str:
     parts.append("\n".join(f"- {_escaped(line)}" for line in answer_lines(results)))
     if results.failures:
         parts.append("\n".join(f"- failed: {_escaped(f'{k}: {v}')}" for k, v in results.failures.items()))
+    parts.append("\n".join(f"- {_escaped(line)}" for line in trouble_lines(results)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

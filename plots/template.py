@@ -22,6 +22,11 @@ h3.workload { margin: 22px 0 8px; }
 .failures p { margin: 4px 0; overflow-wrap: anywhere; }
 figure { margin: 0 0 28px; }
 figure img { width: 100%; height: auto; display: block; border: 1px solid var(--line); border-radius: 8px; }
+.timelines { margin: 0 0 28px; }
+.timelines summary { cursor: pointer; font-weight: 600; padding: 10px 16px; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--soft); }
+.timelines figure { margin: 14px 0 0; }
+.troubles { margin: 0; padding-left: 20px; font-size: 14px; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -45,7 +50,10 @@ td.yes { color: var(--good); font-weight: 600; }
 .settings h3 { margin: 0 0 6px; }
 .settings table td { white-space: normal; overflow-wrap: anywhere; padding: 3px 0 3px 12px; border: 0;
   vertical-align: top; }
-.settings table td:first-child { padding-left: 0; color: var(--muted); white-space: nowrap; }
+.settings table td:first-child { padding-left: 0; color: var(--muted); }
+.settings table { table-layout: fixed; }
+.settings table td:first-child { width: 56%; }
+.settings h4 { margin: 14px 0 6px; font-size: 13px; }
 @media print { body { max-width: none; } .scroll { overflow: visible; } }
 """
 
@@ -103,6 +111,15 @@ BODY = """
 <figure><img alt="{{ caption }}" src="{{ image }}"></figure>
 {% endfor %}
 
+{% if timelines %}
+<details class="timelines">
+<summary>{{ timelines | length }} load point{{ "s" if timelines | length > 1 }} second by second</summary>
+{% for caption, image in timelines %}
+<figure><img alt="{{ caption }}" src="{{ image }}"></figure>
+{% endfor %}
+</details>
+{% endif %}
+
 <h2>Comparison</h2>
 {% for c in comparisons %}
 <h3>{{ c.heading }}</h3>
@@ -121,7 +138,7 @@ BODY = """
 
 <h2>Load points</h2>
 <p class="hint">Every point measured. A click on a heading sorts; hovering over a row shows the reason for its
-verdict.</p>
+verdict, and the name by which <code>redline report --timeline</code> draws it second by second.</p>
 <div class="scroll"><table class="sortable">
 <thead><tr>{% for label, unit, kind in point_columns %}
 <th scope="col" class="{{ kind }}">{{ label }}<small>{{ unit }}</small></th>{% endfor %}</tr></thead>
@@ -135,11 +152,25 @@ verdict.</p>
 {% endfor %}
 </tbody></table></div>
 
+{% if troubles %}
+<h3>Invalid points and failed requests</h3>
+<ul class="troubles">
+{% for who, what in troubles %}
+<li><strong>{{ who }}</strong> {{ what }}</li>
+{% endfor %}
+</ul>
+{% endif %}
+
 <h2>Configurations</h2>
 <div class="settings">
-{% for name, rows in configurations %}
+{% for name, rows, resolved in configurations %}
 <div><h3><span class="dot" style="background: {{ colours[name] }}"></span>{{ name }}</h3>
-<table>{% for key, value in rows %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table></div>
+<table>{% for key, value in rows %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+{% if resolved %}
+<h4>As the server resolved it</h4>
+<table>{% for key, value in resolved %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+{% endif %}
+</div>
 {% endfor %}
 </div>
 

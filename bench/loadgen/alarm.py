@@ -35,15 +35,12 @@ class Poller:
             self.watch(self._timer, READ)
 
     def watch(self, fd: int, mask: int) -> None:
-        """Start watching a descriptor, or change what it is watched for."""
-        if self._poll is not None:
-            self._poll.register(fd, mask)
-            return
-        assert self._epoll is not None
-        try:
-            self._epoll.register(fd, mask)
-        except FileExistsError:
-            self._epoll.modify(fd, mask)
+        """Start watching a descriptor."""
+        (self._epoll or self._poll).register(fd, mask)  # type: ignore[union-attr]
+
+    def change(self, fd: int, mask: int) -> None:
+        """Change what a descriptor is watched for."""
+        (self._epoll or self._poll).modify(fd, mask)  # type: ignore[union-attr]
 
     def forget(self, fd: int) -> None:
         (self._epoll or self._poll).unregister(fd)  # type: ignore[union-attr]

@@ -111,10 +111,9 @@ class PlainConnection:
             count, ancillary, _, _ = self._sock.recvmsg_into(self._buffer.parts, self._ancillary)
         except BlockingIOError:
             return BLOCKED, 0
-        for _, kind, data in ancillary:
-            if kind == _SO_TIMESTAMPNS and len(data) == _TIMESPEC.size:
-                seconds, nanoseconds = _TIMESPEC.unpack(data)
-                return count, seconds * 1_000_000_000 + nanoseconds
+        if ancillary:  # nothing else was asked for
+            seconds, nanoseconds = _TIMESPEC.unpack(ancillary[0][2])
+            return count, seconds * 1_000_000_000 + nanoseconds
         return count, time.time_ns()
 
     def close(self) -> None:

@@ -1,27 +1,21 @@
-"""The loop of one load point: one thread, one epoll set, one connection a stream, no parsing of what arrives."""
+"""The loop of one generator process: one thread, one epoll set, one connection a stream, no parsing of what arrives."""
 
-import contextlib
-import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from bench.loadgen.alarm import READ, WRITE, Poller
-from bench.loadgen.connection import BLOCKED, ReceiveBuffer, connect
-from bench.loadgen.recording import Recording
+from bench.loadgen.connection import BLOCKED, Connection, ReceiveBuffer, connect
 from bench.loadgen.response import MalformedError, read_head
 from bench.loadgen.stream import State, Stream
-from bench.loadgen.target import Address, Target, encode_request, resolve
-from bench.workloads.base import RequestSpec
+from bench.loadgen.target import Address
 
-_LEAD_NS = 300_000_000  # from the start of the loop to time 0, so that the first connections stand in time
+LEAD_NS = 300_000_000  # from the start of the loop to time 0, so that the first connections stand in time
 _OPEN_AHEAD_NS = 250_000_000  # a connection is opened this long before its request is due
 _TICK_NS = 200_000_000
 _DONE_PATIENCE_NS = 1_000_000_000  # for the end of an answer that already said [DONE]
-_DONE = b"data: [DONE]"
+_NEVER = 1 << 62
 
 
 class Observer(Protocol):
@@ -36,120 +30,148 @@ class Observer(Protocol):
 
 
 @dataclass(slots=True)
-class _Counts:
+class Counts:
     sent: int = 0
     first_token: int = 0
     finished: int = 0
     failed: int = 0
 
 
-def run_load(
-    target: Target,
-    specs: list[RequestSpec],
-    times: np.ndarray,
-    *,
-    observer: Observer,
-    time_limit_s: float,
-    needed: int | None = None,
-) -> Recording:
-    """Send specs[i] at times[i] (seconds, sorted) whatever the server does, until all answers ended.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Time 0 of a load point, on both clocks: arrivals are stamped on the one, deadlines need the other."""
 
-    Ends early when the observer says so or `time_limit_s` after time 0: what is open then is "cut short", what is not
-    sent stays so. With `needed` it also ends once that many first requests ended: those after them only keep up the
-    load meanwhile. Failures of requests are recorded; BenchError only when the host can't be found.
+    mono_ns: int
+    real_ns: int
+
+    @classmethod
+    def soon(cls) -> "Start":
+        return cls(time.monotonic_ns() + LEAD_NS, time.time_ns() + LEAD_NS)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one generator process sends: payloads[i] at offsets_ns[i] after time 0 (sorted).
+
+    With `concurrency` set it is a closed loop: that many at time 0, then one whenever one ends, and no offsets.
     """
-    if len(specs) != len(times):
-        raise ValueError(f"{len(specs)} requests for {len(times)} arrival times")
-    address = resolve(target.base_url)
-    _allow_descriptors(len(specs) + 64)
-    payloads = [encode_request(target, address, spec) for spec in specs]
-    with _no_collector():
-        loop = _Loop(address, payloads, times, observer, time_limit_s, len(specs) if needed is None else needed)
-        used, began = time.thread_time_ns(), time.monotonic_ns()
-        try:
-            loop.run()
-        finally:
-            loop.close()
-        used, wall = time.thread_time_ns() - used, time.monotonic_ns() - began
-    # A share of less than a second says nothing.
-    cpu_share = used / max(1_000_000_000, wall)
-    return Recording(loop.streams, specs, loop.start_ns, cpu_share=cpu_share, cut_short=loop.cut_short)
+
+    address: Address
+    payloads: Sequence[bytes]
+    offsets_ns: Sequence[int]
+    time_limit_s: float
+    needed: int  # it ends once this many first requests ended
+    concurrency: int | None = None
 
 
-class _Loop:
+class Loop:
     """Opens, sends, receives; `streams` is the record."""
 
-    def __init__(
-        self,
-        address: Address,
-        payloads: list[bytes],
-        times: np.ndarray,
-        observer: Observer,
-        time_limit_s: float,
-        needed: int,
-    ):
-        self._address = address
+    def __init__(self, job: Job, observer: Observer, start: Start):
+        self._address = job.address
         self._observer = observer
-        self._counts = _Counts()
+        self._closed_loop = job.concurrency is not None
+        self.counts = Counts()
         self._buffer = ReceiveBuffer()
         self._poller = Poller()
         self._live: dict[int, Stream] = {}  # by descriptor
+        self._idle: dict[int, Connection] = {}  # connections that wait for a request, the last used one last
         self._opened = 0  # streams before this one were opened
         self._due = 0  # streams before this one were due
-        self._needed = needed  # streams before this one are waited for
-        self._awaited = needed  # how many of them haven't ended
+        self._needed = job.needed  # streams before this one are waited for
+        self.awaited = job.needed  # how many of them haven't ended
+        self.hold = False  # go on when none is awaited any more: another process still waits for one of its own
+        self._free = 0  # closed loop: turns to hand on …
+        self._freed_ns = 0  # … the last of which came free here
         self.cut_short = False
-        offsets = np.round(np.asarray(times, dtype=np.float64) * 1e9).astype(np.int64)
-        # Arrivals are stamped on the real-time clock, deadlines need the monotonic one: one start, read on both.
-        self._start_mono = time.monotonic_ns() + _LEAD_NS
-        self.start_ns = time.time_ns() + _LEAD_NS
-        self._due_mono: list[int] = (offsets + self._start_mono).tolist()
-        self._limit_mono = self._start_mono + round(min(time_limit_s, 1e9) * 1e9)
+        self._start = start
+        self.start_ns = start.real_ns
+        total = len(job.payloads)
+        if job.concurrency is None:
+            offsets = list(job.offsets_ns)
+            self._due_mono = [start.mono_ns + offset for offset in offsets]
+        else:
+            first = min(job.concurrency, total)
+            offsets = [0] * total
+            self._due_mono = [start.mono_ns] * first + [_NEVER] * (total - first)
+        self._limit_mono = start.mono_ns + round(min(job.time_limit_s, 1e9) * 1e9)
+        self._next_tick = start.mono_ns
+        self._wake = 0
         self.streams = [
-            Stream(index, payload, self.start_ns + offset)
-            for index, (payload, offset) in enumerate(zip(payloads, offsets.tolist(), strict=True))
+            Stream(index, payload, start.real_ns + offset)
+            for index, (payload, offset) in enumerate(zip(job.payloads, offsets, strict=True))
         ]
 
     def run(self) -> None:
-        total = len(self.streams)
-        next_tick = self._start_mono
+        live, wait, clock = self._live, self._poller.wait, time.monotonic_ns
+        receiving = State.RECEIVING
         while True:
-            now = time.monotonic_ns()
-            self._open_and_send(now)
-            if self._awaited <= 0:
-                self.cut_short = self._due < total or bool(self._live)
-                break
-            if now >= next_tick:
-                next_tick = now + _TICK_NS
-                self._close_lingering()
-                if not self._tick(now):
-                    self.cut_short = True
-                    break
-            if now >= self._limit_mono:
+            now = clock()
+            if now >= self._wake and not self._on_time(now):
                 self.cut_short = True
                 break
-            wake = min(next_tick, self._limit_mono)
-            if self._opened < total:
-                wake = min(wake, self._due_mono[self._opened] - _OPEN_AHEAD_NS)
-            if self._due < total:
-                wake = min(wake, self._due_mono[self._due])
-            for fd, mask in self._poller.wait(wake):
-                stream = self._live.get(fd)
-                if stream is not None:
-                    self._handle(stream, mask)
-        self._tick(time.monotonic_ns())
+            if self.awaited <= 0 and self._may_end():
+                break
+            for fd, mask in wait(self._wake):
+                stream = live.get(fd)
+                if stream is None:
+                    self._forget_idle(fd)
+                    continue
+                try:
+                    if stream.state is receiving:
+                        self._receive(stream)
+                    else:
+                        self._handle(stream, mask)
+                except OSError as error:
+                    self._lost(stream, _cause(error))
+            if self._free:
+                self._hand_on()
+        self._tick(clock())
 
     def close(self) -> None:
         """Close what is open; what was sent and has no end is cut short."""
         for stream in list(self._live.values()):
-            if stream.index < self._due and stream.failure is None and not stream.done_seen_ns:
+            if stream.index < self._due and stream.failure is None and not stream.says_done():
                 stream.failure = ("cut short", "")
             self._drop(stream)
+        for connection in self._idle.values():
+            connection.close()
+        self._idle.clear()
+        for stream in self.streams:
+            stream.payload, stream.left = b"", None
         self._poller.close()
 
+    def _may_end(self) -> bool:
+        left = self._due < len(self.streams) or bool(self._live)
+        if self.hold and left:
+            return False
+        self.cut_short = left
+        return True
+
+    def _on_time(self, now: int) -> bool:
+        """Everything that has its moment; False when the point is over. Sets when to wake up again."""
+        self._open_and_send(now)
+        if now >= self._next_tick:
+            self._next_tick = now + _TICK_NS
+            self._close_lingering()
+            if not self._tick(now):
+                return False
+        if now >= self._limit_mono:
+            return False
+        self._plan_wake()
+        return True
+
+    def _plan_wake(self) -> None:
+        wake = min(self._next_tick, self._limit_mono)
+        if self._opened < len(self.streams):
+            wake = min(wake, self._due_mono[self._opened] - _OPEN_AHEAD_NS)
+        if self._due < len(self.streams):
+            wake = min(wake, self._due_mono[self._due])
+        self._wake = wake
+
     def _tick(self, now: int) -> bool:
-        counts = self._counts
-        elapsed = (now - self._start_mono) / 1e9
+        counts = self.counts
+        elapsed = (now - self._start.mono_ns) / 1e9
         return self._observer.tick(elapsed, counts.sent, counts.first_token, counts.finished, counts.failed)
 
     def _open_and_send(self, now: int) -> None:
@@ -159,10 +181,39 @@ class _Loop:
         while self._due < len(self.streams) and self._due_mono[self._due] <= now:
             stream = self.streams[self._due]
             self._due += 1
+            if self._closed_loop:
+                stream.intended_ns = time.time_ns()
             if stream.state is State.READY:
                 self._send(stream)
+            elif stream.state is State.CLOSED:
+                self._free += self._closed_loop  # it failed before its turn came
+        if self._free:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Closed loop: send one request for every one that ended."""
+        while self._free and self._due < len(self.streams):
+            self._free -= 1
+            stream = self.streams[self._due]
+            self._due += 1
+            stream.freed_ns = self._freed_ns
+            stream.intended_ns = time.time_ns()
+            if self._opened < self._due:
+                self._opened = self._due
+                self._open(stream)
+            if stream.state is State.READY:
+                self._send(stream)
+        self._free = 0
 
     def _open(self, stream: Stream) -> None:
+        """Give a stream a connection: one that a finished answer left behind, else a new one."""
+        if self._idle:
+            fd, stream.connection = self._idle.popitem()
+            stream.reused = True
+            stream.state = State.READY
+            stream.ready_ns = time.time_ns()
+            self._live[fd] = stream
+            return
         try:
             stream.connection = connect(self._address, self._buffer)
         except OSError as error:
@@ -173,20 +224,17 @@ class _Loop:
         self._poller.watch(stream.connection.fileno(), WRITE)
 
     def _handle(self, stream: Stream, mask: int) -> None:
-        try:
-            if stream.state is State.CONNECTING:
-                self._advance(stream)
-            elif stream.state is State.SENDING and mask & WRITE:
-                self._send_rest(stream)
-            else:
-                self._receive(stream)
-        except OSError as error:
-            self._fail(stream, "connection", _cause(error))
+        if stream.state is State.CONNECTING:
+            self._advance(stream)
+        elif stream.state is State.SENDING and mask & WRITE:
+            self._send_rest(stream)
+        else:
+            self._receive(stream)
 
     def _advance(self, stream: Stream) -> None:
         assert stream.connection is not None
         wanted = stream.connection.advance()
-        self._poller.watch(stream.connection.fileno(), wanted or READ)
+        self._poller.change(stream.connection.fileno(), wanted or READ)
         if wanted:
             return
         stream.state = State.READY
@@ -195,92 +243,126 @@ class _Loop:
             self._send(stream)
 
     def _send(self, stream: Stream) -> None:
-        self._counts.sent += 1
+        if not stream.sent_ns:
+            self.counts.sent += 1
         stream.state = State.SENDING
+        stream.left = memoryview(stream.payload)
         stream.sent_ns = time.time_ns()
         try:
-            self._send_rest(stream)
+            self._send_rest(stream, first=True)
         except OSError as error:
-            self._fail(stream, "connection", _cause(error))
+            self._lost(stream, _cause(error))
 
-    def _send_rest(self, stream: Stream) -> None:
+    def _send_rest(self, stream: Stream, *, first: bool = False) -> None:
         assert stream.connection is not None
-        fd = stream.connection.fileno()
+        assert stream.left is not None
         taken = stream.connection.send(stream.left)
         if taken != BLOCKED:
             stream.left = stream.left[taken:]
         if len(stream.left):
-            # Read as well: a server may refuse a long request before it has read all of it.
-            self._poller.watch(fd, READ | WRITE)
+            if first:
+                # Read as well: a server may refuse a long request before it has read all of it.
+                self._poller.change(stream.connection.fileno(), READ | WRITE)
             return
+        stream.left = None
         stream.state = State.RECEIVING
-        self._poller.watch(fd, READ)
+        if not first:
+            self._poller.change(stream.connection.fileno(), READ)
 
     def _receive(self, stream: Stream) -> None:
-        assert stream.connection is not None
-        count, stamp = stream.connection.receive()
-        if count == BLOCKED:
-            return
-        if count == 0:
-            self._end_of_stream(stream)
+        count, stamp = stream.connection.receive()  # type: ignore[union-attr]
+        if count <= 0:
+            if count == 0:
+                self._end_of_stream(stream)
             return
         answer = stream.answer
         answer += self._buffer.view[:count]
         stream.ends.append(len(answer))
         stream.stamps.append(stamp)
         stream.read_ns.append(time.time_ns())
-        if stream.head is None and not self._read_head(stream):
+        if not stream.answering and not self._read_head(stream):
             return
-        head = stream.head
-        assert head is not None
-        if not stream.answering and head.status == 200 and len(answer) > head.body_start:
-            stream.answering = True
-            self._counts.first_token += 1
-        if head.complete(answer):
+        if stream.head.complete(answer):  # type: ignore[union-attr]
             self._finish(stream)
-        elif not stream.done_seen_ns and answer.find(_DONE, max(0, len(answer) - count - len(_DONE))) >= 0:
-            stream.done_seen_ns = stream.read_ns[-1]
 
     def _read_head(self, stream: Stream) -> bool:
-        try:
-            stream.head = read_head(stream.answer)
-        except MalformedError as error:
-            self._fail(stream, "malformed stream", str(error))
-            return False
-        return stream.head is not None
+        """Whether the head is there; notes the first byte of the body of a 200."""
+        if stream.head is None:
+            try:
+                stream.head = read_head(stream.answer)
+            except MalformedError as error:
+                self._fail(stream, "malformed stream", str(error))
+                return False
+        head = stream.head
+        if head is not None and head.status == 200 and len(stream.answer) > head.body_start:
+            stream.answering = True
+            self.counts.first_token += 1
+        return head is not None
 
     def _end_of_stream(self, stream: Stream) -> None:
         """The server closed: the regular end only of an answer that says no length, or of one that said it is done."""
         head = stream.head
-        if stream.done_seen_ns or (head is not None and not head.chunked and head.length is None):
-            self._finish(stream)
+        if stream.says_done() or (head is not None and not head.chunked and head.length is None):
+            self._finish(stream, ended=True)
             return
         moment = "before it answered" if not stream.answer else "in the middle of its answer"
-        self._fail(stream, "connection", f"the server closed the connection {moment}")
+        self._lost(stream, f"the server closed the connection {moment}")
+
+    def _lost(self, stream: Stream, error: str) -> None:
+        """A connection broke. A used one that the server had given up says nothing yet: the request goes out again."""
+        if stream.reused and not stream.answer and stream.failure is None:
+            self._disconnect(stream)
+            stream.reused, stream.left = False, None
+            for fd in list(self._idle):
+                self._forget_idle(fd)  # as old as this one: the server is about to close it too
+            self._open(stream)
+            return
+        self._fail(stream, "connection", error)
+
+    def _forget_idle(self, fd: int) -> None:
+        """The server closed a connection that was kept, or said something nobody asked for."""
+        connection = self._idle.pop(fd, None)
+        if connection is not None:
+            self._poller.forget(fd)
+            connection.close()
 
     def _close_lingering(self) -> None:
-        """Finish answers that said [DONE] but don't end, as from a server that ignores "Connection: close"."""
+        """Finish answers that said [DONE] but don't end."""
         patience_over = time.time_ns() - _DONE_PATIENCE_NS
-        for stream in [s for s in self._live.values() if 0 < s.done_seen_ns < patience_over]:
-            self._finish(stream)
+        quiet = [s for s in self._live.values() if s.read_ns and s.read_ns[-1] < patience_over]
+        for stream in quiet:
+            if stream.says_done():
+                self._finish(stream, ended=True)
 
-    def _finish(self, stream: Stream) -> None:
-        if stream.head is not None and stream.head.status == 200:
-            self._counts.finished += 1
+    def _finish(self, stream: Stream, *, ended: bool = False) -> None:
+        """The answer is whole; `ended`: and its connection can't be used again."""
+        head = stream.head
+        if head is not None and head.status == 200:
+            self.counts.finished += 1
         else:
-            self._counts.failed += 1
+            self.counts.failed += 1
+        if head is not None and head.keeps and not ended and stream.connection is not None and not stream.left:
+            fd = stream.connection.fileno()
+            del self._live[fd]
+            self._idle[fd] = stream.connection
+            stream.connection = None
         self._drop(stream)
 
     def _fail(self, stream: Stream, status: str, error: str) -> None:
         stream.failure = (status, error)
-        self._counts.failed += 1
+        self.counts.failed += 1
         self._drop(stream)
 
     def _drop(self, stream: Stream) -> None:
-        if stream.state is not State.CLOSED and stream.index < self._needed:
-            self._awaited -= 1
+        if stream.state is not State.CLOSED:
+            self.awaited -= stream.index < self._needed
+            self._free += self._closed_loop and stream.index < self._due
+            self._freed_ns = stream.stamps[-1] if stream.stamps else 0
         stream.state = State.CLOSED
-        stream.left = memoryview(b"")
+        stream.payload, stream.left = b"", None
+        self._disconnect(stream)
+
+    def _disconnect(self, stream: Stream) -> None:
         if stream.connection is None:
             return
         fd = stream.connection.fileno()
@@ -288,34 +370,6 @@ class _Loop:
             self._poller.forget(fd)
         stream.connection.close()
         stream.connection = None
-
-
-@contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    """No garbage collection meanwhile: a full pass over the records would be seen as a stall of the server."""
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_on:
-            gc.enable()
-
-
-def _allow_descriptors(count: int) -> None:
-    """Raise the soft limit of open files as far as needed and allowed; what doesn't fit fails as a connection."""
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256 if hard == resource.RLIM_INFINITY else min(count + 256, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _cause(error: OSError) -> str:

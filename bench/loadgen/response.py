@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 _HEAD_END = b"\r\n\r\n"
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
-_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: |\r\n)")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: |\r\n)")
 _MAX_HEAD_BYTES = 1 << 16
 
 
@@ -22,6 +22,7 @@ class Head:
     body_start: int  # in bytes from the start of the answer
     length: int | None  # of the body, where the server says it
     chunked: bool
+    keeps: bool = False  # the connection may carry another request after this answer
 
     def complete(self, answer: bytearray) -> bool:
         """Whether the whole body is there; an answer without length or chunks ends with the connection."""
@@ -52,7 +53,8 @@ def read_head(answer: bytearray | bytes) -> Head | None:
         if not fields[b"content-length"].isdigit():
             raise MalformedError("the answer's Content-Length is no number")
         length = int(fields[b"content-length"])
-    return Head(int(match[1]), end + len(_HEAD_END), length, chunked)
+    keeps = match[1] == b"1" and b"close" not in fields.get(b"connection", b"") and (chunked or length is not None)
+    return Head(int(match[2]), end + len(_HEAD_END), length, chunked, keeps)
 
 
 class Body:

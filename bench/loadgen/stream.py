@@ -6,6 +6,9 @@ from enum import Enum, auto
 from bench.loadgen.connection import Connection
 from bench.loadgen.response import Head
 
+_DONE = b"data: [DONE]"
+_TAIL_BYTES = 64  # at the end of an answer that is over
+
 
 class State(Enum):
     """How far a stream is."""
@@ -25,15 +28,17 @@ class Stream:
         "answer",
         "answering",
         "connection",
-        "done_seen_ns",
         "ends",
         "failure",
+        "freed_ns",
         "head",
         "index",
         "intended_ns",
         "left",
+        "payload",
         "read_ns",
         "ready_ns",
+        "reused",
         "sent_ns",
         "stamps",
         "state",
@@ -41,22 +46,28 @@ class Stream:
 
     def __init__(self, index: int, payload: bytes, intended_ns: int):
         self.index = index
-        self.left = memoryview(payload)  # what is still to be sent
-        self.intended_ns = intended_ns
+        self.payload = payload
+        self.left: memoryview | None = None  # what is still to be sent, while sending
+        self.intended_ns = intended_ns  # closed loop: when its turn came
+        self.freed_ns = 0  # closed loop: arrival of the end of the answer it follows; 0 where it follows none
         self.ready_ns = 0  # when the connection stood
         self.sent_ns = 0  # just before the first byte went out; 0: never
         self.state = State.UNOPENED
         self.connection: Connection | None = None
+        self.reused = False  # the connection has carried a request before
         self.answer = bytearray()
         self.answering = False  # a part of the body of a 200 is there
         self.ends = array("q")  # length of the answer after each read
         self.stamps = array("q")  # arrival of the last segment of each read
         self.read_ns = array("q")  # when the client got to it
         self.head: Head | None = None
-        self.done_seen_ns = 0
         self.failure: tuple[str, str] | None = None  # (status, error) of what the sockets saw
 
     @property
     def begun(self) -> bool:
         """Whether it counts: it was sent, or sending it was tried."""
         return self.sent_ns > 0 or self.failure is not None
+
+    def says_done(self) -> bool:
+        """Whether the server has said that this is the end, whatever its framing says."""
+        return self.answer.find(_DONE, max(0, len(self.answer) - _TAIL_BYTES)) >= 0

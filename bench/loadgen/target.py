@@ -76,8 +76,8 @@ def resolve(base_url: str) -> Address:
 
 def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes:
     """The whole HTTP request, ready for the socket."""
-    if (spec.prompt_ids is None) == (spec.messages is None):
-        raise ValueError("a request has either prompt_ids or messages")
+    if sum(part is not None for part in (spec.prompt_ids, spec.prompt_text, spec.messages)) != 1:
+        raise ValueError("a request has either prompt_ids, prompt_text or messages")
     body: dict[str, Any] = {
         "model": target.model,
         "max_tokens": spec.output_tokens,
@@ -86,10 +86,10 @@ def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    if spec.prompt_ids is not None:
-        path, body["prompt"] = "/v1/completions", spec.prompt_ids
-    else:
+    if spec.messages is not None:
         path, body["messages"] = "/v1/chat/completions", spec.messages
+    else:
+        path, body["prompt"] = "/v1/completions", spec.prompt_ids if spec.prompt_ids is not None else spec.prompt_text
     content = msgspec.json.encode(body)
     lines = [
         f"POST {address.path}{path} HTTP/1.1",
@@ -97,7 +97,6 @@ def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes
         "Content-Type: application/json",
         "Accept: text/event-stream",
         f"Content-Length: {len(content)}",
-        "Connection: close",
     ]
     if target.api_key is not None:
         lines.append(f"Authorization: Bearer {target.api_key}")

@@ -1,36 +1,96 @@
 """Workloads: what is sent, apart from when."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from bench.errors import BenchError
-from bench.workloads.base import RequestSpec, Workload
+from bench.workloads.base import Encode, RequestSpec, Workload
+from bench.workloads.texts import JsonLines, ShareGPT
 from bench.workloads.tokens import RandomTokens, SharedPrefix
+from bench.workloads.traced import TraceLengths
+from bench.workloads.turns import MultiTurn
+from bench.workloads.vision import MMMUPro, VisionArena
 
-__all__ = ["RequestSpec", "Workload", "make_workload"]
-
-_KINDS: dict[str, Callable[..., Workload]] = {"random": RandomTokens, "shared-prefix": SharedPrefix}
-_FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {  # required, optional
-    "random": (frozenset({"input", "output"}), frozenset()),
-    "shared-prefix": (frozenset({"prefix", "input", "output"}), frozenset({"prefixes"})),
-}
+__all__ = ["Encode", "RequestSpec", "Workload", "known_fields", "make_workload", "needs_vocabulary", "tells_lengths"]
 
 
-def make_workload(spec: dict[str, Any], vocab_size: int) -> Workload:
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    make: Callable[..., Workload]
+    required: frozenset[str]
+    optional: frozenset[str]
+    vocabulary: bool = False  # made of random tokens
+    encode: bool = False  # made of texts that have to be tokenised
+    exact: bool = True  # max_tokens is what a request really has, not an estimate
+
+
+def _fields(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_KINDS: dict[str, _Kind] = {
+    "random": _Kind(RandomTokens, _fields("input output"), _fields(""), vocabulary=True),
+    "shared-prefix": _Kind(SharedPrefix, _fields("prefix input output"), _fields("prefixes"), vocabulary=True),
+    "multi-turn": _Kind(MultiTurn, _fields("input output"), _fields("turns conversations"), vocabulary=True),
+    "trace": _Kind(TraceLengths, _fields("trace"), _fields(""), vocabulary=True),
+    "sharegpt": _Kind(ShareGPT, _fields("dataset"), _fields("max_input max_tokens rows fresh"), encode=True),
+    "jsonl": _Kind(JsonLines, _fields("dataset"), _fields("output rows fresh"), exact=False),
+    "visionarena": _Kind(
+        VisionArena, _fields("dataset"), _fields("output rows fresh subset split"), exact=False
+    ),
+    "mmmu-pro": _Kind(
+        MMMUPro, _fields("dataset"), _fields("output rows fresh subset split repeat"), exact=False
+    ),
+}  # fmt: skip
+
+
+def make_workload(spec: dict[str, Any], vocab_size: int | None, encode: Encode | None = None) -> Workload:
     """Build a workload from plain data; raises BenchError naming the field that is wrong.
 
     {"kind": "random", "input": 500, "output": 2000}, where a length is a number or [low, high];
-    {"kind": "shared-prefix", "prefix": 448, "input": 64, "output": 32, "prefixes": 4}.
+    {"kind": "shared-prefix", "prefix": 448, "input": 64, "output": 32, "prefixes": 4};
+    {"kind": "multi-turn", "input": 200, "output": 100, "turns": 4, "conversations": 8};
+    {"kind": "trace", "trace": "lengths.csv"};
+    {"kind": "sharegpt", "dataset": "file.json"}, and the same for jsonl, visionarena and mmmu-pro.
+    `vocab_size` is needed by kinds of random tokens (needs_vocabulary), `encode` by sharegpt when it is first used.
     """
+    kind = _kind(spec)
+    known, name = _KINDS[kind], kind
+    fields = {key: value for key, value in spec.items() if key != "kind"}
+    for missing in sorted(known.required - fields.keys() - {"dataset"}):  # find_data() names the flag of that one
+        raise BenchError(f"workload {name}: the field {missing} is missing")
+    for extra in sorted(fields.keys() - known.required - known.optional, key=str):
+        raise BenchError(
+            f"workload {name}: unknown field {extra}; it knows {', '.join(sorted(known.required | known.optional))}"
+        )
+    if known.vocabulary:
+        fields["vocab_size"] = vocab_size
+    if known.encode:
+        fields["encode"] = encode
+    return known.make(**fields)
+
+
+def needs_vocabulary(spec: dict[str, Any]) -> bool:
+    """Whether make_workload() needs the size of the vocabulary for `spec`."""
+    return _KINDS[_kind(spec)].vocabulary
+
+
+def tells_lengths(workload: Workload) -> bool:
+    """Whether `workload.max_tokens` is a fact; of texts and pictures only the server knows the tokens."""
+    return _KINDS[_kind(workload.describe())].exact
+
+
+def known_fields(spec: dict[str, Any]) -> frozenset[str]:
+    """The fields that a workload of this kind takes."""
+    known = _KINDS[_kind(spec)]
+    return known.required | known.optional
+
+
+def _kind(spec: Any) -> str:
     if not isinstance(spec, dict):
         raise BenchError(f"workload: expected fields such as kind, input and output, not {spec!r}")
     kind = spec.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise BenchError(f"workload: kind is {kind!r}; choose from {', '.join(_KINDS)}")
-    required, optional = _FIELDS[kind]
-    fields = {name: value for name, value in spec.items() if name != "kind"}
-    for name in sorted(required - fields.keys()):
-        raise BenchError(f"workload {kind}: the field {name} is missing")
-    for name in sorted(fields.keys() - required - optional, key=str):
-        raise BenchError(f"workload {kind}: unknown field {name}; it knows {', '.join(sorted(required | optional))}")
-    return _KINDS[kind](vocab_size=vocab_size, **fields)
+    return kind

@@ -1,17 +1,21 @@
 """What a workload is: a named source of requests, the same ones for the same seed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+Encode = Callable[[list[str]], list[list[int]]]  # texts -> token ids, without special tokens
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """One request to send; lengths in tokens, exactly one of `prompt_ids` and `messages` is set."""
+    """One request to send; lengths in tokens, exactly one of `prompt_ids`, `prompt_text` and `messages` is set."""
 
-    input_tokens: int  # exact for token-id prompts, an estimate for messages
+    input_tokens: int  # exact for token-id prompts, an estimate for text and messages
     output_tokens: int  # asked: sent as max_tokens with ignore_eos
     prompt_ids: list[int] | None = None  # sent to /v1/completions
     messages: list[dict[str, Any]] | None = None  # sent to /v1/chat/completions
+    prompt_text: str | None = None  # sent to /v1/completions
 
 
 class Workload(Protocol):

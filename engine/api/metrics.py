@@ -29,6 +29,7 @@ class EngineCollector(Collector):
         yield self._finished(stats)
         yield from self._histograms(stats)
         yield self._cache_info()
+        yield self._engine_info()
 
     def _gauges(self, core: Stats) -> Iterator[Metric]:
         for name, what, value in (
@@ -89,6 +90,20 @@ class EngineCollector(Collector):
             "enable_prefix_caching": str(ready.prefix_caching),
         }
         family = GaugeMetricFamily(PREFIX + "cache_config_info", "The KV cache; always 1.", labels=list(labels))
+        family.add_metric(list(labels.values()), 1)
+        return family
+
+    def _engine_info(self) -> Metric:
+        """What the engine resolved beyond the KV cache, so that a benchmark can record what it measured."""
+        ready = self._client.ready
+        labels = {
+            "model_name": self._model,
+            "device": ready.device,
+            "dtype": ready.dtype,
+            "max_num_seqs": str(ready.max_num_seqs),
+            "max_num_batched_tokens": str(ready.max_num_batched_tokens),
+        }
+        family = GaugeMetricFamily("redline:engine_config_info", "The engine; always 1.", labels=list(labels))
         family.add_metric(list(labels.values()), 1)
         return family
 

@@ -14,7 +14,11 @@ MODEL_LEN = 4096
 class QueueServer:
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.slots = asyncio.Semaphore(options.slots)
+        # When each slot is free, first come first served: a service starts when the one before it was due to end, not
+        # when the loop came round to it, so that the capacity is exact.
+        self.slots: asyncio.PriorityQueue[float] = asyncio.PriorityQueue()
+        for _ in range(options.slots):
+            self.slots.put_nowait(0.0)
         self.running = 0
         self.waiting = 0
         self.preemptions = 0
@@ -61,23 +65,34 @@ class QueueServer:
             return
         if self.options.exit_from and self.answered >= self.options.exit_from:
             raise SystemExit(3)
+        fault = self.options.faults.get(self.answered, "")
+        if fault.isdigit():
+            await self.whole(writer, int(fault), b'{"error": {"message": "asked to fail"}}')
+            return
         self.waiting += 1
-        async with self.slots:
-            self.waiting -= 1
-            self.running += 1
-            if self.options.preempt_above and self.running > self.options.preempt_above:
-                self.preemptions += 1
-            try:
-                await self.stream(request, writer)
-            finally:
-                self.running -= 1
+        arrived = asyncio.get_running_loop().time()
+        begin = max(arrived, await self.slots.get())
+        self.waiting -= 1
+        self.running += 1
+        if self.options.preempt_above and self.running > self.options.preempt_above:
+            self.preemptions += 1
+        free_at = 0.0  # at once, where the client left
+        try:
+            await self.stream(request, writer, begin, fault)
+            free_at = begin + self.options.service
+        finally:
+            self.running -= 1
+            self.slots.put_nowait(free_at)
 
-    async def stream(self, request: dict, writer: asyncio.StreamWriter) -> None:
+    async def stream(self, request: dict, writer: asyncio.StreamWriter, begin: float, fault: str) -> None:
         asked = request["max_tokens"]
         tokens = asked if not self.options.short else max(1, asked // 2)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-        begin = asyncio.get_running_loop().time()
         for i in range(tokens):
+            if fault == "malformed":
+                self.chunk(writer, b"data: {not json\n\n")
+            elif fault == "cut":
+                raise ConnectionError
             due = begin + self.options.service * (i + 1) / tokens
             await asyncio.sleep(due - asyncio.get_running_loop().time())
             self.event(writer, {"choices": [{"index": 0, "text": "a", "finish_reason": None}]})
@@ -96,10 +111,12 @@ class QueueServer:
         writer.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
 
     def metrics(self) -> str:
+        inside = self.running + self.waiting  # a slot on its way from one request to the next counts as taken
+        running = min(inside, self.options.slots)
         values = {
-            "vllm:num_requests_running": self.running,
-            "vllm:num_requests_waiting": self.waiting,
-            "vllm:kv_cache_usage_perc": self.running / (2 * self.options.slots),
+            "vllm:num_requests_running": running,
+            "vllm:num_requests_waiting": inside - running,
+            "vllm:kv_cache_usage_perc": running / (2 * self.options.slots),
             "vllm:num_preemptions_total": self.preemptions,
         }
         return "".join(f'{name}{{model_name="stub",engine="0"}} {value}\n' for name, value in values.items())
@@ -113,6 +130,10 @@ async def serve(options: argparse.Namespace) -> None:
         await server.serve_forever()
 
 
+def faults(text: str) -> dict[int, str]:
+    return {int(number): kind for number, _, kind in (part.partition("=") for part in text.split(","))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
@@ -124,6 +145,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="half of the tokens asked")
     parser.add_argument("--fail-from", type=int, default=0, help="HTTP 429 from this request on")
     parser.add_argument("--exit-from", type=int, default=0, help="exit at this request")
+    parser.add_argument(
+        "--faults", type=faults, default={}, help="by request: 3=500,5=malformed,7=cut (HTTP status, SSE, connection)"
+    )
     parser.add_argument("--refuse", default="", help="print this and exit at once")
     try:
         asyncio.run(serve(parser.parse_args()))

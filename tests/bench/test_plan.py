@@ -115,3 +115,14 @@ def test_expected_time_stays_within_the_limit() -> None:
     assert 0 < low <= high <= 600
     assert plan.fixed_s([1.0, 2.0], 1.0) == 600
     assert math.isclose(planner(1e9)[0].fixed_s([1.0, 2.0], 1.0), 400 + 200 + 2 * 3.25)
+
+
+def test_a_run_for_the_interval_is_whole_or_not_at_all() -> None:
+    plan, clock = planner(900.0)
+    wanted = Trial(4.0, "confirm", whole=True)
+    lengths = plan.lengths(wanted, 2.0)
+    assert lengths is not None
+    assert lengths.window_s == 100.0
+    clock.now += 0.68 * 900 - 100  # a window would fit, but not what is around it, and the ladder is still to come
+    assert plan.lengths(wanted, 2.0) is None
+    assert plan.lengths(Trial(4.0, "confirm"), 2.0) is not None

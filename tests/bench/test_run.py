@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from bench.errors import BenchError
 from bench.loadgen import Target
 from bench.point import PointPlan
-from bench.progress import QuietProgress
+from bench.progress import QuietProgress, failed_requests, failure_words
 from bench.results import Answer, PointRow, RunFiles
 from bench.run import BenchOptions, LostServerError, measure_configuration, measure_ladder
 from bench.server import ServerProcess
@@ -42,10 +43,11 @@ def test_the_search_finds_the_capacity_of_a_real_queue_and_resumes_without_measu
     queue_server: Start, tmp_path: Path
 ) -> None:
     server = queue_server("--slots", "4", "--service", "0.05")  # 80 requests/s
-    answer, points, progress = measure(server, tmp_path, ladder=False)
+    find = partial(measure, precision=0.45)  # how close it comes is shown by tests/perf/bench_search.py
+    answer, points, progress = find(server, tmp_path, ladder=False)
     assert answer is not None
     assert answer.rate is not None
-    assert 80 / 1.3 < answer.rate < 80 * 1.2
+    assert 80 / 1.8 < answer.rate < 80 * 1.4
     assert answer.confirmed
     assert answer.low < answer.rate
     assert points[0].phase == "probe"
@@ -58,13 +60,14 @@ def test_the_search_finds_the_capacity_of_a_real_queue_and_resumes_without_measu
         assert int(frame["in_window"].sum()) == point.requests
     assert len({(p.rate, p.seed) for p in points}) == len(points)
 
-    again, _, resumed = measure(server, tmp_path, points, ladder=False)
+    again, _, resumed = find(server, tmp_path, points, ladder=False)
     assert again is not None
     assert again.line() == answer.line()
     assert resumed.started == []
-    lost = [p for p in points if p.phase != "confirm"]
-    _, _, resumed = measure(server, tmp_path, lost, ladder=False)
-    assert resumed.started[0] == ("confirm", next(p.rate for p in points if p.phase == "confirm"))
+    lost = points[:-1]
+    assert points[-1].phase == "confirm"
+    _, _, resumed = find(server, tmp_path, lost, ladder=False)
+    assert resumed.started[0] == ("confirm", points[-1].rate)
 
 
 def test_given_rates_without_a_metrics_page(queue_server: Start, tmp_path: Path) -> None:
@@ -96,13 +99,22 @@ def test_outputs_of_another_length_make_points_invalid(queue_server: Start, tmp_
     assert "asked length" in points[-1].reason
 
 
-def test_refused_requests_are_counted_by_kind(queue_server: Start, tmp_path: Path) -> None:
-    _, points, _ = measure(queue_server("--fail-from", "6"), tmp_path, rates=[20.0], window_s=1.0)
-    assert points[-1].sustained is False
-    assert points[-1].failed > 0
-    assert f"{points[-1].failed} http 429" in points[-1].reason
-    frame = RunFiles(tmp_path).read_requests(points[-1].point_id)
+def test_failures_are_counted_by_kind(queue_server: Start, tmp_path: Path) -> None:
+    server = queue_server("--faults", "5=500,6=malformed,7=cut", "--fail-from", "12")
+    _, points, _ = measure(server, tmp_path, rates=[20.0], window_s=1.0)
+    point = points[-1]
+    assert (point.valid, point.sustained) == (True, False)
+    counts = dict(part.rsplit(":", 1) for part in point.failures.split(";"))
+    assert {kind: counts[kind] for kind in ("connection", "http 500", "malformed stream")} == dict.fromkeys(
+        ("connection", "http 500", "malformed stream"), "1"
+    )
+    frame = RunFiles(tmp_path).read_requests(point.point_id)
+    assert int(counts["http 429"]) == (frame["status"] == "http 429").sum() > 3
+    assert point.failed == (~frame[frame["in_window"]]["status"].isin(["ok", "cut short"])).sum()
+    assert f"{counts['http 429']} × http 429" in failure_words(point)
+    assert failed_requests(point) == (~frame["status"].isin(["ok", "cut short"])).sum()
     assert "too many requests" in set(frame["error"])
+    assert not points[0].failures
 
 
 def test_a_server_that_dies_ends_the_run_with_what_was_measured(queue_server: Start, tmp_path: Path) -> None:
@@ -111,12 +123,16 @@ def test_a_server_that_dies_ends_the_run_with_what_was_measured(queue_server: St
         measure(server, tmp_path, rates=[10.0, 40.0, 60.0], window_s=1.0)
     assert caught.value.answer is not None
     assert caught.value.answer.rate == 10.0
-    assert [p.rate for p in RunFiles(tmp_path).read_points() if p.phase == "fixed"] == [10.0, 40.0]
+    points = [p for p in RunFiles(tmp_path).read_points() if p.phase == "fixed"]
+    assert [p.rate for p in points] == [10.0, 40.0]
+    assert points[1].failures.startswith("connection:")
 
 
 def test_a_failing_probe_is_one_clear_line(queue_server: Start, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="failed with http 429: too many requests"):
         measure(queue_server("--fail-from", "1"), tmp_path)
+    (probe,) = RunFiles(tmp_path).read_points()
+    assert (probe.phase, probe.valid, probe.failures) == ("probe", False, "http 429:1")
 
 
 def test_time_out_reports_the_bracket(queue_server: Start, tmp_path: Path) -> None:
@@ -142,7 +158,10 @@ def test_a_ladder_alone_at_given_rates(queue_server: Start, tmp_path: Path) -> N
 
 def test_a_latency_limit_narrows_what_counts_as_sustained(queue_server: Start, tmp_path: Path) -> None:
     server = queue_server("--slots", "4", "--service", "0.1")
-    answer, points, _ = measure(server, tmp_path, rates=[10.0], window_s=1.0, limits={"e2e_p50_ms": 50.0})
+    answer, points, _ = measure(
+        server, tmp_path, rates=[10.0], window_s=1.0, limits={"e2e_p50_ms": 50.0, "ttft_p99_ms": 2000.0}
+    )
     assert answer is not None
     assert (answer.rate, answer.binding) == (None, "latency limit")
     assert "e2e_p50_ms" in points[-1].reason
+    assert points[-1].goodput == 0.0

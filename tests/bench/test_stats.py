@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.stats import latencies, percentile, percentile_interval, token_rates
+from bench.stats import goodput, latencies, percentile, percentile_interval, token_rates
 from tests.bench.rows import plain_request
 
 
@@ -73,3 +73,20 @@ def test_token_rates_count_arrivals_inside_the_window_only() -> None:
     # Tokens at 0.1, 0.2, 0.3, 0.4 and 0.85, 0.95, 1.05, 1.15.
     assert token_rates(rows, 0.0, 1.0) == (14, 6)
     assert token_rates(rows, 0.25, 0.75) == (0, 4)
+
+
+def test_goodput_counts_the_requests_that_met_every_limit() -> None:
+    rows = [
+        plain_request(),  # TTFT 100 ms, E2E 400 ms, gaps of 100 ms
+        plain_request(ttft_s=0.3),
+        plain_request(chunk_gaps_s=[0.01] * 9 + [0.5], chunk_tokens=[1] * 11),
+        plain_request(chunk_gaps_s=[], chunk_tokens=[1]),  # no gaps, so none too long
+        plain_request(status="http 500", ttft_s=None, e2e_s=None),
+        plain_request(in_window=False),
+    ]
+    assert goodput(rows, {}, 2.0) is None
+    assert goodput(rows, {"ttft_p99_ms": 200.0}, 2.0) == 1.5
+    assert goodput(rows, {"ttft_p99_ms": 200.0, "itl_p99_ms": 150.0}, 2.0) == 1.0
+    assert goodput(rows, {"itl_p50_ms": 50.0}, 2.0) == 1.0  # a stall doesn't move a median
+    assert goodput(rows, {"tpot_p50_ms": 90.0}, 2.0) == 1.0
+    assert goodput(rows, {"e2e_p99_ms": 300.0}, 2.0) == 0.0

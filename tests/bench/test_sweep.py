@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from bench.errors import BenchError
 from bench.progress import QuietProgress
 from bench.results import RunFiles, Summary
+from bench.run import measure_ladder
 from bench.sweep import STATE_FILE, common_ladder, run_sweep
 from bench.sweepfile import Configuration, model_len, presets, read_sweep
 
@@ -73,10 +75,11 @@ def test_given_rates_are_measured_on_every_configuration(write: Callable[..., Pa
 
 
 def test_what_is_finished_is_not_measured_again(write: Callable[..., Path], tmp_path: Path) -> None:
-    sweep(write())
+    one = {"four": stub("--slots", "4")}
+    sweep(write(configurations=one))
     before = {p.point_id: p.started for p in RunFiles(tmp_path / "out").read_points()}
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "logs").iterdir()}
-    sweep(write(title="Another title"))
+    sweep(write(configurations=one, title="Another title"))
     assert {p.point_id: p.started for p in RunFiles(tmp_path / "out").read_points()} == before
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "logs").iterdir()} == logs
     assert RunFiles(tmp_path / "out").read_summary().title == "Another title"
@@ -113,8 +116,17 @@ def test_a_vocabulary_that_is_not_told_must_be_given(write: Callable[..., Path])
     assert [a.configuration for a in summary.answers] == ["said"]
 
 
-def test_the_ladder_has_the_same_rates_for_all(write: Callable[..., Path], tmp_path: Path) -> None:
-    summary = sweep(write(options={"precision": "40%", "max_minutes": 0.15, "window": 0.25}))
+def test_the_ladder_has_the_same_rates_for_all_and_the_time_the_search_left(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, float] = {}
+
+    def watched(*given: Any, **named: Any) -> Any:
+        limits[given[4]] = given[2].max_minutes
+        return measure_ladder(*given, **named)
+
+    monkeypatch.setattr("bench.sweep.measure_ladder", watched)
+    summary = sweep(write(options={"precision": "60%", "max_minutes": 0.12, "window": 0.25}))
     assert not summary.failures
     found = [a.rate for a in summary.answers if a.rate]
     ladder = summary.workloads["short"]["ladder_rates"]
@@ -126,11 +138,13 @@ def test_the_ladder_has_the_same_rates_for_all(write: Callable[..., Path], tmp_p
         assert rates == ladder[: len(rates)], "time may run out, but the rates stay those of all"
     state = json.loads((tmp_path / "out" / STATE_FILE).read_text())
     assert sorted(state["ladders"]) == [["four", "short"], ["two", "short"]]
+    for name, limit in limits.items():
+        assert limit == pytest.approx(max(0.12 - state["searched_s"][f"{name} / short"] / 60, 0.06))
 
 
 def test_a_changed_sweep_is_refused_unless_fresh(write: Callable[..., Path], tmp_path: Path) -> None:
     one = {"four": stub("--slots", "4")}
-    sweep(write(configurations=one))
+    sweep(write(configurations={"four": stub("--refuse", "x")}))
     (tmp_path / "out" / "notes.txt").write_text("mine")
     changed = write(configurations=one, options=OPTIONS | {"rates": [25]})
     with pytest.raises(BenchError, match=r"another version of this sweep.*--fresh"):
@@ -150,7 +164,7 @@ def test_fresh_removes_nothing_from_a_folder_that_holds_no_results(write: Callab
     logs = tmp_path / "out" / "logs"
     logs.mkdir(parents=True)
     (logs / "important").write_text("mine")
-    sweep(write(configurations={"four": stub()}), fresh=True)
+    sweep(write(configurations={"four": stub("--refuse", "x")}), fresh=True)
     assert (logs / "important").read_text() == "mine"
 
 
@@ -166,6 +180,15 @@ def wait_for_points(folder: Path, count: int, process: subprocess.Popen[bytes]) 
         assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
         time.sleep(0.05)
     raise AssertionError("no points within 30 s")
+
+
+def wait_for_state(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        if (folder / STATE_FILE).exists():
+            return
+        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        time.sleep(0.05)
+    raise AssertionError("no sign of life within 30 s")
 
 
 def children(pid: int) -> list[int]:
@@ -184,7 +207,6 @@ def gone(pid: int) -> bool:
 
 
 def assert_all_gone(pids: list[int]) -> None:
-    assert pids, "the server should have been running"
     for _ in range(200):
         if all(gone(pid) for pid in pids):
             return
@@ -193,31 +215,53 @@ def assert_all_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_sweep_that_was_cut_off_goes_on(
-    write: Callable[..., Path], tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_a_sweep_killed_at_any_moment_goes_on(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Killed three times, each time at another moment after a first sign of life, then left alone."""
     path = write(options=OPTIONS | {"rates": [20, 30]})
-    whole = {(c, *point) for c in ("four", "two") for point in (("probe", 0.0), ("fixed", 20.0), ("fixed", 30.0))}
+    cut, moments = tmp_path / "cut", random.Random(os.getpid())
+    kept: dict[str, str] = {}
+    for _ in range(3):
+        process = start(path, cut)
+        try:
+            wait_for_state(cut, process)
+            time.sleep(moments.uniform(0.0, 2.5))
+            servers = children(process.pid)
+        finally:
+            process.kill()
+            process.communicate(timeout=30)
+        assert_all_gone(servers)
+        points = {p.point_id: p.started for p in RunFiles(cut).read_points() if p.valid}
+        assert kept.items() <= points.items()
+        kept = points
+    summary = run_sweep(read_sweep(path), cut, QuietProgress())
+    points = {p.point_id: p.started for p in RunFiles(cut).read_points()}
+    assert kept.items() <= points.items()
+    assert all(len(RunFiles(cut).read_requests(name)) for name in points)
+    assert len(summary.answers) == 2
+    whole = tmp_path / "whole"
+    run_sweep(read_sweep(path), whole, QuietProgress())
+    assert measured(cut) == measured(whole)
+    assert sorted(points) == sorted(p.point_id for p in RunFiles(whole).read_points())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_keeps_everything_and_leaves_no_server(write: Callable[..., Path], tmp_path: Path) -> None:
     cut = tmp_path / "cut"
-    process = start(path, cut)
+    process = start(write(options=OPTIONS | {"rates": [20, 30], "window": 2}), cut)
     try:
         wait_for_points(cut, 2, process)
         servers = children(process.pid)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=30)[0].decode()
     finally:
         process.kill()
-    assert process.returncode == code
-    assert ("the same command goes on" in said) == (code == 130)
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+    assert "waiting" in said, "the table of runs says what was not reached"
     assert_all_gone(servers)
-    kept = {p.point_id: p.started for p in RunFiles(cut).read_points() if p.valid}
-    assert 0 < len(kept) < len(whole)
-    summary = run_sweep(read_sweep(path), cut, QuietProgress())
-    assert measured(cut) == whole
-    again = {p.point_id: p.started for p in RunFiles(cut).read_points() if p.phase != "probe"}
-    assert {k: v for k, v in kept.items() if k in again}.items() <= again.items()
-    assert len(summary.answers) == 2
+    assert [p.phase for p in RunFiles(cut).read_points()][:2] == ["probe", "fixed"]
+    state = json.loads((cut / STATE_FILE).read_text())
+    assert state["searched_s"]["four / short"] > 0
 
 
 @given(st.lists(st.floats(0.01, 1000), min_size=1, max_size=5))
@@ -240,7 +284,11 @@ def test_presets_are_whole_and_say_what_they_cost() -> None:
     demo = plans["demo"]
     assert demo.most_minutes() <= 8
     assert [c.serve["enable-prefix-caching"] for c in demo.configurations] == [True, False]
-    assert [w.name for w in plans["articles"].workloads] == ["500/2000", "2048/128", "6000/4000"]
+    articles, short = plans["articles"], plans["articles-short"]
+    assert [w.name for w in articles.workloads] == ["500/2000", "2048/128", "6000/4000"]
+    assert short.most_minutes() <= 25
+    proportions = [[w.spec["input"] / w.spec["output"] for w in p.workloads] for p in (articles, short)]
+    assert proportions[0] == proportions[1]
 
 
 def test_servers_get_a_model_length_of_their_workload() -> None:
@@ -326,3 +374,28 @@ def test_too_little_time_for_a_point_is_said(write: Callable[..., Path]) -> None
     summary = sweep(write(configurations={"four": stub()}, options={"max_minutes": 0.3, "window": 60}))
     assert "one request alone takes 0.0" in summary.failures["four / short"]
     assert "raise max_minutes" in summary.failures["four / short"]
+
+
+def test_workloads_that_ship_and_arrivals_of_their_own(write: Callable[..., Path], tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("timestamp,input_tokens,output_tokens\n0,9,3\n2,8,4\n")
+    workloads = [
+        {"preset": "visionarena-sample", "output": 32, "name": "pictures"},
+        {"kind": "trace", "trace": str(trace)},
+        {"kind": "random", "input": 5, "output": 5, "arrivals": "constant"},
+    ]
+    plan = read_sweep(write(workloads=workloads, options={"arrivals": "gamma", "burstiness": 0.5}))
+    pictures, traced, constant = plan.workloads
+    assert (pictures.name, pictures.needs_vocabulary) == ("pictures", False)
+    assert pictures.build(None).describe()["output"] == 32
+    assert (pictures.options.arrivals.kind, pictures.options.arrivals.burstiness) == ("gamma", 0.5)
+    assert (traced.max_tokens, traced.options.arrivals.trace) == (12, str(trace))
+    assert constant.options.arrivals.kind == "constant"
+    for changed, words in (
+        ({"workloads": [{"preset": "none"}]}, "no workload 'none'"),
+        ({"options": {"arrivals": "odd"}}, "options: unknown kind of arrivals 'odd'"),
+        ({"options": {"burstiness": 2}}, "options.burstiness needs arrivals: gamma"),
+        ({"options": {"trace": "none.csv"}}, "none.csv: can't be read"),
+    ):
+        with pytest.raises(BenchError, match=words):
+            read_sweep(write(**changed))

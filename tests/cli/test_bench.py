@@ -72,6 +72,41 @@ def test_ctrl_c_reports_what_is_there_and_exits_130(stub: ServerProcess, tmp_pat
     assert RunFiles(out).read_summary().finished is not None
 
 
+def test_failed_requests_are_told_by_kind_and_in_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, str(STUB), "--port", "{port}", "--faults", "6=500,7=malformed,8=500"]
+    with ServerProcess(command, tmp_path / "server.log", start_limit_s=60) as server:
+        asked = ["bench", "--url", server.base_url, *QUICK, "--rate", "20", "--window", "1", "--slo", "ttft_p99=2s"]
+        assert main([*asked, "--out", str(tmp_path / "o")]) == 3
+    said = capsys.readouterr().out
+    assert "failed at 20 req/s: 2 × http 500, 1 × malformed stream" in said
+    assert "goodput" in said
+    assert RunFiles(tmp_path / "o").read_points()[-1].failures == "http 500:2;malformed stream:1"
+
+
+def test_the_last_words_of_an_own_server_that_ends_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = f"{sys.executable} {STUB} --port {{port}} --exit-from 14"
+    script = f"{stub}; sleep 1; echo memory ran out; exit 7"  # its sockets close a while before it ends
+
+    def ours(_model: str, _flags: list[str], log: Path) -> ServerProcess:
+        return ServerProcess(["sh", "-c", script], log, start_limit_s=60)
+
+    monkeypatch.setattr("cli.bench.ServerProcess.redline", ours)
+    out = tmp_path / "o"
+    rates = ["--rates", "4,40", "--window", "1"]
+    assert main(["bench", "--model", "m", *QUICK, *rates, "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("redline: error: the server ended: memory ran out (exit code 7)")
+    assert "sustains 4 req/s" in captured.out
+    assert "connection" in RunFiles(out).read_points()[-1].failures
+    summary = RunFiles(out).read_summary()
+    assert summary.answers[0].rate == 4.0
+    assert "stopped answering at 40 req/s" in summary.failures["bench / 20/5"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

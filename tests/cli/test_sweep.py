@@ -38,7 +38,7 @@ def test_without_a_file_the_presets_are_listed(capsys: pytest.CaptureFixture[str
 def test_a_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--preset", "demo", "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "redline serve smollm2-135m --no-enable-prefix-caching --max-model-len 599" in said
+    assert "redline serve smollm2-135m --no-enable-prefix-caching --max-model-len 546" in said
     assert "2 runs, at most 8 min" in said
     assert not Path("results").exists()
 
@@ -52,6 +52,13 @@ def test_a_sweep_ends_with_its_report(tmp_path: Path, capsys: pytest.CaptureFixt
     header = (folder / "points.csv").read_text().splitlines()[0].split(",")
     wanted = "configuration workload rate sustained preemptions ttft_p50_ms ttft_p99_ms itl_p50_ms itl_p99_ms "
     assert set((wanted + "tpot_p50_ms output_tok_s").split()) <= set(header)
+
+
+def test_requests_that_fail_make_the_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(sweep_file(tmp_path, "--faults", "6=500,8=malformed"))]) == 3
+    captured = capsys.readouterr()
+    assert captured.err == "2 requests failed: points.csv counts them by kind\n"
+    assert "sustains" in captured.out
 
 
 def test_failures_make_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,9 @@ MODEL = "smollm2-135m"
 NEW_TOKENS = 32
 LENGTHS = [5, 6, 9, 13, 16, 17, 24, 31, 32, 33, 48, 64, 65, 90, 127, 160, 224, 300, 420, 511, 600]
 
-# Both sides round every layer to 8 bits of mantissa, in different orders.
-BF16_LOGPROB_TOLERANCE = 0.25
+# Logits between 16 and 32 lie 0.125 apart in bfloat16: four such steps at the most, and far less on average. Plain
+# transformers in bfloat16 is up to 0.30 away from itself in float32 on this model.
+BF16_LARGEST, BF16_MEAN = 0.5, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +112,14 @@ def test_bf16_logprobs_agree_teacher_forced(tmp_path: Path, folder: Path, prompt
         answers = together(server, prompts, logprobs=5)
         answers += together(server, prompts, logprobs=5)  # from the prefix cache
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    worst = 0.0
+    differences = []
     for prompt, answer in zip([*prompts, *prompts], answers, strict=True):
         output = token_ids(answer)
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :]
         reference = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(output)[:, None])[:, 0]
         served = torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"])
-        worst = max(worst, float((served - reference).abs().max()))
-    assert worst < BF16_LOGPROB_TOLERANCE, f"the largest difference of a log-probability is {worst:.3f}"
+        differences.append((served - reference).abs())
+    difference = torch.cat(differences)
+    assert float(difference.max()) < BF16_LARGEST
+    assert float(difference.mean()) < BF16_MEAN

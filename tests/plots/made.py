@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.results import Answer, Phase, PointRow, RequestRow, RunFiles, Summary
+from bench.results import Answer, Phase, PointRow, RequestRow, RunFiles, ServerState, Summary
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -94,6 +94,29 @@ def make_point(server: Server, configuration: str, workload: str, rate: float, p
     return point, rows
 
 
+def make_readings(point: PointRow, requests: list[RequestRow], rows: int = 8) -> list[ServerState]:
+    """What a server with so many rows would have said twice a second: running, waiting, KV use, preemptions."""
+    readings = []
+    total = point.preemptions or 0
+    begins = np.array([r.intended_s for r in requests])
+    ends = begins + np.array([r.e2e_s or 0.0 for r in requests])
+    for step in range(-1, int(2 * ends.max()) + 3):
+        at = step / 2
+        open_now = int(((begins <= at) & (at < ends)).sum())
+        running = min(rows, open_now)
+        share = max(0.0, min(1.0, at / point.window_s))
+        readings.append(
+            ServerState(
+                at_s=at,
+                running=float(running),
+                waiting=float(open_now - running),
+                kv_use=0.97 * running / rows,
+                preemptions=float(round(total * share)),
+            )
+        )
+    return readings
+
+
 def write_run(
     folder: Path,
     servers: dict[str, Server],
@@ -122,7 +145,8 @@ def write_run(
             plan: list[tuple[float, Phase]] = [(found * 0.5, "search"), (found * 1.6, "search"), (found, "confirm")]
             plan += [(float(f"{best * step:.3g}"), "ladder") for step in LADDER]
             for rate, phase in plan:
-                files.add_point(*make_point(server, name, workload, rate, phase, requests))
+                point, rows = make_point(server, name, workload, rate, phase, requests)
+                files.add_point(point, rows, make_readings(point, rows))
             summary.answers.append(
                 Answer(
                     configuration=name,

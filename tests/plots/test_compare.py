@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.results import RunFiles
-from plots.compare import METRICS, compare, failed_conditions, parse_condition, percent, percent_words, throughput
+from plots.compare import (
+    METRICS,
+    compare,
+    failed_conditions,
+    parse_condition,
+    percent,
+    percent_words,
+    points_at_one_rate,
+    throughput,
+)
 from plots.data import ReportError, load
 from tests.plots.made import TWO, Server, assert_close, edited
 
@@ -89,6 +98,20 @@ def test_a_configuration_that_sustains_nothing(demo: Path) -> None:
     assert comparison.rows[ON]["rate"].value is None
     assert comparison.rows[OFF]["rate"].difference is None
     assert comparison.rows[OFF]["itl_p99"].difference is not None
+
+
+def test_one_configuration_that_sustains_nothing_is_shown_at_its_lowest_rate(make_run: Callable[..., Path]) -> None:
+    folder = make_run("a", servers={"one": Server(3)})
+    files = RunFiles(folder)
+    summary = files.read_summary()
+    summary.answers[0].rate = None
+    files.write_summary(summary)
+    results = load([folder])
+    (comparison,) = compare(results)
+    assert comparison.latencies_at == "at 0.75 req/s, the lowest measured"
+    assert comparison.rows["one"]["itl_p99"].value is not None
+    assert comparison.rows["one"]["rate"].value is None
+    assert points_at_one_rate(results.of_workload(comparison.workload))[1] == "at 0.75 req/s"
 
 
 def slower(folder: Path, factor: float) -> None:

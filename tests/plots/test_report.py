@@ -1,6 +1,8 @@
 import base64
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -8,10 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench.results import RunFiles, Summary
-from plots.data import ReportError
+from bench.results import PointRow, RunFiles, Summary
+from plots.compare import compare
+from plots.data import ReportError, load
 from plots.report import slug, write_report
-from tests.plots.made import ARTICLES, DEMO, TWO, Server
+from plots.tables import markdown
+from tests.plots.made import ARTICLES, DEMO, TWO, Server, edited
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 
@@ -66,6 +70,12 @@ def test_a_report_is_made_of_files_in_the_folder(demo: Path) -> None:
         "latency-shared-prefix-448-64-32.svg",
         "throughput.png",
         "throughput.svg",
+        "percentiles-shared-prefix-448-64-32.png",
+        "percentiles-shared-prefix-448-64-32.svg",
+        "timeline-prefix-caching-on-shared-prefix-448-64-32-ladder-5.5.png",
+        "timeline-prefix-caching-on-shared-prefix-448-64-32-ladder-5.5.svg",
+        "timeline-prefix-caching-off-shared-prefix-448-64-32-ladder-2.2.png",
+        "timeline-prefix-caching-off-shared-prefix-448-64-32-ladder-2.2.svg",
         "comparison.md",
         "report.html",
     }
@@ -77,7 +87,7 @@ def test_the_page_is_self_contained_and_whole(make_run: Callable[..., Path]) -> 
     folder = make_run("a", workloads=ARTICLES)
     page = Page(write_report([folder]).page.read_text())
     assert not page.links
-    assert len(page.sources) == len(ARTICLES) + 1
+    assert len(page.sources) == 2 * len(ARTICLES) + 1 + len(ARTICLES) * len(TWO)
     for source in page.sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -116,9 +126,8 @@ def test_names_are_escaped(make_run: Callable[..., Path]) -> None:
 
 
 def test_markdown_tables_have_as_many_cells_in_every_row(make_run: Callable[..., Path]) -> None:
-    folder = make_run("a", workloads=ARTICLES)
-    write_report([folder])
-    text = (folder / "comparison.md").read_text()
+    results = load([make_run("a", workloads=ARTICLES)])
+    text = markdown(results, compare(results))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == len(ARTICLES) * (2 + 8)
     assert {row.count("|") for row in rows} == {len(TWO) + 2}
@@ -169,3 +178,62 @@ def test_workloads_whose_names_make_the_same_file_name(make_run: Callable[..., P
 
 def test_file_names_of_workloads() -> None:
     assert [slug(name) for name in ("500/2000", *DEMO, "…")] == ["500-2000", "shared-prefix-448-64-32", "workload"]
+
+
+def test_what_is_no_clean_measurement_is_listed(demo: Path) -> None:
+    def spoil(p: PointRow) -> PointRow:
+        if p.phase == "confirm":
+            return replace(p, valid=False, sustained=None, reason="the generator was the bottleneck: CPU share 97 %")
+        if p.phase == "search":
+            return replace(p, failed=15, failures="connection:3;http 429:12", goodput=1.5)
+        return p
+
+    edited(demo, spoil)
+    report = write_report([demo])
+    page = Page(report.page.read_text())
+    said = " ".join(page.words)
+    assert said.count("invalid: the generator was the bottleneck: CPU share 97 %") == 2
+    assert said.count("failed requests: 12 × http 429, 3 × connection") == 4
+    heads = page.tables[1][0]
+    (goodput, failed) = (next(i for i, h in enumerate(heads) if h.startswith(name)) for name in ("Goodput", "Failed"))
+    assert {row[goodput] for row in page.tables[1][1:]} == {"1.5", "–"}
+    assert sum(row[failed] == "15 (12 × http 429, 3 × connection)" for row in page.tables[1][1:]) == 4
+    lines = [line for line in (demo / "comparison.md").read_text().splitlines() if "429" in line or "97 %" in line]
+    assert len(lines) == 6
+
+
+def test_clean_measurements_have_no_such_list(demo: Path) -> None:
+    text = write_report([demo]).page.read_text()
+    assert "Invalid points" not in text
+    assert "Goodput" not in text
+
+
+def test_a_timeline_that_was_asked_for_is_drawn_too(demo: Path) -> None:
+    name = "prefix_caching_off-shared-prefix_448+64_32-ladder-1.1"
+    report = write_report([demo], timelines=[name])
+    assert "timeline-prefix-caching-off-shared-prefix-448-64-32-ladder-1.1.png" in {p.name for p in report.files}
+    with pytest.raises(ReportError, match=r"no load point is called 'ladder-1\.1' \(--timeline\); there are .*ladder"):
+        write_report([demo], timelines=["ladder-1.1"])
+
+
+def test_folders_without_their_request_files_are_still_drawn(demo: Path) -> None:
+    shutil.rmtree(demo / "requests")
+    names = {path.name for path in write_report([demo]).files if path.suffix == ".png"}
+    assert names == {"latency-shared-prefix-448-64-32.png", "throughput.png"}
+
+
+def test_what_the_server_resolved_is_shown_apart(demo: Path) -> None:
+    files = RunFiles(demo)
+    summary = files.read_summary()
+    for details in summary.configurations.values():
+        details["serve"] = ["smollm2-135m", "--max-num-seqs", "16"]
+        details["resolved"] = {
+            "500/2000": {"block_size": "32", "max_model_len": 2750},
+            "2048/128": {"block_size": "32", "max_model_len": 2393},
+        }
+    files.write_summary(summary)
+    page = Page(write_report([demo]).page.read_text())
+    cells = [row for table in page.tables for row in table]
+    assert cells.count(["block_size", "32"]) == 2
+    assert cells.count(["max_model_len", "2750 (500/2000), 2393 (2048/128)"]) == 2
+    assert cells.count(["serve", "smollm2-135m --max-num-seqs 16"]) == 2

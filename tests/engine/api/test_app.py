@@ -215,6 +215,8 @@ async def test_metrics_count_what_happened(server: InLoop):
     for family in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
         assert samples[f"vllm:{family}_count"] == 8
     assert 'model_name="fake"' in text
+    assert samples["redline:engine_config_info"] == 1
+    assert 'max_num_batched_tokens="' in text
 
 
 EXPECTED = {

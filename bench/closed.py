@@ -1,0 +1,110 @@
+"""A closed loop: a fixed number of requests open at a time, instead of a rate; it judges no rate, it measures."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from bench.arrivals import point_seed
+from bench.errors import BenchError
+from bench.loadgen import processes_for, run_closed_loop
+from bench.metrics import MetricsReader, window_state
+from bench.plan import Lengths, TimeBudget
+from bench.point import LoadPoint, PointPlan, Watch, drain, point_id
+from bench.progress import Progress
+from bench.results import PointRow, RequestRow, RunFiles, utc_now
+from bench.run import InterruptedRunError, LostServerError, stop_on_interrupt
+
+_EVER = (-1.0, float("inf"))
+_SEED_REPEAT = 3000  # apart from all open-loop points
+_DRAIN_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedPoint(LoadPoint):
+    """A load point of `concurrency` requests at a time."""
+
+    def run_closed(self, concurrency: int, count: int, chunks_per_s: float) -> tuple[PointRow, list[RequestRow]]:
+        """Send `count` requests; every one counts, ramp and end included. `chunks_per_s` is what to expect at most."""
+        seed = point_seed(self.seed, self.workload.name, float(concurrency), _SEED_REPEAT)
+        specs = self.workload.requests(count, seed)
+        started = utc_now()
+        self.reader.forget()
+        watch = Watch(_plan(1.0), self.reader, lambda _: None, self.left_s)
+        recording = run_closed_loop(
+            self.target, specs, concurrency,
+            observer=watch, time_limit_s=max(1.0, self.left_s()), processes=processes_for(chunks_per_s),
+        )  # fmt: skip
+        self.reader.read()
+        self.reader.started_at = watch.started_at
+        requests = recording.rows(_EVER)
+        window = _window(requests, watch.now_s)
+        server = window_state(self.reader.states, watch.started_at + window[0], watch.started_at + window[1])
+        done = sum(r.status == "ok" for r in requests)
+        rate = done / max(window[1] - window[0], 1e-9)
+        row = self._row(_plan(rate), requests, window, server, recording.health, watch.now_s)
+        row.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
+        row.completed, row.achieved_rate, row.rate = done, rate, float(f"{rate:.4g}")
+        row.seed, row.started, row.concurrency = seed, started, concurrency
+        row.reason = _fault(requests, count, recording.health.reason, watch.cut)
+        row.valid = not row.reason
+        row.binding = "client" if recording.health.saturated else ""
+        row.provisional = False
+        if row.valid:
+            row.reason = f"{concurrency} at a time"
+        drain(self.reader, min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0)))
+        return row, requests
+
+
+def measure_closed_loop(
+    point: ClosedPoint, files: RunFiles, progress: Progress, concurrency: int, count: int, budget: TimeBudget
+) -> tuple[PointRow, list[RequestRow]]:
+    """One request alone, then the closed loop; both are saved. Raises as measure_configuration() does."""
+    budget.start()
+    reader: MetricsReader = point.reader
+    with stop_on_interrupt(budget), reader:
+        alone, rows = point.probe(lambda _: None, max(1.0, budget.left_s()))
+        if not rows or rows[0].status != "ok":
+            if budget.stopped:
+                raise InterruptedRunError(None)
+            cause = f"{rows[0].status} {rows[0].error}".strip() if rows else "no answer"
+            raise BenchError(f"the first request to {point.target.base_url} failed with {cause}")
+        files.add_point(alone, rows)
+        progress.message(f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; now {count}, {concurrency} at a time")
+        row, requests = point.run_closed(concurrency, count, concurrency * _chunks_per_s(rows[0]))
+        files.add_point(row, requests)
+    if budget.stopped:
+        raise InterruptedRunError(None)
+    if row.requests and not row.completed:
+        raise LostServerError(f"not one of {row.requests} requests was answered: {row.failures or 'cut short'}")
+    return row, requests
+
+
+def _plan(rate: float) -> PointPlan:
+    return PointPlan(rate, "closed", 0, Lengths(0.0, 1e9, 0.0), 0.0, cut_overload=False)
+
+
+def _chunks_per_s(row: RequestRow) -> float:
+    """What one stream brings when it has the server to itself."""
+    return len(row.chunk_gaps_s) / max(sum(row.chunk_gaps_s), 1e-6) if row.chunk_gaps_s else 0.0
+
+
+def _window(requests: list[RequestRow], ended_s: float) -> tuple[float, float]:
+    """From the first request's turn to the last answer."""
+    start = min((r.intended_s for r in requests), default=0.0)
+    ends = [r.intended_s + r.e2e_s for r in requests if r.e2e_s is not None]
+    open_ones = any(r.status == "cut short" for r in requests)
+    return start, ended_s if open_ones or not ends else max(ends)
+
+
+def _fault(requests: list[RequestRow], count: int, client: str, cut: str) -> str:
+    """Why the point is invalid, else ""; failed requests of a server that answers others leave it valid."""
+    if client:
+        return f"the load generator was the bottleneck: {client}"
+    if cut:
+        return "ended before all requests were answered" + (f": {cut}" if cut != "time" else " (--max-minutes)")
+    if len(requests) < count:
+        return f"only {len(requests)} of {count} requests were sent"
+    states = Counter(r.status for r in requests)
+    if not states["ok"]:
+        return "no request was answered"
+    missed = sum(r.output_tokens != r.asked_output_tokens for r in requests if r.status == "ok")
+    return f"{missed} of {states['ok']} outputs had not the asked length" if missed else ""

@@ -1,0 +1,71 @@
+"""What a server says of its own configuration, for result files: what it resolved, not what it was asked for."""
+
+import contextlib
+import re
+from typing import Any
+
+import httpx
+
+from bench.loadgen.target import clean_url
+
+_CARD_NOISE = frozenset({"id", "object", "created", "owned_by", "parent", "permission"})
+_SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
+_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
+_LABEL_NOISE = frozenset({"model_name", "engine"})
+_LONGEST = 200  # characters of a value: beyond that it is a document, not a setting
+
+
+def resolved_configuration(base_url: str, api_key: str | None = None, *, timeout_s: float = 10.0) -> dict[str, Any]:
+    """The server's version, model card and configuration as plain values; empty where it tells nothing.
+
+    Read from /version, /v1/models, the `…_config_info` metrics (Redline, vLLM) and /get_server_info (SGLang). A page
+    that is missing or isn't understood is left out: a run is worth having without it. Secrets are never copied.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
+    found: dict[str, Any] = {}
+    with httpx.Client(base_url=clean_url(base_url), headers=headers, trust_env=False, timeout=timeout_s) as client:
+        found |= _plain(_json(client, "/version"))
+        models = _json(client, "/v1/models").get("data")
+        card = models[0] if isinstance(models, list) and models else {}
+        found |= {k: v for k, v in _plain(card).items() if k not in _CARD_NOISE}
+        found |= config_labels(_text(client, "/metrics"))
+        if card.get("owned_by") == "sglang":
+            found |= _plain(_json(client, "/get_server_info"))
+    return found
+
+
+def config_labels(text: str) -> dict[str, str]:
+    """The labels of all `…_config_info` metrics of a Prometheus page; a value of "None" is no value."""
+    labels: dict[str, str] = {}
+    for line in text.splitlines():
+        name = line.partition("{")[0]
+        if "{" in line and name.endswith("_config_info") and not line.startswith("#"):
+            pairs = {key: value for key, value in _LABEL.findall(line) if value != "None"}
+            labels |= {k: v for k, v in _plain(pairs).items() if k not in _LABEL_NOISE}
+    return labels
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """The values that are settings: no nested data, nothing empty, no secrets."""
+    return {
+        str(key): value
+        for key, value in data.items()
+        if isinstance(value, str | int | float) and 0 < len(str(value)) <= _LONGEST and not _SECRET.search(key)
+    }
+
+
+def _text(client: httpx.Client, path: str) -> str:
+    with contextlib.suppress(httpx.HTTPError):
+        response = client.get(path)
+        if response.status_code == 200:
+            return response.text
+    return ""
+
+
+def _json(client: httpx.Client, path: str) -> dict[str, Any]:
+    with contextlib.suppress(httpx.HTTPError, ValueError):
+        response = client.get(path)
+        data = response.json() if response.status_code == 200 else None
+        if isinstance(data, dict):
+            return data
+    return {}

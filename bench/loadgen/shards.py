@@ -1,0 +1,211 @@
+"""Several generator processes for one load point: requests dealt out in turn, one start, one merged record.
+
+Each child gets its requests as bytes, says when it is ready, and starts at the moment the parent names. It reports its
+counts five times a second; the parent adds them up for the observer and tells the children when to end.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+
+from bench.errors import BenchError
+from bench.loadgen.loop import Counts, Job, Loop, Observer, Start
+from bench.loadgen.recording import GeneratorUse, Recording
+from bench.loadgen.stream import Stream
+from bench.loadgen.target import resolve
+from bench.workloads.base import RequestSpec
+
+_START_LIMIT_S = 60.0
+_TICK_S = 0.2
+_CUT, _ENOUGH = "cut", "enough"
+
+
+@dataclass(slots=True)
+class _Shard:
+    """The parent's view of one child."""
+
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+    part: range  # which requests are its own
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    awaited: int = 1
+    streams: list[Stream] | None = None
+    use: GeneratorUse | None = None
+    cut_short: bool = False
+
+
+def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Observer, *, address_of: str) -> Recording:
+    """Run a job on several processes; BenchError when one of them dies, as then a part of the load is missing."""
+    with _children(processes, len(specs)) as shards:
+        for number, shard in enumerate(shards):
+            # A TLS context can't be sent: each child looks the address up itself.
+            part = dataclasses.replace(_part(job, shard.part, number, processes), address=None)  # type: ignore[arg-type]
+            shard.pipe.send((part, address_of))
+        for shard in shards:
+            if not shard.pipe.poll(_START_LIMIT_S):
+                raise BenchError(f"a generator process did not start within {_START_LIMIT_S:.0f} s")
+            _receive(shard)
+        start = Start.soon()
+        for shard in shards:
+            shard.pipe.send(start)
+        try:
+            _oversee(shards, observer, start)
+        except BaseException:
+            _tell(shards, _CUT)
+            raise
+    streams = _merged(shards, len(specs))
+    uses = [s.use for s in shards if s.use is not None]
+    use = GeneratorUse(
+        cpu_s=sum(u.cpu_s for u in uses),
+        cpu_share=max(u.cpu_share for u in uses),
+        starved_share=max(u.starved_share for u in uses),
+        processes=processes,
+    )
+    return Recording(streams, specs, start.real_ns, use, cut_short=any(s.cut_short for s in shards))
+
+
+def _part(job: Job, part: range, number: int, processes: int) -> Job:
+    """Every processes-th request, and its share of the concurrency."""
+    concurrency = job.concurrency
+    if concurrency is not None:
+        concurrency = concurrency // processes + (number < concurrency % processes)
+    return dataclasses.replace(
+        job,
+        payloads=[job.payloads[i] for i in part],
+        offsets_ns=[job.offsets_ns[i] for i in part] if job.concurrency is None else [],
+        needed=sum(i < job.needed for i in part),
+        concurrency=concurrency,
+    )
+
+
+@contextlib.contextmanager
+def _children(processes: int, requests: int) -> Iterator[list[_Shard]]:
+    shards: list[_Shard] = []
+    try:
+        for number in range(processes):
+            ours, theirs = Pipe()
+            command = [sys.executable, "-m", "bench.loadgen.shards", str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            theirs.close()
+            shards.append(_Shard(process, ours, range(number, requests, processes)))
+        yield shards
+    finally:
+        for shard in shards:
+            shard.pipe.close()  # a child whose pipe is gone ends
+        for shard in shards:
+            try:
+                shard.process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                shard.process.kill()
+                shard.process.wait()
+
+
+def _oversee(shards: list[_Shard], observer: Observer, start: Start) -> None:
+    """Add up what the children say, until each has handed in its record."""
+    told = ""
+    next_tick = 0.0
+    while any(s.streams is None for s in shards):
+        pipes: list[Connection] = [s.pipe for s in shards if s.streams is None]
+        for pipe in wait(pipes, timeout=_TICK_S):
+            _receive(next(s for s in shards if s.pipe is pipe))
+        now = time.monotonic()
+        if now >= next_tick:
+            next_tick = now + _TICK_S / 2
+            if not _observe(shards, observer, start) and not told:
+                told = _CUT
+                _tell(shards, told)
+        if not told and all(s.awaited <= 0 for s in shards):
+            told = _ENOUGH
+            _tell(shards, told)
+    _observe(shards, observer, start)
+
+
+def _observe(shards: list[_Shard], observer: Observer, start: Start) -> bool:
+    elapsed = (time.monotonic_ns() - start.mono_ns) / 1e9
+    if elapsed < 0:
+        return True
+    totals = [sum(getattr(s.counts, name) for s in shards) for name in ("sent", "first_token", "finished", "failed")]
+    return observer.tick(elapsed, *totals)
+
+
+def _receive(shard: _Shard) -> None:
+    try:
+        message = shard.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        code = shard.process.wait()
+        raise BenchError(f"a generator process ended with exit code {code} in the middle of a load point") from None
+    if message == "ready":
+        return
+    shard.counts, shard.awaited = message[:2]
+    if len(message) > 2:
+        shard.streams, shard.use, shard.cut_short = message[2:]
+        shard.awaited = 0
+
+
+def _tell(shards: list[_Shard], word: str) -> None:
+    for shard in shards:
+        if shard.streams is None:
+            with contextlib.suppress(OSError):
+                shard.pipe.send(word)
+
+
+def _merged(shards: Sequence[_Shard], count: int) -> list[Stream]:
+    merged: list[Stream | None] = [None] * count
+    for shard in shards:
+        assert shard.streams is not None
+        for index, stream in zip(shard.part, shard.streams, strict=True):
+            stream.index = index
+            merged[index] = stream
+    return [s for s in merged if s is not None]
+
+
+class _Reporter:
+    """The child's observer: passes counts on, and hears when to end."""
+
+    def __init__(self, pipe: Connection):
+        self._pipe = pipe
+        self.loop: Loop | None = None
+
+    def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:  # noqa: ARG002
+        assert self.loop is not None
+        self._pipe.send((Counts(sent, first_token, finished, failed), self.loop.awaited))
+        while self._pipe.poll():
+            word = self._pipe.recv()
+            if word == _CUT:
+                return False
+            self.loop.hold = False
+        return True
+
+
+def _child(pipe: Connection) -> None:
+    from bench.loadgen.load import generating, run_loop
+
+    job, url = pipe.recv()
+    job = dataclasses.replace(job, address=resolve(url))
+    with generating(len(job.payloads)):
+        pipe.send("ready")
+        reporter = _Reporter(pipe)
+        loop = Loop(job, reporter, pipe.recv())
+        loop.hold = True
+        reporter.loop = loop
+        use = run_loop(loop)
+    pipe.send((loop.counts, loop.awaited, loop.streams, use, loop.cut_short))
+
+
+def main() -> None:
+    """A child: python -m bench.loadgen.shards FD."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent says what follows
+    try:
+        _child(Connection(int(sys.argv[1])))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit(1)  # the parent is gone, and nobody is left to tell
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Pictures as data: URLs, and copies of them that no cache knows."""
+
+import base64
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+
+_KINDS = ((b"\xff\xd8\xff", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"RIFF", "webp"))
+_CELL, _CELLS = 8, 4  # pixels a side, and how many: a mark that survives JPEG
+
+
+def picture_bytes(stored: Any) -> bytes:
+    """The encoded picture of a row: bytes, a path, or {"bytes": …, "path": …}; BenchError if it is none of them."""
+    if isinstance(stored, dict):
+        stored = stored.get("bytes") or stored.get("path")
+    if isinstance(stored, str):
+        try:
+            return Path(stored).read_bytes()
+        except OSError as error:
+            raise BenchError(f"the picture {stored} can't be read: {error.strerror} (--dataset)") from None
+    if isinstance(stored, bytes | bytearray):
+        return bytes(stored)
+    raise BenchError(f"a picture of the data set is stored as {type(stored).__name__}, not as bytes (--dataset)")
+
+
+def data_url(content: bytes) -> str:
+    kind = next((name for start, name in _KINDS if content.startswith(start)), "jpeg")
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def marked(content: bytes, salt: str) -> bytes:
+    """The same picture with a mark in its lower right corner that belongs to `salt`, the same for the same salt.
+
+    Servers find pictures again by their pixels, so that other bytes around them would not do.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            kind = opened.format
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise BenchError(f"a picture of the data set can't be read: {error} (--dataset)") from None
+    colours = hashlib.blake2b(salt.encode(), digest_size=3 * _CELLS).digest()
+    width, height = picture.size
+    for i in range(_CELLS):
+        colour = tuple(colours[3 * i : 3 * i + 3])
+        left = max(0, width - (i + 1) * _CELL)
+        picture.paste(colour, (left, max(0, height - _CELL), max(1, width - i * _CELL), height))
+    out = io.BytesIO()
+    if kind == "PNG":
+        picture.save(out, "PNG", compress_level=1)
+    else:
+        picture.save(out, "JPEG", quality=90)
+    return out.getvalue()

@@ -1,0 +1,142 @@
+"""Rows of a data set as plain dictionaries: from a JSON or JSONL file, a parquet file, a folder, or the hub.
+
+Pictures stay as they are stored: {"bytes": …, "path": …}, or a path relative to the file that names them.
+"""
+
+import importlib
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from bench.presets import datasets_folder
+
+DEFAULT_ROWS = 1000
+_SHIPPED = ("vision-sample",)
+
+
+def find_data(dataset: Any, kind: str) -> Path | str:
+    """The file or folder that `dataset` names, or the hub id it is; BenchError names the flag when it is neither."""
+    if dataset is None:
+        raise BenchError(f"workload {kind}: it needs a data set: give --dataset (field dataset)")
+    if not isinstance(dataset, str) or not dataset:
+        raise BenchError(f"workload {kind}: dataset must be a path or a hub id, not {dataset!r} (--dataset)")
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return path
+    if dataset in _SHIPPED:
+        return datasets_folder() / dataset
+    if _is_hub_id(dataset):
+        return dataset
+    raise BenchError(f"workload {kind}: there is no file or folder {dataset} (--dataset)")
+
+
+def read_rows(source: Path | str, limit: int, *, subset: str | None = None, split: str = "train") -> list[dict]:
+    """The first `limit` rows; `subset` and `split` are the hub's. Raises BenchError naming --dataset."""
+    try:
+        if isinstance(source, str):
+            return list(itertools.islice(_from_hub(source, subset, split), limit))
+        if source.is_file() and source.suffix != ".parquet":
+            return read_json_rows(source, limit)
+        return list(itertools.islice(_from_path(source, split, limit), limit))
+    except BenchError:
+        raise
+    except Exception as error:  # the library and the hub's client raise dozens of kinds
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = "is no path here and can't be read from the hub" if isinstance(source, str) else "can't be read"
+        raise BenchError(f"the data set {source} {where}: {words} (--dataset)") from None
+
+
+def read_json_rows(path: Path, limit: int | None = None) -> list[dict]:
+    """Rows of a JSON list or a JSONL file; relative paths of pictures become absolute."""
+    try:
+        with path.open(encoding="utf-8") as f:
+            start = f.read(1)
+            while start.isspace():
+                start = f.read(1)
+            f.seek(0)
+            if start == "[":
+                rows = json.load(f)
+            else:
+                lines = (line for line in f if line.strip())
+                rows = [json.loads(line) for line in itertools.islice(lines, limit)]
+    except OSError as error:
+        raise BenchError(f"{path}: can't be read: {error.strerror} (--dataset)") from None
+    except ValueError as error:
+        raise BenchError(f"{path}: is neither JSON nor JSONL: {error} (--dataset)") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise BenchError(f'{path}: its rows must be objects, such as {{"prompt": …}} (--dataset)')
+    return [_absolute(row, path.parent) for row in rows[:limit]]
+
+
+def _absolute(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for key in ("images", "image"):
+        named = row.get(key)
+        if isinstance(named, str):
+            row[key] = str(folder / named)
+        elif isinstance(named, list):
+            row[key] = [str(folder / name) if isinstance(name, str) else name for name in named]
+    return row
+
+
+def _from_path(path: Path, split: str, limit: int) -> Iterable[dict]:
+    datasets = _library()
+
+    if path.is_file():
+        return _plain(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    if (path / "state.json").exists():
+        return _plain(datasets.load_from_disk(str(path)))
+    if (path / "dataset_dict.json").exists():
+        return _plain(datasets.load_from_disk(str(path / split)))
+    parquet = sorted(str(file) for file in path.rglob("*.parquet"))
+    if parquet:
+        of_split = [file for file in parquet if Path(file).name.startswith(split)]
+        return _plain(datasets.load_dataset("parquet", data_files=of_split or parquet, split="train", streaming=True))
+    files = sorted(file for suffix in ("jsonl", "json") for file in path.glob(f"*.{suffix}"))
+    if not files:
+        raise BenchError(f"{path} holds no .parquet, .jsonl or .json file (--dataset)")
+    return itertools.chain.from_iterable(read_json_rows(file, limit) for file in files)
+
+
+def _from_hub(name: str, subset: str | None, split: str) -> Iterable[dict]:
+    datasets = _library()
+
+    # Streaming fetches as many rows as are used, of data sets of a hundred gigabytes.
+    return _plain(datasets.load_dataset(name, subset, split=split, streaming=True))
+
+
+def _plain(data: Any) -> Iterable[dict]:
+    """Without decoding pictures: they are sent as they are stored."""
+    datasets = _library()
+
+    if data.features is None:
+        return data
+    features = {name: _undecoded(feature) for name, feature in data.features.items()}
+    return data.cast(datasets.Features(features)) if features != dict(data.features) else data
+
+
+def _undecoded(feature: Any) -> Any:
+    datasets = _library()
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):
+        return type(feature)(_undecoded(feature.feature))
+    return feature
+
+
+def _library() -> Any:
+    """The data set library, loaded only where a data set is. By name: our folder of data is called the same."""
+    return importlib.import_module("datasets")
+
+
+def _is_hub_id(name: str) -> bool:
+    owner, slash, rest = name.partition("/")
+    looks = bool(owner and slash and rest) and "/" not in rest and owner[0].isalnum()
+    return looks and Path(rest).suffix not in (".json", ".jsonl", ".parquet", ".csv", ".yaml")

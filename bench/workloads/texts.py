@@ -1,0 +1,209 @@
+"""Recorded texts: conversations in ShareGPT's format, and any JSONL of prompts or messages."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.errors import BenchError
+from bench.workloads.base import Encode, RequestSpec
+from bench.workloads.fields import Length, draw, length, plain, show, whole, yes_no
+from bench.workloads.rows import DEFAULT_ROWS, find_data, read_json_rows, read_rows
+from bench.workloads.sampling import passes, salt_ids, salt_text
+
+DEFAULT_OUTPUT = 128
+_MAX_INPUT, _MAX_TOKENS, _MIN_TOKENS = 1024, 2048, 4  # ShareGPT: the same limits as other tools use
+_ENCODE_AT_ONCE = 64
+_CHARACTERS_A_TOKEN = 2  # at least, of nearly all texts
+
+
+class ShareGPT:
+    """First question and first answer of each conversation: prompt and output have the lengths that were recorded.
+
+    Conversations with a prompt above `max_input`, more than `max_tokens` in all, or a part below 4 tokens are left out.
+    """
+
+    def __init__(
+        self,
+        *,
+        encode: Encode | None,
+        dataset: str | None = None,
+        max_input: int = _MAX_INPUT,
+        max_tokens: int = _MAX_TOKENS,
+        rows: int = DEFAULT_ROWS,
+        fresh: bool = True,
+    ):
+        self._encode = encode
+        self._dataset = dataset
+        self._source = find_data(dataset, "sharegpt")
+        self._max_input = whole("max_input", max_input)
+        self._max_tokens = whole("max_tokens", max_tokens)
+        self._limit = whole("rows", rows)
+        self._fresh = yes_no("fresh", fresh)
+        self._pairs: list[tuple[list[int], int]] | None = None
+
+    @property
+    def name(self) -> str:
+        return "sharegpt"
+
+    @property
+    def max_tokens(self) -> int:
+        return self._max_tokens
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "sharegpt",
+            "dataset": self._dataset,
+            "max_input": self._max_input,
+            "max_tokens": self._max_tokens,
+            "rows": self._limit,
+            "fresh": self._fresh,
+        }
+
+    def requests(self, count: int, seed: int) -> list[RequestSpec]:
+        pairs = self._read()
+        pool = sorted({token for ids, _ in pairs for token in ids})
+        order = passes(len(pairs), seed)
+        specs = []
+        for _ in range(count):
+            row, salt = next(order)
+            ids, output = pairs[row]
+            ids = salt_ids(ids, salt, pool) if self._fresh else ids
+            specs.append(RequestSpec(input_tokens=len(ids), output_tokens=output, prompt_ids=ids))
+        return specs
+
+    def _read(self) -> list[tuple[list[int], int]]:
+        """(prompt ids, output tokens) of the conversations that are used."""
+        if self._pairs is not None:
+            return self._pairs
+        if self._encode is None:
+            raise BenchError("workload sharegpt: its lengths need a tokenizer: give --tokenizer")
+        found = read_rows(self._source, self._limit)
+        spoken = [pair for pair in map(_first_pair, found) if pair is not None]
+        texts = [text for pair in spoken for text in pair]
+        ids: list[list[int]] = []
+        for i in range(0, len(texts), _ENCODE_AT_ONCE):
+            ids += self._encode(texts[i : i + _ENCODE_AT_ONCE])
+        pairs = [(ids[2 * i], len(ids[2 * i + 1])) for i in range(len(spoken))]
+        self._pairs = [pair for pair in pairs if self._fits(len(pair[0]), pair[1])]
+        if not self._pairs:
+            raise BenchError(
+                f"none of the {len(found)} rows of {self._dataset} is a conversation in ShareGPT's format with a "
+                f"prompt of up to {self._max_input} and {self._max_tokens} tokens in all (--dataset)"
+            )
+        return self._pairs
+
+    def _fits(self, inputs: int, outputs: int) -> bool:
+        return (
+            min(inputs, outputs) >= _MIN_TOKENS and inputs <= self._max_input and inputs + outputs <= self._max_tokens
+        )
+
+
+def _first_pair(row: dict[str, Any]) -> tuple[str, str] | None:
+    """Question and answer at the beginning of a conversation; None where it has no such beginning."""
+    turns = row.get("conversations") or row.get("conversation")
+    if not isinstance(turns, list):
+        return None
+    said = [(t.get("from") or t.get("role"), t.get("value") or t.get("content")) for t in turns if isinstance(t, dict)]
+    said = [(who, text) for who, text in said if who != "system"]
+    if (
+        len(said) < 2
+        or said[0][0] not in ("human", "user")
+        or said[1][0] not in ("gpt", "assistant", "chatgpt", "bard")
+    ):
+        return None
+    question, answer = said[0][1], said[1][1]
+    return (question, answer) if isinstance(question, str) and isinstance(answer, str) else None
+
+
+class JsonLines:
+    """Rows of {"prompt": text or token ids} or {"messages": […]}, with "output_tokens" or the workload's `output`."""
+
+    def __init__(
+        self,
+        *,
+        dataset: str | None = None,
+        output: Length = DEFAULT_OUTPUT,
+        rows: int | None = None,
+        fresh: bool = True,
+    ):
+        self._dataset = dataset
+        source = find_data(dataset, "jsonl")
+        if not isinstance(source, Path) or not source.is_file():
+            raise BenchError(f"workload jsonl: {dataset} is not a file (--dataset)")
+        self._output = length("output", output)
+        self._limit = None if rows is None else whole("rows", rows)
+        self._fresh = yes_no("fresh", fresh)
+        found = read_json_rows(source, self._limit)
+        if not found:
+            raise BenchError(f"{source}: holds no rows (--dataset)")
+        self._rows = [self._read(row, f"{source}, row {i}") for i, row in enumerate(found, 1)]
+        self._pool = sorted({token for row in self._rows for token in row.prompt_ids or ()})
+
+    @property
+    def name(self) -> str:
+        stem = Path(str(self._dataset)).stem
+        return f"jsonl {stem}/{show(self._output)}"
+
+    @property
+    def max_tokens(self) -> int:
+        return max(
+            row.input_tokens + (row.output_tokens or self._output[1]) + (0 if row.prompt_ids else 16)
+            for row in self._rows
+        )
+
+    def describe(self) -> dict[str, Any]:
+        known = {"kind": "jsonl", "dataset": self._dataset, "output": plain(self._output), "fresh": self._fresh}
+        return known | ({"rows": self._limit} if self._limit is not None else {})
+
+    def requests(self, count: int, seed: int) -> list[RequestSpec]:
+        rng = np.random.default_rng([seed, 1])
+        order = passes(len(self._rows), seed)
+        specs = []
+        for _ in range(count):
+            row, salt = next(order)
+            specs.append(self._spec(self._rows[row], salt if self._fresh else None, draw(rng, self._output)))
+        return specs
+
+    def _spec(self, row: RequestSpec, salt: str | None, output: int) -> RequestSpec:
+        ids, text, messages = row.prompt_ids, row.prompt_text, row.messages
+        if salt is not None:
+            ids = salt_ids(ids, salt, self._pool) if ids is not None else None
+            text = salt_text(text, salt) if text is not None else None
+            messages = _salted(messages, salt) if messages is not None else None
+        return RequestSpec(row.input_tokens, row.output_tokens or output, ids, messages, text)
+
+    def _read(self, row: dict[str, Any], where: str) -> RequestSpec:
+        """The row as a request; output_tokens 0 where it names none."""
+        prompt, messages, output = row.get("prompt"), row.get("messages"), row.get("output_tokens", 0)
+        if isinstance(output, bool) or not isinstance(output, int) or output < 0:
+            raise BenchError(f"{where}: output_tokens must be a number of tokens, not {output!r} (--dataset)")
+        if (prompt is None) == (messages is None):
+            raise BenchError(f"{where}: give either prompt or messages (--dataset)")
+        if isinstance(prompt, str) and prompt:
+            return RequestSpec(math.ceil(len(prompt) / _CHARACTERS_A_TOKEN), output, prompt_text=prompt)
+        if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
+            return RequestSpec(len(prompt), output, prompt_ids=prompt)
+        if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
+            characters = sum(_characters(message.get("content")) for message in messages)
+            return RequestSpec(math.ceil(characters / _CHARACTERS_A_TOKEN), output, messages=messages)
+        raise BenchError(f"{where}: prompt must be a text or token ids, messages a list of chat messages (--dataset)")
+
+
+def _characters(content: Any) -> int:
+    if isinstance(content, str):
+        return len(content) + 16
+    parts = content if isinstance(content, list) else []
+    return sum(len(part.get("text") or "") if part.get("type") == "text" else 3000 for part in parts) + 16
+
+
+def _salted(messages: list[dict[str, Any]], salt: str) -> list[dict[str, Any]]:
+    """The salt goes into the first message, whoever says it: a prefix is found from its beginning on."""
+    first = dict(messages[0])
+    content = first.get("content")
+    if isinstance(content, str):
+        first["content"] = salt_text(content, salt)
+    else:
+        first["content"] = [{"type": "text", "text": salt_text("", salt).strip()}, *(content or [])]
+    return [first, *messages[1:]]

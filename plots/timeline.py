@@ -1,0 +1,236 @@
+"""One load point in time: what the server said of its queue, rows and KV cache above the latencies as they came."""
+
+import math
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from bench.results import PointRow, RunFiles
+from plots.data import Results, Series, hardware_lines, model_names, versions_line
+from plots.samples import Moments, read_moments
+from plots.style import INK, MUTED, STYLE, WIDTH_IN, headline, plain, wants_log, wrapped
+
+RUNNING, WAITING, KV, PREEMPTED, TTFT, GAP = "#2563eb", "#ea580c", "#059669", "#dc2626", "#9333ea", "#0891b2"
+OUTSIDE = "#f3f4f6"  # behind warm-up and last answers, which are not counted
+MOST_DOTS = 20_000
+MOMENTS = 400  # parts of the time axis
+HEIGHTS = (1.15, 0.85, 1.15, 1.15)
+
+
+def telling_point(series: Series) -> PointRow | None:
+    """The point whose course explains most: the first rate with preemptions, else the first not sustained, else the
+    highest; None where there is none to draw."""
+    files = RunFiles(series.folder)
+    points = sorted((d.point for d in series.curve if files.requests_path(d.point.point_id).exists()), key=_rate)
+    preempted = [p for p in points if p.preemptions]
+    failing = [p for p in points if not series.sustained(p)]
+    return next(iter([*preempted, *failing, *reversed(points)]), None)
+
+
+def timeline_figure(results: Results, series: Series, point: PointRow) -> Figure | None:
+    """The course of one load point; None where its request file was not passed on."""
+    moments = read_moments(series.folder, point)
+    if moments is None:
+        return None
+    readings = _readings(series, point)
+    with matplotlib.rc_context(STYLE):
+        footer = _caption(results, series, point, moments, readings)
+        head, foot = 0.72, 0.72 + 0.17 * len(footer)
+        height = sum(HEIGHTS) + 1.45 + head + foot
+        figure = Figure(figsize=(WIDTH_IN, height))
+        rows = figure.subplots(4, 1, sharex=True, gridspec_kw={"height_ratios": HEIGHTS})
+        figure.subplots_adjust(
+            left=0.078, right=0.985, top=1 - (head + 0.24) / height, bottom=foot / height, hspace=0.5
+        )
+        end_s = _end(point, moments, readings)
+        _draw_requests(rows[0], moments, readings, end_s)
+        _draw_cache(rows[1], readings)
+        _draw_first_tokens(rows[2], moments)
+        gaps_shown = _draw_gaps(rows[3], moments)
+        if gaps_shown < len(moments.gap):
+            footer[-1] += f"  ·  {gaps_shown:,} of {len(moments.gap):,} gaps shown, the slowest of every moment always"
+        _mark_window(list(rows), point, end_s)
+        rows[3].set_xlabel("seconds since the start of the load point")
+        headline(figure, f"{series.configuration}, {series.workload}: {point.rate:.3g} req/s", height)
+        figure.text(0.012, 1 - 0.48 / height, _verdict(point), fontsize=9.5, color=MUTED, va="center")
+        figure.text(0.012, 0.1 / height, "\n".join(footer), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
+        return figure
+
+
+def _rate(point: PointRow) -> float:
+    return point.rate
+
+
+def _readings(series: Series, point: PointRow) -> pd.DataFrame:
+    frame = RunFiles(series.folder).read_metrics(point.point_id)
+    if frame is None:
+        return pd.DataFrame(columns=["at_s", "running", "waiting", "kv_use", "preemptions"], dtype=float)
+    # Of the readings before the point the last one says how it began.
+    before = frame.index[frame["at_s"] <= 0]
+    return frame.loc[before[-1] :] if len(before) else frame
+
+
+def _end(point: PointRow, moments: Moments, readings: pd.DataFrame) -> float:
+    """Where the picture ends: with the last answer, or when the server said that it had nothing left to do."""
+    last = max(point.warmup_s + point.window_s, float(np.max(moments.open_s, initial=0.0)))
+    after = readings[readings["at_s"] >= last]
+    idle = after[(after["running"].fillna(0) + after["waiting"].fillna(0)) == 0]
+    if len(after):
+        last = float(idle["at_s"].iloc[0] if len(idle) else after["at_s"].iloc[-1])
+    return last * 1.01
+
+
+def _draw_requests(axes: Axes, moments: Moments, readings: pd.DataFrame, end_s: float) -> None:
+    axes.set_title("Requests")
+    axes.step(
+        [0.0, *moments.open_s, end_s],
+        [0, *moments.open_count, moments.open_count[-1] if len(moments.open_count) else 0],
+        where="post",
+        color=MUTED,
+        linewidth=1.0,
+        label="open at the client",
+    )
+    for column, colour, label in (("running", RUNNING, "running"), ("waiting", WAITING, "waiting")):
+        if readings[column].notna().any():
+            axes.step(
+                readings["at_s"], readings[column], where="post", color=colour, linewidth=1.7, label=f"{label} (server)"
+            )
+    axes.set_ylim(0, 1.25 * max(axes.get_ylim()[1], 1.0))  # room for the names of the parts
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _legend(axes)
+
+
+def _draw_cache(axes: Axes, readings: pd.DataFrame) -> None:
+    axes.set_title("KV cache in use, and preemptions")
+    axes.set_ylim(0, 1.05)
+    axes.set_yticks([0.0, 0.5, 1.0], ["0 %", "50 %", "100 %"])
+    if readings["kv_use"].notna().any():
+        axes.step(readings["at_s"], readings["kv_use"], where="post", color=KV, linewidth=1.7, label="KV use")
+    steps = readings["preemptions"].diff()
+    happened = readings[steps > 0]
+    if len(happened):
+        label = f"preemptions ({steps.sum():.0f} in all)"
+        axes.vlines(happened["at_s"], 0, 1.05, color=PREEMPTED, linewidth=1.4, alpha=0.8, label=label)
+    if readings["kv_use"].notna().any() or len(happened):
+        _legend(axes)
+    else:
+        words = (
+            "the server tells nothing of its KV cache" if len(readings) else "the server's metrics were not recorded"
+        )
+        axes.text(0.5, 0.45, words, transform=axes.transAxes, ha="center", color=MUTED)
+
+
+def _draw_first_tokens(axes: Axes, moments: Moments) -> None:
+    _latency_axis(axes, "Time to first token, by the time a request was due", moments.ttft)
+    axes.plot(moments.sent_s, _scaled(moments.ttft), "o", color=TTFT, markersize=3.2, alpha=0.6, markeredgewidth=0)
+    for times, marker, label in (
+        (moments.failed_s, "x", f"failed ({len(moments.failed_s)})"),
+        (moments.silent_s, "^", f"no token by the end ({len(moments.silent_s)})"),
+    ):
+        if len(times):
+            axes.plot(
+                times, np.full(len(times), 0.95), marker, color=PREEMPTED, markersize=5, markerfacecolor="none",
+                transform=axes.get_xaxis_transform(), clip_on=False, label=label, linestyle="none",
+            )  # fmt: skip
+    if len(moments.failed_s) or len(moments.silent_s):
+        _legend(axes)
+
+
+def _draw_gaps(axes: Axes, moments: Moments) -> int:
+    """The gaps between tokens by their end; returns how many of them are drawn."""
+    _latency_axis(axes, "Gaps between tokens, by the time they ended", moments.gap)
+    shown = np.arange(len(moments.gap))
+    if len(shown) > MOST_DOTS:
+        shown = shown[_outline(moments) | (shown % math.ceil(len(shown) / MOST_DOTS) == 0)]
+    values = _scaled(moments.gap)[shown]
+    # As a picture inside the SVG too: tens of thousands of dots would make it slower than the page around it.
+    axes.plot(
+        moments.gap_end_s[shown], values, "o", color=GAP, markersize=2.2, alpha=0.35, markeredgewidth=0, rasterized=True
+    )
+    return len(shown)
+
+
+def _outline(moments: Moments) -> np.ndarray:
+    """Which gaps are the slowest of their moment: these are drawn however many there are."""
+    places = np.minimum(moments.gap_end_s / max(moments.gap_end_s.max(), 1e-9) * MOMENTS, MOMENTS - 1).astype(int)
+    slowest = np.zeros(MOMENTS)
+    np.maximum.at(slowest, places, moments.gap)
+    return np.asarray(moments.gap >= slowest[places])
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    return values / 1e3 if np.max(values, initial=0.0) >= 10_000 else values
+
+
+def _latency_axis(axes: Axes, title: str, values: np.ndarray) -> None:
+    unit = "s" if np.max(values, initial=0.0) >= 10_000 else "ms"
+    axes.set_title(f"{title} ({unit})")
+    scaled = _scaled(values)
+    positive = scaled[scaled > 0]
+    if not len(positive):
+        axes.set_yticks([])
+        axes.text(0.5, 0.45, "no tokens came", transform=axes.transAxes, ha="center", color=MUTED)
+        return
+    low, high = float(np.quantile(positive, 0.005)), float(positive.max())
+    if wants_log([low, high]):
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.5, high * 2)
+        ratio = high / low
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if ratio < 100 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, high * 1.15)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
+
+
+def _mark_window(rows: list[Axes], point: PointRow, end_s: float) -> None:
+    """Grey behind what is not counted; names of the parts above the first panel where they have room."""
+    start, stop = point.warmup_s, point.warmup_s + point.window_s
+    parts = (("warm-up", 0.0, start), ("window", start, stop), ("last answers", stop, end_s))
+    for axes in rows:
+        axes.set_xlim(0, end_s)
+        for name, low, high in parts:
+            if name != "window" and high > low:
+                axes.axvspan(low, high, color=OUTSIDE, zorder=0, linewidth=0)
+        axes.xaxis.set_major_locator(MaxNLocator(10))
+        axes.xaxis.set_major_formatter(FuncFormatter(plain))
+    for name, low, high in parts:
+        if (high - low) / end_s > 0.012 * len(name):
+            place = ((low + high) / 2, 0.97)
+            how: Any = {"xycoords": rows[0].get_xaxis_transform(), "ha": "center", "va": "top"}
+            rows[0].annotate(name, place, fontsize=8.5, color=MUTED, zorder=5, **how)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=8.5, handlelength=1.6, borderaxespad=0.1,
+        columnspacing=1.4, labelcolor=INK,
+    )  # fmt: skip
+
+
+def _verdict(point: PointRow) -> str:
+    state = "invalid" if not point.valid else "sustained" if point.sustained else "not sustained"
+    text = f"{state}: {point.reason}" if point.reason else state
+    return text if len(text) <= 140 else text[:139] + "…"
+
+
+def _caption(results: Results, series: Series, point: PointRow, moments: Moments, readings: pd.DataFrame) -> list[str]:
+    models = model_names(results, [series.configuration])
+    every = float(np.median(np.diff(readings["at_s"]))) if len(readings) > 2 else None
+    facts = [
+        f"Model: {', '.join(models)}" if models else "",
+        f"Hardware: {'; '.join(hardware_lines(results))}",
+        f"{point.requests:,} requests in the window, {len(moments.gap):,} gaps in all",
+        f"Seed {point.seed}",
+        versions_line(results),
+    ]
+    reading = ["Grey: not counted"]
+    if every is not None:
+        reading.append(f"The server's metrics were read every {every:.2g} s: what is shorter may be missing")
+    return [*wrapped(fact for fact in facts if fact), *wrapped(reading)]

@@ -1,0 +1,63 @@
+import io
+
+from rich.console import Console
+
+from bench.plan import Lengths
+from bench.point import PointPlan, PointState
+from bench.progress import ConsoleProgress, SweepProgress, points_table
+from tests.bench.rows import plain_point
+
+PLAN = PointPlan(4.0, "search", 0, Lengths(1.0, 10.0, 5.0), 1.0, cut_overload=True)
+STATE = PointState(3.0, 12, 10, 8, 0, None)
+
+
+def shown(*parts: object) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(*parts)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_failures_and_goodput_have_columns_only_where_there_are_any() -> None:
+    plain = shown(points_table([plain_point()]))
+    assert "failed" not in plain
+    assert "goodput" not in plain
+    full = shown(
+        points_table([plain_point(rate=7.0, failures="connection:3;http 429:12", goodput=6.51), plain_point()])
+    )
+    row = next(line for line in full.splitlines() if line.startswith("    7"))
+    assert row.split()[-2:] == ["6.51", "15"]
+    assert next(line for line in full.splitlines() if line.startswith("    1")).split()[-2:] == ["–", "0"]
+
+
+def test_a_terminal_shows_the_table_of_runs_and_the_point_under_way() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with SweepProgress(console, ["on", "off"], ["500/2000", "2048/128"]) as progress:
+        progress.run_state("on", "500/2000", "search: starting the server")
+        progress.point_started(PLAN)
+        assert "search 4 req/s" in shown(progress.table())
+        progress.point_tick(PLAN, STATE)
+        progress.point_finished(plain_point(rate=4.0))
+        progress.run_state("on", "500/2000", "sustains 4 req/s (3.8–4.2)")
+        progress.run_state("off", "500/2000", "failed: no memory")
+    live = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3 of 11 s" in live
+    assert "starting the server" in live
+    rows = shown(progress.table()).splitlines()
+    assert [row.split("  ")[0].strip() for row in rows[1:]] == ["on", "off"]
+    assert "sustains 4 req/s (3.8–4.2)" in rows[1]
+    assert "failed: no memory" in rows[2]
+    assert sum(row.count("waiting") for row in rows) == 2
+
+
+def test_a_pipe_gets_one_line_a_point() -> None:
+    for progress_of in (ConsoleProgress, lambda console: SweepProgress(console, ["c"], ["20/5"])):
+        console = Console(file=io.StringIO(), width=200)
+        progress = progress_of(console)
+        progress.run_state("c", "20/5", "search")
+        progress.point_started(PLAN)
+        progress.point_tick(PLAN, STATE)
+        progress.point_finished(plain_point(reason="backlog steady"))
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert len(lines) == 1
+        assert "backlog steady" in lines[0]
