@@ -6,6 +6,8 @@ from bench.plan import Lengths
 from bench.point import LoadPoint, PointPlan, PointState, Watch, drain, point_id
 from bench.workloads import make_workload
 
+pytestmark = pytest.mark.usefixtures("patient_generator")
+
 LENGTHS = Lengths(warmup_s=1.0, window_s=10.0, drain_s=5.0)
 
 
@@ -98,7 +100,8 @@ def test_a_point_against_a_real_queue(queue_server) -> None:  # type: ignore[no-
         assert again.seed != row.seed
         hard = plan(rate=100.0, lengths=Lengths(0.3, 6.0, 5.0), latency_s=0.1)
         over, cut = point.run(hard, lambda _: None)
-        assert (over.valid, over.sustained, over.binding) == (True, False, "rows")
+        assert (over.valid, over.sustained) == (True, False)
+        assert over.binding in ("rows", "compute")  # cut so early, it may have one reading of the server only
         assert over.window_s < 5.0  # cut short
         assert any(r.status == "cut short" for r in cut)
         assert drain(reader, 1.0)

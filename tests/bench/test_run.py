@@ -13,6 +13,8 @@ from bench.run import BenchOptions, LostServerError, measure_configuration, meas
 from bench.server import ServerProcess
 from bench.workloads import Workload, make_workload
 
+pytestmark = pytest.mark.usefixtures("patient_generator")
+
 Start = Callable[..., ServerProcess]
 SHORT: Workload = make_workload({"kind": "random", "input": 20, "output": 5}, 1000)
 

@@ -15,6 +15,8 @@ from bench.server import ServerProcess
 from cli.main import main
 from cli.params import LENGTH, LIMIT, RATES, SHARE
 
+pytestmark = pytest.mark.usefixtures("patient_generator")
+
 STUB = Path(__file__).parents[1] / "bench" / "queue_server.py"
 QUICK = ["--input", "20", "--output", "5", "--precision", "20%", "--max-minutes", "1"]
 

@@ -11,6 +11,8 @@ from bench.results import RunFiles
 from bench.server import ServerProcess
 from cli.main import main
 
+pytestmark = pytest.mark.usefixtures("patient_generator")
+
 STUB = Path(__file__).parents[1] / "bench" / "queue_server.py"
 SIZES = ["--input", "20", "--output", "5"]
 

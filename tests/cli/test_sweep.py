@@ -7,6 +7,8 @@ import yaml
 from cli.main import main
 from cli.sweep import minutes
 
+pytestmark = pytest.mark.usefixtures("patient_generator")
+
 QUEUE = Path(__file__).parents[1] / "bench" / "queue_server.py"
 
 

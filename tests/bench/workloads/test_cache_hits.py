@@ -17,6 +17,8 @@ from bench.results import PointRow
 from bench.workloads import make_workload
 from bench.workloads.encoding import server_encoder
 
+pytestmark = pytest.mark.usefixtures("patient_generator")
+
 STUB = Path(__file__).with_name("caching_server.py")
 Start = Callable[[], tuple[str, Path]]
 
