@@ -1,6 +1,7 @@
 """A closed loop: a fixed number of requests open at a time, instead of a rate; it judges no rate, it measures."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.arrivals import point_seed
@@ -8,7 +9,7 @@ from bench.errors import BenchError
 from bench.loadgen import processes_for, run_closed_loop
 from bench.metrics import MetricsReader, window_state
 from bench.plan import Lengths, TimeBudget
-from bench.point import LoadPoint, PointPlan, Watch, drain, point_id
+from bench.point import LoadPoint, PointPlan, PointState, Watch, drain, point_id
 from bench.progress import Progress
 from bench.results import PointRow, RequestRow, RunFiles, utc_now
 from bench.run import InterruptedRunError, LostServerError, stop_on_interrupt
@@ -22,13 +23,18 @@ _DRAIN_LIMIT_S = 30.0
 class ClosedPoint(LoadPoint):
     """A load point of `concurrency` requests at a time."""
 
-    def run_closed(self, concurrency: int, count: int, chunks_per_s: float) -> tuple[PointRow, list[RequestRow]]:
-        """Send `count` requests; every one counts, ramp and end included. `chunks_per_s` is what to expect at most."""
+    def run_closed(
+        self, plan: PointPlan, chunks_per_s: float, show: Callable[[PointState], None]
+    ) -> tuple[PointRow, list[RequestRow]]:
+        """Send the plan's requests; every one counts, ramp and end included. Expect `chunks_per_s` at most."""
+        concurrency, count = plan.concurrency, plan.requests
+        assert concurrency is not None
+        assert count is not None
         seed = point_seed(self.seed, self.workload.name, float(concurrency), _SEED_REPEAT)
         specs = self.workload.requests(count, seed)
         started = utc_now()
         self.reader.forget()
-        watch = Watch(_plan(1.0), self.reader, lambda _: None, self.left_s)
+        watch = Watch(plan, self.reader, show, self.left_s)
         recording = run_closed_loop(
             self.target, specs, concurrency,
             observer=watch, time_limit_s=max(1.0, self.left_s()), processes=processes_for(chunks_per_s),
@@ -40,7 +46,7 @@ class ClosedPoint(LoadPoint):
         server = window_state(self.reader.states, watch.started_at + window[0], watch.started_at + window[1])
         done = sum(r.status == "ok" for r in requests)
         rate = done / max(window[1] - window[0], 1e-9)
-        row = self._row(_plan(rate), requests, window, server, recording.health, watch.now_s)
+        row = self._row(plan, requests, window, server, recording.health, watch.now_s)
         row.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
         row.completed, row.achieved_rate, row.rate = done, rate, float(f"{rate:.4g}")
         row.seed, row.started, row.concurrency = seed, started, concurrency
@@ -69,17 +75,19 @@ def measure_closed_loop(
             raise BenchError(f"the first request to {point.target.base_url} failed with {cause}")
         files.add_point(alone, rows)
         progress.message(f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; now {count}, {concurrency} at a time")
-        row, requests = point.run_closed(concurrency, count, concurrency * _chunks_per_s(rows[0]))
+        plan = PointPlan(
+            1.0, "closed", 0, Lengths(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=concurrency, requests=count
+        )
+        progress.point_started(plan)
+        chunks_per_s = concurrency * _chunks_per_s(rows[0])
+        row, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
         files.add_point(row, requests)
+        progress.point_finished(row)
     if budget.stopped:
         raise InterruptedRunError(None)
     if row.requests and not row.completed:
         raise LostServerError(f"not one of {row.requests} requests was answered: {row.failures or 'cut short'}")
     return row, requests
-
-
-def _plan(rate: float) -> PointPlan:
-    return PointPlan(rate, "closed", 0, Lengths(0.0, 1e9, 0.0), 0.0, cut_overload=False)
 
 
 def _chunks_per_s(row: RequestRow) -> float:

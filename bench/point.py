@@ -16,7 +16,7 @@ from bench.loadgen import GeneratorHealth, Recording, Target, run_load
 from bench.metrics import MetricsReader, ServerState, WindowState, window_state
 from bench.plan import Lengths, is_provisional, phase_repeat
 from bench.results import Phase, PointRow, RequestRow, utc_now
-from bench.stats import goodput, latencies, percentile, percentile_interval, token_rates
+from bench.stats import Latencies, goodput, latencies, percentile, percentile_interval, token_rates
 from bench.workloads import Workload
 
 _DRAIN_LIMIT_S = 30.0
@@ -34,6 +34,8 @@ class PointPlan:
     lengths: Lengths
     latency_s: float  # expected E2E
     cut_overload: bool  # end early when clearly overloaded
+    concurrency: int | None = None  # of a closed loop, which has no rate yet …
+    requests: int | None = None  # … and ends with so many requests
 
     @property
     def start_s(self) -> float:
@@ -153,6 +155,7 @@ class LoadPoint:
         drain(self.reader, limit_s)
         if recording.cut_short and self.left_s() > 0:
             self._settle(seed, limit_s)
+            self.reader.read()  # counters of the next point begin after it
         return row, requests
 
     def _settle(self, seed: int, limit_s: float) -> None:
@@ -233,8 +236,6 @@ class LoadPoint:
         input_tok_s, output_tok_s = token_rates(requests, *window)
         completed = flow_of(requests, *window).completed()
         e2e_s = percentile(samples.e2e, 50) / 1e3
-        itl_low, itl_high = percentile_interval(samples.itl, 99)
-        ttft_low, ttft_high = percentile_interval(samples.ttft, 99)
         return PointRow(
             point_id=point_id(self.configuration, self.workload.name, plan.phase, plan.rate, plan.repeat),
             configuration=self.configuration,
@@ -257,19 +258,6 @@ class LoadPoint:
             kv_use_max=server.kv_use_max,
             waiting_max=server.waiting_max,
             running_max=server.running_max,
-            lateness_p99_ms=health.lateness_p99_s * 1e3,
-            ttft_p50_ms=percentile(samples.ttft, 50),
-            ttft_p99_ms=percentile(samples.ttft, 99),
-            itl_p50_ms=percentile(samples.itl, 50),
-            itl_p99_ms=percentile(samples.itl, 99),
-            tpot_p50_ms=percentile(samples.tpot, 50),
-            tpot_p99_ms=percentile(samples.tpot, 99),
-            e2e_p50_ms=percentile(samples.e2e, 50),
-            e2e_p99_ms=percentile(samples.e2e, 99),
-            itl_p99_low_ms=itl_low,
-            itl_p99_high_ms=itl_high,
-            ttft_p99_low_ms=ttft_low,
-            ttft_p99_high_ms=ttft_high,
             seed=0,
             started="",
             repeat=plan.repeat,
@@ -278,13 +266,26 @@ class LoadPoint:
             cut_short=samples.cut_short,
             failures=failure_kinds(requests),
             goodput=goodput(requests, self.limits, window_s),
-            **generator_columns(health),
+            **_latency_columns(samples),
+            **_generator_columns(health),
         )
 
 
-def generator_columns(health: GeneratorHealth) -> dict[str, Any]:
+def _latency_columns(samples: Latencies) -> dict[str, Any]:
+    """Percentiles in ms, and the intervals of those that few samples leave wide."""
+    columns: dict[str, Any] = {}
+    for name in ("ttft", "itl", "tpot", "e2e"):
+        values = getattr(samples, name)
+        columns |= {f"{name}_p{share}_ms": percentile(values, share) for share in (50, 99)}
+        if name in ("ttft", "itl"):
+            columns[f"{name}_p99_low_ms"], columns[f"{name}_p99_high_ms"] = percentile_interval(values, 99)
+    return columns
+
+
+def _generator_columns(health: GeneratorHealth) -> dict[str, Any]:
     """Columns of PointRow that say how the load generator itself did."""
     return {
+        "lateness_p99_ms": health.lateness_p99_s * 1e3,
         "generator_processes": health.processes,
         "generator_cpu_share": health.cpu_share,
         "generator_starved_share": health.starved_share,

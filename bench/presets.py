@@ -20,6 +20,16 @@ def datasets_folder() -> Path:
     raise BenchError(f"the presets are missing: neither {beside} nor {installed} holds them; install redline again")
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says; raises BenchError where it can't be read."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BenchError(f"{path}: can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def workload_presets() -> dict[str, Path]:
     """The workloads that ship with the product, by name."""
     return {path.stem: path for path in sorted((datasets_folder() / "workloads").glob("*.yaml"))}
@@ -35,11 +45,9 @@ def read_workload(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise BenchError(f"there is no workload {name!r}: give one of {', '.join(known)}, or a YAML file (--workload)")
     try:
-        spec = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise BenchError(f"{path}: can't be read: {error.strerror} (--workload)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path}: is not valid YAML: {' '.join(str(error).split())} (--workload)") from None
+        spec = read_yaml(path)
+    except BenchError as error:
+        raise BenchError(f"{error} (--workload)") from None
     if not isinstance(spec, dict) or "kind" not in spec:
         raise BenchError(f"{path}: a workload has fields such as kind, input and output (--workload)")
     spec.pop("description", None)

@@ -143,6 +143,8 @@ class SweepProgress(ConsoleProgress):
 def point_line(row: PointRow) -> Text:
     """One load point in one line."""
     mark, style = ("✓", "green") if row.sustained else ("✗", "red") if row.sustained is False else ("?", "yellow")
+    if row.concurrency is not None and row.valid:  # a closed loop judges no rate
+        mark, style = "·", "default"
     text = Text(f"{mark} {row.phase:<7} {row.rate:>6.4g} req/s", style=style)
     text.append(f" {row.requests:>4} in {row.window_s:>3.0f} s", style="default")
     text.append(f"  TTFT {_ms(row.ttft_p50_ms)}  ITL {_ms(row.itl_p50_ms)} ms  ", style="default")
@@ -151,8 +153,13 @@ def point_line(row: PointRow) -> Text:
 
 
 def _state_view(plan: PointPlan, state: PointState) -> Group:
-    part = "warm-up" if state.now_s < plan.start_s else "window" if state.now_s < plan.end_s else "last answers"
-    line = f"{plan.phase} {plan.rate:.4g} req/s · {part} · {state.now_s:.0f} of {plan.end_s:.0f} s"
+    done, total = min(max(state.now_s, 0.0), plan.end_s), plan.end_s
+    if plan.requests is not None:
+        done, total = state.finished + state.failed, plan.requests
+        line = f"{plan.concurrency} at a time · {done} of {total} requests · {max(state.now_s, 0.0):.0f} s"
+    else:
+        part = "warm-up" if state.now_s < plan.start_s else "window" if state.now_s < plan.end_s else "last answers"
+        line = f"{plan.phase} {plan.rate:.4g} req/s · {part} · {state.now_s:.0f} of {plan.end_s:.0f} s"
     counts = f"sent {state.sent} · answering {state.first_token - state.finished} · finished {state.finished}"
     counts += f" · failed {state.failed}" if state.failed else ""
     server = state.server
@@ -160,7 +167,7 @@ def _state_view(plan: PointPlan, state: PointState) -> Group:
         counts += f"   server: running {_count(server.running)} · waiting {_count(server.waiting)}"
         counts += f" · KV {server.kv_use:.0%}" if server.kv_use is not None else ""
         counts += f" · preemptions {_count(server.preemptions)}" if server.preemptions is not None else ""
-    bar = ProgressBar(total=max(plan.end_s, 1e-9), completed=min(max(state.now_s, 0.0), plan.end_s), width=40)
+    bar = ProgressBar(total=max(total, 1e-9), completed=done, width=40)
     return Group(Text(line, style="bold"), bar, Text(counts))
 
 

@@ -39,6 +39,18 @@ class BenchOptions:
     arrivals: Arrivals = field(default_factory=Arrivals)
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured, how, and where the results go."""
+
+    target: Target
+    workload: Workload
+    configuration: str
+    options: BenchOptions
+    files: RunFiles
+    progress: Progress
+
+
 class InterruptedRunError(KeyboardInterrupt):
     """Ctrl-C; `answer` is what was found until then, and everything measured is on disk."""
 
@@ -55,32 +67,25 @@ class LostServerError(BenchError):
         self.answer = answer
 
 
-def measure_configuration(
-    target: Target,
-    workload: Workload,
-    options: BenchOptions,
-    files: RunFiles,
-    configuration: str,
-    progress: Progress,
-    finished: Sequence[PointRow] = (),
-) -> Answer | None:
+def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -> Answer | None:
     """Measure and save every load point; returns the answer, None when not one point could be judged.
 
     `finished` are points of an interrupted run: they are taken as they are. Time limits end it with what was found.
     Raises InterruptedRunError (Ctrl-C) and LostServerError, both with the answer so far; BenchError if the probe fails.
     """
-    with _open_run(target, workload, options, files, configuration, progress, finished) as run:
+    options, configuration, workload = subject.options, subject.configuration, subject.workload.name
+    with _open_run(subject, finished) as run:
         latency_s = run.probe()
         if options.rates is not None:
             run.say_fixed_plan(options.rates, latency_s)
             run.run_rates("fixed", options.rates)
-            run.answer = answer_of_rates(run.rows_of("fixed"), configuration, workload.name)
+            run.answer = answer_of_rates(run.rows_of("fixed"), configuration, workload)
         else:
             start = round_rate(1 / latency_s)
             run.say_search_plan(start, latency_s)
             answer, _ = find_sustained(
                 run.measure, start_rate=start, precision=options.precision,
-                configuration=configuration, workload=workload.name,
+                configuration=configuration, workload=workload,
             )  # fmt: skip
             run.answer = answer
             if options.ladder:
@@ -88,45 +93,31 @@ def measure_configuration(
     return run.answer if any(r.valid and r.phase != "probe" for r in run.rows) else None
 
 
-def measure_ladder(
-    target: Target,
-    workload: Workload,
-    options: BenchOptions,
-    files: RunFiles,
-    configuration: str,
-    progress: Progress,
-    finished: Sequence[PointRow] = (),
-) -> list[PointRow]:
-    """Measure `options.ladder_rates` only, in bounded windows within `options.max_minutes`; returns their rows."""
-    if not options.ladder_rates:
+def measure_ladder(subject: Subject, finished: Sequence[PointRow] = ()) -> list[PointRow]:
+    """Measure `ladder_rates` of the options only, in bounded windows within `max_minutes`; returns their rows."""
+    if not subject.options.ladder_rates:
         raise ValueError("ladder_rates must be given")
-    with _open_run(target, workload, options, files, configuration, progress, finished) as run:
+    with _open_run(subject, finished) as run:
         run.probe()
         run.rows.extend(r for r in finished if r.phase in ("search", "confirm") and run.mine(r))
-        run.ladder(options.ladder_rates)
+        run.ladder(subject.options.ladder_rates)
     return run.rows_of("ladder")
 
 
 @contextlib.contextmanager
-def _open_run(
-    target: Target,
-    workload: Workload,
-    options: BenchOptions,
-    files: RunFiles,
-    configuration: str,
-    progress: Progress,
-    finished: Sequence[PointRow],
-) -> Iterator["_Run"]:
+def _open_run(subject: Subject, finished: Sequence[PointRow]) -> Iterator["_Run"]:
     """The run with its readings and its handling of Ctrl-C; what ended it early is raised at its end."""
+    target, options = subject.target, subject.options
     budget = TimeBudget(options.max_minutes * 60)
     budget.start()
     with stop_on_interrupt(budget), MetricsReader(target.base_url, target.api_key) as reader:
         point = LoadPoint(
-            target, workload, configuration, reader, options.seed, options.precision, budget.left_s, options.limits,
-            options.arrivals,
+            target, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
+            options.limits, options.arrivals,
         )  # fmt: skip
         planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
-        run = _Run(point, planner, files, progress, {r.point_id: r for r in finished if _reusable(r)})
+        known = {r.point_id: r for r in finished if _reusable(r)}
+        run = _Run(point, planner, subject.files, subject.progress, known)
         yield run
     if run.lost:
         raise LostServerError(run.lost, run.answer)

@@ -185,12 +185,17 @@ def has_flag(flags: Sequence[str], name: str) -> bool:
 
 
 def serve_flags(options: dict[str, object]) -> list[str]:
-    """Flags of `redline serve` from plain data: {"enable-prefix-caching": False} -> ["--no-enable-prefix-caching"]."""
+    """Flags of `redline serve` from plain data: {"enable-prefix-caching": False} -> ["--no-enable-prefix-caching"].
+
+    The words of a list are joined by commas; None is a flag that isn't given.
+    """
     flags: list[str] = []
     for name, value in options.items():
         hyphened = name.replace("_", "-").removeprefix("--")
         if isinstance(value, bool):
             flags.append(f"--{hyphened}" if value else f"--no-{hyphened}")
+        elif isinstance(value, list):
+            flags += [f"--{hyphened}", ",".join(str(word) for word in value)]
         elif value is not None:
             flags += [f"--{hyphened}", str(value)]
     return flags

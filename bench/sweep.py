@@ -31,7 +31,7 @@ from bench.results import (
     Summary,
     utc_now,
 )
-from bench.run import BenchOptions, LostServerError, measure_configuration, measure_ladder
+from bench.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
 from bench.server import ServerProcess
 from bench.sweepfile import Configuration, SweepPlan, SweepWorkload, model_len
 from bench.workloads import Workload
@@ -77,10 +77,15 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def common_ladder(found: Sequence[float]) -> list[float]:
-    """Rates from a quarter of the lowest rate found to one and a half of the highest, for all configurations alike."""
+def common_ladder(found: Sequence[float], shares: Sequence[float] = ()) -> list[float]:
+    """Rates for all configurations alike: from a quarter of the lowest found to one and a half of the highest.
+
+    With `shares` these of the lowest, which all sustain up to 1: fewer points, and more requests in each of them.
+    """
     low, high = min(found), max(found)
-    if high / low <= _EVEN_UP_TO:
+    if shares:
+        rates = [share * low for share in shares]
+    elif high / low <= _EVEN_UP_TO:
         step = (_LADDER_HIGH * high - _LADDER_LOW * low) / (_LADDER_POINTS - 1)
         rates = [_LADDER_LOW * low + i * step for i in range(_LADDER_POINTS)]
     else:
@@ -138,11 +143,10 @@ class _Sweep:
         known = self._points(configuration, workload)
         share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
         options = self._options(workload, share * workload.options.max_minutes, rates=workload.options.rates)
+        subject = Subject(target, built, configuration.name, options, self._files, self._progress)
         began = time.monotonic()
         try:
-            answer = measure_configuration(
-                target, built, options, self._files, configuration.name, self._progress, finished=known
-            )
+            answer = measure_configuration(subject, known)
         finally:
             what = _key(configuration, workload)
             used_s = self._state.searched_s.get(what, 0.0) + time.monotonic() - began
@@ -169,8 +173,8 @@ class _Sweep:
         limit = workload.options.max_minutes
         searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
         options = self._options(workload, max(limit - searched, (1 - _SEARCH_SHARE) * limit), ladder_rates=rates)
-        rows = measure_ladder(target, built, options, self._files, configuration.name, self._progress, finished=known)
-        if not rows:
+        subject = Subject(target, built, configuration.name, options, self._files, self._progress)
+        if not measure_ladder(subject, known):
             raise BenchError("the time is too short for a single point of the ladder: raise max_minutes")
         self._state.ladders.append([configuration.name, workload.name])
         self._show_answer(configuration, workload)
@@ -241,7 +245,7 @@ class _Sweep:
         return any((a.configuration, a.workload) == mine for a in self.summary.answers)
 
     def _has_ladder(self, workload: SweepWorkload) -> bool:
-        return workload.options.ladder and workload.options.rates is None
+        return bool(workload.options.ladder) and workload.options.rates is None
 
     def _wants_ladder(self, configuration: Configuration, workload: SweepWorkload) -> bool:
         done = [configuration.name, workload.name] in self._state.ladders
@@ -253,7 +257,9 @@ class _Sweep:
             return None
         found = [a.rate for a in self.summary.answers if a.workload == workload.name and a.rate]
         if workload.name not in self._state.ladder_rates and found:
-            self._state.ladder_rates[workload.name] = common_ladder(found)
+            ladder = workload.options.ladder
+            shares = ladder if isinstance(ladder, tuple) else ()
+            self._state.ladder_rates[workload.name] = common_ladder(found, shares)
             self._save()  # a configuration that is tried again later must not move them
             self.summary.workloads[workload.name]["ladder_rates"] = self._state.ladder_rates[workload.name]
         return self._state.ladder_rates.get(workload.name)

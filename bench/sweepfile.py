@@ -3,13 +3,15 @@
 title: Prefix caching on and off
 seed: 1
 model: smollm2-135m                    # of every configuration that names none
+serve: {max-num-seqs: 16}              # flags of `redline serve` for all configurations; null takes one away again
 configurations:
-  caching: {serve: {enable-prefix-caching: true}}                         # flags of `redline serve`
+  caching: {serve: {enable-prefix-caching: true}, note: a few words}      # flags, and what they mean
   other: {command: "vllm serve {model} --port {port}", health: /health}   # or any server
 workloads:
   - {kind: random, input: 500, output: 2000}      # as in make_workload(); name, and options of its own, if wanted
   - {preset: visionarena-sample, output: 32}      # a workload that ships with the product, or a file
 options: {precision: 10%, max_minutes: 15}        # and arrivals: gamma, burstiness: 0.5, or trace: FILE
+                                                  # ladder: false, or shares of the lowest rate found: [0.75, 1]
 """
 
 import math
@@ -19,11 +21,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bench.arrivals import Arrivals
 from bench.errors import BenchError
-from bench.presets import datasets_folder, read_workload
+from bench.presets import datasets_folder, read_workload, read_yaml
 from bench.results import PointRow
 from bench.server import has_flag, serve_flags
 from bench.workloads import Encode, Workload, make_workload, needs_vocabulary
@@ -32,8 +32,8 @@ START_MINUTES = 0.3  # what starting and stopping a server is taken to cost
 _STARTS = 2  # of each server: for the search, and for the ladder
 _ANY_VOCABULARY = 32_000  # names and lengths don't depend on it
 
-_TOP = frozenset({"title", "description", "seed", "model", "configurations", "workloads", "options"})
-_CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s"})
+_TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
+_CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s", "note"})
 _ARRIVALS = frozenset({"arrivals", "burstiness", "trace"})
 _OPTIONS = frozenset({"precision", "max_minutes", "window", "rates", "ladder", "limits"}) | _ARRIVALS
 
@@ -46,7 +46,7 @@ class SweepOptions:
     max_minutes: float = 15.0  # of one configuration on one workload: search and ladder
     window_s: float | None = None
     rates: tuple[float, ...] | None = None  # these instead of a search
-    ladder: bool = True
+    ladder: bool | tuple[float, ...] = True  # or at these shares of the lowest rate found
     limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
 
@@ -63,6 +63,7 @@ class Configuration:
     vocab_size: int | None = None  # for servers that don't tell it
     api_key: str | None = None
     start_limit_s: float = 900.0
+    note: str = ""  # what it is, where its name alone doesn't say it
 
     def arguments(self, max_tokens: int) -> list[str]:
         """Flags of `redline serve` for a workload whose largest request has `max_tokens` tokens."""
@@ -79,7 +80,7 @@ class Configuration:
 
     def describe(self) -> dict[str, Any]:
         """Plain data for result files, without the key."""
-        known: dict[str, Any] = {"model": self.model}
+        known: dict[str, Any] = {"model": self.model} | ({"note": self.note} if self.note else {})
         if self.command is None:
             return known | {"serve": dict(self.serve)}
         return known | {"command": self.command.replace(self.api_key, "***") if self.api_key else self.command}
@@ -161,12 +162,7 @@ def read_sweep(path: Path) -> SweepPlan:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise BenchError(f"{path}: can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path}: is not valid YAML: {error}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise BenchError(f"{path}: a sweep has the fields configurations and workloads at its top level")
     return data
@@ -191,42 +187,50 @@ def _plan(name: str, data: dict[str, Any]) -> SweepPlan:
         title=str(data.get("title") or name),
         description=str(data.get("description") or ""),
         seed=seed,
-        configurations=[_configuration(str(n), entry, data.get("model")) for n, entry in configurations.items()],
+        configurations=[_configuration(str(n), entry, data) for n, entry in configurations.items()],
         workloads=built,
         data=data,
     )
 
 
-def _configuration(name: str, entry: Any, model: Any) -> Configuration:
+def _configuration(name: str, entry: Any, data: dict[str, Any]) -> Configuration:
     where = f"configurations.{name}"
     entry = {} if entry is None else entry
     if not isinstance(entry, dict):
         raise BenchError(f"{where} must hold fields such as serve or command, not {entry!r}")
     _only(entry, _CONFIGURATION, where)
-    serve, command, model = entry.get("serve") or {}, entry.get("command"), entry.get("model", model)
-    if not isinstance(serve, dict):
-        raise BenchError(f"{where}.serve must hold flags and their values, such as {{max-num-seqs: 16}}")
-    for flag, value in serve.items():
-        if isinstance(value, dict | list):
-            raise BenchError(f"{where}.serve.{flag} must be a single value, not {value!r}")
+    command, model = entry.get("command"), entry.get("model", data.get("model"))
+    serve = {} if command is not None else _flags(data.get("serve"), "serve")
+    serve |= _flags(entry.get("serve"), f"{where}.serve")
     if command is None and not model:
         raise BenchError(f"{where} has neither a model to serve nor a command")
     if command is not None and ("serve" in entry or not isinstance(command, str)):
         raise BenchError(f"{where}: give either serve (flags of redline serve) or command (one line), not both")
     if command is not None and "{port}" not in command:
         raise BenchError(f"{where}.command must contain {{port}}, which stands for a free port")
-    if any(str(flag).replace("_", "-") == "api-key" for flag in serve):
+    if "api-key" in serve:
         raise BenchError(f"{where}.serve.api-key: put the key into {where}.api_key, which keeps it out of result files")
     return Configuration(
         name,
         str(model) if model else None,
-        dict(serve),
+        serve,
         command,
         health=str(entry.get("health") or "/health"),
         vocab_size=_whole(entry, "vocab_size", where),
         api_key=str(entry["api_key"]) if entry.get("api_key") else None,
         start_limit_s=_positive(entry.get("start_limit_s", 900), f"{where}.start_limit_s"),
+        note=str(entry.get("note") or ""),
     )
+
+
+def _flags(entry: Any, where: str) -> dict[str, Any]:
+    """Flags of `redline serve` under one spelling, so that a configuration's own replace the common ones."""
+    if not isinstance(entry, dict | None):
+        raise BenchError(f"{where} must hold flags and their values, such as {{max-num-seqs: 16}}")
+    for flag, value in (entry or {}).items():
+        if any(isinstance(part, dict | list) for part in (value if isinstance(value, list) else [value])):
+            raise BenchError(f"{where}.{flag} must be a single value or a list of them, not {value!r}")
+    return {str(flag).replace("_", "-").removeprefix("--"): value for flag, value in (entry or {}).items()}
 
 
 def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
@@ -256,9 +260,7 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
         if key == "precision":
             changed[key] = _precision(value, f"{where}.precision")
         elif key == "ladder":
-            if not isinstance(value, bool):
-                raise BenchError(f"{where}.ladder must be true or false, not {value!r}")
-            changed[key] = value
+            changed[key] = _ladder(value, f"{where}.ladder")
         elif key == "limits":
             changed[key] = _limits(value, f"{where}.limits")
         elif key in ("arrivals", "trace"):
@@ -274,6 +276,14 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
         changed.pop("burstiness", None)
         changed["arrivals"] = _arrivals(entry, where)
     return replace(defaults, **changed)
+
+
+def _ladder(value: Any, where: str) -> bool | tuple[float, ...]:
+    if isinstance(value, list) and value:
+        return tuple(sorted({_positive(share, where) for share in value}))
+    if not isinstance(value, bool):
+        raise BenchError(f"{where} must be true, false or a list of shares of the lowest rate found, not {value!r}")
+    return value
 
 
 def _arrivals(entry: dict[str, Any], where: str) -> Arrivals:

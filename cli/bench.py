@@ -16,7 +16,7 @@ from bench.loadgen import Target
 from bench.loadgen.probe import ServerFacts, probe_server
 from bench.progress import ConsoleProgress, answer_text, failure_words, points_table
 from bench.results import Answer, RunFiles, Summary, utc_now
-from bench.run import BenchOptions, InterruptedRunError, LostServerError, measure_configuration
+from bench.run import BenchOptions, InterruptedRunError, LostServerError, Subject, measure_configuration
 from bench.server import ServerProcess, has_flag
 from bench.workloads import make_workload, tells_lengths
 from cli.closed import check_closed, run_closed, save_vllm_of_rate
@@ -145,7 +145,7 @@ def _run(
         return run_closed(console, files, summary, target, workload, options, given)
     code, answer, ended = 0, None, None
     try:
-        answer = measure_configuration(target, workload, options, files, name, ConsoleProgress(console))
+        answer = measure_configuration(Subject(target, workload, name, options, files, ConsoleProgress(console)))
         code = 0 if answer is not None else 1
     except InterruptedRunError as interrupted:
         answer, code = interrupted.answer, 130

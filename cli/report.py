@@ -72,15 +72,20 @@ def show_report(
 
     from plots.compare import failed_conditions
     from plots.report import write_report
-    from plots.tables import answer_lines, markdown, terminal_table, trouble_lines
+    from plots.tables import ablation_table, answer_lines, markdown, terminal_table, trouble_lines
 
     report = write_report(folders, out, timelines)
     if as_markdown:
         click.echo(markdown(report.results, report.comparisons))
     else:
         console = Console(highlight=False)
+        for ablation in report.ablations:
+            console.print(ablation_table(ablation))
+        # A column for each of its configurations would be too narrow; the page has them all.
+        told = {a.workload for a in report.ablations} if len(folders) == 1 else set()
         for comparison in report.comparisons:
-            console.print(terminal_table(comparison))
+            if comparison.workload not in told:
+                console.print(terminal_table(comparison))
         for line in answer_lines(report.results):
             console.print(line, style="bold", markup=False, soft_wrap=True)
         for line in trouble_lines(report.results):

@@ -117,6 +117,8 @@ def _how(workload: "SweepWorkload") -> str:
     if options.rates:
         return f"{', '.join(f'{rate:g}' for rate in options.rates)} req/s"
     ladder = ", then the ladder that all configurations share" if options.ladder else ""
+    if isinstance(options.ladder, tuple):
+        ladder = f", then {', '.join(f'{share:g}' for share in options.ladder)} × the lowest rate found"
     return f"search to {options.precision:.0%}{ladder}"
 
 

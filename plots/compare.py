@@ -29,8 +29,9 @@ METRICS = (
     Metric("itl_p99", "ITL P99", "ms", False),
     Metric("tpot_p50", "TPOT P50", "ms", False),
     Metric("e2e_p99", "E2E P99", "ms", False),
+    Metric("goodput", "Goodput at the rate of the latencies", "req/s", True),
 )
-LATENCIES = METRICS[2:]
+LATENCIES = tuple(m for m in METRICS if m.unit == "ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,12 @@ class Comparison:
     workload: str
     latencies_at: str  # in words: which rate the latency columns are from
     rows: dict[str, dict[str, Cell]]  # configuration -> metric key -> cell
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """What there is to show: goodput only where limits were given that requests could meet."""
+        known = any(row["goodput"].value is not None for row in self.rows.values())
+        return [m for m in METRICS if known or m.key != "goodput"]
 
 
 def compare(results: Results) -> list[Comparison]:
@@ -148,12 +155,13 @@ def _values(series: Series, rate: float | None) -> dict[str, float | None]:
     answered = series.answer.rate if series.answer else None
     at = rate if rate is not None else answered
     latencies = {m.key: _at(series, at, f"{m.key}_ms") if at is not None else None for m in LATENCIES}
-    return {"rate": answered, "output_tok_s": throughput(series), **latencies}
+    goodput = _at(series, at, "goodput") if at is not None else None
+    return {"rate": answered, "output_tok_s": throughput(series), **latencies, "goodput": goodput}
 
 
 def _at(series: Series, rate: float, column: str) -> float | None:
     """A figure of the curve at `rate`: of the point there, else between its neighbours; None off the curve's ends."""
-    points = [d.point for d in series.curve if math.isfinite(getattr(d.point, column))]
+    points = [d.point for d in series.curve if math.isfinite(_number(d.point, column))]
     for point in points:
         if abs(point.rate / rate - 1) < 0.01:
             return float(getattr(point, column))
@@ -162,6 +170,11 @@ def _at(series: Series, rate: float, column: str) -> float | None:
             share = (rate - low.rate) / (high.rate - low.rate)
             return float((1 - share) * getattr(low, column) + share * getattr(high, column))
     return None
+
+
+def _number(point: PointRow, column: str) -> float:
+    value = getattr(point, column)
+    return math.nan if value is None else float(value)
 
 
 def _rounded(rate: float) -> float:
@@ -209,7 +222,10 @@ def _judge(text: str, results: Results, comparisons: list[Comparison]) -> list[s
             value = cell.difference if condition.relative else cell.value
             where = f"{name} / {comparison.workload}"
             if value is None:
-                lines.append(f"{where}: {condition.metric.key} can't be judged against {text!r}: it was not measured")
+                hint = "; it needs limits (--slo, or limits of the sweep)" if condition.metric.key == "goodput" else ""
+                lines.append(
+                    f"{where}: {condition.metric.key} can't be judged against {text!r}: it was not measured{hint}"
+                )
             elif value > condition.limit if condition.above else value < condition.limit:
                 shown = percent_words(value) if condition.relative else f"{value:.4g} {condition.metric.unit}"
                 lines.append(f"{where}: {condition.metric.key} is {shown}, which {text!r} forbids")

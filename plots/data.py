@@ -163,6 +163,20 @@ def versions_line(results: Results) -> str:
     return ", ".join(f"redline {version}" for version in found if version and version != "not installed")
 
 
+def run_facts(results: Results, configurations: Sequence[str], samples: str) -> list[str]:
+    """What a figure says of the run behind it: model, hardware, samples (in words), seeds, version."""
+    models = model_names(results, configurations)
+    seeds = dict.fromkeys(str(run.summary.seed) for run in results.runs)
+    facts = [
+        f"Model: {', '.join(models)}" if models else "",
+        f"Hardware: {'; '.join(hardware_lines(results))}",
+        samples,
+        f"Seed {', '.join(seeds)}",
+        versions_line(results),
+    ]
+    return [fact for fact in facts if fact]
+
+
 def _has_random_weights(serve: Any) -> bool:
     """Whether the flags of a server, as a mapping or as a command line's words, ask for made-up weights."""
     words = [w for pair in serve.items() for w in pair] if isinstance(serve, dict) else (serve or [])

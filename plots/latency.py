@@ -11,8 +11,22 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.results import Answer, PointRow
-from plots.data import P99_SAMPLES, Drawn, Results, Series, hardware_lines, model_names, versions_line
-from plots.style import MUTED, STYLE, WIDTH_IN, headline, linear_y, log_y, palette, plain, span, wants_log, wrapped
+from plots.data import P99_SAMPLES, Drawn, Results, Series, run_facts
+from plots.style import (
+    MUTED,
+    STYLE,
+    WIDTH_IN,
+    footnote,
+    headline,
+    legend_below_headline,
+    linear_y,
+    log_y,
+    palette,
+    plain,
+    span,
+    wants_log,
+    wrapped,
+)
 
 SECONDS_FROM_MS = 10_000  # an axis that reaches this far is labelled in seconds
 
@@ -61,15 +75,8 @@ def latency_figure(results: Results, workload: str) -> Figure:
             _draw_panel(axes, panel, series, looks)
         title = results.title if workload in results.title else f"{results.title}: {workload}"
         headline(figure, title, height)
-        figure.legend(
-            handles=[_handle(s, looks[s.configuration]) for s in series],
-            loc="upper left",
-            bbox_to_anchor=(0.005, 1 - 0.36 / height),
-            handlelength=2.4,
-            labelspacing=0.35,
-            borderaxespad=0.2,
-        )
-        figure.text(0.012, 0.1 / height, "\n".join(footer), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
+        legend_below_headline(figure, [_handle(s, looks[s.configuration]) for s in series], height)
+        footnote(figure, footer, height)
         return figure
 
 
@@ -77,15 +84,7 @@ def caption(results: Results, workload: str) -> list[str]:
     """What was run and how to read the figure, as lines that fit its width."""
     series = results.of_workload(workload)
     drawn = [d for s in series for d in s.curve]
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.summary.seed for run in results.runs))
-    models = model_names(results, [s.configuration for s in series])
-    facts = [
-        f"Model: {', '.join(models)}" if models else "",
-        f"Hardware: {'; '.join(hardware_lines(results))}",
-        f"Samples per point: {span([d.requests for d in drawn])} requests, {span([d.gaps for d in drawn])} gaps",
-        f"Seed {seeds}",
-        versions_line(results),
-    ]
+    samples = f"Samples per point: {span([d.requests for d in drawn])} requests, {span([d.gaps for d in drawn])} gaps"
     reading = ["Dashed: highest sustained rate", "Hollow: not sustained"]
     if any(panel.samples(d) < P99_SAMPLES for panel in PANELS for d in drawn):
         reading.append(f"Whiskers: 95 % interval of a P99 of fewer than {P99_SAMPLES:,} samples")
@@ -96,7 +95,7 @@ def caption(results: Results, workload: str) -> list[str]:
     invalid = sum(s.invalid for s in series)
     if invalid:
         reading.append(f"{invalid} invalid point{'s' if invalid > 1 else ''} left out")
-    return [*wrapped(fact for fact in facts if fact), *wrapped(reading)]
+    return [*wrapped(run_facts(results, [s.configuration for s in series], samples)), *wrapped(reading)]
 
 
 def sustained_words(answer: Answer | None) -> str:

@@ -12,7 +12,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from bench.results import PointRow
-from plots.compare import METRICS, Comparison, percent_words
+from plots.ablation import COLUMNS, Ablation
+from plots.compare import Comparison, percent_words
 from plots.data import Results, Series, hardware_lines, model_names
 from plots.style import palette
 from plots.tables import failure_words, heading, number, trouble, verdict
@@ -47,7 +48,13 @@ TEXT_COLUMNS = ("configuration", "workload", "phase")
 OPTIONAL = ("goodput", "preemptions", "prefix_hit_rate", "kv_use_max", "waiting_max")  # where any point has them
 
 
-def page(results: Results, comparisons: list[Comparison], figures: dict[str, Path], timelines: dict[str, Path]) -> str:
+def page(
+    results: Results,
+    comparisons: list[Comparison],
+    ablations: list[Ablation],
+    figures: dict[str, Path],
+    timelines: dict[str, Path],
+) -> str:
     """The whole page; `figures` and `timelines` map a caption to the PNG that is embedded under it."""
     points = [p for s in results.series.values() for p in s.points]
     columns = [c for c in POINT_COLUMNS if c[0] not in OPTIONAL or any(getattr(p, c[0]) is not None for p in points)]
@@ -63,8 +70,8 @@ def page(results: Results, comparisons: list[Comparison], figures: dict[str, Pat
         troubles=[(f"{p.configuration} / {p.workload}", words) for p in points if (words := trouble(p))],
         figures=[(caption, _embedded(path)) for caption, path in figures.items()],
         timelines=[(caption, _embedded(path)) for caption, path in timelines.items()],
+        ablations=[_ablation(a) for a in ablations],
         comparisons=[_comparison(c) for c in comparisons],
-        metrics=METRICS,
         point_columns=[(label, unit, "text" if column in TEXT_COLUMNS else "") for column, label, unit in columns],
         points=[_point(p, columns, colours) for p in points],
         configurations=[(name, *_settings(results.details(name))) for name in results.configurations],
@@ -99,12 +106,23 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     rows = []
     for name, row in comparison.rows.items():
         cells = []
-        for metric in METRICS:
+        for metric in comparison.metrics:
             cell = row[metric.key]
             difference = percent_words(cell.difference) if cell.difference is not None else ""
             cells.append((_sort_key(cell.value), number(cell.value), difference, verdict(metric, cell)))
         rows.append((name, cells))
-    return {"heading": heading(comparison), "rows": rows}
+    return {"heading": heading(comparison), "metrics": comparison.metrics, "rows": rows}
+
+
+def _ablation(ablation: Ablation) -> dict[str, Any]:
+    rows = []
+    for row in ablation.rows:
+        cells = []
+        for cell in (row.cells[metric.key] for metric in COLUMNS):
+            difference = percent_words(cell.difference) if cell.difference is not None else ""
+            cells.append((_sort_key(cell.value), number(cell.value), difference, "clear" if cell.clear else ""))
+        rows.append((row.configuration, row.note, cells))
+    return {"heading": ablation.heading, "metrics": COLUMNS, "rows": rows}
 
 
 def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[str, str]) -> dict[str, Any]:

@@ -12,9 +12,21 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 
 from bench.results import PointRow
 from plots.compare import points_at_one_rate
-from plots.data import Results, hardware_lines, model_names, versions_line
+from plots.data import Results, run_facts
 from plots.samples import Samples, read_samples
-from plots.style import MUTED, STYLE, WIDTH_IN, headline, palette, plain, span, wants_log, wrapped
+from plots.style import (
+    MUTED,
+    STYLE,
+    WIDTH_IN,
+    footnote,
+    headline,
+    legend_below_headline,
+    palette,
+    plain,
+    span,
+    wants_log,
+    wrapped,
+)
 
 TITLES = {"itl": "Inter-token latency", "ttft": "Time to first token"}
 SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
@@ -55,15 +67,9 @@ def percentile_figure(results: Results, workload: str) -> Figure | None:
             _draw_panel(axes, [(looks[line.configuration][0], getattr(line.samples, latency)) for line in lines])
         title = results.title if workload in results.title else f"{results.title}: {workload}"
         headline(figure, f"{title}, {words}", height)
-        figure.legend(
-            handles=[_handle(line, looks[line.configuration][0], _at(line, lines)) for line in lines],
-            loc="upper left",
-            bbox_to_anchor=(0.005, 1 - 0.36 / height),
-            handlelength=2.4,
-            labelspacing=0.35,
-            borderaxespad=0.2,
-        )
-        figure.text(0.012, 0.1 / height, "\n".join(footer), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
+        handles = [_handle(line, looks[line.configuration][0], _at(line, lines)) for line in lines]
+        legend_below_headline(figure, handles, height)
+        footnote(figure, footer, height)
         return figure
 
 
@@ -129,20 +135,12 @@ def _latency_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def _caption(results: Results, lines: list[_Line]) -> list[str]:
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.summary.seed for run in results.runs))
-    models = model_names(results, [line.configuration for line in lines])
-    facts = [
-        f"Model: {', '.join(models)}" if models else "",
-        f"Hardware: {'; '.join(hardware_lines(results))}",
-        f"Samples: {span([len(line.samples.ttft) for line in lines])} requests, "
-        f"{span([len(line.samples.itl) for line in lines])} gaps",
-        f"Seed {seeds}",
-        versions_line(results),
-    ]
+    requests, gaps = ([len(getattr(line.samples, kind)) for line in lines] for kind in ("ttft", "itl"))
+    samples = f"Samples: {span(requests)} requests, {span(gaps)} gaps"
     reading = ["Every gap of every request counts", f"Dotted: fewer than {BEYOND} samples are slower"]
     if any(not np.isfinite(line.samples.ttft).all() for line in lines):
         reading.append("A line that ends early: the rest had no first token when the point ended")
-    return [*wrapped(fact for fact in facts if fact), *wrapped(reading)]
+    return [*wrapped(run_facts(results, [line.configuration for line in lines], samples)), *wrapped(reading)]
 
 
 def _at(line: _Line, lines: list[_Line]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bench.results import PointRow
+from plots.ablation import Ablation, ablation_figure, ablations
 from plots.compare import Comparison, compare
 from plots.data import ReportError, Results, Series, load
 from plots.latency import latency_figure
@@ -29,6 +30,7 @@ class Report:
 
     results: Results
     comparisons: list[Comparison]
+    ablations: list[Ablation]
     page: Path
     files: list[Path]
 
@@ -48,6 +50,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Se
     asked = [_find_point(results, point_id) for point_id in timelines]
     pictures = _Pictures(out or _default_out([Path(folder) for folder in folders]))
     comparisons = compare(results)
+    parts = ablations(results)
+    for ablation in parts:
+        caption = f"What each part is worth, {ablation.workload}"
+        pictures.add(f"ablation-{slug(ablation.workload)}", caption, ablation_figure(results, ablation))
     _draw_summaries(results, pictures)
     main_figures = dict(pictures.shown)
     _draw_timelines(results, pictures, asked)
@@ -55,8 +61,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Se
     table = pictures.out / MARKDOWN_FILE
     table.write_text(markdown(results, comparisons))
     html = pictures.out / PAGE_FILE
-    html.write_text(page(results, comparisons, main_figures, courses))
-    return Report(results, comparisons, html, [*pictures.files, table, html])
+    html.write_text(page(results, comparisons, parts, main_figures, courses))
+    return Report(results, comparisons, parts, html, [*pictures.files, table, html])
 
 
 class _Pictures:

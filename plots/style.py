@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -85,6 +86,17 @@ def headline(figure: Figure, text: str, height_in: float) -> None:
     """The figure's title at its top left, in smaller type where it would not fit."""
     size = min(14.0, 14.0 * 78 / max(len(text), 1))
     figure.text(0.012, 1 - 0.22 / height_in, text, fontsize=size, weight="bold", va="center")
+
+
+def legend_below_headline(figure: Figure, handles: Sequence[Artist], height_in: float, **settings: Any) -> None:
+    """The legend under the figure's title, from its left edge on."""
+    place: Any = {"loc": "upper left", "bbox_to_anchor": (0.005, 1 - 0.36 / height_in), "borderaxespad": 0.2}
+    figure.legend(handles=handles, **({"handlelength": 2.4, "labelspacing": 0.35} | place | settings))
+
+
+def footnote(figure: Figure, lines: Sequence[str], height_in: float) -> None:
+    """What was run and how to read it, in small type at the figure's foot."""
+    figure.text(0.012, 0.1 / height_in, "\n".join(lines), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
 
 
 def wants_log(values: Iterable[float]) -> bool:

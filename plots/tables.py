@@ -4,7 +4,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.results import PointRow
-from plots.compare import METRICS, Cell, Comparison, Metric, percent_words
+from plots.ablation import COLUMNS, Ablation, Measured, ablations
+from plots.compare import Cell, Comparison, Metric, percent_words
 from plots.data import Results
 from plots.latency import sustained_words
 
@@ -41,10 +42,21 @@ def terminal_table(comparison: Comparison) -> Table:
     table.add_column("")
     for name in comparison.rows:
         table.add_column(name, justify="right", overflow="fold")
-    for metric in METRICS:
+    for metric in comparison.metrics:
         between = " " if len(comparison.rows) <= 2 else "\n"
         cells = [_terminal_cell(metric, row[metric.key], between) for row in comparison.rows.values()]
         table.add_row(f"{metric.label}, {metric.unit}", *cells)
+    return table
+
+
+def ablation_table(ablation: Ablation) -> Table:
+    """The same for an ablation: one row a configuration, differences that are more than chance in bold."""
+    table = Table(title=ablation.heading, title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("")
+    for metric in COLUMNS:
+        table.add_column(f"{metric.label}, {metric.unit}", justify="right")
+    for row in ablation.rows:
+        table.add_row(row.configuration, *(_ablation_cell(row.cells[metric.key]) for metric in COLUMNS))
     return table
 
 
@@ -81,11 +93,11 @@ def trouble_lines(results: Results) -> list[str]:
 
 def markdown(results: Results, comparisons: list[Comparison]) -> str:
     """The comparison as markdown tables, one a workload."""
-    parts = [f"## {results.title}"]
+    parts = [f"## {results.title}", *(_ablation_markdown(ablation) for ablation in ablations(results))]
     for comparison in comparisons:
         lines = [_row(["", *(_escaped(name) for name in comparison.rows)])]
         lines.append(_row([":--"] + ["--:"] * len(comparison.rows)))
-        for metric in METRICS:
+        for metric in comparison.metrics:
             cells = [_cell_words(row[metric.key]) for row in comparison.rows.values()]
             lines.append(_row([f"{metric.label}, {metric.unit}", *cells]))
         parts += [f"**{_escaped(heading(comparison))}**", "\n".join(lines)]
@@ -102,6 +114,26 @@ def _terminal_cell(metric: Metric, cell: Cell, between: str) -> Text:
         style = {"better": "green", "worse": "red", "": "dim"}[verdict(metric, cell)]
         text.append(between + percent_words(cell.difference), style=style)
     return text
+
+
+def _ablation_cell(cell: Measured) -> Text:
+    text = Text(number(cell.value))
+    if cell.difference is not None:
+        text.append(" " + percent_words(cell.difference), style="bold" if cell.clear else "dim")
+    return text
+
+
+def _ablation_markdown(ablation: Ablation) -> str:
+    lines = [_row(["", *(f"{metric.label}, {metric.unit}" for metric in COLUMNS)]), _row([":--"] + ["--:"] * 3)]
+    for row in ablation.rows:
+        name = _escaped(f"{row.configuration}: {row.note}" if row.note else row.configuration)
+        cells = []
+        for cell in (row.cells[metric.key] for metric in COLUMNS):
+            words = percent_words(cell.difference) if cell.difference is not None else ""
+            cells.append(" ".join([number(cell.value), f"**{words}**" if cell.clear else words]).rstrip())
+        lines.append(_row([name, *cells]))
+    table = "\n".join(lines)
+    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: the 95 % intervals lie apart."
 
 
 def _cell_words(cell: Cell) -> str:

@@ -41,6 +41,7 @@ th[aria-sort=descending]::after { content: " ▼"; font-size: 9px; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; }
 .better { color: var(--good); } .worse { color: var(--bad); }
 .difference { font-size: 12px; display: block; min-height: 1.2em; }
+.difference.clear { font-weight: 700; }
 tr.unsustained td, tr.invalid td { color: var(--muted); }
 tr.unsustained .dot { background: #fff !important; border: 2px solid var(--own); }
 tr.invalid td { text-decoration: line-through; }
@@ -120,12 +121,33 @@ BODY = """
 </details>
 {% endif %}
 
+{% if ablations %}
+<h2>What each part is worth</h2>
+<p class="hint">Differences are from the first row; those in bold are more than chance: the 95 % intervals lie
+apart.</p>
+{% for a in ablations %}
+<h3>{{ a.heading }}</h3>
+<div class="scroll"><table class="sortable">
+<thead><tr><th scope="col">Configuration</th>
+{% for m in a.metrics %}<th scope="col">{{ m.label }}<small>{{ m.unit }}</small></th>{% endfor %}</tr></thead>
+<tbody>
+{% for name, note, cells in a.rows %}
+<tr><td data-value="{{ name }}"><span class="dot" style="background: {{ colours[name] }}"></span>{{ name }}
+{% if note %}<span class="difference">{{ note }}</span>{% endif %}</td>
+{% for key, value, difference, look in cells %}
+<td data-value="{{ key }}">{{ value }}<span class="difference {{ look }}">{{ difference }}</span></td>
+{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
+{% endif %}
+
 <h2>Comparison</h2>
 {% for c in comparisons %}
 <h3>{{ c.heading }}</h3>
 <div class="scroll"><table class="sortable">
 <thead><tr><th scope="col">Configuration</th>
-{% for m in metrics %}<th scope="col">{{ m.label }}<small>{{ m.unit }}</small></th>{% endfor %}</tr></thead>
+{% for m in c.metrics %}<th scope="col">{{ m.label }}<small>{{ m.unit }}</small></th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, cells in c.rows %}
 <tr><td data-value="{{ name }}"><span class="dot" style="background: {{ colours[name] }}"></span>{{ name }}</td>

@@ -9,8 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from plots.compare import percent, percent_words, throughput
-from plots.data import Results, hardware_lines, model_names, versions_line
-from plots.style import MUTED, STYLE, WIDTH_IN, headline, linear_y, palette, span, wrapped
+from plots.data import Results, run_facts
+from plots.style import (
+    MUTED,
+    STYLE,
+    WIDTH_IN,
+    footnote,
+    headline,
+    legend_below_headline,
+    linear_y,
+    palette,
+    span,
+    wrapped,
+)
 
 
 def throughput_figure(results: Results) -> Figure:
@@ -30,16 +41,10 @@ def throughput_figure(results: Results) -> Figure:
         _draw_bars(axes, results, workloads)
         headline(figure, f"{results.title}: throughput at the highest sustained rate", height)
         handles = [Patch(color=looks[configuration][0], label=configuration) for configuration in configurations]
-        figure.legend(
-            handles=handles,
-            loc="upper left",
-            bbox_to_anchor=(0.005, 1 - 0.36 / height),
-            ncols=columns,
-            handlelength=1.1,
-            handleheight=1.0,
-            borderaxespad=0.2,
+        legend_below_headline(
+            figure, handles, height, ncols=columns, handlelength=1.1, handleheight=1.0, labelspacing=0.5
         )
-        figure.text(0.012, 0.1 / height, "\n".join(footer), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
+        footnote(figure, footer, height)
         return figure
 
 
@@ -86,20 +91,14 @@ def _label_bar(axes: Axes, x: float, value: float | None, difference: float | No
 
 def _caption(results: Results) -> list[str]:
     drawn = [d for s in results.series.values() for d in s.curve]
-    requests = [d.requests for d in drawn]
-    models = model_names(results)
-    facts = [
-        f"Model: {', '.join(models)}" if models else "",
-        f"Hardware: {'; '.join(hardware_lines(results))}",
-        f"Samples per point: {span(requests)} requests",
-        versions_line(results),
-    ]
+    samples = f"Samples per point: {span([d.requests for d in drawn])} requests"
+    facts = run_facts(results, results.configurations, samples)
     if len(results.configurations) > 1:
         bases = list(dict.fromkeys(results.baselines.values()))
         facts.append(f"Differences are from {bases[0] if len(bases) == 1 else 'the first results'}")
     if any(s.answer and s.answer.provisional for s in results.series.values()):
         facts.append("Some answers are provisional")
-    return wrapped(fact for fact in facts if fact)
+    return wrapped(facts)
 
 
 def _legend_columns(configurations: list[str]) -> int:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from bench.results import PointRow, RunFiles
 from plots.data import Results, Series, hardware_lines, model_names, versions_line
 from plots.samples import Moments, read_moments
-from plots.style import INK, MUTED, STYLE, WIDTH_IN, headline, plain, wants_log, wrapped
+from plots.style import INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, wants_log, wrapped
 
 RUNNING, WAITING, KV, PREEMPTED, TTFT, GAP = "#2563eb", "#ea580c", "#059669", "#dc2626", "#9333ea", "#0891b2"
 OUTSIDE = "#f3f4f6"  # behind warm-up and last answers, which are not counted
@@ -58,7 +58,7 @@ def timeline_figure(results: Results, series: Series, point: PointRow) -> Figure
         rows[3].set_xlabel("seconds since the start of the load point")
         headline(figure, f"{series.configuration}, {series.workload}: {point.rate:.3g} req/s", height)
         figure.text(0.012, 1 - 0.48 / height, _verdict(point), fontsize=9.5, color=MUTED, va="center")
-        figure.text(0.012, 0.1 / height, "\n".join(footer), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
+        footnote(figure, footer, height)
         return figure
 
 

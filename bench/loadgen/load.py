@@ -88,7 +88,7 @@ def _run(
 
         return run_shards(job, specs, processes, observer, address_of=target.base_url)
     with generating(len(specs)):
-        loop = Loop(job, observer, Start.soon())
+        loop = Loop(job, observer, Start.soon(job.lead_ns))
         use = run_loop(loop)
     return Recording(loop.streams, specs, loop.start_ns, use, cut_short=loop.cut_short)
 

@@ -1,6 +1,7 @@
 """The loop of one generator process: one thread, one epoll set, one connection a stream, no parsing of what arrives."""
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,8 @@ from bench.loadgen.stream import State, Stream
 from bench.loadgen.target import Address
 
 LEAD_NS = 300_000_000  # from the start of the loop to time 0, so that the first connections stand in time
+_SHORT_LEAD_NS = 30_000_000  # for so few to a server on this machine that any queue of new connections takes them
+_FEW = 4
 _OPEN_AHEAD_NS = 250_000_000  # a connection is opened this long before its request is due
 _TICK_NS = 200_000_000
 _DONE_PATIENCE_NS = 1_000_000_000  # for the end of an answer that already said [DONE]
@@ -45,8 +48,8 @@ class Start:
     real_ns: int
 
     @classmethod
-    def soon(cls) -> "Start":
-        return cls(time.monotonic_ns() + LEAD_NS, time.time_ns() + LEAD_NS)
+    def soon(cls, lead_ns: int = LEAD_NS) -> "Start":
+        return cls(time.monotonic_ns() + lead_ns, time.time_ns() + lead_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,13 @@ class Job:
     time_limit_s: float
     needed: int  # it ends once this many first requests ended
     concurrency: int | None = None
+
+    @property
+    def lead_ns(self) -> int:
+        """Time to open the first connections. Spread over LEAD_NS they don't overrun a server that takes them one by
+        one: a connection it has no room for is tried again after a second only."""
+        first = self.concurrency or bisect_right(self.offsets_ns, _OPEN_AHEAD_NS)
+        return _SHORT_LEAD_NS if first <= _FEW and self.address.is_near else LEAD_NS
 
 
 class Loop:

@@ -1,5 +1,6 @@
 """Where requests go, and what they look like as bytes."""
 
+import ipaddress
 import socket
 import ssl
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class Address:
     tls: ssl.SSLContext | None
     family: socket.AddressFamily
     sockaddr: tuple[Any, ...]
+
+    @property
+    def is_near(self) -> bool:
+        """Whether a connection costs no more than a call of the system: to this machine, and without TLS."""
+        return self.tls is None and ipaddress.ip_address(self.sockaddr[0]).is_loopback
 
     @property
     def host_header(self) -> str:

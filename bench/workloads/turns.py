@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from bench.workloads.base import RequestSpec
-from bench.workloads.fields import Length, draw, id_range, length, plain, show, whole
+from bench.workloads.fields import whole
+from bench.workloads.tokens import RandomTokens
 
 DEFAULT_TURNS = 4
 DEFAULT_CONVERSATIONS = 8
@@ -24,41 +25,27 @@ class _Conversation:
     turn: int = 0
 
 
-class MultiTurn:
+class MultiTurn(RandomTokens):
     """`conversations` of `turns` turns each, side by side; `input` and `output` are the tokens of one turn."""
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int | None,
-        input: Length,
-        output: Length,
-        turns: int = DEFAULT_TURNS,
-        conversations: int = DEFAULT_CONVERSATIONS,
-    ):
-        self._ids = id_range(vocab_size)
-        self._input = length("input", input)
-        self._output = length("output", output)
+    kind = "multi-turn"
+
+    def __init__(self, *, turns: int = DEFAULT_TURNS, conversations: int = DEFAULT_CONVERSATIONS, **lengths: Any):
+        super().__init__(**lengths)
         self._turns = whole("turns", turns)
         self._conversations = whole("conversations", conversations)
 
     @property
     def name(self) -> str:
         side_by_side = f" x{self._conversations}" if self._conversations != DEFAULT_CONVERSATIONS else ""
-        return f"multi-turn {self._turns}x{show(self._input)}/{show(self._output)}{side_by_side}"
+        return f"multi-turn {self._turns}x{super().name}{side_by_side}"
 
     @property
     def max_tokens(self) -> int:
-        return self._turns * (self._input[1] + self._output[1])
+        return self._turns * super().max_tokens
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "multi-turn",
-            "input": plain(self._input),
-            "output": plain(self._output),
-            "turns": self._turns,
-            "conversations": self._conversations,
-        }
+        return super().describe() | {"turns": self._turns, "conversations": self._conversations}
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:
         rng = np.random.default_rng(seed)
@@ -79,8 +66,8 @@ class MultiTurn:
         return conversation
 
     def _turn(self, rng: np.random.Generator, conversation: _Conversation) -> RequestSpec:
-        inputs, outputs = draw(rng, self._input), draw(rng, self._output)
-        prompt = conversation.history + rng.integers(*self._ids, size=inputs).tolist()
-        conversation.history = prompt + rng.integers(*self._ids, size=outputs).tolist()
+        request = self._request(rng, conversation.history)
+        assert request.prompt_ids is not None
+        conversation.history = request.prompt_ids + self._draw(rng, request.output_tokens)
         conversation.turn += 1
-        return RequestSpec(input_tokens=len(prompt), output_tokens=outputs, prompt_ids=prompt)
+        return request

@@ -15,9 +15,9 @@ from bench.errors import BenchError
 from bench.loadgen import Target
 from bench.metrics import MetricsReader
 from bench.plan import Lengths, TimeBudget
-from bench.point import LoadPoint, PointPlan
+from bench.point import LoadPoint, PointPlan, PointState
 from bench.progress import QuietProgress
-from bench.results import RunFiles
+from bench.results import PointRow, RunFiles
 from bench.workloads import make_workload
 
 WORKLOAD = {"kind": "random", "input": 20, "output": 5}
@@ -43,6 +43,31 @@ def test_figures_and_files_of_a_closed_loop(queue_server: Any, tmp_path: Path) -
     assert (probe.phase, saved.phase, saved.concurrency) == ("probe", "closed", 4)
     assert saved.output_tok_s == pytest.approx(row.output_tok_s, rel=1e-4)
     assert len(files.read_requests(saved.point_id)) == 24
+
+
+def test_it_shows_how_far_it_is(queue_server: Any, tmp_path: Path) -> None:
+    class Watching(QuietProgress):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[tuple[str, int | None, int]] = []
+
+        def point_started(self, plan: PointPlan) -> None:
+            self.seen.append(("started", plan.requests, 0))
+
+        def point_tick(self, plan: PointPlan, state: PointState) -> None:
+            self.seen.append(("tick", plan.requests, state.finished))
+
+        def point_finished(self, row: PointRow) -> None:
+            self.seen.append(("finished", row.requests, row.completed))
+
+    server = queue_server("--slots", "4", "--service", "0.3")
+    budget, progress = TimeBudget(60.0), Watching()
+    measure_closed_loop(closed_point(server.base_url, budget), RunFiles(tmp_path), progress, 4, 12, budget)
+    assert progress.seen[0] == ("started", 12, 0)
+    assert progress.seen[-1] == ("finished", 12, 12)
+    counts = [finished for kind, _, finished in progress.seen if kind == "tick"]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
 
 
 def test_refused_requests_are_counted_and_leave_the_others(queue_server: Any, tmp_path: Path) -> None:

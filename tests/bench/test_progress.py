@@ -4,7 +4,7 @@ from rich.console import Console
 
 from bench.plan import Lengths
 from bench.point import PointPlan, PointState
-from bench.progress import ConsoleProgress, SweepProgress, points_table
+from bench.progress import ConsoleProgress, SweepProgress, point_line, points_table
 from tests.bench.rows import plain_point
 
 PLAN = PointPlan(4.0, "search", 0, Lengths(1.0, 10.0, 5.0), 1.0, cut_overload=True)
@@ -48,6 +48,23 @@ def test_a_terminal_shows_the_table_of_runs_and_the_point_under_way() -> None:
     assert "sustains 4 req/s (3.8–4.2)" in rows[1]
     assert "failed: no memory" in rows[2]
     assert sum(row.count("waiting") for row in rows) == 2
+
+
+def test_a_closed_loop_counts_its_requests() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    progress = ConsoleProgress(console)
+    plan = PointPlan(
+        1.0, "closed", 0, Lengths(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=16, requests=64
+    )  # fmt: skip
+    progress.point_started(plan)
+    progress.point_tick(plan, PointState(3.2, 40, 38, 22, 2, None))
+    row = plain_point(phase="closed", sustained=None, concurrency=16, reason="16 at a time")
+    progress.point_finished(row)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "16 at a time · 24 of 64 requests · 3 s" in said
+    assert "failed 2" in said
+    assert point_line(row).plain.startswith("· closed")
+    assert point_line(plain_point(phase="closed", sustained=None, concurrency=16, valid=False)).plain.startswith("? ")
 
 
 def test_a_pipe_gets_one_line_a_point() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from bench.loadgen import Target
 from bench.progress import QuietProgress
 from bench.results import RunFiles, ServerState, Summary
-from bench.run import BenchOptions, measure_configuration
+from bench.run import BenchOptions, Subject, measure_configuration
 from bench.server import ServerProcess
 from bench.workloads import make_workload
 from tests.plots.made import Server, make_point
@@ -40,7 +40,7 @@ def test_a_run_keeps_what_the_server_said_during_each_point(
     server, files = queue_server("--slots", "2", "--service", "0.1"), RunFiles(tmp_path)
     workload = make_workload({"kind": "random", "input": 20, "output": 5}, 1000)
     options = BenchOptions(precision=0.2, rates=[10.0, 40.0], window_s=1.5)
-    measure_configuration(Target(server.base_url, "stub"), workload, options, files, "c", QuietProgress())
+    measure_configuration(Subject(Target(server.base_url, "stub"), workload, "c", options, files, QuietProgress()))
     points = [p for p in files.read_points() if p.phase == "fixed"]
     assert len(points) == 2
     for point in points:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from bench.loadgen import Target
 from bench.point import PointPlan
 from bench.progress import QuietProgress, failed_requests, failure_words
 from bench.results import Answer, PointRow, RunFiles
-from bench.run import BenchOptions, LostServerError, measure_configuration, measure_ladder
+from bench.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
 from bench.server import ServerProcess
 from bench.workloads import Workload, make_workload
 
@@ -35,9 +36,8 @@ def measure(
 ) -> tuple[Answer | None, list[PointRow], Counting]:
     progress, files = Counting(), RunFiles(folder)
     chosen = BenchOptions(**({"precision": 0.2, "max_minutes": 2.0} | options))  # type: ignore[arg-type]
-    answer = measure_configuration(
-        Target(server.base_url, "stub"), SHORT, chosen, files, "c", progress, finished or []
-    )  # fmt: skip
+    subject = Subject(Target(server.base_url, "stub"), SHORT, "c", chosen, files, progress)
+    answer = measure_configuration(subject, finished or [])
     return answer, files.read_points(), progress
 
 
@@ -148,12 +148,13 @@ def test_time_out_reports_the_bracket(queue_server: Start, tmp_path: Path) -> No
 def test_a_ladder_alone_at_given_rates(queue_server: Start, tmp_path: Path) -> None:
     server, files = queue_server("--slots", "4", "--service", "0.1"), RunFiles(tmp_path)
     options = BenchOptions(precision=0.2, ladder_rates=[10.0, 80.0], window_s=1.0)
-    rows = measure_ladder(Target(server.base_url, "stub"), SHORT, options, files, "c", QuietProgress())
+    subject = Subject(Target(server.base_url, "stub"), SHORT, "c", options, files, QuietProgress())
+    rows = measure_ladder(subject)
     assert [(r.phase, r.rate, r.sustained) for r in rows] == [("ladder", 10.0, True), ("ladder", 80.0, False)]
     assert rows[1].window_s == pytest.approx(1.0)  # overloaded, and yet not cut
     kept = files.read_points()
     progress = Counting()
-    again = measure_ladder(Target(server.base_url, "stub"), SHORT, options, files, "c", progress, kept)
+    again = measure_ladder(replace(subject, progress=progress), kept)
     assert [r.point_id for r in again] == [r.point_id for r in rows]
     assert progress.started == []
 

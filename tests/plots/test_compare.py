@@ -154,6 +154,25 @@ def test_what_was_not_measured_fails_its_condition(make_run: Callable[..., Path]
     assert failed_conditions(load([a, b]), ["itl_p99>+5%"])
 
 
+def test_goodput_is_compared_where_there_were_limits(make_run: Callable[..., Path]) -> None:
+    a, b = make_run("a"), make_run("b")
+    for folder, factor in ((a, 1.0), (b, 0.9)):
+        edited(folder, lambda p, f=factor: replace(p, goodput=f * p.rate))
+    (comparison,) = compare(load([a, b]))
+    assert comparison.metrics[-1].key == "goodput"
+    assert_close(comparison.rows[f"b: {ON}"]["goodput"].difference, -10.0, 1e-4)
+    assert len(failed_conditions(load([a, b]), ["goodput<-5%"])) == 2
+    assert failed_conditions(load([a, b]), ["goodput < -15 %", "goodput<0.5"]) == []
+
+
+def test_goodput_without_limits_is_not_shown_and_fails_its_condition(demo: Path) -> None:
+    results = load([demo])
+    (comparison,) = compare(results)
+    assert "goodput" not in [m.key for m in comparison.metrics]
+    assert all("it needs limits (--slo" in line for line in failed_conditions(results, ["goodput<3"]))
+    assert len(failed_conditions(results, ["goodput<3"])) == 2
+
+
 def test_nothing_to_compare(make_run: Callable[..., Path]) -> None:
     with pytest.raises(ReportError, match="nothing to compare"):
         failed_conditions(load([make_run("a", servers={"one": Server(3)})]), ["rate<-5%"])

@@ -4,6 +4,7 @@ import gc
 import json
 import select
 import socket
+import ssl
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from bench.errors import BenchError
 from bench.loadgen import Target, alarm, connection, run_load
+from bench.loadgen.loop import LEAD_NS, Job
+from bench.loadgen.target import Address
 from bench.workloads import RequestSpec
 
 EVER = (0.0, float("inf"))
@@ -162,6 +165,24 @@ def test_connection_refused() -> None:
 def test_unknown_host() -> None:
     with pytest.raises(BenchError, match=r"no-such-host\.invalid.*--url"):
         run_load(Target("http://no-such-host.invalid:1", "m"), [], np.array([]), observer=Quiet(), time_limit_s=1)
+
+
+def test_few_connections_to_this_machine_need_little_lead() -> None:
+    near, far = (Address("h", 1, "", None, socket.AF_INET, (ip, 1)) for ip in ("127.0.0.1", "192.0.2.1"))
+    moments = [0, 100_000_000, 200_000_000, 220_000_000, 9_000_000_000]
+    assert Job(near, [b""] * 5, moments, 1.0, 5).lead_ns < LEAD_NS / 5
+    assert Job(near, [b""] * 6, [0, *moments], 1.0, 6).lead_ns == LEAD_NS
+    assert Job(near, [b""] * 9, [], 1.0, 9, concurrency=9).lead_ns == LEAD_NS
+    assert Job(far, [b""], [0], 1.0, 1).lead_ns == LEAD_NS
+    tls = Address("h", 1, "", ssl.create_default_context(), socket.AF_INET6, ("::1", 1, 0, 0))
+    assert Job(tls, [b""], [0], 1.0, 1).lead_ns == LEAD_NS
+
+
+def test_the_first_sends_are_in_time(known_server: Any) -> None:
+    """With as little lead as there is, every connection stands before its request is due."""
+    rows = known_server.run([2] * 4).rows(EVER)
+    assert len(rows) == 4
+    assert max(row.sent_s - row.intended_s for row in rows) < SLACK_S
 
 
 def test_nothing_to_send(known_server: Any) -> None:

@@ -32,6 +32,11 @@ class Cache:
         self.known: set[tuple[int, ...]] = set()
         self.queries = 0
         self.hits = 0
+        self.running = 0
+
+    def count(self, change: int) -> None:
+        with self.lock:
+            self.running += change
 
     def add(self, ids: list[int], row: dict) -> None:
         with self.lock:
@@ -54,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             self.whole({"data": [card | ({"vocab_size": WORDS} if self.vocabulary else {})]})
         elif self.path == "/metrics":
             counters = {"prefix_cache_queries_total": self.cache.queries, "prefix_cache_hits_total": self.cache.hits}
-            gauges = {"num_requests_running": 0, "num_requests_waiting": 0, "num_preemptions_total": 0}
+            gauges = {"num_requests_running": self.cache.running, "num_requests_waiting": 0, "num_preemptions_total": 0}
             self.whole("".join(f"vllm:{name} {value}\n" for name, value in (counters | gauges).items()))
         else:
             self.whole("ok")
@@ -65,6 +70,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             self.whole({"tokens": word_ids(asked["prompt"])})
             return
+        self.cache.count(1)
+        try:
+            self.complete(asked, body)
+        finally:
+            self.cache.count(-1)
+
+    def complete(self, asked: dict, body: bytes) -> None:
         pictures: list[dict] = []
         ids = self.read(asked, pictures)
         row = {"path": self.path, "sha": hashlib.sha256(body).hexdigest(), "tokens": len(ids), "pictures": pictures}

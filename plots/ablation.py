@@ -1,0 +1,208 @@
+"""What each part of the engine is worth: one taken away at a time, at one request rate, against the whole."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from bench.results import PointRow
+from plots.compare import METRICS, Metric, percent, percent_words, points_at_one_rate
+from plots.data import Results, Run, Series, run_facts
+from plots.style import COLOURS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
+
+COLUMNS = tuple(m for key in ("rate", "itl_p99", "ttft_p99") for m in METRICS if m.key == key)
+
+_NAMES_IN, _PANEL_IN, _WORDS_IN = 3.3, 1.08, 1.14  # widths of a row's name, of a panel's dots, of the words beside them
+_TITLES = {"rate": "Sustained rate", "itl_p99": "P99 ITL", "ttft_p99": "P99 TTFT"}
+_ROW_IN = 0.42
+_FARTHEST = 2.0  # x the highest value: an interval that reaches further leaves the panel
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A value and its 95 % interval; `difference` is from the whole engine's, in percent."""
+
+    value: float | None
+    low: float = math.nan
+    high: float = math.nan
+    sustained: bool = True
+    difference: float | None = None
+    clear: bool = False  # the two intervals lie apart
+
+
+@dataclass(frozen=True, slots=True)
+class AblationRow:
+    """One configuration: the whole engine, one without a part, or one without any."""
+
+    configuration: str
+    note: str
+    cells: dict[str, Measured]  # metric key -> value
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """The rows of one workload, the whole engine first."""
+
+    workload: str
+    at: str  # in words: the rate of the latencies
+    rows: list[AblationRow]
+    series: list[Series]
+    points: list[PointRow]
+
+    @property
+    def heading(self) -> str:
+        return f"{self.workload}: one part taken away at a time, latencies {self.at}"
+
+
+def ablations(results: Results) -> list[Ablation]:
+    """One a workload for every results folder whose configurations take parts away (`ablate`)."""
+    found = []
+    for run in results.runs:
+        members = _members(run)
+        for workload in results.workloads if members else []:
+            series = [results.series[c, workload] for c in members if (c, workload) in results.series]
+            if len(series) > 1 and series[0].configuration == members[0]:
+                found.append(_ablation(results, workload, series))
+    return found
+
+
+def ablation_figure(results: Results, ablation: Ablation) -> Figure:
+    """A row a configuration; the sustained rate, P99 ITL and P99 TTFT, each with its difference from the whole."""
+    rows = ablation.rows
+    with matplotlib.rc_context(STYLE):
+        footer = _caption(results, ablation)
+        head, foot = 0.85, 0.75 + 0.17 * len(footer)
+        body = _ROW_IN * len(rows)
+        height = head + body + foot
+        figure = Figure(figsize=(WIDTH_IN, height))
+        for i, metric in enumerate(COLUMNS):
+            left = _NAMES_IN + i * (_PANEL_IN + _WORDS_IN)
+            axes = figure.add_axes((left / WIDTH_IN, foot / height, _PANEL_IN / WIDTH_IN, body / height))
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.set_yticks([])
+            _draw_dots(axes, metric, rows)
+            if i == 0:
+                _name_rows(axes, rows)
+        title = results.title if ablation.workload in results.title else f"{results.title}: {ablation.workload}"
+        headline(figure, title, height)
+        footnote(figure, footer, height)
+        return figure
+
+
+def _members(run: Run) -> list[str]:
+    """The labels that belong together: the first configuration that is whole, then those without a part or all of them;
+    empty where none takes a part away."""
+    whole, without, removes = "", [], False
+    for name, label in run.labels.items():
+        serve = run.summary.configurations.get(name, {}).get("serve")
+        flags = {str(k).replace("_", "-"): v for k, v in serve.items()} if isinstance(serve, dict) else {}
+        removes |= bool(flags.get("ablate"))
+        if flags.get("ablate") or flags.get("engine", "v1") != "v1":
+            without.append(label)
+        else:
+            whole = whole or label
+    return [whole, *without] if whole and removes else []
+
+
+def _ablation(results: Results, workload: str, series: list[Series]) -> Ablation:
+    chosen, at = points_at_one_rate(series)
+    points = {s.configuration: p for s, p in chosen}
+    base: dict[str, Measured] = {}
+    rows = []
+    for s in series:
+        cells = _measured(s, points.get(s.configuration))
+        cells = {key: _against(cell, base.get(key)) for key, cell in cells.items()}
+        base = base or cells
+        rows.append(AblationRow(s.configuration, str(results.details(s.configuration).get("note") or ""), cells))
+    return Ablation(workload, at, rows, series, list(points.values()))
+
+
+def _measured(series: Series, point: PointRow | None) -> dict[str, Measured]:
+    answer = series.answer
+    cells = {metric.key: Measured(None) for metric in COLUMNS}
+    if answer is not None and answer.rate is not None:
+        cells["rate"] = Measured(answer.rate, answer.low, math.nan if answer.high is None else answer.high)
+    if point is not None:
+        sustained = series.sustained(point)
+        for key in ("itl_p99", "ttft_p99"):
+            value, low, high = (float(getattr(point, f"{key}_{part}ms")) for part in ("", "low_", "high_"))
+            if math.isfinite(value):
+                cells[key] = Measured(value, low, high, sustained)
+    return cells
+
+
+def _against(cell: Measured, base: Measured | None) -> Measured:
+    if base is None:
+        return cell
+    apart = cell.low > base.high or cell.high < base.low  # False where an end is not known
+    difference = percent(cell.value, base.value)
+    return Measured(cell.value, cell.low, cell.high, cell.sustained, difference, apart and difference is not None)
+
+
+def _draw_dots(axes: Axes, metric: Metric, rows: list[AblationRow]) -> None:
+    cells = [row.cells[metric.key] for row in rows]
+    values = [cell.value for cell in cells if cell.value is not None]
+    axes.set_title(_TITLES[metric.key], fontsize=10.5)
+    axes.set_xlabel(f"{metric.unit} ({'higher' if metric.higher_is_better else 'lower'} is better)", fontsize=8.5)
+    axes.tick_params(axis="x", labelsize=8.5)
+    for place, cell in enumerate(cells):
+        _write_beside(axes, place, cell)
+        if cell.value is None:
+            continue
+        colour = INK if place == 0 else COLOURS[0]
+        if math.isfinite(cell.low) and math.isfinite(cell.high):
+            axes.hlines(place, cell.low, cell.high, color=colour, alpha=0.5, linewidth=1.4, zorder=2)
+        face = colour if cell.sustained else "white"
+        axes.plot(cell.value, place, "o", color=colour, markerfacecolor=face, markersize=6, zorder=3)
+    if cells[0].value is not None:
+        axes.axvline(cells[0].value, color=INK, linestyle=(0, (4, 3)), linewidth=1.0, alpha=0.7, zorder=1)
+    _scale(axes, values, [cell.high for cell in cells if math.isfinite(cell.high)])
+
+
+def _scale(axes: Axes, values: list[float], highs: list[float]) -> None:
+    top = max(values, default=1.0)
+    reach = max(top, min(max(highs, default=top), _FARTHEST * top))
+    if wants_log(values):
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 1.6, reach * 1.4)
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(0, reach * 1.08)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+
+
+def _write_beside(axes: Axes, place: int, cell: Measured) -> None:
+    """The value, and its difference in bold where it is more than chance."""
+    how: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "fontsize": 9}
+    axes.annotate(plain(cell.value) if cell.value is not None else "–", (1, place), (6, 0), **how)
+    if cell.difference is not None:
+        look: Any = {"weight": "bold"} if cell.clear else {"color": MUTED}
+        axes.annotate(percent_words(cell.difference), (1, place), (37, 0), **how, **look)
+
+
+def _name_rows(axes: Axes, rows: list[AblationRow]) -> None:
+    how: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right", "va": "center"}
+    for place, row in enumerate(rows):
+        axes.annotate(row.configuration, (0, place), (-9, 5.5 if row.note else 0), fontsize=10, weight="bold", **how)
+        if row.note:
+            axes.annotate(row.note, (0, place), (-9, -6), fontsize=8, color=MUTED, **how)
+
+
+def _caption(results: Results, ablation: Ablation) -> list[str]:
+    names = [row.configuration for row in ablation.rows]
+    samples = f"Samples behind the latencies: {span([p.requests for p in ablation.points])} requests each"
+    reading = [
+        f"P99s {ablation.at}",
+        f"Dashed: {names[0]}, from which differences are",
+        "Lines: 95 % intervals; of a rate, up to the lowest that failed",
+        f"Bold: its interval and that of {names[0]} lie apart",
+    ]
+    if any(not cell.sustained for row in ablation.rows for cell in row.cells.values()):
+        reading.append("Hollow: the rate was not sustained")
+    return [*wrapped(run_facts(results, names, samples)), *wrapped(reading)]

@@ -1,0 +1,124 @@
+"""How a step's time is shared out between the device and the rest, by model size and engine: `make bench-share`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from plots.data import ReportError
+from plots.style import COLOURS, STYLE, WIDTH_IN, footnote, headline, legend_below_headline, plain, save, wrapped
+
+DEVICE, OUTSIDE, CORE, FRONT_END = "#cbd5e1", COLOURS[1], COLOURS[0], COLOURS[3]
+TIME_PARTS = (("device_ms", "device busy", DEVICE), ("outside_ms", "outside the device", OUTSIDE))
+CPU_PARTS = (("core_ms", "core (CPU time)", CORE), ("frontend_ms", "front end (CPU time)", FRONT_END))
+_BAR_IN, _APART = 0.3, 0.6  # height of a bar; space between models, in bars
+_NAMES_IN = 1.55
+
+
+def save_share_figure(results: Path, picture: Path) -> list[Path]:
+    """Draw the rows of `results` (bench-share.json) as PNG and SVG; ReportError if there are none."""
+    try:
+        rows = json.loads(results.read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{results} can't be read: {error}") from error
+    if not rows:
+        raise ReportError(f"{results} holds no rows")
+    return save(share_figure(rows), picture)
+
+
+def share_figure(rows: list[dict[str, Any]]) -> Figure:
+    """On the left a step's wall time, on the right what else ran meanwhile; both in percent of the step."""
+    places = _places(rows)
+    with matplotlib.rc_context(STYLE):
+        footer = _caption(rows)
+        head, foot = 1.05, 0.8 + 0.17 * len(footer)
+        body = _BAR_IN * (places[-1] + 1)
+        height = head + body + foot
+        figure = Figure(figsize=(WIDTH_IN, height))
+        panels = []
+        for left, width in ((_NAMES_IN, 4.5), (_NAMES_IN + 5.25, 2.5)):
+            axes = figure.add_axes((left / WIDTH_IN, foot / height, width / WIDTH_IN, body / height))
+            axes.set_ylim(places[-1] + 0.5, -0.5)
+            axes.set_yticks([])
+            axes.grid(axis="y", visible=False)
+            axes.set_xlabel("% of the step")
+            panels.append(axes)
+        _draw_time(panels[0], rows, places)
+        _draw_cpu(panels[1], rows, places)
+        _name(panels[0], rows, places)
+        headline(figure, "How much of a step passes outside the device", height)
+        handles = [Patch(color=colour, label=name) for _, name, colour in (*TIME_PARTS, *CPU_PARTS)]
+        legend_below_headline(figure, handles, height, ncols=4, handlelength=1.1, handleheight=1.0)
+        footnote(figure, footer, height)
+        return figure
+
+
+def _places(rows: list[dict[str, Any]]) -> list[float]:
+    """Where bars lie, from the top: those of one model together."""
+    places: list[float] = []
+    for i, row in enumerate(rows):
+        step = 1 + _APART * (row["layers"] != rows[i - 1]["layers"]) if i else 0
+        places.append((places[-1] if i else 0.0) + step)
+    return places
+
+
+def _draw_time(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
+    axes.set_title("Time of a step")
+    axes.set_xlim(0, 100)
+    for row, place in zip(rows, places, strict=True):
+        device = 100 * row["device_ms"] / row["step_ms"]
+        axes.barh(place, device, 0.86, color=DEVICE)
+        axes.barh(place, 100 - device, 0.86, left=device, color=OUTSIDE)
+        words = f"{plain(row['step_ms'])} ms, {_percent(100 - device)} of it outside"
+        axes.annotate(words, (0, place), (6, 0), textcoords="offset points", fontsize=9, va="center")
+
+
+def _draw_cpu(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
+    axes.set_title("CPU time beside it")
+    sums = []
+    for row, place in zip(rows, places, strict=True):
+        shares = [100 * row[key] / row["step_ms"] for key, _, _ in CPU_PARTS]
+        axes.barh(place, shares[0], 0.86, color=CORE)
+        axes.barh(place, shares[1], 0.86, left=shares[0], color=FRONT_END)
+        sums.append(sum(shares))
+        words = " + ".join(f"{plain(row[key])}" for key, _, _ in CPU_PARTS) + " ms"
+        axes.annotate(words, (sums[-1], place), (5, 0), textcoords="offset points", fontsize=9, va="center")
+    axes.set_xlim(0, max(sums) * 1.75)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+
+
+def _name(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
+    how: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right", "va": "center"}
+    groups: dict[int, list[float]] = {}
+    for row, place in zip(rows, places, strict=True):
+        axes.annotate(row["engine"], (0, place), (-7, 0), fontsize=10, **how)
+        groups.setdefault(row["layers"], []).append(place)
+    for layers, own in groups.items():
+        middle = sum(own) / len(own)
+        axes.annotate(f"{layers} layers", (0, middle), (-32, 0), fontsize=10, weight="bold", **how)
+
+
+def _caption(rows: list[dict[str, Any]]) -> list[str]:
+    first = rows[0]
+    facts = [
+        f"Model: {first['model']} with so many layers (random weights)",
+        f"Hardware: {first['hardware']}",
+        f"A step: one token for each of {first['streams']} requests over HTTP, all decoding",
+        f"Medians of {first['rounds']} runs of {round(min(row['steps'] for row in rows))} steps and more",
+    ]
+    reading = [
+        "Outside the device: the time of a step in which the device, on a core of its own, had nothing to do",
+        "Device busy: as its thread sees it, waits for Python's lock included",
+        "CPU times may overlap with the device's: only what it waits for costs time",
+    ]
+    return [*wrapped(facts), *wrapped(reading)]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0f} %" if value >= 9.95 else f"{value:.1f} %"
