@@ -1,6 +1,7 @@
 """`redline serve`: an OpenAI-compatible server for one model."""
 
 import signal
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -9,11 +10,19 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.options import SIZE, GroupedCommand, GroupedOption
-from engine.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from engine.config import DEVICES, DTYPES, ENGINES, LOAD_FORMATS, REMOVALS, SCHEDULING_POLICIES, EngineConfig
 
 FILE_WIDTH = 200
+STEP_TIMEOUT_S = 300.0
 
-SERVER, MODEL, MEMORY, ARTICLES = "Server", "Model", "Memory and scheduling", "Taken from vLLM's commands"
+SERVER, LOG, MODEL, MEMORY = "Server", "Log and watchdog", "Model", "Memory and scheduling"
+BASELINE, ARTICLES = "V0 baseline", "Taken from vLLM's commands"
+
+
+def split_commas(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Values of an option that may be repeated and may hold several with commas between."""
+    names = (name.strip().replace("_", "-") for value in values for name in value.split(","))
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def option(group: str, *names: str, **settings: Any) -> Any:
@@ -26,6 +35,37 @@ def option(group: str, *names: str, **settings: Any) -> Any:
 @option(SERVER, "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @option(SERVER, "--served-model-name", help="Name of the model for clients [default: as given].")
 @option(SERVER, "--api-key", help="Key that clients must send as a bearer token.")
+@option(
+    SERVER,
+    "--api-servers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    help="API processes in front of the one engine.",
+)
+@option(
+    LOG,
+    "--disable-log-stats",
+    is_flag=True,
+    help="No line of figures every 10 s of traffic.",
+)
+@option(
+    LOG,
+    "--enable-log-requests/--disable-log-requests",
+    "log_requests",
+    default=True,
+    show_default=True,
+    help="A line of JSON for each request that ended.",
+)
+@option(
+    LOG,
+    "--step-timeout",
+    default=STEP_TIMEOUT_S,
+    show_default=True,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="A step that takes longer is named, with all stacks; after as long again the server ends. 0: never.",
+)
 @option(MODEL, "--model", "model_option", help="The model, instead of the argument.")
 @option(MODEL, "--tokenizer", help="Folder of another tokenizer than the model's.")
 @option(
@@ -62,6 +102,42 @@ def option(group: str, *names: str, **settings: Any) -> Any:
     help="Reuse the KV cache of equal beginnings.",
 )
 @option(
+    MEMORY,
+    "--scheduling-policy",
+    default="fcfs",
+    show_default=True,
+    type=click.Choice(SCHEDULING_POLICIES),
+    help="Who gets a row first: who came first, or whose request says the lowest priority.",
+)
+@option(
+    BASELINE,
+    "--engine",
+    default="v1",
+    show_default=True,
+    type=click.Choice(ENGINES),
+    help="v0 does without all of what --ablate names.",
+)
+@option(
+    BASELINE,
+    "--ablate",
+    multiple=True,
+    metavar="NAME,…",
+    callback=split_commas,
+    help=f"Take parts from V1: {', '.join(REMOVALS)}.",
+)
+@option(
+    BASELINE,
+    "--num-scheduler-steps",
+    type=int,
+    help="With --engine v0: steps for each time the scheduler runs.",
+)
+@option(
+    BASELINE,
+    "--enable-chunked-prefill/--no-enable-chunked-prefill",
+    default=None,
+    help="With --engine v0: prompts in chunks, beside the decodes.",
+)
+@option(
     ARTICLES,
     "--tokenizer-mode",
     default="auto",
@@ -75,6 +151,10 @@ def command(
     host: str,
     port: int,
     api_key: str | None,
+    api_servers: int,
+    disable_log_stats: bool,
+    log_requests: bool,
+    step_timeout: float,
     tokenizer_mode: str,
     limit_mm_per_prompt: str | None,
     **settings: Any,
@@ -88,24 +168,48 @@ def command(
         notes.append(f"--tokenizer-mode {tokenizer_mode} changes nothing: the model folder's own tokenizer is used")
     if limit_mm_per_prompt is not None:
         notes.append("--limit-mm-per-prompt changes nothing: no model with images is served yet")
-    return serve(config, host, port, api_key, notes)
+    return serve(
+        config, Serving(host, port, api_key, api_servers, not disable_log_stats, log_requests, step_timeout), notes
+    )
 
 
-def serve(config: EngineConfig, host: str, port: int, api_key: str | None, notes: list[str]) -> int:
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What concerns the server, not the engine."""
+
+    host: str
+    port: int
+    api_key: str | None
+    api_servers: int
+    log_stats: bool
+    log_requests: bool
+    step_timeout_s: float
+
+
+def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     # Only now: `redline serve --help` needs none of it.
-    from engine.api.server import ServerRun, bind
+    from engine.api.run import ServeOptions, ServerRun
+    from engine.api.server import bind_all
+    from engine.frontend.logs import log_to_stderr
     from engine.frontend.start import start_engine
 
     console = make_console()
-    listener = bind(host, port)
+    listeners = bind_all(serving.host, serving.port, serving.api_servers)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell that started us ignores Ctrl-C
         signal.signal(number, interrupt)
+    log_to_stderr()
     for note in notes:
         console.print(f"note: {note}", markup=False)
     with console.status(f"starting {config.model}") as status:
-        engine = start_engine(config, progress=status.update)
+        engine = start_engine(
+            config,
+            progress=status.update,
+            front_ends=serving.api_servers,
+            step_timeout_s=serving.step_timeout_s,
+        )
     show_start(console, engine)
-    return ServerRun(engine, listener, api_key, lambda line: console.print(line, markup=False)).run()
+    options = ServeOptions(serving.api_key, serving.log_stats, serving.log_requests)
+    return ServerRun(engine, listeners, options, lambda line: console.print(line, markup=False)).run()
 
 
 def make_console() -> Console:
@@ -136,12 +240,34 @@ def show_start(console: Console, engine: Any) -> None:
             "--max-num-seqs, --max-num-batched-tokens",
         ),
         ("prefix caching", "on" if ready.prefix_caching else "off", "--no-enable-prefix-caching"),
+        *baseline(engine.config, ready),
         ("start", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in ready.seconds), ""),
     ]:
         table.add_row(what, value, f"[dim]{flag}[/dim]")
     console.print(table)
     for warning in engine.warnings:
         console.print(f"warning: {warning}", markup=False)
+
+
+def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:
+    """Lines for what the engine does otherwise than V1: none for V1 itself."""
+    lines = []
+    if config.engine == "v0":
+        budget = f"a budget of {ready.max_num_batched_tokens:,} tokens"
+        prefill = f"prompts whole, apart from decodes, {budget} for the prompts of a step"
+        if config.enable_chunked_prefill:
+            prefill = f"prompts in chunks beside the decodes, {budget}"
+        lines.append(("engine", "V0 as it was, emulated", "--engine"))
+        lines.append(("  prefill", prefill, "--enable-chunked-prefill"))
+        steps = ready.scheduler_steps
+        lines.append(("  decode", f"{steps} step{'s' if steps > 1 else ''} at a time", "--num-scheduler-steps"))
+    elif config.removals:
+        lines.append(("engine", "V1 without parts of it", "--ablate"))
+    for name, what in REMOVALS.items():
+        if name in config.removals:
+            extra = f" ({(ready.num_blocks + 1) // 100:,} of {ready.num_blocks:,})" if name == "watermark" else ""
+            lines.append((f"  {name}", what + extra, ""))
+    return lines
 
 
 def fitting_sequences(ready: Any) -> int:

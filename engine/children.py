@@ -4,12 +4,13 @@ stdin stays open as long as the parent lives, so that a child whose parent is go
 instead of `multiprocessing`: a user's script needs no `__main__` guard.
 """
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, BinaryIO
 
@@ -67,11 +68,16 @@ def leave_signals_to_parent() -> None:
     """A Ctrl-C reaches the whole terminal group; the parent decides when its children end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore)
+    # The stacks of all threads, also of one that never comes back to Python.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
-def end_with_parent() -> None:
-    """Watch stdin, once the orders were read: it ends when the parent does, however it did."""
-    threading.Thread(target=_wait_for_end, name="parent-watch", daemon=True).start()
+def end_with_parent(on_line: Callable[[str], None] | None = None) -> None:
+    """Watch stdin, once the orders were read: it ends when the parent does, however it did.
+
+    `on_line` gets, from a thread, what the parent writes meanwhile.
+    """
+    threading.Thread(target=_wait_for_end, args=(on_line,), name="parent-watch", daemon=True).start()
 
 
 def settle() -> None:
@@ -86,9 +92,13 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
     pass
 
 
-def _wait_for_end() -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin: its lock would be held at exit
-        pass
+def _wait_for_end(on_line: Callable[[str], None] | None) -> None:
+    begun = b""
+    while data := os.read(sys.stdin.fileno(), 4096):  # not through sys.stdin: its lock would be held at exit
+        *lines, begun = (begun + data).split(b"\n")
+        for line in lines:
+            if on_line is not None:
+                on_line(line.decode())
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -14,6 +14,22 @@ DTYPES: tuple[str, ...] = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
 DEVICES: tuple[str, ...] = ("auto", "cpu")
 
+ENGINES: tuple[str, ...] = ("v1", "v0")
+SCHEDULING_POLICIES: tuple[str, ...] = ("fcfs", "priority")
+
+# What V0 did without, or did otherwise: each can be taken from V1 alone (--ablate), all together are --engine v0.
+REMOVALS: dict[str, str] = {
+    "no-chunking": "a prompt is computed whole in one step",
+    "prefill-first": "while prompts are computed, no running request gets a token",
+    "no-run-ahead": "a step is planned only when the tokens of the one before are known",
+    "inline-frontend": "texts are tokenised and detokenised in the engine's loop",
+    "full-state": "workers keep nothing: each step sends every request whole",
+    "no-prefix-cache": "equal beginnings are computed again",
+    "no-encoder-cache": "equal images are encoded again",
+    "watermark": "1 % of the blocks stay free when a request is admitted",
+}
+CHUNKING = ("no-chunking", "prefill-first")  # what --enable-chunked-prefill gives back to V0
+
 KV_ALLOCATION = "--kv-cache-memory-bytes"
 
 
@@ -37,8 +53,14 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     device: Device = "auto"
     num_layers: int | None = None  # with dummy weights: fewer layers than the config says
+    scheduling_policy: str = "fcfs"
+    engine: str = "v1"
+    ablate: tuple[str, ...] = ()  # of REMOVALS
+    num_scheduler_steps: int | None = None  # with v0: steps for each time the scheduler runs
+    enable_chunked_prefill: bool | None = None  # with v0: V0's own chunked prefill, off by default as it was
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ablate", tuple(self.ablate))  # a list, where it came as a message
         for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_layers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -56,9 +78,38 @@ class EngineConfig:
                 f"--max-num-batched-tokens ({budget}) must not be below --max-num-seqs ({rows}): "
                 "each running request needs one token a step"
             )
-        for name, allowed in (("dtype", DTYPES), ("load_format", LOAD_FORMATS), ("device", DEVICES)):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        for removal in self.ablate:
+            if removal not in REMOVALS:
+                raise ConfigError(f"--ablate must be of {', '.join(REMOVALS)}, not {removal!r}")
+        if self.engine == "v1" and self.num_scheduler_steps is not None:
+            raise ConfigError(
+                "--num-scheduler-steps needs --engine v0: V1 plans each step while the one before runs, and takes "
+                "several at once by itself when nothing waits"
+            )
+        if self.engine == "v1" and self.enable_chunked_prefill is not None:
+            raise ConfigError(
+                "--enable-chunked-prefill needs --engine v0: V1 always computes prompts in chunks of the budget "
+                "(--ablate no-chunking takes that away)"
+            )
+        if self.engine == "v0" and self.ablate:
+            raise ConfigError("--ablate takes parts from V1: --engine v0 is without all of them already")
+        if self.num_scheduler_steps is not None and self.num_scheduler_steps < 1:
+            raise ConfigError(f"--num-scheduler-steps must be at least 1, not {self.num_scheduler_steps}")
+        if (self.num_scheduler_steps or 1) > 1 and self.enable_chunked_prefill:
+            raise ConfigError("--num-scheduler-steps and --enable-chunked-prefill exclude each other, as in V0")
+
+    @property
+    def removals(self) -> frozenset[str]:
+        """What this engine does without."""
+        if self.engine == "v1":
+            return frozenset(self.ablate)
+        return frozenset(REMOVALS) - (frozenset(CHUNKING) if self.enable_chunked_prefill else frozenset())
 
     def describe(self) -> dict[str, Any]:
         """Plain data, for the start table and result files."""
@@ -68,6 +119,15 @@ class EngineConfig:
     def name(self) -> str:
         """The name clients use for the model."""
         return self.served_model_name or self.model
+
+
+_CHOICES = {
+    "dtype": DTYPES,
+    "load_format": LOAD_FORMATS,
+    "device": DEVICES,
+    "engine": ENGINES,
+    "scheduling_policy": SCHEDULING_POLICIES,
+}
 
 
 def flag(field: str) -> str:
@@ -86,3 +146,10 @@ class ResolvedConfig:
     block_size: int
     num_blocks: int  # with the null block, number 0
     enable_prefix_caching: bool
+    encoder_cache_tokens: int = 0  # embeddings of items that stay on the device; 0: as many as the budget
+    scheduling_policy: str = "fcfs"
+    removals: frozenset[str] = frozenset()
+    scheduler_steps: int = 1  # steps for each time the scheduler runs; only V0's
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "removals", frozenset(self.removals))  # a list, where it came as a message

@@ -4,9 +4,11 @@ The EngineCore is a child that gets its orders on stdin (one msgpack map) and re
 that ended it (see `engine.children`).
 """
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,13 +24,15 @@ import zmq
 from engine import children
 from engine.children import Failure, framed, read_framed
 from engine.clock import MonotonicClock
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError
 from engine.messages import Ready, Shutdown, encode
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
+    from engine.frontend.inline import InlineTexts
 
+STEP_TIMEOUT_S = 300.0  # of the watchdog; generous, since a long prompt on a slow machine is no fault
 STOP_GRACE_S = 5.0  # beyond the drain, before the child is ended by force
 PROBE_S = 0.1
 
@@ -51,6 +55,7 @@ class _Orders(msgspec.Struct):
     to_core: str
     from_core: tuple[str, ...]
     report_fd: int
+    step_timeout_s: float
 
 
 class _Up(msgspec.Struct, tag="up"):
@@ -61,9 +66,9 @@ _reports = msgspec.msgpack.Decoder(_Up | Failure)
 
 
 class CoreProcess:
-    """The EngineCore in a process of its own."""
+    """The EngineCore in a process of its own; `step_timeout_s` is its watchdog's, 0 for none."""
 
-    def __init__(self, config: EngineConfig, *, front_ends: int = 1):
+    def __init__(self, config: EngineConfig, *, front_ends: int = 1, step_timeout_s: float = STEP_TIMEOUT_S):
         self._folder = tempfile.mkdtemp(prefix="redline-")
         self.endpoints = Endpoints(
             f"ipc://{self._folder}/core", tuple(f"ipc://{self._folder}/front-{i}" for i in range(front_ends))
@@ -74,7 +79,8 @@ class CoreProcess:
         report_read, report_write = os.pipe()
         self._reports = os.fdopen(report_read, "rb")
         try:
-            orders = _Orders(config.describe(), self.endpoints.to_core, self.endpoints.from_core, report_write)
+            to_core, from_core = self.endpoints.to_core, self.endpoints.from_core
+            orders = _Orders(config.describe(), to_core, from_core, report_write, step_timeout_s)
             self._child = children.spawn("engine.launch", orders, (report_write,))
         finally:
             os.close(report_write)
@@ -158,8 +164,17 @@ class CoreProcess:
 # ------------------------------------------------------------------------------------------------------ in the child
 
 
-def build_core_server(config: EngineConfig, endpoints: Endpoints) -> "tuple[CoreServer, Ready]":
-    """Load the model, plan memory, allocate, and build the server; returns it with the Ready message."""
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A core that could run."""
+
+    server: "CoreServer"
+    ready: Ready
+    ranks: tuple[int, ...]  # their processes, where they aren't this one
+
+
+def build_core_server(config: EngineConfig, endpoints: Endpoints) -> Built:
+    """Load the model, plan memory, allocate, and build the server."""
     from engine.worker.threads import bound_spinning
 
     bound_spinning()  # before anything below imports torch
@@ -180,8 +195,11 @@ def build_core_server(config: EngineConfig, endpoints: Endpoints) -> "tuple[Core
         executor = InProcessExecutor(config, facts, resolution.config)
     ledger += executor.seconds.items()
     resolved = resolution.config
-    server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core)
+    inline = build_inline(config, resolved, facts.vocab_size) if "inline-frontend" in resolved.removals else None
+    server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core, inline)
+    ranks: tuple[int, ...] = ()
     if isinstance(executor, MultiprocessExecutor):
+        ranks = tuple(executor.process_ids)
         executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
     ready = Ready(
         model_path=str(facts.path),
@@ -198,8 +216,22 @@ def build_core_server(config: EngineConfig, endpoints: Endpoints) -> "tuple[Core
         warnings=resolution.warnings,
         process_id=os.getpid(),
         seconds=tuple(ledger),
+        scheduling_policy=resolved.scheduling_policy,
+        removals=tuple(sorted(resolved.removals)),
+        scheduler_steps=resolved.scheduler_steps,
     )
-    return server, ready
+    return Built(server, ready, ranks)
+
+
+def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int) -> "InlineTexts":
+    """The front end within the core's loop, with the model's tokenizer."""
+    from pathlib import Path
+
+    from engine.frontend.inline import InlineTexts
+    from engine.frontend.tokenizer import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(Path(config.tokenizer or config.model), vocab_size)
+    return InlineTexts(tokenizer, resolved.max_model_len, vocab_size)
 
 
 def main() -> int:
@@ -218,10 +250,21 @@ def main() -> int:
 
         try:
             endpoints = Endpoints(orders.to_core, orders.from_core)
-            server, ready = build_core_server(EngineConfig(**orders.config), endpoints)
+            built = build_core_server(EngineConfig(**orders.config), endpoints)
+
+            def give_up(cause: str) -> None:
+                # What hangs can't be waited for: ranks and this process end at once, the cause first.
+                tell(Failure("EngineDeadError", cause))
+                for process in built.ranks:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+                os._exit(1)
+
+            if orders.step_timeout_s > 0:
+                built.server.watch(orders.step_timeout_s, give_up, built.ranks)
             children.settle()
-            tell(_Up(ready))
-            server.run()
+            tell(_Up(built.ready))
+            built.server.run()
         except RedlineError as error:
             tell(Failure.of(error))
             return error.exit_code

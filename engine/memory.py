@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig
-from engine.errors import OutOfMemoryError
+from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine
 from engine.model.facts import ITEMSIZE, ModelFacts
 from engine.model.split import plan_split
@@ -57,7 +57,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
 
     Raises OutOfMemoryError if one sequence of max-model-len doesn't fit, naming the flags and values that would work.
     """
-    rows, budget = _rows_and_budget(config)
+    rows, budget = _rows_and_budget(config, facts)
     block_size = config.block_size or BLOCK_SIZE
     ranks, warnings = config.tensor_parallel_size, list(facts.warnings)
     if ranks == 1:
@@ -85,7 +85,10 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
         max_num_batched_tokens=budget,
         block_size=block_size,
         num_blocks=blocks,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.removals,
+        scheduling_policy=config.scheduling_policy,
+        removals=config.removals,
+        scheduler_steps=config.num_scheduler_steps or 1,
     )
     kv_flag = f"{KV_ALLOCATION}, --gpu-memory-utilization"
     memory = (
@@ -115,11 +118,18 @@ def _device(ranks: int) -> str:
     return f"cpu ({each})" if ranks == 1 else f"cpu ({ranks} ranks of {each})"
 
 
-def _rows_and_budget(config: EngineConfig) -> tuple[int, int]:
+def _rows_and_budget(config: EngineConfig, facts: ModelFacts) -> tuple[int, int]:
     """Where only one is given, the other adapts: each row needs a token of the budget."""
     rows, budget = config.max_num_seqs, config.max_num_batched_tokens
     if rows is None:
         rows = min(ROWS, budget or ROWS)
+    if "no-chunking" in config.removals:
+        if budget is not None and budget < facts.max_model_len:
+            raise ConfigError(
+                f"without chunking a step must hold a whole prompt: --max-num-batched-tokens ({budget}) must not be "
+                f"below --max-model-len ({facts.max_model_len})"
+            )
+        return rows, budget or max(BUDGET, rows, facts.max_model_len)
     return rows, budget or max(BUDGET, rows)
 
 

@@ -75,6 +75,23 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
 # ---------------------------------------------------------------------------------------------- front end -> EngineCore
 
 
+class Writing(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How a request's tokens are written as text, for a core that does so itself."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
+class ItemRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """An item (image, audio) in a prompt: a range of placeholder tokens, as many as it has embeddings."""
+
+    hash: bytes  # of the content, with all that shapes its embeddings
+    offset: int  # its first placeholder's position
+    length: int
+    bidirectional: bool = False  # its placeholders attend to each other: they are computed in one step
+
+
 class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     handle: int
     prompt: bytes  # int32[tokens]
@@ -85,6 +102,11 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     priority: int = 0  # smaller is sooner; only a priority policy looks at it
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
     adapter: str = ""
+    # Only for a core with an inline front end: it makes `prompt` of the text, and texts of the tokens.
+    text: str = ""
+    add_special_tokens: bool = True
+    writing: Writing | None = None
+    items: tuple[ItemRef, ...] = ()  # in the order of their offsets
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -137,6 +159,14 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     warnings: tuple[str, ...] = ()
     process_id: int = 0
     seconds: tuple[tuple[str, float], ...] = ()  # start-up ledger: phase, seconds
+    scheduling_policy: str = "fcfs"
+    removals: tuple[str, ...] = ()  # of engine.config.REMOVALS
+    scheduler_steps: int = 1
+
+    @property
+    def inline(self) -> bool:
+        """Whether the core reads and writes texts itself."""
+        return "inline-frontend" in self.removals
 
 
 class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -145,6 +175,8 @@ class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
     stop_id: int = -1  # the stop token that ended it, if one of the user's did
     error: str = ""  # with ERROR: the cause, for the user
     preemptions: int = 0
+    stop: str = ""  # inline front end: the stop string that ended it
+    text: str = ""  # inline front end: what was held back until the end
 
 
 class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -153,6 +185,7 @@ class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
     handle: int
     cached_tokens: int  # prompt tokens found in the prefix cache
     waited_s: float
+    prompt_tokens: int = 0  # inline front end: of the text
 
 
 class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -197,6 +230,7 @@ class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
     admitted: tuple[Admitted, ...] = ()
     logprobs: TokenLogprobs | None = None
     stats: Stats | None = None
+    texts: tuple[str, ...] | None = None  # inline front end: one for each handle
 
 
 class UtilityResult(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=False):
@@ -211,7 +245,13 @@ class Dead(msgspec.Struct, array_like=True, frozen=True, tag=13, gc=False):
     cause: str
 
 
-FromCore = Ready | Outputs | UtilityResult | Dead
+class Hung(msgspec.Struct, array_like=True, frozen=True, tag=14, gc=False):
+    """A step takes longer than it may; without a cause: it came back."""
+
+    cause: str = ""
+
+
+FromCore = Ready | Outputs | UtilityResult | Dead | Hung
 
 
 # ------------------------------------------------------------------------------------------------ EngineCore -> workers
@@ -228,6 +268,7 @@ class RowAdded(msgspec.Struct, array_like=True, frozen=True, gc=False):
     blocks: bytes  # int32: the block table so far (KV group 0)
     sampling: Sampling
     adapter: str = ""
+    items: tuple[ItemRef, ...] = ()  # `hash` is the key that a worker keeps an item's embeddings by
 
 
 class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -235,6 +276,9 @@ class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     Every live row that `chunks` doesn't name computes one token: the one at its position `computed`. A row samples in
     this step if that brings `computed` to the number of its tokens; results come in ascending order of rows.
+
+    A burst is one message for several steps, numbered on from `step`, each with a result of its own: rows that rest in
+    the first rest in all, the others compute one token in each.
     """
 
     step: int
@@ -242,6 +286,13 @@ class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
     added: tuple[RowAdded, ...] = ()
     blocks: bytes = b""  # int32[n, 3]: row, KV group, block; appended to the row's table
     chunks: bytes = b""  # int32[n, 2]: row, tokens to compute; 0: the row rests
+    steps: int = 1
+    free_items: tuple[bytes, ...] = ()  # keys of embeddings to forget, before any are made
+    encode: tuple[tuple[int, int], ...] = ()  # row, which of its items: to be encoded before the forward pass
+
+    def following(self) -> "list[StepMessage]":
+        """The steps of a burst after the first, as messages of their own."""
+        return [StepMessage(step=self.step + later, chunks=self.chunks) for later in range(1, self.steps)]
 
 
 class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -46,7 +46,7 @@ class RequireKey:
 def create_app(state: ApiState) -> FastAPI:
     """Build the application around a client of the core that is open."""
     app = FastAPI(title="Redline", openapi_url=None)
-    registry = make_registry(state.client, state.model)
+    registry = make_registry(state)
     routes: list[tuple[str, str, Endpoint]] = [
         ("GET", "/v1/models", models),
         ("POST", "/v1/completions", completions),
@@ -110,12 +110,15 @@ async def models(state: ApiState, _request: Request) -> Response:
 
 
 async def health(state: ApiState, _request: Request) -> Response:
-    client = state.client
+    """200 while the engine steps or has nothing to do, 503 with the cause when it is dead or a step hangs."""
+    client, core = state.client, state.client.total_stats.core
+    age = max(0.0, client.clock.now() - core.last_step_at) if core.steps else None
+    known = {"running": core.running, "waiting": core.waiting, "last_step_age_s": age}
     if client.dead is not None:
-        return answer({"status": "dead", "cause": client.dead}, 503)
-    core = client.stats.core
-    age = client.clock.now() - core.last_step_at if core.steps else None
-    return answer({"status": "ok", "running": core.running, "waiting": core.waiting, "last_step_age_s": age})
+        return answer({"status": "dead", "cause": client.dead, **known}, 503)
+    if client.hung:
+        return answer({"status": "hung", "cause": client.hung, **known}, 503)
+    return answer({"status": "ok", **known})
 
 
 async def version(_state: ApiState, _request: Request) -> Response:

@@ -4,7 +4,6 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from engine.api.completions import events
 from engine.api.protocol import ChatRequest, parse
 from engine.api.render import Chunks, chat_logprobs, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
@@ -25,25 +24,31 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
         **(body.chat_template_kwargs or {}),
     )
     # The template has written all special tokens already.
-    prompt = await state.encode(text, False)
-    stream = state.client.add([prompt], params, cache_salt=body.cache_salt or "")
-    model = body.model or state.model
+    prompt = await state.prompt(text, False)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = new_head("chatcmpl", kind, body.model or state.model)
+    stream = state.client.add(
+        [prompt],
+        params,
+        cache_salt=body.cache_salt or "",
+        priority=body.priority or 0,
+        origin=state.origin(request, head),
+    )
     if body.stream:
         chunks = Chunks(
             stream,
             state.tokenizer,
-            new_head("chatcmpl", "chat.completion.chunk", model),
+            head,
             chat=True,
             include_usage=body.include_usage,
             continuous_usage=body.continuous_usage,
             token_ids=bool(body.return_token_ids),
         )
-        return EventStream(stream, events(stream, chunks))
+        return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
     choices = [choice(state, index, output, body) for index, output in enumerate(outputs)]
     spent = usage(stream, sum(len(output.token_ids) for output in outputs))
-    answer = new_head("chatcmpl", "chat.completion", model) | {"choices": choices, "usage": spent}
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    return Response(msgspec.json.encode(head | {"choices": choices, "usage": spent}), media_type="application/json")
 
 
 def choice(state: ApiState, index: int, output: Whole, body: ChatRequest) -> dict[str, object]:

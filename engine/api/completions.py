@@ -1,7 +1,5 @@
 """/v1/completions: texts or token ids, continued."""
 
-from collections.abc import AsyncIterator
-
 import msgspec
 from fastapi import Request
 from starlette.responses import Response
@@ -10,7 +8,7 @@ from engine.api.protocol import CompletionRequest, parse
 from engine.api.render import Chunks, completion_logprobs, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
-from engine.frontend.streams import RequestStream, Whole, gather
+from engine.frontend.streams import Whole, gather
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -23,9 +21,15 @@ async def completions(state: ApiState, request: Request) -> Response:
     params = body.sampling_params(max_tokens, body.logprobs)
     special = body.add_special_tokens is not False
     given = body.prompts()
-    prompts = [await state.encode(one, special) if isinstance(one, str) else one for one in given]
+    prompts = [await state.prompt(one, special) if isinstance(one, str) else one for one in given]
     head = new_head("cmpl", "text_completion", body.model or state.model)
-    stream = state.client.add(prompts, params, cache_salt=body.cache_salt or "")
+    stream = state.client.add(
+        prompts,
+        params,
+        cache_salt=body.cache_salt or "",
+        priority=body.priority or 0,
+        origin=state.origin(request, head),
+    )
 
     def echo(index: int) -> str:
         one = given[index // params.n]
@@ -42,7 +46,7 @@ async def completions(state: ApiState, request: Request) -> Response:
             token_ids=bool(body.return_token_ids),
             echo=echo if body.echo else None,
         )
-        return EventStream(stream, events(stream, chunks))
+        return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
     choices = []
     for index, output in enumerate(outputs):
@@ -60,12 +64,3 @@ def choice(state: ApiState, index: int, text: str, output: Whole, body: Completi
     if body.return_token_ids:
         shown["token_ids"] = output.token_ids
     return shown
-
-
-async def events(stream: RequestStream, chunks: Chunks) -> AsyncIterator[bytes]:
-    """All that is new since the last write, as one piece of bytes."""
-    async for deltas in stream:
-        yield chunks.render(deltas[0]) if len(deltas) == 1 else b"".join(map(chunks.render, deltas))
-    last = chunks.end()
-    if last:
-        yield last

@@ -1,5 +1,6 @@
 """/metrics: the counters of front end and core under vLLM's names, so that its dashboards and clients work."""
 
+import asyncio
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -7,29 +8,32 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from engine.frontend.client import CoreClient
-from engine.frontend.stats import FrontEndStats, Histogram
+from engine.api.state import ApiState
+from engine.frontend.stats import REASONS, FrontEndStats, Histogram
 from engine.messages import Stats
 
 PREFIX = "vllm:"
-REASONS = ("stop", "length", "abort", "error")
 
 
 class EngineCollector(Collector):
     """Reads the numbers when asked: nothing is kept twice."""
 
-    def __init__(self, client: CoreClient, model: str):
-        self._client = client
-        self._model = model
+    def __init__(self, state: ApiState):
+        self._client = state.client
+        self._ready = state.client.ready
+        self._model = state.model
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._client.stats
-        yield from self._gauges(stats.core)
-        yield from self._counters(stats.core)
+        stats = self._client.total_stats
+        core = stats.core
+        yield from self._gauges(core)
+        yield from self._counters(core)
         yield self._finished(stats)
         yield from self._histograms(stats)
         yield self._cache_info()
         yield self._engine_info()
+        # Of the process that answers; what grows here while nothing runs is a leak.
+        yield GaugeMetricFamily("redline:tasks", "Tasks of the event loop.", value=len(asyncio.all_tasks()))
 
     def _gauges(self, core: Stats) -> Iterator[Metric]:
         for name, what, value in (
@@ -59,8 +63,9 @@ class EngineCollector(Collector):
         family = CounterMetricFamily(
             PREFIX + "request_success", "Requests by the reason of their end.", labels=["model_name", "finished_reason"]
         )
+        finished = stats.finished
         for reason in REASONS:
-            family.add_metric([self._model, reason], stats.finished[reason])
+            family.add_metric([self._model, reason], finished[reason])
         return family
 
     def _histograms(self, stats: FrontEndStats) -> Iterator[Metric]:
@@ -82,7 +87,7 @@ class EngineCollector(Collector):
         return family
 
     def _cache_info(self) -> Metric:
-        ready = self._client.ready
+        ready = self._ready
         labels = {
             "model_name": self._model,
             "block_size": str(ready.block_size),
@@ -95,7 +100,7 @@ class EngineCollector(Collector):
 
     def _engine_info(self) -> Metric:
         """What the engine resolved beyond the KV cache, so that a benchmark can record what it measured."""
-        ready = self._client.ready
+        ready = self._ready
         labels = {
             "model_name": self._model,
             "device": ready.device,
@@ -108,8 +113,9 @@ class EngineCollector(Collector):
         return family
 
 
-def make_registry(client: CoreClient, model: str) -> CollectorRegistry:
+def make_registry(state: ApiState) -> CollectorRegistry:
     registry = CollectorRegistry()
-    registry.register(EngineCollector(client, model))
-    ProcessCollector(registry=registry)
+    registry.register(EngineCollector(state))
+    if state.client.alone:  # with several processes, figures of the one that answers would mislead
+        ProcessCollector(registry=registry)
     return registry

@@ -96,6 +96,10 @@ class Chunks:
         self._tokens = 0
         self._offsets: dict[int, int] = {}
 
+    def render_all(self, deltas: list[Delta]) -> bytes:
+        """All that is new since the last write, as one piece of bytes."""
+        return self.render(deltas[0]) if len(deltas) == 1 else b"".join(map(self.render, deltas))
+
     def render(self, delta: Delta) -> bytes:
         """One delta as one event."""
         self._tokens += len(delta.token_ids)

@@ -1,30 +1,51 @@
-"""Runs the HTTP server in this process until a signal or the core's death ends it."""
+"""The HTTP side of one process: its listening socket and uvicorn around the application."""
 
 import asyncio
 import contextlib
 import errno
-import signal
 import socket
-import time
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
-import uvloop
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.api.app import create_app
+from engine.api.sse import WRITER, ChunkWriter
 from engine.api.state import ApiState
-from engine.errors import EngineDeadError, RedlineError
-from engine.frontend.start import Engine
+from engine.errors import RedlineError
 
 KEEP_ALIVE_S = 75
 # Streams that learn of the core's death, or of a second Ctrl-C, get so long to tell their clients.
 LAST_WORDS_S = 2.0
 FORCED_GRACE_S = 0.5
-FORCED_EXIT = 130
+STOPPED = "the server was stopped before this request was done"
 
 
 def bind(host: str, port: int) -> socket.socket:
     """Take the port before a model is loaded for nothing; RedlineError if it can't be had."""
+    return _bind(host, port, shared=False)
+
+
+def bind_all(host: str, port: int, count: int) -> list[socket.socket]:
+    """Take the port for several processes, a socket each, all bound to it; RedlineError if it can't be had.
+
+    On Linux the kernel deals connections out among the sockets. Elsewhere all processes listen on the same one.
+    """
+    first = bind(host, port)
+    if count == 1:
+        return [first]
+    if sys.platform != "linux":
+        return [first, *(first.dup() for _ in range(count - 1))]
+    address, port = first.getsockname()[:2]
+    first.close()
+    _claim(address, port)
+    return [_bind(address, port, shared=True) for _ in range(count)]
+
+
+def _bind(host: str, port: int, *, shared: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -34,11 +55,27 @@ def bind(host: str, port: int) -> socket.socket:
         raise RedlineError(f"--host {host} can't be used: {error.strerror or error}") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.bind(address)
     except OSError as error:
         bound.close()
         raise cannot_listen(host, port, error) from error
     return bound
+
+
+_claims: list[socket.socket] = []  # held until the process ends
+
+
+def _claim(address: str, port: int) -> None:
+    """Keep other servers that share their ports off this one: the kernel would deal connections out to them too."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        claim.bind(f"\0redline-{address}-{port}")
+    except OSError as error:
+        claim.close()
+        raise cannot_listen(address, port, error) from error
+    _claims.append(claim)
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> RedlineError:
@@ -61,81 +98,57 @@ class Server(uvicorn.Server):
         self.should_exit = self.force_exit = True
 
 
-class ServerRun:
-    """One run of a server."""
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's, which also lets the application write chunks without the detours of ASGI."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        listener: socket.socket,
-        api_key: str | None,
-        say: Callable[[str], None],
-    ):
-        """`say` shows one line to the user."""
-        self._engine = engine
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {WRITER: ChunkWriter(self.transport, self.flow)}  # type: ignore[dict-item]
+
+
+def http_settings(app: ASGIApp, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves the application; `more` are settings of its own, e.g. where it is to listen."""
+    return uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        **more,
+    )
+
+
+class HttpSide:
+    """One API process's side of HTTP, around an open client of the core."""
+
+    def __init__(self, state: ApiState, listener: socket.socket):
+        self._client = state.client
         self._listener = listener
-        self._api_key = api_key
-        self._say = say
-        self._cause_of_death: str | None = None
-        self._signals = 0
+        self._server = Server(http_settings(create_app(state)))
 
-    def run(self) -> int:
-        """Serve to the end; returns the exit code. EngineDeadError if the core ended first."""
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._serve())
-        finally:
-            self._engine.core.stop()
-        if self._cause_of_death is not None:
-            raise EngineDeadError(self._cause_of_death)
-        return FORCED_EXIT if self._signals > 1 else 0
-
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        client = self._engine.connect()
-        client.open()
-        state = ApiState(client, (self._engine.config.name,), self._api_key, created=int(time.time()))
-        settings = uvicorn.Config(
-            create_app(state),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
-        server = Server(settings)
-
-        def on_signal() -> None:
-            self._signals += 1
-            if self._signals > 1:
-                client.close()
-                loop.call_later(FORCED_GRACE_S, server.end_now)
-                return
-            count = client.live_count()
-            if count:
-                self._say(f"finishing {count} running request(s); Ctrl-C again ends at once")
-            server.end()
-
-        def on_death(cause: str) -> None:
-            self._cause_of_death = cause
-            server.end()
-            loop.call_later(LAST_WORDS_S, server.end_now)
-
-        client.on_death = on_death
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
-        self._engine.core.watch(client.die_threadsafe)
+    async def serve(self, on_listening: Callable[[str], None]) -> None:
+        """Serve to the end, then close the client; `on_listening` gets the URL."""
         host, port = self._listener.getsockname()[:2]
-        serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
+        serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
         try:
-            while not server.started and not serving.done():
+            while not self._server.started and not serving.done():
                 await asyncio.sleep(0.01)
-            if server.started:
-                self._say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+            if self._server.started:
+                on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             await serving
         except OSError as error:
             raise cannot_listen(host, port, error) from error
         finally:
-            client.close()
+            self._client.close()
+
+    def finish(self) -> None:
+        """Take no more requests, and end when those under way are done."""
+        self._server.end()
+
+    def end(self, grace_s: float) -> None:
+        """End, whatever is still under way after so long."""
+        self._server.end()
+        asyncio.get_running_loop().call_later(grace_s, self._server.end_now)

@@ -4,8 +4,12 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
+
 from engine.api.errors import ApiError
 from engine.frontend.client import CoreClient
+from engine.frontend.prompts import Prompt, Text
+from engine.frontend.streams import Origin
 from engine.frontend.tokenizer import Tokenizer
 
 # Longer texts are tokenised on a thread: the library lets go of the interpreter, and streams go on meanwhile.
@@ -35,6 +39,17 @@ class ApiState:
             known = ", ".join(map(repr, self.names))
             message = f"the model {name!r} is not served here: this server has {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    def origin(self, request: Request, head: dict[str, Any]) -> Origin:
+        """Whose request it is; `head` are the first fields of its answer."""
+        client = request.client
+        return Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
+
+    async def prompt(self, text: str, add_special_tokens: bool) -> Prompt:
+        """The prompt as the core wants it: token ids, or the text where it tokenises itself."""
+        if self.client.ready.inline:
+            return Text(text, add_special_tokens)
+        return await self.encode(text, add_special_tokens)
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_TEXT:

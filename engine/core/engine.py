@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from engine.clock import Clock
 from engine.config import ResolvedConfig
-from engine.core.protocols import Executor
+from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.request import Request
 from engine.core.scheduler import Booked, Plan, Scheduler
+from engine.errors import RedlineError
 from engine.messages import (
     HANDLE_SEQUENCE_BITS,
     Abort,
@@ -38,8 +39,7 @@ from engine.messages import (
 
 log = logging.getLogger("redline.core")
 
-# One step runs while the next is planned and handed over, so that a device never waits for the scheduler.
-STEPS_IN_FLIGHT = 2
+SMOOTHING = 0.2  # weight of the newest step's time
 
 # Tokens carry the stats along; this often they are sent also while steps yield none, as in a long prefill.
 STATS_PERIOD_S = 0.25
@@ -52,6 +52,14 @@ _Event = TypeVar("_Event", Finished, Admitted)
 class _InFlight:
     plan: Plan
     result: "Future[bytes]"
+
+
+@dataclass(slots=True)
+class _Text:
+    """A request that the loop has still to tokenise."""
+
+    message: AddRequest
+    arrived: float
 
 
 class EngineCore:
@@ -67,6 +75,7 @@ class EngineCore:
         clock: Clock,
         send: Callable[[int, bytes], None],
         front_ends: int = 1,
+        inline: InlineFrontEnd | None = None,
     ) -> None:
         self.config = config
         self.scheduler = Scheduler(config)
@@ -74,9 +83,16 @@ class EngineCore:
         self._clock = clock
         self._send = send
         self._front_ends = front_ends
+        self._inline = inline
         self._stats_sent = -STATS_PERIOD_S
-        self._inbox: deque[Request | Abort | Utility | Shutdown] = deque()
+        self._inbox: deque[Request | _Text | Abort | Utility | Shutdown] = deque()
         self._in_flight: deque[_InFlight] = deque()
+        policy = self.scheduler.policy
+        self._depth = policy.steps_in_flight
+        # The result that must be there before one is booked: the oldest, or where tokens come out together the newest.
+        self._gate = -1 if policy.scheduler_steps > 1 else 0
+        self._step_s = 0.0  # what a step takes, smoothed
+        self._last_step_at = clock.now()
         self._draining_until: float | None = None
         self._in_episode = False
         self._utilities: dict[str, Callable[..., Any]] = {"reset_prefix_cache": self.scheduler.reset_prefix_cache}
@@ -86,13 +102,18 @@ class EngineCore:
     def receive(self, data: bytes) -> None:
         """Take an encoded ToCore; prompts are hashed here, which is another thread than the loop's."""
         message = decode_to_core(data)
-        if isinstance(message, AddRequest):
-            request = Request(message, self.config.max_model_len, self._clock.now())
-            if self.config.enable_prefix_caching:
-                request.hash_prompt(self.config.block_size)
-            self._inbox.append(request)
-        else:
+        if not isinstance(message, AddRequest):
             self._inbox.append(message)
+        elif self._inline is None:
+            self._inbox.append(self._request(message, self._clock.now()))
+        else:
+            self._inbox.append(_Text(message, self._clock.now()))
+
+    def _request(self, message: AddRequest, arrived: float) -> Request:
+        request = Request(message, self.config.max_model_len, arrived)
+        if self.config.enable_prefix_caching:
+            request.hash_prompt(self.config.block_size)
+        return request
 
     @property
     def has_work(self) -> bool:
@@ -115,11 +136,11 @@ class EngineCore:
         moved |= self._book_results(now)
         if self._draining_until is not None and now >= self._draining_until:
             self._abort_all(now)
-        while len(self._in_flight) < STEPS_IN_FLIGHT and self._launch(now):
+        while len(self._in_flight) < self._depth and self._launch(now):
             moved = True
-        if moved and now - self._stats_sent >= STATS_PERIOD_S:
+        if moved and (now - self._stats_sent >= STATS_PERIOD_S or not self.has_work):
             self._stats_sent = now
-            message = encode(Outputs(at=now, stats=self.scheduler.stats(now)))
+            message = encode(Outputs(at=now, stats=self.scheduler.stats(self._last_step_at)))
             for front_end in range(self._front_ends):
                 self._send(front_end, message)
         return moved
@@ -132,6 +153,8 @@ class EngineCore:
             message = self._inbox.popleft()
             if isinstance(message, Request):
                 done += self._add(message)
+            elif isinstance(message, _Text):
+                done += self._add_text(message)
             elif isinstance(message, Abort):
                 done += [ended for handle in message.handles if (ended := self.scheduler.abort(handle))]
             elif isinstance(message, Utility):
@@ -147,6 +170,15 @@ class EngineCore:
         refused = self.scheduler.add(request)
         return [refused] if refused else []
 
+    def _add_text(self, text: "_Text") -> list[Finished]:
+        """V0's way: the loop itself reads the text."""
+        assert self._inline is not None
+        try:
+            read = self._inline.add(text.message)
+        except RedlineError as error:
+            return [Finished(text.message.handle, FinishReason.ERROR, error=str(error))]
+        return self._add(self._request(read, text.arrived))
+
     def _answer(self, call: Utility) -> None:
         """Run a utility; its failure is the caller's, not the engine's."""
         method = self._utilities.get(call.method)
@@ -161,12 +193,13 @@ class EngineCore:
 
     def _launch(self, now: float) -> bool:
         preemptions, lost = self.scheduler.preemptions, self.scheduler.tokens_lost
-        plan = self.scheduler.schedule(now)
+        plan = self.scheduler.schedule(now, self.scheduler.policy.burst(self._step_s))
         self._log_preemptions(self.scheduler.preemptions - preemptions, self.scheduler.tokens_lost - lost)
         if plan is None:
             return False
         self._executor.submit(encode(plan.message))
-        self._in_flight.append(_InFlight(plan, self._executor.sample(plan.step)))
+        for step in range(plan.step, plan.step + plan.steps):
+            self._in_flight.append(_InFlight(plan, self._executor.sample(step)))
         return True
 
     def _log_preemptions(self, count: int, lost: int) -> None:
@@ -187,10 +220,12 @@ class EngineCore:
 
     def _book_results(self, now: float) -> bool:
         moved = False
-        while self._in_flight and self._in_flight[0].result.done():
+        while self._in_flight and self._in_flight[self._gate].result.done():
             moved = True
             flight = self._in_flight.popleft()
             result = decode_result(flight.result.result())
+            self._step_s += (SMOOTHING if self._step_s else 1.0) * (result.seconds - self._step_s)
+            self._last_step_at = now
             booked = self.scheduler.update(flight.plan, result)
             self._emit(now, booked, _kept_logprobs(result, booked), booked.finished)
         return moved
@@ -226,9 +261,19 @@ class EngineCore:
                 finished=_of(front_end, finished),
                 admitted=_of(front_end, admitted),
                 logprobs=select_logprobs(logprobs, mine) if logprobs else None,
-                stats=self.scheduler.stats(now),
+                stats=self.scheduler.stats(self._last_step_at),
             )
+            if self._inline is not None:
+                message = self._write_texts(message)
             self._send(front_end, encode(message))
+
+    def _write_texts(self, message: Outputs) -> Outputs:
+        """V0's way: the loop itself writes the text, and ends requests whose stop string came."""
+        assert self._inline is not None
+        written, stopped = self._inline.outputs(message)
+        for handle in stopped:
+            self.scheduler.abort(handle)  # the text says so already
+        return written
 
 
 def _of(front_end: int, events: Sequence[_Event]) -> tuple[_Event, ...]:

@@ -3,6 +3,8 @@
 from concurrent.futures import Future
 from typing import Protocol
 
+from engine.messages import AddRequest, Outputs
+
 
 class Executor(Protocol):
     """Runs steps on the ranks, in the order they were submitted."""
@@ -17,4 +19,19 @@ class Executor(Protocol):
 
     def shutdown(self) -> None:
         """End the workers; what is in flight may be lost."""
+        ...
+
+
+class InlineFrontEnd(Protocol):
+    """Tokenises and writes texts within the core's loop, as V0 did; see `engine.frontend.inline`."""
+
+    def add(self, message: AddRequest) -> AddRequest:
+        """Make tokens of the request's text; a RedlineError ends this request only."""
+        ...
+
+    def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:
+        """Add the texts; gives also the requests that a stop string ended, which the core must abort.
+
+        The end of those is among `finished` already; all that the core sends about requests goes through here.
+        """
         ...

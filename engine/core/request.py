@@ -1,6 +1,6 @@
 """A request as the core sees it, from arrival to its last token."""
 
-from engine.core.hashing import extend_hashes, root_hash
+from engine.core.hashing import NO_KEYS, extend_hashes, item_keys, root_hash
 from engine.messages import AddRequest, int32s
 
 
@@ -11,6 +11,8 @@ class Request:
         "arrived",
         "block_hashes",
         "handle",
+        "item_keys",
+        "items_end",
         "limit",
         "message",
         "preemptions",
@@ -27,13 +29,18 @@ class Request:
         self.tokens = int32s(message.prompt)  # all known tokens, while the request has no row
         self.prompt_len = len(self.tokens)
         self.limit = min(self.prompt_len + message.max_tokens, max_model_len)
+        last = message.items[-1] if message.items else None
+        self.items_end = last.offset + last.length if last else 0
         self.arrived = arrived
         self.started = False  # had a row before
         self.row = -1
         self.preemptions = 0
         self.root = root_hash(message.cache_salt, message.adapter)
         self.block_hashes: list[bytes] = []
+        self.item_keys = NO_KEYS  # what its items add to them
 
     def hash_prompt(self, block_size: int) -> None:
         """Name all full blocks of the prompt; done where the message arrives, off the loop."""
-        extend_hashes(self.block_hashes, self.root, self.message.prompt, block_size)
+        if self.message.items:
+            self.item_keys = item_keys(self.message.items, block_size)
+        extend_hashes(self.block_hashes, self.root, self.message.prompt, block_size, self.item_keys)

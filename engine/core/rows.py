@@ -32,6 +32,7 @@ class Rows:
         self.limit = np.zeros(count, np.int32)
         self.prompt_len = np.zeros(count, np.int32)
         self.min_tokens = np.zeros(count, np.int32)
+        self.items_end = np.zeros(count, np.int32)  # past the last placeholder of an item; 0: it has none
         self.num_blocks = np.zeros(count, np.int32)
         self.published = np.zeros(count, np.int32)  # leading blocks that are named in the prefix cache
         self.stop_ids = np.full((count, MAX_STOP_IDS), -1, np.int32)
@@ -61,6 +62,7 @@ class Rows:
         self.limit[row] = request.limit
         self.prompt_len[row] = request.prompt_len
         self.min_tokens[row] = message.min_tokens
+        self.items_end[row] = request.items_end
         self.num_blocks[row] = len(blocks)
         self.published[row] = 0
         stop_ids = message.stop_ids[:MAX_STOP_IDS]

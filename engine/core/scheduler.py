@@ -1,34 +1,37 @@
 """The scheduler: one token budget a step, no distinction between prefill and decode.
 
 `schedule()` plans a step and books it at once as computed; `update()` books the tokens when they arrive. Several steps
-may be planned ahead of their results: the table of rows says what is confirmed and what is on its way.
+may be planned ahead of their results: the table of rows says what is confirmed and what is on its way. What V0 did
+otherwise are other methods, bound when the scheduler is made (see `engine.core.policy`).
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ResolvedConfig
 from engine.core.blocks import BlockPool
+from engine.core.changes import Changes, WholeState
 from engine.core.hashing import extend_hashes
+from engine.core.items import Items
+from engine.core.policy import Policy, make_queue, urgency
 from engine.core.request import Request
 from engine.core.rows import Rows
-from engine.messages import Admitted, Finished, FinishReason, RowAdded, Stats, StepMessage, StepResult, column, int32s
-
-KV_GROUP = 0
+from engine.messages import Admitted, Finished, FinishReason, Stats, StepMessage, StepResult, int32s
 
 
 @dataclass(slots=True)
 class Plan:
-    """One step under way: what was sent, and which rows its result speaks of."""
+    """A step under way, or a burst of them: what was sent, and which rows its results speak of."""
 
     step: int
     message: StepMessage
     rows: NDArray[np.intp]  # rows that sample, ascending
     generations: NDArray[np.int32]
-    num_tokens: int
+    num_tokens: int  # of each step
+    steps: int = 1
 
 
 @dataclass(slots=True)
@@ -41,16 +44,6 @@ class Booked:
     finished: list[Finished]
 
 
-@dataclass(slots=True)
-class _Changes:
-    """What the next step message will say."""
-
-    removed: list[int] = field(default_factory=list)
-    added: list[RowAdded] = field(default_factory=list)
-    blocks: list[tuple[int, int, int]] = field(default_factory=list)
-    chunks: list[tuple[int, int]] = field(default_factory=list)
-
-
 class Scheduler:
     """Decides each step's work; knows requests, rows and blocks, and nothing of models or sockets."""
 
@@ -58,7 +51,8 @@ class Scheduler:
         self.config = config
         self.rows = Rows(config.max_num_seqs, config.max_model_len)
         self.pool = BlockPool(config.num_blocks)
-        self.waiting: deque[Request] = deque()
+        self.policy = policy = Policy.of(config)
+        self.waiting = make_queue(policy)
         self.requests: dict[int, Request] = {}
         self.admitted: list[Admitted] = []  # since the caller last took them
         self.preemptions = self.tokens_lost = 0
@@ -66,7 +60,10 @@ class Scheduler:
         self.prompt_tokens = self.generation_tokens = 0
         self.steps = self.step_tokens = 0
         self._prefilling: dict[int, None] = {}  # rows owed more than one token, oldest first
-        self._changes = _Changes()
+        self.items = Items.of(config)
+        self._changes = (WholeState if policy.full_state else Changes)(self.rows, self.items)
+        self._select = self._prefill_first if policy.prefill_first else self._mixed
+        self._victim: Callable[[], int] = self._least_urgent if policy.priority else self._newest
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -77,6 +74,14 @@ class Scheduler:
         if not 0 < request.prompt_len < self.config.max_model_len:
             error = f"the prompt has {request.prompt_len} tokens; 1 to {self.config.max_model_len - 1} can be served"
             return Finished(request.handle, FinishReason.ERROR, error=error)
+        if self.policy.whole_prompts and request.limit > self.config.max_num_batched_tokens:
+            error = (
+                f"the request may reach {request.limit} tokens, but without chunking at most "
+                f"{self.config.max_num_batched_tokens} are computed at once (--max-num-batched-tokens)"
+            )
+            return Finished(request.handle, FinishReason.ERROR, error=error)
+        if request.message.items and (refusal := self.items.refusal(request)):
+            return Finished(request.handle, FinishReason.ERROR, error=refusal)
         self.requests[request.handle] = request
         self.waiting.append(request)
         return None
@@ -95,9 +100,9 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything; rows to be removed count, so that workers hear of them."""
-        return bool(self.waiting or self.rows.running or self._changes.removed)
+        return bool(self.waiting or self.rows.running or self._changes.urgent)
 
-    def stats(self, now: float) -> Stats:
+    def stats(self, last_step_at: float) -> Stats:
         return Stats(
             running=self.rows.running,
             waiting=len(self.waiting),
@@ -109,54 +114,94 @@ class Scheduler:
             generation_tokens=self.generation_tokens,
             steps=self.steps,
             step_tokens=self.step_tokens,
-            last_step_at=now,
+            last_step_at=last_step_at,
         )
 
     # ------------------------------------------------------------------------------------------------------- schedule
 
-    def schedule(self, now: float) -> Plan | None:
-        """Plan the next step; None if there is nothing to compute and nothing to tell the workers."""
+    def schedule(self, now: float, burst: int = 1) -> Plan | None:
+        """Plan the next step, or as many as `burst` of them at once if only decodes follow each other.
+
+        None if there is nothing to compute and nothing to tell the workers.
+        """
         rows = self.rows
-        preempted = self._grow()
-        decoding = np.flatnonzero(self._decoding())
-        budget = self.config.max_num_batched_tokens - len(decoding)
-        assert budget >= 0, f"{len(decoding)} rows decode, the budget is {self.config.max_num_batched_tokens}"
+        chunks: list[tuple[int, int]] = []
+        decoding = self._select(chunks, now)
         scheduled = np.zeros(rows.count, np.bool_)
         scheduled[decoding] = True
-        rows.computed[decoding] += 1
-        chunks: list[tuple[int, int]] = []
-        for row in list(self._prefilling):
-            if scheduled[row]:  # its last prompt token was one more decode
-                del self._prefilling[row]
-            else:
-                budget -= self._chunk(row, budget, chunks)
-        if not preempted:
-            budget = self._admit(budget, chunks, now)
         for row, _ in chunks:
             scheduled[row] = True
-        changes, self._changes = self._changes, _Changes()
         num_tokens = len(decoding) + sum(n for _, n in chunks)
-        if not num_tokens and not changes.removed:
+        if not num_tokens and not self._changes.urgent:
             return None
-        resting = np.flatnonzero(rows.live & ~scheduled)
-        changes.chunks = [(row, n) for row, n in chunks if n != 1] + [(row, 0) for row in resting.tolist()]
         sampling = np.flatnonzero(scheduled & (rows.computed == rows.upper))
-        rows.upper[sampling] += 1
-        self.steps += 1
+        steps = self._lengthen(decoding, burst) if burst > 1 and not chunks and num_tokens else 1
+        rows.upper[sampling] += steps
+        message = self._changes.message(self.steps + 1, scheduled, chunks, steps)
+        self.steps += steps
         self.step_tokens = num_tokens
-        message = StepMessage(
-            step=self.steps,
-            removed=column(changes.removed),
-            added=tuple(changes.added),
-            blocks=column(changes.blocks),
-            chunks=column(changes.chunks),
-        )
-        return Plan(self.steps, message, sampling, rows.generation[sampling], num_tokens)
+        return Plan(message.step, message, sampling, rows.generation[sampling], num_tokens, steps)
+
+    def _mixed(self, chunks: list[tuple[int, int]], now: float) -> NDArray[np.intp]:
+        """V1's order, running rows first, decodes and prefill chunks in one budget; returns the rows that decode."""
+        rows = self.rows
+        preempted = self._grow()
+        decoding = self._decode()
+        budget = self.config.max_num_batched_tokens - len(decoding)
+        assert budget >= 0, f"{len(decoding)} rows decode, the budget is {self.config.max_num_batched_tokens}"
+        for row in [row for row in self._prefilling if rows.computed[row] == rows.upper[row]]:
+            del self._prefilling[row]  # its last prompt token was one more decode
+        budget = self._continue(budget, chunks)
+        if not preempted:
+            self._admit(budget, chunks, now)
+        return decoding
+
+    def _prefill_first(self, chunks: list[tuple[int, int]], now: float) -> NDArray[np.intp]:
+        """V0's order: while there are prompts to compute, nothing else is."""
+        budget = self._continue(self.config.max_num_batched_tokens, chunks)
+        self._admit(budget, chunks, now)
+        if chunks:
+            return np.empty(0, np.intp)
+        self._grow()
+        return self._decode()
+
+    def _continue(self, budget: int, chunks: list[tuple[int, int]]) -> int:
+        """Go on with the prefills under way; returns what is left of the budget for newcomers."""
+        held_back = False
+        for row in list(self._prefilling):
+            spent = self._chunk(row, budget, chunks)
+            held_back |= spent == 0
+            budget -= spent
+        # Who waits for room in the encoder cache gets it before anyone who comes later.
+        return 0 if held_back else budget
+
+    def _decode(self) -> NDArray[np.intp]:
+        decoding = np.flatnonzero(self._decoding())
+        self.rows.computed[decoding] += 1
+        return decoding
+
+    def _lengthen(self, decoding: NDArray[np.intp], burst: int) -> int:
+        """How many steps these rows take in one go, this one included; the blocks for it are handed out.
+
+        No row gets past its limit, so that only a stop token leaves tokens to drop; and nobody is preempted for it.
+        """
+        if self._prefilling or (self.waiting and self.policy.bursts):
+            return 1
+        rows, size = self.rows, self.config.block_size
+        steps = min(burst, int((rows.limit[decoding] - rows.upper[decoding]).min()))
+        need = -(-(rows.computed[decoding] + steps - 1) // size) - rows.num_blocks[decoding]
+        if steps < 2 or need.sum() > self.pool.free_count:
+            return 1
+        for row in np.repeat(decoding, need).tolist():
+            self._append_block(row, self.pool.allocate(1)[0])
+        rows.computed[decoding] += steps - 1
+        return steps
 
     def _decoding(self) -> NDArray[np.bool_]:
-        """Rows that are owed exactly one token and may still sample."""
+        """Rows that are owed exactly one token, none of an item, and may still sample."""
         rows = self.rows
-        return rows.live & (rows.upper - rows.computed == 1) & (rows.upper < rows.limit)
+        owed_one = (rows.upper - rows.computed == 1) & (rows.computed >= rows.items_end)
+        return rows.live & owed_one & (rows.upper < rows.limit)
 
     def _grow(self) -> bool:
         """Give each decoding row a block for its next token, preempting the newest rows where none is free."""
@@ -171,68 +216,75 @@ class Scheduler:
             if row not in wanting or not rows.live[row]:
                 continue
             while self.pool.free_count == 0 and rows.live[row]:
-                self._preempt(next(reversed(rows.order)))
+                self._preempt(self._victim())
             if rows.live[row]:
                 self._append_block(row, self.pool.allocate(1)[0])
         return True
 
+    def _newest(self) -> int:
+        return next(reversed(self.rows.order))
+
+    def _least_urgent(self) -> int:
+        owner = self.rows.owner
+        return max(self.rows.order, key=lambda row: urgency(owner[row]))  # type: ignore[arg-type]
+
     def _append_block(self, row: int, block: int) -> None:
         self.rows.blocks[row].append(block)
         self.rows.num_blocks[row] += 1
-        self._changes.blocks.append((row, KV_GROUP, block))
+        self._changes.append_block(row, block)
 
     def _chunk(self, row: int, budget: int, chunks: list[tuple[int, int]]) -> int:
         """Schedule as much of a row's prefill as the budget allows, and name the prompt blocks it fills."""
         rows = self.rows
-        owed = int(rows.upper[row] - rows.computed[row])
-        count = min(owed, budget)
+        start = int(rows.computed[row])
+        owed = int(rows.upper[row]) - start
+        request = rows.owner[row]
+        assert request is not None, f"row {row} has no owner"
+        count = self._clip(request, start, owed, budget)
         if count:
             chunks.append((row, count))
             rows.computed[row] += count
+            if request.message.items:
+                self.items.reserve(request, start, count)
+                self.items.computed(request, start + count)
             self._publish(row, int(min(rows.computed[row], rows.known[row])))
             if count == owed:
                 self._prefilling.pop(row, None)
         return count
 
-    def _admit(self, budget: int, chunks: list[tuple[int, int]], now: float) -> int:
+    def _clip(self, request: Request, start: int, owed: int, budget: int) -> int:
+        """How many of the `owed` tokens from `start` on the coming step computes."""
+        count = min(owed, budget)
+        if request.message.items:
+            count = self.items.clip(request, start, count)
+        return 0 if self.policy.whole_prompts and count < owed else count
+
+    def _admit(self, budget: int, chunks: list[tuple[int, int]], now: float) -> None:
         """Admit waiting requests in order while rows, budget and blocks for their whole known sequence are there."""
         while self.waiting and budget > 0 and self.rows.has_free:
             request = self.waiting[0]
             length, size = len(request.tokens), self.config.block_size
             hits = self._find_prefix(request, length)
             need = -(-length // size) - len(hits)
-            if need + self.pool.free_among(hits) > self.pool.free_count:
+            reserved = self.policy.reserved_blocks if self.rows.running else 0
+            if need + self.pool.free_among(hits) + reserved > self.pool.free_count:
+                break
+            if not self._clip(request, len(hits) * size, length - len(hits) * size, budget):
                 break
             self.waiting.popleft()
             self.pool.hold(hits)
             row = self.rows.take(request, len(hits) * size, hits + self.pool.allocate(need))
             self.rows.published[row] = len(hits)
-            self._tell_added(request, row)
+            self._changes.add(row, request, len(hits) * size)
             self._count_admission(request, len(hits) * size, now)
             self._prefilling[row] = None
             budget -= self._chunk(row, budget, chunks)
-        return budget
 
     def _find_prefix(self, request: Request, length: int) -> list[int]:
         """Cached leading blocks; at least one token is left to compute, since its logits are needed."""
         if not self.config.enable_prefix_caching:
             return []
         return self.pool.find(request.block_hashes[: (length - 1) // self.config.block_size])
-
-    def _tell_added(self, request: Request, row: int) -> None:
-        rows = self.rows
-        self._changes.added.append(
-            RowAdded(
-                row=row,
-                generation=int(rows.generation[row]),
-                tokens=request.tokens.tobytes(),
-                prompt_len=request.prompt_len,
-                computed=int(rows.computed[row]),
-                blocks=column(rows.blocks[row]),
-                sampling=request.message.sampling,
-                adapter=request.message.adapter,
-            )
-        )
 
     def _count_admission(self, request: Request, cached: int, now: float) -> None:
         if request.started:
@@ -253,11 +305,14 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _free_row(self, row: int) -> Request:
+        # What was generated is named all at once, now that others may ask for it: no decode step pays for the cache.
+        # The KV of the newest token isn't written yet.
+        self._publish(row, int(min(self.rows.known[row] - 1, self.rows.computed[row])))
         self.pool.release(self.rows.blocks[row])
+        if self.rows.items_end[row]:
+            self.items.release(self.rows.owner[row])  # type: ignore[arg-type]
         self._prefilling.pop(row, None)
-        self._changes.removed.append(row)
-        if self._changes.blocks:  # it was given one earlier in this very step
-            self._changes.blocks = [entry for entry in self._changes.blocks if entry[0] != row]
+        self._changes.remove(row)
         return self.rows.give_back(row)
 
     # --------------------------------------------------------------------------------------------------------- update
@@ -273,10 +328,6 @@ class Scheduler:
         rows.tokens[at, rows.known[at]] = tokens
         rows.known[at] += 1
         self.generation_tokens += len(at)
-        if self.config.enable_prefix_caching:
-            # The KV of the newest token isn't written yet, that of all before it is.
-            for row in at[(rows.known[at] - 1) & (self.config.block_size - 1) == 0].tolist():
-                self._publish(row, int(rows.known[row]) - 1)
         stopped = rows.stopped(at, tokens)
         ended = stopped | (rows.known[at] >= rows.limit[at])
         finished = []
@@ -291,7 +342,7 @@ class Scheduler:
         return Finished(request.handle, reason, stop_id, preemptions=request.preemptions)
 
     def _publish(self, row: int, tokens: int) -> None:
-        """Name the row's blocks that its first `tokens` tokens fill; their ids are final."""
+        """Name the row's blocks that its first `tokens` tokens fill; their ids are final, their KV is on its way."""
         rows, size = self.rows, self.config.block_size
         full, named = tokens // size, int(rows.published[row])
         if full <= named or not self.config.enable_prefix_caching:
@@ -299,7 +350,8 @@ class Scheduler:
         request = rows.owner[row]
         assert request is not None, f"row {row} has no owner"
         if len(request.block_hashes) < full:
-            extend_hashes(request.block_hashes, request.root, rows.tokens[row, : full * size].data.cast("B"), size)
+            named_tokens = rows.tokens[row, : full * size].data.cast("B")
+            extend_hashes(request.block_hashes, request.root, named_tokens, size, request.item_keys)
         for index in range(named, full):
             self.pool.publish(rows.blocks[row][index], request.block_hashes[index])
         rows.published[row] = full
@@ -324,6 +376,7 @@ class Scheduler:
             assert rows.computed[row] <= rows.num_blocks[row] * self.config.block_size, f"row {row} outran its blocks"
             assert rows.known[row] <= rows.upper[row] <= rows.limit[row], f"row {row}: {rows.upper[row]} above limit"
         assert references == self.pool.references, "references don't match the rows' tables"
+        self.items.check([request for request in self.requests.values() if request.row >= 0])
         assert int(rows.live.sum()) == len(rows.order), "live rows and their order disagree"
         held = {request.handle for request in self.waiting} | {int(rows.handle[row]) for row in rows.order}
         assert held == set(self.requests), "requests, rows and the waiting queue disagree"

@@ -2,8 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 import zmq
@@ -11,50 +10,46 @@ import zmq
 from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
-from engine.core.protocols import Executor
+from engine.core.protocols import Executor, InlineFrontEnd
+from engine.core.watchdog import Watchdog, WatchedExecutor
 from engine.errors import RedlineError
-from engine.messages import Dead, encode
+from engine.messages import Dead, Hung, encode
 
 log = logging.getLogger("redline.core")
 
+LONGEST_LOOK_S = 1.0  # between two looks of the watchdog
 LINGER_MS = 200  # how long a last message may take to leave; a front end that lives takes it at once
-
-
-class _WakingExecutor:
-    """An executor whose results wake the loop."""
-
-    def __init__(self, inner: Executor, wake: Callable[[], None]):
-        self._inner = inner
-        self._wake = wake
-        self.submit = inner.submit
-        self.shutdown = inner.shutdown
-
-    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
-        result = self._inner.sample(step, masks)
-        result.add_done_callback(lambda _: self._wake())
-        return result
 
 
 class CoreServer:
     """Serves one EngineCore to its front ends over ZeroMQ.
 
-    The core binds `to_core` and takes messages from all front ends there; front end i binds `from_core[i]`.
+    The core binds `to_core` and takes messages from all front ends there; front end i binds `from_core[i]`. `inline`
+    makes it read and write texts itself.
     """
 
     def __init__(
-        self, config: ResolvedConfig, executor: Executor, clock: Clock, to_core: str, from_core: tuple[str, ...]
+        self,
+        config: ResolvedConfig,
+        executor: Executor,
+        clock: Clock,
+        to_core: str,
+        from_core: tuple[str, ...],
+        inline: InlineFrontEnd | None = None,
     ) -> None:
         self._clock = clock
         self._from_core = from_core
         self._wake = threading.Event()
         self._failure: BaseException | None = None
+        self._ended = threading.Event()
         self._outbox: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
         self._context = zmq.Context()
         self._inbound = self._context.socket(zmq.PULL)
         self._inbound.set_hwm(0)
         self._inbound.bind(to_core)
-        self._executor = _WakingExecutor(executor, self._wake.set)
-        self.core = EngineCore(config, self._executor, clock, self._post, len(from_core))
+        self._executor = WatchedExecutor(executor, clock, self._wake.set)
+        self.core = EngineCore(config, self._executor, clock, self._post, len(from_core), inline)
+        self._watchdog: Watchdog | None = None
         self._sender = threading.Thread(target=self._send_all, name="core-output", daemon=True)
         self._receiver = threading.Thread(target=self._receive_all, name="core-input", daemon=True)
 
@@ -66,6 +61,23 @@ class CoreServer:
         self._failure = error
         self._wake.set()
 
+    def watch(self, timeout_s: float, give_up: Callable[[str], None], ranks: Sequence[int] = ()) -> None:
+        """Have a watchdog look after the steps; called before `run`, arguments as of `Watchdog`.
+
+        `give_up` is called from a thread, since the loop may be what hangs: it must end the process.
+        """
+
+        def tell(cause: str) -> None:
+            self._post_all(encode(Hung(cause)))
+
+        self._watchdog = Watchdog(self._executor, timeout_s, ranks, tell=tell, give_up=give_up)
+        period = min(timeout_s / 4, LONGEST_LOOK_S)
+        threading.Thread(target=self._look_on, args=(self._watchdog, period), name="core-watchdog", daemon=True).start()
+
+    def _look_on(self, watchdog: Watchdog, period: float) -> None:
+        while not self._ended.wait(period):
+            watchdog.look(self._clock.now())
+
     def run(self) -> None:
         """Serve until told to shut down; an error of the loop reaches all front ends as Dead, then the caller."""
         self._sender.start()
@@ -75,18 +87,32 @@ class CoreServer:
                 self._wake.clear()
                 if self._failure is not None:
                     raise self._failure
-                if not self.core.step(self._clock.now()):
+                if not self._step():
                     self._wake.wait(self.core.next_deadline(self._clock.now()))
         except BaseException as error:
             cause = str(error) if isinstance(error, RedlineError) else f"{type(error).__name__}: {error}"
-            for front_end in range(len(self._from_core)):
-                self._outbox.put((front_end, encode(Dead(cause))))
+            self._post_all(encode(Dead(cause)))
             raise
         finally:
+            self._ended.set()
             self._outbox.put(None)
             self._sender.join(timeout=2.0)
             self._executor.shutdown()
             self._context.term()
+
+    def _step(self) -> bool:
+        now = self._clock.now()
+        watchdog = self._watchdog
+        if watchdog is None:
+            return self.core.step(now)
+        watchdog.planning_since = now
+        moved = self.core.step(now)
+        watchdog.planning_since = None
+        return moved
+
+    def _post_all(self, data: bytes) -> None:
+        for front_end in range(len(self._from_core)):
+            self._outbox.put((front_end, data))
 
     def _receive_all(self) -> None:
         while True:

@@ -7,9 +7,11 @@ from typing import Any
 
 from engine.clock import Clock
 from engine.errors import EngineDeadError, RedlineError, RequestError
+from engine.frontend.logs import Ended
+from engine.frontend.prompts import Prompt, check_prompt, length_of
 from engine.frontend.sampling import SEED_MASK, SamplingParams, make_request
-from engine.frontend.stats import FrontEndStats
-from engine.frontend.streams import REASONS, Output, RequestStream, TokenLogprob
+from engine.frontend.stats import Board, FrontEndStats
+from engine.frontend.streams import REASONS, Origin, Output, RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import Transport
 from engine.messages import (
@@ -17,6 +19,7 @@ from engine.messages import (
     Dead,
     Finished,
     FinishReason,
+    Hung,
     Outputs,
     Ready,
     TokenLogprobs,
@@ -28,6 +31,8 @@ from engine.messages import (
     int64s,
     make_handle,
 )
+
+NOBODY = Origin()
 
 
 class CoreClient:
@@ -42,18 +47,25 @@ class CoreClient:
         *,
         front_end: int = 0,
         seed: int = 0,
+        board: Board | None = None,
     ):
+        """`front_end` is its number, as in the handles; `board` is where all front ends of the core count."""
         self.ready = ready
         self.tokenizer = tokenizer
         self.clock = clock
-        self.stats = FrontEndStats()
+        self.board = board
+        self.stats = FrontEndStats() if board is None else board.stats[front_end]
         self.dead: str | None = None  # the cause, once the core is gone
+        self.hung = ""  # the cause, while a step takes longer than it may
         self.on_death: Callable[[str], None] | None = None
+        self.on_ended: Callable[[Ended], None] | None = None
+        self.touched: list[RequestStream] = []  # by the message that is being booked
         self._transport = transport
         self._front_end = front_end
         self._seed = seed
         self._sequence = 0
         self._live: dict[int, Output] = {}  # by handle
+        self._ended: dict[int, Ended] = {}  # ended here; the core's last word is still to come
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -71,44 +83,51 @@ class CoreClient:
     # ------------------------------------------------------------------------------------------------------- requests
 
     def add(
-        self, prompts: Sequence[list[int]], params: SamplingParams, *, cache_salt: str = "", priority: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+        origin: Origin = NOBODY,
     ) -> RequestStream:
-        """Start `params.n` outputs for each prompt (token ids).
+        """Start `params.n` outputs for each prompt: token ids, or texts where the core is inline.
 
         RequestError if a prompt or parameter can't be served, EngineDeadError if nothing can.
         """
         if self.dead is not None:
             raise EngineDeadError(self.dead)
+        if priority and self.ready.scheduling_policy != "priority":
+            raise RequestError(
+                f"priority is {priority}, but this server takes requests in the order they come: "
+                "start it with --scheduling-policy priority",
+                "priority",
+            )
+        inline = self.ready.inline
         for prompt in prompts:
-            self.check_prompt(prompt)
+            if isinstance(prompt, list):
+                self.check_prompt(prompt)
+            else:
+                assert inline, "this core takes no texts"
         params.check_vocabulary(self.ready.vocab_size)
-        stream = RequestStream(prompts, params, self, self.clock.now())
+        stream = RequestStream(prompts, params, self, self.clock.now(), origin)
+        tokenizer = None if inline else self.tokenizer
         for number, prompt in enumerate(prompts):
             for choice in range(params.n):
                 self._sequence += 1
                 handle = make_handle(self._front_end, self._sequence)
-                output = Output(handle, number * params.n + choice, number, stream, self.tokenizer)
+                output = Output(handle, number * params.n + choice, number, stream, tokenizer)
                 stream.live[handle] = self._live[handle] = output
                 seed = self._draw_seed(params.seed, choice)
-                room = self.ready.max_model_len - len(prompt)
-                extra = {"cache_salt": cache_salt, "priority": priority}
+                room = self.ready.max_model_len - length_of(prompt)
+                extra: dict[str, Any] = {"inline": inline, "cache_salt": cache_salt, "priority": priority}
                 self._transport.send(make_request(handle, prompt, params, self.tokenizer, seed, room, **extra))
+        self.stats.live = len(self._live)
         return stream
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raise RequestError for a prompt that is empty, too long, or holds ids the model doesn't have."""
-        limit = self.ready.max_model_len
-        if not prompt:
-            raise RequestError("the prompt is empty: at least one token is needed", "prompt")
-        if len(prompt) >= limit:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but the model serves at most {limit} (--max-model-len), "
-                "of which one is left for the output",
-                "prompt",
-            )
-        if not 0 <= min(prompt) <= max(prompt) < self.ready.vocab_size:
-            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise RequestError(f"{wrong} is no token of this model (0..{self.ready.vocab_size - 1})", "prompt")
+        check_prompt(prompt, self.ready.max_model_len, self.ready.vocab_size)
 
     def _draw_seed(self, seed: int | None, choice: int) -> int:
         if seed is not None and choice == 0:
@@ -136,6 +155,16 @@ class CoreClient:
         self._transport.send(Utility(self._front_end, number, method, arguments))
         return await answer
 
+    @property
+    def alone(self) -> bool:
+        """Whether this is the core's only front end."""
+        return self.board is None or len(self.board.stats) == 1
+
+    @property
+    def total_stats(self) -> FrontEndStats:
+        """The stats of all front ends of the core together, now."""
+        return self.stats if self.board is None or self.alone else self.board.total()
+
     def live_count(self) -> int:
         return len(self._live)
 
@@ -148,17 +177,22 @@ class CoreClient:
             self._take(message)
         elif isinstance(message, UtilityResult):
             self._answer(message)
+        elif isinstance(message, Hung):
+            self.hung = message.cause
         elif isinstance(message, Dead):
             self.die(message.cause)
 
     def _take(self, message: Outputs) -> None:
         if message.stats is not None:
-            self.stats.take_core(message.stats)
+            self.stats.take_core(message.at, message.stats)
         for admitted in message.admitted:
             output = self._live.get(admitted.handle)
             if output is not None:
-                output.stream.cached_tokens[output.prompt] = admitted.cached_tokens
-                self.stats.queue.observe(admitted.waited_s)
+                output.cached_tokens = output.stream.cached_tokens[output.prompt] = admitted.cached_tokens
+                output.waited_s = max(0.0, admitted.waited_s)
+                if admitted.prompt_tokens:
+                    output.stream.prompt_lengths[output.prompt] = admitted.prompt_tokens
+                self.stats.queue.observe(output.waited_s)
         finished = {one.handle: one for one in message.finished}
         if message.handles:
             self._take_tokens(message, finished)
@@ -166,10 +200,16 @@ class CoreClient:
             output = self._live.get(one.handle)
             if output is not None:
                 self._end(output, one)
+            elif (ended := self._ended.pop(one.handle, None)) is not None:
+                ended.preemptions = one.preemptions
+                self._tell(ended)
+        for stream in self.touched:
+            stream.flush()
+        self.touched.clear()
 
     def _take_tokens(self, message: Outputs, finished: dict[int, Finished]) -> None:
         at, now = message.at, self.clock.now()
-        live, stats = self._live, self.stats
+        live, stats, texts = self._live, self.stats, message.texts
         tokens = int32s(message.tokens).tolist()
         counts = int32s(message.counts).tolist() if message.counts else None
         logprobs = _LogprobColumns(message.logprobs) if message.logprobs is not None else None
@@ -177,17 +217,21 @@ class CoreClient:
         for position, handle in enumerate(int64s(message.handles).tolist()):
             end = begin + (1 if counts is None else counts[position])
             output = live.get(handle)
-            if output is not None:
+            if output is not None and end > begin:
                 if output.count:
                     stats.itl.observe(at - output.last_at)
                 else:
                     output.first_at = at
-                    stats.ttft.observe(now - output.stream.arrived)
+                    output.ttft_s = now - output.stream.arrived
+                    stats.ttft.observe(output.ttft_s)
                 output.last_at = at
                 ending = finished.get(handle) if finished else None
                 for index in range(begin, end):
-                    is_stop = ending is not None and ending.stop_id >= 0 and index == end - 1
                     logprob = logprobs.of(index, output.top) if logprobs is not None else None
+                    if texts is not None:
+                        output.add(tokens[index], texts[position] if index == begin else "", logprob)
+                        continue
+                    is_stop = ending is not None and ending.stop_id >= 0 and index == end - 1
                     if self._add_token(output, tokens[index], logprob, is_stop):
                         break
             begin = end
@@ -197,6 +241,7 @@ class CoreClient:
         if is_stop and not output.include_stop:
             output.add(token, "", logprob)
             return False
+        assert output.detokenizer is not None, "the core writes the texts of this request"
         text, stop = output.detokenizer.push(token)
         output.add(token, text, logprob)
         if stop is None:
@@ -211,23 +256,41 @@ class CoreClient:
         reason = REASONS[FinishReason(finished.reason)]
         if finished.reason == FinishReason.ERROR:
             output.stream.fail(RequestError(finished.error or "the engine could not serve this request"))
-            self._drop(output, reason)
+            self._drop(output, reason, finished)
             self.abort(output.stream)
             return
-        stop = finished.stop_id if finished.stop_id in output.user_stop_ids else None
-        output.finish(reason, stop, output.detokenizer.finish())
-        self._drop(output, reason)
+        stop: int | str | None = finished.stop or None
+        if finished.stop_id in output.user_stop_ids:
+            stop = finished.stop_id
+        output.finish(reason, stop, finished.text if output.detokenizer is None else output.detokenizer.finish())
+        self._drop(output, reason, finished)
 
-    def _drop(self, output: Output, reason: str) -> None:
-        """Forget an output that is over, and count it."""
+    def _drop(self, output: Output, reason: str, finished: Finished | None = None) -> None:
+        """Forget an output that is over, and count it; `finished` is the core's word, if that came first."""
         del self._live[output.handle]
         del output.stream.live[output.handle]
-        stats = self.stats
-        stats.finished[reason] += 1
+        stats, now = self.stats, self.clock.now()
+        stats.live = len(self._live)
+        stats.count_finished(reason)
         if reason in ("stop", "length"):
-            stats.e2e.observe(self.clock.now() - output.stream.arrived)
-            stats.prompt_tokens.observe(len(output.stream.prompts[output.prompt]))
+            stats.e2e.observe(now - output.stream.arrived)
+            stats.prompt_tokens.observe(output.stream.prompt_lengths[output.prompt])
             stats.generation_tokens.observe(output.count)
+        if self.on_ended is None:
+            return
+        ended = Ended.of(output, reason, now, self._front_end)
+        if finished is not None:
+            ended.preemptions, ended.error = finished.preemptions, finished.error or None
+            self._tell(ended)
+        elif self.dead is not None:
+            ended.error = self.dead
+            self._tell(ended)
+        else:
+            self._ended[output.handle] = ended
+
+    def _tell(self, ended: Ended) -> None:
+        if self.on_ended is not None:
+            self.on_ended(ended)
 
     def _answer(self, message: UtilityResult) -> None:
         answer = self._calls.pop(message.call, None)
@@ -254,6 +317,9 @@ class CoreClient:
             if not answer.done():
                 answer.set_exception(error)
         self._calls.clear()
+        for ended in self._ended.values():
+            self._tell(ended)
+        self._ended.clear()
         if self.on_death is not None:
             self.on_death(cause)
 

@@ -6,8 +6,9 @@ from typing import Any
 import msgspec
 
 from engine.errors import RequestError
+from engine.frontend.prompts import Prompt
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import AddRequest, Sampling, column
+from engine.messages import AddRequest, Sampling, Writing, column
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
@@ -96,14 +97,26 @@ def describe(low: float, high: float) -> str:
 
 def make_request(
     handle: int,
-    prompt: list[int],
+    prompt: Prompt,
     params: SamplingParams,
     tokenizer: Tokenizer,
     seed: int,
     room: int,
+    *,
+    inline: bool = False,
     **extra: Any,
 ) -> AddRequest:
-    """Build the core's message for one output; `room` is how many tokens fit behind the prompt."""
+    """Build the core's message for one output; `room` is how many tokens fit behind the prompt.
+
+    `inline`: the core makes texts of the tokens itself.
+    """
+    if inline:
+        extra["writing"] = Writing(params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
+    if isinstance(prompt, list):
+        packed = column(prompt)
+    else:
+        packed = b""
+        extra |= {"text": prompt.text, "add_special_tokens": prompt.add_special_tokens}
     end_ids = () if params.ignore_eos else tokenizer.eos_ids
     stop_ids = tuple(dict.fromkeys((*end_ids, *(params.stop_token_ids or ()))))
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -124,7 +137,7 @@ def make_request(
     )
     return AddRequest(
         handle=handle,
-        prompt=column(prompt),
+        prompt=packed,
         max_tokens=max_tokens,
         sampling=sampling,
         stop_ids=stop_ids,

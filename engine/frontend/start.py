@@ -7,9 +7,10 @@ from pathlib import Path
 from engine.clock import MonotonicClock
 from engine.config import EngineConfig
 from engine.frontend.client import CoreClient
+from engine.frontend.stats import Board
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.frontend.transport import ZmqTransport
-from engine.launch import CoreProcess
+from engine.launch import STEP_TIMEOUT_S, CoreProcess
 from engine.messages import Ready
 from engine.model.resolve import resolve_model
 
@@ -22,15 +23,14 @@ class Engine:
     core: CoreProcess
     ready: Ready
     tokenizer: Tokenizer
+    tokenizer_path: Path
     warnings: tuple[str, ...]
 
-    def connect(self, front_end: int = 0) -> CoreClient:
-        """Make a client of the core; `open()` it inside an event loop."""
+    def connect(self, board: Board | None = None) -> CoreClient:
+        """Make the first front end's client of the core; `open()` it inside an event loop."""
         endpoints = self.core.endpoints
-        transport = ZmqTransport(endpoints.to_core, endpoints.from_core[front_end])
-        return CoreClient(
-            self.ready, self.tokenizer, transport, MonotonicClock(), front_end=front_end, seed=self.config.seed
-        )
+        transport = ZmqTransport(endpoints.to_core, endpoints.from_core[0])
+        return CoreClient(self.ready, self.tokenizer, transport, MonotonicClock(), seed=self.config.seed, board=board)
 
 
 def start_engine(
@@ -38,12 +38,14 @@ def start_engine(
     *,
     progress: Callable[[str], None] | None = None,
     on_wait: Callable[[], None] | None = None,
+    front_ends: int = 1,
+    step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Engine:
     """Find the model, start the core and wait until it is up; after a RedlineError nothing runs."""
     path = resolve_model(config.model, progress)
-    config = replace(config, model=str(path), served_model_name=config.name)
     tokenizer_path = path if config.tokenizer is None else resolve_model(config.tokenizer, progress)
-    core = CoreProcess(config)
+    config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.name)
+    core = CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
         tokenizer, warnings = load_tokenizer(tokenizer_path, declared_vocab_size(path))
         ready = core.wait_ready(on_wait)
@@ -54,7 +56,7 @@ def start_engine(
         warnings.append(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: texts may use unknown ids"
         )
-    return Engine(config, core, ready, tokenizer, (*ready.warnings, *warnings))
+    return Engine(config, core, ready, tokenizer, tokenizer_path, (*ready.warnings, *warnings))
 
 
 def declared_vocab_size(path: Path) -> int | None:

@@ -1,8 +1,15 @@
-"""What the front end counts for `/metrics`: cheap enough to be fed for each token."""
+"""What front ends count for `/metrics`: cheap enough to be fed for each token, in memory that several may share."""
 
+import mmap
+import os
+import tempfile
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import TypeAlias
+
+import msgspec
 
 from engine.messages import Stats
 
@@ -12,49 +19,160 @@ SECONDS_WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 1
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
+REASONS = ("stop", "length", "abort", "error")
+
+# A block is an array of float64: when the core was last heard, its stats, how many requests are open, counters.
+_CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats))
+_AT = 0
+_CORE = slice(1, 1 + len(_CORE_KINDS))
+_LIVE = _CORE.stop
+_FINISHED = _LIVE + 1
+_HISTOGRAMS = _FINISHED + len(REASONS)
+
+Slots: TypeAlias = "memoryview[float]"
+
 
 class Histogram:
-    """Counts by upper bound, and their sum."""
+    """Counts by upper bound, and their sum; `slots` holds the counts, the last above all bounds, then the sum."""
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("bounds", "slots")
 
-    def __init__(self, bounds: tuple[float, ...]):
+    def __init__(self, bounds: tuple[float, ...], slots: Slots):
+        assert len(slots) == self.size(bounds), f"{len(slots)} slots for {len(bounds)} bounds"
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)  # the last: above all bounds
-        self.total = 0.0
+        self.slots = slots
+
+    @staticmethod
+    def size(bounds: tuple[float, ...]) -> int:
+        return len(bounds) + 2
 
     def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+        slots = self.slots
+        slots[bisect_left(self.bounds, value)] += 1
+        slots[-1] += value
+
+    @property
+    def counts(self) -> list[int]:
+        return [int(count) for count in self.slots[:-1]]
+
+    @property
+    def total(self) -> float:
+        return float(self.slots[-1])
 
     def cumulative(self) -> list[tuple[str, float]]:
         """Pairs of upper bound and how many lie at or below it, as Prometheus wants them."""
-        pairs: list[tuple[str, float]] = []
-        below = 0
-        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            below += count
-            pairs.append(("+Inf" if bound == float("inf") else str(float(bound)), below))
-        return pairs
+        names = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
+        return list(zip(names, accumulate(self.counts), strict=True))
 
 
-@dataclass(slots=True)
+_BOUNDS: tuple[tuple[float, ...], ...] = (
+    SECONDS_TO_FIRST,
+    SECONDS_BETWEEN,
+    SECONDS_WHOLE,
+    SECONDS_WHOLE,
+    TOKENS,
+    TOKENS,
+    STEP_TOKENS,
+)
+BLOCK_SLOTS = _HISTOGRAMS + sum(map(Histogram.size, _BOUNDS))
+_STEP_TOKENS = BLOCK_SLOTS - Histogram.size(STEP_TOKENS)
+BLOCK_BYTES = 8 * BLOCK_SLOTS
+
+
 class FrontEndStats:
-    """Counters and histograms of one front end, and the core's latest own."""
+    """Counters and histograms of one front end, and the stats it last had from the core."""
 
-    core: Stats = field(default_factory=Stats)
-    finished: Counter[str] = field(default_factory=Counter)  # requests by the reason of their end
-    ttft: Histogram = field(default_factory=lambda: Histogram(SECONDS_TO_FIRST))
-    itl: Histogram = field(default_factory=lambda: Histogram(SECONDS_BETWEEN))
-    e2e: Histogram = field(default_factory=lambda: Histogram(SECONDS_WHOLE))
-    queue: Histogram = field(default_factory=lambda: Histogram(SECONDS_WHOLE))
-    prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
-    generation_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
-    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
+    def __init__(self, slots: "memoryview[float] | None" = None):
+        """`slots` is its block of a board; None: its own."""
+        self._slots: Slots = memoryview(bytearray(BLOCK_BYTES)).cast("d") if slots is None else slots
+        self._tokens = 0.0  # prompt and output tokens of the core when it was last heard
+        histograms = self._histograms()
+        self.ttft = next(histograms)
+        self.itl = next(histograms)
+        self.e2e = next(histograms)
+        self.queue = next(histograms)
+        self.prompt_tokens = next(histograms)
+        self.generation_tokens = next(histograms)
+        self.step_tokens = next(histograms)
 
-    def take_core(self, stats: Stats) -> None:
+    def _histograms(self) -> Iterator[Histogram]:
+        begin = _HISTOGRAMS
+        for bounds in _BOUNDS:
+            end = begin + Histogram.size(bounds)
+            yield Histogram(bounds, self._slots[begin:end])
+            begin = end
+
+    def take_core(self, at: float, stats: Stats) -> None:
         """Keep the core's counters; what they grew by since the last message is a step's tokens."""
-        before = self.core.prompt_tokens + self.core.generation_tokens
-        grown = stats.prompt_tokens + stats.generation_tokens - before
-        if grown > 0:
-            self.step_tokens.observe(grown)
-        self.core = stats
+        tokens = stats.prompt_tokens + stats.generation_tokens
+        if tokens > self._tokens:
+            self.step_tokens.observe(tokens - self._tokens)
+            self._tokens = tokens
+        slots = self._slots
+        slots[_AT] = at
+        for slot, value in enumerate(msgspec.structs.astuple(stats), _CORE.start):
+            slots[slot] = value
+
+    @property
+    def core(self) -> Stats:
+        return Stats(*(kind(value) for kind, value in zip(_CORE_KINDS, self._slots[_CORE], strict=True)))
+
+    @property
+    def live(self) -> int:
+        """Requests that are open at the front end."""
+        return int(self._slots[_LIVE])
+
+    @live.setter
+    def live(self, count: int) -> None:
+        self._slots[_LIVE] = count
+
+    def count_finished(self, reason: str) -> None:
+        self._slots[_FINISHED + REASONS.index(reason)] += 1
+
+    @property
+    def finished(self) -> Counter[str]:
+        """Requests by the reason of their end."""
+        counts = self._slots[_FINISHED:_HISTOGRAMS]
+        return Counter({reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count})
+
+    @classmethod
+    def added_up(cls, every: Sequence["FrontEndStats"]) -> "FrontEndStats":
+        """A copy: sums over the front ends, and the core's stats as whoever heard last has them.
+
+        All hear of all steps: those only the first one counts.
+        """
+        total = cls()
+        for one in every:
+            for slot in range(_LIVE, _STEP_TOKENS):
+                total._slots[slot] += one._slots[slot]
+        for slot in range(_STEP_TOKENS, BLOCK_SLOTS):
+            total._slots[slot] = every[0]._slots[slot]
+        newest = max(every, key=lambda one: one._slots[_AT])
+        for slot in range(_LIVE):
+            total._slots[slot] = newest._slots[slot]
+        return total
+
+
+class Board:
+    """The stats of all front ends of one core, in memory that their processes share."""
+
+    def __init__(self, front_ends: int, descriptor: int | None = None):
+        """`descriptor` is that of another process's board, taken over; None makes one."""
+        if descriptor is None:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+            os.ftruncate(descriptor, front_ends * BLOCK_BYTES)
+        self.descriptor = descriptor
+        shared = memoryview(mmap.mmap(descriptor, front_ends * BLOCK_BYTES))
+        self.stats = tuple(
+            FrontEndStats(shared[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES].cast("d"))
+            for number in range(front_ends)
+        )
+
+    def total(self) -> FrontEndStats:
+        """Sums over all front ends, now."""
+        return FrontEndStats.added_up(self.stats)
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory stays as long as it is used."""
+        os.close(self.descriptor)

@@ -1,12 +1,13 @@
 """What one call of a user gets back: outputs that arrive in deltas, merged for a reader that is slow."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.prompts import Prompt, length_of
 from engine.frontend.sampling import SamplingParams
 from engine.messages import FinishReason
 
@@ -41,7 +42,19 @@ class Delta(msgspec.Struct, gc=False):
     stop_reason: int | str | None = None
 
 
-class Closer(Protocol):
+class Origin(msgspec.Struct, frozen=True):
+    """Whose request it is, for the log."""
+
+    request: str = ""  # the id its client was given
+    model: str = ""
+    client: str = ""  # address
+
+
+class Client(Protocol):
+    """A stream's side of the CoreClient."""
+
+    touched: list["RequestStream"]  # have something new; flushed when the core's message is booked
+
     def abort(self, stream: "RequestStream") -> None: ...
 
 
@@ -49,6 +62,7 @@ class Output:
     """One output under way: the front end's side of a request of the core."""
 
     __slots__ = (
+        "cached_tokens",
         "count",
         "delta",
         "detokenizer",
@@ -60,11 +74,13 @@ class Output:
         "prompt",
         "stream",
         "top",
+        "ttft_s",
         "user_stop_ids",
-        "user_stops",
+        "waited_s",
     )
 
-    def __init__(self, handle: int, index: int, prompt: int, stream: "RequestStream", tokenizer: "Tokenizer"):
+    def __init__(self, handle: int, index: int, prompt: int, stream: "RequestStream", tokenizer: "Tokenizer | None"):
+        """Without a tokenizer the core writes the texts."""
         params = stream.params
         self.handle = handle
         self.index = index
@@ -72,18 +88,23 @@ class Output:
         self.stream = stream
         self.count = 0
         self.first_at = self.last_at = 0.0
+        self.waited_s = self.ttft_s = 0.0
+        self.cached_tokens = 0
         self.delta: Delta | None = None
         self.include_stop = params.include_stop_str_in_output
         self.top = params.logprobs  # so many alternatives a token; None: no logprobs
         self.user_stop_ids = frozenset(params.stop_token_ids or ())
-        self.user_stops = params.stops
-        self.detokenizer = Detokenizer(
-            tokenizer,
-            stream.prompts[prompt],
-            stop=self.user_stops,
-            include_stop=self.include_stop,
-            skip_special_tokens=params.skip_special_tokens,
-        )
+        self.detokenizer = None
+        if tokenizer is not None:
+            given = stream.prompts[prompt]
+            assert isinstance(given, list), "a text was not tokenised"
+            self.detokenizer = Detokenizer(
+                tokenizer,
+                given,
+                stop=params.stops,
+                include_stop=self.include_stop,
+                skip_special_tokens=params.skip_special_tokens,
+            )
 
     def add(self, token: int, text: str, logprob: TokenLogprob | None) -> None:
         """Put a token into the slot that the reader empties."""
@@ -114,14 +135,22 @@ class RequestStream:
 
     Output `index` belongs to prompt `index // n`. Raises EngineDeadError when the engine is gone and RequestError when
     the core refuses an output. `close()` ends what still runs; `async with` does so on the way out.
+
+    Instead of iterating, a reader may set `sink` and await `woken`: the sink is called whenever there are new deltas,
+    without waking a task; it takes them and says True, or leaves them to be merged and says False.
     """
 
-    def __init__(self, prompts: Sequence[list[int]], params: SamplingParams, client: Closer, arrived: float):
+    def __init__(
+        self, prompts: Sequence[Prompt], params: SamplingParams, client: Client, arrived: float, origin: Origin
+    ):
         self.prompts = prompts
+        self.prompt_lengths = [length_of(prompt) for prompt in prompts]
         self.params = params
         self.arrived = arrived
+        self.origin = origin
         self.cached_tokens = [0] * len(prompts)
         self.live: dict[int, Output] = {}  # by handle
+        self.sink: Callable[[], bool] | None = None
         self._client = client
         self._ready: list[Output] = []
         self._error: Exception | None = None
@@ -129,15 +158,27 @@ class RequestStream:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(map(len, self.prompts))
+        return sum(self.prompt_lengths)
 
     def offer(self, output: Output) -> None:
         """An output has a delta."""
+        if not self._ready:
+            self._client.touched.append(self)
         self._ready.append(output)
+
+    def flush(self) -> None:
+        """Let the reader have what is new."""
+        if self.sink is not None:
+            try:
+                if self.sink() and self.live:
+                    return
+            except Exception as error:  # the reader's own, and its alone: other streams go on
+                self.fail(error)
         self.wake()
 
     def fail(self, error: Exception) -> None:
         self._error = error
+        self.sink = None
         self.wake()
 
     def wake(self) -> None:
@@ -145,20 +186,27 @@ class RequestStream:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def __aiter__(self) -> "RequestStream":
-        return self
+    async def woken(self) -> None:
+        """Wait until there is something that no sink took, an error, or the end."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
-    async def __anext__(self) -> list[Delta]:
-        while not self._ready:
-            if self._error is not None:
-                raise self._error
-            if not self.live:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+    @property
+    def has_new(self) -> bool:
+        return bool(self._ready)
+
+    @property
+    def open(self) -> bool:
+        """Whether more may come; raises the error if it was one that ended the stream."""
+        if self._error is not None:
+            raise self._error
+        return bool(self.live)
+
+    def take(self) -> list[Delta]:
+        """What is new."""
         deltas: list[Delta] = []
         for output in self._ready:
             if output.delta is not None:
@@ -166,6 +214,16 @@ class RequestStream:
                 output.delta = None
         self._ready.clear()
         return deltas
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> list[Delta]:
+        while not self._ready:
+            if not self.open:
+                raise StopAsyncIteration
+            await self.woken()
+        return self.take()
 
     def close(self) -> None:
         if self.live:

@@ -1,6 +1,7 @@
 """Runs steps on one device: rows to ragged batch, forward pass, sampling."""
 
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.kernels import attention
 from engine.kernels.attention import Ragged, Workspace
-from engine.messages import StepResult, column, decode_step, encode
+from engine.messages import StepMessage, StepResult, column, decode_step, encode
 from engine.model import adapt
 from engine.model.adapt import Forward, KVCache
 from engine.worker import sampler
@@ -25,21 +26,31 @@ class Runner:
         self._rows = rows
         self._workspace = Workspace(cache.layout.dtype)
         self._pending: tuple[StepBatch, Tensor | None] | None = None
+        self._following: deque[StepMessage] = deque()  # the steps of a burst that haven't run
         self._seconds = 0.0
 
     @torch.inference_mode()
     def forward(self, message: bytes) -> None:
-        """Apply a step message and run the model; the step is to be sampled before the next comes."""
+        """Apply a step message and run the model; its steps are to be sampled before the next message comes."""
         if self._pending is not None and len(self._pending[0].sampling):
             raise RuntimeError(f"step {self._pending[0].step} hasn't been sampled")
+        if self._following:
+            raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
+        first = decode_step(message)
+        self._following.extend(first.following())
+        self._advance(first)
+
+    def _advance(self, message: StepMessage) -> None:
         began = time.perf_counter()
-        batch = self._rows.advance(decode_step(message))
+        batch = self._rows.advance(message)
         self._pending = batch, self._run(batch) if len(batch.rows) else None
         self._seconds = time.perf_counter() - began
 
     @torch.inference_mode()
     def sample(self, step: int) -> bytes:
-        """Sample the step, book its tokens in the rows, and encode the StepResult."""
+        """Sample the step, book its tokens in the rows, and encode the StepResult; a burst's later steps run here."""
+        if self._pending is None and self._following:
+            self._advance(self._following.popleft())
         if self._pending is None or self._pending[0].step != step:
             raise RuntimeError(f"step {step} hasn't run")
         began = time.perf_counter()

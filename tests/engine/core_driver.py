@@ -43,10 +43,11 @@ class Driver:
 
     config: ResolvedConfig = field(default_factory=resolved)
     seconds: Any = lambda *_: 1.0
+    make_worker: type[FakeExecutor] = FakeExecutor
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
-        self.worker = FakeExecutor(self.clock, self.config.block_size, self.seconds)
+        self.worker = self.make_worker(self.clock, self.config.block_size, self.seconds)
         self.core = EngineCore(self.config, self.worker, self.clock, self._receive)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.times: dict[int, list[float]] = defaultdict(list)

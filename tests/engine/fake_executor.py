@@ -1,20 +1,22 @@
 """A worker without a model, which checks what a real one would silently get wrong.
 
-The next token is a hash of the whole prefix. The KV memory is real in shape: each slot holds the hash of the prefix
+The next token is a hash of the whole prefix, in which a placeholder counts as its item's embedding; that must be on the
+device by then. The KV memory is real in shape: each slot holds the hash of the prefix
 that was computed into it, and whenever a row computes, every slot of its context must hold exactly its own prefix. A
 block shared too early, reused too soon or appended in the wrong order fails at once.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from engine.clock import Clock
-from engine.messages import StepMessage, StepResult, column, decode_step, encode, int32s
+from engine.messages import ItemRef, StepMessage, StepResult, column, decode_step, encode, int32s
 
 VOCABULARY = 50
+CONTENT_BYTES = 2  # of a key: an item that isn't shared has a longer one
 
 
 def prefix_hash(parent: bytes, token: int) -> bytes:
@@ -25,11 +27,25 @@ def next_token(state: bytes) -> int:
     return state[0] % VOCABULARY
 
 
-def expected_tokens(prompt: Iterable[int], max_tokens: int, stop_ids: Iterable[int] = ()) -> list[int]:
+def content(tokens: Sequence[int], items: Sequence[ItemRef], position: int) -> int:
+    """What the model sees at a position: a token, or one of an item's embeddings."""
+    item = item_at(items, position)
+    if item is None:
+        return tokens[position]
+    return 1000 * (1 + int.from_bytes(item.hash[:CONTENT_BYTES], "little")) + position - item.offset
+
+
+def item_at(items: Sequence[ItemRef], position: int) -> ItemRef | None:
+    return next((item for item in items if item.offset <= position < item.offset + item.length), None)
+
+
+def expected_tokens(
+    prompt: Iterable[int], max_tokens: int, stop_ids: Iterable[int] = (), items: Sequence[ItemRef] = ()
+) -> list[int]:
     """What an undisturbed request must produce."""
-    state = b""
-    for token in prompt:
-        state = prefix_hash(state, token)
+    state, tokens = b"", list(prompt)
+    for position in range(len(tokens)):
+        state = prefix_hash(state, content(tokens, items, position))
     output: list[int] = []
     while len(output) < max_tokens:
         output.append(next_token(state))
@@ -45,6 +61,7 @@ class FakeRow:
     tokens: list[int]
     blocks: list[int]
     computed: int
+    items: tuple[ItemRef, ...] = ()
     states: list[bytes] = field(default_factory=list)  # prefix hash after each computed token
 
 
@@ -56,6 +73,8 @@ class FakeExecutor:
         self.steps: list[StepMessage] = []
         self.batch_tokens: list[int] = []
         self.row_tokens: list[dict[int, int]] = []  # per step: row -> tokens computed
+        self.embeddings: set[bytes] = set()  # keys of items on the device
+        self.encoded: list[bytes] = []
         self._clock = clock
         self._block_size = block_size
         self._seconds = seconds
@@ -69,7 +88,8 @@ class FakeExecutor:
         message = decode_step(step)
         self.steps.append(message)
         self._apply(message)
-        self._sampled[message.step] = self._run(message)
+        for one in (message, *message.following()):
+            self._sampled[one.step] = self._run(one)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -103,15 +123,21 @@ class FakeExecutor:
         for added in message.added:
             assert added.row not in self.rows, f"row {added.row} was added over a live one"
             tokens = int32s(added.tokens).tolist()
-            row = FakeRow(added.generation, tokens, int32s(added.blocks).tolist(), added.computed)
+            row = FakeRow(added.generation, tokens, int32s(added.blocks).tolist(), added.computed, added.items)
             state = b""
-            for token in tokens[: added.computed]:
-                state = prefix_hash(state, token)
+            for position in range(added.computed):
+                state = prefix_hash(state, content(tokens, row.items, position))
                 row.states.append(state)
             self.rows[added.row] = row
         for number, group, block in int32s(message.blocks, 3).tolist():
             assert group == 0
             self.rows[number].blocks.append(block)
+        self.embeddings.difference_update(message.free_items)
+        for number, index in message.encode:
+            key = self.rows[number].items[index].hash
+            assert key not in self.embeddings, "an item was encoded again although its embeddings are there"
+            self.embeddings.add(key)
+            self.encoded.append(key)
 
     def _run(self, message: StepMessage) -> bytes:
         counts = dict(int32s(message.chunks, 2).tolist())
@@ -127,7 +153,8 @@ class FakeExecutor:
                 row.tokens.append(sampled[-1])
         self.batch_tokens.append(sum(plan.values()))
         self.row_tokens.append({number: count for number, count in plan.items() if count})
-        return encode(StepResult(message.step, column(sampled)))
+        seconds = self._seconds(message, self.batch_tokens[-1])
+        return encode(StepResult(message.step, column(sampled), seconds=seconds))
 
     def _slot(self, row: FakeRow, position: int) -> int:
         block = row.blocks[position // self._block_size]
@@ -136,7 +163,10 @@ class FakeExecutor:
 
     def _write(self, row: FakeRow, count: int) -> None:
         for position in range(row.computed, row.computed + count):
-            state = prefix_hash(row.states[-1] if row.states else b"", row.tokens[position])
+            item = item_at(row.items, position)
+            assert item is None or item.hash in self.embeddings, f"position {position} needs an item that isn't there"
+            seen = content(row.tokens, row.items, position)
+            state = prefix_hash(row.states[-1] if row.states else b"", seen)
             row.states.append(state)
             self._kv[self._slot(row, position)] = state
         row.computed += count

@@ -165,3 +165,20 @@ def test_ranks_that_do_not_divide_the_heads_are_refused(tmp_path: Path) -> None:
 def test_the_machine_has_cores_and_memory() -> None:
     assert memory.cores() >= 1
     assert memory.available_memory() > 0
+
+
+def test_without_chunking_a_step_holds_the_longest_prompt(free) -> None:
+    free(8 * GIB)
+    facts = make_facts()
+    assert resolve(EngineConfig(model="m"), facts).config.max_num_batched_tokens < facts.max_model_len
+    for fields in ({"engine": "v0"}, {"ablate": ("no-chunking",)}):
+        found = resolve(EngineConfig(model="m", **fields), facts).config
+        assert found.max_num_batched_tokens == facts.max_model_len
+    with pytest.raises(ConfigError, match=r"\(1024\) must not be below --max-model-len \(2048\)"):
+        resolve(EngineConfig(model="m", engine="v0", max_num_batched_tokens=1024), facts)
+
+
+def test_v0_caches_no_prefixes(free) -> None:
+    free(8 * GIB)
+    assert resolve(EngineConfig(model="m"), make_facts()).config.enable_prefix_caching
+    assert not resolve(EngineConfig(model="m", engine="v0"), make_facts()).config.enable_prefix_caching

@@ -10,6 +10,8 @@ from engine.messages import (
     Finished,
     FinishReason,
     FromCore,
+    Hung,
+    ItemRef,
     Outputs,
     RowAdded,
     Sampling,
@@ -21,6 +23,7 @@ from engine.messages import (
     TokenLogprobs,
     Utility,
     UtilityResult,
+    Writing,
     column,
     decode_from_core,
     decode_result,
@@ -42,8 +45,10 @@ LOGPROBS = TokenLogprobs(2, column([0]), column([[5, 6]]), column([[-0.5, -1.5]]
     [
         AddRequest(make_handle(3, 9), column([1, 2, 3]), 16, Sampling(temperature=0.5, seed=2**64 - 1), (2,)),
         AddRequest(1, column([1]), 1, Sampling(logit_bias=((4, -100.0),)), (), 0, 2, "salt", "adapter"),
+        AddRequest(1, column([1, 1, 2]), 1, Sampling(), items=(ItemRef(b"hash", 0, 2, True),)),
         Abort((1, 2)),
         Utility(0, 1, "reset_prefix_cache", {"a": 1}),
+        AddRequest(1, b"", 5, Sampling(), text="é", add_special_tokens=False, writing=Writing(("a", "b"), True, False)),
         Shutdown(1.5),
     ],
 )
@@ -57,6 +62,8 @@ def test_messages_to_the_core_survive_the_wire(message: ToCore):
         Outputs(1.0, column([7], "<i8"), column([3]), finished=(Finished(7, FinishReason.STOP, 3),), stats=Stats(1)),
         Outputs(1.0, admitted=(Admitted(1, 16, 0.25),), logprobs=LOGPROBS),
         UtilityResult(1, 5),
+        Outputs(1.0, column([7], "<i8"), column([3]), texts=("é",), finished=(Finished(7, 0, stop="a", text="b"),)),
+        Hung("cause"),
         Dead("cause"),
     ],
 )
@@ -67,6 +74,8 @@ def test_messages_from_the_core_survive_the_wire(message: FromCore):
 def test_steps_and_results_survive_the_wire():
     added = RowAdded(1, 2, column([1, 2]), 2, 0, column([3]), Sampling())
     step = StepMessage(5, column([4]), (added,), column([[1, 0, 9]]), column([[1, 2]]))
+    assert decode_step(encode(step)) == step
+    step = StepMessage(6, free_items=(b"old",), encode=((1, 0),))
     assert decode_step(encode(step)) == step
     result = StepResult(5, column([8]), logprobs=LOGPROBS, seconds=0.5)
     assert decode_result(encode(result)) == result

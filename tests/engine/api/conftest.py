@@ -18,6 +18,7 @@ from engine.core.engine import EngineCore
 from engine.frontend.backends import StandInBackend
 from engine.frontend.chat_template import ChatTemplate
 from engine.frontend.client import CoreClient
+from engine.frontend.inline import InlineTexts
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import InlineTransport
 from engine.messages import Ready
@@ -59,12 +60,20 @@ class InLoop:
 
 
 @contextlib.asynccontextmanager
-async def in_loop(api_key: str | None = None, template: str | None = TEMPLATE) -> AsyncIterator[InLoop]:
-    config = resolved(max_model_len=128, num_blocks=257, max_num_batched_tokens=32)
+async def in_loop(
+    api_key: str | None = None,
+    template: str | None = TEMPLATE,
+    removals: frozenset[str] = frozenset(),
+    **settings: Any,
+) -> AsyncIterator[InLoop]:
+    settings = {"max_model_len": 128, "num_blocks": 257, "max_num_batched_tokens": 32, **settings}
+    config = resolved(removals=removals, **settings)
     clock = FakeClock()
     worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S)
     transport = InlineTransport()
-    core = EngineCore(config, worker, clock, transport.from_core)
+    tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
+    texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in removals else None
+    core = EngineCore(config, worker, clock, transport.from_core, inline=texts)
     transport.receive = core.receive
     ready = Ready(
         "/models/fake",
@@ -77,8 +86,9 @@ async def in_loop(api_key: str | None = None, template: str | None = TEMPLATE) -
         config.block_size,
         config.num_blocks - 1,
         True,
+        scheduling_policy=config.scheduling_policy,
+        removals=tuple(removals),
     )
-    tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
     client = CoreClient(ready, tokenizer, transport, clock)
     client.open()
     app = create_app(ApiState(client, ("fake",), api_key, created=1))

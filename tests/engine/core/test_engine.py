@@ -3,8 +3,6 @@
 import logging
 
 import pytest
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
 
 from engine.messages import FinishReason, Outputs, Shutdown, Utility, UtilityResult, encode
 from tests.engine.core_driver import Driver, resolved
@@ -211,66 +209,3 @@ def test_stats_are_sent_also_while_a_long_prefill_yields_no_token():
     assert told
     assert told[-1] is not None
     assert told[-1].running == 1
-
-
-requests = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 2), min_size=1, max_size=20),  # few tokens: prefixes are shared often
-        st.integers(1, 14),  # max_tokens
-        st.sets(st.integers(0, 49), max_size=10),  # stop ids
-        st.integers(0, 6),  # arrives after that many turns
-        st.one_of(st.none(), st.integers(0, 12)),  # aborted that many turns later
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    requests,
-    st.sampled_from([(16, 2), (8, 4), (10, 4), (64, 4)]),
-    st.integers(4, 16),
-    st.booleans(),
-    st.lists(st.booleans(), max_size=30),
-)
-def test_whatever_happens_each_request_gets_its_own_tokens(requests, pool_and_size, budget, caching, eager):
-    """Random arrivals, aborts, preemptions, prefix hits and steps in flight."""
-    blocks, size = pool_and_size
-    config = resolved(
-        num_blocks=blocks + 1,  # the smallest pools hold just one request of the greatest length
-        block_size=size,
-        max_num_batched_tokens=budget,
-        max_model_len=32,
-        enable_prefix_caching=caching,
-    )
-    driver = Driver(config)
-    arrivals = sorted(enumerate(requests), key=lambda pair: pair[1][3])
-    handles: dict[int, int] = {}
-    turn = 0
-    while arrivals or driver.core.has_work or any(r[4] is not None and i not in handles for i, r in arrivals):
-        while arrivals and arrivals[0][1][3] <= turn:
-            index, (prompt, max_tokens, stop_ids, _, _) = arrivals.pop(0)
-            handles[index] = driver.add(prompt, max_tokens, tuple(stop_ids))
-        for index, handle in handles.items():
-            after = requests[index][4]
-            if after is not None and turn == requests[index][3] + after:
-                driver.abort(handle)
-        driver.turn()
-        if not (turn < len(eager) and eager[turn]):
-            driver.advance()
-        turn += 1
-        assert turn < 5000, "no progress"
-    for index, (prompt, max_tokens, stop_ids, _, abort) in enumerate(requests):
-        expected = expected_tokens(prompt, min(max_tokens, 32 - len(prompt)), stop_ids)
-        got, end = driver.tokens[handles[index]], driver.finished[handles[index]]
-        if end.reason == FinishReason.ABORT:
-            assert abort is not None
-            assert got == expected[: len(got)]
-        else:
-            assert got == expected
-    event(f"preempted: {driver.stats.preemptions > 0}, found a prefix: {driver.stats.prefix_hits > 0}")
-    assert max(driver.worker.batch_tokens, default=0) <= budget
-    assert driver.core.scheduler.pool.free_count == config.num_blocks - 1, "every block came back"
-    assert not driver.core.scheduler.requests
-    assert not driver.worker.rows or driver.core.scheduler.has_work is False

@@ -84,6 +84,21 @@ def test_steps_run_ahead_of_their_results(llama: Any, make_driver: MakeDriver) -
     assert [int32s(decode_result(result.result()).tokens)[0] for result in results] == waited.output
 
 
+def test_a_burst_is_several_steps_in_one_message(llama: Any, make_driver: MakeDriver) -> None:
+    driver = make_driver(llama[0])
+    waited = Request([5, 6, 7])
+    driver.run([waited], 5, seed=0, chunk=100, preempt=0.0)
+    executor = driver.executor
+    row = RowAdded(0, 99, column([5, 6, 7]), 3, 0, column([900, 901]), Sampling())
+    resting = RowAdded(1, 99, column([5]), 1, 0, column([902]), Sampling())
+    executor.submit(encode(StepMessage(0, added=(row, resting), chunks=column([[0, 3], [1, 0]]))))
+    executor.sample(0).result()
+    executor.submit(encode(StepMessage(1, chunks=column([[1, 0]]), steps=4)))
+    results = [decode_result(executor.sample(step).result()) for step in range(1, 5)]
+    assert [result.step for result in results] == [1, 2, 3, 4]
+    assert [int32s(result.tokens).tolist() for result in results] == [[token] for token in waited.output[1:5]]
+
+
 def test_a_step_must_be_sampled_before_the_next(llama: Any, make_driver: MakeDriver) -> None:
     executor = make_driver(llama[0]).executor
     row = RowAdded(0, 1, column([1]), 1, 0, column([1]), Sampling())

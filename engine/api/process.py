@@ -1,0 +1,222 @@
+"""One more API process of a server: `python -m engine.api.process`, started and ended by the first (see `run`).
+
+It has a front-end number and a listening socket of its own and shares the counters. It gets its orders on stdin, then
+lines: `finish`, or `end CAUSE`; it never ends by itself but when it fails.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine import children
+from engine.children import Failure
+from engine.errors import EngineDeadError, RedlineError
+from engine.messages import Ready
+
+if TYPE_CHECKING:
+    from engine.frontend.client import CoreClient
+
+
+class Orders(msgspec.Struct):
+    """All that a further API process must know; descriptors are those it inherits."""
+
+    front_end: int
+    front_ends: int
+    name: str  # of the model
+    tokenizer: str  # its folder
+    seed: int
+    ready: Ready
+    to_core: str
+    from_core: str
+    created: int
+    api_key: str | None
+    log_requests: bool
+    listener: int = -1
+    board: int = -1
+    report: int = -1
+
+
+class _Up(msgspec.Struct, tag="up"):
+    pass
+
+
+_reports: "msgspec.msgpack.Decoder[_Up | Failure]" = msgspec.msgpack.Decoder(_Up | Failure)
+
+
+# ----------------------------------------------------------------------------------------------------- in the parent
+
+
+class ApiProcess:
+    """A further API process, as the first one sees it."""
+
+    def __init__(self, orders: Orders, listener: socket.socket, board: int):
+        report_read, report_write = os.pipe()
+        self._reports = os.fdopen(report_read, "rb")
+        self._told = False
+        passed = (listener.fileno(), board, report_write)
+        orders.listener, orders.board, orders.report = passed
+        try:
+            self._child = children.spawn("engine.api.process", orders, passed)
+        finally:
+            os.close(report_write)
+            listener.close()
+        self.name = f"API process {orders.front_end} (process {self._child.pid})"
+
+    @property
+    def process_id(self) -> int:
+        return self._child.pid
+
+    def wait_up(self) -> None:
+        """Block until it could serve; raises the RedlineError that says why it can't."""
+        report = children.read_framed(self._reports, _reports)
+        if not isinstance(report, _Up):
+            self._child.wait()
+            raise self._error(report)
+
+    def watch(self, on_end: Callable[[str | None], None]) -> None:
+        """Call back from a thread when it has ended; with the cause if it wasn't told to."""
+
+        def wait() -> None:
+            report = children.read_framed(self._reports, _reports)
+            self._child.wait()
+            on_end(None if self._told else str(self._error(report)))
+
+        threading.Thread(target=wait, name="api-watch", daemon=True).start()
+
+    def finish(self) -> None:
+        """Let it end when its requests are done."""
+        self._say("finish")
+
+    def end(self, cause: str) -> None:
+        """Have it tell its clients the cause, and end."""
+        self._say(f"end {' '.join(cause.split())}")
+
+    def kill(self) -> None:
+        """End it by force, if it still runs."""
+        self._told = True
+        self._child.kill()
+        self._child.wait()
+        assert self._child.stdin is not None
+        with contextlib.suppress(OSError):  # what it was told and didn't read
+            self._child.stdin.close()
+        self._reports.close()
+
+    def _say(self, line: str) -> None:
+        self._told = True
+        stdin = self._child.stdin
+        assert stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it ended just now
+            stdin.write(line.encode() + b"\n")
+            stdin.flush()
+
+    def _error(self, report: Any) -> RedlineError:
+        if isinstance(report, Failure):
+            error = report.error()
+            return type(error)(f"{self.name}: {error}")
+        return EngineDeadError(f"{self.name} {_how_it_ended(self._child)}")
+
+
+def _how_it_ended(child: "subprocess.Popen[bytes]") -> str:
+    return children.how_it_ended(child, "lower --api-servers or --kv-cache-memory-bytes")
+
+
+# ------------------------------------------------------------------------------------------------------ in the child
+
+
+def main() -> int:
+    """The process, from orders on stdin to its end."""
+    children.leave_signals_to_parent()
+    orders = children.read_framed(sys.stdin.buffer, msgspec.msgpack.Decoder(Orders))
+    if orders is None:
+        return 1
+    import uvloop
+
+    from engine.frontend.logs import log_to_stderr
+
+    log_to_stderr()
+    with os.fdopen(orders.report, "wb") as report:
+
+        def tell(message: _Up | Failure) -> None:
+            with contextlib.suppress(BrokenPipeError):
+                report.write(children.framed(message))
+                report.flush()
+
+        try:
+            client = connect(orders)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(orders, client, lambda: tell(_Up())))
+        except RedlineError as error:
+            tell(Failure.of(error))
+            return error.exit_code
+        except BaseException as error:  # whatever it is, the parent shows it last
+            import logging
+
+            logging.getLogger("redline.api").exception("failed")
+            tell(Failure("EngineDeadError", f"{type(error).__name__}: {error}"))
+            return 1
+    return 0
+
+
+def connect(orders: Orders) -> "CoreClient":
+    from engine.clock import MonotonicClock
+    from engine.frontend.client import CoreClient
+    from engine.frontend.stats import Board
+    from engine.frontend.tokenizer import load_tokenizer
+    from engine.frontend.transport import ZmqTransport
+
+    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), orders.ready.vocab_size)
+    return CoreClient(
+        orders.ready,
+        tokenizer,
+        ZmqTransport(orders.to_core, orders.from_core),
+        MonotonicClock(),
+        front_end=orders.front_end,
+        seed=orders.seed,
+        board=Board(orders.front_ends, orders.board),
+    )
+
+
+async def serve(orders: Orders, client: "CoreClient", up: Callable[[], None]) -> None:
+    """Serve HTTP until the parent says otherwise."""
+    from engine.api.server import LAST_WORDS_S, HttpSide
+    from engine.api.state import ApiState
+    from engine.frontend.logs import log_request
+
+    loop = asyncio.get_running_loop()
+    client.open()
+    if orders.log_requests:
+        client.on_ended = log_request
+    state = ApiState(client, (orders.name,), orders.api_key, orders.created)
+    side = HttpSide(state, socket.socket(fileno=orders.listener))
+
+    def obey(line: str) -> None:
+        word, _, cause = line.partition(" ")
+        if word == "end":
+            client.die(cause)
+            side.end(LAST_WORDS_S)
+        else:
+            side.finish()
+
+    def on_line(line: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it is ending anyway
+            loop.call_soon_threadsafe(obey, line)
+
+    def on_listening(_url: str) -> None:
+        children.settle()
+        up()
+
+    children.end_with_parent(on_line)
+    await side.serve(on_listening)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

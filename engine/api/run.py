@@ -1,0 +1,195 @@
+"""One run of a server: the API processes in front of one core, signals, deaths, and the log."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from engine import children
+from engine.api.process import ApiProcess, Orders
+from engine.api.server import FORCED_GRACE_S, LAST_WORDS_S, STOPPED, HttpSide
+from engine.api.state import ApiState
+from engine.errors import EngineDeadError
+from engine.frontend.client import CoreClient
+from engine.frontend.logs import PERIOD_S, StatsLog, log_request
+from engine.frontend.start import Engine
+from engine.frontend.stats import Board
+
+log = logging.getLogger("redline.stats")
+
+FORCED_EXIT = 130
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What concerns the HTTP side alone."""
+
+    api_key: str | None = None
+    log_stats: bool = True
+    log_requests: bool = True
+
+
+class ServerRun:
+    """Serves an engine on its listening sockets, one API process each: this process is the first of them.
+
+    `say` shows one line to the user.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        listeners: Sequence[socket.socket],
+        options: ServeOptions,
+        say: Callable[[str], None],
+    ):
+        self._engine = engine
+        self._listener, *self._others = listeners
+        self._options = options
+        self._say = say
+        self._created = int(time.time())
+        self._board = Board(len(listeners))
+        self._processes: list[ApiProcess] = []
+        self._ends: list[asyncio.Future[None]] = []
+        self._cause_of_death: str | None = None
+        self._signals = 0
+
+    def run(self) -> int:
+        """Serve to the end; returns the exit code. EngineDeadError if a process ended that nobody told to."""
+        try:
+            self._start_processes()
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        finally:
+            for process in self._processes:
+                process.kill()
+            self._engine.core.stop()
+        if self._cause_of_death is not None:
+            raise EngineDeadError(self._cause_of_death)
+        return FORCED_EXIT if self._signals > 1 else 0
+
+    def _start_processes(self) -> None:
+        engine = self._engine
+        for front_end, listener in enumerate(self._others, start=1):
+            orders = Orders(
+                front_end=front_end,
+                front_ends=1 + len(self._others),
+                name=engine.config.name,
+                tokenizer=str(engine.tokenizer_path),
+                seed=engine.config.seed,
+                ready=engine.ready,
+                to_core=engine.core.endpoints.to_core,
+                from_core=engine.core.endpoints.from_core[front_end],
+                created=self._created,
+                api_key=self._options.api_key,
+                log_requests=self._options.log_requests,
+            )
+            self._processes.append(ApiProcess(orders, listener, self._board.descriptor))
+        for process in self._processes:
+            process.wait_up()
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        client = self._engine.connect(board=self._board)
+        client.open()
+        if self._options.log_requests:
+            client.on_ended = log_request
+        state = ApiState(client, (self._engine.config.name,), self._options.api_key, self._created)
+        side = HttpSide(state, self._listener)
+
+        def on_signal() -> None:
+            self._signals += 1
+            if self._signals > 1:
+                client.die(STOPPED)
+                side.end(FORCED_GRACE_S)
+                self._end_others(STOPPED, FORCED_GRACE_S)
+                return
+            count = client.total_stats.live
+            if count:
+                self._say(f"finishing {count} running request(s); Ctrl-C again ends at once")
+            side.finish()
+            for process in self._processes:
+                process.finish()
+
+        def on_death(cause: str) -> None:
+            if self._cause_of_death is not None or self._signals > 1:
+                return
+            self._cause_of_death = cause
+            side.end(LAST_WORDS_S)
+            self._end_others(cause, LAST_WORDS_S)
+
+        def die(cause: str) -> None:
+            client.die(cause)
+            on_death(cause)  # also where the client is closed already, and others still finish
+
+        client.on_death = on_death
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        self._engine.core.watch(threadsafe(die))
+        self._watch_processes(die)
+        logging_stats = asyncio.ensure_future(self._log_stats(client))
+        try:
+            await side.serve(self._on_listening)
+            await asyncio.gather(*self._ends)
+        finally:
+            logging_stats.cancel()
+
+    def _on_listening(self, url: str) -> None:
+        children.settle()
+        self._say(f"listening on {url}")
+
+    def _watch_processes(self, die: Callable[[str], None]) -> None:
+        """Have `die` called with the cause if a further API process ends by itself."""
+
+        def watch(process: ApiProcess) -> None:
+            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._ends.append(ended)
+
+            def on_end(cause: str | None) -> None:
+                if not ended.done():
+                    ended.set_result(None)
+                if cause is not None:
+                    die(cause)
+
+            process.watch(threadsafe(on_end))
+
+        for process in self._processes:
+            watch(process)
+
+    def _end_others(self, cause: str, grace_s: float) -> None:
+        """End the further processes, by force where they take too long."""
+        for process in self._processes:
+            process.end(cause)
+
+        def give_up() -> None:
+            for process in self._processes:
+                process.kill()
+
+        asyncio.get_running_loop().call_later(2 * grace_s + FORCED_GRACE_S, give_up)
+
+    async def _log_stats(self, client: CoreClient) -> None:
+        if not self._options.log_stats:
+            return
+        lines = StatsLog(client.clock.now(), client.total_stats.core)
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            line = lines.line(client.clock.now(), client.total_stats.core)
+            if line is not None:
+                log.info(line)
+
+
+def threadsafe(call: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The same call, made in this loop from any thread; nothing once the loop is closed."""
+    loop = asyncio.get_running_loop()
+
+    def from_thread(argument: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(call, argument)
+
+    return from_thread

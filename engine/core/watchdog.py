@@ -1,0 +1,163 @@
+"""Notices a step that hangs: names it, has the stacks written, and gives up where it doesn't come back.
+
+At `--step-timeout` the cause is logged with the stacks of all threads of the EngineCore and its ranks, and front ends
+answer /health with 503. A step that comes back after all makes the engine healthy again; one that is still away after
+as long again ends it with that cause.
+"""
+
+import faulthandler
+import itertools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.clock import Clock
+from engine.core.protocols import Executor
+
+log = logging.getLogger("redline.core")
+
+GIVE_UP = 2  # times the timeout
+FORWARD, SAMPLE, PLAN = "forward", "sample", "plan"
+
+
+@dataclass(slots=True)
+class Task:
+    """One thing the executor was told to do."""
+
+    phase: str
+    step: int
+    at: float
+
+
+class WatchedExecutor:
+    """An executor whose results wake the loop, and of which is known what it is at."""
+
+    def __init__(self, inner: Executor, clock: Clock, wake: Callable[[], None]):
+        self._inner = inner
+        self._clock = clock
+        self._wake = wake
+        self._tasks: dict[int, Task] = {}  # in the order of their work
+        self._keys = itertools.count()
+        self._done_at = clock.now()
+        self._forward: Task | None = None  # of a step whose number isn't known yet
+        self.shutdown = inner.shutdown
+
+    def submit(self, step: bytes) -> "Future[None]":
+        self._forward = Task(FORWARD, 0, self._clock.now())
+        return self._watch(self._forward, self._inner.submit(step))
+
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+        if self._forward is not None:
+            self._forward.step, self._forward = step, None
+        result = self._watch(Task(SAMPLE, step, self._clock.now()), self._inner.sample(step, masks))
+        result.add_done_callback(lambda _: self._wake())
+        return result
+
+    def _watch(self, task: Task, future: "Future[Any]") -> "Future[Any]":
+        key = next(self._keys)
+        self._tasks[key] = task
+        future.add_done_callback(lambda _: self._end(key))
+        return future
+
+    def _end(self, key: int) -> None:
+        del self._tasks[key]
+        self._done_at = self._clock.now()
+
+    def current(self) -> tuple[Task, float] | None:
+        """The task under way, and since when; from any thread."""
+        tasks = list(self._tasks.values())
+        return (tasks[0], max(tasks[0].at, self._done_at)) if tasks else None
+
+
+class Watchdog:
+    """Looks at an executor and the loop around it every so often; `look` is called by a thread of its own.
+
+    `ranks` are the processes of several ranks, none if the EngineCore itself is the only one. `tell` takes the cause
+    when a step hangs and "" when it came back, `give_up` the cause when it doesn't.
+    """
+
+    def __init__(
+        self,
+        executor: WatchedExecutor,
+        timeout_s: float,
+        ranks: Sequence[int],
+        *,
+        tell: Callable[[str], None],
+        give_up: Callable[[str], None],
+        dump: Callable[[Sequence[int]], None] | None = None,
+    ):
+        self._executor = executor
+        self._timeout_s = timeout_s
+        self._ranks = tuple(ranks)
+        self._tell = tell
+        self._give_up = give_up
+        self._dump = dump or dump_stacks
+        self.planning_since: float | None = None  # while the loop is busy
+        self._reported: Task | None = None
+
+    def look(self, now: float) -> None:
+        """Judge what is under way now."""
+        task, since = self._oldest(now)
+        if self._reported is not None and task != self._reported:
+            log.warning(
+                "the %s phase of step %d came back: the engine goes on", self._reported.phase, self._reported.step
+            )
+            self._reported = None
+            self._tell("")
+        if task is None or now - since <= self._timeout_s:
+            return
+        cause = self._describe(task, now - since)
+        if self._reported is None:
+            self._reported = task
+            log.error("%s; the stacks of all threads follow", cause)
+            self._dump(self._ranks)
+            self._tell(cause)
+        elif now - since > GIVE_UP * self._timeout_s:
+            self._give_up(cause)
+
+    def _oldest(self, now: float) -> tuple[Task | None, float]:
+        since = self.planning_since
+        if since is not None and now - since > self._timeout_s:  # the loop itself: results wait for it
+            return Task(PLAN, 0, since), since
+        current = self._executor.current()
+        return (None, now) if current is None else current
+
+    def _describe(self, task: Task, age: float) -> str:
+        limit = f"for {age:.0f} s, longer than --step-timeout {self._timeout_s:g}"
+        if task.phase == PLAN:
+            return f"the EngineCore's loop (process {os.getpid()}) hangs between two steps, {limit}"
+        return f"{self._who()} hangs in the {task.phase} phase of step {task.step}, {limit}"
+
+    def _who(self) -> str:
+        """The rank, as far as it can be told from outside: they wait for each other, so one stopped stops all."""
+        if not self._ranks:
+            return f"rank 0 (process {os.getpid()})"
+        states = [process_state(process) for process in self._ranks]
+        for rank, (process, state) in enumerate(zip(self._ranks, states, strict=True)):
+            if state in ("T", "t", "Z", "X", "D"):
+                words = {"D": "waiting for a device", "Z": "ended", "X": "ended"}.get(state, "stopped")
+                return f"rank {rank} (process {process}, {words})"
+        return f"one of ranks 0 to {len(self._ranks) - 1} (processes {', '.join(map(str, self._ranks))})"
+
+
+def process_state(process: int) -> str:
+    """The kernel's letter for a process, e.g. R, S, T; empty where it can't be asked."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def dump_stacks(ranks: Sequence[int]) -> None:
+    """Write the stacks of all threads here, and have each rank do so (see `engine.children`), on stderr."""
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    for process in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGUSR1)

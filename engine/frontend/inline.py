@@ -1,0 +1,163 @@
+"""The front end within the core's loop, as V0 had it: prompts are tokenised and tokens written as text there.
+
+Implements `engine.core.protocols.InlineFrontEnd`. The front-end process then only passes texts on.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.prompts import check_prompt
+from engine.frontend.tokenizer import Tokenizer
+from engine.messages import (
+    AddRequest,
+    Admitted,
+    Finished,
+    FinishReason,
+    Outputs,
+    TokenLogprobs,
+    column,
+    float32s,
+    int32s,
+    int64s,
+)
+
+replace = msgspec.structs.replace
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request under way."""
+
+    detokenizer: Detokenizer
+    include_stop: bool
+    prompt_tokens: int
+    stop: str = ""  # the stop string that ended it
+
+
+class InlineTexts:
+    """Reads and writes the texts of one core's requests; for one thread."""
+
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int, vocab_size: int):
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._open: dict[int, _Open] = {}
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    def add(self, message: AddRequest) -> AddRequest:
+        """The message with its text as tokens; RequestError if the model can't take them."""
+        if message.prompt:
+            prompt = int32s(message.prompt).tolist()
+        else:
+            prompt = self._tokenizer.encode(message.text, message.add_special_tokens)
+            check_prompt(prompt, self._max_model_len, self._vocab_size)
+            # The front end couldn't know how much room the text leaves.
+            max_tokens = min(message.max_tokens, self._max_model_len - len(prompt))
+            min_tokens = min(message.min_tokens, max_tokens)
+            sampling = message.sampling
+            if sampling.min_tokens > min_tokens:
+                sampling = replace(sampling, min_tokens=min_tokens)
+            message = replace(
+                message, prompt=column(prompt), max_tokens=max_tokens, min_tokens=min_tokens, sampling=sampling
+            )
+        writing = message.writing
+        if writing is not None:
+            detokenizer = Detokenizer(
+                self._tokenizer,
+                prompt,
+                stop=writing.stops,
+                include_stop=writing.include_stop,
+                skip_special_tokens=writing.skip_special_tokens,
+            )
+            self._open[message.handle] = _Open(detokenizer, writing.include_stop, len(prompt))
+        return message
+
+    def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:
+        """The outputs with texts, and the requests that a stop string ended: the core must abort those.
+
+        Tokens behind a stop string are left out, and the end of such a request is among `finished` already.
+        """
+        admitted = tuple(map(self._admitted, outputs.admitted))
+        stopped: list[int] = []
+        if outputs.handles:
+            outputs, stopped = self._write(outputs)
+        finished = [self._finished(one) for one in outputs.finished]
+        finished += [self._finished(Finished(handle, FinishReason.STOP)) for handle in stopped]
+        return replace(outputs, admitted=admitted, finished=tuple(finished)), tuple(stopped)
+
+    def _admitted(self, admitted: Admitted) -> Admitted:
+        request = self._open.get(admitted.handle)
+        return admitted if request is None else replace(admitted, prompt_tokens=request.prompt_tokens)
+
+    def _write(self, outputs: Outputs) -> tuple[Outputs, list[int]]:
+        """Add the texts; gives also which requests a stop string ended that the core doesn't end by itself."""
+        ending = {one.handle: one for one in outputs.finished}
+        handles = int64s(outputs.handles).tolist()
+        tokens = int32s(outputs.tokens).tolist()
+        counts = int32s(outputs.counts).tolist() if outputs.counts else [1] * len(handles)
+        texts: list[str] = []
+        used: list[int] = []  # tokens of each handle that count
+        stopped: list[int] = []
+        begin = 0
+        for handle, count in zip(handles, counts, strict=True):
+            request, text, kept = self._open.get(handle), "", count
+            if request is not None:
+                last = ending.get(handle)
+                text, kept = _push(request, tokens[begin : begin + count], last)
+                if request.stop and last is None:
+                    stopped.append(handle)
+            texts.append(text)
+            used.append(kept)
+            begin += count
+        if used == counts:
+            return replace(outputs, texts=tuple(texts)), stopped
+        return _cut(outputs, counts, used, tuple(texts)), stopped
+
+    def _finished(self, finished: Finished) -> Finished:
+        request = self._open.pop(finished.handle, None)
+        if request is None or finished.reason == FinishReason.ERROR:
+            return finished
+        if request.stop:
+            return replace(finished, reason=int(FinishReason.STOP), stop_id=-1, stop=request.stop)
+        return replace(finished, text=request.detokenizer.finish())
+
+
+def _push(request: _Open, tokens: list[int], last: Finished | None) -> tuple[str, int]:
+    """Write tokens; gives the text, and how many of the tokens count: those behind a stop string don't."""
+    text = ""
+    for index, token in enumerate(tokens):
+        ends_it = last is not None and last.stop_id >= 0 and index == len(tokens) - 1
+        if ends_it and not request.include_stop:
+            continue
+        part, stop = request.detokenizer.push(token)
+        text += part
+        if stop is not None:
+            request.stop = stop
+            return text, index + 1
+    return text, len(tokens)
+
+
+def _cut(outputs: Outputs, counts: list[int], used: list[int], texts: tuple[str, ...]) -> Outputs:
+    """Leave out the tokens that don't count."""
+    kept = np.concatenate([np.arange(count) < some for count, some in zip(counts, used, strict=True)])
+    logprobs = outputs.logprobs
+    if logprobs is not None:
+        index = int32s(logprobs.index)
+        entries = kept[index]
+        renumbered = np.cumsum(kept) - 1
+        logprobs = TokenLogprobs(
+            width=logprobs.width,
+            index=column(renumbered[index[entries]]),
+            ids=column(int32s(logprobs.ids).reshape(-1, logprobs.width)[entries]),
+            values=column(float32s(logprobs.values).reshape(-1, logprobs.width)[entries], "<f4"),
+            ranks=column(int32s(logprobs.ranks)[entries]),
+        )
+    return replace(
+        outputs, tokens=column(int32s(outputs.tokens)[kept]), counts=column(used), texts=texts, logprobs=logprobs
+    )

@@ -1,0 +1,131 @@
+"""Several API processes in front of one core: one port, one set of figures, one end."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.cli.test_serve import DUMMY, TINY, assert_gone, assert_one_line, children, run
+from tests.serving import Served, serve
+
+PROCESSES = 3
+BODY = {"prompt": "hello", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    flags = (*DUMMY, "--api-servers", str(PROCESSES), "--served-model-name", "tiny", "--max-model-len", "1K")
+    with serve(tmp_path_factory.mktemp("log"), model, *flags) as running:
+        yield running
+
+
+def lines_of(server: Served) -> list[dict]:
+    """The structured lines of requests that ended."""
+    return [json.loads(found) for found in re.findall(r"redline\.request: (\{.*\})$", server.output(), re.MULTILINE)]
+
+
+def test_all_processes_answer_and_the_figures_are_those_of_all(served: Served):
+    before = served.metric("vllm:request_success_total")
+    asked, front_ends = 0, set()
+    while len(front_ends) < PROCESSES:
+        answer = httpx.post(f"{served.url}/v1/completions", json=BODY, timeout=60)  # a connection each
+        assert answer.status_code == 200
+        asked += 1
+        assert asked < 200, f"only the processes {front_ends} answer"
+        front_ends = {line["front_end"] for line in lines_of(served)}
+    for _ in range(12):  # whichever process answers
+        text = httpx.get(f"{served.url}/metrics", timeout=60).text
+        values = {name: float(value) for name, value in re.findall(r"^(\S+?)(?:\{.*\})? (\S+)$", text, re.MULTILINE)}
+        assert values["vllm:generation_tokens_total"] == 6 * asked
+        assert values["vllm:time_to_first_token_seconds_count"] == before + asked
+        assert values["vllm:inter_token_latency_seconds_count"] == 5 * asked
+        assert values["vllm:num_requests_running"] == 0
+        health = httpx.get(f"{served.url}/health", timeout=60)
+        assert health.status_code == 200
+        assert health.json()["last_step_age_s"] >= 0
+    assert served.metric("vllm:request_success_total") == before + asked
+
+
+def test_a_request_s_line_tells_its_story(served: Served):
+    answer = served.post("/v1/completions", **BODY)
+    deadline = time.monotonic() + 10
+    while not (found := [line for line in lines_of(served) if line["request"] == answer["id"]]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [line] = found
+    assert (line["model"], line["prompt_tokens"], line["output_tokens"]) == ("tiny", 5, 6)
+    assert (line["finish_reason"], line["preemptions"], line["error"]) == ("length", 0, None)
+    assert 0 <= line["queue_s"] <= line["ttft_s"] <= line["e2e_s"]
+    assert line["client"].startswith("127.0.0.1:")
+
+
+def test_the_port_is_not_shared_with_another_server(served: Served, model: str):
+    port = served.url.rsplit(":", 1)[1]
+    assert_one_line(run(model, *DUMMY, "--port", port, "--api-servers", "2"), 1, f"port {port}", "--port")
+
+
+def test_ctrl_c_lets_the_requests_of_all_processes_finish(model: str, tmp_path: Path):
+    with serve(tmp_path, model, *DUMMY, "--api-servers", "2") as server:
+        family = children(server.process)
+        assert len(family) == 2, "the core and one more API process"
+        answers: list[list[str]] = []
+        started = threading.Semaphore(0)
+
+        def stream() -> None:
+            body = {**BODY, "max_tokens": 200, "stream": True}
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                first = next(lines)
+                started.release()
+                answers.append([first, *(line for line in lines if line)])
+
+        threads = [threading.Thread(target=stream) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            assert started.acquire(timeout=60)
+        server.process.send_signal(signal.SIGINT)
+        for thread in threads:
+            thread.join(60)
+        assert server.process.wait(30) == 0
+        assert_gone(family)
+        assert [lines[-1] for lines in answers] == ["data: [DONE]"] * 8
+        assert all('"finish_reason":"length"' in lines[-2] for lines in answers)
+        assert len({line["front_end"] for line in lines_of(server)}) == 2, "both had some"
+
+
+@pytest.mark.parametrize("victim", ["engine.api.process", "engine.launch"])
+def test_a_killed_process_ends_the_server_with_its_cause(model: str, tmp_path: Path, victim: str):
+    with serve(tmp_path, model, *DUMMY, "--api-servers", "2") as server:
+        family = children(server.process)
+        [killed] = [process for process in family if victim in process.cmdline()]
+        os.kill(killed.pid, signal.SIGKILL)
+        assert server.process.wait(30) == 1
+        assert_gone(family)
+        last = server.output().splitlines()[-1]
+        who = "API process 1" if victim == "engine.api.process" else "the EngineCore"
+        assert last.startswith(f"redline: error: {who} (process {killed.pid}) was killed by SIGKILL")
+        assert "Traceback" not in server.output()
+
+
+def test_no_process_outlives_a_killed_server(model: str, tmp_path: Path):
+    with serve(tmp_path, model, *DUMMY, "--api-servers", "2") as server:
+        family: list[psutil.Process] = children(server.process)
+        server.process.kill()
+        server.process.wait(10)
+        assert_gone(family)

@@ -1,0 +1,97 @@
+"""Two ranks that hear only the step messages hold the scheduler's table, bit for bit, after each of them."""
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import REMOVALS
+from engine.core.scheduler import Scheduler
+from engine.messages import decode_result, decode_step, int32s
+from engine.worker.rows import Rows
+from tests.engine.core_driver import Driver, resolved
+from tests.engine.fake_executor import FakeExecutor
+
+RANKS = 2
+
+
+class Replaying(FakeExecutor):
+    """Passes each message on to real worker rows, and compares them with the scheduler's."""
+
+    scheduler: Scheduler
+    ranks: list[Rows]
+    compared = 0
+
+    def follow(self, scheduler: Scheduler) -> None:
+        config = scheduler.config
+        self.scheduler = scheduler
+        self.ranks = [Rows(config.max_num_seqs, config.max_model_len, config.block_size) for _ in range(RANKS)]
+
+    def submit(self, step: bytes) -> "Future[None]":
+        done = super().submit(step)
+        message = decode_step(step)
+        for rank in self.ranks:
+            for one in (message, *message.following()):
+                batch = rank.advance(one)
+                rank.append(batch.sampling, int32s(decode_result(self._sampled[one.step]).tokens))
+            self._compare(rank)
+        return done
+
+    def _compare(self, rank: Rows) -> None:
+        rows = self.scheduler.rows
+        live = np.flatnonzero(rank.live)
+        if not self.scheduler.policy.full_state:
+            assert np.array_equal(rank.live, rows.live)
+        assert np.array_equal(rank.generation[live], rows.generation[live])
+        assert np.array_equal(rank.computed[live], rows.computed[live])
+        assert np.array_equal(rank.num_tokens[live], rows.upper[live])
+        assert np.array_equal(rank.num_blocks[live], rows.num_blocks[live])
+        for row in live.tolist():
+            known = int(rows.known[row])
+            assert np.array_equal(rank.tokens[row, :known], rows.tokens[row, :known])
+            assert rank.table[row, : rank.num_blocks[row]].tolist() == rows.blocks[row]
+            self.compared += 1
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 2), min_size=1, max_size=20),
+        st.integers(1, 12),
+        st.sets(st.integers(0, 49), max_size=6),
+        st.one_of(st.none(), st.integers(0, 12)),  # aborted that many turns later
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests,
+    st.sampled_from([frozenset(), frozenset(REMOVALS), frozenset({"full-state"}), frozenset({"prefill-first"})]),
+    st.sampled_from([0.001, 1.0]),
+    st.booleans(),
+)
+def test_replaying_the_messages_rebuilds_the_table(
+    requests: list[Any], removals: frozenset[str], step_s: float, caching: bool
+):
+    config = resolved(
+        num_blocks=11, max_model_len=32, max_num_batched_tokens=40, enable_prefix_caching=caching, removals=removals
+    )
+    driver = Driver(config, lambda *_: step_s, Replaying)
+    worker = driver.worker
+    assert isinstance(worker, Replaying)
+    worker.follow(driver.core.scheduler)
+    handles = [driver.add(prompt, max_tokens, tuple(stops)) for prompt, max_tokens, stops, _ in requests]
+    turn = 0
+    while driver.core.has_work:
+        for handle, (*_, abort) in zip(handles, requests, strict=True):
+            if abort == turn:
+                driver.abort(handle)
+        if not driver.turn():
+            driver.advance()
+        turn += 1
+    assert worker.compared >= RANKS or all(abort == 0 for *_, abort in requests)
+    assert len(driver.finished) == len(requests)

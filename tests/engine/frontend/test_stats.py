@@ -1,0 +1,74 @@
+"""The counters of several front ends, in one memory."""
+
+import os
+
+from engine.frontend.stats import REASONS, TOKENS, Board, FrontEndStats
+from engine.messages import Stats
+
+
+def test_a_histogram_counts_by_upper_bound():
+    histogram = FrontEndStats().prompt_tokens
+    for value in (1, 2, 3, 10**9):
+        histogram.observe(value)
+    assert histogram.total == 10**9 + 6
+    cumulative = dict(histogram.cumulative())
+    assert (cumulative["1.0"], cumulative["2.0"], cumulative["5.0"], cumulative["+Inf"]) == (1, 2, 3, 4)
+    assert len(histogram.counts) == len(TOKENS) + 1
+
+
+def test_the_core_s_stats_come_back_as_they_were():
+    stats = FrontEndStats()
+    given = Stats(running=3, waiting=2, kv_use=0.25, preemptions=1, prompt_tokens=2**40, last_step_at=12.5)
+    stats.take_core(13.0, given)
+    assert stats.core == given
+    assert isinstance(stats.core.running, int)
+
+
+def test_a_step_s_tokens_are_what_the_counters_grew_by():
+    stats = FrontEndStats()
+    for tokens in (0, 100, 100, 103):
+        stats.take_core(1.0, Stats(generation_tokens=tokens))
+    assert (stats.step_tokens.total, sum(stats.step_tokens.counts)) == (103, 2)
+
+
+def test_front_ends_add_up_and_the_newest_word_of_the_core_holds():
+    board = Board(3)
+    for number, front_end in enumerate(board.stats):
+        front_end.live = number
+        for _ in range(number):
+            front_end.count_finished("stop")
+            front_end.ttft.observe(0.5)
+    board.stats[1].take_core(5.0, Stats(running=7, generation_tokens=70))
+    board.stats[2].take_core(4.0, Stats(running=9, generation_tokens=60))
+    total = board.total()
+    assert total.live == 3
+    assert total.finished == {"stop": 3}
+    assert (total.ttft.total, sum(total.ttft.counts)) == (1.5, 3)
+    assert total.core.running == 7
+    assert [front_end.finished["stop"] for front_end in board.stats] == [0, 1, 2], "the sums are a copy"
+
+
+def test_steps_that_all_front_ends_hear_of_count_once():
+    board = Board(2)
+    for front_end in board.stats:
+        front_end.take_core(1.0, Stats(generation_tokens=8))
+    assert board.total().step_tokens.total == 8
+
+
+def test_another_process_reads_and_writes_the_same_board():
+    ours = Board(2)
+    theirs = Board(2, os.dup(ours.descriptor))
+    theirs.stats[1].count_finished("length")
+    theirs.stats[1].take_core(2.0, Stats(waiting=4))
+    assert ours.total().finished == {"length": 1}
+    assert ours.total().core.waiting == 4
+    assert ours.stats[0].finished == {}
+    for board in (ours, theirs):
+        board.close()
+
+
+def test_every_reason_has_a_counter_of_its_own():
+    stats = FrontEndStats()
+    for reason in REASONS:
+        stats.count_finished(reason)
+    assert stats.finished == dict.fromkeys(REASONS, 1)
