@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: bench-client help install demo test lint unit clean
+.PHONY: bench-client bench-core soak help install demo test lint unit clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -40,6 +40,16 @@ unit: $(VENV)/installed-dev  ## Tests, with the coverage of the core
 
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
 	$(BIN)/python tests/perf/bench_client.py
+
+bench-core: $(VENV)/installed-dev  ## CPU time of the engine itself, no model behind it: results/bench-core.json
+	$(BIN)/python -m tests.perf.bench_core
+
+soak: $(VENV)/installed-dev  ## Random load on a real server for MINUTES=60, then: did it leak? results/soak.json
+	$(BIN)/python -m tests.perf.soak
+
+.PHONY: bench-share
+bench-share: install  ## How much of a step passes outside the device, by model size, V1 and V0: docs/figures/bench-share.png
+	$(BIN)/python -m tests.perf.bench_share
 
 clean:  ## Remove the virtual environment and caches, not results
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
