@@ -18,27 +18,7 @@ import pytest
 
 from tests.serving import Served, serve
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "float32",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 4096,
-    "vocab_size": 320,
-    "eos_token_id": 2,
-}
 DUMMY = ("--load-format", "dummy")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(TINY))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,10 @@ import psutil
 import pytest
 
 from engine.config import REMOVALS
-from tests.cli.test_serve import DUMMY, TINY, assert_gone, assert_one_line, children, run
+from tests.cli.test_serve import DUMMY, assert_gone, assert_one_line, children, run
 from tests.serving import Served, serve
 
 BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(TINY))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.cli.test_serve import DUMMY, TINY, assert_gone, assert_one_line, children, run
+from tests.cli.test_serve import DUMMY, assert_gone, assert_one_line, children, run
 from tests.serving import Served, serve
 
 PROCESSES = 3
 BODY = {"prompt": "hello", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(TINY))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

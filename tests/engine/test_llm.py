@@ -1,6 +1,5 @@
 """LLM from a script of a user's own: the engine in its process, no server."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ import pytest
 
 from engine.errors import EngineDeadError, ModelError, RequestError
 from redline import LLM, SamplingParams
-from tests.cli.test_serve import TINY
+from tests.tiny import write_tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -18,7 +17,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
-    (path / "config.json").write_text(json.dumps(TINY))
+    write_tiny(path)
     (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     return path
 
