@@ -175,9 +175,9 @@ class Built:
 
 def build_core_server(config: EngineConfig, endpoints: Endpoints) -> Built:
     """Load the model, plan memory, allocate, and build the server."""
-    from engine.worker.threads import bound_spinning
+    from engine.worker.threads import limit_libraries
 
-    bound_spinning()  # before anything below imports torch
+    limit_libraries()  # before anything below imports torch
     from engine.core.server import CoreServer
     from engine.memory import resolve
     from engine.model.facts import read_facts

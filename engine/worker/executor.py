@@ -8,7 +8,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import cores
 from engine.model.facts import ModelFacts
 from engine.worker.rows import Rows
-from engine.worker.threads import bound_spinning
+from engine.worker.threads import limit_libraries
 
 if TYPE_CHECKING:
     from engine.worker.runner import Runner
@@ -42,7 +42,7 @@ class InProcessExecutor:
 
     def _start(self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig) -> "Runner":
         began = time.perf_counter()
-        bound_spinning()
+        limit_libraries()
         import torch
 
         from engine.model.adapt import KVCache

@@ -22,7 +22,7 @@ from engine.memory import threads_per_rank
 from engine.model.facts import ModelFacts
 from engine.model.split import plan_split
 from engine.worker.rows import Rows
-from engine.worker.threads import bound_spinning
+from engine.worker.threads import limit_libraries
 from engine.worker.wire import Failed, Kind, Orders, PeerLostError, Up, read_sample, receive, send
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run(parent: socket.socket, orders: Orders) -> Failed | None:
 def build(orders: Orders) -> "tuple[Runner, dict[str, float]]":
     """Load the rank's share of the model, join the others, and allocate its KV cache; with the start-up ledger."""
     began = time.perf_counter()
-    bound_spinning()
+    limit_libraries()
     import torch
 
     from engine.model.adapt import KVCache
