@@ -10,10 +10,19 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.options import SIZE, GroupedCommand, GroupedOption
-from engine.config import DEVICES, DTYPES, ENGINES, LOAD_FORMATS, REMOVALS, SCHEDULING_POLICIES, EngineConfig
+from engine.config import (
+    DEVICES,
+    DTYPES,
+    ENGINES,
+    LOAD_FORMATS,
+    REMOVALS,
+    SCHEDULING_POLICIES,
+    STEP_TIMEOUT_S,
+    EngineConfig,
+    watermark_blocks,
+)
 
 FILE_WIDTH = 200
-STEP_TIMEOUT_S = 300.0
 
 SERVER, LOG, MODEL, MEMORY = "Server", "Log and watchdog", "Model", "Memory and scheduling"
 BASELINE, ARTICLES = "V0 baseline", "Taken from vLLM's commands"
@@ -265,7 +274,9 @@ def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:
         lines.append(("engine", "V1 without parts of it", "--ablate"))
     for name, what in REMOVALS.items():
         if name in config.removals:
-            extra = f" ({(ready.num_blocks + 1) // 100:,} of {ready.num_blocks:,})" if name == "watermark" else ""
+            extra = (
+                f" ({watermark_blocks(ready.num_blocks + 1):,} of {ready.num_blocks:,})" if name == "watermark" else ""
+            )
             lines.append((f"  {name}", what + extra, ""))
     return lines
 

@@ -5,6 +5,7 @@ instead of `multiprocessing`: a user's script needs no `__main__` guard.
 """
 
 import faulthandler
+import logging
 import os
 import signal
 import subprocess
@@ -78,6 +79,20 @@ def end_with_parent(on_line: Callable[[str], None] | None = None) -> None:
     `on_line` gets, from a thread, what the parent writes meanwhile.
     """
     threading.Thread(target=_wait_for_end, args=(on_line,), name="parent-watch", daemon=True).start()
+
+
+def run_reporting(run: Callable[[], None], tell: Callable[[Failure], None], name: str) -> int:
+    """Run to the end and return the exit code; whatever ends it otherwise is told to the parent, who shows it last."""
+    try:
+        run()
+    except RedlineError as error:
+        tell(Failure.of(error))
+        return error.exit_code
+    except BaseException as error:
+        logging.getLogger("redline").exception("%s failed", name)
+        tell(Failure("EngineDeadError", f"{name} failed: {type(error).__name__}: {error}"))
+        return 1
+    return 0
 
 
 def settle() -> None:

@@ -32,6 +32,13 @@ CHUNKING = ("no-chunking", "prefill-first")  # what --enable-chunked-prefill giv
 
 KV_ALLOCATION = "--kv-cache-memory-bytes"
 
+STEP_TIMEOUT_S = 300.0  # of the watchdog; generous, since a long prompt on a slow machine is no fault
+
+
+def watermark_blocks(num_blocks: int) -> int:
+    """V0's share of the blocks, 1 %, that stays free when a request is admitted; `num_blocks` with the null block."""
+    return num_blocks // 100
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

@@ -24,7 +24,7 @@ import zmq
 from engine import children
 from engine.children import Failure, framed, read_framed
 from engine.clock import MonotonicClock
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError
 from engine.messages import Ready, Shutdown, encode
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from engine.core.server import CoreServer
     from engine.frontend.inline import InlineTexts
 
-STEP_TIMEOUT_S = 300.0  # of the watchdog; generous, since a long prompt on a slow machine is no fault
 STOP_GRACE_S = 5.0  # beyond the drain, before the child is ended by force
 PROBE_S = 0.1
 
@@ -248,7 +247,7 @@ def main() -> int:
             report.write(framed(message))
             report.flush()
 
-        try:
+        def run() -> None:
             endpoints = Endpoints(orders.to_core, orders.from_core)
             built = build_core_server(EngineConfig(**orders.config), endpoints)
 
@@ -265,14 +264,8 @@ def main() -> int:
             children.settle()
             tell(_Up(built.ready))
             built.server.run()
-        except RedlineError as error:
-            tell(Failure.of(error))
-            return error.exit_code
-        except BaseException as error:  # whatever it is, the parent shows it last
-            logging.getLogger("redline.core").exception("the EngineCore failed")
-            tell(Failure("EngineDeadError", f"the EngineCore failed: {type(error).__name__}: {error}"))
-            return 1
-    return 0
+
+        return children.run_reporting(run, tell, "the EngineCore")
 
 
 if __name__ == "__main__":

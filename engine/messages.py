@@ -219,6 +219,22 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
     ranks: bytes
 
 
+def select_logprobs(logprobs: TokenLogprobs, kept: NDArray[np.bool_]) -> TokenLogprobs | None:
+    """The entries whose tokens are kept, renumbered to the tokens that remain."""
+    index = int32s(logprobs.index)
+    entries = kept[index]
+    if not entries.any():
+        return None
+    renumbered = (np.cumsum(kept) - 1).astype(np.int32)
+    return TokenLogprobs(
+        width=logprobs.width,
+        index=renumbered[index[entries]].tobytes(),
+        ids=int32s(logprobs.ids).reshape(-1, logprobs.width)[entries].tobytes(),
+        values=float32s(logprobs.values).reshape(-1, logprobs.width)[entries].tobytes(),
+        ranks=int32s(logprobs.ranks)[entries].tobytes(),
+    )
+
+
 class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
     """What one step (or a rejection) means for one front end."""
 

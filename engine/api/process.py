@@ -150,20 +150,12 @@ def main() -> int:
                 report.write(children.framed(message))
                 report.flush()
 
-        try:
+        def run() -> None:
             client = connect(orders)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(orders, client, lambda: tell(_Up())))
-        except RedlineError as error:
-            tell(Failure.of(error))
-            return error.exit_code
-        except BaseException as error:  # whatever it is, the parent shows it last
-            import logging
 
-            logging.getLogger("redline.api").exception("failed")
-            tell(Failure("EngineDeadError", f"{type(error).__name__}: {error}"))
-            return 1
-    return 0
+        return children.run_reporting(run, tell, "the API process")
 
 
 def connect(orders: Orders) -> "CoreClient":

@@ -81,7 +81,7 @@ class ServerRun:
                 front_end=front_end,
                 front_ends=1 + len(self._others),
                 name=engine.config.name,
-                tokenizer=str(engine.tokenizer_path),
+                tokenizer=engine.config.tokenizer or engine.config.model,
                 seed=engine.config.seed,
                 ready=engine.ready,
                 to_core=engine.core.endpoints.to_core,

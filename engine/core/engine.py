@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.clock import Clock
 from engine.config import ResolvedConfig
@@ -32,9 +31,8 @@ from engine.messages import (
     decode_result,
     decode_to_core,
     encode,
-    float32s,
     front_end_of,
-    int32s,
+    select_logprobs,
 )
 
 log = logging.getLogger("redline.core")
@@ -284,19 +282,3 @@ def _kept_logprobs(result: StepResult, booked: Booked) -> TokenLogprobs | None:
     if result.logprobs is None or booked.kept.all():
         return result.logprobs
     return select_logprobs(result.logprobs, booked.kept)
-
-
-def select_logprobs(logprobs: TokenLogprobs, kept: NDArray[np.bool_]) -> TokenLogprobs | None:
-    """The entries whose tokens are kept, renumbered to the tokens that remain."""
-    index = int32s(logprobs.index)
-    entries = kept[index]
-    if not entries.any():
-        return None
-    renumbered = (np.cumsum(kept) - 1).astype(np.int32)
-    return TokenLogprobs(
-        width=logprobs.width,
-        index=renumbered[index[entries]].tobytes(),
-        ids=int32s(logprobs.ids).reshape(-1, logprobs.width)[entries].tobytes(),
-        values=float32s(logprobs.values).reshape(-1, logprobs.width)[entries].tobytes(),
-        ranks=int32s(logprobs.ranks)[entries].tobytes(),
-    )

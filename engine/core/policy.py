@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.config import ResolvedConfig
+from engine.config import ResolvedConfig, watermark_blocks
 from engine.core.request import Request
 
 # One step runs while the next is planned and handed over, so that a device never waits for the scheduler.
@@ -19,8 +19,6 @@ STEPS_IN_FLIGHT = 2
 # meanwhile waits no longer than that. Beyond 8 steps there is hardly anything left to save.
 BURST_S = 0.010
 MAX_BURST = 8
-
-WATERMARK = 0.01  # V0's share of the blocks that stays free when a request is admitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class Policy:
             steps_in_flight=STEPS_IN_FLIGHT if run_ahead else 1,
             bursts=run_ahead,
             scheduler_steps=config.scheduler_steps,
-            reserved_blocks=int(WATERMARK * config.num_blocks) if "watermark" in removed else 0,
+            reserved_blocks=watermark_blocks(config.num_blocks) if "watermark" in removed else 0,
             priority=config.scheduling_policy == "priority",
         )
 

@@ -140,10 +140,11 @@ class Watchdog:
         if not self._ranks:
             return f"rank 0 (process {os.getpid()})"
         states = [process_state(process) for process in self._ranks]
-        for rank, (process, state) in enumerate(zip(self._ranks, states, strict=True)):
-            if state in ("T", "t", "Z", "X", "D"):
-                words = {"D": "waiting for a device", "Z": "ended", "X": "ended"}.get(state, "stopped")
-                return f"rank {rank} (process {process}, {words})"
+        # Any process waits for a disk now and then: that counts only if no rank was stopped or has ended.
+        for words, letters in (("stopped", "Tt"), ("ended", "ZX"), ("waiting for a device", "D")):
+            for rank, (process, state) in enumerate(zip(self._ranks, states, strict=True)):
+                if state and state in letters:
+                    return f"rank {rank} (process {process}, {words})"
         return f"one of ranks 0 to {len(self._ranks) - 1} (processes {', '.join(map(str, self._ranks))})"
 
 

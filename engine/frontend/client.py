@@ -233,6 +233,8 @@ class CoreClient:
                         continue
                     is_stop = ending is not None and ending.stop_id >= 0 and index == end - 1
                     if self._add_token(output, tokens[index], logprob, is_stop):
+                        if ending is None:  # else the core has ended it by itself
+                            self._transport.send(Abort((handle,)))
                         break
             begin = end
 
@@ -246,7 +248,6 @@ class CoreClient:
         output.add(token, text, logprob)
         if stop is None:
             return False
-        self._transport.send(Abort((output.handle,)))
         output.finish("stop", stop, "")
         self._drop(output, "stop")
         return True

@@ -17,11 +17,10 @@ from engine.messages import (
     Finished,
     FinishReason,
     Outputs,
-    TokenLogprobs,
     column,
-    float32s,
     int32s,
     int64s,
+    select_logprobs,
 )
 
 replace = msgspec.structs.replace
@@ -146,18 +145,7 @@ def _push(request: _Open, tokens: list[int], last: Finished | None) -> tuple[str
 def _cut(outputs: Outputs, counts: list[int], used: list[int], texts: tuple[str, ...]) -> Outputs:
     """Leave out the tokens that don't count."""
     kept = np.concatenate([np.arange(count) < some for count, some in zip(counts, used, strict=True)])
-    logprobs = outputs.logprobs
-    if logprobs is not None:
-        index = int32s(logprobs.index)
-        entries = kept[index]
-        renumbered = np.cumsum(kept) - 1
-        logprobs = TokenLogprobs(
-            width=logprobs.width,
-            index=column(renumbered[index[entries]]),
-            ids=column(int32s(logprobs.ids).reshape(-1, logprobs.width)[entries]),
-            values=column(float32s(logprobs.values).reshape(-1, logprobs.width)[entries], "<f4"),
-            ranks=column(int32s(logprobs.ranks)[entries]),
-        )
+    logprobs = select_logprobs(outputs.logprobs, kept) if outputs.logprobs is not None else None
     return replace(
         outputs, tokens=column(int32s(outputs.tokens)[kept]), counts=column(used), texts=texts, logprobs=logprobs
     )

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.clock import MonotonicClock
-from engine.config import EngineConfig
+from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.frontend.client import CoreClient
 from engine.frontend.stats import Board
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.frontend.transport import ZmqTransport
-from engine.launch import STEP_TIMEOUT_S, CoreProcess
+from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.model.resolve import resolve_model
 
@@ -19,11 +19,10 @@ from engine.model.resolve import resolve_model
 class Engine:
     """A core that is up, and what a front end needs beside it."""
 
-    config: EngineConfig
+    config: EngineConfig  # with model and tokenizer as folders
     core: CoreProcess
     ready: Ready
     tokenizer: Tokenizer
-    tokenizer_path: Path
     warnings: tuple[str, ...]
 
     def connect(self, board: Board | None = None) -> CoreClient:
@@ -56,7 +55,7 @@ def start_engine(
         warnings.append(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: texts may use unknown ids"
         )
-    return Engine(config, core, ready, tokenizer, tokenizer_path, (*ready.warnings, *warnings))
+    return Engine(config, core, ready, tokenizer, (*ready.warnings, *warnings))
 
 
 def declared_vocab_size(path: Path) -> int | None:

