@@ -51,5 +51,9 @@ soak: $(VENV)/installed-dev  ## Random load on a real server for MINUTES=60, the
 bench-share: install  ## How much of a step passes outside the device, by model size, V1 and V0: docs/figures/bench-share.png
 	$(BIN)/python -m tests.perf.bench_share
 
+.PHONY: bench-cpu
+bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, where named: results/bench-cpu.json
+	$(BIN)/python -m tests.perf.bench_cpu
+
 clean:  ## Remove the virtual environment and caches, not results
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

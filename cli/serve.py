@@ -14,6 +14,7 @@ from engine.config import (
     DEVICES,
     DTYPES,
     ENGINES,
+    KERNELS,
     LOAD_FORMATS,
     REMOVALS,
     SCHEDULING_POLICIES,
@@ -86,6 +87,14 @@ def option(group: str, *names: str, **settings: Any) -> Any:
 @option(MODEL, "--num-layers", type=click.IntRange(1), help="With dummy weights: so many layers only.")
 @option(MODEL, "--max-model-len", type=SIZE, help="Tokens of one request, e.g. 4096 or 4K [default: the model's].")
 @option(MODEL, "--device", default="auto", show_default=True, type=click.Choice(DEVICES), help="What it runs on.")
+@option(
+    MODEL,
+    "--kernels",
+    default="auto",
+    show_default=True,
+    type=click.Choice(KERNELS),
+    help="Instructions that the CPU's kernels may use; torch does without them, slowly.",
+)
 @option(
     MODEL,
     "-tp",
@@ -239,6 +248,7 @@ def show_start(console: Console, engine: Any) -> None:
         ("model path", ready.model_path, ""),
         ("device", ready.device, "--device"),
         ("dtype", ready.dtype, "--dtype"),
+        ("kernels", ready.kernels, "--kernels"),
         *((line.what, human_bytes(line.bytes), line.flag) for line in ready.memory),
         ("KV blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens", "--block-size"),
         ("max-model-len", f"{ready.max_model_len:,} tokens", "--max-model-len"),

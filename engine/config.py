@@ -13,6 +13,7 @@ Device = Literal["auto", "cpu"]
 DTYPES: tuple[str, ...] = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
 DEVICES: tuple[str, ...] = ("auto", "cpu")
+KERNELS: tuple[str, ...] = ("auto", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
 SCHEDULING_POLICIES: tuple[str, ...] = ("fcfs", "priority")
@@ -59,6 +60,7 @@ class EngineConfig:
     seed: int = 0
     load_format: LoadFormat = "auto"
     device: Device = "auto"
+    kernels: str = "auto"  # of KERNELS
     num_layers: int | None = None  # with dummy weights: fewer layers than the config says
     scheduling_policy: str = "fcfs"
     engine: str = "v1"
@@ -132,6 +134,7 @@ _CHOICES = {
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
     "device": DEVICES,
+    "kernels": KERNELS,
     "engine": ENGINES,
     "scheduling_policy": SCHEDULING_POLICIES,
 }

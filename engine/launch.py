@@ -212,12 +212,13 @@ def build_core_server(config: EngineConfig, endpoints: Endpoints) -> Built:
         num_blocks=resolved.num_blocks - 1,
         prefix_caching=resolved.enable_prefix_caching,
         memory=resolution.memory,
-        warnings=resolution.warnings,
+        warnings=(*resolution.warnings, *executor.warnings),
         process_id=os.getpid(),
         seconds=tuple(ledger),
         scheduling_policy=resolved.scheduling_policy,
         removals=tuple(sorted(resolved.removals)),
         scheduler_steps=resolved.scheduler_steps,
+        kernels=executor.kernels,
     )
     return Built(server, ready, ranks)
 

@@ -162,6 +162,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     scheduling_policy: str = "fcfs"
     removals: tuple[str, ...] = ()  # of engine.config.REMOVALS
     scheduler_steps: int = 1
+    kernels: str = ""  # what computes the model, in words
 
     @property
     def inline(self) -> bool:

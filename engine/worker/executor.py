@@ -19,6 +19,8 @@ class InProcessExecutor:
 
     def __init__(self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig):
         self.seconds: dict[str, float] = {}
+        self.kernels = ""  # see engine.worker.network.Built
+        self.warnings: tuple[str, ...] = ()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
         try:
             self._runner = self._thread.submit(self._start, config, facts, resolved).result()
@@ -45,20 +47,21 @@ class InProcessExecutor:
         limit_libraries()
         import torch
 
-        from engine.model.adapt import KVCache
-        from engine.model.load import layout_of, load_model
+        from engine.model.load import load_model
+        from engine.worker.network import build_network
         from engine.worker.runner import Runner
 
         torch.set_num_threads(cores())
         imported = time.perf_counter()
         model = load_model(config, facts)
         loaded = time.perf_counter()
-        cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(facts, resolved.block_size))
+        built = build_network(config, facts, resolved, model)
+        self.kernels, self.warnings = built.kernels, built.warnings
         rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size)
-        runner = Runner(model, cache, rows)
+        runner = Runner(built.network, rows)
         self.seconds = {
             "import torch": imported - began,
             "load weights": loaded - imported,
-            "allocate KV cache": time.perf_counter() - loaded,
+            "prepare kernels": time.perf_counter() - loaded,
         }
         return runner

@@ -58,7 +58,7 @@ class MultiprocessExecutor:
         self._closing = False
         self._pending: deque[Future[Any]] = deque()
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._started: Future[dict[str, float]] = Future()
+        self._started: Future[Up] = Future()
         self._ranks: list[_Rank] = []
         self._threads = [
             threading.Thread(target=self._send_all, name="ranks-output", daemon=True),
@@ -70,11 +70,12 @@ class MultiprocessExecutor:
                     self._ranks.append(_start_rank(number, config, facts, resolved, f"{meeting}/store"))
                 for thread in self._threads:
                     thread.start()
-                seconds = self._started.result()
+                up = self._started.result()
             except BaseException:
                 self.shutdown()
                 raise
-        self.seconds = {"start ranks": time.monotonic() - began - sum(seconds.values()), **seconds}
+        self.seconds = {"start ranks": time.monotonic() - began - sum(up.seconds.values()), **up.seconds}
+        self.kernels, self.warnings = up.kernels, up.warnings
 
     @property
     def process_ids(self) -> list[int]:
@@ -131,7 +132,7 @@ class MultiprocessExecutor:
                     return
 
     def _receive_all(self) -> None:
-        ledgers: dict[int, dict[str, float]] = {}
+        reports: dict[int, Up] = {}
         with selectors.DefaultSelector() as selector:
             for rank in self._ranks:
                 selector.register(rank.socket, selectors.EVENT_READ, rank)
@@ -141,9 +142,9 @@ class MultiprocessExecutor:
                     break
                 kind, body = answer
                 if kind is Kind.UP:
-                    ledgers[rank.number] = _up.decode(body).seconds
-                    if len(ledgers) == len(self._ranks):
-                        self._started.set_result(ledgers[0])
+                    reports[rank.number] = _up.decode(body)
+                    if len(reports) == len(self._ranks):
+                        self._started.set_result(reports[0])
                 else:
                     self._answer(body if kind is Kind.RESULT else None)
             if not self._closing:

@@ -47,9 +47,9 @@ def main() -> int:
 def run(parent: socket.socket, orders: Orders) -> Failed | None:
     """Serve until the parent closes its end; returns why, if the rank can't go on."""
     try:
-        runner, seconds = build(orders)
+        runner, up = build(orders)
         children.settle()
-        send(parent, Kind.UP, msgspec.msgpack.encode(Up(seconds)))
+        send(parent, Kind.UP, msgspec.msgpack.encode(up))
         serve(parent, runner, answers=orders.rank == 0)
     except PeerLostError as error:
         return Failed(Failure(EngineDeadError.__name__, f"lost another rank: {error}"), peer_lost=True)
@@ -63,16 +63,16 @@ def run(parent: socket.socket, orders: Orders) -> Failed | None:
     return None
 
 
-def build(orders: Orders) -> "tuple[Runner, dict[str, float]]":
-    """Load the rank's share of the model, join the others, and allocate its KV cache; with the start-up ledger."""
+def build(orders: Orders) -> "tuple[Runner, Up]":
+    """Load the rank's share of the model, join the others, and allocate its KV cache; with what it has to report."""
     began = time.perf_counter()
     limit_libraries()
     import torch
 
-    from engine.model.adapt import KVCache
-    from engine.model.load import check, layout_of, load_model
+    from engine.model.load import check, load_model
     from engine.model.shard import shard
     from engine.worker.group import GlooGroup
+    from engine.worker.network import build_network
     from engine.worker.runner import Runner
 
     config, resolved = EngineConfig(**orders.config), ResolvedConfig(**orders.resolved)
@@ -86,15 +86,15 @@ def build(orders: Orders) -> "tuple[Runner, dict[str, float]]":
     shard(model, split, group)
     check(model, config, split.rank)
     joined = time.perf_counter()
-    cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(split.rank, resolved.block_size))
+    built = build_network(config, split.rank, resolved, model, group)
     rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size)
     seconds = {
         "import torch": imported - began,
         "load weights": loaded - imported,
         "join ranks": joined - loaded,
-        "allocate KV cache": time.perf_counter() - joined,
+        "prepare kernels": time.perf_counter() - joined,
     }
-    return Runner(model, cache, rows), seconds
+    return Runner(built.network, rows), Up(seconds, built.kernels, built.warnings)
 
 
 def serve(parent: socket.socket, runner: "Runner", *, answers: bool) -> None:

@@ -46,6 +46,7 @@ class Rows:
         self.generation: Int64s = np.full(max_rows, -1, dtype=np.int64)
         self.live: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)
         self.sampling: list[Sampling] = [Sampling()] * max_rows
+        self.plain: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # takes the likeliest token, no more asked
 
     def advance(self, message: StepMessage) -> StepBatch:
         """Apply what changed, lay out the step's tokens, and count them as computed."""
@@ -118,3 +119,11 @@ class Rows:
         self.table[row, : len(blocks)] = blocks
         self.num_blocks[row] = len(blocks)
         self.sampling[row] = added.sampling
+        self.plain[row] = is_plain(added.sampling)
+
+
+def is_plain(sampling: Sampling) -> bool:
+    """Whether the likeliest token is all that is asked for: the logits themselves aren't needed."""
+    barred = sampling.min_tokens > 0 and sampling.stop_ids
+    penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+    return not (sampling.temperature or sampling.logprobs >= 0 or barred or penalties or sampling.logit_bias)

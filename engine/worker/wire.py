@@ -42,7 +42,11 @@ class Orders(msgspec.Struct):
 
 
 class Up(msgspec.Struct):
+    """A rank is ready: the start-up ledger, and what computes the model (see `engine.worker.network.Built`)."""
+
     seconds: dict[str, float]
+    kernels: str
+    warnings: tuple[str, ...]
 
 
 class Failed(msgspec.Struct):

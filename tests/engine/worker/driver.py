@@ -53,11 +53,11 @@ MODELS: dict[str, dict[str, object]] = {
 }
 
 
-def build_model(kind: str, folder: Path) -> torch.nn.Module:
-    """Save a tiny model of that kind with random float32 weights, and return it."""
+def build_model(kind: str, folder: Path, **more: object) -> torch.nn.Module:
+    """Save a tiny model of that kind with random float32 weights, and return it; `more` of its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **{**BASE, **MODELS[kind]})
+    config = AutoConfig.for_model(kind, **{**BASE, **MODELS[kind], **more})
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)

@@ -89,7 +89,7 @@ def test_ranks_give_the_tokens_of_one(kind: str, size: int, tmp_path: Path, monk
         assert ranks.preemptions > 0
         assert ranks.shared > 0
         assert set(executor.seconds) == {
-            "start ranks", "import torch", "load weights", "join ranks", "allocate KV cache"
+            "start ranks", "import torch", "load weights", "join ranks", "prepare kernels"
         }  # fmt: skip
     finally:
         executor.shutdown()

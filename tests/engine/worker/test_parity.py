@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.model import gate
+from engine.kernels.cpu import build
+from engine.model import fused, gate
 from tests.engine.worker.driver import MODELS, VOCAB, Driver, Request, build_model
 
 NEW = 12
@@ -30,6 +31,23 @@ def prompts(seed: int) -> list[list[int]]:
 def test_every_tested_kind_equals_generate(kind: str, tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
     model = build_model(kind, tmp_path)
     driver = make_driver(tmp_path)
+    requests = [Request(prompt) for prompt in prompts(1)]
+    driver.run(requests, NEW, seed=3)
+    for request in requests:
+        assert request.output == reference(model, request.prompt, NEW)
+    assert driver.shared > 0
+
+
+@pytest.mark.parametrize(
+    "level", [level for level, (_, needs) in build.LEVELS.items() if needs <= build.machine_flags()]
+)
+@pytest.mark.parametrize("kind", sorted(fused.KINDS))
+def test_the_fused_stack_equals_generate(
+    kind: str, level: str, tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    model = build_model(kind, tmp_path, head_dim=16)
+    driver = make_driver(tmp_path, block_size=16, kernels=level)
+    assert driver.executor.kernels == f"{level}, fused stack"
     requests = [Request(prompt) for prompt in prompts(1)]
     driver.run(requests, NEW, seed=3)
     for request in requests:

@@ -1,0 +1,1 @@
+"""Kernels in C++ for decoders of the Llama kind on the CPU, compiled on first use."""

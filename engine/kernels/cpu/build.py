@@ -1,0 +1,76 @@
+"""Compiles the kernels for this machine's instructions, once: the result is kept and found by what it was made from."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from engine.errors import RedlineError
+
+SOURCES = Path(__file__).parent
+MAIN = "kernels.cpp"
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-Wno-uninitialized")
+
+# From the newest: the flags of the compiler, and the machine's own names for what they ask for.
+LEVELS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "avx512-bf16": (
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
+        frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}),
+    ),
+    "avx512": (
+        ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    ),
+    "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "bmi2", "f16c"})),
+}
+
+
+class BuildError(RedlineError):
+    """The kernels can't be compiled here; the message says why."""
+
+
+def machine_flags() -> frozenset[str]:
+    """What the processor says it can do; empty where the system doesn't tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+
+
+def best_level() -> str | None:
+    """The newest level that this machine has; None below the oldest, where torch is faster."""
+    has = machine_flags()
+    return next((name for name, (_, needs) in LEVELS.items() if needs <= has), None)
+
+
+def library(level: str, folder: Path | None = None) -> Path:
+    """The compiled kernels of a level, from `folder` (the user's cache unless given) or made now.
+
+    Raises BuildError without a compiler, or with the compiler's first complaint.
+    """
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
+    flags = (*FLAGS, *LEVELS[level][0])
+    made = hashlib.sha256(" ".join((platform.machine(), *flags)).encode())
+    for source in [*sorted(SOURCES.glob("*.h")), SOURCES / MAIN]:
+        made.update(source.read_bytes())
+    path = folder / f"{level}-{made.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    if compiler is None:
+        raise BuildError("there is no C++ compiler (c++, g++ or clang++) to make the CPU kernels with")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Ranks and servers may start at once: each makes its own, the last one stays.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made_here = Path(scratch) / path.name
+        command = [compiler, *flags, "-o", str(made_here), str(SOURCES / MAIN)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        if found.returncode:
+            complaint = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())
+            raise BuildError(f"{Path(compiler).name} could not make the CPU kernels: {complaint[:300]}")
+        made_here.replace(path)
+    return path

@@ -1,0 +1,33 @@
+// What Python calls: plain functions over pointers.
+
+#include "stack.h"
+
+enum Format { FLOAT32, BFLOAT16, INT8 };
+
+extern "C" {
+
+AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads) {
+    if (weights == FLOAT32 && cache == FLOAT32) return new Stack<F32, F32>(*spec, threads);
+    if (weights == BFLOAT16 && cache == BFLOAT16) return new Stack<BF16, BF16>(*spec, threads);
+    if (weights == INT8 && cache == BFLOAT16) return new Stack<I8, BF16>(*spec, threads);
+    return nullptr;
+}
+
+void redline_run(AnyStack* stack, const Step* step, int first, int last) { stack->run(*step, first, last); }
+
+void redline_logits(AnyStack* stack, float* out) { stack->logits(out); }
+
+void redline_likeliest(AnyStack* stack, int32_t* out) { stack->likeliest(out); }
+
+float* redline_partial(AnyStack* stack) { return stack->partial(); }
+
+// Seconds of each op since the last call, [OPS].
+void redline_seconds(AnyStack* stack, double* out) {
+    for (int op = 0; op < OPS; op++) {
+        out[op] = stack->seconds[op];
+        stack->seconds[op] = 0;
+    }
+}
+
+void redline_free(AnyStack* stack) { delete stack; }
+}

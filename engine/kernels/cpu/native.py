@@ -1,0 +1,151 @@
+"""The kernels' functions and structures, as ctypes sees them: mirrors kernels.cpp and stack.h."""
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.kernels.cpu import build
+from engine.messages import Int32s
+
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
+OPS = ("embed", "norm", "qkv", "rotary", "attention", "encode", "output", "gate_up", "down", "head")
+
+
+class Linear(Structure):
+    _fields_ = (
+        ("panels", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("outputs", c_int32), ("inputs", c_int32),
+    )  # fmt: skip
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("qkv", Linear), ("output", Linear), ("gate_up", Linear), ("down", Linear), ("input_norm", c_void_p),
+        ("post_norm", c_void_p), ("query_norm", c_void_p), ("key_norm", c_void_p), ("keys", c_void_p),
+        ("values", c_void_p), ("window", c_int32), ("rotary", c_int32),
+    )  # fmt: skip
+
+
+class Spec(Structure):
+    _fields_ = (
+        ("hidden", c_int32), ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
+        ("intermediate", c_int32), ("layers", c_int32), ("vocabulary", c_int32), ("block_size", c_int32),
+        ("partial", c_int32), ("epsilon", c_float), ("scaling", c_float), ("rotary_scaling", c_float),
+        ("frequencies", c_void_p), ("embedding", c_void_p), ("final_norm", c_void_p), ("layer", POINTER(Layer)),
+        ("head", Linear),
+    )  # fmt: skip
+
+
+class _Ragged(Structure):
+    _fields_ = (
+        ("rows", c_int32), ("tokens", c_int32), ("starts", c_void_p), ("counts", c_void_p), ("computed", c_void_p),
+        ("tables", c_void_p), ("table_width", c_int32),
+    )  # fmt: skip
+
+
+class _Step(Structure):
+    _fields_ = (
+        ("batch", _Ragged), ("ids", c_void_p), ("positions", c_void_p), ("row_of", c_void_p), ("sampled", c_void_p),
+        ("samples", c_int32),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's rows laid end to end, as `engine.worker.rows.StepBatch` has them; all int32, contiguous.
+
+    starts, counts, computed: [rows]; tables: [rows, blocks]; ids, positions, row_of: [tokens]; sampled: [samples].
+    """
+
+    starts: Int32s
+    counts: Int32s
+    computed: Int32s
+    tables: Int32s
+    ids: Int32s
+    positions: Int32s
+    row_of: Int32s
+    sampled: Int32s
+
+    def step(self) -> _Step:
+        ragged = _Ragged(
+            len(self.starts), len(self.ids), self.starts.ctypes.data, self.counts.ctypes.data,
+            self.computed.ctypes.data, self.tables.ctypes.data, self.tables.shape[1],
+        )  # fmt: skip
+        return _Step(
+            ragged, self.ids.ctypes.data, self.positions.ctypes.data, self.row_of.ctypes.data,
+            self.sampled.ctypes.data, len(self.sampled),
+        )  # fmt: skip
+
+
+@functools.cache
+def load(level: str) -> ctypes.CDLL:
+    """The functions of a level of build.LEVELS; raises BuildError."""
+    functions = ctypes.CDLL(str(build.library(level)))
+    functions.redline_stack.restype = c_void_p
+    functions.redline_stack.argtypes = (POINTER(Spec), c_int, c_int, c_int)
+    functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
+    functions.redline_logits.argtypes = (c_void_p, c_void_p)
+    functions.redline_likeliest.argtypes = (c_void_p, c_void_p)
+    functions.redline_partial.argtypes = (c_void_p,)
+    functions.redline_partial.restype = POINTER(c_float)
+    functions.redline_seconds.argtypes = (c_void_p, POINTER(c_double))
+    functions.redline_free.argtypes = (c_void_p,)
+    for name in ("run", "logits", "likeliest", "seconds", "free"):
+        getattr(functions, f"redline_{name}").restype = None
+    return functions
+
+
+class Stack:
+    """A decoder in C++. `keep` are the arrays that `spec` points to: they live as long as it does."""
+
+    def __init__(self, spec: Spec, weights: str, cache: str, threads: int, level: str, keep: Any):
+        self._functions = load(level)
+        self._keep = (spec, keep)
+        self._spec = spec
+        self._stack = self._functions.redline_stack(spec, FORMATS[weights], FORMATS[cache], threads)
+        if self._stack is None:
+            raise ValueError(f"no kernels for {weights} weights and a cache in {cache}")
+        self._step: _Step | None = None
+        self._batch: Batch | None = None
+        self.parts = 2 * spec.layers + 1  # the last one's number
+
+    def begin(self, batch: Batch) -> None:
+        """Take up a step; its parts are run next, in their order."""
+        self._batch, self._step = batch, batch.step()
+
+    def run(self, first: int, last: int) -> None:
+        """Run parts of the step, see stack.h."""
+        self._functions.redline_run(self._stack, self._step, first, last)
+
+    def partial(self) -> NDArray[np.float32]:
+        """This rank's part of the sum that the last part left, [tokens, hidden]; a view."""
+        assert self._batch is not None
+        shape = (len(self._batch.ids), self._spec.hidden)
+        return np.ctypeslib.as_array(self._functions.redline_partial(self._stack), shape)
+
+    def logits(self, out: NDArray[np.float32]) -> None:
+        """Write the logits of the tokens that are sampled, [samples, vocabulary]."""
+        self._functions.redline_logits(self._stack, out.ctypes.data)
+
+    def likeliest(self) -> Int32s:
+        """The tokens with the highest logits, [samples], the first of equals."""
+        assert self._batch is not None
+        out = np.empty(len(self._batch.sampled), dtype=np.int32)
+        self._functions.redline_likeliest(self._stack, out.ctypes.data)
+        return out
+
+    def seconds(self) -> dict[str, float]:
+        """Where the time went since the last call, by op."""
+        found = (c_double * len(OPS))()
+        self._functions.redline_seconds(self._stack, found)
+        return dict(zip(OPS, found, strict=True))
+
+    def close(self) -> None:
+        """End its threads; it can't be used any more."""
+        if self._stack is not None:
+            self._functions.redline_free(self._stack)
+            self._stack = None

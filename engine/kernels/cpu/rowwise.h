@@ -1,0 +1,98 @@
+// Ops on single tokens: embedding, norms, rotary positions and the write to the cache, choice of format.
+#pragma once
+
+#include <cmath>
+
+#include "attention.h"
+#include "linear.h"
+
+// int8 has one scale for a row, from its largest number.
+INLINE void quantise(const float* row, int size, int8_t* out, float* scale, int32_t* total) {
+    f32x16 top{};
+    for (int i = 0; i < size; i += LANES) {
+        const f32x16 x = load<f32x16>(row + i);
+        top = max_of(top, max_of(x, -x));
+    }
+    const float largest = highest(top), factor = largest > 0 ? 127.0f / largest : 0.0f;
+    i32x16 counted{};
+    for (int i = 0; i < size; i += LANES) {
+        // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the low bits.
+        const i32x16 whole = (i32x16)(load<f32x16>(row + i) * factor + 12582912.0f) - 0x4B400000;
+        counted += whole;
+        typedef int8_t i8x16 __attribute__((vector_size(16)));
+        store(out + i, __builtin_convertvector(whole, i8x16));
+    }
+    int32_t each[LANES];
+    store(each, counted);
+    int32_t all = 0;
+    for (int lane : each) all += lane;
+    *scale = largest / 127.0f;
+    *total = all;
+}
+
+// Write a row of `size` floats in the format of a product's left side.
+template <class T>
+INLINE void encode(const float* row, int size, typename T::Element* out, float* scale, int32_t* total) {
+    if constexpr (T::PER_UNIT == 4)
+        quantise(row, size, out, scale, total);
+    else
+        for (int i = 0; i < size; i += LANES) T::narrow(out + i, load<f32x16>(row + i));
+}
+
+INLINE float root_mean_square(const float* row, int size, float epsilon) {
+    f32x16 squares{};
+    for (int i = 0; i < size; i += LANES) {
+        const f32x16 x = load<f32x16>(row + i);
+        squares += x * x;
+    }
+    return 1.0f / std::sqrt(sum(squares) / float(size) + epsilon);
+}
+
+// RMSNorm; out may be row.
+INLINE void normalise(const float* row, const float* weight, int size, float epsilon, float* out) {
+    const float factor = root_mean_square(row, size, epsilon);
+    for (int i = 0; i < size; i += LANES) store(out + i, load<f32x16>(row + i) * factor * load<f32x16>(weight + i));
+}
+
+// Where a token lies in a layer's cache.
+struct Slot {
+    long block;
+    int offset;
+};
+
+// Rotary positions, halves of a head turned against each other as in Llama; cos, sin: D/2 numbers of the token's position.
+INLINE void rotate(float* head, int dim, const float* cosine, const float* sine) {
+    const int half = dim / 2;
+    if (half % LANES == 0) {
+        for (int i = 0; i < half; i += LANES) {
+            const f32x16 a = load<f32x16>(head + i), b = load<f32x16>(head + half + i);
+            const f32x16 c = load<f32x16>(cosine + i), s = load<f32x16>(sine + i);
+            store(head + i, a * c - b * s);
+            store(head + half + i, b * c + a * s);
+        }
+        return;
+    }
+    for (int i = 0; i < half; i++) {
+        const float a = head[i], b = head[half + i];
+        head[i] = a * cosine[i] - b * sine[i];
+        head[half + i] = b * cosine[i] + a * sine[i];
+    }
+}
+
+// The layouts are those of attention.h.
+template <class T> INLINE void write_key(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
+    typename T::Element row[256];
+    for (int d = 0; d < shape.head_dim; d += LANES) T::narrow(row + d, load<f32x16>(head + d));
+    const long units = shape.head_dim / T::PER_UNIT;
+    uint32_t* panel = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_size * units +
+                      slot.offset / LANES * LANES * units + slot.offset % LANES;
+    for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT);
+}
+
+template <class T> INLINE void write_value(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
+    typedef typename T::Element Element;
+    const long units = shape.head_dim / T::PER_UNIT, panel = long(shape.block_size) * LANES;
+    Element* block = reinterpret_cast<Element*>(cache + (slot.block * shape.kv_heads + kv_head) * shape.block_size * units);
+    block += slot.offset / T::PER_UNIT * T::PER_UNIT * LANES + slot.offset % T::PER_UNIT;
+    for (int d = 0; d < shape.head_dim; d++) block[d / LANES * panel + d % LANES * T::PER_UNIT] = T::narrow(head[d]);
+}

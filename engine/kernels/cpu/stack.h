@@ -1,0 +1,335 @@
+// A whole decoder of the Llama kind (Llama, Mistral, Qwen2, Qwen3, SmolLM): embedding, layers, head.
+#pragma once
+
+#include <chrono>
+#include <memory>
+
+#include "rowwise.h"
+
+struct Layer {
+    Linear qkv;
+    Linear output;
+    Linear gate_up;  // panels of gate and up take turns
+    Linear down;
+    const float* input_norm;
+    const float* post_norm;
+    const float* query_norm;  // of each head, may be null
+    const float* key_norm;
+    uint32_t* keys;
+    uint32_t* values;
+    int32_t window;  // 0: all
+    int32_t rotary;  // 0: positions don't show in this layer
+};
+
+struct Spec {
+    int32_t hidden;
+    int32_t heads;
+    int32_t kv_heads;
+    int32_t head_dim;
+    int32_t intermediate;
+    int32_t layers;
+    int32_t vocabulary;
+    int32_t block_size;
+    int32_t partial;  // 1: one rank of several, see Stack::run
+    float epsilon;
+    float scaling;         // of the scores
+    float rotary_scaling;  // of cosines and sines
+    const float* frequencies;  // [head_dim / 2]
+    const void* embedding;     // [vocabulary, hidden] in the format of the cache
+    const float* final_norm;
+    const Layer* layer;
+    Linear head;
+};
+
+struct Step {
+    Ragged batch;
+    const int32_t* ids;        // [tokens]
+    const int32_t* positions;  // [tokens]
+    const int32_t* row_of;     // [tokens]
+    const int32_t* sampled;    // [samples], tokens whose successor is asked for
+    int32_t samples;
+};
+
+enum Op { EMBED, NORM, QKV, ROTARY, ATTENTION, ENCODE, OUTPUT, GATE_UP, DOWN, HEAD, OPS };
+
+template <class T> T* aligned(std::unique_ptr<char[]>& memory, size_t& size, size_t count) {
+    if (count * sizeof(T) > size) {
+        size = count * sizeof(T);
+        memory.reset(new char[size + 64]);
+    }
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
+}
+
+// Memory that grows to what the largest step needed.
+template <class T> class Buffer {
+  public:
+    T* take(size_t count) { return at_ = aligned<T>(memory_, size_, count); }
+    T* get() const { return at_; }
+
+  private:
+    std::unique_ptr<char[]> memory_;
+    size_t size_ = 0;
+    T* at_ = nullptr;
+};
+
+class AnyStack {
+  public:
+    virtual ~AnyStack() = default;
+    // Parts first .. last of a step: 0 is the embedding, 1 + 2i the attention of layer i, 2 + 2i its MLP, then the
+    // choice of the tokens that are sampled. With spec.partial, attention and MLP leave their part of the sum in
+    // `partial`, [tokens, hidden]; the caller adds those of all ranks up, in place, before the next part.
+    virtual void run(const Step& step, int first, int last) = 0;
+    virtual void logits(float* out) = 0;      // [samples, vocabulary]
+    virtual void likeliest(int32_t* out) = 0;  // [samples]
+    virtual float* partial() = 0;
+    double seconds[OPS] = {};
+};
+
+// W: the format of weights and of their left sides; T: that of queries, keys and values.
+template <class W, class T> class Stack : public AnyStack {
+  public:
+    Stack(const Spec& spec, int threads)
+        : spec_(spec), layers_(spec.layer, spec.layer + spec.layers), team_(threads),
+          shape_{spec.heads, spec.kv_heads, spec.head_dim, spec.block_size, spec.scaling} {}
+
+    void run(const Step& step, int first, int last) override {
+        step_ = &step;
+        first_ = first;
+        last_ = last;
+        if (first == 0) begin();
+        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->parts(thread); }, this);
+    }
+
+    void logits(float* out) override {
+        out_ = out;
+        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_logits(thread); }, this);
+    }
+
+    void likeliest(int32_t* out) override {
+        const long pairs = ceil_div(ceil_div(spec_.vocabulary, LANES), PANELS);
+        best_value_.take(pairs * samples_);
+        best_column_.take(pairs * samples_);
+        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->best_of_pairs(thread); }, this);
+        for (long r = 0; r < samples_; r++) {
+            long best = r;
+            for (long at = r; at < pairs * samples_; at += samples_)
+                if (best_value_.get()[at] > best_value_.get()[best]) best = at;
+            out[r] = best_column_.get()[best];
+        }
+    }
+
+    float* partial() override { return partial_.get(); }
+
+  private:
+    typedef typename W::Element Left;
+    typedef typename T::Element Element;
+
+    void begin() {
+        const size_t tokens = step_->batch.tokens;
+        const long widest = spec_.intermediate > query_width() ? spec_.intermediate : query_width();
+        x_.take(tokens * spec_.hidden);
+        left_.take(tokens * (widest > spec_.hidden ? widest : spec_.hidden));
+        left_scale_.take(tokens);
+        left_sum_.take(tokens);
+        wide_.take(tokens * (qkv_width() > widest ? qkv_width() : widest));
+        query_.take(tokens * query_width());
+        cosine_.take(tokens * spec_.head_dim / 2);
+        sine_.take(tokens * spec_.head_dim / 2);
+        chosen_.take(size_t(step_->samples) * spec_.hidden);
+        chosen_scale_.take(step_->samples);
+        chosen_sum_.take(step_->samples);
+        if (spec_.partial) partial_.take(tokens * spec_.hidden);
+        samples_ = step_->samples;
+        Attention<T>::tile(shape_, step_->batch, tiles_);
+    }
+
+    void parts(int thread) {
+        for (int part = first_; part <= last_; part++) {
+            mark(thread);
+            if (part == 0)
+                embed(thread);
+            else if (part > 2 * spec_.layers)
+                choose(thread);
+            else if (part % 2)
+                attend(layers_[part / 2], thread, part > 1);
+            else
+                transform(layers_[part / 2 - 1], thread);
+        }
+    }
+
+    void attend(const Layer& layer, int thread, bool before) {
+        normalise_all(layer.input_norm, thread, before);
+        const Store qkv{wide_.get(), qkv_width()};
+        linear<W>(team_, layer.qkv, left(spec_.hidden), tokens(), qkv);
+        done(QKV, thread);
+        place(layer);
+        done(ROTARY, thread);
+        Attention<T>(shape_, step_->batch)
+            .run(team_, {query_.get(), wide_.get(), layer.keys, layer.values, layer.window}, tiles_);
+        done(ATTENTION, thread);
+        encode_all(query_width(), thread);
+        sum_up(layer.output, query_width());
+        done(OUTPUT, thread);
+    }
+
+    void transform(const Layer& layer, int thread) {
+        normalise_all(layer.post_norm, thread, true);
+        if constexpr (W::PER_UNIT == 4) {
+            linear<W>(team_, layer.gate_up, left(spec_.hidden), tokens(), SwiGLU<F32>{wide_.get(), spec_.intermediate});
+            done(GATE_UP, thread);
+            encode_all(spec_.intermediate, thread);
+        } else {
+            // Not in place: others still read the left side.
+            Left* out = reinterpret_cast<Left*>(wide_.get());
+            linear<W>(team_, layer.gate_up, left(spec_.hidden), tokens(), SwiGLU<W>{out, spec_.intermediate});
+            done(GATE_UP, thread);
+        }
+        sum_up(layer.down, spec_.intermediate, W::PER_UNIT != 4);
+        done(DOWN, thread);
+    }
+
+    void embed(int thread) {
+        const Element* table = static_cast<const Element*>(spec_.embedding);
+        for (long t; (t = team_.next()) < tokens();) {
+            const Element* row = table + long(step_->ids[t]) * spec_.hidden;
+            for (int i = 0; i < spec_.hidden; i += LANES) store(x_.get() + t * spec_.hidden + i, T::widen(row + i));
+            const int half = spec_.head_dim / 2;
+            for (int i = 0; i < half; i++) {
+                const float angle = float(step_->positions[t]) * spec_.frequencies[i];
+                cosine_.get()[t * half + i] = std::cos(angle) * spec_.rotary_scaling;
+                sine_.get()[t * half + i] = std::sin(angle) * spec_.rotary_scaling;
+            }
+        }
+        done(EMBED, thread);
+    }
+
+    // `before`: there was a part before that left its sum in `partial`.
+    void normalise_all(const float* weight, int thread, bool before) {
+        const int size = spec_.hidden;
+        for (long t; (t = team_.next()) < tokens();) {
+            float* row = x_.get() + t * size;
+            if (spec_.partial && before)
+                for (int i = 0; i < size; i += LANES)
+                    store(row + i, load<f32x16>(row + i) + load<f32x16>(partial_.get() + t * size + i));
+            normalise_row(row, weight, left_.get() + t * size, left_scale_.get() + t, left_sum_.get() + t);
+        }
+        done(NORM, thread);
+    }
+
+    void normalise_row(const float* row, const float* weight, Left* out, float* scale, int32_t* total) {
+        alignas(64) float normal[MOST_HIDDEN];
+        normalise(row, weight, spec_.hidden, spec_.epsilon, normal);
+        encode<W>(normal, spec_.hidden, out, scale, total);
+    }
+
+    // Queries, keys and values of each token: norms of heads, positions, and the way into the cache.
+    void place(const Layer& layer) {
+        const int dim = spec_.head_dim, half = dim / 2;
+        for (long t; (t = team_.next()) < tokens();) {
+            float* head = wide_.get() + t * qkv_width();
+            const float *cosine = cosine_.get() + t * half, *sine = sine_.get() + t * half;
+            const int position = step_->positions[t];
+            const long row = step_->row_of[t];
+            const Slot slot{step_->batch.tables[row * step_->batch.table_width + position / spec_.block_size],
+                            position % spec_.block_size};
+            for (int h = 0; h < spec_.heads + spec_.kv_heads; h++, head += dim) {
+                const bool query = h < spec_.heads;
+                if (layer.query_norm)
+                    normalise(head, query ? layer.query_norm : layer.key_norm, dim, spec_.epsilon, head);
+                if (layer.rotary) rotate(head, dim, cosine, sine);
+                if (query)
+                    for (int i = 0; i < dim; i += LANES)
+                        T::narrow(query_.get() + t * query_width() + h * dim + i, load<f32x16>(head + i));
+                else
+                    write_key<T>(head, shape_, h - spec_.heads, slot, layer.keys);
+            }
+            for (int h = 0; h < spec_.kv_heads; h++, head += dim) write_value<T>(head, shape_, h, slot, layer.values);
+        }
+    }
+
+    // `wide`, [tokens, size], in the format of a left side.
+    void encode_all(int size, int thread) {
+        for (long t; (t = team_.next()) < tokens();)
+            encode<W>(wide_.get() + t * size, size, left_.get() + t * size, left_scale_.get() + t, left_sum_.get() + t);
+        done(ENCODE, thread);
+    }
+
+    void sum_up(const Linear& w, int size, bool from_wide = false) {
+        Rows x = left(size);
+        if (from_wide) x.units = reinterpret_cast<const uint32_t*>(wide_.get());
+        if (spec_.partial)
+            linear<W>(team_, w, x, tokens(), Store{partial_.get(), spec_.hidden});
+        else
+            linear<W>(team_, w, x, tokens(), Add{x_.get(), spec_.hidden});
+    }
+
+    void choose(int thread) {
+        const int size = spec_.hidden;
+        for (long s; (s = team_.next()) < samples_;) {
+            const long t = step_->sampled[s];
+            alignas(64) float row[MOST_HIDDEN];
+            std::memcpy(row, x_.get() + t * size, size * sizeof(float));
+            if (spec_.partial)
+                for (int i = 0; i < size; i++) row[i] += partial_.get()[t * size + i];
+            normalise_row(row, spec_.final_norm, chosen_.get() + s * size, chosen_scale_.get() + s, chosen_sum_.get() + s);
+        }
+        done(HEAD, thread);
+    }
+
+    Rows chosen() const {
+        return {reinterpret_cast<const uint32_t*>(chosen_.get()), spec_.hidden / W::PER_UNIT, chosen_scale_.get(),
+                chosen_sum_.get()};
+    }
+
+    void all_logits(int thread) {
+        mark(thread);
+        linear<W>(team_, spec_.head, chosen(), samples_, StoreClipped{out_, spec_.vocabulary});
+        done(HEAD, thread);
+    }
+
+    void best_of_pairs(int thread) {
+        mark(thread);
+        linear<W>(team_, spec_.head, chosen(), samples_, Best{best_value_.get(), best_column_.get(), samples_, spec_.vocabulary});
+        done(HEAD, thread);
+    }
+
+    Rows left(int size) const {
+        return {reinterpret_cast<const uint32_t*>(left_.get()), size / W::PER_UNIT, left_scale_.get(), left_sum_.get()};
+    }
+
+    long tokens() const { return step_->batch.tokens; }
+    int query_width() const { return spec_.heads * spec_.head_dim; }
+    int qkv_width() const { return (spec_.heads + 2 * spec_.kv_heads) * spec_.head_dim; }
+
+    typedef std::chrono::steady_clock Time;
+
+    void mark(int thread) {
+        if (thread == 0) begun_ = Time::now();
+    }
+
+    // The end of an op, for all threads.
+    void done(Op op, int thread) {
+        team_.barrier();
+        if (thread != 0) return;
+        const auto now = Time::now();
+        seconds[op] += std::chrono::duration<double>(now - begun_).count();
+        begun_ = now;
+    }
+
+    static constexpr int MOST_HIDDEN = 16384;
+
+    const Spec spec_;
+    const std::vector<Layer> layers_;
+    Team team_;
+    const Shape shape_;
+    const Step* step_ = nullptr;
+    int first_ = 0, last_ = 0;
+    long samples_ = 0;
+    float* out_ = nullptr;
+    std::vector<Queries> tiles_;
+    Buffer<float> x_, wide_, cosine_, sine_, partial_, left_scale_, chosen_scale_, best_value_;
+    Buffer<int32_t> left_sum_, chosen_sum_, best_column_;
+    Buffer<Left> left_, chosen_;
+    Buffer<Element> query_;
+    Time::time_point begun_;
+};

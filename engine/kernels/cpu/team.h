@@ -1,0 +1,92 @@
+// Threads that work on one step together: each op's tasks are dealt out as they finish, a barrier ends the op.
+//
+// Between steps they sleep. Within a step they spin for some microseconds before they do, since ops follow each other
+// that closely; no longer, since others may need the core.
+#pragma once
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+class Team {
+  public:
+    explicit Team(int size) : size_(size) {
+        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+    }
+
+    ~Team() {
+        job_ = nullptr;
+        call();
+        for (auto& thread : threads_) thread.join();
+    }
+
+    int size() const { return size_; }
+
+    // Call `job(argument, *this, index)` on all threads, this one among them; returns when all are through.
+    void run(void (*job)(void*, Team&, int), void* argument) {
+        if (size_ == 1) return job(argument, *this, 0);
+        job_ = job;
+        argument_ = argument;
+        call();
+        job(argument, *this, 0);
+        barrier();
+    }
+
+    // Wait for all; whatever was written before is seen after. Starts a new deal of tasks.
+    void barrier() {
+        if (size_ == 1) {
+            dealt_.store(0, std::memory_order_relaxed);
+            return;
+        }
+        uint32_t round = round_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            dealt_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            round_.notify_all();
+        } else {
+            wait_beyond(round_, round);
+        }
+    }
+
+    // The next task of the op, counted from 0 for all threads together.
+    long next() { return dealt_.fetch_add(1, std::memory_order_relaxed); }
+
+  private:
+    static constexpr int SPINS = 4000;  // pauses of about 10 to 40 ns
+
+    static void wait_beyond(std::atomic<uint32_t>& value, uint32_t old) {
+        for (int i = 0; i < SPINS; i++) {
+            if (value.load(std::memory_order_acquire) != old) return;
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+        }
+        while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+    }
+
+    void call() {
+        calls_.fetch_add(1, std::memory_order_release);
+        calls_.notify_all();
+    }
+
+    void serve(int index) {
+        for (uint32_t seen = 0;; seen++) {
+            while (calls_.load(std::memory_order_acquire) == seen) calls_.wait(seen, std::memory_order_acquire);
+            if (job_ == nullptr) return;
+            job_(argument_, *this, index);
+            barrier();
+        }
+    }
+
+    const int size_;
+    void (*job_)(void*, Team&, int) = nullptr;
+    void* argument_ = nullptr;
+    alignas(64) std::atomic<uint32_t> calls_{0};
+    alignas(64) std::atomic<uint32_t> round_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<long> dealt_{0};
+    std::vector<std::thread> threads_;
+};

@@ -1,0 +1,153 @@
+"""The fused stack: decoders of the Llama kind, packed from transformers' modules for the C++ kernels.
+
+The generic path remains the reference; `refusal` says which models go it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu.native import Layer, Linear, Spec
+
+KINDS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+LANES = 16
+MOST_HEAD_DIM, MOST_HIDDEN = 256, 16384  # sizes of buffers in the kernels
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def refusal(model: Any, dtype: str, block_size: int) -> str | None:
+    """Why a model of transformers, whole or a rank's share, can't take the fused stack, as the end of a sentence."""
+    settings = model.config
+    if settings.model_type not in KINDS:
+        return f"models of kind {settings.model_type!r} have no fused stack"
+    if dtype not in DTYPES:
+        return f"the kernels have no {dtype}"
+    if block_size % LANES:
+        return f"--block-size {block_size} is no multiple of {LANES}"
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    sizes = {"hidden size": settings.hidden_size, "MLP": mlp.gate_proj.weight.shape[0], "head": attention.head_dim}
+    for what, size in sizes.items():
+        if size % LANES:
+            return f"its {what} of {size} numbers is no multiple of {LANES}"
+    if attention.head_dim > MOST_HEAD_DIM or settings.hidden_size > MOST_HIDDEN:
+        return (
+            f"its heads ({attention.head_dim}) or hidden states ({settings.hidden_size}) are too large for the kernels"
+        )
+    if getattr(settings, "hidden_act", "silu") != "silu":
+        return f"its activation is {settings.hidden_act}"
+    if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj)):
+        return "its MLP has biases"
+    return None
+
+
+def window_of(settings: Any, layer: int) -> int:
+    """How many tokens a query of the layer sees; 0 for all."""
+    kinds = getattr(settings, "layer_types", None)
+    slides = kinds[layer] == "sliding_attention" if kinds else settings.model_type == "mistral"
+    return (getattr(settings, "sliding_window", None) or 0) if slides else 0
+
+
+def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Panels of a weight [outputs, inputs]: [panels, units, 16] of 32 bits each, see formats.h."""
+    outputs = weight.shape[0]
+    panels = -(-outputs // LANES)
+    units = weight.to(dtype).contiguous().view(torch.int32)
+    if outputs % LANES:
+        units = torch.cat((units, units.new_zeros(panels * LANES - outputs, units.shape[1])))
+    return units.view(panels, LANES, -1).transpose(1, 2).contiguous()
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of gate and up in turns of 16."""
+    return torch.stack((gate.view(-1, LANES, gate.shape[1]), up.view(-1, LANES, up.shape[1])), 1).flatten(0, 2)
+
+
+@dataclass
+class Packer:
+    """Makes the kernels' structures and keeps what they point to."""
+
+    dtype: torch.dtype
+    kept: list[Any] = field(default_factory=list)
+
+    def linear(self, weight: Tensor, biases: Sequence[Tensor | None] = ()) -> Linear:
+        panels = pack(weight.detach(), self.dtype)
+        bias = None
+        if any(one is not None for one in biases):
+            bias = torch.cat([one.detach().float() for one in biases if one is not None])
+        return Linear(self._at(panels), None, None if bias is None else self._at(bias), *weight.shape)
+
+    def floats(self, values: Tensor | None) -> int | None:
+        return None if values is None else self._at(values.detach().float().contiguous())
+
+    def _at(self, values: Tensor) -> int:
+        self.kept.append(values)
+        return values.data_ptr()
+
+
+def make_spec(
+    model: Any, dtype: torch.dtype, num_blocks: int, block_size: int, *, partial: bool
+) -> tuple[Spec, list[Any]]:
+    """Pack a model of transformers, whole or one rank's share, with `num_blocks` of cache for each layer.
+
+    The model is used up. Returns also what the spec points to.
+    """
+    packer = Packer(dtype)
+    inner, settings = model.model, model.config
+    first = inner.layers[0].self_attn
+    head_dim = first.head_dim
+    heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
+    intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
+    units = num_blocks * kv_heads * block_size * head_dim
+    layers = (Layer * len(inner.layers))()
+    for i, layer in enumerate(inner.layers):
+        keys, values = (lazy_zeros(units * dtype.itemsize) for _ in range(2))
+        packer.kept += (keys, values)
+        layers[i] = _layer(packer, layer, keys.ctypes.data, values.ctypes.data)
+        layers[i].window = window_of(settings, i)
+        for parameter in layer.parameters():  # they are packed: nobody holds them twice
+            parameter.data = parameter.new_empty(0)
+    rotary = inner.rotary_emb
+    embedding = inner.embed_tokens.weight.detach().to(dtype).contiguous()
+    packer.kept += (layers, embedding)
+    spec = Spec(
+        hidden=settings.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        intermediate=intermediate, layers=len(inner.layers),
+        vocabulary=model.lm_head.weight.shape[0], block_size=block_size, partial=int(partial),
+        epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
+        frequencies=packer.floats(rotary.inv_freq), embedding=embedding.data_ptr(),
+        final_norm=packer.floats(inner.norm.weight), layer=layers, head=packer.linear(model.lm_head.weight),
+    )  # fmt: skip
+    return spec, packer.kept
+
+
+def _layer(packer: Packer, layer: Any, keys: int, values: int) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    three = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return Layer(
+        qkv=packer.linear(torch.cat([one.weight for one in three]), [one.bias for one in three]),
+        output=packer.linear(attention.o_proj.weight, [attention.o_proj.bias]),
+        gate_up=packer.linear(interleave(mlp.gate_proj.weight, mlp.up_proj.weight)),
+        down=packer.linear(mlp.down_proj.weight, [mlp.down_proj.bias]),
+        input_norm=packer.floats(layer.input_layernorm.weight),
+        post_norm=packer.floats(layer.post_attention_layernorm.weight),
+        query_norm=packer.floats(getattr(query_norm, "weight", None)),
+        key_norm=packer.floats(getattr(key_norm, "weight", None)),
+        keys=keys,
+        values=values,
+        rotary=int(getattr(attention, "use_rope", 1)),
+    )  # fmt: skip
+
+
+def lazy_zeros(size: int) -> np.ndarray:
+    """Zeros whose pages, large ones if it can, the system supplies on first use; at a multiple of 64."""
+    import mmap
+
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)

@@ -1,0 +1,161 @@
+"""The model as a runner sees it: either transformers' class with the paged attention, or the fused stack in C++."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import EngineConfig, ResolvedConfig
+from engine.errors import ConfigError
+from engine.kernels import attention
+from engine.kernels.attention import Ragged, Workspace
+from engine.kernels.cpu import build
+from engine.kernels.cpu.build import BuildError
+from engine.kernels.cpu.native import Batch, Stack
+from engine.memory import threads_per_rank
+from engine.model import adapt, fused
+from engine.model.adapt import Forward, KVCache
+from engine.model.facts import ModelFacts
+from engine.model.load import layout_of
+from engine.model.shard import Group
+from engine.worker.rows import Int64s, StepBatch
+
+
+class Network(Protocol):
+    """One rank's model and KV cache; a step's tokens are chosen from it before the next step runs."""
+
+    def forward(self, batch: StepBatch) -> None:
+        """Compute a step's tokens, up to where those that sample are known."""
+        ...
+
+    def logits(self) -> Tensor:
+        """Of the tokens that sample, [samples, vocabulary]."""
+        ...
+
+    def likeliest(self) -> Int64s:
+        """The tokens with the highest logits, [samples]."""
+        ...
+
+
+class GenericNetwork:
+    """Transformers' own class; the reference, and the path of every model without a stack of its own."""
+
+    def __init__(self, model: nn.Module, cache: KVCache):
+        self._model = model
+        self._cache = cache
+        self._workspace = Workspace(cache.layout.dtype)
+        self._logits: Tensor | None = None
+
+    def forward(self, batch: StepBatch) -> None:
+        layout = self._cache.layout
+        ragged = Ragged(batch.starts, batch.counts, batch.computed, batch.tables)
+        index = attention.write_index(batch.tables, batch.row_of, batch.positions, layout)
+        forward = Forward(self._cache, ragged, index, self._workspace)
+        arguments: dict[str, Any] = {
+            "input_ids": torch.from_numpy(batch.ids)[None],
+            "position_ids": torch.from_numpy(batch.positions)[None],
+            "use_cache": False,
+        }
+        if not len(batch.sampling):
+            adapt.run(self._model.base_model, forward, arguments)  # type: ignore[arg-type]
+            return
+        arguments["logits_to_keep"] = torch.from_numpy(batch.sampled_at)
+        self._logits = adapt.run(self._model, forward, arguments).logits[0]
+
+    def logits(self) -> Tensor:
+        assert self._logits is not None
+        logits, self._logits = self._logits, None
+        return logits
+
+    def likeliest(self) -> Int64s:
+        # numpy's argmax is several times as fast as torch's on one row after the other.
+        return self.logits().float().numpy().argmax(-1)
+
+
+class FusedNetwork:
+    """The fused stack; of one rank, or of several that sum up after each attention and MLP."""
+
+    def __init__(self, stack: Stack, vocabulary: int, group: Group | None):
+        self.stack = stack
+        self._vocabulary = vocabulary
+        self._group = group
+        self._samples = 0
+
+    def forward(self, batch: StepBatch) -> None:
+        self._samples = len(batch.sampled_at)
+        columns = (
+            batch.starts, batch.counts, batch.computed, batch.tables, batch.ids, batch.positions, batch.row_of,
+            batch.sampled_at,
+        )  # fmt: skip
+        stack = self.stack
+        stack.begin(Batch(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns)))
+        if self._group is None:
+            stack.run(0, stack.parts)
+            return
+        stack.run(0, 1)
+        for part in range(2, stack.parts + 1):
+            self._group.all_reduce(torch.from_numpy(stack.partial()))
+            stack.run(part, part)
+
+    def logits(self) -> Tensor:
+        out = torch.empty(self._samples, self._vocabulary)
+        self.stack.logits(out.numpy())
+        return out
+
+    def likeliest(self) -> Int64s:
+        return self.stack.likeliest().astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A network, what computes it in words, and what the user should know of that."""
+
+    network: Network
+    kernels: str
+    warnings: tuple[str, ...] = ()
+
+
+def build_network(
+    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, model: Any, group: Group | None = None
+) -> Built:
+    """Choose kernels by --kernels, the machine and the model; takes the model's weights away where it repacks them.
+
+    `facts` are the rank's. Raises ConfigError for kernels that this machine can't run.
+    """
+    level, why = _level(config)
+    if level is not None:
+        why = fused.refusal(model, facts.dtype, resolved.block_size)
+    if level is not None and why is None:
+        try:
+            build.library(level)
+        except BuildError as error:
+            if config.kernels != "auto":
+                raise ConfigError(f"--kernels {config.kernels}: {error}") from error
+            level, why = None, str(error)
+        else:
+            dtype = fused.DTYPES[facts.dtype]
+            spec, kept = fused.make_spec(
+                model, dtype, resolved.num_blocks, resolved.block_size, partial=group is not None
+            )
+            threads = threads_per_rank(config.tensor_parallel_size)
+            stack = Stack(spec, facts.dtype, facts.dtype, threads, level, kept)
+            return Built(FusedNetwork(stack, spec.vocabulary, group), f"{level}, fused stack")
+    cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(facts, resolved.block_size))
+    slow = config.kernels == "auto" and level is None
+    warnings = (f"{why}: torch computes the model, several times as slowly",) if slow else ()
+    return Built(GenericNetwork(model, cache), "torch" if why is None else f"torch ({why})", warnings)
+
+
+def _level(config: EngineConfig) -> tuple[str | None, str | None]:
+    """The kernels' level, or None and why not."""
+    if config.kernels == "torch":
+        return None, None
+    if config.kernels == "auto":
+        level = build.best_level()
+        return level, "the CPU kernels need AVX2" if level is None else None
+    missing = sorted(build.LEVELS[config.kernels][1] - build.machine_flags())
+    if missing:
+        raise ConfigError(f"--kernels {config.kernels}: this machine lacks {', '.join(missing)}; auto finds the best")
+    return config.kernels, None

@@ -1,0 +1,44 @@
+"""Compiling: once for each source and level, and never without saying why not."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.kernels.cpu import build
+from engine.kernels.cpu.build import BuildError
+
+LEVEL = build.best_level()
+
+pytestmark = pytest.mark.skipif(LEVEL is None, reason="the CPU kernels need AVX2")
+
+
+def test_the_second_one_finds_what_the_first_one_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LEVEL is not None
+    made = build.library(LEVEL, tmp_path)
+    assert made.parent == tmp_path
+    monkeypatch.setenv("PATH", os.devnull)  # no compiler is needed any more
+    assert build.library(LEVEL, tmp_path) == made
+    assert [path.name for path in tmp_path.iterdir()] == [made.name], "nothing else is left"
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LEVEL is not None
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler"):
+        build.library(LEVEL, tmp_path)
+
+
+def test_the_compilers_complaint_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LEVEL is not None
+    monkeypatch.setitem(build.LEVELS, LEVEL, (("-march=nonsense",), frozenset()))
+    with pytest.raises(BuildError, match="nonsense"):
+        build.library(LEVEL, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_any_level_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "machine_flags", frozenset)
+    assert build.best_level() is None
+    monkeypatch.setattr(build, "machine_flags", lambda: frozenset({"avx2", "fma", "bmi2", "f16c"}))
+    assert build.best_level() == "avx2"

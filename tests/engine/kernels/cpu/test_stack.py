@@ -1,0 +1,142 @@
+"""The fused stack against the generic path over random shapes, and against itself over random schedules."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from engine.kernels.cpu import build
+from engine.kernels.cpu.native import Batch, Stack
+from engine.model import fused
+
+LEVELS = [level for level, (_, needs) in build.LEVELS.items() if needs <= build.machine_flags()]
+BLOCKS = 24
+THREADS = 2
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the CPU kernels need AVX2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model to draw."""
+
+    kind: str
+    hidden: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    window: int | None
+
+    def build(self, dtype: torch.dtype) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(
+            self.kind, vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
+            num_hidden_layers=2, num_attention_heads=self.kv_heads * self.group, num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim, max_position_embeddings=4096, initializer_range=0.15, sliding_window=self.window,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+sizes = st.integers(1, 6).map(lambda n: 16 * n)
+shapes = st.builds(
+    Shape, st.sampled_from(["mistral", "qwen3"]), sizes, st.integers(1, 3), st.sampled_from([1, 3, 5, 14]),
+    st.sampled_from([16, 48, 64, 80, 128]), sizes, st.integers(33, 200), st.sampled_from([None, 1, 40]),
+)  # fmt: skip
+
+
+class Served:
+    """A stack, and the blocks of its cache in a random order."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, block_size: int, level: str, blocks: int = BLOCKS):
+        name = str(dtype).removeprefix("torch.")
+        spec, kept = fused.make_spec(shape.build(dtype), dtype, blocks, block_size, partial=False)
+        self.stack = Stack(spec, name, name, THREADS, level, kept)
+        self.vocabulary = shape.vocabulary
+        self.block_size = block_size
+
+    def run(self, rows: list[tuple[NDArray[np.integer], int, list[int]]], every: bool = False) -> NDArray[np.float32]:
+        """Compute rows of (token ids, tokens before them, blocks); logits of each row's last token, or of every one."""
+        counts = np.array([len(ids) for ids, _, _ in rows])
+        starts = np.cumsum(counts) - counts
+        tables = np.zeros((len(rows), max(len(blocks) for _, _, blocks in rows)), dtype=np.int32)
+        for i, (_, _, blocks) in enumerate(rows):
+            tables[i, : len(blocks)] = blocks
+        columns = (
+            starts, counts, [before for _, before, _ in rows], tables, np.concatenate([ids for ids, _, _ in rows]),
+            np.concatenate([before + np.arange(len(ids)) for ids, before, _ in rows]),
+            np.repeat(np.arange(len(rows)), counts), np.arange(counts.sum()) if every else starts + counts - 1,
+        )  # fmt: skip
+        batch = Batch(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
+        self.stack.begin(batch)
+        self.stack.run(0, self.stack.parts)
+        out = np.empty((len(batch.sampled), self.vocabulary), dtype=np.float32)
+        self.stack.logits(out)
+        assert (self.stack.likeliest() == out.argmax(1)).all(), "the fused choice is that of the logits"
+        return out
+
+    def blocks_for(self, tokens: int, first: int) -> list[int]:
+        return list(range(first, first + -(-tokens // self.block_size)))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, block_size=st.sampled_from([16, 32, 128]), tokens=st.integers(1, 130))
+def test_float32_is_what_transformers_computes(level: str, shape: Shape, block_size: int, tokens: int) -> None:
+    ids = np.random.default_rng(tokens).integers(0, shape.vocabulary, tokens)
+    with torch.inference_mode():
+        expected = shape.build(torch.float32)(torch.from_numpy(ids)[None]).logits[0].numpy()
+    served = Served(shape, torch.float32, block_size, level)
+    found = served.run([(ids, 0, served.blocks_for(tokens, 3))], every=True)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
+
+
+@functools.cache
+def long_lived(level: str, dtype: torch.dtype) -> Served:
+    shape = Shape("qwen3", 64, 2, 3, 64, 96, 100, 700)
+    return Served(shape, dtype, 32, level, blocks=300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=15, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 1099), max_size=6, unique=True).map(sorted),
+    others=st.lists(st.integers(1, 300), max_size=4),
+    place=st.integers(0, 4),
+)
+def test_the_same_bits_alone_in_a_batch_and_in_chunks(
+    level: str, dtype: torch.dtype, cuts: list[int], others: list[int], place: int
+) -> None:
+    served = long_lived(level, dtype)
+    random = np.random.default_rng(5)
+    ids = random.integers(0, 100, 1100)
+    alone = served.run([(ids, 0, served.blocks_for(1100, 1))])[0]
+    neighbours = [(random.integers(0, 100, n), 0, served.blocks_for(n, 100 + 12 * i)) for i, n in enumerate(others)]
+    blocks = served.blocks_for(1100, 50)
+    found = alone
+    for begin, end in zip([0, *cuts], [*cuts, 1100], strict=True):
+        rows = list(neighbours)
+        rows.insert(place, (ids[begin:end], begin, blocks))
+        found = served.run(rows)[min(place, len(neighbours))]
+    assert (found == alone).all()
+
+
+def test_levels_differ_only_in_rounding() -> None:
+    ids = np.random.default_rng(2).integers(0, 100, 90)
+    results = []
+    for level in LEVELS:
+        served = long_lived(level, torch.bfloat16)
+        results.append(served.run([(ids, 0, served.blocks_for(90, 200))])[0])
+    for one in results[1:]:
+        assert np.abs(one - results[0]).max() < 0.05 * np.abs(results[0]).max()
