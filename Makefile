@@ -55,5 +55,12 @@ bench-share: install  ## How much of a step passes outside the device, by model 
 bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, where named: results/bench-cpu.json
 	$(BIN)/python -m tests.perf.bench_cpu
 
+.PHONY: profile-cpu accuracy-cpu
+profile-cpu: install  ## A step of the fused stack against the machine's limit: results/profile-cpu.json, docs/figures/
+	$(BIN)/python -m tests.perf.profile_cpu
+
+accuracy-cpu: install  ## Perplexity and top-1 agreement of the fused stack's forms: results/accuracy-cpu.json
+	$(BIN)/python -m tests.perf.accuracy_cpu
+
 clean:  ## Remove the virtual environment and caches, not results
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

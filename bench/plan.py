@@ -14,7 +14,7 @@ _WARMUP_LATENCIES = 1.25
 _OVERHEAD_S = 1.0  # between points: connections, draining, writing
 _SEARCH_SHARE, _CONFIRM_SHARE = 0.68, 0.85  # of the limit, when a ladder follows
 _LEAST_LATENCIES, _LEAST_REQUESTS = 1.5, 5  # a window shorter than this says nothing
-_DOUBLING_REQUESTS = 8
+_DOUBLING_REQUESTS = 24
 
 
 @dataclass(slots=True)

@@ -53,8 +53,14 @@ class _Bracket:
     narrow: bool = True  # False: there is no time left to narrow the bracket
 
     def try_rate(self, rate: float, phase: Phase, points_left: int, *, whole: bool = False) -> bool:
-        """Measure one rate; a point spoilt by the client counts as not sustained."""
+        """Measure one rate; a point spoilt by the client is run once more, then it counts as not sustained."""
         rate = round_rate(rate)
+        row = self._run(rate, phase, points_left, whole)
+        if row.sustained is None and sum(1 for r in self.rows if r.rate == rate) == 1:
+            row = self._run(rate, phase, points_left, whole)
+        return bool(row.sustained)
+
+    def _run(self, rate: float, phase: Phase, points_left: int, whole: bool) -> PointRow:
         repeat = sum(1 for r in self.rows if r.rate == rate)
         row = self.measure(Trial(rate, phase, repeat, points_left, whole))
         if row is None:
@@ -62,7 +68,7 @@ class _Bracket:
         self.rows.append(row)
         if row.sustained is None and row.binding != "client":
             raise _StoppedError(final=True)  # cut by the clock, or spoilt in a way that no other rate would mend
-        return bool(row.sustained)
+        return row
 
     @property
     def high(self) -> float | None:
@@ -85,8 +91,9 @@ class _Bracket:
         most = max((r.requests for r in self.rows), default=0)
         whole: dict[float, int] = {}
         short: dict[float, int] = {}
+        judged = {row.rate for row in self.rows if row.sustained is not None}
         for row in self.rows:
-            if row.sustained is None and row.binding != "client":
+            if row.sustained is None and (row.binding != "client" or row.rate in judged):
                 continue
             votes = short if 2 * row.requests < most and not _plain(row) else whole
             votes[row.rate] = votes.get(row.rate, 0) + (1 if row.sustained else -1)

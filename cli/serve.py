@@ -15,7 +15,9 @@ from engine.config import (
     DTYPES,
     ENGINES,
     KERNELS,
+    KV_CACHE_DTYPES,
     LOAD_FORMATS,
+    QUANTIZATIONS,
     REMOVALS,
     SCHEDULING_POLICIES,
     STEP_TIMEOUT_S,
@@ -87,6 +89,13 @@ def option(group: str, *names: str, **settings: Any) -> Any:
 @option(MODEL, "--num-layers", type=click.IntRange(1), help="With dummy weights: so many layers only.")
 @option(MODEL, "--max-model-len", type=SIZE, help="Tokens of one request, e.g. 4096 or 4K [default: the model's].")
 @option(MODEL, "--device", default="auto", show_default=True, type=click.Choice(DEVICES), help="What it runs on.")
+@option(
+    MODEL,
+    "--quantization",
+    type=click.Choice(QUANTIZATIONS),
+    help="Round the weights of the layers to so many bits, and products to int8 [default: as --dtype].",
+)
+@option(MODEL, "--kv-cache-dtype", type=click.Choice(KV_CACHE_DTYPES), help="Of keys and values [default: as --dtype].")
 @option(
     MODEL,
     "--kernels",

@@ -13,6 +13,8 @@ Device = Literal["auto", "cpu"]
 DTYPES: tuple[str, ...] = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
 DEVICES: tuple[str, ...] = ("auto", "cpu")
+KV_CACHE_DTYPES: tuple[str, ...] = ("int8",)
+QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
 KERNELS: tuple[str, ...] = ("auto", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
@@ -61,6 +63,8 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     device: Device = "auto"
     kernels: str = "auto"  # of KERNELS
+    quantization: str | None = None  # of QUANTIZATIONS; None: weights as --dtype says
+    kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as --dtype says
     num_layers: int | None = None  # with dummy weights: fewer layers than the config says
     scheduling_policy: str = "fcfs"
     engine: str = "v1"
@@ -89,7 +93,9 @@ class EngineConfig:
             )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{flag(name)} must be one of {', '.join(filter(None, allowed))}, not {getattr(self, name)!r}"
+                )
         self._check_engine()
 
     def _check_engine(self) -> None:
@@ -130,11 +136,13 @@ class EngineConfig:
         return self.served_model_name or self.model
 
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
     "device": DEVICES,
     "kernels": KERNELS,
+    "quantization": (None, *QUANTIZATIONS),
+    "kv_cache_dtype": (None, *KV_CACHE_DTYPES),
     "engine": ENGINES,
     "scheduling_policy": SCHEDULING_POLICIES,
 }

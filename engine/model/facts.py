@@ -74,9 +74,14 @@ def read_facts(config: EngineConfig) -> ModelFacts:
         hidden_size=model.hidden_size,
         intermediate_size=_intermediate_size(model),
         weight_bytes=(sum(map(_size, headers.values())) or _parameters(model)) * ITEMSIZE[dtype],
-        kv_bytes_per_token=2 * layers * kv_heads * head_dim * ITEMSIZE[dtype],
+        kv_bytes_per_token=2 * layers * kv_heads * _cached_bytes(config, head_dim, dtype),
         warnings=tuple(warnings),
     )
+
+
+def _cached_bytes(config: EngineConfig, head_dim: int, dtype: str) -> int:
+    """Of one token's key, or value, in one head; int8 has a scale beside it."""
+    return head_dim + 4 if config.kv_cache_dtype == "int8" else head_dim * ITEMSIZE[dtype]
 
 
 def read_config(path: Path, config: EngineConfig) -> Any:

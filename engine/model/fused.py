@@ -12,27 +12,56 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.native import Layer, Linear, Spec
+from engine.model.packing import GROUPS, LANES, interleave, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a stack computes: formats of the layers' weights and of keys and values, as native.FORMATS names them.
+
+    dtype: of what is kept plain.
+    """
+
+    dtype: str
+    weights: str
+    cache: str
+
+    @property
+    def head(self) -> str:
+        """Four bits are too few for the head."""
+        return "int8" if self.weights == "int4" else self.weights
+
+    def cache_bytes(self, head_dim: int) -> int:
+        """Of one token's key, or value, in one head."""
+        return head_dim + 4 if self.cache == "int8" else head_dim * DTYPES[self.cache].itemsize
+
 
 KINDS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
-LANES = 16
 MOST_HEAD_DIM, MOST_HIDDEN = 256, 16384  # sizes of buffers in the kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def refusal(model: Any, dtype: str, block_size: int) -> str | None:
+def refusal(model: Any, form: Form, block_size: int) -> str | None:
     """Why a model of transformers, whole or a rank's share, can't take the fused stack, as the end of a sentence."""
     settings = model.config
     if settings.model_type not in KINDS:
         return f"models of kind {settings.model_type!r} have no fused stack"
-    if dtype not in DTYPES:
-        return f"the kernels have no {dtype}"
+    if form.dtype not in DTYPES:
+        return f"the kernels have no {form.dtype}"
+    for what, kind in (("weights", form.weights), ("caches", form.cache)):
+        if kind != form.dtype != "bfloat16":
+            return f"the kernels have {kind} {what} only beside --dtype bfloat16"
     if block_size % LANES:
         return f"--block-size {block_size} is no multiple of {LANES}"
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    sizes = {"hidden size": settings.hidden_size, "MLP": mlp.gate_proj.weight.shape[0], "head": attention.head_dim}
+    width = attention.o_proj.weight.shape[1]
+    sizes = {"hidden size": settings.hidden_size, "MLP": mlp.gate_proj.weight.shape[0], "attention": width}
+    step = GROUPS.get(form.weights, LANES)
     for what, size in sizes.items():
-        if size % LANES:
-            return f"its {what} of {size} numbers is no multiple of {LANES}"
+        if size % step:
+            return f"its {what} of {size} numbers is no multiple of {step}"
+    if attention.head_dim % LANES:
+        return f"its heads of {attention.head_dim} numbers are no multiple of {LANES}"
     if attention.head_dim > MOST_HEAD_DIM or settings.hidden_size > MOST_HIDDEN:
         return (
             f"its heads ({attention.head_dim}) or hidden states ({settings.hidden_size}) are too large for the kernels"
@@ -51,34 +80,23 @@ def window_of(settings: Any, layer: int) -> int:
     return (getattr(settings, "sliding_window", None) or 0) if slides else 0
 
 
-def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Panels of a weight [outputs, inputs]: [panels, units, 16] of 32 bits each, see formats.h."""
-    outputs = weight.shape[0]
-    panels = -(-outputs // LANES)
-    units = weight.to(dtype).contiguous().view(torch.int32)
-    if outputs % LANES:
-        units = torch.cat((units, units.new_zeros(panels * LANES - outputs, units.shape[1])))
-    return units.view(panels, LANES, -1).transpose(1, 2).contiguous()
-
-
-def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows of gate and up in turns of 16."""
-    return torch.stack((gate.view(-1, LANES, gate.shape[1]), up.view(-1, LANES, up.shape[1])), 1).flatten(0, 2)
-
-
 @dataclass
 class Packer:
     """Makes the kernels' structures and keeps what they point to."""
 
-    dtype: torch.dtype
+    kind: str  # of the layers' weights, see engine.model.packing
     kept: list[Any] = field(default_factory=list)
 
-    def linear(self, weight: Tensor, biases: Sequence[Tensor | None] = ()) -> Linear:
-        panels = pack(weight.detach(), self.dtype)
+    def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), kind: str = "") -> Linear:
+        """Of weights [outputs, inputs] side by side."""
+        weight = torch.cat([one.detach() for one in weights]) if len(weights) > 1 else weights[0].detach()
+        packed = pack(weight, kind or self.kind)
         bias = None
         if any(one is not None for one in biases):
-            bias = torch.cat([one.detach().float() for one in biases if one is not None])
-        return Linear(self._at(panels), None, None if bias is None else self._at(bias), *weight.shape)
+            each = zip(weights, biases, strict=True)
+            bias = torch.cat([w.new_zeros(len(w)) if one is None else one.detach() for w, one in each])
+        scales = None if packed.scales is None else self._at(packed.scales)
+        return Linear(self._at(packed.panels), scales, self.floats(bias), *weight.shape)
 
     def floats(self, values: Tensor | None) -> int | None:
         return None if values is None else self._at(values.detach().float().contiguous())
@@ -88,30 +106,28 @@ class Packer:
         return values.data_ptr()
 
 
-def make_spec(
-    model: Any, dtype: torch.dtype, num_blocks: int, block_size: int, *, partial: bool
-) -> tuple[Spec, list[Any]]:
+def make_spec(model: Any, form: Form, num_blocks: int, block_size: int, *, partial: bool) -> tuple[Spec, list[Any]]:
     """Pack a model of transformers, whole or one rank's share, with `num_blocks` of cache for each layer.
 
     The model is used up. Returns also what the spec points to.
     """
-    packer = Packer(dtype)
+    packer = Packer(form.weights)
     inner, settings = model.model, model.config
     first = inner.layers[0].self_attn
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
     intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
-    units = num_blocks * kv_heads * block_size * head_dim
+    cache_bytes = num_blocks * kv_heads * block_size * form.cache_bytes(head_dim)
     layers = (Layer * len(inner.layers))()
     for i, layer in enumerate(inner.layers):
-        keys, values = (lazy_zeros(units * dtype.itemsize) for _ in range(2))
+        keys, values = (lazy_zeros(cache_bytes) for _ in range(2))
         packer.kept += (keys, values)
         layers[i] = _layer(packer, layer, keys.ctypes.data, values.ctypes.data)
         layers[i].window = window_of(settings, i)
         for parameter in layer.parameters():  # they are packed: nobody holds them twice
             parameter.data = parameter.new_empty(0)
     rotary = inner.rotary_emb
-    embedding = inner.embed_tokens.weight.detach().to(dtype).contiguous()
+    embedding = inner.embed_tokens.weight.detach().to(DTYPES[form.dtype]).contiguous()
     packer.kept += (layers, embedding)
     spec = Spec(
         hidden=settings.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
@@ -119,7 +135,8 @@ def make_spec(
         vocabulary=model.lm_head.weight.shape[0], block_size=block_size, partial=int(partial),
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
         frequencies=packer.floats(rotary.inv_freq), embedding=embedding.data_ptr(),
-        final_norm=packer.floats(inner.norm.weight), layer=layers, head=packer.linear(model.lm_head.weight),
+        final_norm=packer.floats(inner.norm.weight), layer=layers,
+        head=packer.linear([model.lm_head.weight], kind=form.head),
     )  # fmt: skip
     return spec, packer.kept
 
@@ -129,10 +146,10 @@ def _layer(packer: Packer, layer: Any, keys: int, values: int) -> Layer:
     three = (attention.q_proj, attention.k_proj, attention.v_proj)
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return Layer(
-        qkv=packer.linear(torch.cat([one.weight for one in three]), [one.bias for one in three]),
-        output=packer.linear(attention.o_proj.weight, [attention.o_proj.bias]),
-        gate_up=packer.linear(interleave(mlp.gate_proj.weight, mlp.up_proj.weight)),
-        down=packer.linear(mlp.down_proj.weight, [mlp.down_proj.bias]),
+        qkv=packer.linear([one.weight for one in three], [one.bias for one in three]),
+        output=packer.linear([attention.o_proj.weight], [attention.o_proj.bias]),
+        gate_up=packer.linear([interleave(mlp.gate_proj.weight, mlp.up_proj.weight)]),
+        down=packer.linear([mlp.down_proj.weight], [mlp.down_proj.bias]),
         input_norm=packer.floats(layer.input_layernorm.weight),
         post_norm=packer.floats(layer.post_attention_layernorm.weight),
         query_norm=packer.floats(getattr(query_norm, "weight", None)),

@@ -18,6 +18,7 @@ from engine.memory import threads_per_rank
 from engine.model import adapt, fused
 from engine.model.adapt import Forward, KVCache
 from engine.model.facts import ModelFacts
+from engine.model.fused import Form
 from engine.model.load import layout_of
 from engine.model.shard import Group
 from engine.worker.rows import Int64s, StepBatch
@@ -125,8 +126,9 @@ def build_network(
     `facts` are the rank's. Raises ConfigError for kernels that this machine can't run.
     """
     level, why = _level(config)
+    form = Form(facts.dtype, config.quantization or facts.dtype, config.kv_cache_dtype or facts.dtype)
     if level is not None:
-        why = fused.refusal(model, facts.dtype, resolved.block_size)
+        why = fused.refusal(model, form, resolved.block_size)
     if level is not None and why is None:
         try:
             build.library(level)
@@ -135,23 +137,24 @@ def build_network(
                 raise ConfigError(f"--kernels {config.kernels}: {error}") from error
             level, why = None, str(error)
         else:
-            dtype = fused.DTYPES[facts.dtype]
-            spec, kept = fused.make_spec(
-                model, dtype, resolved.num_blocks, resolved.block_size, partial=group is not None
-            )
+            partial = group is not None
+            spec, kept = fused.make_spec(model, form, resolved.num_blocks, resolved.block_size, partial=partial)
             threads = threads_per_rank(config.tensor_parallel_size)
-            stack = Stack(spec, facts.dtype, facts.dtype, threads, level, kept)
+            stack = Stack(spec, form.weights, form.cache, threads, level, kept)
             return Built(FusedNetwork(stack, spec.vocabulary, group), f"{level}, fused stack")
+    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
+        if value is not None:
+            raise ConfigError(f"{flag} {value} needs the CPU's own kernels: {why}")
     cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(facts, resolved.block_size))
     slow = config.kernels == "auto" and level is None
     warnings = (f"{why}: torch computes the model, several times as slowly",) if slow else ()
-    return Built(GenericNetwork(model, cache), "torch" if why is None else f"torch ({why})", warnings)
+    return Built(GenericNetwork(model, cache), f"torch ({why})", warnings)
 
 
 def _level(config: EngineConfig) -> tuple[str | None, str | None]:
     """The kernels' level, or None and why not."""
     if config.kernels == "torch":
-        return None, None
+        return None, "--kernels torch"
     if config.kernels == "auto":
         level = build.best_level()
         return level, "the CPU kernels need AVX2" if level is None else None

@@ -132,6 +132,23 @@ def test_a_client_that_can_not_go_further_binds() -> None:
     assert 9 < answer.rate <= 10
 
 
+def test_a_point_spoilt_by_the_client_is_run_once_more() -> None:
+    sustained, trials = simulated(10.0)
+
+    def measure(trial: Trial) -> PointRow | None:
+        if trial.repeat == 0 and trial.phase == "search":
+            return plain_point(rate=trial.rate, phase=trial.phase, valid=False, sustained=None, binding="client")
+        return sustained(trial)
+
+    answer, rows = find_sustained(measure, start_rate=4.0, precision=0.1)
+    assert [(r.rate, r.repeat, r.sustained) for r in rows[:2]] == [(4.0, 0, None), (4.0, 1, True)]
+    assert answer.confirmed
+    assert answer.rate is not None
+    assert 9 < answer.rate <= 10
+    assert answer.binding == "compute"
+    assert trials
+
+
 def test_a_point_no_other_rate_would_mend_ends_the_search() -> None:
     def measure(trial: Trial) -> PointRow | None:
         return plain_point(

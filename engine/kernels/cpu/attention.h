@@ -4,9 +4,10 @@
 //
 //     keys:    panels of 16 tokens, D/E units each        values:  panels of 16 numbers, B/E units of tokens each
 //
-// so that scores and mixtures are products like any other. All query heads of a kv head are computed together: its keys
-// and values are read once. The sum over a row's keys is cut at multiples of PART tokens, and parts are added in their
-// order: a token's result has the same bits whether it is computed alone, in a batch or in a chunk.
+// and in int8 the scales of its tokens, so that scores and mixtures are products like any other. All query heads of a kv
+// head are computed together: its keys and values are read once. The sum over a row's keys is cut at multiples of PART
+// tokens, and parts are added in their order: a token's result has the same bits whether it is computed alone, in a
+// batch or in a chunk.
 #pragma once
 
 #include "micro.h"
@@ -14,6 +15,7 @@
 
 constexpr int PART = 512;  // tokens
 constexpr int SPAN = 64;   // tokens scored at a time
+constexpr int MOST_DIM = 256;  // numbers a head
 constexpr float HIDDEN = -3e38f, NOTHING = -1e30f;
 
 struct Shape {
@@ -24,6 +26,9 @@ struct Shape {
     float scaling;
 
     int group() const { return heads / kv_heads; }
+
+    // Of one head's keys, or values, with `per_unit` numbers in a word; in int8 with scales.
+    long block_words(int per_unit) const { return long(block_size) * (head_dim / per_unit + (per_unit == 4)); }
 };
 
 // Rows laid end to end: row i computes `counts[i]` tokens after `computed[i]`, from token `starts[i]` of the batch.
@@ -49,10 +54,13 @@ template <class T> class Attention {
   public:
     typedef typename T::Element Element;
 
-    // query, out: [tokens, heads * D]; keys, values: a layer's cache. window: tokens that a query sees, 0 for all.
+    // query, mixed: [tokens, heads * D]; keys, values: a layer's cache. window: tokens that a query sees, 0 for all.
+    // scales, offsets: [tokens, heads], of queries in int8 (offset: -OFFSET times the sum of the query).
     struct Layer {
         const Element* query;
-        float* mixed;  // [tokens, heads * D]
+        const float* scales;
+        const int32_t* offsets;
+        float* mixed;
         const uint32_t* keys;
         const uint32_t* values;
         int window;
@@ -75,48 +83,90 @@ template <class T> class Attention {
     // One op: all threads of the team call it.
     void run(Team& team, const Layer& layer, const std::vector<Queries>& tiles) const {
         const long tasks = long(tiles.size()) * shape_.kv_heads;
-        for (long task; (task = team.next()) < tasks;)
+        // Where tasks are few, a thread that takes its next one early leaves another without.
+        const bool early = tasks >= 8 * team.size();
+        for (long task = team.next(), after; task < tasks; task = after) {
+            if (early && (after = team.next()) < tasks) {
+                const Queries& tile = tiles[after / shape_.kv_heads];
+                const int start = begin(layer, tile) / SPAN * SPAN, end = tile.position + tile.count;
+                for (int t = start; t < start + SPAN && t < end; t += LANES)
+                    prefetch(keys(layer, tile, int(after % shape_.kv_heads), t), LANES * units());
+            }
             for (int from = 0; from < shape_.group(); from += MOST_ROWS)  // more heads than fit: a few at a time
                 one(layer, tiles[task / shape_.kv_heads], int(task % shape_.kv_heads), from);
+            if (!early) after = team.next();
+        }
     }
 
   private:
-    static constexpr int MOST_DIM = 256;
+    typedef float Scores[SPAN / WIDTH][MOST_ROWS * WIDTH];
 
-    // What is known of a tile's rows (tokens x heads of the group) after some keys.
+    // The queries of a tile, a row for each token and head of the group.
+    struct Left {
+        alignas(64) Element units[MOST_ROWS * MOST_DIM];
+        float scales[MOST_ROWS];
+        int32_t offsets[MOST_ROWS];
+        int rows;
+        int group;
+    };
+
+    // What is known of a tile's rows after some keys.
     struct Sums {
         float top[MOST_ROWS];
         float weight[MOST_ROWS];
         alignas(64) float mixed[MOST_DIM / WIDTH][MOST_ROWS * WIDTH];
     };
 
+    long units() const { return shape_.head_dim / T::PER_UNIT; }
+
+    // The first token that the first query of a tile sees.
+    static int begin(const Layer& layer, const Queries& tile) {
+        return layer.window && tile.position >= layer.window ? tile.position - layer.window + 1 : 0;
+    }
+
+    const uint32_t* block(const uint32_t* cache, const Queries& tile, int head, int token) const {
+        const int32_t* table = batch_.tables + long(tile.row) * batch_.table_width;
+        return cache + (long(table[token / shape_.block_size]) * shape_.kv_heads + head) * shape_.block_words(T::PER_UNIT);
+    }
+
+    // The panel of 16 tokens that begins with `token`.
+    const uint32_t* keys(const Layer& layer, const Queries& tile, int head, int token) const {
+        return block(layer.keys, tile, head, token) + token % shape_.block_size * units();
+    }
+
+    // The first panel of numbers, from `token` on; the next ones follow at a distance of a block's 16 columns.
+    const uint32_t* values(const Layer& layer, const Queries& tile, int head, int token) const {
+        return block(layer.values, tile, head, token) + token % shape_.block_size / T::PER_UNIT * LANES;
+    }
+
     void one(const Layer& layer, const Queries& tile, int head, int from) const {
-        const int group = shape_.group() - from < MOST_ROWS ? shape_.group() - from : MOST_ROWS;
-        const int rows = tile.count * group, dim = shape_.head_dim;
-        alignas(64) Element query[MOST_ROWS * MOST_DIM];
-        for (int t = 0; t < tile.count; t++)
-            std::memcpy(query + t * group * dim, at(layer.query, tile, t, head, from), group * dim * sizeof(Element));
-        const int end = tile.position + tile.count;
-        const int begin = layer.window && tile.position >= layer.window ? tile.position - layer.window + 1 : 0;
-        Sums sums, part;
-        for (int start = begin / PART * PART; start < end; start += PART) {
-            Sums& now = start == begin / PART * PART ? sums : part;
-            clear(now, rows);
-            const int stop = end < start + PART ? end : start + PART;
-            for (int span = (begin > start ? begin : start) / SPAN * SPAN; span < stop; span += SPAN)
-                attend(layer, tile, head, group, query, span, stop, now);
-            if (&now == &part) merge(sums, part, rows);
+        const int dim = shape_.head_dim, end = tile.position + tile.count, oldest = begin(layer, tile);
+        Left left;
+        left.group = shape_.group() - from < MOST_ROWS ? shape_.group() - from : MOST_ROWS;
+        left.rows = tile.count * left.group;
+        for (int t = 0; t < tile.count; t++) {
+            const long first = (long(tile.first) + t) * shape_.heads + head * shape_.group() + from;
+            std::memcpy(left.units + t * left.group * dim, layer.query + first * dim, left.group * dim * sizeof(Element));
+            for (int h = 0; T::QUANTISED && h < left.group; h++) {
+                left.scales[t * left.group + h] = layer.scales[first + h];
+                left.offsets[t * left.group + h] = layer.offsets[first + h];
+            }
         }
-        for (int r = 0; r < rows; r++) {
-            float* out = const_cast<float*>(at(layer.mixed, tile, r / group, head, from)) + r % group * dim;
+        Sums sums, part;
+        for (int start = oldest / PART * PART; start < end; start += PART) {
+            Sums& now = start == oldest / PART * PART ? sums : part;
+            clear(now, left.rows);
+            for (int span = (oldest > start ? oldest : start) / SPAN * SPAN; span < end && span < start + PART; span += SPAN)
+                attend(layer, tile, head, left, span, now);
+            if (&now == &part) merge(sums, part, left.rows);
+        }
+        for (int r = 0; r < left.rows; r++) {
+            const long first = (long(tile.first) + r / left.group) * shape_.heads + head * shape_.group() + from;
+            float* out = layer.mixed + (first + r % left.group) * dim;
             const f32x16 share = splat(1.0f / sums.weight[r]);
             for (int d = 0; d < dim; d += LANES)
                 store(out + d, load<f32x16>(&sums.mixed[d / WIDTH][r * WIDTH + d % WIDTH]) * share);
         }
-    }
-
-    template <class E> const E* at(const E* rows, const Queries& tile, int t, int head, int from) const {
-        return rows + (long(tile.first + t) * shape_.heads + head * shape_.group() + from) * shape_.head_dim;
     }
 
     void clear(Sums& sums, int rows) const {
@@ -124,60 +174,139 @@ template <class T> class Attention {
         for (int d = 0; d < shape_.head_dim; d += WIDTH) std::memset(sums.mixed[d / WIDTH], 0, rows * WIDTH * sizeof(float));
     }
 
-    // The tokens span .. min(span + SPAN, stop) of the row.
-    void attend(
-        const Layer& layer, const Queries& tile, int head, int group, const Element* query, int span, int stop, Sums& sums
-    ) const {
-        const int rows = tile.count * group, dim = shape_.head_dim, block_size = shape_.block_size;
-        const int run = block_size < SPAN ? block_size : SPAN;  // tokens of one block
-        const long units = dim / T::PER_UNIT, block_units = long(block_size) * units;
-        alignas(64) float scores[SPAN / WIDTH][MOST_ROWS * WIDTH];
-        alignas(64) Element shares[MOST_ROWS * SPAN];
-        const int32_t* table = batch_.tables + long(tile.row) * batch_.table_width;
-        const int tokens = int(round_up(stop - span < SPAN ? stop - span : SPAN, LANES));
-        auto block = [&](const uint32_t* cache, int token) {
-            return cache + (long(table[token / block_size]) * shape_.kv_heads + head) * block_units;
-        };
+    // The tokens span .. span + SPAN of the row, as far as there are so many.
+    void attend(const Layer& layer, const Queries& tile, int head, const Left& left, int span, Sums& sums) const {
+        const int end = tile.position + tile.count, tokens = int(round_up(end - span < SPAN ? end - span : SPAN, LANES));
+        alignas(64) Scores scores;
+        alignas(64) float shares[MOST_ROWS * SPAN];
         for (int t = 0; t < tokens; t += WIDTH) {
-            const uint32_t* b[PANELS];
+            Panels b;
             const int panels = tokens - t < WIDTH ? 1 : PANELS;
             for (int p = 0; p < panels; p++) {
                 const int token = span + t + p * LANES;
-                b[p] = block(layer.keys, token) + token % block_size * units;
+                b.at[p] = keys(layer, tile, head, token);
+                b.next[p] = token + SPAN < end ? keys(layer, tile, head, token + SPAN) : b.at[p];
             }
-            multiply<T>(rows, panels, reinterpret_cast<const uint32_t*>(query), units, b, units, scores[t / WIDTH]);
+            const auto query = reinterpret_cast<const uint32_t*>(left.units);
+            if constexpr (T::QUANTISED) {
+                multiply<C8::Keys>(left.rows, panels, query, units(), b, units(), scores[t / WIDTH]);
+                for (int p = 0; p < panels; p++)
+                    unscale(left, block(layer.keys, tile, head, span + t + p * LANES), span + t + p * LANES,
+                            scores[t / WIDTH] + p * LANES);
+            } else {
+                multiply<T>(left.rows, panels, query, units(), b, units(), scores[t / WIDTH]);
+            }
         }
-        weigh(layer, tile, group, span, tokens, scores, shares, sums);
+        weigh(layer, tile, left, span, tokens, scores, shares, sums);
+        if constexpr (T::QUANTISED)
+            mix_whole(layer, tile, head, left, span, tokens, shares, sums);
+        else
+            mix(layer, tile, head, left, span, tokens, shares, sums);
+    }
+
+    // Sums of whole numbers of 16 keys to the scores that they stand for.
+    void unscale(const Left& left, const uint32_t* block, int token, float* scores) const {
+        const auto scales = reinterpret_cast<const float*>(block + shape_.block_size * units());
+        const f32x16 scale = load<f32x16>(scales + token % shape_.block_size);
+        for (int r = 0; r < left.rows; r++) {
+            const i32x16 whole = load<i32x16>(scores + r * WIDTH) + left.offsets[r];
+            store(scores + r * WIDTH, __builtin_convertvector(whole, f32x16) * (scale * left.scales[r]));
+        }
+    }
+
+    // Add what the tokens' values have to say to the sums.
+    void mix(
+        const Layer& layer, const Queries& tile, int head, const Left& left, int span, int tokens, const float* shares,
+        Sums& sums
+    ) const {
+        alignas(64) Element narrow[MOST_ROWS * SPAN];
+        for (int r = 0; r < left.rows; r++)
+            for (int t = 0; t < tokens; t += LANES) T::narrow(narrow + r * SPAN + t, load<f32x16>(shares + r * SPAN + t));
+        each_run(layer, tile, head, span, tokens, [&](int t, int length, int d, int panels, const Panels& b) {
+            const auto a = reinterpret_cast<const uint32_t*>(narrow + t);
+            multiply<T, true>(left.rows, panels, a, SPAN / T::PER_UNIT, b, length / T::PER_UNIT, sums.mixed[d / WIDTH]);
+        });
+    }
+
+    // As `mix`, with shares that are whole numbers too: each row's largest is 255.
+    void mix_whole(
+        const Layer& layer, const Queries& tile, int head, const Left& left, int span, int tokens, const float* shares,
+        Sums& sums
+    ) const {
+        alignas(64) uint8_t whole[MOST_ROWS * SPAN];
+        alignas(64) int32_t mixed[MOST_DIM / WIDTH][MOST_ROWS * WIDTH];
+        float steps[MOST_ROWS];
+        f32x16 scales[SPAN / LANES];
+        for (int t = 0; t < tokens; t += LANES) {
+            const uint32_t* scale = block(layer.values, tile, head, span + t) + shape_.block_size * units();
+            scales[t / LANES] = load<f32x16>(scale + (span + t) % shape_.block_size);
+            // Behind the row's end may be what another row left.
+            const int known = tile.position + tile.count - span - t;
+            if (known < LANES) scales[t / LANES] = lanes() < known ? scales[t / LANES] : f32x16{};
+        }
+        for (int r = 0; r < left.rows; r++) {
+            f32x16 top{};
+            for (int t = 0; t < tokens; t += LANES) top = max_of(top, load<f32x16>(shares + r * SPAN + t) * scales[t / LANES]);
+            const float largest = highest(top), factor = largest > 0 ? 255.0f / largest : 0.0f;
+            steps[r] = largest / 255.0f;
+            for (int t = 0; t < tokens; t += LANES) {
+                const f32x16 share = load<f32x16>(shares + r * SPAN + t) * scales[t / LANES] * factor;
+                const u32x16 rounded = (u32x16)(share + 12582912.0f) & 255u;  // see exp2_of
+                store(whole + r * SPAN + t, __builtin_convertvector(rounded, u8x16));
+            }
+        }
+        each_run(layer, tile, head, span, tokens, [&](int t, int length, int d, int panels, const Panels& b) {
+            const auto a = reinterpret_cast<const uint32_t*>(whole + t);
+            if (t == 0)
+                multiply<C8::Values>(left.rows, panels, a, SPAN / 4, b, length / 4, mixed[d / WIDTH]);
+            else
+                multiply<C8::Values, true>(left.rows, panels, a, SPAN / 4, b, length / 4, mixed[d / WIDTH]);
+        });
+        for (int d = 0; d < shape_.head_dim; d += LANES)
+            for (int r = 0; r < left.rows; r++) {
+                const int at = r * WIDTH + d % WIDTH;
+                float* to = &sums.mixed[d / WIDTH][at];
+                const f32x16 more = __builtin_convertvector(load<i32x16>(&mixed[d / WIDTH][at]), f32x16);
+                store(to, load<f32x16>(to) + more * steps[r]);
+            }
+    }
+
+    // The panels of values of a span: for each run of tokens within a block (from `t` on, `length`), for each pair of panels
+    // (from number `d` on).
+    template <class Call>
+    void each_run(const Layer& layer, const Queries& tile, int head, int span, int tokens, const Call& call) const {
+        const int dim = shape_.head_dim, run = shape_.block_size < SPAN ? shape_.block_size : SPAN;
+        const long panel = long(shape_.block_size) / T::PER_UNIT * LANES;
         for (int t = 0; t < tokens; t += run) {
-            const int length = tokens - t < run ? tokens - t : run;
-            const uint32_t* values = block(layer.values, span + t) + (span + t) % block_size / T::PER_UNIT * LANES;
+            const int length = tokens - t < run ? tokens - t : run, later = span + t + SPAN;
+            const uint32_t* from = values(layer, tile, head, span + t);
+            const uint32_t* next = later < tile.position + tile.count ? values(layer, tile, head, later) : from;
             for (int d = 0; d < dim; d += WIDTH) {
-                const long panel = long(block_size) / T::PER_UNIT * LANES;
-                const uint32_t* b[PANELS] = {values + d / LANES * panel, values + (d / LANES + 1) * panel};
-                multiply<T, true>(
-                    rows, dim - d < WIDTH ? 1 : PANELS, reinterpret_cast<const uint32_t*>(shares + t), SPAN / T::PER_UNIT, b,
-                    length / T::PER_UNIT, sums.mixed[d / WIDTH]
-                );
+                const int panels = dim - d < WIDTH ? 1 : PANELS;
+                Panels b(from + d / LANES * panel, panel);
+                for (int p = 0; p < panels; p++) b.next[p] = next + (d / LANES + p) * panel;
+                call(t, length, d, panels, b);
             }
         }
     }
 
+    static i32x16 lanes() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
     // Scores to shares, not yet divided by their sum; what was summed before is scaled to the new highest score.
     void weigh(
-        const Layer& layer, const Queries& tile, int group, int span, int tokens,
-        float (&scores)[SPAN / WIDTH][MOST_ROWS * WIDTH], Element* shares, Sums& sums
+        const Layer& layer, const Queries& tile, const Left& left, int span, int tokens, const Scores& scores, float* shares,
+        Sums& sums
     ) const {
         const float factor = shape_.scaling * 1.44269504f;  // shares are powers of two
-        const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int r = 0; r < tile.count * group; r++) {
-            const int position = tile.position + r / group;
+        for (int r = 0; r < left.rows; r++) {
+            const int position = tile.position + r / left.group;
             const int oldest = layer.window ? position - layer.window : -1;
             f32x16 score[SPAN / LANES], top = splat(NOTHING);
             for (int t = 0; t < tokens; t += LANES) {
                 f32x16 s = load<f32x16>(&scores[t / WIDTH][r * WIDTH + t % WIDTH]) * factor;
                 const int first = span + t;
-                if (first + LANES - 1 > position) s = lane > position - first ? splat(HIDDEN) : s;
-                if (first <= oldest) s = lane <= oldest - first ? splat(HIDDEN) : s;
+                if (first + LANES - 1 > position) s = lanes() > position - first ? splat(HIDDEN) : s;
+                if (first <= oldest) s = lanes() <= oldest - first ? splat(HIDDEN) : s;
                 score[t / LANES] = s;
                 top = max_of(top, s);
             }
@@ -186,7 +315,7 @@ template <class T> class Attention {
             for (int t = 0; t < tokens; t += LANES) {
                 const f32x16 share = exp2_of(score[t / LANES] - now);
                 weight += share;
-                T::narrow(shares + r * SPAN + t, share);
+                store(shares + r * SPAN + t, share);
             }
             if (now > before) {
                 const f32x16 fade = exp2_of(splat(before - now));

@@ -11,7 +11,9 @@
 #include "simd.h"
 
 struct F32 {
-    static constexpr int PER_UNIT = 1;
+    typedef F32 Plain;
+    static constexpr int PER_UNIT = 1, PER_WORD = 1;
+    static constexpr bool QUANTISED = false;
     typedef float Element;
     typedef f32x16 Acc;
     INLINE Acc dot(Acc acc, u32x16 b, uint32_t a) { return acc + (f32x16)b * as_float(a); }
@@ -22,7 +24,9 @@ struct F32 {
 };
 
 struct BF16 {
-    static constexpr int PER_UNIT = 2;
+    typedef BF16 Plain;
+    static constexpr int PER_UNIT = 2, PER_WORD = 2;
+    static constexpr bool QUANTISED = false;
     typedef uint16_t Element;
     typedef f32x16 Acc;
     INLINE Acc dot(Acc acc, u32x16 b, uint32_t a) { return dot_pairs(acc, b, a); }
@@ -32,12 +36,39 @@ struct BF16 {
     INLINE f32x16 widen(const Element* from) { return from_bf16(load<u16x16>(from)); }
 };
 
-// Weights as unsigned bytes (value + 128), activations as signed ones.
+// Quantised weights: whole numbers in groups along the inputs, each with a scale (bfloat16) for each column. They lie
+// OFFSET higher, as unsigned ones. The left side is cut into the same groups of int8, with a scale for each group of a row.
+//
+// int8: a word of a panel is a unit.    int4: a word is two units, the first one in the lower halves of its bytes.
 struct I8 {
-    static constexpr int PER_UNIT = 4;
+    static constexpr int PER_UNIT = 4, PER_WORD = 4, GROUP = 64, OFFSET = 128;
+    static constexpr bool QUANTISED = true;
     typedef int8_t Element;
-    typedef i32x16 Acc;
-    INLINE Acc dot(Acc acc, u32x16 b, uint32_t a) { return dot_quads(acc, b, a); }
+};
+
+struct I4 {
+    static constexpr int PER_UNIT = 4, PER_WORD = 8, GROUP = 32, OFFSET = 8;
+    static constexpr bool QUANTISED = true;
+    typedef int8_t Element;
+};
+
+// A cache in int8: each key and value of a head has a scale. Behind the panels of a block follow the scales of its tokens
+// (float32). Keys lie OFFSET higher, as unsigned numbers, and meet queries in int8; values meet shares in unsigned int8.
+struct C8 {
+    typedef BF16 Plain;
+    static constexpr int PER_UNIT = 4, OFFSET = 128;
+    static constexpr bool QUANTISED = true;
+    typedef int8_t Element;
+
+    struct Keys {
+        typedef i32x16 Acc;
+        INLINE Acc dot(Acc acc, u32x16 b, uint32_t a) { return dot_quads(acc, b, a); }
+    };
+
+    struct Values {
+        typedef i32x16 Acc;
+        INLINE Acc dot(Acc acc, u32x16 b, uint32_t a) { return dot_quads_unsigned(acc, b, a); }
+    };
 };
 
 INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }

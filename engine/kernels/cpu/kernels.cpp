@@ -2,14 +2,18 @@
 
 #include "stack.h"
 
-enum Format { FLOAT32, BFLOAT16, INT8 };
+enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
 
 extern "C" {
 
 AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads) {
-    if (weights == FLOAT32 && cache == FLOAT32) return new Stack<F32, F32>(*spec, threads);
-    if (weights == BFLOAT16 && cache == BFLOAT16) return new Stack<BF16, BF16>(*spec, threads);
-    if (weights == INT8 && cache == BFLOAT16) return new Stack<I8, BF16>(*spec, threads);
+    if (weights == FLOAT32 && cache == FLOAT32) return new Stack<F32, F32, F32>(*spec, threads);
+    if (weights == BFLOAT16 && cache == BFLOAT16) return new Stack<BF16, BF16, BF16>(*spec, threads);
+    if (weights == BFLOAT16 && cache == INT8) return new Stack<BF16, BF16, C8>(*spec, threads);
+    if (weights == INT8 && cache == INT8) return new Stack<I8, I8, C8>(*spec, threads);
+    if (weights == INT4 && cache == INT8) return new Stack<I4, I8, C8>(*spec, threads);
+    if (weights == INT8 && cache == BFLOAT16) return new Stack<I8, I8, BF16>(*spec, threads);
+    if (weights == INT4 && cache == BFLOAT16) return new Stack<I4, I8, BF16>(*spec, threads);
     return nullptr;
 }
 

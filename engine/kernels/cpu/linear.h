@@ -5,23 +5,26 @@
 #include "team.h"
 
 // out = in x weights + bias. As the caller fills it; the layout of `panels` is that of formats.h, padded with zeros to
-// whole panels. `scales` (one an output) belong to quantised weights, `bias` may be null.
+// whole panels. `scales`, [panels, groups, 16] in bfloat16, belong to quantised weights; `bias` may be null.
 struct Linear {
     const uint32_t* panels;
-    const float* scales;
+    const uint16_t* scales;
     const float* bias;
     int32_t outputs;
     int32_t inputs;
 };
 
-// Activations, row by row in units. `scales` and `sums` (of a row's numbers) belong to int8.
+// Activations, row by row in units. To int8 belong, for each group of a row, its scale and -OFFSET times its sum.
 struct Rows {
     const uint32_t* units;
     long stride;
     const float* scales;
-    const int32_t* sums;
+    const int32_t* offsets;
+    long groups;
 
-    Rows from(long row) const { return {units + row * stride, stride, scales + row, sums + row}; }
+    Rows from(long row) const {
+        return {units + row * stride, stride, scales + row * groups, offsets + row * groups, groups};
+    }
 };
 
 constexpr int SLAB = 240;  // rows that meet one pair of panels: of at most 1,536 inputs they lie in a core's own cache
@@ -35,16 +38,68 @@ struct Tile {
     float* at;
 };
 
-// Sums of int8 products to the numbers they stand for.
-INLINE void scale(const Linear& w, const Rows& x, const Tile& tile) {
-    for (int r = 0; r < tile.rows; r++) {
-        float* row = tile.at + r * WIDTH;
-        for (int c = 0; c < tile.columns; c += LANES) {
-            // The weights' bytes are 128 too high.
-            i32x16 whole = load<i32x16>(row + c) - 128 * x.sums[r];
-            store(row + c, __builtin_convertvector(whole, f32x16) * load<f32x16>(w.scales + tile.column + c) * x.scales[r]);
+// As `multiply`, of quantised numbers: sums of whole numbers within a group, of floats over groups.
+template <class T, int ROWS, int COUNT>
+void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales, float* out) {
+    constexpr int WORDS = T::GROUP / T::PER_WORD;
+    f32x16 total[ROWS][COUNT] = {};
+    for (long g = 0; g < x.groups; g++) {
+        i32x16 acc[ROWS][COUNT];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int p = 0; p < COUNT; p++) acc[r][p] = i32x16{} + x.offsets[r * x.groups + g];
+        const uint32_t* units = x.units + g * (T::GROUP / T::PER_UNIT);
+        for (int w = 0; w < WORDS; w++) {
+            u32x16 word[COUNT];
+#pragma GCC unroll 2
+            for (int p = 0; p < COUNT; p++) {
+                word[p] = load<u32x16>(b.at[p] + (g * WORDS + w) * LANES);
+                __builtin_prefetch(b.next[p] + (g * WORDS + w) * LANES, 0, 2);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                for (int p = 0; p < COUNT; p++) {
+                    const uint32_t* row = units + r * x.stride;
+                    if constexpr (T::PER_WORD == 8) {
+                        acc[r][p] = dot_quads(acc[r][p], word[p] & 0x0F0F0F0Fu, row[2 * w]);
+                        acc[r][p] = dot_quads(acc[r][p], word[p] >> 4 & 0x0F0F0F0Fu, row[2 * w + 1]);
+                    } else {
+                        acc[r][p] = dot_quads(acc[r][p], word[p], row[w]);
+                    }
+                }
+        }
+#pragma GCC unroll 2
+        for (int p = 0; p < COUNT; p++) {
+            const f32x16 scale = from_bf16(load<u16x16>(scales[p] + g * LANES));
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+                total[r][p] += __builtin_convertvector(acc[r][p], f32x16) * (scale * x.scales[r * x.groups + g]);
         }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int p = 0; p < COUNT; p++) store(out + r * WIDTH + p * LANES, total[r][p]);
+}
+
+#if defined(__AVX512F__)
+constexpr int MOST_GROUPED_ROWS = 6;  // two sums for each of 12 vectors
+#else
+constexpr int MOST_GROUPED_ROWS = 2;
+#endif
+
+template <class T, int COUNT>
+INLINE void multiply_grouped(int rows, const Rows& x, const Panels& b, const uint16_t* const* scales, float* out) {
+    using Micro = void (*)(const Rows&, const Panels&, const uint16_t* const*, float*);
+    static constexpr Micro table[6] = {
+        micro_grouped<T, 1, COUNT>, micro_grouped<T, 2, COUNT>,
+#if defined(__AVX512F__)
+        micro_grouped<T, 3, COUNT>, micro_grouped<T, 4, COUNT>, micro_grouped<T, 5, COUNT>, micro_grouped<T, 6, COUNT>,
+#endif
+    };
+    table[rows - 1](x, b, scales, out);
 }
 
 INLINE void add_bias(const float* bias, const Tile& tile) {
@@ -58,19 +113,26 @@ INLINE void add_bias(const float* bias, const Tile& tile) {
 // One op: all threads of the team call it; `finish` gets each part of the result once.
 template <class T, class Finish> void linear(Team& team, const Linear& w, const Rows& x, long count, const Finish& finish) {
     alignas(64) float buffer[MOST_ROWS * WIDTH];
-    const long units = w.inputs / T::PER_UNIT, panels = ceil_div(w.outputs, LANES), pairs = ceil_div(panels, PANELS);
+    constexpr int most = T::QUANTISED ? MOST_GROUPED_ROWS : MOST_ROWS;
+    const long words = w.inputs / T::PER_WORD, panels = ceil_div(w.outputs, LANES), pairs = ceil_div(panels, PANELS);
     const long tasks = pairs * ceil_div(count, SLAB);
     for (long task; (task = team.next()) < tasks;) {
         const long slab = task / pairs * SLAB, panel = task % pairs * PANELS;
         const int width = panels - panel < PANELS ? 1 : PANELS;
-        const uint32_t* b[PANELS] = {w.panels + panel * units * LANES, w.panels + (panel + 1) * units * LANES};
-        const long height = count - slab < SLAB ? count - slab : SLAB, blocks = ceil_div(height, MOST_ROWS);
+        const Panels b(w.panels + panel * words * LANES, words * LANES);
+        const long height = count - slab < SLAB ? count - slab : SLAB, blocks = ceil_div(height, most);
         for (long block = 0; block < blocks; block++) {
             const long first = slab + height * block / blocks, end = slab + height * (block + 1) / blocks;
             const Tile tile{first, int(end - first), panel * LANES, width * LANES, buffer};
             const Rows rows = x.from(first);
-            multiply<T>(tile.rows, width, rows.units, rows.stride, b, units, buffer);
-            if constexpr (T::PER_UNIT == 4) scale(w, rows, tile);
+            if constexpr (T::QUANTISED) {
+                const long groups = x.groups * LANES;
+                const uint16_t* scales[PANELS] = {w.scales + panel * groups, w.scales + (panel + 1) * groups};
+                width == 2 ? multiply_grouped<T, 2>(tile.rows, rows, b, scales, buffer)
+                           : multiply_grouped<T, 1>(tile.rows, rows, b, scales, buffer);
+            } else {
+                multiply<T>(tile.rows, width, rows.units, rows.stride, b, words, buffer);
+            }
             if (w.bias) add_bias(w.bias, tile);
             finish(tile);
         }

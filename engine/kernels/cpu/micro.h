@@ -16,11 +16,23 @@ constexpr int MOST_ROWS = 12;  // 24 sums of 16 lanes in 32 registers
 constexpr int MOST_ROWS = 4;
 #endif
 
+// Where the panels are that are multiplied next. They are asked for at the pace at which the present ones are used: the
+// processor's own guesses end with a page of memory, and blocks of the cache are pages apart.
+struct Panels {
+    const uint32_t* at[PANELS];
+    const uint32_t* next[PANELS];
+
+    Panels() {}
+    Panels(const uint32_t* first, long apart) : at{first, first + apart}, next{first + FURTHER, first + apart + FURTHER} {}
+
+    static constexpr int FURTHER = 512;  // words: where they lie in a row, half a page on
+};
+
 // a: rows of `stride` units; b: one or two panels; out: rows of WIDTH numbers.
-template <class T> using Micro = void (*)(const uint32_t* a, long stride, const uint32_t* const* b, long units, void* out);
+template <class T> using Micro = void (*)(const uint32_t* a, long stride, const Panels& b, long units, void* out);
 
 template <class T, int ROWS, int COUNT, bool ADD>
-void micro(const uint32_t* a, long stride, const uint32_t* const* b, long units, void* out) {
+void micro(const uint32_t* a, long stride, const Panels& b, long units, void* out) {
     typedef typename T::Acc Acc;
     Acc acc[ROWS][COUNT];
     char* to = static_cast<char*>(out);
@@ -28,12 +40,15 @@ void micro(const uint32_t* a, long stride, const uint32_t* const* b, long units,
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < COUNT; p++) acc[r][p] = ADD ? load<Acc>(to + (r * PANELS + p) * sizeof(Acc)) : Acc{};
-    const uint32_t* panel[COUNT];
-    for (int p = 0; p < COUNT; p++) panel[p] = b[p];
+    const uint32_t *panel[COUNT], *next[COUNT];
+    for (int p = 0; p < COUNT; p++) panel[p] = b.at[p], next[p] = b.next[p];
     for (long u = 0; u < units; u++) {
         u32x16 column[COUNT];
 #pragma GCC unroll 2
-        for (int p = 0; p < COUNT; p++) column[p] = load<u32x16>(panel[p] + u * LANES);
+        for (int p = 0; p < COUNT; p++) {
+            column[p] = load<u32x16>(panel[p] + u * LANES);
+            __builtin_prefetch(next[p] + u * LANES, 0, 2);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
             uint32_t row = a[r * stride + u];
@@ -60,6 +75,6 @@ template <class T, int COUNT, bool ADD> INLINE Micro<T> micro_for(int rows) {
 
 // `rows` at most MOST_ROWS, `count` panels (1 or 2); ADD: onto what `out` holds.
 template <class T, bool ADD = false>
-INLINE void multiply(int rows, int count, const uint32_t* a, long stride, const uint32_t* const* b, long units, void* out) {
+INLINE void multiply(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, void* out) {
     (count == 2 ? micro_for<T, 2, ADD>(rows) : micro_for<T, 1, ADD>(rows))(a, stride, b, units, out);
 }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.kernels.cpu import build
 from engine.messages import Int32s
 
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 OPS = ("embed", "norm", "qkv", "rotary", "attention", "encode", "output", "gate_up", "down", "head")
 
 

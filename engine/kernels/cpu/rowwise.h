@@ -6,35 +6,34 @@
 #include "attention.h"
 #include "linear.h"
 
-// int8 has one scale for a row, from its largest number.
-INLINE void quantise(const float* row, int size, int8_t* out, float* scale, int32_t* total) {
+// Some numbers (a multiple of 16) as int8 under the scale of the largest; gives their sum as int8.
+INLINE int32_t quantise(const float* from, int size, int8_t* out, float* scale) {
+    typedef int8_t i8x16 __attribute__((vector_size(16)));
     f32x16 top{};
     for (int i = 0; i < size; i += LANES) {
-        const f32x16 x = load<f32x16>(row + i);
+        const f32x16 x = load<f32x16>(from + i);
         top = max_of(top, max_of(x, -x));
     }
     const float largest = highest(top), factor = largest > 0 ? 127.0f / largest : 0.0f;
     i32x16 counted{};
     for (int i = 0; i < size; i += LANES) {
         // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the low bits.
-        const i32x16 whole = (i32x16)(load<f32x16>(row + i) * factor + 12582912.0f) - 0x4B400000;
+        const i32x16 whole = (i32x16)(load<f32x16>(from + i) * factor + 12582912.0f) - 0x4B400000;
         counted += whole;
-        typedef int8_t i8x16 __attribute__((vector_size(16)));
         store(out + i, __builtin_convertvector(whole, i8x16));
     }
-    int32_t each[LANES];
+    int32_t each[LANES], all = 0;
     store(each, counted);
-    int32_t all = 0;
-    for (int lane : each) all += lane;
+    for (int32_t lane : each) all += lane;
     *scale = largest / 127.0f;
-    *total = all;
+    return all;
 }
 
 // Write a row of `size` floats in the format of a product's left side.
 template <class T>
-INLINE void encode(const float* row, int size, typename T::Element* out, float* scale, int32_t* total) {
-    if constexpr (T::PER_UNIT == 4)
-        quantise(row, size, out, scale, total);
+INLINE void encode(const float* row, int size, typename T::Element* out, float* scales, int32_t* offsets) {
+    if constexpr (T::QUANTISED)
+        for (int i = 0; i < size; i += T::GROUP) *offsets++ = -T::OFFSET * quantise(row + i, T::GROUP, out + i, scales++);
     else
         for (int i = 0; i < size; i += LANES) T::narrow(out + i, load<f32x16>(row + i));
 }
@@ -81,18 +80,29 @@ INLINE void rotate(float* head, int dim, const float* cosine, const float* sine)
 
 // The layouts are those of attention.h.
 template <class T> INLINE void write_key(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
-    typename T::Element row[256];
-    for (int d = 0; d < shape.head_dim; d += LANES) T::narrow(row + d, load<f32x16>(head + d));
+    typename T::Element row[MOST_DIM];
     const long units = shape.head_dim / T::PER_UNIT;
-    uint32_t* panel = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_size * units +
-                      slot.offset / LANES * LANES * units + slot.offset % LANES;
-    for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT);
+    uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+    uint32_t* panel = block + slot.offset / LANES * LANES * units + slot.offset % LANES;
+    uint32_t flip = 0;
+    if constexpr (T::QUANTISED) {
+        quantise(head, shape.head_dim, row, reinterpret_cast<float*>(block + shape.block_size * units) + slot.offset);
+        flip = 0x80808080u;  // adds the offset to each byte
+    } else {
+        for (int d = 0; d < shape.head_dim; d += LANES) T::narrow(row + d, load<f32x16>(head + d));
+    }
+    for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT) ^ flip;
 }
 
 template <class T> INLINE void write_value(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
-    typedef typename T::Element Element;
+    typename T::Element row[MOST_DIM];
     const long units = shape.head_dim / T::PER_UNIT, panel = long(shape.block_size) * LANES;
-    Element* block = reinterpret_cast<Element*>(cache + (slot.block * shape.kv_heads + kv_head) * shape.block_size * units);
-    block += slot.offset / T::PER_UNIT * T::PER_UNIT * LANES + slot.offset % T::PER_UNIT;
-    for (int d = 0; d < shape.head_dim; d++) block[d / LANES * panel + d % LANES * T::PER_UNIT] = T::narrow(head[d]);
+    uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+    if constexpr (T::QUANTISED)
+        quantise(head, shape.head_dim, row, reinterpret_cast<float*>(block + shape.block_size * units) + slot.offset);
+    else
+        for (int d = 0; d < shape.head_dim; d += LANES) T::narrow(row + d, load<f32x16>(head + d));
+    auto at = reinterpret_cast<typename T::Element*>(block);
+    at += slot.offset / T::PER_UNIT * T::PER_UNIT * LANES + slot.offset % T::PER_UNIT;
+    for (int d = 0; d < shape.head_dim; d++) at[d / LANES * panel + d % LANES * T::PER_UNIT] = row[d];
 }

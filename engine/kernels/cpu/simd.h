@@ -29,6 +29,11 @@ template <class V> INLINE V load(const void* from) {
 
 template <class V> INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
 
+// Ask for memory that is needed soon. Blocks of the cache are pages apart: the processor doesn't guess the next one.
+INLINE void prefetch(const uint32_t* from, long words) {
+    for (long i = 0; i < words; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
 INLINE f32x16 splat(float x) { return f32x16{} + x; }
 
 INLINE float as_float(uint32_t bits) {
@@ -123,12 +128,21 @@ INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
 
 // ---------------------------------------------------------------------------------------------------------------- int8
 
-// acc[lane] += the sum of four products; b holds unsigned bytes, a signed ones.
+// acc[lane] += the sum of four products; b holds unsigned bytes, a signed ones, or the other way round.
 INLINE i32x16 dot_quads(i32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, _mm512_set1_epi32(int(a)));
 #else
     for (int i = 0; i < 4; i++) acc += (i32x16)(b >> 8 * i & 255) * int32_t(int8_t(a >> 8 * i));
+    return acc;
+#endif
+}
+
+INLINE i32x16 dot_quads_unsigned(i32x16 acc, u32x16 b, uint32_t a) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
+#else
+    for (int i = 0; i < 4; i++) acc += ((i32x16)(b << (24 - 8 * i)) >> 24) * int32_t(a >> 8 * i & 255);
     return acc;
 #endif
 }

@@ -35,7 +35,7 @@ struct Spec {
     float scaling;         // of the scores
     float rotary_scaling;  // of cosines and sines
     const float* frequencies;  // [head_dim / 2]
-    const void* embedding;     // [vocabulary, hidden] in the format of the cache
+    const void* embedding;     // [vocabulary, hidden] in the format of the cache, or bfloat16 where that is int8
     const float* final_norm;
     const Layer* layer;
     Linear head;
@@ -85,8 +85,8 @@ class AnyStack {
     double seconds[OPS] = {};
 };
 
-// W: the format of weights and of their left sides; T: that of queries, keys and values.
-template <class W, class T> class Stack : public AnyStack {
+// Formats of the layers' weights, of the head's, and of queries, keys and values.
+template <class W, class H, class T> class Stack : public AnyStack {
   public:
     Stack(const Spec& spec, int threads)
         : spec_(spec), layers_(spec.layer, spec.layer + spec.layers), team_(threads),
@@ -121,23 +121,48 @@ template <class W, class T> class Stack : public AnyStack {
     float* partial() override { return partial_.get(); }
 
   private:
-    typedef typename W::Element Left;
     typedef typename T::Element Element;
+
+    // The left side of a product, for many tokens.
+    template <class F> struct Operand {
+        Buffer<typename F::Element> units;
+        Buffer<float> scales;
+        Buffer<int32_t> offsets;
+
+        void take(size_t rows, long most) {
+            units.take(rows * most);
+            scales.take(rows * groups(most));
+            offsets.take(rows * groups(most));
+        }
+
+        static long groups(long numbers) {
+            if constexpr (F::QUANTISED) return numbers / F::GROUP;
+            return 0;
+        }
+
+        void set(long row, const float* from, int numbers) {
+            const long at = row * groups(numbers);
+            encode<F>(from, numbers, units.get() + row * numbers, scales.get() + at, offsets.get() + at);
+        }
+
+        Rows rows(long numbers) const {
+            return {reinterpret_cast<const uint32_t*>(units.get()), numbers / F::PER_UNIT, scales.get(), offsets.get(),
+                    groups(numbers)};
+        }
+    };
 
     void begin() {
         const size_t tokens = step_->batch.tokens;
         const long widest = spec_.intermediate > query_width() ? spec_.intermediate : query_width();
         x_.take(tokens * spec_.hidden);
-        left_.take(tokens * (widest > spec_.hidden ? widest : spec_.hidden));
-        left_scale_.take(tokens);
-        left_sum_.take(tokens);
+        left_.take(tokens, widest > spec_.hidden ? widest : spec_.hidden);
         wide_.take(tokens * (qkv_width() > widest ? qkv_width() : widest));
         query_.take(tokens * query_width());
+        query_scale_.take(tokens * spec_.heads);
+        query_offset_.take(tokens * spec_.heads);
         cosine_.take(tokens * spec_.head_dim / 2);
         sine_.take(tokens * spec_.head_dim / 2);
-        chosen_.take(size_t(step_->samples) * spec_.hidden);
-        chosen_scale_.take(step_->samples);
-        chosen_sum_.take(step_->samples);
+        chosen_.take(step_->samples, spec_.hidden);
         if (spec_.partial) partial_.take(tokens * spec_.hidden);
         samples_ = step_->samples;
         Attention<T>::tile(shape_, step_->batch, tiles_);
@@ -160,12 +185,13 @@ template <class W, class T> class Stack : public AnyStack {
     void attend(const Layer& layer, int thread, bool before) {
         normalise_all(layer.input_norm, thread, before);
         const Store qkv{wide_.get(), qkv_width()};
-        linear<W>(team_, layer.qkv, left(spec_.hidden), tokens(), qkv);
+        linear<W>(team_, layer.qkv, left_.rows(spec_.hidden), tokens(), qkv);
         done(QKV, thread);
         place(layer);
         done(ROTARY, thread);
         Attention<T>(shape_, step_->batch)
-            .run(team_, {query_.get(), wide_.get(), layer.keys, layer.values, layer.window}, tiles_);
+            .run(team_, {query_.get(), query_scale_.get(), query_offset_.get(), wide_.get(), layer.keys, layer.values, layer.window},
+                 tiles_);
         done(ATTENTION, thread);
         encode_all(query_width(), thread);
         sum_up(layer.output, query_width());
@@ -174,25 +200,26 @@ template <class W, class T> class Stack : public AnyStack {
 
     void transform(const Layer& layer, int thread) {
         normalise_all(layer.post_norm, thread, true);
-        if constexpr (W::PER_UNIT == 4) {
-            linear<W>(team_, layer.gate_up, left(spec_.hidden), tokens(), SwiGLU<F32>{wide_.get(), spec_.intermediate});
+        if constexpr (W::QUANTISED) {
+            linear<W>(team_, layer.gate_up, left_.rows(spec_.hidden), tokens(), SwiGLU<F32>{wide_.get(), spec_.intermediate});
             done(GATE_UP, thread);
             encode_all(spec_.intermediate, thread);
         } else {
             // Not in place: others still read the left side.
-            Left* out = reinterpret_cast<Left*>(wide_.get());
-            linear<W>(team_, layer.gate_up, left(spec_.hidden), tokens(), SwiGLU<W>{out, spec_.intermediate});
+            auto out = reinterpret_cast<typename W::Element*>(wide_.get());
+            linear<W>(team_, layer.gate_up, left_.rows(spec_.hidden), tokens(), SwiGLU<W>{out, spec_.intermediate});
             done(GATE_UP, thread);
         }
-        sum_up(layer.down, spec_.intermediate, W::PER_UNIT != 4);
+        sum_up(layer.down, spec_.intermediate, !W::QUANTISED);
         done(DOWN, thread);
     }
 
     void embed(int thread) {
-        const Element* table = static_cast<const Element*>(spec_.embedding);
+        typedef typename T::Plain Plain;
+        const auto table = static_cast<const typename Plain::Element*>(spec_.embedding);
         for (long t; (t = team_.next()) < tokens();) {
-            const Element* row = table + long(step_->ids[t]) * spec_.hidden;
-            for (int i = 0; i < spec_.hidden; i += LANES) store(x_.get() + t * spec_.hidden + i, T::widen(row + i));
+            const auto row = table + long(step_->ids[t]) * spec_.hidden;
+            for (int i = 0; i < spec_.hidden; i += LANES) store(x_.get() + t * spec_.hidden + i, Plain::widen(row + i));
             const int half = spec_.head_dim / 2;
             for (int i = 0; i < half; i++) {
                 const float angle = float(step_->positions[t]) * spec_.frequencies[i];
@@ -211,15 +238,15 @@ template <class W, class T> class Stack : public AnyStack {
             if (spec_.partial && before)
                 for (int i = 0; i < size; i += LANES)
                     store(row + i, load<f32x16>(row + i) + load<f32x16>(partial_.get() + t * size + i));
-            normalise_row(row, weight, left_.get() + t * size, left_scale_.get() + t, left_sum_.get() + t);
+            normalise_row(row, weight, left_, t);
         }
         done(NORM, thread);
     }
 
-    void normalise_row(const float* row, const float* weight, Left* out, float* scale, int32_t* total) {
+    template <class F> void normalise_row(const float* row, const float* weight, Operand<F>& out, long at) {
         alignas(64) float normal[MOST_HIDDEN];
         normalise(row, weight, spec_.hidden, spec_.epsilon, normal);
-        encode<W>(normal, spec_.hidden, out, scale, total);
+        out.set(at, normal, spec_.hidden);
     }
 
     // Queries, keys and values of each token: norms of heads, positions, and the way into the cache.
@@ -238,8 +265,7 @@ template <class W, class T> class Stack : public AnyStack {
                     normalise(head, query ? layer.query_norm : layer.key_norm, dim, spec_.epsilon, head);
                 if (layer.rotary) rotate(head, dim, cosine, sine);
                 if (query)
-                    for (int i = 0; i < dim; i += LANES)
-                        T::narrow(query_.get() + t * query_width() + h * dim + i, load<f32x16>(head + i));
+                    put_query(head, t, h);
                 else
                     write_key<T>(head, shape_, h - spec_.heads, slot, layer.keys);
             }
@@ -247,15 +273,23 @@ template <class W, class T> class Stack : public AnyStack {
         }
     }
 
+    void put_query(const float* head, long token, int number) {
+        const long at = token * spec_.heads + number;
+        Element* out = query_.get() + at * spec_.head_dim;
+        if constexpr (T::QUANTISED)
+            query_offset_.get()[at] = -T::OFFSET * quantise(head, spec_.head_dim, out, query_scale_.get() + at);
+        else
+            for (int i = 0; i < spec_.head_dim; i += LANES) T::narrow(out + i, load<f32x16>(head + i));
+    }
+
     // `wide`, [tokens, size], in the format of a left side.
     void encode_all(int size, int thread) {
-        for (long t; (t = team_.next()) < tokens();)
-            encode<W>(wide_.get() + t * size, size, left_.get() + t * size, left_scale_.get() + t, left_sum_.get() + t);
+        for (long t; (t = team_.next()) < tokens();) left_.set(t, wide_.get() + t * size, size);
         done(ENCODE, thread);
     }
 
     void sum_up(const Linear& w, int size, bool from_wide = false) {
-        Rows x = left(size);
+        Rows x = left_.rows(size);
         if (from_wide) x.units = reinterpret_cast<const uint32_t*>(wide_.get());
         if (spec_.partial)
             linear<W>(team_, w, x, tokens(), Store{partial_.get(), spec_.hidden});
@@ -271,30 +305,22 @@ template <class W, class T> class Stack : public AnyStack {
             std::memcpy(row, x_.get() + t * size, size * sizeof(float));
             if (spec_.partial)
                 for (int i = 0; i < size; i++) row[i] += partial_.get()[t * size + i];
-            normalise_row(row, spec_.final_norm, chosen_.get() + s * size, chosen_scale_.get() + s, chosen_sum_.get() + s);
+            normalise_row(row, spec_.final_norm, chosen_, s);
         }
         done(HEAD, thread);
     }
 
-    Rows chosen() const {
-        return {reinterpret_cast<const uint32_t*>(chosen_.get()), spec_.hidden / W::PER_UNIT, chosen_scale_.get(),
-                chosen_sum_.get()};
-    }
-
     void all_logits(int thread) {
         mark(thread);
-        linear<W>(team_, spec_.head, chosen(), samples_, StoreClipped{out_, spec_.vocabulary});
+        linear<H>(team_, spec_.head, chosen_.rows(spec_.hidden), samples_, StoreClipped{out_, spec_.vocabulary});
         done(HEAD, thread);
     }
 
     void best_of_pairs(int thread) {
         mark(thread);
-        linear<W>(team_, spec_.head, chosen(), samples_, Best{best_value_.get(), best_column_.get(), samples_, spec_.vocabulary});
+        const Best best{best_value_.get(), best_column_.get(), samples_, spec_.vocabulary};
+        linear<H>(team_, spec_.head, chosen_.rows(spec_.hidden), samples_, best);
         done(HEAD, thread);
-    }
-
-    Rows left(int size) const {
-        return {reinterpret_cast<const uint32_t*>(left_.get()), size / W::PER_UNIT, left_scale_.get(), left_sum_.get()};
     }
 
     long tokens() const { return step_->batch.tokens; }
@@ -327,9 +353,10 @@ template <class W, class T> class Stack : public AnyStack {
     long samples_ = 0;
     float* out_ = nullptr;
     std::vector<Queries> tiles_;
-    Buffer<float> x_, wide_, cosine_, sine_, partial_, left_scale_, chosen_scale_, best_value_;
-    Buffer<int32_t> left_sum_, chosen_sum_, best_column_;
-    Buffer<Left> left_, chosen_;
+    Buffer<float> x_, wide_, cosine_, sine_, partial_, best_value_, query_scale_;
+    Buffer<int32_t> best_column_, query_offset_;
+    Operand<W> left_;
+    Operand<H> chosen_;
     Buffer<Element> query_;
     Time::time_point begun_;
 };

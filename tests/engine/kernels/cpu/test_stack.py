@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from engine.kernels.cpu import build
 from engine.kernels.cpu.native import Batch, Stack
 from engine.model import fused
+from engine.model.fused import Form
+from engine.model.packing import GROUPS, quantise
 
 LEVELS = [level for level, (_, needs) in build.LEVELS.items() if needs <= build.machine_flags()]
 BLOCKS = 24
@@ -58,10 +60,20 @@ shapes = st.builds(
 class Served:
     """A stack, and the blocks of its cache in a random order."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, block_size: int, level: str, blocks: int = BLOCKS):
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        block_size: int,
+        level: str,
+        blocks: int = BLOCKS,
+        weights: str = "",
+        cache: str = "",
+    ):
         name = str(dtype).removeprefix("torch.")
-        spec, kept = fused.make_spec(shape.build(dtype), dtype, blocks, block_size, partial=False)
-        self.stack = Stack(spec, name, name, THREADS, level, kept)
+        form = Form(name, weights or name, cache or name)
+        spec, kept = fused.make_spec(shape.build(dtype), form, blocks, block_size, partial=False)
+        self.stack = Stack(spec, form.weights, form.cache, THREADS, level, kept)
         self.vocabulary = shape.vocabulary
         self.block_size = block_size
 
@@ -101,24 +113,33 @@ def test_float32_is_what_transformers_computes(level: str, shape: Shape, block_s
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
 
 
+FORMS = {
+    "float32": (torch.float32, "", ""),
+    "bfloat16": (torch.bfloat16, "", ""),
+    "int8": (torch.bfloat16, "int8", "int8"),
+    "int4": (torch.bfloat16, "int4", ""),
+}
+
+
 @functools.cache
-def long_lived(level: str, dtype: torch.dtype) -> Served:
-    shape = Shape("qwen3", 64, 2, 3, 64, 96, 100, 700)
-    return Served(shape, dtype, 32, level, blocks=300)
+def long_lived(level: str, form: str) -> Served:
+    shape = Shape("qwen3", 64, 2, 2, 64, 128, 100, 700)
+    dtype, weights, cache = FORMS[form]
+    return Served(shape, dtype, 32, level, 300, weights, cache)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("level", LEVELS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 1099), max_size=6, unique=True).map(sorted),
     others=st.lists(st.integers(1, 300), max_size=4),
     place=st.integers(0, 4),
 )
 def test_the_same_bits_alone_in_a_batch_and_in_chunks(
-    level: str, dtype: torch.dtype, cuts: list[int], others: list[int], place: int
+    level: str, form: str, cuts: list[int], others: list[int], place: int
 ) -> None:
-    served = long_lived(level, dtype)
+    served = long_lived(level, form)
     random = np.random.default_rng(5)
     ids = random.integers(0, 100, 1100)
     alone = served.run([(ids, 0, served.blocks_for(1100, 1))])[0]
@@ -132,11 +153,33 @@ def test_the_same_bits_alone_in_a_batch_and_in_chunks(
     assert (found == alone).all()
 
 
-def test_levels_differ_only_in_rounding() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_levels_differ_only_in_rounding(form: str) -> None:
     ids = np.random.default_rng(2).integers(0, 100, 90)
     results = []
     for level in LEVELS:
-        served = long_lived(level, torch.bfloat16)
+        served = long_lived(level, form)
         results.append(served.run([(ids, 0, served.blocks_for(90, 200))])[0])
     for one in results[1:]:
         assert np.abs(one - results[0]).max() < 0.05 * np.abs(results[0]).max()
+
+
+@pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("int4", 0.06)])
+@pytest.mark.parametrize("level", LEVELS)
+def test_quantised_stacks_compute_what_their_weights_say(level: str, form: str, most: float) -> None:
+    """Against transformers with the rounded weights: what is left is the rounding of activations, keys and values."""
+    shape = Shape("qwen3", 64, 2, 2, 64, 128, 100, None)
+    dtype, weights, cache = FORMS[form]
+    served = Served(shape, dtype, 32, level, BLOCKS, weights, cache)
+    model = shape.build(dtype).float()
+    for name, linear in model.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            kind = "int8" if name == "lm_head" else weights
+            whole, scales = quantise(linear.weight, kind)
+            linear.weight.copy_((whole.unflatten(1, (-1, GROUPS[kind])) * scales.float()[:, :, None]).flatten(1))
+    ids = np.random.default_rng(3).integers(0, 100, 200)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids)[None]).logits[0].numpy()
+    found = served.run([(ids, 0, served.blocks_for(200, 1))], every=True)
+    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert error < most
