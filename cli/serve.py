@@ -20,6 +20,7 @@ from engine.config import (
     QUANTIZATIONS,
     REMOVALS,
     SCHEDULING_POLICIES,
+    SPECULATORS,
     STEP_TIMEOUT_S,
     EngineConfig,
     watermark_blocks,
@@ -135,6 +136,20 @@ def option(group: str, *names: str, **settings: Any) -> Any:
     show_default=True,
     type=click.Choice(SCHEDULING_POLICIES),
     help="Who gets a row first: who came first, or whose request says the lowest priority.",
+)
+@option(
+    MEMORY,
+    "--speculative",
+    type=click.Choice(SPECULATORS),
+    help="Guess tokens from what was said before and keep those the model confirms: the same text, sooner.",
+)
+@option(
+    MEMORY,
+    "--num-speculative-tokens",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Guesses a request gets in a step, at most.",
 )
 @option(
     BASELINE,

@@ -18,6 +18,7 @@ QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
 KERNELS: tuple[str, ...] = ("auto", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
+SPECULATORS: tuple[str, ...] = ("ngram",)
 SCHEDULING_POLICIES: tuple[str, ...] = ("fcfs", "priority")
 
 # What V0 did without, or did otherwise: each can be taken from V1 alone (--ablate), all together are --engine v0.
@@ -67,6 +68,8 @@ class EngineConfig:
     kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as --dtype says
     num_layers: int | None = None  # with dummy weights: fewer layers than the config says
     scheduling_policy: str = "fcfs"
+    speculative: str | None = None  # of SPECULATORS
+    num_speculative_tokens: int = 4  # guesses that a request gets in a step, at most
     engine: str = "v1"
     ablate: tuple[str, ...] = ()  # of REMOVALS
     num_scheduler_steps: int | None = None  # with v0: steps for each time the scheduler runs
@@ -74,7 +77,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablate", tuple(self.ablate))  # a list, where it came as a message
-        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_layers"):
+        for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, not {value}")
@@ -114,6 +117,8 @@ class EngineConfig:
             )
         if self.engine == "v0" and self.ablate:
             raise ConfigError("--ablate takes parts from V1: --engine v0 is without all of them already")
+        if self.speculative and "full-state" in self.removals:
+            raise ConfigError("--speculative needs workers that keep their state: not --engine v0, --ablate full-state")
         if self.num_scheduler_steps is not None and self.num_scheduler_steps < 1:
             raise ConfigError(f"--num-scheduler-steps must be at least 1, not {self.num_scheduler_steps}")
         if (self.num_scheduler_steps or 1) > 1 and self.enable_chunked_prefill:
@@ -136,6 +141,10 @@ class EngineConfig:
         return self.served_model_name or self.model
 
 
+_AT_LEAST_ONE = (
+    "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_layers",
+    "num_speculative_tokens",
+)  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
@@ -145,6 +154,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "kv_cache_dtype": (None, *KV_CACHE_DTYPES),
     "engine": ENGINES,
     "scheduling_policy": SCHEDULING_POLICIES,
+    "speculative": (None, *SPECULATORS),
 }
 
 
@@ -167,6 +177,7 @@ class ResolvedConfig:
     encoder_cache_tokens: int = 0  # embeddings of items that stay on the device; 0: as many as the budget
     scheduling_policy: str = "fcfs"
     removals: frozenset[str] = frozenset()
+    draft_tokens: int = 0  # guesses that a decoding row may get beside its token, at most
     scheduler_steps: int = 1  # steps for each time the scheduler runs; only V0's
 
     def __post_init__(self) -> None:

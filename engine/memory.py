@@ -89,6 +89,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
         scheduling_policy=config.scheduling_policy,
         removals=config.removals,
         scheduler_steps=config.num_scheduler_steps or 1,
+        draft_tokens=config.num_speculative_tokens if config.speculative else 0,
     )
     kv_flag = f"{KV_ALLOCATION}, --gpu-memory-utilization"
     memory = (

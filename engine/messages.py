@@ -203,6 +203,8 @@ class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     steps: int = 0
     step_tokens: int = 0  # tokens scheduled in the last step
     last_step_at: float = 0.0  # the core's clock
+    drafted: int = 0  # tokens guessed
+    accepted: int = 0  # of them, the right ones
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -318,6 +320,7 @@ class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
     counts: bytes = b""  # int32[rows], when rows sampled more than one token each (k > 1)
     logprobs: TokenLogprobs | None = None
     seconds: float = 0.0  # device time of the step
+    drafted: int = 0  # tokens that were guessed and verified; those that were right are among `tokens`
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -54,6 +54,8 @@ class EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens of admitted requests.", core.prompt_tokens),
             ("generation_tokens", "Tokens generated.", core.generation_tokens),
             ("engine_steps", "Steps of the engine.", core.steps),
+            ("spec_decode_num_draft_tokens", "Tokens guessed ahead (--speculative).", core.drafted),
+            ("spec_decode_num_accepted_tokens", "Guesses that were right.", core.accepted),
         ):
             family = CounterMetricFamily(PREFIX + name, what, labels=["model_name"])
             family.add_metric([self._model], value)

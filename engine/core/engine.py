@@ -252,13 +252,17 @@ class EngineCore:
         front_ends |= {front_end_of(one.handle) for one in admitted} | {front_end_of(one.handle) for one in finished}
         for front_end in sorted(front_ends):
             mine = owners == front_end
+            tokens, counts = mine, b""
+            if booked is not None and booked.counts is not None:
+                tokens, counts = np.repeat(mine, booked.counts), booked.counts[mine].tobytes()
             message = Outputs(
                 at=now,
                 handles=handles[mine].tobytes(),
-                tokens=booked.tokens[mine].tobytes() if booked else b"",
+                tokens=booked.tokens[tokens].tobytes() if booked else b"",
+                counts=counts,
                 finished=_of(front_end, finished),
                 admitted=_of(front_end, admitted),
-                logprobs=select_logprobs(logprobs, mine) if logprobs else None,
+                logprobs=select_logprobs(logprobs, tokens) if logprobs else None,
                 stats=self.scheduler.stats(self._last_step_at),
             )
             if self._inline is not None:

@@ -44,7 +44,7 @@ class Policy:
             whole_prompts="no-chunking" in removed,
             full_state="full-state" in removed,
             steps_in_flight=STEPS_IN_FLIGHT if run_ahead else 1,
-            bursts=run_ahead,
+            bursts=run_ahead and not config.draft_tokens,
             scheduler_steps=config.scheduler_steps,
             reserved_blocks=watermark_blocks(config.num_blocks) if "watermark" in removed else 0,
             priority=config.scheduling_policy == "priority",

@@ -29,6 +29,7 @@ class Rows:
         self.computed = np.zeros(count, np.int32)
         self.known = np.zeros(count, np.int32)
         self.upper = np.zeros(count, np.int32)
+        self.pending = np.zeros(count, np.int32)  # steps in flight that sample for the row; counted only with drafts
         self.limit = np.zeros(count, np.int32)
         self.prompt_len = np.zeros(count, np.int32)
         self.min_tokens = np.zeros(count, np.int32)
@@ -59,6 +60,7 @@ class Rows:
         self.handle[row] = request.handle
         self.computed[row] = computed
         self.known[row] = self.upper[row] = length
+        self.pending[row] = 0
         self.limit[row] = request.limit
         self.prompt_len[row] = request.prompt_len
         self.min_tokens[row] = message.min_tokens

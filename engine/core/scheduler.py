@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engine.config import ResolvedConfig
 from engine.core.blocks import BlockPool
 from engine.core.changes import Changes, WholeState
+from engine.core.drafts import Drafts
 from engine.core.hashing import extend_hashes
 from engine.core.items import Items
 from engine.core.policy import Policy, make_queue, urgency
@@ -36,12 +37,13 @@ class Plan:
 
 @dataclass(slots=True)
 class Booked:
-    """What a result meant: the rows whose token counts, in the result's order, and who is done."""
+    """What a result meant: the rows whose tokens count, in the result's order, and who is done."""
 
     handles: NDArray[np.int64]
     tokens: NDArray[np.int32]
     kept: NDArray[np.bool_]  # over the result's tokens
     finished: list[Finished]
+    counts: NDArray[np.int32] | None  # tokens of each handle; None: one
 
 
 class Scheduler:
@@ -61,6 +63,7 @@ class Scheduler:
         self.steps = self.step_tokens = 0
         self._prefilling: dict[int, None] = {}  # rows owed more than one token, oldest first
         self.items = Items.of(config)
+        self._drafts = Drafts(self.rows, config.draft_tokens, config.block_size) if config.draft_tokens else None
         self._changes = (WholeState if policy.full_state else Changes)(self.rows, self.items)
         self._select = self._prefill_first if policy.prefill_first else self._mixed
         self._victim: Callable[[], int] = self._least_urgent if policy.priority else self._newest
@@ -115,6 +118,8 @@ class Scheduler:
             steps=self.steps,
             step_tokens=self.step_tokens,
             last_step_at=last_step_at,
+            drafted=self._drafts.drafted if self._drafts else 0,
+            accepted=self._drafts.accepted if self._drafts else 0,
         )
 
     # ------------------------------------------------------------------------------------------------------- schedule
@@ -136,7 +141,10 @@ class Scheduler:
             return None
         sampling = np.flatnonzero(scheduled & (rows.computed == rows.upper))
         steps = self._lengthen(decoding, burst) if burst > 1 and not chunks and num_tokens else 1
-        rows.upper[sampling] += steps
+        if self._drafts is None:
+            rows.upper[sampling] += steps
+        else:
+            self._drafts.planned(sampling)
         message = self._changes.message(self.steps + 1, scheduled, chunks, steps)
         self.steps += steps
         self.step_tokens = num_tokens
@@ -320,22 +328,29 @@ class Scheduler:
     def update(self, plan: Plan, result: StepResult) -> Booked:
         """Book the tokens of a step; those of rows that changed hands meanwhile are dropped."""
         rows = self.rows
-        tokens = int32s(result.tokens)
-        assert len(tokens) == len(plan.rows), f"step {plan.step}: {len(tokens)} tokens for {len(plan.rows)} rows"
         kept = rows.generation[plan.rows] == plan.generations
-        at, tokens = plan.rows[kept], tokens[kept]
-        handles = rows.handle[at]
-        rows.tokens[at, rows.known[at]] = tokens
-        rows.known[at] += 1
-        self.generation_tokens += len(at)
-        stopped = rows.stopped(at, tokens)
+        at = plan.rows[kept]
+        handles, counts = rows.handle[at], None
+        if self._drafts is None:
+            tokens = int32s(result.tokens)
+            assert len(tokens) == len(plan.rows), f"step {plan.step}: {len(tokens)} tokens for {len(plan.rows)} rows"
+            tokens = tokens[kept]
+            rows.tokens[at, rows.known[at]] = tokens
+            rows.known[at] += 1
+            stopped = rows.stopped(at, tokens)
+        else:
+            kept, counts, stopped = self._drafts.book(at, kept, result)
+            tokens = int32s(result.tokens)[kept]
+        self.generation_tokens += len(tokens)
         ended = stopped | (rows.known[at] >= rows.limit[at])
         finished = []
         for index in np.flatnonzero(ended).tolist():
-            request = self._free_row(int(at[index]))
+            row = int(at[index])
+            last = int(rows.tokens[row, rows.known[row] - 1])
+            request = self._free_row(row)
             reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
-            finished.append(self._finish(request, reason, int(tokens[index]) if stopped[index] else -1))
-        return Booked(handles, tokens, kept, finished)
+            finished.append(self._finish(request, reason, last if stopped[index] else -1))
+        return Booked(handles, tokens, kept, finished, counts)
 
     def _finish(self, request: Request, reason: FinishReason, stop_id: int = -1) -> Finished:
         del self.requests[request.handle]

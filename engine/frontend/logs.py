@@ -36,8 +36,13 @@ class StatsLog:
         return (
             f"prompt {prompt / elapsed:.1f} tok/s, generation {generated / elapsed:.1f} tok/s, "
             f"running {core.running}, waiting {core.waiting}, KV cache {100 * core.kv_use:.1f} %, "
-            f"prefix hits {hits}, preemptions {core.preemptions - before.preemptions}"
+            f"prefix hits {hits}, preemptions {core.preemptions - before.preemptions}" + self._guesses(before, core)
         )
+
+    @staticmethod
+    def _guesses(before: Stats, core: Stats) -> str:
+        drafted, accepted = core.drafted - before.drafted, core.accepted - before.accepted
+        return f", {100 * accepted / drafted:.1f} % of {drafted} guesses right" if drafted else ""
 
 
 class Ended(msgspec.Struct):

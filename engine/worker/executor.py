@@ -57,7 +57,7 @@ class InProcessExecutor:
         loaded = time.perf_counter()
         built = build_network(config, facts, resolved, model)
         self.kernels, self.warnings = built.kernels, built.warnings
-        rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size)
+        rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
         runner = Runner(built.network, rows)
         self.seconds = {
             "import torch": imported - began,

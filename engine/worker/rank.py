@@ -87,7 +87,7 @@ def build(orders: Orders) -> "tuple[Runner, Up]":
     check(model, config, split.rank)
     joined = time.perf_counter()
     built = build_network(config, split.rank, resolved, model, group)
-    rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size)
+    rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
     seconds = {
         "import torch": imported - began,
         "load weights": loaded - imported,

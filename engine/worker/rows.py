@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.messages import Int32s, RowAdded, Sampling, StepMessage, int32s
+from engine.worker.drafts import propose, share
 
 Int64s = NDArray[np.int64]
 
@@ -15,7 +16,8 @@ class StepBatch:
     """One step's tokens, rows ascending and laid end to end.
 
     rows, starts, counts, computed: int64[rows]; row_of: int64[tokens] into `rows`; ids, positions: int64[tokens];
-    sampling: int64[n], the rows that sample; sampled_at: int64[n], the token of the batch whose logits they use.
+    sampling: int64[n], the rows that sample; drafts: int64[n], how many of a row's tokens are guesses (see
+    `engine.worker.drafts`); sampled_at: int64[n + sum of drafts], the tokens of the batch whose logits they use.
     """
 
     step: int
@@ -28,13 +30,15 @@ class StepBatch:
     ids: Int64s
     positions: Int64s
     sampling: Int64s
+    drafts: Int64s
     sampled_at: Int64s
 
 
 class Rows:
-    """Struct of arrays over rows; the scheduler alone numbers and reuses them."""
+    """Struct of arrays over rows; the scheduler alone numbers and reuses them. `draft_tokens`: most guesses a row."""
 
-    def __init__(self, max_rows: int, max_model_len: int, block_size: int):
+    def __init__(self, max_rows: int, max_model_len: int, block_size: int, draft_tokens: int = 0):
+        self._draft_tokens = draft_tokens
         max_blocks = -(-max_model_len // block_size) + 1
         self.block_size = block_size
         self.tokens: Int32s = np.zeros((max_rows, max_model_len + 1), dtype=np.int32)
@@ -57,8 +61,11 @@ class Rows:
             wanted[chunks[:, 0]] = chunks[:, 1]
         rows = np.flatnonzero(wanted)
         counts, computed = wanted[rows], self.computed[rows].copy()
+        drafts = self._draft(rows, counts) if self._draft_tokens else np.zeros_like(counts)
+        known = self.num_tokens[rows]
+        counts += drafts
         ends = computed + counts
-        wrong = ~self.live[rows] | (ends > self.num_tokens[rows]) | (ends > self.num_blocks[rows] * self.block_size)
+        wrong = ~self.live[rows] | (ends - drafts > known) | (ends > self.num_blocks[rows] * self.block_size)
         if wrong.any():
             row = int(rows[np.flatnonzero(wrong)[0]])
             raise RuntimeError(
@@ -69,19 +76,54 @@ class Rows:
         row_of = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(len(row_of)) - starts[row_of] + computed[row_of]
         ids = self.tokens[rows[row_of], positions].astype(np.int64)
-        samples = ends == self.num_tokens[rows]
+        samples = ends - drafts == known
         self.computed[rows] = ends
         used = int(-(-ends.max() // self.block_size)) if len(rows) else 0
         tables = self.table[rows, :used]
-        at = (starts + counts - 1)[samples]
+        last, guesses = (starts + counts - 1)[samples], drafts[samples]
+        at = np.repeat(last - guesses, guesses + 1) + _counted(guesses + 1)
         return StepBatch(
-            message.step, rows, starts, counts, computed, tables, row_of, ids, positions, rows[samples], at
+            message.step, rows, starts, counts, computed, tables, row_of, ids, positions, rows[samples], guesses, at
         )
 
     def append(self, rows: Int64s, tokens: NDArray[np.integer]) -> None:
         """Book one sampled token for each of `rows`."""
         self.tokens[rows, self.num_tokens[rows]] = tokens
         self.num_tokens[rows] += 1
+
+    def append_verified(self, batch: StepBatch, tokens: Int64s) -> tuple[Int64s, Int64s]:
+        """Book what was sampled at each of `batch.sampled_at`, as far as the guesses before it were right.
+
+        Returns the tokens that count, and how many each sampling row got. A wrong guess leaves a slot of the KV cache
+        that the next step writes anew.
+        """
+        kept, counts, begin = [], np.empty_like(batch.sampling), 0
+        for i, (row, guesses) in enumerate(zip(batch.sampling.tolist(), batch.drafts.tolist(), strict=True)):
+            found = tokens[begin : begin + guesses + 1]
+            begin += guesses + 1
+            known = int(self.num_tokens[row])
+            wrong = np.flatnonzero(self.tokens[row, known : known + guesses] != found[:guesses])
+            count = int(wrong[0]) + 1 if len(wrong) else guesses + 1
+            self.tokens[row, known : known + count] = found[:count]
+            self.num_tokens[row] = known + count
+            self.computed[row] = known + count - 1
+            kept.append(found[:count])
+            counts[i] = count
+        return np.concatenate(kept), counts
+
+    def _draft(self, rows: Int64s, counts: Int64s) -> Int64s:
+        """Write guesses behind the tokens of rows that decode and take the likeliest token; how many each row got."""
+        drafts = np.zeros_like(counts)
+        decoding = (counts == 1) & (self.computed[rows] + 1 == self.num_tokens[rows])
+        most = share(self._draft_tokens, int(decoding.sum()))
+        for i in np.flatnonzero(decoding & self.plain[rows]).tolist() if most else ():
+            row = int(rows[i])
+            known = int(self.num_tokens[row])
+            room = min(int(self.num_blocks[row]) * self.block_size, self.tokens.shape[1] - 1) - known
+            guesses = propose(self.tokens[row, :known], min(most, room)) if room > 0 else self.tokens[row, :0]
+            self.tokens[row, known : known + len(guesses)] = guesses
+            drafts[i] = len(guesses)
+        return drafts
 
     def output(self, row: int) -> Int32s:
         """The row's tokens so far without its prompt; a view."""
@@ -120,6 +162,11 @@ class Rows:
         self.num_blocks[row] = len(blocks)
         self.sampling[row] = added.sampling
         self.plain[row] = is_plain(added.sampling)
+
+
+def _counted(lengths: Int64s) -> Int64s:
+    """0, 1, … for each of `lengths`, one after the other."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def is_plain(sampling: Sampling) -> bool:

@@ -3,13 +3,14 @@
 import time
 from collections import deque
 
+import msgspec
 import numpy as np
 import torch
 
-from engine.messages import StepMessage, StepResult, column, decode_step, encode
+from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
 from engine.worker import sampler
 from engine.worker.network import Network
-from engine.worker.rows import Rows, StepBatch
+from engine.worker.rows import Int64s, Rows, StepBatch
 
 
 class Runner:
@@ -50,13 +51,34 @@ class Runner:
             raise RuntimeError(f"step {step} hasn't run")
         began = time.perf_counter()
         batch, self._pending = self._pending, None
-        tokens, logprobs = np.zeros(0, dtype=np.int64), None
+        tokens, logprobs, counts, drafted = np.zeros(0, dtype=np.int64), None, b"", int(batch.drafts.sum())
         if len(batch.sampling):
             if self._rows.plain[batch.sampling].all():
                 tokens = self._network.likeliest()
+            elif drafted:
+                tokens, logprobs = self._sample_beside_drafts(batch)
             else:
                 sampled = sampler.sample(self._network.logits(), self._rows, batch.sampling)
                 tokens, logprobs = sampled.tokens, sampled.logprobs
-            self._rows.append(batch.sampling, tokens)
+            if drafted:
+                tokens, each = self._rows.append_verified(batch, tokens)
+                counts, logprobs = column(each), _moved(logprobs, np.cumsum(each) - each)
+            else:
+                self._rows.append(batch.sampling, tokens)
         seconds = self._seconds + time.perf_counter() - began
-        return encode(StepResult(step, column(tokens), logprobs=logprobs, seconds=seconds))
+        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted))
+
+    def _sample_beside_drafts(self, batch: StepBatch) -> tuple[Int64s, TokenLogprobs | None]:
+        """Tokens at all of `sampled_at`: the likeliest where rows have guesses or want no more, else sampled."""
+        logits = self._network.logits()
+        tokens: Int64s = logits.float().numpy().argmax(-1)
+        others = ~self._rows.plain[batch.sampling]  # one token each: only plain rows have guesses
+        at = (np.cumsum(batch.drafts + 1) - 1)[others]
+        sampled = sampler.sample(logits[torch.from_numpy(at)], self._rows, batch.sampling[others])
+        tokens[at] = sampled.tokens
+        return tokens, _moved(sampled.logprobs, np.flatnonzero(others))
+
+
+def _moved(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:
+    """With other positions: the one of entry i becomes to[i]."""
+    return logprobs and msgspec.structs.replace(logprobs, index=column(to[int32s(logprobs.index)]))

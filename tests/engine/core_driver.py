@@ -4,6 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from engine.clock import FakeClock
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
@@ -47,7 +49,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
-        self.worker = self.make_worker(self.clock, self.config.block_size, self.seconds)
+        self.worker = self.make_worker(self.clock, self.config.block_size, self.seconds, self.config.draft_tokens)
         self.core = EngineCore(self.config, self.worker, self.clock, self._receive)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.times: dict[int, list[float]] = defaultdict(list)
@@ -95,7 +97,10 @@ class Driver:
         if not isinstance(message, Outputs):
             return
         assert front_end == 0
-        for handle, token in zip(int64s(message.handles).tolist(), int32s(message.tokens).tolist(), strict=True):
+        handles = int64s(message.handles)
+        if message.counts:
+            handles = np.repeat(handles, int32s(message.counts))
+        for handle, token in zip(handles.tolist(), int32s(message.tokens).tolist(), strict=True):
             assert handle not in self.finished, "a token after the end"
             self.tokens[handle].append(token)
             self.times[handle].append(message.at)

@@ -6,6 +6,7 @@ that was computed into it, and whenever a row computes, every slot of its contex
 block shared too early, reused too soon or appended in the wrong order fails at once.
 """
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -68,7 +69,15 @@ class FakeRow:
 class FakeExecutor:
     """Works off steps in order; results become due `seconds(step)` after they were handed over, by the clock."""
 
-    def __init__(self, clock: Clock, block_size: int, seconds: Callable[[StepMessage, int], float] = lambda *_: 0.0):
+    def __init__(
+        self,
+        clock: Clock,
+        block_size: int,
+        seconds: Callable[[StepMessage, int], float] = lambda *_: 0.0,
+        draft_tokens: int = 0,
+    ):
+        self._draft_tokens = draft_tokens
+        self._luck = random.Random(1)
         self.rows: dict[int, FakeRow] = {}
         self.steps: list[StepMessage] = []
         self.batch_tokens: list[int] = []
@@ -144,17 +153,35 @@ class FakeExecutor:
         plan = {number: counts.get(number, 1) for number in sorted(self.rows)}
         for number, count in plan.items():
             self._write(self.rows[number], count)
-        sampled = []
+        sampled, each, drafted = [], [], 0
         for number, count in plan.items():
             row = self.rows[number]
             self._check_context(number, row)
             if count and row.computed == len(row.tokens):
-                sampled.append(next_token(row.states[-1]))
-                row.tokens.append(sampled[-1])
+                known = len(row.tokens)
+                row.tokens.append(next_token(row.states[-1]))
+                if count == 1 and self._draft_tokens:
+                    drafted += self._guess(row)
+                sampled += row.tokens[known:]
+                each.append(len(row.tokens) - known)
         self.batch_tokens.append(sum(plan.values()))
         self.row_tokens.append({number: count for number, count in plan.items() if count})
         seconds = self._seconds(message, self.batch_tokens[-1])
-        return encode(StepResult(message.step, column(sampled), seconds=seconds))
+        found = column(each) if drafted else b""
+        return encode(StepResult(message.step, column(sampled), found, seconds=seconds, drafted=drafted))
+
+    def _guess(self, row: FakeRow) -> int:
+        """Guesses that are right up to a point, and leave what isn't in the KV memory; returns how many."""
+        room = len(row.blocks) * self._block_size - len(row.tokens) + 1
+        guesses = min(self._luck.randint(0, self._draft_tokens), max(room - 1, 0))
+        right = self._luck.randint(0, guesses)
+        for index in range(guesses):
+            if index < right:
+                self._write(row, 1)
+                row.tokens.append(next_token(row.states[-1]))
+            else:
+                self._kv[self._slot(row, row.computed + index - right)] = b"wrong guess"
+        return guesses
 
     def _slot(self, row: FakeRow, position: int) -> int:
         block = row.blocks[position // self._block_size]

@@ -74,7 +74,7 @@ removals = st.one_of(st.just(frozenset()), st.just(frozenset(REMOVALS)), st.froz
 
 
 @st.composite
-def configs(draw: Any) -> ResolvedConfig:
+def configs(draw: Any, drafts: bool = False) -> ResolvedConfig:
     # The smallest pools hold just one request of the greatest length.
     blocks, size = draw(st.sampled_from([(16, 2), (8, 4), (10, 4), (64, 4)]))
     removed = draw(removals)
@@ -87,6 +87,7 @@ def configs(draw: Any) -> ResolvedConfig:
         enable_prefix_caching="no-prefix-cache" not in removed and draw(st.booleans()),
         removals=removed,
         scheduler_steps=draw(st.sampled_from([1, 1, 3])) if "no-run-ahead" in removed else 1,
+        draft_tokens=draw(st.sampled_from([0, 1, 5])) if drafts and not removed & {"full-state", "no-run-ahead"} else 0,
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
         # Without chunking the items of a whole prompt must fit.
         encoder_cache_tokens=20 if "no-chunking" in removed else draw(st.sampled_from([4, 6, 20])),
@@ -122,7 +123,7 @@ def play(driver: Driver, requests: list[Asked], eager: list[bool]) -> list[int]:
 
 
 @settings(max_examples=500, deadline=None)
-@given(requests, configs(), st.sampled_from([0.001, 0.004, 1.0]), st.lists(st.booleans(), max_size=30))
+@given(requests, configs(drafts=True), st.sampled_from([0.001, 0.004, 1.0]), st.lists(st.booleans(), max_size=30))
 def test_each_request_gets_its_own_tokens(
     requests: list[Asked], config: ResolvedConfig, step_s: float, eager: list[bool]
 ):
@@ -137,6 +138,7 @@ def test_each_request_gets_its_own_tokens(
             assert got == expected
     longest = max((message.steps for message in driver.worker.steps), default=1)
     event(f"preempted: {driver.stats.preemptions > 0}, found a prefix: {driver.stats.prefix_hits > 0}")
+    event(f"guesses: {driver.stats.drafted > 0}, some right: {driver.stats.accepted > 0}")
     event(f"burst: {longest > 1}, removals: {len(config.removals)}, items: {bool(driver.worker.encoded)}")
     assert not driver.core.scheduler.items.cache.references
     assert max(driver.worker.batch_tokens, default=0) <= config.max_num_batched_tokens

@@ -93,6 +93,7 @@ class Driver:
         self.step = 0
         self.preemptions = 0
         self.shared = 0
+        self.drafted = 0
 
     def run(self, requests: list[Request], new: int, *, seed: int, chunk: int = 7, preempt: float = 0.15) -> None:
         """Run all requests to `new` output tokens each."""
@@ -180,6 +181,11 @@ class Driver:
             request.computed += count
             if request.computed == len(request.known):
                 sampled.append(request)
-        assert len(tokens) == len(sampled)
-        for request, token in zip(sampled, tokens, strict=True):
-            request.output.append(token)
+        counts = int32s(result.counts).tolist() if result.counts else [1] * len(sampled)
+        self.drafted += result.drafted
+        assert len(tokens) == sum(counts)
+        begin = 0
+        for request, count in zip(sampled, counts, strict=True):
+            request.output += tokens[begin : begin + count]
+            request.computed += count - 1
+            begin += count

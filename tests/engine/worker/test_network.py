@@ -1,0 +1,102 @@
+"""Which kernels compute a model, and what is said where that isn't the best there is."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ConfigError
+from engine.kernels.cpu import build
+from engine.kernels.cpu.build import BuildError
+from tests.engine.worker.driver import Driver, Request, build_model
+
+LEVEL = build.best_level()
+
+needs_kernels = pytest.mark.skipif(LEVEL is None, reason="the CPU kernels need AVX2")
+
+
+@needs_kernels
+def test_a_llama_gets_the_fused_stack(tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
+    build_model("llama", tmp_path, head_dim=16)
+    executor = make_driver(tmp_path, block_size=16).executor
+    assert executor.kernels == f"{LEVEL}, fused stack"
+    assert executor.warnings == ()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("gpt2", {}, "kind 'gpt2'"),
+        ("llama", {"block_size": 8}, "--block-size 8"),
+        ("llama", {"dtype": "float16"}, "float16"),
+        ("llama", {"kernels": "torch"}, "--kernels torch"),
+    ],
+)
+def test_others_go_through_torch_and_the_table_says_why(
+    kind: str, options: dict[str, object], said: str, tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    build_model(kind, tmp_path, **({"head_dim": 16} if kind == "llama" else {}))
+    executor = make_driver(tmp_path, **{"block_size": 16, **options}).executor
+    assert executor.kernels.startswith("torch (")
+    assert said in executor.kernels
+    assert executor.warnings == (), "that is as it should be"
+
+
+@needs_kernels
+def test_without_a_compiler_torch_computes_and_warns(
+    tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_level: str) -> Path:
+        raise BuildError("there is no C++ compiler")
+
+    monkeypatch.setattr(build, "library", fail)
+    build_model("llama", tmp_path, head_dim=16)
+    driver = make_driver(tmp_path, block_size=16)
+    assert len(driver.executor.warnings) == 1
+    assert "no C++ compiler" in driver.executor.warnings[0]
+    request = Request([1, 2, 3])
+    driver.run([request], 4, seed=1)
+    assert len(request.output) == 4
+    with pytest.raises(ConfigError, match=f"--kernels {LEVEL}: there is no C"):
+        make_driver(tmp_path, block_size=16, kernels=LEVEL)
+
+
+def test_an_old_machine_computes_with_torch_and_warns(
+    tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "machine_flags", frozenset)
+    build_model("llama", tmp_path, head_dim=16)
+    executor = make_driver(tmp_path, block_size=16).executor
+    assert executor.kernels.startswith("torch (")
+    assert "AVX2" in executor.warnings[0]
+    with pytest.raises(ConfigError, match="lacks avx2"):
+        make_driver(tmp_path, block_size=16, kernels="avx2")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("gpt2", {"quantization": "int8"}, "--quantization int8 needs .* 'gpt2'"),
+        ("gpt2", {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs .* 'gpt2'"),
+        ("llama", {"quantization": "int8", "dtype": "float32"}, "int8 weights only beside --dtype bfloat16"),
+        ("llama", {"quantization": "int8", "dtype": "bfloat16"}, "hidden size of 32 numbers is no multiple of 64"),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(
+    kind: str, options: dict[str, object], said: str, tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    build_model(kind, tmp_path, **({"head_dim": 16} if kind == "llama" else {}))
+    with pytest.raises(ConfigError, match=said):
+        make_driver(tmp_path, **{"block_size": 16, **options})
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_models_answer(quantization: str, tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
+    build_model("llama", tmp_path, head_dim=16, hidden_size=64, intermediate_size=128)
+    driver = make_driver(tmp_path, block_size=16, dtype="bfloat16", quantization=quantization, kv_cache_dtype="int8")
+    requests = [Request([1, 2, 3]), Request(list(range(40)))]
+    driver.run(requests, 6, seed=1)
+    assert [len(request.output) for request in requests] == [6, 6]
