@@ -34,6 +34,7 @@ class BenchOptions:
     rates: Sequence[float] | None = None  # requests/s; None: search
     ladder: bool = True
     ladder_rates: Sequence[float] | None = None  # None: 0.25 … 1.5 x the rate found
+    ladder_round: int = 0  # each has requests of its own
     window_s: float | None = None  # None: planned from precision and time
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
@@ -100,7 +101,7 @@ def measure_ladder(subject: Subject, finished: Sequence[PointRow] = ()) -> list[
     with _open_run(subject, finished) as run:
         run.probe()
         run.rows.extend(r for r in finished if r.phase in ("search", "confirm") and run.mine(r))
-        run.ladder(subject.options.ladder_rates)
+        run.ladder(subject.options.ladder_rates, subject.options.ladder_round)
     return run.rows_of("ladder")
 
 
@@ -243,13 +244,13 @@ class _Run:
         lengths = self._planner.lengths(trial, latency_s)
         return self._measure(trial.rate, trial.phase, trial.repeat, lengths, latency_s)
 
-    def run_rates(self, phase: Phase, rates: Sequence[float]) -> None:
+    def run_rates(self, phase: Phase, rates: Sequence[float], first_repeat: int = 0) -> None:
         """Given rates, one after the other; those that no longer fit into the time are named and left out."""
         rounded = [round_rate(r) for r in rates]
         knee = self.answer.rate if self.answer is not None else None
         left_out: list[float] = []
         for i, rate in enumerate(rounded):
-            repeat = rounded[:i].count(rate)
+            repeat = first_repeat + rounded[:i].count(rate)
             if self._known(phase, rate, repeat) is not None:
                 continue
             latency_s = self._latency_s(rate)
@@ -266,13 +267,13 @@ class _Run:
             shown = ", ".join(f"{r:g}" for r in left_out)
             self._progress.message(f"no time left for {shown} req/s (--max-minutes)")
 
-    def ladder(self, rates: Sequence[float] | None) -> None:
+    def ladder(self, rates: Sequence[float] | None, turn: int = 0) -> None:
         """The fixed rates after a search, past the knee too."""
         if rates is None:
             if self.answer is None or self.answer.rate is None:
                 return
             rates = ladder_rates(self.answer.rate)
-        self.run_rates("ladder", rates)
+        self.run_rates("ladder", rates, turn)
 
     def _known(self, phase: Phase, rate: float, repeat: int) -> PointRow | None:
         name = point_id(self._point.configuration, self._point.workload.name, phase, rate, repeat)

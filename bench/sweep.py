@@ -51,7 +51,7 @@ class _State:
 
     plan: str  # a hash of the file's content, so that no key in it is copied
     ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s
-    ladders: list[list[str]] = field(default_factory=list)  # finished ones: [configuration, workload]
+    ladders: list[list[str]] = field(default_factory=list)  # finished ones: [configuration, workload], once a round
     searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> spent on its search
 
 
@@ -115,9 +115,10 @@ class _Sweep:
                 if not self._answered(configuration, workload):
                     self._step(configuration, workload, "rates" if workload.options.rates else "search")
             rates = self._ladder_rates(workload)
-            for configuration in self._plan.configurations if rates else []:
-                if self._wants_ladder(configuration, workload):
-                    self._step(configuration, workload, "ladder", rates)
+            for turn in range(workload.options.rounds) if rates else ():
+                for configuration in self._plan.configurations:
+                    if self._answered(configuration, workload) and self._turns(configuration, workload) == turn:
+                        self._step(configuration, workload, "ladder", rates)
         self.summary.finished = utc_now()
         self._save()
 
@@ -170,9 +171,11 @@ class _Sweep:
     ) -> None:
         # Not the probe: one request alone also warms up the server that has just been started.
         known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
-        limit = workload.options.max_minutes
+        limit, rounds = workload.options.max_minutes, workload.options.rounds
         searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
-        options = self._options(workload, max(limit - searched, (1 - _SEARCH_SHARE) * limit), ladder_rates=rates)
+        minutes = max(limit - searched, (1 - _SEARCH_SHARE) * limit) / rounds
+        turn = self._turns(configuration, workload)
+        options = self._options(workload, minutes, ladder_rates=rates, ladder_round=turn)
         subject = Subject(target, built, configuration.name, options, self._files, self._progress)
         if not measure_ladder(subject, known):
             raise BenchError("the time is too short for a single point of the ladder: raise max_minutes")
@@ -233,7 +236,8 @@ class _Sweep:
         for answer in self.summary.answers:
             if (answer.configuration, answer.workload) == mine:
                 words = answer.line().partition(";")[0]
-                waits = self._has_ladder(workload) and answer.rate and list(mine) not in self._state.ladders
+                unfinished = self._turns(configuration, workload) < workload.options.rounds
+                waits = self._has_ladder(workload) and answer.rate and unfinished
                 self._progress.run_state(*mine, words + (", ladder to come" if waits else ""))
 
     def _points(self, configuration: Configuration, workload: SweepWorkload) -> list[PointRow]:
@@ -247,9 +251,9 @@ class _Sweep:
     def _has_ladder(self, workload: SweepWorkload) -> bool:
         return bool(workload.options.ladder) and workload.options.rates is None
 
-    def _wants_ladder(self, configuration: Configuration, workload: SweepWorkload) -> bool:
-        done = [configuration.name, workload.name] in self._state.ladders
-        return self._answered(configuration, workload) and not done
+    def _turns(self, configuration: Configuration, workload: SweepWorkload) -> int:
+        """How many rounds of its ladder are done."""
+        return self._state.ladders.count([configuration.name, workload.name])
 
     def _ladder_rates(self, workload: SweepWorkload) -> list[float] | None:
         """The workload's ladder, fixed once and for all by the first answers; None where nothing was sustained."""

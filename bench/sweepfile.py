@@ -12,6 +12,7 @@ workloads:
   - {preset: visionarena-sample, output: 32}      # a workload that ships with the product, or a file
 options: {precision: 10%, max_minutes: 15}        # and arrivals: gamma, burstiness: 0.5, or trace: FILE
                                                   # ladder: false, or shares of the lowest rate found: [0.75, 1]
+                                                  # rounds: 5 runs the ladder of all configurations five times over
 """
 
 import math
@@ -29,13 +30,12 @@ from bench.server import has_flag, serve_flags
 from bench.workloads import Encode, Workload, make_workload, needs_vocabulary
 
 START_MINUTES = 0.3  # what starting and stopping a server is taken to cost
-_STARTS = 2  # of each server: for the search, and for the ladder
 _ANY_VOCABULARY = 32_000  # names and lengths don't depend on it
 
 _TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
 _CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s", "note"})
 _ARRIVALS = frozenset({"arrivals", "burstiness", "trace"})
-_OPTIONS = frozenset({"precision", "max_minutes", "window", "rates", "ladder", "limits"}) | _ARRIVALS
+_OPTIONS = frozenset({"precision", "max_minutes", "window", "rates", "ladder", "rounds", "limits"}) | _ARRIVALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class SweepOptions:
     window_s: float | None = None
     rates: tuple[float, ...] | None = None  # these instead of a search
     ladder: bool | tuple[float, ...] = True  # or at these shares of the lowest rate found
+    rounds: int = 1  # of the ladder: configurations take turns, so that a machine whose speed drifts favours none
     limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
 
@@ -136,7 +137,7 @@ class SweepPlan:
 
     def most_minutes(self) -> float:
         """The longest the sweep can take, given servers that start in the usual time."""
-        starts = sum(1 if w.options.rates or not w.options.ladder else _STARTS for w in self.workloads)
+        starts = sum(1 if w.options.rates or not w.options.ladder else 1 + w.options.rounds for w in self.workloads)
         minutes = sum(w.options.max_minutes for w in self.workloads)
         return len(self.configurations) * (minutes + starts * START_MINUTES)
 
@@ -261,6 +262,8 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
             changed[key] = _precision(value, f"{where}.precision")
         elif key == "ladder":
             changed[key] = _ladder(value, f"{where}.ladder")
+        elif key == "rounds":
+            changed[key] = _whole(entry, key, where, least=1)
         elif key == "limits":
             changed[key] = _limits(value, f"{where}.limits")
         elif key in ("arrivals", "trace"):
@@ -304,10 +307,10 @@ def _limits(value: Any, where: str) -> dict[str, float]:
     return {column: _positive(limit, f"{where}.{column}") for column, limit in value.items()}
 
 
-def _whole(entry: dict[str, Any], key: str, where: str) -> int | None:
+def _whole(entry: dict[str, Any], key: str, where: str, least: int = 2) -> int | None:
     value = entry.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
-        raise BenchError(f"{where}.{key} must be a whole number of at least 2, not {value!r}")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise BenchError(f"{where}.{key} must be a whole number of at least {least}, not {value!r}")
     return value
 
 

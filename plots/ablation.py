@@ -1,7 +1,8 @@
 """What each part of the engine is worth: one taken away at a time, at one request rate, against the whole."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ from plots.style import COLOURS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline
 
 COLUMNS = tuple(m for key in ("rate", "itl_p99", "ttft_p99") for m in METRICS if m.key == key)
 
+_LATENCIES = ("itl_p99", "ttft_p99")
 _NAMES_IN, _PANEL_IN, _WORDS_IN = 3.3, 1.08, 1.14  # widths of a row's name, of a panel's dots, of the words beside them
 _TITLES = {"rate": "Sustained rate", "itl_p99": "P99 ITL", "ttft_p99": "P99 TTFT"}
 _ROW_IN = 0.42
@@ -110,29 +112,48 @@ def _members(run: Run) -> list[str]:
 
 def _ablation(results: Results, workload: str, series: list[Series]) -> Ablation:
     chosen, at = points_at_one_rate(series)
-    points = {s.configuration: p for s, p in chosen}
+    points = {s.configuration: s.rounds(p) for s, p in chosen}
     base: dict[str, Measured] = {}
-    rows = []
+    rows: list[AblationRow] = []
     for s in series:
-        cells = _measured(s, points.get(s.configuration))
+        runs = points.get(s.configuration, [])
+        cells = _measured(s, runs)
         cells = {key: _against(cell, base.get(key)) for key, cell in cells.items()}
+        if len(runs) > 1 and rows:
+            cells |= {key: _paired(cells[key], key, runs, points[rows[0].configuration]) for key in _LATENCIES}
         base = base or cells
         rows.append(AblationRow(s.configuration, str(results.details(s.configuration).get("note") or ""), cells))
-    return Ablation(workload, at, rows, series, list(points.values()))
+    return Ablation(workload, at, rows, series, [point for runs in points.values() for point in runs])
 
 
-def _measured(series: Series, point: PointRow | None) -> dict[str, Measured]:
+def _measured(series: Series, runs: list[PointRow]) -> dict[str, Measured]:
+    """Of several rounds the median, and the lowest and the highest in the place of an interval."""
     answer = series.answer
     cells = {metric.key: Measured(None) for metric in COLUMNS}
     if answer is not None and answer.rate is not None:
         cells["rate"] = Measured(answer.rate, answer.low, math.nan if answer.high is None else answer.high)
-    if point is not None:
-        sustained = series.sustained(point)
-        for key in ("itl_p99", "ttft_p99"):
-            value, low, high = (float(getattr(point, f"{key}_{part}ms")) for part in ("", "low_", "high_"))
-            if math.isfinite(value):
-                cells[key] = Measured(value, low, high, sustained)
+    for key in _LATENCIES if runs else ():
+        values = [value for value in (_latency(run, key) for run in runs) if math.isfinite(value)]
+        ends = [_latency(runs[0], f"{key}_low"), _latency(runs[0], f"{key}_high")] if len(runs) == 1 else values
+        if values:
+            sustained = 2 * sum(map(series.sustained, runs)) > len(runs)
+            cells[key] = Measured(median(values), min(ends), max(ends), sustained)
     return cells
+
+
+def _latency(point: PointRow, key: str) -> float:
+    return float(getattr(point, f"{key}_ms"))
+
+
+def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]) -> Measured:
+    """Compared round by round, since a machine's speed drifts: the median difference, clear where no round objects."""
+    theirs = {run.repeat: _latency(run, key) for run in base}
+    pairs = [(_latency(run, key), theirs.get(run.repeat, math.nan)) for run in runs]
+    differences = [d for d in (percent(mine, other) for mine, other in pairs if other > 0) if d is not None]
+    if not differences:
+        return cell
+    agreed = len(differences) > 2 and (min(differences) > 0 or max(differences) < 0)
+    return replace(cell, difference=median(differences), clear=agreed)
 
 
 def _against(cell: Measured, base: Measured | None) -> Measured:
@@ -197,12 +218,18 @@ def _name_rows(axes: Axes, rows: list[AblationRow]) -> None:
 def _caption(results: Results, ablation: Ablation) -> list[str]:
     names = [row.configuration for row in ablation.rows]
     samples = f"Samples behind the latencies: {span([p.requests for p in ablation.points])} requests each"
-    reading = [
-        f"P99s {ablation.at}",
-        f"Dashed: {names[0]}, from which differences are",
-        "Lines: 95 % intervals; of a rate, up to the lowest that failed",
-        f"Bold: its interval and that of {names[0]} lie apart",
-    ]
+    rounds = len(ablation.points) // len(ablation.rows)
+    reading = [f"P99s {ablation.at}", f"Dashed: {names[0]}, from which differences are"]
+    if rounds > 1:
+        reading += [
+            f"Latencies: median, lowest and highest of {rounds} rounds in turns; of a rate the 95 % interval",
+            f"Differences: the median of those from {names[0]} within a round; bold: all rounds say so",
+        ]
+    else:
+        reading += [
+            "Lines: 95 % intervals; of a rate, up to the lowest that failed",
+            f"Bold: its interval and that of {names[0]} lie apart",
+        ]
     if any(not cell.sustained for row in ablation.rows for cell in row.cells.values()):
         reading.append("Hollow: the rate was not sustained")
     return [*wrapped(run_facts(results, names, samples)), *wrapped(reading)]

@@ -55,6 +55,11 @@ class Series:
         chosen = _one_a_rate(bounded if len({p.rate for p in bounded}) >= 3 else valid)
         return [_drawn(RunFiles(self.folder), p) for p in chosen]
 
+    def rounds(self, point: PointRow) -> list[PointRow]:
+        """The runs of a point's rate in the rounds of a ladder, in their order; of any other point itself."""
+        same = [p for p in self.points if p.phase == point.phase == "ladder" and p.valid and p.rate == point.rate]
+        return sorted(same, key=lambda p: p.repeat) or [point]
+
     def sustained(self, point: PointRow) -> bool:
         """Whether a point is sustained: a short window doesn't overrule a search that found its rate too high."""
         high = self.answer.high if self.answer else None
@@ -233,15 +238,20 @@ def _series(run: Run, workloads: list[str]) -> list[Series]:
 
 
 def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
-    """Where a rate was measured more than once, the point with the most requests stands for it."""
-    kept: list[PointRow] = []
+    """Where a rate was measured more than once, the median point of the long ones, by P99 ITL, stands for it."""
+    groups: list[list[PointRow]] = []
     for point in sorted(points, key=lambda p: p.rate):
-        if kept and point.rate < kept[-1].rate * SAME_RATE:
-            if point.requests > kept[-1].requests:
-                kept[-1] = point
+        if groups and point.rate < groups[-1][0].rate * SAME_RATE:
+            groups[-1].append(point)
         else:
-            kept.append(point)
-    return kept
+            groups.append([point])
+    return [_middle(group) for group in groups]
+
+
+def _middle(group: list[PointRow]) -> PointRow:
+    most = max(p.requests for p in group)
+    long = sorted((p for p in group if 2 * p.requests > most), key=lambda p: p.itl_p99_ms)
+    return long[(len(long) - 1) // 2]
 
 
 def _drawn(files: RunFiles, point: PointRow) -> Drawn:

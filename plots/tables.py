@@ -133,7 +133,7 @@ def _ablation_markdown(ablation: Ablation) -> str:
             cells.append(" ".join([number(cell.value), f"**{words}**" if cell.clear else words]).rstrip())
         lines.append(_row([name, *cells]))
     table = "\n".join(lines)
-    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: the 95 % intervals lie apart."
+    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: the 95 % intervals lie apart, or all rounds agree."
 
 
 def _cell_words(cell: Cell) -> str:

@@ -50,7 +50,7 @@ def test_presets_are_whole_and_say_what_they_cost() -> None:
 def test_presets_of_v0_take_less_than_an_hour_and_cover_what_they_say() -> None:
     plans = {name: read_sweep(path) for name, path in presets().items()}
     versus, ablation = plans["v0-v1"], plans["ablation"]
-    assert max(versus.most_minutes(), ablation.most_minutes()) <= 50
+    assert max(versus.most_minutes(), ablation.most_minutes()) <= 55
     assert [w.name for w in versus.workloads] == [w.name for w in plans["articles-short"].workloads]
     assert [c.arguments(80) for c in versus.configurations] == [
         ["--max-num-batched-tokens", "128", "--max-model-len", "88"],

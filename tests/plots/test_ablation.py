@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
-from bench.results import RunFiles
+from bench.results import REQUESTS_FOLDER, RunFiles
 from plots.ablation import Ablation, ablation_figure, ablations
 from plots.data import Results, load
 from plots.report import write_report
@@ -66,6 +67,32 @@ def test_only_differences_beyond_the_intervals_are_clear(folder: Path) -> None:
     assert chunking["itl_p99"].clear
     assert v0["rate"].clear
     assert not any(cell.clear for cell in (*whole.values(), *watermark.values(), chunking["rate"]))
+
+
+def test_rounds_are_compared_each_with_its_own(folder: Path) -> None:
+    """A machine whose speed drifts between rounds moves all configurations alike."""
+    files = RunFiles(folder)
+    drift = (1.0, 2.5, 0.6, 1.4, 1.9)
+    for point in [p for p in files.read_points() if p.phase == "ladder"]:
+        for turn, slow in enumerate(drift[1:], start=1):
+            more = replace(point, repeat=turn, point_id=f"{point.point_id}-{turn}", itl_p99_ms=slow * point.itl_p99_ms)
+            files.add_point(more, [])
+            requests = folder / REQUESTS_FOLDER
+            shutil.copy(requests / f"{point.point_id}.parquet", requests / f"{more.point_id}.parquet")
+    ablation = only(load([folder]))
+    whole, chunking, _, _ = (row.cells["itl_p99"] for row in ablation.rows)
+    assert len(ablation.points) == len(drift) * len(SERVERS)
+    points = {p.configuration: p for p in files.read_points() if p.phase == "ladder" and p.rate == 2.5 and not p.repeat}
+    assert_close(whole.value, 1.4 * points["v1"].itl_p99_ms, 1e-3)
+    assert_close(whole.low, 0.6 * points["v1"].itl_p99_ms, 1e-3)
+    assert_close(whole.high, 2.5 * points["v1"].itl_p99_ms, 1e-3)
+    assert chunking.low < whole.high, "the drift is larger than the difference"
+    assert chunking.clear
+    wanted = 100 * (points["no-chunking"].itl_p99_ms / points["v1"].itl_p99_ms - 1)
+    assert_close(chunking.difference, wanted, 1e-3)
+    assert not whole.clear
+    figure = ablation_figure(load([folder]), ablation)
+    assert_nothing_clipped(figure)
 
 
 def test_an_interval_without_an_end_is_never_clear(folder: Path) -> None:
