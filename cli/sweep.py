@@ -119,6 +119,8 @@ def _how(workload: "SweepWorkload") -> str:
     ladder = ", then the ladder that all configurations share" if options.ladder else ""
     if isinstance(options.ladder, tuple):
         ladder = f", then {', '.join(f'{share:g}' for share in options.ladder)} × the lowest rate found"
+    if ladder and options.rounds > 1:
+        ladder += f" in {options.rounds} rounds"
     return f"search to {options.precision:.0%}{ladder}"
 
 
