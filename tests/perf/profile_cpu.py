@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.results import hardware
 from engine.kernels.cpu.native import Stack
@@ -66,7 +67,7 @@ def draw(rows: list[dict[str, Any]], machine: Machine, model: str) -> Figure:
     rows = [row for row in rows if row["form"] == "bf16" and row["tokens"] == 1]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 5.4))
-        axes = figure.add_axes((0.08, 0.2, 0.88, 0.62))
+        axes = figure.add_axes((0.08, 0.2, 0.88, 0.71))
         for i, context in enumerate(CONTEXTS):
             mine = [row for row in rows if row["context"] == context]
             at, colour = [row["rows"] for row in mine], COLOURS[i]
@@ -77,8 +78,9 @@ def draw(rows: list[dict[str, Any]], machine: Machine, model: str) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(ROWS, [str(n) for n in ROWS])
-        axes.yaxis.set_major_formatter(plain)
-        axes.yaxis.set_minor_formatter(plain)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(plain))
         axes.set_xlabel("rows, one token each")
         axes.set_ylabel("step (ms)")
         axes.legend(loc="upper left", title="measured; dashed: the limit")
