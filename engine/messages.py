@@ -71,6 +71,22 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether it changes logits before a token is chosen."""
+        return bool(
+            self.logit_bias
+            or (self.min_tokens and self.stop_ids)
+            or self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is all that is asked for: the logits themselves aren't needed."""
+        return not (self.temperature or self.logprobs >= 0 or self.adjusts)
+
 
 # ---------------------------------------------------------------------------------------------- front end -> EngineCore
 

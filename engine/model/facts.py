@@ -74,14 +74,14 @@ def read_facts(config: EngineConfig) -> ModelFacts:
         hidden_size=model.hidden_size,
         intermediate_size=_intermediate_size(model),
         weight_bytes=(sum(map(_size, headers.values())) or _parameters(model)) * ITEMSIZE[dtype],
-        kv_bytes_per_token=2 * layers * kv_heads * _cached_bytes(config, head_dim, dtype),
+        kv_bytes_per_token=2 * layers * kv_heads * cached_bytes(config.kv_cache_dtype or dtype, head_dim),
         warnings=tuple(warnings),
     )
 
 
-def _cached_bytes(config: EngineConfig, head_dim: int, dtype: str) -> int:
-    """Of one token's key, or value, in one head; int8 has a scale beside it."""
-    return head_dim + 4 if config.kv_cache_dtype == "int8" else head_dim * ITEMSIZE[dtype]
+def cached_bytes(kind: str, head_dim: int) -> int:
+    """Of one token's key, or value, in one head, in a cache of that kind; int8 has a scale beside it."""
+    return head_dim + 4 if kind == "int8" else head_dim * ITEMSIZE[kind]
 
 
 def read_config(path: Path, config: EngineConfig) -> Any:

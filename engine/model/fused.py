@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.native import Layer, Linear, Spec
+from engine.model.facts import cached_bytes
 from engine.model.packing import GROUPS, LANES, interleave, pack
 
 
@@ -30,10 +31,6 @@ class Form:
     def head(self) -> str:
         """Four bits are too few for the head."""
         return "int8" if self.weights == "int4" else self.weights
-
-    def cache_bytes(self, head_dim: int) -> int:
-        """Of one token's key, or value, in one head."""
-        return head_dim + 4 if self.cache == "int8" else head_dim * DTYPES[self.cache].itemsize
 
 
 KINDS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
@@ -117,7 +114,7 @@ def make_spec(model: Any, form: Form, num_blocks: int, block_size: int, *, parti
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
     intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
-    cache_bytes = num_blocks * kv_heads * block_size * form.cache_bytes(head_dim)
+    cache_bytes = num_blocks * kv_heads * block_size * cached_bytes(form.cache, head_dim)
     layers = (Layer * len(inner.layers))()
     for i, layer in enumerate(inner.layers):
         keys, values = (lazy_zeros(cache_bytes) for _ in range(2))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import cores
 from engine.model.facts import ModelFacts
-from engine.worker.rows import Rows
 from engine.worker.threads import limit_libraries
 
 if TYPE_CHECKING:
@@ -48,17 +47,14 @@ class InProcessExecutor:
         import torch
 
         from engine.model.load import load_model
-        from engine.worker.network import build_network
-        from engine.worker.runner import Runner
+        from engine.worker.runner import build_runner
 
         torch.set_num_threads(cores())
         imported = time.perf_counter()
         model = load_model(config, facts)
         loaded = time.perf_counter()
-        built = build_network(config, facts, resolved, model)
+        runner, built = build_runner(config, facts, resolved, model)
         self.kernels, self.warnings = built.kernels, built.warnings
-        rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
-        runner = Runner(built.network, rows)
         self.seconds = {
             "import torch": imported - began,
             "load weights": loaded - imported,

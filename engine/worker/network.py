@@ -91,7 +91,7 @@ class FusedNetwork:
             batch.sampled_at,
         )  # fmt: skip
         stack = self.stack
-        stack.begin(Batch(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns)))
+        stack.begin(Batch.of(*columns))
         if self._group is None:
             stack.run(0, stack.parts)
             return

@@ -21,7 +21,6 @@ from engine.errors import EngineDeadError, RedlineError
 from engine.memory import threads_per_rank
 from engine.model.facts import ModelFacts
 from engine.model.split import plan_split
-from engine.worker.rows import Rows
 from engine.worker.threads import limit_libraries
 from engine.worker.wire import Failed, Kind, Orders, PeerLostError, Up, read_sample, receive, send
 
@@ -72,8 +71,7 @@ def build(orders: Orders) -> "tuple[Runner, Up]":
     from engine.model.load import check, load_model
     from engine.model.shard import shard
     from engine.worker.group import GlooGroup
-    from engine.worker.network import build_network
-    from engine.worker.runner import Runner
+    from engine.worker.runner import build_runner
 
     config, resolved = EngineConfig(**orders.config), ResolvedConfig(**orders.resolved)
     facts = ModelFacts(**{**orders.facts, "path": Path(orders.facts["path"])})
@@ -86,15 +84,14 @@ def build(orders: Orders) -> "tuple[Runner, Up]":
     shard(model, split, group)
     check(model, config, split.rank)
     joined = time.perf_counter()
-    built = build_network(config, split.rank, resolved, model, group)
-    rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
+    runner, built = build_runner(config, split.rank, resolved, model, group)
     seconds = {
         "import torch": imported - began,
         "load weights": loaded - imported,
         "join ranks": joined - loaded,
         "prepare kernels": time.perf_counter() - joined,
     }
-    return Runner(built.network, rows), Up(seconds, built.kernels, built.warnings)
+    return runner, Up(seconds, built.kernels, built.warnings)
 
 
 def serve(parent: socket.socket, runner: "Runner", *, answers: bool) -> None:

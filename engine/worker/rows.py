@@ -161,16 +161,9 @@ class Rows:
         self.table[row, : len(blocks)] = blocks
         self.num_blocks[row] = len(blocks)
         self.sampling[row] = added.sampling
-        self.plain[row] = is_plain(added.sampling)
+        self.plain[row] = added.sampling.plain
 
 
 def _counted(lengths: Int64s) -> Int64s:
     """0, 1, … for each of `lengths`, one after the other."""
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def is_plain(sampling: Sampling) -> bool:
-    """Whether the likeliest token is all that is asked for: the logits themselves aren't needed."""
-    barred = sampling.min_tokens > 0 and sampling.stop_ids
-    penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-    return not (sampling.temperature or sampling.logprobs >= 0 or barred or penalties or sampling.logit_bias)

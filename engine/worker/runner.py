@@ -2,14 +2,18 @@
 
 import time
 from collections import deque
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
+from engine.config import EngineConfig, ResolvedConfig
 from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
+from engine.model.facts import ModelFacts
+from engine.model.shard import Group
 from engine.worker import sampler
-from engine.worker.network import Network
+from engine.worker.network import Built, Network, build_network
 from engine.worker.rows import Int64s, Rows, StepBatch
 
 
@@ -77,6 +81,15 @@ class Runner:
         sampled = sampler.sample(logits[torch.from_numpy(at)], self._rows, batch.sampling[others])
         tokens[at] = sampled.tokens
         return tokens, _moved(sampled.logprobs, np.flatnonzero(others))
+
+
+def build_runner(
+    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, model: Any, group: Group | None = None
+) -> tuple[Runner, Built]:
+    """A rank's runner with its network and rows; `facts` are the rank's."""
+    built = build_network(config, facts, resolved, model, group)
+    rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
+    return Runner(built.network, rows), built
 
 
 def _moved(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

@@ -80,7 +80,7 @@ def sample(logits: Tensor, rows: Rows, which: Int64s) -> Sampled:
 
 def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, chosen: list[int]) -> Tensor:
     """Bias, barred stop ids and penalties; `shared`: the tensor is the model's own and must not change."""
-    touched = [i for i, p in enumerate(params) if _needs_adjusting(p)]
+    touched = [i for i, p in enumerate(params) if p.adjusts]
     if not touched:
         return logits
     if shared:
@@ -104,16 +104,6 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
             penalty = p.presence_penalty + p.frequency_penalty * counts
             line[torch.from_numpy(seen.astype(np.int64))] -= torch.from_numpy(penalty.astype(np.float32))
     return logits
-
-
-def _needs_adjusting(p: Sampling) -> bool:
-    return bool(
-        p.logit_bias
-        or (p.min_tokens and p.stop_ids)
-        or p.repetition_penalty != 1.0
-        or p.presence_penalty
-        or p.frequency_penalty
-    )
 
 
 def draw(logits: Tensor, params: list[Sampling], numbers: list[float]) -> Int64s:

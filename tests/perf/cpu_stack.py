@@ -58,4 +58,4 @@ def batch_of(rows: list[tuple[NDArray[np.integer], int, NDArray[np.integer]]], *
         np.concatenate([before + np.arange(len(ids)) for ids, before, _ in rows]),
         np.repeat(np.arange(len(rows)), counts), np.arange(counts.sum()) if every else starts + counts - 1,
     )  # fmt: skip
-    return Batch(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
+    return Batch.of(*columns)

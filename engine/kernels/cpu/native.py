@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import weakref
 from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,11 @@ class Batch:
     row_of: Int32s
     sampled: Int32s
 
+    @classmethod
+    def of(cls, *columns: Any) -> "Batch":
+        """From columns of any integers, in the order of the fields."""
+        return cls(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
+
     def step(self) -> _Step:
         ragged = _Ragged(
             len(self.starts), len(self.ids), self.starts.ctypes.data, self.counts.ctypes.data,
@@ -109,6 +115,8 @@ class Stack:
         self._stack = self._functions.redline_stack(spec, FORMATS[weights], FORMATS[cache], threads)
         if self._stack is None:
             raise ValueError(f"no kernels for {weights} weights and a cache in {cache}")
+        self._free = weakref.finalize(self, self._functions.redline_free, self._stack)
+        self._free.atexit = False  # a thread may be in it still
         self._step: _Step | None = None
         self._batch: Batch | None = None
         self.parts = 2 * spec.layers + 1  # the last one's number
@@ -146,6 +154,5 @@ class Stack:
 
     def close(self) -> None:
         """End its threads; it can't be used any more."""
-        if self._stack is not None:
-            self._functions.redline_free(self._stack)
-            self._stack = None
+        self._free()
+        self._stack = None

@@ -29,13 +29,17 @@ INLINE int32_t quantise(const float* from, int size, int8_t* out, float* scale) 
     return all;
 }
 
+template <class T> INLINE void narrow(const float* from, int size, typename T::Element* out) {
+    for (int i = 0; i < size; i += LANES) T::narrow(out + i, load<f32x16>(from + i));
+}
+
 // Write a row of `size` floats in the format of a product's left side.
 template <class T>
 INLINE void encode(const float* row, int size, typename T::Element* out, float* scales, int32_t* offsets) {
     if constexpr (T::QUANTISED)
         for (int i = 0; i < size; i += T::GROUP) *offsets++ = -T::OFFSET * quantise(row + i, T::GROUP, out + i, scales++);
     else
-        for (int i = 0; i < size; i += LANES) T::narrow(out + i, load<f32x16>(row + i));
+        narrow<T>(row, size, out);
 }
 
 INLINE float root_mean_square(const float* row, int size, float epsilon) {
@@ -89,7 +93,7 @@ template <class T> INLINE void write_key(const float* head, const Shape& shape, 
         quantise(head, shape.head_dim, row, reinterpret_cast<float*>(block + shape.block_size * units) + slot.offset);
         flip = 0x80808080u;  // adds the offset to each byte
     } else {
-        for (int d = 0; d < shape.head_dim; d += LANES) T::narrow(row + d, load<f32x16>(head + d));
+        narrow<T>(head, shape.head_dim, row);
     }
     for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT) ^ flip;
 }
@@ -101,7 +105,7 @@ template <class T> INLINE void write_value(const float* head, const Shape& shape
     if constexpr (T::QUANTISED)
         quantise(head, shape.head_dim, row, reinterpret_cast<float*>(block + shape.block_size * units) + slot.offset);
     else
-        for (int d = 0; d < shape.head_dim; d += LANES) T::narrow(row + d, load<f32x16>(head + d));
+        narrow<T>(head, shape.head_dim, row);
     auto at = reinterpret_cast<typename T::Element*>(block);
     at += slot.offset / T::PER_UNIT * T::PER_UNIT * LANES + slot.offset % T::PER_UNIT;
     for (int d = 0; d < shape.head_dim; d++) at[d / LANES * panel + d % LANES * T::PER_UNIT] = row[d];

@@ -52,18 +52,17 @@ struct Step {
 
 enum Op { EMBED, NORM, QKV, ROTARY, ATTENTION, ENCODE, OUTPUT, GATE_UP, DOWN, HEAD, OPS };
 
-template <class T> T* aligned(std::unique_ptr<char[]>& memory, size_t& size, size_t count) {
-    if (count * sizeof(T) > size) {
-        size = count * sizeof(T);
-        memory.reset(new char[size + 64]);
-    }
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
-}
-
 // Memory that grows to what the largest step needed.
 template <class T> class Buffer {
   public:
-    T* take(size_t count) { return at_ = aligned<T>(memory_, size_, count); }
+    T* take(size_t count) {
+        if (count * sizeof(T) > size_) {
+            size_ = count * sizeof(T);
+            memory_.reset(new char[size_ + 64]);
+        }
+        return at_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t(63));
+    }
+
     T* get() const { return at_; }
 
   private:
@@ -279,7 +278,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         if constexpr (T::QUANTISED)
             query_offset_.get()[at] = -T::OFFSET * quantise(head, spec_.head_dim, out, query_scale_.get() + at);
         else
-            for (int i = 0; i < spec_.head_dim; i += LANES) T::narrow(out + i, load<f32x16>(head + i));
+            narrow<T>(head, spec_.head_dim, out);
     }
 
     // `wide`, [tokens, size], in the format of a left side.

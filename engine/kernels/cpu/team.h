@@ -1,6 +1,6 @@
 // Threads that work on one step together: each op's tasks are dealt out as they finish, a barrier ends the op.
 //
-// Between steps they sleep. Within a step they spin for some microseconds before they do, since ops follow each other
+// Between steps they sleep. Within a step they spin for about 100 microseconds before they do, since ops follow each other
 // that closely; no longer, since others may need the core.
 #pragma once
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.kernels.cpu import build
-from engine.kernels.cpu.native import Batch, Stack
+from engine.kernels.cpu.native import Stack
 from engine.model import fused
 from engine.model.fused import Form
 from engine.model.packing import GROUPS, quantise
+from tests.perf.cpu_stack import batch_of
 
 LEVELS = [level for level, (_, needs) in build.LEVELS.items() if needs <= build.machine_flags()]
 BLOCKS = 24
@@ -79,17 +80,7 @@ class Served:
 
     def run(self, rows: list[tuple[NDArray[np.integer], int, list[int]]], every: bool = False) -> NDArray[np.float32]:
         """Compute rows of (token ids, tokens before them, blocks); logits of each row's last token, or of every one."""
-        counts = np.array([len(ids) for ids, _, _ in rows])
-        starts = np.cumsum(counts) - counts
-        tables = np.zeros((len(rows), max(len(blocks) for _, _, blocks in rows)), dtype=np.int32)
-        for i, (_, _, blocks) in enumerate(rows):
-            tables[i, : len(blocks)] = blocks
-        columns = (
-            starts, counts, [before for _, before, _ in rows], tables, np.concatenate([ids for ids, _, _ in rows]),
-            np.concatenate([before + np.arange(len(ids)) for ids, before, _ in rows]),
-            np.repeat(np.arange(len(rows)), counts), np.arange(counts.sum()) if every else starts + counts - 1,
-        )  # fmt: skip
-        batch = Batch(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
+        batch = batch_of(rows, every=every)
         self.stack.begin(batch)
         self.stack.run(0, self.stack.parts)
         out = np.empty((len(batch.sampled), self.vocabulary), dtype=np.float32)
