@@ -34,7 +34,7 @@ class BenchOptions:
     rates: Sequence[float] | None = None  # requests/s; None: search
     ladder: bool = True
     ladder_rates: Sequence[float] | None = None  # None: 0.25 … 1.5 x the rate found
-    ladder_round: int = 0  # each has requests of its own
+    turn: int = 0  # of several rounds over the ladder or the given rates; each has requests of its own
     window_s: float | None = None  # None: planned from precision and time
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
@@ -79,7 +79,8 @@ def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -
         latency_s = run.probe()
         if options.rates is not None:
             run.say_fixed_plan(options.rates, latency_s)
-            run.run_rates("fixed", options.rates)
+            run.rows.extend(r for r in finished if r.phase == "fixed" and r.repeat < options.turn and run.mine(r))
+            run.run_rates("fixed", options.rates, options.turn)
             run.answer = answer_of_rates(run.rows_of("fixed"), configuration, workload)
         else:
             start = round_rate(1 / latency_s)
@@ -101,7 +102,7 @@ def measure_ladder(subject: Subject, finished: Sequence[PointRow] = ()) -> list[
     with _open_run(subject, finished) as run:
         run.probe()
         run.rows.extend(r for r in finished if r.phase in ("search", "confirm") and run.mine(r))
-        run.ladder(subject.options.ladder_rates, subject.options.ladder_round)
+        run.ladder(subject.options.ladder_rates, subject.options.turn)
     return run.rows_of("ladder")
 
 

@@ -1,7 +1,8 @@
 """Runs a sweep: every configuration on every workload, each on a server of its own; goes on where it was interrupted.
 
 Of one workload all configurations are searched first. Their ladders follow, on the same absolute rates for all, so that
-the curves can be laid over each other.
+the curves can be laid over each other. Given rates stand in the place of both. Ladders and given rates may be run in
+several rounds, in which configurations take turns.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class _State:
 
     plan: str  # a hash of the file's content, so that no key in it is copied
     ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s
-    ladders: list[list[str]] = field(default_factory=list)  # finished ones: [configuration, workload], once a round
+    ladders: list[list[str]] = field(default_factory=list)  # or rates: [configuration, workload], once a round
     searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> spent on its search
 
 
@@ -111,14 +112,17 @@ class _Sweep:
             for configuration in self._plan.configurations:
                 self._show_answer(configuration, workload)
         for workload in self._plan.workloads:
-            for configuration in self._plan.configurations:
+            fixed = workload.options.rates
+            searched = [] if fixed else self._plan.configurations[: 1 if workload.options.search == "first" else None]
+            for configuration in searched:
                 if not self._answered(configuration, workload):
-                    self._step(configuration, workload, "rates" if workload.options.rates else "search")
-            rates = self._ladder_rates(workload)
-            for turn in range(workload.options.rounds) if rates else ():
+                    self._step(configuration, workload, "search")
+            ladder = self._ladder_rates(workload)
+            for turn in range(workload.options.rounds) if fixed or ladder else ():
                 for configuration in self._plan.configurations:
-                    if self._answered(configuration, workload) and self._turns(configuration, workload) == turn:
-                        self._step(configuration, workload, "ladder", rates)
+                    ready = configuration not in searched or self._answered(configuration, workload)
+                    if ready and self._turns(configuration, workload) == turn:
+                        self._step(configuration, workload, "rates" if fixed else "ladder", ladder)
         self.summary.finished = utc_now()
         self._save()
 
@@ -141,9 +145,14 @@ class _Sweep:
             self._save()
 
     def _measure(self, configuration: Configuration, workload: SweepWorkload, target: Target, built: Workload) -> None:
-        known = self._points(configuration, workload)
-        share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
-        options = self._options(workload, share * workload.options.max_minutes, rates=workload.options.rates)
+        known, wanted = self._points(configuration, workload), workload.options
+        turn = self._turns(configuration, workload)
+        if wanted.rates:
+            known = [p for p in known if p.phase != "probe" or not turn]  # it also warms up the server of this turn
+            options = self._options(workload, wanted.max_minutes / wanted.rounds, rates=wanted.rates, turn=turn)
+        else:
+            share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
+            options = self._options(workload, share * wanted.max_minutes)
         subject = Subject(target, built, configuration.name, options, self._files, self._progress)
         began = time.monotonic()
         try:
@@ -154,7 +163,10 @@ class _Sweep:
             self._state.searched_s[what] = used_s
         if answer is None:
             raise BenchError(self._why_unanswered(configuration, workload))
-        self.summary.answers.append(answer)
+        mine = (configuration.name, workload.name)
+        self.summary.answers = [a for a in self.summary.answers if (a.configuration, a.workload) != mine] + [answer]
+        if wanted.rates:
+            self._state.ladders.append([configuration.name, workload.name])
         self._progress.message(f"{configuration.name}: {answer.line()}")
         self._show_answer(configuration, workload)
 
@@ -172,10 +184,10 @@ class _Sweep:
         # Not the probe: one request alone also warms up the server that has just been started.
         known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
         limit, rounds = workload.options.max_minutes, workload.options.rounds
-        searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
+        searched = self._state.searched_s.get(_key(configuration, workload), limit * 60) / 60
         minutes = max(limit - searched, (1 - _SEARCH_SHARE) * limit) / rounds
         turn = self._turns(configuration, workload)
-        options = self._options(workload, minutes, ladder_rates=rates, ladder_round=turn)
+        options = self._options(workload, minutes, ladder_rates=rates, turn=turn)
         subject = Subject(target, built, configuration.name, options, self._files, self._progress)
         if not measure_ladder(subject, known):
             raise BenchError("the time is too short for a single point of the ladder: raise max_minutes")

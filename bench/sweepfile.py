@@ -12,7 +12,9 @@ workloads:
   - {preset: visionarena-sample, output: 32}      # a workload that ships with the product, or a file
 options: {precision: 10%, max_minutes: 15}        # and arrivals: gamma, burstiness: 0.5, or trace: FILE
                                                   # ladder: false, or shares of the lowest rate found: [0.75, 1]
-                                                  # rounds: 5 runs the ladder of all configurations five times over
+                                                  # search: first (the others are measured on its ladder only)
+                                                  # rates: [1, 2] instead of a search
+                                                  # rounds: 5 runs ladder or rates five times over, in turns
 """
 
 import math
@@ -35,7 +37,7 @@ _ANY_VOCABULARY = 32_000  # names and lengths don't depend on it
 _TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
 _CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s", "note"})
 _ARRIVALS = frozenset({"arrivals", "burstiness", "trace"})
-_OPTIONS = frozenset({"precision", "max_minutes", "window", "rates", "ladder", "rounds", "limits"}) | _ARRIVALS
+_OPTIONS = _ARRIVALS | {"precision", "max_minutes", "window", "rates", "search", "ladder", "rounds", "limits"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,9 @@ class SweepOptions:
     max_minutes: float = 15.0  # of one configuration on one workload: search and ladder
     window_s: float | None = None
     rates: tuple[float, ...] | None = None  # these instead of a search
+    search: str = "all"  # or only the "first" configuration
     ladder: bool | tuple[float, ...] = True  # or at these shares of the lowest rate found
-    rounds: int = 1  # of the ladder: configurations take turns, so that a machine whose speed drifts favours none
+    rounds: int = 1  # of ladder or rates: configurations take turns, so that a machine whose speed drifts favours none
     limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
 
@@ -137,9 +140,16 @@ class SweepPlan:
 
     def most_minutes(self) -> float:
         """The longest the sweep can take, given servers that start in the usual time."""
-        starts = sum(1 if w.options.rates or not w.options.ladder else 1 + w.options.rounds for w in self.workloads)
-        minutes = sum(w.options.max_minutes for w in self.workloads)
-        return len(self.configurations) * (minutes + starts * START_MINUTES)
+        return sum(_most_minutes(w.options, len(self.configurations)) for w in self.workloads)
+
+
+def _most_minutes(options: SweepOptions, configurations: int) -> float:
+    """The longest one workload can take, with starting its servers."""
+    turns = options.rounds if options.rates or options.ladder else 0
+    searches = 0 if options.rates else 1 if options.search == "first" else configurations
+    whole = configurations if options.rates else searches  # the others have the ladder's half of the time
+    minutes = (whole + (configurations - whole) / 2) * options.max_minutes
+    return minutes + (searches + turns * configurations) * START_MINUTES
 
 
 def model_len(max_tokens: int) -> int:
@@ -260,6 +270,8 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
     for key, value in entry.items():
         if key == "precision":
             changed[key] = _precision(value, f"{where}.precision")
+        elif key == "search":
+            changed[key] = _search(value, f"{where}.search")
         elif key == "ladder":
             changed[key] = _ladder(value, f"{where}.ladder")
         elif key == "rounds":
@@ -270,15 +282,25 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
             if not isinstance(value, str):
                 raise BenchError(f"{where}.{key} must be a name, not {value!r}")
         elif key == "rates":
-            if not isinstance(value, list) or not value:
-                raise BenchError(f"{where}.rates must be a list of request rates, not {value!r}")
-            changed[key] = tuple(sorted({_positive(rate, f"{where}.rates") for rate in value}))
+            changed[key] = _rates(value, f"{where}.rates")
         else:
             changed["window_s" if key == "window" else key] = _positive(value, f"{where}.{key}")
     if entry.keys() & _ARRIVALS:
         changed.pop("burstiness", None)
         changed["arrivals"] = _arrivals(entry, where)
     return replace(defaults, **changed)
+
+
+def _rates(value: Any, where: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or not value:
+        raise BenchError(f"{where} must be a list of request rates, not {value!r}")
+    return tuple(sorted({_positive(rate, where) for rate in value}))
+
+
+def _search(value: Any, where: str) -> str:
+    if value not in ("all", "first"):
+        raise BenchError(f"{where} must be all or first (configuration), not {value!r}")
+    return str(value)
 
 
 def _ladder(value: Any, where: str) -> bool | tuple[float, ...]:

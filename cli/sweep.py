@@ -115,13 +115,15 @@ def _show_plan(console: "Console", plan: "SweepPlan", folder: Path) -> None:
 def _how(workload: "SweepWorkload") -> str:
     options = workload.options
     if options.rates:
-        return f"{', '.join(f'{rate:g}' for rate in options.rates)} req/s"
+        rounds = f" in {options.rounds} rounds" if options.rounds > 1 else ""
+        return f"{', '.join(f'{rate:g}' for rate in options.rates)} req/s{rounds}"
     ladder = ", then the ladder that all configurations share" if options.ladder else ""
     if isinstance(options.ladder, tuple):
         ladder = f", then {', '.join(f'{share:g}' for share in options.ladder)} × the lowest rate found"
     if ladder and options.rounds > 1:
         ladder += f" in {options.rounds} rounds"
-    return f"search to {options.precision:.0%}{ladder}"
+    first = " on the first configuration" if options.search == "first" else ""
+    return f"search to {options.precision:.0%}{first}{ladder}"
 
 
 def minutes(value: float) -> str:

@@ -15,7 +15,7 @@ LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
 DEVICES: tuple[str, ...] = ("auto", "cpu")
 KV_CACHE_DTYPES: tuple[str, ...] = ("int8",)
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
-KERNELS: tuple[str, ...] = ("auto", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
+KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
 SPECULATORS: tuple[str, ...] = ("ngram",)

@@ -15,11 +15,11 @@ from plots.compare import METRICS, Metric, percent, percent_words, points_at_one
 from plots.data import Results, Run, Series, run_facts
 from plots.style import COLOURS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
 
-COLUMNS = tuple(m for key in ("rate", "itl_p99", "ttft_p99") for m in METRICS if m.key == key)
-
 _LATENCIES = ("itl_p99", "ttft_p99")
+_LATENCY_COLUMNS = tuple(m for key in _LATENCIES for m in METRICS if m.key == key)
+_RATE = next(m for m in METRICS if m.key == "rate")
 _NAMES_IN, _PANEL_IN, _WORDS_IN = 3.3, 1.08, 1.14  # widths of a row's name, of a panel's dots, of the words beside them
-_TITLES = {"rate": "Sustained rate", "itl_p99": "P99 ITL", "ttft_p99": "P99 TTFT"}
+_TITLES = {"rate": "Sustained rate", "served": "Served of more", "itl_p99": "P99 ITL", "ttft_p99": "P99 TTFT"}
 _ROW_IN = 0.42
 _FARTHEST = 2.0  # x the highest value: an interval that reaches further leaves the panel
 
@@ -51,9 +51,10 @@ class Ablation:
 
     workload: str
     at: str  # in words: the rate of the latencies
+    columns: tuple[Metric, ...]  # what it can take, P99 ITL and P99 TTFT
     rows: list[AblationRow]
     series: list[Series]
-    points: list[PointRow]
+    points: list[PointRow]  # behind the latencies
 
     @property
     def heading(self) -> str:
@@ -73,7 +74,7 @@ def ablations(results: Results) -> list[Ablation]:
 
 
 def ablation_figure(results: Results, ablation: Ablation) -> Figure:
-    """A row a configuration; the sustained rate, P99 ITL and P99 TTFT, each with its difference from the whole."""
+    """A row a configuration; what it can take, P99 ITL and P99 TTFT, each with its difference from the whole."""
     rows = ablation.rows
     with matplotlib.rc_context(STYLE):
         footer = _caption(results, ablation)
@@ -81,7 +82,7 @@ def ablation_figure(results: Results, ablation: Ablation) -> Figure:
         body = _ROW_IN * len(rows)
         height = head + body + foot
         figure = Figure(figsize=(WIDTH_IN, height))
-        for i, metric in enumerate(COLUMNS):
+        for i, metric in enumerate(ablation.columns):
             left = _NAMES_IN + i * (_PANEL_IN + _WORDS_IN)
             axes = figure.add_axes((left / WIDTH_IN, foot / height, _PANEL_IN / WIDTH_IN, body / height))
             axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -113,42 +114,68 @@ def _members(run: Run) -> list[str]:
 def _ablation(results: Results, workload: str, series: list[Series]) -> Ablation:
     chosen, at = points_at_one_rate(series)
     points = {s.configuration: s.rounds(p) for s, p in chosen}
+    overload, flooded = _overload(series, points)
     base: dict[str, Measured] = {}
     rows: list[AblationRow] = []
     for s in series:
         runs = points.get(s.configuration, [])
-        cells = _measured(s, runs)
+        cells = _measured(s, runs, flooded.get(s.configuration, []))
         cells = {key: _against(cell, base.get(key)) for key, cell in cells.items()}
         if len(runs) > 1 and rows:
-            cells |= {key: _paired(cells[key], key, runs, points[rows[0].configuration]) for key in _LATENCIES}
+            whole = rows[0].configuration
+            behind = dict.fromkeys(_LATENCIES, points) | ({"served": flooded} if overload else {})
+            cells |= {k: _paired(cells[k], k, mine[s.configuration], mine[whole]) for k, mine in behind.items()}
         base = base or cells
         rows.append(AblationRow(s.configuration, str(results.details(s.configuration).get("note") or ""), cells))
-    return Ablation(workload, at, rows, series, [point for runs in points.values() for point in runs])
+    columns = (overload or _RATE, *_LATENCY_COLUMNS)
+    return Ablation(workload, at, columns, rows, series, [point for runs in points.values() for point in runs])
 
 
-def _measured(series: Series, runs: list[PointRow]) -> dict[str, Measured]:
+def _overload(
+    series: list[Series], points: dict[str, list[PointRow]]
+) -> tuple[Metric | None, dict[str, list[PointRow]]]:
+    """Where not all were searched: the highest rate, measured on all, which none of them sustains.
+
+    What they serve of it is what they can take. Returns its column, None where there is no such rate, and its points.
+    """
+    tops = {s.configuration: max((d.point for d in s.curve), key=lambda p: p.rate) for s in series if s.curve}
+    rates = {p.rate for p in tops.values()}
+    searched = all(any(p.phase == "search" for p in s.points) for s in series)
+    if searched or len(tops) < len(series) or len(rates) > 1:
+        return None, {}
+    if any(p.sustained or p in points[name] for name, p in tops.items()):
+        return None, {}
+    return Metric("served", f"Served of {rates.pop():.3g} req/s", "req/s", True), {
+        s.configuration: s.rounds(tops[s.configuration]) for s in series
+    }
+
+
+def _measured(series: Series, runs: list[PointRow], flooded: list[PointRow]) -> dict[str, Measured]:
     """Of several rounds the median, and the lowest and the highest in the place of an interval."""
     answer = series.answer
-    cells = {metric.key: Measured(None) for metric in COLUMNS}
+    cells = {key: Measured(None) for key in ("rate", "served", *_LATENCIES)}
     if answer is not None and answer.rate is not None:
         cells["rate"] = Measured(answer.rate, answer.low, math.nan if answer.high is None else answer.high)
     for key in _LATENCIES if runs else ():
-        values = [value for value in (_latency(run, key) for run in runs) if math.isfinite(value)]
-        ends = [_latency(runs[0], f"{key}_low"), _latency(runs[0], f"{key}_high")] if len(runs) == 1 else values
+        values = [value for value in (_value(run, key) for run in runs) if math.isfinite(value)]
+        ends = [_value(runs[0], f"{key}_low"), _value(runs[0], f"{key}_high")] if len(runs) == 1 else values
         if values:
             sustained = 2 * sum(map(series.sustained, runs)) > len(runs)
             cells[key] = Measured(median(values), min(ends), max(ends), sustained)
+    if flooded:
+        served = [_value(run, "served") for run in flooded]
+        cells["served"] = Measured(median(served), min(served), max(served))
     return cells
 
 
-def _latency(point: PointRow, key: str) -> float:
-    return float(getattr(point, f"{key}_ms"))
+def _value(point: PointRow, key: str) -> float:
+    return point.achieved_rate if key == "served" else float(getattr(point, f"{key}_ms"))
 
 
 def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]) -> Measured:
     """Compared round by round, since a machine's speed drifts: the median difference, clear where no round objects."""
-    theirs = {run.repeat: _latency(run, key) for run in base}
-    pairs = [(_latency(run, key), theirs.get(run.repeat, math.nan)) for run in runs]
+    theirs = {run.repeat: _value(run, key) for run in base}
+    pairs = [(_value(run, key), theirs.get(run.repeat, math.nan)) for run in runs]
     differences = [d for d in (percent(mine, other) for mine, other in pairs if other > 0) if d is not None]
     if not differences:
         return cell
@@ -220,9 +247,12 @@ def _caption(results: Results, ablation: Ablation) -> list[str]:
     samples = f"Samples behind the latencies: {span([p.requests for p in ablation.points])} requests each"
     rounds = len(ablation.points) // len(ablation.rows)
     reading = [f"P99s {ablation.at}", f"Dashed: {names[0]}, from which differences are"]
+    if ablation.columns[0] is not _RATE:
+        reading.insert(0, f"{ablation.columns[0].label}: requests answered when more are sent than any can take")
     if rounds > 1:
+        rate = "; of a rate the 95 % interval" if _RATE in ablation.columns else ""
         reading += [
-            f"Latencies: median, lowest and highest of {rounds} rounds in turns; of a rate the 95 % interval",
+            f"{'Latencies: m' if rate else 'M'}edian, lowest and highest of {rounds} rounds in turns{rate}",
             f"Differences: the median of those from {names[0]} within a round; bold: all rounds say so",
         ]
     else:

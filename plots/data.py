@@ -11,6 +11,7 @@ from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRow, RunFiles,
 
 P99_SAMPLES = 1000  # below this a P99 rests on fewer than ten samples and is shown with its interval
 CURVE_PHASES = ("ladder", "fixed", "confirm")
+ROUND_PHASES = ("ladder", "fixed")  # what may be run several times over, in turns
 SAME_RATE = 1.005  # points closer than this share one place on a curve
 
 
@@ -56,8 +57,9 @@ class Series:
         return [_drawn(RunFiles(self.folder), p) for p in chosen]
 
     def rounds(self, point: PointRow) -> list[PointRow]:
-        """The runs of a point's rate in the rounds of a ladder, in their order; of any other point itself."""
-        same = [p for p in self.points if p.phase == point.phase == "ladder" and p.valid and p.rate == point.rate]
+        """The runs of a point's rate in rounds over a ladder or given rates, in order; of any other point itself."""
+        mine = [p for p in self.points if p.valid and (p.phase, p.rate) == (point.phase, point.rate)]
+        same = mine if point.phase in ROUND_PHASES else []
         return sorted(same, key=lambda p: p.repeat) or [point]
 
     def sustained(self, point: PointRow) -> bool:
@@ -238,7 +240,10 @@ def _series(run: Run, workloads: list[str]) -> list[Series]:
 
 
 def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
-    """Where a rate was measured more than once, the median point of the long ones, by P99 ITL, stands for it."""
+    """Where a rate was measured more than once, the median point of the long ones, by P99 ITL, stands for it.
+
+    Rounds come before what a search measured at the same rate.
+    """
     groups: list[list[PointRow]] = []
     for point in sorted(points, key=lambda p: p.rate):
         if groups and point.rate < groups[-1][0].rate * SAME_RATE:
@@ -249,6 +254,8 @@ def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
 
 
 def _middle(group: list[PointRow]) -> PointRow:
+    rounds = [p for p in group if p.phase in ROUND_PHASES]
+    group = rounds if len(rounds) > 1 else group
     most = max(p.requests for p in group)
     long = sorted((p for p in group if 2 * p.requests > most), key=lambda p: p.itl_p99_ms)
     return long[(len(long) - 1) // 2]

@@ -12,7 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from bench.results import PointRow
-from plots.ablation import COLUMNS, Ablation
+from plots.ablation import Ablation
 from plots.compare import Comparison, percent_words
 from plots.data import Results, Series, hardware_lines, model_names
 from plots.style import palette
@@ -118,11 +118,11 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
     rows = []
     for row in ablation.rows:
         cells = []
-        for cell in (row.cells[metric.key] for metric in COLUMNS):
+        for cell in (row.cells[metric.key] for metric in ablation.columns):
             difference = percent_words(cell.difference) if cell.difference is not None else ""
             cells.append((_sort_key(cell.value), number(cell.value), difference, "clear" if cell.clear else ""))
         rows.append((row.configuration, row.note, cells))
-    return {"heading": ablation.heading, "metrics": COLUMNS, "rows": rows}
+    return {"heading": ablation.heading, "metrics": ablation.columns, "rows": rows}
 
 
 def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[str, str]) -> dict[str, Any]:

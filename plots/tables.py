@@ -4,7 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.results import PointRow
-from plots.ablation import COLUMNS, Ablation, Measured, ablations
+from plots.ablation import Ablation, Measured, ablations
 from plots.compare import Cell, Comparison, Metric, percent_words
 from plots.data import Results
 from plots.latency import sustained_words
@@ -53,10 +53,10 @@ def ablation_table(ablation: Ablation) -> Table:
     """The same for an ablation: one row a configuration, differences that are more than chance in bold."""
     table = Table(title=ablation.heading, title_justify="left", title_style="bold", header_style="bold")
     table.add_column("")
-    for metric in COLUMNS:
+    for metric in ablation.columns:
         table.add_column(f"{metric.label}, {metric.unit}", justify="right")
     for row in ablation.rows:
-        table.add_row(row.configuration, *(_ablation_cell(row.cells[metric.key]) for metric in COLUMNS))
+        table.add_row(row.configuration, *(_ablation_cell(row.cells[m.key]) for m in ablation.columns))
     return table
 
 
@@ -124,11 +124,12 @@ def _ablation_cell(cell: Measured) -> Text:
 
 
 def _ablation_markdown(ablation: Ablation) -> str:
-    lines = [_row(["", *(f"{metric.label}, {metric.unit}" for metric in COLUMNS)]), _row([":--"] + ["--:"] * 3)]
+    columns = ablation.columns
+    lines = [_row(["", *(f"{m.label}, {m.unit}" for m in columns)]), _row([":--"] + ["--:"] * len(columns))]
     for row in ablation.rows:
         name = _escaped(f"{row.configuration}: {row.note}" if row.note else row.configuration)
         cells = []
-        for cell in (row.cells[metric.key] for metric in COLUMNS):
+        for cell in (row.cells[metric.key] for metric in columns):
             words = percent_words(cell.difference) if cell.difference is not None else ""
             cells.append(" ".join([number(cell.value), f"**{words}**" if cell.clear else words]).rstrip())
         lines.append(_row([name, *cells]))

@@ -22,6 +22,7 @@ from engine.model.fused import Form
 from engine.model.load import layout_of
 from engine.model.shard import Group
 from engine.worker.rows import Int64s, StepBatch
+from engine.worker.sampler import SLICE
 
 
 class Network(Protocol):
@@ -71,8 +72,8 @@ class GenericNetwork:
         return logits
 
     def likeliest(self) -> Int64s:
-        # numpy's argmax is several times as fast as torch's on one row after the other.
-        return self.logits().float().numpy().argmax(-1)
+        # numpy's argmax is several times as fast as torch's on one row after the other; float32 for a few at a time.
+        return np.concatenate([part.float().numpy().argmax(-1) for part in self.logits().split(SLICE)])
 
 
 class FusedNetwork:
@@ -125,18 +126,14 @@ def build_network(
 
     `facts` are the rank's. Raises ConfigError for kernels that this machine can't run.
     """
-    level, why = _level(config)
+    levels, why = _levels(config)
+    refused = False
     form = Form(facts.dtype, config.quantization or facts.dtype, config.kv_cache_dtype or facts.dtype)
-    if level is not None:
-        why = fused.refusal(model, form, resolved.block_size)
-    if level is not None and why is None:
-        try:
-            build.library(level)
-        except BuildError as error:
-            if config.kernels != "auto":
-                raise ConfigError(f"--kernels {config.kernels}: {error}") from error
-            level, why = None, str(error)
-        else:
+    if levels:
+        refusal = fused.refusal(model, form, resolved.block_size)
+        refused = refusal is not None
+        level, why = (None, refusal) if refused else _first_built(config, levels)
+        if level is not None:
             partial = group is not None
             spec, kept = fused.make_spec(model, form, resolved.num_blocks, resolved.block_size, partial=partial)
             threads = threads_per_rank(config.tensor_parallel_size)
@@ -146,19 +143,34 @@ def build_network(
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the CPU's own kernels: {why}")
     cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(facts, resolved.block_size))
-    slow = config.kernels == "auto" and level is None
+    slow = config.kernels == "auto" and not refused
     warnings = (f"{why}: torch computes the model, several times as slowly",) if slow else ()
     return Built(GenericNetwork(model, cache), f"torch ({why})", warnings)
 
 
-def _level(config: EngineConfig) -> tuple[str | None, str | None]:
-    """The kernels' level, or None and why not."""
+def _levels(config: EngineConfig) -> tuple[list[str], str | None]:
+    """The kernels' levels to try in turn, or why there are none."""
     if config.kernels == "torch":
-        return None, "--kernels torch"
+        return [], "--kernels torch"
     if config.kernels == "auto":
-        level = build.best_level()
-        return level, "the CPU kernels need AVX2" if level is None else None
-    missing = sorted(build.LEVELS[config.kernels][1] - build.machine_flags())
+        levels = build.levels()
+        return levels, None if levels else "the CPU kernels need AVX2"
+    missing = build.missing(config.kernels)
     if missing:
         raise ConfigError(f"--kernels {config.kernels}: this machine lacks {', '.join(missing)}; auto finds the best")
-    return config.kernels, None
+    return [config.kernels], None
+
+
+def _first_built(config: EngineConfig, levels: list[str]) -> tuple[str | None, str | None]:
+    """The first level that can be compiled (an old compiler doesn't know the newest), or None and the first cause."""
+    causes = []
+    for level in levels:
+        try:
+            build.library(level)
+        except BuildError as error:
+            if config.kernels != "auto":
+                raise ConfigError(f"--kernels {level}: {error}") from error
+            causes.append(str(error))
+        else:
+            return level, None
+    return None, causes[0]

@@ -17,6 +17,7 @@ from engine.worker.rows import Int64s, Rows
 
 SLICE = 32  # rows in float32 at a time: bounds the workspace
 RUN = 256  # tokens summed first when drawing
+_FLOORS = (1e-2, 1e-4, 0.0)  # weights below are not looked at where those above do; the likeliest token weighs 1
 MIN_TEMPERATURE = 1e-6  # below it float32 can't tell the likeliest token from greedy
 
 _MASK = (1 << 64) - 1
@@ -145,14 +146,19 @@ def _least_weights(weights: Tensor, params: list[Sampling]) -> Tensor | None:
 def _limit(weights: NDArray[np.float32], least: float, params: Sampling) -> float:
     """The least weight that top_k and top_p let through in one row, after min_p."""
     vocab = len(weights)
-    top_k = params.top_k if 0 < params.top_k < vocab else vocab
+    if 0 < params.top_k < vocab:
+        weights = np.partition(weights, vocab - params.top_k)[vocab - params.top_k :]
+    values = weights[weights >= least]
     if params.top_p >= 1:
-        return float(np.partition(weights, vocab - top_k)[vocab - top_k])
-    values = np.sort(weights)[::-1][:top_k]  # numpy sorts float32 much faster than torch does
-    values = values[values >= least]
-    reached = values.cumsum(dtype=np.float64)
-    kept = int((reached - values < params.top_p * reached[-1]).sum())
-    return float(values[max(kept, 1) - 1])
+        return float(values.min())
+    wanted = params.top_p * values.sum(dtype=np.float64)
+    for floor in _FLOORS:  # the few that matter are found without sorting the rest
+        likely = np.sort(values[values >= floor])[::-1]  # numpy sorts float32 much faster than torch does
+        reached = likely.cumsum(dtype=np.float64)
+        if reached[-1] > wanted:
+            break
+    kept = int((reached - likely < wanted).sum())
+    return float(likely[max(kept, 1) - 1])
 
 
 def _row_logprobs(raw: Tensor, at: int, token: int, count: int) -> _Logprobs:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.results import PointRow, RunFiles
-from bench.run import Subject, measure_ladder
+from bench.results import Answer, PointRow, RunFiles
+from bench.run import Subject, measure_configuration, measure_ladder
 from bench.sweepfile import read_sweep
 from tests.bench.test_sweep import sweep, write  # noqa: F401 (a fixture)
 
@@ -24,7 +24,7 @@ def test_configurations_take_turns_and_an_interrupted_round_goes_on(
     turns: list[tuple[str, int]] = []
 
     def watched(subject: Subject, finished: list[PointRow]) -> list[PointRow]:
-        turns.append((subject.configuration, subject.options.ladder_round))
+        turns.append((subject.configuration, subject.options.turn))
         if len(turns) == 4:
             raise KeyboardInterrupt
         return measure_ladder(subject, finished)
@@ -46,9 +46,53 @@ def test_configurations_take_turns_and_an_interrupted_round_goes_on(
     assert len({seed for same in seeds.values() for seed in same}) == len(seeds), "and each round others"
 
 
+def test_given_rates_have_rounds_too(
+    write: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[tuple[str, int]] = []
+
+    def watched(subject: Subject, finished: list[PointRow]) -> Answer | None:
+        turns.append((subject.configuration, subject.options.turn))
+        if len(turns) == 3:
+            raise KeyboardInterrupt
+        return measure_configuration(subject, finished)
+
+    monkeypatch.setattr("bench.sweep.measure_configuration", watched)
+    path = write(options={"rates": [20, 40], "window": 0.3, "max_minutes": 0.6, "rounds": 2})
+    with pytest.raises(KeyboardInterrupt):
+        sweep(path)
+    summary = sweep(path)
+    assert turns == [("four", 0), ("two", 0), ("four", 1), ("four", 1), ("two", 1)]
+    assert not summary.failures
+    assert [a.configuration for a in summary.answers] == ["four", "two"], "one answer each, of all rounds"
+    points = [p for p in RunFiles(tmp_path / "out").read_points() if p.phase == "fixed"]
+    wanted = {(name, rate, turn) for name in ("four", "two") for rate in (20.0, 40.0) for turn in (0, 1)}
+    assert {(p.configuration, p.rate, p.repeat) for p in points} == wanted
+
+
+def test_only_the_first_is_searched_where_that_is_asked(write: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    path = write(options=OPTIONS | {"search": "first", "ladder": [0.5, 2]})
+    summary = sweep(path)
+    assert not summary.failures
+    (answer,) = summary.answers
+    assert answer.configuration == "four"
+    points = RunFiles(tmp_path / "out").read_points()
+    assert {p.configuration for p in points if p.phase == "search"} == {"four"}
+    assert answer.rate is not None
+    wanted = [pytest.approx(share * answer.rate, rel=1e-2) for share in (0.5, 2)]
+    assert summary.workloads["short"]["ladder_rates"] == wanted
+    ladder = {(p.configuration, p.repeat) for p in points if p.phase == "ladder"}
+    assert ladder == {(name, turn) for name in ("four", "two") for turn in (0, 1)}
+
+
 def test_the_time_a_sweep_may_take_counts_the_servers_of_every_round(write: Callable[..., Path]) -> None:  # noqa: F811
     once, twice = (read_sweep(write(options=OPTIONS | {"rounds": n})).most_minutes() for n in (1, 2))
-    assert twice > once
+    first = read_sweep(write(options=OPTIONS | {"search": "first"})).most_minutes()
+    fixed = read_sweep(write(options=OPTIONS | {"rates": [1]})).most_minutes()
+    assert fixed < first < twice
+    assert once < twice
 
 
 @pytest.mark.parametrize("rounds", [0, 1.5, True, "two"])

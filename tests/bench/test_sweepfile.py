@@ -47,10 +47,11 @@ def test_presets_are_whole_and_say_what_they_cost() -> None:
     assert proportions[0] == proportions[1]
 
 
-def test_presets_of_v0_take_less_than_an_hour_and_cover_what_they_say() -> None:
+def test_presets_of_v0_take_their_time_and_cover_what_they_say() -> None:
     plans = {name: read_sweep(path) for name, path in presets().items()}
     versus, ablation = plans["v0-v1"], plans["ablation"]
-    assert max(versus.most_minutes(), ablation.most_minutes()) <= 55
+    assert versus.most_minutes() <= 55
+    assert ablation.most_minutes() <= 150
     assert [w.name for w in versus.workloads] == [w.name for w in plans["articles-short"].workloads]
     assert [c.arguments(80) for c in versus.configurations] == [
         ["--max-num-batched-tokens", "128", "--max-model-len", "88"],
@@ -147,6 +148,7 @@ def test_workloads_may_have_options_and_a_name_of_their_own(write: Callable[...,
         ({"options": {"max_minutes": -1}}, "options.max_minutes must be a number above 0"),
         ({"options": {"rates": 3}}, "options.rates must be a list"),
         ({"options": {"rates": [0]}}, "options.rates must be a number above 0"),
+        ({"options": {"search": "second"}}, "options.search must be all or first"),
         ({"options": {"ladder": "yes"}}, "options.ladder must be true, false or a list"),
         ({"options": {"ladder": [0.5, -1]}}, "options.ladder must be a number above 0"),
         ({"options": {"limits": {"ttft": 1}}}, "options.limits has an unknown field 'ttft'"),

@@ -39,11 +39,11 @@ def load(folder: Path, dtype: str) -> Any:
 
 def make(folder: Path, form: Form, num_blocks: int) -> tuple[Stack, int]:
     """A stack with the best kernels of this machine, and its vocabulary's size."""
-    level = build.best_level()
-    if level is None:
+    levels = build.levels()
+    if not levels:
         raise SystemExit("the CPU kernels need AVX2")
     spec, kept = fused.make_spec(load(folder, form.dtype), form, num_blocks, BLOCK, partial=False)
-    return Stack(spec, form.weights, form.cache, cores(), level, kept), spec.vocabulary
+    return Stack(spec, form.weights, form.cache, cores(), levels[0], kept), spec.vocabulary
 
 
 def batch_of(rows: list[tuple[NDArray[np.integer], int, NDArray[np.integer]]], *, every: bool = False) -> Batch:

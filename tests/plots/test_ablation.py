@@ -95,6 +95,54 @@ def test_rounds_are_compared_each_with_its_own(folder: Path) -> None:
     assert_nothing_clipped(figure)
 
 
+@pytest.fixture
+def flooded(folder: Path) -> Path:
+    """Only the first was searched; all were measured three times on its ladder, up to a rate that none sustains."""
+    files = RunFiles(folder)
+    summary = files.read_summary()
+    summary.answers = [a for a in summary.answers if a.configuration == "v1"]
+    files.write_summary(summary)
+    kept = [p for p in files.read_points() if p.configuration == "v1" or p.phase == "ladder"]
+    kept = [p for p in kept if p.phase != "ladder" or p.rate in (2.5, 7.5)]
+    drift = (1.0, 0.8, 1.3)
+    rounds = []
+    for point in kept:
+        for turn, fast in enumerate(drift if point.phase == "ladder" else (1.0,)):
+            name = f"{point.point_id}-{turn}" if turn else point.point_id
+            rounds.append(replace(point, repeat=turn, point_id=name, achieved_rate=fast * point.achieved_rate))
+            if turn:
+                requests = folder / REQUESTS_FOLDER
+                shutil.copy(requests / f"{point.point_id}.parquet", requests / f"{name}.parquet")
+    files.write_points(rounds)
+    return folder
+
+
+def test_what_is_served_of_too_much_stands_for_rates_that_were_not_searched(flooded: Path) -> None:
+    ablation = only(load([flooded]))
+    assert [metric.key for metric in ablation.columns] == ["served", "itl_p99", "ttft_p99"]
+    assert ablation.columns[0].label == "Served of 7.5 req/s"
+    assert ablation.at == "at 2.5 req/s"
+    whole, chunking, _, v0 = (row.cells["served"] for row in ablation.rows)
+    assert_close(whole.value, 5.0)
+    assert_close(whole.low, 4.0)
+    assert_close(whole.high, 6.5)
+    assert_close(v0.difference, -40.0)
+    assert v0.clear, "though its rounds and those of the whole overlap"
+    assert v0.high > whole.low - 0.2
+    assert_close(chunking.difference, -2.0)
+    figure = ablation_figure(load([flooded]), ablation)
+    assert_nothing_clipped(figure)
+    assert_apart(figure)
+    words = " ".join(text.get_text() for text in figure.texts)
+    assert "when more are sent than any can take" in words
+    assert "| Served of 7.5 req/s, req/s |" in markdown(load([flooded]), [])
+
+
+def test_a_rate_that_one_sustains_says_nothing_of_what_it_can_take(flooded: Path) -> None:
+    edited(flooded, lambda p: replace(p, sustained=True) if p.configuration == "v1" else p)
+    assert [metric.key for metric in only(load([flooded])).columns] == ["rate", "itl_p99", "ttft_p99"]
+
+
 def test_an_interval_without_an_end_is_never_clear(folder: Path) -> None:
     files = RunFiles(folder)
     summary = files.read_summary()

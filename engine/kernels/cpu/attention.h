@@ -10,6 +10,9 @@
 // batch or in a chunk.
 #pragma once
 
+#include <algorithm>
+
+#include "batch.h"
 #include "micro.h"
 #include "team.h"
 
@@ -17,38 +20,6 @@ constexpr int PART = 512;  // tokens
 constexpr int SPAN = 64;   // tokens scored at a time
 constexpr int MOST_DIM = 256;  // numbers a head
 constexpr float HIDDEN = -3e38f, NOTHING = -1e30f;
-
-struct Shape {
-    int heads;
-    int kv_heads;
-    int head_dim;
-    int block_size;
-    float scaling;
-
-    int group() const { return heads / kv_heads; }
-
-    // Of one head's keys, or values, with `per_unit` numbers in a word; in int8 with scales.
-    long block_words(int per_unit) const { return long(block_size) * (head_dim / per_unit + (per_unit == 4)); }
-};
-
-// Rows laid end to end: row i computes `counts[i]` tokens after `computed[i]`, from token `starts[i]` of the batch.
-struct Ragged {
-    int32_t rows;
-    int32_t tokens;
-    const int32_t* starts;
-    const int32_t* counts;
-    const int32_t* computed;
-    const int32_t* tables;  // [rows, table_width]
-    int32_t table_width;
-};
-
-// Some tokens of a row whose queries are computed together, all query heads of a kv head.
-struct Queries {
-    int32_t row;
-    int32_t first;     // in the batch
-    int32_t count;     // tokens
-    int32_t position;  // of the first
-};
 
 template <class T> class Attention {
   public:
@@ -66,22 +37,43 @@ template <class T> class Attention {
         int window;
     };
 
+    // What is known of a tile's rows after some keys.
+    struct Sums {
+        float top[MOST_ROWS];
+        float weight[MOST_ROWS];
+        alignas(64) float mixed[MOST_DIM / WIDTH][MOST_ROWS * WIDTH];
+    };
+
+    // What is to be done in a step. Where that is little, but reaches far back, threads take parts of a context each.
+    struct Plan {
+        std::vector<Queries> tiles;
+        int parts = 1;           // that the longest context is shared out in
+        std::vector<Sums> sums;  // [work, parts], where there are several
+    };
+
     Attention(const Shape& shape, const Ragged& batch) : shape_(shape), batch_(batch) {}
 
     // The tiles of a batch, those with the longest contexts of a row first.
-    static void tile(const Shape& shape, const Ragged& batch, std::vector<Queries>& tiles) {
+    static void plan(const Shape& shape, const Ragged& batch, int threads, Plan& plan) {
         const int most = MOST_ROWS / shape.group() > 0 ? MOST_ROWS / shape.group() : 1;
-        tiles.clear();
+        int longest = 0;
+        plan.tiles.clear();
         for (int i = 0; i < batch.rows; i++)
             for (int done = batch.counts[i]; done > 0;) {
                 const int count = done % most ? done % most : most;
                 done -= count;
-                tiles.push_back({i, batch.starts[i] + done, count, batch.computed[i] + done});
+                plan.tiles.push_back({i, batch.starts[i] + done, count, batch.computed[i] + done});
+                longest = std::max(longest, batch.computed[i] + done + count);
             }
+        const long work = long(plan.tiles.size()) * shape.kv_heads * folds(shape);
+        plan.parts = work < 4 * threads ? int(ceil_div(longest, PART)) : 1;
+        if (plan.parts > 1) plan.sums.resize(work * plan.parts);
     }
 
     // One op: all threads of the team call it.
-    void run(Team& team, const Layer& layer, const std::vector<Queries>& tiles) const {
+    void run(Team& team, const Layer& layer, Plan& plan) const {
+        if (plan.parts > 1) return run_parts(team, layer, plan);
+        const std::vector<Queries>& tiles = plan.tiles;
         const long tasks = long(tiles.size()) * shape_.kv_heads;
         // Where tasks are few, a thread that takes its next one early leaves another without.
         const bool early = tasks >= 8 * team.size();
@@ -92,8 +84,7 @@ template <class T> class Attention {
                 for (int t = start; t < start + SPAN && t < end; t += LANES)
                     prefetch(keys(layer, tile, int(after % shape_.kv_heads), t), LANES * units());
             }
-            for (int from = 0; from < shape_.group(); from += MOST_ROWS)  // more heads than fit: a few at a time
-                one(layer, tiles[task / shape_.kv_heads], int(task % shape_.kv_heads), from);
+            for (int fold = 0; fold < folds(shape_); fold++) whole(layer, work_of(tiles, task * folds(shape_) + fold));
             if (!early) after = team.next();
         }
     }
@@ -110,12 +101,25 @@ template <class T> class Attention {
         int group;
     };
 
-    // What is known of a tile's rows after some keys.
-    struct Sums {
-        float top[MOST_ROWS];
-        float weight[MOST_ROWS];
-        alignas(64) float mixed[MOST_DIM / WIDTH][MOST_ROWS * WIDTH];
+    // The queries of a tile that meet a kv head, or as many of them as fit: `group` query heads from `first_head` on.
+    struct Work {
+        const Queries& tile;
+        int head;
+        int first_head;
+        int group;
+
+        int rows() const { return tile.count * group; }
+        int end() const { return tile.position + tile.count; }
     };
+
+    static int folds(const Shape& shape) { return int(ceil_div(shape.group(), MOST_ROWS)); }
+
+    Work work_of(const std::vector<Queries>& tiles, long number) const {
+        const int fold = int(number % folds(shape_)), from = fold * MOST_ROWS;
+        const long task = number / folds(shape_);
+        const int head = int(task % shape_.kv_heads);
+        return {tiles[task / shape_.kv_heads], head, head * shape_.group() + from, std::min(shape_.group() - from, MOST_ROWS)};
+    }
 
     long units() const { return shape_.head_dim / T::PER_UNIT; }
 
@@ -139,32 +143,67 @@ template <class T> class Attention {
         return block(layer.values, tile, head, token) + token % shape_.block_size / T::PER_UNIT * LANES;
     }
 
-    void one(const Layer& layer, const Queries& tile, int head, int from) const {
-        const int dim = shape_.head_dim, end = tile.position + tile.count, oldest = begin(layer, tile);
+    void run_parts(Team& team, const Layer& layer, Plan& plan) const {
+        const long count = long(plan.tiles.size()) * shape_.kv_heads * folds(shape_);
+        for (long task; (task = team.next()) < count * plan.parts;) {
+            const Work work = work_of(plan.tiles, task / plan.parts);
+            const int part = int(task % plan.parts);
+            if (part < begin(layer, work.tile) / PART || part * PART >= work.end()) continue;
+            Left left;
+            gather(layer, work, left);
+            sum_up(layer, work, left, part, plan.sums[task]);
+        }
+        team.barrier();
+        for (long number; (number = team.next()) < count;) {
+            const Work work = work_of(plan.tiles, number);
+            const int first = begin(layer, work.tile) / PART;
+            Sums& sums = plan.sums[number * plan.parts + first];
+            for (int part = first + 1; part * PART < work.end(); part++)
+                merge(sums, plan.sums[number * plan.parts + part], work.rows());
+            write(layer, work, sums);
+        }
+    }
+
+    void whole(const Layer& layer, const Work& work) const {
         Left left;
-        left.group = shape_.group() - from < MOST_ROWS ? shape_.group() - from : MOST_ROWS;
-        left.rows = tile.count * left.group;
-        for (int t = 0; t < tile.count; t++) {
-            const long first = (long(tile.first) + t) * shape_.heads + head * shape_.group() + from;
+        gather(layer, work, left);
+        Sums sums, next;
+        const int first = begin(layer, work.tile) / PART;
+        sum_up(layer, work, left, first, sums);
+        for (int part = first + 1; part * PART < work.end(); part++) {
+            sum_up(layer, work, left, part, next);
+            merge(sums, next, left.rows);
+        }
+        write(layer, work, sums);
+    }
+
+    void gather(const Layer& layer, const Work& work, Left& left) const {
+        const int dim = shape_.head_dim;
+        left.group = work.group;
+        left.rows = work.rows();
+        for (int t = 0; t < work.tile.count; t++) {
+            const long first = (long(work.tile.first) + t) * shape_.heads + work.first_head;
             std::memcpy(left.units + t * left.group * dim, layer.query + first * dim, left.group * dim * sizeof(Element));
             for (int h = 0; T::QUANTISED && h < left.group; h++) {
                 left.scales[t * left.group + h] = layer.scales[first + h];
                 left.offsets[t * left.group + h] = layer.offsets[first + h];
             }
         }
-        Sums sums, part;
-        for (int start = oldest / PART * PART; start < end; start += PART) {
-            Sums& now = start == oldest / PART * PART ? sums : part;
-            clear(now, left.rows);
-            for (int span = (oldest > start ? oldest : start) / SPAN * SPAN; span < end && span < start + PART; span += SPAN)
-                attend(layer, tile, head, left, span, now);
-            if (&now == &part) merge(sums, part, left.rows);
-        }
-        for (int r = 0; r < left.rows; r++) {
-            const long first = (long(tile.first) + r / left.group) * shape_.heads + head * shape_.group() + from;
-            float* out = layer.mixed + (first + r % left.group) * dim;
+    }
+
+    // Of the PART tokens of that number those that the tile sees.
+    void sum_up(const Layer& layer, const Work& work, const Left& left, int part, Sums& sums) const {
+        clear(sums, left.rows);
+        const int start = std::max(begin(layer, work.tile), part * PART), end = std::min(work.end(), (part + 1) * PART);
+        for (int span = start / SPAN * SPAN; span < end; span += SPAN) attend(layer, work.tile, work.head, left, span, sums);
+    }
+
+    void write(const Layer& layer, const Work& work, const Sums& sums) const {
+        for (int r = 0; r < work.rows(); r++) {
+            const long first = (long(work.tile.first) + r / work.group) * shape_.heads + work.first_head;
+            float* out = layer.mixed + (first + r % work.group) * shape_.head_dim;
             const f32x16 share = splat(1.0f / sums.weight[r]);
-            for (int d = 0; d < dim; d += LANES)
+            for (int d = 0; d < shape_.head_dim; d += LANES)
                 store(out + d, load<f32x16>(&sums.mixed[d / WIDTH][r * WIDTH + d % WIDTH]) * share);
         }
     }

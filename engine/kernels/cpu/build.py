@@ -1,5 +1,7 @@
 """Compiles the kernels for this machine's instructions, once: the result is kept and found by what it was made from."""
 
+import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -15,15 +17,14 @@ MAIN = "kernels.cpp"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-Wno-uninitialized")
 
 # From the newest: the flags of the compiler, and the machine's own names for what they ask for.
+_AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
+_HAS_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
+_HAS_BF16 = _HAS_AVX512 | {"avx512_bf16", "avx512_vnni"}
 LEVELS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
-    "avx512-bf16": (
-        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
-        frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}),
-    ),
-    "avx512": (
-        ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-        frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
-    ),
+    "amx": ((*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _HAS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}),
+    "avx512-bf16": (_BF16, _HAS_BF16),
+    "avx512": (_AVX512, _HAS_AVX512),
     "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "bmi2", "f16c"})),
 }
 
@@ -41,10 +42,25 @@ def machine_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
 
 
-def best_level() -> str | None:
-    """The newest level that this machine has; None below the oldest, where torch is faster."""
-    has = machine_flags()
-    return next((name for name, (_, needs) in LEVELS.items() if needs <= has), None)
+def missing(level: str) -> list[str]:
+    """What this machine lacks for a level, by the processor's names; empty where it can run it."""
+    needs = LEVELS[level][1]
+    lacks = sorted(needs - machine_flags())
+    if not lacks and "amx_tile" in needs and not _may_use_tiles():
+        return ["the system's permission to use AMX"]
+    return lacks
+
+
+def levels() -> list[str]:
+    """The levels that this machine has, the newest first; none below the oldest, where torch is faster."""
+    return [name for name in LEVELS if not missing(name)]
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's registers, which a process gets on request only (arch_prctl, ARCH_REQ_XCOMP_PERM)."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 def library(level: str, folder: Path | None = None) -> Path:

@@ -1,8 +1,8 @@
 // Products of activations and packed weights, and what is done with a piece of the result while it is in the caches.
 #pragma once
 
-#include "micro.h"
 #include "team.h"
+#include "tile.h"
 
 // out = in x weights + bias. As the caller fills it; the layout of `panels` is that of formats.h, padded with zeros to
 // whole panels. `scales`, [panels, groups, 16] in bfloat16, belong to quantised weights; `bias` may be null.
@@ -28,6 +28,15 @@ struct Rows {
 };
 
 constexpr int SLAB = 240;  // rows that meet one pair of panels: of at most 1,536 inputs they lie in a core's own cache
+
+// What is multiplied on tiles where there are any: it always is, since its sums have an order of their own.
+#if defined(TILES)
+template <class T> constexpr bool TILED = false;
+template <> inline constexpr bool TILED<BF16> = true;
+template <> inline constexpr bool TILED<I8> = true;
+#else
+template <class T> constexpr bool TILED = false;
+#endif
 
 // Part of a result: `rows` from `first` on, columns from `column` on, with WIDTH numbers between rows.
 struct Tile {
@@ -102,6 +111,53 @@ INLINE void multiply_grouped(int rows, const Rows& x, const Panels& b, const uin
     table[rows - 1](x, b, scales, out);
 }
 
+#if defined(TILES)
+// As `multiply_grouped`, for up to 32 rows, with the same bits.
+INLINE void multiply_grouped_tiled(
+    int rows, int count, const Rows& x, const Panels& b, const uint16_t* const* scales, float* out
+) {
+    alignas(64) int32_t whole[2 * TILE * WIDTH];
+    for (int r = 0; r < rows * WIDTH; r += LANES) store(out + r, f32x16{});
+    for (long g = 0; g < x.groups; g++) {
+        multiply_tiled(rows, count, x.units, x.stride, b, g * TILE, whole);
+        for (int p = 0; p < count; p++) {
+            const f32x16 scale = from_bf16(load<u16x16>(scales[p] + g * LANES));
+            for (int r = 0; r < rows; r++) {
+                const i32x16 acc = load<i32x16>(whole + r * WIDTH + p * LANES) + x.offsets[r * x.groups + g];
+                float* to = out + r * WIDTH + p * LANES;
+                const f32x16 more = __builtin_convertvector(acc, f32x16) * (scale * x.scales[r * x.groups + g]);
+                store(to, load<f32x16>(to) + more);
+            }
+        }
+    }
+}
+#endif
+
+template <class T> constexpr int most_rows() {
+    if constexpr (TILED<T>) return 2 * TILE;
+    return T::QUANTISED ? MOST_GROUPED_ROWS : MOST_ROWS;
+}
+
+// Rows by `count` panels from `panel` on.
+template <class T>
+INLINE void product(Tiles& tiles, const Linear& w, const Rows& x, int rows, long panel, int count, float* out) {
+    const long words = w.inputs / T::PER_WORD;
+    const Panels b(w.panels + panel * words * LANES, words * LANES);
+    if constexpr (TILED<T>) tiles.shape(rows);
+    if constexpr (T::QUANTISED) {
+        const long groups = x.groups * LANES;
+        const uint16_t* scales[PANELS] = {w.scales + panel * groups, w.scales + (panel + 1) * groups};
+        if constexpr (TILED<T>)
+            multiply_grouped_tiled(rows, count, x, b, scales, out);
+        else
+            count == 2 ? multiply_grouped<T, 2>(rows, x, b, scales, out) : multiply_grouped<T, 1>(rows, x, b, scales, out);
+    } else if constexpr (TILED<T>) {
+        multiply_tiled(rows, count, x.units, x.stride, b, words, out);
+    } else {
+        multiply<T>(rows, count, x.units, x.stride, b, words, out);
+    }
+}
+
 INLINE void add_bias(const float* bias, const Tile& tile) {
     for (int r = 0; r < tile.rows; r++)
         for (int c = 0; c < tile.columns; c += LANES) {
@@ -112,27 +168,19 @@ INLINE void add_bias(const float* bias, const Tile& tile) {
 
 // One op: all threads of the team call it; `finish` gets each part of the result once.
 template <class T, class Finish> void linear(Team& team, const Linear& w, const Rows& x, long count, const Finish& finish) {
-    alignas(64) float buffer[MOST_ROWS * WIDTH];
-    constexpr int most = T::QUANTISED ? MOST_GROUPED_ROWS : MOST_ROWS;
-    const long words = w.inputs / T::PER_WORD, panels = ceil_div(w.outputs, LANES), pairs = ceil_div(panels, PANELS);
+    constexpr int most = most_rows<T>();
+    alignas(64) float buffer[most * WIDTH];
+    Tiles tiles;
+    const long panels = ceil_div(w.outputs, LANES), pairs = ceil_div(panels, PANELS);
     const long tasks = pairs * ceil_div(count, SLAB);
     for (long task; (task = team.next()) < tasks;) {
         const long slab = task / pairs * SLAB, panel = task % pairs * PANELS;
         const int width = panels - panel < PANELS ? 1 : PANELS;
-        const Panels b(w.panels + panel * words * LANES, words * LANES);
         const long height = count - slab < SLAB ? count - slab : SLAB, blocks = ceil_div(height, most);
         for (long block = 0; block < blocks; block++) {
             const long first = slab + height * block / blocks, end = slab + height * (block + 1) / blocks;
             const Tile tile{first, int(end - first), panel * LANES, width * LANES, buffer};
-            const Rows rows = x.from(first);
-            if constexpr (T::QUANTISED) {
-                const long groups = x.groups * LANES;
-                const uint16_t* scales[PANELS] = {w.scales + panel * groups, w.scales + (panel + 1) * groups};
-                width == 2 ? multiply_grouped<T, 2>(tile.rows, rows, b, scales, buffer)
-                           : multiply_grouped<T, 1>(tile.rows, rows, b, scales, buffer);
-            } else {
-                multiply<T>(tile.rows, width, rows.units, rows.stride, b, words, buffer);
-            }
+            product<T>(tiles, w, x.from(first), tile.rows, panel, width, buffer);
             if (w.bias) add_bias(w.bias, tile);
             finish(tile);
         }

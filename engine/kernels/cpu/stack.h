@@ -164,7 +164,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         chosen_.take(step_->samples, spec_.hidden);
         if (spec_.partial) partial_.take(tokens * spec_.hidden);
         samples_ = step_->samples;
-        Attention<T>::tile(shape_, step_->batch, tiles_);
+        Attention<T>::plan(shape_, step_->batch, team_.size(), plan_);
     }
 
     void parts(int thread) {
@@ -190,7 +190,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         done(ROTARY, thread);
         Attention<T>(shape_, step_->batch)
             .run(team_, {query_.get(), query_scale_.get(), query_offset_.get(), wide_.get(), layer.keys, layer.values, layer.window},
-                 tiles_);
+                 plan_);
         done(ATTENTION, thread);
         encode_all(query_width(), thread);
         sum_up(layer.output, query_width());
@@ -351,7 +351,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     int first_ = 0, last_ = 0;
     long samples_ = 0;
     float* out_ = nullptr;
-    std::vector<Queries> tiles_;
+    typename Attention<T>::Plan plan_;
     Buffer<float> x_, wide_, cosine_, sine_, partial_, best_value_, query_scale_;
     Buffer<int32_t> best_column_, query_offset_;
     Operand<W> left_;

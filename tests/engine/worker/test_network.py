@@ -10,7 +10,7 @@ from engine.kernels.cpu import build
 from engine.kernels.cpu.build import BuildError
 from tests.engine.worker.driver import Driver, Request, build_model
 
-LEVEL = build.best_level()
+LEVEL = next(iter(build.levels()), None)
 
 needs_kernels = pytest.mark.skipif(LEVEL is None, reason="the CPU kernels need AVX2")
 
@@ -60,6 +60,19 @@ def test_without_a_compiler_torch_computes_and_warns(
     assert len(request.output) == 4
     with pytest.raises(ConfigError, match=f"--kernels {LEVEL}: there is no C"):
         make_driver(tmp_path, block_size=16, kernels=LEVEL)
+
+
+@needs_kernels
+def test_a_compiler_that_does_not_know_the_newest_level_makes_the_next(
+    tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, needs = build.LEVELS["avx2"]
+    newest = {"newest": (("-march=nonsense",), needs)}
+    monkeypatch.setattr(build, "LEVELS", newest | {"avx2": (flags, needs)})
+    build_model("llama", tmp_path, head_dim=16)
+    executor = make_driver(tmp_path, block_size=16).executor
+    assert executor.kernels == "avx2, fused stack"
+    assert executor.warnings == ()
 
 
 def test_an_old_machine_computes_with_torch_and_warns(

@@ -38,9 +38,7 @@ def test_every_tested_kind_equals_generate(kind: str, tmp_path: Path, make_drive
     assert driver.shared > 0
 
 
-@pytest.mark.parametrize(
-    "level", [level for level, (_, needs) in build.LEVELS.items() if needs <= build.machine_flags()]
-)
+@pytest.mark.parametrize("level", build.levels())
 @pytest.mark.parametrize("kind", sorted(fused.KINDS))
 def test_the_fused_stack_equals_generate(
     kind: str, level: str, tmp_path: Path, make_driver: Callable[..., Driver]

@@ -8,7 +8,7 @@ import pytest
 from engine.kernels.cpu import build
 from engine.kernels.cpu.build import BuildError
 
-LEVEL = build.best_level()
+LEVEL = next(iter(build.levels()), None)
 
 pytestmark = pytest.mark.skipif(LEVEL is None, reason="the CPU kernels need AVX2")
 
@@ -39,6 +39,20 @@ def test_the_compilers_complaint_is_passed_on(tmp_path: Path, monkeypatch: pytes
 
 def test_a_machine_without_any_level_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "machine_flags", frozenset)
-    assert build.best_level() is None
+    assert build.levels() == []
     monkeypatch.setattr(build, "machine_flags", lambda: frozenset({"avx2", "fma", "bmi2", "f16c"}))
-    assert build.best_level() == "avx2"
+    assert build.levels() == ["avx2"]
+
+
+def test_tiles_need_the_systems_permission_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "machine_flags", lambda: build.LEVELS["amx"][1])
+    monkeypatch.setattr(build, "_may_use_tiles", lambda: False)
+    assert build.missing("amx") == ["the system's permission to use AMX"]
+    assert build.levels() == ["avx512-bf16", "avx512"]
+    monkeypatch.setattr(build, "_may_use_tiles", lambda: True)
+    assert build.levels()[0] == "amx"
+
+
+@pytest.mark.skipif({"avx2", "amx_tile"} & build.machine_flags() != {"avx2"}, reason="it may have AMX")
+def test_a_machine_without_tiles_is_not_permitted_them() -> None:
+    assert not build._may_use_tiles()
