@@ -111,7 +111,6 @@ INLINE void multiply_grouped(int rows, const Rows& x, const Panels& b, const uin
     table[rows - 1](x, b, scales, out);
 }
 
-#if defined(TILES)
 // As `multiply_grouped`, for up to 32 rows, with the same bits.
 INLINE void multiply_grouped_tiled(
     int rows, int count, const Rows& x, const Panels& b, const uint16_t* const* scales, float* out
@@ -131,7 +130,6 @@ INLINE void multiply_grouped_tiled(
         }
     }
 }
-#endif
 
 template <class T> constexpr int most_rows() {
     if constexpr (TILED<T>) return 2 * TILE;

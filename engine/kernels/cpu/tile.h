@@ -180,8 +180,12 @@ INLINE void multiply_tiled(int rows, int count, const uint32_t* a, long stride, 
 
 #else
 
+// Named where tiles would be used, never called.
 struct Tiles {
     void shape(int) {}
 };
+
+void multiply_tiled(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, float* out);
+void multiply_tiled(int rows, int count, const uint32_t* a, long stride, const Panels& b, long unit, int32_t* out);
 
 #endif

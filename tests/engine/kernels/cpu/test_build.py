@@ -48,7 +48,7 @@ def test_tiles_need_the_systems_permission_too(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(build, "machine_flags", lambda: build.LEVELS["amx"][1])
     monkeypatch.setattr(build, "_may_use_tiles", lambda: False)
     assert build.missing("amx") == ["the system's permission to use AMX"]
-    assert build.levels() == ["avx512-bf16", "avx512"]
+    assert build.levels()[0] == "avx512-bf16"
     monkeypatch.setattr(build, "_may_use_tiles", lambda: True)
     assert build.levels()[0] == "amx"
 
