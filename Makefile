@@ -55,6 +55,10 @@ bench-share: install  ## How much of a step passes outside the device, by model 
 bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, where named: results/bench-cpu.json
 	$(BIN)/python -m tests.perf.bench_cpu
 
+.PHONY: bench-rates
+bench-rates: install  ## The highest sustained rate of Redline and vLLM (VLLM_PYTHON=…) on this CPU: results/bench-rates
+	$(BIN)/python -m tests.perf.bench_rates
+
 .PHONY: profile-cpu accuracy-cpu
 profile-cpu: install  ## A step of the fused stack against the machine's limit: results/profile-cpu.json, docs/figures/
 	$(BIN)/python -m tests.perf.profile_cpu

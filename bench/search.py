@@ -16,7 +16,9 @@ from bench.results import Answer, Phase, PointRow
 _MOST_DOUBLINGS = 20
 _MOST_HALVINGS = 6
 _MOST_CONFIRMATIONS = 10
+_MOST_CHALLENGES = 4
 _MOST_POINTS = 60
+_HOPELESS = 5.0  # x the noise of a backlog: a growth that only overload explains
 CONFIRMATION_RUNS = 3  # of the answer, as time allows: their spread is its interval
 # Student's t for 95 %, by degrees of freedom: the interval of a mean of so few runs.
 _STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -112,6 +114,11 @@ class _Bracket:
             return False
         return 2 * runs[0].requests < max(r.requests for r in self.rows)
 
+    def beyond_doubt(self, rate: float) -> bool:
+        """Whether a rate failed more than once, or so that no slow moment of the machine can have been the cause."""
+        runs = [r for r in self.rows if r.rate == rate and r.sustained is False]
+        return len(runs) > 1 or any(_plain(r, _HOPELESS) for r in runs)
+
     def low_holds(self) -> bool:
         """Whether the lower end was confirmed."""
         return any(r.phase == "confirm" and r.sustained and r.rate == self.low for r in self.rows)
@@ -125,10 +132,10 @@ class _Bracket:
         return bisections(self.high / self.low if self.low and self.high else 2.0, self.precision)
 
 
-def _plain(row: PointRow) -> bool:
+def _plain(row: PointRow, times_noise: float = 2.0) -> bool:
     """Whether a point is so clearly not sustained that a longer window would show nothing else."""
     hard = row.preemptions or row.failed or row.binding in ("client", "latency limit")
-    return not row.sustained and bool(hard or row.backlog_growth >= 2 * row.backlog_noise)
+    return not row.sustained and bool(hard or row.backlog_growth >= times_noise * row.backlog_noise)
 
 
 def round_rate(rate: float) -> float:
@@ -152,6 +159,7 @@ def find_sustained(
     try:
         _double(bracket, start_rate)
         _confirm(bracket)
+        _challenge(bracket)
         _repeat(bracket)
     except _StoppedError as stopped:
         if not stopped.final:
@@ -212,6 +220,25 @@ def _confirm(b: _Bracket) -> None:
         if b.contested(rate):
             good = b.try_rate(rate, "confirm", 1)  # one run of two may be bad luck: the third decides
         failures = 0 if good else failures + 1
+
+
+def _challenge(b: _Bracket) -> None:
+    """Run the upper end again: a slow moment of the machine may have made it; where it falls, search on above it."""
+    for _ in range(_MOST_CHALLENGES):
+        high = b.high
+        if high is None or not b.low_holds() or b.beyond_doubt(high):
+            return
+        try:
+            b.try_rate(high, "search", 1, whole=True)
+            if b.contested(high):
+                b.try_rate(high, "search", 1, whole=True)
+        except _StoppedError as stopped:
+            if stopped.final:
+                raise
+            return  # no time for it: what is left is for the interval
+        if b.high == high:
+            return
+        _confirm(b)
 
 
 def _repeat(b: _Bracket) -> None:

@@ -93,7 +93,7 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
     )
     kv_flag = f"{KV_ALLOCATION}, --gpu-memory-utilization"
     memory = (
-        MemoryLine("weights", facts.weight_bytes, "--dtype"),
+        MemoryLine("weights", facts.weight_bytes, "--dtype, --quantization"),
         MemoryLine("workspace", workspace, "--max-num-batched-tokens, --max-num-seqs"),
         MemoryLine("KV cache", blocks * block_bytes, kv_flag),
     )

@@ -83,9 +83,15 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
         )
 
     @property
+    def special(self) -> bool:
+        """Whether the logits themselves are needed, by more than the likeliest token or a draw at a temperature."""
+        filters = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        return filters or self.logprobs >= 0 or self.adjusts
+
+    @property
     def plain(self) -> bool:
-        """Whether the likeliest token is all that is asked for: the logits themselves aren't needed."""
-        return not (self.temperature or self.logprobs >= 0 or self.adjusts)
+        """Whether the likeliest token is all that is asked for."""
+        return not (self.temperature or self.special)
 
 
 # ---------------------------------------------------------------------------------------------- front end -> EngineCore

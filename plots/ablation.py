@@ -214,7 +214,7 @@ def _draw_dots(axes: Axes, metric: Metric, rows: list[AblationRow]) -> None:
 def _scale(axes: Axes, values: list[float], highs: list[float]) -> None:
     top = max(values, default=1.0)
     reach = max(top, min(max(highs, default=top), _FARTHEST * top))
-    if wants_log(values):
+    if min(values, default=0) > 0 and wants_log(values):
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 1.6, reach * 1.4)
         axes.xaxis.set_major_locator(LogLocator(numticks=4))

@@ -12,6 +12,7 @@ from engine.model import gate
 from engine.model.resolve import resolve_model
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTISED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}  # with the scales of their groups, see packing.GROUPS
 _HEADER_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INDEX = "model.safetensors.index.json"
 
@@ -73,10 +74,26 @@ def read_facts(config: EngineConfig) -> ModelFacts:
         head_dim=head_dim,
         hidden_size=model.hidden_size,
         intermediate_size=_intermediate_size(model),
-        weight_bytes=(sum(map(_size, headers.values())) or _parameters(model)) * ITEMSIZE[dtype],
+        weight_bytes=_weight_bytes(config, model, sum(map(_size, headers.values())) or _parameters(model), dtype),
         kv_bytes_per_token=2 * layers * kv_heads * cached_bytes(config.kv_cache_dtype or dtype, head_dim),
         warnings=tuple(warnings),
     )
+
+
+def _weight_bytes(config: EngineConfig, model: Any, parameters: int, dtype: str) -> int:
+    """As they are held: the fused stack keeps a head apart from the embedding, and rounds linears where asked to."""
+    item = ITEMSIZE[dtype]
+    if model.model_type not in gate.FUSED or config.kernels == "torch":
+        return parameters * item
+    head = model.vocab_size * model.hidden_size
+    without = parameters - (0 if model.tie_word_embeddings else head)
+    if config.quantization is None:
+        return (without + head) * item
+    width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    attention = 2 * (model.num_attention_heads + model.num_key_value_heads) * width
+    linears = model.num_hidden_layers * model.hidden_size * (attention + 3 * model.intermediate_size)
+    rounded = QUANTISED_BYTES[config.quantization] * linears + QUANTISED_BYTES["int8"] * head
+    return (without - linears) * item + int(rounded)
 
 
 def cached_bytes(kind: str, head_dim: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.kernels.cpu.native import Layer, Linear, Spec
 from engine.model.facts import cached_bytes
+from engine.model.gate import FUSED
 from engine.model.packing import GROUPS, LANES, interleave, pack
 
 
@@ -33,7 +34,7 @@ class Form:
         return "int8" if self.weights == "int4" else self.weights
 
 
-KINDS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+HUGE_PAGE = 2 << 20
 MOST_HEAD_DIM, MOST_HIDDEN = 256, 16384  # sizes of buffers in the kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def refusal(model: Any, form: Form, block_size: int) -> str | None:
     """Why a model of transformers, whole or a rank's share, can't take the fused stack, as the end of a sentence."""
     settings = model.config
-    if settings.model_type not in KINDS:
+    if settings.model_type not in FUSED:
         return f"models of kind {settings.model_type!r} have no fused stack"
     if form.dtype not in DTYPES:
         return f"the kernels have no {form.dtype}"
@@ -77,23 +78,42 @@ def window_of(settings: Any, layer: int) -> int:
     return (getattr(settings, "sliding_window", None) or 0) if slides else 0
 
 
+class Arena:
+    """Memory in large pages, handed out in pieces at multiples of 64: a step reads all weights, page after page."""
+
+    CHUNK = 64 << 20  # what isn't handed out of it is never touched, and so takes no memory
+
+    def __init__(self) -> None:
+        self._rest = np.zeros(0, dtype=np.uint8)
+
+    def copy(self, values: Tensor) -> Tensor:
+        size = -(-values.nbytes // 64) * 64
+        if size > len(self._rest):
+            self._rest = lazy_zeros(max(size, self.CHUNK))
+        piece, self._rest = self._rest[: values.nbytes], self._rest[size:]
+        copied = torch.from_numpy(piece).view(values.dtype).view(values.shape)
+        return copied.copy_(values)
+
+
 @dataclass
 class Packer:
     """Makes the kernels' structures and keeps what they point to."""
 
     kind: str  # of the layers' weights, see engine.model.packing
     kept: list[Any] = field(default_factory=list)
+    arena: Arena = field(default_factory=Arena)
 
     def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), kind: str = "") -> Linear:
         """Of weights [outputs, inputs] side by side."""
         weight = torch.cat([one.detach() for one in weights]) if len(weights) > 1 else weights[0].detach()
         packed = pack(weight, kind or self.kind)
+        panels = self.arena.copy(packed.panels)
         bias = None
         if any(one is not None for one in biases):
             each = zip(weights, biases, strict=True)
             bias = torch.cat([w.new_zeros(len(w)) if one is None else one.detach() for w, one in each])
         scales = None if packed.scales is None else self._at(packed.scales)
-        return Linear(self._at(packed.panels), scales, self.floats(bias), *weight.shape)
+        return Linear(self._at(panels), scales, self.floats(bias), *weight.shape)
 
     def floats(self, values: Tensor | None) -> int | None:
         return None if values is None else self._at(values.detach().float().contiguous())
@@ -116,10 +136,11 @@ def make_spec(model: Any, form: Form, num_blocks: int, block_size: int, *, parti
     intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
     cache_bytes = num_blocks * kv_heads * block_size * cached_bytes(form.cache, head_dim)
     layers = (Layer * len(inner.layers))()
+    cache = lazy_zeros(2 * len(layers) * cache_bytes)  # in one piece, so that all its pages can be large ones
+    packer.kept.append(cache)
     for i, layer in enumerate(inner.layers):
-        keys, values = (lazy_zeros(cache_bytes) for _ in range(2))
-        packer.kept += (keys, values)
-        layers[i] = _layer(packer, layer, keys.ctypes.data, values.ctypes.data)
+        keys = cache.ctypes.data + 2 * i * cache_bytes
+        layers[i] = _layer(packer, layer, keys, keys + cache_bytes)
         layers[i].window = window_of(settings, i)
         for parameter in layer.parameters():  # they are packed: nobody holds them twice
             parameter.data = parameter.new_empty(0)
@@ -161,7 +182,8 @@ def lazy_zeros(size: int) -> np.ndarray:
     """Zeros whose pages, large ones if it can, the system supplies on first use; at a multiple of 64."""
     import mmap
 
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size = -(-max(size, 1) // HUGE_PAGE) * HUGE_PAGE  # others aren't put where large pages begin
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)

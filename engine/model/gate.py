@@ -15,6 +15,9 @@ REFUSED = {
     "gemma4_text": "has layers that share keys and values, which isn't supported",
 }
 
+# Kinds whose decoder the CPU's fused stack in C++ computes.
+FUSED = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+
 # Kinds of model that the parity suite holds against transformers' generate().
 TESTED = {
     "cohere2",

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.model.facts import ModelFacts, parameter_shapes, read_config
+from engine.model.facts import ITEMSIZE, ModelFacts, parameter_shapes, read_config
 
 # Styles of a module: its output, or its input, is divided; with `_gather` and `_split` only the weights are.
 DIVIDED_OUTPUT = {"colwise", "colwise_gather_output"}
@@ -70,7 +70,7 @@ def plan_split(config: EngineConfig, facts: ModelFacts) -> Split:
         raise ConfigError(f"{refusal}{_dimensions(facts, odd)} don't divide so; {_ways(math.gcd(*lengths))}")
     divided = sum(math.prod(shape) for name, shape in shapes.items() if _is_divided(name, styles))
     whole = sum(map(math.prod, shapes.values())) - divided
-    item = facts.weight_bytes // (divided + whole)
+    item = ITEMSIZE[facts.dtype]
     heads = size if divides_heads else 1
     rank = dataclasses.replace(
         facts,

@@ -1,10 +1,12 @@
 """The model as a runner sees it: either transformers' class with the paged attention, or the fused stack in C++."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.config import EngineConfig, ResolvedConfig
@@ -21,8 +23,9 @@ from engine.model.facts import ModelFacts
 from engine.model.fused import Form
 from engine.model.load import layout_of
 from engine.model.shard import Group
+from engine.worker.paging import PageSupply
 from engine.worker.rows import Int64s, StepBatch
-from engine.worker.sampler import SLICE
+from engine.worker.sampler import SLICE, Float64s, pick, weigh
 
 
 class Network(Protocol):
@@ -32,12 +35,12 @@ class Network(Protocol):
         """Compute a step's tokens, up to where those that sample are known."""
         ...
 
-    def logits(self) -> Tensor:
-        """Of the tokens that sample, [samples, vocabulary]."""
+    def logits(self, which: Int64s) -> Tensor:
+        """Of some of the tokens that sample, [len(which), vocabulary]."""
         ...
 
-    def likeliest(self) -> Int64s:
-        """The tokens with the highest logits, [samples]."""
+    def choose(self, temperatures: NDArray[np.float32], numbers: Float64s) -> Int64s:
+        """A token for each that samples: the likeliest where the temperature is 0, else drawn by a number in [0, 1)."""
         ...
 
 
@@ -51,6 +54,7 @@ class GenericNetwork:
         self._logits: Tensor | None = None
 
     def forward(self, batch: StepBatch) -> None:
+        self._logits = None
         layout = self._cache.layout
         ragged = Ragged(batch.starts, batch.counts, batch.computed, batch.tables)
         index = attention.write_index(batch.tables, batch.row_of, batch.positions, layout)
@@ -66,31 +70,41 @@ class GenericNetwork:
         arguments["logits_to_keep"] = torch.from_numpy(batch.sampled_at)
         self._logits = adapt.run(self._model, forward, arguments).logits[0]
 
-    def logits(self) -> Tensor:
+    def logits(self, which: Int64s) -> Tensor:
         assert self._logits is not None
-        logits, self._logits = self._logits, None
-        return logits
+        return self._logits[torch.from_numpy(which)]
 
-    def likeliest(self) -> Int64s:
-        # numpy's argmax is several times as fast as torch's on one row after the other; float32 for a few at a time.
-        return np.concatenate([part.float().numpy().argmax(-1) for part in self.logits().split(SLICE)])
+    def choose(self, temperatures: NDArray[np.float32], numbers: Float64s) -> Int64s:
+        assert self._logits is not None
+        tokens = np.empty(len(temperatures), dtype=np.int64)
+        for start in range(0, len(tokens), SLICE):
+            some = slice(start, start + SLICE)
+            part = self._logits[some].float()
+            # numpy's argmax is several times as fast as torch's on one row after the other.
+            tokens[some] = part.numpy().argmax(-1)
+            drawn = np.flatnonzero(temperatures[some])
+            if len(drawn):
+                weights = weigh(part[torch.from_numpy(drawn)], temperatures[some][drawn])
+                tokens[some][drawn] = pick(weights, numbers[some][drawn])
+        return tokens
 
 
 class FusedNetwork:
     """The fused stack; of one rank, or of several that sum up after each attention and MLP."""
 
-    def __init__(self, stack: Stack, vocabulary: int, group: Group | None):
+    def __init__(self, stack: Stack, vocabulary: int, group: Group | None, pages: PageSupply):
         self.stack = stack
         self._vocabulary = vocabulary
         self._group = group
-        self._samples = 0
+        self._pages = pages
+        weakref.finalize(self, pages.close)
 
     def forward(self, batch: StepBatch) -> None:
-        self._samples = len(batch.sampled_at)
         columns = (
             batch.starts, batch.counts, batch.computed, batch.tables, batch.ids, batch.positions, batch.row_of,
             batch.sampled_at,
         )  # fmt: skip
+        self._pages.reach(int(batch.tables.max()))
         stack = self.stack
         stack.begin(Batch.of(*columns))
         if self._group is None:
@@ -101,13 +115,13 @@ class FusedNetwork:
             self._group.all_reduce(torch.from_numpy(stack.partial()))
             stack.run(part, part)
 
-    def logits(self) -> Tensor:
-        out = torch.empty(self._samples, self._vocabulary)
-        self.stack.logits(out.numpy())
+    def logits(self, which: Int64s) -> Tensor:
+        out = torch.empty(len(which), self._vocabulary)
+        self.stack.logits(which.astype(np.int32), out.numpy())
         return out
 
-    def likeliest(self) -> Int64s:
-        return self.stack.likeliest().astype(np.int64)
+    def choose(self, temperatures: NDArray[np.float32], numbers: Float64s) -> Int64s:
+        return self.stack.choose(temperatures, numbers).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +152,10 @@ def build_network(
             spec, kept = fused.make_spec(model, form, resolved.num_blocks, resolved.block_size, partial=partial)
             threads = threads_per_rank(config.tensor_parallel_size)
             stack = Stack(spec, form.weights, form.cache, threads, level, kept)
-            return Built(FusedNetwork(stack, spec.vocabulary, group), f"{level}, fused stack")
+            first = spec.layer[0]
+            region = first.values - first.keys
+            pages = PageSupply(kept, first.keys, 2 * spec.layers, region, region // resolved.num_blocks)
+            return Built(FusedNetwork(stack, spec.vocabulary, group, pages), f"{level}, fused stack")
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the CPU's own kernels: {why}")

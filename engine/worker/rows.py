@@ -51,6 +51,9 @@ class Rows:
         self.live: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)
         self.sampling: list[Sampling] = [Sampling()] * max_rows
         self.plain: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # takes the likeliest token, no more asked
+        self.special: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # its logits are needed
+        self.temperature: NDArray[np.float32] = np.zeros(max_rows, dtype=np.float32)
+        self.seed: NDArray[np.uint64] = np.zeros(max_rows, dtype=np.uint64)
 
     def advance(self, message: StepMessage) -> StepBatch:
         """Apply what changed, lay out the step's tokens, and count them as computed."""
@@ -162,6 +165,9 @@ class Rows:
         self.num_blocks[row] = len(blocks)
         self.sampling[row] = added.sampling
         self.plain[row] = added.sampling.plain
+        self.special[row] = added.sampling.special
+        self.temperature[row] = added.sampling.temperature
+        self.seed[row] = added.sampling.seed
 
 
 def _counted(lengths: Int64s) -> Int64s:

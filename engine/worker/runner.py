@@ -57,13 +57,7 @@ class Runner:
         batch, self._pending = self._pending, None
         tokens, logprobs, counts, drafted = np.zeros(0, dtype=np.int64), None, b"", int(batch.drafts.sum())
         if len(batch.sampling):
-            if self._rows.plain[batch.sampling].all():
-                tokens = self._network.likeliest()
-            elif drafted:
-                tokens, logprobs = self._sample_beside_drafts(batch)
-            else:
-                sampled = sampler.sample(self._network.logits(), self._rows, batch.sampling)
-                tokens, logprobs = sampled.tokens, sampled.logprobs
+            tokens, logprobs = self._choose(batch)
             if drafted:
                 tokens, each = self._rows.append_verified(batch, tokens)
                 counts, logprobs = column(each), _moved(logprobs, np.cumsum(each) - each)
@@ -72,15 +66,27 @@ class Runner:
         seconds = self._seconds + time.perf_counter() - began
         return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted))
 
-    def _sample_beside_drafts(self, batch: StepBatch) -> tuple[Int64s, TokenLogprobs | None]:
-        """Tokens at all of `sampled_at`: the likeliest where rows have guesses or want no more, else sampled."""
-        logits = self._network.logits()
-        tokens: Int64s = logits.float().numpy().argmax(-1)
-        others = ~self._rows.plain[batch.sampling]  # one token each: only plain rows have guesses
-        at = (np.cumsum(batch.drafts + 1) - 1)[others]
-        sampled = sampler.sample(logits[torch.from_numpy(at)], self._rows, batch.sampling[others])
+    def _choose(self, batch: StepBatch) -> tuple[Int64s, TokenLogprobs | None]:
+        """Tokens at all of `sampled_at`; logprobs are those of entries of `sampling`.
+
+        A row takes the same way whatever its neighbours ask for: what it samples must not depend on them.
+        """
+        rows, which = self._rows, batch.sampling
+        special = rows.special[which]
+        last = np.cumsum(batch.drafts + 1) - 1  # only plain rows have guesses
+        tokens: Int64s = np.zeros(len(batch.sampled_at), dtype=np.int64)
+        if not special.all():
+            temperatures = np.zeros(len(tokens), dtype=np.float32)
+            temperatures[last] = np.where(special, 0, rows.temperature[which])
+            numbers = np.zeros(len(tokens))
+            numbers[last] = sampler.uniform(rows.seed[which], rows.num_tokens[which] - rows.prompt_len[which])
+            tokens = self._network.choose(temperatures, numbers)
+        if not special.any():
+            return tokens, None
+        at = last[special]
+        sampled = sampler.sample(self._network.logits(at), rows, which[special])
         tokens[at] = sampled.tokens
-        return tokens, _moved(sampled.logprobs, np.flatnonzero(others))
+        return tokens, _moved(sampled.logprobs, np.flatnonzero(special))
 
 
 def build_runner(

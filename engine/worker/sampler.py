@@ -20,8 +20,10 @@ RUN = 256  # tokens summed first when drawing
 _FLOORS = (1e-2, 1e-4, 0.0)  # weights below are not looked at where those above do; the likeliest token weighs 1
 MIN_TEMPERATURE = 1e-6  # below it float32 can't tell the likeliest token from greedy
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+UInt64s = NDArray[np.uint64]
+Float64s = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +44,17 @@ class _Logprobs:
     rank: int
 
 
-def uniform(seed: int, count: int) -> float:
-    """A number in [0, 1) hashed from a 64-bit seed and a counter."""
-    mixed = _mix(_mix(seed & _MASK) + (count + 1) * _GOLDEN & _MASK)
-    return (mixed >> 11) * 2.0**-53
+def uniform(seeds: UInt64s, counts: NDArray[np.integer]) -> Float64s:
+    """Numbers in [0, 1), each hashed from a 64-bit seed and a counter."""
+    mixed = _mix(_mix(seeds) + (counts.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(x: int) -> int:
+def _mix(x: UInt64s) -> UInt64s:
     """The finaliser of splitmix64."""
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
-    return x ^ x >> 31
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 def sample(logits: Tensor, rows: Rows, which: Int64s) -> Sampled:
@@ -69,7 +71,8 @@ def sample(logits: Tensor, rows: Rows, which: Int64s) -> Sampled:
         found = part.numpy().argmax(-1)
         drawn = [i for i, p in enumerate(params) if p.temperature > 0]
         if drawn:
-            numbers = [uniform(params[i].seed, len(rows.output(chosen[i]))) for i in drawn]
+            of = which[start : start + SLICE][drawn]
+            numbers = uniform(rows.seed[of], rows.num_tokens[of] - rows.prompt_len[of])
             subset = part if len(drawn) == len(chosen) else part[drawn]
             found[drawn] = draw(subset, [params[i] for i in drawn], numbers)
         for i, at in enumerate(asked):
@@ -107,22 +110,32 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
     return logits
 
 
-def draw(logits: Tensor, params: list[Sampling], numbers: list[float]) -> Int64s:
-    """Draw a token a row from float32 logits [rows, vocabulary] by inverse CDF over the ids.
+def draw(logits: Tensor, params: list[Sampling], numbers: Float64s) -> Int64s:
+    """Draw a token a row from float32 logits [rows, vocabulary].
 
     min_p, top_k and top_p each become a least weight, where the likeliest token weighs 1; tokens that tie with the
     last one kept are kept too, so the order of equals plays no part.
     """
-    temperature = torch.tensor([p.temperature for p in params])[:, None].clamp_(min=MIN_TEMPERATURE)
-    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+    weights = weigh(logits, np.array([p.temperature for p in params], dtype=np.float32))
     least = _least_weights(weights, params)
     if least is not None:
         weights.masked_fill_(weights < least[:, None], 0.0)
+    return pick(weights, numbers)
+
+
+def weigh(logits: Tensor, temperatures: NDArray[np.float32]) -> Tensor:
+    """What each token weighs against the likeliest one of its row, which weighs 1."""
+    temperature = torch.from_numpy(temperatures)[:, None].clamp(min=MIN_TEMPERATURE)
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+
+
+def pick(weights: Tensor, numbers: Float64s) -> Int64s:
+    """A token a row, by inverse CDF over the ids."""
     rows, vocab = weights.shape
     weights = torch.nn.functional.pad(weights, (0, -vocab % RUN))
     runs = weights.view(rows, -1, RUN)
     edges = runs.sum(-1).numpy().astype(np.float64).cumsum(-1)
-    targets = np.array(numbers) * edges[:, -1]
+    targets = numbers * edges[:, -1]
     run = np.minimum((edges <= targets[:, None]).sum(-1), edges.shape[1] - 1)
     before = np.where(run > 0, edges[np.arange(rows), run - 1], 0.0)
     inside = runs[torch.arange(rows), torch.from_numpy(run)].numpy()

@@ -45,7 +45,7 @@ def stack_logits(folder: Path, name: str) -> Logits:
         stack.begin(batch_of([(ids, 0, blocks)], every=True))
         stack.run(0, stack.parts)
         out = np.empty((len(ids), vocabulary), dtype=np.float32)
-        stack.logits(out)
+        stack.logits(np.arange(len(out), dtype=np.int32), out)
         return out
 
     return logits

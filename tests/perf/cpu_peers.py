@@ -38,6 +38,8 @@ KV_GB = 1  # where only whole ones can be asked for
 # Precision -> fields of EngineConfig. A new configuration is a new line.
 REDLINE: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8", "kv_cache_dtype": "int8"},
+    "int4": {"dtype": "bfloat16", "quantization": "int4"},
 }
 REDLINE_COMMON: dict[str, Any] = {
     "max_num_seqs": ROWS,

@@ -138,6 +138,15 @@ def test_what_is_served_of_too_much_stands_for_rates_that_were_not_searched(floo
     assert "| Served of 7.5 req/s, req/s |" in markdown(load([flooded]), [])
 
 
+def test_one_that_serves_nothing_of_too_much_is_drawn_at_zero(flooded: Path) -> None:
+    edited(flooded, lambda p: replace(p, achieved_rate=0.0) if p.configuration == "v0" and p.rate == 7.5 else p)
+    edited(flooded, lambda p: replace(p, achieved_rate=0.1) if p.configuration == "watermark" and p.rate == 7.5 else p)
+    ablation = only(load([flooded]))
+    cell = ablation.rows[3].cells["served"]
+    assert (cell.value, cell.difference, cell.clear) == (0.0, -100.0, True)
+    assert_nothing_clipped(ablation_figure(load([flooded]), ablation))
+
+
 def test_a_rate_that_one_sustains_says_nothing_of_what_it_can_take(flooded: Path) -> None:
     edited(flooded, lambda p: replace(p, sustained=True) if p.configuration == "v1" else p)
     assert [metric.key for metric in only(load([flooded])).columns] == ["rate", "itl_p99", "ttft_p99"]

@@ -41,7 +41,7 @@ template <class T> class Attention {
     struct Sums {
         float top[MOST_ROWS];
         float weight[MOST_ROWS];
-        alignas(64) float mixed[MOST_DIM / WIDTH][MOST_ROWS * WIDTH];
+        alignas(64) float mixed[MOST_ROWS][MOST_DIM];
     };
 
     // What is to be done in a step. Where that is little, but reaches far back, threads take parts of a context each.
@@ -78,19 +78,15 @@ template <class T> class Attention {
         // Where tasks are few, a thread that takes its next one early leaves another without.
         const bool early = tasks >= 8 * team.size();
         for (long task = team.next(), after; task < tasks; task = after) {
-            if (early && (after = team.next()) < tasks) {
-                const Queries& tile = tiles[after / shape_.kv_heads];
-                const int start = begin(layer, tile) / SPAN * SPAN, end = tile.position + tile.count;
-                for (int t = start; t < start + SPAN && t < end; t += LANES)
-                    prefetch(keys(layer, tile, int(after % shape_.kv_heads), t), LANES * units());
-            }
+            if (early && (after = team.next()) < tasks)
+                ask_for_first(layer, tiles[after / shape_.kv_heads], int(after % shape_.kv_heads));
             for (int fold = 0; fold < folds(shape_); fold++) whole(layer, work_of(tiles, task * folds(shape_) + fold));
             if (!early) after = team.next();
         }
     }
 
   private:
-    typedef float Scores[SPAN / WIDTH][MOST_ROWS * WIDTH];
+    typedef float Scores[MOST_ROWS][SPAN];
 
     // The queries of a tile, a row for each token and head of the group.
     struct Left {
@@ -141,6 +137,17 @@ template <class T> class Attention {
     // The first panel of numbers, from `token` on; the next ones follow at a distance of a block's 16 columns.
     const uint32_t* values(const Layer& layer, const Queries& tile, int head, int token) const {
         return block(layer.values, tile, head, token) + token % shape_.block_size / T::PER_UNIT * LANES;
+    }
+
+    // The first span's keys and values.
+    void ask_for_first(const Layer& layer, const Queries& tile, int head) const {
+        const int start = begin(layer, tile) / SPAN * SPAN, end = std::min(start + SPAN, tile.position + tile.count);
+        const int run = std::min(shape_.block_size, SPAN);
+        const long panel = long(shape_.block_size) / T::PER_UNIT * LANES;
+        for (int t = start; t < end; t += LANES) prefetch(keys(layer, tile, head, t), LANES * units());
+        for (int t = start; t < end; t += run)
+            for (int d = 0; d < shape_.head_dim / LANES; d++)
+                prefetch(values(layer, tile, head, t) + d * panel, run / T::PER_UNIT * LANES);
     }
 
     void run_parts(Team& team, const Layer& layer, Plan& plan) const {
@@ -204,13 +211,16 @@ template <class T> class Attention {
             float* out = layer.mixed + (first + r % work.group) * shape_.head_dim;
             const f32x16 share = splat(1.0f / sums.weight[r]);
             for (int d = 0; d < shape_.head_dim; d += LANES)
-                store(out + d, load<f32x16>(&sums.mixed[d / WIDTH][r * WIDTH + d % WIDTH]) * share);
+                store(out + d, load<f32x16>(&sums.mixed[r][d]) * share);
         }
     }
 
     void clear(Sums& sums, int rows) const {
-        for (int r = 0; r < rows; r++) sums.top[r] = NOTHING, sums.weight[r] = 0;
-        for (int d = 0; d < shape_.head_dim; d += WIDTH) std::memset(sums.mixed[d / WIDTH], 0, rows * WIDTH * sizeof(float));
+        for (int r = 0; r < rows; r++) {
+            sums.top[r] = NOTHING;
+            sums.weight[r] = 0;
+            std::memset(sums.mixed[r], 0, shape_.head_dim * sizeof(float));
+        }
     }
 
     // The tokens span .. span + SPAN of the row, as far as there are so many.
@@ -218,9 +228,9 @@ template <class T> class Attention {
         const int end = tile.position + tile.count, tokens = int(round_up(end - span < SPAN ? end - span : SPAN, LANES));
         alignas(64) Scores scores;
         alignas(64) float shares[MOST_ROWS * SPAN];
-        for (int t = 0; t < tokens; t += WIDTH) {
+        for (int t = 0, panels; t < tokens; t += panels * LANES) {
             Panels b;
-            const int panels = tokens - t < WIDTH ? 1 : PANELS;
+            panels = panels_at_once(left.rows, (tokens - t) / LANES);
             for (int p = 0; p < panels; p++) {
                 const int token = span + t + p * LANES;
                 b.at[p] = keys(layer, tile, head, token);
@@ -228,12 +238,12 @@ template <class T> class Attention {
             }
             const auto query = reinterpret_cast<const uint32_t*>(left.units);
             if constexpr (T::QUANTISED) {
-                multiply<C8::Keys>(left.rows, panels, query, units(), b, units(), scores[t / WIDTH]);
+                multiply<C8::Keys>(left.rows, panels, query, units(), b, units(), &scores[0][t], SPAN);
                 for (int p = 0; p < panels; p++)
                     unscale(left, block(layer.keys, tile, head, span + t + p * LANES), span + t + p * LANES,
-                            scores[t / WIDTH] + p * LANES);
+                            &scores[0][t + p * LANES]);
             } else {
-                multiply<T>(left.rows, panels, query, units(), b, units(), scores[t / WIDTH]);
+                multiply<T>(left.rows, panels, query, units(), b, units(), &scores[0][t], SPAN);
             }
         }
         weigh(layer, tile, left, span, tokens, scores, shares, sums);
@@ -248,8 +258,8 @@ template <class T> class Attention {
         const auto scales = reinterpret_cast<const float*>(block + shape_.block_size * units());
         const f32x16 scale = load<f32x16>(scales + token % shape_.block_size);
         for (int r = 0; r < left.rows; r++) {
-            const i32x16 whole = load<i32x16>(scores + r * WIDTH) + left.offsets[r];
-            store(scores + r * WIDTH, __builtin_convertvector(whole, f32x16) * (scale * left.scales[r]));
+            const i32x16 whole = load<i32x16>(scores + r * SPAN) + left.offsets[r];
+            store(scores + r * SPAN, __builtin_convertvector(whole, f32x16) * (scale * left.scales[r]));
         }
     }
 
@@ -261,9 +271,9 @@ template <class T> class Attention {
         alignas(64) Element narrow[MOST_ROWS * SPAN];
         for (int r = 0; r < left.rows; r++)
             for (int t = 0; t < tokens; t += LANES) T::narrow(narrow + r * SPAN + t, load<f32x16>(shares + r * SPAN + t));
-        each_run(layer, tile, head, span, tokens, [&](int t, int length, int d, int panels, const Panels& b) {
+        each_run(layer, tile, head, left.rows, span, tokens, [&](int t, int length, int d, int panels, const Panels& b) {
             const auto a = reinterpret_cast<const uint32_t*>(narrow + t);
-            multiply<T, true>(left.rows, panels, a, SPAN / T::PER_UNIT, b, length / T::PER_UNIT, sums.mixed[d / WIDTH]);
+            multiply<T, true>(left.rows, panels, a, SPAN / T::PER_UNIT, b, length / T::PER_UNIT, &sums.mixed[0][d], MOST_DIM);
         });
     }
 
@@ -273,7 +283,7 @@ template <class T> class Attention {
         Sums& sums
     ) const {
         alignas(64) uint8_t whole[MOST_ROWS * SPAN];
-        alignas(64) int32_t mixed[MOST_DIM / WIDTH][MOST_ROWS * WIDTH];
+        alignas(64) int32_t mixed[MOST_ROWS][MOST_DIM];
         float steps[MOST_ROWS];
         f32x16 scales[SPAN / LANES];
         for (int t = 0; t < tokens; t += LANES) {
@@ -281,7 +291,7 @@ template <class T> class Attention {
             scales[t / LANES] = load<f32x16>(scale + (span + t) % shape_.block_size);
             // Behind the row's end may be what another row left.
             const int known = tile.position + tile.count - span - t;
-            if (known < LANES) scales[t / LANES] = lanes() < known ? scales[t / LANES] : f32x16{};
+            if (known < LANES) scales[t / LANES] = lane_numbers() < known ? scales[t / LANES] : f32x16{};
         }
         for (int r = 0; r < left.rows; r++) {
             f32x16 top{};
@@ -294,42 +304,44 @@ template <class T> class Attention {
                 store(whole + r * SPAN + t, __builtin_convertvector(rounded, u8x16));
             }
         }
-        each_run(layer, tile, head, span, tokens, [&](int t, int length, int d, int panels, const Panels& b) {
+        each_run(layer, tile, head, left.rows, span, tokens, [&](int t, int length, int d, int panels, const Panels& b) {
             const auto a = reinterpret_cast<const uint32_t*>(whole + t);
             if (t == 0)
-                multiply<C8::Values>(left.rows, panels, a, SPAN / 4, b, length / 4, mixed[d / WIDTH]);
+                multiply<C8::Values>(left.rows, panels, a, SPAN / 4, b, length / 4, &mixed[0][d], MOST_DIM);
             else
-                multiply<C8::Values, true>(left.rows, panels, a, SPAN / 4, b, length / 4, mixed[d / WIDTH]);
+                multiply<C8::Values, true>(left.rows, panels, a, SPAN / 4, b, length / 4, &mixed[0][d], MOST_DIM);
         });
-        for (int d = 0; d < shape_.head_dim; d += LANES)
-            for (int r = 0; r < left.rows; r++) {
-                const int at = r * WIDTH + d % WIDTH;
-                float* to = &sums.mixed[d / WIDTH][at];
-                const f32x16 more = __builtin_convertvector(load<i32x16>(&mixed[d / WIDTH][at]), f32x16);
+        for (int r = 0; r < left.rows; r++)
+            for (int d = 0; d < shape_.head_dim; d += LANES) {
+                float* to = &sums.mixed[r][d];
+                const f32x16 more = __builtin_convertvector(load<i32x16>(&mixed[r][d]), f32x16);
                 store(to, load<f32x16>(to) + more * steps[r]);
             }
     }
 
-    // The panels of values of a span: for each run of tokens within a block (from `t` on, `length`), for each pair of panels
-    // (from number `d` on).
+    // The panels of values of a span: for each run of tokens within a block (from `t` on, `length`), for as many panels as
+    // `rows` meet at a time (from number `d` on).
     template <class Call>
-    void each_run(const Layer& layer, const Queries& tile, int head, int span, int tokens, const Call& call) const {
+    void each_run(
+        const Layer& layer, const Queries& tile, int head, int rows, int span, int tokens, const Call& call
+    ) const {
         const int dim = shape_.head_dim, run = shape_.block_size < SPAN ? shape_.block_size : SPAN;
         const long panel = long(shape_.block_size) / T::PER_UNIT * LANES;
         for (int t = 0; t < tokens; t += run) {
             const int length = tokens - t < run ? tokens - t : run, later = span + t + SPAN;
             const uint32_t* from = values(layer, tile, head, span + t);
             const uint32_t* next = later < tile.position + tile.count ? values(layer, tile, head, later) : from;
-            for (int d = 0; d < dim; d += WIDTH) {
-                const int panels = dim - d < WIDTH ? 1 : PANELS;
-                Panels b(from + d / LANES * panel, panel);
-                for (int p = 0; p < panels; p++) b.next[p] = next + (d / LANES + p) * panel;
+            for (int d = 0, panels; d < dim; d += panels * LANES) {
+                Panels b;
+                panels = panels_at_once(rows, (dim - d) / LANES);
+                for (int p = 0; p < panels; p++) {
+                    b.at[p] = from + (d / LANES + p) * panel;
+                    b.next[p] = next + (d / LANES + p) * panel;
+                }
                 call(t, length, d, panels, b);
             }
         }
     }
-
-    static i32x16 lanes() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
     // Scores to shares, not yet divided by their sum; what was summed before is scaled to the new highest score.
     void weigh(
@@ -342,10 +354,10 @@ template <class T> class Attention {
             const int oldest = layer.window ? position - layer.window : -1;
             f32x16 score[SPAN / LANES], top = splat(NOTHING);
             for (int t = 0; t < tokens; t += LANES) {
-                f32x16 s = load<f32x16>(&scores[t / WIDTH][r * WIDTH + t % WIDTH]) * factor;
+                f32x16 s = load<f32x16>(&scores[r][t]) * factor;
                 const int first = span + t;
-                if (first + LANES - 1 > position) s = lanes() > position - first ? splat(HIDDEN) : s;
-                if (first <= oldest) s = lanes() <= oldest - first ? splat(HIDDEN) : s;
+                if (first + LANES - 1 > position) s = lane_numbers() > position - first ? splat(HIDDEN) : s;
+                if (first <= oldest) s = lane_numbers() <= oldest - first ? splat(HIDDEN) : s;
                 score[t / LANES] = s;
                 top = max_of(top, s);
             }
@@ -361,7 +373,7 @@ template <class T> class Attention {
                 sums.top[r] = now;
                 sums.weight[r] *= fade[0];
                 for (int d = 0; d < shape_.head_dim; d += LANES) {
-                    float* mixed = &sums.mixed[d / WIDTH][r * WIDTH + d % WIDTH];
+                    float* mixed = &sums.mixed[r][d];
                     store(mixed, load<f32x16>(mixed) * fade);
                 }
             }
@@ -376,9 +388,8 @@ template <class T> class Attention {
             sums.top[r] = top;
             sums.weight[r] = sums.weight[r] * old[0] + part.weight[r] * fresh[0];
             for (int d = 0; d < shape_.head_dim; d += LANES) {
-                const int at = r * WIDTH + d % WIDTH;
-                float* mixed = &sums.mixed[d / WIDTH][at];
-                store(mixed, load<f32x16>(mixed) * old + load<f32x16>(&part.mixed[d / WIDTH][at]) * fresh);
+                float* mixed = &sums.mixed[r][d];
+                store(mixed, load<f32x16>(mixed) * old + load<f32x16>(&part.mixed[r][d]) * fresh);
             }
         }
     }

@@ -19,9 +19,11 @@ AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads) {
 
 void redline_run(AnyStack* stack, const Step* step, int first, int last) { stack->run(*step, first, last); }
 
-void redline_logits(AnyStack* stack, float* out) { stack->logits(out); }
+void redline_logits(AnyStack* stack, const int32_t* which, int count, float* out) { stack->logits(which, count, out); }
 
-void redline_likeliest(AnyStack* stack, int32_t* out) { stack->likeliest(out); }
+void redline_choose(AnyStack* stack, const float* temperatures, const double* numbers, int32_t* out) {
+    stack->choose(temperatures, numbers, out);
+}
 
 float* redline_partial(AnyStack* stack) { return stack->partial(); }
 

@@ -64,7 +64,7 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
 #pragma GCC unroll 2
             for (int p = 0; p < COUNT; p++) {
                 word[p] = load<u32x16>(b.at[p] + (g * WORDS + w) * LANES);
-                __builtin_prefetch(b.next[p] + (g * WORDS + w) * LANES, 0, 2);
+                __builtin_prefetch(b.next[p] + (g * WORDS + w) * b.pace, 0, 2);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
@@ -136,11 +136,17 @@ template <class T> constexpr int most_rows() {
     return T::QUANTISED ? MOST_GROUPED_ROWS : MOST_ROWS;
 }
 
-// Rows by `count` panels from `panel` on.
+template <class T> INLINE Panels panels_of(const Linear& w, long panel) {
+    const long apart = w.inputs / T::PER_WORD * LANES;
+    return Panels(w.panels + panel * apart, apart);
+}
+
+// Rows by `count` panels, which are `b`, from `panel` on.
 template <class T>
-INLINE void product(Tiles& tiles, const Linear& w, const Rows& x, int rows, long panel, int count, float* out) {
+INLINE void product(
+    Tiles& tiles, const Linear& w, const Panels& b, const Rows& x, int rows, long panel, int count, float* out
+) {
     const long words = w.inputs / T::PER_WORD;
-    const Panels b(w.panels + panel * words * LANES, words * LANES);
     if constexpr (TILED<T>) tiles.shape(rows);
     if constexpr (T::QUANTISED) {
         const long groups = x.groups * LANES;
@@ -152,7 +158,7 @@ INLINE void product(Tiles& tiles, const Linear& w, const Rows& x, int rows, long
     } else if constexpr (TILED<T>) {
         multiply_tiled(rows, count, x.units, x.stride, b, words, out);
     } else {
-        multiply<T>(rows, count, x.units, x.stride, b, words, out);
+        multiply<T>(rows, count, x.units, x.stride, b, words, out, WIDTH);
     }
 }
 
@@ -178,7 +184,15 @@ template <class T, class Finish> void linear(Team& team, const Linear& w, const 
         for (long block = 0; block < blocks; block++) {
             const long first = slab + height * block / blocks, end = slab + height * (block + 1) / blocks;
             const Tile tile{first, int(end - first), panel * LANES, width * LANES, buffer};
-            product<T>(tiles, w, x.from(first), tile.rows, panel, width, buffer);
+            Panels b = panels_of<T>(w, panel);
+            if (blocks > 1) {
+                // What this thread probably gets next comes from memory while these rows are multiplied, a part with each
+                // block: the panels at hand are in the caches.
+                const long pace = ceil_div(LANES, blocks), words = w.inputs / T::PER_WORD;
+                const long later = (task + team.size()) % pairs * PANELS;
+                b.look_at(panels_of<T>(w, later).at[0] + block * words * pace, words * LANES, pace);
+            }
+            product<T>(tiles, w, b, x.from(first), tile.rows, panel, width, buffer);
             if (w.bias) add_bias(w.bias, tile);
             finish(tile);
         }
@@ -228,26 +242,6 @@ template <class T> struct SwiGLU {
         for (int r = 0; r < t.rows; r++) {
             const float* row = t.at + r * WIDTH;
             T::narrow(out + (t.first + r) * stride + t.column / 2, silu(load<f32x16>(row)) * load<f32x16>(row + LANES));
-        }
-    }
-};
-
-// The highest of each pair of panels and its column, the first one where several are.
-struct Best {
-    float* value;  // [pairs, rows]
-    int32_t* column;
-    long rows;
-    long outputs;
-    void operator()(const Tile& t) const {
-        const int columns = int(outputs - t.column < t.columns ? outputs - t.column : t.columns);
-        const long at = t.column / WIDTH * rows + t.first;
-        for (int r = 0; r < t.rows; r++) {
-            const float* row = t.at + r * WIDTH;
-            int best = 0;
-            for (int c = 1; c < columns; c++)
-                if (row[c] > row[best]) best = c;
-            value[at + r] = row[best];
-            column[at + r] = int32_t(t.column) + best;
         }
     }
 };

@@ -1,4 +1,4 @@
-// The one inner loop of everything that multiplies: up to 12 rows by up to 32 columns, in registers.
+// The one inner loop of everything that multiplies: up to 12 rows by 32 columns, or 6 by 64, in registers.
 //
 //     out[r][c] (+)= sum over units u, in their order, of a[r][u] * panel[c / 16][u][c % 16]
 //
@@ -10,56 +10,66 @@
 
 constexpr int PANELS = 2;
 constexpr int WIDTH = PANELS * LANES;
+constexpr int QUAD = 4;
 #if defined(__AVX512F__)
 constexpr int MOST_ROWS = 12;  // 24 sums of 16 lanes in 32 registers
+constexpr int QUAD_ROWS = 6;   // few rows meet four panels: sums of two would wait for each other
 #else
 constexpr int MOST_ROWS = 4;
+constexpr int QUAD_ROWS = 1;
 #endif
 
 // Where the panels are that are multiplied next. They are asked for at the pace at which the present ones are used: the
 // processor's own guesses end with a page of memory, and blocks of the cache are pages apart.
 struct Panels {
-    const uint32_t* at[PANELS];
-    const uint32_t* next[PANELS];
+    const uint32_t* at[QUAD];
+    const uint32_t* next[QUAD];
+    long pace = LANES;  // words asked for with each unit
 
     Panels() {}
     Panels(const uint32_t* first, long apart) : at{first, first + apart}, next{first + FURTHER, first + apart + FURTHER} {}
 
+    void look_at(const uint32_t* first, long apart, long words_a_unit) {
+        for (int p = 0; p < PANELS; p++) next[p] = first + p * apart;
+        pace = words_a_unit;
+    }
+
     static constexpr int FURTHER = 512;  // words: where they lie in a row, half a page on
 };
 
-// a: rows of `stride` units; b: one or two panels; out: rows of WIDTH numbers.
-template <class T> using Micro = void (*)(const uint32_t* a, long stride, const Panels& b, long units, void* out);
+// a: rows of `stride` units; b: one, two or four panels; out: rows that lie `apart` numbers from each other.
+template <class T> using Micro = void (*)(const uint32_t* a, long stride, const Panels& b, long units, void* out, long apart);
 
 template <class T, int ROWS, int COUNT, bool ADD>
-void micro(const uint32_t* a, long stride, const Panels& b, long units, void* out) {
+void micro(const uint32_t* a, long stride, const Panels& b, long units, void* out, long apart) {
     typedef typename T::Acc Acc;
     Acc acc[ROWS][COUNT];
-    char* to = static_cast<char*>(out);
+    uint32_t* to = static_cast<uint32_t*>(out);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-        for (int p = 0; p < COUNT; p++) acc[r][p] = ADD ? load<Acc>(to + (r * PANELS + p) * sizeof(Acc)) : Acc{};
+#pragma GCC unroll 4
+        for (int p = 0; p < COUNT; p++) acc[r][p] = ADD ? load<Acc>(to + r * apart + p * LANES) : Acc{};
     const uint32_t *panel[COUNT], *next[COUNT];
     for (int p = 0; p < COUNT; p++) panel[p] = b.at[p], next[p] = b.next[p];
+    const long pace = b.pace;
     for (long u = 0; u < units; u++) {
         u32x16 column[COUNT];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < COUNT; p++) {
             column[p] = load<u32x16>(panel[p] + u * LANES);
-            __builtin_prefetch(next[p] + u * LANES, 0, 2);
+            __builtin_prefetch(next[p] + u * pace, 0, 3);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
             uint32_t row = a[r * stride + u];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < COUNT; p++) acc[r][p] = T::dot(acc[r][p], column[p], row);
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-        for (int p = 0; p < COUNT; p++) store(to + (r * PANELS + p) * sizeof(Acc), acc[r][p]);
+#pragma GCC unroll 4
+        for (int p = 0; p < COUNT; p++) store(to + r * apart + p * LANES, acc[r][p]);
 }
 
 template <class T, int COUNT, bool ADD> INLINE Micro<T> micro_for(int rows) {
@@ -73,8 +83,24 @@ template <class T, int COUNT, bool ADD> INLINE Micro<T> micro_for(int rows) {
     return table[rows - 1];
 }
 
-// `rows` at most MOST_ROWS, `count` panels (1 or 2); ADD: onto what `out` holds.
+template <class T, bool ADD> INLINE Micro<T> quad_for(int rows) {
+    static constexpr Micro<T> table[QUAD_ROWS] = {
+        micro<T, 1, QUAD, ADD>,
+#if defined(__AVX512F__)
+        micro<T, 2, QUAD, ADD>, micro<T, 3, QUAD, ADD>, micro<T, 4, QUAD, ADD>, micro<T, 5, QUAD, ADD>, micro<T, 6, QUAD, ADD>,
+#endif
+    };
+    return table[rows - 1];
+}
+
+// How many of `left` panels `rows` meet at a time where there may be four.
+INLINE int panels_at_once(int rows, int left) { return rows <= QUAD_ROWS && left >= QUAD ? QUAD : left >= 2 ? 2 : 1; }
+
+// `rows` at most MOST_ROWS, `count` panels (1, 2, or 4 for QUAD_ROWS); ADD: onto what `out` holds.
 template <class T, bool ADD = false>
-INLINE void multiply(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, void* out) {
-    (count == 2 ? micro_for<T, 2, ADD>(rows) : micro_for<T, 1, ADD>(rows))(a, stride, b, units, out);
+INLINE void multiply(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, void* out, long apart) {
+    const Micro<T> chosen = count == QUAD ? quad_for<T, ADD>(rows)
+                            : count == 2  ? micro_for<T, 2, ADD>(rows)
+                                          : micro_for<T, 1, ADD>(rows);
+    chosen(a, stride, b, units, out, apart);
 }

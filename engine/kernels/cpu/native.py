@@ -94,13 +94,13 @@ def load(level: str) -> ctypes.CDLL:
     functions.redline_stack.restype = c_void_p
     functions.redline_stack.argtypes = (POINTER(Spec), c_int, c_int, c_int)
     functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
-    functions.redline_logits.argtypes = (c_void_p, c_void_p)
-    functions.redline_likeliest.argtypes = (c_void_p, c_void_p)
+    functions.redline_logits.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
+    functions.redline_choose.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
     functions.redline_partial.argtypes = (c_void_p,)
     functions.redline_partial.restype = POINTER(c_float)
     functions.redline_seconds.argtypes = (c_void_p, POINTER(c_double))
     functions.redline_free.argtypes = (c_void_p,)
-    for name in ("run", "logits", "likeliest", "seconds", "free"):
+    for name in ("run", "logits", "choose", "seconds", "free"):
         getattr(functions, f"redline_{name}").restype = None
     return functions
 
@@ -135,15 +135,21 @@ class Stack:
         shape = (len(self._batch.ids), self._spec.hidden)
         return np.ctypeslib.as_array(self._functions.redline_partial(self._stack), shape)
 
-    def logits(self, out: NDArray[np.float32]) -> None:
-        """Write the logits of the tokens that are sampled, [samples, vocabulary]."""
-        self._functions.redline_logits(self._stack, out.ctypes.data)
+    def logits(self, which: Int32s, out: NDArray[np.float32]) -> None:
+        """Write the logits of some of the tokens that are sampled, [len(which), vocabulary]."""
+        self._functions.redline_logits(self._stack, which.ctypes.data, len(which), out.ctypes.data)
 
-    def likeliest(self) -> Int32s:
-        """The tokens with the highest logits, [samples], the first of equals."""
+    def choose(self, temperatures: NDArray[np.float32], numbers: NDArray[np.float64]) -> Int32s:
+        """A token for each that is sampled: the likeliest (the first of equals) where the temperature is 0, else drawn.
+
+        temperatures, numbers in [0, 1): [samples]. No logits are written.
+        """
         assert self._batch is not None
-        out = np.empty(len(self._batch.sampled), dtype=np.int32)
-        self._functions.redline_likeliest(self._stack, out.ctypes.data)
+        samples = len(self._batch.sampled)
+        assert temperatures.shape == numbers.shape == (samples,)
+        out = np.empty(samples, dtype=np.int32)
+        columns = (np.ascontiguousarray(temperatures, np.float32), np.ascontiguousarray(numbers, np.float64), out)
+        self._functions.redline_choose(self._stack, *(column.ctypes.data for column in columns))
         return out
 
     def seconds(self) -> dict[str, float]:

@@ -35,6 +35,7 @@ INLINE void prefetch(const uint32_t* from, long words) {
 }
 
 INLINE f32x16 splat(float x) { return f32x16{} + x; }
+INLINE i32x16 lane_numbers() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 INLINE float as_float(uint32_t bits) {
     float x;
@@ -51,13 +52,17 @@ INLINE uint32_t as_bits(float x) {
 INLINE float max_of(float a, float b) { return a > b ? a : b; }
 INLINE f32x16 max_of(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
-// Both reductions have one order, whatever the machine.
+// Both reductions have one order, whatever the machine: halves onto halves.
 INLINE float sum(f32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float x[LANES];
     store(x, v);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
+#endif
 }
 
 INLINE float highest(f32x16 v) {
@@ -74,13 +79,18 @@ INLINE float highest(f32x16 v) {
 
 // 2^x; 0 below 2^-126. Relative error below 2e-7 (polynomial of the sixth degree on [-0.5, 0.5], Taylor's).
 INLINE f32x16 exp2_of(f32x16 x) {
+#if defined(__AVX512F__)
+    const f32x16 whole = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const f32x16 f = x - whole;
+#else
     const f32x16 lowest = splat(-126.0f);
-    i32x16 gone = x < lowest;
+    const i32x16 gone = x < lowest;
     x = max_of(x, lowest);
     x = x > splat(127.0f) ? splat(127.0f) : x;
-    f32x16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are x rounded
-    i32x16 whole = (i32x16)shifted - 0x4B400000;
-    f32x16 f = x - (shifted - 12582912.0f);
+    const f32x16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are x rounded
+    const i32x16 whole = (i32x16)shifted - 0x4B400000;
+    const f32x16 f = x - (shifted - 12582912.0f);
+#endif
     f32x16 p = splat(1.5403530e-4f);
     p = p * f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
@@ -88,8 +98,13 @@ INLINE f32x16 exp2_of(f32x16 x) {
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    f32x16 result = (f32x16)((i32x16)p + (whole << 23));
+#if defined(__AVX512F__)
+    const __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+    return (f32x16)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)whole);
+#else
+    const f32x16 result = (f32x16)((i32x16)p + (whole << 23));
     return gone ? f32x16{} : result;
+#endif
 }
 
 // ------------------------------------------------------------------------------------------------------------ bfloat16

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <chrono>
-#include <memory>
 
+#include "head.h"
 #include "rowwise.h"
 
 struct Layer {
@@ -52,25 +52,6 @@ struct Step {
 
 enum Op { EMBED, NORM, QKV, ROTARY, ATTENTION, ENCODE, OUTPUT, GATE_UP, DOWN, HEAD, OPS };
 
-// Memory that grows to what the largest step needed.
-template <class T> class Buffer {
-  public:
-    T* take(size_t count) {
-        if (count * sizeof(T) > size_) {
-            size_ = count * sizeof(T);
-            memory_.reset(new char[size_ + 64]);
-        }
-        return at_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t(63));
-    }
-
-    T* get() const { return at_; }
-
-  private:
-    std::unique_ptr<char[]> memory_;
-    size_t size_ = 0;
-    T* at_ = nullptr;
-};
-
 class AnyStack {
   public:
     virtual ~AnyStack() = default;
@@ -78,8 +59,10 @@ class AnyStack {
     // choice of the tokens that are sampled. With spec.partial, attention and MLP leave their part of the sum in
     // `partial`, [tokens, hidden]; the caller adds those of all ranks up, in place, before the next part.
     virtual void run(const Step& step, int first, int last) = 0;
-    virtual void logits(float* out) = 0;      // [samples, vocabulary]
-    virtual void likeliest(int32_t* out) = 0;  // [samples]
+    // Of some of the samples, [count, vocabulary].
+    virtual void logits(const int32_t* which, int count, float* out) = 0;
+    // A token for each sample: the likeliest where the temperature is 0, else drawn by its number in [0, 1).
+    virtual void choose(const float* temperatures, const double* numbers, int32_t* out) = 0;
     virtual float* partial() = 0;
     double seconds[OPS] = {};
 };
@@ -89,7 +72,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
   public:
     Stack(const Spec& spec, int threads)
         : spec_(spec), layers_(spec.layer, spec.layer + spec.layers), team_(threads),
-          shape_{spec.heads, spec.kv_heads, spec.head_dim, spec.block_size, spec.scaling} {}
+          shape_{spec.heads, spec.kv_heads, spec.head_dim, spec.block_size, spec.scaling}, head_(spec.head) {}
 
     void run(const Step& step, int first, int last) override {
         step_ = &step;
@@ -99,22 +82,18 @@ template <class W, class H, class T> class Stack : public AnyStack {
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->parts(thread); }, this);
     }
 
-    void logits(float* out) override {
-        out_ = out;
+    void logits(const int32_t* which, int count, float* out) override {
+        asked_.take(count, spec_.hidden);
+        for (int i = 0; i < count; i++) asked_.copy(chosen_, which[i], i, spec_.hidden);
+        samples_ = count;
+        logits_ = out;
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_logits(thread); }, this);
     }
 
-    void likeliest(int32_t* out) override {
-        const long pairs = ceil_div(ceil_div(spec_.vocabulary, LANES), PANELS);
-        best_value_.take(pairs * samples_);
-        best_column_.take(pairs * samples_);
-        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->best_of_pairs(thread); }, this);
-        for (long r = 0; r < samples_; r++) {
-            long best = r;
-            for (long at = r; at < pairs * samples_; at += samples_)
-                if (best_value_.get()[at] > best_value_.get()[best]) best = at;
-            out[r] = best_column_.get()[best];
-        }
+    void choose(const float* temperatures, const double* numbers, int32_t* out) override {
+        head_.begin(chosen_.rows(spec_.hidden), step_->samples, temperatures, numbers);
+        tokens_ = out;
+        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_tokens(thread); }, this);
     }
 
     float* partial() override { return partial_.get(); }
@@ -144,6 +123,15 @@ template <class W, class H, class T> class Stack : public AnyStack {
             encode<F>(from, numbers, units.get() + row * numbers, scales.get() + at, offsets.get() + at);
         }
 
+        void copy(const Operand& from, long row, long to, int numbers) {
+            const long count = groups(numbers);
+            std::memcpy(units.get() + to * numbers, from.units.get() + row * numbers, numbers * sizeof *units.get());
+            if constexpr (F::QUANTISED) {
+                std::memcpy(scales.get() + to * count, from.scales.get() + row * count, count * sizeof(float));
+                std::memcpy(offsets.get() + to * count, from.offsets.get() + row * count, count * sizeof(int32_t));
+            }
+        }
+
         Rows rows(long numbers) const {
             return {reinterpret_cast<const uint32_t*>(units.get()), numbers / F::PER_UNIT, scales.get(), offsets.get(),
                     groups(numbers)};
@@ -163,7 +151,6 @@ template <class W, class H, class T> class Stack : public AnyStack {
         sine_.take(tokens * spec_.head_dim / 2);
         chosen_.take(step_->samples, spec_.hidden);
         if (spec_.partial) partial_.take(tokens * spec_.hidden);
-        samples_ = step_->samples;
         Attention<T>::plan(shape_, step_->batch, team_.size(), plan_);
     }
 
@@ -298,7 +285,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     void choose(int thread) {
         const int size = spec_.hidden;
-        for (long s; (s = team_.next()) < samples_;) {
+        for (long s; (s = team_.next()) < step_->samples;) {
             const long t = step_->sampled[s];
             alignas(64) float row[MOST_HIDDEN];
             std::memcpy(row, x_.get() + t * size, size * sizeof(float));
@@ -311,14 +298,15 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     void all_logits(int thread) {
         mark(thread);
-        linear<H>(team_, spec_.head, chosen_.rows(spec_.hidden), samples_, StoreClipped{out_, spec_.vocabulary});
+        linear<H>(team_, spec_.head, asked_.rows(spec_.hidden), samples_, StoreClipped{logits_, spec_.vocabulary});
         done(HEAD, thread);
     }
 
-    void best_of_pairs(int thread) {
+    void all_tokens(int thread) {
         mark(thread);
-        const Best best{best_value_.get(), best_column_.get(), samples_, spec_.vocabulary};
-        linear<H>(team_, spec_.head, chosen_.rows(spec_.hidden), samples_, best);
+        head_.weigh(team_);
+        team_.barrier();
+        head_.pick(team_, tokens_);
         done(HEAD, thread);
     }
 
@@ -349,13 +337,15 @@ template <class W, class H, class T> class Stack : public AnyStack {
     const Shape shape_;
     const Step* step_ = nullptr;
     int first_ = 0, last_ = 0;
-    long samples_ = 0;
-    float* out_ = nullptr;
+    long samples_ = 0;  // whose logits are asked for
+    float* logits_ = nullptr;
+    int32_t* tokens_ = nullptr;
     typename Attention<T>::Plan plan_;
-    Buffer<float> x_, wide_, cosine_, sine_, partial_, best_value_, query_scale_;
-    Buffer<int32_t> best_column_, query_offset_;
+    Buffer<float> x_, wide_, cosine_, sine_, partial_, query_scale_;
+    Buffer<int32_t> query_offset_;
     Operand<W> left_;
-    Operand<H> chosen_;
+    Operand<H> chosen_, asked_;
+    Head<H> head_;
     Buffer<Element> query_;
     Time::time_point begun_;
 };

@@ -129,7 +129,7 @@ template <int COUNT, bool TALL> INLINE void load_sides(const uint32_t* a, long s
     if constexpr (TALL) TILE_LOAD(5, a + TILE * stride + unit, stride * 4);
     TILE_LOAD(6, b.at[0] + unit * LANES, TILE_BYTES);
     if constexpr (COUNT == 2) TILE_LOAD(7, b.at[1] + unit * LANES, TILE_BYTES);
-    for (int p = 0; p < COUNT; p++) prefetch(b.next[p] + unit * LANES, TILE * LANES);
+    for (int p = 0; p < COUNT; p++) prefetch(b.next[p] + unit * b.pace, TILE * b.pace);
 }
 
 // As `multiply`, of whole tiles of units.
@@ -164,10 +164,10 @@ INLINE void multiply_tiled(int rows, int count, const uint32_t* a, long stride, 
         (count == 2 ? tiled_bf16<2, false> : tiled_bf16<1, false>)(a, stride, b, whole, out);
     if (whole == units) return;
     Panels rest = b;
-    for (int p = 0; p < count; p++) rest.at[p] += whole * LANES, rest.next[p] += whole * LANES;
+    for (int p = 0; p < count; p++) rest.at[p] += whole * LANES, rest.next[p] += whole * b.pace;
     for (int r = 0; r < rows; r += MOST_ROWS) {
         const int some = rows - r < MOST_ROWS ? rows - r : MOST_ROWS;
-        multiply<BF16, true>(some, count, a + r * stride + whole, stride, rest, units - whole, out + r * WIDTH);
+        multiply<BF16, true>(some, count, a + r * stride + whole, stride, rest, units - whole, out + r * WIDTH, WIDTH);
     }
 }
 

@@ -44,7 +44,8 @@ def test_shapes_and_sizes(tmp_path: Path) -> None:
     found = facts(write(tmp_path, LLAMA, tensors))
     assert (found.architecture, found.dtype, found.vocab_size) == ("LlamaForCausalLM", "bfloat16", 100)
     assert (found.num_layers, found.num_heads, found.num_kv_heads, found.head_dim) == (2, 4, 2, 8)
-    assert found.weight_bytes == 26 * 2  # as loaded: bfloat16
+    assert found.weight_bytes == (26 + 100 * 32) * 2  # as held: bfloat16, with a head beside the embedding
+    assert facts(tmp_path, kernels="torch").weight_bytes == 26 * 2
     assert found.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
     assert found.max_model_len == 128
     assert found.warnings == ()
@@ -55,11 +56,29 @@ def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
     save_file({"b": torch.zeros(6)}, tmp_path / "model-00002-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert facts(write(tmp_path, LLAMA)).weight_bytes == 20
+    assert facts(write(tmp_path, LLAMA), kernels="torch").weight_bytes == 20
 
 
 def test_dummy_weights_are_counted_from_the_class(tmp_path: Path) -> None:
-    assert facts(write(tmp_path, LLAMA), load_format="dummy").weight_bytes == PARAMETERS * 2
+    assert facts(write(tmp_path, LLAMA), load_format="dummy", kernels="torch").weight_bytes == PARAMETERS * 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_weights_are_counted_as_the_fused_stack_holds_them(form: str, tied: bool, tmp_path: Path) -> None:
+    """Against what is packed."""
+    from engine.model import fused
+    from engine.model.load import load_model
+
+    options = {} if form == "bfloat16" else {"quantization": form}
+    write(tmp_path, LLAMA | {"hidden_size": 64, "vocab_size": 96, "head_dim": 16, "tie_word_embeddings": tied})
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", **options)
+    found = read_facts(config)
+    form_of = fused.Form("bfloat16", form, "bfloat16")
+    _, kept = fused.make_spec(load_model(config, found), form_of, 1, 16, partial=False)
+    packed = sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.float32)
+    norms = (2 * 2 + 1) * 64 * 2  # as the checkpoint has them; the stack has them in float32
+    assert found.weight_bytes == packed + norms
 
 
 def test_fewer_layers_only_with_dummy_weights(tmp_path: Path) -> None:

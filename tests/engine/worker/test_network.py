@@ -8,6 +8,7 @@ import pytest
 from engine.errors import ConfigError
 from engine.kernels.cpu import build
 from engine.kernels.cpu.build import BuildError
+from engine.messages import Sampling
 from tests.engine.worker.driver import Driver, Request, build_model
 
 LEVEL = next(iter(build.levels()), None)
@@ -113,3 +114,31 @@ def test_quantised_models_answer(quantization: str, tmp_path: Path, make_driver:
     requests = [Request([1, 2, 3]), Request(list(range(40)))]
     driver.run(requests, 6, seed=1)
     assert [len(request.output) for request in requests] == [6, 6]
+
+
+@pytest.mark.parametrize(("kernels", "block_size"), [("torch", 4), pytest.param("auto", 16, marks=needs_kernels)])
+def test_what_a_row_samples_does_not_depend_on_its_neighbours(
+    kernels: str, block_size: int, tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    """Greedy rows, draws, filters, logprobs, guesses: each may take another way to its tokens."""
+    build_model("llama", tmp_path, head_dim=16)
+    kinds = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=2),
+        Sampling(temperature=0.5, seed=2**64 - 1),
+        Sampling(temperature=0.8, top_p=0.9, seed=4),
+        Sampling(logprobs=2),
+        Sampling(temperature=1.0, seed=2, logprobs=0),
+        Sampling(temperature=0.7, presence_penalty=1.0, seed=5),
+    ]
+    prompts = [[5, 6, 7, 8, 5, 6, 7, 8, 5 + i] for i in range(len(kinds))]
+    guessing = {"speculative": "ngram", "num_speculative_tokens": 3}
+    outputs = []
+    for options, together in (({}, True), (guessing, True), ({}, False)):
+        driver = make_driver(tmp_path, block_size=block_size, kernels=kernels, **options)
+        requests = [Request(prompt, kind) for prompt, kind in zip(prompts, kinds, strict=True)]
+        for group in [requests] if together else [[request] for request in requests]:
+            driver.run(group, 24, seed=3)
+        outputs.append([request.output[:24] for request in requests])
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0][0] != outputs[0][1]

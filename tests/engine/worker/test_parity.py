@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kernels.cpu import build
-from engine.model import fused, gate
+from engine.model import gate
 from tests.engine.worker.driver import MODELS, VOCAB, Driver, Request, build_model
 
 NEW = 12
@@ -39,7 +39,7 @@ def test_every_tested_kind_equals_generate(kind: str, tmp_path: Path, make_drive
 
 
 @pytest.mark.parametrize("level", build.levels())
-@pytest.mark.parametrize("kind", sorted(fused.KINDS))
+@pytest.mark.parametrize("kind", sorted(gate.FUSED))
 def test_the_fused_stack_equals_generate(
     kind: str, level: str, tmp_path: Path, make_driver: Callable[..., Driver]
 ) -> None:

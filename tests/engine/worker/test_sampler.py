@@ -90,7 +90,7 @@ def test_filters_leave_exactly_the_tokens_of_the_book(limits: dict[str, Any]) ->
     p = Sampling(temperature=1.5, **limits)
     logits = random_logits(1, 5, vocab=60)
     draws = 4000
-    tokens = {int(sampler.draw(logits, [p], [(i + 0.5) / draws])[0]) for i in range(draws)}
+    tokens = {int(sampler.draw(logits, [p], np.array([(i + 0.5) / draws]))[0]) for i in range(draws)}
     rare = {int(i) for i in torch.nonzero(torch.softmax(logits[0] / 1.5, -1) < 2 / draws)}
     expected = kept(logits[0], p)
     assert tokens <= expected
@@ -110,7 +110,7 @@ def test_top_p_over_a_flat_distribution_keeps_its_share() -> None:
 def test_draws_follow_the_distribution() -> None:
     logits = random_logits(1, 3, vocab=300)
     draws = 20_000
-    numbers = [(i + 0.5) / draws for i in range(draws)]
+    numbers = (np.arange(draws) + 0.5) / draws
     p = Sampling(temperature=0.8)
     tokens = np.concatenate(
         [sampler.draw(logits.expand(500, -1), [p] * 500, numbers[i : i + 500]) for i in range(0, draws, 500)]
@@ -124,12 +124,13 @@ def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
     logits = torch.full((1, VOCAB), -math.inf)
     logits[0, [3, 650]] = 0.0
     p = Sampling(temperature=1.0)
-    assert sampler.draw(logits, [p], [0.0])[0] == 3
-    assert sampler.draw(logits, [p], [math.nextafter(1.0, 0.0)])[0] == 650
+    assert sampler.draw(logits, [p], np.array([0.0]))[0] == 3
+    assert sampler.draw(logits, [p], np.array([math.nextafter(1.0, 0.0)]))[0] == 650
 
 
 def test_numbers_are_uniform_and_differ_between_seeds_and_counts() -> None:
-    numbers = np.array([[sampler.uniform(seed, count) for count in range(50)] for seed in range(200)])
+    seeds, counts = np.meshgrid(np.arange(200, dtype=np.uint64), np.arange(50), indexing="ij")
+    numbers = sampler.uniform(seeds, counts)
     assert len(np.unique(numbers)) == numbers.size
     assert ((numbers >= 0) & (numbers < 1)).all()
     for axis in (0, 1):

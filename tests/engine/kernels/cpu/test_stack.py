@@ -88,9 +88,29 @@ class Served:
         self.stack.begin(batch)
         self.stack.run(0, self.stack.parts)
         out = np.empty((len(batch.sampled), self.vocabulary), dtype=np.float32)
-        self.stack.logits(out)
-        assert (self.stack.likeliest() == out.argmax(1)).all(), "the fused choice is that of the logits"
+        every_one = np.arange(len(out), dtype=np.int32)
+        self.stack.logits(every_one, out)
+        self.check_choice(out)
+        some = every_one[::-2].copy()
+        part = np.empty((len(some), self.vocabulary), dtype=np.float32)
+        self.stack.logits(some, part)
+        assert (part == out[some]).all(), "whose logits are asked for doesn't change them"
         return out
+
+    def check_choice(self, logits: NDArray[np.float32]) -> None:
+        """The fused choice is that of the logits: the likeliest, or where the number falls in the running sum."""
+        random = np.random.default_rng(len(logits))
+        temperatures = random.choice(np.array([0, 1e-9, 0.3, 1, 30], dtype=np.float32), len(logits))
+        numbers = random.choice([0.0, 0.5, np.nextafter(1.0, 0.0), random.random()], len(logits))
+        tokens = self.stack.choose(temperatures, numbers)
+        for token, row, temperature, number in zip(tokens, logits.astype(float), temperatures, numbers, strict=True):
+            if temperature <= 1e-6:
+                assert token == row.argmax()
+                continue
+            weights = np.exp((row - row.max()) / temperature)
+            edges = weights.cumsum() / weights.sum()
+            assert edges[token] - weights[token] / weights.sum() - 1e-5 <= number <= edges[token] + 1e-5
+        assert (self.stack.choose(np.zeros_like(temperatures), numbers) == logits.argmax(1)).all()
 
     def blocks_for(self, tokens: int, first: int) -> list[int]:
         return list(range(first, first + -(-tokens // self.block_size)))

@@ -1,0 +1,64 @@
+"""The pages of a cache are there before they are used, and none far beyond."""
+
+import mmap
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.model.fused import lazy_zeros
+from engine.worker.paging import HUGE_PAGE, PageSupply
+
+REGIONS, BLOCKS, BLOCK_BYTES = 6, 4096, 16 << 10
+
+
+def resident(memory: np.ndarray) -> int:
+    """Bytes of it that take memory."""
+    start = memory.ctypes.data
+    for entry in Path("/proc/self/smaps").read_text().split("VmFlags")[:-1]:
+        bounds = re.search(r"^([0-9a-f]+)-([0-9a-f]+) ", entry, re.MULTILINE)
+        assert bounds is not None
+        if int(bounds[1], 16) <= start < int(bounds[2], 16):
+            found = re.search(r"^Rss:\s+(\d+) kB", entry, re.MULTILINE)
+            assert found is not None
+            return int(found[1]) << 10
+    raise AssertionError("it is mapped nowhere")
+
+
+def wait_for(supply: PageSupply, blocks: int) -> None:
+    end = time.monotonic() + 20
+    while supply.supplied < blocks and time.monotonic() < end:
+        time.sleep(0.01)
+    assert supply.supplied >= blocks
+
+
+@pytest.fixture
+def memory() -> np.ndarray:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("the system has no large pages")
+    return lazy_zeros(REGIONS * BLOCKS * BLOCK_BYTES)
+
+
+def test_pages_go_ahead_of_the_highest_block(memory: np.ndarray) -> None:
+    memory[5] = 7
+    supply = PageSupply(memory, memory.ctypes.data, REGIONS, BLOCKS * BLOCK_BYTES, BLOCK_BYTES)
+    try:
+        a_page = HUGE_PAGE // BLOCK_BYTES
+        wait_for(supply, a_page)
+        most = 2 * a_page
+        for block in (0, a_page, 3 * a_page, 2 * a_page):
+            supply.reach(block)
+            most = max(most, block + 2 * a_page)
+            wait_for(supply, block + a_page)
+            assert supply.supplied <= most
+            # Each region's begin and end may lie within a page.
+            assert resident(memory) <= REGIONS * (most * BLOCK_BYTES + 2 * HUGE_PAGE)
+        supply.reach(BLOCKS - 1)
+        wait_for(supply, BLOCKS)
+        assert resident(memory) >= REGIONS * BLOCKS * BLOCK_BYTES
+        assert memory[5] == 7
+        assert not memory[6:].any()
+    finally:
+        supply.close()
