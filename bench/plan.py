@@ -106,7 +106,7 @@ class Planner:
 
     def _confirmation(self, rate: float, latency_s: float) -> float:
         """Least time to keep for confirming, so that a search which runs out of time still ends with an answer."""
-        return self._least(rate, latency_s) + self._around(latency_s)
+        return (self.window_s or self._least(rate, latency_s)) + self._around(latency_s)
 
     def _fit(self, rate: float, latency_s: float, left_s: float, points: int, wanted_s: float) -> Lengths | None:
         around = self._around(latency_s)

@@ -31,6 +31,9 @@ SUMMARY_FILE = "summary.json"
 REQUESTS_FOLDER = "requests"
 METRICS_FOLDER = "metrics"
 
+# Student's t for 95 %, by degrees of freedom: the interval of a mean of few runs.
+STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
 
 @dataclass(slots=True)
 class RequestRow:

@@ -92,7 +92,8 @@ def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -
             run.answer = answer
             if options.ladder:
                 run.ladder(options.ladder_rates)
-    return run.answer if any(r.valid and r.phase != "probe" for r in run.rows) else None
+    new = [r for r in run.rows if r.phase != "probe" and (options.rates is None or r.repeat >= options.turn)]
+    return run.answer if any(r.valid for r in new) else None
 
 
 def measure_ladder(subject: Subject, finished: Sequence[PointRow] = ()) -> list[PointRow]:

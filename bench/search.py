@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bench.criteria import binding_of_search
-from bench.results import Answer, Phase, PointRow
+from bench.results import STUDENT_T, Answer, Phase, PointRow
 
 _MOST_DOUBLINGS = 20
 _MOST_HALVINGS = 6
@@ -20,8 +20,6 @@ _MOST_CHALLENGES = 4
 _MOST_POINTS = 60
 _HOPELESS = 5.0  # x the noise of a backlog: a growth that only overload explains
 CONFIRMATION_RUNS = 3  # of the answer, as time allows: their spread is its interval
-# Student's t for 95 %, by degrees of freedom: the interval of a mean of so few runs.
-_STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +115,12 @@ class _Bracket:
     def beyond_doubt(self, rate: float) -> bool:
         """Whether a rate failed more than once, or so that no slow moment of the machine can have been the cause."""
         runs = [r for r in self.rows if r.rate == rate and r.sustained is False]
-        return len(runs) > 1 or any(_plain(r, _HOPELESS) for r in runs)
+        return len(runs) != 1 or _plain(runs[0], _HOPELESS)  # none: only the client could go no further
 
     def low_holds(self) -> bool:
-        """Whether the lower end was confirmed."""
-        return any(r.phase == "confirm" and r.sustained and r.rate == self.low for r in self.rows)
+        """Whether the lower end was confirmed: by a run of that kind, or by a second one with requests of its own."""
+        runs = [r for r in self.rows if r.sustained and r.rate == self.low]
+        return len(runs) > 1 or any(r.phase == "confirm" for r in runs)
 
     def confirmations(self) -> list[PointRow]:
         """Confirmation runs of the lower end that were long enough to count, whatever they said."""
@@ -226,7 +225,7 @@ def _challenge(b: _Bracket) -> None:
     """Run the upper end again: a slow moment of the machine may have made it; where it falls, search on above it."""
     for _ in range(_MOST_CHALLENGES):
         high = b.high
-        if high is None or not b.low_holds() or b.beyond_doubt(high):
+        if high is None or not b.low_holds() or b.beyond_doubt(high) or len(b.rows) >= _MOST_POINTS:
             return
         try:
             b.try_rate(high, "search", 1, whole=True)
@@ -293,7 +292,7 @@ def _low_end(rate: float, repeated: list[PointRow], runs: list[PointRow]) -> flo
         return rate * (1 - 1 / math.sqrt(requests))
     done = [r.achieved_rate for r in repeated]
     n = len(done)
-    half = _STUDENT_T.get(n - 1, 2.262) * statistics.stdev(done) / math.sqrt(n)
+    half = STUDENT_T.get(n - 1, 2.262) * statistics.stdev(done) / math.sqrt(n)
     resolution = rate / requests  # a window can't tell less than one request
     return max(0.0, min(rate - resolution, statistics.fmean(done) - half))
 

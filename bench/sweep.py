@@ -120,11 +120,20 @@ class _Sweep:
             ladder = self._ladder_rates(workload)
             for turn in range(workload.options.rounds) if fixed or ladder else ():
                 for configuration in self._plan.configurations:
-                    ready = configuration not in searched or self._answered(configuration, workload)
-                    if ready and self._turns(configuration, workload) == turn:
+                    if self._is_due(configuration, workload, turn, configuration in searched):
                         self._step(configuration, workload, "rates" if fixed else "ladder", ladder)
         self.summary.finished = utc_now()
         self._save()
+
+    def _is_due(self, configuration: Configuration, workload: SweepWorkload, turn: int, searched: bool) -> bool:
+        answered, done = self._answered(configuration, workload), self._turns(configuration, workload)
+        if searched and not answered:
+            return False
+        if workload.options.rates and (answered != bool(done)):
+            done = (
+                0 if not answered else workload.options.rounds
+            )  # ended between two files, or before there were rounds
+        return done == turn
 
     def _step(
         self, configuration: Configuration, workload: SweepWorkload, stage: str, ladder: list[float] | None = None
@@ -184,7 +193,9 @@ class _Sweep:
         # Not the probe: one request alone also warms up the server that has just been started.
         known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
         limit, rounds = workload.options.max_minutes, workload.options.rounds
-        searched = self._state.searched_s.get(_key(configuration, workload), limit * 60) / 60
+        searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
+        if workload.options.search == "first":
+            searched = limit  # that it had a search must not give one of them longer windows
         minutes = max(limit - searched, (1 - _SEARCH_SHARE) * limit) / rounds
         turn = self._turns(configuration, workload)
         options = self._options(workload, minutes, ladder_rates=rates, turn=turn)

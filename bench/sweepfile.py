@@ -288,7 +288,13 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
     if entry.keys() & _ARRIVALS:
         changed.pop("burstiness", None)
         changed["arrivals"] = _arrivals(entry, where)
-    return replace(defaults, **changed)
+    return _checked(replace(defaults, **changed), where)
+
+
+def _checked(options: SweepOptions, where: str) -> SweepOptions:
+    if options.search == "first" and not options.ladder and not options.rates:
+        raise BenchError(f"{where}.search: first needs a ladder, since the others are measured on nothing else")
+    return options
 
 
 def _rates(value: Any, where: str) -> tuple[float, ...]:

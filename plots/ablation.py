@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import matplotlib
@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bench.results import PointRow
+from bench.results import STUDENT_T, PointRow
 from plots.compare import METRICS, Metric, percent, percent_words, points_at_one_rate
-from plots.data import Results, Run, Series, run_facts
+from plots.data import ROUND_PHASES, Results, Run, Series, run_facts
 from plots.style import COLOURS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
 
 _LATENCIES = ("itl_p99", "ttft_p99")
@@ -124,7 +124,7 @@ def _ablation(results: Results, workload: str, series: list[Series]) -> Ablation
         if len(runs) > 1 and rows:
             whole = rows[0].configuration
             behind = dict.fromkeys(_LATENCIES, points) | ({"served": flooded} if overload else {})
-            cells |= {k: _paired(cells[k], k, mine[s.configuration], mine[whole]) for k, mine in behind.items()}
+            cells |= {k: _paired(cells[k], k, mine[s.configuration], mine.get(whole, [])) for k, mine in behind.items()}
         base = base or cells
         rows.append(AblationRow(s.configuration, str(results.details(s.configuration).get("note") or ""), cells))
     columns = (overload or _RATE, *_LATENCY_COLUMNS)
@@ -138,16 +138,19 @@ def _overload(
 
     What they serve of it is what they can take. Returns its column, None where there is no such rate, and its points.
     """
-    tops = {s.configuration: max((d.point for d in s.curve), key=lambda p: p.rate) for s in series if s.curve}
-    rates = {p.rate for p in tops.values()}
-    searched = all(any(p.phase == "search" for p in s.points) for s in series)
-    if searched or len(tops) < len(series) or len(rates) > 1:
+    flooded: dict[str, list[PointRow]] = {}
+    for s in series:
+        measured = [d.point for d in s.curve if d.point.phase in ROUND_PHASES]
+        if measured:
+            flooded[s.configuration] = s.rounds(max(measured, key=lambda p: p.rate))
+    rates = {runs[0].rate for runs in flooded.values()}
+    if all(s.searched for s in series) or len(flooded) < len(series) or len(rates) > 1:
         return None, {}
-    if any(p.sustained or p in points[name] for name, p in tops.items()):
+    if any(2 * sum(bool(p.sustained) for p in runs) >= len(runs) for runs in flooded.values()):
         return None, {}
-    return Metric("served", f"Served of {rates.pop():.3g} req/s", "req/s", True), {
-        s.configuration: s.rounds(tops[s.configuration]) for s in series
-    }
+    if any(runs == points[name] for name, runs in flooded.items()):
+        return None, {}
+    return Metric("served", f"Served of {rates.pop():.3g} req/s", "req/s", True), flooded
 
 
 def _measured(series: Series, runs: list[PointRow], flooded: list[PointRow]) -> dict[str, Measured]:
@@ -173,14 +176,18 @@ def _value(point: PointRow, key: str) -> float:
 
 
 def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]) -> Measured:
-    """Compared round by round, since a machine's speed drifts: the median difference, clear where no round objects."""
+    """Compared round by round, since a machine's speed drifts: the median difference.
+
+    It is clear where the 95 % interval of the rounds' mean (Student's t) doesn't hold zero.
+    """
     theirs = {run.repeat: _value(run, key) for run in base}
     pairs = [(_value(run, key), theirs.get(run.repeat, math.nan)) for run in runs]
     differences = [d for d in (percent(mine, other) for mine, other in pairs if other > 0) if d is not None]
     if not differences:
         return cell
-    agreed = len(differences) > 2 and (min(differences) > 0 or max(differences) < 0)
-    return replace(cell, difference=median(differences), clear=agreed)
+    n = len(differences)
+    clear = n > 2 and abs(fmean(differences)) > STUDENT_T.get(n - 1, STUDENT_T[9]) * stdev(differences) / math.sqrt(n)
+    return replace(cell, difference=median(differences), clear=clear)
 
 
 def _against(cell: Measured, base: Measured | None) -> Measured:
@@ -253,7 +260,7 @@ def _caption(results: Results, ablation: Ablation) -> list[str]:
         rate = "; of a rate the 95 % interval" if _RATE in ablation.columns else ""
         reading += [
             f"{'Latencies: m' if rate else 'M'}edian, lowest and highest of {rounds} rounds in turns{rate}",
-            f"Differences: the median of those from {names[0]} within a round; bold: all rounds say so",
+            f"Differences: the median of those from {names[0]} within a round; bold: 95 % sure not to be zero",
         ]
     else:
         reading += [

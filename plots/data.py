@@ -68,6 +68,11 @@ class Series:
         return bool(point.sustained) and not (point.provisional and high is not None and point.rate >= high)
 
     @property
+    def searched(self) -> bool:
+        """Whether an answer was to be found; else it was measured at given rates, or at those of another."""
+        return any(p.phase in ("search", "confirm") for p in self.points)
+
+    @property
     def measured(self) -> list[PointRow]:
         """All load points; a single request alone is none."""
         return [p for p in self.points if p.phase != "probe"]
@@ -255,7 +260,7 @@ def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
 
 def _middle(group: list[PointRow]) -> PointRow:
     rounds = [p for p in group if p.phase in ROUND_PHASES]
-    group = rounds if len(rounds) > 1 else group
+    group = rounds if len({p.repeat for p in rounds}) > 1 else group
     most = max(p.requests for p in group)
     long = sorted((p for p in group if 2 * p.requests > most), key=lambda p: p.itl_p99_ms)
     return long[(len(long) - 1) // 2]

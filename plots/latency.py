@@ -98,6 +98,13 @@ def caption(results: Results, workload: str) -> list[str]:
     return [*wrapped(run_facts(results, [s.configuration for s in series], samples)), *wrapped(reading)]
 
 
+def answer_words(series: Series) -> str:
+    """What was found for a configuration, in a few words."""
+    if series.answer is None and series.points and not series.searched:
+        return "not searched"
+    return sustained_words(series.answer)
+
+
 def sustained_words(answer: Answer | None) -> str:
     """An answer in the few words a legend has room for."""
     if answer is None:
@@ -157,5 +164,5 @@ def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], 
 
 def _handle(series: Series, look: tuple[str, str]) -> Line2D:
     colour, marker = look
-    label = f"{series.configuration}  ·  {sustained_words(series.answer)}"
+    label = f"{series.configuration}  ·  {answer_words(series)}"
     return Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)

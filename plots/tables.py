@@ -7,7 +7,7 @@ from bench.results import PointRow
 from plots.ablation import Ablation, Measured, ablations
 from plots.compare import Cell, Comparison, Metric, percent_words
 from plots.data import Results
-from plots.latency import sustained_words
+from plots.latency import answer_words
 
 SMALL = 0.5  # percent: below this a difference is neither good nor bad
 
@@ -66,7 +66,7 @@ def answer_lines(results: Results) -> list[str]:
     for workload in results.workloads:
         for series in results.of_workload(workload):
             binding = f"; binding: {series.answer.binding}" if series.answer else ""
-            lines.append(f"{series.configuration} / {workload}: {sustained_words(series.answer)}{binding}")
+            lines.append(f"{series.configuration} / {workload}: {answer_words(series)}{binding}")
     return lines
 
 
@@ -134,7 +134,7 @@ def _ablation_markdown(ablation: Ablation) -> str:
             cells.append(" ".join([number(cell.value), f"**{words}**" if cell.clear else words]).rstrip())
         lines.append(_row([name, *cells]))
     table = "\n".join(lines)
-    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: the 95 % intervals lie apart, or all rounds agree."
+    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: by 95 % intervals more than chance."
 
 
 def _cell_words(cell: Cell) -> str:

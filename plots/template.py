@@ -124,7 +124,7 @@ BODY = """
 {% if ablations %}
 <h2>What each part is worth</h2>
 <p class="hint">Differences are from the first row; those in bold are more than chance: the 95 % intervals lie
-apart, or all rounds agree.</p>
+apart, or that of the rounds' differences doesn't hold zero.</p>
 {% for a in ablations %}
 <h3>{{ a.heading }}</h3>
 <div class="scroll"><table class="sortable">

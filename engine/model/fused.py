@@ -53,11 +53,15 @@ def refusal(model: Any, form: Form, block_size: int) -> str | None:
         return f"--block-size {block_size} is no multiple of {LANES}"
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     width = attention.o_proj.weight.shape[1]
-    sizes = {"hidden size": settings.hidden_size, "MLP": mlp.gate_proj.weight.shape[0], "attention": width}
     step = GROUPS.get(form.weights, LANES)
-    for what, size in sizes.items():
-        if size % step:
-            return f"its {what} of {size} numbers is no multiple of {step}"
+    sizes = {
+        "hidden size": (settings.hidden_size, max(step, GROUPS.get(form.head, LANES))),
+        "MLP": (mlp.gate_proj.weight.shape[0], step),
+        "attention": (width, step),
+    }
+    for what, (size, multiple) in sizes.items():
+        if size % multiple:
+            return f"its {what} of {size} numbers is no multiple of {multiple}"
     if attention.head_dim % LANES:
         return f"its heads of {attention.head_dim} numbers are no multiple of {LANES}"
     if attention.head_dim > MOST_HEAD_DIM or settings.hidden_size > MOST_HIDDEN:

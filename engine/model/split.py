@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.model.facts import ITEMSIZE, ModelFacts, parameter_shapes, read_config
+from engine.model.facts import ModelFacts, parameter_shapes, read_config
 
 # Styles of a module: its output, or its input, is divided; with `_gather` and `_split` only the weights are.
 DIVIDED_OUTPUT = {"colwise", "colwise_gather_output"}
@@ -70,20 +70,22 @@ def plan_split(config: EngineConfig, facts: ModelFacts) -> Split:
         raise ConfigError(f"{refusal}{_dimensions(facts, odd)} don't divide so; {_ways(math.gcd(*lengths))}")
     divided = sum(math.prod(shape) for name, shape in shapes.items() if _is_divided(name, styles))
     whole = sum(map(math.prod, shapes.values())) - divided
-    item = ITEMSIZE[facts.dtype]
+    per_rank = -(-divided // size) + whole
+    each = facts.weight_bytes * per_rank // (divided + whole)
     heads = size if divides_heads else 1
     rank = dataclasses.replace(
         facts,
         num_heads=facts.num_heads // heads,
         num_kv_heads=facts.num_kv_heads // heads,
         intermediate_size=-(-facts.intermediate_size // size),
-        weight_bytes=(-(-divided // size) + whole) * item,
+        weight_bytes=each,
         kv_bytes_per_token=facts.kv_bytes_per_token // heads,
     )
     warnings: tuple[str, ...] = ()
     if not divides_heads:
         warnings = (f"--tp {size}: {facts.architecture} attends undivided: each rank keeps the KV cache of all heads",)
-    return Split(size, styles, divides_heads, rank, (divided + size * whole) * item, warnings)
+    total = facts.weight_bytes * (divided + size * whole) // (divided + whole)
+    return Split(size, styles, divides_heads, rank, total, warnings)
 
 
 def _pattern(path: str) -> "re.Pattern[str]":

@@ -72,7 +72,7 @@ class GenericNetwork:
 
     def logits(self, which: Int64s) -> Tensor:
         assert self._logits is not None
-        return self._logits[torch.from_numpy(which)]
+        return self._logits if len(which) == len(self._logits) else self._logits[torch.from_numpy(which)]
 
     def choose(self, temperatures: NDArray[np.float32], numbers: Float64s) -> Int64s:
         assert self._logits is not None

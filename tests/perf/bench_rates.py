@@ -6,6 +6,7 @@ cpu_peers.py). Needs VLLM_PYTHON; MODEL=… takes another model. Goes on where i
 in results/bench-rates.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -31,6 +32,7 @@ def plan() -> dict[str, Any]:
     assert vllm.server is not None
     variables = [f"{name}={value}" for name, value in vllm.env.items()]
     redline = {
+        "dtype": "bfloat16",
         "max-num-seqs": ROWS,
         "max-model-len": MAX_TOKENS,
         "kv-cache-memory-bytes": KV_GB << 30,
@@ -42,7 +44,11 @@ def plan() -> dict[str, Any]:
         "model": str(model),
         "configurations": {
             "redline": {"serve": redline},
-            "vllm": {"command": shlex.join(["env", *variables, *vllm.server]), "note": "compiled, both cores"},
+            "vllm": {
+                "command": shlex.join(["env", *variables, *vllm.server]),
+                "vocab_size": json.loads((model / "config.json").read_text())["vocab_size"],
+                "note": "compiled, both cores",
+            },
         },
         "workloads": [
             {"kind": "random", "input": given // SHORTER, "output": made // SHORTER} for given, made in LENGTHS

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "batch.h"
+#include "buffer.h"
 #include "micro.h"
 #include "team.h"
 
@@ -47,8 +48,8 @@ template <class T> class Attention {
     // What is to be done in a step. Where that is little, but reaches far back, threads take parts of a context each.
     struct Plan {
         std::vector<Queries> tiles;
-        int parts = 1;           // that the longest context is shared out in
-        std::vector<Sums> sums;  // [work, parts], where there are several
+        int parts = 1;      // that the longest context is shared out in
+        Buffer<Sums> sums;  // [work, parts], where there are several
     };
 
     Attention(const Shape& shape, const Ragged& batch) : shape_(shape), batch_(batch) {}
@@ -66,8 +67,8 @@ template <class T> class Attention {
                 longest = std::max(longest, batch.computed[i] + done + count);
             }
         const long work = long(plan.tiles.size()) * shape.kv_heads * folds(shape);
-        plan.parts = work < 4 * threads ? int(ceil_div(longest, PART)) : 1;
-        if (plan.parts > 1) plan.sums.resize(work * plan.parts);
+        plan.parts = threads > 1 && work < 4 * threads ? int(ceil_div(longest, PART)) : 1;
+        if (plan.parts > 1) plan.sums.take(work * plan.parts);
     }
 
     // One op: all threads of the team call it.
@@ -158,15 +159,15 @@ template <class T> class Attention {
             if (part < begin(layer, work.tile) / PART || part * PART >= work.end()) continue;
             Left left;
             gather(layer, work, left);
-            sum_up(layer, work, left, part, plan.sums[task]);
+            sum_up(layer, work, left, part, plan.sums.get()[task]);
         }
         team.barrier();
         for (long number; (number = team.next()) < count;) {
             const Work work = work_of(plan.tiles, number);
             const int first = begin(layer, work.tile) / PART;
-            Sums& sums = plan.sums[number * plan.parts + first];
+            Sums& sums = plan.sums.get()[number * plan.parts + first];
             for (int part = first + 1; part * PART < work.end(); part++)
-                merge(sums, plan.sums[number * plan.parts + part], work.rows());
+                merge(sums, plan.sums.get()[number * plan.parts + part], work.rows());
             write(layer, work, sums);
         }
     }

@@ -110,15 +110,16 @@ template <class H> class Head {
             for (int i = 0; i < count; i++) total += shares[p + i] = share[i];
         }
         const double target = numbers_[s] * total;
-        double before = 0;
+        double before = 0, start = 0;
         long pair = 0;
         for (long p = 0; p < pairs_; p++) {  // rounding must not lead past the last one that can be drawn
             if (shares[p] == 0) continue;
             pair = p;
-            if (before + shares[p] > target) break;
+            start = before;
             before += shares[p];
+            if (before > target) break;
         }
-        return in_pair(s, pair, target - before, top);
+        return in_pair(s, pair, target - start, top);
     }
 
     int32_t in_pair(long s, long pair, double target, float top) const {

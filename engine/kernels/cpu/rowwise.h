@@ -98,6 +98,19 @@ template <class T> INLINE void write_key(const float* head, const Shape& shape, 
     for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT) ^ flip;
 }
 
+// Values behind a row's end are mixed in with a share of zero: what another row left there must not be infinite.
+template <class T> INLINE void clear_values(const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
+    if constexpr (!T::QUANTISED) {
+        const long panel = long(shape.block_size) * LANES;
+        uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+        for (int offset = slot.offset + 1; offset % LANES; offset++) {
+            auto at = reinterpret_cast<typename T::Element*>(block);
+            at += offset / T::PER_UNIT * T::PER_UNIT * LANES + offset % T::PER_UNIT;
+            for (int d = 0; d < shape.head_dim; d++) at[d / LANES * panel + d % LANES * T::PER_UNIT] = 0;
+        }
+    }
+}
+
 template <class T> INLINE void write_value(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
     typename T::Element row[MOST_DIM];
     const long units = shape.head_dim / T::PER_UNIT, panel = long(shape.block_size) * LANES;

@@ -203,7 +203,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     void embed(int thread) {
         typedef typename T::Plain Plain;
         const auto table = static_cast<const typename Plain::Element*>(spec_.embedding);
-        for (long t; (t = team_.next()) < tokens();) {
+        team_.each(tokens(), [&](long t) {
             const auto row = table + long(step_->ids[t]) * spec_.hidden;
             for (int i = 0; i < spec_.hidden; i += LANES) store(x_.get() + t * spec_.hidden + i, Plain::widen(row + i));
             const int half = spec_.head_dim / 2;
@@ -212,20 +212,20 @@ template <class W, class H, class T> class Stack : public AnyStack {
                 cosine_.get()[t * half + i] = std::cos(angle) * spec_.rotary_scaling;
                 sine_.get()[t * half + i] = std::sin(angle) * spec_.rotary_scaling;
             }
-        }
+        });
         done(EMBED, thread);
     }
 
     // `before`: there was a part before that left its sum in `partial`.
     void normalise_all(const float* weight, int thread, bool before) {
         const int size = spec_.hidden;
-        for (long t; (t = team_.next()) < tokens();) {
+        team_.each(tokens(), [&](long t) {
             float* row = x_.get() + t * size;
             if (spec_.partial && before)
                 for (int i = 0; i < size; i += LANES)
                     store(row + i, load<f32x16>(row + i) + load<f32x16>(partial_.get() + t * size + i));
             normalise_row(row, weight, left_, t);
-        }
+        });
         done(NORM, thread);
     }
 
@@ -238,7 +238,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     // Queries, keys and values of each token: norms of heads, positions, and the way into the cache.
     void place(const Layer& layer) {
         const int dim = spec_.head_dim, half = dim / 2;
-        for (long t; (t = team_.next()) < tokens();) {
+        team_.each(tokens(), [&](long t) {
             float* head = wide_.get() + t * qkv_width();
             const float *cosine = cosine_.get() + t * half, *sine = sine_.get() + t * half;
             const int position = step_->positions[t];
@@ -255,8 +255,12 @@ template <class W, class H, class T> class Stack : public AnyStack {
                 else
                     write_key<T>(head, shape_, h - spec_.heads, slot, layer.keys);
             }
-            for (int h = 0; h < spec_.kv_heads; h++, head += dim) write_value<T>(head, shape_, h, slot, layer.values);
-        }
+            const bool last = position + 1 == step_->batch.computed[row] + step_->batch.counts[row];
+            for (int h = 0; h < spec_.kv_heads; h++, head += dim) {
+                write_value<T>(head, shape_, h, slot, layer.values);
+                if (last) clear_values<T>(shape_, h, slot, layer.values);
+            }
+        });
     }
 
     void put_query(const float* head, long token, int number) {
@@ -270,7 +274,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     // `wide`, [tokens, size], in the format of a left side.
     void encode_all(int size, int thread) {
-        for (long t; (t = team_.next()) < tokens();) left_.set(t, wide_.get() + t * size, size);
+        team_.each(tokens(), [&](long t) { left_.set(t, wide_.get() + t * size, size); });
         done(ENCODE, thread);
     }
 

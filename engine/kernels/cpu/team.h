@@ -54,7 +54,15 @@ class Team {
     // The next task of the op, counted from 0 for all threads together.
     long next() { return dealt_.fetch_add(1, std::memory_order_relaxed); }
 
+    // One op of `count` small tasks of about the same size, dealt out a few at a time: dealing costs a trip between cores.
+    template <class Task> void each(long count, const Task& task) {
+        const long some = count / (SHARES * size_) + 1;
+        for (long begin; (begin = some * next()) < count;)
+            for (long i = begin; i < begin + some && i < count; i++) task(i);
+    }
+
   private:
+    static constexpr int SHARES = 4;  // of each thread in an op of small tasks
     static constexpr int SPINS = 4000;  // pauses of about 10 to 40 ns
 
     static void wait_beyond(std::atomic<uint32_t>& value, uint32_t old) {

@@ -25,6 +25,8 @@ struct alignas(64) TileShapes {
     }
 };
 
+static_assert(sizeof(TileShapes) == 64);
+
 #if defined(TILES_IN_SOFTWARE)
 
 struct SoftwareTiles {
@@ -72,7 +74,8 @@ inline thread_local SoftwareTiles software_tiles;
 #elif defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
 #define TILES
-#define TILE_SHAPE(shapes) _tile_loadconfig(&shapes)
+// Not _tile_loadconfig: some compilers' takes 8 bytes for what it reads, and lets the others never reach memory.
+#define TILE_SHAPE(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory")
 #define TILE_RELEASE() _tile_release()
 #define TILE_ZERO(tile) _tile_zero(tile)
 #define TILE_LOAD(tile, from, apart) _tile_loadd(tile, from, apart)

@@ -1,7 +1,9 @@
 """The fused stack against the generic path over random shapes, and against itself over random schedules."""
 
+import ctypes
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,19 @@ from engine.model.fused import Form
 from engine.model.packing import GROUPS, quantise
 from tests.perf.cpu_stack import batch_of
 
-# AMX's tiles in plain C++: what is built on them is tested wherever there is a compiler.
-if build.levels():
-    flags, needs = build.LEVELS[next(level for level in build.levels() if level != "amx")]
-    build.LEVELS["amx-in-software"] = ((*flags, "-DTILES_IN_SOFTWARE"), needs)
-LEVELS = build.levels()
+SOFTWARE = "amx-in-software"
+LEVELS = [*build.levels(), SOFTWARE] if build.levels() else []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def software_tiles() -> Iterator[None]:
+    """AMX's tiles in plain C++: what is built on them is tested wherever there is a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        flags, needs = build.LEVELS[next(level for level in build.levels() if level != "amx")]
+        patch.setitem(build.LEVELS, SOFTWARE, ((*flags, "-DTILES_IN_SOFTWARE"), needs))
+        yield
+
+
 BLOCKS = 24
 THREADS = 2
 
@@ -104,10 +114,10 @@ class Served:
         numbers = random.choice([0.0, 0.5, np.nextafter(1.0, 0.0), random.random()], len(logits))
         tokens = self.stack.choose(temperatures, numbers)
         for token, row, temperature, number in zip(tokens, logits.astype(float), temperatures, numbers, strict=True):
-            if temperature <= 1e-6:
+            if temperature == 0:
                 assert token == row.argmax()
                 continue
-            weights = np.exp((row - row.max()) / temperature)
+            weights = np.exp((row - row.max()) / max(temperature, 1e-6))
             edges = weights.cumsum() / weights.sum()
             assert edges[token] - weights[token] / weights.sum() - 1e-5 <= number <= edges[token] + 1e-5
         assert (self.stack.choose(np.zeros_like(temperatures), numbers) == logits.argmax(1)).all()
@@ -198,3 +208,24 @@ def test_quantised_stacks_compute_what_their_weights_say(level: str, form: str, 
     found = served.run([(ids, 0, served.blocks_for(200, 1))], every=True)
     error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
     assert error < most
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_what_another_row_left_in_a_block_does_no_harm(level: str, form: str) -> None:
+    """Values of infinity behind a row's end: a share of zero would make them no numbers."""
+    ids = np.random.default_rng(4).integers(0, 100, 37)
+    served = long_lived(level, form)
+    blocks = served.blocks_for(37, 250)
+    clean = served.run([(ids, 0, blocks)])[0]
+    spec = served.stack._spec
+    itemsize = 4 if form == "float32" else 2
+    region = spec.layer[0].values - spec.layer[0].keys
+    for layer in range(spec.layers):
+        cache = np.ctypeslib.as_array((ctypes.c_uint8 * region).from_address(spec.layer[layer].values))
+        numbers = cache.view(np.uint32 if itemsize == 4 else np.uint16).reshape(300, -1)
+        numbers[blocks] = 0x7F800000 if itemsize == 4 else 0x7F80
+    assert (served.run([(ids, 0, blocks)])[0] == clean).all()
+    for end in (20, 30):  # in chunks, of which the first ones end before the last of the infinities
+        served.run([(ids[:end], 0, blocks)])
+    assert (served.run([(ids[30:], 30, blocks)])[0] == clean).all()
