@@ -14,7 +14,11 @@ from engine.model.facts import ITEMSIZE, ModelFacts
 from engine.model.split import plan_split
 
 ROWS = 128
-BUDGET = 512
+# A prompt is computed as fast in chunks of 128 tokens as in larger ones (2 cores: 3.7 k tokens/s against 3.2 k at 512),
+# and streams wait a quarter as long for it; however many rows decode, a chunk gets at least CHUNK.
+BUDGET = 128
+CHUNK = 64
+WHOLE_PROMPTS = 512  # at least, of a step without chunking
 BLOCK_SIZE = 32
 UTILIZATION = 0.5  # of available memory: the CPU's memory is everyone's
 MODEL_ROWS_IN_FLOAT = 32  # the sampler's slice
@@ -130,8 +134,8 @@ def _rows_and_budget(config: EngineConfig, facts: ModelFacts) -> tuple[int, int]
                 f"without chunking a step must hold a whole prompt: --max-num-batched-tokens ({budget}) must not be "
                 f"below --max-model-len ({facts.max_model_len})"
             )
-        return rows, budget or max(BUDGET, rows, facts.max_model_len)
-    return rows, budget or max(BUDGET, rows)
+        return rows, budget or max(WHOLE_PROMPTS, rows, facts.max_model_len)
+    return rows, budget or max(BUDGET, rows + CHUNK)
 
 
 def _workspace(facts: ModelFacts, rows: int, budget: int, block_size: int) -> int:

@@ -69,7 +69,7 @@ def latency_figure(results: Results, workload: str) -> Figure:
         figure = Figure(figsize=(WIDTH_IN, height))
         both = figure.subplots(1, 2)
         figure.subplots_adjust(
-            left=0.078, right=0.985, top=1 - (head + 0.24) / height, bottom=foot / height, wspace=0.21
+            left=0.09, right=0.985, top=1 - (head + 0.24) / height, bottom=foot / height, wspace=0.235
         )
         for axes, panel in zip(both, PANELS, strict=True):
             _draw_panel(axes, panel, series, looks)
