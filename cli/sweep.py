@@ -119,7 +119,8 @@ def _how(workload: "SweepWorkload") -> str:
         return f"{', '.join(f'{rate:g}' for rate in options.rates)} req/s{rounds}"
     ladder = ", then the ladder that all configurations share" if options.ladder else ""
     if isinstance(options.ladder, tuple):
-        ladder = f", then {', '.join(f'{share:g}' for share in options.ladder)} × the lowest rate found"
+        found = "the rate found" if options.search == "first" else "the lowest rate found"
+        ladder = f", then {', '.join(f'{share:g}' for share in options.ladder)} × {found}"
     if ladder and options.rounds > 1:
         ladder += f" in {options.rounds} rounds"
     first = " on the first configuration" if options.search == "first" else ""
