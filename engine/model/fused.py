@@ -149,7 +149,8 @@ def make_spec(model: Any, form: Form, num_blocks: int, block_size: int, *, parti
         for parameter in layer.parameters():  # they are packed: nobody holds them twice
             parameter.data = parameter.new_empty(0)
     rotary = inner.rotary_emb
-    embedding = inner.embed_tokens.weight.detach().to(DTYPES[form.dtype]).contiguous()
+    # A copy: a view of the checkpoint would keep all of its pages in memory.
+    embedding = packer.arena.copy(inner.embed_tokens.weight.detach().to(DTYPES[form.dtype]))
     packer.kept += (layers, embedding)
     spec = Spec(
         hidden=settings.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,

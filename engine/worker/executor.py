@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import cores
 from engine.model.facts import ModelFacts
-from engine.worker.threads import limit_libraries
+from engine.worker.threads import limit_libraries, stay
 
 if TYPE_CHECKING:
     from engine.worker.runner import Runner
@@ -55,6 +55,7 @@ class InProcessExecutor:
         loaded = time.perf_counter()
         runner, built = build_runner(config, facts, resolved, model)
         self.kernels, self.warnings = built.kernels, built.warnings
+        stay(built.cores)
         self.seconds = {
             "import torch": imported - began,
             "load weights": loaded - imported,

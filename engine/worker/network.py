@@ -26,6 +26,7 @@ from engine.model.shard import Group
 from engine.worker.paging import PageSupply
 from engine.worker.rows import Int64s, StepBatch
 from engine.worker.sampler import SLICE, Float64s, pick, weigh
+from engine.worker.threads import places
 
 
 class Network(Protocol):
@@ -131,6 +132,7 @@ class Built:
     network: Network
     kernels: str
     warnings: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()  # where the threads of the rank stay, this one on the first
 
 
 def build_network(
@@ -151,11 +153,12 @@ def build_network(
             partial = group is not None
             spec, kept = fused.make_spec(model, form, resolved.num_blocks, resolved.block_size, partial=partial)
             threads = threads_per_rank(config.tensor_parallel_size)
-            stack = Stack(spec, form.weights, form.cache, threads, level, kept)
+            cores = places(threads, group.rank if group else 0, config.tensor_parallel_size)
+            stack = Stack(spec, form.weights, form.cache, threads, level, kept, cores)
             first = spec.layer[0]
             region = first.values - first.keys
             pages = PageSupply(kept, first.keys, 2 * spec.layers, region, region // resolved.num_blocks)
-            return Built(FusedNetwork(stack, spec.vocabulary, group, pages), f"{level}, fused stack")
+            return Built(FusedNetwork(stack, spec.vocabulary, group, pages), f"{level}, fused stack", cores=cores)
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the CPU's own kernels: {why}")

@@ -21,7 +21,7 @@ from engine.errors import EngineDeadError, RedlineError
 from engine.memory import threads_per_rank
 from engine.model.facts import ModelFacts
 from engine.model.split import plan_split
-from engine.worker.threads import limit_libraries
+from engine.worker.threads import limit_libraries, stay
 from engine.worker.wire import Failed, Kind, Orders, PeerLostError, Up, read_sample, receive, send
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def build(orders: Orders) -> "tuple[Runner, Up]":
     check(model, config, split.rank)
     joined = time.perf_counter()
     runner, built = build_runner(config, split.rank, resolved, model, group)
+    stay(built.cores)
     seconds = {
         "import torch": imported - began,
         "load weights": loaded - imported,

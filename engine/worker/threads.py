@@ -7,6 +7,27 @@ SPINS = "10000"
 KERNELS_KEPT = "128"
 
 
+def places(threads: int, rank: int, ranks: int) -> tuple[int, ...]:
+    """Cores for the threads of a rank, where all ranks together use every core that they may; else none are named.
+
+    Threads that wait for each other 300 times a step must not share a core: the system puts them there now and then,
+    next to whoever woke them, and a step then takes twice as long.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    usable = sorted(os.sched_getaffinity(0))
+    return tuple(usable[rank * threads : (rank + 1) * threads]) if threads * ranks == len(usable) else ()
+
+
+def stay(cores: tuple[int, ...]) -> None:
+    """Keep this thread on the first of its rank's cores; torch's threads, made before, go anywhere."""
+    import torch
+
+    if cores:
+        torch.ones(1 << 18).exp_()  # makes them: threads begin where the one that makes them is kept
+        os.sched_setaffinity(0, {cores[0]})
+
+
 def limit_libraries() -> None:
     """Let idle compute threads sleep soon, and bound the kernels that oneDNN keeps; a value the user set stays.
 

@@ -51,12 +51,16 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 
 
 def test_the_start_table_says_what_was_resolved(served: Served, model: str):
+    end = time.monotonic() + 10
+    listening = f"listening on {served.url}"
+    while listening not in served.output().splitlines() and time.monotonic() < end:
+        time.sleep(0.05)  # it answers a moment before it says so
     lines = served.output().splitlines()
     shown = "\n".join(lines)
     assert model in shown
     for words in ("cpu", "float32", "--kv-cache-memory-bytes", "1,024 tokens", "--max-num-seqs", "at once"):
         assert words in shown
-    assert f"listening on {served.url}" in lines
+    assert listening in lines
     assert "note: --limit-mm-per-prompt" in shown
     assert "warning: " in shown, "the missing tokenizer"
 

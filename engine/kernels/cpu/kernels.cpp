@@ -6,14 +6,14 @@ enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
 
 extern "C" {
 
-AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads) {
-    if (weights == FLOAT32 && cache == FLOAT32) return new Stack<F32, F32, F32>(*spec, threads);
-    if (weights == BFLOAT16 && cache == BFLOAT16) return new Stack<BF16, BF16, BF16>(*spec, threads);
-    if (weights == BFLOAT16 && cache == INT8) return new Stack<BF16, BF16, C8>(*spec, threads);
-    if (weights == INT8 && cache == INT8) return new Stack<I8, I8, C8>(*spec, threads);
-    if (weights == INT4 && cache == INT8) return new Stack<I4, I8, C8>(*spec, threads);
-    if (weights == INT8 && cache == BFLOAT16) return new Stack<I8, I8, BF16>(*spec, threads);
-    if (weights == INT4 && cache == BFLOAT16) return new Stack<I4, I8, BF16>(*spec, threads);
+AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads, const int32_t* cores) {
+    if (weights == FLOAT32 && cache == FLOAT32) return new Stack<F32, F32, F32>(*spec, threads, cores);
+    if (weights == BFLOAT16 && cache == BFLOAT16) return new Stack<BF16, BF16, BF16>(*spec, threads, cores);
+    if (weights == BFLOAT16 && cache == INT8) return new Stack<BF16, BF16, C8>(*spec, threads, cores);
+    if (weights == INT8 && cache == INT8) return new Stack<I8, I8, C8>(*spec, threads, cores);
+    if (weights == INT4 && cache == INT8) return new Stack<I4, I8, C8>(*spec, threads, cores);
+    if (weights == INT8 && cache == BFLOAT16) return new Stack<I8, I8, BF16>(*spec, threads, cores);
+    if (weights == INT4 && cache == BFLOAT16) return new Stack<I4, I8, BF16>(*spec, threads, cores);
     return nullptr;
 }
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import weakref
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def load(level: str) -> ctypes.CDLL:
     """The functions of a level of build.LEVELS; raises BuildError."""
     functions = ctypes.CDLL(str(build.library(level)))
     functions.redline_stack.restype = c_void_p
-    functions.redline_stack.argtypes = (POINTER(Spec), c_int, c_int, c_int)
+    functions.redline_stack.argtypes = (POINTER(Spec), c_int, c_int, c_int, c_void_p)
     functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
     functions.redline_logits.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
     functions.redline_choose.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
@@ -106,13 +107,21 @@ def load(level: str) -> ctypes.CDLL:
 
 
 class Stack:
-    """A decoder in C++. `keep` are the arrays that `spec` points to: they live as long as it does."""
+    """A decoder in C++. `keep` are the arrays that `spec` points to: they live as long as it does.
 
-    def __init__(self, spec: Spec, weights: str, cache: str, threads: int, level: str, keep: Any):
+    cores: where its threads stay, one for each of them, of which the first is the caller's; empty: anywhere.
+    """
+
+    def __init__(
+        self, spec: Spec, weights: str, cache: str, threads: int, level: str, keep: Any, cores: Sequence[int] = ()
+    ):
         self._functions = load(level)
         self._keep = (spec, keep)
         self._spec = spec
-        self._stack = self._functions.redline_stack(spec, FORMATS[weights], FORMATS[cache], threads)
+        places = np.array(cores, dtype=np.int32)
+        assert len(cores) in (0, threads)
+        where = places.ctypes.data if len(cores) else None
+        self._stack = self._functions.redline_stack(spec, FORMATS[weights], FORMATS[cache], threads, where)
         if self._stack is None:
             raise ValueError(f"no kernels for {weights} weights and a cache in {cache}")
         self._free = weakref.finalize(self, self._functions.redline_free, self._stack)

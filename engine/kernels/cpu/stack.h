@@ -70,8 +70,8 @@ class AnyStack {
 // Formats of the layers' weights, of the head's, and of queries, keys and values.
 template <class W, class H, class T> class Stack : public AnyStack {
   public:
-    Stack(const Spec& spec, int threads)
-        : spec_(spec), layers_(spec.layer, spec.layer + spec.layers), team_(threads),
+    Stack(const Spec& spec, int threads, const int32_t* cores)
+        : spec_(spec), layers_(spec.layer, spec.layer + spec.layers), team_(threads, cores),
           shape_{spec.heads, spec.kv_heads, spec.head_dim, spec.block_size, spec.scaling}, head_(spec.head) {}
 
     void run(const Step& step, int first, int last) override {

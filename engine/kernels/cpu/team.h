@@ -4,6 +4,9 @@
 // that closely; no longer, since others may need the core.
 #pragma once
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -12,8 +15,12 @@
 
 class Team {
   public:
-    explicit Team(int size) : size_(size) {
-        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+    // cores: where its threads stay, [size], null: wherever the system puts them. The first one is the caller's business.
+    Team(int size, const int32_t* cores) : size_(size) {
+        for (int i = 1; i < size; i++) {
+            threads_.emplace_back([this, i] { serve(i); });
+            if (cores) keep(threads_.back(), cores[i]);
+        }
     }
 
     ~Team() {
@@ -64,6 +71,13 @@ class Team {
   private:
     static constexpr int SHARES = 4;  // of each thread in an op of small tasks
     static constexpr int SPINS = 4000;  // pauses of about 10 to 40 ns
+
+    static void keep(std::thread& thread, int core) {
+        cpu_set_t only;
+        CPU_ZERO(&only);
+        CPU_SET(core, &only);
+        pthread_setaffinity_np(thread.native_handle(), sizeof only, &only);  // where it can't be, it stays anywhere
+    }
 
     static void wait_beyond(std::atomic<uint32_t>& value, uint32_t old) {
         for (int i = 0; i < SPINS; i++) {
