@@ -10,9 +10,11 @@ results/NAME/
 import csv
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,8 +33,14 @@ SUMMARY_FILE = "summary.json"
 REQUESTS_FOLDER = "requests"
 METRICS_FOLDER = "metrics"
 
-# Student's t for 95 %, by degrees of freedom: the interval of a mean of few runs.
-STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# Student's t for 95 %, by degrees of freedom.
+_STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean of a few runs, at least three (Student's t)."""
+    n = len(values)
+    return _STUDENT_T.get(n - 1, _STUDENT_T[9]) * statistics.stdev(values) / math.sqrt(n)
 
 
 @dataclass(slots=True)

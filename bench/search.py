@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bench.criteria import binding_of_search
-from bench.results import STUDENT_T, Answer, Phase, PointRow
+from bench.results import Answer, Phase, PointRow, half_interval
 
 _MOST_DOUBLINGS = 20
 _MOST_HALVINGS = 6
@@ -291,10 +291,8 @@ def _low_end(rate: float, repeated: list[PointRow], runs: list[PointRow]) -> flo
     if len(repeated) < CONFIRMATION_RUNS:
         return rate * (1 - 1 / math.sqrt(requests))
     done = [r.achieved_rate for r in repeated]
-    n = len(done)
-    half = STUDENT_T.get(n - 1, 2.262) * statistics.stdev(done) / math.sqrt(n)
     resolution = rate / requests  # a window can't tell less than one request
-    return max(0.0, min(rate - resolution, statistics.fmean(done) - half))
+    return max(0.0, min(rate - resolution, statistics.fmean(done) - half_interval(done)))
 
 
 def answer_of_rates(rows: list[PointRow], configuration: str, workload: str) -> Answer:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bench.results import STUDENT_T, PointRow
+from bench.results import PointRow, half_interval
 from plots.compare import METRICS, Metric, percent, percent_words, points_at_one_rate
 from plots.data import ROUND_PHASES, Results, Run, Series, run_facts
 from plots.style import COLOURS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
@@ -185,8 +185,7 @@ def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]
     differences = [d for d in (percent(mine, other) for mine, other in pairs if other > 0) if d is not None]
     if not differences:
         return cell
-    n = len(differences)
-    clear = n > 2 and abs(fmean(differences)) > STUDENT_T.get(n - 1, STUDENT_T[9]) * stdev(differences) / math.sqrt(n)
+    clear = len(differences) > 2 and abs(fmean(differences)) > half_interval(differences)
     return replace(cell, difference=median(differences), clear=clear)
 
 

@@ -73,6 +73,11 @@ class Series:
         return any(p.phase in ("search", "confirm") for p in self.points)
 
     @property
+    def unsearched(self) -> bool:
+        """Whether there is no answer because none was to be found."""
+        return self.answer is None and bool(self.points) and not self.searched
+
+    @property
     def measured(self) -> list[PointRow]:
         """All load points; a single request alone is none."""
         return [p for p in self.points if p.phase != "probe"]

@@ -100,9 +100,7 @@ def caption(results: Results, workload: str) -> list[str]:
 
 def answer_words(series: Series) -> str:
     """What was found for a configuration, in a few words."""
-    if series.answer is None and series.points and not series.searched:
-        return "not searched"
-    return sustained_words(series.answer)
+    return "not searched" if series.unsearched else sustained_words(series.answer)
 
 
 def sustained_words(answer: Answer | None) -> str:

@@ -92,7 +92,7 @@ def _answers(results: Results, colours: dict[str, str]) -> list[tuple[str, list[
 def _card(series: Series, colour: str) -> dict[str, str]:
     card = {"configuration": series.configuration, "colour": colour, "rate": "–", "note": ""}
     answer = series.answer
-    if answer is None and series.points and not series.searched:
+    if series.unsearched:
         return card | {"detail": "not searched: measured at the rates of another"}
     if answer is None:
         return card | {"detail": "no answer: the measurement did not come to its end"}

@@ -12,7 +12,8 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-HUGE_PAGE = 2 << 20
+from engine.model.fused import HUGE_PAGE
+
 _POPULATE_WRITE = 23  # of madvise, since Linux 5.14: as if each page were written to
 
 

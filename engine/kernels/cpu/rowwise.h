@@ -98,28 +98,37 @@ template <class T> INLINE void write_key(const float* head, const Shape& shape, 
     for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT) ^ flip;
 }
 
+// Number 0 of a token's value; see value_number for the others.
+template <class T>
+INLINE typename T::Element* value_of(const Shape& shape, int kv_head, long block, int offset, uint32_t* cache) {
+    uint32_t* words = cache + (block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+    const int first = offset / T::PER_UNIT * T::PER_UNIT * LANES + offset % T::PER_UNIT;
+    return reinterpret_cast<typename T::Element*>(words) + first;
+}
+
+// How far number d of a value lies from number 0, in elements.
+template <class T> INLINE long value_number(const Shape& shape, int d) {
+    return d / LANES * (long(shape.block_size) * LANES) + d % LANES * T::PER_UNIT;
+}
+
 // Values behind a row's end are mixed in with a share of zero: what another row left there must not be infinite.
 template <class T> INLINE void clear_values(const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
-    if constexpr (!T::QUANTISED) {
-        const long panel = long(shape.block_size) * LANES;
-        uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+    if constexpr (!T::QUANTISED)
         for (int offset = slot.offset + 1; offset % LANES; offset++) {
-            auto at = reinterpret_cast<typename T::Element*>(block);
-            at += offset / T::PER_UNIT * T::PER_UNIT * LANES + offset % T::PER_UNIT;
-            for (int d = 0; d < shape.head_dim; d++) at[d / LANES * panel + d % LANES * T::PER_UNIT] = 0;
+            auto at = value_of<T>(shape, kv_head, slot.block, offset, cache);
+            for (int d = 0; d < shape.head_dim; d++) at[value_number<T>(shape, d)] = 0;
         }
-    }
 }
 
 template <class T> INLINE void write_value(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
     typename T::Element row[MOST_DIM];
-    const long units = shape.head_dim / T::PER_UNIT, panel = long(shape.block_size) * LANES;
-    uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
-    if constexpr (T::QUANTISED)
+    if constexpr (T::QUANTISED) {
+        uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+        const long units = shape.head_dim / T::PER_UNIT;
         quantise(head, shape.head_dim, row, reinterpret_cast<float*>(block + shape.block_size * units) + slot.offset);
-    else
+    } else {
         narrow<T>(head, shape.head_dim, row);
-    auto at = reinterpret_cast<typename T::Element*>(block);
-    at += slot.offset / T::PER_UNIT * T::PER_UNIT * LANES + slot.offset % T::PER_UNIT;
-    for (int d = 0; d < shape.head_dim; d++) at[d / LANES * panel + d % LANES * T::PER_UNIT] = row[d];
+    }
+    auto at = value_of<T>(shape, kv_head, slot.block, slot.offset, cache);
+    for (int d = 0; d < shape.head_dim; d++) at[value_number<T>(shape, d)] = row[d];
 }
