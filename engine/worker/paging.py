@@ -2,35 +2,47 @@
 
 Memory that was never touched costs whoever touches it first: a large page some 0.1 ms, on a virtual machine whose host
 has to find it as well up to 5 ms. New blocks lie on new pages in every layer at once, so a step would pay for dozens.
-A thread that runs only when a core has nothing else to do goes ahead of the highest block in use; no page further on
-is taken, so that a cache takes as much memory as it once needed.
+A thread that runs only when a core has nothing else to do goes ahead of the highest block in use: far, for a server
+under load has no such moments, but not to the end, so that a large cache takes memory as it is needed.
 """
 
 import ctypes
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from engine.model.fused import HUGE_PAGE
 
+AHEAD_BYTES = 1 << 30
 _POPULATE_WRITE = 23  # of madvise, since Linux 5.14: as if each page were written to
 
 
 class PageSupply:
     """Of a cache of `regions`, one after the other, `region_bytes` each, with `block_bytes` of every block in each.
 
-    Until it is closed it keeps `memory`, which they lie in. Without support by the system nothing is done ahead.
+    Until it is closed it keeps `memory`, which they lie in, and goes up to `ahead_bytes` ahead. Without support by the
+    system nothing is done ahead.
     """
 
-    def __init__(self, memory: Any, address: int, regions: int, region_bytes: int, block_bytes: int):
+    def __init__(
+        self,
+        memory: Any,
+        address: int,
+        regions: int,
+        region_bytes: int,
+        block_bytes: int,
+        ahead_bytes: int = AHEAD_BYTES,
+    ):
         self._memory = memory
         self._closed = False
         self._address = address
         self._regions = regions
         self._region_bytes = region_bytes
         self._block_bytes = block_bytes
-        self._ahead = 2 * max(1, HUGE_PAGE // block_bytes)  # blocks
+        self._stride = max(1, HUGE_PAGE // block_bytes)  # blocks, supplied at a time: a page of each region
+        self._ahead = max(2 * self._stride, ahead_bytes // (regions * block_bytes))  # blocks
         self._wanted = 0  # blocks
         self._supplied = 0
         self._more = threading.Event()
@@ -62,16 +74,24 @@ class PageSupply:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         while self._more.wait() and not self._closed:
             self._more.clear()
-            wanted = self._wanted
-            for region in range(self._regions):
-                begin = self._address + region * self._region_bytes + self._supplied * self._block_bytes
-                end = begin + (wanted - self._supplied) * self._block_bytes
-                # A page at a time: between calls the core is given back to whoever wants it.
-                for page in range(begin // HUGE_PAGE * HUGE_PAGE, end, HUGE_PAGE):
+            while self._supplied < self._wanted:
+                blocks = min(self._supplied + self._stride, self._wanted)
+                for page in self._pages(self._supplied, blocks):
                     first = max(page, self._address)
                     if self._closed or madvise(first, min(page + HUGE_PAGE, self._end) - first, _POPULATE_WRITE):
                         return
-            self._supplied = wanted
+                self._supplied = blocks
+
+    def _pages(self, first: int, end: int) -> Iterator[int]:
+        """Addresses of the large pages that blocks `first` to `end` lie on.
+
+        One at a time: between two of them the core is given back to whoever wants it.
+        """
+        for region in range(self._regions):
+            start = self._address + region * self._region_bytes
+            yield from range(
+                (start + first * self._block_bytes) // HUGE_PAGE * HUGE_PAGE, start + end * self._block_bytes, HUGE_PAGE
+            )
 
     @property
     def _end(self) -> int:

@@ -43,7 +43,7 @@ def memory() -> np.ndarray:
 
 def test_pages_go_ahead_of_the_highest_block(memory: np.ndarray) -> None:
     memory[5] = 7
-    supply = PageSupply(memory, memory.ctypes.data, REGIONS, BLOCKS * BLOCK_BYTES, BLOCK_BYTES)
+    supply = PageSupply(memory, memory.ctypes.data, REGIONS, BLOCKS * BLOCK_BYTES, BLOCK_BYTES, ahead_bytes=0)
     try:
         a_page = HUGE_PAGE // BLOCK_BYTES
         wait_for(supply, a_page)
@@ -60,5 +60,14 @@ def test_pages_go_ahead_of_the_highest_block(memory: np.ndarray) -> None:
         assert resident(memory) >= REGIONS * BLOCKS * BLOCK_BYTES
         assert memory[5] == 7
         assert not memory[6:].any()
+    finally:
+        supply.close()
+
+
+def test_a_small_cache_is_supplied_whole_before_its_use(memory: np.ndarray) -> None:
+    supply = PageSupply(memory, memory.ctypes.data, REGIONS, BLOCKS * BLOCK_BYTES, BLOCK_BYTES)
+    try:
+        wait_for(supply, BLOCKS)
+        assert resident(memory) >= REGIONS * BLOCKS * BLOCK_BYTES
     finally:
         supply.close()
