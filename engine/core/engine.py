@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.clock import Clock
 from engine.config import ResolvedConfig
+from engine.core.pace import Pace
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.request import Request
 from engine.core.scheduler import Booked, Plan, Scheduler
@@ -36,8 +37,6 @@ from engine.messages import (
 )
 
 log = logging.getLogger("redline.core")
-
-SMOOTHING = 0.2  # weight of the newest step's time
 
 # Tokens carry the stats along; this often they are sent also while steps yield none, as in a long prefill.
 STATS_PERIOD_S = 0.25
@@ -89,7 +88,7 @@ class EngineCore:
         self._depth = policy.steps_in_flight
         # The result that must be there before one is booked: the oldest, or where tokens come out together the newest.
         self._gate = -1 if policy.scheduler_steps > 1 else 0
-        self._step_s = 0.0  # what a step takes, smoothed
+        self._pace = Pace()
         self._last_step_at = clock.now()
         self._draining_until: float | None = None
         self._in_episode = False
@@ -124,7 +123,10 @@ class EngineCore:
 
     def next_deadline(self, now: float) -> float | None:
         """Seconds until something is due although nothing arrives; None: never."""
-        return None if self._draining_until is None else max(0.0, self._draining_until - now)
+        due = [] if self._draining_until is None else [self._draining_until]
+        if 0 < len(self._in_flight) < self._depth:
+            due.append(self._pace.plan_at)
+        return min((time - now for time in due if time > now), default=None)
 
     # ----------------------------------------------------------------------------------------------------------- step
 
@@ -134,7 +136,7 @@ class EngineCore:
         moved |= self._book_results(now)
         if self._draining_until is not None and now >= self._draining_until:
             self._abort_all(now)
-        while len(self._in_flight) < self._depth and self._launch(now):
+        while len(self._in_flight) < self._depth and self._is_time(now) and self._launch(now):
             moved = True
         if moved and (now - self._stats_sent >= STATS_PERIOD_S or not self.has_work):
             self._stats_sent = now
@@ -189,12 +191,18 @@ class EngineCore:
                 answer = UtilityResult(call.call, error=f"{type(error).__name__}: {error}")
         self._send(call.front_end, encode(answer))
 
+    def _is_time(self, now: float) -> bool:
+        """Whether the next step is to be planned already."""
+        return not self._in_flight or now >= self._pace.plan_at
+
     def _launch(self, now: float) -> bool:
         preemptions, lost = self.scheduler.preemptions, self.scheduler.tokens_lost
-        plan = self.scheduler.schedule(now, self.scheduler.policy.burst(self._step_s))
+        plan = self.scheduler.schedule(now, self.scheduler.policy.burst(self._pace.decode_s))
         self._log_preemptions(self.scheduler.preemptions - preemptions, self.scheduler.tokens_lost - lost)
         if plan is None:
             return False
+        if not self._in_flight:
+            self._pace.begin(now, plan)
         self._executor.submit(encode(plan.message))
         for step in range(plan.step, plan.step + plan.steps):
             self._in_flight.append(_InFlight(plan, self._executor.sample(step)))
@@ -222,7 +230,9 @@ class EngineCore:
             moved = True
             flight = self._in_flight.popleft()
             result = decode_result(flight.result.result())
-            self._step_s += (SMOOTHING if self._step_s else 1.0) * (result.seconds - self._step_s)
+            self._pace.end(flight.plan, result.seconds)
+            if self._in_flight:
+                self._pace.begin(now, self._in_flight[0].plan)
             self._last_step_at = now
             booked = self.scheduler.update(flight.plan, result)
             self._emit(now, booked, _kept_logprobs(result, booked), booked.finished)

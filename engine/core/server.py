@@ -87,8 +87,9 @@ class CoreServer:
                 self._wake.clear()
                 if self._failure is not None:
                     raise self._failure
-                if not self._step():
-                    self._wake.wait(self.core.next_deadline(self._clock.now()))
+                now = self._clock.now()
+                if not self._step(now):
+                    self._wake.wait(self.core.next_deadline(now))
         except BaseException as error:
             cause = str(error) if isinstance(error, RedlineError) else f"{type(error).__name__}: {error}"
             self._post_all(encode(Dead(cause)))
@@ -100,8 +101,7 @@ class CoreServer:
             self._executor.shutdown()
             self._context.term()
 
-    def _step(self) -> bool:
-        now = self._clock.now()
+    def _step(self, now: float) -> bool:
         watchdog = self._watchdog
         if watchdog is None:
             return self.core.step(now)

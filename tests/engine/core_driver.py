@@ -76,10 +76,12 @@ class Driver:
         return moved
 
     def advance(self) -> None:
-        """Go to the next result and deliver it."""
-        due = self.worker.next_due
-        if due is not None:
-            self.clock.advance(max(0.0, due - self.clock.now()))
+        """Go to the next result and deliver it, or to when the core wants to be asked again if that is sooner."""
+        now = self.clock.now()
+        waits = [self.core.next_deadline(now)]
+        if self.worker.next_due is not None:
+            waits.append(max(0.0, self.worker.next_due - now))
+        self.clock.advance(min((wait for wait in waits if wait is not None), default=0.0))
         self.worker.pump()
 
     def run(self, turns: int = 10_000) -> None:

@@ -109,9 +109,11 @@ class World:
             await self.settle()
             if done():
                 return
-            due = self.worker.next_due
-            if due is not None:
-                self.clock.advance(due - self.clock.now())
+            now = self.clock.now()
+            wait, due = self.core.next_deadline(now), self.worker.next_due
+            times = [time for time in (due, None if wait is None else now + wait) if time is not None]
+            if times:
+                self.clock.advance(min(times) - now)
                 self.worker.pump()
         raise AssertionError("it never came to that")
 

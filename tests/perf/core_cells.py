@@ -139,9 +139,13 @@ class MeteredCore:
         return encode(AddRequest(make_handle(0, self._sequence), column(prompt), max_tokens, Sampling()))
 
     def turn(self) -> None:
-        """One turn of the loop, then one step of the device."""
+        """Results are booked, later the next step is planned, then the device ends one."""
         self.step(self.clock.now())
-        self.clock.advance(self._step_s)
+        wait = self.core.next_deadline(self.clock.now()) or 0.0
+        if wait:
+            self.clock.advance(wait)
+            self.step(self.clock.now())
+        self.clock.advance(self._step_s - wait)
         self.worker.pump()
 
     def drain(self) -> None:
@@ -217,7 +221,7 @@ class DecodeCell:
         for _ in range(ROUND_STEPS):
             metered.turn()
             samples.step_ns.append(sum(metered.schedule.take()) + sum(metered.update.take()))
-        samples.loop_ns += metered.step.take()
+            samples.loop_ns.append(sum(metered.step.take()))
         samples.step_message_bytes += metered.worker.message_bytes
         samples.client_message_bytes += metered.take_token_messages()
         metered.worker.message_bytes.clear()
@@ -280,7 +284,7 @@ def admission(tokens: int, caching: bool, full: bool, repeats: int) -> Admission
         metered.drain()
         steps = metered.schedule.take()
         if number >= 16:
-            # The first step admits; the second, planned right after it, decodes one row.
+            # The first step admits; the second decodes one row.
             schedule.append(sum(metered.add.take()) + steps[0] - steps[1])
             receive.append(metered.receive.take()[0])
         metered.add.take(), metered.receive.take()

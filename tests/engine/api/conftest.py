@@ -96,8 +96,10 @@ async def in_loop(
     async def pump() -> None:
         while True:
             core.step(clock.now())
-            if worker.next_due is not None:
-                clock.advance(max(0.0, worker.next_due - clock.now()))
+            now = clock.now()
+            waits = [core.next_deadline(now), None if worker.next_due is None else worker.next_due - now]
+            if known := [wait for wait in waits if wait is not None]:
+                clock.advance(max(0.0, min(known)))
                 worker.pump()
             for _ in range(10):  # readers keep up: nothing is merged
                 await asyncio.sleep(0)

@@ -179,7 +179,7 @@ def test_shutdown_drains_then_aborts_and_refuses_the_new():
     driver.core.receive(encode(Shutdown(drain_s=10)))
     late = driver.add([3])
     assert not driver.core.finished
-    for _ in range(40):
+    for _ in range(80):
         if not driver.turn():
             driver.advance()
     assert driver.core.finished
