@@ -9,6 +9,7 @@ LANES = 16  # columns of a panel
 # Weights of a group share a scale for each column.
 GROUPS = {"int8": 64, "int4": 32}
 SCALE_TRIALS = 16  # scales tried for each group of int4
+CACHED_NUMBERS = 1 << 18  # quantised at a time: they and what is made of them stay in the processor's caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,12 @@ def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     int8 takes the scale of the largest number. int4 has so few steps that a somewhat smaller range can be better: of
     several scales each group takes the one with the smallest squared error.
     """
+    rows = max(1, CACHED_NUMBERS // weight.shape[1])
+    whole, scales = zip(*(_quantise(part, kind) for part in weight.split(rows)), strict=True)
+    return torch.cat(whole), torch.cat(scales)
+
+
+def _quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     grouped = weight.float().unflatten(1, (-1, GROUPS[kind]))
     if kind == "int8":
         scale = _in_bf16(grouped.abs().amax(2, keepdim=True) / 127)

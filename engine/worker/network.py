@@ -13,7 +13,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import ConfigError
 from engine.kernels import attention
 from engine.kernels.attention import Ragged, Workspace
-from engine.kernels.cpu import build
+from engine.kernels.cpu import build, native
 from engine.kernels.cpu.build import BuildError
 from engine.kernels.cpu.native import Batch, Stack
 from engine.memory import threads_per_rank
@@ -186,7 +186,7 @@ def _first_built(config: EngineConfig, levels: list[str]) -> tuple[str | None, s
     causes = []
     for level in levels:
         try:
-            build.library(level)
+            native.load(level)
         except BuildError as error:
             if config.kernels != "auto":
                 raise ConfigError(f"--kernels {level}: {error}") from error

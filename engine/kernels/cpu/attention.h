@@ -127,7 +127,7 @@ template <class T> class Attention {
 
     const uint32_t* block(const uint32_t* cache, const Queries& tile, int head, int token) const {
         const int32_t* table = batch_.tables + long(tile.row) * batch_.table_width;
-        return cache + (long(table[token / shape_.block_size]) * shape_.kv_heads + head) * shape_.block_words(T::PER_UNIT);
+        return cache + shape_.block_at(table[token / shape_.block_size], head, T::PER_UNIT);
     }
 
     // The panel of 16 tokens that begins with `token`.
@@ -256,8 +256,7 @@ template <class T> class Attention {
 
     // Sums of whole numbers of 16 keys to the scores that they stand for.
     void unscale(const Left& left, const uint32_t* block, int token, float* scores) const {
-        const auto scales = reinterpret_cast<const float*>(block + shape_.block_size * units());
-        const f32x16 scale = load<f32x16>(scales + token % shape_.block_size);
+        const f32x16 scale = load<f32x16>(shape_.scales(block) + token % shape_.block_size);
         for (int r = 0; r < left.rows; r++) {
             const i32x16 whole = load<i32x16>(scores + r * SPAN) + left.offsets[r];
             store(scores + r * SPAN, __builtin_convertvector(whole, f32x16) * (scale * left.scales[r]));
@@ -288,7 +287,7 @@ template <class T> class Attention {
         float steps[MOST_ROWS];
         f32x16 scales[SPAN / LANES];
         for (int t = 0; t < tokens; t += LANES) {
-            const uint32_t* scale = block(layer.values, tile, head, span + t) + shape_.block_size * units();
+            const float* scale = shape_.scales(block(layer.values, tile, head, span + t));
             scales[t / LANES] = load<f32x16>(scale + (span + t) % shape_.block_size);
             // Behind the row's end may be what another row left.
             const int known = tile.position + tile.count - span - t;

@@ -14,6 +14,17 @@ struct Shape {
 
     // Of one head's keys, or values, with `per_unit` numbers in a word; in int8 with scales.
     long block_words(int per_unit) const { return long(block_size) * (head_dim / per_unit + (per_unit == 4)); }
+
+    // Where a head's keys, or values, of a block begin, in words.
+    long block_at(long block, int kv_head, int per_unit) const {
+        return (block * kv_heads + kv_head) * block_words(per_unit);
+    }
+
+    // In int8: the scales of a block's tokens.
+    float* scales(uint32_t* block) const { return reinterpret_cast<float*>(block + long(block_size) * head_dim / 4); }
+    const float* scales(const uint32_t* block) const {
+        return reinterpret_cast<const float*>(block + long(block_size) * head_dim / 4);
+    }
 };
 
 // Rows laid end to end: row i computes `counts[i]` tokens after `computed[i]`, from token `starts[i]` of the batch.

@@ -66,27 +66,37 @@ def _may_use_tiles() -> bool:
 def library(level: str, folder: Path | None = None) -> Path:
     """The compiled kernels of a level, from `folder` (the user's cache unless given) or made now.
 
-    Raises BuildError without a compiler, or with the compiler's first complaint.
+    Raises BuildError without a compiler, with the compiler's first complaint, or where they can't be kept.
     """
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
-    flags = (*FLAGS, *LEVELS[level][0])
-    made = hashlib.sha256(" ".join((platform.machine(), *flags)).encode())
+    try:
+        folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
+        path = folder / f"{level}-{_name(level)}.so"
+        if not path.exists():
+            _compile(level, path)
+    except (OSError, RuntimeError) as error:  # no home, or none that may be written to
+        raise BuildError(f"the CPU kernels can't be kept: {error} (XDG_CACHE_HOME names another place)") from error
+    return path
+
+
+def _name(level: str) -> str:
+    """Of what the kernels are made from."""
+    made = hashlib.sha256(" ".join((platform.machine(), *FLAGS, *LEVELS[level][0])).encode())
     for source in [*sorted(SOURCES.glob("*.h")), SOURCES / MAIN]:
         made.update(source.read_bytes())
-    path = folder / f"{level}-{made.hexdigest()[:16]}.so"
-    if path.exists():
-        return path
+    return made.hexdigest()[:16]
+
+
+def _compile(level: str, path: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise BuildError("there is no C++ compiler (c++, g++ or clang++) to make the CPU kernels with")
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Ranks and servers may start at once: each makes its own, the last one stays.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made_here = Path(scratch) / path.name
-        command = [compiler, *flags, "-o", str(made_here), str(SOURCES / MAIN)]
+        command = [compiler, *FLAGS, *LEVELS[level][0], "-o", str(made_here), str(SOURCES / MAIN)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode:
             complaint = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())
             raise BuildError(f"{Path(compiler).name} could not make the CPU kernels: {complaint[:300]}")
         made_here.replace(path)
-    return path

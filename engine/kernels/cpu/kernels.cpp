@@ -4,9 +4,7 @@
 
 enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
 
-extern "C" {
-
-AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads, const int32_t* cores) {
+static AnyStack* make(const Spec* spec, int weights, int cache, int threads, const int32_t* cores) {
     if (weights == FLOAT32 && cache == FLOAT32) return new Stack<F32, F32, F32>(*spec, threads, cores);
     if (weights == BFLOAT16 && cache == BFLOAT16) return new Stack<BF16, BF16, BF16>(*spec, threads, cores);
     if (weights == BFLOAT16 && cache == INT8) return new Stack<BF16, BF16, C8>(*spec, threads, cores);
@@ -15,6 +13,17 @@ AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads, c
     if (weights == INT8 && cache == BFLOAT16) return new Stack<I8, I8, BF16>(*spec, threads, cores);
     if (weights == INT4 && cache == BFLOAT16) return new Stack<I4, I8, BF16>(*spec, threads, cores);
     return nullptr;
+}
+
+extern "C" {
+
+// Null where there is no such stack, or the system has no memory or threads for it.
+AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads, const int32_t* cores) {
+    try {
+        return make(spec, weights, cache, threads, cores);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
 }
 
 void redline_run(AnyStack* stack, const Step* step, int first, int last) { stack->run(*step, first, last); }

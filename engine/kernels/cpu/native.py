@@ -1,4 +1,4 @@
-"""The kernels' functions and structures, as ctypes sees them: mirrors kernels.cpp and stack.h."""
+"""The kernels' functions and structures as ctypes sees them: mirrors kernels.cpp, and stack.h with its includes."""
 
 import ctypes
 import functools
@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_void_p
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from engine.kernels.cpu import build
 from engine.messages import Int32s
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+PLACES = ("qkv", "output", "gate_up", "down")  # linears of a layer that an adapter may add to
 OPS = ("embed", "norm", "qkv", "rotary", "attention", "encode", "output", "gate_up", "down", "head")
 
 
@@ -42,6 +44,14 @@ class Spec(Structure):
     )  # fmt: skip
 
 
+class PackedLowRank(Structure):
+    _fields_ = (("down", c_void_p), ("up", c_void_p), ("rank", c_int32))
+
+
+class _Adapters(Structure):
+    _fields_ = (("table", c_void_p), ("of", c_void_p), ("most_rank", c_int32))
+
+
 class _Ragged(Structure):
     _fields_ = (
         ("rows", c_int32), ("tokens", c_int32), ("starts", c_void_p), ("counts", c_void_p), ("computed", c_void_p),
@@ -52,8 +62,17 @@ class _Ragged(Structure):
 class _Step(Structure):
     _fields_ = (
         ("batch", _Ragged), ("ids", c_void_p), ("positions", c_void_p), ("row_of", c_void_p), ("sampled", c_void_p),
-        ("samples", c_int32),
+        ("samples", c_int32), ("adapters", _Adapters),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """What an adapter adds to the linears of each layer, [layers * PLACES], and the arrays that they point to."""
+
+    linears: ctypes.Array[PackedLowRank]
+    most_rank: int
+    kept: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +107,17 @@ class Batch:
         )  # fmt: skip
 
 
-@functools.cache
 def load(level: str) -> ctypes.CDLL:
     """The functions of a level of build.LEVELS; raises BuildError."""
-    functions = ctypes.CDLL(str(build.library(level)))
+    return _open(build.library(level))
+
+
+@functools.cache
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:  # from a folder that nothing may be run from, for one
+        raise build.BuildError(f"the CPU kernels can't be loaded: {error}") from error
     functions.redline_stack.restype = c_void_p
     functions.redline_stack.argtypes = (POINTER(Spec), c_int, c_int, c_int, c_void_p)
     functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
@@ -123,16 +149,38 @@ class Stack:
         where = places.ctypes.data if len(cores) else None
         self._stack = self._functions.redline_stack(spec, FORMATS[weights], FORMATS[cache], threads, where)
         if self._stack is None:
-            raise ValueError(f"no kernels for {weights} weights and a cache in {cache}")
+            raise ValueError(
+                f"no kernels for {weights} weights and a cache in {cache}, or no memory and threads for them"
+            )
         self._free = weakref.finalize(self, self._functions.redline_free, self._stack)
         self._free.atexit = False  # a thread may be in it still
         self._step: _Step | None = None
         self._batch: Batch | None = None
+        self._adapters: Any = None  # what the step points to
         self.parts = 2 * spec.layers + 1  # the last one's number
 
-    def begin(self, batch: Batch) -> None:
-        """Take up a step; its parts are run next, in their order."""
+    def begin(self, batch: Batch, adapters: Sequence[PackedAdapter] = (), adapter_of: Int32s | None = None) -> None:
+        """Take up a step; its parts are run next, in their order.
+
+        adapter_of: int32[tokens], which of `adapters` is added for a token, -1: none. Raises ValueError where it names
+        none of them, or one that isn't packed for this model.
+        """
+        highest = -1 if adapter_of is None else int(adapter_of.max())
+        if highest >= len(adapters):
+            raise ValueError(f"a token has adapter {highest} of {len(adapters)}")
         self._batch, self._step = batch, batch.step()
+        self._adapters = None
+        if adapter_of is not None and highest >= 0:
+            self._begin_adapters(self._step, tuple(adapters), np.ascontiguousarray(adapter_of, dtype=np.int32))
+
+    def _begin_adapters(self, step: _Step, adapters: tuple[PackedAdapter, ...], of: Int32s) -> None:
+        count = self._spec.layers * len(PLACES)
+        if len(of) != step.batch.tokens or any(len(one.linears) != count for one in adapters):
+            raise ValueError(f"adapters of {len(of)} tokens, or of another model, for {step.batch.tokens} tokens")
+        table = (c_void_p * len(adapters))(*(ctypes.addressof(one.linears) for one in adapters))
+        self._adapters = (adapters, table, of)
+        most_rank = max(one.most_rank for one in adapters)
+        step.adapters = _Adapters(ctypes.addressof(table), of.ctypes.data, most_rank)
 
     def run(self, first: int, last: int) -> None:
         """Run parts of the step, see stack.h."""

@@ -86,11 +86,11 @@ INLINE void rotate(float* head, int dim, const float* cosine, const float* sine)
 template <class T> INLINE void write_key(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
     typename T::Element row[MOST_DIM];
     const long units = shape.head_dim / T::PER_UNIT;
-    uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+    uint32_t* block = cache + shape.block_at(slot.block, kv_head, T::PER_UNIT);
     uint32_t* panel = block + slot.offset / LANES * LANES * units + slot.offset % LANES;
     uint32_t flip = 0;
     if constexpr (T::QUANTISED) {
-        quantise(head, shape.head_dim, row, reinterpret_cast<float*>(block + shape.block_size * units) + slot.offset);
+        quantise(head, shape.head_dim, row, shape.scales(block) + slot.offset);
         flip = 0x80808080u;  // adds the offset to each byte
     } else {
         narrow<T>(head, shape.head_dim, row);
@@ -101,7 +101,7 @@ template <class T> INLINE void write_key(const float* head, const Shape& shape, 
 // Number 0 of a token's value; see value_number for the others.
 template <class T>
 INLINE typename T::Element* value_of(const Shape& shape, int kv_head, long block, int offset, uint32_t* cache) {
-    uint32_t* words = cache + (block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
+    uint32_t* words = cache + shape.block_at(block, kv_head, T::PER_UNIT);
     const int first = offset / T::PER_UNIT * T::PER_UNIT * LANES + offset % T::PER_UNIT;
     return reinterpret_cast<typename T::Element*>(words) + first;
 }
@@ -123,9 +123,8 @@ template <class T> INLINE void clear_values(const Shape& shape, int kv_head, Slo
 template <class T> INLINE void write_value(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
     typename T::Element row[MOST_DIM];
     if constexpr (T::QUANTISED) {
-        uint32_t* block = cache + (slot.block * shape.kv_heads + kv_head) * shape.block_words(T::PER_UNIT);
-        const long units = shape.head_dim / T::PER_UNIT;
-        quantise(head, shape.head_dim, row, reinterpret_cast<float*>(block + shape.block_size * units) + slot.offset);
+        uint32_t* block = cache + shape.block_at(slot.block, kv_head, T::PER_UNIT);
+        quantise(head, shape.head_dim, row, shape.scales(block) + slot.offset);
     } else {
         narrow<T>(head, shape.head_dim, row);
     }

@@ -3,6 +3,7 @@
 
 #include <chrono>
 
+#include "adapt.h"
 #include "head.h"
 #include "rowwise.h"
 
@@ -48,6 +49,7 @@ struct Step {
     const int32_t* row_of;     // [tokens]
     const int32_t* sampled;    // [samples], tokens whose successor is asked for
     int32_t samples;
+    Adapters adapters;
 };
 
 enum Op { EMBED, NORM, QKV, ROTARY, ATTENTION, ENCODE, OUTPUT, GATE_UP, DOWN, HEAD, OPS };
@@ -151,6 +153,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         sine_.take(tokens * spec_.head_dim / 2);
         chosen_.take(step_->samples, spec_.hidden);
         if (spec_.partial) partial_.take(tokens * spec_.hidden);
+        if (step_->adapters.table) lowered_.take(tokens * step_->adapters.most_rank);
         Attention<T>::plan(shape_, step_->batch, team_.size(), plan_);
     }
 
@@ -162,42 +165,60 @@ template <class W, class H, class T> class Stack : public AnyStack {
             else if (part > 2 * spec_.layers)
                 choose(thread);
             else if (part % 2)
-                attend(layers_[part / 2], thread, part > 1);
+                attend(part / 2, thread);
             else
-                transform(layers_[part / 2 - 1], thread);
+                transform(part / 2 - 1, thread);
         }
     }
 
-    void attend(const Layer& layer, int thread, bool before) {
-        normalise_all(layer.input_norm, thread, before);
-        const Store qkv{wide_.get(), qkv_width()};
-        linear<W>(team_, layer.qkv, left_.rows(spec_.hidden), tokens(), qkv);
+    void attend(int number, int thread) {
+        const Layer& layer = layers_[number];
+        normalise_all(layer.input_norm, thread, number > 0);
+        adapted(layer.qkv, number, AT_QKV, left_.rows(spec_.hidden), Store{wide_.get(), qkv_width()});
         done(QKV, thread);
-        place(layer);
+        put_in_cache(layer);
         done(ROTARY, thread);
         Attention<T>(shape_, step_->batch)
             .run(team_, {query_.get(), query_scale_.get(), query_offset_.get(), wide_.get(), layer.keys, layer.values, layer.window},
                  plan_);
         done(ATTENTION, thread);
         encode_all(query_width(), thread);
-        sum_up(layer.output, query_width());
+        sum_up(layer.output, number, AT_OUTPUT, left_.rows(query_width()));
         done(OUTPUT, thread);
     }
 
-    void transform(const Layer& layer, int thread) {
+    void transform(int number, int thread) {
+        const Layer& layer = layers_[number];
         normalise_all(layer.post_norm, thread, true);
+        const Rows x = left_.rows(spec_.hidden);
+        Rows middle = left_.rows(spec_.intermediate);
         if constexpr (W::QUANTISED) {
-            linear<W>(team_, layer.gate_up, left_.rows(spec_.hidden), tokens(), SwiGLU<F32>{wide_.get(), spec_.intermediate});
+            adapted(layer.gate_up, number, AT_GATE_UP, x, SwiGLU<F32>{wide_.get(), spec_.intermediate});
             done(GATE_UP, thread);
             encode_all(spec_.intermediate, thread);
         } else {
             // Not in place: others still read the left side.
             auto out = reinterpret_cast<typename W::Element*>(wide_.get());
-            linear<W>(team_, layer.gate_up, left_.rows(spec_.hidden), tokens(), SwiGLU<W>{out, spec_.intermediate});
+            adapted(layer.gate_up, number, AT_GATE_UP, x, SwiGLU<W>{out, spec_.intermediate});
             done(GATE_UP, thread);
+            middle.units = reinterpret_cast<const uint32_t*>(out);
         }
-        sum_up(layer.down, spec_.intermediate, !W::QUANTISED);
+        sum_up(layer.down, number, AT_DOWN, middle);
         done(DOWN, thread);
+    }
+
+    // A linear, with what the tokens' adapters add to it.
+    template <class Finish>
+    void adapted(const Linear& w, int layer, Place place, const Rows& x, const Finish& finish) {
+        const Adapters& adapters = step_->adapters;
+        if (!adapters.table) return linear<W>(team_, w, x, tokens(), finish);
+        team_.each(tokens(), [&](long t) {
+            if (const LowRank* adapter = adapters.find(t, layer, place))
+                bring_down<W>(*adapter, x, t, w.inputs, lowered_.get() + t * adapters.most_rank);
+        });
+        team_.barrier();
+        const auto call = [](const void* self, const Tile& tile) { (*static_cast<const Finish*>(self))(tile); };
+        linear<W>(team_, w, x, tokens(), BringUp{adapters, layer, place, lowered_.get(), &finish, call});
     }
 
     void embed(int thread) {
@@ -236,7 +257,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     }
 
     // Queries, keys and values of each token: norms of heads, positions, and the way into the cache.
-    void place(const Layer& layer) {
+    void put_in_cache(const Layer& layer) {
         const int dim = spec_.head_dim, half = dim / 2;
         team_.each(tokens(), [&](long t) {
             float* head = wide_.get() + t * qkv_width();
@@ -278,13 +299,11 @@ template <class W, class H, class T> class Stack : public AnyStack {
         done(ENCODE, thread);
     }
 
-    void sum_up(const Linear& w, int size, bool from_wide = false) {
-        Rows x = left_.rows(size);
-        if (from_wide) x.units = reinterpret_cast<const uint32_t*>(wide_.get());
+    void sum_up(const Linear& w, int layer, Place place, const Rows& x) {
         if (spec_.partial)
-            linear<W>(team_, w, x, tokens(), Store{partial_.get(), spec_.hidden});
+            adapted(w, layer, place, x, Store{partial_.get(), spec_.hidden});
         else
-            linear<W>(team_, w, x, tokens(), Add{x_.get(), spec_.hidden});
+            adapted(w, layer, place, x, Add{x_.get(), spec_.hidden});
     }
 
     void choose(int thread) {
@@ -345,7 +364,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     float* logits_ = nullptr;
     int32_t* tokens_ = nullptr;
     typename Attention<T>::Plan plan_;
-    Buffer<float> x_, wide_, cosine_, sine_, partial_, query_scale_;
+    Buffer<float> x_, wide_, cosine_, sine_, partial_, lowered_, query_scale_;
     Buffer<int32_t> query_offset_;
     Operand<W> left_;
     Operand<H> chosen_, asked_;

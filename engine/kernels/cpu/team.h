@@ -17,17 +17,18 @@ class Team {
   public:
     // cores: where its threads stay, [size], null: wherever the system puts them. The first one is the caller's business.
     Team(int size, const int32_t* cores) : size_(size) {
-        for (int i = 1; i < size; i++) {
-            threads_.emplace_back([this, i] { serve(i); });
-            if (cores) keep(threads_.back(), cores[i]);
+        try {
+            for (int i = 1; i < size; i++) {
+                threads_.emplace_back([this, i] { serve(i); });
+                if (cores) keep(threads_.back(), cores[i]);
+            }
+        } catch (...) {
+            end();
+            throw;
         }
     }
 
-    ~Team() {
-        job_ = nullptr;
-        call();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Team() { end(); }
 
     int size() const { return size_; }
 
@@ -71,6 +72,12 @@ class Team {
   private:
     static constexpr int SHARES = 4;  // of each thread in an op of small tasks
     static constexpr int SPINS = 4000;  // pauses of about 10 to 40 ns
+
+    void end() {
+        job_ = nullptr;
+        call();
+        for (auto& thread : threads_) thread.join();
+    }
 
     static void keep(std::thread& thread, int core) {
         cpu_set_t only;

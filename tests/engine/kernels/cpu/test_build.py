@@ -56,3 +56,11 @@ def test_tiles_need_the_systems_permission_too(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif({"avx2", "amx_tile"} & build.machine_flags() != {"avx2"}, reason="it may have AMX")
 def test_a_machine_without_tiles_is_not_permitted_them() -> None:
     assert not build._may_use_tiles()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LEVEL is not None
+    (tmp_path / "redline").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(BuildError, match="XDG_CACHE_HOME"):
+        build.library(LEVEL)

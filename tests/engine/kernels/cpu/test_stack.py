@@ -189,6 +189,15 @@ def test_levels_differ_only_in_rounding(form: str) -> None:
         assert np.abs(one - results[0]).max() < 0.05 * np.abs(results[0]).max()
 
 
+def round_weights(model: Any, weights: str) -> None:
+    """To what the quantised forms hold."""
+    for name, linear in model.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            kind = "int8" if name == "lm_head" else weights
+            whole, scales = quantise(linear.weight, kind)
+            linear.weight.copy_((whole.unflatten(1, (-1, GROUPS[kind])) * scales.float()[:, :, None]).flatten(1))
+
+
 @pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("int4", 0.06)])
 @pytest.mark.parametrize("level", LEVELS)
 def test_quantised_stacks_compute_what_their_weights_say(level: str, form: str, most: float) -> None:
@@ -197,11 +206,7 @@ def test_quantised_stacks_compute_what_their_weights_say(level: str, form: str, 
     dtype, weights, cache = FORMS[form]
     served = Served(shape, dtype, 32, level, BLOCKS, weights, cache)
     model = shape.build(dtype).float()
-    for name, linear in model.named_modules():
-        if isinstance(linear, torch.nn.Linear):
-            kind = "int8" if name == "lm_head" else weights
-            whole, scales = quantise(linear.weight, kind)
-            linear.weight.copy_((whole.unflatten(1, (-1, GROUPS[kind])) * scales.float()[:, :, None]).flatten(1))
+    round_weights(model, weights)
     ids = np.random.default_rng(3).integers(0, 100, 200)
     with torch.inference_mode():
         expected = model(torch.from_numpy(ids)[None]).logits[0].numpy()
