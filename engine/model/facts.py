@@ -12,7 +12,7 @@ from engine.model import gate
 from engine.model.resolve import resolve_model
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-QUANTISED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}  # with the scales of their groups, see packing.GROUPS
+QUANTISED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 4 / 32}  # with the scales of their groups, see packing.GROUPS
 _HEADER_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INDEX = "model.safetensors.index.json"
 

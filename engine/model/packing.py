@@ -6,31 +6,50 @@ import torch
 from torch import Tensor
 
 LANES = 16  # columns of a panel
-# Weights of a group share a scale for each column.
+# Weights of a group share a scale for each column; those of int4 also their lowest number.
 GROUPS = {"int8": 64, "int4": 32}
-SCALE_TRIALS = 16  # scales tried for each group of int4
-CACHED_NUMBERS = 1 << 18  # quantised at a time: they and what is made of them stay in the processor's caches
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that are tried for int4
+CACHED_NUMBERS = 1 << 18  # rounded at a time: they and what is made of them stay in the processor's caches
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Panels [panels, words, 16] of 32 bits each; scales [panels, groups, 16] in bfloat16, of quantised weights."""
+    """Panels [panels, words, 16] of 32 bits each; scales [panels, groups * scales a group, 16] in bfloat16, if any."""
 
     panels: Tensor
     scales: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight as whole * scale, + lowest where there is one.
+
+    whole: [outputs, inputs]; scales, lowest: [outputs, groups] in bfloat16.
+    """
+
+    whole: Tensor
+    scales: Tensor
+    lowest: Tensor | None = None
+
+    def numbers(self) -> Tensor:
+        """The weight that this stands for, in float32."""
+        found = self.whole.float().unflatten(1, (self.scales.shape[1], -1)) * self.scales.float()[:, :, None]
+        if self.lowest is not None:
+            found += self.lowest.float()[:, :, None]
+        return found.flatten(1)
 
 
 def pack(weight: Tensor, kind: str) -> Packed:
     """Pack a weight [outputs, inputs] as float32, bfloat16, int8 or int4."""
     if kind not in GROUPS:
         return Packed(to_panels(weight.to(getattr(torch, kind)).contiguous().view(torch.int32)))
-    whole, scales = quantise(weight, kind)
-    if kind == "int8":
-        words = (whole + 128).to(torch.uint8).view(torch.int32)
-    else:
-        halves = (whole + 8).to(torch.uint8).view(len(weight), -1, 2, 4)
-        words = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1).contiguous().view(torch.int32)
-    return Packed(to_panels(words), to_panels(scales))
+    rounded = quantise(weight, kind)
+    if rounded.lowest is None:
+        words = (rounded.whole + 128).to(torch.uint8).view(torch.int32)
+        return Packed(to_panels(words), to_panels(rounded.scales))
+    halves = rounded.whole.to(torch.uint8).view(len(weight), -1, 2, 4)
+    words = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1).contiguous().view(torch.int32)
+    return Packed(to_panels(words), to_panels(torch.stack((rounded.scales, rounded.lowest), 2).flatten(1)))
 
 
 def to_panels(columns: Tensor) -> Tensor:
@@ -47,41 +66,38 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack((gate.view(-1, LANES, gate.shape[1]), up.view(-1, LANES, up.shape[1])), 1).flatten(0, 2)
 
 
-def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Whole numbers [outputs, inputs] and scales [outputs, groups] in bfloat16 of a weight [outputs, inputs].
+def quantise(weight: Tensor, kind: str) -> Rounded:
+    """Round a weight [outputs, inputs].
 
-    int8 takes the scale of the largest number. int4 has so few steps that a somewhat smaller range can be better: of
-    several scales each group takes the one with the smallest squared error.
+    int8 takes the scale of a group's largest number. int4, 0 to 15 above the lowest number, has so few steps that a
+    somewhat smaller range can be better: of several each group takes the one with the smallest squared error.
     """
     rows = max(1, CACHED_NUMBERS // weight.shape[1])
-    whole, scales = zip(*(_quantise(part, kind) for part in weight.split(rows)), strict=True)
-    return torch.cat(whole), torch.cat(scales)
+    some = _int8 if kind == "int8" else _int4
+    parts = [some(part.float().unflatten(1, (-1, GROUPS[kind]))) for part in weight.split(rows)]
+    whole, *others = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Rounded(whole.flatten(1), *(other.squeeze(2).to(torch.bfloat16) for other in others))
 
 
-def _quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    grouped = weight.float().unflatten(1, (-1, GROUPS[kind]))
-    if kind == "int8":
-        scale = _in_bf16(grouped.abs().amax(2, keepdim=True) / 127)
-        whole = torch.round(grouped / _divisor(scale)).clamp_(-127, 127)
-    else:
-        # The number that is largest without its sign lands on -8: the range has one step more on that side.
-        index = grouped.abs().argmax(2, keepdim=True)
-        whole, scale = _best_of(grouped, grouped.gather(2, index) / -8)
-    return whole.flatten(1), scale.squeeze(2).to(torch.bfloat16)
+def _int8(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _in_bf16(grouped.abs().amax(2, keepdim=True) / 127)
+    return torch.round(grouped / _divisor(scale)).clamp_(-127, 127), scale
 
 
-def _best_of(grouped: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
-    best, best_scale = torch.zeros_like(grouped), full
-    least = torch.full_like(full, torch.inf)
-    for trial in range(SCALE_TRIALS):
-        scale = _in_bf16(full * (1.05 - 0.025 * trial))
-        whole = torch.round(grouped / _divisor(scale)).clamp_(-8, 7)
-        error = (whole * scale - grouped).square_().sum(2, keepdim=True)
+def _int4(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lowest, highest = grouped.aminmax(dim=2, keepdim=True)
+    middle, reach = (highest + lowest) / 2, (highest - lowest) / 2
+    best, best_scale, best_lowest = torch.zeros_like(grouped), reach, middle
+    least = torch.full_like(reach, torch.inf)
+    for shrink in SHRINKS:
+        scale, begin = _in_bf16(shrink * reach / 7.5), _in_bf16(middle - shrink * reach)
+        whole = torch.round((grouped - begin) / _divisor(scale)).clamp_(0, 15)
+        error = (whole * scale + begin - grouped).square_().sum(2, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
-        best_scale = torch.where(better, scale, best_scale)
+        best_scale, best_lowest = torch.where(better, scale, best_scale), torch.where(better, begin, best_lowest)
         best = torch.where(better, whole, best)
-    return best, best_scale
+    return best, best_scale, best_lowest
 
 
 def _in_bf16(scale: Tensor) -> Tensor:

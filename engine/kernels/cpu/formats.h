@@ -36,18 +36,20 @@ struct BF16 {
     INLINE f32x16 widen(const Element* from) { return from_bf16(load<u16x16>(from)); }
 };
 
-// Quantised weights: whole numbers in groups along the inputs, each with a scale (bfloat16) for each column. They lie
-// OFFSET higher, as unsigned ones. The left side is cut into the same groups of int8, with a scale for each group of a row.
+// Quantised weights: unsigned whole numbers in groups along the inputs, each with SCALES numbers (bfloat16) for each column.
+// The left side is cut into the same groups of int8, with a scale for each group of a row, and -OFFSET times its sum.
 //
-// int8: a word of a panel is a unit.    int4: a word is two units, the first one in the lower halves of its bytes.
+// int8: a weight is (number - OFFSET) * scale. A word of a panel is a unit.
+// int4: a weight is number * scale + the lowest one of its group, which meets the sum of the group's activations. A word is
+//       two units, the first one in the lower halves of its bytes.
 struct I8 {
-    static constexpr int PER_UNIT = 4, PER_WORD = 4, GROUP = 64, OFFSET = 128;
+    static constexpr int PER_UNIT = 4, PER_WORD = 4, GROUP = 64, SCALES = 1, OFFSET = 128;
     static constexpr bool QUANTISED = true;
     typedef int8_t Element;
 };
 
 struct I4 {
-    static constexpr int PER_UNIT = 4, PER_WORD = 8, GROUP = 32, OFFSET = 8;
+    static constexpr int PER_UNIT = 4, PER_WORD = 8, GROUP = 32, SCALES = 2, OFFSET = -1;
     static constexpr bool QUANTISED = true;
     typedef int8_t Element;
 };

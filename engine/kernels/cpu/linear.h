@@ -5,7 +5,7 @@
 #include "tile.h"
 
 // out = in x weights + bias. As the caller fills it; the layout of `panels` is that of formats.h, padded with zeros to
-// whole panels. `scales`, [panels, groups, 16] in bfloat16, belong to quantised weights; `bias` may be null.
+// whole panels. `scales`, [panels, groups, SCALES, 16] in bfloat16, belong to quantised weights; `bias` may be null.
 struct Linear {
     const uint32_t* panels;
     const uint16_t* scales;
@@ -57,7 +57,7 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-            for (int p = 0; p < COUNT; p++) acc[r][p] = i32x16{} + x.offsets[r * x.groups + g];
+            for (int p = 0; p < COUNT; p++) acc[r][p] = i32x16{} + (T::SCALES == 1 ? x.offsets[r * x.groups + g] : 0);
         const uint32_t* units = x.units + g * (T::GROUP / T::PER_UNIT);
         for (int w = 0; w < WORDS; w++) {
             u32x16 word[COUNT];
@@ -81,10 +81,17 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
         }
 #pragma GCC unroll 2
         for (int p = 0; p < COUNT; p++) {
-            const f32x16 scale = from_bf16(load<u16x16>(scales[p] + g * LANES));
+            const uint16_t* of_group = scales[p] + g * T::SCALES * LANES;
+            const f32x16 scale = from_bf16(load<u16x16>(of_group));
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
                 total[r][p] += __builtin_convertvector(acc[r][p], f32x16) * (scale * x.scales[r * x.groups + g]);
+            if constexpr (T::SCALES == 2) {
+                const f32x16 lowest = from_bf16(load<u16x16>(of_group + LANES));
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++)
+                    total[r][p] += lowest * (x.scales[r * x.groups + g] * float(x.offsets[r * x.groups + g]));
+            }
         }
     }
 #pragma GCC unroll 8
@@ -149,7 +156,7 @@ INLINE void product(
     const long words = w.inputs / T::PER_WORD;
     if constexpr (TILED<T>) tiles.shape(rows);
     if constexpr (T::QUANTISED) {
-        const long groups = x.groups * LANES;
+        const long groups = x.groups * T::SCALES * LANES;
         const uint16_t* scales[PANELS] = {w.scales + panel * groups, w.scales + (panel + 1) * groups};
         if constexpr (TILED<T>)
             multiply_grouped_tiled(rows, count, x, b, scales, out);

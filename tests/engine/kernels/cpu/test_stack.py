@@ -17,7 +17,7 @@ from engine.kernels.cpu import build
 from engine.kernels.cpu.native import Stack
 from engine.model import fused
 from engine.model.fused import Form
-from engine.model.packing import GROUPS, quantise
+from engine.model.packing import quantise
 from tests.perf.cpu_stack import batch_of
 
 SOFTWARE = "amx-in-software"
@@ -194,8 +194,7 @@ def round_weights(model: Any, weights: str) -> None:
     for name, linear in model.named_modules():
         if isinstance(linear, torch.nn.Linear):
             kind = "int8" if name == "lm_head" else weights
-            whole, scales = quantise(linear.weight, kind)
-            linear.weight.copy_((whole.unflatten(1, (-1, GROUPS[kind])) * scales.float()[:, :, None]).flatten(1))
+            linear.weight.copy_(quantise(linear.weight, kind).numbers())
 
 
 @pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("int4", 0.06)])
