@@ -81,16 +81,14 @@ def read_facts(config: EngineConfig) -> ModelFacts:
 
 
 def _weight_bytes(config: EngineConfig, model: Any, parameters: int, dtype: str) -> int:
-    """As they are held: the fused stack keeps a head apart from the embedding, and rounds linears where asked to."""
+    """As they are held: the fused stack rounds linears where asked to, and keeps a rounded head beside the embedding."""
     item = ITEMSIZE[dtype]
     width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     plain = dtype == "float16" or width % 16 or config.kernels == "torch"  # what the stack has no kernels for
-    if plain or model.model_type not in gate.FUSED:
+    if plain or model.model_type not in gate.FUSED or config.quantization is None:
         return parameters * item
     head = model.vocab_size * model.hidden_size
     without = parameters - (0 if model.tie_word_embeddings else head)
-    if config.quantization is None:
-        return (without + head) * item
     attention = 2 * (model.num_attention_heads + model.num_key_value_heads) * width
     linears = model.num_hidden_layers * model.hidden_size * (attention + 3 * model.intermediate_size)
     rounded = QUANTISED_BYTES[config.quantization] * linears + QUANTISED_BYTES["int8"] * head

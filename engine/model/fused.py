@@ -149,19 +149,28 @@ def make_spec(model: Any, form: Form, num_blocks: int, block_size: int, *, parti
         for parameter in layer.parameters():  # they are packed: nobody holds them twice
             parameter.data = parameter.new_empty(0)
     rotary = inner.rotary_emb
-    # A copy: a view of the checkpoint would keep all of its pages in memory.
-    embedding = packer.arena.copy(inner.embed_tokens.weight.detach().to(DTYPES[form.dtype]))
-    packer.kept += (layers, embedding)
+    packer.kept.append(layers)
     spec = Spec(
         hidden=settings.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, layers=len(inner.layers),
         vocabulary=model.lm_head.weight.shape[0], block_size=block_size, partial=int(partial),
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
-        frequencies=packer.floats(rotary.inv_freq), embedding=embedding.data_ptr(),
+        frequencies=packer.floats(rotary.inv_freq), embedding=_embedding(packer, model, form),
         final_norm=packer.floats(inner.norm.weight), layer=layers,
         head=packer.linear([model.lm_head.weight], kind=form.head),
     )  # fmt: skip
     return spec, packer.kept
+
+
+def _embedding(packer: Packer, model: Any, form: Form) -> int | None:
+    """Where the embedding lies; None where the head's weights are the same."""
+    weight = model.model.embed_tokens.weight.detach()
+    if form.head == form.dtype and weight.data_ptr() == model.lm_head.weight.data_ptr():
+        return None
+    # A copy: a view of the checkpoint would keep all of its pages in memory.
+    copied = packer.arena.copy(weight.to(DTYPES[form.dtype]))
+    packer.kept.append(copied)
+    return copied.data_ptr()
 
 
 def _layer(packer: Packer, layer: Any, keys: int, values: int) -> Layer:

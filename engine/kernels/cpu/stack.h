@@ -36,7 +36,8 @@ struct Spec {
     float scaling;         // of the scores
     float rotary_scaling;  // of cosines and sines
     const float* frequencies;  // [head_dim / 2]
-    const void* embedding;     // [vocabulary, hidden] in the format of the cache, or bfloat16 where that is int8
+    // [vocabulary, hidden] in the format of the cache, or bfloat16 where that is int8; null: the head's weights, not quantised.
+    const void* embedding;
     const float* final_norm;
     const Layer* layer;
     Linear head;
@@ -222,11 +223,8 @@ template <class W, class H, class T> class Stack : public AnyStack {
     }
 
     void embed(int thread) {
-        typedef typename T::Plain Plain;
-        const auto table = static_cast<const typename Plain::Element*>(spec_.embedding);
         team_.each(tokens(), [&](long t) {
-            const auto row = table + long(step_->ids[t]) * spec_.hidden;
-            for (int i = 0; i < spec_.hidden; i += LANES) store(x_.get() + t * spec_.hidden + i, Plain::widen(row + i));
+            embed_one(step_->ids[t], x_.get() + t * spec_.hidden);
             const int half = spec_.head_dim / 2;
             for (int i = 0; i < half; i++) {
                 const float angle = float(step_->positions[t]) * spec_.frequencies[i];
@@ -235,6 +233,21 @@ template <class W, class H, class T> class Stack : public AnyStack {
             }
         });
         done(EMBED, thread);
+    }
+
+    void embed_one(long id, float* out) const {
+        typedef typename T::Plain Plain;
+        if (spec_.embedding) {
+            const auto row = static_cast<const typename Plain::Element*>(spec_.embedding) + id * spec_.hidden;
+            for (int i = 0; i < spec_.hidden; i += LANES) store(out + i, Plain::widen(row + i));
+        } else if constexpr (!H::QUANTISED) {
+            const long units = spec_.hidden / H::PER_UNIT;
+            const uint32_t* column = spec_.head.panels + id / LANES * units * LANES + id % LANES;
+            for (long u = 0; u < units; u++) {
+                const auto unit = reinterpret_cast<const typename H::Element*>(column + u * LANES);
+                for (int i = 0; i < H::PER_UNIT; i++) out[u * H::PER_UNIT + i] = H::widen(unit[i]);
+            }
+        }
     }
 
     // `before`: there was a part before that left its sum in `partial`.

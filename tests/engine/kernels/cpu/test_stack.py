@@ -51,6 +51,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     window: int | None
+    tied: bool = False  # the embedding is the head
 
     def build(self, dtype: torch.dtype) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,7 +60,7 @@ class Shape:
             self.kind, vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
             num_hidden_layers=2, num_attention_heads=self.kv_heads * self.group, num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim, max_position_embeddings=4096, initializer_range=0.15, sliding_window=self.window,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+            tie_word_embeddings=self.tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         torch.manual_seed(1)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -69,6 +70,7 @@ sizes = st.integers(1, 6).map(lambda n: 16 * n)
 shapes = st.builds(
     Shape, st.sampled_from(["mistral", "qwen3"]), sizes, st.integers(1, 3), st.sampled_from([1, 3, 5, 14]),
     st.sampled_from([16, 48, 64, 80, 128]), sizes, st.integers(33, 200), st.sampled_from([None, 1, 40]),
+    st.booleans(),
 )  # fmt: skip
 
 
