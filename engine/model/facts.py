@@ -81,7 +81,7 @@ def read_facts(config: EngineConfig) -> ModelFacts:
 
 
 def _weight_bytes(config: EngineConfig, model: Any, parameters: int, dtype: str) -> int:
-    """As they are held: the fused stack rounds linears where asked to, and keeps a rounded head beside the embedding."""
+    """As they are held: the fused stack rounds linears where asked to, a rounded head beside the embedding."""
     item = ITEMSIZE[dtype]
     width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     plain = dtype == "float16" or width % 16 or config.kernels == "torch"  # what the stack has no kernels for
