@@ -24,7 +24,7 @@ class _Usual:
 
 
 class Pace:
-    """How long steps take, those that compute parts of prompts and the others, and when the running one began."""
+    """How long steps take, those that compute parts of prompts and the others, and when to plan the next."""
 
     def __init__(self) -> None:
         self._usual = {True: _Usual(), False: _Usual()}

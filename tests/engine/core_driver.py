@@ -39,6 +39,14 @@ def resolved(**changes: Any) -> ResolvedConfig:
     return ResolvedConfig(**{**settings, **changes})
 
 
+def next_wait(core: EngineCore, worker: FakeExecutor, now: float) -> float | None:
+    """Seconds to the next result, or to when the core wants to be asked again if that is sooner; None: neither."""
+    waits = [core.next_deadline(now)]
+    if worker.next_due is not None:
+        waits.append(max(0.0, worker.next_due - now))
+    return min((wait for wait in waits if wait is not None), default=None)
+
+
 @dataclass
 class Driver:
     """One core, one fake worker, any number of requests of front end 0."""
@@ -76,12 +84,8 @@ class Driver:
         return moved
 
     def advance(self) -> None:
-        """Go to the next result and deliver it, or to when the core wants to be asked again if that is sooner."""
-        now = self.clock.now()
-        waits = [self.core.next_deadline(now)]
-        if self.worker.next_due is not None:
-            waits.append(max(0.0, self.worker.next_due - now))
-        self.clock.advance(min((wait for wait in waits if wait is not None), default=0.0))
+        """Go to when something is due, and deliver the results that are."""
+        self.clock.advance(next_wait(self.core, self.worker, self.clock.now()) or 0.0)
         self.worker.pump()
 
     def run(self, turns: int = 10_000) -> None:

@@ -17,7 +17,7 @@ from engine.frontend.client import CoreClient
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import InlineTransport
 from engine.messages import Ready, StepMessage
-from tests.engine.core_driver import resolved
+from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import VOCABULARY, FakeExecutor, expected_tokens
 
 STEP_S = 0.125  # powers of two: sums of them are exact
@@ -109,11 +109,9 @@ class World:
             await self.settle()
             if done():
                 return
-            now = self.clock.now()
-            wait, due = self.core.next_deadline(now), self.worker.next_due
-            times = [time for time in (due, None if wait is None else now + wait) if time is not None]
-            if times:
-                self.clock.advance(min(times) - now)
+            wait = next_wait(self.core, self.worker, self.clock.now())
+            if wait is not None:
+                self.clock.advance(wait)
                 self.worker.pump()
         raise AssertionError("it never came to that")
 

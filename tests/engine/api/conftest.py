@@ -22,7 +22,7 @@ from engine.frontend.inline import InlineTexts
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import InlineTransport
 from engine.messages import Ready
-from tests.engine.core_driver import resolved
+from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import FakeExecutor
 
 VOCABULARY = 300
@@ -96,10 +96,9 @@ async def in_loop(
     async def pump() -> None:
         while True:
             core.step(clock.now())
-            now = clock.now()
-            waits = [core.next_deadline(now), None if worker.next_due is None else worker.next_due - now]
-            if known := [wait for wait in waits if wait is not None]:
-                clock.advance(max(0.0, min(known)))
+            wait = next_wait(core, worker, clock.now())
+            if wait is not None:
+                clock.advance(wait)
                 worker.pump()
             for _ in range(10):  # readers keep up: nothing is merged
                 await asyncio.sleep(0)
