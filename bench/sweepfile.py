@@ -26,10 +26,11 @@ from typing import Any
 
 from bench.arrivals import Arrivals
 from bench.errors import BenchError
-from bench.presets import datasets_folder, read_workload, read_yaml
+from bench.presets import read_workload, read_yaml
 from bench.results import PointRow
 from bench.server import has_flag, serve_flags
 from bench.workloads import Encode, Workload, make_workload, needs_vocabulary
+from engine.data import datasets_folder
 
 START_MINUTES = 0.3  # what starting and stopping a server is taken to cost
 _ANY_VOCABULARY = 32_000  # names and lengths don't depend on it

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.presets import datasets_folder
+from engine.data import datasets_folder
 
 DEFAULT_ROWS = 1000
 _SHIPPED = ("vision-sample",)

@@ -41,7 +41,7 @@ def start_engine(
     step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Engine:
     """Find the model, start the core and wait until it is up; after a RedlineError nothing runs."""
-    path = resolve_model(config.model, progress)
+    path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_model(config.tokenizer, progress)
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.name)
     core = CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s)

@@ -91,6 +91,9 @@ def _paged_attention(
     forward.layers_seen.add(layer)
     cache = forward.cache
     keys, values = cache.keys[layer], cache.values[layer]
+    width = value.shape[-1]
+    if width < cache.layout.head_dim:  # DeepSeek's values are shorter than its keys
+        value = torch.nn.functional.pad(value, (0, cache.layout.head_dim - width))
     attention.write(keys, forward.write_index, key[0].transpose(0, 1))
     attention.write(values, forward.write_index, value[0].transpose(0, 1))
     scaling = options.get("scaling")
@@ -99,4 +102,4 @@ def _paged_attention(
     scores = Scores(scaling, options.get("softcap"), options.get("s_aux"))
     plan = forward.plan(options.get("sliding_window"))
     q = query[0].transpose(0, 1).contiguous()
-    return attention.attend(q, keys, values, plan, scores, forward.workspace)[None], None
+    return attention.attend(q, keys, values, plan, scores, forward.workspace)[None, ..., :width], None

@@ -1,6 +1,5 @@
 """What must be known of a model before it is loaded: from its config.json and the headers of its safetensors."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
 from engine.model import gate
+from engine.model.checkpoint import Stored, headers
+from engine.model.families import FAMILIES, Family
 from engine.model.resolve import resolve_model
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTISED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 4 / 32}  # with the scales of their groups, see packing.GROUPS
-_HEADER_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,16 @@ def read_facts(config: EngineConfig) -> ModelFacts:
 
     Raises ModelError for a model that can't be read or run, ConfigError for a length or dtype that it can't have.
     """
-    path = resolve_model(config.model)
+    path = resolve_model(config.model, dummy=config.load_format == "dummy")
     model = read_config(path, config)
     reason = gate.refusal(model)
     if reason is not None:
         raise ModelError(f"{config.model} can't be run: {reason}")
-    headers = {} if config.load_format == "dummy" else _headers(path, config.model)
-    dtype = _dtype(config, model, headers)
+    stored = {} if config.load_format == "dummy" else headers(path, config.model)
+    parameters = sum(one.numbers for one in stored.values())
+    dtype = _dtype(config, model, stored)
     heads = model.num_attention_heads
-    kv_heads = getattr(model, "num_key_value_heads", None) or heads
-    head_dim = getattr(model, "head_dim", None) or model.hidden_size // heads
+    kv_heads, head_dim = _cached_heads(model)
     layers = model.num_hidden_layers
     length = _max_model_len(config, model)
     warnings = []
@@ -60,7 +59,13 @@ def read_facts(config: EngineConfig) -> ModelFacts:
             f"--max-model-len {length} goes past the {model.max_position_embeddings} positions the model was trained "
             "on: good for measuring, not for reading what it writes there"
         )
-    if model.model_type not in gate.TESTED:
+    original = original_length(model)
+    if original is not None and length > original:
+        warnings.append(
+            f"requests may have {length} positions, so the long factors of its rotary embedding hold for all of them: "
+            f"--max-model-len {original} takes the short ones, which suit short texts better"
+        )
+    if model.model_type not in FAMILIES:
         warnings.append(f"models of kind {model.model_type!r} aren't in the parity suite: check the output")
     return ModelFacts(
         path=path,
@@ -74,10 +79,19 @@ def read_facts(config: EngineConfig) -> ModelFacts:
         head_dim=head_dim,
         hidden_size=model.hidden_size,
         intermediate_size=_intermediate_size(model),
-        weight_bytes=_weight_bytes(config, model, sum(map(_size, headers.values())) or _parameters(model), dtype),
+        weight_bytes=_weight_bytes(config, model, parameters or _parameters(model), dtype),
         kv_bytes_per_token=2 * layers * kv_heads * cached_bytes(config.kv_cache_dtype or dtype, head_dim),
         warnings=tuple(warnings),
     )
+
+
+def _cached_heads(model: Any) -> tuple[int, int]:
+    """Heads of keys and values in the cache, and numbers of each; where values are shorter they are filled up."""
+    heads = model.num_attention_heads
+    if getattr(model, "kv_lora_rank", None):
+        return heads, max(model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim)
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(model, "head_dim", None) or model.hidden_size // heads
 
 
 def _weight_bytes(config: EngineConfig, model: Any, parameters: int, dtype: str) -> int:
@@ -85,7 +99,7 @@ def _weight_bytes(config: EngineConfig, model: Any, parameters: int, dtype: str)
     item = ITEMSIZE[dtype]
     width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     plain = dtype == "float16" or width % 16 or config.kernels == "torch"  # what the stack has no kernels for
-    if plain or model.model_type not in gate.FUSED or config.quantization is None:
+    if plain or not FAMILIES.get(model.model_type, Family()).fused or config.quantization is None:
         return parameters * item
     head = model.vocab_size * model.hidden_size
     without = parameters - (0 if model.tie_word_embeddings else head)
@@ -133,6 +147,14 @@ def _max_model_len(config: EngineConfig, model: Any) -> int:
     return wanted or longest
 
 
+def original_length(model: Any) -> int | None:
+    """Up to how many positions the short factors of a longrope hold; None if the model has no such embedding."""
+    rope = getattr(model, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return int(rope.get("original_max_position_embeddings") or model.original_max_position_embeddings)
+
+
 def _intermediate_size(model: Any) -> int:
     """Width of the MLP's inner activation of one token; over all experts a token visits."""
     for name in ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner"):
@@ -142,54 +164,24 @@ def _intermediate_size(model: Any) -> int:
     return 4 * model.hidden_size
 
 
-def _dtype(config: EngineConfig, model: Any, headers: dict[str, Any]) -> str:
+def _dtype(config: EngineConfig, model: Any, stored: dict[str, Stored]) -> str:
     if config.dtype != "auto":
         return config.dtype
     named = getattr(model, "dtype", None)
     if named is not None:
         name = str(named).removeprefix("torch.")
     else:
-        stored = [_HEADER_DTYPES[entry["dtype"]] for entry in headers.values() if entry["dtype"] in _HEADER_DTYPES]
-        name = max(set(stored), key=stored.count) if stored else "float32"
+        kinds = [one.kind for one in stored.values() if one.kind in ITEMSIZE]
+        name = max(set(kinds), key=kinds.count) if kinds else "float32"
     if name not in ITEMSIZE:
         raise ModelError(f"{config.model} has weights of type {name}: give --dtype bfloat16 or float32")
     return name
 
 
-def _headers(path: Path, name: str) -> dict[str, Any]:
-    """Entries of all tensors in the folder's safetensors files: {tensor: {"dtype", "shape"}}."""
-    if not path.is_dir():
-        raise ModelError(f"{name} is a config without weights: --load-format dummy runs it with random ones")
-    index = path / INDEX
-    if index.exists():
-        files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(path.glob("model*.safetensors"))
-    if not files and not any(path.glob("pytorch_model*.bin")):
-        raise ModelError(
-            f"{name} has a config.json but no weights (model.safetensors): --load-format dummy runs it with random ones"
-        )
-    entries: dict[str, Any] = {}
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{name}: {file.name} is missing or isn't a safetensors file: {error}") from error
-        header.pop("__metadata__", None)
-        entries.update(header)
-    return entries
-
-
-def _size(entry: dict[str, Any]) -> int:
-    return math.prod(entry["shape"])
-
-
 def parameter_shapes(config: EngineConfig, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights, under the names that the checkpoint has for them, or else the class."""
-    headers = {} if config.load_format == "dummy" else _headers(facts.path, config.model)
-    stored = {name: tuple(entry["shape"]) for name, entry in headers.items()}
-    return stored or _shapes(read_config(facts.path, config))
+    stored = {} if config.load_format == "dummy" else headers(facts.path, config.model)
+    return {name: one.shape for name, one in stored.items()} or _shapes(read_config(facts.path, config))
 
 
 def _parameters(model: Any) -> int:

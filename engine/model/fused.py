@@ -3,17 +3,17 @@
 The generic path remains the reference; `refusal` says which models go it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.kernels.cpu.native import Layer, Linear, Spec
 from engine.model.facts import cached_bytes
-from engine.model.gate import FUSED
+from engine.model.families import FAMILIES, Family
 from engine.model.packing import GROUPS, LANES, interleave, pack
 
 
@@ -42,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def refusal(model: Any, form: Form, block_size: int) -> str | None:
     """Why a model of transformers, whole or a rank's share, can't take the fused stack, as the end of a sentence."""
     settings = model.config
-    if settings.model_type not in FUSED:
+    if not FAMILIES.get(settings.model_type, Family()).fused:
         return f"models of kind {settings.model_type!r} have no fused stack"
     if form.dtype not in DTYPES:
         return f"the kernels have no {form.dtype}"
@@ -127,13 +127,29 @@ class Packer:
         return values.data_ptr()
 
 
-def make_spec(model: Any, form: Form, num_blocks: int, block_size: int, *, partial: bool) -> tuple[Spec, list[Any]]:
+def make_spec(
+    model: Any,
+    form: Form,
+    num_blocks: int,
+    block_size: int,
+    *,
+    partial: bool,
+    first_token: int = 0,
+    fill: Callable[[nn.Module], None] = lambda _: None,
+) -> tuple[Spec, list[Any]]:
     """Pack a model of transformers, whole or one rank's share, with `num_blocks` of cache for each layer.
 
-    The model is used up. Returns also what the spec points to.
+    `first_token` is the rank's first. `fill` gives a part of the model its numbers, if it hasn't any: a layer at a time
+    is there twice, no more. The model is used up. Returns also what the spec points to.
     """
     packer = Packer(form.weights)
     inner, settings = model.model, model.config
+    for part in (inner.embed_tokens, inner.norm, model.lm_head):
+        fill(part)
+    embedding, final_norm = _embedding(packer, model, form), packer.floats(inner.norm.weight)
+    vocabulary = len(model.lm_head.weight)
+    head = packer.linear([model.lm_head.weight], kind=form.head)
+    _release(inner.embed_tokens, model.lm_head)
     first = inner.layers[0].self_attn
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
@@ -143,23 +159,29 @@ def make_spec(model: Any, form: Form, num_blocks: int, block_size: int, *, parti
     cache = lazy_zeros(2 * len(layers) * cache_bytes)  # in one piece, so that all its pages can be large ones
     packer.kept.append(cache)
     for i, layer in enumerate(inner.layers):
+        fill(layer)
         keys = cache.ctypes.data + 2 * i * cache_bytes
         layers[i] = _layer(packer, layer, keys, keys + cache_bytes)
         layers[i].window = window_of(settings, i)
-        for parameter in layer.parameters():  # they are packed: nobody holds them twice
-            parameter.data = parameter.new_empty(0)
+        _release(layer)
     rotary = inner.rotary_emb
     packer.kept.append(layers)
     spec = Spec(
         hidden=settings.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, layers=len(inner.layers),
-        vocabulary=model.lm_head.weight.shape[0], block_size=block_size, partial=int(partial),
+        vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token,
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
-        frequencies=packer.floats(rotary.inv_freq), embedding=_embedding(packer, model, form),
-        final_norm=packer.floats(inner.norm.weight), layer=layers,
-        head=packer.linear([model.lm_head.weight], kind=form.head),
+        frequencies=packer.floats(rotary.inv_freq), embedding=embedding, final_norm=final_norm,
+        layer=layers, head=head,
     )  # fmt: skip
     return spec, packer.kept
+
+
+def _release(*parts: nn.Module) -> None:
+    """Free what is packed now."""
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.data = parameter.new_empty(0)
 
 
 def _embedding(packer: Packer, model: Any, form: Form) -> int | None:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from engine.model.families import FAMILIES
+
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-ROPE_KINDS = {"default", "linear", "llama3", "yarn", "proportional"}
+ROPE_KINDS = {"default", "linear", "llama3", "longrope", "yarn", "proportional"}
 
 # Classes whose forward pass needs more than the attention interface passes on.
 REFUSED = {
@@ -13,36 +15,6 @@ REFUSED = {
     "llama4_text": "attends in chunks, which isn't supported",
     "gemma3n_text": "needs embeddings per layer, which aren't supported",
     "gemma4_text": "has layers that share keys and values, which isn't supported",
-}
-
-# Kinds whose decoder the CPU's fused stack in C++ computes.
-FUSED = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
-
-# Kinds of model that the parity suite holds against transformers' generate().
-TESTED = {
-    "cohere2",
-    "exaone4",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "opt",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
 }
 
 
@@ -57,7 +29,7 @@ def refusal(config: Any) -> str | None:
         return "it takes images or audio, which aren't supported yet"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised, which isn't supported yet"
-    if getattr(config, "kv_lora_rank", None):
+    if getattr(config, "kv_lora_rank", None) and kind not in FAMILIES:
         return "it uses multi-head latent attention, which isn't supported"
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS
     if others:
@@ -69,11 +41,6 @@ def _rope_refusal(config: Any) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     each = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
     kinds = {parameters.get("rope_type", "default") for parameters in each if parameters}
-    if "longrope" in kinds:
-        # Which of the two factor lists holds depends on the longest position of the batch: fixed only if one is left.
-        original = getattr(config, "original_max_position_embeddings", None)
-        if original is not None and config.max_position_embeddings <= original:
-            kinds.discard("longrope")
     unknown = kinds - ROPE_KINDS
     if unknown:
         return f"its rotary embedding is of kind {', '.join(sorted(unknown))}, which isn't supported"

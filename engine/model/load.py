@@ -1,6 +1,8 @@
-"""Builds a model from transformers' own class, with the paged attention plugged in."""
+"""Opens a model of transformers' own class, with the paged attention plugged in, and gives it its weights."""
 
 import contextlib
+import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,72 +16,105 @@ from engine.kernels import attention
 from engine.kernels.attention import Layout, Ragged, Workspace
 from engine.model import adapt
 from engine.model.adapt import Forward, KVCache
-from engine.model.facts import ModelFacts, read_config
+from engine.model.blank import Blank, Progress, RandomSource, StoredSource, parameters_on_meta
+from engine.model.checkpoint import headers
+from engine.model.facts import ModelFacts, original_length, read_config
+from engine.model.recipe import make_recipe
 
 PROBE = 4  # tokens of the check
+# What old checkpoints hold although it can be computed.
+INERT = re.compile(r"inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
+
+log = logging.getLogger("redline.worker")
 
 
-def load_model(config: EngineConfig, facts: ModelFacts) -> nn.Module:
-    """Load the model on the CPU, ready for `adapt.run`.
+def open_model(config: EngineConfig, facts: ModelFacts, progress: Progress | None = None) -> Blank:
+    """Build the class without numbers, and find out where they are; `progress` hears how many bytes were read.
 
-    Raises ModelError if the weights can't be read, or if a layer doesn't attend through the paged attention.
+    Raises ModelError if the class can't be built, or the checkpoint lacks something.
     """
     adapt.register()
     settings = read_config(facts.path, config)
     try:
-        with _quiet():
-            model = _random(config, facts, settings) if config.load_format == "dummy" else _stored(facts, settings)
+        with _quiet(), parameters_on_meta():
+            model = _build(settings, facts)
     except KeyError as error:  # the class looks its attention up in a table of its own
         raise ModelError(f"{config.model} can't be run: {_misfit(facts)}: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{config.model}: the weights can't be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{config.model}: the model can't be built: {_first_line(error)}") from error
+    model.tie_weights()
+    _pin_rope(model, facts.max_model_len)
     model.eval().requires_grad_(False)
-    check(model, config, facts)
-    return model
+    exact = list(model._get_dtype_plan(getattr(torch, facts.dtype)))
+    if config.load_format == "dummy":
+        return Blank(model, RandomSource(model, config.seed), exact)
+    return Blank(model, _stored(model, config, facts, progress), exact)
 
 
-def _random(config: EngineConfig, facts: ModelFacts, settings: Any) -> nn.Module:
+def _build(settings: Any, facts: ModelFacts) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return AutoModelForCausalLM.from_config(
-            settings, dtype=getattr(torch, facts.dtype), attn_implementation=adapt.ATTENTION
-        )
-
-
-def _stored(facts: ModelFacts, settings: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        facts.path,
-        config=settings,
-        dtype=getattr(torch, facts.dtype),
-        attn_implementation=adapt.ATTENTION,
-        output_loading_info=True,
+    return AutoModelForCausalLM.from_config(
+        settings, dtype=getattr(torch, facts.dtype), attn_implementation=adapt.ATTENTION
     )
-    model, found = loaded
-    for problem, names in (("lacks", found["missing_keys"]), ("has other shapes for", found["mismatched_keys"])):
-        if names:
-            first = sorted(str(name) for name in names)[0]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"the checkpoint {problem} {first}{more}")
-    return model
+
+
+def _pin_rope(model: Any, max_model_len: int) -> None:
+    """Choose between the two lists of factors of a longrope by the length of requests, once.
+
+    The class chooses anew in each step, by the longest position of the batch: keys in the cache would not fit.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            original = original_length(module.config)
+            assert original is not None
+            if max_model_len > original:
+                frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, torch.device("cpu"), original + 1)
+                module.inv_freq.copy_(frequencies)
+            module.rope_type = "pinned"
+
+
+def _stored(model: Any, config: EngineConfig, facts: ModelFacts, progress: Progress | None) -> StoredSource:
+    stored = headers(facts.path, config.model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        recipe = make_recipe(model, {name: tensor.shape for name, tensor in stored.items()}, shapes)
+    except ModelError as error:
+        raise ModelError(f"{config.model}: the weights can't be loaded: {error}") from error
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+    known = {same[name] for name in recipe.pieces}
+    for name in list(recipe.pieces):  # of parameters that are the same, the checkpoint may name any
+        recipe.pieces.setdefault(same[name], recipe.pieces[name])
+    missing = sorted(name for name in shapes if same[name] not in known)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{config.model}: the weights can't be loaded: the checkpoint lacks {missing[0]}{more}")
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    unused = [name for name in recipe.unused if not INERT.search(name) and not any(one.search(name) for one in ignored)]
+    if unused:
+        log.warning(
+            "%s: %d tensors of the checkpoint aren't used, %s the first: this model has no place for them",
+            config.model,
+            len(unused),
+            unused[0],
+        )
+    return StoredSource(stored, recipe, progress)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and reports: what matters of them is raised here."""
-    from transformers.utils import logging
+    """Without transformers' reports: what matters of them is raised here."""
+    from transformers.utils import logging as reports
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level = reports.get_verbosity()
+    reports.set_verbosity_error()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
-        logging.set_verbosity(level)
+        reports.set_verbosity(level)
 
 
 def _misfit(facts: ModelFacts) -> str:
@@ -95,9 +130,22 @@ def layout_of(facts: ModelFacts, block_size: int) -> Layout:
     return Layout(block_size, facts.num_kv_heads, facts.head_dim, getattr(torch, facts.dtype))
 
 
+def complete(blank: Blank, config: EngineConfig, facts: ModelFacts) -> nn.Module:
+    """Fill a model that runs as transformers' class, and see it run; `facts` are the rank's.
+
+    Raises ModelError if the weights can't be read, or if a layer doesn't attend through the paged attention.
+    """
+    blank.fill()
+    check(blank.model, config, facts, blank.vocabulary.count if blank.vocabulary else facts.vocab_size)
+    return blank.model
+
+
 @torch.inference_mode()
-def check(model: Any, config: EngineConfig, facts: ModelFacts) -> None:
-    """Run a few tokens through a small cache: the one sure sign that a class takes part in the attention interface."""
+def check(model: Any, config: EngineConfig, facts: ModelFacts, vocabulary: int) -> None:
+    """Run a few tokens through a small cache: the one sure sign that a class takes part in the attention interface.
+
+    vocabulary: how many logits a token has.
+    """
     layout = layout_of(facts, PROBE)
     cache = KVCache(facts.num_layers, 2, layout)
     table, positions = np.ones((1, 1), dtype=np.int32), np.arange(PROBE)
@@ -115,7 +163,7 @@ def check(model: Any, config: EngineConfig, facts: ModelFacts) -> None:
         logits = adapt.run(model, forward, arguments).logits
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ModelError(f"{config.model} can't be run: {_misfit(facts)}: {_first_line(error)}") from error
-    if forward.layers_seen != set(range(facts.num_layers)) or tuple(logits.shape) != (1, 1, facts.vocab_size):
+    if forward.layers_seen != set(range(facts.num_layers)) or tuple(logits.shape) != (1, 1, vocabulary):
         raise ModelError(
             f"{config.model} can't be run: {_misfit(facts)}: "
             f"{len(forward.layers_seen)} of {facts.num_layers} layers use it, logits have shape {tuple(logits.shape)}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from engine.data import known_models
 from engine.errors import ModelError
 
 Progress = Callable[[str], None]
@@ -47,10 +48,11 @@ SHORT_NAMES = {
 }
 
 
-def resolve_model(name: str, progress: Progress | None = None) -> Path:
+def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = False) -> Path:
     """The folder of a model, fetched and converted on first use; a lone config file stands for itself.
 
-    `progress` hears one line per phase that takes time. Raises ModelError naming what was tried.
+    `dummy`: its weights aren't needed, so that a config that ships with the product will do. `progress` hears one line
+    per phase that takes time. Raises ModelError naming what was tried.
     """
     tell = progress or (lambda _: None)
     if name in SHORT_NAMES:
@@ -62,6 +64,8 @@ def resolve_model(name: str, progress: Progress | None = None) -> Path:
         return path.resolve()
     if path.is_file():
         return _resolve_file(path, tell)
+    if dummy and name in known_models():
+        return known_models()[name]
     return _from_hub(name, tell)
 
 
@@ -187,9 +191,10 @@ def _from_hub(name: str, tell: Progress) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        cause = _first_line(error)
+        shape = "; --load-format dummy runs its shape with random weights" if name in known_models() else ""
         raise ModelError(
-            f"{name} is neither a folder here nor one of {known}, and the hub doesn't give it: {cause}"
+            f"{name} is neither a folder here nor one of {known}, and the hub doesn't give it: "
+            f"{_first_line(error)}{shape}"
         ) from error
 
 

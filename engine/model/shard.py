@@ -1,104 +1,145 @@
-"""Cuts a loaded model down to one rank's share, and adds the sums and gathers that make the shares one model."""
+"""Cuts a model that has no numbers yet to one rank's share, and adds the sums and gathers that make the shares one."""
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from engine.errors import ModelError
-from engine.model.split import DIVIDED_INPUT, DIVIDED_OUTPUT, EXPERTS, PACKED, WHOLE, Split
+from engine.model.blank import Blank, Cut
+from engine.model.group import Group
+from engine.model.split import (
+    CUTS,
+    DIVIDED_INPUT,
+    DIVIDED_OUTPUT,
+    EXPERTS,
+    FIRST_RANK,
+    GATE_UP,
+    PACKED,
+    QKV,
+    WHOLE,
+    Split,
+)
+from engine.model.vocabulary import Slice, divide_embedding
 
-# What attention classes call their own counts of heads, where they don't infer them from shapes.
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
+# What attention classes call their own counts of heads, or the width of all, where they don't infer them from shapes.
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "split_size")
 
 
-class Group(Protocol):
-    """The ranks that run a model together; all of them make the same calls in the same order."""
-
-    rank: int
-    size: int
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, the same bits on each; may use up its argument."""
-        ...
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors laid end to end along the last dimension."""
-        ...
-
-
-def shard(model: Any, split: Split, group: Group) -> None:
-    """Cut the model in place to the share of `group.rank`; the embedding and the head stay whole on every rank.
+def shard(blank: Blank, split: Split, group: Group) -> None:
+    """Cut the model in place to the share of `group.rank`, its vocabulary included.
 
     Raises ModelError if a part of the model isn't built as its plan supposes.
     """
+    model = blank.model
     for path, module in list(model.base_model.named_modules()):
         style = split.style(path)
-        if style is None or style in WHOLE:
-            continue
         if style == EXPERTS:
-            _shard_experts(path, module, split, group)
-        elif isinstance(module, nn.Linear):
-            _shard_linear(module, style, group)
-        else:
-            raise ModelError(f"{path} can't be divided among ranks: it is a {type(module).__name__}")
+            module.register_forward_hook(lambda _module, _inputs, output: group.all_reduce(output))
+        elif style is not None and style not in WHOLE:
+            _shard_linear(blank, path, style, split, group)
+        for name, _ in list(module.named_parameters(recurse=False)):
+            style = split.style(f"{path}.{name}")
+            if style is not None:
+                _shard_parameter(blank, module, name, style, group)
     if split.divides_heads:
-        _divide_head_counts(model, split.size)
+        _divide_head_counts(model, split)
+    _divide_vocabulary(blank, split, group)
 
 
-def _shard_linear(linear: nn.Linear, style: str, group: Group) -> None:
+def _shard_linear(blank: Blank, path: str, style: str, split: Split, group: Group) -> None:
+    linear = blank.model.base_model.get_submodule(path)
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise ModelError(f"{path} can't be divided among ranks: it is a {type(linear).__name__}")
+    outputs, inputs = (1, 0) if split.family.transposed else (0, 1)
     if style in DIVIDED_OUTPUT:
-        linear.weight = _part(linear.weight, 0, group)
-        if linear.bias is not None:
-            linear.bias = _part(linear.bias, 0, group)
-        linear.out_features //= group.size
+        parts = _parts(style, weight.shape[outputs], split)
+        blank.cut(linear, "weight", _share(weight, outputs, group, parts))
+        if bias is not None:
+            blank.cut(linear, "bias", _share(bias, 0, group, parts))
+        _divide_count(linear, ("out_features", "nf"), group)
         if style == "colwise_gather_output":
             linear.register_forward_hook(lambda _module, _inputs, output: group.all_gather(output))
     else:
         assert style in DIVIDED_INPUT, style
-        linear.weight = _part(linear.weight, 1, group)
-        if group.rank != 0:  # a sum has it once
-            linear.register_parameter("bias", None)
-        linear.in_features //= group.size
+        blank.cut(linear, "weight", _share(weight, inputs, group))
+        if bias is not None and group.rank != 0:  # a sum has it once
+            if split.family.transposed:  # its class adds one in any case
+                blank.cut(linear, "bias", Cut(0, ()))
+            else:
+                linear.register_parameter("bias", None)
+        _divide_count(linear, ("in_features", "nx"), group)
         linear.register_forward_hook(lambda _module, _inputs, output: group.all_reduce(output))
         if style == "rowwise_split_input":
-            linear.register_forward_pre_hook(lambda _module, inputs: (_slice(inputs[0], -1, group), *inputs[1:]))
+            linear.register_forward_pre_hook(lambda _module, inputs: (_slice(inputs[0], group), *inputs[1:]))
 
 
-def _shard_experts(path: str, experts: nn.Module, split: Split, group: Group) -> None:
-    """Every rank has a slice of each expert, whose outputs are summed once for all experts."""
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        style = split.style(f"{path}.{name}")
-        if style == PACKED:  # [experts, gate and up, hidden]
-            halves = [_slice(half, -2, group) for half in parameter.chunk(2, dim=-2)]
-            setattr(experts, name, _frozen(torch.cat(halves, dim=-2)))
-        elif style == "rowwise":  # [experts, hidden, inner]
-            setattr(experts, name, _part(parameter, -1, group))
-        else:
-            raise ModelError(f"{path}.{name} can't be divided among ranks: its plan doesn't say how")
-    experts.register_forward_hook(lambda _module, _inputs, output: group.all_reduce(output))
+def _parts(style: str, length: int, split: Split) -> tuple[int, ...]:
+    """Lengths of what lies side by side in a linear's output."""
+    if style == GATE_UP:
+        return length // 2, length // 2
+    if style == QKV:
+        heads, kv_heads = split.rank.num_heads, split.rank.num_kv_heads
+        each = length // (heads + 2 * kv_heads)
+        return heads * each, kv_heads * each, kv_heads * each
+    return (length,)
 
 
-def _divide_head_counts(model: nn.Module, size: int) -> None:
+def _shard_parameter(blank: Blank, module: nn.Module, name: str, style: str, group: Group) -> None:
+    parameter = getattr(module, name)
+    if style == PACKED:  # [experts, gate and up, hidden]
+        half = parameter.shape[-2] // 2
+        blank.cut(module, name, _share(parameter, parameter.ndim - 2, group, (half, half)))
+    elif style == FIRST_RANK:
+        if group.rank != 0:
+            blank.cut(module, name, Cut(0, ()))
+    else:  # experts that are divided by rows: [experts, hidden, inner]
+        blank.cut(module, name, _share(parameter, CUTS.get(style, -1) % parameter.ndim, group))
+
+
+def _divide_vocabulary(blank: Blank, split: Split, group: Group) -> None:
+    embedding, head = blank.model.get_input_embeddings(), blank.model.get_output_embeddings()
+    vocabulary = Slice(split.rank.vocab_size, group)
+    first, count = vocabulary.first, vocabulary.count
+    for module in {embedding, head}:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if len(parameter) == vocabulary.total:  # what is shared is cut once
+                blank.cut(module, name, Cut(0, ((first, count),)))
+    embedding.num_embeddings = head.out_features = count
+    blank.vocabulary = vocabulary
+    divide_embedding(embedding, vocabulary)
+
+
+def _divide_count(linear: nn.Module, names: tuple[str, ...], group: Group) -> None:
+    for name in names:
+        if hasattr(linear, name):
+            setattr(linear, name, getattr(linear, name) // group.size)
+
+
+def _divide_head_counts(model: Any, split: Split) -> None:
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             for name in HEAD_COUNTS:
                 count = getattr(module, name, None)
                 if isinstance(count, int):
-                    setattr(module, name, count // size)
+                    setattr(module, name, count // split.size)
+    if split.family.heads_in_config:
+        model.config.num_attention_heads //= split.size
 
 
-def _slice(tensor: Tensor, dimension: int, group: Group) -> Tensor:
-    length, odd = divmod(tensor.shape[dimension], group.size)
-    if odd:
-        raise ModelError(f"a tensor of shape {tuple(tensor.shape)} can't be divided among {group.size} ranks")
-    return tensor.narrow(dimension, group.rank * length, length)
+def _share(parameter: Tensor, dim: int, group: Group, parts: Sequence[int] = ()) -> Cut:
+    """The rank's share of each of the parts that lie side by side along a dimension; none: it is one part."""
+    ranges, begin = [], 0
+    for length in parts or (parameter.shape[dim],):
+        share, odd = divmod(length, group.size)
+        if odd:
+            raise ModelError(f"a tensor of shape {tuple(parameter.shape)} can't be divided among {group.size} ranks")
+        ranges.append((begin + group.rank * share, share))
+        begin += length
+    return Cut(dim, tuple(ranges))
 
 
-def _part(tensor: Tensor, dimension: int, group: Group) -> nn.Parameter:
-    """A copy of the rank's slice, so that the whole can be freed."""
-    return _frozen(_slice(tensor, dimension, group).clone(memory_format=torch.contiguous_format))
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _slice(tensor: Tensor, group: Group) -> Tensor:
+    length = tensor.shape[-1] // group.size
+    return tensor.narrow(-1, group.rank * length, length)

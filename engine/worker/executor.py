@@ -46,19 +46,20 @@ class InProcessExecutor:
         limit_libraries()
         import torch
 
-        from engine.model.load import load_model
+        from engine.model.load import open_model
         from engine.worker.runner import build_runner
 
         torch.set_num_threads(cores())
         imported = time.perf_counter()
-        model = load_model(config, facts)
-        loaded = time.perf_counter()
-        runner, built = build_runner(config, facts, resolved, model)
+        blank = open_model(config, facts)
+        opened = time.perf_counter()
+        runner, built = build_runner(config, facts, resolved, blank)
         self.kernels, self.warnings = built.kernels, built.warnings
         stay(built.cores)
         self.seconds = {
             "import torch": imported - began,
-            "load weights": loaded - imported,
-            "prepare kernels": time.perf_counter() - loaded,
+            "open model": opened - imported,
+            "load weights": blank.seconds,
+            "prepare kernels": time.perf_counter() - opened - blank.seconds,
         }
         return runner

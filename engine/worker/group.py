@@ -18,7 +18,7 @@ def _lost(error: RuntimeError) -> PeerLostError:
 
 
 class GlooGroup:
-    """Implements `engine.model.shard.Group`; waits until all ranks are there."""
+    """Implements `engine.model.group.Group`; waits until all ranks are there."""
 
     def __init__(self, rank: int, size: int, store: str):
         self.rank, self.size = rank, size

@@ -20,7 +20,8 @@ from engine import children
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError
 from engine.model.facts import ModelFacts
-from engine.worker.wire import Failed, Kind, Orders, Up, frame, receive, sample_body
+from engine.worker.ring import Ring
+from engine.worker.wire import Failed, Kind, Orders, Up, parts, receive, sample_body
 
 SHUTDOWN_S = 3.0  # for the step in progress, before ranks are ended by force
 CAUSE_S = 2.0  # how long a rank that lost another waits for that one's own cause
@@ -57,7 +58,8 @@ class MultiprocessExecutor:
         self._error: RedlineError | None = None
         self._closing = False
         self._pending: deque[Future[Any]] = deque()
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._outbox: SimpleQueue[tuple[Kind, bytes] | None] = SimpleQueue()
+        self._ring = Ring(config.tensor_parallel_size)
         self._started: Future[Up] = Future()
         self._ranks: list[_Rank] = []
         self._threads = [
@@ -67,7 +69,7 @@ class MultiprocessExecutor:
         with tempfile.TemporaryDirectory(prefix="redline-ranks-", dir=folder) as meeting:
             try:
                 for number in range(config.tensor_parallel_size):
-                    self._ranks.append(_start_rank(number, config, facts, resolved, f"{meeting}/store"))
+                    self._ranks.append(_start_rank(number, config, facts, resolved, f"{meeting}/store", self._ring))
                 for thread in self._threads:
                     thread.start()
                 up = self._started.result()
@@ -84,11 +86,11 @@ class MultiprocessExecutor:
 
     def submit(self, step: bytes) -> "Future[None]":
         """Hand over an encoded StepMessage; the forward pass starts as soon as the steps before it are done."""
-        return self._order(frame(Kind.FORWARD, step))
+        return self._order(Kind.FORWARD, step)
 
     def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
-        return self._order(frame(Kind.SAMPLE, sample_body(step, masks)))
+        return self._order(Kind.SAMPLE, sample_body(step, masks))
 
     def shutdown(self) -> None:
         """End the ranks once the step in progress is done, or by force; steps that wait are dropped."""
@@ -98,6 +100,7 @@ class MultiprocessExecutor:
         for future in dropped:
             future.cancel()
         self._outbox.put(None)
+        self._ring.close()
         for rank in self._ranks:
             if rank.socket.fileno() >= 0:
                 _close_output(rank.socket)
@@ -108,7 +111,7 @@ class MultiprocessExecutor:
         for rank in self._ranks:
             rank.socket.close()
 
-    def _order(self, data: bytes) -> "Future[Any]":
+    def _order(self, kind: Kind, body: bytes) -> "Future[Any]":
         future: Future[Any] = Future()
         with self._lock:
             error = self._error
@@ -116,7 +119,7 @@ class MultiprocessExecutor:
                 error = EngineDeadError("the ranks were shut down")
             if error is None:
                 self._pending.append(future)
-                self._outbox.put(data)
+                self._outbox.put((kind, body))
         if error is not None:
             future.set_exception(error)
         return future
@@ -124,12 +127,15 @@ class MultiprocessExecutor:
     # ------------------------------------------------------------------------------------------------------- threads
 
     def _send_all(self) -> None:
-        while (data := self._outbox.get()) is not None:
-            for rank in self._ranks:
-                try:
-                    rank.socket.sendall(data)
-                except OSError:  # it is gone: the other thread learns why
+        while (order := self._outbox.get()) is not None:
+            for head, body in parts(*order, self._ring.size // 2):
+                if not self._ring.write(body):
                     return
+                for rank in self._ranks:
+                    try:
+                        rank.socket.sendall(head)
+                    except OSError:  # it is gone: the other thread learns why
+                        return
 
     def _receive_all(self) -> None:
         reports: dict[int, Up] = {}
@@ -185,6 +191,7 @@ class MultiprocessExecutor:
             self._error = error
             pending, self._pending = list(self._pending), deque()
         self._outbox.put(None)
+        self._ring.close()
         self._reap(0.0)
         if not self._started.done():
             self._started.set_exception(error)
@@ -206,7 +213,9 @@ class MultiprocessExecutor:
                 rank.process.stdin.close()
 
 
-def _start_rank(number: int, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, store: str) -> _Rank:
+def _start_rank(
+    number: int, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, store: str, ring: Ring
+) -> _Rank:
     ours, theirs = socket.socketpair()
     with theirs:
         orders = Orders(
@@ -216,8 +225,9 @@ def _start_rank(number: int, config: EngineConfig, facts: ModelFacts, resolved: 
             resolved=dataclasses.asdict(resolved),
             store=store,
             socket_fd=theirs.fileno(),
+            ring_fd=ring.descriptor,
         )
-        process = children.spawn("engine.worker.rank", orders, (theirs.fileno(),))
+        process = children.spawn("engine.worker.rank", orders, (theirs.fileno(), ring.descriptor))
     return _Rank(number, process, ours)
 
 

@@ -1,5 +1,6 @@
 """The model as a runner sees it: either transformers' class with the paged attention, or the fused stack in C++."""
 
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,10 +20,11 @@ from engine.kernels.cpu.native import Batch, Stack
 from engine.memory import threads_per_rank
 from engine.model import adapt, fused
 from engine.model.adapt import Forward, KVCache
+from engine.model.blank import Blank
 from engine.model.facts import ModelFacts
 from engine.model.fused import Form
-from engine.model.load import layout_of
-from engine.model.shard import Group
+from engine.model.load import complete, layout_of
+from engine.model.vocabulary import Slice
 from engine.worker.paging import PageSupply
 from engine.worker.rows import Int64s, StepBatch
 from engine.worker.sampler import SLICE, Float64s, pick, weigh
@@ -48,9 +50,10 @@ class Network(Protocol):
 class GenericNetwork:
     """Transformers' own class; the reference, and the path of every model without a stack of its own."""
 
-    def __init__(self, model: nn.Module, cache: KVCache):
+    def __init__(self, model: nn.Module, cache: KVCache, vocabulary: Slice | None):
         self._model = model
         self._cache = cache
+        self._vocabulary = vocabulary
         self._workspace = Workspace(cache.layout.dtype)
         self._logits: Tensor | None = None
 
@@ -73,30 +76,52 @@ class GenericNetwork:
 
     def logits(self, which: Int64s) -> Tensor:
         assert self._logits is not None
-        return self._logits if len(which) == len(self._logits) else self._logits[torch.from_numpy(which)]
+        some = self._logits if len(which) == len(self._logits) else self._logits[torch.from_numpy(which)]
+        return some if self._vocabulary is None else self._vocabulary.gather(some)
 
     def choose(self, temperatures: NDArray[np.float32], numbers: Float64s) -> Int64s:
+        if self._vocabulary is not None:
+            draw = functools.partial(self._draw, temperatures)
+            return self._vocabulary.choose(self._best(temperatures), temperatures, numbers, draw)
+        tokens = self._best(temperatures)[1]
+        drawn = np.flatnonzero(temperatures)
+        tokens[drawn] = self._draw(temperatures, drawn, numbers[drawn])
+        return tokens
+
+    def _best(self, temperatures: NDArray[np.float32]) -> tuple[NDArray[np.float32], Int64s, NDArray[np.float32]]:
+        """Of each row the highest logit, its token, and what all weigh against it where the row draws."""
         assert self._logits is not None
-        tokens = np.empty(len(temperatures), dtype=np.int64)
-        for start in range(0, len(tokens), SLICE):
+        rows = len(self._logits)
+        tokens, tops, weights = np.empty(rows, np.int64), np.empty(rows, np.float32), np.zeros(rows, np.float32)
+        for start in range(0, rows, SLICE):
             some = slice(start, start + SLICE)
             part = self._logits[some].float()
             # numpy's argmax is several times as fast as torch's on one row after the other.
             tokens[some] = part.numpy().argmax(-1)
-            drawn = np.flatnonzero(temperatures[some])
+            tops[some] = np.take_along_axis(part.numpy(), tokens[some, None], 1)[:, 0]
+            drawn = np.flatnonzero(temperatures[some]) if self._vocabulary is not None else np.zeros(0, np.int64)
             if len(drawn):
-                weights = weigh(part[torch.from_numpy(drawn)], temperatures[some][drawn])
-                tokens[some][drawn] = pick(weights, numbers[some][drawn])
+                weights[some][drawn] = weigh(part[torch.from_numpy(drawn)], temperatures[some][drawn]).sum(-1).numpy()
+        return tops, tokens, weights
+
+    def _draw(self, temperatures: NDArray[np.float32], rows: Int64s, numbers: Float64s) -> Int64s:
+        """A token for each of some rows, by a number in [0, 1); where ranks divide the vocabulary, of this one's."""
+        assert self._logits is not None
+        tokens = np.empty(len(rows), dtype=np.int64)
+        for start in range(0, len(rows), SLICE):
+            some = slice(start, start + SLICE)
+            part = self._logits[torch.from_numpy(rows[some])].float()
+            tokens[some] = pick(weigh(part, temperatures[rows[some]]), numbers[some])
         return tokens
 
 
 class FusedNetwork:
     """The fused stack; of one rank, or of several that sum up after each attention and MLP."""
 
-    def __init__(self, stack: Stack, vocabulary: int, group: Group | None, pages: PageSupply):
+    def __init__(self, stack: Stack, count: int, vocabulary: Slice | None, pages: PageSupply):
         self.stack = stack
+        self._count = count
         self._vocabulary = vocabulary
-        self._group = group
         self._pages = pages
         weakref.finalize(self, pages.close)
 
@@ -108,21 +133,29 @@ class FusedNetwork:
         self._pages.reach(int(batch.tables.max()))
         stack = self.stack
         stack.begin(Batch.of(*columns))
-        if self._group is None:
+        if self._vocabulary is None:
             stack.run(0, stack.parts)
             return
-        stack.run(0, 1)
-        for part in range(2, stack.parts + 1):
-            self._group.all_reduce(torch.from_numpy(stack.partial()))
+        stack.run(0, 0)
+        for part in range(1, stack.parts + 1):
+            self._vocabulary.group.all_reduce(torch.from_numpy(stack.partial()))
             stack.run(part, part)
 
     def logits(self, which: Int64s) -> Tensor:
-        out = torch.empty(len(which), self._vocabulary)
+        out = torch.empty(len(which), self._count)
         self.stack.logits(which.astype(np.int32), out.numpy())
-        return out
+        return out if self._vocabulary is None else self._vocabulary.gather(out)
 
     def choose(self, temperatures: NDArray[np.float32], numbers: Float64s) -> Int64s:
-        return self.stack.choose(temperatures, numbers).astype(np.int64)
+        if self._vocabulary is None:
+            return self.stack.choose(temperatures, numbers).astype(np.int64)
+
+        def draw(rows: Int64s, inner: Float64s) -> NDArray[np.int32]:
+            each = np.zeros(len(numbers))
+            each[rows] = inner
+            return self.stack.draw(each)[rows]
+
+        return self._vocabulary.choose(self.stack.best(temperatures), temperatures, numbers, draw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +168,8 @@ class Built:
     cores: tuple[int, ...] = ()  # where the threads of the rank stay, this one on the first
 
 
-def build_network(
-    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, model: Any, group: Group | None = None
-) -> Built:
-    """Choose kernels by --kernels, the machine and the model; takes the model's weights away where it repacks them.
+def build_network(config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank) -> Built:
+    """Choose kernels by --kernels, the machine and the model, and give it its weights in the form they need.
 
     `facts` are the rank's. Raises ConfigError for kernels that this machine can't run.
     """
@@ -146,26 +177,31 @@ def build_network(
     refused = False
     form = Form(facts.dtype, config.quantization or facts.dtype, config.kv_cache_dtype or facts.dtype)
     if levels:
-        refusal = fused.refusal(model, form, resolved.block_size)
+        refusal = fused.refusal(blank.model, form, resolved.block_size)
         refused = refusal is not None
         level, why = (None, refusal) if refused else _first_built(config, levels)
         if level is not None:
-            partial = group is not None
-            spec, kept = fused.make_spec(model, form, resolved.num_blocks, resolved.block_size, partial=partial)
+            blocks = resolved.num_blocks, resolved.block_size
+            part = blank.vocabulary
+            first = 0 if part is None else part.first
+            spec, kept = fused.make_spec(
+                blank.model, form, *blocks, partial=part is not None, first_token=first, fill=blank.fill
+            )
             threads = threads_per_rank(config.tensor_parallel_size)
-            cores = places(threads, group.rank if group else 0, config.tensor_parallel_size)
+            cores = places(threads, 0 if part is None else part.group.rank, config.tensor_parallel_size)
             stack = Stack(spec, form.weights, form.cache, threads, level, kept, cores)
-            first = spec.layer[0]
-            region = first.values - first.keys
-            pages = PageSupply(kept, first.keys, 2 * spec.layers, region, region // resolved.num_blocks)
-            return Built(FusedNetwork(stack, spec.vocabulary, group, pages), f"{level}, fused stack", cores=cores)
+            keys, values = spec.layer[0].keys, spec.layer[0].values
+            pages = PageSupply(kept, keys, 2 * spec.layers, values - keys, (values - keys) // resolved.num_blocks)
+            network = FusedNetwork(stack, spec.vocabulary, part, pages)
+            return Built(network, f"{level}, fused stack", cores=cores)
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the CPU's own kernels: {why}")
+    model = complete(blank, config, facts)
     cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(facts, resolved.block_size))
     slow = config.kernels == "auto" and not refused
     warnings = (f"{why}: torch computes the model, several times as slowly",) if slow else ()
-    return Built(GenericNetwork(model, cache), f"torch ({why})", warnings)
+    return Built(GenericNetwork(model, cache, blank.vocabulary), f"torch ({why})", warnings)
 
 
 def _levels(config: EngineConfig) -> tuple[list[str], str | None]:

@@ -1,7 +1,7 @@
 """`python -m engine.worker.rank`: one rank of several, in a process of its own, from orders on stdin to its end.
 
-All ranks get the same orders and keep the same rows. Each has the whole head, so that each computes all logits and
-samples the same tokens as the others: what they feed back needs no exchange. Rank 0 alone answers.
+All ranks get the same orders and keep the same rows. They choose tokens together (see `engine.model.vocabulary`), so
+that each knows those of all: what they feed back needs no message. Rank 0 alone answers.
 """
 
 import contextlib
@@ -21,8 +21,9 @@ from engine.errors import EngineDeadError, RedlineError
 from engine.memory import threads_per_rank
 from engine.model.facts import ModelFacts
 from engine.model.split import plan_split
+from engine.worker.ring import RingReader
 from engine.worker.threads import limit_libraries, stay
-from engine.worker.wire import Failed, Kind, Orders, PeerLostError, Up, read_sample, receive, send
+from engine.worker.wire import Failed, Kind, Orders, PeerLostError, Up, read_sample, receive_order, send
 
 if TYPE_CHECKING:
     from engine.worker.runner import Runner
@@ -46,10 +47,11 @@ def main() -> int:
 def run(parent: socket.socket, orders: Orders) -> Failed | None:
     """Serve until the parent closes its end; returns why, if the rank can't go on."""
     try:
+        ring = RingReader(orders.ring_fd, orders.rank, orders.config["tensor_parallel_size"])
         runner, up = build(orders)
         children.settle()
         send(parent, Kind.UP, msgspec.msgpack.encode(up))
-        serve(parent, runner, answers=orders.rank == 0)
+        serve(parent, ring, runner, answers=orders.rank == 0)
     except PeerLostError as error:
         return Failed(Failure(EngineDeadError.__name__, f"lost another rank: {error}"), peer_lost=True)
     except RedlineError as error:
@@ -68,7 +70,7 @@ def build(orders: Orders) -> "tuple[Runner, Up]":
     limit_libraries()
     import torch
 
-    from engine.model.load import check, load_model
+    from engine.model.load import open_model
     from engine.model.shard import shard
     from engine.worker.group import GlooGroup
     from engine.worker.runner import build_runner
@@ -77,27 +79,27 @@ def build(orders: Orders) -> "tuple[Runner, Up]":
     facts = ModelFacts(**{**orders.facts, "path": Path(orders.facts["path"])})
     torch.set_num_threads(threads_per_rank(config.tensor_parallel_size))
     imported = time.perf_counter()
-    model = load_model(config, facts)
+    blank = open_model(config, facts)
     split = plan_split(config, facts)
-    loaded = time.perf_counter()
+    opened = time.perf_counter()
     group = GlooGroup(orders.rank, split.size, orders.store)
-    shard(model, split, group)
-    check(model, config, split.rank)
     joined = time.perf_counter()
-    runner, built = build_runner(config, split.rank, resolved, model, group)
+    shard(blank, split, group)
+    runner, built = build_runner(config, split.rank, resolved, blank)
     stay(built.cores)
     seconds = {
         "import torch": imported - began,
-        "load weights": loaded - imported,
-        "join ranks": joined - loaded,
-        "prepare kernels": time.perf_counter() - joined,
+        "open model": opened - imported,
+        "join ranks": joined - opened,
+        "load weights": blank.seconds,
+        "prepare kernels": time.perf_counter() - joined - blank.seconds,
     }
     return runner, Up(seconds, built.kernels, built.warnings)
 
 
-def serve(parent: socket.socket, runner: "Runner", *, answers: bool) -> None:
+def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers: bool) -> None:
     """Run orders as they come, until the parent closes its end."""
-    while (order := receive(parent)) is not None:
+    while (order := receive_order(parent, ring)) is not None:
         kind, body = order
         if kind is Kind.FORWARD:
             runner.forward(body)

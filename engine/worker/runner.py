@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
+from engine.model.blank import Blank
 from engine.model.facts import ModelFacts
-from engine.model.shard import Group
 from engine.worker import sampler
 from engine.worker.network import Built, Network, build_network
 from engine.worker.rows import Int64s, Rows, StepBatch
@@ -90,10 +89,10 @@ class Runner:
 
 
 def build_runner(
-    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, model: Any, group: Group | None = None
+    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank
 ) -> tuple[Runner, Built]:
     """A rank's runner with its network and rows; `facts` are the rank's."""
-    built = build_network(config, facts, resolved, model, group)
+    built = build_network(config, facts, resolved, blank)
     rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
     return Runner(built.network, rows), built
 

@@ -1,17 +1,22 @@
-"""What passes between an executor and its ranks: orders and answers in frames over a pair of sockets each.
+"""What passes between an executor and its ranks: orders through memory that all share, answers over sockets.
 
 executor ──FORWARD (a StepMessage), SAMPLE──► every rank        executor ◄──DONE, RESULT── rank 0
                                                                 executor ◄──UP, FAILED──── every rank
+
+Of an order each rank's socket carries the head alone, for which it waits; the body is in the ring (see ring.py), once
+for all. Of an answer it carries both.
 """
 
 import socket
 import struct
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
 import msgspec
 
 from engine.children import Failure
+from engine.worker.ring import RingReader
 
 _HEAD = struct.Struct("<BI")
 _STEP = struct.Struct("<q")
@@ -28,6 +33,7 @@ class Kind(IntEnum):
     RESULT = 3  # an encoded StepResult
     UP = 4
     FAILED = 5
+    MORE = 6  # a part of an order whose rest follows
 
 
 class Orders(msgspec.Struct):
@@ -39,6 +45,7 @@ class Orders(msgspec.Struct):
     resolved: dict[str, Any]
     store: str  # the file by which ranks find each other
     socket_fd: int
+    ring_fd: int
 
 
 class Up(msgspec.Struct):
@@ -62,6 +69,26 @@ def send(to: socket.socket, kind: Kind, body: bytes = b"") -> None:
 
 def frame(kind: Kind, body: bytes = b"") -> bytes:
     return _HEAD.pack(kind, len(body)) + body
+
+
+def parts(kind: Kind, body: bytes, most: int) -> Iterator[tuple[bytes, bytes]]:
+    """An order's heads and what each announces, of `most` bytes at most."""
+    for begin in range(0, len(body) - most, most):
+        yield _HEAD.pack(Kind.MORE, most), body[begin : begin + most]
+    rest = body[(len(body) - 1) // most * most :] if body else b""
+    yield _HEAD.pack(kind, len(rest)), rest
+
+
+def receive_order(source: socket.socket, ring: RingReader) -> tuple[Kind, bytes] | None:
+    """The next order, waited for without using the processor; None once the other end has closed."""
+    before = b""
+    while (head := _receive_exactly(source, _HEAD.size)) is not None:
+        kind, length = _HEAD.unpack(head)
+        body = before + ring.read(length)
+        if kind != Kind.MORE:
+            return Kind(kind), body
+        before = body
+    return None
 
 
 def sample_body(step: int, masks: bytes) -> bytes:

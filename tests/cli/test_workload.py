@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.presets import datasets_folder, read_workload, workload_presets
+from bench.presets import read_workload, workload_presets
 from bench.results import RunFiles
 from bench.server import ServerProcess
 from bench.workloads import make_workload
 from cli.main import main
+from engine.data import datasets_folder
 
 STUB = Path(__file__).parents[1] / "bench" / "workloads" / "caching_server.py"
 QUICK = ["--window", "1", "--max-minutes", "1"]

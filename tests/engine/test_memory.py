@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.memory import resolve
 from engine.model.facts import ModelFacts, read_facts
-from tests.engine.worker.driver import BASE, VOCAB
+from tests.engine.worker.driver import BASE
 
 GIB = 1 << 30
 
@@ -135,9 +135,8 @@ def test_ranks_share_the_machine(kind: str, tmp_path: Path, free) -> None:
         lines[ranks] = {line.what: line.bytes for line in found.memory}
         block_bytes = facts.kv_bytes_per_token * found.config.block_size * (ranks if kind == "olmo2" else 1)
         assert lines[ranks]["KV cache"] == found.config.num_blocks * block_bytes
-    vocabulary = 2 * VOCAB * 32 * 4
     replicated = lines[4]["weights"] - lines[1]["weights"]
-    assert 3 * vocabulary <= replicated < 3 * facts.weight_bytes
+    assert 0 < replicated < facts.weight_bytes / 5  # norms; the vocabulary is divided
     assert lines[1]["workspace"] < lines[4]["workspace"] < 4 * lines[1]["workspace"]
 
 

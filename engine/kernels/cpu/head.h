@@ -53,6 +53,13 @@ struct Weigh {
     }
 };
 
+// Of all pairs, for each sample; see AnyStack::best.
+struct Best {
+    float* top;
+    int32_t* token;
+    double* weight;
+};
+
 template <class H> class Head {
   public:
     explicit Head(const Linear& w) : w_(w), pairs_(ceil_div(ceil_div(w.outputs, LANES), PANELS)) {}
@@ -73,7 +80,9 @@ template <class H> class Head {
         }
     }
 
-    // Two ops: all threads of the team call each, with a barrier between them.
+    void take(const double* numbers) { numbers_ = numbers; }
+
+    // Ops: all threads of the team call each, with a barrier between them.
     void weigh(Team& team) const {
         const Weigh weigh{value_.get(), column_.get(), weight_.get(), rate_.get(), samples_, w_.outputs};
         linear<H>(team, w_, x_, samples_, weigh);
@@ -87,6 +96,16 @@ template <class H> class Head {
         }
     }
 
+    void best(Team& team, const Best& out) const {
+        std::vector<float> shares(pairs_);
+        for (long s; (s = team.next()) < samples_;) {
+            const long at = likeliest(s);
+            out.top[s] = value_.get()[at];
+            out.token[s] = column_.get()[at];
+            out.weight[s] = rate_.get()[s] > 0 ? share_out(s, out.top[s], shares.data()) : 0;
+        }
+    }
+
   private:
     // Where the highest logit of a sample is.
     long likeliest(long s) const {
@@ -96,7 +115,8 @@ template <class H> class Head {
         return best;
     }
 
-    int32_t draw(long s, float top, float* shares) const {
+    // What the tokens of each pair weigh; returns what all do.
+    double share_out(long s, float top, float* shares) const {
         const float speed = rate_.get()[s];
         double total = 0;
         for (long p = 0; p < pairs_; p += LANES) {
@@ -109,7 +129,11 @@ template <class H> class Head {
             const f32x16 share = weight * exp2_of((value - top) * speed);
             for (int i = 0; i < count; i++) total += shares[p + i] = share[i];
         }
-        const double target = numbers_[s] * total;
+        return total;
+    }
+
+    int32_t draw(long s, float top, float* shares) const {
+        const double target = numbers_[s] * share_out(s, top, shares);
         double before = 0, start = 0;
         long pair = 0;
         for (long p = 0; p < pairs_; p++) {  // rounding must not lead past the last one that can be drawn

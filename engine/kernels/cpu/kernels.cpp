@@ -34,6 +34,12 @@ void redline_choose(AnyStack* stack, const float* temperatures, const double* nu
     stack->choose(temperatures, numbers, out);
 }
 
+void redline_best(AnyStack* stack, const float* temperatures, float* top, int32_t* token, double* weight) {
+    stack->best(temperatures, top, token, weight);
+}
+
+void redline_draw(AnyStack* stack, const double* numbers, int32_t* out) { stack->draw(numbers, out); }
+
 float* redline_partial(AnyStack* stack) { return stack->partial(); }
 
 // Seconds of each op since the last call, [OPS].

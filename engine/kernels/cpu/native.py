@@ -38,9 +38,9 @@ class Spec(Structure):
     _fields_ = (
         ("hidden", c_int32), ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
         ("intermediate", c_int32), ("layers", c_int32), ("vocabulary", c_int32), ("block_size", c_int32),
-        ("partial", c_int32), ("epsilon", c_float), ("scaling", c_float), ("rotary_scaling", c_float),
-        ("frequencies", c_void_p), ("embedding", c_void_p), ("final_norm", c_void_p), ("layer", POINTER(Layer)),
-        ("head", Linear),
+        ("partial", c_int32), ("first_token", c_int32), ("epsilon", c_float), ("scaling", c_float),
+        ("rotary_scaling", c_float), ("frequencies", c_void_p), ("embedding", c_void_p), ("final_norm", c_void_p),
+        ("layer", POINTER(Layer)), ("head", Linear),
     )  # fmt: skip
 
 
@@ -123,11 +123,13 @@ def _open(path: Path) -> ctypes.CDLL:
     functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
     functions.redline_logits.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
     functions.redline_choose.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
+    functions.redline_best.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)
+    functions.redline_draw.argtypes = (c_void_p, c_void_p, c_void_p)
     functions.redline_partial.argtypes = (c_void_p,)
     functions.redline_partial.restype = POINTER(c_float)
     functions.redline_seconds.argtypes = (c_void_p, POINTER(c_double))
     functions.redline_free.argtypes = (c_void_p,)
-    for name in ("run", "logits", "choose", "seconds", "free"):
+    for name in ("run", "logits", "choose", "best", "draw", "seconds", "free"):
         getattr(functions, f"redline_{name}").restype = None
     return functions
 
@@ -207,6 +209,24 @@ class Stack:
         out = np.empty(samples, dtype=np.int32)
         columns = (np.ascontiguousarray(temperatures, np.float32), np.ascontiguousarray(numbers, np.float64), out)
         self._functions.redline_choose(self._stack, *(column.ctypes.data for column in columns))
+        return out
+
+    def best(self, temperatures: NDArray[np.float32]) -> tuple[NDArray[np.float32], Int32s, NDArray[np.float64]]:
+        """For each that is sampled, of the rank's own tokens: the highest logit, which it is, and what all weigh.
+
+        A token weighs exp((logit - highest) / temperature); where the temperature is 0 nothing is weighed.
+        """
+        samples = len(temperatures)
+        top, token, weight = np.empty(samples, np.float32), np.empty(samples, np.int32), np.empty(samples, np.float64)
+        columns = (np.ascontiguousarray(temperatures, np.float32), top, token, weight)
+        self._functions.redline_best(self._stack, *(column.ctypes.data for column in columns))
+        return top, token, weight
+
+    def draw(self, numbers: NDArray[np.float64]) -> Int32s:
+        """After `best`: one of the rank's own tokens for each that is sampled, by numbers in [0, 1)."""
+        out = np.empty(len(numbers), dtype=np.int32)
+        given = np.ascontiguousarray(numbers, np.float64)
+        self._functions.redline_draw(self._stack, given.ctypes.data, out.ctypes.data)
         return out
 
     def seconds(self) -> dict[str, float]:

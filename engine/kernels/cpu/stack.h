@@ -32,6 +32,7 @@ struct Spec {
     int32_t vocabulary;
     int32_t block_size;
     int32_t partial;  // 1: one rank of several, see Stack::run
+    int32_t first_token;  // the id of the first of `vocabulary` tokens: the rank's own
     float epsilon;
     float scaling;         // of the scores
     float rotary_scaling;  // of cosines and sines
@@ -59,13 +60,17 @@ class AnyStack {
   public:
     virtual ~AnyStack() = default;
     // Parts first .. last of a step: 0 is the embedding, 1 + 2i the attention of layer i, 2 + 2i its MLP, then the
-    // choice of the tokens that are sampled. With spec.partial, attention and MLP leave their part of the sum in
+    // choice of the tokens that are sampled. With spec.partial, each but the last leaves its part of the sum in
     // `partial`, [tokens, hidden]; the caller adds those of all ranks up, in place, before the next part.
     virtual void run(const Step& step, int first, int last) = 0;
     // Of some of the samples, [count, vocabulary].
     virtual void logits(const int32_t* which, int count, float* out) = 0;
     // A token for each sample: the likeliest where the temperature is 0, else drawn by its number in [0, 1).
     virtual void choose(const float* temperatures, const double* numbers, int32_t* out) = 0;
+    // Of the rank's own tokens, for each sample: the highest logit, which it is, and the weight of all against it at the
+    // sample's temperature. Then draws for samples, by numbers in [0, 1).
+    virtual void best(const float* temperatures, float* top, int32_t* token, double* weight) = 0;
+    virtual void draw(const double* numbers, int32_t* out) = 0;
     virtual float* partial() = 0;
     double seconds[OPS] = {};
 };
@@ -97,6 +102,18 @@ template <class W, class H, class T> class Stack : public AnyStack {
         head_.begin(chosen_.rows(spec_.hidden), step_->samples, temperatures, numbers);
         tokens_ = out;
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_tokens(thread); }, this);
+    }
+
+    void best(const float* temperatures, float* top, int32_t* token, double* weight) override {
+        head_.begin(chosen_.rows(spec_.hidden), step_->samples, temperatures, nullptr);
+        best_ = {top, token, weight};
+        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_best(thread); }, this);
+    }
+
+    void draw(const double* numbers, int32_t* out) override {
+        head_.take(numbers);
+        tokens_ = out;
+        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_draws(thread); }, this);
     }
 
     float* partial() override { return partial_.get(); }
@@ -174,7 +191,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     void attend(int number, int thread) {
         const Layer& layer = layers_[number];
-        normalise_all(layer.input_norm, thread, number > 0);
+        normalise_all(layer.input_norm, thread);
         adapted(layer.qkv, number, AT_QKV, left_.rows(spec_.hidden), Store{wide_.get(), qkv_width()});
         done(QKV, thread);
         put_in_cache(layer);
@@ -190,7 +207,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     void transform(int number, int thread) {
         const Layer& layer = layers_[number];
-        normalise_all(layer.post_norm, thread, true);
+        normalise_all(layer.post_norm, thread);
         const Rows x = left_.rows(spec_.hidden);
         Rows middle = left_.rows(spec_.intermediate);
         if constexpr (W::QUANTISED) {
@@ -224,7 +241,16 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     void embed(int thread) {
         team_.each(tokens(), [&](long t) {
-            embed_one(step_->ids[t], x_.get() + t * spec_.hidden);
+            float* x = x_.get() + t * spec_.hidden;
+            if (spec_.partial) {
+                std::memset(x, 0, spec_.hidden * sizeof(float));
+                x = partial_.get() + t * spec_.hidden;
+            }
+            const long id = long(step_->ids[t]) - spec_.first_token;
+            if (id >= 0 && id < spec_.vocabulary)
+                embed_one(id, x);
+            else  // another rank's
+                std::memset(x, 0, spec_.hidden * sizeof(float));
             const int half = spec_.head_dim / 2;
             for (int i = 0; i < half; i++) {
                 const float angle = float(step_->positions[t]) * spec_.frequencies[i];
@@ -250,12 +276,11 @@ template <class W, class H, class T> class Stack : public AnyStack {
         }
     }
 
-    // `before`: there was a part before that left its sum in `partial`.
-    void normalise_all(const float* weight, int thread, bool before) {
+    void normalise_all(const float* weight, int thread) {
         const int size = spec_.hidden;
         team_.each(tokens(), [&](long t) {
             float* row = x_.get() + t * size;
-            if (spec_.partial && before)
+            if (spec_.partial)
                 for (int i = 0; i < size; i += LANES)
                     store(row + i, load<f32x16>(row + i) + load<f32x16>(partial_.get() + t * size + i));
             normalise_row(row, weight, left_, t);
@@ -338,6 +363,20 @@ template <class W, class H, class T> class Stack : public AnyStack {
         done(HEAD, thread);
     }
 
+    void all_best(int thread) {
+        mark(thread);
+        head_.weigh(team_);
+        team_.barrier();
+        head_.best(team_, best_);
+        done(HEAD, thread);
+    }
+
+    void all_draws(int thread) {
+        mark(thread);
+        head_.pick(team_, tokens_);
+        done(HEAD, thread);
+    }
+
     void all_tokens(int thread) {
         mark(thread);
         head_.weigh(team_);
@@ -382,6 +421,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     Operand<W> left_;
     Operand<H> chosen_, asked_;
     Head<H> head_;
+    Best best_{};
     Buffer<Element> query_;
     Time::time_point begun_;
 };

@@ -11,10 +11,10 @@ from PIL import Image
 
 import datasets
 from bench.errors import BenchError
-from bench.presets import datasets_folder
 from bench.workloads import make_workload, tells_lengths
 from bench.workloads.base import RequestSpec
 from bench.workloads.pictures import marked
+from engine.data import datasets_folder
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
 

@@ -67,14 +67,15 @@ def test_dummy_weights_are_counted_from_the_class(tmp_path: Path) -> None:
 def test_weights_are_counted_as_the_fused_stack_holds_them(form: str, tied: bool, tmp_path: Path) -> None:
     """Against what is packed."""
     from engine.model import fused
-    from engine.model.load import load_model
+    from engine.model.load import open_model
 
     options = {} if form == "bfloat16" else {"quantization": form}
     write(tmp_path, LLAMA | {"hidden_size": 64, "vocab_size": 96, "head_dim": 16, "tie_word_embeddings": tied})
     config = EngineConfig(model=str(tmp_path), load_format="dummy", **options)
     found = read_facts(config)
     form_of = fused.Form("bfloat16", form, "bfloat16")
-    _, kept = fused.make_spec(load_model(config, found), form_of, 1, 16, partial=False)
+    blank = open_model(config, found)
+    _, kept = fused.make_spec(blank.model, form_of, 1, 16, partial=False, fill=blank.fill)
     packed = sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.float32)
     norms = (2 * 2 + 1) * 64 * 2  # as the checkpoint has them; the stack has them in float32
     assert found.weight_bytes == packed + norms
@@ -118,7 +119,7 @@ def test_a_length_beyond_the_models_positions_is_refused_where_positions_end(tmp
         ({"model_type": "no_such_kind"}, "no_such_kind"),
         ({"model_type": "llava"}, "images"),
         ({"model_type": "qwen3_next"}, "linear_attention"),
-        ({"model_type": "deepseek_v3"}, "latent attention"),
+        ({"model_type": "deepseek_v2"}, "latent attention"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of kind dynamic"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
     ],

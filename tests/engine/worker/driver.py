@@ -28,6 +28,20 @@ PLAIN = {"num_key_value_heads": None}  # as many as heads
 WINDOWED = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 MODELS: dict[str, dict[str, object]] = {
     "cohere2": {**WINDOWED, "logit_scale": 1.0},
+    "deepseek_v3": {
+        **PLAIN,
+        **MOE,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+    },
     "exaone4": {**WINDOWED, "head_dim": 8},
     "gemma2": {**WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
     "gemma3_text": {**WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16},
@@ -37,6 +51,8 @@ MODELS: dict[str, dict[str, object]] = {
     "gpt_oss": {**WINDOWED, **MOE, "head_dim": 8},
     "granite": {"attention_multiplier": 0.3},
     "llama": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+    "ministral": {**WINDOWED, "head_dim": 8},
+    "ministral3": {"head_dim": 8},
     "mistral": {"sliding_window": 9, "head_dim": 16},
     "mixtral": {**MOE},
     "olmo2": {},
@@ -60,6 +76,10 @@ def build_model(kind: str, folder: Path, **more: object) -> torch.nn.Module:
     config = AutoConfig.for_model(kind, **{**BASE, **MODELS[kind], **more})
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for values in (*model.parameters(), *(b for n, b in model.named_buffers() if n in model.state_dict())):
+            if values.ndim == 1:  # biases begin as zeros, norms as ones: neither would show a mistake
+                values += 0.1 * torch.randn_like(values)
     model.save_pretrained(folder)
     return model.eval()
 

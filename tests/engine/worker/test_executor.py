@@ -155,7 +155,7 @@ def test_missing_tensors_are_refused_not_made_up(llama: Any, tmp_path: Path) -> 
 
 def test_the_start_up_ledger(llama: Any, make_driver: MakeDriver) -> None:
     seconds = make_driver(llama[0]).executor.seconds
-    assert set(seconds) == {"import torch", "load weights", "prepare kernels"}
+    assert set(seconds) == {"import torch", "open model", "load weights", "prepare kernels"}
     assert all(value >= 0 for value in seconds.values())
 
 

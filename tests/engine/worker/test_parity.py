@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kernels.cpu import build
-from engine.model import gate
+from engine.model.families import FAMILIES
 from tests.engine.worker.driver import MODELS, VOCAB, Driver, Request, build_model
 
 NEW = 12
@@ -38,8 +38,25 @@ def test_every_tested_kind_equals_generate(kind: str, tmp_path: Path, make_drive
     assert driver.shared > 0
 
 
+@pytest.mark.parametrize("limit", [32, 256])
+def test_a_longrope_is_pinned_by_the_length_of_requests(
+    limit: int, tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    """Beyond the original length transformers takes the long factors, below it the short ones."""
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 3.0, 7.0, 9.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    model = build_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=32)
+    driver = make_driver(tmp_path, max_model_len=limit)
+    requests = [Request(prompt) for prompt in prompts(1) if (len(prompt) > 32) == (limit > 32)]
+    assert requests
+    new = 4 if limit == 32 else NEW
+    driver.run(requests, new, seed=3)
+    for request in requests:
+        assert request.output == reference(model, request.prompt, new)
+
+
 @pytest.mark.parametrize("level", build.levels())
-@pytest.mark.parametrize("kind", sorted(gate.FUSED))
+@pytest.mark.parametrize("kind", sorted(kind for kind, family in FAMILIES.items() if family.fused))
 def test_the_fused_stack_equals_generate(
     kind: str, level: str, tmp_path: Path, make_driver: Callable[..., Driver]
 ) -> None:
@@ -53,5 +70,5 @@ def test_the_fused_stack_equals_generate(
     assert driver.shared > 0
 
 
-def test_the_gate_promises_what_the_suite_holds() -> None:
-    assert set(MODELS) == gate.TESTED
+def test_the_suite_holds_every_family() -> None:
+    assert set(MODELS) == set(FAMILIES)

@@ -1,0 +1,31 @@
+"""Finds the data that ships with the product."""
+
+import functools
+import sys
+from pathlib import Path
+
+from engine.errors import ConfigError
+
+
+def datasets_folder() -> Path:
+    """The folder of presets and small data: beside the packages in a checkout, else under the installation's prefix.
+
+    Raises ConfigError if it is at neither place.
+    """
+    beside = Path(__file__).resolve().parent.parent / "datasets"
+    installed = Path(sys.prefix) / "share" / "redline" / "datasets"
+    for folder in (beside, installed):
+        # In an installation, "beside" is where the Hugging Face library of the same name lives.
+        if (folder / "presets").is_dir() and not (folder / "__init__.py").exists():
+            return folder
+    raise ConfigError(f"the presets are missing: neither {beside} nor {installed} holds them; install redline again")
+
+
+@functools.cache
+def known_models() -> dict[str, Path]:
+    """Configs (dimensions, no weights) of models that ship with the product, by every name they go by."""
+    import yaml
+
+    folder = datasets_folder() / "models"
+    names = yaml.safe_load((folder / "names.yaml").read_text())
+    return {name: folder / f"{stem}.json" for stem, of in names.items() for name in of}

@@ -1,0 +1,99 @@
+"""What safetensors files hold, by their headers."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+
+# Of the format: names as torch has them, and bytes of a number.
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file; begin: its first byte."""
+
+    file: Path
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def kind(self) -> str:
+        """The dtype as torch has it."""
+        return DTYPES[self.dtype][0]
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * DTYPES[self.dtype][1]
+
+
+def headers(path: Path, name: str) -> dict[str, Stored]:
+    """All tensors of the model's files, by name; `name` is the model's, for errors.
+
+    Raises ModelError if there are none, or a file is missing, cut off or of another kind.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{name} is a config without weights: --load-format dummy runs it with random ones")
+    index = path / INDEX
+    if index.exists():
+        files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(path.glob("model*.safetensors"))
+    if not files and any(path.glob("pytorch_model*.bin")):
+        raise ModelError(f"{name} has its weights as pytorch_model.bin, which isn't read: save it as safetensors")
+    if not files:
+        raise ModelError(
+            f"{name} has a config.json but no weights (model.safetensors): --load-format dummy runs it with random ones"
+        )
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            found.update(_header(file))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{name}: {file.name} is missing or isn't a safetensors file: {error}") from error
+    return found
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = os.fstat(stream.fileno()).st_size
+        if length > size:
+            raise ValueError("it ends within its header")
+        entries = json.loads(stream.read(length))
+    entries.pop("__metadata__", None)
+    data = 8 + length
+    found = {
+        name: Stored(file, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
+    unknown = sorted({stored.dtype for stored in found.values()} - set(DTYPES))
+    if unknown:
+        raise ValueError(f"numbers of type {', '.join(unknown)} aren't known")
+    end = max((data + entry["data_offsets"][1] for entry in entries.values()), default=data)
+    if end > size:
+        raise ValueError(f"it has {size:,} bytes of {end:,}")
+    return found

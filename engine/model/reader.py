@@ -1,0 +1,76 @@
+"""Reads stored tensors, a part at a time, into tensors that are there already.
+
+Files aren't mapped into memory: pages of a mapped file count as the process's own for as long as they stay, and a rank
+that takes every fourth column would hold all of them.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.model.checkpoint import Stored
+
+BAND = 16 << 20  # bytes read at a time
+
+
+class Reader:
+    """Copies parts of stored tensors; keeps the files open until closed."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, stored: Stored, begin: tuple[int, ...], to: Tensor) -> None:
+        """Fill `to` with the part of the tensor that begins at an index and has the shape of `to`.
+
+        Whole rows of the first dimension are read, BAND bytes at a time, and converted to the dtype of `to`.
+        """
+        if not stored.shape:
+            to.copy_(next(self._bands(stored, 0, 1))[1][0])
+            return
+        inner = tuple(slice(b, b + n) for b, n in zip(begin[1:], to.shape[1:], strict=True))
+        for first, band in self._bands(stored, begin[0], to.shape[0]):
+            to[first : first + len(band)].copy_(band[(slice(None), *inner)])
+
+    def _bands(self, stored: Stored, begin: int, count: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows begin..begin + count in bands, each with the number of rows before it; valid until the next one."""
+        dtype = getattr(torch, stored.kind)
+        inner = stored.shape[1:]
+        row = math.prod(inner) * dtype.itemsize
+        descriptor = self._open(stored.file)
+        rows = max(1, BAND // max(row, 1))
+        for first in range(0, count, rows):
+            some = min(rows, count - first)
+            buffer = self._take(some * row)
+            _read_exactly(
+                descriptor, memoryview(buffer.numpy().data), stored.begin + (begin + first) * row, stored.file
+            )
+            yield first, buffer.view(dtype).view(some, *inner)
+
+    def _take(self, size: int) -> Tensor:
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._buffer[:size]
+
+    def _open(self, file: Path) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        return self._files[file]
+
+
+def _read_exactly(descriptor: int, to: memoryview, at: int, file: Path) -> None:
+    while len(to):
+        count = os.preadv(descriptor, [to], at)
+        if count == 0:
+            raise OSError(f"{file.name} ended while it was read")
+        to, at = to[count:], at + count
