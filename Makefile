@@ -59,6 +59,14 @@ bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, w
 bench-rates: install  ## The highest sustained rate of Redline and vLLM (VLLM_PYTHON=…) on this CPU: results/bench-rates
 	$(BIN)/python -m tests.perf.bench_rates
 
+.PHONY: parity
+parity: install  ## Every family of models against plain transformers: results/parity.json
+	$(BIN)/python -m tests.perf.parity
+
+.PHONY: bench-load
+bench-load: install  ## Seconds and peak memory of loading 2 GB, beside transformers: results/bench-load.json
+	$(BIN)/python -m tests.perf.bench_load
+
 .PHONY: profile-cpu accuracy-cpu
 profile-cpu: install  ## A step of the fused stack against the machine's limit: results/profile-cpu.json, docs/figures/
 	$(BIN)/python -m tests.perf.profile_cpu

@@ -2,11 +2,13 @@
 
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from cli.options import SIZE, GroupedCommand, GroupedOption
@@ -116,6 +118,15 @@ def option(group: str, *names: str, **settings: Any) -> Any:
     type=int,
     help="Ranks that share the model.",
 )
+@option(
+    MODEL,
+    "--lora",
+    "--lora-modules",
+    "lora",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="An adapter, served as the model NAME; may be repeated, and more loaded while serving.",
+)
 @option(MODEL, "--seed", default=0, show_default=True, type=int, help="Of sampling, where a request gives none.")
 @option(MEMORY, "--max-num-seqs", type=SIZE, help="Rows: requests that run at the same time.")
 @option(MEMORY, "--max-num-batched-tokens", type=SIZE, help="The budget: tokens of one step.")
@@ -199,12 +210,13 @@ def command(
     step_timeout: float,
     tokenizer_mode: str,
     limit_mm_per_prompt: str | None,
+    lora: tuple[str, ...],
     **settings: Any,
 ) -> int:
     """Serve MODEL (a short name such as smollm2-135m, a folder, or a hub id) over HTTP."""
     if (model is None) == (model_option is None):
         raise click.UsageError("give one model: its short name, its folder or its hub id")
-    config = EngineConfig(model=model or model_option or "", **settings)
+    config = EngineConfig(model=model or model_option or "", adapters=split_adapters(lora), **settings)
     notes = []
     if tokenizer_mode != "auto":
         notes.append(f"--tokenizer-mode {tokenizer_mode} changes nothing: the model folder's own tokenizer is used")
@@ -213,6 +225,16 @@ def command(
     return serve(
         config, Serving(host, port, api_key, api_servers, not disable_log_stats, log_requests, step_timeout), notes
     )
+
+
+def split_adapters(given: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Names and folders of adapters, from NAME=PATH."""
+    parts = (one.partition("=") for one in given)
+    pairs = tuple((name, str(Path(path).expanduser()) if path else "") for name, _, path in parts)
+    wrong = next((one for one, (name, path) in zip(given, pairs, strict=True) if not name or not path), None)
+    if wrong is not None:
+        raise click.UsageError(f"--lora takes NAME=PATH, not {wrong!r}")
+    return pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +264,40 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     log_to_stderr()
     for note in notes:
         console.print(f"note: {note}", markup=False)
-    with console.status(f"starting {config.model}") as status:
+    with StartProgress(console, f"starting {config.model}") as progress:
         engine = start_engine(
             config,
-            progress=status.update,
+            progress=progress.tell,
+            loading=progress.load,
             front_ends=serving.api_servers,
             step_timeout_s=serving.step_timeout_s,
         )
     show_start(console, engine)
     options = ServeOptions(serving.api_key, serving.log_stats, serving.log_requests)
     return ServerRun(engine, listeners, options, lambda line: console.print(line, markup=False)).run()
+
+
+class StartProgress:
+    """A line that says what is being done, with a bar once weights are read; gone when the server is up."""
+
+    def __init__(self, console: Console, what: str):
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task(what, total=None)
+
+    def __enter__(self) -> "StartProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def tell(self, what: str) -> None:
+        self._progress.update(self._task, description=what)
+
+    def load(self, done: int, total: int) -> None:
+        what = f"reading weights, {human_bytes(done)} of {human_bytes(total)}"
+        self._progress.update(self._task, description=what, completed=done, total=total)
 
 
 def make_console() -> Console:

@@ -70,6 +70,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     speculative: str | None = None  # of SPECULATORS
     num_speculative_tokens: int = 4  # guesses that a request gets in a step, at most
+    adapters: tuple[tuple[str, str], ...] = ()  # LoRA: names that clients use, and folders
     engine: str = "v1"
     ablate: tuple[str, ...] = ()  # of REMOVALS
     num_scheduler_steps: int | None = None  # with v0: steps for each time the scheduler runs
@@ -77,6 +78,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablate", tuple(self.ablate))  # a list, where it came as a message
+        object.__setattr__(self, "adapters", tuple((name, path) for name, path in self.adapters))
+        names = [name for name, _ in self.adapters]
+        if len({*names, self.name}) <= len(names):
+            raise ConfigError("--lora: each adapter needs a name of its own, other than the model's")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -61,7 +61,12 @@ class _Up(msgspec.Struct, tag="up"):
     ready: Ready
 
 
-_reports = msgspec.msgpack.Decoder(_Up | Failure)
+class _Loading(msgspec.Struct, tag="loading"):
+    done: int  # bytes of the weights
+    total: int
+
+
+_reports = msgspec.msgpack.Decoder(_Up | _Loading | Failure)
 
 
 class CoreProcess:
@@ -88,10 +93,22 @@ class CoreProcess:
     def process_id(self) -> int:
         return self._child.pid
 
-    def wait_ready(self, on_wait: Callable[[], None] | None = None) -> Ready:
-        """Block until the core is up, calling `on_wait` meanwhile; a failing start raises its own error here."""
+    def wait_ready(
+        self, on_wait: Callable[[], None] | None = None, loading: Callable[[int, int], None] | None = None
+    ) -> Ready:
+        """Block until the core is up, calling `on_wait` meanwhile; a failing start raises its own error here.
+
+        `loading` hears, from a thread, how many bytes of the weights were read, and how many there are.
+        """
         box: list[_Up | Failure | None] = []
-        reader = threading.Thread(target=lambda: box.append(self._next_report()), daemon=True)
+
+        def read() -> None:
+            while isinstance(report := self._next_report(), _Loading):
+                if loading is not None:
+                    loading(report.done, report.total)
+            box.append(report)
+
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
         while reader.is_alive():
             reader.join(timeout=PROBE_S)
@@ -143,7 +160,7 @@ class CoreProcess:
         socket.close()
         context.term()
 
-    def _next_report(self) -> "_Up | Failure | None":
+    def _next_report(self) -> "_Up | _Loading | Failure | None":
         """The child's next report; None once it has closed its end."""
         return read_framed(self._reports, _reports)
 
@@ -172,8 +189,10 @@ class Built:
     ranks: tuple[int, ...]  # their processes, where they aren't this one
 
 
-def build_core_server(config: EngineConfig, endpoints: Endpoints) -> Built:
-    """Load the model, plan memory, allocate, and build the server."""
+def build_core_server(
+    config: EngineConfig, endpoints: Endpoints, progress: Callable[[int, int], None] | None = None
+) -> Built:
+    """Load the model, plan memory, allocate, and build the server; `progress` hears how much of the weights is read."""
     from engine.worker.threads import limit_libraries
 
     limit_libraries()  # before anything below imports torch
@@ -189,13 +208,18 @@ def build_core_server(config: EngineConfig, endpoints: Endpoints) -> Built:
     ledger = [("read the configuration", time.monotonic() - start)]
     executor: InProcessExecutor | MultiprocessExecutor
     if config.tensor_parallel_size > 1:
-        executor = MultiprocessExecutor(config, facts, resolution.config, folder=endpoints.folder)
+        executor = MultiprocessExecutor(config, facts, resolution.config, folder=endpoints.folder, progress=progress)
     else:
-        executor = InProcessExecutor(config, facts, resolution.config)
+        executor = InProcessExecutor(config, facts, resolution.config, progress=progress)
     ledger += executor.seconds.items()
     resolved = resolution.config
     inline = build_inline(config, resolved, facts.vocab_size) if "inline-frontend" in resolved.removals else None
     server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core, inline)
+    began = time.monotonic()
+    for name, path in config.adapters:
+        server.core.load_adapter(name, path).result()
+    if config.adapters:
+        ledger.append(("load adapters", time.monotonic() - began))
     ranks: tuple[int, ...] = ()
     if isinstance(executor, MultiprocessExecutor):
         ranks = tuple(executor.process_ids)
@@ -244,13 +268,15 @@ def main() -> int:
     children.end_with_parent()
     with os.fdopen(orders.report_fd, "wb") as report:
 
-        def tell(message: _Up | Failure) -> None:
+        def tell(message: _Up | _Loading | Failure) -> None:
             report.write(framed(message))
             report.flush()
 
         def run() -> None:
             endpoints = Endpoints(orders.to_core, orders.from_core)
-            built = build_core_server(EngineConfig(**orders.config), endpoints)
+            built = build_core_server(
+                EngineConfig(**orders.config), endpoints, lambda done, total: tell(_Loading(done, total))
+            )
 
             def give_up(cause: str) -> None:
                 # What hangs can't be waited for: ranks and this process end at once, the cause first.

@@ -85,17 +85,19 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continue one prompt or many; texts, lists of token ids, or {"prompt_token_ids": [...]}.
 
-        `sampling_params` is one for all or one each. The answers come in the order of the prompts. RequestError if one
-        can't be served.
+        `sampling_params` is one for all or one each, `adapter` the name of one that was loaded. The answers come in the
+        order of the prompts. RequestError if one can't be served.
         """
         listed = as_list(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
         ids = [self._encode(prompt) for prompt in listed]
-        return self._run(self._generate(texts, ids, self._params_for(len(listed), sampling_params), progress))
+        params = self._params_for(len(listed), sampling_params)
+        return self._run(self._generate(texts, ids, params, adapter, progress))
 
     def chat(
         self,
@@ -103,6 +105,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         add_generation_prompt: bool = True,
+        adapter: str = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continue one conversation (a list of messages) or many, written as prompts by the model's chat template."""
@@ -111,7 +114,15 @@ class LLM:
         template = self.tokenizer.render_chat
         texts = [template(conversation, add_generation_prompt=add_generation_prompt) for conversation in several]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return self._run(self._generate(texts, ids, self._params_for(len(texts), sampling_params), progress))
+        params = self._params_for(len(texts), sampling_params)
+        return self._run(self._generate(texts, ids, params, adapter, progress))
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter under a name; RedlineError says why it can't be."""
+        self._run(self._client.call("load_adapter", name=name, path=path))
+
+    def unload_adapter(self, name: str) -> None:
+        self._run(self._client.call("unload_adapter", name=name))
 
     def reset_prefix_cache(self) -> None:
         self._run(self._client.call("reset_prefix_cache"))
@@ -158,6 +169,7 @@ class LLM:
         texts: Sequence[str | None],
         ids: Sequence[list[int]],
         params: Sequence[SamplingParams],
+        adapter: str,
         progress: bool,
     ) -> list[RequestOutput]:
         from rich.progress import Progress
@@ -167,7 +179,7 @@ class LLM:
         with Progress(disable=not progress) as bar:
             counter = bar.add_task("requests", total=len(ids))
             tasks = [
-                asyncio.ensure_future(self._one(text, prompt, each, lambda: bar.advance(counter)))
+                asyncio.ensure_future(self._one(text, prompt, each, adapter, lambda: bar.advance(counter)))
                 for text, prompt, each in zip(texts, ids, params, strict=True)
             ]
             try:
@@ -177,9 +189,9 @@ class LLM:
                     task.cancel()
 
     async def _one(
-        self, text: str | None, ids: list[int], params: SamplingParams, done: Callable[[], None]
+        self, text: str | None, ids: list[int], params: SamplingParams, adapter: str, done: Callable[[], None]
     ) -> RequestOutput:
-        async with self._client.add([ids], params) as stream:
+        async with self._client.add([ids], params, adapter=adapter) as stream:
             outputs = await gather(stream)
             cached = stream.cached_tokens[0]
         done()

@@ -153,6 +153,8 @@ def model_names(results: Results, configurations: Sequence[str] | None = None) -
     for configuration in configurations or results.configurations:
         details = results.details(configuration)
         name = str(details.get("model") or "")
+        if Path(name).is_absolute():  # where it lies says nothing to the reader of a figure
+            name = Path(name).name
         if name and _has_random_weights(details.get("serve")):
             name += " (random weights)"
         if name:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from engine.api.adapters import load_adapter, unload_adapter
 from engine.api.chat import chat_completions
 from engine.api.completions import completions
 from engine.api.errors import ApiError
@@ -54,6 +55,8 @@ def create_app(state: ApiState) -> FastAPI:
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("POST", "/reset_prefix_cache", reset_prefix_cache),
+        ("POST", "/v1/load_lora_adapter", load_adapter),
+        ("POST", "/v1/unload_lora_adapter", unload_adapter),
         ("GET", "/health", health),
         ("GET", "/version", version),
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
@@ -93,18 +96,21 @@ def answer(body: dict[str, Any], status: int = 200) -> Response:
 
 async def models(state: ApiState, _request: Request) -> Response:
     ready = state.client.ready
+    await state.refresh_adapters()
+    served: list[tuple[str, str, str | None]] = [(name, ready.model_path, None) for name in state.names]
+    served += [(name, path, state.model) for name, path in state.adapters.items()]
     cards = [
         {
             "id": name,
             "object": "model",
             "created": state.created,
             "owned_by": "redline",
-            "root": ready.model_path,
-            "parent": None,
+            "root": root,
+            "parent": parent,
             "max_model_len": ready.max_model_len,
             "vocab_size": ready.vocab_size,
         }
-        for name in state.names
+        for name, root, parent in served
     ]
     return answer({"object": "list", "data": cards})
 
@@ -131,7 +137,7 @@ async def metrics(registry: CollectorRegistry) -> Response:
 
 async def tokenize(state: ApiState, request: Request) -> Response:
     body = parse(await request.body(), TokenizeRequest)
-    state.check_model(body.model)
+    await state.adapter_of(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
@@ -148,7 +154,7 @@ async def tokenize(state: ApiState, request: Request) -> Response:
 
 async def detokenize(state: ApiState, request: Request) -> Response:
     body = parse(await request.body(), DetokenizeRequest)
-    state.check_model(body.model)
+    await state.adapter_of(body.model)
     last = state.client.ready.vocab_size - 1
     for token in body.tokens:
         if not 0 <= token <= last:

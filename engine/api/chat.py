@@ -13,7 +13,7 @@ from engine.frontend.streams import Whole, gather
 
 async def chat_completions(state: ApiState, request: Request) -> Response:
     body = parse(await request.body(), ChatRequest)
-    state.check_model(body.model)
+    adapter = await state.adapter_of(body.model)
     body.check()
     # A chat without a limit goes on as long as it fits.
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -33,6 +33,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,
         origin=state.origin(request, head),
+        adapter=adapter,
     )
     if body.stream:
         chunks = Chunks(

@@ -15,7 +15,7 @@ DEFAULT_MAX_TOKENS = 16
 
 async def completions(state: ApiState, request: Request) -> Response:
     body = parse(await request.body(), CompletionRequest)
-    state.check_model(body.model)
+    adapter = await state.adapter_of(body.model)
     body.check()
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     params = body.sampling_params(max_tokens, body.logprobs)
@@ -29,6 +29,7 @@ async def completions(state: ApiState, request: Request) -> Response:
         cache_salt=body.cache_salt or "",
         priority=body.priority or 0,
         origin=state.origin(request, head),
+        adapter=adapter,
     )
 
     def echo(index: int) -> str:

@@ -25,6 +25,7 @@ class ApiState:
     api_key: str | None = None
     created: int = 0  # of the model card, seconds since 1970
     model_info: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as the core last said
 
     @property
     def model(self) -> str:
@@ -34,11 +35,21 @@ class ApiState:
     def tokenizer(self) -> Tokenizer:
         return self.client.tokenizer
 
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.names:
-            known = ", ".join(map(repr, self.names))
+    async def adapter_of(self, name: str | None) -> str:
+        """The adapter that a request's model names, "" for none; ApiError if neither a model nor an adapter does."""
+        if name is None or name in self.names:
+            return ""
+        if name not in self.adapters:  # another API process may have loaded it
+            await self.refresh_adapters()
+        if name not in self.adapters:
+            known = ", ".join(map(repr, (*self.names, *self.adapters)))
             message = f"the model {name!r} is not served here: this server has {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        return name
+
+    async def refresh_adapters(self) -> None:
+        """Ask the core which adapters it serves."""
+        self.adapters = await self.client.call("adapters")
 
     def origin(self, request: Request, head: dict[str, Any]) -> Origin:
         """Whose request it is; `head` are the first fields of its answer."""

@@ -7,10 +7,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from engine.clock import Clock
 from engine.config import ResolvedConfig
+from engine.core.adapters import AdapterBook
 from engine.core.pace import Pace
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.request import Request
@@ -59,8 +61,16 @@ class _Text:
     arrived: float
 
 
+@dataclass(slots=True)
+class _Unserved:
+    """A request that can't be taken."""
+
+    handle: int
+    cause: str
+
+
 class EngineCore:
-    """One engine's loop body; adapters own its threads and sockets.
+    """One engine's loop body; a CoreServer owns its threads and sockets.
 
     `send(front_end, message)` takes an encoded FromCore. `receive()` may be called from another thread than `step()`.
     """
@@ -82,7 +92,7 @@ class EngineCore:
         self._front_ends = front_ends
         self._inline = inline
         self._stats_sent = -STATS_PERIOD_S
-        self._inbox: deque[Request | _Text | Abort | Utility | Shutdown] = deque()
+        self._inbox: deque[Request | _Text | _Unserved | Abort | Utility | Shutdown] = deque()
         self._in_flight: deque[_InFlight] = deque()
         policy = self.scheduler.policy
         self._depth = policy.steps_in_flight
@@ -92,7 +102,15 @@ class EngineCore:
         self._last_step_at = clock.now()
         self._draining_until: float | None = None
         self._in_episode = False
-        self._utilities: dict[str, Callable[..., Any]] = {"reset_prefix_cache": self.scheduler.reset_prefix_cache}
+        self._adapters = AdapterBook(
+            executor, lambda: (request.message.adapter for request in self.scheduler.requests.values())
+        )
+        self._utilities: dict[str, Callable[..., Any]] = {
+            "reset_prefix_cache": self.scheduler.reset_prefix_cache,
+            "load_adapter": self._adapters.load,
+            "unload_adapter": self._adapters.unload,
+            "adapters": self._adapters.names,
+        }
 
     # -------------------------------------------------------------------------------------------------------- receive
 
@@ -101,7 +119,13 @@ class EngineCore:
         message = decode_to_core(data)
         if not isinstance(message, AddRequest):
             self._inbox.append(message)
-        elif self._inline is None:
+        elif (key := self._adapters.key(message.adapter)) is None:
+            self._inbox.append(_Unserved(message.handle, f"no adapter called {message.adapter!r} is served"))
+        else:
+            self._take_request(msgspec.structs.replace(message, adapter=key) if key else message)
+
+    def _take_request(self, message: AddRequest) -> None:
+        if self._inline is None:
             self._inbox.append(self._request(message, self._clock.now()))
         else:
             self._inbox.append(_Text(message, self._clock.now()))
@@ -111,6 +135,10 @@ class EngineCore:
         if self.config.enable_prefix_caching:
             request.hash_prompt(self.config.block_size)
         return request
+
+    def load_adapter(self, name: str, path: str) -> "Future[Any]":
+        """Have all ranks load an adapter, before the loop runs."""
+        return self._adapters.load(name, path)
 
     @property
     def has_work(self) -> bool:
@@ -155,6 +183,8 @@ class EngineCore:
                 done += self._add(message)
             elif isinstance(message, _Text):
                 done += self._add_text(message)
+            elif isinstance(message, _Unserved):
+                done.append(Finished(message.handle, FinishReason.ERROR, error=message.cause))
             elif isinstance(message, Abort):
                 done += [ended for handle in message.handles if (ended := self.scheduler.abort(handle))]
             elif isinstance(message, Utility):
@@ -183,13 +213,17 @@ class EngineCore:
         """Run a utility; its failure is the caller's, not the engine's."""
         method = self._utilities.get(call.method)
         if method is None:
-            answer = UtilityResult(call.call, error=f"no utility is called {call.method!r}")
+            self._send(call.front_end, encode(UtilityResult(call.call, error=f"no utility is called {call.method!r}")))
+            return
+        try:
+            found = method(**call.arguments)
+        except Exception as error:  # the caller gets it, whatever it is
+            found = Future[Any]()
+            found.set_exception(error)
+        if isinstance(found, Future):
+            found.add_done_callback(lambda done: self._send(call.front_end, encode(_answer_of(call, done))))
         else:
-            try:
-                answer = UtilityResult(call.call, method(**call.arguments))
-            except Exception as error:  # the caller gets it, whatever it is
-                answer = UtilityResult(call.call, error=f"{type(error).__name__}: {error}")
-        self._send(call.front_end, encode(answer))
+            self._send(call.front_end, encode(UtilityResult(call.call, found)))
 
     def _is_time(self, now: float) -> bool:
         """Whether the next step is to be planned already."""
@@ -286,6 +320,17 @@ class EngineCore:
         for handle in stopped:
             self.scheduler.abort(handle)  # the text says so already
         return written
+
+
+def _answer_of(call: Utility, done: "Future[Any]") -> UtilityResult:
+    if done.cancelled():
+        return UtilityResult(call.call, error="the engine is shutting down")
+    error = done.exception()
+    if error is None:
+        return UtilityResult(call.call, done.result())
+    return UtilityResult(
+        call.call, error=str(error) if isinstance(error, RedlineError) else f"{type(error).__name__}: {error}"
+    )
 
 
 def _of(front_end: int, events: Sequence[_Event]) -> tuple[_Event, ...]:

@@ -1,7 +1,7 @@
 """What the core asks of the rooms it doesn't know: built and injected by engine.launch."""
 
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.messages import AddRequest, Outputs
 
@@ -15,6 +15,10 @@ class Executor(Protocol):
 
     def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Sample a submitted step, under `masks` for rows that need the host; resolves to an encoded StepResult."""
+        ...
+
+    def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
+        """Have the ranks do what isn't a step, between steps; a RedlineError is the caller's."""
         ...
 
     def shutdown(self) -> None:

@@ -48,6 +48,7 @@ class WatchedExecutor:
         self._done_at = clock.now()
         self._forward: Task | None = None  # of a step whose number isn't known yet
         self.shutdown = inner.shutdown
+        self.call = inner.call
 
     def submit(self, step: bytes) -> "Future[None]":
         self._forward = Task(FORWARD, 0, self._clock.now())

@@ -90,6 +90,7 @@ class CoreClient:
         cache_salt: str = "",
         priority: int = 0,
         origin: Origin = NOBODY,
+        adapter: str = "",
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt: token ids, or texts where the core is inline.
 
@@ -120,7 +121,9 @@ class CoreClient:
                 stream.live[handle] = self._live[handle] = output
                 seed = self._draw_seed(params.seed, choice)
                 room = self.ready.max_model_len - length_of(prompt)
-                extra: dict[str, Any] = {"inline": inline, "cache_salt": cache_salt, "priority": priority}
+                extra: dict[str, Any] = {
+                    "inline": inline, "cache_salt": cache_salt, "priority": priority, "adapter": adapter
+                }  # fmt: skip
                 self._transport.send(make_request(handle, prompt, params, self.tokenizer, seed, room, **extra))
         self.stats.live = len(self._live)
         return stream

@@ -37,17 +37,22 @@ def start_engine(
     *,
     progress: Callable[[str], None] | None = None,
     on_wait: Callable[[], None] | None = None,
+    loading: Callable[[int, int], None] | None = None,
     front_ends: int = 1,
     step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Engine:
-    """Find the model, start the core and wait until it is up; after a RedlineError nothing runs."""
+    """Find the model, start the core and wait until it is up; after a RedlineError nothing runs.
+
+    `progress` hears a line per phase that takes time; `loading`, from a thread, how many bytes of the weights were
+    read, and how many there are.
+    """
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_model(config.tokenizer, progress)
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.name)
     core = CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
         tokenizer, warnings = load_tokenizer(tokenizer_path, declared_vocab_size(path))
-        ready = core.wait_ready(on_wait)
+        ready = core.wait_ready(on_wait, loading)
     except BaseException:
         core.stop()
         raise

@@ -1,23 +1,29 @@
 """Adapters (LoRA) in the layout of the C++ kernels, see adapt.h."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.errors import ModelError
 from engine.kernels.cpu.native import PLACES, PackedAdapter, PackedLowRank, Spec
+from engine.model.lora import Adapter, LowRank
 from engine.model.packing import interleave, to_panels
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What is added to a linear of x: up (down x). down: [rank, inputs]; up: [outputs, rank], with the scale in it."""
 
-    down: Tensor
-    up: Tensor
+def by_layer(adapter: Adapter, layers: int) -> list[dict[str, LowRank]]:
+    """An adapter's parts for each layer by the name of the linear; raises ModelError for what is in no layer."""
+    found: list[dict[str, LowRank]] = [{} for _ in range(layers)]
+    for path, part in adapter.linears.items():
+        place = _LAYER.fullmatch(path)
+        if place is None or int(place[1]) >= layers:
+            raise ModelError(f"the adapter adds to {path}, which the fused stack hasn't got")
+        found[int(place[1])][place[2]] = part
+    return found
 
 
 def pack_adapter(layers: Sequence[Mapping[str, LowRank]], spec: Spec) -> PackedAdapter:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from engine.errors import ModelError
 from engine.model.checkpoint import Stored
+from engine.model.quantised import Rounded
 from engine.model.reader import Reader
 from engine.model.recipe import Piece, Recipe, Shape
 from engine.model.vocabulary import Slice
-
-Progress = Callable[[int], None]  # bytes that are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,9 @@ def _join(path: str, name: str) -> str:
 class StoredSource:
     """A checkpoint's files; `progress` hears the bytes of each piece that was read."""
 
-    def __init__(self, stored: dict[str, Stored], recipe: Recipe, progress: Progress | None = None):
+    def __init__(
+        self, stored: dict[str, Stored | Rounded], recipe: Recipe, progress: Callable[[int], None] | None = None
+    ):
         self._stored = stored
         self._recipe = recipe
         self._reader = Reader()

@@ -10,6 +10,7 @@ from engine.errors import ConfigError, ModelError
 from engine.model import gate
 from engine.model.checkpoint import Stored, headers
 from engine.model.families import FAMILIES, Family
+from engine.model.quantised import Rounded, as_weights, settings_of
 from engine.model.resolve import resolve_model
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -46,7 +47,7 @@ def read_facts(config: EngineConfig) -> ModelFacts:
     reason = gate.refusal(model)
     if reason is not None:
         raise ModelError(f"{config.model} can't be run: {reason}")
-    stored = {} if config.load_format == "dummy" else headers(path, config.model)
+    stored = _stored(config, path, model)
     parameters = sum(one.numbers for one in stored.values())
     dtype = _dtype(config, model, stored)
     heads = model.num_attention_heads
@@ -83,6 +84,11 @@ def read_facts(config: EngineConfig) -> ModelFacts:
         kv_bytes_per_token=2 * layers * kv_heads * cached_bytes(config.kv_cache_dtype or dtype, head_dim),
         warnings=tuple(warnings),
     )
+
+
+def _stored(config: EngineConfig, path: Path, model: Any) -> dict[str, Stored | Rounded]:
+    """The checkpoint's tensors; none for dummy weights."""
+    return {} if config.load_format == "dummy" else as_weights(headers(path, config.model), settings_of(model))
 
 
 def _cached_heads(model: Any) -> tuple[int, int]:
@@ -164,7 +170,7 @@ def _intermediate_size(model: Any) -> int:
     return 4 * model.hidden_size
 
 
-def _dtype(config: EngineConfig, model: Any, stored: dict[str, Stored]) -> str:
+def _dtype(config: EngineConfig, model: Any, stored: dict[str, Stored | Rounded]) -> str:
     if config.dtype != "auto":
         return config.dtype
     named = getattr(model, "dtype", None)
@@ -180,8 +186,8 @@ def _dtype(config: EngineConfig, model: Any, stored: dict[str, Stored]) -> str:
 
 def parameter_shapes(config: EngineConfig, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights, under the names that the checkpoint has for them, or else the class."""
-    stored = {} if config.load_format == "dummy" else headers(facts.path, config.model)
-    return {name: one.shape for name, one in stored.items()} or _shapes(read_config(facts.path, config))
+    model = read_config(facts.path, config)
+    return {name: one.shape for name, one in _stored(config, facts.path, model).items()} or _shapes(model)
 
 
 def _parameters(model: Any) -> int:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from engine.model.families import FAMILIES
+from engine.model.quantised import refusal as quantised_refusal
+from engine.model.quantised import settings_of
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 ROPE_KINDS = {"default", "linear", "llama3", "longrope", "yarn", "proportional"}
@@ -27,8 +29,9 @@ def refusal(config: Any) -> str | None:
         return "it is an encoder-decoder; only decoders are supported"
     if any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
         return "it takes images or audio, which aren't supported yet"
-    if getattr(config, "quantization_config", None):
-        return "its weights are quantised, which isn't supported yet"
+    quantised = settings_of(config)
+    if quantised is not None and (reason := quantised_refusal(quantised)):
+        return reason
     if getattr(config, "kv_lora_rank", None) and kind not in FAMILIES:
         return "it uses multi-head latent attention, which isn't supported"
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,16 @@ from engine.kernels import attention
 from engine.kernels.attention import Layout, Ragged, Workspace
 from engine.model import adapt
 from engine.model.adapt import Forward, KVCache
-from engine.model.blank import Blank, Progress, RandomSource, StoredSource, parameters_on_meta
+from engine.model.blank import Blank, RandomSource, StoredSource, parameters_on_meta
 from engine.model.checkpoint import headers
 from engine.model.facts import ModelFacts, original_length, read_config
+from engine.model.quantised import as_weights, settings_of
 from engine.model.recipe import make_recipe
 
+Progress = Callable[[int, int], None]  # bytes that were read, and all
+
 PROBE = 4  # tokens of the check
+TELL_S = 0.1  # at the soonest, between two words of progress
 # What old checkpoints hold although it can be computed.
 INERT = re.compile(r"inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 
@@ -29,7 +34,7 @@ log = logging.getLogger("redline.worker")
 
 
 def open_model(config: EngineConfig, facts: ModelFacts, progress: Progress | None = None) -> Blank:
-    """Build the class without numbers, and find out where they are; `progress` hears how many bytes were read.
+    """Build the class without numbers, and find out where they are; `progress` hears how far it is.
 
     Raises ModelError if the class can't be built, or the checkpoint lacks something.
     """
@@ -77,7 +82,7 @@ def _pin_rope(model: Any, max_model_len: int) -> None:
 
 
 def _stored(model: Any, config: EngineConfig, facts: ModelFacts, progress: Progress | None) -> StoredSource:
-    stored = headers(facts.path, config.model)
+    stored = as_weights(headers(facts.path, config.model), settings_of(model.config))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         recipe = make_recipe(model, {name: tensor.shape for name, tensor in stored.items()}, shapes)
@@ -101,7 +106,27 @@ def _stored(model: Any, config: EngineConfig, facts: ModelFacts, progress: Progr
             len(unused),
             unused[0],
         )
-    return StoredSource(stored, recipe, progress)
+    if progress is None:
+        return StoredSource(stored, recipe)
+    used = {piece.stored for pieces in recipe.pieces.values() for piece in pieces}
+    return StoredSource(stored, recipe, _Meter(sum(stored[name].bytes for name in used), progress).add)
+
+
+class _Meter:
+    """Tells how far reading is, now and then."""
+
+    def __init__(self, total: int, progress: Progress):
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._told = 0.0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._told >= TELL_S or self._done == self._total:
+            self._told = now
+            self._progress(self._done, self._total)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.model.checkpoint import Stored
+from engine.model.dequantise import weight_of
+from engine.model.quantised import Rounded
 
 BAND = 16 << 20  # bytes read at a time
 
@@ -30,17 +32,29 @@ class Reader:
         self._files.clear()
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, stored: Stored, begin: tuple[int, ...], to: Tensor) -> None:
+    def copy(self, stored: Stored | Rounded, begin: tuple[int, ...], to: Tensor) -> None:
         """Fill `to` with the part of the tensor that begins at an index and has the shape of `to`.
 
-        Whole rows of the first dimension are read, BAND bytes at a time, and converted to the dtype of `to`.
+        Whole rows of the first dimension are read, BAND bytes at a time, and converted to the dtype of `to`. A weight
+        in few bits is computed whole.
         """
+        if isinstance(stored, Rounded):
+            box = tuple(slice(b, b + n) for b, n in zip(begin, to.shape, strict=True))
+            to.copy_(self._weight(stored)[box])
+            return
         if not stored.shape:
             to.copy_(next(self._bands(stored, 0, 1))[1][0])
             return
         inner = tuple(slice(b, b + n) for b, n in zip(begin[1:], to.shape[1:], strict=True))
         for first, band in self._bands(stored, begin[0], to.shape[0]):
             to[first : first + len(band)].copy_(band[(slice(None), *inner)])
+
+    def _weight(self, rounded: Rounded) -> Tensor:
+        parts = {}
+        for end, stored in rounded.parts.items():
+            parts[end] = torch.empty(stored.shape, dtype=getattr(torch, stored.kind))
+            self.copy(stored, (0,) * len(stored.shape), parts[end])
+        return weight_of(parts, rounded.scheme, rounded.shape)
 
     def _bands(self, stored: Stored, begin: int, count: int) -> Iterator[tuple[int, Tensor]]:
         """Rows begin..begin + count in bands, each with the number of rows before it; valid until the next one."""

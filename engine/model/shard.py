@@ -54,10 +54,10 @@ def _shard_linear(blank: Blank, path: str, style: str, split: Split, group: Grou
         raise ModelError(f"{path} can't be divided among ranks: it is a {type(linear).__name__}")
     outputs, inputs = (1, 0) if split.family.transposed else (0, 1)
     if style in DIVIDED_OUTPUT:
-        parts = _parts(style, weight.shape[outputs], split)
-        blank.cut(linear, "weight", _share(weight, outputs, group, parts))
+        ranges = shares_of(style, weight.shape[outputs], split, group.rank)
+        blank.cut(linear, "weight", Cut(outputs, ranges))
         if bias is not None:
-            blank.cut(linear, "bias", _share(bias, 0, group, parts))
+            blank.cut(linear, "bias", Cut(0, ranges))
         _divide_count(linear, ("out_features", "nf"), group)
         if style == "colwise_gather_output":
             linear.register_forward_hook(lambda _module, _inputs, output: group.all_gather(output))
@@ -73,6 +73,11 @@ def _shard_linear(blank: Blank, path: str, style: str, split: Split, group: Grou
         linear.register_forward_hook(lambda _module, _inputs, output: group.all_reduce(output))
         if style == "rowwise_split_input":
             linear.register_forward_pre_hook(lambda _module, inputs: (_slice(inputs[0], group), *inputs[1:]))
+
+
+def shares_of(style: str, length: int, split: Split, rank: int) -> tuple[tuple[int, int], ...]:
+    """What a rank has of a linear's divided output: ranges (begin, length)."""
+    return _shares(_parts(style, length, split), split.size, rank)
 
 
 def _parts(style: str, length: int, split: Split) -> tuple[int, ...]:
@@ -130,14 +135,18 @@ def _divide_head_counts(model: Any, split: Split) -> None:
 
 def _share(parameter: Tensor, dim: int, group: Group, parts: Sequence[int] = ()) -> Cut:
     """The rank's share of each of the parts that lie side by side along a dimension; none: it is one part."""
+    return Cut(dim, _shares(parts or (parameter.shape[dim],), group.size, group.rank))
+
+
+def _shares(parts: Sequence[int], size: int, rank: int) -> tuple[tuple[int, int], ...]:
     ranges, begin = [], 0
-    for length in parts or (parameter.shape[dim],):
-        share, odd = divmod(length, group.size)
+    for length in parts:
+        share, odd = divmod(length, size)
         if odd:
-            raise ModelError(f"a tensor of shape {tuple(parameter.shape)} can't be divided among {group.size} ranks")
-        ranges.append((begin + group.rank * share, share))
+            raise ModelError(f"a length of {length} can't be divided among {size} ranks")
+        ranges.append((begin + rank * share, share))
         begin += length
-    return Cut(dim, tuple(ranges))
+    return tuple(ranges)
 
 
 def _slice(tensor: Tensor, group: Group) -> Tensor:

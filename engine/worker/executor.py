@@ -1,8 +1,9 @@
 """The executor of one rank in the caller's own process: a thread that runs steps in order."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import cores
@@ -14,15 +15,25 @@ if TYPE_CHECKING:
 
 
 class InProcessExecutor:
-    """Loads the model and allocates the KV cache when made; raises the RedlineError that says why it can't."""
+    """Loads the model and allocates the KV cache when made; raises the RedlineError that says why it can't.
 
-    def __init__(self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig):
+    `progress` hears, from a thread, how many bytes of the weights were read, and how many there are.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        facts: ModelFacts,
+        resolved: ResolvedConfig,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ):
         self.seconds: dict[str, float] = {}
         self.kernels = ""  # see engine.worker.network.Built
         self.warnings: tuple[str, ...] = ()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
         try:
-            self._runner = self._thread.submit(self._start, config, facts, resolved).result()
+            self._runner = self._thread.submit(self._start, config, facts, resolved, progress).result()
         except BaseException:
             self.shutdown()
             raise
@@ -37,11 +48,21 @@ class InProcessExecutor:
             raise NotImplementedError("masks come with structured output")
         return self._thread.submit(self._runner.sample, step)
 
+    def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
+        """Do what isn't a step, between steps."""
+        return self._thread.submit(self._runner.call, method, arguments)
+
     def shutdown(self) -> None:
         """End the thread once the step in progress is done; steps that wait are dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig) -> "Runner":
+    def _start(
+        self,
+        config: EngineConfig,
+        facts: ModelFacts,
+        resolved: ResolvedConfig,
+        progress: Callable[[int, int], None] | None,
+    ) -> "Runner":
         began = time.perf_counter()
         limit_libraries()
         import torch
@@ -51,7 +72,7 @@ class InProcessExecutor:
 
         torch.set_num_threads(cores())
         imported = time.perf_counter()
-        blank = open_model(config, facts)
+        blank = open_model(config, facts, progress)
         opened = time.perf_counter()
         runner, built = build_runner(config, facts, resolved, blank)
         self.kernels, self.warnings = built.kernels, built.warnings

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -21,7 +22,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError
 from engine.model.facts import ModelFacts
 from engine.worker.ring import Ring
-from engine.worker.wire import Failed, Kind, Orders, Up, parts, receive, sample_body
+from engine.worker.wire import Answer, Call, Failed, Kind, Orders, Up, parts, read_loaded, receive, sample_body
 
 SHUTDOWN_S = 3.0  # for the step in progress, before ranks are ended by force
 CAUSE_S = 2.0  # how long a rank that lost another waits for that one's own cause
@@ -46,17 +47,25 @@ class MultiprocessExecutor:
 
     Once a rank is gone, `ended` and all futures, pending and later, fail with an EngineDeadError that names it. One
     thread sends, so that a busy rank never holds up the caller; one takes the answers, which come in order. `folder`
-    is where the ranks find each other; None: the system's for temporary files.
+    is where the ranks find each other; None: the system's for temporary files. `progress` hears, from a thread, how
+    many bytes of the weights rank 0 has read, and how many there are.
     """
 
     def __init__(
-        self, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, *, folder: str | None = None
+        self,
+        config: EngineConfig,
+        facts: ModelFacts,
+        resolved: ResolvedConfig,
+        *,
+        folder: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         began = time.monotonic()
         self.ended: Future[None] = Future()
         self._lock = threading.Lock()
         self._error: RedlineError | None = None
         self._closing = False
+        self._progress = progress
         self._pending: deque[Future[Any]] = deque()
         self._outbox: SimpleQueue[tuple[Kind, bytes] | None] = SimpleQueue()
         self._ring = Ring(config.tensor_parallel_size)
@@ -91,6 +100,13 @@ class MultiprocessExecutor:
     def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
         return self._order(Kind.SAMPLE, sample_body(step, masks))
+
+    def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
+        """Have all ranks do what isn't a step, between steps; resolves to rank 0's answer, or its RedlineError."""
+        answer: Future[Any] = Future()
+        order = self._order(Kind.CALL, msgspec.msgpack.encode(Call(method, arguments)))
+        order.add_done_callback(lambda done: _unpack_answer(done, answer))
+        return answer
 
     def shutdown(self) -> None:
         """End the ranks once the step in progress is done, or by force; steps that wait are dropped."""
@@ -147,12 +163,15 @@ class MultiprocessExecutor:
                 if answer is None or answer[0] is Kind.FAILED:
                     break
                 kind, body = answer
-                if kind is Kind.UP:
+                if kind is Kind.LOADED:
+                    if self._progress is not None:
+                        self._progress(*read_loaded(body))
+                elif kind is Kind.UP:
                     reports[rank.number] = _up.decode(body)
                     if len(reports) == len(self._ranks):
                         self._started.set_result(reports[0])
                 else:
-                    self._answer(body if kind is Kind.RESULT else None)
+                    self._answer(body if kind in (Kind.RESULT, Kind.ANSWER) else None)
             if not self._closing:
                 self._fail(self._cause(selector, rank, answer))
 
@@ -211,6 +230,20 @@ class MultiprocessExecutor:
                 rank.process.wait()
             if rank.process.stdin is not None:
                 rank.process.stdin.close()
+
+
+def _unpack_answer(done: "Future[bytes]", answer: "Future[Any]") -> None:
+    if done.cancelled():
+        answer.cancel()
+        return
+    error = done.exception()
+    if error is None:
+        found = msgspec.msgpack.decode(done.result(), type=Answer)
+        if found.failure is None:
+            answer.set_result(found.result)
+            return
+        error = found.failure.error()
+    answer.set_exception(error)
 
 
 def _start_rank(

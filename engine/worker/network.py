@@ -16,14 +16,17 @@ from engine.kernels import attention
 from engine.kernels.attention import Ragged, Workspace
 from engine.kernels.cpu import build, native
 from engine.kernels.cpu.build import BuildError
-from engine.kernels.cpu.native import Batch, Stack
+from engine.kernels.cpu.native import Batch, PackedAdapter, Spec, Stack
 from engine.memory import threads_per_rank
 from engine.model import adapt, fused
 from engine.model.adapt import Forward, KVCache
+from engine.model.adapters import by_layer, pack_adapter
 from engine.model.blank import Blank
 from engine.model.facts import ModelFacts
 from engine.model.fused import Form
+from engine.model.hooked import HookedAdapters
 from engine.model.load import complete, layout_of
+from engine.model.lora import Adapter, check_adapter
 from engine.model.vocabulary import Slice
 from engine.worker.paging import PageSupply
 from engine.worker.rows import Int64s, StepBatch
@@ -46,6 +49,14 @@ class Network(Protocol):
         """A token for each that samples: the likeliest where the temperature is 0, else drawn by a number in [0, 1)."""
         ...
 
+    def add_adapter(self, slot: int, adapter: Adapter) -> None:
+        """Take an adapter, of this rank, into a free slot; raises ModelError if it doesn't fit the model."""
+        ...
+
+    def drop_adapter(self, slot: int) -> None:
+        """Forget an adapter; no row has it any more."""
+        ...
+
 
 class GenericNetwork:
     """Transformers' own class; the reference, and the path of every model without a stack of its own."""
@@ -54,11 +65,13 @@ class GenericNetwork:
         self._model = model
         self._cache = cache
         self._vocabulary = vocabulary
+        self._adapters = HookedAdapters(model)
         self._workspace = Workspace(cache.layout.dtype)
         self._logits: Tensor | None = None
 
     def forward(self, batch: StepBatch) -> None:
         self._logits = None
+        self._adapters.begin(batch.adapters, batch.row_of)
         layout = self._cache.layout
         ragged = Ragged(batch.starts, batch.counts, batch.computed, batch.tables)
         index = attention.write_index(batch.tables, batch.row_of, batch.positions, layout)
@@ -73,6 +86,12 @@ class GenericNetwork:
             return
         arguments["logits_to_keep"] = torch.from_numpy(batch.sampled_at)
         self._logits = adapt.run(self._model, forward, arguments).logits[0]
+
+    def add_adapter(self, slot: int, adapter: Adapter) -> None:
+        self._adapters.add(slot, adapter)
+
+    def drop_adapter(self, slot: int) -> None:
+        self._adapters.drop(slot)
 
     def logits(self, which: Int64s) -> Tensor:
         assert self._logits is not None
@@ -118,9 +137,12 @@ class GenericNetwork:
 class FusedNetwork:
     """The fused stack; of one rank, or of several that sum up after each attention and MLP."""
 
-    def __init__(self, stack: Stack, count: int, vocabulary: Slice | None, pages: PageSupply):
+    def __init__(self, stack: Stack, spec: Spec, model: nn.Module, vocabulary: Slice | None, pages: PageSupply):
         self.stack = stack
-        self._count = count
+        self._spec = spec
+        self._model = model  # its shapes: the stack has its numbers
+        self._adapters: dict[int, PackedAdapter] = {}  # by slot
+        self._count = spec.vocabulary
         self._vocabulary = vocabulary
         self._pages = pages
         weakref.finalize(self, pages.close)
@@ -132,7 +154,7 @@ class FusedNetwork:
         )  # fmt: skip
         self._pages.reach(int(batch.tables.max()))
         stack = self.stack
-        stack.begin(Batch.of(*columns))
+        stack.begin(Batch.of(*columns), *self._adapters_of(batch))
         if self._vocabulary is None:
             stack.run(0, stack.parts)
             return
@@ -140,6 +162,21 @@ class FusedNetwork:
         for part in range(1, stack.parts + 1):
             self._vocabulary.group.all_reduce(torch.from_numpy(stack.partial()))
             stack.run(part, part)
+
+    def _adapters_of(self, batch: StepBatch) -> tuple[list[PackedAdapter], NDArray[np.int32] | None]:
+        """The adapters that the batch's rows have, and for each token its number among them, or -1."""
+        if batch.adapters is None:
+            return [], None
+        used, number = np.unique(batch.adapters, return_inverse=True)
+        numbers = number - (used[0] < 0)
+        return [self._adapters[slot] for slot in used[used >= 0].tolist()], numbers[batch.row_of].astype(np.int32)
+
+    def add_adapter(self, slot: int, adapter: Adapter) -> None:
+        check_adapter(adapter, self._model)
+        self._adapters[slot] = pack_adapter(by_layer(adapter, self._spec.layers), self._spec)
+
+    def drop_adapter(self, slot: int) -> None:
+        del self._adapters[slot]
 
     def logits(self, which: Int64s) -> Tensor:
         out = torch.empty(len(which), self._count)
@@ -192,7 +229,7 @@ def build_network(config: EngineConfig, facts: ModelFacts, resolved: ResolvedCon
             stack = Stack(spec, form.weights, form.cache, threads, level, kept, cores)
             keys, values = spec.layer[0].keys, spec.layer[0].values
             pages = PageSupply(kept, keys, 2 * spec.layers, values - keys, (values - keys) // resolved.num_blocks)
-            network = FusedNetwork(stack, spec.vocabulary, part, pages)
+            network = FusedNetwork(stack, spec, blank.model, part, pages)
             return Built(network, f"{level}, fused stack", cores=cores)
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:

@@ -9,6 +9,7 @@ import logging
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,19 @@ from engine.model.facts import ModelFacts
 from engine.model.split import plan_split
 from engine.worker.ring import RingReader
 from engine.worker.threads import limit_libraries, stay
-from engine.worker.wire import Failed, Kind, Orders, PeerLostError, Up, read_sample, receive_order, send
+from engine.worker.wire import (
+    Answer,
+    Call,
+    Failed,
+    Kind,
+    Orders,
+    PeerLostError,
+    Up,
+    loaded_body,
+    read_sample,
+    receive_order,
+    send,
+)
 
 if TYPE_CHECKING:
     from engine.worker.runner import Runner
@@ -48,7 +61,7 @@ def run(parent: socket.socket, orders: Orders) -> Failed | None:
     """Serve until the parent closes its end; returns why, if the rank can't go on."""
     try:
         ring = RingReader(orders.ring_fd, orders.rank, orders.config["tensor_parallel_size"])
-        runner, up = build(orders)
+        runner, up = build(orders, lambda *loaded: send(parent, Kind.LOADED, loaded_body(*loaded)))
         children.settle()
         send(parent, Kind.UP, msgspec.msgpack.encode(up))
         serve(parent, ring, runner, answers=orders.rank == 0)
@@ -64,7 +77,7 @@ def run(parent: socket.socket, orders: Orders) -> Failed | None:
     return None
 
 
-def build(orders: Orders) -> "tuple[Runner, Up]":
+def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner, Up]":
     """Load the rank's share of the model, join the others, and allocate its KV cache; with what it has to report."""
     began = time.perf_counter()
     limit_libraries()
@@ -79,13 +92,13 @@ def build(orders: Orders) -> "tuple[Runner, Up]":
     facts = ModelFacts(**{**orders.facts, "path": Path(orders.facts["path"])})
     torch.set_num_threads(threads_per_rank(config.tensor_parallel_size))
     imported = time.perf_counter()
-    blank = open_model(config, facts)
+    blank = open_model(config, facts, progress if orders.rank == 0 else None)
     split = plan_split(config, facts)
     opened = time.perf_counter()
     group = GlooGroup(orders.rank, split.size, orders.store)
     joined = time.perf_counter()
     shard(blank, split, group)
-    runner, built = build_runner(config, split.rank, resolved, blank)
+    runner, built = build_runner(config, split.rank, resolved, blank, split)
     stay(built.cores)
     seconds = {
         "import torch": imported - began,
@@ -104,6 +117,8 @@ def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers:
         if kind is Kind.FORWARD:
             runner.forward(body)
             answer, result = Kind.DONE, b""
+        elif kind is Kind.CALL:
+            answer, result = Kind.ANSWER, answer_call(runner, body)
         else:
             step, masks = read_sample(body)
             if masks:
@@ -111,6 +126,15 @@ def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers:
             answer, result = Kind.RESULT, runner.sample(step)
         if answers:
             send(parent, answer, result)
+
+
+def answer_call(runner: "Runner", body: bytes) -> bytes:
+    """Do what isn't a step; a RedlineError is the answer."""
+    call = msgspec.msgpack.decode(body, type=Call)
+    try:
+        return msgspec.msgpack.encode(Answer(runner.call(call.method, call.arguments)))
+    except RedlineError as error:
+        return msgspec.msgpack.encode(Answer(failure=Failure.of(error)))
 
 
 if __name__ == "__main__":

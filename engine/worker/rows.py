@@ -16,6 +16,7 @@ class StepBatch:
     """One step's tokens, rows ascending and laid end to end.
 
     rows, starts, counts, computed: int64[rows]; row_of: int64[tokens] into `rows`; ids, positions: int64[tokens];
+    adapters: int64[rows], each row's slot or -1 for none; None: no row has one.
     sampling: int64[n], the rows that sample; drafts: int64[n], how many of a row's tokens are guesses (see
     `engine.worker.drafts`); sampled_at: int64[n + sum of drafts], the tokens of the batch whose logits they use.
     """
@@ -29,6 +30,7 @@ class StepBatch:
     row_of: Int64s
     ids: Int64s
     positions: Int64s
+    adapters: Int64s | None
     sampling: Int64s
     drafts: Int64s
     sampled_at: Int64s
@@ -54,6 +56,8 @@ class Rows:
         self.special: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # its logits are needed
         self.temperature: NDArray[np.float32] = np.zeros(max_rows, dtype=np.float32)
         self.seed: NDArray[np.uint64] = np.zeros(max_rows, dtype=np.uint64)
+        self.slots = {"": -1}  # of adapters, by key
+        self.adapter: Int64s = np.full(max_rows, -1, dtype=np.int64)  # slots
 
     def advance(self, message: StepMessage) -> StepBatch:
         """Apply what changed, lay out the step's tokens, and count them as computed."""
@@ -85,9 +89,11 @@ class Rows:
         tables = self.table[rows, :used]
         last, guesses = (starts + counts - 1)[samples], drafts[samples]
         at = np.repeat(last - guesses, guesses + 1) + _counted(guesses + 1)
+        adapters = self.adapter[rows] if len(self.slots) > 1 else None
         return StepBatch(
-            message.step, rows, starts, counts, computed, tables, row_of, ids, positions, rows[samples], guesses, at
-        )
+            message.step, rows, starts, counts, computed, tables, row_of, ids, positions, adapters,
+            rows[samples], guesses, at,
+        )  # fmt: skip
 
     def append(self, rows: Int64s, tokens: NDArray[np.integer]) -> None:
         """Book one sampled token for each of `rows`."""
@@ -155,6 +161,7 @@ class Rows:
                 f"row {row} can't take generation {added.generation}: it is at {self.generation[row]}, "
                 f"{'live' if self.live[row] else 'free'}"
             )
+        self.adapter[row] = self.slots[added.adapter]
         self.live[row] = True
         self.generation[row] = added.generation
         self.tokens[row, : len(tokens)] = tokens

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,7 +12,9 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
 from engine.model.blank import Blank
 from engine.model.facts import ModelFacts
+from engine.model.split import Split
 from engine.worker import sampler
+from engine.worker.adapters import Adapters, Share
 from engine.worker.network import Built, Network, build_network
 from engine.worker.rows import Int64s, Rows, StepBatch
 
@@ -19,12 +22,18 @@ from engine.worker.rows import Int64s, Rows, StepBatch
 class Runner:
     """The state of one rank: its rows and network, and a step that waits to be sampled."""
 
-    def __init__(self, network: Network, rows: Rows):
+    def __init__(self, network: Network, rows: Rows, share: Share | None = None):
         self._network = network
         self._rows = rows
+        self._calls = Adapters(network, rows.slots, share).calls
         self._pending: StepBatch | None = None
         self._following: deque[StepMessage] = deque()  # the steps of a burst that haven't run
         self._seconds = 0.0
+
+    @torch.inference_mode()
+    def call(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Do what isn't a step, between steps; a RedlineError is the caller's."""
+        return self._calls[method](**arguments)
 
     @torch.inference_mode()
     def forward(self, message: bytes) -> None:
@@ -89,12 +98,15 @@ class Runner:
 
 
 def build_runner(
-    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank
+    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split | None = None
 ) -> tuple[Runner, Built]:
-    """A rank's runner with its network and rows; `facts` are the rank's."""
+    """A rank's runner with its network and rows; `facts` are the rank's, `split` is how ranks divide the model."""
     built = build_network(config, facts, resolved, blank)
     rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
-    return Runner(built.network, rows), built
+    share = None
+    if split is not None and blank.vocabulary is not None:
+        share = Share(split, blank.vocabulary, f"{blank.path(blank.model.base_model)}.")
+    return Runner(built.network, rows, share), built
 
 
 def _moved(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

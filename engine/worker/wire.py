@@ -1,7 +1,7 @@
 """What passes between an executor and its ranks: orders through memory that all share, answers over sockets.
 
-executor ──FORWARD (a StepMessage), SAMPLE──► every rank        executor ◄──DONE, RESULT── rank 0
-                                                                executor ◄──UP, FAILED──── every rank
+executor ──FORWARD (a StepMessage), SAMPLE, CALL──► every rank    executor ◄──LOADED, DONE, RESULT, ANSWER── rank 0
+                                                                  executor ◄──UP, FAILED──────────────────── every rank
 
 Of an order each rank's socket carries the head alone, for which it waits; the body is in the ring (see ring.py), once
 for all. Of an answer it carries both.
@@ -20,6 +20,7 @@ from engine.worker.ring import RingReader
 
 _HEAD = struct.Struct("<BI")
 _STEP = struct.Struct("<q")
+_LOADED = struct.Struct("<qq")
 
 
 class PeerLostError(Exception):
@@ -34,6 +35,9 @@ class Kind(IntEnum):
     UP = 4
     FAILED = 5
     MORE = 6  # a part of an order whose rest follows
+    LOADED = 7  # bytes of the weights, and of all
+    CALL = 8  # what isn't a step
+    ANSWER = 9
 
 
 class Orders(msgspec.Struct):
@@ -46,6 +50,18 @@ class Orders(msgspec.Struct):
     store: str  # the file by which ranks find each other
     socket_fd: int
     ring_fd: int
+
+
+class Call(msgspec.Struct):
+    method: str
+    arguments: dict[str, Any]
+
+
+class Answer(msgspec.Struct):
+    """Of rank 0; all ranks have the same."""
+
+    result: Any = None
+    failure: Failure | None = None
 
 
 class Up(msgspec.Struct):
@@ -89,6 +105,16 @@ def receive_order(source: socket.socket, ring: RingReader) -> tuple[Kind, bytes]
             return Kind(kind), body
         before = body
     return None
+
+
+def loaded_body(done: int, total: int) -> bytes:
+    return _LOADED.pack(done, total)
+
+
+def read_loaded(body: bytes) -> tuple[int, int]:
+    """Bytes that were read, and all."""
+    done, total = _LOADED.unpack(body)
+    return done, total
 
 
 def sample_body(step: int, masks: bytes) -> bytes:

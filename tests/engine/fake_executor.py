@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 from engine.clock import Clock
 from engine.messages import ItemRef, StepMessage, StepResult, column, decode_step, encode, int32s
@@ -91,6 +92,7 @@ class FakeExecutor:
         self._busy_until = 0.0
         self._sampled: dict[int, bytes] = {}
         self._due: deque[tuple[float, int, Future[bytes]]] = deque()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
         self.failure: Exception | None = None
 
     def submit(self, step: bytes) -> Future[None]:
@@ -109,6 +111,13 @@ class FakeExecutor:
         result: Future[bytes] = Future()
         self._due.append((self._busy_until, step, result))
         return result
+
+    def call(self, method: str, arguments: dict[str, Any]) -> Future[Any]:
+        """Whatever it is asked for is done."""
+        self.calls.append((method, arguments))
+        done: Future[Any] = Future()
+        done.set_result(0)
+        return done
 
     def shutdown(self) -> None:
         self._due.clear()

@@ -68,6 +68,9 @@ class TableWorker:
         self._results.append(result)
         return result
 
+    def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
+        raise NotImplementedError(method)
+
     def shutdown(self) -> None:
         self._results.clear()
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from engine.errors import RequestError
 from engine.messages import FinishReason, Outputs, Shutdown, Utility, UtilityResult, encode
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import expected_tokens
@@ -89,6 +90,7 @@ def test_another_salt_or_adapter_shares_nothing(change: dict[str, str]):
     driver = Driver()
     driver.add([1] * 12, max_tokens=1)
     driver.run()
+    driver.core.load_adapter("french", "folder")
     other = driver.add([1] * 12, max_tokens=1, **change)
     driver.run()
     assert driver.cached[other] == 0
@@ -209,3 +211,42 @@ def test_stats_are_sent_also_while_a_long_prefill_yields_no_token():
     assert told
     assert told[-1] is not None
     assert told[-1].running == 1
+
+
+def test_an_adapter_under_its_old_name_is_another():
+    driver = Driver()
+    driver.core.load_adapter("french", "one")
+    first = driver.add([1] * 12, max_tokens=1, adapter="french")
+    driver.run()
+    again = driver.add([1] * 12, max_tokens=1, adapter="french")
+    driver.run()
+    assert driver.cached[first] == 0
+    assert driver.cached[again] > 0
+    driver.core._adapters.unload("french")
+    driver.core.load_adapter("french", "two")
+    other = driver.add([1] * 12, max_tokens=1, adapter="french")
+    driver.run()
+    assert driver.cached[other] == 0
+    keys = [arguments["key"] for _, arguments in driver.worker.calls]
+    assert keys == ["french#1", "french#1", "french#2"]
+
+
+def test_an_adapter_that_is_not_served_ends_its_request_alone():
+    driver = Driver()
+    wrong = driver.add([1] * 12, max_tokens=1, adapter="dutch")
+    right = driver.add([1] * 12, max_tokens=1)
+    driver.run()
+    assert "'dutch'" in driver.finished[wrong].error
+    assert driver.finished[right].reason == FinishReason.LENGTH
+
+
+def test_an_adapter_in_use_is_not_unloaded():
+    driver = Driver()
+    driver.core.load_adapter("french", "one")
+    driver.add([1] * 12, max_tokens=5, adapter="french")
+    driver.turn()
+    with pytest.raises(RequestError, match="1 requests under way use 'french'"):
+        driver.core._adapters.unload("french")
+    driver.run()
+    driver.core._adapters.unload("french")
+    assert driver.core._adapters.names() == {}

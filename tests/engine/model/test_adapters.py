@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelError
 from engine.kernels.cpu.native import PackedAdapter
-from engine.model.adapters import LowRank, pack_adapter
+from engine.model.adapters import pack_adapter
+from engine.model.lora import LowRank
 from tests.engine.kernels.cpu.test_stack import (  # the fixture works by being here
     FORMS,
     LEVELS,

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.messages import RowAdded, Sampling, StepMessage, StepResult, column, decode_result, encode, int32s
@@ -90,6 +91,7 @@ class Request:
 
     prompt: list[int]
     sampling: Sampling = field(default_factory=Sampling)
+    adapter: str = ""  # its key
     output: list[int] = field(default_factory=list)
     row: int = -1
     computed: int = 0
@@ -99,6 +101,10 @@ class Request:
     @property
     def known(self) -> list[int]:
         return self.prompt + self.output
+
+    def key(self, end: int) -> tuple[int, ...]:
+        """What a prefix of `end` tokens is known by."""
+        return (hash(self.adapter), *self.known[:end])
 
 
 class Driver:
@@ -115,12 +121,25 @@ class Driver:
         self.shared = 0
         self.drafted = 0
 
-    def run(self, requests: list[Request], new: int, *, seed: int, chunk: int = 7, preempt: float = 0.15) -> None:
-        """Run all requests to `new` output tokens each."""
+    def run(
+        self,
+        requests: list[Request],
+        new: int,
+        *,
+        seed: int,
+        chunk: int = 7,
+        preempt: float = 0.15,
+        prefixes: dict[tuple[int, ...], int] | None = None,
+    ) -> None:
+        """Run all requests to `new` output tokens each.
+
+        chunk: most tokens of a request in a step; 0: all that are left. prefixes: blocks by what they hold and what
+        comes before; those that are there are shared, new ones are added.
+        """
         luck = random.Random(seed)
         waiting, running = list(requests), list[Request]()
         removed: list[int] = []
-        prefixes: dict[tuple[int, ...], int] = {}
+        prefixes = {} if prefixes is None else prefixes
         while waiting or running:
             added = []
             while waiting and self.free_rows and (not running or luck.random() < 0.5):
@@ -130,7 +149,7 @@ class Driver:
             chunks, work, blocks = [], [], []
             for request in running:
                 left = len(request.known) - request.computed
-                count = luck.randint(0 if left == 1 else 1, min(left, chunk))
+                count = luck.randint(0 if left == 1 else 1, min(left, chunk)) if chunk else left
                 if count != 1:
                     chunks.append((request.row, count))
                 if count:
@@ -157,8 +176,8 @@ class Driver:
         request.row = self.free_rows.pop(0)
         self.generations[request.row] += 1
         request.blocks, known = [], request.known
-        while (end := (len(request.blocks) + 1) * self.block_size) < len(known) and tuple(known[:end]) in prefixes:
-            request.blocks.append(prefixes[tuple(known[:end])])
+        while (end := (len(request.blocks) + 1) * self.block_size) < len(known) and request.key(end) in prefixes:
+            request.blocks.append(prefixes[request.key(end)])
             self.shared += 1
         request.computed = len(request.blocks) * self.block_size
         return RowAdded(
@@ -169,6 +188,7 @@ class Driver:
             request.computed,
             column(request.blocks),
             request.sampling,
+            adapter=request.adapter,
         )
 
     def _grow(self, request: Request, end: int, prefixes: dict[tuple[int, ...], int]) -> list[tuple[int, int, int]]:
@@ -179,7 +199,7 @@ class Driver:
             new.append((request.row, 0, block))
             request.blocks.append(block)
         for i in range(request.computed // self.block_size, end // self.block_size):
-            prefixes.setdefault(tuple(request.known[: (i + 1) * self.block_size]), request.blocks[i])
+            prefixes.setdefault(request.key((i + 1) * self.block_size), request.blocks[i])
         return new
 
     def _release(self, request: Request) -> None:
@@ -205,7 +225,21 @@ class Driver:
         self.drafted += result.drafted
         assert len(tokens) == sum(counts)
         begin = 0
+        logprobs = _by_token(result)
         for request, count in zip(sampled, counts, strict=True):
             request.output += tokens[begin : begin + count]
+            request.logprobs += [logprobs[i] for i in range(begin, begin + count) if i in logprobs]
             request.computed += count - 1
             begin += count
+
+
+def _by_token(result: StepResult) -> dict[int, dict[int, float]]:
+    """Logprobs by id of the tokens of a step that asked for them, by the tokens' number."""
+    found = result.logprobs
+    if found is None:
+        return {}
+    ids, values = int32s(found.ids, found.width), np.frombuffer(found.values, dtype="<f4").reshape(-1, found.width)
+    return {
+        at: dict(zip(some, logprobs, strict=True))
+        for at, some, logprobs in zip(int32s(found.index).tolist(), ids.tolist(), values.tolist(), strict=True)
+    }

@@ -1,0 +1,42 @@
+"""Adapters (LoRA) of a server that runs: loaded and unloaded by name, with vLLM's paths and fields."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from engine.api.protocol import parse
+from engine.api.state import ApiState
+from engine.errors import EngineDeadError, RedlineError, RequestError
+
+
+class LoadRequest(msgspec.Struct, kw_only=True):
+    lora_name: str
+    lora_path: str
+
+
+class UnloadRequest(msgspec.Struct, kw_only=True):
+    lora_name: str
+
+
+async def load_adapter(state: ApiState, request: Request) -> Response:
+    body = parse(await request.body(), LoadRequest)
+    if not body.lora_name or body.lora_name in state.names:
+        raise RequestError(f"{body.lora_name!r} can't be an adapter's name: the model itself has it", "lora_name")
+    await _change(state, "load_adapter", "lora_path", name=body.lora_name, path=body.lora_path)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_adapter(state: ApiState, request: Request) -> Response:
+    body = parse(await request.body(), UnloadRequest)
+    await _change(state, "unload_adapter", "lora_name", name=body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _change(state: ApiState, method: str, field: str, **arguments: str) -> None:
+    try:
+        await state.client.call(method, **arguments)
+    except EngineDeadError:
+        raise
+    except RedlineError as error:
+        raise RequestError(str(error), field) from error
+    await state.refresh_adapters()

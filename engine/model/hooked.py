@@ -1,0 +1,64 @@
+"""Adapters beside transformers' own linears: a hook adds to the outputs of the tokens that have one."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from engine.model.lora import Adapter, LowRank, check_adapter
+
+
+class HookedAdapters:
+    """The adapters of a model, by slot; a linear that none adds to has no hook."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._parts: dict[str, dict[int, LowRank]] = {}  # by path and slot
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._tokens: list[tuple[int, Tensor]] = []  # of the step: slots, and their tokens
+
+    def add(self, slot: int, adapter: Adapter) -> None:
+        """Take an adapter into a free slot; raises ModelError if it doesn't fit the model."""
+        check_adapter(adapter, self._model)
+        for path, part in adapter.linears.items():
+            linear = self._model.get_submodule(path)
+            dtype = linear.weight.dtype
+            self._parts.setdefault(path, {})[slot] = LowRank(part.down.to(dtype), part.up.to(dtype))
+            if path not in self._hooks:  # before the sums and gathers over ranks
+                self._hooks[path] = linear.register_forward_hook(_Adding(self, path), prepend=True)
+
+    def drop(self, slot: int) -> None:
+        for path in list(self._parts):
+            self._parts[path].pop(slot, None)
+            if not self._parts[path]:
+                del self._parts[path]
+                self._hooks.pop(path).remove()
+
+    def begin(self, slots: NDArray[np.int64] | None, row_of: NDArray[np.int64]) -> None:
+        """A step begins, whose rows have these slots, -1 for none."""
+        self._tokens = []
+        if slots is not None:
+            of_token = slots[row_of]
+            used = np.unique(of_token)
+            self._tokens = [(slot, torch.from_numpy(np.flatnonzero(of_token == slot))) for slot in used[used >= 0]]
+
+    def extend(self, path: str, x: Tensor, output: Tensor) -> None:
+        """Add to a linear's output, in place, for the tokens whose adapter has a part of it."""
+        parts = self._parts[path]
+        x, output = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
+        for slot, tokens in self._tokens:
+            part = parts.get(int(slot))
+            if part is not None:
+                output.index_add_(0, tokens, x[tokens] @ part.down.T @ part.up.T)
+
+
+class _Adding:
+    def __init__(self, adapters: HookedAdapters, path: str):
+        self._adapters = adapters
+        self._path = path
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._adapters.extend(self._path, inputs[0], output)

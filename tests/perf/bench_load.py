@@ -1,0 +1,140 @@
+"""`make bench-load`: seconds and peak memory of loading 2 GB, ours beside transformers' from_pretrained.
+
+A Llama of SIZE_GB=2 (bfloat16, random numbers, in four files) is written once to a temporary folder. Each way loads it
+in a process of its own, in turns, ROUNDS=3 times, from files that are in memory already; memory is the most that the
+process had beyond what it had after its imports. The ways: transformers; our generic path, whole and the share of one
+rank of two; the fused stack, whose weights are packed as they come. Prints a table, writes results/bench-load.json.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path("results") / "bench-load.json"
+WAYS = ("transformers", "redline", "redline, rank 0 of 2", "redline, fused stack", "redline, fused stack in int8")
+PERIOD_S = 0.002
+
+
+def write(folder: Path, gigabytes: float) -> int:
+    """A checkpoint of about that size; returns its bytes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layer = 4 * 2048 * 2048 + 3 * 2048 * 8192
+    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 2048) / layer))
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="512MB")
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def load(way: str, folder: str) -> Any:
+    """Load one way, after the imports; what it returns is held until memory was read."""
+    from engine.config import EngineConfig
+    from engine.model import fused
+    from engine.model.facts import read_facts
+    from engine.model.fused import Form
+    from engine.model.load import open_model
+    from engine.model.shard import shard
+    from engine.model.split import plan_split
+
+    if way == "transformers":
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    config = EngineConfig(model=folder, tensor_parallel_size=2 if "rank" in way else 1)
+    facts = read_facts(config)
+    blank = open_model(config, facts)
+    if "rank" in way:
+        shard(blank, plan_split(config, facts), _Alone())
+    if "fused" not in way:
+        blank.fill()
+        return blank.model
+    form = Form("bfloat16", "int8" if "int8" in way else "bfloat16", "bfloat16")
+    return fused.make_spec(blank.model, form, 1, 16, partial=False, fill=blank.fill)
+
+
+class _Alone:
+    """The first of two ranks, which loads and does no more."""
+
+    rank, size = 0, 2
+
+
+def child(way: str, folder: str) -> None:
+    """Measure one way and print it as JSON."""
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    import engine.model.fused
+    import engine.model.load
+    import engine.model.shard  # noqa: F401
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    process, ended, most = psutil.Process(), threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(PERIOD_S):
+            most = max(most, process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    held = load(way, folder)
+    if way == "transformers":  # its weights are pages of the files until they are touched
+        for parameter in held.parameters():
+            parameter.sum()
+    seconds = time.perf_counter() - began
+    ended.set()
+    watcher.join()
+    print(json.dumps({"seconds": seconds, "peak_bytes": most - before}))
+
+
+def main() -> None:
+    rounds = int(os.environ.get("ROUNDS", "3"))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with tempfile.TemporaryDirectory() as folder:
+        size = write(Path(folder), float(os.environ.get("SIZE_GB", "2")))
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        for number in range(rounds):
+            for way in WAYS:
+                command = [sys.executable, "-m", "tests.perf.bench_load", way, folder]
+                result = subprocess.run(command, capture_output=True, text=True, check=True)
+                found[way].append(json.loads(result.stdout.splitlines()[-1]))
+                console.print(f"round {number + 1}  {way:32} {found[way][-1]['seconds']:.2f} s")
+    held = {"redline, rank 0 of 2": size / 2, "redline, fused stack in int8": size * (1 + 2 / 64) / 2}
+    rows = []
+    for way in WAYS:
+        weights = held.get(way, size)
+        peak = median(one["peak_bytes"] for one in found[way])
+        rows.append(
+            {"way": way, "seconds": median(one["seconds"] for one in found[way]), "weights_mb": weights / 1e6,
+             "peak_mb": peak / 1e6, "peak_of_weights": peak / weights}
+        )  # fmt: skip
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(rows, indent=1))
+    table = Table("way", "seconds", "weights, MB", "peak, MB", "peak / weights")
+    for row in rows:
+        numbers = (f"{row['seconds']:.2f}", f"{row['weights_mb']:,.0f}", f"{row['peak_mb']:,.0f}")
+        table.add_row(str(row["way"]), *numbers, f"{row['peak_of_weights']:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:]) if len(sys.argv) > 1 else main()

@@ -1,0 +1,100 @@
+"""`make parity`: every family, served in several ways, against plain transformers.
+
+Tiny random weights in float32 (tests/engine/worker/driver.py has the shapes); greedy tokens must be the same and
+log-probabilities of the whole vocabulary within the tolerance. FAMILIES=llama,qwen3 takes some. Prints a table and
+writes results/parity.json; the exit code is 1 if any row failed.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from engine.config import EngineConfig
+from engine.memory import resolve
+from engine.model.facts import read_facts
+from engine.worker.executor import InProcessExecutor
+from engine.worker.multiprocess import MultiprocessExecutor
+from tests.engine.worker.driver import MODELS, Driver, build_model
+from tests.engine.worker.parity import CASES, TOLERANCE, Reference, Row, compare, serve
+
+RESULTS = Path("results") / "parity.json"
+ROWS, BLOCK, BLOCKS = 6, 4, 2000
+RANKS = "tp 2"
+
+
+def start(folder: Path, ranks: int) -> Driver:
+    config = EngineConfig(
+        model=str(folder), tensor_parallel_size=ranks, dtype="float32", max_num_seqs=ROWS, block_size=BLOCK,
+        kernels="torch",
+    )  # fmt: skip
+    facts = read_facts(config)
+    pool = facts.kv_bytes_per_token * BLOCK * BLOCKS
+    resolved = dataclasses.replace(
+        resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), facts).config, num_blocks=BLOCKS
+    )
+    executor = (MultiprocessExecutor if ranks > 1 else InProcessExecutor)(config, facts, resolved)
+    return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS)  # type: ignore[arg-type]
+
+
+def rows_of(kind: str, folder: Path) -> Iterator[Row]:
+    """A family's rows; a case that breaks is a row too."""
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bars
+        reference = Reference(build_model(kind, folder))
+    for ranks, cases in ((1, CASES), (2, (RANKS,))):
+        driver = start(folder, ranks)
+        try:
+            for case in cases:
+                try:
+                    yield compare(kind, case, serve(driver, "preempted" if case == RANKS else case), reference)
+                except AssertionError as error:
+                    yield Row(kind, case, False, float("nan"), str(error))
+        finally:
+            driver.executor.shutdown()
+
+
+def show(rows: list[Row]) -> None:
+    table = Table(title=f"Largest difference of a log-probability (tolerance {TOLERANCE:g}); tokens equal where ✓")
+    cases = (*CASES, RANKS)
+    for name in ("family", *cases):
+        table.add_column(name, justify="left" if name == "family" else "right")
+    found = {(row.family, row.case): row for row in rows}
+    for family in dict.fromkeys(row.family for row in rows):
+        some = [found.get((family, case)) for case in cases]
+        table.add_row(
+            family, *("" if r is None else f"{r.max_logit_difference:.1e} {'✓' if r.passed else '✗'}" for r in some)
+        )
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    for row in rows:
+        if not row.passed:
+            console.print(f"✗ {row.family}, {row.case}: {row.note}")
+
+
+def main() -> int:
+    wanted = os.environ.get("FAMILIES", "")
+    kinds = wanted.split(",") if wanted else sorted(MODELS)
+    unknown = sorted(set(kinds) - set(MODELS))
+    if unknown:
+        raise SystemExit(f"make parity: FAMILIES must be of {', '.join(sorted(MODELS))}, not {', '.join(unknown)}")
+    rows: list[Row] = []
+    for kind in track(kinds, "parity", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += rows_of(kind, Path(folder))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    show(rows)
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
