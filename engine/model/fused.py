@@ -3,6 +3,7 @@
 The generic path remains the reference; `refusal` says which models go it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,13 +91,14 @@ class Arena:
     def __init__(self) -> None:
         self._rest = np.zeros(0, dtype=np.uint8)
 
-    def copy(self, values: Tensor) -> Tensor:
-        size = -(-values.nbytes // 64) * 64
+    def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Like torch.empty."""
+        count = math.prod(shape) * dtype.itemsize
+        size = -(-count // 64) * 64
         if size > len(self._rest):
             self._rest = lazy_zeros(max(size, self.CHUNK))
-        piece, self._rest = self._rest[: values.nbytes], self._rest[size:]
-        copied = torch.from_numpy(piece).view(values.dtype).view(values.shape)
-        return copied.copy_(values)
+        piece, self._rest = self._rest[:count], self._rest[size:]
+        return torch.from_numpy(piece).view(dtype).view(*shape)
 
 
 @dataclass
@@ -110,14 +112,13 @@ class Packer:
     def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), kind: str = "") -> Linear:
         """Of weights [outputs, inputs] side by side."""
         weight = torch.cat([one.detach() for one in weights]) if len(weights) > 1 else weights[0].detach()
-        packed = pack(weight, kind or self.kind)
-        panels = self.arena.copy(packed.panels)
+        packed = pack(weight, kind or self.kind, self.arena.new)
         bias = None
         if any(one is not None for one in biases):
             each = zip(weights, biases, strict=True)
             bias = torch.cat([w.new_zeros(len(w)) if one is None else one.detach() for w, one in each])
         scales = None if packed.scales is None else self._at(packed.scales)
-        return Linear(self._at(panels), scales, self.floats(bias), *weight.shape)
+        return Linear(self._at(packed.panels), scales, self.floats(bias), *weight.shape)
 
     def floats(self, values: Tensor | None) -> int | None:
         return None if values is None else self._at(values.detach().float().contiguous())
@@ -139,8 +140,8 @@ def make_spec(
 ) -> tuple[Spec, list[Any]]:
     """Pack a model of transformers, whole or one rank's share, with `num_blocks` of cache for each layer.
 
-    `first_token` is the rank's first. `fill` gives a part of the model its numbers, if it hasn't any: a layer at a time
-    is there twice, no more. The model is used up. Returns also what the spec points to.
+    `first_token` is the rank's first. `fill` gives a part of the model its numbers, if it hasn't any: a linear at
+    a time is there twice, no more. The model is used up. Returns also what the spec points to.
     """
     packer = Packer(form.weights)
     inner, settings = model.model, model.config
@@ -159,11 +160,9 @@ def make_spec(
     cache = lazy_zeros(2 * len(layers) * cache_bytes)  # in one piece, so that all its pages can be large ones
     packer.kept.append(cache)
     for i, layer in enumerate(inner.layers):
-        fill(layer)
         keys = cache.ctypes.data + 2 * i * cache_bytes
-        layers[i] = _layer(packer, layer, keys, keys + cache_bytes)
+        layers[i] = _layer(packer, layer, keys, keys + cache_bytes, fill)
         layers[i].window = window_of(settings, i)
-        _release(layer)
     rotary = inner.rotary_emb
     packer.kept.append(layers)
     spec = Spec(
@@ -190,20 +189,35 @@ def _embedding(packer: Packer, model: Any, form: Form) -> int | None:
     if form.head == form.dtype and weight.data_ptr() == model.lm_head.weight.data_ptr():
         return None
     # A copy: a view of the checkpoint would keep all of its pages in memory.
-    copied = packer.arena.copy(weight.to(DTYPES[form.dtype]))
+    copied = packer.arena.new(weight.shape, DTYPES[form.dtype]).copy_(weight)
     packer.kept.append(copied)
     return copied.data_ptr()
 
 
-def _layer(packer: Packer, layer: Any, keys: int, values: int) -> Layer:
+def _layer(packer: Packer, layer: Any, keys: int, values: int, fill: Callable[[nn.Module], None]) -> Layer:
+    def packed(*linears: Any) -> Linear:
+        for one in linears:
+            fill(one)
+        made = packer.linear([one.weight for one in linears], [one.bias for one in linears])
+        _release(*linears)
+        return made
+
     attention, mlp = layer.self_attn, layer.mlp
-    three = (attention.q_proj, attention.k_proj, attention.v_proj)
+    fill(mlp.gate_proj)
+    fill(mlp.up_proj)
+    both = interleave(mlp.gate_proj.weight, mlp.up_proj.weight)
+    _release(mlp.gate_proj, mlp.up_proj)
+    gate_up = packer.linear([both])
+    del both
+    qkv, output = packed(attention.q_proj, attention.k_proj, attention.v_proj), packed(attention.o_proj)
+    down = packed(mlp.down_proj)
+    fill(layer)  # its norms
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return Layer(
-        qkv=packer.linear([one.weight for one in three], [one.bias for one in three]),
-        output=packer.linear([attention.o_proj.weight], [attention.o_proj.bias]),
-        gate_up=packer.linear([interleave(mlp.gate_proj.weight, mlp.up_proj.weight)]),
-        down=packer.linear([mlp.down_proj.weight], [mlp.down_proj.bias]),
+        qkv=qkv,
+        output=output,
+        gate_up=gate_up,
+        down=down,
         input_norm=packer.floats(layer.input_layernorm.weight),
         post_norm=packer.floats(layer.post_attention_layernorm.weight),
         query_norm=packer.floats(getattr(query_norm, "weight", None)),

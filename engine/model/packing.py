@@ -1,5 +1,6 @@
 """Weights in the layouts of the C++ kernels (see formats.h), plain or quantised."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ LANES = 16  # columns of a panel
 GROUPS = {"int8": 64, "int4": 32}
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that are tried for int4
 CACHED_NUMBERS = 1 << 18  # rounded at a time: they and what is made of them stay in the processor's caches
+
+
+New = Callable[..., Tensor]  # called like torch.empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class Packed:
 class Rounded:
     """A weight as whole * scale, + lowest where there is one.
 
-    whole: [outputs, inputs]; scales, lowest: [outputs, groups] in bfloat16.
+    whole: [outputs, inputs], int8 or, where there is a lowest, uint8; scales, lowest: [outputs, groups] in bfloat16.
     """
 
     whole: Tensor
@@ -39,26 +43,29 @@ class Rounded:
         return found.flatten(1)
 
 
-def pack(weight: Tensor, kind: str) -> Packed:
-    """Pack a weight [outputs, inputs] as float32, bfloat16, int8 or int4."""
+def pack(weight: Tensor, kind: str, new: New = torch.empty) -> Packed:
+    """Pack a weight [outputs, inputs] as float32, bfloat16, int8 or int4; `new` makes the tensor for its panels."""
     if kind not in GROUPS:
-        return Packed(to_panels(weight.to(getattr(torch, kind)).contiguous().view(torch.int32)))
+        return Packed(to_panels(weight.to(getattr(torch, kind)).contiguous().view(torch.int32), new))
     rounded = quantise(weight, kind)
     if rounded.lowest is None:
-        words = (rounded.whole + 128).to(torch.uint8).view(torch.int32)
-        return Packed(to_panels(words), to_panels(rounded.scales))
-    halves = rounded.whole.to(torch.uint8).view(len(weight), -1, 2, 4)
+        words = (rounded.whole.view(torch.uint8) ^ 0x80).view(torch.int32)  # -128 becomes 0
+        return Packed(to_panels(words, new), to_panels(rounded.scales))
+    halves = rounded.whole.view(len(weight), -1, 2, 4)
     words = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1).contiguous().view(torch.int32)
-    return Packed(to_panels(words), to_panels(torch.stack((rounded.scales, rounded.lowest), 2).flatten(1)))
+    return Packed(to_panels(words, new), to_panels(torch.stack((rounded.scales, rounded.lowest), 2).flatten(1)))
 
 
-def to_panels(columns: Tensor) -> Tensor:
+def to_panels(columns: Tensor, new: New = torch.empty) -> Tensor:
     """[outputs, n] as [panels, n, 16], padded with zeros."""
     outputs, n = columns.shape
-    missing = -outputs % LANES
-    if missing:
-        columns = torch.cat((columns, columns.new_zeros(missing, n)))
-    return columns.view(-1, LANES, n).transpose(1, 2).contiguous()
+    full, rest = divmod(outputs, LANES)
+    panels = new((full + bool(rest), n, LANES), dtype=columns.dtype)
+    panels[:full] = columns[: full * LANES].view(full, LANES, n).transpose(1, 2)
+    if rest:
+        panels[full] = 0
+        panels[full, :, :rest] = columns[full * LANES :].T
+    return panels
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
@@ -72,11 +79,18 @@ def quantise(weight: Tensor, kind: str) -> Rounded:
     int8 takes the scale of a group's largest number. int4, 0 to 15 above the lowest number, has so few steps that a
     somewhat smaller range can be better: of several each group takes the one with the smallest squared error.
     """
-    rows = max(1, CACHED_NUMBERS // weight.shape[1])
-    some = _int8 if kind == "int8" else _int4
-    parts = [some(part.float().unflatten(1, (-1, GROUPS[kind]))) for part in weight.split(rows)]
-    whole, *others = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Rounded(whole.flatten(1), *(other.squeeze(2).to(torch.bfloat16) for other in others))
+    outputs, inputs = weight.shape
+    rows = max(1, CACHED_NUMBERS // inputs)
+    some, dtype, count = (_int8, torch.int8, 1) if kind == "int8" else (_int4, torch.uint8, 2)
+    whole = torch.empty(outputs, inputs, dtype=dtype)
+    of_groups = [torch.empty(outputs, inputs // GROUPS[kind], dtype=torch.bfloat16) for _ in range(count)]
+    for first in range(0, outputs, rows):
+        here = slice(first, first + rows)
+        found, *values = some(weight[here].float().unflatten(1, (-1, GROUPS[kind])))
+        whole[here] = found.flatten(1)
+        for to, value in zip(of_groups, values, strict=True):
+            to[here] = value.squeeze(2)
+    return Rounded(whole, *of_groups)
 
 
 def _int8(grouped: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
 from engine.model.blank import Blank
 from engine.model.facts import ModelFacts
+from engine.model.heap import pieces_given_back
 from engine.model.split import Split
 from engine.worker import sampler
 from engine.worker.adapters import Adapters, Share
@@ -101,7 +102,8 @@ def build_runner(
     config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split | None = None
 ) -> tuple[Runner, Built]:
     """A rank's runner with its network and rows; `facts` are the rank's, `split` is how ranks divide the model."""
-    built = build_network(config, facts, resolved, blank)
+    with pieces_given_back():
+        built = build_network(config, facts, resolved, blank)
     rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
     share = None
     if split is not None and blank.vocabulary is not None:

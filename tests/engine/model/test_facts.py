@@ -121,7 +121,7 @@ def test_a_length_beyond_the_models_positions_is_refused_where_positions_end(tmp
         ({"model_type": "qwen3_next"}, "linear_attention"),
         ({"model_type": "deepseek_v2"}, "latent attention"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of kind dynamic"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised"),
+        ({"quantization_config": {"quant_method": "quanto", "bits": 4}}, "quantised by quanto"),
     ],
 )
 def test_models_that_the_path_cannot_run_are_refused_with_the_reason(
