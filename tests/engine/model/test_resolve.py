@@ -54,6 +54,17 @@ def test_a_hub_id_without_a_hub_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
         resolve_model("somebody/something")
 
 
+def test_a_known_model_needs_no_hub_for_dummy_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    name = "meta-llama/Meta-Llama-3.1-70B-Instruct"
+    assert resolve_model(name, dummy=True).name == "llama-3.1-70b.json"
+    with pytest.raises(ModelError, match="--load-format dummy runs its shape with random weights"):
+        resolve_model(name)
+
+
 def test_the_cache_is_filled_once_also_by_two_at_once(cache: Path) -> None:
     builds, told, found = [], [], []
 
