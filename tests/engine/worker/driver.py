@@ -238,7 +238,9 @@ def _by_token(result: StepResult) -> dict[int, dict[int, float]]:
     found = result.logprobs
     if found is None:
         return {}
-    ids, values = int32s(found.ids, found.width), np.frombuffer(found.values, dtype="<f4").reshape(-1, found.width)
+    ids, values = (
+        column.reshape(-1, found.width) for column in (int32s(found.ids), np.frombuffer(found.values, dtype="<f4"))
+    )
     return {
         at: dict(zip(some, logprobs, strict=True))
         for at, some, logprobs in zip(int32s(found.index).tolist(), ids.tolist(), values.tolist(), strict=True)
