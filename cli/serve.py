@@ -282,7 +282,7 @@ class StartProgress:
 
     def __init__(self, console: Console, what: str):
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()
-        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(what, total=None)
 
     def __enter__(self) -> "StartProgress":

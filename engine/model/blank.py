@@ -58,6 +58,10 @@ class Source(Protocol):
         """Fill a buffer, if the source has it."""
         ...
 
+    def close(self) -> None:
+        """Nothing more will be filled."""
+        ...
+
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
@@ -128,6 +132,10 @@ class Blank:
             raise ModelError(f"the weights can't be read: {error}") from error
         self.seconds += time.perf_counter() - began
 
+    def close(self) -> None:
+        """Let the source go: the model is filled, or won't be."""
+        self._source.close()
+
     def _fill_module(self, module: nn.Module) -> None:
         path = self._paths[module]
         wanted = {}
@@ -178,6 +186,9 @@ class StoredSource:
     def buffer(self, path: str, to: Tensor) -> None:
         for piece in self._recipe.pieces.get(path, ()):
             self._copy(piece, None, to)
+
+    def close(self) -> None:
+        self._reader.close()
 
     def _copy(self, piece: Piece, cut: Cut | None, to: Tensor) -> None:
         stored = self._stored[piece.stored]
@@ -241,3 +252,6 @@ class RandomSource:
 
     def buffer(self, path: str, to: Tensor) -> None:
         """Buffers begin as the class made them."""
+
+    def close(self) -> None:
+        """Nothing was opened."""

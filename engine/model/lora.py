@@ -22,7 +22,6 @@ _REFUSED = {
     "use_dora": "DoRA",
     "modules_to_save": "whole modules (modules_to_save)",
     "alpha_pattern": "an alpha for each module (alpha_pattern)",
-    "rank_pattern": None,  # the shapes tell
     "lora_bias": "biases (lora_bias)",
     "trainable_token_indices": "new tokens (trainable_token_indices)",
 }
@@ -60,7 +59,7 @@ def read_adapter(folder: Path) -> Adapter:
     if config.get("peft_type", "LORA") != "LORA":
         raise ModelError(f"{folder}: adapters of kind {config['peft_type']} aren't supported, LORA alone")
     for key, what in _REFUSED.items():
-        if what and config.get(key):
+        if config.get(key):
             raise ModelError(f"{folder}: the adapter has {what}, which isn't supported")
     if config.get("bias", "none") != "none":
         raise ModelError(f"{folder}: the adapter has biases, which aren't supported")
@@ -89,7 +88,7 @@ def check_adapter(adapter: Adapter, model: Any) -> None:
             linear = model.get_submodule(path)
         except AttributeError:
             raise ModelError(f"the adapter adds to {path}, which this model hasn't got") from None
-        if not isinstance(linear, nn.Linear) or linear in (model.get_output_embeddings(),):
+        if not isinstance(linear, nn.Linear) or linear is model.get_output_embeddings():
             raise ModelError(f"the adapter adds to {path}: of a {type(linear).__name__} that isn't supported")
         wanted = (linear.out_features, linear.in_features)
         if (part.up.shape[0], part.down.shape[1]) != wanted:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.model.group import Group
 
-MIN_TEMPERATURE = 1e-6  # as the sampler's
+MIN_TEMPERATURE = 1e-6  # below it float32 can't tell the likeliest token from greedy
 
 Float64s = NDArray[np.float64]
 Int64s = NDArray[np.int64]
@@ -44,8 +44,7 @@ class Slice:
     def gather(self, logits: Tensor) -> Tensor:
         """The ranks' logits [rows, count] as [rows, total]."""
         size = self.group.size
-        odd = self.total % size != 0
-        if not odd:
+        if self.total % size == 0:
             return self.group.all_gather(logits)
         most = self.total // size + 1
         gathered = self.group.all_gather(nn.functional.pad(logits, (0, most - logits.shape[1]))).split(most, -1)

@@ -19,7 +19,7 @@ ROOM_S = 0.0005  # between two looks for room, which is there unless a rank lags
 
 
 class Ring:
-    """The writer's end. A message longer than `size` isn't possible in one piece: `pieces` cuts it."""
+    """The writer's end. A message longer than `size` goes in parts, see `engine.worker.wire.parts`."""
 
     def __init__(self, readers: int, size: int = SIZE):
         self.size = size

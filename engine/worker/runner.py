@@ -1,5 +1,6 @@
 """Runs steps on one device: rows to ragged batch, forward pass, sampling."""
 
+import contextlib
 import time
 from collections import deque
 from typing import Any
@@ -102,7 +103,7 @@ def build_runner(
     config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split | None = None
 ) -> tuple[Runner, Built]:
     """A rank's runner with its network and rows; `facts` are the rank's, `split` is how ranks divide the model."""
-    with pieces_given_back():
+    with pieces_given_back(), contextlib.closing(blank):
         built = build_network(config, facts, resolved, blank)
     rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
     share = None

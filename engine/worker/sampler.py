@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.messages import Sampling, TokenLogprobs, column
+from engine.model.vocabulary import MIN_TEMPERATURE
 from engine.worker.rows import Int64s, Rows
 
 SLICE = 32  # rows in float32 at a time: bounds the workspace
 RUN = 256  # tokens summed first when drawing
 _FLOORS = (1e-2, 1e-4, 0.0)  # weights below are not looked at where those above do; the likeliest token weighs 1
-MIN_TEMPERATURE = 1e-6  # below it float32 can't tell the likeliest token from greedy
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -1,6 +1,7 @@
 """Models that are built without numbers and filled part by part."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from engine.model.blank import Blank, Cut, _parts
 from engine.model.facts import read_facts
 from engine.model.load import complete, open_model
 from engine.model.recipe import Piece
-from tests.engine.worker.driver import MODELS, build_model
+from tests.engine.worker.driver import MODELS, Driver, build_model
 
 
 def opened(folder: Path, **options: Any) -> Blank:
@@ -36,6 +37,13 @@ def test_every_parameter_and_buffer_is_what_transformers_loads(kind: str, tmp_pa
     buffers = dict(blank.model.named_buffers())
     assert buffers.keys() == dict(model.named_buffers()).keys()
     assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_no_file_stays_open(tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
+    build_model("llama", tmp_path)
+    make_driver(tmp_path)
+    descriptors = Path("/proc/self/fd")
+    assert str(tmp_path / "model.safetensors") not in {str(one.resolve()) for one in descriptors.iterdir()}
 
 
 def test_what_is_tied_stays_one_parameter(tmp_path: Path) -> None:
