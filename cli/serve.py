@@ -1,6 +1,7 @@
 """`redline serve`: an OpenAI-compatible server for one model."""
 
 import signal
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -321,8 +322,9 @@ def show_start(console: Console, engine: Any) -> None:
         ("kernels", ready.kernels, "--kernels"),
         *((line.what, human_bytes(line.bytes), line.flag) for line in ready.memory),
         ("KV blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens", "--block-size"),
+        *kv_groups(ready),
         ("max-model-len", f"{ready.max_model_len:,} tokens", "--max-model-len"),
-        ("sequences of that length", f"{fitting_sequences(ready)} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
+        ("sequences of that length", f"{ready.sequences} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
         (
             "rows, budget",
             f"{ready.max_num_seqs:,} requests, {ready.max_num_batched_tokens:,} tokens a step",
@@ -361,10 +363,15 @@ def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:
     return lines
 
 
-def fitting_sequences(ready: Any) -> int:
-    """How many sequences of max-model-len the KV cache and the rows hold."""
-    blocks = -(-ready.max_model_len // ready.block_size)
-    return min(ready.num_blocks // blocks, ready.max_num_seqs)
+def kv_groups(ready: Any) -> list[tuple[str, str, str]]:
+    """A line on the groups of layers that share blocks, where a window is among them."""
+    if not any(ready.kv_windows):
+        return []
+    groups = Counter(ready.kv_windows).items()
+    sees = [
+        f"{count} of the last {window:,} tokens" if window else f"{count} of all tokens" for window, count in groups
+    ]
+    return [("KV groups", ", ".join(sees), "")]
 
 
 def human_bytes(count: int) -> str:

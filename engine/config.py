@@ -39,6 +39,11 @@ KV_ALLOCATION = "--kv-cache-memory-bytes"
 STEP_TIMEOUT_S = 300.0  # of the watchdog; generous, since a long prompt on a slow machine is no fault
 
 
+def window_blocks(window: int, tokens: int, block_size: int) -> int:
+    """Most blocks in which `tokens` tokens in a row, their own positions included, see as far back as a window."""
+    return (window + tokens - 2) // block_size + 2
+
+
 def watermark_blocks(num_blocks: int) -> int:
     """V0's share of the blocks, 1 %, that stays free when a request is admitted; `num_blocks` with the null block."""
     return num_blocks // 100
@@ -178,6 +183,7 @@ class ResolvedConfig:
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int  # with the null block, number 0
+    kv_windows: tuple[int, ...] = (0,)  # of each KV group: how many tokens a query sees, its own included; 0: all
     enable_prefix_caching: bool
     encoder_cache_tokens: int = 0  # embeddings of items that stay on the device; 0: as many as the budget
     scheduling_policy: str = "fcfs"
@@ -187,3 +193,4 @@ class ResolvedConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "removals", frozenset(self.removals))  # a list, where it came as a message
+        object.__setattr__(self, "kv_windows", tuple(self.kv_windows))

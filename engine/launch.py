@@ -243,6 +243,8 @@ def build_core_server(
         removals=tuple(sorted(resolved.removals)),
         scheduler_steps=resolved.scheduler_steps,
         kernels=executor.kernels,
+        kv_windows=resolved.kv_windows,
+        sequences=resolution.sequences,
     )
     return Built(server, ready, ranks)
 

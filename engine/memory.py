@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig
+from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig, window_blocks
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine
 from engine.model.facts import ITEMSIZE, ModelFacts
@@ -23,6 +24,7 @@ BLOCK_SIZE = 32
 UTILIZATION = 0.5  # of available memory: the CPU's memory is everyone's
 MODEL_ROWS_IN_FLOAT = 32  # the sampler's slice
 QUERY_TILE = 64  # the attention's
+IN_FLIGHT = 64  # tokens of a row, at most, whose results are to come: a window keeps what they see
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Resolution:
     memory: tuple[MemoryLine, ...]
     warnings: tuple[str, ...]
     device: str
+    sequences: int  # requests of max-model-len that fit at once
 
 
 def cores() -> int:
@@ -75,20 +78,22 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
     available = available_memory()
     share = config.gpu_memory_utilization or UTILIZATION
     block_bytes = facts.kv_bytes_per_token * block_size
-    per_sequence = -(-facts.max_model_len // block_size)
+    windows = facts.kv_groups.windows
+    per_sequence = blocks_of(facts.max_model_len, windows, budget, block_size)
     if config.kv_cache_memory_bytes is not None:
         blocks = config.kv_cache_memory_bytes // block_bytes
     else:
         room = int(share * available) - facts.weight_bytes - workspace
         blocks = min(max(room, 0) // block_bytes, rows * per_sequence + 1)
     if blocks < per_sequence + 1:
-        raise OutOfMemoryError(_too_little(config, facts, blocks, block_size, (share, available, workspace)))
+        raise OutOfMemoryError(_too_little(config, facts, blocks, (block_size, budget), (share, available, workspace)))
     resolved = ResolvedConfig(
         max_model_len=facts.max_model_len,
         max_num_seqs=rows,
         max_num_batched_tokens=budget,
         block_size=block_size,
         num_blocks=blocks,
+        kv_windows=windows,
         enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.removals,
         scheduling_policy=config.scheduling_policy,
         removals=config.removals,
@@ -109,7 +114,15 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
     warnings += _slow_dtype(facts.dtype)
     if ranks > cores():
         warnings.append(f"--tp {ranks} on {cores()} cores: ranks take turns, fewer are faster")
-    return Resolution(resolved, memory, tuple(warnings), _device(ranks))
+    sequences = min((blocks - 1) // per_sequence, rows)
+    return Resolution(resolved, memory, tuple(warnings), _device(ranks), sequences)
+
+
+def blocks_of(tokens: int, windows: tuple[int, ...], budget: int, block_size: int) -> int:
+    """Most blocks that a request of so many tokens holds, over all KV groups."""
+    all_of_them = -(-tokens // block_size)
+    reach = max(budget, IN_FLIGHT)
+    return sum(min(all_of_them, window_blocks(one, reach, block_size)) if one else all_of_them for one in windows)
 
 
 def threads_per_rank(ranks: int) -> int:
@@ -152,11 +165,16 @@ def _workspace(facts: ModelFacts, rows: int, budget: int, block_size: int) -> in
 
 
 def _too_little(
-    config: EngineConfig, facts: ModelFacts, blocks: int, block_size: int, budget: tuple[float, int, int]
+    config: EngineConfig, facts: ModelFacts, blocks: int, step: tuple[int, int], room: tuple[float, int, int]
 ) -> str:
-    share, available, workspace = budget
-    needed = (-(-facts.max_model_len // block_size) + 1) * block_size * facts.kv_bytes_per_token
-    fits = (blocks - 1) * block_size
+    """`step`: tokens of a block, tokens of a step; `room`: the share of memory, of what, and the workspace."""
+    (block_size, budget), (share, available, workspace) = step, room
+
+    def blocks_for(tokens: int) -> int:
+        return blocks_of(tokens, facts.kv_groups.windows, budget, block_size)
+
+    needed = (blocks_for(facts.max_model_len) + 1) * block_size * facts.kv_bytes_per_token
+    fits = bisect_right(range(1, facts.max_model_len), blocks - 1, key=blocks_for) // block_size * block_size
     if config.kv_cache_memory_bytes is not None:
         given = f"{KV_ALLOCATION} {config.kv_cache_memory_bytes} holds"
         ways = [f"{KV_ALLOCATION} {needed}"]

@@ -185,6 +185,8 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     removals: tuple[str, ...] = ()  # of engine.config.REMOVALS
     scheduler_steps: int = 1
     kernels: str = ""  # what computes the model, in words
+    kv_windows: tuple[int, ...] = (0,)  # of each KV group; 0: it sees all tokens
+    sequences: int = 0  # requests of max-model-len that the rows and the blocks hold
 
     @property
     def inline(self) -> bool:
@@ -306,7 +308,7 @@ class RowAdded(msgspec.Struct, array_like=True, frozen=True, gc=False):
     tokens: bytes  # int32: all known tokens, prompt first
     prompt_len: int  # output tokens follow after a preemption
     computed: int  # tokens whose KV is in the blocks already (prefix hit)
-    blocks: bytes  # int32: the block table so far (KV group 0)
+    blocks: tuple[bytes, ...]  # int32: the block table so far, of each KV group; 0 where a window has left a block
     sampling: Sampling
     adapter: str = ""
     items: tuple[ItemRef, ...] = ()  # `hash` is the key that a worker keeps an item's embeddings by

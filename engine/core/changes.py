@@ -8,8 +8,6 @@ from engine.core.request import Request
 from engine.core.rows import Rows
 from engine.messages import RowAdded, StepMessage, column
 
-KV_GROUP = 0
-
 
 class Changes:
     """For workers that keep their rows: only what is new since the last message."""
@@ -40,15 +38,15 @@ class Changes:
             tokens=tokens.tobytes(),
             prompt_len=request.prompt_len,
             computed=computed,
-            blocks=column(self._rows.blocks[row]),
+            blocks=tuple(map(column, self._rows.tables[row])),
             sampling=request.message.sampling,
             adapter=request.message.adapter,
             items=self._items.named(request),
         )
 
-    def append_block(self, row: int, block: int) -> None:
-        """A row got one more block of KV cache."""
-        self._blocks.append((row, KV_GROUP, block))
+    def append_block(self, row: int, group: int, block: int) -> None:
+        """A row got one more block of KV cache, in one of its tables."""
+        self._blocks.append((row, group, block))
 
     def remove(self, row: int) -> None:
         """A row was taken from its request."""

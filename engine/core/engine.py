@@ -14,9 +14,10 @@ from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.adapters import AdapterBook
 from engine.core.pace import Pace
+from engine.core.plan import Booked, Plan
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.request import Request
-from engine.core.scheduler import Booked, Plan, Scheduler
+from engine.core.scheduler import Scheduler
 from engine.errors import RedlineError
 from engine.messages import (
     HANDLE_SEQUENCE_BITS,

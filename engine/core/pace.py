@@ -7,7 +7,7 @@ then. A step that is over sooner than expected costs the device the time of a pl
 
 from dataclasses import dataclass
 
-from engine.core.scheduler import Plan
+from engine.core.plan import Plan
 
 LATE = 0.75  # of the running step is over by then
 SLACK_S = 0.003  # before its end at least

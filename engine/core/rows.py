@@ -34,12 +34,12 @@ class Rows:
         self.prompt_len = np.zeros(count, np.int32)
         self.min_tokens = np.zeros(count, np.int32)
         self.items_end = np.zeros(count, np.int32)  # past the last placeholder of an item; 0: it has none
-        self.num_blocks = np.zeros(count, np.int32)
+        self.num_blocks = np.zeros(count, np.int32)  # as many as all its tokens fill, also where a window has left some
         self.published = np.zeros(count, np.int32)  # leading blocks that are named in the prefix cache
         self.stop_ids = np.full((count, MAX_STOP_IDS), -1, np.int32)
         self.many_stop_ids = np.zeros(count, np.bool_)
         self.tokens = np.zeros((count, max_model_len + 1), np.int32)
-        self.blocks: list[list[int]] = [[] for _ in range(count)]
+        self.tables: list[list[list[int]]] = [[] for _ in range(count)]  # see engine.core.kv
         self.owner: list[Request | None] = [None] * count
         self.order: dict[int, None] = {}  # live rows, oldest admission first
         self._free = list(range(count - 1, -1, -1))
@@ -52,8 +52,8 @@ class Rows:
     def has_free(self) -> bool:
         return bool(self._free)
 
-    def take(self, request: Request, computed: int, blocks: list[int]) -> int:
-        """Give a request a row, with `computed` leading tokens whose KV stands in `blocks` already."""
+    def take(self, request: Request, computed: int, num_blocks: int) -> int:
+        """Give a request a row for its known tokens, of which the KV of the first `computed` is there already."""
         row = self._free.pop()
         message, length = request.message, len(request.tokens)
         self.live[row] = True
@@ -65,14 +65,13 @@ class Rows:
         self.prompt_len[row] = request.prompt_len
         self.min_tokens[row] = message.min_tokens
         self.items_end[row] = request.items_end
-        self.num_blocks[row] = len(blocks)
+        self.num_blocks[row] = num_blocks
         self.published[row] = 0
         stop_ids = message.stop_ids[:MAX_STOP_IDS]
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(stop_ids)] = stop_ids
         self.many_stop_ids[row] = len(message.stop_ids) > MAX_STOP_IDS
         self.tokens[row, :length] = request.tokens
-        self.blocks[row] = blocks
         self.owner[row] = request
         self.order[row] = None
         request.row = row
@@ -85,7 +84,6 @@ class Rows:
         request.tokens = self.tokens[row, : self.known[row]].copy()
         request.row = -1
         self.owner[row] = None
-        self.blocks[row] = []
         self.live[row] = False
         self.generation[row] += 1
         del self.order[row]

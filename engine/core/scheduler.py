@@ -6,44 +6,21 @@ otherwise are other methods, bound when the scheduler is made (see `engine.core.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ResolvedConfig
-from engine.core.blocks import BlockPool
 from engine.core.changes import Changes, WholeState
 from engine.core.drafts import Drafts
 from engine.core.hashing import extend_hashes
 from engine.core.items import Items
+from engine.core.kv import KVTables, Prefix
+from engine.core.plan import Booked, Plan
 from engine.core.policy import Policy, make_queue, urgency
 from engine.core.request import Request
 from engine.core.rows import Rows
-from engine.messages import Admitted, Finished, FinishReason, Stats, StepMessage, StepResult, int32s
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step under way, or a burst of them: what was sent, and which rows its results speak of."""
-
-    step: int
-    message: StepMessage
-    rows: NDArray[np.intp]  # rows that sample, ascending
-    generations: NDArray[np.int32]
-    num_tokens: int  # of each step
-    steps: int = 1
-
-
-@dataclass(slots=True)
-class Booked:
-    """What a result meant: the rows whose tokens count, in the result's order, and who is done."""
-
-    handles: NDArray[np.int64]
-    tokens: NDArray[np.int32]
-    kept: NDArray[np.bool_]  # over the result's tokens
-    finished: list[Finished]
-    counts: NDArray[np.int32] | None  # tokens of each handle; None: one
+from engine.messages import Admitted, Finished, FinishReason, Stats, StepResult, int32s
 
 
 class Scheduler:
@@ -52,7 +29,6 @@ class Scheduler:
     def __init__(self, config: ResolvedConfig):
         self.config = config
         self.rows = Rows(config.max_num_seqs, config.max_model_len)
-        self.pool = BlockPool(config.num_blocks)
         self.policy = policy = Policy.of(config)
         self.waiting = make_queue(policy)
         self.requests: dict[int, Request] = {}
@@ -65,6 +41,8 @@ class Scheduler:
         self.items = Items.of(config)
         self._drafts = Drafts(self.rows, config.draft_tokens, config.block_size) if config.draft_tokens else None
         self._changes = (WholeState if policy.full_state else Changes)(self.rows, self.items)
+        self.kv = KVTables(config, self.rows, self._changes.append_block)
+        self.pool = self.kv.pool
         self._select = self._prefill_first if policy.prefill_first else self._mixed
         self._victim: Callable[[], int] = self._least_urgent if policy.priority else self._newest
 
@@ -153,7 +131,7 @@ class Scheduler:
     def _mixed(self, chunks: list[tuple[int, int]], now: float) -> NDArray[np.intp]:
         """V1's order, running rows first, decodes and prefill chunks in one budget; returns the rows that decode."""
         rows = self.rows
-        preempted = self._grow()
+        preempted = self._slide() | self._grow()
         decoding = self._decode()
         budget = self.config.max_num_batched_tokens - len(decoding)
         assert budget >= 0, f"{len(decoding)} rows decode, the budget is {self.config.max_num_batched_tokens}"
@@ -166,8 +144,10 @@ class Scheduler:
 
     def _prefill_first(self, chunks: list[tuple[int, int]], now: float) -> NDArray[np.intp]:
         """V0's order: while there are prompts to compute, nothing else is."""
+        preempted = self._slide()
         budget = self._continue(self.config.max_num_batched_tokens, chunks)
-        self._admit(budget, chunks, now)
+        if not preempted:
+            self._admit(budget, chunks, now)
         if chunks:
             return np.empty(0, np.intp)
         self._grow()
@@ -198,10 +178,9 @@ class Scheduler:
         rows, size = self.rows, self.config.block_size
         steps = min(burst, int((rows.limit[decoding] - rows.upper[decoding]).min()))
         need = -(-(rows.computed[decoding] + steps - 1) // size) - rows.num_blocks[decoding]
-        if steps < 2 or need.sum() > self.pool.free_count:
+        if steps < 2 or need.sum() * self.kv.groups > self.pool.free_count:
             return 1
-        for row in np.repeat(decoding, need).tolist():
-            self._append_block(row, self.pool.allocate(1)[0])
+        self._append_blocks(np.repeat(decoding, need).tolist())
         rows.computed[decoding] += steps - 1
         return steps
 
@@ -214,20 +193,44 @@ class Scheduler:
     def _grow(self) -> bool:
         """Give each decoding row a block for its next token, preempting the newest rows where none is free."""
         rows, size = self.rows, self.config.block_size
-        need = np.flatnonzero(self._decoding() & (rows.computed == rows.num_blocks * size))
-        if len(need) <= self.pool.free_count:
-            for row, block in zip(need.tolist(), self.pool.allocate(len(need)), strict=True):
-                self._append_block(row, block)
+        need = np.flatnonzero(self._decoding() & (rows.computed == rows.num_blocks * size)).tolist()
+        for row in need:
+            self.kv.shed(row, self._position(row))
+        if len(need) * self.kv.groups <= self.pool.free_count:
+            self._append_blocks(need)
             return False
-        wanting = set(need.tolist())
+        wanting = set(need)
         for row in list(rows.order):
             if row not in wanting or not rows.live[row]:
                 continue
-            while self.pool.free_count == 0 and rows.live[row]:
-                self._preempt(self._victim())
-            if rows.live[row]:
-                self._append_block(row, self.pool.allocate(1)[0])
+            if self._make_room(row, self.kv.groups):
+                self._append_blocks([row])
         return True
+
+    def _slide(self) -> bool:
+        """Have windows follow the rows whose prefill goes on, preempting the newest rows if they don't find room.
+
+        They give back at least what they take, unless others share it. Returns whether anything was preempted.
+        """
+        before = self.preemptions
+        for row in list(self._prefilling):
+            if not self.rows.live[row]:
+                continue
+            total = int(self.rows.num_blocks[row])
+            self.kv.shed(row, self._position(row))
+            if self._make_room(row, self.kv.lacks(row, total)):
+                self.kv.follow(row, total)
+        return self.preemptions > before
+
+    def _make_room(self, row: int, blocks: int) -> bool:
+        """Preempt the newest rows until so many blocks are free; False if the row itself had to go."""
+        while self.pool.free_count < blocks and self.rows.live[row]:
+            self._preempt(self._victim())
+        return bool(self.rows.live[row])
+
+    def _position(self, row: int) -> int:
+        """The first position that steps to come may compute, whatever becomes of guesses."""
+        return min(int(self.rows.computed[row]), int(self.rows.known[row]) - 1)
 
     def _newest(self) -> int:
         return next(reversed(self.rows.order))
@@ -236,10 +239,11 @@ class Scheduler:
         owner = self.rows.owner
         return max(self.rows.order, key=lambda row: urgency(owner[row]))  # type: ignore[arg-type]
 
-    def _append_block(self, row: int, block: int) -> None:
-        self.rows.blocks[row].append(block)
-        self.rows.num_blocks[row] += 1
-        self._changes.append_block(row, block)
+    def _append_blocks(self, rows: list[int]) -> None:
+        """One more for each; a row named twice gets two."""
+        self.kv.append(rows)
+        for row in rows:
+            self.rows.num_blocks[row] += 1
 
     def _chunk(self, row: int, budget: int, chunks: list[tuple[int, int]]) -> int:
         """Schedule as much of a row's prefill as the budget allows, and name the prompt blocks it fills."""
@@ -272,27 +276,27 @@ class Scheduler:
         while self.waiting and budget > 0 and self.rows.has_free:
             request = self.waiting[0]
             length, size = len(request.tokens), self.config.block_size
-            hits = self._find_prefix(request, length)
-            need = -(-length // size) - len(hits)
+            prefix = self._find_prefix(request, length)
+            cached = prefix.count * size
             reserved = self.policy.reserved_blocks if self.rows.running else 0
-            if need + self.pool.free_among(hits) + reserved > self.pool.free_count:
+            if self.kv.wanted(length, prefix) + reserved > self.pool.free_count:
                 break
-            if not self._clip(request, len(hits) * size, length - len(hits) * size, budget):
+            if not self._clip(request, cached, length - cached, budget):
                 break
             self.waiting.popleft()
-            self.pool.hold(hits)
-            row = self.rows.take(request, len(hits) * size, hits + self.pool.allocate(need))
-            self.rows.published[row] = len(hits)
-            self._changes.add(row, request, len(hits) * size)
-            self._count_admission(request, len(hits) * size, now)
+            row = self.rows.take(request, cached, -(-length // size))
+            self.kv.take(row, length, prefix)
+            self.rows.published[row] = prefix.count
+            self._changes.add(row, request, cached)
+            self._count_admission(request, cached, now)
             self._prefilling[row] = None
             budget -= self._chunk(row, budget, chunks)
 
-    def _find_prefix(self, request: Request, length: int) -> list[int]:
+    def _find_prefix(self, request: Request, length: int) -> Prefix:
         """Cached leading blocks; at least one token is left to compute, since its logits are needed."""
         if not self.config.enable_prefix_caching:
-            return []
-        return self.pool.find(request.block_hashes[: (length - 1) // self.config.block_size])
+            return self.kv.nothing()
+        return self.kv.find(request.block_hashes[: (length - 1) // self.config.block_size])
 
     def _count_admission(self, request: Request, cached: int, now: float) -> None:
         if request.started:
@@ -316,7 +320,7 @@ class Scheduler:
         # What was generated is named all at once, now that others may ask for it: no decode step pays for the cache.
         # The KV of the newest token isn't written yet.
         self._publish(row, int(min(self.rows.known[row] - 1, self.rows.computed[row])))
-        self.pool.release(self.rows.blocks[row])
+        self.kv.release(row)
         if self.rows.items_end[row]:
             self.items.release(self.rows.owner[row])  # type: ignore[arg-type]
         self._prefilling.pop(row, None)
@@ -367,8 +371,7 @@ class Scheduler:
         if len(request.block_hashes) < full:
             named_tokens = rows.tokens[row, : full * size].data.cast("B")
             extend_hashes(request.block_hashes, request.root, named_tokens, size, request.item_keys)
-        for index in range(named, full):
-            self.pool.publish(rows.blocks[row][index], request.block_hashes[index])
+        self.kv.publish(row, request.block_hashes, named, full)
         rows.published[row] = full
 
     # --------------------------------------------------------------------------------------------------------- upkeep
@@ -382,15 +385,11 @@ class Scheduler:
     def check(self) -> None:
         """Assert what must hold between steps."""
         rows = self.rows
-        self.pool.check()
-        references = [0] * self.pool.num_blocks
+        self.kv.check([*rows.order])
         for row in rows.order:
             assert rows.live[row], f"row {row} is in order but not live"
-            for block in rows.blocks[row]:
-                references[block] += 1
             assert rows.computed[row] <= rows.num_blocks[row] * self.config.block_size, f"row {row} outran its blocks"
             assert rows.known[row] <= rows.upper[row] <= rows.limit[row], f"row {row}: {rows.upper[row]} above limit"
-        assert references == self.pool.references, "references don't match the rows' tables"
         self.items.check([request for request in self.requests.values() if request.row >= 0])
         assert int(rows.live.sum()) == len(rows.order), "live rows and their order disagree"
         held = {request.handle for request in self.waiting} | {int(rows.handle[row]) for row in rows.order}

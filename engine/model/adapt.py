@@ -5,7 +5,7 @@ context that belongs to the thread that runs the model.
 """
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import attention
-from engine.kernels.attention import Layout, Plan, Ragged, Scores, Workspace
+from engine.kernels.attention import Int64s, Layout, Plan, Ragged, Scores, Workspace
+from engine.model.kvgroups import KVGroups
 
 ATTENTION = "redline_paged"
 
 
 class KVCache:
-    """Keys and values of all layers: one tensor `[blocks, kv heads, block, head dim]` each."""
+    """Keys and values of as many layers as a block has room for: `[blocks, kv heads, block, head dim]` each."""
 
-    def __init__(self, layers: int, blocks: int, layout: Layout):
+    def __init__(self, groups: KVGroups, blocks: int, layout: Layout):
+        self.groups = groups
         self.layout = layout
         shape = (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
-        self.keys = [_lazy_zeros(shape, layout.dtype) for _ in range(layers)]
-        self.values = [_lazy_zeros(shape, layout.dtype) for _ in range(layers)]
+        self.keys = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.slots)]
+        self.values = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.slots)]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -39,16 +41,26 @@ class Forward:
     """One step as the attention layers see it."""
 
     cache: KVCache
-    ragged: Ragged
-    write_index: Tensor
+    ragged: list[Ragged]  # of each KV group
+    write_index: list[Tensor]  # of each KV group
     workspace: Workspace
-    plans: dict[int | None, Plan] = field(default_factory=dict)  # by window
+    plans: dict[tuple[int, int | None], Plan] = field(default_factory=dict)  # by group and window
     layers_seen: set[int] = field(default_factory=set)
 
-    def plan(self, window: int | None) -> Plan:
-        if window not in self.plans:
-            self.plans[window] = attention.make_plan(self.ragged, self.cache.layout, window)
-        return self.plans[window]
+    @classmethod
+    def of(cls, cache: KVCache, ragged: Ragged, row_of: Int64s, positions: Int64s, workspace: Workspace) -> "Forward":
+        """From rows with tables of all groups, [groups, rows, blocks]; row_of, positions: [tokens]."""
+        each = [replace(ragged, tables=table) for table in ragged.tables]
+        index = [attention.write_index(table, row_of, positions, cache.layout) for table in ragged.tables]
+        return cls(cache, each, index, workspace)
+
+    def plan(self, group: int, window: int | None) -> Plan:
+        if (group, window) not in self.plans:
+            kept = self.cache.groups.windows[group]
+            if kept and not (window and window <= kept):
+                raise RuntimeError(f"it sees {window or 'all'} tokens where its config says {kept}")
+            self.plans[group, window] = attention.make_plan(self.ragged[group], self.cache.layout, window)
+        return self.plans[group, window]
 
 
 _local = threading.local()
@@ -90,16 +102,17 @@ def _paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     forward.layers_seen.add(layer)
     cache = forward.cache
-    keys, values = cache.keys[layer], cache.values[layer]
+    group, slot = cache.groups.places[layer]
+    keys, values, index = cache.keys[slot], cache.values[slot], forward.write_index[group]
     width = value.shape[-1]
     if width < cache.layout.head_dim:  # DeepSeek's values are shorter than its keys
         value = torch.nn.functional.pad(value, (0, cache.layout.head_dim - width))
-    attention.write(keys, forward.write_index, key[0].transpose(0, 1))
-    attention.write(values, forward.write_index, value[0].transpose(0, 1))
+    attention.write(keys, index, key[0].transpose(0, 1))
+    attention.write(values, index, value[0].transpose(0, 1))
     scaling = options.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     scores = Scores(scaling, options.get("softcap"), options.get("s_aux"))
-    plan = forward.plan(options.get("sliding_window"))
+    plan = forward.plan(group, options.get("sliding_window"))
     q = query[0].transpose(0, 1).contiguous()
     return attention.attend(q, keys, values, plan, scores, forward.workspace)[None, ..., :width], None

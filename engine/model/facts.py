@@ -10,6 +10,7 @@ from engine.errors import ConfigError, ModelError
 from engine.model import gate
 from engine.model.checkpoint import Stored, headers
 from engine.model.families import FAMILIES, Family
+from engine.model.kvgroups import KVGroups, group_layers, layer_windows
 from engine.model.quantised import Rounded, as_weights, settings_of
 from engine.model.resolve import resolve_model
 
@@ -33,8 +34,13 @@ class ModelFacts:
     hidden_size: int
     intermediate_size: int
     weight_bytes: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int  # in the layers that a block has room for
+    windows: tuple[int, ...]  # of each layer: how many tokens a query sees, its own included; 0: all
     warnings: tuple[str, ...] = ()
+
+    @property
+    def kv_groups(self) -> KVGroups:
+        return group_layers(self.windows)
 
 
 def read_facts(config: EngineConfig) -> ModelFacts:
@@ -54,6 +60,8 @@ def read_facts(config: EngineConfig) -> ModelFacts:
     kv_heads, head_dim = _cached_heads(model)
     layers = model.num_hidden_layers
     length = _max_model_len(config, model)
+    windows = layer_windows(model, length)
+    slots = group_layers(windows).slots
     warnings = []
     if length > (getattr(model, "max_position_embeddings", None) or length):
         warnings.append(
@@ -81,7 +89,8 @@ def read_facts(config: EngineConfig) -> ModelFacts:
         hidden_size=model.hidden_size,
         intermediate_size=_intermediate_size(model),
         weight_bytes=_weight_bytes(config, model, parameters or _parameters(model), dtype),
-        kv_bytes_per_token=2 * layers * kv_heads * cached_bytes(config.kv_cache_dtype or dtype, head_dim),
+        kv_bytes_per_token=2 * slots * kv_heads * cached_bytes(config.kv_cache_dtype or dtype, head_dim),
+        windows=windows,
         warnings=tuple(warnings),
     )
 

@@ -13,12 +13,14 @@ class Family:
     model, with * for a layer's number.
     transposed: its linears hold [inputs, outputs].
     heads_in_config: its attention counts heads by the config alone.
+    slides: where its config names a window and no kinds of layers, all of them have it.
     """
 
     fused: bool = False
     ranks: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
     heads_in_config: bool = False
+    slides: bool = False
 
 
 _ATTENTION = {
@@ -91,6 +93,7 @@ DEEPSEEK_V3 = Family(
 PHI3 = Family(
     ranks={"layers.*.self_attn.qkv_proj": "qkv", "layers.*.self_attn.o_proj": "rowwise", **_GATE_UP},
     heads_in_config=True,
+    slides=True,
 )
 
 # Kinds of model that the parity suite holds against transformers' generate().
@@ -107,9 +110,9 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(),
     "llama": Family(fused=True),
     "ministral": Family(),
-    "ministral3": Family(),
-    "mistral": Family(fused=True),
-    "mixtral": Family(),
+    "ministral3": Family(slides=True),
+    "mistral": Family(fused=True, slides=True),
+    "mixtral": Family(slides=True),
     "olmo2": Family(),
     "olmo3": Family(),
     "opt": OPT,
@@ -120,5 +123,5 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(),
     "smollm3": Family(fused=True),
     "stablelm": Family(ranks={**_ATTENTION, **_MLP}),
-    "starcoder2": Family(),
+    "starcoder2": Family(slides=True),
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.kernels.cpu.native import Layer, Linear, Spec
 from engine.model.facts import cached_bytes
 from engine.model.families import FAMILIES, Family
+from engine.model.kvgroups import KVGroups
 from engine.model.packing import GROUPS, LANES, interleave, pack
 
 
@@ -76,13 +77,6 @@ def refusal(model: Any, form: Form, block_size: int) -> str | None:
     return None
 
 
-def window_of(settings: Any, layer: int) -> int:
-    """How many tokens a query of the layer sees; 0 for all."""
-    kinds = getattr(settings, "layer_types", None)
-    slides = kinds[layer] == "sliding_attention" if kinds else settings.model_type == "mistral"
-    return (getattr(settings, "sliding_window", None) or 0) if slides else 0
-
-
 class Arena:
     """Memory in large pages, handed out in pieces at multiples of 64: a step reads all weights, page after page."""
 
@@ -133,12 +127,13 @@ def make_spec(
     form: Form,
     num_blocks: int,
     block_size: int,
+    groups: KVGroups,
     *,
     partial: bool,
     first_token: int = 0,
     fill: Callable[[nn.Module], None] = lambda _: None,
 ) -> tuple[Spec, list[Any]]:
-    """Pack a model of transformers, whole or one rank's share, with `num_blocks` of cache for each layer.
+    """Pack a model of transformers, whole or one rank's share, with `num_blocks` of cache.
 
     `first_token` is the rank's first. `fill` gives a part of the model its numbers, if it hasn't any: a linear at
     a time is there twice, no more. The model is used up. Returns also what the spec points to.
@@ -157,12 +152,13 @@ def make_spec(
     intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
     cache_bytes = num_blocks * kv_heads * block_size * cached_bytes(form.cache, head_dim)
     layers = (Layer * len(inner.layers))()
-    cache = lazy_zeros(2 * len(layers) * cache_bytes)  # in one piece, so that all its pages can be large ones
+    cache = lazy_zeros(2 * groups.slots * cache_bytes)  # in one piece, so that all its pages can be large ones
     packer.kept.append(cache)
     for i, layer in enumerate(inner.layers):
-        keys = cache.ctypes.data + 2 * i * cache_bytes
+        group, slot = groups.places[i]
+        keys = cache.ctypes.data + 2 * slot * cache_bytes
         layers[i] = _layer(packer, layer, keys, keys + cache_bytes, fill)
-        layers[i].window = window_of(settings, i)
+        layers[i].window, layers[i].group = groups.windows[group], group
     rotary = inner.rotary_emb
     packer.kept.append(layers)
     spec = Spec(

@@ -13,7 +13,6 @@ from torch import nn
 
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.kernels import attention
 from engine.kernels.attention import Layout, Ragged, Workspace
 from engine.model import adapt
 from engine.model.adapt import Forward, KVCache
@@ -172,12 +171,11 @@ def check(model: Any, config: EngineConfig, facts: ModelFacts, vocabulary: int) 
     vocabulary: how many logits a token has.
     """
     layout = layout_of(facts, PROBE)
-    cache = KVCache(facts.num_layers, 2, layout)
-    table, positions = np.ones((1, 1), dtype=np.int32), np.arange(PROBE)
+    cache = KVCache(facts.kv_groups, len(facts.kv_groups.windows) + 1, layout)
+    tables, positions = np.arange(1, cache.keys[0].shape[0], dtype=np.int32)[:, None, None], np.arange(PROBE)
     zero = np.zeros(1, dtype=np.int64)
-    index = attention.write_index(table, np.zeros(PROBE, dtype=np.int64), positions, layout)
-    ragged = Ragged(zero, zero + PROBE, zero, table)
-    forward = Forward(cache, ragged, index, Workspace(layout.dtype))
+    ragged = Ragged(zero, zero + PROBE, zero, tables)
+    forward = Forward.of(cache, ragged, np.zeros(PROBE, dtype=np.int64), positions, Workspace(layout.dtype))
     arguments = {
         "input_ids": torch.arange(PROBE)[None] % facts.vocab_size,
         "position_ids": torch.from_numpy(positions)[None],

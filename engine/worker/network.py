@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import ConfigError
-from engine.kernels import attention
 from engine.kernels.attention import Ragged, Workspace
 from engine.kernels.cpu import build, native
 from engine.kernels.cpu.build import BuildError
@@ -72,10 +71,8 @@ class GenericNetwork:
     def forward(self, batch: StepBatch) -> None:
         self._logits = None
         self._adapters.begin(batch.adapters, batch.row_of)
-        layout = self._cache.layout
         ragged = Ragged(batch.starts, batch.counts, batch.computed, batch.tables)
-        index = attention.write_index(batch.tables, batch.row_of, batch.positions, layout)
-        forward = Forward(self._cache, ragged, index, self._workspace)
+        forward = Forward.of(self._cache, ragged, batch.row_of, batch.positions, self._workspace)
         arguments: dict[str, Any] = {
             "input_ids": torch.from_numpy(batch.ids)[None],
             "position_ids": torch.from_numpy(batch.positions)[None],
@@ -222,20 +219,28 @@ def build_network(config: EngineConfig, facts: ModelFacts, resolved: ResolvedCon
             part = blank.vocabulary
             first = 0 if part is None else part.first
             spec, kept = fused.make_spec(
-                blank.model, form, *blocks, partial=part is not None, first_token=first, fill=blank.fill
+                blank.model,
+                form,
+                *blocks,
+                facts.kv_groups,
+                partial=part is not None,
+                first_token=first,
+                fill=blank.fill,
             )
             threads = threads_per_rank(config.tensor_parallel_size)
             cores = places(threads, 0 if part is None else part.group.rank, config.tensor_parallel_size)
             stack = Stack(spec, form.weights, form.cache, threads, level, kept, cores)
             keys, values = spec.layer[0].keys, spec.layer[0].values
-            pages = PageSupply(kept, keys, 2 * spec.layers, values - keys, (values - keys) // resolved.num_blocks)
+            pages = PageSupply(
+                kept, keys, 2 * facts.kv_groups.slots, values - keys, (values - keys) // resolved.num_blocks
+            )
             network = FusedNetwork(stack, spec, blank.model, part, pages)
             return Built(network, f"{level}, fused stack", cores=cores)
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the CPU's own kernels: {why}")
     model = complete(blank, config, facts)
-    cache = KVCache(facts.num_layers, resolved.num_blocks, layout_of(facts, resolved.block_size))
+    cache = KVCache(facts.kv_groups, resolved.num_blocks, layout_of(facts, resolved.block_size))
     slow = config.kernels == "auto" and not refused
     warnings = (f"{why}: torch computes the model, several times as slowly",) if slow else ()
     return Built(GenericNetwork(model, cache, blank.vocabulary), f"torch ({why})", warnings)

@@ -15,7 +15,8 @@ Int64s = NDArray[np.int64]
 class StepBatch:
     """One step's tokens, rows ascending and laid end to end.
 
-    rows, starts, counts, computed: int64[rows]; row_of: int64[tokens] into `rows`; ids, positions: int64[tokens];
+    rows, starts, counts, computed: int64[rows]; tables: int32[KV groups, rows, blocks];
+    row_of: int64[tokens] into `rows`; ids, positions: int64[tokens];
     adapters: int64[rows], each row's slot or -1 for none; None: no row has one.
     sampling: int64[n], the rows that sample; drafts: int64[n], how many of a row's tokens are guesses (see
     `engine.worker.drafts`); sampled_at: int64[n + sum of drafts], the tokens of the batch whose logits they use.
@@ -37,18 +38,21 @@ class StepBatch:
 
 
 class Rows:
-    """Struct of arrays over rows; the scheduler alone numbers and reuses them. `draft_tokens`: most guesses a row."""
+    """Struct of arrays over rows; the scheduler alone numbers and reuses them.
 
-    def __init__(self, max_rows: int, max_model_len: int, block_size: int, draft_tokens: int = 0):
+    `draft_tokens`: most guesses a row; `groups`: KV groups, each with a block table for every row.
+    """
+
+    def __init__(self, max_rows: int, max_model_len: int, block_size: int, draft_tokens: int = 0, groups: int = 1):
         self._draft_tokens = draft_tokens
         max_blocks = -(-max_model_len // block_size) + 1
         self.block_size = block_size
         self.tokens: Int32s = np.zeros((max_rows, max_model_len + 1), dtype=np.int32)
-        self.table: Int32s = np.zeros((max_rows, max_blocks), dtype=np.int32)
+        self.table: Int32s = np.zeros((groups, max_rows, max_blocks), dtype=np.int32)
         self.num_tokens: Int64s = np.zeros(max_rows, dtype=np.int64)
         self.prompt_len: Int64s = np.zeros(max_rows, dtype=np.int64)
         self.computed: Int64s = np.zeros(max_rows, dtype=np.int64)
-        self.num_blocks: Int64s = np.zeros(max_rows, dtype=np.int64)
+        self.num_blocks: Int64s = np.zeros((groups, max_rows), dtype=np.int64)
         self.generation: Int64s = np.full(max_rows, -1, dtype=np.int64)
         self.live: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)
         self.sampling: list[Sampling] = [Sampling()] * max_rows
@@ -72,12 +76,13 @@ class Rows:
         known = self.num_tokens[rows]
         counts += drafts
         ends = computed + counts
-        wrong = ~self.live[rows] | (ends - drafts > known) | (ends > self.num_blocks[rows] * self.block_size)
+        room = self.num_blocks[:, rows].min(0) * self.block_size
+        wrong = ~self.live[rows] | (ends - drafts > known) | (ends > room)
         if wrong.any():
             row = int(rows[np.flatnonzero(wrong)[0]])
             raise RuntimeError(
                 f"step {message.step}: row {row} (live: {bool(self.live[row])}) can't compute {wanted[row]} tokens "
-                f"after {self.computed[row]} of {self.num_tokens[row]} in {self.num_blocks[row]} blocks"
+                f"after {self.computed[row]} of {self.num_tokens[row]} in {self.num_blocks[:, row].min()} blocks"
             )
         starts = np.cumsum(counts) - counts
         row_of = np.repeat(np.arange(len(rows)), counts)
@@ -86,7 +91,7 @@ class Rows:
         samples = ends - drafts == known
         self.computed[rows] = ends
         used = int(-(-ends.max() // self.block_size)) if len(rows) else 0
-        tables = self.table[rows, :used]
+        tables = self.table[:, rows, :used]
         last, guesses = (starts + counts - 1)[samples], drafts[samples]
         at = np.repeat(last - guesses, guesses + 1) + _counted(guesses + 1)
         adapters = self.adapter[rows] if len(self.slots) > 1 else None
@@ -128,7 +133,7 @@ class Rows:
         for i in np.flatnonzero(decoding & self.plain[rows]).tolist() if most else ():
             row = int(rows[i])
             known = int(self.num_tokens[row])
-            room = min(int(self.num_blocks[row]) * self.block_size, self.tokens.shape[1] - 1) - known
+            room = min(int(self.num_blocks[:, row].min()) * self.block_size, self.tokens.shape[1] - 1) - known
             guesses = propose(self.tokens[row, :known], min(most, room)) if room > 0 else self.tokens[row, :0]
             self.tokens[row, known : known + len(guesses)] = guesses
             drafts[i] = len(guesses)
@@ -149,13 +154,13 @@ class Rows:
             self._add(added)
         if message.blocks:
             for row, group, block in int32s(message.blocks, 3).tolist():
-                if group != 0:
+                if group >= len(self.table):
                     raise RuntimeError(f"step {message.step}: KV group {group} of row {row} doesn't exist")
-                self.table[row, self.num_blocks[row]] = block
-                self.num_blocks[row] += 1
+                self.table[group, row, self.num_blocks[group, row]] = block
+                self.num_blocks[group, row] += 1
 
     def _add(self, added: RowAdded) -> None:
-        row, tokens, blocks = added.row, int32s(added.tokens), int32s(added.blocks)
+        row, tokens = added.row, int32s(added.tokens)
         if self.live[row] or added.generation <= self.generation[row]:
             raise RuntimeError(
                 f"row {row} can't take generation {added.generation}: it is at {self.generation[row]}, "
@@ -168,8 +173,10 @@ class Rows:
         self.num_tokens[row] = len(tokens)
         self.prompt_len[row] = added.prompt_len
         self.computed[row] = added.computed
-        self.table[row, : len(blocks)] = blocks
-        self.num_blocks[row] = len(blocks)
+        for group, column in enumerate(added.blocks):
+            blocks = int32s(column)
+            self.table[group, row, : len(blocks)] = blocks
+            self.num_blocks[group, row] = len(blocks)
         self.sampling[row] = added.sampling
         self.plain[row] = added.sampling.plain
         self.special[row] = added.sampling.special

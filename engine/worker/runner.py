@@ -105,7 +105,10 @@ def build_runner(
     """A rank's runner with its network and rows; `facts` are the rank's, `split` is how ranks divide the model."""
     with pieces_given_back(), contextlib.closing(blank):
         built = build_network(config, facts, resolved, blank)
-    rows = Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens)
+    rows = Rows(
+        resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens,
+        len(resolved.kv_windows),
+    )  # fmt: skip
     share = None
     if split is not None and blank.vocabulary is not None:
         share = Share(split, blank.vocabulary, f"{blank.path(blank.model.base_model)}.")

@@ -26,6 +26,7 @@ def make_driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
         config = dataclasses.replace(config, kv_cache_memory_bytes=pool)
         executor = InProcessExecutor(config, facts, resolve(config, facts).config)
         request.addfinalizer(executor.shutdown)
-        return Driver(executor, rows=rows, block_size=block_size, num_blocks=num_blocks)
+        windows = facts.kv_groups.windows
+        return Driver(executor, rows=rows, block_size=block_size, num_blocks=num_blocks, windows=windows)
 
     return make

@@ -57,7 +57,9 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
-        self.worker = self.make_worker(self.clock, self.config.block_size, self.seconds, self.config.draft_tokens)
+        self.worker = self.make_worker(
+            self.clock, self.config.block_size, self.seconds, self.config.draft_tokens, self.config.kv_windows
+        )
         self.core = EngineCore(self.config, self.worker, self.clock, self._receive)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.times: dict[int, list[float]] = defaultdict(list)

@@ -61,7 +61,7 @@ def expected_tokens(
 class FakeRow:
     generation: int
     tokens: list[int]
-    blocks: list[int]
+    tables: list[list[int]]  # of each KV group
     computed: int
     items: tuple[ItemRef, ...] = ()
     states: list[bytes] = field(default_factory=list)  # prefix hash after each computed token
@@ -76,7 +76,10 @@ class FakeExecutor:
         block_size: int,
         seconds: Callable[[StepMessage, int], float] = lambda *_: 0.0,
         draft_tokens: int = 0,
+        windows: Sequence[int] = (0,),
     ):
+        self._windows = windows
+        self._groups = range(len(windows))
         self._draft_tokens = draft_tokens
         self._luck = random.Random(1)
         self.rows: dict[int, FakeRow] = {}
@@ -141,15 +144,16 @@ class FakeExecutor:
         for added in message.added:
             assert added.row not in self.rows, f"row {added.row} was added over a live one"
             tokens = int32s(added.tokens).tolist()
-            row = FakeRow(added.generation, tokens, int32s(added.blocks).tolist(), added.computed, added.items)
+            tables = [int32s(table).tolist() for table in added.blocks]
+            assert len(tables) == len(self._windows)
+            row = FakeRow(added.generation, tokens, tables, added.computed, added.items)
             state = b""
             for position in range(added.computed):
                 state = prefix_hash(state, content(tokens, row.items, position))
                 row.states.append(state)
             self.rows[added.row] = row
         for number, group, block in int32s(message.blocks, 3).tolist():
-            assert group == 0
-            self.rows[number].blocks.append(block)
+            self.rows[number].tables[group].append(block)
         self.embeddings.difference_update(message.free_items)
         for number, index in message.encode:
             key = self.rows[number].items[index].hash
@@ -165,7 +169,7 @@ class FakeExecutor:
         sampled, each, drafted = [], [], 0
         for number, count in plan.items():
             row = self.rows[number]
-            self._check_context(number, row)
+            self._check_context(number, row, count)
             if count and row.computed == len(row.tokens):
                 known = len(row.tokens)
                 row.tokens.append(next_token(row.states[-1]))
@@ -181,7 +185,7 @@ class FakeExecutor:
 
     def _guess(self, row: FakeRow) -> int:
         """Guesses that are right up to a point, and leave what isn't in the KV memory; returns how many."""
-        room = len(row.blocks) * self._block_size - len(row.tokens) + 1
+        room = len(row.tables[0]) * self._block_size - len(row.tokens) + 1
         guesses = min(self._luck.randint(0, self._draft_tokens), max(room - 1, 0))
         right = self._luck.randint(0, guesses)
         for index in range(guesses):
@@ -189,11 +193,12 @@ class FakeExecutor:
                 self._write(row, 1)
                 row.tokens.append(next_token(row.states[-1]))
             else:
-                self._kv[self._slot(row, row.computed + index - right)] = b"wrong guess"
+                for group in self._groups:
+                    self._kv[self._slot(row, group, row.computed + index - right)] = b"wrong guess"
         return guesses
 
-    def _slot(self, row: FakeRow, position: int) -> int:
-        block = row.blocks[position // self._block_size]
+    def _slot(self, row: FakeRow, group: int, position: int) -> int:
+        block = row.tables[group][position // self._block_size]
         assert block != 0, "the null block holds no content"
         return block * self._block_size + position % self._block_size
 
@@ -204,10 +209,14 @@ class FakeExecutor:
             seen = content(row.tokens, row.items, position)
             state = prefix_hash(row.states[-1] if row.states else b"", seen)
             row.states.append(state)
-            self._kv[self._slot(row, position)] = state
+            for group in self._groups:
+                self._kv[self._slot(row, group, position)] = state
         row.computed += count
 
-    def _check_context(self, number: int, row: FakeRow) -> None:
-        for position in range(row.computed):
-            held = self._kv.get(self._slot(row, position))
-            assert held == row.states[position], f"row {number}: the KV at position {position} is another prefix's"
+    def _check_context(self, number: int, row: FakeRow, count: int) -> None:
+        """What the last `count` tokens saw, in each group, is the row's own."""
+        for group, window in enumerate(self._windows):
+            first = max(0, row.computed - count - window + 1) if window else 0
+            for position in range(first, row.computed):
+                held = self._kv.get(self._slot(row, group, position))
+                assert held == row.states[position], f"row {number}: the KV at position {position} is another prefix's"

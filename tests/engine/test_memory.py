@@ -35,6 +35,7 @@ def make_facts(**changes: Any) -> ModelFacts:
         "intermediate_size": 1024,
         "weight_bytes": 100 << 20,
         "kv_bytes_per_token": 2 * 4 * 2 * 64 * 4,
+        "windows": (0, 0, 0, 0),
     }
     return ModelFacts(**{**values, **changes})
 

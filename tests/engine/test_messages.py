@@ -72,7 +72,7 @@ def test_messages_from_the_core_survive_the_wire(message: FromCore):
 
 
 def test_steps_and_results_survive_the_wire():
-    added = RowAdded(1, 2, column([1, 2]), 2, 0, column([3]), Sampling())
+    added = RowAdded(1, 2, column([1, 2]), 2, 0, (column([3]),), Sampling())
     step = StepMessage(5, column([4]), (added,), column([[1, 0, 9]]), column([[1, 2]]))
     assert decode_step(encode(step)) == step
     step = StepMessage(6, free_items=(b"old",), encode=((1, 0),))

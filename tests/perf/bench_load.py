@@ -66,7 +66,7 @@ def load(way: str, folder: str) -> Any:
         blank.fill()
         return blank.model
     form = Form("bfloat16", "int8" if "int8" in way else "bfloat16", "bfloat16")
-    return fused.make_spec(blank.model, form, 1, 16, partial=False, fill=blank.fill)
+    return fused.make_spec(blank.model, form, 1, 16, facts.kv_groups, partial=False, fill=blank.fill)
 
 
 class _Alone:

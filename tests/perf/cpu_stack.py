@@ -13,6 +13,7 @@ from engine.kernels.cpu.native import Batch, Stack
 from engine.memory import cores
 from engine.model import fused
 from engine.model.fused import Form
+from engine.model.kvgroups import group_layers, layer_windows
 from engine.model.resolve import resolve_model
 
 BLOCK = 32
@@ -42,7 +43,9 @@ def make(folder: Path, form: Form, num_blocks: int) -> tuple[Stack, int]:
     levels = build.levels()
     if not levels:
         raise SystemExit("the CPU kernels need AVX2")
-    spec, kept = fused.make_spec(load(folder, form.dtype), form, num_blocks, BLOCK, partial=False)
+    model = load(folder, form.dtype)
+    groups = group_layers(layer_windows(model.config, model.config.max_position_embeddings))
+    spec, kept = fused.make_spec(model, form, num_blocks, BLOCK, groups, partial=False)
     return Stack(spec, form.weights, form.cache, cores(), levels[0], kept), spec.vocabulary
 
 
@@ -50,9 +53,9 @@ def batch_of(rows: list[tuple[NDArray[np.integer], int, NDArray[np.integer]]], *
     """Rows of (token ids, tokens before them, blocks); each samples once, or at every token."""
     counts = np.array([len(ids) for ids, _, _ in rows])
     starts = np.cumsum(counts) - counts
-    tables = np.zeros((len(rows), max(len(blocks) for _, _, blocks in rows)), dtype=np.int32)
+    tables = np.zeros((1, len(rows), max(len(blocks) for _, _, blocks in rows)), dtype=np.int32)
     for i, (_, _, blocks) in enumerate(rows):
-        tables[i, : len(blocks)] = blocks
+        tables[0, i, : len(blocks)] = blocks
     columns = (
         starts, counts, [before for _, before, _ in rows], tables, np.concatenate([ids for ids, _, _ in rows]),
         np.concatenate([before + np.arange(len(ids)) for ids, before, _ in rows]),

@@ -43,7 +43,8 @@ def start(folder: Path, ranks: int) -> Driver:
         resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), facts).config, num_blocks=BLOCKS
     )
     executor = (MultiprocessExecutor if ranks > 1 else InProcessExecutor)(config, facts, resolved)
-    return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS)  # type: ignore[arg-type]
+    windows = resolved.kv_windows
+    return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS, windows=windows)  # type: ignore[arg-type]
 
 
 def rows_of(kind: str, folder: Path) -> Iterator[Row]:

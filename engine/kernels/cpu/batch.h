@@ -34,8 +34,15 @@ struct Ragged {
     const int32_t* starts;
     const int32_t* counts;
     const int32_t* computed;
-    const int32_t* tables;  // [rows, table_width]
+    const int32_t* tables;  // [KV groups, rows, table_width]
     int32_t table_width;
+
+    // With the tables of one KV group.
+    Ragged of(int group) const {
+        Ragged one = *this;
+        one.tables += long(group) * rows * table_width;
+        return one;
+    }
 };
 
 // Some tokens of a row whose queries are computed together, all query heads of a kv head.

@@ -30,7 +30,7 @@ class Layer(Structure):
     _fields_ = (
         ("qkv", Linear), ("output", Linear), ("gate_up", Linear), ("down", Linear), ("input_norm", c_void_p),
         ("post_norm", c_void_p), ("query_norm", c_void_p), ("key_norm", c_void_p), ("keys", c_void_p),
-        ("values", c_void_p), ("window", c_int32), ("rotary", c_int32),
+        ("values", c_void_p), ("window", c_int32), ("group", c_int32), ("rotary", c_int32),
     )  # fmt: skip
 
 
@@ -79,7 +79,8 @@ class PackedAdapter:
 class Batch:
     """One step's rows laid end to end, as `engine.worker.rows.StepBatch` has them; all int32, contiguous.
 
-    starts, counts, computed: [rows]; tables: [rows, blocks]; ids, positions, row_of: [tokens]; sampled: [samples].
+    starts, counts, computed: [rows]; tables: [KV groups, rows, blocks]; ids, positions, row_of: [tokens];
+    sampled: [samples].
     """
 
     starts: Int32s
@@ -99,7 +100,7 @@ class Batch:
     def step(self) -> _Step:
         ragged = _Ragged(
             len(self.starts), len(self.ids), self.starts.ctypes.data, self.counts.ctypes.data,
-            self.computed.ctypes.data, self.tables.ctypes.data, self.tables.shape[1],
+            self.computed.ctypes.data, self.tables.ctypes.data, self.tables.shape[2],
         )  # fmt: skip
         return _Step(
             ragged, self.ids.ctypes.data, self.positions.ctypes.data, self.row_of.ctypes.data,

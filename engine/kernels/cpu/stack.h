@@ -19,6 +19,7 @@ struct Layer {
     uint32_t* keys;
     uint32_t* values;
     int32_t window;  // 0: all
+    int32_t group;   // whose block table is the layer's
     int32_t rotary;  // 0: positions don't show in this layer
 };
 
@@ -194,9 +195,10 @@ template <class W, class H, class T> class Stack : public AnyStack {
         normalise_all(layer.input_norm, thread);
         adapted(layer.qkv, number, AT_QKV, left_.rows(spec_.hidden), Store{wide_.get(), qkv_width()});
         done(QKV, thread);
-        put_in_cache(layer);
+        const Ragged batch = step_->batch.of(layer.group);
+        put_in_cache(layer, batch);
         done(ROTARY, thread);
-        Attention<T>(shape_, step_->batch)
+        Attention<T>(shape_, batch)
             .run(team_, {query_.get(), query_scale_.get(), query_offset_.get(), wide_.get(), layer.keys, layer.values, layer.window},
                  plan_);
         done(ATTENTION, thread);
@@ -295,14 +297,14 @@ template <class W, class H, class T> class Stack : public AnyStack {
     }
 
     // Queries, keys and values of each token: norms of heads, positions, and the way into the cache.
-    void put_in_cache(const Layer& layer) {
+    void put_in_cache(const Layer& layer, const Ragged& batch) {
         const int dim = spec_.head_dim, half = dim / 2;
         team_.each(tokens(), [&](long t) {
             float* head = wide_.get() + t * qkv_width();
             const float *cosine = cosine_.get() + t * half, *sine = sine_.get() + t * half;
             const int position = step_->positions[t];
             const long row = step_->row_of[t];
-            const Slot slot{step_->batch.tables[row * step_->batch.table_width + position / spec_.block_size],
+            const Slot slot{batch.tables[row * batch.table_width + position / spec_.block_size],
                             position % spec_.block_size};
             for (int h = 0; h < spec_.heads + spec_.kv_heads; h++, head += dim) {
                 const bool query = h < spec_.heads;
@@ -314,7 +316,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
                 else
                     write_key<T>(head, shape_, h - spec_.heads, slot, layer.keys);
             }
-            const bool last = position + 1 == step_->batch.computed[row] + step_->batch.counts[row];
+            const bool last = position + 1 == batch.computed[row] + batch.counts[row];
             for (int h = 0; h < spec_.kv_heads; h++, head += dim) {
                 write_value<T>(head, shape_, h, slot, layer.values);
                 if (last) clear_values<T>(shape_, h, slot, layer.values);

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.core.pace import LATE, SLACK_S, Pace
-from engine.core.scheduler import Plan
+from engine.core.plan import Plan
 from engine.messages import StepMessage
 from tests.engine.core_driver import Driver
 

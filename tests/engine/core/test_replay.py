@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import REMOVALS
+from engine.core.blocks import NULL_BLOCK
 from engine.core.scheduler import Scheduler
 from engine.messages import decode_result, decode_step, int32s
 from engine.worker.rows import Rows
@@ -27,7 +28,8 @@ class Replaying(FakeExecutor):
     def follow(self, scheduler: Scheduler) -> None:
         config = scheduler.config
         self.scheduler = scheduler
-        self.ranks = [Rows(config.max_num_seqs, config.max_model_len, config.block_size) for _ in range(RANKS)]
+        shape = config.max_num_seqs, config.max_model_len, config.block_size
+        self.ranks = [Rows(*shape, groups=len(config.kv_windows)) for _ in range(RANKS)]
 
     def submit(self, step: bytes) -> "Future[None]":
         done = super().submit(step)
@@ -47,11 +49,14 @@ class Replaying(FakeExecutor):
         assert np.array_equal(rank.generation[live], rows.generation[live])
         assert np.array_equal(rank.computed[live], rows.computed[live])
         assert np.array_equal(rank.num_tokens[live], rows.upper[live])
-        assert np.array_equal(rank.num_blocks[live], rows.num_blocks[live])
         for row in live.tolist():
             known = int(rows.known[row])
             assert np.array_equal(rank.tokens[row, :known], rows.tokens[row, :known])
-            assert rank.table[row, : rank.num_blocks[row]].tolist() == rows.blocks[row]
+            for group, table in enumerate(rows.tables[row]):
+                held = rank.table[group, row, : rank.num_blocks[group, row]].tolist()
+                assert len(held) == len(table)
+                # What a window has left is nobody's business: the scheduler forgets it, a worker doesn't.
+                assert all(block in (mine, NULL_BLOCK) for mine, block in zip(held, table, strict=True))
             self.compared += 1
 
 
@@ -73,12 +78,18 @@ requests = st.lists(
     st.sampled_from([frozenset(), frozenset(REMOVALS), frozenset({"full-state"}), frozenset({"prefill-first"})]),
     st.sampled_from([0.001, 1.0]),
     st.booleans(),
+    st.sampled_from([(0,), (5,), (0, 3), (0, 3, 3)]),
 )
 def test_replaying_the_messages_rebuilds_the_table(
-    requests: list[Any], removals: frozenset[str], step_s: float, caching: bool
+    requests: list[Any], removals: frozenset[str], step_s: float, caching: bool, windows: tuple[int, ...]
 ):
     config = resolved(
-        num_blocks=11, max_model_len=32, max_num_batched_tokens=40, enable_prefix_caching=caching, removals=removals
+        num_blocks=10 * len(windows) + 1,
+        kv_windows=windows,
+        max_model_len=32,
+        max_num_batched_tokens=40,
+        enable_prefix_caching=caching,
+        removals=removals,
     )
     driver = Driver(config, lambda *_: step_s, Replaying)
     worker = driver.worker

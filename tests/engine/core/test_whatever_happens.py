@@ -79,8 +79,10 @@ def configs(draw: Any, drafts: bool = False) -> ResolvedConfig:
     blocks, size = draw(st.sampled_from([(16, 2), (8, 4), (10, 4), (64, 4)]))
     removed = draw(removals)
     least = MAX_LEN if "no-chunking" in removed else 4
+    windows = draw(st.sampled_from([(0,), (0,), (5,), (9,), (0, 3), (0, 7, 7), (2, 6)]))
     return resolved(
-        num_blocks=blocks + 1,
+        num_blocks=blocks * len(windows) + 1,
+        kv_windows=windows,
         block_size=size,
         max_num_batched_tokens=draw(st.integers(least, least + 12)),
         max_model_len=MAX_LEN,

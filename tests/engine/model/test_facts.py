@@ -75,7 +75,7 @@ def test_weights_are_counted_as_the_fused_stack_holds_them(form: str, tied: bool
     found = read_facts(config)
     form_of = fused.Form("bfloat16", form, "bfloat16")
     blank = open_model(config, found)
-    _, kept = fused.make_spec(blank.model, form_of, 1, 16, partial=False, fill=blank.fill)
+    _, kept = fused.make_spec(blank.model, form_of, 1, 16, found.kv_groups, partial=False, fill=blank.fill)
     packed = sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.float32)
     norms = (2 * 2 + 1) * 64 * 2  # as the checkpoint has them; the stack has them in float32
     assert found.weight_bytes == packed + norms

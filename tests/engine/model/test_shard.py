@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.kernels import attention
 from engine.kernels.attention import Ragged, Workspace
 from engine.model import adapt
 from engine.model.adapt import Forward, KVCache
@@ -35,20 +34,20 @@ TOLERANCE = 1e-4
 def logits_of(model: Any, facts: ModelFacts, ids: list[int]) -> Tensor:
     """Logits [tokens, vocabulary] of a prompt computed in two chunks."""
     layout = layout_of(facts, BLOCK)
-    blocks = -(-len(ids) // BLOCK)
-    cache, workspace = KVCache(facts.num_layers, blocks + 1, layout), Workspace(layout.dtype)
-    table = np.arange(1, blocks + 1, dtype=np.int32)[None]
+    blocks, groups = -(-len(ids) // BLOCK), len(facts.kv_groups.windows)
+    cache, workspace = KVCache(facts.kv_groups, groups * blocks + 1, layout), Workspace(layout.dtype)
+    tables = np.arange(1, groups * blocks + 1, dtype=np.int32).reshape(groups, 1, blocks)
     parts = []
     for first, last in ((0, len(ids) // 2), (len(ids) // 2, len(ids))):
         positions = np.arange(first, last)
-        ragged = Ragged(np.zeros(1, np.int64), np.array([last - first]), np.array([first]), table)
-        index = attention.write_index(table, np.zeros(last - first, dtype=np.int64), positions, layout)
+        ragged = Ragged(np.zeros(1, np.int64), np.array([last - first]), np.array([first]), tables)
+        forward = Forward.of(cache, ragged, np.zeros(last - first, dtype=np.int64), positions, workspace)
         arguments = {
             "input_ids": torch.tensor([ids[first:last]]),
             "position_ids": torch.from_numpy(positions)[None],
             "use_cache": False,
         }
-        parts.append(adapt.run(model, Forward(cache, ragged, index, workspace), arguments).logits[0])
+        parts.append(adapt.run(model, forward, arguments).logits[0])
     return torch.cat(parts)
 
 

@@ -85,6 +85,9 @@ def build_model(kind: str, folder: Path, **more: object) -> torch.nn.Module:
     return model.eval()
 
 
+Prefixes = dict[tuple[int, ...], tuple[int, ...]]  # what they are known by -> blocks of each KV group
+
+
 @dataclass
 class Request:
     """What the driver knows of one request."""
@@ -95,7 +98,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     row: int = -1
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)  # of each KV group
     logprobs: list[dict[int, float]] = field(default_factory=list)
 
     @property
@@ -110,8 +113,17 @@ class Request:
 class Driver:
     """Schedules requests at random: ragged chunks, late arrivals, rests, preemptions, shared prefix blocks."""
 
-    def __init__(self, executor: InProcessExecutor, *, rows: int, block_size: int, num_blocks: int):
+    def __init__(
+        self,
+        executor: InProcessExecutor,
+        *,
+        rows: int,
+        block_size: int,
+        num_blocks: int,
+        windows: tuple[int, ...] = (0,),
+    ):
         self.executor = executor
+        self.windows = windows
         self.free_rows = list(range(rows))
         self.block_size = block_size
         self.free_blocks = list(range(1, num_blocks))
@@ -119,6 +131,7 @@ class Driver:
         self.step = 0
         self.preemptions = 0
         self.shared = 0
+        self.left = 0  # blocks that a window left
         self.drafted = 0
 
     def run(
@@ -129,12 +142,12 @@ class Driver:
         seed: int,
         chunk: int = 7,
         preempt: float = 0.15,
-        prefixes: dict[tuple[int, ...], int] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         """Run all requests to `new` output tokens each.
 
-        chunk: most tokens of a request in a step; 0: all that are left. prefixes: blocks by what they hold and what
-        comes before; those that are there are shared, new ones are added.
+        chunk: most tokens of a request in a step; 0: all that are left. prefixes: blocks, of each KV group, by what
+        they hold and what comes before; those that are there are shared, new ones are added.
         """
         luck = random.Random(seed)
         waiting, running = list(requests), list[Request]()
@@ -172,35 +185,49 @@ class Driver:
         if removed:
             self._run_step(StepMessage(self.step, column(removed)))
 
-    def _admit(self, request: Request, prefixes: dict[tuple[int, ...], int]) -> RowAdded:
+    def _admit(self, request: Request, prefixes: Prefixes) -> RowAdded:
         request.row = self.free_rows.pop(0)
         self.generations[request.row] += 1
-        request.blocks, known = [], request.known
-        while (end := (len(request.blocks) + 1) * self.block_size) < len(known) and request.key(end) in prefixes:
-            request.blocks.append(prefixes[request.key(end)])
+        request.tables, known = [[] for _ in self.windows], request.known
+        while (end := (len(request.tables[0]) + 1) * self.block_size) < len(known) and request.key(end) in prefixes:
+            for table, block in zip(request.tables, prefixes[request.key(end)], strict=True):
+                table.append(block)
             self.shared += 1
-        request.computed = len(request.blocks) * self.block_size
+        request.computed = len(request.tables[0]) * self.block_size
         return RowAdded(
             request.row,
             self.generations[request.row],
             column(known),
             len(request.prompt),
             request.computed,
-            column(request.blocks),
+            tuple(map(column, request.tables)),
             request.sampling,
             adapter=request.adapter,
         )
 
-    def _grow(self, request: Request, end: int, prefixes: dict[tuple[int, ...], int]) -> list[tuple[int, int, int]]:
+    def _grow(self, request: Request, end: int, prefixes: Prefixes) -> list[tuple[int, int, int]]:
         """Blocks up to `end`; full ones may be shared from now on, also by requests of this very step."""
+        self._leave(request, prefixes)
         new = []
-        while len(request.blocks) * self.block_size < end:
-            block = self.free_blocks.pop(0)
-            new.append((request.row, 0, block))
-            request.blocks.append(block)
+        for group, table in enumerate(request.tables):
+            while len(table) * self.block_size < end:
+                block = self.free_blocks.pop(0)
+                new.append((request.row, group, block))
+                table.append(block)
         for i in range(request.computed // self.block_size, end // self.block_size):
-            prefixes.setdefault(request.key((i + 1) * self.block_size), request.blocks[i])
+            blocks = tuple(table[i] for table in request.tables)
+            prefixes.setdefault(request.key((i + 1) * self.block_size), blocks)
         return new
+
+    def _leave(self, request: Request, prefixes: Prefixes) -> None:
+        """Blocks that a window has left go to whoever wants one next, unless they are shared."""
+        shared = {block for blocks in prefixes.values() for block in blocks}
+        for table, window in zip(request.tables, self.windows, strict=True):
+            for i in range(max(0, request.computed - window + 1) // self.block_size if window else 0):
+                if table[i] and table[i] not in shared:
+                    self.free_blocks.insert(0, table[i])
+                    self.left += 1
+                    table[i] = 0
 
     def _release(self, request: Request) -> None:
         # Blocks aren't reused within a run, so that shared ones stay valid.

@@ -95,8 +95,9 @@ def serve(driver: Driver, case: str) -> list[Request]:
         driver.run(requests, NEW, seed=2, chunk=0, preempt=0, prefixes=_Forgetful())
     elif case == "chunked":
         driver.run(requests, NEW, seed=3, preempt=0, prefixes=_Forgetful())
+        assert driver.left or not any(driver.windows), "no window left a block"
     elif case == "prefix hit":
-        prefixes: dict[tuple[int, ...], int] = {}
+        prefixes: dict[tuple[int, ...], tuple[int, ...]] = {}
         driver.run([Request(list(request.prompt)) for request in requests], NEW, seed=4, preempt=0, prefixes=prefixes)
         before = driver.shared
         driver.run(requests, NEW, seed=5, preempt=0, prefixes=prefixes)
@@ -109,10 +110,10 @@ def serve(driver: Driver, case: str) -> list[Request]:
     return requests
 
 
-class _Forgetful(dict[tuple[int, ...], int]):
+class _Forgetful(dict[tuple[int, ...], tuple[int, ...]]):
     """Prefixes that nobody finds again."""
 
-    def setdefault(self, key: tuple[int, ...], default: int = 0) -> int:
+    def setdefault(self, key: tuple[int, ...], default: tuple[int, ...] = ()) -> tuple[int, ...]:
         del key
         return default
 
@@ -169,7 +170,7 @@ def a_block_zeroed(driver: Driver) -> Iterator[None]:
         cache = driver.executor._runner._network._cache
         for row in (batch.computed >= driver.block_size).nonzero()[0]:
             for layer in (*cache.keys, *cache.values):
-                layer[batch.tables[row, 0]] = 0
+                layer[batch.tables[:, row, 0]] = 0
 
     with _before_forward(driver, lose):
         yield

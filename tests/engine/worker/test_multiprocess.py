@@ -35,7 +35,8 @@ def start(folder: Path, size: int, **options: Any) -> Driver:
     resolved = resolve(config, facts).config
     assert resolved.num_blocks == BLOCKS
     executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, facts, resolved)
-    return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS)  # type: ignore[arg-type]
+    windows = resolved.kv_windows
+    return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS, windows=windows)  # type: ignore[arg-type]
 
 
 def make_requests() -> list[Request]:
@@ -108,7 +109,7 @@ def ranks(dummy: Path) -> Iterator[MultiprocessExecutor]:
     executor.shutdown()
 
 
-FIRST = RowAdded(0, 1, column([1, 2, 3]), 3, 0, column(range(1, 30)), Sampling())
+FIRST = RowAdded(0, 1, column([1, 2, 3]), 3, 0, (column(range(1, 30)),), Sampling())
 
 
 def submit(executor: Any, message: StepMessage) -> tuple["Future[None]", "Future[bytes]"]:

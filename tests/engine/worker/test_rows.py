@@ -8,7 +8,7 @@ from engine.worker.rows import Rows
 
 
 def added(row: int, tokens: list[int], *, generation: int = 1, computed: int = 0, blocks: list[int]) -> RowAdded:
-    return RowAdded(row, generation, column(tokens), len(tokens), computed, column(blocks), Sampling())
+    return RowAdded(row, generation, column(tokens), len(tokens), computed, (column(blocks),), Sampling())
 
 
 def make_rows() -> Rows:
@@ -27,7 +27,7 @@ def test_a_ragged_step_is_laid_out_by_ascending_rows() -> None:
     assert batch.ids.tolist() == [14, 15, 20, 21]
     assert batch.positions.tolist() == [4, 5, 0, 1]
     assert batch.starts.tolist() == [0, 2]
-    assert batch.tables.tolist() == [[3, 5], [7, 0]]
+    assert batch.tables.tolist() == [[[3, 5], [7, 0]]]
     assert batch.sampling.tolist() == [0]
     assert batch.sampled_at.tolist() == [1]
 
@@ -56,7 +56,7 @@ def test_a_row_is_removed_before_it_is_given_anew() -> None:
     message = StepMessage(1, removed=column([1]), added=(added(1, [8], generation=2, blocks=[3]),))
     batch = rows.advance(message)
     assert batch.ids.tolist() == [8]
-    assert batch.tables.tolist() == [[3]]
+    assert batch.tables.tolist() == [[[3]]]
 
 
 def test_blocks_are_appended() -> None:
@@ -67,12 +67,12 @@ def test_blocks_are_appended() -> None:
         blocks=column([[0, 0, 4], [0, 0, 6]]),
         chunks=column([[0, 10]]),
     )
-    assert rows.advance(message).tables.tolist() == [[9, 4, 6]]
+    assert rows.advance(message).tables.tolist() == [[[9, 4, 6]]]
 
 
 def test_a_preempted_row_comes_back_with_its_output() -> None:
     rows = make_rows()
-    back = RowAdded(0, 1, column([1, 2, 3, 50, 51]), 3, 0, column([1, 2]), Sampling())
+    back = RowAdded(0, 1, column([1, 2, 3, 50, 51]), 3, 0, (column([1, 2]),), Sampling())
     rows.advance(StepMessage(0, added=(back,), chunks=column([[0, 5]])))
     assert rows.output(0).tolist() == [50, 51]
 

@@ -22,7 +22,7 @@ def make_rows(params: list[Sampling], outputs: list[list[int]] | None = None, pr
     added = []
     for i, p in enumerate(params):
         tokens = [*prompt, *(outputs[i] if outputs else [])]
-        added.append(RowAdded(i, 1, column(tokens), len(prompt), 0, column([1, 2, 3, 4]), p))
+        added.append(RowAdded(i, 1, column(tokens), len(prompt), 0, (column([1, 2, 3, 4]),), p))
     rows.advance(StepMessage(0, added=tuple(added), chunks=column([[i, 0] for i in range(len(params))])))
     return rows
 

@@ -17,6 +17,7 @@ from engine.kernels.cpu import build
 from engine.kernels.cpu.native import Stack
 from engine.model import fused
 from engine.model.fused import Form
+from engine.model.kvgroups import group_layers, layer_windows
 from engine.model.packing import quantise
 from tests.perf.cpu_stack import batch_of
 
@@ -89,7 +90,9 @@ class Served:
     ):
         name = str(dtype).removeprefix("torch.")
         form = Form(name, weights or name, cache or name)
-        spec, kept = fused.make_spec(shape.build(dtype), form, blocks, block_size, partial=False)
+        model = shape.build(dtype)
+        groups = group_layers(layer_windows(model.config, model.config.max_position_embeddings))
+        spec, kept = fused.make_spec(model, form, blocks, block_size, groups, partial=False)
         self.stack = Stack(spec, form.weights, form.cache, THREADS, level, kept)
         self.vocabulary = shape.vocabulary
         self.block_size = block_size
