@@ -54,20 +54,18 @@ class KVTables:
 
     def find(self, hashes: Sequence[bytes]) -> Prefix:
         """The longest cached prefix of a chain of hashes."""
-        count, tables = len(hashes), [[NULL_BLOCK] * len(hashes) for _ in range(self.groups)]
+        count, firsts = len(hashes), [0] * self.groups
+        tables: list[list[int]] = [[]] * self.groups
         for group in self._full:
             tables[group] = self.pool.find(self._names(hashes[:count], group))
             count = len(tables[group])
-        before = -1
-        while self._windowed and count != before:  # what one window lacks may move another's end
-            before = count
+        if self._windowed:
+            count = self._last_seen_by_all(hashes, count)
+            tables = [table[:count] for table in tables]
             for group, window, _ in self._windowed:
-                count = self._last_seen(hashes, count, group, window)
-        firsts = [0] * self.groups
-        for group, window, _ in self._windowed:
-            first = firsts[group] = self._first_seen(count * self._size, window)
-            tables[group][first:count] = self.pool.find(self._names(hashes[first:count], group))
-        return Prefix(count, [table[:count] for table in tables], firsts)
+                first = firsts[group] = self._first_seen(count * self._size, window)
+                tables[group] = [NULL_BLOCK] * first + self.pool.find(self._names(hashes[first:count], group))
+        return Prefix(count, tables, firsts)
 
     def nothing(self) -> Prefix:
         """The empty prefix."""
@@ -76,6 +74,15 @@ class KVTables:
     def _names(self, hashes: Sequence[bytes], group: int) -> Sequence[bytes]:
         suffix = self._suffixes[group]
         return [one + suffix for one in hashes] if suffix else hashes
+
+    def _last_seen_by_all(self, hashes: Sequence[bytes], count: int) -> int:
+        """The longest prefix, up to `count` blocks, whose end all windows have cached."""
+        before = -1
+        while count != before:  # what one window lacks may move another's end
+            before = count
+            for group, window, _ in self._windowed:
+                count = self._last_seen(hashes, count, group, window)
+        return count
 
     def _last_seen(self, hashes: Sequence[bytes], count: int, group: int, window: int) -> int:
         """How long a prefix, up to `count` blocks, has all blocks cached that a window sees from its end."""
@@ -96,9 +103,10 @@ class KVTables:
 
     def wanted(self, length: int, prefix: Prefix) -> int:
         """How many blocks a row of `length` tokens takes from the free ones at admission."""
-        ends = self._ends(-(-length // self._size), prefix.firsts)
-        each = zip(ends, prefix.tables, prefix.firsts, strict=True)
-        return sum(end - prefix.count + self.pool.free_among(table[first:]) for end, table, first in each)
+        wanted = sum(self._ends(-(-length // self._size), prefix.firsts)) - self.groups * prefix.count
+        for table, first in zip(prefix.tables, prefix.firsts, strict=True):
+            wanted += self.pool.free_among(table[first:])
+        return wanted
 
     def _ends(self, total: int, firsts: list[int]) -> list[int]:
         """How far the tables of a row of `total` blocks reach, given what the windows still see."""
@@ -116,6 +124,11 @@ class KVTables:
         self._tables[row], self._firsts[row] = prefix.tables, prefix.firsts
 
     # ------------------------------------------------------------------------------------------------------- growth
+
+    @property
+    def windowed(self) -> bool:
+        """Whether any group sees a window only."""
+        return bool(self._windowed)
 
     def shed(self, row: int, position: int) -> None:
         """Give back what nobody sees who computes from `position` on."""
@@ -142,21 +155,20 @@ class KVTables:
 
     def append(self, rows: Sequence[int]) -> None:
         """One more block in every group for each of `rows`; one named twice gets two."""
-        blocks = iter(self.pool.allocate(len(rows) * self.groups))
-        for row in rows:
-            for group, table in enumerate(self._tables[row]):
-                block = next(blocks)
-                table.append(block)
-                self._handed(row, group, block)
+        tables, handed = self._tables, self._handed
+        for group in range(self.groups):
+            for row, block in zip(rows, self.pool.allocate(len(rows)), strict=True):
+                tables[row][group].append(block)
+                handed(row, group, block)
 
     # ---------------------------------------------------------------------------------------------------------- end
 
     def publish(self, row: int, hashes: Sequence[bytes], first: int, end: int) -> None:
         """Name a row's blocks `first` to `end`, those that it still holds."""
-        for table, suffix in zip(self._tables[row], self._suffixes, strict=True):
-            for index in range(first, end):
-                if table[index] != NULL_BLOCK:
-                    self.pool.publish(table[index], hashes[index] + suffix)
+        for group, table in enumerate(self._tables[row]):
+            for block, name in zip(table[first:end], self._names(hashes[first:end], group), strict=True):
+                if block != NULL_BLOCK:
+                    self.pool.publish(block, name)
 
     def release(self, row: int) -> None:
         """Take all blocks from a row."""

@@ -5,7 +5,7 @@ may be planned ahead of their results: the table of rows says what is confirmed 
 otherwise are other methods, bound when the scheduler is made (see `engine.core.policy`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ class Scheduler:
         self.kv = KVTables(config, self.rows, self._changes.append_block)
         self.pool = self.kv.pool
         self._select = self._prefill_first if policy.prefill_first else self._mixed
+        # Only windows are followed.
+        self._slide: Callable[[], bool] = self._follow_windows if self.kv.windowed else lambda: False
+        self._shed: Callable[[Iterable[int]], None] = self._give_back if self.kv.windowed else lambda _: None
         self._victim: Callable[[], int] = self._least_urgent if policy.priority else self._newest
 
     # ------------------------------------------------------------------------------------------------------- requests
@@ -180,7 +183,8 @@ class Scheduler:
         need = -(-(rows.computed[decoding] + steps - 1) // size) - rows.num_blocks[decoding]
         if steps < 2 or need.sum() * self.kv.groups > self.pool.free_count:
             return 1
-        self._append_blocks(np.repeat(decoding, need).tolist())
+        self.kv.append(np.repeat(decoding, need).tolist())
+        rows.num_blocks[decoding] += need
         rows.computed[decoding] += steps - 1
         return steps
 
@@ -193,31 +197,32 @@ class Scheduler:
     def _grow(self) -> bool:
         """Give each decoding row a block for its next token, preempting the newest rows where none is free."""
         rows, size = self.rows, self.config.block_size
-        need = np.flatnonzero(self._decoding() & (rows.computed == rows.num_blocks * size)).tolist()
-        for row in need:
-            self.kv.shed(row, self._position(row))
+        need = np.flatnonzero(self._decoding() & (rows.computed == rows.num_blocks * size))
+        self._shed(need)
         if len(need) * self.kv.groups <= self.pool.free_count:
-            self._append_blocks(need)
+            self.kv.append(need.tolist())
+            rows.num_blocks[need] += 1
             return False
-        wanting = set(need)
+        wanting = set(need.tolist())
         for row in list(rows.order):
             if row not in wanting or not rows.live[row]:
                 continue
             if self._make_room(row, self.kv.groups):
-                self._append_blocks([row])
+                self.kv.append([row])
+                rows.num_blocks[row] += 1
         return True
 
-    def _slide(self) -> bool:
+    def _follow_windows(self) -> bool:
         """Have windows follow the rows whose prefill goes on, preempting the newest rows if they don't find room.
 
         They give back at least what they take, unless others share it. Returns whether anything was preempted.
         """
         before = self.preemptions
+        self._shed(self._prefilling)
         for row in list(self._prefilling):
             if not self.rows.live[row]:
                 continue
             total = int(self.rows.num_blocks[row])
-            self.kv.shed(row, self._position(row))
             if self._make_room(row, self.kv.lacks(row, total)):
                 self.kv.follow(row, total)
         return self.preemptions > before
@@ -228,9 +233,10 @@ class Scheduler:
             self._preempt(self._victim())
         return bool(self.rows.live[row])
 
-    def _position(self, row: int) -> int:
-        """The first position that steps to come may compute, whatever becomes of guesses."""
-        return min(int(self.rows.computed[row]), int(self.rows.known[row]) - 1)
+    def _give_back(self, rows: Iterable[int]) -> None:
+        """Give back blocks that no step to come sees, whatever becomes of guesses."""
+        for row in rows:
+            self.kv.shed(row, min(int(self.rows.computed[row]), int(self.rows.known[row]) - 1))
 
     def _newest(self) -> int:
         return next(reversed(self.rows.order))
@@ -238,12 +244,6 @@ class Scheduler:
     def _least_urgent(self) -> int:
         owner = self.rows.owner
         return max(self.rows.order, key=lambda row: urgency(owner[row]))  # type: ignore[arg-type]
-
-    def _append_blocks(self, rows: list[int]) -> None:
-        """One more for each; a row named twice gets two."""
-        self.kv.append(rows)
-        for row in rows:
-            self.rows.num_blocks[row] += 1
 
     def _chunk(self, row: int, budget: int, chunks: list[tuple[int, int]]) -> int:
         """Schedule as much of a row's prefill as the budget allows, and name the prompt blocks it fills."""

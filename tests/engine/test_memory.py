@@ -75,6 +75,21 @@ def test_given_bytes_are_taken_as_given(free) -> None:
     assert "--kv-cache-memory-bytes" in resolve(config, make_facts()).warnings[0]
 
 
+def test_a_window_bounds_what_a_request_needs(free) -> None:
+    """Half of the layers see 512 tokens: they keep those and what a step computes."""
+    free(1000 * GIB)
+    facts = make_facts(windows=(512, 0, 512, 0), kv_bytes_per_token=2 * 2 * 2 * 64 * 4)
+    found = resolve(EngineConfig(model="m", max_num_seqs=3), facts)
+    needed = 2048 // 32 + (512 + 128 - 2) // 32 + 2
+    assert found.config.kv_windows == (0, 512)
+    assert found.config.num_blocks == 3 * needed + 1
+    assert found.sequences == 3
+    enough = (needed + 1) * 32 * facts.kv_bytes_per_token
+    resolve(EngineConfig(model="m", max_num_seqs=3, kv_cache_memory_bytes=enough), facts)
+    with pytest.raises(OutOfMemoryError, match=f"--kv-cache-memory-bytes {enough} or --max-model-len 2016$"):
+        resolve(EngineConfig(model="m", max_num_seqs=3, kv_cache_memory_bytes=enough - 1), facts)
+
+
 @given(st.one_of(st.none(), st.integers(1, 4000)), st.one_of(st.none(), st.integers(1, 4000)))
 def test_every_row_has_a_token_of_the_budget(rows: int | None, budget: int | None) -> None:
     if rows is not None and budget is not None and budget < rows:

@@ -10,6 +10,7 @@ from engine.kernels.cpu import build
 from engine.kernels.cpu.build import BuildError
 from engine.messages import Sampling
 from tests.engine.worker.driver import Driver, Request, build_model
+from tests.engine.worker.parity import Reference, compare, serve
 
 LEVEL = next(iter(build.levels()), None)
 
@@ -22,6 +23,19 @@ def test_a_llama_gets_the_fused_stack(tmp_path: Path, make_driver: Callable[...,
     executor = make_driver(tmp_path, block_size=16).executor
     assert executor.kernels == f"{LEVEL}, fused stack"
     assert executor.warnings == ()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "groups"), [("mistral", 1), ("qwen2", 3)])
+def test_the_fused_stack_has_a_table_for_each_kv_group(
+    kind: str, groups: int, tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    reference = Reference(build_model(kind, tmp_path, head_dim=16, hidden_size=64))
+    driver = make_driver(tmp_path, block_size=16)
+    assert "fused" in driver.executor.kernels
+    assert len(driver.windows) == groups
+    found = compare(kind, "chunked", serve(driver, "chunked"), reference)
+    assert found.passed, found.note
 
 
 @needs_kernels
