@@ -1,19 +1,22 @@
 """`make parity`: every family, served in several ways, against plain transformers.
 
 Tiny random weights in float32 (tests/engine/worker/driver.py has the shapes); greedy tokens must be the same and
-log-probabilities of the whole vocabulary within the tolerance. FAMILIES=llama,qwen3 takes some. Prints a table and
+log-probabilities of the whole vocabulary within the tolerance. Then checkpoints in few bits (llama/awq, …), against the
+model of the weights that they stand for. FAMILIES=llama,qwen3 takes some. Prints a table and
 writes results/parity.json; the exit code is 1 if any row failed.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -24,12 +27,18 @@ from engine.memory import resolve
 from engine.model.facts import read_facts
 from engine.worker.executor import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
+from tests.engine.model.few_bits import FORMATS, quantise
 from tests.engine.worker.driver import MODELS, Driver, build_model
 from tests.engine.worker.parity import CASES, TOLERANCE, Reference, Row, compare, serve
 
 RESULTS = Path("results") / "parity.json"
 ROWS, BLOCK, BLOCKS = 6, 4, 2000
 RANKS = "tp 2"
+# Each writes a checkpoint and returns the model that transformers makes of it, or of the weights that it stands for.
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    **{kind: functools.partial(build_model, kind) for kind in sorted(MODELS)},
+    **{f"llama/{form}": functools.partial(quantise, form=form) for form in FORMATS},
+}
 
 
 def start(folder: Path, ranks: int) -> Driver:
@@ -50,7 +59,7 @@ def start(folder: Path, ranks: int) -> Driver:
 def rows_of(kind: str, folder: Path) -> Iterator[Row]:
     """A family's rows; a case that breaks is a row too."""
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bars
-        reference = Reference(build_model(kind, folder))
+        reference = Reference(SOURCES[kind](folder))
     for ranks, cases in ((1, CASES), (2, (RANKS,))):
         driver = start(folder, ranks)
         try:
@@ -83,10 +92,10 @@ def show(rows: list[Row]) -> None:
 
 def main() -> int:
     wanted = os.environ.get("FAMILIES", "")
-    kinds = wanted.split(",") if wanted else sorted(MODELS)
-    unknown = sorted(set(kinds) - set(MODELS))
+    kinds = wanted.split(",") if wanted else list(SOURCES)
+    unknown = sorted(set(kinds) - set(SOURCES))
     if unknown:
-        raise SystemExit(f"make parity: FAMILIES must be of {', '.join(sorted(MODELS))}, not {', '.join(unknown)}")
+        raise SystemExit(f"make parity: FAMILIES must be of {', '.join(SOURCES)}, not {', '.join(unknown)}")
     rows: list[Row] = []
     for kind in track(kinds, "parity", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         with tempfile.TemporaryDirectory() as folder:
