@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ModelError
-from engine.model.checkpoint import Stored
-from engine.model.quantised import Rounded
+from engine.model.native import Readable
 from engine.model.reader import Reader
 from engine.model.recipe import Piece, Recipe, Shape
 from engine.model.vocabulary import Slice
@@ -166,9 +165,7 @@ def _join(path: str, name: str) -> str:
 class StoredSource:
     """A checkpoint's files; `progress` hears the bytes of each piece that was read."""
 
-    def __init__(
-        self, stored: dict[str, Stored | Rounded], recipe: Recipe, progress: Callable[[int], None] | None = None
-    ):
+    def __init__(self, stored: dict[str, Readable], recipe: Recipe, progress: Callable[[int], None] | None = None):
         self._stored = stored
         self._recipe = recipe
         self._reader = Reader()
