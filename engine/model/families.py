@@ -93,6 +93,16 @@ PHI3 = Family(
     heads_in_config=True,
 )
 
+# Queries and keys are normalised over all heads: each rank has its heads' part of the norm, the mean is over all ranks.
+OLMO = Family(
+    ranks={
+        **_ATTENTION,
+        "layers.*.self_attn.q_norm": "norm",
+        "layers.*.self_attn.k_norm": "norm",
+        **_MLP,
+    }
+)
+
 # Kinds of model that the parity suite holds against transformers' generate().
 FAMILIES: dict[str, Family] = {
     "cohere2": Family(),
@@ -110,8 +120,8 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(),
     "mistral": Family(fused=True),
     "mixtral": Family(),
-    "olmo2": Family(),
-    "olmo3": Family(),
+    "olmo2": OLMO,
+    "olmo3": OLMO,
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": Family(fused=True),
