@@ -1,8 +1,8 @@
 """What safetensors files hold, by their headers."""
 
+import functools
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,8 @@ def headers(path: Path, name: str, *, native: bool = False) -> dict[str, Stored]
     found: dict[str, Stored] = {}
     for file in files:
         try:
-            found.update(_header(file))
+            stat = file.stat()
+            found.update(_header(file, stat.st_size, stat.st_mtime_ns))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{name}: {file.name} is missing or isn't a safetensors file: {error}") from error
     return found
@@ -86,10 +87,11 @@ def _without_weights(path: Path, native: bool) -> str:
     return f"has a {config} but no weights ({weights}): {other}--load-format dummy runs it with random ones"
 
 
-def _header(file: Path) -> dict[str, Stored]:
+@functools.lru_cache(maxsize=1024)
+def _header(file: Path, size: int, _changed_ns: int) -> dict[str, Stored]:
+    """A file's tensors; read once as long as the file stays the same, since each part of a start asks for them."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        size = os.fstat(stream.fileno()).st_size
         if length > size:
             raise ValueError("it ends within its header")
         entries = json.loads(stream.read(length))

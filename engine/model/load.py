@@ -17,7 +17,7 @@ from engine.kernels import attention
 from engine.kernels.attention import Layout, Ragged, Workspace
 from engine.model import adapt
 from engine.model.adapt import Forward, KVCache
-from engine.model.blank import Blank, RandomSource, StoredSource, parameters_on_meta
+from engine.model.blank import Blank, RandomSource, StoredSource, first_paths, parameters_on_meta
 from engine.model.facts import ModelFacts, original_length, read_config, stored_tensors
 from engine.model.recipe import make_recipe
 
@@ -86,8 +86,7 @@ def _stored(model: Any, config: EngineConfig, facts: ModelFacts, progress: Progr
         recipe = make_recipe(model, {name: tensor.shape for name, tensor in stored.items()}, shapes)
     except ModelError as error:
         raise ModelError(f"{config.model}: the weights can't be loaded: {error}") from error
-    first: dict[int, str] = {}
-    same = {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+    same = first_paths(model.state_dict(keep_vars=True))
     known = {same[name] for name in recipe.pieces}
     for name in list(recipe.pieces):  # of parameters that are the same, the checkpoint may name any
         recipe.pieces.setdefault(same[name], recipe.pieces[name])
