@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(folder: Path) -> Any:
     write_tekken(folder)
     windows = {"sliding_window": [9, None, 9]}
-    return build_native("ministral", folder, windows, vocab_size=TEKKEN_SIZE, head_dim=16)
+    return build_native("ministral", folder, windows, vocab_size=TEKKEN_SIZE, head_dim=16, max_position_embeddings=4096)
 
 
 def expected(model: Any, prompt: list[int]) -> list[int]:
@@ -57,6 +57,9 @@ def test_chats_and_completions_over_http(flags: tuple[str, ...], folder: Path, m
         assert tokens == expected(model, prompt)
         assert chat["choices"][0]["message"]["content"] == tokenizer.decode(tokens)
         assert chat["usage"]["prompt_tokens"] == len(prompt)
+        long = [{"role": "user", "content": "the lazy fox " * 400}]
+        answer = ask(server, "/v1/chat/completions", messages=long)
+        assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(long))
         assert server.post("/tokenize", messages=MESSAGES)["tokens"] == prompt
         assert server.post("/detokenize", tokens=prompt)["prompt"].startswith("<s>[SYSTEM_PROMPT]quick")
         wrong = {"messages": [{"role": "narrator", "content": "x"}]}
