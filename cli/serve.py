@@ -25,6 +25,7 @@ from engine.config import (
     SCHEDULING_POLICIES,
     SPECULATORS,
     STEP_TIMEOUT_S,
+    TOKENIZER_MODES,
     EngineConfig,
     watermark_blocks,
 )
@@ -195,8 +196,9 @@ def option(group: str, *names: str, **settings: Any) -> Any:
     ARTICLES,
     "--tokenizer-mode",
     default="auto",
-    type=click.Choice(["auto", "slow", "mistral"]),
-    help="Accepted; the folder's own tokenizer is used.",
+    show_default=True,
+    type=click.Choice(TOKENIZER_MODES),
+    help="mistral: a folder's params.json, consolidated.safetensors, tekken.json. auto: where nothing else is there.",
 )
 @option(ARTICLES, "--limit-mm-per-prompt", metavar="KIND=N", help="Accepted; no model with images is served yet.")
 def command(
@@ -209,7 +211,6 @@ def command(
     disable_log_stats: bool,
     log_requests: bool,
     step_timeout: float,
-    tokenizer_mode: str,
     limit_mm_per_prompt: str | None,
     lora: tuple[str, ...],
     **settings: Any,
@@ -219,8 +220,8 @@ def command(
         raise click.UsageError("give one model: its short name, its folder or its hub id")
     config = EngineConfig(model=model or model_option or "", adapters=split_adapters(lora), **settings)
     notes = []
-    if tokenizer_mode != "auto":
-        notes.append(f"--tokenizer-mode {tokenizer_mode} changes nothing: the model folder's own tokenizer is used")
+    if config.tokenizer_mode == "slow":
+        notes.append("--tokenizer-mode slow changes nothing: the model folder's own tokenizer is used")
     if limit_mm_per_prompt is not None:
         notes.append("--limit-mm-per-prompt changes nothing: no model with images is served yet")
     return serve(

@@ -15,6 +15,7 @@ LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
 DEVICES: tuple[str, ...] = ("auto", "cpu")
 KV_CACHE_DTYPES: tuple[str, ...] = ("int8",)
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
+TOKENIZER_MODES: tuple[str, ...] = ("auto", "slow", "mistral")
 KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
@@ -55,6 +56,7 @@ class EngineConfig:
 
     model: str  # as given: a short name, a folder, or a hub id
     tokenizer: str | None = None  # a folder; None: the model's own
+    tokenizer_mode: str = "auto"  # of TOKENIZER_MODES; mistral: a folder's files in Mistral's own form, weights too
     served_model_name: str | None = None
     tensor_parallel_size: int = 1
     dtype: Dtype = "auto"
@@ -161,6 +163,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "device": DEVICES,
     "kernels": KERNELS,
     "quantization": (None, *QUANTIZATIONS),
+    "tokenizer_mode": TOKENIZER_MODES,
     "kv_cache_dtype": (None, *KV_CACHE_DTYPES),
     "engine": ENGINES,
     "scheduling_policy": SCHEDULING_POLICIES,

@@ -256,7 +256,7 @@ def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int
     from engine.frontend.inline import InlineTexts
     from engine.frontend.tokenizer import load_tokenizer
 
-    tokenizer, _ = load_tokenizer(Path(config.tokenizer or config.model), vocab_size)
+    tokenizer, _ = load_tokenizer(Path(config.tokenizer or config.model), vocab_size, config.tokenizer_mode)
     return InlineTexts(tokenizer, resolved.max_model_len, vocab_size)
 
 

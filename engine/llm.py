@@ -112,8 +112,9 @@ class LLM:
         first = messages[0] if messages else None
         several: list[Any] = list(messages) if isinstance(first, list) else [messages]
         template = self.tokenizer.render_chat
-        texts = [template(conversation, add_generation_prompt=add_generation_prompt) for conversation in several]
-        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        written = [template(conversation, add_generation_prompt=add_generation_prompt) for conversation in several]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in written]
+        ids = [self.tokenizer.encode(prompt, False) if isinstance(prompt, str) else prompt for prompt in written]
         params = self._params_for(len(texts), sampling_params)
         return self._run(self._generate(texts, ids, params, adapter, progress))
 

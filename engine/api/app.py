@@ -142,8 +142,8 @@ async def tokenize(state: ApiState, request: Request) -> Response:
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
         conversation = ChatRequest(messages=body.messages).conversation()
-        text = state.tokenizer.render_chat(conversation, add_generation_prompt=body.add_generation_prompt)
-        ids = await state.encode(text, False)
+        written = state.tokenizer.render_chat(conversation, add_generation_prompt=body.add_generation_prompt)
+        ids = await state.encode(written, False) if isinstance(written, str) else written
     else:
         ids = await state.encode(body.prompt or "", body.add_special_tokens)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}

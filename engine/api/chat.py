@@ -18,13 +18,11 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     # A chat without a limit goes on as long as it fits.
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
-    text = state.tokenizer.render_chat(
+    prompt = await state.chat_prompt(
         body.conversation(),
         add_generation_prompt=body.add_generation_prompt is not False,
         **(body.chat_template_kwargs or {}),
     )
-    # The template has written all special tokens already.
-    prompt = await state.prompt(text, False)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)
     stream = state.client.add(

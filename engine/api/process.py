@@ -33,6 +33,7 @@ class Orders(msgspec.Struct):
     front_ends: int
     name: str  # of the model
     tokenizer: str  # its folder
+    tokenizer_mode: str
     seed: int
     ready: Ready
     to_core: str
@@ -165,7 +166,7 @@ def connect(orders: Orders) -> "CoreClient":
     from engine.frontend.tokenizer import load_tokenizer
     from engine.frontend.transport import ZmqTransport
 
-    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), orders.ready.vocab_size)
+    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), orders.ready.vocab_size, orders.tokenizer_mode)
     return CoreClient(
         orders.ready,
         tokenizer,

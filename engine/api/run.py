@@ -82,6 +82,7 @@ class ServerRun:
                 front_ends=1 + len(self._others),
                 name=engine.config.name,
                 tokenizer=engine.config.tokenizer or engine.config.model,
+                tokenizer_mode=engine.config.tokenizer_mode,
                 seed=engine.config.seed,
                 ready=engine.ready,
                 to_core=engine.core.endpoints.to_core,

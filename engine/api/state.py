@@ -62,6 +62,15 @@ class ApiState:
             return Text(text, add_special_tokens)
         return await self.encode(text, add_special_tokens)
 
+    async def chat_prompt(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
+        """A conversation as the core wants it (see `Tokenizer.render_chat`)."""
+        tokenizer = self.tokenizer
+        if tokenizer.template is None and sum(len(message["content"]) for message in messages) >= LONG_TEXT:
+            return await asyncio.to_thread(tokenizer.encode_chat, messages, **options)
+        written = tokenizer.render_chat(messages, **options)
+        # A template has written all special tokens already.
+        return await self.prompt(written, False) if isinstance(written, str) else written
+
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens)

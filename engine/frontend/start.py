@@ -12,6 +12,7 @@ from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.frontend.transport import ZmqTransport
 from engine.launch import CoreProcess
 from engine.messages import Ready
+from engine.model.names import CONFIG, PARAMS
 from engine.model.resolve import resolve_model
 
 
@@ -51,7 +52,7 @@ def start_engine(
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.name)
     core = CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
-        tokenizer, warnings = load_tokenizer(tokenizer_path, declared_vocab_size(path))
+        tokenizer, warnings = load_tokenizer(tokenizer_path, declared_vocab_size(path), config.tokenizer_mode)
         ready = core.wait_ready(on_wait, loading)
     except BaseException:
         core.stop()
@@ -64,7 +65,7 @@ def start_engine(
 
 
 def declared_vocab_size(path: Path) -> int | None:
-    """The vocabulary's size as config.json says, if it does."""
-    config = read_json(path / "config.json" if path.is_dir() else path)
+    """The vocabulary's size as config.json or params.json says, if one does."""
+    config = (read_json(path / CONFIG) or read_json(path / PARAMS)) if path.is_dir() else read_json(path)
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return int(size) if size is not None else None

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from engine.errors import ModelError, RequestError
 from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.frontend.chat_template import ChatTemplate, read_template
+from engine.frontend.mistral import PLAIN, MistralBackend, find_file
+from engine.model.names import CONFIG, PARAMS
 
 # Files of which one suffices for transformers to build a tokenizer where no tokenizer.json lies.
 OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "spm.model")
@@ -52,25 +54,37 @@ class Tokenizer:
         """One token as text, for logprobs; bytes that are no character alone read as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
-    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Write a conversation as a prompt; RequestError if the model has no template or it refuses."""
+    def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
+        """Write a conversation as a prompt: a text with its special tokens, or token ids where there is no template.
+
+        Options: add_generation_prompt, and what else the template takes. RequestError if the model has no chats or it
+        refuses.
+        """
+        if isinstance(self.backend, MistralBackend):
+            return self.backend.encode_chat(messages, **options)
         if self.template is None:
             raise RequestError("the model has no chat template: use /v1/completions", "messages")
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+        return self.template.render(messages, **options)
 
     def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         """As `render_chat`, in token ids."""
+        prompt = self.render_chat(messages, **options)
         # The template writes the begin-of-sequence token itself where the model wants one.
-        return self.encode(self.render_chat(messages, **options), False)
+        return self.encode(prompt, False) if isinstance(prompt, str) else prompt
 
 
-def load_tokenizer(path: Path, vocab_size: int | None = None) -> tuple[Tokenizer, list[str]]:
+def load_tokenizer(path: Path, vocab_size: int | None = None, mode: str = "auto") -> tuple[Tokenizer, list[str]]:
     """Load the tokenizer of a model folder, or the one beside a config.json.
 
-    `vocab_size` is the model's: with it, a folder without any tokenizer file gets a stand-in. Returns the tokenizer and
-    warnings for the user. ModelError if there is none or it can't be read.
+    `vocab_size` is the model's: with it, a folder without any tokenizer file gets a stand-in. `mode`: mistral takes
+    Mistral's own files, auto does where there is no tokenizer.json. Returns the tokenizer and warnings for the user.
+    ModelError if there is none or it can't be read.
     """
     folder = path if path.is_dir() else path.parent
+    own = mistral_file(folder, mode)
+    if own is not None:
+        mistral = MistralBackend(own)
+        return Tokenizer(mistral, eos_ids=known_ids([mistral.eos_id, *declared_eos_ids(folder)], vocab_size)), []
     settings = read_json(folder / "tokenizer_config.json")
     warnings: list[str] = []
     backend: Backend
@@ -87,14 +101,33 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> tuple[Tokenizer
     named = special_tokens(settings)
     own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
-    known = [token for token in eos if vocab_size is None or token < vocab_size]
     source = read_template(folder, settings)
     template = None
     try:
         template = ChatTemplate(source, named) if source is not None else None
     except TemplateError as error:
         warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are refused")
-    return Tokenizer(backend, eos_ids=known, template=template), warnings
+    return Tokenizer(backend, eos_ids=known_ids(eos, vocab_size), template=template), warnings
+
+
+def mistral_file(folder: Path, mode: str) -> Path | None:
+    """The tokenizer of a folder that mistral-common reads, None if another is to be taken; ModelError if it lacks."""
+    native = (folder / PARAMS).is_file() and not (folder / CONFIG).is_file()
+    if mode != "mistral" and (folder / "tokenizer.json").is_file():
+        return None
+    found = find_file(folder)
+    if found is None and (native or mode == "mistral") and (folder / PLAIN).is_file():
+        found = folder / PLAIN
+    if found is None and mode == "mistral":
+        raise ModelError(
+            f"{folder} has no tekken.json or tokenizer.model.v3, which --tokenizer-mode mistral reads; "
+            "--tokenizer names another folder"
+        )
+    return found
+
+
+def known_ids(ids: Iterable[int], vocab_size: int | None) -> list[int]:
+    return [token for token in ids if vocab_size is None or token < vocab_size]
 
 
 def load_fast(file: Path, settings: dict[str, Any]) -> FastBackend:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ModelError
-from engine.model.checkpoint import Stored
-from engine.model.quantised import Rounded
+from engine.model.native import Readable
 from engine.model.reader import Reader
 from engine.model.recipe import Piece, Recipe, Shape
 from engine.model.vocabulary import Slice
@@ -93,12 +92,9 @@ class Blank:
         self._source = source
         self._exact = re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in kept_exact) or r"(?!)")
         self._paths = {module: path for path, module in model.named_modules(remove_duplicate=False)}
-        self._shapes: dict[str, Shape] = {}
-        self._first: dict[str, str] = {}  # of the paths that share a parameter
-        seen: dict[int, str] = {}
-        for path, parameter in model.named_parameters(remove_duplicate=False):
-            self._shapes[path] = tuple(parameter.shape)
-            self._first[path] = seen.setdefault(id(parameter), path)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._shapes: dict[str, Shape] = {path: tuple(parameter.shape) for path, parameter in parameters.items()}
+        self._first = first_paths(parameters)
         self._cuts: dict[str, Cut] = {}
         self._filled: dict[str, nn.Parameter] = {}
 
@@ -159,6 +155,12 @@ class Blank:
                 self._source.buffer(full, buffer)
 
 
+def first_paths(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each path the first that has the same tensor: its own, or that of what it is tied to."""
+    seen: dict[int, str] = {}
+    return {path: seen.setdefault(id(tensor), path) for path, tensor in named.items()}
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -166,9 +168,7 @@ def _join(path: str, name: str) -> str:
 class StoredSource:
     """A checkpoint's files; `progress` hears the bytes of each piece that was read."""
 
-    def __init__(
-        self, stored: dict[str, Stored | Rounded], recipe: Recipe, progress: Callable[[int], None] | None = None
-    ):
+    def __init__(self, stored: dict[str, Readable], recipe: Recipe, progress: Callable[[int], None] | None = None):
         self._stored = stored
         self._recipe = recipe
         self._reader = Reader()

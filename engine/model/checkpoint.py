@@ -1,14 +1,15 @@
 """What safetensors files hold, by their headers."""
 
+import functools
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
+NATIVE_INDEX = "consolidated.safetensors.index.json"
 
 # Of the format: names as torch has them, and bytes of a number.
 DTYPES = {
@@ -50,37 +51,47 @@ class Stored:
         return self.numbers * DTYPES[self.dtype][1]
 
 
-def headers(path: Path, name: str) -> dict[str, Stored]:
-    """All tensors of the model's files, by name; `name` is the model's, for errors.
+def headers(path: Path, name: str, *, native: bool = False) -> dict[str, Stored]:
+    """All tensors of the model's files, by name; `name` is the model's, for errors; native: in Mistral's own files.
 
     Raises ModelError if there are none, or a file is missing, cut off or of another kind.
     """
     if not path.is_dir():
         raise ModelError(f"{name} is a config without weights: --load-format dummy runs it with random ones")
-    index = path / INDEX
+    index = path / (NATIVE_INDEX if native else INDEX)
     if index.exists():
         files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
     else:
-        files = sorted(path.glob("model*.safetensors"))
-    if not files and any(path.glob("pytorch_model*.bin")):
-        raise ModelError(f"{name} has its weights as pytorch_model.bin, which isn't read: save it as safetensors")
+        files = sorted(path.glob("consolidated*.safetensors" if native else "model*.safetensors"))
     if not files:
-        raise ModelError(
-            f"{name} has a config.json but no weights (model.safetensors): --load-format dummy runs it with random ones"
-        )
+        raise ModelError(f"{name} {_without_weights(path, native)}")
     found: dict[str, Stored] = {}
     for file in files:
         try:
-            found.update(_header(file))
+            stat = file.stat()
+            found.update(_header(file, stat.st_size, stat.st_mtime_ns))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{name}: {file.name} is missing or isn't a safetensors file: {error}") from error
     return found
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _without_weights(path: Path, native: bool) -> str:
+    """What a folder has in place of safetensors, and what can be done."""
+    pickled = "consolidated*.pth" if native else "pytorch_model*.bin"
+    if any(path.glob(pickled)):
+        return f"has its weights as {pickled.replace('*', '')}, which isn't read: save it as safetensors"
+    config, weights = ("params.json", "consolidated.safetensors") if native else ("config.json", "model.safetensors")
+    other = ""
+    if native and any(path.glob("model*.safetensors")):
+        other = "--tokenizer-mode auto reads its model.safetensors, "
+    return f"has a {config} but no weights ({weights}): {other}--load-format dummy runs it with random ones"
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(file: Path, size: int, _changed_ns: int) -> dict[str, Stored]:
+    """A file's tensors; read once as long as the file stays the same, since each part of a start asks for them."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        size = os.fstat(stream.fileno()).st_size
         if length > size:
             raise ValueError("it ends within its header")
         entries = json.loads(stream.read(length))

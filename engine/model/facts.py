@@ -11,7 +11,8 @@ from engine.model import gate
 from engine.model.checkpoint import Stored, headers
 from engine.model.families import FAMILIES, Family
 from engine.model.kvgroups import KVGroups, group_layers, layer_windows
-from engine.model.quantised import Rounded, as_weights, settings_of
+from engine.model.native import Readable, as_transformers, is_native, read_params
+from engine.model.quantised import as_weights, settings_of
 from engine.model.resolve import resolve_model
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,7 +54,7 @@ def read_facts(config: EngineConfig) -> ModelFacts:
     reason = gate.refusal(model)
     if reason is not None:
         raise ModelError(f"{config.model} can't be run: {reason}")
-    stored = _stored(config, path, model)
+    stored = stored_tensors(config, path, model)
     parameters = sum(one.numbers for one in stored.values())
     dtype = _dtype(config, model, stored)
     heads = model.num_attention_heads
@@ -95,9 +96,13 @@ def read_facts(config: EngineConfig) -> ModelFacts:
     )
 
 
-def _stored(config: EngineConfig, path: Path, model: Any) -> dict[str, Stored | Rounded]:
-    """The checkpoint's tensors; none for dummy weights."""
-    return {} if config.load_format == "dummy" else as_weights(headers(path, config.model), settings_of(model))
+def stored_tensors(config: EngineConfig, path: Path, model: Any) -> dict[str, Readable]:
+    """The checkpoint's tensors under transformers' names; none for dummy weights."""
+    if config.load_format == "dummy":
+        return {}
+    if is_native(path, config.tokenizer_mode):
+        return as_transformers(headers(path, config.model, native=True), model)
+    return dict(as_weights(headers(path, config.model), settings_of(model)))
 
 
 def _cached_heads(model: Any) -> tuple[int, int]:
@@ -133,11 +138,14 @@ def read_config(path: Path, config: EngineConfig) -> Any:
     """The model's transformers config, with --num-layers applied; raises ModelError if it can't be read."""
     from transformers import AutoConfig
 
-    try:
-        model = AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        cause = str(error).strip().split("\n")[0]
-        raise ModelError(f"{config.model}: config.json can't be read: {cause}") from error
+    if is_native(path, config.tokenizer_mode):
+        model = read_params(path, config.model)
+    else:
+        try:
+            model = AutoConfig.from_pretrained(str(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            cause = str(error).strip().split("\n")[0]
+            raise ModelError(f"{config.model}: config.json can't be read: {cause}") from error
     if config.num_layers is not None:
         if config.load_format != "dummy":
             raise ConfigError("--num-layers needs --load-format dummy")
@@ -179,14 +187,14 @@ def _intermediate_size(model: Any) -> int:
     return 4 * model.hidden_size
 
 
-def _dtype(config: EngineConfig, model: Any, stored: dict[str, Stored | Rounded]) -> str:
+def _dtype(config: EngineConfig, model: Any, stored: dict[str, Readable]) -> str:
     if config.dtype != "auto":
         return config.dtype
     named = getattr(model, "dtype", None)
     if named is not None:
         name = str(named).removeprefix("torch.")
     else:
-        kinds = [one.kind for one in stored.values() if one.kind in ITEMSIZE]
+        kinds = [one.kind for one in stored.values() if isinstance(one, Stored) and one.kind in ITEMSIZE]
         name = max(set(kinds), key=kinds.count) if kinds else "float32"
     if name not in ITEMSIZE:
         raise ModelError(f"{config.model} has weights of type {name}: give --dtype bfloat16 or float32")
@@ -196,7 +204,7 @@ def _dtype(config: EngineConfig, model: Any, stored: dict[str, Stored | Rounded]
 def parameter_shapes(config: EngineConfig, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights, under the names that the checkpoint has for them, or else the class."""
     model = read_config(facts.path, config)
-    return {name: one.shape for name, one in _stored(config, facts.path, model).items()} or _shapes(model)
+    return {name: one.shape for name, one in stored_tensors(config, facts.path, model).items()} or _shapes(model)
 
 
 def _parameters(model: Any) -> int:

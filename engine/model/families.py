@@ -96,6 +96,16 @@ PHI3 = Family(
     slides=True,
 )
 
+# Queries and keys are normalised over all heads: each rank has its heads' part of the norm, the mean is over all ranks.
+OLMO = Family(
+    ranks={
+        **_ATTENTION,
+        "layers.*.self_attn.q_norm": "norm",
+        "layers.*.self_attn.k_norm": "norm",
+        **_MLP,
+    }
+)
+
 # Kinds of model that the parity suite holds against transformers' generate().
 FAMILIES: dict[str, Family] = {
     "cohere2": Family(),
@@ -113,8 +123,8 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(slides=True),
     "mistral": Family(fused=True, slides=True),
     "mixtral": Family(slides=True),
-    "olmo2": Family(),
-    "olmo3": Family(),
+    "olmo2": OLMO,
+    "olmo3": OLMO,
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": Family(fused=True),

@@ -16,10 +16,8 @@ from engine.errors import ModelError
 from engine.kernels.attention import Layout, Ragged, Workspace
 from engine.model import adapt
 from engine.model.adapt import Forward, KVCache
-from engine.model.blank import Blank, RandomSource, StoredSource, parameters_on_meta
-from engine.model.checkpoint import headers
-from engine.model.facts import ModelFacts, original_length, read_config
-from engine.model.quantised import as_weights, settings_of
+from engine.model.blank import Blank, RandomSource, StoredSource, first_paths, parameters_on_meta
+from engine.model.facts import ModelFacts, original_length, read_config, stored_tensors
 from engine.model.recipe import make_recipe
 
 Progress = Callable[[int, int], None]  # bytes that were read, and all
@@ -81,14 +79,13 @@ def _pin_rope(model: Any, max_model_len: int) -> None:
 
 
 def _stored(model: Any, config: EngineConfig, facts: ModelFacts, progress: Progress | None) -> StoredSource:
-    stored = as_weights(headers(facts.path, config.model), settings_of(model.config))
+    stored = stored_tensors(config, facts.path, model.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         recipe = make_recipe(model, {name: tensor.shape for name, tensor in stored.items()}, shapes)
     except ModelError as error:
         raise ModelError(f"{config.model}: the weights can't be loaded: {error}") from error
-    first: dict[int, str] = {}
-    same = {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+    same = first_paths(model.state_dict(keep_vars=True))
     known = {same[name] for name in recipe.pieces}
     for name in list(recipe.pieces):  # of parameters that are the same, the checkpoint may name any
         recipe.pieces.setdefault(same[name], recipe.pieces[name])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.model.checkpoint import Stored
 from engine.model.dequantise import weight_of
+from engine.model.native import Paired, Readable
 from engine.model.quantised import Rounded
 
 BAND = 16 << 20  # bytes read at a time
@@ -32,12 +33,15 @@ class Reader:
         self._files.clear()
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, stored: Stored | Rounded, begin: tuple[int, ...], to: Tensor) -> None:
+    def copy(self, stored: Readable, begin: tuple[int, ...], to: Tensor) -> None:
         """Fill `to` with the part of the tensor that begins at an index and has the shape of `to`.
 
         Whole rows of the first dimension are read, BAND bytes at a time, and converted to the dtype of `to`. A weight
         in few bits is computed whole.
         """
+        if isinstance(stored, Paired):
+            self._copy_paired(stored, begin, to)
+            return
         if isinstance(stored, Rounded):
             box = tuple(slice(b, b + n) for b, n in zip(begin, to.shape, strict=True))
             to.copy_(self._weight(stored)[box])
@@ -56,13 +60,32 @@ class Reader:
             self.copy(stored, (0,) * len(stored.shape), parts[end])
         return weight_of(parts, rounded.scheme, rounded.shape)
 
-    def _bands(self, stored: Stored, begin: int, count: int) -> Iterator[tuple[int, Tensor]]:
-        """Rows begin..begin + count in bands, each with the number of rows before it; valid until the next one."""
+    def _copy_paired(self, paired: Paired, begin: tuple[int, ...], to: Tensor) -> None:
+        """Heads are read whole, and of each the rows that are wanted are taken."""
+        size, end = paired.head_dim, begin[0] + to.shape[0]
+        first = begin[0] // size * size
+        count = -(-end // size) * size - first
+        inner = tuple(slice(b, b + n) for b, n in zip(begin[1:], to.shape[1:], strict=True))
+        if isinstance(paired.of, Rounded):
+            bands = iter([(0, self._weight(paired.of)[first : first + count])])
+        else:
+            bands = self._bands(paired.of, first, count, size)
+        for before, band in bands:
+            rows = band.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
+            at = first + before
+            low, high = max(at, begin[0]), min(at + len(rows), end)
+            to[low - begin[0] : high - begin[0]].copy_(rows[(slice(low - at, high - at), *inner)])
+
+    def _bands(self, stored: Stored, begin: int, count: int, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Rows begin..begin + count in bands of some units, each with the number of rows before it.
+
+        A band is valid until the next one.
+        """
         dtype = getattr(torch, stored.kind)
         inner = stored.shape[1:]
         row = math.prod(inner) * dtype.itemsize
         descriptor = self._open(stored.file)
-        rows = max(1, BAND // max(row, 1))
+        rows = max(1, BAND // max(row * unit, 1)) * unit
         for first in range(0, count, rows):
             some = min(rows, count - first)
             buffer = self._take(some * row)

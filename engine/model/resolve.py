@@ -21,10 +21,11 @@ from zipfile import BadZipFile, ZipFile
 
 from engine.data import known_models
 from engine.errors import ModelError
+from engine.model.names import CONFIG, PARAMS
 
 Progress = Callable[[str], None]
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tekken*"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v*"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -59,8 +60,8 @@ def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = 
         return _cached(name, lambda to: _unpack_and_convert(SHORT_NAMES[name], to, tell), tell)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelError(f"{name} is a folder without a config.json: not a Hugging Face model")
+        if not any((path / file).exists() for file in (CONFIG, PARAMS)):
+            raise ModelError(f"{name} is a folder without a config.json (or Mistral's params.json): not a model")
         return path.resolve()
     if path.is_file():
         return _resolve_file(path, tell)
@@ -81,7 +82,7 @@ def _resolve_file(path: Path, tell: Progress) -> Path:
         stat = path.stat()
         key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
         return _cached(f"{path.stem}-{key}", lambda to: _convert(path, to, tell), tell)
-    if path.name == "config.json":
+    if path.name in (CONFIG, PARAMS):
         return path.parent
     if path.suffix == ".json":
         return path

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.errors import ModelError
@@ -15,6 +16,7 @@ from engine.model.split import (
     EXPERTS,
     FIRST_RANK,
     GATE_UP,
+    NORM,
     PACKED,
     QKV,
     WHOLE,
@@ -36,6 +38,8 @@ def shard(blank: Blank, split: Split, group: Group) -> None:
         style = split.style(path)
         if style == EXPERTS:
             module.register_forward_hook(lambda _module, _inputs, output: group.all_reduce(output))
+        elif style == NORM:
+            _shard_norm(blank, path, group)
         elif style is not None and style not in WHOLE:
             _shard_linear(blank, path, style, split, group)
         for name, _ in list(module.named_parameters(recurse=False)):
@@ -73,6 +77,22 @@ def _shard_linear(blank: Blank, path: str, style: str, split: Split, group: Grou
         linear.register_forward_hook(lambda _module, _inputs, output: group.all_reduce(output))
         if style == "rowwise_split_input":
             linear.register_forward_pre_hook(lambda _module, inputs: (_slice(inputs[0], group), *inputs[1:]))
+
+
+def _shard_norm(blank: Blank, path: str, group: Group) -> None:
+    norm: Any = blank.model.base_model.get_submodule(path)
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or epsilon is None:
+        raise ModelError(f"{path} can't be divided among ranks: it is a {type(norm).__name__}")
+    length = len(weight)
+    blank.cut(norm, "weight", _share(weight, 0, group))
+
+    def forward(x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = group.all_reduce(wide.pow(2).sum(-1, keepdim=True))
+        return (norm.weight * (wide * torch.rsqrt(squares / length + epsilon))).to(x.dtype)
+
+    norm.forward = forward
 
 
 def shares_of(style: str, length: int, split: Split, rank: int) -> tuple[tuple[int, int], ...]:

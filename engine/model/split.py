@@ -24,7 +24,9 @@ PACKED = "packed_colwise"
 # Of a parameter: divided along that dimension; with the first rank alone, zeros elsewhere.
 CUTS = {"cut 0": 0, "cut -1": -1, "cut -2": -2}
 FIRST_RANK = "first rank"
-STYLES = {*DIVIDED_OUTPUT, *DIVIDED_INPUT, *WHOLE, *CUTS, EXPERTS, PACKED, FIRST_RANK}
+# Of an RMSNorm over what ranks have divided.
+NORM = "norm"
+STYLES = {*DIVIDED_OUTPUT, *DIVIDED_INPUT, *WHOLE, *CUTS, EXPERTS, PACKED, FIRST_RANK, NORM}
 
 _ATTENTION = re.compile(r"\.(self_attn|attention|attn)\.")
 _EXPERT = re.compile(r"\.experts\.")
@@ -130,7 +132,7 @@ def _is_divided(name: str, styles: dict[str, str], family: Family) -> bool:
     of_module = {style for path, style in styles.items() if _pattern(path).search(module)}
     if own == "bias" and family.transposed and of_module & DIVIDED_INPUT:
         return False  # zeros on the other ranks
-    return bool(of_module & (DIVIDED_OUTPUT | DIVIDED_INPUT))
+    return bool(of_module & (DIVIDED_OUTPUT | DIVIDED_INPUT | {NORM}))
 
 
 def _dimensions(facts: ModelFacts, odd: list[int]) -> str:

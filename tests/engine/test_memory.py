@@ -139,7 +139,7 @@ def make_folder(folder: Path, kind: str) -> EngineConfig:
     return EngineConfig(model=str(folder), load_format="dummy", max_num_seqs=4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "flex_olmo"])
 def test_ranks_share_the_machine(kind: str, tmp_path: Path, free) -> None:
     """What each rank has for itself counts once a rank; what they divide, once."""
     free(GIB)
@@ -149,7 +149,7 @@ def test_ranks_share_the_machine(kind: str, tmp_path: Path, free) -> None:
     for ranks in (1, 4):
         found = resolve(dataclasses.replace(config, tensor_parallel_size=ranks), facts)
         lines[ranks] = {line.what: line.bytes for line in found.memory}
-        block_bytes = facts.kv_bytes_per_token * found.config.block_size * (ranks if kind == "olmo2" else 1)
+        block_bytes = facts.kv_bytes_per_token * found.config.block_size * (ranks if kind == "flex_olmo" else 1)
         assert lines[ranks]["KV cache"] == found.config.num_blocks * block_bytes
     replicated = lines[4]["weights"] - lines[1]["weights"]
     assert 0 < replicated < facts.weight_bytes / 5  # norms; the vocabulary is divided
@@ -167,7 +167,7 @@ def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pytest
 
 
 def test_undivided_attention_is_warned_of(tmp_path: Path) -> None:
-    config = dataclasses.replace(make_folder(tmp_path, "olmo2"), tensor_parallel_size=2)
+    config = dataclasses.replace(make_folder(tmp_path, "flex_olmo"), tensor_parallel_size=2)
     assert any("keeps the KV cache of all heads" in line for line in resolve(config, read_facts(config)).warnings)
 
 

@@ -47,6 +47,16 @@ def test_a_broken_file_is_named_with_what_is_wrong(break_it, says: str, tmp_path
     assert says in str(caught.value)
 
 
+def test_a_header_is_read_once_until_its_file_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, load = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: reads.append(text) or load(text))
+    for length in (2, 3):
+        write(tmp_path, a=torch.zeros(length))
+        assert headers(tmp_path, "m")["a"].shape == (length,)
+        assert headers(tmp_path, "m") == headers(tmp_path, "m")
+    assert len(reads) == 2
+
+
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     with pytest.raises(ModelError, match=r"model-00001-of-00001\.safetensors is missing"):

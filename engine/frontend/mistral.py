@@ -1,0 +1,117 @@
+"""Tokenizers as Mistral ships them (tekken.json, tokenizer.model.v3), run by mistral-common: texts, and whole chats.
+
+A conversation becomes token ids straight away: what a user writes can never read as a control token.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError, RequestError
+
+TEKKEN = "tekken.json"
+PLAIN = "tokenizer.model"
+_VERSIONED = re.compile(rf"{re.escape(PLAIN)}\.v(\d+)(?:m(\d+))?")
+PACKAGE = "mistral-common[sentencepiece]"
+# What mistral-common takes of a message; it refuses a user's name, say, which templates pass over.
+TAKEN = {
+    "system": ("content",),
+    "user": ("content",),
+    "assistant": ("content", "tool_calls"),
+    "tool": ("content", "tool_call_id", "name"),
+}
+
+
+def find_file(folder: Path) -> Path | None:
+    """The tokenizer in a folder that says which version of Mistral's chats it is for; of several the newest."""
+    if (folder / TEKKEN).is_file():
+        return folder / TEKKEN
+    found = [(match, file) for file in folder.glob(f"{PLAIN}.v*") if (match := _VERSIONED.fullmatch(file.name))]
+    newest = max(found, key=lambda one: tuple(int(part or 0) for part in one[0].groups()), default=None)
+    return newest[1] if newest else None
+
+
+class MistralBackend:
+    """A backend (see `engine.frontend.backends`) that encodes chats too."""
+
+    def __init__(self, file: Path):
+        """ModelError if the file can't be read, or mistral-common isn't installed."""
+        try:
+            from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+            from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+        except ImportError as error:
+            raise ModelError(f"{file} is read by mistral-common: pip install '{PACKAGE}' ({error})") from error
+        try:
+            self._chats = MistralTokenizer.from_file(str(file))
+        except Exception as error:  # whatever a broken file makes it raise
+            raise ModelError(f"{file} can't be read: {_first_line(error)}") from error
+        self._inner: Any = self._chats.instruct_tokenizer.tokenizer
+        self._hide, self._show = SpecialTokenPolicy.IGNORE, SpecialTokenPolicy.KEEP
+        self.vocab_size: int = self._inner.n_words
+        self.concatenates = file.name == TEKKEN
+        self.eos_id: int = self._inner.eos_id
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._inner.encode(text, bos=add_special_tokens, eos=False)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        known = [token for token in ids if token < self.vocab_size]
+        text: str = self._inner.decode(known, special_token_policy=self._hide if skip_special_tokens else self._show)
+        return text
+
+    def piece(self, token: int) -> bytes:
+        if not 0 <= token < self.vocab_size:
+            return b""
+        data: bytes = self._inner.id_to_byte_piece(token, special_token_policy=self._show)
+        return data
+
+    def id_of(self, token: str) -> int | None:
+        """Of a special token."""
+        found: int | None = self._inner.get_special_token(token) if self._inner.is_special(token) else None
+        return found
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._inner.special_ids)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,  # noqa: ARG002  (an answer follows a question without a word between)
+        **extra: Any,
+    ) -> list[int]:
+        """A conversation as token ids; RequestError if it isn't as the model's chats must be.
+
+        A last message of the assistant's with `prefix` is one to go on with.
+        """
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+        if extra:
+            names = ", ".join(sorted(extra))
+            raise RequestError(f"the model's tokenizer has no template that takes {names}", "chat_template_kwargs")
+        try:
+            request: Any = ChatCompletionRequest.from_openai([_taken(message) for message in messages])
+            last = request.messages[-1:]
+            if last and last[0].role == "assistant":
+                last[0].prefix = bool(messages[-1].get("prefix"))
+            ids: list[int] = self._chats.encode_chat_completion(request).tokens
+        except Exception as error:  # its checks raise errors of many kinds
+            raise RequestError(
+                f"the model's tokenizer refuses these messages: {_first_line(error)}", "messages"
+            ) from error
+        return ids
+
+
+def _taken(message: dict[str, Any]) -> dict[str, Any]:
+    names = TAKEN.get(message.get("role", ""), ())
+    return {"role": message.get("role"), "content": ""} | {
+        name: message[name] for name in names if message.get(name) is not None
+    }
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    # What pydantic says has the field in its second line and the reason in the third.
+    return ": ".join(lines[1:3]) if type(error).__name__ == "ValidationError" else (lines or [type(error).__name__])[0]

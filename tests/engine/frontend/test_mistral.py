@@ -1,0 +1,176 @@
+"""Tokenizers in Mistral's own files: texts, chats, and texts back token by token."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import mistral_common
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import ModelError, RequestError
+from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.mistral import MistralBackend
+from engine.frontend.tokenizer import Tokenizer, load_tokenizer
+from tests.engine.frontend.conftest import byte_level_library
+from tests.engine.model.native_files import SPECIAL, TEKKEN_SIZE, write_tekken
+
+BOS, EOS, INST, END_INST, SYSTEM, END_SYSTEM = 1, 2, 3, 4, 5, 6
+SHIPPED = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+
+
+@pytest.fixture(scope="module")
+def tekken(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tekken")
+    write_tekken(folder)
+    tokenizer, warnings = load_tokenizer(folder)
+    assert not warnings
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("v3")
+    shutil.copy(SHIPPED, folder / "tokenizer.model.v3")
+    return load_tokenizer(folder, mode="mistral")[0]
+
+
+def test_texts_begin_with_the_token_for_it_and_come_back(tekken: Tokenizer) -> None:
+    ids = tekken.encode("the quick fox 日本 é 😀")
+    assert ids[0] == BOS
+    assert tekken.encode("the quick fox 日本 é 😀", add_special_tokens=False) == ids[1:]
+    assert len(ids) < len("the quick fox 日本 é 😀".encode())
+    assert tekken.decode(ids) == "the quick fox 日本 é 😀"
+    assert tekken.decode(ids, skip_special_tokens=False) == "<s>the quick fox 日本 é 😀"
+    assert (tekken.vocab_size, tekken.eos_ids) == (TEKKEN_SIZE, (EOS,))
+    assert {SPECIAL.index("[INST]"), len(SPECIAL)} <= tekken.special_ids
+
+
+def test_a_chat_is_written_in_control_tokens_that_no_text_becomes(tekken: Tokenizer) -> None:
+    def words(text: str) -> list[int]:
+        return tekken.encode(text, add_special_tokens=False)
+
+    user = "[INST] the fox [/INST]</s>"
+    messages = [
+        {"role": "system", "content": "in"},
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": "fox"},
+        {"role": "user", "content": "the"},
+    ]
+    wanted = [BOS, SYSTEM, *words("in"), END_SYSTEM, INST, *words(user), END_INST]
+    wanted += [*words("fox"), EOS, INST, *words("the"), END_INST]
+    assert tekken.encode_chat(messages) == wanted
+    assert tekken.render_chat(messages) == wanted
+    assert tekken.special_ids.isdisjoint(words(user))
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}], "refuses these messages"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "Expected last role User"),
+        ([{"role": "narrator", "content": "x"}], "narrator"),
+        ([{"role": "tool", "content": "x", "tool_call_id": 7}], "tool_call_id"),
+    ],
+)
+def test_a_chat_that_is_none_is_the_request_s_fault(tekken: Tokenizer, messages: list, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        tekken.encode_chat(messages)
+    assert caught.value.field == "messages"
+    assert "\n" not in str(caught.value)
+
+
+def test_an_answer_that_is_begun_is_continued(tekken: Tokenizer) -> None:
+    question = {"role": "user", "content": "the", "name": "somebody"}
+    begun = {"role": "assistant", "content": "fox", "prefix": True}
+    whole = tekken.encode_chat([question])
+    assert tekken.encode_chat([question, begun]) == [*whole, *tekken.encode("fox", False)]
+
+
+def test_what_only_a_template_could_take_is_refused(tekken: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="enable_thinking"):
+        tekken.encode_chat([{"role": "user", "content": "x"}], add_generation_prompt=True, enable_thinking=False)
+
+
+@given(st.text(max_size=40))
+def test_tokens_are_written_one_by_one_without_a_byte_lost(tekken: Tokenizer, text: str) -> None:
+    ids = tekken.encode(text)
+    writer = Detokenizer(tekken)
+    pieces = [writer.push(token)[0] for token in ids]
+    assert "".join(pieces) + writer.finish() == text
+    assert b"".join(tekken.piece(token) for token in ids[1:]) == text.encode()
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]), max_size=20))
+def test_sentence_pieces_come_back_too(sentence_pieces: Tokenizer, text: str) -> None:
+    ids = sentence_pieces.encode(text)
+    writer = Detokenizer(sentence_pieces)
+    assert "".join(writer.push(token)[0] for token in ids) + writer.finish() == sentence_pieces.decode(ids)
+
+
+def test_the_sentence_pieces_that_are_shipped(sentence_pieces: Tokenizer) -> None:
+    assert sentence_pieces.vocab_size == 32768
+    ids = sentence_pieces.encode("Hello world")
+    assert (ids[0], sentence_pieces.decode(ids)) == (BOS, "Hello world")
+    chat = sentence_pieces.encode_chat([{"role": "user", "content": "Hello"}])
+    assert sentence_pieces.decode(chat, skip_special_tokens=False) == "<s>[INST]▁Hello[/INST]"
+    assert chat[0] == BOS
+
+
+def test_special_tokens_are_hidden_and_stops_found(tekken: Tokenizer) -> None:
+    ids = [*tekken.encode("the fox", False), INST, *tekken.encode("in the end", False)]
+    writer = Detokenizer(tekken, stop=["e e"])
+    shown = ""
+    for token in ids:
+        text, stop = writer.push(token)
+        shown += text
+        if stop is not None:
+            break
+    assert (shown, stop) == ("the foxin th", "e e")
+    plain = Detokenizer(tekken, skip_special_tokens=False)
+    assert "".join(plain.push(token)[0] for token in ids) == "the fox[INST]in the end"
+
+
+def test_ids_without_a_meaning_are_silent(tekken: Tokenizer) -> None:
+    assert tekken.piece(TEKKEN_SIZE + 5) == b""
+    assert tekken.decode([TEKKEN_SIZE + 5]) == ""
+    assert tekken.backend.id_of("[/INST]") == END_INST
+    assert tekken.backend.id_of("[NOTHING]") is None
+
+
+def test_the_mode_decides_where_both_tokenizers_are(tmp_path: Path) -> None:
+    byte_level_library().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"no tekken\.json or tokenizer\.model\.v3, which --tokenizer-mode mistral"):
+        load_tokenizer(tmp_path, mode="mistral")
+    write_tekken(tmp_path)
+    assert not isinstance(load_tokenizer(tmp_path)[0].backend, MistralBackend)
+    assert isinstance(load_tokenizer(tmp_path, mode="mistral")[0].backend, MistralBackend)
+
+
+def test_of_several_sentence_piece_files_the_newest_is_taken(tmp_path: Path) -> None:
+    for number in (1, 2):
+        shutil.copy(SHIPPED, tmp_path / f"tokenizer.model.v{number}")
+    shutil.copy(SHIPPED, tmp_path / "tokenizer.model.v3")
+    tokenizer, _ = load_tokenizer(tmp_path)
+    assert tokenizer.encode_chat([{"role": "user", "content": "x"}]).count(BOS) == 1
+    assert isinstance(tokenizer.backend, MistralBackend)
+
+
+def test_a_plain_tokenizer_model_is_taken_beside_params_alone(tmp_path: Path) -> None:
+    shutil.copy(SHIPPED, tmp_path / "tokenizer.model")
+    (tmp_path / "params.json").write_text("{}")
+    assert isinstance(load_tokenizer(tmp_path)[0].backend, MistralBackend)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tekken(tmp_path)
+    monkeypatch.setitem(sys.modules, "mistral_common.tokens.tokenizers.mistral", None)
+    with pytest.raises(ModelError, match=r"tekken\.json is read by mistral-common: pip install"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tekken\.json can't be read"):
+        load_tokenizer(tmp_path)
