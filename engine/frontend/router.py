@@ -38,11 +38,6 @@ class Replica(CoreClient):
         self._lengths = lengths
         self._backlog = Backlog()
 
-    @property
-    def able(self) -> bool:
-        """Whether it lives and steps."""
-        return self.dead is None and not self.hung
-
     def tokens_left(self) -> float:
         """What it has still to compute of what all front ends gave it."""
         self._backlog.settle()
@@ -136,7 +131,7 @@ class Router:
         adapter: str = "",
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt, all on one replica; see `CoreClient.add`."""
-        able = self._able()
+        able = preferred(self._serving())
         able[0].check(prompts, params, priority)
         terms = Terms(cache_salt, priority, adapter)
         stream = RequestStream(prompts, params, able[0], self.clock.now(), origin, terms)
@@ -167,26 +162,24 @@ class Router:
 
         Twice would let a request that kills its replica kill them all.
         """
-        able = [replica for replica in self.replicas if replica.able]
-        if not able or stream.moved:
+        living = self._living()
+        if not living or stream.moved:
             return False
         stream.moved = True
         old = stream.client
         assert isinstance(old, Replica), "a router's streams are its replicas'"
         old.let_go(stream)
-        self._route(stream, able)
+        self._route(stream, preferred(living))
         return True
 
-    def _able(self) -> list[Replica]:
-        """The replicas that can take a request: those that step, else those that live. EngineDeadError if none does."""
-        living = self._living()
-        return [replica for replica in living if replica.able] or living
-
     def _living(self) -> list[Replica]:
-        living = [replica for replica in self.replicas if replica.dead is None]
-        if self.dead is not None or not living:
-            raise EngineDeadError(self.dead or "no replica is left")
-        return living
+        return [replica for replica in self.replicas if replica.dead is None]
+
+    def _serving(self) -> list[Replica]:
+        """The replicas that live; EngineDeadError if none does."""
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
+        return self._living()
 
     def live_count(self) -> int:
         return sum(replica.live_count() for replica in self.replicas)
@@ -195,7 +188,9 @@ class Router:
 
     async def call(self, method: str, **arguments: Any) -> Any:
         """Call a utility of all replicas; RedlineError if one can't, and then those that did it undo it."""
-        living = self._able() if method == "adapters" else self._living()  # whoever hangs can't tell
+        living: Sequence[Replica] = self._serving()
+        if method == "adapters":  # whoever hangs can't tell
+            living = preferred(living)
         undo = await _undoing(method, arguments, living[0])
         answers = await _ask(living, method, arguments)
         if method == "reset_prefix_cache":
@@ -225,7 +220,7 @@ class Router:
     @property
     def hung(self) -> str:
         """The cause, while no replica steps."""
-        living = [replica for replica in self.replicas if replica.dead is None]
+        living = self._living()
         return living[0].hung if living and all(replica.hung for replica in living) else ""
 
     @property
@@ -275,10 +270,15 @@ class Router:
         """A replica died, by itself or with all."""
         if self.dead is not None:
             return
-        living = sum(replica.dead is None for replica in self.replicas)
+        living = len(self._living())
         log.error("%s; %d of %d replicas serve on", cause, living, len(self.replicas))
         if not living:
             self.die(f"no replica is left; {cause}")
+
+
+def preferred(living: Sequence[Replica]) -> Sequence[Replica]:
+    """Who is to take requests: those that step, or all if none does."""
+    return [replica for replica in living if not replica.hung] or living
 
 
 def tokens_of(prompt: Prompt) -> int:

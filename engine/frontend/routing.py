@@ -1,13 +1,14 @@
 """Which replica a request goes to: bookkeeping in tokens, without sockets, clocks or streams.
 
-A replica's cost is what it would have to compute until the request is done, as far as the replicas differ:
+The replica that costs the least gets the request:
 
-    cost = tokens left to compute for what it was given before + tokens of the prompt that it doesn't hold
+    cost = tokens left to compute for what it was given before - WORTH * tokens of the prompt that it holds
 
-The lowest cost wins. So a prefix of m tokens is worth as much as m tokens of waiting: the replica that holds it gets
-the request until it is m tokens busier than another one, which then computes the prefix once and holds it too. What a
-replica holds is believed, not asked: it is what it was given last, up to the size of its KV cache. A belief that is
-wrong costs time, never correctness, and is right again once the replica has computed the prefix.
+A prefix that is computed a second time, elsewhere, costs its tokens, and where caches are full the place of another
+one, which must then be computed again: hence WORTH = 2. So a prefix of m tokens draws its requests to the replica that
+holds it until that one has 2 m tokens more to do than another, which then holds it too. What a replica holds is
+believed, not asked: it is what it was given last, up to the size of its KV cache. A belief that is wrong costs time,
+never correctness, and is right again once the replica has computed the prefix.
 """
 
 import random
@@ -20,6 +21,7 @@ from engine.core.hashing import extend_hashes, root_hash
 from engine.frontend.streams import Output, Terms
 from engine.messages import column
 
+WORTH = 2  # times its tokens: of a prefix that is held
 FIRST_LENGTH = 128.0  # tokens that an output is expected to have, before any has ended
 LEARNT_FROM = 32  # outputs that the expected length is a mean of, about
 
@@ -126,11 +128,11 @@ def make_routing(name: str, seed: int) -> Routing:
 
 
 def cheapest(standings: Sequence[Standing]) -> int:
-    """The replica with the least left to compute, less what it holds; of equal ones that which was given the least."""
+    """The replica that costs the least; of equal ones that which was given the least."""
 
     def cost(position: int) -> tuple[float, float]:
         standing = standings[position]
-        return standing.backlog - standing.held, standing.given
+        return standing.backlog - WORTH * standing.held, standing.given
 
     return min(range(len(standings)), key=cost)
 
