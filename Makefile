@@ -68,7 +68,7 @@ bench-load: install  ## Seconds and peak memory of loading 2 GB, beside transfor
 	$(BIN)/python -m tests.perf.bench_load
 
 .PHONY: bench-routing
-bench-routing: $(VENV)/installed-dev  ## Routing by prefix beside least-loaded and random, two replicas: results/bench-routing.json
+bench-routing: install  ## Routing by prefix beside least-loaded and random, two replicas: results/bench-routing.json
 	$(BIN)/python -m tests.perf.bench_routing
 
 .PHONY: profile-cpu accuracy-cpu

@@ -123,7 +123,7 @@ def option(group: str, *names: str, **settings: Any) -> Any:
     default=1,
     show_default=True,
     type=int,
-    help="Replicas of the model, which share cores and memory; a request goes to one of them.",
+    help="Replicas of the model, which share cores and memory; rows and budget are those of each.",
 )
 @option(
     MODEL,

@@ -105,7 +105,7 @@ def measure(served: Served, specs: list[RequestSpec], rate: float, seed: int) ->
     target = Target(served.url, "model")
     recording = run_load(target, specs, times, observer=Watch(), time_limit_s=RUN_LIMIT_S)
     if checked(recording, len(specs)).health.saturated:
-        print(f"the load generator did not keep up: {recording.health.reason}", file=sys.stderr)
+        print(f"the load generator did not keep up: {recording.health.reason} (counted as late)", file=sys.stderr)
     queries, hits = (served.metric(name) - was for name, was in zip(names, before, strict=True))
     rows = recording.rows((-1.0, float("inf")))
     found = latencies(rows, float(times[-1]))
@@ -115,7 +115,7 @@ def measure(served: Served, specs: list[RequestSpec], rate: float, seed: int) ->
         "ttft_p50_ms": float(np.percentile(found.ttft, 50)),
         "ttft_p95_ms": float(np.percentile(found.ttft, 95)),
         "e2e_p50_ms": float(np.percentile(found.e2e, 50)),
-        "preemptions": served.metric("vllm:num_preemptions_total"),
+        "late": float(recording.health.saturated),  # others had the generator's core
     }
 
 
@@ -125,7 +125,9 @@ def rows_of(runs: dict[tuple[str, float], list[dict[str, float]]], told: dict[st
         middle = {key: round(median(run[key] for run in some), 4) for key in some[0]}
         rates = [run["hit_rate"] for run in some]
         low, high = round(min(rates), 4), round(max(rates), 4)
-        rows.append({"routing": routing, "load": load, **middle, "hit_rate_low": low, "hit_rate_high": high, **told})
+        late = int(sum(run["late"] for run in some))  # rounds
+        row = {"routing": routing, "load": load, **middle, "late": late, "hit_rate_low": low, "hit_rate_high": high}
+        rows.append(row | told)
     return rows
 
 
