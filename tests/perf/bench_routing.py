@@ -132,12 +132,12 @@ def rows_of(runs: dict[tuple[str, float], list[dict[str, float]]], told: dict[st
 
 
 def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("routing", "load", "req/s", "hit rate", "of rounds", "TTFT p50", "TTFT p95", "E2E p50")
+    table = Table("routing", "load", "req/s", "hit rate", "of rounds", "TTFT p50", "TTFT p95", "E2E p50", "late rounds")
     for row in rows:
         table.add_row(
             row["routing"], f"{row['load']:.0%}", f"{row['rate']:.1f}", f"{row['hit_rate']:.1%}",
             f"{row['hit_rate_low']:.1%} - {row['hit_rate_high']:.1%}", f"{row['ttft_p50_ms']:.1f} ms",
-            f"{row['ttft_p95_ms']:.1f} ms", f"{row['e2e_p50_ms']:.1f} ms",
+            f"{row['ttft_p95_ms']:.1f} ms", f"{row['e2e_p50_ms']:.1f} ms", str(row["late"]),
         )  # fmt: skip
     console.print(table)
 
