@@ -67,6 +67,10 @@ parity: install  ## Every family of models against plain transformers: results/p
 bench-load: install  ## Seconds and peak memory of loading 2 GB, beside transformers: results/bench-load.json
 	$(BIN)/python -m tests.perf.bench_load
 
+.PHONY: bench-routing
+bench-routing: install  ## Routing by prefix beside least-loaded and random, two replicas: results/bench-routing.json
+	$(BIN)/python -m tests.perf.bench_routing
+
 .PHONY: profile-cpu accuracy-cpu
 profile-cpu: install  ## A step of the fused stack against the machine's limit: results/profile-cpu.json, docs/figures/
 	$(BIN)/python -m tests.perf.profile_cpu

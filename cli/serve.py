@@ -22,6 +22,7 @@ from engine.config import (
     LOAD_FORMATS,
     QUANTIZATIONS,
     REMOVALS,
+    ROUTINGS,
     SCHEDULING_POLICIES,
     SPECULATORS,
     STEP_TIMEOUT_S,
@@ -60,12 +61,7 @@ def option(group: str, *names: str, **settings: Any) -> Any:
     type=click.IntRange(1, 64),
     help="API processes in front of the one engine.",
 )
-@option(
-    LOG,
-    "--disable-log-stats",
-    is_flag=True,
-    help="No line of figures every 10 s of traffic.",
-)
+@option(LOG, "--disable-log-stats", is_flag=True, help="No line of figures every 10 s of traffic.")
 @option(
     LOG,
     "--enable-log-requests/--disable-log-requests",
@@ -122,6 +118,25 @@ def option(group: str, *names: str, **settings: Any) -> Any:
 )
 @option(
     MODEL,
+    "-dp",
+    "--dp",
+    "--data-parallel-size",
+    "data_parallel_size",
+    default=1,
+    show_default=True,
+    type=int,
+    help="Replicas of the model, which share cores and memory; rows and budget are those of each.",
+)
+@option(
+    MODEL,
+    "--routing",
+    default="prefix",
+    show_default=True,
+    type=click.Choice(ROUTINGS),
+    help="To which replica: who has less left to compute, counting a prefix in its cache; without that; or any.",
+)
+@option(
+    MODEL,
     "--lora",
     "--lora-modules",
     "lora",
@@ -133,7 +148,7 @@ def option(group: str, *names: str, **settings: Any) -> Any:
 @option(MEMORY, "--max-num-seqs", type=SIZE, help="Rows: requests that run at the same time.")
 @option(MEMORY, "--max-num-batched-tokens", type=SIZE, help="The budget: tokens of one step.")
 @option(MEMORY, "--block-size", type=int, help="Tokens of one block of KV cache, a power of two.")
-@option(MEMORY, "--kv-cache-memory-bytes", type=SIZE, help="Size of the KV cache, e.g. 2GiB.")
+@option(MEMORY, "--kv-cache-memory-bytes", type=SIZE, help="Size of the KV cache, of all replicas, e.g. 2GiB.")
 @option(MEMORY, "--gpu-memory-utilization", type=float, help="Share of the device's memory to use, 0 to 1.")
 @option(
     MEMORY,
@@ -180,12 +195,7 @@ def option(group: str, *names: str, **settings: Any) -> Any:
     callback=split_commas,
     help=f"Take parts from V1: {', '.join(REMOVALS)}.",
 )
-@option(
-    BASELINE,
-    "--num-scheduler-steps",
-    type=int,
-    help="With --engine v0: steps for each time the scheduler runs.",
-)
+@option(BASELINE, "--num-scheduler-steps", type=int, help="With --engine v0: steps for each time the scheduler runs.")
 @option(
     BASELINE,
     "--enable-chunked-prefill/--no-enable-chunked-prefill",
@@ -318,6 +328,7 @@ def show_start(console: Console, engine: Any) -> None:
     table = Table(title=f"Redline serves {engine.config.name}", title_justify="left", show_header=False, box=None)
     for what, value, flag in [
         ("model path", ready.model_path, ""),
+        *replicas(engine.config),
         ("device", ready.device, "--device"),
         ("dtype", ready.dtype, "--dtype"),
         ("kernels", ready.kernels, "--kernels"),
@@ -339,6 +350,12 @@ def show_start(console: Console, engine: Any) -> None:
     console.print(table)
     for warning in engine.warnings:
         console.print(f"warning: {warning}", markup=False)
+
+
+def replicas(config: EngineConfig) -> list[tuple[str, str, str]]:
+    """The line for several: none for one."""
+    count = config.data_parallel_size
+    return [("replicas", f"{count}, routed by {config.routing}; of each:", "--dp, --routing")] if count > 1 else []
 
 
 def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:

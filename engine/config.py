@@ -21,6 +21,7 @@ KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "tor
 ENGINES: tuple[str, ...] = ("v1", "v0")
 SPECULATORS: tuple[str, ...] = ("ngram",)
 SCHEDULING_POLICIES: tuple[str, ...] = ("fcfs", "priority")
+ROUTINGS: tuple[str, ...] = ("prefix", "least-loaded", "random")  # of requests to replicas
 
 # What V0 did without, or did otherwise: each can be taken from V1 alone (--ablate), all together are --engine v0.
 REMOVALS: dict[str, str] = {
@@ -59,6 +60,9 @@ class EngineConfig:
     tokenizer_mode: str = "auto"  # of TOKENIZER_MODES; mistral: a folder's files in Mistral's own form, weights too
     served_model_name: str | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1  # replicas behind one front end, which share cores and memory
+    replica: int = 0  # which of them this engine is; set for each by whoever starts them
+    routing: str = "prefix"  # of ROUTINGS
     dtype: Dtype = "auto"
     max_model_len: int | None = None  # tokens of one request, prompt and output
     max_num_seqs: int | None = None  # rows
@@ -95,6 +99,8 @@ class EngineConfig:
                 raise ConfigError(f"{flag(name)} must be at least 1, not {value}")
         if self.block_size is not None and (self.block_size < 1 or self.block_size & (self.block_size - 1)):
             raise ConfigError(f"--block-size must be a power of two, not {self.block_size}")
+        if not 0 <= self.replica < self.data_parallel_size:
+            raise ConfigError(f"replica {self.replica} is none of the {self.data_parallel_size} of --dp")
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"--gpu-memory-utilization must lie in (0, 1], not {share}")
@@ -143,6 +149,16 @@ class EngineConfig:
             return frozenset(self.ablate)
         return frozenset(REMOVALS) - (frozenset(CHUNKING) if self.enable_chunked_prefill else frozenset())
 
+    @property
+    def total_ranks(self) -> int:
+        """The ranks of all replicas: they share the cores."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
+    @property
+    def first_rank(self) -> int:
+        """This replica's first, counted over all replicas."""
+        return self.replica * self.tensor_parallel_size
+
     def describe(self) -> dict[str, Any]:
         """Plain data, for the start table and result files."""
         return dataclasses.asdict(self)
@@ -154,8 +170,8 @@ class EngineConfig:
 
 
 _AT_LEAST_ONE = (
-    "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_layers",
-    "num_speculative_tokens",
+    "tensor_parallel_size", "data_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+    "num_layers", "num_speculative_tokens",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,
@@ -167,13 +183,14 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "kv_cache_dtype": (None, *KV_CACHE_DTYPES),
     "engine": ENGINES,
     "scheduling_policy": SCHEDULING_POLICIES,
+    "routing": ROUTINGS,
     "speculative": (None, *SPECULATORS),
 }
 
 
 def flag(field: str) -> str:
     """The command-line flag of a field."""
-    names = {"tensor_parallel_size": "--tp", "kv_cache_memory_bytes": KV_ALLOCATION}
+    names = {"tensor_parallel_size": "--tp", "data_parallel_size": "--dp", "kv_cache_memory_bytes": KV_ALLOCATION}
     return names.get(field, "--" + field.replace("_", "-"))
 
 

@@ -55,6 +55,7 @@ class _Orders(msgspec.Struct):
     from_core: tuple[str, ...]
     report_fd: int
     step_timeout_s: float
+    memory: int | None  # bytes that the engine may count on; None: what is free
 
 
 class _Up(msgspec.Struct, tag="up"):
@@ -70,9 +71,19 @@ _reports = msgspec.msgpack.Decoder(_Up | _Loading | Failure)
 
 
 class CoreProcess:
-    """The EngineCore in a process of its own; `step_timeout_s` is its watchdog's, 0 for none."""
+    """The EngineCore in a process of its own; `step_timeout_s` is its watchdog's, 0 for none.
 
-    def __init__(self, config: EngineConfig, *, front_ends: int = 1, step_timeout_s: float = STEP_TIMEOUT_S):
+    `memory` are the bytes that it may count on, where it isn't the only one to start; None: what is free then.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        front_ends: int = 1,
+        step_timeout_s: float = STEP_TIMEOUT_S,
+        memory: int | None = None,
+    ):
         self._folder = tempfile.mkdtemp(prefix="redline-")
         self.endpoints = Endpoints(
             f"ipc://{self._folder}/core", tuple(f"ipc://{self._folder}/front-{i}" for i in range(front_ends))
@@ -84,7 +95,7 @@ class CoreProcess:
         self._reports = os.fdopen(report_read, "rb")
         try:
             to_core, from_core = self.endpoints.to_core, self.endpoints.from_core
-            orders = _Orders(config.describe(), to_core, from_core, report_write, step_timeout_s)
+            orders = _Orders(config.describe(), to_core, from_core, report_write, step_timeout_s, memory)
             self._child = children.spawn("engine.launch", orders, (report_write,))
         finally:
             os.close(report_write)
@@ -190,7 +201,10 @@ class Built:
 
 
 def build_core_server(
-    config: EngineConfig, endpoints: Endpoints, progress: Callable[[int, int], None] | None = None
+    config: EngineConfig,
+    endpoints: Endpoints,
+    progress: Callable[[int, int], None] | None = None,
+    memory: int | None = None,
 ) -> Built:
     """Load the model, plan memory, allocate, and build the server; `progress` hears how much of the weights is read."""
     from engine.worker.threads import limit_libraries
@@ -204,7 +218,7 @@ def build_core_server(
 
     start = time.monotonic()
     facts = read_facts(config)
-    resolution = resolve(config, facts)
+    resolution = resolve(config, facts, memory)
     ledger = [("read the configuration", time.monotonic() - start)]
     executor: InProcessExecutor | MultiprocessExecutor
     if config.tensor_parallel_size > 1:
@@ -277,7 +291,7 @@ def main() -> int:
         def run() -> None:
             endpoints = Endpoints(orders.to_core, orders.from_core)
             built = build_core_server(
-                EngineConfig(**orders.config), endpoints, lambda done, total: tell(_Loading(done, total))
+                EngineConfig(**orders.config), endpoints, lambda *loaded: tell(_Loading(*loaded)), orders.memory
             )
 
             def give_up(cause: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
-from engine.frontend.client import CoreClient
+from engine.frontend.connect import EngineClient
 from engine.frontend.sampling import SamplingParams
 from engine.frontend.start import Engine, start_engine
 from engine.frontend.streams import TokenLogprob, Whole, gather
@@ -54,8 +54,8 @@ class RequestOutput:
 class LLM:
     """An engine of its own for one model: `LLM("smollm2-135m").generate(["Hello"])`.
 
-    Keyword arguments are the fields of EngineConfig. The engine ends with `close()`, at the end of a `with` block, or
-    with the program.
+    Keyword arguments are the fields of EngineConfig; `data_parallel_size` replicas share out the prompts. The engine
+    ends with `close()`, at the end of a `with` block, or with the program.
     """
 
     def __init__(self, model: str, **settings: Any):
@@ -74,7 +74,7 @@ class LLM:
 
     async def _open(self) -> None:
         self._client.open()
-        self._engine.core.watch(self._client.die_threadsafe)
+        self._engine.watch(self._client.lose_threadsafe)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -225,9 +225,9 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [listed] if listed and isinstance(listed[0], int) else listed
 
 
-def _shut_down(engine: Engine, client: CoreClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+def _shut_down(engine: Engine, client: EngineClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     """End the core, then the thread of the loop; no reference to the LLM, whose end calls it."""
-    engine.core.stop()
+    engine.stop()
     if not thread.is_alive():
         return
     loop.call_soon_threadsafe(client.close)

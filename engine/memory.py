@@ -59,9 +59,10 @@ def available_memory() -> int:
     return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
-def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
-    """Choose rows, budget, block and the number of KV blocks.
+def resolve(config: EngineConfig, facts: ModelFacts, available: int | None = None) -> Resolution:
+    """Choose rows, budget, block and the number of KV blocks of one replica.
 
+    `available` are the bytes that it may count on; None: its part of what is free now.
     Raises OutOfMemoryError if one sequence of max-model-len doesn't fit, naming the flags and values that would work.
     """
     rows, budget = _rows_and_budget(config, facts)
@@ -75,13 +76,15 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
         workspace = ranks * _workspace(split.rank, rows, budget, block_size)
         kv_bytes = ranks * split.rank.kv_bytes_per_token
         facts = dataclasses.replace(facts, weight_bytes=split.weight_bytes, kv_bytes_per_token=kv_bytes)
-    available = available_memory()
+    replicas = config.data_parallel_size
+    if available is None:
+        available = available_memory() // replicas
     share = config.gpu_memory_utilization or UTILIZATION
     block_bytes = facts.kv_bytes_per_token * block_size
     windows = facts.kv_groups.windows
     per_sequence = blocks_of(facts.max_model_len, windows, budget, block_size)
     if config.kv_cache_memory_bytes is not None:
-        blocks = config.kv_cache_memory_bytes // block_bytes
+        blocks = config.kv_cache_memory_bytes // replicas // block_bytes
     else:
         room = int(share * available) - facts.weight_bytes - workspace
         blocks = min(max(room, 0) // block_bytes, rows * per_sequence + 1)
@@ -109,13 +112,16 @@ def resolve(config: EngineConfig, facts: ModelFacts) -> Resolution:
     total = sum(line.bytes for line in memory)
     if total > available:
         warnings.append(
-            f"{_size(total)} are planned but only {_size(available)} of memory are free: lower {KV_ALLOCATION}"
+            f"{_size(total * replicas)} are planned but only {_size(available * replicas)} of memory are free: "
+            f"lower {KV_ALLOCATION}{' or --dp' if replicas > 1 else ''}"
         )
     warnings += _slow_dtype(facts.dtype)
-    if ranks > cores():
-        warnings.append(f"--tp {ranks} on {cores()} cores: ranks take turns, fewer are faster")
+    if config.total_ranks > cores():
+        asked = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
+        what = "ranks" if ranks > 1 else "replicas"
+        warnings.append(f"{' '.join(asked)} on {cores()} cores: {what} take turns, fewer are faster")
     sequences = min((blocks - 1) // per_sequence, rows)
-    return Resolution(resolved, memory, tuple(warnings), _device(ranks), sequences)
+    return Resolution(resolved, memory, tuple(warnings), _device(config), sequences)
 
 
 def blocks_of(tokens: int, windows: tuple[int, ...], budget: int, block_size: int) -> int:
@@ -126,12 +132,12 @@ def blocks_of(tokens: int, windows: tuple[int, ...], budget: int, block_size: in
 
 
 def threads_per_rank(ranks: int) -> int:
-    """Each rank's share of the cores."""
+    """Each rank's share of the cores; `ranks` are those of all replicas."""
     return max(1, cores() // ranks)
 
 
-def _device(ranks: int) -> str:
-    threads = threads_per_rank(ranks)
+def _device(config: EngineConfig) -> str:
+    ranks, threads = config.tensor_parallel_size, threads_per_rank(config.total_ranks)
     each = f"{threads} thread{'s' if threads > 1 else ''}"
     return f"cpu ({each})" if ranks == 1 else f"cpu ({ranks} ranks of {each})"
 
@@ -175,12 +181,14 @@ def _too_little(
 
     needed = (blocks_for(facts.max_model_len) + 1) * block_size * facts.kv_bytes_per_token
     fits = bisect_right(range(1, facts.max_model_len), blocks - 1, key=blocks_for) // block_size * block_size
+    replicas = config.data_parallel_size
+    each = f" for each of {replicas} replicas" if replicas > 1 else ""
     if config.kv_cache_memory_bytes is not None:
-        given = f"{KV_ALLOCATION} {config.kv_cache_memory_bytes} holds"
-        ways = [f"{KV_ALLOCATION} {needed}"]
+        given = f"{KV_ALLOCATION} {config.kv_cache_memory_bytes} holds{each}"
+        ways = [f"{KV_ALLOCATION} {needed * replicas}"]
     else:
         given = (
-            f"{share:.0%} of {_size(available)} free memory less {_size(facts.weight_bytes)} of weights and "
+            f"{share:.0%} of {_size(available)} free memory{each} less {_size(facts.weight_bytes)} of weights and "
             f"{_size(workspace)} of workspace leaves room for"
         )
         enough = (facts.weight_bytes + workspace + needed) / max(available, 1)
@@ -188,7 +196,10 @@ def _too_little(
     if fits > 0:
         ways.append(f"--max-model-len {fits}")
     if not ways:
-        ways.append(f"a machine with {_size(facts.weight_bytes + workspace + needed)} free, or a smaller model")
+        whole = replicas * (facts.weight_bytes + workspace + needed)
+        ways.append(f"a machine with {_size(whole)} free, or a smaller model")
+    if replicas > 1:
+        ways.append("a lower --dp")
     return (
         f"one request of {facts.max_model_len} tokens needs {_size(needed)} of KV cache, but {given} "
         f"{max(fits, 0)} tokens: use {' or '.join(ways)}"

@@ -20,6 +20,7 @@ from engine.api.metrics import make_registry
 from engine.api.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, parse
 from engine.api.state import ApiState
 from engine.errors import RedlineError, RequestError
+from engine.frontend.router import Router
 
 OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})  # answered without a key
 
@@ -116,15 +117,21 @@ async def models(state: ApiState, _request: Request) -> Response:
 
 
 async def health(state: ApiState, _request: Request) -> Response:
-    """200 while the engine steps or has nothing to do, 503 with the cause when it is dead or a step hangs."""
+    """200 while the engine steps or has nothing to do, 503 with the cause when it is dead or a step hangs.
+
+    With replicas it is degraded, and still 200, while some of them are well.
+    """
     client, core = state.client, state.client.total_stats.core
     age = max(0.0, client.clock.now() - core.last_step_at) if core.steps else None
-    known = {"running": core.running, "waiting": core.waiting, "last_step_age_s": age}
+    known: dict[str, Any] = {"running": core.running, "waiting": core.waiting, "last_step_age_s": age}
+    if isinstance(client, Router):
+        known["replicas"] = client.health()
     if client.dead is not None:
         return answer({"status": "dead", "cause": client.dead, **known}, 503)
     if client.hung:
         return answer({"status": "hung", "cause": client.hung, **known}, 503)
-    return answer({"status": "ok", **known})
+    well = all(replica["status"] == "ok" for replica in known.get("replicas", ()))
+    return answer({"status": "ok" if well else "degraded", **known})
 
 
 async def version(_state: ApiState, _request: Request) -> Response:

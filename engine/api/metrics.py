@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.api.state import ApiState
+from engine.frontend.router import Router
 from engine.frontend.stats import REASONS, FrontEndStats, Histogram
 from engine.messages import Stats
 
@@ -32,6 +33,8 @@ class EngineCollector(Collector):
         yield from self._histograms(stats)
         yield self._cache_info()
         yield self._engine_info()
+        if isinstance(self._client, Router):
+            yield from self._replicas(self._client)
         # Of the process that answers; what grows here while nothing runs is a leak.
         yield GaugeMetricFamily("redline:tasks", "Tasks of the event loop.", value=len(asyncio.all_tasks()))
 
@@ -110,9 +113,39 @@ class EngineCollector(Collector):
             "max_num_seqs": str(ready.max_num_seqs),
             "max_num_batched_tokens": str(ready.max_num_batched_tokens),
         }
+        if isinstance(self._client, Router):  # the figures are those of each
+            labels |= {"replicas": str(len(self._client.replicas)), "routing": self._client.routing}
         family = GaugeMetricFamily("redline:engine_config_info", "The engine; always 1.", labels=list(labels))
         family.add_metric(list(labels.values()), 1)
         return family
+
+    def _replicas(self, router: Router) -> Iterator[Metric]:
+        """What tells replicas apart; the figures above are sums over them."""
+        labels = ["model_name", "replica"]
+        cores = [replica.total_stats.core for replica in router.replicas]
+        alive = [replica.dead is None for replica in router.replicas]
+        up = GaugeMetricFamily("redline:replica_up", "Whether the replica lives.", labels=labels)
+        for number, living in enumerate(alive):
+            up.add_metric([self._model, str(number)], living)
+        yield up
+        for name, what, field in (
+            ("num_requests_running", "Its requests that have a row.", "running"),
+            ("num_requests_waiting", "Its requests that wait for a row.", "waiting"),
+            ("kv_cache_usage_perc", "Share of its KV cache in use, 0 to 1.", "kv_use"),
+        ):
+            gauge = GaugeMetricFamily(f"redline:replica_{name}", what, labels=labels)
+            for number, (core, living) in enumerate(zip(cores, alive, strict=True)):
+                gauge.add_metric([self._model, str(number)], getattr(core, field) if living else 0)
+            yield gauge
+        for name, what, field in (
+            ("prefix_cache_queries", "Prompt tokens it looked up.", "prefix_queries"),
+            ("prefix_cache_hits", "Prompt tokens it found.", "prefix_hits"),
+            ("generation_tokens", "Tokens it generated.", "generation_tokens"),
+        ):
+            counter = CounterMetricFamily(f"redline:replica_{name}", what, labels=labels)
+            for number, core in enumerate(cores):
+                counter.add_metric([self._model, str(number)], getattr(core, field))
+            yield counter
 
 
 def make_registry(state: ApiState) -> CollectorRegistry:

@@ -1,7 +1,7 @@
 """One more API process of a server: `python -m engine.api.process`, started and ended by the first (see `run`).
 
 It has a front-end number and a listening socket of its own and shares the counters. It gets its orders on stdin, then
-lines: `finish`, or `end CAUSE`; it never ends by itself but when it fails.
+lines: `lose REPLICA CAUSE`, `finish`, or `end CAUSE`; it never ends by itself but when it fails.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,10 @@ import msgspec
 from engine import children
 from engine.children import Failure
 from engine.errors import EngineDeadError, RedlineError
-from engine.messages import Ready
+from engine.frontend.connect import CoreAddress
 
 if TYPE_CHECKING:
-    from engine.frontend.client import CoreClient
+    from engine.frontend.connect import EngineClient
 
 
 class Orders(msgspec.Struct):
@@ -35,14 +35,13 @@ class Orders(msgspec.Struct):
     tokenizer: str  # its folder
     tokenizer_mode: str
     seed: int
-    ready: Ready
-    to_core: str
-    from_core: str
+    cores: tuple[CoreAddress, ...]  # of all replicas
+    routing: str
     created: int
     api_key: str | None
     log_requests: bool
     listener: int = -1
-    board: int = -1
+    boards: tuple[int, ...] = ()
     report: int = -1
 
 
@@ -59,13 +58,13 @@ _reports: "msgspec.msgpack.Decoder[_Up | Failure]" = msgspec.msgpack.Decoder(_Up
 class ApiProcess:
     """A further API process, as the first one sees it."""
 
-    def __init__(self, orders: Orders, listener: socket.socket, board: int):
+    def __init__(self, orders: Orders, listener: socket.socket, boards: Sequence[int]):
         report_read, report_write = os.pipe()
         self._reports = os.fdopen(report_read, "rb")
         self._told = False
-        passed = (listener.fileno(), board, report_write)
-        orders.listener, orders.board, orders.report = passed
+        orders.listener, orders.boards, orders.report = listener.fileno(), tuple(boards), report_write
         try:
+            passed = (listener.fileno(), *boards, report_write)
             self._child = children.spawn("engine.api.process", orders, passed)
         finally:
             os.close(report_write)
@@ -95,10 +94,16 @@ class ApiProcess:
 
     def finish(self) -> None:
         """Let it end when its requests are done."""
+        self._told = True
         self._say("finish")
+
+    def lose(self, replica: int, cause: str) -> None:
+        """Tell it that a replica is gone, and that others serve on."""
+        self._say(f"lose {replica} {' '.join(cause.split())}")
 
     def end(self, cause: str) -> None:
         """Have it tell its clients the cause, and end."""
+        self._told = True
         self._say(f"end {' '.join(cause.split())}")
 
     def kill(self) -> None:
@@ -112,7 +117,6 @@ class ApiProcess:
         self._reports.close()
 
     def _say(self, line: str) -> None:
-        self._told = True
         stdin = self._child.stdin
         assert stdin is not None
         with contextlib.suppress(OSError, ValueError):  # it ended just now
@@ -159,26 +163,23 @@ def main() -> int:
         return children.run_reporting(run, tell, "the API process")
 
 
-def connect(orders: Orders) -> "CoreClient":
-    from engine.clock import MonotonicClock
-    from engine.frontend.client import CoreClient
+def connect(orders: Orders) -> "EngineClient":
+    from engine.frontend.connect import connect
     from engine.frontend.stats import Board
     from engine.frontend.tokenizer import load_tokenizer
-    from engine.frontend.transport import ZmqTransport
 
-    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), orders.ready.vocab_size, orders.tokenizer_mode)
-    return CoreClient(
-        orders.ready,
+    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), orders.cores[0].ready.vocab_size, orders.tokenizer_mode)
+    return connect(
+        orders.cores,
         tokenizer,
-        ZmqTransport(orders.to_core, orders.from_core),
-        MonotonicClock(),
         front_end=orders.front_end,
         seed=orders.seed,
-        board=Board(orders.front_ends, orders.board),
+        routing=orders.routing,
+        boards=[Board(orders.front_ends, board) for board in orders.boards],
     )
 
 
-async def serve(orders: Orders, client: "CoreClient", up: Callable[[], None]) -> None:
+async def serve(orders: Orders, client: "EngineClient", up: Callable[[], None]) -> None:
     """Serve HTTP until the parent says otherwise."""
     from engine.api.server import LAST_WORDS_S, HttpSide
     from engine.api.state import ApiState
@@ -193,7 +194,10 @@ async def serve(orders: Orders, client: "CoreClient", up: Callable[[], None]) ->
 
     def obey(line: str) -> None:
         word, _, cause = line.partition(" ")
-        if word == "end":
+        if word == "lose":
+            replica, _, cause = cause.partition(" ")
+            client.lose(int(replica), cause)
+        elif word == "end":
             client.die(cause)
             side.end(LAST_WORDS_S)
         else:

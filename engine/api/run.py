@@ -14,10 +14,11 @@ import uvloop
 
 from engine import children
 from engine.api.process import ApiProcess, Orders
-from engine.api.server import FORCED_GRACE_S, LAST_WORDS_S, STOPPED, HttpSide
+from engine.api.server import FORCED_GRACE_S, LAST_WORDS_S, HttpSide
 from engine.api.state import ApiState
 from engine.errors import EngineDeadError
-from engine.frontend.client import CoreClient
+from engine.frontend.client import STOPPED
+from engine.frontend.connect import EngineClient
 from engine.frontend.logs import PERIOD_S, StatsLog, log_request
 from engine.frontend.start import Engine
 from engine.frontend.stats import Board
@@ -54,7 +55,8 @@ class ServerRun:
         self._options = options
         self._say = say
         self._created = int(time.time())
-        self._board = Board(len(listeners))
+        self._boards = [Board(len(listeners)) for _ in engine.cores]
+        self._lost: set[int] = set()  # replicas
         self._processes: list[ApiProcess] = []
         self._ends: list[asyncio.Future[None]] = []
         self._cause_of_death: str | None = None
@@ -69,7 +71,7 @@ class ServerRun:
         finally:
             for process in self._processes:
                 process.kill()
-            self._engine.core.stop()
+            self._engine.stop()
         if self._cause_of_death is not None:
             raise EngineDeadError(self._cause_of_death)
         return FORCED_EXIT if self._signals > 1 else 0
@@ -84,20 +86,19 @@ class ServerRun:
                 tokenizer=engine.config.tokenizer or engine.config.model,
                 tokenizer_mode=engine.config.tokenizer_mode,
                 seed=engine.config.seed,
-                ready=engine.ready,
-                to_core=engine.core.endpoints.to_core,
-                from_core=engine.core.endpoints.from_core[front_end],
+                cores=engine.addresses(front_end),
+                routing=engine.config.routing,
                 created=self._created,
                 api_key=self._options.api_key,
                 log_requests=self._options.log_requests,
             )
-            self._processes.append(ApiProcess(orders, listener, self._board.descriptor))
+            self._processes.append(ApiProcess(orders, listener, [board.descriptor for board in self._boards]))
         for process in self._processes:
             process.wait_up()
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
-        client = self._engine.connect(board=self._board)
+        client = self._engine.connect(self._boards)
         client.open()
         if self._options.log_requests:
             client.on_ended = log_request
@@ -132,7 +133,8 @@ class ServerRun:
         client.on_death = on_death
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        self._engine.core.watch(threadsafe(die))
+        lose = threadsafe(lambda lost: self._lose(client, lost[0], lost[1], die))
+        self._engine.watch(lambda *lost: lose(lost))
         self._watch_processes(die)
         logging_stats = asyncio.ensure_future(self._log_stats(client))
         try:
@@ -140,6 +142,17 @@ class ServerRun:
             await asyncio.gather(*self._ends)
         finally:
             logging_stats.cancel()
+
+    def _lose(self, client: EngineClient, replica: int, cause: str, die: Callable[[str], None]) -> None:
+        """A core is gone; with the last one all ends."""
+        self._lost.add(replica)
+        count = len(self._engine.cores)
+        if len(self._lost) == count:
+            die(cause if count == 1 else f"no replica is left; replica {replica}: {cause}")
+            return
+        client.lose(replica, cause)
+        for process in self._processes:
+            process.lose(replica, cause)
 
     def _on_listening(self, url: str) -> None:
         children.settle()
@@ -174,7 +187,7 @@ class ServerRun:
 
         asyncio.get_running_loop().call_later(2 * grace_s + FORCED_GRACE_S, give_up)
 
-    async def _log_stats(self, client: CoreClient) -> None:
+    async def _log_stats(self, client: EngineClient) -> None:
         if not self._options.log_stats:
             return
         lines = StatsLog(client.clock.now(), client.total_stats.core)

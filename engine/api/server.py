@@ -21,7 +21,6 @@ KEEP_ALIVE_S = 75
 # Streams that learn of the core's death, or of a second Ctrl-C, get so long to tell their clients.
 LAST_WORDS_S = 2.0
 FORCED_GRACE_S = 0.5
-STOPPED = "the server was stopped before this request was done"
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 
 from engine.api.errors import ApiError
-from engine.frontend.client import CoreClient
+from engine.frontend.connect import EngineClient
 from engine.frontend.prompts import Prompt, Text
 from engine.frontend.streams import Origin
 from engine.frontend.tokenizer import Tokenizer
@@ -18,9 +18,9 @@ LONG_TEXT = 4096
 
 @dataclass
 class ApiState:
-    """One API server: its client of the core, and what it calls its model."""
+    """One API server: its client of the engine, and what it calls its model."""
 
-    client: CoreClient
+    client: EngineClient
     names: tuple[str, ...]  # the first is shown, all are accepted
     api_key: str | None = None
     created: int = 0  # of the model card, seconds since 1970

@@ -2,7 +2,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from engine.clock import Clock
@@ -11,7 +12,7 @@ from engine.frontend.logs import Ended
 from engine.frontend.prompts import Prompt, check_prompt, length_of
 from engine.frontend.sampling import SEED_MASK, SamplingParams, make_request
 from engine.frontend.stats import Board, FrontEndStats
-from engine.frontend.streams import REASONS, Origin, Output, RequestStream, TokenLogprob
+from engine.frontend.streams import REASONS, Origin, Output, RequestStream, Terms, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import Transport
 from engine.messages import (
@@ -33,6 +34,7 @@ from engine.messages import (
 )
 
 NOBODY = Origin()
+STOPPED = "the server was stopped before this request was done"
 
 
 class CoreClient:
@@ -48,8 +50,12 @@ class CoreClient:
         front_end: int = 0,
         seed: int = 0,
         board: Board | None = None,
+        numbers: Iterator[int] | None = None,
     ):
-        """`front_end` is its number, as in the handles; `board` is where all front ends of the core count."""
+        """`front_end` is its number, as in the handles; `board` is where all front ends of the core count.
+
+        `numbers` number its requests, 1, 2, 3, … unless given: clients of several cores may share them.
+        """
         self.ready = ready
         self.tokenizer = tokenizer
         self.clock = clock
@@ -63,7 +69,7 @@ class CoreClient:
         self._transport = transport
         self._front_end = front_end
         self._seed = seed
-        self._sequence = 0
+        self._numbers = itertools.count(1) if numbers is None else numbers
         self._live: dict[int, Output] = {}  # by handle
         self._ended: dict[int, Ended] = {}  # ended here; the core's last word is still to come
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -77,7 +83,7 @@ class CoreClient:
     def close(self) -> None:
         """Stop to listen; whoever still reads a stream is told so."""
         self.on_death = None
-        self.die("the server was stopped before this request was done")
+        self.die(STOPPED)
         self._transport.close()
 
     # ------------------------------------------------------------------------------------------------------- requests
@@ -96,6 +102,14 @@ class CoreClient:
 
         RequestError if a prompt or parameter can't be served, EngineDeadError if nothing can.
         """
+        self.check(prompts, params, priority)
+        terms = Terms(cache_salt, priority, adapter)
+        stream = RequestStream(prompts, params, self, self.clock.now(), origin, terms)
+        self.submit(stream)
+        return stream
+
+    def check(self, prompts: Sequence[Prompt], params: SamplingParams, priority: int) -> None:
+        """Raise RequestError for a request that can't be served, EngineDeadError if none can."""
         if self.dead is not None:
             raise EngineDeadError(self.dead)
         if priority and self.ready.scheduling_policy != "priority":
@@ -104,38 +118,40 @@ class CoreClient:
                 "start it with --scheduling-policy priority",
                 "priority",
             )
-        inline = self.ready.inline
         for prompt in prompts:
             if isinstance(prompt, list):
                 self.check_prompt(prompt)
             else:
-                assert inline, "this core takes no texts"
+                assert self.ready.inline, "this core takes no texts"
         params.check_vocabulary(self.ready.vocab_size)
-        stream = RequestStream(prompts, params, self, self.clock.now(), origin)
+
+    def submit(self, stream: RequestStream) -> None:
+        """Send a stream's outputs to the core, as checked by `check`."""
+        inline, params, terms = self.ready.inline, stream.params, stream.terms
+        stream.client = self
         tokenizer = None if inline else self.tokenizer
-        for number, prompt in enumerate(prompts):
+        extra: dict[str, Any] = {
+            "inline": inline, "cache_salt": terms.cache_salt, "priority": terms.priority, "adapter": terms.adapter
+        }  # fmt: skip
+        for number, prompt in enumerate(stream.prompts):
             for choice in range(params.n):
-                self._sequence += 1
-                handle = make_handle(self._front_end, self._sequence)
+                sequence = next(self._numbers)
+                handle = make_handle(self._front_end, sequence)
                 output = Output(handle, number * params.n + choice, number, stream, tokenizer)
                 stream.live[handle] = self._live[handle] = output
-                seed = self._draw_seed(params.seed, choice)
+                seed = self._draw_seed(params.seed, choice, sequence)
                 room = self.ready.max_model_len - length_of(prompt)
-                extra: dict[str, Any] = {
-                    "inline": inline, "cache_salt": cache_salt, "priority": priority, "adapter": adapter
-                }  # fmt: skip
                 self._transport.send(make_request(handle, prompt, params, self.tokenizer, seed, room, **extra))
         self.stats.live = len(self._live)
-        return stream
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raise RequestError for a prompt that is empty, too long, or holds ids the model doesn't have."""
         check_prompt(prompt, self.ready.max_model_len, self.ready.vocab_size)
 
-    def _draw_seed(self, seed: int | None, choice: int) -> int:
+    def _draw_seed(self, seed: int | None, choice: int, sequence: int) -> int:
         if seed is not None and choice == 0:
             return seed & SEED_MASK
-        source = (self._seed, self._front_end, self._sequence) if seed is None else (seed, choice)
+        source = (self._seed, self._front_end, sequence) if seed is None else (seed, choice)
         return int.from_bytes(hashlib.blake2b(repr(source).encode(), digest_size=8).digest(), "little")
 
     def abort(self, stream: RequestStream) -> None:
@@ -151,8 +167,7 @@ class CoreClient:
         """Call a utility of the core by name; RedlineError with its own words if it fails."""
         if self.dead is not None:
             raise EngineDeadError(self.dead)
-        self._sequence += 1
-        number = self._sequence
+        number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[number] = answer
         self._transport.send(Utility(self._front_end, number, method, arguments))
@@ -313,10 +328,7 @@ class CoreClient:
             return
         self.dead = cause
         error = EngineDeadError(cause)
-        for stream in {id(output.stream): output.stream for output in self._live.values()}.values():
-            stream.fail(error)
-        for output in list(self._live.values()):
-            self._drop(output, "error")
+        self._fail_all(error)
         for answer in self._calls.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -327,8 +339,22 @@ class CoreClient:
         if self.on_death is not None:
             self.on_death(cause)
 
+    def _fail_all(self, error: EngineDeadError) -> None:
+        for stream in {id(output.stream): output.stream for output in self._live.values()}.values():
+            stream.fail(error)
+        for output in list(self._live.values()):
+            self._drop(output, "error")
+
+    def lose(self, _replica: int, cause: str) -> None:
+        """`die`: the only replica is gone."""
+        self.die(cause)
+
+    def lose_threadsafe(self, _replica: int, cause: str) -> None:
+        """`die`, from any thread: the only replica is gone; for `Engine.watch`."""
+        self.die_threadsafe(cause)
+
     def die_threadsafe(self, cause: str) -> None:
-        """`die`, from any thread; for `CoreProcess.watch`."""
+        """`die`, from any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.die, cause)
 

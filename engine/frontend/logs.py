@@ -63,6 +63,7 @@ class Ended(msgspec.Struct):
     queue_s: float
     preemptions: int = 0
     error: str | None = None
+    replica: int = 0
 
     @classmethod
     def of(cls, output: Output, reason: str, now: float, front_end: int) -> "Ended":

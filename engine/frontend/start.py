@@ -1,36 +1,56 @@
 """Starts an engine for a front end: the core in its process, the tokenizer here, meanwhile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from engine.clock import MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig
-from engine.frontend.client import CoreClient
+from engine.frontend.connect import CoreAddress, EngineClient, connect
 from engine.frontend.stats import Board
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
-from engine.frontend.transport import ZmqTransport
 from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.model.names import CONFIG, PARAMS
 from engine.model.resolve import resolve_model
+from engine.replicas import start_cores, stop_all, wait_all_ready
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A core that is up, and what a front end needs beside it."""
+    """A core that is up, or one for each replica, and what a front end needs beside them."""
 
     config: EngineConfig  # with model and tokenizer as folders
-    core: CoreProcess
-    ready: Ready
+    cores: tuple[CoreProcess, ...]
+    readies: tuple[Ready, ...]
     tokenizer: Tokenizer
     warnings: tuple[str, ...]
 
-    def connect(self, board: Board | None = None) -> CoreClient:
-        """Make the first front end's client of the core; `open()` it inside an event loop."""
-        endpoints = self.core.endpoints
-        transport = ZmqTransport(endpoints.to_core, endpoints.from_core[0])
-        return CoreClient(self.ready, self.tokenizer, transport, MonotonicClock(), seed=self.config.seed, board=board)
+    @property
+    def ready(self) -> Ready:
+        """What the first replica says of itself, and the others as well."""
+        return self.readies[0]
+
+    def addresses(self, front_end: int = 0) -> tuple[CoreAddress, ...]:
+        """Where a front end reaches the cores."""
+        pairs = zip(self.cores, self.readies, strict=True)
+        return tuple(
+            CoreAddress(ready, core.endpoints.to_core, core.endpoints.from_core[front_end]) for core, ready in pairs
+        )
+
+    def connect(self, boards: Sequence[Board] = ()) -> EngineClient:
+        """Make the first front end's client; `open()` it inside an event loop."""
+        config = self.config
+        return connect(self.addresses(), self.tokenizer, seed=config.seed, routing=config.routing, boards=boards)
+
+    def watch(self, on_death: Callable[[int, str], None]) -> None:
+        """Call back from a thread, with the replica and the cause in one line, if a core ends untold."""
+        for replica, core in enumerate(self.cores):
+            core.watch(partial(on_death, replica))
+
+    def stop(self) -> None:
+        """End all cores; safe to call twice."""
+        stop_all(self.cores)
 
 
 def start_engine(
@@ -42,7 +62,7 @@ def start_engine(
     front_ends: int = 1,
     step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Engine:
-    """Find the model, start the core and wait until it is up; after a RedlineError nothing runs.
+    """Find the model, start the core, or one for each replica, and wait until all are up; after an error nothing runs.
 
     `progress` hears a line per phase that takes time; `loading`, from a thread, how many bytes of the weights were
     read, and how many there are.
@@ -50,18 +70,20 @@ def start_engine(
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_model(config.tokenizer, progress)
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.name)
-    core = CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
+    cores = start_cores(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
         tokenizer, warnings = load_tokenizer(tokenizer_path, declared_vocab_size(path), config.tokenizer_mode)
-        ready = core.wait_ready(on_wait, loading)
+        readies = wait_all_ready(cores, progress, on_wait, loading)
     except BaseException:
-        core.stop()
+        stop_all(cores)
         raise
+    ready = readies[0]
     if tokenizer.vocab_size > ready.vocab_size:
         warnings.append(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: texts may use unknown ids"
         )
-    return Engine(config, core, ready, tokenizer, (*ready.warnings, *warnings))
+    told = dict.fromkeys(warning for ready in readies for warning in ready.warnings)
+    return Engine(config, cores, readies, tokenizer, (*told, *warnings))
 
 
 def declared_vocab_size(path: Path) -> int | None:

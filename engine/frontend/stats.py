@@ -21,12 +21,18 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 REASONS = ("stop", "length", "abort", "error")
 
-# A block is an array of float64: when the core was last heard, its stats, how many requests are open, counters.
+# A block is an array of float64: when the core was last heard, its stats, how many requests are open and what is left
+# to compute for them, counters.
 _CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats))
+_COUNTERS = (
+    "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "drafted",
+    "accepted",
+)  # fmt: skip
 _AT = 0
 _CORE = slice(1, 1 + len(_CORE_KINDS))
 _LIVE = _CORE.stop
-_FINISHED = _LIVE + 1
+_LOAD = _LIVE + 1
+_FINISHED = _LOAD + 1
 _HISTOGRAMS = _FINISHED + len(REASONS)
 
 Slots: TypeAlias = "memoryview[float]"
@@ -126,6 +132,15 @@ class FrontEndStats:
     def live(self, count: int) -> None:
         self._slots[_LIVE] = count
 
+    @property
+    def load(self) -> float:
+        """Tokens that are left to compute for them, as a router thinks."""
+        return float(self._slots[_LOAD])
+
+    @load.setter
+    def load(self, tokens: float) -> None:
+        self._slots[_LOAD] = tokens
+
     def count_finished(self, reason: str) -> None:
         self._slots[_FINISHED + REASONS.index(reason)] += 1
 
@@ -150,6 +165,26 @@ class FrontEndStats:
         newest = max(every, key=lambda one: one._slots[_AT])
         for slot in range(_LIVE):
             total._slots[slot] = newest._slots[slot]
+        return total
+
+    @classmethod
+    def of_replicas(cls, every: Sequence["FrontEndStats"], lost: Sequence[bool]) -> "FrontEndStats":
+        """A copy: sums over replicas; one that is lost has nothing running and no KV cache, but its counters stay."""
+        total = cls()
+        for one in every:
+            for slot in range(_LIVE, BLOCK_SLOTS):
+                total._slots[slot] += one._slots[slot]
+        cores = [one.core for one in every]
+        living = [core for core, gone in zip(cores, lost, strict=True) if not gone]
+        added = {name: sum(getattr(core, name) for core in cores) for name in _COUNTERS}
+        added |= {name: sum(getattr(core, name) for core in living) for name in ("running", "waiting", "step_tokens")}
+        summed = Stats(
+            kv_use=sum(core.kv_use for core in living) / max(1, len(living)),
+            last_step_at=max(core.last_step_at for core in cores),
+            **added,
+        )
+        for slot, value in enumerate(msgspec.structs.astuple(summed), _CORE.start):
+            total._slots[slot] = value
         return total
 
 

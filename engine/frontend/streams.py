@@ -50,6 +50,17 @@ class Origin(msgspec.Struct, frozen=True):
     client: str = ""  # address
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """What a request asks of the core beside its sampling."""
+
+    cache_salt: str = ""
+    priority: int = 0
+    adapter: str = ""
+
+
+NO_TERMS = Terms()
+
+
 class Client(Protocol):
     """A stream's side of the CoreClient."""
 
@@ -141,17 +152,25 @@ class RequestStream:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], params: SamplingParams, client: Client, arrived: float, origin: Origin
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        client: Client,
+        arrived: float,
+        origin: Origin,
+        terms: Terms = NO_TERMS,
     ):
         self.prompts = prompts
         self.prompt_lengths = [length_of(prompt) for prompt in prompts]
         self.params = params
         self.arrived = arrived
         self.origin = origin
+        self.terms = terms
         self.cached_tokens = [0] * len(prompts)
         self.live: dict[int, Output] = {}  # by handle
         self.sink: Callable[[], bool] | None = None
-        self._client = client
+        self.client = client  # of the core that has it
+        self.moved = False  # it began again on another replica
         self._ready: list[Output] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -163,7 +182,7 @@ class RequestStream:
     def offer(self, output: Output) -> None:
         """An output has a delta."""
         if not self._ready:
-            self._client.touched.append(self)
+            self.client.touched.append(self)
         self._ready.append(output)
 
     def flush(self) -> None:
@@ -193,6 +212,12 @@ class RequestStream:
             await self._waiter
         finally:
             self._waiter = None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has come of it yet, so that another core may begin it again."""
+        everything = len(self.prompts) * self.params.n
+        return len(self.live) == everything and not any(output.count for output in self.live.values())
 
     @property
     def has_new(self) -> bool:
@@ -227,7 +252,7 @@ class RequestStream:
 
     def close(self) -> None:
         if self.live:
-            self._client.abort(self)
+            self.client.abort(self)
 
     async def __aenter__(self) -> "RequestStream":
         return self

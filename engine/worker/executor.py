@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig, ResolvedConfig
-from engine.memory import cores
+from engine.memory import threads_per_rank
 from engine.model.facts import ModelFacts
 from engine.worker.threads import limit_libraries, stay
 
@@ -70,7 +70,7 @@ class InProcessExecutor:
         from engine.model.load import open_model
         from engine.worker.runner import build_runner
 
-        torch.set_num_threads(cores())
+        torch.set_num_threads(threads_per_rank(config.total_ranks))
         imported = time.perf_counter()
         blank = open_model(config, facts, progress)
         opened = time.perf_counter()

@@ -227,8 +227,9 @@ def build_network(config: EngineConfig, facts: ModelFacts, resolved: ResolvedCon
                 first_token=first,
                 fill=blank.fill,
             )
-            threads = threads_per_rank(config.tensor_parallel_size)
-            cores = places(threads, 0 if part is None else part.group.rank, config.tensor_parallel_size)
+            threads = threads_per_rank(config.total_ranks)
+            rank = config.first_rank + (0 if part is None else part.group.rank)
+            cores = places(threads, rank, config.total_ranks)
             stack = Stack(spec, form.weights, form.cache, threads, level, kept, cores)
             keys, values = spec.layer[0].keys, spec.layer[0].values
             pages = PageSupply(

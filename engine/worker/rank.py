@@ -90,7 +90,7 @@ def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner
 
     config, resolved = EngineConfig(**orders.config), ResolvedConfig(**orders.resolved)
     facts = ModelFacts(**{**orders.facts, "path": Path(orders.facts["path"])})
-    torch.set_num_threads(threads_per_rank(config.tensor_parallel_size))
+    torch.set_num_threads(threads_per_rank(config.total_ranks))
     imported = time.perf_counter()
     blank = open_model(config, facts, progress if orders.rank == 0 else None)
     split = plan_split(config, facts)

@@ -10,6 +10,8 @@ KERNELS_KEPT = "128"
 def places(threads: int, rank: int, ranks: int) -> tuple[int, ...]:
     """Cores for the threads of a rank, where all ranks together use every core that they may; else none are named.
 
+    `ranks` are those of all replicas, and `rank` is counted over all of them.
+
     Threads that wait for each other 300 times a step must not share a core: the system puts them there now and then,
     next to whoever woke them, and a step then takes twice as long.
     """

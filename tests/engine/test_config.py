@@ -23,6 +23,9 @@ def config(**fields: Any) -> EngineConfig:
         ({"engine": "v0", "ablate": ("watermark",)}, "without all of them already"),
         ({"ablate": ("chunking",)}, "--ablate must be of no-chunking, prefill-first"),
         ({"engine": "v2"}, "--engine must be one of v1, v0"),
+        ({"data_parallel_size": 0}, "--dp must be at least 1, not 0"),
+        ({"data_parallel_size": 2, "replica": 2}, "replica 2 is none of the 2 of --dp"),
+        ({"routing": "nearest"}, "--routing must be one of prefix, least-loaded, random"),
         ({"scheduling_policy": "lifo"}, "--scheduling-policy must be one of fcfs, priority"),
     ],
 )
@@ -37,6 +40,12 @@ def test_v0_is_every_removal_and_chunked_v0_keeps_chunks():
     assert config(engine="v0").removals == set(REMOVALS)
     assert config(engine="v0", enable_chunked_prefill=False).removals == set(REMOVALS)
     assert config(engine="v0", enable_chunked_prefill=True).removals == set(REMOVALS) - set(CHUNKING)
+
+
+def test_ranks_are_counted_over_all_replicas():
+    assert (config().total_ranks, config().first_rank) == (1, 0)
+    third = config(data_parallel_size=4, tensor_parallel_size=3, replica=2)
+    assert (third.total_ranks, third.first_rank) == (12, 6)
 
 
 def test_it_survives_the_way_to_another_process():

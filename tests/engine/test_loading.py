@@ -17,7 +17,7 @@ def test_the_bytes_that_were_read_are_told(ranks: int, tmp_path: Path) -> None:
     config = EngineConfig(model=str(tmp_path), tensor_parallel_size=ranks, max_model_len=64, max_num_seqs=2)
     heard: list[tuple[int, int]] = []
     engine = start_engine(config, loading=lambda done, total: heard.append((done, total)))
-    engine.core.stop()
+    engine.stop()
     total = read_facts(config).weight_bytes
     assert heard[-1] == (total, total)
     assert all(before[0] < after[0] for before, after in itertools.pairwise(heard))

@@ -166,6 +166,45 @@ def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pytest
         assert [f"--tp 4 on {cores} cores" in line for line in found.warnings] == [True] * warned
 
 
+@pytest.mark.parametrize("given", [None, 64 << 20])
+def test_replicas_divide_memory_and_kv_cache(given: int | None, free) -> None:
+    free(4 * GIB)
+    asked = EngineConfig(model="m", kv_cache_memory_bytes=given, max_num_seqs=128)
+    alone = resolve(asked, make_facts())
+    for replicas in (2, 4):
+        each = resolve(dataclasses.replace(asked, data_parallel_size=replicas), make_facts())
+        again = resolve(dataclasses.replace(asked, data_parallel_size=replicas), make_facts(), 4 * GIB // replicas)
+        assert each == again, "what is free is the share of it, unless told"
+        whole = {line.what: line.bytes for line in alone.memory}
+        share = {line.what: line.bytes for line in each.memory}
+        assert share["weights"] == whole["weights"]
+        spent = replicas * sum(share.values()) if given is None else replicas * share["KV cache"]
+        wanted = 2 * GIB if given is None else given
+        block = make_facts().kv_bytes_per_token * 32
+        assert 0 <= wanted - spent < replicas * block
+
+
+def test_too_little_for_replicas_names_bytes_for_all_of_them(free) -> None:
+    free(4 * GIB)
+    asked = EngineConfig(model="m", kv_cache_memory_bytes=1 << 20, data_parallel_size=3)
+    with pytest.raises(OutOfMemoryError, match=r"for each of 3 replicas .* or a lower --dp$") as caught:
+        resolve(asked, make_facts())
+    wanted = int(re.search(r"--kv-cache-memory-bytes (\d+) or", str(caught.value))[1])
+    resolve(dataclasses.replace(asked, kv_cache_memory_bytes=wanted), make_facts())
+    with pytest.raises(OutOfMemoryError):
+        resolve(dataclasses.replace(asked, kv_cache_memory_bytes=wanted - 3), make_facts())
+
+
+def test_more_replicas_than_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch, free) -> None:
+    free(64 * GIB)
+    for cores, device, warned in ((2, "cpu (1 thread)", 1), (9, "cpu (3 threads)", 0)):
+        monkeypatch.setattr(memory, "cores", lambda cores=cores: cores)
+        found = resolve(EngineConfig(model="m", data_parallel_size=3), make_facts())
+        assert found.device == device
+        told = [line for line in found.warnings if "--dp" in line]
+        assert told == [f"--dp 3 on {cores} cores: replicas take turns, fewer are faster"] * warned
+
+
 def test_undivided_attention_is_warned_of(tmp_path: Path) -> None:
     config = dataclasses.replace(make_folder(tmp_path, "flex_olmo"), tensor_parallel_size=2)
     assert any("keeps the KV cache of all heads" in line for line in resolve(config, read_facts(config)).warnings)

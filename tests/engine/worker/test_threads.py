@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from engine.worker.threads import KERNELS_KEPT, SPINS, limit_libraries
+from engine.config import EngineConfig
+from engine.worker.threads import KERNELS_KEPT, SPINS, limit_libraries, places
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,17 @@ def test_a_limit_is_set_unless_the_user_chose(
     limit_libraries()
     assert os.environ.get("GOMP_SPINCOUNT") == spins
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kernels
+
+
+@pytest.mark.parametrize(("replicas", "ranks"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_each_rank_of_each_replica_has_cores_of_its_own(
+    replicas: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10, 18)))
+    threads = 8 // (replicas * ranks)
+    taken: list[int] = []
+    for replica in range(replicas):
+        config = EngineConfig(model="m", data_parallel_size=replicas, tensor_parallel_size=ranks, replica=replica)
+        for rank in range(ranks):
+            taken += places(threads, config.first_rank + rank, config.total_ranks)
+    assert taken == list(range(10, 18))

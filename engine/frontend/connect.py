@@ -1,0 +1,52 @@
+"""A front end's client of its engine: of the one core, or of all replicas behind a router."""
+
+import itertools
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import msgspec
+
+from engine.clock import MonotonicClock
+from engine.frontend.client import CoreClient
+from engine.frontend.router import Replica, Router
+from engine.frontend.routing import Lengths
+from engine.frontend.stats import Board
+from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.transport import ZmqTransport
+from engine.messages import Ready
+
+EngineClient: TypeAlias = CoreClient | Router
+
+
+class CoreAddress(msgspec.Struct):
+    """Where one front end reaches a core, and what that core said of itself."""
+
+    ready: Ready
+    to_core: str
+    from_core: str
+
+
+def connect(
+    cores: Sequence[CoreAddress],
+    tokenizer: Tokenizer,
+    *,
+    front_end: int = 0,
+    seed: int = 0,
+    routing: str = "prefix",
+    boards: Sequence[Board] = (),
+) -> EngineClient:
+    """Make a front end's client; `open()` it inside an event loop.
+
+    `boards` are where the front ends of each core count, none where this is the only front end.
+    """
+    clock, numbers, lengths = MonotonicClock(), itertools.count(1), Lengths()
+    replicas = []
+    for number, core in enumerate(cores):
+        board = boards[number] if boards else None
+        transport = ZmqTransport(core.to_core, core.from_core)
+        if len(cores) == 1:
+            return CoreClient(core.ready, tokenizer, transport, clock, front_end=front_end, seed=seed, board=board)
+        settings = {"front_end": front_end, "seed": seed, "board": board}
+        # Numbered together, requests draw the same seeds wherever they go.
+        replicas.append(Replica(number, lengths, core.ready, tokenizer, transport, clock, **settings, numbers=numbers))
+    return Router(replicas, routing, seed + front_end)

@@ -1,0 +1,80 @@
+"""Starts and ends the cores of an engine together: one, or one for each replica (`--dp`)."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+from engine.config import EngineConfig
+from engine.launch import PROBE_S, CoreProcess
+from engine.messages import Ready
+
+
+def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float) -> tuple[CoreProcess, ...]:
+    """Start all cores at the same time; `wait_all_ready` waits for them."""
+    count = config.data_parallel_size
+    if count == 1:
+        return (CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s),)
+    from engine.memory import available_memory
+
+    memory = available_memory() // count  # measured once: each of them would see what the others have taken already
+    started: list[CoreProcess] = []
+    try:
+        for number in range(count):
+            one = replace(config, replica=number)
+            started.append(CoreProcess(one, front_ends=front_ends, step_timeout_s=step_timeout_s, memory=memory))
+    except BaseException:
+        stop_all(started)
+        raise
+    return tuple(started)
+
+
+def wait_all_ready(
+    cores: Sequence[CoreProcess],
+    progress: Callable[[str], None] | None = None,
+    on_wait: Callable[[], None] | None = None,
+    loading: Callable[[int, int], None] | None = None,
+) -> tuple[Ready, ...]:
+    """Block until all cores are up, or one can't be: its error is raised, and the others must be stopped.
+
+    Arguments as of `start_engine`; bytes read are those of all replicas together.
+    """
+    if len(cores) == 1:
+        return (cores[0].wait_ready(on_wait, loading),)
+    loaded = [(0, 0)] * len(cores)
+
+    def start(number: int) -> Ready:
+        def hear(done: int, total: int) -> None:
+            loaded[number] = done, total
+            if loading is not None:
+                loading(sum(done for done, _ in loaded), max(total for _, total in loaded) * len(cores))
+
+        return cores[number].wait_ready(loading=hear)
+
+    # Whoever is interrupted here stops the cores, which ends these threads.
+    pool = ThreadPoolExecutor(len(cores), thread_name_prefix="start")
+    try:
+        waiting = [pool.submit(start, number) for number in range(len(cores))]
+        up = 0
+        while True:
+            done, still = wait(waiting, PROBE_S, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if not still:
+                return tuple(future.result() for future in waiting)
+            if progress is not None and len(done) > up:
+                up = len(done)
+                progress(f"{up} of {len(cores)} replicas are up")
+            if on_wait is not None:
+                on_wait()
+    finally:
+        pool.shutdown(wait=False)
+
+
+def stop_all(cores: Sequence[CoreProcess]) -> None:
+    """End all cores at the same time; safe to call twice."""
+    if len(cores) == 1:
+        cores[0].stop()
+        return
+    with ThreadPoolExecutor(max(1, len(cores))) as pool:
+        for ending in [pool.submit(core.stop) for core in cores]:
+            ending.result()

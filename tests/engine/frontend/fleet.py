@@ -1,0 +1,111 @@
+"""Real cores behind a real router in one thread: workers without a model, under a clock that the test moves."""
+
+import itertools
+from typing import Any
+
+from engine.clock import FakeClock
+from engine.core.engine import EngineCore
+from engine.frontend.backends import StandInBackend
+from engine.frontend.router import Replica, Router
+from engine.frontend.routing import Lengths
+from engine.frontend.sampling import SamplingParams
+from engine.frontend.stats import Board
+from engine.frontend.streams import Delta, RequestStream
+from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.transport import InlineTransport
+from engine.messages import AddRequest, FromCore, Ready, decode_to_core, encode
+from tests.engine.core_driver import next_wait, resolved
+from tests.engine.fake_executor import VOCABULARY, FakeExecutor
+
+TOKENIZER = Tokenizer(StandInBackend(VOCABULARY))
+
+
+class Fleet:
+    """Replicas whose steps take a second; made inside an event loop, and stepped only by `turn` and `run`."""
+
+    def __init__(
+        self, count: int, routing: str = "prefix", seed: int = 0, boards: list[Board] | None = None, **more: Any
+    ):
+        config = resolved(**more)
+        self.clock = FakeClock()
+        self.cores: list[EngineCore] = []
+        self.workers: list[FakeExecutor] = []
+        self.transports: list[InlineTransport] = []
+        self.added: list[list[AddRequest]] = [[] for _ in range(count)]  # what each core was sent
+        self.read: dict[int, list[int]] = {}  # tokens by id of the stream, one output each
+        ready = Ready(
+            "fake", "fake", "float32", VOCABULARY, config.max_model_len, config.max_num_seqs,
+            config.max_num_batched_tokens, config.block_size, config.num_blocks - 1, True,
+        )  # fmt: skip
+        replicas, lengths, numbers = [], Lengths(), itertools.count(1)
+        for number in range(count):
+            worker = FakeExecutor(self.clock, config.block_size, lambda *_: 1.0)
+            transport = InlineTransport()
+            core = EngineCore(config, worker, self.clock, transport.from_core)
+            transport.receive = self._receiver(number, core)
+            board = boards[number] if boards else None
+            replicas.append(
+                Replica(number, lengths, ready, TOKENIZER, transport, self.clock, board=board, numbers=numbers)
+            )
+            self.cores.append(core)
+            self.workers.append(worker)
+            self.transports.append(transport)
+        self.router = Router(replicas, routing, seed)
+        self.router.open()
+
+    def _receiver(self, number: int, core: EngineCore) -> Any:
+        def receive(data: bytes) -> None:
+            assert self.router.replicas[number].dead is None, "a message for a replica that is gone"
+            message = decode_to_core(data)
+            if isinstance(message, AddRequest):
+                self.added[number].append(message)
+            core.receive(data)
+
+        return receive
+
+    def add(self, prompt: list[int], max_tokens: int = 4, **more: Any) -> RequestStream:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        stream = self.router.add([prompt], params, **more)
+        self.read[id(stream)] = []
+        return stream
+
+    def place(self, stream: RequestStream) -> int:
+        """The replica that has it."""
+        assert isinstance(stream.client, Replica)
+        return stream.client.number
+
+    def take(self, stream: RequestStream) -> list[int]:
+        """All tokens so far; raises what the stream does."""
+        deltas: list[Delta] = stream.take()
+        self.read[id(stream)] += [token for delta in deltas for token in delta.token_ids]
+        assert stream.open is not None
+        return self.read[id(stream)]
+
+    def say(self, number: int, message: FromCore) -> None:
+        """A core says something by itself."""
+        self.transports[number].from_core(0, encode(message))
+
+    def kill(self, number: int) -> None:
+        self.router.lose(number, "it was killed")
+
+    @property
+    def living(self) -> list[int]:
+        return [replica.number for replica in self.router.replicas if replica.dead is None]
+
+    def turn(self) -> bool:
+        """Let all that live do what they can, then go on to what is due next; False if nothing was left to do."""
+        for number in self.living:
+            self.cores[number].step(self.clock.now())
+        waits = [next_wait(self.cores[number], self.workers[number], self.clock.now()) for number in self.living]
+        due = [wait for wait in waits if wait is not None]
+        if due:
+            self.clock.advance(min(due))
+            for number in self.living:
+                self.workers[number].pump()
+        return bool(due) or any(self.cores[number].has_work for number in self.living)
+
+    def run(self) -> None:
+        for _ in range(10_000):
+            if not self.turn():
+                return
+        raise AssertionError("it never ends")
