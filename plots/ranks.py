@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from plots.data import ReportError
 from plots.style import COLOURS, INK, STYLE, WIDTH_IN, footnote, headline, legend_below_headline, plain, save, wrapped
 
-V1, V0 = COLOURS[0], COLOURS[1]
-NAMES = {
-    "v1": "V1: one order to all, each rank builds its inputs",
-    "v0": "V0: rank 0 builds all inputs and broadcasts them (--ablate driver-broadcast)",
+WAYS = {
+    "v1": ("V1: one order to all, each builds its inputs", COLOURS[0]),
+    "v0": ("V0: rank 0 builds and broadcasts them", COLOURS[1]),
+    "v0-joined": ("the same, all tensors in one", "#fdba74"),
 }
 _BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between sizes and between ranks, in bars
 _NAMES_IN = 1.75
@@ -56,14 +56,14 @@ def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_time(panels[1], rows, places)
         _name(panels[0], rows, places)
         headline(figure, "Telling the ranks of a step", height)
-        handles = [Patch(color=_colour(engine), label=name) for engine, name in NAMES.items()]
-        legend_below_headline(figure, handles, height, ncols=2, handlelength=1.1, handleheight=1.0)
+        handles = [Patch(color=colour, label=name) for name, colour in WAYS.values()]
+        legend_below_headline(figure, handles, height, ncols=3, handlelength=1.1, handleheight=1.0)
         footnote(figure, footer, height)
         return figure
 
 
 def _colour(engine: str) -> str:
-    return V1 if engine == "v1" else V0
+    return WAYS[engine][1]
 
 
 def _places(rows: list[dict[str, Any]]) -> list[float]:
@@ -119,11 +119,11 @@ def _caption(rows: list[dict[str, Any]]) -> list[str]:
         f"Hardware: {first['hardware']}: ranks beyond that take turns on them",
         f"Model: {first['model']}",
         f"A step: a token for each row, contexts from {first['context']} tokens on in blocks of {first['block_size']}",
-        f"Medians of {first['steps']} steps, V1 and V0 in turns; lines: lowest and highest median of a turn",
+        f"Medians of {first['steps']} steps, all in turns; lines: lowest and highest median of a turn",
     ]
     reading = [
         "Steps run one at a time: V1's run-ahead, which hides nearly all of its part, and its bursts are off",
-        "V0 as vLLM's was: a description, then each tensor by a broadcast of its own, over gloo on the loopback",
+        "V0 (--ablate driver-broadcast): a description, then each tensor by a broadcast of its own, over gloo",
     ]
     return [*wrapped(facts), *wrapped(reading)]
 

@@ -7,8 +7,9 @@ Measured are, for a step,
     µs      from the moment a step is planned to the moment the last rank has its inputs and begins to compute: V1's
             orders to all ranks, each of which builds its inputs, or V0's order to rank 0, which builds and broadcasts
 
-Steps run one at a time, so that nothing of it hides behind the step before. V1 and V0 take turns, --steps each,
---rounds times; medians over all steps are reported, with the lowest and highest median of a turn. Prints a table,
+`v0-joined` is V0 with a step's tensors laid end to end in one broadcast, as nobody had it: it shows what of V0's time is
+the number of tensors. Steps run one at a time, so that nothing hides behind the step before. All take turns, --steps
+each, --rounds times; medians over all steps are reported, with the lowest and highest median of a turn. Prints a table,
 writes results/bench-ranks.json and the figure.
 """
 
@@ -40,7 +41,8 @@ from engine.worker import wire
 from engine.worker.multiprocess import MultiprocessExecutor
 from plots.ranks import save_ranks_figure
 
-WAYS: dict[str, tuple[str, ...]] = {"v1": (), "v0": ("driver-broadcast",)}
+DRIVEN = ("driver-broadcast",)
+WAYS: dict[str, tuple[str, ...]] = {"v1": (), "v0": DRIVEN, "v0-joined": DRIVEN}
 CONTEXT = 512  # tokens of a row, about
 BLOCK_SIZE = 16
 BUDGET = 2048

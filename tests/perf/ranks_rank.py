@@ -1,7 +1,8 @@
 """A rank of bench_ranks.py: the real one, which also notes when it has a step's inputs and what was broadcast for them.
 
 Leaves rank-N.bin at its end, in the folder that the executor was given: int64[steps, 3], the step, ns of the monotonic
-clock when the rank begins to compute it, and the bytes of what was broadcast since the step before.
+clock when the rank begins to compute it, and the bytes of what was broadcast since the step before. In a folder called
+…joined what V0 broadcasts tensor by tensor goes in one piece.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ import time
 from array import array
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine.worker import group, rank, runner
 from engine.worker.rows import StepBatch
@@ -33,8 +36,8 @@ class _Noted:
         self._inner.forward(batch)
 
 
-def note(log: array) -> None:
-    """Have the rank's network and group write down what is asked for."""
+def note(log: array, joined: bool) -> None:
+    """Have the rank's network and group write down what is asked for; `joined`: tensors go as one."""
     build_network, broadcast = runner.build_network, group.GlooGroup.broadcast
 
     def build(*given: Any) -> Any:
@@ -43,7 +46,12 @@ def note(log: array) -> None:
 
     def counted(self: group.GlooGroup, tensors: Any, *given: Any) -> Any:
         group.GlooGroup.told += sum(tensor.nbytes for tensor in tensors)  # type: ignore[attr-defined]
-        return broadcast(self, tensors, *given)
+        if not joined or len(tensors) < 2:
+            return broadcast(self, tensors, *given)
+        [whole] = broadcast(self, [torch.cat(tensors)], *given)
+        for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.copy_(part)
+        return tensors
 
     group.GlooGroup.told = 0  # type: ignore[attr-defined]
     runner.build_network = build
@@ -51,10 +59,10 @@ def note(log: array) -> None:
 
 
 def run(parent: socket.socket, orders: Orders) -> Failed | None:
-    log = array("q")
-    note(log)
+    log, folder = array("q"), Path(orders.store).parent.parent
+    note(log, folder.name.endswith("joined"))
     failed = plain_run(parent, orders)
-    (Path(orders.store).parent.parent / f"rank-{orders.rank}.bin").write_bytes(log.tobytes())
+    (folder / f"rank-{orders.rank}.bin").write_bytes(log.tobytes())
     return failed
 
 

@@ -1,24 +1,29 @@
 """V0's way between ranks: what rank 0 tells arrives, and those that only do as told make the same tokens."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ModelError
 from engine.kernels.cpu import build
 from engine.messages import RowAdded, Sampling, StepMessage, column, decode_result, encode, int32s
+from engine.worker import group
 from engine.worker.broadcast import Step, Told, hear, tell
 from engine.worker.group import GlooGroup
 from engine.worker.rows import Rows
 from engine.worker.runner import Choice
-from engine.worker.wire import Call
+from engine.worker.wire import Call, PeerLostError
 from tests.engine.worker.driver import Driver, Request, build_model
 from tests.engine.worker.lora_files import LLAMA, write_adapter
 from tests.engine.worker.test_multiprocess import DRIVEN, start
@@ -26,14 +31,23 @@ from tests.engine.worker.test_multiprocess import DRIVEN, start
 PATIENCE_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[GlooGroup], ThreadPoolExecutor]]:
-    store = str(tmp_path_factory.mktemp("meeting") / "store")
+Pair = tuple[list[GlooGroup], ThreadPoolExecutor]
+
+
+@contextmanager
+def two_ranks(folder: Path) -> Iterator[Pair]:
+    """Groups of this process, and threads to wait in."""
     with ThreadPoolExecutor(2) as threads:
-        yield list(threads.map(lambda rank: GlooGroup(rank, 2, store), range(2))), threads
+        yield list(threads.map(lambda rank: GlooGroup(rank, 2, str(folder / "store")), range(2))), threads
 
 
-def passed_on(pair: tuple[list[GlooGroup], ThreadPoolExecutor], what: Told) -> Told:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with two_ranks(tmp_path_factory.mktemp("meeting")) as both:
+        yield both
+
+
+def passed_on(pair: Pair, what: Told) -> Told:
     (first, second), threads = pair
     heard = threads.submit(hear, second)
     tell(first, what)
@@ -82,6 +96,18 @@ def test_a_step_arrives_as_it_was_told(pair: Any, added: list[tuple[int, int, st
 @pytest.mark.parametrize("what", [Call("load_adapter", {"key": "a#1", "path": "/some/where"}), None])
 def test_calls_and_the_end_arrive(pair: Any, what: Told) -> None:
     assert passed_on(pair, what) == what
+
+
+def test_followers_wait_as_long_as_nobody_asks_for_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "PATIENCE", timedelta(seconds=0.5))  # of whatever isn't given another
+    with two_ranks(tmp_path) as ((first, second), threads):
+        heard = threads.submit(hear, second)
+        time.sleep(1.5)
+        assert not heard.done()
+        tell(first, Call("late", {}))
+        assert heard.result(PATIENCE_S) == Call("late", {})
+        with pytest.raises(PeerLostError, match="Timed out"):
+            second.all_gather(torch.zeros(1))
 
 
 def asked(key: str) -> list[Request]:
