@@ -55,7 +55,7 @@ def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_bytes(panels[0], rows, places)
         _draw_time(panels[1], rows, places)
         _name(panels[0], rows, places)
-        headline(figure, "Telling the ranks of a step", height)
+        headline(figure, "Telling all ranks of a step, V1 and V0", height)
         handles = [Patch(color=colour, label=name) for name, colour in WAYS.values()]
         legend_below_headline(figure, handles, height, ncols=3, handlelength=1.1, handleheight=1.0)
         footnote(figure, footer, height)
@@ -122,7 +122,7 @@ def _caption(rows: list[dict[str, Any]]) -> list[str]:
         f"Medians of {first['steps']} steps, all in turns; lines: lowest and highest median of a turn",
     ]
     reading = [
-        "Steps run one at a time: V1's run-ahead, which hides nearly all of its part, and its bursts are off",
+        "Steps run one at a time: what V1 hides by planning ahead, and saves by bursts, isn't counted",
         "V0 (--ablate driver-broadcast): a description, then each tensor by a broadcast of its own, over gloo",
     ]
     return [*wrapped(facts), *wrapped(reading)]

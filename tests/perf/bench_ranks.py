@@ -7,8 +7,8 @@ Measured are, for a step,
     µs      from the moment a step is planned to the moment the last rank has its inputs and begins to compute: V1's
             orders to all ranks, each of which builds its inputs, or V0's order to rank 0, which builds and broadcasts
 
-`v0-joined` is V0 with a step's tensors laid end to end in one broadcast, as nobody had it: it shows what of V0's time is
-the number of tensors. Steps run one at a time, so that nothing hides behind the step before. All take turns, --steps
+`v0-joined` is V0 with a step's tensors laid end to end in one broadcast, as nobody had it: it shows what of V0's time
+is the number of tensors. Steps run one at a time, so that nothing hides behind the step before. All take turns, --steps
 each, --rounds times; medians over all steps are reported, with the lowest and highest median of a turn. Prints a table,
 writes results/bench-ranks.json and the figure.
 """

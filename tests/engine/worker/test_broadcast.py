@@ -38,7 +38,10 @@ Pair = tuple[list[GlooGroup], ThreadPoolExecutor]
 def two_ranks(folder: Path) -> Iterator[Pair]:
     """Groups of this process, and threads to wait in."""
     with ThreadPoolExecutor(2) as threads:
-        yield list(threads.map(lambda rank: GlooGroup(rank, 2, str(folder / "store")), range(2))), threads
+        groups = list(threads.map(lambda rank: GlooGroup(rank, 2, str(folder / "store")), range(2)))
+        yield groups, threads
+        for one in groups:
+            one.close()
 
 
 @pytest.fixture(scope="module")
