@@ -51,6 +51,10 @@ soak: $(VENV)/installed-dev  ## Random load on a real server for MINUTES=60, the
 bench-share: install  ## How much of a step passes outside the device, by model size, V1 and V0: docs/figures/bench-share.png
 	$(BIN)/python -m tests.perf.bench_share
 
+.PHONY: bench-ranks
+bench-ranks: install  ## Bytes and time to tell the ranks of a step, V1 and V0, TP 2 and 4: docs/figures/bench-ranks.png
+	$(BIN)/python -m tests.perf.bench_ranks
+
 .PHONY: bench-cpu
 bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, where named: results/bench-cpu.json
 	$(BIN)/python -m tests.perf.bench_cpu

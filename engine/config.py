@@ -33,8 +33,10 @@ REMOVALS: dict[str, str] = {
     "no-prefix-cache": "equal beginnings are computed again",
     "no-encoder-cache": "equal images are encoded again",
     "watermark": "1 % of the blocks stay free when a request is admitted",
+    "driver-broadcast": "rank 0 alone hears of steps, builds all inputs and broadcasts them",
 }
 CHUNKING = ("no-chunking", "prefill-first")  # what --enable-chunked-prefill gives back to V0
+DRIVER_BROADCAST = "driver-broadcast"  # of several ranks only
 
 KV_ALLOCATION = "--kv-cache-memory-bytes"
 
@@ -135,6 +137,8 @@ class EngineConfig:
             )
         if self.engine == "v0" and self.ablate:
             raise ConfigError("--ablate takes parts from V1: --engine v0 is without all of them already")
+        if DRIVER_BROADCAST in self.ablate and self.tensor_parallel_size == 1:
+            raise ConfigError(f"--ablate {DRIVER_BROADCAST} needs --tp 2 or more: one rank has none to broadcast to")
         if self.speculative and "full-state" in self.removals:
             raise ConfigError("--speculative needs workers that keep their state: not --engine v0, --ablate full-state")
         if self.num_scheduler_steps is not None and self.num_scheduler_steps < 1:
@@ -147,7 +151,10 @@ class EngineConfig:
         """What this engine does without."""
         if self.engine == "v1":
             return frozenset(self.ablate)
-        return frozenset(REMOVALS) - (frozenset(CHUNKING) if self.enable_chunked_prefill else frozenset())
+        kept = {*(CHUNKING if self.enable_chunked_prefill else ())}
+        if self.tensor_parallel_size == 1:
+            kept.add(DRIVER_BROADCAST)
+        return frozenset(REMOVALS) - kept
 
     @property
     def total_ranks(self) -> int:

@@ -11,6 +11,7 @@ from engine.worker.wire import PeerLostError
 
 # Ranks run the same work at the same time, so that one waits this long for another only if that one hangs.
 PATIENCE = datetime.timedelta(minutes=10)
+FOREVER = datetime.timedelta(days=3650)  # for what comes when somebody asks for something
 
 
 def _lost(error: RuntimeError) -> PeerLostError:
@@ -31,6 +32,10 @@ class GlooGroup:
         except RuntimeError as error:
             raise _lost(error) from error
 
+    def close(self) -> None:
+        """End its threads: one that lets go of a tensor after Python's end would end the process by a signal."""
+        del self._group
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place; each part is summed by one rank and copied to the others, bit for bit."""
         tensor = tensor.contiguous()
@@ -49,3 +54,15 @@ class GlooGroup:
         except RuntimeError as error:
             raise _lost(error) from error
         return torch.cat(parts, -1)
+
+    def broadcast(self, tensors: list[Tensor], patience: datetime.timedelta = PATIENCE) -> list[Tensor]:
+        """Rank 0's tensors on all ranks, in place: the others give contiguous ones of their sizes, and wait so long."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = patience
+        try:
+            for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
+                work.wait()
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return tensors

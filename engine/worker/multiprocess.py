@@ -1,4 +1,7 @@
-"""The executor of several ranks: symmetric worker processes that get the same step messages and keep their state."""
+"""The executor of several ranks: symmetric worker processes that get the same step messages and keep their state.
+
+Or, with `--ablate driver-broadcast`, rank 0 with others that do what it tells them (see broadcast.py).
+"""
 
 import contextlib
 import dataclasses
@@ -18,7 +21,7 @@ from typing import Any
 import msgspec
 
 from engine import children
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError
 from engine.model.facts import ModelFacts
 from engine.worker.ring import Ring
@@ -68,7 +71,9 @@ class MultiprocessExecutor:
         self._progress = progress
         self._pending: deque[Future[Any]] = deque()
         self._outbox: SimpleQueue[tuple[Kind, bytes] | None] = SimpleQueue()
-        self._ring = Ring(config.tensor_parallel_size)
+        # Rank 0 alone where it drives the others, as V0's did; else all.
+        self._listeners = 1 if DRIVER_BROADCAST in config.removals else config.tensor_parallel_size
+        self._ring = Ring(self._listeners)
         self._started: Future[Up] = Future()
         self._ranks: list[_Rank] = []
         self._threads = [
@@ -78,7 +83,7 @@ class MultiprocessExecutor:
         with tempfile.TemporaryDirectory(prefix="redline-ranks-", dir=folder) as meeting:
             try:
                 for number in range(config.tensor_parallel_size):
-                    self._ranks.append(_start_rank(number, config, facts, resolved, f"{meeting}/store", self._ring))
+                    self._ranks.append(self._start_rank(number, config, facts, resolved, f"{meeting}/store"))
                 for thread in self._threads:
                     thread.start()
                 up = self._started.result()
@@ -140,6 +145,25 @@ class MultiprocessExecutor:
             future.set_exception(error)
         return future
 
+    def _start_rank(
+        self, number: int, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, store: str
+    ) -> _Rank:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            shared = (theirs.fileno(), self._ring.descriptor)[: 2 if number < self._listeners else 1]
+            orders = Orders(
+                rank=number,
+                config=config.describe(),
+                facts={**dataclasses.asdict(facts), "path": str(facts.path)},
+                resolved=dataclasses.asdict(resolved),
+                store=store,
+                socket_fd=theirs.fileno(),
+                ring_fd=self._ring.descriptor if number < self._listeners else None,
+                listeners=self._listeners,
+            )
+            process = children.spawn("engine.worker.rank", orders, shared)
+        return _Rank(number, process, ours)
+
     # ------------------------------------------------------------------------------------------------------- threads
 
     def _send_all(self) -> None:
@@ -147,7 +171,7 @@ class MultiprocessExecutor:
             for head, body in parts(*order, self._ring.size // 2):
                 if not self._ring.write(body):
                     return
-                for rank in self._ranks:
+                for rank in self._ranks[: self._listeners]:
                     try:
                         rank.socket.sendall(head)
                     except OSError:  # it is gone: the other thread learns why
@@ -244,24 +268,6 @@ def _unpack_answer(done: "Future[bytes]", answer: "Future[Any]") -> None:
             return
         error = found.failure.error()
     answer.set_exception(error)
-
-
-def _start_rank(
-    number: int, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, store: str, ring: Ring
-) -> _Rank:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        orders = Orders(
-            rank=number,
-            config=config.describe(),
-            facts={**dataclasses.asdict(facts), "path": str(facts.path)},
-            resolved=dataclasses.asdict(resolved),
-            store=store,
-            socket_fd=theirs.fileno(),
-            ring_fd=ring.descriptor,
-        )
-        process = children.spawn("engine.worker.rank", orders, (theirs.fileno(), ring.descriptor))
-    return _Rank(number, process, ours)
 
 
 def _next_answer(

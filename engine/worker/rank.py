@@ -1,9 +1,11 @@
 """`python -m engine.worker.rank`: one rank of several, in a process of its own, from orders on stdin to its end.
 
 All ranks get the same orders and keep the same rows. They choose tokens together (see `engine.model.vocabulary`), so
-that each knows those of all: what they feed back needs no message. Rank 0 alone answers.
+that each knows those of all: what they feed back needs no message. Rank 0 alone answers. V0's way, where rank 0 alone
+gets orders too, is in `engine.worker.broadcast`.
 """
 
+import atexit
 import contextlib
 import logging
 import socket
@@ -11,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
 from engine import children
 from engine.children import Failure
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError
 from engine.memory import threads_per_rank
 from engine.model.facts import ModelFacts
@@ -39,6 +41,7 @@ from engine.worker.wire import (
 )
 
 if TYPE_CHECKING:
+    from engine.worker.broadcast import Follower
     from engine.worker.runner import Runner
 
 
@@ -60,11 +63,14 @@ def main() -> int:
 def run(parent: socket.socket, orders: Orders) -> Failed | None:
     """Serve until the parent closes its end; returns why, if the rank can't go on."""
     try:
-        ring = RingReader(orders.ring_fd, orders.rank, orders.config["tensor_parallel_size"])
-        runner, up = build(orders, lambda *loaded: send(parent, Kind.LOADED, loaded_body(*loaded)))
+        ring = None if orders.ring_fd is None else RingReader(orders.ring_fd, orders.rank, orders.listeners)
+        worker, up = build(orders, lambda *loaded: send(parent, Kind.LOADED, loaded_body(*loaded)))
         children.settle()
         send(parent, Kind.UP, msgspec.msgpack.encode(up))
-        serve(parent, ring, runner, answers=orders.rank == 0)
+        if ring is None:
+            cast("Follower", worker).follow()
+        else:
+            serve(parent, ring, cast("Runner", worker), answers=orders.rank == 0)
     except PeerLostError as error:
         return Failed(Failure(EngineDeadError.__name__, f"lost another rank: {error}"), peer_lost=True)
     except RedlineError as error:
@@ -77,7 +83,7 @@ def run(parent: socket.socket, orders: Orders) -> Failed | None:
     return None
 
 
-def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner, Up]":
+def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner | Follower, Up]":
     """Load the rank's share of the model, join the others, and allocate its KV cache; with what it has to report."""
     began = time.perf_counter()
     limit_libraries()
@@ -85,6 +91,7 @@ def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner
 
     from engine.model.load import open_model
     from engine.model.shard import shard
+    from engine.worker.broadcast import build_driven
     from engine.worker.group import GlooGroup
     from engine.worker.runner import build_runner
 
@@ -96,9 +103,14 @@ def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner
     split = plan_split(config, facts)
     opened = time.perf_counter()
     group = GlooGroup(orders.rank, split.size, orders.store)
+    atexit.register(group.close)
     joined = time.perf_counter()
     shard(blank, split, group)
-    runner, built = build_runner(config, split.rank, resolved, blank, split)
+    worker: Runner | Follower
+    if DRIVER_BROADCAST in config.removals:
+        worker, built = build_driven(config, split.rank, resolved, blank, split, group)
+    else:
+        worker, built = build_runner(config, split.rank, resolved, blank, split)
     stay(built.cores)
     seconds = {
         "import torch": imported - began,
@@ -107,7 +119,7 @@ def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner
         "load weights": blank.seconds,
         "prepare kernels": time.perf_counter() - joined - blank.seconds,
     }
-    return runner, Up(seconds, built.kernels, built.warnings)
+    return worker, Up(seconds, built.kernels, built.warnings)
 
 
 def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers: bool) -> None:
@@ -126,6 +138,7 @@ def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers:
             answer, result = Kind.RESULT, runner.sample(step)
         if answers:
             send(parent, answer, result)
+    runner.close()
 
 
 def answer_call(runner: "Runner", body: bytes) -> bytes:

@@ -3,11 +3,13 @@
 import contextlib
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
@@ -19,6 +21,21 @@ from engine.worker import sampler
 from engine.worker.adapters import Adapters, Share
 from engine.worker.network import Built, Network, build_network
 from engine.worker.rows import Int64s, Rows, StepBatch
+from engine.worker.sampler import Float64s
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How tokens at a step's `sampled_at` are chosen: by the network, or from their logits where rows are special.
+
+    temperatures: float32[sampled_at], numbers: float64[sampled_at] in [0, 1), see `Network.choose`; None where all rows
+    are special. special: int64[n] into `sampling`; at: int64[n], the same rows' entries of `sampled_at`.
+    """
+
+    temperatures: NDArray[np.float32] | None
+    numbers: Float64s | None
+    special: Int64s
+    at: Int64s
 
 
 class Runner:
@@ -28,7 +45,7 @@ class Runner:
         self._network = network
         self._rows = rows
         self._calls = Adapters(network, rows.slots, share).calls
-        self._pending: StepBatch | None = None
+        self._pending: tuple[StepBatch, Choice] | None = None
         self._following: deque[StepMessage] = deque()  # the steps of a burst that haven't run
         self._seconds = 0.0
 
@@ -40,34 +57,42 @@ class Runner:
     @torch.inference_mode()
     def forward(self, message: bytes) -> None:
         """Apply a step message and run the model; its steps are to be sampled before the next message comes."""
-        if self._pending is not None and len(self._pending.sampling):
-            raise RuntimeError(f"step {self._pending.step} hasn't been sampled")
+        if self._pending is not None and self.waits_to_be_sampled:
+            raise RuntimeError(f"step {self._pending[0].step} hasn't been sampled")
         if self._following:
             raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
         first = decode_step(message)
         self._following.extend(first.following())
         self._advance(first)
 
+    @property
+    def waits_to_be_sampled(self) -> bool:
+        return self._pending is not None and len(self._pending[0].sampling) > 0
+
     def _advance(self, message: StepMessage) -> None:
         began = time.perf_counter()
         batch = self._rows.advance(message)
+        choice = self._choice(batch)
         if len(batch.rows):
-            self._network.forward(batch)
-        self._pending = batch
+            self._compute(batch, choice)
+        self._pending = batch, choice
         self._seconds = time.perf_counter() - began
+
+    def _compute(self, batch: StepBatch, _choice: Choice) -> None:
+        self._network.forward(batch)
 
     @torch.inference_mode()
     def sample(self, step: int) -> bytes:
         """Sample the step, book its tokens in the rows, and encode the StepResult; a burst's later steps run here."""
         if self._pending is None and self._following:
             self._advance(self._following.popleft())
-        if self._pending is None or self._pending.step != step:
+        if self._pending is None or self._pending[0].step != step:
             raise RuntimeError(f"step {step} hasn't run")
         began = time.perf_counter()
-        batch, self._pending = self._pending, None
+        (batch, choice), self._pending = self._pending, None
         tokens, logprobs, counts, drafted = np.zeros(0, dtype=np.int64), None, b"", int(batch.drafts.sum())
         if len(batch.sampling):
-            tokens, logprobs = self._choose(batch)
+            tokens, logprobs = self._choose(batch, choice)
             if drafted:
                 tokens, each = self._rows.append_verified(batch, tokens)
                 counts, logprobs = column(each), _moved(logprobs, np.cumsum(each) - each)
@@ -76,43 +101,57 @@ class Runner:
         seconds = self._seconds + time.perf_counter() - began
         return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted))
 
-    def _choose(self, batch: StepBatch) -> tuple[Int64s, TokenLogprobs | None]:
-        """Tokens at all of `sampled_at`; logprobs are those of entries of `sampling`.
+    def close(self) -> None:
+        """Nothing comes any more."""
 
-        A row takes the same way whatever its neighbours ask for: what it samples must not depend on them.
-        """
+    def _choice(self, batch: StepBatch) -> Choice:
+        """A row takes the same way whatever its neighbours ask for: what it samples must not depend on them."""
         rows, which = self._rows, batch.sampling
         special = rows.special[which]
         last = np.cumsum(batch.drafts + 1) - 1  # only plain rows have guesses
-        tokens: Int64s = np.zeros(len(batch.sampled_at), dtype=np.int64)
+        temperatures = numbers = None
         if not special.all():
-            temperatures = np.zeros(len(tokens), dtype=np.float32)
+            temperatures = np.zeros(len(batch.sampled_at), dtype=np.float32)
             temperatures[last] = np.where(special, 0, rows.temperature[which])
-            numbers = np.zeros(len(tokens))
+            numbers = np.zeros(len(batch.sampled_at))
             numbers[last] = sampler.uniform(rows.seed[which], rows.num_tokens[which] - rows.prompt_len[which])
-            tokens = self._network.choose(temperatures, numbers)
-        if not special.any():
+        return Choice(temperatures, numbers, np.flatnonzero(special), last[special])
+
+    def _choose(self, batch: StepBatch, choice: Choice) -> tuple[Int64s, TokenLogprobs | None]:
+        """Tokens at all of `sampled_at`; logprobs are those of entries of `sampling`."""
+        tokens: Int64s = np.zeros(len(batch.sampled_at), dtype=np.int64)
+        if choice.temperatures is not None and choice.numbers is not None:
+            tokens = self._network.choose(choice.temperatures, choice.numbers)
+        if not len(choice.at):
             return tokens, None
-        at = last[special]
-        sampled = sampler.sample(self._network.logits(at), rows, which[special])
-        tokens[at] = sampled.tokens
-        return tokens, _moved(sampled.logprobs, np.flatnonzero(special))
+        sampled = sampler.sample(self._network.logits(choice.at), self._rows, batch.sampling[choice.special])
+        tokens[choice.at] = sampled.tokens
+        return tokens, _moved(sampled.logprobs, choice.special)
 
 
 def build_runner(
     config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split | None = None
 ) -> tuple[Runner, Built]:
     """A rank's runner with its network and rows; `facts` are the rank's, `split` is how ranks divide the model."""
+    built, share = build_parts(config, facts, resolved, blank, split)
+    return Runner(built.network, build_rows(resolved), share), built
+
+
+def build_parts(
+    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split | None
+) -> tuple[Built, Share | None]:
+    """A rank's network, and what of an adapter will be its own."""
     with pieces_given_back(), contextlib.closing(blank):
         built = build_network(config, facts, resolved, blank)
-    rows = Rows(
-        resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens,
-        len(resolved.kv_windows),
-    )  # fmt: skip
     share = None
     if split is not None and blank.vocabulary is not None:
         share = Share(split, blank.vocabulary, f"{blank.path(blank.model.base_model)}.")
-    return Runner(built.network, rows, share), built
+    return built, share
+
+
+def build_rows(resolved: ResolvedConfig) -> Rows:
+    groups = len(resolved.kv_windows)
+    return Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups)
 
 
 def _moved(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

@@ -4,7 +4,7 @@ executor ──FORWARD (a StepMessage), SAMPLE, CALL──► every rank    exec
                                                                   executor ◄──UP, FAILED──────────────────── every rank
 
 Of an order each rank's socket carries the head alone, for which it waits; the body is in the ring (see ring.py), once
-for all. Of an answer it carries both.
+for all. Of an answer it carries both. Where rank 0 drives the others (see broadcast.py), it alone gets orders.
 """
 
 import socket
@@ -49,7 +49,8 @@ class Orders(msgspec.Struct):
     resolved: dict[str, Any]
     store: str  # the file by which ranks find each other
     socket_fd: int
-    ring_fd: int
+    ring_fd: int | None  # None: rank 0 tells it what to do
+    listeners: int  # ranks that read the ring, the first ones
 
 
 class Call(msgspec.Struct):

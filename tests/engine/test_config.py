@@ -22,6 +22,7 @@ def config(**fields: Any) -> EngineConfig:
         ({"engine": "v0", "num_scheduler_steps": 0}, "--num-scheduler-steps must be at least 1"),
         ({"engine": "v0", "ablate": ("watermark",)}, "without all of them already"),
         ({"ablate": ("chunking",)}, "--ablate must be of no-chunking, prefill-first"),
+        ({"ablate": ("driver-broadcast",)}, "--ablate driver-broadcast needs --tp 2 or more"),
         ({"engine": "v2"}, "--engine must be one of v1, v0"),
         ({"data_parallel_size": 0}, "--dp must be at least 1, not 0"),
         ({"data_parallel_size": 2, "replica": 2}, "replica 2 is none of the 2 of --dp"),
@@ -37,9 +38,12 @@ def test_what_contradicts_itself_is_refused_with_the_flag(fields: dict[str, Any]
 def test_v0_is_every_removal_and_chunked_v0_keeps_chunks():
     assert config().removals == frozenset()
     assert config(ablate=["watermark", "full-state"]).removals == {"watermark", "full-state"}
-    assert config(engine="v0").removals == set(REMOVALS)
-    assert config(engine="v0", enable_chunked_prefill=False).removals == set(REMOVALS)
-    assert config(engine="v0", enable_chunked_prefill=True).removals == set(REMOVALS) - set(CHUNKING)
+    alone = set(REMOVALS) - {"driver-broadcast"}  # which takes several ranks
+    assert config(engine="v0").removals == alone
+    assert config(engine="v0", enable_chunked_prefill=False).removals == alone
+    assert config(engine="v0", enable_chunked_prefill=True).removals == alone - set(CHUNKING)
+    assert config(engine="v0", tensor_parallel_size=2).removals == set(REMOVALS)
+    assert config(ablate=("driver-broadcast",), tensor_parallel_size=2).removals == {"driver-broadcast"}
 
 
 def test_ranks_are_counted_over_all_replicas():

@@ -61,12 +61,20 @@ def test_two_adapters_and_the_base_in_one_batch(
     serve_together(driver, ["three#3", "", "two#2"], [merged(model, three, 2.0), references[0], references[2]])
 
 
-@pytest.mark.parametrize(("kind", "names"), [("llama", LLAMA), ("phi3", ("qkv_proj", "down_proj"))])
-def test_ranks_share_adapters(kind: str, names: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "names", "ablate"),
+    [("llama", LLAMA, ()), ("phi3", ("qkv_proj", "down_proj"), ()), ("llama", LLAMA, ("driver-broadcast",))],
+)
+def test_ranks_share_adapters(kind: str, names: tuple[str, ...], ablate: tuple[str, ...], tmp_path: Path) -> None:
     model = build_model(kind, tmp_path / "model")
     folder = write_adapter(tmp_path / "one", model, names, 1)
     config = EngineConfig(
-        model=str(tmp_path / "model"), tensor_parallel_size=2, max_num_seqs=6, block_size=4, dtype="float32"
+        model=str(tmp_path / "model"),
+        tensor_parallel_size=2,
+        max_num_seqs=6,
+        block_size=4,
+        dtype="float32",
+        ablate=ablate,
     )
     facts = read_facts(config)
     config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * 4 * 3000)

@@ -24,19 +24,25 @@ from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import BASE, MODELS, Driver, Request, build_model
 
 BLOCK, BLOCKS, ROWS = 4, 1200, 5
+DRIVEN = ("driver-broadcast",)
 PATIENCE_S = 60.0
 
 
-def start(folder: Path, size: int, **options: Any) -> Driver:
-    options = {"dtype": "float32", **options}
-    config = EngineConfig(model=str(folder), tensor_parallel_size=size, max_num_seqs=ROWS, block_size=BLOCK, **options)
+def start(folder: Path, size: int, block_size: int = BLOCK, **options: Any) -> Driver:
+    options = {"dtype": "float32", "max_num_seqs": ROWS, **options}
+    config = EngineConfig(model=str(folder), tensor_parallel_size=size, block_size=block_size, **options)
     facts = read_facts(config)
-    config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * BLOCK * BLOCKS)
+    config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * block_size * BLOCKS)
     resolved = resolve(config, facts).config
     assert resolved.num_blocks == BLOCKS
     executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, facts, resolved)
-    windows = resolved.kv_windows
-    return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS, windows=windows)  # type: ignore[arg-type]
+    return Driver(
+        executor,  # type: ignore[arg-type]
+        rows=config.max_num_seqs,
+        block_size=block_size,
+        num_blocks=BLOCKS,
+        windows=resolved.kv_windows,
+    )
 
 
 def make_requests() -> list[Request]:
@@ -65,8 +71,13 @@ def gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("kind", "size"), [("llama", 2), ("qwen2", 2), ("qwen3", 4)])
-def test_ranks_give_the_tokens_of_one(kind: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "size", "ablate"),
+    [("llama", 2, ()), ("qwen2", 2, ()), ("qwen3", 4, ()), ("llama", 4, DRIVEN), ("qwen2", 2, DRIVEN)],
+)
+def test_ranks_give_the_tokens_of_one(
+    kind: str, size: int, ablate: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if size == 4:
         monkeypatch.setitem(MODELS, kind, {**MODELS[kind], "num_key_value_heads": 4})
     build_model(kind, tmp_path)
@@ -76,7 +87,7 @@ def test_ranks_give_the_tokens_of_one(kind: str, size: int, tmp_path: Path, monk
     finally:
         alone.executor.shutdown()
     assert len({token for tokens in expected for token in tokens}) > 20
-    ranks = start(tmp_path, size)
+    ranks = start(tmp_path, size, ablate=ablate)
     executor = ranks.executor
     assert isinstance(executor, MultiprocessExecutor)
     pids = executor.process_ids
@@ -91,6 +102,7 @@ def test_ranks_give_the_tokens_of_one(kind: str, size: int, tmp_path: Path, monk
         executor.shutdown()
     assert len(pids) == size
     assert all(gone(pid) for pid in pids)
+    assert [rank.process.returncode for rank in executor._ranks] == [0] * size, "none had to be ended by force"
     assert not executor.ended.done()
     with pytest.raises(EngineDeadError, match="shut down"):
         executor.sample(0).result(PATIENCE_S)
@@ -102,9 +114,9 @@ def dummy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def ranks(dummy: Path) -> Iterator[MultiprocessExecutor]:
-    executor: Any = start(dummy, 2, load_format="dummy").executor
+@pytest.fixture(params=[(), DRIVEN], ids=["all hear", "rank 0 drives"])
+def ranks(dummy: Path, request: pytest.FixtureRequest) -> Iterator[MultiprocessExecutor]:
+    executor: Any = start(dummy, 2, load_format="dummy", ablate=request.param).executor
     yield executor
     executor.shutdown()
 
@@ -137,12 +149,12 @@ def test_steps_run_ahead_idle_ranks_use_no_processor_and_are_missed_when_gone(ra
 
 
 def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExecutor) -> None:
-    other, pid = ranks.process_ids
+    pid, other = ranks.process_ids
     steps = [StepMessage(0, added=(FIRST,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 80))]
     results = [submit(ranks, message)[1] for message in steps]
     results[0].result(PATIENCE_S)
     os.kill(pid, signal.SIGKILL)
-    cause = rf"^rank 1 \(process {pid}\) was killed by SIGKILL"
+    cause = rf"^rank 0 \(process {pid}\) was killed by SIGKILL"
     with pytest.raises(EngineDeadError, match=cause):
         results[-1].result(PATIENCE_S)
     with pytest.raises(EngineDeadError, match=cause):
@@ -152,6 +164,12 @@ def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExe
             later.result(PATIENCE_S)
     assert gone(pid)
     assert gone(other)
+
+
+def test_a_step_that_was_not_sampled_keeps_no_rank_from_its_end(ranks: MultiprocessExecutor) -> None:
+    ranks.submit(encode(StepMessage(0, added=(FIRST,), chunks=column([[0, 3]])))).result(PATIENCE_S)
+    ranks.shutdown()
+    assert -signal.SIGKILL not in [rank.process.returncode for rank in ranks._ranks]
 
 
 def test_an_error_in_the_ranks_is_shown_with_its_rank(ranks: MultiprocessExecutor) -> None:

@@ -1,0 +1,148 @@
+"""V0's way between ranks (`--ablate driver-broadcast`): rank 0 alone hears of steps, and broadcasts all inputs.
+
+Rank 0 is a `Driver`: it keeps the rows, builds each step's batch and tells it before it computes it. The other ranks
+are `Follower`s without rows. What is told goes over the ranks' group as V0's tensors did, after what describes them:
+
+    int64[1]: bytes of the next │ description: what it is, each column's dtype, shape, bytes │ column │ column │ …
+
+Each is a broadcast; those of the columns are under way together. Followers wait for the first.
+"""
+
+import contextlib
+import dataclasses
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.config import EngineConfig, ResolvedConfig
+from engine.errors import RedlineError
+from engine.model.blank import Blank
+from engine.model.facts import ModelFacts
+from engine.model.split import Split
+from engine.worker.adapters import Adapters, Share
+from engine.worker.group import FOREVER, GlooGroup
+from engine.worker.network import Built, Network
+from engine.worker.rows import Int64s, Rows, StepBatch
+from engine.worker.runner import Choice, Runner, build_parts, build_rows
+from engine.worker.sampler import Float64s
+from engine.worker.wire import Call
+
+_NONE: Int64s = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the other ranks compute of a step: no `rows` and `drafts` of its batch, which are rank 0's own.
+
+    chosen: whether the network chooses tokens. drawn: temperatures and numbers; None: it takes the likeliest. at: the
+    entries of `sampled_at` whose logits rank 0 needs.
+    """
+
+    batch: StepBatch
+    chosen: bool
+    drawn: tuple[NDArray[np.float32], Float64s] | None
+    at: Int64s
+
+    @classmethod
+    def of(cls, batch: StepBatch, choice: Choice) -> "Step":
+        drawn = None
+        if choice.temperatures is not None and choice.numbers is not None and choice.temperatures.any():
+            drawn = choice.temperatures, choice.numbers
+        inputs = dataclasses.replace(batch, rows=_NONE, drafts=_NONE)
+        return cls(inputs, choice.temperatures is not None, drawn, choice.at)
+
+
+Told = Step | Call | None  # None: the end
+
+
+def tell(group: GlooGroup, what: Told) -> None:
+    """Have all other ranks hear it; of rank 0 alone."""
+    columns: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(what, 5, buffer_callback=columns.append)
+    sent = [torch.frombuffer(column, dtype=torch.uint8) for column in map(_raw, columns) if column.nbytes]
+    description = pickle.dumps((content, [_raw(column).nbytes for column in columns]))
+    group.broadcast([torch.tensor([len(description)])])
+    group.broadcast([torch.frombuffer(bytearray(description), dtype=torch.uint8)])
+    group.broadcast(sent)
+
+
+def hear(group: GlooGroup) -> Told:
+    """What rank 0 tells next, waited for without using the processor; of all other ranks."""
+    [size] = group.broadcast([torch.zeros(1, dtype=torch.int64)], FOREVER)
+    [description] = group.broadcast([_room(int(size))])
+    content, lengths = pickle.loads(description.numpy().data)
+    columns = [_room(length) for length in lengths]
+    group.broadcast([column for column in columns if len(column)])
+    told: Told = pickle.loads(content, buffers=[column.numpy().data for column in columns])
+    return told
+
+
+def _raw(column: pickle.PickleBuffer) -> memoryview:
+    return column.raw()
+
+
+def _room(length: int) -> Tensor:
+    return torch.empty(length, dtype=torch.uint8)
+
+
+class Driver(Runner):
+    """Rank 0's runner: the other ranks hear of all that it does together with them."""
+
+    def __init__(self, network: Network, rows: Rows, share: Share | None, group: GlooGroup):
+        super().__init__(network, rows, share)
+        self._group = group
+
+    def call(self, method: str, arguments: dict[str, Any]) -> Any:
+        tell(self._group, Call(method, arguments))
+        return super().call(method, arguments)
+
+    def _compute(self, batch: StepBatch, choice: Choice) -> None:
+        tell(self._group, Step.of(batch, choice))
+        super()._compute(batch, choice)
+
+    def close(self) -> None:
+        if not self.waits_to_be_sampled:  # else the others wait for that, and end when this process does
+            tell(self._group, None)
+
+
+class Follower:
+    """Any other rank: its share of the model, and no state of requests."""
+
+    def __init__(self, network: Network, share: Share | None, group: GlooGroup):
+        self._network = network
+        self._calls = Adapters(network, {"": -1}, share).calls
+        self._group = group
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Do what rank 0 tells, to the end."""
+        while (told := hear(self._group)) is not None:
+            if isinstance(told, Step):
+                self._run(told)
+            else:
+                with contextlib.suppress(RedlineError):  # it is rank 0's too, which answers
+                    self._calls[told.method](**told.arguments)
+
+    def _run(self, step: Step) -> None:
+        self._network.forward(step.batch)
+        if step.chosen:
+            samples = len(step.batch.sampled_at)
+            drawn = (np.zeros(samples, np.float32), np.zeros(samples)) if step.drawn is None else step.drawn
+            self._network.choose(*drawn)
+        if len(step.at):
+            self._network.logits(step.at)
+
+
+def build_driven(
+    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split, group: GlooGroup
+) -> tuple[Driver | Follower, Built]:
+    """What `build_runner` builds, for ranks of which the first drives the others."""
+    built, share = build_parts(config, facts, resolved, blank, split)
+    if group.rank == 0:
+        return Driver(built.network, build_rows(resolved), share, group), built
+    return Follower(built.network, share, group), built

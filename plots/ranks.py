@@ -1,0 +1,132 @@
+"""What it takes to tell all ranks of a step, V1 against V0's broadcast of all inputs: `make bench-ranks`."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from plots.data import ReportError
+from plots.style import COLOURS, INK, STYLE, WIDTH_IN, footnote, headline, legend_below_headline, plain, save, wrapped
+
+WAYS = {
+    "v1": ("V1: one order to all, each builds its inputs", COLOURS[0]),
+    "v0": ("V0: rank 0 builds and broadcasts them", COLOURS[1]),
+    "v0-joined": ("the same, all tensors in one", "#fdba74"),
+}
+_BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between sizes and between ranks, in bars
+_NAMES_IN = 1.75
+
+
+def save_ranks_figure(results: Path, picture: Path) -> list[Path]:
+    """Draw the rows of `results` (bench-ranks.json) as PNG and SVG; ReportError if there are none."""
+    try:
+        rows = json.loads(results.read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{results} can't be read: {error}") from error
+    if not rows:
+        raise ReportError(f"{results} holds no rows")
+    return save(ranks_figure(rows), picture)
+
+
+def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
+    """On the left what each rank is sent for a step, on the right how long it takes until the last one has it."""
+    places = _places(rows)
+    with matplotlib.rc_context(STYLE):
+        footer = _caption(rows)
+        head, foot = 1.05, 0.8 + 0.17 * len(footer)
+        body = _BAR_IN * (places[-1] + 1)
+        height = head + body + foot
+        figure = Figure(figsize=(WIDTH_IN, height))
+        panels = []
+        for left, width in ((_NAMES_IN, 3.5), (_NAMES_IN + 4.1, 3.9)):
+            axes = figure.add_axes((left / WIDTH_IN, foot / height, width / WIDTH_IN, body / height))
+            axes.set_ylim(places[-1] + 0.5, -0.5)
+            axes.set_yticks([])
+            axes.grid(axis="y", visible=False)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_formatter(FuncFormatter(plain))
+            panels.append(axes)
+        _draw_bytes(panels[0], rows, places)
+        _draw_time(panels[1], rows, places)
+        _name(panels[0], rows, places)
+        headline(figure, "Telling all ranks of a step, V1 and V0", height)
+        handles = [Patch(color=colour, label=name) for name, colour in WAYS.values()]
+        legend_below_headline(figure, handles, height, ncols=3, handlelength=1.1, handleheight=1.0)
+        footnote(figure, footer, height)
+        return figure
+
+
+def _colour(engine: str) -> str:
+    return WAYS[engine][1]
+
+
+def _places(rows: list[dict[str, Any]]) -> list[float]:
+    """Where bars lie, from the top: those of one size together, sizes by ranks."""
+    places = [0.0]
+    for before, row in itertools.pairwise(rows):
+        apart = _FURTHER if row["ranks"] != before["ranks"] else _APART * (row["rows"] != before["rows"])
+        places.append(places[-1] + 1 + apart)
+    return places
+
+
+def _draw_bytes(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
+    axes.set_title("Sent to each rank")
+    axes.set_xlabel("kB a step")
+    for row, place in zip(rows, places, strict=True):
+        axes.barh(place, row["bytes"] / 1e3, 0.86, color=_colour(row["engine"]))
+        _annotate(axes, row["bytes"] / 1e3, place, _size(row["bytes"]))
+    axes.set_xlim(0, max(row["bytes"] for row in rows) / 1e3 * 1.28)
+
+
+def _draw_time(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
+    axes.set_title("From its plan to when the last rank begins")
+    axes.set_xlabel("ms a step")
+    for row, place in zip(rows, places, strict=True):
+        low, high = ((row["us"] - row["us_low"]) / 1e3, (row["us_high"] - row["us"]) / 1e3)
+        axes.barh(place, row["us"] / 1e3, 0.86, color=_colour(row["engine"]))
+        axes.errorbar(row["us"] / 1e3, place, xerr=[[max(0.0, low)], [max(0.0, high)]], color=INK, lw=1, capsize=2)
+        _annotate(axes, max(row["us"], row["us_high"]) / 1e3, place, f"{row['us']:,.0f} µs")
+    axes.set_xlim(0, max(max(row["us"], row["us_high"]) for row in rows) / 1e3 * 1.24)
+
+
+def _annotate(axes: Axes, at: float, place: float, words: str) -> None:
+    axes.annotate(words, (at, place), (5, 0), textcoords="offset points", fontsize=9, va="center")
+
+
+def _name(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
+    how: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right", "va": "center"}
+    sizes: dict[tuple[int, int], list[float]] = {}
+    for row, place in zip(rows, places, strict=True):
+        sizes.setdefault((row["ranks"], row["rows"]), []).append(place)
+    groups: dict[int, list[float]] = {}
+    for (ranks, size), own in sizes.items():
+        middle = sum(own) / len(own)
+        axes.annotate(f"{size} rows", (0, middle), (-7, 0), fontsize=10, **how)
+        groups.setdefault(ranks, []).append(middle)
+    for ranks, own in groups.items():
+        axes.annotate(f"--tp {ranks}", (0, sum(own) / len(own)), (-66, 0), fontsize=10, weight="bold", **how)
+
+
+def _caption(rows: list[dict[str, Any]]) -> list[str]:
+    first = rows[0]
+    facts = [
+        f"Hardware: {first['hardware']}: ranks beyond that take turns on them",
+        f"Model: {first['model']}",
+        f"A step: a token for each row, contexts from {first['context']} tokens on in blocks of {first['block_size']}",
+        f"Medians of {first['steps']} steps, all in turns; lines: lowest and highest median of a turn",
+    ]
+    reading = [
+        "Steps run one at a time: what V1 hides by planning ahead, and saves by bursts, isn't counted",
+        "V0 (--ablate driver-broadcast): a description, then each tensor by a broadcast of its own, over gloo",
+    ]
+    return [*wrapped(facts), *wrapped(reading)]
+
+
+def _size(count: float) -> str:
+    return f"{count:,.0f} B" if count < 1000 else f"{count / 1e3:.1f} kB"

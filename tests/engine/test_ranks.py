@@ -1,0 +1,154 @@
+"""The EngineCore over real ranks: --tp 1, 2 and 4 say the same, through all that a scheduler does to a request."""
+
+import dataclasses
+import time
+from collections import defaultdict
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.clock import MonotonicClock
+from engine.config import EngineConfig
+from engine.core.engine import EngineCore
+from engine.memory import resolve
+from engine.messages import (
+    AddRequest,
+    FinishReason,
+    Outputs,
+    Sampling,
+    Stats,
+    StepMessage,
+    column,
+    decode_from_core,
+    decode_step,
+    encode,
+    int32s,
+    int64s,
+    make_handle,
+)
+from engine.model.facts import read_facts
+from engine.worker.executor import InProcessExecutor
+from engine.worker.multiprocess import MultiprocessExecutor
+from tests.engine.worker.driver import build_model
+
+PATIENCE_S = 90.0
+BLOCK, BLOCKS, ROWS, BUDGET, NEW = 16, 18, 6, 24, 40
+SHARED = [(7 * i) % 120 + 1 for i in range(48)]
+PROMPTS = [
+    [3], [5, 6, 7], [i % 90 + 2 for i in range(90)], [*SHARED, 8], [i % 50 + 9 for i in range(30)],
+    [*SHARED, 9, 10], [i % 70 + 3 for i in range(61)], [*SHARED, 11, 12, 13], [4] * 20, [*SHARED[:40], 1],
+]  # fmt: skip
+
+
+class Recording:
+    """An executor of which is known what it was told, and how many steps it still had then."""
+
+    def __init__(self, inner: Any):
+        self._inner = inner
+        self.call, self.shutdown = inner.call, inner.shutdown
+        self.messages: list[StepMessage] = []
+        self.in_flight: list[int] = []
+        self._results: list[Future[bytes]] = []
+
+    def submit(self, step: bytes) -> "Future[None]":
+        self.messages.append(decode_step(step))
+        self.in_flight.append(sum(not result.done() for result in self._results))
+        return self._inner.submit(step)
+
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+        self._results.append(self._inner.sample(step, masks))
+        return self._results[-1]
+
+
+@dataclass
+class Served:
+    """What became of a workload."""
+
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    reasons: dict[int, FinishReason] = field(default_factory=dict)
+    stats: Stats = field(default_factory=Stats)
+
+    def hear(self, _: int, data: bytes) -> None:
+        message = decode_from_core(data)
+        assert isinstance(message, Outputs)
+        for handle, token in zip(int64s(message.handles).tolist(), int32s(message.tokens).tolist(), strict=True):
+            self.tokens[handle].append(token)
+        self.reasons |= {one.handle: one.reason for one in message.finished}
+        self.stats = message.stats or self.stats
+
+
+def serve_all(folder: Path, size: int, **flags: Any) -> tuple[list[list[int]], Stats, Recording]:
+    """The tokens of all prompts, which come at once, to fewer blocks than those that have rows will need."""
+    config = EngineConfig(
+        model=str(folder), tensor_parallel_size=size, dtype="float32", max_num_seqs=ROWS, block_size=BLOCK,
+        **{"max_num_batched_tokens": BUDGET} | flags,
+    )  # fmt: skip
+    facts = read_facts(config)
+    config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * BLOCK * BLOCKS)
+    resolved = resolve(config, facts).config
+    assert resolved.num_blocks == BLOCKS
+    executor = Recording((MultiprocessExecutor if size > 1 else InProcessExecutor)(config, facts, resolved))
+    served = Served()
+    try:
+        core = EngineCore(resolved, executor, MonotonicClock(), served.hear)
+        deadline = time.monotonic() + PATIENCE_S
+        for i, prompt in enumerate(PROMPTS):
+            core.receive(encode(AddRequest(make_handle(0, i), column(prompt), NEW, Sampling())))
+        while core.has_work:
+            assert time.monotonic() < deadline, f"{len(served.reasons)} of {len(PROMPTS)} are done"
+            if not core.step(time.monotonic()):
+                time.sleep(0.0002)
+            core.scheduler.check()
+    finally:
+        executor.shutdown()
+    assert set(served.reasons.values()) == {FinishReason.LENGTH}
+    return [served.tokens[make_handle(0, i)] for i in range(len(PROMPTS))], served.stats, executor
+
+
+def chunks_of_prompts(messages: list[StepMessage]) -> int:
+    """Steps that computed a part of a prompt after which more of it was to come."""
+    owed: dict[int, int] = {}
+    found = 0
+    for message in messages:
+        for added in message.added:
+            owed[added.row] = len(int32s(added.tokens)) - added.computed
+        for row, count in int32s(message.chunks, 2).tolist() if message.chunks else ():
+            owed[row] -= count
+            found += count > 0 and owed[row] > 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of heads and an MLP that four ranks can divide, and the fused stack can take."""
+    folder = tmp_path_factory.mktemp("model")
+    build_model("llama", folder, head_dim=16, num_key_value_heads=4, intermediate_size=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    tokens, stats, executor = serve_all(model, 1)
+    assert stats.preemptions > 0
+    assert max(executor.in_flight) > 0
+    assert len({token for output in tokens for token in output}) > 20, "a model that repeats itself proves nothing"
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [(2, {}), (4, {}), (2, {"engine": "v0", "enable_chunked_prefill": True})],
+    ids=["tp 2", "tp 4", "tp 2 of V0"],
+)
+def test_ranks_say_what_one_says(size: int, flags: dict[str, Any], model: Path, expected: list[list[int]]) -> None:
+    tokens, stats, executor = serve_all(model, size, **flags)
+    assert tokens == expected
+    assert [len(output) for output in tokens] == [NEW] * len(PROMPTS)
+    assert chunks_of_prompts(executor.messages) > 3
+    assert stats.preemptions > 0
+    if "engine" not in flags:  # V0 had none of these by default
+        assert stats.prefix_hits >= 3 * len(SHARED[:40]) // BLOCK * BLOCK
+        assert max(executor.in_flight) > 0, "no step was handed over before the one before it was done"

@@ -1,0 +1,73 @@
+"""A rank of bench_ranks.py: the real one, which also notes when it has a step's inputs and what was broadcast for them.
+
+Leaves rank-N.bin at its end, in the folder that the executor was given: int64[steps, 3], the step, ns of the monotonic
+clock when the rank begins to compute it, and the bytes of what was broadcast since the step before. In a folder called
+…joined what V0 broadcasts tensor by tensor goes in one piece.
+"""
+
+import dataclasses
+import socket
+import sys
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.worker import group, rank, runner
+from engine.worker.rows import StepBatch
+from engine.worker.wire import Failed, Orders
+
+
+class _Noted:
+    """A network that notes when it is given a step; all else is the network's."""
+
+    def __init__(self, inner: Any, log: array):
+        self._inner = inner
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def forward(self, batch: StepBatch) -> None:
+        self._log.extend((batch.step, time.monotonic_ns(), group.GlooGroup.told))  # type: ignore[attr-defined]
+        group.GlooGroup.told = 0  # type: ignore[attr-defined]
+        self._inner.forward(batch)
+
+
+def note(log: array, joined: bool) -> None:
+    """Have the rank's network and group write down what is asked for; `joined`: tensors go as one."""
+    build_network, broadcast = runner.build_network, group.GlooGroup.broadcast
+
+    def build(*given: Any) -> Any:
+        built = build_network(*given)
+        return dataclasses.replace(built, network=_Noted(built.network, log))
+
+    def counted(self: group.GlooGroup, tensors: Any, *given: Any) -> Any:
+        group.GlooGroup.told += sum(tensor.nbytes for tensor in tensors)  # type: ignore[attr-defined]
+        if not joined or len(tensors) < 2:
+            return broadcast(self, tensors, *given)
+        [whole] = broadcast(self, [torch.cat(tensors)], *given)
+        for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.copy_(part)
+        return tensors
+
+    group.GlooGroup.told = 0  # type: ignore[attr-defined]
+    runner.build_network = build
+    group.GlooGroup.broadcast = counted  # type: ignore[method-assign]
+
+
+def run(parent: socket.socket, orders: Orders) -> Failed | None:
+    log, folder = array("q"), Path(orders.store).parent.parent
+    note(log, folder.name.endswith("joined"))
+    failed = plain_run(parent, orders)
+    (folder / f"rank-{orders.rank}.bin").write_bytes(log.tobytes())
+    return failed
+
+
+plain_run = rank.run
+
+if __name__ == "__main__":
+    rank.run = run
+    sys.exit(rank.main())

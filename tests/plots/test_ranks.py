@@ -1,0 +1,56 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from plots.data import ReportError
+from plots.ranks import ranks_figure, save_ranks_figure
+from tests.plots.test_figures import assert_apart, assert_nothing_clipped
+
+
+def rows() -> list[dict[str, Any]]:
+    made = []
+    for ranks in (2, 4):
+        for size in (16, 64, 256):
+            for engine, sent, us in (("v1", 42, 380.0), ("v0", 240 * size, 3600.0), ("v0-joined", 240 * size, 900.0)):
+                us *= ranks
+                times = {"bytes": sent, "us": us, "us_low": us - 50, "us_high": us + 900, "steps": 200}
+                what = {"engine": engine, "ranks": ranks, "rows": size, "context": 512, "block_size": 16}
+                made.append({**what, **times, "model": "2 layers", "hardware": "Intel Xeon, 2 cores for all ranks"})
+    return made
+
+
+def test_bars_are_bytes_and_times_of_a_step() -> None:
+    made = rows()
+    sent, time = ranks_figure(made).axes
+    assert [bar.get_width() for bar in sent.patches] == pytest.approx([row["bytes"] / 1e3 for row in made])
+    assert [bar.get_width() for bar in time.patches] == pytest.approx([row["us"] / 1e3 for row in made])
+    assert [text.get_text() for text in sent.texts][:2] == ["42 B", "3.8 kB"]
+    assert [text.get_text() for text in time.texts][-1] == "3,600 µs"
+    names = [text.get_text() for text in sent.texts]
+    assert [name for name in names if name.endswith("rows")] == 2 * ["16 rows", "64 rows", "256 rows"]
+    assert [name for name in names if name.startswith("--")] == ["--tp 2", "--tp 4"]
+
+
+def test_it_says_what_it_shows_and_is_legible() -> None:
+    figure = ranks_figure(rows())
+    said = " ".join(text.get_text() for text in figure.texts)
+    for fact in ("a token for each row", "2 cores for all ranks", "Medians of 200 steps", "in turns", "one at a time"):
+        assert fact in said
+    assert_nothing_clipped(figure)
+    assert_apart(figure)
+
+
+def test_it_is_drawn_from_its_file(tmp_path: Path) -> None:
+    source = tmp_path / "bench-ranks.json"
+    source.write_text(json.dumps(rows()))
+    png, svg = save_ranks_figure(source, tmp_path / "figures" / "ranks.png")
+    assert imread(png).shape[1] == 2000
+    assert svg.exists()
+    source.write_text("[]")
+    with pytest.raises(ReportError, match="holds no rows"):
+        save_ranks_figure(source, png)
+    with pytest.raises(ReportError, match="can't be read"):
+        save_ranks_figure(tmp_path / "none.json", png)
