@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.columns import unpack_table
+
 Int32s = NDArray[np.int32]
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
@@ -327,11 +329,18 @@ class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
     step: int
     removed: bytes = b""  # int32[n]: rows
     added: tuple[RowAdded, ...] = ()
-    blocks: bytes = b""  # int32[n, 3]: row, KV group, block; appended to the row's table
+    blocks: bytes | tuple[int, bytes] = b""  # int32[n, 3]: row, KV group, block, see `appended`; or n, and that packed
     chunks: bytes = b""  # int32[n, 2]: row, tokens to compute; 0: the row rests
     steps: int = 1
     free_items: tuple[bytes, ...] = ()  # keys of embeddings to forget, before any are made
     encode: tuple[tuple[int, int], ...] = ()  # row, which of its items: to be encoded before the forward pass
+
+    def appended(self) -> Int32s:
+        """Row, KV group and block, [n, 3]: each is appended to its row's table of its group, in this order."""
+        if isinstance(self.blocks, bytes):
+            return int32s(self.blocks, 3)
+        count, packed = self.blocks
+        return unpack_table(packed, count, 3)
 
     def following(self) -> "list[StepMessage]":
         """The steps of a burst after the first, as messages of their own."""

@@ -3,10 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.columns import pack_table
 from engine.core.items import Items
 from engine.core.request import Request
 from engine.core.rows import Rows
 from engine.messages import RowAdded, StepMessage, column
+
+FEW_BLOCKS = 64  # up to so many are sent as they are: packing takes longer than their bytes
 
 
 class Changes:
@@ -64,7 +67,7 @@ class Changes:
             step=step,
             removed=column(self._removed),
             added=tuple(self._added),
-            blocks=column(self._blocks),
+            blocks=self._pack_blocks(),
             chunks=column([(row, n) for row, n in chunks if n != 1] + [(row, 0) for row in resting.tolist()]),
             steps=steps,
             free_items=free_items,
@@ -72,6 +75,10 @@ class Changes:
         )
         self._clear()
         return message
+
+    def _pack_blocks(self) -> bytes | tuple[int, bytes]:
+        count = len(self._blocks)
+        return column(self._blocks) if count <= FEW_BLOCKS else (count, pack_table(np.array(self._blocks, np.int32)))
 
 
 class WholeState(Changes):

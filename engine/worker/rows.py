@@ -152,12 +152,11 @@ class Rows:
             self.live[int32s(message.removed)] = False
         for added in message.added:
             self._add(added)
-        if message.blocks:
-            for row, group, block in int32s(message.blocks, 3).tolist():
-                if group >= len(self.table):
-                    raise RuntimeError(f"step {message.step}: KV group {group} of row {row} doesn't exist")
-                self.table[group, row, self.num_blocks[group, row]] = block
-                self.num_blocks[group, row] += 1
+        for row, group, block in message.appended().tolist():
+            if group >= len(self.table):
+                raise RuntimeError(f"step {message.step}: KV group {group} of row {row} doesn't exist")
+            self.table[group, row, self.num_blocks[group, row]] = block
+            self.num_blocks[group, row] += 1
 
     def _add(self, added: RowAdded) -> None:
         row, tokens = added.row, int32s(added.tokens)

@@ -152,7 +152,7 @@ class FakeExecutor:
                 state = prefix_hash(state, content(tokens, row.items, position))
                 row.states.append(state)
             self.rows[added.row] = row
-        for number, group, block in int32s(message.blocks, 3).tolist():
+        for number, group, block in message.appended().tolist():
             self.rows[number].tables[group].append(block)
         self.embeddings.difference_update(message.free_items)
         for number, index in message.encode:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.messages import decode_step, int32s
+from engine.messages import decode_step
 from tests.perf import core_cells as cells
 from tests.perf.bench_core import mean_interval, student95
 
@@ -20,7 +20,7 @@ def test_a_cell_measures_nothing_but_decodes(together: bool):
     samples = cell.samples
     assert len(samples.step_ns) == len(samples.loop_ns) == len(samples.client_message_bytes) == steps
     assert not any(message.removed or message.added or message.chunks for message in seen)
-    taken = [len(int32s(message.blocks, 3)) for message in seen]
+    taken = [len(message.appended()) for message in seen]
     assert sum(taken) == 32 * steps // cells.BLOCK_SIZE
     assert max(taken) == (32 if together else 2), "all rows at once, or 32 rows spread over 16 steps"
     cell.metered.core.scheduler.check()

@@ -1,0 +1,45 @@
+"""Tables of whole numbers in few bytes, for where a message would else carry hundreds of rows of them.
+
+Column by column: the first number, then the differences, each in as many bytes as the largest takes; one difference
+alone where all are alike, as between rows that follow each other.
+
+    int32 first │ int8 width, negative: all differences are alike │ differences
+"""
+
+import struct
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32s = NDArray[np.int32]
+
+_HEAD = struct.Struct("<ib")
+_KINDS: dict[int, np.dtype[np.signedinteger]] = {width: np.dtype(f"<i{width}") for width in (1, 2, 4, 8)}
+
+
+def pack_table(table: Int32s) -> bytes:
+    """Of [n, columns], n at least 2."""
+    parts = []
+    for column in table.T.astype(np.int64):
+        steps = np.diff(column)
+        low, high = int(steps.min()), int(steps.max())
+        width = next(
+            width for width, kind in _KINDS.items() if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max
+        )
+        alike = low == high
+        parts.append(_HEAD.pack(int(column[0]), -width if alike else width))
+        parts.append((steps[:1] if alike else steps).astype(_KINDS[width]).tobytes())
+    return b"".join(parts)
+
+
+def unpack_table(data: bytes, rows: int, columns: int) -> Int32s:
+    """The table [rows, columns] that was packed."""
+    table, at = np.empty((rows, columns), np.int64), 0
+    for column in table.T:
+        first, width = _HEAD.unpack_from(data, at)
+        count = 1 if width < 0 else rows - 1
+        steps = np.frombuffer(data, _KINDS[abs(width)], count, at + _HEAD.size)
+        at += _HEAD.size + steps.nbytes
+        column[0], column[1:] = first, steps
+        np.cumsum(column, out=column)
+    return table.astype(np.int32)
