@@ -1,7 +1,6 @@
 """What it takes to tell all ranks of a step, V1 against V0's broadcast of all inputs: `make bench-ranks`."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.data import ReportError
-from plots.style import COLOURS, INK, STYLE, WIDTH_IN, footnote, headline, legend_below_headline, plain, save, wrapped
+from plots.bars import bar_figure, read_rows
+from plots.style import COLOURS, INK, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
 
 WAYS = {
     "v1": ("V1: one order to all, each builds its inputs", COLOURS[0]),
@@ -25,13 +24,7 @@ _NAMES_IN = 1.75
 
 def save_ranks_figure(results: Path, picture: Path) -> list[Path]:
     """Draw the rows of `results` (bench-ranks.json) as PNG and SVG; ReportError if there are none."""
-    try:
-        rows = json.loads(results.read_text())
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{results} can't be read: {error}") from error
-    if not rows:
-        raise ReportError(f"{results} holds no rows")
-    return save(ranks_figure(rows), picture)
+    return save(ranks_figure(read_rows(results)), picture)
 
 
 def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
@@ -39,19 +32,11 @@ def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
     places = _places(rows)
     with matplotlib.rc_context(STYLE):
         footer = _caption(rows)
-        head, foot = 1.05, 0.8 + 0.17 * len(footer)
-        body = _BAR_IN * (places[-1] + 1)
-        height = head + body + foot
-        figure = Figure(figsize=(WIDTH_IN, height))
-        panels = []
-        for left, width in ((_NAMES_IN, 3.5), (_NAMES_IN + 4.1, 3.9)):
-            axes = figure.add_axes((left / WIDTH_IN, foot / height, width / WIDTH_IN, body / height))
-            axes.set_ylim(places[-1] + 0.5, -0.5)
-            axes.set_yticks([])
-            axes.grid(axis="y", visible=False)
+        boxes = (_NAMES_IN, 3.5), (_NAMES_IN + 4.1, 3.9)
+        figure, panels, height = bar_figure(places, _BAR_IN, len(footer), boxes)
+        for axes in panels:
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_formatter(FuncFormatter(plain))
-            panels.append(axes)
         _draw_bytes(panels[0], rows, places)
         _draw_time(panels[1], rows, places)
         _name(panels[0], rows, places)

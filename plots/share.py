@@ -1,6 +1,5 @@
 """How a step's time is shared out between the device and the rest, by model size and engine: `make bench-share`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.data import ReportError
-from plots.style import COLOURS, STYLE, WIDTH_IN, footnote, headline, legend_below_headline, plain, save, wrapped
+from plots.bars import bar_figure, read_rows
+from plots.style import COLOURS, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
 
 DEVICE, OUTSIDE, CORE, FRONT_END = "#cbd5e1", COLOURS[1], COLOURS[0], COLOURS[3]
 TIME_PARTS = (("device_ms", "device busy", DEVICE), ("outside_ms", "outside the device", OUTSIDE))
@@ -22,13 +21,7 @@ _NAMES_IN = 1.55
 
 def save_share_figure(results: Path, picture: Path) -> list[Path]:
     """Draw the rows of `results` (bench-share.json) as PNG and SVG; ReportError if there are none."""
-    try:
-        rows = json.loads(results.read_text())
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{results} can't be read: {error}") from error
-    if not rows:
-        raise ReportError(f"{results} holds no rows")
-    return save(share_figure(rows), picture)
+    return save(share_figure(read_rows(results)), picture)
 
 
 def share_figure(rows: list[dict[str, Any]]) -> Figure:
@@ -36,18 +29,10 @@ def share_figure(rows: list[dict[str, Any]]) -> Figure:
     places = _places(rows)
     with matplotlib.rc_context(STYLE):
         footer = _caption(rows)
-        head, foot = 1.05, 0.8 + 0.17 * len(footer)
-        body = _BAR_IN * (places[-1] + 1)
-        height = head + body + foot
-        figure = Figure(figsize=(WIDTH_IN, height))
-        panels = []
-        for left, width in ((_NAMES_IN, 4.5), (_NAMES_IN + 5.25, 2.5)):
-            axes = figure.add_axes((left / WIDTH_IN, foot / height, width / WIDTH_IN, body / height))
-            axes.set_ylim(places[-1] + 0.5, -0.5)
-            axes.set_yticks([])
-            axes.grid(axis="y", visible=False)
+        boxes = (_NAMES_IN, 4.5), (_NAMES_IN + 5.25, 2.5)
+        figure, panels, height = bar_figure(places, _BAR_IN, len(footer), boxes)
+        for axes in panels:
             axes.set_xlabel("% of the step")
-            panels.append(axes)
         _draw_time(panels[0], rows, places)
         _draw_cpu(panels[1], rows, places)
         _name(panels[0], rows, places)
