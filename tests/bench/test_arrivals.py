@@ -107,7 +107,10 @@ def test_replay_scales_and_begins_again(tmp_path: Path) -> None:
     assert len(Arrivals(trace=path).schedule(10, (10.0, 90.0, 0.0), 0)) == pytest.approx(1000, abs=4)
 
 
-@given(rates, st.lists(st.floats(0.0, 20), min_size=1, max_size=3), seeds, st.sampled_from(KINDS))
+lengths = st.one_of(st.just(0.0), st.floats(0.01, 20))  # shorter ones can't be told from their neighbours
+
+
+@given(rates, st.lists(lengths, min_size=1, max_size=3), seeds, st.sampled_from(KINDS))
 def test_a_schedule_holds_rate_x_length_of_each_part(rate: float, parts: list[float], seed: int, kind: str) -> None:
     times = Arrivals(kind, 0.5).schedule(rate, parts, seed)
     assert np.all(np.diff(times) >= 0)
