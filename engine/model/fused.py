@@ -16,7 +16,7 @@ from engine.kernels.cpu.native import Layer, Linear, Spec
 from engine.model.facts import cached_bytes
 from engine.model.families import FAMILIES, Family
 from engine.model.kvgroups import KVGroups
-from engine.model.packing import GROUPS, LANES, interleave, pack
+from engine.model.packing import GROUPS, LANES, InTurns, Stacked, Weight, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +103,19 @@ class Packer:
     kept: list[Any] = field(default_factory=list)
     arena: Arena = field(default_factory=Arena)
 
-    def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), kind: str = "") -> Linear:
-        """Of weights [outputs, inputs] side by side."""
-        weight = torch.cat([one.detach() for one in weights]) if len(weights) > 1 else weights[0].detach()
+    def linear(self, weight: Weight, bias: Tensor | None = None, kind: str = "") -> Linear:
+        """Of a weight [outputs, inputs]."""
         packed = pack(weight, kind or self.kind, self.arena.new)
+        scales = None if packed.scales is None else self._at(packed.scales)
+        return Linear(self._at(packed.panels), scales, self.floats(bias), *weight.shape)
+
+    def linears(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Linear:
+        """Of several side by side."""
         bias = None
         if any(one is not None for one in biases):
             each = zip(weights, biases, strict=True)
             bias = torch.cat([w.new_zeros(len(w)) if one is None else one.detach() for w, one in each])
-        scales = None if packed.scales is None else self._at(packed.scales)
-        return Linear(self._at(packed.panels), scales, self.floats(bias), *weight.shape)
+        return self.linear(Stacked([one.detach() for one in weights]), bias)
 
     def floats(self, values: Tensor | None) -> int | None:
         return None if values is None else self._at(values.detach().float().contiguous())
@@ -144,7 +147,7 @@ def make_spec(
         fill(part)
     embedding, final_norm = _embedding(packer, model, form), packer.floats(inner.norm.weight)
     vocabulary = len(model.lm_head.weight)
-    head = packer.linear([model.lm_head.weight], kind=form.head)
+    head = packer.linear(model.lm_head.weight.detach(), kind=form.head)
     _release(inner.embed_tokens, model.lm_head)
     first = inner.layers[0].self_attn
     head_dim = first.head_dim
@@ -194,17 +197,15 @@ def _layer(packer: Packer, layer: Any, keys: int, values: int, fill: Callable[[n
     def packed(*linears: Any) -> Linear:
         for one in linears:
             fill(one)
-        made = packer.linear([one.weight for one in linears], [one.bias for one in linears])
+        made = packer.linears([one.weight for one in linears], [one.bias for one in linears])
         _release(*linears)
         return made
 
     attention, mlp = layer.self_attn, layer.mlp
     fill(mlp.gate_proj)
     fill(mlp.up_proj)
-    both = interleave(mlp.gate_proj.weight, mlp.up_proj.weight)
+    gate_up = packer.linear(InTurns(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()))
     _release(mlp.gate_proj, mlp.up_proj)
-    gate_up = packer.linear([both])
-    del both
     qkv, output = packed(attention.q_proj, attention.k_proj, attention.v_proj), packed(attention.o_proj)
     down = packed(mlp.down_proj)
     fill(layer)  # its norms

@@ -1,7 +1,9 @@
 """Weights in the layouts of the C++ kernels (see formats.h), plain or quantised."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +13,54 @@ LANES = 16  # columns of a panel
 GROUPS = {"int8": 64, "int4": 32}
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that are tried for int4
 CACHED_NUMBERS = 1 << 18  # rounded at a time: they and what is made of them stay in the processor's caches
+BAND_NUMBERS = 1 << 21  # packed at a time, so that what lies between a weight and its panels is small
 
 
 New = Callable[..., Tensor]  # called like torch.empty
+
+
+class Weight(Protocol):
+    """A weight [outputs, inputs] whose rows are asked for in bands; a tensor is one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Weights one below the other."""
+
+    parts: Sequence[Tensor]
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return sum(map(len, self.parts)), self.parts[0].shape[1]
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        begins = itertools.accumulate(map(len, self.parts), initial=0)
+        pieces = [
+            part[max(0, rows.start - begin) : max(0, rows.stop - begin)]
+            for part, begin in zip(self.parts, begins, strict=False)
+        ]
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class InTurns:
+    """Rows of gate and up in turns of 16; bands begin and end at multiples of 32."""
+
+    gate: Tensor
+    up: Tensor
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return 2 * len(self.gate), self.gate.shape[1]
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        half = slice(rows.start // 2, rows.stop // 2)
+        return interleave(self.gate[half], self.up[half])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +90,52 @@ class Rounded:
         return found.flatten(1)
 
 
-def pack(weight: Tensor, kind: str, new: New = torch.empty) -> Packed:
+def pack(weight: Weight, kind: str, new: New = torch.empty) -> Packed:
     """Pack a weight [outputs, inputs] as float32, bfloat16, int8 or int4; `new` makes the tensor for its panels."""
+    outputs, inputs = weight.shape
+    band = max(1, BAND_NUMBERS // (2 * LANES * inputs)) * 2 * LANES
+    packed: list[Tensor] = []
+    for first in range(0, outputs, band):
+        columns = _columns(weight[first : min(first + band, outputs)], kind)
+        if not packed:
+            makers: tuple[New, New] = new, torch.empty
+            packed = [_panels(outputs, some, make) for some, make in zip(columns, makers, strict=False)]
+        for panels, some in zip(packed, columns, strict=True):
+            _put(panels, first // LANES, some)
+    return Packed(*packed)
+
+
+def _columns(weight: Tensor, kind: str) -> list[Tensor]:
+    """What panels are made of, [outputs, n] each: words of 32 bits, and scales if there are any."""
     if kind not in GROUPS:
-        return Packed(to_panels(weight.to(getattr(torch, kind)).contiguous().view(torch.int32), new))
+        return [weight.to(getattr(torch, kind)).contiguous().view(torch.int32)]
     rounded = quantise(weight, kind)
     if rounded.lowest is None:
-        words = (rounded.whole.view(torch.uint8) ^ 0x80).view(torch.int32)  # -128 becomes 0
-        return Packed(to_panels(words, new), to_panels(rounded.scales))
+        return [(rounded.whole.view(torch.uint8) ^ 0x80).view(torch.int32), rounded.scales]  # -128 becomes 0
     halves = rounded.whole.view(len(weight), -1, 2, 4)
     words = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1).contiguous().view(torch.int32)
-    return Packed(to_panels(words, new), to_panels(torch.stack((rounded.scales, rounded.lowest), 2).flatten(1)))
+    return [words, torch.stack((rounded.scales, rounded.lowest), 2).flatten(1)]
 
 
-def to_panels(columns: Tensor, new: New = torch.empty) -> Tensor:
+def to_panels(columns: Tensor) -> Tensor:
     """[outputs, n] as [panels, n, 16], padded with zeros."""
+    panels = _panels(len(columns), columns, torch.empty)
+    _put(panels, 0, columns)
+    return panels
+
+
+def _panels(outputs: int, columns: Tensor, new: New) -> Tensor:
+    return new((-(-outputs // LANES), columns.shape[1], LANES), dtype=columns.dtype)
+
+
+def _put(panels: Tensor, at: int, columns: Tensor) -> None:
+    """Write columns into panels from the panel `at` on, the last one filled up with zeros."""
     outputs, n = columns.shape
     full, rest = divmod(outputs, LANES)
-    panels = new((full + bool(rest), n, LANES), dtype=columns.dtype)
-    panels[:full] = columns[: full * LANES].view(full, LANES, n).transpose(1, 2)
+    panels[at : at + full] = columns[: full * LANES].view(full, LANES, n).transpose(1, 2)
     if rest:
-        panels[full] = 0
-        panels[full, :, :rest] = columns[full * LANES :].T
-    return panels
+        panels[at + full] = 0
+        panels[at + full, :, :rest] = columns[full * LANES :].T
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.model.packing import GROUPS, LANES, interleave, pack, quantise
+from engine.model import packing
+from engine.model.packing import GROUPS, LANES, InTurns, Stacked, interleave, pack, quantise
 
 sizes = st.tuples(st.integers(1, 50), st.integers(1, 4).map(lambda n: 64 * n))
 
@@ -79,3 +80,21 @@ def test_a_weight_of_zeros_stays_zero(kind: str) -> None:
 def test_gate_and_up_take_turns() -> None:
     gate, up = torch.zeros(32, 8), torch.ones(32, 8)
     assert interleave(gate, up)[:, 0].tolist() == [0] * 16 + [1] * 16 + [0] * 16 + [1] * 16
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", *sorted(GROUPS)])
+@pytest.mark.parametrize("lengths", [(96, 16, 16), (70,), (33, 80, 7)])
+def test_weights_in_bands_are_packed_as_one(
+    lengths: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [torch.randn(length, 128) for length in lengths]
+    gate, up = torch.randn(2, 80, 128)
+    wholes = [torch.cat(parts), interleave(gate, up)]
+    wanted = [pack(whole, kind) for whole in wholes]
+    monkeypatch.setattr(packing, "BAND_NUMBERS", 32 * 128)
+    for weight, whole, one in zip([Stacked(parts), InTurns(gate, up)], wholes, wanted, strict=True):
+        found = pack(weight, kind)
+        assert tuple(weight.shape) == tuple(whole.shape)
+        assert torch.equal(found.panels, one.panels)
+        assert (found.scales is None) == (one.scales is None)
+        assert found.scales is None or one.scales is None or torch.equal(found.scales, one.scales)
