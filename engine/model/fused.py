@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.kernels.cpu.native import Layer, Linear, Spec
 from engine.model.facts import cached_bytes
 from engine.model.families import FAMILIES, Family
+from engine.model.heap import give_back
 from engine.model.kvgroups import KVGroups
 from engine.model.packing import GROUPS, LANES, InTurns, Stacked, Weight, pack
 
@@ -162,6 +163,7 @@ def make_spec(
         keys = cache.ctypes.data + 2 * slot * cache_bytes
         layers[i] = _layer(packer, layer, keys, keys + cache_bytes, fill)
         layers[i].window, layers[i].group = groups.windows[group], group
+        give_back()
     rotary = inner.rotary_emb
     packer.kept.append(layers)
     spec = Spec(

@@ -10,6 +10,13 @@ SMALL = 4 << 20
 LARGE, MOST_KEPT = 32 << 20, 64 << 20
 
 
+def give_back() -> None:
+    """Give back what is free between things that are kept: pieces below 4 MiB come from the heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc
+        trim(0)
+
+
 @contextlib.contextmanager
 def pieces_given_back() -> Iterator[None]:
     """Within it a piece of 4 MiB or more goes back to the system as soon as it is freed.
