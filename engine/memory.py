@@ -115,11 +115,7 @@ def resolve(config: EngineConfig, facts: ModelFacts, available: int | None = Non
             f"{_size(total * replicas)} are planned but only {_size(available * replicas)} of memory are free: "
             f"lower {KV_ALLOCATION}{' or --dp' if replicas > 1 else ''}"
         )
-    warnings += _slow_dtype(facts.dtype)
-    if config.total_ranks > cores():
-        asked = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
-        what = "ranks" if ranks > 1 else "replicas"
-        warnings.append(f"{' '.join(asked)} on {cores()} cores: {what} take turns, fewer are faster")
+    warnings += [*_slow_dtype(facts.dtype), *_more_ranks_than_cores(config)]
     sequences = min((blocks - 1) // per_sequence, rows)
     return Resolution(resolved, memory, tuple(warnings), _device(config), sequences)
 
@@ -204,6 +200,15 @@ def _too_little(
         f"one request of {facts.max_model_len} tokens needs {_size(needed)} of KV cache, but {given} "
         f"{max(fits, 0)} tokens: use {' or '.join(ways)}"
     )
+
+
+def _more_ranks_than_cores(config: EngineConfig) -> list[str]:
+    if config.total_ranks <= cores():
+        return []
+    ranks, replicas = config.tensor_parallel_size, config.data_parallel_size
+    asked = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
+    what = "ranks" if ranks > 1 else "replicas"
+    return [f"{' '.join(asked)} on {cores()} cores: {what} take turns, fewer are faster"]
 
 
 def _slow_dtype(dtype: str) -> list[str]:

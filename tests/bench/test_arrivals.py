@@ -107,17 +107,15 @@ def test_replay_scales_and_begins_again(tmp_path: Path) -> None:
     assert len(Arrivals(trace=path).schedule(10, (10.0, 90.0, 0.0), 0)) == pytest.approx(1000, abs=4)
 
 
-lengths = st.one_of(st.just(0.0), st.floats(0.01, 20))  # shorter ones can't be told from their neighbours
-
-
-@given(rates, st.lists(lengths, min_size=1, max_size=3), seeds, st.sampled_from(KINDS))
+@given(rates, st.lists(st.floats(0.0, 20), min_size=1, max_size=3), seeds, st.sampled_from(KINDS))
 def test_a_schedule_holds_rate_x_length_of_each_part(rate: float, parts: list[float], seed: int, kind: str) -> None:
     times = Arrivals(kind, 0.5).schedule(rate, parts, seed)
     assert np.all(np.diff(times) >= 0)
     start = 0.0
     for length in parts:
         inside = np.count_nonzero((times >= start - 1e-9) & (times < start + length - 1e-9))
-        assert inside <= round(rate * length) + 2
+        instants = sum(0 < one < 1e-8 for one in parts)  # each holds one arrival, which a neighbour's edge may hold too
+        assert inside <= round(rate * length) + max(2, 1 + instants)
         start += length
     assert np.all(times <= sum(parts) + 1e-6)
     assert np.array_equal(times, Arrivals(kind, 0.5).schedule(rate, parts, seed))
