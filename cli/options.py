@@ -1,7 +1,8 @@
 """Pieces the subcommands share: options shown in groups, and sizes like 8k."""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -12,6 +13,25 @@ class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str = "Options", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.group = group
+
+
+def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
+    """A decorator that adds an option shown under the heading `group`; arguments as of `click.option`."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+Decorated = TypeVar("Decorated")
+
+
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
+    """A decorator that adds several options, in the order in which `--help` lists them."""
+
+    def add(command: Decorated) -> Decorated:
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return add
 
 
 class GroupedCommand(click.Command):
