@@ -4,7 +4,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from engine.api.protocol import parse
+from engine.api.parsing import parse
 from engine.api.state import ApiState
 from engine.errors import EngineDeadError, RedlineError, RequestError
 

@@ -14,10 +14,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.api.adapters import load_adapter, unload_adapter
 from engine.api.chat import chat_completions
+from engine.api.chat_protocol import ChatRequest
 from engine.api.completions import completions
 from engine.api.errors import ApiError
 from engine.api.metrics import make_registry
-from engine.api.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest, parse
+from engine.api.parsing import parse
+from engine.api.protocol import DetokenizeRequest, TokenizeRequest
 from engine.api.state import ApiState
 from engine.errors import RedlineError, RequestError
 from engine.frontend.router import Router

@@ -4,7 +4,8 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from engine.api.protocol import ChatRequest, parse
+from engine.api.chat_protocol import ChatRequest
+from engine.api.parsing import parse
 from engine.api.render import Chunks, chat_logprobs, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState

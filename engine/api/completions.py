@@ -4,7 +4,8 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from engine.api.protocol import CompletionRequest, parse
+from engine.api.parsing import parse
+from engine.api.protocol import CompletionRequest
 from engine.api.render import Chunks, completion_logprobs, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState

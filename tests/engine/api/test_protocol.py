@@ -3,7 +3,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.api.protocol import ChatRequest, CompletionRequest, parse
+from engine.api.chat_protocol import ChatRequest
+from engine.api.parsing import parse
+from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
 
 
