@@ -18,13 +18,14 @@ from engine.api.chat_protocol import ChatRequest
 from engine.api.completions import completions
 from engine.api.errors import ApiError
 from engine.api.metrics import make_registry
+from engine.api.openapi import openapi_document
 from engine.api.parsing import parse
 from engine.api.protocol import DetokenizeRequest, TokenizeRequest
 from engine.api.state import ApiState
 from engine.errors import RedlineError, RequestError
 from engine.frontend.router import Router
 
-OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})  # answered without a key
+OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/openapi.json"})  # answered without a key
 
 Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
 
@@ -62,6 +63,7 @@ def create_app(state: ApiState) -> FastAPI:
         ("POST", "/v1/unload_lora_adapter", unload_adapter),
         ("GET", "/health", health),
         ("GET", "/version", version),
+        ("GET", "/openapi.json", openapi),
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
     ]
     for method, path, endpoint in routes:
@@ -138,6 +140,10 @@ async def health(state: ApiState, _request: Request) -> Response:
 
 async def version(_state: ApiState, _request: Request) -> Response:
     return answer({"version": metadata.version("redline-llm")})
+
+
+async def openapi(_state: ApiState, _request: Request) -> Response:
+    return answer(openapi_document())
 
 
 async def metrics(registry: CollectorRegistry) -> Response:

@@ -1,0 +1,136 @@
+"""JSON schemas of what the server answers."""
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+STRING: Schema = {"type": "string"}
+INTEGER: Schema = {"type": "integer"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+NUMBER: Schema = {"type": "number"}
+NULL: Schema = {"type": "null"}
+
+
+def ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def listed(of: Schema) -> Schema:
+    return {"type": "array", "items": of}
+
+
+def maybe(of: Schema) -> Schema:
+    return {"anyOf": [of, NULL]}
+
+
+def record(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
+    """An object with these fields; others may be there too."""
+    return {"type": "object", "properties": required | (optional or {}), "required": list(required)}
+
+
+FINISH_REASON: Schema = {"enum": ["stop", "length", "abort", "error", None]}
+STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
+
+ANSWERS: dict[str, Schema] = {
+    "Error": record(
+        {
+            "error": record(
+                {"message": STRING, "type": STRING, "param": maybe(STRING), "code": {"type": ["string", "null"]}}
+            )
+        }
+    ),
+    "Usage": record(
+        {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT},
+        {"prompt_tokens_details": record({"cached_tokens": COUNT})},
+    ),
+    "CompletionLogprobs": record(
+        {
+            "text_offset": listed(COUNT),
+            "token_logprobs": listed(maybe(NUMBER)),
+            "tokens": listed(STRING),
+            "top_logprobs": listed(maybe({"type": "object", "additionalProperties": NUMBER})),
+        }
+    ),
+    "Completion": record(
+        {
+            "id": STRING,
+            "object": {"const": "text_completion"},
+            "created": COUNT,
+            "model": STRING,
+            "choices": listed(
+                record(
+                    {
+                        "index": COUNT,
+                        "text": STRING,
+                        "logprobs": maybe(ref("CompletionLogprobs")),
+                        "finish_reason": FINISH_REASON,
+                    },
+                    {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
+                )
+            ),
+            "usage": ref("Usage"),
+        }
+    ),
+    "ChatLogprob": record({"token": STRING, "logprob": NUMBER, "bytes": maybe(listed(COUNT))}),
+    "ChatLogprobs": record(
+        {
+            "content": maybe(
+                listed({"allOf": [ref("ChatLogprob"), record({"top_logprobs": listed(ref("ChatLogprob"))})]})
+            )
+        },
+        {"refusal": NULL},
+    ),
+    "ChatCompletion": record(
+        {
+            "id": STRING,
+            "object": {"const": "chat.completion"},
+            "created": COUNT,
+            "model": STRING,
+            "choices": listed(
+                record(
+                    {
+                        "index": COUNT,
+                        "message": record(
+                            {"role": {"const": "assistant"}, "content": maybe(STRING)}, {"refusal": maybe(STRING)}
+                        ),
+                        "logprobs": maybe(ref("ChatLogprobs")),
+                        "finish_reason": FINISH_REASON,
+                    },
+                    {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
+                )
+            ),
+            "usage": ref("Usage"),
+        }
+    ),
+    "ModelList": record(
+        {
+            "object": {"const": "list"},
+            "data": listed(
+                record(
+                    {"id": STRING, "object": {"const": "model"}, "created": COUNT, "owned_by": STRING},
+                    {"root": STRING, "parent": maybe(STRING), "max_model_len": COUNT, "vocab_size": COUNT},
+                )
+            ),
+        }
+    ),
+    "Tokenized": record(
+        {"count": COUNT, "max_model_len": COUNT, "tokens": listed(COUNT)}, {"token_strs": listed(STRING)}
+    ),
+    "Detokenized": record({"prompt": STRING}),
+    "PrefixCacheReset": record({"forgotten_blocks": COUNT}),
+    "Health": record(
+        {
+            "status": {"enum": ["ok", "degraded", "hung", "dead"]},
+            "running": COUNT,
+            "waiting": COUNT,
+            "last_step_age_s": maybe(NUMBER),
+        },
+        {
+            "cause": STRING,
+            "replicas": listed(record({"replica": COUNT, "process": INTEGER, "status": STRING}, {"cause": STRING})),
+        },
+    ),
+    "Version": record({"version": STRING}),
+    "Document": record({"openapi": STRING, "paths": {"type": "object"}}),
+    "Text": STRING,
+}
