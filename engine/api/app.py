@@ -21,6 +21,7 @@ from engine.api.metrics import make_registry
 from engine.api.openapi import openapi_document
 from engine.api.parsing import parse
 from engine.api.protocol import DetokenizeRequest, TokenizeRequest
+from engine.api.request_id import RequestId
 from engine.api.state import ApiState
 from engine.errors import RedlineError, RequestError
 from engine.frontend.router import Router
@@ -67,13 +68,13 @@ def create_app(state: ApiState) -> FastAPI:
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
     ]
     for method, path, endpoint in routes:
-        app.add_api_route(path, bound(endpoint, state), methods=[method], response_class=Response)
+        app.add_route(path, bound(endpoint, state), methods=[method])  # HEAD is answered with GET
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(RedlineError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
-    app.add_exception_handler(Exception, answer_error)
     if state.api_key:
         app.add_middleware(RequireKey, key=state.api_key)
+    app.add_middleware(RequestId)  # the last one added is the outermost
     return app
 
 
@@ -91,8 +92,15 @@ async def answer_error(_request: Request, error: Exception) -> Response:
 async def answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
-    message = f"{what} is no path of this server" if error.status_code == 404 else f"{what}: {error.detail}"
-    return ApiError(error.status_code, message).response()
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        message = f"{what} is no path of this server"
+    elif error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(name.strip() for name in headers["Allow"].split(",")))
+        message = f"{what}: this path takes {headers['Allow']}"
+    else:
+        message = f"{what}: {error.detail}"
+    return ApiError(error.status_code, message, headers=headers).response()
 
 
 def answer(body: dict[str, Any], status: int = 200) -> Response:
@@ -157,10 +165,12 @@ async def tokenize(state: ApiState, request: Request) -> Response:
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
         conversation = ChatRequest(messages=body.messages).conversation()
-        written = state.tokenizer.render_chat(conversation, add_generation_prompt=body.add_generation_prompt)
+        written = state.tokenizer.render_chat(
+            conversation, add_generation_prompt=body.add_generation_prompt is not False
+        )
         ids = await state.encode(written, False) if isinstance(written, str) else written
     else:
-        ids = await state.encode(body.prompt or "", body.add_special_tokens)
+        ids = await state.encode(body.prompt or "", body.add_special_tokens is not False)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}
     if body.return_token_strs:
         found["token_strs"] = [state.tokenizer.token_text(token) for token in ids]

@@ -26,19 +26,23 @@ class ChatRequest(SampledRequest, kw_only=True):
 
     def check(self) -> None:
         """Refuse what isn't served yet, by name."""
+        self.check_common()
         if self.tools:
             raise RequestError("tools are not supported yet", "tools")
         if self.response_format is not None and self.response_format.type != "text":
             raise RequestError(
                 f"response_format {self.response_format.type!r} is not supported yet: only 'text' is", "response_format"
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
             raise RequestError(f"top_logprobs must lie in 0..{MAX_LOGPROBS}, not {self.top_logprobs}", "top_logprobs")
-        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
-            name = "max_completion_tokens"
-            raise RequestError(f"{name} must be at least 1, not {self.max_completion_tokens}", name)
+        if self.max_completion_tokens is not None:
+            name, value = "max_completion_tokens", self.max_completion_tokens
+            if not 1 <= value < 2**31:
+                raise RequestError(f"{name} must lie in 1..2^31 - 1, not {value}", name)
+            if self.max_tokens not in (None, value):
+                raise RequestError(f"{name} is {value}, but max_tokens is {self.max_tokens}: give one of them", name)
         if not self.messages:
             raise RequestError("messages is an empty list", "messages")
 

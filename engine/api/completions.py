@@ -19,7 +19,7 @@ async def completions(state: ApiState, request: Request) -> Response:
     adapter = await state.adapter_of(body.model)
     body.check()
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    params = body.sampling_params(max_tokens, body.logprobs)
+    params = body.sampling_params(max_tokens, body.top_logprobs)
     special = body.add_special_tokens is not False
     given = body.prompts()
     prompts = [await state.prompt(one, special) if isinstance(one, str) else one for one in given]
@@ -61,7 +61,7 @@ async def completions(state: ApiState, request: Request) -> Response:
 def choice(state: ApiState, index: int, text: str, output: Whole, body: CompletionRequest) -> dict[str, object]:
     shown: dict[str, object] = {"index": index, "text": text, "logprobs": None, "finish_reason": output.finish_reason}
     shown["stop_reason"] = output.stop_reason
-    if body.logprobs is not None:
+    if body.top_logprobs is not None:
         shown["logprobs"] = completion_logprobs(state.tokenizer, output.logprobs, 0)[0]
     if body.return_token_ids:
         shown["token_ids"] = output.token_ids

@@ -1,38 +1,62 @@
 """Errors on the wire: {"error": {message, type, param, code}}, which OpenAI's clients turn into exceptions."""
 
+import logging
+from collections.abc import Mapping
+
 import msgspec
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, RedlineError, RequestError
+from engine.errors import EngineDeadError, RequestError
 
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+log = logging.getLogger("redline.api")
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+LONGEST_MESSAGE = 2000  # characters; a message quotes what the client sent
+INTERNAL = "the server failed on this request: its log says why"
 
 
 class ApiError(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = dict(headers or {})
 
     @classmethod
     def of(cls, error: Exception) -> "ApiError":
-        """The answer to an error of the engine's."""
+        """The answer to an error of the engine's; what isn't meant for clients is a 500 without its words."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, RequestError):
             return cls(400, str(error), param=error.field)
         if isinstance(error, EngineDeadError):
             return cls(503, str(error), code="engine_dead")
-        return cls(500, str(error) if isinstance(error, RedlineError) else f"{type(error).__name__}: {error}")
+        log.error("a request failed", exc_info=error)
+        return cls(500, INTERNAL, code="internal_error")
 
     def body(self) -> bytes:
-        kind = TYPES.get(self.status, "server_error")
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        message = " ".join(str(self).splitlines())
+        if len(message) > LONGEST_MESSAGE:
+            message = message[: LONGEST_MESSAGE - 1] + "…"
+        # A lone surrogate can't be encoded.
+        message = message.encode("utf-8", "replace").decode()
+        error = {"message": message, "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
     def response(self) -> Response:
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        headers = dict(self.headers)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return Response(self.body(), self.status, headers, media_type="application/json")

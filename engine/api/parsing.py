@@ -5,30 +5,61 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from engine.api.unserved import check_unknown_fields
 from engine.errors import RequestError
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 _decoders: dict[type, msgspec.json.Decoder[Any]] = {}
+_field_names: dict[type, frozenset[str]] = {}
+_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _place = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
 
 
 def parse(data: bytes, kind: type[Body]) -> Body:
-    """Decode a request body; RequestError names the field that can't be read."""
+    """Decode a request body.
+
+    Numbers may be written as pydantic's servers take them: 4.0 or "4" for an integer, 1 for true.
+
+    Args:
+        data: the body, JSON in UTF-8.
+        kind: the struct of its fields.
+
+    Raises:
+        RequestError: the body can't be read; the message names the field where it is one.
+    """
     decoder = _decoders.get(kind)
     if decoder is None:
-        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind, strict=False)
+        _field_names[kind] = frozenset(field.encode_name for field in msgspec.structs.fields(kind))
     try:
+        data.isascii() or data.decode()  # msgspec skips what it doesn't need without a look at its bytes
         body: Body = decoder.decode(data)
+        given = _raw_fields.decode(data)
+        unknown = given.keys() - _field_names[kind]
+        if unknown:
+            check_unknown_fields({name: given[name] for name in sorted(unknown)})
     except msgspec.ValidationError as error:
-        match = _place.match(str(error))
-        assert match is not None
-        what, field = match["what"], match["field"]
-        if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
-            field = f"{field}.{missing[1]}" if field else missing[1]
-            raise RequestError(f"{field} is missing", field) from error
-        what = what[:1].lower() + what[1:]
-        raise RequestError(f"{field}: {what}" if field else f"the body: {what}", field or None) from error
+        raise _refusal(str(error)) from error
     except msgspec.DecodeError as error:
-        raise RequestError(f"the body is no JSON: {error}") from error
+        what = str(error)
+        if "truncated" in what:  # also msgspec's word for "\ud800" at the end of a text
+            what = "it ends early, or a text holds half of a surrogate pair"
+        raise RequestError(f"the body isn't valid JSON: {what}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body isn't valid UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply") from error
     return body
+
+
+def _refusal(text: str) -> RequestError:
+    """What a ValidationError says, with the field in front."""
+    match = _place.match(text)
+    assert match is not None
+    what, field = match["what"], match["field"]
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
+        field = f"{field}.{missing[1]}" if field else missing[1]
+        return RequestError(f"{field} is missing", field)
+    what = what[:1].lower() + what[1:]
+    return RequestError(f"{field}: {what}" if field else f"the body: {what}", field or None)

@@ -1,5 +1,6 @@
 """The OpenAI-compatible request bodies, chats apart (`chat_protocol`): what clients may send, and what is refused."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -11,6 +12,10 @@ from engine.frontend.sampling import SamplingParams
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+# A token id in a key; no id has more digits. What is no token of the model is refused where its vocabulary is known.
+_token_id = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
 
 class SampledRequest(msgspec.Struct, kw_only=True):
@@ -37,6 +42,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
     user: str | None = None
@@ -44,11 +50,18 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         given = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
-            try:
-                given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-            except ValueError as error:
-                raise RequestError("logit_bias must map token ids to numbers", "logit_bias") from error
+            if not all(_token_id.fullmatch(token) for token in self.logit_bias):
+                raise RequestError("logit_bias must map token ids to numbers", "logit_bias")
+            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+
+    def check_common(self) -> None:
+        """Refuse fields that contradict each other, or can't hold on any server."""
+        options = self.stream_options
+        if not self.stream and options is not None and options != StreamOptions():
+            raise RequestError("stream_options needs stream: true", "stream_options")
+        if self.priority is not None and not -(2**31) <= self.priority < 2**31:
+            raise RequestError(f"priority must lie in -2^31..2^31 - 1, not {self.priority:.3g}", "priority")
 
     @property
     def include_usage(self) -> bool:
@@ -81,19 +94,25 @@ SAMPLING_FIELDS = (
 
 class CompletionRequest(SampledRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
-    logprobs: int | None = None
+    logprobs: int | bool | None = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
 
+    @property
+    def top_logprobs(self) -> int | None:
+        """How many alternatives a token has; `false` is what chats say for none, `true` for one."""
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
+
     def check(self) -> None:
         """Refuse what isn't served yet, by name."""
+        self.check_common()
         if self.suffix:
             raise RequestError("suffix is not supported", "suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of other than n is not supported", "best_of")
-        if self.echo and self.logprobs is not None:
+        if self.echo and self.top_logprobs is not None:
             raise RequestError(
                 "echo together with logprobs is not supported yet: it asks for those of the prompt", "echo"
             )
@@ -116,8 +135,8 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
 

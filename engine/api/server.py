@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.api.app import create_app
+from engine.api.errors import ApiError
 from engine.api.sse import WRITER, ChunkWriter
 from engine.api.state import ApiState
 from engine.errors import RedlineError
@@ -103,6 +104,13 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {WRITER: ChunkWriter(self.transport, self.flow)}  # type: ignore[dict-item]
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser can't read in the form of all other errors; the connection ends."""
+        body = ApiError(400, msg).body()
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        self.transport.close()
 
 
 def http_settings(app: ASGIApp, **more: Any) -> uvicorn.Config:

@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 
 from engine.api.errors import ApiError
 from engine.api.render import Chunks
-from engine.errors import RedlineError
 from engine.frontend.streams import RequestStream
 
 DONE = b"data: [DONE]\n\n"
@@ -77,8 +76,10 @@ class EventStream(Response):
             try:
                 await (self._send_all(send) if writer is None else self._write_all(writer))
                 last = self._chunks.end() + DONE
-            except RedlineError as error:  # the status is out already: the error is an event
-                last = b"data: " + ApiError.of(error).body() + b"\n\n" + DONE
+            except Exception as error:
+                # The status is out already, so the error is an event. [DONE] would call the answer complete: OpenAI's
+                # client raises at the event, and one that knows only chunks sees a stream without an end.
+                last = b"data: " + ApiError.of(error).body() + b"\n\n"
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             watch.cancel()

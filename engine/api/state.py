@@ -37,7 +37,7 @@ class ApiState:
 
     async def adapter_of(self, name: str | None) -> str:
         """The adapter that a request's model names, "" for none; ApiError if neither a model nor an adapter does."""
-        if name is None or name in self.names:
+        if not name or name in self.names:
             return ""
         if name not in self.adapters:  # another API process may have loaded it
             await self.refresh_adapters()

@@ -296,7 +296,10 @@ async def test_an_error_within_a_stream_is_an_event(server: InLoop):
 
     body = {"prompt": "ab", "max_tokens": 100, "stream": True}
     answer, _ = await asyncio.gather(server.http.post("/v1/completions", json=body), die())
-    assert events(answer.text)[-1]["error"]["message"] == "rank 0 is gone"
+    *_, last, end = answer.text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "rank 0 is gone"
+    assert end == ""
+    assert "[DONE]" not in answer.text, "clients take that for the end of a whole answer"
 
 
 async def test_many_streams_at_once_get_what_each_would_alone(server: InLoop):

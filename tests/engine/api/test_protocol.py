@@ -40,7 +40,7 @@ def test_other_forms_are_refused(prompt: Any):
         ({"prompt": [[1, "x"]]}, "prompt[0][1]"),
         ({"prompt": "a", "max_tokens": "five"}, "max_tokens"),
         ({"prompt": "a", "temperature": "warm"}, "temperature"),
-        ({"prompt": "a", "stream": 1}, "stream"),
+        ({"prompt": "a", "stream": 5}, "stream"),
         ({"prompt": "a", "stop": [1]}, "stop[0]"),
         ({"prompt": "a", "stream_options": {"include_usage": "x"}}, "stream_options.include_usage"),
         ({}, "prompt"),
