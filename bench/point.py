@@ -137,6 +137,14 @@ class LoadPoint:
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
 
+    def notes(self) -> list[str]:
+        """What should be known of the trace and of the workload's data."""
+        notes = self.workload.notes()
+        if self.arrivals.trace is not None:
+            recorded = self.arrivals.recorded()
+            notes = [recorded.words(), recorded.left_out, *notes]
+        return [note for note in notes if note]
+
     def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRow, list[RequestRow]]:
         """Send, wait for the answers, judge. The server is drained when this returns."""
         seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))

@@ -5,17 +5,30 @@ from typing import Any
 
 import yaml
 
+from bench.datafile import read_text
 from bench.errors import BenchError
 from engine.data import datasets_folder
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own loader keeps the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file says; raises BenchError where it can't be read."""
+    text = read_text(path)
     try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise BenchError(f"{path}: can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that don't exist
         raise BenchError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -162,6 +162,7 @@ class _Run:
         self._finished = finished
         self._alone_s = math.nan
         self._warned_cache = False
+        self._noted: set[str] = set()
         self.rows: list[PointRow] = []
         self.answer: Answer | None = None
         self.lost = ""  # why the server counts as gone
@@ -176,14 +177,22 @@ class _Run:
         """One request alone; returns its E2E latency in seconds. Checks the server's API and its output lengths."""
         name = point_id(self._point.configuration, self._point.workload.name, "probe", 0.0, 0)
         row = self._finished.get(name)
+        self._say_notes()
         if row is None:
             row = self._new_probe()
+            self._say_notes()  # some data is read when the first request is made of it
         self.rows.append(row)
         self._alone_s = row.e2e_p50_ms / 1e3
         self._progress.message(
             f"one request alone: {self._alone_s:.3g} s (TTFT {row.ttft_p50_ms:.0f} ms, ITL {row.itl_p50_ms:.1f} ms)"
         )
         return self._alone_s
+
+    def _say_notes(self) -> None:
+        for note in self._point.notes():
+            if note not in self._noted:
+                self._noted.add(note)
+                self._progress.message(note)
 
     def _new_probe(self) -> PointRow:
         self._progress.message(f"sending one request of {self._point.workload.name} alone …")

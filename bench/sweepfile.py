@@ -19,7 +19,7 @@ options: {precision: 10%, max_minutes: 15}        # and arrivals: gamma, burstin
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from bench.errors import BenchError
 from bench.presets import read_workload, read_yaml
 from bench.results import PointRow
 from bench.server import has_flag, serve_flags
-from bench.workloads import Encode, Workload, make_workload, needs_vocabulary
+from bench.workloads import Encode, Workload, known_fields, make_workload, needs_vocabulary
 from engine.data import datasets_folder
 
 START_MINUTES = 0.3  # what starting and stopping a server is taken to cost
@@ -37,7 +37,9 @@ _ANY_VOCABULARY = 32_000  # names and lengths don't depend on it
 
 _TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
 _CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s", "note"})
-_ARRIVALS = frozenset({"arrivals", "burstiness", "trace"})
+_TRACE = ("trace", "trace_unit", "skip_bad_rows")
+_ARRIVALS = frozenset({"arrivals", "burstiness", *_TRACE})
+_MOST_RATE = 1e6  # requests/s, beyond what any generator sends
 _OPTIONS = _ARRIVALS | {"precision", "max_minutes", "window", "rates", "search", "ladder", "rounds", "limits"}
 
 
@@ -124,6 +126,7 @@ class _Renamed:
         self.name = name
         self.max_tokens = workload.max_tokens
         self.describe = workload.describe
+        self.notes = workload.notes
         self.requests = workload.requests
 
 
@@ -250,11 +253,10 @@ def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
         raise BenchError(f"{where} must hold fields such as kind, input and output, not {entry!r}")
     own = {key: value for key, value in entry.items() if key in _OPTIONS}
     spec = {key: value for key, value in entry.items() if key not in _OPTIONS and key not in ("name", "preset")}
-    if spec.get("kind") == "trace":  # there the trace gives the lengths too
-        spec["trace"] = entry.get("trace")
     try:
         if "preset" in entry:
             spec = read_workload(str(entry["preset"])) | spec
+        spec |= _trace_fields(spec, own, options.arrivals)
         workload = make_workload(spec, _ANY_VOCABULARY)
     except BenchError as error:
         raise BenchError(f"{where}: {error}") from None
@@ -263,31 +265,31 @@ def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
     )
 
 
+def _trace_fields(spec: dict[str, Any], own: dict[str, Any], common: Arrivals) -> dict[str, Any]:
+    """Options of arrivals that are fields of the workload too: lengths come from the trace, data sets have bad rows."""
+    found = {key: own[key] for key in _TRACE if key in own}
+    if spec.get("kind") == "trace" and "trace" not in spec and "trace" not in found and common.trace is not None:
+        found |= {"trace": common.trace, "trace_unit": common.trace_unit, "skip_bad_rows": common.skip_bad_rows}
+    known = known_fields(spec)
+    return {key: value for key, value in found.items() if key in known}
+
+
 def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
     if not isinstance(entry, dict):
         raise BenchError(f"{where} must hold fields such as precision and max_minutes")
     _only(entry, _OPTIONS, where)
+    read: dict[str, Callable[[Any, str], Any]] = {
+        "precision": _precision, "search": _search, "ladder": _ladder, "limits": _limits, "rates": _rates,
+    }  # fmt: skip
     changed: dict[str, Any] = {}
     for key, value in entry.items():
-        if key == "precision":
-            changed[key] = _precision(value, f"{where}.precision")
-        elif key == "search":
-            changed[key] = _search(value, f"{where}.search")
-        elif key == "ladder":
-            changed[key] = _ladder(value, f"{where}.ladder")
-        elif key == "rounds":
+        if key == "rounds":
             changed[key] = _whole(entry, key, where, least=1)
-        elif key == "limits":
-            changed[key] = _limits(value, f"{where}.limits")
-        elif key in ("arrivals", "trace"):
-            if not isinstance(value, str):
-                raise BenchError(f"{where}.{key} must be a name, not {value!r}")
-        elif key == "rates":
-            changed[key] = _rates(value, f"{where}.rates")
-        else:
+        elif key in read:
+            changed[key] = read[key](value, f"{where}.{key}")
+        elif key not in _ARRIVALS:
             changed["window_s" if key == "window" else key] = _positive(value, f"{where}.{key}")
     if entry.keys() & _ARRIVALS:
-        changed.pop("burstiness", None)
         changed["arrivals"] = _arrivals(entry, where)
     return _checked(replace(defaults, **changed), where)
 
@@ -301,7 +303,10 @@ def _checked(options: SweepOptions, where: str) -> SweepOptions:
 def _rates(value: Any, where: str) -> tuple[float, ...]:
     if not isinstance(value, list) or not value:
         raise BenchError(f"{where} must be a list of request rates, not {value!r}")
-    return tuple(sorted({_positive(rate, where) for rate in value}))
+    rates = tuple(sorted({_positive(rate, where) for rate in value}))
+    if rates[-1] > _MOST_RATE:
+        raise BenchError(f"{where} must hold rates up to {_MOST_RATE:g} requests/s, not {rates[-1]:g}")
+    return rates
 
 
 def _search(value: Any, where: str) -> str:
@@ -319,11 +324,19 @@ def _ladder(value: Any, where: str) -> bool | tuple[float, ...]:
 
 
 def _arrivals(entry: dict[str, Any], where: str) -> Arrivals:
-    kind, burstiness = entry.get("arrivals", "poisson"), entry.get("burstiness", 1.0)
+    for key in ("arrivals", "trace", "trace_unit"):
+        if key in entry and not isinstance(entry[key], str):
+            raise BenchError(f"{where}.{key} must be a name, not {entry[key]!r}")
+    skip, kind = entry.get("skip_bad_rows", False), entry.get("arrivals", "poisson")
+    if not isinstance(skip, bool):
+        raise BenchError(f"{where}.skip_bad_rows must be true or false, not {skip!r}")
+    if "trace_unit" in entry and "trace" not in entry:
+        raise BenchError(f"{where}.trace_unit needs trace")
     if "burstiness" in entry and kind != "gamma":
         raise BenchError(f"{where}.burstiness needs arrivals: gamma")
+    burstiness = _positive(entry.get("burstiness", 1.0), f"{where}.burstiness")
     try:
-        return Arrivals(kind, float(burstiness), entry.get("trace"))
+        return Arrivals(kind, burstiness, entry.get("trace"), entry.get("trace_unit", "auto"), skip)
     except BenchError as error:
         raise BenchError(f"{where}: {error}") from None
 

@@ -20,7 +20,8 @@ from bench.run import BenchOptions, InterruptedRunError, LostServerError, Subjec
 from bench.server import ServerProcess, has_flag
 from bench.workloads import make_workload, tells_lengths
 from cli.closed import check_closed, run_closed, save_vllm_of_rate
-from cli.params import LIMIT, RATES, SHARE
+from cli.options import Finite
+from cli.params import LIMIT, MOST_RATE, RATES, SHARE
 from cli.workload import (
     arrivals_of,
     check_workload,
@@ -39,7 +40,7 @@ _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server to load.")
 @click.option("--model", help="Start a Redline server for this model instead; its flags follow after --.")
 @workload_options
-@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Measure this rate only, in requests/s.")
+@click.option("--rate", type=Finite(0, MOST_RATE, min_open=True), help="Measure this rate only, in requests/s.")
 @click.option("--rates", type=RATES, help="Measure these rates: A,B,C.")
 @click.option("--concurrency", type=click.IntRange(1), help="Instead of a rate: keep this many requests open.")
 @click.option("--num-requests", type=click.IntRange(1), help="Requests of --concurrency.  [default: 4 x it]")
@@ -50,11 +51,9 @@ _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of arrivals and prompts.")
 @click.option("--precision", type=SHARE, default="10%", show_default=True, help="How closely to find the rate.")
+@click.option("--max-minutes", type=Finite(0, 1e6, min_open=True), default=15.0, show_default=True, help="Hard limit.")
 @click.option(
-    "--max-minutes", type=click.FloatRange(0, min_open=True), default=15.0, show_default=True, help="Hard limit."
-)
-@click.option(
-    "--window", type=click.FloatRange(0, min_open=True), help="Seconds measured a load point, instead of the plan's."
+    "--window", type=Finite(0, 1e7, min_open=True), help="Seconds measured a load point, instead of the plan's."
 )
 @click.option(
     "--ladder/--no-ladder", default=True, show_default=True, help="After a search, rates of 0.25 … 1.5 x its answer."

@@ -1,5 +1,6 @@
 """Pieces the subcommands share: options shown in groups, and sizes like 8k."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -48,6 +49,16 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
+class Finite(click.FloatRange):
+    """A number within bounds that is neither infinite nor NaN, which would pass for being within them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 class Size(click.ParamType):
     """A whole number with an optional unit: 8k is 8,000 and 8K is 8,192; the same for m/M and g/G, and KiB, GB, …"""
 
@@ -63,6 +74,8 @@ class Size(click.ParamType):
         number, unit, suffix = match.groups()
         binary = suffix in ("iB", "ib") or (unit.isupper() and not suffix)
         size = float(number) * (1024 if binary else 1000) ** ("", "k", "m", "g", "t").index(unit.lower())
+        if not size < 2**63:
+            self.fail(f"{value!r} is too large", param, ctx)
         if size != int(size):
             self.fail(f"{value!r} is not a whole number", param, ctx)
         return int(size)

@@ -5,7 +5,9 @@ from typing import Any
 
 import click
 
+MOST_RATE = 1e6  # requests/s, beyond what any generator sends
 _METRICS = ("ttft", "itl", "tpot", "e2e")
+_MOST_TOKENS = 10**8  # of one request
 
 
 class LengthType(click.ParamType):
@@ -16,9 +18,10 @@ class LengthType(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | list[int]:
         if not isinstance(value, str):
             return value
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", value.strip())
-        if match is None or int(match[1]) < 1:
-            self.fail(f"{value!r} is not a number of tokens: give N or LOW:HIGH, from 1 on", param, ctx)
+        match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", value.strip())
+        if match is None or int(match[1]) < 1 or int(match[2] or match[1]) > _MOST_TOKENS:
+            words = f"give N or LOW:HIGH, from 1 on and up to {_MOST_TOKENS}"
+            self.fail(f"{value!r} is not a number of tokens: {words}", param, ctx)
         if match[2] is None:
             return int(match[1])
         if int(match[2]) < int(match[1]):
@@ -38,8 +41,9 @@ class RatesType(click.ParamType):
             rates = [float(part) for part in value.split(",")]
         except ValueError:
             rates = []
-        if not rates or not all(0 < r < float("inf") for r in rates):
-            self.fail(f"{value!r} is not a list of rates: give numbers above 0 with commas between", param, ctx)
+        if not rates or not all(0 < r <= MOST_RATE for r in rates):
+            words = f"give numbers above 0 and up to {MOST_RATE:g} with commas between"
+            self.fail(f"{value!r} is not a list of rates: {words}", param, ctx)
         return rates
 
 
@@ -68,7 +72,8 @@ class LimitType(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
         if not isinstance(value, str):
             return value
-        match = re.fullmatch(rf"({'|'.join(_METRICS)})_p(50|99)=(\d+(?:\.\d*)?)(ms|s)", value.strip().lower())
+        number = r"([0-9]{1,9}(?:\.[0-9]*)?)"
+        match = re.fullmatch(rf"({'|'.join(_METRICS)})_p(50|99)={number}(ms|s)", value.strip().lower())
         if match is None:
             names = ", ".join(_METRICS)
             self.fail(f"{value!r} is not a limit such as ttft_p99=2s ({names}; p50, p99; ms, s)", param, ctx)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from bench.arrivals import KINDS, Arrivals, read_trace
+from bench.arrivals import KINDS, Arrivals
 from bench.errors import BenchError
 from bench.loadgen.probe import ServerFacts
 from bench.presets import read_workload
+from bench.traces import UNITS
 from bench.workloads import known_fields, needs_vocabulary
 from bench.workloads.encoding import local_encoder, local_tokenizer, server_encoder, tokenizer_size
+from cli.options import Finite
 from cli.params import LENGTH
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ _FIELDS = {
     "dataset": ("--dataset", "dataset"),
     "dataset_rows": ("--dataset-rows", "rows"),
     "repeat": ("--repeat", "repeat"),
+    "skip_bad_rows": ("--skip-bad-rows", "skip_bad_rows"),
+    "trace_unit": ("--trace-unit", "trace_unit"),
 }
 
 _OPTIONS = (
@@ -59,7 +63,7 @@ _OPTIONS = (
     ),
     click.option(
         "--burstiness",
-        type=click.FloatRange(0, min_open=True),
+        type=Finite(0, min_open=True),
         default=1.0,
         show_default=True,
         help="Shape of gamma arrivals: 1 is Poisson, smaller is burstier.",
@@ -67,9 +71,17 @@ _OPTIONS = (
     click.option(
         "--trace",
         metavar="FILE",
-        help="Replay recorded arrivals: CSV or JSONL with timestamp in seconds, perhaps input_tokens and "
-        "output_tokens; at its own rate, or scaled to --rate or --rates.",
+        help="Replay recorded requests, at their own rate or scaled to --rate or --rates: Mooncake, BurstGPT, Azure, "
+        "or CSV or JSONL with timestamp, perhaps input_tokens and output_tokens.",
     ),
+    click.option(
+        "--trace-unit",
+        type=click.Choice(("auto", *UNITS)),
+        default="auto",
+        show_default=True,
+        help="Unit of the trace's times, where they are numbers.",
+    ),
+    click.option("--skip-bad-rows", is_flag=True, help="Leave out rows of --trace or --dataset that can't be read."),
 )
 
 
@@ -87,6 +99,10 @@ def check_workload(ctx: click.Context) -> None:
         raise click.UsageError("--prefixes needs --prefix, the length of each")
     if given["trace"] is not None and _said(ctx, "arrivals"):
         raise click.UsageError("give either --arrivals or --trace")
+    if given["trace"] is None and given["workload"] is None:
+        for name in ("trace_unit", "skip_bad_rows"):
+            if _said(ctx, name):
+                raise click.UsageError(f"{_FIELDS[name][0]} needs --trace or --workload")
     if _said(ctx, "burstiness") and given["arrivals"] != "gamma":
         raise click.UsageError("--burstiness needs --arrivals gamma")
     if given["workload"] is None:
@@ -100,7 +116,7 @@ def workload_spec(ctx: click.Context) -> dict[str, Any]:
     given = ctx.params
     if given["workload"] is not None:
         spec = read_workload(given["workload"])
-    elif given["trace"] is not None and read_trace(given["trace"]).outputs and not _said(ctx, "input_tokens"):
+    elif given["trace"] is not None and _lengths_of_trace(ctx):
         spec = {"kind": "trace", "trace": given["trace"]}
     else:
         kind = "multi-turn" if given["turns"] is not None else "random" if given["prefix"] is None else "shared-prefix"
@@ -109,14 +125,32 @@ def workload_spec(ctx: click.Context) -> dict[str, Any]:
     known = known_fields(spec)
     for name, (flag, field) in _FIELDS.items():
         if _said(ctx, name):
+            if field not in known and given["trace"] is not None and name in ("trace_unit", "skip_bad_rows"):
+                continue  # they concern the arrivals alone
             if field not in known:
                 raise click.UsageError(f"{flag} does not apply to a workload of the kind {spec['kind']}")
             spec[field] = given[name]
     return spec
 
 
+def _lengths_of_trace(ctx: click.Context) -> bool:
+    """Whether the trace gives lengths that no flag replaces; raises BenchError where its columns leave that open."""
+    given = ctx.params
+    recorded = arrivals_of(given).recorded()
+    if all(_said(ctx, name) for name in ("input_tokens", "output_tokens")):
+        return False
+    if recorded.inputs is not None or recorded.outputs is not None:
+        return True
+    if recorded.unused and given["prefix"] is None and given["turns"] is None:
+        raise BenchError(
+            f"{given['trace']}: none of its columns {', '.join(recorded.unused)} is known as a number of tokens: give "
+            "--input and --output, or call them input_tokens and output_tokens (--trace)"
+        )
+    return False
+
+
 def arrivals_of(given: dict[str, Any]) -> Arrivals:
-    return Arrivals(given["arrivals"], given["burstiness"], given["trace"])
+    return Arrivals(given["arrivals"], given["burstiness"], given["trace"], given["trace_unit"], given["skip_bad_rows"])
 
 
 def rates_of(given: dict[str, Any]) -> list[float] | None:
@@ -124,7 +158,7 @@ def rates_of(given: dict[str, Any]) -> list[float] | None:
     if given["rate"] is not None:
         return [given["rate"]]
     if given["rates"] is None and given["trace"] is not None:
-        return [read_trace(given["trace"]).rate]
+        return [arrivals_of(given).recorded().rate]
     return given["rates"]
 
 

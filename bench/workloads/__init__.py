@@ -33,14 +33,18 @@ _KINDS: dict[str, _Kind] = {
     "random": _Kind(RandomTokens, _fields("input output"), _fields(""), vocabulary=True),
     "shared-prefix": _Kind(SharedPrefix, _fields("prefix input output"), _fields("prefixes"), vocabulary=True),
     "multi-turn": _Kind(MultiTurn, _fields("input output"), _fields("turns conversations"), vocabulary=True),
-    "trace": _Kind(TraceLengths, _fields("trace"), _fields(""), vocabulary=True),
-    "sharegpt": _Kind(ShareGPT, _fields("dataset"), _fields("max_input max_tokens rows fresh"), encode=True),
-    "jsonl": _Kind(JsonLines, _fields("dataset"), _fields("output rows fresh"), exact=False),
+    "trace": _Kind(
+        TraceLengths, _fields("trace"), _fields("trace_unit skip_bad_rows input output"), vocabulary=True
+    ),
+    "sharegpt": _Kind(
+        ShareGPT, _fields("dataset"), _fields("max_input max_tokens rows fresh skip_bad_rows"), encode=True
+    ),
+    "jsonl": _Kind(JsonLines, _fields("dataset"), _fields("output rows fresh skip_bad_rows"), exact=False),
     "visionarena": _Kind(
-        VisionArena, _fields("dataset"), _fields("output rows fresh subset split"), exact=False
+        VisionArena, _fields("dataset"), _fields("output rows fresh skip_bad_rows subset split"), exact=False
     ),
     "mmmu-pro": _Kind(
-        MMMUPro, _fields("dataset"), _fields("output rows fresh subset split repeat"), exact=False
+        MMMUPro, _fields("dataset"), _fields("output rows fresh skip_bad_rows subset split repeat"), exact=False
     ),
 }  # fmt: skip
 

@@ -31,6 +31,10 @@ class Workload(Protocol):
         """Largest input + output of one request, in tokens."""
         ...
 
+    def notes(self) -> list[str]:
+        """What should be known of its data, such as rows left out; complete once requests were made."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Plain data from which make_workload() builds the same workload again."""
         ...

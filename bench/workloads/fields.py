@@ -6,6 +6,7 @@ import numpy as np
 
 from bench.errors import BenchError
 
+_MOST = 10**8  # tokens, rows and turns beyond this are a typing error that would take all memory
 Length = int | list[int] | tuple[int, int]
 
 
@@ -19,8 +20,10 @@ def id_range(vocab_size: int | None) -> tuple[int, int]:
 
 
 def whole(field: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise BenchError(f"workload: {field} must be a whole number of at least {least}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        raise BenchError(
+            f"workload: {field} must be a whole number of at least {least} and at most {_MOST}, not {value!r}"
+        )
     return value
 
 

@@ -5,15 +5,16 @@ Pictures stay as they are stored: {"bytes": …, "path": …}, or a path relativ
 
 import importlib
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.datafile import DataRow, RowFaults, read_json
 from bench.errors import BenchError
 from engine.data import datasets_folder
 
 DEFAULT_ROWS = 1000
+FLAG = "--dataset"
 _SHIPPED = ("vision-sample",)
 
 
@@ -33,14 +34,16 @@ def find_data(dataset: Any, kind: str) -> Path | str:
     raise BenchError(f"workload {kind}: there is no file or folder {dataset} (--dataset)")
 
 
-def read_rows(source: Path | str, limit: int, *, subset: str | None = None, split: str = "train") -> list[dict]:
+def read_rows(
+    source: Path | str, limit: int, faults: RowFaults, *, subset: str | None = None, split: str = "train"
+) -> list[dict]:
     """The first `limit` rows; `subset` and `split` are the hub's. Raises BenchError naming --dataset."""
     try:
         if isinstance(source, str):
             return list(itertools.islice(_from_hub(source, subset, split), limit))
         if source.is_file() and source.suffix != ".parquet":
-            return read_json_rows(source, limit)
-        return list(itertools.islice(_from_path(source, split, limit), limit))
+            return [row.fields for row in read_json_rows(source, limit, faults)]
+        return list(itertools.islice(_from_path(source, split, limit, faults), limit))
     except BenchError:
         raise
     except Exception as error:  # the library and the hub's client raise dozens of kinds
@@ -49,26 +52,18 @@ def read_rows(source: Path | str, limit: int, *, subset: str | None = None, spli
         raise BenchError(f"the data set {source} {where}: {words} (--dataset)") from None
 
 
-def read_json_rows(path: Path, limit: int | None = None) -> list[dict]:
-    """Rows of a JSON list or a JSONL file; relative paths of pictures become absolute."""
-    try:
-        with path.open(encoding="utf-8") as f:
-            start = f.read(1)
-            while start.isspace():
-                start = f.read(1)
-            f.seek(0)
-            if start == "[":
-                rows = json.load(f)
-            else:
-                lines = (line for line in f if line.strip())
-                rows = [json.loads(line) for line in itertools.islice(lines, limit)]
-    except OSError as error:
-        raise BenchError(f"{path}: can't be read: {error.strerror} (--dataset)") from None
-    except ValueError as error:
-        raise BenchError(f"{path}: is neither JSON nor JSONL: {error} (--dataset)") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise BenchError(f'{path}: its rows must be objects, such as {{"prompt": …}} (--dataset)')
-    return [_absolute(row, path.parent) for row in rows[:limit]]
+def read_json_rows(path: Path, limit: int | None, faults: RowFaults) -> list[DataRow]:
+    """The first `limit` good rows of a JSON list or a JSONL file; relative paths of pictures become absolute."""
+    rows: list[DataRow] = []
+    for row in read_json(path, FLAG):
+        if row.fault:
+            faults.add(row.where, row.fault)
+        else:
+            rows.append(DataRow(row.where, _absolute(row.fields, path.parent)))
+        if len(rows) == limit:
+            break
+    faults.check()
+    return rows
 
 
 def _absolute(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -81,7 +76,7 @@ def _absolute(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     return row
 
 
-def _from_path(path: Path, split: str, limit: int) -> Iterable[dict]:
+def _from_path(path: Path, split: str, limit: int, faults: RowFaults) -> Iterable[dict]:
     datasets = _library()
 
     if path.is_file():
@@ -97,7 +92,7 @@ def _from_path(path: Path, split: str, limit: int) -> Iterable[dict]:
     files = sorted(file for suffix in ("jsonl", "json") for file in path.glob(f"*.{suffix}"))
     if not files:
         raise BenchError(f"{path} holds no .parquet, .jsonl or .json file (--dataset)")
-    return itertools.chain.from_iterable(read_json_rows(file, limit) for file in files)
+    return (row.fields for file in files for row in read_json_rows(file, limit, faults))
 
 
 def _from_hub(name: str, subset: str | None, split: str) -> Iterable[dict]:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.datafile import DataRow, RowFaults
 from bench.errors import BenchError
 from bench.workloads.base import Encode, RequestSpec
+from bench.workloads.chats import chat_fault, chat_messages, text_of
 from bench.workloads.fields import Length, draw, length, plain, show, whole, yes_no
-from bench.workloads.rows import DEFAULT_ROWS, find_data, read_json_rows, read_rows
+from bench.workloads.rows import DEFAULT_ROWS, FLAG, find_data, read_json_rows, read_rows
 from bench.workloads.sampling import passes, salt_ids, salt_text
 
 DEFAULT_OUTPUT = 128
@@ -33,10 +35,13 @@ class ShareGPT:
         max_tokens: int = _MAX_TOKENS,
         rows: int = DEFAULT_ROWS,
         fresh: bool = True,
+        skip_bad_rows: bool = False,
     ):
         self._encode = encode
         self._dataset = dataset
         self._source = find_data(dataset, "sharegpt")
+        self._faults = RowFaults(str(dataset), FLAG, yes_no("skip_bad_rows", skip_bad_rows))
+        self._not_used = ""
         self._max_input = whole("max_input", max_input)
         self._max_tokens = whole("max_tokens", max_tokens)
         self._limit = whole("rows", rows)
@@ -51,6 +56,9 @@ class ShareGPT:
     def max_tokens(self) -> int:
         return self._max_tokens
 
+    def notes(self) -> list[str]:
+        return [line for line in (self._faults.note(), self._not_used) if line]
+
     def describe(self) -> dict[str, Any]:
         return {
             "kind": "sharegpt",
@@ -59,7 +67,7 @@ class ShareGPT:
             "max_tokens": self._max_tokens,
             "rows": self._limit,
             "fresh": self._fresh,
-        }
+        } | ({"skip_bad_rows": True} if self._faults.skip else {})
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:
         pairs = self._read()
@@ -79,7 +87,7 @@ class ShareGPT:
             return self._pairs
         if self._encode is None:
             raise BenchError("workload sharegpt: its lengths need a tokenizer: give --tokenizer")
-        found = read_rows(self._source, self._limit)
+        found = read_rows(self._source, self._limit, self._faults)
         spoken = [pair for pair in map(_first_pair, found) if pair is not None]
         texts = [text for pair in spoken for text in pair]
         ids: list[list[int]] = []
@@ -91,6 +99,12 @@ class ShareGPT:
             raise BenchError(
                 f"none of the {len(found)} rows of {self._dataset} is a conversation in ShareGPT's format with a "
                 f"prompt of up to {self._max_input} and {self._max_tokens} tokens in all (--dataset)"
+            )
+        if len(self._pairs) < len(found):
+            self._not_used = (
+                f"{self._dataset}: {len(self._pairs)} of {len(found)} rows are used: {len(found) - len(spoken)} don't "
+                f"begin with a question and an answer, {len(spoken) - len(self._pairs)} are shorter than {_MIN_TOKENS} "
+                f"tokens or longer than max_input {self._max_input} or max_tokens {self._max_tokens}"
             )
         return self._pairs
 
@@ -113,8 +127,8 @@ def _first_pair(row: dict[str, Any]) -> tuple[str, str] | None:
         or said[1][0] not in ("gpt", "assistant", "chatgpt", "bard")
     ):
         return None
-    question, answer = said[0][1], said[1][1]
-    return (question, answer) if isinstance(question, str) and isinstance(answer, str) else None
+    question, answer = text_of(said[0][1]), text_of(said[1][1])
+    return (question, answer) if question is not None and answer is not None else None
 
 
 class JsonLines:
@@ -127,6 +141,7 @@ class JsonLines:
         output: Length = DEFAULT_OUTPUT,
         rows: int | None = None,
         fresh: bool = True,
+        skip_bad_rows: bool = False,
     ):
         self._dataset = dataset
         source = find_data(dataset, "jsonl")
@@ -135,10 +150,12 @@ class JsonLines:
         self._output = length("output", output)
         self._limit = None if rows is None else whole("rows", rows)
         self._fresh = yes_no("fresh", fresh)
-        found = read_json_rows(source, self._limit)
-        if not found:
-            raise BenchError(f"{source}: holds no rows (--dataset)")
-        self._rows = [self._read(row, f"{source}, row {i}") for i, row in enumerate(found, 1)]
+        self._faults = RowFaults(source, FLAG, yes_no("skip_bad_rows", skip_bad_rows))
+        found = read_json_rows(source, self._limit, self._faults)
+        self._rows = [spec for row in found if (spec := self._read(row)) is not None]
+        self._faults.check()
+        if not self._rows:
+            raise BenchError(f"{source}: holds no rows that can be used (--dataset)")
         self._pool = sorted({token for row in self._rows for token in row.prompt_ids or ()})
 
     @property
@@ -153,8 +170,17 @@ class JsonLines:
             for row in self._rows
         )
 
+    def notes(self) -> list[str]:
+        return [self._faults.note()] if self._faults.found else []
+
     def describe(self) -> dict[str, Any]:
-        known = {"kind": "jsonl", "dataset": self._dataset, "output": plain(self._output), "fresh": self._fresh}
+        known: dict[str, Any] = {
+            "kind": "jsonl",
+            "dataset": self._dataset,
+            "output": plain(self._output),
+            "fresh": self._fresh,
+        }
+        known |= {"skip_bad_rows": True} if self._faults.skip else {}
         return known | ({"rows": self._limit} if self._limit is not None else {})
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:
@@ -174,28 +200,51 @@ class JsonLines:
             messages = _salted(messages, salt) if messages is not None else None
         return RequestSpec(row.input_tokens, row.output_tokens or output, ids, messages, text)
 
-    def _read(self, row: dict[str, Any], where: str) -> RequestSpec:
-        """The row as a request; output_tokens 0 where it names none."""
-        prompt, messages, output = row.get("prompt"), row.get("messages"), row.get("output_tokens", 0)
-        if isinstance(output, bool) or not isinstance(output, int) or output < 0:
-            raise BenchError(f"{where}: output_tokens must be a number of tokens, not {output!r} (--dataset)")
+    def _read(self, row: DataRow) -> RequestSpec | None:
+        """The row as a request, output_tokens 0 where it names none; None where it is bad, which is noted."""
+        prompt, messages, output = (row.fields.get(name) for name in ("prompt", "messages", "output_tokens"))
+        tokens = _tokens(output)
+        fault = f"output_tokens must be a number of tokens, not {output!r}" if tokens is None else ""
         if (prompt is None) == (messages is None):
-            raise BenchError(f"{where}: give either prompt or messages (--dataset)")
-        if isinstance(prompt, str) and prompt:
-            return RequestSpec(math.ceil(len(prompt) / _CHARACTERS_A_TOKEN), output, prompt_text=prompt)
-        if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
-            return RequestSpec(len(prompt), output, prompt_ids=prompt)
-        if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
-            characters = sum(_characters(message.get("content")) for message in messages)
-            return RequestSpec(math.ceil(characters / _CHARACTERS_A_TOKEN), output, messages=messages)
-        raise BenchError(f"{where}: prompt must be a text or token ids, messages a list of chat messages (--dataset)")
+            fault = fault or "give either prompt or messages"
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+            prompt = prompt[0]
+        fault = fault or (_prompt_fault(prompt) if prompt is not None else chat_fault(messages))
+        if fault or tokens is None:
+            self._faults.add(row.where, fault, joint=": ")
+            return None
+        if isinstance(prompt, str):
+            return RequestSpec(math.ceil(len(prompt) / _CHARACTERS_A_TOKEN), tokens, prompt_text=prompt)
+        if prompt is not None:
+            return RequestSpec(len(prompt), tokens, prompt_ids=prompt)
+        chat = chat_messages(messages or [])
+        characters = sum(_characters(message.get("content")) for message in chat)
+        return RequestSpec(math.ceil(characters / _CHARACTERS_A_TOKEN), tokens, messages=chat)
+
+
+def _tokens(value: Any) -> int | None:
+    """A number of tokens, 0 where there is none, as in an empty cell; None where it is something else."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        return None
+    return int(value) if value == int(value) else None
+
+
+def _prompt_fault(prompt: Any) -> str:
+    if isinstance(prompt, list) and len(prompt) > 1 and all(isinstance(text, str) for text in prompt):
+        return f"prompt holds {len(prompt)} texts, which is as many requests: give each a row of its own"
+    if isinstance(prompt, str) and prompt:
+        return ""
+    if isinstance(prompt, list) and prompt and all(type(token) is int and 0 <= token < 2**31 for token in prompt):
+        return ""
+    return "prompt must be a text or token ids, and must not be empty"
 
 
 def _characters(content: Any) -> int:
     if isinstance(content, str):
         return len(content) + 16
-    parts = content if isinstance(content, list) else []
-    return sum(len(part.get("text") or "") if part.get("type") == "text" else 3000 for part in parts) + 16
+    return sum(len(part.get("text") or "") if part["type"] == "text" else 3000 for part in content or ()) + 16
 
 
 def _salted(messages: list[dict[str, Any]], salt: str) -> list[dict[str, Any]]:

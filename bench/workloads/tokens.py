@@ -31,6 +31,9 @@ class RandomTokens:
     def max_tokens(self) -> int:
         return self._input[1] + self._output[1]
 
+    def notes(self) -> list[str]:
+        return []
+
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "input": plain(self._input), "output": plain(self._output)}
 

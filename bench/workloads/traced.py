@@ -1,45 +1,95 @@
-"""Random prompts with the lengths that a trace recorded, one request a row of the trace."""
+"""Random prompts with the lengths, and the shared prefixes, that a trace recorded: one request a row of the trace."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
 
-from bench.arrivals import read_trace
 from bench.errors import BenchError
+from bench.traces import read_trace
 from bench.workloads.base import RequestSpec
-from bench.workloads.fields import id_range
+from bench.workloads.fields import Length, draw, id_range, length, plain, show, yes_no
 
 
 class TraceLengths:
-    """Request i has the lengths of the trace's row i, from the beginning again after its end."""
+    """Request i has the lengths of the trace's row i, from the beginning again after its end.
 
-    def __init__(self, *, vocab_size: int | None, trace: str):
+    Where the trace has hash ids, prompts have equal tokens wherever they have equal ids. Tokens belong to the seed and
+    to the pass through the trace: neither load points nor passes share prefixes. `input` or `output` replaces what the
+    trace recorded, prefixes with the input lengths.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int | None,
+        trace: str,
+        trace_unit: str = "auto",
+        skip_bad_rows: bool = False,
+        input: Length | None = None,
+        output: Length | None = None,
+    ):
         self._ids = id_range(vocab_size)
-        self._path = trace
-        recorded = read_trace(trace)
-        if recorded.inputs is None or recorded.outputs is None:
-            raise BenchError(
-                f"{trace}: has no input_tokens and output_tokens: give --input and --output, or --workload"
-            )
-        self._lengths = list(zip(recorded.inputs, recorded.outputs, strict=True))
-        self._stem = recorded.stem
+        self._spec: dict[str, Any] = {"trace": trace}
+        self._spec |= {"trace_unit": trace_unit} if trace_unit != "auto" else {}
+        self._spec |= {"skip_bad_rows": True} if yes_no("skip_bad_rows", skip_bad_rows) else {}
+        self._trace = read_trace(trace, trace_unit, skip_bad_rows)
+        self._input = None if input is None else length("input", input)
+        self._output = None if output is None else length("output", output)
+        for field, recorded, given in (
+            ("input", self._trace.inputs, self._input),
+            ("output", self._trace.outputs, self._output),
+        ):
+            if recorded is None and given is None:
+                unused = ", ".join(self._trace.unused) or "none"
+                raise BenchError(
+                    f"{trace}: has no column {field}_tokens (columns that are not known: {unused}): "
+                    f"give --{field}, or name the column so"
+                )
 
     @property
     def name(self) -> str:
-        return f"trace {self._stem}"
+        replaced = [f" {field} {show(given)}" for field, given in self._replaced() if given is not None]
+        return f"trace {self._trace.stem}{''.join(replaced)}"
 
     @property
     def max_tokens(self) -> int:
-        return max(inputs + outputs for inputs, outputs in self._lengths)
+        highest = [0] * len(self._trace.times)
+        for recorded, given in ((self._trace.inputs, self._input), (self._trace.outputs, self._output)):
+            tokens = recorded if given is None else [given[1]] * len(highest)
+            assert tokens is not None
+            highest = [a + b for a, b in zip(highest, tokens, strict=True)]
+        return max(highest)
+
+    def notes(self) -> list[str]:
+        return [line for line in (self._trace.words(), self._trace.left_out) if line]
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "trace", "trace": self._path}
+        replaced = {field: plain(given) for field, given in self._replaced() if given is not None}
+        return {"kind": "trace"} | self._spec | replaced
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:
         rng = np.random.default_rng(seed)
+        blocks: dict[tuple[int, Any], list[int]] = {}
         specs = []
         for i in range(count):
-            inputs, outputs = self._lengths[i % len(self._lengths)]
-            ids = rng.integers(*self._ids, size=inputs).tolist()
+            cycle, row = divmod(i, len(self._trace.times))
+            inputs = self._trace.inputs[row] if self._input is None else draw(rng, self._input)  # type: ignore[index]
+            outputs = self._trace.outputs[row] if self._output is None else draw(rng, self._output)  # type: ignore[index]
+            ids: list[int] = []
+            for hash_id in self._trace.hash_ids[row] if self._trace.hash_ids and self._input is None else ():
+                if (cycle, hash_id) not in blocks:
+                    blocks[cycle, hash_id] = self._block(seed, cycle, hash_id)
+                ids += blocks[cycle, hash_id]
+            ids = ids[:inputs] + rng.integers(*self._ids, size=max(0, inputs - len(ids))).tolist()
             specs.append(RequestSpec(input_tokens=inputs, output_tokens=outputs, prompt_ids=ids))
         return specs
+
+    def _block(self, seed: int, cycle: int, hash_id: int | str) -> list[int]:
+        key = hashlib.blake2b(f"{seed}|{cycle}|{hash_id!r}".encode(), digest_size=8).digest()
+        rng = np.random.default_rng(int.from_bytes(key, "big"))
+        ids: list[int] = rng.integers(*self._ids, size=self._trace.block_tokens).tolist()
+        return ids
+
+    def _replaced(self) -> tuple[tuple[str, tuple[int, int] | None], ...]:
+        return ("input", self._input), ("output", self._output)

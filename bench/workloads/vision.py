@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from bench.datafile import RowFaults
 from bench.errors import BenchError
 from bench.workloads.base import RequestSpec
+from bench.workloads.chats import text_of
 from bench.workloads.fields import Length, draw, length, plain, show, whole, yes_no
 from bench.workloads.pictures import data_url, marked, picture_bytes
-from bench.workloads.rows import DEFAULT_ROWS, find_data, read_rows
+from bench.workloads.rows import DEFAULT_ROWS, FLAG, find_data, read_rows
 from bench.workloads.sampling import passes, salt_text
 
 DEFAULT_OUTPUT = 128
@@ -39,8 +41,10 @@ class _Pictures:
         fresh: bool = True,
         subset: str | None = None,
         split: str | None = None,
+        skip_bad_rows: bool = False,
     ):
         self._dataset = dataset
+        self._faults = RowFaults(str(dataset), FLAG, yes_no("skip_bad_rows", skip_bad_rows))
         self._source = find_data(dataset, self.kind)
         self._output = length("output", output)
         self._limit = whole("rows", rows)
@@ -58,15 +62,19 @@ class _Pictures:
     def max_tokens(self) -> int:
         return _TEXT_TOKENS + _PICTURE_TOKENS + self._output[1]
 
+    def notes(self) -> list[str]:
+        return [self._faults.note()] if self._faults.found else []
+
     def describe(self) -> dict[str, Any]:
         known: dict[str, Any] = {"kind": self.kind, "dataset": self._dataset, "output": plain(self._output)}
         known |= {"rows": self._limit, "fresh": self._fresh, "split": self.split}
+        known |= {"skip_bad_rows": True} if self._faults.skip else {}
         return known | ({"subset": self.subset} if self.subset else {})
 
     def rows(self) -> list[tuple[str, list[Any]]]:
         """(question, pictures as stored) of every row that has both."""
         if self._rows is None:
-            found = read_rows(self._source, self._limit, subset=self.subset, split=self.split)
+            found = read_rows(self._source, self._limit, self._faults, subset=self.subset, split=self.split)
             self._rows = [row for row in map(self.read, found) if row is not None]
             if not self._rows:
                 columns = ", ".join(found[0]) if found else "no rows at all"
@@ -169,7 +177,8 @@ def _said_by_user(turns: Any) -> Iterator[str]:
             yield from _said_by_user(turn)
     elif isinstance(turns, dict):
         if "content" in turns:
-            if turns.get("role", "user") == "user" and isinstance(turns["content"], str):
-                yield turns["content"]
+            text = text_of(turns["content"])
+            if turns.get("role", "user") == "user" and text:
+                yield text
         elif isinstance(turns.get("user"), str):
             yield turns["user"]
