@@ -42,8 +42,8 @@ _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 @workload_options
 @click.option("--rate", type=Finite(0, MOST_RATE, min_open=True), help="Measure this rate only, in requests/s.")
 @click.option("--rates", type=RATES, help="Measure these rates: A,B,C.")
-@click.option("--concurrency", type=click.IntRange(1), help="Instead of a rate: keep this many requests open.")
-@click.option("--num-requests", type=click.IntRange(1), help="Requests of --concurrency.  [default: 4 x it]")
+@click.option("--concurrency", type=click.IntRange(1, 100_000), help="Instead of a rate: keep this many requests open.")
+@click.option("--num-requests", type=click.IntRange(1, 10**7), help="Requests of --concurrency.  [default: 4 x it]")
 @click.option(
     "--save-vllm-json",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -67,7 +67,7 @@ _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
     "--tokenizer",
     help="Tokenizer folder, for a server that does not tell the size of its vocabulary or can't tokenize.",
 )
-@click.option("--vocab-size", type=click.IntRange(2), help="The size itself.")
+@click.option("--vocab-size", type=click.IntRange(2, 2**31 - 1), help="The size itself.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of result files.  [default: results/bench-DATE-TIME]"
 )

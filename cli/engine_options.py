@@ -2,7 +2,7 @@
 
 import click
 
-from cli.options import SIZE, option
+from cli.options import SIZE, Finite, option
 from engine.config import (
     DEVICES,
     DTYPES,
@@ -111,7 +111,7 @@ ENGINE_OPTIONS = (
     option(MEMORY, "--max-num-batched-tokens", type=SIZE, help="The budget: tokens of one step."),
     option(MEMORY, "--block-size", type=int, help="Tokens of one block of KV cache, a power of two."),
     option(MEMORY, "--kv-cache-memory-bytes", type=SIZE, help="Size of the KV cache, of all replicas, e.g. 2GiB."),
-    option(MEMORY, "--gpu-memory-utilization", type=float, help="Share of the device's memory to use, 0 to 1."),
+    option(MEMORY, "--gpu-memory-utilization", type=Finite(), help="Share of the device's memory to use, 0 to 1."),
     option(
         MEMORY,
         "--enable-prefix-caching/--no-enable-prefix-caching",

@@ -7,7 +7,7 @@ import click
 
 MOST_RATE = 1e6  # requests/s, beyond what any generator sends
 _METRICS = ("ttft", "itl", "tpot", "e2e")
-_MOST_TOKENS = 10**8  # of one request
+MOST_TOKENS = 10**8  # of one request; of rows and turns too
 
 
 class LengthType(click.ParamType):
@@ -19,8 +19,8 @@ class LengthType(click.ParamType):
         if not isinstance(value, str):
             return value
         match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", value.strip())
-        if match is None or int(match[1]) < 1 or int(match[2] or match[1]) > _MOST_TOKENS:
-            words = f"give N or LOW:HIGH, from 1 on and up to {_MOST_TOKENS}"
+        if match is None or int(match[1]) < 1 or int(match[2] or match[1]) > MOST_TOKENS:
+            words = f"give N or LOW:HIGH, from 1 on and up to {MOST_TOKENS}"
             self.fail(f"{value!r} is not a number of tokens: {words}", param, ctx)
         if match[2] is None:
             return int(match[1])

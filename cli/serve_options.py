@@ -2,7 +2,7 @@
 
 import click
 
-from cli.options import option
+from cli.options import Finite, option
 from engine.config import STEP_TIMEOUT_S
 
 SERVER, LOG = "Server", "Log and watchdog"
@@ -36,7 +36,7 @@ SERVER_OPTIONS = (
         "--step-timeout",
         default=STEP_TIMEOUT_S,
         show_default=True,
-        type=click.FloatRange(0),
+        type=Finite(0),
         metavar="SECONDS",
         help="A step that takes longer is named, with all stacks; after as long again the server ends. 0: never.",
     ),

@@ -14,7 +14,7 @@ from bench.traces import UNITS
 from bench.workloads import known_fields, needs_vocabulary
 from bench.workloads.encoding import local_encoder, local_tokenizer, server_encoder, tokenizer_size
 from cli.options import Finite
-from cli.params import LENGTH
+from cli.params import LENGTH, MOST_TOKENS
 
 if TYPE_CHECKING:
     from bench.loadgen import Target
@@ -36,6 +36,7 @@ _FIELDS = {
     "trace_unit": ("--trace-unit", "trace_unit"),
 }
 
+_COUNT = click.IntRange(1, MOST_TOKENS)
 _OPTIONS = (
     click.option(
         "--workload",
@@ -50,13 +51,17 @@ _OPTIONS = (
     click.option(
         "--output", "output_tokens", type=LENGTH, default="100", show_default=True, help="Tokens asked: N or LOW:HIGH."
     ),
-    click.option("--prefix", type=click.IntRange(1), help="Tokens of a shared prefix before each prompt."),
+    click.option("--prefix", type=_COUNT, help="Tokens of a shared prefix before each prompt."),
     click.option(
-        "--prefixes", type=click.IntRange(1), default=1, show_default=True, help="How many such prefixes there are."
+        "--prefixes",
+        type=_COUNT,
+        default=1,
+        show_default=True,
+        help="How many such prefixes there are.",
     ),
-    click.option("--turns", type=click.IntRange(1), help="Conversations of so many turns, each with its history."),
+    click.option("--turns", type=_COUNT, help="Conversations of so many turns, each with its history."),
     click.option("--dataset", metavar="PATH|ID", help="Data of --workload: a file, a folder, or a hub id."),
-    click.option("--dataset-rows", type=click.IntRange(1), help="Rows of the data to use, the first ones."),
+    click.option("--dataset-rows", type=_COUNT, help="Rows of the data to use, the first ones."),
     click.option("--repeat", type=click.IntRange(0, 100), help="mmmu-pro: % of requests that send an earlier picture."),
     click.option(
         "--arrivals", type=click.Choice(KINDS), default="poisson", show_default=True, help="How requests arrive."

@@ -197,3 +197,25 @@ def test_workloads_that_ship_and_arrivals_of_their_own(write: Callable[..., Path
     ):
         with pytest.raises(BenchError, match=words):
             read_sweep(write(**changed))
+
+
+def test_a_trace_of_all_workloads_gives_lengths_too(write: Callable[..., Path], tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("timestamp,input_tokens,output_tokens\n0,5,2\n250000,6,3\nx,1,1\n")
+    options = {"rates": [1], "trace": str(trace), "trace_unit": "ms", "skip_bad_rows": True}
+    (workload,) = read_sweep(write(workloads=[{"kind": "trace"}], options=options)).workloads
+    assert workload.spec == {"kind": "trace", "trace": str(trace), "trace_unit": "ms", "skip_bad_rows": True}
+    assert workload.max_tokens == 9
+    assert workload.options.arrivals.recorded().times.tolist() == [0, 250]
+    own = [{"kind": "trace", **{key: options[key] for key in ("trace", "trace_unit", "skip_bad_rows")}}]
+    (workload,) = read_sweep(write(workloads=own)).workloads
+    assert workload.build(1000).requests(2, 0)[1].output_tokens == 3
+    for wrong, words in (
+        ([{"kind": "trace"}], r"workloads\[0\]: workload trace: the field trace is missing"),
+        ([SHORT | {"trace_unit": "ms"}], "trace_unit needs trace"),
+        ([SHORT | {"trace": str(trace)}], "row 3 has no number.*--skip-bad-rows"),
+        ([SHORT | {"trace": str(trace), "trace_unit": 5}], "trace_unit must be a name"),
+        ([SHORT | {"trace": str(trace), "skip_bad_rows": "yes"}], "skip_bad_rows must be true or false"),
+    ):
+        with pytest.raises(BenchError, match=words):
+            read_sweep(write(workloads=wrong))

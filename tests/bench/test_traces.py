@@ -1,4 +1,4 @@
-"""Traces as they are published: arrival times, lengths and shared prefixes that are replayed, and bad rows by number."""
+"""Traces as they are published: arrival times, lengths and shared prefixes as replayed, and bad rows by number."""
 
 import json
 from pathlib import Path
@@ -139,14 +139,17 @@ def test_a_unit_that_nothing_says_is_asked_for(tmp_path: Path) -> None:
         read_trace(path)
     assert read_trace(path, "ms").times.tolist() == [0.0, 3.0, 3.5, 6.0]
     assert read_trace(path, "s").times.tolist() == [0.0, 3000.0, 3500.0, 6000.0]
-    with pytest.raises(BenchError, match="date-times.*--trace-unit"):
+    with pytest.raises(BenchError, match=r"date-times.*--trace-unit"):
         read_trace(write(tmp_path / "a.csv", AZURE), "ms")
-    with pytest.raises(BenchError, match="'min' is no unit.*--trace-unit"):
+    with pytest.raises(BenchError, match=r"'min' is no unit.*--trace-unit"):
         read_trace(path, "min")
 
 
 BAD: list[tuple[str, str]] = [
-    (BURSTGPT.replace(",18,", ",0,").replace(",276,", ",0,"), r"row 1 needs whole numbers.*tokens, not '0'; also row 3"),
+    (
+        BURSTGPT.replace(",18,", ",0,").replace(",276,", ",0,"),
+        "row 1 needs whole numbers.*, not '0'; also row 3",
+    ),
     (BURSTGPT.replace("45,", "nan,"), "row 2 has no number in its column Timestamp: 'nan'"),
     (BURSTGPT.replace("45,", "inf,"), "row 2 has no number"),
     (BURSTGPT.replace("1087", "1e999"), "row 2 needs whole numbers"),

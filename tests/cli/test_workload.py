@@ -76,6 +76,46 @@ def test_a_trace_gives_times_lengths_and_rate(server: tuple[str, Path], tmp_path
     assert sent(record)[-1]["max_tokens"] == 2
 
 
+def test_a_mooncake_trace_is_replayed_in_milliseconds_with_its_prefixes(
+    server: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, record = server
+    rows = [
+        {"timestamp": 1000 + 125 * i, "input_length": 600 + i, "output_length": 2 + i % 2, "hash_ids": [7, 8 + i % 2]}
+        for i in range(9)
+    ]
+    trace = tmp_path / "mooncake.jsonl"
+    trace.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"timestamp": 5}]))
+    asked = ["bench", "--url", url, "--trace", str(trace), "--vocab-size", "30000", *QUICK]
+    assert main([*asked, "--out", str(tmp_path / "a")]) == 1
+    assert "row 10 needs whole numbers" in capsys.readouterr().err
+    before = len(sent(record))
+    assert main([*asked, "--skip-bad-rows", "--out", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "trace mooncake (Mooncake): 9 requests over 1 s (8 req/s); times in ms; input and output lengths" in said
+    assert "left out 1 bad row: row 10" in said
+    files = RunFiles(tmp_path / "a")
+    point = files.read_points()[-1]
+    assert (point.rate, point.requests) == (8.0, 8)
+    requests = files.read_requests(point.point_id)
+    inside = requests[requests["in_window"]]
+    assert (inside["intended_s"].diff().dropna() - 0.125).abs().max() < 1e-6
+    assert set(inside["asked_output_tokens"]) == {2, 3}
+    assert len(sent(record)) > before
+
+
+def test_flags_replace_a_part_of_a_trace(server: tuple[str, Path], tmp_path: Path) -> None:
+    url, record = server
+    trace = tmp_path / "t.csv"
+    trace.write_text("timestamp,input_tokens,extra\n" + "".join(f"{i / 8},{20 + i},x\n" for i in range(9)))
+    asked = ["bench", "--url", url, "--trace", str(trace), "--vocab-size", "30000", *QUICK]
+    assert main([*asked, "--output", "3", "--out", str(tmp_path / "a")]) == 0
+    point = RunFiles(tmp_path / "a").read_points()[-1]
+    assert point.workload == "trace t output 3"
+    assert RunFiles(tmp_path / "a").read_requests(point.point_id)["input_tokens"].tolist()[:3] == [20, 21, 22]
+    assert {row["max_tokens"] for row in sent(record)[-8:]} == {3}
+
+
 def test_sharegpt_is_tokenised_by_the_server(server: tuple[str, Path], tmp_path: Path) -> None:
     url, record = server
     rows = [
@@ -101,6 +141,11 @@ def test_sharegpt_is_tokenised_by_the_server(server: tuple[str, Path], tmp_path:
         (["--burstiness", "2"], 2, "--burstiness needs --arrivals gamma"),
         (["--trace", "none.csv"], 1, "none.csv: can't be read"),
         (["--trace", "x", "--arrivals", "constant"], 2, "either --arrivals or --trace"),
+        (["--trace", "half.csv"], 1, "half.csv: has no column output_tokens (columns that are not known: note)"),
+        (["--trace", "odd.csv"], 1, "none of its columns prompt_size is known as a number of tokens: give --input"),
+        (["--trace", "slow.csv"], 1, "nothing says what the unit of its column timestamp is"),
+        (["--trace-unit", "ms"], 2, "--trace-unit needs --trace or --workload"),
+        (["--skip-bad-rows"], 2, "--skip-bad-rows needs --trace or --workload"),
         (["--turns", "3", "--input", "100"], 1, "give --vocab-size or --tokenizer"),
     ],
 )
@@ -114,6 +159,9 @@ def test_bad_flags_are_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "half.csv").write_text("timestamp,input_tokens,note\n1,5,a\n2,5,b\n")
+    (tmp_path / "odd.csv").write_text("timestamp,prompt_size\n1,5\n2,5\n")
+    (tmp_path / "slow.csv").write_text("timestamp,input_tokens,output_tokens\n0,5,2\n60000,5,2\n")
     assert main(["bench", "--url", server[0], *arguments]) == code
     stderr = capsys.readouterr().err
     assert words in stderr
