@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 import engine.errors
-from engine.errors import EngineDeadError, RedlineError
+from engine.errors import EngineDeadError, RedlineError, cause_of
 
 
 class Failure(msgspec.Struct, tag="failure"):
@@ -90,7 +90,7 @@ def run_reporting(run: Callable[[], None], tell: Callable[[Failure], None], name
         return error.exit_code
     except BaseException as error:
         logging.getLogger("redline").exception("%s failed", name)
-        tell(Failure("EngineDeadError", f"{name} failed: {type(error).__name__}: {error}"))
+        tell(Failure("EngineDeadError", f"{name} failed: {cause_of(error)}"))
         return 1
     return 0
 

@@ -31,3 +31,21 @@ class RequestError(RedlineError):
     def __init__(self, message: str, field: str | None = None):
         super().__init__(message)
         self.field = field
+
+
+# What passes through a guard around one request; a panic inside a library in Rust is a BaseException, and is caught.
+INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
+_MEMORY_ADVICE = "out of memory: lower --kv-cache-memory-bytes, --max-num-batched-tokens or --max-num-seqs"
+
+
+def cause_of(error: BaseException) -> str:
+    """An error in one line, for people: a RedlineError in its own words, anything else with its class."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, RedlineError):
+        return str(error)
+    cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _MEMORY):
+        return f"{cause} ({_MEMORY_ADVICE})"
+    return cause

@@ -54,7 +54,8 @@ class FinishReason(IntEnum):
     STOP = 0
     LENGTH = 1
     ABORT = 2
-    ERROR = 3
+    ERROR = 3  # the request can't be served: its sender can mend that
+    FAILED = 4  # the engine failed over it
 
 
 class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -200,7 +201,7 @@ class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
     handle: int
     reason: int  # FinishReason
     stop_id: int = -1  # the stop token that ended it, if one of the user's did
-    error: str = ""  # with ERROR: the cause, for the user
+    error: str = ""  # with ERROR or FAILED: the cause, for the user
     preemptions: int = 0
     stop: str = ""  # inline front end: the stop string that ended it
     text: str = ""  # inline front end: what was held back until the end
@@ -354,6 +355,7 @@ class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
     logprobs: TokenLogprobs | None = None
     seconds: float = 0.0  # device time of the step
     drafted: int = 0  # tokens that were guessed and verified; those that were right are among `tokens`
+    refused: bytes = b""  # int32[n, 2]: rows that the worker can't compute, and their generations; see RowAdded.adapter
 
 
 _encoder = msgspec.msgpack.Encoder()

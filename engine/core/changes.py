@@ -43,7 +43,7 @@ class Changes:
             computed=computed,
             blocks=tuple(map(column, self._rows.tables[row])),
             sampling=request.message.sampling,
-            adapter=request.message.adapter,
+            adapter=request.adapter,
             items=self._items.named(request),
         )
 

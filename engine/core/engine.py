@@ -7,33 +7,30 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 
 from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.adapters import AdapterBook
+from engine.core.intake import Arrival, Intake, Refused, TextRequest, Unanswerable, refused
 from engine.core.pace import Pace
 from engine.core.plan import Booked, Plan
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
-from engine.errors import RedlineError
+from engine.errors import INTERRUPTS, cause_of
 from engine.messages import (
     HANDLE_SEQUENCE_BITS,
     Abort,
-    AddRequest,
     Admitted,
     Finished,
     FinishReason,
     Outputs,
-    Shutdown,
     StepResult,
     TokenLogprobs,
     Utility,
     UtilityResult,
     decode_result,
-    decode_to_core,
     encode,
     front_end_of,
     select_logprobs,
@@ -51,23 +48,14 @@ _Event = TypeVar("_Event", Finished, Admitted)
 @dataclass(slots=True)
 class _InFlight:
     plan: Plan
+    forward: "Future[None]"
     result: "Future[bytes]"
 
-
-@dataclass(slots=True)
-class _Text:
-    """A request that the loop has still to tokenise."""
-
-    message: AddRequest
-    arrived: float
-
-
-@dataclass(slots=True)
-class _Unserved:
-    """A request that can't be taken."""
-
-    handle: int
-    cause: str
+    def outcome(self) -> bytes:
+        """The encoded StepResult; raises the error of the forward pass, from which one of sampling only follows."""
+        if self.forward.done():
+            self.forward.result()
+        return self.result.result()
 
 
 class EngineCore:
@@ -93,7 +81,7 @@ class EngineCore:
         self._front_ends = front_ends
         self._inline = inline
         self._stats_sent = -STATS_PERIOD_S
-        self._inbox: deque[Request | _Text | _Unserved | Abort | Utility | Shutdown] = deque()
+        self._inbox: deque[Arrival] = deque()
         self._in_flight: deque[_InFlight] = deque()
         policy = self.scheduler.policy
         self._depth = policy.steps_in_flight
@@ -104,12 +92,17 @@ class EngineCore:
         self._draining_until: float | None = None
         self._in_episode = False
         self._adapters = AdapterBook(
-            executor, lambda: (request.message.adapter for request in self.scheduler.requests.values())
+            executor, lambda: (request.adapter for request in self.scheduler.requests.values()), clock.now
+        )
+        self._intake = Intake(
+            config, self._adapters.key, self.scheduler.refusal, clock.now, texts=self._inline is not None
         )
         self._utilities: dict[str, Callable[..., Any]] = {
             "reset_prefix_cache": self.scheduler.reset_prefix_cache,
             "load_adapter": self._adapters.load,
             "unload_adapter": self._adapters.unload,
+            "hold_adapter": self._adapters.hold,
+            "keep_adapter": self._adapters.keep,
             "adapters": self._adapters.names,
         }
 
@@ -117,25 +110,9 @@ class EngineCore:
 
     def receive(self, data: bytes) -> None:
         """Take an encoded ToCore; prompts are hashed here, which is another thread than the loop's."""
-        message = decode_to_core(data)
-        if not isinstance(message, AddRequest):
-            self._inbox.append(message)
-        elif (key := self._adapters.key(message.adapter)) is None:
-            self._inbox.append(_Unserved(message.handle, f"no adapter called {message.adapter!r} is served"))
-        else:
-            self._take_request(msgspec.structs.replace(message, adapter=key) if key else message)
-
-    def _take_request(self, message: AddRequest) -> None:
-        if self._inline is None:
-            self._inbox.append(self._request(message, self._clock.now()))
-        else:
-            self._inbox.append(_Text(message, self._clock.now()))
-
-    def _request(self, message: AddRequest, arrived: float) -> Request:
-        request = Request(message, self.config.max_model_len, arrived)
-        if self.config.enable_prefix_caching:
-            request.hash_prompt(self.config.block_size)
-        return request
+        arrival = self._intake.take(data)
+        if arrival is not None:
+            self._inbox.append(arrival)
 
     def load_adapter(self, name: str, path: str) -> "Future[Any]":
         """Have all ranks load an adapter, before the loop runs."""
@@ -143,7 +120,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox or self._in_flight or self.scheduler.has_work)
+        return bool(self._inbox or self._in_flight or self.scheduler.has_work or self._adapters.holds_requests)
 
     @property
     def finished(self) -> bool:
@@ -155,6 +132,8 @@ class EngineCore:
         due = [] if self._draining_until is None else [self._draining_until]
         if 0 < len(self._in_flight) < self._depth:
             due.append(self._pace.plan_at)
+        if (release := self._adapters.next_release()) is not None:
+            due.append(release)
         return min((time - now for time in due if time > now), default=None)
 
     # ----------------------------------------------------------------------------------------------------------- step
@@ -177,38 +156,56 @@ class EngineCore:
     def _take_inbox(self, now: float) -> bool:
         moved = False
         done: list[Finished] = []
+        if self._adapters.holds_requests:
+            self._inbox.extendleft(reversed(self._adapters.released(now)))
         while self._inbox:
             moved = True
             message = self._inbox.popleft()
-            if isinstance(message, Request):
+            if isinstance(message, Request | TextRequest):
                 done += self._add(message)
-            elif isinstance(message, _Text):
-                done += self._add_text(message)
-            elif isinstance(message, _Unserved):
-                done.append(Finished(message.handle, FinishReason.ERROR, error=message.cause))
+            elif isinstance(message, Refused):
+                done.append(_refusal(message))
             elif isinstance(message, Abort):
-                done += [ended for handle in message.handles if (ended := self.scheduler.abort(handle))]
+                done += [ended for handle in message.handles if (ended := self._abort(handle))]
             elif isinstance(message, Utility):
                 self._answer(message)
+            elif isinstance(message, Unanswerable):
+                self._send(message.front_end, encode(message.answer))
             else:
                 self._draining_until = now + message.drain_s
         self._emit(now, finished=done)
         return moved
 
-    def _add(self, request: Request) -> list[Finished]:
+    def _add(self, arrival: Request | TextRequest) -> list[Finished]:
+        """Queue a request, unless it can't be served: its failure is its own."""
         if self._draining_until is not None:
-            return [Finished(request.handle, FinishReason.ERROR, error="the server is shutting down")]
-        refused = self.scheduler.add(request)
-        return [refused] if refused else []
-
-    def _add_text(self, text: "_Text") -> list[Finished]:
-        """V0's way: the loop itself reads the text."""
-        assert self._inline is not None
+            return [Finished(arrival.handle, FinishReason.ERROR, error="the server is shutting down")]
+        if self._adapters.park(arrival):
+            return []
         try:
-            read = self._inline.add(text.message)
-        except RedlineError as error:
-            return [Finished(text.message.handle, FinishReason.ERROR, error=str(error))]
-        return self._add(self._request(read, text.arrived))
+            request = self._request(arrival)
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
+            request = refused(arrival.handle, error)
+        if isinstance(request, Refused):
+            return [_refusal(request)]
+        refusal = self.scheduler.add(request)
+        return [refusal] if refusal else []
+
+    def _request(self, arrival: Request | TextRequest) -> Request | Refused:
+        """An arrival as a request under the key that its adapter has now."""
+        if isinstance(arrival, TextRequest):  # V0's way: the loop itself reads the text
+            assert self._inline is not None
+            return self._intake.make(self._inline.add(arrival.message), arrival.arrived)
+        if self._adapters.key(arrival.message.adapter) != arrival.adapter:  # unloaded while it was in the inbox
+            return self._intake.make(arrival.message, arrival.arrived)
+        return arrival
+
+    def _abort(self, handle: int) -> Finished | None:
+        if self._adapters.unpark(handle):
+            return Finished(handle, FinishReason.ABORT)
+        return self.scheduler.abort(handle)
 
     def _answer(self, call: Utility) -> None:
         """Run a utility; its failure is the caller's, not the engine's."""
@@ -222,9 +219,9 @@ class EngineCore:
             found = Future[Any]()
             found.set_exception(error)
         if isinstance(found, Future):
-            found.add_done_callback(lambda done: self._send(call.front_end, encode(_answer_of(call, done))))
+            found.add_done_callback(lambda done: self._send(call.front_end, _encoded(_answer_of(call, done))))
         else:
-            self._send(call.front_end, encode(UtilityResult(call.call, found)))
+            self._send(call.front_end, _encoded(UtilityResult(call.call, found)))
 
     def _is_time(self, now: float) -> bool:
         """Whether the next step is to be planned already."""
@@ -238,9 +235,9 @@ class EngineCore:
             return False
         if not self._in_flight:
             self._pace.begin(now, plan)
-        self._executor.submit(encode(plan.message))
+        forward = self._executor.submit(encode(plan.message))
         for step in range(plan.step, plan.step + plan.steps):
-            self._in_flight.append(_InFlight(plan, self._executor.sample(step)))
+            self._in_flight.append(_InFlight(plan, forward, self._executor.sample(step)))
         return True
 
     def _log_preemptions(self, count: int, lost: int) -> None:
@@ -264,7 +261,7 @@ class EngineCore:
         while self._in_flight and self._in_flight[self._gate].result.done():
             moved = True
             flight = self._in_flight.popleft()
-            result = decode_result(flight.result.result())
+            result = decode_result(flight.outcome())
             self._pace.end(flight.plan, result.seconds)
             if self._in_flight:
                 self._pace.begin(now, self._in_flight[0].plan)
@@ -274,7 +271,7 @@ class EngineCore:
         return moved
 
     def _abort_all(self, now: float) -> None:
-        ended = [self.scheduler.abort(handle) for handle in list(self.scheduler.requests)]
+        ended = [self._abort(handle) for handle in [*self.scheduler.requests, *self._adapters.parked]]
         self._emit(now, finished=[one for one in ended if one])
 
     # ----------------------------------------------------------------------------------------------------------- send
@@ -329,9 +326,19 @@ def _answer_of(call: Utility, done: "Future[Any]") -> UtilityResult:
     error = done.exception()
     if error is None:
         return UtilityResult(call.call, done.result())
-    return UtilityResult(
-        call.call, error=str(error) if isinstance(error, RedlineError) else f"{type(error).__name__}: {error}"
-    )
+    return UtilityResult(call.call, error=cause_of(error))
+
+
+def _encoded(answer: UtilityResult) -> bytes:
+    try:
+        return encode(answer)
+    except Exception as error:  # the caller waits for some answer
+        return encode(UtilityResult(answer.call, error=f"the answer can't be sent: {cause_of(error)}"))
+
+
+def _refusal(refused: Refused) -> Finished:
+    reason = FinishReason.FAILED if refused.failed else FinishReason.ERROR
+    return Finished(refused.handle, reason, error=refused.cause)
 
 
 def _of(front_end: int, events: Sequence[_Event]) -> tuple[_Event, ...]:

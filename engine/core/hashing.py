@@ -26,13 +26,16 @@ def root_hash(cache_salt: str = "", adapter: str = "") -> bytes:
 
 
 def item_keys(items: Sequence[ItemRef], block_size: int) -> dict[int, bytes]:
-    """What items add to the hash of a block, by block: each item in it, and where it begins from the block's start."""
+    """What items add to the hash of a block, by block: each item in it, and where it begins from the block's start.
+
+    The length is part of it: a front end that gives two lengths to one hash must not mix up their embeddings.
+    """
     keys: dict[int, bytes] = {}
     for item in items:
         framed = len(item.hash).to_bytes(4, "little") + item.hash
         for block in range(item.offset // block_size, (item.offset + item.length - 1) // block_size + 1):
             where = (item.offset - block * block_size).to_bytes(8, "little", signed=True)
-            keys[block] = keys.get(block, b"") + framed + where
+            keys[block] = keys.get(block, b"") + framed + where + item.length.to_bytes(8, "little")
     return keys
 
 

@@ -40,10 +40,13 @@ class EncoderCache:
     def hold(self, key: bytes, size: int) -> bool:
         """Take a reference; True if the item isn't on the device and must be encoded."""
         known = self.size_of.get(key)
-        assert known in (None, size), f"an item of {size} embeddings has the name of one of {known}"
         if key in self.references:
+            assert known == size, f"an item of {size} embeddings has the name of one of {known} that is held"
             self.references[key] += 1
             return False
+        if known not in (None, size):  # another content under the name of one that nobody needs any more
+            self._evict_idle(key)
+            known = None
         assert self.fits(size), f"{size} embeddings are wanted, {self.capacity - self.used + self._idle_size} fit"
         self.references[key] = 1
         if known is not None:
@@ -51,10 +54,7 @@ class EncoderCache:
             self._idle_size -= size
             return False
         while self.used + size > self.capacity:
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            self._idle_size -= self.size_of[oldest]
-            self._evict(oldest)
+            self._evict_idle(next(iter(self._idle)))
         self.size_of[key] = size
         self.used += size
         return True
@@ -70,6 +70,11 @@ class EncoderCache:
             self._idle_size += self.size_of[key]
         else:
             self._evict(key)
+
+    def _evict_idle(self, key: bytes) -> None:
+        del self._idle[key]
+        self._idle_size -= self.size_of[key]
+        self._evict(key)
 
     def _evict(self, key: bytes) -> None:
         self.used -= self.size_of.pop(key)
@@ -106,6 +111,7 @@ class Items:
         self._held: dict[int, dict[int, bytes]] = {}  # by handle: item, key
         self._encode: dict[bytes, tuple[Request, int]] = {}  # in the coming step: who needs it, which of its items
         self._passed: list[bytes] = []  # references that end with the coming step
+        self._lengths: dict[bytes, tuple[int, int]] = {}  # by hash: of the items of all requests, and how many they are
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> "Items":
@@ -143,6 +149,29 @@ class Items:
                 f"cache has room for {self.cache.capacity} (--max-num-batched-tokens)"
             )
         return None
+
+    def enter(self, request: Request) -> str | None:
+        """Count a request's items until `leave`; why it can't be served beside the others instead.
+
+        Whoever shares embeddings under one hash must agree on how many they are.
+        """
+        if not self._shared:
+            return None
+        items, mine = request.message.items, dict[bytes, int]()
+        for index, item in enumerate(items):
+            length, _ = self._lengths.get(item.hash, (mine.setdefault(item.hash, item.length), 0))
+            if length != item.length:
+                return f"item {index} has {item.length} embeddings, another one with the same hash has {length}"
+        for item in items:
+            self._lengths[item.hash] = item.length, self._lengths.get(item.hash, (0, 0))[1] + 1
+        return None
+
+    def leave(self, request: Request) -> None:
+        """A request that entered ends."""
+        for item in request.message.items if self._shared else ():
+            length, count = self._lengths.pop(item.hash)
+            if count > 1:
+                self._lengths[item.hash] = length, count - 1
 
     def clip(self, request: Request, start: int, count: int) -> int:
         """How many of the tokens from `start` on, at most `count`, can be computed in the coming step.

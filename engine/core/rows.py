@@ -95,7 +95,7 @@ class Rows:
         hit = (self.stop_ids[rows] == tokens[:, None]).any(axis=1)
         for at in np.flatnonzero(self.many_stop_ids[rows]):
             owner = self.owner[rows[at]]
-            hit[at] = owner is not None and int(tokens[at]) in owner.message.stop_ids
+            hit[at] = owner is not None and int(tokens[at]) in owner.stop_ids
         if hit.any():
             hit &= self.known[rows] - self.prompt_len[rows] >= self.min_tokens[rows]
         return hit

@@ -51,20 +51,19 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------------- requests
 
+    def refusal(self, request: Request) -> str | None:
+        """Why a request can't be served, whatever else runs; None if it can. From any thread."""
+        refusal = request.refusal(self.config, whole=self.policy.whole_prompts)
+        return self.items.refusal(request) if refusal is None and request.message.items else refusal
+
     def add(self, request: Request) -> Finished | None:
         """Queue a request; a Finished means that it can't be served, and why."""
+        refusal = self.refusal(request)
         if request.handle in self.requests:
-            return Finished(request.handle, FinishReason.ERROR, error=f"handle {request.handle} is in use")
-        if not 0 < request.prompt_len < self.config.max_model_len:
-            error = f"the prompt has {request.prompt_len} tokens; 1 to {self.config.max_model_len - 1} can be served"
-            return Finished(request.handle, FinishReason.ERROR, error=error)
-        if self.policy.whole_prompts and request.limit > self.config.max_num_batched_tokens:
-            error = (
-                f"the request may reach {request.limit} tokens, but without chunking at most "
-                f"{self.config.max_num_batched_tokens} are computed at once (--max-num-batched-tokens)"
-            )
-            return Finished(request.handle, FinishReason.ERROR, error=error)
-        if request.message.items and (refusal := self.items.refusal(request)):
+            refusal = f"handle {request.handle} is in use"
+        if refusal is None and request.message.items:
+            refusal = self.items.enter(request)
+        if refusal is not None:
             return Finished(request.handle, FinishReason.ERROR, error=refusal)
         self.requests[request.handle] = request
         self.waiting.append(request)
@@ -332,6 +331,7 @@ class Scheduler:
     def update(self, plan: Plan, result: StepResult) -> Booked:
         """Book the tokens of a step; those of rows that changed hands meanwhile are dropped."""
         rows = self.rows
+        finished = self._end_refused(result.refused) if result.refused else []
         kept = rows.generation[plan.rows] == plan.generations
         at = plan.rows[kept]
         handles, counts = rows.handle[at], None
@@ -347,7 +347,6 @@ class Scheduler:
             tokens = int32s(result.tokens)[kept]
         self.generation_tokens += len(tokens)
         ended = stopped | (rows.known[at] >= rows.limit[at])
-        finished = []
         for index in np.flatnonzero(ended).tolist():
             row = int(at[index])
             last = int(rows.tokens[row, rows.known[row] - 1])
@@ -356,9 +355,21 @@ class Scheduler:
             finished.append(self._finish(request, reason, last if stopped[index] else -1))
         return Booked(handles, tokens, kept, finished, counts)
 
-    def _finish(self, request: Request, reason: FinishReason, stop_id: int = -1) -> Finished:
+    def _end_refused(self, refused: bytes) -> list[Finished]:
+        """End requests that workers can't compute, unless they have lost their rows meanwhile."""
+        found = [
+            self._free_row(row)
+            for row, generation in int32s(refused, 2).tolist()
+            if self.rows.live[row] and self.rows.generation[row] == generation
+        ]
+        error = "the workers don't have the adapter {}".format
+        return [self._finish(one, FinishReason.FAILED, error=error(one.adapter)) for one in found]
+
+    def _finish(self, request: Request, reason: FinishReason, stop_id: int = -1, error: str = "") -> Finished:
         del self.requests[request.handle]
-        return Finished(request.handle, reason, stop_id, preemptions=request.preemptions)
+        if request.message.items:
+            self.items.leave(request)
+        return Finished(request.handle, reason, stop_id, error, request.preemptions)
 
     def _publish(self, row: int, tokens: int) -> None:
         """Name the row's blocks that its first `tokens` tokens fill; their ids are final, their KV is on its way."""

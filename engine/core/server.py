@@ -12,7 +12,7 @@ from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.watchdog import Watchdog, WatchedExecutor
-from engine.errors import RedlineError
+from engine.errors import RedlineError, cause_of
 from engine.messages import Dead, Hung, encode
 
 log = logging.getLogger("redline.core")
@@ -50,8 +50,20 @@ class CoreServer:
         self._executor = WatchedExecutor(executor, clock, self._wake.set)
         self.core = EngineCore(config, self._executor, clock, self._post, len(from_core), inline)
         self._watchdog: Watchdog | None = None
-        self._sender = threading.Thread(target=self._send_all, name="core-output", daemon=True)
-        self._receiver = threading.Thread(target=self._receive_all, name="core-input", daemon=True)
+        self._sender = self._thread(self._send_all, "core-output")
+        self._receiver = self._thread(self._receive_all, "core-input")
+
+    def _thread(self, run: Callable[[], None], name: str) -> threading.Thread:
+        """A thread without which nobody is served: its failure is the server's."""
+
+        def guarded() -> None:
+            try:
+                run()
+            except BaseException as error:
+                log.exception("the thread %s failed", name)
+                self.fail(error)
+
+        return threading.Thread(target=guarded, name=name, daemon=True)
 
     def _post(self, front_end: int, data: bytes) -> None:
         self._outbox.put((front_end, data))
@@ -91,8 +103,9 @@ class CoreServer:
                 if not self._step(now):
                     self._wake.wait(self.core.next_deadline(now))
         except BaseException as error:
-            cause = str(error) if isinstance(error, RedlineError) else f"{type(error).__name__}: {error}"
-            self._post_all(encode(Dead(cause)))
+            # As the process's last report has it (see engine.children.run_reporting): one cause wherever it is shown.
+            prefix = "" if isinstance(error, RedlineError) else "the EngineCore failed: "
+            self._post_all(encode(Dead(prefix + cause_of(error))))
             raise
         finally:
             self._ended.set()
@@ -137,6 +150,9 @@ class CoreServer:
             sockets.append(socket)
         while (item := self._outbox.get()) is not None:
             front_end, data = item
-            sockets[front_end].send(data)
+            if 0 <= front_end < len(sockets):
+                sockets[front_end].send(data)
+            else:
+                log.error("a message for front end %d was dropped: there are %d", front_end, len(sockets))
         for socket in sockets:
             socket.close()

@@ -24,7 +24,8 @@ from engine.core.protocols import Executor
 log = logging.getLogger("redline.core")
 
 GIVE_UP = 2  # times the timeout
-FORWARD, SAMPLE, PLAN = "forward", "sample", "plan"
+CALL_TIMEOUT_S = 600.0  # of what isn't a step, such as loading an adapter from a slow disk; or the timeout if longer
+FORWARD, SAMPLE, PLAN, CALL = "forward", "sample", "plan", "call"
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class Task:
     phase: str
     step: int
     at: float
+    method: str = ""  # of a call
 
 
 class WatchedExecutor:
@@ -47,8 +49,8 @@ class WatchedExecutor:
         self._keys = itertools.count()
         self._done_at = clock.now()
         self._forward: Task | None = None  # of a step whose number isn't known yet
+        self.failed = False  # a step did: the engine ends with its cause
         self.shutdown = inner.shutdown
-        self.call = inner.call
 
     def submit(self, step: bytes) -> "Future[None]":
         self._forward = Task(FORWARD, 0, self._clock.now())
@@ -61,15 +63,21 @@ class WatchedExecutor:
         result.add_done_callback(lambda _: self._wake())
         return result
 
+    def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
+        """Steps that are handed over meanwhile wait for it: their time counts from its end."""
+        return self._watch(Task(CALL, 0, self._clock.now(), method), self._inner.call(method, arguments))
+
     def _watch(self, task: Task, future: "Future[Any]") -> "Future[Any]":
         key = next(self._keys)
         self._tasks[key] = task
-        future.add_done_callback(lambda _: self._end(key))
+        future.add_done_callback(lambda done: self._end(key, done))
         return future
 
-    def _end(self, key: int) -> None:
-        del self._tasks[key]
+    def _end(self, key: int, done: "Future[Any]") -> None:
+        task = self._tasks.pop(key)
         self._done_at = self._clock.now()
+        if task.phase != CALL and not done.cancelled() and done.exception() is not None:
+            self.failed = True
 
     def current(self) -> tuple[Task, float] | None:
         """The task under way, and since when; from any thread."""
@@ -107,12 +115,12 @@ class Watchdog:
         """Judge what is under way now."""
         task, since = self._oldest(now)
         if self._reported is not None and task != self._reported:
-            log.warning(
-                "the %s phase of step %d came back: the engine goes on", self._reported.phase, self._reported.step
-            )
+            if not self._executor.failed:
+                log.warning("%s came back: the engine goes on", _name(self._reported))
+                self._tell("")
             self._reported = None
-            self._tell("")
-        if task is None or now - since <= self._timeout_s:
+        timeout_s = self._timeout_s if task is None or task.phase != CALL else max(self._timeout_s, CALL_TIMEOUT_S)
+        if task is None or now - since <= timeout_s:
             return
         cause = self._describe(task, now - since)
         if self._reported is None:
@@ -120,7 +128,7 @@ class Watchdog:
             log.error("%s; the stacks of all threads follow", cause)
             self._dump(self._ranks)
             self._tell(cause)
-        elif now - since > GIVE_UP * self._timeout_s:
+        elif now - since > GIVE_UP * timeout_s:
             self._give_up(cause)
 
     def _oldest(self, now: float) -> tuple[Task | None, float]:
@@ -132,6 +140,8 @@ class Watchdog:
 
     def _describe(self, task: Task, age: float) -> str:
         limit = f"for {age:.0f} s, longer than --step-timeout {self._timeout_s:g}"
+        if task.phase == CALL:
+            return f"{self._who()} hangs in {task.method}, for {age:.0f} s"
         if task.phase == PLAN:
             return f"the EngineCore's loop (process {os.getpid()}) hangs between two steps, {limit}"
         return f"{self._who()} hangs in the {task.phase} phase of step {task.step}, {limit}"
@@ -147,6 +157,10 @@ class Watchdog:
                 if state and state in letters:
                     return f"rank {rank} (process {process}, {words})"
         return f"one of ranks 0 to {len(self._ranks) - 1} (processes {', '.join(map(str, self._ranks))})"
+
+
+def _name(task: Task) -> str:
+    return task.method if task.phase == CALL else f"the {task.phase} phase of step {task.step}"
 
 
 def process_state(process: int) -> str:

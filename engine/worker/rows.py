@@ -62,6 +62,7 @@ class Rows:
         self.seed: NDArray[np.uint64] = np.zeros(max_rows, dtype=np.uint64)
         self.slots = {"": -1}  # of adapters, by key
         self.adapter: Int64s = np.full(max_rows, -1, dtype=np.int64)  # slots
+        self._refused: list[tuple[int, int]] = []  # rows whose adapter isn't here, and their generations
 
     def advance(self, message: StepMessage) -> StepBatch:
         """Apply what changed, lay out the step's tokens, and count them as computed."""
@@ -139,6 +140,11 @@ class Rows:
             drafts[i] = len(guesses)
         return drafts
 
+    def take_refused(self) -> list[tuple[int, int]]:
+        """Rows added since the last call that can't be served, and their generations: the core is to end them."""
+        refused, self._refused = self._refused, []
+        return refused
+
     def output(self, row: int) -> Int32s:
         """The row's tokens so far without its prompt; a view."""
         return self.tokens[row, self.prompt_len[row] : self.num_tokens[row]]
@@ -165,7 +171,11 @@ class Rows:
                 f"row {row} can't take generation {added.generation}: it is at {self.generation[row]}, "
                 f"{'live' if self.live[row] else 'free'}"
             )
-        self.adapter[row] = self.slots[added.adapter]
+        slot = self.slots.get(added.adapter)
+        if slot is None:  # computed without it, so that the batch stays as the core planned it, until the core ends it
+            self._refused.append((row, added.generation))
+            slot = -1
+        self.adapter[row] = slot
         self.live[row] = True
         self.generation[row] = added.generation
         self.tokens[row, : len(tokens)] = tokens

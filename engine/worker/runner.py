@@ -99,7 +99,8 @@ class Runner:
             else:
                 self._rows.append(batch.sampling, tokens)
         seconds = self._seconds + time.perf_counter() - began
-        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted))
+        refused = column(self._rows.take_refused())
+        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, refused))
 
     def close(self) -> None:
         """Nothing comes any more."""

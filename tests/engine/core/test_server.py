@@ -17,6 +17,7 @@ from engine.messages import (
     Outputs,
     Sampling,
     Shutdown,
+    Utility,
     column,
     decode_from_core,
     encode,
@@ -39,7 +40,7 @@ class InstantExecutor(FakeExecutor):
 class Served:
     """A CoreServer on its own thread and the sockets of two front ends."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, make: type[InstantExecutor] = InstantExecutor):
         to_core, from_core = f"ipc://{folder}/core", (f"ipc://{folder}/0", f"ipc://{folder}/1")
         self.context = zmq.Context()
         self.pulls = []
@@ -49,7 +50,7 @@ class Served:
             pull.setsockopt(zmq.RCVTIMEO, 10_000)
             self.pulls.append(pull)
         clock = MonotonicClock()
-        self.executor = InstantExecutor(clock, 4)
+        self.executor = make(clock, 4)
         self.server = CoreServer(resolved(), self.executor, clock, to_core, from_core)
         self.error: BaseException | None = None
         self.push = self.context.socket(zmq.PUSH)
@@ -130,3 +131,65 @@ def test_workers_that_end_while_nothing_runs_end_the_server(served: Served):
         assert served.receive(front_end) == Dead("rank 1 was killed by SIGKILL")
     served.thread.join(timeout=10)
     assert isinstance(served.error, EngineDeadError)
+
+
+class FailingForward(InstantExecutor):
+    """As a real executor: the forward pass fails, and so nothing can be sampled."""
+
+    error: BaseException | None = None
+
+    def submit(self, step: bytes) -> Future[None]:
+        done = super().submit(step)
+        if self.error is None:
+            return done
+        failed: Future[None] = Future()
+        failed.set_exception(self.error)
+        self.failure = RuntimeError("step 1 hasn't run")
+        return failed
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ValueError("kernel: bad shape\nC++ stack follows"), "the EngineCore failed: ValueError: kernel: bad shape"),
+        (MemoryError(), "the EngineCore failed: MemoryError (out of memory: lower --kv-cache-memory-bytes, "),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            "9 bytes. (out of memory: lower --kv-cache-memory-bytes",
+        ),
+        (EngineDeadError("rank 1 (process 9): RuntimeError: boom"), "rank 1 (process 9): RuntimeError: boom"),
+    ],
+)
+def test_a_failing_forward_pass_is_named_not_what_follows_from_it(tmp_path: Path, error: Exception, cause: str):
+    served = Served(tmp_path, FailingForward)
+    served.executor.error = error  # type: ignore[attr-defined]
+    served.push.send(encode(AddRequest(make_handle(0, 0), column([1]), 3, Sampling())))
+    for front_end in (0, 1):
+        message = served.receive(front_end)
+        while isinstance(message, Outputs):
+            message = served.receive(front_end)
+        assert isinstance(message, Dead)
+        assert cause in message.cause
+        assert "\n" not in message.cause
+    served.thread.join(timeout=10)
+    assert served.error is error, "the last report is made of it"
+    served.close()
+
+
+def test_a_message_for_a_front_end_that_is_not_there_keeps_nobody_from_theirs(served: Served):
+    served.push.send(encode(Utility(7, 1, "adapters")))
+    served.push.send(encode(AddRequest(make_handle(5, 0), column([1]), 3, Sampling())))
+    served.push.send(encode(AddRequest(make_handle(0, 0), column([1]), 3, Sampling())))
+    assert served.until_finished(0) == expected_tokens([1], 3)
+
+
+def test_a_thread_that_fails_ends_the_server_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(_: CoreServer) -> None:
+        raise OSError("no more sockets")
+
+    monkeypatch.setattr(CoreServer, "_receive_all", broken)
+    served = Served(tmp_path)
+    assert served.receive(0) == Dead("the EngineCore failed: OSError: no more sockets")
+    served.server._inbound.close(linger=0)
+    served.close()
+    assert isinstance(served.error, OSError)

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import pytest
 
 from engine.clock import FakeClock
-from engine.core.watchdog import Watchdog, WatchedExecutor, dump_stacks, process_state
+from engine.core.watchdog import CALL_TIMEOUT_S, Watchdog, WatchedExecutor, dump_stacks, process_state
 
 
 class Slow:
@@ -188,3 +188,50 @@ def test_stacks_of_this_process_and_of_a_rank_go_to_stderr(monkeypatch: pytest.M
     _, said = rank.communicate(timeout=20)
     assert rank.returncode == 0
     assert b"hanging" in said
+
+
+def test_steps_that_wait_for_a_long_call_do_not_hang():
+    watched = Watched()
+    watched.executor.call("load_adapter", {"key": "a#1", "path": "slow disk"})
+    watched.launch(1)
+    watched.after(60.0)
+    assert watched.told == [], "six times the timeout, but no step"
+    watched.inner.finish()
+    watched.after(9.0)
+    assert watched.told == [], "the step could begin only now"
+    watched.after(2.0)
+    assert "forward phase of step 1, for 11 s" in watched.told[0]
+
+
+def test_a_call_that_never_ends_is_named():
+    watched = Watched()
+    watched.executor.call("load_adapter", {})
+    watched.after(CALL_TIMEOUT_S - 1)
+    assert watched.told == []
+    watched.after(2.0)
+    assert watched.told == [f"rank 0 (process {os.getpid()}) hangs in load_adapter, for {CALL_TIMEOUT_S + 1:.0f} s"]
+    watched.after(CALL_TIMEOUT_S)
+    assert len(watched.given_up) == 1
+
+
+@pytest.mark.parametrize("phase", ["forward", "sample"])
+def test_a_step_that_hung_and_then_failed_did_not_come_back(phase: str, caplog: pytest.LogCaptureFixture):
+    watched = Watched()
+    watched.launch(1)
+    if phase == "sample":
+        watched.inner.finish()
+    watched.after(11.0)
+    for future in watched.inner.open:
+        future.set_exception(RuntimeError("boom"))
+    watched.after(1.0)
+    assert len(watched.told) == 1, "the loop says why the engine ends: nobody is to hear that it is well"
+    assert "the engine goes on" not in caplog.text
+
+
+def test_a_call_that_fails_after_long_is_over_like_any_other():
+    watched = Watched()
+    watched.executor.call("load_adapter", {})
+    watched.after(CALL_TIMEOUT_S + 1)
+    watched.inner.open.pop().set_exception(RuntimeError("no such file"))
+    watched.after(1.0)
+    assert watched.told[1:] == [""]
