@@ -1,13 +1,16 @@
 """The front end within the core's loop, as V0 had it: prompts are tokenised and tokens written as text there.
 
-Implements `engine.core.protocols.InlineFrontEnd`. The front-end process then only passes texts on.
+Implements `engine.core.protocols.InlineFrontEnd`. The front-end process then only passes texts on. A failure over one
+request ends that one with its cause.
 """
 
+import logging
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from engine.errors import INTERRUPTS, cause_of
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.prompts import check_prompt
 from engine.frontend.tokenizer import Tokenizer
@@ -23,6 +26,8 @@ from engine.messages import (
     select_logprobs,
 )
 
+log = logging.getLogger("redline.core")
+
 replace = msgspec.structs.replace
 
 
@@ -34,6 +39,7 @@ class _Open:
     include_stop: bool
     prompt_tokens: int
     stop: str = ""  # the stop string that ended it
+    error: str = ""  # why its text can't be written
 
 
 class InlineTexts:
@@ -78,7 +84,7 @@ class InlineTexts:
         return message
 
     def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:
-        """The outputs with texts, and the requests that a stop string ended: the core must abort those.
+        """The outputs with texts, and the requests that a stop string or a failure ended: the core must abort those.
 
         Tokens behind a stop string are left out, and the end of such a request is among `finished` already.
         """
@@ -95,7 +101,7 @@ class InlineTexts:
         return admitted if request is None else replace(admitted, prompt_tokens=request.prompt_tokens)
 
     def _write(self, outputs: Outputs) -> tuple[Outputs, list[int]]:
-        """Add the texts; gives also which requests a stop string ended that the core doesn't end by itself."""
+        """Add the texts; gives also which requests are to end that the core doesn't end by itself."""
         ending = {one.handle: one for one in outputs.finished}
         handles = int64s(outputs.handles).tolist()
         tokens = int32s(outputs.tokens).tolist()
@@ -108,8 +114,14 @@ class InlineTexts:
             request, text, kept = self._open.get(handle), "", count
             if request is not None:
                 last = ending.get(handle)
-                text, kept = _push(request, tokens[begin : begin + count], last)
-                if request.stop and last is None:
+                try:
+                    text, kept = _push(request, tokens[begin : begin + count], last)
+                except INTERRUPTS:
+                    raise
+                except BaseException as error:
+                    text, kept = "", 0
+                    request.error = _failure(handle, error)
+                if (request.stop or request.error) and last is None:
                     stopped.append(handle)
             texts.append(text)
             used.append(kept)
@@ -120,11 +132,26 @@ class InlineTexts:
 
     def _finished(self, finished: Finished) -> Finished:
         request = self._open.pop(finished.handle, None)
-        if request is None or finished.reason == FinishReason.ERROR:
+        if request is None or finished.reason in (FinishReason.ERROR, FinishReason.FAILED):
             return finished
         if request.stop:
             return replace(finished, reason=int(FinishReason.STOP), stop_id=-1, stop=request.stop)
-        return replace(finished, text=request.detokenizer.finish())
+        text = ""
+        if not request.error:
+            try:
+                text = request.detokenizer.finish()
+            except INTERRUPTS:
+                raise
+            except BaseException as error:
+                request.error = _failure(finished.handle, error)
+        if request.error:
+            return replace(finished, reason=int(FinishReason.FAILED), stop_id=-1, error=request.error)
+        return replace(finished, text=text)
+
+
+def _failure(handle: int, error: BaseException) -> str:
+    log.error("the text of request %d could not be written", handle, exc_info=error)
+    return f"the server could not write this request's text: {cause_of(error)}"
 
 
 def _push(request: _Open, tokens: list[int], last: Finished | None) -> tuple[str, int]:

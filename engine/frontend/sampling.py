@@ -12,6 +12,7 @@ from engine.messages import AddRequest, Sampling, Writing, column
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
+MAX_STOP_TOKEN_IDS = 1024  # each is sent with the request, and looked up for each of its tokens
 SEED_MASK = (1 << 64) - 1
 
 
@@ -56,6 +57,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         stops = self.stops
         if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
             raise RequestError(f"stop must hold at most {MAX_STOPS} strings, none of them empty", "stop")
+        if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, not {len(self.stop_token_ids or ())}",
+                "stop_token_ids",
+            )
         for token, bias in (self.logit_bias or {}).items():
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias must lie in -100..100, not {bias!r} (of token {token})", "logit_bias")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from engine.errors import RequestError
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.prompts import Prompt, length_of
 from engine.frontend.sampling import SamplingParams
@@ -19,6 +20,7 @@ REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.FAILED: "error",
 }
 
 
@@ -56,6 +58,13 @@ class Terms(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     priority: int = 0
     adapter: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("cache_salt", "adapter"):
+            try:
+                getattr(self, field).encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(f"{field} holds half a character: {error.reason}", field) from None
 
 
 NO_TERMS = Terms()

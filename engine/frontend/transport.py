@@ -1,12 +1,15 @@
 """How messages travel between a front end and the core: ZeroMQ between processes, plain calls within one."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 import zmq
 
 from engine.messages import ToCore, encode
+
+log = logging.getLogger("redline.client")
 
 # So many messages are taken in one go before other tasks of the loop get their turn.
 BURST = 64
@@ -68,7 +71,10 @@ class ZmqTransport:
                 data = self._inbound.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._deliver(data)
+            try:
+                self._deliver(data)
+            except Exception:  # what comes behind it must be read all the same
+                log.exception("a message of %d bytes could not be taken", len(data))
         # The descriptor tells of changes only: what is left must be asked for.
         assert self._loop is not None
         self._loop.call_soon(self._read)
