@@ -47,6 +47,10 @@ bench-core: $(VENV)/installed-dev  ## CPU time of the engine itself, no model be
 soak: $(VENV)/installed-dev  ## Random load on a real server for MINUTES=60, then: did it leak? results/soak.json
 	$(BIN)/python -m tests.perf.soak
 
+.PHONY: fuzz-api
+fuzz-api: $(VENV)/installed-dev  ## schemathesis over the server's OpenAPI document, EXAMPLES=2000: results/fuzz-api.json
+	$(BIN)/python -m tests.perf.fuzz_api
+
 .PHONY: bench-share
 bench-share: install  ## How much of a step passes outside the device, by model size, V1 and V0: docs/figures/bench-share.png
 	$(BIN)/python -m tests.perf.bench_share
