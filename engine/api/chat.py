@@ -5,8 +5,9 @@ from fastapi import Request
 from starlette.responses import Response
 
 from engine.api.chat_protocol import ChatRequest
+from engine.api.logprobs import chat_logprobs
 from engine.api.parsing import parse
-from engine.api.render import Chunks, chat_logprobs, new_head, usage
+from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
 from engine.frontend.streams import Whole, gather
@@ -40,9 +41,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
             state.tokenizer,
             head,
             chat=True,
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
-            token_ids=bool(body.return_token_ids),
+            options=chunk_options(body),
         )
         return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
@@ -55,10 +54,13 @@ def choice(state: ApiState, index: int, output: Whole, body: ChatRequest) -> dic
     shown: dict[str, object] = {
         "index": index,
         "message": {"role": "assistant", "content": output.text, "refusal": None},
-        "logprobs": chat_logprobs(state.tokenizer, output.logprobs) if body.logprobs else None,
+        "logprobs": None,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
+    if body.logprobs:
+        as_token_ids = bool(body.return_tokens_as_token_ids)
+        shown["logprobs"] = chat_logprobs(state.tokenizer, output.logprobs, as_token_ids=as_token_ids)
     if body.return_token_ids:
         shown["token_ids"] = output.token_ids
     return shown

@@ -4,9 +4,10 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from engine.api.logprobs import TextOffsets, completion_logprobs
 from engine.api.parsing import parse
 from engine.api.protocol import CompletionRequest
-from engine.api.render import Chunks, completion_logprobs, new_head, usage
+from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
 from engine.frontend.streams import Whole, gather
@@ -43,26 +44,33 @@ async def completions(state: ApiState, request: Request) -> Response:
             state.tokenizer,
             head,
             chat=False,
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
-            token_ids=bool(body.return_token_ids),
+            options=chunk_options(body),
             echo=echo if body.echo else None,
         )
         return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
     choices = []
     for index, output in enumerate(outputs):
-        text = echo(index) + output.text if body.echo else output.text
-        choices.append(choice(state, index, text, output, body))
+        before = echo(index) if body.echo else ""
+        offsets = TextOffsets.of_output(state.tokenizer, stream, index, len(before))
+        choices.append(choice(state, index, before + output.text, output, body, offsets))
     spent = usage(stream, sum(len(output.token_ids) for output in outputs))
     return Response(msgspec.json.encode(head | {"choices": choices, "usage": spent}), media_type="application/json")
 
 
-def choice(state: ApiState, index: int, text: str, output: Whole, body: CompletionRequest) -> dict[str, object]:
+def choice(
+    state: ApiState, index: int, text: str, output: Whole, body: CompletionRequest, offsets: TextOffsets
+) -> dict[str, object]:
     shown: dict[str, object] = {"index": index, "text": text, "logprobs": None, "finish_reason": output.finish_reason}
     shown["stop_reason"] = output.stop_reason
     if body.top_logprobs is not None:
-        shown["logprobs"] = completion_logprobs(state.tokenizer, output.logprobs, 0)[0]
+        shown["logprobs"] = completion_logprobs(
+            state.tokenizer,
+            output.logprobs,
+            offsets,
+            len(text),
+            as_token_ids=bool(body.return_tokens_as_token_ids),
+        )
     if body.return_token_ids:
         shown["token_ids"] = output.token_ids
     return shown

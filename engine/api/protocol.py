@@ -63,14 +63,6 @@ class SampledRequest(msgspec.Struct, kw_only=True):
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:
             raise RequestError(f"priority must lie in -2^31..2^31 - 1, not {self.priority:.3g}", "priority")
 
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
 
 # Fields that mean the same in a body and in SamplingParams.
 SAMPLING_FIELDS = (

@@ -7,45 +7,12 @@ from typing import Any
 
 import msgspec
 
+from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
+from engine.api.protocol import SampledRequest, StreamOptions
 from engine.frontend.streams import Delta, RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
 
-LOWEST_LOGPROB = -9999.0  # JSON knows no infinity
-
 encode = msgspec.json.encode
-
-
-def clamp(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
-
-
-def completion_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob], offset: int) -> tuple[dict[str, Any], int]:
-    """Logprobs as completions show them; `offset` is where in the text the first token begins, the new one is given."""
-    tokens, offsets, likeliest = [], [], []
-    for entry in entries:
-        text = tokenizer.token_text(entry.token)
-        tokens.append(text)
-        offsets.append(offset)
-        offset += len(text)
-        shown = {tokenizer.token_text(token): clamp(logprob) for token, logprob in entry.top}
-        likeliest.append({text: clamp(entry.logprob)} | shown)
-    values = [clamp(entry.logprob) for entry in entries]
-    body = {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": likeliest}
-    return body, offset
-
-
-def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> dict[str, Any]:
-    """Logprobs as chats show them."""
-
-    def shown(token: int, logprob: float) -> dict[str, Any]:
-        data = tokenizer.token_bytes(token)
-        return {"token": data.decode("utf-8", "replace"), "logprob": clamp(logprob), "bytes": list(data)}
-
-    content = [
-        shown(entry.token, entry.logprob) | {"top_logprobs": [shown(token, logprob) for token, logprob in entry.top]}
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}
 
 
 def usage(stream: RequestStream, completion_tokens: int) -> dict[str, Any]:
@@ -58,6 +25,28 @@ def usage(stream: RequestStream, completion_tokens: int) -> dict[str, Any]:
     }
 
 
+class ChunkOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What chunks show beside the text."""
+
+    include_usage: bool = False  # once, after the last delta
+    continuous_usage: bool = False  # in every chunk too
+    token_ids: bool = False
+    as_token_ids: bool = False  # tokens of logprobs are written as `token_id:N`
+
+
+PLAIN = ChunkOptions()
+
+
+def chunk_options(body: SampledRequest) -> ChunkOptions:
+    options = body.stream_options or StreamOptions()
+    return ChunkOptions(
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
+        token_ids=bool(body.return_token_ids),
+        as_token_ids=bool(body.return_tokens_as_token_ids),
+    )
+
+
 class Chunks:
     """Renders the server-sent events of one streamed request: one chunk a delta, also where its text is empty."""
 
@@ -68,23 +57,22 @@ class Chunks:
         head: dict[str, Any],
         *,
         chat: bool,
-        include_usage: bool = False,
-        continuous_usage: bool = False,
-        token_ids: bool = False,
+        options: ChunkOptions = PLAIN,
         echo: Callable[[int], str] | None = None,
     ):
         """`head` is what all chunks begin with (id, object, …); `echo` gives the text shown before output `index`."""
         self._stream = stream
         self._tokenizer = tokenizer
         self._chat = chat
-        self._include_usage = include_usage
-        self._continuous = continuous_usage
-        self._token_ids = token_ids
+        self._include_usage = options.include_usage
+        self._continuous = options.include_usage and options.continuous_usage
+        self._token_ids = options.token_ids
+        self._as_token_ids = options.as_token_ids
         self._echo = echo
         self._head = b"data: " + encode(head)[:-1]
         self._begins: dict[int, bytes] = {}  # by output
         self._text_end = b"}" if chat else b""
-        usage_field = b',"usage":null' if include_usage else b""
+        usage_field = b',"usage":null' if options.include_usage else b""
         self._plain_end = (
             self._text_end
             + b',"logprobs":null,"finish_reason":null'
@@ -94,7 +82,8 @@ class Chunks:
             + b"}\n\n"
         )
         self._tokens = 0
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, TextOffsets] = {}  # by output, where logprobs are shown
+        self._shown: dict[int, int] = {}  # characters of its text so far
 
     def render_all(self, deltas: list[Delta]) -> bytes:
         """All that is new since the last write, as one piece of bytes."""
@@ -126,7 +115,7 @@ class Chunks:
         if delta.finish_reason is not None or not self._chat:
             fields["stop_reason"] = delta.stop_reason
         if delta.logprobs is not None:
-            fields["logprobs"] = self._logprobs(delta.index, delta.logprobs)
+            fields["logprobs"] = self._logprobs(delta, delta.logprobs)
         if self._token_ids:
             fields["token_ids"] = delta.token_ids
         after: dict[str, Any] = {}
@@ -135,11 +124,17 @@ class Chunks:
         end = b"]," + encode(after)[1:] if after else b"]}"
         return self._text_end + b"," + encode(fields)[1:] + end + b"\n\n"
 
-    def _logprobs(self, index: int, entries: list[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, delta: Delta, entries: list[TokenLogprob]) -> dict[str, Any]:
         if self._chat:
-            return chat_logprobs(self._tokenizer, entries)
-        body, self._offsets[index] = completion_logprobs(self._tokenizer, entries, self._offsets.get(index, 0))
-        return body
+            return chat_logprobs(self._tokenizer, entries, as_token_ids=self._as_token_ids)
+        index = delta.index
+        offsets = self._offsets.get(index)
+        if offsets is None:
+            start = 0 if self._echo is None else len(self._echo(index))
+            offsets = self._offsets[index] = TextOffsets.of_output(self._tokenizer, self._stream, index, start)
+        self._shown[index] = shown = self._shown.get(index, 0) + len(delta.text)
+        length = shown if delta.finish_reason is not None else None
+        return completion_logprobs(self._tokenizer, entries, offsets, length, as_token_ids=self._as_token_ids)
 
     def end(self) -> bytes:
         """The event after the last delta: usage, if it was asked for."""

@@ -27,6 +27,10 @@ class Backend(Protocol):
         """The bytes of one token, empty for an id that means nothing; only where `concatenates`."""
         ...
 
+    def form(self, token: int) -> str:
+        """One token as its vocabulary writes it, e.g. `▁the` or `<0xE6>`; empty for an id that means nothing."""
+        ...
+
     def id_of(self, token: str) -> int | None: ...
 
     def special_ids(self) -> frozenset[int]: ...
@@ -69,6 +73,9 @@ class FastBackend:
         except KeyError:  # an added token written in plain text
             return written.encode()
 
+    def form(self, token: int) -> str:
+        return self._library.id_to_token(token) or ""
+
     def id_of(self, token: str) -> int | None:
         found: int | None = self._library.token_to_id(token)
         return found
@@ -97,6 +104,9 @@ class SlowBackend:
 
     def piece(self, token: int) -> bytes:
         raise NotImplementedError("this tokenizer does not concatenate")
+
+    def form(self, token: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token) or "")
 
     def id_of(self, token: str) -> int | None:
         found: int | None = self._tokenizer.convert_tokens_to_ids(token)
@@ -133,6 +143,9 @@ class StandInBackend:
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if 0 <= token < 128 else b"<%d>" % token
+
+    def form(self, token: int) -> str:
+        return self.piece(token).decode()
 
     def id_of(self, token: str) -> int | None:  # noqa: ARG002
         return None

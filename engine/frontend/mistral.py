@@ -67,6 +67,9 @@ class MistralBackend:
         data: bytes = self._inner.id_to_byte_piece(token, special_token_policy=self._show)
         return data
 
+    def form(self, token: int) -> str:
+        return str(self._inner.id_to_piece(token)) if 0 <= token < self.vocab_size else ""
+
     def id_of(self, token: str) -> int | None:
         """Of a special token."""
         found: int | None = self._inner.get_special_token(token) if self._inner.is_special(token) else None

@@ -1,6 +1,7 @@
 """The tokenizer of a model: encode, decode, chat template and the ids that end a text."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_
 from engine.frontend.chat_template import ChatTemplate, read_template
 from engine.frontend.mistral import PLAIN, MistralBackend, find_file
 from engine.model.names import CONFIG, PARAMS
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte, as SentencePiece's vocabularies write it
 
 # Files of which one suffices for transformers to build a tokenizer where no tokenizer.json lies.
 OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "spm.model")
@@ -47,8 +50,22 @@ class Tokenizer:
         return found
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for, as far as it has any of its own."""
-        return self.piece(token) if self.concatenates else self.backend.decode([token], False).encode()
+        """The bytes that one token adds to a text in its middle, as far as it has any of its own."""
+        if self.concatenates:
+            return self.piece(token)
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._bytes_within(token)
+        return found
+
+    def _bytes_within(self, token: int) -> bytes:
+        byte = _BYTE_TOKEN.fullmatch(form := self.backend.form(token))
+        once = self.backend.decode([token], False)
+        if byte is not None and once != form:
+            return bytes([int(byte[1], 16)])
+        # At the beginning of a text decoders drop the space before a word: behind itself a token has it.
+        twice = self.backend.decode([token, token], False)
+        return (twice[len(once) :] if twice.startswith(once) else once).encode()
 
     def token_text(self, token: int) -> str:
         """One token as text, for logprobs; bytes that are no character alone read as U+FFFD."""

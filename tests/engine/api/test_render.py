@@ -3,7 +3,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.api.render import Chunks, chat_logprobs, completion_logprobs
+from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
+from engine.api.render import ChunkOptions, Chunks
 from engine.clock import FakeClock
 from engine.frontend.backends import StandInBackend
 from engine.frontend.client import CoreClient
@@ -32,7 +33,7 @@ def event(data: bytes) -> dict:
 
 @given(st.text(), st.integers(0, 3), st.booleans(), st.booleans())
 def test_every_text_survives_as_one_event(text: str, index: int, chat: bool, include_usage: bool):
-    chunks = Chunks(make_stream(), TOKENIZER, HEAD, chat=chat, include_usage=include_usage)
+    chunks = Chunks(make_stream(), TOKENIZER, HEAD, chat=chat, options=ChunkOptions(include_usage=include_usage))
     for _ in range(2):  # the first chunk of an output and a later one
         chunk = event(chunks.render(Delta(index, text, [1])))
         assert {name: chunk[name] for name in HEAD} == HEAD
@@ -48,7 +49,7 @@ def test_every_text_survives_as_one_event(text: str, index: int, chat: bool, inc
 
 
 def test_the_last_event_sums_up():
-    chunks = Chunks(make_stream(), TOKENIZER, HEAD, chat=False, include_usage=True)
+    chunks = Chunks(make_stream(), TOKENIZER, HEAD, chat=False, options=ChunkOptions(include_usage=True))
     chunks.render(Delta(0, "abc", [1, 2, 3]))
     chunks.render(Delta(1, "", [4]))
     usage = event(chunks.end())["usage"]
@@ -57,10 +58,11 @@ def test_the_last_event_sums_up():
 
 def test_logprobs_of_completions_have_offsets_that_run_on():
     entries = [TokenLogprob(65, -0.5, 1, ((65, -0.5), (200, -2.0))), TokenLogprob(201, float("-inf"), 9, ())]
-    body, offset = completion_logprobs(TOKENIZER, entries, 10)
+    offsets = TextOffsets(TOKENIZER, start=10)
+    body = completion_logprobs(TOKENIZER, entries, offsets)
     assert body["tokens"] == ["A", "<201>"]
     assert body["text_offset"] == [10, 11]
-    assert offset == 16
+    assert offsets.next(65) == 16
     assert body["top_logprobs"] == [{"A": -0.5, "<200>": -2.0}, {"<201>": -9999.0}]
     assert body["token_logprobs"] == [-0.5, -9999.0]
 

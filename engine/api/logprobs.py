@@ -1,0 +1,134 @@
+"""Logprobs on the wire: the object of completions and that of chats.
+
+A token is written as its text. One whose bytes are no text of their own, a piece of a character, is written as OpenAI's
+completions do, `bytes:` and each byte as `\\xNN`, so that two such pieces are never one key of an object.
+"""
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from engine.frontend.detokenizer import LONGEST_CHARACTER, WindowDecoder
+from engine.frontend.streams import RequestStream, TokenLogprob
+from engine.frontend.tokenizer import Tokenizer
+
+LOWEST_LOGPROB = -9999.0  # JSON knows no infinity
+
+
+def clamp(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def token_id_text(token: int) -> str:
+    """A token as vLLM's `return_tokens_as_token_ids` writes it."""
+    return f"token_id:{token}"
+
+
+def token_key(tokenizer: Tokenizer, token: int) -> str:
+    """A token as the key of an object: its text, or its bytes where they are none."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class TextOffsets:
+    """Where in an output's text each of its tokens begins, counted in characters, token by token.
+
+    A piece of a character begins where the character does. A special token that isn't shown begins where the next one
+    does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, start: int = 0, prompt: Sequence[int] = (), skip_special: bool = True):
+        """Args:
+        start: characters of text before the first token, e.g. of an echoed prompt.
+        prompt: the tokens before the first one.
+        skip_special: whether special tokens are left out of the text.
+        """
+        self._at = start
+        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._piece = tokenizer.piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._window: WindowDecoder | None = None
+        if not tokenizer.concatenates:
+            self._window = WindowDecoder(tokenizer, skip_special, list(prompt[-LONGEST_CHARACTER:]))
+
+    def next(self, token: int) -> int:
+        """Take the next token; returns where it begins."""
+        begin = self._at
+        if self._window is not None:
+            self._at += len(self._window.push((token,)))
+            return begin
+        data = b"" if token in self._skip else self._piece(token)
+        decode, state = self._decoder.decode, self._decoder.getstate
+        if data and state()[0]:
+            # The first byte goes on with a character, or breaks it off: then U+FFFD stands for what came of it.
+            first = decode(data[:1])
+            if len(first) == 2 or (first and state()[0]):
+                begin += 1
+            self._at += len(first)
+            data = data[1:]
+        self._at += len(decode(data))
+        return begin
+
+    @classmethod
+    def of_output(cls, tokenizer: Tokenizer, stream: RequestStream, index: int, start: int = 0) -> "TextOffsets":
+        """The offsets of output `index` of a stream, whose text has `start` characters before the first token."""
+        prompt = stream.prompts[index // stream.params.n]
+        known = prompt if isinstance(prompt, list) else ()
+        return cls(tokenizer, start=start, prompt=known, skip_special=stream.params.skip_special_tokens)
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    entries: Iterable[TokenLogprob],
+    offsets: TextOffsets,
+    text_length: int | None = None,
+    *,
+    as_token_ids: bool = False,
+) -> dict[str, Any]:
+    """Logprobs as completions show them.
+
+    Args:
+        entries: of the tokens in order.
+        offsets: where they begin; moves on with them.
+        text_length: characters of the whole text, once it is known. A stop string may cut off the text of tokens.
+        as_token_ids: write each token as `token_id:N`.
+    """
+
+    def key(token: int) -> str:
+        return token_id_text(token) if as_token_ids else token_key(tokenizer, token)
+
+    tokens, places, values, tops = [], [], [], []
+    for entry in entries:
+        text = key(entry.token)
+        tokens.append(text)
+        place = offsets.next(entry.token)
+        places.append(place if text_length is None else min(place, text_length))
+        values.append(clamp(entry.logprob))
+        top = {text: clamp(entry.logprob)}
+        for token, logprob in entry.top:
+            if token == entry.token:
+                continue
+            name = key(token)
+            top[token_id_text(token) if name in top else name] = clamp(logprob)
+        tops.append(top)
+    return {"text_offset": places, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, entries: Iterable[TokenLogprob], *, as_token_ids: bool = False
+) -> dict[str, Any]:
+    """Logprobs as chats show them: lists, where each token has its bytes beside its text."""
+
+    def shown(token: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
+        text = token_id_text(token) if as_token_ids else data.decode("utf-8", "replace")
+        return {"token": text, "logprob": clamp(logprob), "bytes": list(data)}
+
+    content = [
+        shown(entry.token, entry.logprob) | {"top_logprobs": [shown(token, logprob) for token, logprob in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
