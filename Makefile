@@ -47,6 +47,10 @@ bench-core: $(VENV)/installed-dev  ## CPU time of the engine itself, no model be
 soak: $(VENV)/installed-dev  ## Random load on a real server for MINUTES=60, then: did it leak? results/soak.json
 	$(BIN)/python -m tests.perf.soak
 
+.PHONY: faults
+faults: $(VENV)/installed-dev  ## What clients see when parts fail, and what isn't given back: results/faults.json
+	$(BIN)/python -m tests.perf.faults
+
 .PHONY: fuzz-api
 fuzz-api: $(VENV)/installed-dev  ## schemathesis over the server's OpenAPI document, EXAMPLES=2000: results/fuzz-api.json
 	$(BIN)/python -m tests.perf.fuzz_api

@@ -1,5 +1,6 @@
 """Starts real `redline serve` processes for tests, and ends them."""
 
+import os
 import re
 import socket
 import subprocess
@@ -47,13 +48,16 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, model: str, *flags: str) -> Iterator[Served]:
-    """A server on a free port, ready to answer; ended by Ctrl-C, and by force if that takes too long."""
+def serve(folder: Path, model: str, *flags: str, env: dict[str, str] | None = None) -> Iterator[Served]:
+    """A server on a free port, ready to answer; ended by Ctrl-C, and by force if that takes too long.
+
+    `env` is added to the environment.
+    """
     port = free_port()
     log = folder / f"serve-{port}.log"
     command = [sys.executable, "-m", "cli.main", "serve", model, "--port", str(port), *flags]
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
     url = f"http://127.0.0.1:{port}"
     client = httpx.Client(base_url=url, timeout=httpx.Timeout(120.0))
     try:
