@@ -73,12 +73,17 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed: bytes = b""  # int32: the only tokens that can be sampled; empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # of each, the last token can't follow the ones before it
+    prompt_logprobs: int = -1  # -1: none; k >= 0: of each prompt token, and of the k most likely in its place
 
     @property
     def adjusts(self) -> bool:
         """Whether it changes logits before a token is chosen."""
         return bool(
             self.logit_bias
+            or self.allowed
+            or self.bad_words
             or (self.min_tokens and self.stop_ids)
             or self.repetition_penalty != 1.0
             or self.presence_penalty
@@ -130,6 +135,7 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     # Only for a core with an inline front end: it makes `prompt` of the text, and texts of the tokens.
     text: str = ""
     add_special_tokens: bool = True
+    truncate: int = 0  # keep so many tokens of the text's end; 0: all
     writing: Writing | None = None
     items: tuple[ItemRef, ...] = ()  # in the order of their offsets
 
@@ -265,6 +271,18 @@ def select_logprobs(logprobs: TokenLogprobs, kept: NDArray[np.bool_]) -> TokenLo
     )
 
 
+class PromptLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Logprobs of some of a prompt's tokens, as a step computed them; `index` of `logprobs` are positions.
+
+    Column 0 is the prompt's own token. The first token has none, since nothing comes before it. A request that is
+    preempted has its prompt computed again: positions may come twice, and the first of them count.
+    """
+
+    owner: int  # StepResult: the row; Outputs: the handle
+    generation: int  # of the row
+    logprobs: TokenLogprobs
+
+
 class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
     """What one step (or a rejection) means for one front end."""
 
@@ -277,6 +295,7 @@ class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
     logprobs: TokenLogprobs | None = None
     stats: Stats | None = None
     texts: tuple[str, ...] | None = None  # inline front end: one for each handle
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # of a request, all before its first token or with it
 
 
 class UtilityResult(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=False):
@@ -356,6 +375,7 @@ class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
     seconds: float = 0.0  # device time of the step
     drafted: int = 0  # tokens that were guessed and verified; those that were right are among `tokens`
     refused: bytes = b""  # int32[n, 2]: rows that the worker can't compute, and their generations; see RowAdded.adapter
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()

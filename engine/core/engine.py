@@ -287,11 +287,13 @@ class EngineCore:
         admitted, self.scheduler.admitted = self.scheduler.admitted, []
         finished = finished or []
         handles = booked.handles if booked else np.empty(0, np.int64)
-        if not (len(handles) or admitted or finished):
+        scored = booked.prompt_logprobs if booked else ()
+        if not (len(handles) or admitted or finished or scored):
             return
         owners = handles >> HANDLE_SEQUENCE_BITS
         front_ends = set(np.unique(owners).tolist())
         front_ends |= {front_end_of(one.handle) for one in admitted} | {front_end_of(one.handle) for one in finished}
+        front_ends |= {front_end_of(one.owner) for one in scored}
         for front_end in sorted(front_ends):
             mine = owners == front_end
             tokens, counts = mine, b""
@@ -306,6 +308,7 @@ class EngineCore:
                 admitted=_of(front_end, admitted),
                 logprobs=select_logprobs(logprobs, tokens) if logprobs else None,
                 stats=self.scheduler.stats(self._last_step_at),
+                prompt_logprobs=tuple(one for one in scored if front_end_of(one.owner) == front_end),
             )
             if self._inline is not None:
                 message = self._write_texts(message)

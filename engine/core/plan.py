@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Finished, StepMessage
+from engine.messages import Finished, PromptLogprobs, StepMessage
 
 
 @dataclass(slots=True)
@@ -29,3 +29,4 @@ class Booked:
     kept: NDArray[np.bool_]  # over the result's tokens
     finished: list[Finished]
     counts: NDArray[np.int32] | None  # tokens of each handle; None: one
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()

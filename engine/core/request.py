@@ -19,6 +19,7 @@ class Request:
         "message",
         "preemptions",
         "prompt_len",
+        "reads_cache",
         "root",
         "row",
         "started",
@@ -41,6 +42,8 @@ class Request:
         self.started = False  # had a row before
         self.row = -1
         self.preemptions = 0
+        # Logprobs of the prompt come with its computation: what is in the cache has none.
+        self.reads_cache = message.sampling.prompt_logprobs < 0
         self.root = root_hash(message.cache_salt, self.adapter)
         self.block_hashes: list[bytes] = []
         self.item_keys = NO_KEYS  # what its items add to them

@@ -20,7 +20,7 @@ from engine.core.plan import Booked, Plan
 from engine.core.policy import Policy, make_queue, urgency
 from engine.core.request import Request
 from engine.core.rows import Rows
-from engine.messages import Admitted, Finished, FinishReason, Stats, StepResult, int32s
+from engine.messages import Admitted, Finished, FinishReason, PromptLogprobs, Stats, StepResult, int32s
 
 
 class Scheduler:
@@ -293,7 +293,7 @@ class Scheduler:
 
     def _find_prefix(self, request: Request, length: int) -> Prefix:
         """Cached leading blocks; at least one token is left to compute, since its logits are needed."""
-        if not self.config.enable_prefix_caching:
+        if not (self.config.enable_prefix_caching and request.reads_cache):
             return self.kv.nothing()
         return self.kv.find(request.block_hashes[: (length - 1) // self.config.block_size])
 
@@ -301,7 +301,7 @@ class Scheduler:
         if request.started:
             return
         request.started = True
-        if self.config.enable_prefix_caching:
+        if self.config.enable_prefix_caching and request.reads_cache:
             self.prefix_queries += request.prompt_len
             self.prefix_hits += cached
         self.prompt_tokens += request.prompt_len
@@ -332,6 +332,7 @@ class Scheduler:
         """Book the tokens of a step; those of rows that changed hands meanwhile are dropped."""
         rows = self.rows
         finished = self._end_refused(result.refused) if result.refused else []
+        scored = self._name_owners(result.prompt_logprobs) if result.prompt_logprobs else ()
         kept = rows.generation[plan.rows] == plan.generations
         at = plan.rows[kept]
         handles, counts = rows.handle[at], None
@@ -353,7 +354,16 @@ class Scheduler:
             request = self._free_row(row)
             reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
             finished.append(self._finish(request, reason, last if stopped[index] else -1))
-        return Booked(handles, tokens, kept, finished, counts)
+        return Booked(handles, tokens, kept, finished, counts, scored)
+
+    def _name_owners(self, scored: Iterable[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
+        """With handles in place of rows; those of rows that changed hands meanwhile are dropped."""
+        rows = self.rows
+        return tuple(
+            PromptLogprobs(int(rows.handle[one.owner]), one.generation, one.logprobs)
+            for one in scored
+            if rows.generation[one.owner] == one.generation
+        )
 
     def _end_refused(self, refused: bytes) -> list[Finished]:
         """End requests that workers can't compute, unless they have lost their rows meanwhile."""

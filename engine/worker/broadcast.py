@@ -24,6 +24,7 @@ from engine.errors import RedlineError
 from engine.model.blank import Blank
 from engine.model.facts import ModelFacts
 from engine.model.split import Split
+from engine.worker import prompt_logprobs
 from engine.worker.adapters import Adapters, Share
 from engine.worker.group import FOREVER, GlooGroup
 from engine.worker.network import Built, Network
@@ -136,6 +137,8 @@ class Follower:
             self._network.choose(*drawn)
         if len(step.at):
             self._network.logits(step.at)
+        for which in prompt_logprobs.parts(step.batch):
+            self._network.logits(which)
 
 
 def build_driven(

@@ -41,11 +41,11 @@ class Network(Protocol):
         ...
 
     def logits(self, which: Int64s) -> Tensor:
-        """Of some of the tokens that sample, [len(which), vocabulary]."""
+        """Of some of `batch.logits_at`, [len(which), vocabulary]."""
         ...
 
     def choose(self, temperatures: NDArray[np.float32], numbers: Float64s) -> Int64s:
-        """A token for each that samples: the likeliest where the temperature is 0, else drawn by a number in [0, 1)."""
+        """A token for each of `batch.sampled_at`: greedy at a temperature of 0, else drawn by a number in [0, 1)."""
         ...
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
@@ -78,10 +78,11 @@ class GenericNetwork:
             "position_ids": torch.from_numpy(batch.positions)[None],
             "use_cache": False,
         }
-        if not len(batch.sampling):
+        logits_at = batch.logits_at
+        if not len(logits_at):
             adapt.run(self._model.base_model, forward, arguments)  # type: ignore[arg-type]
             return
-        arguments["logits_to_keep"] = torch.from_numpy(batch.sampled_at)
+        arguments["logits_to_keep"] = torch.from_numpy(logits_at)
         self._logits = adapt.run(self._model, forward, arguments).logits[0]
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
@@ -107,11 +108,11 @@ class GenericNetwork:
     def _best(self, temperatures: NDArray[np.float32]) -> tuple[NDArray[np.float32], Int64s, NDArray[np.float32]]:
         """Of each row the highest logit, its token, and what all weigh against it where the row draws."""
         assert self._logits is not None
-        rows = len(self._logits)
+        rows = len(temperatures)
         tokens, tops, weights = np.empty(rows, np.int64), np.empty(rows, np.float32), np.zeros(rows, np.float32)
         for start in range(0, rows, SLICE):
             some = slice(start, start + SLICE)
-            part = self._logits[some].float()
+            part = self._logits[:rows][some].float()
             # numpy's argmax is several times as fast as torch's on one row after the other.
             tokens[some] = part.numpy().argmax(-1)
             tops[some] = np.take_along_axis(part.numpy(), tokens[some, None], 1)[:, 0]
@@ -147,7 +148,7 @@ class FusedNetwork:
     def forward(self, batch: StepBatch) -> None:
         columns = (
             batch.starts, batch.counts, batch.computed, batch.tables, batch.ids, batch.positions, batch.row_of,
-            batch.sampled_at,
+            batch.logits_at,
         )  # fmt: skip
         self._pages.reach(int(batch.tables.max()))
         stack = self.stack

@@ -20,6 +20,7 @@ class StepBatch:
     adapters: int64[rows], each row's slot or -1 for none; None: no row has one.
     sampling: int64[n], the rows that sample; drafts: int64[n], how many of a row's tokens are guesses (see
     `engine.worker.drafts`); sampled_at: int64[n + sum of drafts], the tokens of the batch whose logits they use.
+    scored_at: int64[m], the tokens of the batch before prompt tokens whose logprobs are asked for.
     """
 
     step: int
@@ -35,6 +36,15 @@ class StepBatch:
     sampling: Int64s
     drafts: Int64s
     sampled_at: Int64s
+    scored_at: Int64s
+
+    @property
+    def logits_at(self) -> Int64s:
+        """The tokens of the batch whose logits are needed: `sampled_at`, then `scored_at`."""
+        return np.concatenate((self.sampled_at, self.scored_at)) if len(self.scored_at) else self.sampled_at
+
+
+_NONE: Int64s = np.zeros(0, dtype=np.int64)
 
 
 class Rows:
@@ -60,6 +70,7 @@ class Rows:
         self.special: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # its logits are needed
         self.temperature: NDArray[np.float32] = np.zeros(max_rows, dtype=np.float32)
         self.seed: NDArray[np.uint64] = np.zeros(max_rows, dtype=np.uint64)
+        self.scoring: set[int] = set()  # rows whose prompt's logprobs are asked for and still to come
         self.slots = {"": -1}  # of adapters, by key
         self.adapter: Int64s = np.full(max_rows, -1, dtype=np.int64)  # slots
         self._refused: list[tuple[int, int]] = []  # rows whose adapter isn't here, and their generations
@@ -98,7 +109,7 @@ class Rows:
         adapters = self.adapter[rows] if len(self.slots) > 1 else None
         return StepBatch(
             message.step, rows, starts, counts, computed, tables, row_of, ids, positions, adapters,
-            rows[samples], guesses, at,
+            rows[samples], guesses, at, self._score(rows, starts, computed, ends) if self.scoring else _NONE,
         )  # fmt: skip
 
     def append(self, rows: Int64s, tokens: NDArray[np.integer]) -> None:
@@ -125,6 +136,17 @@ class Rows:
             kept.append(found[:count])
             counts[i] = count
         return np.concatenate(kept), counts
+
+    def _score(self, rows: Int64s, starts: Int64s, computed: Int64s, ends: Int64s) -> Int64s:
+        """The tokens of the batch before prompt tokens to be scored; rows whose prompt ends here are done."""
+        found = [_NONE]
+        for i in np.flatnonzero(np.isin(rows, list(self.scoring))).tolist():
+            last = int(self.prompt_len[rows[i]]) - 1  # what comes after it is no prompt token
+            count = min(int(ends[i]), last) - int(computed[i])
+            found.append(np.arange(starts[i], starts[i] + count))
+            if ends[i] >= last:
+                self.scoring.discard(int(rows[i]))
+        return np.concatenate(found)
 
     def _draft(self, rows: Int64s, counts: Int64s) -> Int64s:
         """Write guesses behind the tokens of rows that decode and take the likeliest token; how many each row got."""
@@ -155,7 +177,9 @@ class Rows:
 
     def _apply(self, message: StepMessage) -> None:
         if message.removed:
-            self.live[int32s(message.removed)] = False
+            removed = int32s(message.removed)
+            self.live[removed] = False
+            self.scoring.difference_update(removed.tolist())
         for added in message.added:
             self._add(added)
         for row, group, block in message.appended().tolist():
@@ -191,6 +215,8 @@ class Rows:
         self.special[row] = added.sampling.special
         self.temperature[row] = added.sampling.temperature
         self.seed[row] = added.sampling.seed
+        if added.sampling.prompt_logprobs >= 0 and added.computed + 1 < added.prompt_len:
+            self.scoring.add(row)
 
 
 def _counted(lengths: Int64s) -> Int64s:

@@ -17,7 +17,7 @@ from engine.model.blank import Blank
 from engine.model.facts import ModelFacts
 from engine.model.heap import pieces_given_back
 from engine.model.split import Split
-from engine.worker import sampler
+from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapters import Adapters, Share
 from engine.worker.network import Built, Network, build_network
 from engine.worker.rows import Int64s, Rows, StepBatch
@@ -67,7 +67,7 @@ class Runner:
 
     @property
     def waits_to_be_sampled(self) -> bool:
-        return self._pending is not None and len(self._pending[0].sampling) > 0
+        return self._pending is not None and len(self._pending[0].logits_at) > 0
 
     def _advance(self, message: StepMessage) -> None:
         began = time.perf_counter()
@@ -98,9 +98,10 @@ class Runner:
                 counts, logprobs = column(each), _moved(logprobs, np.cumsum(each) - each)
             else:
                 self._rows.append(batch.sampling, tokens)
+        scored = prompt_logprobs.score(self._network, batch, self._rows) if len(batch.scored_at) else ()
         seconds = self._seconds + time.perf_counter() - began
         refused = column(self._rows.take_refused())
-        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, refused))
+        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, refused, scored))
 
     def close(self) -> None:
         """Nothing comes any more."""

@@ -1,8 +1,8 @@
 """Sampling from logits, all rows of a step at once; a feature costs only the rows that ask for it.
 
-Order: logit bias and stop ids barred by min_tokens, penalties, temperature, min_p, top_k and top_p, draw. A row draws
-with one number hashed from its seed and the count of its output tokens, so what it samples depends on nothing else:
-not on its neighbours, its chunks or a preemption.
+Order: logit bias, stop ids barred by min_tokens, bad words and allowed tokens, penalties, temperature, min_p, top_k and
+top_p, draw. A row draws with one number hashed from its seed and the count of its output tokens, so what it samples
+depends on nothing else: not on its neighbours, its chunks or a preemption.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.messages import Sampling, TokenLogprobs, column
+from engine.messages import Int32s, Sampling, TokenLogprobs, column, int32s
 from engine.model.vocabulary import MIN_TEMPERATURE
 from engine.worker.rows import Int64s, Rows
 
@@ -99,6 +99,8 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
             line[ids] += bias
         if len(output) < p.min_tokens and p.stop_ids:
             line[torch.tensor([token for token in p.stop_ids if token < len(line)], dtype=torch.int64)] = -torch.inf
+        if p.bad_words or p.allowed:
+            _bar(line, p, output)
         if p.repetition_penalty != 1.0:
             ids = torch.from_numpy(np.unique(rows.known(row)).astype(np.int64))
             old = line[ids]
@@ -108,6 +110,24 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
             penalty = p.presence_penalty + p.frequency_penalty * counts
             line[torch.from_numpy(seen.astype(np.int64))] -= torch.from_numpy(penalty.astype(np.float32))
     return logits
+
+
+def _bar(line: Tensor, p: Sampling, output: Int32s) -> None:
+    """Bar in one row's logits what would complete a bad word, and what isn't allowed.
+
+    Where bad words and min_tokens leave none of the allowed tokens, the allowed ones stay: some token must come.
+    """
+    before = line.clone() if p.allowed else line
+    ends = [word[-1] for word in p.bad_words if len(word) == 1 or word[:-1] == tuple(output[1 - len(word) :].tolist())]
+    line[torch.tensor(ends, dtype=torch.int64)] = -torch.inf
+    if not p.allowed:
+        return
+    allowed = torch.from_numpy(int32s(p.allowed).astype(np.int64))
+    kept = line[allowed]
+    if kept.amax() == -torch.inf:
+        kept = before[allowed]
+    line.fill_(-torch.inf)
+    line[allowed] = kept
 
 
 def draw(logits: Tensor, params: list[Sampling], numbers: Float64s) -> Int64s:

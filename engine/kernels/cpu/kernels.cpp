@@ -30,12 +30,12 @@ void redline_run(AnyStack* stack, const Step* step, int first, int last) { stack
 
 void redline_logits(AnyStack* stack, const int32_t* which, int count, float* out) { stack->logits(which, count, out); }
 
-void redline_choose(AnyStack* stack, const float* temperatures, const double* numbers, int32_t* out) {
-    stack->choose(temperatures, numbers, out);
+void redline_choose(AnyStack* stack, int count, const float* temperatures, const double* numbers, int32_t* out) {
+    stack->choose(count, temperatures, numbers, out);
 }
 
-void redline_best(AnyStack* stack, const float* temperatures, float* top, int32_t* token, double* weight) {
-    stack->best(temperatures, top, token, weight);
+void redline_best(AnyStack* stack, int count, const float* temperatures, float* top, int32_t* token, double* weight) {
+    stack->best(count, temperatures, top, token, weight);
 }
 
 void redline_draw(AnyStack* stack, const double* numbers, int32_t* out) { stack->draw(numbers, out); }

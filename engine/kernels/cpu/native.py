@@ -123,8 +123,8 @@ def _open(path: Path) -> ctypes.CDLL:
     functions.redline_stack.argtypes = (POINTER(Spec), c_int, c_int, c_int, c_void_p)
     functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
     functions.redline_logits.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
-    functions.redline_choose.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
-    functions.redline_best.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)
+    functions.redline_choose.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p)
+    functions.redline_best.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p)
     functions.redline_draw.argtypes = (c_void_p, c_void_p, c_void_p)
     functions.redline_partial.argtypes = (c_void_p,)
     functions.redline_partial.restype = POINTER(c_float)
@@ -200,27 +200,28 @@ class Stack:
         self._functions.redline_logits(self._stack, which.ctypes.data, len(which), out.ctypes.data)
 
     def choose(self, temperatures: NDArray[np.float32], numbers: NDArray[np.float64]) -> Int32s:
-        """A token for each that is sampled: the likeliest (the first of equals) where the temperature is 0, else drawn.
+        """A token for each of the first n that are sampled: greedy (the first of equals) where the temperature is 0.
 
-        temperatures, numbers in [0, 1): [samples]. No logits are written.
+        temperatures, numbers in [0, 1): [n]; where the temperature is not 0, the number draws. No logits are written.
         """
         assert self._batch is not None
-        samples = len(self._batch.sampled)
-        assert temperatures.shape == numbers.shape == (samples,)
+        samples = len(temperatures)
+        assert temperatures.shape == numbers.shape
+        assert samples <= len(self._batch.sampled)
         out = np.empty(samples, dtype=np.int32)
         columns = (np.ascontiguousarray(temperatures, np.float32), np.ascontiguousarray(numbers, np.float64), out)
-        self._functions.redline_choose(self._stack, *(column.ctypes.data for column in columns))
+        self._functions.redline_choose(self._stack, samples, *(column.ctypes.data for column in columns))
         return out
 
     def best(self, temperatures: NDArray[np.float32]) -> tuple[NDArray[np.float32], Int32s, NDArray[np.float64]]:
-        """For each that is sampled, of the rank's own tokens: the highest logit, which it is, and what all weigh.
+        """For each of the first n samples, of the rank's own tokens: the highest logit, which it is, what all weigh.
 
         A token weighs exp((logit - highest) / temperature); where the temperature is 0 nothing is weighed.
         """
         samples = len(temperatures)
         top, token, weight = np.empty(samples, np.float32), np.empty(samples, np.int32), np.empty(samples, np.float64)
         columns = (np.ascontiguousarray(temperatures, np.float32), top, token, weight)
-        self._functions.redline_best(self._stack, *(column.ctypes.data for column in columns))
+        self._functions.redline_best(self._stack, samples, *(column.ctypes.data for column in columns))
         return top, token, weight
 
     def draw(self, numbers: NDArray[np.float64]) -> Int32s:

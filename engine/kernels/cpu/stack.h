@@ -66,11 +66,12 @@ class AnyStack {
     virtual void run(const Step& step, int first, int last) = 0;
     // Of some of the samples, [count, vocabulary].
     virtual void logits(const int32_t* which, int count, float* out) = 0;
-    // A token for each sample: the likeliest where the temperature is 0, else drawn by its number in [0, 1).
-    virtual void choose(const float* temperatures, const double* numbers, int32_t* out) = 0;
-    // Of the rank's own tokens, for each sample: the highest logit, which it is, and the weight of all against it at the
-    // sample's temperature. Then draws for samples, by numbers in [0, 1).
-    virtual void best(const float* temperatures, float* top, int32_t* token, double* weight) = 0;
+    // A token for each of the first `count` samples: the likeliest where the temperature is 0, else drawn by its number
+    // in [0, 1).
+    virtual void choose(int count, const float* temperatures, const double* numbers, int32_t* out) = 0;
+    // Of the rank's own tokens, for each of the first `count` samples: the highest logit, which it is, and the weight of
+    // all against it at the sample's temperature. Then draws for these samples, by numbers in [0, 1).
+    virtual void best(int count, const float* temperatures, float* top, int32_t* token, double* weight) = 0;
     virtual void draw(const double* numbers, int32_t* out) = 0;
     virtual float* partial() = 0;
     double seconds[OPS] = {};
@@ -99,14 +100,14 @@ template <class W, class H, class T> class Stack : public AnyStack {
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_logits(thread); }, this);
     }
 
-    void choose(const float* temperatures, const double* numbers, int32_t* out) override {
-        head_.begin(chosen_.rows(spec_.hidden), step_->samples, temperatures, numbers);
+    void choose(int count, const float* temperatures, const double* numbers, int32_t* out) override {
+        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, numbers);
         tokens_ = out;
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_tokens(thread); }, this);
     }
 
-    void best(const float* temperatures, float* top, int32_t* token, double* weight) override {
-        head_.begin(chosen_.rows(spec_.hidden), step_->samples, temperatures, nullptr);
+    void best(int count, const float* temperatures, float* top, int32_t* token, double* weight) override {
+        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, nullptr);
         best_ = {top, token, weight};
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_best(thread); }, this);
     }

@@ -1,0 +1,66 @@
+"""Logprobs of prompt tokens: a pass of its own over the steps of rows that ask for them.
+
+The token at a position is scored by the logits of the position before, some positions at a time: the logits of a whole
+chunk would take as much memory as all else in a step.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.messages import PromptLogprobs, TokenLogprobs, column
+from engine.worker.rows import Int64s, Rows, StepBatch
+
+PART = 64  # positions whose logits are there at a time
+
+
+class HasLogits(Protocol):
+    """The part of a Network that scoring needs."""
+
+    def logits(self, which: Int64s) -> Tensor: ...
+
+
+def parts(batch: StepBatch) -> Iterator[Int64s]:
+    """The entries of `batch.logits_at` that are scored, a part at a time; all ranks ask for the same parts."""
+    first, count = len(batch.sampled_at), len(batch.scored_at)
+    for begin in range(0, count, PART):
+        yield np.arange(first + begin, first + min(begin + PART, count))
+
+
+def score(network: HasLogits, batch: StepBatch, rows: Rows) -> tuple[PromptLogprobs, ...]:
+    """The logprobs of the prompt tokens behind `batch.scored_at`, one entry for each row that has some."""
+    at = batch.scored_at
+    owners, positions = batch.rows[batch.row_of[at]], batch.positions[at] + 1
+    tokens = torch.from_numpy(rows.tokens[owners, positions].astype(np.int64))
+    asked = {row: rows.sampling[row].prompt_logprobs for row in np.unique(owners).tolist()}
+    found = [
+        _score_part(network.logits(which), tokens[which - len(batch.sampled_at)], max(asked.values()))
+        for which in parts(batch)
+    ]
+    ids, values, ranks = (np.concatenate(each) for each in zip(*found, strict=True))
+    return tuple(
+        PromptLogprobs(
+            row,
+            int(rows.generation[row]),
+            _pack(positions[mine], ids[mine, : top + 1], values[mine, : top + 1], ranks[mine]),
+        )
+        for row, top in asked.items()
+        for mine in (owners == row,)
+    )
+
+
+def _score_part(logits: Tensor, tokens: Tensor, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and logprobs [positions, 1 + top], the prompt's token first, and that token's rank; logits are kept."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    own = logprobs.gather(-1, tokens[:, None])
+    ranks = (logprobs > own).sum(-1) + 1
+    best = torch.topk(logprobs, min(top, logprobs.shape[-1]), -1)
+    ids, values = torch.cat((tokens[:, None], best.indices), -1), torch.cat((own, best.values), -1)
+    return ids.numpy(), values.numpy(), ranks.numpy()
+
+
+def _pack(positions: Int64s, ids: np.ndarray, values: np.ndarray, ranks: np.ndarray) -> TokenLogprobs:
+    return TokenLogprobs(ids.shape[1], column(positions), column(ids), column(values, "<f4"), column(ranks))
