@@ -76,6 +76,8 @@ def measure_closed_loop(
         files.add_point(alone, rows)
         for note in point.notes():
             progress.message(note)
+        if rows[0].error:
+            progress.message(f"warning: the first request: {rows[0].error}")
         progress.message(f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; now {count}, {concurrency} at a time")
         plan = PointPlan(
             1.0, "closed", 0, Lengths(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=concurrency, requests=count

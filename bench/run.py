@@ -221,6 +221,8 @@ class _Run:
             row.reason = f"failed with {request.status}" + (f": {request.error}" if request.error else "")
             error = LostServerError if request.status == "connection" else BenchError
             raise error(f"the first request to {url} {row.reason}")
+        if request.error:
+            self._progress.message(f"warning: the first request: {request.error}")
         if request.output_tokens != request.asked_output_tokens:
             row.reason = f"{request.output_tokens} of {request.asked_output_tokens} tokens came back"
             self._progress.message(

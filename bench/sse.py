@@ -6,17 +6,24 @@ from typing import Any
 
 import msgspec
 
-_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+# A line ends with CRLF, LF or CR, in any mixture, and two line ends in a row end an event. Atomic: CRLF is one of them.
+_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
+_DEFAULT_NAMES = frozenset({b"", b"message"})
+_FAILED = frozenset({"error", "abort"})  # finish reasons of an answer that the server gave up
+_MOST_TOKENS = 1 << 31
 DONE = b"[DONE]"
 
 
 @dataclass(slots=True)
 class Event:
-    """One server-sent event: its data, and the offset of its last byte in the body."""
+    """One server-sent event: its data, the offset of its last byte in the body, and its name where it has one."""
 
     data: bytes
     last: int
+    name: bytes = b""
 
 
 @dataclass(slots=True)
@@ -29,8 +36,10 @@ class StreamedAnswer:
     completion_tokens: int | None = None
     cached_tokens: int = 0
     ended: bool = False  # [DONE], a finish reason or the final usage was seen
+    finish: str = ""  # the last finish reason
     malformed: str = ""  # an event that could not be read
     error: str = ""  # what the server reported in the stream
+    events: int = 0  # of any kind, with data
 
 
 @dataclass(slots=True)
@@ -42,49 +51,64 @@ class _Chunk:
 
 
 def split_events(body: bytes) -> list[Event]:
-    """Events of a body; what follows the last blank line is none yet."""
-    events: list[Event] = []
-    start = 0
-    for blank in _BLANK_LINE.finditer(body):
-        data = _data_of(body[start : blank.start()])
-        if data is not None:
-            events.append(Event(data, blank.end() - 1))
-        start = blank.end()
-    return events
+    """Events of a body; one without its blank line at the end of the body is not among them."""
+    return _events(body)[0]
 
 
-def read_stream(body: bytes) -> StreamedAnswer:
-    """Parse the events of an OpenAI completion or chat stream; problems are recorded, not raised."""
+def read_stream(body: bytes, asked: int | None = None) -> StreamedAnswer:
+    """Parse the events of an OpenAI completion or chat stream; problems are recorded, not raised.
+
+    Events that are no chunks (other names, objects without choices, comments) are passed over. `asked` is the length
+    of an answer that ends because of it (finish reason "length") and whose server counts nothing.
+    """
     answer = StreamedAnswer()
     chunks: list[_Chunk] = []
-    for event in split_events(body):
+    events, rest = _events(body)
+    if rest is not None and _is_whole(rest.data):
+        events.append(rest)
+    for event in events:
+        answer.events += 1
         if event.data.strip() == DONE:
             answer.ended = True
             break
         try:
-            message = msgspec.json.decode(event.data)
-            if not isinstance(message, dict):
-                raise TypeError("no object")
-            _read_message(message, event.last, answer, chunks)
-        except (msgspec.DecodeError, UnicodeDecodeError, TypeError, ValueError, KeyError, AttributeError):
+            _read_event(event, answer, chunks)
+        except (msgspec.DecodeError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError):
             answer.malformed = f"an event of the stream can't be read: {_excerpt(event.data)}"
+        if answer.malformed or answer.error:
             break
-        if answer.error:
-            break
-    _count_tokens(chunks, answer)
+    _count_tokens(chunks, answer, asked)
     return answer
 
 
 def error_message(body: bytes) -> str:
     """The server's own words in the body of an error answer."""
-    try:
-        message: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return _excerpt(body)
+    message = _decoded(body)
     for _ in range(2):
         if isinstance(message, dict):
             message = next((message[key] for key in ("error", "message", "detail") if key in message), message)
-    return message if isinstance(message, str) else _excerpt(body)
+    if isinstance(message, str):
+        return _shortened(message)
+    return _page_title(body) or _excerpt(body)
+
+
+def what_instead(body: bytes, media: str) -> str:
+    """What an answer of HTTP 200 without a single event is, in words; `media` is its Content-Type."""
+    text = body.strip()
+    if not text:
+        return "the server answered HTTP 200 with an empty body instead of a stream"
+    if media == "text/html" or text[:1] == b"<":
+        return f"the server answered HTTP 200 with a page instead of a stream: {_page_title(body) or _excerpt(body)}"
+    message = _decoded(text)
+    if isinstance(message, dict) and message.get("choices"):
+        return "the server answered with one JSON object instead of a stream: it does not heed stream: true"
+    if isinstance(message, dict | list):
+        return f"the server answered HTTP 200 with JSON instead of a stream: {error_message(text)}"
+    lines = text.splitlines()
+    if len(lines) > 1 and isinstance(_decoded(lines[0]), dict):
+        return f"the server answered with lines of JSON instead of server-sent events: {_excerpt(lines[0])}"
+    kind = f" of the type {media}" if media and media != "text/event-stream" else ""
+    return f"the server answered HTTP 200 with text{kind} that holds no event of a stream: {_excerpt(body)}"
 
 
 def spread(total: int, weights: list[int]) -> list[int]:
@@ -104,81 +128,164 @@ def spread(total: int, weights: list[int]) -> list[int]:
     return counts
 
 
-def _data_of(block: bytes) -> bytes | None:
-    """The data of one event, None for a comment or an event without any."""
+def _events(body: bytes) -> tuple[list[Event], Event | None]:
+    """The events of a body, and what follows the last blank line read as one more."""
+    events: list[Event] = []
+    start = len(_BYTE_ORDER_MARK) if body.startswith(_BYTE_ORDER_MARK) else 0
+    for blank in _BLANK_LINE.finditer(body, start):
+        event = _event(body[start : blank.start()], blank.end() - 1)
+        if event is not None:
+            events.append(event)
+        start = blank.end()
+    return events, _event(body[start:], len(body) - 1)
+
+
+def _event(block: bytes, last: int) -> Event | None:
+    """One event; None for a comment or an event without any data."""
     if block.startswith(b"data: ") and b"\n" not in block and b"\r" not in block:
-        return block[6:]
-    lines = []
+        return Event(block[6:], last) if len(block) > 6 else None
+    lines, event_name = [], b""
     for line in _LINE_END.split(block):
         name, _, value = line.partition(b":")
         if name == b"data":
             lines.append(value.removeprefix(b" "))
-    return b"\n".join(lines) if lines else None
+        elif name == b"event":
+            event_name = value.removeprefix(b" ")
+    data = b"\n".join(lines)
+    return Event(data, last, event_name) if data.strip() else None
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether data that no blank line ended came whole: a server may end its stream without one."""
+    return data.strip() == DONE or isinstance(_decoded(data), dict)
+
+
+def _decoded(data: bytes) -> Any:
+    """The JSON value, None where it is none."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _read_event(event: Event, answer: StreamedAnswer, chunks: list[_Chunk]) -> None:
+    if event.name not in _DEFAULT_NAMES:
+        message = _decoded(event.data)
+        if event.name == b"error":
+            answer.error = error_message(event.data) or "an error event without words"
+        elif isinstance(message, dict):  # some servers name the events of their chunks
+            _read_message(message, event.last, answer, chunks)
+        return
+    message = msgspec.json.decode(event.data)
+    if message is None or message == "":
+        return
+    if not isinstance(message, dict):
+        raise TypeError("no object")
+    _read_message(message, event.last, answer, chunks)
 
 
 def _read_message(message: dict[str, Any], place: int, answer: StreamedAnswer, chunks: list[_Chunk]) -> None:
-    if message.get("error"):
-        error = message["error"]
+    error = message.get("error")
+    if error or message.get("object") == "error" or ("detail" in message and "choices" not in message):
         text = error.get("message") if isinstance(error, dict) else error
-        answer.error = str(text or error)
+        answer.error = _shortened(str(text or error or message.get("message") or message.get("detail") or "an error"))
         return
     usage = message.get("usage")
     if usage:
         if usage.get("prompt_tokens") is not None:
-            answer.prompt_tokens = int(usage["prompt_tokens"])
-        answer.completion_tokens = int(usage.get("completion_tokens") or 0)
-        answer.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            answer.prompt_tokens = _count(usage["prompt_tokens"])
+        answer.completion_tokens = _count(usage.get("completion_tokens") or 0)
+        answer.cached_tokens = _count((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
     choices = message.get("choices")
-    if choices is None and not usage:
-        raise KeyError("choices")
     for choice in choices or []:
         chunk = _read_choice(choice, place)
-        answer.ended = answer.ended or bool(choice.get("finish_reason"))
+        finish = choice.get("finish_reason")
+        if finish in _FAILED:
+            answer.error = f"the server ended the answer with the finish reason {finish!r}"
+            return
+        if finish:
+            answer.ended, answer.finish = True, str(finish)
         if chunk is not None:
             chunks.append(chunk)
     if usage and not choices:
         answer.ended = True
 
 
+def _count(value: Any) -> int:
+    """A number of tokens; raises ValueError for one that can't be."""
+    number = int(value)
+    if not 0 <= number < _MOST_TOKENS:
+        raise ValueError(f"{value} tokens")
+    return number
+
+
 def _read_choice(choice: dict[str, Any], place: int) -> _Chunk | None:
     delta = choice.get("delta")
     tokens = _said_tokens(choice)
+    closing = bool(choice.get("finish_reason"))
+    if delta is None and "text" not in choice:
+        return _Chunk(place, 0, tokens, closing) if tokens or closing else None
     if delta is None:
-        weight = len(choice["text"] or "")
+        weight = _length(choice["text"])
         opening = False
     else:
-        texts = (delta.get("content"), delta.get("reasoning_content"), delta.get("reasoning"))
-        weight = sum(len(text) for text in texts if text)
-        weight += len(msgspec.json.encode(delta["tool_calls"])) if delta.get("tool_calls") else 0
+        weight = sum(_length(delta.get(name)) for name in ("content", "reasoning_content", "reasoning", "refusal"))
+        for name in ("tool_calls", "function_call"):
+            weight += len(msgspec.json.encode(delta[name])) if delta.get(name) else 0
         opening = "role" in delta and weight == 0  # announces the answer, carries no token
-    closing = bool(choice.get("finish_reason"))
     if opening and not tokens and not closing:
         return None
     return _Chunk(place, weight, tokens, closing)
 
 
+def _length(text: Any) -> int:
+    """Characters of a text, or of the parts of one."""
+    if isinstance(text, list):
+        return sum(_length(part.get("text") or part.get("thinking")) for part in text)
+    if text is not None and not isinstance(text, str):
+        raise TypeError("no text")
+    return len(text or "")
+
+
 def _said_tokens(choice: dict[str, Any]) -> int | None:
     logprobs = choice.get("logprobs")
-    if logprobs and logprobs.get("tokens") is not None:
-        return len(logprobs["tokens"])
+    for said in (logprobs.get("tokens"), logprobs.get("content")) if logprobs else ():
+        if said is not None:
+            return len(said)
     if choice.get("token_ids") is not None:
         return len(choice["token_ids"])
     return None
 
 
+def _page_title(body: bytes) -> str:
+    """The title of an HTML page, "" for anything else."""
+    match = _TITLE.search(body[:65536])
+    return _excerpt(match[1]) if match else ""
+
+
 def _excerpt(data: bytes) -> str:
-    text = " ".join(data.decode("utf-8", "replace").split())
+    return _shortened(" ".join(data[:4096].decode("utf-8", "replace").split()))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + " …"
 
 
-def _count_tokens(chunks: list[_Chunk], answer: StreamedAnswer) -> None:
+def _count_tokens(chunks: list[_Chunk], answer: StreamedAnswer, asked: int | None) -> None:
     """Give each chunk its tokens: as it says itself, else so that they sum to the server's usage.
 
-    An empty text can be a token (half a character) or only the bearer of the finish reason; the total decides.
+    An empty text after the first words can be a token (half a character) or only the bearer of the finish reason; the
+    total decides. Before the first words it opens the answer, as many servers do at once: unless it names tokens
+    itself, it isn't the first one.
     """
-    total = answer.completion_tokens
     texts = [c for c in chunks if c.weight]
+    if texts:
+        first = next(i for i, c in enumerate(chunks) if c.weight or c.tokens)
+        chunks = chunks[first:]
     without_closing = [c for c in chunks if c.weight or not c.closing]
+    total = answer.completion_tokens
+    if total is None and answer.finish == "length" and asked is not None and asked >= len(texts):
+        total = asked
     if texts and all(c.tokens is not None for c in texts):
         counts = [c.tokens or 0 for c in chunks]
     elif total is None:

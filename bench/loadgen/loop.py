@@ -134,6 +134,8 @@ class Loop:
                         self._handle(stream, mask)
                 except OSError as error:
                     self._lost(stream, _cause(error))
+                except MalformedError as error:
+                    self._fail(stream, "malformed stream", str(error))
             if self._free:
                 self._hand_on()
         self._tick(clock())
@@ -292,17 +294,15 @@ class Loop:
         stream.read_ns.append(time.time_ns())
         if not stream.answering and not self._read_head(stream):
             return
-        if stream.head.complete(answer):  # type: ignore[union-attr]
+        if stream.ending.reached(answer):  # type: ignore[union-attr]
             self._finish(stream)
 
     def _read_head(self, stream: Stream) -> bool:
-        """Whether the head is there; notes the first byte of the body of a 200."""
+        """Whether the head is there; notes the first byte of the body of a 200. Raises MalformedError."""
         if stream.head is None:
-            try:
-                stream.head = read_head(stream.answer)
-            except MalformedError as error:
-                self._fail(stream, "malformed stream", str(error))
-                return False
+            stream.head = read_head(stream.answer)
+            if stream.head is not None:
+                stream.ending = stream.head.ending()
         head = stream.head
         if head is not None and head.status == 200 and len(stream.answer) > head.body_start:
             stream.answering = True
@@ -311,10 +311,12 @@ class Loop:
 
     def _end_of_stream(self, stream: Stream) -> None:
         """The server closed: the regular end only of an answer that says no length, or of one that said it is done."""
-        head = stream.head
-        if stream.says_done() or (head is not None and not head.chunked and head.length is None):
-            self._finish(stream, ended=True)
-            return
+        head, ending = stream.head, stream.ending
+        if head is not None and ending is not None:
+            until_close = not head.chunked and head.length is None
+            if until_close or stream.says_done() or ending.find(stream.answer):
+                self._finish(stream, ended=True)
+                return
         moment = "before it answered" if not stream.answer else "in the middle of its answer"
         self._lost(stream, f"the server closed the connection {moment}")
 
@@ -337,12 +339,19 @@ class Loop:
             connection.close()
 
     def _close_lingering(self) -> None:
-        """Finish answers that said [DONE] but don't end."""
-        patience_over = time.time_ns() - _DONE_PATIENCE_NS
-        quiet = [s for s in self._live.values() if s.read_ns and s.read_ns[-1] < patience_over]
+        """End answers after which nothing comes: whole ones that more bytes followed, and those that said [DONE]."""
+        now = time.time_ns()
+        quiet = [
+            s for s in self._live.values() if s.read_ns and s.read_ns[-1] < now - _TICK_NS and s.ending is not None
+        ]
         for stream in quiet:
-            if stream.says_done():
-                self._finish(stream, ended=True)
+            try:
+                followed = stream.ending.find(stream.answer)  # type: ignore[union-attr]
+                if followed or (stream.read_ns[-1] < now - _DONE_PATIENCE_NS and stream.says_done()):
+                    stream.unended = True
+                    self._finish(stream, ended=True)
+            except MalformedError as error:
+                self._fail(stream, "malformed stream", str(error))
 
     def _finish(self, stream: Stream, *, ended: bool = False) -> None:
         """The answer is whole; `ended`: and its connection can't be used again."""
@@ -351,7 +360,8 @@ class Loop:
             self.counts.finished += 1
         else:
             self.counts.failed += 1
-        if head is not None and head.keeps and not ended and stream.connection is not None and not stream.left:
+        exact = stream.ending is not None and stream.ending.end == len(stream.answer)
+        if head is not None and head.keeps and exact and not ended and stream.connection and not stream.left:
             fd = stream.connection.fileno()
             del self._live[fd]
             self._idle[fd] = stream.connection

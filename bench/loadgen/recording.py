@@ -5,10 +5,10 @@ from functools import cached_property
 
 import numpy as np
 
-from bench.loadgen.response import Body
+from bench.loadgen.response import Body, Head
 from bench.loadgen.stream import Stream
 from bench.results import RequestRow
-from bench.sse import StreamedAnswer, error_message, read_stream
+from bench.sse import StreamedAnswer, error_message, read_stream, what_instead
 from bench.workloads.base import RequestSpec
 
 # Beyond these a figure would describe the generator, not the server.
@@ -19,6 +19,7 @@ DELAY_SHARE, DELAY_FLOOR_S = 0.1, 0.01  # of sends: this share of the median TTF
 # stamps keep most of its figures right, but nothing vouches for the rest: it is held to less. Not below the turn that a
 # fair scheduler gives a busy neighbour, which is 4 ms: a server that computes on the generator's core is no fault.
 STARVED_SHARE, STARVED_FLOOR_S = 0.06, 0.005
+_UNENDED = "its answer does not end as HTTP asks, so that the generator waited until nothing came any more"
 ENOUGH_READS = 1000  # for a P99 that is held to milliseconds
 
 
@@ -131,7 +132,7 @@ class Recording:
 
     @cached_property
     def _readings(self) -> list[_Reading]:
-        return [_read(s) for s in self._streams]
+        return [_read(s, self._specs[s.index].output_tokens) for s in self._streams]
 
     def _row(self, stream: Stream, reading: _Reading, window: tuple[float, float]) -> RequestRow:
         spec = self._specs[stream.index]
@@ -157,27 +158,34 @@ class Recording:
         )
 
 
-def _read(stream: Stream) -> _Reading:
-    """Parse one stream."""
+def _read(stream: Stream, asked: int) -> _Reading:
+    """Parse one stream; `asked` tokens were asked for."""
     answer, places = StreamedAnswer(), np.empty(0, dtype=np.int64)
     failure = stream.failure
     if stream.head is None:
         failure = failure or ("connection", "the server closed the connection before it answered")
     else:
-        body = Body(bytes(stream.answer), stream.head)
+        body = Body(bytes(stream.answer), stream.head, stream.ends)
         if stream.head.status != 200:
-            failure = (f"http {stream.head.status}", error_message(body.data))
+            failure = (f"http {stream.head.status}", _refusal(stream.head, body))
         else:
-            answer = read_stream(body.data)
+            answer = read_stream(body.data, asked)
             places = np.array([body.place(p) for p in answer.places], dtype=np.int64)
-            failure = _judge(answer, body, failure)
-    status, error = failure or ("ok", "")
+            failure = _judge(answer, body, failure, stream.head.media)
+    status, error = failure or ("ok", _UNENDED if stream.unended else "")
     reads = np.searchsorted(np.array(stream.ends, dtype=np.int64), places, side="right")
     arrivals = np.array(stream.stamps, dtype=np.int64)[reads] if len(reads) else np.empty(0, dtype=np.int64)
     return _Reading(status, error, answer, arrivals, reads)
 
 
-def _judge(answer: StreamedAnswer, body: Body, failure: tuple[str, str] | None) -> tuple[str, str] | None:
+def _refusal(head: Head, body: Body) -> str:
+    """What an answer other than 200 says."""
+    if 300 <= head.status < 400 and head.location:
+        return f"the server redirects to {head.location}"
+    return error_message(body.data) or body.malformed
+
+
+def _judge(answer: StreamedAnswer, body: Body, failure: tuple[str, str] | None, media: str) -> tuple[str, str] | None:
     """What was wrong with a 200, if anything; the server's own words come first, since a close often follows them."""
     if answer.error:
         return "stream error", answer.error
@@ -185,6 +193,8 @@ def _judge(answer: StreamedAnswer, body: Body, failure: tuple[str, str] | None) 
         return "malformed stream", answer.malformed or body.malformed
     if failure is not None:
         return failure
+    if not answer.events:
+        return "no stream", what_instead(body.data, media)
     if not answer.ended:
         return "malformed stream", "the stream ends without [DONE] or a finish reason"
     if not answer.tokens:

@@ -1,72 +1,248 @@
-"""HTTP/1.1 framing of an answer: its end, found in the loop; its body and where each byte of it lay, found later."""
+"""HTTP/1.1 framing of an answer (RFC 9112): its end, found in the loop; its body and where each byte lay, later.
+
+The loop asks only where an answer ends. For chunked answers that costs one comparison a read: every chunked message
+ends in an empty line, so the chunks before are walked over only when the last four bytes are CRLF CRLF.
+"""
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-_HEAD_END = b"\r\n\r\n"
-_LAST_CHUNK = b"\r\n0\r\n\r\n"
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: |\r\n)")
+from bench.loadgen.coding import CodingError, Decoder, decoder
+
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?:[ \t][^\r\n]*)?")
+_FOLDED = re.compile(rb"\r?\n[ \t]+")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+_EMPTY_LINE = b"\r\n\r\n"
 _MAX_HEAD_BYTES = 1 << 16
+_MAX_LINE_BYTES = 1 << 14  # of a chunk's size with its extensions, or of a trailer
+_NO_BODY = frozenset({101, 204, 304})
+# At the start of a line: within the JSON of an event a line end is escaped, so text can't be taken for it.
+_DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+_TAIL_BYTES = 64
+BAD_CHUNKS = "the answer's chunks are not framed as HTTP asks"
+LONG_CHUNK = "a chunk of the answer is longer than announced"
 
 
 class MalformedError(Exception):
     """The bytes are no HTTP answer, or one whose framing is broken."""
 
 
+class Ending(Protocol):
+    """Where an answer ends; `end` is the offset behind its last byte, once known."""
+
+    end: int | None
+
+    def reached(self, answer: bytearray) -> bool:
+        """Called after each read: whether the answer is whole. Raises MalformedError."""
+        ...
+
+    def find(self, answer: bytearray) -> bool:
+        """The same without the shortcut of the hot path: also where other bytes follow the end."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the loop needs from the status line and the headers."""
+    """What is needed from the status line and the header fields of the final answer."""
 
     status: int
-    body_start: int  # in bytes from the start of the answer
+    body_start: int  # in bytes from the start of what was read, interim answers included
     length: int | None  # of the body, where the server says it
     chunked: bool
     keeps: bool = False  # the connection may carry another request after this answer
+    codings: tuple[str, ...] = ()  # gzip, …: in the order they were applied
+    media: str = ""  # of Content-Type, without parameters
+    location: str = ""
 
-    def complete(self, answer: bytearray) -> bool:
-        """Whether the whole body is there; an answer without length or chunks ends with the connection."""
+    def ending(self) -> Ending:
+        """What finds the end of this answer."""
         if self.chunked:
-            # Neither JSON nor SSE holds a bare "0" between two CRLF, so the last bytes decide.
-            return answer.endswith(_LAST_CHUNK)
-        return self.length is not None and len(answer) >= self.body_start + self.length
+            return _ChunkedEnding(self.body_start)
+        if self.length is not None:
+            return _KnownEnding(self.body_start + self.length)
+        return _CloseEnding()
 
 
 def read_head(answer: bytearray | bytes) -> Head | None:
-    """The head, or None while it is incomplete; raises MalformedError."""
-    end = answer.find(_HEAD_END)
-    if end < 0:
-        if len(answer) > _MAX_HEAD_BYTES or not b"HTTP/1.".startswith(bytes(answer[:7])):
-            raise MalformedError("the server did not answer in HTTP")
-        return None
-    head = bytes(answer[: end + 2])
-    match = _STATUS_LINE.match(head)
+    """The head of the final answer, behind any interim ones (1xx), or None while it is incomplete.
+
+    Raises MalformedError.
+    """
+    at = 0
+    while True:
+        while answer[at : at + 1] in (b"\r", b"\n"):  # RFC 9112, 2.2: empty lines ahead are skipped
+            at += 1
+        end = _HEAD_END.search(answer, at)
+        if end is None:
+            if len(answer) - at > _MAX_HEAD_BYTES or not b"HTTP/1.".startswith(bytes(answer[at : at + 7])):
+                raise MalformedError("the server did not answer in HTTP")
+            return None
+        head = _parse_head(bytes(answer[at : end.start()]), end.end())
+        if not 100 <= head.status < 200 or head.status == 101:
+            return head
+        at = end.end()
+
+
+def _parse_head(text: bytes, body_start: int) -> Head:
+    lines = _FOLDED.sub(b" ", text).replace(b"\r\n", b"\n").split(b"\n")
+    match = _STATUS_LINE.fullmatch(lines[0])
     if match is None:
         raise MalformedError("the server did not answer in HTTP")
+    status = int(match[2])
+    fields = _fields(lines[1:])
+    transfer = _words(fields, b"transfer-encoding")
+    chunked = bool(transfer) and transfer[-1] == "chunked"
+    if "chunked" in transfer[:-1]:
+        raise MalformedError("the answer's Transfer-Encoding is not one that HTTP allows")
+    length = None if transfer else _content_length(fields)
+    if status in _NO_BODY:
+        chunked, length = False, 0
+    connection = _words(fields, b"connection")
+    persistent = "close" not in connection if match[1] == b"1" else "keep-alive" in connection
+    ambiguous = bool(transfer) and b"content-length" in fields  # allowed, but nothing may follow on this connection
+    codings = _words(fields, b"content-encoding") + [coding for coding in transfer if coding != "chunked"]
+    return Head(
+        status,
+        body_start,
+        length,
+        chunked,
+        keeps=persistent and not ambiguous and status != 101 and (chunked or length is not None),
+        codings=tuple(coding for coding in codings if coding != "identity"),
+        media=fields.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower(),
+        location=fields.get(b"location", b"").decode("latin-1"),
+    )
+
+
+def _fields(lines: list[bytes]) -> dict[bytes, bytes]:
+    """Header fields by lower-case name; those of one name are joined by commas."""
     fields: dict[bytes, bytes] = {}
-    for line in head.split(b"\r\n")[1:-1]:
-        name, _, value = line.partition(b":")
-        fields[name.strip().lower()] = value.strip().lower()
-    chunked = fields.get(b"transfer-encoding", b"").endswith(b"chunked")
-    length = None
-    if not chunked and b"content-length" in fields:
-        if not fields[b"content-length"].isdigit():
-            raise MalformedError("the answer's Content-Length is no number")
-        length = int(fields[b"content-length"])
-    keeps = match[1] == b"1" and b"close" not in fields.get(b"connection", b"") and (chunked or length is not None)
-    return Head(int(match[2]), end + len(_HEAD_END), length, chunked, keeps)
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        name = name.strip().lower()
+        if not colon or not name:
+            raise MalformedError("a header field of the answer can't be read")
+        fields[name] = fields[name] + b", " + value.strip() if name in fields else value.strip()
+    return fields
+
+
+def _words(fields: dict[bytes, bytes], name: bytes) -> list[str]:
+    text = fields.get(name, b"").decode("latin-1").lower()
+    return [word for part in text.split(",") if (word := part.partition(";")[0].strip())]
+
+
+def _content_length(fields: dict[bytes, bytes]) -> int | None:
+    if b"content-length" not in fields:
+        return None
+    values = {value.strip() for value in fields[b"content-length"].split(b",")}
+    if len(values) != 1 or not _LENGTH.fullmatch(value := values.pop()):
+        raise MalformedError("the answer's Content-Length is no number")
+    return int(value)
+
+
+class _KnownEnding:
+    """The server says the length."""
+
+    __slots__ = ("end",)
+
+    def __init__(self, end: int):
+        self.end: int | None = end
+
+    def reached(self, answer: bytearray) -> bool:
+        return len(answer) >= self.end  # type: ignore[operator]
+
+    find = reached
+
+
+class _CloseEnding:
+    """The end of the connection is the end of the answer, unless the stream says before that it is done."""
+
+    __slots__ = ("end",)
+
+    def __init__(self) -> None:
+        self.end: int | None = None
+
+    def reached(self, answer: bytearray) -> bool:
+        return says_done(answer)
+
+    find = reached
+
+
+class _ChunkedEnding:
+    """Chunks, the last one, perhaps trailers, and an empty line; walks on from where it was before."""
+
+    __slots__ = ("_at", "_in_trailers", "end")
+
+    def __init__(self, body_start: int):
+        self._at = body_start  # start of the next chunk or trailer
+        self._in_trailers = False
+        self.end: int | None = None
+
+    def reached(self, answer: bytearray) -> bool:
+        return answer.endswith(_EMPTY_LINE) and self.find(answer)
+
+    def find(self, answer: bytearray) -> bool:
+        while not self._in_trailers:
+            line = _line(answer, self._at)
+            if line is None:
+                return False
+            size, start = _chunk_size(line), self._at + len(line) + 2
+            if size == 0:
+                self._in_trailers, self._at = True, start
+                break
+            if len(answer) < start + size + 2:
+                return False
+            if answer[start + size : start + size + 2] != b"\r\n":
+                raise MalformedError(LONG_CHUNK)
+            self._at = start + size + 2
+        while self.end is None:
+            line = _line(answer, self._at)
+            if line is None:
+                return False
+            self._at += len(line) + 2
+            if not line:
+                self.end = self._at
+        return True
+
+
+def _line(answer: bytearray | bytes, at: int) -> bytes | None:
+    """The line at `at` without its end; None while it is incomplete."""
+    end = answer.find(b"\r\n", at, at + _MAX_LINE_BYTES)
+    if end < 0:
+        if len(answer) - at >= _MAX_LINE_BYTES:
+            raise MalformedError(BAD_CHUNKS)
+        return None
+    return bytes(answer[at:end])
+
+
+def _chunk_size(line: bytes) -> int:
+    match = _CHUNK_SIZE.fullmatch(line)
+    if match is None:
+        raise MalformedError(BAD_CHUNKS)
+    return int(match[1], 16)
+
+
+def says_done(answer: bytearray | bytes) -> bool:
+    """Whether the last bytes hold the event that ends a stream, whatever the framing says."""
+    return _DONE.search(answer, max(0, len(answer) - _TAIL_BYTES)) is not None
 
 
 class Body:
-    """The body of an answer, and the place each of its bytes had in what was read from the socket.
+    """The body of an answer without its framing and codings, and the place of its bytes in what was read.
 
-    `malformed` says in words where the framing broke; `data` is then what came before.
+    `ends` are the lengths of the answer after each read: bytes that came out of a decoder get the place of the read
+    that brought them. `malformed` says in words where framing or coding broke; `data` is then what came before.
     """
 
-    def __init__(self, answer: bytes, head: Head):
+    def __init__(self, answer: bytes, head: Head, ends: Sequence[int] = ()):
         self.malformed = ""
         self._starts: list[int] = []  # of each piece, in the body
         self._places: list[int] = []  # of each piece, in the answer
+        self._decoded = False  # all bytes of a piece have one place
         if head.chunked:
             self.data = self._join_chunks(answer, head.body_start)
         else:
@@ -74,32 +250,63 @@ class Body:
             self.data = answer[head.body_start : stop]
             self._starts.append(0)
             self._places.append(head.body_start)
+        if head.codings:
+            self._decode(head.codings, list(ends) or [len(answer)])
 
     def place(self, offset: int) -> int:
         """Where the body's byte at `offset` lay in the answer."""
         piece = bisect_right(self._starts, offset) - 1
-        return self._places[piece] + offset - self._starts[piece]
+        return self._places[piece] + (0 if self._decoded else offset - self._starts[piece])
 
     def _join_chunks(self, answer: bytes, at: int) -> bytes:
         pieces: list[bytes] = []
         total = 0
-        while (line_end := answer.find(b"\r\n", at)) >= 0:
-            try:
-                size = int(answer[at:line_end].split(b";", 1)[0], 16)
-            except ValueError:
-                self.malformed = "the answer's chunks are not framed as HTTP asks"
-                break
-            if size == 0:
-                break
-            at = line_end + 2
-            piece = answer[at : at + size]
-            pieces.append(piece)
-            self._starts.append(total)
-            self._places.append(at)
-            total += len(piece)
-            at += size
-            if answer[at : at + 2] not in (b"\r\n", b"\r", b""):
-                self.malformed = "a chunk of the answer is longer than announced"
-                break
-            at += 2
+        try:
+            while (line := _line(answer, at)) is not None:
+                size = _chunk_size(line)
+                if size == 0:
+                    break
+                at += len(line) + 2
+                piece = answer[at : at + size]
+                pieces.append(piece)
+                self._starts.append(total)
+                self._places.append(at)
+                total += len(piece)
+                at += size
+                if answer[at : at + 2] not in (b"\r\n", b"\r", b""):
+                    raise MalformedError(LONG_CHUNK)
+                at += 2
+        except MalformedError as error:
+            self.malformed = str(error)
         return b"".join(pieces)
+
+    def _decode(self, codings: tuple[str, ...], ends: list[int]) -> None:
+        """Undo the codings, read by read, so that each decoded byte keeps the arrival of what it was decoded from."""
+        packed, self.data = self.data, b""
+        cuts = [self._before(end, len(packed)) for end in ends]
+        self._starts, self._places, self._decoded = [], [], True
+        pieces: list[bytes] = []
+        total = begin = 0
+        try:
+            steps: list[Decoder] = [decoder(coding, packed) for coding in reversed(codings)]
+            for end, cut in zip(ends, cuts, strict=True):
+                piece = packed[begin:cut]
+                for step in steps:
+                    piece = step(piece)
+                if piece:
+                    pieces.append(piece)
+                    self._starts.append(total)
+                    self._places.append(end - 1)
+                    total += len(piece)
+                begin = cut
+        except CodingError as error:
+            self.malformed = self.malformed or str(error)
+        self.data = b"".join(pieces)
+
+    def _before(self, end: int, size: int) -> int:
+        """How many bytes of the body lie before the answer's offset `end`."""
+        piece = bisect_left(self._places, end) - 1
+        if piece < 0:
+            return 0
+        stop = self._starts[piece + 1] if piece + 1 < len(self._starts) else size
+        return min(stop, self._starts[piece] + end - self._places[piece])

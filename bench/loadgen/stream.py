@@ -4,10 +4,7 @@ from array import array
 from enum import Enum, auto
 
 from bench.loadgen.connection import Connection
-from bench.loadgen.response import Head
-
-_DONE = b"data: [DONE]"
-_TAIL_BYTES = 64  # at the end of an answer that is over
+from bench.loadgen.response import Ending, Head, says_done
 
 
 class State(Enum):
@@ -28,6 +25,7 @@ class Stream:
         "answer",
         "answering",
         "connection",
+        "ending",
         "ends",
         "failure",
         "freed_ns",
@@ -42,6 +40,7 @@ class Stream:
         "sent_ns",
         "stamps",
         "state",
+        "unended",
     )
 
     def __init__(self, index: int, payload: bytes, intended_ns: int):
@@ -61,6 +60,8 @@ class Stream:
         self.stamps = array("q")  # arrival of the last segment of each read
         self.read_ns = array("q")  # when the client got to it
         self.head: Head | None = None
+        self.ending: Ending | None = None  # with the head
+        self.unended = False  # its framing ended late or never: the loop had to wait until nothing came any more
         self.failure: tuple[str, str] | None = None  # (status, error) of what the sockets saw
 
     @property
@@ -70,4 +71,4 @@ class Stream:
 
     def says_done(self) -> bool:
         """Whether the server has said that this is the end, whatever its framing says."""
-        return self.answer.find(_DONE, max(0, len(self.answer) - _TAIL_BYTES)) >= 0
+        return says_done(self.answer)

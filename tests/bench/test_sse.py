@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.sse import error_message, read_stream, split_events, spread
+from bench.sse import error_message, read_stream, split_events, spread, what_instead
 
 
 def event(message: Any, end: str = "\n") -> bytes:
@@ -100,16 +100,123 @@ def test_an_event_cut_in_the_middle_is_not_there() -> None:
     assert not answer.malformed
 
 
-@pytest.mark.parametrize("data", ["{nonsense", "[1]", '"x"', "{}", '{"choices": 3}', '{"choices": [{}]}', "\xff"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        "{nonsense", "[1]", '"x"', "ping", '{"choices": 3}', '{"choices": [3]}', '{"choices": [{"text": 3}]}', "\xff",
+        '{"choices": [], "usage": {"completion_tokens": -1}}', '{"choices": [], "usage": {"completion_tokens": 1e300}}',
+        "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_malformed_events_end_the_stream(data: str) -> None:
     answer = read_stream(event(text("a")) + b"data: " + data.encode("latin-1") + b"\n\n" + event(text("b")))
     assert answer.tokens == [1]
     assert "can't be read" in answer.malformed
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        b": keep-alive\n\n", b":\n\n", b"data:\n\n", b"data: \n\n", b"data\n\n", b"\n\n\n", b"event: ping\n\n",
+        b"event: ping\ndata: 2024-01-01\n\n", b'event: ping\ndata: {"type": "ping"}\n\n', b"retry: 100\n\n",
+        b"data: {}\n\n", b"data: null\n\n", b'data: ""\n\n', b'data: {"choices": [{}]}\n\n', b"id: 7\ndata:\n\n",
+        b'data: {"choices": [], "prompt_filter_results": []}\n\n', b'data: {"choices": null}\n\n',
+        b'data: {"choices": [{"index": 0, "content_filter_results": {}, "finish_reason": null}]}\n\n',
+        b"unknown: x\n\n", b'data: {"type": "ping"}\n\n',
+    ],
+)  # fmt: skip
+def test_events_that_are_no_chunks_are_passed_over(between: bytes) -> None:
+    body = between + event(text("a")) + between + event(text("b", "length")) + between + event(usage(2)) + DONE
+    answer = read_stream(body)
+    assert (answer.tokens, answer.completion_tokens, answer.ended) == ([1, 1], 2, True)
+    assert (answer.malformed, answer.error) == ("", "")
+    assert body[: answer.places[0] + 1] == between + event(text("a"))
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        delta(role="assistant"), delta(role="assistant", content=""), delta(role="assistant", content=None), delta(),
+        delta(content=""), delta(content=None), text(""), delta(tool_calls=[]),
+        {"choices": [{"index": 0, "text": None}]},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("counted", [False, True])
+def test_an_empty_first_chunk_is_not_the_first_token(opening: dict[str, Any], counted: bool) -> None:
+    chat = "delta" in opening["choices"][0]
+    part = (lambda words: delta(content=words)) if chat else text
+    for sizes in ([1, 1, 1], [2, 1, 1], [3, 4]):
+        messages = [opening, *(part("ab" * size) for size in sizes)]
+        messages[-1]["choices"][0]["finish_reason"] = "stop"
+        body = stream(*messages, *([usage(sum(sizes))] if counted else []))
+        answer = read_stream(body)
+        assert answer.tokens == (sizes if counted else [1] * len(sizes))
+        assert body[: answer.places[0] + 1] == event(messages[0]) + event(messages[1])
+
+
+def test_an_empty_first_chunk_that_names_its_token_is_one() -> None:
+    named = [text("", token_ids=[7]), text("é", token_ids=[8]), text("x", "length", token_ids=[9])]
+    answer = read_stream(stream(*named, usage(3)))
+    assert answer.tokens == [1, 1, 1]
+    assert answer.places[0] == len(event(named[0])) - 1
+
+
+def test_an_answer_of_empty_texts_alone_keeps_its_tokens() -> None:
+    assert read_stream(stream(text(""), text(""), text("", "length"), usage(3))).tokens == [1, 1, 1]
+
+
+def test_all_that_is_generated_counts() -> None:
+    call = [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]
+    part = [{"index": 0, "function": {"arguments": '{"a"'}}]
+    for fields in (
+        {"reasoning_content": "hm"}, {"reasoning": "hm"}, {"tool_calls": call}, {"tool_calls": part}, {"refusal": "no"},
+        {"function_call": {"arguments": "{"}}, {"content": [{"type": "text", "text": "hi"}]},
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]},
+    ):  # fmt: skip
+        body = stream(delta(role="assistant", content=""), delta(**fields), delta(content="x"), delta("stop"))
+        answer = read_stream(body)
+        assert answer.tokens == [1, 1], fields
+        assert body[: answer.places[0] + 1].count(b"\n\n") == 2
+
+
+def test_what_ends_for_its_length_has_the_length_asked() -> None:
+    """Where the server counts nothing (no usage), chunks of several tokens would else be one each."""
+    body = stream(text("x" * 9), text("x" * 3, "length"))
+    assert read_stream(body, 8).tokens == [6, 2]
+    assert read_stream(body, 1).tokens == [1, 1]
+    assert read_stream(stream(text("x" * 9), text("x" * 3, "stop")), 8).tokens == [1, 1]
+
+
+@pytest.mark.parametrize("first", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("second", ["\n", "\r\n", "\r"])
+def test_mixed_line_ends(first: str, second: str) -> None:
+    lines = [b"event: message", b'data: {"choices": [{"index": 0,', b'data: "text": "a"}]}']
+    body = b"\xef\xbb\xbf" + first.encode().join(lines) + first.encode() + second.encode() + b"data: [DONE]\r\n\r\n"
+    answer = read_stream(body)
+    if first + second == "\r\n":  # one line end: the data goes on, and no JSON is followed by more
+        assert "can't be read" in answer.malformed
+        return
+    assert (answer.tokens, answer.ended, answer.malformed) == ([1], True, "")
+
+
+@pytest.mark.parametrize(
+    "last", [b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE]\r\n", event(text("b", "stop")).strip()]
+)
+def test_a_last_event_without_its_blank_line(last: bytes) -> None:
+    answer = read_stream(event(text("a")) + event(text("c")) + last)
+    assert answer.ended
+    assert answer.tokens == [1, 1] + [1] * (b"text" in last)
+
+
 def test_errors_in_the_stream() -> None:
     assert read_stream(event({"error": {"message": "died", "code": 500}})).error == "died"
     assert read_stream(event({"error": "died"})).error == "died"
+    assert read_stream(event({"object": "error", "message": "died", "code": 500})).error == "died"
+    assert read_stream(event({"detail": "died"})).error == "died"
+    assert read_stream(event(text("a")) + b"event: error\ndata: died\n\n" + DONE).error == "died"
+    assert read_stream(b'event: error\ndata: {"message": "died"}\n\n').error == "died"
+    assert "finish reason 'abort'" in read_stream(stream(text("a"), text("", "abort"))).error
+    assert read_stream(stream(text("a"), {"error": {"message": "x" * 900}}, text("b"))).error == "x" * 200 + " …"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +226,7 @@ def test_errors_in_the_stream() -> None:
         (b'{"message": "too many"}', "too many"),
         (b'{"detail": "Not Found"}', "Not Found"),
         (b"<html>bad\ngateway</html>", "<html>bad gateway</html>"),
+        (b"<html><head><title>502 Bad\nGateway</title></head><body>x", "502 Bad Gateway"),
         (b'{"a": 1}', '{"a": 1}'),
         (b"", ""),
         (b"x" * 500, "x" * 200 + " …"),
@@ -142,6 +250,28 @@ def test_tokens_sum_to_the_usage(sizes: list[int], closing: bool) -> None:
         messages.append(text("", "stop"))
     answer = read_stream(stream(*messages, usage(sum(sizes))))
     assert sum(answer.tokens) == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("body", "media", "words"),
+    [
+        (b"", "text/event-stream", "an empty body"),
+        (b"<!doctype html><title>Sign in</title>", "text/html", "a page instead of a stream: Sign in"),
+        (b"<h1>hello</h1>", "", "a page instead of a stream: <h1>hello</h1>"),
+        (b'{"object": "text_completion", "choices": [{"text": "a"}]}', "application/json", "one JSON object"),
+        (
+            b'{"error": {"message": "no such model"}}',
+            "application/json",
+            "with JSON instead of a stream: no such model",
+        ),
+        (b"[1, 2]", "", "with JSON instead of a stream: [1, 2]"),
+        (b'{"response": "a"}\n{"response": "b"}\n', "application/x-ndjson", "lines of JSON"),
+        (b"Hello there", "text/plain", "text of the type text/plain that holds no event of a stream: Hello there"),
+    ],
+)
+def test_what_a_200_is_that_is_no_stream(body: bytes, media: str, words: str) -> None:
+    assert read_stream(body).events == 0
+    assert words in what_instead(body, media)
 
 
 @given(st.binary(max_size=300))
