@@ -1,15 +1,17 @@
 """A closed loop: a fixed number of requests open at a time, instead of a rate; it judges no rate, it measures."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.arrivals import point_seed
 from bench.errors import BenchError
+from bench.files import CannotWriteError
 from bench.loadgen import processes_for, run_closed_loop
 from bench.metrics import MetricsReader, window_state
 from bench.plan import Lengths, TimeBudget
-from bench.point import LoadPoint, PointPlan, PointState, Watch, drain, point_id
+from bench.point import INTERRUPTED, LoadPoint, PointPlan, PointState, Watch, drain, point_id
 from bench.progress import Progress
 from bench.results import PointRow, RequestRow, RunFiles, utc_now
 from bench.run import InterruptedRunError, LostServerError, stop_on_interrupt
@@ -34,7 +36,7 @@ class ClosedPoint(LoadPoint):
         specs = self.workload.requests(count, seed)
         started = utc_now()
         self.reader.forget()
-        watch = Watch(plan, self.reader, show, self.left_s)
+        watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
         recording = run_closed_loop(
             self.target, specs, concurrency,
             observer=watch, time_limit_s=max(1.0, self.left_s()), processes=processes_for(chunks_per_s),
@@ -63,7 +65,10 @@ class ClosedPoint(LoadPoint):
 def measure_closed_loop(
     point: ClosedPoint, files: RunFiles, progress: Progress, concurrency: int, count: int, budget: TimeBudget
 ) -> tuple[PointRow, list[RequestRow]]:
-    """One request alone, then the closed loop; both are saved. Raises as measure_configuration() does."""
+    """One request alone, then the closed loop; both are saved, and returned where that fails (`files.unwritten`).
+
+    Ctrl-C (`budget.stopped`) ends the loop with what was answered; InterruptedRunError if it comes before the loop.
+    """
     budget.start()
     reader: MetricsReader = point.reader
     with stop_on_interrupt(budget), reader:
@@ -73,7 +78,7 @@ def measure_closed_loop(
                 raise InterruptedRunError(None)
             cause = f"{rows[0].status} {rows[0].error}".strip() if rows else "no answer"
             raise BenchError(f"the first request to {point.target.base_url} failed with {cause}")
-        files.add_point(alone, rows)
+        _save(files, alone, rows)
         for note in point.notes():
             progress.message(note)
         if rows[0].error:
@@ -85,13 +90,16 @@ def measure_closed_loop(
         progress.point_started(plan)
         chunks_per_s = concurrency * _chunks_per_s(rows[0])
         row, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
-        files.add_point(row, requests)
         progress.point_finished(row)
-    if budget.stopped:
-        raise InterruptedRunError(None)
-    if row.requests and not row.completed:
+        _save(files, row, requests)
+    if row.requests and not row.completed and not budget.stopped:
         raise LostServerError(f"not one of {row.requests} requests was answered: {row.failures or 'cut short'}")
     return row, requests
+
+
+def _save(files: RunFiles, row: PointRow, requests: list[RequestRow]) -> None:
+    with contextlib.suppress(CannotWriteError):  # kept by `files`, which says so
+        files.add_point(row, requests)
 
 
 def _chunks_per_s(row: RequestRow) -> float:
@@ -111,6 +119,9 @@ def _fault(requests: list[RequestRow], count: int, client: str, cut: str) -> str
     """Why the point is invalid, else ""; failed requests of a server that answers others leave it valid."""
     if client:
         return f"the load generator was the bottleneck: {client}"
+    if cut == INTERRUPTED:
+        done = sum(r.status == "ok" for r in requests)
+        return f"interrupted when {done} of {count} requests were answered"
     if cut:
         return "ended before all requests were answered" + (f": {cut}" if cut != "time" else " (--max-minutes)")
     if len(requests) < count:

@@ -21,6 +21,7 @@ from bench.workloads import Workload
 
 _DRAIN_LIMIT_S = 30.0
 _LOST_SERVER_READINGS = 6  # readings in a row without an answer
+INTERRUPTED = "interrupted"
 _ENOUGH = "enough seen"  # the window is over and its verdict plain: its last answers needn't be awaited
 
 
@@ -73,6 +74,7 @@ class Watch:
     reader: MetricsReader
     show: Callable[[PointState], None]
     left_s: Callable[[], float]  # of the run's time; 0 once stopped
+    stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
     clock: Callable[[], float] = time.monotonic  # the readings' clock
     cut: str = ""
     now_s: float = 0.0
@@ -88,6 +90,8 @@ class Watch:
         return not self.cut
 
     def _cut(self, now_s: float, backlog: int, failed: int, server: ServerState | None) -> str:
+        if self.stopped():
+            return INTERRUPTED
         if self.left_s() <= 0:
             return "time"
         if self.reader.failures >= _LOST_SERVER_READINGS and failed:
@@ -136,6 +140,7 @@ class LoadPoint:
     left_s: Callable[[], float]
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
+    stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
 
     def notes(self) -> list[str]:
         """What should be known of the trace and of the workload's data."""
@@ -152,7 +157,7 @@ class LoadPoint:
         specs = self.workload.requests(len(times), seed)
         started = utc_now()
         self.reader.forget()
-        watch = Watch(plan, self.reader, show, self.left_s)
+        watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
         recording = run_load(
             self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed
         )  # fmt: skip
@@ -196,7 +201,7 @@ class LoadPoint:
         if cut and watch.now_s < end_s:
             # What was seen until the cut is the window. A warm-up that was cut leaves none.
             end_s = max(start_s, watch.now_s)
-        elif cut in ("time", _ENOUGH):
+        elif cut in ("time", INTERRUPTED, _ENOUGH):
             cut = ""  # only answers were awaited any more: the window is whole
         requests = recording.rows((start_s, end_s))
         server = window_state(self.reader.states, watch.started_at + start_s, watch.started_at + end_s)
@@ -204,6 +209,8 @@ class LoadPoint:
         row.seed, row.started = seed, started
         verdict = judge(self._evidence(row, requests, (start_s, end_s), server, recording.health, cut))
         _set_verdict(row, verdict)
+        if cut == INTERRUPTED and not row.valid:
+            row.reason = "interrupted before its window was over"
         return row, requests
 
     def _evidence(
@@ -224,7 +231,7 @@ class LoadPoint:
             missed_lengths=sum(r.output_tokens != r.asked_output_tokens for r in done),
             requests=len(inside),
             client_fault=health.reason if health.saturated else "",
-            cut=cut,
+            cut="time" if cut == INTERRUPTED else cut,
             limits={column: (getattr(row, column), allowed) for column, allowed in self.limits.items()},
             fastest_s=min((r.e2e_s for r in done if r.e2e_s is not None), default=0.0),
         )

@@ -26,12 +26,15 @@ from typing import Any, Literal, get_type_hints
 import pandas as pd
 import psutil
 
+from bench.files import CannotWriteError, replace_file, writing
+
 Phase = Literal["probe", "search", "confirm", "ladder", "fixed", "closed"]
 
 POINTS_FILE = "points.csv"
 SUMMARY_FILE = "summary.json"
 REQUESTS_FOLDER = "requests"
 METRICS_FOLDER = "metrics"
+FLAG = "--out"
 
 # Student's t for 95 %, by degrees of freedom.
 _STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -223,15 +226,17 @@ class RunFiles:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        self.unwritten = ""  # why load points are here alone
+        self._kept: dict[str, tuple[PointRow, list[RequestRow]]] = {}  # of which nothing could be written
 
     def write_summary(self, summary: Summary) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(
-            self.folder / SUMMARY_FILE, json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False) + "\n"
-        )
+        """Raises CannotWriteError."""
+        text = json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False) + "\n"
+        with writing(self.folder / SUMMARY_FILE, FLAG):
+            replace_file(self.folder / SUMMARY_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
     def read_summary(self) -> Summary:
-        data = json.loads((self.folder / SUMMARY_FILE).read_text())
+        data = json.loads((self.folder / SUMMARY_FILE).read_text(encoding="utf-8-sig"))
         data["answers"] = [Answer(**answer) for answer in data["answers"]]
         return Summary(**data)
 
@@ -239,49 +244,58 @@ class RunFiles:
         """Write the requests first, then the point, so that a point in points.csv always has its requests.
 
         The `at_s` of the readings counts from the start of the point; without readings no file of them is written.
+        Raises CannotWriteError; the point and its requests are then kept in memory, where they can still be read.
         """
-        self._write_rows(REQUESTS_FOLDER, point.point_id, RequestRow, requests)
-        if readings:
-            self._write_rows(METRICS_FOLDER, point.point_id, ServerState, readings)
-        else:
-            (self.folder / METRICS_FOLDER / f"{point.point_id}.parquet").unlink(missing_ok=True)
-        rows = [p for p in self.read_points() if p.point_id != point.point_id]
-        self.write_points([*rows, point])
+        try:
+            with writing(self.folder, FLAG):
+                self._write_rows(REQUESTS_FOLDER, point.point_id, RequestRow, requests)
+                if readings:
+                    self._write_rows(METRICS_FOLDER, point.point_id, ServerState, readings)
+                else:
+                    (self.folder / METRICS_FOLDER / f"{point.point_id}.parquet").unlink(missing_ok=True)
+                rows = [p for p in self.read_points() if p.point_id not in self._kept and p.point_id != point.point_id]
+                self.write_points([*rows, point])
+        except CannotWriteError as error:
+            self.unwritten = str(error)
+            self._kept[point.point_id] = point, requests
+            raise
 
     def _write_rows(self, folder: str, point_id: str, kind: type, rows: Sequence[Any]) -> None:
-        path = self.folder / folder / f"{point_id}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        names = [f.name for f in dataclasses.fields(kind)]
-        frame = pd.DataFrame([dataclasses.asdict(r) for r in rows], columns=names)
+        frame = _frame(kind, rows)
         if kind is ServerState:
             frame = frame.astype(float)  # a metric the server lacks is a column of NaN, not one without a type
-        frame.to_parquet(part)
-        part.replace(path)
+        replace_file(self.folder / folder / f"{point_id}.parquet", frame.to_parquet)
 
     def write_points(self, points: list[PointRow]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         names = [f.name for f in dataclasses.fields(PointRow)]
-        part = self.folder / (POINTS_FILE + ".part")
-        with part.open("w", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(names)
-            for point in points:
-                writer.writerow([_cell(getattr(point, name)) for name in names])
-        part.replace(self.folder / POINTS_FILE)
+
+        def write(part: Path) -> None:
+            with part.open("w", newline="", encoding="utf-8") as f:
+                writer = csv.writer(f)
+                writer.writerow(names)
+                for point in points:
+                    writer.writerow([_cell(getattr(point, name)) for name in names])
+
+        with writing(self.folder / POINTS_FILE, FLAG):
+            replace_file(self.folder / POINTS_FILE, write)
 
     def read_points(self) -> list[PointRow]:
+        """What points.csv holds, and what could not be written to it."""
         path = self.folder / POINTS_FILE
+        kept = [point for point, _ in self._kept.values()]
         if not path.exists():
-            return []
+            return kept
         kinds = get_type_hints(PointRow)
-        with path.open(newline="") as f:
-            return [PointRow(**{k: _value(v, kinds[k]) for k, v in row.items()}) for row in csv.DictReader(f)]
+        with path.open(newline="", encoding="utf-8-sig") as f:  # spreadsheets put a byte order mark before it
+            rows = [PointRow(**{k: _value(v, kinds[k]) for k, v in row.items()}) for row in csv.DictReader(f)]
+        return [*(row for row in rows if row.point_id not in self._kept), *kept]
 
     def requests_path(self, point_id: str) -> Path:
         return self.folder / REQUESTS_FOLDER / f"{point_id}.parquet"
 
     def read_requests(self, point_id: str) -> pd.DataFrame:
+        if point_id in self._kept:
+            return _frame(RequestRow, self._kept[point_id][1])
         return pd.read_parquet(self.requests_path(point_id))
 
     def read_metrics(self, point_id: str) -> pd.DataFrame | None:
@@ -290,10 +304,8 @@ class RunFiles:
         return pd.read_parquet(path) if path.exists() else None
 
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+def _frame(kind: type, rows: Sequence[Any]) -> pd.DataFrame:
+    return pd.DataFrame([dataclasses.asdict(r) for r in rows], columns=[f.name for f in dataclasses.fields(kind)])
 
 
 def _cell(value: Any) -> str:

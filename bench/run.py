@@ -10,6 +10,7 @@ from types import FrameType
 
 from bench.arrivals import Arrivals
 from bench.errors import BenchError
+from bench.files import CannotWriteError
 from bench.loadgen import Target
 from bench.metrics import MetricsReader
 from bench.plan import Lengths, Planner, TimeBudget, ladder_rates
@@ -72,7 +73,8 @@ def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -
     """Measure and save every load point; returns the answer, None when not one point could be judged.
 
     `finished` are points of an interrupted run: they are taken as they are. Time limits end it with what was found.
-    Raises InterruptedRunError (Ctrl-C) and LostServerError, both with the answer so far; BenchError if the probe fails.
+    Raises InterruptedRunError (Ctrl-C), LostServerError and CannotWriteError, with the answer so far; BenchError if the
+    probe fails.
     """
     options, configuration, workload = subject.options, subject.configuration, subject.workload.name
     with _open_run(subject, finished) as run:
@@ -116,12 +118,14 @@ def _open_run(subject: Subject, finished: Sequence[PointRow]) -> Iterator["_Run"
     with stop_on_interrupt(budget), MetricsReader(target.base_url, target.api_key) as reader:
         point = LoadPoint(
             target, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
-            options.limits, options.arrivals,
+            options.limits, options.arrivals, lambda: budget.stopped,
         )  # fmt: skip
         planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
         known = {r.point_id: r for r in finished if _reusable(r)}
         run = _Run(point, planner, subject.files, subject.progress, known)
         yield run
+    if run.unwritten:
+        raise CannotWriteError(run.unwritten, run.answer)
     if run.lost:
         raise LostServerError(run.lost, run.answer)
     if budget.stopped:
@@ -166,6 +170,7 @@ class _Run:
         self.rows: list[PointRow] = []
         self.answer: Answer | None = None
         self.lost = ""  # why the server counts as gone
+        self.unwritten = ""  # why results can't be written any more
 
     def mine(self, row: PointRow) -> bool:
         return row.configuration == self._point.configuration and row.workload == self._point.workload.name
@@ -276,7 +281,7 @@ class _Run:
                 lengths = self._planner.fixed_lengths(rate, latency_s, len(rounded) - i)
             if self._measure(rate, phase, repeat, lengths, latency_s) is None:
                 left_out.append(rate)
-        if left_out and not self._planner.budget.stopped and not self.lost:
+        if left_out and not (self._planner.budget.stopped or self.lost or self.unwritten):
             shown = ", ".join(f"{r:g}" for r in left_out)
             self._progress.message(f"no time left for {shown} req/s (--max-minutes)")
 
@@ -308,14 +313,17 @@ class _Run:
     def _measure(
         self, rate: float, phase: Phase, repeat: int, lengths: Lengths | None, latency_s: float
     ) -> PointRow | None:
-        if lengths is None or self.lost or self._planner.budget.left_s() <= 0:
+        if lengths is None or self.lost or self.unwritten or self._planner.budget.left_s() <= 0:
             return None
         plan = PointPlan(rate, phase, repeat, lengths, latency_s, cut_overload=phase in ("search", "confirm"))
         self._progress.point_started(plan)
         row, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
-        self._files.add_point(row, requests, self._point.reader.readings())
         self.rows.append(row)
         self._progress.point_finished(row)
+        try:
+            self._files.add_point(row, requests, self._point.reader.readings())
+        except CannotWriteError as error:
+            self.unwritten = str(error)  # the point counts, and is the last
         self._after(row, requests)
         return row
 

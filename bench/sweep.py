@@ -19,10 +19,12 @@ from typing import Any
 from bench.arrivals import Arrivals
 from bench.errors import BenchError
 from bench.facts import resolved_configuration
+from bench.files import CannotWriteError, check_folder, replace_file, writing
 from bench.loadgen import Target
 from bench.loadgen.probe import probe_server
 from bench.progress import Progress
 from bench.results import (
+    FLAG,
     METRICS_FOLDER,
     POINTS_FILE,
     REQUESTS_FOLDER,
@@ -59,8 +61,10 @@ class _State:
 def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, *, fresh: bool = False) -> Summary:
     """Measure what isn't measured yet; the causes of what failed are in the summary's `failures`.
 
-    Raises BenchError if `folder` holds another sweep and `fresh` isn't set, InterruptedRunError on Ctrl-C.
+    Raises BenchError if `folder` holds another sweep and `fresh` isn't set, or can't be written to (CannotWriteError);
+    InterruptedRunError on Ctrl-C.
     """
+    check_folder(folder, FLAG)
     if fresh:
         discard(folder)
     sweep = _Sweep(plan, folder, progress)
@@ -148,6 +152,8 @@ class _Sweep:
                     self._measure(configuration, workload, target, built)
                 else:
                     self._measure_ladder(configuration, workload, target, built, ladder)
+        except CannotWriteError:
+            raise  # the next turns could not be written either
         except BenchError as error:
             self._fail(configuration, workload, str(error))
         finally:
@@ -326,12 +332,11 @@ class _Sweep:
         )
 
     def _save(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         # The state first: a folder with a summary but no state is taken for somebody else's.
-        part = self._folder / (STATE_FILE + ".part")
         fields = {name: getattr(self._state, name) for name in ("plan", "ladder_rates", "ladders", "searched_s")}
-        part.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-        part.replace(self._folder / STATE_FILE)
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        with writing(self._folder / STATE_FILE, FLAG):
+            replace_file(self._folder / STATE_FILE, lambda part: part.write_text(text))
         self._files.write_summary(self.summary)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.files import replace_file, writing
 from bench.results import RequestRow
 
 
@@ -59,10 +60,10 @@ def vllm_result(
 
 
 def save_vllm_result(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result))
-    part.replace(path)
+    """Raises CannotWriteError naming --save-vllm-json."""
+    text = json.dumps(result)
+    with writing(path, "--save-vllm-json"):
+        replace_file(path, lambda part: part.write_text(text))
 
 
 def _statistics(done: Sequence[RequestRow]) -> dict[str, float]:

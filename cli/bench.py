@@ -12,14 +12,15 @@ from rich.console import Console
 
 from bench.errors import BenchError
 from bench.facts import resolved_configuration
+from bench.files import CannotWriteError, check_folder
 from bench.loadgen import Target
 from bench.loadgen.probe import ServerFacts, probe_server
 from bench.progress import ConsoleProgress, answer_text, failure_words, points_table
-from bench.results import Answer, RunFiles, Summary, utc_now
+from bench.results import FLAG, Answer, RunFiles, Summary
 from bench.run import BenchOptions, InterruptedRunError, LostServerError, Subject, measure_configuration
 from bench.server import ServerProcess, has_flag
 from bench.workloads import make_workload, tells_lengths
-from cli.closed import check_closed, run_closed, save_vllm_of_rate
+from cli.closed import check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.options import Finite
 from cli.params import LIMIT, MOST_RATE, RATES, SHARE
 from cli.workload import (
@@ -89,6 +90,9 @@ def command(ctx: click.Context, **given: Any) -> None:
         console = Console(width=120)  # a file or a pipe: nothing to fit into
     folder = given["out"] or Path("results") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     files = RunFiles(folder)
+    check_folder(folder, FLAG)
+    if given["save_vllm_json"] is not None:
+        check_folder(given["save_vllm_json"].parent, "--save-vllm-json")
     spec = workload_spec(ctx)
     most = make_workload(spec, _ANY_VOCABULARY).max_tokens  # what is wrong with it shows before a server is asked
     if given["model"] is None:
@@ -149,21 +153,22 @@ def _run(
     except InterruptedRunError as interrupted:
         answer, code = interrupted.answer, 130
     except BenchError as error:
-        answer, ended = error.answer if isinstance(error, LostServerError) else None, error
+        answer = error.answer if isinstance(error, LostServerError | CannotWriteError) else None
+        ended = error
         summary.failures[f"{name} / {workload.name}"] = str(error)
-    failed = _finish(console, files, summary, answer)
+    summary.answers = [answer] if answer is not None else []
+    unwritten = write_summary(files, summary)
     if given["save_vllm_json"] is not None:
-        save_vllm_of_rate(given["save_vllm_json"], files, target.model)
+        unwritten = save_vllm_of_rate(given["save_vllm_json"], files, target.model, summary.started) or unwritten
+    failed = _print_end(console, files, summary, answer)
+    ended = ended or unwritten
     if ended is not None:
         raise ended
     return FAILED_REQUESTS if failed and code == 0 else code
 
 
-def _finish(console: Console, files: RunFiles, summary: Summary, answer: Answer | None) -> bool:
-    """Print and write what there is; returns whether requests failed in any of this run's load points."""
-    summary.answers = [answer] if answer is not None else []
-    summary.finished = utc_now()
-    files.write_summary(summary)
+def _print_end(console: Console, files: RunFiles, summary: Summary, answer: Answer | None) -> bool:
+    """The points, what went wrong in them, and the answer as the last line; returns whether requests failed."""
     points = files.read_points()
     failed = [p for p in points if p.failures and p.started >= summary.started]
     if any(p.phase != "probe" for p in points):

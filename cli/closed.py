@@ -9,6 +9,8 @@ import click
 from rich.console import Console
 
 from bench.closed import ClosedPoint, measure_closed_loop
+from bench.errors import BenchError
+from bench.files import CannotWriteError
 from bench.loadgen import Target
 from bench.metrics import MetricsReader
 from bench.plan import TimeBudget
@@ -19,6 +21,7 @@ from bench.vllm_json import save_vllm_result, vllm_result
 from bench.workloads import Workload
 
 FAILED_REQUESTS = 3
+INTERRUPTED = 130  # the exit code of Ctrl-C
 REQUESTS_A_STREAM = 4  # where --num-requests isn't given
 
 
@@ -49,36 +52,60 @@ def run_closed(
     budget = TimeBudget(options.max_minutes * 60)
     reader = MetricsReader(target.base_url, target.api_key)
     point = ClosedPoint(
-        target, workload, name, reader, options.seed, options.precision, budget.left_s, options.limits
+        target, workload, name, reader, options.seed, options.precision, budget.left_s, options.limits,
+        stopped=lambda: budget.stopped,
     )  # fmt: skip
     try:
         row, requests = measure_closed_loop(point, files, ConsoleProgress(console), concurrency, count, budget)
     except InterruptedRunError:
-        console.print("interrupted", style="bold")
-        return 130
-    finally:
-        summary.finished = utc_now()
-        files.write_summary(summary)
+        lost = f"; {given['save_vllm_json']} isn't written" if given["save_vllm_json"] is not None else ""
+        console.print(f"interrupted before the first load point{lost}", style="bold", highlight=False)
+        write_summary(files, summary)
+        return INTERRUPTED
+    except BenchError:
+        write_summary(files, summary)
+        raise
+    failed = CannotWriteError(files.unwritten) if files.unwritten else write_summary(files, summary)
     if given["save_vllm_json"] is not None:
-        save_vllm(given["save_vllm_json"], requests, target.model, max_concurrency=concurrency)
+        asked = {"max_concurrency": concurrency}
+        failed = save_vllm(given["save_vllm_json"], requests, target.model, **asked) or failed
     _print(console, files, row)
+    if failed is not None:
+        raise failed
+    if budget.stopped:
+        return INTERRUPTED
     if not row.valid:
         return 1
     return FAILED_REQUESTS if row.failed else 0
 
 
-def save_vllm(path: Path, requests: list[RequestRow], model: str, **asked: Any) -> None:
-    """Write the requests in the schema of `vllm bench serve --save-result`."""
-    save_vllm_result(path, vllm_result(requests, model, **asked))
+def write_summary(files: RunFiles, summary: Summary) -> CannotWriteError | None:
+    """Write the summary; returns the error, which must not keep the figures from the screen."""
+    summary.finished = utc_now()
+    try:
+        files.write_summary(summary)
+    except CannotWriteError as error:
+        return error
+    return None
 
 
-def save_vllm_of_rate(path: Path, files: RunFiles, model: str) -> None:
-    """The same for the window of the newest load point with a given rate, if there is one."""
-    points = [p for p in files.read_points() if p.phase == "fixed"]
-    if points:
-        point = max(points, key=lambda p: p.started)
-        rows = [r for r in _request_rows(files, point.point_id) if r.in_window]
-        save_vllm(path, rows, model, request_rate=point.rate)
+def save_vllm(path: Path, requests: list[RequestRow], model: str, **asked: Any) -> CannotWriteError | None:
+    """Write the requests in the schema of `vllm bench serve --save-result`; returns the error."""
+    try:
+        save_vllm_result(path, vllm_result(requests, model, **asked))
+    except CannotWriteError as error:
+        return error
+    return None
+
+
+def save_vllm_of_rate(path: Path, files: RunFiles, model: str, since: str) -> CannotWriteError | None:
+    """The same for the window of the load point with a given rate that was started after `since`, if there is one."""
+    points = [p for p in files.read_points() if p.phase == "fixed" and p.started >= since]
+    if not points:
+        return CannotWriteError(f"{path}: isn't written, as no load point was measured (--save-vllm-json)")
+    point = max(points, key=lambda p: p.started)
+    rows = [r for r in _request_rows(files, point.point_id) if r.in_window]
+    return save_vllm(path, rows, model, request_rate=point.rate)
 
 
 def _request_rows(files: RunFiles, point_id: str) -> list[RequestRow]:

@@ -71,10 +71,15 @@ def show_report(
     from rich.console import Console
 
     from plots.compare import failed_conditions
+    from plots.data import ReportError
     from plots.report import write_report
     from plots.tables import ablation_table, answer_lines, markdown, terminal_table, trouble_lines
 
-    report = write_report(folders, out, timelines)
+    try:
+        report = write_report(folders, out, timelines)
+    except OSError as error:
+        where, cause = error.filename or out or folders[-1], error.strerror or error
+        raise ReportError(f"{where}: {cause}: the report can't be written (--out)") from None
     if as_markdown:
         click.echo(markdown(report.results, report.comparisons))
     else:
