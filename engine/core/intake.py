@@ -156,7 +156,7 @@ def leading_ints(data: bytes, count: int) -> list[int]:
         return []
     found: list[int] = []
     while len(found) < count and at < len(data):
-        size = _INT_SIZES.get(data[at], 1 if data[at] < 0x80 else 0)
+        size = _INT_SIZES.get(data[at], 1 if data[at] < 0x80 or data[at] >= 0xE0 else 0)
         if not size:
             break
         try:
