@@ -3,21 +3,20 @@
 Rank 0 is a `Driver`: it keeps the rows, builds each step's batch and tells it before it computes it. The other ranks
 are `Follower`s without rows. What is told goes over the ranks' group as V0's tensors did, after what describes them:
 
-    int64[1]: bytes of the next │ description: what it is, each column's dtype, shape, bytes │ column │ column │ …
+    int64[1]: bytes of the next │ description: what it is, each column's name, dtype, shape │ column │ column │ …
 
 Each is a broadcast; those of the columns are under way together. Followers wait for the first.
 """
 
-import contextlib
 import dataclasses
-import pickle
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import RedlineError
@@ -31,7 +30,9 @@ from engine.worker.network import Built, Network
 from engine.worker.rows import Int64s, Rows, StepBatch
 from engine.worker.runner import Choice, Runner, build_parts, build_rows
 from engine.worker.sampler import Float64s
-from engine.worker.wire import Call
+from engine.worker.wire import Call, PeerLostError
+
+log = logging.getLogger("redline.worker")
 
 _NONE: Int64s = np.zeros(0, dtype=np.int64)
 
@@ -60,35 +61,63 @@ class Step:
 
 Told = Step | Call | None  # None: the end
 
+# Of the columns that are sent; others are an error.
+_DTYPES = {str(kind): np.dtype(kind) for kind in ("bool", "uint8", "int32", "int64", "uint64", "float32", "float64")}
+_BATCH = tuple(field.name for field in dataclasses.fields(StepBatch))
+
+
+class _Description(msgspec.Struct, array_like=True):
+    """What is told, without its columns: those follow as plain bytes, in the order of `columns`.
+
+    Nothing in it is run or imported by who hears it: the ranks' group goes over sockets of the machine.
+    """
+
+    call: Call | None = None
+    step: int | None = None  # None, and no call: the end
+    chosen: bool = False
+    columns: list[tuple[str, str, tuple[int, ...]]] = []  # name, dtype, shape
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Description).decode
+
+
+def _columns(step: Step) -> dict[str, NDArray[Any]]:
+    """A step's columns by name; one that is None is left out."""
+    named = {name: getattr(step.batch, name) for name in _BATCH if name != "step"}
+    temperatures, numbers = step.drawn or (None, None)
+    named |= {"temperatures": temperatures, "numbers": numbers, "at": step.at}
+    return {name: np.ascontiguousarray(values) for name, values in named.items() if values is not None}
+
 
 def tell(group: GlooGroup, what: Told) -> None:
     """Have all other ranks hear it; of rank 0 alone."""
-    columns: list[pickle.PickleBuffer] = []
-    content = pickle.dumps(what, 5, buffer_callback=columns.append)
-    sent = [torch.frombuffer(column, dtype=torch.uint8) for column in map(_raw, columns) if column.nbytes]
-    description = pickle.dumps((content, [_raw(column).nbytes for column in columns]))
-    group.broadcast([torch.tensor([len(description)])])
-    group.broadcast([torch.frombuffer(bytearray(description), dtype=torch.uint8)])
-    group.broadcast(sent)
+    columns: dict[str, NDArray[Any]] = {}
+    description = _Description()
+    if isinstance(what, Step):
+        columns = _columns(what)
+        kinds = [(name, values.dtype.name, values.shape) for name, values in columns.items()]
+        description = _Description(step=what.batch.step, chosen=what.chosen, columns=kinds)
+    elif what is not None:
+        description = _Description(call=what)
+    head = bytearray(_encode(description))
+    group.broadcast([torch.tensor([len(head)])])
+    group.broadcast([torch.frombuffer(head, dtype=torch.uint8)])
+    group.broadcast([torch.from_numpy(values.reshape(-1).view(np.uint8)) for values in columns.values() if values.size])
 
 
 def hear(group: GlooGroup) -> Told:
     """What rank 0 tells next, waited for without using the processor; of all other ranks."""
     [size] = group.broadcast([torch.zeros(1, dtype=torch.int64)], FOREVER)
-    [description] = group.broadcast([_room(int(size))])
-    content, lengths = pickle.loads(description.numpy().data)
-    columns = [_room(length) for length in lengths]
-    group.broadcast([column for column in columns if len(column)])
-    told: Told = pickle.loads(content, buffers=[column.numpy().data for column in columns])
-    return told
-
-
-def _raw(column: pickle.PickleBuffer) -> memoryview:
-    return column.raw()
-
-
-def _room(length: int) -> Tensor:
-    return torch.empty(length, dtype=torch.uint8)
+    [head] = group.broadcast([torch.empty(int(size), dtype=torch.uint8)])
+    told = _decode(head.numpy().data)
+    columns = {name: np.empty(shape, _DTYPES[kind]) for name, kind, shape in told.columns}
+    group.broadcast([torch.from_numpy(one.reshape(-1).view(np.uint8)) for one in columns.values() if one.size])
+    if told.step is None:
+        return told.call
+    drawn = (columns["temperatures"], columns["numbers"]) if "temperatures" in columns else None
+    batch = StepBatch(told.step, **{name: columns.get(name) for name in _BATCH if name != "step"})  # type: ignore[arg-type]
+    return Step(batch, told.chosen, drawn, columns["at"])
 
 
 class Driver(Runner):
@@ -126,8 +155,18 @@ class Follower:
             if isinstance(told, Step):
                 self._run(told)
             else:
-                with contextlib.suppress(RedlineError):  # it is rank 0's too, which answers
-                    self._calls[told.method](**told.arguments)
+                self._call(told)
+
+    def _call(self, call: Call) -> None:
+        """Whatever it fails of, rank 0 fails of it too and answers; but for the loss of another rank."""
+        try:
+            self._calls[call.method](**call.arguments)
+        except PeerLostError:
+            raise
+        except RedlineError:
+            pass
+        except Exception:
+            log.exception("a call failed")
 
     def _run(self, step: Step) -> None:
         self._network.forward(step.batch)

@@ -174,7 +174,7 @@ class FusedNetwork:
         self._adapters[slot] = pack_adapter(by_layer(adapter, self._spec.layers), self._spec)
 
     def drop_adapter(self, slot: int) -> None:
-        del self._adapters[slot]
+        self._adapters.pop(slot, None)
 
     def logits(self, which: Int64s) -> Tensor:
         out = torch.empty(len(which), self._count)

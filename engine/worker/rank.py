@@ -20,7 +20,7 @@ import msgspec
 from engine import children
 from engine.children import Failure
 from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
-from engine.errors import EngineDeadError, RedlineError
+from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.memory import threads_per_rank
 from engine.model.facts import ModelFacts
 from engine.model.split import plan_split
@@ -79,7 +79,7 @@ def run(parent: socket.socket, orders: Orders) -> Failed | None:
         return None
     except BaseException as error:  # whatever it is, the parent shows it last
         logging.getLogger("redline.worker").exception("failed")
-        return Failed(Failure(EngineDeadError.__name__, f"{type(error).__name__}: {error}"))
+        return Failed(Failure(EngineDeadError.__name__, cause_of(error)))
     return None
 
 
@@ -142,12 +142,17 @@ def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers:
 
 
 def answer_call(runner: "Runner", body: bytes) -> bytes:
-    """Do what isn't a step; a RedlineError is the answer."""
-    call = msgspec.msgpack.decode(body, type=Call)
+    """Do what isn't a step; whatever fails is the answer, unless it is the loss of another rank."""
     try:
+        call = msgspec.msgpack.decode(body, type=Call)
         return msgspec.msgpack.encode(Answer(runner.call(call.method, call.arguments)))
+    except PeerLostError:
+        raise
     except RedlineError as error:
         return msgspec.msgpack.encode(Answer(failure=Failure.of(error)))
+    except Exception as error:
+        logging.getLogger("redline.worker").exception("a call failed")
+        return msgspec.msgpack.encode(Answer(failure=Failure(RedlineError.__name__, cause_of(error))))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def build_parts(
         built = build_network(config, facts, resolved, blank)
     share = None
     if split is not None and blank.vocabulary is not None:
-        share = Share(split, blank.vocabulary, f"{blank.path(blank.model.base_model)}.")
+        share = Share(split, blank.vocabulary, f"{blank.path(blank.model.base_model)}.", blank.model)
     return built, share
 
 

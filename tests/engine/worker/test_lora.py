@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
-from engine.errors import ModelError
+from engine.errors import ModelError, RedlineError
 from engine.memory import resolve
+from engine.messages import RowAdded, Sampling, StepMessage, column, decode_result, encode, int32s
 from engine.model.facts import read_facts
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import Driver, Request, build_model
@@ -61,6 +64,28 @@ def test_two_adapters_and_the_base_in_one_batch(
     serve_together(driver, ["three#3", "", "two#2"], [merged(model, three, 2.0), references[0], references[2]])
 
 
+def useless(model: torch.nn.Module, names: tuple[str, ...], folder: Path) -> dict[str, str]:
+    """Folders of adapters that a model doesn't take, and what is said of them."""
+    odd = {
+        "wide": ("down_proj", lambda down, up: (torch.nn.functional.pad(down, (0, 1)), up)),
+        "tall": (names[0], lambda down, up: (down, torch.nn.functional.pad(up, (0, 0, 0, 2)))),
+        "nan": (names[0], lambda down, up: (down * float("nan"), up)),
+    }
+    said = {"wide": "numbers, the model's are", "tall": "numbers, the model's are", "nan": "no finite numbers"}
+    found = {str(folder): "isn't an adapter"}
+    for name, (linear, change) in odd.items():
+        path = write_adapter(folder / name, model, (linear,), 1)
+        tensors = load_file(path / "adapter_model.safetensors")
+        for key in [key for key in tensors if "lora_A" in key]:
+            other = key.replace("lora_A", "lora_B")
+            tensors[key], tensors[other] = change(tensors[key], tensors[other])
+        save_file(tensors, path / "adapter_model.safetensors")
+        found[str(path)] = said[name]
+    listed = write_adapter(folder / "listed", model, names, 1)
+    (listed / "adapter_config.json").write_text("[]")
+    return {**found, str(listed): "holds a list"}
+
+
 @pytest.mark.parametrize(
     ("kind", "names", "ablate"),
     [("llama", LLAMA, ()), ("phi3", ("qkv_proj", "down_proj"), ()), ("llama", LLAMA, ("driver-broadcast",))],
@@ -81,8 +106,14 @@ def test_ranks_share_adapters(kind: str, names: tuple[str, ...], ablate: tuple[s
     executor = MultiprocessExecutor(config, facts, resolve(config, facts).config)
     try:
         driver = Driver(executor, rows=6, block_size=4, num_blocks=3000)  # type: ignore[arg-type]
-        with pytest.raises(ModelError, match="isn't an adapter"):
-            executor.call("load_adapter", {"key": "no#1", "path": str(tmp_path)}).result(60)
+        for at, (path, says) in enumerate(useless(model, names, tmp_path).items()):
+            with pytest.raises(ModelError, match=says):
+                executor.call("load_adapter", {"key": f"no#{at}", "path": path}).result(60)
+        with pytest.raises(ModelError, match="no adapter has the key 'no#1'"):
+            executor.call("unload_adapter", {"key": "no#1"}).result(60)
+        for method, arguments in (("nonsense", {}), ("load_adapter", {"key": "no#2", "path": 5}), ("load_adapter", {})):
+            with pytest.raises(RedlineError):
+                executor.call(method, arguments).result(60)
         assert executor.call("load_adapter", {"key": "one#2", "path": str(folder)}).result(60) > 0
         serve_together(driver, ["", "one#2"], [Reference(model), merged(model, folder, 2.0)])
     finally:
@@ -151,3 +182,23 @@ def test_unloading_frees_the_memory(tmp_path: Path, make_driver: Callable[..., D
         driver.run([Request(prompts(1)[2])], 2, seed=1)
         gc.collect()
         assert not any(one() for one in watched)
+
+
+def test_a_row_whose_adapter_is_not_there_is_refused_and_its_neighbor_computed(
+    tmp_path: Path, make_driver: Callable[..., Driver]
+) -> None:
+    model = build_model("llama", tmp_path / "model", head_dim=16)
+    expected = Reference(model).run([3, 1, 4])[0][:2]
+    for kernels in ("torch", "auto"):
+        executor = make_driver(tmp_path / "model", block_size=16, kernels=kernels).executor
+        rows = [
+            RowAdded(row, 1, column([3, 1, 4]), 3, 0, (column([row + 1]),), Sampling(), adapter)
+            for row, adapter in enumerate(("", "gone#1"))
+        ]
+        executor.submit(encode(StepMessage(1, added=tuple(rows), chunks=column([[0, 3], [1, 3]]))))
+        first = decode_result(executor.sample(1).result())
+        assert int32s(first.refused, 2).tolist() == [[1, 1]]
+        executor.submit(encode(StepMessage(2, removed=column([1]))))
+        second = decode_result(executor.sample(2).result())
+        assert second.refused == b""
+        assert [int(int32s(first.tokens)[0]), *int32s(second.tokens).tolist()] == expected
