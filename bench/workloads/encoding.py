@@ -7,6 +7,8 @@ import httpx
 
 from bench.errors import BenchError
 from bench.workloads.base import Encode
+from engine.errors import ModelError
+from engine.pretrained import load_auto_tokenizer
 
 _TIMEOUT_S = 60.0
 
@@ -21,13 +23,10 @@ def local_tokenizer(name: str) -> Any:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise BenchError(f"{path} can't be read as a tokenizer: {error} (--tokenizer)") from None
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BenchError(f"no tokenizer at {name!r}: {first} (--tokenizer)") from None
+        return load_auto_tokenizer(name)
+    except ModelError as error:
+        raise BenchError(str(error)) from None
 
 
 def tokenizer_size(tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders
 
-from engine.errors import ModelError
+from engine.pretrained import load_auto_tokenizer
 
 
 class Backend(Protocol):
@@ -166,12 +166,7 @@ def load_with_transformers(folder: Path) -> tuple[Backend, dict[str, Any]]:
 
     The only way here that imports transformers; ModelError if it can't read the files either.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # whatever a broken file makes it raise
-        raise ModelError(f"no tokenizer can be read from {folder} ({error}); --tokenizer names another") from error
+    tokenizer = load_auto_tokenizer(str(folder))
     library = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
     settings = dict(tokenizer.special_tokens_map) | {"chat_template": getattr(tokenizer, "chat_template", None)}
     return FastBackend(library) if isinstance(library, LibraryTokenizer) else SlowBackend(tokenizer), settings

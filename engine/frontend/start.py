@@ -1,5 +1,6 @@
 """Starts an engine for a front end: the core in its process, the tokenizer here, meanwhile."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,7 +88,8 @@ def start_engine(
 
 
 def declared_vocab_size(path: Path) -> int | None:
-    """The vocabulary's size as config.json or params.json says, if one does."""
+    """The vocabulary's size as config.json or params.json says, if one does; what is wrong there the core reports."""
     config = (read_json(path / CONFIG) or read_json(path / PARAMS)) if path.is_dir() else read_json(path)
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return int(size) if size is not None else None
+    inner = config.get("text_config")
+    size = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return int(size) if isinstance(size, int | float) and math.isfinite(size) else None

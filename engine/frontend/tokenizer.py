@@ -14,6 +14,7 @@ from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_
 from engine.frontend.chat_template import ChatTemplate, read_template
 from engine.frontend.mistral import PLAIN, MistralBackend, find_file
 from engine.model.names import CONFIG, PARAMS
+from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte, as SentencePiece's vocabularies write it
 
@@ -107,10 +108,13 @@ def load_tokenizer(path: Path, vocab_size: int | None = None, mode: str = "auto"
     backend: Backend
     if (folder / "tokenizer.json").is_file():
         backend = load_fast(folder / "tokenizer.json", settings)
+        if custom_code(settings, "AutoTokenizer") is not None:
+            warnings.append(f"{folder}: the tokenizer's own code ({AUTO_MAP}) isn't run: tokenizer.json alone is used")
     elif any((folder / name).is_file() for name in OTHER_TOKENIZER_FILES):
         backend, found = load_with_transformers(folder)
         settings = found | settings
     elif vocab_size is not None:
+        refuse_custom_tokenizer(folder)
         backend = StandInBackend(vocab_size)
         warnings.append(f"{folder} has no tokenizer: text is read as bytes, each token id written as a text of its own")
     else:
@@ -161,11 +165,23 @@ def load_fast(file: Path, settings: dict[str, Any]) -> FastBackend:
 def declared_eos_ids(folder: Path) -> list[int]:
     """End-of-sequence ids of generation_config.json, or else of config.json; either may hold one or a list."""
     config = read_json(folder / "config.json")
-    for source in (read_json(folder / "generation_config.json"), config, config.get("text_config") or {}):
+    for source in (read_json(folder / "generation_config.json"), config, _inner(config)):
         found = source.get("eos_token_id")
         if found is not None:
-            return [int(token) for token in (found if isinstance(found, list) else [found])]
+            return [_token_id(token, folder) for token in (found if isinstance(found, list) else [found])]
     return []
+
+
+def _inner(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a composite model's config that is the language model's."""
+    found = config.get("text_config")
+    return found if isinstance(found, dict) else {}
+
+
+def _token_id(value: Any, folder: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise ModelError(f"{folder}: eos_token_id must be a whole number or a list of them, not {json.dumps(value)}")
+    return int(value)
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
@@ -182,7 +198,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is no JSON: {error}") from error
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} can't be read as JSON: {error}") from error
     return found if isinstance(found, dict) else {}

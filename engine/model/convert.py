@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from engine.pretrained import NO_REMOTE_CODE
+
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write the model and its tokenizer, chat template included, into an existing folder."""
@@ -11,14 +13,14 @@ def convert(gguf: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        **source, **NO_REMOTE_CODE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     # Traces of the file's packing: the weights written here are plain.
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
         model.config.__dict__.pop(leftover, None)
     for leftover in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(leftover, None)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**source, **NO_REMOTE_CODE)
     model.config.eos_token_id = tokenizer.eos_token_id
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)

@@ -9,11 +9,13 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
 from engine.model import gate
 from engine.model.checkpoint import Stored, headers
+from engine.model.config_file import read_config_file
 from engine.model.families import FAMILIES, Family
 from engine.model.kvgroups import KVGroups, group_layers, layer_windows
 from engine.model.native import Readable, as_transformers, is_native, read_params
 from engine.model.quantised import as_weights, settings_of
 from engine.model.resolve import resolve_model
+from engine.pretrained import AUTO_MAP, build_causal_lm
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTISED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 4 / 32}  # with the scales of their groups, see packing.GROUPS
@@ -64,9 +66,10 @@ def read_facts(config: EngineConfig) -> ModelFacts:
     windows = layer_windows(model, length)
     slots = group_layers(windows).slots
     warnings = []
-    if length > (getattr(model, "max_position_embeddings", None) or length):
+    longest = scaled_length(model) or length
+    if length > longest:
         warnings.append(
-            f"--max-model-len {length} goes past the {model.max_position_embeddings} positions the model was trained "
+            f"--max-model-len {length} goes past the {longest} positions the model was trained "
             "on: good for measuring, not for reading what it writes there"
         )
     original = original_length(model)
@@ -75,6 +78,8 @@ def read_facts(config: EngineConfig) -> ModelFacts:
             f"requests may have {length} positions, so the long factors of its rotary embedding hold for all of them: "
             f"--max-model-len {original} takes the short ones, which suit short texts better"
         )
+    if getattr(model, AUTO_MAP, None):
+        warnings.append(f"code that lies beside the model ({AUTO_MAP}) isn't run: transformers' own class is used")
     if model.model_type not in FAMILIES:
         warnings.append(f"models of kind {model.model_type!r} aren't in the parity suite: check the output")
     return ModelFacts(
@@ -136,16 +141,8 @@ def cached_bytes(kind: str, head_dim: int) -> int:
 
 def read_config(path: Path, config: EngineConfig) -> Any:
     """The model's transformers config, with --num-layers applied; raises ModelError if it can't be read."""
-    from transformers import AutoConfig
-
-    if is_native(path, config.tokenizer_mode):
-        model = read_params(path, config.model)
-    else:
-        try:
-            model = AutoConfig.from_pretrained(str(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            cause = str(error).strip().split("\n")[0]
-            raise ModelError(f"{config.model}: config.json can't be read: {cause}") from error
+    native = is_native(path, config.tokenizer_mode)
+    model = read_params(path, config.model) if native else read_config_file(path, config.model)
     if config.num_layers is not None:
         if config.load_format != "dummy":
             raise ConfigError("--num-layers needs --load-format dummy")
@@ -157,7 +154,7 @@ def read_config(path: Path, config: EngineConfig) -> Any:
 
 
 def _max_model_len(config: EngineConfig, model: Any) -> int:
-    longest = getattr(model, "max_position_embeddings", None)
+    longest = scaled_length(model)
     wanted = config.max_model_len
     if longest is None:
         if wanted is None:
@@ -168,6 +165,25 @@ def _max_model_len(config: EngineConfig, model: Any) -> int:
     if wanted is not None and wanted > longest and rope.get("rope_type") != "default":
         raise ConfigError(f"--max-model-len {wanted} is more than the {longest} positions of {config.model}")
     return wanted or longest
+
+
+def scaled_length(model: Any) -> int | None:
+    """How many positions a model has, those that its rotary embedding is scaled to included; None if it doesn't say.
+
+    Some files have the scaled length as max_position_embeddings, others the length before: then it is that times the
+    factor of a yarn or linear scaling (Qwen2's instructions for 131,072 tokens: yarn of factor 4 over 32,768).
+    Where kinds of layers have embeddings of their own (Gemma 3), linear ones are scaled to max_position_embeddings.
+    """
+    longest = getattr(model, "max_position_embeddings", None)
+    rope = getattr(model, "rope_parameters", None) or {}
+    nested = [parameters for parameters in rope.values() if isinstance(parameters, dict)]
+    scaled = ("yarn", "longrope") if nested else ("yarn", "longrope", "linear")
+    for parameters in nested or [rope]:
+        kind, factor = parameters.get("rope_type"), parameters.get("factor")
+        if longest is not None and kind in scaled and factor:
+            before = longest if kind == "linear" else parameters.get("original_max_position_embeddings") or longest
+            longest = max(longest, int(before * factor))
+    return longest
 
 
 def original_length(model: Any) -> int | None:
@@ -215,8 +231,7 @@ def _parameters(model: Any) -> int:
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters of the class, built without memory; tied ones count once."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(model)
+        built = build_causal_lm(model, attn_implementation="eager")
     return {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}

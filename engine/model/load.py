@@ -19,6 +19,7 @@ from engine.model.adapt import Forward, KVCache
 from engine.model.blank import Blank, RandomSource, StoredSource, first_paths, parameters_on_meta
 from engine.model.facts import ModelFacts, original_length, read_config, stored_tensors
 from engine.model.recipe import make_recipe
+from engine.pretrained import build_causal_lm
 
 Progress = Callable[[int, int], None]  # bytes that were read, and all
 
@@ -54,11 +55,7 @@ def open_model(config: EngineConfig, facts: ModelFacts, progress: Progress | Non
 
 
 def _build(settings: Any, facts: ModelFacts) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(
-        settings, dtype=getattr(torch, facts.dtype), attn_implementation=adapt.ATTENTION
-    )
+    return build_causal_lm(settings, dtype=getattr(torch, facts.dtype), attn_implementation=adapt.ATTENTION)
 
 
 def _pin_rope(model: Any, max_model_len: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.model.checkpoint import Stored
+from engine.model.config_file import as_declared, cause_of, check_size
 from engine.model.names import CONFIG, PARAMS
 from engine.model.quantised import Rounded, as_weights, settings_of
 
@@ -115,7 +116,7 @@ def read_params(folder: Path, name: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        params = json.loads((folder / PARAMS).read_text(encoding="utf-8"))
+        params = json.loads((folder / PARAMS).read_text(encoding="utf-8-sig"))
         if not isinstance(params, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
@@ -126,9 +127,8 @@ def read_params(folder: Path, name: str) -> Any:
         return AutoConfig.for_model(kind, architectures=architectures, **fields)
     except _UnsupportedError as error:
         raise ModelError(f"{name} can't be run: {error} ({PARAMS})") from error
-    except (TypeError, ValueError, KeyError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: {PARAMS} can't be read: {cause}") from error
+    except Exception as error:  # the class checks its fields in its own ways
+        raise ModelError(f"{name}: {PARAMS} can't be read: {cause_of(error)}") from error
 
 
 class _UnsupportedError(Exception):
@@ -146,14 +146,15 @@ def _translate(params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     missing = [key for key in FIELDS if key not in left]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    fields = {ours: left.pop(own) for own, ours in FIELDS.items()}
+    fields = {ours: _typed(own, left.pop(own)) for own, ours in FIELDS.items()}
     fields |= {ours: left.pop(own) for own, ours in OPTIONS.items() if own in left}
-    lengths = [left.pop(key) for key in ("max_seq_len", "max_position_embeddings") if key in left]
+    lengths = [_typed(key, left.pop(key)) for key in ("max_seq_len", "max_position_embeddings") if key in left]
     fields["max_position_embeddings"] = min(lengths, default=POSITIONS)
     window = left.pop("sliding_window", None) or left.pop("_sliding_window", None)
     theta = left.pop("rope_theta", WINDOWED_THETA if isinstance(window, int) else THETA)
+    theta = as_declared("rope_theta", theta, float)
     kind = _attention(fields, window)
-    kind = _rope(fields, kind, float(theta), left.pop("yarn", None), left.pop("llama_4_scaling", None))
+    kind = _rope(fields, kind, theta, left.pop("yarn", None), left.pop("llama_4_scaling", None))
     if "moe" in left:
         kind = _moe(fields, kind, left.pop("moe"))
     for key in ("quantization", "quantization_config"):
@@ -164,6 +165,15 @@ def _translate(params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if left:
         raise _UnsupportedError(f"it has {', '.join(sorted(left))}, which isn't supported")
     return kind, fields
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A field that counts something, or norm_eps, in its type; FieldError names what is wrong with it."""
+    if name == "norm_eps":
+        return as_declared(name, value, float)
+    size = as_declared(name, value, int)
+    check_size(name, size)
+    return size
 
 
 def _is_off(value: Any) -> bool:

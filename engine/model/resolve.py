@@ -167,7 +167,10 @@ def _convert(gguf: Path, to: Path, tell: Progress) -> None:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    # Without our terminal: a library that wants to ask gets no answer.
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
+    )
     if result.returncode != 0:
         raise ModelError(f"{gguf.name} can't be converted: {_last_line(result.stderr)}")
 

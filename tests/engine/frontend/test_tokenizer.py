@@ -25,6 +25,15 @@ def test_generation_config_overrules_config_and_may_list_several(model_folder: P
     assert tokenizer.eos_ids[1:] == (3, 4)
 
 
+def test_eos_ids_of_other_types_are_converted_or_named(model_folder: Path):
+    (model_folder / "generation_config.json").write_text("\ufeff" + json.dumps({"eos_token_id": [3.0, 4]}))
+    assert load_tokenizer(model_folder)[0].eos_ids[1:] == (3, 4)
+    for wrong in ("4", [True], {"id": 4}, 2.5):
+        (model_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ModelError, match="eos_token_id must be a whole number or a list of them, not"):
+            load_tokenizer(model_folder)
+
+
 def test_a_conversation_is_written_by_the_template(model_folder: Path):
     tokenizer, _ = load_tokenizer(model_folder)
     conversation = [{"role": "user", "content": "the fox"}]

@@ -107,8 +107,9 @@ def test_a_length_beyond_the_models_positions_is_told_where_plain_rope_allows_it
 def test_a_length_beyond_the_models_positions_is_refused_where_positions_end(tmp_path: Path) -> None:
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     write(tmp_path, {**LLAMA, "rope_parameters": linear}, {"a": torch.zeros(4)})
-    with pytest.raises(ConfigError, match="--max-model-len 129 is more than the 128 positions"):
-        facts(tmp_path, max_model_len=129)
+    assert facts(tmp_path, max_model_len=256).warnings == ()
+    with pytest.raises(ConfigError, match="--max-model-len 257 is more than the 256 positions"):
+        facts(tmp_path, max_model_len=257)
 
 
 @pytest.mark.parametrize(

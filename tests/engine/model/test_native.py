@@ -230,6 +230,10 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
         ({"quantization": {"qformat_weight": "nvfp4"}}, "quantised as nvfp4, which isn't supported; fp8_e4m3 is"),
         ({"quantization": {"quant_method": "bitsandbytes"}}, "quantised by bitsandbytes"),
         ({"dim": None}, "params.json can't be read: it lacks dim"),
+        ({"n_layers": 0}, "params.json can't be read: n_layers must be at least 1, not 0"),
+        ({"dim": "32"}, 'params.json can\'t be read: dim must be a whole number, not the text "32"'),
+        ({"norm_eps": "x"}, 'params.json can\'t be read: norm_eps must be a number, not the text "x"'),
+        ({"yarn": {**YARN, "factor": "four"}}, "params.json can't be read: could not convert"),
     ],
 )
 def test_what_is_not_read_is_refused_with_the_reason(params: dict[str, Any], says: str, tmp_path: Path) -> None:

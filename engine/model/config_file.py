@@ -1,0 +1,313 @@
+"""Reads a model's config.json, with each field in the type that transformers' class declares for it.
+
+Files in use hold whole numbers where fractions are meant and the reverse (30 for 30.0): those are converted. What has
+another type, or a size that no model can have, is a ModelError that names the field.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError
+from engine.model.names import CONFIG
+from engine.pretrained import AUTO_MAP, custom_code
+
+LONGROPE = "longrope"
+ORIGINAL = "original_max_position_embeddings"  # the length before rope scaling
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+# Fields that are read from here on although some classes don't declare them.
+ALSO_DECLARED: dict[str, Any] = {
+    "architectures": list[str] | None,
+    "quantization_config": dict | None,
+    "rope_parameters": dict | None,
+    "rope_scaling": dict | None,
+    "rope_theta": float | int | None,
+    "partial_rotary_factor": float | int | None,
+    "rotary_pct": float | int | None,
+    "sliding_window": int | None,
+    ORIGINAL: int | None,
+    "max_position_embeddings": int | None,
+    "head_dim": int | None,
+    "num_key_value_heads": int | None,
+    "tie_word_embeddings": bool | None,
+    "layer_types": list[str] | None,
+    "id2label": dict | None,
+    "dtype": str | None,
+    "torch_dtype": str | None,
+}
+ROPE_FIELDS: dict[str, Any] = {
+    "type": str | None,
+    "rope_type": str | None,
+    "factor": float | int | None,
+    "rope_theta": float | int | None,
+    "partial_rotary_factor": float | int | None,
+    ORIGINAL: int | None,
+    "attention_factor": float | int | None,
+    "beta_fast": float | int | None,
+    "beta_slow": float | int | None,
+    "low_freq_factor": float | int | None,
+    "high_freq_factor": float | int | None,
+    "mscale": float | int | None,
+    "mscale_all_dim": float | int | None,
+    "short_factor": list[float | int] | None,
+    "long_factor": list[float | int] | None,
+}
+ROPE_POSITIVE = ("factor", "rope_theta", ORIGINAL)
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    LONGROPE: ("short_factor", "long_factor"),
+}
+QUANTIZATION_FIELDS: dict[str, Any] = {
+    "quant_method": str | None,
+    "bits": int | None,
+    "num_bits": int | None,
+    "group_size": int | None,
+    "weight_block_size": list[int] | None,
+    "block_structure": list[int] | str | None,
+    "config_groups": dict | None,
+    "weights": dict | None,
+}
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+DTYPE_FIELDS = ("dtype", "torch_dtype")
+# Implementations that transformers would fetch from the hub; ours takes their place.
+IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
+          dict: "an object", type(None): "null"}  # fmt: skip
+
+
+def read_config_file(path: Path, name: str) -> Any:
+    """The transformers config of a folder, or of a lone config file; `name` is what the user called the model.
+
+    Raises ModelError if it can't be read, or if the model needs code of its own.
+    """
+    file = path / CONFIG if path.is_dir() else path
+    fields = _read_object(file, name)
+    try:
+        return _make_config(fields, str(path))
+    except _CustomCodeError as error:
+        raise ModelError(f"{name} can't be run: {error}") from None
+    except Exception as error:  # the class checks its fields in its own ways
+        raise ModelError(f"{name}: {file.name} can't be used: {cause_of(error)}") from error
+
+
+class FieldError(Exception):
+    """What is wrong with a field of a file, which it names."""
+
+
+class _CustomCodeError(Exception):
+    """The model needs code that lies beside it; the end of a sentence about the model."""
+
+
+def _read_object(file: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{name}: {file.name} can't be read: {cause_of(error)}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{name}: {file.name} can't be read: it is {_written(found)}, not an object")
+    return found
+
+
+def _make_config(fields: dict[str, Any], path: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    kind = fields.get("model_type")
+    code = custom_code(fields, "AutoConfig") or custom_code(fields, "AutoModelForCausalLM")
+    if code is not None and kind not in CONFIG_MAPPING:
+        raise _CustomCodeError(
+            f"it needs code of its own ({AUTO_MAP} in {CONFIG} names {code}), which is never run, and transformers has "
+            f"no class for models of kind {kind!r}"
+        )
+    if not isinstance(kind, str):
+        raise FieldError("model_type is missing" if kind is None else _mismatch("model_type", kind, (str,)))
+    if kind not in CONFIG_MAPPING:
+        raise FieldError(f"transformers knows no model_type {kind!r}")
+    if kind == "mistral" and fields.get("layer_types") is not None:
+        kind = "ministral"  # as transformers reads it: the class that has windows in some layers
+    declaring = CONFIG_MAPPING[kind]
+    fields = {key: value for key, value in fields.items() if key not in IMPLEMENTATIONS}
+    fields = _one_longrope(_with_types(fields, declaring))
+    _check_sizes(fields, declaring.attribute_map)
+    _check_dtype(fields)
+    _check_activation(fields)
+    return declaring.from_dict(fields, name_or_path=path)
+
+
+def _with_types(fields: Mapping[str, Any], declaring: type) -> dict[str, Any]:
+    """The fields of a file as the class declares them; fields that nobody declares stay as they are."""
+    # Some classes name torch in their annotations without importing it; a dtype is a text in a file.
+    hints = typing.get_type_hints(declaring, localns={"torch": types.SimpleNamespace(dtype=str)})
+    names = {one.name for one in dataclasses.fields(declaring)}
+    declared = ALSO_DECLARED | {name: hint for name, hint in hints.items() if name in names}
+    found = {key: as_declared(key, value, declared[key]) if key in declared else value for key, value in fields.items()}
+    for key in ("rope_scaling", "rope_parameters"):
+        if found.get(key):
+            found[key] = _rope_types(key, found[key])
+    if found.get("quantization_config"):
+        found["quantization_config"] = _nested_types("quantization_config", found["quantization_config"])
+    return found
+
+
+def _nested_types(key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of quantization in their types, groups of linears within them too."""
+    found: dict[str, Any] = {}
+    for inner, value in settings.items():
+        where, hint = f"{key}.{inner}", QUANTIZATION_FIELDS.get(inner)
+        found[inner] = value if hint is None else as_declared(where, value, hint)
+        if isinstance(value, dict):
+            found[inner] = _nested_types(where, value)
+    return found
+
+
+def _rope_types(key: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope parameters in their types; they may be nested once, by kind of layer."""
+    found: dict[str, Any] = {}
+    for inner, value in rope.items():
+        where = f"{key}.{inner}"
+        if isinstance(value, dict):
+            found[inner] = _rope_types(where, value)
+            continue
+        found[inner] = as_declared(where, value, ROPE_FIELDS[inner]) if inner in ROPE_FIELDS else value
+        if inner in ROPE_POSITIVE and found[inner] is not None and found[inner] <= 0:
+            raise FieldError(f"{where} must be above 0, not {_written(value)}")
+    kind = LONGROPE if _is_longrope(found) else found.get("rope_type") or found.get("type")
+    for needed in ROPE_NEEDS.get(str(kind), ()):
+        if needed not in found:
+            raise FieldError(f"{key}.{needed} is missing, which rotary embeddings of type {kind} need")
+    return found
+
+
+def _is_longrope(rope: Mapping[str, Any]) -> bool:
+    """The first files of Phi-3 called it su, or yarn."""
+    kind = rope.get("rope_type") or rope.get("type")
+    return kind in (LONGROPE, "su") or (kind == "yarn" and "long_factor" in rope)
+
+
+def _one_longrope(fields: dict[str, Any]) -> dict[str, Any]:
+    """Rope scaling under its name of today, with the length before it where transformers' classes look for it.
+
+    Files have that length beside the scaling or within it. A class that declares it beside has a default there, which
+    would win over what the scaling says; one that doesn't declare it learns of it too late.
+    """
+    key = next((key for key in ("rope_scaling", "rope_parameters") if fields.get(key)), None)
+    if key is None or any(isinstance(value, dict) for value in fields[key].values()):
+        return fields
+    rope = dict(fields[key])
+    if _is_longrope(rope):
+        rope.pop("type", None)
+        rope["rope_type"] = LONGROPE
+    original = fields.get(ORIGINAL) or rope.get(ORIGINAL)
+    if original is None or (rope.get("rope_type") or rope.get("type")) not in (LONGROPE, "yarn", "llama3"):
+        return fields | {key: rope}
+    return fields | {key: rope | {ORIGINAL: original}, ORIGINAL: original}
+
+
+def as_declared(name: str, value: Any, hint: Any) -> Any:
+    """The value of a field in the type of an annotation, 30 as 30.0 and the reverse; FieldError if it is of another."""
+    choices = _choices(hint)
+    if choices is None:
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FieldError(f"{name} must be a finite number, not {_written(value)}")
+    bare = tuple(typing.get_origin(one) or one for one in choices)
+    if isinstance(value, bool):
+        fits = bool in bare
+    elif isinstance(value, int):
+        fits = int in bare or float in bare
+        value = float(value) if fits and int not in bare else value
+    elif isinstance(value, float):
+        fits = float in bare or (int in bare and value.is_integer())
+        value = int(value) if fits and float not in bare else value
+    elif isinstance(value, list):
+        fits = list in bare
+        inner = next((typing.get_args(one) for one in choices if typing.get_origin(one) is list), ())
+        value = [as_declared(f"{name}[{i}]", one, inner[0]) for i, one in enumerate(value)] if inner else value
+    elif isinstance(value, dict):
+        fits = dict in bare
+    else:
+        fits = type(value) in bare
+    if not fits:
+        raise FieldError(_mismatch(name, value, bare))
+    return value
+
+
+def _choices(hint: Any) -> tuple[Any, ...] | None:
+    """The types that an annotation allows; None where it says more than types of JSON."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        found = [_choices(one) for one in typing.get_args(hint)]
+        return None if any(one is None for one in found) else tuple(one for several in found for one in several or ())
+    if typing.is_typeddict(hint):
+        return (dict,)
+    origin = typing.get_origin(hint) or hint
+    return (hint,) if origin in _WORDS else None
+
+
+def _check_sizes(fields: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+    """What counts something is at least 1, and query heads can be divided among those of keys."""
+    keys = {name: aliases[name] if aliases.get(name) in fields else name for name in SIZES}
+    sizes = {name: fields[key] for name, key in keys.items() if isinstance(fields.get(key), int)}
+    for name, size in sizes.items():
+        check_size(keys[name], size)
+    heads, of_keys = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    if heads and of_keys and heads % of_keys:
+        names = keys["num_attention_heads"], keys["num_key_value_heads"]
+        raise FieldError(f"{names[0]} ({heads}) must be a multiple of {names[1]} ({of_keys})")
+
+
+def check_size(name: str, size: int) -> None:
+    """FieldError for a size that no model has."""
+    if size < 1:
+        raise FieldError(f"{name} must be at least 1, not {size}")
+
+
+def _check_dtype(fields: dict[str, Any]) -> None:
+    """Names of torch's dtypes, with or without `torch.`; "auto" says as much as nothing."""
+    for key in DTYPE_FIELDS:
+        value = fields.get(key)
+        if value is None:
+            continue
+        plain = value.removeprefix("torch.")
+        fields[key] = None if plain == "auto" else plain
+        if fields[key] is not None:
+            import torch
+
+            if not isinstance(getattr(torch, plain, None), torch.dtype):
+                raise FieldError(f"{key} must be a type such as bfloat16, not {value!r}")
+
+
+def _check_activation(fields: Mapping[str, Any]) -> None:
+    from transformers.activations import ACT2FN
+
+    for key in ACTIVATIONS:
+        value = fields.get(key)
+        if value is not None and value not in ACT2FN:
+            raise FieldError(f"{key} must be an activation function that transformers has, not {value!r}")
+
+
+def _mismatch(name: str, value: Any, allowed: tuple[Any, ...]) -> str:
+    words = list(dict.fromkeys(_WORDS[one] for one in allowed if one is not type(None)))
+    if "a number" in words and "a whole number" in words:
+        words.remove("a whole number")
+    return f"{name} must be {' or '.join(words)}, not {_written(value)}"
+
+
+def _written(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return f"the text {text}" if isinstance(value, str) else text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def cause_of(error: BaseException) -> str:
+    """The error's own words in one line, without the validator that raised it."""
+    inner = error.__cause__ if type(error).__name__.startswith("StrictDataclass") and error.__cause__ else error
+    return (str(inner).strip().splitlines() or [type(inner).__name__])[0]
