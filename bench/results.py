@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import pandas as pd
-import psutil
 
 from bench.files import CannotWriteError, replace_file, writing
+from engine.machine import cores, total_memory
 
 Phase = Literal["probe", "search", "confirm", "ladder", "fixed", "closed"]
 
@@ -206,17 +206,16 @@ def _commit() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine in words: processor, cores this process may use, memory in GiB."""
+    """The machine in words: processor, and what of its cores and memory (GiB) this process may use."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu,
-        "cores": cores,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cores": cores(),
+        "memory_gib": round(total_memory() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
     }
 
