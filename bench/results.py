@@ -114,7 +114,7 @@ class PointRow:
     tpot_p99_ms: float
     e2e_p50_ms: float
     e2e_p99_ms: float
-    itl_p99_low_ms: float  # 95 % interval of the P99, which few samples leave wide
+    itl_p99_low_ms: float  # 95 % interval of the P99; its high end is inf where the window is too short to tell it
     itl_p99_high_ms: float
     ttft_p99_low_ms: float
     ttft_p99_high_ms: float
@@ -135,6 +135,7 @@ class PointRow:
     generator_starved_share: float = 0.0  # of the time: ready to run while others had its core
     generator_us_per_chunk: float = 0.0  # CPU time
     loop_lag_p99_ms: float = 0.0  # from the arrival of bytes to their read
+    itl_steps: int = 0  # engine steps behind the gaps; 0 in files of before steps were counted
     coalesced_reads: int = 0  # reads that held several chunks, which then share the stamp of the last
 
 
