@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.frontend.connect import EngineClient
+from engine.frontend.conversation import shape_conversation
 from engine.frontend.sampling import SamplingParams
 from engine.frontend.start import Engine, start_engine
 from engine.frontend.streams import TokenLogprob, Whole, gather
@@ -112,7 +113,10 @@ class LLM:
         first = messages[0] if messages else None
         several: list[Any] = list(messages) if isinstance(first, list) else [messages]
         template = self.tokenizer.render_chat
-        written = [template(conversation, add_generation_prompt=add_generation_prompt) for conversation in several]
+        written = [
+            template(shape_conversation(conversation), add_generation_prompt=add_generation_prompt)
+            for conversation in several
+        ]
         texts = [prompt if isinstance(prompt, str) else None for prompt in written]
         ids = [self.tokenizer.encode(prompt, False) if isinstance(prompt, str) else prompt for prompt in written]
         params = self._params_for(len(texts), sampling_params)

@@ -14,16 +14,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.api.adapters import load_adapter, unload_adapter
 from engine.api.chat import chat_completions
-from engine.api.chat_protocol import ChatRequest
+from engine.api.chat_protocol import TokenizeRequest, check_tools, template_options
 from engine.api.completions import completions
 from engine.api.errors import ApiError
 from engine.api.metrics import make_registry
 from engine.api.openapi import openapi_document
 from engine.api.parsing import parse
-from engine.api.protocol import DetokenizeRequest, TokenizeRequest
+from engine.api.protocol import DetokenizeRequest
 from engine.api.request_id import RequestId
 from engine.api.state import ApiState
 from engine.errors import RedlineError, RequestError
+from engine.frontend.conversation import shape_conversation
 from engine.frontend.router import Router
 
 OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/openapi.json"})  # answered without a key
@@ -164,11 +165,12 @@ async def tokenize(state: ApiState, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
-        conversation = ChatRequest(messages=body.messages).conversation()
-        written = state.tokenizer.render_chat(
-            conversation, add_generation_prompt=body.add_generation_prompt is not False
-        )
-        ids = await state.encode(written, False) if isinstance(written, str) else written
+        if body.tools:
+            check_tools(body.tools, "none")
+        state.check_template(body.chat_template)
+        conversation = shape_conversation(body.messages)
+        written = state.tokenizer.render_chat(conversation, **template_options(body))
+        ids = await state.encode(written, bool(body.add_special_tokens)) if isinstance(written, str) else written
     else:
         ids = await state.encode(body.prompt or "", body.add_special_tokens is not False)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}

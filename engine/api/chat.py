@@ -4,7 +4,7 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from engine.api.chat_protocol import ChatRequest
+from engine.api.chat_protocol import ChatRequest, template_options
 from engine.api.logprobs import chat_logprobs
 from engine.api.parsing import parse
 from engine.api.render import Chunks, chunk_options, new_head, usage
@@ -20,10 +20,9 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     # A chat without a limit goes on as long as it fits.
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    state.check_template(body.chat_template)
     prompt = await state.chat_prompt(
-        body.conversation(),
-        add_generation_prompt=body.add_generation_prompt is not False,
-        **(body.chat_template_kwargs or {}),
+        body.conversation(), add_special_tokens=bool(body.add_special_tokens), **template_options(body)
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)

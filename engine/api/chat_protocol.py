@@ -1,4 +1,4 @@
-"""The body of /v1/chat/completions, and its messages."""
+"""The body of /v1/chat/completions, and what it says of how its conversation is written as a prompt."""
 
 from typing import Any
 
@@ -6,7 +6,16 @@ import msgspec
 
 from engine.api.protocol import SampledRequest
 from engine.errors import RequestError
+from engine.frontend.conversation import shape_conversation
 from engine.frontend.sampling import MAX_LOGPROBS
+
+# Arguments of the template that are fields of their own, or not a client's to give.
+OWN_ARGUMENTS = frozenset({
+    "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "padding", "truncation", "max_length", "template", "extra",
+})  # fmt: skip
+TOOL_CHOICES = ("none", "auto", "required")
 
 
 class ResponseFormat(msgspec.Struct):
@@ -18,17 +27,21 @@ class ChatRequest(SampledRequest, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
 
     def check(self) -> None:
         """Refuse what isn't served yet, by name."""
         self.check_common()
-        if self.tools:
-            raise RequestError("tools are not supported yet", "tools")
+        check_tools(self.tools, self.tool_choice)
         if self.response_format is not None and self.response_format.type != "text":
             raise RequestError(
                 f"response_format {self.response_format.type!r} is not supported yet: only 'text' is", "response_format"
@@ -43,37 +56,65 @@ class ChatRequest(SampledRequest, kw_only=True):
                 raise RequestError(f"{name} must lie in 1..2^31 - 1, not {value}", name)
             if self.max_tokens not in (None, value):
                 raise RequestError(f"{name} is {value}, but max_tokens is {self.max_tokens}: give one of them", name)
-        if not self.messages:
-            raise RequestError("messages is an empty list", "messages")
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages with their contents as plain text, which is what a template of a text model takes."""
-        return [
-            {**message, "content": text_of(message.get("content"), number)}
-            for number, message in enumerate(self.messages)
-            if check_role(message, number)
-        ]
+        """The messages as templates take them; RequestError names what has the wrong form."""
+        return shape_conversation(self.messages)
 
 
-def check_role(message: dict[str, Any], number: int) -> bool:
-    if not isinstance(message.get("role"), str):
-        raise RequestError(f"messages[{number}].role must be a string", f"messages[{number}].role")
-    return True
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """Of a prompt or of messages; the fields mean what they do in completions and chats."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
 
 
-def text_of(content: Any, number: int) -> str:
-    """The text of a message's content: a string, or a list of text parts."""
-    field = f"messages[{number}].content"
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(f"{field} must be a string or a list of parts", field)
-    texts: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise RequestError(f"{field} holds a part of type {kind!r}: this model takes text parts only", field)
-        texts.append(part["text"])
-    return "\n".join(texts)
+def check_tools(tools: list[dict[str, Any]] | None, choice: Any) -> None:
+    """Refuse tools that the model would have to call; those it only reads of are written into the prompt."""
+    for number, tool in enumerate(tools or ()):
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if tool.get("type") != "function" or not isinstance(name, str) or not name:
+            form = '{"type": "function", "function": {"name": …}}'
+            raise RequestError(f"tools[{number}] must be {form}", "tools")
+    named = isinstance(choice, dict) and isinstance(choice.get("function"), dict)
+    if choice is not None and choice not in TOOL_CHOICES and not named:
+        raise RequestError('tool_choice must be "none", "auto", "required" or name a function', "tool_choice")
+    if choice in (None, "none"):
+        if tools and choice is None:
+            raise RequestError("calling tools is not supported yet: tool_choice: none shows them to the model", "tools")
+        return
+    if not tools:
+        raise RequestError("tool_choice needs tools", "tool_choice")
+    raise RequestError("calling tools is not supported yet: the only tool_choice is none", "tool_choice")
+
+
+def template_options(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+    """How a conversation is to be written, as arguments of `Tokenizer.render_chat`."""
+    extra = dict(body.chat_template_kwargs or {})
+    for name in extra:
+        if name in OWN_ARGUMENTS:
+            field = f"chat_template_kwargs.{name}"
+            raise RequestError(f"{field}: this is no variable of a template, but a field of the request itself", field)
+    options: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt is not False}
+    if body.continue_final_message:
+        if body.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+            )
+        options |= {"continue_final_message": True, "add_generation_prompt": False}
+    if body.reasoning_effort is not None:
+        options["reasoning_effort"] = body.reasoning_effort
+    given = {"tools": body.tools, "documents": body.documents, "template": body.chat_template, "extra": extra}
+    return options | {name: value for name, value in given.items() if value}

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 
 from engine.api.adapters import LoadRequest, UnloadRequest
-from engine.api.chat_protocol import ChatRequest
+from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.openapi_answers import ANSWERS
-from engine.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from engine.api.protocol import CompletionRequest, DetokenizeRequest
 
 VERSION = "3.1.0"
 REFERENCE = "#/components/schemas/{name}"

@@ -1,7 +1,6 @@
 """The OpenAI-compatible request bodies, chats apart (`chat_protocol`): what clients may send, and what is refused."""
 
 import re
-from typing import Any
 
 import msgspec
 
@@ -121,15 +120,6 @@ class CompletionRequest(SampledRequest, kw_only=True):
         if len(kinds) > 1:
             raise RequestError("prompt mixes texts and token ids in one list", "prompt")
         return list(self.prompt)  # type: ignore[arg-type]
-
-
-class TokenizeRequest(msgspec.Struct, kw_only=True):
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 
 from engine.api.errors import ApiError
+from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.prompts import Prompt, Text
 from engine.frontend.streams import Origin
@@ -25,6 +26,7 @@ class ApiState:
     api_key: str | None = None
     created: int = 0  # of the model card, seconds since 1970
     model_info: dict[str, Any] = field(default_factory=dict)
+    trust_request_chat_template: bool = False
     adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as the core last said
 
     @property
@@ -62,14 +64,25 @@ class ApiState:
             return Text(text, add_special_tokens)
         return await self.encode(text, add_special_tokens)
 
-    async def chat_prompt(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
+    def check_template(self, template: str | None) -> None:
+        """Refuse a template of a request's own, unless this server takes such: it is a program, and may never end."""
+        known = self.tokenizer.template
+        if template and not self.trust_request_chat_template and not (known is not None and known.is_named(template)):
+            raise RequestError(
+                "chat_template: this server runs no templates of requests (--trust-request-chat-template)",
+                "chat_template",
+            )
+
+    async def chat_prompt(
+        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
+    ) -> Prompt:
         """A conversation as the core wants it (see `Tokenizer.render_chat`)."""
         tokenizer = self.tokenizer
-        if tokenizer.template is None and sum(len(message["content"]) for message in messages) >= LONG_TEXT:
+        if tokenizer.template is None and sum(len(str(message.get("content"))) for message in messages) >= LONG_TEXT:
             return await asyncio.to_thread(tokenizer.encode_chat, messages, **options)
         written = tokenizer.render_chat(messages, **options)
-        # A template has written all special tokens already.
-        return await self.prompt(written, False) if isinstance(written, str) else written
+        # A template has written all special tokens already, as a rule.
+        return await self.prompt(written, add_special_tokens) if isinstance(written, str) else written
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < LONG_TEXT:

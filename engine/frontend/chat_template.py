@@ -1,18 +1,31 @@
 """Chat templates: the Jinja program of a model that writes a conversation as one prompt, run in a sandbox."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
+import jinja2.utils
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import RequestError
+from engine.frontend.content_forms import ContentForms, asks_for_none
+
+log = logging.getLogger("redline.api")
+
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # a message's fields of one meaning; templates read the first
+END_MARK = "zqENDzq "  # stands at the end of the message to go on with
 
 
 class GenerationBlock(Extension):
@@ -26,52 +39,242 @@ class GenerationBlock(Extension):
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens it may name."""
+    """A compiled template with the special tokens it may name; safe to use from several threads."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str]):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    def __init__(self, source: str, special_tokens: dict[str, str], named: Mapping[str, str] | None = None):
+        """Compile a template.
+
+        Args:
+            source: the template that conversations are written with.
+            special_tokens: what templates may name beside the messages, e.g. `bos_token`.
+            named: sources of the model's other templates by name; `tool_use` writes conversations with tools.
+
+        Raises:
+            jinja2.TemplateError: the source is no template.
+        """
+        self._environment = make_environment()
+        self._special_tokens = special_tokens
+        self._named = {name: _Compiled(self._environment, text, special_tokens) for name, text in (named or {}).items()}
+        self._default = _Compiled(self._environment, source, special_tokens)
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        template: str | None = None,
+        reasoning_effort: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Write a conversation as a prompt, as transformers' `apply_chat_template` does.
+
+        Args:
+            messages: with content as a text, as a list of parts, or None; each is given in a form the template takes.
+            add_generation_prompt: write what an answer begins with.
+            continue_final_message: leave the last message open, for the model to go on with.
+            tools: that the model may call, None for none.
+            documents: that the answer is to be grounded on, None for none.
+            template: another one of the model's by name, or the source of a template to use instead.
+            reasoning_effort: how long the model is to think, where the template has a variable for it.
+            extra: further variables of the template; special tokens may be among them.
+
+        Raises:
+            RequestError: the template doesn't take this.
+        """
+        compiled = self._pick(template, tools)
+        extra = dict(extra or {})
+        if reasoning_effort is not None:
+            if "reasoning_effort" in compiled.variables:
+                extra["reasoning_effort"] = reasoning_effort
+            elif reasoning_effort != "none":
+                raise RequestError("the model's chat template takes no reasoning_effort", "reasoning_effort")
+        if documents is not None and "documents" not in compiled.variables:
+            raise RequestError("the model's chat template takes no documents", "documents")
+        for name in extra.keys() - compiled.variables:
+            _warn_of_unused(name)
+        messages = [compiled.shape(message) for message in messages]
+        if continue_final_message:
+            if add_generation_prompt:
+                raise RequestError(
+                    "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+                )
+            return _continued(messages, lambda: compiled.render(messages, False, tools, documents, extra))
+        return compiled.render(messages, add_generation_prompt, tools, documents, extra)
+
+    def is_named(self, template: str) -> bool:
+        """Whether the model has a template of this name."""
+        return template in self._named
+
+    def _pick(self, template: str | None, tools: list[Any] | None) -> "_Compiled":
+        if template is None:
+            return self._named.get("tool_use", self._default) if tools is not None else self._default
+        if template in self._named:
+            return self._named[template]
+        try:
+            return _Compiled(self._environment, template, self._special_tokens)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise RequestError(f"chat_template can't be read: {error}", "chat_template") from error
+
+
+class _Compiled:
+    """One template."""
+
+    def __init__(self, environment: jinja2.Environment, source: str, special_tokens: dict[str, str]):
+        parsed = environment.parse(source)
+        self.variables = jinja2.meta.find_undeclared_variables(parsed)
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
+        self._keeps_none = asks_for_none(parsed)
+        self._forms = ContentForms(lambda messages: self._write(messages, True, None, None, {}))
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Write the conversation as a prompt; RequestError if the template doesn't take it."""
+    def shape(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message as this template takes it; what is None is left out, as transformers does."""
+        shaped = {name: value for name, value in message.items() if value is not None}
+        if "content" in shaped:
+            shaped["content"] = self._forms.of(message["role"]).convert(shaped["content"])
+        elif "content" in message and self._keeps_none:
+            shaped["content"] = None
+        reasoning = next((shaped[name] for name in REASONING if name in shaped), None)
+        return shaped if reasoning is None else {"thinking": reasoning, **shaped, "reasoning_content": reasoning}
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[Any] | None,
+        documents: list[dict[str, Any]] | None,
+        extra: Mapping[str, Any],
+    ) -> str:
         try:
-            return self._template.render(
-                **{**self._special_tokens, **extra}, messages=messages, add_generation_prompt=add_generation_prompt
-            )
+            return self._write(messages, add_generation_prompt, tools, documents, extra)
         except RequestError:
             raise
         except Exception as error:  # a template is a program of the model's: it may fail in any way
             raise RequestError(f"the model's chat template fails on these messages: {error}", "messages") from error
+
+    def _write(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[Any] | None,
+        documents: list[dict[str, Any]] | None,
+        extra: Mapping[str, Any],
+    ) -> str:
+        given = {"messages": messages, "tools": tools, "documents": documents}
+        return self._template.render(
+            {**self._special_tokens, **extra, **given, "add_generation_prompt": add_generation_prompt}
+        )
+
+
+def _continued(messages: list[dict[str, Any]], render: Callable[[], str]) -> str:
+    """Write a conversation up to the end of its last message's text; marks that end in `messages`."""
+    field = "continue_final_message"
+    last = messages[-1]
+    content = last.get("content")
+    if isinstance(content, list):
+        at = next((at for at in reversed(range(len(content))) if "text" in content[at]), None)
+        if at is None:
+            raise RequestError("continue_final_message: the last message has no text", field)
+        text = content[at]["text"]
+        content = [*content[:at], content[at] | {"text": text + END_MARK}, *content[at + 1 :]]
+        messages[-1] = last | {"content": content}
+    elif isinstance(content, str):
+        text = content
+        messages[-1] = last | {"content": text + END_MARK}
+    else:
+        raise RequestError("continue_final_message: the last message has no content to go on with", field)
+    written = render()
+    mark = END_MARK.strip()
+    end = written.rfind(mark)
+    if end < 0 or text.strip() not in written:
+        raise RequestError(
+            "continue_final_message: the model's chat template doesn't write the last message as it is", field
+        )
+    # Where the template trims the text, the space in the mark is gone with that before it.
+    return written[:end] if written.startswith(END_MARK, end) else written[:end].rstrip()
+
+
+_unused: set[str] = set()
+
+
+def _warn_of_unused(name: str) -> None:
+    if name not in _unused and len(_unused) < 200:  # names are clients' words
+        _unused.add(name)
+        log.warning("chat_template_kwargs has %.100r, which the model's chat template doesn't use", name)
+
+
+class PlainDict:
+    """`dict` of templates: makes dictionaries, and has nothing of the class's own attributes."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class PlainNamespace(jinja2.utils.Namespace):
+    """`namespace` of templates, without underscored names, which would reach into the interpreter."""
+
+    def __init__(*args: Any, **values: Any) -> None:
+        self, *given = args  # so that `namespace(self=…)` works
+        values = dict(*given, **values)
+        for name in values:
+            PlainNamespace.check(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        PlainNamespace.check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace can't hold {name!r}")
+
+
+def make_environment() -> jinja2.Environment:
+    """What templates may use; the same as with transformers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["dict"] = PlainDict()
+    environment.globals["namespace"] = PlainNamespace
+    return environment
 
 
 def refuse(message: str) -> None:
     raise RequestError(f"the model's chat template refuses these messages: {message}", "messages")
 
 
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     # Unlike jinja2's own filter this one doesn't escape for HTML: the text goes to a model.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def read_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """Find the template's source among the places where model folders keep it."""
+def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Find the sources of a model's templates by name, `default` first of all, where model folders keep them."""
+    found: dict[str, str] = {}
+    processor = folder / "chat_template.json"
+    sources: list[Any] = [tokenizer_config.get("chat_template")]
+    if processor.is_file():
+        sources.append(json.loads(processor.read_text(encoding="utf-8")).get("chat_template"))
+    for source in sources:
+        if isinstance(source, list):  # several by name
+            source = {entry["name"]: entry["template"] for entry in source}
+        if not found and source:
+            found = {"default": source} if isinstance(source, str) else dict(source)
     beside = folder / "chat_template.jinja"
     if beside.is_file():
-        return beside.read_text(encoding="utf-8")
-    readers: list[Callable[[], Any]] = [lambda: tokenizer_config.get("chat_template")]
-    processor = folder / "chat_template.json"
-    if processor.is_file():
-        readers.append(lambda: json.loads(processor.read_text(encoding="utf-8")).get("chat_template"))
-    for read in readers:
-        found = read()
-        if isinstance(found, list):  # several by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        if isinstance(found, str):
-            return found
-    return None
+        found = {"default": beside.read_text(encoding="utf-8")}
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = file.read_text(encoding="utf-8")
+    return found

@@ -3,12 +3,14 @@
 A conversation becomes token ids straight away: what a user writes can never read as a control token.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError, RequestError
+from engine.frontend.content_forms import text_of
 
 TEKKEN = "tekken.json"
 PLAIN = "tokenizer.model"
@@ -83,22 +85,32 @@ class MistralBackend:
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,  # noqa: ARG002  (an answer follows a question without a word between)
-        **extra: Any,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        **others: Any,
     ) -> list[int]:
         """A conversation as token ids; RequestError if it isn't as the model's chats must be.
 
-        A last message of the assistant's with `prefix` is one to go on with.
+        The last message is one to go on with where `continue_final_message` says so, or it has `prefix` itself.
         """
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
         if extra:
             names = ", ".join(sorted(extra))
             raise RequestError(f"the model's tokenizer has no template that takes {names}", "chat_template_kwargs")
+        for name, value in others.items():
+            if value is not None and value != "none":
+                field = "chat_template" if name == "template" else name
+                raise RequestError(f"the model's tokenizer has no template that takes {field}", field)
+        if continue_final_message and messages[-1].get("role") != "assistant":
+            raise RequestError("the last message must be the assistant's to go on with", "continue_final_message")
         try:
-            request: Any = ChatCompletionRequest.from_openai([_taken(message) for message in messages])
+            given = [_taken(message) for message in messages]
+            request: Any = ChatCompletionRequest.from_openai(given, tools=tools)
             last = request.messages[-1:]
             if last and last[0].role == "assistant":
-                last[0].prefix = bool(messages[-1].get("prefix"))
+                last[0].prefix = continue_final_message or bool(messages[-1].get("prefix"))
             ids: list[int] = self._chats.encode_chat_completion(request).tokens
         except Exception as error:  # its checks raise errors of many kinds
             raise RequestError(
@@ -109,9 +121,19 @@ class MistralBackend:
 
 def _taken(message: dict[str, Any]) -> dict[str, Any]:
     names = TAKEN.get(message.get("role", ""), ())
-    return {"role": message.get("role"), "content": ""} | {
-        name: message[name] for name in names if message.get(name) is not None
-    }
+    given = {name: message[name] for name in names if message.get(name) is not None}
+    if given.get("tool_calls"):
+        given["tool_calls"] = [_call_taken(call) for call in given["tool_calls"]]
+    return {"role": message.get("role")} | given | {"content": text_of(message.get("content"))}
+
+
+def _call_taken(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool with its arguments as a text again, which OpenAI's form has."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from engine.errors import ModelError, RequestError
 from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_with_transformers
-from engine.frontend.chat_template import ChatTemplate, read_template
+from engine.frontend.chat_template import ChatTemplate, read_templates
 from engine.frontend.mistral import PLAIN, MistralBackend, find_file
 from engine.model.names import CONFIG, PARAMS
 from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
@@ -122,10 +122,11 @@ def load_tokenizer(path: Path, vocab_size: int | None = None, mode: str = "auto"
     named = special_tokens(settings)
     own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
-    source = read_template(folder, settings)
+    sources = read_templates(folder, settings)
     template = None
     try:
-        template = ChatTemplate(source, named) if source is not None else None
+        if "default" in sources:
+            template = ChatTemplate(sources.pop("default"), named, sources)
     except TemplateError as error:
         warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are refused")
     return Tokenizer(backend, eos_ids=known_ids(eos, vocab_size), template=template), warnings

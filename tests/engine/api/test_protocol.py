@@ -115,7 +115,7 @@ def test_what_chats_do_not_serve_is_refused_by_name(fields: dict[str, Any], fiel
     assert caught.value.field == field
 
 
-def test_text_parts_become_one_text():
+def test_text_parts_stay_parts_for_the_template():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = parse(body(messages=[{"role": "user", "content": parts, "name": "me"}]), ChatRequest)
-    assert request.conversation() == [{"role": "user", "content": "a\nb", "name": "me"}]
+    assert request.conversation() == [{"role": "user", "content": parts, "name": "me"}]

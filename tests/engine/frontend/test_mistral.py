@@ -88,6 +88,22 @@ def test_an_answer_that_is_begun_is_continued(tekken: Tokenizer) -> None:
     assert tekken.encode_chat([question, begun]) == [*whole, *tekken.encode("fox", False)]
 
 
+def test_a_final_message_is_continued_and_histories_may_hold_parts_and_calls(tekken: Tokenizer) -> None:
+    question = {"role": "user", "content": "the"}
+    begun = {"role": "assistant", "content": "fox"}
+    whole = tekken.encode_chat([question])
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    assert tekken.encode_chat([question, begun], **options) == [*whole, *tekken.encode("fox", False)]
+    with pytest.raises(RequestError) as caught:
+        tekken.encode_chat([question], **options)
+    assert caught.value.field == "continue_final_message"
+    parts = {"role": "user", "content": [{"type": "text", "text": "the"}]}
+    assert tekken.encode_chat([parts]) == whole
+    for field, value in {"documents": [{"text": "x"}], "template": "x", "reasoning_effort": "high"}.items():
+        with pytest.raises(RequestError, match="no template"):
+            tekken.encode_chat([question], **{field: value})
+
+
 def test_what_only_a_template_could_take_is_refused(tekken: Tokenizer) -> None:
     with pytest.raises(RequestError, match="enable_thinking"):
         tekken.encode_chat([{"role": "user", "content": "x"}], add_generation_prompt=True, enable_thinking=False)

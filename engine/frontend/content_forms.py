@@ -1,0 +1,123 @@
+"""Which forms of a message's content a chat template takes: a text, a list of parts, or both.
+
+Templates of text models write `message.content` as it is; those of many multimodal models go through a list of parts
+and write nothing of a text. What a template takes is found by rendering a conversation with a marked text in each
+form: a form is taken when the marked text comes out, and not as part of a written list.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.nodes
+
+MARK = "zqMARKEDzq"
+QUOTES = "'\""
+CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
+
+Message = dict[str, Any]
+Render = Callable[[list[Message]], str]
+
+
+class Forms(NamedTuple):
+    """The forms of content that messages of one role may have."""
+
+    text: bool
+    parts: bool
+
+    def convert(self, content: Any) -> Any:
+        """Content in a form that the template takes."""
+        if isinstance(content, str) and not self.text:
+            return [{"type": "text", "text": content}]
+        if isinstance(content, list) and not self.parts:
+            return text_of(content)
+        return content
+
+
+BOTH = Forms(True, True)  # a template that shows neither gets what the client sent, as transformers would give it
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: of parts, a line each."""
+    if isinstance(content, list):
+        return "\n".join(part.get("text", "") for part in content)
+    return content or ""
+
+
+class ContentForms:
+    """The forms that one template takes, by role; each role is tried out when it first occurs."""
+
+    def __init__(self, render: Render):
+        """`render` writes a conversation, and may raise anything."""
+        self._render = render
+        self._found: dict[str, Forms] = {}
+
+    def of(self, role: str) -> Forms:
+        """The forms that messages of a role may have."""
+        found = self._found.get(role)
+        if found is None:
+            found = self._try(role)
+            if found is None:
+                found = BOTH if role == "user" else self.of("user")
+            if len(self._found) < 64:  # roles are clients' words
+                self._found[role] = found
+        return found
+
+    def _try(self, role: str) -> Forms | None:
+        text, parts = (self._shown(role, form) for form in (MARK, [{"type": "text", "text": MARK}]))
+        takes_text = text is not None
+        if parts is None:
+            takes_parts = False
+        elif text is not None and is_quoted(text):  # the template quotes contents itself
+            takes_parts = parts == text
+        else:
+            takes_parts = not is_quoted(parts)
+        return Forms(takes_text, takes_parts) if takes_text or takes_parts else None
+
+    def _shown(self, role: str, content: Any) -> str | None:
+        """A conversation with this content in a message of the role, None if it doesn't appear."""
+        filler = "x" if role == "user" else self.of("user").convert("x")
+        user = {"role": "user", "content": filler}
+        message = {"role": role, "content": content}
+        tries: list[list[Message]]
+        if role == "user":
+            tries = [[message]]
+        elif role == "assistant":
+            tries = [[user, message, user], [user, message]]
+        elif role == "tool":
+            call = {"role": "assistant", "content": filler, "tool_calls": [CALL]}
+            tries = [[user, call, message | {"tool_call_id": CALL["id"], "name": "f"}]]
+        else:
+            tries = [[message, user], [user, message]]
+        for messages in tries:
+            try:
+                written = self._render(messages)
+            except Exception:
+                continue
+            if MARK in written:
+                return written
+        return None
+
+
+def is_quoted(written: str) -> bool:
+    """Whether the marked text stands within quotes, as in a list that was written as such."""
+    before, after = written.split(MARK, 1)
+    return before[-1:] in QUOTES and after[:1] in QUOTES and bool(before) and bool(after)
+
+
+def asks_for_none(source: jinja2.nodes.Template) -> bool:
+    """Whether a template asks if a content is none, as DeepSeek's do for messages that call tools."""
+    tests = [test.node for test in source.find_all(jinja2.nodes.Test) if test.name == "none"]
+    for comparison in source.find_all(jinja2.nodes.Compare):
+        sides = [comparison.expr, *(operand.expr for operand in comparison.ops)]
+        if any(isinstance(side, jinja2.nodes.Const) and side.value is None for side in sides):
+            tests += sides
+    return any(_names_content(node) for node in tests)
+
+
+def _names_content(node: jinja2.nodes.Node) -> bool:
+    if isinstance(node, jinja2.nodes.Getattr):
+        return node.attr == "content"
+    if isinstance(node, jinja2.nodes.Getitem):
+        return isinstance(node.arg, jinja2.nodes.Const) and node.arg.value == "content"
+    return isinstance(node, jinja2.nodes.Name) and "content" in node.name

@@ -1,0 +1,93 @@
+"""The messages of a chat, checked and in the shape that chat templates take.
+
+As other servers do: no empty `tool_calls`, arguments of functions as objects instead of texts of JSON, contents kept as
+they came (a text, parts, or None). What a template takes of a content is for `content_forms`.
+"""
+
+import json
+from typing import Any
+
+from engine.errors import RequestError
+
+Message = dict[str, Any]
+
+
+def shape_conversation(messages: list[Message]) -> list[Message]:
+    """The messages as chat templates take them.
+
+    Raises:
+        RequestError: there are none, or one has not the form of a message; names the field.
+    """
+    if not messages:
+        raise RequestError("messages is an empty list", "messages")
+    return [_shape(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _shape(message: Any, field: str) -> Message:
+    if not isinstance(message, dict):
+        raise RequestError(f"{field} must be an object", field)
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise RequestError(f"{field}.role must be a string", f"{field}.role")
+    shaped = dict(message)
+    if "content" in message:
+        shaped["content"] = _content(message["content"], f"{field}.content")
+    if message.get("function_call"):
+        raise RequestError(f"{field}.function_call is not supported here: use tool_calls", f"{field}.function_call")
+    calls = shaped.pop("tool_calls", None)
+    if calls is not None and not isinstance(calls, list):
+        raise RequestError(f"{field}.tool_calls must be a list", f"{field}.tool_calls")
+    if calls:
+        if role != "assistant":
+            raise RequestError(f"{field}.tool_calls: a message of {role!r} has none", f"{field}.tool_calls")
+        shaped["tool_calls"] = [_call(call, f"{field}.tool_calls[{at}]") for at, call in enumerate(calls)]
+    for name in ("name", "tool_call_id"):
+        if not isinstance(message.get(name, ""), str | None):
+            raise RequestError(f"{field}.{name} must be a string", f"{field}.{name}")
+    return shaped
+
+
+def _content(content: Any, field: str) -> Any:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{field} must be a string or a list of parts", field)
+    return [_part(part, field) for part in content]
+
+
+def _part(part: Any, field: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise RequestError(f"{field} holds a part of type {kind!r}: this model takes text parts only", field)
+    return part | {"type": "text"}
+
+
+def _call(call: Any, field: str) -> dict[str, Any]:
+    """A call of a tool, with its arguments as an object."""
+    if not isinstance(call, dict):
+        raise RequestError(f"{field} must be an object", field)
+    if call.get("type", "function") != "function":
+        raise RequestError(f"{field}.type must be 'function', not {call['type']!r}", f"{field}.type")
+    if not isinstance(call.get("id", ""), str | None):
+        raise RequestError(f"{field}.id must be a string", f"{field}.id")
+    function = call.get("function")
+    field += ".function"
+    if not isinstance(function, dict):
+        raise RequestError(f"{field} must be an object", field)
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise RequestError(f"{field}.name must be a string", f"{field}.name")
+    return call | {"function": function | {"arguments": _arguments(function.get("arguments"), f"{field}.arguments")}}
+
+
+def _arguments(given: Any, field: str) -> dict[str, Any]:
+    if isinstance(given, str) and given.strip():
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{field} is no valid JSON", field) from error
+    given = given or {}
+    if not isinstance(given, dict):
+        raise RequestError(f"{field} must hold an object", field)
+    return given
