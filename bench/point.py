@@ -12,11 +12,12 @@ import numpy as np
 
 from bench.arrivals import Arrivals, point_seed
 from bench.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance
+from bench.intervals import percentile, percentile_interval
 from bench.loadgen import GeneratorHealth, Recording, Target, run_load
 from bench.metrics import MetricsReader, ServerState, WindowState, window_state
 from bench.plan import Lengths, is_provisional, phase_repeat
 from bench.results import Phase, PointRow, RequestRow, utc_now
-from bench.stats import Latencies, goodput, latencies, percentile, percentile_interval, token_rates
+from bench.stats import Latencies, goodput, latencies, token_rates
 from bench.workloads import Workload
 
 _DRAIN_LIMIT_S = 30.0
@@ -288,12 +289,13 @@ class LoadPoint:
 
 def _latency_columns(samples: Latencies) -> dict[str, Any]:
     """Percentiles in ms, and the intervals of those that few samples leave wide."""
-    columns: dict[str, Any] = {}
+    columns: dict[str, Any] = {"itl_steps": len(np.unique(samples.itl_steps))}
     for name in ("ttft", "itl", "tpot", "e2e"):
         values = getattr(samples, name)
         columns |= {f"{name}_p{share}_ms": percentile(values, share) for share in (50, 99)}
         if name in ("ttft", "itl"):
-            columns[f"{name}_p99_low_ms"], columns[f"{name}_p99_high_ms"] = percentile_interval(values, 99)
+            steps = samples.itl_steps if name == "itl" else None
+            columns[f"{name}_p99_low_ms"], columns[f"{name}_p99_high_ms"] = percentile_interval(values, 99, steps)
     return columns
 
 

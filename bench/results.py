@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import pandas as pd
-import psutil
 
 from bench.files import CannotWriteError, replace_file, writing
+from engine.machine import cores, total_memory
 
 Phase = Literal["probe", "search", "confirm", "ladder", "fixed", "closed"]
 
@@ -114,7 +114,7 @@ class PointRow:
     tpot_p99_ms: float
     e2e_p50_ms: float
     e2e_p99_ms: float
-    itl_p99_low_ms: float  # 95 % interval of the P99, which few samples leave wide
+    itl_p99_low_ms: float  # 95 % interval of the P99; its high end is inf where the window is too short to tell it
     itl_p99_high_ms: float
     ttft_p99_low_ms: float
     ttft_p99_high_ms: float
@@ -135,6 +135,7 @@ class PointRow:
     generator_starved_share: float = 0.0  # of the time: ready to run while others had its core
     generator_us_per_chunk: float = 0.0  # CPU time
     loop_lag_p99_ms: float = 0.0  # from the arrival of bytes to their read
+    itl_steps: int = 0  # engine steps behind the gaps; 0 in files of before steps were counted
     coalesced_reads: int = 0  # reads that held several chunks, which then share the stamp of the last
 
 
@@ -206,17 +207,16 @@ def _commit() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine in words: processor, cores this process may use, memory in GiB."""
+    """The machine in words: processor, and what of its cores and memory (GiB) this process may use."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu,
-        "cores": cores,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cores": cores(),
+        "memory_gib": round(total_memory() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
     }
 

@@ -1,50 +1,13 @@
-"""Percentiles with intervals, and the columns of a load point that are reduced from its requests."""
+"""The columns of a load point that are reduced from its requests."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from bench.intervals import joined_gaps, percentile
 from bench.results import RequestRow
-
-_NORMAL_FROM = 20_000  # samples from which the binomial distribution is taken as normal
-_Z95 = 1.959964
-
-
-def percentile(samples: np.ndarray, q: float) -> float:
-    """The q-th percentile (0..100); not a number without samples."""
-    return float(np.percentile(samples, q)) if len(samples) else math.nan
-
-
-def percentile_interval(samples: np.ndarray, q: float) -> tuple[float, float]:
-    """95 % interval of the q-th percentile, from order statistics: no shape of the distribution is assumed.
-
-    Samples count as independent. The high end is the largest sample where too few lie beyond it, so it is then a
-    lower bound of the true end.
-    """
-    n = len(samples)
-    if n == 0:
-        return math.nan, math.nan
-    ordered = np.sort(samples)
-    low, high = _ranks(n, q / 100)
-    return float(ordered[low]), float(ordered[high])
-
-
-def _ranks(n: int, share: float) -> tuple[int, int]:
-    """Indices (from 0) of the order statistics around the quantile: the number of samples below it is binomial."""
-    if n >= _NORMAL_FROM:
-        spread = _Z95 * math.sqrt(n * share * (1 - share))
-        low, high = math.floor(n * share - spread) - 1, math.ceil(n * share + spread)
-    else:
-        k = np.arange(n + 1)
-        log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, n + 1)))))
-        log_ways = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
-        below = np.cumsum(np.exp(log_ways + k * math.log(share) + (n - k) * math.log1p(-share)))
-        low = int(np.searchsorted(below, 0.025)) - 1
-        high = int(np.searchsorted(below, 0.975))
-    return min(max(low, 0), n - 1), min(max(high, 0), n - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +15,8 @@ class Latencies:
     """Samples in ms over the requests of a window."""
 
     ttft: np.ndarray
-    itl: np.ndarray  # all gaps between chunks of all requests, pooled
+    itl: np.ndarray  # all gaps between chunks of all requests, in order of arrival
+    itl_steps: np.ndarray  # int64, the engine step each of them is from
     tpot: np.ndarray
     e2e: np.ndarray
     tokens_per_chunk: float
@@ -62,7 +26,8 @@ class Latencies:
 def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
     """Samples of the requests in the window; one still open at `end_s` counts with what it had waited by then."""
     ttft: list[float] = []
-    itl: list[np.ndarray] = []
+    first: list[float] = []
+    gaps: list[np.ndarray] = []
     tpot: list[float] = []
     e2e: list[float] = []
     tokens, chunks, cut_short = 0, 0, 0
@@ -73,16 +38,19 @@ def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
         cut_short += row.status != "ok"
         ttft.append(waited if row.ttft_s is None else row.ttft_s)
         e2e.append(waited if row.e2e_s is None else row.e2e_s)
-        itl.append(np.asarray(row.chunk_gaps_s, dtype=np.float64))
+        first.append(row.intended_s + ttft[-1])
+        gaps.append(np.asarray(row.chunk_gaps_s, dtype=np.float64))
         tokens += sum(row.chunk_tokens)
         chunks += len(row.chunk_tokens)
         later = sum(row.chunk_tokens[1:])
         if row.status == "ok" and later:
             # To the last chunk, not to the end of the stream: the usage record that follows is not a token.
             tpot.append(sum(row.chunk_gaps_s) / later)
+    itl, itl_steps = joined_gaps(first, gaps)
     return Latencies(
         ttft=_ms(ttft),
-        itl=np.concatenate(itl) * 1e3 if itl else np.zeros(0),
+        itl=itl * 1e3,
+        itl_steps=itl_steps,
         tpot=_ms(tpot),
         e2e=_ms(e2e),
         tokens_per_chunk=tokens / chunks if chunks else 1.0,

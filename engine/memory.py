@@ -1,15 +1,13 @@
 """What the device offers, and how the engine divides it: weights, workspace, KV cache."""
 
 import dataclasses
-import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig, window_blocks
 from engine.errors import ConfigError, OutOfMemoryError
+from engine.machine import available_memory, cores
 from engine.messages import MemoryLine
 from engine.model.facts import ITEMSIZE, ModelFacts
 from engine.model.split import plan_split
@@ -36,27 +34,6 @@ class Resolution:
     warnings: tuple[str, ...]
     device: str
     sequences: int  # requests of max-model-len that fit at once
-
-
-def cores() -> int:
-    """Cores this process may use: its affinity, cut by a container's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return count
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
-
-
-def available_memory() -> int:
-    """Bytes the process can still take: the machine's, cut by a container's limit."""
-    available = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
 def resolve(config: EngineConfig, facts: ModelFacts, available: int | None = None) -> Resolution:

@@ -14,7 +14,7 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
     count = config.data_parallel_size
     if count == 1:
         return (CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s),)
-    from engine.memory import available_memory
+    from engine.machine import available_memory
 
     memory = available_memory() // count  # measured once: each of them would see what the others have taken already
     started: list[CoreProcess] = []

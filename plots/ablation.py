@@ -178,14 +178,17 @@ def _value(point: PointRow, key: str) -> float:
 def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]) -> Measured:
     """Compared round by round, since a machine's speed drifts: the median difference.
 
-    It is clear where the 95 % interval of the rounds' mean (Student's t) doesn't hold zero.
+    It is clear where the 95 % interval of the rounds' mean ratio (of logarithms, which chance bends to neither side;
+    Student's t) doesn't hold one.
     """
     theirs = {run.repeat: _value(run, key) for run in base}
     pairs = [(_value(run, key), theirs.get(run.repeat, math.nan)) for run in runs]
     differences = [d for d in (percent(mine, other) for mine, other in pairs if other > 0) if d is not None]
     if not differences:
         return cell
-    clear = len(differences) > 2 and abs(fmean(differences)) > half_interval(differences)
+    positive = all(mine > 0 for mine, _ in pairs)
+    compared = [math.log1p(d / 100) for d in differences] if positive else differences
+    clear = len(compared) > 2 and abs(fmean(compared)) > half_interval(compared)
     return replace(cell, difference=median(differences), clear=clear)
 
 
@@ -208,13 +211,26 @@ def _draw_dots(axes: Axes, metric: Metric, rows: list[AblationRow]) -> None:
         if cell.value is None:
             continue
         colour = INK if place == 0 else COLOURS[0]
-        if math.isfinite(cell.low) and math.isfinite(cell.high):
-            axes.hlines(place, cell.low, cell.high, color=colour, alpha=0.5, linewidth=1.4, zorder=2)
+        if math.isfinite(cell.low) and not math.isnan(cell.high):
+            _draw_interval(axes, place, (cell.low, cell.high), colour)
         face = colour if cell.sustained else "white"
         axes.plot(cell.value, place, "o", color=colour, markerfacecolor=face, markersize=6, zorder=3)
     if cells[0].value is not None:
         axes.axvline(cells[0].value, color=INK, linestyle=(0, (4, 3)), linewidth=1.0, alpha=0.7, zorder=1)
     _scale(axes, values, [cell.high for cell in cells if math.isfinite(cell.high)])
+
+
+def _draw_interval(axes: Axes, place: int, ends: tuple[float, float], colour: str) -> None:
+    """The interval as a line; an arrow to the edge of the panel where its upper end is not known."""
+    low, high = ends
+    if math.isfinite(high):
+        axes.hlines(place, low, high, color=colour, alpha=0.5, linewidth=1.4, zorder=2)
+    else:
+        edge = axes.get_yaxis_transform()
+        axes.annotate(
+            "", (1, place), (low, place), xycoords=edge, textcoords="data",
+            arrowprops={"arrowstyle": "-|>", "color": colour, "alpha": 0.5, "linewidth": 1.4, "shrinkA": 0},
+        )  # fmt: skip
 
 
 def _scale(axes: Axes, values: list[float], highs: list[float]) -> None:
@@ -263,7 +279,7 @@ def _caption(results: Results, ablation: Ablation) -> list[str]:
         ]
     else:
         reading += [
-            "Lines: 95 % intervals; of a rate, up to the lowest that failed",
+            "Lines: 95 % intervals (arrow: the upper end is not known); of a rate, up to the lowest that failed",
             f"Bold: its interval and that of {names[0]} lie apart",
         ]
     if any(not cell.sustained for row in ablation.rows for cell in row.cells.values()):

@@ -7,9 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from bench.intervals import joined_gaps, percentile_interval
 from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRow, RunFiles, Summary
 
-P99_SAMPLES = 1000  # below this a P99 rests on fewer than ten samples and is shown with its interval
+P99_SAMPLES = 1000  # steps or requests: below this a P99 rests on fewer than ten and is shown with its interval
 CURVE_PHASES = ("ladder", "fixed", "confirm")
 ROUND_PHASES = ("ladder", "fixed")  # what may be run several times over, in turns
 SAME_RATE = 1.005  # points closer than this share one place on a curve
@@ -26,6 +30,7 @@ class Drawn:
     point: PointRow
     requests: int
     gaps: int  # inter-token gaps of all its requests
+    steps: int  # engine steps behind the gaps: the requests of a step share its gap
 
 
 @dataclass(slots=True)
@@ -60,7 +65,9 @@ class Series:
         """The runs of a point's rate in rounds over a ladder or given rates, in order; of any other point itself."""
         mine = [p for p in self.points if p.valid and (p.phase, p.rate) == (point.phase, point.rate)]
         same = mine if point.phase in ROUND_PHASES else []
-        return sorted(same, key=lambda p: p.repeat) or [point]
+        if len(same) < 2:
+            return [with_steps(RunFiles(self.folder), point)]
+        return sorted(same, key=lambda p: p.repeat)
 
     def sustained(self, point: PointRow) -> bool:
         """Whether a point is sustained: a short window doesn't overrule a search that found its rate too high."""
@@ -276,9 +283,41 @@ def _middle(group: list[PointRow]) -> PointRow:
 def _drawn(files: RunFiles, point: PointRow) -> Drawn:
     """Counts what the percentiles of a point were taken over: requests of its window, also those cut at its end."""
     try:
-        rows = files.read_requests(point.point_id)
+        rows = _measured_rows(files, point)
     except FileNotFoundError:  # a folder may be passed on without its request files; the point still tells roughly
         gaps = point.output_tok_s * point.window_s / point.tokens_per_chunk - point.requests
-        return Drawn(point, point.requests, max(0, round(gaps)) if math.isfinite(gaps) else 0)
-    rows = rows[rows["in_window"] & rows["status"].isin(["ok", "cut short"])]
-    return Drawn(point, len(rows), int(rows["chunk_gaps_s"].map(len).sum()))
+        point = with_steps(files, point)
+        return Drawn(point, point.requests, max(0, round(gaps)) if math.isfinite(gaps) else 0, point.itl_steps)
+    point = with_steps(files, point, rows)
+    return Drawn(point, len(rows), int(rows["chunk_gaps_s"].map(len).sum()), point.itl_steps)
+
+
+def with_steps(files: RunFiles, point: PointRow, rows: pd.DataFrame | None = None) -> PointRow:
+    """The point with its engine steps counted, and intervals that respect them.
+
+    Files of before steps were counted hold intervals that took all gaps for independent, and a largest sample for the
+    upper end of a P99: both are computed anew from the requests; without these the intervals are not known.
+    """
+    if point.itl_steps or not point.requests:
+        return point
+    try:
+        rows = _measured_rows(files, point) if rows is None else rows
+    except FileNotFoundError:
+        below, above = -math.inf, math.inf
+        point = replace(point, itl_p99_low_ms=below, itl_p99_high_ms=above)
+        return replace(point, ttft_p99_low_ms=below, ttft_p99_high_ms=above)
+    begun = rows[rows["ttft_s"].notna()]
+    gaps, steps = joined_gaps(
+        (begun["intended_s"] + begun["ttft_s"]).tolist(), [np.asarray(g, dtype=float) for g in begun["chunk_gaps_s"]]
+    )
+    itl = percentile_interval(gaps * 1e3, 99, steps)
+    changed = replace(point, itl_steps=len(np.unique(steps)), itl_p99_low_ms=itl[0], itl_p99_high_ms=itl[1])
+    if len(begun) == len(rows):  # how long those without a first token had waited is not in the files
+        ttft = percentile_interval(begun["ttft_s"].to_numpy(dtype=float) * 1e3, 99)
+        changed = replace(changed, ttft_p99_low_ms=ttft[0], ttft_p99_high_ms=ttft[1])
+    return changed
+
+
+def _measured_rows(files: RunFiles, point: PointRow) -> pd.DataFrame:
+    rows = files.read_requests(point.point_id)
+    return rows[rows["in_window"] & rows["status"].isin(["ok", "cut short"])]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -28,12 +29,13 @@ from plots.style import (
     wrapped,
 )
 
+_ARROW = 0.2  # x the value: how far the arrow of an unknown upper end reaches
 SECONDS_FROM_MS = 10_000  # an axis that reaches this far is labelled in seconds
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One latency: its title, its value and interval of a point, and the number of samples behind it."""
+    """One latency: its title, its value and interval of a point, and the number of observations behind it."""
 
     title: str
     p99: Callable[[PointRow], float]
@@ -46,7 +48,7 @@ PANELS = (
         "P99 inter-token latency",
         lambda p: p.itl_p99_ms,
         lambda p: (p.itl_p99_low_ms, p.itl_p99_high_ms),
-        lambda d: d.gaps,
+        lambda d: d.steps,
     ),
     Panel(
         "P99 time to first token",
@@ -84,10 +86,13 @@ def caption(results: Results, workload: str) -> list[str]:
     """What was run and how to read the figure, as lines that fit its width."""
     series = results.of_workload(workload)
     drawn = [d for s in series for d in s.curve]
-    samples = f"Samples per point: {span([d.requests for d in drawn])} requests, {span([d.gaps for d in drawn])} gaps"
+    gaps = f"{span([d.gaps for d in drawn])} gaps of {span([d.steps for d in drawn])} engine steps"
+    samples = f"Samples per point: {span([d.requests for d in drawn])} requests, {gaps}"
     reading = ["Dashed: highest sustained rate", "Hollow: not sustained"]
     if any(panel.samples(d) < P99_SAMPLES for panel in PANELS for d in drawn):
-        reading.append(f"Whiskers: 95 % interval of a P99 of fewer than {P99_SAMPLES:,} samples")
+        reading.append(f"Whiskers: 95 % interval of a P99 of fewer than {P99_SAMPLES:,} steps or requests")
+        if any(panel.interval(d.point)[1] == math.inf for panel in PANELS for d in drawn):
+            reading.append("Arrow: the window is too short to tell the upper end")
     if any(d.point.cut_short for d in drawn):
         reading.append("Requests still open at the end of a point count with their wait so far")
     if any(d.point.provisional for d in drawn):
@@ -147,17 +152,26 @@ def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], 
     axes.plot(rates, values, color=colour, linewidth=1.8, zorder=3)
     for d, value in zip(shown, values, strict=True):
         low, high = panel.interval(d.point)
-        if panel.samples(d) < P99_SAMPLES and math.isfinite(low) and math.isfinite(high):
-            reach = [[max(0.0, value - low * scale)], [max(0.0, high * scale - value)]]
-            axes.errorbar(
-                d.point.rate, value, reach, fmt="none", ecolor=colour, alpha=0.55, elinewidth=1.1, capsize=2.5, zorder=2
-            )
+        if panel.samples(d) < P99_SAMPLES and math.isfinite(low):
+            _draw_interval(axes, (d.point.rate, value), (low * scale, high * scale), colour)
         face = colour if series.sustained(d.point) else "white"
         axes.plot(
             d.point.rate, value, marker, color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.6, zorder=4
         )
     if series.answer and series.answer.rate:
         axes.axvline(series.answer.rate, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.85, zorder=1)
+
+
+def _draw_interval(axes: Axes, at: tuple[float, float], ends: tuple[float, float], colour: str) -> None:
+    """The interval around a value; an arrow where its upper end is not known."""
+    (rate, value), (low, high) = at, ends
+    look: Any = {"fmt": "none", "ecolor": colour, "alpha": 0.55, "elinewidth": 1.1, "capsize": 2.5, "zorder": 2}
+    below = max(0.0, value - low)
+    if math.isfinite(high):
+        axes.errorbar(rate, value, [[below], [max(0.0, high - value)]], **look)
+        return
+    axes.errorbar(rate, value, [[below], [0.0]], **look)
+    axes.errorbar(rate, value, [[0.0], [_ARROW * value]], lolims=True, **look)
 
 
 def _handle(series: Series, look: tuple[str, str]) -> Line2D:

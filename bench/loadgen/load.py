@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import math
-import os
 import time
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ from bench.loadgen.loop import Job, Loop, Observer, Start
 from bench.loadgen.recording import GeneratorUse, Recording
 from bench.loadgen.target import Target, encode_request, resolve
 from bench.workloads.base import RequestSpec
+from engine.machine import cores
 
 CHUNKS_A_CORE = 60_000  # a second; one process spends about two thirds of a core on them
 
@@ -66,8 +66,7 @@ def run_closed_loop(
 
 def processes_for(chunks_per_s: float) -> int:
     """Generator processes for an expected rate of chunks, as far as there are cores for them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(chunks_per_s / CHUNKS_A_CORE)))
+    return max(1, min(cores(), math.ceil(chunks_per_s / CHUNKS_A_CORE)))
 
 
 def _run(

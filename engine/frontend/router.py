@@ -4,12 +4,12 @@ A stream stays with the replica that it was given to. If that one dies before an
 begins it again, unseen; else it fails with the cause. The others serve on, and the last to die ends the server.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.errors import EngineDeadError, RedlineError
+from engine.errors import EngineDeadError, RedlineError, cause_of
+from engine.frontend.calls import Calls
 from engine.frontend.client import NOBODY, STOPPED, CoreClient
 from engine.frontend.logs import Ended
 from engine.frontend.prompts import Prompt, Text, length_of
@@ -69,10 +69,19 @@ class Replica(CoreClient):
     def _fail_all(self, error: EngineDeadError) -> None:
         if not self.stopping():
             streams = {id(output.stream): output.stream for output in self._live.values()}
-            moved = sum(self.rescue(stream) for stream in streams.values() if stream.untouched)
+            moved = sum(self._move(stream) for stream in streams.values() if stream.untouched)
             if moved:
                 log.warning("%d request(s) of replica %d begin again elsewhere", moved, self.number)
         super()._fail_all(error)
+
+    def _move(self, stream: RequestStream) -> bool:
+        """`rescue`; where that fails, only this stream does."""
+        try:
+            return self.rescue(stream)
+        except Exception as error:
+            log.exception("a request of replica %d could not begin again elsewhere", self.number)
+            stream.fail(RedlineError(f"{self.dead}; the request could not begin again elsewhere: {cause_of(error)}"))
+            return False
 
     def _drop(self, output: Output, reason: str, finished: Finished | None = None) -> None:
         super()._drop(output, reason, finished)
@@ -101,6 +110,7 @@ class Router:
         self.dead: str | None = None  # the cause, once no replica is left
         self.on_death: Callable[[str], None] | None = None
         self._routing = make_routing(routing, seed)
+        self._calls = Calls(self._serving, lambda: self.dead or "the replicas ended meanwhile")
         for replica in self.replicas:
             replica.stopping = lambda: self.dead is not None
             replica.rescue = self._rescue
@@ -153,9 +163,9 @@ class Router:
             [Standing(one.tokens_left(), sum(tokens), one.given) for one, tokens in zip(able, held, strict=True)]
         )
         chosen = able[position]
+        chosen.take(stream, held[position])
         for blocks in names:
             chosen.held.note(blocks)
-        chosen.take(stream, held[position])
 
     def _rescue(self, stream: RequestStream) -> bool:
         """Begin a stream again that its dying replica made nothing of; False if none can, or it was moved before.
@@ -187,27 +197,17 @@ class Router:
     # ------------------------------------------------------------------------------------------------------- utilities
 
     async def call(self, method: str, **arguments: Any) -> Any:
-        """Call a utility of all replicas; RedlineError if one can't, and then those that did it undo it."""
-        living: Sequence[Replica] = self._serving()
+        """Call a utility of all replicas; RedlineError if one can't, and then none has done it."""
         if method == "adapters":  # whoever hangs can't tell
-            living = preferred(living)
-        undo = await _undoing(method, arguments, living[0])
-        answers = await _ask(living, method, arguments)
-        if method == "reset_prefix_cache":
-            for replica in self.replicas:
-                replica.held.clear()
-        refusals = [answer for answer in answers if _refused(answer)]
-        done = [replica for replica, answer in zip(living, answers, strict=True) if not isinstance(answer, Exception)]
-        if refusals:
-            if undo is not None:
-                for answer in await _ask(done, *undo):
-                    if isinstance(answer, Exception):
-                        log.warning("%s could not be undone: %s", method, answer)
-            raise refusals[0]
-        results = [answer for answer in answers if not isinstance(answer, Exception)]
-        if not results:
-            raise EngineDeadError(self.dead or "the replicas ended meanwhile")
-        return _joined(method, results)
+            results = await self._calls.some_do(method, arguments)
+            return {name: path for name, path in results[0].items() if all(name in one for one in results)}
+        try:
+            results = await self._calls.all_do(method, arguments)
+        finally:
+            if method == "reset_prefix_cache":
+                for replica in self.replicas:
+                    replica.held.clear()
+        return sum(results) if method == "reset_prefix_cache" else results[0]
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -284,39 +284,3 @@ def preferred(living: Sequence[Replica]) -> Sequence[Replica]:
 def tokens_of(prompt: Prompt) -> int:
     """Its tokens, guessed for a text."""
     return length_of(prompt) if isinstance(prompt, list) else len(prompt.text) // CHARACTERS
-
-
-async def _ask(replicas: Sequence[Replica], method: str, arguments: dict[str, Any]) -> list[Any]:
-    """Answers in the order of the replicas; a RedlineError is one."""
-
-    async def ask(replica: Replica) -> Any:
-        try:
-            return await replica.call(method, **arguments)
-        except RedlineError as error:
-            return error
-
-    return await asyncio.gather(*map(ask, replicas))
-
-
-def _refused(answer: Any) -> bool:
-    """Whether a replica that lives can't do it."""
-    return isinstance(answer, RedlineError) and not isinstance(answer, EngineDeadError)
-
-
-async def _undoing(method: str, arguments: dict[str, Any], replica: Replica) -> tuple[str, dict[str, Any]] | None:
-    """The call that takes another back, asked for before that one is made."""
-    if method == "load_adapter":
-        return "unload_adapter", {"name": arguments["name"]}
-    if method == "unload_adapter":
-        path = (await replica.call("adapters")).get(arguments["name"])
-        return ("load_adapter", {"name": arguments["name"], "path": path}) if path else None
-    return None
-
-
-def _joined(method: str, results: list[Any]) -> Any:
-    """One answer of many."""
-    if method == "reset_prefix_cache":
-        return sum(results)
-    if method == "adapters":  # those that every replica serves
-        return {name: path for name, path in results[0].items() if all(name in one for one in results)}
-    return results[0]

@@ -216,11 +216,6 @@ def test_ranks_that_do_not_divide_the_heads_are_refused(tmp_path: Path) -> None:
         resolve(config, read_facts(config))
 
 
-def test_the_machine_has_cores_and_memory() -> None:
-    assert memory.cores() >= 1
-    assert memory.available_memory() > 0
-
-
 def test_without_chunking_a_step_holds_the_longest_prompt(free) -> None:
     free(8 * GIB)
     facts = make_facts()

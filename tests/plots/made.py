@@ -90,6 +90,7 @@ def make_point(server: Server, configuration: str, workload: str, rate: float, p
         ttft_p99_high_ms=float(ttft.max()) * 1.1,
         seed=1,
         started="2025-01-01T00:00:00+00:00",
+        itl_steps=requests * 16,
     )
     return point, rows
 

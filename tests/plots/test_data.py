@@ -1,3 +1,4 @@
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -116,3 +117,18 @@ def test_no_results_at_all(tmp_path: Path) -> None:
 def test_a_folder_given_twice(demo: Path) -> None:
     with pytest.raises(ReportError, match="given twice"):
         load([demo, demo])
+
+
+def test_files_of_before_steps_were_counted_get_intervals_that_respect_them(make_run: Callable[..., Path]) -> None:
+    folder = make_run("a")
+    edited(folder, lambda p: replace(p, itl_steps=0, ttft_p99_high_ms=p.ttft_p99_ms))
+    series = next(iter(load([folder]).series.values()))
+    for drawn in series.curve:
+        assert 0 < drawn.steps == drawn.point.itl_steps <= drawn.gaps
+        assert drawn.point.itl_p99_low_ms <= drawn.point.itl_p99_ms <= drawn.point.itl_p99_high_ms
+        assert drawn.point.ttft_p99_high_ms == math.inf, "80 requests have no upper end of a P99"
+        assert series.rounds(drawn.point)[0].itl_steps > 0
+    for path in (folder / "requests").iterdir():
+        path.unlink()
+    for drawn in next(iter(load([folder]).series.values())).curve:
+        assert (drawn.point.itl_p99_low_ms, drawn.point.itl_p99_high_ms) == (-math.inf, math.inf)

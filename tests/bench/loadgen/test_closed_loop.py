@@ -194,6 +194,6 @@ def test_several_processes_keep_up_the_load_until_all_awaited_ended(known_server
 
 
 def test_processes_follow_the_expected_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.setattr("bench.loadgen.load.cores", lambda: 4)
     rates = (0, CHUNKS_A_CORE, CHUNKS_A_CORE + 1, 3 * CHUNKS_A_CORE, 100 * CHUNKS_A_CORE)
     assert [processes_for(rate) for rate in rates] == [1, 1, 2, 3, 4]

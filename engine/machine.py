@@ -1,0 +1,118 @@
+"""What this process may use of the machine: its cores and its memory, cut by the limits of its control groups.
+
+Limits are looked up in the group of the process and in all groups around it (a container, a systemd service in its
+slice, a pod), of both versions of control groups and of machines that have both.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+ROOT = Path("/")
+
+
+def cores(root: Path = ROOT) -> int:
+    """Cores this process may use: its affinity, cut by the tightest quota; at least 1."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = (quota for folder in _groups("cpu", root) if (quota := _quota(folder)) is not None)
+    return max(1, int(min(count, *quotas, math.inf)))
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes the process can still take: the machine's, cut by what the tightest limit leaves."""
+    rooms = (room for folder in _groups("memory", root) if (room := _room(folder)) is not None)
+    return max(0, min(psutil.virtual_memory().available, *rooms, 1 << 62))
+
+
+def total_memory(root: Path = ROOT) -> int:
+    """Bytes of memory that the process could have if it were alone: the machine's, cut by the tightest limit."""
+    limits = (limit for folder in _groups("memory", root) if (limit := _memory_limit(folder)) is not None)
+    return min(psutil.virtual_memory().total, *limits, 1 << 62)
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """Folders of the groups that bound this process in a controller: its own, then those around it."""
+    mine: dict[str, str] = {}  # path of the group within its hierarchy, by controller; "" is version 2
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        mine |= dict.fromkeys(controllers.split(","), path)
+    for line in _lines(root / "proc/self/mountinfo"):
+        # ID PARENT DEVICE ROOT MOUNTPOINT OPTIONS… - KIND SOURCE SUPEROPTIONS
+        before, _, after = line.partition(" - ")
+        fields, (kind, _, options) = before.split(), (*after.split(), "", "", "")[:3]
+        version_1 = kind == "cgroup" and controller in options.split(",")
+        found = mine.get(controller if version_1 else "")
+        if found is not None and (version_1 or kind == "cgroup2") and len(fields) > 4:
+            top, mount = _unescaped(fields[3]), root / _unescaped(fields[4]).lstrip("/")
+            yield from _upward(mount, _within(found, top))
+
+
+def _within(path: str, top: str) -> str:
+    """The path of a group below what is mounted; empty where a container doesn't see it by that path."""
+    top = top.rstrip("/")
+    return "" if ".." in path.split("/") or not f"{path}/".startswith(f"{top}/") else path[len(top) :].strip("/")
+
+
+def _upward(mount: Path, inner: str) -> Iterator[Path]:
+    folder = mount / inner
+    while folder != mount:
+        yield folder
+        folder = folder.parent
+    yield mount
+
+
+def _quota(folder: Path) -> float | None:
+    """Cores that a group may use at a time; None without a limit."""
+    found = " ".join(_lines(folder / "cpu.max")).split()
+    if not found:
+        found = [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
+    if len(found) != 2 or not all(re.fullmatch(r"\d+", one) for one in found) or not int(found[1]):
+        return None  # "max", or -1 in version 1
+    return int(found[0]) / int(found[1])
+
+
+def _memory_limit(folder: Path) -> int | None:
+    """Bytes that a group may have; None without a limit. Above memory.high the system slows its processes down."""
+    files = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    limits = [limit for file in files if (limit := _number(folder / file)) is not None]
+    around = _stat(folder).get("hierarchical_memory_limit")  # of version 1: groups that a container doesn't see, too
+    return min(limits if around is None else [*limits, around], default=None)
+
+
+def _room(folder: Path) -> int | None:
+    """Bytes that a group's limit leaves; cached pages of files that nobody uses make room when it is needed."""
+    limit = _memory_limit(folder)
+    used = next(
+        (n for file in ("current", "usage_in_bytes") if (n := _number(folder / f"memory.{file}")) is not None), 0
+    )
+    if limit is None:
+        return None
+    stat = _stat(folder)
+    return limit - used + min(used, stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+
+
+def _stat(folder: Path) -> dict[str, int]:
+    pairs = (line.split() for line in _lines(folder / "memory.stat"))
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _number(file: Path) -> int | None:
+    text = " ".join(_lines(file))
+    return int(text) if text.isdigit() else None
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a file of the system; none where it isn't there or may not be read."""
+    try:
+        return file.read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+
+
+def _unescaped(path: str) -> str:
+    """A path of mountinfo, in which blanks and the like are octal."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
