@@ -33,6 +33,10 @@ class RequestError(RedlineError):
         self.field = field
 
 
+class NotServedError(RequestError):
+    """A request names a model or an adapter that isn't served, or no longer."""
+
+
 # What passes through a guard around one request; a panic inside a library in Rust is a BaseException, and is caught.
 INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 

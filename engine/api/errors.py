@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, RequestError
+from engine.errors import EngineDeadError, NotServedError, RequestError
 
 log = logging.getLogger("redline.api")
 
@@ -38,6 +38,8 @@ class ApiError(Exception):
         """The answer to an error of the engine's; what isn't meant for clients is a 500 without its words."""
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, NotServedError):
+            return cls(404, str(error), param=error.field, code="model_not_found")
         if isinstance(error, RequestError):
             return cls(400, str(error), param=error.field)
         if isinstance(error, EngineDeadError):

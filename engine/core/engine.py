@@ -340,8 +340,7 @@ def _encoded(answer: UtilityResult) -> bytes:
 
 
 def _refusal(refused: Refused) -> Finished:
-    reason = FinishReason.FAILED if refused.failed else FinishReason.ERROR
-    return Finished(refused.handle, reason, error=refused.cause)
+    return Finished(refused.handle, refused.reason, error=refused.cause)
 
 
 def _of(front_end: int, events: Sequence[_Event]) -> tuple[_Event, ...]:

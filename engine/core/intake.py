@@ -12,7 +12,7 @@ import msgspec
 from engine.config import ResolvedConfig
 from engine.core.request import Request
 from engine.errors import INTERRUPTS, RedlineError, cause_of
-from engine.messages import Abort, AddRequest, Shutdown, Utility, UtilityResult, decode_to_core
+from engine.messages import Abort, AddRequest, FinishReason, Shutdown, Utility, UtilityResult, decode_to_core
 
 log = logging.getLogger("redline.core")
 
@@ -38,7 +38,7 @@ class Refused:
 
     handle: int
     cause: str
-    failed: bool = False  # the engine did, over a request that may be fine
+    reason: FinishReason = FinishReason.ERROR
 
 
 @dataclass(slots=True)
@@ -93,7 +93,8 @@ class Intake:
             return Refused(message.handle, cause)
         key = self._key(message.adapter)
         if key is None:
-            return Refused(message.handle, f"no adapter called {message.adapter!r} is served")
+            cause = f"no adapter called {message.adapter!r} is served"
+            return Refused(message.handle, cause, FinishReason.NOT_SERVED)
         try:
             request = Request(message, self._config.max_model_len, arrived, key)
             cause = self._refusal(request)
@@ -111,7 +112,7 @@ def refused(handle: int, error: BaseException) -> Refused:
     if isinstance(error, RedlineError):
         return Refused(handle, str(error))
     log.error("request %d could not be taken", handle, exc_info=error)
-    return Refused(handle, f"the engine could not take this request: {cause_of(error)}", failed=True)
+    return Refused(handle, f"the engine could not take this request: {cause_of(error)}", FinishReason.FAILED)
 
 
 def unfit(message: AddRequest) -> str | None:
@@ -139,7 +140,7 @@ def _unreadable(data: bytes, error: Exception) -> Refused | Unanswerable | None:
     cause = f"the engine could not read this request: {error}"
     match leading_ints(data, 3):
         case [tag, handle, *_] if tag == ADD and 0 <= handle < _INT64:
-            return Refused(handle, cause, failed=True)
+            return Refused(handle, cause, FinishReason.FAILED)
         case [tag, front_end, call] if tag == UTILITY and front_end >= 0:
             return Unanswerable(front_end, UtilityResult(call, error=cause))
     return None

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from engine.clock import Clock
-from engine.errors import INTERRUPTS, RedlineError, RequestError, cause_of
+from engine.errors import INTERRUPTS, NotServedError, RedlineError, RequestError, cause_of
 from engine.frontend.logs import Ended
 from engine.frontend.stats import FrontEndStats
 from engine.frontend.streams import REASONS, Output, RequestStream, TokenLogprob
@@ -134,8 +134,7 @@ class Booking:
         """The core ended an output."""
         reason = REASONS[FinishReason(finished.reason)]
         if reason == "error":
-            kind = RequestError if finished.reason == FinishReason.ERROR else RedlineError
-            output.stream.fail(kind(finished.error or "the engine could not serve this request"))
+            output.stream.fail(_error_of(finished))
             self._drop(output, reason, finished)
             self.abort(output.stream)
             return
@@ -194,6 +193,13 @@ class Booking:
                 self.on_ended(ended)
             except Exception:  # it only reports: the request is over all the same
                 log.exception("the end of a request could not be reported")
+
+
+def _error_of(finished: Finished) -> RedlineError:
+    cause = finished.error or "the engine could not serve this request"
+    if finished.reason == FinishReason.NOT_SERVED:
+        return NotServedError(cause, "model")
+    return RequestError(cause) if finished.reason == FinishReason.ERROR else RedlineError(cause)
 
 
 class _LogprobColumns:

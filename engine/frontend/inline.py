@@ -132,7 +132,7 @@ class InlineTexts:
 
     def _finished(self, finished: Finished) -> Finished:
         request = self._open.pop(finished.handle, None)
-        if request is None or finished.reason in (FinishReason.ERROR, FinishReason.FAILED):
+        if request is None or finished.error:
             return finished
         if request.stop:
             return replace(finished, reason=int(FinishReason.STOP), stop_id=-1, stop=request.stop)

@@ -21,6 +21,7 @@ REASONS = {
     FinishReason.ABORT: "abort",
     FinishReason.ERROR: "error",
     FinishReason.FAILED: "error",
+    FinishReason.NOT_SERVED: "error",
 }
 
 

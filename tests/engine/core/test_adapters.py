@@ -69,7 +69,7 @@ def test_a_request_behind_an_unload_in_the_inbox_is_refused_and_the_engine_goes_
     late = driver.add([1, 2, 3], adapter="french")  # its name is resolved before the loop sees the unload
     other = driver.add([1, 2, 3], max_tokens=4)
     driver.run()
-    assert driver.finished[late].reason == FinishReason.ERROR
+    assert driver.finished[late].reason == FinishReason.NOT_SERVED
     assert driver.finished[late].error == "no adapter called 'french' is served"
     assert driver.tokens[other] == expected_tokens([1, 2, 3], 4)
     assert answers(driver)[1].error == ""

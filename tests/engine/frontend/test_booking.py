@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from engine.errors import RedlineError, RequestError
+from engine.api.errors import ApiError
+from engine.errors import NotServedError, RedlineError, RequestError
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.prompts import Text
 from engine.frontend.sampling import MAX_STOP_TOKEN_IDS, SamplingParams
@@ -128,9 +129,14 @@ async def test_a_message_that_can_not_be_read_fails_who_may_be_concerned_and_no_
 
 async def test_what_the_engine_failed_over_is_no_fault_of_the_request():
     core = Core()
-    refused, failed = (core.client.add([text_ids("a")], SamplingParams()) for _ in range(2))
-    one, other = (request.handle for request in core.added)
+    refused, failed, gone = (core.client.add([text_ids("a")], SamplingParams()) for _ in range(3))
+    one, other, last = (request.handle for request in core.added)
     core.tokens({}, Finished(one, FinishReason.ERROR, error="no"), Finished(other, FinishReason.FAILED, error="oh"))
+    core.tokens({}, Finished(last, FinishReason.NOT_SERVED, error="no adapter"))
+    with pytest.raises(NotServedError, match="no adapter") as unserved:
+        await read(gone)
+    answer = ApiError.of(unserved.value)
+    assert (answer.status, answer.param, answer.code) == (404, "model", "model_not_found")
     with pytest.raises(RequestError, match="no"):
         await read(refused)
     with pytest.raises(RedlineError, match="oh") as caught:
