@@ -14,6 +14,7 @@ from cli.engine_options import ENGINE_OPTIONS
 from cli.options import GroupedCommand, with_options
 from cli.serve_options import SERVER_OPTIONS
 from cli.start_table import human_bytes, show_start
+from engine.api.options import HttpOptions, Limits
 from engine.config import EngineConfig
 
 FILE_WIDTH = 200
@@ -32,7 +33,10 @@ def command(
     """Serve MODEL (a short name such as smollm2-135m, a folder, or a hub id) over HTTP."""
     if (model is None) == (model_option is None):
         raise click.UsageError("give one model: its short name, its folder or its hub id")
-    serving = Serving(**{field.name: settings.pop(field.name) for field in fields(Serving)})
+    limits = Limits(**{name: settings.pop(name) for name in Limits.__struct_fields__})
+    serving = Serving(
+        limits=limits, **{one.name: settings.pop(one.name) for one in fields(Serving) if one.name != "limits"}
+    )
     config = EngineConfig(model=model or model_option or "", adapters=split_adapters(lora), **settings)
     notes = []
     if config.tokenizer_mode == "slow":
@@ -58,20 +62,32 @@ class Serving:
 
     host: str
     port: int
-    api_key: str | None
+    api_keys: tuple[str, ...]
+    api_key_file: str | None
     api_servers: int
+    allowed_origins: tuple[str, ...]
+    runtime_lora: bool
+    shutdown_timeout: float  # seconds
     disable_log_stats: bool
     log_requests: bool
     step_timeout: float  # seconds
+    limits: Limits
 
 
 def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     # Only now: `redline serve --help` needs none of it.
+    from engine.api.keys import read_keys
     from engine.api.run import ServeOptions, ServerRun
     from engine.api.server import bind_all
     from engine.frontend.logs import log_to_stderr
     from engine.frontend.start import start_engine
 
+    http = HttpOptions(
+        api_keys=read_keys(serving.api_keys, serving.api_key_file),
+        allowed_origins=serving.allowed_origins,
+        runtime_lora=serving.runtime_lora,
+        limits=serving.limits,
+    )
     console = make_console()
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell that started us ignores Ctrl-C
@@ -88,7 +104,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
             step_timeout_s=serving.step_timeout,
         )
     show_start(console, engine)
-    options = ServeOptions(serving.api_key, not serving.disable_log_stats, serving.log_requests)
+    options = ServeOptions(http, not serving.disable_log_stats, serving.log_requests, serving.shutdown_timeout)
     return ServerRun(engine, listeners, options, lambda line: console.print(line, markup=False)).run()
 
 

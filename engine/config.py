@@ -40,6 +40,7 @@ DRIVER_BROADCAST = "driver-broadcast"  # of several ranks only
 
 KV_ALLOCATION = "--kv-cache-memory-bytes"
 
+SHUTDOWN_TIMEOUT_S = 30.0  # for running requests to end; as long as Kubernetes gives a pod by default
 STEP_TIMEOUT_S = 300.0  # of the watchdog; generous, since a long prompt on a slow machine is no fault
 
 

@@ -4,7 +4,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from engine.api.parsing import parse
+from engine.api.errors import ApiError
 from engine.api.state import ApiState
 from engine.errors import EngineDeadError, RedlineError, RequestError
 
@@ -18,8 +18,16 @@ class UnloadRequest(msgspec.Struct, kw_only=True):
     lora_name: str
 
 
+def check_allowed(state: ApiState) -> None:
+    """Refuse unless the operator allowed it: a path given by a client is read with the server's rights."""
+    if not state.options.runtime_lora:
+        message = "adapters can't be loaded or unloaded here: start the server with --enable-runtime-lora"
+        raise ApiError(403, message, code="runtime_lora_disabled")
+
+
 async def load_adapter(state: ApiState, request: Request) -> Response:
-    body = parse(await request.body(), LoadRequest)
+    check_allowed(state)
+    body = await state.read(request, LoadRequest)
     if not body.lora_name or body.lora_name in state.names:
         raise RequestError(f"{body.lora_name!r} can't be an adapter's name: the model itself has it", "lora_name")
     await _change(state, "load_adapter", "lora_path", name=body.lora_name, path=body.lora_path)
@@ -27,7 +35,8 @@ async def load_adapter(state: ApiState, request: Request) -> Response:
 
 
 async def unload_adapter(state: ApiState, request: Request) -> Response:
-    body = parse(await request.body(), UnloadRequest)
+    check_allowed(state)
+    body = await state.read(request, UnloadRequest)
     await _change(state, "unload_adapter", "lora_name", name=body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -1,6 +1,5 @@
 """The HTTP face of an engine: routes, authorisation, errors."""
 
-import hmac
 from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any
@@ -9,9 +8,10 @@ import msgspec
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from engine.api.access import RequireKey, check_media_type
 from engine.api.adapters import load_adapter, unload_adapter
 from engine.api.chat import chat_completions
 from engine.api.chat_protocol import TokenizeRequest, check_tools, template_options
@@ -19,7 +19,6 @@ from engine.api.completions import completions
 from engine.api.errors import ApiError
 from engine.api.metrics import make_registry
 from engine.api.openapi import openapi_document
-from engine.api.parsing import parse
 from engine.api.protocol import DetokenizeRequest
 from engine.api.request_id import RequestId
 from engine.api.state import ApiState
@@ -27,27 +26,7 @@ from engine.errors import RedlineError, RequestError
 from engine.frontend.conversation import shape_conversation
 from engine.frontend.router import Router
 
-OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/openapi.json"})  # answered without a key
-
 Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
-
-
-class RequireKey:
-    """Lets requests through that carry `Authorization: Bearer KEY`."""
-
-    def __init__(self, app: ASGIApp, key: str):
-        self._app = app
-        self._expected = f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                message = "this server needs its API key: Authorization: Bearer KEY"
-                refusal = ApiError(401, message, code="invalid_api_key").response()
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 def create_app(state: ApiState) -> FastAPI:
@@ -69,18 +48,29 @@ def create_app(state: ApiState) -> FastAPI:
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
     ]
     for method, path, endpoint in routes:
-        app.add_route(path, bound(endpoint, state), methods=[method])  # HEAD is answered with GET
+        app.add_route(path, bound(endpoint, state, method), methods=[method])  # HEAD is answered with GET
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(RedlineError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
-    if state.api_key:
-        app.add_middleware(RequireKey, key=state.api_key)
+    options = state.options
+    if options.api_keys:
+        app.add_middleware(RequireKey, keys=options.api_keys)
+    if options.allowed_origins:  # outside of the key's check: a browser asks first, without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
     app.add_middleware(RequestId)  # the last one added is the outermost
     return app
 
 
-def bound(endpoint: Endpoint, state: ApiState) -> Callable[[Request], Awaitable[Response]]:
+def bound(endpoint: Endpoint, state: ApiState, method: str) -> Callable[[Request], Awaitable[Response]]:
     async def call(request: Request) -> Response:
+        if method == "POST":
+            check_media_type(request)
         return await endpoint(state, request)
 
     return call
@@ -160,7 +150,7 @@ async def metrics(registry: CollectorRegistry) -> Response:
 
 
 async def tokenize(state: ApiState, request: Request) -> Response:
-    body = parse(await request.body(), TokenizeRequest)
+    body = await state.read(request, TokenizeRequest)
     await state.adapter_of(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", "prompt")
@@ -169,24 +159,24 @@ async def tokenize(state: ApiState, request: Request) -> Response:
             check_tools(body.tools, "none")
         state.check_template(body.chat_template)
         conversation = shape_conversation(body.messages)
-        written = state.tokenizer.render_chat(conversation, **template_options(body))
+        written = await state.render_chat(conversation, **template_options(body))
         ids = await state.encode(written, bool(body.add_special_tokens)) if isinstance(written, str) else written
     else:
         ids = await state.encode(body.prompt or "", body.add_special_tokens is not False)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}
     if body.return_token_strs:
-        found["token_strs"] = [state.tokenizer.token_text(token) for token in ids]
+        found["token_strs"] = await state.token_texts(ids)
     return answer(found)
 
 
 async def detokenize(state: ApiState, request: Request) -> Response:
-    body = parse(await request.body(), DetokenizeRequest)
+    body = await state.read(request, DetokenizeRequest)
     await state.adapter_of(body.model)
     last = state.client.ready.vocab_size - 1
-    for token in body.tokens:
+    for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
         if not 0 <= token <= last:
             raise RequestError(f"{token} is no token of this model (0..{last})", "tokens")
-    return answer({"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    return answer({"prompt": await state.decode(body.tokens)})
 
 
 async def reset_prefix_cache(state: ApiState, _request: Request) -> Response:

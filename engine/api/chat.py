@@ -6,7 +6,6 @@ from starlette.responses import Response
 
 from engine.api.chat_protocol import ChatRequest, template_options
 from engine.api.logprobs import chat_logprobs
-from engine.api.parsing import parse
 from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
@@ -14,7 +13,7 @@ from engine.frontend.streams import Whole, gather
 
 
 async def chat_completions(state: ApiState, request: Request) -> Response:
-    body = parse(await request.body(), ChatRequest)
+    body = await state.read_request(request, ChatRequest)
     adapter = await state.adapter_of(body.model)
     body.check()
     # A chat without a limit goes on as long as it fits.
@@ -26,6 +25,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)
+    state.check_queue(params.n)
     stream = state.client.add(
         [prompt],
         params,

@@ -5,7 +5,6 @@ from fastapi import Request
 from starlette.responses import Response
 
 from engine.api.logprobs import TextOffsets, completion_logprobs
-from engine.api.parsing import parse
 from engine.api.protocol import CompletionRequest
 from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.sse import EventStream, until_disconnect
@@ -16,15 +15,16 @@ DEFAULT_MAX_TOKENS = 16
 
 
 async def completions(state: ApiState, request: Request) -> Response:
-    body = parse(await request.body(), CompletionRequest)
+    body = await state.read_request(request, CompletionRequest)
     adapter = await state.adapter_of(body.model)
     body.check()
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     params = body.sampling_params(max_tokens, body.top_logprobs)
     special = body.add_special_tokens is not False
     given = body.prompts()
-    prompts = [await state.prompt(one, special) if isinstance(one, str) else one for one in given]
+    prompts = await state.prompts(given, special)
     head = new_head("cmpl", "text_completion", body.model or state.model)
+    state.check_queue(len(prompts) * params.n)
     stream = state.client.add(
         prompts,
         params,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from engine import children
+from engine.api.options import HttpOptions
 from engine.children import Failure
 from engine.errors import EngineDeadError, RedlineError
 from engine.frontend.connect import CoreAddress
@@ -38,7 +39,7 @@ class Orders(msgspec.Struct):
     cores: tuple[CoreAddress, ...]  # of all replicas
     routing: str
     created: int
-    api_key: str | None
+    http: HttpOptions
     log_requests: bool
     listener: int = -1
     boards: tuple[int, ...] = ()
@@ -189,7 +190,7 @@ async def serve(orders: Orders, client: "EngineClient", up: Callable[[], None]) 
     client.open()
     if orders.log_requests:
         client.on_ended = log_request
-    state = ApiState(client, (orders.name,), orders.api_key, orders.created)
+    state = ApiState(client, (orders.name,), orders.http, orders.created)
     side = HttpSide(state, socket.socket(fileno=orders.listener))
 
     def obey(line: str) -> None:

@@ -7,15 +7,17 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvloop
 
 from engine import children
+from engine.api.options import HttpOptions
 from engine.api.process import ApiProcess, Orders
 from engine.api.server import FORCED_GRACE_S, LAST_WORDS_S, HttpSide
 from engine.api.state import ApiState
+from engine.config import SHUTDOWN_TIMEOUT_S
 from engine.errors import EngineDeadError
 from engine.frontend.client import STOPPED
 from engine.frontend.connect import EngineClient
@@ -32,9 +34,10 @@ FORCED_EXIT = 130
 class ServeOptions:
     """What concerns the HTTP side alone."""
 
-    api_key: str | None = None
+    http: HttpOptions = field(default_factory=HttpOptions)
     log_stats: bool = True
     log_requests: bool = True
+    shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S  # for running requests, after the first signal
 
 
 class ServerRun:
@@ -89,7 +92,7 @@ class ServerRun:
                 cores=engine.addresses(front_end),
                 routing=engine.config.routing,
                 created=self._created,
-                api_key=self._options.api_key,
+                http=self._options.http,
                 log_requests=self._options.log_requests,
             )
             self._processes.append(ApiProcess(orders, listener, [board.descriptor for board in self._boards]))
@@ -102,7 +105,7 @@ class ServerRun:
         client.open()
         if self._options.log_requests:
             client.on_ended = log_request
-        state = ApiState(client, (self._engine.config.name,), self._options.api_key, self._created)
+        state = ApiState(client, (self._engine.config.name,), self._options.http, self._created)
         side = HttpSide(state, self._listener)
 
         def on_signal() -> None:

@@ -1,20 +1,34 @@
 """What the endpoints share."""
 
 import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from engine.api.body import Body, read_json
+from engine.api.chat_protocol import ChatRequest
 from engine.api.errors import ApiError
+from engine.api.limits import check_queue, check_request, check_texts
+from engine.api.options import HttpOptions, Limits
+from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.prompts import Prompt, Text
 from engine.frontend.streams import Origin
 from engine.frontend.tokenizer import Tokenizer
 
-# Longer texts are tokenised on a thread: the library lets go of the interpreter, and streams go on meanwhile.
+# Longer texts are tokenized on a thread: the library lets go of the interpreter, and streams go on meanwhile.
 LONG_TEXT = 4096
+MANY_MESSAGES = 32  # are rendered on a thread too, as templates are programs in Python
+# Threads that tokenize and render: more would take the cores from the engine.
+TEXT_THREADS = 2
+
+Result = TypeVar("Result")
+Served = TypeVar("Served", CompletionRequest, ChatRequest)
 
 
 @dataclass
@@ -23,11 +37,15 @@ class ApiState:
 
     client: EngineClient
     names: tuple[str, ...]  # the first is shown, all are accepted
-    api_key: str | None = None
+    options: HttpOptions = field(default_factory=HttpOptions)
     created: int = 0  # of the model card, seconds since 1970
     model_info: dict[str, Any] = field(default_factory=dict)
     trust_request_chat_template: bool = False
     adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as the core last said
+
+    def __post_init__(self) -> None:
+        self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._longest_token = self.tokenizer.longest_token  # found now rather than by the first request
 
     @property
     def model(self) -> str:
@@ -58,11 +76,54 @@ class ApiState:
         client = request.client
         return Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
 
-    async def prompt(self, text: str, add_special_tokens: bool) -> Prompt:
-        """The prompt as the core wants it: token ids, or the text where it tokenises itself."""
+    # ------------------------------------------------------------------------------------------------------- limits
+
+    @property
+    def limits(self) -> Limits:
+        return self.options.limits
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """Receive and decode a body; ApiError or RequestError if it can't be taken."""
+        return await read_json(request, kind, self.limits)
+
+    async def read_request(self, request: Request, kind: type[Served]) -> Served:
+        """As `read`, for a request to the model, which must keep to the limits and find room in the queue."""
+        body = await self.read(request, kind)
+        check_request(body, self.limits, self.client.ready.max_model_len)
+        self.check_queue(1)
+        return body
+
+    def check_queue(self, outputs: int) -> None:
+        """Raise ApiError 503 if so many more requests would have the queue grow beyond its limit."""
+        check_queue(self.client, self.limits, outputs)
+
+    def check_texts(self, texts: Sequence[str], field: str) -> None:
+        """Raise RequestError for a text that is longer than any prompt the model takes."""
+        check_texts(texts, self.limits, self.client.ready.max_model_len, self._longest_token, field)
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[Prompt]:
+        """Prompts as the core wants them: token ids, or the texts where it tokenizes itself."""
+        texts = [one for one in given if isinstance(one, str)]
+        self.check_texts(texts, "prompt")
+        if self.client.ready.inline:
+            return [Text(one, add_special_tokens) if isinstance(one, str) else one for one in given]
+        if sum(map(len, texts)) >= LONG_TEXT:
+            return [
+                await self.prompt(one, add_special_tokens, LONG_TEXT) if isinstance(one, str) else one for one in given
+            ]
+        return [self.tokenizer.encode(one, add_special_tokens) if isinstance(one, str) else one for one in given]
+
+    async def prompt(self, text: str, add_special_tokens: bool, others: int = 0) -> Prompt:
+        """One prompt as the core wants it; `others` are the characters of prompts that are tokenized beside it."""
+        self.check_texts((text,), "prompt")
         if self.client.ready.inline:
             return Text(text, add_special_tokens)
-        return await self.encode(text, add_special_tokens)
+        most = self.client.ready.max_model_len
+        if len(text) + others < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await self.on_thread(self.tokenizer.encode_prompt, text, add_special_tokens, most)
 
     def check_template(self, template: str | None) -> None:
         """Refuse a template of a request's own, unless this server takes such: it is a program, and may never end."""
@@ -77,14 +138,50 @@ class ApiState:
         self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
     ) -> Prompt:
         """A conversation as the core wants it (see `Tokenizer.render_chat`)."""
-        tokenizer = self.tokenizer
-        if tokenizer.template is None and sum(len(str(message.get("content"))) for message in messages) >= LONG_TEXT:
-            return await asyncio.to_thread(tokenizer.encode_chat, messages, **options)
-        written = tokenizer.render_chat(messages, **options)
+        written = await self.render_chat(messages, **options)
         # A template has written all special tokens already, as a rule.
         return await self.prompt(written, add_special_tokens) if isinstance(written, str) else written
 
+    async def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
+        """See `Tokenizer.render_chat`; on a thread where it may take long."""
+        texts = list(message_texts(messages))
+        self.check_texts(texts, "messages")
+        short = all(
+            value is None or isinstance(value, bool) for value in options.values()
+        )  # tools may be of any length
+        if short and sum(map(len, texts)) < LONG_TEXT and len(messages) < MANY_MESSAGES:
+            return self.tokenizer.render_chat(messages, **options)
+        return await self.on_thread(self.tokenizer.render_chat, messages, **options)
+
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text that is no prompt: of any number, as long as its bytes could be one."""
+        self.check_texts((text,), "prompt")
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        return await self.on_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    async def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        if len(ids) < LONG_TEXT:
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return await self.on_thread(self.tokenizer.decode, ids, skip_special_tokens=False)
+
+    async def token_texts(self, ids: list[int]) -> list[str]:
+        """Each token as a text of its own."""
+        if len(ids) < LONG_TEXT:
+            return list(map(self.tokenizer.token_text, ids))
+        return await self.on_thread(lambda: list(map(self.tokenizer.token_text, ids)))
+
+    async def on_thread(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Run on one of the few threads for texts; streams go on meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *arguments, **options))
+
+
+def message_texts(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The texts of a conversation: of its contents, and of their parts."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else (content,):
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text

@@ -5,7 +5,7 @@ and detokenising is then a table look-up a token. The rest give None and are dec
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,10 @@ class Backend(Protocol):
 
     def special_ids(self) -> frozenset[int]: ...
 
+    def longest_token(self) -> int:
+        """Bytes of the longest token."""
+        ...
+
 
 class FastBackend:
     """A tokenizer.json, run by the tokenizers library."""
@@ -50,7 +54,9 @@ class FastBackend:
         self._add_bos = add_bos
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode` of tokenizers 0.23 this lets other threads run, and finds no offsets, which nobody asks for.
+        [encoding] = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         if add_special_tokens and self._add_bos is not None:
             wanted, bos = self._add_bos
             present = ids[:1] == [bos]
@@ -84,6 +90,12 @@ class FastBackend:
         added = self._library.get_added_tokens_decoder()
         return frozenset(token for token, entry in added.items() if entry.special)
 
+    def longest_token(self) -> int:
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        if self.concatenates:  # a character stands for a byte
+            return max(map(len, vocabulary), default=1)
+        return longest_text(vocabulary)
+
 
 class SlowBackend:
     """A tokenizer that only transformers can run (no tokenizer.json can be made of it)."""
@@ -114,6 +126,9 @@ class SlowBackend:
 
     def special_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.all_special_ids)
+
+    def longest_token(self) -> int:
+        return longest_text(self._tokenizer.get_vocab())
 
 
 class StandInBackend:
@@ -152,6 +167,13 @@ class StandInBackend:
 
     def special_ids(self) -> frozenset[int]:
         return frozenset()
+
+    def longest_token(self) -> int:
+        return len(b"<%d>" % (self.vocab_size - 1))
+
+
+def longest_text(texts: Iterable[str]) -> int:
+    return max((len(text.encode("utf-8", "surrogatepass")) for text in texts), default=1)
 
 
 def byte_characters() -> list[str]:

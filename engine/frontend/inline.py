@@ -60,7 +60,7 @@ class InlineTexts:
         if message.prompt:
             prompt = int32s(message.prompt).tolist()
         else:
-            prompt = self._tokenizer.encode(message.text, message.add_special_tokens)
+            prompt = self._tokenizer.encode_prompt(message.text, message.add_special_tokens, self._max_model_len)
             check_prompt(prompt, self._max_model_len, self._vocab_size)
             # The front end couldn't know how much room the text leaves.
             max_tokens = min(message.max_tokens, self._max_model_len - len(prompt))

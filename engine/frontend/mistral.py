@@ -34,6 +34,9 @@ def find_file(folder: Path) -> Path | None:
     return newest[1] if newest else None
 
 
+LONGEST_PIECE = 64  # bytes, of sentencepiece's vocabularies: they are trained with pieces of 16 characters at most
+
+
 class MistralBackend:
     """A backend (see `engine.frontend.backends`) that encodes chats too."""
 
@@ -79,6 +82,11 @@ class MistralBackend:
 
     def special_ids(self) -> frozenset[int]:
         return frozenset(self._inner.special_ids)
+
+    def longest_token(self) -> int:
+        if not self.concatenates:
+            return LONGEST_PIECE
+        return max(len(self.piece(token)) for token in range(self.vocab_size))
 
     def encode_chat(
         self,

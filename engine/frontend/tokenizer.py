@@ -1,5 +1,6 @@
 """The tokenizer of a model: encode, decode, chat template and the ids that end a text."""
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,12 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte, as SentencePiece'
 OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "spm.model")
 
 
+# A text's beginning of so many characters for each token that fits shows whether it is too long: texts have about four.
+PROBE_CHARACTERS = 8
+PROBE_SLACK = 64  # tokens; those at the end of a beginning may be others than in the whole text
+NORMALIZED_BYTES = 64
+
+
 class Tokenizer:
     """One model's tokenizer; safe to use from several threads."""
 
@@ -35,6 +42,30 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens)
+
+    def encode_prompt(self, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
+        """As `encode`, for a text that must not have more than `max_tokens` tokens.
+
+        RequestError where its beginning has more already: then the rest is not tokenized, which could take minutes. A
+        text that is only a little too long comes back whole.
+        """
+        beginning = PROBE_CHARACTERS * max_tokens
+        if len(text) > 2 * beginning:
+            found = len(self.encode(text[:beginning], add_special_tokens))
+            if found > max_tokens + max_tokens // 4 + PROBE_SLACK:
+                raise RequestError(
+                    f"the prompt has more than {max_tokens:,} tokens, the most the model serves (--max-model-len): its "
+                    f"first {beginning:,} of {len(text):,} characters have {found:,}",
+                    "prompt",
+                )
+        return self.encode(text, add_special_tokens)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes of text that one token stands for, at most."""
+        longest = self.backend.longest_token()
+        # Normalizers of such tokenizers may shorten a text: spaces become one, characters are composed.
+        return longest if self.concatenates else max(longest, NORMALIZED_BYTES)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(ids, skip_special_tokens)

@@ -33,7 +33,7 @@ def served(
 ) -> Iterator[Served]:
     flags = (
         "--dtype", "float32", "--max-model-len", "128", "--api-servers", "2", "--served-model-name", "base",
-        "--lora", f"one={adapters['one']}",
+        "--lora", f"one={adapters['one']}", "--enable-runtime-lora",
     )  # fmt: skip
     with serve(tmp_path_factory.mktemp("log"), str(model[0]), *flags) as running:
         yield running

@@ -99,7 +99,7 @@ def test_two_replicas_serve_and_each_that_dies_takes_its_own_alone(
         assert server.metric("redline:replica_up") == 2
         assert server.metric("vllm:generation_tokens_total") == 48
         assert server.metric("redline:replica_generation_tokens_total") == 48
-        assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 200
+        assert httpx.post(f"{server.url}/reset_prefix_cache", json={}).status_code == 200
 
         streams = Streams(server, PROMPTS)
         first = replicas_of(server)[0]

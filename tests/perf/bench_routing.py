@@ -88,7 +88,7 @@ def checked(recording: Recording, requests: int) -> Recording:
 
 def capacity(served: Served, specs: list[RequestSpec]) -> float:
     """Requests a second when many are open at any time."""
-    served.client.post("/reset_prefix_cache").raise_for_status()
+    served.client.post("/reset_prefix_cache", json={}).raise_for_status()
     began = time.monotonic()
     target = Target(served.url, "model")
     recording = run_closed_loop(target, specs, 2 * REPLICAS * ROWS, observer=Watch(), time_limit_s=RUN_LIMIT_S)
@@ -98,7 +98,7 @@ def capacity(served: Served, specs: list[RequestSpec]) -> float:
 
 def measure(served: Served, specs: list[RequestSpec], rate: float, seed: int) -> dict[str, float]:
     """One run from empty caches: hit rate of all prompt tokens, ms, and how evenly replicas were used."""
-    served.client.post("/reset_prefix_cache").raise_for_status()
+    served.client.post("/reset_prefix_cache", json={}).raise_for_status()
     names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
     before = [served.metric(name) for name in names]
     times = arrival_times(rate, len(specs) / rate, point_seed(seed, "arrivals", rate))

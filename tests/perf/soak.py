@@ -248,7 +248,7 @@ class Load:
         assert answer.status_code == status, f"{answer.status_code} instead of {status}: {answer.text[:200]}"
 
     async def forgets(self, http: httpx.AsyncClient) -> None:
-        answer = await http.post("/reset_prefix_cache")
+        answer = await http.post("/reset_prefix_cache", json={})
         assert answer.status_code == 200, f"{answer.status_code}: {answer.text[:200]}"
 
 

@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from engine.api.app import create_app
+from engine.api.options import HttpOptions
 from engine.api.state import ApiState
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
@@ -27,6 +28,7 @@ from tests.engine.fake_executor import FakeExecutor
 
 VOCABULARY = 300
 STEP_S = 0.125
+JSON = {"content-type": "application/json"}
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
 
 
@@ -50,7 +52,9 @@ class InLoop:
 
     async def refusal(self, path: str, body: Any, status: int = 400) -> dict[str, Any]:
         answer = await (
-            self.http.post(path, content=body) if isinstance(body, bytes) else self.http.post(path, json=body)
+            self.http.post(path, content=body, headers=JSON)
+            if isinstance(body, bytes)
+            else self.http.post(path, json=body)
         )
         assert answer.status_code == status, answer.text
         error: dict[str, Any] = answer.json()["error"]
@@ -61,7 +65,7 @@ class InLoop:
 
 @contextlib.asynccontextmanager
 async def in_loop(
-    api_key: str | None = None,
+    options: HttpOptions | None = None,
     template: str | None = TEMPLATE,
     removals: frozenset[str] = frozenset(),
     **settings: Any,
@@ -91,7 +95,7 @@ async def in_loop(
     )
     client = CoreClient(ready, tokenizer, transport, clock)
     client.open()
-    app = create_app(ApiState(client, ("fake",), api_key, created=1))
+    app = create_app(ApiState(client, ("fake",), options or HttpOptions(runtime_lora=True), created=1))
 
     async def pump() -> None:
         while True:

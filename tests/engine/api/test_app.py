@@ -7,6 +7,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.api.options import HttpOptions
 from tests.engine.api.conftest import VOCABULARY, InLoop, in_loop
 from tests.engine.fake_executor import expected_tokens
 
@@ -130,7 +131,7 @@ async def test_the_openai_client_works_unchanged(server: InLoop):
 
 
 async def test_the_key_opens_what_it_must():
-    async with in_loop(api_key="key") as server:
+    async with in_loop(options=HttpOptions(api_keys=("key",))) as server:
         assert (await server.http.get("/health")).status_code == 200
         assert (await server.http.get("/metrics")).status_code == 200
         assert [model.id async for model in await server.openai.models.list()] == ["fake"]
@@ -275,7 +276,8 @@ async def test_a_client_that_leaves_ends_its_request(server: InLoop, stream: boo
 
     async def send(message: dict[str, Any]) -> None: ...
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
     call = asyncio.ensure_future(server.app(scope, receive, send))
     while not server.client.live_count():
         await asyncio.sleep(0)

@@ -168,7 +168,7 @@ async def test_a_failure_of_the_server_says_nothing_of_its_insides(
         raise KeyError("/srv/secret/path")
 
     monkeypatch.setattr(server.client, "call", fail)
-    answer = await server.http.post("/reset_prefix_cache", headers={"X-Request-Id": "mine"})
+    answer = await server.http.post("/reset_prefix_cache", json={}, headers={"X-Request-Id": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "internal_error")
@@ -221,7 +221,8 @@ async def test_a_client_that_leaves_within_its_body_costs_nothing(server: InLoop
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
     await server.app(scope, receive, send)
     assert not sent
     assert not caplog.records

@@ -34,7 +34,8 @@ class Reader:
         self._socket.setblocking(False)
         self._port = port
         data = json.dumps(body).encode()
-        self._request = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d"
+        self._request = head % len(data) + b"\r\n\r\n" + data
 
     async def ask(self) -> None:
         await self._loop.sock_connect(self._socket, ("127.0.0.1", self._port))
