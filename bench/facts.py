@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 
-from bench.loadgen.target import clean_url
+from bench.control import ControlClient
+from bench.loadgen.target import Target
 
 _CARD_NOISE = frozenset({"id", "object", "created", "owned_by", "parent", "permission"})
 _SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
@@ -15,18 +16,18 @@ _LABEL_NOISE = frozenset({"model_name", "engine"})
 _LONGEST = 200  # characters of a value: beyond that it is a document, not a setting
 
 
-def resolved_configuration(base_url: str, api_key: str | None = None, *, timeout_s: float = 10.0) -> dict[str, Any]:
+def resolved_configuration(server: Target | str, *, timeout_s: float = 10.0) -> dict[str, Any]:
     """The server's version, model card and configuration as plain values; empty where it tells nothing.
 
     Read from /version, /v1/models, the `…_config_info` metrics (Redline, vLLM) and /get_server_info (SGLang). A page
     that is missing or isn't understood is left out: a run is worth having without it. Secrets are never copied.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
     found: dict[str, Any] = {}
-    with httpx.Client(base_url=clean_url(base_url), headers=headers, trust_env=False, timeout=timeout_s) as client:
+    with ControlClient(server, timeout_s=timeout_s) as client:
         found |= _plain(_json(client, "/version"))
         models = _json(client, "/v1/models").get("data")
-        card = models[0] if isinstance(models, list) and models else {}
+        cards = [card for card in models if isinstance(card, dict)] if isinstance(models, list) else []
+        card = next((card for card in cards if card.get("id") == client.target.model), cards[0] if cards else {})
         found |= {k: v for k, v in _plain(card).items() if k not in _CARD_NOISE}
         found |= config_labels(_text(client, "/metrics"))
         if card.get("owned_by") == "sglang":
@@ -54,7 +55,7 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(client: httpx.Client, path: str) -> str:
+def _text(client: ControlClient, path: str) -> str:
     with contextlib.suppress(httpx.HTTPError):
         response = client.get(path)
         if response.status_code == 200:
@@ -62,7 +63,7 @@ def _text(client: httpx.Client, path: str) -> str:
     return ""
 
 
-def _json(client: httpx.Client, path: str) -> dict[str, Any]:
+def _json(client: ControlClient, path: str) -> dict[str, Any]:
     with contextlib.suppress(httpx.HTTPError, ValueError):
         response = client.get(path)
         data = response.json() if response.status_code == 200 else None

@@ -4,9 +4,12 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
 
 import httpx
 
+from bench.control import ControlClient
+from bench.loadgen.target import Target
 from bench.results import ServerState as ServerState
 
 SCRAPE_EVERY_S = 0.5
@@ -132,12 +135,16 @@ def _full_rows(states: list[ServerState]) -> bool:
 
 
 class MetricsReader:
-    """Reads BASE_URL/metrics twice a second in a thread of its own; `states` grows, nothing is parsed by the loop."""
+    """Reads a target's /metrics twice a second in a thread of its own; `states` grows, nothing is parsed by the loop.
 
-    def __init__(self, base_url: str, api_key: str | None = None, every_s: float = SCRAPE_EVERY_S):
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        # trust_env off: a proxy of the environment must not sit between the client and the measured server.
-        self._client = httpx.Client(base_url=base_url, headers=headers, timeout=5.0, trust_env=False)
+    Where the target has a base path and no such page behind it, the page at the root of the server is read.
+    """
+
+    def __init__(self, server: Target | str, every_s: float = SCRAPE_EVERY_S):
+        target = Target.of(server)
+        self._client = ControlClient(target, timeout_s=5.0)
+        root = "{}://{}".format(*urlsplit(target.base_url)[:2])
+        self._pages = ["/metrics"] + ([f"{root}/metrics"] if root != target.base_url else [])
         self._every_s = every_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -163,7 +170,10 @@ class MetricsReader:
         """Take one reading now; None when the server gave none."""
         before = time.monotonic()
         try:
-            response = self._client.get("/metrics")
+            response = self._client.get(self._pages[0])
+            while response.status_code != 200 and len(self._pages) > 1:
+                del self._pages[0]
+                response = self._client.get(self._pages[0])
         except httpx.HTTPError:
             self.failures += 1
             return None
@@ -195,10 +205,10 @@ class MetricsReader:
             self.read()
 
     def healthy(self) -> bool:
-        """Whether GET /health (or else /v1/models, which every OpenAI-compatible server has) answers."""
-        for path in ("/health", "/v1/models"):
+        """Whether GET /health answers with 200, or GET /v1/models with anything but an error of the server."""
+        for path, highest in (("/health", 200), ("/v1/models", 499)):  # the latter need not exist
             try:
-                if self._client.get(path).status_code == 200:
+                if self._client.get(path).status_code <= highest:
                     return True
             except httpx.HTTPError:
                 continue

@@ -225,11 +225,12 @@ class LoadPoint:
     ) -> Evidence:
         inside = [r for r in requests if r.in_window]
         done = [r for r in inside if r.status == "ok"]
+        fixed = self.target.fixes_lengths
         return Evidence(
             flow=flow_of(requests, *window),
             server=server,
             failed=Counter(r.status for r in inside if r.status not in ("ok", "cut short")),
-            missed_lengths=sum(r.output_tokens != r.asked_output_tokens for r in done),
+            missed_lengths=sum(r.output_tokens != r.asked_output_tokens for r in done) if fixed else 0,
             requests=len(inside),
             client_fault=health.reason if health.saturated else "",
             cut="time" if cut == INTERRUPTED else cut,

@@ -115,7 +115,7 @@ def _open_run(subject: Subject, finished: Sequence[PointRow]) -> Iterator["_Run"
     target, options = subject.target, subject.options
     budget = TimeBudget(options.max_minutes * 60)
     budget.start()
-    with stop_on_interrupt(budget), MetricsReader(target.base_url, target.api_key) as reader:
+    with stop_on_interrupt(budget), MetricsReader(target) as reader:
         point = LoadPoint(
             target, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
             options.limits, options.arrivals, lambda: budget.stopped,
@@ -230,6 +230,9 @@ class _Run:
             self._progress.message(f"warning: the first request: {request.error}")
         if request.output_tokens != request.asked_output_tokens:
             row.reason = f"{request.output_tokens} of {request.asked_output_tokens} tokens came back"
+            if not self._point.target.fixes_lengths:
+                self._progress.message(f"{row.reason}: without ignore_eos answers end where the model ends them")
+                return
             self._progress.message(
                 f"warning: {row.reason}: the server does not honour ignore_eos or max_tokens, "
                 "and points whose outputs miss the asked length are invalid"

@@ -6,10 +6,11 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -37,6 +38,8 @@ class ServerProcess:
         url: str = "http://127.0.0.1:{port}",
         health: str = "/health",
         start_limit_s: float = 900.0,
+        verify: ssl.SSLContext | bool = True,
+        headers: Mapping[str, str] | None = None,
     ):
         parts = shlex.split(command) if isinstance(command, str) else list(command)
         port = str(free_port())
@@ -46,6 +49,8 @@ class ServerProcess:
         self._health = health if "://" in health else self.base_url + "/" + health.lstrip("/")
         self._health = self._health.replace("{port}", port)
         self._start_limit_s = start_limit_s
+        self._verify = verify  # certificates and header fields, of requests for its health
+        self._headers = dict(headers or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -61,7 +66,9 @@ class ServerProcess:
         if port is None:
             command += ["--port", "{port}"]
         reach = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
-        return cls(command, log, url=f"http://{reach}:{port or '{port}'}", start_limit_s=start_limit_s)
+        scheme = "https" if has_flag(flags, "--ssl-certfile") else "http"
+        url = f"{scheme}://{reach}:{port or '{port}'}"
+        return cls(command, log, url=url, start_limit_s=start_limit_s, verify=scheme == "http")
 
     def __enter__(self) -> "ServerProcess":
         self.start()
@@ -94,7 +101,7 @@ class ServerProcess:
 
     def _wait(self, on_wait: Callable[[float], None] | None) -> None:
         began = time.monotonic()
-        with httpx.Client(timeout=5.0, trust_env=False) as client:
+        with httpx.Client(timeout=5.0, trust_env=False, verify=self._verify, headers=self._headers) as client:
             while True:
                 if not self.alive():
                     raise BenchError(f"the server did not start: {self.cause()}")
@@ -163,6 +170,25 @@ class ServerProcess:
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
+
+
+class RunningServer:
+    """A server that somebody else runs: used as one that is started here, but neither started nor stopped."""
+
+    def __init__(self, base_url: str):
+        self.base_url = base_url
+
+    def __enter__(self) -> "RunningServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It goes on."""
+
+    def ends(self) -> bool:
+        return False
+
+    def cause(self) -> str:
+        return f"the server at {self.base_url} is run by somebody else"
 
 
 def free_port() -> int:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.arrivals import Arrivals
+from bench.control import unused_proxy
 from bench.errors import BenchError
 from bench.facts import resolved_configuration
 from bench.files import CannotWriteError, check_folder, replace_file, writing
 from bench.loadgen import Target
 from bench.loadgen.probe import probe_server
+from bench.loadgen.tls import tls_context
 from bench.progress import Progress
 from bench.results import (
     FLAG,
@@ -35,7 +37,7 @@ from bench.results import (
     utc_now,
 )
 from bench.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
-from bench.server import ServerProcess
+from bench.server import RunningServer, ServerProcess
 from bench.sweepfile import Configuration, SweepPlan, SweepWorkload, model_len
 from bench.workloads import Workload
 from bench.workloads.encoding import server_encoder
@@ -231,10 +233,16 @@ class _Sweep:
         """The configuration's server while it lives, and the workload made for its vocabulary."""
         log = self._folder / LOGS_FOLDER / f"{_slug(_key(configuration, workload))}-{stage}.log"
         server = _process(configuration, workload, log)
-        self._progress.message(f"starting {configuration.shown(workload.max_tokens)} …")
+        shown = configuration.shown(workload.max_tokens)
+        self._progress.message(f"measuring {shown} …" if configuration.runs else f"starting {shown} …")
         with server:
             try:
-                facts = probe_server(server.base_url, configuration.api_key)
+                facts = probe_server(configuration.target(server.base_url))
+                target = facts.target
+                assert target is not None
+                for note in (*facts.notes, unused_proxy(target)):
+                    if note:
+                        self._progress.message(note)
                 vocabulary = configuration.vocab_size or facts.vocab_size
                 if vocabulary is None and workload.needs_vocabulary:
                     raise BenchError(
@@ -243,10 +251,8 @@ class _Sweep:
                     )
                 known = self.summary.configurations[configuration.name]
                 known |= {"model": known["model"] or facts.model, "server": facts.kind}
-                resolved = resolved_configuration(server.base_url, configuration.api_key)
-                known.setdefault("resolved", {})[workload.name] = resolved
-                encode = server_encoder(server.base_url, facts.model, configuration.api_key)
-                yield Target(server.base_url, facts.model, configuration.api_key), workload.build(vocabulary, encode)
+                known.setdefault("resolved", {})[workload.name] = resolved_configuration(target)
+                yield target, workload.build(vocabulary, server_encoder(target))
             except LostServerError:
                 if not server.ends():
                     raise
@@ -340,15 +346,23 @@ class _Sweep:
         self._files.write_summary(self.summary)
 
 
-def _process(configuration: Configuration, workload: SweepWorkload, log: Path) -> ServerProcess:
+def _process(configuration: Configuration, workload: SweepWorkload, log: Path) -> ServerProcess | RunningServer:
     limit = configuration.start_limit_s
+    if configuration.command is None and configuration.url is not None:
+        return RunningServer(configuration.url)
     if configuration.command is None:
         assert configuration.model is not None
         return ServerProcess.redline(
             configuration.model, configuration.arguments(workload.max_tokens), log, start_limit_s=limit
         )
     command = configuration.command_line(workload.max_tokens)
-    return ServerProcess(command, log, health=configuration.health, start_limit_s=limit)
+    url = (configuration.url or "http://127.0.0.1:{port}").rstrip("/").removesuffix("/v1")
+    target = configuration.target(url.replace("{port}", "1"))
+    verify = tls_context(target.ca, insecure=target.insecure) if target.is_tls else True
+    return ServerProcess(
+        command, log, url=url, health=configuration.health, start_limit_s=limit, verify=verify,
+        headers=target.all_headers(),
+    )  # fmt: skip
 
 
 def _describe(workload: SweepWorkload) -> dict[str, Any]:

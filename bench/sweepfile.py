@@ -7,6 +7,8 @@ serve: {max-num-seqs: 16}              # flags of `redline serve` for all config
 configurations:
   caching: {serve: {enable-prefix-caching: true}, note: a few words}      # flags, and what they mean
   other: {command: "vllm serve {model} --port {port}", health: /health}   # or any server
+  gateway: {url: "https://h/v1", served_model: m, headers: {X-Team: a}}   # or one that runs; with either also ca,
+                                                  # insecure, extra_body, ignore_eos, stream_options (redline bench)
 workloads:
   - {kind: random, input: 500, output: 2000}      # as in make_workload(); name, and options of its own, if wanted
   - {preset: visionarena-sample, output: 32}      # a workload that ships with the product, or a file
@@ -26,6 +28,7 @@ from typing import Any
 
 from bench.arrivals import Arrivals
 from bench.errors import BenchError
+from bench.loadgen.target import Target
 from bench.presets import read_workload, read_yaml
 from bench.results import PointRow
 from bench.server import has_flag, serve_flags
@@ -36,7 +39,11 @@ START_MINUTES = 0.3  # what starting and stopping a server is taken to cost
 _ANY_VOCABULARY = 32_000  # names and lengths don't depend on it
 
 _TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
-_CONFIGURATION = frozenset({"model", "serve", "command", "health", "vocab_size", "api_key", "start_limit_s", "note"})
+_ASKING = ("ca", "insecure", "extra_body", "ignore_eos", "stream_options")  # fields of Target with the same names
+_CONFIGURATION = frozenset(
+    {"model", "serve", "command", "url", "health", "vocab_size", "api_key", "start_limit_s", "note"}
+    | {"served_model", "headers", *_ASKING}
+)
 _TRACE = ("trace", "trace_unit", "skip_bad_rows")
 _ARRIVALS = frozenset({"arrivals", "burstiness", *_TRACE})
 _MOST_RATE = 1e6  # requests/s, beyond what any generator sends
@@ -60,7 +67,7 @@ class SweepOptions:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One server to measure: `redline serve` with flags, or any command line with a health URL."""
+    """One server to measure: `redline serve` with flags, any command line with a health URL, or one that runs."""
 
     name: str
     model: str | None
@@ -71,6 +78,20 @@ class Configuration:
     api_key: str | None = None
     start_limit_s: float = 900.0
     note: str = ""  # what it is, where its name alone doesn't say it
+    url: str | None = None  # of a server that runs, or that the command starts ({port} is its port)
+    served_model: str = ""  # to ask for, where the server has several
+    asking: dict[str, Any] = field(default_factory=dict)  # further fields of its Target
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is a server that somebody else runs."""
+        return self.command is None and self.url is not None
+
+    def target(self, base_url: str) -> Target:
+        """What is measured, once the server is at `base_url`."""
+        target = Target(base_url, self.served_model, self.api_key, **self.asking)
+        own = self.command is None and not self.runs
+        return replace(target, insecure=True) if own and target.is_tls and target.ca is None else target
 
     def arguments(self, max_tokens: int) -> list[str]:
         """Flags of `redline serve` for a workload whose largest request has `max_tokens` tokens."""
@@ -88,12 +109,18 @@ class Configuration:
     def describe(self) -> dict[str, Any]:
         """Plain data for result files, without the key."""
         known: dict[str, Any] = {"model": self.model} | ({"note": self.note} if self.note else {})
+        asked = self.target((self.url or "http://127.0.0.1").replace("{port}", "1"))
+        known |= {"requests": asked.described()} if asked.described() else {}
+        if self.runs:
+            return known | {"url": asked.base_url}
         if self.command is None:
             return known | {"serve": dict(self.serve)}
         return known | {"command": self.command.replace(self.api_key, "***") if self.api_key else self.command}
 
     def shown(self, max_tokens: int) -> str:
         """The command line in words, without the key."""
+        if self.runs:
+            return self.target(str(self.url)).base_url
         if self.command is not None:
             line = self.command_line(max_tokens)
         else:
@@ -214,18 +241,25 @@ def _configuration(name: str, entry: Any, data: dict[str, Any]) -> Configuration
     if not isinstance(entry, dict):
         raise BenchError(f"{where} must hold fields such as serve or command, not {entry!r}")
     _only(entry, _CONFIGURATION, where)
-    command, model = entry.get("command"), entry.get("model", data.get("model"))
-    serve = {} if command is not None else _flags(data.get("serve"), "serve")
+    command, url = entry.get("command"), entry.get("url")
+    model = entry.get("model", None if url and command is None else data.get("model"))
+    serve = {} if command is not None or url else _flags(data.get("serve"), "serve")
     serve |= _flags(entry.get("serve"), f"{where}.serve")
-    if command is None and not model:
-        raise BenchError(f"{where} has neither a model to serve nor a command")
+    if command is None and not model and not url:
+        raise BenchError(f"{where} has neither a model to serve nor a command nor a url")
+    if url is not None and (not isinstance(url, str) or (command is None and ("serve" in entry or "{port}" in url))):
+        raise BenchError(
+            f"{where}.url is the address of a server that runs, or with {{port}} of one that command starts"
+        )
     if command is not None and ("serve" in entry or not isinstance(command, str)):
         raise BenchError(f"{where}: give either serve (flags of redline serve) or command (one line), not both")
-    if command is not None and "{port}" not in command:
+    if command is not None and "{port}" not in command and (url is None or "{port}" in url):
         raise BenchError(f"{where}.command must contain {{port}}, which stands for a free port")
     if "api-key" in serve:
         raise BenchError(f"{where}.serve.api-key: put the key into {where}.api_key, which keeps it out of result files")
-    return Configuration(
+    asking = _asking(entry, where)
+    served = entry.get("served_model") or (entry.get("model") if url and command is None else None)
+    configuration = Configuration(
         name,
         str(model) if model else None,
         serve,
@@ -235,7 +269,29 @@ def _configuration(name: str, entry: Any, data: dict[str, Any]) -> Configuration
         api_key=str(entry["api_key"]) if entry.get("api_key") else None,
         start_limit_s=_positive(entry.get("start_limit_s", 900), f"{where}.start_limit_s"),
         note=str(entry.get("note") or ""),
+        url=url,
+        served_model=str(served or ""),
+        asking=asking,
     )
+    try:
+        configuration.describe()
+    except BenchError as error:
+        raise BenchError(f"{where}: {error}") from None
+    return configuration
+
+
+def _asking(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    """How the server is asked, as fields of a Target."""
+    found = {key: entry[key] for key in _ASKING if entry.get(key) is not None}
+    kinds: dict[str, tuple[type, str]] = {"ca": (str, "a file"), "extra_body": (dict, "a mapping of fields")}
+    for key, value in found.items():
+        kind, words = kinds.get(key, (bool, "true or false"))
+        if not isinstance(value, kind):
+            raise BenchError(f"{where}.{key} must be {words}, not {value!r}")
+    headers = entry.get("headers") or {}
+    if not isinstance(headers, dict):
+        raise BenchError(f"{where}.headers must be a mapping of names to values")
+    return found | {"headers": tuple((str(name), str(value)) for name, value in headers.items())}
 
 
 def _flags(entry: Any, where: str) -> dict[str, Any]:

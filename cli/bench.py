@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
+from bench.control import unused_proxy
 from bench.errors import BenchError
 from bench.facts import resolved_configuration
 from bench.files import CannotWriteError, check_folder
-from bench.loadgen import Target
 from bench.loadgen.probe import ServerFacts, probe_server
 from bench.progress import ConsoleProgress, answer_text, failure_words, points_table
 from bench.results import FLAG, Answer, RunFiles, Summary
@@ -23,6 +22,7 @@ from bench.workloads import make_workload, tells_lengths
 from cli.closed import check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.options import Finite
 from cli.params import LIMIT, MOST_RATE, RATES, SHARE
+from cli.target_options import check_target, target_of, target_options
 from cli.workload import (
     arrivals_of,
     check_workload,
@@ -38,8 +38,7 @@ _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 
 
 @click.command(context_settings={"max_content_width": 110})
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server to load.")
-@click.option("--model", help="Start a Redline server for this model instead; its flags follow after --.")
+@target_options
 @workload_options
 @click.option("--rate", type=Finite(0, MOST_RATE, min_open=True), help="Measure this rate only, in requests/s.")
 @click.option("--rates", type=RATES, help="Measure these rates: A,B,C.")
@@ -62,8 +61,6 @@ _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 @click.option(
     "--slo", "limits", type=LIMIT, multiple=True, help="A latency limit such as ttft_p99=2s; may be repeated."
 )
-@click.option("--served-model", "--model-name", "served_model", help="The model to ask for, if the server has several.")
-@click.option("--api-key", help="Key of the server.")
 @click.option(
     "--tokenizer",
     help="Tokenizer folder, for a server that does not tell the size of its vocabulary or can't tokenize.",
@@ -96,8 +93,7 @@ def command(ctx: click.Context, **given: Any) -> None:
     spec = workload_spec(ctx)
     most = make_workload(spec, _ANY_VOCABULARY).max_tokens  # what is wrong with it shows before a server is asked
     if given["model"] is None:
-        facts = probe_server(given["url"], given["api_key"])
-        ctx.exit(_run(console, files, given, spec, facts, given["url"]))
+        ctx.exit(_run(console, files, given, spec, probe_server(target_of(given))))
     flags = list(given["serve_flags"])
     if not has_flag(flags, "--max-model-len"):
         flags += ["--max-model-len", str(math.ceil(1.1 * most))]
@@ -107,8 +103,8 @@ def command(ctx: click.Context, **given: Any) -> None:
     console.print(f"starting redline serve {given['model']} {' '.join(_shown(flags))} …", highlight=False)
     with server:
         try:
-            facts = probe_server(server.base_url, given["api_key"])
-            code = _run(console, files, given, spec, facts, server.base_url, serve=_shown(flags))
+            facts = probe_server(target_of(given, server.base_url))
+            code = _run(console, files, given, spec, facts, serve=_shown(flags))
         except LostServerError as error:
             raise (BenchError(f"the server ended: {server.cause()}") if server.ends() else error) from None
     ctx.exit(code)
@@ -120,11 +116,14 @@ def _run(
     given: dict[str, Any],
     spec: dict[str, Any],
     facts: ServerFacts,
-    url: str,
     serve: list[str] | None = None,
 ) -> int:
     """Measure, print and write; returns the exit code."""
-    target = Target(url, given["served_model"] or facts.model, given["api_key"])
+    target = facts.target
+    assert target is not None
+    for note in (*facts.notes, unused_proxy(target)):
+        if note:
+            console.print(note, highlight=False)
     workload = make_workload(spec, vocabulary_of(given, spec, facts), encoder_of(given, spec, target))
     if facts.max_model_len is not None and tells_lengths(workload) and workload.max_tokens > facts.max_model_len:
         raise BenchError(
@@ -134,8 +133,9 @@ def _run(
     options = _options(given)
     name = given["configuration"]
     described: dict[str, Any] = {"model": target.model, "server": facts.kind}
-    described |= {"url": url} if serve is None else {"serve": [given["model"], *serve]}
-    described["resolved"] = {workload.name: resolved_configuration(url, given["api_key"])}
+    described |= {"url": target.base_url} if serve is None else {"serve": [given["model"], *serve]}
+    described |= {"requests": target.described()} if target.described() else {}
+    described["resolved"] = {workload.name: resolved_configuration(target)}
     asked = {k: v for k, v in dataclasses.asdict(options).items() if v not in (None, {})}
     summary = Summary(
         title=f"{workload.name} on {target.model}",
@@ -190,12 +190,9 @@ def _print_end(console: Console, files: RunFiles, summary: Summary, answer: Answ
 
 
 def _check(ctx: click.Context, given: dict[str, Any]) -> None:
-    if given["serve_flags"] and given["model"] is None:
-        raise click.UsageError(f"{given['serve_flags'][0]!r}: flags of a server need --model, which starts one")
     if given["rate"] is not None and given["rates"] is not None:
         raise click.UsageError("give either --rate or --rates")
-    if given["model"] is not None and ctx.get_parameter_source("url") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("give either --url, a server that runs, or --model, which starts one")
+    check_target(ctx, given)
     check_closed(given)
     check_workload(ctx)
 

@@ -50,7 +50,7 @@ def run_closed(
     count = given["num_requests"] or REQUESTS_A_STREAM * concurrency
     name = given["configuration"]
     budget = TimeBudget(options.max_minutes * 60)
-    reader = MetricsReader(target.base_url, target.api_key)
+    reader = MetricsReader(target)
     point = ClosedPoint(
         target, workload, name, reader, options.seed, options.precision, budget.left_s, options.limits,
         stopped=lambda: budget.stopped,

@@ -185,7 +185,7 @@ def vocabulary_of(given: dict[str, Any], spec: dict[str, Any], facts: ServerFact
 def encoder_of(given: dict[str, Any], spec: dict[str, Any], target: "Target") -> "Encode":
     if given["tokenizer"] is not None and not needs_vocabulary(spec):
         return local_encoder(local_tokenizer(given["tokenizer"]))
-    return server_encoder(target.base_url, target.model, target.api_key)
+    return server_encoder(target)
 
 
 def _said(ctx: click.Context, name: str) -> bool:

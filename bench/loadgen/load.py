@@ -79,13 +79,13 @@ def _run(
     observer: Observer,
     processes: int,
 ) -> Recording:
-    address = resolve(target.base_url)
+    address = resolve(target)
     payloads = [encode_request(target, address, spec) for spec in specs]
     job = Job(address, payloads, offsets_ns, time_limit_s, needed, concurrency)
     if processes > 1 and len(specs) >= processes:
         from bench.loadgen.shards import run_shards
 
-        return run_shards(job, specs, processes, observer, address_of=target.base_url)
+        return run_shards(job, specs, processes, observer, target=target)
     with generating(len(specs)):
         loop = Loop(job, observer, Start.soon(job.lead_ns))
         use = run_loop(loop)

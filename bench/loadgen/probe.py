@@ -1,54 +1,134 @@
 """Asks a server what it is before load is sent."""
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
+from urllib.parse import quote
 
 import httpx
 
+from bench.control import ControlClient, origin, unreachable
 from bench.errors import BenchError
-from bench.loadgen.target import clean_url
+from bench.loadgen.target import Target, clean_url
 
 Kind = Literal["redline", "vllm", "sglang", "unknown"]
+
+_MODELS = "/v1/models"
+_NO_LIST = frozenset({400, 403, 404, 405, 410, 501})  # of a server that answers, but not this
+_MOST_NAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """The first model a server lists."""
+    """What a server says of the model to be asked for."""
 
     model: str
     max_model_len: int | None
     vocab_size: int | None
     kind: Kind
+    target: Target | None = field(default=None, compare=False)  # the server with that model, behind its redirects
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what was assumed, for the user
 
 
-def probe_server(base_url: str, api_key: str | None = None, *, timeout_s: float = 10.0) -> ServerFacts:
-    """Read GET /v1/models; raises BenchError that names --url or --api-key when that doesn't work."""
-    url = clean_url(base_url)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
+def probe_server(server: Target | str, api_key: str | None = None, *, timeout_s: float = 10.0) -> ServerFacts:
+    """Read GET /v1/models and choose the model; raises BenchError that names the flag to change.
+
+    A target that names its model needs no list, but must be on the list if there is one.
+    """
+    target = Target.of(server)
+    target = target if api_key is None else replace(target, api_key=api_key)
+    notes: list[str] = []
     try:
-        # The measured path uses no proxy, so what is asked here must not either.
-        with httpx.Client(trust_env=False, timeout=timeout_s) as client:
-            answer = client.get(f"{url}/v1/models", headers=headers)
-    except httpx.TimeoutException:
-        raise BenchError(f"the server at {url} does not answer within {timeout_s:g} s (--url)") from None
+        target, answer = _list_models(target, timeout_s, notes)
+        cards = _cards(answer)
+        if answer.status_code == 401 or (answer.status_code == 403 and not target.model):
+            status = answer.status_code
+            raise BenchError(
+                f"the server at {target.base_url} refuses the key with HTTP {status} (--api-key, --header)"
+            )
+        if not cards:
+            card = _assumed(target, answer, notes)
+        else:
+            card = _chosen(target, cards, timeout_s, notes)
     except httpx.HTTPError as error:
-        raise BenchError(f"no server can be reached at {url}: {str(error) or type(error).__name__} (--url)") from None
-    if answer.status_code in (401, 403):
-        raise BenchError(f"the server at {url} refuses the key with HTTP {answer.status_code} (--api-key)")
-    if answer.status_code != 200:
-        raise BenchError(f"{url}/v1/models answers HTTP {answer.status_code}: is this an OpenAI-style server? (--url)")
-    return _facts(url, answer)
-
-
-def _facts(url: str, answer: httpx.Response) -> ServerFacts:
-    try:
-        card: dict[str, Any] = answer.json()["data"][0]
-        model = card["id"]
-    except (ValueError, LookupError, TypeError):
-        raise BenchError(f"{url}/v1/models lists no model: is this an OpenAI-style server? (--url)") from None
+        raise unreachable(target, error, timeout_s) from None
     owner = card.get("owned_by")
     kind = cast(Kind, owner) if owner in ("redline", "vllm", "sglang") else "unknown"
-    return ServerFacts(str(model), _whole(card.get("max_model_len")), _whole(card.get("vocab_size")), kind)
+    target = replace(target, model=str(card["id"]))
+    return ServerFacts(
+        target.model, _whole(card.get("max_model_len")), _whole(card.get("vocab_size")), kind, target, tuple(notes)
+    )
+
+
+def _list_models(target: Target, timeout_s: float, notes: list[str]) -> tuple[Target, httpx.Response]:
+    """The list's answer, and the target that gave it: a server may redirect to another path of its own or to TLS."""
+    for _ in range(2):
+        with ControlClient(target, timeout_s=timeout_s) as client:
+            answer = client.get(_MODELS)
+        place = answer.headers.get("location")
+        found = answer.next_request.url if answer.next_request is not None else answer.url
+        path = found.path.rstrip("/")
+        if not path.endswith(_MODELS):
+            raise BenchError(f"{target.url(_MODELS)} redirects to {place or found}, which is no list of models (--url)")
+        base = clean_url(str(found.copy_with(path=path, query=None)))
+        if base == target.base_url:
+            break
+        if origin(base)[1] != origin(target.base_url)[1]:
+            raise BenchError(f"the server at {target.base_url} redirects to {base}: give that address (--url)")
+        notes.append(f"{target.base_url} redirects to {base}, which is measured")
+        target = replace(target, base_url=base)
+        if answer.next_request is None:
+            break
+    return target, answer
+
+
+def _cards(answer: httpx.Response) -> list[dict[str, Any]]:
+    try:
+        entries = answer.json()["data"] if answer.status_code == 200 else []
+        return [card for card in entries if isinstance(card, dict) and card.get("id")]
+    except (ValueError, LookupError, TypeError):
+        return []
+
+
+def _assumed(target: Target, answer: httpx.Response, notes: list[str]) -> dict[str, Any]:
+    """A card for the model that was named, where the server has no list."""
+    says = f"answers HTTP {answer.status_code}" if answer.status_code != 200 else "lists no model"
+    if answer.status_code != 200 and answer.status_code not in _NO_LIST:
+        raise BenchError(f"{target.url(_MODELS)} {says}: is this an OpenAI-style server? (--url)")
+    if not target.model:
+        raise BenchError(
+            f"{target.url(_MODELS)} {says}: is this an OpenAI-style server? (--url) "
+            "If it is one that lists no models, name the model with --served-model"
+        )
+    notes.append(f"{target.url(_MODELS)} {says}: taking the model {target.model!r} for granted")
+    return {"id": target.model}
+
+
+def _chosen(target: Target, cards: list[dict[str, Any]], timeout_s: float, notes: list[str]) -> dict[str, Any]:
+    """The card of the model asked for, else of the first one."""
+    names = [str(card["id"]) for card in cards]
+    if not target.model:
+        if len(names) > 1:
+            notes.append(f"the server lists {_joined(names)}: asking for {names[0]} (--served-model picks another)")
+        return cards[0]
+    if target.model in names:
+        return cards[names.index(target.model)]
+    with ControlClient(target, timeout_s=timeout_s) as client:
+        answer = client.get(f"{_MODELS}/{quote(target.model, safe='/')}")
+    try:
+        card = answer.json() if answer.status_code == 200 else {}
+    except ValueError:
+        card = {}
+    if isinstance(card, dict) and card.get("id") == target.model:  # servable, though not listed
+        return card
+    close = difflib.get_close_matches(target.model, names, 1)
+    meant = f"; was {close[0]!r} meant?" if close else ""
+    raise BenchError(f"the server has no model {target.model!r}{meant} It lists {_joined(names)} (--served-model)")
+
+
+def _joined(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _whole(value: Any) -> int | None:

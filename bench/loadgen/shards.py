@@ -18,7 +18,7 @@ from bench.errors import BenchError
 from bench.loadgen.loop import Counts, Job, Loop, Observer, Start
 from bench.loadgen.recording import GeneratorUse, Recording
 from bench.loadgen.stream import Stream
-from bench.loadgen.target import resolve
+from bench.loadgen.target import Target, resolve
 from bench.workloads.base import RequestSpec
 
 _START_LIMIT_S = 60.0
@@ -40,13 +40,13 @@ class _Shard:
     cut_short: bool = False
 
 
-def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Observer, *, address_of: str) -> Recording:
+def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Observer, *, target: Target) -> Recording:
     """Run a job on several processes; BenchError when one of them dies, as then a part of the load is missing."""
     with _children(processes, len(specs)) as shards:
         for number, shard in enumerate(shards):
             # A TLS context can't be sent: each child looks the address up itself.
             part = dataclasses.replace(_part(job, shard.part, number, processes), address=None)  # type: ignore[arg-type]
-            shard.pipe.send((part, address_of))
+            shard.pipe.send((part, target))
         for shard in shards:
             if not shard.pipe.poll(_START_LIMIT_S):
                 raise BenchError(f"a generator process did not start within {_START_LIMIT_S:.0f} s")
@@ -186,8 +186,8 @@ class _Reporter:
 def _child(pipe: Connection) -> None:
     from bench.loadgen.load import generating, run_loop
 
-    job, url = pipe.recv()
-    job = dataclasses.replace(job, address=resolve(url))
+    job, target = pipe.recv()
+    job = dataclasses.replace(job, address=resolve(target))
     with generating(len(job.payloads)):
         pipe.send("ready")
         reporter = _Reporter(pipe)

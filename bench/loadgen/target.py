@@ -1,27 +1,103 @@
-"""Where requests go, and what they look like as bytes."""
+"""Where requests go and how they get there, and what they look like as bytes."""
 
 import ipaddress
+import re
 import socket
 import ssl
-from dataclasses import dataclass
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 
 from bench.errors import BenchError
+from bench.loadgen.tls import tls_context
 from bench.workloads.base import RequestSpec
 
 _RESOLVE_TIMEOUT_S = 5.0
+_ENDPOINTS = ("/chat/completions", "/completions", "/models")  # behind /v1; people copy them along with the URL
+_PATH_SAFE = "/%:@!$&'()*+,;=~-._"
+_SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_FRAMING_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "expect"})
+_SET_ELSEWHERE = {
+    "stream": "answers are measured as streams",
+    "prompt": "the workload has the prompts",
+    "messages": "the workload has the prompts",
+    "model": "use --served-model",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server that speaks the OpenAI protocol; `base_url` is without /v1."""
+    """A server that speaks the OpenAI protocol, and all that is said of reaching it.
+
+    Measuring, probing, metrics and health checks use it alike. `base_url` may be given with /v1, with a path before
+    it, a query, or user:password@; it is kept without them. Raises BenchError naming the flag that is wrong.
+    """
 
     base_url: str
-    model: str
+    model: str = ""
     api_key: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()  # sent with every request; they replace those sent otherwise
+    ca: str | None = None  # certificates to trust instead of the system's: a PEM file or a folder
+    insecure: bool = False  # trust any certificate
+    extra_body: Mapping[str, Any] = field(default_factory=dict)  # more fields of requests; None leaves a field out
+    ignore_eos: bool = True  # ask for exactly max_tokens tokens
+    stream_options: bool = True  # ask for the usage at the end of the stream
+    query: str = ""  # of the URL, added to that of every request
+
+    def __post_init__(self) -> None:
+        base, query, user = _take_apart(self.base_url)
+        headers = tuple(check_header(name, value) for name, value in self.headers)
+        if user and self.api_key is None:
+            headers = (("Authorization", "Basic " + b64encode(user.encode()).decode()), *headers)
+        if self.api_key is not None:
+            check_header("Authorization", self.api_key, "--api-key")
+            if not self.api_key.strip():
+                raise BenchError("the key is empty (--api-key)")
+        for name, reason in _SET_ELSEWHERE.items():
+            if name in self.extra_body:
+                raise BenchError(f"{name!r} can't be an extra field of requests: {reason} (--extra-body)")
+        object.__setattr__(self, "base_url", base)
+        object.__setattr__(self, "query", query or self.query)
+        object.__setattr__(self, "headers", headers)
+
+    @classmethod
+    def of(cls, server: "Target | str") -> "Target":
+        return server if isinstance(server, Target) else cls(server)
+
+    @property
+    def is_tls(self) -> bool:
+        return self.base_url.startswith("https:")
+
+    @property
+    def fixes_lengths(self) -> bool:
+        """Whether answers are asked to have exactly the length that the workload says."""
+        return bool(self.extra_body.get("ignore_eos", self.ignore_eos))
+
+    def url(self, path: str) -> str:
+        """The URL of a path behind the base, such as /v1/models."""
+        return self.base_url + path + (f"?{self.query}" if self.query else "")
+
+    def all_headers(self, **defaults: str) -> dict[str, str]:
+        """Header fields of a request: `defaults` (with _ for -), the key, then what was given."""
+        found = {name.replace("_", "-").lower(): (name.replace("_", "-"), value) for name, value in defaults.items()}
+        if self.api_key is not None:
+            found["authorization"] = ("Authorization", f"Bearer {self.api_key}")
+        found |= {name.lower(): (name, value) for name, value in self.headers}
+        return dict(found.values())
+
+    def described(self) -> dict[str, Any]:
+        """What differs from an ordinary request, for result files: no values of headers, since they hold secrets."""
+        extra = {key: "***" if _SECRET.search(key) else value for key, value in self.extra_body.items()}
+        told: dict[str, Any] = {"headers": [name for name, _ in self.headers], "extra_body": extra}
+        told |= {"ca": self.ca} | ({"insecure": True} if self.insecure else {})
+        told |= {} if self.ignore_eos else {"ignore_eos": False}
+        told |= {} if self.stream_options else {"stream_options": False}
+        return {key: value for key, value in told.items() if value not in ([], {}, None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +110,7 @@ class Address:
     tls: ssl.SSLContext | None
     family: socket.AddressFamily
     sockaddr: tuple[Any, ...]
+    query: str = ""
 
     @property
     def is_near(self) -> bool:
@@ -48,23 +125,29 @@ class Address:
 
 
 def clean_url(base_url: str) -> str:
-    """`base_url` without a slash or /v1 at its end; BenchError if it is no http(s) URL."""
-    url = base_url.strip().rstrip("/").removesuffix("/v1")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        valid = None
-    if not valid:
-        raise BenchError(f"{base_url!r} is no URL of a server; expected something like http://127.0.0.1:8000 (--url)")
-    return url
+    """`base_url` without a slash, /v1, query or user at its end; BenchError if it is no http(s) URL."""
+    return _take_apart(base_url)[0]
 
 
-def resolve(base_url: str) -> Address:
+def check_header(name: str, value: str, flag: str = "--header") -> tuple[str, str]:
+    """The field as it is sent; raises BenchError for what HTTP doesn't allow, or what the generator sets itself."""
+    name, value = name.strip(), value.strip()
+    if not _TOKEN.fullmatch(name):
+        raise BenchError(f"{name!r} is no name of a header field ({flag})")
+    if name.lower() in _FRAMING_HEADERS:
+        raise BenchError(f"the header field {name} is set by the load generator ({flag})")
+    # A value's text may be secret, so it isn't repeated.
+    if any(ord(letter) < 32 or 126 < ord(letter) < 160 or ord(letter) > 255 for letter in value.replace("\t", " ")):
+        raise BenchError(f"the value of {name} holds characters that a header field can't ({flag})")
+    return name, value
+
+
+def resolve(server: Target | str) -> Address:
     """Look the host up once; of several addresses (localhost has two) take the first that accepts a connection now."""
-    parts = urlsplit(clean_url(base_url))
+    target = Target.of(server)
+    parts = urlsplit(target.base_url)
     host = parts.hostname or ""
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
+    tls = tls_context(target.ca, insecure=target.insecure) if target.is_tls else None
     port = parts.port or (443 if tls else 80)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -77,33 +160,56 @@ def resolve(base_url: str) -> Address:
             if probe.connect_ex(candidate[4]) == 0:
                 family, sockaddr = candidate[0], candidate[4]
                 break
-    return Address(host, port, parts.path, tls, family, tuple(sockaddr))
+    return Address(host, port, parts.path, tls, family, tuple(sockaddr), target.query)
 
 
 def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes:
     """The whole HTTP request, ready for the socket."""
     if sum(part is not None for part in (spec.prompt_ids, spec.prompt_text, spec.messages)) != 1:
         raise ValueError("a request has either prompt_ids, prompt_text or messages")
-    body: dict[str, Any] = {
-        "model": target.model,
-        "max_tokens": spec.output_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    body: dict[str, Any] = {"model": target.model, "max_tokens": spec.output_tokens, "temperature": 0.0}
+    if target.ignore_eos:
+        body["ignore_eos"] = True
+    body["stream"] = True
+    if target.stream_options:
+        body["stream_options"] = {"include_usage": True}
     if spec.messages is not None:
         path, body["messages"] = "/v1/chat/completions", spec.messages
     else:
         path, body["prompt"] = "/v1/completions", spec.prompt_ids if spec.prompt_ids is not None else spec.prompt_text
-    content = msgspec.json.encode(body)
-    lines = [
-        f"POST {address.path}{path} HTTP/1.1",
-        f"Host: {address.host_header}",
-        "Content-Type: application/json",
-        "Accept: text/event-stream",
-        f"Content-Length: {len(content)}",
-    ]
-    if target.api_key is not None:
-        lines.append(f"Authorization: Bearer {target.api_key}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + content
+    body |= target.extra_body
+    content = msgspec.json.encode({key: value for key, value in body.items() if value is not None})
+    query = f"?{address.query}" if address.query else ""
+    headers = target.all_headers(
+        Host=address.host_header, User_Agent="redline", Content_Type="application/json", Accept="text/event-stream",
+        Accept_Encoding="identity",
+    )  # fmt: skip
+    lines = [f"POST {address.path}{path}{query} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    lines += [f"Content-Length: {len(content)}", "", ""]
+    return "\r\n".join(lines).encode("latin-1") + content
+
+
+def _take_apart(text: str) -> tuple[str, str, str]:
+    """The base of a URL before /v1, its query, and user:password; raises BenchError."""
+    wrong = BenchError(f"{_shown(text)!r} is no URL of a server; expected something like http://127.0.0.1:8000 (--url)")
+    try:
+        parts = urlsplit(text.strip())
+        port = parts.port
+        host = (parts.hostname or "").encode("idna" if not (parts.hostname or "").isascii() else "ascii").decode()
+    except ValueError:  # UnicodeError is one
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not host or port == 0 or re.search(r"[\s\x00-\x20<>\"\\^`{|}]", host):
+        raise wrong
+    path = parts.path.rstrip("/")
+    for endpoint in _ENDPOINTS:
+        path = path.removesuffix("/v1" + endpoint)
+    path = quote(path.removesuffix("/v1").rstrip("/"), safe=_PATH_SAFE)
+    shown = f"[{host}]" if ":" in host else host
+    base = f"{parts.scheme}://{shown}" + (f":{port}" if port is not None else "") + path
+    user = "" if parts.username is None else f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return base, quote(parts.query, safe=_PATH_SAFE + "?"), user
+
+
+def _shown(url: str) -> str:
+    """A URL for a message, without a password."""
+    return re.sub(r"//[^/@]*@", "//***@", url)

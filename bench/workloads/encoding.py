@@ -5,7 +5,9 @@ from typing import Any
 
 import httpx
 
+from bench.control import ControlClient
 from bench.errors import BenchError
+from bench.loadgen.target import Target
 from bench.workloads.base import Encode
 from engine.errors import ModelError
 from engine.pretrained import load_auto_tokenizer
@@ -43,14 +45,13 @@ def local_encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def server_encoder(base_url: str, model: str, api_key: str | None = None) -> Encode:
+def server_encoder(target: Target) -> Encode:
     """Encode with the server's POST /tokenize (Redline and vLLM have it); nothing is asked before it is used."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
-    url = f"{base_url.rstrip('/').removesuffix('/v1')}/tokenize"
+    url, model = target.base_url + "/tokenize", target.model
 
     def encode(texts: list[str]) -> list[list[int]]:
         try:
-            with httpx.Client(trust_env=False, timeout=_TIMEOUT_S, headers=headers) as client:
+            with ControlClient(target, timeout_s=_TIMEOUT_S) as client:
                 return [_ids(client, url, {"model": model, "prompt": t, "add_special_tokens": False}) for t in texts]
         except httpx.HTTPError as error:
             raise BenchError(f"{url} can't be asked: {error or type(error).__name__}: give --tokenizer") from None
@@ -58,8 +59,8 @@ def server_encoder(base_url: str, model: str, api_key: str | None = None) -> Enc
     return encode
 
 
-def _ids(client: httpx.Client, url: str, asked: dict[str, Any]) -> list[int]:
-    answer = client.post(url, json=asked)
+def _ids(client: ControlClient, url: str, asked: dict[str, Any]) -> list[int]:
+    answer = client.post("/tokenize", asked)
     if answer.status_code != 200:
         raise BenchError(f"{url} answers HTTP {answer.status_code}, so it can't tokenize: give --tokenizer")
     try:

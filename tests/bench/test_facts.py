@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 from bench.facts import config_labels, resolved_configuration
+from bench.loadgen import Target
 from bench.server import ServerProcess
 
 PAGE = """# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
@@ -27,7 +28,10 @@ def test_labels_of_configuration_metrics_alone_are_read() -> None:
 def test_what_a_server_tells_is_kept_and_what_it_lacks_left_out(queue_server: Callable[..., ServerProcess]) -> None:
     server = queue_server()
     assert resolved_configuration(server.base_url) == {"max_model_len": 4096, "vocab_size": 1000}
-    assert resolved_configuration(server.base_url + "/v1/", "key") == {"max_model_len": 4096, "vocab_size": 1000}
+    assert resolved_configuration(Target(server.base_url + "/v1/", api_key="key")) == {
+        "max_model_len": 4096,
+        "vocab_size": 1000,
+    }
 
 
 def test_a_server_that_is_gone_tells_nothing() -> None:

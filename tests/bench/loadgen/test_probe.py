@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from bench.errors import BenchError
+from bench.loadgen import Target
 from bench.loadgen.probe import ServerFacts, probe_server
+from tests.bench.gateway import Gateway
 
 
 class Models(BaseHTTPRequestHandler):
@@ -56,13 +58,21 @@ def card(**fields: Any) -> bytes:
 )
 def test_facts(models: Any, fields: dict[str, Any], facts: ServerFacts) -> None:
     models.content = card(**fields)
-    assert probe_server(models.url + "/v1/", "secret") == facts
+    assert probe_server(Target(models.url + "/v1/", api_key="secret")) == facts
     assert models.asked == [("/v1/models", "Bearer secret")]
 
 
 @pytest.mark.parametrize(
     ("status", "content", "words"),
-    [(401, b"", "--api-key"), (404, b"", "HTTP 404.*--url"), (200, b"hello", "--url"), (200, b'{"data": []}', "--url")],
+    [
+        (401, b"", "--api-key"),
+        (403, b"", "--api-key"),
+        (404, b"", "HTTP 404.*--url.*--served-model"),
+        (200, b"hello", "--url"),
+        (200, b'{"data": []}', "--url"),
+        (502, b"", "HTTP 502.*--url"),
+        (200, b'{"data": [7, {"x": 1}]}', "lists no model"),
+    ],
 )
 def test_answers_that_do_not_help(models: Any, status: int, content: bytes, words: str) -> None:
     models.status, models.content = status, content
@@ -80,3 +90,48 @@ def test_unreachable() -> None:
 def test_a_server_that_says_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(BenchError, match=r"does not answer.*--url"):
         probe_server(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.1)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 501])
+def test_a_server_without_a_list_serves_the_model_that_is_named(models: Any, status: int) -> None:
+    models.status = status
+    facts = probe_server(Target(models.url, "m"))
+    assert (facts, len(facts.notes)) == (ServerFacts("m", None, None, "unknown"), 1)
+    assert f"HTTP {status}" in facts.notes[0]
+    models.status, models.content = 200, b"<html>"
+    assert probe_server(Target(models.url, "m")).model == "m"
+
+
+@pytest.mark.parametrize("status", [401, 500, 503])
+def test_a_named_model_excuses_no_other_failure(models: Any, status: int) -> None:
+    models.status = status
+    with pytest.raises(BenchError, match=str(status)):
+        probe_server(Target(models.url, "m"))
+
+
+def test_of_several_models_the_one_named_is_asked_for(models: Any) -> None:
+    cards = [{"id": name, "max_model_len": size} for name, size in (("base", 100), ("lora/a", 200))]
+    models.content = json.dumps({"data": cards}).encode()
+    assert probe_server(Target(models.url, "lora/a")) == ServerFacts("lora/a", 200, None, "unknown")
+    facts = probe_server(models.url)
+    assert facts.model == "base"
+    assert facts.notes == ("the server lists base, lora/a: asking for base (--served-model picks another)",)
+    with pytest.raises(
+        BenchError, match=r"no model 'lora/b'; was 'lora/a' meant\? It lists base, lora/a \(--served-mod"
+    ):
+        probe_server(Target(models.url, "lora/b"))
+    assert models.asked[-1][0] == "/v1/models/lora/b"  # it could be servable without being listed
+
+
+def test_redirects_are_followed_on_the_server_and_named_beyond_it() -> None:
+    with Gateway("/new", models=["m"], redirect="/old") as gateway:
+        facts = probe_server(Target(gateway.root + "/old/v1", api_key="k"))
+        assert facts.target is not None
+        assert facts.target.base_url == gateway.url
+        assert facts.notes == (f"{gateway.root}/old redirects to {gateway.url}, which is measured",)
+        gateway.url = "http://elsewhere.invalid/new"
+        with pytest.raises(BenchError, match=r"redirects to http://elsewhere.invalid/new: give that address \(--url\)"):
+            probe_server(gateway.root + "/old")
+        gateway.url = gateway.root + "/login?"
+        with pytest.raises(BenchError, match="which is no list of models"):
+            probe_server(gateway.root + "/old")

@@ -44,7 +44,7 @@ def caching_server(tmp_path: Path) -> Iterator[Start]:
 
 def rows_at(url: str, spec: dict[str, Any], rates: list[float], configuration: str = "c") -> list[PointRow]:
     """One load point of half a second for each rate."""
-    workload = make_workload(spec, 30_000, server_encoder(url, "stub"))
+    workload = make_workload(spec, 30_000, server_encoder(Target(url, "stub")))
     found = []
     with MetricsReader(url) as reader:
         point = LoadPoint(Target(url, "stub"), workload, configuration, reader, 7, 0.2, lambda: 60.0)
