@@ -121,6 +121,7 @@ def http_settings(app: ASGIApp, **more: Any) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="error",  # its warnings are of what clients send, who could fill the log
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -164,9 +164,11 @@ class _Compiled:
         extra: Mapping[str, Any],
     ) -> str:
         given = {"messages": messages, "tools": tools, "documents": documents}
-        return self._template.render(
+        written = self._template.render(
             {**self._special_tokens, **extra, **given, "add_generation_prompt": add_generation_prompt}
         )
+        written.isascii() or written.encode()  # half a surrogate pair, which a template can write, is no text
+        return written
 
 
 def _continued(messages: list[dict[str, Any]], render: Callable[[], str]) -> str:

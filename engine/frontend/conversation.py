@@ -4,8 +4,9 @@ As other servers do: no empty `tool_calls`, arguments of functions as objects in
 they came (a text, parts, or None). What a template takes of a content is for `content_forms`.
 """
 
-import json
 from typing import Any
+
+import msgspec
 
 from engine.errors import RequestError
 
@@ -84,8 +85,8 @@ def _call(call: Any, field: str) -> dict[str, Any]:
 def _arguments(given: Any, field: str) -> dict[str, Any]:
     if isinstance(given, str) and given.strip():
         try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
+            given = msgspec.json.decode(given)  # refuses half a surrogate pair, which no prompt can hold
+        except (msgspec.DecodeError, RecursionError) as error:
             raise RequestError(f"{field} is no valid JSON", field) from error
     given = given or {}
     if not isinstance(given, dict):

@@ -10,6 +10,8 @@ import pytest
 
 from engine.api import sse
 from engine.api.render import Chunks
+from engine.api.server import HttpSide, bind
+from engine.api.state import ApiState
 from tests.engine.api.conftest import InLoop
 
 ROUTES = (
@@ -226,3 +228,36 @@ async def test_a_client_that_leaves_within_its_body_costs_nothing(server: InLoop
     await server.app(scope, receive, send)
     assert not sent
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nho st: x\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+async def test_what_is_no_http_has_an_error_in_the_same_form(
+    server: InLoop, caplog: pytest.LogCaptureFixture, data: bytes
+):
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    side = HttpSide(ApiState(server.client, ("fake",)), listener)
+    up = asyncio.Event()
+    serving = asyncio.ensure_future(side.serve(lambda _url: up.set()))
+    await up.wait()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert not caplog.records
+    side.end(0.1)
+    await asyncio.wait_for(serving, 10)

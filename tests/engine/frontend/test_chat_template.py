@@ -149,6 +149,7 @@ def test_empty_calls_are_none(calls: Any):
         ({"role": "assistant", "tool_calls": [{"type": "x"}]}, "messages[1].tool_calls[0].type"),
         (call("{"), "messages[1].tool_calls[0].function.arguments"),
         (call("[1]"), "messages[1].tool_calls[0].function.arguments"),
+        (call('{"a": "\\ud800"}'), "messages[1].tool_calls[0].function.arguments"),
         (call("[" * 100_000), "messages[1].tool_calls[0].function.arguments"),
         (call(5), "messages[1].tool_calls[0].function.arguments"),
         (call("{}", role="user"), "messages[1].tool_calls"),
@@ -236,6 +237,7 @@ def test_templates_by_name():
         "{{ namespace(__class__=1) }}",
         "{{ messages.__class__.__mro__ }}",
         "{{ 1 / 0 }}",
+        "{{ '\\ud800' }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
