@@ -69,7 +69,9 @@ def sample(logits: Tensor, rows: Rows, which: Int64s) -> Sampled:
         raw = torch.log_softmax(part[asked], -1) if asked else None
         part = _adjust(part, logits.dtype == torch.float32, params, rows, chosen)
         found = part.numpy().argmax(-1)
-        drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+        # A row of numbers that are none, as of an adapter far too strong, has no weights to draw by.
+        finite = np.isfinite(np.take_along_axis(part.numpy(), found[:, None], 1)[:, 0])
+        drawn = [i for i, p in enumerate(params) if p.temperature > 0 and finite[i]]
         if drawn:
             of = which[start : start + SLICE][drawn]
             numbers = uniform(rows.seed[of], rows.num_tokens[of] - rows.prompt_len[of])
@@ -97,9 +99,7 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
             ids = torch.tensor([token for token, _ in p.logit_bias if token < len(line)])
             bias = torch.tensor([value for token, value in p.logit_bias if token < len(line)])
             line[ids] += bias
-        if len(output) < p.min_tokens and p.stop_ids:
-            line[torch.tensor([token for token in p.stop_ids if token < len(line)], dtype=torch.int64)] = -torch.inf
-        if p.bad_words or p.allowed:
+        if p.bad_words or p.allowed or (p.stop_ids and len(output) < p.min_tokens):
             _bar(line, p, output)
         if p.repetition_penalty != 1.0:
             ids = torch.from_numpy(np.unique(rows.known(row)).astype(np.int64))
@@ -113,21 +113,25 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
 
 
 def _bar(line: Tensor, p: Sampling, output: Int32s) -> None:
-    """Bar in one row's logits what would complete a bad word, and what isn't allowed.
+    """Bar in one row's logits stop ids before min_tokens, what would complete a bad word, and what isn't allowed.
 
-    Where bad words and min_tokens leave none of the allowed tokens, the allowed ones stay: some token must come.
+    Some token must come: where none would be left, min_tokens gives way, and then bad words do.
     """
-    before = line.clone() if p.allowed else line
+    stops = [token for token in p.stop_ids if token < len(line)] if len(output) < p.min_tokens else []
     ends = [word[-1] for word in p.bad_words if len(word) == 1 or word[:-1] == tuple(output[1 - len(word) :].tolist())]
-    line[torch.tensor(ends, dtype=torch.int64)] = -torch.inf
-    if not p.allowed:
-        return
-    allowed = torch.from_numpy(int32s(p.allowed).astype(np.int64))
-    kept = line[allowed]
-    if kept.amax() == -torch.inf:
-        kept = before[allowed]
-    line.fill_(-torch.inf)
-    line[allowed] = kept
+    ends = [token for token in ends if token < len(line)]
+    others = None
+    if p.allowed:
+        others = torch.ones(len(line), dtype=torch.bool)
+        others[torch.from_numpy(int32s(p.allowed).astype(np.int64))] = False
+    for barred in (stops + ends, ends, []):
+        left = line.clone()
+        left[torch.tensor(barred, dtype=torch.int64)] = -torch.inf
+        if others is not None:
+            left[others] = -torch.inf
+        if not barred or left.amax() > -torch.inf:
+            line.copy_(left)
+            return
 
 
 def draw(logits: Tensor, params: list[Sampling], numbers: Float64s) -> Int64s:

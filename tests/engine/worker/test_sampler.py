@@ -219,3 +219,36 @@ def test_logprobs_are_the_models_before_any_change() -> None:
 
 def test_no_logprobs_cost_no_bytes() -> None:
     assert sample(random_logits(2, 1), [Sampling(), Sampling(temperature=1.0)]).logprobs is None
+
+
+FILTERS = [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"logprobs": 2}]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_nothing_would_be_left_min_tokens_and_then_bad_words_give_way(
+    filters: dict[str, Any], temperature: float
+) -> None:
+    logits, everything = random_logits(1, 3), tuple(range(VOCAB))
+    asked = {"temperature": temperature, "seed": 5, **filters}
+    free = sample(logits.clone(), [Sampling(**asked)]).tokens[0]
+    for stopped in (
+        Sampling(min_tokens=4, stop_ids=everything, **asked),
+        Sampling(bad_words=tuple((token,) for token in everything), **asked),
+    ):
+        assert sample(logits.clone(), [stopped]).tokens[0] == free
+    one = Sampling(min_tokens=4, stop_ids=(9,), allowed=column([9]), **asked)
+    assert sample(logits.clone(), [one]).tokens[0] == 9
+    two = Sampling(min_tokens=4, stop_ids=(9,), bad_words=((8,),), allowed=column([8, 9]), **asked)
+    assert sample(logits.clone(), [two]).tokens[0] == 9, "min_tokens gives way before a bad word does"
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_none_end_nobody(filters: dict[str, Any], number: float) -> None:
+    logits = random_logits(2, 1)
+    logits[0, 5:] = number
+    params = [Sampling(temperature=1.0, seed=1, **filters), Sampling(temperature=1.0, top_k=9, seed=2)]
+    found = sample(logits.clone(), params).tokens
+    assert 0 <= found[0] < VOCAB
+    assert found[1] == sample(logits[1:], params[1:]).tokens[0]
