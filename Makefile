@@ -39,7 +39,7 @@ unit: $(VENV)/installed-dev  ## Tests, with the coverage of the core
 	$(BIN)/pytest --cov=engine.core --cov-report=term --cov-fail-under=90
 
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
-	$(BIN)/python tests/perf/bench_client.py
+	$(BIN)/python -m tests.perf.bench_client
 
 bench-core: $(VENV)/installed-dev  ## CPU time of the engine itself, no model behind it: results/bench-core.json
 	$(BIN)/python -m tests.perf.bench_core

@@ -1,13 +1,16 @@
 """`make bench-client`: what load generators report, against a server that logs what it truly sent.
 
 The server (known_server.cpp) and each client get one core. Every client keeps N requests of 16/64 tokens open, over
-real sockets. True TTFT is from the server's kernel stamp of the request to its send of the first chunk; the client's
-own send stamp is shown beside it. Prints tables and writes results/bench-client.json.
+real sockets. True TTFT is from the server's kernel stamp of the request's first bytes to its send of the first chunk;
+the client's own send stamp is shown beside it. Further rows: prompts of 65,536 tokens, chunks of four tokens, and a
+client that has half of its core, since another process computes there all the time. Prints tables and writes
+results/bench-client.json, whose rows name their `case`.
 
 The clients are those of client_tools.py: Redline, and other tools whose interpreters are named there.
-STREAMS=16,64 picks other sizes, ROUNDS=4 how many requests a stream.
+STREAMS=16,64 picks other sizes, ROUNDS=4 how many requests a stream, CASE_STREAMS=16 the streams of the further rows.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tests.perf.client_tools import Reported, Run, Tool, redline_command, tools
+from tests.perf.client_tools import INPUT, Reported, Run, Tool, redline_command, tools
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "perf"
 RESULTS = ROOT / "results" / "bench-client.json"
 TOOL_LIMIT_S = 600.0
+LONG_PROMPT = 65_536  # tokens
+CASES = ("16 tokens in", "64k tokens in", "4 tokens a chunk", "half of a core")
 COLUMNS = (
-    "tool", "streams", "true_ttft_p50_ms", "ttft_p50_ms", "true_ttft_p99_ms", "ttft_p99_ms", "true_itl_p99_ms",
+    "case", "tool", "streams", "true_ttft_p50_ms", "ttft_p50_ms", "true_ttft_p99_ms", "ttft_p99_ms", "true_itl_p99_ms",
     "itl_p99_ms", "cpu_us_per_chunk",
 )  # fmt: skip
 
@@ -155,15 +160,30 @@ def build() -> None:
         subprocess.run(["g++", "-O2", "-std=c++17", "-Wall", "-Wextra", "-o", binary, source], check=True)
 
 
-def measure(tool: Tool, streams: int, rounds: int, *flags: str) -> tuple[Truth, Reported]:
+@contextlib.contextmanager
+def computing(core: int) -> Iterator[None]:
+    """Another process that never sleeps on this core: a fair scheduler leaves half of it to whoever else wants it."""
+    process = subprocess.Popen([*pinned(core), sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure(tool: Tool, streams: int, rounds: int, *flags: str, case: str = CASES[0]) -> tuple[Truth, Reported]:
     """One run of a tool against a fresh server; what it said next to what was true."""
     server_core, client_core = cores()
+    shared = case == "half of a core"
+    tokens = LONG_PROMPT if case == "64k tokens in" else INPUT
+    flags += ("--per-chunk", "4") if case == "4 tokens a chunk" else ()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with KnownServer(folder, server_core, *flags) as server:
-            run = Run(server.url, streams, streams * rounds, folder)
+            run = Run(server.url, streams, streams * rounds, folder, tokens, shared)
             process = start([*pinned(client_core), *tool.command(run)])
-            with CpuMeter(process.pid) as meter:
+            busy = computing(client_core) if shared else contextlib.nullcontext()
+            with CpuMeter(process.pid) as meter, busy:
                 finish(process, tool.name)
         truth = Truth.read(server.log, run.requests)
         reported = tool.read(run)
@@ -192,10 +212,10 @@ def finish(process: subprocess.Popen[str], name: str) -> str:
     return output
 
 
-def row_of(tool: str, streams: int, truth: Truth, reported: Reported) -> dict[str, Any]:
+def row_of(case: str, tool: str, streams: int, truth: Truth, reported: Reported) -> dict[str, Any]:
     ttft, itl = truth.ttft_ms(), truth.itl_ms()
     values = (
-        tool, streams, np.percentile(ttft, 50), reported.ttft_p50, np.percentile(ttft, 99), reported.ttft_p99,
+        case, tool, streams, np.percentile(ttft, 50), reported.ttft_p50, np.percentile(ttft, 99), reported.ttft_p99,
         np.percentile(itl, 99), reported.itl_p99, reported.cpu_us_per_chunk,
     )  # fmt: skip
     return dict(zip(COLUMNS, [v if isinstance(v, str | int) else round(float(v), 3) for v in values], strict=True))
@@ -217,7 +237,19 @@ def sizes(streams: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     for count in streams:
         for tool in tools():
             truth, reported = measure(tool, count, rounds)
-            rows.append(row_of(tool.name, count, truth, reported))
+            rows.append(row_of(CASES[0], tool.name, count, truth, reported))
+            print_row(rows[-1], reported.note)
+    return rows
+
+
+def cases(streams: int, rounds: int) -> list[dict[str, Any]]:
+    """What is hard on a client: long prompts, several tokens a chunk, a core that it has to share."""
+    rows = []
+    for case in CASES[1:]:
+        print(f"\n{case}")
+        for tool in tools():
+            truth, reported = measure(tool, streams, rounds, case=case)
+            rows.append(row_of(case, tool.name, streams, truth, reported))
             print_row(rows[-1], reported.note)
     return rows
 
@@ -266,12 +298,12 @@ def main() -> None:
     streams = [int(n) for n in os.environ.get("STREAMS", "16,64,256,1024").split(",")]
     rounds = int(os.environ.get("ROUNDS", "4"))
     build()
-    rows = sizes(streams, rounds)
+    rows = sizes(streams, rounds) + cases(int(os.environ.get("CASE_STREAMS", "16")), rounds)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     stall(64, rounds)
     late_sends()
-    mine = [r for r in rows if r["tool"] == "redline"]
+    mine = [r for r in rows if r["tool"] == "redline" and r["case"] == CASES[0]]
     worst = max(abs(r[f"{m}_p99_ms"] - r[f"true_{m}_p99_ms"]) for r in mine for m in ("ttft", "itl"))
     print("\nA read of several chunks gives all of them the stamp of its last segment; such reads are counted above.")
     print(f"redline: P99s within {worst:.3f} ms of the truth; rows in {RESULTS.relative_to(ROOT)}")

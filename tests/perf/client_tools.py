@@ -35,6 +35,8 @@ class Run:
     streams: int
     requests: int
     folder: Path
+    input: int = INPUT  # tokens of a prompt
+    shared_core: bool = False  # another process computes on the client's core all the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def redline_command(run: Run, *more: str) -> list[str]:
         "--concurrency", str(run.streams), "--num-requests", str(run.requests),
     )  # fmt: skip
     return [
-        sys.executable, "-m", "cli.main", "bench", "--url", run.url, *load, "--input", str(INPUT), "--output",
+        sys.executable, "-m", "cli.main", "bench", "--url", run.url, *load, "--input", str(run.input), "--output",
         str(OUTPUT), "--save-vllm-json", str(run.folder / "vllm.json"), "--out", str(run.folder / "run"),
     ]  # fmt: skip
 
@@ -61,6 +63,8 @@ def read_redline(run: Run) -> Reported:
     from_send = (rows.ttft_s - (rows.sent_s - rows.intended_s)) * 1e3
     note = f"TTFT from its own send stamp {np.percentile(from_send, 50):.3f}/{np.percentile(from_send, 99):.3f} ms; "
     note += f"{point.coalesced_reads} reads of several chunks"
+    note += f"; {point.tokens_per_chunk:g} tokens a chunk" if point.tokens_per_chunk != 1 else ""
+    note += f"; waited {point.generator_starved_share:.0%} of the time for its core" if run.shared_core else ""
     note += "" if point.valid else f"; INVALID: {point.reason}"
     reported = read_vllm(run)
     return Reported(reported.ttft_p50, reported.ttft_p99, reported.itl_p99, point.generator_us_per_chunk, note)
@@ -83,7 +87,7 @@ def vllm_command(run: Run) -> list[str]:
     return [
         os.environ["VLLM_PYTHON"], "-c", VLLM_MAIN, "bench", "serve", "--backend", "openai",
         "--base-url", run.url, "--model", "known", "--tokenizer", tokenizer(), "--dataset-name", "random",
-        "--random-input-len", str(INPUT), "--random-output-len", str(OUTPUT), "--ignore-eos",
+        "--random-input-len", str(run.input), "--random-output-len", str(OUTPUT), "--ignore-eos",
         "--num-prompts", str(run.requests), "--max-concurrency", str(run.streams), "--request-rate", "inf",
         "--save-result", "--result-dir", str(run.folder), "--result-filename", "vllm.json",
     ]  # fmt: skip
@@ -101,7 +105,7 @@ def guidellm_command(run: Run) -> list[str]:
         "--tokenizer", f"kind=huggingface_auto,model={tokenizer()}",
         "--profile", f"kind=concurrent,streams={run.streams}",
         "--constraint", f"kind=max_requests,count={run.requests}",
-        "--data", f"kind=synthetic_text,prompt_tokens={INPUT},output_tokens={OUTPUT}",
+        "--data", f"kind=synthetic_text,prompt_tokens={run.input},output_tokens={OUTPUT}",
         "--output", f"kind=json,path={run.folder / 'guidellm.json'}", "--disable-console",
     ]  # fmt: skip
 
@@ -117,7 +121,7 @@ def aiperf_command(run: Run) -> list[str]:
     return [
         os.environ["AIPERF_PYTHON"], "-m", "aiperf", "profile", "--model", "known", "--url", run.url,
         "--endpoint-type", "completions", "--streaming", "--tokenizer", tokenizer(), "--concurrency", str(run.streams),
-        "--request-count", str(run.requests), "--synthetic-input-tokens-mean", str(INPUT),
+        "--request-count", str(run.requests), "--synthetic-input-tokens-mean", str(run.input),
         "--output-tokens-mean", str(OUTPUT), "--extra-inputs", "ignore_eos:true",
         "--artifact-dir", str(run.folder), "--ui", "none",
     ]  # fmt: skip

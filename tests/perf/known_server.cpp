@@ -4,12 +4,13 @@
 //                [--stall-ms 0 --stall-at K]
 //
 // Prints its port, answers until SIGTERM, then writes the log. Chunk k of a request is due at
-// (kernel's receive stamp of the request) + ttft + k * itl, plus the stall for k >= K. One thread, one epoll set; the
+// (kernel's receive stamp of the request's last bytes) + ttft + k * itl, plus the stall for k >= K. One thread, one epoll set; the
 // last 200 us before a chunk is due are spent polling, so give it a core of its own.
 //
 // The log is int64 little-endian, one record a finished request, in the order of their ends:
 //   received_ns, count, sent_ns[count]
-// on CLOCK_REALTIME. received_ns is the kernel's stamp of the request's last bytes; sent_ns is read just before send().
+// on CLOCK_REALTIME. received_ns is the kernel's stamp of the request's first read: a long prompt takes a while to arrive,
+// and who sends it waits for that too. sent_ns is read just before send().
 // A request whose client left early is not logged.
 
 #include <arpa/inet.h>
@@ -54,7 +55,7 @@ struct Connection {
   std::string in, out;
   size_t out_at = 0;
   bool answering = false, chat = false, streaming = false, usage = false, close_after = false, blocked = false;
-  int64_t received_ns = 0;
+  int64_t began_ns = 0, received_ns = 0;  // kernel stamps of the first and of the last read of the request
   long tokens = 0, sent_tokens = 0, prompt = 0;
   std::vector<int64_t> sent;
 };
@@ -216,6 +217,7 @@ class Server {
         stamp = t.tv_sec * 1'000'000'000LL + t.tv_nsec;
       }
     }
+    if (c.in.empty()) c.began_ns = stamp;
     c.in.append(buffer, static_cast<size_t>(count));
     c.received_ns = stamp;
     if (!c.answering) read_request(c);
@@ -311,7 +313,7 @@ class Server {
   }
 
   void finish(Connection& c) {
-    log_.push_back(c.received_ns);
+    log_.push_back(c.began_ns);
     log_.push_back(static_cast<int64_t>(c.sent.size()));
     log_.insert(log_.end(), c.sent.begin(), c.sent.end());
     c.answering = false;
@@ -343,7 +345,7 @@ class Server {
   void answer_page(Connection& c, const std::string& head) {
     if (head.rfind("get /v1/models", 0) == 0) {
       push(c, page("200 OK", "{\"object\":\"list\",\"data\":[{\"id\":\"known\",\"object\":\"model\",\"created\":1,"
-                             "\"owned_by\":\"known\",\"max_model_len\":32768}]}"));
+                             "\"owned_by\":\"known\",\"max_model_len\":1048576}]}"));
     } else if (head.rfind("get /health", 0) == 0) {
       push(c, page("200 OK", "{}"));
     } else {
