@@ -77,8 +77,8 @@ class Serving:
 def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     # Only now: `redline serve --help` needs none of it.
     from engine.api.keys import read_keys
+    from engine.api.ports import StartingAnswers, bind_all
     from engine.api.run import ServeOptions, ServerRun
-    from engine.api.server import bind_all
     from engine.frontend.logs import log_to_stderr
     from engine.frontend.start import start_engine
 
@@ -95,7 +95,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     log_to_stderr()
     for note in notes:
         console.print(f"note: {note}", markup=False)
-    with StartProgress(console, f"starting {config.model}") as progress:
+    with StartingAnswers(listeners[0]), StartProgress(console, f"starting {config.model}") as progress:
         engine = start_engine(
             config,
             progress=progress.tell,

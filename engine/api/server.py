@@ -2,86 +2,27 @@
 
 import asyncio
 import contextlib
-import errno
+import http
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from engine.api.app import create_app
 from engine.api.errors import ApiError
+from engine.api.ports import cannot_listen
 from engine.api.sse import WRITER, ChunkWriter
 from engine.api.state import ApiState
-from engine.errors import RedlineError
 
 KEEP_ALIVE_S = 75
+MAX_HEAD_BYTES = 64 << 10
+LINGER_S = 10.0  # for which the rest of a body is read whose request was answered already
 # Streams that learn of the core's death, or of a second Ctrl-C, get so long to tell their clients.
 LAST_WORDS_S = 2.0
 FORCED_GRACE_S = 0.5
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take the port before a model is loaded for nothing; RedlineError if it can't be had."""
-    return _bind(host, port, shared=False)
-
-
-def bind_all(host: str, port: int, count: int) -> list[socket.socket]:
-    """Take the port for several processes, a socket each, all bound to it; RedlineError if it can't be had.
-
-    On Linux the kernel deals connections out among the sockets. Elsewhere all processes listen on the same one.
-    """
-    first = bind(host, port)
-    if count == 1:
-        return [first]
-    if sys.platform != "linux":
-        return [first, *(first.dup() for _ in range(count - 1))]
-    address, port = first.getsockname()[:2]
-    first.close()
-    _claim(address, port)
-    return [_bind(address, port, shared=True) for _ in range(count)]
-
-
-def _bind(host: str, port: int, *, shared: bool) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise RedlineError(f"--host {host} can't be used: {error.strerror or error}") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise cannot_listen(host, port, error) from error
-    return bound
-
-
-_claims: list[socket.socket] = []  # held until the process ends
-
-
-def _claim(address: str, port: int) -> None:
-    """Keep other servers that share their ports off this one: the kernel would deal connections out to them too."""
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        claim.bind(f"\0redline-{address}-{port}")
-    except OSError as error:
-        claim.close()
-        raise cannot_listen(address, port, error) from error
-    _claims.append(claim)
-
-
-def cannot_listen(host: str, port: int, error: OSError) -> RedlineError:
-    if error.errno == errno.EADDRINUSE:
-        return RedlineError(f"port {port} on {host} is in use: stop what listens there, or give another --port")
-    return RedlineError(f"can't listen on {host}:{port}: {error.strerror or error} (--host, --port)")
 
 
 class Server(uvicorn.Server):
@@ -99,16 +40,52 @@ class Server(uvicorn.Server):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's, which also lets the application write chunks without the detours of ASGI."""
+    """uvicorn's, which also lets the application write chunks without the detours of ASGI.
+
+    Heads of requests are limited, which the parser doesn't do. What comes of a body after its request was answered is
+    read and dropped for a while: to close at once would take the answer from a client that still sends.
+    """
+
+    _head_bytes: int | None = None  # of the head that is being received
+    _body_complete = True
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(431, f"the head of the request has more than {MAX_HEAD_BYTES:,} bytes")
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._body_complete = True
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._body_complete:
+            self.loop.call_later(LINGER_S, self._end_linger, self.cycle)
+
+    def _end_linger(self, cycle: RequestResponseCycle) -> None:
+        if self.cycle is cycle and not self._body_complete and not self.transport.is_closing():
+            self.transport.close()
 
     def on_message_begin(self) -> None:
+        self._head_bytes, self._body_complete = 0, False
         super().on_message_begin()
         self.scope["extensions"] = {WRITER: ChunkWriter(self.transport, self.flow)}  # type: ignore[dict-item]
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser can't read in the form of all other errors; the connection ends."""
-        body = ApiError(400, msg).body()
-        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = ApiError(status, message).body()
+        head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        head %= status, http.HTTPStatus(status).phrase.encode()
         self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         self.transport.close()
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -193,22 +192,23 @@ def test_what_cannot_start_says_so_in_one_line(model: str, flags: tuple[str, ...
     assert_one_line(run(*arguments, *DUMMY, "--port", "0"), code, *said)
 
 
-def test_a_port_taken_while_the_model_loaded_is_one_line_too():
-    from engine.api.server import bind, cannot_listen
+def test_a_server_that_still_loads_has_its_port_and_says_so():
+    from engine.api.ports import StartingAnswers, bind, bind_all
     from engine.errors import RedlineError
 
-    first = bind("127.0.0.1", 0)
-    port = first.getsockname()[1]
-    second = bind("127.0.0.1", port)  # neither listens yet
-    try:
-        first.listen()
-        with pytest.raises(OSError) as caught:  # noqa: PT011
-            second.listen()
-        error = cannot_listen("127.0.0.1", port, caught.value)
-        assert isinstance(error, RedlineError)
-        assert f"port {port}" in str(error)
-    finally:
-        first.close()
-        second.close()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
+    for count in (1, 2):
+        first, *others = bind_all("127.0.0.1", 0, count)
+        port = first.getsockname()[1]
+        try:
+            for take in (bind, lambda host, port: bind_all(host, port, 2)):
+                with pytest.raises(RedlineError, match=f"port {port} on 127.0.0.1 is in use.*--port"):
+                    take("127.0.0.1", port)
+            with StartingAnswers(first):
+                for _ in range(4):
+                    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", content=b" " * 300_000, timeout=10)
+                    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+                    assert answer.json()["error"]["code"] == "starting"
+        finally:
+            for listener in (first, *others):
+                listener.close()
+        bind("127.0.0.1", port).close()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.api.server import HttpSide, bind
+from engine.api.ports import bind
+from engine.api.server import HttpSide
 from engine.api.state import ApiState
 from engine.frontend.sampling import SamplingParams
 from tests.engine.api.conftest import InLoop, in_loop
