@@ -2,7 +2,7 @@
 
 import click
 
-from cli.options import SIZE, Finite, option
+from cli.options import SIZE, Finite, JsonObject, option
 from engine.config import (
     DEVICES,
     DTYPES,
@@ -31,6 +31,20 @@ def split_commas(_ctx: click.Context, _param: click.Parameter, values: tuple[str
 ENGINE_OPTIONS = (
     option(MODEL, "--model", "model_option", help="The model, instead of the argument."),
     option(MODEL, "--tokenizer", help="Folder of another tokenizer than the model's."),
+    option(
+        MODEL,
+        "--generation-config",
+        default="auto",
+        show_default=True,
+        metavar="auto|none|FOLDER",
+        help="Whose generation_config.json gives the sampling defaults of requests: the model's, nobody's, a folder's.",
+    ),
+    option(
+        MODEL,
+        "--override-generation-config",
+        type=JsonObject(),
+        help="Sampling defaults that win over the file's, e.g. '{\"temperature\": 0.6}'.",
+    ),
     option(
         MODEL,
         "--dtype",

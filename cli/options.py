@@ -1,5 +1,6 @@
 """Pieces the subcommands share: options shown in groups, and sizes like 8k."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -79,6 +80,21 @@ class Size(click.ParamType):
         if size != int(size):
             self.fail(f"{value!r} is not a whole number", param, ctx)
         return int(size)
+
+
+class JsonObject(click.ParamType):
+    """A JSON object, in one argument."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = value if isinstance(value, dict) else json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is no JSON object", param, ctx)
+        return found
 
 
 SIZE = Size()

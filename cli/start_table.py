@@ -30,6 +30,7 @@ def show_start(console: Console, engine: Any) -> None:
             "--max-num-seqs, --max-num-batched-tokens",
         ),
         ("prefix caching", "on" if ready.prefix_caching else "off", "--no-enable-prefix-caching"),
+        *sampling_defaults(engine),
         *baseline(engine.config, ready),
         ("start", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in ready.seconds), ""),
     ]:
@@ -37,6 +38,12 @@ def show_start(console: Console, engine: Any) -> None:
     console.print(table)
     for warning in engine.warnings:
         console.print(f"warning: {warning}", markup=False)
+
+
+def sampling_defaults(engine: Any) -> list[tuple[str, str, str]]:
+    """What requests get that say nothing of it, where that isn't what other models give."""
+    values = ", ".join(f"{name} {value:g}" for name, value in engine.generation.sampling.items())
+    return [("sampling defaults", values, "--generation-config")] if values else []
 
 
 def replicas(config: EngineConfig) -> list[tuple[str, str, str]]:

@@ -66,6 +66,8 @@ class EngineConfig:
     data_parallel_size: int = 1  # replicas behind one front end, which share cores and memory
     replica: int = 0  # which of them this engine is; set for each by whoever starts them
     routing: str = "prefix"  # of ROUTINGS
+    generation_config: str = "auto"  # whose sampling defaults: the model's, those of a folder, or none
+    override_generation_config: dict[str, Any] | None = None  # fields that win over the file's
     dtype: Dtype = "auto"
     max_model_len: int | None = None  # tokens of one request, prompt and output
     max_num_seqs: int | None = None  # rows

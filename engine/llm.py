@@ -15,6 +15,7 @@ from engine.frontend.sampling import SamplingParams
 from engine.frontend.start import Engine, start_engine
 from engine.frontend.streams import TokenLogprob, Whole, gather
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.truncation import kept_tokens, truncate
 
 Prompt = str | list[int] | dict[str, Any]
 Conversation = list[dict[str, Any]]
@@ -43,11 +44,12 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """What came of one prompt; `prompt` is None where token ids were given."""
+    """What came of one prompt, as far as it was kept; `prompt` is None where token ids were given."""
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # if asked for; None for the first token
     num_cached_tokens: int = 0
     finished: bool = True
 
@@ -81,6 +83,13 @@ class LLM:
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
 
+    def default_sampling_params(self) -> SamplingParams:
+        """What requests without `sampling_params` get: the model's generation_config.json over SamplingParams' own.
+
+        SamplingParams that a caller makes know nothing of the model, as in vLLM.
+        """
+        return self._engine.generation.params()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -91,8 +100,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue one prompt or many; texts, lists of token ids, or {"prompt_token_ids": [...]}.
 
-        `sampling_params` is one for all or one each, `adapter` the name of one that was loaded. The answers come in the
-        order of the prompts. RequestError if one can't be served.
+        `sampling_params` is one for all or one each; without, the model's defaults hold (`default_sampling_params`).
+        `adapter` is the name of one that was loaded. The answers come in the order of the prompts. RequestError if one
+        can't be served.
         """
         listed = as_list(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
@@ -164,7 +174,7 @@ class LLM:
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
     ) -> Sequence[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * count
+            return [params or self.default_sampling_params()] * count
         if len(params) != count:
             raise RequestError(f"{count} prompts came with {len(params)} sampling_params", "sampling_params")
         return params
@@ -179,6 +189,11 @@ class LLM:
     ) -> list[RequestOutput]:
         from rich.progress import Progress
 
+        leading, longest = self.tokenizer.leading_ids, self._engine.ready.max_model_len
+        ids = [
+            truncate(prompt, kept_tokens(each, longest), each.truncation_side, leading)
+            for prompt, each in zip(ids, params, strict=True)
+        ]
         for prompt in ids:
             self._client.check_prompt(prompt)
         with Progress(disable=not progress) as bar:
@@ -199,11 +214,15 @@ class LLM:
         async with self._client.add([ids], params, adapter=adapter) as stream:
             outputs = await gather(stream)
             cached = stream.cached_tokens[0]
+            scored = stream.prompt_logprobs.get(0)
         done()
         return RequestOutput(
             prompt=text,
             prompt_token_ids=ids,
             outputs=[self._completion(index, output, params) for index, output in enumerate(outputs)],
+            prompt_logprobs=None
+            if scored is None
+            else [None if one is None else self._logprobs(one) for one in scored],
             num_cached_tokens=cached,
         )
 

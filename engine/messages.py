@@ -136,7 +136,6 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     # Only for a core with an inline front end: it makes `prompt` of the text, and texts of the tokens.
     text: str = ""
     add_special_tokens: bool = True
-    truncate: int = 0  # keep so many tokens of the text's end; 0: all
     writing: Writing | None = None
     items: tuple[ItemRef, ...] = ()  # in the order of their offsets
 

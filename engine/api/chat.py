@@ -7,6 +7,7 @@ from starlette.responses import Response
 from engine.api.chat_protocol import ChatRequest, template_options
 from engine.api.logprobs import chat_logprobs
 from engine.api.render import Chunks, chunk_options, new_head, usage
+from engine.api.shown_prompts import ShownPrompts
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
 from engine.frontend.streams import Whole, gather
@@ -18,10 +19,11 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     body.check()
     # A chat without a limit goes on as long as it fits.
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = body.sampling_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
     state.check_template(body.chat_template)
     prompt = await state.chat_prompt(
-        body.conversation(), add_special_tokens=bool(body.add_special_tokens), **template_options(body)
+        body.conversation(), params, add_special_tokens=bool(body.add_special_tokens), **template_options(body)
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)
@@ -34,6 +36,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
         origin=state.origin(request, head),
         adapter=adapter,
     )
+    shown = ShownPrompts(state.tokenizer, stream, body)
     if body.stream:
         chunks = Chunks(
             stream,
@@ -41,12 +44,14 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
             head,
             chat=True,
             options=chunk_options(body),
+            prompts=shown,
         )
         return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
     choices = [choice(state, index, output, body) for index, output in enumerate(outputs)]
     spent = usage(stream, sum(len(output.token_ids) for output in outputs))
-    return Response(msgspec.json.encode(head | {"choices": choices, "usage": spent}), media_type="application/json")
+    answer = head | {"choices": choices, "usage": spent} | shown.fields(0)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 def choice(state: ApiState, index: int, output: Whole, body: ChatRequest) -> dict[str, object]:

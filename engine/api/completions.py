@@ -1,28 +1,35 @@
 """/v1/completions: texts or token ids, continued."""
 
+from typing import Any
+
 import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from engine.api.logprobs import TextOffsets, completion_logprobs
+from engine.api.logprobs import TextOffsets, completion_logprobs, joined
 from engine.api.protocol import CompletionRequest
 from engine.api.render import Chunks, chunk_options, new_head, usage
+from engine.api.shown_prompts import EchoedPrompts
 from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
+from engine.frontend.prompts import Prompt
 from engine.frontend.streams import Whole, gather
-
-DEFAULT_MAX_TOKENS = 16
 
 
 async def completions(state: ApiState, request: Request) -> Response:
     body = await state.read_request(request, CompletionRequest)
     adapter = await state.adapter_of(body.model)
     body.check()
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    params = body.sampling_params(max_tokens, body.top_logprobs)
+    params = body.params(state.sampling_defaults)
     special = body.add_special_tokens is not False
     given = body.prompts()
-    prompts = await state.prompts(given, special)
+    if params.needs_prompt_ids:
+        fitted = [await state.fit(one, special, params) for one in given]
+        prompts: list[Prompt] = [ids for ids, _ in fitted]
+        # Of a truncated prompt what is left is echoed.
+        given = [ids if cut else one for one, (ids, cut) in zip(given, fitted, strict=True)]
+    else:
+        prompts = await state.prompts(given, special)
     head = new_head("cmpl", "text_completion", body.model or state.model)
     state.check_queue(len(prompts) * params.n)
     stream = state.client.add(
@@ -34,10 +41,7 @@ async def completions(state: ApiState, request: Request) -> Response:
         adapter=adapter,
     )
 
-    def echo(index: int) -> str:
-        one = given[index // params.n]
-        return one if isinstance(one, str) else state.tokenizer.decode(one)
-
+    shown = EchoedPrompts(state.tokenizer, stream, body, given)
     if body.stream:
         chunks = Chunks(
             stream,
@@ -45,23 +49,28 @@ async def completions(state: ApiState, request: Request) -> Response:
             head,
             chat=False,
             options=chunk_options(body),
-            echo=echo if body.echo else None,
+            echo=shown.text if shown.echoes else None,
+            prompts=shown,
         )
         return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
     choices = []
     for index, output in enumerate(outputs):
-        before = echo(index) if body.echo else ""
+        shown.cut(output)
+        before = shown.text(index) if shown.echoes else ""
         offsets = TextOffsets.of_output(state.tokenizer, stream, index, len(before))
-        choices.append(choice(state, index, before + output.text, output, body, offsets))
+        rendered = choice(state, index, before + output.text, output, body, offsets)
+        if (scored := shown.logprobs(index)) is not None:
+            rendered["logprobs"] = joined(scored, rendered["logprobs"])
+        choices.append(rendered | shown.fields(index))
     spent = usage(stream, sum(len(output.token_ids) for output in outputs))
     return Response(msgspec.json.encode(head | {"choices": choices, "usage": spent}), media_type="application/json")
 
 
 def choice(
     state: ApiState, index: int, text: str, output: Whole, body: CompletionRequest, offsets: TextOffsets
-) -> dict[str, object]:
-    shown: dict[str, object] = {"index": index, "text": text, "logprobs": None, "finish_reason": output.finish_reason}
+) -> dict[str, Any]:
+    shown: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": output.finish_reason}
     shown["stop_reason"] = output.stop_reason
     if body.top_logprobs is not None:
         shown["logprobs"] = completion_logprobs(

@@ -8,6 +8,8 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from engine.frontend.detokenizer import LONGEST_CHARACTER, WindowDecoder
 from engine.frontend.streams import RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
@@ -40,12 +42,22 @@ class TextOffsets:
     does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, start: int = 0, prompt: Sequence[int] = (), skip_special: bool = True):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        start: int = 0,
+        prompt: Sequence[int] = (),
+        skip_special: bool = True,
+        hidden: int = 0,
+    ):
         """Args:
         start: characters of text before the first token, e.g. of an echoed prompt.
         prompt: the tokens before the first one.
         skip_special: whether special tokens are left out of the text.
+        hidden: so many of the first tokens are left out of it, whatever they are.
         """
+        self._hidden = hidden
         self._at = start
         self._skip = tokenizer.special_ids if skip_special else frozenset()
         self._piece = tokenizer.piece
@@ -57,6 +69,9 @@ class TextOffsets:
     def next(self, token: int) -> int:
         """Take the next token; returns where it begins."""
         begin = self._at
+        if self._hidden:
+            self._hidden -= 1
+            return begin
         if self._window is not None:
             self._at += len(self._window.push((token,)))
             return begin
@@ -115,6 +130,61 @@ def completion_logprobs(
             top[token_id_text(token) if name in top else name] = clamp(logprob)
         tops.append(top)
     return {"text_offset": places, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def echoed_logprobs(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    scored: Sequence[TokenLogprob | None],
+    offsets: TextOffsets,
+    text_length: int,
+    *,
+    as_token_ids: bool = False,
+) -> dict[str, Any]:
+    """Logprobs of a completion's prompt; the first token has none, since nothing comes before it.
+
+    Args:
+        prompt: token ids.
+        scored: of each of them; those from the second on, where they are known.
+        offsets, text_length: of the echoed prompt.
+        as_token_ids: write each token as `token_id:N`.
+    """
+    first = token_id_text(prompt[0]) if as_token_ids else token_key(tokenizer, prompt[0])
+    begin = offsets.next(prompt[0])
+    rest = [entry for entry in scored[1:] if entry is not None]
+    found = completion_logprobs(tokenizer, rest, offsets, text_length, as_token_ids=as_token_ids)
+    nothing = {"text_offset": begin, "token_logprobs": None, "tokens": first, "top_logprobs": None}
+    return joined({name: [value] for name, value in nothing.items()}, found)
+
+
+def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The logprobs of a completion, of two stretches of it."""
+    return {name: one[name] + other[name] for name in one}
+
+
+def at_most(entries: Iterable[TokenLogprob | None], top: int) -> list[TokenLogprob | None]:
+    """The entries with so many alternatives."""
+    return [entry and msgspec.structs.replace(entry, top=entry.top[:top]) for entry in entries]
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, scored: Iterable[TokenLogprob | None], top: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """The logprobs of a prompt as vLLM shows them: a map of ids for each, its own first; null for the first one."""
+
+    def shown(token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": clamp(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
+
+    found: list[dict[str, dict[str, Any]] | None] = []
+    for entry in at_most(scored, top):
+        if entry is None:
+            found.append(None)
+            continue
+        each = {str(entry.token): shown(entry.token, entry.logprob, entry.rank)}
+        for rank, (token, logprob) in enumerate(entry.top, start=1):
+            each.setdefault(str(token), shown(token, logprob, rank))
+        found.append(each)
+    return found
 
 
 def chat_logprobs(

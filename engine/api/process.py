@@ -38,6 +38,8 @@ class Orders(msgspec.Struct):
     seed: int
     cores: tuple[CoreAddress, ...]  # of all replicas
     routing: str
+    sampling_defaults: dict[str, int | float]
+    eos_ids: tuple[int, ...]  # beside the tokenizer's own
     created: int
     http: HttpOptions
     log_requests: bool
@@ -166,10 +168,13 @@ def main() -> int:
 
 def connect(orders: Orders) -> "EngineClient":
     from engine.frontend.connect import connect
+    from engine.frontend.generation import GenerationDefaults
     from engine.frontend.stats import Board
     from engine.frontend.tokenizer import load_tokenizer
 
-    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), orders.cores[0].ready.vocab_size, orders.tokenizer_mode)
+    vocab_size = orders.cores[0].ready.vocab_size
+    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), vocab_size, orders.tokenizer_mode)
+    GenerationDefaults(eos_ids=orders.eos_ids).add_eos_ids(tokenizer, vocab_size)
     return connect(
         orders.cores,
         tokenizer,
@@ -190,7 +195,7 @@ async def serve(orders: Orders, client: "EngineClient", up: Callable[[], None]) 
     client.open()
     if orders.log_requests:
         client.on_ended = log_request
-    state = ApiState(client, (orders.name,), orders.http, orders.created)
+    state = ApiState(client, (orders.name,), orders.http, orders.created, sampling_defaults=orders.sampling_defaults)
     side = HttpSide(state, socket.socket(fileno=orders.listener))
 
     def obey(line: str) -> None:

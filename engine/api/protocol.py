@@ -1,11 +1,16 @@
 """The OpenAI-compatible request bodies, chats apart (`chat_protocol`): what clients may send, and what is refused."""
 
 import re
+from collections.abc import Mapping
 
 import msgspec
 
 from engine.errors import RequestError
 from engine.frontend.sampling import SamplingParams
+
+DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's
+
+replace = msgspec.structs.replace
 
 
 class StreamOptions(msgspec.Struct):
@@ -36,6 +41,11 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
@@ -46,13 +56,15 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     priority: int | None = None
     user: str | None = None
 
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, int | float], **more: int | None) -> SamplingParams:
+        """What the body says, over the server's defaults; `more` are fields that it says in its own way."""
         given = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             if not all(_token_id.fullmatch(token) for token in self.logit_bias):
                 raise RequestError("logit_bias must map token ids to numbers", "logit_bias")
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-        return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+        given |= {name: value for name, value in more.items() if value is not None}
+        return SamplingParams(**{"max_tokens": None, **defaults, **given})
 
     def check_common(self) -> None:
         """Refuse fields that contradict each other, or can't hold on any server."""
@@ -78,6 +90,11 @@ SAMPLING_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "bad_words",
+    "allowed_token_ids",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "prompt_logprobs",
     "skip_special_tokens",
     "include_stop_str_in_output",
 )
@@ -96,6 +113,19 @@ class CompletionRequest(SampledRequest, kw_only=True):
         """How many alternatives a token has; `false` is what chats say for none, `true` for one."""
         return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
+    @property
+    def echo_only(self) -> bool:
+        """Whether the prompt alone is asked for: the one token that is generated isn't shown."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def params(self, defaults: Mapping[str, int | float]) -> SamplingParams:
+        """How to continue the prompts; an echo has the logprobs of the prompt too."""
+        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        found = self.sampling_params(defaults, max_tokens=max_tokens or int(self.echo_only), logprobs=self.top_logprobs)
+        if not self.echo or self.top_logprobs is None:
+            return found
+        return replace(found, prompt_logprobs=max(self.top_logprobs, self.prompt_logprobs or 0))
+
     def check(self) -> None:
         """Refuse what isn't served yet, by name."""
         self.check_common()
@@ -103,10 +133,6 @@ class CompletionRequest(SampledRequest, kw_only=True):
             raise RequestError("suffix is not supported", "suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of other than n is not supported", "best_of")
-        if self.echo and self.top_logprobs is not None:
-            raise RequestError(
-                "echo together with logprobs is not supported yet: it asks for those of the prompt", "echo"
-            )
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts as texts or token ids, whichever of the four forms they came in."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
-from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
+from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs, joined
 from engine.api.protocol import SampledRequest, StreamOptions
+from engine.api.shown_prompts import EchoedPrompts, ShownPrompts
 from engine.frontend.streams import Delta, RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
 
@@ -59,8 +60,13 @@ class Chunks:
         chat: bool,
         options: ChunkOptions = PLAIN,
         echo: Callable[[int], str] | None = None,
+        prompts: ShownPrompts | None = None,
     ):
-        """`head` is what all chunks begin with (id, object, …); `echo` gives the text shown before output `index`."""
+        """What chunks are made of.
+
+        `head` is what all chunks begin with (id, object, …); `echo` gives the text shown before output `index`;
+        `prompts` is what else the first chunk of an output shows of its prompt.
+        """
         self._stream = stream
         self._tokenizer = tokenizer
         self._chat = chat
@@ -69,6 +75,7 @@ class Chunks:
         self._token_ids = options.token_ids
         self._as_token_ids = options.as_token_ids
         self._echo = echo
+        self._prompts = prompts
         self._head = b"data: " + encode(head)[:-1]
         self._begins: dict[int, bytes] = {}  # by output
         self._text_end = b"}" if chat else b""
@@ -91,13 +98,25 @@ class Chunks:
 
     def render(self, delta: Delta) -> bytes:
         """One delta as one event."""
-        self._tokens += len(delta.token_ids)
         begin = self._begins.get(delta.index)
         if begin is None:
-            begin = self._first(delta)
+            return self._render_first(delta)
+        self._tokens += len(delta.token_ids)
         if delta.finish_reason is None and delta.logprobs is None and not (self._token_ids or self._continuous):
             return begin + encode(delta.text) + self._plain_end
         return begin + encode(delta.text) + self._rest(delta)
+
+    def _render_first(self, delta: Delta) -> bytes:
+        """The first delta of an output, with what is shown of its prompt."""
+        scored, about = None, {}
+        if self._prompts is not None:
+            about = self._prompts.fields(delta.index)
+            if isinstance(self._prompts, EchoedPrompts):
+                self._prompts.cut(delta)
+                scored = self._prompts.logprobs(delta.index)
+        self._tokens += len(delta.token_ids)
+        begin = self._first(delta)
+        return begin + encode(delta.text) + self._rest(delta, scored, about)
 
     def _first(self, delta: Delta) -> bytes:
         """What the first chunk of an output begins with: a chat's names the role; later ones are remembered."""
@@ -110,15 +129,20 @@ class Chunks:
         self._begins[delta.index] = choice + b'"text":'
         return self._begins[delta.index]
 
-    def _rest(self, delta: Delta) -> bytes:
+    def _rest(self, delta: Delta, scored: dict[str, Any] | None = None, about: dict[str, Any] | None = None) -> bytes:
+        """The fields behind the text; `scored`: logprobs of an echoed prompt; `about`: what else is shown of it."""
         fields: dict[str, Any] = {"logprobs": None, "finish_reason": delta.finish_reason}
         if delta.finish_reason is not None or not self._chat:
             fields["stop_reason"] = delta.stop_reason
         if delta.logprobs is not None:
             fields["logprobs"] = self._logprobs(delta, delta.logprobs)
+            if scored is not None:
+                fields["logprobs"] = joined(scored, fields["logprobs"])
         if self._token_ids:
             fields["token_ids"] = delta.token_ids
         after: dict[str, Any] = {}
+        if about:
+            (after if self._chat and delta.index == 0 else fields).update(about)
         if self._include_usage:
             after["usage"] = usage(self._stream, self._tokens) if self._continuous else None
         end = b"]," + encode(after)[1:] if after else b"]}"

@@ -91,6 +91,8 @@ class ServerRun:
                 seed=engine.config.seed,
                 cores=engine.addresses(front_end),
                 routing=engine.config.routing,
+                sampling_defaults=engine.generation.sampling,
+                eos_ids=engine.generation.eos_ids,
                 created=self._created,
                 http=self._options.http,
                 log_requests=self._options.log_requests,
@@ -105,7 +107,8 @@ class ServerRun:
         client.open()
         if self._options.log_requests:
             client.on_ended = log_request
-        state = ApiState(client, (self._engine.config.name,), self._options.http, self._created)
+        name, defaults = self._engine.config.name, self._engine.generation.sampling
+        state = ApiState(client, (name,), self._options.http, self._created, sampling_defaults=defaults)
         side = HttpSide(state, self._listener)
 
         def on_signal() -> None:

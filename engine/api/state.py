@@ -18,8 +18,10 @@ from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.prompts import Prompt, Text
+from engine.frontend.sampling import SamplingParams
 from engine.frontend.streams import Origin
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.truncation import encode_end, kept_tokens, truncate
 
 # Longer texts are tokenized on a thread: the library lets go of the interpreter, and streams go on meanwhile.
 LONG_TEXT = 4096
@@ -41,6 +43,7 @@ class ApiState:
     created: int = 0  # of the model card, seconds since 1970
     model_info: dict[str, Any] = field(default_factory=dict)
     trust_request_chat_template: bool = False
+    sampling_defaults: dict[str, int | float] = field(default_factory=dict)  # of requests, by fields of SamplingParams
     adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as the core last said
 
     def __post_init__(self) -> None:
@@ -120,10 +123,34 @@ class ApiState:
         self.check_texts((text,), "prompt")
         if self.client.ready.inline:
             return Text(text, add_special_tokens)
+        return await self._encode_prompt(text, add_special_tokens, others)
+
+    async def _encode_prompt(self, text: str, add_special_tokens: bool, others: int = 0) -> list[int]:
         most = self.client.ready.max_model_len
         if len(text) + others < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens)
         return await self.on_thread(self.tokenizer.encode_prompt, text, add_special_tokens, most)
+
+    async def fit(
+        self, given: str | list[int], add_special_tokens: bool, params: SamplingParams
+    ) -> tuple[list[int], bool]:
+        """The token ids of a prompt, truncated where its request asks for it, and whether it was.
+
+        RequestError if it can't be.
+        """
+        keep = kept_tokens(params, self.client.ready.max_model_len)
+        if keep is None:
+            if isinstance(given, list):
+                return given, False
+            self.check_texts((given,), "prompt")
+            return await self._encode_prompt(given, add_special_tokens), False
+        if isinstance(given, list):
+            ids, cut = given, False
+        else:
+            side = params.truncation_side
+            ids, cut = await self.on_thread(encode_end, self.tokenizer, given, keep, side, add_special_tokens)
+        kept = truncate(ids, keep, params.truncation_side, self.tokenizer.leading_ids)
+        return kept, cut or len(kept) < len(ids)
 
     def check_template(self, template: str | None) -> None:
         """Refuse a template of a request's own, unless this server takes such: it is a program, and may never end."""
@@ -135,10 +162,17 @@ class ApiState:
             )
 
     async def chat_prompt(
-        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
+        self,
+        messages: list[dict[str, Any]],
+        params: SamplingParams,
+        *,
+        add_special_tokens: bool = False,
+        **options: Any,
     ) -> Prompt:
-        """A conversation as the core wants it (see `Tokenizer.render_chat`)."""
+        """A conversation as the core wants it (see `Tokenizer.render_chat`), truncated as its request asks."""
         written = await self.render_chat(messages, **options)
+        if params.needs_prompt_ids:
+            return (await self.fit(written, add_special_tokens, params))[0]
         # A template has written all special tokens already, as a rule.
         return await self.prompt(written, add_special_tokens) if isinstance(written, str) else written
 

@@ -5,7 +5,7 @@ message get what is theirs.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.clock import Clock
 from engine.errors import INTERRUPTS, NotServedError, RedlineError, RequestError, cause_of
@@ -18,6 +18,7 @@ from engine.messages import (
     Finished,
     FinishReason,
     Outputs,
+    PromptLogprobs,
     TokenLogprobs,
     float32s,
     int32s,
@@ -62,6 +63,7 @@ class Booking:
                     output.stream.prompt_lengths[output.prompt] = admitted.prompt_tokens
                 self.stats.queue.observe(output.waited_s)
         finished = {one.handle: one for one in message.finished}
+        self._take_prompts(message.prompt_logprobs)
         if message.handles:
             self._take_tokens(message, finished)
         for one in finished.values():
@@ -79,6 +81,17 @@ class Booking:
         for stream in self.touched:
             stream.flush()
         self.touched.clear()
+
+    def _take_prompts(self, scored: Sequence[PromptLogprobs]) -> None:
+        """Keep the logprobs of prompt tokens; those that come again after a preemption are known already."""
+        for one in scored:
+            output = self._live.get(one.owner)
+            if output is None:
+                continue
+            known, entries = output.prompt_logprobs, _LogprobColumns(one.logprobs)
+            for position in int32s(one.logprobs.index).tolist():
+                if position == len(known):
+                    known.append(entries.of(position, output.stream.params.prompt_logprobs))
 
     def _take_tokens(self, message: Outputs, finished: dict[int, Finished]) -> None:
         at, now = message.at, self.clock.now()

@@ -14,6 +14,7 @@ from engine.frontend.prompts import Prompt, check_prompt, length_of
 from engine.frontend.sampling import SEED_MASK, SamplingParams, make_request
 from engine.frontend.stats import Board, FrontEndStats
 from engine.frontend.streams import Origin, Output, RequestStream, Terms
+from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import Transport
 from engine.messages import (
@@ -126,10 +127,11 @@ class CoreClient(Booking):
         """
         stream.client = self
         sent: list[int] = []
+        bad_words = bad_word_ids(stream.params.bad_words or (), self.tokenizer, self.ready.vocab_size)
         try:
             for number in range(len(stream.prompts)):
                 for choice in range(stream.params.n):
-                    sent.append(self._submit_one(stream, number, choice))
+                    sent.append(self._submit_one(stream, number, choice, bad_words))
         except BaseException:
             for handle in list(stream.live):
                 del stream.live[handle], self._live[handle]
@@ -139,7 +141,9 @@ class CoreClient(Booking):
         finally:
             self.stats.live = len(self._live)
 
-    def _submit_one(self, stream: RequestStream, number: int, choice: int) -> int:
+    def _submit_one(
+        self, stream: RequestStream, number: int, choice: int, bad_words: tuple[tuple[int, ...], ...]
+    ) -> int:
         """Send one output of a prompt; returns its handle."""
         inline, params, terms, prompt = self.ready.inline, stream.params, stream.terms, stream.prompts[number]
         sequence = next(self._numbers)
@@ -150,7 +154,7 @@ class CoreClient(Booking):
         room = self.ready.max_model_len - length_of(prompt)
         message = make_request(
             handle, prompt, params, self.tokenizer, seed, room, inline=inline, cache_salt=terms.cache_salt,
-            priority=terms.priority, adapter=terms.adapter,
+            priority=terms.priority, adapter=terms.adapter, bad_words=bad_words,
         )  # fmt: skip
         try:
             self._transport.send(message)

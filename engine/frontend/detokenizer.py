@@ -76,28 +76,42 @@ class WindowDecoder:
 
 
 class StopStrings:
-    """Finds the first of several strings in a text that arrives in pieces; holds back what may become one."""
+    """Finds the first of several strings in a text that arrives in pieces; holds back what may become one.
 
-    __slots__ = ("_held", "_include", "_keep", "_stops")
+    A string that ends within the first `early` pieces is passed over; one that begins there and ends later counts.
+    """
 
-    def __init__(self, stops: Sequence[str], include: bool):
+    __slots__ = ("_early", "_held", "_include", "_keep", "_passed", "_stops")
+
+    def __init__(self, stops: Sequence[str], include: bool, early: int = 0):
         self._stops = tuple(stops)
         self._include = include
         self._keep = max(map(len, self._stops)) - 1
         self._held = ""
+        self._early = early
+        self._passed = 0  # characters of what is held that belong to early pieces
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Take more text; gives what may be shown, and the stop string if one is complete."""
         text = self._held + text
+        if self._early:
+            self._early -= 1
+            self._passed = len(text)
         # The one that ends first wins, and of those the longest: so the answer doesn't depend on where the pieces end.
-        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._find(text, stop)) >= 0]
         if ends:
             end, at, stop = min(ends)
             self._held = ""
             return text[: end if self._include else at], stop
         keep = self._open_end(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], None
+        shown = len(text) - keep
+        self._held = text[shown:]
+        self._passed = max(0, self._passed - shown)
+        return text[:shown], None
+
+    def _find(self, text: str, stop: str) -> int:
+        """Where a stop string begins that ends behind the early pieces; -1: nowhere."""
+        return text.find(stop, max(0, self._passed - len(stop) + 1))
 
     def finish(self) -> str:
         held, self._held = self._held, ""
@@ -125,13 +139,15 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ):
+        """No stop string ends the text within its first `min_tokens` tokens."""
         self._decoder: Decoder = (
             PieceDecoder(tokenizer, skip_special_tokens)
             if tokenizer.concatenates
             else WindowDecoder(tokenizer, skip_special_tokens, list(prompt[-LONGEST_CHARACTER:]))
         )
-        self._stops = StopStrings(stop, include_stop) if stop else None
+        self._stops = StopStrings(stop, include_stop, min_tokens) if stop else None
 
     def push(self, token: int) -> tuple[str, str | None]:
         """Take one token; gives the text that may be shown now, and the stop string if it completed one."""

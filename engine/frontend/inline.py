@@ -79,6 +79,7 @@ class InlineTexts:
                 stop=writing.stops,
                 include_stop=writing.include_stop,
                 skip_special_tokens=writing.skip_special_tokens,
+                min_tokens=message.min_tokens,
             )
             self._open[message.handle] = _Open(detokenizer, writing.include_stop, len(prompt))
         return message

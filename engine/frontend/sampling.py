@@ -7,11 +7,13 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.frontend.prompts import Prompt
+from engine.frontend.token_filters import check_something_left
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, Sampling, Writing, column
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
+MAX_BAD_WORDS = 1024  # each is looked for at each token
 MAX_STOP_TOKEN_IDS = 1024  # each is sent with the request, and looked up for each of its tokens
 SEED_MASK = (1 << 64) - 1
 
@@ -21,9 +23,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
 
     n: independent outputs · temperature: 0 is greedy · top_p, min_p: 0 to 1 · top_k: 0 or -1 is no limit · seed: any
     integer; None draws one · max_tokens: None is as many as fit · min_tokens: end-of-sequence and stop ids can't come
-    before · stop: strings that end the text, left out of it unless include_stop_str_in_output · stop_token_ids: ids
-    that end it · ignore_eos: end-of-sequence ids don't · logprobs: for each token, so many of the likeliest beside the
-    sampled one · penalties as usual · logit_bias: id to an addend. Fields that can't hold raise RequestError.
+    before, and no stop string ends the text by then · stop: strings that end the text, left out of it unless
+    include_stop_str_in_output · stop_token_ids: ids that end it · ignore_eos: end-of-sequence ids don't · logprobs: for
+    each token, so many of the likeliest beside the sampled one · prompt_logprobs: the same for each prompt token but
+    the first; the prefix cache isn't read then · penalties as usual · logit_bias: id to an addend · bad_words: words
+    that aren't generated (see `bad_word_ids`) · allowed_token_ids: the only tokens that are · truncate_prompt_tokens:
+    so many tokens of the prompt are kept, of its end unless truncation_side is "right"; -1: as many as leave room for
+    max_tokens. Fields that can't hold raise RequestError.
     """
 
     n: int = 1
@@ -38,10 +44,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -62,9 +73,28 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
                 f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, not {len(self.stop_token_ids or ())}",
                 "stop_token_ids",
             )
+        self._check_filters()
         for token, bias in (self.logit_bias or {}).items():
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias must lie in -100..100, not {bias!r} (of token {token})", "logit_bias")
+
+    def _check_filters(self) -> None:
+        words = self.bad_words or []
+        if len(words) > MAX_BAD_WORDS or not all(isinstance(word, str) and word.strip() for word in words):
+            raise RequestError(f"bad_words must hold at most {MAX_BAD_WORDS} words, none of them empty", "bad_words")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty: nothing could be generated", "allowed_token_ids")
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must be -1 or at least 1, not 0", "truncate_prompt_tokens")
+        if self.truncation_side not in (None, "left", "right"):
+            raise RequestError(
+                f"truncation_side must be 'left' or 'right', not {self.truncation_side!r}", "truncation_side"
+            )
+
+    @property
+    def needs_prompt_ids(self) -> bool:
+        """Whether the front end must know the prompt's tokens, also where the core tokenizes texts."""
+        return self.truncate_prompt_tokens is not None or self.prompt_logprobs is not None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -74,8 +104,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise RequestError for token ids the model doesn't have."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids or ()), ("logit_bias", self.logit_bias or ())):
-            for token in ids:
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
                 if not 0 <= token < vocab_size:
                     raise RequestError(f"{name}: {token} is no token of this model (0..{vocab_size - 1})", name)
 
@@ -91,6 +121,8 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 1, 2**31 - 1),
     ("min_tokens", 0, 2**31 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("truncate_prompt_tokens", -1, 2**31 - 1),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
     ("repetition_penalty", 1e-3, 100),
@@ -109,12 +141,13 @@ def make_request(
     seed: int,
     room: int,
     *,
+    bad_words: tuple[tuple[int, ...], ...] = (),
     inline: bool = False,
     **extra: Any,
 ) -> AddRequest:
     """Build the core's message for one output; `room` is how many tokens fit behind the prompt.
 
-    `inline`: the core makes texts of the tokens itself.
+    `bad_words`: as token ids. `inline`: the core makes texts of the tokens itself.
     """
     if inline:
         extra["writing"] = Writing(params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
@@ -140,7 +173,11 @@ def make_request(
         frequency_penalty=float(params.frequency_penalty),
         repetition_penalty=float(params.repetition_penalty),
         logit_bias=tuple((int(token), float(bias)) for token, bias in (params.logit_bias or {}).items()),
+        allowed=column(params.allowed_token_ids or ()),
+        bad_words=bad_words,
+        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
     )
+    check_something_left(sampling)
     return AddRequest(
         handle=handle,
         prompt=packed,

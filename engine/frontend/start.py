@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.frontend.connect import CoreAddress, EngineClient, connect
+from engine.frontend.generation import GenerationDefaults, read_generation
 from engine.frontend.stats import Board
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.launch import CoreProcess
@@ -26,6 +27,7 @@ class Engine:
     readies: tuple[Ready, ...]
     tokenizer: Tokenizer
     warnings: tuple[str, ...]
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     @property
     def ready(self) -> Ready:
@@ -70,6 +72,7 @@ def start_engine(
     """
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_model(config.tokenizer, progress)
+    generation = read_generation(config.generation_config, path, config.override_generation_config)
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.name)
     cores = start_cores(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
@@ -83,8 +86,9 @@ def start_engine(
         warnings.append(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: texts may use unknown ids"
         )
+    generation.add_eos_ids(tokenizer, ready.vocab_size)
     told = dict.fromkeys(warning for ready in readies for warning in ready.warnings)
-    return Engine(config, cores, readies, tokenizer, (*told, *warnings))
+    return Engine(config, cores, readies, tokenizer, (*told, *warnings), generation)
 
 
 def declared_vocab_size(path: Path) -> int | None:

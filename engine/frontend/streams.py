@@ -93,6 +93,7 @@ class Output:
         "index",
         "last_at",
         "prompt",
+        "prompt_logprobs",
         "stream",
         "top",
         "ttft_s",
@@ -114,6 +115,9 @@ class Output:
         self.delta: Delta | None = None
         self.include_stop = params.include_stop_str_in_output
         self.top = params.logprobs  # so many alternatives a token; None: no logprobs
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]  # the first token has none
+        if params.prompt_logprobs is not None:
+            stream.prompt_logprobs[index] = self.prompt_logprobs
         self.user_stop_ids = frozenset(params.stop_token_ids or ())
         self.detokenizer = None
         if tokenizer is not None:
@@ -125,6 +129,7 @@ class Output:
                 stop=params.stops,
                 include_stop=self.include_stop,
                 skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
             )
 
     def add(self, token: int, text: str, logprob: TokenLogprob | None) -> None:
@@ -177,6 +182,8 @@ class RequestStream:
         self.origin = origin
         self.terms = terms
         self.cached_tokens = [0] * len(prompts)
+        # By output, where they are asked for; complete when its first token comes.
+        self.prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self.live: dict[int, Output] = {}  # by handle
         self.sink: Callable[[], bool] | None = None
         self.client = client  # of the core that has it

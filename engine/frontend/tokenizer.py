@@ -40,6 +40,12 @@ class Tokenizer:
         self.template = template
         self._pieces: dict[int, bytes] = {}
 
+    @functools.cached_property
+    def leading_ids(self) -> tuple[int, ...]:
+        """The special tokens that it puts before each text, e.g. the one of its beginning."""
+        empty = self.encode("")
+        return tuple(empty) if self.encode("a")[: len(empty)] == empty else ()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens)
 

@@ -15,7 +15,18 @@ from hashlib import blake2b
 from typing import Any
 
 from engine.clock import Clock
-from engine.messages import ItemRef, StepMessage, StepResult, column, decode_step, encode, int32s
+from engine.messages import (
+    ItemRef,
+    PromptLogprobs,
+    Sampling,
+    StepMessage,
+    StepResult,
+    TokenLogprobs,
+    column,
+    decode_step,
+    encode,
+    int32s,
+)
 
 VOCABULARY = 50
 CONTENT_BYTES = 2  # of a key: an item that isn't shared has a longer one
@@ -35,6 +46,27 @@ def content(tokens: Sequence[int], items: Sequence[ItemRef], position: int) -> i
     if item is None:
         return tokens[position]
     return 1000 * (1 + int.from_bytes(item.hash[:CONTENT_BYTES], "little")) + position - item.offset
+
+
+def logprob_of(token: int) -> float:
+    """What every token has, wherever it comes; a power of two, so that sums are exact."""
+    return -(1 + token) / 64
+
+
+def likeliest(token: int, top: int) -> list[int]:
+    """The tokens said to be the most likely ones in place of another, which is the second of them."""
+    return [(token + 1 - i) % VOCABULARY for i in range(top)]
+
+
+def _logprobs(asked: list[tuple[int, int, int]]) -> TokenLogprobs | None:
+    """Of (index, token, alternatives)."""
+    if not asked:
+        return None
+    width = 1 + max(top for *_, top in asked)
+    ids = [[token, *likeliest(token, width - 1)] for _, token, _ in asked]
+    values = [[logprob_of(one) for one in line] for line in ids]
+    index = [at for at, *_ in asked]
+    return TokenLogprobs(width, column(index), column(ids), column(values, "<f4"), column([2] * len(asked)))
 
 
 def item_at(items: Sequence[ItemRef], position: int) -> ItemRef | None:
@@ -63,6 +95,8 @@ class FakeRow:
     tokens: list[int]
     tables: list[list[int]]  # of each KV group
     computed: int
+    prompt_len: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
     items: tuple[ItemRef, ...] = ()
     states: list[bytes] = field(default_factory=list)  # prefix hash after each computed token
 
@@ -146,7 +180,9 @@ class FakeExecutor:
             tokens = int32s(added.tokens).tolist()
             tables = [int32s(table).tolist() for table in added.blocks]
             assert len(tables) == len(self._windows)
-            row = FakeRow(added.generation, tokens, tables, added.computed, added.items)
+            row = FakeRow(
+                added.generation, tokens, tables, added.computed, added.prompt_len, added.sampling, added.items
+            )
             state = b""
             for position in range(added.computed):
                 state = prefix_hash(state, content(tokens, row.items, position))
@@ -164,9 +200,10 @@ class FakeExecutor:
     def _run(self, message: StepMessage) -> bytes:
         counts = dict(int32s(message.chunks, 2).tolist())
         plan = {number: counts.get(number, 1) for number in sorted(self.rows)}
+        scored = [self._score(number, self.rows[number], count) for number, count in plan.items()]
         for number, count in plan.items():
             self._write(self.rows[number], count)
-        sampled, each, drafted = [], [], 0
+        sampled, each, drafted, asked = [], [], 0, list[tuple[int, int, int]]()
         for number, count in plan.items():
             row = self.rows[number]
             self._check_context(number, row, count)
@@ -175,13 +212,30 @@ class FakeExecutor:
                 row.tokens.append(next_token(row.states[-1]))
                 if count == 1 and self._draft_tokens:
                     drafted += self._guess(row)
+                if row.sampling.logprobs >= 0:
+                    asked += [(len(sampled) + i, row.tokens[known + i], row.sampling.logprobs)
+                              for i in range(len(row.tokens) - known)]  # fmt: skip
                 sampled += row.tokens[known:]
                 each.append(len(row.tokens) - known)
         self.batch_tokens.append(sum(plan.values()))
         self.row_tokens.append({number: count for number, count in plan.items() if count})
         seconds = self._seconds(message, self.batch_tokens[-1])
         found = column(each) if drafted else b""
-        return encode(StepResult(message.step, column(sampled), found, seconds=seconds, drafted=drafted))
+        return encode(
+            StepResult(
+                message.step, column(sampled), found, _logprobs(asked), seconds, drafted,
+                prompt_logprobs=tuple(one for one in scored if one is not None),
+            )
+        )  # fmt: skip
+
+    def _score(self, number: int, row: FakeRow, count: int) -> PromptLogprobs | None:
+        """Logprobs of the prompt's tokens that the next `count` computed ones come before, where they are asked for."""
+        positions = range(row.computed + 1, min(row.computed + count + 1, row.prompt_len))
+        if row.sampling.prompt_logprobs < 0 or not positions:
+            return None
+        found = _logprobs([(at, row.tokens[at], row.sampling.prompt_logprobs) for at in positions])
+        assert found is not None
+        return PromptLogprobs(number, row.generation, found)
 
     def _guess(self, row: FakeRow) -> int:
         """Guesses that are right up to a point, and leave what isn't in the KV memory; returns how many."""

@@ -73,7 +73,7 @@ async def in_loop(
     settings = {"max_model_len": 128, "num_blocks": 257, "max_num_batched_tokens": 32, **settings}
     config = resolved(removals=removals, **settings)
     clock = FakeClock()
-    worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S)
+    worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S, config.draft_tokens)
     transport = InlineTransport()
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
     texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in removals else None

@@ -1,5 +1,6 @@
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,3 +121,28 @@ def test_special_tokens_show_only_when_asked_for():
     ids = [*BYTE_LEVEL.encode("the"), BYTE_LEVEL.backend.id_of("<|end|>")]
     assert "".join(run(Detokenizer(BYTE_LEVEL), ids)) == "the"
     assert "".join(run(Detokenizer(BYTE_LEVEL, skip_special_tokens=False), ids)) == "the<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "early", "expected", "found"),
+    [
+        (["ab"], "xxabyyabz", 4, "xxabyy", "ab"),  # a piece is a letter: the first one ends with the fourth
+        (["ab"], "xxabyyabz", 3, "xx", "ab"),  # it ends behind the early pieces, though it begins among them
+        (["ab"], "xxabyyabz", 0, "xx", "ab"),
+        (["ab"], "xxab", 4, "xxab", None),
+        (["ab", "xabyz"], "qxabyzab", 4, "q", "xabyz"),  # held back early, passed over, and found as another's part
+        (["ab", "xabyz"], "qxabyqabz", 4, "qxabyq", "ab"),
+        (["aa"], "aaaa", 2, "a", "aa"),
+    ],
+)
+def test_stop_strings_that_end_within_min_tokens_are_passed_over(
+    stops: list[str], pieces: str, early: int, expected: str, found: str | None, stand_in: Tokenizer
+):
+    detokenizer = Detokenizer(stand_in, stop=stops, min_tokens=early)
+    text, stop = "", None
+    for letter in pieces:
+        more, stop = detokenizer.push(ord(letter))
+        text += more
+        if stop is not None:
+            break
+    assert (text if stop is not None else text + detokenizer.finish(), stop) == (expected, found)
