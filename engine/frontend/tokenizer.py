@@ -140,7 +140,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None, mode: str = "auto"
     if own is not None:
         mistral = MistralBackend(own)
         return Tokenizer(mistral, eos_ids=known_ids([mistral.eos_id, *declared_eos_ids(folder)], vocab_size)), []
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = tokenizer_settings(folder)
     warnings: list[str] = []
     backend: Backend
     if (folder / "tokenizer.json").is_file():
@@ -220,6 +220,16 @@ def _token_id(value: Any, folder: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ModelError(f"{folder}: eos_token_id must be a whole number or a list of them, not {json.dumps(value)}")
     return int(value)
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """The settings of tokenizer_config.json, with special tokens from all the places where folders keep them.
+
+    As transformers reads them, special_tokens_map.json goes before.
+    """
+    settings = read_json(folder / "tokenizer_config.json")
+    extra = settings.get("extra_special_tokens")
+    return (extra if isinstance(extra, dict) else {}) | settings | read_json(folder / "special_tokens_map.json")
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:

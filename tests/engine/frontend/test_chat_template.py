@@ -37,10 +37,12 @@ def ours(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
     return ChatTemplate(source, SPECIAL).render(shape_conversation(messages), **options)
 
 
+REFERENCE = PreTrainedTokenizerFast(tokenizer_object=byte_level_library(), **SPECIAL)
+
+
 def reference(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_library(), **SPECIAL)
     options = {"add_generation_prompt": True, **options}
-    written = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
+    written = REFERENCE.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
     assert isinstance(written, str)
     return written
 

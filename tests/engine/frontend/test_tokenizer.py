@@ -49,6 +49,31 @@ def test_a_template_of_its_own_file_wins(model_folder: Path):
     assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "1 messages"
 
 
+def test_special_tokens_come_from_every_place_that_folders_keep_them_in(model_folder: Path):
+    (model_folder / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}{{ image_token }}")
+    settings = {"bos_token": "<a>", "eos_token": "the", "extra_special_tokens": {"image_token": "<image>"}}
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model_folder / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": END}})
+    )
+    tokenizer, _ = load_tokenizer(model_folder)
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == f"<s>{END}<image>"
+    assert tokenizer.eos_ids[0] == tokenizer.backend.id_of(END)
+
+
+def test_templates_by_name_are_read_from_either_place(model_folder: Path):
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    (model_folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    user = [{"role": "user", "content": "x"}]
+    tokenizer, _ = load_tokenizer(model_folder)
+    assert tokenizer.render_chat(user) == "D"
+    assert tokenizer.render_chat(user, tools=[{"type": "function"}]) == "T"
+    (model_folder / "additional_chat_templates").mkdir()
+    (model_folder / "additional_chat_templates" / "rag.jinja").write_text("R")
+    tokenizer, _ = load_tokenizer(model_folder)
+    assert [tokenizer.render_chat(user), tokenizer.render_chat(user, template="rag")] == ["D", "R"]
+
+
 def test_what_a_template_refuses_is_the_request_s_fault(model_folder: Path):
     tokenizer, _ = load_tokenizer(model_folder)
     with pytest.raises(RequestError, match="no tools here") as caught:
