@@ -67,7 +67,8 @@ class ServerProcess:
             command += ["--port", "{port}"]
         reach = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
         scheme = "https" if has_flag(flags, "--ssl-certfile") else "http"
-        url = f"{scheme}://{reach}:{port or '{port}'}"
+        shown = f"[{reach}]" if ":" in str(reach) else reach
+        url = f"{scheme}://{shown}:{port or '{port}'}"
         return cls(command, log, url=url, start_limit_s=start_limit_s, verify=scheme == "http")
 
     def __enter__(self) -> "ServerProcess":

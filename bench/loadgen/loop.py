@@ -322,6 +322,8 @@ class Loop:
 
     def _lost(self, stream: Stream, error: str) -> None:
         """A connection broke. A used one that the server had given up says nothing yet: the request goes out again."""
+        if stream.state is State.SENDING and self._refused_early(stream):
+            return
         if stream.reused and not stream.answer and stream.failure is None:
             self._disconnect(stream)
             stream.reused, stream.left = False, None
@@ -330,6 +332,23 @@ class Loop:
             self._open(stream)
             return
         self._fail(stream, "connection", error)
+
+    def _refused_early(self, stream: Stream) -> bool:
+        """Whether all is said about a request that couldn't be sent whole.
+
+        A server may refuse a long one before it has read it, and close: then the cause waits to be read.
+        """
+        stream.state = State.RECEIVING
+        known = -1
+        try:
+            while stream.state is State.RECEIVING and len(stream.answer) > known:
+                known = len(stream.answer)
+                self._receive(stream)
+        except MalformedError as error:
+            self._fail(stream, "malformed stream", str(error))
+        except OSError:
+            return False
+        return stream.state is not State.RECEIVING
 
     def _forget_idle(self, fd: int) -> None:
         """The server closed a connection that was kept, or said something nobody asked for."""

@@ -103,6 +103,8 @@ def test_redline_command_line(tmp_path: Path) -> None:
     given = ServerProcess.redline("m", ["--host=0.0.0.0", "--port", "8123"], tmp_path / "log")
     assert given.base_url == "http://127.0.0.1:8123"
     assert given.command.count("--port") == 1
+    ipv6 = ServerProcess.redline("m", ["--host", "::1", "--port", "8123", "--ssl-certfile", "c.pem"], tmp_path / "log")
+    assert ipv6.base_url == "https://[::1]:8123"
 
 
 def test_flags() -> None:

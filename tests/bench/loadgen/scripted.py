@@ -1,5 +1,6 @@
 """The loop of the load generator on a connection whose reads are given, so that tests choose where bytes are cut."""
 
+import errno
 import socket
 from collections.abc import Sequence
 
@@ -27,12 +28,13 @@ class Quiet:
 class ScriptedConnection:
     """A connection that is always ready, gives one read after the other, then the end of the connection."""
 
-    def __init__(self, reads: Sequence[bytes], buffer: ReceiveBuffer):
+    def __init__(self, reads: Sequence[bytes], buffer: ReceiveBuffer, takes: int | None):
         self._mine, self._peer = socket.socketpair()
         self._peer.send(b"x")  # so that the poll always finds something to read
         self._reads = list(reads)
         self._buffer = buffer
         self._stamp = 0
+        self._takes = takes
         self.left = len(self._reads)
 
     def fileno(self) -> int:
@@ -42,7 +44,12 @@ class ScriptedConnection:
         return 0
 
     def send(self, data: memoryview) -> int:
-        return len(data)
+        if self._takes is None:
+            return len(data)
+        if not self._takes:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        taken, self._takes = self._takes, 0
+        return taken
 
     def receive(self) -> tuple[int, int]:
         if not self.left:
@@ -58,12 +65,14 @@ class ScriptedConnection:
         self._peer.close()
 
 
-def answered(reads: Sequence[bytes], tokens: int = 3) -> tuple[RequestRow, ScriptedConnection, loop.Loop]:
-    """One request of `tokens` tokens, answered with these reads."""
+def answered(
+    reads: Sequence[bytes], tokens: int = 3, takes: int | None = None
+) -> tuple[RequestRow, ScriptedConnection, loop.Loop]:
+    """One request of `tokens` tokens, answered with these reads; the connection breaks after `takes` bytes of it."""
     made: list[ScriptedConnection] = []
 
     def connect(_: Address, buffer: ReceiveBuffer) -> ScriptedConnection:
-        made.append(ScriptedConnection(reads, buffer))
+        made.append(ScriptedConnection(reads, buffer, takes))
         return made[-1]
 
     job = loop.Job(ADDRESS, [b"request"], [0], 60.0, 1)

@@ -11,7 +11,7 @@ import pytest
 from bench.loadgen import Recording, Target, run_closed_loop
 from bench.workloads import RequestSpec
 from tests.bench.loadgen.raw_server import Piece, RawServer
-from tests.bench.loadgen.scripted import Quiet
+from tests.bench.loadgen.scripted import Quiet, answered
 
 EVER = (-1.0, float("inf"))
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -149,3 +149,15 @@ def test_what_is_no_stream_is_named(answer: bytes, status: str, words: str) -> N
     assert [row.status for row in rows] == [status] * 3
     assert all(words in row.error for row in rows)
     assert seconds < 2.0
+
+
+def test_a_request_that_is_refused_before_it_is_read_keeps_its_cause() -> None:
+    """A server that answers and closes early resets the connection: its answer is there to read, and says why."""
+    refusal = whole("413 X", b'{"error": {"message": "at most 1 MB"}}')
+    for reads in ([refusal], [refusal[:30], refusal[30:]]):
+        row, _, _ = answered(reads, takes=3)
+        assert (row.status, row.error) == ("http 413", "at most 1 MB")
+    for reads in ([], [refusal[:30]]):
+        row, _, _ = answered(reads, takes=3)
+        assert row.status == "connection"
+    assert answered([b"SSH-2.0"], takes=3)[0].status == "malformed stream"
