@@ -9,6 +9,7 @@ from bench.arrivals import point_seed
 from bench.errors import BenchError
 from bench.files import CannotWriteError
 from bench.loadgen import processes_for, run_closed_loop
+from bench.machine import record_shares
 from bench.metrics import MetricsReader, window_state
 from bench.plan import Lengths, TimeBudget
 from bench.point import INTERRUPTED, LoadPoint, PointPlan, PointState, Watch, drain, point_id
@@ -37,10 +38,12 @@ class ClosedPoint(LoadPoint):
         started = utc_now()
         self.reader.forget()
         watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
+        before = self.read_machine()
         recording = run_closed_loop(
             self.target, specs, concurrency,
             observer=watch, time_limit_s=max(1.0, self.left_s()), processes=processes_for(chunks_per_s),
         )  # fmt: skip
+        after = self.read_machine()
         self.reader.read()
         self.reader.started_at = watch.started_at
         requests = recording.rows(_EVER)
@@ -58,6 +61,7 @@ class ClosedPoint(LoadPoint):
         row.provisional = False
         if row.valid:
             row.reason = f"{concurrency} at a time"
+        record_shares(row, before, after)
         drain(self.reader, min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0)))
         return row, requests
 

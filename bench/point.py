@@ -14,6 +14,7 @@ from bench.arrivals import Arrivals, point_seed
 from bench.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance
 from bench.intervals import percentile, percentile_interval
 from bench.loadgen import GeneratorHealth, Recording, Target, run_load
+from bench.machine import CounterReader, Counters, record_shares
 from bench.metrics import MetricsReader, ServerState, WindowState, window_state
 from bench.plan import Lengths, is_provisional, phase_repeat
 from bench.results import Phase, PointRow, RequestRow, utc_now
@@ -142,6 +143,7 @@ class LoadPoint:
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
     arrivals: Arrivals = field(default_factory=Arrivals)
     stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
+    machine: CounterReader | None = None  # of the machine, where it is to be watched
 
     def notes(self) -> list[str]:
         """What should be known of the trace and of the workload's data."""
@@ -159,18 +161,25 @@ class LoadPoint:
         started = utc_now()
         self.reader.forget()
         watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
+        before = self.read_machine()
         recording = run_load(
             self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed
         )  # fmt: skip
+        after = self.read_machine()
         self.reader.read()
         self.reader.started_at = watch.started_at
         row, requests = self._reduce(plan, recording, watch, seed, started)
+        record_shares(row, before, after)
         limit_s = min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0))
         drain(self.reader, limit_s)
         if recording.cut_short and self.left_s() > 0:
             self._settle(seed, limit_s)
             self.reader.read()  # counters of the next point begin after it
         return row, requests
+
+    def read_machine(self) -> Counters | None:
+        """Not while the load runs: it takes some milliseconds."""
+        return self.machine.read() if self.machine is not None else None
 
     def _settle(self, seed: int, limit_s: float) -> None:
         """Send one request for one token: it is answered after the steps that still hold requests just closed."""

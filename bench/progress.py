@@ -149,6 +149,8 @@ def point_line(row: PointRow) -> Text:
     text.append(f" {row.requests:>4} in {row.window_s:>3.0f} s", style="default")
     text.append(f"  TTFT {_ms(row.ttft_p50_ms)}  ITL {_ms(row.itl_p50_ms)} ms  ", style="default")
     text.append(row.reason, style="dim" if row.sustained else style)
+    if row.disturbed:
+        text.append(f"; disturbed: {row.disturbance}", style="yellow")
     return text
 
 
@@ -188,10 +190,16 @@ def points_table(rows: list[PointRow], title: str | None = None) -> Table:
         table.add_column(Text("goodput\nreq/s"), justify="right", no_wrap=True)
     if with_failures:
         table.add_column(Text("failed\nrequests"), justify="right", no_wrap=True)
+    with_others = any(r.disturbed for r in shown)
+    if with_others:
+        table.add_column(Text("disturbed\nothers' CPU"), justify="right", no_wrap=True)
     for row in shown:
         more = [Text("–" if row.goodput is None else f"{row.goodput:.3g}")] if with_goodput else []
         if with_failures:
             more.append(Text(str(failed_requests(row)), style="red" if row.failures else ""))
+        if with_others:
+            others = (row.others_cpu_share or 0.0) + (row.steal_share or 0.0)
+            more.append(Text(f"{others:.0%}" if row.disturbed else "–", style="yellow" if row.disturbed else ""))
         table.add_row(
             f"{row.rate:.4g}",
             _sustained(row),

@@ -35,6 +35,7 @@ SUMMARY_FILE = "summary.json"
 REQUESTS_FOLDER = "requests"
 METRICS_FOLDER = "metrics"
 FLAG = "--out"
+DISTURBED_SHARE = 0.1  # of the cores: what others use beyond it may be seen in the figures
 
 # Student's t for 95 %, by degrees of freedom.
 _STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -137,6 +138,17 @@ class PointRow:
     loop_lag_p99_ms: float = 0.0  # from the arrival of bytes to their read
     itl_steps: int = 0  # engine steps behind the gaps; 0 in files of before steps were counted
     coalesced_reads: int = 0  # reads that held several chunks, which then share the stamp of the last
+    others_cpu_share: float | None = None  # of the cores, used by others than server and generator; None: not known
+    steal_share: float | None = None  # of the cores, taken by the hypervisor
+    disturbed: bool = False  # the two together are more than DISTURBED_SHARE
+
+    @property
+    def disturbance(self) -> str:
+        """By what the point was disturbed, in words; "" where it wasn't."""
+        if not self.disturbed:
+            return ""
+        words = f"other processes used {self.others_cpu_share or 0:.0%} of the cores"
+        return words + (f" and the hypervisor took {self.steal_share:.0%}" if (self.steal_share or 0) >= 0.01 else "")
 
 
 @dataclass(slots=True)
@@ -153,16 +165,24 @@ class Answer:
     binding: str  # "KV cache", "rows", "compute", "client", "latency limit", "not reached"
     note: str = ""
     output_tok_s: float | None = None  # at the rate found
+    disturbance: str = ""  # what disturbed the points that it rests on, which makes it provisional
 
     def line(self) -> str:
         """The last line of a bench run, e.g. "sustains 4.2 req/s (3.9-4.4); binding: KV cache"."""
         if self.rate is None:
             bound = f"below {self.high:.3g} req/s" if self.high is not None else "no rate"
-            return f"sustains {bound}; binding: {self.binding}"
+            kind = f" ({self.kind()})" if self.disturbance else ""
+            return f"sustains {bound}{kind}; binding: {self.binding}"
         high = f"{self.high:.3g}" if self.high is not None else "?"
-        kind = ", provisional" if self.provisional else ""
+        kind = f", {self.kind()}" if self.provisional else ""
         state = "" if self.confirmed else ", not confirmed"
         return f"sustains {self.rate:.3g} req/s ({self.low:.3g}–{high}{kind}{state}); binding: {self.binding}"
+
+    def kind(self) -> str:
+        """ "provisional" with its reason where that isn't the length of the windows; "" where the answer isn't."""
+        if not self.provisional:
+            return ""
+        return f"provisional: {self.disturbance}" if self.disturbance else "provisional"
 
 
 @dataclass(slots=True)

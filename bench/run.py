@@ -12,6 +12,7 @@ from bench.arrivals import Arrivals
 from bench.errors import BenchError
 from bench.files import CannotWriteError
 from bench.loadgen import Target
+from bench.machine import MachineReader
 from bench.metrics import MetricsReader
 from bench.plan import Lengths, Planner, TimeBudget, ladder_rates
 from bench.point import LoadPoint, PointPlan, point_id
@@ -118,7 +119,7 @@ def _open_run(subject: Subject, finished: Sequence[PointRow]) -> Iterator["_Run"
     with stop_on_interrupt(budget), MetricsReader(target) as reader:
         point = LoadPoint(
             target, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
-            options.limits, options.arrivals, lambda: budget.stopped,
+            options.limits, options.arrivals, lambda: budget.stopped, MachineReader(target.base_url),
         )  # fmt: skip
         planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
         known = {r.point_id: r for r in finished if _reusable(r)}

@@ -18,6 +18,7 @@ _MOST_HALVINGS = 6
 _MOST_CONFIRMATIONS = 10
 _MOST_CHALLENGES = 4
 _MOST_POINTS = 60
+_MOST_DISTURBED = 2
 _HOPELESS = 5.0  # x the noise of a backlog: a growth that only overload explains
 CONFIRMATION_RUNS = 3  # of the answer, as time allows: their spread is its interval
 
@@ -50,15 +51,35 @@ class _Bracket:
     measure: Measure
     precision: float
     rows: list[PointRow] = field(default_factory=list)
+    disturbed_again: list[bool] = field(default_factory=list)  # of each repetition of a disturbed point
     narrow: bool = True  # False: there is no time left to narrow the bracket
 
     def try_rate(self, rate: float, phase: Phase, points_left: int, *, whole: bool = False) -> bool:
-        """Measure one rate; a point spoilt by the client is run once more, then it counts as not sustained."""
+        """Measure one rate; a point spoilt by the client is run once more, then it counts as not sustained.
+
+        One that was disturbed by others is run once more too, as time allows.
+        """
         rate = round_rate(rate)
         row = self._run(rate, phase, points_left, whole)
         if row.sustained is None and sum(1 for r in self.rows if r.rate == rate) == 1:
             row = self._run(rate, phase, points_left, whole)
+        elif row.disturbed and self._repeats_help():
+            return self._run_undisturbed(row, phase)
         return bool(row.sustained)
+
+    def _repeats_help(self) -> bool:
+        """Whether what disturbs passes: not where the last repetitions were disturbed as well."""
+        return len(self.disturbed_again) < _MOST_DISTURBED or not all(self.disturbed_again[-_MOST_DISTURBED:])
+
+    def _run_undisturbed(self, row: PointRow, phase: Phase) -> bool:
+        try:
+            again = self._run(row.rate, phase, 1, whole=True)
+        except _StoppedError:
+            return bool(row.sustained)  # no time for it: the verdict stands, and the answer is provisional
+        self.disturbed_again.append(again.disturbed)
+        if again.disturbed and again.sustained != row.sustained:
+            return self._votes().get(row.rate, 0) > 0
+        return bool(again.sustained)
 
     def _run(self, rate: float, phase: Phase, points_left: int, whole: bool) -> PointRow:
         repeat = sum(1 for r in self.rows if r.rate == rate)
@@ -69,6 +90,12 @@ class _Bracket:
         if row.sustained is None and row.binding != "client":
             raise _StoppedError(final=True)  # cut by the clock, or spoilt in a way that no other rate would mend
         return row
+
+    @property
+    def counted(self) -> list[PointRow]:
+        """The rows that count: a disturbed one doesn't where its rate has one that was judged undisturbed."""
+        calm = {r.rate for r in self.rows if r.sustained is not None and not r.disturbed}
+        return [r for r in self.rows if not (r.disturbed and r.rate in calm)]
 
     @property
     def high(self) -> float | None:
@@ -92,7 +119,7 @@ class _Bracket:
         whole: dict[float, int] = {}
         short: dict[float, int] = {}
         judged = {row.rate for row in self.rows if row.sustained is not None}
-        for row in self.rows:
+        for row in self.counted:
             if row.sustained is None and (row.binding != "client" or row.rate in judged):
                 continue
             votes = short if 2 * row.requests < most and not _plain(row) else whole
@@ -107,25 +134,31 @@ class _Bracket:
 
     def weak(self) -> bool:
         """Whether the upper end rests on one short window (of the doubling) with a backlog that hardly grew."""
-        runs = [r for r in self.rows if r.rate == self.high]
+        runs = [r for r in self.counted if r.rate == self.high]
         if len(runs) != 1 or not self.narrow or _plain(runs[0]):
             return False
         return 2 * runs[0].requests < max(r.requests for r in self.rows)
 
     def beyond_doubt(self, rate: float) -> bool:
         """Whether a rate failed more than once, or so that no slow moment of the machine can have been the cause."""
-        runs = [r for r in self.rows if r.rate == rate and r.sustained is False]
+        runs = [r for r in self.counted if r.rate == rate and r.sustained is False]
         return len(runs) != 1 or _plain(runs[0], _HOPELESS)  # none: only the client could go no further
 
     def low_holds(self) -> bool:
         """Whether the lower end was confirmed: by a run of that kind, or by a second one with requests of its own."""
-        runs = [r for r in self.rows if r.sustained and r.rate == self.low]
+        runs = [r for r in self.counted if r.sustained and r.rate == self.low]
         return len(runs) > 1 or any(r.phase == "confirm" for r in runs)
 
     def confirmations(self) -> list[PointRow]:
         """Confirmation runs of the lower end that were long enough to count, whatever they said."""
-        runs = [r for r in self.rows if r.phase == "confirm" and r.rate == self.low and r.sustained is not None]
+        runs = [r for r in self.counted if r.phase == "confirm" and r.rate == self.low and r.sustained is not None]
         return [r for r in runs if 2 * r.requests >= max(run.requests for run in runs)]
+
+    def disturbance(self) -> str:
+        """What disturbed the points at the two ends, in words; "" where nothing did."""
+        ends = [r for r in self.counted if r.disturbed and r.rate in (self.low, self.high)]
+        worst = max(ends, key=lambda r: (r.others_cpu_share or 0.0) + (r.steal_share or 0.0), default=None)
+        return worst.disturbance if worst is not None else ""
 
     def bisections(self) -> int:
         return bisections(self.high / self.low if self.low and self.high else 2.0, self.precision)
@@ -242,9 +275,13 @@ def _challenge(b: _Bracket) -> None:
 
 def _repeat(b: _Bracket) -> None:
     """Run the confirmed answer again for its interval; where further runs outvote it, confirm what is left below."""
+    in_vain = 0  # disturbed runs count for nothing beside others, and might go on for ever
     while b.low_holds() and len(b.confirmations()) < CONFIRMATION_RUNS and len(b.rows) < _MOST_POINTS:
+        if in_vain == CONFIRMATION_RUNS:
+            return
         assert b.low is not None
         b.try_rate(b.low, "confirm", 1, whole=True)
+        in_vain += b.rows[-1].disturbed
         if b.low is None and b.high is not None:
             _halve(b, b.high)
         if b.wide() or not b.low_holds():
@@ -261,17 +298,19 @@ def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
         high=high,
         confirmed=b.low_holds(),
         provisional=False,
-        binding=binding_of_search(b.rows, high),
+        binding=binding_of_search(b.counted, high),
+        disturbance=b.disturbance(),
     )
-    runs = [r for r in b.rows if r.rate == low and r.sustained]
+    answer.provisional = bool(answer.disturbance)
+    runs = [r for r in b.counted if r.rate == low and r.sustained]
     if not runs or low is None:
         answer.note = next((r.reason for r in reversed(b.rows) if not r.sustained), "nothing was measured")
         return answer
     repeated = b.confirmations()
     answer.low = _low_end(low, repeated, runs)
-    answer.provisional = all(r.provisional for r in runs)
+    answer.provisional = all(r.provisional for r in runs) or bool(answer.disturbance)
     answer.output_tok_s = runs[-1].output_tok_s
-    notes = [f"at {r.rate:g} req/s: {r.reason}" for r in b.rows if r.rate == high and not r.sustained][:1]
+    notes = [f"at {r.rate:g} req/s: {r.reason}" for r in b.counted if r.rate == high and not r.sustained][:1]
     if all(r.preemptions is None for r in runs):
         notes.append("the server has no preemption counter: its queue and completions decided")
     if len(repeated) >= CONFIRMATION_RUNS:

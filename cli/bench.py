@@ -177,6 +177,11 @@ def _print_end(console: Console, files: RunFiles, summary: Summary, answer: Answ
         for point in points:
             if not point.valid:
                 console.print(f"INVALID at {point.rate:g} req/s: {point.reason}", style="yellow", highlight=False)
+        for point in points:
+            if point.disturbed:
+                console.print(
+                    f"disturbed at {point.rate:g} req/s: {point.disturbance}", style="yellow", highlight=False
+                )
     for point in failed:
         console.print(f"failed at {point.rate:g} req/s: {failure_words(point)}", style="red", highlight=False)
     console.print(f"results: {files.folder}", highlight=False)

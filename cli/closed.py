@@ -12,6 +12,7 @@ from bench.closed import ClosedPoint, measure_closed_loop
 from bench.errors import BenchError
 from bench.files import CannotWriteError
 from bench.loadgen import Target
+from bench.machine import MachineReader
 from bench.metrics import MetricsReader
 from bench.plan import TimeBudget
 from bench.progress import ConsoleProgress, points_table
@@ -53,7 +54,7 @@ def run_closed(
     reader = MetricsReader(target)
     point = ClosedPoint(
         target, workload, name, reader, options.seed, options.precision, budget.left_s, options.limits,
-        stopped=lambda: budget.stopped,
+        stopped=lambda: budget.stopped, machine=MachineReader(target.base_url),
     )  # fmt: skip
     try:
         row, requests = measure_closed_loop(point, files, ConsoleProgress(console), concurrency, count, budget)
@@ -135,12 +136,14 @@ def _print(console: Console, files: RunFiles, row: PointRow) -> None:
         highlight=False,
     )
     console.print(f"results: {files.folder}", highlight=False)
+    disturbed = f"; disturbed: {row.disturbance}" if row.disturbed else ""
     if not row.valid:
         console.print(f"INVALID: {row.reason}", style="bold yellow", highlight=False)
         return
     console.print(
         f"{row.concurrency} at a time: {row.achieved_rate:.4g} req/s, {row.output_tok_s:.0f} tok/s; TTFT P50/P99 "
-        f"{row.ttft_p50_ms:.2f}/{row.ttft_p99_ms:.2f} ms, ITL P50/P99 {row.itl_p50_ms:.2f}/{row.itl_p99_ms:.2f} ms",
+        f"{row.ttft_p50_ms:.2f}/{row.ttft_p99_ms:.2f} ms, ITL P50/P99 {row.itl_p50_ms:.2f}/{row.itl_p99_ms:.2f} ms"
+        f"{disturbed}",
         style="bold",
         highlight=False,
     )

@@ -74,6 +74,9 @@ def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> in
         show_report((folder,), None)
     except ReportError as error:
         raise click.ClickException(str(error)) from error
+    for answer in summary.answers:
+        if answer.disturbance:
+            click.echo(f"provisional: {answer.configuration} / {answer.workload}: {answer.disturbance}")
     if summary.failures:
         click.echo(f"{len(summary.failures)} of the runs failed; the same command tries them again", err=True)
         return 1

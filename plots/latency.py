@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from bench.results import Answer, PointRow
+from bench.results import DISTURBED_SHARE, Answer, PointRow
 from plots.data import P99_SAMPLES, Drawn, Results, Series, run_facts
 from plots.style import (
     MUTED,
@@ -97,6 +97,8 @@ def caption(results: Results, workload: str) -> list[str]:
         reading.append("Requests still open at the end of a point count with their wait so far")
     if any(d.point.provisional for d in drawn):
         reading.append("Provisional: windows too short for the precision")
+    if any(d.point.disturbed for d in drawn):
+        reading.append(f"Ringed: disturbed, others used more than {DISTURBED_SHARE:.0%} of the cores")
     invalid = sum(s.invalid for s in series)
     if invalid:
         reading.append(f"{invalid} invalid point{'s' if invalid > 1 else ''} left out")
@@ -113,9 +115,10 @@ def sustained_words(answer: Answer | None) -> str:
     if answer is None:
         return "no answer"
     if answer.rate is None:
-        return f"sustains less than {answer.high:.3g} req/s" if answer.high else "sustains no rate tried"
+        kind = f" ({answer.kind()})" if answer.disturbance else ""
+        return (f"sustains less than {answer.high:.3g} req/s" if answer.high else "sustains no rate tried") + kind
     high = f"{answer.high:.3g}" if answer.high is not None else "?"
-    kind = ", provisional" * answer.provisional + ", not confirmed" * (not answer.confirmed)
+    kind = (f", {answer.kind()}" if answer.provisional else "") + ", not confirmed" * (not answer.confirmed)
     return f"sustains {answer.rate:.3g} req/s ({answer.low:.3g}–{high}{kind})"
 
 
@@ -158,6 +161,17 @@ def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], 
         axes.plot(
             d.point.rate, value, marker, color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.6, zorder=4
         )
+        if d.point.disturbed:
+            axes.plot(
+                d.point.rate,
+                value,
+                "o",
+                color=MUTED,
+                markerfacecolor="none",
+                markersize=12,
+                markeredgewidth=1.2,
+                zorder=5,
+            )
     if series.answer and series.answer.rate:
         axes.axvline(series.answer.rate, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.85, zorder=1)
 

@@ -43,9 +43,19 @@ POINT_COLUMNS = (
     ("kv_use_max", "KV use", "max"),
     ("waiting_max", "Waiting", "max"),
     ("lateness_p99_ms", "Lateness P99", "ms"),
+    ("others_cpu_share", "Others' CPU", "share"),
+    ("steal_share", "Steal", "share"),
 )
+_MACHINE = ("others_cpu_share", "steal_share")
 TEXT_COLUMNS = ("configuration", "workload", "phase")
-OPTIONAL = ("goodput", "preemptions", "prefix_hit_rate", "kv_use_max", "waiting_max")  # where any point has them
+OPTIONAL = (
+    "goodput",
+    "preemptions",
+    "prefix_hit_rate",
+    "kv_use_max",
+    "waiting_max",
+    *_MACHINE,
+)  # where any point has them
 
 
 def page(
@@ -99,7 +109,7 @@ def _card(series: Series, colour: str) -> dict[str, str]:
     high = f"{answer.high:.3g}" if answer.high is not None else "unknown"
     states = [f"{answer.low:.3g} to {high}"] if answer.rate is not None else []
     states.append(f"binding: {answer.binding}")
-    states += ["provisional"] * answer.provisional + ["not confirmed"] * (not answer.confirmed)
+    states += [answer.kind()] * answer.provisional + ["not confirmed"] * (not answer.confirmed)
     rate = f"{answer.rate:.3g}" if answer.rate is not None else f"less than {high}" if answer.high else "none"
     return card | {"rate": rate, "detail": " · ".join(states), "note": answer.note}
 
@@ -140,10 +150,14 @@ def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[s
             cells.append((str(value), f"{value} ({kinds})" if kinds else str(value), "worse" if value else "number"))
         elif isinstance(value, str):
             cells.append((value, value, "text"))
+        elif column in _MACHINE:
+            cells.append((_sort_key(value), number(_finite(value)), "worse" if point.disturbed else "number"))
         else:
             cells.append((_sort_key(value), number(_finite(value)), "number"))
     state = "invalid" if not point.valid else "sustained" if point.sustained else "unsustained"
-    reason = f"{point.reason}{' (provisional: short window)' if point.provisional else ''} · {point.point_id}"
+    reason = f"{point.reason}{' (provisional: short window)' if point.provisional else ''}"
+    reason += f"; disturbed: {point.disturbance}" if point.disturbed else ""
+    reason += f" · {point.point_id}"
     return {"state": state, "reason": reason, "colour": colours[point.configuration], "cells": cells}
 
 

@@ -290,3 +290,64 @@ def test_repeats_that_no_longer_fit_leave_the_answer_confirmed() -> None:
     assert answer.confirmed
     assert bench.now_s <= 40 * 60
     assert all(r.requests >= 350 for r in rows if r.phase == "confirm" and r.repeat > 1)
+
+
+def disturbed(capacity: float, when: Callable[[int], bool]) -> tuple[Callable[[Trial], PointRow | None], list[Trial]]:
+    """As simulated(), but others take 40 % of the cores and half of the capacity in the runs that `when` picks."""
+    trials: list[Trial] = []
+
+    def measure(trial: Trial) -> PointRow | None:
+        trials.append(trial)
+        busy = when(len(trials) - 1)
+        good = trial.rate <= (capacity / 2 if busy else capacity)
+        return plain_point(
+            rate=trial.rate, phase=trial.phase, repeat=trial.repeat, sustained=good, binding="" if good else "compute",
+            backlog_growth=0.0 if good else 99.0, backlog_noise=10.0, requests=400, achieved_rate=trial.rate,
+            others_cpu_share=0.4 if busy else 0.02, steal_share=0.0, disturbed=busy,
+        )  # fmt: skip
+
+    return measure, trials
+
+
+def test_a_disturbed_point_is_measured_again_and_counts_for_nothing() -> None:
+    measure, trials = disturbed(7.3, lambda i: i in (2, 5, 9))
+    answer, rows = find_sustained(measure, start_rate=1.0, precision=0.05)
+    for i, row in enumerate(rows):
+        if row.disturbed:
+            assert (rows[i + 1].rate, rows[i + 1].repeat) == (row.rate, row.repeat + 1)
+            assert not rows[i + 1].disturbed
+    assert sum(row.disturbed for row in rows) == 3
+    assert answer.rate is not None
+    assert 7.3 / 1.06 <= answer.rate <= 7.3
+    assert (answer.provisional, answer.disturbance) == (False, "")
+    assert len({(t.rate, t.repeat) for t in trials}) == len(trials)
+
+
+def test_an_answer_that_rests_on_disturbed_points_is_provisional_and_says_why() -> None:
+    measure, _ = disturbed(7.3, lambda i: True)
+    answer, rows = find_sustained(measure, start_rate=1.0, precision=0.05)
+    assert answer.rate is not None
+    assert answer.rate <= 3.65
+    assert answer.provisional
+    assert "provisional: other processes used 40% of the cores)" in answer.line()
+    # Where it goes on for ever, repetitions are given up.
+    _, undisturbed = (
+        disturbed(3.65, lambda i: False),
+        find_sustained(simulated(3.65)[0], start_rate=1.0, precision=0.05),
+    )
+    assert len(rows) <= len(undisturbed[1]) + 3
+
+
+def test_without_time_a_disturbed_point_stands() -> None:
+    measure, trials = disturbed(7.3, lambda i: i == 1)
+    answer, _ = find_sustained(
+        lambda t: None if t.whole or len(trials) == 2 else measure(t), start_rate=1.0, precision=0.05
+    )
+    assert answer.rate == 2.0
+    assert "other processes used 40% of the cores" in answer.line()
+
+
+def test_nothing_sustained_beside_others_is_provisional_too() -> None:
+    rows = [plain_point(rate=4.0, sustained=False, disturbed=True, others_cpu_share=0.3, steal_share=0.25)]
+    line = answer_of_rates(rows, "c", "w").line()
+    assert "sustains below 4 req/s (provisional: other processes used 30% of the cores and the hypervisor took" in line
