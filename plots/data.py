@@ -261,7 +261,7 @@ def _series(run: Run, workloads: list[str]) -> list[Series]:
 def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
     """Where a rate was measured more than once, the median point of the long ones, by P99 ITL, stands for it.
 
-    Rounds come before what a search measured at the same rate.
+    Rounds come before what a search measured at the same rate; disturbed points stand for it where there are no others.
     """
     groups: list[list[PointRow]] = []
     for point in sorted(points, key=lambda p: p.rate):
@@ -275,6 +275,7 @@ def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
 def _middle(group: list[PointRow]) -> PointRow:
     rounds = [p for p in group if p.phase in ROUND_PHASES]
     group = rounds if len({p.repeat for p in rounds}) > 1 else group
+    group = [p for p in group if not p.disturbed] or group
     most = max(p.requests for p in group)
     long = sorted((p for p in group if 2 * p.requests > most), key=lambda p: p.itl_p99_ms)
     return long[(len(long) - 1) // 2]

@@ -147,6 +147,7 @@ def _at(line: _Line, lines: list[_Line]) -> str:
     """What the legend says of a line's rate: nothing where the title says it for all."""
     words = [f"{line.point.rate:.3g} req/s"] if len({other.point.rate for other in lines}) > 1 else []
     words += [] if line.point.sustained else ["not sustained"]
+    words += ["disturbed"] if line.point.disturbed else []
     return ", ".join(words) + ": " if words else ""
 
 

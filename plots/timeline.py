@@ -216,6 +216,7 @@ def _legend(axes: Axes) -> None:
 
 def _verdict(point: PointRow) -> str:
     state = "invalid" if not point.valid else "sustained" if point.sustained else "not sustained"
+    state = f"disturbed, {state}" if point.disturbed else state
     text = f"{state}: {point.reason}" if point.reason else state
     return text if len(text) <= 140 else text[:139] + "…"
 
@@ -231,6 +232,8 @@ def _caption(results: Results, series: Series, point: PointRow, moments: Moments
         versions_line(results),
     ]
     reading = ["Grey: not counted"]
+    if point.disturbed:
+        reading.append(f"Disturbed: {point.disturbance}")
     if every is not None:
         reading.append(f"The server's metrics were read every {every:.2g} s: what is shorter may be missing")
     return [*wrapped(fact for fact in facts if fact), *wrapped(reading)]

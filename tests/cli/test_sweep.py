@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench import machine
 from cli.main import main
 from cli.sweep import minutes
 
@@ -50,6 +51,20 @@ def test_a_dry_run_says_what_a_short_ladder_is_of(capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert said.count("search to 25% on the first configuration, then 0.5, 2.5 × ") == 27
     assert "--ablate no-run-ahead" in said
+
+
+def test_an_answer_found_beside_others_says_so_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "DISTURBED_SHARE", -1.0)  # every point counts as disturbed
+    path = sweep_file(tmp_path)
+    path.write_text(path.read_text().replace("- 30\n", "").replace("- 40\n", ""))
+    assert main(["sweep", str(path)]) == 0
+    said = capsys.readouterr().out
+    last = said.rstrip().splitlines()[-1]
+    assert last.startswith("provisional: stub / 8/4: other processes used ")
+    assert f"provisional: {last.partition('8/4: ')[2]}" in said
+    assert "; disturbed: other processes used" in said
 
 
 def test_a_sweep_ends_with_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

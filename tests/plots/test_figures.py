@@ -87,6 +87,30 @@ def test_the_highest_sustained_rates_are_marked_and_named(demo: Path) -> None:
     assert words[0] == "prefix caching on  ·  sustains 4.22 req/s (3.93–4.56, provisional)"
 
 
+def test_disturbed_points_are_ringed(demo: Path) -> None:
+    def rings(figure: Figure) -> list[int]:
+        return [sum(line.get_markersize() == 12 for line in axes.lines) for axes in figure.axes]
+
+    assert rings(latency_figure(load([demo]), WORKLOAD)) == [0, 0]
+    assert "Ringed" not in footer(latency_figure(load([demo]), WORKLOAD))
+    low = min(d.point.rate for s in load([demo]).of_workload(WORKLOAD) for d in s.curve)
+    edited(demo, lambda p: replace(p, disturbed=p.rate == low, others_cpu_share=0.3))
+    results = load([demo])
+    marked = sum(d.point.disturbed for s in results.of_workload(WORKLOAD) for d in s.curve)
+    figure = latency_figure(results, WORKLOAD)
+    assert rings(figure) == [marked, marked]
+    assert marked > 0
+    assert "Ringed: disturbed, others used more than 10% of the cores" in footer(figure)
+
+
+def test_an_undisturbed_point_of_a_rate_comes_first(demo: Path) -> None:
+    series = load([demo]).series["prefix caching on", WORKLOAD]
+    first = series.curve[0].point
+    files = RunFiles(demo)
+    files.write_points([*files.read_points(), replace(first, point_id="again", itl_p99_ms=1.0, disturbed=True)])
+    assert load([demo]).series["prefix caching on", WORKLOAD].curve[0].point.point_id == first.point_id
+
+
 @pytest.mark.parametrize(("requests", "on_itl", "on_ttft"), [(80, False, True), (25, True, True), (1100, False, False)])
 def test_whiskers_where_a_p99_has_few_samples(
     make_run: Callable[..., Path], requests: int, on_itl: bool, on_ttft: bool

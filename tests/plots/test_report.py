@@ -186,7 +186,7 @@ def test_what_is_no_clean_measurement_is_listed(demo: Path) -> None:
             return replace(p, valid=False, sustained=None, reason="the generator was the bottleneck: CPU share 97 %")
         if p.phase == "search":
             return replace(p, failed=15, failures="connection:3;http 429:12", goodput=1.5)
-        return p
+        return replace(p, disturbed=True, others_cpu_share=0.25, steal_share=0.125) if p.phase == "ladder" else p
 
     edited(demo, spoil)
     report = write_report([demo])
@@ -194,7 +194,12 @@ def test_what_is_no_clean_measurement_is_listed(demo: Path) -> None:
     said = " ".join(page.words)
     assert said.count("invalid: the generator was the bottleneck: CPU share 97 %") == 2
     assert said.count("failed requests: 12 × http 429, 3 × connection") == 4
+    ladder = sum(p.phase == "ladder" for p in RunFiles(demo).read_points())
+    words = "valid; disturbed: other processes used 25% of the cores and the hypervisor took 12%"
+    assert said.count(words) == ladder > 0
     heads = page.tables[1][0]
+    others, steal = (next(i for i, h in enumerate(heads) if h.startswith(name)) for name in ("Others' CPU", "Steal"))
+    assert {(row[others], row[steal]) for row in page.tables[1][1:]} == {("0.25", "0.125"), ("–", "–")}
     (goodput, failed) = (next(i for i, h in enumerate(heads) if h.startswith(name)) for name in ("Goodput", "Failed"))
     assert {row[goodput] for row in page.tables[1][1:]} == {"1.5", "–"}
     assert sum(row[failed] == "15 (12 × http 429, 3 × connection)" for row in page.tables[1][1:]) == 4
