@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arrivals import Arrivals
+from bench.configurations import Configuration, model_len
 from bench.control import unused_proxy
 from bench.errors import BenchError
 from bench.facts import resolved_configuration
@@ -38,7 +39,7 @@ from bench.results import (
 )
 from bench.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
 from bench.server import RunningServer, ServerProcess
-from bench.sweepfile import Configuration, SweepPlan, SweepWorkload, model_len
+from bench.sweepfile import SweepPlan, SweepWorkload
 from bench.workloads import Workload
 from bench.workloads.encoding import server_encoder
 

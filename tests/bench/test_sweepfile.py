@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from bench.configurations import Configuration, model_len
 from bench.errors import BenchError
-from bench.sweepfile import Configuration, model_len, presets, read_sweep
+from bench.sweepfile import presets, read_sweep
 from engine.config import REMOVALS, EngineConfig
 
 SHORT = {"kind": "random", "input": 8, "output": 4, "name": "short"}
