@@ -2,24 +2,28 @@
 
 import click
 
-from cli.options import SIZE, Finite, JsonObject, option
+from cli.options import LENGTH, SIZE, Finite, JsonObject, option
+from cli.vllm_options import VLLM
 from engine.config import (
     DEVICES,
+    DTYPE_ALIASES,
     DTYPES,
     ENGINES,
     KERNELS,
     KV_CACHE_DTYPES,
     LOAD_FORMATS,
+    MISTRAL,
     QUANTIZATIONS,
     REMOVALS,
     ROUTINGS,
     SCHEDULING_POLICIES,
     SPECULATORS,
+    STORED_QUANTIZATIONS,
     TOKENIZER_MODES,
 )
 
 MODEL, MEMORY = "Model", "Memory and scheduling"
-BASELINE, ARTICLES = "V0 baseline", "Taken from vLLM's commands"
+BASELINE = "V0 baseline"
 
 
 def split_commas(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,10 +51,29 @@ ENGINE_OPTIONS = (
     ),
     option(
         MODEL,
+        "--chat-template",
+        metavar="FILE",
+        help="A chat template in place of the model's: a file, or the template itself, in Jinja.",
+    ),
+    option(
+        MODEL,
+        "--hf-overrides",
+        metavar="JSON",
+        help="Fields of config.json to change, as a JSON object.",
+    ),
+    option(
+        MODEL,
+        "--rope-scaling",
+        metavar="JSON",
+        help="The field rope_scaling of config.json: scales the positions of the model to longer texts.",
+    ),
+    option(MODEL, "--rope-theta", type=Finite(0, min_open=True), help="The field rope_theta of config.json."),
+    option(
+        MODEL,
         "--dtype",
         default="auto",
         show_default=True,
-        type=click.Choice(DTYPES),
+        type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
         help="Of weights and activations.",
     ),
     option(
@@ -58,20 +81,31 @@ ENGINE_OPTIONS = (
         "--load-format",
         default="auto",
         show_default=True,
-        type=click.Choice(LOAD_FORMATS),
-        help="Of the weights.",
+        type=click.Choice((*LOAD_FORMATS, MISTRAL)),
+        help="Of the weights; mistral: as --tokenizer-mode mistral.",
     ),
     option(MODEL, "--num-layers", type=click.IntRange(1), help="With dummy weights: so many layers only."),
-    option(MODEL, "--max-model-len", type=SIZE, help="Tokens of one request, e.g. 4096 or 4K [default: the model's]."),
+    option(
+        MODEL,
+        "--max-model-len",
+        type=LENGTH,
+        help="Tokens of one request, e.g. 4096 or 4K; auto: as memory suffices [default: the model's].",
+    ),
     option(MODEL, "--device", default="auto", show_default=True, type=click.Choice(DEVICES), help="What it runs on."),
     option(
         MODEL,
+        "-q",
         "--quantization",
-        type=click.Choice(QUANTIZATIONS),
-        help="Round the weights of the layers to so many bits, and products to int8 [default: as --dtype].",
+        type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
+        metavar="|".join(QUANTIZATIONS),
+        help="Round the weights of the layers to so many bits, and products to int8 [default: as --dtype]. Names of "
+        "formats (awq, gptq, fp8, …) check what the checkpoint is stored in.",
     ),
     option(
-        MODEL, "--kv-cache-dtype", type=click.Choice(KV_CACHE_DTYPES), help="Of keys and values [default: as --dtype]."
+        MODEL,
+        "--kv-cache-dtype",
+        type=click.Choice(("auto", *KV_CACHE_DTYPES)),
+        help="Of keys and values [default: as --dtype].",
     ),
     option(
         MODEL,
@@ -117,8 +151,9 @@ ENGINE_OPTIONS = (
         "--lora-modules",
         "lora",
         multiple=True,
+        several=True,
         metavar="NAME=PATH",
-        help="An adapter, served as the model NAME; may be repeated, and more loaded while serving.",
+        help="Adapters, served as the model NAME; may be repeated.",
     ),
     option(MODEL, "--seed", default=0, show_default=True, type=int, help="Of sampling, where a request gives none."),
     option(MEMORY, "--max-num-seqs", type=SIZE, help="Rows: requests that run at the same time."),
@@ -158,10 +193,8 @@ ENGINE_OPTIONS = (
     option(
         BASELINE,
         "--engine",
-        default="v1",
-        show_default=True,
         type=click.Choice(ENGINES),
-        help="v0 does without all of what --ablate names.",
+        help="v0 does without all of what --ablate names [default: v1, or v0 with one of the two options below].",
     ),
     option(
         BASELINE,
@@ -171,22 +204,26 @@ ENGINE_OPTIONS = (
         callback=split_commas,
         help=f"Take parts from V1: {', '.join(REMOVALS)}.",
     ),
-    option(
-        BASELINE, "--num-scheduler-steps", type=int, help="With --engine v0: steps for each time the scheduler runs."
-    ),
+    option(BASELINE, "--num-scheduler-steps", type=int, help="V0's: steps for each time the scheduler runs."),
     option(
         BASELINE,
         "--enable-chunked-prefill/--no-enable-chunked-prefill",
         default=None,
-        help="With --engine v0: prompts in chunks, beside the decodes.",
+        help="V0's: prompts in chunks, beside the decodes. V1 does that by itself.",
     ),
     option(
-        ARTICLES,
+        VLLM,
+        "--config-format",
+        default="auto",
+        type=click.Choice(("auto", "hf", MISTRAL)),
+        help="mistral: as --tokenizer-mode mistral.",
+    ),
+    option(
+        VLLM,
         "--tokenizer-mode",
         default="auto",
         show_default=True,
         type=click.Choice(TOKENIZER_MODES),
         help="mistral: a folder's params.json, consolidated.safetensors, tekken.json; auto: where nothing else is.",
     ),
-    option(ARTICLES, "--limit-mm-per-prompt", metavar="KIND=N", help="Accepted; no model with images is served yet."),
 )

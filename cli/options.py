@@ -8,13 +8,17 @@ from typing import Any, TypeVar
 
 import click
 
+from engine.config import AUTO_LENGTH
+
 
 class GroupedOption(click.Option):
     """An option that `--help` shows under a heading of its own."""
 
-    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any):
+    def __init__(self, *args: Any, group: str = "Options", several: bool = False, **kwargs: Any):
+        """`several`: it takes all values that follow it, in a `SpreadCommand`; to be declared `multiple` too."""
         super().__init__(*args, **kwargs)
         self.group = group
+        self.several = several
 
 
 def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
@@ -48,6 +52,45 @@ class GroupedCommand(click.Command):
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+class SpreadCommand(GroupedCommand):
+    """A command with options that take all values which follow them, `--name a b`, as vLLM's do.
+
+    Where an option leaves nothing for the command's argument, the last value is the argument.
+    """
+
+    in_place_of_argument = ""  # name of the parameter that can stand for the argument
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread, last = self._spread(ctx, args)
+        if last is not None:
+            found, _, _ = self.make_parser(ctx).parse_args(list(spread))
+            arguments = [one.name for one in self.params if isinstance(one, click.Argument)]
+            if not any(isinstance(found.get(name), str) for name in (*arguments, self.in_place_of_argument)):
+                del spread[last]  # the option's name before it: the value is left alone
+        return super().parse_args(ctx, spread)
+
+    def _spread(self, ctx: click.Context, args: list[str]) -> tuple[list[str], int | None]:
+        """With the option's name before each value, and where the last name was put in, if any was."""
+        normalize = ctx.token_normalize_func or str
+        options = [one for one in self.params if isinstance(one, GroupedOption) and one.several]
+        names = {normalize(name) for one in options for name in one.opts}
+        spread: list[str] = []
+        last, name, values = None, "", 0
+        for i, argument in enumerate(args):
+            if argument == "--":
+                return [*spread, *args[i:]], last
+            if argument.startswith("-") and len(argument) > 1:
+                name, values = argument if normalize(argument) in names else "", 0
+                spread.append(argument)
+                continue
+            if name and values:
+                last = len(spread)
+                spread.append(name)
+            values += 1
+            spread.append(argument)
+        return spread, last
 
 
 class Finite(click.FloatRange):
@@ -97,4 +140,13 @@ class JsonObject(click.ParamType):
         return found
 
 
-SIZE = Size()
+class Length(Size):
+    """A length in tokens, or auto: what memory suffices for; vLLM writes that -1 as well."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return AUTO_LENGTH if str(value).strip().lower() in ("auto", "-1") else super().convert(value, param, ctx)
+
+
+SIZE, LENGTH = Size(), Length()

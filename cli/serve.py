@@ -2,7 +2,6 @@
 
 import signal
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -11,22 +10,30 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from cli.engine_options import ENGINE_OPTIONS
-from cli.options import GroupedCommand, with_options
+from cli.options import SpreadCommand, with_options
 from cli.serve_options import SERVER_OPTIONS
+from cli.serve_values import apply_formats, read_chat_template, read_overrides_of, split_adapters
 from cli.start_table import human_bytes, show_start
+from cli.vllm_options import VLLM_OPTIONS
+from cli.vllm_options import notes as vllm_notes
 from engine.api.options import HttpOptions, Limits
 from engine.config import EngineConfig
 
 FILE_WIDTH = 200
 
 
-@click.command(cls=GroupedCommand)
+class ServeCommand(SpreadCommand):
+    in_place_of_argument = "model_option"
+
+
+@click.command(cls=ServeCommand)
 @click.argument("model", required=False)
-@with_options(*SERVER_OPTIONS, *ENGINE_OPTIONS)
+@with_options(*SERVER_OPTIONS, *ENGINE_OPTIONS, *VLLM_OPTIONS)
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str | None,
     model_option: str | None,
-    limit_mm_per_prompt: str | None,
     lora: tuple[str, ...],
     **settings: Any,
 ) -> int:
@@ -37,23 +44,16 @@ def command(
     serving = Serving(
         limits=limits, **{one.name: settings.pop(one.name) for one in fields(Serving) if one.name != "limits"}
     )
+    notes = [*vllm_notes(ctx), *apply_formats(settings)]
+    settings["hf_overrides"] = read_overrides_of(settings)
+    settings["chat_template"] = read_chat_template(settings["chat_template"])
+    settings["served_model_name"] = settings["served_model_name"] or None
     config = EngineConfig(model=model or model_option or "", adapters=split_adapters(lora), **settings)
-    notes = []
+    if settings["engine"] is None and config.v0_options:
+        notes.append(config.fallback_note())
     if config.tokenizer_mode == "slow":
         notes.append("--tokenizer-mode slow changes nothing: the model folder's own tokenizer is used")
-    if limit_mm_per_prompt is not None:
-        notes.append("--limit-mm-per-prompt changes nothing: no model with images is served yet")
     return serve(config, serving, notes)
-
-
-def split_adapters(given: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Names and folders of adapters, from NAME=PATH."""
-    parts = (one.partition("=") for one in given)
-    pairs = tuple((name, str(Path(path).expanduser()) if path else "") for name, _, path in parts)
-    wrong = next((one for one, (name, path) in zip(given, pairs, strict=True) if not name or not path), None)
-    if wrong is not None:
-        raise click.UsageError(f"--lora takes NAME=PATH, not {wrong!r}")
-    return pairs
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,12 +45,20 @@ SERVER_OPTIONS = (
     option(
         SERVER, "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one."
     ),
-    option(SERVER, "--served-model-name", help="Name of the model for clients [default: as given]."),
+    option(
+        SERVER,
+        "--served-model-name",
+        multiple=True,
+        several=True,
+        metavar="NAME…",
+        help="Names of the model for clients; answers show the first [default: as given].",
+    ),
     option(
         SERVER,
         "--api-key",
         "api_keys",
         multiple=True,
+        several=True,
         metavar="KEY",
         help="Key that clients must send as a bearer token; may be repeated. Others see it in the list of processes.",
     ),
@@ -59,6 +67,7 @@ SERVER_OPTIONS = (
         SERVER,
         "--allowed-origins",
         multiple=True,
+        several=True,
         metavar="ORIGIN,…",
         callback=split_origins,
         help="Origins of web pages that may call the server, * for all [default: none].",
@@ -81,7 +90,10 @@ SERVER_OPTIONS = (
     ),
     option(
         SERVER,
+        "-asc",
         "--api-servers",
+        "--api-server-count",
+        "api_servers",
         default=1,
         show_default=True,
         type=click.IntRange(1, 64),
@@ -99,6 +111,7 @@ SERVER_OPTIONS = (
     option(
         LOG,
         "--enable-log-requests/--disable-log-requests",
+        " /--no-enable-log-requests",
         "log_requests",
         default=True,
         show_default=True,

@@ -1,6 +1,8 @@
 """The configuration of one engine: made once by the command line or the Python API, then never changed."""
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +13,24 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Device = Literal["auto", "cpu"]
 
 DTYPES: tuple[str, ...] = ("auto", "bfloat16", "float16", "float32")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
 DEVICES: tuple[str, ...] = ("auto", "cpu")
 KV_CACHE_DTYPES: tuple[str, ...] = ("int8",)
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
-TOKENIZER_MODES: tuple[str, ...] = ("auto", "slow", "mistral")
+# Names for what a checkpoint must be stored in; vLLM's for its own kernels of a method are the method.
+STORED_QUANTIZATIONS = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "fp8",
+    "fbgemm_fp8": "fbgemm-fp8",
+}
+AUTO_LENGTH = -1  # of max_model_len: the longest for which memory suffices
+MISTRAL = "mistral"
+TOKENIZER_MODES: tuple[str, ...] = ("auto", "slow", MISTRAL)
 KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
@@ -36,6 +51,7 @@ REMOVALS: dict[str, str] = {
     "driver-broadcast": "rank 0 alone hears of steps, builds all inputs and broadcasts them",
 }
 CHUNKING = ("no-chunking", "prefill-first")  # what --enable-chunked-prefill gives back to V0
+V0_OPTIONS = ("num_scheduler_steps", "enable_chunked_prefill")
 DRIVER_BROADCAST = "driver-broadcast"  # of several ranks only
 
 KV_ALLOCATION = "--kv-cache-memory-bytes"
@@ -61,7 +77,9 @@ class EngineConfig:
     model: str  # as given: a short name, a folder, or a hub id
     tokenizer: str | None = None  # a folder; None: the model's own
     tokenizer_mode: str = "auto"  # of TOKENIZER_MODES; mistral: a folder's files in Mistral's own form, weights too
-    served_model_name: str | None = None
+    served_model_name: str | Sequence[str] | None = None  # one or several; answers show the first
+    chat_template: str | None = None  # Jinja, instead of the model's own
+    hf_overrides: str | Mapping[str, Any] | None = None  # fields of config.json, also as a JSON text
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1  # replicas behind one front end, which share cores and memory
     replica: int = 0  # which of them this engine is; set for each by whoever starts them
@@ -69,7 +87,7 @@ class EngineConfig:
     generation_config: str = "auto"  # whose sampling defaults: the model's, those of a folder, or none
     override_generation_config: dict[str, Any] | None = None  # fields that win over the file's
     dtype: Dtype = "auto"
-    max_model_len: int | None = None  # tokens of one request, prompt and output
+    max_model_len: int | None = None  # tokens of one request, prompt and output; or AUTO_LENGTH
     max_num_seqs: int | None = None  # rows
     max_num_batched_tokens: int | None = None  # the budget: tokens a step
     block_size: int | None = None  # tokens a block
@@ -80,14 +98,15 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     device: Device = "auto"
     kernels: str = "auto"  # of KERNELS
-    quantization: str | None = None  # of QUANTIZATIONS; None: weights as --dtype says
+    quantization: str | None = None  # of QUANTIZATIONS, or STORED_QUANTIZATIONS; None: weights as --dtype says
+    stored_quantization: str | None = None  # what the checkpoint must be stored in; set by those names
     kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as --dtype says
     num_layers: int | None = None  # with dummy weights: fewer layers than the config says
     scheduling_policy: str = "fcfs"
     speculative: str | None = None  # of SPECULATORS
     num_speculative_tokens: int = 4  # guesses that a request gets in a step, at most
     adapters: tuple[tuple[str, str], ...] = ()  # LoRA: names that clients use, and folders
-    engine: str = "v1"
+    engine: str | None = None  # of ENGINES; None: v1, but v0 where an option is given that v0 alone has
     ablate: tuple[str, ...] = ()  # of REMOVALS
     num_scheduler_steps: int | None = None  # with v0: steps for each time the scheduler runs
     enable_chunked_prefill: bool | None = None  # with v0: V0's own chunked prefill, off by default as it was
@@ -95,13 +114,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablate", tuple(self.ablate))  # a list, where it came as a message
         object.__setattr__(self, "adapters", tuple((name, path) for name, path in self.adapters))
+        self._normalize()
         names = [name for name, _ in self.adapters]
-        if len({*names, self.name}) <= len(names):
+        if len({*names, *self.names}) < len(names) + len(self.names):
             raise ConfigError("--lora: each adapter needs a name of its own, other than the model's")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, not {value}")
+        if self.max_model_len is not None and self.max_model_len < 1 and self.max_model_len != AUTO_LENGTH:
+            raise ConfigError(f"--max-model-len must be at least 1, or auto, not {self.max_model_len}")
         if self.block_size is not None and (self.block_size < 1 or self.block_size & (self.block_size - 1)):
             raise ConfigError(f"--block-size must be a power of two, not {self.block_size}")
         if not 0 <= self.replica < self.data_parallel_size:
@@ -124,19 +146,42 @@ class EngineConfig:
                 )
         self._check_engine()
 
+    def _normalize(self) -> None:
+        """One spelling for what can be said in several."""
+        given = self.served_model_name
+        names = () if given is None else (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
+        if not all(names):
+            raise ConfigError("--served-model-name must not be empty")
+        object.__setattr__(self, "served_model_name", names or None)
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        if self.kv_cache_dtype == "auto":
+            object.__setattr__(self, "kv_cache_dtype", None)
+        if self.quantization in STORED_QUANTIZATIONS:
+            object.__setattr__(self, "stored_quantization", STORED_QUANTIZATIONS[self.quantization])
+            object.__setattr__(self, "quantization", None)
+        if isinstance(self.hf_overrides, str):
+            object.__setattr__(self, "hf_overrides", read_overrides(self.hf_overrides))
+        if self.engine is None:
+            object.__setattr__(self, "engine", "v0" if self.v0_options else "v1")
+
+    @property
+    def v0_options(self) -> tuple[str, ...]:
+        """Flags of what was given that V0 alone has."""
+        return tuple(flag(name) for name in V0_OPTIONS if getattr(self, name) is not None)
+
     def _check_engine(self) -> None:
         for removal in self.ablate:
             if removal not in REMOVALS:
                 raise ConfigError(f"--ablate must be of {', '.join(REMOVALS)}, not {removal!r}")
         if self.engine == "v1" and self.num_scheduler_steps is not None:
             raise ConfigError(
-                "--num-scheduler-steps needs --engine v0: V1 plans each step while the one before runs, and takes "
-                "several at once by itself when nothing waits"
+                "--num-scheduler-steps is V0's, not --engine v1's: V1 plans each step while the one before runs, and "
+                "takes several at once by itself when nothing waits"
             )
         if self.engine == "v1" and self.enable_chunked_prefill is not None:
             raise ConfigError(
-                "--enable-chunked-prefill needs --engine v0: V1 always computes prompts in chunks of the budget "
-                "(--ablate no-chunking takes that away)"
+                "--enable-chunked-prefill is V0's, not --engine v1's: V1 always computes prompts in chunks of the "
+                "budget (--ablate no-chunking takes that away)"
             )
         if self.engine == "v0" and self.ablate:
             raise ConfigError("--ablate takes parts from V1: --engine v0 is without all of them already")
@@ -175,12 +220,36 @@ class EngineConfig:
 
     @property
     def name(self) -> str:
-        """The name clients use for the model."""
-        return self.served_model_name or self.model
+        """The name of the model in answers."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that clients may use for the model."""
+        given = self.served_model_name
+        return (given,) if isinstance(given, str) else tuple(given or (self.model,))
+
+    def fallback_note(self) -> str:
+        """What is said where an option of V0's chose the engine."""
+        chosen = " and ".join(self.v0_options)
+        return (
+            f"{chosen}: V1 has no such option, so this engine runs as --engine v0 (without it, V1 does both by itself)"
+        )
+
+
+def read_overrides(text: str, option: str = "--hf-overrides") -> dict[str, Any]:
+    """Fields of config.json from a JSON text."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{option} must be a JSON object, not {text}")
+    return found
 
 
 _AT_LEAST_ONE = (
-    "tensor_parallel_size", "data_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+    "tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens",
     "num_layers", "num_speculative_tokens",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {

@@ -211,12 +211,14 @@ def build_core_server(
 
     limit_libraries()  # before anything below imports torch
     from engine.core.server import CoreServer
+    from engine.length import fit_length
     from engine.memory import resolve
     from engine.model.facts import read_facts
     from engine.worker.executor import InProcessExecutor
     from engine.worker.multiprocess import MultiprocessExecutor
 
     start = time.monotonic()
+    config, memory = fit_length(config, memory)
     facts = read_facts(config)
     resolution = resolve(config, facts, memory)
     ledger = [("read the configuration", time.monotonic() - start)]
@@ -270,7 +272,8 @@ def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int
     from engine.frontend.inline import InlineTexts
     from engine.frontend.tokenizer import load_tokenizer
 
-    tokenizer, _ = load_tokenizer(Path(config.tokenizer or config.model), vocab_size, config.tokenizer_mode)
+    folder = Path(config.tokenizer or config.model)
+    tokenizer, _ = load_tokenizer(folder, vocab_size, config.tokenizer_mode, config.chat_template)
     return InlineTexts(tokenizer, resolved.max_model_len, vocab_size)
 
 

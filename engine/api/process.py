@@ -32,9 +32,10 @@ class Orders(msgspec.Struct):
 
     front_end: int
     front_ends: int
-    name: str  # of the model
+    names: tuple[str, ...]  # of the model
     tokenizer: str  # its folder
     tokenizer_mode: str
+    chat_template: str | None
     seed: int
     cores: tuple[CoreAddress, ...]  # of all replicas
     routing: str
@@ -173,7 +174,8 @@ def connect(orders: Orders) -> "EngineClient":
     from engine.frontend.tokenizer import load_tokenizer
 
     vocab_size = orders.cores[0].ready.vocab_size
-    tokenizer, _ = load_tokenizer(Path(orders.tokenizer), vocab_size, orders.tokenizer_mode)
+    folder = Path(orders.tokenizer)
+    tokenizer, _ = load_tokenizer(folder, vocab_size, orders.tokenizer_mode, orders.chat_template)
     GenerationDefaults(eos_ids=orders.eos_ids).add_eos_ids(tokenizer, vocab_size)
     return connect(
         orders.cores,
@@ -195,7 +197,7 @@ async def serve(orders: Orders, client: "EngineClient", up: Callable[[], None]) 
     client.open()
     if orders.log_requests:
         client.on_ended = log_request
-    state = ApiState(client, (orders.name,), orders.http, orders.created, sampling_defaults=orders.sampling_defaults)
+    state = ApiState(client, orders.names, orders.http, orders.created, sampling_defaults=orders.sampling_defaults)
     side = HttpSide(state, socket.socket(fileno=orders.listener))
 
     def obey(line: str) -> None:

@@ -85,9 +85,10 @@ class ServerRun:
             orders = Orders(
                 front_end=front_end,
                 front_ends=1 + len(self._others),
-                name=engine.config.name,
+                names=engine.config.names,
                 tokenizer=engine.config.tokenizer or engine.config.model,
                 tokenizer_mode=engine.config.tokenizer_mode,
+                chat_template=engine.config.chat_template,
                 seed=engine.config.seed,
                 cores=engine.addresses(front_end),
                 routing=engine.config.routing,
@@ -107,8 +108,8 @@ class ServerRun:
         client.open()
         if self._options.log_requests:
             client.on_ended = log_request
-        name, defaults = self._engine.config.name, self._engine.generation.sampling
-        state = ApiState(client, (name,), self._options.http, self._created, sampling_defaults=defaults)
+        config, defaults = self._engine.config, self._engine.generation.sampling
+        state = ApiState(client, config.names, self._options.http, self._created, sampling_defaults=defaults)
         side = HttpSide(state, self._listener)
 
         def on_signal() -> None:

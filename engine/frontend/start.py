@@ -73,10 +73,12 @@ def start_engine(
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_model(config.tokenizer, progress)
     generation = read_generation(config.generation_config, path, config.override_generation_config)
-    config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.name)
+    config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.names)
     cores = start_cores(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
-        tokenizer, warnings = load_tokenizer(tokenizer_path, declared_vocab_size(path), config.tokenizer_mode)
+        tokenizer, warnings = load_tokenizer(
+            tokenizer_path, declared_vocab_size(path), config.tokenizer_mode, config.chat_template
+        )
         readies = wait_all_ready(cores, progress, on_wait, loading)
     except BaseException:
         stop_all(cores)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from engine.errors import ModelError, RequestError
+from engine.errors import ConfigError, ModelError, RequestError
 from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.frontend.chat_template import ChatTemplate, read_templates
 from engine.frontend.mistral import PLAIN, MistralBackend, find_file
@@ -128,15 +128,20 @@ class Tokenizer:
         return self.encode(prompt, False) if isinstance(prompt, str) else prompt
 
 
-def load_tokenizer(path: Path, vocab_size: int | None = None, mode: str = "auto") -> tuple[Tokenizer, list[str]]:
+def load_tokenizer(
+    path: Path, vocab_size: int | None = None, mode: str = "auto", chat_template: str | None = None
+) -> tuple[Tokenizer, list[str]]:
     """Load the tokenizer of a model folder, or the one beside a config.json.
 
     `vocab_size` is the model's: with it, a folder without any tokenizer file gets a stand-in. `mode`: mistral takes
-    Mistral's own files, auto does where there is no tokenizer.json. Returns the tokenizer and warnings for the user.
+    Mistral's own files, auto does where there is no tokenizer.json. `chat_template` is taken
+    instead of the model's. Returns the tokenizer and warnings for the user.
     ModelError if there is none or it can't be read.
     """
     folder = path if path.is_dir() else path.parent
     own = mistral_file(folder, mode)
+    if own is not None and chat_template is not None:
+        raise ConfigError(f"--chat-template can't be used with {own.name}, which writes conversations by itself")
     if own is not None:
         mistral = MistralBackend(own)
         return Tokenizer(mistral, eos_ids=known_ids([mistral.eos_id, *declared_eos_ids(folder)], vocab_size)), []
@@ -159,12 +164,14 @@ def load_tokenizer(path: Path, vocab_size: int | None = None, mode: str = "auto"
     named = special_tokens(settings)
     own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
-    sources = read_templates(folder, settings)
+    sources = read_templates(folder, settings) if chat_template is None else {"default": chat_template}
     template = None
     try:
         if "default" in sources:
             template = ChatTemplate(sources.pop("default"), named, sources)
     except TemplateError as error:
+        if chat_template is not None:
+            raise ConfigError(f"--chat-template can't be read: {error}") from error
         warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are refused")
     return Tokenizer(backend, eos_ids=known_ids(eos, vocab_size), template=template), warnings
 

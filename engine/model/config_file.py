@@ -86,19 +86,27 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
           dict: "an object", type(None): "null"}  # fmt: skip
 
 
-def read_config_file(path: Path, name: str) -> Any:
+def read_config_file(path: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Any:
     """The transformers config of a folder, or of a lone config file; `name` is what the user called the model.
 
+    `overrides` are fields that the user changes; one that is an object replaces the whole of the file's.
     Raises ModelError if it can't be read, or if the model needs code of its own.
     """
     file = path / CONFIG if path.is_dir() else path
-    fields = _read_object(file, name)
+    fields = _overridden(_read_object(file, name), overrides or {})
     try:
         return _make_config(fields, str(path))
     except _CustomCodeError as error:
         raise ModelError(f"{name} can't be run: {error}") from None
     except Exception as error:  # the class checks its fields in its own ways
         raise ModelError(f"{name}: {file.name} can't be used: {cause_of(error)}") from error
+
+
+def _overridden(fields: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope scaling has two names, of which only the one that the user gives may stay."""
+    names = {"rope_scaling", "rope_parameters"}
+    dropped = names if names & overrides.keys() else set()
+    return {key: value for key, value in fields.items() if key not in dropped} | dict(overrides)
 
 
 class FieldError(Exception):

@@ -1,11 +1,12 @@
 """What must be known of a model before it is loaded: from its config.json and the headers of its safetensors."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import EngineConfig
+from engine.config import AUTO_LENGTH, EngineConfig, read_overrides
 from engine.errors import ConfigError, ModelError
 from engine.model import gate
 from engine.model.checkpoint import Stored, headers
@@ -56,6 +57,7 @@ def read_facts(config: EngineConfig) -> ModelFacts:
     reason = gate.refusal(model)
     if reason is not None:
         raise ModelError(f"{config.model} can't be run: {reason}")
+    _check_stored_quantization(config, model)
     stored = stored_tensors(config, path, model)
     parameters = sum(one.numbers for one in stored.values())
     dtype = _dtype(config, model, stored)
@@ -142,7 +144,11 @@ def cached_bytes(kind: str, head_dim: int) -> int:
 def read_config(path: Path, config: EngineConfig) -> Any:
     """The model's transformers config, with --num-layers applied; raises ModelError if it can't be read."""
     native = is_native(path, config.tokenizer_mode)
-    model = read_params(path, config.model) if native else read_config_file(path, config.model)
+    if native and config.hf_overrides:
+        raise ConfigError(
+            f"--hf-overrides changes fields of config.json, but {config.model} is read by its params.json"
+        )
+    model = read_params(path, config.model) if native else read_config_file(path, config.model, overrides(config))
     if config.num_layers is not None:
         if config.load_format != "dummy":
             raise ConfigError("--num-layers needs --load-format dummy")
@@ -153,9 +159,27 @@ def read_config(path: Path, config: EngineConfig) -> Any:
     return model
 
 
+def overrides(config: EngineConfig) -> Mapping[str, Any]:
+    """Fields of config.json that the user changes."""
+    given = config.hf_overrides
+    return read_overrides(given) if isinstance(given, str) else given or {}
+
+
+def _check_stored_quantization(config: EngineConfig, model: Any) -> None:
+    """--quantization with the name of a format of checkpoints asks for what the checkpoint is in, or for nothing."""
+    wanted = config.stored_quantization
+    method = str((settings_of(model) or {}).get("quant_method", "")).replace("_", "-").replace("gptqmodel", "gptq")
+    if wanted is not None and wanted != method:
+        stored = f"stored as {method}" if method else "not quantized"
+        raise ConfigError(
+            f"--quantization {wanted}: the weights of {config.model} are {stored}; here they can be quantized to int8 "
+            "or int4"
+        )
+
+
 def _max_model_len(config: EngineConfig, model: Any) -> int:
     longest = scaled_length(model)
-    wanted = config.max_model_len
+    wanted = None if config.max_model_len == AUTO_LENGTH else config.max_model_len
     if longest is None:
         if wanted is None:
             raise ConfigError(f"{config.model} doesn't say how long a request may be: give --max-model-len")

@@ -1,5 +1,6 @@
 """What an EngineConfig refuses, and what its removals mean."""
 
+import json
 from typing import Any
 
 import pytest
@@ -15,9 +16,18 @@ def config(**fields: Any) -> EngineConfig:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_scheduler_steps": 8}, "--num-scheduler-steps needs --engine v0: V1 plans each step while"),
-        ({"enable_chunked_prefill": True}, "--enable-chunked-prefill needs --engine v0: V1 always"),
-        ({"enable_chunked_prefill": False}, "--ablate no-chunking"),
+        ({"engine": "v1", "num_scheduler_steps": 8}, "--num-scheduler-steps is V0's, not --engine v1's: V1 plans each"),
+        ({"engine": "v1", "enable_chunked_prefill": True}, "--enable-chunked-prefill is V0's, not --engine v1's"),
+        ({"engine": "v1", "enable_chunked_prefill": False}, "--ablate no-chunking"),
+        ({"num_scheduler_steps": 8, "ablate": ("watermark",)}, "--engine v0 is without all of them already"),
+        ({"num_scheduler_steps": 8, "enable_chunked_prefill": True}, "exclude each other"),
+        ({"max_model_len": 0}, "--max-model-len must be at least 1, or auto, not 0"),
+        ({"max_model_len": -2}, "--max-model-len must be at least 1, or auto, not -2"),
+        ({"served_model_name": ("a", "")}, "--served-model-name must not be empty"),
+        ({"served_model_name": ("a", "b"), "adapters": (("b", "/p"),)}, "a name of its own, other than the model's"),
+        ({"hf_overrides": "{"}, "--hf-overrides is no JSON"),
+        ({"hf_overrides": "[1]"}, "--hf-overrides must be a JSON object"),
+        ({"dtype": "int8"}, "--dtype must be one of auto, bfloat16"),
         ({"engine": "v0", "num_scheduler_steps": 8, "enable_chunked_prefill": True}, "exclude each other"),
         ({"engine": "v0", "num_scheduler_steps": 0}, "--num-scheduler-steps must be at least 1"),
         ({"engine": "v0", "ablate": ("watermark",)}, "without all of them already"),
@@ -46,6 +56,29 @@ def test_v0_is_every_removal_and_chunked_v0_keeps_chunks():
     assert config(ablate=("driver-broadcast",), tensor_parallel_size=2).removals == {"driver-broadcast"}
 
 
+@pytest.mark.parametrize("fields", [{"num_scheduler_steps": 8}, {"enable_chunked_prefill": True}])
+def test_an_option_of_v0_chooses_v0(fields: dict[str, Any]):
+    """As vLLM 0.8 falls back to V0 where one of the two is given."""
+    found = config(**fields)
+    assert found.engine == "v0"
+    assert found.removals == config(engine="v0", **fields).removals
+    assert [*found.v0_options] == ["--" + name.replace("_", "-") for name in fields]
+    assert "runs as --engine v0" in found.fallback_note()
+    assert config().engine == "v1"
+
+
+def test_one_spelling_for_what_can_be_said_in_several():
+    assert (config(dtype="half").dtype, config(dtype="float").dtype) == ("float16", "float32")
+    assert config(kv_cache_dtype="auto").kv_cache_dtype is None
+    found = config(quantization="awq_marlin")
+    assert (found.quantization, found.stored_quantization) == (None, "awq")
+    assert config(served_model_name="a").names == ("a",)
+    assert config(served_model_name=["a", "b", "a"]).names == ("a", "b")
+    assert config(served_model_name=["a", "b"]).name == "a"
+    assert config().names == ("m",)
+    assert config(hf_overrides='{"rope_theta": 5}').hf_overrides == {"rope_theta": 5}
+
+
 def test_ranks_are_counted_over_all_replicas():
     assert (config().total_ranks, config().first_rank) == (1, 0)
     third = config(data_parallel_size=4, tensor_parallel_size=3, replica=2)
@@ -53,5 +86,9 @@ def test_ranks_are_counted_over_all_replicas():
 
 
 def test_it_survives_the_way_to_another_process():
-    asked = config(ablate=("no-run-ahead",))
-    assert EngineConfig(**{**asked.describe(), "ablate": list(asked.ablate)}) == asked
+    asked = config(
+        ablate=("no-run-ahead",), served_model_name=("a", "b"), hf_overrides={"rope_theta": 5}, quantization="gptq"
+    )
+    assert EngineConfig(**json.loads(json.dumps(asked.describe()))) == asked
+    fallen_back = config(num_scheduler_steps=4)
+    assert EngineConfig(**json.loads(json.dumps(fallen_back.describe()))) == fallen_back
