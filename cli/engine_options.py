@@ -50,24 +50,24 @@ ENGINE_OPTIONS = (
         help="Sampling defaults that win over the file's, e.g. '{\"temperature\": 0.6}'.",
     ),
     option(
-        MODEL,
+        VLLM,
         "--chat-template",
         metavar="FILE",
         help="A chat template in place of the model's: a file, or the template itself, in Jinja.",
     ),
     option(
-        MODEL,
+        VLLM,
         "--hf-overrides",
         metavar="JSON",
         help="Fields of config.json to change, as a JSON object.",
     ),
     option(
-        MODEL,
+        VLLM,
         "--rope-scaling",
         metavar="JSON",
         help="The field rope_scaling of config.json: scales the positions of the model to longer texts.",
     ),
-    option(MODEL, "--rope-theta", type=Finite(0, min_open=True), help="The field rope_theta of config.json."),
+    option(VLLM, "--rope-theta", type=Finite(0, min_open=True), help="The field rope_theta of config.json."),
     option(
         MODEL,
         "--dtype",

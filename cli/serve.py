@@ -66,6 +66,9 @@ class Serving:
     api_key_file: str | None
     api_servers: int
     allowed_origins: tuple[str, ...]
+    root_path: str
+    ssl_certfile: str | None
+    ssl_keyfile: str | None
     runtime_lora: bool
     shutdown_timeout: float  # seconds
     disable_log_stats: bool
@@ -79,15 +82,20 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.api.keys import read_keys
     from engine.api.ports import StartingAnswers, bind_all
     from engine.api.run import ServeOptions, ServerRun
+    from engine.api.tls import check_certificate
     from engine.frontend.logs import log_to_stderr
     from engine.frontend.start import start_engine
 
     http = HttpOptions(
         api_keys=read_keys(serving.api_keys, serving.api_key_file),
         allowed_origins=serving.allowed_origins,
+        root_path=serving.root_path,
+        ssl_certfile=serving.ssl_certfile,
+        ssl_keyfile=serving.ssl_keyfile,
         runtime_lora=serving.runtime_lora,
         limits=serving.limits,
     )
+    check_certificate(serving.ssl_certfile, serving.ssl_keyfile)
     console = make_console()
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell that started us ignores Ctrl-C

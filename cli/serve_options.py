@@ -32,6 +32,14 @@ def split_origins(_ctx: click.Context, _param: click.Parameter, values: tuple[st
     return tuple(dict.fromkeys(found))
 
 
+def as_root_path(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    """With a slash before it and none after it; empty for none."""
+    path = value.strip().strip("/")
+    if re.search(r"[?#\s]|//|://", path):
+        raise click.BadParameter(f"{value!r} is no path: write it as /llm")
+    return f"/{path}" if path else ""
+
+
 def limit(field: str, kind: click.ParamType, text: str) -> Callable[[Any], Any]:
     """The option of one of `Limits`."""
     default = getattr(LIMITS, field)
@@ -71,6 +79,16 @@ SERVER_OPTIONS = (
         metavar="ORIGIN,…",
         callback=split_origins,
         help="Origins of web pages that may call the server, * for all [default: none].",
+    ),
+    option(SERVER, "--ssl-certfile", metavar="FILE", help="Certificate, in PEM, with those of its issuers: for HTTPS."),
+    option(SERVER, "--ssl-keyfile", metavar="FILE", help="The certificate's key [default: in the certificate's file]."),
+    option(
+        SERVER,
+        "--root-path",
+        default="",
+        metavar="PATH",
+        callback=as_root_path,
+        help="Path under which a proxy shows the server, e.g. /llm.",
     ),
     option(
         SERVER,

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -48,18 +49,21 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, model: str, *flags: str, env: dict[str, str] | None = None) -> Iterator[Served]:
+def serve(
+    folder: Path, model: str, *flags: str, env: dict[str, str] | None = None, certificate: Path | None = None
+) -> Iterator[Served]:
     """A server on a free port, ready to answer; ended by Ctrl-C, and by force if that takes too long.
 
-    `env` is added to the environment.
+    `env` is added to the environment; `certificate` is the one of a server that speaks HTTPS.
     """
     port = free_port()
     log = folder / f"serve-{port}.log"
     command = [sys.executable, "-m", "cli.main", "serve", model, "--port", str(port), *flags]
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
-    url = f"http://127.0.0.1:{port}"
-    client = httpx.Client(base_url=url, timeout=httpx.Timeout(120.0))
+    url = f"{'http' if certificate is None else 'https'}://127.0.0.1:{port}"
+    trusted = True if certificate is None else ssl.create_default_context(cafile=certificate)
+    client = httpx.Client(base_url=url, timeout=httpx.Timeout(120.0), verify=trusted)
     try:
         deadline = time.monotonic() + START_S
         while True:

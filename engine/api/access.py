@@ -19,12 +19,18 @@ class RequireKey:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
+        if scope["type"] == "http" and self._path(scope) not in OPEN_PATHS and not self._knows(scope):
             message = "this server needs its API key: Authorization: Bearer KEY"
             refusal = ApiError(401, message, code="invalid_api_key").response()
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    @staticmethod
+    def _path(scope: Scope) -> str:
+        """Without what a proxy shows in front of it."""
+        path: str = scope["path"]
+        return path.removeprefix(scope.get("root_path", ""))
 
     def _knows(self, scope: Scope) -> bool:
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")

@@ -31,7 +31,7 @@ Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
 
 def create_app(state: ApiState) -> FastAPI:
     """Build the application around a client of the core that is open."""
-    app = FastAPI(title="Redline", openapi_url=None)
+    app = FastAPI(title="Redline", openapi_url=None, root_path=state.options.root_path)
     registry = make_registry(state)
     routes: list[tuple[str, str, Endpoint]] = [
         ("GET", "/v1/models", models),
@@ -141,8 +141,8 @@ async def version(_state: ApiState, _request: Request) -> Response:
     return answer({"version": metadata.version("redline-llm")})
 
 
-async def openapi(_state: ApiState, _request: Request) -> Response:
-    return answer(openapi_document())
+async def openapi(state: ApiState, _request: Request) -> Response:
+    return answer(openapi_document(state.options.root_path))
 
 
 async def metrics(registry: CollectorRegistry) -> Response:

@@ -55,8 +55,8 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
-def openapi_document() -> dict[str, Any]:
-    """Build the document; all of its references resolve within it."""
+def openapi_document(root_path: str = "") -> dict[str, Any]:
+    """Build the document; all of its references resolve within it. `root_path` is where a proxy shows the server."""
     bodies = [route.body for route in ROUTES if route.body is not None]
     _, schemas = msgspec.json.schema_components(bodies, ref_template=REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
@@ -65,6 +65,7 @@ def openapi_document() -> dict[str, Any]:
     return {
         "openapi": VERSION,
         "info": {"title": "Redline", "version": metadata.version("redline-llm")},
+        **({"servers": [{"url": root_path}]} if root_path else {}),
         "paths": paths,
         "components": {
             "schemas": schemas | ANSWERS,

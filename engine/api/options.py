@@ -22,5 +22,8 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     api_keys: tuple[str, ...] = ()  # one of them must come with a request; none: all are answered
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call the server; "*": any
+    root_path: str = ""  # under which a proxy shows the server, "/path"
+    ssl_certfile: str | None = None  # with it the server speaks HTTPS
+    ssl_keyfile: str | None = None  # None: the key is in the certificate's file
     runtime_lora: bool = False  # whether adapters may be loaded and unloaded over HTTP
     limits: Limits = Limits()

@@ -112,7 +112,10 @@ class HttpSide:
     def __init__(self, state: ApiState, listener: socket.socket):
         self._client = state.client
         self._listener = listener
-        self._server = Server(http_settings(create_app(state)))
+        options = state.options
+        self._scheme = "https" if options.ssl_certfile else "http"
+        tls = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile} if options.ssl_certfile else {}
+        self._server = Server(http_settings(create_app(state), **tls))
 
     async def serve(self, on_listening: Callable[[str], None]) -> None:
         """Serve to the end, then close the client; `on_listening` gets the URL."""
@@ -122,7 +125,7 @@ class HttpSide:
             while not self._server.started and not serving.done():
                 await asyncio.sleep(0.01)
             if self._server.started:
-                on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+                on_listening(f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{port}")
             await serving
         except OSError as error:
             raise cannot_listen(host, port, error) from error

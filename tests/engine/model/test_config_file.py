@@ -223,3 +223,44 @@ def test_qwen2s_instructions_for_long_texts(tmp_path: Path) -> None:
     name = write(tmp_path, "qwen2", max_position_embeddings=32768, rope_scaling=scaling)
     for wanted in (None, 131_072):
         assert read_facts(EngineConfig(model=name, load_format="dummy", max_model_len=wanted)).max_model_len == 131_072
+
+
+def test_fields_that_the_user_changes(tmp_path: Path) -> None:
+    """As vLLM's --hf-overrides: an object replaces the whole of the file's, under either name of rope scaling."""
+    name = write(tmp_path, "qwen2", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    scaling = {"rope_type": "yarn", "factor": 4, ORIGINAL: 256, "rope_theta": 1e6}
+    for key in ("rope_scaling", "rope_parameters"):
+        config = EngineConfig(model=name, load_format="dummy", hf_overrides={key: scaling, "num_hidden_layers": 1.0})
+        found = read_facts(config)
+        assert (found.max_model_len, found.num_layers) == (1024, 1)
+    with pytest.raises(ModelError, match="num_hidden_layers must be at least 1, not 0"):
+        read_facts(EngineConfig(model=name, load_format="dummy", hf_overrides={"num_hidden_layers": 0}))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "says"),
+    [
+        (None, "awq", "not quantized; here they can be quantized to int8 or int4"),
+        ("gptq", "awq", "stored as gptq"),
+        ("gptq", "gptq_marlin", None),
+        ("compressed-tensors", "compressed-tensors", None),
+        ("fp8", "fp8", None),
+    ],
+)
+def test_the_format_that_is_asked_for_must_be_the_stored_one(
+    stored: str | None, wanted: str, says: str | None, tmp_path: Path
+) -> None:
+    weights = {"num_bits": 4, "symmetric": True}
+    quantized = {
+        "quant_method": stored,
+        "bits": 4,
+        "format": "pack-quantized",
+        "config_groups": {"a": {"weights": weights}},
+    }
+    name = write(tmp_path, "llama", **({"quantization_config": quantized} if stored else {}))
+    config = EngineConfig(model=name, load_format="dummy", quantization=wanted)
+    if says is None:
+        assert read_facts(config).num_layers == BASE["num_hidden_layers"]
+    else:
+        with pytest.raises(ConfigError, match=says):
+            read_facts(config)

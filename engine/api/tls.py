@@ -1,0 +1,45 @@
+"""The certificate of a server that speaks HTTPS, looked at before a model is loaded for nothing."""
+
+import ssl
+from pathlib import Path
+
+from engine.errors import ConfigError
+
+
+def check_certificate(certfile: str | None, keyfile: str | None) -> None:
+    """Raise ConfigError if a certificate and its key, both in PEM, can't be served with; `keyfile` None: in one file.
+
+    Without a certificate the server speaks plain HTTP, and a key alone is an error.
+    """
+    if certfile is None:
+        if keyfile is not None:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile: a key alone makes no HTTPS")
+        return
+    for flag, file in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
+        if file is not None:
+            _check_readable(flag, file)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    where = f"--ssl-certfile {certfile}" + (f", --ssl-keyfile {keyfile}" if keyfile else "")
+    try:
+        context.load_cert_chain(certfile, keyfile, password=_refuse_password)
+    except _PasswordError:
+        raise ConfigError(f"{where}: the key is protected by a password, which isn't supported") from None
+    except ssl.SSLError as error:
+        reason = error.reason.replace("_", " ").lower() if error.reason else "no certificate and key in PEM"
+        raise ConfigError(f"{where}: {reason}") from error
+
+
+class _PasswordError(Exception):
+    pass
+
+
+def _refuse_password() -> str:
+    # Without this OpenSSL would ask in the server's terminal.
+    raise _PasswordError
+
+
+def _check_readable(flag: str, file: str) -> None:
+    try:
+        Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag} {file} can't be read: {error.strerror or error}") from error
