@@ -82,7 +82,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.api.keys import read_keys
     from engine.api.ports import StartingAnswers, bind_all
     from engine.api.run import ServeOptions, ServerRun
-    from engine.api.tls import check_certificate
+    from engine.api.tls import read_certificate
     from engine.frontend.logs import log_to_stderr
     from engine.frontend.start import start_engine
 
@@ -95,7 +95,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         runtime_lora=serving.runtime_lora,
         limits=serving.limits,
     )
-    check_certificate(serving.ssl_certfile, serving.ssl_keyfile)
+    tls = read_certificate(serving.ssl_certfile, serving.ssl_keyfile)
     console = make_console()
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell that started us ignores Ctrl-C
@@ -103,7 +103,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     log_to_stderr()
     for note in notes:
         console.print(f"note: {note}", markup=False)
-    with StartingAnswers(listeners[0]), StartProgress(console, f"starting {config.model}") as progress:
+    with StartingAnswers(listeners[0], tls), StartProgress(console, f"starting {config.model}") as progress:
         engine = start_engine(
             config,
             progress=progress.tell,

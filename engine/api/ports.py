@@ -4,6 +4,7 @@ import contextlib
 import errno
 import selectors
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -94,11 +95,12 @@ class StartingAnswers:
     """Answers every request on a listening socket with 503 while the server starts, from a thread of its own.
 
     Without it clients would connect and then wait for as long as the model takes to load. `with` begins and ends it;
-    the socket goes on listening.
+    the socket goes on listening. `tls` is the context of a server that speaks HTTPS.
     """
 
-    def __init__(self, listener: socket.socket):
+    def __init__(self, listener: socket.socket, tls: ssl.SSLContext | None = None):
         self._listener = listener
+        self._tls = tls
         self._wake_read, self._wake_write = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="starting-answers", daemon=True)
 
@@ -125,8 +127,8 @@ class StartingAnswers:
                     self._answer(self._listener.accept()[0])
 
     def _answer(self, connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(PATIENCE_S)
+        connection.settimeout(PATIENCE_S)
+        with connection if self._tls is None else self._tls.wrap_socket(connection, server_side=True) as connection:
             connection.recv(1 << 16)  # what isn't read would reset the connection, and the answer with it
             connection.sendall(ANSWER)
             connection.shutdown(socket.SHUT_WR)

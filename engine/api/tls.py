@@ -6,15 +6,15 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 
-def check_certificate(certfile: str | None, keyfile: str | None) -> None:
-    """Raise ConfigError if a certificate and its key, both in PEM, can't be served with; `keyfile` None: in one file.
+def read_certificate(certfile: str | None, keyfile: str | None) -> ssl.SSLContext | None:
+    """What a server needs to speak HTTPS with a certificate and its key, both in PEM; None: no certificate, plain HTTP.
 
-    Without a certificate the server speaks plain HTTP, and a key alone is an error.
+    `keyfile` None: the key is in the certificate's file. Raises ConfigError if they can't be served with.
     """
     if certfile is None:
         if keyfile is not None:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile: a key alone makes no HTTPS")
-        return
+        return None
     for flag, file in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
         if file is not None:
             _check_readable(flag, file)
@@ -27,6 +27,7 @@ def check_certificate(certfile: str | None, keyfile: str | None) -> None:
     except ssl.SSLError as error:
         reason = error.reason.replace("_", " ").lower() if error.reason else "no certificate and key in PEM"
         raise ConfigError(f"{where}: {reason}") from error
+    return context
 
 
 class _PasswordError(Exception):

@@ -12,6 +12,8 @@ import openai
 import pytest
 
 from cli.main import main
+from engine.api.ports import StartingAnswers, bind
+from engine.api.tls import read_certificate
 from tests.serving import Served, serve
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
@@ -136,3 +138,15 @@ def test_certificates_that_cannot_be_served_are_one_line(
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+def test_a_client_that_comes_while_the_model_loads_is_answered_over_https(tls: tuple[Path, Path]) -> None:
+    listener = bind("127.0.0.1", 0)
+    url = f"https://127.0.0.1:{listener.getsockname()[1]}/health"
+    with listener, StartingAnswers(listener, read_certificate(*map(str, tls))):
+        with socket.create_connection(listener.getsockname()) as plain:
+            plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"HTTP" not in plain.recv(1000), "plain text ends neither the thread nor the server"
+        answer = httpx.get(url, verify=ssl.create_default_context(cafile=tls[0]))
+    assert answer.status_code == 503
+    assert answer.json()["status"] == "starting"
