@@ -36,7 +36,7 @@ ENGINE_OPTIONS = (
     option(MODEL, "--model", "model_option", help="The model, instead of the argument."),
     option(MODEL, "--tokenizer", help="Folder of another tokenizer than the model's."),
     option(
-        MODEL,
+        VLLM,
         "--generation-config",
         default="auto",
         show_default=True,
@@ -44,7 +44,7 @@ ENGINE_OPTIONS = (
         help="Whose generation_config.json gives the sampling defaults of requests: the model's, nobody's, a folder's.",
     ),
     option(
-        MODEL,
+        VLLM,
         "--override-generation-config",
         type=JsonObject(),
         help="Sampling defaults that win over the file's, e.g. '{\"temperature\": 0.6}'.",
