@@ -70,6 +70,7 @@ class Serving:
     ssl_certfile: str | None
     ssl_keyfile: str | None
     runtime_lora: bool
+    trust_request_chat_template: bool
     shutdown_timeout: float  # seconds
     disable_log_stats: bool
     log_requests: bool
@@ -93,6 +94,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         ssl_certfile=serving.ssl_certfile,
         ssl_keyfile=serving.ssl_keyfile,
         runtime_lora=serving.runtime_lora,
+        trust_request_chat_template=serving.trust_request_chat_template,
         limits=serving.limits,
     )
     tls = read_certificate(serving.ssl_certfile, serving.ssl_keyfile)

@@ -99,6 +99,12 @@ SERVER_OPTIONS = (
     ),
     option(
         SERVER,
+        "--trust-request-chat-template",
+        is_flag=True,
+        help="Run the chat templates that requests bring along: programs, which may never end.",
+    ),
+    option(
+        SERVER,
         "--shutdown-timeout",
         default=SHUTDOWN_TIMEOUT_S,
         show_default=True,

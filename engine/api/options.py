@@ -26,4 +26,5 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     ssl_certfile: str | None = None  # with it the server speaks HTTPS
     ssl_keyfile: str | None = None  # None: the key is in the certificate's file
     runtime_lora: bool = False  # whether adapters may be loaded and unloaded over HTTP
+    trust_request_chat_template: bool = False  # whether the templates that requests bring along are run
     limits: Limits = Limits()

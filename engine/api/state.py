@@ -25,6 +25,7 @@ from engine.frontend.truncation import encode_end, kept_tokens, truncate
 
 # Longer texts are tokenized on a thread: the library lets go of the interpreter, and streams go on meanwhile.
 LONG_TEXT = 4096
+SHORT_FIELDS = frozenset({"role", "content", "name"})  # of a message: those whose length is known beforehand
 MANY_MESSAGES = 32  # are rendered on a thread too, as templates are programs in Python
 # Threads that tokenize and render: more would take the cores from the engine.
 TEXT_THREADS = 2
@@ -42,7 +43,6 @@ class ApiState:
     options: HttpOptions = field(default_factory=HttpOptions)
     created: int = 0  # of the model card, seconds since 1970
     model_info: dict[str, Any] = field(default_factory=dict)
-    trust_request_chat_template: bool = False
     sampling_defaults: dict[str, int | float] = field(default_factory=dict)  # of requests, by fields of SamplingParams
     adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as the core last said
 
@@ -155,7 +155,8 @@ class ApiState:
     def check_template(self, template: str | None) -> None:
         """Refuse a template of a request's own, unless this server takes such: it is a program, and may never end."""
         known = self.tokenizer.template
-        if template and not self.trust_request_chat_template and not (known is not None and known.is_named(template)):
+        named = template is not None and known is not None and known.is_named(template)
+        if template and not named and not self.options.trust_request_chat_template:
             raise RequestError(
                 "chat_template: this server runs no templates of requests (--trust-request-chat-template)",
                 "chat_template",
@@ -180,9 +181,9 @@ class ApiState:
         """See `Tokenizer.render_chat`; on a thread where it may take long."""
         texts = list(message_texts(messages))
         self.check_texts(texts, "messages")
-        short = all(
-            value is None or isinstance(value, bool) for value in options.values()
-        )  # tools may be of any length
+        # Tools may be of any length, and calls of them.
+        short = all(value is None or isinstance(value, bool) for value in options.values())
+        short &= all(message.keys() <= SHORT_FIELDS for message in messages)
         if short and sum(map(len, texts)) < LONG_TEXT and len(messages) < MANY_MESSAGES:
             return self.tokenizer.render_chat(messages, **options)
         return await self.on_thread(self.tokenizer.render_chat, messages, **options)

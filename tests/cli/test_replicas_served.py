@@ -75,8 +75,8 @@ class Streams:
         return [token for chunk in chunks if "choices" in chunk for token in chunk["choices"][0]["token_ids"]]
 
     def error(self, prompt: str) -> str | None:
-        found = json.loads(self.events[prompt][-2]).get("error")
-        return None if found is None else str(found["message"])
+        last = self.events[prompt][-1]  # [DONE] is for answers that are whole
+        return None if last == "[DONE]" else str(json.loads(last)["error"]["message"])
 
 
 def replicas_of(server: Served) -> list[dict[str, Any]]:

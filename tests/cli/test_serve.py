@@ -149,7 +149,7 @@ def test_a_killed_core_ends_the_server_with_its_cause(model: str, tmp_path: Path
             next(lines)
             os.kill(core.pid, signal.SIGKILL)
             events = [line for line in lines if line]
-        assert "SIGKILL" in json.loads(events[-2].removeprefix("data: "))["error"]["message"]
+        assert "SIGKILL" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
         assert server.process.wait(30) == 1
         last = server.output().splitlines()[-1]
         assert last.startswith("redline: error: the EngineCore")

@@ -143,7 +143,7 @@ def test_a_step_that_hangs_is_named_and_may_come_back_or_end_the_server(model: s
         rank.send_signal(signal.SIGSTOP)
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
             events = [line for line in answer.iter_lines() if line]
-        assert "hangs in the forward phase" in json.loads(events[-2].removeprefix("data: "))["error"]["message"]
+        assert "hangs in the forward phase" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
         assert server.process.wait(30) == 1
         last = server.output().splitlines()[-1]
         assert last.startswith(f"redline: error: rank 1 (process {rank.pid}, stopped) hangs in the forward phase of")

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from engine.api.app import create_app
+from engine.api.options import HttpOptions
 from engine.api.state import ApiState
 from tests.engine.api.conftest import InLoop, in_loop
 from tests.engine.fake_executor import expected_tokens
@@ -91,7 +92,7 @@ async def test_options_that_cannot_hold(server: InLoop, fields: dict[str, Any], 
 
 
 async def test_a_template_of_the_request_s_own_where_the_server_takes_such(server: InLoop):
-    state = ApiState(server.client, ("fake",), trust_request_chat_template=True)
+    state = ApiState(server.client, ("fake",), HttpOptions(trust_request_chat_template=True))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(state)), base_url="http://test") as http:
         trusting = InLoop(server.app, server.client, server.core, http)
         assert await written(trusting, [USER], chat_template="{{ messages[0].content }}!") == "hi!"
