@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
+from engine.api.app import create_app
+from engine.api.state import ApiState
 from redline import LLM, SamplingParams
 from tests.engine.worker.driver import build_model
 
@@ -55,6 +58,50 @@ def test_prompt_logprobs_are_those_of_transformers_also_where_prompts_are_cached
             assert set(found) == {token, *torch.topk(line, 3).indices.tolist()}
             for other, shown in found.items():
                 assert shown.logprob == pytest.approx(float(line[other]), abs=TOLERANCE)
+
+
+def complete(llm: LLM, **body: Any) -> dict[str, Any]:
+    """A completion over the HTTP application, around the same engine."""
+
+    async def ask() -> dict[str, Any]:
+        app = create_app(ApiState(llm._client, ("tiny",), sampling_defaults=llm._engine.generation.sampling))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            answer = await http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    return llm._run(ask())
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_loglikelihoods_are_those_of_transformers(max_tokens: int, llm: LLM, model: tuple[Path, Any]):
+    """As lm-eval computes them: an echo of context and continuation, whose logprobs it adds up."""
+    body = {"prompt": PROMPTS, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0, "seed": 1234}
+    for choice, prompt in zip(complete(llm, **body)["choices"], PROMPTS, strict=True):
+        ids = [*prompt.encode()]
+        logprobs, lines = choice["logprobs"], expected(model[1], ids)
+        assert len(logprobs["tokens"]) == len(ids) + max_tokens
+        assert "".join(logprobs["tokens"]) == choice["text"]
+        end = len(ids)
+        assert logprobs["tokens"][:end] == [*prompt]
+        assert logprobs["text_offset"][:end] == list(range(end))
+        assert logprobs["token_logprobs"][0] is None
+        found = logprobs["token_logprobs"][1:end]
+        assert found == pytest.approx([float(lines[at - 1, ids[at]]) for at in range(1, end)], abs=TOLERANCE)
+        for at, top in enumerate(logprobs["top_logprobs"][1:end], start=1):
+            best = chr(int(lines[at - 1].argmax()))
+            assert max(top, key=top.__getitem__) == best
+            assert top[prompt[at]] == logprobs["token_logprobs"][at]
+
+
+def test_a_server_s_defaults_hold_where_a_request_says_nothing(llm: LLM):
+    def text(**fields: Any) -> str:
+        return complete(llm, prompt="hello", max_tokens=8, ignore_eos=True, **fields)["choices"][0]["text"]
+
+    assert text() == text(temperature=0, repetition_penalty=1.3)
+    assert text(repetition_penalty=1.0) == text(temperature=0, repetition_penalty=1.0) != text()
+    chat_like = complete(llm, prompt="hello", ignore_eos=True)
+    assert chat_like["usage"]["completion_tokens"] == 16, "completions have a default of their own"
 
 
 def test_without_being_asked_for_there_are_none(llm: LLM):
