@@ -48,10 +48,14 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
         )
         return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
-    choices = [choice(state, index, output, body) for index, output in enumerate(outputs)]
-    spent = usage(stream, sum(len(output.token_ids) for output in outputs))
-    answer = head | {"choices": choices, "usage": spent} | shown.fields(0)
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    def render() -> bytes:
+        choices = [choice(state, index, output, body) for index, output in enumerate(outputs)]
+        spent = usage(stream, sum(len(output.token_ids) for output in outputs))
+        return msgspec.json.encode(head | {"choices": choices, "usage": spent} | shown.fields(0))
+
+    data = await state.on_thread(render) if shown.long else render()
+    return Response(data, media_type="application/json")
 
 
 def choice(state: ApiState, index: int, output: Whole, body: ChatRequest) -> dict[str, object]:

@@ -54,17 +54,22 @@ async def completions(state: ApiState, request: Request) -> Response:
         )
         return EventStream(stream, chunks)
     outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
-    choices = []
-    for index, output in enumerate(outputs):
-        shown.cut(output)
-        before = shown.text(index) if shown.echoes else ""
-        offsets = TextOffsets.of_output(state.tokenizer, stream, index, len(before))
-        rendered = choice(state, index, before + output.text, output, body, offsets)
-        if (scored := shown.logprobs(index)) is not None:
-            rendered["logprobs"] = joined(scored, rendered["logprobs"])
-        choices.append(rendered | shown.fields(index))
-    spent = usage(stream, sum(len(output.token_ids) for output in outputs))
-    return Response(msgspec.json.encode(head | {"choices": choices, "usage": spent}), media_type="application/json")
+
+    def render() -> bytes:
+        choices = []
+        for index, output in enumerate(outputs):
+            shown.cut(output)
+            before = shown.text(index) if shown.echoes else ""
+            offsets = TextOffsets.of_output(state.tokenizer, stream, index, len(before))
+            rendered = choice(state, index, before + output.text, output, body, offsets)
+            if (scored := shown.logprobs(index)) is not None:
+                rendered["logprobs"] = joined(scored, rendered["logprobs"])
+            choices.append(rendered | shown.fields(index))
+        spent = usage(stream, sum(len(output.token_ids) for output in outputs))
+        return msgspec.json.encode(head | {"choices": choices, "usage": spent})
+
+    data = await state.on_thread(render) if shown.long else render()
+    return Response(data, media_type="application/json")
 
 
 def choice(

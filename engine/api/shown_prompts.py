@@ -8,6 +8,8 @@ from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.frontend.streams import Delta, RequestStream, TokenLogprob, Whole
 from engine.frontend.tokenizer import Tokenizer
 
+LONG = 2048  # logprobs of prompts are written on a thread: streams go on meanwhile
+
 
 class ShownPrompts:
     """The prompts of one request, by the outputs that they are shown with."""
@@ -16,6 +18,12 @@ class ShownPrompts:
         self._tokenizer = tokenizer
         self._stream = stream
         self._top = body.prompt_logprobs
+
+    @property
+    def long(self) -> bool:
+        """Whether writing the logprobs of the prompts takes long."""
+        scored = self._stream.prompt_logprobs.values()
+        return sum(len(one) for one in scored) * (1 + (self._stream.params.prompt_logprobs or 0)) >= LONG
 
     def fields(self, index: int) -> dict[str, Any]:
         """What an answer says of the prompt of an output: nothing, unless it was asked for."""

@@ -47,7 +47,8 @@ class Replica(CoreClient):
     def take(self, stream: RequestStream, held: Sequence[int]) -> None:
         """Begin a stream; `held` are the tokens of each of its prompts that needn't be computed."""
         self.submit(stream)
-        choices, shared = stream.params.n, self.ready.prefix_caching
+        choices = stream.params.n
+        shared = self.ready.prefix_caching and stream.params.prompt_logprobs is None
         expected = self._lengths.expected(stream.params.max_tokens)
         for output in stream.live.values():
             first = output.index % choices == 0  # the others find its blocks
@@ -158,7 +159,9 @@ class Router:
         names: list[list[bytes]] = [[] for _ in lengths]
         if self._routing.by_prefix and self.ready.prefix_caching:
             names = [[] if isinstance(one, Text) else block_names(one, stream.terms, size) for one in stream.prompts]
-        held = [held_tokens(names, lengths, replica.held, size) for replica in able]
+        # Who asks for logprobs of the prompt has all of it computed.
+        reads = stream.params.prompt_logprobs is None
+        held = [held_tokens(names, lengths, replica.held, size) if reads else [0] * len(lengths) for replica in able]
         position = self._routing.choose(
             [Standing(one.tokens_left(), sum(tokens), one.given) for one, tokens in zip(able, held, strict=True)]
         )

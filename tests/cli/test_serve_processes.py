@@ -22,7 +22,8 @@ BODY = {"prompt": "hello", "max_tokens": 6, "temperature": 0, "ignore_eos": True
 
 @pytest.fixture(scope="module")
 def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    flags = (*DUMMY, "--api-servers", str(PROCESSES), "--served-model-name", "tiny", "--max-model-len", "1K")
+    flags = (*DUMMY, "--api-servers", str(PROCESSES), "--served-model-name", "tiny", "--max-model-len", "1K",
+             "--override-generation-config", '{"top_k": 1}')  # fmt: skip
     with serve(tmp_path_factory.mktemp("log"), model, *flags) as running:
         yield running
 
@@ -52,6 +53,16 @@ def test_all_processes_answer_and_the_figures_are_those_of_all(served: Served):
         assert health.status_code == 200
         assert health.json()["last_step_age_s"] >= 0
     assert served.metric("vllm:request_success_total") == before + asked
+
+
+def test_sampling_defaults_are_those_of_all_processes(served: Served):
+    assert re.search(r"sampling defaults +top_k 1", served.output())
+    greedy = served.post("/v1/completions", **BODY)["choices"][0]["text"]
+    body = {name: value for name, value in BODY.items() if name != "temperature"}
+    found = [httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json() for _ in range(12)]
+    assert {answer["choices"][0]["text"] for answer in found} == {greedy}
+    own = [httpx.post(f"{served.url}/v1/completions", json=body | {"top_k": 0}, timeout=60).json() for _ in range(6)]
+    assert len({answer["choices"][0]["text"] for answer in own}) > 1
 
 
 def test_a_request_s_line_tells_its_story(served: Served):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from engine.api import shown_prompts
 from tests.engine.api.conftest import VOCABULARY, InLoop, in_loop
 from tests.engine.api.test_app import CHAT
 from tests.engine.fake_executor import expected_tokens, likeliest, logprob_of
@@ -163,6 +164,18 @@ async def test_prompts_are_truncated_as_asked(kind: str, fields: dict[str, Any],
         assert [choice["text"] for choice in merged(await streamed(server, "/v1/completions", **body)).values()] == [
             answer["choices"][0]["text"]
         ]
+
+
+async def test_long_answers_are_the_same_where_they_are_written_beside_the_loop(monkeypatch: pytest.MonkeyPatch):
+    async with in_loop() as server:
+        monkeypatch.setattr(shown_prompts, "LONG", 0)
+        output = expected_tokens(PROMPT.encode(), 3)
+        body = {"echo": True, "logprobs": 2, "prompt_logprobs": 1, "max_tokens": 3, "temperature": 0}
+        [choice] = (await server.post("/v1/completions", prompt=PROMPT, **body))["choices"]
+        check_echo(choice, PROMPT, output, 2)
+        assert choice["prompt_logprobs"] == expected_prompt_logprobs(list(PROMPT.encode()), 1)
+        answer = await server.post("/v1/chat/completions", messages=CHAT, prompt_logprobs=1)
+        assert answer["prompt_logprobs"][0] is None
 
 
 async def test_chats_are_truncated_too(server: InLoop):

@@ -59,6 +59,20 @@ async def test_a_busy_replica_loses_its_prefix_to_an_idle_one_that_then_holds_it
     assert all(core.scheduler.stats(0.0).prefix_hits for core in fleet.cores)
 
 
+async def test_a_prefix_is_worth_nothing_to_a_request_that_computes_all_of_its_prompt():
+    fleet = Fleet(2)
+    first = fleet.place(fleet.add(LONG))
+    fleet.run()
+    params = SamplingParams(max_tokens=4, temperature=0, n=3, prompt_logprobs=0)
+    before = [replica.given for replica in fleet.router.replicas]
+    stream = fleet.router.add([LONG], params)
+    other = fleet.router.replicas[fleet.place(stream)]
+    assert other.number != first, "the other one was given less"
+    assert other.given - before[other.number] >= 3 * len(LONG), "each output computes the prompt"
+    stream.close()
+    fleet.run()
+
+
 async def test_another_salt_or_adapter_finds_no_prefix():
     fleet = Fleet(2)
     await call(fleet, "load_adapter", name="french", path="folder")
