@@ -94,8 +94,8 @@ def measure_closed_loop(
         progress.point_started(plan)
         chunks_per_s = concurrency * _chunks_per_s(rows[0])
         row, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
-        progress.point_finished(row)
         _save(files, row, requests)
+        progress.point_finished(row)
     if row.requests and not row.completed and not budget.stopped:
         raise LostServerError(f"not one of {row.requests} requests was answered: {row.failures or 'cut short'}")
     return row, requests

@@ -323,11 +323,11 @@ class _Run:
         self._progress.point_started(plan)
         row, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
         self.rows.append(row)
-        self._progress.point_finished(row)
-        try:
+        try:  # saved first: the screen may be a pipe whose reader has left
             self._files.add_point(row, requests, self._point.reader.readings())
         except CannotWriteError as error:
             self.unwritten = str(error)  # the point counts, and is the last
+        self._progress.point_finished(row)
         self._after(row, requests)
         return row
 

@@ -7,6 +7,7 @@ TIMESTAMP as date-times, ContextTokens, GeneratedTokens.
 """
 
 import functools
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ class _Reader:
         self._faults.check()
         times, unit = self._dates(records) if dates else self._numbers(records)
         if len(times) < 2 or max(times) <= min(times):
-            raise BenchError(f"{self._path}: a trace needs at least two requests at different times ({FLAG})")
+            skipped = f" ({left_out})" if (left_out := self._faults.note()) else ""
+            raise BenchError(f"{self._path}: a trace needs at least two requests at different times{skipped} ({FLAG})")
         order = np.argsort(times, kind="stable").tolist()
         used = {self._time, self._input, self._output, self._ids}
         return Trace(
@@ -181,7 +183,7 @@ class _Reader:
             tokens.append(_whole(value) if column is not None else 1)
             if not fault and not 1 <= tokens[-1] <= _MOST_TOKENS:
                 fault = f"needs whole numbers from 1 on in its column {column}, not {_shown(value)}"
-        ids = row.fields.get(self._ids or "")
+        ids = _listed(row.fields.get(self._ids or ""))
         if not fault and ids is not None and not _are_ids(ids):
             fault = f"has no list of ids in its column {self._ids}: {_shown(ids)}"
         if fault or moment is None:
@@ -245,6 +247,16 @@ class _Reader:
         if self._ids is None:
             return ""
         return "Bailian" if self._names & _BAILIAN else "Mooncake" if unit == "ms" else ""
+
+
+def _listed(ids: Any) -> Any:
+    """The ids of a CSV cell, which holds them as JSON; an empty one has none."""
+    if not isinstance(ids, str):
+        return ids
+    try:
+        return json.loads(ids) if ids else None
+    except (ValueError, RecursionError):
+        return ids
 
 
 def _are_ids(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """The `redline` command: finds the subcommand, and turns every known error into one line and an exit code."""
 
+import errno
 import importlib
 import os
 import sys
@@ -15,6 +16,7 @@ COMMANDS = {
     "report": "Redraw figures and tables from result files.",
 }
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 
 
@@ -74,13 +76,21 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output left (`redline report | head`): nobody to tell, and Python must not try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # the reader of our output left (`redline report | head`): nobody to tell
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            discard_output()
+            where = error.filename or "the output"
+            return complain(program, f"{where} can't be written: {error.strerror}", 1)
         if not is_known(error):
             raise
         return complain(program, str(error), getattr(error, "exit_code", 1))
+
+
+def discard_output() -> None:
+    """What stdout still holds can't be written; Python must not try again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_known(error: Exception) -> bool:

@@ -193,7 +193,7 @@ class Condition:
 
 def parse_condition(text: str) -> Condition:
     """Read a condition of `--fail-if`; raises ReportError that says how one is written."""
-    match = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?)\s*(%|ms|s)?\s*", text)
+    match = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?\d{1,12}(?:\.\d{1,12})?)\s*(%|ms|s)?\s*", text)
     known = {m.key: m for m in METRICS}
     key = re.sub(r"_ms$", "", match[1]) if match else ""
     if match is None or key not in known:

@@ -15,6 +15,8 @@ from engine.data import datasets_folder
 
 DEFAULT_ROWS = 1000
 FLAG = "--dataset"
+_PACKED = (".gz", ".bz2", ".xz")
+_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".yaml", ".yml", ".zip")
 _SHIPPED = ("vision-sample",)
 
 
@@ -89,7 +91,8 @@ def _from_path(path: Path, split: str, limit: int, faults: RowFaults) -> Iterabl
     if parquet:
         of_split = [file for file in parquet if Path(file).name.startswith(split)]
         return _plain(datasets.load_dataset("parquet", data_files=of_split or parquet, split="train", streaming=True))
-    files = sorted(file for suffix in ("jsonl", "json") for file in path.glob(f"*.{suffix}"))
+    endings = [f".{kind}{packed}" for kind in ("jsonl", "json") for packed in ("", *_PACKED)]
+    files = sorted(file for ending in endings for file in path.glob(f"*{ending}"))
     if not files:
         raise BenchError(f"{path} holds no .parquet, .jsonl or .json file (--dataset)")
     return (row.fields for file in files for row in read_json_rows(file, limit, faults))
@@ -134,4 +137,4 @@ def _library() -> Any:
 def _is_hub_id(name: str) -> bool:
     owner, slash, rest = name.partition("/")
     looks = bool(owner and slash and rest) and "/" not in rest and owner[0].isalnum()
-    return looks and Path(rest).suffix not in (".json", ".jsonl", ".parquet", ".csv", ".yaml")
+    return looks and Path(rest).suffix not in (*_PACKED, *_FILES)

@@ -168,3 +168,12 @@ def test_sharegpt_says_which_rows_it_doesnt_use(tmp_path: Path) -> None:
 def test_a_yaml_file_that_isnt_right(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=words):
         read_yaml(write(tmp_path / "a.yaml", text))
+
+
+def test_a_folder_of_compressed_files(tmp_path: Path) -> None:
+    conversation = {"conversation": [{"role": "user", "content": "what is it?"}], "images": ["a.png"]}
+    write(tmp_path / "a.jsonl.gz", gzip.compress(json.dumps(conversation).encode()))
+    workload = make_workload({"kind": "visionarena", "dataset": str(tmp_path)}, None)
+    assert workload.rows() == [("what is it?", [str(tmp_path / "a.png")])]  # type: ignore[attr-defined]
+    with pytest.raises(BenchError, match=r"there is no file or folder data/none.jsonl.gz"):
+        make_workload({"kind": "sharegpt", "dataset": "data/none.jsonl.gz"}, None)

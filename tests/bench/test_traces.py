@@ -201,3 +201,19 @@ def test_a_larger_trace_is_read_in_the_order_of_its_times(tmp_path: Path) -> Non
     assert trace.times == pytest.approx(np.arange(500) / 10)
     assert trace.inputs == list(range(10, 510))
     assert trace.outputs == [1 + t % 7 for t in range(500)]
+
+
+def test_ids_in_a_cell_and_a_list_of_rows(tmp_path: Path) -> None:
+    cells = "".join(
+        f'{row["timestamp"]},{row["input_length"]},{row["output_length"]},"{row["hash_ids"]}"\n' for row in MOONCAKE
+    )
+    path = write(tmp_path / "m.csv", "timestamp,input_length,output_length,hash_ids\n" + cells)
+    assert read_trace(path).hash_ids == [(46, 47, 48), (46, 47, 49), (46, 47, 48), (50, 51)]
+    listed = read_trace(write(tmp_path / "m.json", json.dumps(MOONCAKE, indent=1)))
+    assert (listed.hash_ids, listed.unit) == (read_trace(path).hash_ids, "ms")
+
+
+def test_a_trace_of_bad_rows_alone_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", "timestamp\n1\nx\ny\n")
+    with pytest.raises(BenchError, match=r"at least two requests.*left out 2 bad rows: row 2, row 3"):
+        read_trace(path, skip_bad_rows=True)

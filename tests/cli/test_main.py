@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -121,3 +122,15 @@ def test_sizes(text: str, size: int):
 def test_what_is_no_size(text: str):
     with pytest.raises(click.BadParameter):
         SIZE.convert(text, None, None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cant_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", "sweep"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "redline: error: the output can't be written: No space left on device\n",
+    )
