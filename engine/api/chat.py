@@ -23,7 +23,11 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
     state.check_template(body.chat_template)
     prompt = await state.chat_prompt(
-        body.conversation(), params, add_special_tokens=bool(body.add_special_tokens), **template_options(body)
+        body.conversation(),
+        params,
+        as_ids=params.needs_prompt_ids or bool(body.return_token_ids),
+        add_special_tokens=bool(body.add_special_tokens),
+        **template_options(body),
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)

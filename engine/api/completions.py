@@ -23,7 +23,7 @@ async def completions(state: ApiState, request: Request) -> Response:
     params = body.params(state.sampling_defaults)
     special = body.add_special_tokens is not False
     given = body.prompts()
-    if params.needs_prompt_ids:
+    if params.needs_prompt_ids or body.return_token_ids:
         fitted = [await state.fit(one, special, params) for one in given]
         prompts: list[Prompt] = [ids for ids, _ in fitted]
         # Of a truncated prompt what is left is echoed.

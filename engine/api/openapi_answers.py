@@ -30,6 +30,16 @@ def record(required: dict[str, Schema], optional: dict[str, Schema] | None = Non
 
 FINISH_REASON: Schema = {"enum": ["stop", "length", "abort", "error", None]}
 STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
+# Of a prompt: for each token a map of token ids; null for the first token.
+PROMPT_LOGPROBS: Schema = listed(
+    maybe(
+        {
+            "type": "object",
+            "additionalProperties": record({"logprob": NUMBER, "rank": COUNT, "decoded_token": STRING}),
+        }
+    )
+)
+ABOUT_PROMPT: dict[str, Schema] = {"prompt_logprobs": PROMPT_LOGPROBS, "prompt_token_ids": listed(COUNT)}
 
 ANSWERS: dict[str, Schema] = {
     "Error": record(
@@ -65,7 +75,7 @@ ANSWERS: dict[str, Schema] = {
                         "logprobs": maybe(ref("CompletionLogprobs")),
                         "finish_reason": FINISH_REASON,
                     },
-                    {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
+                    {"stop_reason": STOP_REASON, "token_ids": listed(COUNT), **ABOUT_PROMPT},
                 )
             ),
             "usage": ref("Usage"),
@@ -100,7 +110,8 @@ ANSWERS: dict[str, Schema] = {
                 )
             ),
             "usage": ref("Usage"),
-        }
+        },
+        ABOUT_PROMPT,
     ),
     "ModelList": record(
         {

@@ -1,4 +1,4 @@
-"""What an answer shows of its prompts: an echo of their texts, with or without logprobs, and vLLM's prompt_logprobs."""
+"""What an answer shows of its prompts: an echo, with or without logprobs, vLLM's prompt_logprobs, token ids."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +18,7 @@ class ShownPrompts:
         self._tokenizer = tokenizer
         self._stream = stream
         self._top = body.prompt_logprobs
+        self._token_ids = bool(body.return_token_ids)
 
     @property
     def long(self) -> bool:
@@ -27,9 +28,12 @@ class ShownPrompts:
 
     def fields(self, index: int) -> dict[str, Any]:
         """What an answer says of the prompt of an output: nothing, unless it was asked for."""
-        if self._top is None:
-            return {}
-        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, self._scored(index), self._top)}
+        found: dict[str, Any] = {}
+        if self._top is not None:
+            found["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._scored(index), self._top)
+        if self._token_ids:
+            found["prompt_token_ids"] = self._stream.prompts[index // self._stream.params.n]
+        return found
 
     def _scored(self, index: int) -> list[TokenLogprob | None]:
         return self._stream.prompt_logprobs.get(index, [])

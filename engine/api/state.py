@@ -167,12 +167,16 @@ class ApiState:
         messages: list[dict[str, Any]],
         params: SamplingParams,
         *,
+        as_ids: bool = False,
         add_special_tokens: bool = False,
         **options: Any,
     ) -> Prompt:
-        """A conversation as the core wants it (see `Tokenizer.render_chat`), truncated as its request asks."""
+        """A conversation as the core wants it (see `Tokenizer.render_chat`), truncated as its request asks.
+
+        as_ids: the front end must know its token ids.
+        """
         written = await self.render_chat(messages, **options)
-        if params.needs_prompt_ids:
+        if as_ids:
             return (await self.fit(written, add_special_tokens, params))[0]
         # A template has written all special tokens already, as a rule.
         return await self.prompt(written, add_special_tokens) if isinstance(written, str) else written

@@ -178,6 +178,24 @@ async def test_long_answers_are_the_same_where_they_are_written_beside_the_loop(
         assert answer["prompt_logprobs"][0] is None
 
 
+@pytest.mark.parametrize("kind", ["v1", "inline"])
+async def test_token_ids_are_those_of_the_prompt_too(kind: str):
+    """As vLLM's `return_token_ids`: in the first chunk of a stream only."""
+    async with in_loop(**KINDS[kind]) as server:
+        asked = {"max_tokens": 3, "return_token_ids": True}
+        ids, chat = [97, 98, 99], list(b"u:hi;")
+        body = {"prompt": "abc", "n": 2, **asked}
+        answer = await server.post("/v1/completions", **body)
+        assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [ids, ids]
+        events = await streamed(server, "/v1/completions", **body)
+        shown = [choice for event in events for choice in event["choices"] if "prompt_token_ids" in choice]
+        assert sorted((choice["index"], choice["prompt_token_ids"]) for choice in shown) == [(0, ids), (1, ids)]
+        assert (await server.post("/v1/chat/completions", messages=CHAT, **asked))["prompt_token_ids"] == chat
+        first, *rest = await streamed(server, "/v1/chat/completions", messages=CHAT, **asked)
+        assert first["prompt_token_ids"] == chat
+        assert not any("prompt_token_ids" in event for event in rest)
+
+
 async def test_chats_are_truncated_too(server: InLoop):
     asked = {"messages": CHAT, "max_tokens": 3, "return_token_ids": True}
     answer = await server.post("/v1/chat/completions", **asked, truncate_prompt_tokens=4)
