@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("redline.router")
 
-PATIENCE_S = 5.0  # for an answer that takes no work
+PATIENCE_S = 8.0  # for an answer that takes no work
 WORK = frozenset({"load_adapter", "unload_adapter"})  # what may take longer
 
 

@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_BAD_WORDS = 1024  # each is looked for at each token
 MAX_STOP_TOKEN_IDS = 1024  # each is sent with the request, and looked up for each of its tokens
+MAX_LOGIT_BIAS = 1024  # each is added at each token
 SEED_MASK = (1 << 64) - 1
 
 
@@ -61,6 +62,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
                 raise RequestError(f"{name} must lie in {describe(low, high)}, not {value!r}", name)
+            if name in WHOLE and not isinstance(value, int | None):
+                raise RequestError(f"{name} must be a whole number, not {value!r}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens: {self.max_tokens}", "min_tokens"
@@ -74,6 +77,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
                 "stop_token_ids",
             )
         self._check_filters()
+        if len(self.logit_bias or ()) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias must hold at most {MAX_LOGIT_BIAS} tokens, not {len(self.logit_bias or ())}", "logit_bias"
+            )
         for token, bias in (self.logit_bias or {}).items():
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias must lie in -100..100, not {bias!r} (of token {token})", "logit_bias")
@@ -110,6 +117,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
                     raise RequestError(f"{name}: {token} is no token of this model (0..{vocab_size - 1})", name)
 
 
+WHOLE = frozenset(
+    {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
+)
 # name, smallest, largest
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("n", 1, 128),

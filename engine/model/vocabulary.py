@@ -96,7 +96,7 @@ def _owners(
     rows = np.arange(len(numbers))
     own = shares[owners, rows]
     inner = (target - (edges[owners, rows] - own)) / own
-    return owners, np.clip(inner, 0.0, np.nextafter(1.0, 0.0))
+    return owners, np.clip(np.nan_to_num(inner), 0.0, np.nextafter(1.0, 0.0))
 
 
 def divide_embedding(embedding: nn.Module, part: Slice) -> None:

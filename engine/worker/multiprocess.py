@@ -5,6 +5,7 @@ Or, with `--ablate driver-broadcast`, rank 0 with others that do what it tells t
 
 import contextlib
 import dataclasses
+import logging
 import selectors
 import socket
 import subprocess
@@ -22,10 +23,12 @@ import msgspec
 
 from engine import children
 from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
-from engine.errors import EngineDeadError, RedlineError
+from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.model.facts import ModelFacts
 from engine.worker.ring import Ring
 from engine.worker.wire import Answer, Call, Failed, Kind, Orders, Up, parts, read_loaded, receive, sample_body
+
+log = logging.getLogger("redline.core")
 
 SHUTDOWN_S = 3.0  # for the step in progress, before ranks are ended by force
 CAUSE_S = 2.0  # how long a rank that lost another waits for that one's own cause
@@ -77,8 +80,8 @@ class MultiprocessExecutor:
         self._started: Future[Up] = Future()
         self._ranks: list[_Rank] = []
         self._threads = [
-            threading.Thread(target=self._send_all, name="ranks-output", daemon=True),
-            threading.Thread(target=self._receive_all, name="ranks-input", daemon=True),
+            threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
+            for run, name in ((self._send_all, "ranks-output"), (self._receive_all, "ranks-input"))
         ]
         with tempfile.TemporaryDirectory(prefix="redline-ranks-", dir=folder) as meeting:
             try:
@@ -166,6 +169,16 @@ class MultiprocessExecutor:
 
     # ------------------------------------------------------------------------------------------------------- threads
 
+    def _guard(self, run: Callable[[], None]) -> None:
+        """Run a thread without which the ranks can't be used: if it fails, so do they."""
+        try:
+            run()
+        except BaseException as error:
+            if self._closing:
+                return
+            log.exception("a thread that talks to the ranks failed")
+            self._fail(EngineDeadError(f"the ranks can't be reached any more: {cause_of(error)}"))
+
     def _send_all(self) -> None:
         while (order := self._outbox.get()) is not None:
             for head, body in parts(*order, self._ring.size // 2):
@@ -231,6 +244,8 @@ class MultiprocessExecutor:
 
     def _fail(self, error: RedlineError) -> None:
         with self._lock:
+            if self._error is not None:
+                return
             self._error = error
             pending, self._pending = list(self._pending), deque()
         self._outbox.put(None)
@@ -262,7 +277,11 @@ def _unpack_answer(done: "Future[bytes]", answer: "Future[Any]") -> None:
         return
     error = done.exception()
     if error is None:
-        found = msgspec.msgpack.decode(done.result(), type=Answer)
+        try:
+            found = msgspec.msgpack.decode(done.result(), type=Answer)
+        except msgspec.MsgspecError as unreadable:
+            answer.set_exception(EngineDeadError(f"a rank's answer can't be read: {unreadable}"))
+            return
         if found.failure is None:
             answer.set_result(found.result)
             return

@@ -199,6 +199,16 @@ def test_stop_token_ids_have_an_end():
     with pytest.raises(RequestError, match=f"at most {MAX_STOP_TOKEN_IDS} ids, not {MAX_STOP_TOKEN_IDS + 1}") as caught:
         SamplingParams(stop_token_ids=list(range(MAX_STOP_TOKEN_IDS + 1)))
     assert caught.value.field == "stop_token_ids"
+    with pytest.raises(RequestError, match="at most 1024 tokens, not 1025") as caught:
+        SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
+    assert caught.value.field == "logit_bias"
+
+
+@pytest.mark.parametrize("name", ["n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"])
+def test_numbers_that_must_be_whole(name: str):
+    with pytest.raises(RequestError, match=f"{name} must be a whole number, not 1.5") as caught:
+        SamplingParams(**{name: 1.5})
+    assert caught.value.field == name
 
 
 # ------------------------------------------------------------------------------------------------------- inline

@@ -178,6 +178,26 @@ def test_an_error_in_the_ranks_is_shown_with_its_rank(ranks: MultiprocessExecuto
         result.result(PATIENCE_S)
 
 
+def test_a_thread_that_fails_fails_what_is_pending_and_ends_the_ranks(
+    dummy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor: Any = start(dummy, 2, load_format="dummy").executor
+    try:
+        pids = executor.process_ids
+
+        def broken(_: bytes) -> bool:
+            raise OSError("no memory to share")
+
+        monkeypatch.setattr(executor._ring, "write", broken)
+        for future in submit(executor, StepMessage(0)):
+            with pytest.raises(EngineDeadError, match="the ranks can't be reached any more: OSError: no memory to sh"):
+                future.result(PATIENCE_S)
+        assert isinstance(executor.ended.exception(PATIENCE_S), EngineDeadError)
+        assert all(gone(pid) for pid in pids)
+    finally:
+        executor.shutdown()
+
+
 def test_a_rank_that_can_not_start_says_why(tmp_path: Path) -> None:
     build_model("llama", tmp_path)
     weights = tmp_path / "model.safetensors"
