@@ -1,7 +1,7 @@
 """HTTP/1.1 framing of an answer (RFC 9112): its end, found in the loop; its body and where each byte lay, later.
 
 The loop asks only where an answer ends. For chunked answers that costs one comparison a read: every chunked message
-ends in an empty line, so the chunks before are walked over only when the last four bytes are CRLF CRLF.
+ends in an empty line. Where one does and it isn't the usual end of a stream, the chunks before are walked over.
 """
 
 import re
@@ -18,6 +18,8 @@ _FOLDED = re.compile(rb"\r?\n[ \t]+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _EMPTY_LINE = b"\r\n\r\n"
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
+_SHORT_SIZES = {b"%x" % size: size for size in range(1 << 12)}  # as they are written mostly
 _MAX_HEAD_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 14  # of a chunk's size with its extensions, or of a trailer
 _NO_BODY = frozenset({101, 204, 304})
@@ -183,14 +185,23 @@ class _ChunkedEnding:
         self.end: int | None = None
 
     def reached(self, answer: bytearray) -> bool:
-        return answer.endswith(_EMPTY_LINE) and self.find(answer)
+        return answer.endswith(_EMPTY_LINE) and (self._plainly(answer) or self.find(answer))
+
+    def _plainly(self, answer: bytearray) -> bool:
+        """Whether [DONE] and the bare last chunk stand at the end: so nearly all answers end, and none has to be walked
+        over, which would cost a chunk as much as a tenth of reading it."""
+        if answer.endswith(_LAST_CHUNK) and says_done(answer):
+            self.end = len(answer)
+            return True
+        return False
 
     def find(self, answer: bytearray) -> bool:
         while not self._in_trailers:
             line = _line(answer, self._at)
             if line is None:
                 return False
-            size, start = _chunk_size(line), self._at + len(line) + 2
+            size = _SHORT_SIZES.get(line)
+            size, start = _chunk_size(line) if size is None else size, self._at + len(line) + 2
             if size == 0:
                 self._in_trailers, self._at = True, start
                 break
