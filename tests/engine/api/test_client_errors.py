@@ -9,8 +9,9 @@ import openai
 import pytest
 
 from engine.api import sse
+from engine.api.ports import bind
 from engine.api.render import Chunks
-from engine.api.server import HttpSide, bind
+from engine.api.server import HttpSide
 from engine.api.state import ApiState
 from tests.engine.api.conftest import InLoop
 
