@@ -44,6 +44,7 @@ class Orders(msgspec.Struct):
     created: int
     http: HttpOptions
     log_requests: bool
+    first_sequence: int = 1  # of its requests' numbers; a process that follows one that died goes on far behind
     listener: int = -1
     boards: tuple[int, ...] = ()
     report: int = -1
@@ -72,7 +73,6 @@ class ApiProcess:
             self._child = children.spawn("engine.api.process", orders, passed)
         finally:
             os.close(report_write)
-            listener.close()
         self.name = f"API process {orders.front_end} (process {self._child.pid})"
 
     @property
@@ -111,7 +111,7 @@ class ApiProcess:
         self._say(f"end {' '.join(cause.split())}")
 
     def kill(self) -> None:
-        """End it by force, if it still runs."""
+        """End it by force, if it still runs; safe to call twice."""
         self._told = True
         self._child.kill()
         self._child.wait()
@@ -181,6 +181,7 @@ def connect(orders: Orders) -> "EngineClient":
         orders.cores,
         tokenizer,
         front_end=orders.front_end,
+        first_sequence=orders.first_sequence,
         seed=orders.seed,
         routing=orders.routing,
         boards=[Board(orders.front_ends, board) for board in orders.boards],

@@ -1,20 +1,19 @@
 """One run of a server: the API processes in front of one core, signals, deaths, and the log."""
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import uvloop
 
 from engine import children
 from engine.api.options import HttpOptions
-from engine.api.process import ApiProcess, Orders
+from engine.api.process import Orders
+from engine.api.processes import ApiProcesses, threadsafe
 from engine.api.server import FORCED_GRACE_S, LAST_WORDS_S, HttpSide
 from engine.api.state import ApiState
 from engine.config import SHUTDOWN_TIMEOUT_S
@@ -60,10 +59,10 @@ class ServerRun:
         self._created = int(time.time())
         self._boards = [Board(len(listeners)) for _ in engine.cores]
         self._lost: set[int] = set()  # replicas
-        self._processes: list[ApiProcess] = []
-        self._ends: list[asyncio.Future[None]] = []
+        self._processes = ApiProcesses((), (), ())
         self._cause_of_death: str | None = None
         self._signals = 0
+        self._stopping = False  # at once, whatever runs
 
     def run(self) -> int:
         """Serve to the end; returns the exit code. EngineDeadError if a process ended that nobody told to."""
@@ -72,8 +71,7 @@ class ServerRun:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._serve())
         finally:
-            for process in self._processes:
-                process.kill()
+            self._processes.kill()
             self._engine.stop()
         if self._cause_of_death is not None:
             raise EngineDeadError(self._cause_of_death)
@@ -81,8 +79,8 @@ class ServerRun:
 
     def _start_processes(self) -> None:
         engine = self._engine
-        for front_end, listener in enumerate(self._others, start=1):
-            orders = Orders(
+        orders = [
+            Orders(
                 front_end=front_end,
                 front_ends=1 + len(self._others),
                 names=engine.config.names,
@@ -98,9 +96,10 @@ class ServerRun:
                 http=self._options.http,
                 log_requests=self._options.log_requests,
             )
-            self._processes.append(ApiProcess(orders, listener, [board.descriptor for board in self._boards]))
-        for process in self._processes:
-            process.wait_up()
+            for front_end in range(1, 1 + len(self._others))
+        ]
+        self._processes = ApiProcesses(orders, self._others, self._boards)
+        self._processes.wait_up()
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -112,26 +111,38 @@ class ServerRun:
         state = ApiState(client, config.names, self._options.http, self._created, sampling_defaults=defaults)
         side = HttpSide(state, self._listener)
 
+        def stop(cause: str, grace_s: float) -> None:
+            self._stopping = True
+            client.die(cause)
+            side.end(grace_s)
+            self._processes.end(cause, grace_s)
+
         def on_signal() -> None:
             self._signals += 1
             if self._signals > 1:
-                client.die(STOPPED)
-                side.end(FORCED_GRACE_S)
-                self._end_others(STOPPED, FORCED_GRACE_S)
+                stop(STOPPED, FORCED_GRACE_S)
                 return
+            seconds = self._options.shutdown_timeout_s
             count = client.total_stats.live
             if count:
-                self._say(f"finishing {count} running request(s); Ctrl-C again ends at once")
+                self._say(f"finishing {count} running request(s), for {seconds:g} s at most; Ctrl-C again ends at once")
             side.finish()
-            for process in self._processes:
-                process.finish()
+            self._processes.finish()
+            loop.call_later(seconds, on_timeout, seconds)
+
+        def on_timeout(seconds: float) -> None:
+            if self._stopping or self._cause_of_death is not None:
+                return
+            count = client.total_stats.live
+            self._say(f"{count} request(s) not done after {seconds:g} s (--shutdown-timeout): aborted")
+            stop(f"{STOPPED}: it had {seconds:g} s (--shutdown-timeout)", LAST_WORDS_S)
 
         def on_death(cause: str) -> None:
-            if self._cause_of_death is not None or self._signals > 1:
+            if self._cause_of_death is not None or self._stopping:
                 return
             self._cause_of_death = cause
             side.end(LAST_WORDS_S)
-            self._end_others(cause, LAST_WORDS_S)
+            self._processes.end(cause, LAST_WORDS_S)
 
         def die(cause: str) -> None:
             client.die(cause)
@@ -142,11 +153,11 @@ class ServerRun:
             loop.add_signal_handler(number, on_signal)
         lose = threadsafe(lambda lost: self._lose(client, lost[0], lost[1], die))
         self._engine.watch(lambda *lost: lose(lost))
-        self._watch_processes(die)
+        self._processes.watch(client, die)
         logging_stats = asyncio.ensure_future(self._log_stats(client))
         try:
             await side.serve(self._on_listening)
-            await asyncio.gather(*self._ends)
+            await self._processes.ended()
         finally:
             logging_stats.cancel()
 
@@ -158,41 +169,11 @@ class ServerRun:
             die(cause if count == 1 else f"no replica is left; replica {replica}: {cause}")
             return
         client.lose(replica, cause)
-        for process in self._processes:
-            process.lose(replica, cause)
+        self._processes.lose(replica, cause)
 
     def _on_listening(self, url: str) -> None:
         children.settle()
         self._say(f"listening on {url}")
-
-    def _watch_processes(self, die: Callable[[str], None]) -> None:
-        """Have `die` called with the cause if a further API process ends by itself."""
-
-        def watch(process: ApiProcess) -> None:
-            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._ends.append(ended)
-
-            def on_end(cause: str | None) -> None:
-                if not ended.done():
-                    ended.set_result(None)
-                if cause is not None:
-                    die(cause)
-
-            process.watch(threadsafe(on_end))
-
-        for process in self._processes:
-            watch(process)
-
-    def _end_others(self, cause: str, grace_s: float) -> None:
-        """End the further processes, by force where they take too long."""
-        for process in self._processes:
-            process.end(cause)
-
-        def give_up() -> None:
-            for process in self._processes:
-                process.kill()
-
-        asyncio.get_running_loop().call_later(2 * grace_s + FORCED_GRACE_S, give_up)
 
     async def _log_stats(self, client: EngineClient) -> None:
         if not self._options.log_stats:
@@ -203,14 +184,3 @@ class ServerRun:
             line = lines.line(client.clock.now(), client.total_stats.core)
             if line is not None:
                 log.info(line)
-
-
-def threadsafe(call: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The same call, made in this loop from any thread; nothing once the loop is closed."""
-    loop = asyncio.get_running_loop()
-
-    def from_thread(argument: Any) -> None:
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(call, argument)
-
-    return from_thread

@@ -37,6 +37,8 @@ class Server(uvicorn.Server):
 
     def end_now(self) -> None:
         self.should_exit = self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # of a client that doesn't read what it is sent
 
 
 class HttpProtocol(HttpToolsProtocol):

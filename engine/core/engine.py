@@ -12,6 +12,7 @@ import numpy as np
 from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.adapters import AdapterBook
+from engine.core.front_ends import FrontEnds
 from engine.core.intake import Arrival, Intake, Refused, TextRequest, Unanswerable, refused
 from engine.core.pace import Pace
 from engine.core.plan import Booked, Plan
@@ -97,6 +98,7 @@ class EngineCore:
         self._intake = Intake(
             config, self._adapters.key, self.scheduler.refusal, clock.now, texts=self._inline is not None
         )
+        self._ended_front_ends = FrontEnds()
         self._utilities: dict[str, Callable[..., Any]] = {
             "reset_prefix_cache": self.scheduler.reset_prefix_cache,
             "load_adapter": self._adapters.load,
@@ -104,6 +106,7 @@ class EngineCore:
             "hold_adapter": self._adapters.hold,
             "keep_adapter": self._adapters.keep,
             "adapters": self._adapters.names,
+            "drop_front_end": self._drop_front_end,
         }
 
     # -------------------------------------------------------------------------------------------------------- receive
@@ -180,7 +183,7 @@ class EngineCore:
         """Queue a request, unless it can't be served: its failure is its own."""
         if self._draining_until is not None:
             return [Finished(arrival.handle, FinishReason.ERROR, error="the server is shutting down")]
-        if self._adapters.park(arrival):
+        if self._ended_front_ends.is_stale(arrival.handle) or self._adapters.park(arrival):
             return []
         try:
             request = self._request(arrival)
@@ -206,6 +209,13 @@ class EngineCore:
         if self._adapters.unpark(handle):
             return Finished(handle, FinishReason.ABORT)
         return self.scheduler.abort(handle)
+
+    def _drop_front_end(self, front_end: int, first_sequence: int) -> int:
+        """Abort all requests of a front end that ended; gives how many. Arguments as of `FrontEnds.ended`."""
+        self._ended_front_ends.ended(front_end, first_sequence)
+        handles = self._ended_front_ends.stale([*self.scheduler.requests, *self._adapters.parked])
+        self._emit(self._clock.now(), finished=[ended for handle in handles if (ended := self._abort(handle))])
+        return len(handles)
 
     def _answer(self, call: Utility) -> None:
         """Run a utility; its failure is the caller's, not the engine's."""

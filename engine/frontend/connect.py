@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -31,22 +31,24 @@ def connect(
     tokenizer: Tokenizer,
     *,
     front_end: int = 0,
+    first_sequence: int = 1,
     seed: int = 0,
     routing: str = "prefix",
     boards: Sequence[Board] = (),
 ) -> EngineClient:
     """Make a front end's client; `open()` it inside an event loop.
 
-    `boards` are where the front ends of each core count, none where this is the only front end.
+    Its requests are numbered from `first_sequence` on. `boards` are where the front ends of each core count, none where
+    this is the only front end.
     """
-    clock, numbers, lengths = MonotonicClock(), itertools.count(1), Lengths()
+    clock, numbers, lengths = MonotonicClock(), itertools.count(first_sequence), Lengths()
     replicas = []
     for number, core in enumerate(cores):
         board = boards[number] if boards else None
         transport = ZmqTransport(core.to_core, core.from_core)
-        if len(cores) == 1:
-            return CoreClient(core.ready, tokenizer, transport, clock, front_end=front_end, seed=seed, board=board)
-        settings = {"front_end": front_end, "seed": seed, "board": board}
         # Numbered together, requests draw the same seeds wherever they go.
-        replicas.append(Replica(number, lengths, core.ready, tokenizer, transport, clock, **settings, numbers=numbers))
+        settings: dict[str, Any] = {"front_end": front_end, "seed": seed, "board": board, "numbers": numbers}
+        if len(cores) == 1:
+            return CoreClient(core.ready, tokenizer, transport, clock, **settings)
+        replicas.append(Replica(number, lengths, core.ready, tokenizer, transport, clock, **settings))
     return Router(replicas, routing, seed + front_end)

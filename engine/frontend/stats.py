@@ -91,7 +91,8 @@ class FrontEndStats:
     def __init__(self, slots: "memoryview[float] | None" = None):
         """`slots` is its block of a board; None: its own."""
         self._slots: Slots = memoryview(bytearray(BLOCK_BYTES)).cast("d") if slots is None else slots
-        self._tokens = 0.0  # prompt and output tokens of the core when it was last heard
+        core = self.core  # zeros, but in the slots of a process that another one follows
+        self._tokens = float(core.prompt_tokens + core.generation_tokens)  # of the core when it was last heard
         histograms = self._histograms()
         self.ttft = next(histograms)
         self.itl = next(histograms)

@@ -1,5 +1,6 @@
 """Several API processes in front of one core: one port, one set of figures, one end."""
 
+import contextlib
 import json
 import os
 import re
@@ -119,18 +120,70 @@ def test_ctrl_c_lets_the_requests_of_all_processes_finish(model: str, tmp_path: 
         assert (len(long), len(set(long))) == (len(clients), 2)
 
 
-@pytest.mark.parametrize("victim", ["engine.api.process", "engine.launch"])
-def test_a_killed_process_ends_the_server_with_its_cause(model: str, tmp_path: Path, victim: str):
+def test_a_killed_core_ends_the_server_with_its_cause(model: str, tmp_path: Path):
     with serve(tmp_path, model, *DUMMY, "--api-servers", "2") as server:
         family = children(server.process)
-        [killed] = [process for process in family if victim in process.cmdline()]
+        [killed] = [process for process in family if "engine.launch" in process.cmdline()]
         os.kill(killed.pid, signal.SIGKILL)
         assert server.process.wait(30) == 1
         assert_gone(family)
         last = server.output().splitlines()[-1]
-        who = "API process 1" if victim == "engine.api.process" else "the EngineCore"
-        assert last.startswith(f"redline: error: {who} (process {killed.pid}) was killed by SIGKILL")
+        assert last.startswith(f"redline: error: the EngineCore (process {killed.pid}) was killed by SIGKILL")
         assert "Traceback" not in server.output()
+
+
+def test_a_killed_api_process_is_started_again_and_the_others_serve_on(model: str, tmp_path: Path):
+    with serve(tmp_path, model, *DUMMY, "--api-servers", "2", "--shutdown-timeout", "1") as server:
+        family = children(server.process)
+        [killed] = [process for process in family if "engine.api.process" in process.cmdline()]
+        body = {**BODY, "max_tokens": 100, "stream": True}
+        with contextlib.ExitStack() as stack:
+            streams: list[Iterator[str]] = []
+            for _ in range(12):  # with a process each, or the other
+                client = stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
+                answer = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
+                streams.append(answer.iter_lines())
+                next(streams[-1])
+            assert server.metric("vllm:num_requests_running") == 12
+            os.kill(killed.pid, signal.SIGKILL)
+            cut = whole = 0
+            for lines in streams:
+                try:
+                    last = [line for line in lines if line][-1]
+                except httpx.RemoteProtocolError:
+                    cut += 1
+                else:
+                    assert last == "data: [DONE]"
+                    whole += 1
+            assert (cut > 0, whole > 0) == (True, True), "the kernel deals connections out to both"
+        deadline = time.monotonic() + 60
+        while sum("engine.api.process" in one.cmdline() for one in children(server.process)) == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        front_ends = set()
+        while len(front_ends) < 2:  # all connections are answered, those to the process that starts included
+            answer = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60)
+            assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 6)
+            assert time.monotonic() < deadline
+            front_ends = {line["front_end"] for line in lines_of(server) if line["output_tokens"] == 6}
+        assert server.metric("vllm:num_requests_running") == server.metric("vllm:num_requests_waiting") == 0
+        assert server.metric("vllm:kv_cache_usage_perc") == 0, "what the killed process had was aborted"
+        assert f"(process {killed.pid}) was killed by SIGKILL" in server.output()
+        assert server.process.poll() is None
+        # And the server's end is bounded, although a request goes on.
+        body["max_tokens"] = 4000
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            family = children(server.process)
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(30) == 0
+            assert 1 <= time.monotonic() - began < 20
+            text = "\n".join(lines)
+        assert "--shutdown-timeout" in text, "the client learns why"
+        assert '"error"' in text
+        assert_gone(family)
 
 
 def test_no_process_outlives_a_killed_server(model: str, tmp_path: Path):

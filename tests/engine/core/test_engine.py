@@ -5,7 +5,18 @@ import logging
 import pytest
 
 from engine.errors import RequestError
-from engine.messages import FinishReason, Outputs, Shutdown, Utility, UtilityResult, encode
+from engine.messages import (
+    AddRequest,
+    FinishReason,
+    Outputs,
+    Sampling,
+    Shutdown,
+    Utility,
+    UtilityResult,
+    column,
+    encode,
+    make_handle,
+)
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import expected_tokens
 
@@ -172,6 +183,32 @@ def test_an_unknown_utility_is_answered_with_an_error_and_the_cache_can_be_reset
     again = driver.add([1] * 12, max_tokens=1)
     driver.run()
     assert driver.cached[again] == 0
+
+
+def test_a_front_end_that_ended_leaves_nothing_and_the_one_that_follows_is_served():
+    driver = Driver()
+    send = driver.core._send
+    driver.core._send = lambda _front_end, data: send(0, data)  # the driver hears what both get
+    first = 1 << 40  # where the front end that follows begins to number
+
+    def add(front_end: int, sequence: int, tokens: int) -> int:
+        handle = make_handle(front_end, sequence)
+        driver.core.receive(encode(AddRequest(handle, column([sequence % 99] * 12), tokens, Sampling(), ())))
+        return handle
+
+    theirs, mine = add(0, 1, 40), add(1, 1, 40)
+    driver.turn()
+    driver.core.receive(encode(Utility(1, 7, "drop_front_end", {"front_end": 0, "first_sequence": first})))
+    late = add(0, 2, 40)  # sent before the front end ended, received after
+    after = add(0, first, 3)
+    driver.run()
+    assert driver.finished[theirs].reason == FinishReason.ABORT
+    assert late not in driver.tokens
+    assert late not in driver.finished
+    assert (len(driver.tokens[mine]), len(driver.tokens[after])) == (40, 3)
+    assert [one.result for one in driver.messages if isinstance(one, UtilityResult)] == [1]
+    assert driver.core.scheduler.pool.use == 0
+    driver.core.scheduler.check()
 
 
 def test_shutdown_drains_then_aborts_and_refuses_the_new():

@@ -31,6 +31,15 @@ def test_a_step_s_tokens_are_what_the_counters_grew_by():
     assert (stats.step_tokens.total, sum(stats.step_tokens.counts)) == (103, 2)
 
 
+def test_who_takes_over_a_front_end_s_counters_goes_on_from_them():
+    board = Board(2)
+    board.stats[1].take_core(1.0, Stats(generation_tokens=1000))
+    [_, successor] = Board(2, os.dup(board.descriptor)).stats
+    successor.take_core(2.0, Stats(generation_tokens=1003))
+    assert (successor.step_tokens.total, sum(successor.step_tokens.counts)) == (1003, 2), "steps of 1000 and 3 tokens"
+    board.close()
+
+
 def test_front_ends_add_up_and_the_newest_word_of_the_core_holds():
     board = Board(3)
     for number, front_end in enumerate(board.stats):
