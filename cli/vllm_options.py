@@ -95,8 +95,6 @@ NO_EFFECT = (
     _no_effect("--disable-hybrid-kv-cache-manager", why="windows always give their blocks back", switch=True),
     _no_effect("--enable-prompt-tokens-details", why="no details of prompt tokens are reported", switch=True),
     _no_effect("--enable-request-id-headers", why="answers always carry X-Request-Id", switch=True),
-    _no_effect("--trust-request-chat-template", why="requests may always bring a template: it runs in a sandbox",
-               switch=True),
     _no_effect("--prefix-caching-hash-algo", why="blocks are always named by a cryptographic hash"),
     _no_effect("--disable-cascade-attn", why="there is one attention", switch=True),
     _no_effect("--use-tqdm-on-load/--no-use-tqdm-on-load", why="a terminal always shows how far loading is",
