@@ -27,6 +27,8 @@ BASE = {
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 PLAIN = {"num_key_value_heads": None}  # as many as heads
 WINDOWED = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# As the classes scale by default, but to the 256 positions of BASE.
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
 MODELS: dict[str, dict[str, object]] = {
     "cohere2": {**WINDOWED, "logit_scale": 1.0},
     "deepseek_v3": {
@@ -49,11 +51,11 @@ MODELS: dict[str, dict[str, object]] = {
     "glm4": {"head_dim": 8},
     "gpt2": {**PLAIN, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 256},
     "gpt_neox": {**PLAIN},
-    "gpt_oss": {**WINDOWED, **MOE, "head_dim": 8},
+    "gpt_oss": {**WINDOWED, **MOE, "head_dim": 8, "rope_parameters": {**YARN, "truncate": False}},
     "granite": {"attention_multiplier": 0.3},
     "llama": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
     "ministral": {**WINDOWED, "head_dim": 8},
-    "ministral3": {"head_dim": 8},
+    "ministral3": {"head_dim": 8, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1, "mscale": 1.0}},
     "mistral": {"sliding_window": 9, "head_dim": 16},
     "mixtral": {**MOE},
     "olmo2": {},
