@@ -7,11 +7,9 @@ that ended it (see `engine.children`).
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from engine.clock import MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError
 from engine.messages import Ready, Shutdown, encode
+from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
@@ -84,9 +83,9 @@ class CoreProcess:
         step_timeout_s: float = STEP_TIMEOUT_S,
         memory: int | None = None,
     ):
-        self._folder = tempfile.mkdtemp(prefix="redline-")
+        self._folder = SocketFolder()
         self.endpoints = Endpoints(
-            f"ipc://{self._folder}/core", tuple(f"ipc://{self._folder}/front-{i}" for i in range(front_ends))
+            f"ipc://{self._folder.path}/core", tuple(f"ipc://{self._folder.path}/front-{i}" for i in range(front_ends))
         )
         self._expected_end = False
         self._up = False
@@ -185,7 +184,7 @@ class CoreProcess:
         for stream in (self._child.stdin, self._reports):
             if stream is not None:
                 stream.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 # ------------------------------------------------------------------------------------------------------ in the child
