@@ -53,7 +53,7 @@ MODELS: dict[str, dict[str, object]] = {
     "gpt_neox": {**PLAIN},
     "gpt_oss": {**WINDOWED, **MOE, "head_dim": 8, "rope_parameters": {**YARN, "truncate": False}},
     "granite": {"attention_multiplier": 0.3},
-    "llama": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+    "llama": {"rope_parameters": {**YARN, "factor": 2.0, "original_max_position_embeddings": 128}},
     "ministral": {**WINDOWED, "head_dim": 8},
     "ministral3": {"head_dim": 8, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1, "mscale": 1.0}},
     "mistral": {"sliding_window": 9, "head_dim": 16},
