@@ -27,6 +27,10 @@ demo: install  ## The main job on a real model: two configurations, searched, sw
 bench-search: $(VENV)/installed-dev  ## The search against a queue of known capacity: found and true, seed by seed
 	$(BIN)/python -m tests.perf.bench_search
 
+.PHONY: bench-statistics
+bench-statistics: $(VENV)/installed-dev  ## Intervals and verdicts against simulations of known truth: results/bench-statistics.json
+	$(BIN)/python -m tests.perf.bench_statistics
+
 test: lint unit  ## The whole suite: linters, types, import contracts, tests
 
 lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter

@@ -4,6 +4,9 @@ The window's arrivals are drawn with an exact count N, so nearly all of the nois
 two edges of the window. Two tolerances follow. Requests in flight at an edge number L = rate x latency with a spread
 of about sqrt(L); and over N requests a queue near saturation strays by about sqrt(N) without being overloaded, which is
 half of the asked precision when N = (2 / precision)^2.
+
+Steadiness must be shown, not only not contradicted: a window says "sustained" only where an overload of the asked
+precision would have shown, in the backlog or in the latencies. Where it would not, the verdict is "undecided".
 """
 
 import math
@@ -14,9 +17,12 @@ import numpy as np
 
 from bench.metrics import WindowState
 from bench.results import PointRow, RequestRow
+from bench.trend import STUDENT_T_ONE_SIDED, Course, Trend, trend
 
 FULL_KV = 0.97
 _GRID = 200  # points at which the backlog is looked at
+_IDLE = 0.2  # of a window without an open request, half of that in its second half: no queue builds up
+_PARTS = 8  # of a window, whose changes of the backlog give its noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +65,31 @@ class Flow:
         ends = float(self.arrived() - self.completed())
         return min(slope, ends, key=abs) if slope * ends > 0 else 0.0
 
+    def spread(self) -> float:
+        """Up to how much growth of the backlog is noise (95 %, one side), were its changes independent."""
+        edges = np.linspace(self.start_s, self.end_s, _PARTS + 1)
+        return STUDENT_T_ONE_SIDED[_PARTS - 1] * math.sqrt(_PARTS) * float(np.std(np.diff(self.backlog(edges)), ddof=1))
+
+    def idle_share(self, start_s: float, end_s: float) -> float:
+        """The share of a time in which no request was open: by so much at least the server could have done more."""
+        changes = np.concatenate((self.arrivals_s, self.completions_s))
+        inside = np.sort(changes[(changes > start_s) & (changes < end_s)])
+        edges = np.concatenate(([start_s], inside, [end_s]))
+        empty = self.backlog(edges[:-1]) <= 0
+        return float(np.diff(edges)[empty].sum()) / max(end_s - start_s, 1e-9)
+
+    def course(self) -> Course:
+        """Latencies of the window as if requests ended in the order they came: k-th arrival, k-th completion."""
+        count = min(len(self.arrivals_s), len(self.completions_s))
+        inside = np.flatnonzero((self.arrivals_s[:count] >= self.start_s) & (self.arrivals_s[:count] < self.end_s))
+        due_s = self.arrivals_s[inside]
+        latency_s = self.completions_s[inside] - due_s
+        return Course(due_s, latency_s, latency_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`sustained` is None where the point can't be judged."""
+    """`sustained` is None where the point can't be judged: invalid, or undecided."""
 
     valid: bool
     sustained: bool | None
@@ -70,6 +97,14 @@ class Verdict:
     binding: str = ""  # set when unsustained or held back by the client
     growth: float = 0.0  # of the backlog over the window, in requests
     noise: float = 0.0  # growth up to here says nothing
+    ttft_trend: float | None = None  # seconds per second; None: too few requests
+
+    @property
+    def words(self) -> str:
+        """The verdict as result files hold it."""
+        if not self.valid:
+            return "invalid"
+        return {True: "sustained", False: "not sustained", None: "undecided"}[self.sustained]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +119,8 @@ class Evidence:
     client_fault: str = ""  # why the load generator can't be trusted, else empty
     cut: str = ""  # why the point ended early: "" or the overload that was seen, or "time"
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # column -> (seen, allowed)
+    course: Course | None = None  # latencies of the window; None: those that arrivals and completions imply
+    precision: float = 0.1  # 0..1: an overload of this share must have shown where the verdict is "sustained"
     fastest_s: float = 0.0  # the lowest E2E latency of the window: nothing that came later than that is owed yet
 
 
@@ -103,11 +140,60 @@ def judge(e: Evidence) -> Verdict:
     noise = tolerance(count, float(np.quantile(e.flow.backlog(grid), 0.25)))
     growth = e.flow.growth()
     seen = f"{growth:+.0f}, noise ±{noise:.0f}"
+    course = e.course if e.course is not None else e.flow.course()
+    trends = trend(course.due_s, course.ttft_s), trend(course.due_s, course.latency_s)
+    slope = trends[0].slope if trends[0] is not None else None
     reason, bound = _broken_rule(e, growth, noise, seen)
+    if not reason:
+        reason = _grown_latency(e, trends)
     if reason:
-        return Verdict(True, False, reason, bound or binding(e.server), growth, noise)
+        return Verdict(True, False, reason, bound or binding(e.server), growth, noise, slope)
+    doubt = _doubt(e, growth, noise, trends, course)
+    if doubt:
+        return Verdict(True, None, f"undecided: {doubt}", "", growth, noise, slope)
     counter = "" if e.server.preemptions is not None else "; no preemption counter"
-    return Verdict(True, True, f"backlog steady ({seen}){counter}", "", growth, noise)
+    return Verdict(True, True, f"backlog steady ({seen}){counter}", "", growth, noise, slope)
+
+
+def overload_share(precision: float) -> float:
+    """The share of its arrivals by which a backlog grows at a rate `precision` above the capacity.
+
+    Latencies grow by as many seconds per second.
+    """
+    return precision / (1 + precision)
+
+
+def _grown_latency(e: Evidence, trends: tuple[Trend | None, Trend | None]) -> str:
+    """What says that latencies grew as in a queue without end, beyond noise; "" where they didn't."""
+    for name, found in zip(("TTFT", "latency"), trends, strict=True):
+        if found is not None and found.slope - found.noise > overload_share(e.precision):
+            return f"{name} grew by {found.slope * e.flow.window_s:.2g} s within the window of {e.flow.window_s:.3g} s"
+    return ""
+
+
+def _doubt(e: Evidence, growth: float, noise: float, trends: tuple[Trend | None, Trend | None], course: Course) -> str:
+    """Why the window can't tell whether the rate is sustained; "" where an overload would have shown in it."""
+    typical_s = float(np.median(course.latency_s)) if len(course.latency_s) else 0.0
+    if e.flow.window_s < typical_s:
+        return f"the window of {e.flow.window_s:.3g} s is shorter than a typical request ({typical_s:.3g} s)"
+    share = overload_share(e.precision)
+    shown = share * e.flow.arrived()
+    by_count = noise <= shown and growth + e.flow.spread() <= shown
+    by_latency = all(t is not None and t.slope + t.noise <= share for t in trends)
+    middle_s = (e.flow.start_s + e.flow.end_s) / 2
+    idle = e.flow.idle_share(e.flow.start_s, e.flow.end_s), e.flow.idle_share(middle_s, e.flow.end_s)
+    uneven = float(np.std(course.latency_s)) / typical_s if typical_s > 0 else 1.0
+    enough = _IDLE + 1.65 * uneven / math.sqrt(max(len(course.latency_s), 1))  # few services may be short by chance
+    by_idling = idle[0] >= enough and idle[1] >= enough / 2
+    if by_count or by_latency or by_idling:
+        return ""
+    known = [t for t in trends if t is not None]
+    worst = max(known, key=lambda t: t.slope + t.noise, default=None)
+    latency = f", latencies {worst.slope:+.2g} ±{worst.noise:.2g} s/s" if worst is not None else ""
+    return (
+        f"{e.flow.arrived()} requests are too few: backlog {growth:+.0f} ±{max(noise, e.flow.spread()):.0f}{latency}, "
+        f"where {e.precision:.0%} too much would show as +{shown:.2g} and +{share:.2g} s/s"
+    )
 
 
 def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[str, str]:
@@ -176,6 +262,20 @@ def flow_of(rows: Sequence[RequestRow], start_s: float, end_s: float) -> Flow:
     arrivals = np.sort(np.array([r.intended_s for r in rows], dtype=np.float64))
     completions = [r.intended_s + r.e2e_s for r in rows if r.status == "ok" and r.e2e_s is not None]
     return Flow(arrivals, np.sort(np.array(completions, dtype=np.float64)), start_s, end_s)
+
+
+def course_of(rows: Sequence[RequestRow], ended_s: float) -> Course:
+    """Latencies of the window's requests; one still open counts with its wait until `ended_s`, when the point ended."""
+    mine = sorted((r for r in rows if r.in_window and r.status in ("ok", "cut short")), key=lambda r: r.intended_s)
+    paces = [sum(r.chunk_gaps_s) / max(1, sum(r.chunk_tokens[1:])) if len(r.chunk_tokens) > 1 else 0.0 for r in mine]
+    answered = [pace for pace, r in zip(paces, mine, strict=True) if r.ttft_s is not None]
+    middle = float(np.median(answered)) if answered else 0.0
+    later = float(np.mean([max(0, r.asked_output_tokens - 1) for r in mine])) if mine else 0.0
+    due_s = np.array([r.intended_s for r in mine], dtype=np.float64)
+    waits = [max(0.0, ended_s - r.intended_s) if r.ttft_s is None else r.ttft_s for r in mine]
+    ttft_s = np.array(waits, dtype=np.float64)
+    pace_s = np.array([middle if r.ttft_s is None else p for p, r in zip(paces, mine, strict=True)], dtype=np.float64)
+    return Course(due_s, ttft_s, ttft_s + later * pace_s)
 
 
 def binding_of_search(rows: Sequence[PointRow], high: float | None) -> str:

@@ -68,6 +68,11 @@ class Planner:
         if trial.phase == "search":
             left -= self._confirmation(trial.rate, latency_s)
         wanted = self.full_window(trial.rate, latency_s)
+        if trial.window_s:
+            wanted = max(wanted, trial.window_s)
+            if self.window_s is not None or left < wanted + self._around(latency_s):
+                return None
+            return self._fit(trial.rate, latency_s, left, 1, wanted)
         if trial.whole and left < (self.window_s or wanted) + self._around(latency_s):
             return None
         if trial.phase == "search" and trial.points_left > 1 + bisections(2.0, self.precision):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench.arrivals import Arrivals, point_seed
-from bench.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance
+from bench.criteria import Evidence, Verdict, course_of, flow_of, judge, overload, tolerance
 from bench.intervals import percentile, percentile_interval
 from bench.loadgen import GeneratorHealth, Recording, Target, run_load
 from bench.machine import CounterReader, Counters, record_shares
@@ -217,7 +217,7 @@ class LoadPoint:
         server = window_state(self.reader.states, watch.started_at + start_s, watch.started_at + end_s)
         row = self._row(plan, requests, (start_s, end_s), server, recording.health, watch.now_s)
         row.seed, row.started = seed, started
-        verdict = judge(self._evidence(row, requests, (start_s, end_s), server, recording.health, cut))
+        verdict = judge(self._evidence(row, requests, (start_s, end_s), server, recording.health, cut, watch.now_s))
         _set_verdict(row, verdict)
         if cut == INTERRUPTED and not row.valid:
             row.reason = "interrupted before its window was over"
@@ -231,6 +231,7 @@ class LoadPoint:
         server: WindowState,
         health: GeneratorHealth,
         cut: str,
+        ended_s: float,
     ) -> Evidence:
         inside = [r for r in requests if r.in_window]
         done = [r for r in inside if r.status == "ok"]
@@ -244,6 +245,8 @@ class LoadPoint:
             client_fault=health.reason if health.saturated else "",
             cut="time" if cut == INTERRUPTED else cut,
             limits={column: (getattr(row, column), allowed) for column, allowed in self.limits.items()},
+            course=course_of(requests, ended_s),
+            precision=self.precision,
             fastest_s=min((r.e2e_s for r in done if r.e2e_s is not None), default=0.0),
         )
 
@@ -365,6 +368,7 @@ def _set_verdict(row: PointRow, verdict: Verdict) -> None:
     row.reason = verdict.reason
     row.binding = verdict.binding
     row.backlog_growth, row.backlog_noise = verdict.growth, verdict.noise
+    row.verdict, row.ttft_trend = verdict.words, verdict.ttft_trend
 
 
 def _slug(name: str) -> str:

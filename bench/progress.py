@@ -233,6 +233,8 @@ def answer_text(answer: Answer) -> Text:
 def _sustained(row: PointRow) -> Text:
     if not row.valid:
         return Text("INVALID", style="bold yellow")
+    if row.undecided:
+        return Text("undecided", style="yellow")
     if row.sustained is None:
         return Text("–")  # a closed loop judges no rate
     return Text("yes", style="green") if row.sustained else Text("no", style="red")

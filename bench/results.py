@@ -136,6 +136,8 @@ class PointRow:
     generator_starved_share: float = 0.0  # of the time: ready to run while others had its core
     generator_us_per_chunk: float = 0.0  # CPU time
     loop_lag_p99_ms: float = 0.0  # from the arrival of bytes to their read
+    verdict: str = ""  # "sustained", "not sustained", "undecided", "invalid"; "": not judged, or an older file
+    ttft_trend: float | None = None  # growth of TTFT over the window, seconds per second; None: too few requests
     itl_steps: int = 0  # engine steps behind the gaps; 0 in files of before steps were counted
     coalesced_reads: int = 0  # reads that held several chunks, which then share the stamp of the last
     others_cpu_share: float | None = None  # of the cores, used by others than server and generator; None: not known
@@ -150,6 +152,11 @@ class PointRow:
         words = f"other processes used {self.others_cpu_share or 0:.0%} of the cores"
         return words + (f" and the hypervisor took {self.steal_share:.0%}" if (self.steal_share or 0) >= 0.01 else "")
 
+    @property
+    def undecided(self) -> bool:
+        """Whether its window could not tell whether the rate is sustained."""
+        return self.verdict == "undecided"
+
 
 @dataclass(slots=True)
 class Answer:
@@ -162,19 +169,24 @@ class Answer:
     high: float | None  # None: no unsustained rate was reached
     confirmed: bool
     provisional: bool
-    binding: str  # "KV cache", "rows", "compute", "client", "latency limit", "not reached"
+    binding: str  # "KV cache", "rows", "compute", "client", "latency limit", "not reached", "undecided"
     note: str = ""
     output_tok_s: float | None = None  # at the rate found
     disturbance: str = ""  # what disturbed the points that it rests on, which makes it provisional
+    undecided: float | None = None  # the lowest rate above it whose windows could not decide; None: there is none
 
     def line(self) -> str:
         """The last line of a bench run, e.g. "sustains 4.2 req/s (3.9-4.4); binding: KV cache"."""
+        if self.rate is None and self.undecided is not None:
+            above = f", not sustained from {self.high:.3g}" if self.high is not None else ""
+            return f"undecided at {self.undecided:.3g} req/s{above}: windows too short to tell; binding: {self.binding}"
         if self.rate is None:
             bound = f"below {self.high:.3g} req/s" if self.high is not None else "no rate"
             kind = f" ({self.kind()})" if self.disturbance else ""
             return f"sustains {bound}{kind}; binding: {self.binding}"
         high = f"{self.high:.3g}" if self.high is not None else "?"
-        kind = f", {self.kind()}" if self.provisional else ""
+        kind = f", undecided from {self.undecided:.3g}" if self.undecided is not None else ""
+        kind += f", {self.kind()}" if self.provisional else ""
         state = "" if self.confirmed else ", not confirmed"
         return f"sustains {self.rate:.3g} req/s ({self.low:.3g}–{high}{kind}{state}); binding: {self.binding}"
 

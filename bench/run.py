@@ -306,7 +306,7 @@ class _Run:
 
     def _latency_s(self, rate: float) -> float:
         """E2E to expect: from the nearest lower rate that was sustained, growing slowly towards this one."""
-        below = [r for r in self.rows if r.sustained and r.rate <= rate and r.e2e_p50_ms > 0]
+        below = [r for r in self.rows if (r.sustained or r.undecided) and r.rate <= rate and r.e2e_p50_ms > 0]
         above = [r.e2e_p50_ms / 1e3 for r in self.rows if r.sustained and r.rate >= rate and r.e2e_p50_ms > 0]
         nearest = max(below, key=lambda r: r.rate, default=None)
         known = self._alone_s

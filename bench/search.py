@@ -19,6 +19,8 @@ _MOST_CONFIRMATIONS = 10
 _MOST_CHALLENGES = 4
 _MOST_POINTS = 60
 _MOST_DISTURBED = 2
+_MOST_PASSED = 2  # undecided rates in a row that doubling passes by
+_MOST_EXTENSIONS = 2  # of a window that can't decide, each twice as long
 _HOPELESS = 5.0  # x the noise of a backlog: a growth that only overload explains
 CONFIRMATION_RUNS = 3  # of the answer, as time allows: their spread is its interval
 
@@ -32,6 +34,7 @@ class Trial:
     repeat: int = 0  # runs of one rate have requests of their own
     points_left: int = 1  # this one and those the search still expects after it
     whole: bool = False  # worth its time only in a window of full length
+    window_s: float = 0.0  # worth its time only in a window of this length: one of half of it could not decide
 
 
 Measure = Callable[[Trial], PointRow | None]
@@ -53,41 +56,69 @@ class _Bracket:
     rows: list[PointRow] = field(default_factory=list)
     disturbed_again: list[bool] = field(default_factory=list)  # of each repetition of a disturbed point
     narrow: bool = True  # False: there is no time left to narrow the bracket
+    extended: list[PointRow] = field(default_factory=list)  # in longer windows than planned
+    open_rows: list[PointRow] = field(default_factory=list)  # undecided in the longest window there was time for
 
     def try_rate(self, rate: float, phase: Phase, points_left: int, *, whole: bool = False) -> bool:
         """Measure one rate; a point spoilt by the client is run once more, then it counts as not sustained.
 
-        One that was disturbed by others is run once more too, as time allows.
+        Where its window can't decide it is run in longer ones; where these can't either, it was not shown to be
+        sustained.
+        """
+        rate = round_rate(rate)
+        row = self.glance(rate, phase, points_left, whole=whole)
+        for _ in range(_MOST_EXTENSIONS if row.undecided else 0):
+            longer = self._run(rate, phase, points_left, whole, 2 * row.window_s)
+            if longer is None:
+                break
+            row = longer
+            if not row.undecided:
+                break
+        if row.undecided:
+            self.open_rows.append(row)
+        return bool(row.sustained)
+
+    def glance(self, rate: float, phase: Phase, points_left: int, *, whole: bool = False) -> PointRow:
+        """Measure one rate once, twice where the client spoilt it or others disturbed it, as time allows.
+
+        The window may leave it undecided.
         """
         rate = round_rate(rate)
         row = self._run(rate, phase, points_left, whole)
-        if row.sustained is None and sum(1 for r in self.rows if r.rate == rate) == 1:
-            row = self._run(rate, phase, points_left, whole)
-        elif row.disturbed and self._repeats_help():
-            return self._run_undisturbed(row, phase)
-        return bool(row.sustained)
+        if row is None:
+            raise _StoppedError(final=phase == "confirm")
+        if row.sustained is None and not row.undecided and sum(1 for r in self.rows if r.rate == rate) == 1:
+            again = self._run(rate, phase, points_left, whole)
+            if again is None:
+                raise _StoppedError(final=phase == "confirm")
+            return again
+        return self._run_undisturbed(row, phase) if row.disturbed and self._repeats_help() else row
 
     def _repeats_help(self) -> bool:
         """Whether what disturbs passes: not where the last repetitions were disturbed as well."""
         return len(self.disturbed_again) < _MOST_DISTURBED or not all(self.disturbed_again[-_MOST_DISTURBED:])
 
-    def _run_undisturbed(self, row: PointRow, phase: Phase) -> bool:
+    def _run_undisturbed(self, row: PointRow, phase: Phase) -> PointRow:
         try:
             again = self._run(row.rate, phase, 1, whole=True)
         except _StoppedError:
-            return bool(row.sustained)  # no time for it: the verdict stands, and the answer is provisional
+            return row
+        if again is None:
+            return row  # no time for it: the verdict stands, and the answer is provisional
         self.disturbed_again.append(again.disturbed)
-        if again.disturbed and again.sustained != row.sustained:
-            return self._votes().get(row.rate, 0) > 0
-        return bool(again.sustained)
+        if again.disturbed and again.sustained != row.sustained and row.sustained:
+            return row if self._votes().get(row.rate, 0) > 0 else again
+        return again
 
-    def _run(self, rate: float, phase: Phase, points_left: int, whole: bool) -> PointRow:
+    def _run(self, rate: float, phase: Phase, points_left: int, whole: bool, window_s: float = 0.0) -> PointRow | None:
         repeat = sum(1 for r in self.rows if r.rate == rate)
-        row = self.measure(Trial(rate, phase, repeat, points_left, whole))
+        row = self.measure(Trial(rate, phase, repeat, points_left, whole, window_s))
         if row is None:
-            raise _StoppedError(final=phase == "confirm")
+            return None
         self.rows.append(row)
-        if row.sustained is None and row.binding != "client":
+        if window_s:
+            self.extended.append(row)
+        if row.sustained is None and not row.undecided and row.binding != "client":
             raise _StoppedError(final=True)  # cut by the clock, or spoilt in a way that no other rate would mend
         return row
 
@@ -99,8 +130,26 @@ class _Bracket:
 
     @property
     def high(self) -> float | None:
-        """The lowest rate whose runs say that it is not sustained."""
+        """The lowest rate whose runs say that it is not sustained, or do not show that it is."""
         return min((rate for rate, votes in self._votes().items() if votes <= 0), default=None)
+
+    @property
+    def failed(self) -> float | None:
+        """The lowest rate above the lower end that was seen to be not sustained."""
+        low = self.low or 0.0
+        bad = (rate for rate, votes in self._votes().items() if votes <= 0 and rate > low)
+        return min((rate for rate in bad if any(self._against(r) for r in self.rows if r.rate == rate)), default=None)
+
+    @property
+    def undecided(self) -> float | None:
+        """The lowest rate between the two whose windows could not decide."""
+        low, failed = self.low or 0.0, self.failed
+        between = (r.rate for r in self.rows if r.undecided and r.rate > low and (failed is None or r.rate < failed))
+        return min(between, default=None)
+
+    @staticmethod
+    def _against(row: PointRow) -> bool:
+        return row.sustained is False or (row.sustained is None and row.binding == "client")
 
     @property
     def low(self) -> float | None:
@@ -114,17 +163,26 @@ class _Bracket:
         return self._votes().get(round_rate(rate)) == 0
 
     def _votes(self) -> dict[float, int]:
-        """By rate: whole runs that sustained it minus those that didn't; a short window loses against a whole one."""
-        most = max((r.requests for r in self.rows), default=0)
+        """By rate: whole runs that sustained it minus those that didn't; a short window loses against a whole one.
+
+        A run that the longest window left undecided counts as one that didn't, any other undecided one for nothing.
+        """
+        most = self._most(self.rows)
         whole: dict[float, int] = {}
         short: dict[float, int] = {}
         judged = {row.rate for row in self.rows if row.sustained is not None}
         for row in self.counted:
-            if row.sustained is None and (row.binding != "client" or row.rate in judged):
+            if row.undecided and not any(row is other for other in self.open_rows):
+                continue
+            if row.sustained is None and not row.undecided and (row.binding != "client" or row.rate in judged):
                 continue
             votes = short if 2 * row.requests < most and not _plain(row) else whole
             votes[row.rate] = votes.get(row.rate, 0) + (1 if row.sustained else -1)
         return short | whole
+
+    def _most(self, rows: list[PointRow]) -> int:
+        """Requests of the longest window as it was planned."""
+        return max((r.requests for r in rows if not any(r is other for other in self.extended)), default=0)
 
     def wide(self) -> bool:
         low, high = self.low, self.high
@@ -137,7 +195,7 @@ class _Bracket:
         runs = [r for r in self.counted if r.rate == self.high]
         if len(runs) != 1 or not self.narrow or _plain(runs[0]):
             return False
-        return 2 * runs[0].requests < max(r.requests for r in self.rows)
+        return 2 * runs[0].requests < self._most(self.rows)
 
     def beyond_doubt(self, rate: float) -> bool:
         """Whether a rate failed more than once, or so that no slow moment of the machine can have been the cause."""
@@ -152,7 +210,7 @@ class _Bracket:
     def confirmations(self) -> list[PointRow]:
         """Confirmation runs of the lower end that were long enough to count, whatever they said."""
         runs = [r for r in self.counted if r.phase == "confirm" and r.rate == self.low and r.sustained is not None]
-        return [r for r in runs if 2 * r.requests >= max(run.requests for run in runs)]
+        return [r for r in runs if 2 * r.requests >= self._most(runs)]
 
     def disturbance(self) -> str:
         """What disturbed the points at the two ends, in words; "" where nothing did."""
@@ -203,14 +261,23 @@ def find_sustained(
 
 def _double(b: _Bracket, start_rate: float) -> None:
     rate = start_rate
-    if b.try_rate(rate, "search", 4 + b.bisections()):
-        for _ in range(_MOST_DOUBLINGS):
-            rate *= 2
-            if not b.try_rate(rate, "search", 3 + b.bisections()):
-                return
+    # On the way up a window that can't decide is passed by: it is looked at again where it turns out to matter.
+    passed = 0
+    for doubling in range(_MOST_DOUBLINGS + 1):
+        points_left = 3 + (not doubling) + b.bisections()
+        if passed < _MOST_PASSED:
+            row = b.glance(rate, "search", points_left)
+            passed = passed + 1 if row.undecided else 0
+            overloaded = not row.sustained and not row.undecided
+        else:
+            passed, overloaded = 0, not b.try_rate(rate, "search", points_left)
+        if overloaded:
+            break
+        rate *= 2
+    else:
         b.narrow = False  # no end in sight: say so rather than go on for ever
-        return
-    _halve(b, rate)
+    if b.low is None:
+        _halve(b, rate)
 
 
 def _halve(b: _Bracket, rate: float) -> None:
@@ -289,7 +356,7 @@ def _repeat(b: _Bracket) -> None:
 
 
 def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
-    low, high = b.low, b.high
+    low, high, undecided = b.low, b.failed, b.undecided
     answer = Answer(
         configuration=configuration,
         workload=workload,
@@ -298,8 +365,9 @@ def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
         high=high,
         confirmed=b.low_holds(),
         provisional=False,
-        binding=binding_of_search(b.counted, high),
+        binding="undecided" if high is None and undecided is not None else binding_of_search(b.counted, high),
         disturbance=b.disturbance(),
+        undecided=undecided,
     )
     answer.provisional = bool(answer.disturbance)
     runs = [r for r in b.counted if r.rate == low and r.sustained]
@@ -310,7 +378,8 @@ def _answer(b: _Bracket, configuration: str, workload: str) -> Answer:
     answer.low = _low_end(low, repeated, runs)
     answer.provisional = all(r.provisional for r in runs) or bool(answer.disturbance)
     answer.output_tok_s = runs[-1].output_tok_s
-    notes = [f"at {r.rate:g} req/s: {r.reason}" for r in b.counted if r.rate == high and not r.sustained][:1]
+    notes = [f"at {r.rate:g} req/s: {r.reason}" for r in b.rows if r.rate == undecided and r.undecided][-1:]
+    notes += [f"at {r.rate:g} req/s: {r.reason}" for r in b.counted if r.rate == high and not r.sustained][:1]
     if all(r.preemptions is None for r in runs):
         notes.append("the server has no preemption counter: its queue and completions decided")
     if len(repeated) >= CONFIRMATION_RUNS:
@@ -336,4 +405,5 @@ def _low_end(rate: float, repeated: list[PointRow], runs: list[PointRow]) -> flo
 
 def answer_of_rates(rows: list[PointRow], configuration: str, workload: str) -> Answer:
     """What a list of given rates says: the highest one sustained below the lowest that was not; never confirmed."""
-    return _answer(_Bracket(lambda _: None, precision=1.0, rows=rows), configuration, workload)
+    bracket = _Bracket(lambda _: None, precision=1.0, rows=rows, open_rows=[r for r in rows if r.undecided])
+    return _answer(bracket, configuration, workload)

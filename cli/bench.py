@@ -33,6 +33,7 @@ from cli.workload import (
     workload_spec,
 )
 
+UNDECIDED = 4  # the exit code where no rate was sustained and windows were too short to tell of at least one
 FAILED_REQUESTS = 3  # the exit code of a whole measurement in which requests failed
 _ANY_VOCABULARY = 32_000  # where only the lengths of a workload matter
 
@@ -79,7 +80,8 @@ def command(ctx: click.Context, **given: Any) -> None:
 
     Flags after -- go to the server that --model starts: redline bench --model smollm2-135m -- --max-num-seqs 16
 
-    Exits with 0, with 1 if nothing could be judged or the server was lost, with 3 if requests failed.
+    Exits with 0, with 1 if nothing could be judged or the server was lost, with 3 if requests failed, with 4 if no rate
+    was shown to be sustained because windows were too short to tell (raise --max-minutes or --window).
     """
     _check(ctx, given)
     console = Console()
@@ -149,7 +151,7 @@ def _run(
     code, answer, ended = 0, None, None
     try:
         answer = measure_configuration(Subject(target, workload, name, options, files, ConsoleProgress(console)))
-        code = 0 if answer is not None else 1
+        code = 1 if answer is None else UNDECIDED if answer.rate is None and answer.undecided is not None else 0
     except InterruptedRunError as interrupted:
         answer, code = interrupted.answer, 130
     except BenchError as error:

@@ -283,5 +283,5 @@ def _caption(results: Results, ablation: Ablation) -> list[str]:
             f"Bold: its interval and that of {names[0]} lie apart",
         ]
     if any(not cell.sustained for row in ablation.rows for cell in row.cells.values()):
-        reading.append("Hollow: the rate was not sustained")
+        reading.append("Hollow: the rate was not shown to be sustained")
     return [*wrapped(run_facts(results, names, samples)), *wrapped(reading)]

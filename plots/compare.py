@@ -222,13 +222,19 @@ def _judge(text: str, results: Results, comparisons: list[Comparison]) -> list[s
             value = cell.difference if condition.relative else cell.value
             where = f"{name} / {comparison.workload}"
             if value is None:
-                hint = "; it needs limits (--slo, or limits of the sweep)" if condition.metric.key == "goodput" else ""
-                lines.append(
-                    f"{where}: {condition.metric.key} can't be judged against {text!r}: it was not measured{hint}"
-                )
+                why = _why_unknown(condition.metric, results.series[name, comparison.workload])
+                lines.append(f"{where}: {condition.metric.key} can't be judged against {text!r}: {why}")
             elif value > condition.limit if condition.above else value < condition.limit:
                 shown = percent_words(value) if condition.relative else f"{value:.4g} {condition.metric.unit}"
                 lines.append(f"{where}: {condition.metric.key} is {shown}, which {text!r} forbids")
     if not judged:
         raise ReportError(f"--fail-if {text!r}: nothing to compare; give two results folders or two configurations")
     return lines
+
+
+def _why_unknown(metric: Metric, series: Series) -> str:
+    if metric.key == "goodput":
+        return "it was not measured; it needs limits (--slo, or limits of the sweep)"
+    if series.answer is not None and series.answer.undecided is not None:
+        return f"its windows were too short to decide at {series.answer.undecided:.3g} req/s"
+    return "it was not measured"

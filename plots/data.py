@@ -56,7 +56,8 @@ class Series:
     @cached_property
     def curve(self) -> list[Drawn]:
         """The points of the line, by rate: what was measured in bounded windows if there is enough of it, else all."""
-        valid = [p for p in self.points if p.valid and p.sustained is not None and p.requests > 0]
+        judged = [p for p in self.points if p.valid and (p.sustained is not None or p.undecided)]
+        valid = [p for p in judged if p.requests > 0]
         bounded = [p for p in valid if p.phase in CURVE_PHASES]
         chosen = _one_a_rate(bounded if len({p.rate for p in bounded}) >= 3 else valid)
         return [_drawn(RunFiles(self.folder), p) for p in chosen]
@@ -256,6 +257,15 @@ def _series(run: Run, workloads: list[str]) -> list[Series]:
             if points or answer:
                 made.append(Series(label, workload, answer, points, run.folder))
     return made
+
+
+def verdict_words(point: PointRow) -> str:
+    """The verdict of a load point; "–" where none was passed (one request alone, a closed loop)."""
+    if not point.valid:
+        return "invalid"
+    if point.undecided:
+        return "undecided"
+    return {True: "sustained", False: "not sustained", None: "–"}[point.sustained]
 
 
 def _one_a_rate(points: list[PointRow]) -> list[PointRow]:

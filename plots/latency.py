@@ -30,6 +30,7 @@ from plots.style import (
 )
 
 _ARROW = 0.2  # x the value: how far the arrow of an unknown upper end reaches
+UNDECIDED = "#c9ccd1"  # inside a marker
 SECONDS_FROM_MS = 10_000  # an axis that reaches this far is labelled in seconds
 
 
@@ -89,6 +90,8 @@ def caption(results: Results, workload: str) -> list[str]:
     gaps = f"{span([d.gaps for d in drawn])} gaps of {span([d.steps for d in drawn])} engine steps"
     samples = f"Samples per point: {span([d.requests for d in drawn])} requests, {gaps}"
     reading = ["Dashed: highest sustained rate", "Hollow: not sustained"]
+    if any(d.point.undecided for d in drawn):
+        reading.append("Grey inside: undecided, the window was too short to tell")
     if any(panel.samples(d) < P99_SAMPLES for panel in PANELS for d in drawn):
         reading.append(f"Whiskers: 95 % interval of a P99 of fewer than {P99_SAMPLES:,} steps or requests")
         if any(panel.interval(d.point)[1] == math.inf for panel in PANELS for d in drawn):
@@ -114,11 +117,14 @@ def sustained_words(answer: Answer | None) -> str:
     """An answer in the few words a legend has room for."""
     if answer is None:
         return "no answer"
+    if answer.rate is None and answer.undecided is not None:
+        return f"undecided at {answer.undecided:.3g} req/s"
     if answer.rate is None:
         kind = f" ({answer.kind()})" if answer.disturbance else ""
         return (f"sustains less than {answer.high:.3g} req/s" if answer.high else "sustains no rate tried") + kind
     high = f"{answer.high:.3g}" if answer.high is not None else "?"
-    kind = (f", {answer.kind()}" if answer.provisional else "") + ", not confirmed" * (not answer.confirmed)
+    kind = f", undecided from {answer.undecided:.3g}" if answer.undecided is not None else ""
+    kind += (f", {answer.kind()}" if answer.provisional else "") + ", not confirmed" * (not answer.confirmed)
     return f"sustains {answer.rate:.3g} req/s ({answer.low:.3g}–{high}{kind})"
 
 
@@ -157,7 +163,7 @@ def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], 
         low, high = panel.interval(d.point)
         if panel.samples(d) < P99_SAMPLES and math.isfinite(low):
             _draw_interval(axes, (d.point.rate, value), (low * scale, high * scale), colour)
-        face = colour if series.sustained(d.point) else "white"
+        face = colour if series.sustained(d.point) else UNDECIDED if d.point.undecided else "white"
         axes.plot(
             d.point.rate, value, marker, color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.6, zorder=4
         )

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from bench.results import PointRow
 from plots.ablation import Ablation
 from plots.compare import Comparison, percent_words
-from plots.data import Results, Series, hardware_lines, model_names
+from plots.data import Results, Series, hardware_lines, model_names, verdict_words
 from plots.style import palette
 from plots.tables import failure_words, heading, number, trouble, verdict
 from plots.template import PAGE
@@ -109,8 +109,10 @@ def _card(series: Series, colour: str) -> dict[str, str]:
     high = f"{answer.high:.3g}" if answer.high is not None else "unknown"
     states = [f"{answer.low:.3g} to {high}"] if answer.rate is not None else []
     states.append(f"binding: {answer.binding}")
+    states += [f"undecided from {answer.undecided:.3g}"] if answer.undecided is not None else []
     states += [answer.kind()] * answer.provisional + ["not confirmed"] * (not answer.confirmed)
     rate = f"{answer.rate:.3g}" if answer.rate is not None else f"less than {high}" if answer.high else "none"
+    rate = "undecided:" if answer.rate is None and answer.undecided is not None else rate
     return card | {"rate": rate, "detail": " · ".join(states), "note": answer.note}
 
 
@@ -143,7 +145,7 @@ def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[s
     for column, _, _ in columns:
         value = values[column]
         if column == "sustained":
-            shown = "invalid" if not point.valid else {True: "yes", False: "no", None: "–"}[value]
+            shown = {"sustained": "yes", "not sustained": "no"}.get(verdict_words(point), verdict_words(point))
             cells.append(("" if value is None else int(value), shown, shown if point.valid else "worse"))
         elif column == "failed":
             kinds = failure_words(point)
@@ -155,6 +157,7 @@ def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[s
         else:
             cells.append((_sort_key(value), number(_finite(value)), "number"))
     state = "invalid" if not point.valid else "sustained" if point.sustained else "unsustained"
+    state = "undecided" if point.undecided else state
     reason = f"{point.reason}{' (provisional: short window)' if point.provisional else ''}"
     reason += f"; disturbed: {point.disturbance}" if point.disturbed else ""
     reason += f" · {point.point_id}"

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 
 from bench.results import PointRow
 from plots.compare import points_at_one_rate
-from plots.data import Results, run_facts
+from plots.data import Results, run_facts, verdict_words
 from plots.samples import Samples, read_samples
 from plots.style import (
     MUTED,
@@ -146,7 +146,7 @@ def _caption(results: Results, lines: list[_Line]) -> list[str]:
 def _at(line: _Line, lines: list[_Line]) -> str:
     """What the legend says of a line's rate: nothing where the title says it for all."""
     words = [f"{line.point.rate:.3g} req/s"] if len({other.point.rate for other in lines}) > 1 else []
-    words += [] if line.point.sustained else ["not sustained"]
+    words += [] if line.point.sustained else [verdict_words(line.point)]
     words += ["disturbed"] if line.point.disturbed else []
     return ", ".join(words) + ": " if words else ""
 

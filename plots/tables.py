@@ -77,17 +77,18 @@ def failure_words(point: PointRow) -> str:
 
 
 def trouble(point: PointRow) -> str:
-    """Why a load point is no clean measurement: invalid, disturbed, or with failed requests; "" where it is one."""
+    """Why a load point is no clean measurement: invalid, undecided, disturbed, or with failed requests; else ""."""
     kinds = failure_words(point) or (f"{point.failed}" if point.failed else "")
-    if point.valid and not kinds and not point.disturbed:
+    if point.valid and not kinds and not point.disturbed and not point.undecided:
         return ""
-    words = [f"at {point.rate:.3g} req/s ({point.phase})", "valid" if point.valid else f"invalid: {point.reason}"]
+    state = point.reason if point.undecided else "valid" if point.valid else f"invalid: {point.reason}"
+    words = [f"at {point.rate:.3g} req/s ({point.phase})", state]
     disturbed = f"; disturbed: {point.disturbance}" if point.disturbed else ""
     return ", ".join(words) + (f"; failed requests: {kinds}" if kinds else "") + disturbed
 
 
 def trouble_lines(results: Results) -> list[str]:
-    """One line a load point that is invalid, disturbed or had failures."""
+    """One line a load point that is invalid, undecided, disturbed or had failures."""
     points = [p for s in results.series.values() for p in s.points]
     return [f"{p.configuration} / {p.workload}: {words}" for p in points if (words := trouble(p))]
 

@@ -42,7 +42,7 @@ th[aria-sort=descending]::after { content: " ▼"; font-size: 9px; }
 .better { color: var(--good); } .worse { color: var(--bad); }
 .difference { font-size: 12px; display: block; min-height: 1.2em; }
 .difference.clear { font-weight: 700; }
-tr.unsustained td, tr.invalid td { color: var(--muted); }
+tr.unsustained td, tr.invalid td, tr.undecided td { color: var(--muted); }
 tr.unsustained .dot { background: #fff !important; border: 2px solid var(--own); }
 tr.invalid td { text-decoration: line-through; }
 td.yes { color: var(--good); font-weight: 600; }

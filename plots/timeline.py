@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.results import PointRow, RunFiles
-from plots.data import Results, Series, hardware_lines, model_names, versions_line
+from plots.data import Results, Series, hardware_lines, model_names, verdict_words, versions_line
 from plots.samples import Moments, read_moments
 from plots.style import INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, wants_log, wrapped
 
@@ -215,9 +215,9 @@ def _legend(axes: Axes) -> None:
 
 
 def _verdict(point: PointRow) -> str:
-    state = "invalid" if not point.valid else "sustained" if point.sustained else "not sustained"
+    state = verdict_words(point)
     state = f"disturbed, {state}" if point.disturbed else state
-    text = f"{state}: {point.reason}" if point.reason else state
+    text = f"{state}: {point.reason.removeprefix('undecided: ')}" if point.reason else state
     return text if len(text) <= 140 else text[:139] + "…"
 
 

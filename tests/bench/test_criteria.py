@@ -3,9 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.criteria import Evidence, Flow, binding, judge, overload, tolerance
+from bench.criteria import Evidence, Flow, binding, course_of, judge, overload, tolerance
 from bench.metrics import WindowState
-from tests.bench.queue_model import queue
+from bench.trend import Course
+from tests.bench.queue_model import KINDS, queue, verdict_of
+from tests.bench.rows import plain_request
 
 QUIET = WindowState(preemptions=0)
 
@@ -107,3 +109,62 @@ def test_tolerance_never_falls_with_more_requests(count: float, in_flight: float
     assert tolerance(count, in_flight) >= 2
     assert tolerance(count + 1, in_flight) >= tolerance(count, in_flight)
     assert tolerance(count, in_flight + 1) >= tolerance(count, in_flight)
+
+
+def demo_course(rising: bool) -> tuple[Flow, Course]:
+    """14 requests at 1.32 req/s beside busy neighbors: TTFT about 8.9 s, a backlog of 12 to 15 requests."""
+    arrivals = np.arange(-12.0, 25.0) / 1.32
+    wait = 8.9 + (0.6 * arrivals if rising else 3.0 * np.sin(np.arange(len(arrivals)) * 2.1))
+    flow = Flow(arrivals, np.sort(arrivals + wait + 1.5), 0.0, 14 / 1.32)
+    inside = (arrivals >= 0) & (arrivals < 14 / 1.32)
+    return flow, Course(arrivals[inside], wait[inside], wait[inside] + 1.5)
+
+
+def test_a_window_whose_tolerance_is_as_large_as_an_overload_is_undecided() -> None:
+    flow, course = demo_course(rising=False)
+    verdict = judge(evidence(flow, course=course))
+    assert (verdict.valid, verdict.sustained, verdict.words) == (True, None, "undecided")
+    assert verdict.noise > 8, "as in the window that once said sustained"
+    assert "the window of 10.6 s is shorter than a typical request" in verdict.reason
+    longer = Flow(flow.arrivals_s, flow.completions_s, -4.0, 14 / 1.32)
+    assert "19 requests are too few" in judge(evidence(longer, course=course)).reason
+
+
+def test_ttft_that_climbs_through_the_window_is_overload_whatever_the_backlog_tells() -> None:
+    flow, course = demo_course(rising=True)
+    verdict = judge(evidence(flow, course=course))
+    assert verdict.sustained is False
+    assert verdict.ttft_trend == pytest.approx(0.6)
+    assert "TTFT grew" in verdict.reason or "backlog grew" in verdict.reason
+
+
+def test_a_window_shorter_than_its_requests_is_undecided() -> None:
+    arrivals = np.arange(400) / 40.0
+    flow = Flow(arrivals, arrivals + 20.0, 0.0, 10.0)
+    course = Course(arrivals, np.full(400, 19.0), np.full(400, 20.0))
+    verdict = judge(evidence(flow, course=course))
+    assert verdict.sustained is not True
+
+
+@pytest.mark.parametrize("kind", ["steady", "noisy", "exponential", "bursts"])
+@pytest.mark.parametrize("requests", [14, 24, 100, 400])
+def test_overload_is_hardly_ever_called_sustained(kind: str, requests: int) -> None:
+    wrong = sum(verdict_of(kind, 8, 1.25, requests, seed).sustained is True for seed in range(20))
+    assert wrong <= 1
+
+
+def test_half_of_the_capacity_is_called_sustained_in_whole_windows() -> None:
+    for kind in KINDS:
+        right = sum(verdict_of(kind, 8, 0.5, 400, seed).sustained is True for seed in range(20))
+        assert right >= 18, kind
+
+
+def test_the_course_leaves_the_lengths_of_answers_out() -> None:
+    rows = [
+        plain_request(intended_s=i, asked_output_tokens=n, chunk_gaps_s=[0.1] * (n - 1), chunk_tokens=[1] * n)
+        for i, n in enumerate([2, 20, 5, 13])
+    ]
+    silent: dict[str, object] = {"ttft_s": None, "e2e_s": None, "chunk_gaps_s": [], "chunk_tokens": []}
+    course = course_of([*rows, plain_request(intended_s=4.0, status="cut short", **silent)], 10.0)
+    assert course.ttft_s.tolist() == pytest.approx([0.1] * 4 + [6.0])
+    assert course.latency_s[:4].tolist() == pytest.approx([course.latency_s[0]] * 4)

@@ -1,10 +1,14 @@
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from bench.loadgen import Target
 from bench.progress import QuietProgress
-from bench.results import RunFiles, ServerState, Summary
+from bench.results import Answer, RunFiles, ServerState, Summary
 from bench.run import BenchOptions, Subject, measure_configuration
 from bench.server import ServerProcess
 from bench.workloads import make_workload
@@ -65,3 +69,21 @@ def test_a_summary_says_what_ran(tmp_path: Path) -> None:
     assert {"python", "redline-llm", "torch", "numpy"} <= set(summary.versions)
     assert {"cpu", "cores", "memory_gib", "system"} <= set(summary.hardware)
     assert summary.seed == 3
+
+
+def test_files_of_before_there_were_undecided_verdicts_are_read(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    point, requests = make_point(Server(4.0), "c", "w", 2.0, "fixed", 5)
+    files.add_point(replace(point, itl_p99_high_ms=math.inf, verdict="undecided", sustained=None), requests)
+    (newer,) = files.read_points()
+    assert (newer.undecided, newer.itl_p99_high_ms) == (True, math.inf)
+    frame = pd.read_csv(tmp_path / "points.csv").drop(columns=["verdict", "ttft_trend", "itl_steps"])
+    frame.to_csv(tmp_path / "points.csv", index=False)
+    (older,) = files.read_points()
+    assert (older.verdict, older.undecided, older.itl_steps, older.ttft_trend) == ("", False, 0, None)
+    summary = Summary("t", 0, {"c": {}}, {"w": {}}, answers=[Answer("c", "w", 2.0, 1.9, 2.2, True, False, "compute")])
+    files.write_summary(summary)
+    data = json.loads((tmp_path / "summary.json").read_text())
+    del data["answers"][0]["undecided"]
+    (tmp_path / "summary.json").write_text(json.dumps(data))
+    assert files.read_summary().answers[0].undecided is None

@@ -242,7 +242,7 @@ def test_with_the_real_rule_the_answer_is_within_5_percent_of_a_queues_capacity(
         assert answer.rate == pytest.approx(slots, rel=0.05)
         assert answer.high is not None
         covered += answer.low <= slots <= answer.high
-        runs = [r for r in rows if r.rate == answer.rate and r.phase == "confirm"]
+        runs = [r for r in rows if r.rate == answer.rate and r.phase == "confirm" and not r.undecided]
         assert len(runs) == CONFIRMATION_RUNS
         assert len({r.repeat for r in runs}) == CONFIRMATION_RUNS
     assert covered >= 9  # 95 % of them, on average
@@ -351,3 +351,52 @@ def test_nothing_sustained_beside_others_is_provisional_too() -> None:
     rows = [plain_point(rate=4.0, sustained=False, disturbed=True, others_cpu_share=0.3, steal_share=0.25)]
     line = answer_of_rates(rows, "c", "w").line()
     assert "sustains below 4 req/s (provisional: other processes used 30% of the cores and the hypervisor took" in line
+
+
+def undecided_below(capacity: float, enough: int) -> Callable[[Trial], PointRow | None]:
+    """Windows of fewer than `enough` seconds can't decide; the first one of a rate has 100."""
+
+    def measure(trial: Trial) -> PointRow | None:
+        window_s = trial.window_s or 100.0
+        decided, good = window_s >= enough, trial.rate <= capacity
+        verdict = ("sustained" if good else "not sustained") if decided else "undecided"
+        return plain_point(
+            rate=trial.rate, phase=trial.phase, repeat=trial.repeat, window_s=window_s, requests=round(4 * window_s),
+            sustained=good if decided else None, verdict=verdict, binding="" if good or not decided else "compute",
+            reason="undecided: 40 requests are too few" if not decided else "", backlog_growth=0.0 if good else 99.0,
+            backlog_noise=10.0,
+        )  # fmt: skip
+
+    return measure
+
+
+def test_a_window_that_can_not_decide_is_followed_by_longer_ones() -> None:
+    answer, rows = find_sustained(undecided_below(5.0, 350), start_rate=1.0, precision=0.1)
+    assert answer.confirmed
+    assert answer.rate is not None
+    assert 4.5 <= answer.rate <= 5.0
+    assert answer.undecided is None
+    tried = [r.window_s for r in rows if r.rate == answer.rate]
+    assert tried[:3] == [100.0, 200.0, 400.0]
+    assert all(r.window_s == 400.0 for r in rows if r.sustained)
+
+
+def test_where_no_window_decides_the_answer_says_so_and_no_rate_counts_as_sustained() -> None:
+    answer, rows = find_sustained(undecided_below(5.0, 10**9), start_rate=1.0, precision=0.1)
+    assert answer.rate is None
+    assert answer.high is None
+    assert (answer.binding, answer.undecided) == ("undecided", min(r.rate for r in rows))
+    assert answer.line().startswith("undecided at")
+    assert not answer.confirmed
+    assert len(rows) < 100
+
+
+def test_given_rates_of_which_some_could_not_be_decided() -> None:
+    verdicts = {1.0: "sustained", 2.0: "undecided", 3.0: "not sustained"}
+    known = {"sustained": True, "undecided": None, "not sustained": False}
+    rows = [plain_point(rate=r, phase="fixed", sustained=known[v], verdict=v) for r, v in verdicts.items()]
+    answer = answer_of_rates(rows, "c", "w")
+    assert (answer.rate, answer.undecided, answer.high) == (1.0, 2.0, 3.0)
+    assert "undecided from 2" in answer.line()
+    only = answer_of_rates(rows[1:2], "c", "w")
+    assert (only.rate, only.undecided, only.high, only.binding) == (None, 2.0, None, "undecided")

@@ -1,0 +1,48 @@
+"""Whether latencies grow within a window: evidence of a queue that a count of open requests is too coarse to show."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+_PARTS = 8  # of the window, by requests
+_FEWEST = 3  # requests in a part
+# Student's t, one-sided 95 %, by degrees of freedom.
+STUDENT_T_ONE_SIDED = {2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895}
+# Means over parts of a random walk are correlated: their ends stray by so much more than independent steps would.
+_WALK = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """Latencies of the requests of a window by the time they were due, in seconds."""
+
+    due_s: np.ndarray  # float64[n], sorted
+    ttft_s: np.ndarray
+    latency_s: np.ndarray  # E2E of an answer of mean length at the pace of each: lengths are the workload's noise
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """Growth of a latency in seconds per second, and up to how much of it is noise (95 %, one side)."""
+
+    slope: float
+    noise: float
+
+
+def trend(due_s: np.ndarray, latency_s: np.ndarray) -> Trend | None:
+    """The trend between the first and the last part of a window; None where it has too few requests for one.
+
+    The noise is that of a random walk, as the wait in an overloaded queue is: independent increments between parts.
+    """
+    parts = min(_PARTS, len(due_s) // _FEWEST)
+    if parts < 4:
+        return None
+    places = np.array_split(np.arange(len(due_s)), parts)
+    means = np.array([latency_s[part].mean() for part in places])
+    length_s = float(due_s[places[-1]].mean() - due_s[places[0]].mean())
+    if length_s <= 0:
+        return None
+    spread = _WALK * float(np.std(np.diff(means), ddof=1)) * math.sqrt(parts - 1)
+    noise = STUDENT_T_ONE_SIDED[parts - 2] * spread / length_s
+    return Trend(float(means[-1] - means[0]) / length_s, noise)
