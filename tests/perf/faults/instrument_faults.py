@@ -12,7 +12,7 @@ import psutil
 
 from tests.perf.faults.row import Row, world
 
-DISK_KB = 24  # holds the first files of a run and not the rest
+DISK_KB = 84  # room for what is tried before measuring, and for the first points
 
 
 def full_disk(model: str) -> Row | None:
@@ -25,7 +25,7 @@ def full_disk(model: str) -> Row | None:
         (base / "disk").mkdir()
         bench = [
             sys.executable, "-m", "cli.main", "bench", "--url", here.served.url, "--input", "16", "--output", "16",
-            "--rates", "4,8,16", "--window", "3", "--max-minutes", "1", "--out", str(base / "disk" / "run"),
+            "--rates", "4,8,12,16,20,24", "--window", "2", "--max-minutes", "2", "--out", str(base / "disk" / "run"),
         ]  # fmt: skip
         # A file system of so many KB, seen by the bench alone; what lies on it at the end is listed.
         script = (
