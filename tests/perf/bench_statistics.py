@@ -26,6 +26,7 @@ from tests.bench.queue_model import KINDS, verdict_of
 from tests.bench.step_model import streams, true_percentile
 
 STEPS = {1: 4000, 8: 2000, 32: 2000, 128: 1000, 256: 1000}  # of a window, by requests at a time
+WRONG_SUSTAINED = 0.05  # of windows above the capacity, at most
 OVERLOADS, WINDOWS, SLOTS = (1.1, 1.25, 1.5), (14, 24, 100, 400), (2, 8, 32)
 
 
@@ -112,6 +113,15 @@ def verdict_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def most_wrong(rows: list[dict[str, Any]]) -> float:
+    """The largest share of windows above the capacity that were called sustained, over all numbers of slots."""
+    shares: dict[tuple[str, int, float], list[float]] = {}
+    for row in rows:
+        if row["kind"].startswith("verdict") and row["load"] > 1:
+            shares.setdefault((row["kind"], row["requests"], row["load"]), []).append(row["wrong"])
+    return max(float(np.mean(of_slots)) for of_slots in shares.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=300, help="windows a row of the intervals")
@@ -130,7 +140,8 @@ def main() -> int:
     path.write_text(json.dumps(rows, indent=1) + "\n")
     console.print(f"results: {path}", highlight=False)
     held = all(0.93 <= r["coverage"] <= 0.97 for r in rows if "coverage" in r)
-    return 0 if held and all(r["wrong"] <= 0.06 for r in rows if r["kind"].startswith("equal")) else 1
+    equal = all(r["wrong"] <= 0.06 for r in rows if r["kind"].startswith("equal"))
+    return 0 if held and equal and most_wrong(rows) <= WRONG_SUSTAINED else 1
 
 
 if __name__ == "__main__":
