@@ -178,21 +178,24 @@ def _print_end(console: Console, files: RunFiles, summary: Summary, answer: Answ
         console.print(points_table(points, title=summary.title))
         for point in points:
             if not point.valid:
-                console.print(f"INVALID at {point.rate:g} req/s: {point.reason}", style="yellow", highlight=False)
+                console.print(
+                    f"INVALID at {point.rate:g} req/s: {point.reason}", style="yellow", highlight=False, soft_wrap=True
+                )
         for point in points:
             if point.disturbed:
-                console.print(
-                    f"disturbed at {point.rate:g} req/s: {point.disturbance}", style="yellow", highlight=False
-                )
+                text = f"disturbed at {point.rate:g} req/s: {point.disturbance}"
+                console.print(text, style="yellow", highlight=False, soft_wrap=True)
     for point in failed:
-        console.print(f"failed at {point.rate:g} req/s: {failure_words(point)}", style="red", highlight=False)
-    console.print(f"results: {files.folder}", highlight=False)
+        console.print(
+            f"failed at {point.rate:g} req/s: {failure_words(point)}", style="red", highlight=False, soft_wrap=True
+        )
+    console.print(f"results: {files.folder}", highlight=False, soft_wrap=True)
     if answer is None:
         console.print("no load point could be judged", style="bold")
         return bool(failed)
     if answer.note:
-        console.print(answer.note, highlight=False)
-    console.print(answer_text(answer))
+        console.print(answer.note, highlight=False, soft_wrap=True)
+    console.print(answer_text(answer), soft_wrap=True)
     return bool(failed)
 
 

@@ -127,18 +127,19 @@ def _print(console: Console, files: RunFiles, row: PointRow) -> None:
     console.print()
     console.print(points_table([row], title=f"{row.workload}, {row.concurrency} at a time"))
     if row.failures:
-        console.print(f"failed: {row.failures}", style="red", highlight=False)
+        console.print(f"failed: {row.failures}", style="red", highlight=False, soft_wrap=True)
     several = f", {row.generator_processes} processes" if row.generator_processes > 1 else ""
     console.print(
         f"load generator: {row.generator_us_per_chunk:.1f} µs of CPU a chunk{several}, {row.generator_cpu_share:.0%} "
         f"of a core, reads {row.loop_lag_p99_ms:.2f} ms and sends {row.lateness_p99_ms:.2f} ms late (P99), "
         f"{row.coalesced_reads} reads of several chunks",
         highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"results: {files.folder}", highlight=False)
+    console.print(f"results: {files.folder}", highlight=False, soft_wrap=True)
     disturbed = f"; disturbed: {row.disturbance}" if row.disturbed else ""
     if not row.valid:
-        console.print(f"INVALID: {row.reason}", style="bold yellow", highlight=False)
+        console.print(f"INVALID: {row.reason}", style="bold yellow", highlight=False, soft_wrap=True)
         return
     console.print(
         f"{row.concurrency} at a time: {row.achieved_rate:.4g} req/s, {row.output_tok_s:.0f} tok/s; TTFT P50/P99 "
@@ -146,4 +147,5 @@ def _print(console: Console, files: RunFiles, row: PointRow) -> None:
         f"{disturbed}",
         style="bold",
         highlight=False,
+        soft_wrap=True,
     )

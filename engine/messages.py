@@ -57,6 +57,7 @@ class FinishReason(IntEnum):
     ERROR = 3  # the request can't be served: its sender can mend that
     FAILED = 4  # the engine failed over it
     NOT_SERVED = 5  # it names an adapter that isn't there, or no longer
+    SHUT_DOWN = 6  # it came while the engine was shutting down
 
 
 class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -207,7 +208,7 @@ class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
     handle: int
     reason: int  # FinishReason
     stop_id: int = -1  # the stop token that ended it, if one of the user's did
-    error: str = ""  # with ERROR, FAILED, NOT_SERVED: the cause, for the user
+    error: str = ""  # with ERROR, FAILED, NOT_SERVED, SHUT_DOWN: the cause, for the user
     preemptions: int = 0
     stop: str = ""  # inline front end: the stop string that ended it
     text: str = ""  # inline front end: what was held back until the end

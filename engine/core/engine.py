@@ -182,7 +182,7 @@ class EngineCore:
     def _add(self, arrival: Request | TextRequest) -> list[Finished]:
         """Queue a request, unless it can't be served: its failure is its own."""
         if self._draining_until is not None:
-            return [Finished(arrival.handle, FinishReason.ERROR, error="the server is shutting down")]
+            return [Finished(arrival.handle, FinishReason.SHUT_DOWN, error="the server is shutting down")]
         if self._ended_front_ends.is_stale(arrival.handle) or self._adapters.park(arrival):
             return []
         try:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from engine.clock import Clock
-from engine.errors import INTERRUPTS, NotServedError, RedlineError, RequestError, cause_of
+from engine.errors import INTERRUPTS, EngineDeadError, NotServedError, RedlineError, RequestError, cause_of
 from engine.frontend.logs import Ended
 from engine.frontend.stats import FrontEndStats
 from engine.frontend.streams import REASONS, Output, RequestStream, TokenLogprob
@@ -212,6 +212,8 @@ def _error_of(finished: Finished) -> RedlineError:
     cause = finished.error or "the engine could not serve this request"
     if finished.reason == FinishReason.NOT_SERVED:
         return NotServedError(cause, "model")
+    if finished.reason == FinishReason.SHUT_DOWN:
+        return EngineDeadError(cause)
     return RequestError(cause) if finished.reason == FinishReason.ERROR else RedlineError(cause)
 
 

@@ -22,6 +22,7 @@ REASONS = {
     FinishReason.ERROR: "error",
     FinishReason.FAILED: "error",
     FinishReason.NOT_SERVED: "error",
+    FinishReason.SHUT_DOWN: "error",
 }
 
 

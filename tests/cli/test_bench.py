@@ -55,6 +55,16 @@ def test_given_rates_end_with_a_table_an_answer_and_files(stub: ServerProcess, t
     assert summary.configurations["bench"]["options"]["rates"] == [10.0, 90.0]
 
 
+def test_windows_too_short_to_decide_are_exit_code_4(stub: ServerProcess, tmp_path: Path) -> None:
+    done = run("--url", stub.base_url, *QUICK, "--rates", "30", "--window", "0.3", cwd=tmp_path)
+    assert done.returncode == 4, done.stderr + done.stdout
+    last = done.stdout.strip().splitlines()[-1]
+    assert "undecided" in last or "too short" in last, last
+    (folder,) = (tmp_path / "results").iterdir()
+    point = RunFiles(folder).read_points()[-1]
+    assert (point.sustained, point.undecided) == (None, True)
+
+
 def test_ctrl_c_reports_what_is_there_and_exits_130(stub: ServerProcess, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = redline("--url", stub.base_url, *QUICK, "--rates", "10,15,20", "--window", "4", "--out", str(out))

@@ -224,6 +224,7 @@ def test_shutdown_drains_then_aborts_and_refuses_the_new():
     assert driver.core.finished
     assert driver.finished[short].reason == FinishReason.LENGTH
     assert driver.finished[long].reason == FinishReason.ABORT
+    assert driver.finished[late].reason == FinishReason.SHUT_DOWN
     assert "shutting down" in driver.finished[late].error
     assert driver.core.next_deadline(0.0) == 10
 

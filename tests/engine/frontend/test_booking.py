@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.api.errors import ApiError
-from engine.errors import NotServedError, RedlineError, RequestError
+from engine.errors import EngineDeadError, NotServedError, RedlineError, RequestError
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.prompts import Text
 from engine.frontend.sampling import MAX_STOP_TOKEN_IDS, SamplingParams
@@ -142,6 +142,15 @@ async def test_what_the_engine_failed_over_is_no_fault_of_the_request():
     with pytest.raises(RedlineError, match="oh") as caught:
         await read(failed)
     assert not isinstance(caught.value, RequestError)
+
+
+async def test_a_request_that_came_too_late_for_a_shutdown_may_go_elsewhere():
+    core = Core()
+    late = core.client.add([text_ids("a")], SamplingParams())
+    core.tokens({}, Finished(core.added[-1].handle, FinishReason.SHUT_DOWN, error="the server is shutting down"))
+    with pytest.raises(EngineDeadError, match="shutting down") as caught:
+        await read(late)
+    assert ApiError.of(caught.value).status == 503
 
 
 # --------------------------------------------------------------------------------------------- what can't be sent
