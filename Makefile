@@ -55,6 +55,10 @@ soak: $(VENV)/installed-dev  ## Random load on a real server for MINUTES=60, the
 faults: $(VENV)/installed-dev  ## What clients see when parts fail, and what isn't given back: results/faults.json
 	$(BIN)/python -m tests.perf.faults
 
+.PHONY: bench-limits
+bench-limits: install  ## What bodies that are far too long cost a server and its other clients: results/bench-limits.json
+	$(BIN)/python -m tests.perf.bench_limits
+
 .PHONY: fuzz-api
 fuzz-api: $(VENV)/installed-dev  ## schemathesis over the server's OpenAPI document, EXAMPLES=2000: results/fuzz-api.json
 	$(BIN)/python -m tests.perf.fuzz_api

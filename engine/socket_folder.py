@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class SocketFolder:
     """A new folder; a lock that ends with this process marks it as in use. RedlineError if none can be made."""
 
     def __init__(self) -> None:
+        self._closing = threading.Lock()
         parent = find_parent()
         remove_stale(parent)
         self.path = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
@@ -30,11 +32,12 @@ class SocketFolder:
         os.rename(unlocked, os.path.join(self.path, LOCK))
 
     def remove(self) -> None:
-        """Remove it with all in it; safe to call twice."""
+        """Remove it with all in it; safe to call twice, and from two threads at once."""
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        with self._closing:
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
 
 
 def find_parent() -> str:

@@ -84,8 +84,8 @@ def test_priority_is_taken_or_refused(v0: Served, v1: Served):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--num-scheduler-steps", "4"), ["--num-scheduler-steps", "--engine v0"]),
-        (("--enable-chunked-prefill",), ["--enable-chunked-prefill", "--engine v0"]),
+        (("--engine", "v1", "--num-scheduler-steps", "4"), ["--num-scheduler-steps", "--engine v0"]),
+        (("--engine", "v1", "--enable-chunked-prefill"), ["--enable-chunked-prefill", "--engine v0"]),
         (("--engine", "v0", "--num-scheduler-steps", "4", "--enable-chunked-prefill"), ["exclude each other"]),
         (("--engine", "v0", "--ablate", "watermark"), ["--ablate", "--engine v0"]),
         (("--ablate", "chunking"), ["--ablate", "no-chunking", "'chunking'"]),
