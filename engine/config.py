@@ -176,12 +176,12 @@ class EngineConfig:
         if self.engine == "v1" and self.num_scheduler_steps is not None:
             raise ConfigError(
                 "--num-scheduler-steps is V0's, not --engine v1's: V1 plans each step while the one before runs, and "
-                "takes several at once by itself when nothing waits"
+                "takes several at once by itself when nothing waits (give --engine v0, or leave the flag out)"
             )
         if self.engine == "v1" and self.enable_chunked_prefill is not None:
             raise ConfigError(
                 "--enable-chunked-prefill is V0's, not --engine v1's: V1 always computes prompts in chunks of the "
-                "budget (--ablate no-chunking takes that away)"
+                "budget (--ablate no-chunking takes that away; give --engine v0, or leave the flag out)"
             )
         if self.engine == "v0" and self.ablate:
             raise ConfigError("--ablate takes parts from V1: --engine v0 is without all of them already")
