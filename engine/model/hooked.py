@@ -52,7 +52,8 @@ class HookedAdapters:
         for slot, tokens in self._tokens:
             part = parts.get(int(slot))
             if part is not None:
-                output.index_add_(0, tokens, x[tokens] @ part.down.T @ part.up.T)
+                # Not index_add_, which has all threads work on even one token; each token is there once.
+                output[tokens] += x[tokens] @ part.down.T @ part.up.T
 
 
 class _Adding:
