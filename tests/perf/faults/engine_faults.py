@@ -1,10 +1,10 @@
 """Faults of single requests and of steps, in one server that has to go on, or to end with the cause."""
 
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import httpx
@@ -17,6 +17,9 @@ from tests.perf.faults.row import Row, World, world
 from tests.tiny import TINY
 
 ROUNDS = 1000  # of loading and unloading an adapter that requests name meanwhile
+RACERS = 2  # requests for it in each round
+RACE_S = 0.02  # within which the moments of requests and unloads are drawn
+UNUSED_S = 60.0  # until when an adapter must be unused, where requests for it have ended
 DISCONNECTS = 200
 NEIGHBORS = 4
 
@@ -35,40 +38,44 @@ def request_faults(model: str) -> Iterator[Row]:
 
 
 def adapter_race(here: World) -> Row:
-    """Load and unload an adapter under one name while clients ask for it."""
+    """Load and unload an adapter; in each round requests name it before, while and after it is served."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     base = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in TINY.items() if key != "architectures"}))
     adapter = write_adapter(here.faults / "french", base, LLAMA, seed=1)
     del base
-    stop, seen = threading.Event(), []
+    load, name = {"lora_name": "french", "lora_path": str(adapter)}, {"lora_name": "french"}
 
-    def client() -> None:
-        while not stop.is_set():
-            seen.append(ask(here.served, model="french", max_tokens=random.randint(1, 4)))
-            time.sleep(random.uniform(0, 0.05))  # an adapter that is in use all the time is never unloaded
+    def ask_later() -> str:
+        time.sleep(random.uniform(0, 2 * RACE_S))  # loading takes about as long as RACE_S
+        return ask(here.served, model="french", prompt="a", max_tokens=random.randint(1, 4)).partition(":")[0]
 
-    clients = [threading.Thread(target=client) for _ in range(NEIGHBORS)]
-    for thread in clients:
-        thread.start()
-    begin, refused = time.monotonic(), Counter[int]()
-    with httpx.Client(base_url=here.served.url, timeout=60) as http:
-        load, name = {"lora_name": "french", "lora_path": str(adapter)}, {"lora_name": "french"}
+    saw, refused, begin = Counter[str](), 0, time.monotonic()
+    with httpx.Client(base_url=here.served.url, timeout=60) as http, ThreadPoolExecutor(2 * RACERS) as pool:
+        before: list[Future[str]] = []
         for _ in range(ROUNDS):
+            racers = [pool.submit(ask_later) for _ in range(RACERS)]
             loaded = http.post("/v1/load_lora_adapter", json=load).status_code
-            while (unloaded := http.post("/v1/unload_lora_adapter", json=name).status_code) == 400:
-                refused[unloaded] += 1  # a request under way uses it
-                time.sleep(random.uniform(0, 0.01))
-            if (loaded, unloaded) != (200, 200):
+            time.sleep(random.uniform(0, RACE_S))
+            deadline = time.monotonic() + UNUSED_S
+            while (answer := http.post("/v1/unload_lora_adapter", json=name)).status_code == 400:
+                if "requests under way use" not in answer.text or time.monotonic() > deadline:
+                    break
+                refused += 1
+                time.sleep(random.uniform(0, RACE_S))
+            if (loaded, answer.status_code) != (200, 200):
                 break
-        stop.set()
-        for thread in clients:
-            thread.join(60)
-    kinds = Counter(what.partition(":")[0] for what in seen)
-    row = Row(f"adapter race, {ROUNDS:,} rounds", most_seen(what.partition(":")[0] for what in seen), 0, {})
+            # Requests of this round may still be under way when the adapter is loaded again.
+            saw.update(one.result() for one in before)
+            before = racers
+        saw.update(one.result() for one in racers)
+    counts = "; ".join(f"{count} × {what}" for what, count in saw.most_common())
+    row = Row(f"adapter race, {ROUNDS:,} rounds", f"{counts}; {refused} unloads refused as in use", 0, {})
     row.seconds = time.monotonic() - begin
-    row.expect((loaded, unloaded) == (200, 200), f"loading and unloading gave {loaded} and {unloaded}")
-    row.expect(set(kinds) == {"200", "404"}, f"clients saw {dict(kinds)}, {refused[400]} unloads were refused")
+    row.expect((loaded, answer.status_code) == (200, 200), f"loading gave {loaded}, unloading: {answer.text}")
+    row.expect(set(saw) == {"200", "404"}, "clients should see 200 and 404, and nothing else")
+    raced = min(saw["200"], saw["404"], refused)
+    row.expect(raced > ROUNDS / 10, f"requests and unloads hardly met: {row.client_saw}")
     return row
 
 
