@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tests.perf.faults.engine_faults import STEP_FAULTS, request_faults
@@ -61,7 +62,7 @@ def main() -> int:
     RESULTS.write_text(json.dumps([row.as_record() for row in rows], indent=1) + "\n")
     table = Table("fault", "client saw", "s", "leaked", title="Faults")
     for row in rows:
-        table.add_row(row.fault, row.client_saw[:160], f"{row.seconds:.1f}", str(sum(row.leaked.values())))
+        table.add_row(row.fault, escape(row.client_saw[:160]), f"{row.seconds:.1f}", str(sum(row.leaked.values())))
     Console(width=200).print(table)
     failed = [row for row in rows if row.wrong or any(row.leaked.values())]
     for row in failed:
