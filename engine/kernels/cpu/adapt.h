@@ -32,9 +32,8 @@ struct Adapters {
 template <class F> INLINE f32x16 numbers(const Rows& x, long row, long at) {
     const auto from = reinterpret_cast<const typename F::Element*>(x.units + row * x.stride) + at;
     if constexpr (F::QUANTISED) {
-        typedef int8_t i8x16 __attribute__((vector_size(16)));
-        const i32x16 whole = __builtin_convertvector(load<i8x16>(from), i32x16);
-        return __builtin_convertvector(whole, f32x16) * x.scales[row * x.groups + at / F::GROUP];
+        const i32x16 whole = convert<i32x16>(load<i8x16>(from));
+        return convert<f32x16>(whole) * x.scales[row * x.groups + at / F::GROUP];
     } else {
         return F::widen(from);
     }

@@ -259,7 +259,7 @@ template <class T> class Attention {
         const f32x16 scale = load<f32x16>(shape_.scales(block) + token % shape_.block_size);
         for (int r = 0; r < left.rows; r++) {
             const i32x16 whole = load<i32x16>(scores + r * SPAN) + left.offsets[r];
-            store(scores + r * SPAN, __builtin_convertvector(whole, f32x16) * (scale * left.scales[r]));
+            store(scores + r * SPAN, convert<f32x16>(whole) * (scale * left.scales[r]));
         }
     }
 
@@ -291,7 +291,7 @@ template <class T> class Attention {
             scales[t / LANES] = load<f32x16>(scale + (span + t) % shape_.block_size);
             // Behind the row's end may be what another row left.
             const int known = tile.position + tile.count - span - t;
-            if (known < LANES) scales[t / LANES] = lane_numbers() < known ? scales[t / LANES] : f32x16{};
+            if (known < LANES) scales[t / LANES] = select(lane_numbers() < known, scales[t / LANES], f32x16{});
         }
         for (int r = 0; r < left.rows; r++) {
             f32x16 top{};
@@ -301,7 +301,7 @@ template <class T> class Attention {
             for (int t = 0; t < tokens; t += LANES) {
                 const f32x16 share = load<f32x16>(shares + r * SPAN + t) * scales[t / LANES] * factor;
                 const u32x16 rounded = (u32x16)(share + 12582912.0f) & 255u;  // see exp2_of
-                store(whole + r * SPAN + t, __builtin_convertvector(rounded, u8x16));
+                store(whole + r * SPAN + t, convert<u8x16>(rounded));
             }
         }
         each_run(layer, tile, head, left.rows, span, tokens, [&](int t, int length, int d, int panels, const Panels& b) {
@@ -314,7 +314,7 @@ template <class T> class Attention {
         for (int r = 0; r < left.rows; r++)
             for (int d = 0; d < shape_.head_dim; d += LANES) {
                 float* to = &sums.mixed[r][d];
-                const f32x16 more = __builtin_convertvector(load<i32x16>(&mixed[r][d]), f32x16);
+                const f32x16 more = convert<f32x16>(load<i32x16>(&mixed[r][d]));
                 store(to, load<f32x16>(to) + more * steps[r]);
             }
     }
@@ -356,8 +356,8 @@ template <class T> class Attention {
             for (int t = 0; t < tokens; t += LANES) {
                 f32x16 s = load<f32x16>(&scores[r][t]) * factor;
                 const int first = span + t;
-                if (first + LANES - 1 > position) s = lane_numbers() > position - first ? splat(HIDDEN) : s;
-                if (first <= oldest) s = lane_numbers() <= oldest - first ? splat(HIDDEN) : s;
+                if (first + LANES - 1 > position) s = select(lane_numbers() > position - first, splat(HIDDEN), s);
+                if (first <= oldest) s = select(lane_numbers() <= oldest - first, splat(HIDDEN), s);
                 score[t / LANES] = s;
                 top = max_of(top, s);
             }

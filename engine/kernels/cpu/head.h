@@ -28,10 +28,10 @@ struct Weigh {
             const float* row = t.at + r * WIDTH;
             const f32x16 low = known(row, columns), high = known(row + LANES, columns - LANES);
             const float top = highest(max_of(low, high));
-            i32x16 where = high == splat(top) ? lane_numbers() + LANES : i32x16{} + (columns - 1);
-            where = low == splat(top) ? lane_numbers() : where;
+            i32x16 where = select(high == splat(top), lane_numbers() + LANES, i32x16{} + (columns - 1));
+            where = select(low == splat(top), lane_numbers(), where);
             value[at + r] = top;
-            column[at + r] = int32_t(t.column) - int32_t(highest(-__builtin_convertvector(where, f32x16)));
+            column[at + r] = int32_t(t.column) - int32_t(highest(-convert<f32x16>(where)));
             const float speed = rate[t.first + r];
             if (speed == 0) continue;
             f32x16 sums{};
@@ -43,13 +43,13 @@ struct Weigh {
     // The first `count` of 16 logits, nothing behind them.
     static f32x16 known(const float* logits, int count) {
         const f32x16 all = load<f32x16>(logits);
-        return count < LANES ? (lane_numbers() < count ? all : splat(-INFINITY)) : all;
+        return count < LANES ? select(lane_numbers() < count, all, splat(-INFINITY)) : all;
     }
 
     // Of up to 16 logits: what they weigh against `top`, which weighs 1.
     static f32x16 weights(const float* logits, int count, float top, float speed) {
         const f32x16 weight = exp2_of((load<f32x16>(logits) - top) * speed);
-        return count < LANES ? (lane_numbers() < count ? weight : f32x16{}) : weight;
+        return count < LANES ? select(lane_numbers() < count, weight, f32x16{}) : weight;
     }
 };
 
@@ -121,12 +121,12 @@ template <class H> class Head {
         double total = 0;
         for (long p = 0; p < pairs_; p += LANES) {
             const int count = int(pairs_ - p < LANES ? pairs_ - p : LANES);
-            f32x16 value{}, weight{};
+            float value[LANES] = {}, weight[LANES] = {};
             for (int i = 0; i < count; i++) {
                 value[i] = value_.get()[(p + i) * samples_ + s];
                 weight[i] = weight_.get()[(p + i) * samples_ + s];
             }
-            const f32x16 share = weight * exp2_of((value - top) * speed);
+            const f32x16 share = load<f32x16>(weight) * exp2_of((load<f32x16>(value) - top) * speed);
             for (int i = 0; i < count; i++) total += shares[p + i] = share[i];
         }
         return total;

@@ -72,8 +72,8 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
                 for (int p = 0; p < COUNT; p++) {
                     const uint32_t* row = units + r * x.stride;
                     if constexpr (T::PER_WORD == 8) {
-                        acc[r][p] = dot_quads(acc[r][p], word[p] & 0x0F0F0F0Fu, row[2 * w]);
-                        acc[r][p] = dot_quads(acc[r][p], word[p] >> 4 & 0x0F0F0F0Fu, row[2 * w + 1]);
+                        acc[r][p] = dot_small_quads(acc[r][p], word[p] & 0x0F0F0F0Fu, row[2 * w]);
+                        acc[r][p] = dot_small_quads(acc[r][p], word[p] >> 4 & 0x0F0F0F0Fu, row[2 * w + 1]);
                     } else {
                         acc[r][p] = dot_quads(acc[r][p], word[p], row[w]);
                     }
@@ -85,7 +85,7 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
             const f32x16 scale = from_bf16(load<u16x16>(of_group));
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
-                total[r][p] += __builtin_convertvector(acc[r][p], f32x16) * (scale * x.scales[r * x.groups + g]);
+                total[r][p] += convert<f32x16>(acc[r][p]) * (scale * x.scales[r * x.groups + g]);
             if constexpr (T::SCALES == 2) {
                 const f32x16 lowest = from_bf16(load<u16x16>(of_group + LANES));
 #pragma GCC unroll 8
@@ -102,20 +102,32 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
 
 #if defined(__AVX512F__)
 constexpr int MOST_GROUPED_ROWS = 6;  // two sums for each of 12 vectors
+constexpr int PAIR_GROUPED_ROWS = 6;
 #else
-constexpr int MOST_GROUPED_ROWS = 2;
+constexpr int MOST_GROUPED_ROWS = 3;  // two sums for each of 6 vectors of 8 lanes
+constexpr int PAIR_GROUPED_ROWS = 1;
 #endif
 
-template <class T, int COUNT>
-INLINE void multiply_grouped(int rows, const Rows& x, const Panels& b, const uint16_t* const* scales, float* out) {
-    using Micro = void (*)(const Rows&, const Panels&, const uint16_t* const*, float*);
-    static constexpr Micro table[6] = {
-        micro_grouped<T, 1, COUNT>, micro_grouped<T, 2, COUNT>,
-#if defined(__AVX512F__)
-        micro_grouped<T, 3, COUNT>, micro_grouped<T, 4, COUNT>, micro_grouped<T, 5, COUNT>, micro_grouped<T, 6, COUNT>,
-#endif
-    };
-    table[rows - 1](x, b, scales, out);
+using GroupedMicro = void (*)(const Rows&, const Panels&, const uint16_t* const*, float*);
+
+template <class T, int COUNT, int... ROWS>
+INLINE GroupedMicro grouped_for(int rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr GroupedMicro table[] = {micro_grouped<T, ROWS + 1, COUNT>...};
+    return table[rows - 1];
+}
+
+template <class T>
+INLINE void multiply_grouped(int rows, int count, const Rows& x, const Panels& b, const uint16_t* const* scales, float* out) {
+    if (count == PANELS && rows <= PAIR_GROUPED_ROWS) {
+        constexpr auto pair_rows = std::make_integer_sequence<int, PAIR_GROUPED_ROWS>();
+        return grouped_for<T, PANELS>(rows, pair_rows)(x, b, scales, out);
+    }
+    for (int p = 0; p < count; p++) {
+        constexpr auto all_rows = std::make_integer_sequence<int, MOST_GROUPED_ROWS>();
+        Panels one = b;
+        one.at[0] = b.at[p], one.next[0] = b.next[p];
+        grouped_for<T, 1>(rows, all_rows)(x, one, scales + p, out + p * LANES);
+    }
 }
 
 // As `multiply_grouped`, for up to 32 rows, with the same bits.
@@ -131,7 +143,7 @@ INLINE void multiply_grouped_tiled(
             for (int r = 0; r < rows; r++) {
                 const i32x16 acc = load<i32x16>(whole + r * WIDTH + p * LANES) + x.offsets[r * x.groups + g];
                 float* to = out + r * WIDTH + p * LANES;
-                const f32x16 more = __builtin_convertvector(acc, f32x16) * (scale * x.scales[r * x.groups + g]);
+                const f32x16 more = convert<f32x16>(acc) * (scale * x.scales[r * x.groups + g]);
                 store(to, load<f32x16>(to) + more);
             }
         }
@@ -161,7 +173,7 @@ INLINE void product(
         if constexpr (TILED<T>)
             multiply_grouped_tiled(rows, count, x, b, scales, out);
         else
-            count == 2 ? multiply_grouped<T, 2>(rows, x, b, scales, out) : multiply_grouped<T, 1>(rows, x, b, scales, out);
+            multiply_grouped<T>(rows, count, x, b, scales, out);
     } else if constexpr (TILED<T>) {
         multiply_tiled(rows, count, x.units, x.stride, b, words, out);
     } else {

@@ -1,10 +1,13 @@
-// The one inner loop of everything that multiplies: up to 12 rows by 32 columns, or 6 by 64, in registers.
+// The one inner loop of everything that multiplies: with AVX-512 up to 12 rows by 32 columns, or 6 by 64, in registers,
+// otherwise up to 6 rows by 16 columns, 3 by 32 or 1 by 64.
 //
 //     out[r][c] (+)= sum over units u, in their order, of a[r][u] * panel[c / 16][u][c % 16]
 //
 // The order of the sum doesn't depend on how many rows or columns are computed together: a row's result is the same bits
 // alone as in a batch.
 #pragma once
+
+#include <utility>
 
 #include "formats.h"
 
@@ -13,9 +16,11 @@ constexpr int WIDTH = PANELS * LANES;
 constexpr int QUAD = 4;
 #if defined(__AVX512F__)
 constexpr int MOST_ROWS = 12;  // 24 sums of 16 lanes in 32 registers
+constexpr int PAIR_ROWS = 12;
 constexpr int QUAD_ROWS = 6;   // few rows meet four panels: sums of two would wait for each other
 #else
-constexpr int MOST_ROWS = 4;
+constexpr int MOST_ROWS = 6;  // 12 sums of 8 lanes in 16 registers
+constexpr int PAIR_ROWS = 3;
 constexpr int QUAD_ROWS = 1;
 #endif
 
@@ -72,25 +77,16 @@ void micro(const uint32_t* a, long stride, const Panels& b, long units, void* ou
         for (int p = 0; p < COUNT; p++) store(to + r * apart + p * LANES, acc[r][p]);
 }
 
-template <class T, int COUNT, bool ADD> INLINE Micro<T> micro_for(int rows) {
-    static constexpr Micro<T> table[12] = {
-        micro<T, 1, COUNT, ADD>, micro<T, 2, COUNT, ADD>,  micro<T, 3, COUNT, ADD>,  micro<T, 4, COUNT, ADD>,
-#if defined(__AVX512F__)
-        micro<T, 5, COUNT, ADD>, micro<T, 6, COUNT, ADD>,  micro<T, 7, COUNT, ADD>,  micro<T, 8, COUNT, ADD>,
-        micro<T, 9, COUNT, ADD>, micro<T, 10, COUNT, ADD>, micro<T, 11, COUNT, ADD>, micro<T, 12, COUNT, ADD>,
-#endif
-    };
+// The loops for 1 to sizeof...(ROWS) rows.
+template <class T, int COUNT, bool ADD, int... ROWS>
+INLINE Micro<T> micro_for(int rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr Micro<T> table[] = {micro<T, ROWS + 1, COUNT, ADD>...};
     return table[rows - 1];
 }
 
-template <class T, bool ADD> INLINE Micro<T> quad_for(int rows) {
-    static constexpr Micro<T> table[QUAD_ROWS] = {
-        micro<T, 1, QUAD, ADD>,
-#if defined(__AVX512F__)
-        micro<T, 2, QUAD, ADD>, micro<T, 3, QUAD, ADD>, micro<T, 4, QUAD, ADD>, micro<T, 5, QUAD, ADD>, micro<T, 6, QUAD, ADD>,
-#endif
-    };
-    return table[rows - 1];
+template <class T, int COUNT, bool ADD> INLINE Micro<T> micro_for(int rows) {
+    constexpr int most = COUNT == QUAD ? QUAD_ROWS : COUNT == PANELS ? PAIR_ROWS : MOST_ROWS;
+    return micro_for<T, COUNT, ADD>(rows, std::make_integer_sequence<int, most>());
 }
 
 // How many of `left` panels `rows` meet at a time where there may be four.
@@ -99,8 +95,11 @@ INLINE int panels_at_once(int rows, int left) { return rows <= QUAD_ROWS && left
 // `rows` at most MOST_ROWS, `count` panels (1, 2, or 4 for QUAD_ROWS); ADD: onto what `out` holds.
 template <class T, bool ADD = false>
 INLINE void multiply(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, void* out, long apart) {
-    const Micro<T> chosen = count == QUAD ? quad_for<T, ADD>(rows)
-                            : count == 2  ? micro_for<T, 2, ADD>(rows)
-                                          : micro_for<T, 1, ADD>(rows);
-    chosen(a, stride, b, units, out, apart);
+    if (count == QUAD) return micro_for<T, QUAD, ADD>(rows)(a, stride, b, units, out, apart);
+    if (count == PANELS && rows <= PAIR_ROWS) return micro_for<T, PANELS, ADD>(rows)(a, stride, b, units, out, apart);
+    for (int p = 0; p < count; p++) {
+        Panels one = b;
+        one.at[0] = b.at[p], one.next[0] = b.next[p];
+        micro_for<T, 1, ADD>(rows)(a, stride, one, units, static_cast<uint32_t*>(out) + p * LANES, apart);
+    }
 }

@@ -8,7 +8,6 @@
 
 // Some numbers (a multiple of 16) as int8 under the scale of the largest; gives their sum as int8.
 INLINE int32_t quantise(const float* from, int size, int8_t* out, float* scale) {
-    typedef int8_t i8x16 __attribute__((vector_size(16)));
     f32x16 top{};
     for (int i = 0; i < size; i += LANES) {
         const f32x16 x = load<f32x16>(from + i);
@@ -20,7 +19,7 @@ INLINE int32_t quantise(const float* from, int size, int8_t* out, float* scale) 
         // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the low bits.
         const i32x16 whole = (i32x16)(load<f32x16>(from + i) * factor + 12582912.0f) - 0x4B400000;
         counted += whole;
-        store(out + i, __builtin_convertvector(whole, i8x16));
+        store(out + i, convert<i8x16>(whole));
     }
     int32_t each[LANES], all = 0;
     store(each, counted);

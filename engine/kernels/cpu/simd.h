@@ -1,33 +1,7 @@
-// Vectors of 16 lanes, and what the kernels need of them beyond plain arithmetic.
-//
-// GCC's vector extension splits them where the machine's registers are smaller, so that every kernel is written once.
-// Only the products of packed pairs and quads ask for special instructions.
+// What the kernels need of vectors beyond plain arithmetic: reductions, powers of two, bfloat16, packed products.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-
-constexpr int LANES = 16;
-
-template <class V> INLINE V load(const void* from) {
-    V v;
-    std::memcpy(&v, from, sizeof(V));
-    return v;
-}
-
-template <class V> INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
+#include "vectors.h"
 
 // Ask for memory that is needed soon. Blocks of the cache are pages apart: the processor doesn't guess the next one.
 INLINE void prefetch(const uint32_t* from, long words) {
@@ -35,7 +9,6 @@ INLINE void prefetch(const uint32_t* from, long words) {
 }
 
 INLINE f32x16 splat(float x) { return f32x16{} + x; }
-INLINE i32x16 lane_numbers() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 INLINE float as_float(uint32_t bits) {
     float x;
@@ -50,32 +23,38 @@ INLINE uint32_t as_bits(float x) {
 }
 
 INLINE float max_of(float a, float b) { return a > b ? a : b; }
-INLINE f32x16 max_of(f32x16 a, f32x16 b) { return a > b ? a : b; }
+INLINE f32x16 max_of(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 
 // Both reductions have one order, whatever the machine: halves onto halves.
-INLINE float sum(f32x16 v) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float x[LANES];
-    store(x, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
-#endif
+INLINE float sum(f32x16 v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float highest(f32x16 v) { return _mm512_reduce_max_ps((__m512)v); }
+#elif defined(__AVX2__)
+INLINE float sum(f32x16 v) {
+    const __m256 eight = (__m256)(v.part[0] + v.part[1]);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 INLINE float highest(f32x16 v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);
+    const __m256 eight = _mm256_max_ps((__m256)v.part[0], (__m256)v.part[1]);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 #else
+template <class Combine> INLINE float reduce(f32x16 v, const Combine& combine) {
     float x[LANES];
     store(x, v);
     for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] = max_of(x[i], x[i + half]);
+        for (int i = 0; i < half; i++) x[i] = combine(x[i], x[i + half]);
     return x[0];
-#endif
 }
+
+INLINE float sum(f32x16 v) { return reduce(v, [](float a, float b) { return a + b; }); }
+INLINE float highest(f32x16 v) { return reduce(v, [](float a, float b) { return max_of(a, b); }); }
+#endif
 
 // 2^x; 0 below 2^-126. Relative error below 2e-7 (polynomial of the sixth degree on [-0.5, 0.5], Taylor's).
 INLINE f32x16 exp2_of(f32x16 x) {
@@ -86,7 +65,7 @@ INLINE f32x16 exp2_of(f32x16 x) {
     const f32x16 lowest = splat(-126.0f);
     const i32x16 gone = x < lowest;
     x = max_of(x, lowest);
-    x = x > splat(127.0f) ? splat(127.0f) : x;
+    x = select(x > splat(127.0f), splat(127.0f), x);
     const f32x16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are x rounded
     const i32x16 whole = (i32x16)shifted - 0x4B400000;
     const f32x16 f = x - (shifted - 12582912.0f);
@@ -103,7 +82,7 @@ INLINE f32x16 exp2_of(f32x16 x) {
     return (f32x16)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)whole);
 #else
     const f32x16 result = (f32x16)((i32x16)p + (whole << 23));
-    return gone ? f32x16{} : result;
+    return select(gone, f32x16{}, result);
 #endif
 }
 
@@ -117,7 +96,7 @@ INLINE uint16_t to_bf16(float x) {  // to the nearest, ties to even; a NaN stays
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-INLINE f32x16 from_bf16(u16x16 x) { return (f32x16)(__builtin_convertvector(x, u32x16) << 16); }
+INLINE f32x16 from_bf16(u16x16 x) { return (f32x16)(convert<u32x16>(x) << 16); }
 
 INLINE u16x16 to_bf16(f32x16 x) {
 #if defined(__AVX512BF16__)
@@ -125,15 +104,27 @@ INLINE u16x16 to_bf16(f32x16 x) {
 #else
     u32x16 bits = (u32x16)x;
     u32x16 rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    rounded = x != x ? (bits >> 16 | 64) : rounded;
-    return __builtin_convertvector(rounded, u16x16);
+    rounded = select(x != x, bits >> 16 | 64, rounded);
+    return convert<u16x16>(rounded);
 #endif
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// A word for all lanes of a part, brought by a load where it comes from memory.
+INLINE u32x16::Part spread(uint32_t word) { return (u32x16::Part)_mm256_set1_epi32(int(word)); }
+#endif
 
 // acc[lane] += a.low * b[lane].low + a.high * b[lane].high, where each 32-bit word holds two bfloat16.
 INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512BF16__)
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(int(a)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const u32x16::Part low = spread(a) << 16, high = spread(a) & 0xFFFF0000u;
+    for (int p = 0; p < PARTS; p++) {
+        acc.part[p] += (f32x16::Part)(b.part[p] << 16) * (f32x16::Part)low;
+        acc.part[p] += (f32x16::Part)(b.part[p] & 0xFFFF0000u) * (f32x16::Part)high;
+    }
+    return acc;
 #else
     acc += (f32x16)(b << 16) * as_float(a << 16);
     acc += (f32x16)(b & 0xFFFF0000u) * as_float(a & 0xFFFF0000u);
@@ -143,19 +134,62 @@ INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
 
 // ---------------------------------------------------------------------------------------------------------------- int8
 
-// acc[lane] += the sum of four products; b holds unsigned bytes, a signed ones, or the other way round.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Bytes 0 and 2 of each word as 16-bit numbers, and bytes 1 and 3.
+INLINE __m256i even_signed(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+INLINE __m256i odd_signed(__m256i v) { return _mm256_srai_epi16(v, 8); }
+INLINE __m256i even_unsigned(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi16(255)); }
+INLINE __m256i odd_unsigned(__m256i v) { return _mm256_srli_epi16(v, 8); }
+
+// Products of 16-bit numbers: those of unsigned by signed bytes, two at a time, don't fit 16 bits.
+INLINE i32x16::Part add_products(i32x16::Part acc, __m256i even_a, __m256i odd_a, __m256i even_b, __m256i odd_b) {
+    acc += (i32x16::Part)_mm256_madd_epi16(even_a, even_b);
+    return acc + (i32x16::Part)_mm256_madd_epi16(odd_a, odd_b);
+}
+
+#endif
+
+// acc[lane] += the sum of four products of unsigned bytes in b and signed ones in a.
 INLINE i32x16 dot_quads(i32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, _mm512_set1_epi32(int(a)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i row = (__m256i)spread(a), even = even_signed(row), odd = odd_signed(row);
+    for (int p = 0; p < PARTS; p++) {
+        const __m256i column = (__m256i)b.part[p];
+        acc.part[p] = add_products(acc.part[p], even, odd, even_unsigned(column), odd_unsigned(column));
+    }
+    return acc;
 #else
     for (int i = 0; i < 4; i++) acc += (i32x16)(b >> 8 * i & 255) * int32_t(int8_t(a >> 8 * i));
     return acc;
 #endif
 }
 
+// As `dot_quads`, of bytes in b that are at most 15.
+INLINE i32x16 dot_small_quads(i32x16 acc, u32x16 b, uint32_t a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i row = (__m256i)spread(a), ones = _mm256_set1_epi16(1);
+    for (int p = 0; p < PARTS; p++)
+        acc.part[p] += (i32x16::Part)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)b.part[p], row), ones);
+    return acc;
+#else
+    return dot_quads(acc, b, a);
+#endif
+}
+
+// As `dot_quads`, of signed bytes in b and unsigned ones in a.
 INLINE i32x16 dot_quads_unsigned(i32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i row = (__m256i)spread(a), even = even_unsigned(row), odd = odd_unsigned(row);
+    for (int p = 0; p < PARTS; p++) {
+        const __m256i column = (__m256i)b.part[p];
+        acc.part[p] = add_products(acc.part[p], even, odd, even_signed(column), odd_signed(column));
+    }
+    return acc;
 #else
     for (int i = 0; i < 4; i++) acc += ((i32x16)(b << (24 - 8 * i)) >> 24) * int32_t(a >> 8 * i & 255);
     return acc;
