@@ -22,6 +22,7 @@ from bench.workloads import make_workload, tells_lengths
 from cli.closed import check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.options import Finite
 from cli.params import LIMIT, MOST_RATE, RATES, SHARE
+from cli.screen import verbatim_console
 from cli.target_options import check_target, target_of, target_options
 from cli.workload import (
     arrivals_of,
@@ -84,9 +85,7 @@ def command(ctx: click.Context, **given: Any) -> None:
     was shown to be sustained because windows were too short to tell (raise --max-minutes or --window).
     """
     _check(ctx, given)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a file or a pipe: nothing to fit into
+    console = verbatim_console(file_width=120)
     folder = given["out"] or Path("results") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     files = RunFiles(folder)
     check_folder(folder, FLAG)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from cli.screen import verbatim_console
+
 DEFAULT_ROOT = "results"
 
 
@@ -68,8 +70,6 @@ def show_report(
     as_markdown: bool = False,
 ) -> list[str]:
     """Write a report, print its comparison and where it lies, and return the conditions that failed."""
-    from rich.console import Console
-
     from plots.compare import failed_conditions
     from plots.data import ReportError
     from plots.report import write_report
@@ -83,7 +83,7 @@ def show_report(
     if as_markdown:
         click.echo(markdown(report.results, report.comparisons))
     else:
-        console = Console(highlight=False)
+        console = verbatim_console(highlight=False)
         for ablation in report.ablations:
             console.print(ablation_table(ablation))
         # A column for each of its configurations would be too narrow; the page has them all.

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from cli.engine_options import ENGINE_OPTIONS
 from cli.options import SpreadCommand, with_options
+from cli.screen import verbatim_console
 from cli.serve_options import SERVER_OPTIONS
 from cli.serve_values import apply_formats, read_chat_template, read_overrides_of, split_adapters
 from cli.start_table import human_bytes, show_start
@@ -143,8 +144,7 @@ class StartProgress:
 
 def make_console() -> Console:
     """The terminal; a file or a pipe has no width, and lines in it are cut by nobody."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=FILE_WIDTH)
+    return verbatim_console(FILE_WIDTH, highlight=False, soft_wrap=True)
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from engine.config import REMOVALS, EngineConfig, watermark_blocks
 
@@ -34,7 +35,7 @@ def show_start(console: Console, engine: Any) -> None:
         *baseline(engine.config, ready),
         ("start", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in ready.seconds), ""),
     ]:
-        table.add_row(what, value, f"[dim]{flag}[/dim]")
+        table.add_row(what, value, Text(flag, style="dim"))
     console.print(table)
     for warning in engine.warnings:
         console.print(f"warning: {warning}", markup=False)

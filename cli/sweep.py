@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.screen import verbatim_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,13 +30,11 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
     A sweep that was interrupted goes on with the same command; finished points are kept. Without FILE or --preset
     the presets are listed.
     """
-    from rich.console import Console
-
     from bench.sweepfile import presets, read_sweep
 
     if file is not None and preset_name is not None:
         raise click.UsageError("give either FILE or --preset")
-    console = Console(highlight=False)
+    console = verbatim_console(highlight=False)
     if file is None and preset_name is None:
         _list_presets(console)
         return 0

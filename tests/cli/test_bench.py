@@ -55,6 +55,15 @@ def test_given_rates_end_with_a_table_an_answer_and_files(stub: ServerProcess, t
     assert summary.configurations["bench"]["options"]["rates"] == [10.0, 90.0]
 
 
+def test_a_folder_is_shown_as_it_is(stub: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name with brackets and colons would mean styles and pictures to rich."""
+    out = tmp_path / "[" / "x] [red] :fire:"
+    main(["bench", "--url", stub.base_url, *QUICK, "--rates", "10", "--window", "1", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert f"results: {out}\n" in said
+    assert "20/5 on stub" in said
+
+
 def test_windows_too_short_to_decide_are_exit_code_4(stub: ServerProcess, tmp_path: Path) -> None:
     done = run("--url", stub.base_url, *QUICK, "--rates", "30", "--window", "0.3", cwd=tmp_path)
     assert done.returncode == 4, done.stderr + done.stdout

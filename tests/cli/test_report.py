@@ -54,6 +54,16 @@ def test_an_ablation_has_a_row_for_each_part(tmp_path: Path, capsys: pytest.Capt
     assert "latencies at 3.75 req/s, the highest rate" not in said, "its table has all that fits a terminal"
 
 
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names with brackets and colons would mean styles and pictures to rich."""
+    folder = write_run(tmp_path / "run", {"[/x]": Server(5), "v1 [bold]": Server(4)}, {"a [red] :fire:": 1.0})
+    assert main(["report", str(folder)]) == 0
+    said = capsys.readouterr().out
+    table = said.partition("sustains")[0]
+    for name in ("[/x]", "v1 [bold]", "a [red] :fire:"):
+        assert name in table
+
+
 def test_markdown_alone_is_on_stdout(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(demo), "--markdown"]) == 0
     captured = capsys.readouterr()

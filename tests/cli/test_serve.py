@@ -18,6 +18,7 @@ import pytest
 from tests.serving import Served, serve
 
 DUMMY = ("--load-format", "dummy")
+SECOND = "[/second] [red] :fire:"  # would mean styles and a picture to rich
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_a_port_in_use_is_found_before_the_model_loads(served: Served, model: st
 
 
 def test_two_servers_at_once(served: Served, model: str, tmp_path: Path):
-    with serve(tmp_path, model, *DUMMY, "--served-model-name", "second") as second:
+    with serve(tmp_path, model, *DUMMY, "--served-model-name", SECOND) as second:
         body = {"prompt": "hello", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
         threads, texts = [], {}
 
@@ -119,7 +120,8 @@ def test_two_servers_at_once(served: Served, model: str, tmp_path: Path):
         for thread in threads:
             thread.join(60)
         assert texts["first"] == texts["second"] != "", "same seed, same random weights"
-        assert second.client.get("/v1/models").json()["data"][0]["id"] == "second"
+        assert second.client.get("/v1/models").json()["data"][0]["id"] == SECOND
+        assert f"Redline serves {SECOND}" in second.output()
 
 
 def test_ctrl_c_lets_requests_finish_and_leaves_no_process(model: str, tmp_path: Path):
