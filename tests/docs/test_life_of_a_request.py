@@ -1,0 +1,143 @@
+"""docs/life-of-a-request.md names files and functions that exist, and its worked example is what the scheduler does."""
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import ResolvedConfig
+from engine.core.plan import Plan
+from engine.core.request import Request
+from engine.core.scheduler import Scheduler
+from engine.messages import AddRequest, FinishReason, Sampling, StepResult, column, make_handle
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "life-of-a-request.md"
+TEXT = " ".join(PAGE.read_text(encoding="utf-8").split())
+# `file`: `name`, `Class.method`, …
+NAMED = re.findall(r"`([\w./-]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", TEXT)
+
+
+def defined(path: Path) -> set[str]:
+    """Classes and functions of a module, methods as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            inner = (one for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef))
+            names |= {f"{node.name}.{one.name}" for one in inner}
+    return names
+
+
+def test_files_exist() -> None:
+    files = set(re.findall(r"`([\w/-]+\.(?:py|h|cpp))`", TEXT))
+    assert len(files) > 25
+    assert not [file for file in files if not (ROOT / file).is_file()]
+
+
+def test_functions_exist() -> None:
+    assert len(NAMED) > 25
+    missing = [
+        f"{file}: {name}"
+        for file, names in NAMED
+        for name in re.findall(r"[\w.]+", names)
+        if name not in defined(ROOT / file)
+    ]
+    assert not missing
+
+
+def request(sequence: int) -> Request:
+    prompt = column(range(40))
+    made = Request(AddRequest(make_handle(0, sequence), prompt, 12, Sampling()), 64, 0.0)
+    made.hash_prompt(16)
+    return made
+
+
+class Example:
+    """The page's settings, one step after the other."""
+
+    def __init__(self) -> None:
+        config = ResolvedConfig(
+            max_model_len=64,
+            max_num_seqs=4,
+            max_num_batched_tokens=32,
+            block_size=16,
+            num_blocks=20,
+            enable_prefix_caching=True,
+        )
+        self.scheduler = Scheduler(config)
+
+    def plan(self) -> Plan:
+        plan = self.scheduler.schedule(0.0)
+        assert plan is not None
+        return plan
+
+    def book(self, plan: Plan) -> list[int]:
+        """Give each sampling row a token; reasons of the requests that ended."""
+        booked = self.scheduler.update(plan, StepResult(plan.step, column([7] * len(plan.rows))))
+        return [one.reason for one in booked.finished]
+
+    def counts(self, row: int) -> tuple[int, int, int]:
+        rows = self.scheduler.rows
+        return int(rows.computed[row]), int(rows.known[row]), int(rows.upper[row])
+
+    def cached(self) -> set[int]:
+        return set(self.scheduler.pool.block_of.values())
+
+
+@pytest.fixture
+def example() -> Example:
+    return Example()
+
+
+def test_the_worked_example(example: Example) -> None:
+    first = request(0)
+    assert len(first.block_hashes) == 2
+    example.scheduler.add(first)
+    plan = example.plan()
+    row, rows = first.row, example.scheduler.rows
+    assert (plan.num_tokens, example.counts(row), rows.limit[row]) == (32, (32, 40, 40), 52)
+    assert rows.tables[row] == [[1, 2, 3]]
+    assert example.cached() == {1, 2}
+    example.book(plan)
+    plan = example.plan()
+    assert (plan.num_tokens, example.counts(row)) == (8, (40, 40, 41))
+    example.book(plan)
+    assert example.counts(row) == (40, 41, 41)
+    plan = example.plan()
+    assert (plan.num_tokens, example.counts(row)) == (1, (41, 41, 42))
+    for _ in range(8):
+        example.book(plan)
+        plan = example.plan()
+    assert (example.counts(row), rows.tables[row]) == ((49, 49, 50), [[1, 2, 3, 4]])
+    for _ in range(2):
+        assert example.book(plan) == []
+        plan = example.plan()
+    assert (example.counts(row), example.cached()) == ((51, 51, 52), {1, 2})
+    assert example.book(plan) == [FinishReason.LENGTH]
+    assert example.cached() == {1, 2, 3}
+    free = example.scheduler.pool.free_list()
+    assert free[0] == 4
+    assert free[-3:] == [3, 2, 1]
+
+    second = request(1)
+    example.scheduler.add(second)
+    plan = example.plan()
+    assert plan.num_tokens == 8
+    assert example.counts(second.row) == (40, 40, 41)
+    assert rows.tables[second.row] == [[1, 2, 4]]
+    assert np.array_equal(plan.rows, [second.row])
+
+
+def test_a_decode_takes_one_token_of_the_budget(example: Example) -> None:
+    example.scheduler.add(request(0))
+    for _ in range(2):
+        example.book(example.plan())
+    other = Request(AddRequest(make_handle(0, 1), column(range(100, 140)), 12, Sampling()), 64, 0.0)
+    other.hash_prompt(16)
+    example.scheduler.add(other)
+    assert example.plan().num_tokens == 32
+    assert example.counts(other.row)[0] == 31
