@@ -15,6 +15,7 @@ from engine.messages import AddRequest, FinishReason, Sampling, StepResult, colu
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "life-of-a-request.md"
+PAGES = [ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = " ".join(PAGE.read_text(encoding="utf-8").split())
 # `file`: `name`, `Class.method`, …
 NAMED = re.findall(r"`([\w./-]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", TEXT)
@@ -32,10 +33,11 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-def test_files_exist() -> None:
-    files = set(re.findall(r"`([\w/-]+\.(?:py|h|cpp))`", TEXT))
-    assert len(files) > 25
-    assert not [file for file in files if not (ROOT / file).is_file()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_exist(page: Path) -> None:
+    """Files and folders below the packages."""
+    named = re.findall(r"`((?:bench|cli|datasets|docs|engine|plots|tests)/[\w./-]*)`", page.read_text(encoding="utf-8"))
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_functions_exist() -> None:

@@ -73,7 +73,7 @@ def test_options_of_sweeps() -> None:
 
 def test_kinds_of_workloads() -> None:
     text = section("workloads.md", "Kinds and their fields")
-    rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| ?(.*?) ?\|$", text, flags=re.MULTILINE)
     assert {kind for kind, _, _ in rows} == set(_KINDS)
     for kind, required, optional in rows:
         assert set(re.findall(r"`(\w+)`", required)) == _KINDS[kind].required
