@@ -196,7 +196,7 @@ def test_lists_after_a_flag_without_effect(asked: Asked) -> None:
 
 
 def test_the_page_lists_every_flag_of_vllm_and_what_it_does() -> None:
-    page = (ROOT / "docs" / "vllm-flags.md").read_text()
+    page = (ROOT / "docs" / "serving" / "flags.md").read_text()
     rows = dict(re.findall(r"^\| `(--[\w-]+)[^|]*\| (implemented|no effect|refused)", page, re.MULTILINE))
     assert len(rows) >= 100
     for foreign in FOREIGN:
