@@ -1,7 +1,7 @@
 """Flags of `vllm serve` that Redline hasn't got: accepted where they change nothing here, else refused with the reason.
 
-A printed command should either do what it says or name what it can't do. `docs/serving/flags.md` lists all of them beside
-those that Redline has; the versions gone through are 0.8 to 0.32.
+A printed command should either do what it says or name what it can't do. `docs/serving/flags.md` lists all of them
+beside those that Redline has; the versions gone through are 0.8 to 0.32.
 """
 
 from collections.abc import Callable

@@ -25,14 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "docs" / "serving"
 
 
-def rows(page: Path, heading: str | None = None) -> list[list[str]]:
-    """The cells of all rows of a page's tables, or of the tables below one heading; without their headers."""
-    text = page.read_text(encoding="utf-8")
-    if heading is not None:
-        level = heading.split(" ")[0]
-        text = re.split(rf"^#{{1,{len(level)}}} ", text.split(f"\n{heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
-    found = re.findall(r"^\|(.+)\|$", re.sub(r"\\\|", "¦", text), re.MULTILINE)
-    return [[cell.strip() for cell in one.split("|")] for one in found]
+def rows(text: str) -> list[list[str]]:
+    """The cells of all rows of a text's tables, headers included."""
+    return [[cell.strip() for cell in one.split("|")] for one in re.findall(r"^\|(.+)\|$", text, re.MULTILINE)]
+
+
+def section(page: str, heading: str) -> str:
+    """What stands below a heading of a page, up to the next one of its level or above."""
+    text = (SERVING / page).read_text(encoding="utf-8").split(f"\n{heading}\n", 1)[1]
+    level = heading.index(" ")
+    return re.split(rf"^#{{1,{level}}} ", text, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def spans(cell: str) -> list[str]:
@@ -46,25 +48,28 @@ def visible_options() -> list[GroupedOption]:
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
-def test_the_flags_page_lists_exactly_the_options_of_serve() -> None:
+@pytest.fixture(scope="module")
+def listed_options() -> list[tuple[list[str], str]]:
+    """Names and default of each of Redline's own options on the page."""
     page = (SERVING / "flags.md").read_text(encoding="utf-8").split("## vLLM's flags")[0]
-    listed = [
-        [name for name in spans(cells[0]) if name.startswith("-")]
-        for cells in (line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `-"))
-    ]
-    declared = [[*one.opts, *(name for name in one.secondary_opts if name.strip())] for one in visible_options()]
-    assert sorted(map(sorted, listed)) == sorted(map(sorted, declared))
+    return [(spans(cells[0]), cells[1]) for cells in rows(page) if cells[0].startswith("`-")]
 
 
-def test_the_flags_page_has_the_defaults_that_help_shows() -> None:
-    page = {name: cells[1] for cells in rows(SERVING / "flags.md") for name in spans(cells[0])[:1]}
-    for one in visible_options():
-        if one.show_default and not one.is_flag and one.default not in (None, ""):
-            assert str(one.default) in page[one.opts[0]] or str(one.default) in page[one.opts[-1]], one.opts
+def test_the_flags_page_lists_exactly_the_options_of_serve(listed_options: list[tuple[list[str], str]]) -> None:
+    declared = [sorted([*one.opts, *one.secondary_opts]) for one in visible_options()]
+    assert sorted(sorted(names) for names, _ in listed_options) == sorted(declared)
+
+
+def test_the_flags_page_has_the_defaults_that_help_shows(listed_options: list[tuple[list[str], str]]) -> None:
+    defaults = {name: default for names, default in listed_options for name in names}
+    shown = [one for one in visible_options() if one.show_default and not one.is_flag]
+    assert shown
+    for one in shown:
+        assert f"`{one.default}`" in defaults[one.opts[0]], one.opts
 
 
 def test_the_flags_page_lists_all_parts_that_can_be_ablated() -> None:
-    names = {name for cells in rows(SERVING / "flags.md", "## V0 baseline") for name in spans(cells[0])}
+    names = {name for cells in rows(section("flags.md", "## V0 baseline")) for name in spans(cells[0])}
     assert set(REMOVALS) <= names
 
 
@@ -89,7 +94,8 @@ async def test_the_metrics_page_lists_exactly_what_is_exported() -> None:
     for sample, given in re.findall(r"^([\w:]+)(?:\{(.*)\})? \S+$", exported, re.MULTILINE):
         name = sample if sample in kinds else re.sub(r"_(bucket|count|sum)$", "", sample)
         labels[name] |= set(re.findall(r'(\w+)="', given)) - {"le"}
-    page = {spans(cells[0])[0]: cells for cells in rows(SERVING / "metrics.md") if cells[0].startswith("`")}
+    text = (SERVING / "metrics.md").read_text(encoding="utf-8")
+    page = {spans(cells[0])[0]: cells for cells in rows(text) if cells[0].startswith("`")}
     assert page.keys() == kinds.keys()
     for name, (_, kind, given, *_) in page.items():
         assert kind == kinds[name], name
@@ -101,14 +107,14 @@ async def test_the_metrics_page_lists_exactly_what_is_exported() -> None:
 
 
 def test_the_api_page_lists_all_endpoints() -> None:
-    listed = {span for cells in rows(SERVING / "api.md", "## Endpoints") for span in spans(cells[0])}
+    listed = {span for cells in rows(section("api.md", "## Endpoints")) for span in spans(cells[0])}
     assert listed == {f"{route.method.upper()} {route.path}" for route in ROUTES}
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
 def test_the_api_page_lists_all_fields_of_requests(kind: type[msgspec.Struct]) -> None:
     column = 1 if kind is CompletionRequest else 2
-    page = {name: cells[column] for cells in rows(SERVING / "api.md", "## Fields of a request")
+    page = {name: cells[column] for cells in rows(section("api.md", "## Fields of a request"))
             if len(cells) == 4 for name in spans(cells[0])}  # fmt: skip
     for field in msgspec.structs.fields(kind):
         assert page.get(field.name, "–") != "–", f"{field.name} isn't on the page"
@@ -116,12 +122,12 @@ def test_the_api_page_lists_all_fields_of_requests(kind: type[msgspec.Struct]) -
 
 @pytest.mark.parametrize(("kind", "path"), [(TokenizeRequest, "/tokenize"), (DetokenizeRequest, "/detokenize")])
 def test_the_api_page_lists_all_fields_of_tokenizing(kind: type[msgspec.Struct], path: str) -> None:
-    page = {spans(cells[0])[0]: cells[1] for cells in rows(SERVING / "api.md", "### `/tokenize` and `/detokenize`")[2:]}
+    page = {spans(cells[0])[0]: cells[1] for cells in rows(section("api.md", "### `/tokenize` and `/detokenize`"))[2:]}
     assert {field.name for field in msgspec.structs.fields(kind)} <= set(spans(page[path]))
 
 
 def test_the_models_page_lists_exactly_the_families() -> None:
-    listed = {spans(cells[0])[0]: cells[2] for cells in rows(SERVING / "models.md", "## Families") if spans(cells[0])}
+    listed = {spans(cells[0])[0]: cells[2] for cells in rows(section("models.md", "## Families")) if spans(cells[0])}
     listed.pop("model_type")
     assert listed.keys() == FAMILIES.keys()
     assert {name for name, way in listed.items() if way == "fused"} == {n for n, one in FAMILIES.items() if one.fused}
