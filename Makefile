@@ -2,9 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .DEFAULT_GOAL := help
-.PHONY: bench-client bench-core soak help install demo test lint unit clean
+.PHONY: bench-client bench-core soak help install demo test lint docs unit clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -15,7 +16,7 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
 install: $(VENV)/installed  ## Virtual environment with the `redline` command
@@ -33,11 +34,17 @@ bench-statistics: $(VENV)/installed-dev  ## Intervals and verdicts against simul
 
 test: lint unit  ## The whole suite: linters, types, import contracts, tests
 
-lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter
+# The site is built here and not among the tests: links and docstrings are checked like code, in seconds, before the tests.
+lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter, the documentation site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MKDOCS) --quiet
+
+docs: $(VENV)/installed-dev  ## The documentation site in build/site; every warning is an error
+	$(MKDOCS)
+	@echo "site: build/site/index.html"
 
 unit: $(VENV)/installed-dev  ## Tests, with the coverage of the core
 	$(BIN)/pytest --cov=engine.core --cov-report=term --cov-fail-under=90
