@@ -60,6 +60,12 @@ def test_the_flags_page_lists_exactly_the_options_of_serve(listed_options: list[
     assert sorted(sorted(names) for names, _ in listed_options) == sorted(declared)
 
 
+def test_the_flags_page_has_the_groups_of_help() -> None:
+    text = (SERVING / "flags.md").read_text(encoding="utf-8")
+    groups = list(dict.fromkeys(one.group for one in visible_options()))
+    assert [title for title in re.findall(r"^## (.+)$", text, re.MULTILINE) if title in groups] == groups
+
+
 def test_the_flags_page_has_the_defaults_that_help_shows(listed_options: list[tuple[list[str], str]]) -> None:
     defaults = {name: default for names, default in listed_options for name in names}
     shown = [one for one in visible_options() if one.show_default and not one.is_flag]
