@@ -44,7 +44,7 @@ lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter, the documentation sit
 
 docs: $(VENV)/installed-dev  ## The documentation site in build/site; every warning is an error
 	$(MKDOCS)
-	@echo "site: build/site/index.html"
+	@echo "site: build/site/index.html (its search needs a server: python -m http.server -d build/site)"
 
 unit: $(VENV)/installed-dev  ## Tests, with the coverage of the core
 	$(BIN)/pytest --cov=engine.core --cov-report=term --cov-fail-under=90

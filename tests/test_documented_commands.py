@@ -1,4 +1,4 @@
-"""The commands of README.md, CONTRIBUTING.md and docs/ are right: flags parse, targets, presets and files exist.
+"""The commands of README.md, its siblings and docs/ are right: flags parse, targets, presets and files exist.
 
 Nothing is run: a `redline` command is parsed by the command itself, a `make` command is looked up in the Makefile.
 Blocks that a CPU machine without network access cannot run carry a marker on the line before: `<!-- needs: gpu -->`.
@@ -21,13 +21,15 @@ import pytest
 from cli.main import redline
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ROOT_FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md")]
+DOCUMENTS = [*ROOT_FILES, *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS = {"gpu", "network", "hosts", "peers"}  # peers: other engines and load generators
 
 FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>```+)(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)(?P=fence) *$",
     re.DOTALL | re.MULTILINE,
 )
+SPAN = re.compile(r"(?<!`)`((?:redline|make|tool|python -m) [^`]+)`")
 MARKER = re.compile(r"<!-- needs: (?P<needs>[^>]*?) -->")
 MARKED_FENCE = re.compile(MARKER.pattern + r"\n *```")
 HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?[^\n]*\n.*?^\1$", re.DOTALL | re.MULTILINE)
@@ -50,12 +52,14 @@ class Command:
 
 
 def commands_of(text: str, name: str) -> list[Command]:
-    """All commands in the shell blocks of a document."""
+    """All commands in the shell blocks of a document, and those of ours within its sentences and tables."""
+    parts = [(block.start(), block["text"], block["kind"]) for block in FENCE.finditer(text) if block["kind"] in SHELLS]
+    prose = FENCE.sub(lambda block: " " * len(block[0]), text)
+    parts += [(span.start(), span[1], "bash") for span in SPAN.finditer(prose)]
     found = []
-    for block in FENCE.finditer(text):
-        if block["kind"] in SHELLS:
-            line = text.count("\n", 0, block.start()) + 1
-            found += [Command(f"{name}:{line}", words) for words in split_commands(block["text"], block["kind"])]
+    for start, commands, kind in sorted(parts):
+        where = f"{name}:{text.count(chr(10), 0, start) + 1}"
+        found += [Command(where, words) for words in split_commands(commands, kind)]
     return found
 
 
@@ -170,6 +174,14 @@ def test_the_api_reference_names_what_there_is() -> None:
         assert there, f"there is no {name}"
 
 
+@pytest.mark.parametrize("path", ROOT_FILES, ids=lambda path: path.name)
+def test_links_in_the_repository_lead_somewhere(path: Path) -> None:
+    """Those of docs/ are checked by `mkdocs build --strict`."""
+    links = re.findall(r"\]\(([^():\s#]+)(?:#[^()\s]*)?\)", path.read_text())
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_commands_are_found() -> None:
     ours = {command.words[1] for command in COMMANDS if command.program == "redline" and len(command.words) > 1}
     assert ours >= {"serve", "bench", "sweep", "report"}
@@ -226,6 +238,7 @@ def test_blocks_are_split_as_a_shell_does() -> None:
         ```python
         redline = 1
         ```
+        Type `make lint` or `redline`, but not `--rates`.
     """)
     assert [one.words for one in commands_of(text, "page.md")] == [
         ("redline", "serve", "m", "--port", "8000"),
@@ -234,4 +247,5 @@ def test_blocks_are_split_as_a_shell_does() -> None:
         ("redline", "report", "a", "b", "--fail-if", "itl_p99>+5%"),
         ("cat",),
         ("curl", "localhost:8000/v1/completions", "-d", '{\n  "prompt": "a & b"\n}'),
+        ("make", "lint"),
     ]
