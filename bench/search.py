@@ -255,6 +255,7 @@ def find_sustained(
         if not stopped.final:
             bracket.narrow = False
             with contextlib.suppress(_StoppedError):
+                _decide_lowest(bracket)
                 _confirm(bracket)
     return _answer(bracket, configuration, workload), bracket.rows
 
@@ -278,6 +279,14 @@ def _double(b: _Bracket, start_rate: float) -> None:
         b.narrow = False  # no end in sight: say so rather than go on for ever
     if b.low is None:
         _halve(b, rate)
+
+
+def _decide_lowest(b: _Bracket) -> None:
+    """Where the time ran out before any rate was decided: spend what is left on the lowest rate tried."""
+    rates = [row.rate for row in b.rows]
+    if b.low is None and rates and all(row.undecided for row in b.rows if row.rate == min(rates)):
+        b.open_rows = [row for row in b.open_rows if row.rate != min(rates)]  # a longer window takes their place
+        b.try_rate(min(rates), "confirm", 1)
 
 
 def _halve(b: _Bracket, rate: float) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -389,6 +390,19 @@ def test_where_no_window_decides_the_answer_says_so_and_no_rate_counts_as_sustai
     assert answer.line().startswith("undecided at")
     assert not answer.confirmed
     assert len(rows) < 100
+
+
+def test_where_the_time_is_over_before_any_rate_is_decided_the_rest_goes_to_the_lowest() -> None:
+    decides = undecided_below(5.0, 350)
+
+    def measure(trial: Trial) -> PointRow | None:
+        if trial.phase == "search":
+            return decides(trial) if trial.rate < 4 else None  # no further window fits into the time for searching
+        return decides(replace(trial, window_s=400.0)) if trial.repeat == 1 else None
+
+    answer, rows = find_sustained(measure, start_rate=1.0, precision=0.1)
+    assert [(r.rate, r.phase, r.sustained) for r in rows][-1] == (1.0, "confirm", True)
+    assert (answer.rate, answer.confirmed, answer.undecided) == (1.0, True, 2.0)
 
 
 def test_given_rates_of_which_some_could_not_be_decided() -> None:
