@@ -14,7 +14,7 @@ from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.model.names import CONFIG, PARAMS
-from engine.model.resolve import resolve_model
+from engine.model.resolve import resolve_model, resolve_tokenizer
 from engine.replicas import start_cores, stop_all, wait_all_ready
 
 
@@ -71,14 +71,14 @@ def start_engine(
     read, and how many there are.
     """
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
-    tokenizer_path = path if config.tokenizer is None else resolve_model(config.tokenizer, progress)
+    tokenizer_path = path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, progress)
+    # A stand-in takes the place of a model's missing tokenizer, never that of one that was asked for.
+    stand_in = declared_vocab_size(path) if config.tokenizer is None else None
     generation = read_generation(config.generation_config, path, config.override_generation_config)
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.names)
     cores = start_cores(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
-        tokenizer, warnings = load_tokenizer(
-            tokenizer_path, declared_vocab_size(path), config.tokenizer_mode, config.chat_template
-        )
+        tokenizer, warnings = load_tokenizer(tokenizer_path, stand_in, config.tokenizer_mode, config.chat_template)
         readies = wait_all_ready(cores, progress, on_wait, loading)
     except BaseException:
         stop_all(cores)

@@ -70,6 +70,12 @@ def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = 
     return _from_hub(name, tell)
 
 
+def resolve_tokenizer(name: str, progress: Progress | None = None) -> Path:
+    """The folder of a tokenizer: any folder as it is, which needs no config.json, else as `resolve_model`."""
+    path = Path(name).expanduser()
+    return path.resolve() if path.is_dir() else resolve_model(name, progress)
+
+
 def cache_folder() -> Path:
     """Where converted models are kept."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

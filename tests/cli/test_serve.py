@@ -187,6 +187,7 @@ def test_a_signal_while_the_model_loads_leaves_nothing(model: str, number: int):
         (("MODEL", "--block-size", "3"), 2, ["--block-size"]),
         (("MODEL", "--host", "no.such.host.invalid"), 1, ["--host"]),
         (("MODEL", "--tokenizer", "/no/such/folder"), 1, ["/no/such/folder"]),
+        (("MODEL", "--tokenizer", "tests"), 1, ["has no tokenizer (tokenizer.json)", "--tokenizer"]),
         (("MODEL", "--generation-config", "/no/such/folder"), 2, ["--generation-config /no/such/folder"]),
         (("MODEL", "--override-generation-config", '{"top_p": 2}'), 2, ["--override-generation-config", "top_p"]),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import ModelError
 from engine.model import resolve
-from engine.model.resolve import resolve_model
+from engine.model.resolve import resolve_model, resolve_tokenizer
 
 
 @pytest.fixture
@@ -29,6 +29,12 @@ def test_a_lone_config_file_is_itself(tmp_path: Path) -> None:
     file = tmp_path / "llama-8b.json"
     file.write_text("{}")
     assert resolve_model(str(file)) == file
+
+
+def test_a_tokenizers_folder_needs_no_config(tmp_path: Path) -> None:
+    assert resolve_tokenizer(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelError, match=str(tmp_path / "nothing")):
+        resolve_tokenizer(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere-at-all", "a/b/c"])
