@@ -283,10 +283,10 @@ def _double(b: _Bracket, start_rate: float) -> None:
 
 def _decide_lowest(b: _Bracket) -> None:
     """Where the time ran out before any rate was decided: spend what is left on the lowest rate tried."""
-    rates = [row.rate for row in b.rows]
-    if b.low is None and rates and all(row.undecided for row in b.rows if row.rate == min(rates)):
-        b.open_rows = [row for row in b.open_rows if row.rate != min(rates)]  # a longer window takes their place
-        b.try_rate(min(rates), "confirm", 1)
+    lowest = min((row.rate for row in b.rows), default=None)
+    if b.low is None and lowest is not None and all(row.undecided for row in b.rows if row.rate == lowest):
+        b.open_rows = [row for row in b.open_rows if row.rate != lowest]  # a longer window takes their place
+        b.try_rate(lowest, "confirm", 1)
 
 
 def _halve(b: _Bracket, rate: float) -> None:

@@ -137,15 +137,23 @@ INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
 // Bytes 0 and 2 of each word as 16-bit numbers, and bytes 1 and 3.
-INLINE __m256i even_signed(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
-INLINE __m256i odd_signed(__m256i v) { return _mm256_srai_epi16(v, 8); }
-INLINE __m256i even_unsigned(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi16(255)); }
-INLINE __m256i odd_unsigned(__m256i v) { return _mm256_srli_epi16(v, 8); }
+template <bool SIGNED> INLINE __m256i even_bytes(__m256i v) {
+    return SIGNED ? _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8) : _mm256_and_si256(v, _mm256_set1_epi16(255));
+}
+template <bool SIGNED> INLINE __m256i odd_bytes(__m256i v) {
+    return SIGNED ? _mm256_srai_epi16(v, 8) : _mm256_srli_epi16(v, 8);
+}
 
-// Products of 16-bit numbers: those of unsigned by signed bytes, two at a time, don't fit 16 bits.
-INLINE i32x16::Part add_products(i32x16::Part acc, __m256i even_a, __m256i odd_a, __m256i even_b, __m256i odd_b) {
-    acc += (i32x16::Part)_mm256_madd_epi16(even_a, even_b);
-    return acc + (i32x16::Part)_mm256_madd_epi16(odd_a, odd_b);
+// acc[lane] += the sum of four products of bytes, those of b signed and those of a not, or the other way round. They are
+// products of 16-bit numbers: the sum of two products of bytes doesn't fit 16 bits.
+template <bool B_SIGNED> INLINE i32x16 dot_bytes(i32x16 acc, u32x16 b, uint32_t a) {
+    const __m256i row = (__m256i)spread(a), even = even_bytes<!B_SIGNED>(row), odd = odd_bytes<!B_SIGNED>(row);
+    for (int p = 0; p < PARTS; p++) {
+        const __m256i column = (__m256i)b.part[p];
+        acc.part[p] += (i32x16::Part)_mm256_madd_epi16(even, even_bytes<B_SIGNED>(column));
+        acc.part[p] += (i32x16::Part)_mm256_madd_epi16(odd, odd_bytes<B_SIGNED>(column));
+    }
+    return acc;
 }
 
 #endif
@@ -155,12 +163,7 @@ INLINE i32x16 dot_quads(i32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, _mm512_set1_epi32(int(a)));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i row = (__m256i)spread(a), even = even_signed(row), odd = odd_signed(row);
-    for (int p = 0; p < PARTS; p++) {
-        const __m256i column = (__m256i)b.part[p];
-        acc.part[p] = add_products(acc.part[p], even, odd, even_unsigned(column), odd_unsigned(column));
-    }
-    return acc;
+    return dot_bytes<false>(acc, b, a);
 #else
     for (int i = 0; i < 4; i++) acc += (i32x16)(b >> 8 * i & 255) * int32_t(int8_t(a >> 8 * i));
     return acc;
@@ -184,12 +187,7 @@ INLINE i32x16 dot_quads_unsigned(i32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i row = (__m256i)spread(a), even = even_unsigned(row), odd = odd_unsigned(row);
-    for (int p = 0; p < PARTS; p++) {
-        const __m256i column = (__m256i)b.part[p];
-        acc.part[p] = add_products(acc.part[p], even, odd, even_signed(column), odd_signed(column));
-    }
-    return acc;
+    return dot_bytes<true>(acc, b, a);
 #else
     for (int i = 0; i < 4; i++) acc += ((i32x16)(b << (24 - 8 * i)) >> 24) * int32_t(a >> 8 * i & 255);
     return acc;

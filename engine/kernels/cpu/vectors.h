@@ -127,6 +127,7 @@ template <class E> INLINE Parts<E> select(i32x16 mask, Parts<E> a, Parts<E> b)
 
 #undef ARITHMETIC
 #undef COMPARISON
+#undef EACH_PART
 
 #if defined(__AVX2__)
 // The lowest byte of each word.
