@@ -92,11 +92,11 @@ def show_report(
             if comparison.workload not in told:
                 console.print(terminal_table(comparison))
         for line in answer_lines(report.results):
-            console.print(line, style="bold", markup=False, soft_wrap=True)
+            console.print(line, style="bold", soft_wrap=True)
         for line in trouble_lines(report.results):
-            console.print(line, style="yellow", markup=False, soft_wrap=True)
+            console.print(line, style="yellow", soft_wrap=True)
         for what, cause in report.results.failures.items():
-            console.print(f"not measured: {what}: {cause}", style="red", markup=False, soft_wrap=True)
+            console.print(f"not measured: {what}: {cause}", style="red", soft_wrap=True)
     failed = failed_conditions(report.results, conditions)
     # On stderr with --markdown, whose output is meant to be piped into a comment.
     for path in report.files:

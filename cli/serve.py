@@ -105,7 +105,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         signal.signal(number, interrupt)
     log_to_stderr()
     for note in notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     with StartingAnswers(listeners[0], tls), StartProgress(console, f"starting {config.model}") as progress:
         engine = start_engine(
             config,
@@ -116,7 +116,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         )
     show_start(console, engine)
     options = ServeOptions(http, not serving.disable_log_stats, serving.log_requests, serving.shutdown_timeout)
-    return ServerRun(engine, listeners, options, lambda line: console.print(line, markup=False)).run()
+    return ServerRun(engine, listeners, options, console.print).run()
 
 
 class StartProgress:

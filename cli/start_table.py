@@ -38,7 +38,7 @@ def show_start(console: Console, engine: Any) -> None:
         table.add_row(what, value, Text(flag, style="dim"))
     console.print(table)
     for warning in engine.warnings:
-        console.print(f"warning: {warning}", markup=False)
+        console.print(f"warning: {warning}")
 
 
 def sampling_defaults(engine: Any) -> list[tuple[str, str, str]]:

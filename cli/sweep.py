@@ -58,7 +58,7 @@ def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> in
     from cli.report import show_report
     from plots.data import ReportError
 
-    console.print(f"{plan.title}: at most {minutes(plan.most_minutes())}, results in {folder}", markup=False)
+    console.print(f"{plan.title}: at most {minutes(plan.most_minutes())}, results in {folder}")
     names = [c.name for c in plan.configurations], [w.name for w in plan.workloads]
     with SweepProgress(console, *names) as progress:
         try:
@@ -103,16 +103,16 @@ def _list_presets(console: "Console") -> None:
 
 def _show_plan(console: "Console", plan: "SweepPlan", folder: Path) -> None:
     """One block a run, since command lines are long."""
-    console.print(plan.title, style="bold", markup=False)
+    console.print(plan.title, style="bold")
     number = 0
     for workload in plan.workloads:
         for configuration in plan.configurations:
             number += 1
-            console.print(f"\n{number}. {configuration.name} / {workload.name}", style="bold", markup=False)
-            console.print(f"   {configuration.shown(workload.max_tokens)}", markup=False, soft_wrap=True)
-            console.print(f"   {_how(workload)}; at most {minutes(workload.options.max_minutes)}", markup=False)
+            console.print(f"\n{number}. {configuration.name} / {workload.name}", style="bold")
+            console.print(f"   {configuration.shown(workload.max_tokens)}", soft_wrap=True)
+            console.print(f"   {_how(workload)}; at most {minutes(workload.options.max_minutes)}")
     console.print(f"\n{number} runs, at most {minutes(plan.most_minutes())} with starting the servers")
-    console.print(f"results in {folder}", markup=False)
+    console.print(f"results in {folder}")
 
 
 def _how(workload: "SweepWorkload") -> str:
