@@ -12,6 +12,7 @@ from engine.messages import Hung
 from tests.engine.fake_executor import expected_tokens
 from tests.engine.frontend.fleet import Fleet
 from tests.engine.frontend.test_router import call
+from tests.virtual_time import in_virtual_time
 
 
 class Stopped:
@@ -30,19 +31,20 @@ class Stopped:
             self.receive(data)
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "PATIENCE_S", 0.05)
-
-
 async def settle(fleet: Fleet) -> None:
     for _ in range(20):
         fleet.turn()
         await asyncio.sleep(0)
 
 
-@pytest.mark.usefixtures("hasty")
+async def turn_until_done(fleet: Fleet, call: "asyncio.Future[int]") -> None:
+    while not call.done():
+        fleet.turn()
+        await asyncio.sleep(calls.PATIENCE_S / 50)
+
+
 @pytest.mark.parametrize("how", ["stopped", "hung before", "hung meanwhile"])
+@in_virtual_time
 async def test_a_load_does_not_wait_for_a_replica_that_hangs_and_is_taken_back(how: str):
     fleet = Fleet(2)
     stopped = Stopped(fleet, 1)
@@ -52,9 +54,7 @@ async def test_a_load_does_not_wait_for_a_replica_that_hangs_and_is_taken_back(h
     await asyncio.sleep(0)
     if how == "hung meanwhile":
         fleet.say(1, Hung("a step takes long"))
-    while not loading.done():
-        fleet.turn()
-        await asyncio.sleep(0.001)
+    await turn_until_done(fleet, loading)
     with pytest.raises(EngineDeadError, match="replica 1 doesn't answer" if how == "stopped" else "replica 1 hangs"):
         await loading
     assert await call(fleet, "adapters") == {}
@@ -66,7 +66,7 @@ async def test_a_load_does_not_wait_for_a_replica_that_hangs_and_is_taken_back(h
     assert await call(fleet, "adapters") == {"french": "one"}
 
 
-@pytest.mark.usefixtures("hasty")
+@in_virtual_time
 async def test_a_load_that_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     fleet = Fleet(2)
     done: Future[int] = Future()
@@ -74,13 +74,14 @@ async def test_a_load_that_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPa
     loading = asyncio.ensure_future(fleet.router.call("load_adapter", name="french", path="one"))
     for _ in range(300):
         fleet.turn()
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(calls.PATIENCE_S / 50)
     assert not loading.done()
     done.set_result(1)
-    assert await asyncio.wait_for(loading, 10) == 0
+    await turn_until_done(fleet, loading)
+    assert loading.result() == 0
 
 
-@pytest.mark.usefixtures("hasty")
+@in_virtual_time
 async def test_an_unload_does_not_wait_for_a_replica_that_hangs_and_nothing_is_unloaded():
     fleet = Fleet(2)
     await call(fleet, "load_adapter", name="french", path="one")
@@ -94,6 +95,7 @@ async def test_an_unload_does_not_wait_for_a_replica_that_hangs_and_nothing_is_u
     assert [fleet.take(stream) for stream in streams] == [expected_tokens([number], 4) for number in range(2)]
 
 
+@in_virtual_time
 async def test_requests_while_an_unload_is_refused_by_another_replica_are_served():
     fleet = Fleet(2)
     await call(fleet, "load_adapter", name="french", path="one")
@@ -114,6 +116,7 @@ async def test_requests_while_an_unload_is_refused_by_another_replica_are_served
         assert fleet.take(stream) == expected_tokens([number % 40, 7], 4)
 
 
+@in_virtual_time
 async def test_a_request_that_can_not_begin_again_elsewhere_fails_alone(monkeypatch: pytest.MonkeyPatch):
     fleet = Fleet(2, routing="least-loaded")
     streams = [fleet.add([number] * 3) for number in range(4)]
