@@ -1,4 +1,4 @@
-"""An event loop in which only waiting takes time, so that what timers decide does not depend on how busy a machine is."""
+"""An event loop in which only waiting takes time, so that timers decide the same on a busy machine."""
 
 import asyncio
 import functools
