@@ -46,8 +46,8 @@ docs: $(VENV)/installed-dev  ## The documentation site in build/site; every warn
 	$(MKDOCS)
 	@echo "site: build/site/index.html (its search needs a server: python -m http.server -d build/site)"
 
-unit: $(VENV)/installed-dev  ## Tests, with the coverage of the core
-	$(BIN)/pytest --cov=engine.core --cov-report=term --cov-fail-under=90
+unit: $(VENV)/installed-dev  ## Tests, a worker on each core, with the coverage of the core
+	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --cov=engine.core --cov-report=term --cov-fail-under=90
 
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
 	$(BIN)/python -m tests.perf.bench_client

@@ -136,7 +136,7 @@ def test_a_killed_api_process_is_started_again_and_the_others_serve_on(model: st
     with serve(tmp_path, model, *DUMMY, "--api-servers", "2", "--shutdown-timeout", "1") as server:
         family = children(server.process)
         [killed] = [process for process in family if "engine.api.process" in process.cmdline()]
-        body = {**BODY, "max_tokens": 100, "stream": True}
+        body = {**BODY, "max_tokens": 400, "stream": True}  # the first goes on when the last begins
         with contextlib.ExitStack() as stack:
             streams: list[Iterator[str]] = []
             for _ in range(12):  # with a process each, or the other

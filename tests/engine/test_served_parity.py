@@ -49,23 +49,21 @@ class Greedy:
     def __init__(self, folder: Path, prompts: list[list[int]]):
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self._prompts = prompts
-        self._known: dict[tuple[int, ...], list[int]] = {}
+        self._known: dict[tuple[int, ...], torch.Tensor] = {}
 
     def logits(self, prompt: list[int], output: list[int]) -> torch.Tensor:
         """At each token of the output, [tokens, vocabulary]."""
-        with torch.inference_mode():
-            return self._model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :]
+        key = (*prompt, -1, *output)
+        if key not in self._known:
+            ids = torch.tensor([prompt + output[:-1]])
+            with torch.inference_mode():
+                self._known[key] = self._model(ids, logits_to_keep=len(output)).logits[0]
+        return self._known[key]
 
     def tokens(self, outputs: list[list[int]]) -> list[list[int]]:
         """For each prompt the likeliest token after the prompt and each beginning of its output."""
         assert all(len(set(output)) > 3 for output in outputs), "a text of one repeated token proves nothing"
-        return [self._likeliest(*pair) for pair in zip(self._prompts, outputs, strict=True)]
-
-    def _likeliest(self, prompt: list[int], output: list[int]) -> list[int]:
-        key = (*prompt, -1, *output)
-        if key not in self._known:
-            self._known[key] = self.logits(prompt, output).argmax(dim=-1).tolist()
-        return self._known[key]
+        return [self.logits(*pair).argmax(dim=-1).tolist() for pair in zip(self._prompts, outputs, strict=True)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import Image
 from bench.results import PointRow, RunFiles, Summary
 from plots.compare import compare
 from plots.data import ReportError, load
-from plots.report import slug, write_report
+from plots.report import Report, slug, write_report
 from plots.tables import markdown
 from tests.plots.made import ARTICLES, DEMO, TWO, Server, edited
 
@@ -62,8 +62,14 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data.strip()
 
 
-def test_a_report_is_made_of_files_in_the_folder(demo: Path) -> None:
-    report = write_report([demo])
+@pytest.fixture(scope="module")
+def demo_report(templates: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """The report of the demo's measurements, for the tests that change nothing."""
+    return write_report([shutil.copytree(templates(TWO, DEMO), tmp_path_factory.mktemp("report") / "demo")])
+
+
+def test_a_report_is_made_of_files_in_the_folder(demo_report: Report) -> None:
+    report, demo = demo_report, demo_report.page.parent
     names = {path.name for path in report.files}
     assert names == {
         "latency-shared-prefix-448-64-32.png",
@@ -104,13 +110,13 @@ def test_the_page_is_self_contained_and_whole(make_run: Callable[..., Path]) -> 
     assert "torch version" in said
 
 
-def test_nothing_is_fetched_from_elsewhere(demo: Path) -> None:
-    text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", write_report([demo]).page.read_text())
+def test_nothing_is_fetched_from_elsewhere(demo_report: Report) -> None:
+    text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", demo_report.page.read_text())
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", text)
 
 
-def test_sort_keys_are_plain_numbers(demo: Path) -> None:
-    page = Page(write_report([demo]).page.read_text())
+def test_sort_keys_are_plain_numbers(demo_report: Report) -> None:
+    page = Page(demo_report.page.read_text())
     numeric = [key for key in page.keys if key and key[0].isdigit() and not key.endswith("/32")]
     assert len(numeric) > 50
     assert all(float(key) >= 0 for key in numeric)
@@ -118,6 +124,7 @@ def test_sort_keys_are_plain_numbers(demo: Path) -> None:
 
 def test_names_are_escaped(make_run: Callable[..., Path]) -> None:
     folder = make_run("a", servers={"<script>alert(1)</script>": Server(4), "a & b | c": Server(3)})
+    shutil.rmtree(folder / "requests")
     report = write_report([folder])
     page = Page(report.page.read_text())
     assert "<script>alert" not in report.page.read_text()
@@ -136,6 +143,8 @@ def test_markdown_tables_have_as_many_cells_in_every_row(make_run: Callable[...,
 
 def test_several_folders_become_one_report_beside_the_last(make_run: Callable[..., Path]) -> None:
     a, b = make_run("results/a"), make_run("results/b")
+    for folder in (a, b):
+        shutil.rmtree(folder / "requests")
     before = {path.name for path in a.iterdir()}
     report = write_report([a, b])
     assert report.page == a.parent / "compare-a-b" / "report.html"
@@ -143,7 +152,15 @@ def test_several_folders_become_one_report_beside_the_last(make_run: Callable[..
     assert "b: prefix caching off" in report.page.read_text()
 
 
-def test_failures_are_shown(demo: Path) -> None:
+@pytest.fixture
+def points_only(demo: Path) -> Path:
+    """Without the requests of each load point, which two of the figures are drawn from."""
+    shutil.rmtree(demo / "requests")
+    return demo
+
+
+def test_failures_are_shown(points_only: Path) -> None:
+    demo = points_only
     files = RunFiles(demo)
     summary = files.read_summary()
     summary.failures["v0 / 500/2000"] = "the server did not start: unknown flag"
@@ -153,7 +170,8 @@ def test_failures_are_shown(demo: Path) -> None:
     assert "the server did not start: unknown flag" in (demo / "comparison.md").read_text()
 
 
-def test_a_run_cut_off_before_its_answer_is_still_drawn(demo: Path) -> None:
+def test_a_run_cut_off_before_its_answer_is_still_drawn(points_only: Path) -> None:
+    demo = points_only
     files = RunFiles(demo)
     summary = files.read_summary()
     summary.answers, summary.finished = [], None
@@ -172,6 +190,7 @@ def test_nothing_measured(tmp_path: Path) -> None:
 
 def test_workloads_whose_names_make_the_same_file_name(make_run: Callable[..., Path]) -> None:
     folder = make_run("a", workloads={"500/2000": 1.0, "500 2000": 0.5})
+    shutil.rmtree(folder / "requests")
     names = {path.name for path in write_report([folder]).files}
     assert {"latency-500-2000.png", "latency-500-2000-2.png"} <= names
 
@@ -207,8 +226,8 @@ def test_what_is_no_clean_measurement_is_listed(demo: Path) -> None:
     assert len(lines) == 6
 
 
-def test_clean_measurements_have_no_such_list(demo: Path) -> None:
-    text = write_report([demo]).page.read_text()
+def test_clean_measurements_have_no_such_list(demo_report: Report) -> None:
+    text = demo_report.page.read_text()
     assert "Invalid points" not in text
     assert "Goodput" not in text
 
@@ -221,13 +240,13 @@ def test_a_timeline_that_was_asked_for_is_drawn_too(demo: Path) -> None:
         write_report([demo], timelines=["ladder-1.1"])
 
 
-def test_folders_without_their_request_files_are_still_drawn(demo: Path) -> None:
-    shutil.rmtree(demo / "requests")
-    names = {path.name for path in write_report([demo]).files if path.suffix == ".png"}
+def test_folders_without_their_request_files_are_still_drawn(points_only: Path) -> None:
+    names = {path.name for path in write_report([points_only]).files if path.suffix == ".png"}
     assert names == {"latency-shared-prefix-448-64-32.png", "throughput.png"}
 
 
-def test_what_the_server_resolved_is_shown_apart(demo: Path) -> None:
+def test_what_the_server_resolved_is_shown_apart(points_only: Path) -> None:
+    demo = points_only
     files = RunFiles(demo)
     summary = files.read_summary()
     for details in summary.configurations.values():
