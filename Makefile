@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .DEFAULT_GOAL := help
@@ -46,8 +47,13 @@ docs: $(VENV)/installed-dev  ## The documentation site in build/site; every warn
 	$(MKDOCS)
 	@echo "site: build/site/index.html (its search needs a server: python -m http.server -d build/site)"
 
-unit: $(VENV)/installed-dev  ## Tests, a worker on each core, with the coverage of the core
-	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --cov=engine.core --cov-report=term --cov-fail-under=90
+unit: $(VENV)/installed-dev  ## All tests, in a worker on each core, with the coverage of the scheduler's core
+	$(PYTEST) tests/engine/core --cov=engine.core --cov-report=term --cov-fail-under=90
+	$(PYTEST) --ignore=tests/engine/core
+
+.PHONY: test-fast
+test-fast: $(VENV)/installed-dev  ## The tests that take a few seconds a file, for the inner loop
+	$(PYTEST) -m 'not slow'
 
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
 	$(BIN)/python -m tests.perf.bench_client

@@ -7,6 +7,7 @@ threads then number one for each worker and do not compete, and neither do the p
 import gc
 import math
 import os
+from pathlib import Path
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None and hasattr(os, "sched_setaffinity"):  # before torch counts the cores
@@ -19,25 +20,42 @@ from bench import machine  # noqa: E402
 from bench.loadgen import recording  # noqa: E402
 from engine.machine import cores  # noqa: E402
 
+TESTS = Path(__file__).parent
 MOST_WORKERS = 8
-# Files that take longest come first, so that no worker ends with one of them while the others have none.
-LONGEST = (
-    "test_multiprocess.py", "test_served_parity.py", "test_sweep.py", "test_report.py", "test_lora.py",
-    "test_replicas_served.py", "test_sweep_rounds.py", "test_serve.py", "test_serve_engine.py", "test_run.py",
-    "test_ranks.py", "test_parity.py", "test_ranks_served.py", "test_cache_hits.py", "test_serve_processes.py",
-    "test_native_served.py", "test_closed.py", "test_bench.py", "test_broadcast.py", "test_figures.py",
+# Files that take 20 s or more on one core, the longest first. Workers begin with them, so that none ends with one, and
+# `make test-fast` leaves them out.
+SLOW = (
+    "engine/test_served_parity.py", "engine/worker/test_multiprocess.py", "engine/worker/test_parity.py",
+    "bench/test_sweep.py", "engine/test_ranks_served.py", "cli/test_replicas_served.py", "bench/test_sweep_rounds.py",
+    "bench/test_run.py", "cli/test_serve_processes.py", "cli/test_serve_engine.py", "cli/test_serve.py",
+    "bench/workloads/test_cache_hits.py", "engine/test_native_served.py", "engine/worker/test_lora.py",
+    "plots/test_report.py", "cli/test_report.py", "bench/test_closed.py", "plots/test_figures.py",
+    "engine/core/test_whatever_happens.py", "cli/test_bench.py", "engine/api/test_slow_reader.py",
+    "engine/test_ranks.py", "bench/loadgen/test_loop.py", "engine/test_loading.py", "cli/test_sweep.py",
+    "cli/test_workload.py", "plots/test_percentiles.py", "cli/test_target_options.py", "plots/test_ablation.py",
+    "bench/loadgen/test_closed_loop.py", "engine/test_llm.py", "plots/test_timeline.py",
+    "engine/kernels/cpu/test_build.py", "engine/model/test_native.py", "engine/model/test_kvgroups.py",
+    "engine/worker/test_broadcast.py", "engine/worker/test_prompt_logprobs.py",
 )  # fmt: skip
+
+
+def pytest_configure() -> None:
+    missing = [name for name in SLOW if not (TESTS / name).exists()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py names files that don't exist: {', '.join(missing)}")
 
 
 def pytest_xdist_auto_num_workers() -> int:
     return min(cores(), MOST_WORKERS)
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {TESTS / name: place for place, name in enumerate(SLOW)}
+    for item in items:
+        if item.path in order:
+            item.add_marker(pytest.mark.slow)
     if WORKER is not None:
-        order = {name: place for place, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: order.get(item.path.name, len(order)))
+        items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)

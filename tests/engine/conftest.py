@@ -1,16 +1,18 @@
 """Starts executors for the tests of the worker and ends them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine import children
 from engine.config import EngineConfig
 from engine.memory import resolve
 from engine.model.facts import read_facts
 from engine.worker.executor import InProcessExecutor
+from tests.engine.fork_server import ForkServer
 from tests.engine.worker.driver import Driver
 
 
@@ -30,3 +32,18 @@ def make_driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
         return Driver(executor, rows=rows, block_size=block_size, num_blocks=num_blocks, windows=windows)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_children(fork_server: ForkServer) -> Iterator[None]:
+    """Ranks and cores of these tests are forked; to start one takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children, "spawn", fork_server.spawn)
+        yield
