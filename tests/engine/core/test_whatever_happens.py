@@ -166,5 +166,7 @@ def test_no_token_is_computed_twice_or_not_at_all(requests: list[Asked], config:
     if driver.stats.preemptions == 0:
         assert needed <= computed <= needed + stopped * (MAX_BURST + 1)
         assert stopped or computed == needed
-    else:
-        assert computed >= needed
+    else:  # one that is admitted again may find blocks that others have computed since
+        found = sum(added.computed for message in driver.worker.steps for added in message.added)
+        whole = sum(len(one.prompt) + len(driver.tokens[handle]) - 1 for one, handle in zip(calm, handles, strict=True))
+        assert computed + found >= whole
