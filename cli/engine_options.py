@@ -5,6 +5,7 @@ import click
 from cli.options import LENGTH, SIZE, Finite, JsonObject, option
 from cli.vllm_options import VLLM
 from engine.config import (
+    ABLATIONS,
     DEVICES,
     DTYPE_ALIASES,
     DTYPES,
@@ -14,7 +15,6 @@ from engine.config import (
     LOAD_FORMATS,
     MISTRAL,
     QUANTIZATIONS,
-    REMOVALS,
     ROUTINGS,
     SCHEDULING_POLICIES,
     SPECULATORS,
@@ -202,7 +202,7 @@ ENGINE_OPTIONS = (
         multiple=True,
         metavar="NAME,…",
         callback=split_commas,
-        help=f"Take parts from V1: {', '.join(REMOVALS)}.",
+        help=f"Take parts from V1: {', '.join(ABLATIONS)}.",
     ),
     option(BASELINE, "--num-scheduler-steps", type=int, help="V0's: steps for each time the scheduler runs."),
     option(

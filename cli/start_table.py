@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.config import REMOVALS, EngineConfig, watermark_blocks
+from engine.config import ABLATIONS, EngineConfig, watermark_blocks
 
 
 def show_start(console: Console, engine: Any) -> None:
@@ -65,10 +65,10 @@ def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:
         lines.append(("  prefill", prefill, "--enable-chunked-prefill"))
         steps = ready.scheduler_steps
         lines.append(("  decode", f"{steps} step{'s' if steps > 1 else ''} at a time", "--num-scheduler-steps"))
-    elif config.removals:
+    elif config.ablations:
         lines.append(("engine", "V1 without parts of it", "--ablate"))
-    for name, what in REMOVALS.items():
-        if name in config.removals:
+    for name, what in ABLATIONS.items():
+        if name in config.ablations:
             extra = (
                 f" ({watermark_blocks(ready.num_blocks + 1):,} of {ready.num_blocks:,})" if name == "watermark" else ""
             )

@@ -39,7 +39,7 @@ SCHEDULING_POLICIES: tuple[str, ...] = ("fcfs", "priority")
 ROUTINGS: tuple[str, ...] = ("prefix", "least-loaded", "random")  # of requests to replicas
 
 # What V0 did without, or did otherwise: each can be taken from V1 alone (--ablate), all together are --engine v0.
-REMOVALS: dict[str, str] = {
+ABLATIONS: dict[str, str] = {
     "no-chunking": "a prompt is computed whole in one step",
     "prefill-first": "while prompts are computed, no running request gets a token",
     "no-run-ahead": "a step is planned only when the tokens of the one before are known",
@@ -107,7 +107,7 @@ class EngineConfig:
     num_speculative_tokens: int = 4  # guesses that a request gets in a step, at most
     adapters: tuple[tuple[str, str], ...] = ()  # LoRA: names that clients use, and folders
     engine: str | None = None  # of ENGINES; None: v1, but v0 where an option is given that v0 alone has
-    ablate: tuple[str, ...] = ()  # of REMOVALS
+    ablate: tuple[str, ...] = ()  # of ABLATIONS
     num_scheduler_steps: int | None = None  # with v0: steps for each time the scheduler runs
     enable_chunked_prefill: bool | None = None  # with v0: V0's own chunked prefill, off by default as it was
 
@@ -170,9 +170,9 @@ class EngineConfig:
         return tuple(flag(name) for name in V0_OPTIONS if getattr(self, name) is not None)
 
     def _check_engine(self) -> None:
-        for removal in self.ablate:
-            if removal not in REMOVALS:
-                raise ConfigError(f"--ablate must be of {', '.join(REMOVALS)}, not {removal!r}")
+        for ablation in self.ablate:
+            if ablation not in ABLATIONS:
+                raise ConfigError(f"--ablate must be of {', '.join(ABLATIONS)}, not {ablation!r}")
         if self.engine == "v1" and self.num_scheduler_steps is not None:
             raise ConfigError(
                 "--num-scheduler-steps is V0's, not --engine v1's: V1 plans each step while the one before runs, and "
@@ -187,7 +187,7 @@ class EngineConfig:
             raise ConfigError("--ablate takes parts from V1: --engine v0 is without all of them already")
         if DRIVER_BROADCAST in self.ablate and self.tensor_parallel_size == 1:
             raise ConfigError(f"--ablate {DRIVER_BROADCAST} needs --tp 2 or more: one rank has none to broadcast to")
-        if self.speculative and "full-state" in self.removals:
+        if self.speculative and "full-state" in self.ablations:
             raise ConfigError("--speculative needs workers that keep their state: not --engine v0, --ablate full-state")
         if self.num_scheduler_steps is not None and self.num_scheduler_steps < 1:
             raise ConfigError(f"--num-scheduler-steps must be at least 1, not {self.num_scheduler_steps}")
@@ -195,14 +195,14 @@ class EngineConfig:
             raise ConfigError("--num-scheduler-steps and --enable-chunked-prefill exclude each other, as in V0")
 
     @property
-    def removals(self) -> frozenset[str]:
+    def ablations(self) -> frozenset[str]:
         """What this engine does without."""
         if self.engine == "v1":
             return frozenset(self.ablate)
         kept = {*(CHUNKING if self.enable_chunked_prefill else ())}
         if self.tensor_parallel_size == 1:
             kept.add(DRIVER_BROADCAST)
-        return frozenset(REMOVALS) - kept
+        return frozenset(ABLATIONS) - kept
 
     @property
     def total_ranks(self) -> int:
@@ -286,10 +286,10 @@ class ResolvedConfig:
     enable_prefix_caching: bool
     encoder_cache_tokens: int = 0  # embeddings of items that stay on the device; 0: as many as the budget
     scheduling_policy: str = "fcfs"
-    removals: frozenset[str] = frozenset()
+    ablations: frozenset[str] = frozenset()
     draft_tokens: int = 0  # guesses that a decoding row may get beside its token, at most
     scheduler_steps: int = 1  # steps for each time the scheduler runs; only V0's
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "removals", frozenset(self.removals))  # a list, where it came as a message
+        object.__setattr__(self, "ablations", frozenset(self.ablations))  # a list, where it came as a message
         object.__setattr__(self, "kv_windows", tuple(self.kv_windows))

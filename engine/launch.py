@@ -228,7 +228,7 @@ def build_core_server(
         executor = InProcessExecutor(config, facts, resolution.config, progress=progress)
     ledger += executor.seconds.items()
     resolved = resolution.config
-    inline = build_inline(config, resolved, facts.vocab_size) if "inline-frontend" in resolved.removals else None
+    inline = build_inline(config, resolved, facts.vocab_size) if "inline-frontend" in resolved.ablations else None
     server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core, inline)
     began = time.monotonic()
     for name, path in config.adapters:
@@ -255,7 +255,7 @@ def build_core_server(
         process_id=os.getpid(),
         seconds=tuple(ledger),
         scheduling_policy=resolved.scheduling_policy,
-        removals=tuple(sorted(resolved.removals)),
+        ablations=tuple(sorted(resolved.ablations)),
         scheduler_steps=resolved.scheduler_steps,
         kernels=executor.kernels,
         kv_windows=resolved.kv_windows,

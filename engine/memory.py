@@ -74,9 +74,9 @@ def resolve(config: EngineConfig, facts: ModelFacts, available: int | None = Non
         block_size=block_size,
         num_blocks=blocks,
         kv_windows=windows,
-        enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.removals,
+        enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.ablations,
         scheduling_policy=config.scheduling_policy,
-        removals=config.removals,
+        ablations=config.ablations,
         scheduler_steps=config.num_scheduler_steps or 1,
         draft_tokens=config.num_speculative_tokens if config.speculative else 0,
     )
@@ -120,7 +120,7 @@ def _rows_and_budget(config: EngineConfig, facts: ModelFacts) -> tuple[int, int]
     rows, budget = config.max_num_seqs, config.max_num_batched_tokens
     if rows is None:
         rows = min(ROWS, budget or ROWS)
-    if "no-chunking" in config.removals:
+    if "no-chunking" in config.ablations:
         if budget is not None and budget < facts.max_model_len:
             raise ConfigError(
                 f"without chunking a step must hold a whole prompt: --max-num-batched-tokens ({budget}) must not be "

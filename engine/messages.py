@@ -1,13 +1,13 @@
 """Every message that crosses a process boundary: msgspec structs of columns.
 
-Columns of numbers travel as little-endian bytes (`column()` packs, `int32s()` and its kin read without a copy). An
-optional part that is absent costs a byte or none.
+Columns of numbers are little-endian bytes: `column()` packs them, `int32s()`, `int64s()` and `float32s()` read them
+without a copy. An absent optional part costs at most one byte.
 
     front end ──AddRequest, Abort, Utility, Shutdown──► EngineCore ──StepMessage──► workers
     front end ◄─Ready, Outputs, UtilityResult, Dead──── EngineCore ◄──StepResult─── workers
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -31,12 +31,12 @@ def front_end_of(handle: int) -> int:
 
 
 def column(values: Sequence[int] | Sequence[Sequence[int]] | NDArray[Any], kind: str = "<i4") -> bytes:
-    """Pack numbers as little-endian bytes, int32 unless told."""
+    """Pack numbers as little-endian bytes, int32 by default."""
     return np.asarray(values, dtype=kind).tobytes()
 
 
 def int32s(data: bytes, width: int = 1) -> Int32s:
-    """Read an int32 column, as [n] or, with a width, as [n, width]; a read-only view."""
+    """A read-only view of an int32 column: [n], or [n, width]."""
     flat = np.frombuffer(data, dtype="<i4")
     return flat if width == 1 else flat.reshape(-1, width)
 
@@ -54,34 +54,34 @@ class FinishReason(IntEnum):
     STOP = 0
     LENGTH = 1
     ABORT = 2
-    ERROR = 3  # the request can't be served: its sender can mend that
-    FAILED = 4  # the engine failed over it
-    NOT_SERVED = 5  # it names an adapter that isn't there, or no longer
-    SHUT_DOWN = 6  # it came while the engine was shutting down
+    ERROR = 3  # the request can't be served as it is; the sender can change it
+    FAILED = 4  # an error of the engine
+    NOT_SERVED = 5  # its adapter isn't served, or no longer
+    SHUT_DOWN = 6  # it arrived while the engine was shutting down
 
 
 class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What a worker must know to sample one row; the front end draws the seed where the user gave none."""
+    """How tokens of a request are sampled; the front end draws a seed if the user gave none."""
 
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
     min_p: float = 0.0
     seed: int = 0  # unsigned 64 bit
-    logprobs: int = -1  # -1: none; k >= 0: the sampled token's and the k likeliest
-    min_tokens: int = 0  # before that many output tokens, `stop_ids` can't be sampled
+    logprobs: int = -1  # -1: none; k >= 0: of the sampled token and of the top k
+    min_tokens: int = 0  # `stop_ids` can't be sampled before this many output tokens
     stop_ids: tuple[int, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed: bytes = b""  # int32: the only tokens that can be sampled; empty: all
-    bad_words: tuple[tuple[int, ...], ...] = ()  # of each, the last token can't follow the ones before it
-    prompt_logprobs: int = -1  # -1: none; k >= 0: of each prompt token, and of the k most likely in its place
+    bad_words: tuple[tuple[int, ...], ...] = ()  # the last token of each can't follow the ones before it
+    prompt_logprobs: int = -1  # -1: none; k >= 0: of each prompt token and of the top k in its place
 
     @property
-    def adjusts(self) -> bool:
-        """Whether it changes logits before a token is chosen."""
+    def adjusts_logits(self) -> bool:
+        """Whether logits change before a token is chosen."""
         return bool(
             self.logit_bias
             or self.allowed
@@ -93,52 +93,52 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
         )
 
     @property
-    def special(self) -> bool:
-        """Whether the logits themselves are needed, by more than the likeliest token or a draw at a temperature."""
+    def needs_logits(self) -> bool:
+        """Whether more is needed than the greedy token or a plain draw at a temperature."""
         filters = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-        return filters or self.logprobs >= 0 or self.adjusts
+        return filters or self.logprobs >= 0 or self.adjusts_logits
 
     @property
-    def plain(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
-        return not (self.temperature or self.special)
+    def is_plain_greedy(self) -> bool:
+        """Whether the greedy token is all that is needed."""
+        return not (self.temperature or self.needs_logits)
 
 
 # ---------------------------------------------------------------------------------------------- front end -> EngineCore
 
 
-class Writing(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """How a request's tokens are written as text, for a core that does so itself."""
+class TextOptions(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How a core with an inline front end detokenizes a request."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
 
 
-class ItemRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """An item (image, audio) in a prompt: a range of placeholder tokens, as many as it has embeddings."""
+class MMInputRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A multimodal input (image, audio, video) of a prompt: a range of placeholder tokens, one per embedding."""
 
-    hash: bytes  # of the content, with all that shapes its embeddings
-    offset: int  # its first placeholder's position
+    hash: bytes  # of the content and of everything else that its embeddings depend on
+    offset: int  # position of the first placeholder
     length: int
-    bidirectional: bool = False  # its placeholders attend to each other: they are computed in one step
+    bidirectional: bool = False  # its placeholders attend to each other, so they are computed in one step
 
 
 class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     handle: int
     prompt: bytes  # int32[tokens]
-    max_tokens: int  # output tokens, at most; the front end has cut it to max_model_len - prompt
+    max_tokens: int  # output tokens; the front end has reduced it to max_model_len - prompt
     sampling: Sampling
     stop_ids: tuple[int, ...] = ()  # end-of-sequence ids included, unless ignored
     min_tokens: int = 0
-    priority: int = 0  # smaller is sooner; only a priority policy looks at it
+    priority: int = 0  # lower is sooner; only used with --scheduling-policy priority
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
     adapter: str = ""
-    # Only for a core with an inline front end: it makes `prompt` of the text, and texts of the tokens.
+    # For a core with an inline front end, which tokenizes `text` and detokenizes the output:
     text: str = ""
     add_special_tokens: bool = True
-    writing: Writing | None = None
-    items: tuple[ItemRef, ...] = ()  # in the order of their offsets
+    text_options: TextOptions | None = None
+    mm_inputs: tuple[MMInputRef, ...] = ()  # by offset
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -146,7 +146,7 @@ class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
 
 
 class Utility(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
-    """A call by name that isn't about one request, e.g. `reset_prefix_cache`; answered by a UtilityResult."""
+    """A call that isn't about one request, e.g. `reset_prefix_cache`; answered by a UtilityResult."""
 
     front_end: int
     call: int
@@ -155,7 +155,7 @@ class Utility(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
 
 
 class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
-    """Finish what runs for at most `drain_s` seconds, then end; the rest is aborted."""
+    """Finish running requests for at most `drain_s` seconds, abort the rest, then end."""
 
     drain_s: float = 0.0
 
@@ -167,7 +167,7 @@ ToCore = AddRequest | Abort | Utility | Shutdown
 
 
 class MemoryLine(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """One line of the memory table: what, bytes, and the flag that changes it."""
+    """One line of the memory table: purpose, bytes, and the flag that changes it."""
 
     what: str
     bytes: int
@@ -175,7 +175,7 @@ class MemoryLine(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
-    """The EngineCore is up; what the front end must know and the start table shows."""
+    """The EngineCore is up: what the front end needs and the start table shows."""
 
     model_path: str
     device: str  # in words, e.g. "cpu (2 threads)"
@@ -190,63 +190,63 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     memory: tuple[MemoryLine, ...] = ()
     warnings: tuple[str, ...] = ()
     process_id: int = 0
-    seconds: tuple[tuple[str, float], ...] = ()  # start-up ledger: phase, seconds
+    seconds: tuple[tuple[str, float], ...] = ()  # of each phase of the start
     scheduling_policy: str = "fcfs"
-    removals: tuple[str, ...] = ()  # of engine.config.REMOVALS
+    ablations: tuple[str, ...] = ()  # of engine.config.ABLATIONS
     scheduler_steps: int = 1
     kernels: str = ""  # what computes the model, in words
-    kv_windows: tuple[int, ...] = (0,)  # of each KV group; 0: it sees all tokens
-    sequences: int = 0  # requests of max-model-len that the rows and the blocks hold
+    kv_windows: tuple[int, ...] = (0,)  # of each KV group; 0: full attention
+    sequences: int = 0  # requests of max-model-len that slots and blocks hold
 
     @property
     def inline(self) -> bool:
-        """Whether the core reads and writes texts itself."""
-        return "inline-frontend" in self.removals
+        """Whether the core tokenizes and detokenizes."""
+        return "inline-frontend" in self.ablations
 
 
 class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
     handle: int
     reason: int  # FinishReason
-    stop_id: int = -1  # the stop token that ended it, if one of the user's did
-    error: str = ""  # with ERROR, FAILED, NOT_SERVED, SHUT_DOWN: the cause, for the user
+    stop_id: int = -1  # the stop token that ended it, if any
+    error: str = ""  # the cause, for the user, with ERROR, FAILED, NOT_SERVED, SHUT_DOWN
     preemptions: int = 0
     stop: str = ""  # inline front end: the stop string that ended it
-    text: str = ""  # inline front end: what was held back until the end
+    text: str = ""  # inline front end: text that was held back until the end
 
 
 class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A request was given a row for the first time."""
+    """A request was given a slot for the first time."""
 
     handle: int
     cached_tokens: int  # prompt tokens found in the prefix cache
     waited_s: float
-    prompt_tokens: int = 0  # inline front end: of the text
+    prompt_tokens: int = 0  # inline front end only
 
 
 class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Gauges now, and counters since the EngineCore started."""
+    """Gauges, and counters since the EngineCore started."""
 
     running: int = 0
     waiting: int = 0
-    kv_use: float = 0.0  # 0..1
+    kv_cache_usage: float = 0.0  # 0..1
     preemptions: int = 0
-    prefix_queries: int = 0  # tokens asked of the prefix cache
-    prefix_hits: int = 0  # tokens found
-    prompt_tokens: int = 0  # computed or found, at admission
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # of them, tokens found
+    prompt_tokens: int = 0  # of admitted requests
     generation_tokens: int = 0
     steps: int = 0
     step_tokens: int = 0  # tokens scheduled in the last step
     last_step_at: float = 0.0  # the core's clock
-    drafted: int = 0  # tokens guessed
-    accepted: int = 0  # of them, the right ones
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Logprobs of the tokens that asked for them; column 0 is the sampled token, 1.. the likeliest in order.
+    """Logprobs of tokens: column 0 is the sampled token, the others are the top k in order.
 
     index: int32[m], positions in `Outputs.tokens` (or in `StepResult.tokens`) · ids: int32[m, width] ·
-    values: float32[m, width] · ranks: int32[m], 1 is the likeliest. A row that asked for fewer than width - 1 ignores
-    the rest.
+    values: float32[m, width] · ranks: int32[m], of the sampled token; 1 is the greedy token. Columns beyond the k that
+    a request asked for have no meaning.
     """
 
     width: int
@@ -257,7 +257,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 def select_logprobs(logprobs: TokenLogprobs, kept: NDArray[np.bool_]) -> TokenLogprobs | None:
-    """The entries whose tokens are kept, renumbered to the tokens that remain."""
+    """The entries of the kept tokens, with their index among these."""
     index = int32s(logprobs.index)
     entries = kept[index]
     if not entries.any():
@@ -273,30 +273,30 @@ def select_logprobs(logprobs: TokenLogprobs, kept: NDArray[np.bool_]) -> TokenLo
 
 
 class PromptLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Logprobs of some of a prompt's tokens, as a step computed them; `index` of `logprobs` are positions.
+    """Logprobs of the prompt tokens that one step scored; `index` of `logprobs` are positions in the prompt.
 
-    Column 0 is the prompt's own token. The first token has none, since nothing comes before it. A request that is
-    preempted has its prompt computed again: positions may come twice, and the first of them count.
+    Column 0 is the prompt's own token. Position 0 has no logprobs, since nothing precedes it. After a preemption the
+    prompt is computed again, so positions may appear twice; the first ones count.
     """
 
-    owner: int  # StepResult: the row; Outputs: the handle
-    generation: int  # of the row
+    owner: int  # StepResult: the slot; Outputs: the handle
+    generation: int  # of the slot
     logprobs: TokenLogprobs
 
 
 class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
-    """What one step (or a rejection) means for one front end."""
+    """What happened to the requests of one front end."""
 
     at: float  # the core's clock when the tokens were booked
     handles: bytes = b""  # int64[n]: requests with new tokens
     tokens: bytes = b""  # int32[sum of counts]
-    counts: bytes = b""  # int32[n]; absent: one token each
+    counts: bytes = b""  # int32[n]; empty: one token each
     finished: tuple[Finished, ...] = ()
     admitted: tuple[Admitted, ...] = ()
     logprobs: TokenLogprobs | None = None
     stats: Stats | None = None
     texts: tuple[str, ...] | None = None  # inline front end: one for each handle
-    prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # of a request, all before its first token or with it
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # complete with a request's first token at the latest
 
 
 class UtilityResult(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=False):
@@ -306,13 +306,13 @@ class UtilityResult(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=Fal
 
 
 class Dead(msgspec.Struct, array_like=True, frozen=True, tag=13, gc=False):
-    """The EngineCore can't go on."""
+    """The EngineCore has failed."""
 
     cause: str
 
 
 class Hung(msgspec.Struct, array_like=True, frozen=True, tag=14, gc=False):
-    """A step takes longer than it may; without a cause: it came back."""
+    """A step exceeds --step-timeout; with an empty cause: it has returned."""
 
     cause: str = ""
 
@@ -323,84 +323,70 @@ FromCore = Ready | Outputs | UtilityResult | Dead | Hung
 # ------------------------------------------------------------------------------------------------ EngineCore -> workers
 
 
-class RowAdded(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A request takes a row. Rows are numbered by the scheduler; a row's generation grows with each new owner."""
+class SlotAssignment(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A request is given a slot. The scheduler numbers slots; a slot's generation grows with each new request."""
 
-    row: int
+    slot: int
     generation: int
-    tokens: bytes  # int32: all known tokens, prompt first
-    prompt_len: int  # output tokens follow after a preemption
-    computed: int  # tokens whose KV is in the blocks already (prefix hit)
-    blocks: tuple[bytes, ...]  # int32: the block table so far, of each KV group; 0 where a window has left a block
+    tokens: bytes  # int32: all known tokens; after a preemption output tokens follow the prompt
+    num_prompt_tokens: int
+    num_computed_tokens: int  # tokens whose KV is in the blocks already (prefix hit)
+    block_tables: tuple[bytes, ...]  # int32, of each KV group; 0 where a window has left a block
     sampling: Sampling
     adapter: str = ""
-    items: tuple[ItemRef, ...] = ()  # `hash` is the key that a worker keeps an item's embeddings by
+    mm_inputs: tuple[MMInputRef, ...] = ()  # `hash` is the key in the encoder cache
 
 
 class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What changed since the last step. A worker applies removed, added, blocks, in this order, then runs.
+    """What changed since the last step. A worker applies freed_slots, assigned_slots, new_blocks, then runs the step.
 
-    Every live row that `chunks` doesn't name computes one token: the one at its position `computed`. A row samples in
-    this step if that brings `computed` to the number of its tokens; results come in ascending order of rows.
+    Every live slot that is not in `chunks` computes one token, at position `num_computed_tokens`. A slot samples in
+    this step if all its tokens are computed then. Results are in ascending order of slots.
 
-    A burst is one message for several steps, numbered on from `step`, each with a result of its own: rows that rest in
-    the first rest in all, the others compute one token in each.
+    A burst is one message for `num_steps` steps, numbered from `step` on, each with its own result. Slots that are idle
+    in the first are idle in all; the others compute one token in each.
     """
 
     step: int
-    removed: bytes = b""  # int32[n]: rows
-    added: tuple[RowAdded, ...] = ()
-    blocks: bytes | tuple[int, bytes] = b""  # int32[n, 3]: row, KV group, block, see `appended`; or n, and that packed
-    chunks: bytes = b""  # int32[n, 2]: row, tokens to compute; 0: the row rests
-    steps: int = 1
-    free_items: tuple[bytes, ...] = ()  # keys of embeddings to forget, before any are made
-    encode: tuple[tuple[int, int], ...] = ()  # row, which of its items: to be encoded before the forward pass
+    freed_slots: bytes = b""  # int32[n]
+    assigned_slots: tuple[SlotAssignment, ...] = ()
+    new_blocks: bytes | tuple[int, bytes] = b""  # int32[n, 3], see `unpack_new_blocks`; or n, and that packed
+    chunks: bytes = b""  # int32[n, 2]: slot, tokens to compute; 0: the slot is idle
+    num_steps: int = 1
+    free_encoder_keys: tuple[bytes, ...] = ()  # embeddings to free before any are encoded
+    encoder_inputs: tuple[tuple[int, int], ...] = ()  # slot, number of its input: encoded before the forward pass
 
-    def appended(self) -> Int32s:
-        """Row, KV group and block, [n, 3]: each is appended to its row's table of its group, in this order."""
-        if isinstance(self.blocks, bytes):
-            return int32s(self.blocks, 3)
-        count, packed = self.blocks
+    def unpack_new_blocks(self) -> Int32s:
+        """Slot, KV group and block, [n, 3]: blocks to append to the block tables, in this order."""
+        if isinstance(self.new_blocks, bytes):
+            return int32s(self.new_blocks, 3)
+        count, packed = self.new_blocks
         return unpack_table(packed, count, 3)
 
-    def following(self) -> "list[StepMessage]":
-        """The steps of a burst after the first, as messages of their own."""
-        return [StepMessage(step=self.step + later, chunks=self.chunks) for later in range(1, self.steps)]
+    def later_steps(self) -> "list[StepMessage]":
+        """The steps of a burst after the first, as separate messages."""
+        return [StepMessage(step=self.step + later, chunks=self.chunks) for later in range(1, self.num_steps)]
 
 
 class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
     step: int
-    tokens: bytes  # int32[rows]: sampled tokens, ascending rows
-    counts: bytes = b""  # int32[rows], when rows sampled more than one token each (k > 1)
+    tokens: bytes  # int32: sampled tokens, ascending slots
+    counts: bytes = b""  # int32: tokens of each slot that sampled; empty: one each
     logprobs: TokenLogprobs | None = None
     seconds: float = 0.0  # device time of the step
-    drafted: int = 0  # tokens that were guessed and verified; those that were right are among `tokens`
-    refused: bytes = b""  # int32[n, 2]: rows that the worker can't compute, and their generations; see RowAdded.adapter
+    num_draft_tokens: int = 0  # draft tokens that were verified; the accepted ones are in `tokens`
+    rejected: bytes = b""  # int32[n, 2]: slots whose adapter the worker does not have, and their generations
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_core = msgspec.msgpack.Decoder(ToCore)
-_from_core = msgspec.msgpack.Decoder(FromCore)
-_step = msgspec.msgpack.Decoder(StepMessage)
-_result = msgspec.msgpack.Decoder(StepResult)
 
 
 def encode(message: ToCore | FromCore | StepMessage | StepResult) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_to_core(data: bytes) -> ToCore:
-    return _to_core.decode(data)
-
-
-def decode_from_core(data: bytes) -> FromCore:
-    return _from_core.decode(data)
-
-
-def decode_step(data: bytes) -> StepMessage:
-    return _step.decode(data)
-
-
-def decode_result(data: bytes) -> StepResult:
-    return _result.decode(data)
+decode_to_core: Callable[[bytes], ToCore] = msgspec.msgpack.Decoder(ToCore).decode
+decode_from_core: Callable[[bytes], FromCore] = msgspec.msgpack.Decoder(FromCore).decode
+decode_step: Callable[[bytes], StepMessage] = msgspec.msgpack.Decoder(StepMessage).decode
+decode_result: Callable[[bytes], StepResult] = msgspec.msgpack.Decoder(StepResult).decode

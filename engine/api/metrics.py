@@ -42,8 +42,8 @@ class EngineCollector(Collector):
         for name, what, value in (
             ("num_requests_running", "Requests that have a row.", core.running),
             ("num_requests_waiting", "Requests that wait for a row.", core.waiting),
-            ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", core.kv_use),
-            ("gpu_cache_usage_perc", "The same under its older name.", core.kv_use),
+            ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", core.kv_cache_usage),
+            ("gpu_cache_usage_perc", "The same under its older name.", core.kv_cache_usage),
         ):
             family = GaugeMetricFamily(PREFIX + name, what, labels=["model_name"])
             family.add_metric([self._model], value)
@@ -57,8 +57,8 @@ class EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens of admitted requests.", core.prompt_tokens),
             ("generation_tokens", "Tokens generated.", core.generation_tokens),
             ("engine_steps", "Steps of the engine.", core.steps),
-            ("spec_decode_num_draft_tokens", "Tokens guessed ahead (--speculative).", core.drafted),
-            ("spec_decode_num_accepted_tokens", "Guesses that were right.", core.accepted),
+            ("spec_decode_num_draft_tokens", "Tokens guessed ahead (--speculative).", core.num_draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Guesses that were right.", core.num_accepted_tokens),
         ):
             family = CounterMetricFamily(PREFIX + name, what, labels=["model_name"])
             family.add_metric([self._model], value)
@@ -131,7 +131,7 @@ class EngineCollector(Collector):
         for name, what, field in (
             ("num_requests_running", "Its requests that have a row.", "running"),
             ("num_requests_waiting", "Its requests that wait for a row.", "waiting"),
-            ("kv_cache_usage_perc", "Share of its KV cache in use, 0 to 1.", "kv_use"),
+            ("kv_cache_usage_perc", "Share of its KV cache in use, 0 to 1.", "kv_cache_usage"),
         ):
             gauge = GaugeMetricFamily(f"redline:replica_{name}", what, labels=labels)
             for number, (core, living) in enumerate(zip(cores, alive, strict=True)):

@@ -1,41 +1,41 @@
-"""Names of KV blocks: a chain of cryptographic hashes over token ids.
+"""Hashes of KV blocks: a chain of cryptographic hashes over token ids.
 
     root  = H(salt, adapter)
     hash₀ = H(root  + tokens of block 0)
     hash₁ = H(hash₀ + tokens of block 1) …
 
-Two requests share a block only if everything before it is the same too. Salt and adapter sit in the root and reach
-every block through the chain. Where items (images) stand in a block, what `item_keys` says of them follows its tokens:
-placeholder tokens are the same for all items. 128 bits of BLAKE2b: nobody can construct a collision to read another
-tenant's cache.
+Two requests share a block only if everything before it is equal too. Salt and adapter enter the root and reach every
+block through the chain. All multimodal inputs have the same placeholder tokens, so `mm_block_keys` are hashed after the
+tokens of a block. The hash is BLAKE2b with 128 bits: nobody can construct a collision to read another tenant's cache.
 """
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
-from engine.messages import ItemRef
+from engine.messages import MMInputRef
 
 HASH_BYTES = 16
 TOKEN_BYTES = 4
 
 
 def root_hash(cache_salt: str = "", adapter: str = "") -> bytes:
-    """The parent of a request's first block; each part is framed by its length, so that parts can't run together."""
+    """The parent of a request's first block. Each part is preceded by its length, so that parts can't run together."""
     framed = b"".join(len(part).to_bytes(8, "little") + part for part in (cache_salt.encode(), adapter.encode()))
     return blake2b(framed, digest_size=HASH_BYTES).digest()
 
 
-def item_keys(items: Sequence[ItemRef], block_size: int) -> dict[int, bytes]:
-    """What items add to the hash of a block, by block: each item in it, and where it begins from the block's start.
+def mm_block_keys(mm_inputs: Sequence[MMInputRef], block_size: int) -> dict[int, bytes]:
+    """By block, what multimodal inputs add to its hash: the hash, offset from the block's start and length of each.
 
-    The length is part of it: a front end that gives two lengths to one hash must not mix up their embeddings.
+    The length is part of it because a front end may give one hash to inputs of two lengths.
     """
     keys: dict[int, bytes] = {}
-    for item in items:
-        framed = len(item.hash).to_bytes(4, "little") + item.hash
-        for block in range(item.offset // block_size, (item.offset + item.length - 1) // block_size + 1):
-            where = (item.offset - block * block_size).to_bytes(8, "little", signed=True)
-            keys[block] = keys.get(block, b"") + framed + where + item.length.to_bytes(8, "little")
+    for mm_input in mm_inputs:
+        framed = len(mm_input.hash).to_bytes(4, "little") + mm_input.hash
+        length = mm_input.length.to_bytes(8, "little")
+        for block in range(mm_input.offset // block_size, (mm_input.offset + mm_input.length - 1) // block_size + 1):
+            offset = (mm_input.offset - block * block_size).to_bytes(8, "little", signed=True)
+            keys[block] = keys.get(block, b"") + framed + offset + length
     return keys
 
 
@@ -49,7 +49,7 @@ def extend_hashes(
     block_size: int,
     keys: Mapping[int, bytes] = NO_KEYS,
 ) -> None:
-    """Append the hashes of all full blocks of `tokens` (int32) that `hashes` doesn't hold yet; `keys`: of items."""
+    """Append the hashes of the full blocks of `tokens` (int32) that `hashes` lacks; `keys` as of `mm_block_keys`."""
     size = block_size * TOKEN_BYTES
     parent = hashes[-1] if hashes else root
     view = memoryview(tokens)

@@ -1,113 +1,222 @@
-"""How an engine decides: V1's ways, and the older ones that a removal puts in their place.
+"""Scheduling policies: what V1 does, and what the ablations that make V1 into V0 do instead.
 
-A policy is read once, when the scheduler and the core are made: they bind the methods it names, so that no step asks.
+A `SchedulingPolicy` has one object per decision. They are chosen once, when the scheduler is created, so no step checks
+for ablations.
+
+    decision        V1                       ablation or option
+    batch_order     MixedBatches             PrefillFirst              prefill-first
+    chunking        ChunkedPrefill           WholePrompts              no-chunking
+    bursts          LatencyBoundBursts       FixedBursts               no-run-ahead, full-state, --speculative
+    watermark       Watermark(0)             Watermark(1 %)            watermark
+    queue_order     FirstComeFirstServed     PriorityOrder             --scheduling-policy priority
 """
 
-from bisect import insort
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.config import ResolvedConfig, watermark_blocks
-from engine.core.request import Request
+import numpy as np
+from numpy.typing import NDArray
 
-# One step runs while the next is planned and handed over, so that a device never waits for the scheduler.
+from engine.config import ResolvedConfig, watermark_blocks
+from engine.core.slots import Slots
+from engine.core.waiting_queue import PriorityQueue, WaitingQueue, priority_key
+
+# One step runs while the next one is scheduled and submitted, so that the device never waits for the scheduler.
 STEPS_IN_FLIGHT = 2
 
-# When nothing waits, several steps are planned at once, as many as end within this time: a request that arrives
-# meanwhile waits no longer than that. Beyond 8 steps there is hardly anything left to save.
+# A burst has as many steps as end within this time: a request that arrives in the meantime waits no longer than that.
+# More than 8 steps save hardly anything more.
 BURST_S = 0.010
 MAX_BURST = 8
 
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the removals of a configuration mean."""
-
-    prefill_first: bool
-    whole_prompts: bool
-    full_state: bool
-    steps_in_flight: int
-    bursts: bool  # as many steps as the latency target allows, when nothing waits
-    scheduler_steps: int  # V0: so many decode steps at once, whoever waits; their tokens come out together
-    reserved_blocks: int
-    priority: bool
-
-    @classmethod
-    def of(cls, config: ResolvedConfig) -> "Policy":
-        removed = config.removals
-        # Who sends all known tokens with each step must know them.
-        run_ahead = not removed & {"no-run-ahead", "full-state"}
-        return cls(
-            prefill_first="prefill-first" in removed,
-            whole_prompts="no-chunking" in removed,
-            full_state="full-state" in removed,
-            steps_in_flight=STEPS_IN_FLIGHT if run_ahead else 1,
-            bursts=run_ahead and not config.draft_tokens,
-            scheduler_steps=config.scheduler_steps,
-            reserved_blocks=watermark_blocks(config.num_blocks) if "watermark" in removed else 0,
-            priority=config.scheduling_policy == "priority",
-        )
-
-    def burst(self, step_s: float) -> int:
-        """How many decode steps may be planned at once, given how long one takes; 0.0 while that isn't known."""
-        if not self.bursts:
-            return self.scheduler_steps
-        return min(MAX_BURST, max(1, int(BURST_S / step_s))) if step_s > 0 else 1
+Chunks = list[tuple[int, int]]  # slot, number of tokens
 
 
-class Waiting(Protocol):
-    """Requests without a row, in the order of their admission."""
+class BatchScheduler(Protocol):
+    """The operations of the scheduler that a batch order combines; see `engine.core.scheduler.Scheduler`."""
 
-    def __len__(self) -> int: ...
+    max_num_batched_tokens: int
 
-    def __iter__(self) -> Iterator[Request]: ...
+    def allocate_window_blocks(self) -> bool: ...
 
-    def __getitem__(self, index: int, /) -> Request: ...
+    def allocate_decode_blocks(self) -> bool: ...
 
-    def append(self, request: Request, /) -> None: ...
+    def schedule_decodes(self) -> NDArray[np.intp]: ...
 
-    def appendleft(self, request: Request, /) -> None:
-        """Take a preempted request back."""
+    def continue_prefills(self, budget: int, chunks: Chunks) -> int: ...
+
+    def admit_waiting(self, budget: int, chunks: Chunks, now: float) -> None: ...
+
+
+class BatchOrder(Protocol):
+    """Which work goes into a step first."""
+
+    def schedule_batch(self, scheduler: BatchScheduler, chunks: Chunks, now: float) -> NDArray[np.intp]:
+        """Schedule one step: append its prefills to `chunks`, and return the slots that decode."""
         ...
 
-    def popleft(self) -> Request: ...
 
-    def remove(self, request: Request, /) -> None: ...
+class MixedBatches:
+    """Running requests first: decodes, then prefills in progress, then waiting requests, in one token budget."""
 
-
-class PriorityQueue:
-    """Requests by priority, then by arrival; a preempted one is as early as it was."""
-
-    def __init__(self) -> None:
-        self._requests: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests)
-
-    def __getitem__(self, index: int, /) -> Request:
-        return self._requests[index]
-
-    def append(self, request: Request, /) -> None:
-        insort(self._requests, request, key=urgency)
-
-    appendleft = append
-
-    def popleft(self) -> Request:
-        return self._requests.pop(0)
-
-    def remove(self, request: Request, /) -> None:
-        self._requests.remove(request)
+    def schedule_batch(self, scheduler: BatchScheduler, chunks: Chunks, now: float) -> NDArray[np.intp]:
+        preempted = scheduler.allocate_window_blocks() | scheduler.allocate_decode_blocks()
+        decoding = scheduler.schedule_decodes()
+        budget = scheduler.max_num_batched_tokens - len(decoding)
+        assert budget >= 0, f"{len(decoding)} slots decode, the budget is {scheduler.max_num_batched_tokens}"
+        budget = scheduler.continue_prefills(budget, chunks)
+        if not preempted:
+            scheduler.admit_waiting(budget, chunks, now)
+        return decoding
 
 
-def urgency(request: Request) -> tuple[int, float, int]:
-    """The smaller, the sooner."""
-    return request.message.priority, request.arrived, request.handle
+class PrefillFirst:
+    """V0: no request decodes in a step that computes prompts."""
+
+    def schedule_batch(self, scheduler: BatchScheduler, chunks: Chunks, now: float) -> NDArray[np.intp]:
+        preempted = scheduler.allocate_window_blocks()
+        budget = scheduler.continue_prefills(scheduler.max_num_batched_tokens, chunks)
+        if not preempted:
+            scheduler.admit_waiting(budget, chunks, now)
+        if chunks:
+            return np.empty(0, np.intp)
+        scheduler.allocate_decode_blocks()
+        return scheduler.schedule_decodes()
 
 
-def make_queue(policy: Policy) -> Waiting:
-    return PriorityQueue() if policy.priority else deque()
+class Chunking(Protocol):
+    """How prompts are divided over steps."""
+
+    whole_prompts: bool
+
+    def chunk_size(self, num_owed: int, num_possible: int, /) -> int:
+        """How many tokens of a prefill a step computes, of `num_owed`, if at most `num_possible` can be."""
+        ...
+
+
+class ChunkedPrefill:
+    """As much as the budget allows."""
+
+    whole_prompts = False
+
+    def chunk_size(self, _num_owed: int, num_possible: int, /) -> int:
+        return num_possible
+
+
+class WholePrompts:
+    """V0: all of a prompt in one step, or nothing."""
+
+    whole_prompts = True
+
+    def chunk_size(self, num_owed: int, num_possible: int, /) -> int:
+        return num_possible if num_possible == num_owed else 0
+
+
+class Bursts(Protocol):
+    """How many decode steps are scheduled at once."""
+
+    although_requests_wait: bool
+    results_together: bool  # results are booked when the last one is there
+
+    def max_steps(self, decode_step_s: float, /) -> int:
+        """The most steps, given the duration of one; 0.0 while that isn't known."""
+        ...
+
+
+class LatencyBoundBursts:
+    """As many steps as end within BURST_S, if no request waits."""
+
+    although_requests_wait = False
+    results_together = False
+
+    def max_steps(self, decode_step_s: float, /) -> int:
+        return min(MAX_BURST, max(1, int(BURST_S / decode_step_s))) if decode_step_s > 0 else 1
+
+
+class FixedBursts:
+    """V0: always the same number of steps, whose tokens are sent together."""
+
+    although_requests_wait = True
+
+    def __init__(self, num_steps: int):
+        self._num_steps = num_steps
+        self.results_together = num_steps > 1
+
+    def max_steps(self, _decode_step_s: float, /) -> int:
+        return self._num_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """Blocks that stay free when a request is admitted, for the growth of the running ones."""
+
+    num_blocks: int
+
+    def num_reserved_blocks(self, num_running: int) -> int:
+        return self.num_blocks if num_running else 0
+
+
+class QueueOrder(Protocol):
+    """Which waiting request is admitted first, and which running one is preempted first."""
+
+    def make_queue(self) -> WaitingQueue: ...
+
+    def choose_victim(self, slots: Slots) -> int:
+        """The slot to preempt; at least one is live."""
+        ...
+
+
+class FirstComeFirstServed:
+    """In order of arrival; the newest request is preempted."""
+
+    def make_queue(self) -> WaitingQueue:
+        return deque()
+
+    def choose_victim(self, slots: Slots) -> int:
+        return next(reversed(slots.admission_order))
+
+
+class PriorityOrder:
+    """By priority, then by arrival; the last in this order is preempted."""
+
+    def make_queue(self) -> WaitingQueue:
+        return PriorityQueue()
+
+    def choose_victim(self, slots: Slots) -> int:
+        def key(slot: int) -> tuple[int, float, int]:
+            request = slots.requests[slot]
+            assert request is not None, f"slot {slot} has no request"
+            return priority_key(request)
+
+        return max(slots.admission_order, key=key)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingPolicy:
+    """The decisions of one engine."""
+
+    batch_order: BatchOrder
+    chunking: Chunking
+    bursts: Bursts
+    watermark: Watermark
+    queue_order: QueueOrder
+    steps_in_flight: int
+    full_state: bool  # each step message has the full state of its requests
+
+    @classmethod
+    def from_config(cls, config: ResolvedConfig) -> "SchedulingPolicy":
+        ablations = config.ablations
+        # A message with the full state needs the tokens of the step before.
+        run_ahead = not ablations & {"no-run-ahead", "full-state"}
+        # A burst requires that each of its steps yields one token, which isn't so with draft tokens.
+        bursts = run_ahead and not config.draft_tokens
+        return cls(
+            batch_order=PrefillFirst() if "prefill-first" in ablations else MixedBatches(),
+            chunking=WholePrompts() if "no-chunking" in ablations else ChunkedPrefill(),
+            bursts=LatencyBoundBursts() if bursts else FixedBursts(config.scheduler_steps),
+            watermark=Watermark(watermark_blocks(config.num_blocks) if "watermark" in ablations else 0),
+            queue_order=PriorityOrder() if config.scheduling_policy == "priority" else FirstComeFirstServed(),
+            steps_in_flight=STEPS_IN_FLIGHT if run_ahead else 1,
+            full_state="full-state" in ablations,
+        )

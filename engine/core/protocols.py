@@ -1,4 +1,4 @@
-"""What the core asks of the rooms it doesn't know: built and injected by engine.launch."""
+"""What the core needs of the parts that it does not import; engine.launch builds them and passes them in."""
 
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -7,18 +7,18 @@ from engine.messages import AddRequest, Outputs
 
 
 class Executor(Protocol):
-    """Runs steps on the ranks, in the order they were submitted."""
+    """Runs steps on the ranks, in the order in which they were submitted."""
 
     def submit(self, step: bytes) -> "Future[None]":
-        """Hand over an encoded StepMessage: the forward pass starts as soon as the steps before it are done."""
+        """Submit an encoded StepMessage; its forward pass starts as soon as the steps before it are done."""
         ...
 
     def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
-        """Sample a submitted step, under `masks` for rows that need the host; resolves to an encoded StepResult."""
+        """Sample a submitted step, with `masks` for slots that need the host; resolves to an encoded StepResult."""
         ...
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
-        """Have the ranks do what isn't a step, between steps; a RedlineError is the caller's."""
+        """Call a method on all ranks, between steps; the future has a RedlineError if the caller is at fault."""
         ...
 
     def shutdown(self) -> None:
@@ -27,15 +27,15 @@ class Executor(Protocol):
 
 
 class InlineFrontEnd(Protocol):
-    """Tokenises and writes texts within the core's loop, as V0 did; see `engine.frontend.inline`."""
+    """Tokenizes and detokenizes within the core's loop, as V0 did; see `engine.frontend.inline`."""
 
     def add(self, message: AddRequest) -> AddRequest:
-        """Make tokens of the request's text; a RedlineError ends this request only."""
+        """Tokenize the request's text; a RedlineError ends this request only."""
         ...
 
     def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:
-        """Add the texts; gives also the requests that a stop string ended, which the core must abort.
+        """Add the texts; returns also the requests that a stop string ended, which the core has to abort.
 
-        The end of those is among `finished` already; all that the core sends about requests goes through here.
+        The returned outputs have the ends of those already. All outputs about requests pass through here.
         """
         ...

@@ -1,96 +1,98 @@
-"""The scheduler: one token budget a step, no distinction between prefill and decode.
+"""The scheduler: one token budget per step, without a distinction between prefill and decode.
 
-`schedule()` plans a step and books it at once as computed; `update()` books the tokens when they arrive. Several steps
-may be planned ahead of their results: the table of rows says what is confirmed and what is on its way. What V0 did
-otherwise are other methods, bound when the scheduler is made (see `engine.core.policy`).
+`schedule()` plans a step and counts its tokens as computed at once; `update()` books the sampled tokens when they
+arrive. Several steps may be scheduled ahead of their results: `engine.core.slots` shows what is confirmed and what is
+in flight. Where V0 and the ablations differ, `engine.core.policy` decides.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ResolvedConfig
-from engine.core.changes import Changes, WholeState
-from engine.core.drafts import Drafts
+from engine.core.draft_tokens import DraftTokenTracker
 from engine.core.hashing import extend_hashes
-from engine.core.items import Items
-from engine.core.kv import KVTables, Prefix
-from engine.core.plan import Booked, Plan
-from engine.core.policy import Policy, make_queue, urgency
+from engine.core.kv_cache_manager import CachedPrefix, KVCacheManager
+from engine.core.mm_inputs import EncoderCacheManager
+from engine.core.policy import Chunks, SchedulingPolicy
 from engine.core.request import Request
-from engine.core.rows import Rows
+from engine.core.slots import Slots
+from engine.core.step_builder import FullStateStepBuilder, StepBuilder
+from engine.core.steps import ScheduledStep, StepOutcome
 from engine.messages import Admitted, Finished, FinishReason, PromptLogprobs, Stats, StepResult, int32s
 
 
 class Scheduler:
-    """Decides each step's work; knows requests, rows and blocks, and nothing of models or sockets."""
+    """Decides what each step computes; knows requests, slots and blocks, but neither models nor sockets."""
 
     def __init__(self, config: ResolvedConfig):
         self.config = config
-        self.rows = Rows(config.max_num_seqs, config.max_model_len)
-        self.policy = policy = Policy.of(config)
-        self.waiting = make_queue(policy)
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.policy = policy = SchedulingPolicy.from_config(config)
+        self.waiting = policy.queue_order.make_queue()
         self.requests: dict[int, Request] = {}
+        self.slots = Slots(config.max_num_seqs, config.max_model_len)
+        self.kv = KVCacheManager(config)
+        self.pool = self.kv.pool
+        self.encoder_cache = EncoderCacheManager.from_config(config)
         self.admitted: list[Admitted] = []  # since the caller last took them
-        self.preemptions = self.tokens_lost = 0
+        self.num_preemptions = self.num_lost_tokens = 0
         self.prefix_queries = self.prefix_hits = 0
         self.prompt_tokens = self.generation_tokens = 0
         self.steps = self.step_tokens = 0
-        self._prefilling: dict[int, None] = {}  # rows owed more than one token, oldest first
-        self.items = Items.of(config)
-        self._drafts = Drafts(self.rows, config.draft_tokens, config.block_size) if config.draft_tokens else None
-        self._changes = (WholeState if policy.full_state else Changes)(self.rows, self.items)
-        self.kv = KVTables(config, self.rows, self._changes.append_block)
-        self.pool = self.kv.pool
-        self._select = self._prefill_first if policy.prefill_first else self._mixed
-        # Only windows are followed.
-        self._slide: Callable[[], bool] = self._follow_windows if self.kv.windowed else lambda: False
-        self._shed: Callable[[Iterable[int]], None] = self._give_back if self.kv.windowed else lambda _: None
-        self._victim: Callable[[], int] = self._least_urgent if policy.priority else self._newest
+        self._prefilling: dict[int, None] = {}  # slots with more than one token to compute, oldest first
+        builder = FullStateStepBuilder if policy.full_state else StepBuilder
+        self._builder = builder(self.slots, self.kv, self.encoder_cache)
+        self._drafts: DraftTokenTracker | None = None
+        if config.draft_tokens:
+            self._drafts = DraftTokenTracker(self.slots, self.kv.num_blocks, config.draft_tokens, config.block_size)
 
     # ------------------------------------------------------------------------------------------------------- requests
 
-    def refusal(self, request: Request) -> str | None:
+    def request_error(self, request: Request) -> str | None:
         """Why a request can't be served, whatever else runs; None if it can. From any thread."""
-        refusal = request.refusal(self.config, whole=self.policy.whole_prompts)
-        return self.items.refusal(request) if refusal is None and request.message.items else refusal
+        error = request.length_error(self.config, whole_prompts=self.policy.chunking.whole_prompts)
+        if error is None and request.message.mm_inputs:
+            return self.encoder_cache.placeholder_error(request)
+        return error
 
     def add(self, request: Request) -> Finished | None:
-        """Queue a request; a Finished means that it can't be served, and why."""
-        refusal = self.refusal(request)
+        """Queue a request; returns a Finished with the reason if it can't be served."""
+        error = self.request_error(request)
         if request.handle in self.requests:
-            refusal = f"handle {request.handle} is in use"
-        if refusal is None and request.message.items:
-            refusal = self.items.enter(request)
-        if refusal is not None:
-            return Finished(request.handle, FinishReason.ERROR, error=refusal)
+            error = f"handle {request.handle} is in use"
+        if error is None and request.message.mm_inputs:
+            error = self.encoder_cache.register(request)
+        if error is not None:
+            return Finished(request.handle, FinishReason.ERROR, error=error)
         self.requests[request.handle] = request
         self.waiting.append(request)
         return None
 
     def abort(self, handle: int) -> Finished | None:
-        """End a request wherever it is; None if it has ended already."""
+        """End a request, waiting or running; None if it has ended already."""
         request = self.requests.get(handle)
         if request is None:
             return None
-        if request.row >= 0:
-            self._free_row(request.row)
+        if request.slot >= 0:
+            self._free_slot(request.slot)
         else:
             self.waiting.remove(request)
         return self._finish(request, FinishReason.ABORT)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything; rows to be removed count, so that workers hear of them."""
-        return bool(self.waiting or self.rows.running or self._changes.urgent)
+        """Whether a step would do anything; freed slots count, since workers have to drop them."""
+        return bool(self.waiting or self.slots.num_running or self._builder.has_freed_slots)
 
     def stats(self, last_step_at: float) -> Stats:
+        drafts = self._drafts
         return Stats(
-            running=self.rows.running,
+            running=self.slots.num_running,
             waiting=len(self.waiting),
-            kv_use=self.pool.use,
-            preemptions=self.preemptions,
+            kv_cache_usage=self.pool.usage,
+            preemptions=self.num_preemptions,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
             prompt_tokens=self.prompt_tokens,
@@ -98,320 +100,297 @@ class Scheduler:
             steps=self.steps,
             step_tokens=self.step_tokens,
             last_step_at=last_step_at,
-            drafted=self._drafts.drafted if self._drafts else 0,
-            accepted=self._drafts.accepted if self._drafts else 0,
+            num_draft_tokens=drafts.num_draft_tokens if drafts else 0,
+            num_accepted_tokens=drafts.num_accepted_tokens if drafts else 0,
         )
 
     # ------------------------------------------------------------------------------------------------------- schedule
 
-    def schedule(self, now: float, burst: int = 1) -> Plan | None:
-        """Plan the next step, or as many as `burst` of them at once if only decodes follow each other.
-
-        None if there is nothing to compute and nothing to tell the workers.
-        """
-        rows = self.rows
-        chunks: list[tuple[int, int]] = []
-        decoding = self._select(chunks, now)
-        scheduled = np.zeros(rows.count, np.bool_)
+    def schedule(self, now: float, max_steps: int = 1) -> ScheduledStep | None:
+        """Schedule the next step, or a burst of up to `max_steps` decode steps; None if workers have nothing to do."""
+        slots = self.slots
+        chunks: Chunks = []
+        decoding = self.policy.batch_order.schedule_batch(self, chunks, now)
+        scheduled = np.zeros(slots.count, np.bool_)
         scheduled[decoding] = True
-        for row, _ in chunks:
-            scheduled[row] = True
+        for slot, _ in chunks:
+            scheduled[slot] = True
         num_tokens = len(decoding) + sum(n for _, n in chunks)
-        if not num_tokens and not self._changes.urgent:
+        if not num_tokens and not self._builder.has_freed_slots:
             return None
-        sampling = np.flatnonzero(scheduled & (rows.computed == rows.upper))
-        steps = self._lengthen(decoding, burst) if burst > 1 and not chunks and num_tokens else 1
+        sampling = np.flatnonzero(scheduled & (slots.num_computed_tokens == slots.num_scheduled_tokens))
+        num_steps = self._extend_to_burst(decoding, max_steps) if max_steps > 1 and not chunks and num_tokens else 1
         if self._drafts is None:
-            rows.upper[sampling] += steps
+            slots.num_scheduled_tokens[sampling] += num_steps
         else:
-            self._drafts.planned(sampling)
-        message = self._changes.message(self.steps + 1, scheduled, chunks, steps)
-        self.steps += steps
+            self._drafts.step_scheduled(sampling)
+        message = self._builder.build(self.steps + 1, scheduled, chunks, num_steps)
+        self.steps += num_steps
         self.step_tokens = num_tokens
-        return Plan(message.step, message, sampling, rows.generation[sampling], num_tokens, steps)
+        return ScheduledStep(message.step, message, sampling, slots.generation[sampling], num_tokens, num_steps)
 
-    def _mixed(self, chunks: list[tuple[int, int]], now: float) -> NDArray[np.intp]:
-        """V1's order, running rows first, decodes and prefill chunks in one budget; returns the rows that decode."""
-        rows = self.rows
-        preempted = self._slide() | self._grow()
-        decoding = self._decode()
-        budget = self.config.max_num_batched_tokens - len(decoding)
-        assert budget >= 0, f"{len(decoding)} rows decode, the budget is {self.config.max_num_batched_tokens}"
-        for row in [row for row in self._prefilling if rows.computed[row] == rows.upper[row]]:
-            del self._prefilling[row]  # its last prompt token was one more decode
-        budget = self._continue(budget, chunks)
-        if not preempted:
-            self._admit(budget, chunks, now)
+    def _is_decode(self) -> NDArray[np.bool_]:
+        """Slots with exactly one token to compute, not a placeholder, that may still sample."""
+        slots = self.slots
+        one_token = slots.num_scheduled_tokens - slots.num_computed_tokens == 1
+        one_token &= slots.num_computed_tokens >= slots.mm_inputs_end
+        return slots.live & one_token & (slots.num_scheduled_tokens < slots.max_num_tokens)
+
+    def schedule_decodes(self) -> NDArray[np.intp]:
+        """Schedule one token for each slot that decodes; returns these slots."""
+        slots = self.slots
+        decoding = np.flatnonzero(self._is_decode())
+        slots.num_computed_tokens[decoding] += 1
+        for slot in [s for s in self._prefilling if slots.num_computed_tokens[s] == slots.num_scheduled_tokens[s]]:
+            del self._prefilling[slot]  # the last token of its prompt was scheduled like a decode
         return decoding
 
-    def _prefill_first(self, chunks: list[tuple[int, int]], now: float) -> NDArray[np.intp]:
-        """V0's order: while there are prompts to compute, nothing else is."""
-        preempted = self._slide()
-        budget = self._continue(self.config.max_num_batched_tokens, chunks)
-        if not preempted:
-            self._admit(budget, chunks, now)
-        if chunks:
-            return np.empty(0, np.intp)
-        self._grow()
-        return self._decode()
-
-    def _continue(self, budget: int, chunks: list[tuple[int, int]]) -> int:
-        """Go on with the prefills under way; returns what is left of the budget for newcomers."""
+    def continue_prefills(self, budget: int, chunks: Chunks) -> int:
+        """Schedule the next chunks of prefills in progress; returns the budget that is left for waiting requests."""
         held_back = False
-        for row in list(self._prefilling):
-            spent = self._chunk(row, budget, chunks)
-            held_back |= spent == 0
-            budget -= spent
-        # Who waits for room in the encoder cache gets it before anyone who comes later.
+        for slot in list(self._prefilling):
+            count = self._schedule_chunk(slot, budget, chunks)
+            held_back |= count == 0
+            budget -= count
+        # A prefill that waits for space in the encoder cache gets it before any request that arrived later.
         return 0 if held_back else budget
 
-    def _decode(self) -> NDArray[np.intp]:
-        decoding = np.flatnonzero(self._decoding())
-        self.rows.computed[decoding] += 1
-        return decoding
+    def _extend_to_burst(self, decoding: NDArray[np.intp], max_steps: int) -> int:
+        """How many steps these slots take at once, this one included; allocates their blocks.
 
-    def _lengthen(self, decoding: NDArray[np.intp], burst: int) -> int:
-        """How many steps these rows take in one go, this one included; the blocks for it are handed out.
-
-        No row gets past its limit, so that only a stop token leaves tokens to drop; and nobody is preempted for it.
+        No slot exceeds its `max_num_tokens`, so only stop tokens leave tokens to drop. No request is preempted.
         """
-        if self._prefilling or (self.waiting and self.policy.bursts):
+        if self._prefilling or (self.waiting and not self.policy.bursts.although_requests_wait):
             return 1
-        rows, size = self.rows, self.config.block_size
-        steps = min(burst, int((rows.limit[decoding] - rows.upper[decoding]).min()))
-        need = -(-(rows.computed[decoding] + steps - 1) // size) - rows.num_blocks[decoding]
-        if steps < 2 or need.sum() * self.kv.groups > self.pool.free_count:
+        slots, size = self.slots, self.config.block_size
+        num_steps = min(max_steps, int((slots.max_num_tokens[decoding] - slots.num_scheduled_tokens[decoding]).min()))
+        num_blocks = -(-(slots.num_computed_tokens[decoding] + num_steps - 1) // size)
+        needed = num_blocks - self.kv.num_blocks[decoding]
+        if num_steps < 2 or needed.sum() * self.kv.num_groups > self.pool.num_free:
             return 1
-        self.kv.append(np.repeat(decoding, need).tolist())
-        rows.num_blocks[decoding] += need
-        rows.computed[decoding] += steps - 1
-        return steps
+        self.kv.append_blocks(decoding, needed)
+        slots.num_computed_tokens[decoding] += num_steps - 1
+        return num_steps
 
-    def _decoding(self) -> NDArray[np.bool_]:
-        """Rows that are owed exactly one token, none of an item, and may still sample."""
-        rows = self.rows
-        owed_one = (rows.upper - rows.computed == 1) & (rows.computed >= rows.items_end)
-        return rows.live & owed_one & (rows.upper < rows.limit)
+    # --------------------------------------------------------------------------------------------------------- blocks
 
-    def _grow(self) -> bool:
-        """Give each decoding row a block for its next token, preempting the newest rows where none is free."""
-        rows, size = self.rows, self.config.block_size
-        need = np.flatnonzero(self._decoding() & (rows.computed == rows.num_blocks * size))
-        self._shed(need)
-        if len(need) * self.kv.groups <= self.pool.free_count:
-            self.kv.append(need.tolist())
-            rows.num_blocks[need] += 1
+    def allocate_decode_blocks(self) -> bool:
+        """Give each decoding slot a block for its next token; returns whether requests had to be preempted for it."""
+        slots, kv = self.slots, self.kv
+        blocks_are_full = slots.num_computed_tokens == kv.num_blocks * self.config.block_size
+        needing = np.flatnonzero(self._is_decode() & blocks_are_full)
+        if kv.has_windows:
+            self._free_before_windows(needing.tolist())
+        if len(needing) * kv.num_groups <= self.pool.num_free:
+            kv.append_blocks(needing)
             return False
-        wanting = set(need.tolist())
-        for row in list(rows.order):
-            if row not in wanting or not rows.live[row]:
-                continue
-            if self._make_room(row, self.kv.groups):
-                self.kv.append([row])
-                rows.num_blocks[row] += 1
+        unserved = set(needing.tolist())
+        for slot in list(slots.admission_order):
+            if slot in unserved and slots.live[slot] and self._preempt_until_free(slot, kv.num_groups):
+                kv.append_blocks(np.array([slot]))
         return True
 
-    def _follow_windows(self) -> bool:
-        """Have windows follow the rows whose prefill goes on, preempting the newest rows if they don't find room.
+    def allocate_window_blocks(self) -> bool:
+        """Give prefills in progress the blocks that their windows reach next; returns whether any was preempted.
 
-        They give back at least what they take, unless others share it. Returns whether anything was preempted.
+        They free at least as many as they take, unless other requests share those.
         """
-        before = self.preemptions
-        self._shed(self._prefilling)
-        for row in list(self._prefilling):
-            if not self.rows.live[row]:
-                continue
-            total = int(self.rows.num_blocks[row])
-            if self._make_room(row, self.kv.lacks(row, total)):
-                self.kv.follow(row, total)
-        return self.preemptions > before
+        if not self.kv.has_windows:
+            return False
+        before = self.num_preemptions
+        self._free_before_windows(self._prefilling)
+        for slot in list(self._prefilling):
+            if self.slots.live[slot] and self._preempt_until_free(slot, self.kv.num_window_blocks_needed(slot)):
+                self.kv.allocate_window_blocks(slot)
+        return self.num_preemptions > before
 
-    def _make_room(self, row: int, blocks: int) -> bool:
-        """Preempt the newest rows until so many blocks are free; False if the row itself had to go."""
-        while self.pool.free_count < blocks and self.rows.live[row]:
-            self._preempt(self._victim())
-        return bool(self.rows.live[row])
+    def _free_before_windows(self, slots: Iterable[int]) -> None:
+        """Free blocks that no later step attends to, however many draft tokens are accepted."""
+        columns = self.slots
+        for slot in slots:
+            position = min(int(columns.num_computed_tokens[slot]), int(columns.num_tokens[slot]) - 1)
+            self.kv.free_before_window(slot, position)
 
-    def _give_back(self, rows: Iterable[int]) -> None:
-        """Give back blocks that no step to come sees, whatever becomes of guesses."""
-        for row in rows:
-            self.kv.shed(row, min(int(self.rows.computed[row]), int(self.rows.known[row]) - 1))
+    def _preempt_until_free(self, slot: int, num_blocks: int) -> bool:
+        """Preempt requests until `num_blocks` are free; False if `slot` itself was preempted."""
+        while self.pool.num_free < num_blocks and self.slots.live[slot]:
+            self._preempt(self.policy.queue_order.choose_victim(self.slots))
+        return bool(self.slots.live[slot])
 
-    def _newest(self) -> int:
-        return next(reversed(self.rows.order))
-
-    def _least_urgent(self) -> int:
-        owner = self.rows.owner
-        return max(self.rows.order, key=lambda row: urgency(owner[row]))  # type: ignore[arg-type]
-
-    def _chunk(self, row: int, budget: int, chunks: list[tuple[int, int]]) -> int:
-        """Schedule as much of a row's prefill as the budget allows, and name the prompt blocks it fills."""
-        rows = self.rows
-        start = int(rows.computed[row])
-        owed = int(rows.upper[row]) - start
-        request = rows.owner[row]
-        assert request is not None, f"row {row} has no owner"
-        count = self._clip(request, start, owed, budget)
-        if count:
-            chunks.append((row, count))
-            rows.computed[row] += count
-            if request.message.items:
-                self.items.reserve(request, start, count)
-                self.items.computed(request, start + count)
-            self._publish(row, int(min(rows.computed[row], rows.known[row])))
-            if count == owed:
-                self._prefilling.pop(row, None)
-        return count
-
-    def _clip(self, request: Request, start: int, owed: int, budget: int) -> int:
-        """How many of the `owed` tokens from `start` on the coming step computes."""
-        count = min(owed, budget)
-        if request.message.items:
-            count = self.items.clip(request, start, count)
-        return 0 if self.policy.whole_prompts and count < owed else count
-
-    def _admit(self, budget: int, chunks: list[tuple[int, int]], now: float) -> None:
-        """Admit waiting requests in order while rows, budget and blocks for their whole known sequence are there."""
-        while self.waiting and budget > 0 and self.rows.has_free:
-            request = self.waiting[0]
-            length, size = len(request.tokens), self.config.block_size
-            prefix = self._find_prefix(request, length)
-            cached = prefix.count * size
-            reserved = self.policy.reserved_blocks if self.rows.running else 0
-            if self.kv.wanted(length, prefix) + reserved > self.pool.free_count:
-                break
-            if not self._clip(request, cached, length - cached, budget):
-                break
-            self.waiting.popleft()
-            row = self.rows.take(request, cached, -(-length // size))
-            self.kv.take(row, length, prefix)
-            self.rows.published[row] = prefix.count
-            self._changes.add(row, request, cached)
-            self._count_admission(request, cached, now)
-            self._prefilling[row] = None
-            budget -= self._chunk(row, budget, chunks)
-
-    def _find_prefix(self, request: Request, length: int) -> Prefix:
-        """Cached leading blocks; at least one token is left to compute, since its logits are needed."""
-        if not (self.config.enable_prefix_caching and request.reads_cache):
-            return self.kv.nothing()
-        return self.kv.find(request.block_hashes[: (length - 1) // self.config.block_size])
-
-    def _count_admission(self, request: Request, cached: int, now: float) -> None:
-        if request.started:
-            return
-        request.started = True
-        if self.config.enable_prefix_caching and request.reads_cache:
-            self.prefix_queries += request.prompt_len
-            self.prefix_hits += cached
-        self.prompt_tokens += request.prompt_len
-        self.admitted.append(Admitted(request.handle, cached, now - request.arrived))
-
-    def _preempt(self, row: int) -> None:
-        """Take a row's blocks and put its request back in front; it will be recomputed, or found in the cache."""
-        self.tokens_lost += int(self.rows.computed[row])
-        request = self._free_row(row)
-        request.preemptions += 1
-        self.preemptions += 1
+    def _preempt(self, slot: int) -> None:
+        """Free a slot and put its request back to the front; it is recomputed later, or found in the prefix cache."""
+        self.num_lost_tokens += int(self.slots.num_computed_tokens[slot])
+        request = self._free_slot(slot)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
         self.waiting.appendleft(request)
 
-    def _free_row(self, row: int) -> Request:
-        # What was generated is named all at once, now that others may ask for it: no decode step pays for the cache.
-        # The KV of the newest token isn't written yet.
-        self._publish(row, int(min(self.rows.known[row] - 1, self.rows.computed[row])))
-        self.kv.release(row)
-        if self.rows.items_end[row]:
-            self.items.release(self.rows.owner[row])  # type: ignore[arg-type]
-        self._prefilling.pop(row, None)
-        self._changes.remove(row)
-        return self.rows.give_back(row)
+    # ------------------------------------------------------------------------------------------------------ admission
+
+    def admit_waiting(self, budget: int, chunks: Chunks, now: float) -> None:
+        """Admit waiting requests in order while slots, budget and blocks for their whole known sequence suffice."""
+        while self.waiting and budget > 0 and self.slots.has_free:
+            request = self.waiting[0]
+            num_tokens = len(request.tokens)
+            prefix = self._find_cached_prefix(request, num_tokens)
+            num_cached = prefix.num_blocks * self.config.block_size
+            num_reserved = self.policy.watermark.num_reserved_blocks(self.slots.num_running)
+            if self.kv.num_blocks_needed(num_tokens, prefix) + num_reserved > self.pool.num_free:
+                break
+            if not self._chunk_size(request, num_cached, num_tokens - num_cached, budget):
+                break
+            self.waiting.popleft()
+            slot = self.slots.assign(request, num_cached)
+            self.kv.allocate(slot, num_tokens, prefix)
+            self.slots.num_cached_blocks[slot] = prefix.num_blocks
+            self._builder.assign_slot(slot, request, num_cached)
+            self._count_admission(request, num_cached, now)
+            self._prefilling[slot] = None
+            budget -= self._schedule_chunk(slot, budget, chunks)
+
+    def _find_cached_prefix(self, request: Request, num_tokens: int) -> CachedPrefix:
+        """Cached leading blocks. At least one token is left to compute, since its logits are needed."""
+        if not (self.config.enable_prefix_caching and request.reads_prefix_cache):
+            return self.kv.empty_prefix()
+        return self.kv.find_cached_prefix(request.block_hashes[: (num_tokens - 1) // self.config.block_size])
+
+    def _count_admission(self, request: Request, num_cached: int, now: float) -> None:
+        if request.was_admitted:
+            return
+        request.was_admitted = True
+        if self.config.enable_prefix_caching and request.reads_prefix_cache:
+            self.prefix_queries += request.num_prompt_tokens
+            self.prefix_hits += num_cached
+        self.prompt_tokens += request.num_prompt_tokens
+        self.admitted.append(Admitted(request.handle, num_cached, now - request.arrived))
+
+    def _schedule_chunk(self, slot: int, budget: int, chunks: Chunks) -> int:
+        """Schedule as much of a slot's prefill as the budget allows, and cache the prompt blocks that it fills."""
+        slots = self.slots
+        start = int(slots.num_computed_tokens[slot])
+        num_owed = int(slots.num_scheduled_tokens[slot]) - start
+        request = slots.requests[slot]
+        assert request is not None, f"slot {slot} has no request"
+        count = self._chunk_size(request, start, num_owed, budget)
+        if count:
+            chunks.append((slot, count))
+            slots.num_computed_tokens[slot] += count
+            if request.message.mm_inputs:
+                self.encoder_cache.schedule_inputs(request, start, count)
+                self.encoder_cache.free_passed_inputs(request, start + count)
+            self._cache_full_blocks(slot, int(min(slots.num_computed_tokens[slot], slots.num_tokens[slot])))
+            if count == num_owed:
+                self._prefilling.pop(slot, None)
+        return count
+
+    def _chunk_size(self, request: Request, start: int, num_owed: int, budget: int) -> int:
+        """How many of the `num_owed` tokens from position `start` on the next step computes."""
+        count = min(num_owed, budget)
+        if request.message.mm_inputs:
+            count = self.encoder_cache.num_schedulable_tokens(request, start, count)
+        return self.policy.chunking.chunk_size(num_owed, count)
 
     # --------------------------------------------------------------------------------------------------------- update
 
-    def update(self, plan: Plan, result: StepResult) -> Booked:
-        """Book the tokens of a step; those of rows that changed hands meanwhile are dropped."""
-        rows = self.rows
-        finished = self._end_refused(result.refused) if result.refused else []
-        scored = self._name_owners(result.prompt_logprobs) if result.prompt_logprobs else ()
-        kept = rows.generation[plan.rows] == plan.generations
-        at = plan.rows[kept]
-        handles, counts = rows.handle[at], None
+    def update(self, step: ScheduledStep, result: StepResult) -> StepOutcome:
+        """Book the tokens of a step; those of slots that have another request by now are dropped."""
+        slots = self.slots
+        finished = self._end_rejected(result.rejected) if result.rejected else []
+        scored = self._with_handles(result.prompt_logprobs) if result.prompt_logprobs else ()
+        kept = slots.generation[step.slots] == step.generations
+        at = step.slots[kept]
+        handles, counts = slots.handle[at], None
         if self._drafts is None:
             tokens = int32s(result.tokens)
-            assert len(tokens) == len(plan.rows), f"step {plan.step}: {len(tokens)} tokens for {len(plan.rows)} rows"
+            assert len(tokens) == len(step.slots), f"step {step.step}: {len(tokens)} tokens for {len(step.slots)} slots"
             tokens = tokens[kept]
-            rows.tokens[at, rows.known[at]] = tokens
-            rows.known[at] += 1
-            stopped = rows.stopped(at, tokens)
+            slots.tokens[at, slots.num_tokens[at]] = tokens
+            slots.num_tokens[at] += 1
+            stopped = slots.find_stopped(at, tokens)
         else:
-            kept, counts, stopped = self._drafts.book(at, kept, result)
+            kept, counts, stopped = self._drafts.book_result(at, kept, result)
             tokens = int32s(result.tokens)[kept]
         self.generation_tokens += len(tokens)
-        ended = stopped | (rows.known[at] >= rows.limit[at])
+        ended = stopped | (slots.num_tokens[at] >= slots.max_num_tokens[at])
         for index in np.flatnonzero(ended).tolist():
-            row = int(at[index])
-            last = int(rows.tokens[row, rows.known[row] - 1])
-            request = self._free_row(row)
+            slot = int(at[index])
+            last = int(slots.tokens[slot, slots.num_tokens[slot] - 1])
+            request = self._free_slot(slot)
             reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
             finished.append(self._finish(request, reason, last if stopped[index] else -1))
-        return Booked(handles, tokens, kept, finished, counts, scored)
+        return StepOutcome(handles, tokens, kept, finished, counts, scored)
 
-    def _name_owners(self, scored: Iterable[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
-        """With handles in place of rows; those of rows that changed hands meanwhile are dropped."""
-        rows = self.rows
+    def _with_handles(self, scored: Iterable[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
+        """With handles in place of slots; those of slots that have another request by now are dropped."""
+        slots = self.slots
         return tuple(
-            PromptLogprobs(int(rows.handle[one.owner]), one.generation, one.logprobs)
+            PromptLogprobs(int(slots.handle[one.owner]), one.generation, one.logprobs)
             for one in scored
-            if rows.generation[one.owner] == one.generation
+            if slots.generation[one.owner] == one.generation
         )
 
-    def _end_refused(self, refused: bytes) -> list[Finished]:
-        """End requests that workers can't compute, unless they have lost their rows meanwhile."""
-        found = [
-            self._free_row(row)
-            for row, generation in int32s(refused, 2).tolist()
-            if self.rows.live[row] and self.rows.generation[row] == generation
+    def _end_rejected(self, rejected: bytes) -> list[Finished]:
+        """End requests that workers can't compute, unless their slots have other requests by now."""
+        slots = self.slots
+        requests = [
+            self._free_slot(slot)
+            for slot, generation in int32s(rejected, 2).tolist()
+            if slots.live[slot] and slots.generation[slot] == generation
         ]
         error = "the workers don't have the adapter {}".format
-        return [self._finish(one, FinishReason.FAILED, error=error(one.adapter)) for one in found]
+        return [self._finish(one, FinishReason.FAILED, error=error(one.adapter)) for one in requests]
 
     def _finish(self, request: Request, reason: FinishReason, stop_id: int = -1, error: str = "") -> Finished:
         del self.requests[request.handle]
-        if request.message.items:
-            self.items.leave(request)
-        return Finished(request.handle, reason, stop_id, error, request.preemptions)
+        if request.message.mm_inputs:
+            self.encoder_cache.unregister(request)
+        return Finished(request.handle, reason, stop_id, error, request.num_preemptions)
 
-    def _publish(self, row: int, tokens: int) -> None:
-        """Name the row's blocks that its first `tokens` tokens fill; their ids are final, their KV is on its way."""
-        rows, size = self.rows, self.config.block_size
-        full, named = tokens // size, int(rows.published[row])
-        if full <= named or not self.config.enable_prefix_caching:
+    def _free_slot(self, slot: int) -> Request:
+        # Generated blocks enter the prefix cache only now, so that no decode step spends time on it. The KV of the
+        # newest token isn't written yet.
+        slots = self.slots
+        self._cache_full_blocks(slot, int(min(slots.num_tokens[slot] - 1, slots.num_computed_tokens[slot])))
+        self.kv.free(slot)
+        if slots.mm_inputs_end[slot]:
+            self.encoder_cache.free_request(slots.requests[slot])  # type: ignore[arg-type]
+        self._prefilling.pop(slot, None)
+        self._builder.free_slot(slot)
+        return slots.free(slot)
+
+    def _cache_full_blocks(self, slot: int, num_tokens: int) -> None:
+        """Cache the blocks that the first `num_tokens` tokens fill: their ids are final, their KV is being written."""
+        slots, size = self.slots, self.config.block_size
+        num_full, num_cached = num_tokens // size, int(slots.num_cached_blocks[slot])
+        if num_full <= num_cached or not self.config.enable_prefix_caching:
             return
-        request = rows.owner[row]
-        assert request is not None, f"row {row} has no owner"
-        if len(request.block_hashes) < full:
-            named_tokens = rows.tokens[row, : full * size].data.cast("B")
-            extend_hashes(request.block_hashes, request.root, named_tokens, size, request.item_keys)
-        self.kv.publish(row, request.block_hashes, named, full)
-        rows.published[row] = full
+        request = slots.requests[slot]
+        assert request is not None, f"slot {slot} has no request"
+        if len(request.block_hashes) < num_full:
+            tokens = slots.tokens[slot, : num_full * size].data.cast("B")
+            extend_hashes(request.block_hashes, request.hash_root, tokens, size, request.mm_block_keys)
+        self.kv.cache_blocks(slot, request.block_hashes, num_cached, num_full)
+        slots.num_cached_blocks[slot] = num_full
 
-    # --------------------------------------------------------------------------------------------------------- upkeep
+    # ---------------------------------------------------------------------------------------------------- maintenance
 
     def reset_prefix_cache(self) -> int:
-        """Forget all cached content; returns how many blocks were cached."""
+        """Empty the prefix cache; returns how many blocks were cached."""
         count = len(self.pool.block_of)
-        self.pool.forget_all()
+        self.pool.reset_cache()
         return count
 
     def check(self) -> None:
-        """Assert what must hold between steps."""
-        rows = self.rows
-        self.kv.check([*rows.order])
-        for row in rows.order:
-            assert rows.live[row], f"row {row} is in order but not live"
-            assert rows.computed[row] <= rows.num_blocks[row] * self.config.block_size, f"row {row} outran its blocks"
-            assert rows.known[row] <= rows.upper[row] <= rows.limit[row], f"row {row}: {rows.upper[row]} above limit"
-        self.items.check([request for request in self.requests.values() if request.row >= 0])
-        assert int(rows.live.sum()) == len(rows.order), "live rows and their order disagree"
-        held = {request.handle for request in self.waiting} | {int(rows.handle[row]) for row in rows.order}
-        assert held == set(self.requests), "requests, rows and the waiting queue disagree"
+        """Assert the invariants between steps."""
+        slots, size = self.slots, self.config.block_size
+        self.kv.check([*slots.admission_order])
+        for slot in slots.admission_order:
+            known, most = slots.num_tokens[slot], slots.max_num_tokens[slot]
+            scheduled = slots.num_scheduled_tokens[slot]
+            assert slots.live[slot], f"slot {slot} is in admission_order but not live"
+            assert slots.num_computed_tokens[slot] <= self.kv.num_blocks[slot] * size, f"slot {slot} exceeds its blocks"
+            assert known <= scheduled <= most, f"slot {slot}: {known} known, {scheduled} scheduled, {most} at most"
+        self.encoder_cache.check([request for request in self.requests.values() if request.slot >= 0])
+        assert int(slots.live.sum()) == len(slots.admission_order), "live slots and admission_order disagree"
+        held = {request.handle for request in self.waiting} | {int(slots.handle[s]) for s in slots.admission_order}
+        assert held == set(self.requests), "requests, slots and the waiting queue disagree"

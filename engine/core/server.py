@@ -1,4 +1,4 @@
-"""Threads and sockets around an EngineCore: one thread receives, one sends, the caller's runs the loop."""
+"""Threads and sockets around an EngineCore: one thread receives, one sends, the caller's thread runs the loop."""
 
 import logging
 import threading
@@ -17,15 +17,15 @@ from engine.messages import Dead, Hung, encode
 
 log = logging.getLogger("redline.core")
 
-LONGEST_LOOK_S = 1.0  # between two looks of the watchdog
-LINGER_MS = 200  # how long a last message may take to leave; a front end that lives takes it at once
+MAX_WATCHDOG_PERIOD_S = 1.0
+LINGER_MS = 200  # for the last messages; a living front end receives them at once
 
 
 class CoreServer:
     """Serves one EngineCore to its front ends over ZeroMQ.
 
-    The core binds `to_core` and takes messages from all front ends there; front end i binds `from_core[i]`. `inline`
-    makes it read and write texts itself.
+    The core binds `to_core`, where it receives messages of all front ends; front end i binds `from_core[i]`. With
+    `inline` the core tokenizes and detokenizes.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CoreServer:
         self._receiver = self._thread(self._receive_all, "core-input")
 
     def _thread(self, run: Callable[[], None], name: str) -> threading.Thread:
-        """A thread without which nobody is served: its failure is the server's."""
+        """A thread that the server can't do without: its error ends the server."""
 
         def guarded() -> None:
             try:
@@ -69,29 +69,30 @@ class CoreServer:
         self._outbox.put((front_end, data))
 
     def fail(self, error: BaseException | None) -> None:
-        """End `run` with this error, also while nothing is in flight that could meet it; from any thread."""
+        """End `run` with this error, also while no step is in flight; from any thread."""
         self._failure = error
         self._wake.set()
 
     def watch(self, timeout_s: float, give_up: Callable[[str], None], ranks: Sequence[int] = ()) -> None:
-        """Have a watchdog look after the steps; called before `run`, arguments as of `Watchdog`.
+        """Start a watchdog for the steps; called before `run`, arguments as of `Watchdog`.
 
-        `give_up` is called from a thread, since the loop may be what hangs: it must end the process.
+        `give_up` is called from the watchdog's thread and must end the process, since the loop itself may hang.
         """
 
-        def tell(cause: str) -> None:
+        def send_status(cause: str) -> None:
             self._post_all(encode(Hung(cause)))
 
-        self._watchdog = Watchdog(self._executor, timeout_s, ranks, tell=tell, give_up=give_up)
-        period = min(timeout_s / 4, LONGEST_LOOK_S)
-        threading.Thread(target=self._look_on, args=(self._watchdog, period), name="core-watchdog", daemon=True).start()
+        self._watchdog = Watchdog(self._executor, timeout_s, ranks, send_status=send_status, give_up=give_up)
+        period = min(timeout_s / 4, MAX_WATCHDOG_PERIOD_S)
+        arguments = (self._watchdog, period)
+        threading.Thread(target=self._run_watchdog, args=arguments, name="core-watchdog", daemon=True).start()
 
-    def _look_on(self, watchdog: Watchdog, period: float) -> None:
+    def _run_watchdog(self, watchdog: Watchdog, period: float) -> None:
         while not self._ended.wait(period):
-            watchdog.look(self._clock.now())
+            watchdog.check(self._clock.now())
 
     def run(self) -> None:
-        """Serve until told to shut down; an error of the loop reaches all front ends as Dead, then the caller."""
+        """Serve until a Shutdown is done; an error of the loop is sent to all front ends as Dead, then raised."""
         self._sender.start()
         self._receiver.start()
         try:
@@ -103,7 +104,7 @@ class CoreServer:
                 if not self._step(now):
                     self._wake.wait(self.core.next_deadline(now))
         except BaseException as error:
-            # As the process's last report has it (see engine.children.run_reporting): one cause wherever it is shown.
+            # The same text as in the process's last report (see engine.children.run_reporting).
             prefix = "" if isinstance(error, RedlineError) else "the EngineCore failed: "
             self._post_all(encode(Dead(prefix + cause_of(error))))
             raise
@@ -118,9 +119,9 @@ class CoreServer:
         watchdog = self._watchdog
         if watchdog is None:
             return self.core.step(now)
-        watchdog.planning_since = now
+        watchdog.loop_busy_since = now
         moved = self.core.step(now)
-        watchdog.planning_since = None
+        watchdog.loop_busy_since = None
         return moved
 
     def _post_all(self, data: bytes) -> None:

@@ -1,8 +1,8 @@
-"""Notices a step that hangs: names it, has the stacks written, and gives up where it doesn't come back.
+"""Detects a step that hangs, logs where, and ends the engine if the step does not return.
 
-At `--step-timeout` the cause is logged with the stacks of all threads of the EngineCore and its ranks, and front ends
-answer /health with 503. A step that comes back after all makes the engine healthy again; one that is still away after
-as long again ends it with that cause.
+After `--step-timeout` the cause is logged with the stacks of all threads of the EngineCore and its ranks, and front
+ends answer /health with 503. If the step returns, the engine is healthy again. After twice the timeout the engine ends
+with that cause.
 """
 
 import faulthandler
@@ -23,33 +23,33 @@ from engine.core.protocols import Executor
 
 log = logging.getLogger("redline.core")
 
-GIVE_UP = 2  # times the timeout
-CALL_TIMEOUT_S = 600.0  # of what isn't a step, such as loading an adapter from a slow disk; or the timeout if longer
-FORWARD, SAMPLE, PLAN, CALL = "forward", "sample", "plan", "call"
+GIVE_UP_AFTER = 2  # times the timeout
+CALL_TIMEOUT_S = 600.0  # for calls, such as loading an adapter from a slow disk; the step timeout if that is longer
+FORWARD, SAMPLE, LOOP, CALL = "forward", "sample", "loop", "call"
 
 
 @dataclass(slots=True)
 class Task:
-    """One thing the executor was told to do."""
+    """One task that was submitted to the executor, or a turn of the loop."""
 
     phase: str
     step: int
-    at: float
+    submitted_at: float
     method: str = ""  # of a call
 
 
 class WatchedExecutor:
-    """An executor whose results wake the loop, and of which is known what it is at."""
+    """An executor whose results wake the loop, and which tracks the task in progress."""
 
     def __init__(self, inner: Executor, clock: Clock, wake: Callable[[], None]):
         self._inner = inner
         self._clock = clock
         self._wake = wake
-        self._tasks: dict[int, Task] = {}  # in the order of their work
+        self._tasks: dict[int, Task] = {}  # in the order of submission
         self._keys = itertools.count()
         self._done_at = clock.now()
-        self._forward: Task | None = None  # of a step whose number isn't known yet
-        self.failed = False  # a step did: the engine ends with its cause
+        self._forward: Task | None = None  # its step's number is known only when the step is sampled
+        self.failed = False  # a step failed: the engine ends with its cause
         self.shutdown = inner.shutdown
 
     def submit(self, step: bytes) -> "Future[None]":
@@ -64,7 +64,7 @@ class WatchedExecutor:
         return result
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
-        """Steps that are handed over meanwhile wait for it: their time counts from its end."""
+        """Steps submitted during a call wait for it; their time counts from its end."""
         return self._watch(Task(CALL, 0, self._clock.now(), method), self._inner.call(method, arguments))
 
     def _watch(self, task: Task, future: "Future[Any]") -> "Future[Any]":
@@ -80,17 +80,13 @@ class WatchedExecutor:
             self.failed = True
 
     def current(self) -> tuple[Task, float] | None:
-        """The task under way, and since when; from any thread."""
+        """The task in progress, and since when; from any thread."""
         tasks = list(self._tasks.values())
-        return (tasks[0], max(tasks[0].at, self._done_at)) if tasks else None
+        return (tasks[0], max(tasks[0].submitted_at, self._done_at)) if tasks else None
 
 
 class Watchdog:
-    """Looks at an executor and the loop around it every so often; `look` is called by a thread of its own.
-
-    `ranks` are the processes of several ranks, none if the EngineCore itself is the only one. `tell` takes the cause
-    when a step hangs and "" when it came back, `give_up` the cause when it doesn't.
-    """
+    """Checks an executor and the loop around it; a thread calls `check` periodically."""
 
     def __init__(
         self,
@@ -98,26 +94,35 @@ class Watchdog:
         timeout_s: float,
         ranks: Sequence[int],
         *,
-        tell: Callable[[str], None],
+        send_status: Callable[[str], None],
         give_up: Callable[[str], None],
         dump: Callable[[Sequence[int]], None] | None = None,
     ):
+        """
+        Args:
+            executor: the executor to check.
+            timeout_s: how long a phase of a step may take.
+            ranks: process ids of several ranks; empty if the EngineCore's own process is the only one.
+            send_status: receives the cause when a step hangs, and "" when it has returned.
+            give_up: receives the cause when the step does not return.
+            dump: writes the stacks of all threads of `ranks`; `dump_stacks` by default.
+        """
         self._executor = executor
         self._timeout_s = timeout_s
         self._ranks = tuple(ranks)
-        self._tell = tell
+        self._send_status = send_status
         self._give_up = give_up
         self._dump = dump or dump_stacks
-        self.planning_since: float | None = None  # while the loop is busy
+        self.loop_busy_since: float | None = None  # None while the loop waits
         self._reported: Task | None = None
 
-    def look(self, now: float) -> None:
-        """Judge what is under way now."""
-        task, since = self._oldest(now)
+    def check(self, now: float) -> None:
+        """Report the task in progress if it exceeds its timeout."""
+        task, since = self._current_task(now)
         if self._reported is not None and task != self._reported:
             if not self._executor.failed:
-                log.warning("%s came back: the engine goes on", _name(self._reported))
-                self._tell("")
+                log.warning("%s returned: the engine continues", _name(self._reported))
+                self._send_status("")
             self._reported = None
         timeout_s = self._timeout_s if task is None or task.phase != CALL else max(self._timeout_s, CALL_TIMEOUT_S)
         if task is None or now - since <= timeout_s:
@@ -127,14 +132,14 @@ class Watchdog:
             self._reported = task
             log.error("%s; the stacks of all threads follow", cause)
             self._dump(self._ranks)
-            self._tell(cause)
-        elif now - since > GIVE_UP * timeout_s:
+            self._send_status(cause)
+        elif now - since > GIVE_UP_AFTER * timeout_s:
             self._give_up(cause)
 
-    def _oldest(self, now: float) -> tuple[Task | None, float]:
-        since = self.planning_since
-        if since is not None and now - since > self._timeout_s:  # the loop itself: results wait for it
-            return Task(PLAN, 0, since), since
+    def _current_task(self, now: float) -> tuple[Task | None, float]:
+        since = self.loop_busy_since
+        if since is not None and now - since > self._timeout_s:  # the loop itself hangs, not the executor
+            return Task(LOOP, 0, since), since
         current = self._executor.current()
         return (None, now) if current is None else current
 
@@ -142,16 +147,16 @@ class Watchdog:
         limit = f"for {age:.0f} s, longer than --step-timeout {self._timeout_s:g}"
         if task.phase == CALL:
             return f"{self._who()} hangs in {task.method}, for {age:.0f} s"
-        if task.phase == PLAN:
+        if task.phase == LOOP:
             return f"the EngineCore's loop (process {os.getpid()}) hangs between two steps, {limit}"
         return f"{self._who()} hangs in the {task.phase} phase of step {task.step}, {limit}"
 
     def _who(self) -> str:
-        """The rank, as far as it can be told from outside: they wait for each other, so one stopped stops all."""
+        """The rank that hangs, as far as it shows from outside: ranks wait for each other, so one stops all."""
         if not self._ranks:
             return f"rank 0 (process {os.getpid()})"
         states = [process_state(process) for process in self._ranks]
-        # Any process waits for a disk now and then: that counts only if no rank was stopped or has ended.
+        # Any process may wait for a disk for a moment, so that counts only if no rank is stopped or has ended.
         for words, letters in (("stopped", "Tt"), ("ended", "ZX"), ("waiting for a device", "D")):
             for rank, (process, state) in enumerate(zip(self._ranks, states, strict=True)):
                 if state and state in letters:
@@ -164,7 +169,7 @@ def _name(task: Task) -> str:
 
 
 def process_state(process: int) -> str:
-    """The kernel's letter for a process, e.g. R, S, T; empty where it can't be asked."""
+    """The kernel's letter for the state of a process, e.g. R, S, T; empty if it can't be read."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -172,7 +177,7 @@ def process_state(process: int) -> str:
 
 
 def dump_stacks(ranks: Sequence[int]) -> None:
-    """Write the stacks of all threads here, and have each rank do so (see `engine.children`), on stderr."""
+    """Write the stacks of all threads of this process and of each rank (see `engine.children`) on stderr."""
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     for process in ranks:
         with suppress(ProcessLookupError):

@@ -71,7 +71,7 @@ class InlineTexts:
             message = replace(
                 message, prompt=column(prompt), max_tokens=max_tokens, min_tokens=min_tokens, sampling=sampling
             )
-        writing = message.writing
+        writing = message.text_options
         if writing is not None:
             detokenizer = Detokenizer(
                 self._tokenizer,

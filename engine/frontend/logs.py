@@ -35,13 +35,16 @@ class StatsLog:
         hits = f"{100 * (core.prefix_hits - before.prefix_hits) / queries:.1f} %" if queries else "-"
         return (
             f"prompt {prompt / elapsed:.1f} tok/s, generation {generated / elapsed:.1f} tok/s, "
-            f"running {core.running}, waiting {core.waiting}, KV cache {100 * core.kv_use:.1f} %, "
+            f"running {core.running}, waiting {core.waiting}, KV cache {100 * core.kv_cache_usage:.1f} %, "
             f"prefix hits {hits}, preemptions {core.preemptions - before.preemptions}" + self._guesses(before, core)
         )
 
     @staticmethod
     def _guesses(before: Stats, core: Stats) -> str:
-        drafted, accepted = core.drafted - before.drafted, core.accepted - before.accepted
+        drafted, accepted = (
+            core.num_draft_tokens - before.num_draft_tokens,
+            core.num_accepted_tokens - before.num_accepted_tokens,
+        )
         return f", {100 * accepted / drafted:.1f} % of {drafted} guesses right" if drafted else ""
 
 

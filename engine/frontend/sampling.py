@@ -9,7 +9,7 @@ from engine.errors import RequestError
 from engine.frontend.prompts import Prompt
 from engine.frontend.token_filters import check_something_left
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import AddRequest, Sampling, Writing, column
+from engine.messages import AddRequest, Sampling, TextOptions, column
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
@@ -160,7 +160,7 @@ def make_request(
     `bad_words`: as token ids. `inline`: the core makes texts of the tokens itself.
     """
     if inline:
-        extra["writing"] = Writing(params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
+        extra["text_options"] = TextOptions(params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
     if isinstance(prompt, list):
         packed = column(prompt)
     else:

@@ -25,8 +25,8 @@ REASONS = ("stop", "length", "abort", "error")
 # to compute for them, counters.
 _CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats))
 _COUNTERS = (
-    "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "drafted",
-    "accepted",
+    "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "num_draft_tokens",
+    "num_accepted_tokens",
 )  # fmt: skip
 _AT = 0
 _CORE = slice(1, 1 + len(_CORE_KINDS))
@@ -180,7 +180,7 @@ class FrontEndStats:
         added = {name: sum(getattr(core, name) for core in cores) for name in _COUNTERS}
         added |= {name: sum(getattr(core, name) for core in living) for name in ("running", "waiting", "step_tokens")}
         summed = Stats(
-            kv_use=sum(core.kv_use for core in living) / max(1, len(living)),
+            kv_cache_usage=sum(core.kv_cache_usage for core in living) / max(1, len(living)),
             last_step_at=max(core.last_step_at for core in cores),
             **added,
         )

@@ -27,9 +27,9 @@ from engine.worker import prompt_logprobs
 from engine.worker.adapters import Adapters, Share
 from engine.worker.group import FOREVER, GlooGroup
 from engine.worker.network import Built, Network
-from engine.worker.rows import Int64s, Rows, StepBatch
-from engine.worker.runner import Choice, Runner, build_parts, build_rows
+from engine.worker.runner import Choice, Runner, build_parts, build_slots
 from engine.worker.sampler import Float64s
+from engine.worker.slots import Int64s, StepBatch, WorkerSlots
 from engine.worker.wire import Call, PeerLostError
 
 log = logging.getLogger("redline.worker")
@@ -55,7 +55,7 @@ class Step:
         drawn = None
         if choice.temperatures is not None and choice.numbers is not None and choice.temperatures.any():
             drawn = choice.temperatures, choice.numbers
-        inputs = dataclasses.replace(batch, rows=_NONE, drafts=_NONE)
+        inputs = dataclasses.replace(batch, slots=_NONE, num_draft_tokens=_NONE)
         return cls(inputs, choice.temperatures is not None, drawn, choice.at)
 
 
@@ -123,8 +123,8 @@ def hear(group: GlooGroup) -> Told:
 class Driver(Runner):
     """Rank 0's runner: the other ranks hear of all that it does together with them."""
 
-    def __init__(self, network: Network, rows: Rows, share: Share | None, group: GlooGroup):
-        super().__init__(network, rows, share)
+    def __init__(self, network: Network, slots: WorkerSlots, share: Share | None, group: GlooGroup):
+        super().__init__(network, slots, share)
         self._group = group
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:
@@ -186,5 +186,5 @@ def build_driven(
     """What `build_runner` builds, for ranks of which the first drives the others."""
     built, share = build_parts(config, facts, resolved, blank, split)
     if group.rank == 0:
-        return Driver(built.network, build_rows(resolved), share, group), built
+        return Driver(built.network, build_slots(resolved), share, group), built
     return Follower(built.network, share, group), built

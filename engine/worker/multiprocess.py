@@ -75,7 +75,7 @@ class MultiprocessExecutor:
         self._pending: deque[Future[Any]] = deque()
         self._outbox: SimpleQueue[tuple[Kind, bytes] | None] = SimpleQueue()
         # Rank 0 alone where it drives the others, as V0's did; else all.
-        self._listeners = 1 if DRIVER_BROADCAST in config.removals else config.tensor_parallel_size
+        self._listeners = 1 if DRIVER_BROADCAST in config.ablations else config.tensor_parallel_size
         self._ring = Ring(self._listeners)
         self._started: Future[Up] = Future()
         self._ranks: list[_Rank] = []

@@ -28,8 +28,8 @@ from engine.model.load import complete, layout_of
 from engine.model.lora import Adapter, check_adapter
 from engine.model.vocabulary import Slice
 from engine.worker.paging import PageSupply
-from engine.worker.rows import Int64s, StepBatch
 from engine.worker.sampler import SLICE, Float64s, pick, weigh
+from engine.worker.slots import Int64s, StepBatch
 from engine.worker.threads import places
 
 
@@ -70,8 +70,8 @@ class GenericNetwork:
 
     def forward(self, batch: StepBatch) -> None:
         self._logits = None
-        self._adapters.begin(batch.adapters, batch.row_of)
-        ragged = Ragged(batch.starts, batch.counts, batch.computed, batch.tables)
+        self._adapters.begin(batch.adapter_slots, batch.row_of)
+        ragged = Ragged(batch.starts, batch.counts, batch.num_computed_tokens, batch.tables)
         forward = Forward.of(self._cache, ragged, batch.row_of, batch.positions, self._workspace)
         arguments: dict[str, Any] = {
             "input_ids": torch.from_numpy(batch.ids)[None],
@@ -147,8 +147,8 @@ class FusedNetwork:
 
     def forward(self, batch: StepBatch) -> None:
         columns = (
-            batch.starts, batch.counts, batch.computed, batch.tables, batch.ids, batch.positions, batch.row_of,
-            batch.logits_at,
+            batch.starts, batch.counts, batch.num_computed_tokens, batch.tables, batch.ids, batch.positions,
+            batch.row_of, batch.logits_at,
         )  # fmt: skip
         self._pages.reach(int(batch.tables.max()))
         stack = self.stack
@@ -163,9 +163,9 @@ class FusedNetwork:
 
     def _adapters_of(self, batch: StepBatch) -> tuple[list[PackedAdapter], NDArray[np.int32] | None]:
         """The adapters that the batch's rows have, and for each token its number among them, or -1."""
-        if batch.adapters is None:
+        if batch.adapter_slots is None:
             return [], None
-        used, number = np.unique(batch.adapters, return_inverse=True)
+        used, number = np.unique(batch.adapter_slots, return_inverse=True)
         numbers = number - (used[0] < 0)
         return [self._adapters[slot] for slot in used[used >= 0].tolist()], numbers[batch.row_of].astype(np.int32)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.messages import PromptLogprobs, TokenLogprobs, column
-from engine.worker.rows import Int64s, Rows, StepBatch
+from engine.worker.slots import Int64s, StepBatch, WorkerSlots
 
 PART = 64  # positions whose logits are there at a time
 
@@ -30,12 +30,12 @@ def parts(batch: StepBatch) -> Iterator[Int64s]:
         yield np.arange(first + begin, first + min(begin + PART, count))
 
 
-def score(network: HasLogits, batch: StepBatch, rows: Rows) -> tuple[PromptLogprobs, ...]:
+def score(network: HasLogits, batch: StepBatch, slots: WorkerSlots) -> tuple[PromptLogprobs, ...]:
     """The logprobs of the prompt tokens behind `batch.scored_at`, one entry for each row that has some."""
     at = batch.scored_at
-    owners, positions = batch.rows[batch.row_of[at]], batch.positions[at] + 1
-    tokens = torch.from_numpy(rows.tokens[owners, positions].astype(np.int64))
-    asked = {row: rows.sampling[row].prompt_logprobs for row in np.unique(owners).tolist()}
+    owners, positions = batch.slots[batch.row_of[at]], batch.positions[at] + 1
+    tokens = torch.from_numpy(slots.tokens[owners, positions].astype(np.int64))
+    asked = {row: slots.sampling[row].prompt_logprobs for row in np.unique(owners).tolist()}
     found = [
         _score_part(network.logits(which), tokens[which - len(batch.sampled_at)], max(asked.values()))
         for which in parts(batch)
@@ -44,7 +44,7 @@ def score(network: HasLogits, batch: StepBatch, rows: Rows) -> tuple[PromptLogpr
     return tuple(
         PromptLogprobs(
             row,
-            int(rows.generation[row]),
+            int(slots.generation[row]),
             _pack(positions[mine], ids[mine, : top + 1], values[mine, : top + 1], ranks[mine]),
         )
         for row, top in asked.items()

@@ -107,7 +107,7 @@ def build(orders: Orders, progress: Callable[[int, int], None]) -> "tuple[Runner
     joined = time.perf_counter()
     shard(blank, split, group)
     worker: Runner | Follower
-    if DRIVER_BROADCAST in config.removals:
+    if DRIVER_BROADCAST in config.ablations:
         worker, built = build_driven(config, split.rank, resolved, blank, split, group)
     else:
         worker, built = build_runner(config, split.rank, resolved, blank, split)

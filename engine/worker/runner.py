@@ -20,8 +20,8 @@ from engine.model.split import Split
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapters import Adapters, Share
 from engine.worker.network import Built, Network, build_network
-from engine.worker.rows import Int64s, Rows, StepBatch
 from engine.worker.sampler import Float64s
+from engine.worker.slots import Int64s, StepBatch, WorkerSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Choice:
 class Runner:
     """The state of one rank: its rows and network, and a step that waits to be sampled."""
 
-    def __init__(self, network: Network, rows: Rows, share: Share | None = None):
+    def __init__(self, network: Network, slots: WorkerSlots, share: Share | None = None):
         self._network = network
-        self._rows = rows
-        self._calls = Adapters(network, rows.slots, share).calls
+        self._slots = slots
+        self._calls = Adapters(network, slots.adapter_slots, share).calls
         self._pending: tuple[StepBatch, Choice] | None = None
         self._following: deque[StepMessage] = deque()  # the steps of a burst that haven't run
         self._seconds = 0.0
@@ -62,7 +62,7 @@ class Runner:
         if self._following:
             raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
         first = decode_step(message)
-        self._following.extend(first.following())
+        self._following.extend(first.later_steps())
         self._advance(first)
 
     @property
@@ -71,9 +71,9 @@ class Runner:
 
     def _advance(self, message: StepMessage) -> None:
         began = time.perf_counter()
-        batch = self._rows.advance(message)
+        batch = self._slots.begin_step(message)
         choice = self._choice(batch)
-        if len(batch.rows):
+        if len(batch.slots):
             self._compute(batch, choice)
         self._pending = batch, choice
         self._seconds = time.perf_counter() - began
@@ -90,17 +90,17 @@ class Runner:
             raise RuntimeError(f"step {step} hasn't run")
         began = time.perf_counter()
         (batch, choice), self._pending = self._pending, None
-        tokens, logprobs, counts, drafted = np.zeros(0, dtype=np.int64), None, b"", int(batch.drafts.sum())
+        tokens, logprobs, counts, drafted = np.zeros(0, dtype=np.int64), None, b"", int(batch.num_draft_tokens.sum())
         if len(batch.sampling):
             tokens, logprobs = self._choose(batch, choice)
             if drafted:
-                tokens, each = self._rows.append_verified(batch, tokens)
+                tokens, each = self._slots.append_accepted(batch, tokens)
                 counts, logprobs = column(each), _moved(logprobs, np.cumsum(each) - each)
             else:
-                self._rows.append(batch.sampling, tokens)
-        scored = prompt_logprobs.score(self._network, batch, self._rows) if len(batch.scored_at) else ()
+                self._slots.append_tokens(batch.sampling, tokens)
+        scored = prompt_logprobs.score(self._network, batch, self._slots) if len(batch.scored_at) else ()
         seconds = self._seconds + time.perf_counter() - began
-        refused = column(self._rows.take_refused())
+        refused = column(self._slots.take_rejected())
         return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, refused, scored))
 
     def close(self) -> None:
@@ -108,15 +108,15 @@ class Runner:
 
     def _choice(self, batch: StepBatch) -> Choice:
         """A row takes the same way whatever its neighbours ask for: what it samples must not depend on them."""
-        rows, which = self._rows, batch.sampling
-        special = rows.special[which]
-        last = np.cumsum(batch.drafts + 1) - 1  # only plain rows have guesses
+        slots, which = self._slots, batch.sampling
+        special = slots.needs_logits[which]
+        last = np.cumsum(batch.num_draft_tokens + 1) - 1  # only plain rows have guesses
         temperatures = numbers = None
         if not special.all():
             temperatures = np.zeros(len(batch.sampled_at), dtype=np.float32)
-            temperatures[last] = np.where(special, 0, rows.temperature[which])
+            temperatures[last] = np.where(special, 0, slots.temperature[which])
             numbers = np.zeros(len(batch.sampled_at))
-            numbers[last] = sampler.uniform(rows.seed[which], rows.num_tokens[which] - rows.prompt_len[which])
+            numbers[last] = sampler.uniform(slots.seed[which], slots.num_tokens[which] - slots.num_prompt_tokens[which])
         return Choice(temperatures, numbers, np.flatnonzero(special), last[special])
 
     def _choose(self, batch: StepBatch, choice: Choice) -> tuple[Int64s, TokenLogprobs | None]:
@@ -126,7 +126,7 @@ class Runner:
             tokens = self._network.choose(choice.temperatures, choice.numbers)
         if not len(choice.at):
             return tokens, None
-        sampled = sampler.sample(self._network.logits(choice.at), self._rows, batch.sampling[choice.special])
+        sampled = sampler.sample(self._network.logits(choice.at), self._slots, batch.sampling[choice.special])
         tokens[choice.at] = sampled.tokens
         return tokens, _moved(sampled.logprobs, choice.special)
 
@@ -136,7 +136,7 @@ def build_runner(
 ) -> tuple[Runner, Built]:
     """A rank's runner with its network and rows; `facts` are the rank's, `split` is how ranks divide the model."""
     built, share = build_parts(config, facts, resolved, blank, split)
-    return Runner(built.network, build_rows(resolved), share), built
+    return Runner(built.network, build_slots(resolved), share), built
 
 
 def build_parts(
@@ -151,9 +151,11 @@ def build_parts(
     return built, share
 
 
-def build_rows(resolved: ResolvedConfig) -> Rows:
+def build_slots(resolved: ResolvedConfig) -> WorkerSlots:
     groups = len(resolved.kv_windows)
-    return Rows(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups)
+    return WorkerSlots(
+        resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
+    )
 
 
 def _moved(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

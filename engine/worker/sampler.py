@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.messages import Int32s, Sampling, TokenLogprobs, column, int32s
 from engine.model.vocabulary import MIN_TEMPERATURE
-from engine.worker.rows import Int64s, Rows
+from engine.worker.slots import Int64s, WorkerSlots
 
 SLICE = 32  # rows in float32 at a time: bounds the workspace
 RUN = 256  # tokens summed first when drawing
@@ -57,24 +57,24 @@ def _mix(x: UInt64s) -> UInt64s:
     return x ^ x >> np.uint64(31)
 
 
-def sample(logits: Tensor, rows: Rows, which: Int64s) -> Sampled:
+def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
     """Sample one token for each of the rows `which` from logits [rows, vocabulary]; books nothing."""
     tokens: list[NDArray[np.int64]] = []
     logprobs: list[_Logprobs] = []
     for start in range(0, len(which), SLICE):
         chosen = which[start : start + SLICE].tolist()
-        params = [rows.sampling[row] for row in chosen]
+        params = [slots.sampling[row] for row in chosen]
         part = logits[start : start + SLICE].float()
         asked = [i for i, p in enumerate(params) if p.logprobs >= 0]
         raw = torch.log_softmax(part[asked], -1) if asked else None
-        part = _adjust(part, logits.dtype == torch.float32, params, rows, chosen)
+        part = _adjust(part, logits.dtype == torch.float32, params, slots, chosen)
         found = part.numpy().argmax(-1)
         # A row of numbers that are none, as of an adapter far too strong, has no weights to draw by.
         finite = np.isfinite(np.take_along_axis(part.numpy(), found[:, None], 1)[:, 0])
         drawn = [i for i, p in enumerate(params) if p.temperature > 0 and finite[i]]
         if drawn:
             of = which[start : start + SLICE][drawn]
-            numbers = uniform(rows.seed[of], rows.num_tokens[of] - rows.prompt_len[of])
+            numbers = uniform(slots.seed[of], slots.num_tokens[of] - slots.num_prompt_tokens[of])
             subset = part if len(drawn) == len(chosen) else part[drawn]
             found[drawn] = draw(subset, [params[i] for i in drawn], numbers)
         for i, at in enumerate(asked):
@@ -84,9 +84,9 @@ def sample(logits: Tensor, rows: Rows, which: Int64s) -> Sampled:
     return Sampled(np.concatenate(tokens), _pack(logprobs) if logprobs else None)
 
 
-def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, chosen: list[int]) -> Tensor:
+def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerSlots, chosen: list[int]) -> Tensor:
     """Bias, barred stop ids and penalties; `shared`: the tensor is the model's own and must not change."""
-    touched = [i for i, p in enumerate(params) if p.adjusts]
+    touched = [i for i, p in enumerate(params) if p.adjusts_logits]
     if not touched:
         return logits
     if shared:
@@ -94,7 +94,7 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
     for i in touched:
         p, row = params[i], chosen[i]
         line = logits[i]
-        output = rows.output(row)
+        output = slots.output_tokens(row)
         if p.logit_bias:
             ids = torch.tensor([token for token, _ in p.logit_bias if token < len(line)])
             bias = torch.tensor([value for token, value in p.logit_bias if token < len(line)])
@@ -102,7 +102,7 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], rows: Rows, ch
         if p.bad_words or p.allowed or (p.stop_ids and len(output) < p.min_tokens):
             _bar(line, p, output)
         if p.repetition_penalty != 1.0:
-            ids = torch.from_numpy(np.unique(rows.known(row)).astype(np.int64))
+            ids = torch.from_numpy(np.unique(slots.known_tokens(row)).astype(np.int64))
             old = line[ids]
             line[ids] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and len(output):

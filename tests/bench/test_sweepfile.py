@@ -11,7 +11,7 @@ import yaml
 from bench.configurations import Configuration, model_len
 from bench.errors import BenchError
 from bench.sweepfile import presets, read_sweep
-from engine.config import REMOVALS, EngineConfig
+from engine.config import ABLATIONS, EngineConfig
 
 SHORT = {"kind": "random", "input": 8, "output": 4, "name": "short"}
 
@@ -60,7 +60,7 @@ def test_presets_of_v0_take_their_time_and_cover_what_they_say() -> None:
     ]
     # The encoder cache needs images and a broadcast several ranks; everything else that can be taken away is.
     removed = [c.serve.get("ablate") for c in ablation.configurations]
-    assert removed == [None, *(r for r in REMOVALS if r not in ("no-encoder-cache", "driver-broadcast")), None]
+    assert removed == [None, *(r for r in ABLATIONS if r not in ("no-encoder-cache", "driver-broadcast")), None]
     assert [c.name for c in ablation.configurations] == ["v1", *removed[1:-1], "v0"]
     assert all(c.note for c in ablation.configurations)
     for configuration in (c for p in (versus, ablation) for c in p.configurations):
@@ -72,7 +72,7 @@ def test_presets_of_v0_take_their_time_and_cover_what_they_say() -> None:
 
 def test_common_flags_may_be_replaced_and_taken_away(write: Callable[..., Path]) -> None:
     configurations = {
-        "a": {"serve": {"max_num_seqs": 8, "ablate": ["no-chunking", "watermark"]}, "note": "two removals"},
+        "a": {"serve": {"max_num_seqs": 8, "ablate": ["no-chunking", "watermark"]}, "note": "two ablations"},
         "b": {"serve": {"max-num-seqs": None}},
         "c": {"command": "stub --port {port}"},
     }
@@ -81,7 +81,7 @@ def test_common_flags_may_be_replaced_and_taken_away(write: Callable[..., Path])
     assert a.arguments(10)[:-2] == ["--max-num-seqs", "8", "--dtype", "float32", "--ablate", "no-chunking,watermark"]
     assert b.arguments(10)[:-2] == ["--dtype", "float32"]
     assert c.serve == {}
-    assert (a.describe()["note"], "note" in b.describe()) == ("two removals", False)
+    assert (a.describe()["note"], "note" in b.describe()) == ("two ablations", False)
 
 
 def test_a_ladder_of_its_own(write: Callable[..., Path]) -> None:

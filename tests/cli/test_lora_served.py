@@ -90,5 +90,5 @@ def test_an_adapter_in_use_is_not_unloaded(served: Served) -> None:
         refused = str(error)
     rest = sum(len(chunk.choices) for chunk in stream)
     # A tiny model may be done before the server is asked: then there was nothing to refuse.
-    assert refused is None or "requests under way use 'one'" in refused
+    assert refused is None or "request(s) still use 'one'" in refused
     assert rest > 50

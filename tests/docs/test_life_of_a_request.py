@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from engine.config import ResolvedConfig
-from engine.core.plan import Plan
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
+from engine.core.steps import ScheduledStep
 from engine.messages import AddRequest, FinishReason, Sampling, StepResult, column, make_handle
 
 ROOT = Path(__file__).parents[2]
@@ -72,19 +72,19 @@ class Example:
         )
         self.scheduler = Scheduler(config)
 
-    def plan(self) -> Plan:
+    def plan(self) -> ScheduledStep:
         plan = self.scheduler.schedule(0.0)
         assert plan is not None
         return plan
 
-    def book(self, plan: Plan) -> list[int]:
-        """Give each sampling row a token; reasons of the requests that ended."""
-        booked = self.scheduler.update(plan, StepResult(plan.step, column([7] * len(plan.rows))))
-        return [one.reason for one in booked.finished]
+    def book(self, plan: ScheduledStep) -> list[int]:
+        """Give each sampling slot a token; reasons of the requests that ended."""
+        outcome = self.scheduler.update(plan, StepResult(plan.step, column([7] * len(plan.slots))))
+        return [one.reason for one in outcome.finished]
 
-    def counts(self, row: int) -> tuple[int, int, int]:
-        rows = self.scheduler.rows
-        return int(rows.computed[row]), int(rows.known[row]), int(rows.upper[row])
+    def counts(self, slot: int) -> tuple[int, int, int]:
+        slots = self.scheduler.slots
+        return int(slots.num_computed_tokens[slot]), int(slots.num_tokens[slot]), int(slots.num_scheduled_tokens[slot])
 
     def cached(self) -> set[int]:
         return set(self.scheduler.pool.block_of.values())
@@ -100,25 +100,25 @@ def test_the_worked_example(example: Example) -> None:
     assert len(first.block_hashes) == 2
     example.scheduler.add(first)
     plan = example.plan()
-    row, rows = first.row, example.scheduler.rows
-    assert (plan.num_tokens, example.counts(row), rows.limit[row]) == (32, (32, 40, 40), 52)
-    assert rows.tables[row] == [[1, 2, 3]]
+    slot, slots, tables = first.slot, example.scheduler.slots, example.scheduler.kv.block_tables
+    assert (plan.num_tokens, example.counts(slot), slots.max_num_tokens[slot]) == (32, (32, 40, 40), 52)
+    assert tables[slot] == [[1, 2, 3]]
     assert example.cached() == {1, 2}
     example.book(plan)
     plan = example.plan()
-    assert (plan.num_tokens, example.counts(row)) == (8, (40, 40, 41))
+    assert (plan.num_tokens, example.counts(slot)) == (8, (40, 40, 41))
     example.book(plan)
-    assert example.counts(row) == (40, 41, 41)
+    assert example.counts(slot) == (40, 41, 41)
     plan = example.plan()
-    assert (plan.num_tokens, example.counts(row)) == (1, (41, 41, 42))
+    assert (plan.num_tokens, example.counts(slot)) == (1, (41, 41, 42))
     for _ in range(8):
         example.book(plan)
         plan = example.plan()
-    assert (example.counts(row), rows.tables[row]) == ((49, 49, 50), [[1, 2, 3, 4]])
+    assert (example.counts(slot), tables[slot]) == ((49, 49, 50), [[1, 2, 3, 4]])
     for _ in range(2):
         assert example.book(plan) == []
         plan = example.plan()
-    assert (example.counts(row), example.cached()) == ((51, 51, 52), {1, 2})
+    assert (example.counts(slot), example.cached()) == ((51, 51, 52), {1, 2})
     assert example.book(plan) == [FinishReason.LENGTH]
     assert example.cached() == {1, 2, 3}
     free = example.scheduler.pool.free_list()
@@ -129,9 +129,9 @@ def test_the_worked_example(example: Example) -> None:
     example.scheduler.add(second)
     plan = example.plan()
     assert plan.num_tokens == 8
-    assert example.counts(second.row) == (40, 40, 41)
-    assert rows.tables[second.row] == [[1, 2, 4]]
-    assert np.array_equal(plan.rows, [second.row])
+    assert example.counts(second.slot) == (40, 40, 41)
+    assert tables[second.slot] == [[1, 2, 4]]
+    assert np.array_equal(plan.slots, [second.slot])
 
 
 def test_a_decode_takes_one_token_of_the_budget(example: Example) -> None:
@@ -142,4 +142,4 @@ def test_a_decode_takes_one_token_of_the_budget(example: Example) -> None:
     other.hash_prompt(16)
     example.scheduler.add(other)
     assert example.plan().num_tokens == 32
-    assert example.counts(other.row)[0] == 31
+    assert example.counts(other.slot)[0] == 31

@@ -15,7 +15,7 @@ from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.metrics import make_registry
 from engine.api.openapi import ROUTES
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
-from engine.config import REMOVALS
+from engine.config import ABLATIONS
 from engine.frontend.router import Router
 from engine.frontend.stats import REASONS, FrontEndStats
 from engine.messages import Ready
@@ -76,7 +76,7 @@ def test_the_flags_page_has_the_defaults_that_help_shows(listed_options: list[tu
 
 def test_the_flags_page_lists_all_parts_that_can_be_ablated() -> None:
     names = {name for cells in rows(section("flags.md", "## V0 baseline")) for name in spans(cells[0])}
-    assert set(REMOVALS) <= names
+    assert set(ABLATIONS) <= names
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics

@@ -1,9 +1,9 @@
-"""A worker without a model, which checks what a real one would silently get wrong.
+"""A worker without a model, which detects what a real one would silently get wrong.
 
-The next token is a hash of the whole prefix, in which a placeholder counts as its item's embedding; that must be on the
-device by then. The KV memory is real in shape: each slot holds the hash of the prefix
-that was computed into it, and whenever a row computes, every slot of its context must hold exactly its own prefix. A
-block shared too early, reused too soon or appended in the wrong order fails at once.
+The next token is a hash of the whole prefix, in which a placeholder counts as an embedding of its multimodal input,
+which must be on the device by then. The KV memory is real in shape: each entry holds the hash of the prefix that was
+computed into it, and whenever a slot computes, every entry of its context must hold exactly its own prefix. A block
+shared too early, reused too soon or appended in the wrong order fails at once.
 """
 
 import random
@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.clock import Clock
 from engine.messages import (
-    ItemRef,
+    MMInputRef,
     PromptLogprobs,
     Sampling,
     StepMessage,
@@ -29,7 +29,7 @@ from engine.messages import (
 )
 
 VOCABULARY = 50
-CONTENT_BYTES = 2  # of a key: an item that isn't shared has a longer one
+CONTENT_BYTES = 2  # of a key: an input that isn't shared has a longer one
 
 
 def prefix_hash(parent: bytes, token: int) -> bytes:
@@ -40,12 +40,12 @@ def next_token(state: bytes) -> int:
     return state[0] % VOCABULARY
 
 
-def content(tokens: Sequence[int], items: Sequence[ItemRef], position: int) -> int:
-    """What the model sees at a position: a token, or one of an item's embeddings."""
-    item = item_at(items, position)
-    if item is None:
+def content(tokens: Sequence[int], mm_inputs: Sequence[MMInputRef], position: int) -> int:
+    """What the model sees at a position: a token, or one of an input's embeddings."""
+    mm_input = mm_input_at(mm_inputs, position)
+    if mm_input is None:
         return tokens[position]
-    return 1000 * (1 + int.from_bytes(item.hash[:CONTENT_BYTES], "little")) + position - item.offset
+    return 1000 * (1 + int.from_bytes(mm_input.hash[:CONTENT_BYTES], "little")) + position - mm_input.offset
 
 
 def logprob_of(token: int) -> float:
@@ -53,7 +53,7 @@ def logprob_of(token: int) -> float:
     return -(1 + token) / 64
 
 
-def likeliest(token: int, top: int) -> list[int]:
+def top_tokens(token: int, top: int) -> list[int]:
     """The tokens said to be the most likely ones in place of another, which is the second of them."""
     return [(token + 1 - i) % VOCABULARY for i in range(top)]
 
@@ -63,23 +63,25 @@ def _logprobs(asked: list[tuple[int, int, int]]) -> TokenLogprobs | None:
     if not asked:
         return None
     width = 1 + max(top for *_, top in asked)
-    ids = [[token, *likeliest(token, width - 1)] for _, token, _ in asked]
+    ids = [[token, *top_tokens(token, width - 1)] for _, token, _ in asked]
     values = [[logprob_of(one) for one in line] for line in ids]
     index = [at for at, *_ in asked]
     return TokenLogprobs(width, column(index), column(ids), column(values, "<f4"), column([2] * len(asked)))
 
 
-def item_at(items: Sequence[ItemRef], position: int) -> ItemRef | None:
-    return next((item for item in items if item.offset <= position < item.offset + item.length), None)
+def mm_input_at(mm_inputs: Sequence[MMInputRef], position: int) -> MMInputRef | None:
+    return next(
+        (mm_input for mm_input in mm_inputs if mm_input.offset <= position < mm_input.offset + mm_input.length), None
+    )
 
 
 def expected_tokens(
-    prompt: Iterable[int], max_tokens: int, stop_ids: Iterable[int] = (), items: Sequence[ItemRef] = ()
+    prompt: Iterable[int], max_tokens: int, stop_ids: Iterable[int] = (), mm_inputs: Sequence[MMInputRef] = ()
 ) -> list[int]:
     """What an undisturbed request must produce."""
     state, tokens = b"", list(prompt)
     for position in range(len(tokens)):
-        state = prefix_hash(state, content(tokens, items, position))
+        state = prefix_hash(state, content(tokens, mm_inputs, position))
     output: list[int] = []
     while len(output) < max_tokens:
         output.append(next_token(state))
@@ -90,14 +92,14 @@ def expected_tokens(
 
 
 @dataclass
-class FakeRow:
+class FakeSlot:
     generation: int
     tokens: list[int]
     tables: list[list[int]]  # of each KV group
     computed: int
     prompt_len: int = 0
     sampling: Sampling = field(default_factory=Sampling)
-    items: tuple[ItemRef, ...] = ()
+    mm_inputs: tuple[MMInputRef, ...] = ()
     states: list[bytes] = field(default_factory=list)  # prefix hash after each computed token
 
 
@@ -116,11 +118,11 @@ class FakeExecutor:
         self._groups = range(len(windows))
         self._draft_tokens = draft_tokens
         self._luck = random.Random(1)
-        self.rows: dict[int, FakeRow] = {}
+        self.slots: dict[int, FakeSlot] = {}
         self.steps: list[StepMessage] = []
         self.batch_tokens: list[int] = []
-        self.row_tokens: list[dict[int, int]] = []  # per step: row -> tokens computed
-        self.embeddings: set[bytes] = set()  # keys of items on the device
+        self.slot_tokens: list[dict[int, int]] = []  # per step: slot -> tokens computed
+        self.embeddings: set[bytes] = set()  # keys of multimodal inputs on the device
         self.encoded: list[bytes] = []
         self._clock = clock
         self._block_size = block_size
@@ -136,7 +138,7 @@ class FakeExecutor:
         message = decode_step(step)
         self.steps.append(message)
         self._apply(message)
-        for one in (message, *message.following()):
+        for one in (message, *message.later_steps()):
             self._sampled[one.step] = self._run(one)
         done: Future[None] = Future()
         done.set_result(None)
@@ -173,52 +175,58 @@ class FakeExecutor:
                 result.set_result(self._sampled.pop(step))
 
     def _apply(self, message: StepMessage) -> None:
-        for row in int32s(message.removed).tolist():
-            del self.rows[row]
-        for added in message.added:
-            assert added.row not in self.rows, f"row {added.row} was added over a live one"
+        for freed in int32s(message.freed_slots).tolist():
+            del self.slots[freed]
+        for added in message.assigned_slots:
+            assert added.slot not in self.slots, f"slot {added.slot} was assigned while it was live"
             tokens = int32s(added.tokens).tolist()
-            tables = [int32s(table).tolist() for table in added.blocks]
+            tables = [int32s(table).tolist() for table in added.block_tables]
             assert len(tables) == len(self._windows)
-            row = FakeRow(
-                added.generation, tokens, tables, added.computed, added.prompt_len, added.sampling, added.items
+            slot = FakeSlot(
+                added.generation,
+                tokens,
+                tables,
+                added.num_computed_tokens,
+                added.num_prompt_tokens,
+                added.sampling,
+                added.mm_inputs,
             )
             state = b""
-            for position in range(added.computed):
-                state = prefix_hash(state, content(tokens, row.items, position))
-                row.states.append(state)
-            self.rows[added.row] = row
-        for number, group, block in message.appended().tolist():
-            self.rows[number].tables[group].append(block)
-        self.embeddings.difference_update(message.free_items)
-        for number, index in message.encode:
-            key = self.rows[number].items[index].hash
-            assert key not in self.embeddings, "an item was encoded again although its embeddings are there"
+            for position in range(added.num_computed_tokens):
+                state = prefix_hash(state, content(tokens, slot.mm_inputs, position))
+                slot.states.append(state)
+            self.slots[added.slot] = slot
+        for number, group, block in message.unpack_new_blocks().tolist():
+            self.slots[number].tables[group].append(block)
+        self.embeddings.difference_update(message.free_encoder_keys)
+        for number, index in message.encoder_inputs:
+            key = self.slots[number].mm_inputs[index].hash
+            assert key not in self.embeddings, "a multimodal input was encoded again although its embeddings are there"
             self.embeddings.add(key)
             self.encoded.append(key)
 
     def _run(self, message: StepMessage) -> bytes:
         counts = dict(int32s(message.chunks, 2).tolist())
-        plan = {number: counts.get(number, 1) for number in sorted(self.rows)}
-        scored = [self._score(number, self.rows[number], count) for number, count in plan.items()]
+        plan = {number: counts.get(number, 1) for number in sorted(self.slots)}
+        scored = [self._score(number, self.slots[number], count) for number, count in plan.items()]
         for number, count in plan.items():
-            self._write(self.rows[number], count)
+            self._write(self.slots[number], count)
         sampled, each, drafted, asked = [], [], 0, list[tuple[int, int, int]]()
         for number, count in plan.items():
-            row = self.rows[number]
-            self._check_context(number, row, count)
-            if count and row.computed == len(row.tokens):
-                known = len(row.tokens)
-                row.tokens.append(next_token(row.states[-1]))
+            slot = self.slots[number]
+            self._check_context(number, slot, count)
+            if count and slot.computed == len(slot.tokens):
+                known = len(slot.tokens)
+                slot.tokens.append(next_token(slot.states[-1]))
                 if count == 1 and self._draft_tokens:
-                    drafted += self._guess(row)
-                if row.sampling.logprobs >= 0:
-                    asked += [(len(sampled) + i, row.tokens[known + i], row.sampling.logprobs)
-                              for i in range(len(row.tokens) - known)]  # fmt: skip
-                sampled += row.tokens[known:]
-                each.append(len(row.tokens) - known)
+                    drafted += self._propose_drafts(slot)
+                if slot.sampling.logprobs >= 0:
+                    asked += [(len(sampled) + i, slot.tokens[known + i], slot.sampling.logprobs)
+                              for i in range(len(slot.tokens) - known)]  # fmt: skip
+                sampled += slot.tokens[known:]
+                each.append(len(slot.tokens) - known)
         self.batch_tokens.append(sum(plan.values()))
-        self.row_tokens.append({number: count for number, count in plan.items() if count})
+        self.slot_tokens.append({number: count for number, count in plan.items() if count})
         seconds = self._seconds(message, self.batch_tokens[-1])
         found = column(each) if drafted else b""
         return encode(
@@ -228,49 +236,53 @@ class FakeExecutor:
             )
         )  # fmt: skip
 
-    def _score(self, number: int, row: FakeRow, count: int) -> PromptLogprobs | None:
+    def _score(self, number: int, slot: FakeSlot, count: int) -> PromptLogprobs | None:
         """Logprobs of the prompt's tokens that the next `count` computed ones come before, where they are asked for."""
-        positions = range(row.computed + 1, min(row.computed + count + 1, row.prompt_len))
-        if row.sampling.prompt_logprobs < 0 or not positions:
+        positions = range(slot.computed + 1, min(slot.computed + count + 1, slot.prompt_len))
+        if slot.sampling.prompt_logprobs < 0 or not positions:
             return None
-        found = _logprobs([(at, row.tokens[at], row.sampling.prompt_logprobs) for at in positions])
+        found = _logprobs([(at, slot.tokens[at], slot.sampling.prompt_logprobs) for at in positions])
         assert found is not None
-        return PromptLogprobs(number, row.generation, found)
+        return PromptLogprobs(number, slot.generation, found)
 
-    def _guess(self, row: FakeRow) -> int:
-        """Guesses that are right up to a point, and leave what isn't in the KV memory; returns how many."""
-        room = len(row.tables[0]) * self._block_size - len(row.tokens) + 1
-        guesses = min(self._luck.randint(0, self._draft_tokens), max(room - 1, 0))
-        right = self._luck.randint(0, guesses)
-        for index in range(guesses):
+    def _propose_drafts(self, slot: FakeSlot) -> int:
+        """Draft tokens of which the first ones are accepted; the others leave wrong KV. Returns how many."""
+        room = len(slot.tables[0]) * self._block_size - len(slot.tokens) + 1
+        drafts = min(self._luck.randint(0, self._draft_tokens), max(room - 1, 0))
+        right = self._luck.randint(0, drafts)
+        for index in range(drafts):
             if index < right:
-                self._write(row, 1)
-                row.tokens.append(next_token(row.states[-1]))
+                self._write(slot, 1)
+                slot.tokens.append(next_token(slot.states[-1]))
             else:
                 for group in self._groups:
-                    self._kv[self._slot(row, group, row.computed + index - right)] = b"wrong guess"
-        return guesses
+                    self._kv[self._kv_entry(slot, group, slot.computed + index - right)] = b"rejected draft token"
+        return drafts
 
-    def _slot(self, row: FakeRow, group: int, position: int) -> int:
-        block = row.tables[group][position // self._block_size]
+    def _kv_entry(self, slot: FakeSlot, group: int, position: int) -> int:
+        block = slot.tables[group][position // self._block_size]
         assert block != 0, "the null block holds no content"
         return block * self._block_size + position % self._block_size
 
-    def _write(self, row: FakeRow, count: int) -> None:
-        for position in range(row.computed, row.computed + count):
-            item = item_at(row.items, position)
-            assert item is None or item.hash in self.embeddings, f"position {position} needs an item that isn't there"
-            seen = content(row.tokens, row.items, position)
-            state = prefix_hash(row.states[-1] if row.states else b"", seen)
-            row.states.append(state)
+    def _write(self, slot: FakeSlot, count: int) -> None:
+        for position in range(slot.computed, slot.computed + count):
+            mm_input = mm_input_at(slot.mm_inputs, position)
+            assert mm_input is None or mm_input.hash in self.embeddings, (
+                f"position {position} needs a multimodal input that isn't there"
+            )
+            seen = content(slot.tokens, slot.mm_inputs, position)
+            state = prefix_hash(slot.states[-1] if slot.states else b"", seen)
+            slot.states.append(state)
             for group in self._groups:
-                self._kv[self._slot(row, group, position)] = state
-        row.computed += count
+                self._kv[self._kv_entry(slot, group, position)] = state
+        slot.computed += count
 
-    def _check_context(self, number: int, row: FakeRow, count: int) -> None:
-        """What the last `count` tokens saw, in each group, is the row's own."""
+    def _check_context(self, number: int, slot: FakeSlot, count: int) -> None:
+        """What the last `count` tokens saw, in each group, is the slot's own."""
         for group, window in enumerate(self._windows):
-            first = max(0, row.computed - count - window + 1) if window else 0
-            for position in range(first, row.computed):
-                held = self._kv.get(self._slot(row, group, position))
-                assert held == row.states[position], f"row {number}: the KV at position {position} is another prefix's"
+            first = max(0, slot.computed - count - window + 1) if window else 0
+            for position in range(first, slot.computed):
+                held = self._kv.get(self._kv_entry(slot, group, position))
+                assert held == slot.states[position], (
+                    f"slot {number}: the KV at position {position} is another prefix's"
+                )

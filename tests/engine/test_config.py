@@ -1,11 +1,11 @@
-"""What an EngineConfig refuses, and what its removals mean."""
+"""What an EngineConfig refuses, and what its ablations mean."""
 
 import json
 from typing import Any
 
 import pytest
 
-from engine.config import CHUNKING, REMOVALS, EngineConfig
+from engine.config import ABLATIONS, CHUNKING, EngineConfig
 from engine.errors import ConfigError
 
 
@@ -46,14 +46,14 @@ def test_what_contradicts_itself_is_refused_with_the_flag(fields: dict[str, Any]
 
 
 def test_v0_is_every_removal_and_chunked_v0_keeps_chunks():
-    assert config().removals == frozenset()
-    assert config(ablate=["watermark", "full-state"]).removals == {"watermark", "full-state"}
-    alone = set(REMOVALS) - {"driver-broadcast"}  # which takes several ranks
-    assert config(engine="v0").removals == alone
-    assert config(engine="v0", enable_chunked_prefill=False).removals == alone
-    assert config(engine="v0", enable_chunked_prefill=True).removals == alone - set(CHUNKING)
-    assert config(engine="v0", tensor_parallel_size=2).removals == set(REMOVALS)
-    assert config(ablate=("driver-broadcast",), tensor_parallel_size=2).removals == {"driver-broadcast"}
+    assert config().ablations == frozenset()
+    assert config(ablate=["watermark", "full-state"]).ablations == {"watermark", "full-state"}
+    alone = set(ABLATIONS) - {"driver-broadcast"}  # which takes several ranks
+    assert config(engine="v0").ablations == alone
+    assert config(engine="v0", enable_chunked_prefill=False).ablations == alone
+    assert config(engine="v0", enable_chunked_prefill=True).ablations == alone - set(CHUNKING)
+    assert config(engine="v0", tensor_parallel_size=2).ablations == set(ABLATIONS)
+    assert config(ablate=("driver-broadcast",), tensor_parallel_size=2).ablations == {"driver-broadcast"}
 
 
 @pytest.mark.parametrize("fields", [{"num_scheduler_steps": 8}, {"enable_chunked_prefill": True}])
@@ -61,7 +61,7 @@ def test_an_option_of_v0_chooses_v0(fields: dict[str, Any]):
     """As vLLM 0.8 falls back to V0 where one of the two is given."""
     found = config(**fields)
     assert found.engine == "v0"
-    assert found.removals == config(engine="v0", **fields).removals
+    assert found.ablations == config(engine="v0", **fields).ablations
     assert [*found.v0_options] == ["--" + name.replace("_", "-") for name in fields]
     assert "runs as --engine v0" in found.fallback_note()
     assert config().engine == "v1"

@@ -14,7 +14,7 @@ from engine.messages import (
     Admitted,
     Finished,
     FromCore,
-    ItemRef,
+    MMInputRef,
     Outputs,
     Sampling,
     Shutdown,
@@ -41,7 +41,10 @@ DECODERS: dict[str, tuple[Decode, Any]] = {
     "result": (decode_result, StepResult),
 }
 MESSAGES: list[tuple[str, Any]] = [
-    ("to core", AddRequest(5, column([1, 2]), 3, Sampling(0.5, logit_bias=((4, 1.0),)), items=(ItemRef(b"h", 0, 2),))),
+    (
+        "to core",
+        AddRequest(5, column([1, 2]), 3, Sampling(0.5, logit_bias=((4, 1.0),)), mm_inputs=(MMInputRef(b"h", 0, 2),)),
+    ),
     ("to core", Abort((1, 2))),
     ("to core", Utility(0, 1, "reset_prefix_cache", {"a": [1, None]})),
     ("to core", Shutdown(1.5)),

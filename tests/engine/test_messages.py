@@ -11,19 +11,19 @@ from engine.messages import (
     FinishReason,
     FromCore,
     Hung,
-    ItemRef,
+    MMInputRef,
     Outputs,
-    RowAdded,
     Sampling,
     Shutdown,
+    SlotAssignment,
     Stats,
     StepMessage,
     StepResult,
+    TextOptions,
     ToCore,
     TokenLogprobs,
     Utility,
     UtilityResult,
-    Writing,
     column,
     decode_from_core,
     decode_result,
@@ -45,10 +45,12 @@ LOGPROBS = TokenLogprobs(2, column([0]), column([[5, 6]]), column([[-0.5, -1.5]]
     [
         AddRequest(make_handle(3, 9), column([1, 2, 3]), 16, Sampling(temperature=0.5, seed=2**64 - 1), (2,)),
         AddRequest(1, column([1]), 1, Sampling(logit_bias=((4, -100.0),)), (), 0, 2, "salt", "adapter"),
-        AddRequest(1, column([1, 1, 2]), 1, Sampling(), items=(ItemRef(b"hash", 0, 2, True),)),
+        AddRequest(1, column([1, 1, 2]), 1, Sampling(), mm_inputs=(MMInputRef(b"hash", 0, 2, True),)),
         Abort((1, 2)),
         Utility(0, 1, "reset_prefix_cache", {"a": 1}),
-        AddRequest(1, b"", 5, Sampling(), text="é", add_special_tokens=False, writing=Writing(("a", "b"), True, False)),
+        AddRequest(
+            1, b"", 5, Sampling(), text="é", add_special_tokens=False, text_options=TextOptions(("a", "b"), True, False)
+        ),
         Shutdown(1.5),
     ],
 )
@@ -72,10 +74,10 @@ def test_messages_from_the_core_survive_the_wire(message: FromCore):
 
 
 def test_steps_and_results_survive_the_wire():
-    added = RowAdded(1, 2, column([1, 2]), 2, 0, (column([3]),), Sampling())
+    added = SlotAssignment(1, 2, column([1, 2]), 2, 0, (column([3]),), Sampling())
     step = StepMessage(5, column([4]), (added,), column([[1, 0, 9]]), column([[1, 2]]))
     assert decode_step(encode(step)) == step
-    step = StepMessage(6, free_items=(b"old",), encode=((1, 0),))
+    step = StepMessage(6, free_encoder_keys=(b"old",), encoder_inputs=((1, 0),))
     assert decode_step(encode(step)) == step
     result = StepResult(5, column([8]), logprobs=LOGPROBS, seconds=0.5)
     assert decode_result(encode(result)) == result
@@ -96,7 +98,7 @@ def test_columns_read_back_in_rows():
 def test_a_decode_step_costs_bytes_only_for_what_changed():
     assert len(encode(StepMessage(1_000_000))) <= 16, "1,024 rows that all decode, and nothing else"
     blocks = [(row, 0, 5000 + row) for row in range(0, 1024, 16)]
-    assert len(encode(StepMessage(1_000_000, blocks=column(blocks)))) <= 1024, "and 64 of them take a block"
+    assert len(encode(StepMessage(1_000_000, new_blocks=column(blocks)))) <= 1024, "and 64 of them take a block"
 
 
 def test_tokens_cost_twelve_bytes_each_on_their_way_out():

@@ -153,12 +153,12 @@ async def test_a_client_that_leaves_frees_its_row():
     body = {"prompt": [1], "max_tokens": 60, "stream": True}
     task = asyncio.ensure_future(call.run(world.app, "/v1/completions", body))
     await world.until(lambda: len(call.parts) > 3)
-    assert world.core.scheduler.rows.running == 1
+    assert world.core.scheduler.slots.num_running == 1
     call.gone.set()
     await world.until(task.done)
     await world.until(lambda: not world.core.has_work)
-    assert world.core.scheduler.rows.running == 0
-    assert world.core.scheduler.pool.free_count == 64
+    assert world.core.scheduler.slots.num_running == 0
+    assert world.core.scheduler.pool.num_free == 64
     assert len(world.worker.steps) < 20
 
 

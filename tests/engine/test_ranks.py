@@ -113,8 +113,8 @@ def chunks_of_prompts(messages: list[StepMessage]) -> int:
     owed: dict[int, int] = {}
     found = 0
     for message in messages:
-        for added in message.added:
-            owed[added.row] = len(int32s(added.tokens)) - added.computed
+        for added in message.assigned_slots:
+            owed[added.slot] = len(int32s(added.tokens)) - added.num_computed_tokens
         for row, count in int32s(message.chunks, 2).tolist() if message.chunks else ():
             owed[row] -= count
             found += count > 0 and owed[row] > 0

@@ -33,7 +33,8 @@ from engine import children
 from engine.clock import MonotonicClock
 from engine.config import EngineConfig
 from engine.core.request import Request
-from engine.core.scheduler import Plan, Scheduler
+from engine.core.scheduler import Scheduler
+from engine.core.steps import ScheduledStep
 from engine.memory import resolve
 from engine.messages import AddRequest, Sampling, column, decode_result, encode, make_handle
 from engine.model.facts import read_facts
@@ -93,7 +94,7 @@ class Engine:
         while self.step()[0].num_tokens != rows or len(self.scheduler.waiting):
             pass
 
-    def step(self) -> tuple[Plan, int, int]:
+    def step(self) -> tuple[ScheduledStep, int, int]:
         """Plan a step and run it; with when it was planned, and the bytes of its orders as each rank gets them."""
         plan = self.scheduler.schedule(self._clock.now())
         assert plan is not None

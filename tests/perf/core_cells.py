@@ -80,15 +80,15 @@ class TableWorker:
         if not self._steps:
             message = decode_step(self._submitted.popleft())
             self._apply(message)
-            self._steps += [message, *message.following()]
+            self._steps += [message, *message.later_steps()]
         self._results.popleft().set_result(self._answer(self._steps.popleft()))
 
     def _apply(self, message: StepMessage) -> None:
-        self._live[int32s(message.removed)] = False
-        for added in message.added:
-            self._live[added.row] = True
-            self._computed[added.row] = added.computed
-            self._known[added.row] = len(added.tokens) // 4
+        self._live[int32s(message.freed_slots)] = False
+        for added in message.assigned_slots:
+            self._live[added.slot] = True
+            self._computed[added.slot] = added.num_computed_tokens
+            self._known[added.slot] = len(added.tokens) // 4
 
     def _answer(self, message: StepMessage) -> bytes:
         count = self._live.astype(np.int64)
@@ -229,7 +229,7 @@ class DecodeCell:
         samples.client_message_bytes += metered.take_token_messages()
         metered.worker.message_bytes.clear()
         samples.round_means.append(float(np.mean(samples.step_ns[begin:])))
-        assert metered.core.scheduler.rows.running == self.rows, "a row ended within the measurement"
+        assert metered.core.scheduler.slots.num_running == self.rows, "a row ended within the measurement"
 
 
 def decode_pair(rows: int, together: bool, steps: int) -> dict[bool, Samples]:

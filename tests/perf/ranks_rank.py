@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.worker import group, rank, runner
-from engine.worker.rows import StepBatch
+from engine.worker.slots import StepBatch
 from engine.worker.wire import Failed, Orders
 
 

@@ -77,7 +77,7 @@ class PackedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's rows laid end to end, as `engine.worker.rows.StepBatch` has them; all int32, contiguous.
+    """One step's rows laid end to end, as `engine.worker.slots.StepBatch` has them; all int32, contiguous.
 
     starts, counts, computed: [rows]; tables: [KV groups, rows, blocks]; ids, positions, row_of: [tokens];
     sampled: [samples].

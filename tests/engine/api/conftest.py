@@ -67,16 +67,16 @@ class InLoop:
 async def in_loop(
     options: HttpOptions | None = None,
     template: str | None = TEMPLATE,
-    removals: frozenset[str] = frozenset(),
+    ablations: frozenset[str] = frozenset(),
     **settings: Any,
 ) -> AsyncIterator[InLoop]:
     settings = {"max_model_len": 128, "num_blocks": 257, "max_num_batched_tokens": 32, **settings}
-    config = resolved(removals=removals, **settings)
+    config = resolved(ablations=ablations, **settings)
     clock = FakeClock()
     worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S, config.draft_tokens)
     transport = InlineTransport()
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
-    texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in removals else None
+    texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in ablations else None
     core = EngineCore(config, worker, clock, transport.from_core, inline=texts)
     transport.receive = core.receive
     ready = Ready(
@@ -91,7 +91,7 @@ async def in_loop(
         config.num_blocks - 1,
         True,
         scheduling_policy=config.scheduling_policy,
-        removals=tuple(removals),
+        ablations=tuple(ablations),
     )
     client = CoreClient(ready, tokenizer, transport, clock)
     client.open()

@@ -47,7 +47,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("stream", [False, True])
 async def test_answers_are_those_of_v1(stream: bool):
     usage = {"stream_options": {"include_usage": True}} if stream else {}
-    async with in_loop() as plain, in_loop(removals=INLINE) as inline:
+    async with in_loop() as plain, in_loop(ablations=INLINE) as inline:
         for path, body in BODIES:
             body = {**body, "stream": stream, **usage}
             expected = await asked(plain, path, body)
@@ -63,7 +63,7 @@ async def test_answers_are_those_of_v1(stream: bool):
 
 async def test_a_text_that_is_too_long_is_refused_in_the_same_words():
     body = {"prompt": "a" * 200, "max_tokens": 5}
-    async with in_loop() as plain, in_loop(removals=INLINE) as inline:
+    async with in_loop() as plain, in_loop(ablations=INLINE) as inline:
         first = await plain.refusal("/v1/completions", body)
         second = await inline.refusal("/v1/completions", body)
         assert first["message"] == second["message"]
@@ -71,7 +71,7 @@ async def test_a_text_that_is_too_long_is_refused_in_the_same_words():
 
 
 async def test_a_client_that_leaves_leaves_nothing_behind():
-    async with in_loop(removals=INLINE) as server:
+    async with in_loop(ablations=INLINE) as server:
         stream = server.client.add([[1, 2]], SamplingParams(max_tokens=100))
         await anext(stream)
         stream.close()

@@ -8,13 +8,13 @@ import pytest
 from engine.api import shown_prompts
 from tests.engine.api.conftest import VOCABULARY, InLoop, in_loop
 from tests.engine.api.test_app import CHAT
-from tests.engine.fake_executor import expected_tokens, likeliest, logprob_of
+from tests.engine.fake_executor import expected_tokens, logprob_of, top_tokens
 
 PROMPT = "abcdefghij" * 6  # 60 tokens: chunks of a budget of 32, and blocks to be found again
 KINDS: dict[str, dict[str, Any]] = {
     "v1": {},
-    "inline": {"removals": frozenset({"inline-frontend"})},
-    "whole states": {"removals": frozenset({"full-state"})},
+    "inline": {"ablations": frozenset({"inline-frontend"})},
+    "whole states": {"ablations": frozenset({"full-state"})},
     "drafts": {"draft_tokens": 3},
     "few blocks": {"num_blocks": 32, "max_model_len": 96},  # of 4 tokens: two such prompts fit, not their outputs
 }
@@ -56,7 +56,7 @@ def check_echo(choice: dict[str, Any], prompt: str, output: list[int], top: int)
     assert logprobs["token_logprobs"] == [None, *(logprob_of(token) for token in tokens[1:])]
     assert logprobs["top_logprobs"][0] is None
     for token, alternatives in zip(tokens[1:], logprobs["top_logprobs"][1:], strict=True):
-        assert alternatives == {piece(one): logprob_of(one) for one in (token, *likeliest(token, top))}
+        assert alternatives == {piece(one): logprob_of(one) for one in (token, *top_tokens(token, top))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +74,7 @@ async def test_an_echo_has_the_logprobs_of_its_prompt(kind: str):
         for choice in choices.values():
             check_echo(choice, PROMPT, output, 2)
         if kind == "few blocks":
-            assert server.core.scheduler.preemptions > 0
+            assert server.core.scheduler.num_preemptions > 0
 
 
 @pytest.mark.parametrize("kind", ["v1", "inline"])
@@ -110,7 +110,7 @@ def expected_prompt_logprobs(tokens: list[int], top: int) -> list[Any]:
     found: list[Any] = [None]
     for token in tokens[1:]:
         each = {str(token): {"logprob": logprob_of(token), "rank": 2, "decoded_token": piece(token)}}
-        for rank, other in enumerate(likeliest(token, top), start=1):
+        for rank, other in enumerate(top_tokens(token, top), start=1):
             shown = {"logprob": logprob_of(other), "rank": rank, "decoded_token": piece(other)}
             each.setdefault(str(other), shown)
         found.append(each)

@@ -41,7 +41,7 @@ class Strict(FakeExecutor):
         done.set_result(1)
 
     def _apply(self, message: StepMessage) -> None:
-        for added in message.added:
+        for added in message.assigned_slots:
             if added.adapter not in self.keys:
                 raise KeyError(added.adapter)  # what ended the engine
         super()._apply(message)
@@ -82,7 +82,7 @@ def test_a_request_before_an_unload_in_the_inbox_is_served_and_the_unload_refuse
     call(driver, 1, "unload_adapter", name="french")
     driver.run()
     assert driver.tokens[early] == expected_tokens([1, 2, 3], 4)
-    assert "1 requests under way use 'french'" in answers(driver)[1].error
+    assert "1 request(s) still use 'french'" in answers(driver)[1].error
     assert worker.keys == {"", "french#1"}
 
 
@@ -145,20 +145,20 @@ class Refusing(FakeExecutor):
     def submit(self, step: bytes) -> Future[None]:
         done = super().submit(step)
         message = self.steps[-1]
-        pairs = [(one.row, one.generation) for one in message.added if one.adapter]
+        pairs = [(one.slot, one.generation) for one in message.assigned_slots if one.adapter]
         if pairs:
             from engine.messages import column, decode_result
 
             result = decode_result(self._sampled[message.step])
-            changed = StepResult(result.step, result.tokens, result.counts, refused=column(pairs))
+            changed = StepResult(result.step, result.tokens, result.counts, rejected=column(pairs))
             self._sampled[message.step] = encode(changed)
         return done
 
 
 @pytest.mark.parametrize("changes", [{}, {"ablate": ("full-state",)}, {"max_num_batched_tokens": 4}])
 def test_a_request_that_workers_refuse_ends_alone(changes: dict[str, Any]):
-    removals = changes.pop("ablate", ())
-    driver = Driver(resolved(removals=frozenset(removals), **changes), make_worker=Refusing)
+    ablations = changes.pop("ablate", ())
+    driver = Driver(resolved(ablations=frozenset(ablations), **changes), make_worker=Refusing)
     driver.core.load_adapter("french", "one")
     wrong, right = driver.add([1] * 6, adapter="french"), driver.add([2] * 6, max_tokens=5)
     driver.run()
@@ -166,7 +166,7 @@ def test_a_request_that_workers_refuse_ends_alone(changes: dict[str, Any]):
     assert driver.finished[wrong].error == "the workers don't have the adapter french#1"
     assert driver.tokens[wrong] == []
     assert driver.tokens[right] == expected_tokens([2] * 6, 5)
-    assert driver.core.scheduler.pool.free_count == 64
+    assert driver.core.scheduler.pool.num_free == 64
 
 
 # ---------------------------------------------------------------------------------------------------- held back
@@ -216,7 +216,7 @@ def test_an_adapter_in_use_or_held_already_is_not_held():
     driver.turn()
     call(driver, 4, "hold_adapter", name="french")
     driver.turn()
-    assert "1 requests under way use 'french'" in answers(driver)[4].error
+    assert "1 request(s) still use 'french'" in answers(driver)[4].error
 
 
 def test_nothing_is_held_longer_than_a_front_end_that_lives_needs():

@@ -19,10 +19,10 @@ def test_a_cell_measures_nothing_but_decodes(together: bool):
         cell.round()
     samples = cell.samples
     assert len(samples.step_ns) == len(samples.loop_ns) == len(samples.client_message_bytes) == steps
-    assert not any(message.removed or message.added or message.chunks for message in seen)
-    taken = [len(message.appended()) for message in seen]
+    assert not any(message.freed_slots or message.assigned_slots or message.chunks for message in seen)
+    taken = [len(message.unpack_new_blocks()) for message in seen]
     assert sum(taken) == 32 * steps // cells.BLOCK_SIZE
-    assert max(taken) == (32 if together else 2), "all rows at once, or 32 rows spread over 16 steps"
+    assert max(taken) == (32 if together else 2), "all slots at once, or 32 slots spread over 16 steps"
     cell.metered.core.scheduler.check()
 
 

@@ -20,7 +20,7 @@ def test_short_steps_are_planned_in_bursts_and_streamed_one_by_one():
     handle = driver.add([1, 2, 3], max_tokens=80)
     driver.run()
     assert driver.tokens[handle] == expected_tokens([1, 2, 3], 80)
-    assert max(message.steps for message in driver.worker.steps) == MAX_BURST
+    assert max(message.num_steps for message in driver.worker.steps) == MAX_BURST
     times = driver.times[handle]
     assert len(set(times)) == len(times), "each token comes out when its own step is done"
 
@@ -29,7 +29,7 @@ def test_long_steps_are_planned_one_by_one():
     driver = Driver(seconds=lambda *_: 0.02)
     driver.add([1, 2, 3], max_tokens=40)
     driver.run()
-    assert {message.steps for message in driver.worker.steps} == {1}
+    assert {message.num_steps for message in driver.worker.steps} == {1}
 
 
 @pytest.mark.parametrize("at", range(1, 24))
@@ -44,7 +44,7 @@ def test_a_stop_in_a_burst_drops_exactly_what_was_computed_past_it(at: int):
     assert driver.finished[handle].reason == FinishReason.STOP
     computed, overshoot = sum(driver.worker.batch_tokens), MAX_BURST + 1
     assert 2 + at <= computed <= 2 + at + overshoot
-    assert driver.core.scheduler.pool.free_count == 64
+    assert driver.core.scheduler.pool.num_free == 64
 
 
 def test_nobody_who_arrives_waits_for_more_than_the_burst_under_way():
@@ -81,4 +81,4 @@ def test_an_aborted_row_of_a_burst_says_nothing_more():
     driver.run()
     assert len(driver.tokens[handle]) == count
     assert driver.tokens[other] == expected_tokens([2], 40)
-    assert not driver.worker.rows
+    assert not driver.worker.slots

@@ -27,7 +27,7 @@ def test_one_request_gets_its_tokens_and_ends_by_length():
     driver.run()
     assert driver.tokens[handle] == expected_tokens([1, 2, 3, 4, 5], 6)
     assert driver.finished[handle].reason == FinishReason.LENGTH
-    assert driver.core.scheduler.pool.free_count == 64
+    assert driver.core.scheduler.pool.num_free == 64
 
 
 def test_a_stop_id_ends_the_request_and_drops_the_step_in_flight():
@@ -74,7 +74,7 @@ def test_three_requests_share_a_budget_of_ten():
     for length in (3, 5, 12):
         driver.add([length] * length, max_tokens=10)
     driver.run()
-    assert [list(rows.values()) for rows in driver.worker.row_tokens[:3]] == [[3, 5, 2], [1, 1, 8], [1, 1, 2]]
+    assert [list(counts.values()) for counts in driver.worker.slot_tokens[:3]] == [[3, 5, 2], [1, 1, 8], [1, 1, 2]]
 
 
 def test_a_second_request_with_the_same_prompt_recomputes_at_least_one_token():
@@ -145,7 +145,7 @@ def test_a_waiting_request_is_admitted_only_if_all_of_it_fits():
     driver.add([1] * 16, max_tokens=2)
     big = driver.add([2] * 20, max_tokens=2)
     driver.turn()
-    assert driver.core.scheduler.rows.running == 1, "20 tokens need 5 blocks, 4 are free"
+    assert driver.core.scheduler.slots.num_running == 1, "20 tokens need 5 blocks, 4 are free"
     driver.run()
     assert driver.tokens[big] == expected_tokens([2] * 20, 2)
     assert driver.stats.preemptions == 0
@@ -188,7 +188,7 @@ def test_an_unknown_utility_is_answered_with_an_error_and_the_cache_can_be_reset
 def test_a_front_end_that_ended_leaves_nothing_and_the_one_that_follows_is_served():
     driver = Driver()
     send = driver.core._send
-    driver.core._send = lambda _front_end, data: send(0, data)  # the driver hears what both get
+    driver.core._send = driver.core._publisher._send = lambda _front_end, data: send(0, data)  # the driver gets both
     first = 1 << 40  # where the front end that follows begins to number
 
     def add(front_end: int, sequence: int, tokens: int) -> int:
@@ -207,7 +207,7 @@ def test_a_front_end_that_ended_leaves_nothing_and_the_one_that_follows_is_serve
     assert late not in driver.finished
     assert (len(driver.tokens[mine]), len(driver.tokens[after])) == (40, 3)
     assert [one.result for one in driver.messages if isinstance(one, UtilityResult)] == [1]
-    assert driver.core.scheduler.pool.use == 0
+    assert driver.core.scheduler.pool.usage == 0
     driver.core.scheduler.check()
 
 
@@ -283,7 +283,7 @@ def test_an_adapter_in_use_is_not_unloaded():
     driver.core.load_adapter("french", "one")
     driver.add([1] * 12, max_tokens=5, adapter="french")
     driver.turn()
-    with pytest.raises(RequestError, match="1 requests under way use 'french'"):
+    with pytest.raises(RequestError, match=r"1 request\(s\) still use 'french'"):
         driver.core._adapters.unload("french")
     driver.run()
     driver.core._adapters.unload("french")

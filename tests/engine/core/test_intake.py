@@ -11,7 +11,7 @@ from engine.core.intake import leading_ints
 from engine.messages import (
     AddRequest,
     FinishReason,
-    ItemRef,
+    MMInputRef,
     Sampling,
     UtilityResult,
     column,
@@ -43,7 +43,7 @@ def serve_beside(data: bytes) -> Driver:
     driver.run()
     assert driver.tokens[first] == expected_tokens([5, 6], 4)
     assert driver.tokens[second] == expected_tokens([7], 3)
-    assert driver.core.scheduler.pool.free_count == 64
+    assert driver.core.scheduler.pool.num_free == 64
     assert not driver.core.scheduler.requests
     return driver
 
@@ -52,7 +52,7 @@ def serve_beside(data: bytes) -> Driver:
     ("changes", "said"),
     [
         ({"prompt": "text"}, "could not read this request"),
-        ({"prompt": b"abc"}, "3 bytes, which are no int32 numbers"),
+        ({"prompt": b"abc"}, "3 bytes, which is not a whole number of int32"),
         ({"prompt": b""}, "the prompt has 0 tokens"),
         ({"max_tokens": 1.5}, "Expected `int`, got `float`"),
         ({"max_tokens": 0}, "max_tokens is 0"),
@@ -66,9 +66,12 @@ def serve_beside(data: bytes) -> Driver:
         ({"sampling": [0.0, 1.0, 1.5]}, "Expected `int`, got `float`"),
         ({"sampling": [0.0, 1.0, 0, 0.0, -1]}, "seed is -1"),
         ({"adapter": "dutch"}, "no adapter called 'dutch' is served"),
-        ({"items": [[b"a", 0, 10**15]]}, "item 0 claims tokens 0 to 999999999999999"),
-        ({"items": [[b"a", -(10**15), 10]]}, "item 0 claims"),
-        ({"items": [[b"a", 0, 1], [b"a", 1, 2]]}, "item 1 has 2 embeddings, another one with the same hash has 1"),
+        ({"mm_inputs": [[b"a", 0, 10**15]]}, "multimodal input 0 claims tokens 0 to 999999999999999"),
+        ({"mm_inputs": [[b"a", -(10**15), 10]]}, "multimodal input 0 claims"),
+        (
+            {"mm_inputs": [[b"a", 0, 1], [b"a", 1, 2]]},
+            "multimodal input 1 has 2 embeddings, another one with the same hash has 1",
+        ),
     ],
 )
 def test_a_request_with_a_value_that_can_not_be_served_is_answered(changes: dict[str, Any], said: str | None):
@@ -138,16 +141,16 @@ def test_no_value_of_any_field_ends_the_engine(data: st.DataObject):
 
 def test_items_of_one_hash_and_two_lengths_are_refused_while_one_of_them_is_there():
     driver = Driver()
-    image, longer = ItemRef(b"aa", 1, 3), ItemRef(b"aa", 1, 4)
-    first = driver.add([1] * 8, max_tokens=4, items=(image,))
-    clash = driver.add([1] * 8, max_tokens=4, items=(longer,))
-    same = driver.add([1] * 9, max_tokens=4, items=(image,))
+    image, longer = MMInputRef(b"aa", 1, 3), MMInputRef(b"aa", 1, 4)
+    first = driver.add([1] * 8, max_tokens=4, mm_inputs=(image,))
+    clash = driver.add([1] * 8, max_tokens=4, mm_inputs=(longer,))
+    same = driver.add([1] * 9, max_tokens=4, mm_inputs=(image,))
     driver.run()
-    assert driver.finished[clash].error == "item 0 has 4 embeddings, another one with the same hash has 3"
-    assert driver.tokens[first] == expected_tokens([1] * 8, 4, items=(image,))
-    assert driver.tokens[same] == expected_tokens([1] * 9, 4, items=(image,))
-    later = driver.add([1] * 8, max_tokens=4, items=(longer,))
+    assert driver.finished[clash].error == "multimodal input 0 has 4 embeddings, another one with the same hash has 3"
+    assert driver.tokens[first] == expected_tokens([1] * 8, 4, mm_inputs=(image,))
+    assert driver.tokens[same] == expected_tokens([1] * 9, 4, mm_inputs=(image,))
+    later = driver.add([1] * 8, max_tokens=4, mm_inputs=(longer,))
     driver.run()
-    assert driver.tokens[later] == expected_tokens([1] * 8, 4, items=(longer,)), "nobody has the other one any more"
+    assert driver.tokens[later] == expected_tokens([1] * 8, 4, mm_inputs=(longer,)), "nobody has the other one any more"
     assert driver.cached[later] == 0, "blocks of the other length are not its own"
-    assert driver.core.scheduler.items.cache.size_of == {b"aa": 4}
+    assert driver.core.scheduler.encoder_cache.cache.size_of == {b"aa": 4}

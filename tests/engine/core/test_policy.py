@@ -1,30 +1,30 @@
-"""The removals that make V1 into V0, one by one and all together, and the priority policy."""
+"""The ablations that make V1 into V0, one by one and all together, and the priority policy."""
 
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from engine.config import CHUNKING, REMOVALS
-from engine.core.policy import Policy
+from engine.config import ABLATIONS, CHUNKING
+from engine.core.policy import SchedulingPolicy
 from engine.messages import FinishReason
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import expected_tokens
 
-V0 = frozenset(REMOVALS)
+V0 = frozenset(ABLATIONS)
 V0_CHUNKED = V0 - frozenset(CHUNKING)
 
 
-def v0(removals: frozenset[str] = V0, seconds: Any = lambda *_: 1.0, **changes: Any) -> Driver:
+def v0(ablations: frozenset[str] = V0, seconds: Any = lambda *_: 1.0, **changes: Any) -> Driver:
     settings = {"max_num_batched_tokens": 64, "enable_prefix_caching": False, **changes}
-    return Driver(resolved(removals=removals, **settings), seconds)
+    return Driver(resolved(ablations=ablations, **settings), seconds)
 
 
 def decodes_and_prefills(driver: Driver) -> list[tuple[int, int]]:
-    """Of each step: rows that computed one token, rows that computed more."""
+    """Of each step: slots that computed one token, slots that computed more."""
     return [
-        (sum(count == 1 for count in rows.values()), sum(count > 1 for count in rows.values()))
-        for rows in driver.worker.row_tokens
+        (sum(count == 1 for count in counts.values()), sum(count > 1 for count in counts.values()))
+        for counts in driver.worker.slot_tokens
     ]
 
 
@@ -39,7 +39,7 @@ def test_v0_computes_prompts_whole_and_never_beside_a_decode():
     driver.run()
     steps = decodes_and_prefills(driver)
     assert not any(decodes and prefills for decodes, prefills in steps)
-    assert [n for rows in driver.worker.row_tokens for n in rows.values() if n > 1] == [20, 30, 25]
+    assert [n for counts in driver.worker.slot_tokens for n in counts.values() if n > 1] == [20, 30, 25]
     assert (0, 2) in steps, "both late prompts share one step"
     for prompt, handle in zip(prompts, handles, strict=True):
         assert driver.tokens[handle] == expected_tokens(prompt, 9)
@@ -81,7 +81,7 @@ def test_without_run_ahead_a_step_waits_for_the_one_before():
         handed_over.append(len(driver.worker.steps) - before)
         driver.advance()
     assert max(handed_over) == 1
-    assert len(driver.worker.steps) == 9 + 1, "nothing was computed for nothing; the last tells of the freed row"
+    assert len(driver.worker.steps) == 9 + 1, "no token was computed in vain; the last step only frees the slot"
 
 
 def test_whole_state_repeats_every_request_each_step():
@@ -89,10 +89,10 @@ def test_whole_state_repeats_every_request_each_step():
     handles = [driver.add([i] * 6, max_tokens=8) for i in range(3)]
     driver.run()
     decode = driver.worker.steps[3]
-    assert len(decode.added) == 3
-    assert len(decode.removed) == 3 * 4
-    assert len(decode.added[0].tokens) == 4 * (6 + 3)
-    assert not decode.blocks
+    assert len(decode.assigned_slots) == 3
+    assert len(decode.freed_slots) == 3 * 4
+    assert len(decode.assigned_slots[0].tokens) == 4 * (6 + 3)
+    assert not decode.new_blocks
     for i, handle in enumerate(handles):
         assert driver.tokens[handle] == expected_tokens([i] * 6, 8)
 
@@ -104,7 +104,7 @@ def test_the_watermark_keeps_blocks_free_for_those_who_run():
         driver.add([1] * 399, max_tokens=5)  # 100 of 200 blocks
         driver.add([2] * 396, max_tokens=5)  # 99: one block would stay, two must
         driver.turn()
-        assert driver.core.scheduler.rows.running == running
+        assert driver.core.scheduler.slots.num_running == running
         driver.run()
         assert len(driver.finished) == 2
 
@@ -144,8 +144,8 @@ def test_priority_goes_first_and_is_preempted_last():
         assert driver.tokens[handle] == expected_tokens([i] * 7, 20)
 
 
-@pytest.mark.parametrize("removal", ["no-run-ahead", "full-state"])
-def test_who_must_know_all_tokens_plans_no_bursts(removal: str):
-    policy = Policy.of(resolved(removals=frozenset({removal})))
+@pytest.mark.parametrize("ablation", ["no-run-ahead", "full-state"])
+def test_without_run_ahead_there_are_no_bursts(ablation: str):
+    policy = SchedulingPolicy.from_config(resolved(ablations=frozenset({ablation})))
     assert policy.steps_in_flight == 1
-    assert policy.burst(1e-6) == 1
+    assert policy.bursts.max_steps(1e-6) == 1

@@ -1,4 +1,4 @@
-"""What a step message costs while many rows decode: bytes only for rows that take a block."""
+"""The size of step messages while many slots decode: only slots that receive a block cost bytes."""
 
 from concurrent.futures import Future
 from typing import Any
@@ -12,7 +12,7 @@ PLENTY = 1000  # bytes
 
 
 class Weighing(FakeExecutor):
-    """Also keeps the size of each message in which all rows decode."""
+    """Also records the size of each message in which all slots decode."""
 
     def __init__(self, *given: Any):
         super().__init__(*given)
@@ -20,7 +20,7 @@ class Weighing(FakeExecutor):
 
     def submit(self, step: bytes) -> Future[None]:
         message = decode_step(step)
-        if not (message.added or message.removed or message.chunks) and len(self.rows) == ROWS:
+        if not (message.assigned_slots or message.freed_slots or message.chunks) and len(self.slots) == ROWS:
             self.sizes.append(len(step))
         return super().submit(step)
 

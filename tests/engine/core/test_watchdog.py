@@ -45,11 +45,16 @@ class Watched:
         self.clock, self.inner = FakeClock(100.0), Slow()
         self.woken = 0
         self.executor = WatchedExecutor(self.inner, self.clock, self._wake)
-        self.told: list[str] = []
+        self.statuses: list[str] = []
         self.given_up: list[str] = []
         self.dumps: list[object] = []
         self.dog = Watchdog(
-            self.executor, 10.0, ranks, tell=self.told.append, give_up=self.given_up.append, dump=self.dumps.append
+            self.executor,
+            10.0,
+            ranks,
+            send_status=self.statuses.append,
+            give_up=self.given_up.append,
+            dump=self.dumps.append,
         )
 
     def _wake(self) -> None:
@@ -61,7 +66,7 @@ class Watched:
 
     def after(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        self.dog.look(self.clock.now())
+        self.dog.check(self.clock.now())
 
 
 @pytest.mark.parametrize(("finished", "phase", "step"), [(0, "forward", 7), (1, "sample", 7), (2, "forward", 8)])
@@ -71,10 +76,10 @@ def test_a_step_that_hangs_is_named_once_with_its_phase(finished: int, phase: st
     watched.launch(8)
     watched.inner.finish(finished)
     watched.after(9.0)
-    assert watched.told == []
+    assert watched.statuses == []
     watched.after(2.0)
     watched.after(1.0)
-    [cause] = watched.told
+    [cause] = watched.statuses
     assert f"rank 0 (process {os.getpid()}) hangs in the {phase} phase of step {step}, for 11 s" in cause
     assert "--step-timeout 10" in cause
     assert watched.dumps == [()]
@@ -89,7 +94,7 @@ def test_time_counts_from_when_a_task_could_begin():
         watched.after(9.0)
         watched.inner.finish()
     watched.after(100.0)
-    assert watched.told == [], "slow, idle at last, but no task took too long"
+    assert watched.statuses == [], "slow, idle at last, but no task took too long"
 
 
 def test_a_step_that_comes_back_is_forgiven():
@@ -98,10 +103,10 @@ def test_a_step_that_comes_back_is_forgiven():
     watched.after(15.0)
     watched.inner.finish(2)
     watched.after(1.0)
-    assert watched.told[1:] == [""]
+    assert watched.statuses[1:] == [""]
     watched.launch(2)
     watched.after(11.0)
-    assert "step 2" in watched.told[2]
+    assert "step 2" in watched.statuses[2]
 
 
 def test_after_as_long_again_it_gives_up():
@@ -122,18 +127,18 @@ def test_a_step_that_hangs_right_after_another_came_back_is_told_too():
     watched.after(11.0)
     watched.inner.finish()
     watched.after(11.0)
-    assert [cause[:6] for cause in watched.told] == ["rank 0", "", "rank 0"]
-    assert "sample phase of step 1" in watched.told[2]
+    assert [cause[:6] for cause in watched.statuses] == ["rank 0", "", "rank 0"]
+    assert "sample phase of step 1" in watched.statuses[2]
 
 
 def test_the_loop_itself_may_hang():
     watched = Watched()
-    watched.dog.planning_since = watched.clock.now()
+    watched.dog.loop_busy_since = watched.clock.now()
     watched.after(11.0)
-    assert "loop" in watched.told[0]
-    watched.dog.planning_since = None
+    assert "loop" in watched.statuses[0]
+    watched.dog.loop_busy_since = None
     watched.after(1.0)
-    assert watched.told[1:] == [""]
+    assert watched.statuses[1:] == [""]
 
 
 def test_results_wake_the_loop():
@@ -155,7 +160,7 @@ def test_the_rank_that_was_stopped_is_named():
         while process_state(children[1].pid) != "T":
             pass
         watched.after(11.0)
-        assert watched.told[0].startswith(f"rank 1 (process {children[1].pid}, stopped) hangs in the forward phase")
+        assert watched.statuses[0].startswith(f"rank 1 (process {children[1].pid}, stopped) hangs in the forward phase")
         children[1].send_signal(signal.SIGCONT)
         while any(process_state(child.pid) != "S" for child in children):
             pass  # one that has just begun may still read its files
@@ -195,21 +200,21 @@ def test_steps_that_wait_for_a_long_call_do_not_hang():
     watched.executor.call("load_adapter", {"key": "a#1", "path": "slow disk"})
     watched.launch(1)
     watched.after(60.0)
-    assert watched.told == [], "six times the timeout, but no step"
+    assert watched.statuses == [], "six times the timeout, but no step"
     watched.inner.finish()
     watched.after(9.0)
-    assert watched.told == [], "the step could begin only now"
+    assert watched.statuses == [], "the step could begin only now"
     watched.after(2.0)
-    assert "forward phase of step 1, for 11 s" in watched.told[0]
+    assert "forward phase of step 1, for 11 s" in watched.statuses[0]
 
 
 def test_a_call_that_never_ends_is_named():
     watched = Watched()
     watched.executor.call("load_adapter", {})
     watched.after(CALL_TIMEOUT_S - 1)
-    assert watched.told == []
+    assert watched.statuses == []
     watched.after(2.0)
-    assert watched.told == [f"rank 0 (process {os.getpid()}) hangs in load_adapter, for {CALL_TIMEOUT_S + 1:.0f} s"]
+    assert watched.statuses == [f"rank 0 (process {os.getpid()}) hangs in load_adapter, for {CALL_TIMEOUT_S + 1:.0f} s"]
     watched.after(CALL_TIMEOUT_S)
     assert len(watched.given_up) == 1
 
@@ -224,8 +229,8 @@ def test_a_step_that_hung_and_then_failed_did_not_come_back(phase: str, caplog: 
     for future in watched.inner.open:
         future.set_exception(RuntimeError("boom"))
     watched.after(1.0)
-    assert len(watched.told) == 1, "the loop says why the engine ends: nobody is to hear that it is well"
-    assert "the engine goes on" not in caplog.text
+    assert len(watched.statuses) == 1, "the loop says why the engine ends: nobody is to hear that it is well"
+    assert "the engine continues" not in caplog.text
 
 
 def test_a_call_that_fails_after_long_is_over_like_any_other():
@@ -234,4 +239,4 @@ def test_a_call_that_fails_after_long_is_over_like_any_other():
     watched.after(CALL_TIMEOUT_S + 1)
     watched.inner.open.pop().set_exception(RuntimeError("no such file"))
     watched.after(1.0)
-    assert watched.told[1:] == [""]
+    assert watched.statuses[1:] == [""]

@@ -6,9 +6,9 @@ from typing import Any
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from engine.config import REMOVALS, ResolvedConfig
+from engine.config import ABLATIONS, ResolvedConfig
 from engine.core.policy import MAX_BURST
-from engine.messages import FinishReason, ItemRef
+from engine.messages import FinishReason, MMInputRef
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import expected_tokens
 
@@ -21,7 +21,7 @@ class Asked:
     """One random request; turns are calls of the core's step()."""
 
     prompt: list[int]
-    items: tuple[ItemRef, ...]
+    mm_inputs: tuple[MMInputRef, ...]
     max_tokens: int
     stop_ids: frozenset[int]
     arrives: int
@@ -31,7 +31,7 @@ class Asked:
 
     def expected(self) -> list[int]:
         room = MAX_LEN - len(self.prompt)
-        return expected_tokens(self.prompt, min(self.max_tokens, room), self.stop_ids, self.items)
+        return expected_tokens(self.prompt, min(self.max_tokens, room), self.stop_ids, self.mm_inputs)
 
 
 images = st.tuples(st.sampled_from([b"aa", b"bb", b"cc"]), st.sampled_from([1, 3, 4]), st.booleans())
@@ -39,26 +39,26 @@ pieces = st.one_of(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2), imag
 
 
 @st.composite
-def prompts(draw: Any) -> tuple[list[int], tuple[ItemRef, ...]]:
+def prompts(draw: Any) -> tuple[list[int], tuple[MMInputRef, ...]]:
     """Few tokens and few images, so that prefixes are shared often; an image of one name has one length."""
     tokens: list[int] = []
-    items: list[ItemRef] = []
+    mm_inputs: list[MMInputRef] = []
     for piece in draw(st.lists(pieces, min_size=1, max_size=20)):
         if isinstance(piece, int):
             tokens.append(piece)
         elif len(tokens) < 16:
             name, length, bidirectional = piece
-            items.append(ItemRef(name + bytes([length]), len(tokens), length, bidirectional))
+            mm_inputs.append(MMInputRef(name + bytes([length]), len(tokens), length, bidirectional))
             tokens += [PLACEHOLDER] * length
-    return tokens[:20] or [0], tuple(item for item in items if item.offset + item.length <= 20)
+    return tokens[:20] or [0], tuple(mm_input for mm_input in mm_inputs if mm_input.offset + mm_input.length <= 20)
 
 
 @st.composite
 def asked(draw: Any) -> Asked:
-    prompt, items = draw(prompts())
+    prompt, mm_inputs = draw(prompts())
     return Asked(
         prompt,
-        items if draw(st.booleans()) else (),
+        mm_inputs if draw(st.booleans()) else (),
         max_tokens=draw(st.integers(1, 14)),
         stop_ids=draw(st.frozensets(st.integers(0, 49), max_size=10)),
         arrives=draw(st.integers(0, 6)),
@@ -70,14 +70,14 @@ def asked(draw: Any) -> Asked:
 
 requests = st.lists(asked(), min_size=1, max_size=8)
 
-removals = st.one_of(st.just(frozenset()), st.just(frozenset(REMOVALS)), st.frozensets(st.sampled_from([*REMOVALS])))
+ablations = st.one_of(st.just(frozenset()), st.just(frozenset(ABLATIONS)), st.frozensets(st.sampled_from([*ABLATIONS])))
 
 
 @st.composite
 def configs(draw: Any, drafts: bool = False) -> ResolvedConfig:
     # The smallest pools hold just one request of the greatest length.
     blocks, size = draw(st.sampled_from([(16, 2), (8, 4), (10, 4), (64, 4)]))
-    removed = draw(removals)
+    removed = draw(ablations)
     least = MAX_LEN if "no-chunking" in removed else 4
     windows = draw(st.sampled_from([(0,), (0,), (5,), (9,), (0, 3), (0, 7, 7), (2, 6)]))
     return resolved(
@@ -87,11 +87,11 @@ def configs(draw: Any, drafts: bool = False) -> ResolvedConfig:
         max_num_batched_tokens=draw(st.integers(least, least + 12)),
         max_model_len=MAX_LEN,
         enable_prefix_caching="no-prefix-cache" not in removed and draw(st.booleans()),
-        removals=removed,
+        ablations=removed,
         scheduler_steps=draw(st.sampled_from([1, 1, 3])) if "no-run-ahead" in removed else 1,
         draft_tokens=draw(st.sampled_from([0, 1, 5])) if drafts and not removed & {"full-state", "no-run-ahead"} else 0,
         scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
-        # Without chunking the items of a whole prompt must fit.
+        # Without chunking all inputs of a prompt must fit.
         encoder_cache_tokens=20 if "no-chunking" in removed else draw(st.sampled_from([4, 6, 20])),
     )
 
@@ -110,7 +110,7 @@ def play(driver: Driver, requests: list[Asked], eager: list[bool]) -> list[int]:
                 tuple(asked.stop_ids),
                 priority=asked.priority,
                 cache_salt=asked.salt,
-                items=asked.items,
+                mm_inputs=asked.mm_inputs,
             )
         for index, handle in handles.items():
             after = requests[index].aborted_after
@@ -138,16 +138,16 @@ def test_each_request_gets_its_own_tokens(
             assert got == expected[: len(got)]
         else:
             assert got == expected
-    longest = max((message.steps for message in driver.worker.steps), default=1)
+    longest = max((message.num_steps for message in driver.worker.steps), default=1)
     event(f"preempted: {driver.stats.preemptions > 0}, found a prefix: {driver.stats.prefix_hits > 0}")
-    event(f"guesses: {driver.stats.drafted > 0}, some right: {driver.stats.accepted > 0}")
-    event(f"burst: {longest > 1}, removals: {len(config.removals)}, items: {bool(driver.worker.encoded)}")
-    assert not driver.core.scheduler.items.cache.references
+    event(f"draft tokens: {driver.stats.num_draft_tokens > 0}, some accepted: {driver.stats.num_accepted_tokens > 0}")
+    event(f"burst: {longest > 1}, ablations: {len(config.ablations)}, encoded: {bool(driver.worker.encoded)}")
+    assert not driver.core.scheduler.encoder_cache.cache.references
     assert max(driver.worker.batch_tokens, default=0) <= config.max_num_batched_tokens
-    assert max(map(len, driver.worker.row_tokens), default=0) <= config.max_num_seqs
-    assert driver.core.scheduler.pool.free_count == config.num_blocks - 1, "every block came back"
+    assert max(map(len, driver.worker.slot_tokens), default=0) <= config.max_num_seqs
+    assert driver.core.scheduler.pool.num_free == config.num_blocks - 1, "every block came back"
     assert not driver.core.scheduler.requests
-    assert not driver.worker.rows or not driver.core.scheduler.has_work
+    assert not driver.worker.slots or not driver.core.scheduler.has_work
 
 
 @settings(max_examples=200, deadline=None)

@@ -107,7 +107,7 @@ async def test_requests_while_an_unload_is_refused_by_another_replica_are_served
         others.append(fleet.add([len(others) % 40, 7], adapter="french"))
         fleet.turn()
         await asyncio.sleep(0)
-    with pytest.raises(RequestError.__base__, match="requests under way use 'french'"):
+    with pytest.raises(RequestError.__base__, match=r"request\(s\) still use 'french'"):
         await unloading
     await settle(fleet)
     fleet.run()

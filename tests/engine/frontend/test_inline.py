@@ -22,8 +22,8 @@ from engine.messages import (
     FinishReason,
     Outputs,
     Sampling,
+    TextOptions,
     TokenLogprobs,
-    Writing,
     column,
     int32s,
     int64s,
@@ -101,7 +101,13 @@ def reader(tokenizer: Tokenizer = BYTE_LEVEL) -> InlineTexts:
 
 
 def request(text: str, handle: int = 1, **fields: Any) -> AddRequest:
-    settings = {"max_tokens": LIMIT, "sampling": Sampling(), "text": text, "writing": Writing(("END",)), **fields}
+    settings = {
+        "max_tokens": LIMIT,
+        "sampling": Sampling(),
+        "text": text,
+        "text_options": TextOptions(("END",)),
+        **fields,
+    }
     return AddRequest(handle, b"", **settings)
 
 
@@ -148,7 +154,7 @@ def test_special_tokens_are_added_only_where_asked_for():
 
 def test_a_prompt_of_ids_is_only_written():
     texts = reader()
-    message = AddRequest(1, column([5, 6]), 7, Sampling(), writing=Writing())
+    message = AddRequest(1, column([5, 6]), 7, Sampling(), text_options=TextOptions())
     assert texts.add(message) == message
     assert texts.open_count == 1
 

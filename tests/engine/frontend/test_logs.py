@@ -17,7 +17,7 @@ ORIGIN = Origin("cmpl-7", "tiny", "10.0.0.1:5000")
 def test_the_line_is_about_its_interval():
     lines = StatsLog(0.0, Stats())
     busy = Stats(
-        running=3, waiting=1, kv_use=0.5, preemptions=2, prefix_queries=200, prefix_hits=50, prompt_tokens=200,
+        running=3, waiting=1, kv_cache_usage=0.5, preemptions=2, prefix_queries=200, prefix_hits=50, prompt_tokens=200,
         generation_tokens=1000,
     )  # fmt: skip
     line = lines.line(10.0, busy)

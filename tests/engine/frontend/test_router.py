@@ -228,7 +228,7 @@ async def test_figures_are_sums_and_those_of_the_dead_stay():
         fleet.turn()
     running = fleet.router.total_stats.core
     assert (running.running, len(fleet.living)) == (2, 2)
-    assert 0 < running.kv_use < 1
+    assert 0 < running.kv_cache_usage < 1
     fleet.kill(0)
     left = fleet.router.total_stats.core
     assert (left.running, left.generation_tokens) == (1, running.generation_tokens)
@@ -251,7 +251,7 @@ async def test_a_utility_is_done_by_all_or_by_none():
     assert ("unload_adapter", {"key": "dutch#2"}) in fleet.workers[0].calls
     busy = fleet.add([1], max_tokens=50, adapter="french")
     fleet.turn()
-    with pytest.raises(RequestError.__base__, match="requests under way use 'french'"):
+    with pytest.raises(RequestError.__base__, match=r"request\(s\) still use 'french'"):
         await call(fleet, "unload_adapter", name="french")
     assert busy.open
     assert await call(fleet, "adapters") == {"french": "one"}

@@ -18,7 +18,7 @@ def test_a_histogram_counts_by_upper_bound():
 
 def test_the_core_s_stats_come_back_as_they_were():
     stats = FrontEndStats()
-    given = Stats(running=3, waiting=2, kv_use=0.25, preemptions=1, prompt_tokens=2**40, last_step_at=12.5)
+    given = Stats(running=3, waiting=2, kv_cache_usage=0.25, preemptions=1, prompt_tokens=2**40, last_step_at=12.5)
     stats.take_core(13.0, given)
     assert stats.core == given
     assert isinstance(stats.core.running, int)

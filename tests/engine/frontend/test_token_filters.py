@@ -38,8 +38,8 @@ def test_a_request_carries_what_is_barred(stand_in: Tokenizer):
     assert int32s(request.sampling.allowed).tolist() == [5, 7]
     assert request.sampling.bad_words == ((97, 98),)
     assert request.sampling.prompt_logprobs == 3
-    assert request.sampling.special
-    assert not make_request(1, [4], SamplingParams(), stand_in, 0, 20).sampling.special
+    assert request.sampling.needs_logits
+    assert not make_request(1, [4], SamplingParams(), stand_in, 0, 20).sampling.needs_logits
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ class TextCore:
         self.transport = InlineTransport(self._receive)
         self.texts = InlineTexts(tokenizer, 512, tokenizer.vocab_size)
         self._inline = inline
-        removals = ("inline-frontend",) if inline else ()
-        ready = msgspec.structs.replace(READY, vocab_size=tokenizer.vocab_size, max_model_len=512, removals=removals)
+        ablations = ("inline-frontend",) if inline else ()
+        ready = msgspec.structs.replace(READY, vocab_size=tokenizer.vocab_size, max_model_len=512, ablations=ablations)
         self.client = CoreClient(ready, tokenizer, self.transport, FakeClock())
         self.transport.open(self.client.deliver)
 

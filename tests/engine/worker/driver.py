@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.messages import RowAdded, Sampling, StepMessage, StepResult, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, StepResult, column, decode_result, encode, int32s
 from engine.worker.executor import InProcessExecutor
 
 VOCAB = 128
@@ -187,7 +187,7 @@ class Driver:
         if removed:
             self._run_step(StepMessage(self.step, column(removed)))
 
-    def _admit(self, request: Request, prefixes: Prefixes) -> RowAdded:
+    def _admit(self, request: Request, prefixes: Prefixes) -> SlotAssignment:
         request.row = self.free_rows.pop(0)
         self.generations[request.row] += 1
         request.tables, known = [[] for _ in self.windows], request.known
@@ -196,7 +196,7 @@ class Driver:
                 table.append(block)
             self.shared += 1
         request.computed = len(request.tables[0]) * self.block_size
-        return RowAdded(
+        return SlotAssignment(
             request.row,
             self.generations[request.row],
             column(known),
@@ -251,7 +251,7 @@ class Driver:
             if request.computed == len(request.known):
                 sampled.append(request)
         counts = int32s(result.counts).tolist() if result.counts else [1] * len(sampled)
-        self.drafted += result.drafted
+        self.drafted += result.num_draft_tokens
         assert len(tokens) == sum(counts)
         begin = 0
         logprobs = _by_token(result)

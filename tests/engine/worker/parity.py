@@ -149,7 +149,7 @@ def positions_off_by_one(driver: Driver) -> Iterator[None]:
 
     def note(batch: Any) -> None:
         nonlocal later
-        later = torch.from_numpy((batch.computed > 0)[batch.row_of])
+        later = torch.from_numpy((batch.num_computed_tokens > 0)[batch.row_of])
 
     def shifted(model: Any, forward: Any, arguments: dict[str, Any]) -> Any:
         return run(model, forward, {**arguments, "position_ids": arguments["position_ids"] + later})
@@ -168,7 +168,7 @@ def a_block_zeroed(driver: Driver) -> Iterator[None]:
 
     def lose(batch: Any) -> None:
         cache = driver.executor._runner._network._cache
-        for row in (batch.computed >= driver.block_size).nonzero()[0]:
+        for row in (batch.num_computed_tokens >= driver.block_size).nonzero()[0]:
             for layer in (*cache.keys, *cache.values):
                 layer[batch.tables[:, row, 0]] = 0
 

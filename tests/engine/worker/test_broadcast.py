@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelError
 from engine.kernels.cpu import build
-from engine.messages import RowAdded, Sampling, StepMessage, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
 from engine.worker import group
 from engine.worker.broadcast import Step, Told, hear, tell
 from engine.worker.group import GlooGroup
-from engine.worker.rows import Rows
 from engine.worker.runner import Choice
+from engine.worker.slots import WorkerSlots
 from engine.worker.wire import Call, PeerLostError
 from tests.engine.worker.driver import Driver, Request, build_model
 from tests.engine.worker.lora_files import LLAMA, write_adapter
@@ -75,14 +75,14 @@ def assert_same(found: Any, expected: Any) -> None:
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["", "x"])), min_size=1, max_size=6),
        st.floats(0, 2), st.booleans())  # fmt: skip
 def test_a_step_arrives_as_it_was_told(pair: Any, added: list[tuple[int, int, str]], heat: float, some: bool) -> None:
-    rows = Rows(len(added), 64, 4)
-    rows.slots["x"] = 3
+    slots = WorkerSlots(len(added), 64, 4)
+    slots.adapter_slots["x"] = 3
     new = tuple(
-        RowAdded(i, 1, column(range(known)), known, 0, (column(range(1, 12)),), Sampling(), adapter=name)
+        SlotAssignment(i, 1, column(range(known)), known, 0, (column(range(1, 12)),), Sampling(), adapter=name)
         for i, (known, _, name) in enumerate(added)
     )
     chunks = [(i, min(known, count)) for i, (known, count, _) in enumerate(added)]
-    batch = rows.advance(StepMessage(7, added=new, chunks=column(chunks)))
+    batch = slots.begin_step(StepMessage(7, assigned_slots=new, chunks=column(chunks)))
     samples = len(batch.sampled_at)
     temperatures, numbers = np.full(samples, heat, np.float32), np.linspace(0, 0.9, samples)
     at = np.arange(samples, dtype=np.int64)[::2]
@@ -92,7 +92,7 @@ def test_a_step_arrives_as_it_was_told(pair: Any, added: list[tuple[int, int, st
     assert isinstance(told, Step)
     assert told.chosen == some
     assert (told.drawn is not None) == (some and samples > 0 and np.float32(heat) > 0)
-    assert not len(told.batch.rows), "rows are rank 0's own"
+    assert not len(told.batch.slots), "rows are rank 0's own"
     assert_same(told.batch.ids, batch.ids)
 
 
@@ -128,13 +128,16 @@ def asked(key: str) -> list[Request]:
 def in_a_burst(driver: Driver, prompt: list[int]) -> list[int]:
     """Eight tokens: messages of one step and of several, all handed over before any result is looked at."""
     executor, step = driver.executor, driver.step
-    row = RowAdded(0, 99, column(prompt), len(prompt), 0, (column([900, 901]),), Sampling())
-    messages = [StepMessage(step, added=(row,), chunks=column([[0, len(prompt)]])), StepMessage(step + 1, steps=4)]
-    messages += [StepMessage(step + 5), StepMessage(step + 6, steps=2)]
+    row = SlotAssignment(0, 99, column(prompt), len(prompt), 0, (column([900, 901]),), Sampling())
+    messages = [
+        StepMessage(step, assigned_slots=(row,), chunks=column([[0, len(prompt)]])),
+        StepMessage(step + 1, num_steps=4),
+    ]
+    messages += [StepMessage(step + 5), StepMessage(step + 6, num_steps=2)]
     results = []
     for message in messages:
         executor.submit(encode(message))
-        results += [executor.sample(number) for number in range(message.step, message.step + message.steps)]
+        results += [executor.sample(number) for number in range(message.step, message.step + message.num_steps)]
     return [int32s(decode_result(result.result(PATIENCE_S)).tokens).tolist()[0] for result in results]
 
 

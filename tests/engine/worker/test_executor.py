@@ -11,7 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.memory import resolve
-from engine.messages import RowAdded, Sampling, StepMessage, column, decode_result, encode, float32s, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, float32s, int32s
 from engine.model.facts import read_facts
 from engine.worker.executor import InProcessExecutor
 from tests.engine.worker.driver import BASE, Driver, Request, build_model
@@ -47,8 +47,8 @@ def test_logprobs_are_those_of_the_model(llama: Any, make_driver: MakeDriver) ->
     folder, model = llama
     executor = make_driver(folder).executor
     prompt = [3, 1, 4, 1, 5]
-    row = RowAdded(2, 1, column(prompt), 5, 0, (column([1, 2]),), Sampling(logprobs=3))
-    executor.submit(encode(StepMessage(0, added=(row,), chunks=column([[2, 5]]))))
+    row = SlotAssignment(2, 1, column(prompt), 5, 0, (column([1, 2]),), Sampling(logprobs=3))
+    executor.submit(encode(StepMessage(0, assigned_slots=(row,), chunks=column([[2, 5]]))))
     table = decode_result(executor.sample(0).result()).logprobs
     assert table is not None
     expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1].float(), -1)
@@ -60,12 +60,12 @@ def test_logprobs_are_those_of_the_model(llama: Any, make_driver: MakeDriver) ->
 
 def test_a_step_of_which_no_row_samples_has_no_tokens(llama: Any, make_driver: MakeDriver) -> None:
     executor = make_driver(llama[0]).executor
-    row = RowAdded(0, 1, column([1, 2, 3]), 3, 0, (column([1]),), Sampling())
-    executor.submit(encode(StepMessage(0, added=(row,), chunks=column([[0, 2]]))))
+    row = SlotAssignment(0, 1, column([1, 2, 3]), 3, 0, (column([1]),), Sampling())
+    executor.submit(encode(StepMessage(0, assigned_slots=(row,), chunks=column([[0, 2]]))))
     result = decode_result(executor.sample(0).result())
     assert (result.step, result.tokens, result.logprobs) == (0, b"", None)
     assert result.seconds > 0
-    executor.submit(encode(StepMessage(1, removed=column([0]))))
+    executor.submit(encode(StepMessage(1, freed_slots=column([0]))))
     assert decode_result(executor.sample(1).result()).tokens == b""
 
 
@@ -75,8 +75,8 @@ def test_steps_run_ahead_of_their_results(llama: Any, make_driver: MakeDriver) -
     waited = Request([5, 6, 7])
     driver.run([waited], 5, seed=0, chunk=100, preempt=0.0)
     executor = driver.executor
-    row = RowAdded(0, 99, column([5, 6, 7]), 3, 0, (column([900, 901]),), Sampling())
-    messages = [StepMessage(0, added=(row,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 5))]
+    row = SlotAssignment(0, 99, column([5, 6, 7]), 3, 0, (column([900, 901]),), Sampling())
+    messages = [StepMessage(0, assigned_slots=(row,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 5))]
     results = []
     for message in messages:
         executor.submit(encode(message))
@@ -89,11 +89,11 @@ def test_a_burst_is_several_steps_in_one_message(llama: Any, make_driver: MakeDr
     waited = Request([5, 6, 7])
     driver.run([waited], 5, seed=0, chunk=100, preempt=0.0)
     executor = driver.executor
-    row = RowAdded(0, 99, column([5, 6, 7]), 3, 0, (column([900, 901]),), Sampling())
-    resting = RowAdded(1, 99, column([5]), 1, 0, (column([902]),), Sampling())
-    executor.submit(encode(StepMessage(0, added=(row, resting), chunks=column([[0, 3], [1, 0]]))))
+    row = SlotAssignment(0, 99, column([5, 6, 7]), 3, 0, (column([900, 901]),), Sampling())
+    resting = SlotAssignment(1, 99, column([5]), 1, 0, (column([902]),), Sampling())
+    executor.submit(encode(StepMessage(0, assigned_slots=(row, resting), chunks=column([[0, 3], [1, 0]]))))
     executor.sample(0).result()
-    executor.submit(encode(StepMessage(1, chunks=column([[1, 0]]), steps=4)))
+    executor.submit(encode(StepMessage(1, chunks=column([[1, 0]]), num_steps=4)))
     results = [decode_result(executor.sample(step).result()) for step in range(1, 5)]
     assert [result.step for result in results] == [1, 2, 3, 4]
     assert [int32s(result.tokens).tolist() for result in results] == [[token] for token in waited.output[1:5]]
@@ -101,8 +101,8 @@ def test_a_burst_is_several_steps_in_one_message(llama: Any, make_driver: MakeDr
 
 def test_a_step_must_be_sampled_before_the_next(llama: Any, make_driver: MakeDriver) -> None:
     executor = make_driver(llama[0]).executor
-    row = RowAdded(0, 1, column([1]), 1, 0, (column([1]),), Sampling())
-    executor.submit(encode(StepMessage(0, added=(row,)))).result()
+    row = SlotAssignment(0, 1, column([1]), 1, 0, (column([1]),), Sampling())
+    executor.submit(encode(StepMessage(0, assigned_slots=(row,)))).result()
     with pytest.raises(RuntimeError, match="step 0 hasn't been sampled"):
         executor.submit(encode(StepMessage(1))).result()
     with pytest.raises(RuntimeError, match="step 1 hasn't run"):

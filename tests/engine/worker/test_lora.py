@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import ModelError, RedlineError
 from engine.memory import resolve
-from engine.messages import RowAdded, Sampling, StepMessage, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
 from engine.model.facts import read_facts
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import Driver, Request, build_model
@@ -192,13 +192,13 @@ def test_a_row_whose_adapter_is_not_there_is_refused_and_its_neighbor_computed(
     for kernels in ("torch", "auto"):
         executor = make_driver(tmp_path / "model", block_size=16, kernels=kernels).executor
         rows = [
-            RowAdded(row, 1, column([3, 1, 4]), 3, 0, (column([row + 1]),), Sampling(), adapter)
+            SlotAssignment(row, 1, column([3, 1, 4]), 3, 0, (column([row + 1]),), Sampling(), adapter)
             for row, adapter in enumerate(("", "gone#1"))
         ]
-        executor.submit(encode(StepMessage(1, added=tuple(rows), chunks=column([[0, 3], [1, 3]]))))
+        executor.submit(encode(StepMessage(1, assigned_slots=tuple(rows), chunks=column([[0, 3], [1, 3]]))))
         first = decode_result(executor.sample(1).result())
-        assert int32s(first.refused, 2).tolist() == [[1, 1]]
-        executor.submit(encode(StepMessage(2, removed=column([1]))))
+        assert int32s(first.rejected, 2).tolist() == [[1, 1]]
+        executor.submit(encode(StepMessage(2, freed_slots=column([1]))))
         second = decode_result(executor.sample(2).result())
-        assert second.refused == b""
+        assert second.rejected == b""
         assert [int(int32s(first.tokens)[0]), *int32s(second.tokens).tolist()] == expected

@@ -17,7 +17,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, ModelError
 from engine.memory import resolve
-from engine.messages import RowAdded, Sampling, StepMessage, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
 from engine.model.facts import read_facts
 from engine.worker.executor import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
@@ -121,7 +121,7 @@ def ranks(dummy: Path, request: pytest.FixtureRequest) -> Iterator[MultiprocessE
     executor.shutdown()
 
 
-FIRST = RowAdded(0, 1, column([1, 2, 3]), 3, 0, (column(range(1, 30)),), Sampling())
+FIRST = SlotAssignment(0, 1, column([1, 2, 3]), 3, 0, (column(range(1, 30)),), Sampling())
 
 
 def submit(executor: Any, message: StepMessage) -> tuple["Future[None]", "Future[bytes]"]:
@@ -134,7 +134,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def test_steps_run_ahead_idle_ranks_use_no_processor_and_are_missed_when_gone(ranks: MultiprocessExecutor) -> None:
-    messages = [StepMessage(0, added=(FIRST,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 40))]
+    messages = [
+        StepMessage(0, assigned_slots=(FIRST,), chunks=column([[0, 3]])),
+        *(StepMessage(i) for i in range(1, 40)),
+    ]
     results = [submit(ranks, message)[1] for message in messages]
     tokens = [int32s(decode_result(result.result(PATIENCE_S)).tokens) for result in results]
     assert [len(one) for one in tokens] == [1] * 40
@@ -150,7 +153,7 @@ def test_steps_run_ahead_idle_ranks_use_no_processor_and_are_missed_when_gone(ra
 
 def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExecutor) -> None:
     pid, other = ranks.process_ids
-    steps = [StepMessage(0, added=(FIRST,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 80))]
+    steps = [StepMessage(0, assigned_slots=(FIRST,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 80))]
     results = [submit(ranks, message)[1] for message in steps]
     results[0].result(PATIENCE_S)
     os.kill(pid, signal.SIGKILL)
@@ -167,13 +170,13 @@ def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExe
 
 
 def test_a_step_that_was_not_sampled_keeps_no_rank_from_its_end(ranks: MultiprocessExecutor) -> None:
-    ranks.submit(encode(StepMessage(0, added=(FIRST,), chunks=column([[0, 3]])))).result(PATIENCE_S)
+    ranks.submit(encode(StepMessage(0, assigned_slots=(FIRST,), chunks=column([[0, 3]])))).result(PATIENCE_S)
     ranks.shutdown()
     assert -signal.SIGKILL not in [rank.process.returncode for rank in ranks._ranks]
 
 
 def test_an_error_in_the_ranks_is_shown_with_its_rank(ranks: MultiprocessExecutor) -> None:
-    _, result = submit(ranks, StepMessage(0, blocks=column([[0, 7, 1]])))
+    _, result = submit(ranks, StepMessage(0, new_blocks=column([[0, 7, 1]])))
     with pytest.raises(EngineDeadError, match=r"^rank [01] \(process \d+\): RuntimeError: .*KV group 7 of row 0"):
         result.result(PATIENCE_S)
 

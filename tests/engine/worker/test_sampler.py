@@ -10,26 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as replaced
 
-from engine.messages import RowAdded, Sampling, StepMessage, column, float32s, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, column, float32s, int32s
 from engine.worker import sampler
-from engine.worker.rows import Rows
+from engine.worker.slots import WorkerSlots
 
 VOCAB = 700  # not a multiple of the runs that drawing sums over
 
 
-def make_rows(params: list[Sampling], outputs: list[list[int]] | None = None, prompt: tuple[int, ...] = (1, 2)) -> Rows:
-    rows = Rows(len(params), 64, 16)
+def make_slots(
+    params: list[Sampling], outputs: list[list[int]] | None = None, prompt: tuple[int, ...] = (1, 2)
+) -> WorkerSlots:
+    slots = WorkerSlots(len(params), 64, 16)
     added = []
     for i, p in enumerate(params):
         tokens = [*prompt, *(outputs[i] if outputs else [])]
-        added.append(RowAdded(i, 1, column(tokens), len(prompt), 0, (column([1, 2, 3, 4]),), p))
-    rows.advance(StepMessage(0, added=tuple(added), chunks=column([[i, 0] for i in range(len(params))])))
-    return rows
+        added.append(SlotAssignment(i, 1, column(tokens), len(prompt), 0, (column([1, 2, 3, 4]),), p))
+    slots.begin_step(StepMessage(0, assigned_slots=tuple(added), chunks=column([[i, 0] for i in range(len(params))])))
+    return slots
 
 
 def sample(logits: torch.Tensor, params: list[Sampling], outputs: list[list[int]] | None = None) -> sampler.Sampled:
     with torch.inference_mode():
-        return sampler.sample(logits, make_rows(params, outputs), np.arange(len(params)))
+        return sampler.sample(logits, make_slots(params, outputs), np.arange(len(params)))
 
 
 def random_logits(rows: int, seed: int, vocab: int = VOCAB) -> torch.Tensor:

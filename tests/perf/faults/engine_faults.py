@@ -59,7 +59,7 @@ def adapter_race(here: World) -> Row:
             time.sleep(random.uniform(0, RACE_S))
             deadline = time.monotonic() + UNUSED_S
             while (answer := http.post("/v1/unload_lora_adapter", json=name)).status_code == 400:
-                if "requests under way use" not in answer.text or time.monotonic() > deadline:
+                if "request(s) still use" not in answer.text or time.monotonic() > deadline:
                     break
                 refused += 1
                 time.sleep(random.uniform(0, RACE_S))

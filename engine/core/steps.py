@@ -1,4 +1,4 @@
-"""What the scheduler hands to the core: steps under way, and what their results meant."""
+"""What the scheduler gives to the core: a scheduled step, and the outcome of its result."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,20 @@ from engine.messages import Finished, PromptLogprobs, StepMessage
 
 
 @dataclass(slots=True)
-class Plan:
-    """A step under way, or a burst of them: what was sent, and which rows its results speak of."""
+class ScheduledStep:
+    """A step under way, or a burst of `num_steps` steps in one message."""
 
-    step: int
+    step: int  # number of the first one
     message: StepMessage
-    rows: NDArray[np.intp]  # rows that sample, ascending
+    slots: NDArray[np.intp]  # those that sample, ascending
     generations: NDArray[np.int32]
     num_tokens: int  # of each step
-    steps: int = 1
+    num_steps: int = 1
 
 
 @dataclass(slots=True)
-class Booked:
-    """What a result meant: the rows whose tokens count, in the result's order, and who is done."""
+class StepOutcome:
+    """What a result means: tokens by request, in the result's order, and the requests that ended."""
 
     handles: NDArray[np.int64]
     tokens: NDArray[np.int32]

@@ -1,4 +1,4 @@
-"""Blocks of rows over KV groups: what windows give back, what prefixes need, and that nothing else is kept."""
+"""Blocks of slots over KV groups: what windows free, what cached prefixes need, and that nothing else is kept."""
 
 from typing import Any
 
@@ -7,24 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import window_blocks
-from engine.core.blocks import NULL_BLOCK
-from engine.core.kv import KVTables
-from engine.core.rows import Rows
+from engine.core.block_pool import NULL_BLOCK
+from engine.core.kv_cache_manager import KVCacheManager
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import expected_tokens
 
 SIZE = 4
 
 
-def make_tables(windows: tuple[int, ...], blocks: int = 64) -> KVTables:
+def make_manager(windows: tuple[int, ...], blocks: int = 64) -> KVCacheManager:
     config = resolved(kv_windows=windows, num_blocks=blocks + 1, max_num_batched_tokens=8)
-    return KVTables(config, Rows(config.max_num_seqs, config.max_model_len), lambda *_: None)
+    return KVCacheManager(config)
 
 
 def held(driver: Driver) -> list[list[int]]:
-    """Blocks of each live row, by KV group."""
+    """Number of blocks of each live slot, by KV group."""
     scheduler = driver.core.scheduler
-    return [scheduler.kv.held(row) for row in scheduler.rows.order]
+    return [scheduler.kv.held(slot) for slot in scheduler.slots.admission_order]
 
 
 def test_a_window_of_4k_bounds_what_a_context_of_16k_holds() -> None:
@@ -38,8 +37,8 @@ def test_a_window_of_4k_bounds_what_a_context_of_16k_holds() -> None:
     prompt, most = [i % 50 for i in range(length - 200)], [0, 0]
     handle = driver.add(prompt, max_tokens=200)
     while driver.turn() or driver.core.has_work:
-        for row in held(driver):
-            most = [max(pair) for pair in zip(most, row, strict=True)]
+        for blocks in held(driver):
+            most = [max(pair) for pair in zip(most, blocks, strict=True)]
         driver.advance()
     assert driver.tokens[handle] == expected_tokens(prompt, 200)
     assert driver.stats.preemptions == 0
@@ -47,11 +46,11 @@ def test_a_window_of_4k_bounds_what_a_context_of_16k_holds() -> None:
     assert window // size <= most[1] <= bound == 133, "and the others what the window and one step reach"
 
 
-@pytest.mark.parametrize("removals", [frozenset(), frozenset({"full-state"}), frozenset({"no-run-ahead"})])
-def test_a_pool_of_one_window_serves_any_length(removals: frozenset[str]) -> None:
+@pytest.mark.parametrize("ablations", [frozenset(), frozenset({"full-state"}), frozenset({"no-run-ahead"})])
+def test_a_pool_of_one_window_serves_any_length(ablations: frozenset[str]) -> None:
     """A model of windows alone needs no more for a long request than for one of the window's length."""
     blocks = window_blocks(12, 16, SIZE) + 1
-    config = resolved(kv_windows=(12,), num_blocks=blocks + 1, max_model_len=400, max_num_seqs=1, removals=removals)
+    config = resolved(kv_windows=(12,), num_blocks=blocks + 1, max_model_len=400, max_num_seqs=1, ablations=ablations)
     driver = Driver(config, lambda *_: 0.001)
     prompt = [i % 7 for i in range(300)]
     handle = driver.add(prompt, max_tokens=90)
@@ -75,21 +74,21 @@ def test_a_long_prefix_is_found_again(windows: tuple[int, ...]) -> None:
 
 
 def test_a_window_needs_the_last_blocks_of_a_prefix_only() -> None:
-    kv, names = make_tables((0, 8)), [bytes([i]) * 32 for i in range(6)]
-    kv.take(0, 24, kv.nothing())
-    kv.publish(0, names, 0, 3)
-    kv.shed(0, 16)  # where position 9 is the first that is seen
-    kv.follow(0, 6)
+    kv, names = make_manager((0, 8)), [bytes([i]) * 32 for i in range(6)]
+    kv.allocate(0, 24, kv.empty_prefix())
+    kv.cache_blocks(0, names, 0, 3)
+    kv.free_before_window(0, 16)  # where position 9 is the first that is seen
+    kv.allocate_window_blocks(0)
     assert kv.held(0) == [6, 4]
-    kv.publish(0, names, 3, 6)
-    kv.pool.allocate(kv.pool.free_count)  # all that nobody holds gets other content
-    found = kv.find(names)
+    kv.cache_blocks(0, names, 3, 6)
+    kv.pool.allocate(kv.pool.num_free)  # all that nobody holds gets other content
+    found = kv.find_cached_prefix(names)
     reach = (24 - 8 + 1) // SIZE
-    assert found.count == 6
-    assert found.firsts == [0, reach]
+    assert found.num_blocks == 6
+    assert found.first_blocks == [0, reach]
     assert found.tables[1][:reach] == [NULL_BLOCK] * reach
     assert all(found.tables[1][reach:])
-    assert kv.find(names[:3]).count == 0, "a shorter prefix needs blocks that are gone"
+    assert kv.find_cached_prefix(names[:3]).num_blocks == 0, "a shorter prefix needs blocks that are gone"
 
 
 @st.composite
@@ -103,11 +102,11 @@ def chains(draw: Any) -> tuple[tuple[int, ...], int, list[set[int]]]:
 @given(chains())
 def test_the_longest_prefix_is_found_that_all_groups_have(case: tuple[tuple[int, ...], int, list[set[int]]]) -> None:
     windows, length, cached = case
-    kv = make_tables(windows)
+    kv = make_manager(windows)
     names = [bytes([i]) * 32 for i in range(length)]
     for group, some in enumerate(cached):
         for index in some & set(range(length)):
-            kv.pool.publish(kv.pool.allocate(1)[0], names[index] + (bytes([group]) if group else b""))
+            kv.pool.cache(kv.pool.allocate(1), [names[index] + (bytes([group]) if group else b"")])
 
     def suffices(count: int) -> bool:
         for window, some in zip(windows, cached, strict=True):
@@ -116,4 +115,4 @@ def test_the_longest_prefix_is_found_that_all_groups_have(case: tuple[tuple[int,
                 return False
         return True
 
-    assert kv.find(names).count == max(count for count in range(length + 1) if suffices(count))
+    assert kv.find_cached_prefix(names).num_blocks == max(count for count in range(length + 1) if suffices(count))

@@ -1,13 +1,13 @@
 """KV blocks: who holds them, which content they carry, and which is reused next.
 
-All blocks are made once. A block is *held* (references > 0) or *free*; a free block may still be *cached*: its content
-is known under a hash and can be taken back until the block is handed out for something else. Free blocks form one
-doubly linked list in the order of reuse:
+All blocks are created once. A block is *held* (references > 0) or *free*. A free block may still be *cached*: its
+content is found by its hash until the block is allocated again. Free blocks form one doubly linked list in the order of
+reuse:
 
     head ── blocks without content (newest first) ── cached blocks, least recently freed first ── tail
 
-Every operation is O(1) a block, and nothing is allocated. Block 0 is the null block: padding writes go there, and it is
-never handed out.
+Every operation is O(1) per block and allocates no memory. Block 0 is the null block: padding is written to it, and it
+is never allocated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ NULL_BLOCK = 0
 
 
 class BlockPool:
-    """The blocks of one KV group."""
+    """All KV blocks of an engine."""
 
     def __init__(self, num_blocks: int):
         if num_blocks < 2:
@@ -28,15 +28,15 @@ class BlockPool:
         self._end = num_blocks  # one sentinel closes the list to a ring
         self._next = [*range(1, num_blocks + 1), 1]
         self._previous = [num_blocks, num_blocks, *range(1, num_blocks)]
-        self.free_count = num_blocks - 1
+        self.num_free = num_blocks - 1
 
     @property
-    def use(self) -> float:
+    def usage(self) -> float:
         """Share of the blocks that requests hold, 0..1."""
-        return 1 - self.free_count / (self.num_blocks - 1)
+        return 1 - self.num_free / (self.num_blocks - 1)
 
-    def find(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks that carry the longest known prefix of a chain of hashes."""
+    def get_cached(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix of a chain of hashes."""
         found = []
         for block_hash in hashes:
             block = self.block_of.get(block_hash)
@@ -45,48 +45,48 @@ class BlockPool:
             found.append(block)
         return found
 
-    def free_among(self, blocks: Sequence[int]) -> int:
-        """How many of these blocks nobody holds: holding them takes that many from the free ones."""
+    def count_free(self, blocks: Sequence[int]) -> int:
+        """How many of these blocks are free: `touch` takes that many from the free list."""
         references = self.references
         return sum(1 for block in blocks if references[block] == 0)
 
-    def hold(self, blocks: Sequence[int]) -> None:
-        """Add a reference to cached blocks; free ones leave the list."""
+    def touch(self, blocks: Sequence[int]) -> None:
+        """Add a reference to cached blocks; free ones leave the free list."""
         references, following, previous = self.references, self._next, self._previous
         for block in blocks:
             if references[block] == 0:
                 before, after = previous[block], following[block]
                 following[before], previous[after] = after, before
-                self.free_count -= 1
+                self.num_free -= 1
             references[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Hand out the `count` blocks next in the order of reuse; cached content is forgotten only now."""
-        assert count <= self.free_count, f"asked for {count} blocks, {self.free_count} are free"
+        """Take `count` blocks from the head of the free list; only now is their cached content evicted."""
+        assert count <= self.num_free, f"asked for {count} blocks, {self.num_free} are free"
         following, references, hash_of = self._next, self.references, self.hash_of
-        taken = []
+        allocated = []
         block = following[self._end]
         for _ in range(count):
-            taken.append(block)
+            allocated.append(block)
             references[block] = 1
-            known = hash_of[block]
-            if known is not None:
-                del self.block_of[known]
+            block_hash = hash_of[block]
+            if block_hash is not None:
+                del self.block_of[block_hash]
                 hash_of[block] = None
             block = following[block]
         following[self._end] = block
         self._previous[block] = self._end
-        self.free_count -= count
-        return taken
+        self.num_free -= count
+        return allocated
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def free(self, blocks: Sequence[int]) -> None:
         """Drop a reference of each, last block first, so that a shared prefix outlives what follows it."""
         references, following, previous, end = self.references, self._next, self._previous, self._end
         for block in reversed(blocks):
             references[block] -= 1
             if references[block]:
                 continue
-            self.free_count += 1
+            self.num_free += 1
             if self.hash_of[block] is None:
                 before, after = end, following[end]
             else:
@@ -94,13 +94,15 @@ class BlockPool:
             following[before] = previous[after] = block
             previous[block], following[block] = before, after
 
-    def publish(self, block: int, block_hash: bytes) -> None:
-        """Make a held block's content findable; a second block with the same content stays anonymous."""
-        if block_hash not in self.block_of and self.hash_of[block] is None:
-            self.block_of[block_hash] = block
-            self.hash_of[block] = block_hash
+    def cache(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """Enter held blocks into the prefix cache; null blocks and duplicates of cached content are skipped."""
+        block_of, hash_of = self.block_of, self.hash_of
+        for block, block_hash in zip(blocks, hashes, strict=True):
+            if block_hash not in block_of and hash_of[block] is None and block != NULL_BLOCK:
+                block_of[block_hash] = block
+                hash_of[block] = block_hash
 
-    def forget_all(self) -> None:
+    def reset_cache(self) -> None:
         """Empty the prefix cache; held blocks stay held."""
         for block in self.block_of.values():
             self.hash_of[block] = None
@@ -116,14 +118,15 @@ class BlockPool:
         return blocks
 
     def check(self) -> None:
-        """Assert what must always hold."""
+        """Assert the invariants."""
         free = self.free_list()
-        assert len(free) == self.free_count == len(set(free)), f"{len(free)} blocks listed, {self.free_count} counted"
-        assert NULL_BLOCK not in free, "the null block is in the free list"
+        listed = set(free)
+        assert len(free) == self.num_free == len(listed), f"{len(free)} blocks listed, {self.num_free} counted"
+        assert NULL_BLOCK not in listed, "the null block is in the free list"
         for block in range(1, self.num_blocks):
             held = self.references[block]
             assert held >= 0, f"block {block} has {held} references"
-            assert (held == 0) == (block in set(free)), f"block {block}: {held} references, in free list: {held != 0}"
+            assert (held == 0) == (block in listed), f"block {block}: {held} references, in free list: {held != 0}"
         for block_hash, block in self.block_of.items():
             assert self.hash_of[block] == block_hash, f"block {block} is found under a hash it does not carry"
         known = sum(1 for block_hash in self.hash_of if block_hash is not None)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.core.blocks import NULL_BLOCK, BlockPool
+from engine.core.block_pool import NULL_BLOCK, BlockPool
 from engine.core.hashing import extend_hashes, root_hash
 from engine.messages import column
 
@@ -20,10 +20,10 @@ def test_blocks_without_content_are_reused_first_then_the_least_recently_freed()
     pool = BlockPool(7)
     old, new, bare = pool.allocate(2), pool.allocate(2), pool.allocate(2)
     for block, name in zip([*old, *new], (b"a", b"b", b"c", b"d"), strict=True):
-        pool.publish(block, name)
-    pool.release(old)
-    pool.release(new)
-    pool.release(bare)
+        pool.cache([block], [name])
+    pool.free(old)
+    pool.free(new)
+    pool.free(bare)
     assert pool.free_list() == [bare[0], bare[1], old[1], old[0], new[1], new[0]], "tails go before heads"
     pool.check()
 
@@ -31,33 +31,33 @@ def test_blocks_without_content_are_reused_first_then_the_least_recently_freed()
 def test_a_freed_block_is_found_until_it_is_reused():
     pool = BlockPool(4)
     blocks = pool.allocate(3)
-    pool.publish(blocks[0], b"a")
-    pool.publish(blocks[1], b"b")
-    pool.release(blocks)
-    assert pool.find([b"a", b"b", b"c"]) == blocks[:2]
+    pool.cache([blocks[0]], [b"a"])
+    pool.cache([blocks[1]], [b"b"])
+    pool.free(blocks)
+    assert pool.get_cached([b"a", b"b", b"c"]) == blocks[:2]
     pool.allocate(2)  # the anonymous one, then the tail
-    assert pool.find([b"a", b"b"]) == blocks[:1]
-    pool.hold(blocks[:1])
-    assert pool.free_count == 0
+    assert pool.get_cached([b"a", b"b"]) == blocks[:1]
+    pool.touch(blocks[:1])
+    assert pool.num_free == 0
     pool.check()
 
 
 def test_the_same_content_is_named_once():
     pool = BlockPool(4)
     first, second = pool.allocate(2)
-    pool.publish(first, b"a")
-    pool.publish(second, b"a")
-    assert pool.find([b"a"]) == [first]
+    pool.cache([first], [b"a"])
+    pool.cache([second], [b"a"])
+    assert pool.get_cached([b"a"]) == [first]
     pool.check()
 
 
 def test_forgetting_keeps_held_blocks():
     pool = BlockPool(4)
     blocks = pool.allocate(2)
-    pool.publish(blocks[0], b"a")
-    pool.forget_all()
-    assert pool.find([b"a"]) == []
-    assert pool.use == pytest.approx(2 / 3)
+    pool.cache([blocks[0]], [b"a"])
+    pool.reset_cache()
+    assert pool.get_cached([b"a"]) == []
+    assert pool.usage == pytest.approx(2 / 3)
     pool.check()
 
 
@@ -77,33 +77,33 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables: list[list[int]] = []
         self.count = 0
 
-    @precondition(lambda self: self.pool.free_count)
+    @precondition(lambda self: self.pool.num_free)
     @rule(data=st.data())
     def allocate(self, data: st.DataObject):
-        blocks = self.pool.allocate(data.draw(st.integers(1, self.pool.free_count)))
+        blocks = self.pool.allocate(data.draw(st.integers(1, self.pool.num_free)))
         assert NULL_BLOCK not in blocks
         self.tables.append(blocks)
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def release(self, data: st.DataObject):
-        self.pool.release(self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1))))
+        self.pool.free(self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1))))
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data(), name=st.sampled_from([b"a", b"b", b"c", b"d"]))
     def publish(self, data: st.DataObject, name: bytes):
-        self.pool.publish(data.draw(st.sampled_from(data.draw(st.sampled_from(self.tables)))), name)
+        self.pool.cache([data.draw(st.sampled_from(data.draw(st.sampled_from(self.tables))))], [name])
 
     @rule(name=st.sampled_from([b"a", b"b", b"c", b"d"]))
     def hold(self, name: bytes):
-        found = self.pool.find([name])
+        found = self.pool.get_cached([name])
         if found:
-            self.pool.hold(found)
+            self.pool.touch(found)
             self.tables.append(found)
 
     @rule()
     def forget(self):
-        self.pool.forget_all()
+        self.pool.reset_cache()
 
     @invariant()
     def balanced(self):
