@@ -26,7 +26,7 @@ from typing import Any, Literal, get_type_hints
 import pandas as pd
 
 from bench.files import CannotWriteError, replace_file, writing
-from engine.machine import cores, total_memory
+from engine.host import cores, total_memory
 
 Phase = Literal["probe", "search", "confirm", "ladder", "fixed", "closed"]
 

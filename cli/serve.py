@@ -14,11 +14,12 @@ from cli.options import SpreadCommand, with_options
 from cli.screen import verbatim_console
 from cli.serve_options import SERVER_OPTIONS
 from cli.serve_values import apply_formats, read_chat_template, read_overrides_of, split_adapters
-from cli.start_table import human_bytes, show_start
+from cli.start_table import show_start
 from cli.vllm_options import VLLM_OPTIONS
 from cli.vllm_options import notes as vllm_notes
 from engine.api.options import HttpOptions, Limits
 from engine.config import EngineConfig
+from engine.units import human_bytes
 
 FILE_WIDTH = 200
 
@@ -86,7 +87,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.api.run import ServeOptions, ServerRun
     from engine.api.tls import read_certificate
     from engine.frontend.logs import log_to_stderr
-    from engine.frontend.start import start_engine
+    from engine.start import start_engine
 
     http = HttpOptions(
         api_keys=read_keys(serving.api_keys, serving.api_key_file),

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.config import ABLATIONS, EngineConfig, watermark_blocks
+from engine.units import human_bytes
 
 
 def show_start(console: Console, engine: Any) -> None:
@@ -85,12 +86,3 @@ def kv_groups(ready: Any) -> list[tuple[str, str, str]]:
         f"{count} of the last {window:,} tokens" if window else f"{count} of all tokens" for window, count in groups
     ]
     return [("KV groups", ", ".join(sees), "")]
-
-
-def human_bytes(count: int) -> str:
-    value, unit = float(count), 0
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    while value >= 1024 and unit < len(units) - 1:
-        value /= 1024
-        unit += 1
-    return f"{value:.0f} {units[unit]}" if unit == 0 else f"{value:.1f} {units[unit]}"

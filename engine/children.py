@@ -1,9 +1,13 @@
-"""Child processes: framed orders on stdin, how a child ended, and a child that never outlives its parent.
+"""Child processes: one protocol for the EngineCore, the API processes and the ranks.
 
-stdin stays open as long as the parent lives, so that a child whose parent is gone ends too. Plain child processes
-instead of `multiprocessing`: a user's script needs no `__main__` guard.
+    parent ──options on stdin, then lines──► child
+    parent ◄──Loading, Up, Failure────────── child   (frames on a pipe; ranks send them over their socket)
+
+A child's stdin stays open as long as its parent lives, so a child whose parent is gone ends too. They are plain
+processes instead of `multiprocessing` ones, so that a user's script needs no `__main__` guard.
 """
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -11,24 +15,47 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
 import engine.errors
 from engine.errors import EngineDeadError, RedlineError, cause_of
 
+Options = TypeVar("Options", bound=msgspec.Struct)
+
+
+class Loading(msgspec.Struct, tag="loading"):
+    """Bytes of the weights that are read, and of all."""
+
+    done: int
+    total: int
+
+
+class Up(msgspec.Struct, tag="up"):
+    """The child is ready. `body` is its own report, encoded."""
+
+    body: msgspec.Raw = msgspec.Raw(b"\xc0")
+
+    @classmethod
+    def of(cls, body: Any) -> "Up":
+        return cls(msgspec.Raw(msgspec.msgpack.encode(body)))
+
+    def read(self, kind: type[Any]) -> Any:
+        return msgspec.msgpack.decode(self.body, type=kind)
+
 
 class Failure(msgspec.Struct, tag="failure"):
-    """Why a child ended: the class of a RedlineError where it was one."""
+    """Why a child ends; `kind` is the class of the error."""
 
     kind: str
     message: str
 
     @classmethod
-    def of(cls, error: RedlineError) -> "Failure":
+    def of(cls, error: Exception) -> "Failure":
         return cls(type(error).__name__, str(error))
 
     def error(self) -> RedlineError:
@@ -37,75 +64,191 @@ class Failure(msgspec.Struct, tag="failure"):
         return result
 
 
+Report: TypeAlias = Loading | Up | Failure
+Send: TypeAlias = Callable[[Report], None]
+
+encode_report = msgspec.msgpack.Encoder().encode
+decode_report = msgspec.msgpack.Decoder(Report).decode
+
 # ----------------------------------------------------------------------------------------------------- in the parent
 
 
-def spawn(module: str, orders: msgspec.Struct, pass_fds: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
-    """Start `python -m module` with its orders on stdin, which stays open."""
-    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, pass_fds=tuple(pass_fds))
+class ChildProcess:
+    """A child as its parent sees it.
+
+    Args:
+        module: run by `python -m`, with `options` on stdin.
+        name: for messages; the process id is added.
+        inherit: file descriptors that the child keeps.
+        memory_advice: what to do if the system killed the child for lack of memory.
+    """
+
+    def __init__(
+        self, module: str, options: msgspec.Struct, *, name: str, inherit: Sequence[int] = (), memory_advice: str
+    ):
+        self._child = spawn(module, options, inherit)
+        self._memory_advice = memory_advice
+        self.pid = self._child.pid
+        self.name = f"{name} (process {self.pid})"
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._child.poll()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for its end; False if it still runs after the timeout."""
+        try:
+            self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it by force, if it still runs; `wait` afterwards."""
+        self._child.kill()
+
+    def send_line(self, line: str) -> None:
+        """Write a line to its stdin; nothing happens if it has ended."""
+        stdin = self._child.stdin
+        assert stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            stdin.write(line.encode() + b"\n")
+            stdin.flush()
+
+    def error(self, failure: Failure | None, *, named: bool = True) -> RedlineError:
+        """The error of a child that has ended: its own, with the child's name if `named`, or how it ended."""
+        if failure is None:
+            return EngineDeadError(f"{self.name} {self._exit()}")
+        error = failure.error()
+        return type(error)(f"{self.name}: {error}") if named else error
+
+    def close(self) -> None:
+        """Close its stdin, which ends it if it still runs."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(OSError):  # lines that it did not read
+            self._child.stdin.close()
+
+    def _exit(self) -> str:
+        code = self.returncode
+        if code is None or code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name
+        hint = f"; if the system ran out of memory, {self._memory_advice}" if -code == signal.SIGKILL else ""
+        return f"was killed by {name}{hint}"
+
+
+class PipeOptions(msgspec.Struct, kw_only=True):
+    """Options of a child that reports on a pipe."""
+
+    report_fd: int = -1  # set by ReportingChild
+
+
+class ReportingChild(ChildProcess):
+    """A child that reports on a pipe."""
+
+    def __init__(
+        self, module: str, options: PipeOptions, *, name: str, inherit: Sequence[int] = (), memory_advice: str
+    ):
+        reports, options.report_fd = os.pipe()
+        self._reports = os.fdopen(reports, "rb", buffering=0)
+        try:
+            super().__init__(
+                module, options, name=name, inherit=(*inherit, options.report_fd), memory_advice=memory_advice
+            )
+        finally:
+            os.close(options.report_fd)
+
+    def next_report(self) -> Report | None:
+        """Block until the next report; None once the child has closed its end."""
+        data = read_frame(self._reports)
+        return None if data is None else decode_report(data)
+
+    def close(self) -> None:
+        super().close()
+        self._reports.close()
+
+
+def spawn(module: str, options: msgspec.Struct, inherit: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+    """Start `python -m module` with its options on stdin, which stays open."""
+    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, pass_fds=tuple(inherit))
     assert child.stdin is not None
-    try:
-        child.stdin.write(framed(orders))
+    with contextlib.suppress(BrokenPipeError):  # it has ended: waiting for its report gives the cause
+        child.stdin.write(frame(msgspec.msgpack.encode(options)))
         child.stdin.flush()
-    except BrokenPipeError:
-        pass  # it ended already: whoever waits for its report learns how
     return child
-
-
-def how_it_ended(child: "subprocess.Popen[bytes]", advice_if_killed: str) -> str:
-    """The end of a sentence about a child that has ended."""
-    code = child.returncode
-    if code is None or code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = f"; if the system ran out of memory, {advice_if_killed}" if -code == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"
 
 
 # ------------------------------------------------------------------------------------------------------ in the child
 
 
-def leave_signals_to_parent() -> None:
-    """A Ctrl-C reaches the whole terminal group; the parent decides when its children end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _ignore)
-    # The stacks of all threads, also of one that never comes back to Python.
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+def read_options(kind: type[Options]) -> Options | None:
+    """Read the options from stdin, and leave signals to the parent. None if the parent is gone."""
+    leave_signals_to_parent()
+    with os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+        data = read_frame(stdin)
+    return None if data is None else msgspec.msgpack.decode(data, type=kind)
+
+
+@contextlib.contextmanager
+def reports_to(descriptor: int) -> Iterator[Send]:
+    """A function that sends reports to the parent's pipe. Nothing happens if the parent is gone."""
+
+    def send(report: Report) -> None:
+        data = frame(encode_report(report))
+        with contextlib.suppress(BrokenPipeError):
+            while data:
+                data = data[os.write(descriptor, data) :]
+
+    try:
+        yield send
+    finally:
+        os.close(descriptor)
 
 
 def end_with_parent(on_line: Callable[[str], None] | None = None) -> None:
-    """Watch stdin, once the orders were read: it ends when the parent does, however it did.
-
-    `on_line` gets, from a thread, what the parent writes meanwhile.
-    """
+    """Watch stdin and end this process as soon as the parent has ended. `on_line` gets, from a thread, its lines."""
     threading.Thread(target=_wait_for_end, args=(on_line,), name="parent-watch", daemon=True).start()
 
 
-def run_reporting(run: Callable[[], None], tell: Callable[[Failure], None], name: str) -> int:
-    """Run to the end and return the exit code; whatever ends it otherwise is told to the parent, who shows it last."""
+def run_reporting(
+    run: Callable[[], None], send: Send, name: str = "", *, expected: tuple[type[Exception], ...] = ()
+) -> int:
+    """Run to the end and return the exit code. An error is reported to the parent, which shows it last.
+
+    Args:
+        name: the process, in the message of an error that is neither a RedlineError nor expected.
+        expected: classes of errors that are reported without a traceback.
+    """
+    known: tuple[type[Exception], ...] = (RedlineError, *expected)
     try:
         run()
-    except RedlineError as error:
-        tell(Failure.of(error))
-        return error.exit_code
+    except known as error:
+        send(Failure.of(error))
+        return error.exit_code if isinstance(error, RedlineError) else 1
     except BaseException as error:
-        logging.getLogger("redline").exception("%s failed", name)
-        tell(Failure("EngineDeadError", f"{name} failed: {cause_of(error)}"))
+        logging.getLogger("redline").exception("%s failed", name or "the process")
+        send(Failure("EngineDeadError", f"{name} failed: {cause_of(error)}" if name else cause_of(error)))
         return 1
     return 0
 
 
-def settle() -> None:
-    """What was made while starting lives for ever: keep it out of every later collection, give back what it took."""
-    import ctypes
+def freeze_heap() -> None:
+    """Exclude all objects made so far from garbage collection, and return memory that starting up has freed."""
     import gc
+
+    from engine.heap import trim_heap
 
     gc.collect()
     gc.freeze()
-    # The threads that read weights leave some hundred MB in glibc's pools, which keep them unless asked.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_heap()  # the threads that read weights leave some hundred MB in glibc's pools
+
+
+def leave_signals_to_parent() -> None:
+    """A Ctrl-C reaches the whole process group; the parent decides when its children end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _ignore)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # dumps stacks, also of threads that don't return to Python
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
@@ -125,15 +268,24 @@ def _wait_for_end(on_line: Callable[[str], None] | None) -> None:
 # ----------------------------------------------------------------------------------------------------------- frames
 
 
-def framed(message: Any) -> bytes:
-    data = msgspec.msgpack.encode(message)
+def frame(data: bytes) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def read_framed(stream: BinaryIO, decoder: "msgspec.msgpack.Decoder[Any]") -> Any:
-    """The next message; None once the other end has closed."""
+def read_frame(stream: FileIO) -> bytes | None:
+    """The next frame of an unbuffered stream; None once the other end has closed."""
     try:
-        head = stream.read(8)
-        return decoder.decode(stream.read(int.from_bytes(head, "little"))) if len(head) == 8 else None
-    except ValueError:  # the stream was closed here while it was waited for
+        head = _read_exactly(stream, 8)
+        return None if head is None else _read_exactly(stream, int.from_bytes(head, "little"))
+    except ValueError:  # the stream was closed here in the meantime
         return None
+
+
+def _read_exactly(stream: FileIO, length: int) -> bytes | None:
+    parts = b""
+    while len(parts) < length:
+        part = stream.read(length - len(parts))
+        if not part:
+            return None
+        parts += part
+    return parts

@@ -9,9 +9,8 @@ alone where all are alike, as between rows that follow each other.
 import struct
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int32s = NDArray[np.int32]
+from engine.arrays import Int32s
 
 _HEAD = struct.Struct("<ib")
 _KINDS: dict[int, np.dtype[np.signedinteger]] = {width: np.dtype(f"<i{width}") for width in (1, 2, 4, 8)}

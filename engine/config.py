@@ -1,4 +1,4 @@
-"""The configuration of one engine: made once by the command line or the Python API, then never changed."""
+"""The configuration of an engine. The command line or the Python API makes it once; it never changes."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
 DEVICES: tuple[str, ...] = ("auto", "cpu")
 KV_CACHE_DTYPES: tuple[str, ...] = ("int8",)
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
-# Names for what a checkpoint must be stored in; vLLM's for its own kernels of a method are the method.
+# Values of --quantization that name the format of the checkpoint, by the format. vLLM's names of kernels are accepted.
 STORED_QUANTIZATIONS = {
     "awq": "awq",
     "awq_marlin": "awq",
@@ -28,96 +28,105 @@ STORED_QUANTIZATIONS = {
     "fp8": "fp8",
     "fbgemm_fp8": "fbgemm-fp8",
 }
-AUTO_LENGTH = -1  # of max_model_len: the longest for which memory suffices
+AUTO_LENGTH = -1  # of max_model_len: the longest that fits in memory
 MISTRAL = "mistral"
 TOKENIZER_MODES: tuple[str, ...] = ("auto", "slow", MISTRAL)
-KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "torch")  # of the CPU
+KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "torch")  # ISAs of the CPU, and torch
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
 SPECULATORS: tuple[str, ...] = ("ngram",)
 SCHEDULING_POLICIES: tuple[str, ...] = ("fcfs", "priority")
-ROUTINGS: tuple[str, ...] = ("prefix", "least-loaded", "random")  # of requests to replicas
+ROUTINGS: tuple[str, ...] = ("prefix", "least-loaded", "random")  # how requests are assigned to replicas
 
-# What V0 did without, or did otherwise: each can be taken from V1 alone (--ablate), all together are --engine v0.
+# Parts of V1 that V0 lacked or did differently. --ablate switches off some of them, --engine v0 all.
 ABLATIONS: dict[str, str] = {
-    "no-chunking": "a prompt is computed whole in one step",
-    "prefill-first": "while prompts are computed, no running request gets a token",
-    "no-run-ahead": "a step is planned only when the tokens of the one before are known",
-    "inline-frontend": "texts are tokenised and detokenised in the engine's loop",
-    "full-state": "workers keep nothing: each step sends every request whole",
-    "no-prefix-cache": "equal beginnings are computed again",
-    "no-encoder-cache": "equal images are encoded again",
+    "no-chunking": "a prompt is computed whole, in one step",
+    "prefill-first": "no running request gets a token while prompts are computed",
+    "no-run-ahead": "a step is scheduled only when the tokens of the previous one are known",
+    "inline-frontend": "texts are tokenized and detokenized in the EngineCore's loop",
+    "full-state": "each step sends the full state of every request to the workers",
+    "no-prefix-cache": "no prefix caching",
+    "no-encoder-cache": "no encoder cache",
     "watermark": "1 % of the blocks stay free when a request is admitted",
-    "driver-broadcast": "rank 0 alone hears of steps, builds all inputs and broadcasts them",
+    "driver-broadcast": "rank 0 alone receives steps, builds all inputs and broadcasts them",
 }
-CHUNKING = ("no-chunking", "prefill-first")  # what --enable-chunked-prefill gives back to V0
+CHUNKING = ("no-chunking", "prefill-first")  # not ablated in V0 with --enable-chunked-prefill
 V0_OPTIONS = ("num_scheduler_steps", "enable_chunked_prefill")
-DRIVER_BROADCAST = "driver-broadcast"  # of several ranks only
+DRIVER_BROADCAST = "driver-broadcast"  # needs several ranks
 
 KV_ALLOCATION = "--kv-cache-memory-bytes"
 
-SHUTDOWN_TIMEOUT_S = 30.0  # for running requests to end; as long as Kubernetes gives a pod by default
-STEP_TIMEOUT_S = 300.0  # of the watchdog; generous, since a long prompt on a slow machine is no fault
+SHUTDOWN_TIMEOUT_S = 30.0  # for running requests to end; the grace period of a Kubernetes pod by default
+STEP_TIMEOUT_S = 300.0  # of the watchdog; long enough for a long prompt on a slow machine
 
 
 def window_blocks(window: int, tokens: int, block_size: int) -> int:
-    """Most blocks in which `tokens` tokens in a row, their own positions included, see as far back as a window."""
+    """Most blocks that `tokens` consecutive tokens can see, each as far back as a window, its own position included."""
     return (window + tokens - 2) // block_size + 2
 
 
 def watermark_blocks(num_blocks: int) -> int:
-    """V0's share of the blocks, 1 %, that stays free when a request is admitted; `num_blocks` with the null block."""
+    """Blocks that V0 keeps free when it admits a request: 1 % of `num_blocks`, which includes the null block."""
     return num_blocks // 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What the user asked for; None means: from the model or the device (see `engine.memory`)."""
+    """The options of an engine. None means: chosen from the model or the device (see `engine.memory`)."""
 
-    model: str  # as given: a short name, a folder, or a hub id
+    model: str  # a short name, a folder, or a hub id
     tokenizer: str | None = None  # a folder; None: the model's own
-    tokenizer_mode: str = "auto"  # of TOKENIZER_MODES; mistral: a folder's files in Mistral's own form, weights too
-    served_model_name: str | Sequence[str] | None = None  # one or several; answers show the first
-    chat_template: str | None = None  # Jinja, instead of the model's own
-    hf_overrides: str | Mapping[str, Any] | None = None  # fields of config.json, also as a JSON text
+    tokenizer_mode: str = "auto"  # of TOKENIZER_MODES; mistral: read Mistral's own files, weights too
+    served_model_name: str | Sequence[str] | None = None  # one or several; responses show the first
+    chat_template: str | None = None  # Jinja, in place of the model's
+    hf_overrides: str | Mapping[str, Any] | None = None  # fields of config.json, or JSON text
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1  # replicas behind one front end, which share cores and memory
-    replica: int = 0  # which of them this engine is; set for each by whoever starts them
+    replica: int = 0  # the number of this one; set by engine.replicas
     routing: str = "prefix"  # of ROUTINGS
-    generation_config: str = "auto"  # whose sampling defaults: the model's, those of a folder, or none
-    override_generation_config: dict[str, Any] | None = None  # fields that win over the file's
+    generation_config: str = "auto"  # source of sampling defaults: auto (the model), none, or a folder
+    override_generation_config: dict[str, Any] | None = None  # fields that replace those of the file
     dtype: Dtype = "auto"
     max_model_len: int | None = None  # tokens of one request, prompt and output; or AUTO_LENGTH
-    max_num_seqs: int | None = None  # rows
-    max_num_batched_tokens: int | None = None  # the budget: tokens a step
-    block_size: int | None = None  # tokens a block
+    max_num_seqs: int | None = None  # most requests that run at the same time
+    max_num_batched_tokens: int | None = None  # token budget of a step
+    block_size: int | None = None  # tokens per KV block
     kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float | None = None  # share of the device's free memory that the engine may take
+    gpu_memory_utilization: float | None = None  # fraction of the free memory that the engine may take
     enable_prefix_caching: bool = True
     seed: int = 0
     load_format: LoadFormat = "auto"
     device: Device = "auto"
     kernels: str = "auto"  # of KERNELS
-    quantization: str | None = None  # of QUANTIZATIONS, or STORED_QUANTIZATIONS; None: weights as --dtype says
-    stored_quantization: str | None = None  # what the checkpoint must be stored in; set by those names
-    kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as --dtype says
-    num_layers: int | None = None  # with dummy weights: fewer layers than the config says
+    quantization: str | None = None  # of QUANTIZATIONS or STORED_QUANTIZATIONS; None: as dtype
+    stored_quantization: str | None = None  # the format the checkpoint must have; set from quantization
+    kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as dtype
+    num_layers: int | None = None  # with dummy weights: only the first layers
     scheduling_policy: str = "fcfs"
     speculative: str | None = None  # of SPECULATORS
-    num_speculative_tokens: int = 4  # guesses that a request gets in a step, at most
-    adapters: tuple[tuple[str, str], ...] = ()  # LoRA: names that clients use, and folders
-    engine: str | None = None  # of ENGINES; None: v1, but v0 where an option is given that v0 alone has
+    num_speculative_tokens: int = 4  # most draft tokens per request and step
+    adapters: tuple[tuple[str, str], ...] = ()  # LoRA: names and folders
+    engine: str | None = None  # of ENGINES; None: v1, or v0 if an option is given that only v0 has
     ablate: tuple[str, ...] = ()  # of ABLATIONS
-    num_scheduler_steps: int | None = None  # with v0: steps for each time the scheduler runs
-    enable_chunked_prefill: bool | None = None  # with v0: V0's own chunked prefill, off by default as it was
+    num_scheduler_steps: int | None = None  # v0 only: decode steps per run of the scheduler
+    enable_chunked_prefill: bool | None = None  # v0 only; off by default
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ablate", tuple(self.ablate))  # a list, where it came as a message
+        object.__setattr__(self, "ablate", tuple(self.ablate))  # messages carry lists
         object.__setattr__(self, "adapters", tuple((name, path) for name, path in self.adapters))
         self._normalize()
         names = [name for name, _ in self.adapters]
         if len({*names, *self.names}) < len(names) + len(self.names):
-            raise ConfigError("--lora: each adapter needs a name of its own, other than the model's")
+            raise ConfigError("--lora: adapter names must be unique and differ from the model's name")
+        self._check_numbers()
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{flag(name)} must be one of {', '.join(filter(None, allowed))}, not {getattr(self, name)!r}"
+                )
+        self._check_engine()
+
+    def _check_numbers(self) -> None:
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -127,7 +136,7 @@ class EngineConfig:
         if self.block_size is not None and (self.block_size < 1 or self.block_size & (self.block_size - 1)):
             raise ConfigError(f"--block-size must be a power of two, not {self.block_size}")
         if not 0 <= self.replica < self.data_parallel_size:
-            raise ConfigError(f"replica {self.replica} is none of the {self.data_parallel_size} of --dp")
+            raise ConfigError(f"replica must be below --dp ({self.data_parallel_size}), not {self.replica}")
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"--gpu-memory-utilization must lie in (0, 1], not {share}")
@@ -139,15 +148,9 @@ class EngineConfig:
                 f"--max-num-batched-tokens ({budget}) must not be below --max-num-seqs ({rows}): "
                 "each running request needs one token a step"
             )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{flag(name)} must be one of {', '.join(filter(None, allowed))}, not {getattr(self, name)!r}"
-                )
-        self._check_engine()
 
     def _normalize(self) -> None:
-        """One spelling for what can be said in several."""
+        """Map aliases to one value."""
         given = self.served_model_name
         names = () if given is None else (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
         if not all(names):
@@ -166,7 +169,7 @@ class EngineConfig:
 
     @property
     def v0_options(self) -> tuple[str, ...]:
-        """Flags of what was given that V0 alone has."""
+        """The flags of given options that only V0 has."""
         return tuple(flag(name) for name in V0_OPTIONS if getattr(self, name) is not None)
 
     def _check_engine(self) -> None:
@@ -175,20 +178,24 @@ class EngineConfig:
                 raise ConfigError(f"--ablate must be of {', '.join(ABLATIONS)}, not {ablation!r}")
         if self.engine == "v1" and self.num_scheduler_steps is not None:
             raise ConfigError(
-                "--num-scheduler-steps is V0's, not --engine v1's: V1 plans each step while the one before runs, and "
-                "takes several at once by itself when nothing waits (give --engine v0, or leave the flag out)"
+                "--num-scheduler-steps is an option of V0: V1 always schedules a step while the previous one runs, and "
+                "submits several steps at once when nothing waits (give --engine v0, or leave the flag out)"
             )
         if self.engine == "v1" and self.enable_chunked_prefill is not None:
             raise ConfigError(
-                "--enable-chunked-prefill is V0's, not --engine v1's: V1 always computes prompts in chunks of the "
-                "budget (--ablate no-chunking takes that away; give --engine v0, or leave the flag out)"
+                "--enable-chunked-prefill is an option of V0: V1 always computes prompts in chunks of the token budget "
+                "(--ablate no-chunking switches that off; give --engine v0, or leave the flag out)"
             )
         if self.engine == "v0" and self.ablate:
-            raise ConfigError("--ablate takes parts from V1: --engine v0 is without all of them already")
+            raise ConfigError("--ablate switches off parts of V1; --engine v0 already switches off all of them")
         if DRIVER_BROADCAST in self.ablate and self.tensor_parallel_size == 1:
-            raise ConfigError(f"--ablate {DRIVER_BROADCAST} needs --tp 2 or more: one rank has none to broadcast to")
+            raise ConfigError(
+                f"--ablate {DRIVER_BROADCAST} needs --tp 2 or more: a single rank has no others to broadcast to"
+            )
         if self.speculative and "full-state" in self.ablations:
-            raise ConfigError("--speculative needs workers that keep their state: not --engine v0, --ablate full-state")
+            raise ConfigError(
+                "--speculative does not work with --engine v0 or --ablate full-state: workers must keep request state"
+            )
         if self.num_scheduler_steps is not None and self.num_scheduler_steps < 1:
             raise ConfigError(f"--num-scheduler-steps must be at least 1, not {self.num_scheduler_steps}")
         if (self.num_scheduler_steps or 1) > 1 and self.enable_chunked_prefill:
@@ -196,7 +203,7 @@ class EngineConfig:
 
     @property
     def ablations(self) -> frozenset[str]:
-        """What this engine does without."""
+        """The parts of V1 that are switched off, by --ablate or by V0."""
         if self.engine == "v1":
             return frozenset(self.ablate)
         kept = {*(CHUNKING if self.enable_chunked_prefill else ())}
@@ -206,21 +213,21 @@ class EngineConfig:
 
     @property
     def total_ranks(self) -> int:
-        """The ranks of all replicas: they share the cores."""
+        """The number of ranks of all replicas, which share the cores."""
         return self.data_parallel_size * self.tensor_parallel_size
 
     @property
     def first_rank(self) -> int:
-        """This replica's first, counted over all replicas."""
+        """The number of this replica's first rank, counted over all replicas."""
         return self.replica * self.tensor_parallel_size
 
     def describe(self) -> dict[str, Any]:
-        """Plain data, for the start table and result files."""
+        """The fields as plain data."""
         return dataclasses.asdict(self)
 
     @property
     def name(self) -> str:
-        """The name of the model in answers."""
+        """The name of the model in responses."""
         return self.names[0]
 
     @property
@@ -230,7 +237,7 @@ class EngineConfig:
         return (given,) if isinstance(given, str) else tuple(given or (self.model,))
 
     def fallback_note(self) -> str:
-        """What is said where an option of V0's chose the engine."""
+        """The note that an option of V0 has chosen the engine."""
         chosen = " and ".join(self.v0_options)
         return (
             f"{chosen}: V1 has no such option, so this engine runs as --engine v0 (without it, V1 does both by itself)"
@@ -238,11 +245,11 @@ class EngineConfig:
 
 
 def read_overrides(text: str, option: str = "--hf-overrides") -> dict[str, Any]:
-    """Fields of config.json from a JSON text."""
+    """Parse fields of config.json from JSON text."""
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{option} is no JSON: {error}") from error
+        raise ConfigError(f"{option} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{option} must be a JSON object, not {text}")
     return found
@@ -275,21 +282,21 @@ def flag(field: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
-    """Every choice made: what the scheduler and the workers run by."""
+    """The configuration of the scheduler and the workers, with every choice made."""
 
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
-    num_blocks: int  # with the null block, number 0
-    kv_windows: tuple[int, ...] = (0,)  # of each KV group: how many tokens a query sees, its own included; 0: all
+    num_blocks: int  # includes the null block, number 0
+    kv_windows: tuple[int, ...] = (0,)  # of each KV group: tokens that a query sees, its own included; 0: all
     enable_prefix_caching: bool
-    encoder_cache_tokens: int = 0  # embeddings of items that stay on the device; 0: as many as the budget
+    encoder_cache_tokens: int = 0  # embeddings that stay on the device; 0: as the token budget
     scheduling_policy: str = "fcfs"
     ablations: frozenset[str] = frozenset()
-    draft_tokens: int = 0  # guesses that a decoding row may get beside its token, at most
-    scheduler_steps: int = 1  # steps for each time the scheduler runs; only V0's
+    draft_tokens: int = 0  # most draft tokens per decoding request and step
+    scheduler_steps: int = 1  # v0 only: decode steps per run of the scheduler
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ablations", frozenset(self.ablations))  # a list, where it came as a message
+        object.__setattr__(self, "ablations", frozenset(self.ablations))  # messages carry lists
         object.__setattr__(self, "kv_windows", tuple(self.kv_windows))

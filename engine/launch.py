@@ -1,14 +1,11 @@
-"""Builds the processes of an engine and owns their start and end.
+"""The EngineCore's process: started and ended by its parent, built in the child.
 
-The EngineCore is a child that gets its orders on stdin (one msgpack map) and reports on a pipe: Ready, or the error
-that ended it (see `engine.children`).
+This is the only module that imports both the core and the worker. `engine.children` has the protocol between parent and
+child.
 """
 
-import contextlib
 import logging
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,22 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import zmq
 
 from engine import children
-from engine.children import Failure, framed, read_framed
+from engine.children import Failure, Loading, ReportingChild, Up
 from engine.clock import MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
-from engine.errors import EngineDeadError, RedlineError
 from engine.messages import Ready, Shutdown, encode
 from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
     from engine.frontend.inline import InlineTexts
+    from engine.worker.executor import RankHandle
 
-STOP_GRACE_S = 5.0  # beyond the drain, before the child is ended by force
+STOP_GRACE_S = 5.0  # after the drain, before the child is killed
 PROBE_S = 0.1
 
 
@@ -44,35 +40,24 @@ class Endpoints:
 
     @property
     def folder(self) -> str:
-        """Where the sockets lie: the parent removes it, whatever became of the core."""
+        """The folder of the sockets, which the parent removes."""
         return os.path.dirname(self.to_core.removeprefix("ipc://"))
 
 
-class _Orders(msgspec.Struct):
+class CoreOptions(children.PipeOptions):
     config: dict[str, Any]
     to_core: str
     from_core: tuple[str, ...]
-    report_fd: int
     step_timeout_s: float
     memory: int | None  # bytes that the engine may count on; None: what is free
 
 
-class _Up(msgspec.Struct, tag="up"):
-    ready: Ready
-
-
-class _Loading(msgspec.Struct, tag="loading"):
-    done: int  # bytes of the weights
-    total: int
-
-
-_reports = msgspec.msgpack.Decoder(_Up | _Loading | Failure)
-
-
 class CoreProcess:
-    """The EngineCore in a process of its own; `step_timeout_s` is its watchdog's, 0 for none.
+    """The EngineCore in a process of its own.
 
-    `memory` are the bytes that it may count on, where it isn't the only one to start; None: what is free then.
+    Args:
+        step_timeout_s: of its watchdog; 0 for none.
+        memory: bytes that the core may count on if others start at the same time; None: what is free then.
     """
 
     def __init__(
@@ -90,30 +75,27 @@ class CoreProcess:
         self._expected_end = False
         self._up = False
         self._failure: Failure | None = None
-        report_read, report_write = os.pipe()
-        self._reports = os.fdopen(report_read, "rb")
-        try:
-            to_core, from_core = self.endpoints.to_core, self.endpoints.from_core
-            orders = _Orders(config.describe(), to_core, from_core, report_write, step_timeout_s, memory)
-            self._child = children.spawn("engine.launch", orders, (report_write,))
-        finally:
-            os.close(report_write)
-
-    @property
-    def process_id(self) -> int:
-        return self._child.pid
+        to_core, from_core = self.endpoints.to_core, self.endpoints.from_core
+        self._child = ReportingChild(
+            "engine.launch",
+            CoreOptions(config.describe(), to_core, from_core, step_timeout_s, memory),
+            name="the EngineCore",
+            memory_advice="lower --kv-cache-memory-bytes",
+        )
 
     def wait_ready(
         self, on_wait: Callable[[], None] | None = None, loading: Callable[[int, int], None] | None = None
     ) -> Ready:
-        """Block until the core is up, calling `on_wait` meanwhile; a failing start raises its own error here.
+        """Block until the core is up. If it fails to start, its error is raised here.
 
-        `loading` hears, from a thread, how many bytes of the weights were read, and how many there are.
+        Args:
+            on_wait: called every PROBE_S.
+            loading: called from a thread with the bytes of weights that are read, and of all.
         """
-        box: list[_Up | Failure | None] = []
+        box: list[Up | Failure | None] = []
 
         def read() -> None:
-            while isinstance(report := self._next_report(), _Loading):
+            while isinstance(report := self._child.next_report(), Loading):
                 if loading is not None:
                     loading(report.done, report.total)
             box.append(report)
@@ -125,38 +107,37 @@ class CoreProcess:
             if on_wait is not None:
                 on_wait()
         report = box[0]
-        if isinstance(report, _Up):
+        if isinstance(report, Up):
             self._up = True
-            return report.ready
+            ready: Ready = report.read(Ready)
+            return ready
         self._failure = report
         self._expected_end = True
         self._child.wait()
         self._clean()
-        raise self._error()
+        raise self._child.error(report, named=False)
 
     def watch(self, on_death: Callable[[str], None]) -> None:
-        """Call back from a thread, with the cause in one line, if the core ends without having been told to."""
+        """Call back from a thread, with the cause in one line, if the core exits unexpectedly."""
 
         def wait() -> None:
-            report = self._next_report()
+            report = self._child.next_report()
             self._failure = report if isinstance(report, Failure) else None
             self._child.wait()
             if not self._expected_end:
-                on_death(str(self._error()))
+                on_death(str(self._child.error(self._failure, named=False)))
 
         threading.Thread(target=wait, name="core-watch", daemon=True).start()
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Let running requests finish for `drain_s`, then end the core; safe to call twice."""
         self._expected_end = True
-        if not self._up:  # it listens to nobody yet, and has nothing to finish
+        if not self._up:  # it has no request, and does not read messages yet
             self._child.kill()
             self._child.wait()
-        elif self._child.poll() is None:
+        elif self._child.returncode is None:
             self._ask_to_end(drain_s)
-            try:
-                self._child.wait(drain_s + STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
+            if not self._child.wait(drain_s + STOP_GRACE_S):
                 self._child.kill()
                 self._child.wait()
         self._clean()
@@ -170,20 +151,8 @@ class CoreProcess:
         socket.close()
         context.term()
 
-    def _next_report(self) -> "_Up | _Loading | Failure | None":
-        """The child's next report; None once it has closed its end."""
-        return read_framed(self._reports, _reports)
-
-    def _error(self) -> RedlineError:
-        if self._failure is not None:
-            return self._failure.error()
-        end = children.how_it_ended(self._child, "lower --kv-cache-memory-bytes")
-        return EngineDeadError(f"the EngineCore (process {self._child.pid}) {end}")
-
     def _clean(self) -> None:
-        for stream in (self._child.stdin, self._reports):
-            if stream is not None:
-                stream.close()
+        self._child.close()
         self._folder.remove()
 
 
@@ -191,12 +160,12 @@ class CoreProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """A core that could run."""
+class BuiltCore:
+    """A core that is ready to run."""
 
     server: "CoreServer"
     ready: Ready
-    ranks: tuple[int, ...]  # their processes, where they aren't this one
+    ranks: "tuple[RankHandle, ...]"  # empty if this process is the only rank
 
 
 def build_core_server(
@@ -204,8 +173,13 @@ def build_core_server(
     endpoints: Endpoints,
     progress: Callable[[int, int], None] | None = None,
     memory: int | None = None,
-) -> Built:
-    """Load the model, plan memory, allocate, and build the server; `progress` hears how much of the weights is read."""
+) -> BuiltCore:
+    """Plan memory, load the model, and build the core's server.
+
+    Args:
+        progress: called with the bytes of weights that are read, and of all.
+        memory: bytes that the engine may count on; None: what is free.
+    """
     from engine.worker.threads import limit_libraries
 
     limit_libraries()  # before anything below imports torch
@@ -213,21 +187,16 @@ def build_core_server(
     from engine.length import fit_length
     from engine.memory import resolve
     from engine.model.facts import read_facts
-    from engine.worker.executor import InProcessExecutor
-    from engine.worker.multiprocess import MultiprocessExecutor
+    from engine.worker.executor import make_executor
 
     start = time.monotonic()
     config, memory = fit_length(config, memory)
     facts = read_facts(config)
     resolution = resolve(config, facts, memory)
     ledger = [("read the configuration", time.monotonic() - start)]
-    executor: InProcessExecutor | MultiprocessExecutor
-    if config.tensor_parallel_size > 1:
-        executor = MultiprocessExecutor(config, facts, resolution.config, folder=endpoints.folder, progress=progress)
-    else:
-        executor = InProcessExecutor(config, facts, resolution.config, progress=progress)
-    ledger += executor.seconds.items()
     resolved = resolution.config
+    executor = make_executor(config, facts, resolved, folder=endpoints.folder, progress=progress)
+    ledger += executor.seconds.items()
     inline = build_inline(config, resolved, facts.vocab_size) if "inline-frontend" in resolved.ablations else None
     server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core, inline)
     began = time.monotonic()
@@ -235,10 +204,7 @@ def build_core_server(
         server.core.load_adapter(name, path).result()
     if config.adapters:
         ledger.append(("load adapters", time.monotonic() - began))
-    ranks: tuple[int, ...] = ()
-    if isinstance(executor, MultiprocessExecutor):
-        ranks = tuple(executor.process_ids)
-        executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
+    executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
     ready = Ready(
         model_path=str(facts.path),
         device=resolution.device,
@@ -261,11 +227,11 @@ def build_core_server(
         kv_windows=resolved.kv_windows,
         sequences=resolution.sequences,
     )
-    return Built(server, ready, ranks)
+    return BuiltCore(server, ready, tuple(executor.ranks))
 
 
 def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int) -> "InlineTexts":
-    """The front end within the core's loop, with the model's tokenizer."""
+    """The front end inside the core's loop (`--ablate inline-frontend`)."""
     from pathlib import Path
 
     from engine.frontend.inline import InlineTexts
@@ -277,40 +243,33 @@ def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int
 
 
 def main() -> int:
-    """The EngineCore's process, from orders on stdin to its end."""
+    """The EngineCore's process, from the options on stdin to its end."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
-    children.leave_signals_to_parent()
-    orders = read_framed(sys.stdin.buffer, msgspec.msgpack.Decoder(_Orders))
-    if orders is None:
+    options = children.read_options(CoreOptions)
+    if options is None:
         return 1
     children.end_with_parent()
-    with os.fdopen(orders.report_fd, "wb") as report:
+    with children.reports_to(options.report_fd) as send:
+        return children.run_reporting(lambda: _run(options, send), send, "the EngineCore")
 
-        def tell(message: _Up | _Loading | Failure) -> None:
-            report.write(framed(message))
-            report.flush()
 
-        def run() -> None:
-            endpoints = Endpoints(orders.to_core, orders.from_core)
-            built = build_core_server(
-                EngineConfig(**orders.config), endpoints, lambda *loaded: tell(_Loading(*loaded)), orders.memory
-            )
+def _run(options: CoreOptions, send: children.Send) -> None:
+    endpoints = Endpoints(options.to_core, options.from_core)
+    config = EngineConfig(**options.config)
+    built = build_core_server(config, endpoints, lambda *loaded: send(Loading(*loaded)), options.memory)
 
-            def give_up(cause: str) -> None:
-                # What hangs can't be waited for: ranks and this process end at once, the cause first.
-                tell(Failure("EngineDeadError", cause))
-                for process in built.ranks:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process, signal.SIGKILL)
-                os._exit(1)
+    def give_up(cause: str) -> None:
+        # A hanging step can't be waited for: report the cause, then end the ranks and this process at once.
+        send(Failure("EngineDeadError", cause))
+        for rank in built.ranks:
+            rank.kill()
+        os._exit(1)
 
-            if orders.step_timeout_s > 0:
-                built.server.watch(orders.step_timeout_s, give_up, built.ranks)
-            children.settle()
-            tell(_Up(built.ready))
-            built.server.run()
-
-        return children.run_reporting(run, tell, "the EngineCore")
+    if options.step_timeout_s > 0:
+        built.server.watch(options.step_timeout_s, give_up, tuple(rank.pid for rank in built.ranks))
+    children.freeze_heap()
+    send(Up.of(built.ready))
+    built.server.run()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from engine.errors import EngineDeadError, RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.conversation import shape_conversation
 from engine.frontend.sampling import SamplingParams
-from engine.frontend.start import Engine, start_engine
 from engine.frontend.streams import TokenLogprob, Whole, gather
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import kept_tokens, truncate
+from engine.start import Engine, start_engine
 
 Prompt = str | list[int] | dict[str, Any]
 Conversation = list[dict[str, Any]]

@@ -15,9 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.arrays import Int32s
 from engine.columns import unpack_table
-
-Int32s = NDArray[np.int32]
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
 

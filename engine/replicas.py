@@ -1,4 +1,4 @@
-"""Starts and ends the cores of an engine together: one, or one for each replica (`--dp`)."""
+"""Starts and ends the EngineCores of an engine together: one for each replica (`--dp`)."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -14,9 +14,10 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
     count = config.data_parallel_size
     if count == 1:
         return (CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s),)
-    from engine.machine import available_memory
+    from engine.devices import machine_for
 
-    memory = available_memory() // count  # measured once: each of them would see what the others have taken already
+    # Measured once, since each core would see less once others have allocated.
+    memory = machine_for(config).available_memory() // count
     started: list[CoreProcess] = []
     try:
         for number in range(count):
@@ -34,23 +35,23 @@ def wait_all_ready(
     on_wait: Callable[[], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
 ) -> tuple[Ready, ...]:
-    """Block until all cores are up, or one can't be: its error is raised, and the others must be stopped.
+    """Block until all cores are up. If one fails, its error is raised, and the caller must stop the others.
 
-    Arguments as of `start_engine`; bytes read are those of all replicas together.
+    Arguments as of `start_engine`; bytes read are summed over replicas.
     """
     if len(cores) == 1:
         return (cores[0].wait_ready(on_wait, loading),)
     loaded = [(0, 0)] * len(cores)
 
     def start(number: int) -> Ready:
-        def hear(done: int, total: int) -> None:
+        def on_loaded(done: int, total: int) -> None:
             loaded[number] = done, total
             if loading is not None:
                 loading(sum(done for done, _ in loaded), max(total for _, total in loaded) * len(cores))
 
-        return cores[number].wait_ready(loading=hear)
+        return cores[number].wait_ready(loading=on_loaded)
 
-    # Whoever is interrupted here stops the cores, which ends these threads.
+    # If this is interrupted, the caller stops the cores, which ends these threads.
     pool = ThreadPoolExecutor(len(cores), thread_name_prefix="start")
     try:
         waiting = [pool.submit(start, number) for number in range(len(cores))]

@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 
 from bench import machine  # noqa: E402
 from bench.loadgen import recording  # noqa: E402
-from engine.machine import cores  # noqa: E402
+from engine.host import cores  # noqa: E402
 
 TESTS = Path(__file__).parent
 MOST_WORKERS = 8
@@ -35,7 +35,7 @@ SLOW = (
     "cli/test_workload.py", "plots/test_percentiles.py", "cli/test_target_options.py", "plots/test_ablation.py",
     "bench/loadgen/test_closed_loop.py", "engine/test_llm.py", "plots/test_timeline.py",
     "engine/kernels/cpu/test_build.py", "engine/model/test_native.py", "engine/model/test_kvgroups.py",
-    "engine/worker/test_broadcast.py", "engine/worker/test_prompt_logprobs.py",
+    "engine/worker/test_driver_broadcast.py", "engine/worker/test_prompt_logprobs.py",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from bench.loadgen.loop import Job, Loop, Observer, Start
 from bench.loadgen.recording import GeneratorUse, Recording
 from bench.loadgen.target import Target, encode_request, resolve
 from bench.workloads.base import RequestSpec
-from engine.machine import cores
+from engine.host import cores
 
 CHUNKS_A_CORE = 60_000  # a second; one process spends about two thirds of a core on them
 

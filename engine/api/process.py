@@ -1,34 +1,29 @@
-"""One more API process of a server: `python -m engine.api.process`, started and ended by the first (see `run`).
+"""A further API process of a server: `python -m engine.api.process`, started and ended by the first (see `run`).
 
-It has a front-end number and a listening socket of its own and shares the counters. It gets its orders on stdin, then
-lines: `lose REPLICA CAUSE`, `finish`, or `end CAUSE`; it never ends by itself but when it fails.
+It has its own front-end number and listening socket, and shares the counters. After its options it gets lines on stdin:
+`lose REPLICA CAUSE`, `finish`, or `end CAUSE`. It ends by itself only if it fails.
 """
 
 import asyncio
 import contextlib
-import os
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from engine import children
 from engine.api.options import HttpOptions
-from engine.children import Failure
-from engine.errors import EngineDeadError, RedlineError
+from engine.children import Failure, ReportingChild, Up
 from engine.frontend.connect import CoreAddress
 
 if TYPE_CHECKING:
     from engine.frontend.connect import EngineClient
 
 
-class Orders(msgspec.Struct):
-    """All that a further API process must know; descriptors are those it inherits."""
+class ApiProcessOptions(children.PipeOptions):
+    """Everything that a further API process must know. It inherits the descriptors."""
 
     front_end: int
     front_ends: int
@@ -40,168 +35,130 @@ class Orders(msgspec.Struct):
     cores: tuple[CoreAddress, ...]  # of all replicas
     routing: str
     sampling_defaults: dict[str, int | float]
-    eos_ids: tuple[int, ...]  # beside the tokenizer's own
+    eos_ids: tuple[int, ...]  # in addition to the tokenizer's
     created: int
     http: HttpOptions
     log_requests: bool
-    first_sequence: int = 1  # of its requests' numbers; a process that follows one that died goes on far behind
+    first_sequence: int = 1  # of its requests; the successor of a dead process continues far above
     listener: int = -1
     boards: tuple[int, ...] = ()
-    report: int = -1
-
-
-class _Up(msgspec.Struct, tag="up"):
-    pass
-
-
-_reports: "msgspec.msgpack.Decoder[_Up | Failure]" = msgspec.msgpack.Decoder(_Up | Failure)
 
 
 # ----------------------------------------------------------------------------------------------------- in the parent
 
 
-class ApiProcess:
+class ApiProcess(ReportingChild):
     """A further API process, as the first one sees it."""
 
-    def __init__(self, orders: Orders, listener: socket.socket, boards: Sequence[int]):
-        report_read, report_write = os.pipe()
-        self._reports = os.fdopen(report_read, "rb")
-        self._told = False
-        orders.listener, orders.boards, orders.report = listener.fileno(), tuple(boards), report_write
-        try:
-            passed = (listener.fileno(), *boards, report_write)
-            self._child = children.spawn("engine.api.process", orders, passed)
-        finally:
-            os.close(report_write)
-        self.name = f"API process {orders.front_end} (process {self._child.pid})"
-
-    @property
-    def process_id(self) -> int:
-        return self._child.pid
+    def __init__(self, options: ApiProcessOptions, listener: socket.socket, boards: Sequence[int]):
+        self._stopping = False
+        options.listener, options.boards = listener.fileno(), tuple(boards)
+        super().__init__(
+            "engine.api.process",
+            options,
+            name=f"API process {options.front_end}",
+            inherit=(listener.fileno(), *boards),
+            memory_advice="lower --api-servers or --kv-cache-memory-bytes",
+        )
 
     def wait_up(self) -> None:
-        """Block until it could serve; raises the RedlineError that says why it can't."""
-        report = children.read_framed(self._reports, _reports)
-        if not isinstance(report, _Up):
-            self._child.wait()
-            raise self._error(report)
+        """Block until it is ready to serve; raises its RedlineError if it is not."""
+        report = self.next_report()
+        if not isinstance(report, Up):
+            self.wait()
+            raise self.error(report if isinstance(report, Failure) else None)
 
     def watch(self, on_end: Callable[[str | None], None]) -> None:
-        """Call back from a thread when it has ended; with the cause if it wasn't told to."""
+        """Call back from a thread when it has ended: with the cause, or None if it was asked to end."""
 
         def wait() -> None:
-            report = children.read_framed(self._reports, _reports)
-            self._child.wait()
-            on_end(None if self._told else str(self._error(report)))
+            report = self.next_report()
+            self.wait()
+            error = self.error(report if isinstance(report, Failure) else None)
+            on_end(None if self._stopping else str(error))
 
         threading.Thread(target=wait, name="api-watch", daemon=True).start()
 
     def finish(self) -> None:
         """Let it end when its requests are done."""
-        self._told = True
-        self._say("finish")
+        self._stopping = True
+        self.send_line("finish")
 
     def lose(self, replica: int, cause: str) -> None:
-        """Tell it that a replica is gone, and that others serve on."""
-        self._say(f"lose {replica} {' '.join(cause.split())}")
+        """Notify it that a replica is gone while others serve on."""
+        self.send_line(f"lose {replica} {' '.join(cause.split())}")
 
     def end(self, cause: str) -> None:
-        """Have it tell its clients the cause, and end."""
-        self._told = True
-        self._say(f"end {' '.join(cause.split())}")
+        """Have it report the cause to its clients, and end."""
+        self._stopping = True
+        self.send_line(f"end {' '.join(cause.split())}")
 
-    def kill(self) -> None:
-        """End it by force, if it still runs; safe to call twice."""
-        self._told = True
-        self._child.kill()
-        self._child.wait()
-        assert self._child.stdin is not None
-        with contextlib.suppress(OSError):  # what it was told and didn't read
-            self._child.stdin.close()
-        self._reports.close()
-
-    def _say(self, line: str) -> None:
-        stdin = self._child.stdin
-        assert stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it ended just now
-            stdin.write(line.encode() + b"\n")
-            stdin.flush()
-
-    def _error(self, report: Any) -> RedlineError:
-        if isinstance(report, Failure):
-            error = report.error()
-            return type(error)(f"{self.name}: {error}")
-        return EngineDeadError(f"{self.name} {_how_it_ended(self._child)}")
-
-
-def _how_it_ended(child: "subprocess.Popen[bytes]") -> str:
-    return children.how_it_ended(child, "lower --api-servers or --kv-cache-memory-bytes")
+    def end_by_force(self) -> None:
+        """End it at once, if it still runs; safe to call twice."""
+        self._stopping = True
+        self.kill()
+        self.wait()
+        self.close()
 
 
 # ------------------------------------------------------------------------------------------------------ in the child
 
 
 def main() -> int:
-    """The process, from orders on stdin to its end."""
-    children.leave_signals_to_parent()
-    orders = children.read_framed(sys.stdin.buffer, msgspec.msgpack.Decoder(Orders))
-    if orders is None:
+    """The process, from its options on stdin to its end."""
+    options = children.read_options(ApiProcessOptions)
+    if options is None:
         return 1
     import uvloop
 
     from engine.frontend.logs import log_to_stderr
 
     log_to_stderr()
-    with os.fdopen(orders.report, "wb") as report:
 
-        def tell(message: _Up | Failure) -> None:
-            with contextlib.suppress(BrokenPipeError):
-                report.write(children.framed(message))
-                report.flush()
+    def run() -> None:
+        client = connect(options)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(options, client, lambda: send(Up())))
 
-        def run() -> None:
-            client = connect(orders)
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(orders, client, lambda: tell(_Up())))
-
-        return children.run_reporting(run, tell, "the API process")
+    with children.reports_to(options.report_fd) as send:
+        return children.run_reporting(run, send, "the API process")
 
 
-def connect(orders: Orders) -> "EngineClient":
+def connect(options: ApiProcessOptions) -> "EngineClient":
     from engine.frontend.connect import connect
     from engine.frontend.generation import GenerationDefaults
     from engine.frontend.stats import Board
     from engine.frontend.tokenizer import load_tokenizer
 
-    vocab_size = orders.cores[0].ready.vocab_size
-    folder = Path(orders.tokenizer)
-    tokenizer, _ = load_tokenizer(folder, vocab_size, orders.tokenizer_mode, orders.chat_template)
-    GenerationDefaults(eos_ids=orders.eos_ids).add_eos_ids(tokenizer, vocab_size)
+    vocab_size = options.cores[0].ready.vocab_size
+    folder = Path(options.tokenizer)
+    tokenizer, _ = load_tokenizer(folder, vocab_size, options.tokenizer_mode, options.chat_template)
+    GenerationDefaults(eos_ids=options.eos_ids).add_eos_ids(tokenizer, vocab_size)
     return connect(
-        orders.cores,
+        options.cores,
         tokenizer,
-        front_end=orders.front_end,
-        first_sequence=orders.first_sequence,
-        seed=orders.seed,
-        routing=orders.routing,
-        boards=[Board(orders.front_ends, board) for board in orders.boards],
+        front_end=options.front_end,
+        first_sequence=options.first_sequence,
+        seed=options.seed,
+        routing=options.routing,
+        boards=[Board(options.front_ends, board) for board in options.boards],
     )
 
 
-async def serve(orders: Orders, client: "EngineClient", up: Callable[[], None]) -> None:
-    """Serve HTTP until the parent says otherwise."""
+async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable[[], None]) -> None:
+    """Serve HTTP until the parent's `finish` or `end`."""
     from engine.api.server import LAST_WORDS_S, HttpSide
     from engine.api.state import ApiState
     from engine.frontend.logs import log_request
 
     loop = asyncio.get_running_loop()
     client.open()
-    if orders.log_requests:
+    if options.log_requests:
         client.on_ended = log_request
-    state = ApiState(client, orders.names, orders.http, orders.created, sampling_defaults=orders.sampling_defaults)
-    side = HttpSide(state, socket.socket(fileno=orders.listener))
+    state = ApiState(client, options.names, options.http, options.created, sampling_defaults=options.sampling_defaults)
+    side = HttpSide(state, socket.socket(fileno=options.listener))
 
-    def obey(line: str) -> None:
+    def execute(line: str) -> None:
         word, _, cause = line.partition(" ")
         if word == "lose":
             replica, _, cause = cause.partition(" ")
@@ -214,10 +171,10 @@ async def serve(orders: Orders, client: "EngineClient", up: Callable[[], None]) 
 
     def on_line(line: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: it is ending anyway
-            loop.call_soon_threadsafe(obey, line)
+            loop.call_soon_threadsafe(execute, line)
 
     def on_listening(_url: str) -> None:
-        children.settle()
+        children.freeze_heap()
         up()
 
     children.end_with_parent(on_line)

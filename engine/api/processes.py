@@ -1,7 +1,7 @@
-"""The further API processes of a server: started, watched, started again when one ends by itself, and ended together.
+"""The further API processes of a server: started, watched, restarted when one ends by itself, and ended together.
 
-They hold no state of the engine: what one of them had is aborted in the core, and the others serve on. Its listening
-socket stays open here meanwhile, so that connections wait for its successor instead of being refused.
+They hold no state of the engine. When one ends, the core aborts its requests and the others serve on. Its listening
+socket stays open here, so that connections wait for its successor instead of being refused.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from engine.api.process import ApiProcess, Orders
+from engine.api.process import ApiProcess, ApiProcessOptions
 from engine.api.server import FORCED_GRACE_S
 from engine.errors import RedlineError
 from engine.frontend.connect import EngineClient
@@ -24,55 +24,57 @@ from engine.frontend.stats import Board
 
 log = logging.getLogger("redline.api")
 
-# A process that ended so often within the period ends the server: what kills it will kill it again.
+# After so many ends within the period the server ends: the next process would end too.
 MAX_RESTARTS = 5
 RESTART_PERIOD_S = 600.0
-BACK_OFF_S = 0.5  # before the first new start; twice as long before each further one
-# Requests of a successor are numbered from here on, those of its own successor from twice as far: handles never recur.
+BACK_OFF_S = 0.5  # before the first restart; doubled before each further one
+# A successor numbers its requests from here on, its own successor from twice as far, so that handles never recur.
 GENERATION = 1 << 40
-ANSWER_S = 2.0  # that a core may take to say that it has aborted a process's requests
+ABORT_TIMEOUT_S = 2.0  # for the cores to confirm that they have aborted a process's requests
 
 
 class _Place:
-    """One front-end number, with its socket and the process that has them now."""
+    """A front-end number and its socket, with the process that has them now."""
 
-    def __init__(self, orders: Orders, listener: socket.socket, boards: Sequence[Board]):
-        self.orders = orders
+    def __init__(self, options: ApiProcessOptions, listener: socket.socket, boards: Sequence[Board]):
+        self.options = options
         self.listener = listener
         self.descriptors = [board.descriptor for board in boards]
         self.process = self.start()
         self.up = False
-        self.ends: deque[float] = deque()  # when its processes ended by themselves
+        self.ends: deque[float] = deque()  # times at which its processes ended by themselves
 
     def start(self) -> ApiProcess:
-        return ApiProcess(self.orders, self.listener, self.descriptors)
+        return ApiProcess(self.options, self.listener, self.descriptors)
 
 
 class ApiProcesses:
-    """All of a server's API processes but the first, which this is part of."""
+    """All API processes of a server except the first, which owns this object."""
 
-    def __init__(self, orders: Sequence[Orders], listeners: Sequence[socket.socket], boards: Sequence[Board]):
-        """Start them, one for each of `orders` and `listeners`; `wait_up` waits for them."""
+    def __init__(
+        self, options: Sequence[ApiProcessOptions], listeners: Sequence[socket.socket], boards: Sequence[Board]
+    ):
+        """Start one process for each of `options` and `listeners`; `wait_up` waits for them."""
         self._boards = boards
         self._places: list[_Place] = []
         self._stopping = False
-        self._lost: dict[int, str] = {}  # replicas, and why
+        self._lost: dict[int, str] = {}  # causes by replica
         self._watched: list[asyncio.Future[None]] = []
-        for one, listener in zip(orders, listeners, strict=True):
+        for one, listener in zip(options, listeners, strict=True):
             self._places.append(_Place(one, listener, boards))
 
     def wait_up(self) -> None:
-        """Block until all could serve; raises the RedlineError that says why one can't."""
+        """Block until all are ready to serve; raises the RedlineError of one that is not."""
         for place in self._places:
             place.process.wait_up()
             place.up = True
 
     def watch(self, client: EngineClient, die: Callable[[str], None]) -> None:
-        """From inside the event loop: restart a process that ends by itself; too often, and `die` gets the cause."""
+        """In the event loop: restart processes that end by themselves; if too often, call `die` with the cause."""
         self._watched = [asyncio.ensure_future(self._keep(place, client, die)) for place in self._places]
 
     async def ended(self) -> None:
-        """Wait until all have ended for good."""
+        """Wait until all have ended and none is restarted."""
         await asyncio.gather(*self._watched)
 
     async def _keep(self, place: _Place, client: EngineClient, die: Callable[[str], None]) -> None:
@@ -98,7 +100,7 @@ class ApiProcesses:
             place.process = place.start()
 
     async def _end_of(self, place: _Place) -> str | None:
-        """Wait for the end of a process, which may still be starting; the cause, None if it was told to end."""
+        """Wait for the end of a process, which may still be starting; the cause, or None if it was asked to end."""
         process = place.process
         if not place.up:
             try:
@@ -117,23 +119,23 @@ class ApiProcesses:
         return await ended
 
     async def _forget_requests(self, place: _Place, client: EngineClient) -> None:
-        """Have the core abort what the process had; its successor's requests get other handles."""
-        orders = place.orders
+        """Have the cores abort the requests of a process that ended, and give its successor new handles."""
+        options = place.options
         for board in self._boards:
-            board.stats[orders.front_end].live = 0
-            board.stats[orders.front_end].load = 0
-        first = orders.first_sequence // GENERATION * GENERATION + GENERATION
-        place.orders = msgspec.structs.replace(orders, first_sequence=first)
+            board.stats[options.front_end].live = 0
+            board.stats[options.front_end].load = 0
+        first = options.first_sequence // GENERATION * GENERATION + GENERATION
+        place.options = msgspec.structs.replace(options, first_sequence=first)
         cores = client.replicas if isinstance(client, Router) else (client,)
-        calls = [core.call("drop_front_end", front_end=orders.front_end, first_sequence=first) for core in cores]
-        # A core that is gone needs none of it, and one that hangs has the message when it goes on.
+        calls = [core.call("drop_front_end", front_end=options.front_end, first_sequence=first) for core in cores]
+        # A core that is gone has no requests. A core that hangs gets the message when it continues.
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), ANSWER_S)
+            await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), ABORT_TIMEOUT_S)
 
     # ----------------------------------------------------------------------------------------------------- the end
 
     def lose(self, replica: int, cause: str) -> None:
-        """Tell all that a replica is gone, and that others serve on."""
+        """Notify all that a replica is gone while others serve on."""
         self._lost[replica] = cause
         for place in self._places:
             if place.up:
@@ -146,29 +148,29 @@ class ApiProcesses:
             place.process.finish()
 
     def end(self, cause: str, grace_s: float) -> None:
-        """Have all tell their clients the cause and end, by force where they take too long."""
+        """Have all report the cause to their clients and end; by force if they take too long."""
         self._stop()
         for place in self._places:
             place.process.end(cause)
         asyncio.get_running_loop().call_later(2 * grace_s + FORCED_GRACE_S, self.kill)
 
     def kill(self) -> None:
-        """End all by force that still run."""
+        """End by force all that still run."""
         self._stop()
         for place in self._places:
-            place.process.kill()
+            place.process.end_by_force()
 
     def _stop(self) -> None:
-        """No process is started again, and their sockets are theirs alone; one that still starts has no requests."""
+        """Stop restarting, close the sockets here, and kill processes that still start: they have no requests."""
         self._stopping = True
         for place in self._places:
             place.listener.close()
             if not place.up:
-                place.process.kill()
+                place.process.end_by_force()
 
 
 def threadsafe(call: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The same call, made in this loop from any thread; nothing once the loop is closed."""
+    """A function that schedules the call in this loop, from any thread; it does nothing once the loop is closed."""
     loop = asyncio.get_running_loop()
 
     def from_thread(argument: Any) -> None:

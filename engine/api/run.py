@@ -12,7 +12,7 @@ import uvloop
 
 from engine import children
 from engine.api.options import HttpOptions
-from engine.api.process import Orders
+from engine.api.process import ApiProcessOptions
 from engine.api.processes import ApiProcesses, threadsafe
 from engine.api.server import FORCED_GRACE_S, LAST_WORDS_S, HttpSide
 from engine.api.state import ApiState
@@ -21,8 +21,8 @@ from engine.errors import EngineDeadError
 from engine.frontend.client import STOPPED
 from engine.frontend.connect import EngineClient
 from engine.frontend.logs import PERIOD_S, StatsLog, log_request
-from engine.frontend.start import Engine
 from engine.frontend.stats import Board
+from engine.start import Engine
 
 log = logging.getLogger("redline.stats")
 
@@ -79,8 +79,8 @@ class ServerRun:
 
     def _start_processes(self) -> None:
         engine = self._engine
-        orders = [
-            Orders(
+        options = [
+            ApiProcessOptions(
                 front_end=front_end,
                 front_ends=1 + len(self._others),
                 names=engine.config.names,
@@ -98,7 +98,7 @@ class ServerRun:
             )
             for front_end in range(1, 1 + len(self._others))
         ]
-        self._processes = ApiProcesses(orders, self._others, self._boards)
+        self._processes = ApiProcesses(options, self._others, self._boards)
         self._processes.wait_up()
 
     async def _serve(self) -> None:
@@ -172,7 +172,7 @@ class ServerRun:
         self._processes.lose(replica, cause)
 
     def _on_listening(self, url: str) -> None:
-        children.settle()
+        children.freeze_heap()
         self._say(f"listening on {url}")
 
     async def _log_stats(self, client: EngineClient) -> None:

@@ -1,4 +1,4 @@
-"""A front end's client of its engine: of the one core, or of all replicas behind a router."""
+"""Makes a front end's client of its engine: of a single core, or of all replicas behind a router."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ EngineClient: TypeAlias = CoreClient | Router
 
 
 class CoreAddress(msgspec.Struct):
-    """Where one front end reaches a core, and what that core said of itself."""
+    """The addresses at which one front end reaches a core, and the core's report."""
 
     ready: Ready
     to_core: str
@@ -38,15 +38,16 @@ def connect(
 ) -> EngineClient:
     """Make a front end's client; `open()` it inside an event loop.
 
-    Its requests are numbered from `first_sequence` on. `boards` are where the front ends of each core count, none where
-    this is the only front end.
+    Args:
+        first_sequence: number of its first request.
+        boards: the counters that the front ends of each core share; none for the only front end.
     """
     clock, numbers, lengths = MonotonicClock(), itertools.count(first_sequence), Lengths()
     replicas = []
     for number, core in enumerate(cores):
         board = boards[number] if boards else None
         transport = ZmqTransport(core.to_core, core.from_core)
-        # Numbered together, requests draw the same seeds wherever they go.
+        # Numbers are shared, so that a request's seed does not depend on its replica.
         settings: dict[str, Any] = {"front_end": front_end, "seed": seed, "board": board, "numbers": numbers}
         if len(cores) == 1:
             return CoreClient(core.ready, tokenizer, transport, clock, **settings)

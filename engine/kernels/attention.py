@@ -1,8 +1,8 @@
-"""Paged attention over a ragged batch, in plain torch: the reference, and the CPU's path until it has its own kernels.
+"""Paged attention over a ragged batch in plain torch: the reference, and the attention of the generic backend.
 
-A layer's keys and values lie in blocks `[blocks, kv heads, block, head dim]`, so that one head's part of one block is a
-contiguous run and a gather by block table needs no transpose. Rows that compute one token are batched by length; a
-chunk of several tokens is computed alone, in tiles of queries, each against just the keys that it can see.
+A layer's keys and values are `[blocks, kv heads, block, head dim]`, so one head's part of a block is a contiguous run,
+and a gather by block table needs no transpose. Rows that compute one token are batched by length. A chunk of several
+tokens is computed by itself, in tiles of queries against the keys that they can see.
 """
 
 import functools
@@ -11,27 +11,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Int64s = NDArray[np.int64]
+from engine.arrays import Int32s, Int64s
 
-TILE = 64  # queries of a chunk at a time: keeps the scores of a few thousand keys in the caches
+TILE = 64  # queries of a chunk at a time: the scores of a few thousand keys stay in the caches
 GROUP_BYTES = 16 << 20  # of gathered keys or values: bounds the workspace of a batch of single tokens
-WORST_FILL = 0.75  # shortest to longest row of a group, in blocks
+MIN_FILL = 0.75  # ratio of the shortest to the longest row of a group, in blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
     """Rows laid end to end: row i computes `counts[i]` tokens after `computed[i]`, from token `starts[i]` of the batch.
 
-    tables: int32[rows, blocks], a row's blocks in order; entries past its length are never followed.
+    tables: int32[rows, blocks], the blocks of each row; entries beyond its length are not read.
     """
 
     starts: Int64s
     counts: Int64s
     computed: Int64s
-    tables: NDArray[np.int32]
+    tables: Int32s
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,9 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class SingleTokens:
-    """Rows of one token and about one length, attended in one batch."""
+    """Rows that compute one token and have similar lengths, computed in one batch."""
 
-    tokens: Tensor  # int64[rows], in the batch
+    tokens: Tensor  # int64[rows], tokens of the batch
     index: Tensor  # int64[rows * kv heads * blocks], runs of the cache
     bias: Tensor  # [rows, 1, 1, keys], 0 or -inf
     blocks: int
@@ -56,20 +55,20 @@ class SingleTokens:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Queries first..last of a chunk against keys low..high of its gathered ones."""
+    """Queries first..last of a chunk, and the gathered keys low..high that they can see."""
 
     first: int
     last: int
     low: int
     high: int
-    lower: Tensor | None  # bias [queries, 1, edge] of the first keys: those that left the window
+    lower: Tensor | None  # bias [queries, 1, edge] of the first keys, which some queries' windows exclude
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One row's tokens, several at once."""
+    """Several tokens of one row."""
 
-    start: int  # in the batch
+    start: int  # first token, in the batch
     index: Tensor  # int64[kv heads * blocks]
     blocks: int
     tiles: tuple[Tile, ...]
@@ -77,7 +76,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Plan:
-    """What a step's attention needs besides tensors of a layer; made once for each window size of the model."""
+    """Indices and masks of a step, made once for each window size of the model."""
 
     layout: Layout
     singles: list[SingleTokens] = field(default_factory=list)
@@ -85,7 +84,7 @@ class Plan:
 
 
 class Workspace:
-    """Two buffers that grow to the largest gather, so that a step allocates no large tensors."""
+    """Two buffers that grow to the size of the largest gather, so that a step allocates no large tensors."""
 
     def __init__(self, dtype: torch.dtype):
         self._flat = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
@@ -96,10 +95,12 @@ class Workspace:
         return self._flat[which][: runs * width].view(runs, width)
 
 
-def write_index(tables: NDArray[np.int32], rows: Int64s, positions: Int64s, layout: Layout) -> Tensor:
-    """Where the tokens' keys and values go: int64[tokens * kv heads] into the cache seen as `[-1, head dim]`.
+def write_index(tables: Int32s, rows: Int64s, positions: Int64s, layout: Layout) -> Tensor:
+    """Where keys and values of tokens are stored: int64[tokens * kv heads] into the cache viewed as `[-1, head dim]`.
 
-    rows: int64[tokens], the row of `tables` each token belongs to.
+    Args:
+        rows: int64[tokens], each token's row of `tables`.
+        positions: int64[tokens].
     """
     block = tables[rows, positions // layout.block_size].astype(np.int64)
     heads = np.arange(layout.kv_heads)
@@ -113,7 +114,7 @@ def write(cache: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def make_plan(ragged: Ragged, layout: Layout, window: int | None = None) -> Plan:
-    """Group the rows for attention over the last `window` tokens, or all."""
+    """Plan attention over the last `window` tokens, or over all tokens."""
     plan = Plan(layout)
     single = ragged.counts == 1
     if single.any():
@@ -134,7 +135,7 @@ def _group_singles(ragged: Ragged, which: Int64s, layout: Layout, window: int | 
     groups, at = [], 0
     while at < len(order):
         longest = int(-descending[at])
-        shortest = min(longest - 2, math.ceil(longest * WORST_FILL))
+        shortest = min(longest - 2, math.ceil(longest * MIN_FILL))
         end = int(np.searchsorted(descending, -shortest, side="right"))
         end = min(end, at + max(1, GROUP_BYTES // (longest * run_bytes)))
         chosen = order[at:end]
@@ -173,11 +174,12 @@ def _make_chunk(ragged: Ragged, i: int, layout: Layout, window: int | None) -> C
         low, lower = 0, None
         if window is not None:
             low = max(computed + first - window + 1, 0)
-            hidden = computed + np.arange(first, last) - window + 1 - low  # keys of the tile that each query lost
+            hidden = computed + np.arange(first, last) - window + 1 - low  # keys that each query's window excludes
             edge = int(hidden[-1])
             if edge > 0:
-                lost = np.arange(edge) < hidden[:, None]
-                lower = torch.zeros(lost.shape, dtype=layout.dtype).masked_fill_(torch.from_numpy(lost), -math.inf)
+                excluded = np.arange(edge) < hidden[:, None]
+                lower = torch.zeros(excluded.shape, dtype=layout.dtype)
+                lower.masked_fill_(torch.from_numpy(excluded), -math.inf)
                 lower = lower[:, None, :]
         tiles.append(Tile(first, last, max(low - offset, 0), computed + last - offset, lower))
     return Chunk(int(ragged.starts[i]), torch.from_numpy(index.reshape(-1)), len(blocks), tuple(tiles))
@@ -185,16 +187,16 @@ def _make_chunk(ragged: Ragged, i: int, layout: Layout, window: int | None) -> C
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How a layer turns products of queries and keys into weights."""
+    """How a layer turns products of queries and keys into attention weights."""
 
     scaling: float
     softcap: float | None = None
-    sinks: Tensor | None = None  # [heads]: a score that each head can spend on no key at all
+    sinks: Tensor | None = None  # [heads]: the score of each head's attention sink
 
     def products(self, query: Tensor, keys: Tensor) -> Tensor:
         """Scaled and capped scores of query [batch, queries, dim] and keys [batch, dim, keys].
 
-        The product scales its result before it rounds it to the dtype.
+        baddbmm scales before it rounds the result to the dtype.
         """
         unread = query.new_empty(1, 1, 1).expand(query.shape[0], query.shape[1], keys.shape[2])
         scores = torch.baddbmm(unread, query, keys, beta=0, alpha=self.scaling)
@@ -210,9 +212,11 @@ class Scores:
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, plan: Plan, scores: Scores, workspace: Workspace) -> Tensor:
-    """Attention of query [tokens, heads, head dim] over the cache; the step's own tokens are written already.
+    """Attention over the cache, which already has the keys and values of this step: [tokens, heads, head dim].
 
-    keys, values: [blocks, kv heads, block, head dim]. Returns [tokens, heads, head dim].
+    Args:
+        query: [tokens, heads, head dim].
+        keys, values: [blocks, kv heads, block, head dim].
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for single in plan.singles:
@@ -262,5 +266,5 @@ def _attend_chunk(
 
 @functools.cache
 def _future(count: int, dtype: torch.dtype) -> Tensor:
-    """Bias [count, 1, count] that hides from each of a tile's queries the keys after its own."""
+    """Causal bias [count, 1, count] of a tile's queries and their own keys."""
     return torch.full((count, count), -math.inf, dtype=dtype).triu_(1)[:, None, :]

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) in the layout of the C++ kernels, see adapt.h."""
+"""Adapters (LoRA) in the layout of the C++ kernels, see lora.h."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from engine.errors import ModelError
-from engine.kernels.cpu.native import PLACES, PackedAdapter, PackedLowRank, Spec
+from engine.kernels.cpu.bindings import ADAPTED, PackedAdapter, PackedLowRank, StackSpec
+from engine.kernels.cpu.packing import interleave, to_panels
 from engine.model.lora import Adapter, LowRank
-from engine.model.packing import interleave, to_panels
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 
@@ -26,7 +26,7 @@ def by_layer(adapter: Adapter, layers: int) -> list[dict[str, LowRank]]:
     return found
 
 
-def pack_adapter(layers: Sequence[Mapping[str, LowRank]], spec: Spec) -> PackedAdapter:
+def pack_adapter(layers: Sequence[Mapping[str, LowRank]], spec: StackSpec) -> PackedAdapter:
     """Pack an adapter, for each layer of the model by the name of the linear (`q_proj`, …).
 
     `spec` is the model's, or the share of one rank, to which the adapter has been cut: `up` along the outputs of q, k,
@@ -36,7 +36,7 @@ def pack_adapter(layers: Sequence[Mapping[str, LowRank]], spec: Spec) -> PackedA
     if len(layers) != spec.layers:
         raise ModelError(f"the adapter has {len(layers)} layers, the model {spec.layers}")
     places = _places(spec)
-    packed = (PackedLowRank * (len(layers) * len(PLACES)))()
+    packed = (PackedLowRank * (len(layers) * len(ADAPTED)))()
     kept: list[Any] = []
     for i, layer in enumerate(layers):
         _check(i, layer, places)
@@ -44,10 +44,10 @@ def pack_adapter(layers: Sequence[Mapping[str, LowRank]], spec: Spec) -> PackedA
             whole = _side_by_side(layer, place.outputs)
             if whole is None:
                 continue
-            up = interleave(*whole.up.chunk(2)) if PLACES[j] == "gate_up" else whole.up
+            up = interleave(*whole.up.chunk(2)) if ADAPTED[j] == "gate_up" else whole.up
             arrays = whole.down.contiguous(), to_panels(up)
             kept += arrays
-            packed[i * len(PLACES) + j] = PackedLowRank(*(array.data_ptr() for array in arrays), len(whole.down))
+            packed[i * len(ADAPTED) + j] = PackedLowRank(*(array.data_ptr() for array in arrays), len(whole.down))
     return PackedAdapter(packed, max(one.rank for one in packed), kept)
 
 
@@ -59,8 +59,8 @@ class _Place:
     outputs: dict[str, int]
 
 
-def _places(spec: Spec) -> tuple[_Place, ...]:
-    """In the order of PLACES."""
+def _places(spec: StackSpec) -> tuple[_Place, ...]:
+    """In the order of ADAPTED."""
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     return (
         _Place(spec.hidden, {"q_proj": queries, "k_proj": keys, "v_proj": keys}),

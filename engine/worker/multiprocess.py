@@ -1,60 +1,80 @@
-"""The executor of several ranks: symmetric worker processes that get the same step messages and keep their state.
+"""The executor of several ranks on one machine: processes that get the same step messages and keep the same state.
 
-Or, with `--ablate driver-broadcast`, rank 0 with others that do what it tells them (see broadcast.py).
+With `--ablate driver-broadcast` only rank 0 gets them, and broadcasts inputs to the others (see driver_broadcast.py).
 """
 
 import contextlib
 import dataclasses
 import logging
+import os
 import selectors
+import signal
 import socket
-import subprocess
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 import msgspec
 
-from engine import children
+from engine.children import ChildProcess, Failure, Loading, Up, decode_report
 from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.model.facts import ModelFacts
+from engine.worker.rank_protocol import (
+    Call,
+    CallResult,
+    FrameKind,
+    PeerLostError,
+    RankOptions,
+    receive,
+    sample_body,
+    split_command,
+)
 from engine.worker.ring import Ring
-from engine.worker.wire import Answer, Call, Failed, Kind, Orders, Up, parts, read_loaded, receive, sample_body
+from engine.worker.worker_start import StartReport
 
 log = logging.getLogger("redline.core")
 
-SHUTDOWN_S = 3.0  # for the step in progress, before ranks are ended by force
-CAUSE_S = 2.0  # how long a rank that lost another waits for that one's own cause
-
-_up = msgspec.msgpack.Decoder(Up)
-_failed = msgspec.msgpack.Decoder(Failed)
+SHUTDOWN_S = 3.0  # for the step in progress, before ranks are killed
+CAUSE_S = 2.0  # after a rank has lost another one, for that one's own report
 
 
-@dataclass(frozen=True, slots=True)
-class _Rank:
-    number: int
-    process: "subprocess.Popen[bytes]"
-    socket: socket.socket
+class RankProcess(ChildProcess):
+    """Implements `engine.worker.executor.RankHandle`. `socket` is the executor's end."""
 
-    @property
-    def name(self) -> str:
-        return f"rank {self.number} (process {self.process.pid})"
+    def __init__(self, options: RankOptions, socket: socket.socket, inherit: Sequence[int]):
+        super().__init__(
+            "engine.worker.rank",
+            options,
+            name=f"rank {options.rank}",
+            inherit=inherit,
+            memory_advice="lower --kv-cache-memory-bytes",
+        )
+        self.number = options.rank
+        self.socket = socket
+
+    def dump_stacks(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)  # see children.leave_signals_to_parent
 
 
 class MultiprocessExecutor:
-    """Starts the ranks and waits until all are up; raises the RedlineError that says why one can't.
+    """Implements `engine.worker.executor.StartedExecutor`. The constructor waits until all ranks are up.
 
-    Once a rank is gone, `ended` and all futures, pending and later, fail with an EngineDeadError that names it. One
-    thread sends, so that a busy rank never holds up the caller; one takes the answers, which come in order. `folder`
-    is where the ranks find each other; None: the system's for temporary files. `progress` hears, from a thread, how
-    many bytes of the weights rank 0 has read, and how many there are.
+    Once a rank is gone, `ended` and all futures, pending and later ones, fail with an EngineDeadError that names it.
+    One thread sends commands, so that a busy rank never blocks the caller. One receives the results, which come in
+    order.
+
+    Args:
+        folder: for the file by which the ranks find each other; None: the system's folder for temporary files.
+        progress: called from a thread with the bytes of weights that rank 0 has read, and of all.
+
+    Raises the RedlineError of a rank that can't start.
     """
 
     def __init__(
@@ -73,51 +93,46 @@ class MultiprocessExecutor:
         self._closing = False
         self._progress = progress
         self._pending: deque[Future[Any]] = deque()
-        self._outbox: SimpleQueue[tuple[Kind, bytes] | None] = SimpleQueue()
-        # Rank 0 alone where it drives the others, as V0's did; else all.
-        self._listeners = 1 if DRIVER_BROADCAST in config.ablations else config.tensor_parallel_size
-        self._ring = Ring(self._listeners)
-        self._started: Future[Up] = Future()
-        self._ranks: list[_Rank] = []
+        self._outbox: SimpleQueue[tuple[FrameKind, bytes] | None] = SimpleQueue()
+        # The first ranks get commands: only rank 0 if it drives the others, otherwise all.
+        self._ring_readers = 1 if DRIVER_BROADCAST in config.ablations else config.tensor_parallel_size
+        self._ring = Ring(self._ring_readers)
+        self._started: Future[StartReport] = Future()
+        self.ranks: list[RankProcess] = []
         self._threads = [
             threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
             for run, name in ((self._send_all, "ranks-output"), (self._receive_all, "ranks-input"))
         ]
-        with tempfile.TemporaryDirectory(prefix="redline-ranks-", dir=folder) as meeting:
+        with tempfile.TemporaryDirectory(prefix="redline-ranks-", dir=folder) as store:
             try:
                 for number in range(config.tensor_parallel_size):
-                    self._ranks.append(self._start_rank(number, config, facts, resolved, f"{meeting}/store"))
+                    self.ranks.append(self._start_rank(number, config, facts, resolved, f"{store}/store"))
                 for thread in self._threads:
                     thread.start()
-                up = self._started.result()
+                report = self._started.result()
             except BaseException:
                 self.shutdown()
                 raise
-        self.seconds = {"start ranks": time.monotonic() - began - sum(up.seconds.values()), **up.seconds}
-        self.kernels, self.warnings = up.kernels, up.warnings
-
-    @property
-    def process_ids(self) -> list[int]:
-        """Of the ranks, in order."""
-        return [rank.process.pid for rank in self._ranks]
+        self.seconds = {"start ranks": time.monotonic() - began - sum(report.seconds.values()), **report.seconds}
+        self.kernels, self.warnings = report.kernels, report.warnings
 
     def submit(self, step: bytes) -> "Future[None]":
-        """Hand over an encoded StepMessage; the forward pass starts as soon as the steps before it are done."""
-        return self._order(Kind.FORWARD, step)
+        """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""
+        return self._command(FrameKind.FORWARD, step)
 
     def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
-        return self._order(Kind.SAMPLE, sample_body(step, masks))
+        return self._command(FrameKind.SAMPLE, sample_body(step, masks))
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
-        """Have all ranks do what isn't a step, between steps; resolves to rank 0's answer, or its RedlineError."""
-        answer: Future[Any] = Future()
-        order = self._order(Kind.CALL, msgspec.msgpack.encode(Call(method, arguments)))
-        order.add_done_callback(lambda done: _unpack_answer(done, answer))
-        return answer
+        """Execute a call on all ranks between two steps; resolves to rank 0's result, or its RedlineError."""
+        result: Future[Any] = Future()
+        command = self._command(FrameKind.CALL, msgspec.msgpack.encode(Call(method, arguments)))
+        command.add_done_callback(lambda done: _unpack_result(done, result))
+        return result
 
     def shutdown(self) -> None:
-        """End the ranks once the step in progress is done, or by force; steps that wait are dropped."""
+        """End the ranks once the step in progress is done, or by force; queued steps are dropped."""
         with self._lock:
             self._closing = True
             dropped, self._pending = list(self._pending), deque()
@@ -125,17 +140,17 @@ class MultiprocessExecutor:
             future.cancel()
         self._outbox.put(None)
         self._ring.close()
-        for rank in self._ranks:
+        for rank in self.ranks:
             if rank.socket.fileno() >= 0:
                 _close_output(rank.socket)
         self._reap(SHUTDOWN_S)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        for rank in self._ranks:
+        for rank in self.ranks:
             rank.socket.close()
 
-    def _order(self, kind: Kind, body: bytes) -> "Future[Any]":
+    def _command(self, kind: FrameKind, body: bytes) -> "Future[Any]":
         future: Future[Any] = Future()
         with self._lock:
             error = self._error
@@ -150,97 +165,98 @@ class MultiprocessExecutor:
 
     def _start_rank(
         self, number: int, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, store: str
-    ) -> _Rank:
+    ) -> RankProcess:
         ours, theirs = socket.socketpair()
         with theirs:
-            shared = (theirs.fileno(), self._ring.descriptor)[: 2 if number < self._listeners else 1]
-            orders = Orders(
+            reads_ring = number < self._ring_readers
+            options = RankOptions(
                 rank=number,
                 config=config.describe(),
                 facts={**dataclasses.asdict(facts), "path": str(facts.path)},
                 resolved=dataclasses.asdict(resolved),
                 store=store,
                 socket_fd=theirs.fileno(),
-                ring_fd=self._ring.descriptor if number < self._listeners else None,
-                listeners=self._listeners,
+                ring_fd=self._ring.descriptor if reads_ring else None,
+                ring_readers=self._ring_readers,
             )
-            process = children.spawn("engine.worker.rank", orders, shared)
-        return _Rank(number, process, ours)
+            inherit = (theirs.fileno(), self._ring.descriptor) if reads_ring else (theirs.fileno(),)
+            return RankProcess(options, ours, inherit)
 
     # ------------------------------------------------------------------------------------------------------- threads
 
     def _guard(self, run: Callable[[], None]) -> None:
-        """Run a thread without which the ranks can't be used: if it fails, so do they."""
+        """Run a thread. If it fails, the ranks can't be used any more."""
         try:
             run()
         except BaseException as error:
             if self._closing:
                 return
-            log.exception("a thread that talks to the ranks failed")
+            log.exception("a thread that serves the ranks failed")
             self._fail(EngineDeadError(f"the ranks can't be reached any more: {cause_of(error)}"))
 
     def _send_all(self) -> None:
-        while (order := self._outbox.get()) is not None:
-            for head, body in parts(*order, self._ring.size // 2):
+        while (command := self._outbox.get()) is not None:
+            for header, body in split_command(*command, self._ring.size // 2):
                 if not self._ring.write(body):
                     return
-                for rank in self._ranks[: self._listeners]:
+                for rank in self.ranks[: self._ring_readers]:
                     try:
-                        rank.socket.sendall(head)
-                    except OSError:  # it is gone: the other thread learns why
+                        rank.socket.sendall(header)
+                    except OSError:  # it is gone: the other thread finds the cause
                         return
 
     def _receive_all(self) -> None:
-        reports: dict[int, Up] = {}
+        up: dict[int, Up] = {}
         with selectors.DefaultSelector() as selector:
-            for rank in self._ranks:
+            for rank in self.ranks:
                 selector.register(rank.socket, selectors.EVENT_READ, rank)
             while True:
-                rank, answer = _next_answer(selector)
-                if answer is None or answer[0] is Kind.FAILED:
+                rank, frame = _next_frame(selector)
+                if frame is None:
+                    failure = None
                     break
-                kind, body = answer
-                if kind is Kind.LOADED:
+                kind, body = frame
+                if kind is not FrameKind.REPORT:
+                    self._resolve(None if kind is FrameKind.FORWARD_DONE else body)
+                    continue
+                report = decode_report(body)
+                if isinstance(report, Failure):
+                    failure = report
+                    break
+                if isinstance(report, Loading):
                     if self._progress is not None:
-                        self._progress(*read_loaded(body))
-                elif kind is Kind.UP:
-                    reports[rank.number] = _up.decode(body)
-                    if len(reports) == len(self._ranks):
-                        self._started.set_result(reports[0])
-                else:
-                    self._answer(body if kind in (Kind.RESULT, Kind.ANSWER) else None)
+                        self._progress(report.done, report.total)
+                    continue
+                up[rank.number] = report
+                if len(up) == len(self.ranks):
+                    self._started.set_result(up[0].read(StartReport))
             if not self._closing:
-                self._fail(self._cause(selector, rank, answer))
+                self._fail(self._cause(selector, rank, failure))
 
-    def _answer(self, value: bytes | None) -> None:
+    def _resolve(self, value: bytes | None) -> None:
+        """Resolve the oldest pending future."""
         with self._lock:
             future = self._pending.popleft() if self._pending else None
         if future is not None and future.set_running_or_notify_cancel():
             future.set_result(value)
 
-    def _cause(self, selector: selectors.BaseSelector, rank: _Rank, answer: tuple[Kind, bytes] | None) -> RedlineError:
-        """Why the ranks can't go on, from the first bad news; if that one only lost another, from the other's."""
-        failed = None if answer is None else _failed.decode(answer[1])
+    def _cause(self, selector: selectors.BaseSelector, rank: RankProcess, failure: Failure | None) -> RedlineError:
+        """The cause, from the first rank that failed or ended. If it only lost another rank, from that one."""
         deadline = time.monotonic() + CAUSE_S
-        while failed is not None and failed.peer_lost:
-            selector.unregister(rank.socket)
+        selector.unregister(rank.socket)
+        while failure is not None and failure.kind == PeerLostError.__name__:
             try:
-                next_rank, answer = _next_answer(selector, deadline - time.monotonic())
+                other, frame = _next_frame(selector, deadline - time.monotonic())
             except TimeoutError:
                 break
-            if answer is None or answer[0] is Kind.FAILED:
-                rank, failed = next_rank, None if answer is None else _failed.decode(answer[1])
-        if failed is None:
-            try:
-                rank.process.wait(CAUSE_S)
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-            rank.process.wait()
-            return EngineDeadError(
-                f"{rank.name} {children.how_it_ended(rank.process, 'lower --kv-cache-memory-bytes')}"
-            )
-        error = failed.failure.error()
-        return type(error)(f"{rank.name}: {error}")
+            report = None if frame is None else _failure_in(*frame)
+            if frame is None or report is not None:
+                rank, failure = other, report
+                selector.unregister(rank.socket)
+        if failure is None and not rank.wait(CAUSE_S):
+            rank.kill()
+            rank.wait()
+        return rank.error(failure)
 
     def _fail(self, error: RedlineError) -> None:
         with self._lock:
@@ -258,45 +274,47 @@ class MultiprocessExecutor:
                 future.set_exception(error)
         self.ended.set_exception(error)
 
-    def _reap(self, patience_s: float) -> None:
+    def _reap(self, timeout_s: float) -> None:
         """Wait for the ranks to end, and kill those that don't."""
-        deadline = time.monotonic() + patience_s
-        for rank in self._ranks:
-            try:
-                rank.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                rank.process.wait()
-            if rank.process.stdin is not None:
-                rank.process.stdin.close()
+        deadline = time.monotonic() + timeout_s
+        for rank in self.ranks:
+            if not rank.wait(max(0.0, deadline - time.monotonic())):
+                rank.kill()
+                rank.wait()
+            rank.close()
 
 
-def _unpack_answer(done: "Future[bytes]", answer: "Future[Any]") -> None:
+def _unpack_result(done: "Future[bytes]", result: "Future[Any]") -> None:
     if done.cancelled():
-        answer.cancel()
+        result.cancel()
         return
     error = done.exception()
     if error is None:
         try:
-            found = msgspec.msgpack.decode(done.result(), type=Answer)
+            found = msgspec.msgpack.decode(done.result(), type=CallResult)
         except msgspec.MsgspecError as unreadable:
-            answer.set_exception(EngineDeadError(f"a rank's answer can't be read: {unreadable}"))
+            result.set_exception(EngineDeadError(f"a rank's answer can't be read: {unreadable}"))
             return
         if found.failure is None:
-            answer.set_result(found.result)
+            result.set_result(found.result)
             return
         error = found.failure.error()
-    answer.set_exception(error)
+    result.set_exception(error)
 
 
-def _next_answer(
+def _failure_in(kind: FrameKind, body: bytes) -> Failure | None:
+    report = decode_report(body) if kind is FrameKind.REPORT else None
+    return report if isinstance(report, Failure) else None
+
+
+def _next_frame(
     selector: selectors.BaseSelector, timeout: float | None = None
-) -> tuple[_Rank, tuple[Kind, bytes] | None]:
-    """A rank that has something to say, and what; None: it has ended. Raises TimeoutError if there is none."""
+) -> tuple[RankProcess, tuple[FrameKind, bytes] | None]:
+    """The next frame of any rank; None: that rank has ended. Raises TimeoutError if there is none in time."""
     ready = selector.select(timeout)
     if not ready:
         raise TimeoutError
-    rank: _Rank = ready[0][0].data
+    rank: RankProcess = ready[0][0].data
     return rank, receive(rank.socket)
 
 

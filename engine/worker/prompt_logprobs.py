@@ -1,7 +1,7 @@
-"""Logprobs of prompt tokens: a pass of its own over the steps of rows that ask for them.
+"""Logprobs of prompt tokens, for requests that ask for them.
 
-The token at a position is scored by the logits of the position before, some positions at a time: the logits of a whole
-chunk would take as much memory as all else in a step.
+The token at a position is scored with the logits of the position before. Positions are scored in parts, since the
+logits of a whole chunk would take as much memory as everything else in a step.
 """
 
 from collections.abc import Iterator
@@ -11,33 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.arrays import Int64s
 from engine.messages import PromptLogprobs, TokenLogprobs, column
-from engine.worker.slots import Int64s, StepBatch, WorkerSlots
+from engine.worker.slots import StepBatch, WorkerSlots
 
-PART = 64  # positions whose logits are there at a time
+PART = 64  # positions whose logits are in memory at a time
 
 
 class HasLogits(Protocol):
-    """The part of a Network that scoring needs."""
+    """The part of a ModelBackend that scoring needs."""
 
     def logits(self, which: Int64s) -> Tensor: ...
 
 
 def parts(batch: StepBatch) -> Iterator[Int64s]:
-    """The entries of `batch.logits_at` that are scored, a part at a time; all ranks ask for the same parts."""
+    """The entries of `batch.logits_at` that are scored, in parts. All ranks must ask for the same parts."""
     first, count = len(batch.sampled_at), len(batch.scored_at)
     for begin in range(0, count, PART):
         yield np.arange(first + begin, first + min(begin + PART, count))
 
 
-def score(network: HasLogits, batch: StepBatch, slots: WorkerSlots) -> tuple[PromptLogprobs, ...]:
-    """The logprobs of the prompt tokens behind `batch.scored_at`, one entry for each row that has some."""
+def score(backend: HasLogits, batch: StepBatch, slots: WorkerSlots) -> tuple[PromptLogprobs, ...]:
+    """The logprobs of the prompt tokens after `batch.scored_at`, one entry per row that has any."""
     at = batch.scored_at
     owners, positions = batch.slots[batch.row_of[at]], batch.positions[at] + 1
     tokens = torch.from_numpy(slots.tokens[owners, positions].astype(np.int64))
     asked = {row: slots.sampling[row].prompt_logprobs for row in np.unique(owners).tolist()}
     found = [
-        _score_part(network.logits(which), tokens[which - len(batch.sampled_at)], max(asked.values()))
+        _score_part(backend.logits(which), tokens[which - len(batch.sampled_at)], max(asked.values()))
         for which in parts(batch)
     ]
     ids, values, ranks = (np.concatenate(each) for each in zip(*found, strict=True))
@@ -53,7 +54,7 @@ def score(network: HasLogits, batch: StepBatch, slots: WorkerSlots) -> tuple[Pro
 
 
 def _score_part(logits: Tensor, tokens: Tensor, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and logprobs [positions, 1 + top], the prompt's token first, and that token's rank; logits are kept."""
+    """Ids and logprobs [positions, 1 + top] with the prompt's token first, and the rank of that token."""
     logprobs = torch.log_softmax(logits.float(), -1)
     own = logprobs.gather(-1, tokens[:, None])
     ranks = (logprobs > own).sum(-1) + 1

@@ -1,9 +1,9 @@
-"""Memory that one process writes and several read: a step message is copied once, however many ranks there are.
+"""A ring buffer in shared memory with one writer and several readers: a step message is copied once for all ranks.
 
-    | read by rank 0 | read by rank 1 | … | bytes, over and over from the start |
+    | cursor of rank 0 | cursor of rank 1 | … | ring buffer |
 
-A cursor counts all bytes that its rank has read so far. When a message has come a rank learns through its socket, by
-which it also waits: nobody looks at the memory to see whether it changed.
+A cursor counts the bytes that its rank has read so far. Ranks wait at their sockets, which announce each message;
+nobody polls the memory.
 """
 
 import mmap
@@ -13,13 +13,13 @@ import time
 
 import numpy as np
 
-CURSOR_BYTES = 64  # a cache line each, so that ranks don't take them from each other
+CURSOR_BYTES = 64  # a cache line each, to avoid false sharing
 SIZE = 4 << 20
-ROOM_S = 0.0005  # between two looks for room, which is there unless a rank lags by megabytes
+FULL_POLL_S = 0.0005  # the ring is full only if a rank lags by megabytes
 
 
 class Ring:
-    """The writer's end. A message longer than `size` goes in parts, see `engine.worker.wire.parts`."""
+    """The writer's end. A message longer than `size` is split, see `engine.worker.rank_protocol.split_command`."""
 
     def __init__(self, readers: int, size: int = SIZE):
         self.size = size
@@ -33,12 +33,12 @@ class Ring:
         self._written = 0
 
     def write(self, message: bytes) -> bool:
-        """Wait until all have read what is in the way, then write; False if the ring was closed meanwhile."""
+        """Wait until there is space, then write. Returns False if the ring was closed meanwhile."""
         assert len(message) <= self.size, f"{len(message)} bytes for a ring of {self.size}"
         while self._written + len(message) - int(self._cursors.min()) > self.size:
             if self.descriptor < 0:
                 return False
-            time.sleep(ROOM_S)
+            time.sleep(FULL_POLL_S)
         at = self._written % self.size
         first = min(len(message), self.size - at)
         self._data[at : at + first] = message[:first]
@@ -47,14 +47,14 @@ class Ring:
         return True
 
     def close(self) -> None:
-        """Free the descriptor; the memory goes with the last process that has it."""
+        """Close the descriptor. The memory is freed with the last process that maps it."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
 
 class RingReader:
-    """A rank's end: takes messages in the order in which they were written, each once it knows that it is there."""
+    """A rank's end. It may only be read after its socket has announced the bytes."""
 
     def __init__(self, descriptor: int, reader: int, readers: int):
         self._memory = mmap.mmap(descriptor, 0)

@@ -1,8 +1,8 @@
-"""Sampling from logits, all rows of a step at once; a feature costs only the rows that ask for it.
+"""Sampling from logits for rows whose tokens the model backend can't choose (penalties, filters, logprobs, …).
 
-Order: logit bias, stop ids barred by min_tokens, bad words and allowed tokens, penalties, temperature, min_p, top_k and
-top_p, draw. A row draws with one number hashed from its seed and the count of its output tokens, so what it samples
-depends on nothing else: not on its neighbours, its chunks or a preemption.
+Order: logit bias, tokens excluded by min_tokens, bad words and allowed tokens, penalties, temperature, min_p, top_k and
+top_p, draw. A row draws with one number, hashed from its seed and the number of its output tokens. So its tokens do not
+depend on other rows, on chunks or on a preemption. A feature costs only the rows that ask for it.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.messages import Int32s, Sampling, TokenLogprobs, column, int32s
+from engine.arrays import Float32s, Float64s, Int32s, Int64s, UInt64s
+from engine.messages import Sampling, TokenLogprobs, column, int32s
 from engine.model.vocabulary import MIN_TEMPERATURE
-from engine.worker.slots import Int64s, WorkerSlots
+from engine.worker.slots import WorkerSlots
 
-SLICE = 32  # rows in float32 at a time: bounds the workspace
-RUN = 256  # tokens summed first when drawing
-_FLOORS = (1e-2, 1e-4, 0.0)  # weights below are not looked at where those above do; the likeliest token weighs 1
+BATCH_ROWS = 32  # rows that are converted to float32 at a time: bounds the workspace
+RUN = 256  # tokens whose weights are summed first when drawing
+_FLOORS = (1e-2, 1e-4, 0.0)  # top_p looks at weights above a floor first; the greedy token weighs 1
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-UInt64s = NDArray[np.uint64]
-Float64s = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class _Logprobs:
-    """Of one row: ids and values, the sampled token first."""
+    """Those of one row, the sampled token first."""
 
     at: int
     ids: list[int]
@@ -51,32 +49,32 @@ def uniform(seeds: UInt64s, counts: NDArray[np.integer]) -> Float64s:
 
 
 def _mix(x: UInt64s) -> UInt64s:
-    """The finaliser of splitmix64."""
+    """The finalizer of splitmix64."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
 
 def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
-    """Sample one token for each of the rows `which` from logits [rows, vocabulary]; books nothing."""
+    """Sample one token for each of the slots `which` from logits [len(which), vocabulary]. Changes no state."""
     tokens: list[NDArray[np.int64]] = []
     logprobs: list[_Logprobs] = []
-    for start in range(0, len(which), SLICE):
-        chosen = which[start : start + SLICE].tolist()
+    for start in range(0, len(which), BATCH_ROWS):
+        chosen = which[start : start + BATCH_ROWS].tolist()
         params = [slots.sampling[row] for row in chosen]
-        part = logits[start : start + SLICE].float()
+        part = logits[start : start + BATCH_ROWS].float()
         asked = [i for i, p in enumerate(params) if p.logprobs >= 0]
         raw = torch.log_softmax(part[asked], -1) if asked else None
         part = _adjust(part, logits.dtype == torch.float32, params, slots, chosen)
         found = part.numpy().argmax(-1)
-        # A row of numbers that are none, as of an adapter far too strong, has no weights to draw by.
+        # A row of NaN or infinity, e.g. from a far too strong adapter, has no weights to draw by.
         finite = np.isfinite(np.take_along_axis(part.numpy(), found[:, None], 1)[:, 0])
         drawn = [i for i, p in enumerate(params) if p.temperature > 0 and finite[i]]
         if drawn:
-            of = which[start : start + SLICE][drawn]
-            numbers = uniform(slots.seed[of], slots.num_tokens[of] - slots.num_prompt_tokens[of])
+            of = which[start : start + BATCH_ROWS][drawn]
+            uniforms = uniform(slots.seed[of], slots.num_tokens[of] - slots.num_prompt_tokens[of])
             subset = part if len(drawn) == len(chosen) else part[drawn]
-            found[drawn] = draw(subset, [params[i] for i in drawn], numbers)
+            found[drawn] = draw(subset, [params[i] for i in drawn], uniforms)
         for i, at in enumerate(asked):
             assert raw is not None
             logprobs.append(_row_logprobs(raw[i], start + at, int(found[at]), params[at].logprobs))
@@ -85,7 +83,7 @@ def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
 
 
 def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerSlots, chosen: list[int]) -> Tensor:
-    """Bias, barred stop ids and penalties; `shared`: the tensor is the model's own and must not change."""
+    """Apply bias, excluded tokens and penalties. With `shared` the tensor belongs to the model and is copied first."""
     touched = [i for i, p in enumerate(params) if p.adjusts_logits]
     if not touched:
         return logits
@@ -100,7 +98,7 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerS
             bias = torch.tensor([value for token, value in p.logit_bias if token < len(line)])
             line[ids] += bias
         if p.bad_words or p.allowed or (p.stop_ids and len(output) < p.min_tokens):
-            _bar(line, p, output)
+            _exclude(line, p, output)
         if p.repetition_penalty != 1.0:
             ids = torch.from_numpy(np.unique(slots.known_tokens(row)).astype(np.int64))
             old = line[ids]
@@ -112,10 +110,10 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerS
     return logits
 
 
-def _bar(line: Tensor, p: Sampling, output: Int32s) -> None:
-    """Bar in one row's logits stop ids before min_tokens, what would complete a bad word, and what isn't allowed.
+def _exclude(line: Tensor, p: Sampling, output: Int32s) -> None:
+    """Exclude stop ids before min_tokens, tokens that complete a bad word, and tokens that are not allowed.
 
-    Some token must come: where none would be left, min_tokens gives way, and then bad words do.
+    If no token would be left, min_tokens is ignored, and then bad words are.
     """
     stops = [token for token in p.stop_ids if token < len(line)] if len(output) < p.min_tokens else []
     ends = [word[-1] for word in p.bad_words if len(word) == 1 or word[:-1] == tuple(output[1 - len(word) :].tolist())]
@@ -124,72 +122,76 @@ def _bar(line: Tensor, p: Sampling, output: Int32s) -> None:
     if p.allowed:
         others = torch.ones(len(line), dtype=torch.bool)
         others[torch.from_numpy(int32s(p.allowed).astype(np.int64))] = False
-    for barred in (stops + ends, ends, []):
+    for excluded in (stops + ends, ends, []):
         left = line.clone()
-        left[torch.tensor(barred, dtype=torch.int64)] = -torch.inf
+        left[torch.tensor(excluded, dtype=torch.int64)] = -torch.inf
         if others is not None:
             left[others] = -torch.inf
-        if not barred or left.amax() > -torch.inf:
+        if not excluded or left.amax() > -torch.inf:
             line.copy_(left)
             return
 
 
-def draw(logits: Tensor, params: list[Sampling], numbers: Float64s) -> Int64s:
-    """Draw a token a row from float32 logits [rows, vocabulary].
+def draw(logits: Tensor, params: list[Sampling], uniforms: Float64s) -> Int64s:
+    """Draw one token per row from float32 logits [rows, vocabulary].
 
-    min_p, top_k and top_p each become a least weight, where the likeliest token weighs 1; tokens that tie with the
-    last one kept are kept too, so the order of equals plays no part.
+    min_p, top_k and top_p each become a minimum weight, where the greedy token weighs 1. Tokens that tie with the last
+    one above it are kept too, so the order of equals does not matter.
     """
     weights = weigh(logits, np.array([p.temperature for p in params], dtype=np.float32))
-    least = _least_weights(weights, params)
-    if least is not None:
-        weights.masked_fill_(weights < least[:, None], 0.0)
-    return pick(weights, numbers)
+    minimums = _minimum_weights(weights, params)
+    if minimums is not None:
+        weights.masked_fill_(weights < minimums[:, None], 0.0)
+    return pick(weights, uniforms)
 
 
-def weigh(logits: Tensor, temperatures: NDArray[np.float32]) -> Tensor:
-    """What each token weighs against the likeliest one of its row, which weighs 1."""
+def weigh(logits: Tensor, temperatures: Float32s) -> Tensor:
+    """exp((logit - highest) / temperature): each token's probability relative to that of the greedy one."""
     temperature = torch.from_numpy(temperatures)[:, None].clamp(min=MIN_TEMPERATURE)
     return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
 
 
-def pick(weights: Tensor, numbers: Float64s) -> Int64s:
-    """A token a row, by inverse CDF over the ids."""
+def pick(weights: Tensor, uniforms: Float64s) -> Int64s:
+    """Draw one token per row from weights [rows, vocabulary], by inverse CDF over the token ids.
+
+    First the run of RUN tokens is found, then the token in it. E.g. with runs that weigh 1, 2, 1 and the number 0.5 the
+    target is 2.0: it lies in the second run, at 1.0 of its 2.
+    """
     rows, vocab = weights.shape
     weights = torch.nn.functional.pad(weights, (0, -vocab % RUN))
     runs = weights.view(rows, -1, RUN)
     edges = runs.sum(-1).numpy().astype(np.float64).cumsum(-1)
-    targets = numbers * edges[:, -1]
+    targets = uniforms * edges[:, -1]
     run = np.minimum((edges <= targets[:, None]).sum(-1), edges.shape[1] - 1)
     before = np.where(run > 0, edges[np.arange(rows), run - 1], 0.0)
     inside = runs[torch.arange(rows), torch.from_numpy(run)].numpy()
     offset = (inside.astype(np.float64).cumsum(-1) <= (targets - before)[:, None]).sum(-1)
-    last = RUN - 1 - (inside[:, ::-1] > 0).argmax(-1)  # rounding must not lead past the last token that can be drawn
+    last = RUN - 1 - (inside[:, ::-1] > 0).argmax(-1)  # rounding must not lead past the last token with a weight
     return run * RUN + np.minimum(offset, last)
 
 
-def _least_weights(weights: Tensor, params: list[Sampling]) -> Tensor | None:
-    """The weight that a token of each row needs to stay, or None where every token stays."""
+def _minimum_weights(weights: Tensor, params: list[Sampling]) -> Tensor | None:
+    """The minimum weight of each row's tokens, or None if no row has a filter."""
     vocab = weights.shape[1]
-    least = torch.tensor([p.min_p for p in params])
+    minimums = torch.tensor([p.min_p for p in params])
     limited = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
     if not limited and not any(p.min_p > 0 for p in params):
         return None
     for i in limited:
-        least[i] = max(float(least[i]), _limit(weights[i].numpy(), float(least[i]), params[i]))
-    return least
+        minimums[i] = max(float(minimums[i]), _minimum_weight(weights[i].numpy(), float(minimums[i]), params[i]))
+    return minimums
 
 
-def _limit(weights: NDArray[np.float32], least: float, params: Sampling) -> float:
-    """The least weight that top_k and top_p let through in one row, after min_p."""
+def _minimum_weight(weights: Float32s, minimum: float, params: Sampling) -> float:
+    """The lowest weight that top_k and top_p keep in one row, after min_p."""
     vocab = len(weights)
     if 0 < params.top_k < vocab:
         weights = np.partition(weights, vocab - params.top_k)[vocab - params.top_k :]
-    values = weights[weights >= least]
+    values = weights[weights >= minimum]
     if params.top_p >= 1:
         return float(values.min())
     wanted = params.top_p * values.sum(dtype=np.float64)
-    for floor in _FLOORS:  # the few that matter are found without sorting the rest
+    for floor in _FLOORS:  # finds the few tokens that matter without sorting the rest
         likely = np.sort(values[values >= floor])[::-1]  # numpy sorts float32 much faster than torch does
         reached = likely.cumsum(dtype=np.float64)
         if reached[-1] > wanted:

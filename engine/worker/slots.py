@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Int32s, Sampling, SlotAssignment, StepMessage, int32s
-from engine.worker.drafts import propose, share
-
-Int64s = NDArray[np.int64]
+from engine.arrays import Int32s, Int64s
+from engine.messages import Sampling, SlotAssignment, StepMessage, int32s
+from engine.worker.ngram_proposer import drafts_per_request, propose
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class StepBatch:
     row_of: int64[tokens], the batch row of each; ids, positions: int64[tokens];
     adapter_slots: int64[rows], -1 without an adapter; None: no row has one.
     sampling: int64[n], the slots that sample; num_draft_tokens: int64[n], how many of the last tokens of each are draft
-    tokens (see `engine.worker.drafts`); sampled_at: int64[n + draft tokens], the tokens whose logits they use.
+    tokens (see `engine.worker.ngram_proposer`); sampled_at: int64[n + draft tokens], the tokens whose logits they use.
     scored_at: int64[m], the tokens before prompt tokens whose logprobs were requested. Both are indices into the batch.
     """
 
@@ -177,7 +176,7 @@ class WorkerSlots:
         """Write draft tokens behind the tokens of slots that decode greedily; returns how many each slot got."""
         drafts = np.zeros_like(counts)
         decoding = (counts == 1) & (self.num_computed_tokens[slots] + 1 == self.num_tokens[slots])
-        most = share(self._max_draft_tokens, int(decoding.sum()))
+        most = drafts_per_request(self._max_draft_tokens, int(decoding.sum()))
         for i in np.flatnonzero(decoding & self.is_plain_greedy[slots]).tolist() if most else ():
             slot = int(slots[i])
             known = int(self.num_tokens[slot])

@@ -1,19 +1,20 @@
-"""Limits of the libraries under torch; each takes effect only before torch is imported in the process."""
+"""Compute threads: pinning to cores, and limits of the libraries below torch."""
 
 import os
 
 SPINS = "10000"
-# 128: five products a layer have four shapes, so 32 batch sizes keep their kernels; making one anew takes 0.8 ms.
-KERNELS_KEPT = "128"
+# Five matrix products per layer have four shapes, so this keeps the kernels of 32 batch sizes. Making one takes 0.8 ms.
+CACHED_KERNELS = "128"
 
 
-def places(threads: int, rank: int, ranks: int) -> tuple[int, ...]:
-    """Cores for the threads of a rank, where all ranks together use every core that they may; else none are named.
+def cores_of_rank(threads: int, rank: int, ranks: int) -> tuple[int, ...]:
+    """The cores to pin a rank's threads to; empty unless all ranks together use every available core.
 
-    `ranks` are those of all replicas, and `rank` is counted over all of them.
+    Args:
+        rank, ranks: counted over all replicas.
 
-    Threads that wait for each other 300 times a step must not share a core: the system puts them there now and then,
-    next to whoever woke them, and a step then takes twice as long.
+    Threads wait for each other about 300 times per step. Without pinning, the system sometimes puts two of them on one
+    core, next to the thread that woke them, and a step takes twice as long.
     """
     if not hasattr(os, "sched_getaffinity"):
         return ()
@@ -21,25 +22,24 @@ def places(threads: int, rank: int, ranks: int) -> tuple[int, ...]:
     return tuple(usable[rank * threads : (rank + 1) * threads]) if threads * ranks == len(usable) else ()
 
 
-def stay(cores: tuple[int, ...]) -> None:
-    """Keep this thread on the first of its rank's cores; torch's threads, made before, go anywhere."""
+def pin_thread(cores: tuple[int, ...]) -> None:
+    """Pin the calling thread to the first of its rank's cores, after creating torch's threads, which stay unpinned."""
     import torch
 
     if cores:
-        torch.ones(1 << 18).exp_()  # makes them: threads begin where the one that makes them is kept
+        torch.ones(1 << 18).exp_()  # creates torch's threads, which inherit the affinity of the creating thread
         os.sched_setaffinity(0, {cores[0]})
 
 
 def limit_libraries() -> None:
-    """Let idle compute threads sleep soon, and bound the kernels that oneDNN keeps; a value the user set stays.
+    """Bound OpenMP's spinning and oneDNN's kernel cache. Must run before torch is imported; the user's values win.
 
-    GNU OpenMP lets a thread that waits for its fellows spin for milliseconds. When another process wants the core, the
-    fellow can't run, the spinner burns its share, and steps take ten times as long or more. This bound outlasts
-    the gaps within a step, and no more.
+    GNU OpenMP lets a waiting thread spin for milliseconds. If another process needs the core, the thread that it waits
+    for can't run, and steps take ten times as long or more. This bound covers the gaps within a step only.
 
-    oneDNN keeps a kernel of about 0.6 MiB for each shape of a matrix product, 1,024 of them unless told otherwise;
-    since nearly each step with prompts has a shape of its own, they would fill memory that no plan knows of.
+    oneDNN caches a kernel of about 0.6 MiB for each shape of a matrix product, 1,024 by default. Nearly every step with
+    prompts has a new shape, so they would fill memory that the memory plan does not count.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_KERNELS)

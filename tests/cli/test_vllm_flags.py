@@ -139,7 +139,7 @@ def test_an_option_of_v0_falls_back_to_v0_and_says_so(flags: list[str], asked: A
         (["--max-model-len", "-2"], "-2"),
         (["--max-model-len", "lots"], "lots"),
         (["--chat-template", "/no/such/file"], "--chat-template: '/no/such/file' can't be read: No such file"),
-        (["--hf-overrides", "{"], "--hf-overrides is no JSON"),
+        (["--hf-overrides", "{"], "--hf-overrides is not valid JSON"),
         (["--rope-scaling", "[]"], "--rope-scaling must be a JSON object"),
         (["--rope-theta", "1", "--hf-overrides", '{"rope_theta": 2}'], "both give rope_theta"),
         (["--lora-modules", "{"], "is no JSON"),

@@ -11,7 +11,7 @@ from engine import children
 from engine.config import EngineConfig
 from engine.memory import resolve
 from engine.model.facts import read_facts
-from engine.worker.executor import InProcessExecutor
+from engine.worker.in_process import InProcessExecutor
 from tests.engine.fork_server import ForkServer
 from tests.engine.worker.driver import Driver
 

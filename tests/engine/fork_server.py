@@ -20,15 +20,15 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from engine.children import framed
+from engine.children import frame
 
 PRELOAD = (
     "engine.launch",
     "engine.core.server",
     "engine.worker.rank",
     "engine.worker.runner",
-    "engine.worker.network",
-    "engine.worker.broadcast",
+    "engine.worker.backend_builder",
+    "engine.worker.driver_broadcast",
     "transformers.models.llama.modeling_llama",
 )
 START_S = 60.0
@@ -80,7 +80,7 @@ class ForkServer:
                 assert self.changed.wait_for(lambda: self._started, START_S), "the fork server does not answer"
                 child = ForkedChild(self, self._started.pop(), ours)
         os.close(stdin)
-        child.stdin.write(framed(options))
+        child.stdin.write(frame(msgspec.msgpack.encode(options)))
         child.stdin.flush()
         return child
 

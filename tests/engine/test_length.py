@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import AUTO_LENGTH, EngineConfig
+from engine.devices.cpu import CpuMachine
 from engine.errors import OutOfMemoryError
 from engine.length import fit_length
 from engine.memory import resolve
@@ -40,10 +41,8 @@ def test_the_longest_that_fits_fits_and_a_block_more_does_not(more: dict[str, ob
 
 
 def test_free_memory_decides_where_no_size_is_given(tmp_path: Path) -> None:
-    from engine import memory
-
     asked = config(tmp_path, max_num_seqs=1, max_num_batched_tokens=1)
-    least = memory._workspace(read_facts(asked), 1, 1, 32) + read_facts(asked).weight_bytes
+    least = CpuMachine().workspace(read_facts(asked), 1, 1, 32) + read_facts(asked).weight_bytes
     found, available = fit_length(asked, 2 * least)
     assert available == 2 * least
     assert 32 <= (found.max_model_len or 0) < 4096

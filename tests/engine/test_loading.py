@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from engine.frontend.start import start_engine
 from engine.model.facts import read_facts
+from engine.start import start_engine
 from tests.engine.worker.driver import build_model
 
 

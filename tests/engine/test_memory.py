@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import memory
 from engine.config import EngineConfig
+from engine.devices import cpu
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.memory import resolve
 from engine.model.facts import ModelFacts, read_facts
@@ -43,7 +43,7 @@ def make_facts(**changes: Any) -> ModelFacts:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch):
     def set_free(amount: int) -> None:
-        monkeypatch.setattr(memory, "available_memory", lambda: amount)
+        monkeypatch.setattr(cpu, "available_memory", lambda: amount)
 
     return set_free
 
@@ -160,7 +160,7 @@ def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pytest
     config = make_folder(tmp_path, "llama")
     facts = read_facts(config)
     for cores, device, warned in ((2, "cpu (4 ranks of 1 thread)", True), (9, "cpu (4 ranks of 2 threads)", False)):
-        monkeypatch.setattr(memory, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(cpu, "cores", lambda cores=cores: cores)
         found = resolve(dataclasses.replace(config, tensor_parallel_size=4), facts)
         assert found.device == device
         assert [f"--tp 4 on {cores} cores" in line for line in found.warnings] == [True] * warned
@@ -198,11 +198,11 @@ def test_too_little_for_replicas_names_bytes_for_all_of_them(free) -> None:
 def test_more_replicas_than_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch, free) -> None:
     free(64 * GIB)
     for cores, device, warned in ((2, "cpu (1 thread)", 1), (9, "cpu (3 threads)", 0)):
-        monkeypatch.setattr(memory, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(cpu, "cores", lambda cores=cores: cores)
         found = resolve(EngineConfig(model="m", data_parallel_size=3), make_facts())
         assert found.device == device
         told = [line for line in found.warnings if "--dp" in line]
-        assert told == [f"--dp 3 on {cores} cores: replicas take turns, fewer are faster"] * warned
+        assert told == [f"--dp 3 on {cores} cores: replicas share cores; use fewer"] * warned
 
 
 def test_undivided_attention_is_warned_of(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from engine.messages import (
     make_handle,
 )
 from engine.model.facts import read_facts
-from engine.worker.executor import InProcessExecutor
+from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import build_model
 

@@ -43,7 +43,7 @@ def stack_logits(folder: Path, name: str) -> Logits:
 
     def logits(ids: NDArray[np.int64]) -> NDArray[np.float32]:
         stack.begin(batch_of([(ids, 0, blocks)], every=True))
-        stack.run(0, stack.parts)
+        stack.run(0, stack.last_part)
         out = np.empty((len(ids), vocabulary), dtype=np.float32)
         stack.logits(np.arange(len(out), dtype=np.int32), out)
         return out

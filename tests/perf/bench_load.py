@@ -70,12 +70,12 @@ def write_native(folder: Path, config: Any) -> None:
 def load(way: str, folder: str) -> Any:
     """Load one way, after the imports; what it returns is held until memory was read."""
     from engine.config import EngineConfig
-    from engine.model import fused
     from engine.model.facts import read_facts
-    from engine.model.fused import Form
     from engine.model.load import open_model
     from engine.model.shard import shard
     from engine.model.split import plan_split
+    from engine.worker import fused_stack
+    from engine.worker.fused_stack import StackFormats
 
     if way == "transformers":
         from transformers import AutoModelForCausalLM
@@ -91,8 +91,8 @@ def load(way: str, folder: str) -> Any:
     if "fused" not in way:
         blank.fill()
         return blank.model
-    form = Form("bfloat16", "int8" if "int8" in way else "bfloat16", "bfloat16")
-    return fused.make_spec(blank.model, form, 1, 16, facts.kv_groups, partial=False, fill=blank.fill)
+    form = StackFormats("bfloat16", "int8" if "int8" in way else "bfloat16", "bfloat16")
+    return fused_stack.make_spec(blank.model, form, 1, 16, facts.kv_groups, partial=False, fill=blank.fill)
 
 
 class _Alone:
@@ -107,10 +107,7 @@ def child(way: str, folder: str) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    import engine.model.fused
-    import engine.model.load
-    import engine.model.shard  # noqa: F401
-    from engine.model.heap import pieces_given_back
+    from engine.heap import large_allocations_mapped
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     process, ended, most = psutil.Process(), threading.Event(), 0
@@ -124,7 +121,7 @@ def child(way: str, folder: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    with contextlib.nullcontext() if way == "transformers" else pieces_given_back():
+    with contextlib.nullcontext() if way == "transformers" else large_allocations_mapped():
         held = load(way, folder)
     if way == "transformers":  # its weights are pages of the files until they are touched
         for parameter in held.parameters():

@@ -38,8 +38,8 @@ from engine.core.steps import ScheduledStep
 from engine.memory import resolve
 from engine.messages import AddRequest, Sampling, column, decode_result, encode, make_handle
 from engine.model.facts import read_facts
-from engine.worker import wire
 from engine.worker.multiprocess import MultiprocessExecutor
+from engine.worker.rank_protocol import FrameKind, frame, sample_body
 from plots.ranks import save_ranks_figure
 
 DRIVEN = ("driver-broadcast",)
@@ -103,7 +103,7 @@ class Engine:
         self.executor.submit(message)
         result = self.executor.sample(plan.step).result(PATIENCE_S)
         self.scheduler.update(plan, decode_result(result))
-        orders = wire.frame(wire.Kind.FORWARD, message) + wire.frame(wire.Kind.SAMPLE, wire.sample_body(plan.step, b""))
+        orders = frame(FrameKind.FORWARD, message) + frame(FrameKind.SAMPLE, sample_body(plan.step, b""))
         return plan, planned, len(orders)
 
     def measure(self, steps: int, told: Told) -> list[int]:

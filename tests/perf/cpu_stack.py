@@ -8,22 +8,22 @@ import torch
 from numpy.typing import NDArray
 
 from engine.config import EngineConfig
+from engine.host import cores
 from engine.kernels.cpu import build
-from engine.kernels.cpu.native import Batch, Stack
-from engine.memory import cores
-from engine.model import fused
-from engine.model.fused import Form
+from engine.kernels.cpu.bindings import Batch, Stack
 from engine.model.kvgroups import group_layers, layer_windows
 from engine.model.resolve import resolve_model
+from engine.worker import fused_stack
+from engine.worker.fused_stack import StackFormats
 
 BLOCK = 32
 # What `redline serve` takes as --quantization and --kv-cache-dtype, by a name for tables.
 FORMS = {
-    "bf16": Form("bfloat16", "bfloat16", "bfloat16"),
-    "int8": Form("bfloat16", "int8", "int8"),
-    "int8, KV bf16": Form("bfloat16", "int8", "bfloat16"),
-    "int4": Form("bfloat16", "int4", "bfloat16"),
-    "int4, KV int8": Form("bfloat16", "int4", "int8"),
+    "bf16": StackFormats("bfloat16", "bfloat16", "bfloat16"),
+    "int8": StackFormats("bfloat16", "int8", "int8"),
+    "int8, KV bf16": StackFormats("bfloat16", "int8", "bfloat16"),
+    "int4": StackFormats("bfloat16", "int4", "bfloat16"),
+    "int4, KV int8": StackFormats("bfloat16", "int4", "int8"),
 }
 
 
@@ -38,15 +38,15 @@ def load(folder: Path, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
 
-def make(folder: Path, form: Form, num_blocks: int) -> tuple[Stack, int]:
+def make(folder: Path, form: StackFormats, num_blocks: int) -> tuple[Stack, int]:
     """A stack with the best kernels of this machine, and its vocabulary's size."""
-    levels = build.levels()
-    if not levels:
+    isas = build.supported_isas()
+    if not isas:
         raise SystemExit("the CPU kernels need AVX2")
     model = load(folder, form.dtype)
     groups = group_layers(layer_windows(model.config, model.config.max_position_embeddings))
-    spec, kept = fused.make_spec(model, form, num_blocks, BLOCK, groups, partial=False)
-    return Stack(spec, form.weights, form.cache, cores(), levels[0], kept), spec.vocabulary
+    spec, owners = fused_stack.make_spec(model, form, num_blocks, BLOCK, groups, partial=False)
+    return Stack(spec, form.weights, form.cache, cores(), isas[0], owners), spec.vocabulary
 
 
 def batch_of(rows: list[tuple[NDArray[np.integer], int, NDArray[np.integer]]], *, every: bool = False) -> Batch:

@@ -25,7 +25,7 @@ from rich.table import Table
 from engine.config import EngineConfig
 from engine.memory import resolve
 from engine.model.facts import read_facts
-from engine.worker.executor import InProcessExecutor
+from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.model.few_bits import FORMATS, quantise
 from tests.engine.worker.driver import MODELS, Driver, build_model

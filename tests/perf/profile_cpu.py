@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.results import hardware
-from engine.kernels.cpu.native import Stack
-from engine.memory import cores
+from engine.host import cores
+from engine.kernels.cpu.bindings import Stack
 from plots.style import COLOURS, MARKERS, STYLE, WIDTH_IN, footnote, headline, plain, save
 from tests.perf.cpu_limits import Machine, Shape, measure_machine
 from tests.perf.cpu_stack import BLOCK, FORMS, batch_of, folder_of, make
@@ -44,7 +44,7 @@ def measure(stack: Stack, vocabulary: int, rows: int, context: int, tokens: int,
             stack.seconds()
         began = time.perf_counter()
         stack.begin(batch)
-        stack.run(0, stack.parts)
+        stack.run(0, stack.last_part)
         stack.choose(np.zeros(rows, dtype=np.float32), np.zeros(rows))
         times.append(time.perf_counter() - began)
     ops = {f"{op}_ms": round(1e3 * seconds / repeats, 4) for op, seconds in stack.seconds().items()}

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from engine.worker import group, rank, runner
+from engine.worker import gloo_group, rank, runner
+from engine.worker.rank_protocol import RankOptions
 from engine.worker.slots import StepBatch
-from engine.worker.wire import Failed, Orders
 
 
 class _Noted:
-    """A network that notes when it is given a step; all else is the network's."""
+    """A model backend that notes when it is given a step; all else is the backend's."""
 
     def __init__(self, inner: Any, log: array):
         self._inner = inner
@@ -31,21 +31,21 @@ class _Noted:
         return getattr(self._inner, name)
 
     def forward(self, batch: StepBatch) -> None:
-        self._log.extend((batch.step, time.monotonic_ns(), group.GlooGroup.told))  # type: ignore[attr-defined]
-        group.GlooGroup.told = 0  # type: ignore[attr-defined]
+        self._log.extend((batch.step, time.monotonic_ns(), gloo_group.GlooGroup.sent))  # type: ignore[attr-defined]
+        gloo_group.GlooGroup.sent = 0  # type: ignore[attr-defined]
         self._inner.forward(batch)
 
 
 def note(log: array, joined: bool) -> None:
-    """Have the rank's network and group write down what is asked for; `joined`: tensors go as one."""
-    build_network, broadcast = runner.build_network, group.GlooGroup.broadcast
+    """Have the rank's model backend and group write down what is asked for; `joined`: tensors go as one."""
+    build_backend, broadcast = runner.build_backend, gloo_group.GlooGroup.broadcast
 
     def build(*given: Any) -> Any:
-        built = build_network(*given)
-        return dataclasses.replace(built, network=_Noted(built.network, log))
+        built = build_backend(*given)
+        return dataclasses.replace(built, backend=_Noted(built.backend, log))
 
-    def counted(self: group.GlooGroup, tensors: Any, *given: Any) -> Any:
-        group.GlooGroup.told += sum(tensor.nbytes for tensor in tensors)  # type: ignore[attr-defined]
+    def counted(self: gloo_group.GlooGroup, tensors: Any, *given: Any) -> Any:
+        gloo_group.GlooGroup.sent += sum(tensor.nbytes for tensor in tensors)  # type: ignore[attr-defined]
         if not joined or len(tensors) < 2:
             return broadcast(self, tensors, *given)
         [whole] = broadcast(self, [torch.cat(tensors)], *given)
@@ -53,17 +53,16 @@ def note(log: array, joined: bool) -> None:
             tensor.copy_(part)
         return tensors
 
-    group.GlooGroup.told = 0  # type: ignore[attr-defined]
-    runner.build_network = build
-    group.GlooGroup.broadcast = counted  # type: ignore[method-assign]
+    gloo_group.GlooGroup.sent = 0  # type: ignore[attr-defined]
+    runner.build_backend = build
+    gloo_group.GlooGroup.broadcast = counted  # type: ignore[method-assign]
 
 
-def run(parent: socket.socket, orders: Orders) -> Failed | None:
-    log, folder = array("q"), Path(orders.store).parent.parent
+def run(parent: socket.socket, options: RankOptions) -> None:
+    log, folder = array("q"), Path(options.store).parent.parent
     note(log, folder.name.endswith("joined"))
-    failed = plain_run(parent, orders)
-    (folder / f"rank-{orders.rank}.bin").write_bytes(log.tobytes())
-    return failed
+    plain_run(parent, options)
+    (folder / f"rank-{options.rank}.bin").write_bytes(log.tobytes())
 
 
 plain_run = rank.run

@@ -44,8 +44,8 @@ class _Timed:
 class LoggingExecutor(executor.InProcessExecutor):
     """The executor of one rank, with a log of its thread."""
 
-    def __init__(self, *given: Any):
-        super().__init__(*given)
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         self._timed = _Timed(self._runner)
         self._runner = self._timed  # type: ignore[assignment]
         thread = self._thread.submit(threading.get_native_id).result()

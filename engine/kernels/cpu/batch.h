@@ -1,4 +1,4 @@
-// What attention is computed on: the shape of its heads, and the rows of a step.
+// The shape of attention heads, and the ragged batch of a step.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,15 @@ struct Shape {
 
     int group() const { return heads / kv_heads; }
 
-    // Of one head's keys, or values, with `per_unit` numbers in a word; in int8 with scales.
+    // Words of one head's keys, or values, with `per_unit` elements per word; int8 includes the scales.
     long block_words(int per_unit) const { return long(block_size) * (head_dim / per_unit + (per_unit == 4)); }
 
-    // Where a head's keys, or values, of a block begin, in words.
+    // The first word of a head's keys, or values, of a block.
     long block_at(long block, int kv_head, int per_unit) const {
         return (block * kv_heads + kv_head) * block_words(per_unit);
     }
 
-    // In int8: the scales of a block's tokens.
+    // int8 only: the scales of a block's tokens.
     float* scales(uint32_t* block) const { return reinterpret_cast<float*>(block + long(block_size) * head_dim / 4); }
     const float* scales(const uint32_t* block) const {
         return reinterpret_cast<const float*>(block + long(block_size) * head_dim / 4);
@@ -37,7 +37,7 @@ struct Ragged {
     const int32_t* tables;  // [KV groups, rows, table_width]
     int32_t table_width;
 
-    // With the tables of one KV group.
+    // The same batch with the block tables of one KV group.
     Ragged of(int group) const {
         Ragged one = *this;
         one.tables += long(group) * rows * table_width;
@@ -45,10 +45,10 @@ struct Ragged {
     }
 };
 
-// Some tokens of a row whose queries are computed together, all query heads of a kv head.
+// Consecutive tokens of a row whose queries are computed together.
 struct Queries {
     int32_t row;
-    int32_t first;     // in the batch
-    int32_t count;     // tokens
-    int32_t position;  // of the first
+    int32_t first;     // token of the batch
+    int32_t count;
+    int32_t position;  // of the first token
 };

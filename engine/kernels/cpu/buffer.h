@@ -1,4 +1,4 @@
-// Memory that grows to what the largest step needed.
+// Aligned memory that grows to the size of the largest step.
 #pragma once
 
 #include <cstddef>

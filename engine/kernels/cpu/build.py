@@ -1,4 +1,4 @@
-"""Compiles the kernels for this machine's instructions, once: the result is kept and found by what it was made from."""
+"""Compiles the kernels for an instruction set. The library is cached under a hash of its sources and flags."""
 
 import ctypes
 import functools
@@ -16,12 +16,12 @@ SOURCES = Path(__file__).parent
 MAIN = "kernels.cpp"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-Wno-uninitialized")
 
-# From the newest: the flags of the compiler, and the machine's own names for what they ask for.
+# Instruction sets, newest first: compiler flags, and the CPU features that they need, by their names in /proc/cpuinfo.
 _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 _HAS_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 _HAS_BF16 = _HAS_AVX512 | {"avx512_bf16", "avx512_vnni"}
-LEVELS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+ISAS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "amx": ((*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _HAS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}),
     "avx512-bf16": (_BF16, _HAS_BF16),
     "avx512": (_AVX512, _HAS_AVX512),
@@ -30,11 +30,11 @@ LEVELS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
 
 
 class BuildError(RedlineError):
-    """The kernels can't be compiled here; the message says why."""
+    """The kernels can't be compiled or loaded here."""
 
 
-def machine_flags() -> frozenset[str]:
-    """What the processor says it can do; empty where the system doesn't tell."""
+def cpu_features() -> frozenset[str]:
+    """Features of the CPU, from /proc/cpuinfo; empty if it can't be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -42,61 +42,61 @@ def machine_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
 
 
-def missing(level: str) -> list[str]:
-    """What this machine lacks for a level, by the processor's names; empty where it can run it."""
-    needs = LEVELS[level][1]
-    lacks = sorted(needs - machine_flags())
+def missing_features(isa: str) -> list[str]:
+    """CPU features that an instruction set needs and this machine lacks."""
+    needs = ISAS[isa][1]
+    lacks = sorted(needs - cpu_features())
     if not lacks and "amx_tile" in needs and not _may_use_tiles():
         return ["the system's permission to use AMX"]
     return lacks
 
 
-def levels() -> list[str]:
-    """The levels that this machine has, the newest first; none below the oldest, where torch is faster."""
-    return [name for name in LEVELS if not missing(name)]
+def supported_isas() -> list[str]:
+    """The instruction sets that this machine supports, newest first. Without AVX2 there is none: torch is faster."""
+    return [isa for isa in ISAS if not missing_features(isa)]
 
 
 @functools.cache
 def _may_use_tiles() -> bool:
-    """Ask Linux for AMX's registers, which a process gets on request only (arch_prctl, ARCH_REQ_XCOMP_PERM)."""
+    """Request AMX's tile registers, which Linux grants per process (arch_prctl, ARCH_REQ_XCOMP_PERM)."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
-def library(level: str, folder: Path | None = None) -> Path:
-    """The compiled kernels of a level, from `folder` (the user's cache unless given) or made now.
+def library(isa: str, folder: Path | None = None) -> Path:
+    """The compiled kernels of an instruction set, from `folder` (default: the user's cache), or compiled now.
 
-    Raises BuildError without a compiler, with the compiler's first complaint, or where they can't be kept.
+    Raises BuildError without a compiler, with the compiler's first error, or if the library can't be stored.
     """
     try:
         folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
-        path = folder / f"{level}-{_name(level)}.so"
+        path = folder / f"{isa}-{_digest(isa)}.so"
         if not path.exists():
-            _compile(level, path)
-    except (OSError, RuntimeError) as error:  # no home, or none that may be written to
+            _compile(isa, path)
+    except (OSError, RuntimeError) as error:  # no home folder, or it can't be written to
         raise BuildError(f"the CPU kernels can't be kept: {error} (XDG_CACHE_HOME names another place)") from error
     return path
 
 
-def _name(level: str) -> str:
-    """Of what the kernels are made from."""
-    made = hashlib.sha256(" ".join((platform.machine(), *FLAGS, *LEVELS[level][0])).encode())
+def _digest(isa: str) -> str:
+    """A hash of everything that the library is compiled from."""
+    digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS, *ISAS[isa][0])).encode())
     for source in [*sorted(SOURCES.glob("*.h")), SOURCES / MAIN]:
-        made.update(source.read_bytes())
-    return made.hexdigest()[:16]
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _compile(level: str, path: Path) -> None:
+def _compile(isa: str, path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise BuildError("there is no C++ compiler (c++, g++ or clang++) to make the CPU kernels with")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks and servers may start at once: each makes its own, the last one stays.
+    # Several ranks and servers may compile at once. Each compiles its own copy, and the last one stays.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made_here = Path(scratch) / path.name
-        command = [compiler, *FLAGS, *LEVELS[level][0], "-o", str(made_here), str(SOURCES / MAIN)]
+        compiled = Path(scratch) / path.name
+        command = [compiler, *FLAGS, *ISAS[isa][0], "-o", str(compiled), str(SOURCES / MAIN)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode:
             complaint = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())
             raise BuildError(f"{Path(compiler).name} could not make the CPU kernels: {complaint[:300]}")
-        made_here.replace(path)
+        compiled.replace(path)

@@ -1,4 +1,4 @@
-// What Python calls: plain functions over pointers.
+// The functions that Python calls.
 
 #include "stack.h"
 
@@ -17,7 +17,7 @@ static AnyStack* make(const Spec* spec, int weights, int cache, int threads, con
 
 extern "C" {
 
-// Null where there is no such stack, or the system has no memory or threads for it.
+// Null if there is no such stack, or no memory or threads for it.
 AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads, const int32_t* cores) {
     try {
         return make(spec, weights, cache, threads, cores);
@@ -30,19 +30,19 @@ void redline_run(AnyStack* stack, const Step* step, int first, int last) { stack
 
 void redline_logits(AnyStack* stack, const int32_t* which, int count, float* out) { stack->logits(which, count, out); }
 
-void redline_choose(AnyStack* stack, int count, const float* temperatures, const double* numbers, int32_t* out) {
-    stack->choose(count, temperatures, numbers, out);
+void redline_choose(AnyStack* stack, int count, const float* temperatures, const double* uniforms, int32_t* out) {
+    stack->choose(count, temperatures, uniforms, out);
 }
 
-void redline_best(AnyStack* stack, int count, const float* temperatures, float* top, int32_t* token, double* weight) {
-    stack->best(count, temperatures, top, token, weight);
+void redline_greedy(AnyStack* stack, int count, const float* temperatures, float* top, int32_t* token, double* weight) {
+    stack->greedy(count, temperatures, top, token, weight);
 }
 
-void redline_draw(AnyStack* stack, const double* numbers, int32_t* out) { stack->draw(numbers, out); }
+void redline_draw(AnyStack* stack, const double* uniforms, int32_t* out) { stack->draw(uniforms, out); }
 
 float* redline_partial(AnyStack* stack) { return stack->partial(); }
 
-// Seconds of each op since the last call, [OPS].
+// Seconds of each op since the last call: out[OPS].
 void redline_seconds(AnyStack* stack, double* out) {
     for (int op = 0; op < OPS; op++) {
         out[op] = stack->seconds[op];

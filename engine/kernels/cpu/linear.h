@@ -1,11 +1,11 @@
-// Products of activations and packed weights, and what is done with a piece of the result while it is in the caches.
+// Products of activations and packed weights. A functor `finish` processes each part of a result while it is in the caches.
 #pragma once
 
 #include "team.h"
 #include "tile.h"
 
-// out = in x weights + bias. As the caller fills it; the layout of `panels` is that of formats.h, padded with zeros to
-// whole panels. `scales`, [panels, groups, SCALES, 16] in bfloat16, belong to quantised weights; `bias` may be null.
+// out = in x weights + bias. `panels` have the layout of formats.h, padded with zeros to whole panels. `scales`, bfloat16
+// [panels, groups, SCALES, 16], are those of quantized weights. `bias` may be null.
 struct Linear {
     const uint32_t* panels;
     const uint16_t* scales;
@@ -14,22 +14,22 @@ struct Linear {
     int32_t inputs;
 };
 
-// Activations, row by row in units. To int8 belong, for each group of a row, its scale and -OFFSET times its sum.
-struct Rows {
+// The left side of a product, row by row in units. int8 has a scale for each group of a row, and -OFFSET times its sum.
+struct Activations {
     const uint32_t* units;
     long stride;
     const float* scales;
     const int32_t* offsets;
     long groups;
 
-    Rows from(long row) const {
+    Activations from(long row) const {
         return {units + row * stride, stride, scales + row * groups, offsets + row * groups, groups};
     }
 };
 
-constexpr int SLAB = 240;  // rows that meet one pair of panels: of at most 1,536 inputs they lie in a core's own cache
+constexpr int SLAB = 240;  // rows that meet one pair of panels; with up to 1,536 inputs they fit a core's own cache
 
-// What is multiplied on tiles where there are any: it always is, since its sums have an order of their own.
+// Formats that use AMX tiles if there are any, always: the sums of a tile have their own order.
 #if defined(TILES)
 template <class T> constexpr bool TILED = false;
 template <> inline constexpr bool TILED<BF16> = true;
@@ -38,7 +38,7 @@ template <> inline constexpr bool TILED<I8> = true;
 template <class T> constexpr bool TILED = false;
 #endif
 
-// Part of a result: `rows` from `first` on, columns from `column` on, with WIDTH numbers between rows.
+// Part of a result: `rows` from `first` on, columns from `column` on; rows are WIDTH elements apart.
 struct Tile {
     long first;
     int rows;
@@ -47,9 +47,9 @@ struct Tile {
     float* at;
 };
 
-// As `multiply`, of quantised numbers: sums of whole numbers within a group, of floats over groups.
+// As `multiply`, for quantized operands: integer sums within a group, float sums over groups.
 template <class T, int ROWS, int COUNT>
-void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales, float* out) {
+void micro_grouped(const Activations& x, const Panels& b, const uint16_t* const* scales, float* out) {
     constexpr int WORDS = T::GROUP / T::PER_WORD;
     f32x16 total[ROWS][COUNT] = {};
     for (long g = 0; g < x.groups; g++) {
@@ -64,7 +64,7 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
 #pragma GCC unroll 2
             for (int p = 0; p < COUNT; p++) {
                 word[p] = load<u32x16>(b.at[p] + (g * WORDS + w) * LANES);
-                __builtin_prefetch(b.next[p] + (g * WORDS + w) * b.pace, 0, 2);
+                __builtin_prefetch(b.next[p] + (g * WORDS + w) * b.prefetch_words, 0, 2);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
@@ -101,14 +101,14 @@ void micro_grouped(const Rows& x, const Panels& b, const uint16_t* const* scales
 }
 
 #if defined(__AVX512F__)
-constexpr int MOST_GROUPED_ROWS = 6;  // two sums for each of 12 vectors
+constexpr int MAX_GROUPED_ROWS = 6;  // two sums for each of 12 vectors
 constexpr int PAIR_GROUPED_ROWS = 6;
 #else
-constexpr int MOST_GROUPED_ROWS = 3;  // two sums for each of 6 vectors of 8 lanes
+constexpr int MAX_GROUPED_ROWS = 3;  // two sums for each of 6 vectors of 8 lanes
 constexpr int PAIR_GROUPED_ROWS = 1;
 #endif
 
-using GroupedMicro = void (*)(const Rows&, const Panels&, const uint16_t* const*, float*);
+using GroupedMicro = void (*)(const Activations&, const Panels&, const uint16_t* const*, float*);
 
 template <class T, int COUNT, int... ROWS>
 INLINE GroupedMicro grouped_for(int rows, std::integer_sequence<int, ROWS...>) {
@@ -117,22 +117,24 @@ INLINE GroupedMicro grouped_for(int rows, std::integer_sequence<int, ROWS...>) {
 }
 
 template <class T>
-INLINE void multiply_grouped(int rows, int count, const Rows& x, const Panels& b, const uint16_t* const* scales, float* out) {
+INLINE void multiply_grouped(
+    int rows, int count, const Activations& x, const Panels& b, const uint16_t* const* scales, float* out
+) {
     if (count == PANELS && rows <= PAIR_GROUPED_ROWS) {
         constexpr auto pair_rows = std::make_integer_sequence<int, PAIR_GROUPED_ROWS>();
         return grouped_for<T, PANELS>(rows, pair_rows)(x, b, scales, out);
     }
     for (int p = 0; p < count; p++) {
-        constexpr auto all_rows = std::make_integer_sequence<int, MOST_GROUPED_ROWS>();
+        constexpr auto all_rows = std::make_integer_sequence<int, MAX_GROUPED_ROWS>();
         Panels one = b;
         one.at[0] = b.at[p], one.next[0] = b.next[p];
         grouped_for<T, 1>(rows, all_rows)(x, one, scales + p, out + p * LANES);
     }
 }
 
-// As `multiply_grouped`, for up to 32 rows, with the same bits.
+// As `multiply_grouped`, for up to 32 rows, with bit-identical results.
 INLINE void multiply_grouped_tiled(
-    int rows, int count, const Rows& x, const Panels& b, const uint16_t* const* scales, float* out
+    int rows, int count, const Activations& x, const Panels& b, const uint16_t* const* scales, float* out
 ) {
     alignas(64) int32_t whole[2 * TILE * WIDTH];
     for (int r = 0; r < rows * WIDTH; r += LANES) store(out + r, f32x16{});
@@ -150,9 +152,9 @@ INLINE void multiply_grouped_tiled(
     }
 }
 
-template <class T> constexpr int most_rows() {
+template <class T> constexpr int max_rows() {
     if constexpr (TILED<T>) return 2 * TILE;
-    return T::QUANTISED ? MOST_GROUPED_ROWS : MOST_ROWS;
+    return T::QUANTIZED ? MAX_GROUPED_ROWS : MAX_ROWS;
 }
 
 template <class T> INLINE Panels panels_of(const Linear& w, long panel) {
@@ -160,14 +162,14 @@ template <class T> INLINE Panels panels_of(const Linear& w, long panel) {
     return Panels(w.panels + panel * apart, apart);
 }
 
-// Rows by `count` panels, which are `b`, from `panel` on.
+// Multiplies rows with `count` panels `b`, of which `panel` is the first.
 template <class T>
 INLINE void product(
-    Tiles& tiles, const Linear& w, const Panels& b, const Rows& x, int rows, long panel, int count, float* out
+    Tiles& tiles, const Linear& w, const Panels& b, const Activations& x, int rows, long panel, int count, float* out
 ) {
     const long words = w.inputs / T::PER_WORD;
     if constexpr (TILED<T>) tiles.shape(rows);
-    if constexpr (T::QUANTISED) {
+    if constexpr (T::QUANTIZED) {
         const long groups = x.groups * T::SCALES * LANES;
         const uint16_t* scales[PANELS] = {w.scales + panel * groups, w.scales + (panel + 1) * groups};
         if constexpr (TILED<T>)
@@ -189,9 +191,10 @@ INLINE void add_bias(const float* bias, const Tile& tile) {
         }
 }
 
-// One op: all threads of the team call it; `finish` gets each part of the result once.
-template <class T, class Finish> void linear(Team& team, const Linear& w, const Rows& x, long count, const Finish& finish) {
-    constexpr int most = most_rows<T>();
+// An op: all threads of the team call it. `finish` gets each part of the result once.
+template <class T, class Finish>
+void linear(Team& team, const Linear& w, const Activations& x, long count, const Finish& finish) {
+    constexpr int most = max_rows<T>();
     alignas(64) float buffer[most * WIDTH];
     Tiles tiles;
     const long panels = ceil_div(w.outputs, LANES), pairs = ceil_div(panels, PANELS);
@@ -205,11 +208,11 @@ template <class T, class Finish> void linear(Team& team, const Linear& w, const 
             const Tile tile{first, int(end - first), panel * LANES, width * LANES, buffer};
             Panels b = panels_of<T>(w, panel);
             if (blocks > 1) {
-                // What this thread probably gets next comes from memory while these rows are multiplied, a part with each
-                // block: the panels at hand are in the caches.
+                // Prefetch the panels of this thread's probable next task, a part with each block of rows. The current ones
+                // are in the caches.
                 const long pace = ceil_div(LANES, blocks), words = w.inputs / T::PER_WORD;
                 const long later = (task + team.size()) % pairs * PANELS;
-                b.look_at(panels_of<T>(w, later).at[0] + block * words * pace, words * LANES, pace);
+                b.prefetch_from(panels_of<T>(w, later).at[0] + block * words * pace, words * LANES, pace);
             }
             product<T>(tiles, w, b, x.from(first), tile.rows, panel, width, buffer);
             if (w.bias) add_bias(w.bias, tile);
@@ -228,7 +231,7 @@ struct Store {
     }
 };
 
-// As Store, where the last panel may stick out of the row.
+// As Store, for a last panel that is wider than the row.
 struct StoreClipped {
     float* out;
     long stride;
@@ -253,7 +256,7 @@ struct Add {
 
 INLINE f32x16 silu(f32x16 x) { return x / (1.0f + exp2_of(x * -1.44269504f)); }
 
-// silu(gate) * up, where panels of gate and up take turns.
+// silu(gate) * up; panels of gate and up alternate.
 template <class T> struct SwiGLU {
     typename T::Element* out;
     long stride;

@@ -1,10 +1,10 @@
-// The one inner loop of everything that multiplies: with AVX-512 up to 12 rows by 32 columns, or 6 by 64, in registers,
-// otherwise up to 6 rows by 16 columns, 3 by 32 or 1 by 64.
+// The inner loop of all matrix products. The sums of a block of rows by columns stay in registers: with AVX-512 up to 12
+// rows by 32 columns, or 6 by 64; otherwise up to 6 rows by 16 columns, 3 by 32 or 1 by 64.
 //
 //     out[r][c] (+)= sum over units u, in their order, of a[r][u] * panel[c / 16][u][c % 16]
 //
-// The order of the sum doesn't depend on how many rows or columns are computed together: a row's result is the same bits
-// alone as in a batch.
+// The order of the sum does not depend on how many rows or columns are computed together, so a row's result has the same
+// bits alone and in a batch.
 #pragma once
 
 #include <utility>
@@ -15,34 +15,35 @@ constexpr int PANELS = 2;
 constexpr int WIDTH = PANELS * LANES;
 constexpr int QUAD = 4;
 #if defined(__AVX512F__)
-constexpr int MOST_ROWS = 12;  // 24 sums of 16 lanes in 32 registers
+constexpr int MAX_ROWS = 12;  // 24 sums of 16 lanes in 32 registers
 constexpr int PAIR_ROWS = 12;
-constexpr int QUAD_ROWS = 6;   // few rows meet four panels: sums of two would wait for each other
+constexpr int QUAD_ROWS = 6;   // few rows take four panels: the sums of two would wait for each other
 #else
-constexpr int MOST_ROWS = 6;  // 12 sums of 8 lanes in 16 registers
+constexpr int MAX_ROWS = 6;  // 12 sums of 8 lanes in 16 registers
 constexpr int PAIR_ROWS = 3;
 constexpr int QUAD_ROWS = 1;
 #endif
 
-// Where the panels are that are multiplied next. They are asked for at the pace at which the present ones are used: the
-// processor's own guesses end with a page of memory, and blocks of the cache are pages apart.
+// The panels to multiply, and those to prefetch meanwhile, at the same pace. The hardware prefetcher stops at the end of a
+// page, and blocks of the cache are pages apart.
 struct Panels {
     const uint32_t* at[QUAD];
     const uint32_t* next[QUAD];
-    long pace = LANES;  // words asked for with each unit
+    long prefetch_words = LANES;  // per unit
 
     Panels() {}
-    Panels(const uint32_t* first, long apart) : at{first, first + apart}, next{first + FURTHER, first + apart + FURTHER} {}
+    Panels(const uint32_t* first, long apart)
+        : at{first, first + apart}, next{first + PREFETCH_DISTANCE, first + apart + PREFETCH_DISTANCE} {}
 
-    void look_at(const uint32_t* first, long apart, long words_a_unit) {
+    void prefetch_from(const uint32_t* first, long apart, long words) {
         for (int p = 0; p < PANELS; p++) next[p] = first + p * apart;
-        pace = words_a_unit;
+        prefetch_words = words;
     }
 
-    static constexpr int FURTHER = 512;  // words: where they lie in a row, half a page on
+    static constexpr int PREFETCH_DISTANCE = 512;  // words within the same panel: half a page
 };
 
-// a: rows of `stride` units; b: one, two or four panels; out: rows that lie `apart` numbers from each other.
+// a: rows of `stride` units; b: one, two or four panels; out: rows of `apart` elements.
 template <class T> using Micro = void (*)(const uint32_t* a, long stride, const Panels& b, long units, void* out, long apart);
 
 template <class T, int ROWS, int COUNT, bool ADD>
@@ -56,13 +57,13 @@ void micro(const uint32_t* a, long stride, const Panels& b, long units, void* ou
         for (int p = 0; p < COUNT; p++) acc[r][p] = ADD ? load<Acc>(to + r * apart + p * LANES) : Acc{};
     const uint32_t *panel[COUNT], *next[COUNT];
     for (int p = 0; p < COUNT; p++) panel[p] = b.at[p], next[p] = b.next[p];
-    const long pace = b.pace;
+    const long prefetch_words = b.prefetch_words;
     for (long u = 0; u < units; u++) {
         u32x16 column[COUNT];
 #pragma GCC unroll 4
         for (int p = 0; p < COUNT; p++) {
             column[p] = load<u32x16>(panel[p] + u * LANES);
-            __builtin_prefetch(next[p] + u * pace, 0, 3);
+            __builtin_prefetch(next[p] + u * prefetch_words, 0, 3);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
@@ -77,7 +78,7 @@ void micro(const uint32_t* a, long stride, const Panels& b, long units, void* ou
         for (int p = 0; p < COUNT; p++) store(to + r * apart + p * LANES, acc[r][p]);
 }
 
-// The loops for 1 to sizeof...(ROWS) rows.
+// The inner loops for 1 to sizeof...(ROWS) rows.
 template <class T, int COUNT, bool ADD, int... ROWS>
 INLINE Micro<T> micro_for(int rows, std::integer_sequence<int, ROWS...>) {
     static constexpr Micro<T> table[] = {micro<T, ROWS + 1, COUNT, ADD>...};
@@ -85,14 +86,14 @@ INLINE Micro<T> micro_for(int rows, std::integer_sequence<int, ROWS...>) {
 }
 
 template <class T, int COUNT, bool ADD> INLINE Micro<T> micro_for(int rows) {
-    constexpr int most = COUNT == QUAD ? QUAD_ROWS : COUNT == PANELS ? PAIR_ROWS : MOST_ROWS;
+    constexpr int most = COUNT == QUAD ? QUAD_ROWS : COUNT == PANELS ? PAIR_ROWS : MAX_ROWS;
     return micro_for<T, COUNT, ADD>(rows, std::make_integer_sequence<int, most>());
 }
 
-// How many of `left` panels `rows` meet at a time where there may be four.
+// How many of the remaining `left` panels are multiplied with `rows` rows at a time.
 INLINE int panels_at_once(int rows, int left) { return rows <= QUAD_ROWS && left >= QUAD ? QUAD : left >= 2 ? 2 : 1; }
 
-// `rows` at most MOST_ROWS, `count` panels (1, 2, or 4 for QUAD_ROWS); ADD: onto what `out` holds.
+// `rows` at most MAX_ROWS; `count` panels: 1, 2, or 4 with at most QUAD_ROWS rows. ADD: add to `out`.
 template <class T, bool ADD = false>
 INLINE void multiply(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, void* out, long apart) {
     if (count == QUAD) return micro_for<T, QUAD, ADD>(rows)(a, stride, b, units, out, apart);

@@ -1,4 +1,4 @@
-// Ops on single tokens: embedding, norms, rotary positions and the write to the cache, choice of format.
+// Operations on single tokens: quantization, norms, rotary positions, writes to the cache.
 #pragma once
 
 #include <cmath>
@@ -6,17 +6,17 @@
 #include "attention.h"
 #include "linear.h"
 
-// Some numbers (a multiple of 16) as int8 under the scale of the largest; gives their sum as int8.
-INLINE int32_t quantise(const float* from, int size, int8_t* out, float* scale) {
+// Quantizes `size` numbers (a multiple of 16) to int8; the scale is the largest magnitude / 127. Returns the integers' sum.
+INLINE int32_t quantize(const float* from, int size, int8_t* out, float* scale) {
     f32x16 top{};
     for (int i = 0; i < size; i += LANES) {
         const f32x16 x = load<f32x16>(from + i);
         top = max_of(top, max_of(x, -x));
     }
-    const float largest = highest(top), factor = largest > 0 ? 127.0f / largest : 0.0f;
+    const float largest = reduce_max(top), factor = largest > 0 ? 127.0f / largest : 0.0f;
     i32x16 counted{};
     for (int i = 0; i < size; i += LANES) {
-        // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the low bits.
+        // Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the low bits.
         const i32x16 whole = (i32x16)(load<f32x16>(from + i) * factor + 12582912.0f) - 0x4B400000;
         counted += whole;
         store(out + i, convert<i8x16>(whole));
@@ -32,11 +32,11 @@ template <class T> INLINE void narrow(const float* from, int size, typename T::E
     for (int i = 0; i < size; i += LANES) T::narrow(out + i, load<f32x16>(from + i));
 }
 
-// Write a row of `size` floats in the format of a product's left side.
+// Writes a row of `size` floats as activations of a product.
 template <class T>
 INLINE void encode(const float* row, int size, typename T::Element* out, float* scales, int32_t* offsets) {
-    if constexpr (T::QUANTISED)
-        for (int i = 0; i < size; i += T::GROUP) *offsets++ = -T::OFFSET * quantise(row + i, T::GROUP, out + i, scales++);
+    if constexpr (T::QUANTIZED)
+        for (int i = 0; i < size; i += T::GROUP) *offsets++ = -T::OFFSET * quantize(row + i, T::GROUP, out + i, scales++);
     else
         narrow<T>(row, size, out);
 }
@@ -50,19 +50,19 @@ INLINE float root_mean_square(const float* row, int size, float epsilon) {
     return 1.0f / std::sqrt(sum(squares) / float(size) + epsilon);
 }
 
-// RMSNorm; out may be row.
-INLINE void normalise(const float* row, const float* weight, int size, float epsilon, float* out) {
+// out may be row.
+INLINE void rms_norm(const float* row, const float* weight, int size, float epsilon, float* out) {
     const float factor = root_mean_square(row, size, epsilon);
     for (int i = 0; i < size; i += LANES) store(out + i, load<f32x16>(row + i) * factor * load<f32x16>(weight + i));
 }
 
-// Where a token lies in a layer's cache.
+// The place of a token in a layer's cache.
 struct Slot {
     long block;
     int offset;
 };
 
-// Rotary positions, halves of a head turned against each other as in Llama; cos, sin: D/2 numbers of the token's position.
+// Rotary positions as in Llama: element i is rotated with element i + D/2. cosine, sine: [D/2], of the token's position.
 INLINE void rotate(float* head, int dim, const float* cosine, const float* sine) {
     const int half = dim / 2;
     if (half % LANES == 0) {
@@ -81,23 +81,23 @@ INLINE void rotate(float* head, int dim, const float* cosine, const float* sine)
     }
 }
 
-// The layouts are those of attention.h.
+// For the layouts see attention.h.
 template <class T> INLINE void write_key(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
-    typename T::Element row[MOST_DIM];
+    typename T::Element row[MAX_HEAD_DIM];
     const long units = shape.head_dim / T::PER_UNIT;
     uint32_t* block = cache + shape.block_at(slot.block, kv_head, T::PER_UNIT);
     uint32_t* panel = block + slot.offset / LANES * LANES * units + slot.offset % LANES;
     uint32_t flip = 0;
-    if constexpr (T::QUANTISED) {
-        quantise(head, shape.head_dim, row, shape.scales(block) + slot.offset);
-        flip = 0x80808080u;  // adds the offset to each byte
+    if constexpr (T::QUANTIZED) {
+        quantize(head, shape.head_dim, row, shape.scales(block) + slot.offset);
+        flip = 0x80808080u;  // adds OFFSET to each byte
     } else {
         narrow<T>(head, shape.head_dim, row);
     }
     for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT) ^ flip;
 }
 
-// Number 0 of a token's value; see value_number for the others.
+// Element 0 of a token's value; for the others add value_offset.
 template <class T>
 INLINE typename T::Element* value_of(const Shape& shape, int kv_head, long block, int offset, uint32_t* cache) {
     uint32_t* words = cache + shape.block_at(block, kv_head, T::PER_UNIT);
@@ -105,28 +105,28 @@ INLINE typename T::Element* value_of(const Shape& shape, int kv_head, long block
     return reinterpret_cast<typename T::Element*>(words) + first;
 }
 
-// How far number d of a value lies from number 0, in elements.
-template <class T> INLINE long value_number(const Shape& shape, int d) {
+// The distance of element d of a value from element 0.
+template <class T> INLINE long value_offset(const Shape& shape, int d) {
     return d / LANES * (long(shape.block_size) * LANES) + d % LANES * T::PER_UNIT;
 }
 
-// Values behind a row's end are mixed in with a share of zero: what another row left there must not be infinite.
+// Values beyond a row's end are multiplied by a weight of zero, so leftovers of another row must not be infinite or NaN.
 template <class T> INLINE void clear_values(const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
-    if constexpr (!T::QUANTISED)
+    if constexpr (!T::QUANTIZED)
         for (int offset = slot.offset + 1; offset % LANES; offset++) {
             auto at = value_of<T>(shape, kv_head, slot.block, offset, cache);
-            for (int d = 0; d < shape.head_dim; d++) at[value_number<T>(shape, d)] = 0;
+            for (int d = 0; d < shape.head_dim; d++) at[value_offset<T>(shape, d)] = 0;
         }
 }
 
 template <class T> INLINE void write_value(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
-    typename T::Element row[MOST_DIM];
-    if constexpr (T::QUANTISED) {
+    typename T::Element row[MAX_HEAD_DIM];
+    if constexpr (T::QUANTIZED) {
         uint32_t* block = cache + shape.block_at(slot.block, kv_head, T::PER_UNIT);
-        quantise(head, shape.head_dim, row, shape.scales(block) + slot.offset);
+        quantize(head, shape.head_dim, row, shape.scales(block) + slot.offset);
     } else {
         narrow<T>(head, shape.head_dim, row);
     }
     auto at = value_of<T>(shape, kv_head, slot.block, slot.offset, cache);
-    for (int d = 0; d < shape.head_dim; d++) at[value_number<T>(shape, d)] = row[d];
+    for (int d = 0; d < shape.head_dim; d++) at[value_offset<T>(shape, d)] = row[d];
 }

@@ -1,9 +1,9 @@
-// What the kernels need of vectors beyond plain arithmetic: reductions, powers of two, bfloat16, packed products.
+// Vector operations beyond arithmetic: reductions, powers of two, bfloat16, packed products.
 #pragma once
 
 #include "vectors.h"
 
-// Ask for memory that is needed soon. Blocks of the cache are pages apart: the processor doesn't guess the next one.
+// Prefetch memory. Blocks of the cache are pages apart, so the hardware prefetcher does not find the next one.
 INLINE void prefetch(const uint32_t* from, long words) {
     for (long i = 0; i < words; i += 16) __builtin_prefetch(from + i, 0, 2);
 }
@@ -25,10 +25,10 @@ INLINE uint32_t as_bits(float x) {
 INLINE float max_of(float a, float b) { return a > b ? a : b; }
 INLINE f32x16 max_of(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 
-// Both reductions have one order, whatever the machine: halves onto halves.
+// Both reductions have the same order on every ISA: upper half onto lower half.
 #if defined(__AVX512F__)
 INLINE float sum(f32x16 v) { return _mm512_reduce_add_ps((__m512)v); }
-INLINE float highest(f32x16 v) { return _mm512_reduce_max_ps((__m512)v); }
+INLINE float reduce_max(f32x16 v) { return _mm512_reduce_max_ps((__m512)v); }
 #elif defined(__AVX2__)
 INLINE float sum(f32x16 v) {
     const __m256 eight = (__m256)(v.part[0] + v.part[1]);
@@ -37,7 +37,7 @@ INLINE float sum(f32x16 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-INLINE float highest(f32x16 v) {
+INLINE float reduce_max(f32x16 v) {
     const __m256 eight = _mm256_max_ps((__m256)v.part[0], (__m256)v.part[1]);
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -53,10 +53,10 @@ template <class Combine> INLINE float reduce(f32x16 v, const Combine& combine) {
 }
 
 INLINE float sum(f32x16 v) { return reduce(v, [](float a, float b) { return a + b; }); }
-INLINE float highest(f32x16 v) { return reduce(v, [](float a, float b) { return max_of(a, b); }); }
+INLINE float reduce_max(f32x16 v) { return reduce(v, [](float a, float b) { return max_of(a, b); }); }
 #endif
 
-// 2^x; 0 below 2^-126. Relative error below 2e-7 (polynomial of the sixth degree on [-0.5, 0.5], Taylor's).
+// 2^x; 0 below 2^-126. Relative error below 2e-7 (Taylor polynomial of degree 6 on [-0.5, 0.5]).
 INLINE f32x16 exp2_of(f32x16 x) {
 #if defined(__AVX512F__)
     const f32x16 whole = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -66,7 +66,7 @@ INLINE f32x16 exp2_of(f32x16 x) {
     const i32x16 gone = x < lowest;
     x = max_of(x, lowest);
     x = select(x > splat(127.0f), splat(127.0f), x);
-    const f32x16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are x rounded
+    const f32x16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits of the sum are x rounded to an integer
     const i32x16 whole = (i32x16)shifted - 0x4B400000;
     const f32x16 f = x - (shifted - 12582912.0f);
 #endif
@@ -90,7 +90,7 @@ INLINE f32x16 exp2_of(f32x16 x) {
 
 INLINE float from_bf16(uint16_t x) { return as_float(uint32_t(x) << 16); }
 
-INLINE uint16_t to_bf16(float x) {  // to the nearest, ties to even; a NaN stays one
+INLINE uint16_t to_bf16(float x) {  // rounds to nearest, ties to even; NaN stays NaN
     uint32_t bits = as_bits(x);
     if (x != x) return uint16_t(bits >> 16 | 64);
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
@@ -109,17 +109,17 @@ INLINE u16x16 to_bf16(f32x16 x) {
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// A word for all lanes of a part, brought by a load where it comes from memory.
-INLINE u32x16::Part spread(uint32_t word) { return (u32x16::Part)_mm256_set1_epi32(int(word)); }
+#if AVX2_ONLY
+// A word in all lanes of a part; a broadcast load if it comes from memory.
+INLINE u32x16::Part broadcast(uint32_t word) { return (u32x16::Part)_mm256_set1_epi32(int(word)); }
 #endif
 
-// acc[lane] += a.low * b[lane].low + a.high * b[lane].high, where each 32-bit word holds two bfloat16.
+// acc[lane] += a.low * b[lane].low + a.high * b[lane].high; each 32-bit word holds two bfloat16.
 INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512BF16__)
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(int(a)));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-    const u32x16::Part low = spread(a) << 16, high = spread(a) & 0xFFFF0000u;
+#elif AVX2_ONLY
+    const u32x16::Part low = broadcast(a) << 16, high = broadcast(a) & 0xFFFF0000u;
     for (int p = 0; p < PARTS; p++) {
         acc.part[p] += (f32x16::Part)(b.part[p] << 16) * (f32x16::Part)low;
         acc.part[p] += (f32x16::Part)(b.part[p] & 0xFFFF0000u) * (f32x16::Part)high;
@@ -134,9 +134,9 @@ INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
 
 // ---------------------------------------------------------------------------------------------------------------- int8
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if AVX2_ONLY
 
-// Bytes 0 and 2 of each word as 16-bit numbers, and bytes 1 and 3.
+// Bytes 0 and 2 of each word as 16-bit integers; and bytes 1 and 3.
 template <bool SIGNED> INLINE __m256i even_bytes(__m256i v) {
     return SIGNED ? _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8) : _mm256_and_si256(v, _mm256_set1_epi16(255));
 }
@@ -144,10 +144,10 @@ template <bool SIGNED> INLINE __m256i odd_bytes(__m256i v) {
     return SIGNED ? _mm256_srai_epi16(v, 8) : _mm256_srli_epi16(v, 8);
 }
 
-// acc[lane] += the sum of four products of bytes, those of b signed and those of a not, or the other way round. They are
-// products of 16-bit numbers: the sum of two products of bytes doesn't fit 16 bits.
+// acc[lane] += the sum of four products of bytes; b is signed and a unsigned, or vice versa. Bytes are widened to 16 bits,
+// since the sum of two products of bytes does not fit 16 bits.
 template <bool B_SIGNED> INLINE i32x16 dot_bytes(i32x16 acc, u32x16 b, uint32_t a) {
-    const __m256i row = (__m256i)spread(a), even = even_bytes<!B_SIGNED>(row), odd = odd_bytes<!B_SIGNED>(row);
+    const __m256i row = (__m256i)broadcast(a), even = even_bytes<!B_SIGNED>(row), odd = odd_bytes<!B_SIGNED>(row);
     for (int p = 0; p < PARTS; p++) {
         const __m256i column = (__m256i)b.part[p];
         acc.part[p] += (i32x16::Part)_mm256_madd_epi16(even, even_bytes<B_SIGNED>(column));
@@ -158,11 +158,11 @@ template <bool B_SIGNED> INLINE i32x16 dot_bytes(i32x16 acc, u32x16 b, uint32_t 
 
 #endif
 
-// acc[lane] += the sum of four products of unsigned bytes in b and signed ones in a.
+// acc[lane] += the sum of four products of unsigned bytes in b and signed bytes in a.
 INLINE i32x16 dot_quads(i32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, _mm512_set1_epi32(int(a)));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif AVX2_ONLY
     return dot_bytes<false>(acc, b, a);
 #else
     for (int i = 0; i < 4; i++) acc += (i32x16)(b >> 8 * i & 255) * int32_t(int8_t(a >> 8 * i));
@@ -170,10 +170,10 @@ INLINE i32x16 dot_quads(i32x16 acc, u32x16 b, uint32_t a) {
 #endif
 }
 
-// As `dot_quads`, of bytes in b that are at most 15.
+// As `dot_quads`, for bytes in b of at most 15.
 INLINE i32x16 dot_small_quads(i32x16 acc, u32x16 b, uint32_t a) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i row = (__m256i)spread(a), ones = _mm256_set1_epi16(1);
+#if AVX2_ONLY
+    const __m256i row = (__m256i)broadcast(a), ones = _mm256_set1_epi16(1);
     for (int p = 0; p < PARTS; p++)
         acc.part[p] += (i32x16::Part)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)b.part[p], row), ones);
     return acc;
@@ -182,11 +182,11 @@ INLINE i32x16 dot_small_quads(i32x16 acc, u32x16 b, uint32_t a) {
 #endif
 }
 
-// As `dot_quads`, of signed bytes in b and unsigned ones in a.
+// As `dot_quads`, with signed bytes in b and unsigned bytes in a.
 INLINE i32x16 dot_quads_unsigned(i32x16 acc, u32x16 b, uint32_t a) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif AVX2_ONLY
     return dot_bytes<true>(acc, b, a);
 #else
     for (int i = 0; i < 4; i++) acc += ((i32x16)(b << (24 - 8 * i)) >> 24) * int32_t(a >> 8 * i & 255);

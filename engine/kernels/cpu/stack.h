@@ -3,24 +3,24 @@
 
 #include <chrono>
 
-#include "adapt.h"
+#include "lora.h"
 #include "head.h"
 #include "rowwise.h"
 
 struct Layer {
     Linear qkv;
     Linear output;
-    Linear gate_up;  // panels of gate and up take turns
+    Linear gate_up;  // panels of gate and up alternate
     Linear down;
     const float* input_norm;
     const float* post_norm;
-    const float* query_norm;  // of each head, may be null
+    const float* query_norm;  // per head; may be null
     const float* key_norm;
     uint32_t* keys;
     uint32_t* values;
     int32_t window;  // 0: all
-    int32_t group;   // whose block table is the layer's
-    int32_t rotary;  // 0: positions don't show in this layer
+    int32_t group;   // the KV group, for the block table
+    int32_t rotary;  // 0: no rotary positions in this layer
 };
 
 struct Spec {
@@ -33,12 +33,12 @@ struct Spec {
     int32_t vocabulary;
     int32_t block_size;
     int32_t partial;  // 1: one rank of several, see Stack::run
-    int32_t first_token;  // the id of the first of `vocabulary` tokens: the rank's own
+    int32_t first_token;  // of the rank's `vocabulary` tokens
     float epsilon;
     float scaling;         // of the scores
     float rotary_scaling;  // of cosines and sines
     const float* frequencies;  // [head_dim / 2]
-    // [vocabulary, hidden] in the format of the cache, or bfloat16 where that is int8; null: the head's weights, not quantised.
+    // [vocabulary, hidden] in the cache's format, bfloat16 for int8; null: tied to the head, which is not quantized.
     const void* embedding;
     const float* final_norm;
     const Layer* layer;
@@ -50,7 +50,7 @@ struct Step {
     const int32_t* ids;        // [tokens]
     const int32_t* positions;  // [tokens]
     const int32_t* row_of;     // [tokens]
-    const int32_t* sampled;    // [samples], tokens whose successor is asked for
+    const int32_t* sampled;    // [samples], tokens of the batch whose logits are needed
     int32_t samples;
     Adapters adapters;
 };
@@ -60,24 +60,23 @@ enum Op { EMBED, NORM, QKV, ROTARY, ATTENTION, ENCODE, OUTPUT, GATE_UP, DOWN, HE
 class AnyStack {
   public:
     virtual ~AnyStack() = default;
-    // Parts first .. last of a step: 0 is the embedding, 1 + 2i the attention of layer i, 2 + 2i its MLP, then the
-    // choice of the tokens that are sampled. With spec.partial, each but the last leaves its part of the sum in
-    // `partial`, [tokens, hidden]; the caller adds those of all ranks up, in place, before the next part.
+    // Runs parts first .. last of a step: 0 is the embedding, 1 + 2i the attention of layer i, 2 + 2i its MLP, and the last
+    // one the final norm of the sampled tokens. With spec.partial, each part but the last leaves this rank's share of a sum
+    // in `partial`, [tokens, hidden]; before the next part the caller sums it over ranks, in place.
     virtual void run(const Step& step, int first, int last) = 0;
-    // Of some of the samples, [count, vocabulary].
+    // The logits of some samples, [count, vocabulary].
     virtual void logits(const int32_t* which, int count, float* out) = 0;
-    // A token for each of the first `count` samples: the likeliest where the temperature is 0, else drawn by its number
-    // in [0, 1).
-    virtual void choose(int count, const float* temperatures, const double* numbers, int32_t* out) = 0;
-    // Of the rank's own tokens, for each of the first `count` samples: the highest logit, which it is, and the weight of
-    // all against it at the sample's temperature. Then draws for these samples, by numbers in [0, 1).
-    virtual void best(int count, const float* temperatures, float* top, int32_t* token, double* weight) = 0;
-    virtual void draw(const double* numbers, int32_t* out) = 0;
+    // One token for each of the first `count` samples: greedy at temperature 0, otherwise drawn by a number in [0, 1).
+    virtual void choose(int count, const float* temperatures, const double* uniforms, int32_t* out) = 0;
+    // For each of the first `count` samples, over this rank's tokens: the highest logit, its token, and the sum of weights
+    // relative to it. `draw` then draws one of this rank's tokens for each of these samples, by numbers in [0, 1).
+    virtual void greedy(int count, const float* temperatures, float* top, int32_t* token, double* weight) = 0;
+    virtual void draw(const double* uniforms, int32_t* out) = 0;
     virtual float* partial() = 0;
     double seconds[OPS] = {};
 };
 
-// Formats of the layers' weights, of the head's, and of queries, keys and values.
+// W, H, T: formats of the layers' weights, of the head's weights, and of queries, keys and values.
 template <class W, class H, class T> class Stack : public AnyStack {
   public:
     Stack(const Spec& spec, int threads, const int32_t* cores)
@@ -100,20 +99,20 @@ template <class W, class H, class T> class Stack : public AnyStack {
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_logits(thread); }, this);
     }
 
-    void choose(int count, const float* temperatures, const double* numbers, int32_t* out) override {
-        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, numbers);
+    void choose(int count, const float* temperatures, const double* uniforms, int32_t* out) override {
+        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, uniforms);
         tokens_ = out;
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_tokens(thread); }, this);
     }
 
-    void best(int count, const float* temperatures, float* top, int32_t* token, double* weight) override {
+    void greedy(int count, const float* temperatures, float* top, int32_t* token, double* weight) override {
         head_.begin(chosen_.rows(spec_.hidden), count, temperatures, nullptr);
-        best_ = {top, token, weight};
-        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_best(thread); }, this);
+        greedy_ = {top, token, weight};
+        team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_greedy(thread); }, this);
     }
 
-    void draw(const double* numbers, int32_t* out) override {
-        head_.take(numbers);
+    void draw(const double* uniforms, int32_t* out) override {
+        head_.take(uniforms);
         tokens_ = out;
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_draws(thread); }, this);
     }
@@ -123,40 +122,40 @@ template <class W, class H, class T> class Stack : public AnyStack {
   private:
     typedef typename T::Element Element;
 
-    // The left side of a product, for many tokens.
+    // The activations of a product.
     template <class F> struct Operand {
         Buffer<typename F::Element> units;
         Buffer<float> scales;
         Buffer<int32_t> offsets;
 
-        void take(size_t rows, long most) {
-            units.take(rows * most);
-            scales.take(rows * groups(most));
-            offsets.take(rows * groups(most));
+        void take(size_t rows, long width) {
+            units.take(rows * width);
+            scales.take(rows * groups(width));
+            offsets.take(rows * groups(width));
         }
 
-        static long groups(long numbers) {
-            if constexpr (F::QUANTISED) return numbers / F::GROUP;
+        static long groups(long width) {
+            if constexpr (F::QUANTIZED) return width / F::GROUP;
             return 0;
         }
 
-        void set(long row, const float* from, int numbers) {
-            const long at = row * groups(numbers);
-            encode<F>(from, numbers, units.get() + row * numbers, scales.get() + at, offsets.get() + at);
+        void set(long row, const float* from, int width) {
+            const long at = row * groups(width);
+            encode<F>(from, width, units.get() + row * width, scales.get() + at, offsets.get() + at);
         }
 
-        void copy(const Operand& from, long row, long to, int numbers) {
-            const long count = groups(numbers);
-            std::memcpy(units.get() + to * numbers, from.units.get() + row * numbers, numbers * sizeof *units.get());
-            if constexpr (F::QUANTISED) {
+        void copy(const Operand& from, long row, long to, int width) {
+            const long count = groups(width);
+            std::memcpy(units.get() + to * width, from.units.get() + row * width, width * sizeof *units.get());
+            if constexpr (F::QUANTIZED) {
                 std::memcpy(scales.get() + to * count, from.scales.get() + row * count, count * sizeof(float));
                 std::memcpy(offsets.get() + to * count, from.offsets.get() + row * count, count * sizeof(int32_t));
             }
         }
 
-        Rows rows(long numbers) const {
-            return {reinterpret_cast<const uint32_t*>(units.get()), numbers / F::PER_UNIT, scales.get(), offsets.get(),
-                    groups(numbers)};
+        Activations rows(long width) const {
+            return {reinterpret_cast<const uint32_t*>(units.get()), width / F::PER_UNIT, scales.get(), offsets.get(),
+                    groups(width)};
         }
     };
 
@@ -173,7 +172,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         sine_.take(tokens * spec_.head_dim / 2);
         chosen_.take(step_->samples, spec_.hidden);
         if (spec_.partial) partial_.take(tokens * spec_.hidden);
-        if (step_->adapters.table) lowered_.take(tokens * step_->adapters.most_rank);
+        if (step_->adapters.table) projected_.take(tokens * step_->adapters.max_rank);
         Attention<T>::plan(shape_, step_->batch, team_.size(), plan_);
     }
 
@@ -187,59 +186,61 @@ template <class W, class H, class T> class Stack : public AnyStack {
             else if (part % 2)
                 attend(part / 2, thread);
             else
-                transform(part / 2 - 1, thread);
+                mlp(part / 2 - 1, thread);
         }
     }
 
     void attend(int number, int thread) {
         const Layer& layer = layers_[number];
-        normalise_all(layer.input_norm, thread);
+        normalize_all(layer.input_norm, thread);
         adapted(layer.qkv, number, AT_QKV, left_.rows(spec_.hidden), Store{wide_.get(), qkv_width()});
         done(QKV, thread);
         const Ragged batch = step_->batch.of(layer.group);
-        put_in_cache(layer, batch);
+        write_cache(layer, batch);
         done(ROTARY, thread);
         Attention<T>(shape_, batch)
-            .run(team_, {query_.get(), query_scale_.get(), query_offset_.get(), wide_.get(), layer.keys, layer.values, layer.window},
+            .run(team_,
+                 {query_.get(), query_scale_.get(), query_offset_.get(), wide_.get(), layer.keys, layer.values,
+                  layer.window},
                  plan_);
         done(ATTENTION, thread);
         encode_all(query_width(), thread);
-        sum_up(layer.output, number, AT_OUTPUT, left_.rows(query_width()));
+        add_linear(layer.output, number, AT_OUTPUT, left_.rows(query_width()));
         done(OUTPUT, thread);
     }
 
-    void transform(int number, int thread) {
+    void mlp(int number, int thread) {
         const Layer& layer = layers_[number];
-        normalise_all(layer.post_norm, thread);
-        const Rows x = left_.rows(spec_.hidden);
-        Rows middle = left_.rows(spec_.intermediate);
-        if constexpr (W::QUANTISED) {
+        normalize_all(layer.post_norm, thread);
+        const Activations x = left_.rows(spec_.hidden);
+        Activations middle = left_.rows(spec_.intermediate);
+        if constexpr (W::QUANTIZED) {
             adapted(layer.gate_up, number, AT_GATE_UP, x, SwiGLU<F32>{wide_.get(), spec_.intermediate});
             done(GATE_UP, thread);
             encode_all(spec_.intermediate, thread);
         } else {
-            // Not in place: others still read the left side.
+            // Not in place: other threads still read the input.
             auto out = reinterpret_cast<typename W::Element*>(wide_.get());
             adapted(layer.gate_up, number, AT_GATE_UP, x, SwiGLU<W>{out, spec_.intermediate});
             done(GATE_UP, thread);
             middle.units = reinterpret_cast<const uint32_t*>(out);
         }
-        sum_up(layer.down, number, AT_DOWN, middle);
+        add_linear(layer.down, number, AT_DOWN, middle);
         done(DOWN, thread);
     }
 
-    // A linear, with what the tokens' adapters add to it.
+    // A linear with the adapters of the tokens.
     template <class Finish>
-    void adapted(const Linear& w, int layer, Place place, const Rows& x, const Finish& finish) {
+    void adapted(const Linear& w, int layer, AdaptedLinear place, const Activations& x, const Finish& finish) {
         const Adapters& adapters = step_->adapters;
         if (!adapters.table) return linear<W>(team_, w, x, tokens(), finish);
         team_.each(tokens(), [&](long t) {
             if (const LowRank* adapter = adapters.find(t, layer, place))
-                bring_down<W>(*adapter, x, t, w.inputs, lowered_.get() + t * adapters.most_rank);
+                project_down<W>(*adapter, x, t, w.inputs, projected_.get() + t * adapters.max_rank);
         });
         team_.barrier();
         const auto call = [](const void* self, const Tile& tile) { (*static_cast<const Finish*>(self))(tile); };
-        linear<W>(team_, w, x, tokens(), BringUp{adapters, layer, place, lowered_.get(), &finish, call});
+        linear<W>(team_, w, x, tokens(), AddUp{adapters, layer, place, projected_.get(), &finish, call});
     }
 
     void embed(int thread) {
@@ -252,7 +253,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
             const long id = long(step_->ids[t]) - spec_.first_token;
             if (id >= 0 && id < spec_.vocabulary)
                 embed_one(id, x);
-            else  // another rank's
+            else  // another rank's token
                 std::memset(x, 0, spec_.hidden * sizeof(float));
             const int half = spec_.head_dim / 2;
             for (int i = 0; i < half; i++) {
@@ -269,7 +270,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         if (spec_.embedding) {
             const auto row = static_cast<const typename Plain::Element*>(spec_.embedding) + id * spec_.hidden;
             for (int i = 0; i < spec_.hidden; i += LANES) store(out + i, Plain::widen(row + i));
-        } else if constexpr (!H::QUANTISED) {
+        } else if constexpr (!H::QUANTIZED) {
             const long units = spec_.hidden / H::PER_UNIT;
             const uint32_t* column = spec_.head.panels + id / LANES * units * LANES + id % LANES;
             for (long u = 0; u < units; u++) {
@@ -279,26 +280,26 @@ template <class W, class H, class T> class Stack : public AnyStack {
         }
     }
 
-    void normalise_all(const float* weight, int thread) {
+    void normalize_all(const float* weight, int thread) {
         const int size = spec_.hidden;
         team_.each(tokens(), [&](long t) {
             float* row = x_.get() + t * size;
             if (spec_.partial)
                 for (int i = 0; i < size; i += LANES)
                     store(row + i, load<f32x16>(row + i) + load<f32x16>(partial_.get() + t * size + i));
-            normalise_row(row, weight, left_, t);
+            normalize_row(row, weight, left_, t);
         });
         done(NORM, thread);
     }
 
-    template <class F> void normalise_row(const float* row, const float* weight, Operand<F>& out, long at) {
-        alignas(64) float normal[MOST_HIDDEN];
-        normalise(row, weight, spec_.hidden, spec_.epsilon, normal);
+    template <class F> void normalize_row(const float* row, const float* weight, Operand<F>& out, long at) {
+        alignas(64) float normal[MAX_HIDDEN];
+        rms_norm(row, weight, spec_.hidden, spec_.epsilon, normal);
         out.set(at, normal, spec_.hidden);
     }
 
-    // Queries, keys and values of each token: norms of heads, positions, and the way into the cache.
-    void put_in_cache(const Layer& layer, const Ragged& batch) {
+    // Query and key norms, rotary positions, and the write of keys and values to the cache.
+    void write_cache(const Layer& layer, const Ragged& batch) {
         const int dim = spec_.head_dim, half = dim / 2;
         team_.each(tokens(), [&](long t) {
             float* head = wide_.get() + t * qkv_width();
@@ -310,7 +311,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
             for (int h = 0; h < spec_.heads + spec_.kv_heads; h++, head += dim) {
                 const bool query = h < spec_.heads;
                 if (layer.query_norm)
-                    normalise(head, query ? layer.query_norm : layer.key_norm, dim, spec_.epsilon, head);
+                    rms_norm(head, query ? layer.query_norm : layer.key_norm, dim, spec_.epsilon, head);
                 if (layer.rotary) rotate(head, dim, cosine, sine);
                 if (query)
                     put_query(head, t, h);
@@ -328,19 +329,19 @@ template <class W, class H, class T> class Stack : public AnyStack {
     void put_query(const float* head, long token, int number) {
         const long at = token * spec_.heads + number;
         Element* out = query_.get() + at * spec_.head_dim;
-        if constexpr (T::QUANTISED)
-            query_offset_.get()[at] = -T::OFFSET * quantise(head, spec_.head_dim, out, query_scale_.get() + at);
+        if constexpr (T::QUANTIZED)
+            query_offset_.get()[at] = -T::OFFSET * quantize(head, spec_.head_dim, out, query_scale_.get() + at);
         else
             narrow<T>(head, spec_.head_dim, out);
     }
 
-    // `wide`, [tokens, size], in the format of a left side.
+    // Encodes `wide`, [tokens, size], as activations.
     void encode_all(int size, int thread) {
         team_.each(tokens(), [&](long t) { left_.set(t, wide_.get() + t * size, size); });
         done(ENCODE, thread);
     }
 
-    void sum_up(const Linear& w, int layer, Place place, const Rows& x) {
+    void add_linear(const Linear& w, int layer, AdaptedLinear place, const Activations& x) {
         if (spec_.partial)
             adapted(w, layer, place, x, Store{partial_.get(), spec_.hidden});
         else
@@ -351,11 +352,11 @@ template <class W, class H, class T> class Stack : public AnyStack {
         const int size = spec_.hidden;
         for (long s; (s = team_.next()) < step_->samples;) {
             const long t = step_->sampled[s];
-            alignas(64) float row[MOST_HIDDEN];
+            alignas(64) float row[MAX_HIDDEN];
             std::memcpy(row, x_.get() + t * size, size * sizeof(float));
             if (spec_.partial)
                 for (int i = 0; i < size; i++) row[i] += partial_.get()[t * size + i];
-            normalise_row(row, spec_.final_norm, chosen_, s);
+            normalize_row(row, spec_.final_norm, chosen_, s);
         }
         done(HEAD, thread);
     }
@@ -366,11 +367,11 @@ template <class W, class H, class T> class Stack : public AnyStack {
         done(HEAD, thread);
     }
 
-    void all_best(int thread) {
+    void all_greedy(int thread) {
         mark(thread);
         head_.weigh(team_);
         team_.barrier();
-        head_.best(team_, best_);
+        head_.greedy(team_, greedy_);
         done(HEAD, thread);
     }
 
@@ -398,7 +399,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         if (thread == 0) begun_ = Time::now();
     }
 
-    // The end of an op, for all threads.
+    // Ends an op, on all threads.
     void done(Op op, int thread) {
         team_.barrier();
         if (thread != 0) return;
@@ -407,7 +408,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
         begun_ = now;
     }
 
-    static constexpr int MOST_HIDDEN = 16384;
+    static constexpr int MAX_HIDDEN = 16384;
 
     const Spec spec_;
     const std::vector<Layer> layers_;
@@ -415,16 +416,16 @@ template <class W, class H, class T> class Stack : public AnyStack {
     const Shape shape_;
     const Step* step_ = nullptr;
     int first_ = 0, last_ = 0;
-    long samples_ = 0;  // whose logits are asked for
+    long samples_ = 0;  // whose logits are computed
     float* logits_ = nullptr;
     int32_t* tokens_ = nullptr;
     typename Attention<T>::Plan plan_;
-    Buffer<float> x_, wide_, cosine_, sine_, partial_, lowered_, query_scale_;
+    Buffer<float> x_, wide_, cosine_, sine_, partial_, projected_, query_scale_;
     Buffer<int32_t> query_offset_;
     Operand<W> left_;
     Operand<H> chosen_, asked_;
     Head<H> head_;
-    Best best_{};
+    Greedy greedy_{};
     Buffer<Element> query_;
     Time::time_point begun_;
 };

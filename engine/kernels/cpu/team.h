@@ -1,7 +1,7 @@
-// Threads that work on one step together: each op's tasks are dealt out as they finish, a barrier ends the op.
+// Threads that work on a step together. The tasks of an op are handed out as threads become free; a barrier ends the op.
 //
-// Between steps they sleep. Within a step they spin for about 100 microseconds before they do, since ops follow each other
-// that closely; no longer, since others may need the core.
+// Between steps threads sleep. Within a step they spin for about 100 microseconds first, since ops follow each other
+// closely; no longer, since another process may need the core.
 #pragma once
 
 #include <pthread.h>
@@ -15,12 +15,12 @@
 
 class Team {
   public:
-    // cores: where its threads stay, [size], null: wherever the system puts them. The first one is the caller's business.
+    // cores: [size], to pin the threads to; null: no pinning. The caller pins its own thread, the first one.
     Team(int size, const int32_t* cores) : size_(size) {
         try {
             for (int i = 1; i < size; i++) {
                 threads_.emplace_back([this, i] { serve(i); });
-                if (cores) keep(threads_.back(), cores[i]);
+                if (cores) pin(threads_.back(), cores[i]);
             }
         } catch (...) {
             end();
@@ -32,7 +32,7 @@ class Team {
 
     int size() const { return size_; }
 
-    // Call `job(argument, *this, index)` on all threads, this one among them; returns when all are through.
+    // Calls `job(argument, *this, index)` on all threads, the calling one included, and waits for all.
     void run(void (*job)(void*, Team&, int), void* argument) {
         if (size_ == 1) return job(argument, *this, 0);
         job_ = job;
@@ -42,16 +42,16 @@ class Team {
         barrier();
     }
 
-    // Wait for all; whatever was written before is seen after. Starts a new deal of tasks.
+    // Waits for all threads; memory written before is visible after. Task numbers start again from 0.
     void barrier() {
         if (size_ == 1) {
-            dealt_.store(0, std::memory_order_relaxed);
+            next_task_.store(0, std::memory_order_relaxed);
             return;
         }
         uint32_t round = round_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
-            dealt_.store(0, std::memory_order_relaxed);
+            next_task_.store(0, std::memory_order_relaxed);
             round_.store(round + 1, std::memory_order_release);
             round_.notify_all();
         } else {
@@ -59,18 +59,18 @@ class Team {
         }
     }
 
-    // The next task of the op, counted from 0 for all threads together.
-    long next() { return dealt_.fetch_add(1, std::memory_order_relaxed); }
+    // The next task of the op; tasks are numbered from 0 over all threads.
+    long next() { return next_task_.fetch_add(1, std::memory_order_relaxed); }
 
-    // One op of `count` small tasks of about the same size, dealt out a few at a time: dealing costs a trip between cores.
+    // An op of `count` small tasks of similar size, handed out a few at a time: each hand-out costs a transfer between cores.
     template <class Task> void each(long count, const Task& task) {
-        const long some = count / (SHARES * size_) + 1;
+        const long some = count / (CHUNKS * size_) + 1;
         for (long begin; (begin = some * next()) < count;)
             for (long i = begin; i < begin + some && i < count; i++) task(i);
     }
 
   private:
-    static constexpr int SHARES = 4;  // of each thread in an op of small tasks
+    static constexpr int CHUNKS = 4;  // per thread, in an op of small tasks
     static constexpr int SPINS = 4000;  // pauses of about 10 to 40 ns
 
     void end() {
@@ -79,11 +79,11 @@ class Team {
         for (auto& thread : threads_) thread.join();
     }
 
-    static void keep(std::thread& thread, int core) {
+    static void pin(std::thread& thread, int core) {
         cpu_set_t only;
         CPU_ZERO(&only);
         CPU_SET(core, &only);
-        pthread_setaffinity_np(thread.native_handle(), sizeof only, &only);  // where it can't be, it stays anywhere
+        pthread_setaffinity_np(thread.native_handle(), sizeof only, &only);  // on failure the thread is not pinned
     }
 
     static void wait_beyond(std::atomic<uint32_t>& value, uint32_t old) {
@@ -116,6 +116,6 @@ class Team {
     alignas(64) std::atomic<uint32_t> calls_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
     alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<long> dealt_{0};
+    alignas(64) std::atomic<long> next_task_{0};
     std::vector<std::thread> threads_;
 };

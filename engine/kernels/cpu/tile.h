@@ -1,18 +1,18 @@
-// Products on AMX's tiles: registers of 16 rows by 64 bytes, up to 32 rows of the left side by two panels at a time.
+// Products on AMX tiles, registers of 16 rows by 64 bytes: up to 32 rows of activations by two panels at a time.
 //
-// A panel of weights (see formats.h) is a right-hand tile as it lies, a unit of 16 columns a row; activations, row by row in
-// units, are a left-hand one:
+// A panel of weights (see formats.h) has the layout of a right-hand tile, a unit of 16 columns per row. Activations, row by
+// row in units, have that of a left-hand tile:
 //
 //     0: rows  0..15, panel 0    1: rows  0..15, panel 1    4: left, rows  0..15    6: right, panel 0
 //     2: rows 16..31, panel 0    3: rows 16..31, panel 1    5: left, rows 16..31    7: right, panel 1
 //
-// TILES_IN_SOFTWARE does the same in plain C++, so that what is built on tiles can be tested where there are none.
+// TILES_IN_SOFTWARE computes the same in plain C++, to test the code above tiles on machines without AMX.
 #pragma once
 
 #include "micro.h"
 
-constexpr int TILE = 16;  // rows, and units, of a tile
-constexpr long TILE_BYTES = 64;  // a row of it
+constexpr int TILE = 16;  // rows, and units per row, of a tile
+constexpr long TILE_BYTES = 64;  // of a row
 
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -74,7 +74,7 @@ inline thread_local SoftwareTiles software_tiles;
 #elif defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
 #define TILES
-// Not _tile_loadconfig: some compilers' takes 8 bytes for what it reads, and lets the others never reach memory.
+// Not _tile_loadconfig: some compilers assume that it reads 8 bytes only, and never store the others.
 #define TILE_SHAPE(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory")
 #define TILE_RELEASE() _tile_release()
 #define TILE_ZERO(tile) _tile_zero(tile)
@@ -87,14 +87,14 @@ inline thread_local SoftwareTiles software_tiles;
 
 #if defined(TILES)
 
-// The tiles' shapes while an op runs on this thread.
+// Configures the tiles of this thread during an op.
 class Tiles {
   public:
     ~Tiles() {
         if (rows_) TILE_RELEASE();
     }
 
-    // For 1 to 32 rows of the left side.
+    // For 1 to 32 rows of activations.
     void shape(int rows) {
         if (rows == rows_) return;
         rows_ = rows;
@@ -126,16 +126,16 @@ template <int COUNT, bool TALL> INLINE void store_sums(void* out) {
     if constexpr (TALL && COUNT == 2) TILE_STORE(3, at + TILE * WIDTH + LANES, apart);
 }
 
-// Both sides' 16 units from `unit` on; asks for the panels that come next.
+// Loads 16 units of both sides, from `unit` on, and prefetches the next panels.
 template <int COUNT, bool TALL> INLINE void load_sides(const uint32_t* a, long stride, const Panels& b, long unit) {
     TILE_LOAD(4, a + unit, stride * 4);
     if constexpr (TALL) TILE_LOAD(5, a + TILE * stride + unit, stride * 4);
     TILE_LOAD(6, b.at[0] + unit * LANES, TILE_BYTES);
     if constexpr (COUNT == 2) TILE_LOAD(7, b.at[1] + unit * LANES, TILE_BYTES);
-    for (int p = 0; p < COUNT; p++) prefetch(b.next[p] + unit * b.pace, TILE * b.pace);
+    for (int p = 0; p < COUNT; p++) prefetch(b.next[p] + unit * b.prefetch_words, TILE * b.prefetch_words);
 }
 
-// As `multiply`, of whole tiles of units.
+// As `multiply`, for a multiple of TILE units.
 template <int COUNT, bool TALL> void tiled_bf16(const uint32_t* a, long stride, const Panels& b, long units, float* out) {
     zero_sums<COUNT, TALL>();
     for (long u = 0; u < units; u += TILE) {
@@ -148,7 +148,7 @@ template <int COUNT, bool TALL> void tiled_bf16(const uint32_t* a, long stride, 
     store_sums<COUNT, TALL>(out);
 }
 
-// The sums of whole numbers of one group, which is one tile of units.
+// The integer sums of one quantization group, which is one tile of units.
 template <int COUNT, bool TALL> void tiled_i8(const uint32_t* a, long stride, const Panels& b, long unit, int32_t* out) {
     zero_sums<COUNT, TALL>();
     load_sides<COUNT, TALL>(a, stride, b, unit);
@@ -167,9 +167,9 @@ INLINE void multiply_tiled(int rows, int count, const uint32_t* a, long stride, 
         (count == 2 ? tiled_bf16<2, false> : tiled_bf16<1, false>)(a, stride, b, whole, out);
     if (whole == units) return;
     Panels rest = b;
-    for (int p = 0; p < count; p++) rest.at[p] += whole * LANES, rest.next[p] += whole * b.pace;
-    for (int r = 0; r < rows; r += MOST_ROWS) {
-        const int some = rows - r < MOST_ROWS ? rows - r : MOST_ROWS;
+    for (int p = 0; p < count; p++) rest.at[p] += whole * LANES, rest.next[p] += whole * b.prefetch_words;
+    for (int r = 0; r < rows; r += MAX_ROWS) {
+        const int some = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
         multiply<BF16, true>(some, count, a + r * stride + whole, stride, rest, units - whole, out + r * WIDTH, WIDTH);
     }
 }
@@ -183,7 +183,7 @@ INLINE void multiply_tiled(int rows, int count, const uint32_t* a, long stride, 
 
 #else
 
-// Named where tiles would be used, never called.
+// Declared for code that is never called without tiles.
 struct Tiles {
     void shape(int) {}
 };

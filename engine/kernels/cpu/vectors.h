@@ -1,12 +1,11 @@
-// Vectors of 16 lanes on every machine.
+// Vectors of 16 lanes on every ISA.
 //
-// With AVX-512 a vector of 16 words is one register, by GCC's vector extension. Where registers are smaller, GCC keeps
-// vectors that exceed them in memory. There a vector is a structure of parts that each fit a register, and an operation is
-// done part by part:
+// With AVX-512 a vector of 16 words is one register, by GCC's vector extension. With smaller registers GCC would keep such
+// vectors in memory. There a vector is a structure of parts that each fit a register, and operations work part by part:
 //
 //     AVX2, f32x16:  part 0: lanes 0..7 | part 1: lanes 8..15        u16x16:  two parts of 8 lanes, 16 bytes each
 //
-// Kernels use the names and functions below, and are written once.
+// Kernels use only the types and functions below, and are written once.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +17,10 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define AVX2_ONLY 1
+#endif
 
 constexpr int LANES = 16;
 
@@ -38,10 +41,10 @@ template <class V> INLINE V load(const void* from) {
 
 template <class V> INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
 
-// The same numbers in another type; whole numbers that don't fit lose their upper bits.
+// The same values in another type; integers that do not fit lose their upper bits.
 template <class To, class From> INLINE To convert(From v) { return __builtin_convertvector(v, To); }
 
-// a where the mask is set, else b.
+// a where the mask is set, otherwise b.
 template <class V> INLINE V select(i32x16 mask, V a, V b) { return mask ? a : b; }
 
 INLINE i32x16 lane_numbers() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
@@ -61,7 +64,7 @@ template <class E> struct Parts {
 
     Parts() = default;
 
-    // The same bits as elements of another type.
+    // The same bits as another element type.
     template <class F> explicit Parts(const Parts<F>& other) {
         for (int p = 0; p < PARTS; p++) part[p] = (Part)other.part[p];
     }
@@ -142,7 +145,7 @@ template <class To, class E> INLINE To convert(Parts<E> v) {
     To out;
     for (int p = 0; p < PARTS; p++) {
 #if defined(__AVX2__)
-        if constexpr (sizeof(typename To::Part) == 8) {  // GCC 12 would move bytes one by one
+        if constexpr (sizeof(typename To::Part) == 8) {  // GCC 12 would move byte by byte
             out.part[p] = (typename To::Part)lowest_bytes((__m256i)v.part[p]);
             continue;
         }

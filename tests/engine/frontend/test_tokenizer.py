@@ -162,7 +162,7 @@ def test_other_tokenizer_files_go_through_transformers(tmp_path: Path):
 
 def test_the_front_end_needs_neither_torch_nor_transformers():
     check = (
-        "import sys, engine.api.app, engine.frontend.start, engine.llm\n"
+        "import sys, engine.api.app, engine.start, engine.llm\n"
         "sys.exit(', '.join(m for m in ('torch', 'transformers', 'pandas') if m in sys.modules) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

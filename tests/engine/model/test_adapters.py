@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ModelError
-from engine.kernels.cpu.native import PackedAdapter
+from engine.kernels.cpu.bindings import PackedAdapter
 from engine.model.adapters import pack_adapter
 from engine.model.lora import LowRank
 from tests.engine.kernels.cpu.test_stack import (  # the fixture works by being here
@@ -61,7 +61,7 @@ def logits(
 def run(served: Served, rows: list, adapters: list[PackedAdapter], of: list[int]) -> np.ndarray:
     batch = batch_of(rows)
     served.stack.begin(batch, adapters, np.array(of, dtype=np.int32)[batch.row_of])
-    served.stack.run(0, served.stack.parts)
+    served.stack.run(0, served.stack.last_part)
     out = np.empty((len(rows), served.vocabulary), dtype=np.float32)
     served.stack.logits(np.arange(len(rows), dtype=np.int32), out)
     return out

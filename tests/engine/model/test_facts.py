@@ -66,16 +66,16 @@ def test_dummy_weights_are_counted_from_the_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 def test_weights_are_counted_as_the_fused_stack_holds_them(form: str, tied: bool, tmp_path: Path) -> None:
     """Against what is packed."""
-    from engine.model import fused
     from engine.model.load import open_model
+    from engine.worker import fused_stack
 
     options = {} if form == "bfloat16" else {"quantization": form}
     write(tmp_path, LLAMA | {"hidden_size": 64, "vocab_size": 96, "head_dim": 16, "tie_word_embeddings": tied})
     config = EngineConfig(model=str(tmp_path), load_format="dummy", **options)
     found = read_facts(config)
-    form_of = fused.Form("bfloat16", form, "bfloat16")
+    form_of = fused_stack.StackFormats("bfloat16", form, "bfloat16")
     blank = open_model(config, found)
-    _, kept = fused.make_spec(blank.model, form_of, 1, 16, found.kv_groups, partial=False, fill=blank.fill)
+    _, kept = fused_stack.make_spec(blank.model, form_of, 1, 16, found.kv_groups, partial=False, fill=blank.fill)
     packed = sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.float32)
     norms = (2 * 2 + 1) * 64 * 2  # as the checkpoint has them; the stack has them in float32
     assert found.weight_bytes == packed + norms

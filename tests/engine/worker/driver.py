@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engine.messages import Sampling, SlotAssignment, StepMessage, StepResult, column, decode_result, encode, int32s
-from engine.worker.executor import InProcessExecutor
+from engine.worker.in_process import InProcessExecutor
 
 VOCAB = 128
 BASE = {

@@ -167,7 +167,7 @@ def a_block_zeroed(driver: Driver) -> Iterator[None]:
     """The keys and values of a row's first block are lost once it decodes."""
 
     def lose(batch: Any) -> None:
-        cache = driver.executor._runner._network._cache
+        cache = driver.executor._runner._backend._cache
         for row in (batch.num_computed_tokens >= driver.block_size).nonzero()[0]:
             for layer in (*cache.keys, *cache.values):
                 layer[batch.tables[:, row, 0]] = 0
@@ -195,15 +195,15 @@ def windows_off_by_one() -> Iterator[None]:
 
 @contextmanager
 def _before_forward(driver: Driver, change: Callable[[Any], None]) -> Iterator[None]:
-    network: Any = driver.executor._runner._network
-    forward = network.forward
+    backend: Any = driver.executor._runner._backend
+    forward = backend.forward
 
     def changed(batch: Any) -> None:
         change(batch)
         forward(batch)
 
-    network.forward = changed
+    backend.forward = changed
     try:
         yield
     finally:
-        del network.forward
+        del backend.forward

@@ -170,11 +170,11 @@ def test_unloading_frees_the_memory(tmp_path: Path, make_driver: Callable[..., D
         driver.executor.call("load_adapter", {"key": "one#1", "path": str(folder)}).result()
         request = Request(prompts(1)[2], adapter="one#1")
         driver.run([request], NEW, seed=1)
-        network: Any = driver.executor._runner._network
+        backend: Any = driver.executor._runner._backend
         if kernels == "torch":
-            held = [part.up for parts in network._adapters._parts.values() for part in parts.values()]
+            held = [part.up for parts in backend._adapters._parts.values() for part in parts.values()]
         else:
-            held = [array for adapter in network._adapters.values() for array in adapter.kept]
+            held = [array for adapter in backend._adapters.values() for array in adapter.owners]
         watched = [weakref.ref(tensor) for tensor in held]
         assert len(watched) >= 12
         del held

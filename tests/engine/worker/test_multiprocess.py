@@ -19,7 +19,7 @@ from engine.errors import EngineDeadError, ModelError
 from engine.memory import resolve
 from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
 from engine.model.facts import read_facts
-from engine.worker.executor import InProcessExecutor
+from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import BASE, MODELS, Driver, Request, build_model
 
@@ -60,6 +60,10 @@ def outputs(driver: Driver, schedule: int) -> list[list[int]]:
     return [request.output for request in requests]
 
 
+def pids_of(executor: MultiprocessExecutor) -> list[int]:
+    return [rank.pid for rank in executor.ranks]
+
+
 def gone(pid: int) -> bool:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -90,7 +94,7 @@ def test_ranks_give_the_tokens_of_one(
     ranks = start(tmp_path, size, ablate=ablate)
     executor = ranks.executor
     assert isinstance(executor, MultiprocessExecutor)
-    pids = executor.process_ids
+    pids = pids_of(executor)
     try:
         assert outputs(ranks, 2) == expected
         assert ranks.preemptions > 0
@@ -102,7 +106,7 @@ def test_ranks_give_the_tokens_of_one(
         executor.shutdown()
     assert len(pids) == size
     assert all(gone(pid) for pid in pids)
-    assert [rank.process.returncode for rank in executor._ranks] == [0] * size, "none had to be ended by force"
+    assert [rank.returncode for rank in executor.ranks] == [0] * size, "none had to be ended by force"
     assert not executor.ended.done()
     with pytest.raises(EngineDeadError, match="shut down"):
         executor.sample(0).result(PATIENCE_S)
@@ -114,7 +118,7 @@ def dummy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=[(), DRIVEN], ids=["all hear", "rank 0 drives"])
+@pytest.fixture(params=[(), DRIVEN], ids=["all receive", "rank 0 drives"])
 def ranks(dummy: Path, request: pytest.FixtureRequest) -> Iterator[MultiprocessExecutor]:
     executor: Any = start(dummy, 2, load_format="dummy", ablate=request.param).executor
     yield executor
@@ -142,17 +146,17 @@ def test_steps_run_ahead_idle_ranks_use_no_processor_and_are_missed_when_gone(ra
     tokens = [int32s(decode_result(result.result(PATIENCE_S)).tokens) for result in results]
     assert [len(one) for one in tokens] == [1] * 40
     time.sleep(0.3)
-    before = sum(map(cpu_seconds, ranks.process_ids))
+    before = sum(map(cpu_seconds, pids_of(ranks)))
     time.sleep(1.0)
-    assert sum(map(cpu_seconds, ranks.process_ids)) - before <= 0.05
-    os.kill(ranks.process_ids[1], signal.SIGKILL)
+    assert sum(map(cpu_seconds, pids_of(ranks))) - before <= 0.05
+    os.kill(pids_of(ranks)[1], signal.SIGKILL)
     with pytest.raises(EngineDeadError, match=r"^rank 1 .* was killed by SIGKILL"):
         ranks.ended.result(PATIENCE_S)
-    assert all(gone(pid) for pid in ranks.process_ids)
+    assert all(gone(pid) for pid in pids_of(ranks))
 
 
 def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExecutor) -> None:
-    pid, other = ranks.process_ids
+    pid, other = pids_of(ranks)
     steps = [StepMessage(0, assigned_slots=(FIRST,), chunks=column([[0, 3]])), *(StepMessage(i) for i in range(1, 80))]
     results = [submit(ranks, message)[1] for message in steps]
     results[0].result(PATIENCE_S)
@@ -172,7 +176,7 @@ def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExe
 def test_a_step_that_was_not_sampled_keeps_no_rank_from_its_end(ranks: MultiprocessExecutor) -> None:
     ranks.submit(encode(StepMessage(0, assigned_slots=(FIRST,), chunks=column([[0, 3]])))).result(PATIENCE_S)
     ranks.shutdown()
-    assert -signal.SIGKILL not in [rank.process.returncode for rank in ranks._ranks]
+    assert -signal.SIGKILL not in [rank.returncode for rank in ranks.ranks]
 
 
 def test_an_error_in_the_ranks_is_shown_with_its_rank(ranks: MultiprocessExecutor) -> None:
@@ -186,7 +190,7 @@ def test_a_thread_that_fails_fails_what_is_pending_and_ends_the_ranks(
 ) -> None:
     executor: Any = start(dummy, 2, load_format="dummy").executor
     try:
-        pids = executor.process_ids
+        pids = pids_of(executor)
 
         def broken(_: bytes) -> bool:
             raise OSError("no memory to share")
@@ -219,7 +223,7 @@ def test_ranks_end_with_their_parent(dummy: Path) -> None:
         "from pathlib import Path\n"
         "from tests.engine.worker.test_multiprocess import start\n"
         "driver = start(Path(sys.argv[1]), 2, load_format='dummy')\n"
-        "print(*driver.executor.process_ids, flush=True)\n"
+        "print(*(rank.pid for rank in driver.executor.ranks), flush=True)\n"
         "time.sleep(600)\n"
     )
     root = Path(__file__).parents[3]

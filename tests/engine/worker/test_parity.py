@@ -66,12 +66,12 @@ def test_a_longrope_is_pinned_by_the_length_of_requests(limit: int, tmp_path: Pa
         assert request.output == reference.run(request.prompt)[0]
 
 
-@pytest.mark.parametrize("level", build.levels())
+@pytest.mark.parametrize("isa", build.supported_isas())
 @pytest.mark.parametrize("kind", sorted(kind for kind, family in FAMILIES.items() if family.fused))
-def test_the_fused_stack_equals_transformers(kind: str, level: str, tmp_path: Path, make_driver: MakeDriver) -> None:
+def test_the_fused_stack_equals_transformers(kind: str, isa: str, tmp_path: Path, make_driver: MakeDriver) -> None:
     reference = Reference(build_model(kind, tmp_path, head_dim=16))
-    driver = make_driver(tmp_path, block_size=16, kernels=level)
-    assert driver.executor.kernels == f"{level}, fused stack"
+    driver = make_driver(tmp_path, block_size=16, kernels=isa)
+    assert driver.executor.kernels == f"{isa}, fused stack"
     for case in CASES:
         row = compare(kind, case, serve(driver, case), reference)
         assert row.passed, row

@@ -23,7 +23,7 @@ WAYS: list[dict[str, Any]] = [
     {"block_size": 16, "size": 2, "ablate": DRIVEN},
 ]
 
-needs_kernels = pytest.mark.skipif(not build.levels(), reason="the CPU kernels need AVX2")
+needs_kernels = pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2")
 Scored = dict[int, dict[int, tuple[list[int], list[float], int]]]  # by request and position
 
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="module", params=WAYS, ids=["torch", "fused", "speculative", "two ranks"])
 def driver(request: pytest.FixtureRequest, model: tuple[Path, Any]) -> Iterator[Driver]:
-    if request.param.get("kernels") != "torch" and not build.levels():
+    if request.param.get("kernels") != "torch" and not build.supported_isas():
         pytest.skip("the CPU kernels need AVX2")
     found = start(model[0], **{"size": 1, **request.param})
     yield found

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.worker.rank_protocol import FrameKind, receive_command, split_command
 from engine.worker.ring import Ring, RingReader
-from engine.worker.wire import Kind, parts, receive_order
 
 
 def readers_of(ring: Ring, count: int) -> list[RingReader]:
@@ -65,8 +65,8 @@ def test_orders_of_any_length_pass(length: int) -> None:
     body = os.urandom(length)
 
     def send() -> None:
-        for kind in (Kind.FORWARD, Kind.SAMPLE):
-            for head, part in parts(kind, body, ring.size // 2):
+        for kind in (FrameKind.FORWARD, FrameKind.SAMPLE):
+            for head, part in split_command(kind, body, ring.size // 2):
                 assert ring.write(part)
                 ours.sendall(head)
         ours.close()
@@ -74,7 +74,7 @@ def test_orders_of_any_length_pass(length: int) -> None:
     sender = threading.Thread(target=send)
     sender.start()
     with theirs:
-        orders = [receive_order(theirs, reader) for _ in range(3)]
+        orders = [receive_command(theirs, reader) for _ in range(3)]
     sender.join()
-    assert orders == [(Kind.FORWARD, body), (Kind.SAMPLE, body), None]
+    assert orders == [(FrameKind.FORWARD, body), (FrameKind.SAMPLE, body), None]
     ring.close()

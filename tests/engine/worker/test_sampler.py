@@ -103,7 +103,7 @@ def test_top_p_over_a_flat_distribution_keeps_its_share() -> None:
     vocab = 3000
     logits = torch.zeros(1, vocab) + torch.linspace(0, -0.01, vocab)
     p = Sampling(temperature=1.0, top_p=0.9)
-    least = sampler._least_weights((logits - logits.amax()).exp(), [p])
+    least = sampler._minimum_weights((logits - logits.amax()).exp(), [p])
     assert least is not None
     count = int(((logits - logits.amax()).exp() >= least[:, None]).sum())
     assert count == pytest.approx(0.9 * vocab, rel=0.01)

@@ -5,15 +5,15 @@ import os
 import pytest
 
 from engine.config import EngineConfig
-from engine.worker.threads import KERNELS_KEPT, SPINS, limit_libraries, places
+from engine.worker.threads import CACHED_KERNELS, SPINS, cores_of_rank, limit_libraries
 
 
 @pytest.mark.parametrize(
     ("before", "spins", "kernels"),
     [
-        ({}, SPINS, KERNELS_KEPT),
-        ({"GOMP_SPINCOUNT": "7"}, "7", KERNELS_KEPT),
-        ({"OMP_WAIT_POLICY": "active"}, None, KERNELS_KEPT),
+        ({}, SPINS, CACHED_KERNELS),
+        ({"GOMP_SPINCOUNT": "7"}, "7", CACHED_KERNELS),
+        ({"OMP_WAIT_POLICY": "active"}, None, CACHED_KERNELS),
         ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}, SPINS, "9"),
     ],
 )
@@ -40,5 +40,5 @@ def test_each_rank_of_each_replica_has_cores_of_its_own(
     for replica in range(replicas):
         config = EngineConfig(model="m", data_parallel_size=replicas, tensor_parallel_size=ranks, replica=replica)
         for rank in range(ranks):
-            taken += places(threads, config.first_rank + rank, config.total_ranks)
+            taken += cores_of_rank(threads, config.first_rank + rank, config.total_ranks)
     assert taken == list(range(10, 18))

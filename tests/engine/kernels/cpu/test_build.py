@@ -1,4 +1,4 @@
-"""Compiling: once for each source and level, and never without saying why not."""
+"""Compiling: once for each source and isa, and never without saying why not."""
 
 import os
 from pathlib import Path
@@ -8,59 +8,59 @@ import pytest
 from engine.kernels.cpu import build
 from engine.kernels.cpu.build import BuildError
 
-LEVEL = next(iter(build.levels()), None)
+ISA = next(iter(build.supported_isas()), None)
 
-pytestmark = pytest.mark.skipif(LEVEL is None, reason="the CPU kernels need AVX2")
+pytestmark = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2")
 
 
 def test_the_second_one_finds_what_the_first_one_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LEVEL is not None
-    made = build.library(LEVEL, tmp_path)
+    assert ISA is not None
+    made = build.library(ISA, tmp_path)
     assert made.parent == tmp_path
     monkeypatch.setenv("PATH", os.devnull)  # no compiler is needed any more
-    assert build.library(LEVEL, tmp_path) == made
+    assert build.library(ISA, tmp_path) == made
     assert [path.name for path in tmp_path.iterdir()] == [made.name], "nothing else is left"
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LEVEL is not None
+    assert ISA is not None
     monkeypatch.setenv("PATH", os.devnull)
     with pytest.raises(BuildError, match=r"no C\+\+ compiler"):
-        build.library(LEVEL, tmp_path)
+        build.library(ISA, tmp_path)
 
 
 def test_the_compilers_complaint_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LEVEL is not None
-    monkeypatch.setitem(build.LEVELS, LEVEL, (("-march=nonsense",), frozenset()))
+    assert ISA is not None
+    monkeypatch.setitem(build.ISAS, ISA, (("-march=nonsense",), frozenset()))
     with pytest.raises(BuildError, match="nonsense"):
-        build.library(LEVEL, tmp_path)
+        build.library(ISA, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_machine_without_any_level_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "machine_flags", frozenset)
-    assert build.levels() == []
-    monkeypatch.setattr(build, "machine_flags", lambda: frozenset({"avx2", "fma", "bmi2", "f16c"}))
-    assert build.levels() == ["avx2"]
+    monkeypatch.setattr(build, "cpu_features", frozenset)
+    assert build.supported_isas() == []
+    monkeypatch.setattr(build, "cpu_features", lambda: frozenset({"avx2", "fma", "bmi2", "f16c"}))
+    assert build.supported_isas() == ["avx2"]
 
 
 def test_tiles_need_the_systems_permission_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "machine_flags", lambda: build.LEVELS["amx"][1])
+    monkeypatch.setattr(build, "cpu_features", lambda: build.ISAS["amx"][1])
     monkeypatch.setattr(build, "_may_use_tiles", lambda: False)
-    assert build.missing("amx") == ["the system's permission to use AMX"]
-    assert build.levels()[0] == "avx512-bf16"
+    assert build.missing_features("amx") == ["the system's permission to use AMX"]
+    assert build.supported_isas()[0] == "avx512-bf16"
     monkeypatch.setattr(build, "_may_use_tiles", lambda: True)
-    assert build.levels()[0] == "amx"
+    assert build.supported_isas()[0] == "amx"
 
 
-@pytest.mark.skipif({"avx2", "amx_tile"} & build.machine_flags() != {"avx2"}, reason="it may have AMX")
+@pytest.mark.skipif({"avx2", "amx_tile"} & build.cpu_features() != {"avx2"}, reason="it may have AMX")
 def test_a_machine_without_tiles_is_not_permitted_them() -> None:
     assert not build._may_use_tiles()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert LEVEL is not None
+    assert ISA is not None
     (tmp_path / "redline").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BuildError, match="XDG_CACHE_HOME"):
-        build.library(LEVEL)
+        build.library(ISA)

@@ -14,30 +14,30 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.kernels.cpu import build
-from engine.kernels.cpu.native import Stack
-from engine.model import fused
-from engine.model.fused import Form
+from engine.kernels.cpu.bindings import Stack
+from engine.kernels.cpu.packing import quantize
 from engine.model.kvgroups import group_layers, layer_windows
-from engine.model.packing import quantise
+from engine.worker import fused_stack
+from engine.worker.fused_stack import StackFormats
 from tests.perf.cpu_stack import batch_of
 
 SOFTWARE = "amx-in-software"
-LEVELS = [*build.levels(), SOFTWARE] if build.levels() else []
+ISAS = [*build.supported_isas(), SOFTWARE] if build.supported_isas() else []
 
 
 @pytest.fixture(scope="module", autouse=True)
 def software_tiles() -> Iterator[None]:
     """AMX's tiles in plain C++: what is built on them is tested wherever there is a compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        flags, needs = build.LEVELS[next(level for level in build.levels() if level != "amx")]
-        patch.setitem(build.LEVELS, SOFTWARE, ((*flags, "-DTILES_IN_SOFTWARE"), needs))
+        flags, needs = build.ISAS[next(isa for isa in build.supported_isas() if isa != "amx")]
+        patch.setitem(build.ISAS, SOFTWARE, ((*flags, "-DTILES_IN_SOFTWARE"), needs))
         yield
 
 
 BLOCKS = 24
 THREADS = 2
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the CPU kernels need AVX2")
+pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +83,17 @@ class Served:
         shape: Shape,
         dtype: torch.dtype,
         block_size: int,
-        level: str,
+        isa: str,
         blocks: int = BLOCKS,
         weights: str = "",
         cache: str = "",
     ):
         name = str(dtype).removeprefix("torch.")
-        form = Form(name, weights or name, cache or name)
+        form = StackFormats(name, weights or name, cache or name)
         model = shape.build(dtype)
         groups = group_layers(layer_windows(model.config, model.config.max_position_embeddings))
-        spec, kept = fused.make_spec(model, form, blocks, block_size, groups, partial=False)
-        self.stack = Stack(spec, form.weights, form.cache, THREADS, level, kept)
+        spec, owners = fused_stack.make_spec(model, form, blocks, block_size, groups, partial=False)
+        self.stack = Stack(spec, form.weights, form.cache, THREADS, isa, owners)
         self.vocabulary = shape.vocabulary
         self.block_size = block_size
 
@@ -101,7 +101,7 @@ class Served:
         """Compute rows of (token ids, tokens before them, blocks); logits of each row's last token, or of every one."""
         batch = batch_of(rows, every=every)
         self.stack.begin(batch)
-        self.stack.run(0, self.stack.parts)
+        self.stack.run(0, self.stack.last_part)
         out = np.empty((len(batch.sampled), self.vocabulary), dtype=np.float32)
         every_one = np.arange(len(out), dtype=np.int32)
         self.stack.logits(every_one, out)
@@ -113,7 +113,7 @@ class Served:
         return out
 
     def check_choice(self, logits: NDArray[np.float32]) -> None:
-        """The fused choice is that of the logits: the likeliest, or where the number falls in the running sum."""
+        """The fused choice is that of the logits: the greedy token, or where the number falls in the running sum."""
         random = np.random.default_rng(len(logits))
         temperatures = random.choice(np.array([0, 1e-9, 0.3, 1, 30], dtype=np.float32), len(logits))
         numbers = random.choice([0.0, 0.5, np.nextafter(1.0, 0.0), random.random()], len(logits))
@@ -131,14 +131,14 @@ class Served:
         return list(range(first, first + -(-tokens // self.block_size)))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=25, deadline=None)
 @given(shape=shapes, block_size=st.sampled_from([16, 32, 128]), tokens=st.integers(1, 130))
-def test_float32_is_what_transformers_computes(level: str, shape: Shape, block_size: int, tokens: int) -> None:
+def test_float32_is_what_transformers_computes(isa: str, shape: Shape, block_size: int, tokens: int) -> None:
     ids = np.random.default_rng(tokens).integers(0, shape.vocabulary, tokens)
     with torch.inference_mode():
         expected = shape.build(torch.float32)(torch.from_numpy(ids)[None]).logits[0].numpy()
-    served = Served(shape, torch.float32, block_size, level)
+    served = Served(shape, torch.float32, block_size, isa)
     found = served.run([(ids, 0, served.blocks_for(tokens, 3))], every=True)
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
 
@@ -152,14 +152,14 @@ FORMS = {
 
 
 @functools.cache
-def long_lived(level: str, form: str) -> Served:
+def long_lived(isa: str, form: str) -> Served:
     shape = Shape("qwen3", 64, 2, 2, 64, 128, 100, 700)
     dtype, weights, cache = FORMS[form]
-    return Served(shape, dtype, 32, level, 300, weights, cache)
+    return Served(shape, dtype, 32, isa, 300, weights, cache)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=10, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 1099), max_size=6, unique=True).map(sorted),
@@ -167,9 +167,9 @@ def long_lived(level: str, form: str) -> Served:
     place=st.integers(0, 4),
 )
 def test_the_same_bits_alone_in_a_batch_and_in_chunks(
-    level: str, form: str, cuts: list[int], others: list[int], place: int
+    isa: str, form: str, cuts: list[int], others: list[int], place: int
 ) -> None:
-    served = long_lived(level, form)
+    served = long_lived(isa, form)
     random = np.random.default_rng(5)
     ids = random.integers(0, 100, 1100)
     alone = served.run([(ids, 0, served.blocks_for(1100, 1))])[0]
@@ -184,11 +184,11 @@ def test_the_same_bits_alone_in_a_batch_and_in_chunks(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_levels_differ_only_in_rounding(form: str) -> None:
+def test_isas_differ_only_in_rounding(form: str) -> None:
     ids = np.random.default_rng(2).integers(0, 100, 90)
     results = []
-    for level in LEVELS:
-        served = long_lived(level, form)
+    for isa in ISAS:
+        served = long_lived(isa, form)
         results.append(served.run([(ids, 0, served.blocks_for(90, 200))])[0])
     for one in results[1:]:
         assert np.abs(one - results[0]).max() < 0.05 * np.abs(results[0]).max()
@@ -199,16 +199,16 @@ def round_weights(model: Any, weights: str) -> None:
     for name, linear in model.named_modules():
         if isinstance(linear, torch.nn.Linear):
             kind = "int8" if name == "lm_head" else weights
-            linear.weight.copy_(quantise(linear.weight, kind).numbers())
+            linear.weight.copy_(quantize(linear.weight, kind).dequantize())
 
 
 @pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("int4", 0.06)])
-@pytest.mark.parametrize("level", LEVELS)
-def test_quantised_stacks_compute_what_their_weights_say(level: str, form: str, most: float) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantised_stacks_compute_what_their_weights_say(isa: str, form: str, most: float) -> None:
     """Against transformers with the rounded weights: what is left is the rounding of activations, keys and values."""
     shape = Shape("qwen3", 64, 2, 2, 64, 128, 100, None)
     dtype, weights, cache = FORMS[form]
-    served = Served(shape, dtype, 32, level, BLOCKS, weights, cache)
+    served = Served(shape, dtype, 32, isa, BLOCKS, weights, cache)
     model = shape.build(dtype).float()
     round_weights(model, weights)
     ids = np.random.default_rng(3).integers(0, 100, 200)
@@ -219,12 +219,12 @@ def test_quantised_stacks_compute_what_their_weights_say(level: str, form: str, 
     assert error < most
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("form", ["float32", "bfloat16"])
-def test_what_another_row_left_in_a_block_does_no_harm(level: str, form: str) -> None:
+def test_what_another_row_left_in_a_block_does_no_harm(isa: str, form: str) -> None:
     """Values of infinity behind a row's end: a share of zero would make them no numbers."""
     ids = np.random.default_rng(4).integers(0, 100, 37)
-    served = long_lived(level, form)
+    served = long_lived(isa, form)
     blocks = served.blocks_for(37, 250)
     clean = served.run([(ids, 0, blocks)])[0]
     spec = served.stack._spec

@@ -13,7 +13,7 @@ from engine.errors import ModelError
 from engine.memory import resolve
 from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, float32s, int32s
 from engine.model.facts import read_facts
-from engine.worker.executor import InProcessExecutor
+from engine.worker.in_process import InProcessExecutor
 from tests.engine.worker.driver import BASE, Driver, Request, build_model
 
 MakeDriver = Callable[..., Driver]

@@ -1,4 +1,4 @@
-"""The ranks of one machine as a group, over torch's gloo on the loopback interface."""
+"""Collectives between the ranks of one machine: torch's gloo on the loopback interface."""
 
 import datetime
 from typing import Any
@@ -7,37 +7,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.worker.wire import PeerLostError
+from engine.worker.rank_protocol import PeerLostError
 
-# Ranks run the same work at the same time, so that one waits this long for another only if that one hangs.
-PATIENCE = datetime.timedelta(minutes=10)
-FOREVER = datetime.timedelta(days=3650)  # for what comes when somebody asks for something
+# Ranks do the same work at the same time, so a rank waits this long only for one that hangs.
+TIMEOUT = datetime.timedelta(minutes=10)
+NO_TIMEOUT = datetime.timedelta(days=3650)  # for messages that follow a request, which may never come
 
 
 def _lost(error: RuntimeError) -> PeerLostError:
-    return PeerLostError((str(error).splitlines() or ["no reason given"])[0])
+    return PeerLostError("lost another rank: " + (str(error).splitlines() or ["no reason given"])[0])
 
 
 class GlooGroup:
-    """Implements `engine.model.group.Group`; waits until all ranks are there."""
+    """Implements `engine.model.group.Group`. The constructor returns once all ranks have joined."""
 
     def __init__(self, rank: int, size: int, store: str):
         self.rank, self.size = rank, size
-        gloo: Any = dist.ProcessGroupGloo  # not by init_process_group, which can't be told the interface
+        gloo: Any = dist.ProcessGroupGloo  # init_process_group does not let us choose the interface
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        options._timeout = PATIENCE
+        options._timeout = TIMEOUT
         try:
             self._group = gloo(dist.FileStore(store, size), rank, size, options)
         except RuntimeError as error:
             raise _lost(error) from error
 
     def close(self) -> None:
-        """End its threads: one that lets go of a tensor after Python's end would end the process by a signal."""
+        """End its threads. A thread that releases a tensor after the interpreter has ended would crash the process."""
         del self._group
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place; each part is summed by one rank and copied to the others, bit for bit."""
+        """The sum over ranks, in place. One rank sums each part for all others, so all get the same bits."""
         tensor = tensor.contiguous()
         try:
             self._group.allreduce([tensor]).wait()
@@ -46,7 +46,7 @@ class GlooGroup:
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors laid end to end along the last dimension."""
+        """The tensors of all ranks, concatenated along the last dimension."""
         tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         try:
@@ -55,11 +55,11 @@ class GlooGroup:
             raise _lost(error) from error
         return torch.cat(parts, -1)
 
-    def broadcast(self, tensors: list[Tensor], patience: datetime.timedelta = PATIENCE) -> list[Tensor]:
-        """Rank 0's tensors on all ranks, in place: the others give contiguous ones of their sizes, and wait so long."""
+    def broadcast(self, tensors: list[Tensor], timeout: datetime.timedelta = TIMEOUT) -> list[Tensor]:
+        """Copy rank 0's tensors to all ranks, in place. The other ranks pass contiguous tensors of the same sizes."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        options.timeout = patience
+        options.timeout = timeout
         try:
             for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
                 work.wait()

@@ -1,4 +1,4 @@
-"""The kernels' functions and structures as ctypes sees them: mirrors kernels.cpp, and stack.h with its includes."""
+"""ctypes bindings of the C++ kernels: mirrors kernels.cpp, and the structures of stack.h and its includes."""
 
 import ctypes
 import functools
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.arrays import Float32s, Float64s, Int32s
 from engine.kernels.cpu import build
-from engine.messages import Int32s
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-PLACES = ("qkv", "output", "gate_up", "down")  # linears of a layer that an adapter may add to
+ADAPTED = ("qkv", "output", "gate_up", "down")  # linears of a layer that an adapter may add to
 OPS = ("embed", "norm", "qkv", "rotary", "attention", "encode", "output", "gate_up", "down", "head")
 
 
@@ -34,7 +33,7 @@ class Layer(Structure):
     )  # fmt: skip
 
 
-class Spec(Structure):
+class StackSpec(Structure):
     _fields_ = (
         ("hidden", c_int32), ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
         ("intermediate", c_int32), ("layers", c_int32), ("vocabulary", c_int32), ("block_size", c_int32),
@@ -49,7 +48,7 @@ class PackedLowRank(Structure):
 
 
 class _Adapters(Structure):
-    _fields_ = (("table", c_void_p), ("of", c_void_p), ("most_rank", c_int32))
+    _fields_ = (("table", c_void_p), ("of_token", c_void_p), ("max_rank", c_int32))
 
 
 class _Ragged(Structure):
@@ -68,16 +67,16 @@ class _Step(Structure):
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """What an adapter adds to the linears of each layer, [layers * PLACES], and the arrays that they point to."""
+    """A packed adapter."""
 
-    linears: ctypes.Array[PackedLowRank]
-    most_rank: int
-    kept: Any
+    linears: ctypes.Array[PackedLowRank]  # [layers * ADAPTED]
+    max_rank: int
+    owners: Any  # the arrays that `linears` point to
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's rows laid end to end, as `engine.worker.slots.StepBatch` has them; all int32, contiguous.
+    """The tokens of one step, laid end to end as in `engine.worker.slots.StepBatch`; all int32, contiguous.
 
     starts, counts, computed: [rows]; tables: [KV groups, rows, blocks]; ids, positions, row_of: [tokens];
     sampled: [samples].
@@ -94,7 +93,7 @@ class Batch:
 
     @classmethod
     def of(cls, *columns: Any) -> "Batch":
-        """From columns of any integers, in the order of the fields."""
+        """Make a batch from integer arrays of any type, in the order of the fields."""
         return cls(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
 
     def step(self) -> _Step:
@@ -108,65 +107,74 @@ class Batch:
         )  # fmt: skip
 
 
-def load(level: str) -> ctypes.CDLL:
-    """The functions of a level of build.LEVELS; raises BuildError."""
-    return _open(build.library(level))
+def load(isa: str) -> ctypes.CDLL:
+    """The kernels of an instruction set of build.ISAS, compiled if needed. Raises BuildError."""
+    return _open(build.library(isa))
 
 
 @functools.cache
 def _open(path: Path) -> ctypes.CDLL:
     try:
         functions = ctypes.CDLL(str(path))
-    except OSError as error:  # from a folder that nothing may be run from, for one
+    except OSError as error:  # e.g. a folder that is mounted noexec
         raise build.BuildError(f"the CPU kernels can't be loaded: {error}") from error
     functions.redline_stack.restype = c_void_p
-    functions.redline_stack.argtypes = (POINTER(Spec), c_int, c_int, c_int, c_void_p)
+    functions.redline_stack.argtypes = (POINTER(StackSpec), c_int, c_int, c_int, c_void_p)
     functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
     functions.redline_logits.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
     functions.redline_choose.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p)
-    functions.redline_best.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p)
+    functions.redline_greedy.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p)
     functions.redline_draw.argtypes = (c_void_p, c_void_p, c_void_p)
     functions.redline_partial.argtypes = (c_void_p,)
     functions.redline_partial.restype = POINTER(c_float)
     functions.redline_seconds.argtypes = (c_void_p, POINTER(c_double))
     functions.redline_free.argtypes = (c_void_p,)
-    for name in ("run", "logits", "choose", "best", "draw", "seconds", "free"):
+    for name in ("run", "logits", "choose", "greedy", "draw", "seconds", "free"):
         getattr(functions, f"redline_{name}").restype = None
     return functions
 
 
 class Stack:
-    """A decoder in C++. `keep` are the arrays that `spec` points to: they live as long as it does.
+    """A whole decoder in C++, with its weights, KV cache and threads.
 
-    cores: where its threads stay, one for each of them, of which the first is the caller's; empty: anywhere.
+    Args:
+        weights, cache: formats, see FORMATS.
+        isa: one of build.ISAS.
+        owners: the arrays that `spec` points to. They are kept alive.
+        cores: the core of each thread, the calling thread's first; empty: threads are not pinned.
+
+    Raises BuildError, and ValueError if there is no such stack, or no memory or threads for it.
     """
 
     def __init__(
-        self, spec: Spec, weights: str, cache: str, threads: int, level: str, keep: Any, cores: Sequence[int] = ()
+        self, spec: StackSpec, weights: str, cache: str, threads: int, isa: str, owners: Any, cores: Sequence[int] = ()
     ):
-        self._functions = load(level)
-        self._keep = (spec, keep)
+        self._functions = load(isa)
+        self._owners = (spec, owners)
         self._spec = spec
-        places = np.array(cores, dtype=np.int32)
+        pinned = np.array(cores, dtype=np.int32)
         assert len(cores) in (0, threads)
-        where = places.ctypes.data if len(cores) else None
+        where = pinned.ctypes.data if len(cores) else None
         self._stack = self._functions.redline_stack(spec, FORMATS[weights], FORMATS[cache], threads, where)
         if self._stack is None:
             raise ValueError(
                 f"no kernels for {weights} weights and a cache in {cache}, or no memory and threads for them"
             )
         self._free = weakref.finalize(self, self._functions.redline_free, self._stack)
-        self._free.atexit = False  # a thread may be in it still
+        self._free.atexit = False  # a thread may still run in it
         self._step: _Step | None = None
         self._batch: Batch | None = None
-        self._adapters: Any = None  # what the step points to
-        self.parts = 2 * spec.layers + 1  # the last one's number
+        self._adapters: Any = None  # arrays that the step points to
+        self.last_part = 2 * spec.layers + 1
 
     def begin(self, batch: Batch, adapters: Sequence[PackedAdapter] = (), adapter_of: Int32s | None = None) -> None:
-        """Take up a step; its parts are run next, in their order.
+        """Begin a step. Its parts are run next, in order.
 
-        adapter_of: int32[tokens], which of `adapters` is added for a token, -1: none. Raises ValueError where it names
-        none of them, or one that isn't packed for this model.
+        Args:
+            adapters: those that tokens of the batch use.
+            adapter_of: int32[tokens], each token's index into `adapters`, -1 for none.
+
+        Raises ValueError for an index beyond `adapters`, and for an adapter that isn't packed for this model.
         """
         highest = -1 if adapter_of is None else int(adapter_of.max())
         if highest >= len(adapters):
@@ -176,68 +184,70 @@ class Stack:
         if adapter_of is not None and highest >= 0:
             self._begin_adapters(self._step, tuple(adapters), np.ascontiguousarray(adapter_of, dtype=np.int32))
 
-    def _begin_adapters(self, step: _Step, adapters: tuple[PackedAdapter, ...], of: Int32s) -> None:
-        count = self._spec.layers * len(PLACES)
-        if len(of) != step.batch.tokens or any(len(one.linears) != count for one in adapters):
-            raise ValueError(f"adapters of {len(of)} tokens, or of another model, for {step.batch.tokens} tokens")
+    def _begin_adapters(self, step: _Step, adapters: tuple[PackedAdapter, ...], of_token: Int32s) -> None:
+        count = self._spec.layers * len(ADAPTED)
+        if len(of_token) != step.batch.tokens or any(len(one.linears) != count for one in adapters):
+            raise ValueError(f"adapters of {len(of_token)} tokens, or of another model, for {step.batch.tokens} tokens")
         table = (c_void_p * len(adapters))(*(ctypes.addressof(one.linears) for one in adapters))
-        self._adapters = (adapters, table, of)
-        most_rank = max(one.most_rank for one in adapters)
-        step.adapters = _Adapters(ctypes.addressof(table), of.ctypes.data, most_rank)
+        self._adapters = (adapters, table, of_token)
+        max_rank = max(one.max_rank for one in adapters)
+        step.adapters = _Adapters(ctypes.addressof(table), of_token.ctypes.data, max_rank)
 
     def run(self, first: int, last: int) -> None:
-        """Run parts of the step, see stack.h."""
+        """Run parts of the step: 0 is the embedding, then attention and MLP of each layer, then the sampled tokens."""
         self._functions.redline_run(self._stack, self._step, first, last)
 
-    def partial(self) -> NDArray[np.float32]:
-        """This rank's part of the sum that the last part left, [tokens, hidden]; a view."""
+    def partial(self) -> Float32s:
+        """This rank's share of the sum over ranks that the last part computed, [tokens, hidden]; a view."""
         assert self._batch is not None
         shape = (len(self._batch.ids), self._spec.hidden)
         return np.ctypeslib.as_array(self._functions.redline_partial(self._stack), shape)
 
-    def logits(self, which: Int32s, out: NDArray[np.float32]) -> None:
-        """Write the logits of some of the tokens that are sampled, [len(which), vocabulary]."""
+    def logits(self, which: Int32s, out: Float32s) -> None:
+        """Write the logits of some of the batch's `sampled` tokens: out[len(which), vocabulary]."""
         self._functions.redline_logits(self._stack, which.ctypes.data, len(which), out.ctypes.data)
 
-    def choose(self, temperatures: NDArray[np.float32], numbers: NDArray[np.float64]) -> Int32s:
-        """A token for each of the first n that are sampled: greedy (the first of equals) where the temperature is 0.
+    def choose(self, temperatures: Float32s, uniforms: Float64s) -> Int32s:
+        """One token for each of the first n of the batch's `sampled` tokens. No logits are written.
 
-        temperatures, numbers in [0, 1): [n]; where the temperature is not 0, the number draws. No logits are written.
+        Args:
+            temperatures: [n]; at 0 the greedy token is taken (the first of equals).
+            uniforms: [n], numbers in [0, 1); with a temperature above 0 the token is drawn by this number.
         """
         assert self._batch is not None
         samples = len(temperatures)
-        assert temperatures.shape == numbers.shape
+        assert temperatures.shape == uniforms.shape
         assert samples <= len(self._batch.sampled)
         out = np.empty(samples, dtype=np.int32)
-        columns = (np.ascontiguousarray(temperatures, np.float32), np.ascontiguousarray(numbers, np.float64), out)
+        columns = (np.ascontiguousarray(temperatures, np.float32), np.ascontiguousarray(uniforms, np.float64), out)
         self._functions.redline_choose(self._stack, samples, *(column.ctypes.data for column in columns))
         return out
 
-    def best(self, temperatures: NDArray[np.float32]) -> tuple[NDArray[np.float32], Int32s, NDArray[np.float64]]:
-        """For each of the first n samples, of the rank's own tokens: the highest logit, which it is, what all weigh.
+    def greedy(self, temperatures: Float32s) -> tuple[Float32s, Int32s, Float64s]:
+        """For each of the first n samples, over this rank's tokens: highest logit, greedy token, sum of weights.
 
-        A token weighs exp((logit - highest) / temperature); where the temperature is 0 nothing is weighed.
+        The weight of a token is exp((logit - highest) / temperature); at temperature 0 no weights are computed.
         """
         samples = len(temperatures)
         top, token, weight = np.empty(samples, np.float32), np.empty(samples, np.int32), np.empty(samples, np.float64)
         columns = (np.ascontiguousarray(temperatures, np.float32), top, token, weight)
-        self._functions.redline_best(self._stack, samples, *(column.ctypes.data for column in columns))
+        self._functions.redline_greedy(self._stack, samples, *(column.ctypes.data for column in columns))
         return top, token, weight
 
-    def draw(self, numbers: NDArray[np.float64]) -> Int32s:
-        """After `best`: one of the rank's own tokens for each that is sampled, by numbers in [0, 1)."""
-        out = np.empty(len(numbers), dtype=np.int32)
-        given = np.ascontiguousarray(numbers, np.float64)
+    def draw(self, uniforms: Float64s) -> Int32s:
+        """After `greedy`: draw one of this rank's tokens for each sample, by numbers in [0, 1)."""
+        out = np.empty(len(uniforms), dtype=np.int32)
+        given = np.ascontiguousarray(uniforms, np.float64)
         self._functions.redline_draw(self._stack, given.ctypes.data, out.ctypes.data)
         return out
 
     def seconds(self) -> dict[str, float]:
-        """Where the time went since the last call, by op."""
+        """Seconds of each op since the last call."""
         found = (c_double * len(OPS))()
         self._functions.redline_seconds(self._stack, found)
         return dict(zip(OPS, found, strict=True))
 
     def close(self) -> None:
-        """End its threads; it can't be used any more."""
+        """End its threads. It can't be used any more."""
         self._free()
         self._stack = None

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.model.fused import HUGE_PAGE, lazy_zeros
-from engine.worker.paging import PageSupply
+from engine.kernels.cpu.huge_pages import HUGE_PAGE, lazy_zeros
+from engine.worker.page_supply import PageSupply
 
 REGIONS, BLOCKS, BLOCK_BYTES = 6, 4096, 16 << 10
 

@@ -1,7 +1,7 @@
-"""What this process may use of the machine: its cores and its memory, cut by the limits of its control groups.
+"""The cores and the memory of the host that this process may use, within the limits of its control groups.
 
-Limits are looked up in the group of the process and in all groups around it (a container, a systemd service in its
-slice, a pod), of both versions of control groups and of machines that have both.
+Limits are read from the process's group and from all groups that contain it (a container, a systemd service in its
+slice, a pod), with version 1, version 2 or both mounted.
 """
 
 import math
@@ -16,27 +16,32 @@ ROOT = Path("/")
 
 
 def cores(root: Path = ROOT) -> int:
-    """Cores this process may use: its affinity, cut by the tightest quota; at least 1."""
+    """Cores that this process may use: its CPU affinity, limited by the lowest CPU quota; at least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = (quota for folder in _groups("cpu", root) if (quota := _quota(folder)) is not None)
     return max(1, int(min(count, *quotas, math.inf)))
 
 
+def threads_per_rank(total_ranks: int, usable_cores: int | None = None) -> int:
+    """Compute threads of each rank: the usable cores, divided by the ranks of all replicas."""
+    return max(1, (cores() if usable_cores is None else usable_cores) // total_ranks)
+
+
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes the process can still take: the machine's, cut by what the tightest limit leaves."""
-    rooms = (room for folder in _groups("memory", root) if (room := _room(folder)) is not None)
-    return max(0, min(psutil.virtual_memory().available, *rooms, 1 << 62))
+    """Bytes that the process can still allocate: what is available on the host, and within every memory limit."""
+    free = (left for folder in _groups("memory", root) if (left := _free_memory(folder)) is not None)
+    return max(0, min(psutil.virtual_memory().available, *free, 1 << 62))
 
 
 def total_memory(root: Path = ROOT) -> int:
-    """Bytes of memory that the process could have if it were alone: the machine's, cut by the tightest limit."""
+    """The host's memory in bytes, or the lowest memory limit."""
     limits = (limit for folder in _groups("memory", root) if (limit := _memory_limit(folder)) is not None)
     return min(psutil.virtual_memory().total, *limits, 1 << 62)
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of the groups that bound this process in a controller: its own, then those around it."""
-    mine: dict[str, str] = {}  # path of the group within its hierarchy, by controller; "" is version 2
+    """Folders of the groups that limit this process in a controller: its own, then those that contain it."""
+    mine: dict[str, str] = {}  # path of the group within its hierarchy, by controller; "" stands for version 2
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         mine |= dict.fromkeys(controllers.split(","), path)
@@ -52,7 +57,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _within(path: str, top: str) -> str:
-    """The path of a group below what is mounted; empty where a container doesn't see it by that path."""
+    """The path of a group below the mount's top; empty if a container does not see it under that path."""
     top = top.rstrip("/")
     return "" if ".." in path.split("/") or not f"{path}/".startswith(f"{top}/") else path[len(top) :].strip("/")
 
@@ -66,7 +71,7 @@ def _upward(mount: Path, inner: str) -> Iterator[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    """Cores that a group may use at a time; None without a limit."""
+    """The CPU quota of a group in cores; None without a limit."""
     found = " ".join(_lines(folder / "cpu.max")).split()
     if not found:
         found = [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
@@ -76,15 +81,15 @@ def _quota(folder: Path) -> float | None:
 
 
 def _memory_limit(folder: Path) -> int | None:
-    """Bytes that a group may have; None without a limit. Above memory.high the system slows its processes down."""
+    """The memory limit of a group in bytes, or None. memory.high counts: above it the system slows processes down."""
     files = ("memory.max", "memory.high", "memory.limit_in_bytes")
     limits = [limit for file in files if (limit := _number(folder / file)) is not None]
-    around = _stat(folder).get("hierarchical_memory_limit")  # of version 1: groups that a container doesn't see, too
+    around = _stat(folder).get("hierarchical_memory_limit")  # version 1: includes groups that a container does not see
     return min(limits if around is None else [*limits, around], default=None)
 
 
-def _room(folder: Path) -> int | None:
-    """Bytes that a group's limit leaves; cached pages of files that nobody uses make room when it is needed."""
+def _free_memory(folder: Path) -> int | None:
+    """Bytes left under a group's limit, or None without a limit. Inactive page cache counts as free."""
     limit = _memory_limit(folder)
     used = next(
         (n for file in ("current", "usage_in_bytes") if (n := _number(folder / f"memory.{file}")) is not None), 0
@@ -106,7 +111,7 @@ def _number(file: Path) -> int | None:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines of a file of the system; none where it isn't there or may not be read."""
+    """Lines of a file; none if it does not exist or can't be read."""
     try:
         return file.read_text().splitlines()
     except (OSError, ValueError):
@@ -114,5 +119,5 @@ def _lines(file: Path) -> list[str]:
 
 
 def _unescaped(path: str) -> str:
-    """A path of mountinfo, in which blanks and the like are octal."""
+    """A path of mountinfo, in which spaces and the like are escaped as octal."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

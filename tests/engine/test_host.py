@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine import machine
+from engine import host
 
 MIB = 1 << 20
 V2 = "30 25 0:26 {top} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -33,8 +33,8 @@ def lay_out(root: Path, mine: str, mounts: str, files: dict[str, object]) -> Pat
 
 
 def test_without_groups_the_machine_is_ours(tmp_path: Path) -> None:
-    assert machine.cores(tmp_path) == 64
-    assert machine.available_memory(tmp_path) == machine.total_memory(tmp_path) == 1 << 40
+    assert host.cores(tmp_path) == 64
+    assert host.available_memory(tmp_path) == host.total_memory(tmp_path) == 1 << 40
 
 
 def test_a_systemd_service_has_what_its_slice_leaves(tmp_path: Path) -> None:
@@ -52,9 +52,9 @@ def test_a_systemd_service_has_what_its_slice_leaves(tmp_path: Path) -> None:
     }
     mine = "0::/user.slice/user-1000.slice/app.slice/redline.service\n"
     root = lay_out(tmp_path, mine, V2.format(top="/"), files)
-    assert machine.cores(root) == 2
-    assert machine.available_memory(root) == 300 * MIB
-    assert machine.total_memory(root) == 800 * MIB
+    assert host.cores(root) == 2
+    assert host.available_memory(root) == 300 * MIB
+    assert host.total_memory(root) == 800 * MIB
 
 
 def test_memory_high_is_a_limit_and_idle_file_pages_are_room(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_memory_high_is_a_limit_and_idle_file_pages_are_room(tmp_path: Path) -> 
         "sys/fs/cgroup/memory.stat": f"anon {50 * MIB}\ninactive_file {600 * MIB}\nactive_file {MIB}\n",
     }
     root = lay_out(tmp_path, "0::/\n", V2.format(top="/"), files)
-    assert machine.available_memory(root) == 650 * MIB
+    assert host.available_memory(root) == 650 * MIB
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_version_1_in_a_container(mine: str, top: str, tmp_path: Path) -> None:
     }
     listed = f"9:name=systemd:/\n4:memory:{mine}\n2:cpu,cpuacct:{mine}\n0::/\n"
     root = lay_out(tmp_path, listed, V1_MEMORY.format(top=top) + V1_CPU.format(top=top) + V1_UNIFIED, files)
-    assert machine.cores(root) == 3
-    assert machine.available_memory(root) == 1600 * MIB
-    assert machine.total_memory(root) == 2000 * MIB
+    assert host.cores(root) == 3
+    assert host.available_memory(root) == 1600 * MIB
+    assert host.total_memory(root) == 2000 * MIB
 
 
 def test_version_1_walks_up_and_reads_no_limit_as_none(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_version_1_walks_up_and_reads_no_limit_as_none(tmp_path: Path) -> None:
     }
     listed = "4:memory:/batch/job\n2:cpu,cpuacct:/batch/job\n"
     root = lay_out(tmp_path, listed, V1_MEMORY.format(top="/") + V1_CPU.format(top="/"), files)
-    assert machine.cores(root) == 3
-    assert machine.available_memory(root) == 100 * MIB
+    assert host.cores(root) == 3
+    assert host.available_memory(root) == 100 * MIB
 
 
 def test_a_limit_around_a_container_that_it_does_not_see(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_limit_around_a_container_that_it_does_not_see(tmp_path: Path) -> None
         "sys/fs/cgroup/memory/memory.stat": f"cache 0\nhierarchical_memory_limit {400 * MIB}\n",
     }
     root = lay_out(tmp_path, "4:memory:/pod/one\n", V1_MEMORY.format(top="/pod/one"), files)
-    assert machine.available_memory(root) == 300 * MIB
+    assert host.available_memory(root) == 300 * MIB
 
 
 def test_less_than_a_core_is_one_and_a_full_group_has_no_room(tmp_path: Path) -> None:
@@ -127,23 +127,23 @@ def test_less_than_a_core_is_one_and_a_full_group_has_no_room(tmp_path: Path) ->
         "sys/fs/cgroup/memory.current": 11 * MIB,
     }
     root = lay_out(tmp_path, "0::/\n", V2.format(top="/"), files)
-    assert machine.cores(root) == 1
-    assert machine.available_memory(root) == 0
+    assert host.cores(root) == 1
+    assert host.available_memory(root) == 0
 
 
 def test_what_the_system_writes_otherwise_is_no_limit(tmp_path: Path) -> None:
     files = {"sys/fs/cgroup/cpu.max": "nonsense\n", "sys/fs/cgroup/memory.max": "\n"}
     root = lay_out(tmp_path, "not a line of this file\n0::/\n", V2.format(top="/") + "short - cgroup2\n", files)
-    assert machine.cores(root) == 64
-    assert machine.available_memory(root) == 1 << 40
+    assert host.cores(root) == 64
+    assert host.available_memory(root) == 1 << 40
 
 
 def test_a_mount_with_a_blank_in_its_path(tmp_path: Path) -> None:
     files = {"sys/fs/c g/cpu.max": "400000 100000\n"}
     mount = "30 25 0:26 / /sys/fs/c\\040g rw - cgroup2 cgroup2 rw\n"
-    assert machine.cores(lay_out(tmp_path, "0::/\n", mount, files)) == 4
+    assert host.cores(lay_out(tmp_path, "0::/\n", mount, files)) == 4
 
 
 def test_this_machine() -> None:
-    assert machine.cores() >= 1
-    assert 0 < machine.available_memory() <= machine.total_memory()
+    assert host.cores() >= 1
+    assert 0 < host.available_memory() <= host.total_memory()

@@ -1,4 +1,4 @@
-"""V0's way between ranks: what rank 0 tells arrives, and those that only do as told make the same tokens."""
+"""V0's broadcast between ranks: messages arrive unchanged, and followers compute the same tokens."""
 
 import dataclasses
 import time
@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from engine.errors import ModelError
 from engine.kernels.cpu import build
 from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
-from engine.worker import group
-from engine.worker.broadcast import Step, Told, hear, tell
-from engine.worker.group import GlooGroup
-from engine.worker.runner import Choice
+from engine.worker import gloo_group
+from engine.worker.driver_broadcast import BroadcastMessage, BroadcastStep, broadcast, receive
+from engine.worker.gloo_group import GlooGroup
+from engine.worker.rank_protocol import Call, PeerLostError
+from engine.worker.runner import SamplingPlan
 from engine.worker.slots import WorkerSlots
-from engine.worker.wire import Call, PeerLostError
 from tests.engine.worker.driver import Driver, Request, build_model
 from tests.engine.worker.lora_files import LLAMA, write_adapter
 from tests.engine.worker.test_multiprocess import DRIVEN, start
@@ -50,11 +50,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield both
 
 
-def passed_on(pair: Pair, what: Told) -> Told:
+def passed_on(pair: Pair, message: BroadcastMessage) -> BroadcastMessage:
     (first, second), threads = pair
-    heard = threads.submit(hear, second)
-    tell(first, what)
-    return heard.result(PATIENCE_S)
+    received = threads.submit(receive, second)
+    broadcast(first, message)
+    return received.result(PATIENCE_S)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -74,7 +74,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["", "x"])), min_size=1, max_size=6),
        st.floats(0, 2), st.booleans())  # fmt: skip
-def test_a_step_arrives_as_it_was_told(pair: Any, added: list[tuple[int, int, str]], heat: float, some: bool) -> None:
+def test_a_step_arrives_as_it_was_sent(pair: Any, added: list[tuple[int, int, str]], heat: float, some: bool) -> None:
     slots = WorkerSlots(len(added), 64, 4)
     slots.adapter_slots["x"] = 3
     new = tuple(
@@ -86,29 +86,29 @@ def test_a_step_arrives_as_it_was_told(pair: Any, added: list[tuple[int, int, st
     samples = len(batch.sampled_at)
     temperatures, numbers = np.full(samples, heat, np.float32), np.linspace(0, 0.9, samples)
     at = np.arange(samples, dtype=np.int64)[::2]
-    step = Step.of(batch, Choice(temperatures if some else None, numbers if some else None, at, at))
-    told = passed_on(pair, step)
-    assert_same(told, step)
-    assert isinstance(told, Step)
-    assert told.chosen == some
-    assert (told.drawn is not None) == (some and samples > 0 and np.float32(heat) > 0)
-    assert not len(told.batch.slots), "rows are rank 0's own"
-    assert_same(told.batch.ids, batch.ids)
+    step = BroadcastStep.of(batch, SamplingPlan(temperatures if some else None, numbers if some else None, at, at))
+    received = passed_on(pair, step)
+    assert_same(received, step)
+    assert isinstance(received, BroadcastStep)
+    assert received.chosen == some
+    assert (received.drawn is not None) == (some and samples > 0 and np.float32(heat) > 0)
+    assert not len(received.batch.slots), "rows are rank 0's own"
+    assert_same(received.batch.ids, batch.ids)
 
 
 @pytest.mark.parametrize("what", [Call("load_adapter", {"key": "a#1", "path": "/some/where"}), None])
-def test_calls_and_the_end_arrive(pair: Any, what: Told) -> None:
+def test_calls_and_the_end_arrive(pair: Any, what: BroadcastMessage) -> None:
     assert passed_on(pair, what) == what
 
 
 def test_followers_wait_as_long_as_nobody_asks_for_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "PATIENCE", timedelta(seconds=0.5))  # of whatever isn't given another
+    monkeypatch.setattr(gloo_group, "TIMEOUT", timedelta(seconds=0.5))  # of whatever isn't given another
     with two_ranks(tmp_path) as ((first, second), threads):
-        heard = threads.submit(hear, second)
+        received = threads.submit(receive, second)
         time.sleep(1.5)
-        assert not heard.done()
-        tell(first, Call("late", {}))
-        assert heard.result(PATIENCE_S) == Call("late", {})
+        assert not received.done()
+        broadcast(first, Call("late", {}))
+        assert received.result(PATIENCE_S) == Call("late", {})
         with pytest.raises(PeerLostError, match="Timed out"):
             second.all_gather(torch.zeros(1))
 
@@ -141,7 +141,7 @@ def in_a_burst(driver: Driver, prompt: list[int]) -> list[int]:
     return [int32s(decode_result(result.result(PATIENCE_S)).tokens).tolist()[0] for result in results]
 
 
-@pytest.mark.skipif(not build.levels(), reason="the CPU kernels need AVX2")
+@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2")
 @pytest.mark.parametrize("guesses", [{}, {"speculative": "ngram", "num_speculative_tokens": 3}])
 def test_followers_on_the_fused_stack_make_the_same_tokens(guesses: dict[str, Any], tmp_path: Path) -> None:
     model = build_model("llama", tmp_path / "model", head_dim=16, intermediate_size=64)

@@ -12,16 +12,16 @@ from engine.messages import Sampling
 from tests.engine.worker.driver import Driver, Request, build_model
 from tests.engine.worker.parity import Reference, compare, serve
 
-LEVEL = next(iter(build.levels()), None)
+ISA = next(iter(build.supported_isas()), None)
 
-needs_kernels = pytest.mark.skipif(LEVEL is None, reason="the CPU kernels need AVX2")
+needs_kernels = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2")
 
 
 @needs_kernels
 def test_a_llama_gets_the_fused_stack(tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
     build_model("llama", tmp_path, head_dim=16)
     executor = make_driver(tmp_path, block_size=16).executor
-    assert executor.kernels == f"{LEVEL}, fused stack"
+    assert executor.kernels == f"{ISA}, fused stack"
     assert executor.warnings == ()
 
 
@@ -73,17 +73,17 @@ def test_without_a_compiler_torch_computes_and_warns(
     request = Request([1, 2, 3])
     driver.run([request], 4, seed=1)
     assert len(request.output) == 4
-    with pytest.raises(ConfigError, match=f"--kernels {LEVEL}: there is no C"):
-        make_driver(tmp_path, block_size=16, kernels=LEVEL)
+    with pytest.raises(ConfigError, match=f"--kernels {ISA}: there is no C"):
+        make_driver(tmp_path, block_size=16, kernels=ISA)
 
 
 @needs_kernels
-def test_a_compiler_that_does_not_know_the_newest_level_makes_the_next(
+def test_a_compiler_that_does_not_know_the_newest_isa_makes_the_next(
     tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags, needs = build.LEVELS["avx2"]
+    flags, needs = build.ISAS["avx2"]
     newest = {"newest": (("-march=nonsense",), needs)}
-    monkeypatch.setattr(build, "LEVELS", newest | {"avx2": (flags, needs)})
+    monkeypatch.setattr(build, "ISAS", newest | {"avx2": (flags, needs)})
     build_model("llama", tmp_path, head_dim=16)
     executor = make_driver(tmp_path, block_size=16).executor
     assert executor.kernels == "avx2, fused stack"
@@ -93,7 +93,7 @@ def test_a_compiler_that_does_not_know_the_newest_level_makes_the_next(
 def test_an_old_machine_computes_with_torch_and_warns(
     tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "machine_flags", frozenset)
+    monkeypatch.setattr(build, "cpu_features", frozenset)
     build_model("llama", tmp_path, head_dim=16)
     executor = make_driver(tmp_path, block_size=16).executor
     assert executor.kernels.startswith("torch (")
@@ -109,7 +109,7 @@ def test_an_old_machine_computes_with_torch_and_warns(
         ("gpt2", {"quantization": "int8"}, "--quantization int8 needs .* 'gpt2'"),
         ("gpt2", {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs .* 'gpt2'"),
         ("llama", {"quantization": "int8", "dtype": "float32"}, "int8 weights only beside --dtype bfloat16"),
-        ("llama", {"quantization": "int8", "dtype": "bfloat16"}, "hidden size of 32 numbers is no multiple of 64"),
+        ("llama", {"quantization": "int8", "dtype": "bfloat16"}, "hidden size of 32 elements is not a multiple of 64"),
     ],
 )
 def test_what_cannot_be_rounded_is_refused(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.worker.drafts import LONGEST, SHORTEST, WORTH, propose, share
+from engine.worker.ngram_proposer import CHEAP_TOKENS, LONGEST, SHORTEST, drafts_per_request, propose
 from tests.engine.worker.driver import Driver, Request, build_model
 
 few = st.lists(st.integers(0, 2), max_size=40)
@@ -30,9 +30,9 @@ def test_guesses_follow_the_latest_of_the_longest_matches(tokens: list[int], mos
 
 @given(st.integers(1, 8), st.integers(0, 64))
 def test_no_more_guesses_than_a_step_bears(most: int, decoding: int) -> None:
-    each = share(most, decoding)
+    each = drafts_per_request(most, decoding)
     assert 0 <= each <= most
-    assert decoding * (1 + each) <= max(WORTH, decoding)
+    assert decoding * (1 + each) <= max(CHEAP_TOKENS, decoding)
 
 
 @pytest.mark.parametrize(("kernels", "block_size"), [("torch", 4), ("auto", 16)])

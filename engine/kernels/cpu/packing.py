@@ -1,4 +1,4 @@
-"""Weights in the layouts of the C++ kernels (see formats.h), plain or quantised."""
+"""Packs weights into the layouts of the C++ kernels (see formats.h), plain or quantized."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 LANES = 16  # columns of a panel
-# Weights of a group share a scale for each column; those of int4 also their lowest number.
+# Inputs per quantization group. A group of a column has a scale; int4 also stores its minimum.
 GROUPS = {"int8": 64, "int4": 32}
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range that are tried for int4
-CACHED_NUMBERS = 1 << 18  # rounded at a time: they and what is made of them stay in the processor's caches
-BAND_NUMBERS = 1 << 21  # packed at a time, so that what lies between a weight and its panels is small
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # fractions of a group's range that are tried for int4
+CACHED_ELEMENTS = 1 << 18  # quantized at a time, so that all intermediates stay in the CPU's caches
+BAND_ELEMENTS = 1 << 21  # packed at a time, to keep the memory between a weight and its panels small
 
 
-New = Callable[..., Tensor]  # called like torch.empty
+Empty = Callable[..., Tensor]  # called like torch.empty
 
 
 class Weight(Protocol):
-    """A weight [outputs, inputs] whose rows are asked for in bands; a tensor is one."""
+    """A weight [outputs, inputs] that is read in bands of rows. A tensor is one."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -29,8 +29,8 @@ class Weight(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked:
-    """Weights one below the other."""
+class Concatenated:
+    """Weights of the same inputs, one below the other."""
 
     parts: Sequence[Tensor]
 
@@ -48,8 +48,8 @@ class Stacked:
 
 
 @dataclass(frozen=True, slots=True)
-class InTurns:
-    """Rows of gate and up in turns of 16; bands begin and end at multiples of 32."""
+class Interleaved:
+    """16 rows of gate, 16 of up, and so on. Bands begin and end at multiples of 32."""
 
     gate: Tensor
     up: Tensor
@@ -65,71 +65,68 @@ class InTurns:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Panels [panels, words, 16] of 32 bits each; scales [panels, groups * scales a group, 16] in bfloat16, if any."""
+    """A weight as the kernels read it."""
 
-    panels: Tensor
-    scales: Tensor | None = None
+    panels: Tensor  # 32-bit words [panels, words, 16]
+    scales: Tensor | None = None  # of a quantized weight: bfloat16 [panels, groups * scales per group, 16]
 
 
 @dataclass(frozen=True, slots=True)
-class Rounded:
-    """A weight as whole * scale, + lowest where there is one.
+class GroupQuantized:
+    """A weight as integers * scales, + minimums for int4."""
 
-    whole: [outputs, inputs], int8 or, where there is a lowest, uint8; scales, lowest: [outputs, groups] in bfloat16.
-    """
+    integers: Tensor  # [outputs, inputs]; int8, or uint8 for int4
+    scales: Tensor  # bfloat16 [outputs, groups]
+    minimums: Tensor | None = None  # bfloat16 [outputs, groups], for int4
 
-    whole: Tensor
-    scales: Tensor
-    lowest: Tensor | None = None
-
-    def numbers(self) -> Tensor:
-        """The weight that this stands for, in float32."""
-        found = self.whole.float().unflatten(1, (self.scales.shape[1], -1)) * self.scales.float()[:, :, None]
-        if self.lowest is not None:
-            found += self.lowest.float()[:, :, None]
+    def dequantize(self) -> Tensor:
+        """The weight in float32."""
+        found = self.integers.float().unflatten(1, (self.scales.shape[1], -1)) * self.scales.float()[:, :, None]
+        if self.minimums is not None:
+            found += self.minimums.float()[:, :, None]
         return found.flatten(1)
 
 
-def pack(weight: Weight, kind: str, new: New = torch.empty) -> Packed:
-    """Pack a weight [outputs, inputs] as float32, bfloat16, int8 or int4; `new` makes the tensor for its panels."""
+def pack(weight: Weight, kind: str, empty: Empty = torch.empty) -> Packed:
+    """Pack a weight [outputs, inputs] as float32, bfloat16, int8 or int4. `empty` allocates its panels."""
     outputs, inputs = weight.shape
-    band = max(1, BAND_NUMBERS // (2 * LANES * inputs)) * 2 * LANES
+    band = max(1, BAND_ELEMENTS // (2 * LANES * inputs)) * 2 * LANES
     packed: list[Tensor] = []
     for first in range(0, outputs, band):
         columns = _columns(weight[first : min(first + band, outputs)], kind)
         if not packed:
-            makers: tuple[New, New] = new, torch.empty
-            packed = [_panels(outputs, some, make) for some, make in zip(columns, makers, strict=False)]
+            allocators: tuple[Empty, Empty] = empty, torch.empty
+            packed = [_panels(outputs, some, allocate) for some, allocate in zip(columns, allocators, strict=False)]
         for panels, some in zip(packed, columns, strict=True):
             _put(panels, first // LANES, some)
     return Packed(*packed)
 
 
 def _columns(weight: Tensor, kind: str) -> list[Tensor]:
-    """What panels are made of, [outputs, n] each: words of 32 bits, and scales if there are any."""
+    """The contents of the panels, [outputs, n] each: 32-bit words, and the scales of a quantized weight."""
     if kind not in GROUPS:
         return [weight.to(getattr(torch, kind)).contiguous().view(torch.int32)]
-    rounded = quantise(weight, kind)
-    if rounded.lowest is None:
-        return [(rounded.whole.view(torch.uint8) ^ 0x80).view(torch.int32), rounded.scales]  # -128 becomes 0
-    halves = rounded.whole.view(len(weight), -1, 2, 4)
+    quantized = quantize(weight, kind)
+    if quantized.minimums is None:
+        return [(quantized.integers.view(torch.uint8) ^ 0x80).view(torch.int32), quantized.scales]  # -128 becomes 0
+    halves = quantized.integers.view(len(weight), -1, 2, 4)
     words = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1).contiguous().view(torch.int32)
-    return [words, torch.stack((rounded.scales, rounded.lowest), 2).flatten(1)]
+    return [words, torch.stack((quantized.scales, quantized.minimums), 2).flatten(1)]
 
 
 def to_panels(columns: Tensor) -> Tensor:
-    """[outputs, n] as [panels, n, 16], padded with zeros."""
+    """Lay out [outputs, n] as [panels, n, 16], padded with zeros."""
     panels = _panels(len(columns), columns, torch.empty)
     _put(panels, 0, columns)
     return panels
 
 
-def _panels(outputs: int, columns: Tensor, new: New) -> Tensor:
-    return new((-(-outputs // LANES), columns.shape[1], LANES), dtype=columns.dtype)
+def _panels(outputs: int, columns: Tensor, empty: Empty) -> Tensor:
+    return empty((-(-outputs // LANES), columns.shape[1], LANES), dtype=columns.dtype)
 
 
 def _put(panels: Tensor, at: int, columns: Tensor) -> None:
-    """Write columns into panels from the panel `at` on, the last one filled up with zeros."""
+    """Write columns into panels from panel `at` on, and pad the last one with zeros."""
     outputs, n = columns.shape
     full, rest = divmod(outputs, LANES)
     panels[at : at + full] = columns[: full * LANES].view(full, LANES, n).transpose(1, 2)
@@ -139,28 +136,29 @@ def _put(panels: Tensor, at: int, columns: Tensor) -> None:
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows of gate and up in turns of 16."""
+    """16 rows of gate, 16 of up, and so on."""
     return torch.stack((gate.view(-1, LANES, gate.shape[1]), up.view(-1, LANES, up.shape[1])), 1).flatten(0, 2)
 
 
-def quantise(weight: Tensor, kind: str) -> Rounded:
-    """Round a weight [outputs, inputs].
+def quantize(weight: Tensor, kind: str) -> GroupQuantized:
+    """Quantize a weight [outputs, inputs] in groups of inputs.
 
-    int8 takes the scale of a group's largest number. int4, 0 to 15 above the lowest number, has so few steps that a
-    somewhat smaller range can be better: of several each group takes the one with the smallest squared error.
+    int8 is symmetric: the scale is the group's largest magnitude / 127. int4 is 0 to 15 steps above a minimum. With so
+    few steps a smaller range than the group's can be better, so each group takes the one of SHRINKS with the smallest
+    squared error.
     """
     outputs, inputs = weight.shape
-    rows = max(1, CACHED_NUMBERS // inputs)
-    some, dtype, count = (_int8, torch.int8, 1) if kind == "int8" else (_int4, torch.uint8, 2)
-    whole = torch.empty(outputs, inputs, dtype=dtype)
+    rows = max(1, CACHED_ELEMENTS // inputs)
+    quantize_group, dtype, count = (_int8, torch.int8, 1) if kind == "int8" else (_int4, torch.uint8, 2)
+    integers = torch.empty(outputs, inputs, dtype=dtype)
     of_groups = [torch.empty(outputs, inputs // GROUPS[kind], dtype=torch.bfloat16) for _ in range(count)]
     for first in range(0, outputs, rows):
         here = slice(first, first + rows)
-        found, *values = some(weight[here].float().unflatten(1, (-1, GROUPS[kind])))
-        whole[here] = found.flatten(1)
+        found, *values = quantize_group(weight[here].float().unflatten(1, (-1, GROUPS[kind])))
+        integers[here] = found.flatten(1)
         for to, value in zip(of_groups, values, strict=True):
             to[here] = value.squeeze(2)
-    return Rounded(whole, *of_groups)
+    return GroupQuantized(integers, *of_groups)
 
 
 def _int8(grouped: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,17 +173,17 @@ def _int4(grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     least = torch.full_like(reach, torch.inf)
     for shrink in SHRINKS:
         scale, begin = _in_bf16(shrink * reach / 7.5), _in_bf16(middle - shrink * reach)
-        whole = torch.round((grouped - begin) / _divisor(scale)).clamp_(0, 15)
-        error = (whole * scale + begin - grouped).square_().sum(2, keepdim=True)
+        integers = torch.round((grouped - begin) / _divisor(scale)).clamp_(0, 15)
+        error = (integers * scale + begin - grouped).square_().sum(2, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         best_scale, best_lowest = torch.where(better, scale, best_scale), torch.where(better, begin, best_lowest)
-        best = torch.where(better, whole, best)
+        best = torch.where(better, integers, best)
     return best, best_scale, best_lowest
 
 
 def _in_bf16(scale: Tensor) -> Tensor:
-    """As the kernels read it, so that what is divided by it fits what is multiplied with it."""
+    """The scale as the kernels read it, so that quantizing divides by the number that they multiply with."""
     return scale.to(torch.bfloat16).float()
 
 

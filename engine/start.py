@@ -1,4 +1,4 @@
-"""Starts an engine for a front end: the core in its process, the tokenizer here, meanwhile."""
+"""Starts an engine for a front end: the EngineCores in their processes, and meanwhile the tokenizer here."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from engine.replicas import start_cores, stop_all, wait_all_ready
 
 @dataclass(frozen=True)
 class Engine:
-    """A core that is up, or one for each replica, and what a front end needs beside them."""
+    """The EngineCores that are up, one for each replica, and what a front end needs besides."""
 
     config: EngineConfig  # with model and tokenizer as folders
     cores: tuple[CoreProcess, ...]
@@ -31,23 +31,23 @@ class Engine:
 
     @property
     def ready(self) -> Ready:
-        """What the first replica says of itself, and the others as well."""
+        """The report of the first replica; those of the others are alike."""
         return self.readies[0]
 
     def addresses(self, front_end: int = 0) -> tuple[CoreAddress, ...]:
-        """Where a front end reaches the cores."""
+        """The addresses at which a front end reaches the cores."""
         pairs = zip(self.cores, self.readies, strict=True)
         return tuple(
             CoreAddress(ready, core.endpoints.to_core, core.endpoints.from_core[front_end]) for core, ready in pairs
         )
 
     def connect(self, boards: Sequence[Board] = ()) -> EngineClient:
-        """Make the first front end's client; `open()` it inside an event loop."""
+        """Make the client of the first front end; `open()` it inside an event loop."""
         config = self.config
         return connect(self.addresses(), self.tokenizer, seed=config.seed, routing=config.routing, boards=boards)
 
     def watch(self, on_death: Callable[[int, str], None]) -> None:
-        """Call back from a thread, with the replica and the cause in one line, if a core ends untold."""
+        """Call back from a thread, with the replica and the cause in one line, if a core exits unexpectedly."""
         for replica, core in enumerate(self.cores):
             core.watch(partial(on_death, replica))
 
@@ -65,14 +65,16 @@ def start_engine(
     front_ends: int = 1,
     step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Engine:
-    """Find the model, start the core, or one for each replica, and wait until all are up; after an error nothing runs.
+    """Find the model, start the EngineCores, and wait until all are up. After an error no process is left.
 
-    `progress` hears a line per phase that takes time; `loading`, from a thread, how many bytes of the weights were
-    read, and how many there are.
+    Args:
+        progress: called with a line for each phase that takes time.
+        on_wait: called repeatedly while cores start.
+        loading: called from a thread with the bytes of weights that are read, and of all.
     """
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, progress)
-    # A stand-in takes the place of a model's missing tokenizer, never that of one that was asked for.
+    # A stand-in replaces a model's missing tokenizer, but never one that was given by --tokenizer.
     stand_in = declared_vocab_size(path) if config.tokenizer is None else None
     generation = read_generation(config.generation_config, path, config.override_generation_config)
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.names)
@@ -89,12 +91,12 @@ def start_engine(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: texts may use unknown ids"
         )
     generation.add_eos_ids(tokenizer, ready.vocab_size)
-    told = dict.fromkeys(warning for ready in readies for warning in ready.warnings)
-    return Engine(config, cores, readies, tokenizer, (*told, *warnings), generation)
+    core_warnings = dict.fromkeys(warning for ready in readies for warning in ready.warnings)
+    return Engine(config, cores, readies, tokenizer, (*core_warnings, *warnings), generation)
 
 
 def declared_vocab_size(path: Path) -> int | None:
-    """The vocabulary's size as config.json or params.json says, if one does; what is wrong there the core reports."""
+    """The vocabulary size in config.json or params.json, if there is one. The core reports errors in these files."""
     config = (read_json(path / CONFIG) or read_json(path / PARAMS)) if path.is_dir() else read_json(path)
     inner = config.get("text_config")
     size = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)

@@ -1,134 +1,111 @@
-"""The fused stack: decoders of the Llama kind, packed from transformers' modules for the C++ kernels.
+"""Packs a Llama-like decoder from transformers' modules for the fused stack in C++.
 
-The generic path remains the reference; `refusal` says which models go it.
+`refusal` gives the reason why a model can't take the fused stack; such models use the generic backend.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.cpu.native import Layer, Linear, Spec
+from engine.heap import trim_heap
+from engine.kernels.cpu.bindings import Layer, Linear, StackSpec
+from engine.kernels.cpu.huge_pages import Arena, lazy_zeros
+from engine.kernels.cpu.packing import GROUPS, LANES, Concatenated, Interleaved, Weight, pack
 from engine.model.facts import cached_bytes
 from engine.model.families import FAMILIES, Family
-from engine.model.heap import give_back
 from engine.model.kvgroups import KVGroups
-from engine.model.packing import GROUPS, LANES, InTurns, Stacked, Weight, pack
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How a stack computes: formats of the layers' weights and of keys and values, as native.FORMATS names them.
+class StackFormats:
+    """Formats of a fused stack, by their names in `bindings.FORMATS`."""
 
-    dtype: of what is kept plain.
-    """
-
-    dtype: str
-    weights: str
-    cache: str
+    dtype: str  # of the embedding and of everything else that is not quantized
+    weights: str  # of the layers' linears
+    cache: str  # of keys and values
 
     @property
     def head(self) -> str:
-        """Four bits are too few for the head."""
+        """The head stays int8 where the layers are int4: 4 bits are too few for it."""
         return "int8" if self.weights == "int4" else self.weights
 
 
-HUGE_PAGE = 2 << 20
-MOST_HEAD_DIM, MOST_HIDDEN = 256, 16384  # sizes of buffers in the kernels
+MAX_HEAD_DIM, MAX_HIDDEN = 256, 16384  # sizes of buffers in the kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def refusal(model: Any, form: Form, block_size: int) -> str | None:
-    """Why a model of transformers, whole or a rank's share, can't take the fused stack, as the end of a sentence."""
-    settings = model.config
-    if not FAMILIES.get(settings.model_type, Family()).fused:
-        return f"models of kind {settings.model_type!r} have no fused stack"
-    if form.dtype not in DTYPES:
-        return f"the kernels have no {form.dtype}"
-    for what, kind in (("weights", form.weights), ("caches", form.cache)):
-        if kind != form.dtype != "bfloat16":
+def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
+    """Why a transformers model, or a rank's shard of it, can't take the fused stack; None if it can."""
+    hf_config = model.config
+    if not FAMILIES.get(hf_config.model_type, Family()).fused:
+        return f"models of kind {hf_config.model_type!r} have no C++ kernels"
+    if formats.dtype not in DTYPES:
+        return f"the kernels have no {formats.dtype}"
+    for what, kind in (("weights", formats.weights), ("caches", formats.cache)):
+        if kind != formats.dtype != "bfloat16":
             return f"the kernels have {kind} {what} only beside --dtype bfloat16"
     if block_size % LANES:
-        return f"--block-size {block_size} is no multiple of {LANES}"
+        return f"--block-size {block_size} is not a multiple of {LANES}"
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     width = attention.o_proj.weight.shape[1]
-    step = GROUPS.get(form.weights, LANES)
+    step = GROUPS.get(formats.weights, LANES)
     sizes = {
-        "hidden size": (settings.hidden_size, max(step, GROUPS.get(form.head, LANES))),
+        "hidden size": (hf_config.hidden_size, max(step, GROUPS.get(formats.head, LANES))),
         "MLP": (mlp.gate_proj.weight.shape[0], step),
         "attention": (width, step),
     }
     for what, (size, multiple) in sizes.items():
         if size % multiple:
-            return f"its {what} of {size} numbers is no multiple of {multiple}"
+            return f"its {what} of {size} elements is not a multiple of {multiple}"
     if attention.head_dim % LANES:
-        return f"its heads of {attention.head_dim} numbers are no multiple of {LANES}"
-    if attention.head_dim > MOST_HEAD_DIM or settings.hidden_size > MOST_HIDDEN:
+        return f"its heads of {attention.head_dim} elements are not a multiple of {LANES}"
+    if attention.head_dim > MAX_HEAD_DIM or hf_config.hidden_size > MAX_HIDDEN:
         return (
-            f"its heads ({attention.head_dim}) or hidden states ({settings.hidden_size}) are too large for the kernels"
+            f"its heads ({attention.head_dim}) or hidden states ({hf_config.hidden_size}) are too large for the kernels"
         )
-    if getattr(settings, "hidden_act", "silu") != "silu":
-        return f"its activation is {settings.hidden_act}"
+    if getattr(hf_config, "hidden_act", "silu") != "silu":
+        return f"its activation is {hf_config.hidden_act}"
     if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj)):
         return "its MLP has biases"
     return None
 
 
-class Arena:
-    """Memory in large pages, handed out in pieces at multiples of 64: a step reads all weights, page after page."""
-
-    CHUNK = 64 << 20  # what isn't handed out of it is never touched, and so takes no memory
-
-    def __init__(self) -> None:
-        self._rest = np.zeros(0, dtype=np.uint8)
-
-    def new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Like torch.empty."""
-        count = math.prod(shape) * dtype.itemsize
-        size = -(-count // 64) * 64
-        if size > len(self._rest):
-            self._rest = lazy_zeros(max(size, self.CHUNK))
-        piece, self._rest = self._rest[:count], self._rest[size:]
-        return torch.from_numpy(piece).view(dtype).view(*shape)
-
-
 @dataclass
 class Packer:
-    """Makes the kernels' structures and keeps what they point to."""
+    """Builds the structures of the kernels, and owns the arrays that they point to."""
 
-    kind: str  # of the layers' weights, see engine.model.packing
-    kept: list[Any] = field(default_factory=list)
+    kind: str  # format of the layers' weights, see engine.kernels.cpu.packing
+    owners: list[Any] = field(default_factory=list)
     arena: Arena = field(default_factory=Arena)
 
     def linear(self, weight: Weight, bias: Tensor | None = None, kind: str = "") -> Linear:
-        """Of a weight [outputs, inputs]."""
-        packed = pack(weight, kind or self.kind, self.arena.new)
+        """Pack a weight [outputs, inputs]."""
+        packed = pack(weight, kind or self.kind, self.arena.empty)
         scales = None if packed.scales is None else self._at(packed.scales)
         return Linear(self._at(packed.panels), scales, self.floats(bias), *weight.shape)
 
     def linears(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Linear:
-        """Of several side by side."""
+        """Pack several weights of the same inputs as one."""
         bias = None
         if any(one is not None for one in biases):
             each = zip(weights, biases, strict=True)
             bias = torch.cat([w.new_zeros(len(w)) if one is None else one.detach() for w, one in each])
-        return self.linear(Stacked([one.detach() for one in weights]), bias)
+        return self.linear(Concatenated([one.detach() for one in weights]), bias)
 
     def floats(self, values: Tensor | None) -> int | None:
         return None if values is None else self._at(values.detach().float().contiguous())
 
     def _at(self, values: Tensor) -> int:
-        self.kept.append(values)
+        self.owners.append(values)
         return values.data_ptr()
 
 
 def make_spec(
     model: Any,
-    form: Form,
+    formats: StackFormats,
     num_blocks: int,
     block_size: int,
     groups: KVGroups,
@@ -136,62 +113,67 @@ def make_spec(
     partial: bool,
     first_token: int = 0,
     fill: Callable[[nn.Module], None] = lambda _: None,
-) -> tuple[Spec, list[Any]]:
-    """Pack a model of transformers, whole or one rank's share, with `num_blocks` of cache.
+) -> tuple[StackSpec, list[Any]]:
+    """Pack a transformers model, or a rank's shard of it, and allocate its KV cache. The model loses its weights.
 
-    `first_token` is the rank's first. `fill` gives a part of the model its numbers, if it hasn't any: a linear at
-    a time is there twice, no more. The model is used up. Returns also what the spec points to.
+    Args:
+        groups: the KV groups of the layers.
+        partial: whether several ranks share the model.
+        first_token: the first token id of the rank's part of the vocabulary.
+        fill: loads the weights of a module that has none yet. One linear at a time is in memory twice.
+
+    Returns the spec, and the arrays that it points to.
     """
-    packer = Packer(form.weights)
-    inner, settings = model.model, model.config
+    packer = Packer(formats.weights)
+    inner, hf_config = model.model, model.config
     for part in (inner.embed_tokens, inner.norm, model.lm_head):
         fill(part)
-    embedding, final_norm = _embedding(packer, model, form), packer.floats(inner.norm.weight)
+    embedding, final_norm = _embedding(packer, model, formats), packer.floats(inner.norm.weight)
     vocabulary = len(model.lm_head.weight)
-    head = packer.linear(model.lm_head.weight.detach(), kind=form.head)
+    head = packer.linear(model.lm_head.weight.detach(), kind=formats.head)
     _release(inner.embed_tokens, model.lm_head)
     first = inner.layers[0].self_attn
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
     intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
-    cache_bytes = num_blocks * kv_heads * block_size * cached_bytes(form.cache, head_dim)
+    cache_bytes = num_blocks * kv_heads * block_size * cached_bytes(formats.cache, head_dim)
     layers = (Layer * len(inner.layers))()
     cache = lazy_zeros(2 * groups.slots * cache_bytes)  # in one piece, so that all its pages can be large ones
-    packer.kept.append(cache)
+    packer.owners.append(cache)
     for i, layer in enumerate(inner.layers):
         group, slot = groups.places[i]
         keys = cache.ctypes.data + 2 * slot * cache_bytes
         layers[i] = _layer(packer, layer, keys, keys + cache_bytes, fill)
         layers[i].window, layers[i].group = groups.windows[group], group
-        give_back()
+        trim_heap()
     rotary = inner.rotary_emb
-    packer.kept.append(layers)
-    spec = Spec(
-        hidden=settings.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+    packer.owners.append(layers)
+    spec = StackSpec(
+        hidden=hf_config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, layers=len(inner.layers),
         vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token,
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
         frequencies=packer.floats(rotary.inv_freq), embedding=embedding, final_norm=final_norm,
         layer=layers, head=head,
     )  # fmt: skip
-    return spec, packer.kept
+    return spec, packer.owners
 
 
 def _release(*parts: nn.Module) -> None:
-    """Free what is packed now."""
+    """Free the weights of modules that are packed."""
     for part in parts:
         for parameter in part.parameters():
             parameter.data = parameter.new_empty(0)
 
 
-def _embedding(packer: Packer, model: Any, form: Form) -> int | None:
-    """Where the embedding lies; None where the head's weights are the same."""
+def _embedding(packer: Packer, model: Any, formats: StackFormats) -> int | None:
+    """The address of the embedding; None if it is tied to a head that is not quantized."""
     weight = model.model.embed_tokens.weight.detach()
-    if form.head == form.dtype and weight.data_ptr() == model.lm_head.weight.data_ptr():
+    if formats.head == formats.dtype and weight.data_ptr() == model.lm_head.weight.data_ptr():
         return None
     # A copy: a view of the checkpoint would keep all of its pages in memory.
-    copied = packer.arena.new(weight.shape, DTYPES[form.dtype]).copy_(weight)
-    packer.kept.append(copied)
+    copied = packer.arena.empty(weight.shape, DTYPES[formats.dtype]).copy_(weight)
+    packer.owners.append(copied)
     return copied.data_ptr()
 
 
@@ -206,7 +188,7 @@ def _layer(packer: Packer, layer: Any, keys: int, values: int, fill: Callable[[n
     attention, mlp = layer.self_attn, layer.mlp
     fill(mlp.gate_proj)
     fill(mlp.up_proj)
-    gate_up = packer.linear(InTurns(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()))
+    gate_up = packer.linear(Interleaved(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()))
     _release(mlp.gate_proj, mlp.up_proj)
     qkv, output = packed(attention.q_proj, attention.k_proj, attention.v_proj), packed(attention.o_proj)
     down = packed(mlp.down_proj)
@@ -225,14 +207,3 @@ def _layer(packer: Packer, layer: Any, keys: int, values: int, fill: Callable[[n
         values=values,
         rotary=int(getattr(attention, "use_rope", 1)),
     )  # fmt: skip
-
-
-def lazy_zeros(size: int) -> np.ndarray:
-    """Zeros whose pages, large ones if it can, the system supplies on first use; at a multiple of 64."""
-    import mmap
-
-    size = -(-max(size, 1) // HUGE_PAGE) * HUGE_PAGE  # others aren't put where large pages begin
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8)

@@ -1,9 +1,9 @@
-"""Supplies the pages of the KV cache ahead of their use.
+"""Populates the pages of the KV cache ahead of their use.
 
-Memory that was never touched costs whoever touches it first: a large page some 0.1 ms, on a virtual machine whose host
-has to find it as well up to 5 ms. New blocks lie on new pages in every layer at once, so a step would pay for dozens.
-A thread that runs only when a core has nothing else to do goes ahead of the highest block in use: far, for a server
-under load has no such moments, but not to the end, so that a large cache takes memory as it is needed.
+The first touch of a huge page costs about 0.1 ms, and up to 5 ms on a virtual machine whose host must allocate it too.
+New blocks lie on new pages in every layer at once, so a step would pay for dozens. A thread with idle priority
+populates pages ahead of the highest block in use: far ahead, since a loaded server leaves no idle time, but not to the
+end, so that a large cache takes memory only as it is needed.
 """
 
 import ctypes
@@ -13,17 +13,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from engine.model.fused import HUGE_PAGE
+from engine.kernels.cpu.huge_pages import HUGE_PAGE
 
 AHEAD_BYTES = 1 << 30
-_POPULATE_WRITE = 23  # of madvise, since Linux 5.14: as if each page were written to
+_POPULATE_WRITE = 23  # of madvise, since Linux 5.14: populates pages as a write would
 
 
 class PageSupply:
-    """Of a cache of `regions`, one after the other, `region_bytes` each, with `block_bytes` of every block in each.
+    """Populates pages of a cache until it is closed. Without support by the system it does nothing.
 
-    Until it is closed it keeps `memory`, which they lie in, and goes up to `ahead_bytes` ahead. Without support by the
-    system nothing is done ahead.
+    Args:
+        memory: the owner of the memory; kept alive.
+        address: of the first region.
+        regions: keys and values of each layer, one after the other; `region_bytes` each.
+        block_bytes: bytes of one block in each region.
+        ahead_bytes: how far ahead of the highest block in use.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class PageSupply:
         self._regions = regions
         self._region_bytes = region_bytes
         self._block_bytes = block_bytes
-        self._stride = max(1, HUGE_PAGE // block_bytes)  # blocks, supplied at a time: a page of each region
+        self._stride = max(1, HUGE_PAGE // block_bytes)  # blocks populated at a time: one page of each region
         self._ahead = max(2 * self._stride, ahead_bytes // (regions * block_bytes))  # blocks
         self._wanted = 0  # blocks
         self._supplied = 0
@@ -51,18 +55,18 @@ class PageSupply:
 
     @property
     def supplied(self) -> int:
-        """Blocks, from the first on, whose pages are there."""
+        """How many blocks, from the first on, have their pages."""
         return self._supplied
 
     def reach(self, block: int) -> None:
-        """Blocks up to this one are in use: the pages of the next ones are wanted."""
+        """Report that blocks up to this one are in use."""
         if block + self._ahead // 2 >= self._wanted:
             most = self._region_bytes // self._block_bytes
             self._wanted = min(block + self._ahead, most)
             self._more.set()
 
     def close(self) -> None:
-        """End the thread, soon."""
+        """Ask the thread to end."""
         self._closed = True
         self._more.set()
 
@@ -83,9 +87,9 @@ class PageSupply:
                 self._supplied = blocks
 
     def _pages(self, first: int, end: int) -> Iterator[int]:
-        """Addresses of the large pages that blocks `first` to `end` lie on.
+        """Addresses of the huge pages of blocks `first` to `end`.
 
-        One at a time: between two of them the core is given back to whoever wants it.
+        One page per system call, so that another thread can take the core in between.
         """
         for region in range(self._regions):
             start = self._address + region * self._region_bytes

@@ -1,0 +1,89 @@
+"""The LoRA adapters of one rank: loaded and unloaded between steps, each in a slot that requests refer to."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.errors import ModelError, cause_of
+from engine.model.lora import Adapter, cut_adapter, read_adapter
+from engine.model.split import Split
+from engine.model.vocabulary import Slice
+from engine.worker.model_backend import ModelBackend
+from engine.worker.rank_protocol import PeerLostError
+
+log = logging.getLogger("redline.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSharding:
+    """How adapters are cut for this rank."""
+
+    split: Split
+    part: Slice
+    base: str  # prefix of the base model's parameter paths
+    model: nn.Module  # with the shapes of this rank's shard
+
+    def shard(self, adapter: Adapter) -> Adapter:
+        return cut_adapter(adapter, self.split, self.part.group.rank, self.base, self.model)
+
+    def all_loaded(self, loaded: bool) -> bool:
+        """Whether every rank passed True; all ranks must call it."""
+        failures = torch.tensor([int(not loaded)], dtype=torch.int64)
+        return int(self.part.group.all_reduce(failures)) == 0
+
+
+class AdapterManager:
+    """Loads and unloads adapters by the key that the core gives them. Each load has a new key.
+
+    Args:
+        slots: slot by adapter key; "" stands for no adapter. Shared with the batch state, which reads it.
+        sharding: None with one rank.
+    """
+
+    def __init__(self, backend: ModelBackend, slots: dict[str, int], sharding: AdapterSharding | None):
+        self._backend = backend
+        self._slots = slots
+        self._sharding = sharding
+        self.calls: dict[str, Callable[..., Any]] = {"load_adapter": self.load, "unload_adapter": self.unload}
+
+    def load(self, key: str, path: str) -> int:
+        """Load an adapter and return its bytes on this rank. Raises ModelError, on all ranks if one fails."""
+        slot = next(i for i in range(len(self._slots)) if i not in self._slots.values())
+        error: ModelError | None = None
+        size = 0
+        try:
+            size = self._add(slot, path)
+        except PeerLostError:
+            raise
+        except ModelError as problem:
+            error = problem
+        except Exception as problem:  # clients name the files, so no error in them may end the rank
+            log.exception("the adapter in %s could not be loaded", path)
+            error = ModelError(f"{path}: the adapter could not be loaded: {cause_of(problem)}")
+        if self._sharding is not None and not self._sharding.all_loaded(error is None) and error is None:
+            error = ModelError("another rank could not load the adapter")
+        if error is not None:
+            self._backend.drop_adapter(slot)
+            raise error
+        self._slots[key] = slot
+        return size
+
+    def _add(self, slot: int, path: str) -> int:
+        adapter = read_adapter(Path(path))
+        if self._sharding is not None:
+            adapter = self._sharding.shard(adapter)
+        self._backend.add_adapter(slot, adapter)
+        return adapter.bytes
+
+    def unload(self, key: str) -> None:
+        """Unload an adapter that no request uses. Raises ModelError if no adapter has the key."""
+        slot = self._slots.get(key)
+        if not key or slot is None:
+            raise ModelError(f"no adapter has the key {key!r}")
+        del self._slots[key]
+        self._backend.drop_adapter(slot)

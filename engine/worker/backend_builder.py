@@ -1,0 +1,111 @@
+"""Chooses the model backend of a rank, and builds it with its weights and KV cache."""
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig, ResolvedConfig
+from engine.errors import ConfigError
+from engine.host import threads_per_rank
+from engine.kernels.cpu import bindings, build
+from engine.kernels.cpu.bindings import Stack
+from engine.kernels.cpu.build import BuildError
+from engine.model.adapt import KVCache
+from engine.model.blank import Blank
+from engine.model.facts import ModelFacts
+from engine.model.load import complete, layout_of
+from engine.worker import fused_stack
+from engine.worker.fused_backend import FusedBackend
+from engine.worker.fused_stack import StackFormats
+from engine.worker.generic_backend import GenericBackend
+from engine.worker.model_backend import ModelBackend
+from engine.worker.page_supply import PageSupply
+from engine.worker.threads import cores_of_rank
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltBackend:
+    """A model backend and what the start table reports about it."""
+
+    backend: ModelBackend
+    kernels: str
+    warnings: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()  # of the rank's threads; the calling thread belongs on the first. Empty: any core
+
+
+def build_backend(config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank) -> BuiltBackend:
+    """Build the fused stack if --kernels, the machine and the model allow it, else the generic backend.
+
+    Args:
+        facts: those of the rank.
+        blank: the rank's part of the model, still without weights.
+
+    Raises ConfigError for kernels that this machine can't run, and for options that only the C++ kernels have.
+    """
+    isas, reason = _isas_to_try(config)
+    unsupported = False
+    formats = StackFormats(facts.dtype, config.quantization or facts.dtype, config.kv_cache_dtype or facts.dtype)
+    if isas:
+        refusal = fused_stack.refusal(blank.model, formats, resolved.block_size)
+        unsupported = refusal is not None
+        isa, reason = (None, refusal) if unsupported else _first_compiled(config, isas)
+        if isa is not None:
+            return _build_fused(config, facts, resolved, blank, formats, isa)
+    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
+        if value is not None:
+            raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: {reason}")
+    model = complete(blank, config, facts)
+    cache = KVCache(facts.kv_groups, resolved.num_blocks, layout_of(facts, resolved.block_size))
+    slow = config.kernels == "auto" and not unsupported
+    warnings = (f"{reason}: falling back to PyTorch, which is several times slower",) if slow else ()
+    return BuiltBackend(GenericBackend(model, cache, blank.vocabulary), f"torch ({reason})", warnings)
+
+
+def _build_fused(
+    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, formats: StackFormats, isa: str
+) -> BuiltBackend:
+    part = blank.vocabulary
+    spec, owners = fused_stack.make_spec(
+        blank.model,
+        formats,
+        resolved.num_blocks,
+        resolved.block_size,
+        facts.kv_groups,
+        partial=part is not None,
+        first_token=0 if part is None else part.first,
+        fill=blank.fill,
+    )
+    threads = threads_per_rank(config.total_ranks)
+    rank = config.first_rank + (0 if part is None else part.group.rank)
+    cores = cores_of_rank(threads, rank, config.total_ranks)
+    stack = Stack(spec, formats.weights, formats.cache, threads, isa, owners, cores)
+    keys, values = spec.layer[0].keys, spec.layer[0].values
+    region_bytes = values - keys
+    pages = PageSupply(owners, keys, 2 * facts.kv_groups.slots, region_bytes, region_bytes // resolved.num_blocks)
+    return BuiltBackend(FusedBackend(stack, spec, blank.model, part, pages), f"{isa}, fused stack", cores=cores)
+
+
+def _isas_to_try(config: EngineConfig) -> tuple[list[str], str | None]:
+    """The instruction sets to try in turn, or the reason why there are none."""
+    if config.kernels == "torch":
+        return [], "--kernels torch"
+    if config.kernels == "auto":
+        isas = build.supported_isas()
+        return isas, None if isas else "the CPU kernels need AVX2"
+    missing = build.missing_features(config.kernels)
+    if missing:
+        raise ConfigError(f"--kernels {config.kernels}: this machine lacks {', '.join(missing)}; auto finds the best")
+    return [config.kernels], None
+
+
+def _first_compiled(config: EngineConfig, isas: list[str]) -> tuple[str | None, str | None]:
+    """The first instruction set that the compiler can compile (an old one lacks the newest), or the first cause."""
+    causes = []
+    for isa in isas:
+        try:
+            bindings.load(isa)
+        except BuildError as error:
+            if config.kernels != "auto":
+                raise ConfigError(f"--kernels {isa}: {error}") from error
+            causes.append(str(error))
+        else:
+            return isa, None
+    return None, causes[0]

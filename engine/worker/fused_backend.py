@@ -1,0 +1,76 @@
+"""The fused model backend: one C++ call per step, or one per part where several ranks share the model."""
+
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.arrays import Float32s, Float64s, Int32s, Int64s
+from engine.kernels.cpu.bindings import Batch, PackedAdapter, Stack, StackSpec
+from engine.model.adapters import by_layer, pack_adapter
+from engine.model.lora import Adapter, check_adapter
+from engine.model.vocabulary import Slice
+from engine.worker.page_supply import PageSupply
+from engine.worker.slots import StepBatch
+
+
+class FusedBackend:
+    """The fused stack. Several ranks sum their partial results after each attention and MLP."""
+
+    def __init__(self, stack: Stack, spec: StackSpec, model: nn.Module, vocabulary: Slice | None, pages: PageSupply):
+        self.stack = stack
+        self._spec = spec
+        self._model = model  # for its shapes; the stack has its weights
+        self._adapters: dict[int, PackedAdapter] = {}  # by slot
+        self._vocabulary_size = spec.vocabulary
+        self._vocabulary = vocabulary
+        self._pages = pages
+        weakref.finalize(self, pages.close)
+
+    def forward(self, batch: StepBatch) -> None:
+        columns = (
+            batch.starts, batch.counts, batch.num_computed_tokens, batch.tables, batch.ids, batch.positions,
+            batch.row_of, batch.logits_at,
+        )  # fmt: skip
+        self._pages.reach(int(batch.tables.max()))
+        stack = self.stack
+        stack.begin(Batch.of(*columns), *self._adapters_of(batch))
+        if self._vocabulary is None:
+            stack.run(0, stack.last_part)
+            return
+        stack.run(0, 0)
+        for part in range(1, stack.last_part + 1):
+            self._vocabulary.group.all_reduce(torch.from_numpy(stack.partial()))
+            stack.run(part, part)
+
+    def _adapters_of(self, batch: StepBatch) -> tuple[list[PackedAdapter], Int32s | None]:
+        """The adapters in the batch, and for each token the index of its adapter among them, or -1."""
+        if batch.adapter_slots is None:
+            return [], None
+        used, number = np.unique(batch.adapter_slots, return_inverse=True)
+        numbers = number - (used[0] < 0)
+        return [self._adapters[slot] for slot in used[used >= 0].tolist()], numbers[batch.row_of].astype(np.int32)
+
+    def add_adapter(self, slot: int, adapter: Adapter) -> None:
+        check_adapter(adapter, self._model)
+        self._adapters[slot] = pack_adapter(by_layer(adapter, self._spec.layers), self._spec)
+
+    def drop_adapter(self, slot: int) -> None:
+        self._adapters.pop(slot, None)
+
+    def logits(self, which: Int64s) -> Tensor:
+        out = torch.empty(len(which), self._vocabulary_size)
+        self.stack.logits(which.astype(np.int32), out.numpy())
+        return out if self._vocabulary is None else self._vocabulary.gather(out)
+
+    def choose(self, temperatures: Float32s, uniforms: Float64s) -> Int64s:
+        if self._vocabulary is None:
+            return self.stack.choose(temperatures, uniforms).astype(np.int64)
+
+        def draw(samples: Int64s, inner: Float64s) -> Int32s:
+            each = np.zeros(len(uniforms))
+            each[samples] = inner
+            return self.stack.draw(each)[samples]
+
+        return self._vocabulary.choose(self.stack.greedy(temperatures), temperatures, uniforms, draw)

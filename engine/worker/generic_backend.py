@@ -1,0 +1,106 @@
+"""The generic model backend: transformers' own class with paged attention in torch."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.arrays import Float32s, Float64s, Int64s
+from engine.kernels.attention import Ragged, Workspace
+from engine.model import adapt
+from engine.model.adapt import Forward, KVCache
+from engine.model.hooked import HookedAdapters
+from engine.model.lora import Adapter
+from engine.model.vocabulary import Slice
+from engine.worker.sampler import BATCH_ROWS, pick, weigh
+from engine.worker.slots import StepBatch
+
+
+class GenericBackend:
+    """The reference, and the backend of every model that the fused stack does not support."""
+
+    def __init__(self, model: nn.Module, cache: KVCache, vocabulary: Slice | None):
+        self._model = model
+        self._cache = cache
+        self._vocabulary = vocabulary
+        self._adapters = HookedAdapters(model)
+        self._workspace = Workspace(cache.layout.dtype)
+        self._logits: Tensor | None = None
+
+    def forward(self, batch: StepBatch) -> None:
+        self._logits = None
+        self._adapters.begin(batch.adapter_slots, batch.row_of)
+        ragged = Ragged(batch.starts, batch.counts, batch.num_computed_tokens, batch.tables)
+        forward = Forward.of(self._cache, ragged, batch.row_of, batch.positions, self._workspace)
+        arguments: dict[str, Any] = {
+            "input_ids": torch.from_numpy(batch.ids)[None],
+            "position_ids": torch.from_numpy(batch.positions)[None],
+            "use_cache": False,
+        }
+        logits_at = batch.logits_at
+        if not len(logits_at):
+            adapt.run(self._model.base_model, forward, arguments)  # type: ignore[arg-type]
+            return
+        arguments["logits_to_keep"] = torch.from_numpy(logits_at)
+        self._logits = adapt.run(self._model, forward, arguments).logits[0]
+
+    def add_adapter(self, slot: int, adapter: Adapter) -> None:
+        self._adapters.add(slot, adapter)
+
+    def drop_adapter(self, slot: int) -> None:
+        self._adapters.drop(slot)
+
+    def logits(self, which: Int64s) -> Tensor:
+        assert self._logits is not None
+        some = self._logits if len(which) == len(self._logits) else self._logits[torch.from_numpy(which)]
+        return some if self._vocabulary is None else self._vocabulary.gather(some)
+
+    def choose(self, temperatures: Float32s, uniforms: Float64s) -> Int64s:
+        if self._vocabulary is not None:
+            draw = functools.partial(self._draw, temperatures)
+            return self._vocabulary.choose(self._greedy(temperatures), temperatures, uniforms, draw)
+        tokens = self._greedy(temperatures)[1]
+        drawn = np.flatnonzero(temperatures)
+        tokens[drawn] = self._draw(temperatures, drawn, uniforms[drawn])
+        return tokens
+
+    def _greedy(self, temperatures: Float32s) -> tuple[Float32s, Int64s, Float32s]:
+        """For each sample: the highest logit, its token, and the sum of all weights relative to it.
+
+        Only ranks that divide the vocabulary need the sum, and only for samples with a temperature above 0.
+        """
+        assert self._logits is not None
+        samples = len(temperatures)
+        tokens, tops, weights = (
+            np.empty(samples, np.int64),
+            np.empty(samples, np.float32),
+            np.zeros(samples, np.float32),
+        )
+        for start in range(0, samples, BATCH_ROWS):
+            some = slice(start, start + BATCH_ROWS)
+            part = self._logits[:samples][some].float()
+            # numpy's argmax is several times as fast as torch's, row by row.
+            tokens[some] = part.numpy().argmax(-1)
+            tops[some] = np.take_along_axis(part.numpy(), tokens[some, None], 1)[:, 0]
+            drawn = np.flatnonzero(temperatures[some]) if self._vocabulary is not None else np.zeros(0, np.int64)
+            if len(drawn):
+                weights[some][drawn] = weigh(part[torch.from_numpy(drawn)], temperatures[some][drawn]).sum(-1).numpy()
+        return tops, tokens, weights
+
+    def _draw(self, temperatures: Float32s, which: Int64s, uniforms: Float64s) -> Int64s:
+        """Draw a token for some of the samples. Where ranks divide the vocabulary, from this rank's tokens.
+
+        Args:
+            temperatures: of all samples.
+            which: int64[n], the samples to draw for.
+            uniforms: [n], numbers in [0, 1).
+        """
+        assert self._logits is not None
+        tokens = np.empty(len(which), dtype=np.int64)
+        for start in range(0, len(which), BATCH_ROWS):
+            some = slice(start, start + BATCH_ROWS)
+            part = self._logits[torch.from_numpy(which[some])].float()
+            tokens[some] = pick(weigh(part, temperatures[which[some]]), uniforms[some])
+        return tokens

@@ -1,0 +1,95 @@
+"""Starts the worker of one rank: libraries, model, kernels, KV cache."""
+
+import atexit
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
+from engine.host import threads_per_rank
+from engine.model.facts import ModelFacts
+from engine.model.split import plan_split
+from engine.worker.threads import limit_libraries, pin_thread
+
+if TYPE_CHECKING:
+    from engine.worker.driver_broadcast import Follower
+    from engine.worker.runner import Runner
+
+
+class StartReport(msgspec.Struct):
+    """What the start table shows of a rank's start."""
+
+    seconds: dict[str, float]  # by phase
+    kernels: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """The place of a rank among several."""
+
+    rank: int
+    store: str  # the file by which the ranks find each other
+
+
+def start_worker(
+    config: EngineConfig,
+    facts: ModelFacts,
+    resolved: ResolvedConfig,
+    progress: Callable[[int, int], None] | None = None,
+    place: RankPlace | None = None,
+) -> "tuple[Runner | Follower, StartReport]":
+    """Load a rank's part of the model and allocate its KV cache; with a place, also join the other ranks.
+
+    The calling thread must be the one that runs steps: it may be pinned to a core.
+    """
+    phases = _Phases()
+    limit_libraries()
+    import torch
+
+    from engine.model.load import open_model
+    from engine.worker.runner import build_runner
+
+    torch.set_num_threads(threads_per_rank(config.total_ranks))
+    phases.end("import torch")
+    blank = open_model(config, facts, progress)
+    worker: Runner | Follower
+    if place is None:
+        phases.end("open model")
+        worker, built = build_runner(config, facts, resolved, blank)
+    else:
+        from engine.model.shard import shard
+        from engine.worker.driver_broadcast import build_driven
+        from engine.worker.gloo_group import GlooGroup
+
+        split = plan_split(config, facts)
+        phases.end("open model")
+        group = GlooGroup(place.rank, split.size, place.store)
+        atexit.register(group.close)
+        phases.end("join ranks")
+        shard(blank, split, group)
+        if DRIVER_BROADCAST in config.ablations:
+            worker, built = build_driven(config, split.rank, resolved, blank, split, group)
+        else:
+            worker, built = build_runner(config, split.rank, resolved, blank, split)
+    pin_thread(built.cores)
+    phases.end("load weights", blank.seconds)
+    phases.end("prepare kernels")
+    return worker, StartReport(phases.seconds, built.kernels, built.warnings)
+
+
+class _Phases:
+    """Durations of phases that follow each other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def end(self, name: str, seconds: float | None = None) -> None:
+        """End a phase now, or after `seconds`; the next one begins there."""
+        ended = time.perf_counter() if seconds is None else self._began + seconds
+        self.seconds[name] = ended - self._began
+        self._began = ended
