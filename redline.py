@@ -32,7 +32,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is heavy at its first use."""
+    """Import modules with heavy dependencies on first use."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

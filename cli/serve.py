@@ -19,7 +19,7 @@ from cli.vllm_options import VLLM_OPTIONS
 from cli.vllm_options import notes as vllm_notes
 from engine.api.options import HttpOptions, Limits
 from engine.config import EngineConfig
-from engine.units import human_bytes
+from engine.text import human_bytes
 
 FILE_WIDTH = 200
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.config import ABLATIONS, EngineConfig, watermark_blocks
-from engine.units import human_bytes
+from engine.text import human_bytes
 
 
 def show_start(console: Console, engine: Any) -> None:

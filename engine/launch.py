@@ -186,18 +186,18 @@ def build_core_server(
     from engine.core.server import CoreServer
     from engine.length import fit_length
     from engine.memory import resolve
-    from engine.model.facts import read_facts
+    from engine.model.model_info import read_model_info
     from engine.worker.executor import make_executor
 
     start = time.monotonic()
     config, memory = fit_length(config, memory)
-    facts = read_facts(config)
-    resolution = resolve(config, facts, memory)
+    model_info = read_model_info(config)
+    resolution = resolve(config, model_info, memory)
     ledger = [("read the configuration", time.monotonic() - start)]
     resolved = resolution.config
-    executor = make_executor(config, facts, resolved, folder=endpoints.folder, progress=progress)
+    executor = make_executor(config, model_info, resolved, folder=endpoints.folder, progress=progress)
     ledger += executor.seconds.items()
-    inline = build_inline(config, resolved, facts.vocab_size) if "inline-frontend" in resolved.ablations else None
+    inline = build_inline(config, resolved, model_info.vocab_size) if "inline-frontend" in resolved.ablations else None
     server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core, inline)
     began = time.monotonic()
     for name, path in config.adapters:
@@ -206,10 +206,10 @@ def build_core_server(
         ledger.append(("load adapters", time.monotonic() - began))
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
     ready = Ready(
-        model_path=str(facts.path),
+        model_path=str(model_info.path),
         device=resolution.device,
-        dtype=facts.dtype,
-        vocab_size=facts.vocab_size,
+        dtype=model_info.dtype,
+        vocab_size=model_info.vocab_size,
         max_model_len=resolved.max_model_len,
         max_num_seqs=resolved.max_num_seqs,
         max_num_batched_tokens=resolved.max_num_batched_tokens,

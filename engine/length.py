@@ -7,7 +7,7 @@ from engine.config import AUTO_LENGTH, EngineConfig
 from engine.devices import machine_for
 from engine.errors import OutOfMemoryError
 from engine.memory import resolve
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 
 
 def fit_length(config: EngineConfig, available: int | None = None) -> tuple[EngineConfig, int | None]:
@@ -22,10 +22,10 @@ def fit_length(config: EngineConfig, available: int | None = None) -> tuple[Engi
     machine = machine_for(config)
     if available is None:
         available = machine.available_memory() // config.data_parallel_size
-    facts = read_facts(config)
+    model_info = read_model_info(config)
 
     def try_length(length: int) -> None:
-        resolve(config, dataclasses.replace(facts, max_model_len=length), available, machine)
+        resolve(config, dataclasses.replace(model_info, max_model_len=length), available, machine)
 
     def too_long(length: int) -> bool:
         try:
@@ -34,7 +34,7 @@ def fit_length(config: EngineConfig, available: int | None = None) -> tuple[Engi
             return True
         return False
 
-    length = facts.max_model_len
+    length = model_info.max_model_len
     if too_long(length):
         block = config.block_size or machine.defaults.block_size
         lengths = range(block, length, block)

@@ -1,4 +1,4 @@
-"""LLM: the same engine from Python, without a server."""
+"""`LLM`: the engine as a Python object, without a server."""
 
 import asyncio
 import threading
@@ -19,19 +19,19 @@ from engine.start import Engine, start_engine
 
 Prompt = str | list[int] | dict[str, Any]
 Conversation = list[dict[str, Any]]
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
 class Logprob:
     logprob: float
-    rank: int | None  # 1 is the likeliest
+    rank: int | None  # 1 for the most likely token
     decoded_token: str
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One output. `logprobs`, if asked for: for each token, a map of token id to Logprob with the sampled one first."""
+    """One output of a prompt. `logprobs` has, per token, a map of token id to Logprob with the sampled token first."""
 
     index: int
     text: str
@@ -44,27 +44,31 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """What came of one prompt, as far as it was kept; `prompt` is None where token ids were given."""
+    """The outputs of one prompt.
+
+    `prompt` is None if token ids were given; `prompt_token_ids` are those after truncation. `prompt_logprobs` has None
+    for the first token.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # if asked for; None for the first token
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     finished: bool = True
 
 
 class LLM:
-    """An engine of its own for one model: `LLM("smollm2-135m").generate(["Hello"])`.
+    """An engine for one model: `LLM("smollm2-135m").generate(["Hello"])`.
 
-    Keyword arguments are the fields of EngineConfig; `data_parallel_size` replicas share out the prompts. The engine
-    ends with `close()`, at the end of a `with` block, or with the program.
+    Keyword arguments are the fields of EngineConfig. With `data_parallel_size` the prompts are distributed over the
+    replicas. The engine ends with `close()`, at the end of a `with` block, or with the program.
     """
 
-    def __init__(self, model: str, **settings: Any):
+    def __init__(self, model: str, **options: Any):
         try:
-            config = EngineConfig(model=model, **settings)
-        except TypeError as error:  # an unknown field: Python's own message names it
+            config = EngineConfig(model=model, **options)
+        except TypeError as error:  # an unknown field, which Python's message names
             raise TypeError(str(error).replace("EngineConfig.__init__", "LLM")) from None
         self._engine = start_engine(config)
         self.config = self._engine.config
@@ -84,9 +88,9 @@ class LLM:
         return self._engine.tokenizer
 
     def default_sampling_params(self) -> SamplingParams:
-        """What requests without `sampling_params` get: the model's generation_config.json over SamplingParams' own.
+        """The parameters of requests without `sampling_params`: SamplingParams with the model's generation_config.json.
 
-        SamplingParams that a caller makes know nothing of the model, as in vLLM.
+        As in vLLM, a SamplingParams that the caller creates does not contain the model's defaults.
         """
         return self._engine.generation.params()
 
@@ -98,11 +102,15 @@ class LLM:
         adapter: str = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Continue one prompt or many; texts, lists of token ids, or {"prompt_token_ids": [...]}.
+        """Generate outputs for one prompt or many, in the order of the prompts.
 
-        `sampling_params` is one for all or one each; without, the model's defaults hold (`default_sampling_params`).
-        `adapter` is the name of one that was loaded. The answers come in the order of the prompts. RequestError if one
-        can't be served.
+        Raises RequestError if a prompt can't be served.
+
+        Args:
+            prompts: texts, lists of token ids, or {"prompt_token_ids": [...]}.
+            sampling_params: one for all prompts or one each; by default the model's (`default_sampling_params`).
+            adapter: the name of a loaded adapter.
+            progress: show a progress bar.
         """
         listed = as_list(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
@@ -119,21 +127,29 @@ class LLM:
         adapter: str = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Continue one conversation (a list of messages) or many, written as prompts by the model's chat template."""
+        """Generate replies to one conversation (a list of messages) or many, with the model's chat template.
+
+        Args:
+            messages: one conversation, or a list of them.
+            sampling_params: as in `generate`.
+            add_generation_prompt: end the prompt with the header of the assistant's reply.
+            adapter: as in `generate`.
+            progress: as in `generate`.
+        """
         first = messages[0] if messages else None
         several: list[Any] = list(messages) if isinstance(first, list) else [messages]
         template = self.tokenizer.render_chat
-        written = [
+        prompts = [
             template(shape_conversation(conversation), add_generation_prompt=add_generation_prompt)
             for conversation in several
         ]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in written]
-        ids = [self.tokenizer.encode(prompt, False) if isinstance(prompt, str) else prompt for prompt in written]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        ids = [self.tokenizer.encode(prompt, False) if isinstance(prompt, str) else prompt for prompt in prompts]
         params = self._params_for(len(texts), sampling_params)
         return self._run(self._generate(texts, ids, params, adapter, progress))
 
     def load_adapter(self, name: str, path: str) -> None:
-        """Load a LoRA adapter under a name; RedlineError says why it can't be."""
+        """Load a LoRA adapter from a folder under a name. Raises RedlineError if it can't be loaded."""
         self._run(self._client.call("load_adapter", name=name, path=path))
 
     def unload_adapter(self, name: str) -> None:
@@ -143,7 +159,7 @@ class LLM:
         self._run(self._client.call("reset_prefix_cache"))
 
     def close(self) -> None:
-        """End the engine; safe to call twice."""
+        """End the engine. Further calls have no effect."""
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -152,9 +168,7 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -------------------------------------------------------------------------------------------------------- inside
-
-    def _run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         if not self._thread.is_alive():
             work.close()
             raise EngineDeadError("this LLM is closed")
@@ -199,7 +213,7 @@ class LLM:
         with Progress(disable=not progress) as bar:
             counter = bar.add_task("requests", total=len(ids))
             tasks = [
-                asyncio.ensure_future(self._one(text, prompt, each, adapter, lambda: bar.advance(counter)))
+                asyncio.ensure_future(self._generate_one(text, prompt, each, adapter, lambda: bar.advance(counter)))
                 for text, prompt, each in zip(texts, ids, params, strict=True)
             ]
             try:
@@ -208,7 +222,7 @@ class LLM:
                 for task in tasks:
                     task.cancel()
 
-    async def _one(
+    async def _generate_one(
         self, text: str | None, ids: list[int], params: SamplingParams, adapter: str, done: Callable[[], None]
     ) -> RequestOutput:
         async with self._client.add([ids], params, adapter=adapter) as stream:
@@ -241,7 +255,7 @@ class LLM:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list; a list of integers is one."""
+    """One prompt or many as a list; a list of integers is one prompt."""
     if isinstance(prompts, str | dict):
         return [prompts]
     listed: list[Any] = list(prompts)
@@ -249,7 +263,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _shut_down(engine: Engine, client: EngineClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    """End the core, then the thread of the loop; no reference to the LLM, whose end calls it."""
+    """End the core, then the thread of the loop. Takes no reference to the LLM, since its finalizer calls this."""
     engine.stop()
     if not thread.is_alive():
         return

@@ -9,9 +9,9 @@ from engine.devices import machine_for
 from engine.devices.machine import Defaults, Machine
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine
-from engine.model.facts import ModelFacts
-from engine.model.split import plan_split
-from engine.units import human_bytes
+from engine.model.model_info import ModelInfo
+from engine.model.sharding.tp_plan import plan_tensor_parallel
+from engine.text import human_bytes
 
 MIN_UNCHUNKED_TOKENS = 512  # token budget of a step without chunked prefill, at least
 MAX_TOKENS_IN_FLIGHT = 64  # of a request: a window keeps the blocks that tokens without a result can see
@@ -44,7 +44,7 @@ class _Budget:
 
 
 def resolve(
-    config: EngineConfig, facts: ModelFacts, available: int | None = None, machine: Machine | None = None
+    config: EngineConfig, model_info: ModelInfo, available: int | None = None, machine: Machine | None = None
 ) -> Resolution:
     """Choose batch sizes, block size and the number of KV blocks of one replica.
 
@@ -55,36 +55,38 @@ def resolve(
     Raises OutOfMemoryError if one request of max-model-len does not fit; the message has flags and values that work.
     """
     machine = machine or machine_for(config)
-    max_num_seqs, budget = _batch_sizes(config, facts, machine.defaults)
+    max_num_seqs, budget = _batch_sizes(config, model_info, machine.defaults)
     block_size = config.block_size or machine.defaults.block_size
-    ranks, warnings = config.tensor_parallel_size, list(facts.warnings)
+    ranks, warnings = config.tensor_parallel_size, list(model_info.warnings)
     if ranks == 1:
-        workspace = machine.workspace(facts, max_num_seqs, budget, block_size)
+        workspace = machine.workspace(model_info, max_num_seqs, budget, block_size)
     else:  # ranks share the machine: from here on figures are sums over ranks
-        split = plan_split(config, facts)
-        warnings += split.warnings
-        workspace = ranks * machine.workspace(split.rank, max_num_seqs, budget, block_size)
-        kv_bytes = ranks * split.rank.kv_bytes_per_token
-        facts = dataclasses.replace(facts, weight_bytes=split.weight_bytes, kv_bytes_per_token=kv_bytes)
+        tp_plan = plan_tensor_parallel(config, model_info)
+        warnings += tp_plan.warnings
+        workspace = ranks * machine.workspace(tp_plan.rank_info, max_num_seqs, budget, block_size)
+        kv_bytes = ranks * tp_plan.rank_info.kv_bytes_per_token
+        model_info = dataclasses.replace(model_info, weight_bytes=tp_plan.weight_bytes, kv_bytes_per_token=kv_bytes)
     replicas = config.data_parallel_size
     if available is None:
         available = machine.available_memory() // replicas
     fraction = config.gpu_memory_utilization or machine.defaults.memory_utilization
-    memory = _Budget(available, fraction, facts.weight_bytes, workspace, facts.kv_bytes_per_token * block_size)
-    per_request = max_blocks(facts.max_model_len, facts.kv_groups.windows, budget, block_size)
+    memory = _Budget(
+        available, fraction, model_info.weight_bytes, workspace, model_info.kv_bytes_per_token * block_size
+    )
+    per_request = max_blocks(model_info.max_model_len, model_info.kv_groups.windows, budget, block_size)
     if config.kv_cache_memory_bytes is not None:
         num_blocks = config.kv_cache_memory_bytes // replicas // memory.block
     else:
         num_blocks = min(memory.kv_cache // memory.block, max_num_seqs * per_request + 1)
     if num_blocks < per_request + 1:
-        raise OutOfMemoryError(_too_little(config, facts, num_blocks, budget, block_size, memory))
+        raise OutOfMemoryError(_too_little(config, model_info, num_blocks, budget, block_size, memory))
     resolved = ResolvedConfig(
-        max_model_len=facts.max_model_len,
+        max_model_len=model_info.max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         block_size=block_size,
         num_blocks=num_blocks,
-        kv_windows=facts.kv_groups.windows,
+        kv_windows=model_info.kv_groups.windows,
         enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.ablations,
         scheduling_policy=config.scheduling_policy,
         ablations=config.ablations,
@@ -92,11 +94,11 @@ def resolve(
         draft_tokens=config.num_speculative_tokens if config.speculative else 0,
     )
     lines = (
-        MemoryLine("weights", facts.weight_bytes, "--dtype, --quantization"),
+        MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine("workspace", workspace, "--max-num-batched-tokens, --max-num-seqs"),
         MemoryLine("KV cache", num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
     )
-    warnings += [*_too_much(lines, available, replicas), *machine.warnings(config, facts)]
+    warnings += [*_too_much(lines, available, replicas), *machine.warnings(config, model_info)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs)
     return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences)
 
@@ -108,18 +110,18 @@ def max_blocks(tokens: int, windows: tuple[int, ...], budget: int, block_size: i
     return sum(min(unlimited, window_blocks(one, reach, block_size)) if one else unlimited for one in windows)
 
 
-def _batch_sizes(config: EngineConfig, facts: ModelFacts, defaults: Defaults) -> tuple[int, int]:
+def _batch_sizes(config: EngineConfig, model_info: ModelInfo, defaults: Defaults) -> tuple[int, int]:
     """max_num_seqs and max_num_batched_tokens. If only one is given, the other adapts: each request needs a token."""
     max_num_seqs, budget = config.max_num_seqs, config.max_num_batched_tokens
     if max_num_seqs is None:
         max_num_seqs = min(defaults.max_num_seqs, budget or defaults.max_num_seqs)
     if "no-chunking" in config.ablations:
-        if budget is not None and budget < facts.max_model_len:
+        if budget is not None and budget < model_info.max_model_len:
             raise ConfigError(
                 f"without chunking a step must hold a whole prompt: --max-num-batched-tokens ({budget}) must not be "
-                f"below --max-model-len ({facts.max_model_len})"
+                f"below --max-model-len ({model_info.max_model_len})"
             )
-        return max_num_seqs, budget or max(MIN_UNCHUNKED_TOKENS, max_num_seqs, facts.max_model_len)
+        return max_num_seqs, budget or max(MIN_UNCHUNKED_TOKENS, max_num_seqs, model_info.max_model_len)
     return max_num_seqs, budget or max(defaults.max_num_batched_tokens, max_num_seqs + defaults.min_chunk)
 
 
@@ -134,15 +136,15 @@ def _too_much(lines: tuple[MemoryLine, ...], available: int, replicas: int) -> l
 
 
 def _too_little(
-    config: EngineConfig, facts: ModelFacts, num_blocks: int, budget: int, block_size: int, memory: _Budget
+    config: EngineConfig, model_info: ModelInfo, num_blocks: int, budget: int, block_size: int, memory: _Budget
 ) -> str:
     """The error that one request does not fit, with flags and values that work."""
 
     def blocks_for(tokens: int) -> int:
-        return max_blocks(tokens, facts.kv_groups.windows, budget, block_size)
+        return max_blocks(tokens, model_info.kv_groups.windows, budget, block_size)
 
-    needed = (blocks_for(facts.max_model_len) + 1) * memory.block
-    fits = bisect_right(range(1, facts.max_model_len), num_blocks - 1, key=blocks_for) // block_size * block_size
+    needed = (blocks_for(model_info.max_model_len) + 1) * memory.block
+    fits = bisect_right(range(1, model_info.max_model_len), num_blocks - 1, key=blocks_for) // block_size * block_size
     replicas = config.data_parallel_size
     each = f" for each of {replicas} replicas" if replicas > 1 else ""
     fixed = memory.weights + memory.workspace
@@ -163,6 +165,6 @@ def _too_little(
     if replicas > 1:
         ways.append("a lower --dp")
     return (
-        f"one request of {facts.max_model_len} tokens needs {human_bytes(needed)} of KV cache, but {given} "
+        f"one request of {model_info.max_model_len} tokens needs {human_bytes(needed)} of KV cache, but {given} "
         f"{max(fits, 0)} tokens: use {' or '.join(ways)}"
     )

@@ -13,7 +13,7 @@ from engine.frontend.stats import Board
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.launch import CoreProcess
 from engine.messages import Ready
-from engine.model.names import CONFIG, PARAMS
+from engine.model.config.file_names import CONFIG, PARAMS
 from engine.model.resolve import resolve_model, resolve_tokenizer
 from engine.replicas import start_cores, stop_all, wait_all_ready
 

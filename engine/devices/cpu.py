@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.devices.machine import Defaults
 from engine.host import available_memory, cores, threads_per_rank
-from engine.model.facts import ITEMSIZE, ModelFacts
+from engine.model.model_info import ITEMSIZE, ModelInfo
 
 SAMPLER_ROWS = 32  # logits that are held in float32 at a time
 QUERY_TILE = 64  # queries that attention computes at a time
@@ -30,16 +30,19 @@ class CpuMachine:
     def available_memory(self) -> int:
         return available_memory()
 
-    def workspace(self, facts: ModelFacts, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
+    def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
         """From the shapes of activations, logits, and the generic backend's gathered keys and scores."""
-        item = ITEMSIZE[facts.dtype]
-        query = facts.num_heads * facts.head_dim
-        key_value = 2 * facts.num_kv_heads * facts.head_dim
-        per_token = 4 * facts.hidden_size + 2 * facts.intermediate_size + 3 * query + 2 * key_value
-        activations = max_num_batched_tokens * (per_token * item + 2 * facts.hidden_size * 4)
-        logits = max_num_seqs * facts.vocab_size * item + min(max_num_seqs, SAMPLER_ROWS) * facts.vocab_size * 4 * 4
-        gathered = max(facts.max_model_len + block_size, MIN_GATHERED_TOKENS) * key_value * item
-        scores = QUERY_TILE * facts.num_heads * facts.max_model_len * (2 * 4 + 2 * item)
+        item = ITEMSIZE[model_info.dtype]
+        query = model_info.num_heads * model_info.head_dim
+        key_value = 2 * model_info.num_kv_heads * model_info.head_dim
+        per_token = 4 * model_info.hidden_size + 2 * model_info.intermediate_size + 3 * query + 2 * key_value
+        activations = max_num_batched_tokens * (per_token * item + 2 * model_info.hidden_size * 4)
+        logits = (
+            max_num_seqs * model_info.vocab_size * item
+            + min(max_num_seqs, SAMPLER_ROWS) * model_info.vocab_size * 4 * 4
+        )
+        gathered = max(model_info.max_model_len + block_size, MIN_GATHERED_TOKENS) * key_value * item
+        scores = QUERY_TILE * model_info.num_heads * model_info.max_model_len * (2 * 4 + 2 * item)
         return activations + logits + gathered + scores
 
     def describe(self, config: EngineConfig) -> str:
@@ -47,8 +50,8 @@ class CpuMachine:
         each = f"{threads} thread{'s' if threads > 1 else ''}"
         return f"cpu ({each})" if ranks == 1 else f"cpu ({ranks} ranks of {each})"
 
-    def warnings(self, config: EngineConfig, facts: ModelFacts) -> list[str]:
-        return [*_slow_dtype(facts.dtype), *_more_ranks_than_cores(config)]
+    def warnings(self, config: EngineConfig, model_info: ModelInfo) -> list[str]:
+        return [*_slow_dtype(model_info.dtype), *_more_ranks_than_cores(config)]
 
 
 def _more_ranks_than_cores(config: EngineConfig) -> list[str]:

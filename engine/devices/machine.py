@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.config import EngineConfig
-from engine.model.facts import ModelFacts
+from engine.model.model_info import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,14 @@ class Machine(Protocol):
         """Bytes that the engine could take now."""
         ...
 
-    def workspace(self, facts: ModelFacts, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
-        """Upper bound of the bytes that a step allocates on one rank; `facts` are the rank's."""
+    def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
+        """Upper bound of the bytes that a step allocates on one rank; `model_info` is the rank's."""
         ...
 
     def describe(self, config: EngineConfig) -> str:
         """The device in the start table."""
         ...
 
-    def warnings(self, config: EngineConfig, facts: ModelFacts) -> list[str]:
+    def warnings(self, config: EngineConfig, model_info: ModelInfo) -> list[str]:
         """What the user should know about this configuration on this device."""
         ...

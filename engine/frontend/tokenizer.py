@@ -14,7 +14,7 @@ from engine.errors import ConfigError, ModelError, RequestError
 from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.frontend.chat_template import ChatTemplate, read_templates
 from engine.frontend.mistral import PLAIN, MistralBackend, find_file
-from engine.model.names import CONFIG, PARAMS
+from engine.model.config.file_names import CONFIG, PARAMS
 from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte, as SentencePiece's vocabularies write it

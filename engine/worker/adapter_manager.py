@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from engine.errors import ModelError, cause_of
-from engine.model.lora import Adapter, cut_adapter, read_adapter
-from engine.model.split import Split
-from engine.model.vocabulary import Slice
+from engine.model.lora.lora_weights import Adapter, read_adapter, shard_adapter
+from engine.model.runtime.vocab_shard import VocabShard
+from engine.model.sharding.tp_plan import TPPlan
 from engine.worker.model_backend import ModelBackend
 from engine.worker.rank_protocol import PeerLostError
 
@@ -23,13 +23,13 @@ log = logging.getLogger("redline.worker")
 class AdapterSharding:
     """How adapters are cut for this rank."""
 
-    split: Split
-    part: Slice
+    tp_plan: TPPlan
+    part: VocabShard
     base: str  # prefix of the base model's parameter paths
     model: nn.Module  # with the shapes of this rank's shard
 
     def shard(self, adapter: Adapter) -> Adapter:
-        return cut_adapter(adapter, self.split, self.part.group.rank, self.base, self.model)
+        return shard_adapter(adapter, self.tp_plan, self.part.group.rank, self.base, self.model)
 
     def all_loaded(self, loaded: bool) -> bool:
         """Whether every rank passed True; all ranks must call it."""
@@ -78,7 +78,7 @@ class AdapterManager:
         if self._sharding is not None:
             adapter = self._sharding.shard(adapter)
         self._backend.add_adapter(slot, adapter)
-        return adapter.bytes
+        return adapter.nbytes
 
     def unload(self, key: str) -> None:
         """Unload an adapter that no request uses. Raises ModelError if no adapter has the key."""

@@ -8,10 +8,10 @@ from engine.host import threads_per_rank
 from engine.kernels.cpu import bindings, build
 from engine.kernels.cpu.bindings import Stack
 from engine.kernels.cpu.build import BuildError
-from engine.model.adapt import KVCache
-from engine.model.blank import Blank
-from engine.model.facts import ModelFacts
-from engine.model.load import complete, layout_of
+from engine.model.loading.meta_model import MetaModel
+from engine.model.loading.open_model import fill_and_check, kv_layout
+from engine.model.model_info import ModelInfo
+from engine.model.runtime.attention_interface import KVCache
 from engine.worker import fused_stack
 from engine.worker.fused_backend import FusedBackend
 from engine.worker.fused_stack import StackFormats
@@ -31,47 +31,56 @@ class BuiltBackend:
     cores: tuple[int, ...] = ()  # of the rank's threads; the calling thread belongs on the first. Empty: any core
 
 
-def build_backend(config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank) -> BuiltBackend:
+def build_backend(
+    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel
+) -> BuiltBackend:
     """Build the fused stack if --kernels, the machine and the model allow it, else the generic backend.
 
     Args:
-        facts: those of the rank.
-        blank: the rank's part of the model, still without weights.
+        model_info: of the rank.
+        meta_model: the rank's shard of the model, before it is filled.
 
     Raises ConfigError for kernels that this machine can't run, and for options that only the C++ kernels have.
     """
     isas, reason = _isas_to_try(config)
     unsupported = False
-    formats = StackFormats(facts.dtype, config.quantization or facts.dtype, config.kv_cache_dtype or facts.dtype)
+    formats = StackFormats(
+        model_info.dtype, config.quantization or model_info.dtype, config.kv_cache_dtype or model_info.dtype
+    )
     if isas:
-        refusal = fused_stack.refusal(blank.model, formats, resolved.block_size)
+        refusal = fused_stack.refusal(meta_model.model, formats, resolved.block_size)
         unsupported = refusal is not None
         isa, reason = (None, refusal) if unsupported else _first_compiled(config, isas)
         if isa is not None:
-            return _build_fused(config, facts, resolved, blank, formats, isa)
+            return _build_fused(config, model_info, resolved, meta_model, formats, isa)
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: {reason}")
-    model = complete(blank, config, facts)
-    cache = KVCache(facts.kv_groups, resolved.num_blocks, layout_of(facts, resolved.block_size))
+    model = fill_and_check(meta_model, config, model_info)
+    cache = KVCache(model_info.kv_groups, resolved.num_blocks, kv_layout(model_info, resolved.block_size))
     slow = config.kernels == "auto" and not unsupported
     warnings = (f"{reason}: falling back to PyTorch, which is several times slower",) if slow else ()
-    return BuiltBackend(GenericBackend(model, cache, blank.vocabulary), f"torch ({reason})", warnings)
+    return BuiltBackend(GenericBackend(model, cache, meta_model.vocab_shard), f"torch ({reason})", warnings)
 
 
 def _build_fused(
-    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, formats: StackFormats, isa: str
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    formats: StackFormats,
+    isa: str,
 ) -> BuiltBackend:
-    part = blank.vocabulary
+    part = meta_model.vocab_shard
     spec, owners = fused_stack.make_spec(
-        blank.model,
+        meta_model.model,
         formats,
         resolved.num_blocks,
         resolved.block_size,
-        facts.kv_groups,
+        model_info.kv_groups,
         partial=part is not None,
         first_token=0 if part is None else part.first,
-        fill=blank.fill,
+        fill=meta_model.fill,
     )
     threads = threads_per_rank(config.total_ranks)
     rank = config.first_rank + (0 if part is None else part.group.rank)
@@ -79,8 +88,8 @@ def _build_fused(
     stack = Stack(spec, formats.weights, formats.cache, threads, isa, owners, cores)
     keys, values = spec.layer[0].keys, spec.layer[0].values
     region_bytes = values - keys
-    pages = PageSupply(owners, keys, 2 * facts.kv_groups.slots, region_bytes, region_bytes // resolved.num_blocks)
-    return BuiltBackend(FusedBackend(stack, spec, blank.model, part, pages), f"{isa}, fused stack", cores=cores)
+    pages = PageSupply(owners, keys, 2 * model_info.kv_groups.slots, region_bytes, region_bytes // resolved.num_blocks)
+    return BuiltBackend(FusedBackend(stack, spec, meta_model.model, part, pages), f"{isa}, fused stack", cores=cores)
 
 
 def _isas_to_try(config: EngineConfig) -> tuple[list[str], str | None]:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from engine.arrays import Float32s, Float64s, Int64s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import RedlineError
-from engine.model.blank import Blank
-from engine.model.facts import ModelFacts
-from engine.model.split import Split
+from engine.model.loading.meta_model import MetaModel
+from engine.model.model_info import ModelInfo
+from engine.model.sharding.tp_plan import TPPlan
 from engine.worker import prompt_logprobs
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.backend_builder import BuiltBackend
@@ -185,10 +185,15 @@ class Follower:
 
 
 def build_driven(
-    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split, group: GlooGroup
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    tp_plan: TPPlan,
+    group: GlooGroup,
 ) -> tuple[Driver | Follower, BuiltBackend]:
     """Like `build_runner`, for ranks of which the first drives the others."""
-    built, sharding = build_parts(config, facts, resolved, blank, split)
+    built, sharding = build_parts(config, model_info, resolved, meta_model, tp_plan)
     if group.rank == 0:
         return Driver(built.backend, build_slots(resolved), sharding, group), built
     return Follower(built.backend, sharding, group), built

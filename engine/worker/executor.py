@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from engine.config import EngineConfig, ResolvedConfig
-from engine.model.facts import ModelFacts
+from engine.model.model_info import ModelInfo
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 
@@ -70,7 +70,7 @@ class StartedExecutor(Protocol):
 
 def make_executor(
     config: EngineConfig,
-    facts: ModelFacts,
+    model_info: ModelInfo,
     resolved: ResolvedConfig,
     *,
     folder: str | None = None,
@@ -83,5 +83,5 @@ def make_executor(
         progress: called from a thread with the bytes of weights that are read, and of all.
     """
     if config.tensor_parallel_size > 1:
-        return MultiprocessExecutor(config, facts, resolved, folder=folder, progress=progress)
-    return InProcessExecutor(config, facts, resolved, progress=progress)
+        return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress)
+    return InProcessExecutor(config, model_info, resolved, progress=progress)

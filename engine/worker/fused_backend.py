@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from engine.arrays import Float32s, Float64s, Int32s, Int64s
 from engine.kernels.cpu.bindings import Batch, PackedAdapter, Stack, StackSpec
-from engine.model.adapters import by_layer, pack_adapter
-from engine.model.lora import Adapter, check_adapter
-from engine.model.vocabulary import Slice
+from engine.model.lora.lora_packing import by_layer, pack_adapter
+from engine.model.lora.lora_weights import Adapter, check_adapter
+from engine.model.runtime.vocab_shard import VocabShard
 from engine.worker.page_supply import PageSupply
 from engine.worker.slots import StepBatch
 
@@ -18,7 +18,9 @@ from engine.worker.slots import StepBatch
 class FusedBackend:
     """The fused stack. Several ranks sum their partial results after each attention and MLP."""
 
-    def __init__(self, stack: Stack, spec: StackSpec, model: nn.Module, vocabulary: Slice | None, pages: PageSupply):
+    def __init__(
+        self, stack: Stack, spec: StackSpec, model: nn.Module, vocabulary: VocabShard | None, pages: PageSupply
+    ):
         self.stack = stack
         self._spec = spec
         self._model = model  # for its shapes; the stack has its weights

@@ -14,9 +14,9 @@ from engine.heap import trim_heap
 from engine.kernels.cpu.bindings import Layer, Linear, StackSpec
 from engine.kernels.cpu.huge_pages import Arena, lazy_zeros
 from engine.kernels.cpu.packing import GROUPS, LANES, Concatenated, Interleaved, Weight, pack
-from engine.model.facts import cached_bytes
 from engine.model.families import FAMILIES, Family
-from engine.model.kvgroups import KVGroups
+from engine.model.kv_groups import KVGroups
+from engine.model.model_info import kv_head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def make_spec(
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
     intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
-    cache_bytes = num_blocks * kv_heads * block_size * cached_bytes(formats.cache, head_dim)
+    cache_bytes = num_blocks * kv_heads * block_size * kv_head_bytes(formats.cache, head_dim)
     layers = (Layer * len(inner.layers))()
     cache = lazy_zeros(2 * groups.slots * cache_bytes)  # in one piece, so that all its pages can be large ones
     packer.owners.append(cache)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from engine.arrays import Float32s, Float64s, Int64s
 from engine.kernels.attention import Ragged, Workspace
-from engine.model import adapt
-from engine.model.adapt import Forward, KVCache
-from engine.model.hooked import HookedAdapters
-from engine.model.lora import Adapter
-from engine.model.vocabulary import Slice
+from engine.model.lora.lora_hooks import LoraHooks
+from engine.model.lora.lora_weights import Adapter
+from engine.model.runtime import attention_interface
+from engine.model.runtime.attention_interface import ForwardContext, KVCache
+from engine.model.runtime.vocab_shard import VocabShard
 from engine.worker.sampler import BATCH_ROWS, pick, weigh
 from engine.worker.slots import StepBatch
 
@@ -21,11 +21,11 @@ from engine.worker.slots import StepBatch
 class GenericBackend:
     """The reference, and the backend of every model that the fused stack does not support."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, vocabulary: Slice | None):
+    def __init__(self, model: nn.Module, cache: KVCache, vocabulary: VocabShard | None):
         self._model = model
         self._cache = cache
         self._vocabulary = vocabulary
-        self._adapters = HookedAdapters(model)
+        self._adapters = LoraHooks(model)
         self._workspace = Workspace(cache.layout.dtype)
         self._logits: Tensor | None = None
 
@@ -33,7 +33,7 @@ class GenericBackend:
         self._logits = None
         self._adapters.begin(batch.adapter_slots, batch.row_of)
         ragged = Ragged(batch.starts, batch.counts, batch.num_computed_tokens, batch.tables)
-        forward = Forward.of(self._cache, ragged, batch.row_of, batch.positions, self._workspace)
+        forward = ForwardContext.build(self._cache, ragged, batch.row_of, batch.positions, self._workspace)
         arguments: dict[str, Any] = {
             "input_ids": torch.from_numpy(batch.ids)[None],
             "position_ids": torch.from_numpy(batch.positions)[None],
@@ -41,10 +41,10 @@ class GenericBackend:
         }
         logits_at = batch.logits_at
         if not len(logits_at):
-            adapt.run(self._model.base_model, forward, arguments)  # type: ignore[arg-type]
+            attention_interface.run_model(self._model.base_model, forward, arguments)  # type: ignore[arg-type]
             return
         arguments["logits_to_keep"] = torch.from_numpy(logits_at)
-        self._logits = adapt.run(self._model, forward, arguments).logits[0]
+        self._logits = attention_interface.run_model(self._model, forward, arguments).logits[0]
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
         self._adapters.add(slot, adapter)

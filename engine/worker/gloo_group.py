@@ -19,7 +19,7 @@ def _lost(error: RuntimeError) -> PeerLostError:
 
 
 class GlooGroup:
-    """Implements `engine.model.group.Group`. The constructor returns once all ranks have joined."""
+    """Implements `engine.model.runtime.rank_group.RankGroup`. The constructor returns once all ranks have joined."""
 
     def __init__(self, rank: int, size: int, store: str):
         self.rank, self.size = rank, size

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.config import EngineConfig, ResolvedConfig
-from engine.model.facts import ModelFacts
+from engine.model.model_info import ModelInfo
 from engine.worker.worker_start import start_worker
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class InProcessExecutor:
     def __init__(
         self,
         config: EngineConfig,
-        facts: ModelFacts,
+        model_info: ModelInfo,
         resolved: ResolvedConfig,
         *,
         progress: Callable[[int, int], None] | None = None,
@@ -30,7 +30,7 @@ class InProcessExecutor:
         self.ended: Future[None] = Future()  # never done: the rank ends with this process
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
         try:
-            worker, report = self._thread.submit(start_worker, config, facts, resolved, progress).result()
+            worker, report = self._thread.submit(start_worker, config, model_info, resolved, progress).result()
         except BaseException:
             self.shutdown()
             raise

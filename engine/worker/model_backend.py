@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.arrays import Float32s, Float64s, Int64s
-from engine.model.lora import Adapter
+from engine.model.lora.lora_weights import Adapter
 from engine.worker.slots import StepBatch
 
 

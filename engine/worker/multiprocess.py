@@ -24,7 +24,7 @@ import msgspec
 from engine.children import ChildProcess, Failure, Loading, Up, decode_report
 from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError, cause_of
-from engine.model.facts import ModelFacts
+from engine.model.model_info import ModelInfo
 from engine.worker.rank_protocol import (
     Call,
     CallResult,
@@ -80,7 +80,7 @@ class MultiprocessExecutor:
     def __init__(
         self,
         config: EngineConfig,
-        facts: ModelFacts,
+        model_info: ModelInfo,
         resolved: ResolvedConfig,
         *,
         folder: str | None = None,
@@ -106,7 +106,7 @@ class MultiprocessExecutor:
         with tempfile.TemporaryDirectory(prefix="redline-ranks-", dir=folder) as store:
             try:
                 for number in range(config.tensor_parallel_size):
-                    self.ranks.append(self._start_rank(number, config, facts, resolved, f"{store}/store"))
+                    self.ranks.append(self._start_rank(number, config, model_info, resolved, f"{store}/store"))
                 for thread in self._threads:
                     thread.start()
                 report = self._started.result()
@@ -164,7 +164,7 @@ class MultiprocessExecutor:
         return future
 
     def _start_rank(
-        self, number: int, config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, store: str
+        self, number: int, config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, store: str
     ) -> RankProcess:
         ours, theirs = socket.socketpair()
         with theirs:
@@ -172,7 +172,7 @@ class MultiprocessExecutor:
             options = RankOptions(
                 rank=number,
                 config=config.describe(),
-                facts={**dataclasses.asdict(facts), "path": str(facts.path)},
+                model_info={**dataclasses.asdict(model_info), "path": str(model_info.path)},
                 resolved=dataclasses.asdict(resolved),
                 store=store,
                 socket_fd=theirs.fileno(),

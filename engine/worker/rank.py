@@ -1,7 +1,7 @@
 """`python -m engine.worker.rank`: one of several ranks in a process of its own.
 
 All ranks get the same commands and keep the same state of requests. They choose tokens together (see
-`engine.model.vocabulary`), so each knows the tokens of all requests without a message. Only rank 0 sends results. With
+`engine.model.runtime`), so each knows the tokens of all requests without a message. Only rank 0 sends results. With
 `--ablate driver-broadcast` only rank 0 gets commands, see `engine.worker.driver_broadcast`.
 """
 
@@ -20,7 +20,7 @@ from engine import children
 from engine.children import Failure, Loading, Up
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import RedlineError, cause_of
-from engine.model.facts import ModelFacts
+from engine.model.model_info import ModelInfo
 from engine.worker.rank_protocol import (
     Call,
     CallResult,
@@ -69,9 +69,9 @@ def run(parent: socket.socket, options: RankOptions) -> None:
 
 def start(options: RankOptions, progress: Callable[[int, int], None]) -> "tuple[Runner | Follower, StartReport]":
     config, resolved = EngineConfig(**options.config), ResolvedConfig(**options.resolved)
-    facts = ModelFacts(**{**options.facts, "path": Path(options.facts["path"])})
+    model_info = ModelInfo(**{**options.model_info, "path": Path(options.model_info["path"])})
     place = RankPlace(options.rank, options.store)
-    return start_worker(config, facts, resolved, progress if options.rank == 0 else None, place)
+    return start_worker(config, model_info, resolved, progress if options.rank == 0 else None, place)
 
 
 def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers: bool) -> None:

@@ -41,11 +41,11 @@ class FrameKind(IntEnum):
 
 
 class RankOptions(msgspec.Struct):
-    """What a rank is to run; config, facts and resolved are the fields of those classes."""
+    """What a rank is to run; config, model_info and resolved are the fields of those classes."""
 
     rank: int
     config: dict[str, Any]
-    facts: dict[str, Any]
+    model_info: dict[str, Any]
     resolved: dict[str, Any]
     store: str  # the file by which the ranks find each other
     socket_fd: int

@@ -14,9 +14,9 @@ from engine.arrays import Float32s, Float64s, Int64s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.heap import large_allocations_mapped
 from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
-from engine.model.blank import Blank
-from engine.model.facts import ModelFacts
-from engine.model.split import Split
+from engine.model.loading.meta_model import MetaModel
+from engine.model.model_info import ModelInfo
+from engine.model.sharding.tp_plan import TPPlan
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.backend_builder import BuiltBackend, build_backend
@@ -135,23 +135,27 @@ class Runner:
 
 
 def build_runner(
-    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split | None = None
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    tp_plan: TPPlan | None = None,
 ) -> tuple[Runner, BuiltBackend]:
-    """Build a rank's runner; `facts` are the rank's, `split` is how ranks divide the model."""
-    built, sharding = build_parts(config, facts, resolved, blank, split)
+    """Build a rank's runner; `model_info` is the rank's, `tp_plan` is how ranks divide the model."""
+    built, sharding = build_parts(config, model_info, resolved, meta_model, tp_plan)
     return Runner(built.backend, build_slots(resolved), sharding), built
 
 
 def build_parts(
-    config: EngineConfig, facts: ModelFacts, resolved: ResolvedConfig, blank: Blank, split: Split | None
+    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, tp_plan: TPPlan | None
 ) -> tuple[BuiltBackend, AdapterSharding | None]:
     """Build a rank's model backend, and with several ranks how adapters are cut."""
-    with large_allocations_mapped(), contextlib.closing(blank):
-        built = build_backend(config, facts, resolved, blank)
-    if split is None or blank.vocabulary is None:
+    with large_allocations_mapped(), contextlib.closing(meta_model):
+        built = build_backend(config, model_info, resolved, meta_model)
+    if tp_plan is None or meta_model.vocab_shard is None:
         return built, None
-    base = f"{blank.path(blank.model.base_model)}."
-    return built, AdapterSharding(split, blank.vocabulary, base, blank.model)
+    base = f"{meta_model.path(meta_model.model.base_model)}."
+    return built, AdapterSharding(tp_plan, meta_model.vocab_shard, base, meta_model.model)
 
 
 def build_slots(resolved: ResolvedConfig) -> WorkerSlots:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.arrays import Float32s, Float64s, Int32s, Int64s, UInt64s
 from engine.messages import Sampling, TokenLogprobs, column, int32s
-from engine.model.vocabulary import MIN_TEMPERATURE
+from engine.model.runtime.vocab_shard import MIN_TEMPERATURE
 from engine.worker.slots import WorkerSlots
 
 BATCH_ROWS = 32  # rows that are converted to float32 at a time: bounds the workspace

@@ -10,8 +10,8 @@ import msgspec
 
 from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.host import threads_per_rank
-from engine.model.facts import ModelFacts
-from engine.model.split import plan_split
+from engine.model.model_info import ModelInfo
+from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.worker.threads import limit_libraries, pin_thread
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class RankPlace:
 
 def start_worker(
     config: EngineConfig,
-    facts: ModelFacts,
+    model_info: ModelInfo,
     resolved: ResolvedConfig,
     progress: Callable[[int, int], None] | None = None,
     place: RankPlace | None = None,
@@ -50,33 +50,33 @@ def start_worker(
     limit_libraries()
     import torch
 
-    from engine.model.load import open_model
+    from engine.model.loading.open_model import open_model
     from engine.worker.runner import build_runner
 
     torch.set_num_threads(threads_per_rank(config.total_ranks))
     phases.end("import torch")
-    blank = open_model(config, facts, progress)
+    meta_model = open_model(config, model_info, progress)
     worker: Runner | Follower
     if place is None:
         phases.end("open model")
-        worker, built = build_runner(config, facts, resolved, blank)
+        worker, built = build_runner(config, model_info, resolved, meta_model)
     else:
-        from engine.model.shard import shard
+        from engine.model.sharding.shard_model import shard_model
         from engine.worker.driver_broadcast import build_driven
         from engine.worker.gloo_group import GlooGroup
 
-        split = plan_split(config, facts)
+        tp_plan = plan_tensor_parallel(config, model_info)
         phases.end("open model")
-        group = GlooGroup(place.rank, split.size, place.store)
+        group = GlooGroup(place.rank, tp_plan.size, place.store)
         atexit.register(group.close)
         phases.end("join ranks")
-        shard(blank, split, group)
+        shard_model(meta_model, tp_plan, group)
         if DRIVER_BROADCAST in config.ablations:
-            worker, built = build_driven(config, split.rank, resolved, blank, split, group)
+            worker, built = build_driven(config, tp_plan.rank_info, resolved, meta_model, tp_plan, group)
         else:
-            worker, built = build_runner(config, split.rank, resolved, blank, split)
+            worker, built = build_runner(config, tp_plan.rank_info, resolved, meta_model, tp_plan)
     pin_thread(built.cores)
-    phases.end("load weights", blank.seconds)
+    phases.end("load weights", meta_model.seconds)
     phases.end("prepare kernels")
     return worker, StartReport(phases.seconds, built.kernels, built.warnings)
 

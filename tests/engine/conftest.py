@@ -10,7 +10,7 @@ import pytest
 from engine import children
 from engine.config import EngineConfig
 from engine.memory import resolve
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from tests.engine.fork_server import ForkServer
 from tests.engine.worker.driver import Driver
@@ -23,12 +23,12 @@ def make_driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
     def make(folder: Path, *, rows: int = 6, block_size: int = 4, num_blocks: int = 2000, **options: Any) -> Driver:
         options = {"dtype": "float32", **options}
         config = EngineConfig(model=str(folder), max_num_seqs=rows, block_size=block_size, **options)
-        facts = read_facts(config)
-        pool = facts.kv_bytes_per_token * block_size * num_blocks
+        model_info = read_model_info(config)
+        pool = model_info.kv_bytes_per_token * block_size * num_blocks
         config = dataclasses.replace(config, kv_cache_memory_bytes=pool)
-        executor = InProcessExecutor(config, facts, resolve(config, facts).config)
+        executor = InProcessExecutor(config, model_info, resolve(config, model_info).config)
         request.addfinalizer(executor.shutdown)
-        windows = facts.kv_groups.windows
+        windows = model_info.kv_groups.windows
         return Driver(executor, rows=rows, block_size=block_size, num_blocks=num_blocks, windows=windows)
 
     return make

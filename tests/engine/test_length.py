@@ -10,7 +10,7 @@ from engine.devices.cpu import CpuMachine
 from engine.errors import OutOfMemoryError
 from engine.length import fit_length
 from engine.memory import resolve
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from tests.tiny import write_tiny
 
 GIB = 1 << 30
@@ -34,15 +34,15 @@ def test_the_longest_that_fits_fits_and_a_block_more_does_not(more: dict[str, ob
     assert length is not None
     assert block <= length < 4096
     assert length % block == 0
-    assert resolve(found, read_facts(found), 8 * GIB).config.max_model_len == length
+    assert resolve(found, read_model_info(found), 8 * GIB).config.max_model_len == length
     longer = dataclasses.replace(asked, max_model_len=length + block)
     with pytest.raises(OutOfMemoryError):
-        resolve(longer, read_facts(longer), 8 * GIB)
+        resolve(longer, read_model_info(longer), 8 * GIB)
 
 
 def test_free_memory_decides_where_no_size_is_given(tmp_path: Path) -> None:
     asked = config(tmp_path, max_num_seqs=1, max_num_batched_tokens=1)
-    least = CpuMachine().workspace(read_facts(asked), 1, 1, 32) + read_facts(asked).weight_bytes
+    least = CpuMachine().workspace(read_model_info(asked), 1, 1, 32) + read_model_info(asked).weight_bytes
     found, available = fit_length(asked, 2 * least)
     assert available == 2 * least
     assert 32 <= (found.max_model_len or 0) < 4096

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.start import start_engine
 from tests.engine.worker.driver import build_model
 
@@ -18,6 +18,6 @@ def test_the_bytes_that_were_read_are_told(ranks: int, tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
     engine = start_engine(config, loading=lambda done, total: heard.append((done, total)))
     engine.stop()
-    total = read_facts(config).weight_bytes
+    total = read_model_info(config).weight_bytes
     assert heard[-1] == (total, total)
     assert all(before[0] < after[0] for before, after in itertools.pairwise(heard))

@@ -14,13 +14,13 @@ from engine.config import EngineConfig
 from engine.devices import cpu
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.memory import resolve
-from engine.model.facts import ModelFacts, read_facts
+from engine.model.model_info import ModelInfo, read_model_info
 from tests.engine.worker.driver import BASE
 
 GIB = 1 << 30
 
 
-def make_facts(**changes: Any) -> ModelFacts:
+def make_facts(**changes: Any) -> ModelInfo:
     values: dict[str, Any] = {
         "path": Path("model"),
         "architecture": "LlamaForCausalLM",
@@ -37,7 +37,7 @@ def make_facts(**changes: Any) -> ModelFacts:
         "kv_bytes_per_token": 2 * 4 * 2 * 64 * 4,
         "windows": (0, 0, 0, 0),
     }
-    return ModelFacts(**{**values, **changes})
+    return ModelInfo(**{**values, **changes})
 
 
 @pytest.fixture
@@ -78,16 +78,16 @@ def test_given_bytes_are_taken_as_given(free) -> None:
 def test_a_window_bounds_what_a_request_needs(free) -> None:
     """Half of the layers see 512 tokens: they keep those and what a step computes."""
     free(1000 * GIB)
-    facts = make_facts(windows=(512, 0, 512, 0), kv_bytes_per_token=2 * 2 * 2 * 64 * 4)
-    found = resolve(EngineConfig(model="m", max_num_seqs=3), facts)
+    model_info = make_facts(windows=(512, 0, 512, 0), kv_bytes_per_token=2 * 2 * 2 * 64 * 4)
+    found = resolve(EngineConfig(model="m", max_num_seqs=3), model_info)
     needed = 2048 // 32 + (512 + 128 - 2) // 32 + 2
     assert found.config.kv_windows == (0, 512)
     assert found.config.num_blocks == 3 * needed + 1
     assert found.sequences == 3
-    enough = (needed + 1) * 32 * facts.kv_bytes_per_token
-    resolve(EngineConfig(model="m", max_num_seqs=3, kv_cache_memory_bytes=enough), facts)
+    enough = (needed + 1) * 32 * model_info.kv_bytes_per_token
+    resolve(EngineConfig(model="m", max_num_seqs=3, kv_cache_memory_bytes=enough), model_info)
     with pytest.raises(OutOfMemoryError, match=f"--kv-cache-memory-bytes {enough} or --max-model-len 2016$"):
-        resolve(EngineConfig(model="m", max_num_seqs=3, kv_cache_memory_bytes=enough - 1), facts)
+        resolve(EngineConfig(model="m", max_num_seqs=3, kv_cache_memory_bytes=enough - 1), model_info)
 
 
 @given(st.one_of(st.none(), st.integers(1, 4000)), st.one_of(st.none(), st.integers(1, 4000)))
@@ -144,24 +144,24 @@ def test_ranks_share_the_machine(kind: str, tmp_path: Path, free) -> None:
     """What each rank has for itself counts once a rank; what they divide, once."""
     free(GIB)
     config = make_folder(tmp_path, kind)
-    facts = read_facts(config)
+    model_info = read_model_info(config)
     lines = {}
     for ranks in (1, 4):
-        found = resolve(dataclasses.replace(config, tensor_parallel_size=ranks), facts)
+        found = resolve(dataclasses.replace(config, tensor_parallel_size=ranks), model_info)
         lines[ranks] = {line.what: line.bytes for line in found.memory}
-        block_bytes = facts.kv_bytes_per_token * found.config.block_size * (ranks if kind == "flex_olmo" else 1)
+        block_bytes = model_info.kv_bytes_per_token * found.config.block_size * (ranks if kind == "flex_olmo" else 1)
         assert lines[ranks]["KV cache"] == found.config.num_blocks * block_bytes
     replicated = lines[4]["weights"] - lines[1]["weights"]
-    assert 0 < replicated < facts.weight_bytes / 5  # norms; the vocabulary is divided
+    assert 0 < replicated < model_info.weight_bytes / 5  # norms; the vocabulary is divided
     assert lines[1]["workspace"] < lines[4]["workspace"] < 4 * lines[1]["workspace"]
 
 
 def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_folder(tmp_path, "llama")
-    facts = read_facts(config)
+    model_info = read_model_info(config)
     for cores, device, warned in ((2, "cpu (4 ranks of 1 thread)", True), (9, "cpu (4 ranks of 2 threads)", False)):
         monkeypatch.setattr(cpu, "cores", lambda cores=cores: cores)
-        found = resolve(dataclasses.replace(config, tensor_parallel_size=4), facts)
+        found = resolve(dataclasses.replace(config, tensor_parallel_size=4), model_info)
         assert found.device == device
         assert [f"--tp 4 on {cores} cores" in line for line in found.warnings] == [True] * warned
 
@@ -207,24 +207,24 @@ def test_more_replicas_than_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch,
 
 def test_undivided_attention_is_warned_of(tmp_path: Path) -> None:
     config = dataclasses.replace(make_folder(tmp_path, "flex_olmo"), tensor_parallel_size=2)
-    assert any("keeps the KV cache of all heads" in line for line in resolve(config, read_facts(config)).warnings)
+    assert any("keeps the KV cache of all heads" in line for line in resolve(config, read_model_info(config)).warnings)
 
 
 def test_ranks_that_do_not_divide_the_heads_are_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(make_folder(tmp_path, "llama"), tensor_parallel_size=3)
     with pytest.raises(ConfigError, match=r"--tp 3.*4 heads and 4 KV heads.*use --tp 1, 2 or 4"):
-        resolve(config, read_facts(config))
+        resolve(config, read_model_info(config))
 
 
 def test_without_chunking_a_step_holds_the_longest_prompt(free) -> None:
     free(8 * GIB)
-    facts = make_facts()
-    assert resolve(EngineConfig(model="m"), facts).config.max_num_batched_tokens < facts.max_model_len
+    model_info = make_facts()
+    assert resolve(EngineConfig(model="m"), model_info).config.max_num_batched_tokens < model_info.max_model_len
     for fields in ({"engine": "v0"}, {"ablate": ("no-chunking",)}):
-        found = resolve(EngineConfig(model="m", **fields), facts).config
-        assert found.max_num_batched_tokens == facts.max_model_len
+        found = resolve(EngineConfig(model="m", **fields), model_info).config
+        assert found.max_num_batched_tokens == model_info.max_model_len
     with pytest.raises(ConfigError, match=r"\(1024\) must not be below --max-model-len \(2048\)"):
-        resolve(EngineConfig(model="m", engine="v0", max_num_batched_tokens=1024), facts)
+        resolve(EngineConfig(model="m", engine="v0", max_num_batched_tokens=1024), model_info)
 
 
 def test_v0_caches_no_prefixes(free) -> None:

@@ -14,7 +14,7 @@ from bench.workloads.encoding import local_tokenizer
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.frontend.tokenizer import load_tokenizer
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,26 +45,26 @@ def assert_not_run(folder: Path) -> None:
 def test_a_model_that_needs_its_own_code_is_refused_with_the_reason(folder: Path) -> None:
     write(folder, "config.json", **TINY | {"model_type": "own", "auto_map": MODEL_MAP})
     with pytest.raises(ModelError, match=r"auto_map in config\.json names own\.Own.*never run.*kind 'own'") as caught:
-        read_facts(EngineConfig(model=str(folder), load_format="dummy"))
+        read_model_info(EngineConfig(model=str(folder), load_format="dummy"))
     assert "\n" not in str(caught.value)
     assert_not_run(folder)
 
 
 def test_a_model_that_transformers_has_a_class_for_runs_as_that_and_says_so(folder: Path) -> None:
     write(folder, "config.json", **TINY | {"auto_map": MODEL_MAP})
-    facts = read_facts(EngineConfig(model=str(folder), load_format="dummy"))
-    assert facts.architecture == "LlamaForCausalLM"
-    assert any("auto_map" in warning for warning in facts.warnings)
+    model_info = read_model_info(EngineConfig(model=str(folder), load_format="dummy"))
+    assert model_info.architecture == "LlamaForCausalLM"
+    assert any("auto_map" in warning for warning in model_info.warnings)
     assert_not_run(folder)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_kernels_that_a_config_would_have_fetched_from_the_hub_are_not(key: str, folder: Path) -> None:
-    from engine.model.load import open_model
+    from engine.model.loading.open_model import open_model
 
     write(folder, "config.json", **TINY | {key: "somebody/kernels"})
     config = EngineConfig(model=str(folder), load_format="dummy")
-    model = open_model(config, read_facts(config)).model
+    model = open_model(config, read_model_info(config)).model
     assert "somebody/kernels" not in str(vars(model.config))
 
 

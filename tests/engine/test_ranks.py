@@ -29,7 +29,7 @@ from engine.messages import (
     int64s,
     make_handle,
 )
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import build_model
@@ -86,11 +86,11 @@ def serve_all(folder: Path, size: int, **flags: Any) -> tuple[list[list[int]], S
         model=str(folder), tensor_parallel_size=size, dtype="float32", max_num_seqs=ROWS, block_size=BLOCK,
         **{"max_num_batched_tokens": BUDGET} | flags,
     )  # fmt: skip
-    facts = read_facts(config)
-    config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * BLOCK * BLOCKS)
-    resolved = resolve(config, facts).config
+    model_info = read_model_info(config)
+    config = dataclasses.replace(config, kv_cache_memory_bytes=model_info.kv_bytes_per_token * BLOCK * BLOCKS)
+    resolved = resolve(config, model_info).config
     assert resolved.num_blocks == BLOCKS
-    executor = Recording((MultiprocessExecutor if size > 1 else InProcessExecutor)(config, facts, resolved))
+    executor = Recording((MultiprocessExecutor if size > 1 else InProcessExecutor)(config, model_info, resolved))
     served = Served()
     try:
         core = EngineCore(resolved, executor, MonotonicClock(), served.hear)

@@ -1,10 +1,10 @@
-"""`make bench-load`: seconds and peak memory of loading 2 GB, ours beside transformers' from_pretrained.
+"""`make bench-load`: time and peak memory of loading 2 GB, compared with transformers' from_pretrained.
 
-A Llama of SIZE_GB=2 (bfloat16, random numbers, in four files) is written once to a temporary folder. Each way loads it
-in a process of its own, in turns, ROUNDS=3 times, from files that are in memory already; memory is the most that the
-process had beyond what it had after its imports. The ways: transformers; our generic path, whole and the share of one
-rank of two; the same from Mistral's own form, whose queries and keys have their rows in another order; the fused stack,
-whose weights are packed as they come. Prints a table, writes results/bench-load.json.
+A Llama of SIZE_GB=2 (bfloat16, random weights, four files) is written once to a temporary folder. Each variant loads
+it in a process of its own, interleaved, ROUNDS=3 times, from files in the page cache. Memory is the peak above the
+memory after the imports. Variants: transformers; the generic backend, whole and the shard of one rank of two; the same
+from Mistral's own format, which has another order of rows in queries and keys; the C++ kernels, which pack weights as
+they are read. Prints a table and writes results/bench-load.json.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ WAYS = (
     "redline, fused stack",
     "redline, fused stack in int8",
 )
-NATIVE = "native"  # the folder of the same weights in Mistral's form
+NATIVE = "native"  # the folder of the same weights in Mistral's format
 PERIOD_S = 0.002
 
 
 def write(folder: Path, gigabytes: float) -> int:
-    """A checkpoint of about that size; returns its bytes."""
+    """Write a checkpoint of about this size; returns its bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,25 +55,25 @@ def write(folder: Path, gigabytes: float) -> int:
 
 
 def write_native(folder: Path, config: Any) -> None:
-    """The same weights under Mistral's names; random rows have no order to change."""
+    """Write the same weights under Mistral's names. Random rows need no reordering."""
     from safetensors.torch import load_file, save_file
 
-    from tests.engine.model.native_files import native_name, params_of
+    from tests.engine.model.checkpoints.mistral_files import mistral_name, params_of
 
     (folder / NATIVE).mkdir()
     (folder / NATIVE / "params.json").write_text(json.dumps(params_of(config)))
     for file in folder.glob("model*.safetensors"):
-        tensors = {native_name(name): value for name, value in load_file(file).items()}
+        tensors = {mistral_name(name): value for name, value in load_file(file).items()}
         save_file(tensors, folder / NATIVE / file.name.replace("model", "consolidated"))
 
 
 def load(way: str, folder: str) -> Any:
-    """Load one way, after the imports; what it returns is held until memory was read."""
+    """Load one variant, after the imports. The result is kept until memory was read."""
     from engine.config import EngineConfig
-    from engine.model.facts import read_facts
-    from engine.model.load import open_model
-    from engine.model.shard import shard
-    from engine.model.split import plan_split
+    from engine.model.loading.open_model import open_model
+    from engine.model.model_info import read_model_info
+    from engine.model.sharding.shard_model import shard_model
+    from engine.model.sharding.tp_plan import plan_tensor_parallel
     from engine.worker import fused_stack
     from engine.worker.fused_stack import StackFormats
 
@@ -84,25 +84,27 @@ def load(way: str, folder: str) -> Any:
     if "Mistral" in way:
         folder = f"{folder}/{NATIVE}"
     config = EngineConfig(model=folder, tensor_parallel_size=2 if "rank" in way else 1)
-    facts = read_facts(config)
-    blank = open_model(config, facts)
+    model_info = read_model_info(config)
+    meta_model = open_model(config, model_info)
     if "rank" in way:
-        shard(blank, plan_split(config, facts), _Alone())
+        shard_model(meta_model, plan_tensor_parallel(config, model_info), _Alone())
     if "fused" not in way:
-        blank.fill()
-        return blank.model
+        meta_model.fill()
+        return meta_model.model
     form = StackFormats("bfloat16", "int8" if "int8" in way else "bfloat16", "bfloat16")
-    return fused_stack.make_spec(blank.model, form, 1, 16, facts.kv_groups, partial=False, fill=blank.fill)
+    return fused_stack.make_spec(
+        meta_model.model, form, 1, 16, model_info.kv_groups, partial=False, fill=meta_model.fill
+    )
 
 
 class _Alone:
-    """The first of two ranks, which loads and does no more."""
+    """Rank 0 of two ranks, for loading only."""
 
     rank, size = 0, 2
 
 
 def child(way: str, folder: str) -> None:
-    """Measure one way and print it as JSON."""
+    """Measure one variant and print the result as JSON."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401

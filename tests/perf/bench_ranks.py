@@ -37,7 +37,7 @@ from engine.core.scheduler import Scheduler
 from engine.core.steps import ScheduledStep
 from engine.memory import resolve
 from engine.messages import AddRequest, Sampling, column, decode_result, encode, make_handle
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.worker.multiprocess import MultiprocessExecutor
 from engine.worker.rank_protocol import FrameKind, frame, sample_body
 from plots.ranks import save_ranks_figure
@@ -73,11 +73,11 @@ class Engine:
             model=str(model), tensor_parallel_size=ranks, max_num_seqs=rows, max_num_batched_tokens=BUDGET,
             block_size=BLOCK_SIZE, max_model_len=length, dtype="float32", load_format="dummy", ablate=ablate,
         )  # fmt: skip
-        facts = read_facts(config)
+        model_info = read_model_info(config)
         blocks = rows * length // BLOCK_SIZE + 1
-        config = dataclasses.replace(config, kv_cache_memory_bytes=blocks * BLOCK_SIZE * facts.kv_bytes_per_token)
-        self.config = resolve(config, facts).config
-        self.executor = MultiprocessExecutor(config, facts, self.config, folder=str(folder))
+        config = dataclasses.replace(config, kv_cache_memory_bytes=blocks * BLOCK_SIZE * model_info.kv_bytes_per_token)
+        self.config = resolve(config, model_info).config
+        self.executor = MultiprocessExecutor(config, model_info, self.config, folder=str(folder))
         self.scheduler = Scheduler(self.config)
         self._clock = MonotonicClock()
         self._handles = iter(range(1 << 30))

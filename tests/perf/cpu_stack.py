@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.host import cores
 from engine.kernels.cpu import build
 from engine.kernels.cpu.bindings import Batch, Stack
-from engine.model.kvgroups import group_layers, layer_windows
+from engine.model.kv_groups import group_layers, layer_windows
 from engine.model.resolve import resolve_model
 from engine.worker import fused_stack
 from engine.worker.fused_stack import StackFormats

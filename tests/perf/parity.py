@@ -1,9 +1,9 @@
-"""`make parity`: every family, served in several ways, against plain transformers.
+"""`make parity`: compares every model family, served in several ways, with plain transformers.
 
-Tiny random weights in float32 (tests/engine/worker/driver.py has the shapes); greedy tokens must be the same and
-log-probabilities of the whole vocabulary within the tolerance. Then checkpoints in few bits (llama/awq, …), against the
-model of the weights that they stand for. FAMILIES=llama,qwen3 takes some. Prints a table and
-writes results/parity.json; the exit code is 1 if any row failed.
+Models have tiny random weights in float32 (shapes in tests/engine/worker/driver.py). Greedy tokens must be equal, and
+log-probabilities of the whole vocabulary within the tolerance. Quantized checkpoints (llama/awq, …) are compared with
+the model of the weights that they stand for. FAMILIES=llama,qwen3 selects families. Prints a table and writes
+results/parity.json; the exit code is 1 if a row failed.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from engine.memory import resolve
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
-from tests.engine.model.few_bits import FORMATS, quantise
+from tests.engine.model.checkpoints.quantized_files import FORMATS, quantize
 from tests.engine.worker.driver import MODELS, Driver, build_model
 from tests.engine.worker.parity import CASES, TOLERANCE, Reference, Row, compare, serve
 
 RESULTS = Path("results") / "parity.json"
 ROWS, BLOCK, BLOCKS = 6, 4, 2000
 RANKS = "tp 2"
-# Each writes a checkpoint and returns the model that transformers makes of it, or of the weights that it stands for.
+# Each function writes a checkpoint and returns transformers' model of its weights.
 SOURCES: dict[str, Callable[[Path], Any]] = {
     **{kind: functools.partial(build_model, kind) for kind in sorted(MODELS)},
-    **{f"llama/{form}": functools.partial(quantise, form=form) for form in FORMATS},
+    **{f"llama/{form}": functools.partial(quantize, form=form) for form in FORMATS},
 }
 
 
@@ -46,18 +46,18 @@ def start(folder: Path, ranks: int) -> Driver:
         model=str(folder), tensor_parallel_size=ranks, dtype="float32", max_num_seqs=ROWS, block_size=BLOCK,
         kernels="torch",
     )  # fmt: skip
-    facts = read_facts(config)
-    pool = facts.kv_bytes_per_token * BLOCK * BLOCKS
+    model_info = read_model_info(config)
+    pool = model_info.kv_bytes_per_token * BLOCK * BLOCKS
     resolved = dataclasses.replace(
-        resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), facts).config, num_blocks=BLOCKS
+        resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), model_info).config, num_blocks=BLOCKS
     )
-    executor = (MultiprocessExecutor if ranks > 1 else InProcessExecutor)(config, facts, resolved)
+    executor = (MultiprocessExecutor if ranks > 1 else InProcessExecutor)(config, model_info, resolved)
     windows = resolved.kv_windows
     return Driver(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS, windows=windows)  # type: ignore[arg-type]
 
 
 def rows_of(kind: str, folder: Path) -> Iterator[Row]:
-    """A family's rows; a case that breaks is a row too."""
+    """The rows of a family; a case that raises is a failed row."""
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bars
         reference = Reference(SOURCES[kind](folder))
     for ranks, cases in ((1, CASES), (2, (RANKS,))):

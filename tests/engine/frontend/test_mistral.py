@@ -14,7 +14,7 @@ from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.mistral import MistralBackend
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from tests.engine.frontend.conftest import byte_level_library
-from tests.engine.model.native_files import SPECIAL, TEKKEN_SIZE, write_tekken
+from tests.engine.model.checkpoints.mistral_files import SPECIAL, TEKKEN_SIZE, write_tekken
 
 BOS, EOS, INST, END_INST, SYSTEM, END_SYSTEM = 1, 2, 3, 4, 5, 6
 SHIPPED = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"

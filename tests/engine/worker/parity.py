@@ -143,9 +143,9 @@ def compare(family: str, case: str, requests: list[Request], reference: Referenc
 @contextmanager
 def positions_off_by_one(driver: Driver) -> Iterator[None]:
     """The model takes tokens after a row's first step to be one position further: a mistake that must be seen."""
-    from engine.model import adapt
+    from engine.model.runtime import attention_interface
 
-    run, later = adapt.run, torch.zeros(0)
+    run, later = attention_interface.run_model, torch.zeros(0)
 
     def note(batch: Any) -> None:
         nonlocal later
@@ -154,12 +154,12 @@ def positions_off_by_one(driver: Driver) -> Iterator[None]:
     def shifted(model: Any, forward: Any, arguments: dict[str, Any]) -> Any:
         return run(model, forward, {**arguments, "position_ids": arguments["position_ids"] + later})
 
-    adapt.run = shifted
+    attention_interface.run_model = shifted
     try:
         with _before_forward(driver, note):
             yield
     finally:
-        adapt.run = run
+        attention_interface.run_model = run
 
 
 @contextmanager

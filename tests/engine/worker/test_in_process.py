@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.memory import resolve
 from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, float32s, int32s
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from tests.engine.worker.driver import BASE, Driver, Request, build_model
 
@@ -121,8 +121,8 @@ def test_dummy_weights_follow_the_seed(tmp_path: Path, make_driver: MakeDriver) 
 
 
 def start(config: EngineConfig) -> None:
-    facts = read_facts(config)
-    InProcessExecutor(config, facts, resolve(config, facts).config)
+    model_info = read_model_info(config)
+    InProcessExecutor(config, model_info, resolve(config, model_info).config)
 
 
 def test_a_class_beside_the_attention_interface_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelError, RedlineError
 from engine.memory import resolve
 from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import Driver, Request, build_model
 from tests.engine.worker.lora_files import LLAMA, write_adapter
@@ -71,7 +71,7 @@ def useless(model: torch.nn.Module, names: tuple[str, ...], folder: Path) -> dic
         "tall": (names[0], lambda down, up: (down, torch.nn.functional.pad(up, (0, 0, 0, 2)))),
         "nan": (names[0], lambda down, up: (down * float("nan"), up)),
     }
-    said = {"wide": "numbers, the model's are", "tall": "numbers, the model's are", "nan": "no finite numbers"}
+    said = {"wide": "have shape", "tall": "have shape", "nan": "not finite"}
     found = {str(folder): "isn't an adapter"}
     for name, (linear, change) in odd.items():
         path = write_adapter(folder / name, model, (linear,), 1)
@@ -101,9 +101,9 @@ def test_ranks_share_adapters(kind: str, names: tuple[str, ...], ablate: tuple[s
         dtype="float32",
         ablate=ablate,
     )
-    facts = read_facts(config)
-    config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * 4 * 3000)
-    executor = MultiprocessExecutor(config, facts, resolve(config, facts).config)
+    model_info = read_model_info(config)
+    config = dataclasses.replace(config, kv_cache_memory_bytes=model_info.kv_bytes_per_token * 4 * 3000)
+    executor = MultiprocessExecutor(config, model_info, resolve(config, model_info).config)
     try:
         driver = Driver(executor, rows=6, block_size=4, num_blocks=3000)  # type: ignore[arg-type]
         for at, (path, says) in enumerate(useless(model, names, tmp_path).items()):
@@ -126,7 +126,7 @@ def test_ranks_share_adapters(kind: str, names: tuple[str, ...], ablate: tuple[s
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
         ({"bias": "all"}, "biases"),
-        ({"peft_type": "IA3"}, "of kind IA3"),
+        ({"peft_type": "IA3"}, "of type IA3"),
     ],
 )
 def test_what_is_not_supported_is_refused(

@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDeadError, ModelError
 from engine.memory import resolve
 from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
-from engine.model.facts import read_facts
+from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import BASE, MODELS, Driver, Request, build_model
@@ -31,11 +31,11 @@ PATIENCE_S = 60.0
 def start(folder: Path, size: int, block_size: int = BLOCK, **options: Any) -> Driver:
     options = {"dtype": "float32", "max_num_seqs": ROWS, **options}
     config = EngineConfig(model=str(folder), tensor_parallel_size=size, block_size=block_size, **options)
-    facts = read_facts(config)
-    config = dataclasses.replace(config, kv_cache_memory_bytes=facts.kv_bytes_per_token * block_size * BLOCKS)
-    resolved = resolve(config, facts).config
+    model_info = read_model_info(config)
+    config = dataclasses.replace(config, kv_cache_memory_bytes=model_info.kv_bytes_per_token * block_size * BLOCKS)
+    resolved = resolve(config, model_info).config
     assert resolved.num_blocks == BLOCKS
-    executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, facts, resolved)
+    executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, model_info, resolved)
     return Driver(
         executor,  # type: ignore[arg-type]
         rows=config.max_num_seqs,
@@ -209,11 +209,11 @@ def test_a_rank_that_can_not_start_says_why(tmp_path: Path) -> None:
     build_model("llama", tmp_path)
     weights = tmp_path / "model.safetensors"
     config = EngineConfig(model=str(tmp_path), tensor_parallel_size=2)
-    facts = read_facts(config)
-    resolved = resolve(config, facts).config
+    model_info = read_model_info(config)
+    resolved = resolve(config, model_info).config
     weights.unlink()
     with pytest.raises(ModelError, match=r"^rank [01] \(process \d+\): .*has a config.json but no weights"):
-        MultiprocessExecutor(config, facts, resolved)
+        MultiprocessExecutor(config, model_info, resolved)
 
 
 def test_ranks_end_with_their_parent(dummy: Path) -> None:

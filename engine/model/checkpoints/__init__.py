@@ -1,0 +1,1 @@
+"""Reads weights: the tensors of safetensors files, quantized ones, and those of Mistral's format."""

@@ -1,0 +1,129 @@
+"""Maps the tensors of a checkpoint to the parameters of a class, by the conversions that transformers knows.
+
+A checkpoint may name tensors differently, and store apart what the class has in one parameter (experts, for example).
+Each stored tensor fills a box within one parameter:
+
+    checkpoint                                     parameter experts.gate_up_proj [2, 8, 6]
+    experts.0.gate_proj [4, 6]                     [0, 0:4, :]
+    experts.0.up_proj   [4, 6]                     [0, 4:8, :]
+    experts.1.gate_proj [4, 6]                     [1, 0:4, :]
+    experts.1.up_proj   [4, 6]                     [1, 4:8, :]
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import ModelError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a stored tensor lies within a parameter: first index and shape of its box.
+
+    The box may have leading dimensions of length 1 that the stored tensor lacks.
+    """
+
+    stored: str
+    begin: Shape
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMapping:
+    """The placements that cover each parameter or buffer, and the stored tensors that the class has no place for."""
+
+    placements: dict[str, list[Placement]]
+    unused: list[str]
+
+
+def map_weights(model: Any, stored: Mapping[str, Shape], shapes: dict[str, Shape]) -> WeightMapping:
+    """Place the stored tensors in the parameters and buffers of a class.
+
+    Raises ModelError if a parameter is only partly covered, or if a tensor does not have the shape of its place.
+
+    Args:
+        model: an instance of the class, for its conversions.
+        stored: name and shape of each tensor of the checkpoint.
+        shapes: name and shape of each parameter and buffer.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    placements: dict[str, list[Placement]] = {}
+    unused: list[str] = []
+    parts: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shapes)
+        if target not in shapes:
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, shapes)
+        if target not in shapes:
+            unused.append(name)
+        elif pattern is None:
+            placements[target] = [_whole(name, stored[name], target, shapes[target])]
+        else:
+            parts[target][pattern].append(name)
+    for target, of_patterns in parts.items():
+        converter = converter_of[next(iter(of_patterns))]
+        columns = [of_patterns[pattern] for pattern in converter.source_patterns if pattern in of_patterns]
+        placements[target] = _merged(target, converter.operations, columns, stored)
+    for name, placed in placements.items():
+        _check_cover(name, placed, shapes[name])
+    return WeightMapping(placements, unused)
+
+
+def _whole(name: str, shape: Shape, target: str, expected: Shape) -> Placement:
+    if shape != expected:
+        raise ModelError(f"the checkpoint has {name} of shape {shape}, the model {target} of {expected}")
+    return Placement(name, (0,) * len(shape), shape)
+
+
+def _merged(
+    target: str, operations: list[Any], columns: list[list[str]], stored: Mapping[str, Shape]
+) -> list[Placement]:
+    """Place several tensors in one parameter.
+
+    `columns` has one list of names per source pattern: the tensors of a list are stacked, the stacks concatenated.
+    """
+    kinds = [type(operation).__name__ for operation in operations]
+    dims: list[int] = [getattr(operation, "dim", 0) for operation in operations]
+    stacked = kinds[:1] == ["MergeModulelist"] and dims[0] == 0
+    joined = kinds[1:] if stacked else kinds
+    if joined not in ([], ["Concatenate"]) or (not joined and len(columns) > 1) or not (stacked or joined):
+        raise ModelError(f"{target} is made from the checkpoint by {', '.join(kinds)}, which isn't supported")
+    placements, before = [], 0
+    for column in columns:
+        width = 0
+        for i, name in enumerate(column):
+            shape = (1, *stored[name]) if stacked else stored[name]
+            begin = [0] * len(shape)
+            if stacked:
+                begin[0] = i
+            if joined:
+                begin[dims[-1]] = before
+                width = shape[dims[-1]]
+                before += 0 if stacked else width
+            placements.append(Placement(name, tuple(begin), shape))
+        before += width if stacked else 0
+    return placements
+
+
+def _check_cover(target: str, placements: list[Placement], expected: Shape) -> None:
+    """Raise ModelError unless the placements cover the parameter. They never overlap, so their sizes suffice."""
+    for placement in placements:
+        ends = [begin + length for begin, length in zip(placement.begin, placement.shape, strict=True)]
+        if len(ends) != len(expected) or any(end > length for end, length in zip(ends, expected, strict=True)):
+            raise ModelError(
+                f"the checkpoint has {placement.stored} of shape {placement.shape}, which doesn't fit {target} of "
+                f"{expected}"
+            )
+    if sum(math.prod(placement.shape) for placement in placements) != math.prod(expected):
+        raise ModelError(f"the checkpoint lacks a part of {target}: {len(placements)} tensors don't fill {expected}")

@@ -1,0 +1,63 @@
+"""KV groups: layers with the same window share a block table, so that blocks outside the window can be freed.
+
+All groups take blocks from one pool. A block has room for the keys and values of `slots` layers, the size of a group;
+a group with fewer layers leaves slots empty. Example: six layers, every third one without a window:
+
+    layer      0  1  2  3  4  5        slots: 2
+    window     w  w  0  w  w  0        windows: (0, w, w)
+    group      1  1  0  2  2  0
+    slot       0  1  0  0  1  1
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.model.families import FAMILIES
+
+MOST_PADDING = 0.15  # empty slots, as a fraction of the layers; larger groups need fewer block tables per step
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroups:
+    """How the layers of a model share its KV cache.
+
+    Args:
+        windows: tokens that a query sees, its own included, per group; 0 for all.
+        slots: layers that a block has room for.
+        places: group and slot of each layer.
+    """
+
+    windows: tuple[int, ...]
+    slots: int
+    places: tuple[tuple[int, int], ...]
+
+
+def group_layers(windows: Sequence[int]) -> KVGroups:
+    """Form as few groups as MOST_PADDING allows, groups without a window first; `windows` has one entry per layer."""
+    members = {window: [i for i, one in enumerate(windows) if one == window] for window in sorted(set(windows))}
+    sizes = [len(layers) for layers in members.values()]
+    most = (1 + MOST_PADDING) * len(windows)
+    slots = next(size for size in range(max(sizes), 0, -1) if sum(-(-n // size) * size for n in sizes) <= most)
+    places = [(0, 0)] * len(windows)
+    group_windows: list[int] = []
+    for window, layers in members.items():
+        for i, layer in enumerate(layers):
+            places[layer] = len(group_windows) + i // slots, i % slots
+        group_windows += [window] * -(-len(layers) // slots)
+    return KVGroups(tuple(group_windows), slots, tuple(places))
+
+
+def layer_windows(hf_config: Any, max_model_len: int) -> tuple[int, ...]:
+    """The tokens that a query of each layer sees, its own included; 0 for all.
+
+    A model type outside the parity suite gets no windows: which tokens its layers see is only known when they run.
+    """
+    layers, family = hf_config.num_hidden_layers, FAMILIES.get(hf_config.model_type)
+    window = getattr(hf_config, "sliding_window", None) or 0
+    if family is None or not 0 < window < max_model_len:
+        return (0,) * layers
+    layer_types = getattr(hf_config, "layer_types", None)
+    if layer_types is None:
+        return (window if family.all_layers_windowed else 0,) * layers
+    return tuple(window if one == "sliding_attention" else 0 for one in layer_types[:layers])

@@ -1,0 +1,202 @@
+"""Builds a model of transformers' class with paged attention, and fills it with its weights."""
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.kernels.attention import Layout, Ragged, Workspace
+from engine.model.checkpoints.weight_mapping import WeightMapping, map_weights
+from engine.model.loading.meta_model import MetaModel, first_paths, parameters_on_meta
+from engine.model.loading.weight_sources import CheckpointSource, RandomSource
+from engine.model.model_info import ModelInfo, checkpoint_tensors, longrope_original_length, read_hf_config
+from engine.model.runtime import attention_interface
+from engine.model.runtime.attention_interface import ForwardContext, KVCache
+from engine.pretrained import build_causal_lm
+from engine.text import first_line
+
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+PROBE = 4  # tokens of the check
+PROGRESS_INTERVAL = 0.1  # seconds between two reports of progress, at least
+# Tensors of old checkpoints that the class computes itself.
+COMPUTED = re.compile(r"inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
+
+log = logging.getLogger("redline.worker")
+
+
+def open_model(config: EngineConfig, model_info: ModelInfo, progress: Progress | None = None) -> MetaModel:
+    """Build the class on the meta device, and locate its weights.
+
+    Raises ModelError if the class can't be built, or if the checkpoint lacks weights.
+
+    Args:
+        config: the engine's configuration.
+        model_info: of the whole model.
+        progress: called with the bytes read and the total while weights are filled.
+    """
+    attention_interface.register()
+    hf_config = read_hf_config(model_info.path, config)
+    dtype = getattr(torch, model_info.dtype)
+    try:
+        with _quiet_transformers(), parameters_on_meta():
+            model = build_causal_lm(hf_config, dtype=dtype, attn_implementation=attention_interface.ATTENTION)
+    except KeyError as error:  # the class looks up its attention in a table of its own
+        raise ModelError(f"{config.model} can't be run: {_does_not_fit(model_info)}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{config.model}: the model can't be built: {first_line(error)}") from error
+    model.tie_weights()
+    _pin_rope(model, model_info.max_model_len)
+    model.eval().requires_grad_(False)
+    keep_float32 = list(model._get_dtype_plan(dtype))
+    if config.load_format == "dummy":
+        return MetaModel(model, RandomSource(model, config.seed), keep_float32)
+    return MetaModel(model, _checkpoint_source(model, config, model_info, progress), keep_float32)
+
+
+def _pin_rope(model: Any, max_model_len: int) -> None:
+    """Choose between the two factor lists of a longrope once, by the maximum length of requests.
+
+    The class chooses in each step, by the longest position of the batch, which would not fit keys in the cache.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            original = longrope_original_length(module.config)
+            assert original is not None
+            if max_model_len > original:
+                frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, torch.device("cpu"), original + 1)
+                module.inv_freq.copy_(frequencies)
+            module.rope_type = "pinned"
+
+
+def _checkpoint_source(
+    model: Any, config: EngineConfig, model_info: ModelInfo, progress: Progress | None
+) -> CheckpointSource:
+    stored = checkpoint_tensors(config, model_info.path, model.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        mapping = map_weights(model, {name: tensor.shape for name, tensor in stored.items()}, shapes)
+        _share_tied(mapping, model)
+    except ModelError as error:
+        raise ModelError(f"{config.model}: the weights can't be loaded: {error}") from error
+    _warn_unused(mapping, model, config.model)
+    if progress is None:
+        return CheckpointSource(stored, mapping)
+    used = {placement.stored for placements in mapping.placements.values() for placement in placements}
+    return CheckpointSource(stored, mapping, _ProgressMeter(sum(stored[name].nbytes for name in used), progress).add)
+
+
+def _share_tied(mapping: WeightMapping, model: Any) -> None:
+    """Give the first of tied parameters the placements of whichever the checkpoint names.
+
+    Raises ModelError if a parameter has no placements under any of its names.
+    """
+    first = first_paths(model.state_dict(keep_vars=True))
+    for name, placements in list(mapping.placements.items()):
+        mapping.placements.setdefault(first[name], placements)
+    missing = sorted(name for name in first if first[name] not in mapping.placements)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"the checkpoint lacks {missing[0]}{more}")
+
+
+def _warn_unused(mapping: WeightMapping, model: Any, name: str) -> None:
+    ignored = [COMPUTED, *map(re.compile, model._keys_to_ignore_on_load_unexpected or ())]
+    unused = [one for one in mapping.unused if not any(pattern.search(one) for pattern in ignored)]
+    if unused:
+        log.warning(
+            "%s: the model has no parameters for %d of the checkpoint's tensors, for example %s",
+            name,
+            len(unused),
+            unused[0],
+        )
+
+
+class _ProgressMeter:
+    """Adds up bytes and reports them at intervals."""
+
+    def __init__(self, total: int, progress: Progress):
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._reported_at = 0.0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._reported_at >= PROGRESS_INTERVAL or self._done == self._total:
+            self._reported_at = now
+            self._progress(self._done, self._total)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """A context without transformers' log messages; problems that matter are raised by `open_model`."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _does_not_fit(model_info: ModelInfo) -> str:
+    return f"{model_info.architecture} doesn't fit the attention interface"
+
+
+def kv_layout(model_info: ModelInfo, block_size: int) -> Layout:
+    """The KV cache layout of every layer of the model."""
+    return Layout(block_size, model_info.num_kv_heads, model_info.head_dim, getattr(torch, model_info.dtype))
+
+
+def fill_and_check(meta_model: MetaModel, config: EngineConfig, model_info: ModelInfo) -> nn.Module:
+    """Fill a model that runs as transformers' class, and check that it uses the paged attention.
+
+    `model_info` is the rank's. Raises ModelError if the weights can't be read, or if the check fails.
+    """
+    meta_model.fill()
+    vocab_shard = meta_model.vocab_shard
+    check_attention(meta_model.model, config, model_info, vocab_shard.count if vocab_shard else model_info.vocab_size)
+    return meta_model.model
+
+
+@torch.inference_mode()
+def check_attention(model: Any, config: EngineConfig, model_info: ModelInfo, num_logits: int) -> None:
+    """Run a few tokens through a small cache: only this shows that all layers of a class use the attention interface.
+
+    `num_logits` is the expected number of logits per token. Raises ModelError if the model does not fit.
+    """
+    layout = kv_layout(model_info, PROBE)
+    cache = KVCache(model_info.kv_groups, len(model_info.kv_groups.windows) + 1, layout)
+    tables, positions = np.arange(1, cache.keys[0].shape[0], dtype=np.int32)[:, None, None], np.arange(PROBE)
+    zero = np.zeros(1, dtype=np.int64)
+    ragged = Ragged(zero, zero + PROBE, zero, tables)
+    context = ForwardContext.build(cache, ragged, np.zeros(PROBE, dtype=np.int64), positions, Workspace(layout.dtype))
+    arguments = {
+        "input_ids": torch.arange(PROBE)[None] % model_info.vocab_size,
+        "position_ids": torch.from_numpy(positions)[None],
+        "use_cache": False,
+        "logits_to_keep": torch.tensor([PROBE - 1]),
+    }
+    refusal = f"{config.model} can't be run: {_does_not_fit(model_info)}"
+    try:
+        logits = attention_interface.run_model(model, context, arguments).logits
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{refusal}: {first_line(error)}") from error
+    if context.layers_seen != set(range(model_info.num_layers)) or tuple(logits.shape) != (1, 1, num_logits):
+        raise ModelError(
+            f"{refusal}: {len(context.layers_seen)} of {model_info.num_layers} layers use it, logits have shape "
+            f"{tuple(logits.shape)}"
+        )

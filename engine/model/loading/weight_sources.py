@@ -1,0 +1,113 @@
+"""Where parameters get their values: from a checkpoint, or from a random generator (`--load-format dummy`)."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.model.checkpoints.mistral_tensors import CheckpointTensor
+from engine.model.checkpoints.reader import Reader
+from engine.model.checkpoints.weight_mapping import Placement, WeightMapping
+from engine.model.loading.meta_model import ShardSlice, TargetParameter
+
+
+class CheckpointSource:
+    """Reads the files of a checkpoint; `progress` is called with the bytes of each stored tensor that was read."""
+
+    def __init__(
+        self,
+        stored: dict[str, CheckpointTensor],
+        mapping: WeightMapping,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self._stored = stored
+        self._mapping = mapping
+        self._reader = Reader()
+        self._progress = progress or (lambda _: None)
+
+    def fill(self, module: nn.Module, targets: dict[str, TargetParameter]) -> None:
+        del module
+        for target in targets.values():
+            if target.shard is not None and not target.shard.ranges:
+                target.out.zero_()
+                continue
+            for placement in self._mapping.placements[target.path]:
+                self._copy(placement, target.shard, target.out)
+
+    def fill_buffer(self, path: str, out: Tensor) -> None:
+        for placement in self._mapping.placements.get(path, ()):
+            self._copy(placement, None, out)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _copy(self, placement: Placement, shard: ShardSlice | None, out: Tensor) -> None:
+        stored = self._stored[placement.stored]
+        leading = len(placement.shape) - len(stored.shape)
+        for begin, source, length, dim in _overlaps(placement, shard):
+            at, first, shape = list(placement.begin), [0] * len(placement.shape), list(placement.shape)
+            if shard is not None:
+                at[dim], first[dim], shape[dim] = begin, source, length
+            box = out
+            for i in at[:leading]:
+                box = box[i]
+            inner = tuple(slice(a, a + n) for a, n in zip(at[leading:], shape[leading:], strict=True))
+            self._reader.copy(stored, tuple(first[leading:]), box[inner])
+        self._progress(stored.nbytes)
+
+
+def _overlaps(placement: Placement, shard: ShardSlice | None) -> Iterator[tuple[int, int, int, int]]:
+    """What a shard has of a placement: (begin in the shard, begin in the placement, length, dimension).
+
+    Example: a placement of rows 4-7 and a shard of rows 0-1 and 6-9 give (2, 2, 2, 0): rows 6 and 7 of the parameter.
+    """
+    if shard is None:
+        yield 0, 0, 0, 0
+        return
+    dim = shard.dim % len(placement.shape)
+    first, end = placement.begin[dim], placement.begin[dim] + placement.shape[dim]
+    before = 0
+    for begin, length in shard.ranges:
+        low, high = max(begin, first), min(begin + length, end)
+        if low < high:
+            yield before + low - begin, low - first, high - low, dim
+        before += length
+
+
+class RandomSource:
+    """Initial values as the class has them before training. A parameter's depend only on the seed and its path."""
+
+    def __init__(self, model: Any, seed: int):
+        self._model = model
+        self._seed = seed
+
+    def fill(self, module: nn.Module, targets: dict[str, TargetParameter]) -> None:
+        held = dict(module._parameters)
+        path = next(iter(targets.values())).path
+        digest = hashlib.sha256(f"{self._seed} {path}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest[:8], "little"))
+            for name, target in targets.items():
+                whole = torch.ones(target.shape, dtype=target.out.dtype)
+                if whole.ndim > 1:  # in case the class does not initialize such a parameter
+                    whole.normal_(std=0.02)
+                module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+            self._model._init_weights(module)
+        for name, target in targets.items():
+            whole = module.get_parameter(name)
+            shard = target.shard
+            if shard is None:
+                target.out.copy_(whole)
+            elif not shard.ranges:
+                target.out.zero_()
+            else:
+                target.out.copy_(torch.cat([whole.narrow(shard.dim, *part) for part in shard.ranges], shard.dim))
+        module._parameters.update(held)
+
+    def fill_buffer(self, path: str, out: Tensor) -> None:
+        """Buffers keep the values that the class gave them."""
+
+    def close(self) -> None:
+        """Nothing was opened."""

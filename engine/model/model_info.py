@@ -1,0 +1,277 @@
+"""Reads what must be known of a model before it is loaded, from its config.json and the headers of its weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config import AUTO_LENGTH, EngineConfig, read_overrides
+from engine.errors import ConfigError, ModelError
+from engine.model.checkpoints.mistral_tensors import CheckpointTensor, as_transformers_tensors
+from engine.model.checkpoints.quantized import merge_quantized, quantization_config
+from engine.model.checkpoints.safetensors_headers import StoredTensor, read_headers
+from engine.model.config.config_json import read_config_json
+from engine.model.config.file_names import is_mistral_format
+from engine.model.config.mistral_params import read_mistral_params
+from engine.model.config.unsupported import unsupported_reason
+from engine.model.families import FAMILIES, Family
+from engine.model.kv_groups import KVGroups, group_layers, layer_windows
+from engine.model.resolve import resolve_model
+from engine.pretrained import AUTO_MAP, build_causal_lm
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes per weight in the C++ kernels, with the scales of its group.
+QUANTIZED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 4 / 32}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Shapes and sizes of a model as it will run; of one rank's shard if it belongs to a rank."""
+
+    path: Path
+    architecture: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    weight_bytes: int
+    kv_bytes_per_token: int  # in all layer slots of a block
+    windows: tuple[int, ...]  # tokens that a query sees, its own included, per layer; 0 for all
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def kv_groups(self) -> KVGroups:
+        return group_layers(self.windows)
+
+
+def read_model_info(config: EngineConfig) -> ModelInfo:
+    """Find a model, fetching it if necessary, and read its config and the headers of its weights.
+
+    Raises ModelError for a model that can't be read or run, ConfigError for a length or dtype that it can't have.
+    """
+    path = resolve_model(config.model, dummy=config.load_format == "dummy")
+    hf_config = read_hf_config(path, config)
+    reason = unsupported_reason(hf_config)
+    if reason is not None:
+        raise ModelError(f"{config.model} can't be run: {reason}")
+    _check_stored_quantization(config, hf_config)
+    tensors = checkpoint_tensors(config, path, hf_config)
+    parameters = sum(tensor.numel for tensor in tensors.values())
+    dtype = _dtype(config, hf_config, tensors)
+    kv_heads, head_dim = _cached_heads(hf_config)
+    length = _max_model_len(config, hf_config)
+    windows = layer_windows(hf_config, length)
+    slots = group_layers(windows).slots
+    return ModelInfo(
+        path=path,
+        architecture=(getattr(hf_config, "architectures", None) or [hf_config.model_type])[0],
+        dtype=dtype,
+        vocab_size=hf_config.vocab_size,
+        max_model_len=length,
+        num_layers=hf_config.num_hidden_layers,
+        num_heads=hf_config.num_attention_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=hf_config.hidden_size,
+        intermediate_size=_intermediate_size(hf_config),
+        weight_bytes=_weight_bytes(config, hf_config, parameters or _count_parameters(hf_config), dtype),
+        kv_bytes_per_token=2 * slots * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
+        windows=windows,
+        warnings=_warnings(hf_config, length),
+    )
+
+
+def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:
+    warnings = []
+    longest = max_positions(hf_config) or length
+    if length > longest:
+        warnings.append(
+            f"--max-model-len {length} exceeds the {longest} positions the model was trained on: suitable for "
+            "measuring only; output beyond that length is poor"
+        )
+    original = longrope_original_length(hf_config)
+    if original is not None and length > original:
+        warnings.append(
+            f"requests may have {length} positions, so the long factors of its rotary embedding (longrope) are used "
+            f"for all requests: --max-model-len {original} selects the short ones, which suit short texts better"
+        )
+    if getattr(hf_config, AUTO_MAP, None):
+        warnings.append(f"code that lies beside the model ({AUTO_MAP}) isn't run: transformers' own class is used")
+    if hf_config.model_type not in FAMILIES:
+        warnings.append(f"models of type {hf_config.model_type!r} aren't in the parity suite: check the output")
+    return tuple(warnings)
+
+
+def checkpoint_tensors(config: EngineConfig, path: Path, hf_config: Any) -> dict[str, CheckpointTensor]:
+    """The checkpoint's tensors under transformers' names; none for dummy weights."""
+    if config.load_format == "dummy":
+        return {}
+    if is_mistral_format(path, config.tokenizer_mode):
+        return as_transformers_tensors(read_headers(path, config.model, mistral=True), hf_config)
+    return dict(merge_quantized(read_headers(path, config.model), quantization_config(hf_config)))
+
+
+def _cached_heads(hf_config: Any) -> tuple[int, int]:
+    """Number of heads in the KV cache, and elements of each; shorter values (DeepSeek) are padded."""
+    heads = hf_config.num_attention_heads
+    if getattr(hf_config, "kv_lora_rank", None):
+        return heads, max(hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim, hf_config.v_head_dim)
+    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+
+
+def _weight_bytes(config: EngineConfig, hf_config: Any, parameters: int, dtype: str) -> int:
+    """Size of the weights in memory.
+
+    With `--quantization` the C++ kernels hold quantized linears, and a quantized head beside the embedding.
+    """
+    item = ITEMSIZE[dtype]
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    no_kernels = dtype == "float16" or head_dim % 16 or config.kernels == "torch"
+    if no_kernels or not FAMILIES.get(hf_config.model_type, Family()).fused or config.quantization is None:
+        return parameters * item
+    head = hf_config.vocab_size * hf_config.hidden_size
+    without_head = parameters - (0 if hf_config.tie_word_embeddings else head)
+    attention = 2 * (hf_config.num_attention_heads + hf_config.num_key_value_heads) * head_dim
+    linears = hf_config.num_hidden_layers * hf_config.hidden_size * (attention + 3 * hf_config.intermediate_size)
+    quantized = QUANTIZED_BYTES[config.quantization] * linears + QUANTIZED_BYTES["int8"] * head
+    return (without_head - linears) * item + int(quantized)
+
+
+def kv_head_bytes(cache_dtype: str, head_dim: int) -> int:
+    """Bytes of one key, or one value, of a head in the KV cache; int8 has a float32 scale beside it."""
+    return head_dim + 4 if cache_dtype == "int8" else head_dim * ITEMSIZE[cache_dtype]
+
+
+def read_hf_config(path: Path, config: EngineConfig) -> Any:
+    """The model's transformers config, with --hf-overrides and --num-layers applied.
+
+    Raises ModelError if it can't be read, ConfigError if a flag does not apply to it.
+    """
+    mistral = is_mistral_format(path, config.tokenizer_mode)
+    if mistral and config.hf_overrides:
+        raise ConfigError(
+            f"--hf-overrides changes fields of config.json, but {config.model} is read by its params.json"
+        )
+    if mistral:
+        hf_config = read_mistral_params(path, config.model)
+    else:
+        hf_config = read_config_json(path, config.model, _hf_overrides(config))
+    if config.num_layers is not None:
+        if config.load_format != "dummy":
+            raise ConfigError("--num-layers needs --load-format dummy")
+        hf_config.num_hidden_layers = config.num_layers
+        if getattr(hf_config, "layer_types", None):
+            layer_types = hf_config.layer_types
+            hf_config.layer_types = [layer_types[i % len(layer_types)] for i in range(config.num_layers)]
+    return hf_config
+
+
+def _hf_overrides(config: EngineConfig) -> Mapping[str, Any]:
+    """Fields of config.json that the user changes."""
+    given = config.hf_overrides
+    return read_overrides(given) if isinstance(given, str) else given or {}
+
+
+def _check_stored_quantization(config: EngineConfig, hf_config: Any) -> None:
+    """Raise ConfigError if --quantization names a checkpoint format that the checkpoint doesn't have."""
+    wanted = config.stored_quantization
+    method = str((quantization_config(hf_config) or {}).get("quant_method", ""))
+    method = method.replace("_", "-").replace("gptqmodel", "gptq")
+    if wanted is not None and wanted != method:
+        stored = f"stored as {method}" if method else "not quantized"
+        raise ConfigError(
+            f"--quantization {wanted}: the weights of {config.model} are {stored}; here they can be quantized to int8 "
+            "or int4"
+        )
+
+
+def _max_model_len(config: EngineConfig, hf_config: Any) -> int:
+    longest = max_positions(hf_config)
+    wanted = None if config.max_model_len == AUTO_LENGTH else config.max_model_len
+    if longest is None:
+        if wanted is None:
+            raise ConfigError(f"{config.model}: its config has no maximum length: give --max-model-len")
+        return wanted
+    # Plain rotary positions are defined at any length; tables and scaled ones are not.
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    if wanted is not None and wanted > longest and rope.get("rope_type") != "default":
+        raise ConfigError(f"--max-model-len {wanted} is more than the {longest} positions of {config.model}")
+    return wanted or longest
+
+
+def max_positions(hf_config: Any) -> int | None:
+    """How many positions a model has, with those that its rotary embedding is scaled to; None if the config has none.
+
+    Some files have the scaled length as max_position_embeddings. Others have the length before scaling: then the
+    result is that length times the factor of a yarn or linear scaling (Qwen2 with 131,072 positions: yarn of
+    factor 4 over 32,768). If layer types have embeddings of their own (Gemma 3), linear ones are scaled to
+    max_position_embeddings.
+    """
+    longest = getattr(hf_config, "max_position_embeddings", None)
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    nested = [parameters for parameters in rope.values() if isinstance(parameters, dict)]
+    scaled = ("yarn", "longrope") if nested else ("yarn", "longrope", "linear")
+    for parameters in nested or [rope]:
+        rope_type, factor = parameters.get("rope_type"), parameters.get("factor")
+        if longest is not None and rope_type in scaled and factor:
+            original = None if rope_type == "linear" else parameters.get("original_max_position_embeddings")
+            longest = max(longest, int((original or longest) * factor))
+    return longest
+
+
+def longrope_original_length(hf_config: Any) -> int | None:
+    """Number of positions up to which a longrope uses its short factors; None for other rotary embeddings."""
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return int(rope.get("original_max_position_embeddings") or hf_config.original_max_position_embeddings)
+
+
+def _intermediate_size(hf_config: Any) -> int:
+    """Width of the MLP's inner activation of one token, summed over the experts that a token visits."""
+    for name in ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner"):
+        size = getattr(hf_config, name, None)
+        if size:
+            return size * (getattr(hf_config, "num_experts_per_tok", None) or 1)
+    return 4 * hf_config.hidden_size
+
+
+def _dtype(config: EngineConfig, hf_config: Any, tensors: dict[str, CheckpointTensor]) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    declared = getattr(hf_config, "dtype", None)
+    if declared is not None:
+        name = str(declared).removeprefix("torch.")
+    else:
+        plain = [one.dtype for one in tensors.values() if isinstance(one, StoredTensor) and one.dtype in ITEMSIZE]
+        name = max(set(plain), key=plain.count) if plain else "float32"
+    if name not in ITEMSIZE:
+        raise ModelError(f"{config.model} has weights of type {name}: give --dtype bfloat16 or float32")
+    return name
+
+
+def weight_shapes(config: EngineConfig, model_info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights, under the names of the checkpoint; with dummy weights under those of the class."""
+    hf_config = read_hf_config(model_info.path, config)
+    tensors = checkpoint_tensors(config, model_info.path, hf_config)
+    return {name: tensor.shape for name, tensor in tensors.items()} or _shapes(hf_config)
+
+
+def _count_parameters(hf_config: Any) -> int:
+    return sum(map(math.prod, _shapes(hf_config).values()))
+
+
+def _shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of the class, built without memory; tied ones count once."""
+    import torch
+
+    with torch.device("meta"):
+        model = build_causal_lm(hf_config, attn_implementation="eager")
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

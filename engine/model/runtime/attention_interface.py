@@ -1,0 +1,138 @@
+"""Replaces the attention of transformers' classes by paged attention, through their attention interface.
+
+transformers calls the attention by name, with the module of the layer. What an attention layer needs beyond that (the
+requests of the batch, the KV cache) is in a forward context, which belongs to the thread that runs the model.
+"""
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.kernels import attention
+from engine.kernels.attention import Int64s, Layout, Plan, Ragged, Scores, Workspace
+from engine.model.kv_groups import KVGroups
+
+ATTENTION = "redline_paged"
+
+
+class KVCache:
+    """Keys and values for all layer slots of a block: one tensor [blocks, kv heads, block size, head dim] per slot."""
+
+    def __init__(self, groups: KVGroups, blocks: int, layout: Layout):
+        self.groups = groups
+        self.layout = layout
+        shape = (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
+        self.keys = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.slots)]
+        self.values = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.slots)]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the system allocates on first use, so that a large cache costs no start-up time."""
+    integer = {2: np.int16, 4: np.int32}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, dtype=integer)).view(dtype)
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """One step as the attention layers see it. `ragged` and `write_index` have one entry per KV group."""
+
+    cache: KVCache
+    ragged: list[Ragged]
+    write_index: list[Tensor]
+    workspace: Workspace
+    plans: dict[tuple[int, int | None], Plan] = field(default_factory=dict)  # by group and window
+    layers_seen: set[int] = field(default_factory=set)
+
+    @classmethod
+    def build(
+        cls, cache: KVCache, ragged: Ragged, row_of: Int64s, positions: Int64s, workspace: Workspace
+    ) -> "ForwardContext":
+        """Build the context of a step.
+
+        Args:
+            cache: the KV cache.
+            ragged: the batch; its block tables are [groups, rows, blocks].
+            row_of: [tokens], the row of the batch that each token belongs to.
+            positions: [tokens], in the request.
+            workspace: buffers that the attention reuses.
+        """
+        each = [replace(ragged, tables=table) for table in ragged.tables]
+        index = [attention.write_index(table, row_of, positions, cache.layout) for table in ragged.tables]
+        return cls(cache, each, index, workspace)
+
+    def plan(self, group: int, window: int | None) -> Plan:
+        """The attention plan of a KV group, made once per step and window."""
+        if (group, window) not in self.plans:
+            kept = self.cache.groups.windows[group]
+            if kept and not (window and window <= kept):
+                raise RuntimeError(
+                    f"a layer attends to {window or 'all'} tokens, but its config has a window of {kept}"
+                )
+            self.plans[group, window] = attention.make_plan(self.ragged[group], self.cache.layout, window)
+        return self.plans[group, window]
+
+
+_local = threading.local()
+
+
+def run_model(model: nn.Module, context: ForwardContext, arguments: dict[str, Any]) -> Any:
+    """Call the model with `context` as the context of its attention layers."""
+    _local.context = context
+    try:
+        return model(**arguments)
+    finally:
+        _local.context = None
+
+
+def register() -> None:
+    """Register the attention with transformers under the name ATTENTION.
+
+    No mask function is registered with it, so the models build no masks.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _paged_attention)
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _: Tensor | None = None,  # the mask, which is not built
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, tokens, head dim].
+        key, value: [1, kv heads, tokens, head dim].
+        options: scaling, sliding_window, softcap, s_aux (sinks). The window is only read from here, because some
+            classes have an attribute of that name on layers without a window too.
+
+    Returns:
+        [1, tokens, heads, head dim] and None for the attention weights.
+    """
+    context: ForwardContext = _local.context
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    context.layers_seen.add(layer)
+    cache = context.cache
+    group, slot = cache.groups.places[layer]
+    keys, values, index = cache.keys[slot], cache.values[slot], context.write_index[group]
+    width = value.shape[-1]
+    if width < cache.layout.head_dim:  # DeepSeek's values are shorter than its keys
+        value = torch.nn.functional.pad(value, (0, cache.layout.head_dim - width))
+    attention.write(keys, index, key[0].transpose(0, 1))
+    attention.write(values, index, value[0].transpose(0, 1))
+    scaling = options.get("scaling")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    scores = Scores(scaling, options.get("softcap"), options.get("s_aux"))
+    plan = context.plan(group, options.get("sliding_window"))
+    q = query[0].transpose(0, 1).contiguous()
+    return attention.attend(q, keys, values, plan, scores, context.workspace)[None, ..., :width], None

@@ -1,0 +1,1 @@
+"""Divides the weights of a model among tensor-parallel ranks."""
