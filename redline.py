@@ -6,7 +6,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, ModelError, OutOfMemoryError, RedlineError, RequestError
 
 if TYPE_CHECKING:
-    from engine.frontend.sampling import SamplingParams
+    from engine.frontend.sampling_params import SamplingParams
     from engine.llm import LLM, CompletionOutput, RequestOutput
 
 __all__ = [
@@ -27,7 +27,7 @@ _LAZY = {
     "LLM": "engine.llm",
     "CompletionOutput": "engine.llm",
     "RequestOutput": "engine.llm",
-    "SamplingParams": "engine.frontend.sampling",
+    "SamplingParams": "engine.frontend.sampling_params",
 }
 
 

@@ -1,9 +1,8 @@
-"""Options of `redline serve` about the engine: model, memory, scheduling, the V0 baseline, vLLM's names."""
+"""Options of `redline serve` for the engine: model, memory, scheduling, the V0 baseline, options from vLLM."""
 
 import click
 
 from cli.options import LENGTH, SIZE, Finite, JsonObject, option
-from cli.vllm_options import VLLM
 from engine.config import (
     ABLATIONS,
     DEVICES,
@@ -22,59 +21,67 @@ from engine.config import (
     TOKENIZER_MODES,
 )
 
-MODEL, MEMORY = "Model", "Memory and scheduling"
+MODEL, MODEL_FILES, PARALLEL = "Model", "Model files", "Parallelism"
+MEMORY = "Memory and scheduling"
 BASELINE = "V0 baseline"
 
 
 def split_commas(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """Values of an option that may be repeated and may hold several with commas between."""
+    """Values of an option that may be repeated and may hold several names separated by commas."""
     names = (name.strip().replace("_", "-") for value in values for name in value.split(","))
     return tuple(dict.fromkeys(name for name in names if name))
 
 
 ENGINE_OPTIONS = (
-    option(MODEL, "--model", "model_option", help="The model, instead of the argument."),
-    option(MODEL, "--tokenizer", help="Folder of another tokenizer than the model's."),
+    option(MODEL, "--model", "model_option", help="The model, if it is not given as the argument."),
     option(
-        VLLM,
+        MODEL, "--tokenizer", help="Another model whose tokenizer is used: a folder or a hub id [default: the model's]."
+    ),
+    option(
+        MODEL_FILES,
         "--generation-config",
         default="auto",
         show_default=True,
         metavar="auto|none|FOLDER",
-        help="Whose generation_config.json gives the sampling defaults of requests: the model's, nobody's, a folder's.",
+        help="Source of the sampling defaults: the model's generation_config.json (auto), none, or that of a folder.",
     ),
     option(
-        VLLM,
+        MODEL_FILES,
         "--override-generation-config",
         type=JsonObject(),
-        help="Sampling defaults that win over the file's, e.g. '{\"temperature\": 0.6}'.",
+        help="Sampling defaults that replace those of the file, e.g. '{\"temperature\": 0.6}'.",
     ),
     option(
-        VLLM,
+        MODEL_FILES,
         "--chat-template",
         metavar="FILE",
-        help="A chat template in place of the model's: a file, or the template itself, in Jinja.",
+        help="Chat template (Jinja) that replaces the model's: a file, or the template itself.",
     ),
     option(
-        VLLM,
+        MODEL_FILES,
         "--hf-overrides",
         metavar="JSON",
         help="Fields of config.json to change, as a JSON object.",
     ),
     option(
-        VLLM,
+        MODEL_FILES,
         "--rope-scaling",
         metavar="JSON",
-        help="The field rope_scaling of config.json: scales the positions of the model to longer texts.",
+        help="The field rope_scaling of config.json, to extend the context length.",
     ),
-    option(VLLM, "--rope-theta", type=Finite(0, min_open=True), help="The field rope_theta of config.json."),
+    option(
+        MODEL_FILES,
+        "--rope-theta",
+        type=Finite(0, min_open=True),
+        help="The field rope_theta of config.json: the base of rotary embeddings.",
+    ),
     option(
         MODEL,
         "--dtype",
         default="auto",
         show_default=True,
         type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
-        help="Of weights and activations.",
+        help="Data type of weights and activations; auto: that of the checkpoint.",
     ),
     option(
         MODEL,
@@ -82,30 +89,36 @@ ENGINE_OPTIONS = (
         default="auto",
         show_default=True,
         type=click.Choice((*LOAD_FORMATS, MISTRAL)),
-        help="Of the weights; mistral: as --tokenizer-mode mistral.",
+        help="Format of the weights: auto detects it, dummy is random weights, mistral is --tokenizer-mode mistral.",
     ),
-    option(MODEL, "--num-layers", type=click.IntRange(1), help="With dummy weights: so many layers only."),
+    option(
+        MODEL,
+        "--num-layers",
+        type=click.IntRange(1),
+        help="Number of layers to keep, so that a large shape fits (needs --load-format dummy) [default: all].",
+    ),
     option(
         MODEL,
         "--max-model-len",
         type=LENGTH,
-        help="Tokens of one request, e.g. 4096 or 4K; auto: as memory suffices [default: the model's].",
+        help="Most tokens of a request, prompt and output, e.g. 4096 or 4K; auto: as many as memory allows. A lower "
+        "length fits more requests into the KV cache [default: the model's].",
     ),
-    option(MODEL, "--device", default="auto", show_default=True, type=click.Choice(DEVICES), help="What it runs on."),
+    option(MODEL, "--device", default="auto", show_default=True, type=click.Choice(DEVICES), help="Device to run on."),
     option(
         MODEL,
         "-q",
         "--quantization",
         type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
         metavar="|".join(QUANTIZATIONS),
-        help="Round the weights of the layers to so many bits, and products to int8 [default: as --dtype]. Names of "
-        "formats (awq, gptq, fp8, …) check what the checkpoint is stored in.",
+        help="Quantize weights while loading, and activations to int8 [default: none]. Names of formats (awq, gptq, "
+        "fp8, …) check that the checkpoint is stored in that format.",
     ),
     option(
         MODEL,
         "--kv-cache-dtype",
         type=click.Choice(("auto", *KV_CACHE_DTYPES)),
-        help="Of keys and values [default: as --dtype].",
+        help="Data type of the KV cache; int8 nearly halves its size [default: as --dtype].",
     ),
     option(
         MODEL,
@@ -113,37 +126,7 @@ ENGINE_OPTIONS = (
         default="auto",
         show_default=True,
         type=click.Choice(KERNELS),
-        help="Instructions that the CPU's kernels may use; torch does without them, slowly.",
-    ),
-    option(
-        MODEL,
-        "-tp",
-        "--tp",
-        "--tensor-parallel-size",
-        "tensor_parallel_size",
-        default=1,
-        show_default=True,
-        type=int,
-        help="Ranks that share the model.",
-    ),
-    option(
-        MODEL,
-        "-dp",
-        "--dp",
-        "--data-parallel-size",
-        "data_parallel_size",
-        default=1,
-        show_default=True,
-        type=int,
-        help="Replicas of the model, which share cores and memory; rows and budget are those of each.",
-    ),
-    option(
-        MODEL,
-        "--routing",
-        default="prefix",
-        show_default=True,
-        type=click.Choice(ROUTINGS),
-        help="To which replica: who has less left to compute, counting a prefix in its cache; without that; or any.",
+        help="CPU kernels by instruction set; torch: PyTorch without them, several times slower.",
     ),
     option(
         MODEL,
@@ -153,20 +136,80 @@ ENGINE_OPTIONS = (
         multiple=True,
         several=True,
         metavar="NAME=PATH",
-        help="Adapters, served as the model NAME; may be repeated.",
+        help="LoRA adapter, served as the model NAME; may be repeated.",
     ),
-    option(MODEL, "--seed", default=0, show_default=True, type=int, help="Of sampling, where a request gives none."),
-    option(MEMORY, "--max-num-seqs", type=SIZE, help="Rows: requests that run at the same time."),
-    option(MEMORY, "--max-num-batched-tokens", type=SIZE, help="The budget: tokens of one step."),
-    option(MEMORY, "--block-size", type=int, help="Tokens of one block of KV cache, a power of two."),
-    option(MEMORY, "--kv-cache-memory-bytes", type=SIZE, help="Size of the KV cache, of all replicas, e.g. 2GiB."),
-    option(MEMORY, "--gpu-memory-utilization", type=Finite(), help="Share of the device's memory to use, 0 to 1."),
+    option(
+        MODEL,
+        "--seed",
+        default=0,
+        show_default=True,
+        type=int,
+        help="Seed of sampling for requests that give none.",
+    ),
+    option(
+        PARALLEL,
+        "-tp",
+        "--tp",
+        "--tensor-parallel-size",
+        "tensor_parallel_size",
+        default=1,
+        show_default=True,
+        type=int,
+        help="Tensor-parallel ranks: processes that share the model.",
+    ),
+    option(
+        PARALLEL,
+        "-dp",
+        "--dp",
+        "--data-parallel-size",
+        "data_parallel_size",
+        default=1,
+        show_default=True,
+        type=int,
+        help="Replicas of the model, which share cores and memory; --max-num-seqs and --max-num-batched-tokens are per "
+        "replica.",
+    ),
+    option(
+        PARALLEL,
+        "--routing",
+        default="prefix",
+        show_default=True,
+        type=click.Choice(ROUTINGS),
+        help="How requests are assigned to replicas: by least work left, counting cached prefixes (prefix) or not "
+        "(least-loaded), or at random.",
+    ),
+    option(
+        MEMORY,
+        "--max-num-seqs",
+        type=SIZE,
+        help="Most requests that run at the same time. Raise it if requests wait although the KV cache has room.",
+    ),
+    option(
+        MEMORY,
+        "--max-num-batched-tokens",
+        type=SIZE,
+        help="Token budget of a step. A larger budget computes prompts in fewer, longer steps.",
+    ),
+    option(MEMORY, "--block-size", type=int, help="Tokens per KV cache block; a power of two."),
+    option(
+        MEMORY,
+        "--kv-cache-memory-bytes",
+        type=SIZE,
+        help="Size of the KV cache of all replicas together, e.g. 2GiB [default: "
+        "what --gpu-memory-utilization leaves].",
+    ),
+    option(
+        MEMORY,
+        "--gpu-memory-utilization",
+        type=Finite(0, 1, min_open=True),
+        help="Share of the free memory that weights, workspace and KV cache may take [default: 0.5].",
+    ),
     option(
         MEMORY,
         "--enable-prefix-caching/--no-enable-prefix-caching",
         default=True,
         show_default=True,
-        help="Reuse the KV cache of equal beginnings.",
+        help="Reuse the KV cache of prompts with the same beginning.",
     ),
     option(
         MEMORY,
@@ -174,13 +217,14 @@ ENGINE_OPTIONS = (
         default="fcfs",
         show_default=True,
         type=click.Choice(SCHEDULING_POLICIES),
-        help="Who gets a row first: who came first, or whose request says the lowest priority.",
+        help="Queue order: by arrival (fcfs), or by the request's priority, lowest first.",
     ),
     option(
         MEMORY,
         "--speculative",
         type=click.Choice(SPECULATORS),
-        help="Guess tokens from what was said before and keep those the model confirms: the same text, sooner.",
+        help="Speculative decoding: ngram proposes draft tokens from the request's own text. It does not change the "
+        "output, and speeds up greedy requests with repetitive text.",
     ),
     option(
         MEMORY,
@@ -188,13 +232,14 @@ ENGINE_OPTIONS = (
         default=4,
         show_default=True,
         type=click.IntRange(1),
-        help="Guesses a request gets in a step, at most.",
+        help="Most draft tokens per request and step.",
     ),
     option(
         BASELINE,
         "--engine",
         type=click.Choice(ENGINES),
-        help="v0 does without all of what --ablate names [default: v1, or v0 with one of the two options below].",
+        help="Engine generation of vLLM to follow; v0 switches off everything that --ablate names [default: v1, or v0 "
+        "if --num-scheduler-steps or --enable-chunked-prefill is given].",
     ),
     option(
         BASELINE,
@@ -202,28 +247,29 @@ ENGINE_OPTIONS = (
         multiple=True,
         metavar="NAME,…",
         callback=split_commas,
-        help=f"Take parts from V1: {', '.join(ABLATIONS)}.",
+        help=f"Parts of V1 to switch off: {', '.join(ABLATIONS)}.",
     ),
-    option(BASELINE, "--num-scheduler-steps", type=int, help="V0's: steps for each time the scheduler runs."),
+    option(BASELINE, "--num-scheduler-steps", type=int, help="V0 only: decode steps per run of the scheduler."),
     option(
         BASELINE,
         "--enable-chunked-prefill/--no-enable-chunked-prefill",
         default=None,
-        help="V0's: prompts in chunks, beside the decodes. V1 does that by itself.",
+        help="V0 only: compute prompts in chunks next to decodes. V1 always does.",
     ),
     option(
-        VLLM,
+        MODEL_FILES,
         "--config-format",
         default="auto",
         type=click.Choice(("auto", "hf", MISTRAL)),
-        help="mistral: as --tokenizer-mode mistral.",
+        help="Format of the configuration: auto and hf read config.json, mistral is --tokenizer-mode mistral.",
     ),
     option(
-        VLLM,
+        MODEL_FILES,
         "--tokenizer-mode",
         default="auto",
         show_default=True,
         type=click.Choice(TOKENIZER_MODES),
-        help="mistral: a folder's params.json, consolidated.safetensors, tekken.json; auto: where nothing else is.",
+        help="Format of the model folder: mistral reads params.json, consolidated.safetensors and tekken.json; auto "
+        "does so only if there is no config.json.",
     ),
 )

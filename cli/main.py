@@ -1,4 +1,4 @@
-"""The `redline` command: finds the subcommand, and turns every known error into one line and an exit code."""
+"""The `redline` command: runs the subcommand and turns every known error into one line and an exit code."""
 
 import errno
 import importlib
@@ -17,7 +17,7 @@ COMMANDS = {
 }
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
+INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
 
 class LazyGroup(click.Group):
@@ -55,7 +55,9 @@ def print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> N
         "max_content_width": 110,
     },
 )
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Show it.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Show the version."
+)
 def redline() -> None:
     """Serve language models, and find the highest request rate a deployment sustains."""
 
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        discard_output()  # the reader of our output left (`redline report | head`): nobody to tell
+        discard_output()  # the reader of the output left (`redline report | head`)
         return 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -89,12 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def discard_output() -> None:
-    """What stdout still holds can't be written; Python must not try again at exit."""
+    """Drop what stdout still buffers, so that Python does not try to write it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_known(error: Exception) -> bool:
-    """Whether the error is meant for the user; asks `sys.modules` so that an error path imports nothing new."""
+    """Whether the error is meant for the user; looks into `sys.modules` so that an error path imports nothing."""
     known = [("engine.errors", "RedlineError"), ("bench.errors", "BenchError")]
     kinds = tuple(getattr(sys.modules[module], name) for module, name in known if module in sys.modules)
     return isinstance(error, kinds)

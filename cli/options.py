@@ -1,4 +1,4 @@
-"""Pieces the subcommands share: options shown in groups, and sizes like 8k."""
+"""Shared by the subcommands: options shown in groups, and sizes such as 8k."""
 
 import json
 import math
@@ -15,7 +15,7 @@ class GroupedOption(click.Option):
     """An option that `--help` shows under a heading of its own."""
 
     def __init__(self, *args: Any, group: str = "Options", several: bool = False, **kwargs: Any):
-        """`several`: it takes all values that follow it, in a `SpreadCommand`; to be declared `multiple` too."""
+        """`several`: the option takes all values that follow it in a `SpreadCommand`; it must be `multiple` too."""
         super().__init__(*args, **kwargs)
         self.group = group
         self.several = several
@@ -94,7 +94,7 @@ class SpreadCommand(GroupedCommand):
 
 
 class Finite(click.FloatRange):
-    """A number within bounds that is neither infinite nor NaN, which would pass for being within them."""
+    """A number within bounds that is neither infinite nor NaN, which click would accept."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -104,7 +104,7 @@ class Finite(click.FloatRange):
 
 
 class Size(click.ParamType):
-    """A whole number with an optional unit: 8k is 8,000 and 8K is 8,192; the same for m/M and g/G, and KiB, GB, …"""
+    """An integer with an optional unit: 8k is 8,000 and 8K is 8,192; the same for m/M and g/G, and KiB, GB, …"""
 
     name = "size"
     pattern = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)(i?[bB])?")
@@ -114,14 +114,14 @@ class Size(click.ParamType):
             return value
         match = self.pattern.fullmatch(str(value).replace(",", "").strip())
         if match is None:
-            self.fail(f"{value!r} is no size: write a number such as 4096, 4k or 2GiB", param, ctx)
+            self.fail(f"{value!r} is not a valid size: write a number such as 4096, 4k or 2GiB", param, ctx)
         number, unit, suffix = match.groups()
         binary = suffix in ("iB", "ib") or (unit.isupper() and not suffix)
         size = float(number) * (1024 if binary else 1000) ** ("", "k", "m", "g", "t").index(unit.lower())
         if not size < 2**63:
             self.fail(f"{value!r} is too large", param, ctx)
         if size != int(size):
-            self.fail(f"{value!r} is not a whole number", param, ctx)
+            self.fail(f"{value!r} is not an integer", param, ctx)
         return int(size)
 
 
@@ -134,14 +134,14 @@ class JsonObject(click.ParamType):
         try:
             found = value if isinstance(value, dict) else json.loads(value)
         except ValueError as error:
-            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+            self.fail(f"{value!r} is not valid JSON: {error}", param, ctx)
         if not isinstance(found, dict):
-            self.fail(f"{value!r} is no JSON object", param, ctx)
+            self.fail(f"{value!r} is not a JSON object", param, ctx)
         return found
 
 
 class Length(Size):
-    """A length in tokens, or auto: what memory suffices for; vLLM writes that -1 as well."""
+    """A length in tokens, or auto (as many as memory allows), which vLLM also writes as -1."""
 
     name = "tokens"
 

@@ -1,4 +1,4 @@
-"""The console of all commands: what it prints comes from users and servers, and is shown as it is."""
+"""The console of all commands. It prints text from users and servers, so markup is off."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +7,11 @@ if TYPE_CHECKING:
 
 
 def verbatim_console(file_width: int | None = None, **options: Any) -> "Console":
-    """A console for which brackets are no styles and colons no pictures, in tables neither.
+    """A console without markup and emoji, also in tables.
 
-    file_width: columns where the output is no terminal, None: rich's own choice; options: of rich's Console.
+    Args:
+        file_width: columns if the output is not a terminal; None: rich's default.
+        options: of rich's Console.
     """
     from rich.console import Console
 

@@ -17,7 +17,7 @@ from cli.serve_values import apply_formats, read_chat_template, read_overrides_o
 from cli.start_table import show_start
 from cli.vllm_options import VLLM_OPTIONS
 from cli.vllm_options import notes as vllm_notes
-from engine.api.options import HttpOptions, Limits
+from engine.api.http_options import HttpOptions, Limits
 from engine.config import EngineConfig
 from engine.text import human_bytes
 
@@ -54,13 +54,13 @@ def command(
     if settings["engine"] is None and config.v0_options:
         notes.append(config.fallback_note())
     if config.tokenizer_mode == "slow":
-        notes.append("--tokenizer-mode slow changes nothing: the model folder's own tokenizer is used")
+        notes.append("--tokenizer-mode slow has no effect: the fast tokenizer is used if there is one")
     return serve(config, serving, notes)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What concerns the server, not the engine: the values of the options of the same names."""
+    """Settings of the server, without those of the engine; fields have the names of the options."""
 
     host: str
     port: int
@@ -81,10 +81,10 @@ class Serving:
 
 
 def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
-    # Only now: `redline serve --help` needs none of it.
+    # Imported here because `redline serve --help` needs none of it.
     from engine.api.keys import read_keys
-    from engine.api.ports import StartingAnswers, bind_all
-    from engine.api.run import ServeOptions, ServerRun
+    from engine.api.ports import StartingResponder, bind_all
+    from engine.api.server_run import ServeOptions, ServerRun
     from engine.api.tls import read_certificate
     from engine.frontend.logs import log_to_stderr
     from engine.start import start_engine
@@ -102,16 +102,16 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     tls = read_certificate(serving.ssl_certfile, serving.ssl_keyfile)
     console = make_console()
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell that started us ignores Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # even if the parent shell ignores Ctrl-C
         signal.signal(number, interrupt)
     log_to_stderr()
     for note in notes:
         console.print(f"note: {note}")
-    with StartingAnswers(listeners[0], tls), StartProgress(console, f"starting {config.model}") as progress:
+    with StartingResponder(listeners[0], tls), StartProgress(console, f"starting {config.model}") as progress:
         engine = start_engine(
             config,
-            progress=progress.tell,
-            loading=progress.load,
+            progress=progress.show_phase,
+            loading=progress.show_bytes,
             front_ends=serving.api_servers,
             step_timeout_s=serving.step_timeout,
         )
@@ -121,7 +121,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
 
 
 class StartProgress:
-    """A line that says what is being done, with a bar once weights are read; gone when the server is up."""
+    """Progress line during the start, with a bar while weights are read; removed when the server is up."""
 
     def __init__(self, console: Console, what: str):
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()
@@ -135,16 +135,16 @@ class StartProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def tell(self, what: str) -> None:
+    def show_phase(self, what: str) -> None:
         self._progress.update(self._task, description=what)
 
-    def load(self, done: int, total: int) -> None:
+    def show_bytes(self, done: int, total: int) -> None:
         what = f"reading weights, {human_bytes(done)} of {human_bytes(total)}"
         self._progress.update(self._task, description=what, completed=done, total=total)
 
 
 def make_console() -> Console:
-    """The terminal; a file or a pipe has no width, and lines in it are cut by nobody."""
+    """A console for the start table; lines are not wrapped if the output is a file or a pipe."""
     return verbatim_console(FILE_WIDTH, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Values of `redline serve`'s options that are more than a word: files, JSON, pairs."""
+"""Values of options of `redline serve` that need parsing: files, JSON, pairs."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def _adapter(given: str) -> tuple[str, str]:
         try:
             found = json.loads(given)
         except ValueError as error:
-            raise click.UsageError(f"--lora: {given!r} is no JSON: {error}") from error
+            raise click.UsageError(f"--lora: {given!r} is not valid JSON: {error}") from error
         name, path = str(found.get("name") or ""), str(found.get("path") or "")
     else:
         name, _, path = given.partition("=")
@@ -32,7 +32,7 @@ def _adapter(given: str) -> tuple[str, str]:
 
 
 def read_chat_template(given: str | None) -> str | None:
-    """The source of a chat template, from a file or as it is."""
+    """The source of a chat template: the contents of a file, or the value itself."""
     if given is None:
         return None
     if any(mark in given for mark in TEMPLATE_MARKS):
@@ -45,7 +45,7 @@ def read_chat_template(given: str | None) -> str | None:
 
 
 def read_overrides_of(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Fields of config.json that --hf-overrides, --rope-scaling and --rope-theta change; they leave `settings`."""
+    """Take --hf-overrides, --rope-scaling and --rope-theta out of `settings`, as fields of config.json to change."""
     found = read_overrides(settings.pop("hf_overrides") or "{}")
     for field in ("rope_scaling", "rope_theta"):
         value = settings.pop(field)
@@ -58,9 +58,9 @@ def read_overrides_of(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def apply_formats(settings: dict[str, Any]) -> list[str]:
-    """--load-format mistral and --config-format mistral are the same as --tokenizer-mode mistral: one form of folder.
+    """Turn --load-format mistral and --config-format mistral in `settings` into --tokenizer-mode mistral.
 
-    Takes them from `settings`; returns lines for the user.
+    All three mean the same format of the model folder. Returns notes for the user.
     """
     given = []
     if settings["load_format"] == MISTRAL:
@@ -71,4 +71,4 @@ def apply_formats(settings: dict[str, Any]) -> list[str]:
     if not given or settings["tokenizer_mode"] == MISTRAL:
         return []
     settings["tokenizer_mode"] = MISTRAL
-    return [f"{' '.join(given)}: tokenizer, config and weights are all read in Mistral's own form"]
+    return [f"{' '.join(given)}: tokenizer, config and weights are all read in Mistral's own format"]

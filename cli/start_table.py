@@ -12,7 +12,7 @@ from engine.text import human_bytes
 
 
 def show_start(console: Console, engine: Any) -> None:
-    """Print what was resolved: the model, memory by line, what fits, and where the start's time went."""
+    """Print the resolved settings: model, memory, capacity, and the time of each start phase."""
     ready = engine.ready
     table = Table(title=f"Redline serves {engine.config.name}", title_justify="left", show_header=False, box=None)
     for what, value, flag in [
@@ -27,8 +27,8 @@ def show_start(console: Console, engine: Any) -> None:
         ("max-model-len", f"{ready.max_model_len:,} tokens", "--max-model-len"),
         ("sequences of that length", f"{ready.sequences} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
         (
-            "rows, budget",
-            f"{ready.max_num_seqs:,} requests, {ready.max_num_batched_tokens:,} tokens a step",
+            "requests, token budget",
+            f"{ready.max_num_seqs:,} at once, {ready.max_num_batched_tokens:,} tokens per step",
             "--max-num-seqs, --max-num-batched-tokens",
         ),
         ("prefix caching", "on" if ready.prefix_caching else "off", "--no-enable-prefix-caching"),
@@ -43,31 +43,35 @@ def show_start(console: Console, engine: Any) -> None:
 
 
 def sampling_defaults(engine: Any) -> list[tuple[str, str, str]]:
-    """What requests get that say nothing of it, where that isn't what other models give."""
+    """The line for sampling defaults of the model, if it has any."""
     values = ", ".join(f"{name} {value:g}" for name, value in engine.generation.sampling.items())
     return [("sampling defaults", values, "--generation-config")] if values else []
 
 
 def replicas(config: EngineConfig) -> list[tuple[str, str, str]]:
-    """The line for several: none for one."""
+    """The line for several replicas, if there are several."""
     count = config.data_parallel_size
-    return [("replicas", f"{count}, routed by {config.routing}; of each:", "--dp, --routing")] if count > 1 else []
+    if count == 1:
+        return []
+    return [("replicas", f"{count}, routing {config.routing}; figures below are per replica", "--dp, --routing")]
 
 
 def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:
-    """Lines for what the engine does otherwise than V1: none for V1 itself."""
+    """Lines for what differs from V1: none for V1 itself."""
     lines = []
     if config.engine == "v0":
-        budget = f"a budget of {ready.max_num_batched_tokens:,} tokens"
-        prefill = f"prompts whole, apart from decodes, {budget} for the prompts of a step"
+        budget = f"token budget {ready.max_num_batched_tokens:,}"
+        prefill = f"whole prompts, in steps without decodes, {budget}"
         if config.enable_chunked_prefill:
-            prefill = f"prompts in chunks beside the decodes, {budget}"
-        lines.append(("engine", "V0 as it was, emulated", "--engine"))
+            prefill = f"prompts in chunks next to decodes, {budget}"
+        lines.append(("engine", "V0 (emulated)", "--engine"))
         lines.append(("  prefill", prefill, "--enable-chunked-prefill"))
         steps = ready.scheduler_steps
-        lines.append(("  decode", f"{steps} step{'s' if steps > 1 else ''} at a time", "--num-scheduler-steps"))
+        lines.append(
+            ("  decode", f"{steps} step{'s' if steps > 1 else ''} per run of the scheduler", "--num-scheduler-steps")
+        )
     elif config.ablations:
-        lines.append(("engine", "V1 without parts of it", "--ablate"))
+        lines.append(("engine", "V1, without:", "--ablate"))
     for name, what in ABLATIONS.items():
         if name in config.ablations:
             extra = (
@@ -78,11 +82,11 @@ def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:
 
 
 def kv_groups(ready: Any) -> list[tuple[str, str, str]]:
-    """A line on the groups of layers that share blocks, where a window is among them."""
+    """The line for KV cache groups, if the model has sliding windows."""
     if not any(ready.kv_windows):
         return []
     groups = Counter(ready.kv_windows).items()
     sees = [
-        f"{count} of the last {window:,} tokens" if window else f"{count} of all tokens" for window, count in groups
+        f"{count} for the last {window:,} tokens" if window else f"{count} for all tokens" for window, count in groups
     ]
     return [("KV groups", ", ".join(sees), "")]

@@ -175,22 +175,22 @@ class EngineConfig:
     def _check_engine(self) -> None:
         for ablation in self.ablate:
             if ablation not in ABLATIONS:
-                raise ConfigError(f"--ablate must be of {', '.join(ABLATIONS)}, not {ablation!r}")
+                raise ConfigError(f"--ablate must be one of {', '.join(ABLATIONS)}, not {ablation!r}")
         if self.engine == "v1" and self.num_scheduler_steps is not None:
             raise ConfigError(
                 "--num-scheduler-steps is an option of V0: V1 always schedules a step while the previous one runs, and "
-                "submits several steps at once when nothing waits (give --engine v0, or leave the flag out)"
+                "several at once if no request waits (give --engine v0, or leave the flag out)"
             )
         if self.engine == "v1" and self.enable_chunked_prefill is not None:
             raise ConfigError(
-                "--enable-chunked-prefill is an option of V0: V1 always computes prompts in chunks of the token budget "
-                "(--ablate no-chunking switches that off; give --engine v0, or leave the flag out)"
+                "--enable-chunked-prefill is an option of V0: V1 always computes prompts in chunks (--ablate "
+                "no-chunking turns that off; give --engine v0, or leave the flag out)"
             )
         if self.engine == "v0" and self.ablate:
             raise ConfigError("--ablate switches off parts of V1; --engine v0 already switches off all of them")
         if DRIVER_BROADCAST in self.ablate and self.tensor_parallel_size == 1:
             raise ConfigError(
-                f"--ablate {DRIVER_BROADCAST} needs --tp 2 or more: a single rank has no others to broadcast to"
+                f"--ablate {DRIVER_BROADCAST} needs --tp 2 or more: a single rank has no other rank to broadcast to"
             )
         if self.speculative and "full-state" in self.ablations:
             raise ConfigError(
@@ -240,7 +240,7 @@ class EngineConfig:
         """The note that an option of V0 has chosen the engine."""
         chosen = " and ".join(self.v0_options)
         return (
-            f"{chosen}: V1 has no such option, so this engine runs as --engine v0 (without it, V1 does both by itself)"
+            f"{chosen}: an option of V0, so this engine runs as --engine v0 (V1 always does both; leave the option out)"
         )
 
 

@@ -1,32 +1,32 @@
-"""Errors a user can mend: each message is one line that names the cause and the flag or field to change."""
+"""Errors that a user can fix: each message is one line with the cause and the flag or field to change."""
 
 
 class RedlineError(Exception):
-    """A cause outside the code: shown as one line, without a traceback; `exit_code` is the command's."""
+    """An error with a cause outside the code; shown as one line, without a traceback. `exit_code` is the command's."""
 
     exit_code = 1
 
 
 class ConfigError(RedlineError):
-    """A flag or setting that can't hold."""
+    """A flag or setting has an invalid value."""
 
     exit_code = 2
 
 
 class ModelError(RedlineError):
-    """A model that can't be found, read or run."""
+    """A model can't be found, read or run."""
 
 
 class OutOfMemoryError(RedlineError):
-    """Too little memory for what was asked."""
+    """There is too little memory for the configuration."""
 
 
 class EngineDeadError(RedlineError):
-    """The EngineCore ended; the message says why."""
+    """The EngineCore ended; the message is the cause."""
 
 
 class RequestError(RedlineError):
-    """One request can't be served; the engine goes on. `field` names the request's field to change."""
+    """A request can't be served; the engine continues. `field` is the field of the request to change."""
 
     def __init__(self, message: str, field: str | None = None):
         super().__init__(message)
@@ -34,10 +34,11 @@ class RequestError(RedlineError):
 
 
 class NotServedError(RequestError):
-    """A request names a model or an adapter that isn't served, or no longer."""
+    """A request names a model or an adapter that is not served, or no longer."""
 
 
-# What passes through a guard around one request; a panic inside a library in Rust is a BaseException, and is caught.
+# Exceptions that a guard around one request lets through. It catches all others: a panic in a Rust library is a
+# BaseException.
 INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 _MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
@@ -45,7 +46,7 @@ _MEMORY_ADVICE = "out of memory: lower --kv-cache-memory-bytes, --max-num-batche
 
 
 def cause_of(error: BaseException) -> str:
-    """An error in one line, for people: a RedlineError in its own words, anything else with its class."""
+    """An error in one line for the user: the message of a RedlineError, or the class and message of another error."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, RedlineError):
         return str(error)

@@ -24,7 +24,7 @@ from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
-    from engine.frontend.inline import InlineTexts
+    from engine.frontend.inline_front_end import InlineTexts
     from engine.worker.executor import RankHandle
 
 STOP_GRACE_S = 5.0  # after the drain, before the child is killed
@@ -234,7 +234,7 @@ def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int
     """The front end inside the core's loop (`--ablate inline-frontend`)."""
     from pathlib import Path
 
-    from engine.frontend.inline import InlineTexts
+    from engine.frontend.inline_front_end import InlineTexts
     from engine.frontend.tokenizer import load_tokenizer
 
     folder = Path(config.tokenizer or config.model)

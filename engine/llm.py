@@ -11,8 +11,8 @@ from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.conversation import shape_conversation
-from engine.frontend.sampling import SamplingParams
-from engine.frontend.streams import TokenLogprob, Whole, gather
+from engine.frontend.sampling_params import SamplingParams
+from engine.frontend.streams import CollectedOutput, TokenLogprob, collect_outputs
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import kept_tokens, truncate
 from engine.start import Engine, start_engine
@@ -81,7 +81,7 @@ class LLM:
 
     async def _open(self) -> None:
         self._client.open()
-        self._engine.watch(self._client.lose_threadsafe)
+        self._engine.watch(self._client.core_lost_threadsafe)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -150,13 +150,13 @@ class LLM:
 
     def load_adapter(self, name: str, path: str) -> None:
         """Load a LoRA adapter from a folder under a name. Raises RedlineError if it can't be loaded."""
-        self._run(self._client.call("load_adapter", name=name, path=path))
+        self._run(self._client.call_utility("load_adapter", name=name, path=path))
 
     def unload_adapter(self, name: str) -> None:
-        self._run(self._client.call("unload_adapter", name=name))
+        self._run(self._client.call_utility("unload_adapter", name=name))
 
     def reset_prefix_cache(self) -> None:
-        self._run(self._client.call("reset_prefix_cache"))
+        self._run(self._client.call_utility("reset_prefix_cache"))
 
     def close(self) -> None:
         """End the engine. Further calls have no effect."""
@@ -225,8 +225,8 @@ class LLM:
     async def _generate_one(
         self, text: str | None, ids: list[int], params: SamplingParams, adapter: str, done: Callable[[], None]
     ) -> RequestOutput:
-        async with self._client.add([ids], params, adapter=adapter) as stream:
-            outputs = await gather(stream)
+        async with self._client.add_request([ids], params, adapter=adapter) as stream:
+            outputs = await collect_outputs(stream)
             cached = stream.cached_tokens[0]
             scored = stream.prompt_logprobs.get(0)
         done()
@@ -240,7 +240,7 @@ class LLM:
             num_cached_tokens=cached,
         )
 
-    def _completion(self, index: int, output: Whole, params: SamplingParams) -> CompletionOutput:
+    def _completion(self, index: int, output: CollectedOutput, params: SamplingParams) -> CompletionOutput:
         completion = CompletionOutput(index, output.text, output.token_ids, output.finish_reason, output.stop_reason)
         if params.logprobs is not None:
             completion.logprobs = [self._logprobs(entry) for entry in output.logprobs]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.frontend.connect import CoreAddress, EngineClient, connect
-from engine.frontend.generation import GenerationDefaults, read_generation
-from engine.frontend.stats import Board
+from engine.frontend.front_end_stats import Board
+from engine.frontend.generation_defaults import GenerationDefaults, read_generation
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.launch import CoreProcess
 from engine.messages import Ready

@@ -202,7 +202,7 @@ def test_markers_name_what_a_block_needs(path: Path) -> None:
     [
         ("redline serve smollm2-135m --max-model-length 4K", "No such option"),
         ("redline serve smollm2-135m --dtype float8", "'float8' is not one of"),
-        ("redline serve smollm2-135m --trust-remote-code", "can't be had"),
+        ("redline serve smollm2-135m --trust-remote-code", "is not supported"),
         ("redline bench --rates 1,two", "not a list of rates"),
         ("redline bench --workload shared-prefixes", "is none of the workloads"),
         ("redline sweep --preset v0", "is none of the presets"),

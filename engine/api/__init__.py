@@ -1,1 +1,1 @@
-"""The front-end process's HTTP side: OpenAI protocol, SSE, errors, metrics."""
+"""The HTTP API: OpenAI protocol, server-sent events, errors, metrics, API processes."""

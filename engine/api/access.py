@@ -1,4 +1,4 @@
-"""Who may call: clients with a key, and web pages of the origins that are allowed."""
+"""Access control: API keys, and the media type that keeps out web pages of other origins."""
 
 import hmac
 from collections.abc import Sequence
@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine.api.errors import ApiError
+from engine.api.error_responses import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/openapi.json"})  # answered without a key
+OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/openapi.json"})  # served without a key
 
 
 class RequireKey:
-    """Lets requests through that carry `Authorization: Bearer KEY` with one of the keys."""
+    """Rejects requests without `Authorization: Bearer KEY` with one of the keys."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         self._app = app
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._path(scope) not in OPEN_PATHS and not self._knows(scope):
-            message = "this server needs its API key: Authorization: Bearer KEY"
+        if scope["type"] == "http" and self._path(scope) not in OPEN_PATHS and not self._has_key(scope):
+            message = "an API key is required: send the header Authorization: Bearer KEY"
             refusal = ApiError(401, message, code="invalid_api_key").response()
             await refusal(scope, receive, send)
             return
@@ -28,20 +28,20 @@ class RequireKey:
 
     @staticmethod
     def _path(scope: Scope) -> str:
-        """Without what a proxy shows in front of it."""
+        """The path without the prefix that a reverse proxy adds."""
         path: str = scope["path"]
         return path.removeprefix(scope.get("root_path", ""))
 
-    def _knows(self, scope: Scope) -> bool:
+    def _has_key(self, scope: Scope) -> bool:
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         given = given.strip()
-        # All are compared, so that the time taken says nothing about which one was nearly right.
+        # All keys are compared, so that the time does not depend on which one matches.
         right = [hmac.compare_digest(given, key) for key in self._keys]
         return scheme.lower() == b"bearer" and any(right)
 
 
 def check_media_type(request: Request) -> None:
-    """Refuse what a web page of another origin may send without asking: all media types but JSON, and none at all."""
+    """Refuse media types that a web page of any origin may send without a CORS check: all but JSON."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not (
         media_type.startswith("application/") and media_type.endswith("+json")

@@ -1,4 +1,4 @@
-"""The HTTP face of an engine: routes, authorisation, errors."""
+"""The HTTP application: routes, authorization, errors."""
 
 from collections.abc import Awaitable, Callable
 from importlib import metadata
@@ -12,25 +12,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from engine.api.access import RequireKey, check_media_type
-from engine.api.adapters import load_adapter, unload_adapter
 from engine.api.chat import chat_completions
 from engine.api.chat_protocol import TokenizeRequest, check_tools, template_options
 from engine.api.completions import completions
-from engine.api.errors import ApiError
-from engine.api.metrics import make_registry
+from engine.api.error_responses import ApiError
+from engine.api.lora_endpoints import load_adapter, unload_adapter
 from engine.api.openapi import openapi_document
+from engine.api.prometheus import make_registry
 from engine.api.protocol import DetokenizeRequest
 from engine.api.request_id import RequestId
 from engine.api.state import ApiState
 from engine.errors import RedlineError, RequestError
 from engine.frontend.conversation import shape_conversation
-from engine.frontend.router import Router
 
 Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
 
 
 def create_app(state: ApiState) -> FastAPI:
-    """Build the application around a client of the core that is open."""
+    """Build the application around an open client of the engine."""
     app = FastAPI(title="Redline", openapi_url=None, root_path=state.options.root_path)
     registry = make_registry(state)
     routes: list[tuple[str, str, Endpoint]] = [
@@ -48,14 +47,14 @@ def create_app(state: ApiState) -> FastAPI:
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
     ]
     for method, path, endpoint in routes:
-        app.add_route(path, bound(endpoint, state, method), methods=[method])  # HEAD is answered with GET
-    app.add_exception_handler(ApiError, answer_error)
-    app.add_exception_handler(RedlineError, answer_error)
-    app.add_exception_handler(HTTPException, answer_http_error)
+        app.add_route(path, bind_endpoint(endpoint, state, method), methods=[method])  # HEAD is answered with GET
+    app.add_exception_handler(ApiError, error_response)
+    app.add_exception_handler(RedlineError, error_response)
+    app.add_exception_handler(HTTPException, http_error_response)
     options = state.options
     if options.api_keys:
         app.add_middleware(RequireKey, keys=options.api_keys)
-    if options.allowed_origins:  # outside of the key's check: a browser asks first, without the key
+    if options.allowed_origins:  # outside the key check: a browser's CORS check has no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=options.allowed_origins,
@@ -67,34 +66,34 @@ def create_app(state: ApiState) -> FastAPI:
     return app
 
 
-def bound(endpoint: Endpoint, state: ApiState, method: str) -> Callable[[Request], Awaitable[Response]]:
-    async def call(request: Request) -> Response:
+def bind_endpoint(endpoint: Endpoint, state: ApiState, method: str) -> Callable[[Request], Awaitable[Response]]:
+    async def respond(request: Request) -> Response:
         if method == "POST":
             check_media_type(request)
         return await endpoint(state, request)
 
-    return call
+    return respond
 
 
-async def answer_error(_request: Request, error: Exception) -> Response:
-    return ApiError.of(error).response()
+async def error_response(_request: Request, error: Exception) -> Response:
+    return ApiError.from_exception(error).response()
 
 
-async def answer_http_error(request: Request, error: Exception) -> Response:
+async def http_error_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        message = f"{what} is no path of this server"
+        message = f"404 Not Found: {what}"
     elif error.status_code == 405:
         headers["Allow"] = ", ".join(sorted(name.strip() for name in headers["Allow"].split(",")))
-        message = f"{what}: this path takes {headers['Allow']}"
+        message = f"405 Method Not Allowed: {what}; this path allows {headers['Allow']}"
     else:
         message = f"{what}: {error.detail}"
     return ApiError(error.status_code, message, headers=headers).response()
 
 
-def answer(body: dict[str, Any], status: int = 200) -> Response:
+def json_response(body: dict[str, Any], status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
@@ -116,33 +115,33 @@ async def models(state: ApiState, _request: Request) -> Response:
         }
         for name, root, parent in served
     ]
-    return answer({"object": "list", "data": cards})
+    return json_response({"object": "list", "data": cards})
 
 
 async def health(state: ApiState, _request: Request) -> Response:
-    """200 while the engine steps or has nothing to do, 503 with the cause when it is dead or a step hangs.
+    """200 while the engine runs steps or is idle, 503 with the cause if it is dead or a step hangs.
 
-    With replicas it is degraded, and still 200, while some of them are well.
+    With replicas, the status is degraded, and still 200, while some of them are ok.
     """
     client, core = state.client, state.client.total_stats.core
     age = max(0.0, client.clock.now() - core.last_step_at) if core.steps else None
     known: dict[str, Any] = {"running": core.running, "waiting": core.waiting, "last_step_age_s": age}
-    if isinstance(client, Router):
-        known["replicas"] = client.health()
+    if client.replicas:
+        known["replicas"] = [replica.health() for replica in client.replicas]
     if client.dead is not None:
-        return answer({"status": "dead", "cause": client.dead, **known}, 503)
+        return json_response({"status": "dead", "cause": client.dead, **known}, 503)
     if client.hung:
-        return answer({"status": "hung", "cause": client.hung, **known}, 503)
-    well = all(replica["status"] == "ok" for replica in known.get("replicas", ()))
-    return answer({"status": "ok" if well else "degraded", **known})
+        return json_response({"status": "hung", "cause": client.hung, **known}, 503)
+    all_ok = all(replica["status"] == "ok" for replica in known.get("replicas", ()))
+    return json_response({"status": "ok" if all_ok else "degraded", **known})
 
 
 async def version(_state: ApiState, _request: Request) -> Response:
-    return answer({"version": metadata.version("redline-llm")})
+    return json_response({"version": metadata.version("redline-llm")})
 
 
 async def openapi(state: ApiState, _request: Request) -> Response:
-    return answer(openapi_document(state.options.root_path))
+    return json_response(openapi_document(state.options.root_path))
 
 
 async def metrics(registry: CollectorRegistry) -> Response:
@@ -166,7 +165,7 @@ async def tokenize(state: ApiState, request: Request) -> Response:
     found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}
     if body.return_token_strs:
         found["token_strs"] = await state.token_texts(ids)
-    return answer(found)
+    return json_response(found)
 
 
 async def detokenize(state: ApiState, request: Request) -> Response:
@@ -175,9 +174,9 @@ async def detokenize(state: ApiState, request: Request) -> Response:
     last = state.client.ready.vocab_size - 1
     for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
         if not 0 <= token <= last:
-            raise RequestError(f"{token} is no token of this model (0..{last})", "tokens")
-    return answer({"prompt": await state.decode(body.tokens)})
+            raise RequestError(f"{token} is not in the vocabulary (0..{last})", "tokens")
+    return json_response({"prompt": await state.decode(body.tokens)})
 
 
 async def reset_prefix_cache(state: ApiState, _request: Request) -> Response:
-    return answer({"forgotten_blocks": await state.client.call("reset_prefix_cache")})
+    return json_response({"forgotten_blocks": await state.client.call_utility("reset_prefix_cache")})

@@ -1,23 +1,23 @@
-"""/v1/chat/completions: a conversation, continued."""
+"""/v1/chat/completions: continues a conversation."""
 
 import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
 from engine.api.chat_protocol import ChatRequest, template_options
+from engine.api.event_stream import EventStream, run_until_disconnect
 from engine.api.logprobs import chat_logprobs
 from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.shown_prompts import ShownPrompts
-from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
-from engine.frontend.streams import Whole, gather
+from engine.frontend.streams import CollectedOutput, collect_outputs
 
 
 async def chat_completions(state: ApiState, request: Request) -> Response:
     body = await state.read_request(request, ChatRequest)
     adapter = await state.adapter_of(body.model)
     body.check()
-    # A chat without a limit goes on as long as it fits.
+    # Without a limit, the output may fill --max-model-len.
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
@@ -32,7 +32,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)
     state.check_queue(params.n)
-    stream = state.client.add(
+    stream = state.client.add_request(
         [prompt],
         params,
         cache_salt=body.cache_salt or "",
@@ -51,7 +51,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
             prompts=shown,
         )
         return EventStream(stream, chunks)
-    outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
+    outputs = await run_until_disconnect(request.receive, stream, lambda: collect_outputs(stream))
 
     def render() -> bytes:
         choices = [choice(state, index, output, body) for index, output in enumerate(outputs)]
@@ -62,7 +62,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     return Response(data, media_type="application/json")
 
 
-def choice(state: ApiState, index: int, output: Whole, body: ChatRequest) -> dict[str, object]:
+def choice(state: ApiState, index: int, output: CollectedOutput, body: ChatRequest) -> dict[str, object]:
     shown: dict[str, object] = {
         "index": index,
         "message": {"role": "assistant", "content": output.text, "refusal": None},

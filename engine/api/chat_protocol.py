@@ -1,4 +1,4 @@
-"""The body of /v1/chat/completions, and what it says of how its conversation is written as a prompt."""
+"""The body of /v1/chat/completions, and its options for the chat template."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import msgspec
 from engine.api.protocol import SampledRequest
 from engine.errors import RequestError
 from engine.frontend.conversation import shape_conversation
-from engine.frontend.sampling import MAX_LOGPROBS
+from engine.frontend.sampling_params import MAX_LOGPROBS
 
-# Arguments of the template that are fields of their own, or not a client's to give.
+# Arguments of a template that are fields of the request, or that clients must not set.
 OWN_ARGUMENTS = frozenset({
     "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
     "chat_template", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -39,12 +39,12 @@ class ChatRequest(SampledRequest, kw_only=True):
     reasoning_effort: str | None = None
 
     def check(self) -> None:
-        """Refuse what isn't served yet, by name."""
+        """Refuse what is not supported yet, with the field."""
         self.check_common()
         check_tools(self.tools, self.tool_choice)
         if self.response_format is not None and self.response_format.type != "text":
             raise RequestError(
-                f"response_format {self.response_format.type!r} is not supported yet: only 'text' is", "response_format"
+                f"response_format {self.response_format.type!r} is not supported yet; only 'text' is", "response_format"
             )
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
@@ -55,15 +55,17 @@ class ChatRequest(SampledRequest, kw_only=True):
             if not 1 <= value < 2**31:
                 raise RequestError(f"{name} must lie in 1..2^31 - 1, not {value}", name)
             if self.max_tokens not in (None, value):
-                raise RequestError(f"{name} is {value}, but max_tokens is {self.max_tokens}: give one of them", name)
+                raise RequestError(
+                    f"{name} is {value}, but max_tokens is {self.max_tokens}: give only one of them", name
+                )
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as templates take them; RequestError names what has the wrong form."""
+        """The messages in the form that templates expect; RequestError with the field if one is invalid."""
         return shape_conversation(self.messages)
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
-    """Of a prompt or of messages; the fields mean what they do in completions and chats."""
+    """Tokenize a prompt or messages; the fields mean the same as in completions and chats."""
 
     model: str | None = None
     prompt: str | None = None
@@ -81,7 +83,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 def check_tools(tools: list[dict[str, Any]] | None, choice: Any) -> None:
-    """Refuse tools that the model would have to call; those it only reads of are written into the prompt."""
+    """Refuse tools unless `tool_choice` is "none", which only shows them to the model."""
     for number, tool in enumerate(tools or ()):
         function = tool.get("function")
         name = function.get("name") if isinstance(function, dict) else None
@@ -93,20 +95,22 @@ def check_tools(tools: list[dict[str, Any]] | None, choice: Any) -> None:
         raise RequestError('tool_choice must be "none", "auto", "required" or name a function', "tool_choice")
     if choice in (None, "none"):
         if tools and choice is None:
-            raise RequestError("calling tools is not supported yet: tool_choice: none shows them to the model", "tools")
+            raise RequestError(
+                'tool calling is not supported yet; with tool_choice "none" the tools are shown to the model', "tools"
+            )
         return
     if not tools:
         raise RequestError("tool_choice needs tools", "tool_choice")
-    raise RequestError("calling tools is not supported yet: the only tool_choice is none", "tool_choice")
+    raise RequestError('tool calling is not supported yet; only tool_choice "none" is', "tool_choice")
 
 
 def template_options(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
-    """How a conversation is to be written, as arguments of `Tokenizer.render_chat`."""
+    """The options of a conversation, as arguments of `Tokenizer.render_chat`."""
     extra = dict(body.chat_template_kwargs or {})
     for name in extra:
         if name in OWN_ARGUMENTS:
             field = f"chat_template_kwargs.{name}"
-            raise RequestError(f"{field}: this is no variable of a template, but a field of the request itself", field)
+            raise RequestError(f"{field} is a field of the request, not a variable of the template", field)
     options: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt is not False}
     if body.continue_final_message:
         if body.add_generation_prompt:

@@ -1,4 +1,4 @@
-"""/v1/completions: texts or token ids, continued."""
+"""/v1/completions: continues texts or token ids."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from engine.api.logprobs import TextOffsets, completion_logprobs, joined
+from engine.api.event_stream import EventStream, run_until_disconnect
+from engine.api.logprobs import TextOffsets, completion_logprobs, concatenate
 from engine.api.protocol import CompletionRequest
 from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.shown_prompts import EchoedPrompts
-from engine.api.sse import EventStream, until_disconnect
 from engine.api.state import ApiState
 from engine.frontend.prompts import Prompt
-from engine.frontend.streams import Whole, gather
+from engine.frontend.streams import CollectedOutput, collect_outputs
 
 
 async def completions(state: ApiState, request: Request) -> Response:
@@ -26,13 +26,13 @@ async def completions(state: ApiState, request: Request) -> Response:
     if params.needs_prompt_ids or body.return_token_ids:
         fitted = [await state.fit(one, special, params) for one in given]
         prompts: list[Prompt] = [ids for ids, _ in fitted]
-        # Of a truncated prompt what is left is echoed.
+        # Of a truncated prompt, only the part that is left is echoed.
         given = [ids if cut else one for one, (ids, cut) in zip(given, fitted, strict=True)]
     else:
         prompts = await state.prompts(given, special)
     head = new_head("cmpl", "text_completion", body.model or state.model)
     state.check_queue(len(prompts) * params.n)
-    stream = state.client.add(
+    stream = state.client.add_request(
         prompts,
         params,
         cache_salt=body.cache_salt or "",
@@ -53,7 +53,7 @@ async def completions(state: ApiState, request: Request) -> Response:
             prompts=shown,
         )
         return EventStream(stream, chunks)
-    outputs = await until_disconnect(request.receive, stream, lambda: gather(stream))
+    outputs = await run_until_disconnect(request.receive, stream, lambda: collect_outputs(stream))
 
     def render() -> bytes:
         choices = []
@@ -63,7 +63,7 @@ async def completions(state: ApiState, request: Request) -> Response:
             offsets = TextOffsets.of_output(state.tokenizer, stream, index, len(before))
             rendered = choice(state, index, before + output.text, output, body, offsets)
             if (scored := shown.logprobs(index)) is not None:
-                rendered["logprobs"] = joined(scored, rendered["logprobs"])
+                rendered["logprobs"] = concatenate(scored, rendered["logprobs"])
             choices.append(rendered | shown.fields(index))
         spent = usage(stream, sum(len(output.token_ids) for output in outputs))
         return msgspec.json.encode(head | {"choices": choices, "usage": spent})
@@ -73,7 +73,7 @@ async def completions(state: ApiState, request: Request) -> Response:
 
 
 def choice(
-    state: ApiState, index: int, text: str, output: Whole, body: CompletionRequest, offsets: TextOffsets
+    state: ApiState, index: int, text: str, output: CollectedOutput, body: CompletionRequest, offsets: TextOffsets
 ) -> dict[str, Any]:
     shown: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": output.finish_reason}
     shown["stop_reason"] = output.stop_reason

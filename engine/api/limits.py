@@ -1,47 +1,46 @@
-"""Whether a request stays within the server's limits; those it exceeds are refused before they cost anything."""
+"""The limits of requests, checked before a request costs anything."""
 
 import math
 from collections.abc import Iterable, Sequence
 
 from engine.api.chat_protocol import ChatRequest
-from engine.api.errors import ApiError
-from engine.api.options import Limits
+from engine.api.error_responses import ApiError
+from engine.api.http_options import Limits
 from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
-from engine.frontend.router import Router
 
-# All stop strings of a request together: each new token is compared with all their beginnings.
+# Of all stop strings of a request together: each new token is compared with all their prefixes.
 MAX_STOP_CHARACTERS = 4096
-LONGEST_WAIT_S = 60  # that Retry-After asks for
+LONGEST_WAIT_S = 60  # in Retry-After
 
 
 def check_request(body: CompletionRequest | ChatRequest, limits: Limits, max_model_len: int) -> None:
-    """Raise RequestError for what a body asks too much of, with the field and the flag that raises the limit."""
+    """Raise RequestError for a body over a limit, with the field and the flag that raises the limit."""
     n = body.n or 1
     if n > limits.max_n:
-        raise RequestError(f"n is {n:,}, but this server takes at most {limits.max_n:,} (--max-n)", "n")
+        raise RequestError(f"n is {n:,}, but at most {limits.max_n:,} are allowed (--max-n)", "n")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > limits.max_stop:
         raise RequestError(
-            f"stop has {len(stops):,} strings, at most {limits.max_stop:,} are taken (--max-stop)", "stop"
+            f"stop has {len(stops):,} strings, but at most {limits.max_stop:,} are allowed (--max-stop)", "stop"
         )
     characters = sum(map(len, stops))
     if characters > MAX_STOP_CHARACTERS:
         raise RequestError(
-            f"stop has {characters:,} characters in all, at most {MAX_STOP_CHARACTERS:,} are taken", "stop"
+            f"stop has {characters:,} characters in all, but at most {MAX_STOP_CHARACTERS:,} are allowed", "stop"
         )
     ids = len(body.stop_token_ids or ())
     if ids > limits.max_stop_token_ids:
         raise RequestError(
-            f"stop_token_ids has {ids:,} entries, at most {limits.max_stop_token_ids:,} are taken "
+            f"stop_token_ids has {ids:,} entries, but at most {limits.max_stop_token_ids:,} are allowed "
             "(--max-stop-token-ids)",
             "stop_token_ids",
         )
     if isinstance(body, ChatRequest):
-        if len(body.messages) > max_model_len:  # each takes a token at least
+        if len(body.messages) > max_model_len:  # each takes at least one token
             raise RequestError(
-                f"messages has {len(body.messages):,} entries, more than the model takes tokens: {max_model_len:,} "
+                f"messages has {len(body.messages):,} entries, more than a request may have tokens: {max_model_len:,} "
                 "(--max-model-len)",
                 "messages",
             )
@@ -49,25 +48,26 @@ def check_request(body: CompletionRequest | ChatRequest, limits: Limits, max_mod
     prompts = count_prompts(body.prompt)
     if prompts > limits.max_prompts:
         raise RequestError(
-            f"prompt has {prompts:,} prompts, at most {limits.max_prompts:,} are taken in one body (--max-prompts)",
+            f"prompt has {prompts:,} prompts, but at most {limits.max_prompts:,} are allowed per request "
+            "(--max-prompts)",
             "prompt",
         )
     most = max(limits.max_prompts, limits.max_n)
     if prompts * n > most:
         raise RequestError(
-            f"{prompts:,} prompts with n: {n:,} are {prompts * n:,} outputs, at most {most:,} are taken in one body "
-            "(--max-prompts, --max-n)",
+            f"{prompts:,} prompts with n: {n:,} are {prompts * n:,} outputs, but at most {most:,} are allowed in "
+            "one body (--max-prompts, --max-n)",
             "n",
         )
 
 
 def count_prompts(prompt: str | Sequence[object]) -> int:
-    """How many prompts a completion's `prompt` holds: a list of token ids is one."""
+    """The number of prompts in a completion's `prompt`; a list of token ids is one."""
     return 1 if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else len(prompt)
 
 
 def check_texts(texts: Iterable[str], limits: Limits, max_model_len: int, longest_token: int, field: str) -> None:
-    """Raise RequestError for a text that is longer than any prompt the model takes, before it is tokenized."""
+    """Raise RequestError for a text that is longer than any prompt the model can serve, before it is tokenized."""
     derived = limits.max_prompt_bytes is None
     most = max_model_len * longest_token if limits.max_prompt_bytes is None else limits.max_prompt_bytes
     for text in texts:
@@ -77,21 +77,21 @@ def check_texts(texts: Iterable[str], limits: Limits, max_model_len: int, longes
         if size > most:
             why = f" (--max-model-len {max_model_len:,} times the longest token; --max-prompt-bytes)"
             raise RequestError(
-                f"the prompt has {size:,} bytes, but at most {most:,} are taken"
+                f"the prompt has {size:,} bytes, but at most {most:,} are allowed"
                 + (why if derived else " (--max-prompt-bytes)"),
                 field,
             )
 
 
 def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
-    """Raise ApiError 503 if so many more requests would have the queue grow beyond its limit."""
+    """Raise ApiError 503 if `outputs` more requests would exceed --max-queue."""
     if limits.max_queue is None:
         return
     stats = client.total_stats
     waiting, slots = stats.core.waiting, client.ready.max_num_seqs
-    if isinstance(client, Router):
+    if client.replicas:
         slots *= sum(replica.dead is None for replica in client.replicas)
-    # Open requests are counted at once, those that wait only with the core's next message.
+    # Open requests are counted at once, waiting ones only with the core's next message.
     queue = max(stats.live + outputs - slots, waiting + outputs if waiting else 0)
     if queue <= limits.max_queue:
         return
@@ -100,8 +100,8 @@ def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
     wait = math.ceil(min(max(seconds * queue / max(slots, 1), 1), LONGEST_WAIT_S))
     raise ApiError(
         503,
-        f"{max(waiting, stats.live - slots, 0):,} requests wait already, and at most {limits.max_queue:,} may "
-        f"(--max-queue): try again in {wait} s",
+        f"the queue is full: {max(waiting, stats.live - slots, 0):,} requests wait, and at most {limits.max_queue:,} "
+        f"may (--max-queue); try again in {wait} s",
         code="queue_full",
         headers={"Retry-After": str(wait)},
     )

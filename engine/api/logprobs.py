@@ -1,7 +1,7 @@
-"""Logprobs on the wire: the object of completions and that of chats.
+"""Logprobs in responses: the object of completions and that of chats.
 
-A token is written as its text. One whose bytes are no text of their own, a piece of a character, is written as OpenAI's
-completions do, `bytes:` and each byte as `\\xNN`, so that two such pieces are never one key of an object.
+A token is written as its text. A token that is a part of a character is written as OpenAI's completions do, `bytes:`
+and each byte as `\\xNN`, so that two such tokens never have the same key.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from engine.frontend.detokenizer import LONGEST_CHARACTER, WindowDecoder
 from engine.frontend.streams import RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
 
-LOWEST_LOGPROB = -9999.0  # JSON knows no infinity
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 def clamp(logprob: float) -> float:
@@ -27,7 +27,7 @@ def token_id_text(token: int) -> str:
 
 
 def token_key(tokenizer: Tokenizer, token: int) -> str:
-    """A token as the key of an object: its text, or its bytes where they are none."""
+    """A token as a key: its text, or its bytes if they are not valid UTF-8."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()
@@ -36,10 +36,10 @@ def token_key(tokenizer: Tokenizer, token: int) -> str:
 
 
 class TextOffsets:
-    """Where in an output's text each of its tokens begins, counted in characters, token by token.
+    """The offset of each token in the text of an output, in characters; computed token by token.
 
-    A piece of a character begins where the character does. A special token that isn't shown begins where the next one
-    does.
+    All tokens of a character have the offset of the character. A special token that is not in the text has the offset
+    of the next token.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TextOffsets:
         start: characters of text before the first token, e.g. of an echoed prompt.
         prompt: the tokens before the first one.
         skip_special: whether special tokens are left out of the text.
-        hidden: so many of the first tokens are left out of it, whatever they are.
+        hidden: number of first tokens that are left out of the text.
         """
         self._hidden = hidden
         self._at = start
@@ -67,7 +67,7 @@ class TextOffsets:
             self._window = WindowDecoder(tokenizer, skip_special, list(prompt[-LONGEST_CHARACTER:]))
 
     def next(self, token: int) -> int:
-        """Take the next token; returns where it begins."""
+        """Add the next token; returns its offset."""
         begin = self._at
         if self._hidden:
             self._hidden -= 1
@@ -78,7 +78,7 @@ class TextOffsets:
         data = b"" if token in self._skip else self._piece(token)
         decode, state = self._decoder.decode, self._decoder.getstate
         if data and state()[0]:
-            # The first byte goes on with a character, or breaks it off: then U+FFFD stands for what came of it.
+            # The first byte continues a character, or cuts it off; U+FFFD then stands for the incomplete character.
             first = decode(data[:1])
             if len(first) == 2 or (first and state()[0]):
                 begin += 1
@@ -89,7 +89,7 @@ class TextOffsets:
 
     @classmethod
     def of_output(cls, tokenizer: Tokenizer, stream: RequestStream, index: int, start: int = 0) -> "TextOffsets":
-        """The offsets of output `index` of a stream, whose text has `start` characters before the first token."""
+        """For output `index` of a stream, whose text has `start` characters before the first token."""
         prompt = stream.prompts[index // stream.params.n]
         known = prompt if isinstance(prompt, list) else ()
         return cls(tokenizer, start=start, prompt=known, skip_special=stream.params.skip_special_tokens)
@@ -103,12 +103,12 @@ def completion_logprobs(
     *,
     as_token_ids: bool = False,
 ) -> dict[str, Any]:
-    """Logprobs as completions show them.
+    """Logprobs in the form of completions.
 
     Args:
-        entries: of the tokens in order.
-        offsets: where they begin; moves on with them.
-        text_length: characters of the whole text, once it is known. A stop string may cut off the text of tokens.
+        entries: of the tokens, in order.
+        offsets: of the output so far; advanced by these tokens.
+        text_length: characters of the whole text, once known. It limits offsets, as a stop string may cut off tokens.
         as_token_ids: write each token as `token_id:N`.
     """
 
@@ -141,11 +141,11 @@ def echoed_logprobs(
     *,
     as_token_ids: bool = False,
 ) -> dict[str, Any]:
-    """Logprobs of a completion's prompt; the first token has none, since nothing comes before it.
+    """Logprobs of an echoed prompt; its first token has none.
 
     Args:
         prompt: token ids.
-        scored: of each of them; those from the second on, where they are known.
+        scored: logprobs of each; those of the first token are ignored.
         offsets, text_length: of the echoed prompt.
         as_token_ids: write each token as `token_id:N`.
     """
@@ -154,29 +154,29 @@ def echoed_logprobs(
     rest = [entry for entry in scored[1:] if entry is not None]
     found = completion_logprobs(tokenizer, rest, offsets, text_length, as_token_ids=as_token_ids)
     nothing = {"text_offset": begin, "token_logprobs": None, "tokens": first, "top_logprobs": None}
-    return joined({name: [value] for name, value in nothing.items()}, found)
+    return concatenate({name: [value] for name, value in nothing.items()}, found)
 
 
-def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The logprobs of a completion, of two stretches of it."""
+def concatenate(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Concatenate the logprobs of two parts of a completion."""
     return {name: one[name] + other[name] for name in one}
 
 
-def at_most(entries: Iterable[TokenLogprob | None], top: int) -> list[TokenLogprob | None]:
-    """The entries with so many alternatives."""
+def limit_alternatives(entries: Iterable[TokenLogprob | None], top: int) -> list[TokenLogprob | None]:
+    """The entries with at most `top` alternatives."""
     return [entry and msgspec.structs.replace(entry, top=entry.top[:top]) for entry in entries]
 
 
 def prompt_logprobs(
     tokenizer: Tokenizer, scored: Iterable[TokenLogprob | None], top: int
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """The logprobs of a prompt as vLLM shows them: a map of ids for each, its own first; null for the first one."""
+    """vLLM's prompt_logprobs: a map of token ids for each token, its own id first; null for the first token."""
 
     def shown(token: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": clamp(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
 
     found: list[dict[str, dict[str, Any]] | None] = []
-    for entry in at_most(scored, top):
+    for entry in limit_alternatives(scored, top):
         if entry is None:
             found.append(None)
             continue
@@ -190,7 +190,7 @@ def prompt_logprobs(
 def chat_logprobs(
     tokenizer: Tokenizer, entries: Iterable[TokenLogprob], *, as_token_ids: bool = False
 ) -> dict[str, Any]:
-    """Logprobs as chats show them: lists, where each token has its bytes beside its text."""
+    """Logprobs in the form of chats: lists, where each token has its text and its bytes."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token)

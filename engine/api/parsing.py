@@ -1,4 +1,4 @@
-"""From the bytes of a request to its fields: msgspec refuses a wrong type by the name of its field."""
+"""Decoding of request bodies; errors name the field."""
 
 import re
 from typing import Any, TypeVar
@@ -19,21 +19,21 @@ _place = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL
 def parse(data: bytes, kind: type[Body]) -> Body:
     """Decode a request body.
 
-    Numbers may be written as pydantic's servers take them: 4.0 or "4" for an integer, 1 for true.
+    As in servers that use pydantic, an integer may be written as 4.0 or "4", and true as 1.
 
     Args:
         data: the body, JSON in UTF-8.
         kind: the struct of its fields.
 
     Raises:
-        RequestError: the body can't be read; the message names the field where it is one.
+        RequestError: the body is not valid; the message names the field if possible.
     """
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind, strict=False)
         _field_names[kind] = frozenset(field.encode_name for field in msgspec.structs.fields(kind))
     try:
-        data.isascii() or data.decode()  # msgspec skips what it doesn't need without a look at its bytes
+        data.isascii() or data.decode()  # msgspec does not check the bytes of fields that it skips
         body: Body = decoder.decode(data)
         given = _raw_fields.decode(data)
         unknown = given.keys() - _field_names[kind]
@@ -43,8 +43,8 @@ def parse(data: bytes, kind: type[Body]) -> Body:
         raise _refusal(str(error)) from error
     except msgspec.DecodeError as error:
         what = str(error)
-        if "truncated" in what:  # also msgspec's word for "\ud800" at the end of a text
-            what = "it ends early, or a text holds half of a surrogate pair"
+        if "truncated" in what:  # msgspec's message also for "\ud800" at the end of a text
+            what = "it ends early, or a text contains a lone surrogate"
         raise RequestError(f"the body isn't valid JSON: {what}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"the body isn't valid UTF-8: {error.reason} at byte {error.start}") from error
@@ -54,7 +54,7 @@ def parse(data: bytes, kind: type[Body]) -> Body:
 
 
 def _refusal(text: str) -> RequestError:
-    """What a ValidationError says, with the field in front."""
+    """The message of a ValidationError, with the field first."""
     match = _place.match(text)
     assert match is not None
     what, field = match["what"], match["field"]

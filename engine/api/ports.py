@@ -1,4 +1,4 @@
-"""The server's port: taken before the model is loaded, and answered with 503 until the server is up."""
+"""The server's port: bound before the model is loaded, and answered with 503 until the server is up."""
 
 import contextlib
 import errno
@@ -12,31 +12,31 @@ from types import TracebackType
 
 from engine.errors import RedlineError
 
-BACKLOG = 2048  # connections that the kernel keeps until they are accepted, as uvicorn has it
+BACKLOG = 2048  # connections that the kernel keeps until they are accepted; uvicorn's default
 STARTING = (
     b'{"error":{"message":"the server is starting","type":"server_error","param":null,"code":"starting"},'
     b'"status":"starting"}'
 )
-ANSWER = (
+RESPONSE = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
     b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(STARTING), STARTING)
 )
-PATIENCE_S = 1.0  # a client that connects has so long to send its request
+PATIENCE_S = 1.0  # for a client to send its request
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the port before a model is loaded for nothing; RedlineError if it can't be had.
+    """Bind and listen, so that a port in use is found before a model is loaded; RedlineError if it is.
 
-    The socket listens: two servers can bind one port as long as none does, and the second would fail after loading.
+    The socket must listen: two servers can bind one port while none listens, and the second would fail after loading.
     """
     return _bind(host, port, shared=False)
 
 
 def bind_all(host: str, port: int, count: int) -> list[socket.socket]:
-    """Take the port for several processes, a socket each, all bound to it; RedlineError if it can't be had.
+    """Bind one socket per process to the port; RedlineError if it is in use.
 
-    On Linux the kernel deals connections out among the sockets that listen: only the first does until the others are
-    served. Elsewhere all processes listen on the same one.
+    On Linux, the kernel distributes connections among the sockets that listen. Only the first one listens until its
+    process serves, then the others. On other systems, all processes listen on the same socket.
     """
     first = bind(host, port)
     if count == 1:
@@ -75,7 +75,7 @@ _claims: list[socket.socket] = []  # held until the process ends
 
 
 def _claim(address: str, port: int) -> None:
-    """Keep other servers that share their ports off this one: the kernel would deal connections out to them too."""
+    """Keep other servers that share ports from sharing this one: they would get a part of its connections."""
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         claim.bind(f"\0redline-{address}-{port}")
@@ -87,15 +87,17 @@ def _claim(address: str, port: int) -> None:
 
 def cannot_listen(host: str, port: int, error: OSError) -> RedlineError:
     if error.errno == errno.EADDRINUSE:
-        return RedlineError(f"port {port} on {host} is in use: stop what listens there, or give another --port")
+        return RedlineError(
+            f"port {port} on {host} is in use: stop the process that listens there, or use another --port"
+        )
     return RedlineError(f"can't listen on {host}:{port}: {error.strerror or error} (--host, --port)")
 
 
-class StartingAnswers:
-    """Answers every request on a listening socket with 503 while the server starts, from a thread of its own.
+class StartingResponder:
+    """Answers every request on a listening socket with 503 while the server starts, from a separate thread.
 
-    Without it clients would connect and then wait for as long as the model takes to load. `with` begins and ends it;
-    the socket goes on listening. `tls` is the context of a server that speaks HTTPS.
+    Otherwise clients would connect and wait while the model loads. A context manager; the socket still listens
+    afterwards. `tls` is the context for HTTPS.
     """
 
     def __init__(self, listener: socket.socket, tls: ssl.SSLContext | None = None):
@@ -129,8 +131,8 @@ class StartingAnswers:
     def _answer(self, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE_S)
         with connection if self._tls is None else self._tls.wrap_socket(connection, server_side=True) as connection:
-            connection.recv(1 << 16)  # what isn't read would reset the connection, and the answer with it
-            connection.sendall(ANSWER)
+            connection.recv(1 << 16)  # unread data would reset the connection before the response is sent
+            connection.sendall(RESPONSE)
             connection.shutdown(socket.SHUT_WR)
             end = time.monotonic() + PATIENCE_S
             while connection.recv(1 << 16) and time.monotonic() < end:  # the rest of a body

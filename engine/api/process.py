@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import children
-from engine.api.options import HttpOptions
+from engine.api.http_options import HttpOptions
 from engine.children import Failure, ReportingChild, Up
 from engine.frontend.connect import CoreAddress
 
@@ -126,8 +126,8 @@ def main() -> int:
 
 def connect(options: ApiProcessOptions) -> "EngineClient":
     from engine.frontend.connect import connect
-    from engine.frontend.generation import GenerationDefaults
-    from engine.frontend.stats import Board
+    from engine.frontend.front_end_stats import Board
+    from engine.frontend.generation_defaults import GenerationDefaults
     from engine.frontend.tokenizer import load_tokenizer
 
     vocab_size = options.cores[0].ready.vocab_size
@@ -147,24 +147,22 @@ def connect(options: ApiProcessOptions) -> "EngineClient":
 
 async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable[[], None]) -> None:
     """Serve HTTP until the parent's `finish` or `end`."""
-    from engine.api.server import LAST_WORDS_S, HttpSide
+    from engine.api.http_server import LAST_WORDS_S, HttpServer
     from engine.api.state import ApiState
-    from engine.frontend.logs import log_request
+    from engine.frontend.logs import RequestLog
 
     loop = asyncio.get_running_loop()
-    client.open()
-    if options.log_requests:
-        client.on_ended = log_request
+    client.open(RequestLog() if options.log_requests else None)
     state = ApiState(client, options.names, options.http, options.created, sampling_defaults=options.sampling_defaults)
-    side = HttpSide(state, socket.socket(fileno=options.listener))
+    side = HttpServer(state, socket.socket(fileno=options.listener))
 
     def execute(line: str) -> None:
         word, _, cause = line.partition(" ")
         if word == "lose":
             replica, _, cause = cause.partition(" ")
-            client.lose(int(replica), cause)
+            client.core_lost(int(replica), cause)
         elif word == "end":
-            client.die(cause)
+            client.fail_all(cause)
             side.end(LAST_WORDS_S)
         else:
             side.finish()

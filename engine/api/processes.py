@@ -15,12 +15,11 @@ from typing import Any
 
 import msgspec
 
+from engine.api.http_server import FORCED_GRACE_S
 from engine.api.process import ApiProcess, ApiProcessOptions
-from engine.api.server import FORCED_GRACE_S
 from engine.errors import RedlineError
 from engine.frontend.connect import EngineClient
-from engine.frontend.router import Router
-from engine.frontend.stats import Board
+from engine.frontend.front_end_stats import Board
 
 log = logging.getLogger("redline.api")
 
@@ -126,8 +125,10 @@ class ApiProcesses:
             board.stats[options.front_end].load = 0
         first = options.first_sequence // GENERATION * GENERATION + GENERATION
         place.options = msgspec.structs.replace(options, first_sequence=first)
-        cores = client.replicas if isinstance(client, Router) else (client,)
-        calls = [core.call("drop_front_end", front_end=options.front_end, first_sequence=first) for core in cores]
+        cores = client.replicas or (client,)
+        calls = [
+            core.call_utility("drop_front_end", front_end=options.front_end, first_sequence=first) for core in cores
+        ]
         # A core that is gone has no requests. A core that hangs gets the message when it continues.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), ABORT_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible request bodies, chats apart (`chat_protocol`): what clients may send, and what is refused."""
+"""The request bodies of completions and detokenize, and the fields that chats share (see `chat_protocol`)."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import msgspec
 
 from engine.errors import RequestError
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's
 
@@ -18,12 +18,12 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
-# A token id in a key; no id has more digits. What is no token of the model is refused where its vocabulary is known.
+# A token id as a key of an object. Whether it is in the vocabulary is checked later.
 _token_id = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
 
 class SampledRequest(msgspec.Struct, kw_only=True):
-    """What completions and chats have in common."""
+    """The fields that completions and chats have in common."""
 
     model: str | None = None
     n: int | None = None
@@ -57,7 +57,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     user: str | None = None
 
     def sampling_params(self, defaults: Mapping[str, int | float], **more: int | None) -> SamplingParams:
-        """What the body says, over the server's defaults; `more` are fields that it says in its own way."""
+        """The SamplingParams of the body, over the server's defaults; `more`: fields with another name in the body."""
         given = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             if not all(_token_id.fullmatch(token) for token in self.logit_bias):
@@ -67,7 +67,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
         return SamplingParams(**{"max_tokens": None, **defaults, **given})
 
     def check_common(self) -> None:
-        """Refuse fields that contradict each other, or can't hold on any server."""
+        """Refuse fields that contradict each other or are out of range."""
         options = self.stream_options
         if not self.stream and options is not None and options != StreamOptions():
             raise RequestError("stream_options needs stream: true", "stream_options")
@@ -75,7 +75,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
             raise RequestError(f"priority must lie in -2^31..2^31 - 1, not {self.priority:.3g}", "priority")
 
 
-# Fields that mean the same in a body and in SamplingParams.
+# Fields with the same name and meaning in a body and in SamplingParams.
 SAMPLING_FIELDS = (
     "n",
     "temperature",
@@ -110,16 +110,16 @@ class CompletionRequest(SampledRequest, kw_only=True):
 
     @property
     def top_logprobs(self) -> int | None:
-        """How many alternatives a token has; `false` is what chats say for none, `true` for one."""
+        """The number of alternatives per token; None: no logprobs. As in chats, `false` is none, and `true` is one."""
         return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
     @property
     def echo_only(self) -> bool:
-        """Whether the prompt alone is asked for: the one token that is generated isn't shown."""
+        """Whether only the prompt is returned; the one token that is generated is not."""
         return bool(self.echo) and self.max_tokens == 0
 
     def params(self, defaults: Mapping[str, int | float]) -> SamplingParams:
-        """How to continue the prompts; an echo has the logprobs of the prompt too."""
+        """The SamplingParams; an echo with logprobs includes those of the prompt."""
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         found = self.sampling_params(defaults, max_tokens=max_tokens or int(self.echo_only), logprobs=self.top_logprobs)
         if not self.echo or self.top_logprobs is None:
@@ -127,7 +127,7 @@ class CompletionRequest(SampledRequest, kw_only=True):
         return replace(found, prompt_logprobs=max(self.top_logprobs, self.prompt_logprobs or 0))
 
     def check(self) -> None:
-        """Refuse what isn't served yet, by name."""
+        """Refuse what is not supported, with the field."""
         self.check_common()
         if self.suffix:
             raise RequestError("suffix is not supported", "suffix")
@@ -135,7 +135,7 @@ class CompletionRequest(SampledRequest, kw_only=True):
             raise RequestError("best_of other than n is not supported", "best_of")
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts as texts or token ids, whichever of the four forms they came in."""
+        """The prompts as texts or token ids, from any of the four forms."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:

@@ -1,4 +1,4 @@
-"""The bytes of answers. A streamed chunk is a template made once a request, with the delta's text put in."""
+"""The bytes of responses. A streamed chunk is a template, made once per request, with the text of a delta."""
 
 import time
 import uuid
@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs, joined
+from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs, concatenate
 from engine.api.protocol import SampledRequest, StreamOptions
 from engine.api.shown_prompts import EchoedPrompts, ShownPrompts
 from engine.frontend.streams import Delta, RequestStream, TokenLogprob
@@ -27,10 +27,10 @@ def usage(stream: RequestStream, completion_tokens: int) -> dict[str, Any]:
 
 
 class ChunkOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What chunks show beside the text."""
+    """What chunks contain besides the text."""
 
-    include_usage: bool = False  # once, after the last delta
-    continuous_usage: bool = False  # in every chunk too
+    include_usage: bool = False  # in a chunk after the last delta
+    continuous_usage: bool = False  # also in every chunk
     token_ids: bool = False
     as_token_ids: bool = False  # tokens of logprobs are written as `token_id:N`
 
@@ -49,7 +49,7 @@ def chunk_options(body: SampledRequest) -> ChunkOptions:
 
 
 class Chunks:
-    """Renders the server-sent events of one streamed request: one chunk a delta, also where its text is empty."""
+    """Renders the server-sent events of one streamed request: one chunk per delta, also if its text is empty."""
 
     def __init__(
         self,
@@ -62,10 +62,16 @@ class Chunks:
         echo: Callable[[int], str] | None = None,
         prompts: ShownPrompts | None = None,
     ):
-        """What chunks are made of.
+        """Prepare the templates.
 
-        `head` is what all chunks begin with (id, object, …); `echo` gives the text shown before output `index`;
-        `prompts` is what else the first chunk of an output shows of its prompt.
+        Args:
+            stream: of the request.
+            tokenizer: for logprobs.
+            head: the fields that all chunks begin with (id, object, …).
+            chat: the form of chats; otherwise that of completions.
+            options: what chunks contain besides the text.
+            echo: returns the text shown before the output of an index.
+            prompts: what the first chunk of an output contains about its prompt.
         """
         self._stream = stream
         self._tokenizer = tokenizer
@@ -89,11 +95,11 @@ class Chunks:
             + b"}\n\n"
         )
         self._tokens = 0
-        self._offsets: dict[int, TextOffsets] = {}  # by output, where logprobs are shown
-        self._shown: dict[int, int] = {}  # characters of its text so far
+        self._offsets: dict[int, TextOffsets] = {}  # by output, for logprobs
+        self._shown: dict[int, int] = {}  # by output, characters of its text so far
 
     def render_all(self, deltas: list[Delta]) -> bytes:
-        """All that is new since the last write, as one piece of bytes."""
+        """All deltas since the last write, as one string of bytes."""
         return self.render(deltas[0]) if len(deltas) == 1 else b"".join(map(self.render, deltas))
 
     def render(self, delta: Delta) -> bytes:
@@ -107,7 +113,7 @@ class Chunks:
         return begin + encode(delta.text) + self._rest(delta)
 
     def _render_first(self, delta: Delta) -> bytes:
-        """The first delta of an output, with what is shown of its prompt."""
+        """The first delta of an output, with fields about its prompt."""
         scored, about = None, {}
         if self._prompts is not None:
             about = self._prompts.fields(delta.index)
@@ -119,7 +125,7 @@ class Chunks:
         return begin + encode(delta.text) + self._rest(delta, scored, about)
 
     def _first(self, delta: Delta) -> bytes:
-        """What the first chunk of an output begins with: a chat's names the role; later ones are remembered."""
+        """The beginning of an output's first chunk, in chats with the role; also keeps that of its later chunks."""
         choice = self._head + b',"choices":[{"index":%d,' % delta.index
         if self._chat:
             self._begins[delta.index] = choice + b'"delta":{"content":'
@@ -130,14 +136,14 @@ class Chunks:
         return self._begins[delta.index]
 
     def _rest(self, delta: Delta, scored: dict[str, Any] | None = None, about: dict[str, Any] | None = None) -> bytes:
-        """The fields behind the text; `scored`: logprobs of an echoed prompt; `about`: what else is shown of it."""
+        """The fields after the text; `scored`: logprobs of an echoed prompt; `about`: other fields about the prompt."""
         fields: dict[str, Any] = {"logprobs": None, "finish_reason": delta.finish_reason}
         if delta.finish_reason is not None or not self._chat:
             fields["stop_reason"] = delta.stop_reason
         if delta.logprobs is not None:
             fields["logprobs"] = self._logprobs(delta, delta.logprobs)
             if scored is not None:
-                fields["logprobs"] = joined(scored, fields["logprobs"])
+                fields["logprobs"] = concatenate(scored, fields["logprobs"])
         if self._token_ids:
             fields["token_ids"] = delta.token_ids
         after: dict[str, Any] = {}
@@ -161,12 +167,12 @@ class Chunks:
         return completion_logprobs(self._tokenizer, entries, offsets, length, as_token_ids=self._as_token_ids)
 
     def end(self) -> bytes:
-        """The event after the last delta: usage, if it was asked for."""
+        """The event after the last delta: usage, if requested."""
         if not self._include_usage:
             return b""
         return self._head + b',"choices":[],"usage":' + encode(usage(self._stream, self._tokens)) + b"}\n\n"
 
 
 def new_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
-    """The fields that all chunks of an answer share."""
+    """The fields that all chunks of a response have."""
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}

@@ -1,4 +1,4 @@
-"""The outermost layer of the application: every answer carries its request's id, and no failure gets past it."""
+"""The outermost middleware: every response has the id of its request, and every exception becomes a response."""
 
 import logging
 import uuid
@@ -6,16 +6,16 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.api.errors import ApiError
+from engine.api.error_responses import ApiError
 
 HEADER = b"x-request-id"
-LONGEST_ID = 512  # bytes; of a longer one nothing is echoed
+LONGEST_ID = 512  # bytes; a longer one is replaced
 
 log = logging.getLogger("redline.api")
 
 
 class RequestId:
-    """Echoes X-Request-Id, or makes one up, and answers 500 to what the application raises."""
+    """Adds X-Request-Id to responses, and answers exceptions of the application with 500."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -24,7 +24,7 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = id_of(scope)
+        request_id = request_id_of(scope)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -37,16 +37,16 @@ class RequestId:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            return  # while it sent its body: there is nobody to answer
+            return  # the client left while it sent its body
         except Exception as error:
             if started:
-                raise  # the server cuts the connection, which no client takes for the end of an answer
+                raise  # the server closes the connection, which clients do not mistake for the end of a response
             log.error("request %.100r", request_id.decode("latin-1"))
-            await ApiError.of(error).response()(scope, receive, send_with_id)
+            await ApiError.from_exception(error).response()(scope, receive, send_with_id)
 
 
-def id_of(scope: Scope) -> bytes:
-    """The id that a client gave its request, or a new one."""
+def request_id_of(scope: Scope) -> bytes:
+    """The client's id of the request, or a new one."""
     given = next((value for name, value in scope["headers"] if name == HEADER), b"")
     usable = 0 < len(given) <= LONGEST_ID and all(0x20 <= byte != 0x7F for byte in given)
     return given if usable else b"req-" + uuid.uuid4().hex.encode()

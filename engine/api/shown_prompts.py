@@ -1,18 +1,18 @@
-"""What an answer shows of its prompts: an echo, with or without logprobs, vLLM's prompt_logprobs, token ids."""
+"""The fields of a response about its prompts: an echo, logprobs of an echo, vLLM's prompt_logprobs, token ids."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from engine.api.logprobs import TextOffsets, at_most, echoed_logprobs, prompt_logprobs
+from engine.api.logprobs import TextOffsets, echoed_logprobs, limit_alternatives, prompt_logprobs
 from engine.api.protocol import CompletionRequest, SampledRequest
-from engine.frontend.streams import Delta, RequestStream, TokenLogprob, Whole
+from engine.frontend.streams import CollectedOutput, Delta, RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
 
-LONG = 2048  # logprobs of prompts are written on a thread: streams go on meanwhile
+LONG = 2048  # from so many logprobs on, a response is rendered on a thread, so that streams continue
 
 
 class ShownPrompts:
-    """The prompts of one request, by the outputs that they are shown with."""
+    """The prompts of one request, by output."""
 
     def __init__(self, tokenizer: Tokenizer, stream: RequestStream, body: SampledRequest):
         self._tokenizer = tokenizer
@@ -22,12 +22,12 @@ class ShownPrompts:
 
     @property
     def long(self) -> bool:
-        """Whether writing the logprobs of the prompts takes long."""
+        """Whether rendering the logprobs of the prompts takes long."""
         scored = self._stream.prompt_logprobs.values()
         return sum(len(one) for one in scored) * (1 + (self._stream.params.prompt_logprobs or 0)) >= LONG
 
     def fields(self, index: int) -> dict[str, Any]:
-        """What an answer says of the prompt of an output: nothing, unless it was asked for."""
+        """The fields about the prompt of an output that the request asks for."""
         found: dict[str, Any] = {}
         if self._top is not None:
             found["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._scored(index), self._top)
@@ -40,7 +40,7 @@ class ShownPrompts:
 
 
 class EchoedPrompts(ShownPrompts):
-    """The prompts of completions, which echo them where they were asked to."""
+    """The prompts of a completion, which may be echoed."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class EchoedPrompts(ShownPrompts):
         body: CompletionRequest,
         given: Sequence[str | list[int]],
     ):
-        """`given`: the prompts as they are echoed, texts or token ids."""
+        """`given`: the prompts to echo, texts or token ids."""
         super().__init__(tokenizer, stream, body)
         self._given = given
         self._only = body.echo_only
@@ -59,32 +59,32 @@ class EchoedPrompts(ShownPrompts):
         self.echoes = bool(body.echo)
 
     def text(self, index: int) -> str:
-        """The text before output `index`."""
+        """The text shown before output `index`."""
         one = self._given[index // self._stream.params.n]
         return one if isinstance(one, str) else self._tokenizer.decode(one, self._stream.params.skip_special_tokens)
 
     def logprobs(self, index: int) -> dict[str, Any] | None:
-        """The logprobs of that text; None where they aren't asked for."""
+        """The logprobs of that text; None if they are not requested."""
         if not self.echoes or self._echo_top is None:
             return None
         number = index // self._stream.params.n
         prompt = self._stream.prompts[number]
-        assert isinstance(prompt, list), "a text whose logprobs are asked for was not tokenized"
+        assert isinstance(prompt, list), "a prompt with logprobs was not tokenized"
         text = isinstance(self._given[number], str)
         offsets = TextOffsets(
             self._tokenizer,
             skip_special=not text and self._stream.params.skip_special_tokens,
             hidden=self._leading if text else 0,
         )
-        scored, length = at_most(self._scored(index), self._echo_top), len(self.text(index))
+        scored, length = limit_alternatives(self._scored(index), self._echo_top), len(self.text(index))
         return echoed_logprobs(self._tokenizer, prompt, scored, offsets, length, as_token_ids=self._as_token_ids)
 
-    def cut(self, output: Whole | Delta) -> None:
-        """Take the generated token out of an answer that is to show the prompt alone."""
+    def cut(self, output: CollectedOutput | Delta) -> None:
+        """Remove the generated token from a response that is to have the prompt only."""
         if not self._only:
             return
         output.token_ids = []
-        if isinstance(output, Whole):
+        if isinstance(output, CollectedOutput):
             output.texts, output.logprobs = [], []
         else:
             output.text = ""

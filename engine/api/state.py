@@ -1,4 +1,4 @@
-"""What the endpoints share."""
+"""ApiState, which all endpoints share."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -11,24 +11,23 @@ from starlette.requests import Request
 
 from engine.api.body import Body, read_json
 from engine.api.chat_protocol import ChatRequest
-from engine.api.errors import ApiError
+from engine.api.error_responses import ApiError
+from engine.api.http_options import HttpOptions, Limits
 from engine.api.limits import check_queue, check_request, check_texts
-from engine.api.options import HttpOptions, Limits
 from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.prompts import Prompt, Text
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Origin
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import encode_end, kept_tokens, truncate
 
-# Longer texts are tokenized on a thread: the library lets go of the interpreter, and streams go on meanwhile.
+# Longer texts are tokenized on a thread. The library releases the GIL, so streams continue meanwhile.
 LONG_TEXT = 4096
-SHORT_FIELDS = frozenset({"role", "content", "name"})  # of a message: those whose length is known beforehand
-MANY_MESSAGES = 32  # are rendered on a thread too, as templates are programs in Python
-# Threads that tokenize and render: more would take the cores from the engine.
-TEXT_THREADS = 2
+SHORT_FIELDS = frozenset({"role", "content", "name"})  # fields of a message whose length is checked
+MANY_MESSAGES = 32  # from here on, a chat is rendered on a thread too
+TEXT_THREADS = 2  # to tokenize and render; more would take cores from the engine
 
 Result = TypeVar("Result")
 Served = TypeVar("Served", CompletionRequest, ChatRequest)
@@ -36,19 +35,18 @@ Served = TypeVar("Served", CompletionRequest, ChatRequest)
 
 @dataclass
 class ApiState:
-    """One API server: its client of the engine, and what it calls its model."""
+    """The state of one API process: its client of the engine, its options, and the names of its models."""
 
     client: EngineClient
-    names: tuple[str, ...]  # the first is shown, all are accepted
+    names: tuple[str, ...]  # of the model; all are accepted, responses show the first
     options: HttpOptions = field(default_factory=HttpOptions)
     created: int = 0  # of the model card, seconds since 1970
-    model_info: dict[str, Any] = field(default_factory=dict)
-    sampling_defaults: dict[str, int | float] = field(default_factory=dict)  # of requests, by fields of SamplingParams
-    adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as the core last said
+    sampling_defaults: dict[str, int | float] = field(default_factory=dict)  # by fields of SamplingParams
+    adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as last reported by the core
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
-        self._longest_token = self.tokenizer.longest_token  # found now rather than by the first request
+        self._longest_token = self.tokenizer.longest_token  # computed at the start, not by the first request
 
     @property
     def model(self) -> str:
@@ -59,7 +57,7 @@ class ApiState:
         return self.client.tokenizer
 
     async def adapter_of(self, name: str | None) -> str:
-        """The adapter that a request's model names, "" for none; ApiError if neither a model nor an adapter does."""
+        """The adapter that a request's `model` names, "" for the base model; ApiError 404 if there is none."""
         if not name or name in self.names:
             return ""
         if name not in self.adapters:  # another API process may have loaded it
@@ -71,11 +69,11 @@ class ApiState:
         return name
 
     async def refresh_adapters(self) -> None:
-        """Ask the core which adapters it serves."""
-        self.adapters = await self.client.call("adapters")
+        """Get the adapters from the core."""
+        self.adapters = await self.client.call_utility("adapters")
 
     def origin(self, request: Request, head: dict[str, Any]) -> Origin:
-        """Whose request it is; `head` are the first fields of its answer."""
+        """The origin of a request; `head` has the first fields of its response."""
         client = request.client
         return Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
 
@@ -86,28 +84,28 @@ class ApiState:
         return self.options.limits
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
-        """Receive and decode a body; ApiError or RequestError if it can't be taken."""
+        """Receive and decode a body; ApiError or RequestError if it is not valid."""
         return await read_json(request, kind, self.limits)
 
     async def read_request(self, request: Request, kind: type[Served]) -> Served:
-        """As `read`, for a request to the model, which must keep to the limits and find room in the queue."""
+        """As `read`, and check the limits of requests to the model and of the queue."""
         body = await self.read(request, kind)
         check_request(body, self.limits, self.client.ready.max_model_len)
         self.check_queue(1)
         return body
 
     def check_queue(self, outputs: int) -> None:
-        """Raise ApiError 503 if so many more requests would have the queue grow beyond its limit."""
+        """Raise ApiError 503 if `outputs` more requests would exceed --max-queue."""
         check_queue(self.client, self.limits, outputs)
 
     def check_texts(self, texts: Sequence[str], field: str) -> None:
-        """Raise RequestError for a text that is longer than any prompt the model takes."""
+        """Raise RequestError for a text that is longer than any prompt the model can serve."""
         check_texts(texts, self.limits, self.client.ready.max_model_len, self._longest_token, field)
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
     async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[Prompt]:
-        """Prompts as the core wants them: token ids, or the texts where it tokenizes itself."""
+        """Prompts for the core: token ids, or texts if the core tokenizes."""
         texts = [one for one in given if isinstance(one, str)]
         self.check_texts(texts, "prompt")
         if self.client.ready.inline:
@@ -119,7 +117,7 @@ class ApiState:
         return [self.tokenizer.encode(one, add_special_tokens) if isinstance(one, str) else one for one in given]
 
     async def prompt(self, text: str, add_special_tokens: bool, others: int = 0) -> Prompt:
-        """One prompt as the core wants it; `others` are the characters of prompts that are tokenized beside it."""
+        """One prompt for the core; `others` is the number of characters of prompts that are tokenized with it."""
         self.check_texts((text,), "prompt")
         if self.client.ready.inline:
             return Text(text, add_special_tokens)
@@ -134,9 +132,9 @@ class ApiState:
     async def fit(
         self, given: str | list[int], add_special_tokens: bool, params: SamplingParams
     ) -> tuple[list[int], bool]:
-        """The token ids of a prompt, truncated where its request asks for it, and whether it was.
+        """The token ids of a prompt, truncated as its request asks, and whether a part was cut off.
 
-        RequestError if it can't be.
+        RequestError if the truncation is out of range.
         """
         keep = kept_tokens(params, self.client.ready.max_model_len)
         if keep is None:
@@ -153,12 +151,12 @@ class ApiState:
         return kept, cut or len(kept) < len(ids)
 
     def check_template(self, template: str | None) -> None:
-        """Refuse a template of a request's own, unless this server takes such: it is a program, and may never end."""
+        """Refuse a template sent in a request without --trust-request-chat-template: a template may run forever."""
         known = self.tokenizer.template
         named = template is not None and known is not None and known.is_named(template)
         if template and not named and not self.options.trust_request_chat_template:
             raise RequestError(
-                "chat_template: this server runs no templates of requests (--trust-request-chat-template)",
+                "chat_template: this server does not run templates sent in requests (--trust-request-chat-template)",
                 "chat_template",
             )
 
@@ -171,21 +169,25 @@ class ApiState:
         add_special_tokens: bool = False,
         **options: Any,
     ) -> Prompt:
-        """A conversation as the core wants it (see `Tokenizer.render_chat`), truncated as its request asks.
+        """A conversation as a prompt for the core, truncated as its request asks.
 
-        as_ids: the front end must know its token ids.
+        Args:
+            messages: of the conversation.
+            params: of the request.
+            as_ids: tokenize here even if the core tokenizes.
+            add_special_tokens: add them although the template has usually written them.
+            options: of `Tokenizer.render_chat`.
         """
         written = await self.render_chat(messages, **options)
         if as_ids:
             return (await self.fit(written, add_special_tokens, params))[0]
-        # A template has written all special tokens already, as a rule.
         return await self.prompt(written, add_special_tokens) if isinstance(written, str) else written
 
     async def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
-        """See `Tokenizer.render_chat`; on a thread where it may take long."""
+        """See `Tokenizer.render_chat`; on a thread if it may take long."""
         texts = list(message_texts(messages))
         self.check_texts(texts, "messages")
-        # Tools may be of any length, and calls of them.
+        # Tools and tool calls may be of any length.
         short = all(value is None or isinstance(value, bool) for value in options.values())
         short &= all(message.keys() <= SHORT_FIELDS for message in messages)
         if short and sum(map(len, texts)) < LONG_TEXT and len(messages) < MANY_MESSAGES:
@@ -193,7 +195,7 @@ class ApiState:
         return await self.on_thread(self.tokenizer.render_chat, messages, **options)
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text that is no prompt: of any number, as long as its bytes could be one."""
+        """Token ids of a text for /tokenize: any number, if its bytes could be a prompt."""
         self.check_texts((text,), "prompt")
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens)
@@ -206,18 +208,18 @@ class ApiState:
         return await self.on_thread(self.tokenizer.decode, ids, skip_special_tokens=False)
 
     async def token_texts(self, ids: list[int]) -> list[str]:
-        """Each token as a text of its own."""
+        """The text of each token."""
         if len(ids) < LONG_TEXT:
             return list(map(self.tokenizer.token_text, ids))
         return await self.on_thread(lambda: list(map(self.tokenizer.token_text, ids)))
 
     async def on_thread(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-        """Run on one of the few threads for texts; streams go on meanwhile."""
+        """Run on one of the text threads, so that streams continue meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *arguments, **options))
 
 
 def message_texts(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The texts of a conversation: of its contents, and of their parts."""
+    """The texts of a conversation: its contents, or their parts."""
     for message in messages:
         content = message.get("content")
         for part in content if isinstance(content, list) else (content,):

@@ -1,4 +1,4 @@
-"""The certificate of a server that speaks HTTPS, looked at before a model is loaded for nothing."""
+"""The certificate for HTTPS, checked before a model is loaded."""
 
 import ssl
 from pathlib import Path
@@ -7,13 +7,13 @@ from engine.errors import ConfigError
 
 
 def read_certificate(certfile: str | None, keyfile: str | None) -> ssl.SSLContext | None:
-    """What a server needs to speak HTTPS with a certificate and its key, both in PEM; None: no certificate, plain HTTP.
+    """The context for HTTPS with a certificate and its key, both in PEM; None without a certificate.
 
-    `keyfile` None: the key is in the certificate's file. Raises ConfigError if they can't be served with.
+    `keyfile` None: the key is in the certificate's file. ConfigError if they can't be used.
     """
     if certfile is None:
         if keyfile is not None:
-            raise ConfigError("--ssl-keyfile needs --ssl-certfile: a key alone makes no HTTPS")
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile: a key alone does not enable HTTPS")
         return None
     for flag, file in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
         if file is not None:
@@ -25,7 +25,7 @@ def read_certificate(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
     except _PasswordError:
         raise ConfigError(f"{where}: the key is protected by a password, which isn't supported") from None
     except ssl.SSLError as error:
-        reason = error.reason.replace("_", " ").lower() if error.reason else "no certificate and key in PEM"
+        reason = error.reason.replace("_", " ").lower() if error.reason else "not a certificate and key in PEM"
         raise ConfigError(f"{where}: {reason}") from error
     return context
 
@@ -35,7 +35,7 @@ class _PasswordError(Exception):
 
 
 def _refuse_password() -> str:
-    # Without this OpenSSL would ask in the server's terminal.
+    # Otherwise OpenSSL would ask for the password in the terminal.
     raise _PasswordError
 
 

@@ -1,7 +1,7 @@
-"""Fields of other servers and of later versions of the API that this server doesn't implement.
+"""Fields of other servers and of later versions of the API that this server does not implement.
 
-A field that would change the answer is refused by name, so that nobody gets an answer to another question. What can't
-change it (bookkeeping, hints on speed) is accepted. An unknown name may be either: it is logged once.
+A field that would change the output is refused with its name, so that no client gets another output than it asked for.
+Other fields (bookkeeping, hints on speed) are accepted. An unknown field is accepted and logged once.
 """
 
 import difflib
@@ -14,12 +14,12 @@ from engine.errors import RequestError
 
 log = logging.getLogger("redline.api")
 
-# Values that ask for nothing, beside null, and so are accepted of every field.
+# Besides null, values that ask for nothing. They are accepted for every field.
 EMPTY: tuple[Any, ...] = (False, "", [], {}, 0)
 
-# Fields that would change the answer, with the values that ask for what happens anyway.
+# Fields that would change the output, with the values that ask for what happens anyway.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    # output that follows a grammar
+    # structured output
     **dict.fromkeys(
         (
             "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern",
@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         EMPTY,
     ),
     "response_format": (*EMPTY, {"type": "text"}),
-    # tools, in the form before `tools`
+    # tools, in the older form
     "functions": EMPTY,
     "function_call": (*EMPTY, "none"),
     # other kinds of input and output
@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "smoothing_factor": EMPTY,
     "xtc_probability": EMPTY,
     "dry_multiplier": EMPTY,
-    # what other servers call fields that this one has
+    # other servers' names of fields that this one has
     "repeat_penalty": (1, 1.0),
     "max_new_tokens": (),
     "min_new_tokens": EMPTY,
@@ -80,10 +80,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "stop_regex": EMPTY,
     "system": EMPTY,
     "lora_path": EMPTY,
-    # caches and other engines of the same deployment
+    # transfer of KV caches, sessions
     "kv_transfer_params": EMPTY,
     "session_params": EMPTY,
-    # fields of one of the two routes, sent to the other
+    # fields of one endpoint that were sent to the other
     "suffix": EMPTY,
     "best_of": (1,),
     "echo": EMPTY,
@@ -117,8 +117,8 @@ INSTEAD = {
     "do_sample": "temperature",
 }
 
-# Names that others are compared with: a misspelled one nearly always was to change the answer.
-MISSPELLED = (
+# A name similar to one of these is refused: it is probably misspelled, and would change the output.
+SPELLING_CHECKED = (
     "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stream", "stream_options", "logprobs",
     "top_logprobs", "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "prompt_logprobs", "response_format",
@@ -126,41 +126,37 @@ MISSPELLED = (
     "tools", "ignore_eos",
 )  # fmt: skip
 
-# Fields that say something of the request, or how to work on it, and nothing about the answer.
+# Fields that do not change the output.
 ACCEPTED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prompt_cache_options", "prediction", "parallel_tool_calls", "request_id", "rid", "guided_decoding_backend",
     "spaces_between_special_tokens", "moderation", "data_parallel_rank", "timeout", "extra_headers",
 })  # fmt: skip
 
-MAX_NAMES = 200  # a client that invents names must not fill the log
+MAX_NAMES = 200  # bounds the log if a client invents names
 _seen: set[str] = set()
 
 
 def check_unknown_fields(given: dict[str, msgspec.Raw]) -> None:
-    """Refuse, accept or log the fields of a body that its struct doesn't have.
+    """Refuse, accept or log the fields of a body that its struct does not have.
 
-    Args:
-        given: their values, still in JSON.
-
-    Raises:
-        RequestError: a field would change the answer; the message names it.
+    `given` has their values as raw JSON. RequestError, with the name, if a field would change the output.
     """
     for name, raw in given.items():
         if name in ACCEPTED or bytes(raw).strip() == b"null":
             continue
-        if name in REFUSED or name in MISSPELLED:
+        if name in REFUSED or name in SPELLING_CHECKED:
             if not is_one_of(msgspec.json.decode(raw), REFUSED.get(name, EMPTY)):
                 raise RequestError(f"{name} is not supported here{_hint(name)}", name)
-        elif close := difflib.get_close_matches(name, MISSPELLED, 1, 0.85):
-            raise RequestError(f"{name} is no field of this server: is {close[0]} meant?", name)
+        elif close := difflib.get_close_matches(name, SPELLING_CHECKED, 1, 0.85):
+            raise RequestError(f"{name} is not a field of this API: did you mean {close[0]}?", name)
         elif name not in _seen and len(_seen) < MAX_NAMES:
             _seen.add(name)
-            log.warning("a request has the field %.100r, which this server doesn't know and ignores", name)
+            log.warning("a request has the field %.100r, which is unknown and ignored", name)
 
 
 def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether a value is among others of its own type: 0 is not False here."""
+    """Whether a value is among others of the same type: 0 is not False here."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 

@@ -27,7 +27,7 @@ class Executor(Protocol):
 
 
 class InlineFrontEnd(Protocol):
-    """Tokenizes and detokenizes within the core's loop, as V0 did; see `engine.frontend.inline`."""
+    """Tokenizes and detokenizes within the core's loop, as V0 did; see `engine.frontend.inline_front_end`."""
 
     def add(self, message: AddRequest) -> AddRequest:
         """Tokenize the request's text; a RedlineError ends this request only."""

@@ -1,1 +1,1 @@
-"""Between HTTP and the core: chat template, tokenising, detokenising, stop strings, the core's client."""
+"""Between HTTP and the core: chat templates, tokenizing, detokenizing, stop strings, the client of the core."""

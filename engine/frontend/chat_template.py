@@ -1,4 +1,4 @@
-"""Chat templates: the Jinja program of a model that writes a conversation as one prompt, run in a sandbox."""
+"""Chat templates: a model's Jinja program that writes a conversation as one prompt, run in a sandbox."""
 
 import json
 import logging
@@ -20,16 +20,13 @@ from engine.frontend.content_forms import ContentForms, asks_for_none
 
 log = logging.getLogger("redline.api")
 
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # a message's fields of one meaning; templates read the first
-END_MARK = "zqENDzq "  # stands at the end of the message to go on with
+# Fields of a message with the same meaning; templates read the first one.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+END_MARK = "zqENDzq "  # marks the end of the message to continue
 
 
 class GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's words for training; when serving it is only its content."""
+    """`{% generation %}` marks the assistant's text for training; in serving, only its content counts."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -39,18 +36,18 @@ class GenerationBlock(Extension):
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens it may name; safe to use from several threads."""
+    """A compiled template with its special tokens; safe to use from several threads."""
 
     def __init__(self, source: str, special_tokens: dict[str, str], named: Mapping[str, str] | None = None):
         """Compile a template.
 
         Args:
-            source: the template that conversations are written with.
-            special_tokens: what templates may name beside the messages, e.g. `bos_token`.
-            named: sources of the model's other templates by name; `tool_use` writes conversations with tools.
+            source: of the default template.
+            special_tokens: variables of templates besides the messages, e.g. `bos_token`.
+            named: sources of the model's other templates by name; `tool_use` is for conversations with tools.
 
         Raises:
-            jinja2.TemplateError: the source is no template.
+            jinja2.TemplateError: the source is not a valid template.
         """
         self._environment = make_environment()
         self._special_tokens = special_tokens
@@ -72,17 +69,18 @@ class ChatTemplate:
         """Write a conversation as a prompt, as transformers' `apply_chat_template` does.
 
         Args:
-            messages: with content as a text, as a list of parts, or None; each is given in a form the template takes.
-            add_generation_prompt: write what an answer begins with.
-            continue_final_message: leave the last message open, for the model to go on with.
+            messages: with a text, a list of parts, or None as content. It is converted to a form that the template
+                supports.
+            add_generation_prompt: write the beginning of the assistant's message.
+            continue_final_message: leave the last message open, so that the model continues it.
             tools: that the model may call, None for none.
-            documents: that the answer is to be grounded on, None for none.
-            template: another one of the model's by name, or the source of a template to use instead.
-            reasoning_effort: how long the model is to think, where the template has a variable for it.
-            extra: further variables of the template; special tokens may be among them.
+            documents: that the response is to be grounded on, None for none.
+            template: the name of one of the model's templates, or the source of another one.
+            reasoning_effort: how long the model should think, if the template has a variable for it.
+            extra: further variables of the template, including special tokens.
 
         Raises:
-            RequestError: the template doesn't take this.
+            RequestError: the template does not support this.
         """
         compiled = self._pick(template, tools)
         extra = dict(extra or {})
@@ -131,10 +129,10 @@ class _Compiled:
         self._forms = ContentForms(lambda messages: self._write(messages, True, None, None, {}))
 
     def shape(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message as this template takes it; what is None is left out, as transformers does."""
+        """A message in the form that this template supports. Fields that are None are left out, as in transformers."""
         shaped = {name: value for name, value in message.items() if value is not None}
         if "content" in shaped:
-            shaped["content"] = self._forms.of(message["role"]).convert(shaped["content"])
+            shaped["content"] = self._forms.for_role(message["role"]).convert(shaped["content"])
         elif "content" in message and self._keeps_none:
             shaped["content"] = None
         reasoning = next((shaped[name] for name in REASONING if name in shaped), None)
@@ -152,7 +150,7 @@ class _Compiled:
             return self._write(messages, add_generation_prompt, tools, documents, extra)
         except RequestError:
             raise
-        except Exception as error:  # a template is a program of the model's: it may fail in any way
+        except Exception as error:  # a template is a program and may fail in any way
             raise RequestError(f"the model's chat template fails on these messages: {error}", "messages") from error
 
     def _write(
@@ -167,12 +165,12 @@ class _Compiled:
         written = self._template.render(
             {**self._special_tokens, **extra, **given, "add_generation_prompt": add_generation_prompt}
         )
-        written.isascii() or written.encode()  # half a surrogate pair, which a template can write, is no text
+        written.isascii() or written.encode()  # fails for a lone surrogate, which a template can write
         return written
 
 
 def _continued(messages: list[dict[str, Any]], render: Callable[[], str]) -> str:
-    """Write a conversation up to the end of its last message's text; marks that end in `messages`."""
+    """Render a conversation up to the end of its last message, whose end is marked in `messages`."""
     field = "continue_final_message"
     last = messages[-1]
     content = last.get("content")
@@ -187,15 +185,13 @@ def _continued(messages: list[dict[str, Any]], render: Callable[[], str]) -> str
         text = content
         messages[-1] = last | {"content": text + END_MARK}
     else:
-        raise RequestError("continue_final_message: the last message has no content to go on with", field)
+        raise RequestError("continue_final_message: the last message has no content to continue", field)
     written = render()
     mark = END_MARK.strip()
     end = written.rfind(mark)
     if end < 0 or text.strip() not in written:
-        raise RequestError(
-            "continue_final_message: the model's chat template doesn't write the last message as it is", field
-        )
-    # Where the template trims the text, the space in the mark is gone with that before it.
+        raise RequestError("continue_final_message: the model's chat template changes the last message", field)
+    # If the template trims the text, the space at the end of the mark is gone.
     return written[:end] if written.startswith(END_MARK, end) else written[:end].rstrip()
 
 
@@ -203,13 +199,13 @@ _unused: set[str] = set()
 
 
 def _warn_of_unused(name: str) -> None:
-    if name not in _unused and len(_unused) < 200:  # names are clients' words
+    if name not in _unused and len(_unused) < 200:  # names come from clients
         _unused.add(name)
-        log.warning("chat_template_kwargs has %.100r, which the model's chat template doesn't use", name)
+        log.warning("chat_template_kwargs has %.100r, which the model's chat template does not use", name)
 
 
 class PlainDict:
-    """`dict` of templates: makes dictionaries, and has nothing of the class's own attributes."""
+    """`dict` for templates, without the attributes of the class."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)
@@ -219,7 +215,7 @@ class PlainDict:
 
 
 class PlainNamespace(jinja2.utils.Namespace):
-    """`namespace` of templates, without underscored names, which would reach into the interpreter."""
+    """`namespace` for templates, without underscored names, which would give access to the interpreter."""
 
     def __init__(*args: Any, **values: Any) -> None:
         self, *given = args  # so that `namespace(self=…)` works
@@ -239,7 +235,7 @@ class PlainNamespace(jinja2.utils.Namespace):
 
 
 def make_environment() -> jinja2.Environment:
-    """What templates may use; the same as with transformers."""
+    """The environment of templates; it offers what transformers offers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
     )
@@ -258,12 +254,12 @@ def refuse(message: str) -> None:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Unlike jinja2's own filter this one doesn't escape for HTML: the text goes to a model.
+    # Unlike jinja2's own filter, this one does not escape HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
-    """Find the sources of a model's templates by name, `default` first of all, where model folders keep them."""
+    """Read a model's templates by name, `default` first, from all the files in which model folders keep them."""
     found: dict[str, str] = {}
     processor = folder / "chat_template.json"
     sources: list[Any] = [tokenizer_config.get("chat_template")]

@@ -7,10 +7,9 @@ from typing import Any, TypeAlias
 import msgspec
 
 from engine.clock import MonotonicClock
-from engine.frontend.client import CoreClient
-from engine.frontend.router import Replica, Router
-from engine.frontend.routing import Lengths
-from engine.frontend.stats import Board
+from engine.frontend.core_client import CoreClient
+from engine.frontend.front_end_stats import Board
+from engine.frontend.router import Router
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import ZmqTransport
 from engine.messages import Ready
@@ -42,14 +41,13 @@ def connect(
         first_sequence: number of its first request.
         boards: the counters that the front ends of each core share; none for the only front end.
     """
-    clock, numbers, lengths = MonotonicClock(), itertools.count(first_sequence), Lengths()
-    replicas = []
+    clock, numbers = MonotonicClock(), itertools.count(first_sequence)
+    clients = []
     for number, core in enumerate(cores):
         board = boards[number] if boards else None
         transport = ZmqTransport(core.to_core, core.from_core)
         # Numbers are shared, so that a request's seed does not depend on its replica.
         settings: dict[str, Any] = {"front_end": front_end, "seed": seed, "board": board, "numbers": numbers}
-        if len(cores) == 1:
-            return CoreClient(core.ready, tokenizer, transport, clock, **settings)
-        replicas.append(Replica(number, lengths, core.ready, tokenizer, transport, clock, **settings))
-    return Router(replicas, routing, seed + front_end)
+        replica = number if len(cores) > 1 else None
+        clients.append(CoreClient(core.ready, tokenizer, transport, clock, replica=replica, **settings))
+    return clients[0] if len(clients) == 1 else Router(clients, routing, seed + front_end)

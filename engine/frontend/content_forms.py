@@ -1,8 +1,8 @@
-"""Which forms of a message's content a chat template takes: a text, a list of parts, or both.
+"""The forms of a message's content that a chat template supports: a text, a list of parts, or both.
 
-Templates of text models write `message.content` as it is; those of many multimodal models go through a list of parts
-and write nothing of a text. What a template takes is found by rendering a conversation with a marked text in each
-form: a form is taken when the marked text comes out, and not as part of a written list.
+Templates of text models write `message.content` itself. Those of many multimodal models iterate over a list of parts
+and write nothing for a text. The supported forms are found by rendering a conversation with a marked text in each form:
+a form is supported if the marked text appears in the prompt, and not as part of a printed list.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ Render = Callable[[list[Message]], str]
 
 
 class Forms(NamedTuple):
-    """The forms of content that messages of one role may have."""
+    """The forms of content that a template supports for one role."""
 
     text: bool
     parts: bool
 
     def convert(self, content: Any) -> Any:
-        """Content in a form that the template takes."""
+        """Content in a form that the template supports."""
         if isinstance(content, str) and not self.text:
             return [{"type": "text", "text": content}]
         if isinstance(content, list) and not self.parts:
@@ -34,36 +34,36 @@ class Forms(NamedTuple):
         return content
 
 
-BOTH = Forms(True, True)  # a template that shows neither gets what the client sent, as transformers would give it
+BOTH = Forms(True, True)  # if neither form appears, content is passed on unchanged, as in transformers
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content: of parts, a line each."""
+    """The text of a message's content; parts are joined by newlines."""
     if isinstance(content, list):
         return "\n".join(part.get("text", "") for part in content)
     return content or ""
 
 
 class ContentForms:
-    """The forms that one template takes, by role; each role is tried out when it first occurs."""
+    """The forms that one template supports, by role; found when a role first occurs."""
 
     def __init__(self, render: Render):
-        """`render` writes a conversation, and may raise anything."""
+        """`render` renders a conversation, and may raise any exception."""
         self._render = render
         self._found: dict[str, Forms] = {}
 
-    def of(self, role: str) -> Forms:
+    def for_role(self, role: str) -> Forms:
         """The forms that messages of a role may have."""
         found = self._found.get(role)
         if found is None:
-            found = self._try(role)
+            found = self._find(role)
             if found is None:
-                found = BOTH if role == "user" else self.of("user")
-            if len(self._found) < 64:  # roles are clients' words
+                found = BOTH if role == "user" else self.for_role("user")
+            if len(self._found) < 64:  # roles come from clients
                 self._found[role] = found
         return found
 
-    def _try(self, role: str) -> Forms | None:
+    def _find(self, role: str) -> Forms | None:
         text, parts = (self._shown(role, form) for form in (MARK, [{"type": "text", "text": MARK}]))
         takes_text = text is not None
         if parts is None:
@@ -75,8 +75,8 @@ class ContentForms:
         return Forms(takes_text, takes_parts) if takes_text or takes_parts else None
 
     def _shown(self, role: str, content: Any) -> str | None:
-        """A conversation with this content in a message of the role, None if it doesn't appear."""
-        filler = "x" if role == "user" else self.of("user").convert("x")
+        """The prompt of a conversation with this content in a message of the role; None if it does not appear."""
+        filler = "x" if role == "user" else self.for_role("user").convert("x")
         user = {"role": "user", "content": filler}
         message = {"role": role, "content": content}
         tries: list[list[Message]]
@@ -100,13 +100,13 @@ class ContentForms:
 
 
 def is_quoted(written: str) -> bool:
-    """Whether the marked text stands within quotes, as in a list that was written as such."""
+    """Whether the marked text is in quotes, as in a printed list."""
     before, after = written.split(MARK, 1)
     return before[-1:] in QUOTES and after[:1] in QUOTES and bool(before) and bool(after)
 
 
 def asks_for_none(source: jinja2.nodes.Template) -> bool:
-    """Whether a template asks if a content is none, as DeepSeek's do for messages that call tools."""
+    """Whether a template tests if a content is none, as DeepSeek's do for messages with tool calls."""
     tests = [test.node for test in source.find_all(jinja2.nodes.Test) if test.name == "none"]
     for comparison in source.find_all(jinja2.nodes.Compare):
         sides = [comparison.expr, *(operand.expr for operand in comparison.ops)]

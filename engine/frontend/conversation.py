@@ -1,7 +1,7 @@
-"""The messages of a chat, checked and in the shape that chat templates take.
+"""The messages of a chat, checked and in the form that chat templates expect.
 
-As other servers do: no empty `tool_calls`, arguments of functions as objects instead of texts of JSON, contents kept as
-they came (a text, parts, or None). What a template takes of a content is for `content_forms`.
+As in other servers, empty `tool_calls` are dropped, and arguments of functions become objects instead of JSON texts.
+Contents are kept as they are (a text, parts, or None); `content_forms` converts them for the template.
 """
 
 from typing import Any
@@ -14,10 +14,9 @@ Message = dict[str, Any]
 
 
 def shape_conversation(messages: list[Message]) -> list[Message]:
-    """The messages as chat templates take them.
+    """The messages in the form that chat templates expect.
 
-    Raises:
-        RequestError: there are none, or one has not the form of a message; names the field.
+    RequestError, with the field, if there are none or one is not a valid message.
     """
     if not messages:
         raise RequestError("messages is an empty list", "messages")
@@ -40,7 +39,9 @@ def _shape(message: Any, field: str) -> Message:
         raise RequestError(f"{field}.tool_calls must be a list", f"{field}.tool_calls")
     if calls:
         if role != "assistant":
-            raise RequestError(f"{field}.tool_calls: a message of {role!r} has none", f"{field}.tool_calls")
+            raise RequestError(
+                f"{field}.tool_calls: a message with role {role!r} can't have them", f"{field}.tool_calls"
+            )
         shaped["tool_calls"] = [_call(call, f"{field}.tool_calls[{at}]") for at, call in enumerate(calls)]
     for name in ("name", "tool_call_id"):
         if not isinstance(message.get(name, ""), str | None):
@@ -61,12 +62,12 @@ def _part(part: Any, field: str) -> dict[str, Any]:
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise RequestError(f"{field} holds a part of type {kind!r}: this model takes text parts only", field)
+        raise RequestError(f"{field} has a part of type {kind!r}: only text parts are supported", field)
     return part | {"type": "text"}
 
 
 def _call(call: Any, field: str) -> dict[str, Any]:
-    """A call of a tool, with its arguments as an object."""
+    """A tool call, with its arguments as an object."""
     if not isinstance(call, dict):
         raise RequestError(f"{field} must be an object", field)
     if call.get("type", "function") != "function":
@@ -85,10 +86,10 @@ def _call(call: Any, field: str) -> dict[str, Any]:
 def _arguments(given: Any, field: str) -> dict[str, Any]:
     if isinstance(given, str) and given.strip():
         try:
-            given = msgspec.json.decode(given)  # refuses half a surrogate pair, which no prompt can hold
+            given = msgspec.json.decode(given)  # refuses a lone surrogate, which can't be tokenized
         except (msgspec.DecodeError, RecursionError) as error:
-            raise RequestError(f"{field} is no valid JSON", field) from error
+            raise RequestError(f"{field} is not valid JSON", field) from error
     given = given or {}
     if not isinstance(given, dict):
-        raise RequestError(f"{field} must hold an object", field)
+        raise RequestError(f"{field} must be a JSON object", field)
     return given

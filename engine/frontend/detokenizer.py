@@ -1,4 +1,4 @@
-"""From token ids to text, token by token: whole characters only, and stop strings found across token borders."""
+"""From token ids to text, token by token: whole characters only, and stop strings across token boundaries."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Protocol
 from engine.frontend.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-# A character of UTF-8 has at most four bytes: what still ends in U+FFFD after this many tokens never becomes one.
+# A character has at most four bytes: a text that still ends in U+FFFD after this many tokens is not going to be valid.
 LONGEST_CHARACTER = 8
 
 
 class Decoder(Protocol):
-    """Turns ids into text; `push` may hold back what isn't a whole character yet, `finish` gives the rest."""
+    """Turns ids into text; `push` may hold back an incomplete character, `finish` returns the rest."""
 
     def push(self, ids: Sequence[int]) -> str: ...
 
@@ -38,7 +38,7 @@ class PieceDecoder:
 
 
 class WindowDecoder:
-    """For any other tokenizer: decodes a window of the last tokens and keeps what is new.
+    """For any other tokenizer: decodes a window of the last tokens and returns the text that is new.
 
     Some decoders treat the first token of a text differently, so the window starts with the end of the prompt.
     """
@@ -56,16 +56,17 @@ class WindowDecoder:
         text = ""
         for token in ids:
             self._ids.append(token)
-            text += self._take(len(self._ids) - self._read > LONGEST_CHARACTER)
+            text += self._decode_new(len(self._ids) - self._read > LONGEST_CHARACTER)
         return text
 
     def finish(self) -> str:
-        return self._take(True)
+        return self._decode_new(True)
 
-    def _take(self, whatever: bool) -> str:
+    def _decode_new(self, incomplete: bool) -> str:
+        """The text of the tokens since the last call; `incomplete`: even if it ends within a character."""
         before = self._tokenizer.decode(self._ids[self._begin : self._read], self._skip)
         now = self._tokenizer.decode(self._ids[self._begin :], self._skip)
-        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not whatever):
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not incomplete):
             return ""
         self._begin, self._read = self._read, len(self._ids)
         if self._begin > 64:
@@ -78,7 +79,7 @@ class WindowDecoder:
 class StopStrings:
     """Finds the first of several strings in a text that arrives in pieces; holds back what may become one.
 
-    A string that ends within the first `early` pieces is passed over; one that begins there and ends later counts.
+    A string that ends within the first `early` pieces is ignored; one that begins there and ends later counts.
     """
 
     __slots__ = ("_early", "_held", "_include", "_keep", "_passed", "_stops")
@@ -89,15 +90,15 @@ class StopStrings:
         self._keep = max(map(len, self._stops)) - 1
         self._held = ""
         self._early = early
-        self._passed = 0  # characters of what is held that belong to early pieces
+        self._passed = 0  # characters of `_held` that belong to early pieces
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Take more text; gives what may be shown, and the stop string if one is complete."""
+        """Add text; returns the text that may be shown, and the stop string if one is complete."""
         text = self._held + text
         if self._early:
             self._early -= 1
             self._passed = len(text)
-        # The one that ends first wins, and of those the longest: so the answer doesn't depend on where the pieces end.
+        # The first to end counts, the longest of several: the result does not depend on where the pieces end.
         ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._find(text, stop)) >= 0]
         if ends:
             end, at, stop = min(ends)
@@ -110,7 +111,7 @@ class StopStrings:
         return text[:shown], None
 
     def _find(self, text: str, stop: str) -> int:
-        """Where a stop string begins that ends behind the early pieces; -1: nowhere."""
+        """Where a stop string begins that ends after the early pieces; -1: nowhere."""
         return text.find(stop, max(0, self._passed - len(stop) + 1))
 
     def finish(self) -> str:
@@ -118,7 +119,7 @@ class StopStrings:
         return held
 
     def _open_end(self, text: str) -> int:
-        """The length of the longest end of the text that begins a stop string."""
+        """The length of the longest suffix of the text that is a prefix of a stop string."""
         for length in range(min(self._keep, len(text)), 0, -1):
             end = text[len(text) - length :]
             if any(stop.startswith(end) for stop in self._stops):
@@ -150,12 +151,12 @@ class Detokenizer:
         self._stops = StopStrings(stop, include_stop, min_tokens) if stop else None
 
     def push(self, token: int) -> tuple[str, str | None]:
-        """Take one token; gives the text that may be shown now, and the stop string if it completed one."""
+        """Add one token; returns the text that may be shown now, and the stop string if it completed one."""
         text = self._decoder.push((token,))
         return (text, None) if self._stops is None else self._stops.push(text)
 
     def finish(self) -> str:
-        """The text held back when the output ended otherwise."""
+        """The text held back so far; called if no stop string ended the output."""
         text = self._decoder.finish()
         if self._stops is None:
             return text

@@ -1,4 +1,4 @@
-"""Prompts as they come: token ids, or a text that the core is to tokenise; and whether the model can take them."""
+"""Prompts: token ids, or a text that the core tokenizes; and the check whether the model can take them."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from engine.errors import RequestError
 
 
 class Text(NamedTuple):
-    """A prompt for a core that tokenises itself."""
+    """A prompt for a core that tokenizes (`--ablate inline-frontend`)."""
 
     text: str
     add_special_tokens: bool = True
@@ -16,20 +16,20 @@ Prompt = list[int] | Text
 
 
 def length_of(prompt: Prompt) -> int:
-    """Its tokens, as far as they are known: 0 for a text."""
+    """The number of tokens of a prompt; 0 for a text, which is not tokenized yet."""
     return len(prompt) if isinstance(prompt, list) else 0
 
 
 def check_prompt(prompt: list[int], max_model_len: int, vocab_size: int) -> None:
-    """Raise RequestError for a prompt that is empty, too long, or holds ids the model doesn't have."""
+    """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary."""
     if not prompt:
         raise RequestError("the prompt is empty: at least one token is needed", "prompt")
     if len(prompt) >= max_model_len:
         raise RequestError(
             f"the prompt has {len(prompt)} tokens, but the model serves at most {max_model_len} (--max-model-len), "
-            "of which one is left for the output",
+            "including at least one output token",
             "prompt",
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-        raise RequestError(f"{wrong} is no token of this model (0..{vocab_size - 1})", "prompt")
+        raise RequestError(f"{wrong} is not in the vocabulary (0..{vocab_size - 1})", "prompt")

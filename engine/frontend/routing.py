@@ -1,14 +1,16 @@
-"""Which replica a request goes to: bookkeeping in tokens, without sockets, clocks or streams.
+"""The choice of a replica for a request: bookkeeping in tokens, without sockets, clocks or streams.
 
-The replica that costs the least gets the request:
+The request goes to the replica of least cost:
 
-    cost = tokens left to compute for what it was given before - WORTH * tokens of the prompt that it holds
+    cost = tokens left to compute for earlier requests - PREFIX_WEIGHT * tokens of the prompt in its prefix cache
 
-A prefix that is computed a second time, elsewhere, costs its tokens, and where caches are full the place of another
-one, which must then be computed again: hence WORTH = 2. So a prefix of m tokens draws its requests to the replica that
-holds it until that one has 2 m tokens more to do than another, which then holds it too. What a replica holds is
-believed, not asked: it is what it was given last, up to the size of its KV cache. A belief that is wrong costs time,
-never correctness, and is right again once the replica has computed the prefix.
+Computing a prefix on a second replica costs its tokens. If the caches are full, it also evicts another prefix, which
+must then be computed again: hence PREFIX_WEIGHT = 2. A prefix of m tokens thus attracts its requests to the replica
+that has it cached, until that replica has 2 m tokens more to compute than another one; the other one then computes and
+caches the prefix too.
+
+The cached prefixes are estimated, not queried: the blocks that were assigned to a replica last, up to the size of its
+KV cache. A wrong estimate costs time, never correctness.
 """
 
 import random
@@ -18,128 +20,130 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.core.hashing import extend_hashes, root_hash
-from engine.frontend.streams import Output, Terms
+from engine.frontend.streams import Output, RequestOptions
 from engine.messages import column
 
-WORTH = 2  # times its tokens: of a prefix that is held
-FIRST_LENGTH = 128.0  # tokens that an output is expected to have, before any has ended
-LEARNT_FROM = 32  # outputs that the expected length is a mean of, about
+PREFIX_WEIGHT = 2  # of a cached token of the prompt, against a token left to compute
+INITIAL_OUTPUT_TOKENS = 128.0  # expected of an output before any has ended
+OUTPUT_WINDOW = 32  # the expected length is a moving mean over about so many outputs
 
 
-def block_names(prompt: Sequence[int], terms: Terms, block_size: int) -> list[bytes]:
-    """Names of a prompt's full blocks that are equal where the core's are: a chain over tokens, salt and adapter."""
-    names: list[bytes] = []
-    extend_hashes(names, root_hash(terms.cache_salt, terms.adapter), column(prompt), block_size)
-    return names
+def prompt_block_hashes(prompt: Sequence[int], options: RequestOptions, block_size: int) -> list[bytes]:
+    """The core's hashes of the full blocks of a prompt: a chain over tokens, cache salt and adapter."""
+    hashes: list[bytes] = []
+    extend_hashes(hashes, root_hash(options.cache_salt, options.adapter), column(prompt), block_size)
+    return hashes
 
 
-class Held:
-    """The blocks that a replica is believed to hold: those named last, `capacity` at most."""
+class PrefixIndex:
+    """The blocks that a replica is expected to have cached: those recorded last, `capacity` at most."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._names: OrderedDict[bytes, None] = OrderedDict()
+        self._hashes: OrderedDict[bytes, None] = OrderedDict()  # least recently recorded first
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._hashes)
 
-    def leading(self, names: Sequence[bytes]) -> int:
-        """How many of a prompt's first blocks are held."""
-        held = self._names
-        return next((count for count, name in enumerate(names) if name not in held), len(names))
+    def count_leading(self, hashes: Sequence[bytes]) -> int:
+        """The number of a prompt's leading blocks that are cached."""
+        known = self._hashes
+        return next((count for count, one in enumerate(hashes) if one not in known), len(hashes))
 
-    def note(self, names: Sequence[bytes]) -> None:
-        """A prompt with these blocks was given; as in the core, its tail is forgotten before its head."""
-        held = self._names
-        for name in reversed(names[: self.capacity]):
-            held[name] = None
-            held.move_to_end(name)
-        while len(held) > self.capacity:
-            held.popitem(last=False)
+    def record(self, hashes: Sequence[bytes]) -> None:
+        """A prompt with these blocks was assigned. As in the core, its last blocks are evicted before its first."""
+        known = self._hashes
+        for one in reversed(hashes[: self.capacity]):
+            known[one] = None
+            known.move_to_end(one)
+        while len(known) > self.capacity:
+            known.popitem(last=False)
 
     def clear(self) -> None:
-        self._names.clear()
+        self._hashes.clear()
 
 
-class Lengths:
-    """How many tokens an output is expected to have: as those that ended lately, and no more than it may."""
+class OutputLengthEstimate:
+    """The expected number of tokens of an output: a moving mean, limited by its max_tokens."""
 
     def __init__(self) -> None:
-        self.mean = FIRST_LENGTH
+        self.mean = INITIAL_OUTPUT_TOKENS
 
-    def learn(self, tokens: int) -> None:
-        self.mean += (tokens - self.mean) / LEARNT_FROM
+    def observe(self, tokens: int) -> None:
+        self.mean += (tokens - self.mean) / OUTPUT_WINDOW
 
-    def expected(self, limit: int | None) -> float:
-        return self.mean if limit is None else min(self.mean, limit)
+    def expected(self, max_tokens: int | None) -> float:
+        return self.mean if max_tokens is None else min(self.mean, max_tokens)
 
 
-class Backlog:
-    """Tokens left to compute for the outputs under way: prompts until their first token, expected ones to the end."""
+class LoadEstimate:
+    """Tokens left to compute for live outputs: the prompt until the first token, the expected output until the end."""
 
     def __init__(self) -> None:
         self.tokens = 0.0
         self._left: dict[int, float] = {}  # by handle
-        self._prompts: deque[tuple[Output, float]] = deque()  # as given, also of outputs that ended
+        self._prompts: deque[tuple[Output, float]] = deque()  # in the order of arrival, ended outputs included
 
-    def add(self, output: Output, prompt: float, expected: float) -> None:
-        self._left[output.handle] = prompt + expected
-        self.tokens += prompt + expected
-        self._prompts.append((output, prompt))
+    def add_output(self, output: Output, prompt_tokens: float, expected_tokens: float) -> None:
+        self._left[output.handle] = prompt_tokens + expected_tokens
+        self.tokens += prompt_tokens + expected_tokens
+        self._prompts.append((output, prompt_tokens))
 
-    def settle(self) -> None:
-        """Take off the prompts that are computed; they are about in the order they were given."""
+    def remove_computed_prompts(self) -> None:
+        """Subtract the prompts of outputs that have tokens. Prompts are computed in about the order of arrival."""
         prompts = self._prompts
         while prompts and (prompts[0][0].count or prompts[0][0].handle not in self._left):
-            output, prompt = prompts.popleft()
+            output, prompt_tokens = prompts.popleft()
             if output.handle in self._left:
-                self._left[output.handle] -= prompt
-                self.tokens -= prompt
+                self._left[output.handle] -= prompt_tokens
+                self.tokens -= prompt_tokens
 
-    def end(self, handle: int) -> None:
+    def remove_output(self, handle: int) -> None:
         self.tokens -= self._left.pop(handle, 0.0)
-        if not self._left:  # no rest of rounding
+        if not self._left:  # drops rounding errors
             self.tokens = 0.0
             self._prompts.clear()
 
 
-class Standing(NamedTuple):
-    """A replica as a request finds it; in tokens."""
+class Candidate(NamedTuple):
+    """A replica that could take a request; in tokens."""
 
-    backlog: float
-    held: int  # of the request's prompts
-    given: float  # ever
+    load: float  # left to compute
+    cached: int  # of the request's prompts
+    assigned: float  # in total, since the start
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
-    """A way to choose: `choose` gets the replicas that can take the request, and gives the position of one."""
+class RoutingPolicy:
+    """A way to choose: `choose` takes the candidates and returns the position of one."""
 
-    choose: Callable[[Sequence[Standing]], int]
-    by_prefix: bool = False  # whether it must know what is held
+    choose: Callable[[Sequence[Candidate]], int]
+    by_prefix: bool = False  # whether it needs `Candidate.cached`
 
 
-def make_routing(name: str, seed: int) -> Routing:
-    """The routing of that name (of `engine.config.ROUTINGS`); `seed` is that of random."""
+def make_routing_policy(name: str, seed: int) -> RoutingPolicy:
+    """The policy of a name of `engine.config.ROUTINGS`; `seed` is that of random routing."""
     if name == "random":
         draw = random.Random(seed)
-        return Routing(lambda standings: draw.randrange(len(standings)))
-    return Routing(cheapest, by_prefix=name == "prefix")
+        return RoutingPolicy(lambda candidates: draw.randrange(len(candidates)))
+    return RoutingPolicy(least_cost, by_prefix=name == "prefix")
 
 
-def cheapest(standings: Sequence[Standing]) -> int:
-    """The replica that costs the least; of equal ones that which was given the least."""
+def least_cost(candidates: Sequence[Candidate]) -> int:
+    """The position of the candidate of least cost; of equal ones, the one that was assigned the fewest tokens."""
 
     def cost(position: int) -> tuple[float, float]:
-        standing = standings[position]
-        return standing.backlog - WORTH * standing.held, standing.given
+        candidate = candidates[position]
+        return candidate.load - PREFIX_WEIGHT * candidate.cached, candidate.assigned
 
-    return min(range(len(standings)), key=cost)
+    return min(range(len(candidates)), key=cost)
 
 
-def held_tokens(names: Iterable[Sequence[bytes]], lengths: Iterable[int], held: Held, block_size: int) -> list[int]:
-    """For each prompt, how many of its tokens need not be computed: not the last, which the first new one comes of."""
+def cached_tokens(
+    hashes: Iterable[Sequence[bytes]], lengths: Iterable[int], prefixes: PrefixIndex, block_size: int
+) -> list[int]:
+    """For each prompt, the tokens found in the cache, except the last one, from which the first output token comes."""
     return [
-        max(0, min(held.leading(blocks) * block_size, length - 1))
-        for blocks, length in zip(names, lengths, strict=True)
+        max(0, min(prefixes.count_leading(blocks) * block_size, length - 1))
+        for blocks, length in zip(hashes, lengths, strict=True)
     ]

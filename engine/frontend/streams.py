@@ -1,4 +1,4 @@
-"""What one call of a user gets back: outputs that arrive in deltas, merged for a reader that is slow."""
+"""The outputs of one request, which arrive as deltas. Deltas are merged if the reader is slow."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import msgspec
 from engine.errors import RequestError
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.prompts import Prompt, length_of
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.messages import FinishReason
 
 if TYPE_CHECKING:
@@ -27,16 +27,16 @@ REASONS = {
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
-    """The logprob of a sampled token, its rank (1 is the likeliest), and the likeliest (id, logprob) in order."""
+    """The logprob of a sampled token, its rank (1 is the most likely), and the most likely tokens in order."""
 
     token: int
     logprob: float
     rank: int
-    top: tuple[tuple[int, float], ...]
+    top: tuple[tuple[int, float], ...]  # (id, logprob)
 
 
 class Delta(msgspec.Struct, gc=False):
-    """What is new of one output since it was last read."""
+    """The part of one output that is new since the last read."""
 
     index: int
     text: str
@@ -47,15 +47,15 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """Whose request it is, for the log."""
+    """Where a request comes from, for the log."""
 
-    request: str = ""  # the id its client was given
+    request: str = ""  # the id in the response
     model: str = ""
     client: str = ""  # address
 
 
-class Terms(msgspec.Struct, frozen=True):
-    """What a request asks of the core beside its sampling."""
+class RequestOptions(msgspec.Struct, frozen=True):
+    """What a request asks of the core besides its sampling."""
 
     cache_salt: str = ""
     priority: int = 0
@@ -66,22 +66,22 @@ class Terms(msgspec.Struct, frozen=True):
             try:
                 getattr(self, field).encode()
             except UnicodeEncodeError as error:
-                raise RequestError(f"{field} holds half a character: {error.reason}", field) from None
+                raise RequestError(f"{field} contains a lone surrogate: {error.reason}", field) from None
 
 
-NO_TERMS = Terms()
+NO_OPTIONS = RequestOptions()
 
 
 class Client(Protocol):
-    """A stream's side of the CoreClient."""
+    """The part of a CoreClient that its streams use."""
 
-    touched: list["RequestStream"]  # have something new; flushed when the core's message is booked
+    touched: list["RequestStream"]  # streams to flush after the current message of the core
 
     def abort(self, stream: "RequestStream") -> None: ...
 
 
 class Output:
-    """One output under way: the front end's side of a request of the core."""
+    """One live output: the front end's part of a request of the core."""
 
     __slots__ = (
         "cached_tokens",
@@ -103,7 +103,7 @@ class Output:
     )
 
     def __init__(self, handle: int, index: int, prompt: int, stream: "RequestStream", tokenizer: "Tokenizer | None"):
-        """Without a tokenizer the core writes the texts."""
+        """`tokenizer` None: the core detokenizes."""
         params = stream.params
         self.handle = handle
         self.index = index
@@ -115,7 +115,7 @@ class Output:
         self.cached_tokens = 0
         self.delta: Delta | None = None
         self.include_stop = params.include_stop_str_in_output
-        self.top = params.logprobs  # so many alternatives a token; None: no logprobs
+        self.top = params.logprobs  # alternatives per token; None: no logprobs
         self.prompt_logprobs: list[TokenLogprob | None] = [None]  # the first token has none
         if params.prompt_logprobs is not None:
             stream.prompt_logprobs[index] = self.prompt_logprobs
@@ -123,7 +123,7 @@ class Output:
         self.detokenizer = None
         if tokenizer is not None:
             given = stream.prompts[prompt]
-            assert isinstance(given, list), "a text was not tokenised"
+            assert isinstance(given, list), "a text was not tokenized"
             self.detokenizer = Detokenizer(
                 tokenizer,
                 given,
@@ -133,13 +133,13 @@ class Output:
                 min_tokens=params.min_tokens,
             )
 
-    def add(self, token: int, text: str, logprob: TokenLogprob | None) -> None:
-        """Put a token into the slot that the reader empties."""
+    def add_token(self, token: int, text: str, logprob: TokenLogprob | None) -> None:
+        """Add a token to the delta that the reader takes next."""
         self.count += 1
         delta = self.delta
         if delta is None:
             delta = self.delta = Delta(self.index, text, [token])
-            self.stream.offer(self)
+            self.stream.add_ready(self)
         else:
             delta.text += text
             delta.token_ids.append(token)
@@ -151,20 +151,21 @@ class Output:
     def finish(self, reason: str, stop_reason: int | str | None, text: str) -> None:
         if self.delta is None:
             self.delta = Delta(self.index, "", [])
-            self.stream.offer(self)
+            self.stream.add_ready(self)
         self.delta.text += text
         self.delta.finish_reason = reason
         self.delta.stop_reason = stop_reason
 
 
 class RequestStream:
-    """The outputs of one call (prompts × n), as an async iterator of lists of deltas.
+    """The outputs of one request (prompts × n), as an async iterator of lists of deltas.
 
-    Output `index` belongs to prompt `index // n`. Raises EngineDeadError when the engine is gone and RequestError when
-    the core refuses an output. `close()` ends what still runs; `async with` does so on the way out.
+    Output `index` belongs to prompt `index // n`. Iterating raises EngineDeadError if the engine is gone, and
+    RequestError if the core refuses an output. `close()` aborts the outputs that still run, as does leaving
+    `async with`.
 
-    Instead of iterating, a reader may set `sink` and await `woken`: the sink is called whenever there are new deltas,
-    without waking a task; it takes them and says True, or leaves them to be merged and says False.
+    Instead of iterating, a reader may set `sink` and await `wait`. The sink is called whenever there are new deltas,
+    without waking a task. It either takes them and returns True, or leaves them to be merged and returns False.
     """
 
     def __init__(
@@ -174,21 +175,21 @@ class RequestStream:
         client: Client,
         arrived: float,
         origin: Origin,
-        terms: Terms = NO_TERMS,
+        options: RequestOptions = NO_OPTIONS,
     ):
         self.prompts = prompts
         self.prompt_lengths = [length_of(prompt) for prompt in prompts]
         self.params = params
         self.arrived = arrived
         self.origin = origin
-        self.terms = terms
+        self.options = options
         self.cached_tokens = [0] * len(prompts)
-        # By output, where they are asked for; complete when its first token comes.
+        # By output, if the request asks for them; complete when the output's first token arrives.
         self.prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self.live: dict[int, Output] = {}  # by handle
         self.sink: Callable[[], bool] | None = None
-        self.client = client  # of the core that has it
-        self.moved = False  # it began again on another replica
+        self.client = client  # of the core that runs it
+        self.moved = False  # it was retried on another replica
         self._ready: list[Output] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -197,19 +198,19 @@ class RequestStream:
     def prompt_tokens(self) -> int:
         return sum(self.prompt_lengths)
 
-    def offer(self, output: Output) -> None:
-        """An output has a delta."""
+    def add_ready(self, output: Output) -> None:
+        """An output has a new delta."""
         if not self._ready:
             self.client.touched.append(self)
         self._ready.append(output)
 
     def flush(self) -> None:
-        """Let the reader have what is new."""
+        """Hand the new deltas to the reader: to its sink, or by waking it."""
         if self.sink is not None:
             try:
                 if self.sink() and self.live:
                     return
-            except Exception as error:  # the reader's own, and its alone: other streams go on
+            except Exception as error:  # an error of this reader; other streams continue
                 self.fail(error)
         self.wake()
 
@@ -223,8 +224,8 @@ class RequestStream:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def woken(self) -> None:
-        """Wait until there is something that no sink took, an error, or the end."""
+    async def wait(self) -> None:
+        """Wait for deltas that the sink has not taken, an error, or the end."""
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -232,24 +233,24 @@ class RequestStream:
             self._waiter = None
 
     @property
-    def untouched(self) -> bool:
-        """Whether nothing has come of it yet, so that another core may begin it again."""
-        everything = len(self.prompts) * self.params.n
-        return len(self.live) == everything and not any(output.count for output in self.live.values())
+    def has_no_output(self) -> bool:
+        """Whether no output has a token or has ended, so that the request may be retried on another core."""
+        outputs = len(self.prompts) * self.params.n
+        return len(self.live) == outputs and not any(output.count for output in self.live.values())
 
     @property
-    def has_new(self) -> bool:
+    def has_deltas(self) -> bool:
         return bool(self._ready)
 
     @property
-    def open(self) -> bool:
-        """Whether more may come; raises the error if it was one that ended the stream."""
+    def is_open(self) -> bool:
+        """Whether more deltas may come; raises the error that ended the stream, if any."""
         if self._error is not None:
             raise self._error
         return bool(self.live)
 
-    def take(self) -> list[Delta]:
-        """What is new."""
+    def take_deltas(self) -> list[Delta]:
+        """Take the new deltas."""
         deltas: list[Delta] = []
         for output in self._ready:
             if output.delta is not None:
@@ -263,10 +264,10 @@ class RequestStream:
 
     async def __anext__(self) -> list[Delta]:
         while not self._ready:
-            if not self.open:
+            if not self.is_open:
                 raise StopAsyncIteration
-            await self.woken()
-        return self.take()
+            await self.wait()
+        return self.take_deltas()
 
     def close(self) -> None:
         if self.live:
@@ -279,8 +280,8 @@ class RequestStream:
         self.close()
 
 
-class Whole:
-    """One output, put together from its deltas."""
+class CollectedOutput:
+    """One output, collected from its deltas."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -289,7 +290,7 @@ class Whole:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
 
-    def add(self, delta: Delta) -> None:
+    def add_delta(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
@@ -301,10 +302,10 @@ class Whole:
         return "".join(self.texts)
 
 
-async def gather(stream: RequestStream) -> list[Whole]:
+async def collect_outputs(stream: RequestStream) -> list[CollectedOutput]:
     """Read a stream to its end."""
-    outputs = [Whole() for _ in range(len(stream.prompts) * stream.params.n)]
+    outputs = [CollectedOutput() for _ in range(len(stream.prompts) * stream.params.n)]
     async for deltas in stream:
         for delta in deltas:
-            outputs[delta.index].add(delta)
+            outputs[delta.index].add_delta(delta)
     return outputs

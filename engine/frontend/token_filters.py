@@ -1,4 +1,4 @@
-"""Tokens that a request bars: bad words as the token ids that spell them, and whether anything is left to sample."""
+"""Tokens that a request excludes: bad words as token sequences, and the check whether any token is left to sample."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from engine.messages import Sampling, int32s
 
 
 def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of bad words: each word as it begins a text, and as it follows a space.
+    """The token sequences of bad words: each word at the beginning of a text, and after a space.
 
-    As in vLLM, the form behind a space counts where it is a sequence of other tokens as long as the first one; else it
-    holds the first one, or begins with a space of its own, which is no part of the word.
+    As in vLLM, the sequence after a space is used only if it is as long as the first one and begins with another token.
+    Otherwise it contains the first one, or begins with a separate token for the space.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:
@@ -28,11 +28,11 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def check_something_left(sampling: Sampling) -> None:
-    """Raise RequestError where min_tokens and bad words bar every allowed token from the beginning."""
+    """Raise RequestError if min_tokens or bad words exclude every allowed token from the start."""
     if not sampling.allowed:
         return
     allowed = set(int32s(sampling.allowed).tolist())
     if sampling.min_tokens and allowed <= set(sampling.stop_ids):
-        raise RequestError("allowed_token_ids holds only tokens that min_tokens bars", "allowed_token_ids")
+        raise RequestError("allowed_token_ids has only tokens that min_tokens excludes", "allowed_token_ids")
     if allowed <= {word[0] for word in sampling.bad_words if len(word) == 1}:
-        raise RequestError("allowed_token_ids holds only tokens that bad_words bars", "allowed_token_ids")
+        raise RequestError("allowed_token_ids has only tokens that bad_words excludes", "allowed_token_ids")

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: encode, decode, chat template and the ids that end a text."""
+"""The tokenizer of a model: encode, decode, chat template, and the end-of-sequence ids."""
 
 import functools
 import json
@@ -11,21 +11,20 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from engine.errors import ConfigError, ModelError, RequestError
-from engine.frontend.backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.frontend.chat_template import ChatTemplate, read_templates
-from engine.frontend.mistral import PLAIN, MistralBackend, find_file
+from engine.frontend.mistral_tokenizer import PLAIN, MistralBackend, find_file
+from engine.frontend.tokenizer_backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.model.config.file_names import CONFIG, PARAMS
 from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte, as SentencePiece's vocabularies write it
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte in SentencePiece's vocabularies
 
-# Files of which one suffices for transformers to build a tokenizer where no tokenizer.json lies.
+# Without a tokenizer.json, transformers can build a tokenizer from one of these files.
 OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model", "spm.model")
 
-
-# A text's beginning of so many characters for each token that fits shows whether it is too long: texts have about four.
+# The first PROBE_CHARACTERS characters per token that fits show whether a text is too long; texts have about four.
 PROBE_CHARACTERS = 8
-PROBE_SLACK = 64  # tokens; those at the end of a beginning may be others than in the whole text
+PROBE_SLACK = 64  # tokens; the last ones of the probe may differ from those of the whole text
 NORMALIZED_BYTES = 64
 
 
@@ -42,7 +41,7 @@ class Tokenizer:
 
     @functools.cached_property
     def leading_ids(self) -> tuple[int, ...]:
-        """The special tokens that it puts before each text, e.g. the one of its beginning."""
+        """The special tokens that the tokenizer puts before each text, e.g. begin-of-sequence."""
         empty = self.encode("")
         return tuple(empty) if self.encode("a")[: len(empty)] == empty else ()
 
@@ -50,10 +49,10 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens)
 
     def encode_prompt(self, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
-        """As `encode`, for a text that must not have more than `max_tokens` tokens.
+        """As `encode`, for a text of at most `max_tokens` tokens.
 
-        RequestError where its beginning has more already: then the rest is not tokenized, which could take minutes. A
-        text that is only a little too long comes back whole.
+        RequestError if the beginning of the text has more already. The rest, which could take minutes, is not tokenized
+        then. A text that is only slightly too long is encoded whole.
         """
         beginning = PROBE_CHARACTERS * max_tokens
         if len(text) > 2 * beginning:
@@ -68,9 +67,9 @@ class Tokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Bytes of text that one token stands for, at most."""
+        """The most bytes of text that one token stands for."""
         longest = self.backend.longest_token()
-        # Normalizers of such tokenizers may shorten a text: spaces become one, characters are composed.
+        # Normalizers of such tokenizers may shorten a text: they merge spaces and compose characters.
         return longest if self.concatenates else max(longest, NORMALIZED_BYTES)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -81,14 +80,14 @@ class Tokenizer:
         return self.backend.concatenates
 
     def piece(self, token: int) -> bytes:
-        """The bytes of a token, remembered; only where `concatenates`."""
+        """The bytes of a token (cached); only if `concatenates`."""
         found = self._pieces.get(token)
         if found is None:
             found = self._pieces[token] = self.backend.piece(token)
         return found
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token adds to a text in its middle, as far as it has any of its own."""
+        """The bytes that a token adds in the middle of a text."""
         if self.concatenates:
             return self.piece(token)
         found = self._pieces.get(token)
@@ -97,23 +96,22 @@ class Tokenizer:
         return found
 
     def _bytes_within(self, token: int) -> bytes:
-        byte = _BYTE_TOKEN.fullmatch(form := self.backend.form(token))
+        byte = _BYTE_TOKEN.fullmatch(entry := self.backend.vocabulary_entry(token))
         once = self.backend.decode([token], False)
-        if byte is not None and once != form:
+        if byte is not None and once != entry:
             return bytes([int(byte[1], 16)])
-        # At the beginning of a text decoders drop the space before a word: behind itself a token has it.
+        # Decoders drop the space before the first word of a text; after itself, a token keeps its space.
         twice = self.backend.decode([token, token], False)
         return (twice[len(once) :] if twice.startswith(once) else once).encode()
 
     def token_text(self, token: int) -> str:
-        """One token as text, for logprobs; bytes that are no character alone read as U+FFFD."""
+        """One token as text, for logprobs; incomplete characters become U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
     def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
-        """Write a conversation as a prompt: a text with its special tokens, or token ids where there is no template.
+        """Write a conversation as a prompt: a text with its special tokens, or token ids (Mistral's tokenizers).
 
-        Options: add_generation_prompt, and what else the template takes. RequestError if the model has no chats or it
-        refuses.
+        `options` are those of `ChatTemplate.render`. RequestError if the model has no chat template, or if it refuses.
         """
         if isinstance(self.backend, MistralBackend):
             return self.backend.encode_chat(messages, **options)
@@ -124,7 +122,7 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         """As `render_chat`, in token ids."""
         prompt = self.render_chat(messages, **options)
-        # The template writes the begin-of-sequence token itself where the model wants one.
+        # The template writes the begin-of-sequence token if the model needs one.
         return self.encode(prompt, False) if isinstance(prompt, str) else prompt
 
 
@@ -133,15 +131,22 @@ def load_tokenizer(
 ) -> tuple[Tokenizer, list[str]]:
     """Load the tokenizer of a model folder, or the one beside a config.json.
 
-    `vocab_size` is the model's: with it, a folder without any tokenizer file gets a stand-in. `mode`: mistral takes
-    Mistral's own files, auto does where there is no tokenizer.json. `chat_template` is taken
-    instead of the model's. Returns the tokenizer and warnings for the user.
-    ModelError if there is none or it can't be read.
+    Args:
+        path: the folder, or its config.json.
+        vocab_size: of the model. With it, a folder without any tokenizer file gets a stand-in.
+        mode: mistral reads Mistral's own files; auto does so if there is no tokenizer.json.
+        chat_template: replaces the model's.
+
+    Returns:
+        The tokenizer, and warnings for the user.
+
+    Raises:
+        ModelError: there is no tokenizer, or it can't be read.
     """
     folder = path if path.is_dir() else path.parent
     own = mistral_file(folder, mode)
     if own is not None and chat_template is not None:
-        raise ConfigError(f"--chat-template can't be used with {own.name}, which writes conversations by itself")
+        raise ConfigError(f"--chat-template can't be used with {own.name}, which has its own chat format")
     if own is not None:
         mistral = MistralBackend(own)
         return Tokenizer(mistral, eos_ids=known_ids([mistral.eos_id, *declared_eos_ids(folder)], vocab_size)), []
@@ -151,16 +156,18 @@ def load_tokenizer(
     if (folder / "tokenizer.json").is_file():
         backend = load_fast(folder / "tokenizer.json", settings)
         if custom_code(settings, "AutoTokenizer") is not None:
-            warnings.append(f"{folder}: the tokenizer's own code ({AUTO_MAP}) isn't run: tokenizer.json alone is used")
+            warnings.append(f"{folder}: the tokenizer's own code ({AUTO_MAP}) is not run; its tokenizer.json is used")
     elif any((folder / name).is_file() for name in OTHER_TOKENIZER_FILES):
         backend, found = load_with_transformers(folder)
         settings = found | settings
     elif vocab_size is not None:
         refuse_custom_tokenizer(folder)
         backend = StandInBackend(vocab_size)
-        warnings.append(f"{folder} has no tokenizer: text is read as bytes, each token id written as a text of its own")
+        warnings.append(
+            f"{folder} has no tokenizer: a stand-in reads texts as bytes and writes a text for each token id"
+        )
     else:
-        raise ModelError(f"{folder} has no tokenizer (tokenizer.json); --tokenizer names another folder")
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json); use --tokenizer")
     named = special_tokens(settings)
     own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
@@ -177,7 +184,7 @@ def load_tokenizer(
 
 
 def mistral_file(folder: Path, mode: str) -> Path | None:
-    """The tokenizer of a folder that mistral-common reads, None if another is to be taken; ModelError if it lacks."""
+    """The tokenizer file that mistral-common is to read, None for another tokenizer; ModelError if it is missing."""
     native = (folder / PARAMS).is_file() and not (folder / CONFIG).is_file()
     if mode != "mistral" and (folder / "tokenizer.json").is_file():
         return None
@@ -186,8 +193,7 @@ def mistral_file(folder: Path, mode: str) -> Path | None:
         found = folder / PLAIN
     if found is None and mode == "mistral":
         raise ModelError(
-            f"{folder} has no tekken.json or tokenizer.model.v3, which --tokenizer-mode mistral reads; "
-            "--tokenizer names another folder"
+            f"{folder} has no tekken.json or tokenizer.model.v3, which --tokenizer-mode mistral needs; use --tokenizer"
         )
     return found
 
@@ -218,21 +224,21 @@ def declared_eos_ids(folder: Path) -> list[int]:
 
 
 def _inner(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a composite model's config that is the language model's."""
+    """The config of the language model within that of a composite model."""
     found = config.get("text_config")
     return found if isinstance(found, dict) else {}
 
 
 def _token_id(value: Any, folder: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
-        raise ModelError(f"{folder}: eos_token_id must be a whole number or a list of them, not {json.dumps(value)}")
+        raise ModelError(f"{folder}: eos_token_id must be an integer or a list of integers, not {json.dumps(value)}")
     return int(value)
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """The settings of tokenizer_config.json, with special tokens from all the places where folders keep them.
+    """The settings of tokenizer_config.json, with the special tokens of all files that may hold them.
 
-    As transformers reads them, special_tokens_map.json goes before.
+    As in transformers, special_tokens_map.json takes precedence.
     """
     settings = read_json(folder / "tokenizer_config.json")
     extra = settings.get("extra_special_tokens")
@@ -240,7 +246,7 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The named special tokens, e.g. `eos_token`, as text; files hold a string or an object with `content`."""
+    """The named special tokens, e.g. `eos_token`, as text; files have a string or an object with `content`."""
     named: dict[str, str] = {}
     for name, value in settings.items():
         content = value.get("content") if isinstance(value, dict) else value

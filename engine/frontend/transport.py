@@ -1,4 +1,4 @@
-"""How messages travel between a front end and the core: ZeroMQ between processes, plain calls within one."""
+"""Transport of messages between a front end and the core."""
 
 import asyncio
 import logging
@@ -11,19 +11,18 @@ from engine.messages import ToCore, encode
 
 log = logging.getLogger("redline.client")
 
-# So many messages are taken in one go before other tasks of the loop get their turn.
-BURST = 64
+MESSAGES_PER_TURN = 64  # read in one go before other tasks of the event loop run
 
 
 class Transport(Protocol):
     """Carries a front end's messages to the core, and the core's (encoded) back."""
 
     def open(self, deliver: Callable[[bytes], None]) -> None:
-        """Start to deliver; called once, inside the running event loop."""
+        """Start to call `deliver` with messages; called once, inside the running event loop."""
         ...
 
     def send(self, message: ToCore) -> None:
-        """Hand over a message without waiting."""
+        """Send a message without waiting."""
         ...
 
     def close(self) -> None: ...
@@ -66,41 +65,19 @@ class ZmqTransport:
     def _read(self) -> None:
         if self._inbound.closed:
             return
-        for _ in range(BURST):
+        for _ in range(MESSAGES_PER_TURN):
             try:
                 data = self._inbound.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
                 self._deliver(data)
-            except Exception:  # what comes behind it must be read all the same
-                log.exception("a message of %d bytes could not be taken", len(data))
-        # The descriptor tells of changes only: what is left must be asked for.
+            except Exception:  # later messages must still be read
+                log.exception("a message of %d bytes could not be processed", len(data))
+        # The descriptor signals new messages only, not those that are left.
         assert self._loop is not None
         self._loop.call_soon(self._read)
 
 
-class InlineTransport:
-    """For a core in the same thread: `receive` takes encoded messages, and the core sends through `from_core`."""
-
-    def __init__(self, receive: Callable[[bytes], None] | None = None):
-        self.receive = receive
-        self._deliver: Callable[[bytes], None] = _drop
-
-    def open(self, deliver: Callable[[bytes], None]) -> None:
-        self._deliver = deliver
-
-    def send(self, message: ToCore) -> None:
-        assert self.receive is not None, "no core was attached"
-        self.receive(encode(message))
-
-    def from_core(self, _front_end: int, data: bytes) -> None:
-        """The core's `send`."""
-        self._deliver(data)
-
-    def close(self) -> None:
-        self._deliver = _drop
-
-
 def _drop(_data: bytes) -> None:
-    """Before `open` and after `close` nobody listens."""
+    """Ignore a message that arrives before `open`."""

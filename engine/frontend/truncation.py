@@ -1,15 +1,15 @@
-"""Prompts cut to a number of tokens, as `truncate_prompt_tokens` asks for."""
+"""Truncation of prompts to a number of tokens (`truncate_prompt_tokens`)."""
 
 from engine.errors import RequestError
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.tokenizer import Tokenizer
 
-CHARACTERS = 16  # of a text are looked at for each token that is kept, at first
-SPARE = 64  # tokens behind a cut through a text, after which they are those of the whole text
+CHARACTERS = 16  # of a text, first tokenized for each token to keep
+SPARE = 64  # tokens next to a cut through a text that may differ from those of the whole text
 
 
 def kept_tokens(params: SamplingParams, max_model_len: int) -> int | None:
-    """How many tokens of a prompt are kept at most, None for all; RequestError if that can't be."""
+    """The number of prompt tokens to keep, None for all; RequestError if it is out of range."""
     keep = params.truncate_prompt_tokens
     if keep is None:
         return None
@@ -28,9 +28,10 @@ def kept_tokens(params: SamplingParams, max_model_len: int) -> int | None:
 def encode_end(
     tokenizer: Tokenizer, text: str, keep: int, side: str | None, add_special_tokens: bool
 ) -> tuple[list[int], bool]:
-    """Token ids of a text, or of as much of its end (its beginning, where `side` is "right") as gives `keep` of them.
+    """Tokenize as much of the end of a text as gives `keep` tokens; of its beginning if `side` is "right".
 
-    Also says whether anything was left out: a text of any length costs no more than what is kept of it.
+    A long text thus costs no more than the part that is kept. Returns the token ids, which may be more than `keep`, and
+    whether a part of the text was left out.
     """
     characters = CHARACTERS * (keep + SPARE)
     while characters < len(text):
@@ -43,10 +44,14 @@ def encode_end(
 
 
 def truncate(prompt: list[int], keep: int | None, side: str | None, leading: tuple[int, ...]) -> list[int]:
-    """The prompt's last `keep` tokens, or its first ones where `side` is "right"; all where `keep` is None.
+    """Keep the last `keep` tokens of a prompt.
 
-    leading: ids that the tokenizer puts before each text. They stay where the prompt begins with them, as tokenizers
-    truncate.
+    Args:
+        prompt: token ids.
+        keep: number of tokens; None: all.
+        side: "right" keeps the first tokens instead.
+        leading: ids that the tokenizer puts before each text. If the prompt begins with them, they are kept too, as
+            tokenizers do when they truncate.
     """
     if keep is None or len(prompt) <= keep:
         return prompt

@@ -89,7 +89,7 @@ def test_two_replicas_serve_and_each_that_dies_takes_its_own_alone(
 ):
     flags = (*DUMMY, "--dp", "2", "--api-servers", "2", "--max-model-len", "4K", "--served-model-name", "tiny")
     with serve(tmp_path, model, *flags, "--kv-cache-memory-bytes", "32MiB") as server:
-        assert re.search(r"replicas +2, routed by prefix; of each:", server.output())
+        assert re.search(r"replicas +2, routing prefix; figures below are per replica", server.output())
         assert re.search(r"KV cache +16\.0 MiB", server.output())
         family = children(server.process)
         assert len(family) == 3, "two cores and one more API process"
@@ -121,7 +121,7 @@ def test_two_replicas_serve_and_each_that_dies_takes_its_own_alone(
             assert all(ask(server, prompt) == alone[prompt][:6] for prompt in PROMPTS)
             assert server.metric("redline:replica_up") == 1
         assert server.metric("vllm:generation_tokens_total") >= 48 + TOKENS * len(finished) + 4 * 24
-        assert "1 of 2 replicas serve on" in server.output()
+        assert "1 of 2 replicas continue to serve" in server.output()
 
         os.kill(replicas_of(server)[1]["process"], signal.SIGKILL)
         assert server.process.wait(30) == 1
@@ -154,7 +154,7 @@ def test_what_waits_begins_again_on_the_other_replica(model: str, tmp_path: Path
             thread.join(30)
         assert answers == {prompt: alone[prompt][:6] for prompt in PROMPTS}
         assert set(placed(server)) == {1}
-        assert re.search(r"\d request\(s\) of replica 0 begin again elsewhere", server.output())
+        assert re.search(r"replica 0: retrying \d requests? that had no output", server.output())
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0
 

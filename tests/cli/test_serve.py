@@ -198,7 +198,7 @@ def test_what_cannot_start_says_so_in_one_line(model: str, flags: tuple[str, ...
 
 
 def test_a_server_that_still_loads_has_its_port_and_says_so():
-    from engine.api.ports import StartingAnswers, bind, bind_all
+    from engine.api.ports import StartingResponder, bind, bind_all
     from engine.errors import RedlineError
 
     for count in (1, 2):
@@ -208,7 +208,7 @@ def test_a_server_that_still_loads_has_its_port_and_says_so():
             for take in (bind, lambda host, port: bind_all(host, port, 2)):
                 with pytest.raises(RedlineError, match=f"port {port} on 127.0.0.1 is in use.*--port"):
                     take("127.0.0.1", port)
-            with StartingAnswers(first):
+            with StartingResponder(first):
                 for _ in range(4):
                     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", content=b" " * 300_000, timeout=10)
                     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

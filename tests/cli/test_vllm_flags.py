@@ -134,7 +134,7 @@ def test_an_option_of_v0_falls_back_to_v0_and_says_so(flags: list[str], asked: A
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--engine", "v1", "--num-scheduler-steps", "8"], "--num-scheduler-steps is V0's"),
+        (["--engine", "v1", "--num-scheduler-steps", "8"], "--num-scheduler-steps is an option of V0"),
         (["--served-model-name", ""], "--served-model-name"),
         (["--max-model-len", "-2"], "-2"),
         (["--max-model-len", "lots"], "lots"),
@@ -142,13 +142,13 @@ def test_an_option_of_v0_falls_back_to_v0_and_says_so(flags: list[str], asked: A
         (["--hf-overrides", "{"], "--hf-overrides is not valid JSON"),
         (["--rope-scaling", "[]"], "--rope-scaling must be a JSON object"),
         (["--rope-theta", "1", "--hf-overrides", '{"rope_theta": 2}'], "both give rope_theta"),
-        (["--lora-modules", "{"], "is no JSON"),
+        (["--lora-modules", "{"], "is not valid JSON"),
         (["--lora-modules", '{"name": "a"}'], "NAME=PATH"),
-        (["--trust-remote-code"], "--trust-remote-code can't be had: code that comes with a model is never run"),
-        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 can't be had"),
+        (["--trust-remote-code"], "--trust-remote-code is not supported: code that comes with a model is never run"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported"),
         (["-pp", "2"], "use --tp"),
         (["--distributed-executor-backend", "ray"], "one machine"),
-        (["--task", "embed"], "--task embed can't be had: only generation is served"),
+        (["--task", "embed"], "--task embed is not supported: only generation is served"),
         (["--speculative-config", "{}"], "--speculative ngram"),
     ],
 )
@@ -177,7 +177,7 @@ def test_flags_that_cannot_be_had_name_the_reason(
     foreign: Foreign, asked: Asked, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in (name.partition("/")[0] for name in foreign.names):
-        assert_refused(capsys, given(foreign, name), f"{foreign.name}", f"can't be had: {foreign.why}")
+        assert_refused(capsys, given(foreign, name), f"{foreign.name}", f"is not supported: {foreign.why}")
     for value in foreign.neutral:
         run("m", foreign.name, value)
         assert asked.notes == []

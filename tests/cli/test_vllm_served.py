@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from cli.main import main
-from engine.api.ports import StartingAnswers, bind
+from engine.api.ports import StartingResponder, bind
 from engine.api.tls import read_certificate
 from tests.serving import Served, serve
 
@@ -144,7 +144,7 @@ def test_certificates_that_cannot_be_served_are_one_line(
 def test_a_client_that_comes_while_the_model_loads_is_answered_over_https(tls: tuple[Path, Path]) -> None:
     listener = bind("127.0.0.1", 0)
     url = f"https://127.0.0.1:{listener.getsockname()[1]}/health"
-    with listener, StartingAnswers(listener, read_certificate(*map(str, tls))):
+    with listener, StartingResponder(listener, read_certificate(*map(str, tls))):
         with socket.create_connection(listener.getsockname()) as plain:
             plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             with contextlib.suppress(ConnectionResetError):

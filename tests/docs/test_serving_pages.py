@@ -12,12 +12,12 @@ from prometheus_client import generate_latest
 import cli.serve
 from cli.options import GroupedOption
 from engine.api.chat_protocol import ChatRequest, TokenizeRequest
-from engine.api.metrics import make_registry
 from engine.api.openapi import ROUTES
+from engine.api.prometheus import make_registry
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
 from engine.config import ABLATIONS
+from engine.frontend.front_end_stats import REASONS, FrontEndStats
 from engine.frontend.router import Router
-from engine.frontend.stats import REASONS, FrontEndStats
 from engine.messages import Ready
 from engine.model.families import FAMILIES
 

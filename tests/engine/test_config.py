@@ -16,10 +16,7 @@ def config(**fields: Any) -> EngineConfig:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"engine": "v1", "num_scheduler_steps": 8},
-            "--num-scheduler-steps is an option of V0: V1 always schedules a step",
-        ),
+        ({"engine": "v1", "num_scheduler_steps": 8}, "--num-scheduler-steps is an option of V0: V1 always schedules a"),
         ({"engine": "v1", "enable_chunked_prefill": True}, "--enable-chunked-prefill is an option of V0"),
         ({"engine": "v1", "enable_chunked_prefill": False}, "--ablate no-chunking"),
         ({"num_scheduler_steps": 8, "ablate": ("watermark",)}, "--engine v0 already switches off all of them"),
@@ -27,14 +24,17 @@ def config(**fields: Any) -> EngineConfig:
         ({"max_model_len": 0}, "--max-model-len must be at least 1, or auto, not 0"),
         ({"max_model_len": -2}, "--max-model-len must be at least 1, or auto, not -2"),
         ({"served_model_name": ("a", "")}, "--served-model-name must not be empty"),
-        ({"served_model_name": ("a", "b"), "adapters": (("b", "/p"),)}, "adapter names must be unique"),
+        (
+            {"served_model_name": ("a", "b"), "adapters": (("b", "/p"),)},
+            "must be unique and differ from the model's name",
+        ),
         ({"hf_overrides": "{"}, "--hf-overrides is not valid JSON"),
         ({"hf_overrides": "[1]"}, "--hf-overrides must be a JSON object"),
         ({"dtype": "int8"}, "--dtype must be one of auto, bfloat16"),
         ({"engine": "v0", "num_scheduler_steps": 8, "enable_chunked_prefill": True}, "exclude each other"),
         ({"engine": "v0", "num_scheduler_steps": 0}, "--num-scheduler-steps must be at least 1"),
         ({"engine": "v0", "ablate": ("watermark",)}, "already switches off all of them"),
-        ({"ablate": ("chunking",)}, "--ablate must be of no-chunking, prefill-first"),
+        ({"ablate": ("chunking",)}, "--ablate must be one of no-chunking, prefill-first"),
         ({"ablate": ("driver-broadcast",)}, "--ablate driver-broadcast needs --tp 2 or more"),
         ({"engine": "v2"}, "--engine must be one of v1, v0"),
         ({"data_parallel_size": 0}, "--dp must be at least 1, not 0"),

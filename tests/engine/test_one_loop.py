@@ -12,13 +12,13 @@ from engine.api.app import create_app
 from engine.api.state import ApiState
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
-from engine.frontend.backends import StandInBackend
-from engine.frontend.client import CoreClient
+from engine.frontend.core_client import CoreClient
 from engine.frontend.tokenizer import Tokenizer
-from engine.frontend.transport import InlineTransport
+from engine.frontend.tokenizer_backends import StandInBackend
 from engine.messages import Ready, StepMessage
 from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import VOCABULARY, FakeExecutor, expected_tokens
+from tests.engine.inline_transport import InlineTransport
 
 STEP_S = 0.125  # powers of two: sums of them are exact
 TOKEN_S = 1 / 64
@@ -191,7 +191,7 @@ async def test_the_death_of_the_core_reaches_an_open_stream_and_the_next_request
     body = {"prompt": [1], "max_tokens": 60, "stream": True}
     task = asyncio.ensure_future(call.run(world.app, "/v1/completions", body))
     await world.until(lambda: len(call.parts) > 2)
-    world.client.die("rank 0 is gone")
+    world.client.fail_all("rank 0 is gone")
     await world.until(task.done)
     assert b"rank 0 is gone" in call.parts[-1][1]
     late = world.post("/v1/completions", prompt=[1])

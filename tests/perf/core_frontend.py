@@ -19,16 +19,16 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.api.app import create_app
+from engine.api.http_server import UvicornServer, uvicorn_config
 from engine.api.render import Chunks, new_head
-from engine.api.server import Server, http_settings
 from engine.api.state import ApiState
 from engine.clock import MonotonicClock
-from engine.frontend.backends import FastBackend
-from engine.frontend.client import CoreClient
+from engine.frontend.core_client import CoreClient
 from engine.frontend.detokenizer import Detokenizer
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, Origin, RequestStream
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer_backends import FastBackend
 from engine.messages import AddRequest, Finished, FinishReason, Outputs, Ready, Stats, ToCore, column, encode
 
 ROOT = Path(__file__).parents[2]
@@ -190,8 +190,8 @@ while selector.get_map():
 
 async def _over_sockets(streams: int, steps: int, pause_s: float) -> tuple[float, float]:
     front_end = FrontEnd()
-    settings = http_settings(front_end.app, host="127.0.0.1", port=0)
-    server = Server(settings)
+    settings = uvicorn_config(front_end.app, host="127.0.0.1", port=0)
+    server = UvicornServer(settings)
     serving = asyncio.ensure_future(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

@@ -52,7 +52,7 @@ class Redline(Engine):
         run, client = self.llm._run, self.llm._client
 
         async def begin() -> Any:
-            return client.add([prompt], self._params(output))
+            return client.add_request([prompt], self._params(output))
 
         async def more(stream: Any) -> int:
             async for deltas in stream:

@@ -12,19 +12,19 @@ import pytest
 from fastapi import FastAPI
 
 from engine.api.app import create_app
-from engine.api.options import HttpOptions
+from engine.api.http_options import HttpOptions
 from engine.api.state import ApiState
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
-from engine.frontend.backends import StandInBackend
 from engine.frontend.chat_template import ChatTemplate
-from engine.frontend.client import CoreClient
-from engine.frontend.inline import InlineTexts
+from engine.frontend.core_client import CoreClient
+from engine.frontend.inline_front_end import InlineTexts
 from engine.frontend.tokenizer import Tokenizer
-from engine.frontend.transport import InlineTransport
+from engine.frontend.tokenizer_backends import StandInBackend
 from engine.messages import Ready
 from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import FakeExecutor
+from tests.engine.inline_transport import InlineTransport
 
 VOCABULARY = 300
 STEP_S = 0.125

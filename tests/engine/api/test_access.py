@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.api.http_options import HttpOptions
 from engine.api.keys import read_keys
-from engine.api.options import HttpOptions
 from engine.errors import ConfigError
 from tests.engine.api.conftest import in_loop
 
@@ -23,7 +23,7 @@ def test_keys_come_from_the_command_a_file_and_the_environment(tmp_path: Path):
         (("",), None, None, "--api-key is empty"),
         (("a b",), None, None, "space"),
         (("clé",), None, None, "ASCII"),
-        ((), "# none\n", None, "holds no key"),
+        ((), "# none\n", None, "has no keys"),
         ((), None, "", "REDLINE_API_KEY is empty"),
         ((), None, "a,,b", "REDLINE_API_KEY is empty"),
     ],

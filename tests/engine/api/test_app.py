@@ -7,7 +7,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.api.options import HttpOptions
+from engine.api.http_options import HttpOptions
 from tests.engine.api.conftest import VOCABULARY, InLoop, in_loop
 from tests.engine.fake_executor import expected_tokens
 
@@ -248,7 +248,7 @@ async def test_health_tells_of_the_last_step_and_of_death(server: InLoop):
     health = (await server.http.get("/health")).json()
     assert health["status"] == "ok"
     assert 0 <= health["last_step_age_s"] < 60
-    server.client.die("rank 0 is gone")
+    server.client.fail_all("rank 0 is gone")
     answer = await server.http.get("/health")
     assert answer.status_code == 503
     assert answer.json()["cause"] == "rank 0 is gone"
@@ -294,7 +294,7 @@ async def test_an_error_within_a_stream_is_an_event(server: InLoop):
     async def die() -> None:
         while not server.client.live_count():
             await asyncio.sleep(0)
-        server.client.die("rank 0 is gone")
+        server.client.fail_all("rank 0 is gone")
 
     body = {"prompt": "ab", "max_tokens": 100, "stream": True}
     answer, _ = await asyncio.gather(server.http.post("/v1/completions", json=body), die())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.api import body as module
 from engine.api.body import SMALL_BODY, count_values
-from engine.api.options import HttpOptions, Limits
+from engine.api.http_options import HttpOptions, Limits
 from tests.engine.api.conftest import InLoop, in_loop
 
 TEXTS = st.text() | st.text('\\",[]{}a')

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from engine.api.app import create_app
-from engine.api.options import HttpOptions
+from engine.api.http_options import HttpOptions
 from engine.api.state import ApiState
 from tests.engine.api.conftest import InLoop, in_loop
 from tests.engine.fake_executor import expected_tokens

@@ -8,10 +8,10 @@ from typing import Any
 import openai
 import pytest
 
-from engine.api import sse
+from engine.api import event_stream as sse
+from engine.api.http_server import HttpServer
 from engine.api.ports import bind
 from engine.api.render import Chunks
-from engine.api.server import HttpSide
 from engine.api.state import ApiState
 from tests.engine.api.conftest import InLoop
 
@@ -170,7 +170,7 @@ async def test_a_failure_of_the_server_says_nothing_of_its_insides(
     async def fail(*_: object, **__: object) -> None:
         raise KeyError("/srv/secret/path")
 
-    monkeypatch.setattr(server.client, "call", fail)
+    monkeypatch.setattr(server.client, "call_utility", fail)
     answer = await server.http.post("/reset_prefix_cache", json={}, headers={"X-Request-Id": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
     error = answer.json()["error"]
@@ -200,7 +200,7 @@ async def test_a_failure_within_a_stream_is_an_error_to_openai_s_client(
         async for chunk in stream:
             texts.append(chunk.choices[0].text)
 
-    with pytest.raises(openai.APIError, match="server failed"):
+    with pytest.raises(openai.APIError, match="internal error"):
         await read()
     assert len(texts) == 2
     while server.core.has_work:
@@ -247,7 +247,7 @@ async def test_what_is_no_http_has_an_error_in_the_same_form(
 ):
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    side = HttpSide(ApiState(server.client, ("fake",)), listener)
+    side = HttpServer(ApiState(server.client, ("fake",)), listener)
     up = asyncio.Event()
     serving = asyncio.ensure_future(side.serve(lambda _url: up.set()))
     await up.wait()

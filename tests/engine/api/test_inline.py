@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from tests.engine.api.conftest import InLoop, in_loop
 from tests.engine.api.test_app import CHAT
 from tests.engine.fake_executor import expected_tokens
@@ -72,7 +72,7 @@ async def test_a_text_that_is_too_long_is_refused_in_the_same_words():
 
 async def test_a_client_that_leaves_leaves_nothing_behind():
     async with in_loop(ablations=INLINE) as server:
-        stream = server.client.add([[1, 2]], SamplingParams(max_tokens=100))
+        stream = server.client.add_request([[1, 2]], SamplingParams(max_tokens=100))
         await anext(stream)
         stream.close()
         while server.core.has_work:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.api.options import HttpOptions, Limits
+from engine.api.http_options import HttpOptions, Limits
 from tests.engine.api.conftest import in_loop
 
 CHAT = [{"role": "user", "content": "hi"}]

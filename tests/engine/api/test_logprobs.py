@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs, token_key
 from engine.api.render import Chunks
-from engine.frontend.backends import FastBackend
 from engine.frontend.detokenizer import Detokenizer
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer_backends import FastBackend
 from tests.engine.api.conftest import InLoop
 from tests.engine.frontend.conftest import END, byte_level_library, sentence_piece_library
 
@@ -123,7 +123,7 @@ def test_text_that_a_stop_string_cuts_off_has_no_offsets_behind_the_text():
 
 async def test_a_stream_and_a_whole_answer_have_the_same_offsets(server: InLoop):
     prompt = list(b"ab")
-    stream = server.client.add([prompt], SamplingParams(max_tokens=9, logprobs=0))
+    stream = server.client.add_request([prompt], SamplingParams(max_tokens=9, logprobs=0))
     entries = [TokenLogprob(token, -1.0, 1, ()) for token in byte_ids(server.client.tokenizer, "cd!stop")]
     deltas = [
         Delta(0, text, [entry.token], [entry])

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from engine.api.render import ChunkOptions, Chunks
 from engine.clock import FakeClock
-from engine.frontend.backends import StandInBackend
-from engine.frontend.client import CoreClient
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.core_client import CoreClient
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
-from engine.frontend.transport import InlineTransport
+from engine.frontend.tokenizer_backends import StandInBackend
 from engine.messages import Ready
+from tests.engine.inline_transport import InlineTransport
 
 TOKENIZER = Tokenizer(StandInBackend(300))
 HEAD = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": 'a "model"'}
@@ -21,7 +21,7 @@ HEAD = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": 'a "
 def make_stream() -> RequestStream:
     ready = Ready("here", "fake", "float32", 300, 64, 4, 16, 4, 64, True)
     client = CoreClient(ready, TOKENIZER, InlineTransport(lambda _: None), FakeClock())
-    return client.add([[1, 2]], SamplingParams(n=2))
+    return client.add_request([[1, 2]], SamplingParams(n=2))
 
 
 def event(data: bytes) -> dict:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from engine.api.http_server import HttpServer
 from engine.api.ports import bind
-from engine.api.server import HttpSide
 from engine.api.state import ApiState
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from tests.engine.api.conftest import InLoop, in_loop
 from tests.engine.fake_executor import expected_tokens
 
@@ -19,8 +19,8 @@ SMALL = 4096  # bytes the kernel is asked to hold, on either side
 HIGH_WATER = 64 << 10  # bytes that uvicorn lets wait in the process
 
 
-def serve_on(server: InLoop, listener: socket.socket) -> tuple[HttpSide, "asyncio.Future[None]", "asyncio.Event"]:
-    side = HttpSide(ApiState(server.client, ("fake",)), listener)
+def serve_on(server: InLoop, listener: socket.socket) -> tuple[HttpServer, "asyncio.Future[None]", "asyncio.Event"]:
+    side = HttpServer(ApiState(server.client, ("fake",)), listener)
     up = asyncio.Event()
     return side, asyncio.ensure_future(side.serve(lambda _url: up.set())), up
 
@@ -87,13 +87,13 @@ async def test_a_reader_that_pauses_gets_all_text_in_fewer_chunks(pauses: bool):
         await asyncio.wait_for(serving, 10)
 
 
-def connections(side: HttpSide) -> list[Any]:
+def connections(side: HttpServer) -> list[Any]:
     return list(side._server.server_state.connections)
 
 
 async def test_an_output_holds_one_delta_however_long_nobody_reads():
     async with in_loop(max_model_len=1024, num_blocks=300) as server:
-        stream = server.client.add([[1]], SamplingParams(n=2, max_tokens=500))
+        stream = server.client.add_request([[1]], SamplingParams(n=2, max_tokens=500))
         while server.client.live_count():
             await asyncio.sleep(0)
             assert len(stream._ready) <= 2

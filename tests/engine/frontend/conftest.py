@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from engine.frontend.backends import FastBackend, StandInBackend
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer_backends import FastBackend, StandInBackend
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",

@@ -5,17 +5,17 @@ from typing import Any
 
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
-from engine.frontend.backends import StandInBackend
-from engine.frontend.router import Replica, Router
-from engine.frontend.routing import Lengths
-from engine.frontend.sampling import SamplingParams
-from engine.frontend.stats import Board
+from engine.frontend.core_client import CoreClient
+from engine.frontend.front_end_stats import Board
+from engine.frontend.router import Router
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, RequestStream
 from engine.frontend.tokenizer import Tokenizer
-from engine.frontend.transport import InlineTransport
+from engine.frontend.tokenizer_backends import StandInBackend
 from engine.messages import AddRequest, FromCore, Ready, decode_to_core, encode
 from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import VOCABULARY, FakeExecutor
+from tests.engine.inline_transport import InlineTransport
 
 TOKENIZER = Tokenizer(StandInBackend(VOCABULARY))
 
@@ -37,7 +37,7 @@ class Fleet:
             "fake", "fake", "float32", VOCABULARY, config.max_model_len, config.max_num_seqs,
             config.max_num_batched_tokens, config.block_size, config.num_blocks - 1, True,
         )  # fmt: skip
-        replicas, lengths, numbers = [], Lengths(), itertools.count(1)
+        replicas, numbers = [], itertools.count(1)
         for number in range(count):
             worker = FakeExecutor(self.clock, config.block_size, lambda *_: 1.0)
             transport = InlineTransport()
@@ -45,7 +45,7 @@ class Fleet:
             transport.receive = self._receiver(number, core)
             board = boards[number] if boards else None
             replicas.append(
-                Replica(number, lengths, ready, TOKENIZER, transport, self.clock, board=board, numbers=numbers)
+                CoreClient(ready, TOKENIZER, transport, self.clock, board=board, numbers=numbers, replica=number)
             )
             self.cores.append(core)
             self.workers.append(worker)
@@ -65,20 +65,20 @@ class Fleet:
 
     def add(self, prompt: list[int], max_tokens: int = 4, **more: Any) -> RequestStream:
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        stream = self.router.add([prompt], params, **more)
+        stream = self.router.add_request([prompt], params, **more)
         self.read[id(stream)] = []
         return stream
 
     def place(self, stream: RequestStream) -> int:
         """The replica that has it."""
-        assert isinstance(stream.client, Replica)
-        return stream.client.number
+        assert isinstance(stream.client, CoreClient)
+        return stream.client.replica
 
     def take(self, stream: RequestStream) -> list[int]:
         """All tokens so far; raises what the stream does."""
-        deltas: list[Delta] = stream.take()
+        deltas: list[Delta] = stream.take_deltas()
         self.read[id(stream)] += [token for delta in deltas for token in delta.token_ids]
-        assert stream.open is not None
+        assert stream.is_open is not None
         return self.read[id(stream)]
 
     def say(self, number: int, message: FromCore) -> None:
@@ -86,11 +86,11 @@ class Fleet:
         self.transports[number].from_core(0, encode(message))
 
     def kill(self, number: int) -> None:
-        self.router.lose(number, "it was killed")
+        self.router.core_lost(number, "it was killed")
 
     @property
     def living(self) -> list[int]:
-        return [replica.number for replica in self.router.replicas if replica.dead is None]
+        return [replica.replica for replica in self.router.replicas if replica.dead is None]
 
     def turn(self) -> bool:
         """Let all that live do what they can, then go on to what is due next; False if nothing was left to do."""

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.frontend.backends import FastBackend
 from engine.frontend.detokenizer import Detokenizer, StopStrings
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer_backends import FastBackend
 from tests.engine.frontend.conftest import CORPUS, byte_level_library, sentence_piece_library
 
 BYTE_LEVEL = Tokenizer(FastBackend(byte_level_library()))

@@ -5,11 +5,12 @@ import logging
 import msgspec
 import pytest
 
-from engine.frontend.logs import Ended, StatsLog, log_request
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.listener import OutputRecord
+from engine.frontend.logs import StatsLog, log_request
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Origin
 from engine.messages import Admitted, Dead, Finished, FinishReason, Stats
-from tests.engine.frontend.test_client import Core, text_ids
+from tests.engine.frontend.test_core_client import Core, Listener, text_ids
 
 ORIGIN = Origin("cmpl-7", "tiny", "10.0.0.1:5000")
 
@@ -47,16 +48,16 @@ def test_idleness_is_told_once():
     assert "running 1" in again
 
 
-def logged(core: Core) -> list[Ended]:
-    ended: list[Ended] = []
-    core.client.on_ended = ended.append
+def logged(core: Core) -> list[OutputRecord]:
+    ended: list[OutputRecord] = []
+    core.client.listener = Listener(ended)
     return ended
 
 
 async def test_a_request_that_ended_tells_its_times_and_counts():
     core = Core(front_end=2)
     ended = logged(core)
-    core.client.add([[1, 2, 3]], SamplingParams(), origin=ORIGIN)
+    core.client.add_request([[1, 2, 3]], SamplingParams(), origin=ORIGIN)
     handle = core.added[0].handle
     core.clock.advance(0.5)
     core.tokens({handle: [65]}, admitted=(Admitted(handle, 2, 0.25),))
@@ -67,7 +68,7 @@ async def test_a_request_that_ended_tells_its_times_and_counts():
     core.clock.advance(0.25)
     core.tokens({handle: [65]}, Finished(handle, FinishReason.LENGTH, preemptions=3))
     assert ended == [
-        Ended(
+        OutputRecord(
             request="cmpl-7", index=0, model="tiny", client="10.0.0.1:5000", front_end=2, prompt_tokens=3,
             cached_tokens=2, output_tokens=4, finish_reason="length", ttft_s=0.5, itl_s=0.166667, e2e_s=1.0,
             queue_s=0.25, preemptions=3,
@@ -79,7 +80,7 @@ async def test_a_request_that_ended_tells_its_times_and_counts():
 async def test_a_request_that_ends_here_waits_for_the_core_s_last_word(how: str):
     core = Core()
     ended = logged(core)
-    stream = core.client.add([[1]], SamplingParams(stop=["EN"]), origin=ORIGIN)
+    stream = core.client.add_request([[1]], SamplingParams(stop=["EN"]), origin=ORIGIN)
     handle = core.added[0].handle
     core.tokens({handle: text_ids("EN" if how == "stop string" else "E")})
     stream.close()
@@ -95,7 +96,7 @@ async def test_failures_and_deaths_have_their_cause():
     core = Core()
     ended = logged(core)
     for _ in range(3):
-        core.client.add([[1]], SamplingParams(), origin=ORIGIN)
+        core.client.add_request([[1]], SamplingParams(), origin=ORIGIN)
     first, second, _ = (request.handle for request in core.added)
     core.tokens({}, Finished(first, FinishReason.ERROR, error="no room"))
     stream = core.client._live[second].stream
@@ -112,7 +113,7 @@ async def test_failures_and_deaths_have_their_cause():
 async def test_each_output_has_a_line():
     core = Core()
     ended = logged(core)
-    core.client.add([[1], [2]], SamplingParams(n=2), origin=ORIGIN)
+    core.client.add_request([[1], [2]], SamplingParams(n=2), origin=ORIGIN)
     for request in core.added:
         core.tokens({request.handle: [65]}, Finished(request.handle, FinishReason.LENGTH))
     assert [one.index for one in ended] == [0, 1, 2, 3]
@@ -121,8 +122,8 @@ async def test_each_output_has_a_line():
 
 
 def test_the_line_is_json(caplog: pytest.LogCaptureFixture):
-    ended = Ended("a", 0, 'm"', "c", 0, 1, 0, 2, "stop", 0.5, None, 1.0, 0.0)
+    ended = OutputRecord("a", 0, 'm"', "c", 0, 1, 0, 2, "stop", 0.5, None, 1.0, 0.0)
     with caplog.at_level(logging.INFO, "redline.request"):
         log_request(ended)
     [record] = caplog.records
-    assert msgspec.json.decode(record.getMessage(), type=Ended) == ended
+    assert msgspec.json.decode(record.getMessage(), type=OutputRecord) == ended

@@ -10,23 +10,28 @@ from hypothesis import strategies as st
 
 from engine.config import ROUTINGS
 from engine.errors import EngineDeadError, RequestError
-from engine.frontend.sampling import SamplingParams
-from engine.frontend.stats import Board
+from engine.frontend.front_end_stats import Board
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import RequestStream
 from engine.messages import Dead, Hung
 from tests.engine.fake_executor import expected_tokens
 from tests.engine.frontend.fleet import Fleet
+from tests.engine.frontend.test_core_client import Listener
 
 LONG = [7] * 40  # ten blocks
 
 
 async def call(fleet: Fleet, method: str, **arguments: Any) -> Any:
     """A utility's answer, while the cores step."""
-    asked = asyncio.ensure_future(fleet.router.call(method, **arguments))
+    asked = asyncio.ensure_future(fleet.router.call_utility(method, **arguments))
     while not asked.done():
         await asyncio.sleep(0)
         fleet.turn()
     return await asked
+
+
+def health(fleet: Fleet) -> list[dict[str, Any]]:
+    return [replica.health() for replica in fleet.router.replicas]
 
 
 async def test_a_prefix_goes_where_it_is_held_and_another_one_where_less_is_to_do():
@@ -64,11 +69,13 @@ async def test_a_prefix_is_worth_nothing_to_a_request_that_computes_all_of_its_p
     first = fleet.place(fleet.add(LONG))
     fleet.run()
     params = SamplingParams(max_tokens=4, temperature=0, n=3, prompt_logprobs=0)
-    before = [replica.given for replica in fleet.router.replicas]
-    stream = fleet.router.add([LONG], params)
-    other = fleet.router.replicas[fleet.place(stream)]
-    assert other.number != first, "the other one was given less"
-    assert other.given - before[other.number] >= 3 * len(LONG), "each output computes the prompt"
+    before = [tracker.assigned_tokens for tracker in fleet.router.trackers]
+    stream = fleet.router.add_request([LONG], params)
+    other = fleet.place(stream)
+    assert other != first, "the other one was given less"
+    assert fleet.router.trackers[other].assigned_tokens - before[other] >= 3 * len(LONG), (
+        "each output computes the prompt"
+    )
     stream.close()
     fleet.run()
 
@@ -86,14 +93,14 @@ async def test_another_salt_or_adapter_finds_no_prefix():
         for _ in range(2):  # evens out what they were given
             fleet.add([3] * 20, max_tokens=1)
             fleet.run()
-        first = min(fleet.router.replicas, key=lambda one: -one.given).number
+        first = min(fleet.router.trackers, key=lambda one: -one.assigned_tokens).client.replica
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 async def test_seeds_are_those_of_the_order_of_requests_wherever_they_go(routing: str):
     def seeds(fleet: Fleet) -> list[int]:
         for number in range(8):
-            fleet.router.add([[number]], SamplingParams(max_tokens=2, temperature=1))
+            fleet.router.add_request([[number]], SamplingParams(max_tokens=2, temperature=1))
         sent = sorted((one.handle, one.sampling.seed) for some in fleet.added for one in some)
         return [seed for _, seed in sent]
 
@@ -108,13 +115,13 @@ async def test_least_loaded_looks_at_what_is_left_not_at_the_number_of_requests(
     places = [fleet.place(fleet.add([number], max_tokens=8)) for number in range(10)]
     assert places == [1 - long] * 10
     fleet.run()
-    assert [replica.tokens_left() for replica in fleet.router.replicas] == [0.0, 0.0]
+    assert [tracker.tokens_left() for tracker in fleet.router.trackers] == [0.0, 0.0]
 
 
 async def test_a_computed_prompt_no_longer_counts():
     fleet = Fleet(1)
     stream = fleet.add(LONG, max_tokens=20)
-    [replica] = fleet.router.replicas
+    [replica] = fleet.router.trackers
     assert replica.tokens_left() == 60
     while not fleet.take(stream):
         fleet.turn()
@@ -141,12 +148,12 @@ async def test_what_has_not_begun_moves_and_what_has_fails_with_the_cause():
     fleet.kill(0)
     assert [fleet.place(one) for one in fresh] == [1] * 4
     with pytest.raises(EngineDeadError, match="replica 0: it was killed"):
-        assert not begun.open
+        assert not begun.is_open
     fleet.run()
     assert fleet.take(other) == expected_tokens([2], 9)
     for number, stream in enumerate(fresh):
         assert fleet.take(stream) == expected_tokens([3, number], 3)
-        assert not stream.open
+        assert not stream.is_open
     assert fleet.router.live_count() == 0
     assert fleet.router.total_stats.finished == {"length": 5, "error": 1}
 
@@ -157,7 +164,7 @@ async def test_a_request_moves_once_lest_it_kills_them_all():
     fleet.kill(fleet.place(poison))
     fleet.kill(fleet.place(poison))
     with pytest.raises(EngineDeadError, match="it was killed"):
-        assert not poison.open
+        assert not poison.is_open
     assert len(fleet.living) == 1
     fleet.run()
     assert fleet.take(fleet.add([1])) == []
@@ -166,7 +173,7 @@ async def test_a_request_moves_once_lest_it_kills_them_all():
 async def test_the_last_one_that_dies_ends_all():
     fleet = Fleet(2)
     causes: list[str] = []
-    fleet.router.on_death = causes.append
+    fleet.router.listener = Listener(causes=causes)
     stream = fleet.add([1])
     fleet.say(0, Dead("out of luck"))
     assert (causes, fleet.place(stream)) == ([], 1)
@@ -174,11 +181,11 @@ async def test_the_last_one_that_dies_ends_all():
     fleet.kill(1)
     fleet.kill(1)
     assert causes == ["no replica is left; replica 1: it was killed"]
-    for waiting in (lambda: stream.open, lambda: fleet.add([1])):
+    for waiting in (lambda: stream.is_open, lambda: fleet.add([1])):
         with pytest.raises(EngineDeadError, match="replica 1: it was killed"):
             waiting()
     with pytest.raises(EngineDeadError):
-        await fleet.router.call("adapters")
+        await fleet.router.call_utility("adapters")
 
 
 async def test_the_end_of_all_moves_nothing():
@@ -187,7 +194,7 @@ async def test_the_end_of_all_moves_nothing():
     fleet.router.close()
     for stream in streams:
         with pytest.raises(EngineDeadError, match=r"^the server was stopped before"):
-            assert not stream.open
+            assert not stream.is_open
     assert [len(some) for some in fleet.added] == [2, 2]
 
 
@@ -196,14 +203,14 @@ async def test_whoever_hangs_gets_nothing_while_another_steps():
     fleet.say(0, Hung("rank 0 hangs"))
     assert {fleet.place(fleet.add([number])) for number in range(6)} == {1}
     assert fleet.router.hung == ""
-    assert [one["status"] for one in fleet.router.health()] == ["hung", "ok"]
+    assert [one["status"] for one in health(fleet)] == ["hung", "ok"]
     fleet.say(1, Hung("rank 0 hangs too"))
     assert fleet.router.hung == "rank 0 hangs"
     assert {fleet.place(fleet.add([number])) for number in range(12)} == {0, 1}
     fleet.say(0, Hung())
     fleet.kill(1)
     assert fleet.router.hung == ""
-    assert [one["status"] for one in fleet.router.health()] == ["ok", "dead"]
+    assert [one["status"] for one in health(fleet)] == ["ok", "dead"]
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 64, [-1], [2**40]])
@@ -218,7 +225,7 @@ async def test_figures_are_sums_and_those_of_the_dead_stay():
     fleet = Fleet(2)
     streams = [fleet.add([number] * 8, max_tokens=4) for number in range(4)]
     fleet.run()
-    assert all(not stream.open for stream in streams)
+    assert all(not stream.is_open for stream in streams)
     stats = fleet.router.total_stats
     assert (stats.core.generation_tokens, stats.core.prompt_tokens) == (16, 32)
     assert (stats.finished, sum(stats.ttft.counts)) == ({"length": 4}, 4)
@@ -232,7 +239,7 @@ async def test_figures_are_sums_and_those_of_the_dead_stay():
     fleet.kill(0)
     left = fleet.router.total_stats.core
     assert (left.running, left.generation_tokens) == (1, running.generation_tokens)
-    assert [one["running"] for one in fleet.router.health()] == [0, 1]
+    assert [one["running"] for one in health(fleet)] == [0, 1]
 
 
 async def test_a_utility_is_done_by_all_or_by_none():
@@ -253,7 +260,7 @@ async def test_a_utility_is_done_by_all_or_by_none():
     fleet.turn()
     with pytest.raises(RequestError.__base__, match=r"request\(s\) still use 'french'"):
         await call(fleet, "unload_adapter", name="french")
-    assert busy.open
+    assert busy.is_open
     assert await call(fleet, "adapters") == {"french": "one"}
     busy.close()
     fleet.run()
@@ -264,7 +271,7 @@ async def test_a_utility_is_done_by_all_or_by_none():
 
 async def test_a_replica_that_dies_meanwhile_fails_no_utility():
     fleet = Fleet(2)
-    asked = asyncio.ensure_future(fleet.router.call("reset_prefix_cache"))
+    asked = asyncio.ensure_future(fleet.router.call_utility("reset_prefix_cache"))
     await asyncio.sleep(0)
     fleet.kill(0)
     while not asked.done():
@@ -303,7 +310,7 @@ async def happen(count: int, routing: str, happened: list[tuple[Any, ...]]) -> N
     for one in asked:
         judge(fleet, one)
     assert fleet.router.live_count() == 0
-    assert [replica.tokens_left() for replica in fleet.router.replicas] == [0.0] * count
+    assert [tracker.tokens_left() for tracker in fleet.router.trackers] == [0.0] * count
     for number in fleet.living:
         fleet.cores[number].scheduler.check()
 
@@ -346,7 +353,7 @@ def judge(fleet: Fleet, asked: Asked) -> None:
         assert read or stream.moved, "nothing had come of it: it should have moved"
         event("a request failed")
     else:
-        assert not stream.open
+        assert not stream.is_open
         assert asked.closed or read == asked.whole
         if stream.moved:
             event("a request moved")

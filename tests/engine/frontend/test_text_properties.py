@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.api.render import Chunks
-from engine.frontend.backends import FastBackend, byte_characters
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer_backends import FastBackend, byte_characters
 from engine.messages import Finished, FinishReason
 from tests.engine.frontend.conftest import byte_level_library
 from tests.engine.frontend.test_detokenizer import first_stop
-from tests.engine.frontend.test_inline import drain
+from tests.engine.frontend.test_inline_front_end import drain
 from tests.engine.frontend.text_core import TextCore
 
 TOKENIZER = Tokenizer(FastBackend(byte_level_library()))
@@ -61,7 +61,9 @@ def test_the_stream_is_the_text_up_to_the_first_stop_string(
     tokens = data.draw(tokens_of(text)) or [BY_BYTES[b"a"]]
     text = text or "a"
     core = TextCore(TOKENIZER, inline=inline)
-    stream = core.client.add([[1]], SamplingParams(stop=stops, include_stop_str_in_output=include, max_tokens=200))
+    stream = core.client.add_request(
+        [[1]], SamplingParams(stop=stops, include_stop_str_in_output=include, max_tokens=200)
+    )
     chunks = Chunks(stream, TOKENIZER, HEAD, chat=False)
     handle = core.added[0].handle
     events: list[dict] = []
@@ -97,7 +99,7 @@ def test_the_stream_is_the_text_up_to_the_first_stop_string(
 def test_bytes_that_are_no_text_read_as_the_library_reads_them(inline: bool):
     tokens = [TOKEN_OF_BYTE[byte] for byte in b"a\xff\xe3\x81b\xf0\x9f"]
     core = TextCore(TOKENIZER, inline=inline)
-    stream = core.client.add([[1]], SamplingParams(max_tokens=200))
+    stream = core.client.add_request([[1]], SamplingParams(max_tokens=200))
     handle = core.added[0].handle
     for token in tokens:
         core.step({handle: [token]})

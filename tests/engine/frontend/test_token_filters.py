@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import RequestError
-from engine.frontend.sampling import SamplingParams, make_request
+from engine.frontend.sampling_params import SamplingParams, make_request
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import int32s
@@ -51,6 +51,6 @@ def test_a_request_carries_what_is_barred(stand_in: Tokenizer):
     ],
 )
 def test_a_request_that_leaves_no_token_is_refused(fields: dict, bad: tuple, stand_in: Tokenizer):
-    with pytest.raises(RequestError, match="allowed_token_ids holds only tokens"):
+    with pytest.raises(RequestError, match="allowed_token_ids has only tokens"):
         make_request(1, [4], SamplingParams(**fields), stand_in, 0, 20, bad_words=bad)
     make_request(1, [4], SamplingParams(**{**fields, "allowed_token_ids": [5, 9]}), stand_in, 0, 20, bad_words=bad[:1])

@@ -30,7 +30,7 @@ def test_eos_ids_of_other_types_are_converted_or_named(model_folder: Path):
     assert load_tokenizer(model_folder)[0].eos_ids[1:] == (3, 4)
     for wrong in ("4", [True], {"id": 4}, 2.5):
         (model_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
-        with pytest.raises(ModelError, match="eos_token_id must be a whole number or a list of them, not"):
+        with pytest.raises(ModelError, match="eos_token_id must be an integer or a list of integers, not"):
             load_tokenizer(model_folder)
 
 

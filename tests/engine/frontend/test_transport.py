@@ -3,7 +3,7 @@ from pathlib import Path
 
 import zmq
 
-from engine.frontend.transport import BURST, ZmqTransport
+from engine.frontend.transport import MESSAGES_PER_TURN, ZmqTransport
 from engine.messages import Abort, decode_to_core
 
 
@@ -17,7 +17,7 @@ async def test_messages_travel_both_ways_in_order_and_none_is_left_behind(tmp_pa
     transport = ZmqTransport(to_core, from_core)
     received: list[bytes] = []
     enough = asyncio.Event()
-    count = 3 * BURST + 1
+    count = 3 * MESSAGES_PER_TURN + 1
 
     def deliver(data: bytes) -> None:
         received.append(data)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import encode_end, kept_tokens, truncate
 

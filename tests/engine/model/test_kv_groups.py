@@ -83,7 +83,7 @@ def test_no_window_is_kept_where_none_can_be_left(tmp_path: Path) -> None:
 
 def test_a_long_text_needs_no_more_than_its_window(tmp_path: Path) -> None:
     """16k tokens through a window of 4k in a cache that has no room for half of them, beside transformers."""
-    from engine.frontend.sampling import SamplingParams
+    from engine.frontend.sampling_params import SamplingParams
     from engine.llm import LLM
 
     window, length, block = 4096, 16384, 32

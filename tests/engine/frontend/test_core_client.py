@@ -7,12 +7,12 @@ import pytest
 
 from engine.clock import FakeClock
 from engine.errors import EngineDeadError, RedlineError, RequestError
-from engine.frontend.backends import StandInBackend
-from engine.frontend.client import CoreClient
-from engine.frontend.sampling import SamplingParams
-from engine.frontend.streams import Delta, RequestStream, gather
+from engine.frontend.core_client import CoreClient
+from engine.frontend.listener import ClientListener, OutputRecord
+from engine.frontend.sampling_params import SamplingParams
+from engine.frontend.streams import Delta, RequestStream, collect_outputs
 from engine.frontend.tokenizer import Tokenizer
-from engine.frontend.transport import InlineTransport
+from engine.frontend.tokenizer_backends import StandInBackend
 from engine.messages import (
     Abort,
     AddRequest,
@@ -34,6 +34,7 @@ from engine.messages import (
     front_end_of,
     int32s,
 )
+from tests.engine.inline_transport import InlineTransport
 
 READY = Ready("here", "fake", "float32", 300, 64, 4, 16, 4, 64, True)
 
@@ -73,6 +74,24 @@ class Core:
         )
 
 
+class Listener(ClientListener):
+    """Keeps what a client reports."""
+
+    def __init__(self, records: list[OutputRecord] | None = None, causes: list[str] | None = None):
+        self.records = [] if records is None else records
+        self.causes = [] if causes is None else causes
+
+    @property
+    def wants_records(self) -> bool:
+        return True
+
+    def output_recorded(self, record: OutputRecord) -> None:
+        self.records.append(record)
+
+    def core_died(self, cause: str) -> None:
+        self.causes.append(cause)
+
+
 def text_ids(text: str) -> list[int]:
     return list(text.encode())
 
@@ -83,7 +102,7 @@ async def read(stream: RequestStream) -> list[Delta]:
 
 async def test_tokens_arrive_as_deltas_until_the_core_ends_the_request():
     core = Core()
-    stream = core.client.add([text_ids("ab")], SamplingParams(max_tokens=3))
+    stream = core.client.add_request([text_ids("ab")], SamplingParams(max_tokens=3))
     handle = core.added[0].handle
     core.tokens({handle: [104]})
     assert await read(stream) == [Delta(0, "h", [104])]
@@ -97,7 +116,7 @@ async def test_tokens_arrive_as_deltas_until_the_core_ends_the_request():
 
 async def test_a_slow_reader_gets_one_merged_delta():
     core = Core()
-    stream = core.client.add([[1]], SamplingParams())
+    stream = core.client.add_request([[1]], SamplingParams())
     handle = core.added[0].handle
     for character in "hello":
         core.tokens({handle: text_ids(character)})
@@ -106,7 +125,7 @@ async def test_a_slow_reader_gets_one_merged_delta():
 
 async def test_a_reader_that_waits_is_woken():
     core = Core()
-    stream = core.client.add([[1]], SamplingParams())
+    stream = core.client.add_request([[1]], SamplingParams())
     waiting = asyncio.ensure_future(read(stream))
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -116,7 +135,7 @@ async def test_a_reader_that_waits_is_woken():
 
 async def test_several_tokens_a_step_come_in_their_order():
     core = Core()
-    stream = core.client.add([[1], [2]], SamplingParams())
+    stream = core.client.add_request([[1], [2]], SamplingParams())
     first, second = (request.handle for request in core.added)
     core.tokens({first: text_ids("abc"), second: text_ids("x")})
     assert [(delta.index, delta.text) for delta in await read(stream)] == [(0, "abc"), (1, "x")]
@@ -124,7 +143,7 @@ async def test_several_tokens_a_step_come_in_their_order():
 
 async def test_each_prompt_has_n_outputs_with_handles_and_seeds_of_their_own():
     core = Core(front_end=3)
-    stream = core.client.add([[1], [2, 2]], SamplingParams(n=2, seed=5))
+    stream = core.client.add_request([[1], [2, 2]], SamplingParams(n=2, seed=5))
     assert len({request.handle for request in core.added}) == 4
     assert {front_end_of(request.handle) for request in core.added} == {3}
     assert [int32s(request.prompt).tolist() for request in core.added] == [[1], [1], [2, 2], [2, 2]]
@@ -133,14 +152,14 @@ async def test_each_prompt_has_n_outputs_with_handles_and_seeds_of_their_own():
     assert seeds[1] == seeds[3] != 5
     for request in core.added:
         core.tokens({request.handle: [65]}, Finished(request.handle, FinishReason.LENGTH))
-    assert [output.text for output in await gather(stream)] == ["A"] * 4
+    assert [output.text for output in await collect_outputs(stream)] == ["A"] * 4
 
 
 async def test_seeds_are_drawn_from_the_engine_s():
     def seeds(engine_seed: int) -> list[int]:
         core = Core(seed=engine_seed)
         for _ in range(3):
-            core.client.add([[1]], SamplingParams())
+            core.client.add_request([[1]], SamplingParams())
         return [request.sampling.seed for request in core.added]
 
     assert seeds(1) == seeds(1)
@@ -149,7 +168,7 @@ async def test_seeds_are_drawn_from_the_engine_s():
 
 async def test_a_stop_string_ends_the_output_here_and_in_the_core():
     core = Core()
-    stream = core.client.add([[1]], SamplingParams(stop=["EN"], max_tokens=20))
+    stream = core.client.add_request([[1]], SamplingParams(stop=["EN"], max_tokens=20))
     handle = core.added[0].handle
     core.tokens({handle: text_ids("okE")})
     assert (await read(stream))[0].text == "ok"
@@ -167,7 +186,7 @@ async def test_a_stop_string_ends_the_output_here_and_in_the_core():
 async def test_a_stop_id_is_a_token_but_no_text(include: bool, text: str):
     core = Core()
     params = SamplingParams(stop_token_ids=[200], include_stop_str_in_output=include)
-    stream = core.client.add([[1]], params)
+    stream = core.client.add_request([[1]], params)
     handle = core.added[0].handle
     core.tokens({handle: [65, 200]}, Finished(handle, FinishReason.STOP, stop_id=200))
     [delta] = await read(stream)
@@ -177,7 +196,7 @@ async def test_a_stop_id_is_a_token_but_no_text(include: bool, text: str):
 
 async def test_the_model_s_own_end_is_no_reason_to_name():
     core = Core()
-    stream = core.client.add([[1]], SamplingParams())
+    stream = core.client.add_request([[1]], SamplingParams())
     handle = core.added[0].handle
     core.tokens({handle: [2]}, Finished(handle, FinishReason.STOP, stop_id=2))
     assert await read(stream) == [Delta(0, "", [2], finish_reason="stop")]
@@ -185,7 +204,7 @@ async def test_the_model_s_own_end_is_no_reason_to_name():
 
 async def test_held_back_text_comes_with_the_end():
     core = Core()
-    stream = core.client.add([[1]], SamplingParams(stop="END"))
+    stream = core.client.add_request([[1]], SamplingParams(stop="END"))
     handle = core.added[0].handle
     core.tokens({handle: text_ids("EN")}, Finished(handle, FinishReason.LENGTH))
     assert (await read(stream))[0].text == "EN"
@@ -193,8 +212,8 @@ async def test_held_back_text_comes_with_the_end():
 
 async def test_logprobs_go_to_those_who_asked():
     core = Core()
-    plain = core.client.add([[1]], SamplingParams())
-    asking = core.client.add([[1]], SamplingParams(logprobs=1))
+    plain = core.client.add_request([[1]], SamplingParams())
+    asking = core.client.add_request([[1]], SamplingParams(logprobs=1))
     handles = [request.handle for request in core.added]
     columns = TokenLogprobs(
         width=3,
@@ -213,7 +232,7 @@ async def test_logprobs_go_to_those_who_asked():
 
 async def test_closing_a_stream_aborts_what_still_runs():
     core = Core()
-    async with core.client.add([[1], [2]], SamplingParams()) as stream:
+    async with core.client.add_request([[1], [2]], SamplingParams()) as stream:
         done, open_one = (request.handle for request in core.added)
         core.tokens({done: [65]}, Finished(done, FinishReason.LENGTH))
         await read(stream)
@@ -224,8 +243,8 @@ async def test_closing_a_stream_aborts_what_still_runs():
 
 async def test_closing_wakes_a_reader():
     core = Core()
-    stream = core.client.add([[1]], SamplingParams())
-    waiting = asyncio.ensure_future(gather(stream))
+    stream = core.client.add_request([[1]], SamplingParams())
+    waiting = asyncio.ensure_future(collect_outputs(stream))
     await asyncio.sleep(0)
     stream.close()
     assert (await asyncio.wait_for(waiting, 1))[0].finish_reason is None
@@ -233,7 +252,7 @@ async def test_closing_wakes_a_reader():
 
 async def test_a_refusal_of_the_core_is_the_request_s_error_and_ends_its_other_outputs():
     core = Core()
-    stream = core.client.add([[1], [2]], SamplingParams())
+    stream = core.client.add_request([[1], [2]], SamplingParams())
     first, second = (request.handle for request in core.added)
     core.tokens({}, Finished(first, FinishReason.ERROR, error="no room"))
     with pytest.raises(RequestError, match="no room"):
@@ -247,7 +266,7 @@ async def test_a_refusal_of_the_core_is_the_request_s_error_and_ends_its_other_o
 async def test_prompts_that_cannot_be_served_are_refused_at_once(prompt: list[int], said: str):
     core = Core()
     with pytest.raises(RequestError, match=said) as caught:
-        core.client.add([[1], prompt], SamplingParams())
+        core.client.add_request([[1], prompt], SamplingParams())
     assert caught.value.field == "prompt"
     assert core.received == [], "the good prompt must not run alone"
 
@@ -256,27 +275,27 @@ async def test_prompts_that_cannot_be_served_are_refused_at_once(prompt: list[in
 async def test_the_death_of_the_core_reaches_everybody_once(how: str):
     core = Core()
     causes: list[str] = []
-    core.client.on_death = causes.append
-    stream = core.client.add([[1]], SamplingParams())
-    call = asyncio.ensure_future(core.client.call("reset_prefix_cache"))
+    core.client.listener = Listener(causes=causes)
+    stream = core.client.add_request([[1]], SamplingParams())
+    call = asyncio.ensure_future(core.client.call_utility("reset_prefix_cache"))
     await asyncio.sleep(0)
     if how == "message":
         core.send(Dead("out of luck"))
     else:
-        core.client.die_threadsafe("out of luck")
+        core.client.core_lost_threadsafe(0, "out of luck")
         await asyncio.sleep(0)
-    core.client.die("the process ended, too")
+    core.client.fail_all("the process ended, too")
     for waiting in (read(stream), call):
         with pytest.raises(EngineDeadError, match="out of luck"):
             await waiting
     with pytest.raises(EngineDeadError, match="out of luck"):
-        core.client.add([[1]], SamplingParams())
+        core.client.add_request([[1]], SamplingParams())
     assert causes == ["out of luck"]
 
 
 async def test_utilities_are_answered_or_fail_with_their_own_words():
     core = Core()
-    calls = [asyncio.ensure_future(core.client.call("reset_prefix_cache")) for _ in range(2)]
+    calls = [asyncio.ensure_future(core.client.call_utility("reset_prefix_cache")) for _ in range(2)]
     await asyncio.sleep(0)
     sent = [message for message in core.received if isinstance(message, Utility)]
     assert [message.method for message in sent] == ["reset_prefix_cache"] * 2
@@ -289,7 +308,7 @@ async def test_utilities_are_answered_or_fail_with_their_own_words():
 
 async def test_times_and_counts_for_the_metrics():
     core = Core()
-    stream = core.client.add([[1, 2, 3]], SamplingParams())
+    stream = core.client.add_request([[1, 2, 3]], SamplingParams())
     handle = core.added[0].handle
     core.clock.advance(0.5)
     stats = Stats(running=1, prompt_tokens=3, generation_tokens=1, steps=1)

@@ -2,7 +2,7 @@
 
 import os
 
-from engine.frontend.stats import REASONS, TOKENS, Board, FrontEndStats
+from engine.frontend.front_end_stats import REASONS, TOKENS, Board, FrontEndStats
 from engine.messages import Stats
 
 
@@ -19,7 +19,7 @@ def test_a_histogram_counts_by_upper_bound():
 def test_the_core_s_stats_come_back_as_they_were():
     stats = FrontEndStats()
     given = Stats(running=3, waiting=2, kv_cache_usage=0.25, preemptions=1, prompt_tokens=2**40, last_step_at=12.5)
-    stats.take_core(13.0, given)
+    stats.record_core(13.0, given)
     assert stats.core == given
     assert isinstance(stats.core.running, int)
 
@@ -27,15 +27,15 @@ def test_the_core_s_stats_come_back_as_they_were():
 def test_a_step_s_tokens_are_what_the_counters_grew_by():
     stats = FrontEndStats()
     for tokens in (0, 100, 100, 103):
-        stats.take_core(1.0, Stats(generation_tokens=tokens))
+        stats.record_core(1.0, Stats(generation_tokens=tokens))
     assert (stats.step_tokens.total, sum(stats.step_tokens.counts)) == (103, 2)
 
 
 def test_who_takes_over_a_front_end_s_counters_goes_on_from_them():
     board = Board(2)
-    board.stats[1].take_core(1.0, Stats(generation_tokens=1000))
+    board.stats[1].record_core(1.0, Stats(generation_tokens=1000))
     [_, successor] = Board(2, os.dup(board.descriptor)).stats
-    successor.take_core(2.0, Stats(generation_tokens=1003))
+    successor.record_core(2.0, Stats(generation_tokens=1003))
     assert (successor.step_tokens.total, sum(successor.step_tokens.counts)) == (1003, 2), "steps of 1000 and 3 tokens"
     board.close()
 
@@ -47,8 +47,8 @@ def test_front_ends_add_up_and_the_newest_word_of_the_core_holds():
         for _ in range(number):
             front_end.count_finished("stop")
             front_end.ttft.observe(0.5)
-    board.stats[1].take_core(5.0, Stats(running=7, generation_tokens=70))
-    board.stats[2].take_core(4.0, Stats(running=9, generation_tokens=60))
+    board.stats[1].record_core(5.0, Stats(running=7, generation_tokens=70))
+    board.stats[2].record_core(4.0, Stats(running=9, generation_tokens=60))
     total = board.total()
     assert total.live == 3
     assert total.finished == {"stop": 3}
@@ -60,7 +60,7 @@ def test_front_ends_add_up_and_the_newest_word_of_the_core_holds():
 def test_steps_that_all_front_ends_hear_of_count_once():
     board = Board(2)
     for front_end in board.stats:
-        front_end.take_core(1.0, Stats(generation_tokens=8))
+        front_end.record_core(1.0, Stats(generation_tokens=8))
     assert board.total().step_tokens.total == 8
 
 
@@ -68,7 +68,7 @@ def test_another_process_reads_and_writes_the_same_board():
     ours = Board(2)
     theirs = Board(2, os.dup(ours.descriptor))
     theirs.stats[1].count_finished("length")
-    theirs.stats[1].take_core(2.0, Stats(waiting=4))
+    theirs.stats[1].record_core(2.0, Stats(waiting=4))
     assert ours.total().finished == {"length": 1}
     assert ours.total().core.waiting == 4
     assert ours.stats[0].finished == {}

@@ -1,4 +1,4 @@
-"""The HTTP side of one process: its listening socket and uvicorn around the application."""
+"""The HTTP server of one API process: its listening socket, and uvicorn around the application."""
 
 import asyncio
 import contextlib
@@ -12,43 +12,43 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from engine.api.app import create_app
-from engine.api.errors import ApiError
+from engine.api.error_responses import ApiError
+from engine.api.event_stream import WRITER, ChunkWriter
 from engine.api.ports import cannot_listen
-from engine.api.sse import WRITER, ChunkWriter
 from engine.api.state import ApiState
 
 KEEP_ALIVE_S = 75
 MAX_HEAD_BYTES = 64 << 10
-LINGER_S = 10.0  # for which the rest of a body is read whose request was answered already
-# Streams that learn of the core's death, or of a second Ctrl-C, get so long to tell their clients.
+LINGER_S = 10.0  # how long the rest of a body is read after its request was answered
+# Time for streams to send their error to clients after the core's death, or after a second Ctrl-C.
 LAST_WORDS_S = 2.0
 FORCED_GRACE_S = 0.5
 
 
-class Server(uvicorn.Server):
-    """uvicorn with our own handling of signals: the first lets requests finish, the second doesn't."""
+class UvicornServer(uvicorn.Server):
+    """uvicorn without its handling of signals, which is in `server_run`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
-    def end(self) -> None:
+    def finish(self) -> None:
         self.should_exit = True
 
-    def end_now(self) -> None:
+    def abort(self) -> None:
         self.should_exit = self.force_exit = True
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # of a client that doesn't read what it is sent
+            connection.transport.abort()  # its client may not read what it is sent
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's, which also lets the application write chunks without the detours of ASGI.
+    """uvicorn's protocol, with direct writes of chunks past ASGI and a limit for request headers.
 
-    Heads of requests are limited, which the parser doesn't do. What comes of a body after its request was answered is
-    read and dropped for a while: to close at once would take the answer from a client that still sends.
+    The rest of a body that arrives after its request was answered is read and dropped for a while. If the connection
+    was closed at once, a client that is still sending would not get the response.
     """
 
-    _head_bytes: int | None = None  # of the head that is being received
+    _head_bytes: int | None = None  # of the headers that are being received
     _body_complete = True
 
     def data_received(self, data: bytes) -> None:
@@ -56,7 +56,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_bytes is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._refuse(431, f"the head of the request has more than {MAX_HEAD_BYTES:,} bytes")
+                self._refuse(431, f"the request's headers have more than {MAX_HEAD_BYTES:,} bytes")
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None
@@ -81,7 +81,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.scope["extensions"] = {WRITER: ChunkWriter(self.transport, self.flow)}  # type: ignore[dict-item]
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what the parser can't read in the form of all other errors; the connection ends."""
+        """Answer a request that the parser can't read, in the form of all other errors, and close the connection."""
         self._refuse(400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
@@ -92,15 +92,15 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def http_settings(app: ASGIApp, **more: Any) -> uvicorn.Config:
-    """How uvicorn serves the application; `more` are settings of its own, e.g. where it is to listen."""
+def uvicorn_config(app: ASGIApp, **more: Any) -> uvicorn.Config:
+    """uvicorn's configuration for the application; `more` are further settings, e.g. the address."""
     return uvicorn.Config(
         app,
         http=HttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="error",  # its warnings are of what clients send, who could fill the log
+        log_level="error",  # clients can cause warnings and would fill the log
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -108,8 +108,8 @@ def http_settings(app: ASGIApp, **more: Any) -> uvicorn.Config:
     )
 
 
-class HttpSide:
-    """One API process's side of HTTP, around an open client of the core."""
+class HttpServer:
+    """Serves HTTP on one listening socket, for a client of the engine."""
 
     def __init__(self, state: ApiState, listener: socket.socket):
         self._client = state.client
@@ -117,10 +117,10 @@ class HttpSide:
         options = state.options
         self._scheme = "https" if options.ssl_certfile else "http"
         tls = {"ssl_certfile": options.ssl_certfile, "ssl_keyfile": options.ssl_keyfile} if options.ssl_certfile else {}
-        self._server = Server(http_settings(create_app(state), **tls))
+        self._server = UvicornServer(uvicorn_config(create_app(state), **tls))
 
     async def serve(self, on_listening: Callable[[str], None]) -> None:
-        """Serve to the end, then close the client; `on_listening` gets the URL."""
+        """Serve until the server ends, then close the client; `on_listening` gets the URL."""
         host, port = self._listener.getsockname()[:2]
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
         try:
@@ -135,10 +135,10 @@ class HttpSide:
             self._client.close()
 
     def finish(self) -> None:
-        """Take no more requests, and end when those under way are done."""
-        self._server.end()
+        """Accept no more requests, and end when the running ones are done."""
+        self._server.finish()
 
     def end(self, grace_s: float) -> None:
-        """End, whatever is still under way after so long."""
-        self._server.end()
-        asyncio.get_running_loop().call_later(grace_s, self._server.end_now)
+        """As `finish`, but abort what still runs after `grace_s` seconds."""
+        self._server.finish()
+        asyncio.get_running_loop().call_later(grace_s, self._server.abort)

@@ -1,16 +1,16 @@
-"""What the messages of a core mean for the requests of a front end: tokens become text, and streams end.
+"""Turns the messages of a core into outputs of a front end: tokens become text, and streams end.
 
-A failure over one request, in its detokenizer or wherever else, ends that request with its cause: the others of the
-message get what is theirs.
+A failure over one request, for example in its detokenizer, ends that request with its cause. The other requests of the
+same message are not affected.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from engine.clock import Clock
 from engine.errors import INTERRUPTS, EngineDeadError, NotServedError, RedlineError, RequestError, cause_of
-from engine.frontend.logs import Ended
-from engine.frontend.stats import FrontEndStats
+from engine.frontend.front_end_stats import FrontEndStats
+from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.streams import REASONS, Output, RequestStream, TokenLogprob
 from engine.frontend.transport import Transport
 from engine.messages import (
@@ -28,32 +28,35 @@ from engine.messages import (
 log = logging.getLogger("redline.client")
 
 
-class Booking:
-    """The outputs under way of one front end of one core; lives in one event loop."""
+class OutputProcessor:
+    """The live outputs of one front end of one core; lives in one event loop."""
 
-    def __init__(self, transport: Transport, clock: Clock, stats: FrontEndStats, front_end: int):
+    def __init__(self, transport: Transport, clock: Clock, stats: FrontEndStats, front_end: int, replica: int):
+        """`front_end` and `replica` are numbers: of the API process, and of the core among several."""
         self.clock = clock
         self.stats = stats
+        self.replica = replica
         self.dead: str | None = None  # the cause, once the core is gone
-        self.on_ended: Callable[[Ended], None] | None = None
-        self.touched: list[RequestStream] = []  # by the message that is being booked
+        self.listener = ClientListener()
+        self.touched: list[RequestStream] = []  # streams with news from the message being processed
         self._transport = transport
         self._front_end = front_end
         self._live: dict[int, Output] = {}  # by handle
-        self._ended: dict[int, Ended] = {}  # ended here; the core's last word is still to come
+        # Outputs that ended here before the core reported their end; their records wait for its report.
+        self._unreported: dict[int, OutputRecord] = {}
 
     def abort(self, stream: RequestStream) -> None:
         """End all outputs of a stream that still run; its reader gets no more of them."""
         handles = tuple(stream.live)
         for handle in handles:
-            self._drop(stream.live[handle], "abort")
+            self._remove(stream.live[handle], "abort")
         stream.wake()
         if handles and self.dead is None:
             self._transport.send(Abort(handles))
 
-    def _take(self, message: Outputs) -> None:
+    def _process(self, message: Outputs) -> None:
         if message.stats is not None:
-            self.stats.take_core(message.at, message.stats)
+            self.stats.record_core(message.at, message.stats)
         for admitted in message.admitted:
             output = self._live.get(admitted.handle)
             if output is not None:
@@ -63,27 +66,27 @@ class Booking:
                     output.stream.prompt_lengths[output.prompt] = admitted.prompt_tokens
                 self.stats.queue.observe(output.waited_s)
         finished = {one.handle: one for one in message.finished}
-        self._take_prompts(message.prompt_logprobs)
+        self._process_prompt_logprobs(message.prompt_logprobs)
         if message.handles:
-            self._take_tokens(message, finished)
+            self._process_tokens(message, finished)
         for one in finished.values():
             output = self._live.get(one.handle)
             if output is not None:
                 try:
-                    self._end(output, one)
+                    self._finish(output, one)
                 except INTERRUPTS:
                     raise
                 except BaseException as error:
                     self._fail(output, error, one)
-            elif (ended := self._ended.pop(one.handle, None)) is not None:
-                ended.preemptions = one.preemptions
-                self._tell(ended)
+            elif (record := self._unreported.pop(one.handle, None)) is not None:
+                record.preemptions = one.preemptions
+                self._report(record)
         for stream in self.touched:
             stream.flush()
         self.touched.clear()
 
-    def _take_prompts(self, scored: Sequence[PromptLogprobs]) -> None:
-        """Keep the logprobs of prompt tokens; those that come again after a preemption are known already."""
+    def _process_prompt_logprobs(self, scored: Sequence[PromptLogprobs]) -> None:
+        """Keep the logprobs of prompt tokens. After a preemption they arrive again and are skipped."""
         for one in scored:
             output = self._live.get(one.owner)
             if output is None:
@@ -91,9 +94,9 @@ class Booking:
             known, entries = output.prompt_logprobs, _LogprobColumns(one.logprobs)
             for position in int32s(one.logprobs.index).tolist():
                 if position == len(known):
-                    known.append(entries.of(position, output.stream.params.prompt_logprobs))
+                    known.append(entries.at(position, output.stream.params.prompt_logprobs))
 
-    def _take_tokens(self, message: Outputs, finished: dict[int, Finished]) -> None:
+    def _process_tokens(self, message: Outputs, finished: dict[int, Finished]) -> None:
         at, now = message.at, self.clock.now()
         live, stats, texts = self._live, self.stats, message.texts
         tokens = int32s(message.tokens).tolist()
@@ -114,13 +117,13 @@ class Booking:
                 ending = finished.get(handle) if finished else None
                 try:
                     for index in range(begin, end):
-                        logprob = logprobs.of(index, output.top) if logprobs is not None else None
+                        logprob = logprobs.at(index, output.top) if logprobs is not None else None
                         if texts is not None:
-                            output.add(tokens[index], texts[position] if index == begin else "", logprob)
+                            output.add_token(tokens[index], texts[position] if index == begin else "", logprob)
                             continue
                         is_stop = ending is not None and ending.stop_id >= 0 and index == end - 1
                         if self._add_token(output, tokens[index], logprob, is_stop):
-                            if ending is None:  # else the core has ended it by itself
+                            if ending is None:  # otherwise the core has ended it already
                                 self._transport.send(Abort((handle,)))
                             break
                 except INTERRUPTS:
@@ -130,42 +133,42 @@ class Booking:
             begin = end
 
     def _add_token(self, output: Output, token: int, logprob: TokenLogprob | None, is_stop: bool) -> bool:
-        """Add one token to an output; True if that completed a stop string, which ends it here."""
+        """Add one token to an output; True if it completed a stop string, which ends the output here."""
         if is_stop and not output.include_stop:
-            output.add(token, "", logprob)
+            output.add_token(token, "", logprob)
             return False
-        assert output.detokenizer is not None, "the core writes the texts of this request"
+        assert output.detokenizer is not None, "the core detokenizes this request"
         text, stop = output.detokenizer.push(token)
-        output.add(token, text, logprob)
+        output.add_token(token, text, logprob)
         if stop is None:
             return False
         output.finish("stop", stop, "")
-        self._drop(output, "stop")
+        self._remove(output, "stop")
         return True
 
-    def _end(self, output: Output, finished: Finished) -> None:
-        """The core ended an output."""
+    def _finish(self, output: Output, finished: Finished) -> None:
+        """End an output that the core has ended."""
         reason = REASONS[FinishReason(finished.reason)]
         if reason == "error":
             output.stream.fail(_error_of(finished))
-            self._drop(output, reason, finished)
+            self._remove(output, reason, finished)
             self.abort(output.stream)
             return
         stop: int | str | None = finished.stop or None
         if finished.stop_id in output.user_stop_ids:
             stop = finished.stop_id
         output.finish(reason, stop, finished.text if output.detokenizer is None else output.detokenizer.finish())
-        self._drop(output, reason, finished)
+        self._remove(output, reason, finished)
 
     def _fail(self, output: Output, error: BaseException, finished: Finished | None) -> None:
-        """The front end itself failed over an output: its stream ends with that, and nobody else's.
+        """End the stream of an output that this process could not handle.
 
-        `finished` is the core's word on the output, if it came with what failed.
+        `finished` is the core's report of the output's end, if it was in the same message.
         """
         log.error("request %s failed", output.stream.origin.request or output.handle, exc_info=error)
         failure = RedlineError(f"the server could not write this request's text: {cause_of(error)}")
         if finished is not None and output.handle in self._live:
-            self._drop(output, "error", finished)
+            self._remove(output, "error", finished)
         self._fail_stream(output.stream, failure)
 
     def _fail_stream(self, stream: RequestStream, error: Exception) -> None:
@@ -173,12 +176,12 @@ class Booking:
         stream.fail(error)
         handles = tuple(stream.live)
         for handle in handles:
-            self._drop(stream.live[handle], "error")
+            self._remove(stream.live[handle], "error")
         if handles and self.dead is None:
             self._transport.send(Abort(handles))
 
-    def _drop(self, output: Output, reason: str, finished: Finished | None = None) -> None:
-        """Forget an output that is over, and count it; `finished` is the core's word, if that came first."""
+    def _remove(self, output: Output, reason: str, finished: Finished | None = None) -> None:
+        """Remove and count an output that ended; `finished` is the core's report, if that came first."""
         del self._live[output.handle]
         del output.stream.live[output.handle]
         stats, now = self.stats, self.clock.now()
@@ -188,24 +191,24 @@ class Booking:
             stats.e2e.observe(now - output.stream.arrived)
             stats.prompt_tokens.observe(output.stream.prompt_lengths[output.prompt])
             stats.generation_tokens.observe(output.count)
-        if self.on_ended is None:
+        self.listener.output_ended(output, reason)
+        if not self.listener.wants_records:
             return
-        ended = Ended.of(output, reason, now, self._front_end)
+        record = OutputRecord.of_output(output, reason, now, self._front_end, self.replica)
         if finished is not None:
-            ended.preemptions, ended.error = finished.preemptions, finished.error or None
-            self._tell(ended)
+            record.preemptions, record.error = finished.preemptions, finished.error or None
+            self._report(record)
         elif self.dead is not None:
-            ended.error = self.dead
-            self._tell(ended)
+            record.error = self.dead
+            self._report(record)
         else:
-            self._ended[output.handle] = ended
+            self._unreported[output.handle] = record
 
-    def _tell(self, ended: Ended) -> None:
-        if self.on_ended is not None:
-            try:
-                self.on_ended(ended)
-            except Exception:  # it only reports: the request is over all the same
-                log.exception("the end of a request could not be reported")
+    def _report(self, record: OutputRecord) -> None:
+        try:
+            self.listener.output_recorded(record)
+        except Exception:  # the output has ended all the same
+            log.exception("the end of a request could not be reported")
 
 
 def _error_of(finished: Finished) -> RedlineError:
@@ -226,7 +229,8 @@ class _LogprobColumns:
         self._ranks = int32s(columns.ranks).tolist()
         self._entry = {position: entry for entry, position in enumerate(int32s(columns.index).tolist())}
 
-    def of(self, position: int, top: int | None) -> TokenLogprob | None:
+    def at(self, position: int, top: int | None) -> TokenLogprob | None:
+        """The logprob of the token at a position, with `top` alternatives; None if it has none."""
         entry = self._entry.get(position)
         if entry is None or top is None:
             return None

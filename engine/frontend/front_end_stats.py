@@ -1,4 +1,4 @@
-"""What front ends count for `/metrics`: cheap enough to be fed for each token, in memory that several may share."""
+"""The counters of front ends for `/metrics`: cheap enough for each token, in memory that processes can share."""
 
 import mmap
 import os
@@ -21,8 +21,8 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 REASONS = ("stop", "length", "abort", "error")
 
-# A block is an array of float64: when the core was last heard, its stats, how many requests are open and what is left
-# to compute for them, counters.
+# Layout of a block, an array of float64: time of the core's last message, its stats, number of open requests, tokens
+# left to compute for them, finished requests by reason, histograms.
 _CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats))
 _COUNTERS = (
     "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "num_draft_tokens",
@@ -39,7 +39,7 @@ Slots: TypeAlias = "memoryview[float]"
 
 
 class Histogram:
-    """Counts by upper bound, and their sum; `slots` holds the counts, the last above all bounds, then the sum."""
+    """Counts by upper bound. `slots` holds the counts, the last of them above all bounds, then the sum of values."""
 
     __slots__ = ("bounds", "slots")
 
@@ -66,7 +66,7 @@ class Histogram:
         return float(self.slots[-1])
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Pairs of upper bound and how many lie at or below it, as Prometheus wants them."""
+        """Pairs of an upper bound and the number of values up to it, as Prometheus expects."""
         names = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
         return list(zip(names, accumulate(self.counts), strict=True))
 
@@ -86,13 +86,13 @@ BLOCK_BYTES = 8 * BLOCK_SLOTS
 
 
 class FrontEndStats:
-    """Counters and histograms of one front end, and the stats it last had from the core."""
+    """Counters and histograms of one front end, and the last stats of the core."""
 
     def __init__(self, slots: "memoryview[float] | None" = None):
-        """`slots` is its block of a board; None: its own."""
+        """`slots` is its block of a board; None: memory of its own."""
         self._slots: Slots = memoryview(bytearray(BLOCK_BYTES)).cast("d") if slots is None else slots
-        core = self.core  # zeros, but in the slots of a process that another one follows
-        self._tokens = float(core.prompt_tokens + core.generation_tokens)  # of the core when it was last heard
+        core = self.core  # not zero if this process replaces one that died
+        self._tokens = float(core.prompt_tokens + core.generation_tokens)  # of the core, at its last message
         histograms = self._histograms()
         self.ttft = next(histograms)
         self.itl = next(histograms)
@@ -109,8 +109,8 @@ class FrontEndStats:
             yield Histogram(bounds, self._slots[begin:end])
             begin = end
 
-    def take_core(self, at: float, stats: Stats) -> None:
-        """Keep the core's counters; what they grew by since the last message is a step's tokens."""
+    def record_core(self, at: float, stats: Stats) -> None:
+        """Keep the core's stats; the growth of its token counters since the last message is one step."""
         tokens = stats.prompt_tokens + stats.generation_tokens
         if tokens > self._tokens:
             self.step_tokens.observe(tokens - self._tokens)
@@ -135,7 +135,7 @@ class FrontEndStats:
 
     @property
     def load(self) -> float:
-        """Tokens that are left to compute for them, as a router thinks."""
+        """Tokens left to compute for them, as the router estimates."""
         return float(self._slots[_LOAD])
 
     @load.setter
@@ -147,15 +147,15 @@ class FrontEndStats:
 
     @property
     def finished(self) -> Counter[str]:
-        """Requests by the reason of their end."""
+        """Finished requests by reason."""
         counts = self._slots[_FINISHED:_HISTOGRAMS]
         return Counter({reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count})
 
     @classmethod
-    def added_up(cls, every: Sequence["FrontEndStats"]) -> "FrontEndStats":
-        """A copy: sums over the front ends, and the core's stats as whoever heard last has them.
+    def sum_front_ends(cls, every: Sequence["FrontEndStats"]) -> "FrontEndStats":
+        """A copy: sums over the front ends, and the latest stats of the core.
 
-        All hear of all steps: those only the first one counts.
+        Every front end gets the stats of all steps, so the histogram of step tokens is taken from the first one only.
         """
         total = cls()
         for one in every:
@@ -169,14 +169,14 @@ class FrontEndStats:
         return total
 
     @classmethod
-    def of_replicas(cls, every: Sequence["FrontEndStats"], lost: Sequence[bool]) -> "FrontEndStats":
-        """A copy: sums over replicas; one that is lost has nothing running and no KV cache, but its counters stay."""
+    def sum_replicas(cls, every: Sequence["FrontEndStats"], dead: Sequence[bool]) -> "FrontEndStats":
+        """A copy: sums over replicas. A dead one has no running requests and no KV cache, but keeps its counters."""
         total = cls()
         for one in every:
             for slot in range(_LIVE, BLOCK_SLOTS):
                 total._slots[slot] += one._slots[slot]
         cores = [one.core for one in every]
-        living = [core for core, gone in zip(cores, lost, strict=True) if not gone]
+        living = [core for core, is_dead in zip(cores, dead, strict=True) if not is_dead]
         added = {name: sum(getattr(core, name) for core in cores) for name in _COUNTERS}
         added |= {name: sum(getattr(core, name) for core in living) for name in ("running", "waiting", "step_tokens")}
         summed = Stats(
@@ -193,7 +193,7 @@ class Board:
     """The stats of all front ends of one core, in memory that their processes share."""
 
     def __init__(self, front_ends: int, descriptor: int | None = None):
-        """`descriptor` is that of another process's board, taken over; None makes one."""
+        """`descriptor` is that of a board made by another process; None makes one."""
         if descriptor is None:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
@@ -207,8 +207,8 @@ class Board:
 
     def total(self) -> FrontEndStats:
         """Sums over all front ends, now."""
-        return FrontEndStats.added_up(self.stats)
+        return FrontEndStats.sum_front_ends(self.stats)
 
     def close(self) -> None:
-        """Give the descriptor back; the memory stays as long as it is used."""
+        """Close the descriptor; the memory remains mapped while it is used."""
         os.close(self.descriptor)

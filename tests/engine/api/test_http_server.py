@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engine.api import server as module
-from engine.api.options import HttpOptions, Limits
+from engine.api import http_server as module
+from engine.api.http_options import HttpOptions, Limits
+from engine.api.http_server import HttpServer
 from engine.api.ports import bind
-from engine.api.server import HttpSide
 from engine.api.state import ApiState
 from tests.engine.api.conftest import in_loop
 
@@ -24,7 +24,7 @@ async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.Strea
         listener = bind("127.0.0.1", 0)
         port = listener.getsockname()[1]
         options = HttpOptions(limits=Limits(max_body_bytes=1 << 20))
-        side = HttpSide(ApiState(inner.client, ("fake",), options), listener)
+        side = HttpServer(ApiState(inner.client, ("fake",), options), listener)
         up = asyncio.Event()
         serving = asyncio.ensure_future(side.serve(lambda _url: up.set()))
         await up.wait()

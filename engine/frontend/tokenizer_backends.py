@@ -1,7 +1,7 @@
-"""What turns text into token ids and back: three ways behind one protocol.
+"""Text to token ids and back: several implementations of one protocol.
 
-Most tokenizers concatenate: the bytes of a text are the bytes of its tokens, one after the other. Those give `piece`,
-and detokenising is then a table look-up a token. The rest give None and are decoded by windows.
+Most tokenizers concatenate: the bytes of a text are those of its tokens, one after the other. They implement `piece`,
+and detokenizing takes one table lookup per token. All others are decoded in windows.
 """
 
 import re
@@ -17,18 +17,18 @@ from engine.pretrained import load_auto_tokenizer
 
 class Backend(Protocol):
     vocab_size: int
-    concatenates: bool  # whether `piece` has an answer for every id
+    concatenates: bool  # whether `piece` is implemented
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
     def piece(self, token: int) -> bytes:
-        """The bytes of one token, empty for an id that means nothing; only where `concatenates`."""
+        """The bytes of one token, empty for an unknown id; only if `concatenates`."""
         ...
 
-    def form(self, token: int) -> str:
-        """One token as its vocabulary writes it, e.g. `▁the` or `<0xE6>`; empty for an id that means nothing."""
+    def vocabulary_entry(self, token: int) -> str:
+        """One token as the vocabulary writes it, e.g. `▁the` or `<0xE6>`; empty for an unknown id."""
         ...
 
     def id_of(self, token: str) -> int | None: ...
@@ -44,7 +44,7 @@ class FastBackend:
     """A tokenizer.json, run by the tokenizers library."""
 
     def __init__(self, library: LibraryTokenizer, add_bos: tuple[bool, int] | None = None):
-        """`add_bos` (wanted?, id) overrules what the file itself does about a begin-of-sequence token."""
+        """`add_bos` (wanted, id) overrides how the file handles the begin-of-sequence token."""
         library.no_truncation()
         library.no_padding()
         self._library = library
@@ -54,7 +54,7 @@ class FastBackend:
         self._add_bos = add_bos
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # Unlike `encode` of tokenizers 0.23 this lets other threads run, and finds no offsets, which nobody asks for.
+        # Unlike `encode` of tokenizers 0.23, this releases the GIL and computes no offsets, which are not needed.
         [encoding] = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         if add_special_tokens and self._add_bos is not None:
@@ -79,7 +79,7 @@ class FastBackend:
         except KeyError:  # an added token written in plain text
             return written.encode()
 
-    def form(self, token: int) -> str:
+    def vocabulary_entry(self, token: int) -> str:
         return self._library.id_to_token(token) or ""
 
     def id_of(self, token: str) -> int | None:
@@ -92,13 +92,13 @@ class FastBackend:
 
     def longest_token(self) -> int:
         vocabulary = self._library.get_vocab(with_added_tokens=True)
-        if self.concatenates:  # a character stands for a byte
+        if self.concatenates:  # one character per byte
             return max(map(len, vocabulary), default=1)
         return longest_text(vocabulary)
 
 
 class SlowBackend:
-    """A tokenizer that only transformers can run (no tokenizer.json can be made of it)."""
+    """A tokenizer that only transformers can run, because it can't be converted to a tokenizer.json."""
 
     concatenates = False
 
@@ -117,7 +117,7 @@ class SlowBackend:
     def piece(self, token: int) -> bytes:
         raise NotImplementedError("this tokenizer does not concatenate")
 
-    def form(self, token: int) -> str:
+    def vocabulary_entry(self, token: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(token) or "")
 
     def id_of(self, token: str) -> int | None:
@@ -132,9 +132,9 @@ class SlowBackend:
 
 
 class StandInBackend:
-    """For weights without a tokenizer: text becomes its UTF-8 bytes, and every id has a text of its own.
+    """For weights without a tokenizer: a text becomes its UTF-8 bytes, and each id has a distinct text.
 
-    ASCII ids read as their character, all others as `<id>`, so that random weights write something for each token.
+    An ASCII id is its character, any other id is `<id>`, so that random weights produce text with each token.
     """
 
     concatenates = True
@@ -159,7 +159,7 @@ class StandInBackend:
     def piece(self, token: int) -> bytes:
         return bytes([token]) if 0 <= token < 128 else b"<%d>" % token
 
-    def form(self, token: int) -> str:
+    def vocabulary_entry(self, token: int) -> str:
         return self.piece(token).decode()
 
     def id_of(self, token: str) -> int | None:  # noqa: ARG002
@@ -177,16 +177,16 @@ def longest_text(texts: Iterable[str]) -> int:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary: itself if it prints, else one from 256 on."""
+    """The character for each byte in a byte-level vocabulary: itself if it is printable, else one from U+0100 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
 
 
 def load_with_transformers(folder: Path) -> tuple[Backend, dict[str, Any]]:
-    """Load what has no tokenizer.json, with its settings as a tokenizer_config.json would hold them.
+    """Load a tokenizer without a tokenizer.json, with its settings as a tokenizer_config.json has them.
 
-    The only way here that imports transformers; ModelError if it can't read the files either.
+    The only function of this module that imports transformers. ModelError if transformers can't read the files.
     """
     tokenizer = load_auto_tokenizer(str(folder))
     library = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)

@@ -1,4 +1,4 @@
-"""Errors on the wire: {"error": {message, type, param, code}}, which OpenAI's clients turn into exceptions."""
+"""Error responses: {"error": {message, type, param, code}}, which OpenAI's clients turn into exceptions."""
 
 import logging
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ log = logging.getLogger("redline.api")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 LONGEST_MESSAGE = 2000  # characters; a message quotes what the client sent
-INTERNAL = "the server failed on this request: its log says why"
+INTERNAL = "internal error; see the server's log for this X-Request-Id"
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """A response other than 200."""
 
     def __init__(
         self,
@@ -34,8 +34,8 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @classmethod
-    def of(cls, error: Exception) -> "ApiError":
-        """The answer to an error of the engine's; what isn't meant for clients is a 500 without its words."""
+    def from_exception(cls, error: Exception) -> "ApiError":
+        """The response to an error of the engine; an unexpected one is a 500 without its message."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, NotServedError):

@@ -1,8 +1,8 @@
-"""Responses that run by hand on ASGI: streamed (server-sent events) and whole, both ended by a client that leaves.
+"""Streamed responses (server-sent events), and the end of a request whose client disconnects.
 
-The streamed path is hot: one write for each step of a request, of bytes made from a template. Where the server offers
-a `ChunkWriter`, the write happens while the core's message is booked, and no task wakes for it. A client that doesn't
-keep up is written to again when it has read; what came meanwhile is one event then.
+The streamed path is hot: one write per step and request, of bytes made from a template. If the server provides a
+`ChunkWriter`, the write happens while the core's message is processed, without waking a task. For a client that reads
+slowly, deltas are merged into one event until it has read enough.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.api.errors import ApiError
+from engine.api.error_responses import ApiError
 from engine.api.render import Chunks
 from engine.frontend.streams import RequestStream
 
@@ -24,11 +24,11 @@ HEADERS = [
 ]
 
 
-WRITER = "redline.writer"  # the extension of a scope that holds a ChunkWriter
+WRITER = "redline.writer"  # the ASGI extension that holds a ChunkWriter
 
 
-class Flow(Protocol):
-    """What is known of a connection's buffer."""
+class FlowControl(Protocol):
+    """uvicorn's state of a connection's write buffer."""
 
     write_paused: bool
 
@@ -36,20 +36,20 @@ class Flow(Protocol):
 
 
 class ChunkWriter:
-    """Writes chunks of a response whose head is out, past ASGI."""
+    """Writes chunks of a response directly to the connection, once its headers are sent."""
 
     __slots__ = ("_flow", "_transport")
 
-    def __init__(self, transport: asyncio.WriteTransport, flow: Flow):
+    def __init__(self, transport: asyncio.WriteTransport, flow: FlowControl):
         self._transport = transport
         self._flow = flow
 
     @property
     def ready(self) -> bool:
-        """Whether the client has taken enough of what was written."""
+        """Whether the client has read enough of what was written."""
         return not self._flow.write_paused
 
-    async def until_ready(self) -> None:
+    async def wait_ready(self) -> None:
         await self._flow.drain()
 
     def write(self, body: bytes) -> None:
@@ -58,7 +58,7 @@ class ChunkWriter:
 
 
 class EventStream(Response):
-    """Sends events as they come; a client that leaves ends the request."""
+    """Sends deltas as events; aborts the request if its client disconnects."""
 
     def __init__(self, stream: RequestStream, chunks: Chunks):
         self.status_code = 200
@@ -77,9 +77,9 @@ class EventStream(Response):
                 await (self._send_all(send) if writer is None else self._write_all(writer))
                 last = self._chunks.end() + DONE
             except Exception as error:
-                # The status is out already, so the error is an event. [DONE] would call the answer complete: OpenAI's
-                # client raises at the event, and one that knows only chunks sees a stream without an end.
-                last = b"data: " + ApiError.of(error).body() + b"\n\n"
+                # The status is already sent, so the error is an event, without [DONE], which would mark the response as
+                # complete. OpenAI's client raises at the event; other clients see a stream that does not end properly.
+                last = b"data: " + ApiError.from_exception(error).body() + b"\n\n"
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             watch.cancel()
@@ -95,19 +95,19 @@ class EventStream(Response):
         def push() -> bool:
             if not writer.ready:
                 return False
-            writer.write(render(stream.take()))
+            writer.write(render(stream.take_deltas()))
             return True
 
         stream.sink = push
         try:
             while True:
-                await writer.until_ready()
-                if stream.has_new:
+                await writer.wait_ready()
+                if stream.has_deltas:
                     push()
-                elif not stream.open:
+                elif not stream.is_open:
                     return
                 else:
-                    await stream.woken()
+                    await stream.wait()
         finally:
             stream.sink = None
 
@@ -121,8 +121,10 @@ async def close_on_disconnect(receive: Receive, stream: RequestStream) -> None:
 Result = TypeVar("Result")
 
 
-async def until_disconnect(receive: Receive, stream: RequestStream, work: Callable[[], Awaitable[Result]]) -> Result:
-    """Run `work`, which reads the stream to its end; a client that leaves ends the stream, and so the work."""
+async def run_until_disconnect(
+    receive: Receive, stream: RequestStream, work: Callable[[], Awaitable[Result]]
+) -> Result:
+    """Run `work`, which reads the stream to its end; aborts the stream if the client disconnects."""
     watch: asyncio.Future[Any] = asyncio.ensure_future(close_on_disconnect(receive, stream))
     try:
         return await work()

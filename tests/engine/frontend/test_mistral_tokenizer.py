@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelError, RequestError
 from engine.frontend.detokenizer import Detokenizer
-from engine.frontend.mistral import MistralBackend
+from engine.frontend.mistral_tokenizer import MistralBackend
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from tests.engine.frontend.conftest import byte_level_library
 from tests.engine.model.checkpoints.mistral_files import SPECIAL, TEKKEN_SIZE, write_tekken

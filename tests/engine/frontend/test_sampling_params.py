@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from engine.errors import RequestError
-from engine.frontend.sampling import SamplingParams, make_request
+from engine.frontend.sampling_params import SamplingParams, make_request
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import int32s
 

@@ -1,6 +1,6 @@
-"""Tokenizers as Mistral ships them (tekken.json, tokenizer.model.v3), run by mistral-common: texts, and whole chats.
+"""Mistral's own tokenizers (tekken.json, tokenizer.model.v3), run by mistral-common, for texts and chats.
 
-A conversation becomes token ids straight away: what a user writes can never read as a control token.
+A conversation is encoded without a text in between, so that a user's text can never become a control token.
 """
 
 import json
@@ -16,8 +16,8 @@ TEKKEN = "tekken.json"
 PLAIN = "tokenizer.model"
 _VERSIONED = re.compile(rf"{re.escape(PLAIN)}\.v(\d+)(?:m(\d+))?")
 PACKAGE = "mistral-common[sentencepiece]"
-# What mistral-common takes of a message; it refuses a user's name, say, which templates pass over.
-TAKEN = {
+# Fields of a message that mistral-common accepts by role. It refuses others, e.g. a user's name, that templates ignore.
+ACCEPTED_FIELDS = {
     "system": ("content",),
     "user": ("content",),
     "assistant": ("content", "tool_calls"),
@@ -26,7 +26,7 @@ TAKEN = {
 
 
 def find_file(folder: Path) -> Path | None:
-    """The tokenizer in a folder that says which version of Mistral's chats it is for; of several the newest."""
+    """The newest tokenizer file in a folder that names the version of Mistral's chat format."""
     if (folder / TEKKEN).is_file():
         return folder / TEKKEN
     found = [(match, file) for file in folder.glob(f"{PLAIN}.v*") if (match := _VERSIONED.fullmatch(file.name))]
@@ -34,11 +34,11 @@ def find_file(folder: Path) -> Path | None:
     return newest[1] if newest else None
 
 
-LONGEST_PIECE = 64  # bytes, of sentencepiece's vocabularies: they are trained with pieces of 16 characters at most
+LONGEST_PIECE = 64  # bytes; sentencepiece vocabularies are trained with pieces of at most 16 characters
 
 
 class MistralBackend:
-    """A backend (see `engine.frontend.backends`) that encodes chats too."""
+    """A backend (see `engine.frontend.tokenizer_backends`) that encodes chats too."""
 
     def __init__(self, file: Path):
         """ModelError if the file can't be read, or mistral-common isn't installed."""
@@ -49,7 +49,7 @@ class MistralBackend:
             raise ModelError(f"{file} is read by mistral-common: pip install '{PACKAGE}' ({error})") from error
         try:
             self._chats = MistralTokenizer.from_file(str(file))
-        except Exception as error:  # whatever a broken file makes it raise
+        except Exception as error:  # a broken file may cause any error
             raise ModelError(f"{file} can't be read: {_first_line(error)}") from error
         self._inner: Any = self._chats.instruct_tokenizer.tokenizer
         self._hide, self._show = SpecialTokenPolicy.IGNORE, SpecialTokenPolicy.KEEP
@@ -72,11 +72,11 @@ class MistralBackend:
         data: bytes = self._inner.id_to_byte_piece(token, special_token_policy=self._show)
         return data
 
-    def form(self, token: int) -> str:
+    def vocabulary_entry(self, token: int) -> str:
         return str(self._inner.id_to_piece(token)) if 0 <= token < self.vocab_size else ""
 
     def id_of(self, token: str) -> int | None:
-        """Of a special token."""
+        """The id of a special token."""
         found: int | None = self._inner.get_special_token(token) if self._inner.is_special(token) else None
         return found
 
@@ -92,15 +92,15 @@ class MistralBackend:
         self,
         messages: list[dict[str, Any]],
         *,
-        add_generation_prompt: bool = True,  # noqa: ARG002  (an answer follows a question without a word between)
+        add_generation_prompt: bool = True,  # noqa: ARG002  (the format has no generation prompt)
         continue_final_message: bool = False,
         tools: list[Any] | None = None,
         extra: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[int]:
-        """A conversation as token ids; RequestError if it isn't as the model's chats must be.
+        """A conversation as token ids; RequestError if the model's chat format does not allow it.
 
-        The last message is one to go on with where `continue_final_message` says so, or it has `prefix` itself.
+        The last message is continued with `continue_final_message`, or if it has `prefix`.
         """
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
@@ -112,9 +112,9 @@ class MistralBackend:
                 field = "chat_template" if name == "template" else name
                 raise RequestError(f"the model's tokenizer has no template that takes {field}", field)
         if continue_final_message and messages[-1].get("role") != "assistant":
-            raise RequestError("the last message must be the assistant's to go on with", "continue_final_message")
+            raise RequestError("the last message must be the assistant's to be continued", "continue_final_message")
         try:
-            given = [_taken(message) for message in messages]
+            given = [_accepted(message) for message in messages]
             request: Any = ChatCompletionRequest.from_openai(given, tools=tools)
             last = request.messages[-1:]
             if last and last[0].role == "assistant":
@@ -127,16 +127,16 @@ class MistralBackend:
         return ids
 
 
-def _taken(message: dict[str, Any]) -> dict[str, Any]:
-    names = TAKEN.get(message.get("role", ""), ())
+def _accepted(message: dict[str, Any]) -> dict[str, Any]:
+    names = ACCEPTED_FIELDS.get(message.get("role", ""), ())
     given = {name: message[name] for name in names if message.get(name) is not None}
     if given.get("tool_calls"):
-        given["tool_calls"] = [_call_taken(call) for call in given["tool_calls"]]
+        given["tool_calls"] = [_tool_call(call) for call in given["tool_calls"]]
     return {"role": message.get("role")} | given | {"content": text_of(message.get("content"))}
 
 
-def _call_taken(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of a tool with its arguments as a text again, which OpenAI's form has."""
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as a JSON text again, as in OpenAI's format."""
     function = call["function"]
     arguments = function["arguments"]
     if not isinstance(arguments, str):
@@ -146,5 +146,5 @@ def _call_taken(call: dict[str, Any]) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    # What pydantic says has the field in its second line and the reason in the third.
+    # A message of pydantic has the field in its second line and the reason in the third.
     return ": ".join(lines[1:3]) if type(error).__name__ == "ValidationError" else (lines or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pytest
 
 from engine.errors import EngineDeadError, RequestError
-from engine.frontend import calls
+from engine.frontend import replica_calls as calls
 from engine.frontend.streams import RequestStream
 from engine.messages import Hung
 from tests.engine.fake_executor import expected_tokens
@@ -50,7 +50,7 @@ async def test_a_load_does_not_wait_for_a_replica_that_hangs_and_is_taken_back(h
     stopped = Stopped(fleet, 1)
     if how == "hung before":
         fleet.say(1, Hung("a step takes long"))
-    loading = asyncio.ensure_future(fleet.router.call("load_adapter", name="french", path="one"))
+    loading = asyncio.ensure_future(fleet.router.call_utility("load_adapter", name="french", path="one"))
     await asyncio.sleep(0)
     if how == "hung meanwhile":
         fleet.say(1, Hung("a step takes long"))
@@ -71,7 +71,7 @@ async def test_a_load_that_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPa
     fleet = Fleet(2)
     done: Future[int] = Future()
     monkeypatch.setattr(fleet.workers[1], "call", lambda *_: done)
-    loading = asyncio.ensure_future(fleet.router.call("load_adapter", name="french", path="one"))
+    loading = asyncio.ensure_future(fleet.router.call_utility("load_adapter", name="french", path="one"))
     for _ in range(300):
         fleet.turn()
         await asyncio.sleep(calls.PATIENCE_S / 50)
@@ -101,7 +101,7 @@ async def test_requests_while_an_unload_is_refused_by_another_replica_are_served
     await call(fleet, "load_adapter", name="french", path="one")
     busy = fleet.add([1], max_tokens=50, adapter="french")
     fleet.turn()
-    unloading = asyncio.ensure_future(fleet.router.call("unload_adapter", name="french"))
+    unloading = asyncio.ensure_future(fleet.router.call_utility("unload_adapter", name="french"))
     others = []
     while not unloading.done():
         others.append(fleet.add([len(others) % 40, 7], adapter="french"))
@@ -131,7 +131,7 @@ async def test_a_request_that_can_not_begin_again_elsewhere_fails_alone(monkeypa
     monkeypatch.setattr(fleet.router.replicas[1], "submit", picky)
     fleet.kill(0)
     fleet.run()
-    with pytest.raises(RequestError.__base__, match="could not begin again elsewhere"):
+    with pytest.raises(RequestError.__base__, match="could not be retried elsewhere"):
         fleet.take(unlucky)
     for number, stream in enumerate(streams):
         if stream is not unlucky:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError, ModelError
-from engine.frontend.generation import GenerationDefaults, read_generation
+from engine.frontend.generation_defaults import GenerationDefaults, read_generation
 from engine.frontend.tokenizer import Tokenizer
 
 FIELDS = {
@@ -57,7 +57,7 @@ def test_nothing_is_needed_and_null_says_nothing(tmp_path: Path):
     [
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"top_p": 1.5}, r"top_p must lie in 0..1"),
-        ({"top_k": 1.5}, "top_k must be a whole number"),
+        ({"top_k": 1.5}, "top_k must be an integer"),
         ({"repetition_penalty": True}, "repetition_penalty must be a number"),
         ({"eos_token_id": ["<end>"]}, "eos_token_id must be a number"),
         ({"max_new_tokens": 0}, "max_tokens must lie in"),
@@ -75,7 +75,7 @@ def test_overrides_win_and_are_checked(tmp_path: Path):
     found = read_generation("auto", folder, {"temperature": 0, "max_new_tokens": 10}).sampling
     assert found == {**SAMPLING, "temperature": 0.0, "max_tokens": 10}
     assert read_generation("none", folder, {"top_k": 3}).sampling == {"top_k": 3}
-    with pytest.raises(ConfigError, match="--override-generation-config: colour is none of temperature"):
+    with pytest.raises(ConfigError, match="--override-generation-config: colour is not one of temperature"):
         read_generation("auto", folder, {"colour": 1})
     with pytest.raises(ConfigError, match="--override-generation-config: top_p must lie"):
         read_generation("auto", folder, {"top_p": 2})

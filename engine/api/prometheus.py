@@ -1,7 +1,7 @@
 """/metrics: the counters of front end and core under vLLM's names, so that its dashboards and clients work."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -9,8 +9,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.api.state import ApiState
-from engine.frontend.router import Router
-from engine.frontend.stats import REASONS, FrontEndStats, Histogram
+from engine.frontend.core_client import CoreClient
+from engine.frontend.front_end_stats import REASONS, FrontEndStats, Histogram
 from engine.messages import Stats
 
 PREFIX = "vllm:"
@@ -33,17 +33,19 @@ class EngineCollector(Collector):
         yield from self._histograms(stats)
         yield self._cache_info()
         yield self._engine_info()
-        if isinstance(self._client, Router):
-            yield from self._replicas(self._client)
+        if self._client.replicas:
+            yield from self._replicas(self._client.replicas)
         # Of the process that answers; what grows here while nothing runs is a leak.
-        yield GaugeMetricFamily("redline:tasks", "Tasks of the event loop.", value=len(asyncio.all_tasks()))
+        yield GaugeMetricFamily(
+            "redline:tasks", "Asyncio tasks of the API process that answers.", value=len(asyncio.all_tasks())
+        )
 
     def _gauges(self, core: Stats) -> Iterator[Metric]:
         for name, what, value in (
-            ("num_requests_running", "Requests that have a row.", core.running),
-            ("num_requests_waiting", "Requests that wait for a row.", core.waiting),
+            ("num_requests_running", "Requests running (in a batch slot).", core.running),
+            ("num_requests_waiting", "Requests waiting to be scheduled.", core.waiting),
             ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", core.kv_cache_usage),
-            ("gpu_cache_usage_perc", "The same under its older name.", core.kv_cache_usage),
+            ("gpu_cache_usage_perc", "The same, under its older name.", core.kv_cache_usage),
         ):
             family = GaugeMetricFamily(PREFIX + name, what, labels=["model_name"])
             family.add_metric([self._model], value)
@@ -55,10 +57,10 @@ class EngineCollector(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", core.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", core.prefix_hits),
             ("prompt_tokens", "Prompt tokens of admitted requests.", core.prompt_tokens),
-            ("generation_tokens", "Tokens generated.", core.generation_tokens),
+            ("generation_tokens", "Generated tokens.", core.generation_tokens),
             ("engine_steps", "Steps of the engine.", core.steps),
-            ("spec_decode_num_draft_tokens", "Tokens guessed ahead (--speculative).", core.num_draft_tokens),
-            ("spec_decode_num_accepted_tokens", "Guesses that were right.", core.num_accepted_tokens),
+            ("spec_decode_num_draft_tokens", "Draft tokens proposed (--speculative).", core.num_draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Draft tokens accepted.", core.num_accepted_tokens),
         ):
             family = CounterMetricFamily(PREFIX + name, what, labels=["model_name"])
             family.add_metric([self._model], value)
@@ -66,7 +68,7 @@ class EngineCollector(Collector):
 
     def _finished(self, stats: FrontEndStats) -> Metric:
         family = CounterMetricFamily(
-            PREFIX + "request_success", "Requests by the reason of their end.", labels=["model_name", "finished_reason"]
+            PREFIX + "request_success", "Finished requests by reason.", labels=["model_name", "finished_reason"]
         )
         finished = stats.finished
         for reason in REASONS:
@@ -77,12 +79,20 @@ class EngineCollector(Collector):
         for name, what, histogram in (
             ("time_to_first_token_seconds", "From a request's arrival to its first token.", stats.ttft),
             ("inter_token_latency_seconds", "Between two tokens of a request.", stats.itl),
-            ("time_per_output_token_seconds", "The same under its older name.", stats.itl),
+            ("time_per_output_token_seconds", "The same, under its older name.", stats.itl),
             ("e2e_request_latency_seconds", "From a request's arrival to its end.", stats.e2e),
-            ("request_queue_time_seconds", "From a request's arrival at the core to its row.", stats.queue),
+            (
+                "request_queue_time_seconds",
+                "From a request's arrival at the EngineCore until it is scheduled.",
+                stats.queue,
+            ),
             ("request_prompt_tokens", "Prompt tokens of finished requests.", stats.prompt_tokens),
             ("request_generation_tokens", "Output tokens of finished requests.", stats.generation_tokens),
-            ("iteration_tokens_total", "Tokens of a step.", stats.step_tokens),
+            (
+                "iteration_tokens_total",
+                "Tokens per step: generated, and prompt tokens of requests admitted.",
+                stats.step_tokens,
+            ),
         ):
             yield self._histogram(name, what, histogram)
 
@@ -99,7 +109,9 @@ class EngineCollector(Collector):
             "num_gpu_blocks": str(ready.num_blocks),
             "enable_prefix_caching": str(ready.prefix_caching),
         }
-        family = GaugeMetricFamily(PREFIX + "cache_config_info", "The KV cache; always 1.", labels=list(labels))
+        family = GaugeMetricFamily(
+            PREFIX + "cache_config_info", "Configuration of the KV cache; always 1.", labels=list(labels)
+        )
         family.add_metric(list(labels.values()), 1)
         return family
 
@@ -113,24 +125,26 @@ class EngineCollector(Collector):
             "max_num_seqs": str(ready.max_num_seqs),
             "max_num_batched_tokens": str(ready.max_num_batched_tokens),
         }
-        if isinstance(self._client, Router):  # the figures are those of each
+        if self._client.replicas:  # the other labels are per replica
             labels |= {"replicas": str(len(self._client.replicas)), "routing": self._client.routing}
-        family = GaugeMetricFamily("redline:engine_config_info", "The engine; always 1.", labels=list(labels))
+        family = GaugeMetricFamily(
+            "redline:engine_config_info", "Configuration of the engine; always 1.", labels=list(labels)
+        )
         family.add_metric(list(labels.values()), 1)
         return family
 
-    def _replicas(self, router: Router) -> Iterator[Metric]:
-        """What tells replicas apart; the figures above are sums over them."""
+    def _replicas(self, replicas: Sequence[CoreClient]) -> Iterator[Metric]:
+        """Figures of each replica; all other metrics are sums over them."""
         labels = ["model_name", "replica"]
-        cores = [replica.total_stats.core for replica in router.replicas]
-        alive = [replica.dead is None for replica in router.replicas]
-        up = GaugeMetricFamily("redline:replica_up", "Whether the replica lives.", labels=labels)
+        cores = [replica.total_stats.core for replica in replicas]
+        alive = [replica.dead is None for replica in replicas]
+        up = GaugeMetricFamily("redline:replica_up", "1 if the replica is alive.", labels=labels)
         for number, living in enumerate(alive):
             up.add_metric([self._model, str(number)], living)
         yield up
         for name, what, field in (
-            ("num_requests_running", "Its requests that have a row.", "running"),
-            ("num_requests_waiting", "Its requests that wait for a row.", "waiting"),
+            ("num_requests_running", "Its requests running (in a batch slot).", "running"),
+            ("num_requests_waiting", "Its requests waiting to be scheduled.", "waiting"),
             ("kv_cache_usage_perc", "Share of its KV cache in use, 0 to 1.", "kv_cache_usage"),
         ):
             gauge = GaugeMetricFamily(f"redline:replica_{name}", what, labels=labels)
@@ -138,9 +152,9 @@ class EngineCollector(Collector):
                 gauge.add_metric([self._model, str(number)], getattr(core, field) if living else 0)
             yield gauge
         for name, what, field in (
-            ("prefix_cache_queries", "Prompt tokens it looked up.", "prefix_queries"),
-            ("prefix_cache_hits", "Prompt tokens it found.", "prefix_hits"),
-            ("generation_tokens", "Tokens it generated.", "generation_tokens"),
+            ("prefix_cache_queries", "Its prompt tokens looked up in the prefix cache.", "prefix_queries"),
+            ("prefix_cache_hits", "Its prompt tokens found in the prefix cache.", "prefix_hits"),
+            ("generation_tokens", "Its generated tokens.", "generation_tokens"),
         ):
             counter = CounterMetricFamily(f"redline:replica_{name}", what, labels=labels)
             for number, core in enumerate(cores):

@@ -8,12 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import RequestError
-from engine.frontend.backends import FastBackend
-from engine.frontend.inline import InlineTexts
+from engine.frontend.inline_front_end import InlineTexts
 from engine.frontend.prompts import Text
-from engine.frontend.sampling import SamplingParams
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, RequestStream
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer_backends import FastBackend
 from engine.messages import (
     Abort,
     AddRequest,
@@ -72,8 +72,8 @@ def test_every_reader_gets_the_same_as_from_v1(
 ):
     params = SamplingParams(stop=stops, include_stop_str_in_output=include, skip_special_tokens=skip, max_tokens=50)
     plain, inline = TextCore(tokenizer), TextCore(tokenizer, inline=True)
-    ours = plain.client.add([tokenizer.encode(prompt)], params)
-    theirs = inline.client.add([Text(prompt)], params)
+    ours = plain.client.add_request([tokenizer.encode(prompt)], params)
+    theirs = inline.client.add_request([Text(prompt)], params)
     assert inline.added[0].prompt == b"", "the front end doesn't tokenise"
     assert int32s(inline.read[0].prompt).tolist() == tokenizer.encode(prompt)
     plan = itertools.chain(sizes, itertools.repeat(1))
@@ -133,7 +133,7 @@ def test_a_text_that_cannot_be_served_is_refused_alone(text: str, said: str):
 
 def test_a_token_the_model_lacks_is_refused():
     texts = InlineTexts(BYTE_LEVEL, LIMIT, 50)
-    with pytest.raises(RequestError, match="no token of this model"):
+    with pytest.raises(RequestError, match="not in the vocabulary"):
         texts.add(request("the quick"))
 
 

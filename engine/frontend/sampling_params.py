@@ -1,4 +1,4 @@
-"""SamplingParams: what a user may ask of one request, checked, and turned into messages for the core."""
+"""SamplingParams: the sampling parameters of one request, checked and turned into messages for the core."""
 
 import math
 from typing import Any
@@ -13,24 +13,39 @@ from engine.messages import AddRequest, Sampling, TextOptions, column
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
-MAX_BAD_WORDS = 1024  # each is looked for at each token
-MAX_STOP_TOKEN_IDS = 1024  # each is sent with the request, and looked up for each of its tokens
+MAX_BAD_WORDS = 1024  # each is searched for at each token
+MAX_STOP_TOKEN_IDS = 1024  # each is sent with the request and checked at each token
 MAX_LOGIT_BIAS = 1024  # each is added at each token
 SEED_MASK = (1 << 64) - 1
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
-    """How to continue one prompt.
+    """How to continue one prompt. A value that is out of range raises RequestError.
 
-    n: independent outputs · temperature: 0 is greedy · top_p, min_p: 0 to 1 · top_k: 0 or -1 is no limit · seed: any
-    integer; None draws one · max_tokens: None is as many as fit · min_tokens: end-of-sequence and stop ids can't come
-    before, and no stop string ends the text by then · stop: strings that end the text, left out of it unless
-    include_stop_str_in_output · stop_token_ids: ids that end it · ignore_eos: end-of-sequence ids don't · logprobs: for
-    each token, so many of the likeliest beside the sampled one · prompt_logprobs: the same for each prompt token but
-    the first; the prefix cache isn't read then · penalties as usual · logit_bias: id to an addend · bad_words: words
-    that aren't generated (see `bad_word_ids`) · allowed_token_ids: the only tokens that are · truncate_prompt_tokens:
-    so many tokens of the prompt are kept, of its end unless truncation_side is "right"; -1: as many as leave room for
-    max_tokens. Fields that can't hold raise RequestError.
+    Attributes:
+        n: number of independent outputs.
+        temperature: 0 is greedy.
+        top_p: 0 to 1.
+        top_k: 0 or -1: no limit.
+        min_p: 0 to 1.
+        seed: any integer; None: a seed is drawn.
+        max_tokens: None: as many as fit.
+        min_tokens: until then, end-of-sequence ids and stop ids are not sampled, and stop strings do not count.
+        stop: strings that end the text.
+        stop_token_ids: token ids that end the text.
+        ignore_eos: end-of-sequence ids do not end the text.
+        logprobs: number of most likely tokens whose logprobs are returned with each sampled token.
+        prompt_logprobs: the same for each prompt token but the first. Disables reading the prefix cache.
+        presence_penalty: -2 to 2, as in OpenAI's API.
+        frequency_penalty: -2 to 2, as in OpenAI's API.
+        repetition_penalty: as in transformers; 1 has no effect.
+        logit_bias: token ids to values added to their logits, -100 to 100.
+        bad_words: words that are not generated (see `bad_word_ids`).
+        allowed_token_ids: only these tokens are generated.
+        truncate_prompt_tokens: number of prompt tokens to keep; -1: as many as leave room for max_tokens.
+        truncation_side: "right" keeps the beginning of the prompt; otherwise its end is kept.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: leave the stop string in the text.
     """
 
     n: int = 1
@@ -62,24 +77,24 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
                 raise RequestError(f"{name} must lie in {describe(low, high)}, not {value!r}", name)
-            if name in WHOLE and not isinstance(value, int | None):
-                raise RequestError(f"{name} must be a whole number, not {value!r}", name)
+            if name in INTEGERS and not isinstance(value, int | None):
+                raise RequestError(f"{name} must be an integer, not {value!r}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens: {self.max_tokens}", "min_tokens"
             )
         stops = self.stops
         if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
-            raise RequestError(f"stop must hold at most {MAX_STOPS} strings, none of them empty", "stop")
+            raise RequestError(f"stop must have at most {MAX_STOPS} strings, none of them empty", "stop")
         if len(self.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
-                f"stop_token_ids must hold at most {MAX_STOP_TOKEN_IDS} ids, not {len(self.stop_token_ids or ())}",
+                f"stop_token_ids must have at most {MAX_STOP_TOKEN_IDS} ids, not {len(self.stop_token_ids or ())}",
                 "stop_token_ids",
             )
         self._check_filters()
         if len(self.logit_bias or ()) > MAX_LOGIT_BIAS:
             raise RequestError(
-                f"logit_bias must hold at most {MAX_LOGIT_BIAS} tokens, not {len(self.logit_bias or ())}", "logit_bias"
+                f"logit_bias must have at most {MAX_LOGIT_BIAS} tokens, not {len(self.logit_bias or ())}", "logit_bias"
             )
         for token, bias in (self.logit_bias or {}).items():
             if not -100 <= bias <= 100:
@@ -88,7 +103,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     def _check_filters(self) -> None:
         words = self.bad_words or []
         if len(words) > MAX_BAD_WORDS or not all(isinstance(word, str) and word.strip() for word in words):
-            raise RequestError(f"bad_words must hold at most {MAX_BAD_WORDS} words, none of them empty", "bad_words")
+            raise RequestError(f"bad_words must have at most {MAX_BAD_WORDS} words, none of them empty", "bad_words")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: nothing could be generated", "allowed_token_ids")
         if self.truncate_prompt_tokens == 0:
@@ -100,7 +115,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def needs_prompt_ids(self) -> bool:
-        """Whether the front end must know the prompt's tokens, also where the core tokenizes texts."""
+        """Whether the front end must tokenize the prompt even if the core tokenizes texts."""
         return self.truncate_prompt_tokens is not None or self.prompt_logprobs is not None
 
     @property
@@ -110,14 +125,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise RequestError for token ids the model doesn't have."""
+        """Raise RequestError for token ids that are not in the vocabulary."""
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             for token in getattr(self, name) or ():
                 if not 0 <= token < vocab_size:
-                    raise RequestError(f"{name}: {token} is no token of this model (0..{vocab_size - 1})", name)
+                    raise RequestError(f"{name}: {token} is not in the vocabulary (0..{vocab_size - 1})", name)
 
 
-WHOLE = frozenset(
+INTEGERS = frozenset(
     {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
 )
 # name, smallest, largest
@@ -155,9 +170,21 @@ def make_request(
     inline: bool = False,
     **extra: Any,
 ) -> AddRequest:
-    """Build the core's message for one output; `room` is how many tokens fit behind the prompt.
+    """Build the core's message for one output.
 
-    `bad_words`: as token ids. `inline`: the core makes texts of the tokens itself.
+    Args:
+        handle: of the output.
+        prompt: token ids, or a text if the core tokenizes.
+        params: of the request.
+        tokenizer: for the end-of-sequence ids.
+        seed: of this output.
+        room: number of tokens that fit after the prompt.
+        bad_words: token sequences that are not generated.
+        inline: whether the core detokenizes.
+        extra: further fields of AddRequest.
+
+    Raises:
+        RequestError: no token could be generated.
     """
     if inline:
         extra["text_options"] = TextOptions(params.stops, params.include_stop_str_in_output, params.skip_special_tokens)

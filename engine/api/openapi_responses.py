@@ -1,4 +1,4 @@
-"""JSON schemas of what the server answers."""
+"""JSON schemas of the responses."""
 
 from typing import Any
 
@@ -24,13 +24,13 @@ def maybe(of: Schema) -> Schema:
 
 
 def record(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
-    """An object with these fields; others may be there too."""
+    """An object with these fields, and possibly others."""
     return {"type": "object", "properties": required | (optional or {}), "required": list(required)}
 
 
 FINISH_REASON: Schema = {"enum": ["stop", "length", "abort", "error", None]}
 STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
-# Of a prompt: for each token a map of token ids; null for the first token.
+# For each token of a prompt, a map from token ids; null for the first token.
 PROMPT_LOGPROBS: Schema = listed(
     maybe(
         {
@@ -41,7 +41,7 @@ PROMPT_LOGPROBS: Schema = listed(
 )
 ABOUT_PROMPT: dict[str, Schema] = {"prompt_logprobs": PROMPT_LOGPROBS, "prompt_token_ids": listed(COUNT)}
 
-ANSWERS: dict[str, Schema] = {
+RESPONSES: dict[str, Schema] = {
     "Error": record(
         {
             "error": record(

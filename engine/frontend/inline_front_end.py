@@ -1,7 +1,7 @@
-"""The front end within the core's loop, as V0 had it: prompts are tokenised and tokens written as text there.
+"""Tokenizing and detokenizing within the core's loop, as in V0 (`--ablate inline-frontend`).
 
 Implements `engine.core.protocols.InlineFrontEnd`. The front-end process then only passes texts on. A failure over one
-request ends that one with its cause.
+request ends that request with its cause.
 """
 
 import logging
@@ -32,37 +32,37 @@ replace = msgspec.structs.replace
 
 
 @dataclass(slots=True)
-class _Open:
-    """A request under way."""
+class _LiveRequest:
+    """A request that runs."""
 
     detokenizer: Detokenizer
     include_stop: bool
     prompt_tokens: int
     stop: str = ""  # the stop string that ended it
-    error: str = ""  # why its text can't be written
+    error: str = ""  # why it can't be detokenized
 
 
 class InlineTexts:
-    """Reads and writes the texts of one core's requests; for one thread."""
+    """Tokenizes and detokenizes the requests of one core; for one thread."""
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int, vocab_size: int):
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
-        self._open: dict[int, _Open] = {}
+        self._live: dict[int, _LiveRequest] = {}
 
     @property
     def open_count(self) -> int:
-        return len(self._open)
+        return len(self._live)
 
     def add(self, message: AddRequest) -> AddRequest:
-        """The message with its text as tokens; RequestError if the model can't take them."""
+        """The message with its text tokenized; RequestError if the model can't serve the prompt."""
         if message.prompt:
             prompt = int32s(message.prompt).tolist()
         else:
             prompt = self._tokenizer.encode_prompt(message.text, message.add_special_tokens, self._max_model_len)
             check_prompt(prompt, self._max_model_len, self._vocab_size)
-            # The front end couldn't know how much room the text leaves.
+            # The front end did not know how many tokens the text has.
             max_tokens = min(message.max_tokens, self._max_model_len - len(prompt))
             min_tokens = min(message.min_tokens, max_tokens)
             sampling = message.sampling
@@ -81,13 +81,14 @@ class InlineTexts:
                 skip_special_tokens=writing.skip_special_tokens,
                 min_tokens=message.min_tokens,
             )
-            self._open[message.handle] = _Open(detokenizer, writing.include_stop, len(prompt))
+            self._live[message.handle] = _LiveRequest(detokenizer, writing.include_stop, len(prompt))
         return message
 
     def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:
-        """The outputs with texts, and the requests that a stop string or a failure ended: the core must abort those.
+        """Detokenize outputs.
 
-        Tokens behind a stop string are left out, and the end of such a request is among `finished` already.
+        Returns the outputs with texts, and the requests that a stop string or a failure ended, which the core must
+        abort. Tokens after a stop string are left out, and `finished` already has the end of such a request.
         """
         admitted = tuple(map(self._admitted, outputs.admitted))
         stopped: list[int] = []
@@ -98,21 +99,21 @@ class InlineTexts:
         return replace(outputs, admitted=admitted, finished=tuple(finished)), tuple(stopped)
 
     def _admitted(self, admitted: Admitted) -> Admitted:
-        request = self._open.get(admitted.handle)
+        request = self._live.get(admitted.handle)
         return admitted if request is None else replace(admitted, prompt_tokens=request.prompt_tokens)
 
     def _write(self, outputs: Outputs) -> tuple[Outputs, list[int]]:
-        """Add the texts; gives also which requests are to end that the core doesn't end by itself."""
+        """Add the texts; also returns the requests that end here and that the core has not ended."""
         ending = {one.handle: one for one in outputs.finished}
         handles = int64s(outputs.handles).tolist()
         tokens = int32s(outputs.tokens).tolist()
         counts = int32s(outputs.counts).tolist() if outputs.counts else [1] * len(handles)
         texts: list[str] = []
-        used: list[int] = []  # tokens of each handle that count
+        used: list[int] = []  # of each handle, the tokens that are kept
         stopped: list[int] = []
         begin = 0
         for handle, count in zip(handles, counts, strict=True):
-            request, text, kept = self._open.get(handle), "", count
+            request, text, kept = self._live.get(handle), "", count
             if request is not None:
                 last = ending.get(handle)
                 try:
@@ -132,7 +133,7 @@ class InlineTexts:
         return _cut(outputs, counts, used, tuple(texts)), stopped
 
     def _finished(self, finished: Finished) -> Finished:
-        request = self._open.pop(finished.handle, None)
+        request = self._live.pop(finished.handle, None)
         if request is None or finished.error:
             return finished
         if request.stop:
@@ -155,8 +156,8 @@ def _failure(handle: int, error: BaseException) -> str:
     return f"the server could not write this request's text: {cause_of(error)}"
 
 
-def _push(request: _Open, tokens: list[int], last: Finished | None) -> tuple[str, int]:
-    """Write tokens; gives the text, and how many of the tokens count: those behind a stop string don't."""
+def _push(request: _LiveRequest, tokens: list[int], last: Finished | None) -> tuple[str, int]:
+    """Detokenize tokens; returns the text, and the number of tokens up to a stop string."""
     text = ""
     for index, token in enumerate(tokens):
         ends_it = last is not None and last.stop_id >= 0 and index == len(tokens) - 1
@@ -171,7 +172,7 @@ def _push(request: _Open, tokens: list[int], last: Finished | None) -> tuple[str
 
 
 def _cut(outputs: Outputs, counts: list[int], used: list[int], texts: tuple[str, ...]) -> Outputs:
-    """Leave out the tokens that don't count."""
+    """Keep the first `used` of the `counts` tokens of each handle."""
     kept = np.concatenate([np.arange(count) < some for count, some in zip(counts, used, strict=True)])
     logprobs = select_logprobs(outputs.logprobs, kept) if outputs.logprobs is not None else None
     return replace(

@@ -1,0 +1,30 @@
+"""The configuration of the API processes of a server: limits of requests, keys, origins."""
+
+import msgspec
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of a request. A request beyond one is refused with the flag that raises it."""
+
+    max_body_bytes: int = 32 << 20
+    # Decoding a million values holds the GIL, and so stops all streams of the process, for less than 100 ms.
+    max_body_values: int = 1 << 20
+    max_prompts: int = 1024  # of one body
+    max_prompt_bytes: int | None = None  # None: --max-model-len times the longest token
+    max_n: int = 128
+    max_stop: int = 64
+    max_stop_token_ids: int = 1024
+    max_queue: int | None = None  # waiting requests; None: no limit
+
+
+class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of the HTTP server."""
+
+    api_keys: tuple[str, ...] = ()  # a request must have one of them; empty: no key is needed
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may call the server; "*": any
+    root_path: str = ""  # prefix of a reverse proxy, "/path"
+    ssl_certfile: str | None = None  # enables HTTPS
+    ssl_keyfile: str | None = None  # None: the key is in the certificate's file
+    runtime_lora: bool = False  # whether clients may load and unload adapters
+    trust_request_chat_template: bool = False  # whether templates sent in requests are run
+    limits: Limits = Limits()

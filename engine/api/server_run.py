@@ -1,0 +1,201 @@
+"""One run of a server: its API processes in front of the engine, signals, deaths of processes, and the log."""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import uvloop
+
+from engine import children
+from engine.api.http_options import HttpOptions
+from engine.api.http_server import FORCED_GRACE_S, LAST_WORDS_S, HttpServer
+from engine.api.process import ApiProcessOptions
+from engine.api.processes import ApiProcesses, threadsafe
+from engine.api.state import ApiState
+from engine.config import SHUTDOWN_TIMEOUT_S
+from engine.errors import EngineDeadError
+from engine.frontend.connect import EngineClient
+from engine.frontend.core_client import STOPPED
+from engine.frontend.front_end_stats import Board
+from engine.frontend.listener import ClientListener, OutputRecord
+from engine.frontend.logs import PERIOD_S, StatsLog, log_request
+from engine.start import Engine
+
+log = logging.getLogger("redline.stats")
+
+FORCED_EXIT = 130
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Settings of the HTTP server, without those of the engine."""
+
+    http: HttpOptions = field(default_factory=HttpOptions)
+    log_stats: bool = True
+    log_requests: bool = True
+    shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S  # for running requests, after the first signal
+
+
+class ServerRun(ClientListener):
+    """Serves an engine on its listening sockets, one API process each. This process is the first of them."""
+
+    _client: EngineClient  # this and the next, once the event loop runs
+    _http: HttpServer
+
+    def __init__(
+        self,
+        engine: Engine,
+        listeners: Sequence[socket.socket],
+        options: ServeOptions,
+        show_line: Callable[[str], None],
+    ):
+        """`show_line` shows one line to the user."""
+        self._engine = engine
+        self._listener, *self._others = listeners
+        self._options = options
+        self._show_line = show_line
+        self._created = int(time.time())
+        self._boards = [Board(len(listeners)) for _ in engine.cores]
+        self._lost: set[int] = set()  # replicas
+        self._processes = ApiProcesses((), (), ())
+        self._cause_of_death: str | None = None
+        self._signals = 0
+        self._stopping = False  # at once, without waiting for requests
+
+    def run(self) -> int:
+        """Serve to the end; returns the exit code. EngineDeadError if a process ended unexpectedly."""
+        try:
+            self._start_processes()
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        finally:
+            self._processes.kill()
+            self._engine.stop()
+        if self._cause_of_death is not None:
+            raise EngineDeadError(self._cause_of_death)
+        return FORCED_EXIT if self._signals > 1 else 0
+
+    def _start_processes(self) -> None:
+        engine = self._engine
+        options = [
+            ApiProcessOptions(
+                front_end=front_end,
+                front_ends=1 + len(self._others),
+                names=engine.config.names,
+                tokenizer=engine.config.tokenizer or engine.config.model,
+                tokenizer_mode=engine.config.tokenizer_mode,
+                chat_template=engine.config.chat_template,
+                seed=engine.config.seed,
+                cores=engine.addresses(front_end),
+                routing=engine.config.routing,
+                sampling_defaults=engine.generation.sampling,
+                eos_ids=engine.generation.eos_ids,
+                created=self._created,
+                http=self._options.http,
+                log_requests=self._options.log_requests,
+            )
+            for front_end in range(1, 1 + len(self._others))
+        ]
+        self._processes = ApiProcesses(options, self._others, self._boards)
+        self._processes.wait_up()
+
+    # ----------------------------------------------------------------------------------------- within the event loop
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._client = self._engine.connect(self._boards)
+        config, defaults = self._engine.config, self._engine.generation.sampling
+        state = ApiState(self._client, config.names, self._options.http, self._created, sampling_defaults=defaults)
+        self._http = HttpServer(state, self._listener)
+        self._client.open(self)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        lose = threadsafe(lambda lost: self._lose_core(*lost))
+        self._engine.watch(lambda *lost: lose(lost))
+        self._processes.watch(self._client, self._die)
+        logging_stats = asyncio.ensure_future(self._log_stats())
+        try:
+            await self._http.serve(self._on_listening)
+            await self._processes.ended()
+        finally:
+            logging_stats.cancel()
+
+    def _on_listening(self, url: str) -> None:
+        children.freeze_heap()
+        self._show_line(f"listening on {url}")
+
+    async def _log_stats(self) -> None:
+        if not self._options.log_stats:
+            return
+        client = self._client
+        lines = StatsLog(client.clock.now(), client.total_stats.core)
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            line = lines.line(client.clock.now(), client.total_stats.core)
+            if line is not None:
+                log.info(line)
+
+    # ------------------------------------------------------------------------------------------------------- signals
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            self._stop(STOPPED, FORCED_GRACE_S)
+            return
+        seconds = self._options.shutdown_timeout_s
+        if count := self._client.total_stats.live:
+            what = f"{count} running request{'s' if count > 1 else ''}"
+            self._show_line(f"finishing {what}, within {seconds:g} s; Ctrl-C again ends at once")
+        self._http.finish()
+        self._processes.finish()
+        asyncio.get_running_loop().call_later(seconds, self._on_timeout, seconds)
+
+    def _on_timeout(self, seconds: float) -> None:
+        if self._stopping or self._cause_of_death is not None:
+            return
+        count = self._client.total_stats.live
+        what = f"{count} request{'' if count == 1 else 's'}"
+        self._show_line(f"aborted {what} not finished after {seconds:g} s (--shutdown-timeout)")
+        self._stop(f"{STOPPED}: it had {seconds:g} s (--shutdown-timeout)", LAST_WORDS_S)
+
+    def _stop(self, cause: str, grace_s: float) -> None:
+        self._stopping = True
+        self._client.fail_all(cause)
+        self._http.end(grace_s)
+        self._processes.end(cause, grace_s)
+
+    # -------------------------------------------------------------------------------------------------------- deaths
+
+    def _lose_core(self, replica: int, cause: str) -> None:
+        """A core is gone; with the last one the server ends."""
+        self._lost.add(replica)
+        count = len(self._engine.cores)
+        if len(self._lost) == count:
+            self._die(cause if count == 1 else f"no replica is left; replica {replica}: {cause}")
+            return
+        self._client.core_lost(replica, cause)
+        self._processes.lose(replica, cause)
+
+    def _die(self, cause: str) -> None:
+        self._client.fail_all(cause)
+        self.core_died(cause)  # also if the client is closed already, and others still finish
+
+    # ----------------------------------------------------------------------------------------------- from the client
+
+    @property
+    def wants_records(self) -> bool:
+        return self._options.log_requests
+
+    def output_recorded(self, record: OutputRecord) -> None:
+        log_request(record)
+
+    def core_died(self, cause: str) -> None:
+        if self._cause_of_death is not None or self._stopping:
+            return
+        self._cause_of_death = cause
+        self._http.end(LAST_WORDS_S)
+        self._processes.end(cause, LAST_WORDS_S)

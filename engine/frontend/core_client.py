@@ -1,0 +1,314 @@
+"""CoreClient, a front end's connection to one core: sends requests and processes the outputs that come back."""
+
+import asyncio
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from engine.clock import Clock
+from engine.errors import EngineDeadError, RedlineError, RequestError
+from engine.frontend.front_end_stats import Board, FrontEndStats
+from engine.frontend.listener import ClientListener
+from engine.frontend.output_processor import OutputProcessor
+from engine.frontend.prompts import Prompt, check_prompt, length_of
+from engine.frontend.sampling_params import SEED_MASK, SamplingParams, make_request
+from engine.frontend.streams import Origin, Output, RequestOptions, RequestStream
+from engine.frontend.token_filters import bad_word_ids
+from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.transport import Transport
+from engine.messages import (
+    Abort,
+    Dead,
+    Hung,
+    Outputs,
+    Ready,
+    Utility,
+    UtilityResult,
+    decode_from_core,
+    make_handle,
+)
+
+log = logging.getLogger("redline.client")
+
+UNKNOWN_ORIGIN = Origin()
+STOPPED = "the server was stopped before this request finished"
+PRIORITIES = range(-(2**63), 2**63)
+UNENCODABLE = (
+    OverflowError,
+    TypeError,
+    ValueError,
+)  # of msgspec; UnicodeEncodeError, for a lone surrogate, is a ValueError
+
+
+class CoreClient(OutputProcessor):
+    """One front end of one core; lives in one event loop. Other threads may only call `core_lost_threadsafe`."""
+
+    replicas: tuple["CoreClient", ...] = ()  # of several cores, the client of each (see `Router`)
+    routing = ""  # how requests are assigned to replicas
+
+    def __init__(  # noqa: PLR0913  (most are keywords with defaults)
+        self,
+        ready: Ready,
+        tokenizer: Tokenizer,
+        transport: Transport,
+        clock: Clock,
+        *,
+        front_end: int = 0,
+        seed: int = 0,
+        board: Board | None = None,
+        numbers: Iterator[int] | None = None,
+        replica: int | None = None,
+    ):
+        """Make a client; `open` starts it.
+
+        Args:
+            ready: what the core reported at its start.
+            tokenizer: of the model.
+            transport: carries messages to and from the core.
+            clock: of the arrival and latency of requests.
+            front_end: number of this front end among those of the core; part of the handles.
+            seed: seed of the seeds that are drawn for requests without one.
+            board: where all front ends of the core keep their stats; None: this one is the only front end.
+            numbers: sequence numbers of the requests, 1, 2, 3, … by default. Clients of several cores share them.
+            replica: number of the core among several; None: there is one core.
+        """
+        stats = FrontEndStats() if board is None else board.stats[front_end]
+        super().__init__(transport, clock, stats, front_end, replica or 0)
+        self.name = "" if replica is None else f"replica {replica}"
+        self.ready = ready
+        self.tokenizer = tokenizer
+        self.board = board
+        self.hung = ""  # the cause, while a step takes longer than it may
+        self._seed = seed
+        self._numbers = itertools.count(1) if numbers is None else numbers
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
+
+    def open(self, listener: ClientListener | None = None) -> None:
+        """Start to receive messages; called inside the event loop that will use the client."""
+        if listener is not None:
+            self.listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._transport.open(self.deliver)
+
+    def close(self) -> None:
+        """Stop to receive messages. Streams that are still live fail; `core_died` is not called."""
+        self._closing = True
+        self.fail_all(STOPPED)
+        self._transport.close()
+
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    def add_request(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+        origin: Origin = UNKNOWN_ORIGIN,
+        adapter: str = "",
+    ) -> RequestStream:
+        """Start `params.n` outputs for each prompt. Prompts are token ids, or texts if the core tokenizes.
+
+        Raises:
+            RequestError: a prompt or a parameter can't be served.
+            EngineDeadError: the core is gone.
+        """
+        self.check_request(prompts, params, priority)
+        options = RequestOptions(cache_salt, priority, adapter)
+        stream = RequestStream(prompts, params, self, self.clock.now(), origin, options)
+        self.submit(stream)
+        return stream
+
+    def check_request(self, prompts: Sequence[Prompt], params: SamplingParams, priority: int) -> None:
+        """Raise RequestError for a request that can't be served, EngineDeadError if the core is gone."""
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
+        if priority and self.ready.scheduling_policy != "priority":
+            raise RequestError(
+                f"priority is {priority}, but this server schedules by arrival: "
+                "start it with --scheduling-policy priority",
+                "priority",
+            )
+        if priority not in PRIORITIES:
+            raise RequestError(f"priority must be a 64-bit integer, not {priority}", "priority")
+        for prompt in prompts:
+            if isinstance(prompt, list):
+                self.check_prompt(prompt)
+            else:
+                assert self.ready.inline, "this core does not tokenize"
+        params.check_vocabulary(self.ready.vocab_size)
+
+    def submit(self, stream: RequestStream) -> None:
+        """Send a stream's outputs to the core, all or none; `check_request` has accepted them.
+
+        RequestError if a value can't be encoded.
+        """
+        stream.client = self
+        sent: list[int] = []
+        bad_words = bad_word_ids(stream.params.bad_words or (), self.tokenizer, self.ready.vocab_size)
+        try:
+            for number in range(len(stream.prompts)):
+                for choice in range(stream.params.n):
+                    sent.append(self._submit_one(stream, number, choice, bad_words))
+        except BaseException:
+            for handle in list(stream.live):
+                del stream.live[handle], self._live[handle]
+            if sent:
+                self._transport.send(Abort(tuple(sent)))
+            raise
+        finally:
+            self.stats.live = len(self._live)
+
+    def _submit_one(
+        self, stream: RequestStream, number: int, choice: int, bad_words: tuple[tuple[int, ...], ...]
+    ) -> int:
+        """Send one output of a prompt; returns its handle."""
+        inline, params, options, prompt = self.ready.inline, stream.params, stream.options, stream.prompts[number]
+        sequence = next(self._numbers)
+        handle = make_handle(self._front_end, sequence)
+        output = Output(handle, number * params.n + choice, number, stream, None if inline else self.tokenizer)
+        stream.live[handle] = self._live[handle] = output
+        seed = self._draw_seed(params.seed, choice, sequence)
+        room = self.ready.max_model_len - length_of(prompt)
+        message = make_request(
+            handle, prompt, params, self.tokenizer, seed, room, inline=inline, cache_salt=options.cache_salt,
+            priority=options.priority, adapter=options.adapter, bad_words=bad_words,
+        )  # fmt: skip
+        try:
+            self._transport.send(message)
+        except UNENCODABLE as error:
+            raise RequestError(f"the request has a value that can't be sent to the engine: {error}") from error
+        return handle
+
+    def check_prompt(self, prompt: list[int]) -> None:
+        """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary."""
+        check_prompt(prompt, self.ready.max_model_len, self.ready.vocab_size)
+
+    def _draw_seed(self, seed: int | None, choice: int, sequence: int) -> int:
+        if seed is not None and choice == 0:
+            return seed & SEED_MASK
+        source = (self._seed, self._front_end, sequence) if seed is None else (seed, choice)
+        return int.from_bytes(hashlib.blake2b(repr(source).encode(), digest_size=8).digest(), "little")
+
+    async def call_utility(self, method: str, **arguments: Any) -> Any:
+        """Call a utility of the core by name, for its result; RedlineError with the core's message if it fails."""
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
+        number = next(self._numbers)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[number] = answer
+        try:
+            self._transport.send(Utility(self._front_end, number, method, arguments))
+        except UNENCODABLE as error:
+            del self._calls[number]
+            raise RequestError(f"{method}: an argument can't be sent to the engine: {error}") from error
+        try:
+            return await answer
+        finally:
+            self._calls.pop(number, None)  # also if the caller was canceled
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the core's only front end."""
+        return self.board is None or len(self.board.stats) == 1
+
+    @property
+    def total_stats(self) -> FrontEndStats:
+        """The stats of all front ends of the core together, now."""
+        return self.stats if self.board is None or self.alone else self.board.total()
+
+    def live_count(self) -> int:
+        return len(self._live)
+
+    def health(self) -> dict[str, Any]:
+        """The state of the replica: its number, process, status (ok, hung or dead), cause, and load."""
+        state: dict[str, Any] = {"replica": self.replica, "process": self.ready.process_id}
+        if self.dead is not None:
+            return state | {"status": "dead", "cause": self.dead, "running": 0, "waiting": 0}
+        core = self.total_stats.core
+        status = {"status": "hung", "cause": self.hung} if self.hung else {"status": "ok"}
+        return state | status | {"running": core.running, "waiting": core.waiting}
+
+    def streams(self) -> list[RequestStream]:
+        """The streams with live outputs."""
+        return list({id(output.stream): output.stream for output in self._live.values()}.values())
+
+    def release(self, stream: RequestStream) -> list[int]:
+        """Forget a stream that another replica takes over; returns the handles of its outputs."""
+        handles = list(stream.live)
+        for handle in handles:
+            del self._live[handle], stream.live[handle]
+        self.stats.live = len(self._live)
+        return handles
+
+    # ----------------------------------------------------------------------------------------------- from the core
+
+    def deliver(self, data: bytes) -> None:
+        """Process an encoded FromCore message."""
+        try:
+            message = decode_from_core(data)
+        except Exception as error:  # the requests that it concerned are unknown
+            log.exception("a message of the EngineCore could not be read")
+            self._fail_everything(RedlineError(f"a message of the EngineCore could not be read: {error}"))
+            return
+        if isinstance(message, Outputs):
+            self._process(message)
+        elif isinstance(message, UtilityResult):
+            self._complete_call(message)
+        elif isinstance(message, Hung):
+            self.hung = message.cause
+        elif isinstance(message, Dead):
+            self.core_lost(self.replica, message.cause)
+
+    def _fail_everything(self, error: RedlineError) -> None:
+        """Fail all streams and calls, since any of them may have been concerned; they may be retried."""
+        for stream in self.streams():
+            self._fail_stream(stream, error)
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _complete_call(self, message: UtilityResult) -> None:
+        answer = self._calls.pop(message.call, None)
+        if answer is None or answer.done():
+            return
+        if message.error:
+            answer.set_exception(RedlineError(message.error))
+        else:
+            answer.set_result(message.result)
+
+    # -------------------------------------------------------------------------------------------------------- the end
+
+    def fail_all(self, cause: str) -> None:
+        """Fail all streams and calls, now and later, with the cause."""
+        if self.dead is not None:
+            return
+        self.dead = cause
+        if not self._closing:
+            self.listener.core_died(cause)
+        error = EngineDeadError(cause)
+        for stream in self.streams():
+            stream.fail(error)
+        for output in list(self._live.values()):
+            self._remove(output, "error")
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(error)
+        self._calls.clear()
+        for record in self._unreported.values():
+            self._report(record)
+        self._unreported.clear()
+
+    def core_lost(self, replica: int, cause: str) -> None:  # noqa: ARG002  (as of a Router)
+        """The core is gone: `fail_all`, with the replica's name in the cause."""
+        self.fail_all(f"{self.name}: {cause}" if self.name else cause)
+
+    def core_lost_threadsafe(self, replica: int, cause: str) -> None:
+        """`core_lost`, from any thread; for `Engine.watch`."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.core_lost, replica, cause)
