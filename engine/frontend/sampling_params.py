@@ -170,21 +170,13 @@ def make_request(
     inline: bool = False,
     **extra: Any,
 ) -> AddRequest:
-    """Build the core's message for one output.
+    """Build the core's message for one output; RequestError if no token could be generated.
 
     Args:
-        handle: of the output.
-        prompt: token ids, or a text if the core tokenizes.
-        params: of the request.
-        tokenizer: for the end-of-sequence ids.
-        seed: of this output.
         room: number of tokens that fit after the prompt.
         bad_words: token sequences that are not generated.
         inline: whether the core detokenizes.
         extra: further fields of AddRequest.
-
-    Raises:
-        RequestError: no token could be generated.
     """
     if inline:
         extra["text_options"] = TextOptions(params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
