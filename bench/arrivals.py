@@ -1,4 +1,4 @@
-"""When requests are sent: arrival times drawn ahead from a seed, or replayed from a trace."""
+"""When requests are sent: arrival times that are drawn in advance from a seed, or replayed from a trace."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,14 +9,15 @@ import numpy as np
 from bench.errors import BenchError
 from bench.traces import Trace, read_trace
 
-KINDS = ("poisson", "constant", "gamma")  # drawn; a trace is the fourth
+KINDS = ("poisson", "constant", "gamma")  # of drawn arrivals
 
-_APART_S = 2e-9  # times end up as whole nanoseconds: the first of a part must not fall into the part before
+# Times are rounded to nanoseconds later: keeps the first arrival of a part from being rounded into the part before.
+_APART_S = 2e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """How arrival times come about, as plain data; `trace` is a file, whose arrivals are scaled to the rate asked."""
+    """The distribution of arrival times, or a trace whose arrivals are scaled to the requested rate."""
 
     kind: str = "poisson"
     burstiness: float = 1.0
@@ -26,23 +27,27 @@ class Arrivals:
 
     def __post_init__(self) -> None:
         if self.trace is not None:
-            self.recorded()
+            self.read_trace()
         elif self.kind not in KINDS:
             raise BenchError(f"unknown kind of arrivals {self.kind!r}: choose from {', '.join(KINDS)} (--arrivals)")
 
-    def recorded(self) -> Trace:
-        """The trace, which must be given."""
+    def read_trace(self) -> Trace:
         assert self.trace is not None
         return read_trace(self.trace, self.trace_unit, self.skip_bad_rows)
 
     def schedule(self, rate: float, parts: Sequence[float], seed: int) -> np.ndarray:
-        """Sorted send times in seconds over parts of the given lengths, the first one 0.
+        """Sorted send times in seconds from the start; the first one is 0.
 
-        Drawn arrivals are drawn apart for each part, so that each holds exactly rate x length of them. A trace is
-        replayed from its beginning over all parts, and again after its end.
+        Drawn arrivals are drawn separately for each part, so that each part has exactly rate x length of them. A trace
+        is replayed over all parts, and from its beginning again after its end.
+
+        Args:
+            rate: requests/s.
+            parts: lengths of the parts of the load point (warm-up, window, drain) in seconds.
+            seed: of the load point.
         """
         if self.trace is not None:
-            return replay(self.recorded(), rate, sum(parts))
+            return replay(self.read_trace(), rate, sum(parts))
         drawn, start_s = [np.zeros(0)], 0.0
         for part, length_s in enumerate(parts):
             if length_s > 0:
@@ -55,7 +60,7 @@ class Arrivals:
 def point_seed(seed: int, workload_name: str, rate: float, repeat: int = 0) -> int:
     """The seed of a load point, the same on every machine and for every configuration.
 
-    `repeat` tells runs of one rate apart (a confirmation must not re-hit the prefixes of the run it confirms).
+    `repeat` differs between runs of one rate: a confirmation must not hit the cached prefixes of the run it confirms.
     """
     key = f"{seed}|{workload_name}|{rate:.6g}|{repeat}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
@@ -64,11 +69,11 @@ def point_seed(seed: int, workload_name: str, rate: float, repeat: int = 0) -> i
 def arrival_times(
     rate: float, duration_s: float, seed: int, kind: str = "poisson", burstiness: float = 1.0
 ) -> np.ndarray:
-    """Sorted send times in seconds from the start, float64[count], the first one 0.
+    """Sorted send times in seconds from the start, float64[count]; the first one is 0.
 
-    count = round(rate · duration_s), at least 1. Gaps (the one after the last arrival included) are rescaled to sum
-    to count / rate, so that the mean rate is the asked one and not one drawn around it.
-    `burstiness` is the shape of gamma gaps: 1 is Poisson, smaller is burstier.
+    count = round(rate · duration_s), at least 1. Gaps (including the one after the last arrival) are rescaled to sum to
+    count / rate, so that the mean rate is exactly the requested one. `burstiness` is the shape of gamma gaps: 1 is
+    Poisson, smaller is burstier.
     """
     if not (rate > 0 and np.isfinite(rate)):
         raise BenchError(f"the request rate must be a positive number, not {rate} (--rate)")
@@ -94,10 +99,10 @@ def arrival_times(
 
 
 def replay(trace: Trace, rate: float, length_s: float) -> np.ndarray:
-    """The trace's arrivals before `length_s`, scaled to a mean of `rate`, over and over."""
+    """The arrivals of a repeated trace before `length_s`, scaled to a mean of `rate`."""
     if not (rate > 0 and np.isfinite(rate)):
         raise BenchError(f"the request rate must be a positive number, not {rate} (--rate)")
-    if rate == float(f"{trace.rate:.4g}"):  # load points round their rates: its own rate keeps its own times
+    if rate == float(f"{trace.rate:.4g}"):  # load points round their rates; at its own rate a trace is not scaled
         rate = trace.rate
     once = trace.times * (trace.rate / rate)
     period = len(once) / rate

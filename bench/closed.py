@@ -1,4 +1,4 @@
-"""A closed loop: a fixed number of requests open at a time, instead of a rate; it judges no rate, it measures."""
+"""Closed loop: keeps a fixed number of requests open instead of sending at a rate; there is no verdict."""
 
 import contextlib
 from collections import Counter
@@ -11,32 +11,38 @@ from bench.files import CannotWriteError
 from bench.loadgen import processes_for, run_closed_loop
 from bench.machine import record_shares
 from bench.metrics import MetricsReader, window_state
-from bench.plan import Lengths, TimeBudget
+from bench.plan import TimeBudget, Timing
 from bench.point import INTERRUPTED, LoadPoint, PointPlan, PointState, Watch, drain, point_id
 from bench.progress import Progress
 from bench.results import PointRow, RequestRow, RunFiles, utc_now
 from bench.run import InterruptedRunError, LostServerError, stop_on_interrupt
 
 _EVER = (-1.0, float("inf"))
-_SEED_REPEAT = 3000  # apart from all open-loop points
+_SEED_REPEAT = 3000  # differs from those of all open-loop points
 _DRAIN_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClosedPoint(LoadPoint):
-    """A load point of `concurrency` requests at a time."""
+    """A load point with a fixed concurrency."""
 
     def run_closed(
         self, plan: PointPlan, chunks_per_s: float, show: Callable[[PointState], None]
     ) -> tuple[PointRow, list[RequestRow]]:
-        """Send the plan's requests; every one counts, ramp and end included. Expect `chunks_per_s` at most."""
+        """Send the plan's requests. Every request counts, including the ramp at the beginning and at the end.
+
+        Args:
+            plan: with `concurrency` and `requests` set.
+            chunks_per_s: upper estimate of the chunks to receive; decides the number of generator processes.
+            show: called with the progress.
+        """
         concurrency, count = plan.concurrency, plan.requests
         assert concurrency is not None
         assert count is not None
         seed = point_seed(self.seed, self.workload.name, float(concurrency), _SEED_REPEAT)
         specs = self.workload.requests(count, seed)
         started = utc_now()
-        self.reader.forget()
+        self.reader.clear()
         watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
         before = self.read_machine()
         recording = run_closed_loop(
@@ -60,7 +66,7 @@ class ClosedPoint(LoadPoint):
         row.binding = "client" if recording.health.saturated else ""
         row.provisional = False
         if row.valid:
-            row.reason = f"{concurrency} at a time"
+            row.reason = f"concurrency {concurrency}"
         record_shares(row, before, after)
         drain(self.reader, min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0)))
         return row, requests
@@ -69,9 +75,11 @@ class ClosedPoint(LoadPoint):
 def measure_closed_loop(
     point: ClosedPoint, files: RunFiles, progress: Progress, concurrency: int, count: int, budget: TimeBudget
 ) -> tuple[PointRow, list[RequestRow]]:
-    """One request alone, then the closed loop; both are saved, and returned where that fails (`files.unwritten`).
+    """Measure one request alone, then the closed loop, and save both; if saving fails, `files.unwritten` is set.
 
-    Ctrl-C (`budget.stopped`) ends the loop with what was answered; InterruptedRunError if it comes before the loop.
+    Returns the loop's records. After Ctrl-C (`budget.stopped`) these are the requests completed until then. Raises
+    InterruptedRunError for a Ctrl-C before the loop, BenchError if the first request fails, LostServerError if no
+    request of the loop was answered.
     """
     budget.start()
     reader: MetricsReader = point.reader
@@ -87,9 +95,11 @@ def measure_closed_loop(
             progress.message(note)
         if rows[0].error:
             progress.message(f"warning: the first request: {rows[0].error}")
-        progress.message(f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; now {count}, {concurrency} at a time")
+        progress.message(
+            f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; sending {count} requests, concurrency {concurrency}"
+        )
         plan = PointPlan(
-            1.0, "closed", 0, Lengths(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=concurrency, requests=count
+            1.0, "closed", 0, Timing(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=concurrency, requests=count
         )
         progress.point_started(plan)
         chunks_per_s = concurrency * _chunks_per_s(rows[0])
@@ -97,22 +107,22 @@ def measure_closed_loop(
         _save(files, row, requests)
         progress.point_finished(row)
     if row.requests and not row.completed and not budget.stopped:
-        raise LostServerError(f"not one of {row.requests} requests was answered: {row.failures or 'cut short'}")
+        raise LostServerError(f"none of {row.requests} requests was answered: {row.failures or 'cut short'}")
     return row, requests
 
 
 def _save(files: RunFiles, row: PointRow, requests: list[RequestRow]) -> None:
-    with contextlib.suppress(CannotWriteError):  # kept by `files`, which says so
+    with contextlib.suppress(CannotWriteError):  # kept in memory by `files`, which sets `unwritten`
         files.add_point(row, requests)
 
 
 def _chunks_per_s(row: RequestRow) -> float:
-    """What one stream brings when it has the server to itself."""
+    """Chunks per second of one stream on an otherwise idle server."""
     return len(row.chunk_gaps_s) / max(sum(row.chunk_gaps_s), 1e-6) if row.chunk_gaps_s else 0.0
 
 
 def _window(requests: list[RequestRow], ended_s: float) -> tuple[float, float]:
-    """From the first request's turn to the last answer."""
+    """From the intended time of the first request to the end of the last response."""
     start = min((r.intended_s for r in requests), default=0.0)
     ends = [r.intended_s + r.e2e_s for r in requests if r.e2e_s is not None]
     open_ones = any(r.status == "cut short" for r in requests)
@@ -120,12 +130,12 @@ def _window(requests: list[RequestRow], ended_s: float) -> tuple[float, float]:
 
 
 def _fault(requests: list[RequestRow], count: int, client: str, cut: str, *, fixed: bool = True) -> str:
-    """Why the point is invalid, else ""; failed requests of a server that answers others leave it valid."""
+    """Why the load point is invalid, else "". Failed requests do not make it invalid if others succeeded."""
     if client:
         return f"the load generator was the bottleneck: {client}"
     if cut == INTERRUPTED:
         done = sum(r.status == "ok" for r in requests)
-        return f"interrupted when {done} of {count} requests were answered"
+        return f"interrupted after {done} of {count} requests were answered"
     if cut:
         return "ended before all requests were answered" + (f": {cut}" if cut != "time" else " (--max-minutes)")
     if len(requests) < count:
@@ -134,4 +144,4 @@ def _fault(requests: list[RequestRow], count: int, client: str, cut: str, *, fix
     if not states["ok"]:
         return "no request was answered"
     missed = sum(r.output_tokens != r.asked_output_tokens for r in requests if r.status == "ok") if fixed else 0
-    return f"{missed} of {states['ok']} outputs had not the asked length" if missed else ""
+    return f"{missed} of {states['ok']} outputs did not have the requested length" if missed else ""

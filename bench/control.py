@@ -1,4 +1,4 @@
-"""Requests beside the measured path (models, health, metrics, tokenizing), sent to the same target in the same way."""
+"""Control requests (models, health, metrics, tokenization) to the target, with the same headers and TLS settings."""
 
 import urllib.request
 from typing import Any
@@ -14,11 +14,11 @@ _MOST_REDIRECTS = 3
 
 
 class ControlClient:
-    """A client of one target. Redirects are followed as long as they stay on the server, so that no key leaves it."""
+    """A client of one target. Redirects to other servers are not followed, since they would receive the key."""
 
     def __init__(self, server: Target | str, *, timeout_s: float = 10.0):
         self.target = Target.of(server)
-        # The measured path uses no proxy, so what is asked here must not either.
+        # The measured requests use no proxy, so control requests must not either.
         self._http = httpx.Client(
             headers=self.target.all_headers(User_Agent="redline"),
             verify=tls_context(self.target.ca, insecure=self.target.insecure) if self.target.is_tls else False,
@@ -36,11 +36,11 @@ class ControlClient:
         self._http.close()
 
     def get(self, path: str) -> httpx.Response:
-        """GET a path behind the target's base, or a whole URL; raises httpx.HTTPError."""
+        """GET a path below the target's base URL, or a full URL; raises httpx.HTTPError."""
         return self._send(self._http.build_request("GET", self._url(path)))
 
     def post(self, path: str, content: Any) -> httpx.Response:
-        """POST JSON to a path behind the target's base; raises httpx.HTTPError."""
+        """POST JSON to a path below the target's base URL; raises httpx.HTTPError."""
         return self._send(self._http.build_request("POST", self._url(path), json=content))
 
     def _url(self, path: str) -> str:
@@ -63,14 +63,14 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def unused_proxy(target: Target) -> str:
-    """The environment's proxy that would be used for the target's URL, as a sentence that says it isn't; else ""."""
+    """A message if the environment names a proxy for the target's URL, which is not used; else ""."""
     scheme, host, port = origin(target.base_url)
     proxies = urllib.request.getproxies_environment()
     name = scheme if scheme in proxies else "all"
     if name not in proxies or _bypassed(f"{host}:{port}", proxies):
         return ""
     return (
-        f"{name.upper()}_PROXY is not used: requests go straight to {host}, since delays of a proxy would be measured"
+        f"{name.upper()}_PROXY is ignored: requests go directly to {host}, because a proxy's delays would be measured"
     )
 
 
@@ -79,11 +79,11 @@ def _bypassed(host: str, proxies: dict[str, str]) -> bool:
 
 
 def unreachable(target: Target, error: httpx.HTTPError, timeout_s: float) -> BenchError:
-    """Why a request got no answer, naming the flag to change."""
+    """The error for a request without a response; names the flag to change."""
     url = target.base_url
     if isinstance(error, httpx.TimeoutException):
-        return BenchError(f"the server at {url} does not answer within {timeout_s:g} s (--url)")
+        return BenchError(f"the server at {url} did not answer within {timeout_s:g} s (--url)")
     reason = str(error) or type(error).__name__
     flags = "--ca or --insecure" if "certificate" in reason.lower() else "--url"
     proxy = unused_proxy(target)
-    return BenchError(f"no server can be reached at {url}: {reason}{'; ' + proxy if proxy else ''} ({flags})")
+    return BenchError(f"cannot reach a server at {url}: {reason}{'; ' + proxy if proxy else ''} ({flags})")

@@ -1,12 +1,12 @@
-"""When a rate counts as sustained, and what binds when it doesn't: pure functions over what was recorded.
+"""The rules that decide whether a rate is sustained, and what limits it if it is not: pure functions of a recording.
 
 The window's arrivals are drawn with an exact count N, so nearly all of the noise in `N - completions` comes from the
-two edges of the window. Two tolerances follow. Requests in flight at an edge number L = rate x latency with a spread
-of about sqrt(L); and over N requests a queue near saturation strays by about sqrt(N) without being overloaded, which is
-half of the asked precision when N = (2 / precision)^2.
+two edges of the window. This gives two tolerances. L = rate x latency requests are in flight at an edge, with a spread
+of about sqrt(L). Over N requests the queue of a server near saturation varies by about sqrt(N) without being
+overloaded; this is half of the precision when N = (2 / precision)^2.
 
-Steadiness must be shown, not only not contradicted: a window says "sustained" only where an overload of the asked
-precision would have shown, in the backlog or in the latencies. Where it would not, the verdict is "undecided".
+The verdict is "sustained" only if an overload by `precision` would have been visible in the backlog or in the latencies
+of this window. Otherwise, if no rule is broken, it is "undecided".
 """
 
 import math
@@ -20,18 +20,18 @@ from bench.results import PointRow, RequestRow
 from bench.trend import STUDENT_T_ONE_SIDED, Course, Trend, trend
 
 FULL_KV = 0.97
-_GRID = 200  # points at which the backlog is looked at
-_IDLE = 0.2  # of a window without an open request, half of that in its second half: no queue builds up
-_PARTS = 8  # of a window, whose changes of the backlog give its noise
+_GRID = 200  # times at which the backlog is sampled
+_IDLE = 0.2  # share of a window without open requests (half of it in the second half) that excludes a growing queue
+_PARTS = 8  # parts of a window: the changes of the backlog between them give its noise
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Arrivals and departures of a load point, all requests; seconds since its start."""
+    """Arrivals and completions of all requests of a load point, in seconds since its start."""
 
     arrivals_s: np.ndarray  # intended send times, sorted
-    completions_s: np.ndarray  # of requests that ended well, sorted
-    start_s: float  # the window
+    completions_s: np.ndarray  # of successful requests, sorted
+    start_s: float  # of the window
     end_s: float
 
     @property
@@ -45,7 +45,7 @@ class Flow:
         return _inside(self.completions_s, self.start_s, self.end_s)
 
     def due(self, latency_s: float) -> int:
-        """Arrivals that a server of this latency completes within the window."""
+        """Arrivals that a server with this latency completes within the window."""
         return _inside(self.arrivals_s, self.start_s - latency_s, self.end_s - latency_s)
 
     def backlog(self, at_s: np.ndarray) -> np.ndarray:
@@ -53,10 +53,10 @@ class Flow:
         return np.searchsorted(self.arrivals_s, at_s, "right") - np.searchsorted(self.completions_s, at_s, "right")
 
     def growth(self) -> float:
-        """Requests by which the backlog grew over the window.
+        """Growth of the backlog over the window, in requests.
 
-        The smaller of two views, since chance seldom bends both: the slope of a straight line through the backlog x the
-        window's length, and its difference between the window's ends; 0 where they contradict each other.
+        The smaller of two estimates, since noise seldom affects both: the slope of a straight line fitted to the
+        backlog x the window's length, and the difference between the ends of the window. 0 if their signs differ.
         """
         if self.window_s <= 0:
             return 0.0
@@ -66,12 +66,12 @@ class Flow:
         return min(slope, ends, key=abs) if slope * ends > 0 else 0.0
 
     def spread(self) -> float:
-        """Up to how much growth of the backlog is noise (95 %, one side), were its changes independent."""
+        """Growth of the backlog up to which it is noise (95 %, one-sided) if its changes are independent."""
         edges = np.linspace(self.start_s, self.end_s, _PARTS + 1)
         return STUDENT_T_ONE_SIDED[_PARTS - 1] * math.sqrt(_PARTS) * float(np.std(np.diff(self.backlog(edges)), ddof=1))
 
     def idle_share(self, start_s: float, end_s: float) -> float:
-        """The share of a time in which no request was open: by so much at least the server could have done more."""
+        """The share of a period in which no request was open: a lower bound of the server's spare capacity."""
         changes = np.concatenate((self.arrivals_s, self.completions_s))
         inside = np.sort(changes[(changes > start_s) & (changes < end_s)])
         edges = np.concatenate(([start_s], inside, [end_s]))
@@ -79,7 +79,7 @@ class Flow:
         return float(np.diff(edges)[empty].sum()) / max(end_s - start_s, 1e-9)
 
     def course(self) -> Course:
-        """Latencies of the window as if requests ended in the order they came: k-th arrival, k-th completion."""
+        """Latencies of the window, assuming that requests complete in the order of arrival."""
         count = min(len(self.arrivals_s), len(self.completions_s))
         inside = np.flatnonzero((self.arrivals_s[:count] >= self.start_s) & (self.arrivals_s[:count] < self.end_s))
         due_s = self.arrivals_s[inside]
@@ -89,19 +89,19 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`sustained` is None where the point can't be judged: invalid, or undecided."""
+    """The verdict of a load point; `sustained` is None if it is invalid or undecided."""
 
     valid: bool
     sustained: bool | None
     reason: str
-    binding: str = ""  # set when unsustained or held back by the client
+    binding: str = ""  # set if not sustained, or if the client was the limit
     growth: float = 0.0  # of the backlog over the window, in requests
-    noise: float = 0.0  # growth up to here says nothing
+    noise: float = 0.0  # growth up to this value is not significant
     ttft_trend: float | None = None  # seconds per second; None: too few requests
 
     @property
-    def words(self) -> str:
-        """The verdict as result files hold it."""
+    def name(self) -> str:
+        """The verdict as it is written to result files."""
         if not self.valid:
             return "invalid"
         return {True: "sustained", False: "not sustained", None: "undecided"}[self.sustained]
@@ -109,34 +109,34 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that a load point is judged by."""
+    """Everything that a load point is judged by."""
 
     flow: Flow
     server: WindowState
-    failed: Mapping[str, int] = field(default_factory=dict)  # kind -> requests of the window
-    missed_lengths: int = 0  # requests of the window whose output hadn't the asked length
-    requests: int = 0  # of the window
-    client_fault: str = ""  # why the load generator can't be trusted, else empty
-    cut: str = ""  # why the point ended early: "" or the overload that was seen, or "time"
-    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # column -> (seen, allowed)
-    course: Course | None = None  # latencies of the window; None: those that arrivals and completions imply
-    precision: float = 0.1  # 0..1: an overload of this share must have shown where the verdict is "sustained"
-    fastest_s: float = 0.0  # the lowest E2E latency of the window: nothing that came later than that is owed yet
+    failed: Mapping[str, int] = field(default_factory=dict)  # kind of failure -> requests of the window
+    missed_lengths: int = 0  # requests of the window whose output did not have the requested length
+    requests: int = 0  # in the window
+    client_fault: str = ""  # why the load generator cannot be trusted, else ""
+    cut: str = ""  # why the load point ended early: the overload that was seen, or "time"; else ""
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # column -> (measured, allowed)
+    course: Course | None = None  # latencies of the window; None: derived from arrivals and completions
+    precision: float = 0.1  # 0..1: an overload by this share must be visible for the verdict "sustained"
+    fastest_s: float = 0.0  # lowest E2E latency of the window: later arrivals cannot have completed yet
 
 
 def tolerance(count: float, in_flight: float) -> float:
-    """Growth of the backlog, in requests, that is still noise in a window of `count` arrivals."""
+    """Growth of the backlog, in requests, up to which it is noise in a window of `count` arrivals."""
     return max(math.sqrt(max(count, 0.0)), 2 * math.sqrt(2 * max(in_flight, 0.0)), 2.0)
 
 
 def judge(e: Evidence) -> Verdict:
-    """Apply the sustained rule: nothing preempted, nothing failed, the backlog steady, completions keeping up."""
+    """Judge a load point: no failures, no preemptions, a steady backlog, completions that keep up, stable latencies."""
     invalid = _invalid(e)
     if invalid is not None:
         return invalid
     count = e.flow.arrived()
     grid = np.linspace(e.flow.start_s, e.flow.end_s, _GRID)
-    # The lower quarter stands for a steady state: a growing queue must not widen its own tolerance.
+    # The lower quartile is close to a steady state: a growing queue must not widen its own tolerance.
     noise = tolerance(count, float(np.quantile(e.flow.backlog(grid), 0.25)))
     growth = e.flow.growth()
     seen = f"{growth:+.0f}, noise ±{noise:.0f}"
@@ -156,15 +156,15 @@ def judge(e: Evidence) -> Verdict:
 
 
 def overload_share(precision: float) -> float:
-    """The share of its arrivals by which a backlog grows at a rate `precision` above the capacity.
+    """Growth of the backlog per arrival at a rate that is `precision` above the capacity.
 
-    Latencies grow by as many seconds per second.
+    It is also the growth of latencies in seconds per second.
     """
     return precision / (1 + precision)
 
 
 def _grown_latency(e: Evidence, trends: tuple[Trend | None, Trend | None]) -> str:
-    """What says that latencies grew as in a queue without end, beyond noise; "" where they didn't."""
+    """The reason if a latency grew beyond noise as in a queue without bound, else ""."""
     for name, found in zip(("TTFT", "latency"), trends, strict=True):
         if found is not None and found.slope - found.noise > overload_share(e.precision):
             return f"{name} grew by {found.slope * e.flow.window_s:.2g} s within the window of {e.flow.window_s:.3g} s"
@@ -172,7 +172,7 @@ def _grown_latency(e: Evidence, trends: tuple[Trend | None, Trend | None]) -> st
 
 
 def _doubt(e: Evidence, growth: float, noise: float, trends: tuple[Trend | None, Trend | None], course: Course) -> str:
-    """Why the window can't tell whether the rate is sustained; "" where an overload would have shown in it."""
+    """Why the window is undecided; "" if an overload would have been visible in it."""
     typical_s = float(np.median(course.latency_s)) if len(course.latency_s) else 0.0
     if e.flow.window_s < typical_s:
         return f"the window of {e.flow.window_s:.3g} s is shorter than a typical request ({typical_s:.3g} s)"
@@ -183,7 +183,7 @@ def _doubt(e: Evidence, growth: float, noise: float, trends: tuple[Trend | None,
     middle_s = (e.flow.start_s + e.flow.end_s) / 2
     idle = e.flow.idle_share(e.flow.start_s, e.flow.end_s), e.flow.idle_share(middle_s, e.flow.end_s)
     uneven = float(np.std(course.latency_s)) / typical_s if typical_s > 0 else 1.0
-    enough = _IDLE + 1.65 * uneven / math.sqrt(max(len(course.latency_s), 1))  # few services may be short by chance
+    enough = _IDLE + 1.65 * uneven / math.sqrt(max(len(course.latency_s), 1))  # a few requests may be fast by chance
     by_idling = idle[0] >= enough and idle[1] >= enough / 2
     if by_count or by_latency or by_idling:
         return ""
@@ -191,13 +191,13 @@ def _doubt(e: Evidence, growth: float, noise: float, trends: tuple[Trend | None,
     worst = max(known, key=lambda t: t.slope + t.noise, default=None)
     latency = f", latencies {worst.slope:+.2g} ±{worst.noise:.2g} s/s" if worst is not None else ""
     return (
-        f"{e.flow.arrived()} requests are too few: backlog {growth:+.0f} ±{max(noise, e.flow.spread()):.0f}{latency}, "
-        f"where {e.precision:.0%} too much would show as +{shown:.2g} and +{share:.2g} s/s"
+        f"{e.flow.arrived()} requests are too few to detect an overload of {e.precision:.0%} "
+        f"(+{shown:.2g} and +{share:.2g} s/s): backlog {growth:+.0f} ±{max(noise, e.flow.spread()):.0f}{latency}"
     )
 
 
 def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[str, str]:
-    """The first rule that is broken, and what binds where that follows from the rule; ("", "") if none is."""
+    """The first broken rule as a reason, and the binding if the rule implies one; ("", "") if none is broken."""
     if e.failed:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(e.failed.items()))
         return f"{sum(e.failed.values())} of {e.requests} requests failed ({kinds})", ""
@@ -209,9 +209,9 @@ def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[s
         return f"backlog grew ({seen})", ""
     completed, due = e.flow.completed(), e.flow.due(e.fastest_s)
     if completed < 0.95 * due - noise:
-        return f"completions did not keep up ({completed} of {due} that were due)", ""
+        return f"completions did not keep up ({completed} of {due} due requests)", ""
     for column, (value, limit) in e.limits.items():
-        if not value <= limit:  # a latency that is not a number fails too
+        if not value <= limit:  # NaN fails too
             return f"{column} {value:.4g} is above its limit {limit:.4g}", "latency limit"
     return "", ""
 
@@ -222,9 +222,10 @@ def _invalid(e: Evidence) -> Verdict | None:
     if e.cut == "time":
         return Verdict(False, None, "ended before its window was over")
     if e.requests == 0:
-        return Verdict(False, None, "no request fell into the window")
+        return Verdict(False, None, "no request was due within the window")
     if e.missed_lengths:
-        return Verdict(False, None, f"{e.missed_lengths} of {e.requests} outputs had not the asked length")
+        missed = f"{e.missed_lengths} of {e.requests} outputs did not have the requested length"
+        return Verdict(False, None, missed)
     broken = sum(n for kind, n in e.failed.items() if kind == "connection")
     if broken == e.requests:
         return Verdict(False, None, "no request reached the server")
@@ -232,20 +233,24 @@ def _invalid(e: Evidence) -> Verdict | None:
 
 
 def binding(server: WindowState) -> str:
-    """What an unsustained point ran into, as far as the server's own readings tell."""
+    """What limited a load point that is not sustained, according to the server's metrics."""
     full = (server.kv_use_max or 0.0) >= FULL_KV and (server.waiting_max or 0) > 0
     if server.preemptions or full:
         return "KV cache"
-    return "rows" if server.full_rows else "compute"
+    return "batch slots" if server.slots_full else "compute"
 
 
 def overload(
     sent_backlog: tuple[int, int], elapsed_s: float, rate: float, latency_s: float, waiting: tuple[float, float] | None
 ) -> str:
-    """Whether a point under way is so clearly overloaded that the rest of its window can be spared; "" if not.
+    """Why a running load point can be ended early: it is clearly overloaded; else "".
 
-    sent_backlog: requests open at the start of the window and now; elapsed_s: since then; latency_s: expected E2E;
-    waiting: the server's queue at the start of the window and now, if it tells.
+    Args:
+        sent_backlog: open requests at the start of the window and now.
+        elapsed_s: since the start of the window.
+        rate: requests/s.
+        latency_s: expected E2E latency.
+        waiting: the server's queue at the start of the window and now; None if it is not known.
     """
     count = rate * elapsed_s
     allowed = 3 * tolerance(count, max(sent_backlog[0], rate * latency_s))
@@ -253,33 +258,33 @@ def overload(
     if elapsed_s < latency_s or growth <= allowed:
         return ""
     if waiting is not None and waiting[1] - waiting[0] <= allowed / 2:
-        return ""  # requests are being served, only more at a time: still on its way to a steady state
+        return ""  # the batch grows, not the queue: not yet in a steady state
     return f"backlog grew by {growth} in {elapsed_s:.0f} s"
 
 
 def flow_of(rows: Sequence[RequestRow], start_s: float, end_s: float) -> Flow:
-    """Arrivals of all requests that were sent; completions of those that ended well."""
+    """Arrivals of all requests that were sent, completions of the successful ones."""
     arrivals = np.sort(np.array([r.intended_s for r in rows], dtype=np.float64))
     completions = [r.intended_s + r.e2e_s for r in rows if r.status == "ok" and r.e2e_s is not None]
     return Flow(arrivals, np.sort(np.array(completions, dtype=np.float64)), start_s, end_s)
 
 
 def course_of(rows: Sequence[RequestRow], ended_s: float) -> Course:
-    """Latencies of the window's requests; one still open counts with its wait until `ended_s`, when the point ended."""
+    """Latencies of the window's requests; an open one counts with its wait until `ended_s`, when the load ended."""
     mine = sorted((r for r in rows if r.in_window and r.status in ("ok", "cut short")), key=lambda r: r.intended_s)
-    paces = [sum(r.chunk_gaps_s) / max(1, sum(r.chunk_tokens[1:])) if len(r.chunk_tokens) > 1 else 0.0 for r in mine]
-    answered = [pace for pace, r in zip(paces, mine, strict=True) if r.ttft_s is not None]
-    middle = float(np.median(answered)) if answered else 0.0
+    tpots = [sum(r.chunk_gaps_s) / max(1, sum(r.chunk_tokens[1:])) if len(r.chunk_tokens) > 1 else 0.0 for r in mine]
+    known = [tpot for tpot, r in zip(tpots, mine, strict=True) if r.ttft_s is not None]
+    middle = float(np.median(known)) if known else 0.0
     later = float(np.mean([max(0, r.asked_output_tokens - 1) for r in mine])) if mine else 0.0
     due_s = np.array([r.intended_s for r in mine], dtype=np.float64)
     waits = [max(0.0, ended_s - r.intended_s) if r.ttft_s is None else r.ttft_s for r in mine]
     ttft_s = np.array(waits, dtype=np.float64)
-    pace_s = np.array([middle if r.ttft_s is None else p for p, r in zip(paces, mine, strict=True)], dtype=np.float64)
-    return Course(due_s, ttft_s, ttft_s + later * pace_s)
+    tpot_s = np.array([middle if r.ttft_s is None else t for t, r in zip(tpots, mine, strict=True)], dtype=np.float64)
+    return Course(due_s, ttft_s, ttft_s + later * tpot_s)
 
 
 def binding_of_search(rows: Sequence[PointRow], high: float | None) -> str:
-    """What binds a search's answer: what the runs at its upper end ran into, the one with most requests first."""
+    """The binding of a search's answer: that of the run at its upper end with the most requests."""
     blocked = [r for r in rows if r.rate == high and not r.sustained]
     longest = max(blocked, key=lambda r: r.requests, default=None)
     return (longest.binding or "compute") if longest is not None else "not reached"

@@ -1,9 +1,9 @@
-"""Rows of CSV, JSON and JSONL files as people have them: the one reader of traces and data sets.
+"""Rows of CSV, JSON and JSONL files: the reader of traces and data sets.
 
-Reads UTF-8 with and without a byte order mark, UTF-16 and UTF-32; any line ends; gzip, bzip2 and xz; separators other
-than the comma. Lines are ended by CR and LF alone: characters such as U+2028 belong to the text of a row. NaN, which
-pandas writes for an empty cell, is read as null. A row that can't be read is handed on with its fault, so that the
-caller can name it, or leave it out.
+Accepts UTF-8 with and without a byte order mark, UTF-16 and UTF-32; any line ends; gzip, bzip2 and xz; several column
+separators. Only CR and LF end a line: characters such as U+2028 belong to the text of a row. NaN, which pandas writes
+for an empty cell, is read as null. An unreadable row is returned with its fault, so that the caller can report or skip
+it.
 """
 
 import bz2
@@ -44,39 +44,39 @@ _SHOWN_ROWS = 5
 
 @dataclass(frozen=True, slots=True)
 class DataRow:
-    """One row; `fields` is empty where `fault` says in words why it can't be read."""
+    """One row; if it cannot be read, `fault` is the reason and `fields` is empty."""
 
-    where: str  # "row 3", with its line where that is not plain
+    where: str  # "row 3", with the line number if that differs
     fields: dict[str, Any]
     fault: str = ""
 
 
 @dataclass(slots=True)
 class RowFaults:
-    """The bad rows of one file: an error that names them, or a note where they are to be left out."""
+    """The bad rows of one file: an error that names them, or a note if they are to be skipped."""
 
     path: Path | str
     flag: str
     skip: bool = False
-    found: list[tuple[str, str]] = field(default_factory=list)  # (where, where and why)
+    found: list[tuple[str, str]] = field(default_factory=list)  # (where, where with the reason)
 
     def add(self, where: str, fault: str, joint: str = " ") -> None:
         self.found.append((where, f"{where}{joint}{fault}"))
 
     def check(self) -> None:
-        """Raise BenchError if there are bad rows that are not to be left out."""
+        """Raise BenchError if there are bad rows that are not to be skipped."""
         if self.found and not self.skip:
             more = f"; also {self._rows(self.found[1:])}" if len(self.found) > 1 else ""
             raise BenchError(
-                f"{self.path}: {self.found[0][1]}{more}; --skip-bad-rows leaves out bad rows ({self.flag})"
+                f"{self.path}: {self.found[0][1]}{more}; use --skip-bad-rows to skip bad rows ({self.flag})"
             )
 
     def note(self) -> str:
-        """What was left out, in words; "" where nothing was."""
+        """A message about the skipped rows; "" if there are none."""
         if not self.found:
             return ""
         count = f"{len(self.found)} bad row{'s' if len(self.found) > 1 else ''}"
-        return f"{self.path}: left out {count}: {self._rows(self.found)} ({self.found[0][1]})"
+        return f"{self.path}: skipped {count}: {self._rows(self.found)} ({self.found[0][1]})"
 
     @staticmethod
     def _rows(found: list[tuple[str, str]]) -> str:
@@ -86,7 +86,7 @@ class RowFaults:
 
 
 def read_table(path: Path, flag: str) -> list[DataRow]:
-    """All rows of a CSV, JSON or JSONL file, told apart by how it begins; BenchError naming `flag` if it is none."""
+    """All rows of a CSV, JSON or JSONL file, recognized by its beginning; raises BenchError naming `flag`."""
     with _reading(path, flag, "neither CSV nor JSONL"), _open_text(path, flag) as text:
         start = _start(text)
         rows = _json_rows(start, text, "is neither CSV nor JSONL") if start.strip()[:1] in ("{", "[") else None
@@ -94,30 +94,30 @@ def read_table(path: Path, flag: str) -> list[DataRow]:
 
 
 def read_json(path: Path, flag: str) -> Iterator[DataRow]:
-    """Rows of a JSON list or of a JSONL file, read as they are asked for; BenchError naming `flag` if it is neither."""
+    """Rows of a JSON list or of a JSONL file, read lazily; raises BenchError naming `flag`."""
     with _reading(path, flag, "neither JSON nor JSONL"), _open_text(path, flag) as text:
         yield from _json_rows(_start(text), text, "is neither JSON nor JSONL")
 
 
 def read_text(path: Path, flag: str = "") -> str:
-    """The whole text of a file in any of the encodings above."""
-    with _reading(path, flag, "not a text"), _open_text(path, flag) as stream:
+    """The whole text of a file in any of these encodings."""
+    with _reading(path, flag, "not a text file"), _open_text(path, flag) as stream:
         text = stream.read()
         if not _encodable(text):
-            raise ValueError("it holds bytes that are not UTF-8")
+            raise ValueError("it contains bytes that are not valid UTF-8")
         return text.replace("\r\n", "\n")
 
 
 @contextlib.contextmanager
 def _reading(path: Path, flag: str, otherwise: str) -> Iterator[None]:
-    """Turn what reading can raise into one line that names the file."""
+    """Turn the exceptions of reading into a BenchError that names the file."""
     named = f" ({flag})" if flag else ""
     try:
         yield
     except OSError as error:
-        raise BenchError(f"{path}: can't be read: {error.strerror or error}{named}") from None
+        raise BenchError(f"{path}: cannot be read: {error.strerror or error}{named}") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise BenchError(f"{path}: its compressed data is damaged or cut off: {error}{named}") from None
+        raise BenchError(f"{path}: the compressed data is damaged or truncated: {error}{named}") from None
     except (ValueError, csv.Error, RecursionError) as error:
         raise BenchError(f"{path}: is {otherwise}: {error}{named}") from None
 
@@ -135,7 +135,7 @@ def _open_text(path: Path, flag: str) -> TextIO:
         if start.startswith(magic):
             stream = io.BufferedReader(opener(fileobj=stream) if opener is gzip.GzipFile else opener(stream))
     encoding = _encoding(stream.peek(4096)[:4096])
-    # Bytes that are no text become lone surrogates here, by which the row that holds them is found.
+    # Bytes that are not text become lone surrogates, which identify the row that contains them.
     return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
 
 
@@ -143,7 +143,7 @@ def _encoding(start: bytes) -> str:
     for mark, name in _MARKS:
         if start.startswith(mark):
             return name
-    # Without a mark: in UTF-16 every second byte of plain characters is 0, which UTF-8 texts don't hold.
+    # Without a mark: in UTF-16 every second byte of ASCII characters is 0, which does not occur in UTF-8 texts.
     even, odd = start[0::2].count(0), start[1::2].count(0)
     if 4 * max(even, odd) > len(start):
         return "utf-16-be" if even > odd else "utf-16-le"
@@ -151,7 +151,7 @@ def _encoding(start: bytes) -> str:
 
 
 def _start(text: TextIO) -> str:
-    """The blank lines at the beginning and the first line that isn't."""
+    """The blank lines at the beginning and the first other line."""
     start = ""
     for line in text:
         start += line
@@ -171,7 +171,7 @@ def _json_rows(start: str, rest: TextIO, otherwise: str) -> Iterator[DataRow]:
             continue
         number += 1
         where = f"row {number}" if number == line_number else f"row {number} (line {line_number})"
-        fault = "" if _encodable(content) else "holds bytes that are not UTF-8"
+        fault = "" if _encodable(content) else "contains bytes that are not valid UTF-8"
         value: Any = None
         if not fault:
             try:
@@ -192,9 +192,9 @@ def _json_list(text: str) -> Iterator[DataRow]:
 
 def _checked(where: str, value: Any, fault: str, suspicious: bool) -> DataRow:
     if not fault and not isinstance(value, dict):
-        fault = 'can\'t be used: rows must be objects, such as {"prompt": …}'
+        fault = 'is not an object such as {"prompt": …}'
     if not fault and suspicious and not _encodable(json.dumps(value, ensure_ascii=False)):
-        fault = "holds half of a surrogate pair (such as \\ud83d alone) or bytes that are not UTF-8, which is no text"
+        fault = "contains an unpaired surrogate (such as \\ud83d alone) or bytes that are not valid UTF-8"
     return DataRow(where, {}, fault) if fault else DataRow(where, value)
 
 
@@ -234,9 +234,9 @@ def _csv_row(where: str, header: list[str], cells: list[str]) -> DataRow:
     while len(cells) > len(header) and not cells[-1]:
         cells.pop()
     if len(cells) != len(header):
-        return DataRow(where, {}, f"has {len(cells)} fields where the header names {len(header)}")
+        return DataRow(where, {}, f"has {len(cells)} fields, but the header has {len(header)}")
     if not all(map(_encodable, cells)):
-        return DataRow(where, {}, "holds bytes that are not UTF-8")
+        return DataRow(where, {}, "contains bytes that are not valid UTF-8")
     return DataRow(where, {name: cell for name, cell in zip(header, cells, strict=True) if name or cell})
 
 
@@ -246,7 +246,7 @@ def _lines(start: str, rest: TextIO) -> Iterator[str]:
 
 
 def _encodable(text: str) -> bool:
-    """Whether the text holds whole characters only."""
+    """Whether the text has no unpaired surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

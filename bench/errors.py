@@ -1,5 +1,5 @@
-"""The error that bench shows to a user as one line."""
+"""The error that is shown to the user as one line."""
 
 
 class BenchError(Exception):
-    """Something the user can change: its message names the cause and the flag or field to change."""
+    """An error that the user can fix; the message names the cause and the flag or field to change."""

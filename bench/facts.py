@@ -1,4 +1,4 @@
-"""What a server says of its own configuration, for result files: what it resolved, not what it was asked for."""
+"""The configuration that a server reports of itself, for result files."""
 
 import contextlib
 import re
@@ -13,14 +13,14 @@ _CARD_NOISE = frozenset({"id", "object", "created", "owned_by", "parent", "permi
 _SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _LABEL_NOISE = frozenset({"model_name", "engine"})
-_LONGEST = 200  # characters of a value: beyond that it is a document, not a setting
+_LONGEST = 200  # characters of a value; a longer one is a document, not a setting
 
 
 def resolved_configuration(server: Target | str, *, timeout_s: float = 10.0) -> dict[str, Any]:
-    """The server's version, model card and configuration as plain values; empty where it tells nothing.
+    """The server's version, model card and configuration as plain values; empty if it reports nothing.
 
     Read from /version, /v1/models, the `…_config_info` metrics (Redline, vLLM) and /get_server_info (SGLang). A page
-    that is missing or isn't understood is left out: a run is worth having without it. Secrets are never copied.
+    that is missing or has another format is skipped. Secrets are never copied.
     """
     found: dict[str, Any] = {}
     with ControlClient(server, timeout_s=timeout_s) as client:
@@ -36,7 +36,7 @@ def resolved_configuration(server: Target | str, *, timeout_s: float = 10.0) -> 
 
 
 def config_labels(text: str) -> dict[str, str]:
-    """The labels of all `…_config_info` metrics of a Prometheus page; a value of "None" is no value."""
+    """The labels of all `…_config_info` metrics of a Prometheus page, without those whose value is "None"."""
     labels: dict[str, str] = {}
     for line in text.splitlines():
         name = line.partition("{")[0]
@@ -47,7 +47,7 @@ def config_labels(text: str) -> dict[str, str]:
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """The values that are settings: no nested data, nothing empty, no secrets."""
+    """The values that are settings: without nested data, empty values and secrets."""
     return {
         str(key): value
         for key, value in data.items()

@@ -1,4 +1,4 @@
-"""Writing files so that what is there is whole, and what can't be written is one line that names the flag."""
+"""Writes files atomically; an error is one line that names the flag."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 from bench.errors import BenchError
 
-_PROBE_BYTES = 65_536  # more than an empty file needs, so that a full disk shows
+_PROBE_BYTES = 65_536  # an empty file can be written to a full disk
 
 
 class CannotWriteError(BenchError):
-    """Results can't be written; `answer` is what was found until then."""
+    """Results cannot be written; `answer` is what was found until then."""
 
     def __init__(self, message: str, answer: Any = None):
         super().__init__(message)
@@ -25,12 +25,12 @@ def writing(path: Path, flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cause = (error.strerror or str(error)).rpartition("] ")[2]  # pyarrow's own errors have all in their text
-        raise CannotWriteError(f"{path}: can't be written: {cause} ({flag})") from None
+        cause = (error.strerror or str(error)).rpartition("] ")[2]  # pyarrow's errors only have a text
+        raise CannotWriteError(f"{path}: cannot be written: {cause} ({flag})") from None
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file beside its place, then put it there; whatever goes wrong leaves nothing behind."""
+    """Let `write` make the file under another name, then rename it to `path`; removes it if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -43,9 +43,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Raise CannotWriteError unless files can be written to the folder; leaves no trace of the check.
+    """Raise CannotWriteError unless files can be written to the folder; the check leaves no files behind.
 
-    Checked by writing: permissions say nothing of a full disk, or of a file system mounted for reading.
+    It writes a file, since permissions do not show a full disk or a read-only file system.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / f".redline-{os.getpid()}"

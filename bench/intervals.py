@@ -1,8 +1,8 @@
-"""Percentiles and their 95 % intervals, for samples that come in groups: all requests of an engine step share its gap.
+"""Percentiles and their 95 % intervals for clustered samples: all requests of an engine step share its gap.
 
-The interval is that of order statistics, for as many independent samples as the data are worth (Korn and Graubard's
-way for surveys with clusters): the variance of the share of samples above the percentile is estimated from sums over
-stretches of consecutive steps, which also sees that slow steps follow each other (a prompt computed in chunks).
+The interval is that of order statistics for the effective number of independent samples (Korn and Graubard's method for
+surveys with clusters). The variance of the share of samples above the percentile is estimated from sums over stretches
+of consecutive steps. This takes into account that slow steps follow each other, as during a chunked prefill.
 """
 
 import bisect
@@ -11,25 +11,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_NORMAL_FROM = 20_000  # samples from which the binomial distribution is taken as normal
+_NORMAL_FROM = 20_000  # from this number of samples on, the binomial distribution is approximated by the normal one
 _Z95 = 1.959964
-_STRETCH = 1.5  # steps summed up are this many times the square root of their number
+_STRETCH = 1.5  # length of a stretch in steps, as a multiple of the square root of the number of steps
 
 
 def percentile(samples: np.ndarray, q: float) -> float:
-    """The q-th percentile (0..100); not a number without samples."""
+    """The q-th percentile (0..100); NaN without samples."""
     return float(np.percentile(samples, q)) if len(samples) else math.nan
 
 
 def percentile_interval(samples: np.ndarray, q: float, steps: np.ndarray | None = None) -> tuple[float, float]:
-    """95 % interval of the q-th percentile; no shape of the distribution is assumed.
+    """95 % interval of the q-th percentile, without assumptions about the distribution.
 
     Args:
         samples: float64[n], in order of time.
         q: 0..100.
-        steps: int[n], the engine step each sample is from; left out, each sample is an observation of its own.
+        steps: int[n], the engine step of each sample; None: all samples are independent.
 
-    An end that the data can't give is infinite: the P99 of fewer than 367 independent samples has no upper end.
+    An end that the data do not determine is infinite: the P99 of fewer than 367 independent samples has no upper end.
     """
     if len(samples) == 0:
         return math.nan, math.nan
@@ -41,7 +41,7 @@ def percentile_interval(samples: np.ndarray, q: float, steps: np.ndarray | None 
 
 
 def effective_samples(samples: np.ndarray, share: float, steps: np.ndarray | None = None) -> int:
-    """How many independent samples would give the quantile at `share` (0..1) as precisely as these do."""
+    """The number of independent samples that would give the quantile at `share` (0..1) with the same precision."""
     above = samples > np.quantile(samples, share)
     if steps is None:
         excess = above - above.mean()
@@ -56,10 +56,10 @@ def effective_samples(samples: np.ndarray, share: float, steps: np.ndarray | Non
     stretch = min(max(1, round(_STRETCH * math.sqrt(groups))), groups // 2)
     sums = np.concatenate(([0.0], np.cumsum(excess)))
     within = float(np.square(sums[stretch:] - sums[:-stretch]).mean()) * groups / stretch * groups / (groups - stretch)
-    # Stretches that vary less than single steps do are chance.
+    # If stretches vary less than single steps do, that is chance.
     variance = max(within, float(np.square(excess).sum())) / len(samples) ** 2
     spread = float(above.mean() * (1 - above.mean()))
-    # The variance is itself an estimate, from so many stretches that overlap: Student's t in place of the normal.
+    # The variance is itself an estimate from overlapping stretches, hence Student's t instead of the normal.
     doubt = (_student_t(1.5 * groups / stretch) / _Z95) ** 2
     return max(1, min(groups, round(spread / (variance * doubt))))
 
@@ -70,10 +70,14 @@ def step_indices(starts_s: np.ndarray, ends_s: np.ndarray) -> np.ndarray:
     Args:
         starts_s, ends_s: float64[n], arrivals of the chunk before each gap and of the one after it.
 
-    Chunks of one step arrive a little apart, so equal stamps are no rule. Gaps of one stream belong to different steps
-    and gaps of one step overlap: a step begins with the earliest end of a gap that starts after the step before it.
+    Chunks of one step arrive at slightly different times. Gaps of one stream belong to different steps, and gaps of one
+    step overlap. A step therefore begins with the earliest end among the gaps that start after the previous step began.
+
+    Example: streams a and b get chunks at a: 0, 10, 21 and b: 0, 11, 20. The gaps end at a: 10, 21 and b: 11, 20. The
+    first step begins at 10. Gaps that start from 10 on end at 21 and 20, so the second step begins at 20. The gaps
+    belong to steps a: 0, 1 and b: 0, 1.
     """
-    real = ends_s > starts_s  # chunks read at once share a stamp: no step between them
+    real = ends_s > starts_s  # chunks in one read share a timestamp: there is no step between them
     if not real.any():
         return np.zeros(len(ends_s), dtype=np.int64)
     order = np.argsort(starts_s[real], kind="stable")
@@ -88,7 +92,7 @@ def step_indices(starts_s: np.ndarray, ends_s: np.ndarray) -> np.ndarray:
 
 
 def joined_gaps(first_s: Sequence[float], gaps_s: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Gaps of all streams in order of arrival: (gaps in seconds, the step of each).
+    """Gaps of all streams in order of arrival, as (gaps in seconds, step of each gap).
 
     Args:
         first_s: arrival of each stream's first chunk.
@@ -104,9 +108,9 @@ def joined_gaps(first_s: Sequence[float], gaps_s: Sequence[np.ndarray]) -> tuple
 
 
 def _ranks(n: int, share: float) -> tuple[float, float]:
-    """Ranks (from 1, with fractions) of the order statistics around the quantile; infinite where there are none.
+    """Ranks (from 1, fractional) of the order statistics around the quantile; infinite if there are none.
 
-    The number of samples below the quantile is binomial; between whole ranks its distribution is interpolated.
+    The number of samples below the quantile is binomial; its distribution is interpolated between integer ranks.
     """
     if n >= _NORMAL_FROM:
         spread = _Z95 * math.sqrt(n * share * (1 - share))
@@ -121,7 +125,7 @@ def _ranks(n: int, share: float) -> tuple[float, float]:
 
 
 def _order_statistic(ordered: np.ndarray, rank: float, count: int) -> float:
-    """The value at a rank among `count` independent samples, read from the sorted samples at hand."""
+    """The value at a rank among `count` independent samples, interpolated from the sorted samples."""
     if not math.isfinite(rank):
         return rank
     place = rank / (count + 1) * len(ordered) - 0.5
@@ -129,6 +133,6 @@ def _order_statistic(ordered: np.ndarray, rank: float, count: int) -> float:
 
 
 def _student_t(freedom: float) -> float:
-    """The two-sided 95 % quantile of Student's t (Cornish-Fisher expansion; 1 % off at 3 degrees of freedom)."""
+    """The two-sided 95 % quantile of Student's t (Cornish-Fisher expansion, error 1 % at 3 degrees of freedom)."""
     z = _Z95
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -1,7 +1,7 @@
-"""What else ran on this machine during a load point: CPU of other processes, and time the hypervisor took from it.
+"""Other load on this machine during a load point: CPU time of other processes, and steal time of the hypervisor.
 
-Only where the server runs on the generator's machine: its processes are found by the port they listen on. User and
-system time counts, interrupts don't: the network's are work of the load point itself.
+Only known if the server runs on the generator's machine: its processes are found by the port they listen on. User and
+system time count. Interrupts do not, since those of the network belong to the load point itself.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ import psutil
 
 from bench.results import DISTURBED_SHARE, PointRow
 
-LEAST_CORE_SECONDS = 0.5  # of a load point: with less, the system's clock ticks of 10 ms say too little
-# These listen for a server that runs elsewhere, or in a container whose processes are not theirs.
+LEAST_CORE_SECONDS = 0.5  # of a load point: CPU time is counted in ticks of 10 ms
+# These listen for a server that runs elsewhere, or in a container.
 _FORWARDERS = frozenset(
     {"docker-proxy", "rootlessport", "slirp4netns", "pasta", "passt", "ssh", "sshd", "socat", "kubectl"}
 )
-_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "make", "tmux", "screen", "systemd"})  # start others too
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "make", "tmux", "screen", "systemd"})  # not part of a server
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """CPU seconds since some moment before, over `cores` cores."""
+    """Counters of CPU seconds over `cores` cores; only differences between two readings have a meaning."""
 
     at_s: float
     cores: int
@@ -39,7 +39,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class CpuShares:
-    """Of the cores, 0..1; None where it isn't known."""
+    """Shares of the cores, 0..1; None if not known."""
 
     others: float | None
     steal: float | None
@@ -47,12 +47,12 @@ class CpuShares:
 
 class CounterReader(Protocol):
     def read(self) -> Counters | None:
-        """The counters now; None where they can't be read, or the server isn't on this machine."""
+        """The counters now; None if they cannot be read or the server is not on this machine."""
         ...
 
 
 def shares(before: Counters | None, after: Counters | None) -> CpuShares:
-    """What others had of the cores between two readings."""
+    """The shares of the cores that others used between two readings."""
     if before is None or after is None or before.cores != after.cores:
         return CpuShares(None, None)
     core_seconds = (after.at_s - before.at_s) * after.cores
@@ -64,7 +64,7 @@ def shares(before: Counters | None, after: Counters | None) -> CpuShares:
 
 
 def record_shares(row: PointRow, before: Counters | None, after: Counters | None) -> None:
-    """Set the point's columns, and whether it counts as disturbed."""
+    """Set the load point's columns about other load, and whether it is disturbed."""
     found = shares(before, after)
     row.others_cpu_share, row.steal_share = found.others, found.steal
     row.disturbed = (found.others or 0.0) + (found.steal or 0.0) > DISTURBED_SHARE
@@ -91,15 +91,15 @@ class MachineReader:
             busy_s=sum(t.user + t.system + getattr(t, "nice", 0.0) for t in ticks),
             steal_s=sum(getattr(t, "steal", 0.0) for t in ticks),
             server_s=sum(map(_cpu_s, server)),
-            # With children: the processes of a generator that is shared out have ended by the second reading.
+            # With children: generator processes have ended by the second reading.
             generator_s=own.user + own.system + own.children_user + own.children_system,
         )
 
     def _server(self) -> list[psutil.Process]:
-        """The processes that listen on the port, those that started them as their own, and all that these started."""
+        """The processes that listen on the port, their ancestors in the same process group, and all descendants."""
         try:
             connections = psutil.net_connections("tcp")
-        except psutil.Error:  # some systems show them to root only
+        except psutil.Error:  # some systems list them for root only
             return []
         waiting = [c for c in connections if c.status == psutil.CONN_LISTEN]
         listening = {c.pid for c in waiting if c.laddr and c.laddr.port == self._port}
@@ -118,7 +118,7 @@ class MachineReader:
 
 
 def _root(pid: int, processes: dict[int, psutil.Process]) -> int:
-    """The highest process above `pid` that belongs to the same server: of its group, and no shell."""
+    """The topmost ancestor of `pid` in the same process group that is not a shell."""
     mine = {os.getpid(), os.getppid()}
     while pid in processes:
         parent = processes[pid].info["ppid"]
@@ -138,7 +138,7 @@ def _is_here(host: str) -> bool:
 
 
 def _cores(server: Iterable[psutil.Process]) -> set[int]:
-    """The cores that the generator or the server may use: what runs on others disturbs nobody."""
+    """The cores that the generator or the server may use; load on other cores does not disturb them."""
     if not hasattr(os, "sched_getaffinity"):
         return set(range(psutil.cpu_count() or 1))
     cores = set(os.sched_getaffinity(0))
@@ -149,7 +149,7 @@ def _cores(server: Iterable[psutil.Process]) -> set[int]:
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    """Of a process and of its children that have ended: those that run are counted themselves."""
+    """CPU seconds of a process and of its ended children; running children are counted themselves."""
     try:
         times = process.cpu_times()
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""What the server says about itself: its Prometheus page, read in a background thread during a load point."""
+"""The server's Prometheus metrics, read in a background thread during a load point."""
 
 import threading
 import time
@@ -14,8 +14,8 @@ from bench.results import ServerState as ServerState
 
 SCRAPE_EVERY_S = 0.5
 
-# Field of ServerState -> names in order of preference. Counters carry _total or not, by the age of the server's
-# Prometheus library; "gpu_" names are those of older vLLM.
+# Field of ServerState -> names in order of preference. Whether counters end in _total depends on the version of the
+# server's Prometheus library; "gpu_" names are those of older vLLM.
 _NAMES: dict[str, tuple[str, ...]] = {
     "running": ("vllm:num_requests_running", "sglang:num_running_reqs"),
     "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
@@ -46,13 +46,13 @@ _WANTED = {name for names in _NAMES.values() for name in names}
 
 
 def parse_metrics(text: str, at_s: float) -> ServerState:
-    """Read a Prometheus text page; lines that are not understood are skipped."""
+    """Read a Prometheus text page; unknown lines are skipped."""
     seen: dict[str, list[float]] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].split(" ", 1)[0]
         if name not in _WANTED:
             continue
-        # After the labels (a label's value may hold spaces and braces) come the value and perhaps a timestamp.
+        # The value and an optional timestamp follow the labels, whose values may contain spaces and braces.
         rest = line[line.rindex("}") + 1 :] if "{" in line else line[len(name) :]
         try:
             value = float(rest.split()[0])
@@ -69,20 +69,18 @@ def parse_metrics(text: str, at_s: float) -> ServerState:
 
 @dataclass(frozen=True, slots=True)
 class WindowState:
-    """What the readings say about one window; None where the server has no such metric."""
+    """The readings reduced to one window; None if the server has no such metric."""
 
     preemptions: int | None = None
     prefix_hit_rate: float | None = None
     kv_use_max: float | None = None
     waiting_max: int | None = None
-    waiting_start: float | None = None
-    waiting_end: float | None = None
     running_max: int | None = None
-    full_rows: bool = False  # requests waited while the number running stood still at its maximum
+    slots_full: bool = False  # requests waited while the number of running requests stayed at its maximum
 
 
 def window_state(states: list[ServerState], start_s: float, end_s: float) -> WindowState:
-    """Reduce readings (by time) to the window; counters are taken from the readings just around it."""
+    """Reduce readings, sorted by time, to the window; counters are differences of the readings around it."""
     if not states:
         return WindowState()
     times = [s.at_s for s in states]
@@ -96,15 +94,9 @@ def window_state(states: list[ServerState], start_s: float, end_s: float) -> Win
         prefix_hit_rate=_hit_rate(inside[0], inside[-1]),
         kv_use_max=max((s.kv_use for s in inside if s.kv_use is not None), default=None),
         waiting_max=int(max(waiting)) if waiting else None,
-        waiting_start=_mean(waiting[: max(1, len(waiting) // 4)]),
-        waiting_end=_mean(waiting[-max(1, len(waiting) // 4) :]),
         running_max=int(max(running)) if running else None,
-        full_rows=_full_rows(inside),
+        slots_full=_slots_full(inside),
     )
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _preemptions(states: list[ServerState]) -> int | None:
@@ -124,20 +116,20 @@ def _hit_rate(before: ServerState, after: ServerState) -> float | None:
     return (hits_after - hits_before) / queries if queries > 0 else None
 
 
-def _full_rows(states: list[ServerState]) -> bool:
+def _slots_full(states: list[ServerState]) -> bool:
     queued = [s for s in states if s.waiting and s.running is not None]
     if len(queued) < 3 or 2 * len(queued) < len(states):
         return False
     running = sorted(s.running for s in queued if s.running is not None)
     top = running[-1]
-    # A reading may fall between the end of one request and the start of the next, so a few lower ones are normal.
+    # A reading between the end of one request and the start of the next is lower, so a few of these are normal.
     return running[len(running) // 4] >= 0.95 * top and sum(r == top for r in running) * 2 >= len(running)
 
 
 class MetricsReader:
-    """Reads a target's /metrics twice a second in a thread of its own; `states` grows, nothing is parsed by the loop.
+    """Reads a target's /metrics twice a second in a thread and appends the readings to `states`.
 
-    Where the target has a base path and no such page behind it, the page at the root of the server is read.
+    If the target has a base path without such a page, the page at the root of the server is read.
     """
 
     def __init__(self, server: Target | str, every_s: float = SCRAPE_EVERY_S):
@@ -150,8 +142,8 @@ class MetricsReader:
         self._thread: threading.Thread | None = None
         self.states: list[ServerState] = []
         self.started_at = 0.0  # time 0 of the load point, on the clock of the readings
-        self.failures = 0  # readings in a row that got no answer
-        self.available = True  # False: the server has no /metrics page, or none with names known here
+        self.failures = 0  # consecutive readings without a response
+        self.available = True  # False: the server has no /metrics page with known names
 
     def __enter__(self) -> "MetricsReader":
         self.read()
@@ -167,7 +159,7 @@ class MetricsReader:
         self._client.close()
 
     def read(self) -> ServerState | None:
-        """Take one reading now; None when the server gave none."""
+        """Take one reading now; None if the server does not give one."""
         before = time.monotonic()
         try:
             response = self._client.get(self._pages[0])
@@ -192,12 +184,12 @@ class MetricsReader:
     def latest(self) -> ServerState | None:
         return self.states[-1] if self.states else None
 
-    def forget(self) -> None:
-        """Drop the readings of the load points before."""
+    def clear(self) -> None:
+        """Drop all readings but the last one, before a load point."""
         del self.states[:-1]
 
     def readings(self) -> list[ServerState]:
-        """What was read since `forget()`, with times counted from `started_at`."""
+        """The readings since `clear()`, with times since `started_at`."""
         return [replace(state, at_s=state.at_s - self.started_at) for state in list(self.states)]
 
     def _run(self) -> None:
@@ -205,8 +197,8 @@ class MetricsReader:
             self.read()
 
     def healthy(self) -> bool:
-        """Whether GET /health answers with 200, or GET /v1/models with anything but an error of the server."""
-        for path, highest in (("/health", 200), ("/v1/models", 499)):  # the latter need not exist
+        """Whether GET /health responds with 200, or GET /v1/models with a status below 500."""
+        for path, highest in (("/health", 200), ("/v1/models", 499)):  # a server without /v1/models responds with 404
             try:
                 if self._client.get(path).status_code <= highest:
                     return True

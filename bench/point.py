@@ -1,7 +1,6 @@
-"""One load point: sends a workload at one rate, watches the server meanwhile, reduces what came back to one row."""
+"""One load point: sends a workload at one rate, watches the server, and reduces the responses to one record."""
 
 import dataclasses
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,49 +15,49 @@ from bench.intervals import percentile, percentile_interval
 from bench.loadgen import GeneratorHealth, Recording, Target, run_load
 from bench.machine import CounterReader, Counters, record_shares
 from bench.metrics import MetricsReader, ServerState, WindowState, window_state
-from bench.plan import Lengths, is_provisional, phase_repeat
-from bench.results import Phase, PointRow, RequestRow, utc_now
+from bench.plan import Timing, is_provisional, phase_repeat
+from bench.results import Phase, PointRow, RequestRow, slug, utc_now
 from bench.stats import Latencies, goodput, latencies, token_rates
 from bench.workloads import Workload
 
 _DRAIN_LIMIT_S = 30.0
-_LOST_SERVER_READINGS = 6  # readings in a row without an answer
+_LOST_SERVER_READINGS = 6  # consecutive readings without a response
 INTERRUPTED = "interrupted"
-_ENOUGH = "enough seen"  # the window is over and its verdict plain: its last answers needn't be awaited
+_ENOUGH = "enough seen"  # the window is over and its verdict is clear: no need to wait for the last responses
 
 
 @dataclass(frozen=True, slots=True)
 class PointPlan:
-    """What one load point runs; rate in requests/s, times in seconds."""
+    """What one load point measures; rate in requests/s, times in seconds."""
 
     rate: float
     phase: Phase
     repeat: int
-    lengths: Lengths
-    latency_s: float  # expected E2E
-    cut_overload: bool  # end early when clearly overloaded
-    concurrency: int | None = None  # of a closed loop, which has no rate yet …
-    requests: int | None = None  # … and ends with so many requests
+    timing: Timing
+    latency_s: float  # expected E2E latency
+    cut_overload: bool  # end early if clearly overloaded
+    concurrency: int | None = None  # of a closed loop …
+    requests: int | None = None  # … and its number of requests
 
     @property
     def start_s(self) -> float:
-        return self.lengths.warmup_s
+        return self.timing.warmup_s
 
     @property
     def end_s(self) -> float:
-        return self.lengths.warmup_s + self.lengths.window_s
+        return self.timing.warmup_s + self.timing.window_s
 
     @property
     def limit_s(self) -> float:
-        return self.end_s + self.lengths.drain_s
+        return self.end_s + self.timing.drain_s
 
 
-_ALONE = PointPlan(1.0, "probe", 0, Lengths(0.0, 1.0, 0.0), 0.0, cut_overload=False)  # one request
+_ALONE = PointPlan(1.0, "probe", 0, Timing(0.0, 1.0, 0.0), 0.0, cut_overload=False)  # one request
 
 
 @dataclass(frozen=True, slots=True)
 class PointState:
-    """A load point under way, for showing."""
+    """The state of a running load point, for display."""
 
     now_s: float
     sent: int
@@ -70,18 +69,18 @@ class PointState:
 
 @dataclass(slots=True)
 class Watch:
-    """The load generator's observer: shows progress, and ends the point on overload, time-out or Ctrl-C."""
+    """The load generator's observer: shows progress and ends the load point on overload, timeout or Ctrl-C."""
 
     plan: PointPlan
     reader: MetricsReader
     show: Callable[[PointState], None]
-    left_s: Callable[[], float]  # of the run's time; 0 once stopped
+    left_s: Callable[[], float]  # remaining time of the run; 0 once stopped
     stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
-    clock: Callable[[], float] = time.monotonic  # the readings' clock
-    cut: str = ""
+    clock: Callable[[], float] = time.monotonic  # the clock of the readings
+    cut: str = ""  # why the load point was ended early
     now_s: float = 0.0
-    started_at: float = 0.0  # time 0 of the point on that clock
-    _at_start: tuple[int, float | None] | None = None  # requests open, and waiting, at the start of the window
+    started_at: float = 0.0  # time 0 of the load point on that clock
+    _at_start: tuple[int, float | None] | None = None  # open and waiting requests at the start of the window
 
     def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:
         self.now_s = now_s
@@ -116,11 +115,11 @@ class Watch:
         return overload((self._at_start[0], backlog), elapsed, self.plan.rate, self.plan.latency_s, queue)
 
     def _overfull(self, backlog: int) -> bool:
-        """Whether a search point ended its window with a queue that would take long to answer and show nothing new."""
+        """Whether a search's window ended with a queue that would take long to drain without new information."""
         if not self.plan.cut_overload or self._at_start is None:
             return False
         in_flight = max(self._at_start[0], self.plan.rate * self.plan.latency_s)
-        noise = tolerance(self.plan.rate * self.plan.lengths.window_s, in_flight)
+        noise = tolerance(self.plan.rate * self.plan.timing.window_s, in_flight)
         return backlog - self._at_start[0] > 2 * noise
 
     def _preempted(self, server: ServerState) -> bool:
@@ -131,7 +130,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class LoadPoint:
-    """Everything load points of one configuration and workload have in common."""
+    """What the load points of one configuration and workload have in common; run() measures one."""
 
     target: Target
     workload: Workload
@@ -140,26 +139,26 @@ class LoadPoint:
     seed: int
     precision: float
     left_s: Callable[[], float]
-    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
+    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest allowed value
     arrivals: Arrivals = field(default_factory=Arrivals)
     stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
-    machine: CounterReader | None = None  # of the machine, where it is to be watched
+    machine: CounterReader | None = None  # None: other load on the machine is not recorded
 
     def notes(self) -> list[str]:
-        """What should be known of the trace and of the workload's data."""
+        """Messages about the trace and the workload's data."""
         notes = self.workload.notes()
         if self.arrivals.trace is not None:
-            recorded = self.arrivals.recorded()
-            notes = [recorded.words(), recorded.left_out, *notes]
+            trace = self.arrivals.read_trace()
+            notes = [trace.summary(), trace.skipped, *notes]
         return [note for note in notes if note]
 
     def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRow, list[RequestRow]]:
-        """Send, wait for the answers, judge. The server is drained when this returns."""
+        """Send the requests, wait for the responses, judge. The server is drained when this returns."""
         seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))
         times, needed = _times(plan, seed, self.arrivals)
         specs = self.workload.requests(len(times), seed)
         started = utc_now()
-        self.reader.forget()
+        self.reader.clear()
         watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
         before = self.read_machine()
         recording = run_load(
@@ -174,21 +173,21 @@ class LoadPoint:
         drain(self.reader, limit_s)
         if recording.cut_short and self.left_s() > 0:
             self._settle(seed, limit_s)
-            self.reader.read()  # counters of the next point begin after it
+            self.reader.read()  # so that the counters of the next load point begin after it
         return row, requests
 
     def read_machine(self) -> Counters | None:
-        """Not while the load runs: it takes some milliseconds."""
+        """Read the machine's CPU counters; takes some milliseconds, so it is not done while the load runs."""
         return self.machine.read() if self.machine is not None else None
 
     def _settle(self, seed: int, limit_s: float) -> None:
-        """Send one request for one token: it is answered after the steps that still hold requests just closed."""
+        """Send one request for one token; it completes after the steps that still contain closed requests."""
         spec = dataclasses.replace(self.workload.requests(1, seed + 3)[0], output_tokens=1)
         watch = Watch(_ALONE, self.reader, lambda _: None, self.left_s)
         run_load(self.target, [spec], np.zeros(1), observer=watch, time_limit_s=limit_s)
 
     def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> tuple[PointRow, list[RequestRow]]:
-        """One request alone; its rate is one over its E2E latency."""
+        """Measure one request alone; the rate is 1 / its E2E latency."""
         seed = point_seed(self.seed, self.workload.name, 0.0, phase_repeat("probe", 0))
         watch = Watch(_ALONE, self.reader, show, self.left_s)
         started = utc_now()
@@ -209,10 +208,10 @@ class LoadPoint:
     ) -> tuple[PointRow, list[RequestRow]]:
         start_s, end_s, cut = plan.start_s, plan.end_s, watch.cut
         if cut and watch.now_s < end_s:
-            # What was seen until the cut is the window. A warm-up that was cut leaves none.
+            # The window ends at the cut; it is empty if the warm-up was cut.
             end_s = max(start_s, watch.now_s)
         elif cut in ("time", INTERRUPTED, _ENOUGH):
-            cut = ""  # only answers were awaited any more: the window is whole
+            cut = ""  # the cut came after the window, while waiting for responses
         requests = recording.rows((start_s, end_s))
         server = window_state(self.reader.states, watch.started_at + start_s, watch.started_at + end_s)
         row = self._row(plan, requests, (start_s, end_s), server, recording.health, watch.now_s)
@@ -301,7 +300,7 @@ class LoadPoint:
 
 
 def _latency_columns(samples: Latencies) -> dict[str, Any]:
-    """Percentiles in ms, and the intervals of those that few samples leave wide."""
+    """Percentiles in ms, and the intervals of the P99 of TTFT and ITL."""
     columns: dict[str, Any] = {"itl_steps": len(np.unique(samples.itl_steps))}
     for name in ("ttft", "itl", "tpot", "e2e"):
         values = getattr(samples, name)
@@ -313,7 +312,7 @@ def _latency_columns(samples: Latencies) -> dict[str, Any]:
 
 
 def _generator_columns(health: GeneratorHealth) -> dict[str, Any]:
-    """Columns of PointRow that say how the load generator itself did."""
+    """The columns of PointRow about the load generator."""
     return {
         "lateness_p99_ms": health.lateness_p99_s * 1e3,
         "generator_processes": health.processes,
@@ -326,19 +325,19 @@ def _generator_columns(health: GeneratorHealth) -> dict[str, Any]:
 
 
 def failure_kinds(requests: list[RequestRow]) -> str:
-    """How many requests failed, by kind: "connection:3;http 429:12"; those the run itself cut short did not."""
+    """The number of failed requests by kind: "connection:3;http 429:12". Requests cut short by the run did not fail."""
     kinds = Counter(r.status for r in requests if r.status not in ("ok", "cut short"))
     return ";".join(f"{kind}:{count}" for kind, count in sorted(kinds.items()))
 
 
 def point_id(configuration: str, workload: str, phase: Phase, rate: float, repeat: int) -> str:
-    """A name for files, the same for the same point of an interrupted and resumed run."""
+    """The name of a load point and its files; the same when an interrupted run is continued."""
     again = f"-{repeat}" if repeat else ""
-    return f"{_slug(configuration)}_{_slug(workload)}_{phase}-{rate:.4g}{again}"
+    return f"{slug(configuration)}_{slug(workload)}_{phase}-{rate:.4g}{again}"
 
 
 def drain(reader: MetricsReader, limit_s: float) -> bool:
-    """Wait until the server has nothing left to do; without metrics the closed connections have to be enough."""
+    """Wait until the server is idle; returns whether it is. Without metrics, it is assumed to be idle after a pause."""
     end = time.monotonic() + limit_s
     while reader.available:
         state = reader.read()
@@ -352,13 +351,13 @@ def drain(reader: MetricsReader, limit_s: float) -> bool:
 
 
 def _times(plan: PointPlan, seed: int, arrivals: Arrivals) -> tuple[np.ndarray, int]:
-    """Send times, and how many of the first requests must have ended before the point may.
+    """Send times, and the number of first requests that must complete before the load point ends.
 
-    Requests go on after the window until its last answer is there: the last ones of the window see the same load as
-    the first.
+    Requests are sent after the window until its last request completes, so that its last requests see the same load as
+    its first ones.
     """
-    lengths = plan.lengths
-    times = arrivals.schedule(plan.rate, (lengths.warmup_s, lengths.window_s, lengths.drain_s), seed)
+    timing = plan.timing
+    times = arrivals.schedule(plan.rate, (timing.warmup_s, timing.window_s, timing.drain_s), seed)
     return times, int(np.searchsorted(times, plan.end_s))
 
 
@@ -368,8 +367,4 @@ def _set_verdict(row: PointRow, verdict: Verdict) -> None:
     row.reason = verdict.reason
     row.binding = verdict.binding
     row.backlog_growth, row.backlog_noise = verdict.growth, verdict.noise
-    row.verdict, row.ttft_trend = verdict.words, verdict.ttft_trend
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", name).strip("-") or "x"
+    row.verdict, row.ttft_trend = verdict.name, verdict.ttft_trend

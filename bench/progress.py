@@ -1,4 +1,4 @@
-"""What a run shows while it runs, and the table at its end."""
+"""What a run prints: messages, the running load point, a line per load point, and the table at the end."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from bench.results import Answer, PointRow
 
 
 class Progress(Protocol):
-    """Hears what a run does; called from the run's own thread, `point_tick` from inside the load generator's loop."""
+    """Receives the progress of a run, in the run's thread; `point_tick` is called inside the load generator's loop."""
 
     def message(self, text: str) -> None: ...
 
@@ -26,12 +26,12 @@ class Progress(Protocol):
     def point_finished(self, row: PointRow) -> None: ...
 
     def run_state(self, configuration: str, workload: str, state: str) -> None:
-        """What a sweep's run is at, in a few words; `point_…` concern the run named last."""
+        """The state of one run of a sweep, in a few words; later `point_…` calls belong to this run."""
         ...
 
 
 class QuietProgress:
-    """Keeps messages and shows nothing."""
+    """Keeps messages and prints nothing."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -53,7 +53,7 @@ class QuietProgress:
 
 
 class ConsoleProgress:
-    """One line a load point on the terminal, below it the point under way."""
+    """Prints one line per load point; on a terminal also the state of the running one."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -66,7 +66,7 @@ class ConsoleProgress:
     def point_started(self, plan: PointPlan) -> None:
         self._shown_s = -math.inf
         if self._console.is_terminal:
-            # Refreshed by ticks alone: a thread that draws would take time from the load generator unasked.
+            # Refreshed by ticks only: a drawing thread would take time from the load generator.
             start = PointState(0.0, 0, 0, 0, 0, None)
             self._live = Live(_state_view(plan, start), console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -87,7 +87,7 @@ class ConsoleProgress:
 
 
 class SweepProgress(ConsoleProgress):
-    """As above, and on a terminal the table of all runs, which stays in sight from the first server to the last."""
+    """As ConsoleProgress; on a terminal it also shows the table of all runs during the whole sweep."""
 
     def __init__(self, console: Console, configurations: Sequence[str], workloads: Sequence[str]):
         super().__init__(console)
@@ -106,7 +106,7 @@ class SweepProgress(ConsoleProgress):
             self._live = None
 
     def table(self) -> Table:
-        """Configurations down, workloads across, in each cell what the run is at."""
+        """One row per configuration, one column per workload; cells hold the state of the run."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("", *(next(iter(self._states.values()), {}))):
             table.add_column(Text(name), overflow="fold")
@@ -141,9 +141,9 @@ class SweepProgress(ConsoleProgress):
 
 
 def point_line(row: PointRow) -> Text:
-    """One load point in one line."""
+    """A load point as one line."""
     mark, style = ("✓", "green") if row.sustained else ("✗", "red") if row.sustained is False else ("?", "yellow")
-    if row.concurrency is not None and row.valid:  # a closed loop judges no rate
+    if row.concurrency is not None and row.valid:  # a closed loop has no verdict
         mark, style = "·", "default"
     text = Text(f"{mark} {row.phase:<7} {row.rate:>6.4g} req/s", style=style)
     text.append(f" {row.requests:>4} in {row.window_s:>3.0f} s", style="default")
@@ -158,11 +158,11 @@ def _state_view(plan: PointPlan, state: PointState) -> Group:
     done, total = min(max(state.now_s, 0.0), plan.end_s), plan.end_s
     if plan.requests is not None:
         done, total = state.finished + state.failed, plan.requests
-        line = f"{plan.concurrency} at a time · {done} of {total} requests · {max(state.now_s, 0.0):.0f} s"
+        line = f"concurrency {plan.concurrency} · {done} of {total} requests · {max(state.now_s, 0.0):.0f} s"
     else:
-        part = "warm-up" if state.now_s < plan.start_s else "window" if state.now_s < plan.end_s else "last answers"
+        part = "warm-up" if state.now_s < plan.start_s else "window" if state.now_s < plan.end_s else "drain"
         line = f"{plan.phase} {plan.rate:.4g} req/s · {part} · {state.now_s:.0f} of {plan.end_s:.0f} s"
-    counts = f"sent {state.sent} · answering {state.first_token - state.finished} · finished {state.finished}"
+    counts = f"sent {state.sent} · streaming {state.first_token - state.finished} · finished {state.finished}"
     counts += f" · failed {state.failed}" if state.failed else ""
     server = state.server
     if server is not None:
@@ -176,7 +176,7 @@ def _state_view(plan: PointPlan, state: PointState) -> Group:
 def points_table(rows: list[PointRow], title: str | None = None) -> Table:
     """Load points by rate, as printed at the end of a run; fits 80 columns in most cases.
 
-    Columns for failed requests and for goodput only where there is something to show in them.
+    Goodput, failed requests and other load get columns only if a load point has a value.
     """
     shown = sorted((r for r in rows if r.phase != "probe"), key=lambda r: (r.rate, r.started))
     with_goodput, with_failures = any(r.goodput is not None for r in shown), any(r.failures for r in shown)
@@ -196,7 +196,7 @@ def points_table(rows: list[PointRow], title: str | None = None) -> Table:
     for row in shown:
         more = [Text("–" if row.goodput is None else f"{row.goodput:.3g}")] if with_goodput else []
         if with_failures:
-            more.append(Text(str(failed_requests(row)), style="red" if row.failures else ""))
+            more.append(Text(str(row.failed_requests()), style="red" if row.failures else ""))
         if with_others:
             others = (row.others_cpu_share or 0.0) + (row.steal_share or 0.0)
             more.append(Text(f"{others:.0%}" if row.disturbed else "–", style="yellow" if row.disturbed else ""))
@@ -215,15 +215,12 @@ def points_table(rows: list[PointRow], title: str | None = None) -> Table:
     return table
 
 
-def failed_requests(row: PointRow) -> int:
-    """Requests of a load point that failed, its warm-up included."""
-    return sum(int(kind.rpartition(":")[2]) for kind in row.failures.split(";") if kind)
-
-
-def failure_words(row: PointRow) -> str:
-    """The failures of a load point in words: "12 x http 429, 3 x connection"."""
-    parts = [kind.rpartition(":") for kind in row.failures.split(";") if kind]
-    return ", ".join(f"{count} × {kind}" for kind, _, count in parts)
+def duration(seconds: float) -> str:
+    """A duration as text: 45 s, 8 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def answer_text(answer: Answer) -> Text:
@@ -236,7 +233,7 @@ def _sustained(row: PointRow) -> Text:
     if row.undecided:
         return Text("undecided", style="yellow")
     if row.sustained is None:
-        return Text("–")  # a closed loop judges no rate
+        return Text("–")  # a closed loop has no verdict
     return Text("yes", style="green") if row.sustained else Text("no", style="red")
 
 

@@ -1,4 +1,4 @@
-"""Measures one configuration under one workload: probe, plan, search or given rates, ladder; every point is saved."""
+"""Measures one configuration with one workload: probe, search or given rates, ladder; saves every load point."""
 
 import contextlib
 import math
@@ -14,21 +14,21 @@ from bench.files import CannotWriteError
 from bench.loadgen import Target
 from bench.machine import MachineReader
 from bench.metrics import MetricsReader
-from bench.plan import Lengths, Planner, TimeBudget, ladder_rates
+from bench.plan import Planner, TimeBudget, Timing, ladder_rates
 from bench.point import LoadPoint, PointPlan, point_id
-from bench.progress import Progress
+from bench.progress import Progress, duration
 from bench.results import Answer, Phase, PointRow, RequestRow, RunFiles
 from bench.search import Trial, answer_of_rates, find_sustained, round_rate
 from bench.workloads import Workload
 
 _SECOND_PROBE_BELOW_S = 5.0
 _PROBE_LIMIT_S = 600.0
-_LADDER_LATENCIES = 4.0  # x that of one request alone
+_LADDER_LATENCIES = 4.0  # x the latency of one request alone
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """How to measure; the same for every configuration that is compared."""
+    """How to measure; the same for all configurations that are compared."""
 
     seed: int = 0
     precision: float = 0.1  # 0..1
@@ -36,15 +36,15 @@ class BenchOptions:
     rates: Sequence[float] | None = None  # requests/s; None: search
     ladder: bool = True
     ladder_rates: Sequence[float] | None = None  # None: 0.25 … 1.5 x the rate found
-    turn: int = 0  # of several rounds over the ladder or the given rates; each has requests of its own
+    round: int = 0  # of several rounds over the ladder or the given rates; each has other requests
     window_s: float | None = None  # None: planned from precision and time
-    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest value allowed
+    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest allowed value
     arrivals: Arrivals = field(default_factory=Arrivals)
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured, how, and where the results go."""
+    """What is measured and how, and where results and progress go."""
 
     target: Target
     workload: Workload
@@ -71,23 +71,22 @@ class LostServerError(BenchError):
 
 
 def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -> Answer | None:
-    """Measure and save every load point; returns the answer, None when not one point could be judged.
+    """Measure and save every load point; returns the answer, None if no load point is valid.
 
-    `finished` are points of an interrupted run: they are taken as they are. Time limits end it with what was found.
-    Raises InterruptedRunError (Ctrl-C), LostServerError and CannotWriteError, with the answer so far; BenchError if the
-    probe fails.
+    `finished` are load points of an interrupted run, which are not measured again. Raises InterruptedRunError (Ctrl-C),
+    LostServerError and CannotWriteError, with the answer so far; BenchError if the probe fails.
     """
     options, configuration, workload = subject.options, subject.configuration, subject.workload.name
     with _open_run(subject, finished) as run:
         latency_s = run.probe()
         if options.rates is not None:
-            run.say_fixed_plan(options.rates, latency_s)
-            run.rows.extend(r for r in finished if r.phase == "fixed" and r.repeat < options.turn and run.mine(r))
-            run.run_rates("fixed", options.rates, options.turn)
+            run.report_fixed_plan(options.rates, latency_s)
+            run.rows.extend(r for r in finished if r.phase == "fixed" and r.repeat < options.round and run.owns(r))
+            run.run_rates("fixed", options.rates, options.round)
             run.answer = answer_of_rates(run.rows_of("fixed"), configuration, workload)
         else:
             start = round_rate(1 / latency_s)
-            run.say_search_plan(start, latency_s)
+            run.report_search_plan(start, latency_s)
             answer, _ = find_sustained(
                 run.measure, start_rate=start, precision=options.precision,
                 configuration=configuration, workload=workload,
@@ -95,24 +94,24 @@ def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -
             run.answer = answer
             if options.ladder:
                 run.ladder(options.ladder_rates)
-    new = [r for r in run.rows if r.phase != "probe" and (options.rates is None or r.repeat >= options.turn)]
+    new = [r for r in run.rows if r.phase != "probe" and (options.rates is None or r.repeat >= options.round)]
     return run.answer if any(r.valid for r in new) else None
 
 
 def measure_ladder(subject: Subject, finished: Sequence[PointRow] = ()) -> list[PointRow]:
-    """Measure `ladder_rates` of the options only, in bounded windows within `max_minutes`; returns their rows."""
+    """Measure only `ladder_rates` of the options, within `max_minutes`; returns their records."""
     if not subject.options.ladder_rates:
         raise ValueError("ladder_rates must be given")
     with _open_run(subject, finished) as run:
         run.probe()
-        run.rows.extend(r for r in finished if r.phase in ("search", "confirm") and run.mine(r))
-        run.ladder(subject.options.ladder_rates, subject.options.turn)
+        run.rows.extend(r for r in finished if r.phase in ("search", "confirm") and run.owns(r))
+        run.ladder(subject.options.ladder_rates, subject.options.round)
     return run.rows_of("ladder")
 
 
 @contextlib.contextmanager
 def _open_run(subject: Subject, finished: Sequence[PointRow]) -> Iterator["_Run"]:
-    """The run with its readings and its handling of Ctrl-C; what ended it early is raised at its end."""
+    """The run with its metrics reader and its handling of Ctrl-C; raises what ended it early at its end."""
     target, options = subject.target, subject.options
     budget = TimeBudget(options.max_minutes * 60)
     budget.start()
@@ -135,7 +134,7 @@ def _open_run(subject: Subject, finished: Sequence[PointRow]) -> Iterator["_Run"
 
 @contextlib.contextmanager
 def stop_on_interrupt(budget: TimeBudget) -> Iterator[None]:
-    """Let the first Ctrl-C (or SIGTERM) end the run in order; a second one is a plain KeyboardInterrupt."""
+    """Let the first Ctrl-C (or SIGTERM) stop the budget; a second one raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -155,7 +154,7 @@ def stop_on_interrupt(budget: TimeBudget) -> Iterator[None]:
 
 
 class _Run:
-    """One configuration and workload under measurement; `rows` are its points so far."""
+    """The measurement of one configuration and workload; `rows` are its load points so far."""
 
     def __init__(
         self, point: LoadPoint, planner: Planner, files: RunFiles, progress: Progress, finished: dict[str, PointRow]
@@ -167,26 +166,26 @@ class _Run:
         self._finished = finished
         self._alone_s = math.nan
         self._warned_cache = False
-        self._noted: set[str] = set()
+        self._reported: set[str] = set()  # notes
         self.rows: list[PointRow] = []
         self.answer: Answer | None = None
-        self.lost = ""  # why the server counts as gone
-        self.unwritten = ""  # why results can't be written any more
+        self.lost = ""  # why the server is considered gone
+        self.unwritten = ""  # why results can no longer be written
 
-    def mine(self, row: PointRow) -> bool:
+    def owns(self, row: PointRow) -> bool:
         return row.configuration == self._point.configuration and row.workload == self._point.workload.name
 
     def rows_of(self, phase: Phase) -> list[PointRow]:
         return [r for r in self.rows if r.phase == phase]
 
     def probe(self) -> float:
-        """One request alone; returns its E2E latency in seconds. Checks the server's API and its output lengths."""
+        """Measure one request alone; returns its E2E latency in seconds. Checks the API and the output length."""
         name = point_id(self._point.configuration, self._point.workload.name, "probe", 0.0, 0)
         row = self._finished.get(name)
-        self._say_notes()
+        self._report_notes()
         if row is None:
             row = self._new_probe()
-            self._say_notes()  # some data is read when the first request is made of it
+            self._report_notes()  # some data sets are read when the first request is built
         self.rows.append(row)
         self._alone_s = row.e2e_p50_ms / 1e3
         self._progress.message(
@@ -194,25 +193,28 @@ class _Run:
         )
         return self._alone_s
 
-    def _say_notes(self) -> None:
+    def _report_notes(self) -> None:
         for note in self._point.notes():
-            if note not in self._noted:
-                self._noted.add(note)
+            if note not in self._reported:
+                self._reported.add(note)
                 self._progress.message(note)
 
     def _new_probe(self) -> PointRow:
-        self._progress.message(f"sending one request of {self._point.workload.name} alone …")
+        self._progress.message(f"probe: sending one request of {self._point.workload.name} …")
         limit_s = min(_PROBE_LIMIT_S, max(self._planner.budget.left_s(), 1.0))
         row, requests = self._point.probe(lambda _: None, limit_s)
         if row.valid and row.e2e_p50_ms < _SECOND_PROBE_BELOW_S * 1e3:
-            row, requests = self._point.probe(lambda _: None, limit_s)  # the first one also warmed the server up
+            row, requests = self._point.probe(
+                lambda _: None, limit_s
+            )  # the first request included the server's warm-up
         try:
             self._check_probe(row, requests, limit_s)
         finally:
             self._files.add_point(row, requests)
         if not self._point.reader.available:
             self._progress.message(
-                "the server has no /metrics page with known names: its queue and completions decide, not preemptions"
+                "the server has no /metrics with known metric names: rates are judged by backlog and completions, "
+                "not by preemptions"
             )
         return row
 
@@ -221,7 +223,9 @@ class _Run:
         if not requests or requests[0].status == "cut short":
             if self._planner.budget.stopped:
                 raise InterruptedRunError(None)
-            raise BenchError(f"one request alone took more than {limit_s:.0f} s: raise --max-minutes or ask for less")
+            raise BenchError(
+                f"a single request took more than {limit_s:.0f} s: raise --max-minutes or reduce --input or --output"
+            )
         request = requests[0]
         if request.status != "ok":
             row.reason = f"failed with {request.status}" + (f": {request.error}" if request.error else "")
@@ -230,46 +234,47 @@ class _Run:
         if request.error:
             self._progress.message(f"warning: the first request: {request.error}")
         if request.output_tokens != request.asked_output_tokens:
-            row.reason = f"{request.output_tokens} of {request.asked_output_tokens} tokens came back"
+            row.reason = f"received {request.output_tokens} of {request.asked_output_tokens} requested tokens"
             if not self._point.target.fixes_lengths:
-                self._progress.message(f"{row.reason}: without ignore_eos answers end where the model ends them")
+                self._progress.message(
+                    f"{row.reason}: without ignore_eos, outputs end at the model's end-of-sequence token"
+                )
                 return
             self._progress.message(
-                f"warning: {row.reason}: the server does not honour ignore_eos or max_tokens, "
-                "and points whose outputs miss the asked length are invalid"
+                f"warning: {row.reason}: the server ignores ignore_eos or max_tokens; "
+                "load points whose outputs do not have the requested length are invalid"
             )
 
-    def say_search_plan(self, start_rate: float, latency_s: float) -> None:
+    def report_search_plan(self, start_rate: float, latency_s: float) -> None:
         planner = self._planner
-        low, high = sorted(planner.expected_s(start_rate, latency_s))
+        low, high = (duration(seconds) for seconds in sorted(planner.expected_s(start_rate, latency_s)))
         ladder = ", then a ladder of six rates" if planner.ladder else ""
-        expected = _minutes(low) if _minutes(low) == _minutes(high) else f"{_minutes(low)} to {_minutes(high)}"
         self._progress.message(
-            f"plan: search from {start_rate:g} req/s to {planner.precision:.0%}, confirm{ladder}; "
-            f"about {expected}, at most {_minutes(planner.budget.limit_s)} (--max-minutes)"
+            f"plan: search from {start_rate:g} req/s to {planner.precision:.0%}, confirm{ladder}; about "
+            f"{low if low == high else f'{low} to {high}'}, at most {duration(planner.budget.limit_s)} (--max-minutes)"
         )
 
-    def say_fixed_plan(self, rates: Sequence[float], latency_s: float) -> None:
+    def report_fixed_plan(self, rates: Sequence[float], latency_s: float) -> None:
         expected = self._planner.fixed_s(list(rates), latency_s)
         shown = ", ".join(f"{r:g}" for r in rates)
         self._progress.message(
-            f"plan: {shown} req/s; about {_minutes(expected)}, at most "
-            f"{_minutes(self._planner.budget.limit_s)} (--max-minutes)"
+            f"plan: {shown} req/s; about {duration(expected)}, at most {duration(self._planner.budget.limit_s)} "
+            "(--max-minutes)"
         )
 
     def measure(self, trial: Trial) -> PointRow | None:
-        """One point of the search; None when the time is up or the server is gone."""
+        """Measure one load point of the search; None if the time is up or the server is gone."""
         known = self._known(trial.phase, trial.rate, trial.repeat)
         if known is not None:
             return known
         latency_s = self._latency_s(trial.rate)
-        lengths = self._planner.lengths(trial, latency_s)
-        return self._measure(trial.rate, trial.phase, trial.repeat, lengths, latency_s)
+        timing = self._planner.search_timing(trial, latency_s)
+        return self._measure(trial.rate, trial.phase, trial.repeat, timing, latency_s)
 
     def run_rates(self, phase: Phase, rates: Sequence[float], first_repeat: int = 0) -> None:
-        """Given rates, one after the other; those that no longer fit into the time are named and left out."""
+        """Measure the rates one after the other; those that do not fit into the time are reported and left out."""
         rounded = [round_rate(r) for r in rates]
-        knee = self.answer.rate if self.answer is not None else None
+        answer = self.answer.rate if self.answer is not None else None
         left_out: list[float] = []
         for i, rate in enumerate(rounded):
             repeat = first_repeat + rounded[:i].count(rate)
@@ -277,25 +282,25 @@ class _Run:
                 continue
             latency_s = self._latency_s(rate)
             if phase == "ladder":
-                # Beyond the knee latencies grow without end: no warm-up outlasts them, so none is tried.
+                # Above the sustained rate latencies grow without bound, so no warm-up is long enough.
                 latency_s = min(latency_s, _LADDER_LATENCIES * self._alone_s)
-                found = knee or max(rounded) / 1.5
-                lengths = self._planner.ladder_lengths(rate, found, latency_s, len(rounded) - i)
+                found = answer or max(rounded) / 1.5
+                timing = self._planner.ladder_timing(rate, found, latency_s, len(rounded) - i)
             else:
-                lengths = self._planner.fixed_lengths(rate, latency_s, len(rounded) - i)
-            if self._measure(rate, phase, repeat, lengths, latency_s) is None:
+                timing = self._planner.fixed_timing(rate, latency_s, len(rounded) - i)
+            if self._measure(rate, phase, repeat, timing, latency_s) is None:
                 left_out.append(rate)
         if left_out and not (self._planner.budget.stopped or self.lost or self.unwritten):
             shown = ", ".join(f"{r:g}" for r in left_out)
             self._progress.message(f"no time left for {shown} req/s (--max-minutes)")
 
-    def ladder(self, rates: Sequence[float] | None, turn: int = 0) -> None:
-        """The fixed rates after a search, past the knee too."""
+    def ladder(self, rates: Sequence[float] | None, round_number: int = 0) -> None:
+        """Measure fixed rates after a search, below and above its answer."""
         if rates is None:
             if self.answer is None or self.answer.rate is None:
                 return
             rates = ladder_rates(self.answer.rate)
-        self.run_rates("ladder", rates, turn)
+        self.run_rates("ladder", rates, round_number)
 
     def _known(self, phase: Phase, rate: float, repeat: int) -> PointRow | None:
         name = point_id(self._point.configuration, self._point.workload.name, phase, rate, repeat)
@@ -305,7 +310,7 @@ class _Run:
         return row
 
     def _latency_s(self, rate: float) -> float:
-        """E2E to expect: from the nearest lower rate that was sustained, growing slowly towards this one."""
+        """The expected E2E latency: extrapolated from the nearest lower rate that did not fail."""
         below = [r for r in self.rows if (r.sustained or r.undecided) and r.rate <= rate and r.e2e_p50_ms > 0]
         above = [r.e2e_p50_ms / 1e3 for r in self.rows if r.sustained and r.rate >= rate and r.e2e_p50_ms > 0]
         nearest = max(below, key=lambda r: r.rate, default=None)
@@ -315,23 +320,24 @@ class _Run:
         return max(self._alone_s, min([known, *above]))
 
     def _measure(
-        self, rate: float, phase: Phase, repeat: int, lengths: Lengths | None, latency_s: float
+        self, rate: float, phase: Phase, repeat: int, timing: Timing | None, latency_s: float
     ) -> PointRow | None:
-        if lengths is None or self.lost or self.unwritten or self._planner.budget.left_s() <= 0:
+        if timing is None or self.lost or self.unwritten or self._planner.budget.left_s() <= 0:
             return None
-        plan = PointPlan(rate, phase, repeat, lengths, latency_s, cut_overload=phase in ("search", "confirm"))
+        plan = PointPlan(rate, phase, repeat, timing, latency_s, cut_overload=phase in ("search", "confirm"))
         self._progress.point_started(plan)
         row, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
         self.rows.append(row)
-        try:  # saved first: the screen may be a pipe whose reader has left
+        try:  # saved before it is printed: stdout may be a closed pipe
             self._files.add_point(row, requests, self._point.reader.readings())
         except CannotWriteError as error:
-            self.unwritten = str(error)  # the point counts, and is the last
+            self.unwritten = str(error)  # this load point counts and is the last one
         self._progress.point_finished(row)
-        self._after(row, requests)
+        self._check_server(row, requests)
         return row
 
-    def _after(self, row: PointRow, requests: list[RequestRow]) -> None:
+    def _check_server(self, row: PointRow, requests: list[RequestRow]) -> None:
+        """Check whether the server is gone, and whether it knew the random prompts."""
         failed = [r for r in requests if r.status == "connection"]
         if failed and not self._point.reader.healthy():
             self.lost = f"the server stopped answering at {row.rate:g} req/s: {failed[0].error or failed[0].status}"
@@ -339,14 +345,10 @@ class _Run:
         if hits > 0.05 and not self._warned_cache and self._point.workload.describe().get("kind") == "random":
             self._warned_cache = True
             self._progress.message(
-                f"warning: {hits:.0%} of the random prompts' tokens were in the server's prefix cache: it has seen "
-                "these prompts before; choose another --seed or restart it"
+                f"warning: {hits:.0%} of the random prompts' tokens were found in the server's prefix cache, so it has "
+                "seen these prompts before: choose another --seed or restart the server"
             )
 
 
 def _reusable(row: PointRow) -> bool:
     return row.valid or row.binding == "client"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,4 +1,4 @@
-"""Starts a server for a run, waits until it answers, and leaves nothing of it behind."""
+"""Starts a server for a run, waits until it is healthy, and stops it with all its processes."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ import httpx
 from bench.errors import BenchError
 
 _GRACE_S = (20.0, 5.0, 5.0)  # after SIGINT, SIGTERM, SIGKILL
-_LAST_WORDS_S = 5.0
+_EXIT_WAIT_S = 5.0
 _TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1
 
@@ -26,8 +26,8 @@ _PR_SET_PDEATHSIG = 1
 class ServerProcess:
     """A server in a process group of its own, with its output in a log file.
 
-    `command` is an argument list or a command line; "{port}" in it, or in `url`, stands for a free port.
-    Raises BenchError with the end of the log when the server doesn't come up within `start_limit_s`.
+    `command` is an argument list or a command line; "{port}" in it, or in `url`, is replaced by a free port. Raises
+    BenchError with the end of the log if the server is not healthy within `start_limit_s`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ServerProcess:
         self._health = health if "://" in health else self.base_url + "/" + health.lstrip("/")
         self._health = self._health.replace("{port}", port)
         self._start_limit_s = start_limit_s
-        self._verify = verify  # certificates and header fields, of requests for its health
+        self._verify = verify  # of health requests, as _headers
         self._headers = dict(headers or {})
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -57,7 +57,7 @@ class ServerProcess:
     def redline(
         cls, model: str, flags: Sequence[str], log: Path | str, *, start_limit_s: float = 900.0
     ) -> "ServerProcess":
-        """`redline serve MODEL` with the flags given; host and port are chosen here unless `flags` name them."""
+        """`redline serve MODEL` with `flags`; host and port are chosen here unless they are among them."""
         host = _flag(flags, "--host")
         port = _flag(flags, "--port")
         command = [sys.executable, "-m", "cli.main", "serve", model, *flags]
@@ -79,7 +79,7 @@ class ServerProcess:
         self.stop()
 
     def start(self, on_wait: Callable[[float], None] | None = None) -> None:
-        """Start and wait for GET /health to answer 200; `on_wait` hears the seconds so far, a few times a second."""
+        """Start and wait until GET /health responds with 200; `on_wait` is called with the seconds waited so far."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         prepare = _prepare_child()
         with self.log.open("wb") as out:
@@ -93,7 +93,7 @@ class ServerProcess:
                     preexec_fn=prepare,
                 )
             except OSError as error:
-                raise BenchError(f"can't start {self.command[0]!r}: {error.strerror or error}") from None
+                raise BenchError(f"cannot start {self.command[0]!r}: {error.strerror or error}") from None
         try:
             self._wait(on_wait)
         except BaseException:
@@ -122,8 +122,8 @@ class ServerProcess:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def ends(self, within_s: float = _LAST_WORDS_S) -> bool:
-        """Whether a silent server is gone: it may be on its way out yet, and its end tells the cause."""
+    def ends(self, within_s: float = _EXIT_WAIT_S) -> bool:
+        """Whether the server exits within some seconds, after it stopped responding."""
         assert self._process is not None
         try:
             self._process.wait(within_s)
@@ -132,7 +132,7 @@ class ServerProcess:
         return True
 
     def cause(self) -> str:
-        """Why the server is gone, in one line: its last words and exit code."""
+        """Why the server is gone, in one line: the last line of its log and its exit code."""
         code = self._process.poll() if self._process is not None else None
         how = "" if code is None else f" (exit code {code})" if code >= 0 else f" (ended by signal {-code})"
         return f"{self._last_line()}{how}; log: {self.log}"
@@ -149,10 +149,10 @@ class ServerProcess:
 
     def _last_line(self) -> str:
         tail = self.tail()
-        return tail[-1].strip() if tail else "it said nothing"
+        return tail[-1].strip() if tail else "it printed nothing"
 
     def stop(self) -> None:
-        """Interrupt, then terminate, then kill; returns when the whole group is gone."""
+        """Send SIGINT, SIGTERM and SIGKILL in turn; returns when the whole process group is gone."""
         process = self._process
         if process is None:
             return
@@ -163,7 +163,7 @@ class ServerProcess:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(grace)
         finally:
-            # Also after a second Ctrl-C, and for children that outlived their parent.
+            # Also after a second Ctrl-C, and for child processes that outlived the server.
             self._signal(signal.SIGKILL)
             process.wait()
 
@@ -174,7 +174,7 @@ class ServerProcess:
 
 
 class RunningServer:
-    """A server that somebody else runs: used as one that is started here, but neither started nor stopped."""
+    """A server that was not started by this run: same interface as ServerProcess, but neither starts nor stops it."""
 
     def __init__(self, base_url: str):
         self.base_url = base_url
@@ -183,13 +183,13 @@ class RunningServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """It goes on."""
+        """The server keeps running."""
 
     def ends(self) -> bool:
         return False
 
     def cause(self) -> str:
-        return f"the server at {self.base_url} is run by somebody else"
+        return f"the server at {self.base_url} was not started by this run"
 
 
 def free_port() -> int:
@@ -199,7 +199,7 @@ def free_port() -> int:
 
 
 def _flag(flags: Sequence[str], name: str) -> str | None:
-    """The value of a flag among others, as "--flag value" or "--flag=value"; underscores equal hyphens."""
+    """The value of a flag, given as "--flag value" or "--flag=value"; underscores equal hyphens."""
     for i, flag in enumerate(flags):
         key, equals, value = flag.partition("=")
         if key.replace("_", "-") == name:
@@ -214,7 +214,7 @@ def has_flag(flags: Sequence[str], name: str) -> bool:
 def serve_flags(options: dict[str, object]) -> list[str]:
     """Flags of `redline serve` from plain data: {"enable-prefix-caching": False} -> ["--no-enable-prefix-caching"].
 
-    The words of a list are joined by commas; None is a flag that isn't given.
+    The values of a list are joined by commas; None omits the flag.
     """
     flags: list[str] = []
     for name, value in options.items():
@@ -229,12 +229,11 @@ def serve_flags(options: dict[str, object]) -> list[str]:
 
 
 def _prepare_child() -> Callable[[], object]:
-    """What the child does between fork and exec.
+    """What the child does between fork and exec: reset SIGINT, and ask for SIGTERM when this process dies (Linux).
 
-    It takes SIGINT, by which it is stopped, although a job in a shell's background ignores it and its children would
-    too. On Linux it gets SIGTERM if the run is killed outright.
+    A background job of a shell ignores SIGINT, and its children inherit that; the server is stopped with SIGINT.
     """
-    # Looked up here: after the fork only the call itself is safe.
+    # Loaded here: after the fork only the call itself is safe.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def before_exec() -> None:

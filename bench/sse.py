@@ -1,4 +1,4 @@
-"""Reads a streamed answer after the fact: which bytes carried which tokens."""
+"""Parses a recorded stream of server-sent events: which bytes carried which tokens."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,20 +6,20 @@ from typing import Any
 
 import msgspec
 
-# A line ends with CRLF, LF or CR, in any mixture, and two line ends in a row end an event. Atomic: CRLF is one of them.
+# A line ends with CRLF, LF or CR, in any mixture; two consecutive line ends end an event. Atomic: CRLF is one line end.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 _DEFAULT_NAMES = frozenset({b"", b"message"})
-_FAILED = frozenset({"error", "abort"})  # finish reasons of an answer that the server gave up
+_FAILED = frozenset({"error", "abort"})  # finish reasons of a failed response
 _MOST_TOKENS = 1 << 31
 DONE = b"[DONE]"
 
 
 @dataclass(slots=True)
 class Event:
-    """One server-sent event: its data, the offset of its last byte in the body, and its name where it has one."""
+    """One server-sent event: its data, the offset of its last byte in the body, and its name or ""."""
 
     data: bytes
     last: int
@@ -28,7 +28,7 @@ class Event:
 
 @dataclass(slots=True)
 class StreamedAnswer:
-    """What an event stream said; `places` and `tokens` have one entry a chunk that carried tokens."""
+    """A parsed event stream; `places` and `tokens` have one entry per chunk that carried tokens."""
 
     places: list[int] = field(default_factory=list)  # offset of each chunk's last byte in the body
     tokens: list[int] = field(default_factory=list)
@@ -37,29 +37,29 @@ class StreamedAnswer:
     cached_tokens: int = 0
     ended: bool = False  # [DONE], a finish reason or the final usage was seen
     finish: str = ""  # the last finish reason
-    malformed: str = ""  # an event that could not be read
-    error: str = ""  # what the server reported in the stream
-    events: int = 0  # of any kind, with data
+    malformed: str = ""  # message about an event that could not be parsed
+    error: str = ""  # error that the server reported in the stream
+    events: int = 0  # number of events with data
 
 
 @dataclass(slots=True)
 class _Chunk:
     place: int
     weight: int  # characters of text
-    tokens: int | None  # said by the chunk itself
-    closing: bool  # carries a finish reason
+    tokens: int | None  # if the chunk itself names them
+    closing: bool  # has a finish reason
 
 
 def split_events(body: bytes) -> list[Event]:
-    """Events of a body; one without its blank line at the end of the body is not among them."""
+    """Events of a body, without an unterminated one at its end."""
     return _events(body)[0]
 
 
 def read_stream(body: bytes, asked: int | None = None) -> StreamedAnswer:
     """Parse the events of an OpenAI completion or chat stream; problems are recorded, not raised.
 
-    Events that are no chunks (other names, objects without choices, comments) are passed over. `asked` is the length
-    of an answer that ends because of it (finish reason "length") and whose server counts nothing.
+    Events that are not chunks (other names, objects without choices, comments) are ignored. `asked` is the requested
+    length: the output length if the finish reason is "length" and the server reports no usage.
     """
     answer = StreamedAnswer()
     chunks: list[_Chunk] = []
@@ -74,7 +74,7 @@ def read_stream(body: bytes, asked: int | None = None) -> StreamedAnswer:
         try:
             _read_event(event, answer, chunks)
         except (msgspec.DecodeError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError):
-            answer.malformed = f"an event of the stream can't be read: {_excerpt(event.data)}"
+            answer.malformed = f"an event of the stream cannot be parsed: {_excerpt(event.data)}"
         if answer.malformed or answer.error:
             break
     _count_tokens(chunks, answer, asked)
@@ -82,7 +82,7 @@ def read_stream(body: bytes, asked: int | None = None) -> StreamedAnswer:
 
 
 def error_message(body: bytes) -> str:
-    """The server's own words in the body of an error answer."""
+    """The server's message in the body of an error response."""
     message = _decoded(body)
     for _ in range(2):
         if isinstance(message, dict):
@@ -93,7 +93,7 @@ def error_message(body: bytes) -> str:
 
 
 def what_instead(body: bytes, media: str) -> str:
-    """What an answer of HTTP 200 without a single event is, in words; `media` is its Content-Type."""
+    """A message that describes a response with HTTP 200 but no events; `media` is its Content-Type."""
     text = body.strip()
     if not text:
         return "the server answered HTTP 200 with an empty body instead of a stream"
@@ -101,18 +101,21 @@ def what_instead(body: bytes, media: str) -> str:
         return f"the server answered HTTP 200 with a page instead of a stream: {_page_title(body) or _excerpt(body)}"
     message = _decoded(text)
     if isinstance(message, dict) and message.get("choices"):
-        return "the server answered with one JSON object instead of a stream: it does not heed stream: true"
+        return 'the server answered with one JSON object instead of a stream: it ignores "stream": true'
     if isinstance(message, dict | list):
         return f"the server answered HTTP 200 with JSON instead of a stream: {error_message(text)}"
     lines = text.splitlines()
     if len(lines) > 1 and isinstance(_decoded(lines[0]), dict):
         return f"the server answered with lines of JSON instead of server-sent events: {_excerpt(lines[0])}"
-    kind = f" of the type {media}" if media and media != "text/event-stream" else ""
-    return f"the server answered HTTP 200 with text{kind} that holds no event of a stream: {_excerpt(body)}"
+    kind = f" of type {media}" if media and media != "text/event-stream" else ""
+    return f"the server answered HTTP 200 with text{kind} that contains no events: {_excerpt(body)}"
 
 
 def spread(total: int, weights: list[int]) -> list[int]:
-    """`total` split in proportion to weights by largest remainder, at least 1 each where the total allows."""
+    """`total` divided in proportion to the weights by largest remainder, each at least 1 if the total suffices.
+
+    Example: spread(5, [1, 1, 4]) is [1, 1, 3].
+    """
     if not weights:
         return []
     least = 1 if total >= len(weights) else 0
@@ -129,7 +132,7 @@ def spread(total: int, weights: list[int]) -> list[int]:
 
 
 def _events(body: bytes) -> tuple[list[Event], Event | None]:
-    """The events of a body, and what follows the last blank line read as one more."""
+    """The events of a body, and the unterminated event after the last blank line."""
     events: list[Event] = []
     start = len(_BYTE_ORDER_MARK) if body.startswith(_BYTE_ORDER_MARK) else 0
     for blank in _BLANK_LINE.finditer(body, start):
@@ -141,7 +144,7 @@ def _events(body: bytes) -> tuple[list[Event], Event | None]:
 
 
 def _event(block: bytes, last: int) -> Event | None:
-    """One event; None for a comment or an event without any data."""
+    """One event; None for a comment or an event without data."""
     if block.startswith(b"data: ") and b"\n" not in block and b"\r" not in block:
         return Event(block[6:], last) if len(block) > 6 else None
     lines, event_name = [], b""
@@ -156,12 +159,12 @@ def _event(block: bytes, last: int) -> Event | None:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Whether data that no blank line ended came whole: a server may end its stream without one."""
+    """Whether the data of an unterminated event is complete: a server may end its stream without a blank line."""
     return data.strip() == DONE or isinstance(_decoded(data), dict)
 
 
 def _decoded(data: bytes) -> Any:
-    """The JSON value, None where it is none."""
+    """The JSON value; None if the data is not valid JSON."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -172,7 +175,7 @@ def _read_event(event: Event, answer: StreamedAnswer, chunks: list[_Chunk]) -> N
     if event.name not in _DEFAULT_NAMES:
         message = _decoded(event.data)
         if event.name == b"error":
-            answer.error = error_message(event.data) or "an error event without words"
+            answer.error = error_message(event.data) or "an error event without a message"
         elif isinstance(message, dict):  # some servers name the events of their chunks
             _read_message(message, event.last, answer, chunks)
         return
@@ -212,7 +215,7 @@ def _read_message(message: dict[str, Any], place: int, answer: StreamedAnswer, c
 
 
 def _count(value: Any) -> int:
-    """A number of tokens; raises ValueError for one that can't be."""
+    """A token count; raises ValueError if it is out of range."""
     number = int(value)
     if not 0 <= number < _MOST_TOKENS:
         raise ValueError(f"{value} tokens")
@@ -221,7 +224,7 @@ def _count(value: Any) -> int:
 
 def _read_choice(choice: dict[str, Any], place: int) -> _Chunk | None:
     delta = choice.get("delta")
-    tokens = _said_tokens(choice)
+    tokens = _named_tokens(choice)
     closing = bool(choice.get("finish_reason"))
     if delta is None and "text" not in choice:
         return _Chunk(place, 0, tokens, closing) if tokens or closing else None
@@ -232,14 +235,14 @@ def _read_choice(choice: dict[str, Any], place: int) -> _Chunk | None:
         weight = sum(_length(delta.get(name)) for name in ("content", "reasoning_content", "reasoning", "refusal"))
         for name in ("tool_calls", "function_call"):
             weight += len(msgspec.json.encode(delta[name])) if delta.get(name) else 0
-        opening = "role" in delta and weight == 0  # announces the answer, carries no token
+        opening = "role" in delta and weight == 0  # the first chunk of a chat, without tokens
     if opening and not tokens and not closing:
         return None
     return _Chunk(place, weight, tokens, closing)
 
 
 def _length(text: Any) -> int:
-    """Characters of a text, or of the parts of one."""
+    """The number of characters of a text, or of a list of parts."""
     if isinstance(text, list):
         return sum(_length(part.get("text") or part.get("thinking")) for part in text)
     if text is not None and not isinstance(text, str):
@@ -247,11 +250,12 @@ def _length(text: Any) -> int:
     return len(text or "")
 
 
-def _said_tokens(choice: dict[str, Any]) -> int | None:
+def _named_tokens(choice: dict[str, Any]) -> int | None:
+    """The number of tokens if the chunk names them, in logprobs or token_ids."""
     logprobs = choice.get("logprobs")
-    for said in (logprobs.get("tokens"), logprobs.get("content")) if logprobs else ():
-        if said is not None:
-            return len(said)
+    for named in (logprobs.get("tokens"), logprobs.get("content")) if logprobs else ():
+        if named is not None:
+            return len(named)
     if choice.get("token_ids") is not None:
         return len(choice["token_ids"])
     return None
@@ -272,11 +276,10 @@ def _shortened(text: str) -> str:
 
 
 def _count_tokens(chunks: list[_Chunk], answer: StreamedAnswer, asked: int | None) -> None:
-    """Give each chunk its tokens: as it says itself, else so that they sum to the server's usage.
+    """Assign tokens to the chunks: as they name them, else so that they sum to the server's usage.
 
-    An empty text after the first words can be a token (half a character) or only the bearer of the finish reason; the
-    total decides. Before the first words it opens the answer, as many servers do at once: unless it names tokens
-    itself, it isn't the first one.
+    An empty text after the first text may be a token (a part of a character) or only carry the finish reason; the total
+    decides. An empty text before the first one only opens the stream, unless the chunk names tokens.
     """
     texts = [c for c in chunks if c.weight]
     if texts:

@@ -1,4 +1,4 @@
-"""The columns of a load point that are reduced from its requests."""
+"""Latency samples, token rates and goodput of a load point, from its requests."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ class Latencies:
 
     ttft: np.ndarray
     itl: np.ndarray  # all gaps between chunks of all requests, in order of arrival
-    itl_steps: np.ndarray  # int64, the engine step each of them is from
+    itl_steps: np.ndarray  # int64, the engine step of each gap
     tpot: np.ndarray
     e2e: np.ndarray
     tokens_per_chunk: float
@@ -24,7 +24,7 @@ class Latencies:
 
 
 def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
-    """Samples of the requests in the window; one still open at `end_s` counts with what it had waited by then."""
+    """Samples of the requests in the window; one that is open at `end_s` counts with its wait until then."""
     ttft: list[float] = []
     first: list[float] = []
     gaps: list[np.ndarray] = []
@@ -44,7 +44,7 @@ def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
         chunks += len(row.chunk_tokens)
         later = sum(row.chunk_tokens[1:])
         if row.status == "ok" and later:
-            # To the last chunk, not to the end of the stream: the usage record that follows is not a token.
+            # Until the last chunk, not the end of the stream: the usage that follows is not a token.
             tpot.append(sum(row.chunk_gaps_s) / later)
     itl, itl_steps = joined_gaps(first, gaps)
     return Latencies(
@@ -59,7 +59,7 @@ def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
 
 
 def token_rates(rows: Sequence[RequestRow], start_s: float, end_s: float) -> tuple[float, float]:
-    """Input and output tokens/s inside the window, of all requests: prompts by their first token, tokens by arrival."""
+    """Input and output tokens/s of all requests within the window: prompts at their first token, outputs on arrival."""
     inputs, outputs = 0, 0
     for row in rows:
         if row.ttft_s is None or not row.chunk_tokens:
@@ -77,7 +77,7 @@ def token_rates(rows: Sequence[RequestRow], start_s: float, end_s: float) -> tup
 def goodput(rows: Sequence[RequestRow], limits: Mapping[str, float], window_s: float) -> float | None:
     """Requests/s of the window that met every limit (column of PointRow -> ms); None without limits.
 
-    A limit counts for each request by itself: its TTFT, TPOT and E2E latency, and the limit's percentile of its gaps.
+    Limits apply to each request individually: to its TTFT, TPOT and E2E latency, and to the percentile of its own gaps.
     """
     if not limits:
         return None
@@ -93,7 +93,7 @@ def _meets(row: RequestRow, limits: Mapping[str, float]) -> bool:
         elif metric == "e2e":
             seen = row.e2e_s
         elif len(row.chunk_tokens) < 2:
-            continue  # a single chunk has no gaps
+            continue  # no gaps
         elif metric == "tpot":
             seen = sum(row.chunk_gaps_s) / max(1, sum(row.chunk_tokens[1:]))
         else:

@@ -1,14 +1,13 @@
-"""Runs a sweep: every configuration on every workload, each on a server of its own; goes on where it was interrupted.
+"""Runs a sweep: every configuration on every workload, each on a server of its own; continues an interrupted one.
 
-Of one workload all configurations are searched first. Their ladders follow, on the same absolute rates for all, so that
-the curves can be laid over each other. Given rates stand in the place of both. Ladders and given rates may be run in
-several rounds, in which configurations take turns.
+For each workload all configurations are searched first. Their ladders follow, at the same absolute rates for all, so
+that the curves can be compared. Given rates replace both. Ladders and given rates may be measured in several rounds,
+in which the configurations are interleaved.
 """
 
 import contextlib
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from bench.results import (
     PointRow,
     RunFiles,
     Summary,
+    slug,
     utc_now,
 )
 from bench.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
@@ -45,27 +45,27 @@ from bench.workloads.encoding import server_encoder
 
 STATE_FILE = "sweep.json"
 LOGS_FOLDER = "logs"
-_SEARCH_SHARE = 0.5  # at most, of the time of one configuration on one workload; the ladder has what is left
+_SEARCH_SHARE = 0.5  # limit of the search, of the time of one configuration on one workload; the rest is the ladder's
 _LADDER_LOW, _LADDER_HIGH = 0.25, 1.5  # x the lowest and the highest of the rates found
 _LADDER_POINTS = 6
-_EVEN_UP_TO = 2.0  # ratio of the rates found up to which even steps leave each of them enough points
+_EVEN_UP_TO = 2.0  # ratio of the rates found up to which the ladder has even steps
 
 
 @dataclass(slots=True)
 class _State:
-    """What must be known to go on: which file this is, and what summary and points don't tell."""
+    """What is needed to continue an interrupted sweep, beside summary and load points; written to sweep.json."""
 
-    plan: str  # a hash of the file's content, so that no key in it is copied
+    plan: str  # a hash of the sweep file, since the file itself may contain keys
     ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s
-    ladders: list[list[str]] = field(default_factory=list)  # or rates: [configuration, workload], once a round
-    searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> spent on its search
+    ladders: list[list[str]] = field(default_factory=list)  # [configuration, workload] for each finished round
+    searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> seconds of its search
 
 
 def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, *, fresh: bool = False) -> Summary:
-    """Measure what isn't measured yet; the causes of what failed are in the summary's `failures`.
+    """Measure what is not measured yet; failed runs and their causes are in the summary's `failures`.
 
-    Raises BenchError if `folder` holds another sweep and `fresh` isn't set, or can't be written to (CannotWriteError);
-    InterruptedRunError on Ctrl-C.
+    Raises BenchError if `folder` has results of another sweep and `fresh` is not set, CannotWriteError if it cannot be
+    written to, InterruptedRunError on Ctrl-C.
     """
     check_folder(folder, FLAG)
     if fresh:
@@ -76,9 +76,9 @@ def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, *, fresh: bool 
 
 
 def discard(folder: Path) -> None:
-    """Remove the results of an earlier run; whatever else lies in the folder stays."""
+    """Remove the results of an earlier run; other files in the folder are kept."""
     if not any((folder / name).exists() for name in (STATE_FILE, SUMMARY_FILE, POINTS_FILE)):
-        return  # nothing says that a folder called "logs" in it is ours
+        return  # a folder "logs" in it may not be ours
     for name in (STATE_FILE, POINTS_FILE, SUMMARY_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in (REQUESTS_FOLDER, METRICS_FOLDER, LOGS_FOLDER):
@@ -86,9 +86,9 @@ def discard(folder: Path) -> None:
 
 
 def common_ladder(found: Sequence[float], shares: Sequence[float] = ()) -> list[float]:
-    """Rates for all configurations alike: from a quarter of the lowest found to one and a half of the highest.
+    """Rates that are common to all configurations: from 0.25 x the lowest rate found to 1.5 x the highest.
 
-    With `shares` these of the lowest, which all sustain up to 1: fewer points, and more requests in each of them.
+    With `shares`, these multiples of the lowest rate found instead: fewer load points, with more requests each.
     """
     low, high = min(found), max(found)
     if shares:
@@ -113,7 +113,7 @@ class _Sweep:
         self.summary = self._open_summary()
 
     def run(self) -> None:
-        self.summary.failures.clear()  # what failed is tried again
+        self.summary.failures.clear()  # failed runs are tried again
         self._save()
         for workload in self._plan.workloads:
             for configuration in self._plan.configurations:
@@ -125,53 +125,55 @@ class _Sweep:
                 if not self._answered(configuration, workload):
                     self._step(configuration, workload, "search")
             ladder = self._ladder_rates(workload)
-            for turn in range(workload.options.rounds) if fixed or ladder else ():
+            for number in range(workload.options.rounds) if fixed or ladder else ():
                 for configuration in self._plan.configurations:
-                    if self._is_due(configuration, workload, turn, configuration in searched):
+                    if self._is_due(configuration, workload, number, configuration in searched):
                         self._step(configuration, workload, "rates" if fixed else "ladder", ladder)
         self.summary.finished = utc_now()
         self._save()
 
-    def _is_due(self, configuration: Configuration, workload: SweepWorkload, turn: int, searched: bool) -> bool:
-        answered, done = self._answered(configuration, workload), self._turns(configuration, workload)
+    def _is_due(self, configuration: Configuration, workload: SweepWorkload, number: int, searched: bool) -> bool:
+        """Whether round `number` of the ladder or the given rates is the next one of the configuration."""
+        answered, done = self._answered(configuration, workload), self._rounds_done(configuration, workload)
         if searched and not answered:
             return False
         if workload.options.rates and (answered != bool(done)):
-            done = (
-                0 if not answered else workload.options.rounds
-            )  # ended between two files, or before there were rounds
-        return done == turn
+            # The sweep ended between writing two files, or an older version without rounds wrote them.
+            done = workload.options.rounds if answered else 0
+        return done == number
 
     def _step(
         self, configuration: Configuration, workload: SweepWorkload, stage: str, ladder: list[float] | None = None
     ) -> None:
-        """One server's turn; an error is recorded and ends nothing but this turn."""
+        """Start the server and measure one stage; an error is recorded and ends this stage only."""
         what = _key(configuration, workload)
         self._progress.message(f"\n{what}: {stage}")
         self._progress.run_state(configuration.name, workload.name, f"{stage}: starting the server")
         try:
-            with self._server(configuration, workload, stage) as (target, built):
+            with self._server(configuration, workload, stage) as (target, requests):
                 if ladder is None:
-                    self._measure(configuration, workload, target, built)
+                    self._measure(configuration, workload, target, requests)
                 else:
-                    self._measure_ladder(configuration, workload, target, built, ladder)
+                    self._measure_ladder(configuration, workload, target, requests, ladder)
         except CannotWriteError:
-            raise  # the next turns could not be written either
+            raise  # later stages could not be written either
         except BenchError as error:
             self._fail(configuration, workload, str(error))
         finally:
             self._save()
 
-    def _measure(self, configuration: Configuration, workload: SweepWorkload, target: Target, built: Workload) -> None:
+    def _measure(
+        self, configuration: Configuration, workload: SweepWorkload, target: Target, requests: Workload
+    ) -> None:
         known, wanted = self._points(configuration, workload), workload.options
-        turn = self._turns(configuration, workload)
+        number = self._rounds_done(configuration, workload)
         if wanted.rates:
-            known = [p for p in known if p.phase != "probe" or not turn]  # it also warms up the server of this turn
-            options = self._options(workload, wanted.max_minutes / wanted.rounds, rates=wanted.rates, turn=turn)
+            known = [p for p in known if p.phase != "probe" or not number]  # each new server is warmed up by a probe
+            options = self._options(workload, wanted.max_minutes / wanted.rounds, rates=wanted.rates, round=number)
         else:
             share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
             options = self._options(workload, share * wanted.max_minutes)
-        subject = Subject(target, built, configuration.name, options, self._files, self._progress)
+        subject = Subject(target, requests, configuration.name, options, self._files, self._progress)
         began = time.monotonic()
         try:
             answer = measure_configuration(subject, known)
@@ -192,25 +194,30 @@ class _Sweep:
         points = self._points(configuration, workload)
         invalid = [p.reason for p in points if not p.valid and p.phase != "probe"]
         if invalid:
-            return f"no load point could be judged: {invalid[-1]}"
+            return f"no load point produced a valid result: {invalid[-1]}"
         alone = next((f" (one request alone takes {p.e2e_p50_ms / 1e3:.3g} s)" for p in points), "")
-        return f"the time is too short for a single load point{alone}: raise max_minutes, or ask for fewer tokens"
+        return f"max_minutes is too short for one load point{alone}: raise it, or use shorter requests"
 
     def _measure_ladder(
-        self, configuration: Configuration, workload: SweepWorkload, target: Target, built: Workload, rates: list[float]
+        self,
+        configuration: Configuration,
+        workload: SweepWorkload,
+        target: Target,
+        requests: Workload,
+        rates: list[float],
     ) -> None:
-        # Not the probe: one request alone also warms up the server that has just been started.
+        # Without the probe, which is repeated to warm up the new server.
         known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
         limit, rounds = workload.options.max_minutes, workload.options.rounds
         searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
         if workload.options.search == "first":
-            searched = limit  # that it had a search must not give one of them longer windows
+            searched = limit  # all configurations get windows of the same length, searched or not
         minutes = max(limit - searched, (1 - _SEARCH_SHARE) * limit) / rounds
-        turn = self._turns(configuration, workload)
-        options = self._options(workload, minutes, ladder_rates=rates, turn=turn)
-        subject = Subject(target, built, configuration.name, options, self._files, self._progress)
+        number = self._rounds_done(configuration, workload)
+        options = self._options(workload, minutes, ladder_rates=rates, round=number)
+        subject = Subject(target, requests, configuration.name, options, self._files, self._progress)
         if not measure_ladder(subject, known):
-            raise BenchError("the time is too short for a single point of the ladder: raise max_minutes")
+            raise BenchError("max_minutes is too short for one load point of the ladder: raise it")
         self._state.ladders.append([configuration.name, workload.name])
         self._show_answer(configuration, workload)
 
@@ -231,33 +238,33 @@ class _Sweep:
     def _server(
         self, configuration: Configuration, workload: SweepWorkload, stage: str
     ) -> Iterator[tuple[Target, Workload]]:
-        """The configuration's server while it lives, and the workload made for its vocabulary."""
-        log = self._folder / LOGS_FOLDER / f"{_slug(_key(configuration, workload))}-{stage}.log"
+        """Start the configuration's server, and build the workload for its vocabulary; stops the server at the end."""
+        log = self._folder / LOGS_FOLDER / f"{slug(_key(configuration, workload))}-{stage}.log"
         server = _process(configuration, workload, log)
         shown = configuration.shown(workload.max_tokens)
-        self._progress.message(f"measuring {shown} …" if configuration.runs else f"starting {shown} …")
+        self._progress.message(f"measuring {shown} …" if configuration.is_running else f"starting {shown} …")
         with server:
             try:
-                facts = probe_server(configuration.target(server.base_url))
-                target = facts.target
+                info = probe_server(configuration.target(server.base_url))
+                target = info.target
                 assert target is not None
-                for note in (*facts.notes, unused_proxy(target)):
+                for note in (*info.notes, unused_proxy(target)):
                     if note:
                         self._progress.message(note)
-                vocabulary = configuration.vocab_size or facts.vocab_size
+                vocabulary = configuration.vocab_size or info.vocab_size
                 if vocabulary is None and workload.needs_vocabulary:
                     raise BenchError(
-                        f"the server does not tell the size of its vocabulary: give configurations."
+                        "the server does not report its vocabulary size: set configurations."
                         f"{configuration.name}.vocab_size"
                     )
                 known = self.summary.configurations[configuration.name]
-                known |= {"model": known["model"] or facts.model, "server": facts.kind}
+                known |= {"model": known["model"] or info.model, "server": info.kind}
                 known.setdefault("resolved", {})[workload.name] = resolved_configuration(target)
                 yield target, workload.build(vocabulary, server_encoder(target))
             except LostServerError:
                 if not server.ends():
                     raise
-                raise BenchError(f"the server ended: {server.cause()}") from None
+                raise BenchError(f"the server exited: {server.cause()}") from None
 
     def _fail(self, configuration: Configuration, workload: SweepWorkload, cause: str) -> None:
         what = _key(configuration, workload)
@@ -267,14 +274,13 @@ class _Sweep:
         self._progress.run_state(configuration.name, workload.name, f"failed: {cause}")
 
     def _show_answer(self, configuration: Configuration, workload: SweepWorkload) -> None:
-        """Tell the progress what a run found, and whether its ladder is still to come."""
+        """Report the answer of a run, and whether its ladder is still to be measured."""
         mine = (configuration.name, workload.name)
         for answer in self.summary.answers:
             if (answer.configuration, answer.workload) == mine:
-                words = answer.line().partition(";")[0]
-                unfinished = self._turns(configuration, workload) < workload.options.rounds
-                waits = self._has_ladder(workload) and answer.rate and unfinished
-                self._progress.run_state(*mine, words + (", ladder to come" if waits else ""))
+                unfinished = self._rounds_done(configuration, workload) < workload.options.rounds
+                pending = self._has_ladder(workload) and answer.rate and unfinished
+                self._progress.run_state(*mine, answer.text() + (", ladder pending" if pending else ""))
 
     def _points(self, configuration: Configuration, workload: SweepWorkload) -> list[PointRow]:
         mine = (configuration.name, workload.name)
@@ -287,12 +293,12 @@ class _Sweep:
     def _has_ladder(self, workload: SweepWorkload) -> bool:
         return bool(workload.options.ladder) and workload.options.rates is None
 
-    def _turns(self, configuration: Configuration, workload: SweepWorkload) -> int:
-        """How many rounds of its ladder are done."""
+    def _rounds_done(self, configuration: Configuration, workload: SweepWorkload) -> int:
+        """The number of finished rounds of the ladder or the given rates."""
         return self._state.ladders.count([configuration.name, workload.name])
 
     def _ladder_rates(self, workload: SweepWorkload) -> list[float] | None:
-        """The workload's ladder, fixed once and for all by the first answers; None where nothing was sustained."""
+        """The workload's ladder, which the first answers determine for good; None if no rate was sustained."""
         if not self._has_ladder(workload):
             return None
         found = [a.rate for a in self.summary.answers if a.workload == workload.name and a.rate]
@@ -300,7 +306,7 @@ class _Sweep:
             ladder = workload.options.ladder
             shares = ladder if isinstance(ladder, tuple) else ()
             self._state.ladder_rates[workload.name] = common_ladder(found, shares)
-            self._save()  # a configuration that is tried again later must not move them
+            self._save()  # a configuration that is tried again later must not change them
             self.summary.workloads[workload.name]["ladder_rates"] = self._state.ladder_rates[workload.name]
         return self._state.ladder_rates.get(workload.name)
 
@@ -311,18 +317,18 @@ class _Sweep:
             for name in (SUMMARY_FILE, POINTS_FILE):
                 if (self._folder / name).exists():
                     raise BenchError(
-                        f"{self._folder} holds other results: choose another folder with --out, or discard them "
+                        f"{self._folder} contains other results: choose another folder with --out, or discard them "
                         "with --fresh"
                     )
             return _State(plan)
         try:
             state = _State(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise BenchError(f"{path} can't be read ({error}): start over with --fresh") from None
+            raise BenchError(f"{path} cannot be read ({error}): start over with --fresh") from None
         if state.plan != plan:
             raise BenchError(
-                f"{self._folder} holds results of another version of this sweep: choose another folder with --out, or "
-                "discard them with --fresh"
+                f"{self._folder} contains results of another version of this sweep: choose another folder with --out, "
+                "or discard them with --fresh"
             )
         return state
 
@@ -339,7 +345,7 @@ class _Sweep:
         )
 
     def _save(self) -> None:
-        # The state first: a folder with a summary but no state is taken for somebody else's.
+        # The state first: a folder with a summary but without a state is rejected as containing other results.
         fields = {name: getattr(self._state, name) for name in ("plan", "ladder_rates", "ladders", "searched_s")}
         text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
         with writing(self._folder / STATE_FILE, FLAG):
@@ -381,14 +387,10 @@ def _describe(workload: SweepWorkload) -> dict[str, Any]:
 
 
 def _digest(plan: SweepPlan) -> str:
-    """Changes with whatever changes a measurement."""
+    """A hash of everything in the sweep file that influences a measurement."""
     data = {key: value for key, value in plan.data.items() if key not in ("title", "description")}
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _key(configuration: Configuration, workload: SweepWorkload) -> str:
     return f"{configuration.name} / {workload.name}"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", name).strip("-") or "x"

@@ -1,9 +1,9 @@
-"""Recorded arrivals: the public traces as they are published, and any CSV or JSONL whose columns are known.
+"""Recorded arrivals: public traces in their published formats, and CSV or JSONL files with known column names.
 
-Mooncake: JSONL with timestamp in milliseconds, input_length, output_length, and hash_ids: one id a block of 512 tokens,
-the same id where prompts have the block and all before it in common. Bailian (Qwen): the same with seconds and blocks
-of 16 tokens. BurstGPT: CSV with Timestamp in seconds, Request tokens, Response tokens. Azure LLM inference: CSV with
-TIMESTAMP as date-times, ContextTokens, GeneratedTokens.
+Mooncake: JSONL with timestamp in milliseconds, input_length, output_length, and hash_ids with one id per block of 512
+tokens; prompts share a block and all blocks before it if they have the same id. Bailian (Qwen): the same with seconds
+and blocks of 16 tokens. BurstGPT: CSV with Timestamp in seconds, Request tokens, Response tokens. Azure LLM inference:
+CSV with TIMESTAMP as date-times, ContextTokens, GeneratedTokens.
 """
 
 import functools
@@ -20,12 +20,12 @@ import numpy as np
 from bench.datafile import DataRow, RowFaults, read_table
 from bench.errors import BenchError
 
-UNITS = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}  # in a second
+UNITS = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}  # per second
 FLAG = "--trace"
-MOONCAKE_BLOCK = 512  # tokens a hash id stands for
+MOONCAKE_BLOCK = 512  # tokens per hash id
 
 
-# Names are compared in lower case without spaces and punctuation; those of times may end in a unit.
+# Column names are compared in lower case without spaces and punctuation; those of times may end in a unit.
 def _words(text: str) -> list[str]:
     return text.split()
 
@@ -48,9 +48,9 @@ _SUFFIXES = {
     "us": "us", "usec": "us", "micros": "us", "microseconds": "us",
     "ns": "ns", "nanos": "ns", "nanoseconds": "ns",
 }  # fmt: skip
-_EPOCHS = ((1e17, "ns"), (1e14, "us"), (1e11, "ms"), (5e8, "s"))  # from there on a number is a date after 1973
-_UNCLEAR_GAP_S, _MOONCAKE_GAP_S = 100.0, 10.0  # mean gaps that are more probably of another unit
-_MOST_TOKENS = 10**8  # of one request; more is a damaged row
+_EPOCHS = ((1e17, "ns"), (1e14, "us"), (1e11, "ms"), (5e8, "s"))  # larger numbers are dates after 1973
+_UNCLEAR_GAP_S, _MOONCAKE_GAP_S = 100.0, 10.0  # larger mean gaps make seconds improbable
+_MOST_TOKENS = 10**8  # of one request; a row with more is damaged
 _BURSTGPT = frozenset({"requesttokens", "responsetokens"})
 _AZURE = frozenset({"contexttokens", "generatedtokens"})
 _BAILIAN = frozenset({"chatid", "parentchatid"})
@@ -61,26 +61,26 @@ _SECOND = re.compile(r"(?P<whole>.*\d{2}:\d{2}:\d{2})[.,](?P<fraction>\d+)(?P<zo
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Recorded requests, sorted by time: seconds since the first, and tokens where the file has them."""
+    """Recorded requests, sorted by time, with token counts if the file has them."""
 
     stem: str
-    times: np.ndarray  # float64[count], count >= 2
+    times: np.ndarray  # float64[count], seconds since the first request; count >= 2
     inputs: list[int] | None
     outputs: list[int] | None
     kind: str = ""  # "Mooncake", "BurstGPT", …; "" for other files
-    unit: str = "s"  # of the file's times, "date-times" too
-    hash_ids: list[tuple[Any, ...]] | None = None  # one id a block of the prompt
+    unit: str = "s"  # of the file's times, or "date-times"
+    hash_ids: list[tuple[Any, ...]] | None = None  # one id per block of the prompt
     block_tokens: int = MOONCAKE_BLOCK
-    unused: tuple[str, ...] = ()  # columns that are not known
-    left_out: str = ""  # what bad rows were left out
+    unused: tuple[str, ...] = ()  # unknown columns
+    skipped: str = ""  # message about skipped rows
 
     @property
     def rate(self) -> float:
         """The mean rate in requests/s, from the first arrival to the last."""
         return (len(self.times) - 1) / float(self.times[-1])
 
-    def words(self) -> str:
-        """What was recognized, in one line."""
+    def summary(self) -> str:
+        """What was recognized, as one line."""
         parts = [f"{len(self.times)} requests over {self.times[-1]:.4g} s ({self.rate:.3g} req/s)"]
         parts.append("date-times" if self.unit == "date-times" else f"times in {self.unit}")
         known = [name for name, found in (("input", self.inputs), ("output", self.outputs)) if found is not None]
@@ -88,20 +88,20 @@ class Trace:
         if self.hash_ids is not None:
             parts.append(f"shared prefixes in blocks of {self.block_tokens} tokens")
         if self.unused:
-            parts.append(f"columns not used: {', '.join(self.unused)}")
+            parts.append(f"unused columns: {', '.join(self.unused)}")
         return f"trace {self.stem}{f' ({self.kind})' if self.kind else ''}: {'; '.join(parts)}"
 
 
 @functools.lru_cache(maxsize=4)
 def read_trace(path: str, unit: str = "auto", skip_bad_rows: bool = False) -> Trace:
-    """Read a trace; `unit` is of numeric times (UNITS), "auto" works it out or raises BenchError that asks for it.
+    """Read a trace; `unit` is the unit of numeric times (UNITS) or "auto".
 
-    Bad rows are an error that names them, or left out and noted.
+    Raises BenchError if the unit is ambiguous, and for bad rows unless they are to be skipped.
     """
     if not isinstance(path, str) or not path:
-        raise BenchError(f"a trace is the path of a file, not {path!r} ({FLAG})")
+        raise BenchError(f"a trace must be the path of a file, not {path!r} ({FLAG})")
     if unit not in ("auto", *UNITS):
-        raise BenchError(f"{unit!r} is no unit of times: choose from auto, {', '.join(UNITS)} (--trace-unit)")
+        raise BenchError(f"{unit!r} is not a valid time unit: choose from auto, {', '.join(UNITS)} (--trace-unit)")
     return _Reader(path, unit, skip_bad_rows).read()
 
 
@@ -114,7 +114,7 @@ class _Date:
 
 @dataclass(slots=True)
 class _Record:
-    """One row, read."""
+    """One parsed row."""
 
     where: str
     moment: float | _Date
@@ -124,7 +124,7 @@ class _Record:
 
 
 class _Reader:
-    """One file on its way to a Trace."""
+    """Reads one file as a Trace."""
 
     def __init__(self, path: str, asked_unit: str, skip: bool):
         self._path = path
@@ -153,7 +153,7 @@ class _Reader:
         self._faults.check()
         times, unit = self._dates(records) if dates else self._numbers(records)
         if len(times) < 2 or max(times) <= min(times):
-            skipped = f" ({left_out})" if (left_out := self._faults.note()) else ""
+            skipped = f" ({note})" if (note := self._faults.note()) else ""
             raise BenchError(f"{self._path}: a trace needs at least two requests at different times{skipped} ({FLAG})")
         order = np.argsort(times, kind="stable").tolist()
         used = {self._time, self._input, self._output, self._ids}
@@ -167,25 +167,25 @@ class _Reader:
             hash_ids=[records[i].ids for i in order] if self._ids is not None else None,
             block_tokens=block,
             unused=tuple(name or "(no name)" for name in self._columns if name not in used),
-            left_out=self._faults.note(),
+            skipped=self._faults.note(),
         )
 
     def _record(self, row: DataRow, dates: bool) -> _Record | None:
-        """The row's values; None where one of them is bad, which is noted."""
+        """The row's values; None, with an entry in `_faults`, if one of them is bad."""
         fault = row.fault
         moment = None if fault else _moment(row.fields.get(self._time or ""))
         if not fault and (moment is None or isinstance(moment, _Date) != dates):
             what = "date-time" if dates else "number"
-            fault = f"has no {what} in its column {self._time}: {_shown(row.fields.get(self._time or ''))}"
+            fault = f"has no {what} in column {self._time}: {_shown(row.fields.get(self._time or ''))}"
         tokens = []
         for column in (self._input, self._output):
             value = row.fields.get(column or "")
             tokens.append(_whole(value) if column is not None else 1)
             if not fault and not 1 <= tokens[-1] <= _MOST_TOKENS:
-                fault = f"needs whole numbers from 1 on in its column {column}, not {_shown(value)}"
+                fault = f"needs an integer of at least 1 in column {column}, not {_shown(value)}"
         ids = _listed(row.fields.get(self._ids or ""))
         if not fault and ids is not None and not _are_ids(ids):
-            fault = f"has no list of ids in its column {self._ids}: {_shown(ids)}"
+            fault = f"has no list of ids in column {self._ids}: {_shown(ids)}"
         if fault or moment is None:
             self._faults.add(row.where, fault)
             return None
@@ -195,16 +195,16 @@ class _Reader:
         if not record.ids or _fits(record, block):
             return True
         blocks = math.ceil(record.inputs / block)
-        words = f"{record.inputs} tokens are {blocks} blocks of {block}"
-        self._faults.add(record.where, f"has {len(record.ids)} ids in its column {self._ids}, but its {words}")
+        expected = f"{record.inputs} tokens are {blocks} blocks of {block}"
+        self._faults.add(record.where, f"has {len(record.ids)} ids in column {self._ids}, but its {expected}")
         return False
 
     def _dates(self, records: list[_Record]) -> tuple[list[float], str]:
         moments = [r.moment for r in records if isinstance(r.moment, _Date)]
         if self._asked_unit != "auto":
-            raise BenchError(f"{self._path}: its times are date-times, which have no unit (--trace-unit)")
+            raise BenchError(f"{self._path}: --trace-unit does not apply: the trace has date-times (--trace-unit)")
         if len({moment.zoned for moment in moments}) > 1:
-            raise BenchError(f"{self._path}: only some of its date-times have a time zone ({FLAG})")
+            raise BenchError(f"{self._path}: only some of the date-times have a time zone ({FLAG})")
         first = min((moment.seconds for moment in moments), default=0)
         return [moment.seconds - first + moment.fraction for moment in moments], "date-times"
 
@@ -213,7 +213,7 @@ class _Reader:
         numbers = [r.moment for r in records if isinstance(r.moment, float)]
         unit = self._unit(numbers)
         first = min(numbers, default=0.0)
-        # Divided, since a thousandth has no exact binary form and 1500 ms should be 1.5 s.
+        # Division, since 0.001 is not exact in binary and 1500 ms should be 1.5 s.
         return [(number - first) / UNITS[unit] for number in numbers], unit
 
     def _unit(self, numbers: list[float]) -> str:
@@ -235,8 +235,8 @@ class _Reader:
             return "s"
         rates = [f"in {unit} it has {UNITS[unit] / gap:.3g} req/s" for unit in ("s", "ms")] if gap else []
         raise BenchError(
-            f"{self._path}: nothing says what the unit of its column {self._time} is ({', '.join(rates)}): "
-            "give --trace-unit s or ms"
+            f"{self._path}: the unit of column {self._time} is ambiguous ({', '.join(rates)}): "
+            "pass --trace-unit s or ms"
         )
 
     def _kind(self, unit: str) -> str:
@@ -250,7 +250,7 @@ class _Reader:
 
 
 def _listed(ids: Any) -> Any:
-    """The ids of a CSV cell, which holds them as JSON; an empty one has none."""
+    """The ids of a CSV cell, which are written as JSON; an empty cell has none."""
     if not isinstance(ids, str):
         return ids
     try:
@@ -264,7 +264,7 @@ def _are_ids(value: Any) -> bool:
 
 
 def _fits(record: _Record, block: int) -> bool:
-    """Whether the ids are as many as the prompt has blocks; some files name none for a last part of a block."""
+    """Whether there are as many ids as the prompt has blocks; some files have none for a partial last block."""
     return len(record.ids) in (math.ceil(record.inputs / block), record.inputs // block)
 
 
@@ -280,13 +280,13 @@ def _compact(name: str) -> str:
 
 
 def _suffix(name: str) -> str | None:
-    """The unit that a column's name ends in, as in timestamp_ms or "arrival (s)"."""
+    """The unit at the end of a column's name, as in timestamp_ms or "arrival (s)"."""
     words = re.split(r"[^a-z0-9]+", name.lower().rstrip(" )]_"))
     return _SUFFIXES.get(words[-1]) if len(words) > 1 else None
 
 
 def _column(columns: list[str], known: list[str], *, units: bool = False) -> str | None:
-    """The column that has the first of these names."""
+    """The column with the first of the known names."""
     names: dict[str, str] = {}
     for column in columns:
         names.setdefault(_compact(column), column)
@@ -297,7 +297,7 @@ def _column(columns: list[str], known: list[str], *, units: bool = False) -> str
 
 
 def _moment(value: Any) -> "float | _Date | None":
-    """The number or the date-time that a cell holds; None where it is neither."""
+    """The number or date-time in a cell; None if it has neither."""
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int | float):
@@ -307,7 +307,7 @@ def _moment(value: Any) -> "float | _Date | None":
         return _finite(text)
     fraction = 0.0
     parts = _SECOND.fullmatch(text)
-    if parts is not None:  # datetime cuts off beyond microseconds, and Azure's have seven digits
+    if parts is not None:  # datetime truncates to microseconds; Azure's times have seven digits
         text, fraction = parts["whole"] + parts["zone"], float("0." + parts["fraction"])
     try:
         moment = datetime.fromisoformat(text.removesuffix(" UTC"))
@@ -326,7 +326,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _whole(value: Any) -> int:
-    """A number of tokens; 0 where it isn't one."""
+    """A token count; 0 if the cell has none."""
     if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
         return 0
     if isinstance(value, bool) or not isinstance(value, int | float | str):

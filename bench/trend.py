@@ -1,39 +1,39 @@
-"""Whether latencies grow within a window: evidence of a queue that a count of open requests is too coarse to show."""
+"""Growth of latencies within a window: detects a growing queue that the number of open requests does not show yet."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-_PARTS = 8  # of the window, by requests
-_FEWEST = 3  # requests in a part
+_PARTS = 8  # parts of the window, by requests
+_FEWEST = 3  # requests per part
 # Student's t, one-sided 95 %, by degrees of freedom.
 STUDENT_T_ONE_SIDED = {2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895}
-# Means over parts of a random walk are correlated: their ends stray by so much more than independent steps would.
+# Means over parts of a random walk are correlated: their ends deviate by this factor more than independent steps.
 _WALK = 1.2
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """Latencies of the requests of a window by the time they were due, in seconds."""
+    """Latencies of the requests of a window, by the time at which they were due, in seconds."""
 
     due_s: np.ndarray  # float64[n], sorted
     ttft_s: np.ndarray
-    latency_s: np.ndarray  # E2E of an answer of mean length at the pace of each: lengths are the workload's noise
+    latency_s: np.ndarray  # E2E latency scaled to the mean output length, since lengths vary with the workload
 
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """Growth of a latency in seconds per second, and up to how much of it is noise (95 %, one side)."""
+    """Growth of a latency in seconds per second, and its noise (95 %, one-sided)."""
 
     slope: float
     noise: float
 
 
 def trend(due_s: np.ndarray, latency_s: np.ndarray) -> Trend | None:
-    """The trend between the first and the last part of a window; None where it has too few requests for one.
+    """The trend between the first and the last part of a window; None if it has too few requests.
 
-    The noise is that of a random walk, as the wait in an overloaded queue is: independent increments between parts.
+    The noise is that of a random walk with independent increments between parts, as is the wait in an overloaded queue.
     """
     parts = min(_PARTS, len(due_s) // _FEWEST)
     if parts < 4:

@@ -1,4 +1,4 @@
-"""The result file of `vllm bench serve --save-result`, so that scripts which read it go on working."""
+"""Results in the format of `vllm bench serve --save-result`, for scripts that read it."""
 
 import json
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def vllm_result(
     max_concurrency: int | None = None,
     burstiness: float = 1.0,
 ) -> dict[str, Any]:
-    """One run in that schema, with the details of each request; `request_rate` None is "inf".
+    """One load point in that format, with the details of each request; `request_rate` None is "inf".
 
-    Texts are not kept, so generated_texts are empty. TTFT and latencies are counted from the intended send time, and
-    start_times from the start of the load point.
+    Texts are not kept, so generated_texts are empty. TTFT and latencies count from the intended send time, start_times
+    from the start of the load point.
     """
     done = [r for r in requests if r.status == "ok" and r.ttft_s is not None and r.e2e_s is not None]
     start = min((r.intended_s for r in requests), default=0.0)
@@ -60,7 +60,7 @@ def vllm_result(
 
 
 def save_vllm_result(path: Path, result: dict[str, Any]) -> None:
-    """Raises CannotWriteError naming --save-vllm-json."""
+    """Write the file; raises CannotWriteError naming --save-vllm-json."""
     text = json.dumps(result)
     with writing(path, "--save-vllm-json"):
         replace_file(path, lambda part: part.write_text(text))
@@ -87,12 +87,12 @@ def _statistics(done: Sequence[RequestRow]) -> dict[str, float]:
 
 
 def _peaks(done: Sequence[RequestRow]) -> dict[str, float]:
-    """Highest number of tokens within a second, counted from the first request, and of requests open at once."""
+    """The highest number of tokens per second, counted from the first request, and of concurrent requests."""
     if not done:
         return {"max_output_tokens_per_s": 0.0, "max_concurrent_requests": 0}
     starts = np.array([r.intended_s for r in done])
     ends = starts + np.array([r.e2e_s or 0.0 for r in done])
-    # At equal times an end counts before a start: in a closed loop one takes the other's place.
+    # At equal times an end counts before a start: in a closed loop the one replaces the other.
     events = np.concatenate((starts, ends))
     steps = np.concatenate((np.ones(len(starts)), -np.ones(len(ends))))
     most = int(np.cumsum(steps[np.lexsort((steps, events))]).max())
@@ -106,7 +106,7 @@ def _peaks(done: Sequence[RequestRow]) -> dict[str, float]:
 
 
 def _details(requests: Sequence[RequestRow]) -> dict[str, list[Any]]:
-    """One entry a request; a failed one has no output, as in the original."""
+    """Lists with one entry per request; a failed request has no output, as in vLLM."""
     ok = [r.status == "ok" for r in requests]
     return {
         "input_lens": [r.input_tokens for r in requests],

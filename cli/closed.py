@@ -1,4 +1,4 @@
-"""`redline bench --concurrency N`: a closed loop, and its result in the schema of `vllm bench serve`."""
+"""`redline bench --concurrency N`: measures a closed loop; also writes results in the format of `vllm bench serve`."""
 
 import dataclasses
 import math
@@ -20,21 +20,20 @@ from bench.results import PointRow, RequestRow, RunFiles, Summary, utc_now
 from bench.run import BenchOptions, InterruptedRunError
 from bench.vllm_json import save_vllm_result, vllm_result
 from bench.workloads import Workload
+from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED
 
-FAILED_REQUESTS = 3
-INTERRUPTED = 130  # the exit code of Ctrl-C
-REQUESTS_A_STREAM = 4  # where --num-requests isn't given
+REQUESTS_PER_STREAM = 4  # without --num-requests
 
 
-def check_closed(given: dict[str, Any]) -> None:
+def check_closed(params: dict[str, Any]) -> None:
     """Raise UsageError for flags that contradict each other."""
-    concurrency = given["concurrency"]
-    if concurrency is not None and any(given[name] is not None for name in ("rate", "rates", "trace")):
-        raise click.UsageError("give either --concurrency or arrivals (--rate, --rates, --trace)")
-    if given["num_requests"] is not None and concurrency is None:
+    concurrency = params["concurrency"]
+    if concurrency is not None and any(params[name] is not None for name in ("rate", "rates", "trace")):
+        raise click.UsageError("--concurrency cannot be combined with --rate, --rates or --trace")
+    if params["num_requests"] is not None and concurrency is None:
         raise click.UsageError("--num-requests needs --concurrency")
-    if given["save_vllm_json"] is not None and concurrency is None and given["rate"] is None:
-        raise click.UsageError("--save-vllm-json holds one run: it needs --concurrency or --rate")
+    if params["save_vllm_json"] is not None and concurrency is None and params["rate"] is None:
+        raise click.UsageError("--save-vllm-json needs --concurrency or --rate (one load point)")
 
 
 def run_closed(
@@ -44,12 +43,12 @@ def run_closed(
     target: Target,
     workload: Workload,
     options: BenchOptions,
-    given: dict[str, Any],
+    params: dict[str, Any],
 ) -> int:
-    """Measure, print and write; returns the exit code: 1 if the figures can't be trusted, 3 if requests failed."""
-    concurrency = int(given["concurrency"])
-    count = given["num_requests"] or REQUESTS_A_STREAM * concurrency
-    name = given["configuration"]
+    """Measure, print and write; returns the exit code: FAILED if the load point is invalid."""
+    concurrency = int(params["concurrency"])
+    count = params["num_requests"] or REQUESTS_PER_STREAM * concurrency
+    name = params["configuration"]
     budget = TimeBudget(options.max_minutes * 60)
     reader = MetricsReader(target)
     point = ClosedPoint(
@@ -59,7 +58,7 @@ def run_closed(
     try:
         row, requests = measure_closed_loop(point, files, ConsoleProgress(console), concurrency, count, budget)
     except InterruptedRunError:
-        lost = f"; {given['save_vllm_json']} isn't written" if given["save_vllm_json"] is not None else ""
+        lost = f"; {params['save_vllm_json']} was not written" if params["save_vllm_json"] is not None else ""
         console.print(f"interrupted before the first load point{lost}", style="bold", highlight=False)
         write_summary(files, summary)
         return INTERRUPTED
@@ -67,21 +66,20 @@ def run_closed(
         write_summary(files, summary)
         raise
     failed = CannotWriteError(files.unwritten) if files.unwritten else write_summary(files, summary)
-    if given["save_vllm_json"] is not None:
-        asked = {"max_concurrency": concurrency}
-        failed = save_vllm(given["save_vllm_json"], requests, target.model, **asked) or failed
+    if params["save_vllm_json"] is not None:
+        failed = save_vllm(params["save_vllm_json"], requests, target.model, max_concurrency=concurrency) or failed
     _print(console, files, row)
     if failed is not None:
         raise failed
     if budget.stopped:
         return INTERRUPTED
     if not row.valid:
-        return 1
+        return FAILED
     return FAILED_REQUESTS if row.failed else 0
 
 
 def write_summary(files: RunFiles, summary: Summary) -> CannotWriteError | None:
-    """Write the summary; returns the error, which must not keep the figures from the screen."""
+    """Write the summary; the error is returned, not raised, so that the figures are still printed."""
     summary.finished = utc_now()
     try:
         files.write_summary(summary)
@@ -90,20 +88,23 @@ def write_summary(files: RunFiles, summary: Summary) -> CannotWriteError | None:
     return None
 
 
-def save_vllm(path: Path, requests: list[RequestRow], model: str, **asked: Any) -> CannotWriteError | None:
-    """Write the requests in the schema of `vllm bench serve --save-result`; returns the error."""
+def save_vllm(path: Path, requests: list[RequestRow], model: str, **load: Any) -> CannotWriteError | None:
+    """Write the requests in the format of `vllm bench serve --save-result`; returns the error.
+
+    load: request_rate or max_concurrency, as in vllm_result().
+    """
     try:
-        save_vllm_result(path, vllm_result(requests, model, **asked))
+        save_vllm_result(path, vllm_result(requests, model, **load))
     except CannotWriteError as error:
         return error
     return None
 
 
 def save_vllm_of_rate(path: Path, files: RunFiles, model: str, since: str) -> CannotWriteError | None:
-    """The same for the window of the load point with a given rate that was started after `since`, if there is one."""
+    """The same for the window of the last load point of phase "fixed" that started at or after `since`."""
     points = [p for p in files.read_points() if p.phase == "fixed" and p.started >= since]
     if not points:
-        return CannotWriteError(f"{path}: isn't written, as no load point was measured (--save-vllm-json)")
+        return CannotWriteError(f"{path} was not written: no load point was measured (--save-vllm-json)")
     point = max(points, key=lambda p: p.started)
     rows = [r for r in _request_rows(files, point.point_id) if r.in_window]
     return save_vllm(path, rows, model, request_rate=point.rate)
@@ -125,14 +126,14 @@ def _request_rows(files: RunFiles, point_id: str) -> list[RequestRow]:
 
 def _print(console: Console, files: RunFiles, row: PointRow) -> None:
     console.print()
-    console.print(points_table([row], title=f"{row.workload}, {row.concurrency} at a time"))
+    console.print(points_table([row], title=f"{row.workload}, concurrency {row.concurrency}"))
     if row.failures:
         console.print(f"failed: {row.failures}", style="red", highlight=False, soft_wrap=True)
-    several = f", {row.generator_processes} processes" if row.generator_processes > 1 else ""
+    processes = f", {row.generator_processes} processes" if row.generator_processes > 1 else ""
     console.print(
-        f"load generator: {row.generator_us_per_chunk:.1f} µs of CPU a chunk{several}, {row.generator_cpu_share:.0%} "
-        f"of a core, reads {row.loop_lag_p99_ms:.2f} ms and sends {row.lateness_p99_ms:.2f} ms late (P99), "
-        f"{row.coalesced_reads} reads of several chunks",
+        f"load generator: {row.generator_us_per_chunk:.1f} µs CPU per chunk{processes}, {row.generator_cpu_share:.0%} "
+        f"of a core; P99 read delay {row.loop_lag_p99_ms:.2f} ms, P99 send delay {row.lateness_p99_ms:.2f} ms; "
+        f"{row.coalesced_reads} reads contained several chunks",
         highlight=False,
         soft_wrap=True,
     )
@@ -142,7 +143,7 @@ def _print(console: Console, files: RunFiles, row: PointRow) -> None:
         console.print(f"INVALID: {row.reason}", style="bold yellow", highlight=False, soft_wrap=True)
         return
     console.print(
-        f"{row.concurrency} at a time: {row.achieved_rate:.4g} req/s, {row.output_tok_s:.0f} tok/s; TTFT P50/P99 "
+        f"concurrency {row.concurrency}: {row.achieved_rate:.4g} req/s, {row.output_tok_s:.0f} tok/s; TTFT P50/P99 "
         f"{row.ttft_p50_ms:.2f}/{row.ttft_p99_ms:.2f} ms, ITL P50/P99 {row.itl_p50_ms:.2f}/{row.itl_p99_ms:.2f} ms"
         f"{disturbed}",
         style="bold",

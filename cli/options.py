@@ -1,4 +1,4 @@
-"""Shared by the subcommands: options shown in groups, and sizes such as 8k."""
+"""What the subcommands share: options in groups, and types of option values."""
 
 import json
 import math
@@ -55,12 +55,12 @@ class GroupedCommand(click.Command):
 
 
 class SpreadCommand(GroupedCommand):
-    """A command with options that take all values which follow them, `--name a b`, as vLLM's do.
+    """A command with options that take all values that follow them, `--name a b`, as vLLM's do.
 
-    Where an option leaves nothing for the command's argument, the last value is the argument.
+    If such an option leaves no value for the command's argument, its last value becomes the argument.
     """
 
-    in_place_of_argument = ""  # name of the parameter that can stand for the argument
+    in_place_of_argument = ""  # name of the parameter that may replace the argument
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread, last = self._spread(ctx, args)
@@ -68,11 +68,11 @@ class SpreadCommand(GroupedCommand):
             found, _, _ = self.make_parser(ctx).parse_args(list(spread))
             arguments = [one.name for one in self.params if isinstance(one, click.Argument)]
             if not any(isinstance(found.get(name), str) for name in (*arguments, self.in_place_of_argument)):
-                del spread[last]  # the option's name before it: the value is left alone
+                del spread[last]  # remove the option's name before the last value
         return super().parse_args(ctx, spread)
 
     def _spread(self, ctx: click.Context, args: list[str]) -> tuple[list[str], int | None]:
-        """With the option's name before each value, and where the last name was put in, if any was."""
+        """The arguments with the option's name before each value, and the index of the last inserted name."""
         normalize = ctx.token_normalize_func or str
         options = [one for one in self.params if isinstance(one, GroupedOption) and one.several]
         names = {normalize(name) for one in options for name in one.opts}
@@ -94,7 +94,7 @@ class SpreadCommand(GroupedCommand):
 
 
 class Finite(click.FloatRange):
-    """A number within bounds that is neither infinite nor NaN, which click would accept."""
+    """A number within bounds. Infinity and NaN, which would pass click's bounds, are rejected."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -114,7 +114,7 @@ class Size(click.ParamType):
             return value
         match = self.pattern.fullmatch(str(value).replace(",", "").strip())
         if match is None:
-            self.fail(f"{value!r} is not a valid size: write a number such as 4096, 4k or 2GiB", param, ctx)
+            self.fail(f"{value!r} is not a valid size: use a number such as 4096, 4k or 2GiB", param, ctx)
         number, unit, suffix = match.groups()
         binary = suffix in ("iB", "ib") or (unit.isupper() and not suffix)
         size = float(number) * (1024 if binary else 1000) ** ("", "k", "m", "g", "t").index(unit.lower())
@@ -126,17 +126,17 @@ class Size(click.ParamType):
 
 
 class JsonObject(click.ParamType):
-    """A JSON object, in one argument."""
+    """A JSON object."""
 
     name = "json"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         try:
             found = value if isinstance(value, dict) else json.loads(value)
-        except ValueError as error:
-            self.fail(f"{value!r} is not valid JSON: {error}", param, ctx)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value[:80]!r} is not valid JSON: {error}", param, ctx)
         if not isinstance(found, dict):
-            self.fail(f"{value!r} is not a JSON object", param, ctx)
+            self.fail(f"{value[:80]!r} is not a JSON object such as '{{\"a\": 1}}'", param, ctx)
         return found
 
 

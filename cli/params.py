@@ -1,13 +1,13 @@
-"""Types of flags that measuring commands share: lengths, lists of rates, shares, latency limits."""
+"""Types of option values of `redline bench`: lengths, lists of rates, shares, latency limits."""
 
 import re
 from typing import Any
 
 import click
 
-MOST_RATE = 1e6  # requests/s, beyond what any generator sends
+MOST_RATE = 1e6  # requests/s, beyond what any load generator sends
 _METRICS = ("ttft", "itl", "tpot", "e2e")
-MOST_TOKENS = 10**8  # of one request; of rows and turns too
+MOST_TOKENS = 10**8  # of one request; also the limit of rows and turns
 
 
 class LengthType(click.ParamType):
@@ -20,12 +20,12 @@ class LengthType(click.ParamType):
             return value
         match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", value.strip())
         if match is None or int(match[1]) < 1 or int(match[2] or match[1]) > MOST_TOKENS:
-            words = f"give N or LOW:HIGH, from 1 on and up to {MOST_TOKENS}"
-            self.fail(f"{value!r} is not a number of tokens: {words}", param, ctx)
+            usage = f"use N or LOW:HIGH, from 1 to {MOST_TOKENS}"
+            self.fail(f"{value!r} is not a valid token count: {usage}", param, ctx)
         if match[2] is None:
             return int(match[1])
         if int(match[2]) < int(match[1]):
-            self.fail(f"{value!r}: the high end is below the low end", param, ctx)
+            self.fail(f"{value!r}: HIGH is below LOW", param, ctx)
         return [int(match[1]), int(match[2])]
 
 
@@ -42,8 +42,8 @@ class RatesType(click.ParamType):
         except ValueError:
             rates = []
         if not rates or not all(0 < r <= MOST_RATE for r in rates):
-            words = f"give numbers above 0 and up to {MOST_RATE:g} with commas between"
-            self.fail(f"{value!r} is not a list of rates: {words}", param, ctx)
+            usage = f"use comma-separated numbers above 0, at most {MOST_RATE:g}"
+            self.fail(f"{value!r} is not a list of rates: {usage}", param, ctx)
         return rates
 
 
@@ -60,7 +60,7 @@ class ShareType(click.ParamType):
         except ValueError:
             share = 0.0
         if not 0.005 <= share <= 1:
-            self.fail(f"{value!r} is not a share: give something from 0.5% to 100%", param, ctx)
+            self.fail(f"{value!r} is not a valid precision: use a value from 0.5% to 100%", param, ctx)
         return share
 
 
@@ -75,8 +75,8 @@ class LimitType(click.ParamType):
         number = r"([0-9]{1,9}(?:\.[0-9]*)?)"
         match = re.fullmatch(rf"({'|'.join(_METRICS)})_p(50|99)={number}(ms|s)", value.strip().lower())
         if match is None:
-            names = ", ".join(_METRICS)
-            self.fail(f"{value!r} is not a limit such as ttft_p99=2s ({names}; p50, p99; ms, s)", param, ctx)
+            usage = f"METRIC_PERCENTILE=VALUE such as ttft_p99=2s (metrics {', '.join(_METRICS)}; p50, p99; ms, s)"
+            self.fail(f"{value!r} is not a valid limit: use {usage}", param, ctx)
         return f"{match[1]}_p{match[2]}_ms", float(match[3]) * (1000 if match[4] == "s" else 1)
 
 

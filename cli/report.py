@@ -1,4 +1,4 @@
-"""`redline report`: redraws figures, tables and the HTML page from result files."""
+"""`redline report`: draws figures, tables and the HTML report from result files."""
 
 from pathlib import Path
 
@@ -9,29 +9,34 @@ from cli.screen import verbatim_console
 DEFAULT_ROOT = "results"
 
 
-@click.command(name="report", short_help="Redraw figures and tables from result files.")
+@click.command(name="report")
 @click.argument("folders", metavar="[DIR]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder to write to.  [default: DIR, or compare-A-B beside the last of several]",
+    help="Output folder.  [default: DIR; with several, compare-A-B beside the last one]",
 )
 @click.option(
     "--fail-if",
     "conditions",
     metavar="CONDITION",
     multiple=True,
-    help="Exit with 1 where this holds: 'itl_p99>+5%' compares with the first DIR (or configuration), "
-    "'ttft_p99>2s' and 'rate<3.5' don't. May be repeated.",
+    help="Exit with 1 if CONDITION holds. 'itl_p99>+5%' compares with the first DIR (or first configuration); "
+    "'ttft_p99>2s' and 'rate<3.5' are absolute. May be repeated.",
 )
 @click.option(
     "--timeline",
     "timelines",
     metavar="POINT_ID",
     multiple=True,
-    help="Draw this load point (of points.csv) second by second too. May be repeated.",
+    help="Also draw the timeline of this load point (column point_id of points.csv). May be repeated.",
 )
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print the comparison as markdown, for a pull request.")
+@click.option(
+    "--markdown",
+    "as_markdown",
+    is_flag=True,
+    help="Print the comparison as markdown tables, for example for a pull request.",
+)
 def command(
     folders: tuple[Path, ...],
     out: Path | None,
@@ -39,9 +44,9 @@ def command(
     timelines: tuple[str, ...],
     as_markdown: bool,
 ) -> None:
-    """Redraw figures, tables and the HTML page from the result files in DIR.
+    """Draw figures, tables and the HTML report from the result files in DIR.
 
-    Without DIR the newest folder under results/ is taken; several are drawn into one report and compared.
+    Without DIR, the newest folder under results/ is used. Several folders are compared in one report.
     """
     from plots.compare import parse_condition
     from plots.data import ReportError, newest
@@ -69,7 +74,7 @@ def show_report(
     timelines: tuple[str, ...] = (),
     as_markdown: bool = False,
 ) -> list[str]:
-    """Write a report, print its comparison and where it lies, and return the conditions that failed."""
+    """Write a report, print its comparison and its path, and return the conditions that hold."""
     from plots.compare import failed_conditions
     from plots.data import ReportError
     from plots.report import write_report
@@ -79,17 +84,17 @@ def show_report(
         report = write_report(folders, out, timelines)
     except OSError as error:
         where, cause = error.filename or out or folders[-1], error.strerror or error
-        raise ReportError(f"{where}: {cause}: the report can't be written (--out)") from None
+        raise ReportError(f"{where}: cannot write the report: {cause} (--out)") from None
     if as_markdown:
         click.echo(markdown(report.results, report.comparisons))
     else:
         console = verbatim_console(highlight=False)
         for ablation in report.ablations:
             console.print(ablation_table(ablation))
-        # A column for each of its configurations would be too narrow; the page has them all.
-        told = {a.workload for a in report.ablations} if len(folders) == 1 else set()
+        # A comparison has one column per configuration: too narrow for an ablation. The page has both.
+        ablated = {a.workload for a in report.ablations} if len(folders) == 1 else set()
         for comparison in report.comparisons:
-            if comparison.workload not in told:
+            if comparison.workload not in ablated:
                 console.print(terminal_table(comparison))
         for line in answer_lines(report.results):
             console.print(line, style="bold", soft_wrap=True)
@@ -98,7 +103,7 @@ def show_report(
         for what, cause in report.results.failures.items():
             console.print(f"not measured: {what}: {cause}", style="red", soft_wrap=True)
     failed = failed_conditions(report.results, conditions)
-    # On stderr with --markdown, whose output is meant to be piped into a comment.
+    # With --markdown, stdout is meant to be piped into a comment: paths go to stderr.
     for path in report.files:
         if path != report.page:
             click.echo(str(path), err=as_markdown)

@@ -1,6 +1,5 @@
-"""Flags of `redline bench` that say what is sent and when, and what they amount to."""
+"""Options of `redline bench` about workload and arrivals, and what they resolve to."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,21 +7,22 @@ from click.core import ParameterSource
 
 from bench.arrivals import KINDS, Arrivals
 from bench.errors import BenchError
-from bench.loadgen.probe import ServerFacts
+from bench.loadgen.probe import ServerInfo
 from bench.presets import read_workload
 from bench.traces import UNITS
 from bench.workloads import known_fields, needs_vocabulary
 from bench.workloads.encoding import local_encoder, local_tokenizer, server_encoder, tokenizer_size
-from cli.options import Finite
+from cli.options import Finite, option
 from cli.params import LENGTH, MOST_TOKENS
 
 if TYPE_CHECKING:
     from bench.loadgen import Target
     from bench.workloads import Encode
 
-ASSUMED_VOCABULARY = 10_000  # closed loop, which scripts point at any server: ids that nearly every vocabulary has
+# For a closed loop, which scripts use with any server: nearly every vocabulary has these ids.
+ASSUMED_VOCABULARY = 10_000
 
-# Flag -> field of the workload that it sets.
+# Parameter -> its flag, and the field of the workload that it sets.
 _FIELDS = {
     "input_tokens": ("--input", "input"),
     "output_tokens": ("--output", "output"),
@@ -37,156 +37,184 @@ _FIELDS = {
 }
 
 _COUNT = click.IntRange(1, MOST_TOKENS)
-_OPTIONS = (
-    click.option(
+WORKLOAD, ARRIVALS = "Workload", "Arrivals"
+WORKLOAD_OPTIONS = (
+    option(
+        WORKLOAD,
         "--workload",
         metavar="NAME|FILE",
-        help="A workload that ships with the product (500-2000, 2048-128, 6000-4000, shared-prefix, multi-turn, "
-        "sharegpt, jsonl, visionarena, visionarena-sample, mmmu-pro, …) or a YAML file; the flags below change its "
-        "fields.",
+        help="Workload preset (500-2000, 2048-128, 6000-4000, shared-prefix, multi-turn, sharegpt, jsonl, visionarena, "
+        "visionarena-sample, mmmu-pro, …) or a YAML file. The flags below override its fields.",
     ),
-    click.option(
-        "--input", "input_tokens", type=LENGTH, default="500", show_default=True, help="Prompt tokens: N or LOW:HIGH."
-    ),
-    click.option(
-        "--output", "output_tokens", type=LENGTH, default="100", show_default=True, help="Tokens asked: N or LOW:HIGH."
-    ),
-    click.option("--prefix", type=_COUNT, help="Tokens of a shared prefix before each prompt."),
-    click.option(
-        "--prefixes",
-        type=_COUNT,
-        default=1,
+    option(
+        WORKLOAD,
+        "--input",
+        "input_tokens",
+        type=LENGTH,
+        default="500",
         show_default=True,
-        help="How many such prefixes there are.",
+        help="Prompt length in tokens: N, or LOW:HIGH for a uniform distribution.",
     ),
-    click.option("--turns", type=_COUNT, help="Conversations of so many turns, each with its history."),
-    click.option("--dataset", metavar="PATH|ID", help="Data of --workload: a file, a folder, or a hub id."),
-    click.option("--dataset-rows", type=_COUNT, help="Rows of the data to use, the first ones."),
-    click.option("--repeat", type=click.IntRange(0, 100), help="mmmu-pro: % of requests that send an earlier picture."),
-    click.option(
-        "--arrivals", type=click.Choice(KINDS), default="poisson", show_default=True, help="How requests arrive."
+    option(
+        WORKLOAD,
+        "--output",
+        "output_tokens",
+        type=LENGTH,
+        default="100",
+        show_default=True,
+        help="Output length in tokens: N, or LOW:HIGH for a uniform distribution.",
     ),
-    click.option(
+    option(WORKLOAD, "--prefix", type=_COUNT, help="Length of a shared prefix before each prompt, in tokens."),
+    option(
+        WORKLOAD, "--prefixes", type=_COUNT, default=1, show_default=True, help="Number of different shared prefixes."
+    ),
+    option(
+        WORKLOAD,
+        "--turns",
+        type=_COUNT,
+        help="Send conversations of this many turns; each request carries the history.",
+    ),
+    option(WORKLOAD, "--dataset", metavar="PATH|ID", help="Data set of the workload: file, folder or hub id."),
+    option(WORKLOAD, "--dataset-rows", type=_COUNT, help="Use only the first N rows of the data set."),
+    option(
+        WORKLOAD,
+        "--repeat",
+        type=click.IntRange(0, 100),
+        help="mmmu-pro only: percentage of requests that repeat an earlier image.",
+    ),
+    option(
+        ARRIVALS,
+        "--arrivals",
+        type=click.Choice(KINDS),
+        default="poisson",
+        show_default=True,
+        help="Distribution of arrival times.",
+    ),
+    option(
+        ARRIVALS,
         "--burstiness",
         type=Finite(0, min_open=True),
         default=1.0,
         show_default=True,
-        help="Shape of gamma arrivals: 1 is Poisson, smaller is burstier.",
+        help="Shape of gamma arrivals: 1 equals Poisson, smaller values are burstier.",
     ),
-    click.option(
+    option(
+        ARRIVALS,
         "--trace",
         metavar="FILE",
-        help="Replay recorded requests, at their own rate or scaled to --rate or --rates: Mooncake, BurstGPT, Azure, "
-        "or CSV or JSONL with timestamp, perhaps input_tokens and output_tokens.",
+        help="Replay a recorded trace at its own rate, or scaled to --rate or --rates. Formats: Mooncake, Bailian, "
+        "BurstGPT, Azure, or CSV/JSONL with a timestamp column and optional input_tokens and output_tokens.",
     ),
-    click.option(
+    option(
+        ARRIVALS,
         "--trace-unit",
         type=click.Choice(("auto", *UNITS)),
         default="auto",
         show_default=True,
-        help="Unit of the trace's times, where they are numbers.",
+        help="Unit of the trace's numeric timestamps.",
     ),
-    click.option("--skip-bad-rows", is_flag=True, help="Leave out rows of --trace or --dataset that can't be read."),
+    option(
+        ARRIVALS,
+        "--skip-bad-rows",
+        is_flag=True,
+        help="Skip unreadable rows of --trace or --dataset and report them.",
+    ),
 )
-
-
-def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add these flags to a command, in this order."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def check_workload(ctx: click.Context) -> None:
     """Raise UsageError for flags that contradict each other."""
-    given = ctx.params
-    if given["prefix"] is None and given["workload"] is None and _said(ctx, "prefixes"):
-        raise click.UsageError("--prefixes needs --prefix, the length of each")
-    if given["trace"] is not None and _said(ctx, "arrivals"):
-        raise click.UsageError("give either --arrivals or --trace")
-    if given["trace"] is None and given["workload"] is None:
+    params = ctx.params
+    if params["prefix"] is None and params["workload"] is None and _is_set(ctx, "prefixes"):
+        raise click.UsageError("--prefixes needs --prefix (the length of each prefix)")
+    if params["trace"] is not None and _is_set(ctx, "arrivals"):
+        raise click.UsageError("use --arrivals or --trace, not both")
+    if params["trace"] is None and params["workload"] is None:
         for name in ("trace_unit", "skip_bad_rows"):
-            if _said(ctx, name):
+            if _is_set(ctx, name):
                 raise click.UsageError(f"{_FIELDS[name][0]} needs --trace or --workload")
-    if _said(ctx, "burstiness") and given["arrivals"] != "gamma":
+    if _is_set(ctx, "burstiness") and params["arrivals"] != "gamma":
         raise click.UsageError("--burstiness needs --arrivals gamma")
-    if given["workload"] is None:
+    if params["workload"] is None:
         for name in ("dataset", "dataset_rows", "repeat"):
-            if _said(ctx, name):
-                raise click.UsageError(f"{_FIELDS[name][0]} needs --workload, which says what the data is")
+            if _is_set(ctx, name):
+                raise click.UsageError(f"{_FIELDS[name][0]} needs --workload")
 
 
 def workload_spec(ctx: click.Context) -> dict[str, Any]:
-    """The description for make_workload()."""
-    given = ctx.params
-    if given["workload"] is not None:
-        spec = read_workload(given["workload"])
-    elif given["trace"] is not None and _lengths_of_trace(ctx):
-        spec = {"kind": "trace", "trace": given["trace"]}
+    """The description that make_workload() takes."""
+    params = ctx.params
+    if params["workload"] is not None:
+        spec = read_workload(params["workload"])
+    elif params["trace"] is not None and _uses_trace_lengths(ctx):
+        spec = {"kind": "trace", "trace": params["trace"]}
     else:
-        kind = "multi-turn" if given["turns"] is not None else "random" if given["prefix"] is None else "shared-prefix"
-        spec = {"kind": kind, "input": given["input_tokens"], "output": given["output_tokens"]}
-        spec |= {"prefixes": given["prefixes"]} if kind == "shared-prefix" else {}
+        kind = (
+            "multi-turn" if params["turns"] is not None else "random" if params["prefix"] is None else "shared-prefix"
+        )
+        spec = {"kind": kind, "input": params["input_tokens"], "output": params["output_tokens"]}
+        spec |= {"prefixes": params["prefixes"]} if kind == "shared-prefix" else {}
     known = known_fields(spec)
     for name, (flag, field) in _FIELDS.items():
-        if _said(ctx, name):
-            if field not in known and given["trace"] is not None and name in ("trace_unit", "skip_bad_rows"):
-                continue  # they concern the arrivals alone
+        if _is_set(ctx, name):
+            if field not in known and params["trace"] is not None and name in ("trace_unit", "skip_bad_rows"):
+                continue  # these two then apply to the arrivals only
             if field not in known:
-                raise click.UsageError(f"{flag} does not apply to a workload of the kind {spec['kind']}")
-            spec[field] = given[name]
+                raise click.UsageError(f"{flag} does not apply to a workload of kind {spec['kind']}")
+            spec[field] = params[name]
     return spec
 
 
-def _lengths_of_trace(ctx: click.Context) -> bool:
-    """Whether the trace gives lengths that no flag replaces; raises BenchError where its columns leave that open."""
-    given = ctx.params
-    recorded = arrivals_of(given).recorded()
-    if all(_said(ctx, name) for name in ("input_tokens", "output_tokens")):
+def _uses_trace_lengths(ctx: click.Context) -> bool:
+    """Whether lengths come from the trace; raises BenchError if its columns do not show whether it has any."""
+    params = ctx.params
+    trace = arrivals_of(params).read_trace()
+    if all(_is_set(ctx, name) for name in ("input_tokens", "output_tokens")):
         return False
-    if recorded.inputs is not None or recorded.outputs is not None:
+    if trace.inputs is not None or trace.outputs is not None:
         return True
-    if recorded.unused and given["prefix"] is None and given["turns"] is None:
+    if trace.unused and params["prefix"] is None and params["turns"] is None:
         raise BenchError(
-            f"{given['trace']}: none of its columns {', '.join(recorded.unused)} is known as a number of tokens: give "
-            "--input and --output, or call them input_tokens and output_tokens (--trace)"
+            f"{params['trace']}: no known column has token counts (columns: {', '.join(trace.unused)}): pass --input "
+            "and --output, or rename the columns to input_tokens and output_tokens (--trace)"
         )
     return False
 
 
-def arrivals_of(given: dict[str, Any]) -> Arrivals:
-    return Arrivals(given["arrivals"], given["burstiness"], given["trace"], given["trace_unit"], given["skip_bad_rows"])
+def arrivals_of(params: dict[str, Any]) -> Arrivals:
+    return Arrivals(*(params[name] for name in ("arrivals", "burstiness", "trace", "trace_unit", "skip_bad_rows")))
 
 
-def rates_of(given: dict[str, Any]) -> list[float] | None:
-    """The rates asked for; a trace without a rate is replayed at its own; None: search."""
-    if given["rate"] is not None:
-        return [given["rate"]]
-    if given["rates"] is None and given["trace"] is not None:
-        return [arrivals_of(given).recorded().rate]
-    return given["rates"]
+def rates_of(params: dict[str, Any]) -> list[float] | None:
+    """The requested rates; a trace without one is replayed at its own rate. None: search."""
+    if params["rate"] is not None:
+        return [params["rate"]]
+    if params["rates"] is None and params["trace"] is not None:
+        return [arrivals_of(params).read_trace().rate]
+    return params["rates"]
 
 
-def vocabulary_of(given: dict[str, Any], spec: dict[str, Any], facts: ServerFacts) -> int | None:
-    """The size of the vocabulary, from a flag or from the server; None where the workload needs none."""
-    if given["vocab_size"] is not None:
-        return int(given["vocab_size"])
+def vocabulary_of(params: dict[str, Any], spec: dict[str, Any], info: ServerInfo) -> int | None:
+    """The vocabulary size, from a flag or from the server; None if the workload needs none."""
+    if params["vocab_size"] is not None:
+        return int(params["vocab_size"])
     if not needs_vocabulary(spec):
         return None
-    if given["tokenizer"] is not None:
-        return tokenizer_size(local_tokenizer(given["tokenizer"]))
-    if facts.vocab_size is None and given.get("concurrency") is not None:
+    if params["tokenizer"] is not None:
+        return tokenizer_size(local_tokenizer(params["tokenizer"]))
+    if info.vocab_size is None and params.get("concurrency") is not None:
         return ASSUMED_VOCABULARY
-    if facts.vocab_size is None:
-        raise BenchError("the server does not tell the size of its vocabulary: give --vocab-size or --tokenizer")
-    return facts.vocab_size
+    if info.vocab_size is None:
+        raise BenchError("the server does not report its vocabulary size: pass --vocab-size or --tokenizer")
+    return info.vocab_size
 
 
-def encoder_of(given: dict[str, Any], spec: dict[str, Any], target: "Target") -> "Encode":
-    if given["tokenizer"] is not None and not needs_vocabulary(spec):
-        return local_encoder(local_tokenizer(given["tokenizer"]))
+def encoder_of(params: dict[str, Any], spec: dict[str, Any], target: "Target") -> "Encode":
+    if params["tokenizer"] is not None and not needs_vocabulary(spec):
+        return local_encoder(local_tokenizer(params["tokenizer"]))
     return server_encoder(target)
 
 
-def _said(ctx: click.Context, name: str) -> bool:
+def _is_set(ctx: click.Context, name: str) -> bool:
+    """Whether the option is on the command line."""
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE

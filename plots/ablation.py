@@ -1,4 +1,4 @@
-"""What each part of the engine is worth: one taken away at a time, at one request rate, against the whole."""
+"""Ablation figure: the engine with one part removed at a time, compared with the whole engine at one request rate."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,34 +11,34 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.results import PointRow, half_interval
-from plots.compare import METRICS, Metric, percent, percent_words, points_at_one_rate
+from plots.compare import METRICS, Metric, percent, percent_text, points_at_one_rate
 from plots.data import ROUND_PHASES, Results, Run, Series, run_facts
-from plots.style import COLOURS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
+from plots.style import COLORS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
 
 _LATENCIES = ("itl_p99", "ttft_p99")
 _LATENCY_COLUMNS = tuple(m for key in _LATENCIES for m in METRICS if m.key == key)
 _RATE = next(m for m in METRICS if m.key == "rate")
-_NAMES_IN, _PANEL_IN, _WORDS_IN = 3.3, 1.08, 1.14  # widths of a row's name, of a panel's dots, of the words beside them
-_TITLES = {"rate": "Sustained rate", "served": "Served of more", "itl_p99": "P99 ITL", "ttft_p99": "P99 TTFT"}
+_NAMES_IN, _PANEL_IN, _TEXT_IN = 3.3, 1.08, 1.14  # widths of the names, of a panel, of the text beside it
+_TITLES = {"rate": "Sustained rate", "served": "Completed rate", "itl_p99": "P99 ITL", "ttft_p99": "P99 TTFT"}
 _ROW_IN = 0.42
-_FARTHEST = 2.0  # x the highest value: an interval that reaches further leaves the panel
+_FARTHEST = 2.0  # x the highest value: longer intervals are cut off
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A value and its 95 % interval; `difference` is from the whole engine's, in percent."""
+    """A value and its 95 % interval; `difference` from the whole engine, in percent."""
 
     value: float | None
     low: float = math.nan
     high: float = math.nan
     sustained: bool = True
     difference: float | None = None
-    clear: bool = False  # the two intervals lie apart
+    clear: bool = False  # the difference exceeds chance
 
 
 @dataclass(frozen=True, slots=True)
 class AblationRow:
-    """One configuration: the whole engine, one without a part, or one without any."""
+    """One configuration: the whole engine, the engine without one part, or V0."""
 
     configuration: str
     note: str
@@ -50,19 +50,19 @@ class Ablation:
     """The rows of one workload, the whole engine first."""
 
     workload: str
-    at: str  # in words: the rate of the latencies
-    columns: tuple[Metric, ...]  # what it can take, P99 ITL and P99 TTFT
+    at: str  # "at 4.2 req/s": the rate of the latencies
+    columns: tuple[Metric, ...]  # sustained or completed rate, P99 ITL and P99 TTFT
     rows: list[AblationRow]
     series: list[Series]
-    points: list[PointRow]  # behind the latencies
+    points: list[PointRow]  # of the latencies
 
     @property
     def heading(self) -> str:
-        return f"{self.workload}: one part taken away at a time, latencies {self.at}"
+        return f"{self.workload}: one part removed at a time, latencies {self.at}"
 
 
 def ablations(results: Results) -> list[Ablation]:
-    """One a workload for every results folder whose configurations take parts away (`ablate`)."""
+    """One per workload, for every results folder with configurations that remove parts (`ablate`)."""
     found = []
     for run in results.runs:
         members = _members(run)
@@ -74,7 +74,7 @@ def ablations(results: Results) -> list[Ablation]:
 
 
 def ablation_figure(results: Results, ablation: Ablation) -> Figure:
-    """A row a configuration; what it can take, P99 ITL and P99 TTFT, each with its difference from the whole."""
+    """One row per configuration with rate, P99 ITL and P99 TTFT and their differences from the whole engine."""
     rows = ablation.rows
     with matplotlib.rc_context(STYLE):
         footer = _caption(results, ablation)
@@ -83,7 +83,7 @@ def ablation_figure(results: Results, ablation: Ablation) -> Figure:
         height = head + body + foot
         figure = Figure(figsize=(WIDTH_IN, height))
         for i, metric in enumerate(ablation.columns):
-            left = _NAMES_IN + i * (_PANEL_IN + _WORDS_IN)
+            left = _NAMES_IN + i * (_PANEL_IN + _TEXT_IN)
             axes = figure.add_axes((left / WIDTH_IN, foot / height, _PANEL_IN / WIDTH_IN, body / height))
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.set_yticks([])
@@ -97,8 +97,8 @@ def ablation_figure(results: Results, ablation: Ablation) -> Figure:
 
 
 def _members(run: Run) -> list[str]:
-    """The labels that belong together: the first configuration that is whole, then those without a part or all of them;
-    empty where none takes a part away."""
+    """The labels of an ablation: the first whole configuration, then those without one part and V0; empty if none of
+    them removes a part."""
     whole, without, removes = "", [], False
     for name, label in run.labels.items():
         serve = run.summary.configurations.get(name, {}).get("serve")
@@ -114,16 +114,16 @@ def _members(run: Run) -> list[str]:
 def _ablation(results: Results, workload: str, series: list[Series]) -> Ablation:
     chosen, at = points_at_one_rate(series)
     points = {s.configuration: s.rounds(p) for s, p in chosen}
-    overload, flooded = _overload(series, points)
+    overload, overloaded = _overload(series, points)
     base: dict[str, Measured] = {}
     rows: list[AblationRow] = []
     for s in series:
         runs = points.get(s.configuration, [])
-        cells = _measured(s, runs, flooded.get(s.configuration, []))
-        cells = {key: _against(cell, base.get(key)) for key, cell in cells.items()}
+        cells = _measured(s, runs, overloaded.get(s.configuration, []))
+        cells = {key: _compared(cell, base.get(key)) for key, cell in cells.items()}
         if len(runs) > 1 and rows:
             whole = rows[0].configuration
-            behind = dict.fromkeys(_LATENCIES, points) | ({"served": flooded} if overload else {})
+            behind = dict.fromkeys(_LATENCIES, points) | ({"served": overloaded} if overload else {})
             cells |= {k: _paired(cells[k], k, mine[s.configuration], mine.get(whole, [])) for k, mine in behind.items()}
         base = base or cells
         rows.append(AblationRow(s.configuration, str(results.details(s.configuration).get("note") or ""), cells))
@@ -134,27 +134,28 @@ def _ablation(results: Results, workload: str, series: list[Series]) -> Ablation
 def _overload(
     series: list[Series], points: dict[str, list[PointRow]]
 ) -> tuple[Metric | None, dict[str, list[PointRow]]]:
-    """Where not all were searched: the highest rate, measured on all, which none of them sustains.
+    """The load points at the highest rate, if all were measured at it and none sustains it.
 
-    What they serve of it is what they can take. Returns its column, None where there is no such rate, and its points.
+    They replace the sustained rates if not all configurations were searched: the completed rate under overload shows
+    the capacity. Returns the column and the load points; None without such a rate.
     """
-    flooded: dict[str, list[PointRow]] = {}
+    overloaded: dict[str, list[PointRow]] = {}
     for s in series:
         measured = [d.point for d in s.curve if d.point.phase in ROUND_PHASES]
         if measured:
-            flooded[s.configuration] = s.rounds(max(measured, key=lambda p: p.rate))
-    rates = {runs[0].rate for runs in flooded.values()}
-    if all(s.searched for s in series) or len(flooded) < len(series) or len(rates) > 1:
+            overloaded[s.configuration] = s.rounds(max(measured, key=lambda p: p.rate))
+    rates = {runs[0].rate for runs in overloaded.values()}
+    if all(s.searched for s in series) or len(overloaded) < len(series) or len(rates) > 1:
         return None, {}
-    if any(2 * sum(bool(p.sustained) for p in runs) >= len(runs) for runs in flooded.values()):
+    if any(2 * sum(bool(p.sustained) for p in runs) >= len(runs) for runs in overloaded.values()):
         return None, {}
-    if any(runs == points[name] for name, runs in flooded.items()):
+    if any(runs == points[name] for name, runs in overloaded.items()):
         return None, {}
-    return Metric("served", f"Served of {rates.pop():.3g} req/s", "req/s", True), flooded
+    return Metric("served", f"Completed of {rates.pop():.3g} req/s", "req/s", True), overloaded
 
 
-def _measured(series: Series, runs: list[PointRow], flooded: list[PointRow]) -> dict[str, Measured]:
-    """Of several rounds the median, and the lowest and the highest in the place of an interval."""
+def _measured(series: Series, runs: list[PointRow], overloaded: list[PointRow]) -> dict[str, Measured]:
+    """The cells of one configuration; of several rounds the median, with the lowest and highest as the interval."""
     answer = series.answer
     cells = {key: Measured(None) for key in ("rate", "served", *_LATENCIES)}
     if answer is not None and answer.rate is not None:
@@ -165,8 +166,8 @@ def _measured(series: Series, runs: list[PointRow], flooded: list[PointRow]) -> 
         if values:
             sustained = 2 * sum(map(series.sustained, runs)) > len(runs)
             cells[key] = Measured(median(values), min(ends), max(ends), sustained)
-    if flooded:
-        served = [_value(run, "served") for run in flooded]
+    if overloaded:
+        served = [_value(run, "served") for run in overloaded]
         cells["served"] = Measured(median(served), min(served), max(served))
     return cells
 
@@ -176,10 +177,9 @@ def _value(point: PointRow, key: str) -> float:
 
 
 def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]) -> Measured:
-    """Compared round by round, since a machine's speed drifts: the median difference.
+    """The cell with the median of the differences within each round, since a machine's speed drifts.
 
-    It is clear where the 95 % interval of the rounds' mean ratio (of logarithms, which chance bends to neither side;
-    Student's t) doesn't hold one.
+    The difference is clear if the 95 % interval of the mean log ratio over the rounds (Student's t) excludes 0.
     """
     theirs = {run.repeat: _value(run, key) for run in base}
     pairs = [(_value(run, key), theirs.get(run.repeat, math.nan)) for run in runs]
@@ -192,10 +192,11 @@ def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]
     return replace(cell, difference=median(differences), clear=clear)
 
 
-def _against(cell: Measured, base: Measured | None) -> Measured:
+def _compared(cell: Measured, base: Measured | None) -> Measured:
+    """The cell with its difference from the base, which is clear if their intervals do not overlap."""
     if base is None:
         return cell
-    apart = cell.low > base.high or cell.high < base.low  # False where an end is not known
+    apart = cell.low > base.high or cell.high < base.low  # False if an end is not known
     difference = percent(cell.value, base.value)
     return Measured(cell.value, cell.low, cell.high, cell.sustained, difference, apart and difference is not None)
 
@@ -210,26 +211,26 @@ def _draw_dots(axes: Axes, metric: Metric, rows: list[AblationRow]) -> None:
         _write_beside(axes, place, cell)
         if cell.value is None:
             continue
-        colour = INK if place == 0 else COLOURS[0]
+        color = INK if place == 0 else COLORS[0]
         if math.isfinite(cell.low) and not math.isnan(cell.high):
-            _draw_interval(axes, place, (cell.low, cell.high), colour)
-        face = colour if cell.sustained else "white"
-        axes.plot(cell.value, place, "o", color=colour, markerfacecolor=face, markersize=6, zorder=3)
+            _draw_interval(axes, place, (cell.low, cell.high), color)
+        face = color if cell.sustained else "white"
+        axes.plot(cell.value, place, "o", color=color, markerfacecolor=face, markersize=6, zorder=3)
     if cells[0].value is not None:
         axes.axvline(cells[0].value, color=INK, linestyle=(0, (4, 3)), linewidth=1.0, alpha=0.7, zorder=1)
     _scale(axes, values, [cell.high for cell in cells if math.isfinite(cell.high)])
 
 
-def _draw_interval(axes: Axes, place: int, ends: tuple[float, float], colour: str) -> None:
-    """The interval as a line; an arrow to the edge of the panel where its upper end is not known."""
+def _draw_interval(axes: Axes, place: int, ends: tuple[float, float], color: str) -> None:
+    """The interval as a line, or as an arrow to the edge of the panel if its upper end is not known."""
     low, high = ends
     if math.isfinite(high):
-        axes.hlines(place, low, high, color=colour, alpha=0.5, linewidth=1.4, zorder=2)
+        axes.hlines(place, low, high, color=color, alpha=0.5, linewidth=1.4, zorder=2)
     else:
         edge = axes.get_yaxis_transform()
         axes.annotate(
             "", (1, place), (low, place), xycoords=edge, textcoords="data",
-            arrowprops={"arrowstyle": "-|>", "color": colour, "alpha": 0.5, "linewidth": 1.4, "shrinkA": 0},
+            arrowprops={"arrowstyle": "-|>", "color": color, "alpha": 0.5, "linewidth": 1.4, "shrinkA": 0},
         )  # fmt: skip
 
 
@@ -248,12 +249,12 @@ def _scale(axes: Axes, values: list[float], highs: list[float]) -> None:
 
 
 def _write_beside(axes: Axes, place: int, cell: Measured) -> None:
-    """The value, and its difference in bold where it is more than chance."""
+    """The value and its difference, in bold if it exceeds chance."""
     how: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "fontsize": 9}
     axes.annotate(plain(cell.value) if cell.value is not None else "–", (1, place), (6, 0), **how)
     if cell.difference is not None:
         look: Any = {"weight": "bold"} if cell.clear else {"color": MUTED}
-        axes.annotate(percent_words(cell.difference), (1, place), (37, 0), **how, **look)
+        axes.annotate(percent_text(cell.difference), (1, place), (37, 0), **how, **look)
 
 
 def _name_rows(axes: Axes, rows: list[AblationRow]) -> None:
@@ -266,21 +267,22 @@ def _name_rows(axes: Axes, rows: list[AblationRow]) -> None:
 
 def _caption(results: Results, ablation: Ablation) -> list[str]:
     names = [row.configuration for row in ablation.rows]
-    samples = f"Samples behind the latencies: {span([p.requests for p in ablation.points])} requests each"
+    samples = f"Samples of the latencies: {span([p.requests for p in ablation.points])} requests each"
     rounds = len(ablation.points) // len(ablation.rows)
-    reading = [f"P99s {ablation.at}", f"Dashed: {names[0]}, from which differences are"]
+    reading = [f"P99 latencies {ablation.at}", f"Dashed: {names[0]}, the reference of the differences"]
     if ablation.columns[0] is not _RATE:
-        reading.insert(0, f"{ablation.columns[0].label}: requests answered when more are sent than any can take")
+        reading.insert(0, f"{ablation.columns[0].label}: completed rate at a rate that no configuration sustains")
     if rounds > 1:
-        rate = "; of a rate the 95 % interval" if _RATE in ablation.columns else ""
+        rate = "; rates: 95 % interval" if _RATE in ablation.columns else ""
         reading += [
-            f"{'Latencies: m' if rate else 'M'}edian, lowest and highest of {rounds} rounds in turns{rate}",
-            f"Differences: the median of those from {names[0]} within a round; bold: 95 % sure not to be zero",
+            f"{'Latencies: m' if rate else 'M'}edian, lowest and highest of {rounds} interleaved rounds{rate}",
+            f"Differences: median of the differences from {names[0]} within each round",
+            "Bold: exceeds chance (95 % level)",
         ]
     else:
         reading += [
-            "Lines: 95 % intervals (arrow: the upper end is not known); of a rate, up to the lowest that failed",
-            f"Bold: its interval and that of {names[0]} lie apart",
+            "Lines: 95 % intervals (arrow: upper end unknown); of rates, up to the lowest rate that failed",
+            f"Bold: the interval does not overlap that of {names[0]}",
         ]
     if any(not cell.sustained for row in ablation.rows for cell in row.cells.values()):
         reading.append("Hollow: the rate was not shown to be sustained")

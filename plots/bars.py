@@ -1,4 +1,4 @@
-"""What pictures of lying bars have in common: those that `make bench-…` draws from a table of rows."""
+"""Base of the horizontal bar charts that `make bench-…` draws from a list of records."""
 
 import json
 from collections.abc import Sequence
@@ -11,26 +11,30 @@ from matplotlib.figure import Figure
 from plots.data import ReportError
 from plots.style import WIDTH_IN
 
-_HEAD_IN, _FOOT_IN, _LINE_IN = 1.05, 0.8, 0.17  # above the bars, below them, and for each line of the caption
+_HEAD_IN, _FOOT_IN, _LINE_IN = 1.05, 0.8, 0.17  # heights above the bars, below them, and of a caption line
 
 
-def read_rows(results: Path) -> list[dict[str, Any]]:
-    """The rows of a file of results; ReportError if there are none."""
+def read_records(results: Path) -> list[dict[str, Any]]:
+    """The records of a JSON file; raises ReportError if there are none."""
     try:
-        rows: list[dict[str, Any]] = json.loads(results.read_text())
+        records: list[dict[str, Any]] = json.loads(results.read_text())
     except (OSError, ValueError) as error:
-        raise ReportError(f"{results} can't be read: {error}") from error
-    if not rows:
-        raise ReportError(f"{results} holds no rows")
-    return rows
+        raise ReportError(f"{results} cannot be read: {error}") from error
+    if not records:
+        raise ReportError(f"{results} has no records")
+    return records
 
 
 def bar_figure(
     places: Sequence[float], bar_in: float, lines: int, boxes: Sequence[tuple[float, float]]
 ) -> tuple[Figure, list[Axes], float]:
-    """A figure, its panels (left edge and width in inches), and its height in inches.
+    """A figure, its panels, and its height in inches.
 
-    places: of the bars, from the top, in bars of `bar_in` inches; lines: of the caption.
+    Args:
+        places: positions of the bars from the top, as multiples of `bar_in`.
+        bar_in: height of a bar in inches.
+        lines: number of caption lines.
+        boxes: left edge and width of each panel in inches.
     """
     foot, body = _FOOT_IN + _LINE_IN * lines, bar_in * (places[-1] + 1)
     height = _HEAD_IN + body + foot

@@ -1,4 +1,4 @@
-"""Configurations compared: figures side by side, differences in percent, conditions that fail a build."""
+"""Compares configurations: values, differences in percent, and the conditions of --fail-if."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ class Metric:
 
 METRICS = (
     Metric("rate", "Highest sustained rate", "req/s", True),
-    Metric("output_tok_s", "Output throughput there", "tok/s", True),
+    Metric("output_tok_s", "Output throughput at that rate", "tok/s", True),
     Metric("ttft_p50", "TTFT P50", "ms", False),
     Metric("ttft_p99", "TTFT P99", "ms", False),
     Metric("itl_p50", "ITL P50", "ms", False),
@@ -36,7 +36,7 @@ LATENCIES = tuple(m for m in METRICS if m.unit == "ms")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value and its difference in percent from the baseline's; None: not measured, or nothing to compare with."""
+    """A value and its difference from the baseline in percent; None: not measured, or no baseline."""
 
     value: float | None
     difference: float | None = None
@@ -44,33 +44,33 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The configurations of one workload against each other."""
+    """The comparison of the configurations on one workload."""
 
     workload: str
-    latencies_at: str  # in words: which rate the latency columns are from
+    latencies_at: str  # "at 4.2 req/s, …": the rate of the latency columns
     rows: dict[str, dict[str, Cell]]  # configuration -> metric key -> cell
 
     @property
     def metrics(self) -> list[Metric]:
-        """What there is to show: goodput only where limits were given that requests could meet."""
+        """The metrics to show; goodput only if it was measured, which needs limits."""
         known = any(row["goodput"].value is not None for row in self.rows.values())
         return [m for m in METRICS if known or m.key != "goodput"]
 
 
 def compare(results: Results) -> list[Comparison]:
-    """One comparison a workload; latencies are taken at one rate for all wherever a common one was measured."""
+    """One comparison per workload; latencies are compared at one rate if a common one was measured."""
     return [_compare(results, workload) for workload in results.workloads if results.of_workload(workload)]
 
 
 def percent(value: float | None, base: float | None) -> float | None:
-    """How much `value` differs from `base`, in percent of `base`."""
+    """The difference of `value` from `base`, in percent of `base`."""
     if value is None or not base or not math.isfinite(value) or not math.isfinite(base):
         return None
     return 100 * (value - base) / base
 
 
-def percent_words(difference: float) -> str:
-    """A difference with its sign: +12 %, −3.4 %; from tenfold on as a factor, which says more than +5,223 %."""
+def percent_text(difference: float) -> str:
+    """A difference with its sign: +12 %, −3.4 %; from +900 % on as a factor: ×53 instead of +5,223 %."""
     if difference >= 900:
         return f"×{1 + difference / 100:,.3g}" if difference < 99_900 else f"×{1 + difference / 100:,.0f}"
     digits = 0 if abs(difference) >= 9.95 else 1
@@ -81,7 +81,7 @@ def percent_words(difference: float) -> str:
 
 
 def throughput(series: Series) -> float | None:
-    """Output tokens/s at the highest sustained rate; None when no rate was sustained."""
+    """Output tokens/s at the highest sustained rate; None if no rate was sustained."""
     if series.answer is None or series.answer.rate is None:
         return None
     if series.answer.output_tok_s is not None:
@@ -90,9 +90,9 @@ def throughput(series: Series) -> float | None:
 
 
 def failed_conditions(results: Results, conditions: Iterable[str]) -> list[str]:
-    """The conditions (`itl_p99>+5%`, `rate<3.5`, `ttft_p99>2s`) that hold, each as a line that says where.
+    """The conditions (`itl_p99>+5%`, `rate<3.5`, `ttft_p99>2s`) that hold, each as a line with the configuration.
 
-    A condition that can't be judged counts as failed: a gate must not open because nothing was measured.
+    A condition that cannot be evaluated counts as failed, so that a build does not pass because nothing was measured.
     """
     comparisons = compare(results)
     return [line for text in conditions for line in _judge(text, results, comparisons)]
@@ -100,21 +100,21 @@ def failed_conditions(results: Results, conditions: Iterable[str]) -> list[str]:
 
 def _compare(results: Results, workload: str) -> Comparison:
     series = results.of_workload(workload)
-    rate, words = _common_rate(series)
+    rate, at = _common_rate(series)
     values = {s.configuration: _values(s, rate) for s in series}
     rows = {}
     for name, own in values.items():
         base = values.get(results.baselines[name], {})
         compared = results.baselines[name] != name
         rows[name] = {k: Cell(v, percent(v, base.get(k)) if compared else None) for k, v in own.items()}
-    return Comparison(workload, words, rows)
+    return Comparison(workload, at, rows)
 
 
 def _common_rate(series: list[Series]) -> tuple[float | None, str]:
-    """The rate at which latencies are compared, and how to say so.
+    """The rate at which latencies are compared, and a text about it.
 
-    The highest that all measured and sustained, else the lowest that all measured. Curves without a common rate are
-    read between their points at the lowest of the sustained rates, since at different rates latencies say little.
+    It is the highest rate that all measured and sustained, else the lowest that all measured. Curves without a common
+    rate are interpolated at the lowest of the sustained rates, since latencies at different rates are not comparable.
     """
     curves = [{_rounded(d.point.rate): s.sustained(d.point) for d in s.curve} for s in series if s.curve]
     if len(curves) == 1:
@@ -126,16 +126,16 @@ def _common_rate(series: list[Series]) -> tuple[float | None, str]:
     if sustained:
         return max(sustained), f"at {max(sustained):.3g} req/s, the highest rate measured and sustained by all"
     if common:
-        return min(common), f"at {min(common):.3g} req/s, which not all sustain"
+        return min(common), f"at {min(common):.3g} req/s, not sustained by all"
     found = [s.answer.rate for s in series if s.answer and s.answer.rate]
     if found and all(min(curve) <= min(found) <= max(curve) for curve in curves):
-        return min(found), f"at {min(found):.3g} req/s, read between the measured rates"
+        return min(found), f"at {min(found):.3g} req/s, interpolated"
     return None, "each at its own highest sustained rate"
 
 
 def points_at_one_rate(series: list[Series]) -> tuple[list[tuple[Series, PointRow]], str]:
-    """One measured point a configuration, all as near as possible to the rate of the comparison, and that in words."""
-    wanted, words = _common_rate(series)
+    """One measured load point per configuration, as near as possible to the rate of the comparison, and a text."""
+    wanted, at = _common_rate(series)
     chosen: list[tuple[Series, PointRow]] = []
     for s in series:
         rate = wanted if wanted is not None else (s.answer.rate if s.answer else None)
@@ -145,10 +145,10 @@ def points_at_one_rate(series: list[Series]) -> tuple[list[tuple[Series, PointRo
             chosen.append((s, min(points, key=lambda p: abs(math.log(p.rate / goal)))))
     rates = {_rounded(p.rate) for _, p in chosen}
     if wanted is not None and rates != {_rounded(wanted)}:
-        words = f"at the measured rates nearest to {wanted:.3g} req/s"
+        at = f"at the measured rates nearest to {wanted:.3g} req/s"
     elif wanted is not None:
-        words = f"at {wanted:.3g} req/s"
-    return chosen, words
+        at = f"at {wanted:.3g} req/s"
+    return chosen, at
 
 
 def _values(series: Series, rate: float | None) -> dict[str, float | None]:
@@ -160,7 +160,7 @@ def _values(series: Series, rate: float | None) -> dict[str, float | None]:
 
 
 def _at(series: Series, rate: float, column: str) -> float | None:
-    """A figure of the curve at `rate`: of the point there, else between its neighbours; None off the curve's ends."""
+    """The value of the curve at `rate`: of the load point there, else interpolated; None outside the curve."""
     points = [d.point for d in series.curve if math.isfinite(_number(d.point, column))]
     for point in points:
         if abs(point.rate / rate - 1) < 0.01:
@@ -183,7 +183,7 @@ def _rounded(rate: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """`itl_p99>+5%`: a metric, a side, a limit in the metric's unit or, if relative, in percent of the baseline."""
+    """`itl_p99>+5%`: a metric, a direction, and a limit in the metric's unit or, if relative, in % of the baseline."""
 
     metric: Metric
     above: bool
@@ -192,14 +192,14 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """Read a condition of `--fail-if`; raises ReportError that says how one is written."""
+    """Parse a condition of `--fail-if`; raises ReportError."""
     match = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?\d{1,12}(?:\.\d{1,12})?)\s*(%|ms|s)?\s*", text)
     known = {m.key: m for m in METRICS}
     key = re.sub(r"_ms$", "", match[1]) if match else ""
     if match is None or key not in known:
         raise ReportError(
-            f"--fail-if {text!r} is not understood: write METRIC>LIMIT or METRIC<LIMIT with a limit such as +5%, "
-            f"50ms or 3.5, and a metric of {', '.join(known)}"
+            f"invalid condition {text!r}: use METRIC>LIMIT or METRIC<LIMIT, with a limit such as +5%, 50ms or 3.5, and "
+            f"one of the metrics {', '.join(known)} (--fail-if)"
         )
     metric, unit = known[key], match[4]
     if unit in ("ms", "s") and metric.unit != "ms":
@@ -223,12 +223,12 @@ def _judge(text: str, results: Results, comparisons: list[Comparison]) -> list[s
             where = f"{name} / {comparison.workload}"
             if value is None:
                 why = _why_unknown(condition.metric, results.series[name, comparison.workload])
-                lines.append(f"{where}: {condition.metric.key} can't be judged against {text!r}: {why}")
+                lines.append(f"{where}: {condition.metric.key} cannot be evaluated for {text!r}: {why}")
             elif value > condition.limit if condition.above else value < condition.limit:
-                shown = percent_words(value) if condition.relative else f"{value:.4g} {condition.metric.unit}"
-                lines.append(f"{where}: {condition.metric.key} is {shown}, which {text!r} forbids")
+                shown = percent_text(value) if condition.relative else f"{value:.4g} {condition.metric.unit}"
+                lines.append(f"{where}: {condition.metric.key} is {shown}: {text!r} holds")
     if not judged:
-        raise ReportError(f"--fail-if {text!r}: nothing to compare; give two results folders or two configurations")
+        raise ReportError(f"--fail-if {text!r}: nothing to compare; pass two results folders or two configurations")
     return lines
 
 
@@ -236,5 +236,5 @@ def _why_unknown(metric: Metric, series: Series) -> str:
     if metric.key == "goodput":
         return "it was not measured; it needs limits (--slo, or limits of the sweep)"
     if series.answer is not None and series.answer.undecided is not None:
-        return f"its windows were too short to decide at {series.answer.undecided:.3g} req/s"
+        return f"the windows were too short at {series.answer.undecided:.3g} req/s"
     return "it was not measured"

@@ -1,4 +1,4 @@
-"""What a report draws: result folders read, merged and reduced to one curve a (configuration, workload)."""
+"""Reads and merges result folders, and reduces them to one curve per (configuration, workload)."""
 
 import math
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ import pandas as pd
 from bench.intervals import joined_gaps, percentile_interval
 from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRow, RunFiles, Summary
 
-P99_SAMPLES = 1000  # steps or requests: below this a P99 rests on fewer than ten and is shown with its interval
+P99_SAMPLES = 1000  # steps or requests: a P99 of fewer rests on less than ten samples and is shown with its interval
 CURVE_PHASES = ("ladder", "fixed", "confirm")
-ROUND_PHASES = ("ladder", "fixed")  # what may be run several times over, in turns
-SAME_RATE = 1.005  # points closer than this share one place on a curve
+ROUND_PHASES = ("ladder", "fixed")  # phases that may have several rounds
+SAME_RATE = 1.005  # ratio of rates below which load points share one place on a curve
 
 
 class ReportError(Exception):
-    """Results that can't be read or compared; the message is shown as one line."""
+    """Results that cannot be read or compared; the message is shown as one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One point of a curve and how many samples stand behind its percentiles."""
+    """One point of a curve and the number of samples of its percentiles."""
 
     point: PointRow
     requests: int
     gaps: int  # inter-token gaps of all its requests
-    steps: int  # engine steps behind the gaps: the requests of a step share its gap
+    steps: int  # engine steps of the gaps: the requests of a step share its gap
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Run:
     folder: Path
     summary: Summary
     points: list[PointRow]
-    labels: dict[str, str] = field(default_factory=dict)  # configuration as in the files -> as on the figures
+    labels: dict[str, str] = field(default_factory=dict)  # configuration in the files -> in the figures
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Series:
 
     @cached_property
     def curve(self) -> list[Drawn]:
-        """The points of the line, by rate: what was measured in bounded windows if there is enough of it, else all."""
+        """The points of the line, by rate: of ladder, given rates and confirmation if at least three, else all."""
         judged = [p for p in self.points if p.valid and (p.sustained is not None or p.undecided)]
         valid = [p for p in judged if p.requests > 0]
         bounded = [p for p in valid if p.phase in CURVE_PHASES]
@@ -63,7 +63,7 @@ class Series:
         return [_drawn(RunFiles(self.folder), p) for p in chosen]
 
     def rounds(self, point: PointRow) -> list[PointRow]:
-        """The runs of a point's rate in rounds over a ladder or given rates, in order; of any other point itself."""
+        """The runs of a load point's rate over all rounds of the ladder or the given rates; of others itself."""
         mine = [p for p in self.points if p.valid and (p.phase, p.rate) == (point.phase, point.rate)]
         same = mine if point.phase in ROUND_PHASES else []
         if len(same) < 2:
@@ -71,23 +71,23 @@ class Series:
         return sorted(same, key=lambda p: p.repeat)
 
     def sustained(self, point: PointRow) -> bool:
-        """Whether a point is sustained: a short window doesn't overrule a search that found its rate too high."""
+        """Whether a load point is sustained; a short window does not outvote a search in which its rate failed."""
         high = self.answer.high if self.answer else None
         return bool(point.sustained) and not (point.provisional and high is not None and point.rate >= high)
 
     @property
     def searched(self) -> bool:
-        """Whether an answer was to be found; else it was measured at given rates, or at those of another."""
+        """Whether it was searched, and not only measured at given rates or at those of another configuration."""
         return any(p.phase in ("search", "confirm") for p in self.points)
 
     @property
     def unsearched(self) -> bool:
-        """Whether there is no answer because none was to be found."""
+        """Whether there is no answer because it was not searched."""
         return self.answer is None and bool(self.points) and not self.searched
 
     @property
     def measured(self) -> list[PointRow]:
-        """All load points; a single request alone is none."""
+        """All load points without the probe."""
         return [p for p in self.points if p.phase != "probe"]
 
     @property
@@ -97,13 +97,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Results:
-    """Result folders, merged: configurations and workloads in the order they were given."""
+    """Merged result folders; configurations and workloads are in the order of the folders and files."""
 
     runs: list[Run]
     configurations: list[str]
     workloads: list[str]
     series: dict[tuple[str, str], Series]  # (configuration, workload) -> what was measured
-    baselines: dict[str, str]  # configuration -> the one its differences refer to
+    baselines: dict[str, str]  # configuration -> the one that it is compared with
 
     def of_workload(self, workload: str) -> list[Series]:
         return [self.series[c, workload] for c in self.configurations if (c, workload) in self.series]
@@ -118,12 +118,12 @@ class Results:
 
     @property
     def candidates(self) -> list[str]:
-        """What a condition judges: with several folders those after the first, which is the reference."""
+        """The configurations that conditions apply to: with several folders those after the first, the baseline."""
         judged = self.runs[1:] or self.runs
         return [label for run in judged for label in run.labels.values()]
 
     def details(self, configuration: str) -> dict[str, Any]:
-        """The resolved configuration behind a label."""
+        """The configuration of a label, as in the summary."""
         for run in self.runs:
             for name, label in run.labels.items():
                 if label == configuration:
@@ -132,10 +132,10 @@ class Results:
 
 
 def load(folders: Sequence[Path]) -> Results:
-    """Read result folders; configurations that occur in several are prefixed with the folder's name."""
+    """Read result folders; configurations that occur in several get the folder's name as a prefix."""
     runs = [_read(Path(folder)) for folder in folders]
     if not runs:
-        raise ReportError("no results folder given")
+        raise ReportError("no results folder")
     owners = [list(dict.fromkeys([*r.summary.configurations, *(p.configuration for p in r.points)])) for r in runs]
     names = _folder_names([run.folder for run in runs])
     for i, run in enumerate(runs):
@@ -151,17 +151,17 @@ def newest(root: Path) -> Path:
     """The results folder under `root` that was written to last."""
     found = [path.parent for path in root.glob(f"*/{SUMMARY_FILE}")] if root.is_dir() else []
     if not found:
-        raise ReportError(f"no results under {root}/: name a folder, or measure first (redline sweep --preset demo)")
+        raise ReportError(f"no results in {root}/: pass a folder, or measure first (redline sweep --preset demo)")
     return max(found, key=_written)
 
 
 def model_names(results: Results, configurations: Sequence[str] | None = None) -> list[str]:
-    """The models behind the configurations, each once, with how their weights came about where that was said."""
+    """The models of the configurations, each once; dummy weights are marked."""
     names: dict[str, None] = {}
     for configuration in configurations or results.configurations:
         details = results.details(configuration)
         name = str(details.get("model") or "")
-        if Path(name).is_absolute():  # where it lies says nothing to the reader of a figure
+        if Path(name).is_absolute():  # the path is irrelevant in a figure
             name = Path(name).name
         if name and _has_random_weights(details.get("serve")):
             name += " (random weights)"
@@ -171,44 +171,44 @@ def model_names(results: Results, configurations: Sequence[str] | None = None) -
 
 
 def hardware_lines(results: Results) -> list[str]:
-    """The machines of all runs in words, each once."""
+    """The machines of all runs, each once."""
     lines: dict[str, None] = {}
     for run in results.runs:
         hardware = run.summary.hardware
-        words = [str(hardware["cpu"])] if hardware.get("cpu") else []
-        words += [f"{hardware['cores']} cores"] if hardware.get("cores") else []
-        words += [f"{hardware['memory_gib']:g} GiB"] if hardware.get("memory_gib") else []
+        parts = [str(hardware["cpu"])] if hardware.get("cpu") else []
+        parts += [f"{hardware['cores']} cores"] if hardware.get("cores") else []
+        parts += [f"{hardware['memory_gib']:g} GiB"] if hardware.get("memory_gib") else []
         known = ("cpu", "cores", "memory_gib", "system")
-        words += [f"{key} {value}" for key, value in hardware.items() if key not in known and value]
-        lines[", ".join(words)] = None
+        parts += [f"{key} {value}" for key, value in hardware.items() if key not in known and value]
+        lines[", ".join(parts)] = None
     return [line for line in lines if line]
 
 
 def versions_line(results: Results) -> str:
-    """The version of Redline that measured, of every run once."""
+    """The versions of Redline that measured, each once."""
     found = dict.fromkeys(run.summary.versions.get("redline-llm", "") for run in results.runs)
     return ", ".join(f"redline {version}" for version in found if version and version != "not installed")
 
 
 def run_facts(results: Results, configurations: Sequence[str], samples: str) -> list[str]:
-    """What a figure says of the run behind it: model, hardware, samples (in words), seeds, version."""
+    """The caption of a figure about its run: model, hardware, samples (a text), seeds, version."""
     models = model_names(results, configurations)
     seeds = dict.fromkeys(str(run.summary.seed) for run in results.runs)
-    facts = [
+    caption = [
         f"Model: {', '.join(models)}" if models else "",
         f"Hardware: {'; '.join(hardware_lines(results))}",
         samples,
         f"Seed {', '.join(seeds)}",
         versions_line(results),
     ]
-    return [fact for fact in facts if fact]
+    return [part for part in caption if part]
 
 
 def _has_random_weights(serve: Any) -> bool:
-    """Whether the flags of a server, as a mapping or as a command line's words, ask for made-up weights."""
-    words = [w for pair in serve.items() for w in pair] if isinstance(serve, dict) else (serve or [])
-    said = " ".join(str(word) for word in words).replace("_", "-").replace("=", " ")
-    return "load-format dummy" in said
+    """Whether the flags of a server (a mapping, or a list of arguments) include --load-format dummy."""
+    arguments = [w for pair in serve.items() for w in pair] if isinstance(serve, dict) else (serve or [])
+    line = " ".join(str(argument) for argument in arguments).replace("_", "-").replace("=", " ")
+    return "load-format dummy" in line
 
 
 def _read(folder: Path) -> Run:
@@ -218,7 +218,7 @@ def _read(folder: Path) -> Run:
     try:
         return Run(folder, files.read_summary(), files.read_points())
     except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{folder}: {SUMMARY_FILE} or {POINTS_FILE} can't be read: {error}") from error
+        raise ReportError(f"{folder}: {SUMMARY_FILE} or {POINTS_FILE} cannot be read: {error}") from error
 
 
 def _written(folder: Path) -> float:
@@ -226,17 +226,17 @@ def _written(folder: Path) -> float:
 
 
 def _folder_names(folders: list[Path]) -> list[str]:
-    """The shortest tails of the paths that tell the folders apart."""
+    """The shortest ends of the paths that distinguish the folders."""
     paths = [folder.resolve() for folder in folders]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise ReportError(f"{folders[0]} is given twice")
+    raise ReportError(f"{folders[0]} was passed twice")
 
 
 def _baselines(runs: list[Run]) -> dict[str, str]:
-    """Each configuration is compared with its namesake in the first folder, else with the first configuration."""
+    """The baseline of each configuration: the one of the same name in the first folder, else the first one."""
     first = next(iter(runs[0].labels.values()), "")
     return {
         label: runs[0].labels.get(name, first) if run is not runs[0] else first
@@ -259,8 +259,8 @@ def _series(run: Run, workloads: list[str]) -> list[Series]:
     return made
 
 
-def verdict_words(point: PointRow) -> str:
-    """The verdict of a load point; "–" where none was passed (one request alone, a closed loop)."""
+def verdict_text(point: PointRow) -> str:
+    """The verdict of a load point; "–" for a probe or a closed loop."""
     if not point.valid:
         return "invalid"
     if point.undecided:
@@ -269,9 +269,10 @@ def verdict_words(point: PointRow) -> str:
 
 
 def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
-    """Where a rate was measured more than once, the median point of the long ones, by P99 ITL, stands for it.
+    """One load point per rate: of several, the median one by P99 ITL among those with long windows.
 
-    Rounds come before what a search measured at the same rate; disturbed points stand for it where there are no others.
+    Rounds take precedence over what a search measured at the same rate; disturbed load points are used only if there
+    are no others.
     """
     groups: list[list[PointRow]] = []
     for point in sorted(points, key=lambda p: p.rate):
@@ -292,10 +293,10 @@ def _middle(group: list[PointRow]) -> PointRow:
 
 
 def _drawn(files: RunFiles, point: PointRow) -> Drawn:
-    """Counts what the percentiles of a point were taken over: requests of its window, also those cut at its end."""
+    """The load point with the number of samples of its percentiles, including requests that were cut short."""
     try:
         rows = _measured_rows(files, point)
-    except FileNotFoundError:  # a folder may be passed on without its request files; the point still tells roughly
+    except FileNotFoundError:  # without the request files, the gaps are estimated from the load point
         gaps = point.output_tok_s * point.window_s / point.tokens_per_chunk - point.requests
         point = with_steps(files, point)
         return Drawn(point, point.requests, max(0, round(gaps)) if math.isfinite(gaps) else 0, point.itl_steps)
@@ -304,10 +305,10 @@ def _drawn(files: RunFiles, point: PointRow) -> Drawn:
 
 
 def with_steps(files: RunFiles, point: PointRow, rows: pd.DataFrame | None = None) -> PointRow:
-    """The point with its engine steps counted, and intervals that respect them.
+    """The load point with the number of its engine steps, and intervals that respect them.
 
-    Files of before steps were counted hold intervals that took all gaps for independent, and a largest sample for the
-    upper end of a P99: both are computed anew from the requests; without these the intervals are not known.
+    Older files have no steps; their intervals assume independent gaps and end at the largest sample. Both are computed
+    again from the request files; without these the intervals are unknown.
     """
     if point.itl_steps or not point.requests:
         return point
@@ -323,7 +324,7 @@ def with_steps(files: RunFiles, point: PointRow, rows: pd.DataFrame | None = Non
     )
     itl = percentile_interval(gaps * 1e3, 99, steps)
     changed = replace(point, itl_steps=len(np.unique(steps)), itl_p99_low_ms=itl[0], itl_p99_high_ms=itl[1])
-    if len(begun) == len(rows):  # how long those without a first token had waited is not in the files
+    if len(begun) == len(rows):  # the wait of requests without a first token is not in the files
         ttft = percentile_interval(begun["ttft_s"].to_numpy(dtype=float) * 1e3, 99)
         changed = replace(changed, ttft_p99_low_ms=ttft[0], ttft_p99_high_ms=ttft[1])
     return changed

@@ -1,4 +1,4 @@
-"""P99 ITL and P99 TTFT against the request rate, side by side, one line a configuration."""
+"""Latency figure: P99 ITL and P99 TTFT against the request rate, one line per configuration."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from bench.results import DISTURBED_SHARE, Answer, PointRow
+from bench.results import DISTURBED_SHARE, PointRow
 from plots.data import P99_SAMPLES, Drawn, Results, Series, run_facts
 from plots.style import (
     MUTED,
@@ -29,14 +29,14 @@ from plots.style import (
     wrapped,
 )
 
-_ARROW = 0.2  # x the value: how far the arrow of an unknown upper end reaches
-UNDECIDED = "#c9ccd1"  # inside a marker
-SECONDS_FROM_MS = 10_000  # an axis that reaches this far is labelled in seconds
+_ARROW = 0.2  # length of the arrow of an unknown upper end, as a multiple of the value
+UNDECIDED = "#c9ccd1"  # fill of a marker
+SECONDS_FROM_MS = 10_000  # an axis with larger values is labeled in seconds
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One latency: its title, its value and interval of a point, and the number of observations behind it."""
+    """One latency: its title, and its value, interval and number of observations of a load point."""
 
     title: str
     p99: Callable[[PointRow], float]
@@ -61,7 +61,7 @@ PANELS = (
 
 
 def latency_figure(results: Results, workload: str) -> Figure:
-    """The two latencies of every configuration on one workload; says on itself what was run."""
+    """The two latencies of every configuration on one workload; the caption describes the run."""
     series = results.of_workload(workload)
     looks = palette(results.configurations)
     with matplotlib.rc_context(STYLE):
@@ -84,48 +84,33 @@ def latency_figure(results: Results, workload: str) -> Figure:
 
 
 def caption(results: Results, workload: str) -> list[str]:
-    """What was run and how to read the figure, as lines that fit its width."""
+    """The lines of the caption: what was measured, and how to read the figure."""
     series = results.of_workload(workload)
     drawn = [d for s in series for d in s.curve]
     gaps = f"{span([d.gaps for d in drawn])} gaps of {span([d.steps for d in drawn])} engine steps"
-    samples = f"Samples per point: {span([d.requests for d in drawn])} requests, {gaps}"
+    samples = f"Samples per load point: {span([d.requests for d in drawn])} requests, {gaps}"
     reading = ["Dashed: highest sustained rate", "Hollow: not sustained"]
     if any(d.point.undecided for d in drawn):
-        reading.append("Grey inside: undecided, the window was too short to tell")
+        reading.append("Gray fill: undecided (window too short)")
     if any(panel.samples(d) < P99_SAMPLES for panel in PANELS for d in drawn):
         reading.append(f"Whiskers: 95 % interval of a P99 of fewer than {P99_SAMPLES:,} steps or requests")
         if any(panel.interval(d.point)[1] == math.inf for panel in PANELS for d in drawn):
-            reading.append("Arrow: the window is too short to tell the upper end")
+            reading.append("Arrow: upper end unknown (window too short)")
     if any(d.point.cut_short for d in drawn):
-        reading.append("Requests still open at the end of a point count with their wait so far")
+        reading.append("Requests open at the end of a load point count with their waiting time so far")
     if any(d.point.provisional for d in drawn):
         reading.append("Provisional: windows too short for the precision")
     if any(d.point.disturbed for d in drawn):
-        reading.append(f"Ringed: disturbed, others used more than {DISTURBED_SHARE:.0%} of the cores")
+        reading.append(f"Ring: disturbed, other processes used more than {DISTURBED_SHARE:.0%} of the cores")
     invalid = sum(s.invalid for s in series)
     if invalid:
-        reading.append(f"{invalid} invalid point{'s' if invalid > 1 else ''} left out")
+        reading.append(f"{invalid} invalid load point{'s' if invalid > 1 else ''} omitted")
     return [*wrapped(run_facts(results, [s.configuration for s in series], samples)), *wrapped(reading)]
 
 
-def answer_words(series: Series) -> str:
-    """What was found for a configuration, in a few words."""
-    return "not searched" if series.unsearched else sustained_words(series.answer)
-
-
-def sustained_words(answer: Answer | None) -> str:
-    """An answer in the few words a legend has room for."""
-    if answer is None:
-        return "no answer"
-    if answer.rate is None and answer.undecided is not None:
-        return f"undecided at {answer.undecided:.3g} req/s"
-    if answer.rate is None:
-        kind = f" ({answer.kind()})" if answer.disturbance else ""
-        return (f"sustains less than {answer.high:.3g} req/s" if answer.high else "sustains no rate tried") + kind
-    high = f"{answer.high:.3g}" if answer.high is not None else "?"
-    kind = f", undecided from {answer.undecided:.3g}" if answer.undecided is not None else ""
-    kind += (f", {answer.kind()}" if answer.provisional else "") + ", not confirmed" * (not answer.confirmed)
-    return f"sustains {answer.rate:.3g} req/s ({answer.low:.3g}–{high}{kind})"
+def series_text(series: Series) -> str:
+    """What was found for a configuration, as in a legend."""
+    return "not searched" if series.unsearched else series.answer.text() if series.answer else "no answer"
 
 
 def _draw_panel(axes: Axes, panel: Panel, series: list[Series], looks: dict[str, tuple[str, str]]) -> None:
@@ -154,18 +139,18 @@ def _draw_panel(axes: Axes, panel: Panel, series: list[Series], looks: dict[str,
 
 
 def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], scale: float) -> None:
-    colour, marker = look
+    color, marker = look
     shown = [d for d in series.curve if math.isfinite(panel.p99(d.point))]
     rates = [d.point.rate for d in shown]
     values = [panel.p99(d.point) * scale for d in shown]
-    axes.plot(rates, values, color=colour, linewidth=1.8, zorder=3)
+    axes.plot(rates, values, color=color, linewidth=1.8, zorder=3)
     for d, value in zip(shown, values, strict=True):
         low, high = panel.interval(d.point)
         if panel.samples(d) < P99_SAMPLES and math.isfinite(low):
-            _draw_interval(axes, (d.point.rate, value), (low * scale, high * scale), colour)
-        face = colour if series.sustained(d.point) else UNDECIDED if d.point.undecided else "white"
+            _draw_interval(axes, (d.point.rate, value), (low * scale, high * scale), color)
+        face = color if series.sustained(d.point) else UNDECIDED if d.point.undecided else "white"
         axes.plot(
-            d.point.rate, value, marker, color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.6, zorder=4
+            d.point.rate, value, marker, color=color, markerfacecolor=face, markersize=6, markeredgewidth=1.6, zorder=4
         )
         if d.point.disturbed:
             axes.plot(
@@ -179,13 +164,13 @@ def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], 
                 zorder=5,
             )
     if series.answer and series.answer.rate:
-        axes.axvline(series.answer.rate, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.85, zorder=1)
+        axes.axvline(series.answer.rate, color=color, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.85, zorder=1)
 
 
-def _draw_interval(axes: Axes, at: tuple[float, float], ends: tuple[float, float], colour: str) -> None:
-    """The interval around a value; an arrow where its upper end is not known."""
+def _draw_interval(axes: Axes, at: tuple[float, float], ends: tuple[float, float], color: str) -> None:
+    """The interval around a value; an arrow if its upper end is not known."""
     (rate, value), (low, high) = at, ends
-    look: Any = {"fmt": "none", "ecolor": colour, "alpha": 0.55, "elinewidth": 1.1, "capsize": 2.5, "zorder": 2}
+    look: Any = {"fmt": "none", "ecolor": color, "alpha": 0.55, "elinewidth": 1.1, "capsize": 2.5, "zorder": 2}
     below = max(0.0, value - low)
     if math.isfinite(high):
         axes.errorbar(rate, value, [[below], [max(0.0, high - value)]], **look)
@@ -195,6 +180,6 @@ def _draw_interval(axes: Axes, at: tuple[float, float], ends: tuple[float, float
 
 
 def _handle(series: Series, look: tuple[str, str]) -> Line2D:
-    colour, marker = look
-    label = f"{series.configuration}  ·  {answer_words(series)}"
-    return Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)
+    color, marker = look
+    label = f"{series.configuration}  ·  {series_text(series)}"
+    return Line2D([], [], color=color, marker=marker, markersize=6, linewidth=1.8, label=label)

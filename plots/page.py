@@ -1,4 +1,4 @@
-"""report.html: one self-contained page with the answers on top, figures, tables, configurations and environment."""
+"""report.html: one self-contained page with answers, figures, tables, configurations and environment."""
 
 import base64
 import dataclasses
@@ -13,13 +13,13 @@ from markupsafe import Markup
 
 from bench.results import PointRow
 from plots.ablation import Ablation
-from plots.compare import Comparison, percent_words
-from plots.data import Results, Series, hardware_lines, model_names, verdict_words
+from plots.compare import Comparison, percent_text
+from plots.data import Results, Series, hardware_lines, model_names, verdict_text
 from plots.style import palette
-from plots.tables import failure_words, heading, number, trouble, verdict
+from plots.tables import heading, number, trouble, verdict
 from plots.template import PAGE
 
-# column, heading, unit shown beneath
+# column, heading, unit
 POINT_COLUMNS = (
     ("configuration", "Configuration", ""),
     ("workload", "Workload", ""),
@@ -55,7 +55,7 @@ OPTIONAL = (
     "kv_use_max",
     "waiting_max",
     *_MACHINE,
-)  # where any point has them
+)  # shown only if a load point has a value
 
 
 def page(
@@ -65,52 +65,52 @@ def page(
     figures: dict[str, Path],
     timelines: dict[str, Path],
 ) -> str:
-    """The whole page; `figures` and `timelines` map a caption to the PNG that is embedded under it."""
+    """The page; `figures` and `timelines` map a caption to the PNG that is embedded."""
     points = [p for s in results.series.values() for p in s.points]
     columns = [c for c in POINT_COLUMNS if c[0] not in OPTIONAL or any(getattr(p, c[0]) is not None for p in points)]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
-    colours = {name: colour for name, (colour, _) in palette(results.configurations).items()}
+    colors = {name: color for name, (color, _) in palette(results.configurations).items()}
     return template.render(
         title=results.title,
         models=model_names(results),
         hardware=hardware_lines(results),
         finished=list(dict.fromkeys(_date(run.summary.finished or run.summary.started) for run in results.runs)),
-        answers=_answers(results, colours),
+        answers=_answers(results, colors),
         failures=results.failures,
-        troubles=[(f"{p.configuration} / {p.workload}", words) for p in points if (words := trouble(p))],
+        troubles=[(f"{p.configuration} / {p.workload}", text) for p in points if (text := trouble(p))],
         figures=[(caption, _embedded(path)) for caption, path in figures.items()],
         timelines=[(caption, _embedded(path)) for caption, path in timelines.items()],
         ablations=[_ablation(a) for a in ablations],
         comparisons=[_comparison(c) for c in comparisons],
         point_columns=[(label, unit, "text" if column in TEXT_COLUMNS else "") for column, label, unit in columns],
-        points=[_point(p, columns, colours) for p in points],
+        points=[_point(p, columns, colors) for p in points],
         configurations=[(name, *_settings(results.details(name))) for name in results.configurations],
-        colours=colours,
+        colors=colors,
         runs=[_run(run.folder, run.summary) for run in results.runs],
     )
 
 
-def _answers(results: Results, colours: dict[str, str]) -> list[tuple[str, list[dict[str, str]]]]:
-    """One group of cards a workload."""
+def _answers(results: Results, colors: dict[str, str]) -> list[tuple[str, list[dict[str, str]]]]:
+    """One group of cards per workload."""
     return [
-        (workload, [_card(s, colours[s.configuration]) for s in results.of_workload(workload)])
+        (workload, [_card(s, colors[s.configuration]) for s in results.of_workload(workload)])
         for workload in results.workloads
         if results.of_workload(workload)
     ]
 
 
-def _card(series: Series, colour: str) -> dict[str, str]:
-    card = {"configuration": series.configuration, "colour": colour, "rate": "–", "note": ""}
+def _card(series: Series, color: str) -> dict[str, str]:
+    card = {"configuration": series.configuration, "color": color, "rate": "–", "note": ""}
     answer = series.answer
     if series.unsearched:
-        return card | {"detail": "not searched: measured at the rates of another"}
+        return card | {"detail": "not searched: measured at another configuration's rates"}
     if answer is None:
-        return card | {"detail": "no answer: the measurement did not come to its end"}
+        return card | {"detail": "no answer: the measurement did not finish"}
     high = f"{answer.high:.3g}" if answer.high is not None else "unknown"
     states = [f"{answer.low:.3g} to {high}"] if answer.rate is not None else []
     states.append(f"binding: {answer.binding}")
     states += [f"undecided from {answer.undecided:.3g}"] if answer.undecided is not None else []
-    states += [answer.kind()] * answer.provisional + ["not confirmed"] * (not answer.confirmed)
+    states += [answer.provisional_text()] * answer.provisional + ["not confirmed"] * (not answer.confirmed)
     rate = f"{answer.rate:.3g}" if answer.rate is not None else f"less than {high}" if answer.high else "none"
     rate = "undecided:" if answer.rate is None and answer.undecided is not None else rate
     return card | {"rate": rate, "detail": " · ".join(states), "note": answer.note}
@@ -122,7 +122,7 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         cells = []
         for metric in comparison.metrics:
             cell = row[metric.key]
-            difference = percent_words(cell.difference) if cell.difference is not None else ""
+            difference = percent_text(cell.difference) if cell.difference is not None else ""
             cells.append((_sort_key(cell.value), number(cell.value), difference, verdict(metric, cell)))
         rows.append((name, cells))
     return {"heading": heading(comparison), "metrics": comparison.metrics, "rows": rows}
@@ -133,22 +133,22 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
     for row in ablation.rows:
         cells = []
         for cell in (row.cells[metric.key] for metric in ablation.columns):
-            difference = percent_words(cell.difference) if cell.difference is not None else ""
+            difference = percent_text(cell.difference) if cell.difference is not None else ""
             cells.append((_sort_key(cell.value), number(cell.value), difference, "clear" if cell.clear else ""))
         rows.append((row.configuration, row.note, cells))
     return {"heading": ablation.heading, "metrics": ablation.columns, "rows": rows}
 
 
-def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[str, str]) -> dict[str, Any]:
+def _point(point: PointRow, columns: list[tuple[str, str, str]], colors: dict[str, str]) -> dict[str, Any]:
     values = dataclasses.asdict(point)
     cells = []
     for column, _, _ in columns:
         value = values[column]
         if column == "sustained":
-            shown = {"sustained": "yes", "not sustained": "no"}.get(verdict_words(point), verdict_words(point))
+            shown = {"sustained": "yes", "not sustained": "no"}.get(verdict_text(point), verdict_text(point))
             cells.append(("" if value is None else int(value), shown, shown if point.valid else "worse"))
         elif column == "failed":
-            kinds = failure_words(point)
+            kinds = point.failure_text()
             cells.append((str(value), f"{value} ({kinds})" if kinds else str(value), "worse" if value else "number"))
         elif isinstance(value, str):
             cells.append((value, value, "text"))
@@ -156,12 +156,12 @@ def _point(point: PointRow, columns: list[tuple[str, str, str]], colours: dict[s
             cells.append((_sort_key(value), number(_finite(value)), "worse" if point.disturbed else "number"))
         else:
             cells.append((_sort_key(value), number(_finite(value)), "number"))
-    state = "invalid" if not point.valid else "sustained" if point.sustained else "unsustained"
+    state = "invalid" if not point.valid else "sustained" if point.sustained else "not-sustained"
     state = "undecided" if point.undecided else state
     reason = f"{point.reason}{' (provisional: short window)' if point.provisional else ''}"
     reason += f"; disturbed: {point.disturbance}" if point.disturbed else ""
     reason += f" · {point.point_id}"
-    return {"state": state, "reason": reason, "colour": colours[point.configuration], "cells": cells}
+    return {"state": state, "reason": reason, "color": colors[point.configuration], "cells": cells}
 
 
 def _run(folder: Path, summary: Any) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _run(folder: Path, summary: Any) -> dict[str, Any]:
 
 
 def _settings(details: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """A configuration as it was asked for, and as its server resolved it; what differs by workload says where."""
+    """A configuration as requested and as resolved by its server; values that differ by workload name it."""
     resolved: dict[str, dict[str, str]] = {}  # key -> workload -> value
     for workload, found in (details.get("resolved") or {}).items():
         for key, value in _plain_rows(found):
@@ -190,7 +190,7 @@ def _settings(details: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tupl
 
 
 def _plain_rows(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested plain data as (dotted name, value) rows."""
+    """Nested plain data as (dotted name, value) pairs."""
     rows: list[tuple[str, str]] = []
     for key, value in data.items():
         if isinstance(value, dict):
@@ -203,7 +203,7 @@ def _plain_rows(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 def _date(moment: str) -> str:
-    """An ISO 8601 moment as people read it; anything else as it is."""
+    """An ISO 8601 time in a readable form; anything else unchanged."""
     try:
         return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M %Z}".strip()
     except ValueError:

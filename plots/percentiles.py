@@ -1,4 +1,4 @@
-"""Percentile curves: the distribution of TTFT and of the gaps between tokens, one line a configuration, at one rate."""
+"""Percentile figure: the distributions of TTFT and ITL at one rate, one line per configuration."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 
 from bench.results import PointRow
 from plots.compare import points_at_one_rate
-from plots.data import Results, run_facts, verdict_words
+from plots.data import Results, run_facts, verdict_text
 from plots.samples import Samples, read_samples
 from plots.style import (
     MUTED,
@@ -30,8 +30,8 @@ from plots.style import (
 
 TITLES = {"itl": "Inter-token latency", "ttft": "Time to first token"}
 SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
-BEYOND = 10  # samples: where fewer are slower, the curve is a few single events and drawn dotted
-DETAIL = 1500  # points a line is drawn with
+BEYOND = 10  # where fewer samples are slower, the curve consists of single events and is drawn dotted
+DETAIL = 1500  # points per line
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class _Line:
 
 
 def percentile_figure(results: Results, workload: str) -> Figure | None:
-    """Both distributions of one workload; None where no load point has its requests."""
-    chosen, words = points_at_one_rate(results.of_workload(workload))
+    """Both distributions of one workload; None if no load point has its request file."""
+    chosen, at = points_at_one_rate(results.of_workload(workload))
     lines = []
     for series, point in chosen:
         samples = read_samples(series.folder, point)
@@ -66,7 +66,7 @@ def percentile_figure(results: Results, workload: str) -> Figure | None:
             axes.set_title(TITLES[latency])
             _draw_panel(axes, [(looks[line.configuration][0], getattr(line.samples, latency)) for line in lines])
         title = results.title if workload in results.title else f"{results.title}: {workload}"
-        headline(figure, f"{title}, {words}", height)
+        headline(figure, f"{title}, {at}", height)
         handles = [_handle(line, looks[line.configuration][0], _at(line, lines)) for line in lines]
         legend_below_headline(figure, handles, height)
         footnote(figure, footer, height)
@@ -74,7 +74,7 @@ def percentile_figure(results: Results, workload: str) -> Figure | None:
 
 
 def curve(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted samples as (latency, share of samples that are faster), thinned out evenly on the axis of nines."""
+    """Sorted samples as (latency, share of faster samples), thinned evenly on the axis of nines."""
     finite = samples[np.isfinite(samples)]
     n = len(samples)
     wanted = np.arange(len(finite))
@@ -85,12 +85,12 @@ def curve(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stretch(share: np.ndarray) -> np.ndarray:
-    """Number of nines of a share: 0 → 0, 0.9 → 1, 0.99 → 2."""
+    """The number of nines of a share: 0 → 0, 0.9 → 1, 0.99 → 2."""
     return -np.log10(np.maximum(1 - np.asarray(share, dtype=float), 1e-12))
 
 
 def _draw_panel(axes: Axes, lines: list[tuple[str, np.ndarray]]) -> None:
-    drawn = [(colour, samples, *curve(samples)) for colour, samples in lines if np.isfinite(samples).any()]
+    drawn = [(color, samples, *curve(samples)) for color, samples in lines if np.isfinite(samples).any()]
     axes.set_ylabel("% of samples below")
     if not drawn:
         axes.text(0.5, 0.5, "nothing measured", transform=axes.transAxes, ha="center", color=MUTED)
@@ -99,14 +99,14 @@ def _draw_panel(axes: Axes, lines: list[tuple[str, np.ndarray]]) -> None:
         return
     highest = max(float(values[-1]) for _, _, values, _ in drawn)
     unit, scale = ("s", 1e-3) if highest >= 10_000 else ("ms", 1.0)
-    for colour, samples, values, shares in drawn:
+    for color, samples, values, shares in drawn:
         known = shares <= 1 - BEYOND / len(samples)
         last = int(known.sum())
-        axes.plot(values[:last] * scale, stretch(shares[:last]), color=colour, linewidth=1.8, zorder=3)
+        axes.plot(values[:last] * scale, stretch(shares[:last]), color=color, linewidth=1.8, zorder=3)
         tail = slice(max(last - 1, 0), None)
-        axes.plot(values[tail] * scale, stretch(shares[tail]), color=colour, linewidth=1.5, linestyle=":", zorder=3)
+        axes.plot(values[tail] * scale, stretch(shares[tail]), color=color, linewidth=1.5, linestyle=":", zorder=3)
     _share_axis(axes, max(len(samples) for _, samples, _, _ in drawn))
-    # Between the 1st percentile and the end: a single early token must not decide the axis.
+    # From the 1st percentile to the maximum: a single early token must not determine the axis.
     starts = [float(values[np.searchsorted(shares, 0.01)]) for _, _, values, shares in drawn if len(values) > 1]
     _latency_axis(axes, min(starts, default=highest) * scale, highest * scale)
     axes.set_xlabel(f"{unit} (further left is better)")
@@ -139,22 +139,22 @@ def _caption(results: Results, lines: list[_Line]) -> list[str]:
     samples = f"Samples: {span(requests)} requests, {span(gaps)} gaps"
     reading = ["Every gap of every request counts", f"Dotted: fewer than {BEYOND} samples are slower"]
     if any(not np.isfinite(line.samples.ttft).all() for line in lines):
-        reading.append("A line that ends early: the rest had no first token when the point ended")
+        reading.append("A line that ends early: the other requests had no first token when the load point ended")
     return [*wrapped(run_facts(results, [line.configuration for line in lines], samples)), *wrapped(reading)]
 
 
 def _at(line: _Line, lines: list[_Line]) -> str:
-    """What the legend says of a line's rate: nothing where the title says it for all."""
-    words = [f"{line.point.rate:.3g} req/s"] if len({other.point.rate for other in lines}) > 1 else []
-    words += [] if line.point.sustained else [verdict_words(line.point)]
-    words += ["disturbed"] if line.point.disturbed else []
-    return ", ".join(words) + ": " if words else ""
+    """The rate and verdict in the legend: the rate only if lines have different ones."""
+    parts = [f"{line.point.rate:.3g} req/s"] if len({other.point.rate for other in lines}) > 1 else []
+    parts += [] if line.point.sustained else [verdict_text(line.point)]
+    parts += ["disturbed"] if line.point.disturbed else []
+    return ", ".join(parts) + ": " if parts else ""
 
 
-def _handle(line: _Line, colour: str, at: str) -> Line2D:
+def _handle(line: _Line, color: str, at: str) -> Line2D:
     point = line.point
     label = (
         f"{line.configuration}  ·  {at}ITL P50 {plain(point.itl_p50_ms)}, P99 {plain(point.itl_p99_ms)} ms, "
         f"TTFT P50 {plain(point.ttft_p50_ms)}, P99 {plain(point.ttft_p99_ms)} ms"
     )
-    return Line2D([], [], color=colour, linewidth=1.8, label=label)
+    return Line2D([], [], color=color, linewidth=1.8, label=label)

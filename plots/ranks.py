@@ -1,4 +1,4 @@
-"""What it takes to tell all ranks of a step, V1 against V0's broadcast of all inputs: `make bench-ranks`."""
+"""Figure of `make bench-ranks`: the cost of sending a step to all ranks, V1 and V0's broadcast of all inputs."""
 
 import itertools
 from pathlib import Path
@@ -10,25 +10,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.bars import bar_figure, read_rows
-from plots.style import COLOURS, INK, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
+from plots.bars import bar_figure, read_records
+from plots.style import COLORS, INK, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
 
 WAYS = {
-    "v1": ("V1: one order to all, each builds its inputs", COLOURS[0]),
-    "v0": ("V0: rank 0 builds and broadcasts them", COLOURS[1]),
-    "v0-joined": ("the same, all tensors in one", "#fdba74"),
+    "v1": ("V1: one message to all ranks, each builds its inputs", COLORS[0]),
+    "v0": ("V0: rank 0 builds the inputs and broadcasts them", COLORS[1]),
+    "v0-joined": ("V0 with all tensors in one broadcast", "#fdba74"),
 }
-_BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between sizes and between ranks, in bars
+_BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between batch sizes and between ranks, in bars
 _NAMES_IN = 1.75
 
 
 def save_ranks_figure(results: Path, picture: Path) -> list[Path]:
-    """Draw the rows of `results` (bench-ranks.json) as PNG and SVG; ReportError if there are none."""
-    return save(ranks_figure(read_rows(results)), picture)
+    """Draw the records of `results` (bench-ranks.json) as PNG and SVG; raises ReportError if there are none."""
+    return save(ranks_figure(read_records(results)), picture)
 
 
 def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
-    """On the left what each rank is sent for a step, on the right how long it takes until the last one has it."""
+    """Left: bytes sent to each rank per step. Right: time until the last rank has them."""
     places = _places(rows)
     with matplotlib.rc_context(STYLE):
         footer = _caption(rows)
@@ -40,19 +40,19 @@ def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_bytes(panels[0], rows, places)
         _draw_time(panels[1], rows, places)
         _name(panels[0], rows, places)
-        headline(figure, "Telling all ranks of a step, V1 and V0", height)
-        handles = [Patch(color=colour, label=name) for name, colour in WAYS.values()]
+        headline(figure, "Cost of sending a step to all ranks, V1 and V0", height)
+        handles = [Patch(color=color, label=name) for name, color in WAYS.values()]
         legend_below_headline(figure, handles, height, ncols=3, handlelength=1.1, handleheight=1.0)
         footnote(figure, footer, height)
         return figure
 
 
-def _colour(engine: str) -> str:
+def _color(engine: str) -> str:
     return WAYS[engine][1]
 
 
 def _places(rows: list[dict[str, Any]]) -> list[float]:
-    """Where bars lie, from the top: those of one size together, sizes by ranks."""
+    """Positions of the bars from the top, grouped by ranks and batch size."""
     places = [0.0]
     for before, row in itertools.pairwise(rows):
         apart = _FURTHER if row["ranks"] != before["ranks"] else _APART * (row["rows"] != before["rows"])
@@ -62,19 +62,19 @@ def _places(rows: list[dict[str, Any]]) -> list[float]:
 
 def _draw_bytes(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
     axes.set_title("Sent to each rank")
-    axes.set_xlabel("kB a step")
+    axes.set_xlabel("kB per step")
     for row, place in zip(rows, places, strict=True):
-        axes.barh(place, row["bytes"] / 1e3, 0.86, color=_colour(row["engine"]))
+        axes.barh(place, row["bytes"] / 1e3, 0.86, color=_color(row["engine"]))
         _annotate(axes, row["bytes"] / 1e3, place, _size(row["bytes"]))
     axes.set_xlim(0, max(row["bytes"] for row in rows) / 1e3 * 1.28)
 
 
 def _draw_time(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
-    axes.set_title("From its plan to when the last rank begins")
-    axes.set_xlabel("ms a step")
+    axes.set_title("From the plan until the last rank starts")
+    axes.set_xlabel("ms per step")
     for row, place in zip(rows, places, strict=True):
         low, high = ((row["us"] - row["us_low"]) / 1e3, (row["us_high"] - row["us"]) / 1e3)
-        axes.barh(place, row["us"] / 1e3, 0.86, color=_colour(row["engine"]))
+        axes.barh(place, row["us"] / 1e3, 0.86, color=_color(row["engine"]))
         axes.errorbar(row["us"] / 1e3, place, xerr=[[max(0.0, low)], [max(0.0, high)]], color=INK, lw=1, capsize=2)
         _annotate(axes, max(row["us"], row["us_high"]) / 1e3, place, f"{row['us']:,.0f} µs")
     axes.set_xlim(0, max(max(row["us"], row["us_high"]) for row in rows) / 1e3 * 1.24)
@@ -92,7 +92,7 @@ def _name(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
     groups: dict[int, list[float]] = {}
     for (ranks, size), own in sizes.items():
         middle = sum(own) / len(own)
-        axes.annotate(f"{size} rows", (0, middle), (-7, 0), fontsize=10, **how)
+        axes.annotate(f"batch {size}", (0, middle), (-7, 0), fontsize=10, **how)
         groups.setdefault(ranks, []).append(middle)
     for ranks, own in groups.items():
         axes.annotate(f"--tp {ranks}", (0, sum(own) / len(own)), (-66, 0), fontsize=10, weight="bold", **how)
@@ -101,14 +101,14 @@ def _name(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
 def _caption(rows: list[dict[str, Any]]) -> list[str]:
     first = rows[0]
     facts = [
-        f"Hardware: {first['hardware']}: ranks beyond that take turns on them",
+        f"Hardware: {first['hardware']}; more ranks share the cores",
         f"Model: {first['model']}",
-        f"A step: a token for each row, contexts from {first['context']} tokens on in blocks of {first['block_size']}",
-        f"Medians of {first['steps']} steps, all in turns; lines: lowest and highest median of a turn",
+        f"Step: one token per request, contexts from {first['context']} tokens, blocks of {first['block_size']}",
+        f"Medians of {first['steps']} interleaved steps; lines: lowest and highest median of a round",
     ]
     reading = [
-        "Steps run one at a time: what V1 hides by planning ahead, and saves by bursts, isn't counted",
-        "V0 (--ablate driver-broadcast): a description, then each tensor by a broadcast of its own, over gloo",
+        "Steps run one at a time, without V1's run-ahead and bursts",
+        "V0 (--ablate driver-broadcast): a description, then one broadcast per tensor, over gloo",
     ]
     return [*wrapped(facts), *wrapped(reading)]
 

@@ -1,4 +1,4 @@
-"""A whole report from result folders: figures, markdown table and the HTML page."""
+"""Writes a report from result folders: figures, markdown tables and the HTML page."""
 
 import difflib
 import re
@@ -18,7 +18,7 @@ from plots.percentiles import percentile_figure
 from plots.style import save
 from plots.tables import markdown
 from plots.throughput import throughput_figure
-from plots.timeline import telling_point, timeline_figure
+from plots.timeline import timeline_figure, timeline_point
 
 PAGE_FILE = "report.html"
 MARKDOWN_FILE = "comparison.md"
@@ -26,7 +26,7 @@ MARKDOWN_FILE = "comparison.md"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was written and what it was drawn from."""
+    """The written files, and the results that they show."""
 
     results: Results
     comparisons: list[Comparison]
@@ -36,10 +36,10 @@ class Report:
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Sequence[str] = ()) -> Report:
-    """Redraw everything from result files into `out`; left out: the folder itself, or a new one beside the last.
+    """Draw everything from result files into `out`; None: the folder itself, or with several a new one beside the last.
 
-    `timelines` are ids of load points to draw in time beside those chosen for each configuration and workload.
-    Raises ReportError when a folder holds no results, no load point, or not one with such an id.
+    `timelines` are ids of load points whose timelines are drawn, besides one per configuration and workload. Raises
+    ReportError if a folder has no results, or there is no load point, or none with such an id.
     """
     results = load(folders)
     if not any(s.measured for s in results.series.values()):
@@ -52,21 +52,21 @@ def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Se
     comparisons = compare(results)
     parts = ablations(results)
     for ablation in parts:
-        caption = f"What each part is worth, {ablation.workload}"
+        caption = f"Effect of each part, {ablation.workload}"
         pictures.add(f"ablation-{slug(ablation.workload)}", caption, ablation_figure(results, ablation))
     _draw_summaries(results, pictures)
     main_figures = dict(pictures.shown)
     _draw_timelines(results, pictures, asked)
-    courses = {caption: path for caption, path in pictures.shown.items() if caption not in main_figures}
+    timeline_figures = {caption: path for caption, path in pictures.shown.items() if caption not in main_figures}
     table = pictures.out / MARKDOWN_FILE
     table.write_text(markdown(results, comparisons))
     html = pictures.out / PAGE_FILE
-    html.write_text(page(results, comparisons, parts, main_figures, courses))
+    html.write_text(page(results, comparisons, parts, main_figures, timeline_figures))
     return Report(results, comparisons, parts, html, [*pictures.files, table, html])
 
 
 class _Pictures:
-    """Writes figures under names of their own and remembers their captions."""
+    """Writes figures to files with unique names, and keeps their captions."""
 
     def __init__(self, out: Path):
         self.out = out
@@ -96,9 +96,9 @@ def _draw_summaries(results: Results, pictures: _Pictures) -> None:
 def _draw_timelines(results: Results, pictures: _Pictures, asked: list[tuple[Series, PointRow]]) -> None:
     chosen = list(asked)
     for series in results.series.values():
-        telling = telling_point(series)
-        if telling is not None and all(telling is not point for _, point in asked):
-            chosen.append((series, telling))
+        default = timeline_point(series)
+        if default is not None and all(default is not point for _, point in asked):
+            chosen.append((series, default))
     for series, point in chosen:
         figure = timeline_figure(results, series, point)
         if figure is not None:
@@ -111,12 +111,12 @@ def _find_point(results: Results, point_id: str) -> tuple[Series, PointRow]:
     if not found:
         known = [p.point_id for s in results.series.values() for p in s.measured]
         near = difflib.get_close_matches(point_id, known, n=3, cutoff=0.3) or known[:3]
-        raise ReportError(f"no load point is called {point_id!r} (--timeline); there are {', '.join(near)}, …")
-    return found[-1]  # of several folders the last, which is what is compared with those before
+        raise ReportError(f"no load point {point_id!r} (--timeline); known: {', '.join(near)}, …")
+    return found[-1]  # of several folders the last
 
 
 def slug(name: str) -> str:
-    """A workload's name as part of a file name: "500/2000" -> "500-2000"."""
+    """A workload's name as part of a figure's file name, in lower case: "500/2000" -> "500-2000"."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "workload"
 
 

@@ -1,4 +1,4 @@
-"""The samples behind a load point, from its request file: latencies, and how they lie in time."""
+"""The samples of a load point, from its request file: latencies, and their course in time."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ MEASURED = ("ok", "cut short")
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Latencies in ms over the requests of the window, sorted; a request without a first token counts as infinite."""
+    """Latencies in ms of the requests of the window, sorted; TTFT is infinite for a request without a first token."""
 
     ttft: np.ndarray
     itl: np.ndarray  # gaps between chunks of all requests, pooled
@@ -21,20 +21,20 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What happened when, in seconds since the start of the point; latencies in ms. All requests, warm-up included."""
+    """The course of a load point, including its warm-up; times in seconds since its start, latencies in ms."""
 
     sent_s: np.ndarray  # intended times of the requests with a first token
     ttft: np.ndarray
     silent_s: np.ndarray  # intended times of requests that were cut short before their first token
-    failed_s: np.ndarray  # intended times of requests that failed
-    gap_end_s: np.ndarray  # when the chunk after each gap came
+    failed_s: np.ndarray  # intended times of failed requests
+    gap_end_s: np.ndarray  # arrival of the chunk after each gap
     gap: np.ndarray
     open_s: np.ndarray  # times at which the number of open requests changed …
-    open_count: np.ndarray  # … and the number from then on
+    open_count: np.ndarray  # … and the number after each change
 
 
 def read_samples(folder: Path, point: PointRow) -> Samples | None:
-    """The latencies of a point; None where its request file was not passed on."""
+    """The latencies of a load point; None if its request file is missing."""
     rows = _read(folder, point)
     if rows is None:
         return None
@@ -44,7 +44,7 @@ def read_samples(folder: Path, point: PointRow) -> Samples | None:
 
 
 def read_moments(folder: Path, point: PointRow) -> Moments | None:
-    """The course of a point; None where its request file was not passed on."""
+    """The course of a load point; None if its request file is missing."""
     rows = _read(folder, point)
     if rows is None:
         return None
@@ -69,16 +69,16 @@ def read_moments(folder: Path, point: PointRow) -> Moments | None:
 def _read(folder: Path, point: PointRow) -> pd.DataFrame | None:
     try:
         return RunFiles(folder).read_requests(point.point_id)
-    except FileNotFoundError:  # a folder may be passed on without its request files
+    except FileNotFoundError:  # result folders may be copied without request files
         return None
 
 
 def _open_requests(rows: pd.DataFrame, ends: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """How many requests the client had under way: from the time each was sent to its end, as a step function."""
+    """The number of open requests at the client over time, as a step function."""
     sent = rows["sent_s"].to_numpy(dtype=float)
     done = (rows["intended_s"] + rows["e2e_s"]).to_numpy(dtype=float)
     last = max([np.nanmax(sent, initial=0.0), np.nanmax(done, initial=0.0), *(e[-1] for e in ends if len(e))])
-    # One without an end was open until the point ended; one that failed has no latency and counts for no time.
+    # A request without an end was open until the load point ended; a failed one has no latency and is not counted.
     failed = ~rows["status"].isin(MEASURED).to_numpy()
     done = np.where(np.isnan(done), np.where(failed, sent, last), done)
     times = np.concatenate((sent, done))

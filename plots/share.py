@@ -1,4 +1,4 @@
-"""How a step's time is shared out between the device and the rest, by model size and engine: `make bench-share`."""
+"""Figure of `make bench-share`: the share of a step's time outside the device, by model size and engine."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.bars import bar_figure, read_rows
-from plots.style import COLOURS, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
+from plots.bars import bar_figure, read_records
+from plots.style import COLORS, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
 
-DEVICE, OUTSIDE, CORE, FRONT_END = "#cbd5e1", COLOURS[1], COLOURS[0], COLOURS[3]
+DEVICE, OUTSIDE, CORE, FRONT_END = "#cbd5e1", COLORS[1], COLORS[0], COLORS[3]
 TIME_PARTS = (("device_ms", "device busy", DEVICE), ("outside_ms", "outside the device", OUTSIDE))
 CPU_PARTS = (("core_ms", "core (CPU time)", CORE), ("frontend_ms", "front end (CPU time)", FRONT_END))
 _BAR_IN, _APART = 0.3, 0.6  # height of a bar; space between models, in bars
@@ -20,12 +20,12 @@ _NAMES_IN = 1.55
 
 
 def save_share_figure(results: Path, picture: Path) -> list[Path]:
-    """Draw the rows of `results` (bench-share.json) as PNG and SVG; ReportError if there are none."""
-    return save(share_figure(read_rows(results)), picture)
+    """Draw the records of `results` (bench-share.json) as PNG and SVG; raises ReportError if there are none."""
+    return save(share_figure(read_records(results)), picture)
 
 
 def share_figure(rows: list[dict[str, Any]]) -> Figure:
-    """On the left a step's wall time, on the right what else ran meanwhile; both in percent of the step."""
+    """Left: wall time of a step. Right: concurrent CPU time. Both in percent of the step."""
     places = _places(rows)
     with matplotlib.rc_context(STYLE):
         footer = _caption(rows)
@@ -36,15 +36,15 @@ def share_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_time(panels[0], rows, places)
         _draw_cpu(panels[1], rows, places)
         _name(panels[0], rows, places)
-        headline(figure, "How much of a step passes outside the device", height)
-        handles = [Patch(color=colour, label=name) for _, name, colour in (*TIME_PARTS, *CPU_PARTS)]
+        headline(figure, "Share of a step outside the device", height)
+        handles = [Patch(color=color, label=name) for _, name, color in (*TIME_PARTS, *CPU_PARTS)]
         legend_below_headline(figure, handles, height, ncols=4, handlelength=1.1, handleheight=1.0)
         footnote(figure, footer, height)
         return figure
 
 
 def _places(rows: list[dict[str, Any]]) -> list[float]:
-    """Where bars lie, from the top: those of one model together."""
+    """Positions of the bars from the top, grouped by model."""
     places: list[float] = []
     for i, row in enumerate(rows):
         step = 1 + _APART * (row["layers"] != rows[i - 1]["layers"]) if i else 0
@@ -59,20 +59,20 @@ def _draw_time(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> N
         device = 100 * row["device_ms"] / row["step_ms"]
         axes.barh(place, device, 0.86, color=DEVICE)
         axes.barh(place, 100 - device, 0.86, left=device, color=OUTSIDE)
-        words = f"{plain(row['step_ms'])} ms, {_percent(100 - device)} of it outside"
-        axes.annotate(words, (0, place), (6, 0), textcoords="offset points", fontsize=9, va="center")
+        text = f"{plain(row['step_ms'])} ms, {_percent(100 - device)} outside"
+        axes.annotate(text, (0, place), (6, 0), textcoords="offset points", fontsize=9, va="center")
 
 
 def _draw_cpu(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
-    axes.set_title("CPU time beside it")
+    axes.set_title("Concurrent CPU time")
     sums = []
     for row, place in zip(rows, places, strict=True):
         shares = [100 * row[key] / row["step_ms"] for key, _, _ in CPU_PARTS]
         axes.barh(place, shares[0], 0.86, color=CORE)
         axes.barh(place, shares[1], 0.86, left=shares[0], color=FRONT_END)
         sums.append(sum(shares))
-        words = " + ".join(f"{plain(row[key])}" for key, _, _ in CPU_PARTS) + " ms"
-        axes.annotate(words, (sums[-1], place), (5, 0), textcoords="offset points", fontsize=9, va="center")
+        text = " + ".join(f"{plain(row[key])}" for key, _, _ in CPU_PARTS) + " ms"
+        axes.annotate(text, (sums[-1], place), (5, 0), textcoords="offset points", fontsize=9, va="center")
     axes.set_xlim(0, max(sums) * 1.75)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
@@ -92,15 +92,15 @@ def _name(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
 def _caption(rows: list[dict[str, Any]]) -> list[str]:
     first = rows[0]
     facts = [
-        f"Model: {first['model']} with so many layers (random weights)",
+        f"Model: {first['model']} with this number of layers (random weights)",
         f"Hardware: {first['hardware']}",
-        f"A step: one token for each of {first['streams']} requests over HTTP, all decoding",
-        f"Medians of {first['rounds']} runs of {round(min(row['steps'] for row in rows))} steps and more",
+        f"Step: one token for each of {first['streams']} requests over HTTP, all decoding",
+        f"Medians of {first['rounds']} runs of at least {round(min(row['steps'] for row in rows))} steps",
     ]
     reading = [
-        "Outside the device: the time of a step in which the device, on a core of its own, had nothing to do",
-        "Device busy: as its thread sees it, waits for Python's lock included",
-        "CPU times may overlap with the device's: only what it waits for costs time",
+        "Outside the device: the time of a step in which the device, on a core of its own, was idle",
+        "Device busy: measured in its thread, including waits for Python's global interpreter lock",
+        "CPU times may overlap with the device's; only the time that the device waits for them is lost",
     ]
     return [*wrapped(facts), *wrapped(reading)]
 

@@ -1,4 +1,4 @@
-"""One look for all figures: colours by configuration, type sizes, axes that read well at README width."""
+"""The style of all figures: colors, font sizes, axes, title and caption."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 INK = "#1f2937"
 MUTED = "#6b7280"
 GRID = "#e5e7eb"
-COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#0891b2", "#be185d", "#a16207", "#475569")
+COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#0891b2", "#be185d", "#a16207", "#475569")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 WIDTH_IN = 10.0
-PIXELS_PER_IN = 200  # 2,000 px wide: sharp when shown at half to two thirds of that
+PIXELS_PER_IN = 200  # 2,000 px wide, sharp at half of that
 
-STYLE: Any = {  # matplotlib types its keys one by one
+STYLE: Any = {  # matplotlib's type is a literal of all keys
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "DejaVu Sans"],
     "font.size": 10,
@@ -45,33 +45,33 @@ STYLE: Any = {  # matplotlib types its keys one by one
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "svg.fonttype": "path",
-    "svg.hashsalt": "redline",  # the same results give the same file
+    "svg.hashsalt": "redline",  # makes SVG files reproducible
 }
 
 
 def palette(configurations: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each configuration, the same in every figure of a report."""
+    """Color and marker of each configuration, the same in all figures of a report."""
     return {
-        name: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])
+        name: (COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)])
         for i, name in enumerate(configurations)
     }
 
 
 def plain(value: float, _position: int | None = None) -> str:
-    """A number as people write it: 0.25, 4.2, 31, 1,240."""
+    """A number as text: 0.25, 4.2, 31, 1,240."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 def span(values: Sequence[int]) -> str:
-    """The range of whole numbers in words: "40–200", or "40" when all are the same."""
+    """The range of integers: "40–200", or "40" if all are equal."""
     low, high = min(values, default=0), max(values, default=0)
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def wrapped(facts: Iterable[str], width: int = 168) -> list[str]:
-    """Facts joined to lines of at most `width` characters; a fact is split only if it alone is longer."""
+    """Parts of a caption joined to lines of at most `width` characters; only a longer part is split."""
     lines: list[str] = []
     for fact in facts:
         joined = f"{lines[-1]}  ·  {fact}" if lines else fact
@@ -83,30 +83,30 @@ def wrapped(facts: Iterable[str], width: int = 168) -> list[str]:
 
 
 def headline(figure: Figure, text: str, height_in: float) -> None:
-    """The figure's title at its top left, in smaller type where it would not fit."""
+    """Write the figure's title at its top left, in a smaller font if necessary."""
     size = min(14.0, 14.0 * 78 / max(len(text), 1))
     figure.text(0.012, 1 - 0.22 / height_in, text, fontsize=size, weight="bold", va="center")
 
 
 def legend_below_headline(figure: Figure, handles: Sequence[Artist], height_in: float, **settings: Any) -> None:
-    """The legend under the figure's title, from its left edge on."""
+    """Draw the legend below the figure's title."""
     place: Any = {"loc": "upper left", "bbox_to_anchor": (0.005, 1 - 0.36 / height_in), "borderaxespad": 0.2}
     figure.legend(handles=handles, **({"handlelength": 2.4, "labelspacing": 0.35} | place | settings))
 
 
 def footnote(figure: Figure, lines: Sequence[str], height_in: float) -> None:
-    """What was run and how to read it, in small type at the figure's foot."""
+    """Write the caption at the foot of the figure."""
     figure.text(0.012, 0.1 / height_in, "\n".join(lines), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
 
 
 def wants_log(values: Iterable[float]) -> bool:
-    """True when a linear axis would press most of the values flat against zero."""
+    """Whether a logarithmic axis is better: on a linear one, most values would be close to zero."""
     positive = [value for value in values if value > 0]
     return bool(positive) and max(positive) > 12 * min(positive)
 
 
 def log_y(axes: Axes, values: Iterable[float]) -> None:
-    """Logarithmic y axis with round numbers as ticks: 1-2-5 over a few decades, else whole decades."""
+    """Set a logarithmic y axis with ticks at 1-2-5 over a few decades, else at decades."""
     positive = [value for value in values if value > 0]
     low, high = min(positive), max(positive)
     axes.set_yscale("log")
@@ -123,10 +123,10 @@ def linear_y(axes: Axes, values: Iterable[float]) -> None:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path` as PNG and the same figure as SVG beside it; both names come back."""
+    """Write the figure to `path` as PNG and beside it as SVG; returns both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     vector = path.with_suffix(".svg")
-    with matplotlib.rc_context(STYLE):  # settings such as the type of SVG text count when a figure is written
+    with matplotlib.rc_context(STYLE):  # settings such as svg.fonttype apply when a figure is written
         figure.savefig(path, dpi=PIXELS_PER_IN)
         figure.savefig(vector, metadata={"Date": None})
     return [path, vector]

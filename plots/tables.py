@@ -1,19 +1,19 @@
-"""The comparison as tables: for the terminal and as markdown for a pull request."""
+"""The comparison as tables, for the terminal and in markdown."""
 
 from rich.table import Table
 from rich.text import Text
 
 from bench.results import PointRow
 from plots.ablation import Ablation, Measured, ablations
-from plots.compare import Cell, Comparison, Metric, percent_words
+from plots.compare import Cell, Comparison, Metric, percent_text
 from plots.data import Results
-from plots.latency import answer_words
+from plots.latency import series_text
 
-SMALL = 0.5  # percent: below this a difference is neither good nor bad
+SMALL = 0.5  # percent: smaller differences are neither better nor worse
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """A figure for a table cell: three digits that matter, thousands separated; "–" for what was not measured."""
+    """A value for a table cell: three significant digits, thousands separated; "–" if it was not measured."""
     if value is None:
         return "–"
     if abs(value) >= 1000:
@@ -37,7 +37,7 @@ def heading(comparison: Comparison) -> str:
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """One row a metric, one column a configuration: stays readable in 80 columns."""
+    """One row per metric, one column per configuration: readable in 80 columns."""
     table = Table(title=heading(comparison), title_justify="left", title_style="bold", header_style="bold")
     table.add_column("")
     for name in comparison.rows:
@@ -50,7 +50,7 @@ def terminal_table(comparison: Comparison) -> Table:
 
 
 def ablation_table(ablation: Ablation) -> Table:
-    """The same for an ablation: one row a configuration, differences that are more than chance in bold."""
+    """One row per configuration of an ablation; differences that exceed chance in bold."""
     table = Table(title=ablation.heading, title_justify="left", title_style="bold", header_style="bold")
     table.add_column("")
     for metric in ablation.columns:
@@ -61,46 +61,40 @@ def ablation_table(ablation: Ablation) -> Table:
 
 
 def answer_lines(results: Results) -> list[str]:
-    """One line a (configuration, workload): what it sustains and what binds."""
+    """One line per (configuration, workload): what it sustains and its binding."""
     lines = []
     for workload in results.workloads:
         for series in results.of_workload(workload):
             binding = f"; binding: {series.answer.binding}" if series.answer else ""
-            lines.append(f"{series.configuration} / {workload}: {answer_words(series)}{binding}")
+            lines.append(f"{series.configuration} / {workload}: {series_text(series)}{binding}")
     return lines
 
 
-def failure_words(point: PointRow) -> str:
-    """The failures of a load point by kind: "12 × http 429, 3 × connection"."""
-    pairs = [part.rpartition(":") for part in point.failures.split(";") if part]
-    return ", ".join(f"{count} × {kind}" for kind, _, count in sorted(pairs, key=lambda pair: -int(pair[2])))
-
-
 def trouble(point: PointRow) -> str:
-    """Why a load point is no clean measurement: invalid, undecided, disturbed, or with failed requests; else ""."""
-    kinds = failure_words(point) or (f"{point.failed}" if point.failed else "")
+    """A text about a load point that is invalid, undecided, disturbed, or has failed requests; else ""."""
+    kinds = point.failure_text() or (f"{point.failed}" if point.failed else "")
     if point.valid and not kinds and not point.disturbed and not point.undecided:
         return ""
     state = point.reason if point.undecided else "valid" if point.valid else f"invalid: {point.reason}"
-    words = [f"at {point.rate:.3g} req/s ({point.phase})", state]
+    text = f"at {point.rate:.3g} req/s ({point.phase}), {state}"
     disturbed = f"; disturbed: {point.disturbance}" if point.disturbed else ""
-    return ", ".join(words) + (f"; failed requests: {kinds}" if kinds else "") + disturbed
+    return text + (f"; failed requests: {kinds}" if kinds else "") + disturbed
 
 
 def trouble_lines(results: Results) -> list[str]:
-    """One line a load point that is invalid, undecided, disturbed or had failures."""
+    """One line per load point that is invalid, undecided, disturbed or has failed requests."""
     points = [p for s in results.series.values() for p in s.points]
-    return [f"{p.configuration} / {p.workload}: {words}" for p in points if (words := trouble(p))]
+    return [f"{p.configuration} / {p.workload}: {text}" for p in points if (text := trouble(p))]
 
 
 def markdown(results: Results, comparisons: list[Comparison]) -> str:
-    """The comparison as markdown tables, one a workload."""
+    """The comparison as markdown tables, one per workload."""
     parts = [f"## {results.title}", *(_ablation_markdown(ablation) for ablation in ablations(results))]
     for comparison in comparisons:
         lines = [_row(["", *(_escaped(name) for name in comparison.rows)])]
         lines.append(_row([":--"] + ["--:"] * len(comparison.rows)))
         for metric in comparison.metrics:
-            cells = [_cell_words(row[metric.key]) for row in comparison.rows.values()]
+            cells = [_cell_text(row[metric.key]) for row in comparison.rows.values()]
             lines.append(_row([f"{metric.label}, {metric.unit}", *cells]))
         parts += [f"**{_escaped(heading(comparison))}**", "\n".join(lines)]
     parts.append("\n".join(f"- {_escaped(line)}" for line in answer_lines(results)))
@@ -114,14 +108,14 @@ def _terminal_cell(metric: Metric, cell: Cell, between: str) -> Text:
     text = Text(number(cell.value))
     if cell.difference is not None:
         style = {"better": "green", "worse": "red", "": "dim"}[verdict(metric, cell)]
-        text.append(between + percent_words(cell.difference), style=style)
+        text.append(between + percent_text(cell.difference), style=style)
     return text
 
 
 def _ablation_cell(cell: Measured) -> Text:
     text = Text(number(cell.value))
     if cell.difference is not None:
-        text.append(" " + percent_words(cell.difference), style="bold" if cell.clear else "dim")
+        text.append(" " + percent_text(cell.difference), style="bold" if cell.clear else "dim")
     return text
 
 
@@ -132,15 +126,15 @@ def _ablation_markdown(ablation: Ablation) -> str:
         name = _escaped(f"{row.configuration}: {row.note}" if row.note else row.configuration)
         cells = []
         for cell in (row.cells[metric.key] for metric in columns):
-            words = percent_words(cell.difference) if cell.difference is not None else ""
-            cells.append(" ".join([number(cell.value), f"**{words}**" if cell.clear else words]).rstrip())
+            difference = percent_text(cell.difference) if cell.difference is not None else ""
+            cells.append(" ".join([number(cell.value), f"**{difference}**" if cell.clear else difference]).rstrip())
         lines.append(_row([name, *cells]))
     table = "\n".join(lines)
-    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: by 95 % intervals more than chance."
+    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: difference exceeds chance (95 % level)."
 
 
-def _cell_words(cell: Cell) -> str:
-    difference = f" ({percent_words(cell.difference)})" if cell.difference is not None else ""
+def _cell_text(cell: Cell) -> str:
+    difference = f" ({percent_text(cell.difference)})" if cell.difference is not None else ""
     return number(cell.value) + difference
 
 

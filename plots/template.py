@@ -1,4 +1,4 @@
-"""The page of a report as a Jinja template: style and script inside, nothing fetched from elsewhere."""
+"""The report page as a Jinja template with inline style and script; it loads nothing."""
 
 STYLESHEET = """
 :root { --ink: #1f2937; --muted: #6b7280; --line: #e5e7eb; --soft: #f9fafb; --good: #047857; --bad: #b91c1c; }
@@ -42,8 +42,8 @@ th[aria-sort=descending]::after { content: " ▼"; font-size: 9px; }
 .better { color: var(--good); } .worse { color: var(--bad); }
 .difference { font-size: 12px; display: block; min-height: 1.2em; }
 .difference.clear { font-weight: 700; }
-tr.unsustained td, tr.invalid td, tr.undecided td { color: var(--muted); }
-tr.unsustained .dot { background: #fff !important; border: 2px solid var(--own); }
+tr.not-sustained td, tr.invalid td, tr.undecided td { color: var(--muted); }
+tr.not-sustained .dot { background: #fff !important; border: 2px solid var(--own); }
 tr.invalid td { text-decoration: line-through; }
 td.yes { color: var(--good); font-weight: 600; }
 .settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px; }
@@ -70,7 +70,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const numeric = rows.every(row => key(row) === "" || !isNaN(key(row)));
       rows.sort((a, b) => {
         const x = key(a), y = key(b);
-        if (x === "" || y === "") return (x === "") - (y === "");   // what was not measured goes last, both ways
+        if (x === "" || y === "") return (x === "") - (y === "");   // empty cells go last in both directions
         return (numeric ? x - y : x.localeCompare(y)) * (up ? 1 : -1);
       });
       heads.forEach(other => other.removeAttribute("aria-sort"));
@@ -92,7 +92,7 @@ BODY = """
 <h3 class="workload">{{ workload }}</h3>
 <div class="answers">
 {% for a in cards %}
-<div class="answer" style="border-left-color: {{ a.colour }}">
+<div class="answer" style="border-left-color: {{ a.color }}">
 <div class="who">{{ a.configuration }}</div>
 <div class="rate">{{ a.rate }} <small>req/s sustained</small></div>
 <div class="what">{{ a.detail }}</div>
@@ -114,7 +114,7 @@ BODY = """
 
 {% if timelines %}
 <details class="timelines">
-<summary>{{ timelines | length }} load point{{ "s" if timelines | length > 1 }} second by second</summary>
+<summary>Timelines of load points ({{ timelines | length }})</summary>
 {% for caption, image in timelines %}
 <figure><img alt="{{ caption }}" src="{{ image }}"></figure>
 {% endfor %}
@@ -122,9 +122,9 @@ BODY = """
 {% endif %}
 
 {% if ablations %}
-<h2>What each part is worth</h2>
-<p class="hint">Differences are from the first row; those in bold are more than chance: the 95 % intervals lie
-apart, or that of the rounds' differences doesn't hold zero.</p>
+<h2>Effect of each part</h2>
+<p class="hint">Differences are from the first row. Differences in bold exceed chance: the 95 % intervals do not
+overlap, or the 95 % interval of the differences within the rounds excludes 0.</p>
 {% for a in ablations %}
 <h3>{{ a.heading }}</h3>
 <div class="scroll"><table class="sortable">
@@ -132,7 +132,7 @@ apart, or that of the rounds' differences doesn't hold zero.</p>
 {% for m in a.metrics %}<th scope="col">{{ m.label }}<small>{{ m.unit }}</small></th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, note, cells in a.rows %}
-<tr><td data-value="{{ name }}"><span class="dot" style="background: {{ colours[name] }}"></span>{{ name }}
+<tr><td data-value="{{ name }}"><span class="dot" style="background: {{ colors[name] }}"></span>{{ name }}
 {% if note %}<span class="difference">{{ note }}</span>{% endif %}</td>
 {% for key, value, difference, look in cells %}
 <td data-value="{{ key }}">{{ value }}<span class="difference {{ look }}">{{ difference }}</span></td>
@@ -150,7 +150,7 @@ apart, or that of the rounds' differences doesn't hold zero.</p>
 {% for m in c.metrics %}<th scope="col">{{ m.label }}<small>{{ m.unit }}</small></th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, cells in c.rows %}
-<tr><td data-value="{{ name }}"><span class="dot" style="background: {{ colours[name] }}"></span>{{ name }}</td>
+<tr><td data-value="{{ name }}"><span class="dot" style="background: {{ colors[name] }}"></span>{{ name }}</td>
 {% for key, value, difference, verdict in cells %}
 <td data-value="{{ key }}">{{ value }}<span class="difference {{ verdict }}">{{ difference }}</span></td>
 {% endfor %}</tr>
@@ -159,23 +159,23 @@ apart, or that of the rounds' differences doesn't hold zero.</p>
 {% endfor %}
 
 <h2>Load points</h2>
-<p class="hint">Every point measured. A click on a heading sorts; hovering over a row shows the reason for its
-verdict, and the name by which <code>redline report --timeline</code> draws it second by second.</p>
+<p class="hint">All measured load points. Click a heading to sort. Hover over a row to see the reason for its verdict
+and its id, which <code>redline report --timeline</code> takes.</p>
 <div class="scroll"><table class="sortable">
 <thead><tr>{% for label, unit, kind in point_columns %}
 <th scope="col" class="{{ kind }}">{{ label }}<small>{{ unit }}</small></th>{% endfor %}</tr></thead>
 <tbody>
 {% for p in points %}
-<tr class="{{ p.state }}" title="{{ p.reason }}" style="--own: {{ p.colour }}">
+<tr class="{{ p.state }}" title="{{ p.reason }}" style="--own: {{ p.color }}">
 {% for key, value, kind in p.cells %}
 <td data-value="{{ key }}" class="{{ kind }}">
-{%- if loop.first %}<span class="dot" style="background: {{ p.colour }}"></span>{% endif %}{{ value }}</td>
+{%- if loop.first %}<span class="dot" style="background: {{ p.color }}"></span>{% endif %}{{ value }}</td>
 {% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 
 {% if troubles %}
-<h3>Invalid points and failed requests</h3>
+<h3>Invalid, undecided and disturbed load points, failed requests</h3>
 <ul class="troubles">
 {% for who, what in troubles %}
 <li><strong>{{ who }}</strong> {{ what }}</li>
@@ -186,10 +186,10 @@ verdict, and the name by which <code>redline report --timeline</code> draws it s
 <h2>Configurations</h2>
 <div class="settings">
 {% for name, rows, resolved in configurations %}
-<div><h3><span class="dot" style="background: {{ colours[name] }}"></span>{{ name }}</h3>
+<div><h3><span class="dot" style="background: {{ colors[name] }}"></span>{{ name }}</h3>
 <table>{% for key, value in rows %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
 {% if resolved %}
-<h4>As the server resolved it</h4>
+<h4>As reported by the server</h4>
 <table>{% for key, value in resolved %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
 {% endif %}
 </div>

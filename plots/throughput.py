@@ -1,4 +1,4 @@
-"""Output throughput at the highest sustained request rate: bars by workload, configurations side by side."""
+"""Throughput figure: output tokens/s at the highest sustained rate, bars by workload and configuration."""
 
 import textwrap
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from plots.compare import percent, percent_words, throughput
+from plots.compare import percent, percent_text, throughput
 from plots.data import Results, run_facts
 from plots.style import (
     MUTED,
@@ -25,7 +25,7 @@ from plots.style import (
 
 
 def throughput_figure(results: Results) -> Figure:
-    """One group of bars a workload, each bar with its value and its difference from what it is compared with."""
+    """One group of bars per workload, each bar with its value and its difference from the baseline."""
     workloads = [w for w in results.workloads if results.of_workload(w)]
     configurations = results.configurations
     looks = palette(configurations)
@@ -76,8 +76,8 @@ def _draw_bars(axes: Axes, results: Results, workloads: list[str]) -> None:
 
 
 def _label_bar(axes: Axes, x: float, value: float | None, difference: float | None, look: tuple[str, float]) -> None:
-    """Value and difference above a bar, in type that fits the bar's slot (points wide)."""
-    colour, slot_pt = look
+    """Write value and difference above a bar, in a font that fits `slot_pt`, the width in points."""
+    color, slot_pt = look
     size = max(5.5, min(9.5, slot_pt / 4.2))
     how: Any = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
     if value is None:
@@ -86,16 +86,16 @@ def _label_bar(axes: Axes, x: float, value: float | None, difference: float | No
     axes.annotate(f"{value:,.{0 if value >= 100 else 1}f}", (x, value), (0, 2), fontsize=size, **how)
     if difference is not None:
         place = (0, 4 + 1.15 * size)
-        axes.annotate(percent_words(difference), (x, value), place, fontsize=size, weight="bold", color=colour, **how)
+        axes.annotate(percent_text(difference), (x, value), place, fontsize=size, weight="bold", color=color, **how)
 
 
 def _caption(results: Results) -> list[str]:
     drawn = [d for s in results.series.values() for d in s.curve]
-    samples = f"Samples per point: {span([d.requests for d in drawn])} requests"
+    samples = f"Samples per load point: {span([d.requests for d in drawn])} requests"
     facts = run_facts(results, results.configurations, samples)
     if len(results.configurations) > 1:
         bases = list(dict.fromkeys(results.baselines.values()))
-        facts.append(f"Differences are from {bases[0] if len(bases) == 1 else 'the first results'}")
+        facts.append(f"Differences from {bases[0] if len(bases) == 1 else 'the first results'}")
     if any(s.answer and s.answer.provisional for s in results.series.values()):
         facts.append("Some answers are provisional")
     return wrapped(facts)

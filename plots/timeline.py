@@ -1,4 +1,4 @@
-"""One load point in time: what the server said of its queue, rows and KV cache above the latencies as they came."""
+"""Timeline figure of one load point: the server's queue, batch and KV cache, and the latencies over time."""
 
 import math
 from typing import Any
@@ -11,20 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.results import PointRow, RunFiles
-from plots.data import Results, Series, hardware_lines, model_names, verdict_words, versions_line
+from plots.data import Results, Series, hardware_lines, model_names, verdict_text, versions_line
 from plots.samples import Moments, read_moments
 from plots.style import INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, wants_log, wrapped
 
 RUNNING, WAITING, KV, PREEMPTED, TTFT, GAP = "#2563eb", "#ea580c", "#059669", "#dc2626", "#9333ea", "#0891b2"
-OUTSIDE = "#f3f4f6"  # behind warm-up and last answers, which are not counted
+OUTSIDE = "#f3f4f6"  # background of warm-up and drain
 MOST_DOTS = 20_000
-MOMENTS = 400  # parts of the time axis
+MOMENTS = 400  # intervals of the time axis, for thinning
 HEIGHTS = (1.15, 0.85, 1.15, 1.15)
 
 
-def telling_point(series: Series) -> PointRow | None:
-    """The point whose course explains most: the first rate with preemptions, else the first not sustained, else the
-    highest; None where there is none to draw."""
+def timeline_point(series: Series) -> PointRow | None:
+    """The load point to draw by default: the first rate with preemptions, else the first not sustained, else the
+    highest; None if none has its request file."""
     files = RunFiles(series.folder)
     points = sorted((d.point for d in series.curve if files.requests_path(d.point.point_id).exists()), key=_rate)
     preempted = [p for p in points if p.preemptions]
@@ -33,7 +33,7 @@ def telling_point(series: Series) -> PointRow | None:
 
 
 def timeline_figure(results: Results, series: Series, point: PointRow) -> Figure | None:
-    """The course of one load point; None where its request file was not passed on."""
+    """The course of one load point; None if its request file is missing."""
     moments = read_moments(series.folder, point)
     if moments is None:
         return None
@@ -53,9 +53,9 @@ def timeline_figure(results: Results, series: Series, point: PointRow) -> Figure
         _draw_first_tokens(rows[2], moments)
         gaps_shown = _draw_gaps(rows[3], moments)
         if gaps_shown < len(moments.gap):
-            footer[-1] += f"  ·  {gaps_shown:,} of {len(moments.gap):,} gaps shown, the slowest of every moment always"
+            footer[-1] += f"  ·  {gaps_shown:,} of {len(moments.gap):,} gaps shown, always including the slowest"
         _mark_window(list(rows), point, end_s)
-        rows[3].set_xlabel("seconds since the start of the load point")
+        rows[3].set_xlabel("Seconds since the start of the load point")
         headline(figure, f"{series.configuration}, {series.workload}: {point.rate:.3g} req/s", height)
         figure.text(0.012, 1 - 0.48 / height, _verdict(point), fontsize=9.5, color=MUTED, va="center")
         footnote(figure, footer, height)
@@ -70,13 +70,13 @@ def _readings(series: Series, point: PointRow) -> pd.DataFrame:
     frame = RunFiles(series.folder).read_metrics(point.point_id)
     if frame is None:
         return pd.DataFrame(columns=["at_s", "running", "waiting", "kv_use", "preemptions"], dtype=float)
-    # Of the readings before the point the last one says how it began.
+    # Of the readings before the load point, keep the last one: the state at its start.
     before = frame.index[frame["at_s"] <= 0]
     return frame.loc[before[-1] :] if len(before) else frame
 
 
 def _end(point: PointRow, moments: Moments, readings: pd.DataFrame) -> float:
-    """Where the picture ends: with the last answer, or when the server said that it had nothing left to do."""
+    """The end of the time axis: the end of the last request, or the first later reading of an idle server."""
     last = max(point.warmup_s + point.window_s, float(np.max(moments.open_s, initial=0.0)))
     after = readings[readings["at_s"] >= last]
     idle = after[(after["running"].fillna(0) + after["waiting"].fillna(0)) == 0]
@@ -95,18 +95,18 @@ def _draw_requests(axes: Axes, moments: Moments, readings: pd.DataFrame, end_s: 
         linewidth=1.0,
         label="open at the client",
     )
-    for column, colour, label in (("running", RUNNING, "running"), ("waiting", WAITING, "waiting")):
+    for column, color, label in (("running", RUNNING, "running"), ("waiting", WAITING, "waiting")):
         if readings[column].notna().any():
             axes.step(
-                readings["at_s"], readings[column], where="post", color=colour, linewidth=1.7, label=f"{label} (server)"
+                readings["at_s"], readings[column], where="post", color=color, linewidth=1.7, label=f"{label} (server)"
             )
-    axes.set_ylim(0, 1.25 * max(axes.get_ylim()[1], 1.0))  # room for the names of the parts
+    axes.set_ylim(0, 1.25 * max(axes.get_ylim()[1], 1.0))  # space for the names of the parts
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     _legend(axes)
 
 
 def _draw_cache(axes: Axes, readings: pd.DataFrame) -> None:
-    axes.set_title("KV cache in use, and preemptions")
+    axes.set_title("KV cache utilization and preemptions")
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0.0, 0.5, 1.0], ["0 %", "50 %", "100 %"])
     if readings["kv_use"].notna().any():
@@ -114,19 +114,17 @@ def _draw_cache(axes: Axes, readings: pd.DataFrame) -> None:
     steps = readings["preemptions"].diff()
     happened = readings[steps > 0]
     if len(happened):
-        label = f"preemptions ({steps.sum():.0f} in all)"
+        label = f"preemptions ({steps.sum():.0f} in total)"
         axes.vlines(happened["at_s"], 0, 1.05, color=PREEMPTED, linewidth=1.4, alpha=0.8, label=label)
     if readings["kv_use"].notna().any() or len(happened):
         _legend(axes)
     else:
-        words = (
-            "the server tells nothing of its KV cache" if len(readings) else "the server's metrics were not recorded"
-        )
-        axes.text(0.5, 0.45, words, transform=axes.transAxes, ha="center", color=MUTED)
+        text = "the server has no KV cache metrics" if len(readings) else "the server's metrics were not recorded"
+        axes.text(0.5, 0.45, text, transform=axes.transAxes, ha="center", color=MUTED)
 
 
 def _draw_first_tokens(axes: Axes, moments: Moments) -> None:
-    _latency_axis(axes, "Time to first token, by the time a request was due", moments.ttft)
+    _latency_axis(axes, "Time to first token, by the intended send time", moments.ttft)
     axes.plot(moments.sent_s, _scaled(moments.ttft), "o", color=TTFT, markersize=3.2, alpha=0.6, markeredgewidth=0)
     for times, marker, label in (
         (moments.failed_s, "x", f"failed ({len(moments.failed_s)})"),
@@ -142,13 +140,13 @@ def _draw_first_tokens(axes: Axes, moments: Moments) -> None:
 
 
 def _draw_gaps(axes: Axes, moments: Moments) -> int:
-    """The gaps between tokens by their end; returns how many of them are drawn."""
-    _latency_axis(axes, "Gaps between tokens, by the time they ended", moments.gap)
+    """Draw the gaps between tokens by their end; returns how many are drawn."""
+    _latency_axis(axes, "Inter-token latency, by the end of the gap", moments.gap)
     shown = np.arange(len(moments.gap))
     if len(shown) > MOST_DOTS:
         shown = shown[_outline(moments) | (shown % math.ceil(len(shown) / MOST_DOTS) == 0)]
     values = _scaled(moments.gap)[shown]
-    # As a picture inside the SVG too: tens of thousands of dots would make it slower than the page around it.
+    # Rasterized also in the SVG: tens of thousands of dots would be slow to render.
     axes.plot(
         moments.gap_end_s[shown], values, "o", color=GAP, markersize=2.2, alpha=0.35, markeredgewidth=0, rasterized=True
     )
@@ -156,7 +154,7 @@ def _draw_gaps(axes: Axes, moments: Moments) -> int:
 
 
 def _outline(moments: Moments) -> np.ndarray:
-    """Which gaps are the slowest of their moment: these are drawn however many there are."""
+    """The gaps that are the slowest of their interval of the time axis; these are always drawn."""
     places = np.minimum(moments.gap_end_s / max(moments.gap_end_s.max(), 1e-9) * MOMENTS, MOMENTS - 1).astype(int)
     slowest = np.zeros(MOMENTS)
     np.maximum.at(slowest, places, moments.gap)
@@ -174,7 +172,7 @@ def _latency_axis(axes: Axes, title: str, values: np.ndarray) -> None:
     positive = scaled[scaled > 0]
     if not len(positive):
         axes.set_yticks([])
-        axes.text(0.5, 0.45, "no tokens came", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(0.5, 0.45, "no tokens", transform=axes.transAxes, ha="center", color=MUTED)
         return
     low, high = float(np.quantile(positive, 0.005)), float(positive.max())
     if wants_log([low, high]):
@@ -190,9 +188,9 @@ def _latency_axis(axes: Axes, title: str, values: np.ndarray) -> None:
 
 
 def _mark_window(rows: list[Axes], point: PointRow, end_s: float) -> None:
-    """Grey behind what is not counted; names of the parts above the first panel where they have room."""
+    """Draw a gray background outside the window, and the names of the parts where they fit."""
     start, stop = point.warmup_s, point.warmup_s + point.window_s
-    parts = (("warm-up", 0.0, start), ("window", start, stop), ("last answers", stop, end_s))
+    parts = (("warm-up", 0.0, start), ("window", start, stop), ("drain", stop, end_s))
     for axes in rows:
         axes.set_xlim(0, end_s)
         for name, low, high in parts:
@@ -215,7 +213,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _verdict(point: PointRow) -> str:
-    state = verdict_words(point)
+    state = verdict_text(point)
     state = f"disturbed, {state}" if point.disturbed else state
     text = f"{state}: {point.reason.removeprefix('undecided: ')}" if point.reason else state
     return text if len(text) <= 140 else text[:139] + "…"
@@ -227,13 +225,13 @@ def _caption(results: Results, series: Series, point: PointRow, moments: Moments
     facts = [
         f"Model: {', '.join(models)}" if models else "",
         f"Hardware: {'; '.join(hardware_lines(results))}",
-        f"{point.requests:,} requests in the window, {len(moments.gap):,} gaps in all",
+        f"{point.requests:,} requests in the window, {len(moments.gap):,} gaps in total",
         f"Seed {point.seed}",
         versions_line(results),
     ]
-    reading = ["Grey: not counted"]
+    reading = ["Gray: not counted"]
     if point.disturbed:
         reading.append(f"Disturbed: {point.disturbance}")
     if every is not None:
-        reading.append(f"The server's metrics were read every {every:.2g} s: what is shorter may be missing")
+        reading.append(f"The server's metrics were read every {every:.2g} s; shorter changes may be missing")
     return [*wrapped(fact for fact in facts if fact), *wrapped(reading)]

@@ -1,4 +1,4 @@
-"""The load generator: sends requests at given times and records when every byte of the answers arrived.
+"""The load generator: sends requests at given times and records when every byte of the responses arrived.
 
 target.py      where to send, and requests as bytes        recording.py  what came back, as rows
 load.py        the load of one point, open or closed loop  response.py   HTTP framing of an answer

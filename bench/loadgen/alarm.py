@@ -1,6 +1,6 @@
-"""Waiting for sockets until a moment: a timerfd among the polled descriptors, or the poll's own timeout.
+"""Waits for sockets with a deadline: a timerfd among the polled descriptors, or the poll's own timeout.
 
-A poll's timeout is in whole milliseconds; a timerfd wakes within some microseconds, which is what keeps sends on time.
+The timeout of a poll has a resolution of milliseconds. A timerfd wakes within some microseconds, so sends are on time.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import time
 READ, WRITE = 1, 4  # the same bits for poll and epoll
 _CLOCK_MONOTONIC = 1
 _TFD_TIMER_ABSTIME = 1
-_BATCH = 32  # events taken at once, so that a crowd of arrivals doesn't hold back a send for long
+_BATCH = 32  # limit of events per wait, so that many arrivals do not delay a send
 
 
 class _Timespec(ctypes.Structure):
@@ -46,7 +46,7 @@ class Poller:
         (self._epoll or self._poll).unregister(fd)  # type: ignore[union-attr]
 
     def wait(self, deadline_ns: int) -> list[tuple[int, int]]:
-        """Ready (fd, events) pairs, none when the deadline came first."""
+        """Ready (fd, events) pairs; empty at the deadline."""
         if self._timer < 0:
             left_s = max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
             if self._epoll is not None:
@@ -74,7 +74,7 @@ class Poller:
 
     def _arm(self, deadline_ns: int) -> None:
         self._deadline = deadline_ns
-        # A value of 0 would disarm the timer; any moment in the past fires at once.
+        # A value of 0 would disarm the timer; any time in the past fires at once.
         self._spec.value.seconds, self._spec.value.nanoseconds = divmod(max(1, deadline_ns), 1_000_000_000)
         assert self._libc is not None
         if self._libc.timerfd_settime(self._timer, _TFD_TIMER_ABSTIME, ctypes.byref(self._spec), None):

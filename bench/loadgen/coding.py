@@ -1,30 +1,30 @@
-"""Content codings of an answer, undone piece by piece: what a piece of the packed bytes completes comes out with it."""
+"""Incremental decoding of compressed responses: each piece of compressed bytes returns what it completes."""
 
 import zlib
 from collections.abc import Callable
 
 Decoder = Callable[[bytes], bytes]
-MAX_BYTES = 1 << 28  # of one unpacked answer: far beyond any stream of tokens, and it fits into memory
-_GZIP, _ZLIB, _RAW = 31, 15, -15  # zlib's names of the three formats: window bits
+MAX_BYTES = 1 << 28  # limit of one decompressed response
+_GZIP, _ZLIB, _RAW = 31, 15, -15  # zlib's window bits for the three formats
 
 
 class CodingError(Exception):
-    """The bytes are not packed as the answer says, or in a way that isn't read here."""
+    """The bytes are not compressed as the response says, or the coding is not supported."""
 
 
 def decoder(coding: str, packed: bytes) -> Decoder:
-    """What undoes `coding` (as in Content-Encoding) of a body that begins like `packed`; raises CodingError."""
+    """A decoder for `coding` (as in Content-Encoding) and a body that begins with `packed`; raises CodingError."""
     if coding in ("gzip", "x-gzip"):
         return _Inflate(coding, _GZIP)
     if coding == "deflate":
-        # RFC 9110 means the zlib format; many servers send it bare. Its two bytes of header tell them apart.
+        # RFC 9110 means the zlib format, but many servers send raw deflate. The two header bytes distinguish them.
         wrapped = len(packed) < 2 or (packed[0] & 15 == 8 and (packed[0] * 256 + packed[1]) % 31 == 0)
         return _Inflate(coding, _ZLIB if wrapped else _RAW)
-    raise CodingError(f"the answer has the Content-Encoding {coding!r}, which can't be read; gzip and deflate can")
+    raise CodingError(f"the response has the unsupported Content-Encoding {coding!r}; gzip and deflate are supported")
 
 
 class _Inflate:
-    """The stream of one answer; gzip may hold several members."""
+    """The stream of one response; gzip may have several members."""
 
     def __init__(self, coding: str, bits: int):
         self._coding = coding
@@ -40,9 +40,9 @@ class _Inflate:
             try:
                 found.append(self._stream.decompress(piece, MAX_BYTES + 1 - self._total))
             except zlib.error:
-                raise CodingError(f"the answer is not packed with {self._coding} as it says") from None
+                raise CodingError(f"the response is not compressed with {self._coding}, as its header says") from None
             self._total += len(found[-1])
             if self._total > MAX_BYTES:
-                raise CodingError(f"the answer unpacks to more than {MAX_BYTES >> 20} MiB")
+                raise CodingError(f"the decompressed response exceeds {MAX_BYTES >> 20} MiB")
             piece = self._stream.unused_data
         return b"".join(found)

@@ -1,7 +1,7 @@
-"""The sockets of the measured path: non-blocking, one a request, with the arrival time of every read.
+"""The sockets of measured requests: non-blocking, one per request, with the arrival time of every read.
 
-On Linux the kernel stamps a segment when it arrives, so the stamp doesn't suffer from a client that reads late. A read
-that covers several segments carries the stamp of the last one. TLS and other systems stamp at the read.
+On Linux the kernel timestamps a segment on arrival, so a client that reads late does not falsify the time. A read that
+covers several segments has the timestamp of the last one. With TLS and on other systems, the time of the read is used.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ class Connection(Protocol):
     def fileno(self) -> int: ...
 
     def advance(self) -> int:
-        """Go on connecting: 0 when ready to send, else the mask to wait for."""
+        """Continue connecting: 0 when ready to send, else the poll mask to wait for."""
         ...
 
     def send(self, data: memoryview) -> int:
-        """Bytes taken, or BLOCKED."""
+        """The number of bytes sent, or BLOCKED."""
         ...
 
     def receive(self) -> tuple[int, int]:
-        """Bytes put in the shared buffer (0 at the end of the stream, or BLOCKED), CLOCK_REALTIME stamp in ns."""
+        """The number of bytes in the shared buffer (0: end of the stream, or BLOCKED), and CLOCK_REALTIME in ns."""
         ...
 
     def close(self) -> None: ...
 
 
 class ReceiveBuffer:
-    """One buffer for all connections: each read is copied out of it before the next."""
+    """One buffer for all connections; each read is copied out of it before the next one."""
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(BUFFER_BYTES))
@@ -51,12 +51,12 @@ class ReceiveBuffer:
 
 
 def connect(address: Address, buffer: ReceiveBuffer) -> Connection:
-    """Start connecting; raises OSError when even that fails."""
+    """Start connecting; raises OSError."""
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        stamped = address.tls is None and _ask_for_stamps(sock)
+        stamped = address.tls is None and _enable_timestamps(sock)
         with contextlib.suppress(BlockingIOError):
             sock.connect(address.sockaddr)
         if address.tls is None:
@@ -67,19 +67,20 @@ def connect(address: Address, buffer: ReceiveBuffer) -> Connection:
         raise
 
 
-def _ask_for_stamps(sock: socket.socket) -> bool:
+def _enable_timestamps(sock: socket.socket) -> bool:
+    """Ask the kernel for receive timestamps; returns whether it supports them."""
     if not _ANCILLARY_BYTES or not hasattr(sock, "recvmsg_into"):
         return False
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
     except OSError:
         return False
-    # The number means something else on other systems: only what reads back as set is trusted.
+    # The number may mean something else on other systems, so the option is read back.
     return bool(sock.getsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS))
 
 
 class PlainConnection:
-    """TCP, with kernel stamps where the system gives them."""
+    """TCP, with kernel timestamps if the system supports them."""
 
     def __init__(self, sock: socket.socket, buffer: ReceiveBuffer, stamped: bool):
         self._sock = sock
@@ -111,7 +112,7 @@ class PlainConnection:
             count, ancillary, _, _ = self._sock.recvmsg_into(self._buffer.parts, self._ancillary)
         except BlockingIOError:
             return BLOCKED, 0
-        if ancillary:  # nothing else was asked for
+        if ancillary:  # timestamps are the only ancillary data that was requested
             seconds, nanoseconds = _TIMESPEC.unpack(ancillary[0][2])
             return count, seconds * 1_000_000_000 + nanoseconds
         return count, time.time_ns()
@@ -121,7 +122,7 @@ class PlainConnection:
 
 
 class TlsConnection:
-    """TLS over TCP; a stamp is the time of the read that decrypted the bytes."""
+    """TLS over TCP; timestamps are the times of the reads that decrypted the bytes."""
 
     def __init__(self, sock: socket.socket, buffer: ReceiveBuffer, context: ssl.SSLContext, host: str):
         self._sock: socket.socket = sock
@@ -157,7 +158,7 @@ class TlsConnection:
     def receive(self) -> tuple[int, int]:
         assert self._tls is not None
         try:
-            # A call returns one TLS record whole (the buffer is larger), so nothing stays hidden from the poll.
+            # A call returns a whole TLS record (the buffer is larger), so no decrypted bytes are hidden from the poll.
             return self._tls.recv_into(self._buffer.view), time.time_ns()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return BLOCKED, 0

@@ -1,4 +1,4 @@
-"""One load point's requests, sent by as many generator processes as their answers need, with one record."""
+"""Sends the requests of one load point, from one or several generator processes, and returns one recording."""
 
 import contextlib
 import gc
@@ -14,7 +14,7 @@ from bench.loadgen.target import Target, encode_request, resolve
 from bench.workloads.base import RequestSpec
 from engine.host import cores
 
-CHUNKS_A_CORE = 60_000  # a second; one process spends about two thirds of a core on them
+CHUNKS_PER_CORE = 60_000  # per second; they take about two thirds of a core
 
 
 def run_load(
@@ -27,12 +27,20 @@ def run_load(
     needed: int | None = None,
     processes: int | None = None,
 ) -> Recording:
-    """Send specs[i] at times[i] (seconds, sorted) whatever the server does, until all answers ended.
+    """Send specs[i] at times[i], whatever the server does, until all responses have ended.
 
-    Ends early when the observer says so or `time_limit_s` after time 0: what is open then is "cut short", what is not
-    sent stays so. With `needed` it also ends once that many first requests ended: those after them only keep up the
-    load meanwhile. `processes` (None: from the expected chunks a second) share the requests in turn. Failures of
-    requests are recorded; BenchError only when the host can't be found.
+    Failures of requests are recorded, not raised. Requests that are open when the load ends early are "cut short".
+
+    Args:
+        target: the server.
+        specs: the requests.
+        times: float64[len(specs)], send times in seconds, sorted.
+        observer: called during the load; may end it.
+        time_limit_s: limit of the load, from time 0.
+        needed: end once this many first requests have ended; later ones only keep up the load. None: all.
+        processes: number of generator processes; None: from the expected chunks per second.
+
+    Raises BenchError if the host is not found or a generator process fails.
     """
     if len(specs) != len(times):
         raise ValueError(f"{len(specs)} requests for {len(times)} arrival times")
@@ -53,11 +61,11 @@ def run_closed_loop(
     time_limit_s: float,
     processes: int = 1,
 ) -> Recording:
-    """Keep `concurrency` requests open until all specs were sent and answered: as soon as one ends, the next is sent.
+    """Keep `concurrency` requests open until all specs are done: as soon as one ends, the next one is sent.
 
-    There is no schedule that a request could miss: its intended time is when its turn came in the generator, and
-    lateness is counted from the arrival of the end of the answer before it. Several processes share both the requests
-    and the concurrency. Ends early as run_load() does.
+    The intended time of a request is the moment at which the generator could send it. Its lateness counts from the
+    arrival of the end of the previous response. Several processes divide requests and concurrency among them. Ends
+    early as run_load() does.
     """
     if concurrency < 1:
         raise ValueError(f"a concurrency of {concurrency}")
@@ -65,8 +73,8 @@ def run_closed_loop(
 
 
 def processes_for(chunks_per_s: float) -> int:
-    """Generator processes for an expected rate of chunks, as far as there are cores for them."""
-    return max(1, min(cores(), math.ceil(chunks_per_s / CHUNKS_A_CORE)))
+    """The number of generator processes for an expected rate of chunks, at most the number of cores."""
+    return max(1, min(cores(), math.ceil(chunks_per_s / CHUNKS_PER_CORE)))
 
 
 def _run(
@@ -93,23 +101,22 @@ def _run(
 
 
 def run_loop(loop: Loop) -> GeneratorUse:
-    """Run one loop to its end, and say what it used of its core."""
+    """Run one loop to its end; returns what it used of its core."""
     used, waited, began = time.thread_time_ns(), _queued_ns(), time.monotonic_ns()
     try:
         loop.run()
     finally:
         loop.close()
     used, waited, wall = time.thread_time_ns() - used, _queued_ns() - waited, time.monotonic_ns() - began
-    # A share of less than a second says nothing.
-    length = max(1_000_000_000, wall)
+    length = max(1_000_000_000, wall)  # shares of shorter times are not meaningful
     return GeneratorUse(cpu_s=used / 1e9, cpu_share=used / length, starved_share=waited / length)
 
 
 @contextlib.contextmanager
 def generating(requests: int) -> Iterator[None]:
-    """What a loop needs of its process: files for its connections, and no garbage collection.
+    """Prepare the process for a loop: enough file descriptors, and no garbage collection.
 
-    A full pass of the collector over the records would be seen as a stall of the server.
+    A full collection over the recorded streams would look like a stall of the server.
     """
     _allow_descriptors(requests + 64)
     was_on = gc.isenabled()
@@ -125,7 +132,7 @@ def generating(requests: int) -> Iterator[None]:
 
 
 def _queued_ns() -> int:
-    """Nanoseconds for which this thread was ready to run and another one had its core; 0 where the system won't say."""
+    """Nanoseconds for which this thread was ready to run while others had its core; 0 if the system does not tell."""
     try:
         with open("/proc/thread-self/schedstat") as f:
             return int(f.read().split()[1])
@@ -134,7 +141,7 @@ def _queued_ns() -> int:
 
 
 def _allow_descriptors(count: int) -> None:
-    """Raise the soft limit of open files as far as needed and allowed; what doesn't fit fails as a connection."""
+    """Raise the soft limit of open files as far as needed and allowed."""
     try:
         import resource
     except ImportError:  # not a Unix

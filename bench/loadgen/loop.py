@@ -1,4 +1,4 @@
-"""The loop of one generator process: one thread, one epoll set, one connection a stream, no parsing of what arrives."""
+"""The loop of one generator process: one thread, one epoll set, one connection per stream; nothing is parsed in it."""
 
 import time
 from bisect import bisect_right
@@ -12,22 +12,22 @@ from bench.loadgen.response import MalformedError, read_head
 from bench.loadgen.stream import State, Stream
 from bench.loadgen.target import Address
 
-LEAD_NS = 300_000_000  # from the start of the loop to time 0, so that the first connections stand in time
-_SHORT_LEAD_NS = 30_000_000  # for so few to a server on this machine that any queue of new connections takes them
+LEAD_NS = 300_000_000  # from the start of the loop to time 0, for opening the first connections
+_SHORT_LEAD_NS = 30_000_000  # for a few connections to a server on this machine
 _FEW = 4
 _OPEN_AHEAD_NS = 250_000_000  # a connection is opened this long before its request is due
 _TICK_NS = 200_000_000
-_DONE_PATIENCE_NS = 1_000_000_000  # for the end of an answer that already said [DONE]
+_DONE_TIMEOUT_NS = 1_000_000_000  # wait for the end of a response after [DONE]
 _NEVER = 1 << 62
 
 
 class Observer(Protocol):
-    """Watches a load point from outside and may end it."""
+    """Watches a running load point and may end it."""
 
     def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:
-        """Called about 5 times a second with counts so far (finished excludes failed); False cuts the point short.
+        """Called about 5 times a second with the counts so far (finished excludes failed); False ends the load.
 
-        Runs inside the loop, so it must be cheap; `now_s` is on the scale of the arrival times.
+        Runs inside the loop, so it must be cheap. `now_s` is on the scale of the arrival times.
         """
         ...
 
@@ -42,7 +42,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Time 0 of a load point, on both clocks: arrivals are stamped on the one, deadlines need the other."""
+    """Time 0 of a load point on both clocks: deadlines use the monotonic one, timestamps of arrivals the real one."""
 
     mono_ns: int
     real_ns: int
@@ -56,26 +56,26 @@ class Start:
 class Job:
     """What one generator process sends: payloads[i] at offsets_ns[i] after time 0 (sorted).
 
-    With `concurrency` set it is a closed loop: that many at time 0, then one whenever one ends, and no offsets.
+    With `concurrency` it is a closed loop without offsets: that many requests at time 0, then one whenever one ends.
     """
 
     address: Address
     payloads: Sequence[bytes]
     offsets_ns: Sequence[int]
     time_limit_s: float
-    needed: int  # it ends once this many first requests ended
+    needed: int  # the load ends once this many first requests have ended
     concurrency: int | None = None
 
     @property
     def lead_ns(self) -> int:
-        """Time to open the first connections. Spread over LEAD_NS they don't overrun a server that takes them one by
-        one: a connection it has no room for is tried again after a second only."""
+        """Time to open the first connections. They are spread over LEAD_NS, since a connection that does not fit into
+        the server's listen queue is retried only after a second."""
         first = self.concurrency or bisect_right(self.offsets_ns, _OPEN_AHEAD_NS)
-        return _SHORT_LEAD_NS if first <= _FEW and self.address.is_near else LEAD_NS
+        return _SHORT_LEAD_NS if first <= _FEW and self.address.is_local else LEAD_NS
 
 
 class Loop:
-    """Opens, sends, receives; `streams` is the record."""
+    """Opens connections, sends requests, receives responses; `streams` is the recording."""
 
     def __init__(self, job: Job, observer: Observer, start: Start):
         self._address = job.address
@@ -85,14 +85,14 @@ class Loop:
         self._buffer = ReceiveBuffer()
         self._poller = Poller()
         self._live: dict[int, Stream] = {}  # by descriptor
-        self._idle: dict[int, Connection] = {}  # connections that wait for a request, the last used one last
-        self._opened = 0  # streams before this one were opened
-        self._due = 0  # streams before this one were due
-        self._needed = job.needed  # streams before this one are waited for
-        self.awaited = job.needed  # how many of them haven't ended
-        self.hold = False  # go on when none is awaited any more: another process still waits for one of its own
-        self._free = 0  # closed loop: turns to hand on …
-        self._freed_ns = 0  # … the last of which came free here
+        self._idle: dict[int, Connection] = {}  # connections without a request, the last used one last
+        self._opened = 0  # index of the first stream that was not opened yet
+        self._due = 0  # index of the first stream that is not due yet
+        self._needed = job.needed  # index of the first stream that is not waited for
+        self.awaited = job.needed  # number of streams before it that have not ended
+        self.hold = False  # continue when none is awaited: another process still waits for one of its streams
+        self._free = 0  # closed loop: number of requests that may be sent …
+        self._freed_ns = 0  # … and when the last of them became possible
         self.cut_short = False
         self._start = start
         self.start_ns = start.real_ns
@@ -137,13 +137,13 @@ class Loop:
                 except MalformedError as error:
                     self._fail(stream, "malformed stream", str(error))
             if self._free:
-                self._hand_on()
+                self._send_next()
         self._tick(clock())
 
     def close(self) -> None:
-        """Close what is open; what was sent and has no end is cut short."""
+        """Close all connections; requests that were sent and have not ended are cut short."""
         for stream in list(self._live.values()):
-            if stream.index < self._due and stream.failure is None and not stream.says_done():
+            if stream.index < self._due and stream.failure is None and not stream.is_done():
                 stream.failure = ("cut short", "")
             self._drop(stream)
         for connection in self._idle.values():
@@ -161,7 +161,7 @@ class Loop:
         return True
 
     def _on_time(self, now: int) -> bool:
-        """Everything that has its moment; False when the point is over. Sets when to wake up again."""
+        """Do everything that is due, and set the time of the next wake-up; False if the load point is over."""
         self._open_and_send(now)
         if now >= self._next_tick:
             self._next_tick = now + _TICK_NS
@@ -198,12 +198,12 @@ class Loop:
             if stream.state is State.READY:
                 self._send(stream)
             elif stream.state is State.CLOSED:
-                self._free += self._closed_loop  # it failed before its turn came
+                self._free += self._closed_loop  # it failed before it was due
         if self._free:
-            self._hand_on()
+            self._send_next()
 
-    def _hand_on(self) -> None:
-        """Closed loop: send one request for every one that ended."""
+    def _send_next(self) -> None:
+        """Closed loop: send one request for each one that ended."""
         while self._free and self._due < len(self.streams):
             self._free -= 1
             stream = self.streams[self._due]
@@ -218,7 +218,7 @@ class Loop:
         self._free = 0
 
     def _open(self, stream: Stream) -> None:
-        """Give a stream a connection: one that a finished answer left behind, else a new one."""
+        """Assign a connection to a stream: an idle one, else a new one."""
         if self._idle:
             fd, stream.connection = self._idle.popitem()
             stream.reused = True
@@ -273,7 +273,7 @@ class Loop:
             stream.left = stream.left[taken:]
         if len(stream.left):
             if first:
-                # Read as well: a server may refuse a long request before it has read all of it.
+                # Also wait for reads: a server may reject a long request before it has received all of it.
                 self._poller.change(stream.connection.fileno(), READ | WRITE)
             return
         stream.left = None
@@ -298,7 +298,7 @@ class Loop:
             self._finish(stream)
 
     def _read_head(self, stream: Stream) -> bool:
-        """Whether the head is there; notes the first byte of the body of a 200. Raises MalformedError."""
+        """Whether the head is complete; counts the first byte of the body of a 200. Raises MalformedError."""
         if stream.head is None:
             stream.head = read_head(stream.answer)
             if stream.head is not None:
@@ -310,33 +310,33 @@ class Loop:
         return head is not None
 
     def _end_of_stream(self, stream: Stream) -> None:
-        """The server closed: the regular end only of an answer that says no length, or of one that said it is done."""
+        """The server closed the connection: the regular end of a response without a length, or after [DONE]."""
         head, ending = stream.head, stream.ending
         if head is not None and ending is not None:
             until_close = not head.chunked and head.length is None
-            if until_close or stream.says_done() or ending.find(stream.answer):
+            if until_close or stream.is_done() or ending.find(stream.answer):
                 self._finish(stream, ended=True)
                 return
-        moment = "before it answered" if not stream.answer else "in the middle of its answer"
+        moment = "before it answered" if not stream.answer else "in the middle of the response"
         self._lost(stream, f"the server closed the connection {moment}")
 
     def _lost(self, stream: Stream, error: str) -> None:
-        """A connection broke. A used one that the server had given up says nothing yet: the request goes out again."""
+        """A connection broke. If it was reused and the server had closed it, the request is sent again."""
         if stream.state is State.SENDING and self._refused_early(stream):
             return
         if stream.reused and not stream.answer and stream.failure is None:
             self._disconnect(stream)
             stream.reused, stream.left = False, None
             for fd in list(self._idle):
-                self._forget_idle(fd)  # as old as this one: the server is about to close it too
+                self._forget_idle(fd)  # as old as this one: the server will close them too
             self._open(stream)
             return
         self._fail(stream, "connection", error)
 
     def _refused_early(self, stream: Stream) -> bool:
-        """Whether all is said about a request that couldn't be sent whole.
+        """Whether the response to a request that could not be sent completely is there.
 
-        A server may refuse a long one before it has read it, and close: then the cause waits to be read.
+        A server may reject a long request before it has received it, and close: its response can still be read.
         """
         stream.state = State.RECEIVING
         known = -1
@@ -351,14 +351,14 @@ class Loop:
         return stream.state is not State.RECEIVING
 
     def _forget_idle(self, fd: int) -> None:
-        """The server closed a connection that was kept, or said something nobody asked for."""
+        """Close an idle connection: the server closed it or sent unexpected bytes."""
         connection = self._idle.pop(fd, None)
         if connection is not None:
             self._poller.forget(fd)
             connection.close()
 
     def _close_lingering(self) -> None:
-        """End answers after which nothing comes: whole ones that more bytes followed, and those that said [DONE]."""
+        """End responses without further bytes: complete ones followed by extra bytes, and those with [DONE]."""
         now = time.time_ns()
         quiet = [
             s for s in self._live.values() if s.read_ns and s.read_ns[-1] < now - _TICK_NS and s.ending is not None
@@ -366,14 +366,14 @@ class Loop:
         for stream in quiet:
             try:
                 followed = stream.ending.find(stream.answer)  # type: ignore[union-attr]
-                if followed or (stream.read_ns[-1] < now - _DONE_PATIENCE_NS and stream.says_done()):
+                if followed or (stream.read_ns[-1] < now - _DONE_TIMEOUT_NS and stream.is_done()):
                     stream.unended = True
                     self._finish(stream, ended=True)
             except MalformedError as error:
                 self._fail(stream, "malformed stream", str(error))
 
     def _finish(self, stream: Stream, *, ended: bool = False) -> None:
-        """The answer is whole; `ended`: and its connection can't be used again."""
+        """The response is complete; `ended`: its connection cannot be reused."""
         head = stream.head
         if head is not None and head.status == 200:
             self.counts.finished += 1

@@ -1,4 +1,4 @@
-"""What a load point left behind: raw bytes with stamps, read into rows only when asked."""
+"""The recording of a load point: raw bytes with timestamps, parsed into request records after the load."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,25 +11,25 @@ from bench.results import RequestRow
 from bench.sse import StreamedAnswer, error_message, read_stream, what_instead
 from bench.workloads.base import RequestSpec
 
-# Beyond these a figure would describe the generator, not the server.
+# Beyond these limits the measurement would describe the generator, not the server.
 CPU_SHARE_LIMIT = 0.9
-DELAY_LIMIT_S = 0.05  # of sends and reads, P99, whatever is measured
-DELAY_SHARE, DELAY_FLOOR_S = 0.1, 0.01  # of sends: this share of the median TTFT, within bounds
-# A generator that waited for its core for more than half of the time it ran shares it with something busy. Kernel
-# stamps keep most of its figures right, but nothing vouches for the rest: it is held to less. Not below the turn that a
-# fair scheduler gives a busy neighbour, which is 4 ms: a server that computes on the generator's core is no fault.
+DELAY_LIMIT_S = 0.05  # of sends and reads, P99
+DELAY_SHARE, DELAY_FLOOR_S = 0.1, 0.01  # of sends: this share of the median TTFT, but not less than the floor
+# A generator that waited for its core for more than half of its running time shares it with a busy process. Kernel
+# timestamps keep most latencies right, but reads get a lower limit. The floor is above 4 ms, the time slice that a fair
+# scheduler gives the other process: a server that computes on the generator's core does not invalidate a load point.
 STARVED_SHARE, STARVED_FLOOR_S = 0.06, 0.005
-_UNENDED = "its answer does not end as HTTP asks, so that the generator waited until nothing came any more"
-ENOUGH_READS = 1000  # for a P99 that is held to milliseconds
+_UNENDED = "the response was not terminated as HTTP requires, so the generator waited until no more bytes arrived"
+ENOUGH_READS = 1000  # for a meaningful P99 of the read delay
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorUse:
-    """What the loops used; shares of one core, 0..1, the highest of all processes."""
+    """CPU use of the loops; shares of one core, 0..1, the highest of all processes."""
 
     cpu_s: float  # of all processes
     cpu_share: float
-    starved_share: float  # of the time: ready to run while another process had the core; 0 where unknown
+    starved_share: float  # of the time: ready to run while another process had the core; 0 if unknown
     processes: int = 1
 
 
@@ -38,11 +38,11 @@ class GeneratorHealth:
     """Whether the generator kept up; times in seconds."""
 
     lateness_p99_s: float  # sent - intended, over all requests sent
-    loop_lag_p99_s: float  # from the arrival of bytes to their read; 0 where the system gives no receive stamps
+    loop_lag_p99_s: float  # from the arrival of bytes to their read; 0 if the system gives no receive timestamps
     cpu_share: float  # of one core, 0..1
-    coalesced_reads: int  # reads that held several chunks with tokens: these share the stamp of the last
-    saturated: bool  # the generator was the bottleneck: the point says nothing about the server
-    reason: str  # in words ("it used …"), "" when not saturated
+    coalesced_reads: int  # reads with several chunks that carry tokens; these share the timestamp of the last
+    saturated: bool  # the generator was the bottleneck: the load point is invalid
+    reason: str  # "it used …"; "" if not saturated
     cpu_s: float = 0.0  # of all generator processes, while the load ran
     starved_share: float = 0.0  # of the time, ready to run while another process had the core
     processes: int = 1
@@ -60,12 +60,12 @@ class _Reading:
     status: str
     error: str
     answer: StreamedAnswer
-    arrivals_ns: np.ndarray  # int64, one a chunk with tokens
-    reads: np.ndarray  # int64, the read that completed each chunk
+    arrivals_ns: np.ndarray  # int64, one per chunk with tokens
+    reads: np.ndarray  # int64, index of the read that completed each chunk
 
 
 class Recording:
-    """The record of one load point, requests in the order of their intended times."""
+    """The recording of one load point, requests in the order of their intended times."""
 
     def __init__(
         self, streams: list[Stream], specs: list[RequestSpec], start_ns: int, use: GeneratorUse, *, cut_short: bool
@@ -79,14 +79,14 @@ class Recording:
         self.sent = sum(s.sent_ns > 0 for s in streams)
 
     def rows(self, window: tuple[float, float]) -> list[RequestRow]:
-        """One row a request that was sent or tried; in_window = window[0] <= intended time < window[1], in seconds."""
+        """One record per request that was sent or tried; `window` in seconds, by intended times, without its end."""
         return [self._row(s, r, window) for s, r in zip(self._streams, self._readings, strict=True)]
 
     @cached_property
     def health(self) -> GeneratorHealth:
         sent = [s for s in self._streams if s.sent_ns]
         lateness = _p99([s.sent_ns - (s.freed_ns or s.intended_ns) for s in sent])
-        # A server that is slow to accept makes requests late too: only the time after the connection stood is ours.
+        # A server that is slow to accept also delays requests; the generator's delay begins with the connection.
         slip = _p99([s.sent_ns - max(s.freed_ns or s.intended_ns, s.ready_ns) for s in sent])
         lag = _p99(np.concatenate([_lags(s) for s in self._streams]) if self._streams else [])
         coalesced = sum(_coalesced(r.reads) for r in self._readings)
@@ -105,14 +105,14 @@ class Recording:
         )
 
     def _faults(self, slip_s: float, lag_s: float) -> list[str]:
-        """Why the record can't be trusted, in words."""
+        """Why the recording cannot be trusted."""
         use = self._use
         causes = []
         if use.cpu_share > CPU_SHARE_LIMIT:
             causes.append(f"used {use.cpu_share:.0%} of its core")
         typical_s = self._typical_ttft_s()
         closed_loop = any(s.freed_ns for s in self._streams)
-        # In a closed loop a late turn lowers the concurrency a little; no latency is counted from it.
+        # In a closed loop a late send lowers the concurrency a little, but no latency counts from it.
         limit_s = DELAY_LIMIT_S if closed_loop else _within(DELAY_FLOOR_S, DELAY_SHARE * typical_s)
         if slip_s > limit_s:
             causes.append(f"sent requests {slip_s * 1e3:.0f} ms late (P99)")
@@ -120,9 +120,9 @@ class Recording:
         if use.starved_share > use.cpu_share / 2 and sum(len(s.read_ns) for s in self._streams) >= ENOUGH_READS:
             limit_s = _within(STARVED_FLOOR_S, STARVED_SHARE * typical_s)
         if lag_s > limit_s:
-            causes.append(f"read answers {lag_s * 1e3:.1f} ms after they arrived (P99)")
+            causes.append(f"read responses {lag_s * 1e3:.1f} ms after they arrived (P99)")
         if causes and use.starved_share > use.cpu_share / 2:
-            causes.append(f"waited {use.starved_share:.0%} of the time for a core that others used")
+            causes.append(f"waited {use.starved_share:.0%} of the time for a core used by other processes")
         return causes
 
     def _typical_ttft_s(self) -> float:
@@ -139,7 +139,7 @@ class Recording:
         answer, arrivals = reading.answer, reading.arrivals_ns
         intended_s = (stream.intended_ns - self._start_ns) / 1e9
         ok = reading.status == "ok"
-        said = answer.completion_tokens
+        counted = answer.completion_tokens
         return RequestRow(
             index=stream.index,
             intended_s=intended_s,
@@ -148,7 +148,7 @@ class Recording:
             e2e_s=(int(arrivals[-1]) - stream.intended_ns) / 1e9 if ok and len(arrivals) else None,
             input_tokens=spec.input_tokens if answer.prompt_tokens is None else answer.prompt_tokens,
             asked_output_tokens=spec.output_tokens,
-            output_tokens=sum(answer.tokens) if said is None else said,
+            output_tokens=sum(answer.tokens) if counted is None else counted,
             cached_tokens=answer.cached_tokens,
             in_window=window[0] <= intended_s < window[1],
             status=reading.status,
@@ -159,7 +159,7 @@ class Recording:
 
 
 def _read(stream: Stream, asked: int) -> _Reading:
-    """Parse one stream; `asked` tokens were asked for."""
+    """Parse one stream; `asked` is the requested output length."""
     answer, places = StreamedAnswer(), np.empty(0, dtype=np.int64)
     failure = stream.failure
     if stream.head is None:
@@ -179,14 +179,14 @@ def _read(stream: Stream, asked: int) -> _Reading:
 
 
 def _refusal(head: Head, body: Body) -> str:
-    """What an answer other than 200 says."""
+    """The message of a response with a status other than 200."""
     if 300 <= head.status < 400 and head.location:
         return f"the server redirects to {head.location}"
     return error_message(body.data) or body.malformed
 
 
 def _judge(answer: StreamedAnswer, body: Body, failure: tuple[str, str] | None, media: str) -> tuple[str, str] | None:
-    """What was wrong with a 200, if anything; the server's own words come first, since a close often follows them."""
+    """What is wrong with a response of 200, if anything; the server's message first, since it often closes after it."""
     if answer.error:
         return "stream error", answer.error
     if answer.malformed or body.malformed:
@@ -198,7 +198,7 @@ def _judge(answer: StreamedAnswer, body: Body, failure: tuple[str, str] | None, 
     if not answer.ended:
         return "malformed stream", "the stream ends without [DONE] or a finish reason"
     if not answer.tokens:
-        return "malformed stream", "the stream holds no tokens"
+        return "malformed stream", "the stream contains no tokens"
     return None
 
 
@@ -207,7 +207,7 @@ def _lags(stream: Stream) -> np.ndarray:
 
 
 def _coalesced(reads: np.ndarray) -> int:
-    """How many reads completed more than one chunk with tokens."""
+    """The number of reads that completed more than one chunk with tokens."""
     return int((np.unique(reads, return_counts=True)[1] > 1).sum()) if len(reads) else 0
 
 

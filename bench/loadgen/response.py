@@ -1,7 +1,7 @@
-"""HTTP/1.1 framing of an answer (RFC 9112): its end, found in the loop; its body and where each byte lay, later.
+"""HTTP/1.1 framing of a response (RFC 9112): its end, found in the loop; its body and the place of each byte, later.
 
-The loop asks only where an answer ends. For chunked answers that costs one comparison a read: every chunked message
-ends in an empty line. Where one does and it isn't the usual end of a stream, the chunks before are walked over.
+The loop only needs the end of a response. For chunked ones that costs one comparison per read, since every chunked
+message ends with an empty line. If a read ends with one that is not the usual end of a stream, the chunks are parsed.
 """
 
 import re
@@ -19,50 +19,50 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _EMPTY_LINE = b"\r\n\r\n"
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
-_SHORT_SIZES = {b"%x" % size: size for size in range(1 << 12)}  # as they are written mostly
+_SHORT_SIZES = {b"%x" % size: size for size in range(1 << 12)}  # avoids parsing the usual sizes
 _MAX_HEAD_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 14  # of a chunk's size with its extensions, or of a trailer
 _NO_BODY = frozenset({101, 204, 304})
-# At the start of a line: within the JSON of an event a line end is escaped, so text can't be taken for it.
+# At the start of a line: line ends in the JSON of an event are escaped, so generated text cannot match.
 _DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
 _TAIL_BYTES = 64
-BAD_CHUNKS = "the answer's chunks are not framed as HTTP asks"
-LONG_CHUNK = "a chunk of the answer is longer than announced"
+BAD_CHUNKS = "the chunks of the response are not framed as HTTP requires"
+LONG_CHUNK = "a chunk of the response is longer than its announced size"
 
 
 class MalformedError(Exception):
-    """The bytes are no HTTP answer, or one whose framing is broken."""
+    """The bytes are not an HTTP response, or its framing is broken."""
 
 
 class Ending(Protocol):
-    """Where an answer ends; `end` is the offset behind its last byte, once known."""
+    """Finds the end of a response; `end` is the offset after its last byte, once known."""
 
     end: int | None
 
     def reached(self, answer: bytearray) -> bool:
-        """Called after each read: whether the answer is whole. Raises MalformedError."""
+        """Whether the response is complete; called after each read. Raises MalformedError."""
         ...
 
     def find(self, answer: bytearray) -> bool:
-        """The same without the shortcut of the hot path: also where other bytes follow the end."""
+        """The same without the shortcut of the hot path: also finds an end that other bytes follow."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What is needed from the status line and the header fields of the final answer."""
+    """The status and header fields of the final response that are needed here."""
 
     status: int
-    body_start: int  # in bytes from the start of what was read, interim answers included
-    length: int | None  # of the body, where the server says it
+    body_start: int  # in bytes from the start of what was read, including interim responses
+    length: int | None  # of the body, if the server sends it
     chunked: bool
-    keeps: bool = False  # the connection may carry another request after this answer
-    codings: tuple[str, ...] = ()  # gzip, …: in the order they were applied
-    media: str = ""  # of Content-Type, without parameters
+    keeps: bool = False  # the connection may be reused after this response
+    codings: tuple[str, ...] = ()  # gzip, …: in the order in which they were applied
+    media: str = ""  # Content-Type without parameters
     location: str = ""
 
     def ending(self) -> Ending:
-        """What finds the end of this answer."""
+        """The object that finds the end of this response."""
         if self.chunked:
             return _ChunkedEnding(self.body_start)
         if self.length is not None:
@@ -71,7 +71,7 @@ class Head:
 
 
 def read_head(answer: bytearray | bytes) -> Head | None:
-    """The head of the final answer, behind any interim ones (1xx), or None while it is incomplete.
+    """The head of the final response, after any interim ones (1xx); None while it is incomplete.
 
     Raises MalformedError.
     """
@@ -100,13 +100,13 @@ def _parse_head(text: bytes, body_start: int) -> Head:
     transfer = _words(fields, b"transfer-encoding")
     chunked = bool(transfer) and transfer[-1] == "chunked"
     if "chunked" in transfer[:-1]:
-        raise MalformedError("the answer's Transfer-Encoding is not one that HTTP allows")
+        raise MalformedError("the Transfer-Encoding of the response is not allowed in HTTP")
     length = None if transfer else _content_length(fields)
     if status in _NO_BODY:
         chunked, length = False, 0
     connection = _words(fields, b"connection")
     persistent = "close" not in connection if match[1] == b"1" else "keep-alive" in connection
-    ambiguous = bool(transfer) and b"content-length" in fields  # allowed, but nothing may follow on this connection
+    ambiguous = bool(transfer) and b"content-length" in fields  # allowed, but the connection must not be reused
     codings = _words(fields, b"content-encoding") + [coding for coding in transfer if coding != "chunked"]
     return Head(
         status,
@@ -127,7 +127,7 @@ def _fields(lines: list[bytes]) -> dict[bytes, bytes]:
         name, colon, value = line.partition(b":")
         name = name.strip().lower()
         if not colon or not name:
-            raise MalformedError("a header field of the answer can't be read")
+            raise MalformedError("a header of the response cannot be parsed")
         fields[name] = fields[name] + b", " + value.strip() if name in fields else value.strip()
     return fields
 
@@ -142,12 +142,12 @@ def _content_length(fields: dict[bytes, bytes]) -> int | None:
         return None
     values = {value.strip() for value in fields[b"content-length"].split(b",")}
     if len(values) != 1 or not _LENGTH.fullmatch(value := values.pop()):
-        raise MalformedError("the answer's Content-Length is no number")
+        raise MalformedError("the Content-Length of the response is not a number")
     return int(value)
 
 
 class _KnownEnding:
-    """The server says the length."""
+    """The length is known from the head."""
 
     __slots__ = ("end",)
 
@@ -161,7 +161,7 @@ class _KnownEnding:
 
 
 class _CloseEnding:
-    """The end of the connection is the end of the answer, unless the stream says before that it is done."""
+    """The response ends with [DONE] or with the connection."""
 
     __slots__ = ("end",)
 
@@ -169,13 +169,13 @@ class _CloseEnding:
         self.end: int | None = None
 
     def reached(self, answer: bytearray) -> bool:
-        return says_done(answer)
+        return has_done(answer)
 
     find = reached
 
 
 class _ChunkedEnding:
-    """Chunks, the last one, perhaps trailers, and an empty line; walks on from where it was before."""
+    """Chunks, the last chunk, optional trailers and an empty line; continues parsing where the last call ended."""
 
     __slots__ = ("_at", "_in_trailers", "end")
 
@@ -185,12 +185,12 @@ class _ChunkedEnding:
         self.end: int | None = None
 
     def reached(self, answer: bytearray) -> bool:
-        return answer.endswith(_EMPTY_LINE) and (self._plainly(answer) or self.find(answer))
+        return answer.endswith(_EMPTY_LINE) and (self._usual_end(answer) or self.find(answer))
 
-    def _plainly(self, answer: bytearray) -> bool:
-        """Whether [DONE] and the bare last chunk stand at the end: so nearly all answers end, and none has to be walked
-        over, which would cost a chunk as much as a tenth of reading it."""
-        if answer.endswith(_LAST_CHUNK) and says_done(answer):
+    def _usual_end(self, answer: bytearray) -> bool:
+        """Whether the response ends with [DONE] and the last chunk, as nearly all do. Saves parsing the chunks, which
+        would cost a tenth of reading them."""
+        if answer.endswith(_LAST_CHUNK) and has_done(answer):
             self.end = len(answer)
             return True
         return False
@@ -221,7 +221,7 @@ class _ChunkedEnding:
 
 
 def _line(answer: bytearray | bytes, at: int) -> bytes | None:
-    """The line at `at` without its end; None while it is incomplete."""
+    """The line at offset `at` without its line end; None while it is incomplete."""
     end = answer.find(b"\r\n", at, at + _MAX_LINE_BYTES)
     if end < 0:
         if len(answer) - at >= _MAX_LINE_BYTES:
@@ -237,23 +237,23 @@ def _chunk_size(line: bytes) -> int:
     return int(match[1], 16)
 
 
-def says_done(answer: bytearray | bytes) -> bool:
-    """Whether the last bytes hold the event that ends a stream, whatever the framing says."""
+def has_done(answer: bytearray | bytes) -> bool:
+    """Whether the last bytes contain the event [DONE], which ends a stream."""
     return _DONE.search(answer, max(0, len(answer) - _TAIL_BYTES)) is not None
 
 
 class Body:
-    """The body of an answer without its framing and codings, and the place of its bytes in what was read.
+    """The body of a response without framing and codings, and the place of its bytes in what was read.
 
-    `ends` are the lengths of the answer after each read: bytes that came out of a decoder get the place of the read
-    that brought them. `malformed` says in words where framing or coding broke; `data` is then what came before.
+    `ends` are the lengths of the response after each read: decoded bytes get the place of the read that completed them.
+    `malformed` is a message if framing or coding is broken; `data` is then the part before.
     """
 
     def __init__(self, answer: bytes, head: Head, ends: Sequence[int] = ()):
         self.malformed = ""
         self._starts: list[int] = []  # of each piece, in the body
         self._places: list[int] = []  # of each piece, in the answer
-        self._decoded = False  # all bytes of a piece have one place
+        self._decoded = False  # True: all bytes of a piece have the same place
         if head.chunked:
             self.data = self._join_chunks(answer, head.body_start)
         else:
@@ -265,7 +265,7 @@ class Body:
             self._decode(head.codings, list(ends) or [len(answer)])
 
     def place(self, offset: int) -> int:
-        """Where the body's byte at `offset` lay in the answer."""
+        """The offset in the response of the body's byte at `offset`."""
         piece = bisect_right(self._starts, offset) - 1
         return self._places[piece] + (0 if self._decoded else offset - self._starts[piece])
 
@@ -292,7 +292,7 @@ class Body:
         return b"".join(pieces)
 
     def _decode(self, codings: tuple[str, ...], ends: list[int]) -> None:
-        """Undo the codings, read by read, so that each decoded byte keeps the arrival of what it was decoded from."""
+        """Decode read by read, so that each decoded byte gets the arrival time of its compressed bytes."""
         packed, self.data = self.data, b""
         cuts = [self._before(end, len(packed)) for end in ends]
         self._starts, self._places, self._decoded = [], [], True
@@ -315,7 +315,7 @@ class Body:
         self.data = b"".join(pieces)
 
     def _before(self, end: int, size: int) -> int:
-        """How many bytes of the body lie before the answer's offset `end`."""
+        """The number of body bytes before the response's offset `end`."""
         piece = bisect_left(self._places, end) - 1
         if piece < 0:
             return 0

@@ -1,7 +1,7 @@
-"""Several generator processes for one load point: requests dealt out in turn, one start, one merged record.
+"""Several generator processes for one load point: requests are assigned in turn, start together, and are merged.
 
-Each child gets its requests as bytes, says when it is ready, and starts at the moment the parent names. It reports its
-counts five times a second; the parent adds them up for the observer and tells the children when to end.
+Each child gets its requests as bytes, reports that it is ready, and starts at the time that the parent sends. It sends
+its counts five times a second. The parent adds them up for the observer and sends the children a word to end.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ _CUT, _ENOUGH = "cut", "enough"
 
 @dataclass(slots=True)
 class _Shard:
-    """The parent's view of one child."""
+    """The parent's state of one child."""
 
     process: subprocess.Popen[bytes]
     pipe: Connection
-    part: range  # which requests are its own
+    part: range  # indices of its requests
     counts: Counts = dataclasses.field(default_factory=Counts)
     awaited: int = 1
     streams: list[Stream] | None = None
@@ -41,10 +41,10 @@ class _Shard:
 
 
 def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Observer, *, target: Target) -> Recording:
-    """Run a job on several processes; BenchError when one of them dies, as then a part of the load is missing."""
+    """Run a job on several processes; raises BenchError if one of them dies, since part of the load is then missing."""
     with _children(processes, len(specs)) as shards:
         for number, shard in enumerate(shards):
-            # A TLS context can't be sent: each child looks the address up itself.
+            # A TLS context cannot be pickled: each child resolves the address itself.
             part = dataclasses.replace(_part(job, shard.part, number, processes), address=None)  # type: ignore[arg-type]
             shard.pipe.send((part, target))
         for shard in shards:
@@ -57,7 +57,7 @@ def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Obs
         try:
             _oversee(shards, observer, start)
         except BaseException:
-            _tell(shards, _CUT)
+            _send_all(shards, _CUT)
             raise
     streams = _merged(shards, len(specs))
     uses = [s.use for s in shards if s.use is not None]
@@ -71,7 +71,7 @@ def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Obs
 
 
 def _part(job: Job, part: range, number: int, processes: int) -> Job:
-    """Every processes-th request, and its share of the concurrency."""
+    """The job of one child: its requests, and its share of the concurrency."""
     concurrency = job.concurrency
     if concurrency is not None:
         concurrency = concurrency // processes + (number < concurrency % processes)
@@ -97,7 +97,7 @@ def _children(processes: int, requests: int) -> Iterator[list[_Shard]]:
         yield shards
     finally:
         for shard in shards:
-            shard.pipe.close()  # a child whose pipe is gone ends
+            shard.pipe.close()  # a child ends when its pipe is closed
         for shard in shards:
             try:
                 shard.process.wait(5.0)
@@ -107,8 +107,8 @@ def _children(processes: int, requests: int) -> Iterator[list[_Shard]]:
 
 
 def _oversee(shards: list[_Shard], observer: Observer, start: Start) -> None:
-    """Add up what the children say, until each has handed in its record."""
-    told = ""
+    """Add up the children's counts until each has sent its recording."""
+    word = ""  # sent to the children
     next_tick = 0.0
     while any(s.streams is None for s in shards):
         pipes: list[Connection] = [s.pipe for s in shards if s.streams is None]
@@ -117,12 +117,12 @@ def _oversee(shards: list[_Shard], observer: Observer, start: Start) -> None:
         now = time.monotonic()
         if now >= next_tick:
             next_tick = now + _TICK_S / 2
-            if not _observe(shards, observer, start) and not told:
-                told = _CUT
-                _tell(shards, told)
-        if not told and all(s.awaited <= 0 for s in shards):
-            told = _ENOUGH
-            _tell(shards, told)
+            if not _observe(shards, observer, start) and not word:
+                word = _CUT
+                _send_all(shards, word)
+        if not word and all(s.awaited <= 0 for s in shards):
+            word = _ENOUGH
+            _send_all(shards, word)
     _observe(shards, observer, start)
 
 
@@ -148,7 +148,7 @@ def _receive(shard: _Shard) -> None:
         shard.awaited = 0
 
 
-def _tell(shards: list[_Shard], word: str) -> None:
+def _send_all(shards: list[_Shard], word: str) -> None:
     for shard in shards:
         if shard.streams is None:
             with contextlib.suppress(OSError):
@@ -166,7 +166,7 @@ def _merged(shards: Sequence[_Shard], count: int) -> list[Stream]:
 
 
 class _Reporter:
-    """The child's observer: passes counts on, and hears when to end."""
+    """The child's observer: sends counts to the parent, and receives the word to end."""
 
     def __init__(self, pipe: Connection):
         self._pipe = pipe
@@ -199,12 +199,12 @@ def _child(pipe: Connection) -> None:
 
 
 def main() -> None:
-    """A child: python -m bench.loadgen.shards FD."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent says what follows
+    """Run a child: python -m bench.loadgen.shards FD."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent handles it
     try:
         _child(Connection(int(sys.argv[1])))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        sys.exit(1)  # the parent is gone, and nobody is left to tell
+        sys.exit(1)  # the parent is gone
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where requests go and how they get there, and what they look like as bytes."""
+"""The target of a measurement: its address, keys and TLS settings, and requests to it as bytes."""
 
 import ipaddress
 import re
@@ -17,37 +17,37 @@ from bench.loadgen.tls import tls_context
 from bench.workloads.base import RequestSpec
 
 _RESOLVE_TIMEOUT_S = 5.0
-_ENDPOINTS = ("/chat/completions", "/completions", "/models")  # behind /v1; people copy them along with the URL
+_ENDPOINTS = ("/chat/completions", "/completions", "/models")  # after /v1; often copied along with the URL
 _PATH_SAFE = "/%:@!$&'()*+,;=~-._"
 _SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FRAMING_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "expect"})
 _SET_ELSEWHERE = {
-    "stream": "answers are measured as streams",
-    "prompt": "the workload has the prompts",
-    "messages": "the workload has the prompts",
+    "stream": "responses are always streamed",
+    "prompt": "prompts come from the workload",
+    "messages": "prompts come from the workload",
     "model": "use --served-model",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server that speaks the OpenAI protocol, and all that is said of reaching it.
+    """A server that speaks the OpenAI protocol, and how requests are sent to it.
 
-    Measuring, probing, metrics and health checks use it alike. `base_url` may be given with /v1, with a path before
-    it, a query, or user:password@; it is kept without them. Raises BenchError naming the flag that is wrong.
+    It applies to measured requests, probe, metrics and health checks. `base_url` may contain /v1, a path before it, a
+    query and user:password@; it is stored without /v1, query and user. Raises BenchError naming the wrong flag.
     """
 
     base_url: str
     model: str = ""
     api_key: str | None = None
-    headers: tuple[tuple[str, str], ...] = ()  # sent with every request; they replace those sent otherwise
-    ca: str | None = None  # certificates to trust instead of the system's: a PEM file or a folder
-    insecure: bool = False  # trust any certificate
-    extra_body: Mapping[str, Any] = field(default_factory=dict)  # more fields of requests; None leaves a field out
-    ignore_eos: bool = True  # ask for exactly max_tokens tokens
-    stream_options: bool = True  # ask for the usage at the end of the stream
-    query: str = ""  # of the URL, added to that of every request
+    headers: tuple[tuple[str, str], ...] = ()  # sent with every request; they replace default headers
+    ca: str | None = None  # CA certificates to trust instead of the system's: a PEM file or a folder
+    insecure: bool = False  # skip certificate verification
+    extra_body: Mapping[str, Any] = field(default_factory=dict)  # additional request fields; None removes a field
+    ignore_eos: bool = True  # request exactly max_tokens tokens
+    stream_options: bool = True  # request the usage at the end of the stream
+    query: str = ""  # of the URL, added to every request
 
     def __post_init__(self) -> None:
         base, query, user = _take_apart(self.base_url)
@@ -57,10 +57,10 @@ class Target:
         if self.api_key is not None:
             check_header("Authorization", self.api_key, "--api-key")
             if not self.api_key.strip():
-                raise BenchError("the key is empty (--api-key)")
+                raise BenchError("the API key is empty (--api-key)")
         for name, reason in _SET_ELSEWHERE.items():
             if name in self.extra_body:
-                raise BenchError(f"{name!r} can't be an extra field of requests: {reason} (--extra-body)")
+                raise BenchError(f"{name!r} cannot be set with --extra-body: {reason}")
         object.__setattr__(self, "base_url", base)
         object.__setattr__(self, "query", query or self.query)
         object.__setattr__(self, "headers", headers)
@@ -75,15 +75,15 @@ class Target:
 
     @property
     def fixes_lengths(self) -> bool:
-        """Whether answers are asked to have exactly the length that the workload says."""
+        """Whether outputs are requested with exactly the workload's length."""
         return bool(self.extra_body.get("ignore_eos", self.ignore_eos))
 
     def url(self, path: str) -> str:
-        """The URL of a path behind the base, such as /v1/models."""
+        """The URL of a path below the base URL, such as /v1/models."""
         return self.base_url + path + (f"?{self.query}" if self.query else "")
 
     def all_headers(self, **defaults: str) -> dict[str, str]:
-        """Header fields of a request: `defaults` (with _ for -), the key, then what was given."""
+        """The headers of a request: `defaults` (with _ for -), the API key, and `headers`, which replace both."""
         found = {name.replace("_", "-").lower(): (name.replace("_", "-"), value) for name, value in defaults.items()}
         if self.api_key is not None:
             found["authorization"] = ("Authorization", f"Bearer {self.api_key}")
@@ -91,30 +91,30 @@ class Target:
         return dict(found.values())
 
     def described(self) -> dict[str, Any]:
-        """What differs from an ordinary request, for result files: no values of headers, since they hold secrets."""
+        """Non-default settings, for result files, without the values of headers, which may be secrets."""
         extra = {key: "***" if _SECRET.search(key) else value for key, value in self.extra_body.items()}
-        told: dict[str, Any] = {"headers": [name for name, _ in self.headers], "extra_body": extra}
-        told |= {"ca": self.ca} | ({"insecure": True} if self.insecure else {})
-        told |= {} if self.ignore_eos else {"ignore_eos": False}
-        told |= {} if self.stream_options else {"stream_options": False}
-        return {key: value for key, value in told.items() if value not in ([], {}, None)}
+        found: dict[str, Any] = {"headers": [name for name, _ in self.headers], "extra_body": extra}
+        found |= {"ca": self.ca} | ({"insecure": True} if self.insecure else {})
+        found |= {} if self.ignore_eos else {"ignore_eos": False}
+        found |= {} if self.stream_options else {"stream_options": False}
+        return {key: value for key, value in found.items() if value not in ([], {}, None)}
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A target taken apart for the socket calls."""
+    """A resolved target, for the socket calls."""
 
     host: str
     port: int
-    path: str  # before /v1, without a slash at its end
+    path: str  # before /v1, without a trailing slash
     tls: ssl.SSLContext | None
     family: socket.AddressFamily
     sockaddr: tuple[Any, ...]
     query: str = ""
 
     @property
-    def is_near(self) -> bool:
-        """Whether a connection costs no more than a call of the system: to this machine, and without TLS."""
+    def is_local(self) -> bool:
+        """Whether a connection costs only a system call: to this machine and without TLS."""
         return self.tls is None and ipaddress.ip_address(self.sockaddr[0]).is_loopback
 
     @property
@@ -125,25 +125,25 @@ class Address:
 
 
 def clean_url(base_url: str) -> str:
-    """`base_url` without a slash, /v1, query or user at its end; BenchError if it is no http(s) URL."""
+    """`base_url` without trailing slash, /v1, query and user; raises BenchError if it is not an http(s) URL."""
     return _take_apart(base_url)[0]
 
 
 def check_header(name: str, value: str, flag: str = "--header") -> tuple[str, str]:
-    """The field as it is sent; raises BenchError for what HTTP doesn't allow, or what the generator sets itself."""
+    """The header as it is sent; raises BenchError if HTTP does not allow it or the load generator sets it itself."""
     name, value = name.strip(), value.strip()
     if not _TOKEN.fullmatch(name):
-        raise BenchError(f"{name!r} is no name of a header field ({flag})")
+        raise BenchError(f"{name!r} is not a valid header name ({flag})")
     if name.lower() in _FRAMING_HEADERS:
-        raise BenchError(f"the header field {name} is set by the load generator ({flag})")
-    # A value's text may be secret, so it isn't repeated.
+        raise BenchError(f"the header {name} is set by the load generator ({flag})")
+    # The value may be secret, so the message does not contain it.
     if any(ord(letter) < 32 or 126 < ord(letter) < 160 or ord(letter) > 255 for letter in value.replace("\t", " ")):
-        raise BenchError(f"the value of {name} holds characters that a header field can't ({flag})")
+        raise BenchError(f"the value of {name} contains characters that are not allowed in a header ({flag})")
     return name, value
 
 
 def resolve(server: Target | str) -> Address:
-    """Look the host up once; of several addresses (localhost has two) take the first that accepts a connection now."""
+    """Look the host up; of several addresses (localhost has two) choose the first that accepts a connection."""
     target = Target.of(server)
     parts = urlsplit(target.base_url)
     host = parts.hostname or ""
@@ -152,7 +152,7 @@ def resolve(server: Target | str) -> Address:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise BenchError(f"the host {host!r} can't be found: {error.strerror or error} (--url)") from None
+        raise BenchError(f"cannot find the host {host!r}: {error.strerror or error} (--url)") from None
     family, sockaddr = found[0][0], found[0][4]
     for candidate in found if len(found) > 1 else []:
         with socket.socket(candidate[0], socket.SOCK_STREAM) as probe:
@@ -190,8 +190,10 @@ def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes
 
 
 def _take_apart(text: str) -> tuple[str, str, str]:
-    """The base of a URL before /v1, its query, and user:password; raises BenchError."""
-    wrong = BenchError(f"{_shown(text)!r} is no URL of a server; expected something like http://127.0.0.1:8000 (--url)")
+    """The base URL before /v1, the query, and user:password; raises BenchError."""
+    wrong = BenchError(
+        f"{_without_password(text)!r} is not a valid server URL; expected something like http://127.0.0.1:8000 (--url)"
+    )
     try:
         parts = urlsplit(text.strip())
         port = parts.port
@@ -210,6 +212,5 @@ def _take_apart(text: str) -> tuple[str, str, str]:
     return base, quote(parts.query, safe=_PATH_SAFE + "?"), user
 
 
-def _shown(url: str) -> str:
-    """A URL for a message, without a password."""
+def _without_password(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//***@", url)

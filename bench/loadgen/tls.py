@@ -1,4 +1,4 @@
-"""Which certificates are trusted, the same for measured requests and all others."""
+"""TLS settings, the same for measured requests and control requests."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from bench.errors import BenchError
 
 
 def tls_context(ca: str | None = None, *, insecure: bool = False) -> ssl.SSLContext:
-    """The context of connections to a server.
+    """The TLS context of connections to a server; raises BenchError naming a file that cannot be read.
 
-    `ca` is a PEM file or a folder of hashed certificates to trust instead of the usual ones: those of SSL_CERT_FILE or
-    SSL_CERT_DIR, else the system's and certifi's. `insecure` trusts any. Raises BenchError naming what can't be read.
+    Trusted are the certificates of `ca` (a PEM file or a folder of hashed certificates), else of SSL_CERT_FILE or
+    SSL_CERT_DIR, else the system's and certifi's. `insecure` skips the verification.
     """
     if insecure:
         context = ssl.create_default_context()
@@ -38,5 +38,5 @@ def _trusting(path: str, named_by: str) -> ssl.SSLContext:
             return ssl.create_default_context(capath=path)
         return ssl.create_default_context(cafile=path)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = "it holds no certificates in PEM form" if isinstance(error, ssl.SSLError) else error
-        raise BenchError(f"{path} can't be read as certificates: {reason} ({named_by})") from None
+        reason = "it contains no certificates in PEM format" if isinstance(error, ssl.SSLError) else error
+        raise BenchError(f"{path} cannot be read as certificates: {reason} ({named_by})") from None

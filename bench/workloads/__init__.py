@@ -1,4 +1,4 @@
-"""Workloads: what is sent, apart from when."""
+"""Workloads: what is sent."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,15 @@ from bench.workloads.traced import TraceLengths
 from bench.workloads.turns import MultiTurn
 from bench.workloads.vision import MMMUPro, VisionArena
 
-__all__ = ["Encode", "RequestSpec", "Workload", "known_fields", "make_workload", "needs_vocabulary", "tells_lengths"]
+__all__ = [
+    "Encode",
+    "RequestSpec",
+    "Workload",
+    "has_exact_lengths",
+    "known_fields",
+    "make_workload",
+    "needs_vocabulary",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +28,9 @@ class _Kind:
     make: Callable[..., Workload]
     required: frozenset[str]
     optional: frozenset[str]
-    vocabulary: bool = False  # made of random tokens
-    encode: bool = False  # made of texts that have to be tokenised
-    exact: bool = True  # max_tokens is what a request really has, not an estimate
+    vocabulary: bool = False  # needs the vocabulary size, for random tokens
+    encode: bool = False  # needs a tokenizer, for texts
+    exact: bool = True  # max_tokens is exact, not an estimate
 
 
 def _fields(text: str) -> frozenset[str]:
@@ -57,16 +65,17 @@ def make_workload(spec: dict[str, Any], vocab_size: int | None, encode: Encode |
     {"kind": "multi-turn", "input": 200, "output": 100, "turns": 4, "conversations": 8};
     {"kind": "trace", "trace": "lengths.csv"};
     {"kind": "sharegpt", "dataset": "file.json"}, and the same for jsonl, visionarena and mmmu-pro.
-    `vocab_size` is needed by kinds of random tokens (needs_vocabulary), `encode` by sharegpt when it is first used.
+    `vocab_size` is needed for random tokens (see needs_vocabulary()), `encode` for sharegpt when it is first used.
     """
     kind = _kind(spec)
     known, name = _KINDS[kind], kind
     fields = {key: value for key, value in spec.items() if key != "kind"}
-    for missing in sorted(known.required - fields.keys() - {"dataset"}):  # find_data() names the flag of that one
+    for missing in sorted(known.required - fields.keys() - {"dataset"}):  # find_data() reports a missing data set
         raise BenchError(f"workload {name}: the field {missing} is missing")
     for extra in sorted(fields.keys() - known.required - known.optional, key=str):
         raise BenchError(
-            f"workload {name}: unknown field {extra}; it knows {', '.join(sorted(known.required | known.optional))}"
+            f"workload {name}: unknown field {extra}; known fields: "
+            f"{', '.join(sorted(known.required | known.optional))}"
         )
     if known.vocabulary:
         fields["vocab_size"] = vocab_size
@@ -76,12 +85,12 @@ def make_workload(spec: dict[str, Any], vocab_size: int | None, encode: Encode |
 
 
 def needs_vocabulary(spec: dict[str, Any]) -> bool:
-    """Whether make_workload() needs the size of the vocabulary for `spec`."""
+    """Whether make_workload() needs the vocabulary size for `spec`."""
     return _KINDS[_kind(spec)].vocabulary
 
 
-def tells_lengths(workload: Workload) -> bool:
-    """Whether `workload.max_tokens` is a fact; of texts and pictures only the server knows the tokens."""
+def has_exact_lengths(workload: Workload) -> bool:
+    """Whether `workload.max_tokens` is exact; for texts and images it is an estimate."""
     return _KINDS[_kind(workload.describe())].exact
 
 
@@ -93,8 +102,8 @@ def known_fields(spec: dict[str, Any]) -> frozenset[str]:
 
 def _kind(spec: Any) -> str:
     if not isinstance(spec, dict):
-        raise BenchError(f"workload: expected fields such as kind, input and output, not {spec!r}")
+        raise BenchError(f"a workload must have fields such as kind, input and output, not {spec!r}")
     kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise BenchError(f"workload: kind is {kind!r}; choose from {', '.join(_KINDS)}")
+        raise BenchError(f"workload: unknown kind {kind!r}; choose from {', '.join(_KINDS)}")
     return kind

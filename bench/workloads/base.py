@@ -1,4 +1,4 @@
-"""What a workload is: a named source of requests, the same ones for the same seed."""
+"""The interface of workloads: named sources of requests, reproducible from a seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ Encode = Callable[[list[str]], list[list[int]]]  # texts -> token ids, without s
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """One request to send; lengths in tokens, exactly one of `prompt_ids`, `prompt_text` and `messages` is set."""
+    """One request to send; exactly one of `prompt_ids`, `prompt_text` and `messages` is set."""
 
-    input_tokens: int  # exact for token-id prompts, an estimate for text and messages
-    output_tokens: int  # asked: sent as max_tokens with ignore_eos
+    input_tokens: int  # exact for token ids, an estimate for texts and messages
+    output_tokens: int  # requested: sent as max_tokens
     prompt_ids: list[int] | None = None  # sent to /v1/completions
     messages: list[dict[str, Any]] | None = None  # sent to /v1/chat/completions
     prompt_text: str | None = None  # sent to /v1/completions
 
 
 class Workload(Protocol):
-    """A source of requests that depends on nothing but its description and a seed."""
+    """A source of requests that depends only on its description and a seed."""
 
     @property
     def name(self) -> str:
-        """As on figures: "500/2000"."""
+        """Its name in figures, such as "500/2000"."""
         ...
 
     @property
@@ -32,11 +32,11 @@ class Workload(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What should be known of its data, such as rows left out; complete once requests were made."""
+        """Messages about its data, such as skipped rows; complete after requests() was called."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Plain data from which make_workload() builds the same workload again."""
+        """Plain data from which make_workload() builds the same workload."""
         ...
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:

@@ -1,24 +1,24 @@
-"""Chat messages of data sets: the forms in which their content is written, and the one in which it is sent."""
+"""Chat messages of data sets: checks them, and converts the forms of their content to the API's."""
 
 from typing import Any
 
 
 def chat_fault(messages: Any) -> str:
-    """Why this is no list of chat messages, in words; "" where it is one."""
+    """Why this is not a list of chat messages; "" if it is one."""
     if not isinstance(messages, list) or not messages:
-        return "messages must be a list of chat messages, and must not be empty"
+        return "messages must be a non-empty list of chat messages"
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f"message {number} must be an object with a role"
         content = message.get("content")
         parts = content if isinstance(content, list) else [content]
         if content is not None and not all(map(_is_part, parts)):
-            return f"the content of message {number} must be a text, or a list of texts or of parts with a type"
+            return f"the content of message {number} must be a text, or a list of texts or parts with a type"
     return ""
 
 
 def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as the API takes them: of a content that is a list, each text becomes a part."""
+    """The messages in the API's form: texts in a list become content parts."""
     return [
         message | {"content": [_part(part) for part in _listed(message["content"])]}
         if isinstance(message.get("content"), list | dict)
@@ -28,7 +28,7 @@ def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text_of(content: Any) -> str | None:
-    """The text of a content in any of these forms, parts one below the other; None where it has none."""
+    """The text of a content in any of these forms, parts separated by newlines; None if it has no text."""
     if isinstance(content, str):
         return content
     parts = [_part(part) for part in _listed(content) if _is_part(part)]

@@ -1,4 +1,4 @@
-"""Texts to token ids: with a tokenizer at hand, or by asking the server."""
+"""Tokenization of texts, with a local tokenizer or by the server."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ _TIMEOUT_S = 60.0
 
 
 def local_tokenizer(name: str) -> Any:
-    """The tokenizer in a folder, a tokenizer.json, or a hub id; has encode(text, add_special_tokens=…) and a length."""
+    """The tokenizer of a folder, a tokenizer.json or a hub id; has encode(text, add_special_tokens=…)."""
     path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     if path.is_file():
         from tokenizers import Tokenizer
@@ -24,7 +24,7 @@ def local_tokenizer(name: str) -> Any:
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise BenchError(f"{path} can't be read as a tokenizer: {error} (--tokenizer)") from None
+            raise BenchError(f"{path} cannot be read as a tokenizer: {error} (--tokenizer)") from None
     try:
         return load_auto_tokenizer(name)
     except ModelError as error:
@@ -36,7 +36,7 @@ def tokenizer_size(tokenizer: Any) -> int:
 
 
 def local_encoder(tokenizer: Any) -> Encode:
-    """Encode with what local_tokenizer() returned."""
+    """Tokenize with a tokenizer from local_tokenizer()."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         found = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -46,7 +46,7 @@ def local_encoder(tokenizer: Any) -> Encode:
 
 
 def server_encoder(target: Target) -> Encode:
-    """Encode with the server's POST /tokenize (Redline and vLLM have it); nothing is asked before it is used."""
+    """Tokenize with the server's POST /tokenize (Redline, vLLM); sends no request before it is used."""
     url, model = target.base_url + "/tokenize", target.model
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -54,16 +54,16 @@ def server_encoder(target: Target) -> Encode:
             with ControlClient(target, timeout_s=_TIMEOUT_S) as client:
                 return [_ids(client, url, {"model": model, "prompt": t, "add_special_tokens": False}) for t in texts]
         except httpx.HTTPError as error:
-            raise BenchError(f"{url} can't be asked: {error or type(error).__name__}: give --tokenizer") from None
+            raise BenchError(f"no response from {url}: {error or type(error).__name__}; pass --tokenizer") from None
 
     return encode
 
 
-def _ids(client: ControlClient, url: str, asked: dict[str, Any]) -> list[int]:
-    answer = client.post("/tokenize", asked)
-    if answer.status_code != 200:
-        raise BenchError(f"{url} answers HTTP {answer.status_code}, so it can't tokenize: give --tokenizer")
+def _ids(client: ControlClient, url: str, content: dict[str, Any]) -> list[int]:
+    response = client.post("/tokenize", content)
+    if response.status_code != 200:
+        raise BenchError(f"{url} answered HTTP {response.status_code}: the server cannot tokenize; pass --tokenizer")
     try:
-        return [int(token) for token in answer.json()["tokens"]]
+        return [int(token) for token in response.json()["tokens"]]
     except (ValueError, LookupError, TypeError):
-        raise BenchError(f"{url} answers without token ids: give --tokenizer") from None
+        raise BenchError(f"the response of {url} has no token ids; pass --tokenizer") from None

@@ -1,4 +1,4 @@
-"""Pictures as data: URLs, and copies of them that no cache knows."""
+"""Images as data: URLs, and marked copies that no cache contains."""
 
 import base64
 import hashlib
@@ -9,21 +9,21 @@ from typing import Any
 from bench.errors import BenchError
 
 _KINDS = ((b"\xff\xd8\xff", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"RIFF", "webp"))
-_CELL, _CELLS = 8, 4  # pixels a side, and how many: a mark that survives JPEG
+_CELL, _CELLS = 8, 4  # size in pixels and number of the mark's cells; the mark survives JPEG compression
 
 
 def picture_bytes(stored: Any) -> bytes:
-    """The encoded picture of a row: bytes, a path, or {"bytes": …, "path": …}; BenchError if it is none of them."""
+    """The encoded image of a row: bytes, a path, or {"bytes": …, "path": …}; raises BenchError."""
     if isinstance(stored, dict):
         stored = stored.get("bytes") or stored.get("path")
     if isinstance(stored, str):
         try:
             return Path(stored).read_bytes()
         except OSError as error:
-            raise BenchError(f"the picture {stored} can't be read: {error.strerror} (--dataset)") from None
+            raise BenchError(f"the image {stored} cannot be read: {error.strerror} (--dataset)") from None
     if isinstance(stored, bytes | bytearray):
         return bytes(stored)
-    raise BenchError(f"a picture of the data set is stored as {type(stored).__name__}, not as bytes (--dataset)")
+    raise BenchError(f"an image of the data set is stored as {type(stored).__name__}, not as bytes (--dataset)")
 
 
 def data_url(content: bytes) -> str:
@@ -32,9 +32,9 @@ def data_url(content: bytes) -> str:
 
 
 def marked(content: bytes, salt: str) -> bytes:
-    """The same picture with a mark in its lower right corner that belongs to `salt`, the same for the same salt.
+    """The image with a mark in its lower right corner that depends on `salt`.
 
-    Servers find pictures again by their pixels, so that other bytes around them would not do.
+    Servers cache images by their pixels, so changing other bytes of the file would not suffice.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -43,13 +43,13 @@ def marked(content: bytes, salt: str) -> bytes:
             kind = opened.format
             picture = opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise BenchError(f"a picture of the data set can't be read: {error} (--dataset)") from None
-    colours = hashlib.blake2b(salt.encode(), digest_size=3 * _CELLS).digest()
+        raise BenchError(f"an image of the data set cannot be read: {error} (--dataset)") from None
+    colors = hashlib.blake2b(salt.encode(), digest_size=3 * _CELLS).digest()
     width, height = picture.size
     for i in range(_CELLS):
-        colour = tuple(colours[3 * i : 3 * i + 3])
+        color = tuple(colors[3 * i : 3 * i + 3])
         left = max(0, width - (i + 1) * _CELL)
-        picture.paste(colour, (left, max(0, height - _CELL), max(1, width - i * _CELL), height))
+        picture.paste(color, (left, max(0, height - _CELL), max(1, width - i * _CELL), height))
     out = io.BytesIO()
     if kind == "PNG":
         picture.save(out, "PNG", compress_level=1)

@@ -1,6 +1,6 @@
-"""Rows of a data set as plain dictionaries: from a JSON or JSONL file, a parquet file, a folder, or the hub.
+"""Rows of a data set as plain dictionaries: from a JSON, JSONL or parquet file, a folder, or the hub.
 
-Pictures stay as they are stored: {"bytes": …, "path": …}, or a path relative to the file that names them.
+Images are returned as they are stored: {"bytes": …, "path": …}, or a path, made absolute.
 """
 
 import importlib
@@ -21,9 +21,9 @@ _SHIPPED = ("vision-sample",)
 
 
 def find_data(dataset: Any, kind: str) -> Path | str:
-    """The file or folder that `dataset` names, or the hub id it is; BenchError names the flag when it is neither."""
+    """The file or folder that `dataset` names, or the hub id itself; raises BenchError that names the flag."""
     if dataset is None:
-        raise BenchError(f"workload {kind}: it needs a data set: give --dataset (field dataset)")
+        raise BenchError(f"workload {kind} needs a data set: pass --dataset (field dataset)")
     if not isinstance(dataset, str) or not dataset:
         raise BenchError(f"workload {kind}: dataset must be a path or a hub id, not {dataset!r} (--dataset)")
     path = Path(dataset).expanduser()
@@ -48,14 +48,14 @@ def read_rows(
         return list(itertools.islice(_from_path(source, split, limit, faults), limit))
     except BenchError:
         raise
-    except Exception as error:  # the library and the hub's client raise dozens of kinds
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        where = "is no path here and can't be read from the hub" if isinstance(source, str) else "can't be read"
-        raise BenchError(f"the data set {source} {where}: {words} (--dataset)") from None
+    except Exception as error:  # the library and the hub's client raise many kinds
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        failed = "is not a local path and cannot be read from the hub" if isinstance(source, str) else "cannot be read"
+        raise BenchError(f"the data set {source} {failed}: {cause} (--dataset)") from None
 
 
 def read_json_rows(path: Path, limit: int | None, faults: RowFaults) -> list[DataRow]:
-    """The first `limit` good rows of a JSON list or a JSONL file; relative paths of pictures become absolute."""
+    """The first `limit` good rows of a JSON list or a JSONL file; relative paths of images become absolute."""
     rows: list[DataRow] = []
     for row in read_json(path, FLAG):
         if row.fault:
@@ -94,19 +94,19 @@ def _from_path(path: Path, split: str, limit: int, faults: RowFaults) -> Iterabl
     endings = [f".{kind}{packed}" for kind in ("jsonl", "json") for packed in ("", *_PACKED)]
     files = sorted(file for ending in endings for file in path.glob(f"*{ending}"))
     if not files:
-        raise BenchError(f"{path} holds no .parquet, .jsonl or .json file (--dataset)")
+        raise BenchError(f"{path} contains no .parquet, .jsonl or .json file (--dataset)")
     return (row.fields for file in files for row in read_json_rows(file, limit, faults))
 
 
 def _from_hub(name: str, subset: str | None, split: str) -> Iterable[dict]:
     datasets = _library()
 
-    # Streaming fetches as many rows as are used, of data sets of a hundred gigabytes.
+    # Streaming only fetches the rows that are used; data sets may have hundreds of gigabytes.
     return _plain(datasets.load_dataset(name, subset, split=split, streaming=True))
 
 
 def _plain(data: Any) -> Iterable[dict]:
-    """Without decoding pictures: they are sent as they are stored."""
+    """The data without decoding images, which are sent as they are stored."""
     datasets = _library()
 
     if data.features is None:
@@ -130,7 +130,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 def _library() -> Any:
-    """The data set library, loaded only where a data set is. By name: our folder of data is called the same."""
+    """The `datasets` library, imported only if needed; by name, since a folder of this project has the same name."""
     return importlib.import_module("datasets")
 
 

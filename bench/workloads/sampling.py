@@ -1,8 +1,8 @@
-"""In which order the rows of a data set are sent, and what keeps one load point from finding another's in a cache.
+"""The order in which rows of a data set are sent, and salts that keep load points from hitting each other's cache.
 
-A data set is smaller than what a search sends, so its rows come again: in a new order on every pass, and with a salt at
-the beginning of the prompt that belongs to the seed and the pass. Rows of one pass share it, so that beginnings which
-rows of the data set have in common stay common.
+A search sends more requests than a data set has rows, so rows are repeated: in a new order on every pass, and with a
+salt at the beginning of the prompt that depends on the seed and the pass. Rows of one pass have the same salt, so that
+prefixes that rows of the data set share are still shared.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ _SALT_TOKENS = 4
 
 
 def passes(rows: int, seed: int) -> Iterator[tuple[int, str]]:
-    """Endless (row, salt): all rows in a seeded order, then again in another."""
+    """Endless (row, salt) pairs: all rows in a seeded order, then again in another order with another salt."""
     rng = np.random.default_rng(seed)
     number = 0
     while True:
@@ -29,7 +29,7 @@ def salt_text(text: str, salt: str) -> str:
 
 
 def salt_ids(ids: list[int], salt: str, pool: list[int]) -> list[int]:
-    """Some ids from `pool` before the prompt, and as many fewer at its end, so that the length stays."""
+    """The prompt with some ids from `pool` before it, and as many removed at its end: its length does not change."""
     rng = np.random.default_rng(int(salt, 16))
     count = min(_SALT_TOKENS, len(ids))
     return [pool[i] for i in rng.integers(len(pool), size=count).tolist()] + ids[: len(ids) - count]

@@ -1,4 +1,4 @@
-"""Recorded texts: conversations in ShareGPT's format, and any JSONL of prompts or messages."""
+"""Recorded texts: conversations in ShareGPT's format, and JSONL files of prompts or messages."""
 
 import math
 from pathlib import Path
@@ -10,20 +10,20 @@ from bench.datafile import DataRow, RowFaults
 from bench.errors import BenchError
 from bench.workloads.base import Encode, RequestSpec
 from bench.workloads.chats import chat_fault, chat_messages, text_of
-from bench.workloads.fields import Length, draw, length, plain, show, whole, yes_no
+from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
 from bench.workloads.rows import DEFAULT_ROWS, FLAG, find_data, read_json_rows, read_rows
 from bench.workloads.sampling import passes, salt_ids, salt_text
 
 DEFAULT_OUTPUT = 128
-_MAX_INPUT, _MAX_TOKENS, _MIN_TOKENS = 1024, 2048, 4  # ShareGPT: the same limits as other tools use
-_ENCODE_AT_ONCE = 64
-_CHARACTERS_A_TOKEN = 2  # at least, of nearly all texts
+_MAX_INPUT, _MAX_TOKENS, _MIN_TOKENS = 1024, 2048, 4  # for ShareGPT, as in vLLM's benchmark
+_ENCODE_BATCH = 64
+_CHARACTERS_PER_TOKEN = 2  # a lower bound for nearly all texts
 
 
 class ShareGPT:
-    """First question and first answer of each conversation: prompt and output have the lengths that were recorded.
+    """The first question of each conversation as the prompt, and the length of its first answer as the output length.
 
-    Conversations with a prompt above `max_input`, more than `max_tokens` in all, or a part below 4 tokens are left out.
+    Conversations with a prompt above `max_input`, more than `max_tokens` in all, or a part below 4 tokens are skipped.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class ShareGPT:
         self._encode = encode
         self._dataset = dataset
         self._source = find_data(dataset, "sharegpt")
-        self._faults = RowFaults(str(dataset), FLAG, yes_no("skip_bad_rows", skip_bad_rows))
+        self._faults = RowFaults(str(dataset), FLAG, boolean("skip_bad_rows", skip_bad_rows))
         self._not_used = ""
-        self._max_input = whole("max_input", max_input)
-        self._max_tokens = whole("max_tokens", max_tokens)
-        self._limit = whole("rows", rows)
-        self._fresh = yes_no("fresh", fresh)
+        self._max_input = integer("max_input", max_input)
+        self._max_tokens = integer("max_tokens", max_tokens)
+        self._limit = integer("rows", rows)
+        self._fresh = boolean("fresh", fresh)
         self._pairs: list[tuple[list[int], int]] | None = None
 
     @property
@@ -82,18 +82,18 @@ class ShareGPT:
         return specs
 
     def _read(self) -> list[tuple[list[int], int]]:
-        """(prompt ids, output tokens) of the conversations that are used."""
+        """The used conversations as (prompt ids, output tokens)."""
         if self._pairs is not None:
             return self._pairs
         if self._encode is None:
-            raise BenchError("workload sharegpt: its lengths need a tokenizer: give --tokenizer")
+            raise BenchError("workload sharegpt needs a tokenizer: pass --tokenizer")
         found = read_rows(self._source, self._limit, self._faults)
-        spoken = [pair for pair in map(_first_pair, found) if pair is not None]
-        texts = [text for pair in spoken for text in pair]
+        chats = [pair for pair in map(_first_pair, found) if pair is not None]
+        texts = [text for pair in chats for text in pair]
         ids: list[list[int]] = []
-        for i in range(0, len(texts), _ENCODE_AT_ONCE):
-            ids += self._encode(texts[i : i + _ENCODE_AT_ONCE])
-        pairs = [(ids[2 * i], len(ids[2 * i + 1])) for i in range(len(spoken))]
+        for i in range(0, len(texts), _ENCODE_BATCH):
+            ids += self._encode(texts[i : i + _ENCODE_BATCH])
+        pairs = [(ids[2 * i], len(ids[2 * i + 1])) for i in range(len(chats))]
         self._pairs = [pair for pair in pairs if self._fits(len(pair[0]), pair[1])]
         if not self._pairs:
             raise BenchError(
@@ -102,8 +102,8 @@ class ShareGPT:
             )
         if len(self._pairs) < len(found):
             self._not_used = (
-                f"{self._dataset}: {len(self._pairs)} of {len(found)} rows are used: {len(found) - len(spoken)} don't "
-                f"begin with a question and an answer, {len(spoken) - len(self._pairs)} are shorter than {_MIN_TOKENS} "
+                f"{self._dataset}: using {len(self._pairs)} of {len(found)} rows: {len(found) - len(chats)} do not "
+                f"begin with a question and an answer, {len(chats) - len(self._pairs)} are shorter than {_MIN_TOKENS} "
                 f"tokens or longer than max_input {self._max_input} or max_tokens {self._max_tokens}"
             )
         return self._pairs
@@ -115,19 +115,21 @@ class ShareGPT:
 
 
 def _first_pair(row: dict[str, Any]) -> tuple[str, str] | None:
-    """Question and answer at the beginning of a conversation; None where it has no such beginning."""
+    """The question and answer at the beginning of a conversation; None if it begins otherwise."""
     turns = row.get("conversations") or row.get("conversation")
     if not isinstance(turns, list):
         return None
-    said = [(t.get("from") or t.get("role"), t.get("value") or t.get("content")) for t in turns if isinstance(t, dict)]
-    said = [(who, text) for who, text in said if who != "system"]
+    messages = [
+        (t.get("from") or t.get("role"), t.get("value") or t.get("content")) for t in turns if isinstance(t, dict)
+    ]
+    messages = [(role, content) for role, content in messages if role != "system"]
     if (
-        len(said) < 2
-        or said[0][0] not in ("human", "user")
-        or said[1][0] not in ("gpt", "assistant", "chatgpt", "bard")
+        len(messages) < 2
+        or messages[0][0] not in ("human", "user")
+        or messages[1][0] not in ("gpt", "assistant", "chatgpt", "bard")
     ):
         return None
-    question, answer = text_of(said[0][1]), text_of(said[1][1])
+    question, answer = text_of(messages[0][1]), text_of(messages[1][1])
     return (question, answer) if question is not None and answer is not None else None
 
 
@@ -148,20 +150,20 @@ class JsonLines:
         if not isinstance(source, Path) or not source.is_file():
             raise BenchError(f"workload jsonl: {dataset} is not a file (--dataset)")
         self._output = length("output", output)
-        self._limit = None if rows is None else whole("rows", rows)
-        self._fresh = yes_no("fresh", fresh)
-        self._faults = RowFaults(source, FLAG, yes_no("skip_bad_rows", skip_bad_rows))
+        self._limit = None if rows is None else integer("rows", rows)
+        self._fresh = boolean("fresh", fresh)
+        self._faults = RowFaults(source, FLAG, boolean("skip_bad_rows", skip_bad_rows))
         found = read_json_rows(source, self._limit, self._faults)
         self._rows = [spec for row in found if (spec := self._read(row)) is not None]
         self._faults.check()
         if not self._rows:
-            raise BenchError(f"{source}: holds no rows that can be used (--dataset)")
+            raise BenchError(f"{source}: contains no usable rows (--dataset)")
         self._pool = sorted({token for row in self._rows for token in row.prompt_ids or ()})
 
     @property
     def name(self) -> str:
         stem = Path(str(self._dataset)).stem
-        return f"jsonl {stem}/{show(self._output)}"
+        return f"jsonl {stem}/{length_text(self._output)}"
 
     @property
     def max_tokens(self) -> int:
@@ -177,7 +179,7 @@ class JsonLines:
         known: dict[str, Any] = {
             "kind": "jsonl",
             "dataset": self._dataset,
-            "output": plain(self._output),
+            "output": length_field(self._output),
             "fresh": self._fresh,
         }
         known |= {"skip_bad_rows": True} if self._faults.skip else {}
@@ -201,12 +203,12 @@ class JsonLines:
         return RequestSpec(row.input_tokens, row.output_tokens or output, ids, messages, text)
 
     def _read(self, row: DataRow) -> RequestSpec | None:
-        """The row as a request, output_tokens 0 where it names none; None where it is bad, which is noted."""
+        """The row as a request, with output_tokens 0 if it has none; None if it is bad, with an entry in `_faults`."""
         prompt, messages, output = (row.fields.get(name) for name in ("prompt", "messages", "output_tokens"))
         tokens = _tokens(output)
         fault = f"output_tokens must be a number of tokens, not {output!r}" if tokens is None else ""
         if (prompt is None) == (messages is None):
-            fault = fault or "give either prompt or messages"
+            fault = fault or "must have either prompt or messages"
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
             prompt = prompt[0]
         fault = fault or (_prompt_fault(prompt) if prompt is not None else chat_fault(messages))
@@ -214,16 +216,16 @@ class JsonLines:
             self._faults.add(row.where, fault, joint=": ")
             return None
         if isinstance(prompt, str):
-            return RequestSpec(math.ceil(len(prompt) / _CHARACTERS_A_TOKEN), tokens, prompt_text=prompt)
+            return RequestSpec(math.ceil(len(prompt) / _CHARACTERS_PER_TOKEN), tokens, prompt_text=prompt)
         if prompt is not None:
             return RequestSpec(len(prompt), tokens, prompt_ids=prompt)
         chat = chat_messages(messages or [])
         characters = sum(_characters(message.get("content")) for message in chat)
-        return RequestSpec(math.ceil(characters / _CHARACTERS_A_TOKEN), tokens, messages=chat)
+        return RequestSpec(math.ceil(characters / _CHARACTERS_PER_TOKEN), tokens, messages=chat)
 
 
 def _tokens(value: Any) -> int | None:
-    """A number of tokens, 0 where there is none, as in an empty cell; None where it is something else."""
+    """A token count, 0 if there is none; None if the value is something else."""
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -233,12 +235,12 @@ def _tokens(value: Any) -> int | None:
 
 def _prompt_fault(prompt: Any) -> str:
     if isinstance(prompt, list) and len(prompt) > 1 and all(isinstance(text, str) for text in prompt):
-        return f"prompt holds {len(prompt)} texts, which is as many requests: give each a row of its own"
+        return f"prompt contains {len(prompt)} texts: put each into its own row"
     if isinstance(prompt, str) and prompt:
         return ""
     if isinstance(prompt, list) and prompt and all(type(token) is int and 0 <= token < 2**31 for token in prompt):
         return ""
-    return "prompt must be a text or token ids, and must not be empty"
+    return "prompt must be a non-empty text or list of token ids"
 
 
 def _characters(content: Any) -> int:
@@ -248,7 +250,7 @@ def _characters(content: Any) -> int:
 
 
 def _salted(messages: list[dict[str, Any]], salt: str) -> list[dict[str, Any]]:
-    """The salt goes into the first message, whoever says it: a prefix is found from its beginning on."""
+    """The messages with the salt in the first one, since prefix caches match from the beginning."""
     first = dict(messages[0])
     content = first.get("content")
     if isinstance(content, str):

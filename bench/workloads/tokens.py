@@ -1,20 +1,17 @@
-"""Workloads of random token ids: exact lengths, nothing to tokenise, no accidental prefix hits."""
+"""Workloads of random token ids: exact lengths, no tokenization, no accidental prefix hits."""
 
 from typing import Any
 
 import numpy as np
 
 from bench.workloads.base import RequestSpec
-from bench.workloads.fields import Length, draw, id_range, length, plain, show, whole
+from bench.workloads.fields import Length, draw, id_range, integer, length, length_field, length_text
 
 DEFAULT_PREFIXES = 4
 
 
 class RandomTokens:
-    """Independent prompts of random ids; a length is fixed or drawn evenly from low..high.
-
-    Also the base of other kinds, which make more of the same drawn lengths and ids.
-    """
+    """Independent prompts of random ids; lengths are fixed or uniform in low..high. Base of the other kinds."""
 
     kind = "random"
 
@@ -25,7 +22,7 @@ class RandomTokens:
 
     @property
     def name(self) -> str:
-        return f"{show(self._input)}/{show(self._output)}"
+        return f"{length_text(self._input)}/{length_text(self._output)}"
 
     @property
     def max_tokens(self) -> int:
@@ -35,36 +32,35 @@ class RandomTokens:
         return []
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "input": plain(self._input), "output": plain(self._output)}
+        return {"kind": self.kind, "input": length_field(self._input), "output": length_field(self._output)}
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:
         rng = np.random.default_rng(seed)
         return [self._request(rng, []) for _ in range(count)]
 
     def _draw(self, rng: np.random.Generator, count: int) -> list[int]:
-        """So many ids."""
         ids: list[int] = rng.integers(*self._ids, size=count).tolist()
         return ids
 
     def _request(self, rng: np.random.Generator, before: list[int]) -> RequestSpec:
-        """A request of drawn lengths; its prompt follows after the ids given."""
+        """A request with drawn lengths, whose prompt begins with the ids `before`."""
         inputs, outputs = draw(rng, self._input), draw(rng, self._output)
         ids = before + self._draw(rng, inputs)
         return RequestSpec(input_tokens=len(ids), output_tokens=outputs, prompt_ids=ids)
 
 
 class SharedPrefix(RandomTokens):
-    """Each prompt is one of `prefixes` common beginnings, picked evenly, and tokens of its own.
+    """Each prompt has one of `prefixes` shared prefixes, chosen uniformly, and tokens of its own.
 
-    The beginnings come from the seed too, so that load points don't find each other's in the cache.
+    The prefixes depend on the seed, so that load points do not hit each other's.
     """
 
     kind = "shared-prefix"
 
     def __init__(self, *, prefix: int, prefixes: int = DEFAULT_PREFIXES, **lengths: Any):
         super().__init__(**lengths)
-        self._prefix = whole("prefix", prefix)
-        self._prefixes = whole("prefixes", prefixes)
+        self._prefix = integer("prefix", prefix)
+        self._prefixes = integer("prefixes", prefixes)
 
     @property
     def name(self) -> str:
@@ -80,5 +76,5 @@ class SharedPrefix(RandomTokens):
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:
         rng = np.random.default_rng(seed)
-        beginnings = [self._draw(rng, self._prefix) for _ in range(self._prefixes)]
-        return [self._request(rng, beginnings[int(rng.integers(self._prefixes))]) for _ in range(count)]
+        prefixes = [self._draw(rng, self._prefix) for _ in range(self._prefixes)]
+        return [self._request(rng, prefixes[int(rng.integers(self._prefixes))]) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Random prompts with the lengths, and the shared prefixes, that a trace recorded: one request a row of the trace."""
+"""Random prompts with the lengths and the shared prefixes of a trace: one request per row of the trace."""
 
 import hashlib
 from typing import Any
@@ -8,15 +8,15 @@ import numpy as np
 from bench.errors import BenchError
 from bench.traces import read_trace
 from bench.workloads.base import RequestSpec
-from bench.workloads.fields import Length, draw, id_range, length, plain, show, yes_no
+from bench.workloads.fields import Length, boolean, draw, id_range, length, length_field, length_text
 
 
 class TraceLengths:
-    """Request i has the lengths of the trace's row i, from the beginning again after its end.
+    """Request i has the lengths of the trace's row i; after its end the trace is repeated.
 
-    Where the trace has hash ids, prompts have equal tokens wherever they have equal ids. Tokens belong to the seed and
-    to the pass through the trace: neither load points nor passes share prefixes. `input` or `output` replaces what the
-    trace recorded, prefixes with the input lengths.
+    If the trace has hash ids, prompts have equal tokens where they have equal ids. The tokens depend on the seed and on
+    the pass through the trace, so neither load points nor passes share prefixes. `input` and `output` replace recorded
+    lengths; `input` also replaces the shared prefixes.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class TraceLengths:
         self._ids = id_range(vocab_size)
         self._spec: dict[str, Any] = {"trace": trace}
         self._spec |= {"trace_unit": trace_unit} if trace_unit != "auto" else {}
-        self._spec |= {"skip_bad_rows": True} if yes_no("skip_bad_rows", skip_bad_rows) else {}
+        self._spec |= {"skip_bad_rows": True} if boolean("skip_bad_rows", skip_bad_rows) else {}
         self._trace = read_trace(trace, trace_unit, skip_bad_rows)
         self._input = None if input is None else length("input", input)
         self._output = None if output is None else length("output", output)
@@ -43,13 +43,13 @@ class TraceLengths:
             if recorded is None and given is None:
                 unused = ", ".join(self._trace.unused) or "none"
                 raise BenchError(
-                    f"{trace}: has no column {field}_tokens (columns that are not known: {unused}): "
-                    f"give --{field}, or name the column so"
+                    f"{trace}: has no column {field}_tokens (unknown columns: {unused}): pass --{field}, or rename the "
+                    "column"
                 )
 
     @property
     def name(self) -> str:
-        replaced = [f" {field} {show(given)}" for field, given in self._replaced() if given is not None]
+        replaced = [f" {field} {length_text(given)}" for field, given in self._replaced() if given is not None]
         return f"trace {self._trace.stem}{''.join(replaced)}"
 
     @property
@@ -62,10 +62,10 @@ class TraceLengths:
         return max(highest)
 
     def notes(self) -> list[str]:
-        return [line for line in (self._trace.words(), self._trace.left_out) if line]
+        return [line for line in (self._trace.summary(), self._trace.skipped) if line]
 
     def describe(self) -> dict[str, Any]:
-        replaced = {field: plain(given) for field, given in self._replaced() if given is not None}
+        replaced = {field: length_field(given) for field, given in self._replaced() if given is not None}
         return {"kind": "trace"} | self._spec | replaced
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:

@@ -1,9 +1,9 @@
-"""Conversations of several turns: each request carries the whole history of its conversation as its prefix.
+"""Conversations of several turns: each request has the whole history of its conversation as its prefix.
 
-Open loop: arrivals are turns, whatever conversation they belong to. A fixed number of conversations goes on side by
-side; they take their turns in a seeded order, each once a round, and one that has ended makes room for a new one. The
-replies in a history come from the seed, as those of the server can't be known ahead. So a prefix cache finds what
-earlier turns sent, but not what the server itself wrote: the last reply is computed together with the new question.
+In an open loop, arrivals are turns. A fixed number of conversations is active; each has one turn per round, in a seeded
+order, and a conversation that has ended is replaced by a new one. The replies in a history are drawn from the seed,
+since the server's replies are not known in advance. A prefix cache therefore hits the earlier prompts of a
+conversation, but not the server's last reply, which is computed together with the new question.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.workloads.base import RequestSpec
-from bench.workloads.fields import whole
+from bench.workloads.fields import integer
 from bench.workloads.tokens import RandomTokens
 
 DEFAULT_TURNS = 4
@@ -26,14 +26,14 @@ class _Conversation:
 
 
 class MultiTurn(RandomTokens):
-    """`conversations` of `turns` turns each, side by side; `input` and `output` are the tokens of one turn."""
+    """`conversations` concurrent conversations of `turns` turns; `input` and `output` are the tokens of one turn."""
 
     kind = "multi-turn"
 
     def __init__(self, *, turns: int = DEFAULT_TURNS, conversations: int = DEFAULT_CONVERSATIONS, **lengths: Any):
         super().__init__(**lengths)
-        self._turns = whole("turns", turns)
-        self._conversations = whole("conversations", conversations)
+        self._turns = integer("turns", turns)
+        self._conversations = integer("conversations", conversations)
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class MultiTurn(RandomTokens):
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:
         rng = np.random.default_rng(seed)
-        # They start at different turns, so that the first requests are already as long as the later ones.
+        # Conversations start at different turns, so that the first requests are as long as later ones on average.
         live = [self._begun(rng, i) for i in range(self._conversations)]
         specs: list[RequestSpec] = []
         while len(specs) < count:

@@ -1,4 +1,4 @@
-"""Chats about pictures: VisionArena's layouts, and MMMU-Pro's, whose questions are inside the pictures."""
+"""Chats about images: VisionArena's data sets, and MMMU-Pro, whose questions are in the images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +10,13 @@ from bench.datafile import RowFaults
 from bench.errors import BenchError
 from bench.workloads.base import RequestSpec
 from bench.workloads.chats import text_of
-from bench.workloads.fields import Length, draw, length, plain, show, whole, yes_no
+from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
 from bench.workloads.pictures import data_url, marked, picture_bytes
 from bench.workloads.rows import DEFAULT_ROWS, FLAG, find_data, read_rows
 from bench.workloads.sampling import passes, salt_text
 
 DEFAULT_OUTPUT = 128
-# Servers make different numbers of tokens of a picture; these two only size a server started for the run.
+# The number of tokens of an image depends on the server; these two only size a server started for the run.
 _PICTURE_TOKENS = 1500
 _TEXT_TOKENS = 1500
 _MMMU_QUESTION = (
@@ -26,7 +26,7 @@ _MMMU_QUESTION = (
 
 
 class _Pictures:
-    """What the two kinds share: where rows come from, how long answers are, how a message looks."""
+    """Base of the two kinds: data set, output lengths, and the form of messages."""
 
     kind = ""
     subset: str | None = None
@@ -44,11 +44,11 @@ class _Pictures:
         skip_bad_rows: bool = False,
     ):
         self._dataset = dataset
-        self._faults = RowFaults(str(dataset), FLAG, yes_no("skip_bad_rows", skip_bad_rows))
+        self._faults = RowFaults(str(dataset), FLAG, boolean("skip_bad_rows", skip_bad_rows))
         self._source = find_data(dataset, self.kind)
         self._output = length("output", output)
-        self._limit = whole("rows", rows)
-        self._fresh = yes_no("fresh", fresh)
+        self._limit = integer("rows", rows)
+        self._fresh = boolean("fresh", fresh)
         self.subset = subset or self.subset
         self.split = split or self.split
         self._rows: list[tuple[str, list[Any]]] | None = None
@@ -56,7 +56,7 @@ class _Pictures:
     @property
     def name(self) -> str:
         stem = Path(str(self._dataset)).stem
-        return f"{self.kind if stem == self.kind else f'{self.kind} {stem}'}/{show(self._output)}"
+        return f"{self.kind if stem == self.kind else f'{self.kind} {stem}'}/{length_text(self._output)}"
 
     @property
     def max_tokens(self) -> int:
@@ -66,20 +66,21 @@ class _Pictures:
         return [self._faults.note()] if self._faults.found else []
 
     def describe(self) -> dict[str, Any]:
-        known: dict[str, Any] = {"kind": self.kind, "dataset": self._dataset, "output": plain(self._output)}
+        known: dict[str, Any] = {"kind": self.kind, "dataset": self._dataset, "output": length_field(self._output)}
         known |= {"rows": self._limit, "fresh": self._fresh, "split": self.split}
         known |= {"skip_bad_rows": True} if self._faults.skip else {}
         return known | ({"subset": self.subset} if self.subset else {})
 
     def rows(self) -> list[tuple[str, list[Any]]]:
-        """(question, pictures as stored) of every row that has both."""
+        """The rows as (question, images as stored)."""
         if self._rows is None:
             found = read_rows(self._source, self._limit, self._faults, subset=self.subset, split=self.split)
             self._rows = [row for row in map(self.read, found) if row is not None]
             if not self._rows:
-                columns = ", ".join(found[0]) if found else "no rows at all"
+                columns = ", ".join(found[0]) if found else "no rows"
                 raise BenchError(
-                    f"the data set {self._dataset} has no rows of the layout {self.kind}, it has {columns} (--dataset)"
+                    f"the data set {self._dataset} has no rows in the format of {self.kind}; it has {columns} "
+                    "(--dataset)"
                 )
         return self._rows
 
@@ -88,7 +89,7 @@ class _Pictures:
 
     def _spec(self, question: str, pictures: list[bytes], salt: str, output: int) -> RequestSpec:
         content: list[dict[str, Any]] = []
-        # The salt comes before the pictures, as a prefix is found from its beginning on.
+        # The salt comes before the images, since prefix caches match from the beginning.
         if self._fresh:
             content.append({"type": "text", "text": salt_text("", salt).strip()})
         for picture in pictures:
@@ -103,7 +104,7 @@ class _Pictures:
 
 
 class VisionArena(_Pictures):
-    """The first question of each conversation with its pictures: VisionArena-Chat and vision-arena-bench-v0.1."""
+    """The first question of each conversation with its images: VisionArena-Chat and vision-arena-bench-v0.1."""
 
     kind = "visionarena"
 
@@ -120,13 +121,13 @@ class VisionArena(_Pictures):
 
     def read(self, row: dict[str, Any]) -> tuple[str, list[Any]] | None:
         turns = row.get("conversation") or row.get("turns")
-        question = next(_said_by_user(turns), "") if turns is not None else ""
+        question = next(_user_texts(turns), "") if turns is not None else ""
         pictures = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
         return (question, list(pictures)) if question and pictures else None
 
 
 class MMMUPro(_Pictures):
-    """Pictures that hold their question (MMMU-Pro's "vision" layout); `repeat` % of requests send an earlier one."""
+    """Images that contain their question (MMMU-Pro's "vision" subset); `repeat` % of requests repeat an earlier one."""
 
     kind = "mmmu-pro"
     subset = "vision"
@@ -134,9 +135,9 @@ class MMMUPro(_Pictures):
 
     def __init__(self, *, repeat: int = 0, **fields: Any):
         super().__init__(**fields)
-        self._repeat = whole("repeat", repeat, least=0)
+        self._repeat = integer("repeat", repeat, least=0)
         if self._repeat > 100:
-            raise BenchError(f"workload: repeat is a percentage from 0 to 100, not {repeat} (--repeat)")
+            raise BenchError(f"workload: repeat must be a percentage from 0 to 100, not {repeat} (--repeat)")
 
     @property
     def name(self) -> str:
@@ -152,7 +153,7 @@ class MMMUPro(_Pictures):
         first_uses: list[int] = []
         for i in range(count):
             output = draw(rng, self._output)
-            # Spread evenly, so that the share is right at any count.
+            # Repetitions are spread evenly, so that their share is right for any number of requests.
             if first_uses and (i + 1) * self._repeat // 100 > i * self._repeat // 100:
                 earlier = specs[first_uses[int(rng.integers(len(first_uses)))]]
                 specs.append(RequestSpec(earlier.input_tokens, output, messages=earlier.messages))
@@ -168,13 +169,13 @@ class MMMUPro(_Pictures):
         return (_MMMU_QUESTION, [picture]) if picture is not None else None
 
 
-def _said_by_user(turns: Any) -> Iterator[str]:
-    """What users say in a conversation: messages with roles, lists of such messages, or {"user": …, "assistant": …}."""
+def _user_texts(turns: Any) -> Iterator[str]:
+    """The user's texts of a conversation: messages with roles, lists of messages, or {"user": …, "assistant": …}."""
     if isinstance(turns, str):
         yield turns
     elif isinstance(turns, list):
         for turn in turns:
-            yield from _said_by_user(turn)
+            yield from _user_texts(turn)
     elif isinstance(turns, dict):
         if "content" in turns:
             text = text_of(turns["content"])

@@ -89,7 +89,7 @@ class SimulatedBench:
         return find_sustained(lambda t: self.measure(planner, t), start_rate=start_rate, precision=self.precision)
 
     def measure(self, planner: Planner, trial: Trial) -> PointRow | None:
-        lengths = planner.lengths(trial, self.service_s)
+        lengths = planner.search_timing(trial, self.service_s)
         if lengths is None:
             return None
         count, warmup = round(trial.rate * lengths.window_s), max(1, round(trial.rate * lengths.warmup_s))
@@ -107,7 +107,7 @@ class SimulatedBench:
         return plain_point(
             rate=trial.rate, phase=trial.phase, repeat=trial.repeat, sustained=verdict.sustained,
             requests=flow.arrived(), window_s=flow.window_s, achieved_rate=flow.completed() / flow.window_s,
-            verdict=verdict.words, backlog_growth=verdict.growth, backlog_noise=verdict.noise,
+            verdict=verdict.name, backlog_growth=verdict.growth, backlog_noise=verdict.noise,
             binding=verdict.binding,
             reason=verdict.reason,
         )  # fmt: skip

@@ -130,7 +130,7 @@ def test_a_schedule_holds_rate_x_length_of_each_part(rate: float, parts: list[fl
         ("timestamp\n1\n", "at least two requests"),
         ("timestamp\n1\n1\n", "at least two requests"),
         ("timestamp\n1\nx\n", "row 2 has no number"),
-        ("timestamp,input_tokens\n1,0\n2,4\n", "whole numbers"),
+        ("timestamp,input_tokens\n1,0\n2,4\n", "an integer of at least 1"),
         ("{oops", "neither CSV nor JSONL"),
     ],
 )

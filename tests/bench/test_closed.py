@@ -14,7 +14,7 @@ from bench.closed import ClosedPoint, measure_closed_loop
 from bench.errors import BenchError
 from bench.loadgen import Target
 from bench.metrics import MetricsReader
-from bench.plan import Lengths, TimeBudget
+from bench.plan import TimeBudget, Timing
 from bench.point import LoadPoint, PointPlan, PointState
 from bench.progress import QuietProgress
 from bench.results import PointRow, RunFiles
@@ -129,7 +129,7 @@ def test_a_starved_generator_is_not_a_slow_server(queue_server: Any, hogged_core
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         reader = MetricsReader(server.base_url)
         point = LoadPoint(Target(server.base_url, "stub"), workload, "c", reader, 0, 0.2, lambda: 60.0)
-        plan = PointPlan(20.0, "fixed", 0, Lengths(0.5, 3.0, 20.0), 0.5, cut_overload=False)
+        plan = PointPlan(20.0, "fixed", 0, Timing(0.5, 3.0, 20.0), 0.5, cut_overload=False)
         rows.append(point.run(plan, lambda _: None)[0])
 
     thread = threading.Thread(target=measure)
@@ -138,5 +138,5 @@ def test_a_starved_generator_is_not_a_slow_server(queue_server: Any, hogged_core
     (row,) = rows
     assert (row.valid, row.sustained, row.binding) == (False, None, "client")
     assert "the load generator was the bottleneck" in row.reason
-    assert "a core that others used" in row.reason
+    assert "a core used by other processes" in row.reason
     assert row.generator_starved_share > row.generator_cpu_share

@@ -48,7 +48,7 @@ def test_what_came_just_before_the_end_is_not_owed_yet() -> None:
     late = Flow(arrivals, np.array([1.2, 12.0, 13.0, 14.0, 15.0, 16.0]), 0.0, 10.0)
     verdict = judge(evidence(late, fastest_s=0.0))
     assert verdict.sustained is False
-    assert "1 of 6 that were due" in verdict.reason
+    assert "1 of 6 due requests" in verdict.reason
 
 
 def test_each_rule_breaks_alone() -> None:
@@ -76,8 +76,8 @@ def test_without_a_preemption_counter_the_reason_says_so() -> None:
     ("fields", "words"),
     [
         ({"client_fault": "used 99% of its core"}, "load generator was the bottleneck"),
-        ({"missed_lengths": 5}, "5 of 400 outputs had not the asked length"),
-        ({"requests": 0}, "no request fell into the window"),
+        ({"missed_lengths": 5}, "5 of 400 outputs did not have the requested length"),
+        ({"requests": 0}, "no request was due within the window"),
         ({"cut": "time"}, "before its window was over"),
         ({"failed": {"connection": 400}}, "no request reached the server"),
     ],
@@ -91,7 +91,7 @@ def test_points_that_say_nothing_are_invalid_not_slow(fields: dict[str, object],
 def test_what_binds() -> None:
     assert binding(WindowState(preemptions=1)) == "KV cache"
     assert binding(WindowState(kv_use_max=0.98, waiting_max=3)) == "KV cache"
-    assert binding(WindowState(kv_use_max=0.98, waiting_max=0, full_rows=True)) == "rows"
+    assert binding(WindowState(kv_use_max=0.98, waiting_max=0, slots_full=True)) == "batch slots"
     assert binding(WindowState(kv_use_max=0.5, waiting_max=9)) == "compute"
 
 
@@ -123,7 +123,7 @@ def demo_course(rising: bool) -> tuple[Flow, Course]:
 def test_a_window_whose_tolerance_is_as_large_as_an_overload_is_undecided() -> None:
     flow, course = demo_course(rising=False)
     verdict = judge(evidence(flow, course=course))
-    assert (verdict.valid, verdict.sustained, verdict.words) == (True, None, "undecided")
+    assert (verdict.valid, verdict.sustained, verdict.name) == (True, None, "undecided")
     assert verdict.noise > 8, "as in the window that once said sustained"
     assert "the window of 10.6 s is shorter than a typical request" in verdict.reason
     longer = Flow(flow.arrivals_s, flow.completions_s, -4.0, 14 / 1.32)

@@ -15,7 +15,7 @@ from rich.console import Console
 from bench.loadgen import Target
 from bench.machine import Counters, CpuShares, MachineReader, record_shares, shares
 from bench.metrics import MetricsReader
-from bench.plan import Lengths
+from bench.plan import Timing
 from bench.point import LoadPoint, PointPlan
 from bench.progress import point_line, points_table
 from bench.results import PointRow, RunFiles
@@ -123,7 +123,7 @@ def test_a_process_that_computes_disturbs_a_real_load_point(
     target = Target(server.base_url, "stub")
     point = LoadPoint(target, workload, "c", reader, 0, 0.2, lambda: 60.0, machine=machine)
     row: PointRow = point.run(
-        PointPlan(10.0, "fixed", 0, Lengths(0.2, 1.5, 5.0), 0.1, cut_overload=False), lambda _: None
+        PointPlan(10.0, "fixed", 0, Timing(0.2, 1.5, 5.0), 0.1, cut_overload=False), lambda _: None
     )[0]
     assert row.disturbed
     assert row.others_cpu_share is not None

@@ -59,13 +59,13 @@ def test_a_gauge_of_retractions_stands_in_for_a_counter() -> None:
     assert window_state(states[:1], 0, 2).preemptions == 0
 
 
-def test_full_rows_need_a_queue_and_a_standstill() -> None:
+def test_slots_full_need_a_queue_and_a_standstill() -> None:
     def states(running: list[int], waiting: int) -> list[ServerState]:
         return [ServerState(float(i), running=r, waiting=waiting) for i, r in enumerate(running)]
 
-    assert window_state(states([16, 16, 15, 16, 16, 16], 4), 0, 5).full_rows
-    assert not window_state(states([16, 16, 15, 16, 16, 16], 0), 0, 5).full_rows
-    assert not window_state(states([9, 12, 16, 11, 14, 10], 4), 0, 5).full_rows
+    assert window_state(states([16, 16, 15, 16, 16, 16], 4), 0, 5).slots_full
+    assert not window_state(states([16, 16, 15, 16, 16, 16], 0), 0, 5).slots_full
+    assert not window_state(states([9, 12, 16, 11, 14, 10], 4), 0, 5).slots_full
 
 
 def test_reads_a_server(queue_server) -> None:  # type: ignore[no-untyped-def]

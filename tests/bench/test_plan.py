@@ -79,9 +79,9 @@ def test_a_search_leaves_time_for_confirmation_and_that_for_the_ladder() -> None
     assert confirm is not None
     clock.now += 20
     assert plan.lengths(Trial(4.0, "confirm"), 1.0) is None
-    assert plan.ladder_lengths(4.0, 4.0, 1.0, 2) is not None
+    assert plan.ladder_timing(4.0, 4.0, 1.0, 2) is not None
     clock.now += 15
-    assert plan.ladder_lengths(4.0, 4.0, 1.0, 1) is None
+    assert plan.ladder_timing(4.0, 4.0, 1.0, 1) is None
 
 
 def test_a_given_window_is_taken_as_it_is_or_not_at_all() -> None:
@@ -91,14 +91,14 @@ def test_a_given_window_is_taken_as_it_is_or_not_at_all() -> None:
         assert lengths is not None
         assert lengths.window_s == 30.0
     clock.now += 80
-    assert plan.fixed_lengths(2.0, 1.0, 1) is None
+    assert plan.fixed_timing(2.0, 1.0, 1) is None
 
 
 def test_ctrl_c_leaves_no_time() -> None:
     plan, _ = planner()
     plan.budget.stopped = True
     assert plan.budget.left_s() == 0
-    assert plan.fixed_lengths(2.0, 1.0, 1) is None
+    assert plan.fixed_timing(2.0, 1.0, 1) is None
 
 
 def test_ladder_and_seeds() -> None:

@@ -2,12 +2,12 @@ import io
 
 from rich.console import Console
 
-from bench.plan import Lengths
+from bench.plan import Timing
 from bench.point import PointPlan, PointState
 from bench.progress import ConsoleProgress, SweepProgress, point_line, points_table
 from tests.bench.rows import plain_point
 
-PLAN = PointPlan(4.0, "search", 0, Lengths(1.0, 10.0, 5.0), 1.0, cut_overload=True)
+PLAN = PointPlan(4.0, "search", 0, Timing(1.0, 10.0, 5.0), 1.0, cut_overload=True)
 STATE = PointState(3.0, 12, 10, 8, 0, None)
 
 
@@ -54,14 +54,14 @@ def test_a_closed_loop_counts_its_requests() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     progress = ConsoleProgress(console)
     plan = PointPlan(
-        1.0, "closed", 0, Lengths(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=16, requests=64
+        1.0, "closed", 0, Timing(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=16, requests=64
     )  # fmt: skip
     progress.point_started(plan)
     progress.point_tick(plan, PointState(3.2, 40, 38, 22, 2, None))
     row = plain_point(phase="closed", sustained=None, concurrency=16, reason="16 at a time")
     progress.point_finished(row)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "16 at a time · 24 of 64 requests · 3 s" in said
+    assert "concurrency 16 · 24 of 64 requests · 3 s" in said
     assert "failed 2" in said
     assert point_line(row).plain.startswith("· closed")
     assert point_line(plain_point(phase="closed", sustained=None, concurrency=16, valid=False)).plain.startswith("? ")

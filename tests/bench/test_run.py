@@ -8,7 +8,7 @@ import pytest
 from bench.errors import BenchError
 from bench.loadgen import Target
 from bench.point import PointPlan
-from bench.progress import QuietProgress, failed_requests, failure_words
+from bench.progress import QuietProgress
 from bench.results import Answer, PointRow, RunFiles
 from bench.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
 from bench.server import ServerProcess
@@ -78,7 +78,7 @@ def test_given_rates_without_a_metrics_page(queue_server: Start, tmp_path: Path)
     assert answer is not None
     assert (answer.rate, answer.high, answer.confirmed) == (10.0, 80.0, False)
     assert answer.provisional
-    assert any("no /metrics page" in m for m in progress.messages)
+    assert any("no /metrics with known" in m for m in progress.messages)
     assert [(p.phase, p.rate, p.sustained) for p in points[1:]] == [("fixed", 10.0, True), ("fixed", 80.0, False)]
     assert points[1].preemptions is None
     assert "no preemption counter" in points[1].reason
@@ -96,9 +96,9 @@ def test_preemptions_make_a_rate_unsustained(queue_server: Start, tmp_path: Path
 def test_outputs_of_another_length_make_points_invalid(queue_server: Start, tmp_path: Path) -> None:
     answer, points, progress = measure(queue_server("--short"), tmp_path, rates=[5.0], window_s=1.0)
     assert answer is None
-    assert any("2 of 5 tokens came back" in m for m in progress.messages)
+    assert any("received 2 of 5 requested tokens" in m for m in progress.messages)
     assert (points[-1].valid, points[-1].sustained) == (False, None)
-    assert "asked length" in points[-1].reason
+    assert "requested length" in points[-1].reason
 
 
 def test_failures_are_counted_by_kind(queue_server: Start, tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_failures_are_counted_by_kind(queue_server: Start, tmp_path: Path) -> No
     frame = RunFiles(tmp_path).read_requests(point.point_id)
     assert int(counts["http 429"]) == (frame["status"] == "http 429").sum() > 3
     assert point.failed == (~frame[frame["in_window"]]["status"].isin(["ok", "cut short"])).sum()
-    assert f"{counts['http 429']} × http 429" in failure_words(point)
-    assert failed_requests(point) == (~frame["status"].isin(["ok", "cut short"])).sum()
+    assert f"{counts['http 429']} × http 429" in point.failure_text()
+    assert point.failed_requests() == (~frame["status"].isin(["ok", "cut short"])).sum()
     assert "too many requests" in set(frame["error"])
     assert not points[0].failures
 

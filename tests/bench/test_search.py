@@ -191,13 +191,13 @@ def test_a_point_spoilt_by_the_client_is_run_once_more() -> None:
 def test_a_point_no_other_rate_would_mend_ends_the_search() -> None:
     def measure(trial: Trial) -> PointRow | None:
         return plain_point(
-            rate=trial.rate, valid=False, sustained=None, reason="5 of 8 outputs had not the asked length"
+            rate=trial.rate, valid=False, sustained=None, reason="5 of 8 outputs did not have the requested length"
         )
 
     answer, rows = find_sustained(measure, start_rate=1.0, precision=0.1)
     assert len(rows) == 1
     assert answer.rate is None
-    assert "asked length" in answer.note
+    assert "requested length" in answer.note
     assert "no rate" in answer.line()
 
 
@@ -217,10 +217,11 @@ def test_nothing_sustained_and_everything_sustained_end_too() -> None:
 
 def test_given_rates_are_read_up_to_the_first_that_fails() -> None:
     rows = [
-        plain_point(rate=r, phase="fixed", sustained=r not in (3.0, 5.0), binding="rows") for r in (1, 2, 3.0, 4, 5.0)
+        plain_point(rate=r, phase="fixed", sustained=r not in (3.0, 5.0), binding="batch slots")
+        for r in (1, 2, 3.0, 4, 5.0)
     ]
     answer = answer_of_rates(rows, "c", "w")
-    assert (answer.rate, answer.high, answer.confirmed, answer.binding) == (2, 3.0, False, "rows")
+    assert (answer.rate, answer.high, answer.confirmed, answer.binding) == (2, 3.0, False, "batch slots")
     assert answer_of_rates(rows[:2], "c", "w").binding == "not reached"
     assert answer_of_rates([], "c", "w").rate is None
 

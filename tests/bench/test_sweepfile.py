@@ -39,11 +39,11 @@ def test_presets_are_whole_and_say_what_they_cost() -> None:
     assert {"demo", "articles"} <= plans.keys()
     assert all(plan.description.endswith(".") for plan in plans.values())
     demo = plans["demo"]
-    assert demo.most_minutes() <= 8
+    assert demo.max_minutes() <= 8
     assert [c.serve["enable-prefix-caching"] for c in demo.configurations] == [True, False]
     articles, short = plans["articles"], plans["articles-short"]
     assert [w.name for w in articles.workloads] == ["500/2000", "2048/128", "6000/4000"]
-    assert short.most_minutes() <= 25
+    assert short.max_minutes() <= 25
     proportions = [[w.spec["input"] / w.spec["output"] for w in p.workloads] for p in (articles, short)]
     assert proportions[0] == proportions[1]
 
@@ -51,8 +51,8 @@ def test_presets_are_whole_and_say_what_they_cost() -> None:
 def test_presets_of_v0_take_their_time_and_cover_what_they_say() -> None:
     plans = {name: read_sweep(path) for name, path in presets().items()}
     versus, ablation = plans["v0-v1"], plans["ablation"]
-    assert versus.most_minutes() <= 55
-    assert ablation.most_minutes() <= 150
+    assert versus.max_minutes() <= 55
+    assert ablation.max_minutes() <= 150
     assert [w.name for w in versus.workloads] == [w.name for w in plans["articles-short"].workloads]
     assert [c.arguments(80) for c in versus.configurations] == [
         ["--max-num-batched-tokens", "128", "--max-model-len", "88"],
@@ -130,7 +130,7 @@ def test_workloads_may_have_options_and_a_name_of_their_own(write: Callable[...,
         ({"configurations": {"a": None}}, "configurations.a has neither a model to serve nor a command"),
         ({"configurations": {"a": 3}}, "configurations.a must hold fields"),
         ({"configurations": {"a": {"command": "serve"}}}, r"configurations.a.command must contain \{port\}"),
-        ({"configurations": {"a": {"command": "x {port}", "serve": {}}}}, "either serve .* or command"),
+        ({"configurations": {"a": {"command": "x {port}", "serve": {}}}}, "use serve .* or command"),
         ({"model": "m", "configurations": {"a": {"serve": [1]}}}, "configurations.a.serve must hold flags"),
         ({"model": "m", "configurations": {"a": {"serve": {"x": [[1]]}}}}, "configurations.a.serve.x must be a single"),
         ({"model": "m", "serve": {"x": {"y": 1}}, "configurations": {"a": None}}, "serve.x must be a single"),
@@ -142,7 +142,7 @@ def test_workloads_may_have_options_and_a_name_of_their_own(write: Callable[...,
         ({"workloads": ["500/2000"]}, r"workloads\[0\] must hold fields"),
         ({"workloads": [{"kind": "random", "input": 5}]}, r"workloads\[0\]: .*output is missing"),
         ({"workloads": [SHORT, SHORT]}, "two workloads are called 'short'"),
-        ({"seed": "one"}, "seed must be a whole number"),
+        ({"seed": "one"}, "seed must be an integer"),
         ({"options": {"speed": 1}}, "options has an unknown field 'speed'"),
         ({"options": {"precision": "huge"}}, "options.precision must be a share"),
         ({"options": {"precision": 20}}, "options.precision must be a share"),
@@ -207,7 +207,7 @@ def test_a_trace_of_all_workloads_gives_lengths_too(write: Callable[..., Path], 
     (workload,) = read_sweep(write(workloads=[{"kind": "trace"}], options=options)).workloads
     assert workload.spec == {"kind": "trace", "trace": str(trace), "trace_unit": "ms", "skip_bad_rows": True}
     assert workload.max_tokens == 9
-    assert workload.options.arrivals.recorded().times.tolist() == [0, 250]
+    assert workload.options.arrivals.read_trace().times.tolist() == [0, 250]
     own = [{"kind": "trace", **{key: options[key] for key in ("trace", "trace_unit", "skip_bad_rows")}}]
     (workload,) = read_sweep(write(workloads=own)).workloads
     assert workload.build(1000).requests(2, 0)[1].output_tokens == 3

@@ -51,7 +51,7 @@ def test_mooncake_has_milliseconds_lengths_and_blocks(tmp_path: Path) -> None:
     assert trace.times.tolist() == [0.0, 3.0, 3.5, 6.0]
     assert trace.rate == 0.5
     assert (trace.inputs, trace.outputs) == ([1100, 1400, 1050, 600], [52, 20, 9, 3])
-    assert "shared prefixes in blocks of 512 tokens" in trace.words()
+    assert "shared prefixes in blocks of 512 tokens" in trace.summary()
 
 
 def test_mooncakes_prompts_are_equal_where_their_ids_are(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_burstgpt_has_seconds_and_names_with_spaces(tmp_path: Path) -> None:
     assert (trace.kind, trace.unit) == ("BurstGPT", "s")
     assert trace.times.tolist() == [0, 40, 113]
     assert (trace.inputs, trace.outputs) == ([472, 1087, 417], [18, 230, 276])
-    assert "columns not used: Model, Total tokens, Log Type" in trace.words()
+    assert "columns not used: Model, Total tokens, Log Type" in trace.summary()
 
 
 def test_azure_has_date_times_of_seven_digits(tmp_path: Path) -> None:
@@ -148,13 +148,13 @@ def test_a_unit_that_nothing_says_is_asked_for(tmp_path: Path) -> None:
 BAD: list[tuple[str, str]] = [
     (
         BURSTGPT.replace(",18,", ",0,").replace(",276,", ",0,"),
-        "row 1 needs whole numbers.*, not '0'; also row 3",
+        "row 1 needs an integer.*, not '0'; also row 3",
     ),
     (BURSTGPT.replace("45,", "nan,"), "row 2 has no number in its column Timestamp: 'nan'"),
     (BURSTGPT.replace("45,", "inf,"), "row 2 has no number"),
-    (BURSTGPT.replace("1087", "1e999"), "row 2 needs whole numbers"),
-    (BURSTGPT.replace("1087", "10.5"), "row 2 needs whole numbers"),
-    (BURSTGPT.replace("45,ChatGPT,", "45,"), "row 2 has 5 fields where the header names 6"),
+    (BURSTGPT.replace("1087", "1e999"), "row 2 needs an integer"),
+    (BURSTGPT.replace("1087", "10.5"), "row 2 needs an integer"),
+    (BURSTGPT.replace("45,ChatGPT,", "45,"), "row 2 has 5 fields, but the header has 6"),
     (BURSTGPT.replace("\n45,", "\n,,,,,\n\n45x,"), r"row 2 \(line 5\) has no number"),
     (AZURE.replace("18:17:04", "25:17:04"), "row 2 has no date-time"),
     (AZURE.replace("2023-11-16 18:17:04.0319600", "17"), "row 2 has no date-time"),
@@ -175,8 +175,8 @@ def test_bad_rows_are_named_and_can_be_left_out(text: str, words: str, tmp_path:
     trace = read_trace(path, skip_bad_rows=True)
     kept = {"Time": [0, 113], "TIME": [0, 1.25], '{"ti': [0, 3, 3.5, 6] if "oops" in text else [0, 3.5, 6]}[text[:4]]
     assert trace.times.tolist() == pytest.approx(kept)
-    assert trace.left_out.startswith(f"{path}: left out 1 bad row: row 2")
-    assert trace.left_out in workload(path, skip_bad_rows=True).notes()
+    assert trace.skipped.startswith(f"{path}: skipped 1 bad row: row 2")
+    assert trace.skipped in workload(path, skip_bad_rows=True).notes()
 
 
 def test_what_isnt_known_is_said_and_replaces_nothing(tmp_path: Path) -> None:

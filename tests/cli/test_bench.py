@@ -132,19 +132,23 @@ def test_the_last_words_of_an_own_server_that_ends_are_shown(
     ("arguments", "code", "words"),
     [
         (["--url", "http://127.0.0.1:9"], 1, "--url"),
-        (["--rate", "1", "--rates", "1,2"], 2, "either --rate or --rates"),
+        (["--rate", "1", "--rates", "1,2"], 2, "use --rate or --rates, not both"),
         (["--rates", "1,x"], 2, "list of rates"),
         (["--input", "0"], 2, "number of tokens"),
         (["--prefixes", "4"], 2, "--prefixes needs --prefix"),
         (["--model", "m", "--url", "http://127.0.0.1:9", "--", "--x"], 2, "without --url"),
-        (["--model", "m", "--url", "http://127.0.0.1:9", "--served-model", "n"], 2, "give either it or --served-model"),
-        (["--ca", "x", "--insecure"], 2, "either --ca or --insecure"),
+        (
+            ["--model", "m", "--url", "http://127.0.0.1:9", "--served-model", "n"],
+            2,
+            "either --model or --served-model",
+        ),
+        (["--ca", "x", "--insecure"], 2, "use --ca or --insecure, not both"),
         (["--extra-body", "[1]"], 2, "not a JSON object"),
-        (["--extra-body", "{x"], 2, "not JSON"),
+        (["--extra-body", "{x"], 2, "not valid JSON"),
         (["--extra-body", '{"stream": false}'], 1, "--extra-body"),
         (["--header", "no colon"], 2, "Name: value"),
         (["--header", "Content-Length: 3"], 1, "set by the load generator (--header)"),
-        (["--api-key", " "], 1, "the key is empty (--api-key)"),
+        (["--api-key", " "], 1, "the API key is empty (--api-key)"),
         (["--url", "https://127.0.0.1:9", "--ca", "missing.pem"], 1, "missing.pem can't be read"),
         (["--", "--max-num-seqs", "4"], 2, "need --model"),
         (["--slo", "ttft=2s"], 2, "ttft_p99=2s"),
@@ -170,7 +174,7 @@ def test_requests_that_can_not_fit_are_refused_before_load(
     stub: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "--url", stub.base_url, "--input", "4000", "--output", "200"]) == 1
-    assert "4200 tokens don't fit into the server's 4096" in capsys.readouterr().err
+    assert "4200 tokens exceed the server's maximum of 4096" in capsys.readouterr().err
 
 
 def test_a_vocabulary_the_server_does_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def test_closed_loop(stub: ServerProcess, tmp_path: Path, capsys: pytest.Capture
     assert (point.phase, point.concurrency, point.completed) == ("closed", 4, 12)
     last = text.strip().splitlines()[-1]
     assert code == (0 if point.valid else 1)
-    assert last.startswith("4 at a time: " if point.valid else "INVALID: the load generator")
+    assert last.startswith("concurrency 4: " if point.valid else "INVALID: the load generator")
     result = json.loads(file.read_text())
     assert (result["completed"], result["max_concurrency"], result["request_rate"]) == (12, 4, "inf")
     assert result["total_output_tokens"] == 60
@@ -69,7 +69,7 @@ def test_ctrl_c_keeps_what_was_answered(stub: ServerProcess, tmp_path: Path) -> 
         stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, "")
     point = RunFiles(out).read_points()[-1]
-    assert point.reason == f"interrupted when {point.completed} of 4000 requests were answered"
+    assert point.reason == f"interrupted after {point.completed} of 4000 requests were answered"
     assert stdout.strip().splitlines()[-1] == f"INVALID: {point.reason}"
     assert "max-minutes" not in stdout
     result = json.loads(file.read_text())
@@ -95,7 +95,7 @@ def test_figures_that_cant_be_written_are_shown_and_kept_for_the_other_file(
     assert "(--out)" in line
     assert not list(tmp_path.glob("**/*.part"))
     if "--concurrency" in load:
-        assert output.out.strip().splitlines()[-1].startswith(("4 at a time: ", "INVALID: the load generator"))
+        assert output.out.strip().splitlines()[-1].startswith(("concurrency 4: ", "INVALID: the load generator"))
         assert json.loads(file.read_text())["completed"] == 16
 
 
@@ -126,7 +126,7 @@ def test_wrong_places_are_refused_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--concurrency", "4", "--rate", "1"], "either --concurrency or arrivals"),
+        (["--concurrency", "4", "--rate", "1"], "--concurrency cannot be combined"),
         (["--num-requests", "4"], "needs --concurrency"),
         (["--save-vllm-json", "x.json"], "needs --concurrency or --rate"),
     ],

@@ -5,8 +5,8 @@ import pytest
 import yaml
 
 from bench import machine
+from bench.progress import duration
 from cli.main import main
-from cli.sweep import minutes
 
 pytestmark = pytest.mark.usefixtures("patient_generator")
 
@@ -81,7 +81,7 @@ def test_a_sweep_ends_with_its_report(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_requests_that_fail_make_the_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(sweep_file(tmp_path, "--faults", "6=500,8=malformed"))]) == 3
     captured = capsys.readouterr()
-    assert captured.err == "2 requests failed: points.csv counts them by kind\n"
+    assert captured.err == "2 requests failed; see column `failures` of points.csv\n"
     assert "sustains" in captured.out
 
 
@@ -97,7 +97,7 @@ def test_failures_make_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["--preset", "nothing"], "'nothing' is not one of", 2),
         (["none.yaml"], "does not exist", 2),
-        (["stubs.yaml", "--preset", "demo"], "either FILE or --preset", 2),
+        (["stubs.yaml", "--preset", "demo"], "use FILE or --preset", 2),
         (["empty.yaml"], "empty.yaml: a sweep has the fields", 1),
     ],
 )
@@ -113,4 +113,4 @@ def test_mistakes_are_one_line(
 
 
 def test_minutes_in_words() -> None:
-    assert [minutes(m) for m in (0.75, 7.2, 200)] == ["45 s", "7 min", "3 h 20 min"]
+    assert [duration(60 * m) for m in (0.75, 7.2, 200)] == ["45 s", "7 min", "3 h 20 min"]

@@ -140,11 +140,11 @@ def test_sweeps_of_servers_that_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"url": "http://h:{port}"}, "url is the address"),
+        ({"url": "http://h:{port}"}, "url must be the address"),
         ({"url": "h:8000"}, "no URL"),
-        ({"url": "http://h", "serve": {"seed": 1}}, "url is the address"),
+        ({"url": "http://h", "serve": {"seed": 1}}, "url must be the address"),
         ({"command": "x {port}", "headers": ["a"]}, "headers must be a mapping"),
-        ({"command": "x {port}", "headers": {"a b": "c"}}, "no name of a header field"),
+        ({"command": "x {port}", "headers": {"a b": "c"}}, "not a valid header name"),
         ({"command": "x {port}", "extra_body": [1]}, "extra_body must be a mapping"),
         ({"command": "x {port}", "extra_body": {"stream": True}}, "'stream' can't be an extra field"),
         ({"command": "x {port}", "insecure": "yes"}, "insecure must be true or false"),

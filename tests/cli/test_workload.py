@@ -88,7 +88,7 @@ def test_a_mooncake_trace_is_replayed_in_milliseconds_with_its_prefixes(
     trace.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"timestamp": 5}]))
     asked = ["bench", "--url", url, "--trace", str(trace), "--vocab-size", "30000", *QUICK]
     assert main([*asked, "--out", str(tmp_path / "a")]) == 1
-    assert "row 10 needs whole numbers" in capsys.readouterr().err
+    assert "row 10 needs an integer" in capsys.readouterr().err
     before = len(sent(record))
     assert main([*asked, "--skip-bad-rows", "--out", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
@@ -132,7 +132,7 @@ def test_sharegpt_is_tokenised_by_the_server(server: tuple[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--workload", "sharegpt"], 1, "give --dataset"),
+        (["--workload", "sharegpt"], 1, "pass --dataset"),
         (["--workload", "sharegpt", "--dataset", "none.json"], 1, "no file or folder none.json (--dataset)"),
         (["--workload", "no-such"], 1, "there is no workload 'no-such': give one of"),
         (["--workload", "500-2000", "--turns", "3"], 2, "--turns does not apply to a workload of the kind random"),
@@ -140,13 +140,13 @@ def test_sharegpt_is_tokenised_by_the_server(server: tuple[str, Path], tmp_path:
         (["--dataset", "x"], 2, "--dataset needs --workload"),
         (["--burstiness", "2"], 2, "--burstiness needs --arrivals gamma"),
         (["--trace", "none.csv"], 1, "none.csv: can't be read"),
-        (["--trace", "x", "--arrivals", "constant"], 2, "either --arrivals or --trace"),
+        (["--trace", "x", "--arrivals", "constant"], 2, "use --arrivals or --trace"),
         (["--trace", "half.csv"], 1, "half.csv: has no column output_tokens (columns that are not known: note)"),
         (["--trace", "odd.csv"], 1, "none of its columns prompt_size is known as a number of tokens: give --input"),
         (["--trace", "slow.csv"], 1, "nothing says what the unit of its column timestamp is"),
         (["--trace-unit", "ms"], 2, "--trace-unit needs --trace or --workload"),
         (["--skip-bad-rows"], 2, "--skip-bad-rows needs --trace or --workload"),
-        (["--turns", "3", "--input", "100"], 1, "give --vocab-size or --tokenizer"),
+        (["--turns", "3", "--input", "100"], 1, "pass --vocab-size or --tokenizer"),
     ],
 )
 def test_bad_flags_are_one_clear_line(

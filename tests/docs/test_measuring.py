@@ -10,7 +10,7 @@ from bench.loadgen import target
 from bench.results import Answer, PointRow, RequestRow, ServerState, Summary
 from bench.sweepfile import _OPTIONS as SWEEP_OPTIONS
 from bench.workloads import _KINDS
-from cli.bench import FAILED_REQUESTS, UNDECIDED
+from cli.exit_codes import FAILED_REQUESTS, UNDECIDED
 from plots.compare import METRICS
 
 PAGES = Path(__file__).parents[2] / "docs" / "measuring"

@@ -49,7 +49,7 @@ def over_sockets(seed: int, precision: float, console: Console) -> dict[str, Any
         files = RunFiles(folder)
         answer = measure_configuration(Subject(target, workload, "queue", options, files, progress))
         if answer is None:
-            raise SystemExit("no load point could be judged: " + files.read_points()[-1].reason)
+            raise SystemExit("no load point produced a valid result: " + files.read_points()[-1].reason)
         points = len(files.read_points()) - 1  # the probe is none
     return result("sockets", seed, SOCKET_SLOTS, SOCKET_SLOTS / SOCKET_SERVICE_S, answer) | {"points": points}
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from bench.results import hardware
 from engine.host import cores
 from engine.kernels.cpu.bindings import Stack
-from plots.style import COLOURS, MARKERS, STYLE, WIDTH_IN, footnote, headline, plain, save
+from plots.style import COLORS, MARKERS, STYLE, WIDTH_IN, footnote, headline, plain, save
 from tests.perf.cpu_limits import Machine, Shape, measure_machine
 from tests.perf.cpu_stack import BLOCK, FORMS, batch_of, folder_of, make
 
@@ -70,11 +70,11 @@ def draw(rows: list[dict[str, Any]], machine: Machine, model: str) -> Figure:
         axes = figure.add_axes((0.08, 0.2, 0.88, 0.71))
         for i, context in enumerate(CONTEXTS):
             mine = [row for row in rows if row["context"] == context]
-            at, colour = [row["rows"] for row in mine], COLOURS[i]
+            at, color = [row["rows"] for row in mine], COLORS[i]
             axes.plot(
-                at, [row["step_ms"] for row in mine], color=colour, marker=MARKERS[i], label=f"context {context:,}"
+                at, [row["step_ms"] for row in mine], color=color, marker=MARKERS[i], label=f"context {context:,}"
             )
-            axes.plot(at, [row["limit_ms"] for row in mine], color=colour, linestyle="--", linewidth=1.2)
+            axes.plot(at, [row["limit_ms"] for row in mine], color=color, linestyle="--", linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(ROWS, [str(n) for n in ROWS])

@@ -13,7 +13,7 @@ from plots.compare import (
     failed_conditions,
     parse_condition,
     percent,
-    percent_words,
+    percent_text,
     points_at_one_rate,
     throughput,
 )
@@ -41,7 +41,7 @@ def test_percent_is_undone_by_applying_it(base: float, difference: float) -> Non
     ],
 )
 def test_differences_in_words(difference: float, words: str) -> None:
-    assert percent_words(difference) == words
+    assert percent_text(difference) == words
 
 
 def test_no_difference_from_what_was_not_measured() -> None:
@@ -64,13 +64,13 @@ def test_latencies_are_compared_at_the_highest_rate_all_sustain(demo: Path) -> N
 
 def test_when_nothing_common_is_sustained_the_lowest_common_rate_is_taken(make_run: Callable[..., Path]) -> None:
     (comparison,) = compare(load([make_run("a", servers={"fast": Server(8), "slow": Server(1)})]))
-    assert comparison.latencies_at == "at 2 req/s, which not all sustain"
+    assert comparison.latencies_at == "at 2 req/s, not sustained by all"
 
 
 def test_curves_without_a_common_rate_are_read_between_their_points(make_run: Callable[..., Path]) -> None:
     results = load([make_run("a"), make_run("b", servers={name: Server(s.capacity * 0.91) for name, s in TWO.items()})])
     (comparison,) = compare(results)
-    assert comparison.latencies_at == "at 1.66 req/s, read between the measured rates"
+    assert comparison.latencies_at == "at 1.66 req/s, interpolated"
     curve = [d.point for d in results.series[f"a: {ON}", comparison.workload].curve]
     low = max((p for p in curve if p.rate <= 1.66), key=lambda p: p.rate)
     high = min((p for p in curve if p.rate >= 1.66), key=lambda p: p.rate)

@@ -115,7 +115,7 @@ def test_no_results_at_all(tmp_path: Path) -> None:
 
 
 def test_a_folder_given_twice(demo: Path) -> None:
-    with pytest.raises(ReportError, match="given twice"):
+    with pytest.raises(ReportError, match="passed twice"):
         load([demo, demo])
 
 

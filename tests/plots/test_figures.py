@@ -100,7 +100,7 @@ def test_disturbed_points_are_ringed(demo: Path) -> None:
     figure = latency_figure(results, WORKLOAD)
     assert rings(figure) == [marked, marked]
     assert marked > 0
-    assert "Ringed: disturbed, others used more than 10% of the cores" in footer(figure)
+    assert "Ring: disturbed, other processes used more than 10% of the cores" in footer(figure)
 
 
 def test_an_undisturbed_point_of_a_rate_comes_first(demo: Path) -> None:

@@ -37,7 +37,13 @@ def test_bars_are_bytes_and_times_of_a_step() -> None:
 def test_it_says_what_it_shows_and_is_legible() -> None:
     figure = ranks_figure(rows())
     said = " ".join(text.get_text() for text in figure.texts)
-    for fact in ("a token for each row", "2 cores for all ranks", "Medians of 200 steps", "in turns", "one at a time"):
+    for fact in (
+        "one token per request",
+        "2 cores for all ranks",
+        "Medians of 200 steps",
+        "interleaved",
+        "one at a time",
+    ):
         assert fact in said
     assert_nothing_clipped(figure)
     assert_apart(figure)
@@ -50,7 +56,7 @@ def test_it_is_drawn_from_its_file(tmp_path: Path) -> None:
     assert imread(png).shape[1] == 2000
     assert svg.exists()
     source.write_text("[]")
-    with pytest.raises(ReportError, match="holds no rows"):
+    with pytest.raises(ReportError, match="has no records"):
         save_ranks_figure(source, png)
     with pytest.raises(ReportError, match="can't be read"):
         save_ranks_figure(tmp_path / "none.json", png)

@@ -228,7 +228,7 @@ def test_what_is_no_clean_measurement_is_listed(demo: Path) -> None:
 
 def test_clean_measurements_have_no_such_list(demo_report: Report) -> None:
     text = demo_report.page.read_text()
-    assert "Invalid points" not in text
+    assert "disturbed load points" not in text
     assert "Goodput" not in text
 
 

@@ -49,7 +49,7 @@ def test_it_is_drawn_from_its_file(tmp_path: Path) -> None:
     assert imread(png).shape[1] == 2000
     assert svg.exists()
     source.write_text("[]")
-    with pytest.raises(ReportError, match="holds no rows"):
+    with pytest.raises(ReportError, match="has no records"):
         save_share_figure(source, png)
     with pytest.raises(ReportError, match="can't be read"):
         save_share_figure(tmp_path / "none.json", png)

@@ -11,7 +11,7 @@ from bench.results import PointRow, RunFiles
 from plots.data import Series, load
 from plots.samples import read_moments
 from plots.style import save
-from plots.timeline import MOST_DOTS, telling_point, timeline_figure
+from plots.timeline import MOST_DOTS, timeline_figure, timeline_point
 from tests.plots.made import ARTICLES, Server, edited
 from tests.plots.test_figures import WORKLOAD, assert_apart, assert_nothing_clipped, footer
 
@@ -30,7 +30,7 @@ def figure_of(folder: Path, point: PointRow):
 
 
 def point_of(folder: Path, configuration: str = ON) -> PointRow:
-    point = telling_point(series_of(folder, configuration))
+    point = timeline_point(series_of(folder, configuration))
     assert point is not None
     return point
 
@@ -44,7 +44,7 @@ def test_the_first_rate_that_preempts_is_told_else_the_first_not_sustained_else_
     edited(demo, lambda p: replace(p, sustained=True, provisional=False))
     assert point_of(demo).rate == 6.6
     edited(demo, lambda p: replace(p, valid=False))
-    assert telling_point(series_of(demo)) is None
+    assert timeline_point(series_of(demo)) is None
 
 
 def test_the_server_and_the_requests_in_time(demo: Path) -> None:
@@ -102,7 +102,7 @@ def test_every_request_failed(demo: Path) -> None:
     rows[["ttft_s", "e2e_s"]] = np.nan
     rows.to_parquet(files.requests_path(point.point_id))
     figure = figure_of(demo, point)
-    assert all("no tokens came" in [t.get_text() for t in axes.texts] for axes in figure.axes[2:])
+    assert all("no tokens" in [t.get_text() for t in axes.texts] for axes in figure.axes[2:])
 
 
 def test_without_readings_the_clients_view_remains(demo: Path) -> None:
@@ -119,13 +119,13 @@ def test_a_server_without_a_kv_metric(demo: Path) -> None:
     frame[["kv_use", "preemptions"]] = np.nan
     frame.to_parquet(path)
     figure = figure_of(demo, point)
-    assert "the server tells nothing of its KV cache" in [t.get_text() for t in figure.axes[1].texts]
+    assert "the server has no KV cache metrics" in [t.get_text() for t in figure.axes[1].texts]
 
 
 def test_warm_up_and_last_answers_are_set_apart(demo: Path) -> None:
     point = replace(point_of(demo), warmup_s=4.0, window_s=8.0)
     names = [t.get_text() for t in figure_of(demo, point).axes[0].texts]
-    assert names == ["warm-up", "window", "last answers"]
+    assert names == ["warm-up", "window", "drain"]
 
 
 def test_of_many_gaps_the_slowest_are_always_there(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_text_is_legible(make_run: Callable[..., Path], demo: Path) -> None:
     results = load([make_run("a", workloads=ARTICLES)])
     for figure in (
         figure_of(demo, point_of(demo, OFF)),
-        *(timeline_figure(results, s, p) for s in results.series.values() if (p := telling_point(s)) is not None),
+        *(timeline_figure(results, s, p) for s in results.series.values() if (p := timeline_point(s)) is not None),
     ):
         assert figure is not None
         assert_nothing_clipped(figure)
@@ -160,4 +160,4 @@ def test_no_figure_without_the_request_file(demo: Path) -> None:
     RunFiles(demo).requests_path(point.point_id).unlink()
     results = load([demo])
     assert timeline_figure(results, results.series[ON, WORKLOAD], point) is None
-    assert telling_point(results.series[ON, WORKLOAD]) != point
+    assert timeline_point(results.series[ON, WORKLOAD]) != point

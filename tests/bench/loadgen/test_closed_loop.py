@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench.loadgen import Target, processes_for, run_closed_loop, run_load
-from bench.loadgen.load import CHUNKS_A_CORE
+from bench.loadgen.load import CHUNKS_PER_CORE
 from bench.workloads import RequestSpec
 
 EVER = (-1.0, float("inf"))
@@ -195,5 +195,5 @@ def test_several_processes_keep_up_the_load_until_all_awaited_ended(known_server
 
 def test_processes_follow_the_expected_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.loadgen.load.cores", lambda: 4)
-    rates = (0, CHUNKS_A_CORE, CHUNKS_A_CORE + 1, 3 * CHUNKS_A_CORE, 100 * CHUNKS_A_CORE)
+    rates = (0, CHUNKS_PER_CORE, CHUNKS_PER_CORE + 1, 3 * CHUNKS_PER_CORE, 100 * CHUNKS_PER_CORE)
     assert [processes_for(rate) for rate in rates] == [1, 1, 2, 3, 4]

@@ -124,7 +124,7 @@ def test_refusals_carry_status_and_message(known_server: Any, status: int) -> No
     [
         ("close", "connection", "the server closed the connection in the middle of its answer"),
         ("garbage event", "malformed stream", "an event of the stream can't be read: {not json"),
-        ("garbage chunk", "malformed stream", "the answer's chunks are not framed as HTTP asks"),
+        ("garbage chunk", "malformed stream", "the chunks of the response are not framed as HTTP requires"),
         ("error event", "stream error", "the engine died"),
     ],
 )

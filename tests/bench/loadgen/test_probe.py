@@ -11,7 +11,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.loadgen import Target
-from bench.loadgen.probe import ServerFacts, probe_server
+from bench.loadgen.probe import ServerInfo, probe_server
 from tests.bench.gateway import Gateway
 
 
@@ -50,13 +50,13 @@ def card(**fields: Any) -> bytes:
 @pytest.mark.parametrize(
     ("fields", "facts"),
     [
-        ({"owned_by": "redline", "max_model_len": 8192, "vocab_size": 49152}, ServerFacts("m", 8192, 49152, "redline")),
-        ({"owned_by": "vllm", "max_model_len": 4096}, ServerFacts("m", 4096, None, "vllm")),
-        ({"owned_by": "sglang", "max_model_len": None}, ServerFacts("m", None, None, "sglang")),
-        ({"owned_by": "somebody", "max_model_len": "8k"}, ServerFacts("m", None, None, "unknown")),
+        ({"owned_by": "redline", "max_model_len": 8192, "vocab_size": 49152}, ServerInfo("m", 8192, 49152, "redline")),
+        ({"owned_by": "vllm", "max_model_len": 4096}, ServerInfo("m", 4096, None, "vllm")),
+        ({"owned_by": "sglang", "max_model_len": None}, ServerInfo("m", None, None, "sglang")),
+        ({"owned_by": "somebody", "max_model_len": "8k"}, ServerInfo("m", None, None, "unknown")),
     ],
 )
-def test_facts(models: Any, fields: dict[str, Any], facts: ServerFacts) -> None:
+def test_facts(models: Any, fields: dict[str, Any], facts: ServerInfo) -> None:
     models.content = card(**fields)
     assert probe_server(Target(models.url + "/v1/", api_key="secret")) == facts
     assert models.asked == [("/v1/models", "Bearer secret")]
@@ -88,7 +88,7 @@ def test_unreachable() -> None:
 
 
 def test_a_server_that_says_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(BenchError, match=r"does not answer.*--url"):
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(BenchError, match=r"did not answer.*--url"):
         probe_server(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.1)
 
 
@@ -96,7 +96,7 @@ def test_a_server_that_says_nothing() -> None:
 def test_a_server_without_a_list_serves_the_model_that_is_named(models: Any, status: int) -> None:
     models.status = status
     facts = probe_server(Target(models.url, "m"))
-    assert (facts, len(facts.notes)) == (ServerFacts("m", None, None, "unknown"), 1)
+    assert (facts, len(facts.notes)) == (ServerInfo("m", None, None, "unknown"), 1)
     assert f"HTTP {status}" in facts.notes[0]
     models.status, models.content = 200, b"<html>"
     assert probe_server(Target(models.url, "m")).model == "m"
@@ -112,10 +112,10 @@ def test_a_named_model_excuses_no_other_failure(models: Any, status: int) -> Non
 def test_of_several_models_the_one_named_is_asked_for(models: Any) -> None:
     cards = [{"id": name, "max_model_len": size} for name, size in (("base", 100), ("lora/a", 200))]
     models.content = json.dumps({"data": cards}).encode()
-    assert probe_server(Target(models.url, "lora/a")) == ServerFacts("lora/a", 200, None, "unknown")
+    assert probe_server(Target(models.url, "lora/a")) == ServerInfo("lora/a", 200, None, "unknown")
     facts = probe_server(models.url)
     assert facts.model == "base"
-    assert facts.notes == ("the server lists base, lora/a: asking for base (--served-model picks another)",)
+    assert facts.notes == ("the server lists base, lora/a: using base (--served-model selects another)",)
     with pytest.raises(
         BenchError, match=r"no model 'lora/b'; was 'lora/a' meant\? It lists base, lora/a \(--served-mod"
     ):
@@ -133,5 +133,5 @@ def test_redirects_are_followed_on_the_server_and_named_beyond_it() -> None:
         with pytest.raises(BenchError, match=r"redirects to http://elsewhere.invalid/new: give that address \(--url\)"):
             probe_server(gateway.root + "/old")
         gateway.url = gateway.root + "/login?"
-        with pytest.raises(BenchError, match="which is no list of models"):
+        with pytest.raises(BenchError, match="which is not a model list"):
             probe_server(gateway.root + "/old")

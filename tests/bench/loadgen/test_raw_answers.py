@@ -96,7 +96,7 @@ def test_an_end_that_is_none_is_said(rest: bytes) -> None:
     with RawServer([CHUNKED + CHUNKS + rest]) as server:
         (row,) = send(server, 1)[0].rows(EVER)
     assert (row.status, row.output_tokens) == ("ok", 3)
-    assert "does not end as HTTP asks" in row.error
+    assert "not terminated as HTTP requires" in row.error
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -136,7 +136,7 @@ DIED = event({"error": {"message": "died"}})
         (whole("200 OK", b'{"error": "out of order"}', JSON), "no stream", "JSON instead of a stream: out of order"),
         (whole("200 OK", b"<html><title>Sign in</title>", HTML), "no stream", "a page instead of a stream: Sign in"),
         (whole("200 OK", b""), "no stream", "an empty body"),
-        (CHUNKED + b"zz\r\nwhat\r\n\r\n", "malformed stream", "chunks are not framed"),
+        (CHUNKED + b"zz\r\nwhat\r\n\r\n", "malformed stream", "not framed as HTTP requires"),
         (whole("200 OK", b"x", "Content-Encoding: br"), "malformed stream", "Content-Encoding 'br'"),
         (CHUNKED + chunk(EVENTS[0] + DIED + DONE) + b"0\r\n\r\n", "stream error", "died"),
         (whole("503 X", FULL, "Content-Encoding: gzip"), "http 503", "full"),

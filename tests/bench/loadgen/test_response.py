@@ -101,7 +101,7 @@ def test_sizes_that_are_none(size: bytes) -> None:
     answer = CHUNKED + size + b"\r\nhello\r\n\r\n"
     with pytest.raises(MalformedError):
         head_of(CHUNKED).ending().find(bytearray(answer))
-    assert Body(answer, head_of(CHUNKED)).malformed == "the answer's chunks are not framed as HTTP asks"
+    assert Body(answer, head_of(CHUNKED)).malformed == "the chunks of the response are not framed as HTTP requires"
 
 
 def test_interim_answers_are_passed_over() -> None:
@@ -141,9 +141,9 @@ def test_what_header_fields_say() -> None:
 
 def test_broken_chunks_say_so_and_keep_what_came() -> None:
     body = Body(CHUNKED + b"2\r\nhi\r\nzz\r\n", head_of(CHUNKED))
-    assert (body.data, body.malformed) == (b"hi", "the answer's chunks are not framed as HTTP asks")
+    assert (body.data, body.malformed) == (b"hi", "the chunks of the response are not framed as HTTP requires")
     body = Body(CHUNKED + b"1\r\nhi\r\n", head_of(CHUNKED))
-    assert body.malformed == "a chunk of the answer is longer than announced"
+    assert body.malformed == "a chunk of the response is longer than its announced size"
 
 
 def test_body_with_a_length() -> None:
@@ -197,4 +197,4 @@ def test_packed_bodies_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coding, "MAX_BYTES", 1000)
     assert body("deflate", zlib.compress(bytes(1000))).malformed == ""
     bomb = zlib.compress(bytes(1001))
-    assert "unpacks to more than" in body("deflate", bomb).malformed
+    assert "decompressed response exceeds" in body("deflate", bomb).malformed

@@ -157,10 +157,10 @@ def test_which_certificates_are_trusted(tmp_path: Path, monkeypatch: pytest.Monk
     wrong = tmp_path / "wrong.pem"
     wrong.write_text("hello")
     for path in (wrong, tmp_path / "missing.pem"):
-        with pytest.raises(BenchError, match=rf"{path.name} can't be read as certificates.*\(--ca\)"):
+        with pytest.raises(BenchError, match=rf"{path.name} cannot be read as certificates.*\(--ca\)"):
             tls_context(str(path))
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
-        with pytest.raises(BenchError, match=rf"{path.name} can't be read as certificates.*\(SSL_CERT_FILE\)"):
+        with pytest.raises(BenchError, match=rf"{path.name} cannot be read as certificates.*\(SSL_CERT_FILE\)"):
             tls_context()
 
 

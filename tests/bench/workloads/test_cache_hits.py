@@ -11,7 +11,7 @@ import pytest
 
 from bench.loadgen import Target
 from bench.metrics import MetricsReader
-from bench.plan import Lengths
+from bench.plan import Timing
 from bench.point import LoadPoint, PointPlan
 from bench.results import PointRow
 from bench.workloads import make_workload
@@ -51,7 +51,7 @@ def rows_at(url: str, spec: dict[str, Any], rates: list[float], configuration: s
         for rate in rates:
             repeat = rates[: len(found)].count(rate)
             row, requests = point.run(
-                PointPlan(rate, "fixed", repeat, Lengths(0.1, 0.5, 2.0), 0.1, cut_overload=False), lambda _: None
+                PointPlan(rate, "fixed", repeat, Timing(0.1, 0.5, 2.0), 0.1, cut_overload=False), lambda _: None
             )
             assert [r.status for r in requests if r.in_window] == ["ok"] * row.requests
             assert row.requests == round(rate / 2)

@@ -11,17 +11,17 @@ from PIL import Image
 
 import datasets
 from bench.errors import BenchError
-from bench.workloads import make_workload, tells_lengths
+from bench.workloads import has_exact_lengths, make_workload
 from bench.workloads.base import RequestSpec
 from bench.workloads.pictures import marked
 from engine.data import datasets_folder
 
-COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
+COLORS = ["red", "green", "blue", "white", "black", "yellow"]
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (64, 48), COLOURS[number % len(COLOURS)]).save(out, kind)
+    Image.new("RGB", (64, 48), COLORS[number % len(COLORS)]).save(out, kind)
     return out.getvalue()
 
 
@@ -81,7 +81,7 @@ def test_layouts_of_visionarena(name: str, how: str, tmp_path: Path) -> None:
         url = sent_picture(by_question[f"question {i}?"])
         assert url == "data:image/png;base64," + base64.b64encode(picture(i)).decode()
     assert {spec.output_tokens for spec in specs} == {8}
-    assert not tells_lengths(workload)
+    assert not has_exact_lengths(workload)
     assert make_workload(workload.describe(), None).requests(5, 3) == specs
 
 
@@ -142,10 +142,10 @@ def test_the_sample_that_ships() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "give --dataset"),
+        ({}, "pass --dataset"),
         ({"dataset": "no/such/folder/anywhere"}, "no file or folder .*--dataset"),
-        ({"dataset": "."}, "holds no .parquet, .jsonl or .json file .*--dataset"),
-        ({"dataset": "other.jsonl"}, "has no rows of the layout .* it has text .*--dataset"),
+        ({"dataset": "."}, "contains no .parquet, .jsonl or .json file .*--dataset"),
+        ({"dataset": "other.jsonl"}, "has no rows in the format of .* it has text .*--dataset"),
         ({"dataset": "broken.parquet"}, "can't be read: .*--dataset"),
         ({"dataset": "gone.jsonl"}, "picture .* can't be read: .*--dataset"),
         ({"dataset": "vision-sample", "repeat": 101}, "repeat"),

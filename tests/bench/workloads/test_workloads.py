@@ -70,7 +70,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ([], "expected fields"),
+        ([], "must have fields"),
         ({"input": 1, "output": 1}, "kind is None; choose from random, shared-prefix"),
         ({"kind": "random", "input": 5}, "output is missing"),
         ({"kind": "random", "input": 5, "output": 5, "prefix": 3}, "unknown field prefix"),
@@ -78,7 +78,7 @@ def test_names() -> None:
         ({"kind": "random", "input": "5", "output": 5}, "input must be a whole number"),
         ({"kind": "random", "input": 5, "output": True}, "output must be a whole number"),
         ({"kind": "random", "input": [5], "output": 5}, r"input must be a number of tokens or \[low, high\]"),
-        ({"kind": "random", "input": [9, 5], "output": 5}, "low end 9 above its high end 5"),
+        ({"kind": "random", "input": [9, 5], "output": 5}, "low 9 exceeds high 5"),
         ({"kind": "shared-prefix", "prefix": 0, "input": 5, "output": 5}, "prefix must be a whole number"),
     ],
 )
