@@ -9,16 +9,16 @@ from typing import Any
 import click
 from rich.console import Console
 
-from bench.control import unused_proxy
 from bench.errors import BenchError
-from bench.facts import resolved_configuration
-from bench.files import CannotWriteError, check_folder
-from bench.loadgen import Target
-from bench.loadgen.probe import ServerInfo, probe_server
-from bench.progress import ConsoleProgress, answer_text, points_table
+from bench.measurement.progress import ConsoleProgress, answer_text, points_table
+from bench.measurement.run import BenchOptions, InterruptedRunError, LostServerError, Subject, measure_configuration
 from bench.results import FLAG, Answer, RunFiles, Summary
-from bench.run import BenchOptions, InterruptedRunError, LostServerError, Subject, measure_configuration
-from bench.server import ServerProcess, has_flag
+from bench.results.writing import CannotWriteError, check_folder
+from bench.target import Target
+from bench.target.control import unused_proxy
+from bench.target.probe import ServerInfo, probe_server
+from bench.target.reported_config import resolved_configuration
+from bench.target.server import ServerProcess, has_flag
 from bench.workloads import Workload, has_exact_lengths, make_workload
 from cli.closed import check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED, UNDECIDED

@@ -8,17 +8,17 @@ from typing import Any
 import click
 from rich.console import Console
 
-from bench.closed import ClosedPoint, measure_closed_loop
 from bench.errors import BenchError
-from bench.files import CannotWriteError
-from bench.loadgen import Target
-from bench.machine import MachineReader
-from bench.metrics import MetricsReader
-from bench.plan import TimeBudget
-from bench.progress import ConsoleProgress, points_table
+from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
+from bench.measurement.machine import MachineReader
+from bench.measurement.progress import ConsoleProgress, points_table
+from bench.measurement.run import BenchOptions, InterruptedRunError
 from bench.results import PointRow, RequestRow, RunFiles, Summary, utc_now
-from bench.run import BenchOptions, InterruptedRunError
-from bench.vllm_json import save_vllm_result, vllm_result
+from bench.results.vllm_json import save_vllm_result, vllm_result
+from bench.results.writing import CannotWriteError
+from bench.search.windows import TimeBudget
+from bench.target import Target
+from bench.target.metrics import MetricsReader
 from bench.workloads import Workload
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED
 

@@ -11,7 +11,7 @@ from cli.screen import verbatim_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.sweepfile import SweepPlan, SweepWorkload
+    from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
 
 ROOT = Path("results")
 
@@ -37,7 +37,7 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
     An interrupted sweep continues with the same command; finished load points are kept. Without FILE or --preset, the
     presets are listed.
     """
-    from bench.sweepfile import presets, read_sweep
+    from bench.sweeps.sweepfile import presets, read_sweep
 
     if file is not None and preset_name is not None:
         raise click.UsageError("use FILE or --preset, not both")
@@ -59,9 +59,9 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
 
 
 def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> int:
-    from bench.progress import SweepProgress, duration
+    from bench.measurement.progress import SweepProgress, duration
     from bench.results import RunFiles
-    from bench.sweep import run_sweep
+    from bench.sweeps.sweep import run_sweep
     from cli.report import show_report
     from plots.data import ReportError
 
@@ -97,8 +97,8 @@ def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> in
 def _list_presets(console: "Console") -> None:
     from rich.table import Table
 
-    from bench.progress import duration
-    from bench.sweepfile import presets, read_sweep
+    from bench.measurement.progress import duration
+    from bench.sweeps.sweepfile import presets, read_sweep
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("Preset", "Time limit", "What it measures"):
@@ -115,7 +115,7 @@ def _list_presets(console: "Console") -> None:
 
 def _show_plan(console: "Console", plan: "SweepPlan", folder: Path) -> None:
     """Print one block per run; command lines are too long for a table."""
-    from bench.progress import duration
+    from bench.measurement.progress import duration
 
     console.print(plan.title, style="bold")
     number = 0

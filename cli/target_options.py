@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from bench.loadgen import Target
+from bench.target import Target
 from cli.options import JsonObject, option
 
 TARGET, REQUESTS = "Target", "Requests"

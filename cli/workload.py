@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from bench.arrivals import KINDS, Arrivals
 from bench.errors import BenchError
-from bench.loadgen.probe import ServerInfo
-from bench.presets import read_workload
-from bench.traces import UNITS
+from bench.target.probe import ServerInfo
 from bench.workloads import known_fields, needs_vocabulary
+from bench.workloads.arrivals import KINDS, Arrivals
 from bench.workloads.encoding import local_encoder, local_tokenizer, server_encoder, tokenizer_size
+from bench.workloads.presets import read_workload
+from bench.workloads.traces import UNITS
 from cli.options import Finite, option
 from cli.params import LENGTH, MOST_TOKENS
 
 if TYPE_CHECKING:
-    from bench.loadgen import Target
+    from bench.target import Target
     from bench.workloads import Encode
 
 # For a closed loop, which scripts use with any server: nearly every vocabulary has these ids.

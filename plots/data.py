@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.intervals import joined_gaps, percentile_interval
 from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRow, RunFiles, Summary
+from bench.statistics.intervals import joined_gaps, percentile_interval
 
 P99_SAMPLES = 1000  # steps or requests: a P99 of fewer rests on less than ten samples and is shown with its interval
 CURVE_PHASES = ("ladder", "fixed", "confirm")

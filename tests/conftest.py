@@ -16,8 +16,8 @@ if WORKER is not None and hasattr(os, "sched_setaffinity"):  # before torch coun
 
 import pytest  # noqa: E402
 
-from bench import machine  # noqa: E402
 from bench.loadgen import recording  # noqa: E402
+from bench.measurement import machine  # noqa: E402
 from engine.host import cores  # noqa: E402
 
 TESTS = Path(__file__).parent

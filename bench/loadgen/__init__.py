@@ -1,16 +1,14 @@
 """The load generator: sends requests at given times and records when every byte of the responses arrived.
 
-target.py      where to send, and requests as bytes        recording.py  what came back, as rows
-load.py        the load of one point, open or closed loop  response.py   HTTP framing of an answer
-loop.py        the loop of one generator process           alarm.py      a timer with microseconds' precision
-shards.py      several of them, one record                 probe.py      what kind of server answers
-connection.py  sockets: plain with kernel stamps, TLS      coding.py     gzip and deflate, undone read by read
-stream.py      one request on the wire                     tls.py        which certificates are trusted
+load.py        the load of one point, open or closed loop   recording.py       responses as request records
+loop.py        the loop of one generator process            response.py        HTTP framing of a response
+shards.py      several processes, one recording             content_coding.py  gzip and deflate, read by read
+connection.py  sockets: plain with kernel timestamps, TLS   sse.py             server-sent events, tokens per chunk
+stream.py      one request on the wire                      poller.py          epoll with a precise deadline
 """
 
 from bench.loadgen.load import processes_for, run_closed_loop, run_load
 from bench.loadgen.loop import Observer
 from bench.loadgen.recording import GeneratorHealth, Recording
-from bench.loadgen.target import Target
 
-__all__ = ["GeneratorHealth", "Observer", "Recording", "Target", "processes_for", "run_closed_loop", "run_load"]
+__all__ = ["GeneratorHealth", "Observer", "Recording", "processes_for", "run_closed_loop", "run_load"]

@@ -12,8 +12,8 @@ import struct
 import time
 from typing import Protocol
 
-from bench.loadgen.alarm import READ, WRITE
-from bench.loadgen.target import Address
+from bench.loadgen.poller import READ, WRITE
+from bench.target.target import Address
 
 BUFFER_BYTES = 1 << 18
 _SO_TIMESTAMPNS = 35  # not in the socket module

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.loadgen.loop import Job, Loop, Observer, Start
 from bench.loadgen.recording import GeneratorUse, Recording
-from bench.loadgen.target import Target, encode_request, resolve
+from bench.target.target import Target, encode_request, resolve
 from bench.workloads.base import RequestSpec
 from engine.host import cores
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bench.loadgen.alarm import READ, WRITE, Poller
 from bench.loadgen.connection import BLOCKED, Connection, ReceiveBuffer, connect
+from bench.loadgen.poller import READ, WRITE, Poller
 from bench.loadgen.response import MalformedError, read_head
 from bench.loadgen.stream import State, Stream
-from bench.loadgen.target import Address
+from bench.target.target import Address
 
 LEAD_NS = 300_000_000  # from the start of the loop to time 0, for opening the first connections
 _SHORT_LEAD_NS = 30_000_000  # for a few connections to a server on this machine

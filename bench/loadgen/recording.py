@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 
 from bench.loadgen.response import Body, Head
+from bench.loadgen.sse import StreamedAnswer, error_message, read_stream, what_instead
 from bench.loadgen.stream import Stream
 from bench.results import RequestRow
-from bench.sse import StreamedAnswer, error_message, read_stream, what_instead
 from bench.workloads.base import RequestSpec
 
 # Beyond these limits the measurement would describe the generator, not the server.

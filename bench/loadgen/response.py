@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bench.loadgen.coding import CodingError, Decoder, decoder
+from bench.loadgen.content_coding import CodingError, Decoder, decoder
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?:[ \t][^\r\n]*)?")

@@ -18,7 +18,7 @@ from bench.errors import BenchError
 from bench.loadgen.loop import Counts, Job, Loop, Observer, Start
 from bench.loadgen.recording import GeneratorUse, Recording
 from bench.loadgen.stream import Stream
-from bench.loadgen.target import Target, resolve
+from bench.target.target import Target, resolve
 from bench.workloads.base import RequestSpec
 
 _START_LIMIT_S = 60.0

@@ -8,7 +8,7 @@ from bench.errors import BenchError
 from bench.workloads.base import Encode, RequestSpec, Workload
 from bench.workloads.texts import JsonLines, ShareGPT
 from bench.workloads.tokens import RandomTokens, SharedPrefix
-from bench.workloads.traced import TraceLengths
+from bench.workloads.trace_lengths import TraceLengths
 from bench.workloads.turns import MultiTurn
 from bench.workloads.vision import MMMUPro, VisionArena
 

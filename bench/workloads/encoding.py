@@ -5,9 +5,9 @@ from typing import Any
 
 import httpx
 
-from bench.control import ControlClient
 from bench.errors import BenchError
-from bench.loadgen.target import Target
+from bench.target.control import ControlClient
+from bench.target.target import Target
 from bench.workloads.base import Encode
 from engine.errors import ModelError
 from engine.pretrained import load_auto_tokenizer

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.datafile import DataRow, RowFaults
 from bench.errors import BenchError
 from bench.workloads.base import Encode, RequestSpec
 from bench.workloads.chats import chat_fault, chat_messages, text_of
+from bench.workloads.datafile import DataRow, RowFaults
+from bench.workloads.dataset import DEFAULT_ROWS, FLAG, find_data, read_json_rows, read_rows
 from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
-from bench.workloads.rows import DEFAULT_ROWS, FLAG, find_data, read_json_rows, read_rows
 from bench.workloads.sampling import passes, salt_ids, salt_text
 
 DEFAULT_OUTPUT = 128

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.datafile import RowFaults
 from bench.errors import BenchError
 from bench.workloads.base import RequestSpec
 from bench.workloads.chats import text_of
+from bench.workloads.datafile import RowFaults
+from bench.workloads.dataset import DEFAULT_ROWS, FLAG, find_data, read_rows
 from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
 from bench.workloads.pictures import data_url, marked, picture_bytes
-from bench.workloads.rows import DEFAULT_ROWS, FLAG, find_data, read_rows
 from bench.workloads.sampling import passes, salt_text
 
 DEFAULT_OUTPUT = 128

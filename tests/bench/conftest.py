@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.server import ServerProcess
+from bench.target.server import ServerProcess
 
 STUB = Path(__file__).with_name("queue_server.py")
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.arrivals import Arrivals, arrival_times, point_seed
-from bench.criteria import Evidence, Flow, Verdict, judge
-from bench.metrics import WindowState
-from bench.plan import Planner, TimeBudget, phase_repeat
 from bench.results import Answer, PointRow
-from bench.search import Trial, find_sustained
-from bench.trend import Course
-from tests.bench.rows import plain_point
+from bench.search.criteria import Evidence, Flow, Verdict, judge
+from bench.search.search import Trial, find_sustained
+from bench.search.trend import Course
+from bench.search.windows import Planner, TimeBudget, phase_repeat
+from bench.target.metrics import WindowState
+from bench.workloads.arrivals import Arrivals, arrival_times, point_seed
+from tests.bench.records import plain_point
 
 
 def queue(rate: float, slots: int, service_s: float, requests: int, seed: int, warmup: int = 50) -> Flow:

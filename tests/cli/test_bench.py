@@ -11,7 +11,7 @@ import click
 import pytest
 
 from bench.results import RunFiles
-from bench.server import ServerProcess
+from bench.target.server import ServerProcess
 from cli.main import main
 from cli.params import LENGTH, LIMIT, RATES, SHARE
 

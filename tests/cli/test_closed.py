@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.results import RunFiles
-from bench.server import ServerProcess
+from bench.target.server import ServerProcess
 from cli.main import main
 
 pytestmark = pytest.mark.usefixtures("patient_generator")

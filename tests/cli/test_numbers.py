@@ -6,7 +6,7 @@ import click
 import pytest
 
 from bench.errors import BenchError
-from bench.sweepfile import read_sweep
+from bench.sweeps.sweepfile import read_sweep
 from bench.workloads import make_workload
 from cli.main import COMMANDS, main
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench import machine
-from bench.progress import duration
+from bench.measurement import machine
+from bench.measurement.progress import duration
 from cli.main import main
 
 pytestmark = pytest.mark.usefixtures("patient_generator")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.loadgen import Target
-from bench.metrics import MetricsReader
 from bench.results import RunFiles
-from bench.sweepfile import read_sweep
+from bench.sweeps.sweepfile import read_sweep
+from bench.target import Target
+from bench.target.metrics import MetricsReader
 from cli.main import main
 from tests.bench.gateway import Gateway
 

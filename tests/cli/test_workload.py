@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.presets import read_workload, workload_presets
 from bench.results import RunFiles
-from bench.server import ServerProcess
+from bench.target.server import ServerProcess
 from bench.workloads import make_workload
+from bench.workloads.presets import read_workload, workload_presets
 from cli.main import main
 from engine.data import datasets_folder
 

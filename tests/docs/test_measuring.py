@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.loadgen import target
 from bench.results import Answer, PointRow, RequestRow, ServerState, Summary
-from bench.sweepfile import _OPTIONS as SWEEP_OPTIONS
+from bench.sweeps.sweepfile import _OPTIONS as SWEEP_OPTIONS
+from bench.target import target
 from bench.workloads import _KINDS
 from cli.exit_codes import FAILED_REQUESTS, UNDECIDED
 from plots.compare import METRICS

@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bench.arrivals import arrival_times, point_seed
 from bench.results import hardware
-from bench.stats import latencies
+from bench.statistics.latencies import latencies
 from bench.workloads import make_workload
+from bench.workloads.arrivals import arrival_times, point_seed
 from bench.workloads.base import RequestSpec
 from engine.model.resolve import resolve_model
 from tests.perf.cpu_limits import Machine, Shape, measure_machine

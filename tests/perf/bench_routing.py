@@ -24,13 +24,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.arrivals import arrival_times, point_seed
 from bench.loadgen.load import run_closed_loop, run_load
 from bench.loadgen.recording import Recording
-from bench.loadgen.target import Target
 from bench.results import hardware
-from bench.stats import latencies
+from bench.statistics.latencies import latencies
+from bench.target.target import Target
 from bench.workloads import make_workload
+from bench.workloads.arrivals import arrival_times, point_seed
 from bench.workloads.base import RequestSpec
 from engine.config import ROUTINGS
 from tests.perf.cpu_process import RUN_LIMIT_S, Watch

@@ -17,11 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.loadgen import Target
-from bench.progress import ConsoleProgress, QuietProgress
+from bench.measurement.progress import ConsoleProgress, QuietProgress
+from bench.measurement.run import BenchOptions, Subject, measure_configuration
 from bench.results import Answer, RunFiles
-from bench.run import BenchOptions, Subject, measure_configuration
-from bench.server import ServerProcess
+from bench.target import Target
+from bench.target.server import ServerProcess
 from bench.workloads import make_workload
 from tests.bench.queue_model import SimulatedBench
 from tests.perf.bench_statistics import WRONG_SUSTAINED, most_wrong, verdict_rows, verdict_table

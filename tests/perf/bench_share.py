@@ -27,9 +27,10 @@ import httpx
 import numpy as np
 import psutil
 
-from bench.loadgen import Target, run_closed_loop
+from bench.loadgen import run_closed_loop
 from bench.results import hardware
-from bench.server import free_port
+from bench.target import Target
+from bench.target.server import free_port
 from bench.workloads import make_workload
 from plots.share import save_share_figure
 

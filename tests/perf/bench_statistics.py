@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.intervals import joined_gaps, percentile_interval
+from bench.statistics.intervals import joined_gaps, percentile_interval
 from tests.bench.queue_model import KINDS, verdict_of
 from tests.bench.step_model import streams, true_percentile
 

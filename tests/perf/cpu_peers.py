@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import versions
-from bench.server import serve_flags
+from bench.target.server import serve_flags
 from tests.perf.client_tools import VLLM_MAIN
 from tests.perf.cpu_process import Child, Server
 

@@ -17,8 +17,9 @@ from typing import Any
 import httpx
 import psutil
 
-from bench.loadgen import Recording, Target, run_closed_loop, run_load
-from bench.server import free_port
+from bench.loadgen import Recording, run_closed_loop, run_load
+from bench.target import Target
+from bench.target.server import free_port
 from bench.workloads.base import RequestSpec
 
 START_LIMIT_S = 900.0  # a first start may compile

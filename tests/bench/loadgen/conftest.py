@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.loadgen import Observer, Recording, Target, run_load
+from bench.loadgen import Observer, Recording, run_load
+from bench.target import Target
 from bench.workloads import RequestSpec
 
 SERVER = Path(__file__).with_name("known_server.py")

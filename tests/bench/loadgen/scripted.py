@@ -9,8 +9,8 @@ import pytest
 from bench.loadgen import loop
 from bench.loadgen.connection import ReceiveBuffer
 from bench.loadgen.recording import GeneratorUse, Recording
-from bench.loadgen.target import Address
 from bench.results import RequestRow
+from bench.target.target import Address
 from bench.workloads import RequestSpec
 
 ADDRESS = Address("h", 1, "", None, socket.AF_INET, ("127.0.0.1", 1))

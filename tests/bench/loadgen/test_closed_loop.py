@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.loadgen import Target, processes_for, run_closed_loop, run_load
+from bench.loadgen import processes_for, run_closed_loop, run_load
 from bench.loadgen.load import CHUNKS_PER_CORE
+from bench.target import Target
 from bench.workloads import RequestSpec
 
 EVER = (-1.0, float("inf"))

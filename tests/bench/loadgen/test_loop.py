@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from bench.errors import BenchError
-from bench.loadgen import Target, alarm, connection, run_load
+from bench.loadgen import connection, poller, run_load
 from bench.loadgen.loop import LEAD_NS, Job
-from bench.loadgen.target import Address
+from bench.target import Target
+from bench.target.target import Address
 from bench.workloads import RequestSpec
 
 EVER = (0.0, float("inf"))
@@ -261,7 +262,7 @@ def test_systems_that_lack_something(known_server: Any, monkeypatch: pytest.Monk
     if missing == "epoll":
         monkeypatch.delattr(select, "epoll", raising=False)
     elif missing == "timer":
-        monkeypatch.setattr(alarm, "_open_timer", lambda: (None, -1))
+        monkeypatch.setattr(poller, "_open_timer", lambda: (None, -1))
     else:
         monkeypatch.setattr(connection, "_ANCILLARY_BYTES", 0)
     recording = known_server.run([5, 6], [0.0, 0.1], itl=0.01)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.loadgen import Recording, Target, run_closed_loop
+from bench.loadgen import Recording, run_closed_loop
+from bench.target import Target
 from bench.workloads import RequestSpec
 from tests.bench.loadgen.raw_server import Piece, RawServer
 from tests.bench.loadgen.scripted import Quiet, answered

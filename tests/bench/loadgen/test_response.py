@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.loadgen import coding
+from bench.loadgen import content_coding
 from bench.loadgen.response import Body, Head, MalformedError, read_head
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -194,7 +194,7 @@ def test_packed_bodies_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Content-Encoding 'br'" in body("br", b"x").malformed
     assert body("gzip", gzip.compress(b"hello")[:-9]).malformed == ""
     assert body("gzip, deflate", zlib.compress(gzip.compress(b"hello"))).data == b"hello"
-    monkeypatch.setattr(coding, "MAX_BYTES", 1000)
+    monkeypatch.setattr(content_coding, "MAX_BYTES", 1000)
     assert body("deflate", zlib.compress(bytes(1000))).malformed == ""
     bomb = zlib.compress(bytes(1001))
     assert "decompressed response exceeds" in body("deflate", bomb).malformed

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from bench.loadgen import Target
-from bench.metrics import MetricsReader
-from bench.plan import Timing
-from bench.point import LoadPoint, PointPlan
+from bench.measurement.load_point import LoadPoint, PointPlan
 from bench.results import PointRow
+from bench.search.windows import Timing
+from bench.target import Target
+from bench.target.metrics import MetricsReader
 from bench.workloads import make_workload
 from bench.workloads.encoding import server_encoder
 
@@ -26,7 +26,7 @@ Start = Callable[[], tuple[str, Path]]
 @pytest.fixture
 def caching_server(tmp_path: Path) -> Iterator[Start]:
     """Starts a server with an empty cache; hands back its URL and the file of what it was sent."""
-    from bench.server import ServerProcess
+    from bench.target.server import ServerProcess
 
     with ExitStack() as stack:
         count = 0

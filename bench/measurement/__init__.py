@@ -1,0 +1,1 @@
+"""Measuring one configuration with one workload: load points, closed loops, whole runs, and their progress."""

@@ -1,0 +1,147 @@
+"""Closed loop: keeps a fixed number of requests open instead of sending at a rate; there is no verdict."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.errors import BenchError
+from bench.loadgen import processes_for, run_closed_loop
+from bench.measurement.load_point import INTERRUPTED, LoadPoint, PointPlan, PointState, Watch, drain, point_id
+from bench.measurement.machine import record_shares
+from bench.measurement.progress import Progress
+from bench.measurement.run import InterruptedRunError, LostServerError, stop_on_interrupt
+from bench.results import PointRow, RequestRow, RunFiles, utc_now
+from bench.results.writing import CannotWriteError
+from bench.search.windows import TimeBudget, Timing
+from bench.target.metrics import MetricsReader, window_state
+from bench.workloads.arrivals import point_seed
+
+_EVER = (-1.0, float("inf"))
+_SEED_REPEAT = 3000  # differs from those of all open-loop points
+_DRAIN_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedPoint(LoadPoint):
+    """A load point with a fixed concurrency."""
+
+    def run_closed(
+        self, plan: PointPlan, chunks_per_s: float, show: Callable[[PointState], None]
+    ) -> tuple[PointRow, list[RequestRow]]:
+        """Send the plan's requests. Every request counts, including the ramp at the beginning and at the end.
+
+        Args:
+            plan: with `concurrency` and `requests` set.
+            chunks_per_s: upper estimate of the chunks to receive; decides the number of generator processes.
+            show: called with the progress.
+        """
+        concurrency, count = plan.concurrency, plan.requests
+        assert concurrency is not None
+        assert count is not None
+        seed = point_seed(self.seed, self.workload.name, float(concurrency), _SEED_REPEAT)
+        specs = self.workload.requests(count, seed)
+        started = utc_now()
+        self.reader.clear()
+        watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
+        before = self.read_machine()
+        recording = run_closed_loop(
+            self.target, specs, concurrency,
+            observer=watch, time_limit_s=max(1.0, self.left_s()), processes=processes_for(chunks_per_s),
+        )  # fmt: skip
+        after = self.read_machine()
+        self.reader.read()
+        self.reader.started_at = watch.started_at
+        requests = recording.rows(_EVER)
+        window = _window(requests, watch.now_s)
+        server = window_state(self.reader.states, watch.started_at + window[0], watch.started_at + window[1])
+        done = sum(r.status == "ok" for r in requests)
+        rate = done / max(window[1] - window[0], 1e-9)
+        row = self._row(plan, requests, window, server, recording.health, watch.now_s)
+        row.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
+        row.completed, row.achieved_rate, row.rate = done, rate, float(f"{rate:.4g}")
+        row.seed, row.started, row.concurrency = seed, started, concurrency
+        row.reason = _fault(requests, count, recording.health.reason, watch.cut, fixed=self.target.fixes_lengths)
+        row.valid = not row.reason
+        row.binding = "client" if recording.health.saturated else ""
+        row.provisional = False
+        if row.valid:
+            row.reason = f"concurrency {concurrency}"
+        record_shares(row, before, after)
+        drain(self.reader, min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0)))
+        return row, requests
+
+
+def measure_closed_loop(
+    point: ClosedPoint, files: RunFiles, progress: Progress, concurrency: int, count: int, budget: TimeBudget
+) -> tuple[PointRow, list[RequestRow]]:
+    """Measure one request alone, then the closed loop, and save both; if saving fails, `files.unwritten` is set.
+
+    Returns the loop's records. After Ctrl-C (`budget.stopped`) these are the requests completed until then. Raises
+    InterruptedRunError for a Ctrl-C before the loop, BenchError if the first request fails, LostServerError if no
+    request of the loop was answered.
+    """
+    budget.start()
+    reader: MetricsReader = point.reader
+    with stop_on_interrupt(budget), reader:
+        alone, rows = point.probe(lambda _: None, max(1.0, budget.left_s()))
+        if not rows or rows[0].status != "ok":
+            if budget.stopped:
+                raise InterruptedRunError(None)
+            cause = f"{rows[0].status} {rows[0].error}".strip() if rows else "no answer"
+            raise BenchError(f"the first request to {point.target.base_url} failed with {cause}")
+        _save(files, alone, rows)
+        for note in point.notes():
+            progress.message(note)
+        if rows[0].error:
+            progress.message(f"warning: the first request: {rows[0].error}")
+        progress.message(
+            f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; sending {count} requests, concurrency {concurrency}"
+        )
+        plan = PointPlan(
+            1.0, "closed", 0, Timing(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=concurrency, requests=count
+        )
+        progress.point_started(plan)
+        chunks_per_s = concurrency * _chunks_per_s(rows[0])
+        row, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
+        _save(files, row, requests)
+        progress.point_finished(row)
+    if row.requests and not row.completed and not budget.stopped:
+        raise LostServerError(f"none of {row.requests} requests was answered: {row.failures or 'cut short'}")
+    return row, requests
+
+
+def _save(files: RunFiles, row: PointRow, requests: list[RequestRow]) -> None:
+    with contextlib.suppress(CannotWriteError):  # kept in memory by `files`, which sets `unwritten`
+        files.add_point(row, requests)
+
+
+def _chunks_per_s(row: RequestRow) -> float:
+    """Chunks per second of one stream on an otherwise idle server."""
+    return len(row.chunk_gaps_s) / max(sum(row.chunk_gaps_s), 1e-6) if row.chunk_gaps_s else 0.0
+
+
+def _window(requests: list[RequestRow], ended_s: float) -> tuple[float, float]:
+    """From the intended time of the first request to the end of the last response."""
+    start = min((r.intended_s for r in requests), default=0.0)
+    ends = [r.intended_s + r.e2e_s for r in requests if r.e2e_s is not None]
+    open_ones = any(r.status == "cut short" for r in requests)
+    return start, ended_s if open_ones or not ends else max(ends)
+
+
+def _fault(requests: list[RequestRow], count: int, client: str, cut: str, *, fixed: bool = True) -> str:
+    """Why the load point is invalid, else "". Failed requests do not make it invalid if others succeeded."""
+    if client:
+        return f"the load generator was the bottleneck: {client}"
+    if cut == INTERRUPTED:
+        done = sum(r.status == "ok" for r in requests)
+        return f"interrupted after {done} of {count} requests were answered"
+    if cut:
+        return "ended before all requests were answered" + (f": {cut}" if cut != "time" else " (--max-minutes)")
+    if len(requests) < count:
+        return f"only {len(requests)} of {count} requests were sent"
+    states = Counter(r.status for r in requests)
+    if not states["ok"]:
+        return "no request was answered"
+    missed = sum(r.output_tokens != r.asked_output_tokens for r in requests if r.status == "ok") if fixed else 0
+    return f"{missed} of {states['ok']} outputs did not have the requested length" if missed else ""

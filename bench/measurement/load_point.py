@@ -1,0 +1,371 @@
+"""One load point: sends a workload at one rate, watches the server, and reduces the responses to one record."""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bench.loadgen import GeneratorHealth, Recording, run_load
+from bench.measurement.machine import CounterReader, Counters, record_shares
+from bench.results import Phase, PointRow, RequestRow, slug, utc_now
+from bench.search.criteria import Evidence, Verdict, course_of, flow_of, judge, overload, tolerance
+from bench.search.windows import Timing, is_provisional, phase_repeat
+from bench.statistics.intervals import percentile, percentile_interval
+from bench.statistics.latencies import Latencies, goodput, latencies, token_rates
+from bench.target import Target
+from bench.target.metrics import MetricsReader, ServerState, WindowState, window_state
+from bench.workloads import Workload
+from bench.workloads.arrivals import Arrivals, point_seed
+
+_DRAIN_LIMIT_S = 30.0
+_LOST_SERVER_READINGS = 6  # consecutive readings without a response
+INTERRUPTED = "interrupted"
+_ENOUGH = "enough seen"  # the window is over and its verdict is clear: no need to wait for the last responses
+
+
+@dataclass(frozen=True, slots=True)
+class PointPlan:
+    """What one load point measures; rate in requests/s, times in seconds."""
+
+    rate: float
+    phase: Phase
+    repeat: int
+    timing: Timing
+    latency_s: float  # expected E2E latency
+    cut_overload: bool  # end early if clearly overloaded
+    concurrency: int | None = None  # of a closed loop …
+    requests: int | None = None  # … and its number of requests
+
+    @property
+    def start_s(self) -> float:
+        return self.timing.warmup_s
+
+    @property
+    def end_s(self) -> float:
+        return self.timing.warmup_s + self.timing.window_s
+
+    @property
+    def limit_s(self) -> float:
+        return self.end_s + self.timing.drain_s
+
+
+_ALONE = PointPlan(1.0, "probe", 0, Timing(0.0, 1.0, 0.0), 0.0, cut_overload=False)  # one request
+
+
+@dataclass(frozen=True, slots=True)
+class PointState:
+    """The state of a running load point, for display."""
+
+    now_s: float
+    sent: int
+    first_token: int
+    finished: int
+    failed: int
+    server: ServerState | None
+
+
+@dataclass(slots=True)
+class Watch:
+    """The load generator's observer: shows progress and ends the load point on overload, timeout or Ctrl-C."""
+
+    plan: PointPlan
+    reader: MetricsReader
+    show: Callable[[PointState], None]
+    left_s: Callable[[], float]  # remaining time of the run; 0 once stopped
+    stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
+    clock: Callable[[], float] = time.monotonic  # the clock of the readings
+    cut: str = ""  # why the load point was ended early
+    now_s: float = 0.0
+    started_at: float = 0.0  # time 0 of the load point on that clock
+    _at_start: tuple[int, float | None] | None = None  # open and waiting requests at the start of the window
+
+    def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:
+        self.now_s = now_s
+        self.started_at = self.clock() - now_s
+        server = self.reader.latest
+        self.show(PointState(now_s, sent, first_token, finished, failed, server))
+        self.cut = self._cut(now_s, sent - finished - failed, failed, server)
+        return not self.cut
+
+    def _cut(self, now_s: float, backlog: int, failed: int, server: ServerState | None) -> str:
+        if self.stopped():
+            return INTERRUPTED
+        if self.left_s() <= 0:
+            return "time"
+        if self.reader.failures >= _LOST_SERVER_READINGS and failed:
+            return "the server stopped answering"
+        if now_s < self.plan.start_s:
+            return ""
+        if now_s >= self.plan.end_s:
+            return _ENOUGH if self._overfull(backlog) else ""
+        waiting = server.waiting if server is not None else None
+        if self._at_start is None:
+            self._at_start = backlog, waiting
+        if not self.plan.cut_overload:
+            return ""
+        if server is not None and self._preempted(server):
+            return "preempted"
+        queue = None
+        if waiting is not None and self._at_start[1] is not None:
+            queue = self._at_start[1], waiting
+        elapsed = now_s - self.plan.start_s
+        return overload((self._at_start[0], backlog), elapsed, self.plan.rate, self.plan.latency_s, queue)
+
+    def _overfull(self, backlog: int) -> bool:
+        """Whether a search's window ended with a queue that would take long to drain without new information."""
+        if not self.plan.cut_overload or self._at_start is None:
+            return False
+        in_flight = max(self._at_start[0], self.plan.rate * self.plan.latency_s)
+        noise = tolerance(self.plan.rate * self.plan.timing.window_s, in_flight)
+        return backlog - self._at_start[0] > 2 * noise
+
+    def _preempted(self, server: ServerState) -> bool:
+        begin = self.started_at + self.plan.start_s
+        state = window_state(self.reader.states, begin, server.at_s)
+        return server.at_s > begin and bool(state.preemptions)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPoint:
+    """What the load points of one configuration and workload have in common; run() measures one."""
+
+    target: Target
+    workload: Workload
+    configuration: str
+    reader: MetricsReader
+    seed: int
+    precision: float
+    left_s: Callable[[], float]
+    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest allowed value
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
+    machine: CounterReader | None = None  # None: other load on the machine is not recorded
+
+    def notes(self) -> list[str]:
+        """Messages about the trace and the workload's data."""
+        notes = self.workload.notes()
+        if self.arrivals.trace is not None:
+            trace = self.arrivals.read_trace()
+            notes = [trace.summary(), trace.skipped, *notes]
+        return [note for note in notes if note]
+
+    def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRow, list[RequestRow]]:
+        """Send the requests, wait for the responses, judge. The server is drained when this returns."""
+        seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))
+        times, needed = _times(plan, seed, self.arrivals)
+        specs = self.workload.requests(len(times), seed)
+        started = utc_now()
+        self.reader.clear()
+        watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
+        before = self.read_machine()
+        recording = run_load(
+            self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed
+        )  # fmt: skip
+        after = self.read_machine()
+        self.reader.read()
+        self.reader.started_at = watch.started_at
+        row, requests = self._reduce(plan, recording, watch, seed, started)
+        record_shares(row, before, after)
+        limit_s = min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0))
+        drain(self.reader, limit_s)
+        if recording.cut_short and self.left_s() > 0:
+            self._settle(seed, limit_s)
+            self.reader.read()  # so that the counters of the next load point begin after it
+        return row, requests
+
+    def read_machine(self) -> Counters | None:
+        """Read the machine's CPU counters; takes some milliseconds, so it is not done while the load runs."""
+        return self.machine.read() if self.machine is not None else None
+
+    def _settle(self, seed: int, limit_s: float) -> None:
+        """Send one request for one token; it completes after the steps that still contain closed requests."""
+        spec = dataclasses.replace(self.workload.requests(1, seed + 3)[0], output_tokens=1)
+        watch = Watch(_ALONE, self.reader, lambda _: None, self.left_s)
+        run_load(self.target, [spec], np.zeros(1), observer=watch, time_limit_s=limit_s)
+
+    def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> tuple[PointRow, list[RequestRow]]:
+        """Measure one request alone; the rate is 1 / its E2E latency."""
+        seed = point_seed(self.seed, self.workload.name, 0.0, phase_repeat("probe", 0))
+        watch = Watch(_ALONE, self.reader, show, self.left_s)
+        started = utc_now()
+        specs = self.workload.requests(1, seed)
+        recording = run_load(self.target, specs, np.zeros(1), observer=watch, time_limit_s=time_limit_s)
+        requests = recording.rows((0.0, 1.0))
+        alone_s = max((r.e2e_s for r in requests if r.e2e_s is not None), default=1.0)
+        row = self._row(_ALONE, requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
+        row.point_id = point_id(self.configuration, self.workload.name, "probe", 0.0, 0)
+        row.rate, row.achieved_rate = float(f"{1 / alone_s:.4g}"), 1 / alone_s
+        row.seed, row.started, row.reason = seed, started, "one request alone"
+        row.valid = all(r.status == "ok" for r in requests) and bool(requests)
+        row.completed = sum(r.status == "ok" for r in requests)
+        return row, requests
+
+    def _reduce(
+        self, plan: PointPlan, recording: Recording, watch: Watch, seed: int, started: str
+    ) -> tuple[PointRow, list[RequestRow]]:
+        start_s, end_s, cut = plan.start_s, plan.end_s, watch.cut
+        if cut and watch.now_s < end_s:
+            # The window ends at the cut; it is empty if the warm-up was cut.
+            end_s = max(start_s, watch.now_s)
+        elif cut in ("time", INTERRUPTED, _ENOUGH):
+            cut = ""  # the cut came after the window, while waiting for responses
+        requests = recording.rows((start_s, end_s))
+        server = window_state(self.reader.states, watch.started_at + start_s, watch.started_at + end_s)
+        row = self._row(plan, requests, (start_s, end_s), server, recording.health, watch.now_s)
+        row.seed, row.started = seed, started
+        verdict = judge(self._evidence(row, requests, (start_s, end_s), server, recording.health, cut, watch.now_s))
+        _set_verdict(row, verdict)
+        if cut == INTERRUPTED and not row.valid:
+            row.reason = "interrupted before its window was over"
+        return row, requests
+
+    def _evidence(
+        self,
+        row: PointRow,
+        requests: list[RequestRow],
+        window: tuple[float, float],
+        server: WindowState,
+        health: GeneratorHealth,
+        cut: str,
+        ended_s: float,
+    ) -> Evidence:
+        inside = [r for r in requests if r.in_window]
+        done = [r for r in inside if r.status == "ok"]
+        fixed = self.target.fixes_lengths
+        return Evidence(
+            flow=flow_of(requests, *window),
+            server=server,
+            failed=Counter(r.status for r in inside if r.status not in ("ok", "cut short")),
+            missed_lengths=sum(r.output_tokens != r.asked_output_tokens for r in done) if fixed else 0,
+            requests=len(inside),
+            client_fault=health.reason if health.saturated else "",
+            cut="time" if cut == INTERRUPTED else cut,
+            limits={column: (getattr(row, column), allowed) for column, allowed in self.limits.items()},
+            course=course_of(requests, ended_s),
+            precision=self.precision,
+            fastest_s=min((r.e2e_s for r in done if r.e2e_s is not None), default=0.0),
+        )
+
+    def _row(
+        self,
+        plan: PointPlan,
+        requests: list[RequestRow],
+        window: tuple[float, float],
+        server: WindowState,
+        health: GeneratorHealth,
+        ended_s: float,
+    ) -> PointRow:
+        window_s = window[1] - window[0]
+        inside = [r for r in requests if r.in_window]
+        samples = latencies(requests, ended_s)
+        input_tok_s, output_tok_s = token_rates(requests, *window)
+        completed = flow_of(requests, *window).completed()
+        e2e_s = percentile(samples.e2e, 50) / 1e3
+        return PointRow(
+            point_id=point_id(self.configuration, self.workload.name, plan.phase, plan.rate, plan.repeat),
+            configuration=self.configuration,
+            workload=self.workload.name,
+            phase=plan.phase,
+            rate=plan.rate,
+            sustained=None,
+            reason="",
+            valid=False,
+            provisional=is_provisional(self.precision, window_s, len(inside), e2e_s),
+            preemptions=server.preemptions,
+            requests=len(inside),
+            completed=completed,
+            failed=sum(r.status not in ("ok", "cut short") for r in inside),
+            window_s=window_s,
+            achieved_rate=completed / window_s if window_s > 0 else 0.0,
+            input_tok_s=input_tok_s,
+            output_tok_s=output_tok_s,
+            prefix_hit_rate=server.prefix_hit_rate,
+            kv_use_max=server.kv_use_max,
+            waiting_max=server.waiting_max,
+            running_max=server.running_max,
+            seed=0,
+            started="",
+            repeat=plan.repeat,
+            warmup_s=window[0],
+            tokens_per_chunk=samples.tokens_per_chunk,
+            cut_short=samples.cut_short,
+            failures=failure_kinds(requests),
+            goodput=goodput(requests, self.limits, window_s),
+            **_latency_columns(samples),
+            **_generator_columns(health),
+        )
+
+
+def _latency_columns(samples: Latencies) -> dict[str, Any]:
+    """Percentiles in ms, and the intervals of the P99 of TTFT and ITL."""
+    columns: dict[str, Any] = {"itl_steps": len(np.unique(samples.itl_steps))}
+    for name in ("ttft", "itl", "tpot", "e2e"):
+        values = getattr(samples, name)
+        columns |= {f"{name}_p{share}_ms": percentile(values, share) for share in (50, 99)}
+        if name in ("ttft", "itl"):
+            steps = samples.itl_steps if name == "itl" else None
+            columns[f"{name}_p99_low_ms"], columns[f"{name}_p99_high_ms"] = percentile_interval(values, 99, steps)
+    return columns
+
+
+def _generator_columns(health: GeneratorHealth) -> dict[str, Any]:
+    """The columns of PointRow about the load generator."""
+    return {
+        "lateness_p99_ms": health.lateness_p99_s * 1e3,
+        "generator_processes": health.processes,
+        "generator_cpu_share": health.cpu_share,
+        "generator_starved_share": health.starved_share,
+        "generator_us_per_chunk": health.cpu_us_per_chunk,
+        "loop_lag_p99_ms": health.loop_lag_p99_s * 1e3,
+        "coalesced_reads": health.coalesced_reads,
+    }
+
+
+def failure_kinds(requests: list[RequestRow]) -> str:
+    """The number of failed requests by kind: "connection:3;http 429:12". Requests cut short by the run did not fail."""
+    kinds = Counter(r.status for r in requests if r.status not in ("ok", "cut short"))
+    return ";".join(f"{kind}:{count}" for kind, count in sorted(kinds.items()))
+
+
+def point_id(configuration: str, workload: str, phase: Phase, rate: float, repeat: int) -> str:
+    """The name of a load point and its files; the same when an interrupted run is continued."""
+    again = f"-{repeat}" if repeat else ""
+    return f"{slug(configuration)}_{slug(workload)}_{phase}-{rate:.4g}{again}"
+
+
+def drain(reader: MetricsReader, limit_s: float) -> bool:
+    """Wait until the server is idle; returns whether it is. Without metrics, it is assumed to be idle after a pause."""
+    end = time.monotonic() + limit_s
+    while reader.available:
+        state = reader.read()
+        if state is None or not ((state.running or 0) + (state.waiting or 0)):
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.1)
+    time.sleep(min(0.3, limit_s))
+    return True
+
+
+def _times(plan: PointPlan, seed: int, arrivals: Arrivals) -> tuple[np.ndarray, int]:
+    """Send times, and the number of first requests that must complete before the load point ends.
+
+    Requests are sent after the window until its last request completes, so that its last requests see the same load as
+    its first ones.
+    """
+    timing = plan.timing
+    times = arrivals.schedule(plan.rate, (timing.warmup_s, timing.window_s, timing.drain_s), seed)
+    return times, int(np.searchsorted(times, plan.end_s))
+
+
+def _set_verdict(row: PointRow, verdict: Verdict) -> None:
+    row.valid = verdict.valid
+    row.sustained = verdict.sustained
+    row.reason = verdict.reason
+    row.binding = verdict.binding
+    row.backlog_growth, row.backlog_noise = verdict.growth, verdict.noise
+    row.verdict, row.ttft_trend = verdict.name, verdict.ttft_trend

@@ -1,0 +1,1 @@
+"""Percentiles, intervals and rates from recorded requests."""

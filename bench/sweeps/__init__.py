@@ -1,0 +1,1 @@
+"""Sweeps: several configurations on several workloads, from a sweep file."""

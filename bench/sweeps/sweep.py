@@ -1,0 +1,396 @@
+"""Runs a sweep: every configuration on every workload, each on a server of its own; continues an interrupted one.
+
+For each workload all configurations are searched first. Their ladders follow, at the same absolute rates for all, so
+that the curves can be compared. Given rates replace both. Ladders and given rates may be measured in several rounds,
+in which the configurations are interleaved.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from bench.measurement.progress import Progress
+from bench.measurement.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
+from bench.results import (
+    FLAG,
+    METRICS_FOLDER,
+    POINTS_FILE,
+    REQUESTS_FOLDER,
+    SUMMARY_FILE,
+    PointRow,
+    RunFiles,
+    Summary,
+    slug,
+    utc_now,
+)
+from bench.results.writing import CannotWriteError, check_folder, replace_file, writing
+from bench.sweeps.configurations import Configuration, model_len
+from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
+from bench.target import Target
+from bench.target.control import unused_proxy
+from bench.target.probe import probe_server
+from bench.target.reported_config import resolved_configuration
+from bench.target.server import RunningServer, ServerProcess
+from bench.target.tls import tls_context
+from bench.workloads import Workload
+from bench.workloads.arrivals import Arrivals
+from bench.workloads.encoding import server_encoder
+
+STATE_FILE = "sweep.json"
+LOGS_FOLDER = "logs"
+_SEARCH_SHARE = 0.5  # limit of the search, of the time of one configuration on one workload; the rest is the ladder's
+_LADDER_LOW, _LADDER_HIGH = 0.25, 1.5  # x the lowest and the highest of the rates found
+_LADDER_POINTS = 6
+_EVEN_UP_TO = 2.0  # ratio of the rates found up to which the ladder has even steps
+
+
+@dataclass(slots=True)
+class _State:
+    """What is needed to continue an interrupted sweep, beside summary and load points; written to sweep.json."""
+
+    plan: str  # a hash of the sweep file, since the file itself may contain keys
+    ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s
+    ladders: list[list[str]] = field(default_factory=list)  # [configuration, workload] for each finished round
+    searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> seconds of its search
+
+
+def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, *, fresh: bool = False) -> Summary:
+    """Measure what is not measured yet; failed runs and their causes are in the summary's `failures`.
+
+    Raises BenchError if `folder` has results of another sweep and `fresh` is not set, CannotWriteError if it cannot be
+    written to, InterruptedRunError on Ctrl-C.
+    """
+    check_folder(folder, FLAG)
+    if fresh:
+        discard(folder)
+    sweep = _Sweep(plan, folder, progress)
+    sweep.run()
+    return sweep.summary
+
+
+def discard(folder: Path) -> None:
+    """Remove the results of an earlier run; other files in the folder are kept."""
+    if not any((folder / name).exists() for name in (STATE_FILE, SUMMARY_FILE, POINTS_FILE)):
+        return  # a folder "logs" in it may not be ours
+    for name in (STATE_FILE, POINTS_FILE, SUMMARY_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for name in (REQUESTS_FOLDER, METRICS_FOLDER, LOGS_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def common_ladder(found: Sequence[float], shares: Sequence[float] = ()) -> list[float]:
+    """Rates that are common to all configurations: from 0.25 x the lowest rate found to 1.5 x the highest.
+
+    With `shares`, these multiples of the lowest rate found instead: fewer load points, with more requests each.
+    """
+    low, high = min(found), max(found)
+    if shares:
+        rates = [share * low for share in shares]
+    elif high / low <= _EVEN_UP_TO:
+        step = (_LADDER_HIGH * high - _LADDER_LOW * low) / (_LADDER_POINTS - 1)
+        rates = [_LADDER_LOW * low + i * step for i in range(_LADDER_POINTS)]
+    else:
+        points = _LADDER_POINTS + 1
+        ratio = (_LADDER_HIGH * high / (_LADDER_LOW * low)) ** (1 / (points - 1))
+        rates = [_LADDER_LOW * low * ratio**i for i in range(points)]
+    return [float(f"{rate:.3g}") for rate in rates]
+
+
+class _Sweep:
+    def __init__(self, plan: SweepPlan, folder: Path, progress: Progress):
+        self._plan = plan
+        self._folder = folder
+        self._files = RunFiles(folder)
+        self._progress = progress
+        self._state = self._open_state()
+        self.summary = self._open_summary()
+
+    def run(self) -> None:
+        self.summary.failures.clear()  # failed runs are tried again
+        self._save()
+        for workload in self._plan.workloads:
+            for configuration in self._plan.configurations:
+                self._show_answer(configuration, workload)
+        for workload in self._plan.workloads:
+            fixed = workload.options.rates
+            searched = [] if fixed else self._plan.configurations[: 1 if workload.options.search == "first" else None]
+            for configuration in searched:
+                if not self._answered(configuration, workload):
+                    self._step(configuration, workload, "search")
+            ladder = self._ladder_rates(workload)
+            for number in range(workload.options.rounds) if fixed or ladder else ():
+                for configuration in self._plan.configurations:
+                    if self._is_due(configuration, workload, number, configuration in searched):
+                        self._step(configuration, workload, "rates" if fixed else "ladder", ladder)
+        self.summary.finished = utc_now()
+        self._save()
+
+    def _is_due(self, configuration: Configuration, workload: SweepWorkload, number: int, searched: bool) -> bool:
+        """Whether round `number` of the ladder or the given rates is the next one of the configuration."""
+        answered, done = self._answered(configuration, workload), self._rounds_done(configuration, workload)
+        if searched and not answered:
+            return False
+        if workload.options.rates and (answered != bool(done)):
+            # The sweep ended between writing two files, or an older version without rounds wrote them.
+            done = workload.options.rounds if answered else 0
+        return done == number
+
+    def _step(
+        self, configuration: Configuration, workload: SweepWorkload, stage: str, ladder: list[float] | None = None
+    ) -> None:
+        """Start the server and measure one stage; an error is recorded and ends this stage only."""
+        what = _key(configuration, workload)
+        self._progress.message(f"\n{what}: {stage}")
+        self._progress.run_state(configuration.name, workload.name, f"{stage}: starting the server")
+        try:
+            with self._server(configuration, workload, stage) as (target, requests):
+                if ladder is None:
+                    self._measure(configuration, workload, target, requests)
+                else:
+                    self._measure_ladder(configuration, workload, target, requests, ladder)
+        except CannotWriteError:
+            raise  # later stages could not be written either
+        except BenchError as error:
+            self._fail(configuration, workload, str(error))
+        finally:
+            self._save()
+
+    def _measure(
+        self, configuration: Configuration, workload: SweepWorkload, target: Target, requests: Workload
+    ) -> None:
+        known, wanted = self._points(configuration, workload), workload.options
+        number = self._rounds_done(configuration, workload)
+        if wanted.rates:
+            known = [p for p in known if p.phase != "probe" or not number]  # each new server is warmed up by a probe
+            options = self._options(workload, wanted.max_minutes / wanted.rounds, rates=wanted.rates, round=number)
+        else:
+            share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
+            options = self._options(workload, share * wanted.max_minutes)
+        subject = Subject(target, requests, configuration.name, options, self._files, self._progress)
+        began = time.monotonic()
+        try:
+            answer = measure_configuration(subject, known)
+        finally:
+            what = _key(configuration, workload)
+            used_s = self._state.searched_s.get(what, 0.0) + time.monotonic() - began
+            self._state.searched_s[what] = used_s
+        if answer is None:
+            raise BenchError(self._why_unanswered(configuration, workload))
+        mine = (configuration.name, workload.name)
+        self.summary.answers = [a for a in self.summary.answers if (a.configuration, a.workload) != mine] + [answer]
+        if wanted.rates:
+            self._state.ladders.append([configuration.name, workload.name])
+        self._progress.message(f"{configuration.name}: {answer.line()}")
+        self._show_answer(configuration, workload)
+
+    def _why_unanswered(self, configuration: Configuration, workload: SweepWorkload) -> str:
+        points = self._points(configuration, workload)
+        invalid = [p.reason for p in points if not p.valid and p.phase != "probe"]
+        if invalid:
+            return f"no load point produced a valid result: {invalid[-1]}"
+        alone = next((f" (one request alone takes {p.e2e_p50_ms / 1e3:.3g} s)" for p in points), "")
+        return f"max_minutes is too short for one load point{alone}: raise it, or use shorter requests"
+
+    def _measure_ladder(
+        self,
+        configuration: Configuration,
+        workload: SweepWorkload,
+        target: Target,
+        requests: Workload,
+        rates: list[float],
+    ) -> None:
+        # Without the probe, which is repeated to warm up the new server.
+        known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
+        limit, rounds = workload.options.max_minutes, workload.options.rounds
+        searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
+        if workload.options.search == "first":
+            searched = limit  # all configurations get windows of the same length, searched or not
+        minutes = max(limit - searched, (1 - _SEARCH_SHARE) * limit) / rounds
+        number = self._rounds_done(configuration, workload)
+        options = self._options(workload, minutes, ladder_rates=rates, round=number)
+        subject = Subject(target, requests, configuration.name, options, self._files, self._progress)
+        if not measure_ladder(subject, known):
+            raise BenchError("max_minutes is too short for one load point of the ladder: raise it")
+        self._state.ladders.append([configuration.name, workload.name])
+        self._show_answer(configuration, workload)
+
+    def _options(self, workload: SweepWorkload, max_minutes: float, **rates: Any) -> BenchOptions:
+        wanted = workload.options
+        return BenchOptions(
+            seed=self._plan.seed,
+            precision=wanted.precision,
+            max_minutes=max_minutes,
+            window_s=wanted.window_s,
+            limits=dict(wanted.limits),
+            arrivals=wanted.arrivals,
+            ladder=False,
+            **rates,
+        )
+
+    @contextlib.contextmanager
+    def _server(
+        self, configuration: Configuration, workload: SweepWorkload, stage: str
+    ) -> Iterator[tuple[Target, Workload]]:
+        """Start the configuration's server, and build the workload for its vocabulary; stops the server at the end."""
+        log = self._folder / LOGS_FOLDER / f"{slug(_key(configuration, workload))}-{stage}.log"
+        server = _process(configuration, workload, log)
+        shown = configuration.shown(workload.max_tokens)
+        self._progress.message(f"measuring {shown} …" if configuration.is_running else f"starting {shown} …")
+        with server:
+            try:
+                info = probe_server(configuration.target(server.base_url))
+                target = info.target
+                assert target is not None
+                for note in (*info.notes, unused_proxy(target)):
+                    if note:
+                        self._progress.message(note)
+                vocabulary = configuration.vocab_size or info.vocab_size
+                if vocabulary is None and workload.needs_vocabulary:
+                    raise BenchError(
+                        "the server does not report its vocabulary size: set configurations."
+                        f"{configuration.name}.vocab_size"
+                    )
+                known = self.summary.configurations[configuration.name]
+                known |= {"model": known["model"] or info.model, "server": info.kind}
+                known.setdefault("resolved", {})[workload.name] = resolved_configuration(target)
+                yield target, workload.build(vocabulary, server_encoder(target))
+            except LostServerError:
+                if not server.ends():
+                    raise
+                raise BenchError(f"the server exited: {server.cause()}") from None
+
+    def _fail(self, configuration: Configuration, workload: SweepWorkload, cause: str) -> None:
+        what = _key(configuration, workload)
+        cause = " ".join(cause.split())
+        self.summary.failures[what] = cause
+        self._progress.message(f"{what}: failed: {cause}")
+        self._progress.run_state(configuration.name, workload.name, f"failed: {cause}")
+
+    def _show_answer(self, configuration: Configuration, workload: SweepWorkload) -> None:
+        """Report the answer of a run, and whether its ladder is still to be measured."""
+        mine = (configuration.name, workload.name)
+        for answer in self.summary.answers:
+            if (answer.configuration, answer.workload) == mine:
+                unfinished = self._rounds_done(configuration, workload) < workload.options.rounds
+                pending = self._has_ladder(workload) and answer.rate and unfinished
+                self._progress.run_state(*mine, answer.text() + (", ladder pending" if pending else ""))
+
+    def _points(self, configuration: Configuration, workload: SweepWorkload) -> list[PointRow]:
+        mine = (configuration.name, workload.name)
+        return [p for p in self._files.read_points() if (p.configuration, p.workload) == mine]
+
+    def _answered(self, configuration: Configuration, workload: SweepWorkload) -> bool:
+        mine = (configuration.name, workload.name)
+        return any((a.configuration, a.workload) == mine for a in self.summary.answers)
+
+    def _has_ladder(self, workload: SweepWorkload) -> bool:
+        return bool(workload.options.ladder) and workload.options.rates is None
+
+    def _rounds_done(self, configuration: Configuration, workload: SweepWorkload) -> int:
+        """The number of finished rounds of the ladder or the given rates."""
+        return self._state.ladders.count([configuration.name, workload.name])
+
+    def _ladder_rates(self, workload: SweepWorkload) -> list[float] | None:
+        """The workload's ladder, which the first answers determine for good; None if no rate was sustained."""
+        if not self._has_ladder(workload):
+            return None
+        found = [a.rate for a in self.summary.answers if a.workload == workload.name and a.rate]
+        if workload.name not in self._state.ladder_rates and found:
+            ladder = workload.options.ladder
+            shares = ladder if isinstance(ladder, tuple) else ()
+            self._state.ladder_rates[workload.name] = common_ladder(found, shares)
+            self._save()  # a configuration that is tried again later must not change them
+            self.summary.workloads[workload.name]["ladder_rates"] = self._state.ladder_rates[workload.name]
+        return self._state.ladder_rates.get(workload.name)
+
+    def _open_state(self) -> _State:
+        path = self._folder / STATE_FILE
+        plan = _digest(self._plan)
+        if not path.exists():
+            for name in (SUMMARY_FILE, POINTS_FILE):
+                if (self._folder / name).exists():
+                    raise BenchError(
+                        f"{self._folder} contains other results: choose another folder with --out, or discard them "
+                        "with --fresh"
+                    )
+            return _State(plan)
+        try:
+            state = _State(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise BenchError(f"{path} cannot be read ({error}): start over with --fresh") from None
+        if state.plan != plan:
+            raise BenchError(
+                f"{self._folder} contains results of another version of this sweep: choose another folder with --out, "
+                "or discard them with --fresh"
+            )
+        return state
+
+    def _open_summary(self) -> Summary:
+        if (self._folder / SUMMARY_FILE).exists():
+            summary = self._files.read_summary()
+            summary.title, summary.finished = self._plan.title, None
+            return summary
+        return Summary(
+            title=self._plan.title,
+            seed=self._plan.seed,
+            configurations={c.name: c.describe() for c in self._plan.configurations},
+            workloads={w.name: _describe(w) for w in self._plan.workloads},
+        )
+
+    def _save(self) -> None:
+        # The state first: a folder with a summary but without a state is rejected as containing other results.
+        fields = {name: getattr(self._state, name) for name in ("plan", "ladder_rates", "ladders", "searched_s")}
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        with writing(self._folder / STATE_FILE, FLAG):
+            replace_file(self._folder / STATE_FILE, lambda part: part.write_text(text))
+        self._files.write_summary(self.summary)
+
+
+def _process(configuration: Configuration, workload: SweepWorkload, log: Path) -> ServerProcess | RunningServer:
+    limit = configuration.start_limit_s
+    if configuration.command is None and configuration.url is not None:
+        return RunningServer(configuration.url)
+    if configuration.command is None:
+        assert configuration.model is not None
+        return ServerProcess.redline(
+            configuration.model, configuration.arguments(workload.max_tokens), log, start_limit_s=limit
+        )
+    command = configuration.command_line(workload.max_tokens)
+    url = (configuration.url or "http://127.0.0.1:{port}").rstrip("/").removesuffix("/v1")
+    target = configuration.target(url.replace("{port}", "1"))
+    verify = tls_context(target.ca, insecure=target.insecure) if target.is_tls else True
+    return ServerProcess(
+        command, log, url=url, health=configuration.health, start_limit_s=limit, verify=verify,
+        headers=target.all_headers(),
+    )  # fmt: skip
+
+
+def _describe(workload: SweepWorkload) -> dict[str, Any]:
+    options = workload.options
+    asked = {
+        "precision": options.precision,
+        "max_minutes": options.max_minutes,
+        "window_s": options.window_s,
+        "rates": list(options.rates) if options.rates else None,
+        "limits": dict(options.limits) or None,
+        "arrivals": asdict(options.arrivals) if options.arrivals != Arrivals() else None,
+    }
+    known = {key: value for key, value in asked.items() if value is not None}
+    return {**workload.spec, "max_model_len": model_len(workload.max_tokens), "options": known}
+
+
+def _digest(plan: SweepPlan) -> str:
+    """A hash of everything in the sweep file that influences a measurement."""
+    data = {key: value for key, value in plan.data.items() if key not in ("title", "description")}
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _key(configuration: Configuration, workload: SweepWorkload) -> str:
+    return f"{configuration.name} / {workload.name}"

@@ -1,0 +1,282 @@
+"""Reads a sweep file (YAML): configurations, workloads, and how to measure them.
+
+title: Prefix caching on and off
+seed: 1
+model: smollm2-135m                    # default of all configurations
+serve: {max-num-seqs: 16}              # flags of `redline serve` for all configurations; null removes one
+configurations:
+  caching: {serve: {enable-prefix-caching: true}, note: a few words}      # flags, and a note for tables
+  other: {command: "vllm serve {model} --port {port}", health: /health}   # or any other server
+  gateway: {url: "https://h/v1", served_model: m, headers: {X-Team: a}}   # or a running one; all kinds also take ca,
+                                                  # insecure, extra_body, ignore_eos, stream_options (redline bench)
+workloads:
+  - {kind: random, input: 500, output: 2000}      # as in make_workload(); optionally name, and options of its own
+  - {preset: visionarena-sample, output: 32}      # a workload preset, or a file
+options: {precision: 10%, max_minutes: 15}        # also arrivals: gamma, burstiness: 0.5, or trace: FILE
+                                                  # ladder: false, or multiples of the lowest rate found: [0.75, 1]
+                                                  # search: first (the others are measured on its ladder only)
+                                                  # rates: [1, 2] instead of a search
+                                                  # rounds: 5 measures ladder or rates five times, interleaved
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError
+from bench.results import PointRow
+from bench.sweeps.configurations import Configuration, integer, only_known, positive, read_configuration
+from bench.workloads import Encode, Workload, known_fields, make_workload, needs_vocabulary
+from bench.workloads.arrivals import Arrivals
+from bench.workloads.presets import read_workload, read_yaml
+from engine.data import datasets_folder
+
+START_MINUTES = 0.3  # estimate for starting and stopping a server
+_ANY_VOCABULARY = 32_000  # names and lengths do not depend on it
+
+_TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
+_TRACE = ("trace", "trace_unit", "skip_bad_rows")
+_ARRIVALS = frozenset({"arrivals", "burstiness", *_TRACE})
+_MOST_RATE = 1e6  # requests/s, beyond what any load generator sends
+_OPTIONS = _ARRIVALS | {"precision", "max_minutes", "window", "rates", "search", "ladder", "rounds", "limits"}
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOptions:
+    """How one workload is measured, the same for all configurations."""
+
+    precision: float = 0.10
+    max_minutes: float = 15.0  # of one configuration on one workload: search and ladder
+    window_s: float | None = None
+    rates: tuple[float, ...] | None = None  # instead of a search
+    search: str = "all"  # or "first": only the first configuration
+    ladder: bool | tuple[float, ...] = True  # or multiples of the lowest rate found
+    rounds: int = 1  # of ladder or rates, with configurations interleaved, so that a machine's drift affects all alike
+    limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest allowed value
+    arrivals: Arrivals = field(default_factory=Arrivals)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepWorkload:
+    """A workload of a sweep: its description, its name in figures, and how it is measured."""
+
+    name: str
+    spec: dict[str, Any]
+    max_tokens: int
+    options: SweepOptions
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        return needs_vocabulary(self.spec)
+
+    def build(self, vocab_size: int | None, encode: Encode | None = None) -> Workload:
+        workload = make_workload(self.spec, vocab_size, encode)
+        return workload if workload.name == self.name else _Renamed(self.name, workload)
+
+
+class _Renamed:
+    """A workload under the name that its sweep gives it."""
+
+    def __init__(self, name: str, workload: Workload):
+        self.name = name
+        self.max_tokens = workload.max_tokens
+        self.describe = workload.describe
+        self.notes = workload.notes
+        self.requests = workload.requests
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPlan:
+    """A whole sweep, checked."""
+
+    name: str
+    title: str
+    description: str
+    seed: int
+    configurations: list[Configuration]
+    workloads: list[SweepWorkload]
+    data: dict[str, Any]  # as in the file
+
+    def max_minutes(self) -> float:
+        """The time limit of the whole sweep, including an estimate for server starts."""
+        return sum(_max_minutes(w.options, len(self.configurations)) for w in self.workloads)
+
+
+def _max_minutes(options: SweepOptions, configurations: int) -> float:
+    """The time limit of one workload, including server starts."""
+    rounds = options.rounds if options.rates or options.ladder else 0
+    searches = 0 if options.rates else 1 if options.search == "first" else configurations
+    whole = configurations if options.rates else searches  # the others only have the ladder's half of the time
+    minutes = (whole + (configurations - whole) / 2) * options.max_minutes
+    return minutes + (searches + rounds * configurations) * START_MINUTES
+
+
+def presets() -> dict[str, Path]:
+    """The preset sweeps by name."""
+    files = sorted((datasets_folder() / "presets").glob("*.yaml"))
+    return {path.stem: path for path in files if "configurations" in _load(path)}
+
+
+def read_sweep(path: Path) -> SweepPlan:
+    """Read and check a sweep; raises BenchError naming the file and the field that is wrong."""
+    data = _load(path)
+    try:
+        return _plan(path.stem, data)
+    except BenchError as error:
+        raise BenchError(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise BenchError(f"{path}: a sweep must have the fields configurations and workloads at its top level")
+    return data
+
+
+def _plan(name: str, data: dict[str, Any]) -> SweepPlan:
+    only_known(data, _TOP, "the sweep")
+    seed = data.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise BenchError(f"seed must be an integer, not {seed!r}")
+    configurations = _mapping(data, "configurations")
+    workloads = data.get("workloads")
+    if not isinstance(workloads, list) or not workloads:
+        raise BenchError("workloads must be a list with at least one workload")
+    options = _options(data.get("options") or {}, SweepOptions(), "options")
+    built = [_workload(entry, options, f"workloads[{i}]") for i, entry in enumerate(workloads)]
+    names = [workload.name for workload in built]
+    for doubled in {n for n in names if names.count(n) > 1}:
+        raise BenchError(f"two workloads are named {doubled!r}: set `name` for one of them")
+    return SweepPlan(
+        name=name,
+        title=str(data.get("title") or name),
+        description=str(data.get("description") or ""),
+        seed=seed,
+        configurations=[read_configuration(str(n), entry, data) for n, entry in configurations.items()],
+        workloads=built,
+        data=data,
+    )
+
+
+def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
+    if not isinstance(entry, dict):
+        raise BenchError(f"{where} must have fields such as kind, input and output, not {entry!r}")
+    own = {key: value for key, value in entry.items() if key in _OPTIONS}
+    spec = {key: value for key, value in entry.items() if key not in _OPTIONS and key not in ("name", "preset")}
+    try:
+        if "preset" in entry:
+            spec = read_workload(str(entry["preset"])) | spec
+        spec |= _trace_fields(spec, own, options.arrivals)
+        workload = make_workload(spec, _ANY_VOCABULARY)
+    except BenchError as error:
+        raise BenchError(f"{where}: {error}") from None
+    return SweepWorkload(
+        str(entry.get("name") or workload.name), spec, workload.max_tokens, _options(own, options, where)
+    )
+
+
+def _trace_fields(spec: dict[str, Any], own: dict[str, Any], common: Arrivals) -> dict[str, Any]:
+    """Options of the arrivals that are also fields of the workload, for its lengths and bad rows."""
+    found = {key: own[key] for key in _TRACE if key in own}
+    if spec.get("kind") == "trace" and "trace" not in spec and "trace" not in found and common.trace is not None:
+        found |= {"trace": common.trace, "trace_unit": common.trace_unit, "skip_bad_rows": common.skip_bad_rows}
+    known = known_fields(spec)
+    return {key: value for key, value in found.items() if key in known}
+
+
+def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
+    if not isinstance(entry, dict):
+        raise BenchError(f"{where} must have fields such as precision and max_minutes")
+    only_known(entry, _OPTIONS, where)
+    read: dict[str, Callable[[Any, str], Any]] = {
+        "precision": _precision, "search": _search, "ladder": _ladder, "limits": _limits, "rates": _rates,
+    }  # fmt: skip
+    changed: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key == "rounds":
+            changed[key] = integer(entry, key, where, least=1)
+        elif key in read:
+            changed[key] = read[key](value, f"{where}.{key}")
+        elif key not in _ARRIVALS:
+            changed["window_s" if key == "window" else key] = positive(value, f"{where}.{key}")
+    if entry.keys() & _ARRIVALS:
+        changed["arrivals"] = _arrivals(entry, where)
+    return _checked(replace(defaults, **changed), where)
+
+
+def _checked(options: SweepOptions, where: str) -> SweepOptions:
+    if options.search == "first" and not options.ladder and not options.rates:
+        raise BenchError(
+            f"{where}.search: first needs a ladder: the other configurations are measured on the ladder only"
+        )
+    return options
+
+
+def _rates(value: Any, where: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or not value:
+        raise BenchError(f"{where} must be a list of request rates, not {value!r}")
+    rates = tuple(sorted({positive(rate, where) for rate in value}))
+    if rates[-1] > _MOST_RATE:
+        raise BenchError(f"{where} must have rates up to {_MOST_RATE:g} requests/s, not {rates[-1]:g}")
+    return rates
+
+
+def _search(value: Any, where: str) -> str:
+    if value not in ("all", "first"):
+        raise BenchError(f"{where} must be all or first (configuration), not {value!r}")
+    return str(value)
+
+
+def _ladder(value: Any, where: str) -> bool | tuple[float, ...]:
+    if isinstance(value, list) and value:
+        return tuple(sorted({positive(share, where) for share in value}))
+    if not isinstance(value, bool):
+        raise BenchError(f"{where} must be true, false or a list of multiples of the lowest rate found, not {value!r}")
+    return value
+
+
+def _arrivals(entry: dict[str, Any], where: str) -> Arrivals:
+    for key in ("arrivals", "trace", "trace_unit"):
+        if key in entry and not isinstance(entry[key], str):
+            raise BenchError(f"{where}.{key} must be a name, not {entry[key]!r}")
+    skip, kind = entry.get("skip_bad_rows", False), entry.get("arrivals", "poisson")
+    if not isinstance(skip, bool):
+        raise BenchError(f"{where}.skip_bad_rows must be true or false, not {skip!r}")
+    if "trace_unit" in entry and "trace" not in entry:
+        raise BenchError(f"{where}.trace_unit needs trace")
+    if "burstiness" in entry and kind != "gamma":
+        raise BenchError(f"{where}.burstiness needs arrivals: gamma")
+    burstiness = positive(entry.get("burstiness", 1.0), f"{where}.burstiness")
+    try:
+        return Arrivals(kind, burstiness, entry.get("trace"), entry.get("trace_unit", "auto"), skip)
+    except BenchError as error:
+        raise BenchError(f"{where}: {error}") from None
+
+
+def _limits(value: Any, where: str) -> dict[str, float]:
+    known = sorted(f.name for f in fields(PointRow) if re.search(r"_p\d+_ms$", f.name))
+    if not isinstance(value, dict):
+        raise BenchError(f"{where} must have columns of points.csv and their limits, such as ttft_p99_ms: 2000")
+    only_known(value, known, where)
+    return {column: positive(limit, f"{where}.{column}") for column, limit in value.items()}
+
+
+def _precision(value: Any, where: str) -> float:
+    text = str(value).strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if isinstance(value, bool) or not 0 < share < 1:
+        raise BenchError(f"{where} must be a value such as 10% or 0.1, not {value!r}")
+    return share
+
+
+def _mapping(data: dict[str, Any], key: str) -> dict[Any, Any]:
+    value = data.get(key)
+    if not isinstance(value, dict) or not value:
+        raise BenchError(f"{key} must have at least one named entry")
+    return value

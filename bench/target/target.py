@@ -1,0 +1,216 @@
+"""The target of a measurement: its address, keys and TLS settings, and requests to it as bytes."""
+
+import ipaddress
+import re
+import socket
+import ssl
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import msgspec
+
+from bench.errors import BenchError
+from bench.target.tls import tls_context
+from bench.workloads.base import RequestSpec
+
+_RESOLVE_TIMEOUT_S = 5.0
+_ENDPOINTS = ("/chat/completions", "/completions", "/models")  # after /v1; often copied along with the URL
+_PATH_SAFE = "/%:@!$&'()*+,;=~-._"
+_SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_FRAMING_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "expect"})
+_SET_ELSEWHERE = {
+    "stream": "responses are always streamed",
+    "prompt": "prompts come from the workload",
+    "messages": "prompts come from the workload",
+    "model": "use --served-model",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server that speaks the OpenAI protocol, and how requests are sent to it.
+
+    It applies to measured requests, probe, metrics and health checks. `base_url` may contain /v1, a path before it, a
+    query and user:password@; it is stored without /v1, query and user. Raises BenchError naming the wrong flag.
+    """
+
+    base_url: str
+    model: str = ""
+    api_key: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()  # sent with every request; they replace default headers
+    ca: str | None = None  # CA certificates to trust instead of the system's: a PEM file or a folder
+    insecure: bool = False  # skip certificate verification
+    extra_body: Mapping[str, Any] = field(default_factory=dict)  # additional request fields; None removes a field
+    ignore_eos: bool = True  # request exactly max_tokens tokens
+    stream_options: bool = True  # request the usage at the end of the stream
+    query: str = ""  # of the URL, added to every request
+
+    def __post_init__(self) -> None:
+        base, query, user = _take_apart(self.base_url)
+        headers = tuple(check_header(name, value) for name, value in self.headers)
+        if user and self.api_key is None:
+            headers = (("Authorization", "Basic " + b64encode(user.encode()).decode()), *headers)
+        if self.api_key is not None:
+            check_header("Authorization", self.api_key, "--api-key")
+            if not self.api_key.strip():
+                raise BenchError("the API key is empty (--api-key)")
+        for name, reason in _SET_ELSEWHERE.items():
+            if name in self.extra_body:
+                raise BenchError(f"{name!r} cannot be set with --extra-body: {reason}")
+        object.__setattr__(self, "base_url", base)
+        object.__setattr__(self, "query", query or self.query)
+        object.__setattr__(self, "headers", headers)
+
+    @classmethod
+    def of(cls, server: "Target | str") -> "Target":
+        return server if isinstance(server, Target) else cls(server)
+
+    @property
+    def is_tls(self) -> bool:
+        return self.base_url.startswith("https:")
+
+    @property
+    def fixes_lengths(self) -> bool:
+        """Whether outputs are requested with exactly the workload's length."""
+        return bool(self.extra_body.get("ignore_eos", self.ignore_eos))
+
+    def url(self, path: str) -> str:
+        """The URL of a path below the base URL, such as /v1/models."""
+        return self.base_url + path + (f"?{self.query}" if self.query else "")
+
+    def all_headers(self, **defaults: str) -> dict[str, str]:
+        """The headers of a request: `defaults` (with _ for -), the API key, and `headers`, which replace both."""
+        found = {name.replace("_", "-").lower(): (name.replace("_", "-"), value) for name, value in defaults.items()}
+        if self.api_key is not None:
+            found["authorization"] = ("Authorization", f"Bearer {self.api_key}")
+        found |= {name.lower(): (name, value) for name, value in self.headers}
+        return dict(found.values())
+
+    def described(self) -> dict[str, Any]:
+        """Non-default settings, for result files, without the values of headers, which may be secrets."""
+        extra = {key: "***" if _SECRET.search(key) else value for key, value in self.extra_body.items()}
+        found: dict[str, Any] = {"headers": [name for name, _ in self.headers], "extra_body": extra}
+        found |= {"ca": self.ca} | ({"insecure": True} if self.insecure else {})
+        found |= {} if self.ignore_eos else {"ignore_eos": False}
+        found |= {} if self.stream_options else {"stream_options": False}
+        return {key: value for key, value in found.items() if value not in ([], {}, None)}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A resolved target, for the socket calls."""
+
+    host: str
+    port: int
+    path: str  # before /v1, without a trailing slash
+    tls: ssl.SSLContext | None
+    family: socket.AddressFamily
+    sockaddr: tuple[Any, ...]
+    query: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a connection costs only a system call: to this machine and without TLS."""
+        return self.tls is None and ipaddress.ip_address(self.sockaddr[0]).is_loopback
+
+    @property
+    def host_header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        default = 443 if self.tls else 80
+        return host if self.port == default else f"{host}:{self.port}"
+
+
+def clean_url(base_url: str) -> str:
+    """`base_url` without trailing slash, /v1, query and user; raises BenchError if it is not an http(s) URL."""
+    return _take_apart(base_url)[0]
+
+
+def check_header(name: str, value: str, flag: str = "--header") -> tuple[str, str]:
+    """The header as it is sent; raises BenchError if HTTP does not allow it or the load generator sets it itself."""
+    name, value = name.strip(), value.strip()
+    if not _TOKEN.fullmatch(name):
+        raise BenchError(f"{name!r} is not a valid header name ({flag})")
+    if name.lower() in _FRAMING_HEADERS:
+        raise BenchError(f"the header {name} is set by the load generator ({flag})")
+    # The value may be secret, so the message does not contain it.
+    if any(ord(letter) < 32 or 126 < ord(letter) < 160 or ord(letter) > 255 for letter in value.replace("\t", " ")):
+        raise BenchError(f"the value of {name} contains characters that are not allowed in a header ({flag})")
+    return name, value
+
+
+def resolve(server: Target | str) -> Address:
+    """Look the host up; of several addresses (localhost has two) choose the first that accepts a connection."""
+    target = Target.of(server)
+    parts = urlsplit(target.base_url)
+    host = parts.hostname or ""
+    tls = tls_context(target.ca, insecure=target.insecure) if target.is_tls else None
+    port = parts.port or (443 if tls else 80)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise BenchError(f"cannot find the host {host!r}: {error.strerror or error} (--url)") from None
+    family, sockaddr = found[0][0], found[0][4]
+    for candidate in found if len(found) > 1 else []:
+        with socket.socket(candidate[0], socket.SOCK_STREAM) as probe:
+            probe.settimeout(_RESOLVE_TIMEOUT_S)
+            if probe.connect_ex(candidate[4]) == 0:
+                family, sockaddr = candidate[0], candidate[4]
+                break
+    return Address(host, port, parts.path, tls, family, tuple(sockaddr), target.query)
+
+
+def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes:
+    """The whole HTTP request, ready for the socket."""
+    if sum(part is not None for part in (spec.prompt_ids, spec.prompt_text, spec.messages)) != 1:
+        raise ValueError("a request has either prompt_ids, prompt_text or messages")
+    body: dict[str, Any] = {"model": target.model, "max_tokens": spec.output_tokens, "temperature": 0.0}
+    if target.ignore_eos:
+        body["ignore_eos"] = True
+    body["stream"] = True
+    if target.stream_options:
+        body["stream_options"] = {"include_usage": True}
+    if spec.messages is not None:
+        path, body["messages"] = "/v1/chat/completions", spec.messages
+    else:
+        path, body["prompt"] = "/v1/completions", spec.prompt_ids if spec.prompt_ids is not None else spec.prompt_text
+    body |= target.extra_body
+    content = msgspec.json.encode({key: value for key, value in body.items() if value is not None})
+    query = f"?{address.query}" if address.query else ""
+    headers = target.all_headers(
+        Host=address.host_header, User_Agent="redline", Content_Type="application/json", Accept="text/event-stream",
+        Accept_Encoding="identity",
+    )  # fmt: skip
+    lines = [f"POST {address.path}{path}{query} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    lines += [f"Content-Length: {len(content)}", "", ""]
+    return "\r\n".join(lines).encode("latin-1") + content
+
+
+def _take_apart(text: str) -> tuple[str, str, str]:
+    """The base URL before /v1, the query, and user:password; raises BenchError."""
+    wrong = BenchError(
+        f"{_without_password(text)!r} is not a valid server URL; expected something like http://127.0.0.1:8000 (--url)"
+    )
+    try:
+        parts = urlsplit(text.strip())
+        port = parts.port
+        host = (parts.hostname or "").encode("idna" if not (parts.hostname or "").isascii() else "ascii").decode()
+    except ValueError:  # UnicodeError is one
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not host or port == 0 or re.search(r"[\s\x00-\x20<>\"\\^`{|}]", host):
+        raise wrong
+    path = parts.path.rstrip("/")
+    for endpoint in _ENDPOINTS:
+        path = path.removesuffix("/v1" + endpoint)
+    path = quote(path.removesuffix("/v1").rstrip("/"), safe=_PATH_SAFE)
+    shown = f"[{host}]" if ":" in host else host
+    base = f"{parts.scheme}://{shown}" + (f":{port}" if port is not None else "") + path
+    user = "" if parts.username is None else f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return base, quote(parts.query, safe=_PATH_SAFE + "?"), user
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//***@", url)
