@@ -19,11 +19,12 @@ from bench.target.control import unused_proxy
 from bench.target.probe import ServerInfo, probe_server
 from bench.target.reported_config import resolved_configuration
 from bench.target.server import ServerProcess, has_flag
-from bench.workloads import Workload, has_exact_lengths, make_workload
+from bench.workloads import ANY_VOCABULARY, Workload, has_exact_lengths, make_workload
+from bench.workloads.arrivals import MOST_RATE
 from cli.closed import check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED, UNDECIDED
 from cli.options import Finite, GroupedCommand, option, with_options
-from cli.params import LIMIT, MOST_RATE, RATES, SHARE
+from cli.params import LIMIT, RATES, SHARE
 from cli.screen import verbatim_console
 from cli.target_options import TARGET, TARGET_OPTIONS, check_target, target_of
 from cli.workload import (
@@ -35,8 +36,6 @@ from cli.workload import (
     vocabulary_of,
     workload_spec,
 )
-
-_ANY_VOCABULARY = 32_000  # used where only the lengths of a workload matter
 
 MEASUREMENT, RESULTS = "Measurement", "Results"
 MEASUREMENT_OPTIONS = (
@@ -162,7 +161,7 @@ def command(ctx: click.Context, **params: Any) -> None:
     if params["save_vllm_json"] is not None:
         check_folder(params["save_vllm_json"].parent, "--save-vllm-json")
     spec = workload_spec(ctx)
-    most = make_workload(spec, _ANY_VOCABULARY).max_tokens  # reports a wrong workload before a server is contacted
+    most = make_workload(spec, ANY_VOCABULARY).max_tokens  # reports a wrong workload before a server is contacted
     if params["model"] is None:
         ctx.exit(_run(console, files, params, spec, probe_server(target_of(params))))
     flags = list(params["serve_flags"])

@@ -13,7 +13,7 @@ from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
 from bench.measurement.machine import MachineReader
 from bench.measurement.progress import ConsoleProgress, points_table
 from bench.measurement.run import BenchOptions, InterruptedRunError
-from bench.results import PointRow, RequestRow, RunFiles, Summary, utc_now
+from bench.results import PointRecord, RequestRecord, RunFiles, Summary, utc_now
 from bench.results.vllm_json import save_vllm_result, vllm_result
 from bench.results.writing import CannotWriteError
 from bench.search.windows import TimeBudget
@@ -51,12 +51,12 @@ def run_closed(
     name = params["configuration"]
     budget = TimeBudget(options.max_minutes * 60)
     reader = MetricsReader(target)
-    point = ClosedPoint(
+    loop = ClosedPoint(
         target, workload, name, reader, options.seed, options.precision, budget.left_s, options.limits,
         stopped=lambda: budget.stopped, machine=MachineReader(target.base_url),
     )  # fmt: skip
     try:
-        row, requests = measure_closed_loop(point, files, ConsoleProgress(console), concurrency, count, budget)
+        point, requests = measure_closed_loop(loop, files, ConsoleProgress(console), concurrency, count, budget)
     except InterruptedRunError:
         lost = f"; {params['save_vllm_json']} was not written" if params["save_vllm_json"] is not None else ""
         console.print(f"interrupted before the first load point{lost}", style="bold", highlight=False)
@@ -68,14 +68,14 @@ def run_closed(
     failed = CannotWriteError(files.unwritten) if files.unwritten else write_summary(files, summary)
     if params["save_vllm_json"] is not None:
         failed = save_vllm(params["save_vllm_json"], requests, target.model, max_concurrency=concurrency) or failed
-    _print(console, files, row)
+    _print(console, files, point)
     if failed is not None:
         raise failed
     if budget.stopped:
         return INTERRUPTED
-    if not row.valid:
+    if not point.valid:
         return FAILED
-    return FAILED_REQUESTS if row.failed else 0
+    return FAILED_REQUESTS if point.failed else 0
 
 
 def write_summary(files: RunFiles, summary: Summary) -> CannotWriteError | None:
@@ -88,7 +88,7 @@ def write_summary(files: RunFiles, summary: Summary) -> CannotWriteError | None:
     return None
 
 
-def save_vllm(path: Path, requests: list[RequestRow], model: str, **load: Any) -> CannotWriteError | None:
+def save_vllm(path: Path, requests: list[RequestRecord], model: str, **load: Any) -> CannotWriteError | None:
     """Write the requests in the format of `vllm bench serve --save-result`; returns the error.
 
     load: request_rate or max_concurrency, as in vllm_result().
@@ -106,46 +106,46 @@ def save_vllm_of_rate(path: Path, files: RunFiles, model: str, since: str) -> Ca
     if not points:
         return CannotWriteError(f"{path} was not written: no load point was measured (--save-vllm-json)")
     point = max(points, key=lambda p: p.started)
-    rows = [r for r in _request_rows(files, point.point_id) if r.in_window]
-    return save_vllm(path, rows, model, request_rate=point.rate)
+    records = [r for r in _request_records(files, point.point_id) if r.in_window]
+    return save_vllm(path, records, model, request_rate=point.rate)
 
 
-def _request_rows(files: RunFiles, point_id: str) -> list[RequestRow]:
-    names = [f.name for f in dataclasses.fields(RequestRow)]
+def _request_records(files: RunFiles, point_id: str) -> list[RequestRecord]:
+    names = [f.name for f in dataclasses.fields(RequestRecord)]
     table = files.read_requests(point_id)
     found = []
-    for record in table[[n for n in names if n in table]].to_dict("records"):
-        fields = {str(key): value for key, value in record.items()}
+    for row in table[[n for n in names if n in table]].to_dict("records"):
+        fields = {str(key): value for key, value in row.items()}
         for key in ("ttft_s", "e2e_s"):
             fields[key] = None if fields[key] is None or math.isnan(fields[key]) else float(fields[key])
         for key in ("chunk_gaps_s", "chunk_tokens"):
             fields[key] = list(map(float if key == "chunk_gaps_s" else int, fields[key]))
-        found.append(RequestRow(**fields))
+        found.append(RequestRecord(**fields))
     return found
 
 
-def _print(console: Console, files: RunFiles, row: PointRow) -> None:
+def _print(console: Console, files: RunFiles, point: PointRecord) -> None:
     console.print()
-    console.print(points_table([row], title=f"{row.workload}, concurrency {row.concurrency}"))
-    if row.failures:
-        console.print(f"failed: {row.failures}", style="red", highlight=False, soft_wrap=True)
-    processes = f", {row.generator_processes} processes" if row.generator_processes > 1 else ""
+    console.print(points_table([point], title=f"{point.workload}, concurrency {point.concurrency}"))
+    if point.failures:
+        console.print(f"failed: {point.failures}", style="red", highlight=False, soft_wrap=True)
+    processes = f", {point.generator_processes} processes" if point.generator_processes > 1 else ""
     console.print(
-        f"load generator: {row.generator_us_per_chunk:.1f} µs CPU per chunk{processes}, {row.generator_cpu_share:.0%} "
-        f"of a core; P99 read delay {row.loop_lag_p99_ms:.2f} ms, P99 send delay {row.lateness_p99_ms:.2f} ms; "
-        f"{row.coalesced_reads} reads contained several chunks",
+        f"load generator: {point.generator_us_per_chunk:.1f} µs CPU per chunk{processes}, "
+        f"{point.generator_cpu_share:.0%} of a core; P99 read delay {point.loop_lag_p99_ms:.2f} ms, "
+        f"P99 send delay {point.lateness_p99_ms:.2f} ms; {point.coalesced_reads} reads contained several chunks",
         highlight=False,
         soft_wrap=True,
     )
     console.print(f"results: {files.folder}", highlight=False, soft_wrap=True)
-    disturbed = f"; disturbed: {row.disturbance}" if row.disturbed else ""
-    if not row.valid:
-        console.print(f"INVALID: {row.reason}", style="bold yellow", highlight=False, soft_wrap=True)
+    disturbed = f"; disturbed: {point.disturbance}" if point.disturbed else ""
+    if not point.valid:
+        console.print(f"INVALID: {point.reason}", style="bold yellow", highlight=False, soft_wrap=True)
         return
     console.print(
-        f"concurrency {row.concurrency}: {row.achieved_rate:.4g} req/s, {row.output_tok_s:.0f} tok/s; TTFT P50/P99 "
-        f"{row.ttft_p50_ms:.2f}/{row.ttft_p99_ms:.2f} ms, ITL P50/P99 {row.itl_p50_ms:.2f}/{row.itl_p99_ms:.2f} ms"
-        f"{disturbed}",
+        f"concurrency {point.concurrency}: {point.achieved_rate:.4g} req/s, {point.output_tok_s:.0f} tok/s; "
+        f"TTFT P50/P99 {point.ttft_p50_ms:.2f}/{point.ttft_p99_ms:.2f} ms, "
+        f"ITL P50/P99 {point.itl_p50_ms:.2f}/{point.itl_p99_ms:.2f} ms{disturbed}",
         style="bold",
         highlight=False,
         soft_wrap=True,

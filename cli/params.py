@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-MOST_RATE = 1e6  # requests/s, beyond what any load generator sends
+from bench.workloads.arrivals import MOST_RATE
+from bench.workloads.fields import MOST_TOKENS
+
 _METRICS = ("ttft", "itl", "tpot", "e2e")
-MOST_TOKENS = 10**8  # of one request; also the limit of rows and turns
 
 
 class LengthType(click.ParamType):
@@ -75,8 +76,8 @@ class LimitType(click.ParamType):
         number = r"([0-9]{1,9}(?:\.[0-9]*)?)"
         match = re.fullmatch(rf"({'|'.join(_METRICS)})_p(50|99)={number}(ms|s)", value.strip().lower())
         if match is None:
-            usage = f"METRIC_PERCENTILE=VALUE such as ttft_p99=2s (metrics {', '.join(_METRICS)}; p50, p99; ms, s)"
-            self.fail(f"{value!r} is not a valid limit: use {usage}", param, ctx)
+            usage = f"use METRIC_PERCENTILE=VALUE such as ttft_p99=2s (metrics {', '.join(_METRICS)}; p50, p99; ms, s)"
+            self.fail(f"{value!r} is not a valid limit: {usage}", param, ctx)
         return f"{match[1]}_p{match[2]}_ms", float(match[3]) * (1000 if match[4] == "s" else 1)
 
 

@@ -10,10 +10,11 @@ from bench.target.probe import ServerInfo
 from bench.workloads import known_fields, needs_vocabulary
 from bench.workloads.arrivals import KINDS, Arrivals
 from bench.workloads.encoding import local_encoder, local_tokenizer, server_encoder, tokenizer_size
+from bench.workloads.fields import MOST_TOKENS
 from bench.workloads.presets import read_workload
 from bench.workloads.traces import UNITS
 from cli.options import Finite, option
-from cli.params import LENGTH, MOST_TOKENS
+from cli.params import LENGTH
 
 if TYPE_CHECKING:
     from bench.target import Target

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bench.results import PointRow, half_interval
+from bench.results import PointRecord
+from bench.statistics.student import half_interval
 from plots.compare import METRICS, Metric, percent, percent_text, points_at_one_rate
 from plots.data import ROUND_PHASES, Results, Run, Series, run_facts
 from plots.style import COLORS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
@@ -54,7 +55,7 @@ class Ablation:
     columns: tuple[Metric, ...]  # sustained or completed rate, P99 ITL and P99 TTFT
     rows: list[AblationRow]
     series: list[Series]
-    points: list[PointRow]  # of the latencies
+    points: list[PointRecord]  # of the latencies
 
     @property
     def heading(self) -> str:
@@ -132,14 +133,14 @@ def _ablation(results: Results, workload: str, series: list[Series]) -> Ablation
 
 
 def _overload(
-    series: list[Series], points: dict[str, list[PointRow]]
-) -> tuple[Metric | None, dict[str, list[PointRow]]]:
+    series: list[Series], points: dict[str, list[PointRecord]]
+) -> tuple[Metric | None, dict[str, list[PointRecord]]]:
     """The load points at the highest rate, if all were measured at it and none sustains it.
 
     They replace the sustained rates if not all configurations were searched: the completed rate under overload shows
     the capacity. Returns the column and the load points; None without such a rate.
     """
-    overloaded: dict[str, list[PointRow]] = {}
+    overloaded: dict[str, list[PointRecord]] = {}
     for s in series:
         measured = [d.point for d in s.curve if d.point.phase in ROUND_PHASES]
         if measured:
@@ -154,7 +155,7 @@ def _overload(
     return Metric("served", f"Completed of {rates.pop():.3g} req/s", "req/s", True), overloaded
 
 
-def _measured(series: Series, runs: list[PointRow], overloaded: list[PointRow]) -> dict[str, Measured]:
+def _measured(series: Series, runs: list[PointRecord], overloaded: list[PointRecord]) -> dict[str, Measured]:
     """The cells of one configuration; of several rounds the median, with the lowest and highest as the interval."""
     answer = series.answer
     cells = {key: Measured(None) for key in ("rate", "served", *_LATENCIES)}
@@ -172,11 +173,11 @@ def _measured(series: Series, runs: list[PointRow], overloaded: list[PointRow]) 
     return cells
 
 
-def _value(point: PointRow, key: str) -> float:
+def _value(point: PointRecord, key: str) -> float:
     return point.achieved_rate if key == "served" else float(getattr(point, f"{key}_ms"))
 
 
-def _paired(cell: Measured, key: str, runs: list[PointRow], base: list[PointRow]) -> Measured:
+def _paired(cell: Measured, key: str, runs: list[PointRecord], base: list[PointRecord]) -> Measured:
     """The cell with the median of the differences within each round, since a machine's speed drifts.
 
     The difference is clear if the 95 % interval of the mean log ratio over the rounds (Student's t) excludes 0.

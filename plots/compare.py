@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.results import PointRow
+from bench.results import PointRecord
 from plots.data import ReportError, Results, Series
 
 
@@ -133,10 +133,10 @@ def _common_rate(series: list[Series]) -> tuple[float | None, str]:
     return None, "each at its own highest sustained rate"
 
 
-def points_at_one_rate(series: list[Series]) -> tuple[list[tuple[Series, PointRow]], str]:
+def points_at_one_rate(series: list[Series]) -> tuple[list[tuple[Series, PointRecord]], str]:
     """One measured load point per configuration, as near as possible to the rate of the comparison, and a text."""
     wanted, at = _common_rate(series)
-    chosen: list[tuple[Series, PointRow]] = []
+    chosen: list[tuple[Series, PointRecord]] = []
     for s in series:
         rate = wanted if wanted is not None else (s.answer.rate if s.answer else None)
         points = [d.point for d in s.curve if d.requests]
@@ -172,7 +172,7 @@ def _at(series: Series, rate: float, column: str) -> float | None:
     return None
 
 
-def _number(point: PointRow, column: str) -> float:
+def _number(point: PointRecord, column: str) -> float:
     value = getattr(point, column)
     return math.nan if value is None else float(value)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRow, RunFiles, Summary
+from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRecord, RunFiles, Summary
 from bench.statistics.intervals import joined_gaps, percentile_interval
 
 P99_SAMPLES = 1000  # steps or requests: a P99 of fewer rests on less than ten samples and is shown with its interval
@@ -27,7 +27,7 @@ class ReportError(Exception):
 class Drawn:
     """One point of a curve and the number of samples of its percentiles."""
 
-    point: PointRow
+    point: PointRecord
     requests: int
     gaps: int  # inter-token gaps of all its requests
     steps: int  # engine steps of the gaps: the requests of a step share its gap
@@ -39,7 +39,7 @@ class Run:
 
     folder: Path
     summary: Summary
-    points: list[PointRow]
+    points: list[PointRecord]
     labels: dict[str, str] = field(default_factory=dict)  # configuration in the files -> in the figures
 
 
@@ -50,7 +50,7 @@ class Series:
     configuration: str
     workload: str
     answer: Answer | None
-    points: list[PointRow]
+    points: list[PointRecord]
     folder: Path
 
     @cached_property
@@ -62,7 +62,7 @@ class Series:
         chosen = _one_a_rate(bounded if len({p.rate for p in bounded}) >= 3 else valid)
         return [_drawn(RunFiles(self.folder), p) for p in chosen]
 
-    def rounds(self, point: PointRow) -> list[PointRow]:
+    def rounds(self, point: PointRecord) -> list[PointRecord]:
         """The runs of a load point's rate over all rounds of the ladder or the given rates; of others itself."""
         mine = [p for p in self.points if p.valid and (p.phase, p.rate) == (point.phase, point.rate)]
         same = mine if point.phase in ROUND_PHASES else []
@@ -70,7 +70,7 @@ class Series:
             return [with_steps(RunFiles(self.folder), point)]
         return sorted(same, key=lambda p: p.repeat)
 
-    def sustained(self, point: PointRow) -> bool:
+    def sustained(self, point: PointRecord) -> bool:
         """Whether a load point is sustained; a short window does not outvote a search in which its rate failed."""
         high = self.answer.high if self.answer else None
         return bool(point.sustained) and not (point.provisional and high is not None and point.rate >= high)
@@ -86,7 +86,7 @@ class Series:
         return self.answer is None and bool(self.points) and not self.searched
 
     @property
-    def measured(self) -> list[PointRow]:
+    def measured(self) -> list[PointRecord]:
         """All load points without the probe."""
         return [p for p in self.points if p.phase != "probe"]
 
@@ -259,7 +259,7 @@ def _series(run: Run, workloads: list[str]) -> list[Series]:
     return made
 
 
-def verdict_text(point: PointRow) -> str:
+def verdict_text(point: PointRecord) -> str:
     """The verdict of a load point; "–" for a probe or a closed loop."""
     if not point.valid:
         return "invalid"
@@ -268,13 +268,13 @@ def verdict_text(point: PointRow) -> str:
     return {True: "sustained", False: "not sustained", None: "–"}[point.sustained]
 
 
-def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
+def _one_a_rate(points: list[PointRecord]) -> list[PointRecord]:
     """One load point per rate: of several, the median one by P99 ITL among those with long windows.
 
     Rounds take precedence over what a search measured at the same rate; disturbed load points are used only if there
     are no others.
     """
-    groups: list[list[PointRow]] = []
+    groups: list[list[PointRecord]] = []
     for point in sorted(points, key=lambda p: p.rate):
         if groups and point.rate < groups[-1][0].rate * SAME_RATE:
             groups[-1].append(point)
@@ -283,7 +283,7 @@ def _one_a_rate(points: list[PointRow]) -> list[PointRow]:
     return [_middle(group) for group in groups]
 
 
-def _middle(group: list[PointRow]) -> PointRow:
+def _middle(group: list[PointRecord]) -> PointRecord:
     rounds = [p for p in group if p.phase in ROUND_PHASES]
     group = rounds if len({p.repeat for p in rounds}) > 1 else group
     group = [p for p in group if not p.disturbed] or group
@@ -292,7 +292,7 @@ def _middle(group: list[PointRow]) -> PointRow:
     return long[(len(long) - 1) // 2]
 
 
-def _drawn(files: RunFiles, point: PointRow) -> Drawn:
+def _drawn(files: RunFiles, point: PointRecord) -> Drawn:
     """The load point with the number of samples of its percentiles, including requests that were cut short."""
     try:
         rows = _measured_rows(files, point)
@@ -304,7 +304,7 @@ def _drawn(files: RunFiles, point: PointRow) -> Drawn:
     return Drawn(point, len(rows), int(rows["chunk_gaps_s"].map(len).sum()), point.itl_steps)
 
 
-def with_steps(files: RunFiles, point: PointRow, rows: pd.DataFrame | None = None) -> PointRow:
+def with_steps(files: RunFiles, point: PointRecord, rows: pd.DataFrame | None = None) -> PointRecord:
     """The load point with the number of its engine steps, and intervals that respect them.
 
     Older files have no steps; their intervals assume independent gaps and end at the largest sample. Both are computed
@@ -330,6 +330,6 @@ def with_steps(files: RunFiles, point: PointRow, rows: pd.DataFrame | None = Non
     return changed
 
 
-def _measured_rows(files: RunFiles, point: PointRow) -> pd.DataFrame:
+def _measured_rows(files: RunFiles, point: PointRecord) -> pd.DataFrame:
     rows = files.read_requests(point.point_id)
     return rows[rows["in_window"] & rows["status"].isin(["ok", "cut short"])]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from bench.results import DISTURBED_SHARE, PointRow
+from bench.results import DISTURBED_SHARE, PointRecord
 from plots.data import P99_SAMPLES, Drawn, Results, Series, run_facts
 from plots.style import (
     MUTED,
@@ -39,8 +39,8 @@ class Panel:
     """One latency: its title, and its value, interval and number of observations of a load point."""
 
     title: str
-    p99: Callable[[PointRow], float]
-    interval: Callable[[PointRow], tuple[float, float]]
+    p99: Callable[[PointRecord], float]
+    interval: Callable[[PointRecord], tuple[float, float]]
     samples: Callable[[Drawn], int]
 
 

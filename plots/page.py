@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from bench.results import PointRow
+from bench.results import PointRecord
 from plots.ablation import Ablation
 from plots.compare import Comparison, percent_text
 from plots.data import Results, Series, hardware_lines, model_names, verdict_text
@@ -139,7 +139,7 @@ def _ablation(ablation: Ablation) -> dict[str, Any]:
     return {"heading": ablation.heading, "metrics": ablation.columns, "rows": rows}
 
 
-def _point(point: PointRow, columns: list[tuple[str, str, str]], colors: dict[str, str]) -> dict[str, Any]:
+def _point(point: PointRecord, columns: list[tuple[str, str, str]], colors: dict[str, str]) -> dict[str, Any]:
     values = dataclasses.asdict(point)
     cells = []
     for column, _, _ in columns:

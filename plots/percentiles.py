@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from bench.results import PointRow
+from bench.results import PointRecord
 from plots.compare import points_at_one_rate
 from plots.data import Results, run_facts, verdict_text
 from plots.samples import Samples, read_samples
@@ -39,7 +39,7 @@ class _Line:
     """One configuration's load point and its samples."""
 
     configuration: str
-    point: PointRow
+    point: PointRecord
     samples: Samples
 
 

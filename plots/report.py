@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.results import PointRow
+from bench.results import PointRecord
 from plots.ablation import Ablation, ablation_figure, ablations
 from plots.compare import Comparison, compare
 from plots.data import ReportError, Results, Series, load
@@ -93,7 +93,7 @@ def _draw_summaries(results: Results, pictures: _Pictures) -> None:
             pictures.add(f"percentiles-{slug(workload)}", f"Distribution of ITL and TTFT, {workload}", figure)
 
 
-def _draw_timelines(results: Results, pictures: _Pictures, asked: list[tuple[Series, PointRow]]) -> None:
+def _draw_timelines(results: Results, pictures: _Pictures, asked: list[tuple[Series, PointRecord]]) -> None:
     chosen = list(asked)
     for series in results.series.values():
         default = timeline_point(series)
@@ -106,7 +106,7 @@ def _draw_timelines(results: Results, pictures: _Pictures, asked: list[tuple[Ser
             pictures.add(f"timeline-{slug(point.point_id)}", caption, figure)
 
 
-def _find_point(results: Results, point_id: str) -> tuple[Series, PointRow]:
+def _find_point(results: Results, point_id: str) -> tuple[Series, PointRecord]:
     found = [(s, p) for s in results.series.values() for p in s.points if p.point_id == point_id]
     if not found:
         known = [p.point_id for s in results.series.values() for p in s.measured]

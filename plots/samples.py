@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.results import PointRow, RunFiles
+from bench.results import PointRecord, RunFiles
 
 MEASURED = ("ok", "cut short")
 
@@ -33,7 +33,7 @@ class Moments:
     open_count: np.ndarray  # … and the number after each change
 
 
-def read_samples(folder: Path, point: PointRow) -> Samples | None:
+def read_samples(folder: Path, point: PointRecord) -> Samples | None:
     """The latencies of a load point; None if its request file is missing."""
     rows = _read(folder, point)
     if rows is None:
@@ -43,7 +43,7 @@ def read_samples(folder: Path, point: PointRow) -> Samples | None:
     return Samples(np.sort(np.where(np.isnan(ttft), np.inf, ttft)), np.sort(_pooled(rows["chunk_gaps_s"]) * 1e3))
 
 
-def read_moments(folder: Path, point: PointRow) -> Moments | None:
+def read_moments(folder: Path, point: PointRecord) -> Moments | None:
     """The course of a load point; None if its request file is missing."""
     rows = _read(folder, point)
     if rows is None:
@@ -66,7 +66,7 @@ def read_moments(folder: Path, point: PointRow) -> Moments | None:
     )
 
 
-def _read(folder: Path, point: PointRow) -> pd.DataFrame | None:
+def _read(folder: Path, point: PointRecord) -> pd.DataFrame | None:
     try:
         return RunFiles(folder).read_requests(point.point_id)
     except FileNotFoundError:  # result folders may be copied without request files

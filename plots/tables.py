@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
-from bench.results import PointRow
+from bench.results import PointRecord
 from plots.ablation import Ablation, Measured, ablations
 from plots.compare import Cell, Comparison, Metric, percent_text
 from plots.data import Results
@@ -70,7 +70,7 @@ def answer_lines(results: Results) -> list[str]:
     return lines
 
 
-def trouble(point: PointRow) -> str:
+def trouble(point: PointRecord) -> str:
     """A text about a load point that is invalid, undecided, disturbed, or has failed requests; else ""."""
     kinds = point.failure_text() or (f"{point.failed}" if point.failed else "")
     if point.valid and not kinds and not point.disturbed and not point.undecided:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bench.results import PointRow, RunFiles
+from bench.results import PointRecord, RunFiles
 from plots.data import Results, Series, hardware_lines, model_names, verdict_text, versions_line
 from plots.samples import Moments, read_moments
 from plots.style import INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, wants_log, wrapped
@@ -22,7 +22,7 @@ MOMENTS = 400  # intervals of the time axis, for thinning
 HEIGHTS = (1.15, 0.85, 1.15, 1.15)
 
 
-def timeline_point(series: Series) -> PointRow | None:
+def timeline_point(series: Series) -> PointRecord | None:
     """The load point to draw by default: the first rate with preemptions, else the first not sustained, else the
     highest; None if none has its request file."""
     files = RunFiles(series.folder)
@@ -32,7 +32,7 @@ def timeline_point(series: Series) -> PointRow | None:
     return next(iter([*preempted, *failing, *reversed(points)]), None)
 
 
-def timeline_figure(results: Results, series: Series, point: PointRow) -> Figure | None:
+def timeline_figure(results: Results, series: Series, point: PointRecord) -> Figure | None:
     """The course of one load point; None if its request file is missing."""
     moments = read_moments(series.folder, point)
     if moments is None:
@@ -62,11 +62,11 @@ def timeline_figure(results: Results, series: Series, point: PointRow) -> Figure
         return figure
 
 
-def _rate(point: PointRow) -> float:
+def _rate(point: PointRecord) -> float:
     return point.rate
 
 
-def _readings(series: Series, point: PointRow) -> pd.DataFrame:
+def _readings(series: Series, point: PointRecord) -> pd.DataFrame:
     frame = RunFiles(series.folder).read_metrics(point.point_id)
     if frame is None:
         return pd.DataFrame(columns=["at_s", "running", "waiting", "kv_use", "preemptions"], dtype=float)
@@ -75,7 +75,7 @@ def _readings(series: Series, point: PointRow) -> pd.DataFrame:
     return frame.loc[before[-1] :] if len(before) else frame
 
 
-def _end(point: PointRow, moments: Moments, readings: pd.DataFrame) -> float:
+def _end(point: PointRecord, moments: Moments, readings: pd.DataFrame) -> float:
     """The end of the time axis: the end of the last request, or the first later reading of an idle server."""
     last = max(point.warmup_s + point.window_s, float(np.max(moments.open_s, initial=0.0)))
     after = readings[readings["at_s"] >= last]
@@ -187,7 +187,7 @@ def _latency_axis(axes: Axes, title: str, values: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
 
 
-def _mark_window(rows: list[Axes], point: PointRow, end_s: float) -> None:
+def _mark_window(rows: list[Axes], point: PointRecord, end_s: float) -> None:
     """Draw a gray background outside the window, and the names of the parts where they fit."""
     start, stop = point.warmup_s, point.warmup_s + point.window_s
     parts = (("warm-up", 0.0, start), ("window", start, stop), ("drain", stop, end_s))
@@ -212,14 +212,16 @@ def _legend(axes: Axes) -> None:
     )  # fmt: skip
 
 
-def _verdict(point: PointRow) -> str:
+def _verdict(point: PointRecord) -> str:
     state = verdict_text(point)
     state = f"disturbed, {state}" if point.disturbed else state
     text = f"{state}: {point.reason.removeprefix('undecided: ')}" if point.reason else state
     return text if len(text) <= 140 else text[:139] + "…"
 
 
-def _caption(results: Results, series: Series, point: PointRow, moments: Moments, readings: pd.DataFrame) -> list[str]:
+def _caption(
+    results: Results, series: Series, point: PointRecord, moments: Moments, readings: pd.DataFrame
+) -> list[str]:
     models = model_names(results, [series.configuration])
     every = float(np.median(np.diff(readings["at_s"]))) if len(readings) > 2 else None
     facts = [

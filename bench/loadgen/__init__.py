@@ -7,8 +7,8 @@ connection.py  sockets: plain with kernel timestamps, TLS   sse.py             s
 stream.py      one request on the wire                      poller.py          epoll with a precise deadline
 """
 
+from bench.loadgen.job import Observer
 from bench.loadgen.load import processes_for, run_closed_loop, run_load
-from bench.loadgen.loop import Observer
 from bench.loadgen.recording import GeneratorHealth, Recording
 
 __all__ = ["GeneratorHealth", "Observer", "Recording", "processes_for", "run_closed_loop", "run_load"]

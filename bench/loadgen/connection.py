@@ -13,7 +13,7 @@ import time
 from typing import Protocol
 
 from bench.loadgen.poller import READ, WRITE
-from bench.target.target import Address
+from bench.loadgen.request import Address
 
 BUFFER_BYTES = 1 << 18
 _SO_TIMESTAMPNS = 35  # not in the socket module

@@ -1,77 +1,16 @@
 """The loop of one generator process: one thread, one epoll set, one connection per stream; nothing is parsed in it."""
 
 import time
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from bench.loadgen.connection import BLOCKED, Connection, ReceiveBuffer, connect
+from bench.loadgen.job import OPEN_AHEAD_NS, Counts, Job, Observer, Start
 from bench.loadgen.poller import READ, WRITE, Poller
 from bench.loadgen.response import MalformedError, read_head
 from bench.loadgen.stream import State, Stream
-from bench.target.target import Address
 
-LEAD_NS = 300_000_000  # from the start of the loop to time 0, for opening the first connections
-_SHORT_LEAD_NS = 30_000_000  # for a few connections to a server on this machine
-_FEW = 4
-_OPEN_AHEAD_NS = 250_000_000  # a connection is opened this long before its request is due
 _TICK_NS = 200_000_000
 _DONE_TIMEOUT_NS = 1_000_000_000  # wait for the end of a response after [DONE]
 _NEVER = 1 << 62
-
-
-class Observer(Protocol):
-    """Watches a running load point and may end it."""
-
-    def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:
-        """Called about 5 times a second with the counts so far (finished excludes failed); False ends the load.
-
-        Runs inside the loop, so it must be cheap. `now_s` is on the scale of the arrival times.
-        """
-        ...
-
-
-@dataclass(slots=True)
-class Counts:
-    sent: int = 0
-    first_token: int = 0
-    finished: int = 0
-    failed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Time 0 of a load point on both clocks: deadlines use the monotonic one, timestamps of arrivals the real one."""
-
-    mono_ns: int
-    real_ns: int
-
-    @classmethod
-    def soon(cls, lead_ns: int = LEAD_NS) -> "Start":
-        return cls(time.monotonic_ns() + lead_ns, time.time_ns() + lead_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What one generator process sends: payloads[i] at offsets_ns[i] after time 0 (sorted).
-
-    With `concurrency` it is a closed loop without offsets: that many requests at time 0, then one whenever one ends.
-    """
-
-    address: Address
-    payloads: Sequence[bytes]
-    offsets_ns: Sequence[int]
-    time_limit_s: float
-    needed: int  # the load ends once this many first requests have ended
-    concurrency: int | None = None
-
-    @property
-    def lead_ns(self) -> int:
-        """Time to open the first connections. They are spread over LEAD_NS, since a connection that does not fit into
-        the server's listen queue is retried only after a second."""
-        first = self.concurrency or bisect_right(self.offsets_ns, _OPEN_AHEAD_NS)
-        return _SHORT_LEAD_NS if first <= _FEW and self.address.is_local else LEAD_NS
 
 
 class Loop:
@@ -176,7 +115,7 @@ class Loop:
     def _plan_wake(self) -> None:
         wake = min(self._next_tick, self._limit_mono)
         if self._opened < len(self.streams):
-            wake = min(wake, self._due_mono[self._opened] - _OPEN_AHEAD_NS)
+            wake = min(wake, self._due_mono[self._opened] - OPEN_AHEAD_NS)
         if self._due < len(self.streams):
             wake = min(wake, self._due_mono[self._due])
         self._wake = wake
@@ -187,7 +126,7 @@ class Loop:
         return self._observer.tick(elapsed, counts.sent, counts.first_token, counts.finished, counts.failed)
 
     def _open_and_send(self, now: int) -> None:
-        while self._opened < len(self.streams) and self._due_mono[self._opened] - _OPEN_AHEAD_NS <= now:
+        while self._opened < len(self.streams) and self._due_mono[self._opened] - OPEN_AHEAD_NS <= now:
             self._open(self.streams[self._opened])
             self._opened += 1
         while self._due < len(self.streams) and self._due_mono[self._due] <= now:
@@ -287,25 +226,25 @@ class Loop:
             if count == 0:
                 self._end_of_stream(stream)
             return
-        answer = stream.answer
-        answer += self._buffer.view[:count]
-        stream.ends.append(len(answer))
+        response = stream.response
+        response += self._buffer.view[:count]
+        stream.ends.append(len(response))
         stream.stamps.append(stamp)
         stream.read_ns.append(time.time_ns())
-        if not stream.answering and not self._read_head(stream):
+        if not stream.body_started and not self._read_head(stream):
             return
-        if stream.ending.reached(answer):  # type: ignore[union-attr]
+        if stream.ending.reached(response):  # type: ignore[union-attr]
             self._finish(stream)
 
     def _read_head(self, stream: Stream) -> bool:
         """Whether the head is complete; counts the first byte of the body of a 200. Raises MalformedError."""
         if stream.head is None:
-            stream.head = read_head(stream.answer)
+            stream.head = read_head(stream.response)
             if stream.head is not None:
                 stream.ending = stream.head.ending()
         head = stream.head
-        if head is not None and head.status == 200 and len(stream.answer) > head.body_start:
-            stream.answering = True
+        if head is not None and head.status == 200 and len(stream.response) > head.body_start:
+            stream.body_started = True
             self.counts.first_token += 1
         return head is not None
 
@@ -314,17 +253,17 @@ class Loop:
         head, ending = stream.head, stream.ending
         if head is not None and ending is not None:
             until_close = not head.chunked and head.length is None
-            if until_close or stream.is_done() or ending.find(stream.answer):
+            if until_close or stream.is_done() or ending.find(stream.response):
                 self._finish(stream, ended=True)
                 return
-        moment = "before it answered" if not stream.answer else "in the middle of the response"
+        moment = "before it answered" if not stream.response else "in the middle of the response"
         self._lost(stream, f"the server closed the connection {moment}")
 
     def _lost(self, stream: Stream, error: str) -> None:
         """A connection broke. If it was reused and the server had closed it, the request is sent again."""
         if stream.state is State.SENDING and self._refused_early(stream):
             return
-        if stream.reused and not stream.answer and stream.failure is None:
+        if stream.reused and not stream.response and stream.failure is None:
             self._disconnect(stream)
             stream.reused, stream.left = False, None
             for fd in list(self._idle):
@@ -341,8 +280,8 @@ class Loop:
         stream.state = State.RECEIVING
         known = -1
         try:
-            while stream.state is State.RECEIVING and len(stream.answer) > known:
-                known = len(stream.answer)
+            while stream.state is State.RECEIVING and len(stream.response) > known:
+                known = len(stream.response)
                 self._receive(stream)
         except MalformedError as error:
             self._fail(stream, "malformed stream", str(error))
@@ -365,7 +304,7 @@ class Loop:
         ]
         for stream in quiet:
             try:
-                followed = stream.ending.find(stream.answer)  # type: ignore[union-attr]
+                followed = stream.ending.find(stream.response)  # type: ignore[union-attr]
                 if followed or (stream.read_ns[-1] < now - _DONE_TIMEOUT_NS and stream.is_done()):
                     stream.unended = True
                     self._finish(stream, ended=True)
@@ -379,7 +318,7 @@ class Loop:
             self.counts.finished += 1
         else:
             self.counts.failed += 1
-        exact = stream.ending is not None and stream.ending.end == len(stream.answer)
+        exact = stream.ending is not None and stream.ending.end == len(stream.response)
         if head is not None and head.keeps and exact and not ended and stream.connection and not stream.left:
             fd = stream.connection.fileno()
             del self._live[fd]

@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 
 from bench.loadgen.response import Body, Head
-from bench.loadgen.sse import StreamedAnswer, error_message, read_stream, what_instead
+from bench.loadgen.sse import StreamedResponse, error_message, read_stream, what_instead
 from bench.loadgen.stream import Stream
-from bench.results import RequestRow
+from bench.results import RequestRecord
 from bench.workloads.base import RequestSpec
 
 # Beyond these limits the measurement would describe the generator, not the server.
@@ -59,7 +59,7 @@ class _Reading:
 
     status: str
     error: str
-    answer: StreamedAnswer
+    response: StreamedResponse
     arrivals_ns: np.ndarray  # int64, one per chunk with tokens
     reads: np.ndarray  # int64, index of the read that completed each chunk
 
@@ -75,12 +75,12 @@ class Recording:
         self._start_ns = start_ns
         self._use = use
         self.cut_short = cut_short
-        self.asked = len(streams)
+        self.requested = len(streams)
         self.sent = sum(s.sent_ns > 0 for s in streams)
 
-    def rows(self, window: tuple[float, float]) -> list[RequestRow]:
+    def records(self, window: tuple[float, float]) -> list[RequestRecord]:
         """One record per request that was sent or tried; `window` in seconds, by intended times, without its end."""
-        return [self._row(s, r, window) for s, r in zip(self._streams, self._readings, strict=True)]
+        return [self._record(s, r, window) for s, r in zip(self._streams, self._readings, strict=True)]
 
     @cached_property
     def health(self) -> GeneratorHealth:
@@ -134,48 +134,48 @@ class Recording:
     def _readings(self) -> list[_Reading]:
         return [_read(s, self._specs[s.index].output_tokens) for s in self._streams]
 
-    def _row(self, stream: Stream, reading: _Reading, window: tuple[float, float]) -> RequestRow:
+    def _record(self, stream: Stream, reading: _Reading, window: tuple[float, float]) -> RequestRecord:
         spec = self._specs[stream.index]
-        answer, arrivals = reading.answer, reading.arrivals_ns
+        response, arrivals = reading.response, reading.arrivals_ns
         intended_s = (stream.intended_ns - self._start_ns) / 1e9
         ok = reading.status == "ok"
-        counted = answer.completion_tokens
-        return RequestRow(
+        counted = response.completion_tokens
+        return RequestRecord(
             index=stream.index,
             intended_s=intended_s,
             sent_s=((stream.sent_ns or stream.intended_ns) - self._start_ns) / 1e9,
             ttft_s=(int(arrivals[0]) - stream.intended_ns) / 1e9 if len(arrivals) else None,
             e2e_s=(int(arrivals[-1]) - stream.intended_ns) / 1e9 if ok and len(arrivals) else None,
-            input_tokens=spec.input_tokens if answer.prompt_tokens is None else answer.prompt_tokens,
+            input_tokens=spec.input_tokens if response.prompt_tokens is None else response.prompt_tokens,
             asked_output_tokens=spec.output_tokens,
-            output_tokens=sum(answer.tokens) if counted is None else counted,
-            cached_tokens=answer.cached_tokens,
+            output_tokens=sum(response.tokens) if counted is None else counted,
+            cached_tokens=response.cached_tokens,
             in_window=window[0] <= intended_s < window[1],
             status=reading.status,
             error=reading.error,
             chunk_gaps_s=(np.diff(arrivals) / 1e9).tolist(),
-            chunk_tokens=list(answer.tokens),
+            chunk_tokens=list(response.tokens),
         )
 
 
 def _read(stream: Stream, asked: int) -> _Reading:
     """Parse one stream; `asked` is the requested output length."""
-    answer, places = StreamedAnswer(), np.empty(0, dtype=np.int64)
+    response, places = StreamedResponse(), np.empty(0, dtype=np.int64)
     failure = stream.failure
     if stream.head is None:
         failure = failure or ("connection", "the server closed the connection before it answered")
     else:
-        body = Body(bytes(stream.answer), stream.head, stream.ends)
+        body = Body(bytes(stream.response), stream.head, stream.ends)
         if stream.head.status != 200:
             failure = (f"http {stream.head.status}", _refusal(stream.head, body))
         else:
-            answer = read_stream(body.data, asked)
-            places = np.array([body.place(p) for p in answer.places], dtype=np.int64)
-            failure = _judge(answer, body, failure, stream.head.media)
+            response = read_stream(body.data, asked)
+            places = np.array([body.place(p) for p in response.places], dtype=np.int64)
+            failure = _judge(response, body, failure, stream.head.media)
     status, error = failure or ("ok", _UNENDED if stream.unended else "")
     reads = np.searchsorted(np.array(stream.ends, dtype=np.int64), places, side="right")
     arrivals = np.array(stream.stamps, dtype=np.int64)[reads] if len(reads) else np.empty(0, dtype=np.int64)
-    return _Reading(status, error, answer, arrivals, reads)
+    return _Reading(status, error, response, arrivals, reads)
 
 
 def _refusal(head: Head, body: Body) -> str:
@@ -185,19 +185,21 @@ def _refusal(head: Head, body: Body) -> str:
     return error_message(body.data) or body.malformed
 
 
-def _judge(answer: StreamedAnswer, body: Body, failure: tuple[str, str] | None, media: str) -> tuple[str, str] | None:
+def _judge(
+    response: StreamedResponse, body: Body, failure: tuple[str, str] | None, media: str
+) -> tuple[str, str] | None:
     """What is wrong with a response of 200, if anything; the server's message first, since it often closes after it."""
-    if answer.error:
-        return "stream error", answer.error
-    if answer.malformed or body.malformed:
-        return "malformed stream", answer.malformed or body.malformed
+    if response.error:
+        return "stream error", response.error
+    if response.malformed or body.malformed:
+        return "malformed stream", response.malformed or body.malformed
     if failure is not None:
         return failure
-    if not answer.events:
+    if not response.events:
         return "no stream", what_instead(body.data, media)
-    if not answer.ended:
+    if not response.ended:
         return "malformed stream", "the stream ends without [DONE] or a finish reason"
-    if not answer.tokens:
+    if not response.tokens:
         return "malformed stream", "the stream contains no tokens"
     return None
 

@@ -39,11 +39,11 @@ class Ending(Protocol):
 
     end: int | None
 
-    def reached(self, answer: bytearray) -> bool:
+    def reached(self, response: bytearray) -> bool:
         """Whether the response is complete; called after each read. Raises MalformedError."""
         ...
 
-    def find(self, answer: bytearray) -> bool:
+    def find(self, response: bytearray) -> bool:
         """The same without the shortcut of the hot path: also finds an end that other bytes follow."""
         ...
 
@@ -70,21 +70,21 @@ class Head:
         return _CloseEnding()
 
 
-def read_head(answer: bytearray | bytes) -> Head | None:
+def read_head(response: bytearray | bytes) -> Head | None:
     """The head of the final response, after any interim ones (1xx); None while it is incomplete.
 
     Raises MalformedError.
     """
     at = 0
     while True:
-        while answer[at : at + 1] in (b"\r", b"\n"):  # RFC 9112, 2.2: empty lines ahead are skipped
+        while response[at : at + 1] in (b"\r", b"\n"):  # RFC 9112, 2.2: empty lines ahead are skipped
             at += 1
-        end = _HEAD_END.search(answer, at)
+        end = _HEAD_END.search(response, at)
         if end is None:
-            if len(answer) - at > _MAX_HEAD_BYTES or not b"HTTP/1.".startswith(bytes(answer[at : at + 7])):
+            if len(response) - at > _MAX_HEAD_BYTES or not b"HTTP/1.".startswith(bytes(response[at : at + 7])):
                 raise MalformedError("the server did not answer in HTTP")
             return None
-        head = _parse_head(bytes(answer[at : end.start()]), end.end())
+        head = _parse_head(bytes(response[at : end.start()]), end.end())
         if not 100 <= head.status < 200 or head.status == 101:
             return head
         at = end.end()
@@ -154,8 +154,8 @@ class _KnownEnding:
     def __init__(self, end: int):
         self.end: int | None = end
 
-    def reached(self, answer: bytearray) -> bool:
-        return len(answer) >= self.end  # type: ignore[operator]
+    def reached(self, response: bytearray) -> bool:
+        return len(response) >= self.end  # type: ignore[operator]
 
     find = reached
 
@@ -168,8 +168,8 @@ class _CloseEnding:
     def __init__(self) -> None:
         self.end: int | None = None
 
-    def reached(self, answer: bytearray) -> bool:
-        return has_done(answer)
+    def reached(self, response: bytearray) -> bool:
+        return has_done(response)
 
     find = reached
 
@@ -184,20 +184,20 @@ class _ChunkedEnding:
         self._in_trailers = False
         self.end: int | None = None
 
-    def reached(self, answer: bytearray) -> bool:
-        return answer.endswith(_EMPTY_LINE) and (self._usual_end(answer) or self.find(answer))
+    def reached(self, response: bytearray) -> bool:
+        return response.endswith(_EMPTY_LINE) and (self._usual_end(response) or self.find(response))
 
-    def _usual_end(self, answer: bytearray) -> bool:
+    def _usual_end(self, response: bytearray) -> bool:
         """Whether the response ends with [DONE] and the last chunk, as nearly all do. Saves parsing the chunks, which
         would cost a tenth of reading them."""
-        if answer.endswith(_LAST_CHUNK) and has_done(answer):
-            self.end = len(answer)
+        if response.endswith(_LAST_CHUNK) and has_done(response):
+            self.end = len(response)
             return True
         return False
 
-    def find(self, answer: bytearray) -> bool:
+    def find(self, response: bytearray) -> bool:
         while not self._in_trailers:
-            line = _line(answer, self._at)
+            line = _line(response, self._at)
             if line is None:
                 return False
             size = _SHORT_SIZES.get(line)
@@ -205,13 +205,13 @@ class _ChunkedEnding:
             if size == 0:
                 self._in_trailers, self._at = True, start
                 break
-            if len(answer) < start + size + 2:
+            if len(response) < start + size + 2:
                 return False
-            if answer[start + size : start + size + 2] != b"\r\n":
+            if response[start + size : start + size + 2] != b"\r\n":
                 raise MalformedError(LONG_CHUNK)
             self._at = start + size + 2
         while self.end is None:
-            line = _line(answer, self._at)
+            line = _line(response, self._at)
             if line is None:
                 return False
             self._at += len(line) + 2
@@ -220,14 +220,14 @@ class _ChunkedEnding:
         return True
 
 
-def _line(answer: bytearray | bytes, at: int) -> bytes | None:
+def _line(response: bytearray | bytes, at: int) -> bytes | None:
     """The line at offset `at` without its line end; None while it is incomplete."""
-    end = answer.find(b"\r\n", at, at + _MAX_LINE_BYTES)
+    end = response.find(b"\r\n", at, at + _MAX_LINE_BYTES)
     if end < 0:
-        if len(answer) - at >= _MAX_LINE_BYTES:
+        if len(response) - at >= _MAX_LINE_BYTES:
             raise MalformedError(BAD_CHUNKS)
         return None
-    return bytes(answer[at:end])
+    return bytes(response[at:end])
 
 
 def _chunk_size(line: bytes) -> int:
@@ -237,9 +237,9 @@ def _chunk_size(line: bytes) -> int:
     return int(match[1], 16)
 
 
-def has_done(answer: bytearray | bytes) -> bool:
+def has_done(response: bytearray | bytes) -> bool:
     """Whether the last bytes contain the event [DONE], which ends a stream."""
-    return _DONE.search(answer, max(0, len(answer) - _TAIL_BYTES)) is not None
+    return _DONE.search(response, max(0, len(response) - _TAIL_BYTES)) is not None
 
 
 class Body:
@@ -249,42 +249,42 @@ class Body:
     `malformed` is a message if framing or coding is broken; `data` is then the part before.
     """
 
-    def __init__(self, answer: bytes, head: Head, ends: Sequence[int] = ()):
+    def __init__(self, response: bytes, head: Head, ends: Sequence[int] = ()):
         self.malformed = ""
         self._starts: list[int] = []  # of each piece, in the body
-        self._places: list[int] = []  # of each piece, in the answer
+        self._places: list[int] = []  # of each piece, in the response
         self._decoded = False  # True: all bytes of a piece have the same place
         if head.chunked:
-            self.data = self._join_chunks(answer, head.body_start)
+            self.data = self._join_chunks(response, head.body_start)
         else:
-            stop = len(answer) if head.length is None else head.body_start + head.length
-            self.data = answer[head.body_start : stop]
+            stop = len(response) if head.length is None else head.body_start + head.length
+            self.data = response[head.body_start : stop]
             self._starts.append(0)
             self._places.append(head.body_start)
         if head.codings:
-            self._decode(head.codings, list(ends) or [len(answer)])
+            self._decode(head.codings, list(ends) or [len(response)])
 
     def place(self, offset: int) -> int:
         """The offset in the response of the body's byte at `offset`."""
         piece = bisect_right(self._starts, offset) - 1
         return self._places[piece] + (0 if self._decoded else offset - self._starts[piece])
 
-    def _join_chunks(self, answer: bytes, at: int) -> bytes:
+    def _join_chunks(self, response: bytes, at: int) -> bytes:
         pieces: list[bytes] = []
         total = 0
         try:
-            while (line := _line(answer, at)) is not None:
+            while (line := _line(response, at)) is not None:
                 size = _chunk_size(line)
                 if size == 0:
                     break
                 at += len(line) + 2
-                piece = answer[at : at + size]
+                piece = response[at : at + size]
                 pieces.append(piece)
                 self._starts.append(total)
                 self._places.append(at)
                 total += len(piece)
                 at += size
-                if answer[at : at + 2] not in (b"\r\n", b"\r", b""):
+                if response[at : at + 2] not in (b"\r\n", b"\r", b""):
                     raise MalformedError(LONG_CHUNK)
                 at += 2
         except MalformedError as error:

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
 from bench.errors import BenchError
-from bench.loadgen.loop import Counts, Job, Loop, Observer, Start
+from bench.loadgen.job import Counts, Job, Observer, Start
+from bench.loadgen.loop import Loop
+from bench.loadgen.process import generating, run_loop
 from bench.loadgen.recording import GeneratorUse, Recording
+from bench.loadgen.request import resolve
 from bench.loadgen.stream import Stream
-from bench.target.target import Target, resolve
+from bench.target.target import Target
 from bench.workloads.base import RequestSpec
 
 _START_LIMIT_S = 60.0
@@ -184,8 +187,6 @@ class _Reporter:
 
 
 def _child(pipe: Connection) -> None:
-    from bench.loadgen.load import generating, run_loop
-
     job, target = pipe.recv()
     job = dataclasses.replace(job, address=resolve(target))
     with generating(len(job.payloads)):

@@ -27,7 +27,7 @@ class Event:
 
 
 @dataclass(slots=True)
-class StreamedAnswer:
+class StreamedResponse:
     """A parsed event stream; `places` and `tokens` have one entry per chunk that carried tokens."""
 
     places: list[int] = field(default_factory=list)  # offset of each chunk's last byte in the body
@@ -55,30 +55,30 @@ def split_events(body: bytes) -> list[Event]:
     return _events(body)[0]
 
 
-def read_stream(body: bytes, asked: int | None = None) -> StreamedAnswer:
+def read_stream(body: bytes, requested: int | None = None) -> StreamedResponse:
     """Parse the events of an OpenAI completion or chat stream; problems are recorded, not raised.
 
-    Events that are not chunks (other names, objects without choices, comments) are ignored. `asked` is the requested
-    length: the output length if the finish reason is "length" and the server reports no usage.
+    Events that are not chunks (other names, objects without choices, comments) are ignored. `requested`, the requested
+    length, is the output length if the finish reason is "length" and the server reports no usage.
     """
-    answer = StreamedAnswer()
+    response = StreamedResponse()
     chunks: list[_Chunk] = []
     events, rest = _events(body)
     if rest is not None and _is_whole(rest.data):
         events.append(rest)
     for event in events:
-        answer.events += 1
+        response.events += 1
         if event.data.strip() == DONE:
-            answer.ended = True
+            response.ended = True
             break
         try:
-            _read_event(event, answer, chunks)
+            _read_event(event, response, chunks)
         except (msgspec.DecodeError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError):
-            answer.malformed = f"an event of the stream cannot be parsed: {_excerpt(event.data)}"
-        if answer.malformed or answer.error:
+            response.malformed = f"an event of the stream cannot be parsed: {_excerpt(event.data)}"
+        if response.malformed or response.error:
             break
-    _count_tokens(chunks, answer, asked)
-    return answer
+    _count_tokens(chunks, response, requested)
+    return response
 
 
 def error_message(body: bytes) -> str:
@@ -171,47 +171,47 @@ def _decoded(data: bytes) -> Any:
         return None
 
 
-def _read_event(event: Event, answer: StreamedAnswer, chunks: list[_Chunk]) -> None:
+def _read_event(event: Event, response: StreamedResponse, chunks: list[_Chunk]) -> None:
     if event.name not in _DEFAULT_NAMES:
         message = _decoded(event.data)
         if event.name == b"error":
-            answer.error = error_message(event.data) or "an error event without a message"
+            response.error = error_message(event.data) or "an error event without a message"
         elif isinstance(message, dict):  # some servers name the events of their chunks
-            _read_message(message, event.last, answer, chunks)
+            _read_message(message, event.last, response, chunks)
         return
     message = msgspec.json.decode(event.data)
     if message is None or message == "":
         return
     if not isinstance(message, dict):
         raise TypeError("no object")
-    _read_message(message, event.last, answer, chunks)
+    _read_message(message, event.last, response, chunks)
 
 
-def _read_message(message: dict[str, Any], place: int, answer: StreamedAnswer, chunks: list[_Chunk]) -> None:
+def _read_message(message: dict[str, Any], place: int, response: StreamedResponse, chunks: list[_Chunk]) -> None:
     error = message.get("error")
     if error or message.get("object") == "error" or ("detail" in message and "choices" not in message):
         text = error.get("message") if isinstance(error, dict) else error
-        answer.error = _shortened(str(text or error or message.get("message") or message.get("detail") or "an error"))
+        response.error = _shortened(str(text or error or message.get("message") or message.get("detail") or "an error"))
         return
     usage = message.get("usage")
     if usage:
         if usage.get("prompt_tokens") is not None:
-            answer.prompt_tokens = _count(usage["prompt_tokens"])
-        answer.completion_tokens = _count(usage.get("completion_tokens") or 0)
-        answer.cached_tokens = _count((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            response.prompt_tokens = _count(usage["prompt_tokens"])
+        response.completion_tokens = _count(usage.get("completion_tokens") or 0)
+        response.cached_tokens = _count((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
     choices = message.get("choices")
     for choice in choices or []:
         chunk = _read_choice(choice, place)
         finish = choice.get("finish_reason")
         if finish in _FAILED:
-            answer.error = f"the server ended the answer with the finish reason {finish!r}"
+            response.error = f"the server ended the response with the finish reason {finish!r}"
             return
         if finish:
-            answer.ended, answer.finish = True, str(finish)
+            response.ended, response.finish = True, str(finish)
         if chunk is not None:
             chunks.append(chunk)
     if usage and not choices:
-        answer.ended = True
+        response.ended = True
 
 
 def _count(value: Any) -> int:
@@ -275,7 +275,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + " …"
 
 
-def _count_tokens(chunks: list[_Chunk], answer: StreamedAnswer, asked: int | None) -> None:
+def _count_tokens(chunks: list[_Chunk], response: StreamedResponse, requested: int | None) -> None:
     """Assign tokens to the chunks: as they name them, else so that they sum to the server's usage.
 
     An empty text after the first text may be a token (a part of a character) or only carry the finish reason; the total
@@ -286,9 +286,9 @@ def _count_tokens(chunks: list[_Chunk], answer: StreamedAnswer, asked: int | Non
         first = next(i for i, c in enumerate(chunks) if c.weight or c.tokens)
         chunks = chunks[first:]
     without_closing = [c for c in chunks if c.weight or not c.closing]
-    total = answer.completion_tokens
-    if total is None and answer.finish == "length" and asked is not None and asked >= len(texts):
-        total = asked
+    total = response.completion_tokens
+    if total is None and response.finish == "length" and requested is not None and requested >= len(texts):
+        total = requested
     if texts and all(c.tokens is not None for c in texts):
         counts = [c.tokens or 0 for c in chunks]
     elif total is None:
@@ -299,5 +299,5 @@ def _count_tokens(chunks: list[_Chunk], answer: StreamedAnswer, asked: int | Non
         counts = spread(total, [c.weight for c in chunks])
     for chunk, count in zip(chunks, counts, strict=True):
         if count:
-            answer.places.append(chunk.place)
-            answer.tokens.append(count)
+            response.places.append(chunk.place)
+            response.tokens.append(count)

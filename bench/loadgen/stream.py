@@ -22,8 +22,7 @@ class Stream:
     """The raw recording of one request; times are CLOCK_REALTIME in nanoseconds."""
 
     __slots__ = (
-        "answer",
-        "answering",
+        "body_started",
         "connection",
         "ending",
         "ends",
@@ -36,6 +35,7 @@ class Stream:
         "payload",
         "read_ns",
         "ready_ns",
+        "response",
         "reused",
         "sent_ns",
         "stamps",
@@ -54,8 +54,8 @@ class Stream:
         self.state = State.UNOPENED
         self.connection: Connection | None = None
         self.reused = False  # the connection was used by a request before
-        self.answer = bytearray()
-        self.answering = False  # a part of the body of a 200 has arrived
+        self.response = bytearray()
+        self.body_started = False  # a part of the body of a 200 has arrived
         self.ends = array("q")  # length of the response after each read
         self.stamps = array("q")  # arrival of the last segment of each read
         self.read_ns = array("q")  # time of each read
@@ -71,4 +71,4 @@ class Stream:
 
     def is_done(self) -> bool:
         """Whether the server has sent [DONE], even if the framing has no end."""
-        return has_done(self.answer)
+        return has_done(self.response)

@@ -11,7 +11,7 @@ from bench.measurement.load_point import INTERRUPTED, LoadPoint, PointPlan, Poin
 from bench.measurement.machine import record_shares
 from bench.measurement.progress import Progress
 from bench.measurement.run import InterruptedRunError, LostServerError, stop_on_interrupt
-from bench.results import PointRow, RequestRow, RunFiles, utc_now
+from bench.results import PointRecord, RequestRecord, RunFiles, utc_now
 from bench.results.writing import CannotWriteError
 from bench.search.windows import TimeBudget, Timing
 from bench.target.metrics import MetricsReader, window_state
@@ -28,7 +28,7 @@ class ClosedPoint(LoadPoint):
 
     def run_closed(
         self, plan: PointPlan, chunks_per_s: float, show: Callable[[PointState], None]
-    ) -> tuple[PointRow, list[RequestRow]]:
+    ) -> tuple[PointRecord, list[RequestRecord]]:
         """Send the plan's requests. Every request counts, including the ramp at the beginning and at the end.
 
         Args:
@@ -52,29 +52,29 @@ class ClosedPoint(LoadPoint):
         after = self.read_machine()
         self.reader.read()
         self.reader.started_at = watch.started_at
-        requests = recording.rows(_EVER)
+        requests = recording.records(_EVER)
         window = _window(requests, watch.now_s)
         server = window_state(self.reader.states, watch.started_at + window[0], watch.started_at + window[1])
         done = sum(r.status == "ok" for r in requests)
         rate = done / max(window[1] - window[0], 1e-9)
-        row = self._row(plan, requests, window, server, recording.health, watch.now_s)
-        row.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
-        row.completed, row.achieved_rate, row.rate = done, rate, float(f"{rate:.4g}")
-        row.seed, row.started, row.concurrency = seed, started, concurrency
-        row.reason = _fault(requests, count, recording.health.reason, watch.cut, fixed=self.target.fixes_lengths)
-        row.valid = not row.reason
-        row.binding = "client" if recording.health.saturated else ""
-        row.provisional = False
-        if row.valid:
-            row.reason = f"concurrency {concurrency}"
-        record_shares(row, before, after)
+        record = self._record(plan, requests, window, server, recording.health, watch.now_s)
+        record.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
+        record.completed, record.achieved_rate, record.rate = done, rate, float(f"{rate:.4g}")
+        record.seed, record.started, record.concurrency = seed, started, concurrency
+        record.reason = _fault(requests, count, recording.health.reason, watch.cut, fixed=self.target.fixes_lengths)
+        record.valid = not record.reason
+        record.binding = "client" if recording.health.saturated else ""
+        record.provisional = False
+        if record.valid:
+            record.reason = f"concurrency {concurrency}"
+        record_shares(record, before, after)
         drain(self.reader, min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0)))
-        return row, requests
+        return record, requests
 
 
 def measure_closed_loop(
     point: ClosedPoint, files: RunFiles, progress: Progress, concurrency: int, count: int, budget: TimeBudget
-) -> tuple[PointRow, list[RequestRow]]:
+) -> tuple[PointRecord, list[RequestRecord]]:
     """Measure one request alone, then the closed loop, and save both; if saving fails, `files.unwritten` is set.
 
     Returns the loop's records. After Ctrl-C (`budget.stopped`) these are the requests completed until then. Raises
@@ -84,17 +84,17 @@ def measure_closed_loop(
     budget.start()
     reader: MetricsReader = point.reader
     with stop_on_interrupt(budget), reader:
-        alone, rows = point.probe(lambda _: None, max(1.0, budget.left_s()))
-        if not rows or rows[0].status != "ok":
+        alone, records = point.probe(lambda _: None, max(1.0, budget.left_s()))
+        if not records or records[0].status != "ok":
             if budget.stopped:
                 raise InterruptedRunError(None)
-            cause = f"{rows[0].status} {rows[0].error}".strip() if rows else "no answer"
+            cause = f"{records[0].status} {records[0].error}".strip() if records else "no answer"
             raise BenchError(f"the first request to {point.target.base_url} failed with {cause}")
-        _save(files, alone, rows)
+        _save(files, alone, records)
         for note in point.notes():
             progress.message(note)
-        if rows[0].error:
-            progress.message(f"warning: the first request: {rows[0].error}")
+        if records[0].error:
+            progress.message(f"warning: the first request: {records[0].error}")
         progress.message(
             f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; sending {count} requests, concurrency {concurrency}"
         )
@@ -102,26 +102,26 @@ def measure_closed_loop(
             1.0, "closed", 0, Timing(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=concurrency, requests=count
         )
         progress.point_started(plan)
-        chunks_per_s = concurrency * _chunks_per_s(rows[0])
-        row, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
-        _save(files, row, requests)
-        progress.point_finished(row)
-    if row.requests and not row.completed and not budget.stopped:
-        raise LostServerError(f"none of {row.requests} requests was answered: {row.failures or 'cut short'}")
-    return row, requests
+        chunks_per_s = concurrency * _chunks_per_s(records[0])
+        record, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
+        _save(files, record, requests)
+        progress.point_finished(record)
+    if record.requests and not record.completed and not budget.stopped:
+        raise LostServerError(f"none of {record.requests} requests was answered: {record.failures or 'cut short'}")
+    return record, requests
 
 
-def _save(files: RunFiles, row: PointRow, requests: list[RequestRow]) -> None:
+def _save(files: RunFiles, record: PointRecord, requests: list[RequestRecord]) -> None:
     with contextlib.suppress(CannotWriteError):  # kept in memory by `files`, which sets `unwritten`
-        files.add_point(row, requests)
+        files.add_point(record, requests)
 
 
-def _chunks_per_s(row: RequestRow) -> float:
+def _chunks_per_s(record: RequestRecord) -> float:
     """Chunks per second of one stream on an otherwise idle server."""
-    return len(row.chunk_gaps_s) / max(sum(row.chunk_gaps_s), 1e-6) if row.chunk_gaps_s else 0.0
+    return len(record.chunk_gaps_s) / max(sum(record.chunk_gaps_s), 1e-6) if record.chunk_gaps_s else 0.0
 
 
-def _window(requests: list[RequestRow], ended_s: float) -> tuple[float, float]:
+def _window(requests: list[RequestRecord], ended_s: float) -> tuple[float, float]:
     """From the intended time of the first request to the end of the last response."""
     start = min((r.intended_s for r in requests), default=0.0)
     ends = [r.intended_s + r.e2e_s for r in requests if r.e2e_s is not None]
@@ -129,7 +129,7 @@ def _window(requests: list[RequestRow], ended_s: float) -> tuple[float, float]:
     return start, ended_s if open_ones or not ends else max(ends)
 
 
-def _fault(requests: list[RequestRow], count: int, client: str, cut: str, *, fixed: bool = True) -> str:
+def _fault(requests: list[RequestRecord], count: int, client: str, cut: str, *, fixed: bool = True) -> str:
     """Why the load point is invalid, else "". Failed requests do not make it invalid if others succeeded."""
     if client:
         return f"the load generator was the bottleneck: {client}"

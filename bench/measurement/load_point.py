@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.loadgen import GeneratorHealth, Recording, run_load
 from bench.measurement.machine import CounterReader, Counters, record_shares
-from bench.results import Phase, PointRow, RequestRow, slug, utc_now
+from bench.results import Phase, PointRecord, RequestRecord, slug, utc_now
 from bench.search.criteria import Evidence, Verdict, course_of, flow_of, judge, overload, tolerance
 from bench.search.windows import Timing, is_provisional, phase_repeat
 from bench.statistics.intervals import percentile, percentile_interval
@@ -140,7 +140,7 @@ class LoadPoint:
     seed: int
     precision: float
     left_s: Callable[[], float]
-    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest allowed value
+    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRecord -> highest allowed value
     arrivals: Arrivals = field(default_factory=Arrivals)
     stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
     machine: CounterReader | None = None  # None: other load on the machine is not recorded
@@ -153,7 +153,7 @@ class LoadPoint:
             notes = [trace.summary(), trace.skipped, *notes]
         return [note for note in notes if note]
 
-    def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRow, list[RequestRow]]:
+    def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRecord, list[RequestRecord]]:
         """Send the requests, wait for the responses, judge. The server is drained when this returns."""
         seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))
         times, needed = _times(plan, seed, self.arrivals)
@@ -168,14 +168,14 @@ class LoadPoint:
         after = self.read_machine()
         self.reader.read()
         self.reader.started_at = watch.started_at
-        row, requests = self._reduce(plan, recording, watch, seed, started)
-        record_shares(row, before, after)
+        record, requests = self._reduce(plan, recording, watch, seed, started)
+        record_shares(record, before, after)
         limit_s = min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0))
         drain(self.reader, limit_s)
         if recording.cut_short and self.left_s() > 0:
             self._settle(seed, limit_s)
             self.reader.read()  # so that the counters of the next load point begin after it
-        return row, requests
+        return record, requests
 
     def read_machine(self) -> Counters | None:
         """Read the machine's CPU counters; takes some milliseconds, so it is not done while the load runs."""
@@ -187,46 +187,46 @@ class LoadPoint:
         watch = Watch(_ALONE, self.reader, lambda _: None, self.left_s)
         run_load(self.target, [spec], np.zeros(1), observer=watch, time_limit_s=limit_s)
 
-    def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> tuple[PointRow, list[RequestRow]]:
+    def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> tuple[PointRecord, list[RequestRecord]]:
         """Measure one request alone; the rate is 1 / its E2E latency."""
         seed = point_seed(self.seed, self.workload.name, 0.0, phase_repeat("probe", 0))
         watch = Watch(_ALONE, self.reader, show, self.left_s)
         started = utc_now()
         specs = self.workload.requests(1, seed)
         recording = run_load(self.target, specs, np.zeros(1), observer=watch, time_limit_s=time_limit_s)
-        requests = recording.rows((0.0, 1.0))
+        requests = recording.records((0.0, 1.0))
         alone_s = max((r.e2e_s for r in requests if r.e2e_s is not None), default=1.0)
-        row = self._row(_ALONE, requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
-        row.point_id = point_id(self.configuration, self.workload.name, "probe", 0.0, 0)
-        row.rate, row.achieved_rate = float(f"{1 / alone_s:.4g}"), 1 / alone_s
-        row.seed, row.started, row.reason = seed, started, "one request alone"
-        row.valid = all(r.status == "ok" for r in requests) and bool(requests)
-        row.completed = sum(r.status == "ok" for r in requests)
-        return row, requests
+        record = self._record(_ALONE, requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
+        record.point_id = point_id(self.configuration, self.workload.name, "probe", 0.0, 0)
+        record.rate, record.achieved_rate = float(f"{1 / alone_s:.4g}"), 1 / alone_s
+        record.seed, record.started, record.reason = seed, started, "one request alone"
+        record.valid = all(r.status == "ok" for r in requests) and bool(requests)
+        record.completed = sum(r.status == "ok" for r in requests)
+        return record, requests
 
     def _reduce(
         self, plan: PointPlan, recording: Recording, watch: Watch, seed: int, started: str
-    ) -> tuple[PointRow, list[RequestRow]]:
+    ) -> tuple[PointRecord, list[RequestRecord]]:
         start_s, end_s, cut = plan.start_s, plan.end_s, watch.cut
         if cut and watch.now_s < end_s:
             # The window ends at the cut; it is empty if the warm-up was cut.
             end_s = max(start_s, watch.now_s)
         elif cut in ("time", INTERRUPTED, _ENOUGH):
             cut = ""  # the cut came after the window, while waiting for responses
-        requests = recording.rows((start_s, end_s))
+        requests = recording.records((start_s, end_s))
         server = window_state(self.reader.states, watch.started_at + start_s, watch.started_at + end_s)
-        row = self._row(plan, requests, (start_s, end_s), server, recording.health, watch.now_s)
-        row.seed, row.started = seed, started
-        verdict = judge(self._evidence(row, requests, (start_s, end_s), server, recording.health, cut, watch.now_s))
-        _set_verdict(row, verdict)
-        if cut == INTERRUPTED and not row.valid:
-            row.reason = "interrupted before its window was over"
-        return row, requests
+        record = self._record(plan, requests, (start_s, end_s), server, recording.health, watch.now_s)
+        record.seed, record.started = seed, started
+        verdict = judge(self._evidence(record, requests, (start_s, end_s), server, recording.health, cut, watch.now_s))
+        _set_verdict(record, verdict)
+        if cut == INTERRUPTED and not record.valid:
+            record.reason = "interrupted before its window was over"
+        return record, requests
 
     def _evidence(
         self,
-        row: PointRow,
-        requests: list[RequestRow],
+        record: PointRecord,
+        requests: list[RequestRecord],
         window: tuple[float, float],
         server: WindowState,
         health: GeneratorHealth,
@@ -244,28 +244,28 @@ class LoadPoint:
             requests=len(inside),
             client_fault=health.reason if health.saturated else "",
             cut="time" if cut == INTERRUPTED else cut,
-            limits={column: (getattr(row, column), allowed) for column, allowed in self.limits.items()},
+            limits={column: (getattr(record, column), allowed) for column, allowed in self.limits.items()},
             course=course_of(requests, ended_s),
             precision=self.precision,
             fastest_s=min((r.e2e_s for r in done if r.e2e_s is not None), default=0.0),
         )
 
-    def _row(
+    def _record(
         self,
         plan: PointPlan,
-        requests: list[RequestRow],
+        requests: list[RequestRecord],
         window: tuple[float, float],
         server: WindowState,
         health: GeneratorHealth,
         ended_s: float,
-    ) -> PointRow:
+    ) -> PointRecord:
         window_s = window[1] - window[0]
         inside = [r for r in requests if r.in_window]
         samples = latencies(requests, ended_s)
         input_tok_s, output_tok_s = token_rates(requests, *window)
         completed = flow_of(requests, *window).completed()
         e2e_s = percentile(samples.e2e, 50) / 1e3
-        return PointRow(
+        return PointRecord(
             point_id=point_id(self.configuration, self.workload.name, plan.phase, plan.rate, plan.repeat),
             configuration=self.configuration,
             workload=self.workload.name,
@@ -313,7 +313,7 @@ def _latency_columns(samples: Latencies) -> dict[str, Any]:
 
 
 def _generator_columns(health: GeneratorHealth) -> dict[str, Any]:
-    """The columns of PointRow about the load generator."""
+    """The columns of PointRecord about the load generator."""
     return {
         "lateness_p99_ms": health.lateness_p99_s * 1e3,
         "generator_processes": health.processes,
@@ -325,7 +325,7 @@ def _generator_columns(health: GeneratorHealth) -> dict[str, Any]:
     }
 
 
-def failure_kinds(requests: list[RequestRow]) -> str:
+def failure_kinds(requests: list[RequestRecord]) -> str:
     """The number of failed requests by kind: "connection:3;http 429:12". Requests cut short by the run did not fail."""
     kinds = Counter(r.status for r in requests if r.status not in ("ok", "cut short"))
     return ";".join(f"{kind}:{count}" for kind, count in sorted(kinds.items()))
@@ -362,10 +362,10 @@ def _times(plan: PointPlan, seed: int, arrivals: Arrivals) -> tuple[np.ndarray, 
     return times, int(np.searchsorted(times, plan.end_s))
 
 
-def _set_verdict(row: PointRow, verdict: Verdict) -> None:
-    row.valid = verdict.valid
-    row.sustained = verdict.sustained
-    row.reason = verdict.reason
-    row.binding = verdict.binding
-    row.backlog_growth, row.backlog_noise = verdict.growth, verdict.noise
-    row.verdict, row.ttft_trend = verdict.name, verdict.ttft_trend
+def _set_verdict(record: PointRecord, verdict: Verdict) -> None:
+    record.valid = verdict.valid
+    record.sustained = verdict.sustained
+    record.reason = verdict.reason
+    record.binding = verdict.binding
+    record.backlog_growth, record.backlog_noise = verdict.growth, verdict.noise
+    record.verdict, record.ttft_trend = verdict.name, verdict.ttft_trend

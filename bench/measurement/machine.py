@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from bench.results import DISTURBED_SHARE, PointRow
+from bench.results import DISTURBED_SHARE, PointRecord
 
 LEAST_CORE_SECONDS = 0.5  # of a load point: CPU time is counted in ticks of 10 ms
 # These listen for a server that runs elsewhere, or in a container.
@@ -63,11 +63,11 @@ def shares(before: Counters | None, after: Counters | None) -> CpuShares:
     return CpuShares(_share(others, core_seconds), _share(after.steal_s - before.steal_s, core_seconds))
 
 
-def record_shares(row: PointRow, before: Counters | None, after: Counters | None) -> None:
+def record_shares(record: PointRecord, before: Counters | None, after: Counters | None) -> None:
     """Set the load point's columns about other load, and whether it is disturbed."""
     found = shares(before, after)
-    row.others_cpu_share, row.steal_share = found.others, found.steal
-    row.disturbed = (found.others or 0.0) + (found.steal or 0.0) > DISTURBED_SHARE
+    record.others_cpu_share, record.steal_share = found.others, found.steal
+    record.disturbed = (found.others or 0.0) + (found.steal or 0.0) > DISTURBED_SHARE
 
 
 class MachineReader:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.measurement.load_point import PointPlan, PointState
-from bench.results import Answer, PointRow
+from bench.results import Answer, PointRecord
 
 
 class Progress(Protocol):
@@ -23,7 +23,7 @@ class Progress(Protocol):
 
     def point_tick(self, plan: PointPlan, state: PointState) -> None: ...
 
-    def point_finished(self, row: PointRow) -> None: ...
+    def point_finished(self, record: PointRecord) -> None: ...
 
     def run_state(self, configuration: str, workload: str, state: str) -> None:
         """The state of one run of a sweep, in a few words; later `point_…` calls belong to this run."""
@@ -45,7 +45,7 @@ class QuietProgress:
     def point_tick(self, plan: PointPlan, state: PointState) -> None:
         pass
 
-    def point_finished(self, row: PointRow) -> None:
+    def point_finished(self, record: PointRecord) -> None:
         pass
 
     def run_state(self, configuration: str, workload: str, state: str) -> None:
@@ -76,11 +76,11 @@ class ConsoleProgress:
             self._shown_s = state.now_s
             self._live.update(_state_view(plan, state), refresh=True)
 
-    def point_finished(self, row: PointRow) -> None:
+    def point_finished(self, record: PointRecord) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        self._console.print(point_line(row), soft_wrap=True)
+        self._console.print(point_line(record), soft_wrap=True)
 
     def run_state(self, configuration: str, workload: str, state: str) -> None:
         pass
@@ -131,8 +131,8 @@ class SweepProgress(ConsoleProgress):
             self._shown_s = state.now_s
             self._show(_state_view(plan, state))
 
-    def point_finished(self, row: PointRow) -> None:
-        self._console.print(point_line(row), soft_wrap=True)
+    def point_finished(self, record: PointRecord) -> None:
+        self._console.print(point_line(record), soft_wrap=True)
         self._show()
 
     def _show(self, *below: RenderableType) -> None:
@@ -140,17 +140,17 @@ class SweepProgress(ConsoleProgress):
             self._live.update(Group(Text(), self.table(), *below), refresh=True)
 
 
-def point_line(row: PointRow) -> Text:
+def point_line(record: PointRecord) -> Text:
     """A load point as one line."""
-    mark, style = ("✓", "green") if row.sustained else ("✗", "red") if row.sustained is False else ("?", "yellow")
-    if row.concurrency is not None and row.valid:  # a closed loop has no verdict
+    mark, style = ("✓", "green") if record.sustained else ("✗", "red") if record.sustained is False else ("?", "yellow")
+    if record.concurrency is not None and record.valid:  # a closed loop has no verdict
         mark, style = "·", "default"
-    text = Text(f"{mark} {row.phase:<7} {row.rate:>6.4g} req/s", style=style)
-    text.append(f" {row.requests:>4} in {row.window_s:>3.0f} s", style="default")
-    text.append(f"  TTFT {_ms(row.ttft_p50_ms)}  ITL {_ms(row.itl_p50_ms)} ms  ", style="default")
-    text.append(row.reason, style="dim" if row.sustained else style)
-    if row.disturbed:
-        text.append(f"; disturbed: {row.disturbance}", style="yellow")
+    text = Text(f"{mark} {record.phase:<7} {record.rate:>6.4g} req/s", style=style)
+    text.append(f" {record.requests:>4} in {record.window_s:>3.0f} s", style="default")
+    text.append(f"  TTFT {_ms(record.ttft_p50_ms)}  ITL {_ms(record.itl_p50_ms)} ms  ", style="default")
+    text.append(record.reason, style="dim" if record.sustained else style)
+    if record.disturbed:
+        text.append(f"; disturbed: {record.disturbance}", style="yellow")
     return text
 
 
@@ -173,12 +173,12 @@ def _state_view(plan: PointPlan, state: PointState) -> Group:
     return Group(Text(line, style="bold"), bar, Text(counts))
 
 
-def points_table(rows: list[PointRow], title: str | None = None) -> Table:
+def points_table(records: list[PointRecord], title: str | None = None) -> Table:
     """Load points by rate, as printed at the end of a run; fits 80 columns in most cases.
 
     Goodput, failed requests and other load get columns only if a load point has a value.
     """
-    shown = sorted((r for r in rows if r.phase != "probe"), key=lambda r: (r.rate, r.started))
+    shown = sorted((r for r in records if r.phase != "probe"), key=lambda r: (r.rate, r.started))
     with_goodput, with_failures = any(r.goodput is not None for r in shown), any(r.failures for r in shown)
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in ("req/s", "sustained", "TTFT", "ITL", "TPOT", "E2E", "output", "preemp-"):
@@ -193,24 +193,24 @@ def points_table(rows: list[PointRow], title: str | None = None) -> Table:
     with_others = any(r.disturbed for r in shown)
     if with_others:
         table.add_column(Text("disturbed\nothers' CPU"), justify="right", no_wrap=True)
-    for row in shown:
-        more = [Text("–" if row.goodput is None else f"{row.goodput:.3g}")] if with_goodput else []
+    for record in shown:
+        more = [Text("–" if record.goodput is None else f"{record.goodput:.3g}")] if with_goodput else []
         if with_failures:
-            more.append(Text(str(row.failed_requests()), style="red" if row.failures else ""))
+            more.append(Text(str(record.failed_requests()), style="red" if record.failures else ""))
         if with_others:
-            others = (row.others_cpu_share or 0.0) + (row.steal_share or 0.0)
-            more.append(Text(f"{others:.0%}" if row.disturbed else "–", style="yellow" if row.disturbed else ""))
+            others = (record.others_cpu_share or 0.0) + (record.steal_share or 0.0)
+            more.append(Text(f"{others:.0%}" if record.disturbed else "–", style="yellow" if record.disturbed else ""))
         table.add_row(
-            f"{row.rate:.4g}",
-            _sustained(row),
-            _pair(row.ttft_p50_ms, row.ttft_p99_ms),
-            _pair(row.itl_p50_ms, row.itl_p99_ms),
-            _pair(row.tpot_p50_ms, row.tpot_p99_ms),
-            _pair(row.e2e_p50_ms, row.e2e_p99_ms),
-            f"{row.output_tok_s:.0f}",
-            _count(row.preemptions),
+            f"{record.rate:.4g}",
+            _sustained(record),
+            _pair(record.ttft_p50_ms, record.ttft_p99_ms),
+            _pair(record.itl_p50_ms, record.itl_p99_ms),
+            _pair(record.tpot_p50_ms, record.tpot_p99_ms),
+            _pair(record.e2e_p50_ms, record.e2e_p99_ms),
+            f"{record.output_tok_s:.0f}",
+            _count(record.preemptions),
             *more,
-            style="" if row.valid else "dim",
+            style="" if record.valid else "dim",
         )
     return table
 
@@ -227,14 +227,14 @@ def answer_text(answer: Answer) -> Text:
     return Text(answer.line(), style="bold")
 
 
-def _sustained(row: PointRow) -> Text:
-    if not row.valid:
+def _sustained(record: PointRecord) -> Text:
+    if not record.valid:
         return Text("INVALID", style="bold yellow")
-    if row.undecided:
+    if record.undecided:
         return Text("undecided", style="yellow")
-    if row.sustained is None:
+    if record.sustained is None:
         return Text("–")  # a closed loop has no verdict
-    return Text("yes", style="green") if row.sustained else Text("no", style="red")
+    return Text("yes", style="green") if record.sustained else Text("no", style="red")
 
 
 def _pair(p50: float, p99: float) -> str:

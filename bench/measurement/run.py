@@ -12,9 +12,10 @@ from bench.errors import BenchError
 from bench.measurement.load_point import LoadPoint, PointPlan, point_id
 from bench.measurement.machine import MachineReader
 from bench.measurement.progress import Progress, duration
-from bench.results import Answer, Phase, PointRow, RequestRow, RunFiles
+from bench.results import Answer, Phase, PointRecord, RequestRecord, RunFiles
 from bench.results.writing import CannotWriteError
-from bench.search.search import Trial, answer_of_rates, find_sustained, round_rate
+from bench.search.bracket import Trial, round_rate
+from bench.search.search import answer_of_rates, find_sustained
 from bench.search.windows import Planner, TimeBudget, Timing, ladder_rates
 from bench.target import Target
 from bench.target.metrics import MetricsReader
@@ -38,7 +39,7 @@ class BenchOptions:
     ladder_rates: Sequence[float] | None = None  # None: 0.25 … 1.5 x the rate found
     round: int = 0  # of several rounds over the ladder or the given rates; each has other requests
     window_s: float | None = None  # None: planned from precision and time
-    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRow -> highest allowed value
+    limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRecord -> highest allowed value
     arrivals: Arrivals = field(default_factory=Arrivals)
 
 
@@ -70,7 +71,7 @@ class LostServerError(BenchError):
         self.answer = answer
 
 
-def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -> Answer | None:
+def measure_configuration(subject: Subject, finished: Sequence[PointRecord] = ()) -> Answer | None:
     """Measure and save every load point; returns the answer, None if no load point is valid.
 
     `finished` are load points of an interrupted run, which are not measured again. Raises InterruptedRunError (Ctrl-C),
@@ -81,9 +82,9 @@ def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -
         latency_s = run.probe()
         if options.rates is not None:
             run.report_fixed_plan(options.rates, latency_s)
-            run.rows.extend(r for r in finished if r.phase == "fixed" and r.repeat < options.round and run.owns(r))
+            run.records.extend(r for r in finished if r.phase == "fixed" and r.repeat < options.round and run.owns(r))
             run.run_rates("fixed", options.rates, options.round)
-            run.answer = answer_of_rates(run.rows_of("fixed"), configuration, workload)
+            run.answer = answer_of_rates(run.records_of("fixed"), configuration, workload)
         else:
             start = round_rate(1 / latency_s)
             run.report_search_plan(start, latency_s)
@@ -94,23 +95,23 @@ def measure_configuration(subject: Subject, finished: Sequence[PointRow] = ()) -
             run.answer = answer
             if options.ladder:
                 run.ladder(options.ladder_rates)
-    new = [r for r in run.rows if r.phase != "probe" and (options.rates is None or r.repeat >= options.round)]
+    new = [r for r in run.records if r.phase != "probe" and (options.rates is None or r.repeat >= options.round)]
     return run.answer if any(r.valid for r in new) else None
 
 
-def measure_ladder(subject: Subject, finished: Sequence[PointRow] = ()) -> list[PointRow]:
+def measure_ladder(subject: Subject, finished: Sequence[PointRecord] = ()) -> list[PointRecord]:
     """Measure only `ladder_rates` of the options, within `max_minutes`; returns their records."""
     if not subject.options.ladder_rates:
         raise ValueError("ladder_rates must be given")
     with _open_run(subject, finished) as run:
         run.probe()
-        run.rows.extend(r for r in finished if r.phase in ("search", "confirm") and run.owns(r))
+        run.records.extend(r for r in finished if r.phase in ("search", "confirm") and run.owns(r))
         run.ladder(subject.options.ladder_rates, subject.options.round)
-    return run.rows_of("ladder")
+    return run.records_of("ladder")
 
 
 @contextlib.contextmanager
-def _open_run(subject: Subject, finished: Sequence[PointRow]) -> Iterator["_Run"]:
+def _open_run(subject: Subject, finished: Sequence[PointRecord]) -> Iterator["_Run"]:
     """The run with its metrics reader and its handling of Ctrl-C; raises what ended it early at its end."""
     target, options = subject.target, subject.options
     budget = TimeBudget(options.max_minutes * 60)
@@ -154,10 +155,10 @@ def stop_on_interrupt(budget: TimeBudget) -> Iterator[None]:
 
 
 class _Run:
-    """The measurement of one configuration and workload; `rows` are its load points so far."""
+    """The measurement of one configuration and workload; `records` are its load points so far."""
 
     def __init__(
-        self, point: LoadPoint, planner: Planner, files: RunFiles, progress: Progress, finished: dict[str, PointRow]
+        self, point: LoadPoint, planner: Planner, files: RunFiles, progress: Progress, finished: dict[str, PointRecord]
     ):
         self._point = point
         self._planner = planner
@@ -167,29 +168,30 @@ class _Run:
         self._alone_s = math.nan
         self._warned_cache = False
         self._reported: set[str] = set()  # notes
-        self.rows: list[PointRow] = []
+        self.records: list[PointRecord] = []
         self.answer: Answer | None = None
         self.lost = ""  # why the server is considered gone
         self.unwritten = ""  # why results can no longer be written
 
-    def owns(self, row: PointRow) -> bool:
-        return row.configuration == self._point.configuration and row.workload == self._point.workload.name
+    def owns(self, record: PointRecord) -> bool:
+        return record.configuration == self._point.configuration and record.workload == self._point.workload.name
 
-    def rows_of(self, phase: Phase) -> list[PointRow]:
-        return [r for r in self.rows if r.phase == phase]
+    def records_of(self, phase: Phase) -> list[PointRecord]:
+        return [r for r in self.records if r.phase == phase]
 
     def probe(self) -> float:
         """Measure one request alone; returns its E2E latency in seconds. Checks the API and the output length."""
         name = point_id(self._point.configuration, self._point.workload.name, "probe", 0.0, 0)
-        row = self._finished.get(name)
+        record = self._finished.get(name)
         self._report_notes()
-        if row is None:
-            row = self._new_probe()
+        if record is None:
+            record = self._new_probe()
             self._report_notes()  # some data sets are read when the first request is built
-        self.rows.append(row)
-        self._alone_s = row.e2e_p50_ms / 1e3
+        self.records.append(record)
+        self._alone_s = record.e2e_p50_ms / 1e3
         self._progress.message(
-            f"one request alone: {self._alone_s:.3g} s (TTFT {row.ttft_p50_ms:.0f} ms, ITL {row.itl_p50_ms:.1f} ms)"
+            f"one request alone: {self._alone_s:.3g} s (TTFT {record.ttft_p50_ms:.0f} ms, "
+            f"ITL {record.itl_p50_ms:.1f} ms)"
         )
         return self._alone_s
 
@@ -199,26 +201,26 @@ class _Run:
                 self._reported.add(note)
                 self._progress.message(note)
 
-    def _new_probe(self) -> PointRow:
+    def _new_probe(self) -> PointRecord:
         self._progress.message(f"probe: sending one request of {self._point.workload.name} …")
         limit_s = min(_PROBE_LIMIT_S, max(self._planner.budget.left_s(), 1.0))
-        row, requests = self._point.probe(lambda _: None, limit_s)
-        if row.valid and row.e2e_p50_ms < _SECOND_PROBE_BELOW_S * 1e3:
-            row, requests = self._point.probe(
+        record, requests = self._point.probe(lambda _: None, limit_s)
+        if record.valid and record.e2e_p50_ms < _SECOND_PROBE_BELOW_S * 1e3:
+            record, requests = self._point.probe(
                 lambda _: None, limit_s
             )  # the first request included the server's warm-up
         try:
-            self._check_probe(row, requests, limit_s)
+            self._check_probe(record, requests, limit_s)
         finally:
-            self._files.add_point(row, requests)
+            self._files.add_point(record, requests)
         if not self._point.reader.available:
             self._progress.message(
                 "the server has no /metrics with known metric names: rates are judged by backlog and completions, "
                 "not by preemptions"
             )
-        return row
+        return record
 
-    def _check_probe(self, row: PointRow, requests: list[RequestRow], limit_s: float) -> None:
+    def _check_probe(self, record: PointRecord, requests: list[RequestRecord], limit_s: float) -> None:
         url = self._point.target.base_url
         if not requests or requests[0].status == "cut short":
             if self._planner.budget.stopped:
@@ -228,20 +230,20 @@ class _Run:
             )
         request = requests[0]
         if request.status != "ok":
-            row.reason = f"failed with {request.status}" + (f": {request.error}" if request.error else "")
+            record.reason = f"failed with {request.status}" + (f": {request.error}" if request.error else "")
             error = LostServerError if request.status == "connection" else BenchError
-            raise error(f"the first request to {url} {row.reason}")
+            raise error(f"the first request to {url} {record.reason}")
         if request.error:
             self._progress.message(f"warning: the first request: {request.error}")
         if request.output_tokens != request.asked_output_tokens:
-            row.reason = f"received {request.output_tokens} of {request.asked_output_tokens} requested tokens"
+            record.reason = f"received {request.output_tokens} of {request.asked_output_tokens} requested tokens"
             if not self._point.target.fixes_lengths:
                 self._progress.message(
-                    f"{row.reason}: without ignore_eos, outputs end at the model's end-of-sequence token"
+                    f"{record.reason}: without ignore_eos, outputs end at the model's end-of-sequence token"
                 )
                 return
             self._progress.message(
-                f"warning: {row.reason}: the server ignores ignore_eos or max_tokens; "
+                f"warning: {record.reason}: the server ignores ignore_eos or max_tokens; "
                 "load points whose outputs do not have the requested length are invalid"
             )
 
@@ -262,7 +264,7 @@ class _Run:
             "(--max-minutes)"
         )
 
-    def measure(self, trial: Trial) -> PointRow | None:
+    def measure(self, trial: Trial) -> PointRecord | None:
         """Measure one load point of the search; None if the time is up or the server is gone."""
         known = self._known(trial.phase, trial.rate, trial.repeat)
         if known is not None:
@@ -302,17 +304,17 @@ class _Run:
             rates = ladder_rates(self.answer.rate)
         self.run_rates("ladder", rates, round_number)
 
-    def _known(self, phase: Phase, rate: float, repeat: int) -> PointRow | None:
+    def _known(self, phase: Phase, rate: float, repeat: int) -> PointRecord | None:
         name = point_id(self._point.configuration, self._point.workload.name, phase, rate, repeat)
-        row = self._finished.get(name)
-        if row is not None:
-            self.rows.append(row)
-        return row
+        record = self._finished.get(name)
+        if record is not None:
+            self.records.append(record)
+        return record
 
     def _latency_s(self, rate: float) -> float:
         """The expected E2E latency: extrapolated from the nearest lower rate that did not fail."""
-        below = [r for r in self.rows if (r.sustained or r.undecided) and r.rate <= rate and r.e2e_p50_ms > 0]
-        above = [r.e2e_p50_ms / 1e3 for r in self.rows if r.sustained and r.rate >= rate and r.e2e_p50_ms > 0]
+        below = [r for r in self.records if (r.sustained or r.undecided) and r.rate <= rate and r.e2e_p50_ms > 0]
+        above = [r.e2e_p50_ms / 1e3 for r in self.records if r.sustained and r.rate >= rate and r.e2e_p50_ms > 0]
         nearest = max(below, key=lambda r: r.rate, default=None)
         known = self._alone_s
         if nearest is not None:
@@ -321,27 +323,27 @@ class _Run:
 
     def _measure(
         self, rate: float, phase: Phase, repeat: int, timing: Timing | None, latency_s: float
-    ) -> PointRow | None:
+    ) -> PointRecord | None:
         if timing is None or self.lost or self.unwritten or self._planner.budget.left_s() <= 0:
             return None
         plan = PointPlan(rate, phase, repeat, timing, latency_s, cut_overload=phase in ("search", "confirm"))
         self._progress.point_started(plan)
-        row, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
-        self.rows.append(row)
+        record, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
+        self.records.append(record)
         try:  # saved before it is printed: stdout may be a closed pipe
-            self._files.add_point(row, requests, self._point.reader.readings())
+            self._files.add_point(record, requests, self._point.reader.readings())
         except CannotWriteError as error:
             self.unwritten = str(error)  # this load point counts and is the last one
-        self._progress.point_finished(row)
-        self._check_server(row, requests)
-        return row
+        self._progress.point_finished(record)
+        self._check_server(record, requests)
+        return record
 
-    def _check_server(self, row: PointRow, requests: list[RequestRow]) -> None:
+    def _check_server(self, record: PointRecord, requests: list[RequestRecord]) -> None:
         """Check whether the server is gone, and whether it knew the random prompts."""
         failed = [r for r in requests if r.status == "connection"]
         if failed and not self._point.reader.healthy():
-            self.lost = f"the server stopped answering at {row.rate:g} req/s: {failed[0].error or failed[0].status}"
-        hits = row.prefix_hit_rate or 0.0
+            self.lost = f"the server stopped answering at {record.rate:g} req/s: {failed[0].error or failed[0].status}"
+        hits = record.prefix_hit_rate or 0.0
         if hits > 0.05 and not self._warned_cache and self._point.workload.describe().get("kind") == "random":
             self._warned_cache = True
             self._progress.message(
@@ -350,5 +352,5 @@ class _Run:
             )
 
 
-def _reusable(row: PointRow) -> bool:
-    return row.valid or row.binding == "client"
+def _reusable(record: PointRecord) -> bool:
+    return record.valid or record.binding == "client"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from bench.results.writing import replace_file, writing
-from bench.results import RequestRow
+from bench.results import RequestRecord
 
 
 def vllm_result(
-    requests: Sequence[RequestRow],
+    requests: Sequence[RequestRecord],
     model: str,
     *,
     chat: bool = False,
@@ -66,7 +66,7 @@ def save_vllm_result(path: Path, result: dict[str, Any]) -> None:
         replace_file(path, lambda part: part.write_text(text))
 
 
-def _statistics(done: Sequence[RequestRow]) -> dict[str, float]:
+def _statistics(done: Sequence[RequestRecord]) -> dict[str, float]:
     tpot = [sum(r.chunk_gaps_s) / (r.output_tokens - 1) for r in done if r.output_tokens > 1]
     samples = {
         "ttft": [r.ttft_s or 0.0 for r in done],
@@ -86,7 +86,7 @@ def _statistics(done: Sequence[RequestRow]) -> dict[str, float]:
     return found
 
 
-def _peaks(done: Sequence[RequestRow]) -> dict[str, float]:
+def _peaks(done: Sequence[RequestRecord]) -> dict[str, float]:
     """The highest number of tokens per second, counted from the first request, and of concurrent requests."""
     if not done:
         return {"max_output_tokens_per_s": 0.0, "max_concurrent_requests": 0}
@@ -105,7 +105,7 @@ def _peaks(done: Sequence[RequestRow]) -> dict[str, float]:
     return {"max_output_tokens_per_s": float(a_second.max()), "max_concurrent_requests": most}
 
 
-def _details(requests: Sequence[RequestRow]) -> dict[str, list[Any]]:
+def _details(requests: Sequence[RequestRecord]) -> dict[str, list[Any]]:
     """Lists with one entry per request; a failed request has no output, as in vLLM."""
     ok = [r.status == "ok" for r in requests]
     return {

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench.results import PointRow, RequestRow
-from bench.search.trend import STUDENT_T_ONE_SIDED, Course, Trend, trend
+from bench.results import PointRecord, RequestRecord
+from bench.search.trend import Course, Trend, trend
+from bench.statistics.student import STUDENT_T_ONE_SIDED
 from bench.target.metrics import WindowState
 
 FULL_KV = 0.97
@@ -262,16 +263,16 @@ def overload(
     return f"backlog grew by {growth} in {elapsed_s:.0f} s"
 
 
-def flow_of(rows: Sequence[RequestRow], start_s: float, end_s: float) -> Flow:
+def flow_of(records: Sequence[RequestRecord], start_s: float, end_s: float) -> Flow:
     """Arrivals of all requests that were sent, completions of the successful ones."""
-    arrivals = np.sort(np.array([r.intended_s for r in rows], dtype=np.float64))
-    completions = [r.intended_s + r.e2e_s for r in rows if r.status == "ok" and r.e2e_s is not None]
+    arrivals = np.sort(np.array([r.intended_s for r in records], dtype=np.float64))
+    completions = [r.intended_s + r.e2e_s for r in records if r.status == "ok" and r.e2e_s is not None]
     return Flow(arrivals, np.sort(np.array(completions, dtype=np.float64)), start_s, end_s)
 
 
-def course_of(rows: Sequence[RequestRow], ended_s: float) -> Course:
+def course_of(records: Sequence[RequestRecord], ended_s: float) -> Course:
     """Latencies of the window's requests; an open one counts with its wait until `ended_s`, when the load ended."""
-    mine = sorted((r for r in rows if r.in_window and r.status in ("ok", "cut short")), key=lambda r: r.intended_s)
+    mine = sorted((r for r in records if r.in_window and r.status in ("ok", "cut short")), key=lambda r: r.intended_s)
     tpots = [sum(r.chunk_gaps_s) / max(1, sum(r.chunk_tokens[1:])) if len(r.chunk_tokens) > 1 else 0.0 for r in mine]
     known = [tpot for tpot, r in zip(tpots, mine, strict=True) if r.ttft_s is not None]
     middle = float(np.median(known)) if known else 0.0
@@ -283,9 +284,9 @@ def course_of(rows: Sequence[RequestRow], ended_s: float) -> Course:
     return Course(due_s, ttft_s, ttft_s + later * tpot_s)
 
 
-def binding_of_search(rows: Sequence[PointRow], high: float | None) -> str:
+def binding_of_search(records: Sequence[PointRecord], high: float | None) -> str:
     """The binding of a search's answer: that of the run at its upper end with the most requests."""
-    blocked = [r for r in rows if r.rate == high and not r.sustained]
+    blocked = [r for r in records if r.rate == high and not r.sustained]
     longest = max(blocked, key=lambda r: r.requests, default=None)
     return (longest.binding or "compute") if longest is not None else "not reached"
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.statistics.student import STUDENT_T_ONE_SIDED
+
 _PARTS = 8  # parts of the window, by requests
 _FEWEST = 3  # requests per part
-# Student's t, one-sided 95 %, by degrees of freedom.
-STUDENT_T_ONE_SIDED = {2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895}
 # Means over parts of a random walk are correlated: their ends deviate by this factor more than independent steps.
 _WALK = 1.2
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bench.results import Phase
-from bench.search.search import CONFIRMATION_RUNS, Trial, bisections
+from bench.search.bracket import CONFIRMATION_RUNS, Trial, bisections
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # x the rate found
 WINDOW_LATENCIES = 5  # length of a full window in E2E latencies

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.results import RequestRow
+from bench.results import RequestRecord
 from bench.statistics.intervals import joined_gaps, percentile
 
 
@@ -23,7 +23,7 @@ class Latencies:
     cut_short: int
 
 
-def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
+def latencies(records: Sequence[RequestRecord], end_s: float) -> Latencies:
     """Samples of the requests in the window; one that is open at `end_s` counts with its wait until then."""
     ttft: list[float] = []
     first: list[float] = []
@@ -31,21 +31,21 @@ def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
     tpot: list[float] = []
     e2e: list[float] = []
     tokens, chunks, cut_short = 0, 0, 0
-    for row in rows:
-        if not row.in_window or row.status not in ("ok", "cut short"):
+    for record in records:
+        if not record.in_window or record.status not in ("ok", "cut short"):
             continue
-        waited = max(0.0, end_s - row.intended_s)
-        cut_short += row.status != "ok"
-        ttft.append(waited if row.ttft_s is None else row.ttft_s)
-        e2e.append(waited if row.e2e_s is None else row.e2e_s)
-        first.append(row.intended_s + ttft[-1])
-        gaps.append(np.asarray(row.chunk_gaps_s, dtype=np.float64))
-        tokens += sum(row.chunk_tokens)
-        chunks += len(row.chunk_tokens)
-        later = sum(row.chunk_tokens[1:])
-        if row.status == "ok" and later:
+        waited = max(0.0, end_s - record.intended_s)
+        cut_short += record.status != "ok"
+        ttft.append(waited if record.ttft_s is None else record.ttft_s)
+        e2e.append(waited if record.e2e_s is None else record.e2e_s)
+        first.append(record.intended_s + ttft[-1])
+        gaps.append(np.asarray(record.chunk_gaps_s, dtype=np.float64))
+        tokens += sum(record.chunk_tokens)
+        chunks += len(record.chunk_tokens)
+        later = sum(record.chunk_tokens[1:])
+        if record.status == "ok" and later:
             # Until the last chunk, not the end of the stream: the usage that follows is not a token.
-            tpot.append(sum(row.chunk_gaps_s) / later)
+            tpot.append(sum(record.chunk_gaps_s) / later)
     itl, itl_steps = joined_gaps(first, gaps)
     return Latencies(
         ttft=_ms(ttft),
@@ -58,46 +58,46 @@ def latencies(rows: Sequence[RequestRow], end_s: float) -> Latencies:
     )
 
 
-def token_rates(rows: Sequence[RequestRow], start_s: float, end_s: float) -> tuple[float, float]:
+def token_rates(records: Sequence[RequestRecord], start_s: float, end_s: float) -> tuple[float, float]:
     """Input and output tokens/s of all requests within the window: prompts at their first token, outputs on arrival."""
     inputs, outputs = 0, 0
-    for row in rows:
-        if row.ttft_s is None or not row.chunk_tokens:
+    for record in records:
+        if record.ttft_s is None or not record.chunk_tokens:
             continue
-        first = row.intended_s + row.ttft_s
-        inputs += row.input_tokens if start_s <= first < end_s else 0
-        arrivals = first + np.concatenate(([0.0], np.cumsum(row.chunk_gaps_s)))
-        counted = np.asarray(row.chunk_tokens[: len(arrivals)])
+        first = record.intended_s + record.ttft_s
+        inputs += record.input_tokens if start_s <= first < end_s else 0
+        arrivals = first + np.concatenate(([0.0], np.cumsum(record.chunk_gaps_s)))
+        counted = np.asarray(record.chunk_tokens[: len(arrivals)])
         arrivals = arrivals[: len(counted)]
         outputs += int(counted[(arrivals >= start_s) & (arrivals < end_s)].sum())
     window = max(end_s - start_s, 1e-9)
     return inputs / window, outputs / window
 
 
-def goodput(rows: Sequence[RequestRow], limits: Mapping[str, float], window_s: float) -> float | None:
-    """Requests/s of the window that met every limit (column of PointRow -> ms); None without limits.
+def goodput(records: Sequence[RequestRecord], limits: Mapping[str, float], window_s: float) -> float | None:
+    """Requests/s of the window that met every limit (column of PointRecord -> ms); None without limits.
 
     Limits apply to each request individually: to its TTFT, TPOT and E2E latency, and to the percentile of its own gaps.
     """
     if not limits:
         return None
-    good = sum(row.in_window and row.status == "ok" and _meets(row, limits) for row in rows)
+    good = sum(record.in_window and record.status == "ok" and _meets(record, limits) for record in records)
     return good / window_s if window_s > 0 else 0.0
 
 
-def _meets(row: RequestRow, limits: Mapping[str, float]) -> bool:
+def _meets(record: RequestRecord, limits: Mapping[str, float]) -> bool:
     for column, allowed_ms in limits.items():
         metric, q = re.fullmatch(r"(\w+)_p(\d+)_ms", column).groups()  # type: ignore[union-attr]
         if metric == "ttft":
-            seen = row.ttft_s
+            seen = record.ttft_s
         elif metric == "e2e":
-            seen = row.e2e_s
-        elif len(row.chunk_tokens) < 2:
+            seen = record.e2e_s
+        elif len(record.chunk_tokens) < 2:
             continue  # no gaps
         elif metric == "tpot":
-            seen = sum(row.chunk_gaps_s) / max(1, sum(row.chunk_tokens[1:]))
+            seen = sum(record.chunk_gaps_s) / max(1, sum(record.chunk_tokens[1:]))
         else:
-            seen = percentile(np.asarray(row.chunk_gaps_s), float(q))
+            seen = percentile(np.asarray(record.chunk_gaps_s), float(q))
         if seen is None or seen * 1e3 > allowed_ms:
             return False
     return True

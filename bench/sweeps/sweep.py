@@ -24,7 +24,7 @@ from bench.results import (
     POINTS_FILE,
     REQUESTS_FOLDER,
     SUMMARY_FILE,
-    PointRow,
+    PointRecord,
     RunFiles,
     Summary,
     slug,
@@ -282,7 +282,7 @@ class _Sweep:
                 pending = self._has_ladder(workload) and answer.rate and unfinished
                 self._progress.run_state(*mine, answer.text() + (", ladder pending" if pending else ""))
 
-    def _points(self, configuration: Configuration, workload: SweepWorkload) -> list[PointRow]:
+    def _points(self, configuration: Configuration, workload: SweepWorkload) -> list[PointRecord]:
         mine = (configuration.name, workload.name)
         return [p for p in self._files.read_points() if (p.configuration, p.workload) == mine]
 
@@ -374,7 +374,7 @@ def _process(configuration: Configuration, workload: SweepWorkload, log: Path) -
 
 def _describe(workload: SweepWorkload) -> dict[str, Any]:
     options = workload.options
-    asked = {
+    fields = {
         "precision": options.precision,
         "max_minutes": options.max_minutes,
         "window_s": options.window_s,
@@ -382,7 +382,7 @@ def _describe(workload: SweepWorkload) -> dict[str, Any]:
         "limits": dict(options.limits) or None,
         "arrivals": asdict(options.arrivals) if options.arrivals != Arrivals() else None,
     }
-    known = {key: value for key, value in asked.items() if value is not None}
+    known = {key: value for key, value in fields.items() if value is not None}
     return {**workload.spec, "max_model_len": model_len(workload.max_tokens), "options": known}
 
 

@@ -27,20 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.results import PointRow
+from bench.results import PointRecord
 from bench.sweeps.configurations import Configuration, integer, only_known, positive, read_configuration
-from bench.workloads import Encode, Workload, known_fields, make_workload, needs_vocabulary
-from bench.workloads.arrivals import Arrivals
+from bench.workloads import ANY_VOCABULARY, Encode, Workload, known_fields, make_workload, needs_vocabulary
+from bench.workloads.arrivals import MOST_RATE, Arrivals
 from bench.workloads.presets import read_workload, read_yaml
 from engine.data import datasets_folder
 
 START_MINUTES = 0.3  # estimate for starting and stopping a server
-_ANY_VOCABULARY = 32_000  # names and lengths do not depend on it
 
 _TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
 _TRACE = ("trace", "trace_unit", "skip_bad_rows")
 _ARRIVALS = frozenset({"arrivals", "burstiness", *_TRACE})
-_MOST_RATE = 1e6  # requests/s, beyond what any load generator sends
 _OPTIONS = _ARRIVALS | {"precision", "max_minutes", "window", "rates", "search", "ladder", "rounds", "limits"}
 
 
@@ -170,7 +168,7 @@ def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
         if "preset" in entry:
             spec = read_workload(str(entry["preset"])) | spec
         spec |= _trace_fields(spec, own, options.arrivals)
-        workload = make_workload(spec, _ANY_VOCABULARY)
+        workload = make_workload(spec, ANY_VOCABULARY)
     except BenchError as error:
         raise BenchError(f"{where}: {error}") from None
     return SweepWorkload(
@@ -219,8 +217,8 @@ def _rates(value: Any, where: str) -> tuple[float, ...]:
     if not isinstance(value, list) or not value:
         raise BenchError(f"{where} must be a list of request rates, not {value!r}")
     rates = tuple(sorted({positive(rate, where) for rate in value}))
-    if rates[-1] > _MOST_RATE:
-        raise BenchError(f"{where} must have rates up to {_MOST_RATE:g} requests/s, not {rates[-1]:g}")
+    if rates[-1] > MOST_RATE:
+        raise BenchError(f"{where} must have rates up to {MOST_RATE:g} requests/s, not {rates[-1]:g}")
     return rates
 
 
@@ -257,7 +255,7 @@ def _arrivals(entry: dict[str, Any], where: str) -> Arrivals:
 
 
 def _limits(value: Any, where: str) -> dict[str, float]:
-    known = sorted(f.name for f in fields(PointRow) if re.search(r"_p\d+_ms$", f.name))
+    known = sorted(f.name for f in fields(PointRecord) if re.search(r"_p\d+_ms$", f.name))
     if not isinstance(value, dict):
         raise BenchError(f"{where} must have columns of points.csv and their limits, such as ttft_p99_ms: 2000")
     only_known(value, known, where)

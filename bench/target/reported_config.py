@@ -7,10 +7,9 @@ from typing import Any
 import httpx
 
 from bench.target.control import ControlClient
-from bench.target.target import Target
+from bench.target.target import SECRET, Target
 
 _CARD_NOISE = frozenset({"id", "object", "created", "owned_by", "parent", "permission"})
-_SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _LABEL_NOISE = frozenset({"model_name", "engine"})
 _LONGEST = 200  # characters of a value; a longer one is a document, not a setting
@@ -51,7 +50,7 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
     return {
         str(key): value
         for key, value in data.items()
-        if isinstance(value, str | int | float) and 0 < len(str(value)) <= _LONGEST and not _SECRET.search(key)
+        if isinstance(value, str | int | float) and 0 < len(str(value)) <= _LONGEST and not SECRET.search(key)
     }
 
 

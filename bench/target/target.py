@@ -1,25 +1,17 @@
-"""The target of a measurement: its address, keys and TLS settings, and requests to it as bytes."""
+"""The target of a measurement: its URL, keys, headers and TLS settings."""
 
-import ipaddress
 import re
-import socket
-import ssl
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-import msgspec
-
 from bench.errors import BenchError
-from bench.target.tls import tls_context
-from bench.workloads.base import RequestSpec
 
-_RESOLVE_TIMEOUT_S = 5.0
 _ENDPOINTS = ("/chat/completions", "/completions", "/models")  # after /v1; often copied along with the URL
 _PATH_SAFE = "/%:@!$&'()*+,;=~-._"
-_SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
+SECRET = re.compile(r"key|secret|password|credential", re.IGNORECASE)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FRAMING_HEADERS = frozenset({"content-length", "transfer-encoding", "connection", "expect"})
 _SET_ELSEWHERE = {
@@ -92,36 +84,12 @@ class Target:
 
     def described(self) -> dict[str, Any]:
         """Non-default settings, for result files, without the values of headers, which may be secrets."""
-        extra = {key: "***" if _SECRET.search(key) else value for key, value in self.extra_body.items()}
+        extra = {key: "***" if SECRET.search(key) else value for key, value in self.extra_body.items()}
         found: dict[str, Any] = {"headers": [name for name, _ in self.headers], "extra_body": extra}
         found |= {"ca": self.ca} | ({"insecure": True} if self.insecure else {})
         found |= {} if self.ignore_eos else {"ignore_eos": False}
         found |= {} if self.stream_options else {"stream_options": False}
         return {key: value for key, value in found.items() if value not in ([], {}, None)}
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A resolved target, for the socket calls."""
-
-    host: str
-    port: int
-    path: str  # before /v1, without a trailing slash
-    tls: ssl.SSLContext | None
-    family: socket.AddressFamily
-    sockaddr: tuple[Any, ...]
-    query: str = ""
-
-    @property
-    def is_local(self) -> bool:
-        """Whether a connection costs only a system call: to this machine and without TLS."""
-        return self.tls is None and ipaddress.ip_address(self.sockaddr[0]).is_loopback
-
-    @property
-    def host_header(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        default = 443 if self.tls else 80
-        return host if self.port == default else f"{host}:{self.port}"
 
 
 def clean_url(base_url: str) -> str:
@@ -140,53 +108,6 @@ def check_header(name: str, value: str, flag: str = "--header") -> tuple[str, st
     if any(ord(letter) < 32 or 126 < ord(letter) < 160 or ord(letter) > 255 for letter in value.replace("\t", " ")):
         raise BenchError(f"the value of {name} contains characters that are not allowed in a header ({flag})")
     return name, value
-
-
-def resolve(server: Target | str) -> Address:
-    """Look the host up; of several addresses (localhost has two) choose the first that accepts a connection."""
-    target = Target.of(server)
-    parts = urlsplit(target.base_url)
-    host = parts.hostname or ""
-    tls = tls_context(target.ca, insecure=target.insecure) if target.is_tls else None
-    port = parts.port or (443 if tls else 80)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise BenchError(f"cannot find the host {host!r}: {error.strerror or error} (--url)") from None
-    family, sockaddr = found[0][0], found[0][4]
-    for candidate in found if len(found) > 1 else []:
-        with socket.socket(candidate[0], socket.SOCK_STREAM) as probe:
-            probe.settimeout(_RESOLVE_TIMEOUT_S)
-            if probe.connect_ex(candidate[4]) == 0:
-                family, sockaddr = candidate[0], candidate[4]
-                break
-    return Address(host, port, parts.path, tls, family, tuple(sockaddr), target.query)
-
-
-def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes:
-    """The whole HTTP request, ready for the socket."""
-    if sum(part is not None for part in (spec.prompt_ids, spec.prompt_text, spec.messages)) != 1:
-        raise ValueError("a request has either prompt_ids, prompt_text or messages")
-    body: dict[str, Any] = {"model": target.model, "max_tokens": spec.output_tokens, "temperature": 0.0}
-    if target.ignore_eos:
-        body["ignore_eos"] = True
-    body["stream"] = True
-    if target.stream_options:
-        body["stream_options"] = {"include_usage": True}
-    if spec.messages is not None:
-        path, body["messages"] = "/v1/chat/completions", spec.messages
-    else:
-        path, body["prompt"] = "/v1/completions", spec.prompt_ids if spec.prompt_ids is not None else spec.prompt_text
-    body |= target.extra_body
-    content = msgspec.json.encode({key: value for key, value in body.items() if value is not None})
-    query = f"?{address.query}" if address.query else ""
-    headers = target.all_headers(
-        Host=address.host_header, User_Agent="redline", Content_Type="application/json", Accept="text/event-stream",
-        Accept_Encoding="identity",
-    )  # fmt: skip
-    lines = [f"POST {address.path}{path}{query} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-    lines += [f"Content-Length: {len(content)}", "", ""]
-    return "\r\n".join(lines).encode("latin-1") + content
 
 
 def _take_apart(text: str) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from bench.workloads.turns import MultiTurn
 from bench.workloads.vision import MMMUPro, VisionArena
 
 __all__ = [
+    "ANY_VOCABULARY",
     "Encode",
     "RequestSpec",
     "Workload",
@@ -21,6 +22,9 @@ __all__ = [
     "make_workload",
     "needs_vocabulary",
 ]
+
+
+ANY_VOCABULARY = 32_000  # vocabulary size for a workload of which only name and lengths are used
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import numpy as np
 from bench.errors import BenchError
 from bench.workloads.traces import Trace, read_trace
 
+MOST_RATE = 1e6  # requests/s, beyond what any load generator sends
 KINDS = ("poisson", "constant", "gamma")  # of drawn arrivals
 
 # Times are rounded to nanoseconds later: keeps the first arrival of a part from being rounded into the part before.

@@ -6,7 +6,7 @@ import numpy as np
 
 from bench.errors import BenchError
 
-_MOST = 10**8  # limit of tokens, rows and turns: a typo must not exhaust the memory
+MOST_TOKENS = 10**8  # of one request; also the limit of rows and turns: a typo must not exhaust the memory
 Length = int | list[int] | tuple[int, int]
 
 
@@ -20,8 +20,8 @@ def id_range(vocab_size: int | None) -> tuple[int, int]:
 
 
 def integer(field: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
-        raise BenchError(f"workload: {field} must be an integer from {least} to {_MOST}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_TOKENS:
+        raise BenchError(f"workload: {field} must be an integer from {least} to {MOST_TOKENS}, not {value!r}")
     return value
 
 

@@ -36,11 +36,11 @@ class TraceLengths:
         self._trace = read_trace(trace, trace_unit, skip_bad_rows)
         self._input = None if input is None else length("input", input)
         self._output = None if output is None else length("output", output)
-        for field, recorded, given in (
+        for field, recorded, own in (
             ("input", self._trace.inputs, self._input),
             ("output", self._trace.outputs, self._output),
         ):
-            if recorded is None and given is None:
+            if recorded is None and own is None:
                 unused = ", ".join(self._trace.unused) or "none"
                 raise BenchError(
                     f"{trace}: has no column {field}_tokens (unknown columns: {unused}): pass --{field}, or rename the "
@@ -49,14 +49,14 @@ class TraceLengths:
 
     @property
     def name(self) -> str:
-        replaced = [f" {field} {length_text(given)}" for field, given in self._replaced() if given is not None]
+        replaced = [f" {field} {length_text(own)}" for field, own in self._replaced() if own is not None]
         return f"trace {self._trace.stem}{''.join(replaced)}"
 
     @property
     def max_tokens(self) -> int:
         highest = [0] * len(self._trace.times)
-        for recorded, given in ((self._trace.inputs, self._input), (self._trace.outputs, self._output)):
-            tokens = recorded if given is None else [given[1]] * len(highest)
+        for recorded, own in ((self._trace.inputs, self._input), (self._trace.outputs, self._output)):
+            tokens = recorded if own is None else [own[1]] * len(highest)
             assert tokens is not None
             highest = [a + b for a, b in zip(highest, tokens, strict=True)]
         return max(highest)
@@ -65,7 +65,7 @@ class TraceLengths:
         return [line for line in (self._trace.summary(), self._trace.skipped) if line]
 
     def describe(self) -> dict[str, Any]:
-        replaced = {field: length_field(given) for field, given in self._replaced() if given is not None}
+        replaced = {field: length_field(own) for field, own in self._replaced() if own is not None}
         return {"kind": "trace"} | self._spec | replaced
 
     def requests(self, count: int, seed: int) -> list[RequestSpec]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from bench.errors import BenchError
 from bench.workloads.datafile import DataRow, RowFaults, read_table
+from bench.workloads.fields import MOST_TOKENS
 
 UNITS = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}  # per second
 FLAG = "--trace"
@@ -50,7 +51,6 @@ _SUFFIXES = {
 }  # fmt: skip
 _EPOCHS = ((1e17, "ns"), (1e14, "us"), (1e11, "ms"), (5e8, "s"))  # larger numbers are dates after 1973
 _UNCLEAR_GAP_S, _MOONCAKE_GAP_S = 100.0, 10.0  # larger mean gaps make seconds improbable
-_MOST_TOKENS = 10**8  # of one request; a row with more is damaged
 _BURSTGPT = frozenset({"requesttokens", "responsetokens"})
 _AZURE = frozenset({"contexttokens", "generatedtokens"})
 _BAILIAN = frozenset({"chatid", "parentchatid"})
@@ -181,7 +181,7 @@ class _Reader:
         for column in (self._input, self._output):
             value = row.fields.get(column or "")
             tokens.append(_whole(value) if column is not None else 1)
-            if not fault and not 1 <= tokens[-1] <= _MOST_TOKENS:
+            if not fault and not 1 <= tokens[-1] <= MOST_TOKENS:
                 fault = f"needs an integer of at least 1 in column {column}, not {_shown(value)}"
         ids = _listed(row.fields.get(self._ids or ""))
         if not fault and ids is not None and not _are_ids(ids):

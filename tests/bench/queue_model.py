@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.results import Answer, PointRow
+from bench.results import Answer, PointRecord
+from bench.search.bracket import Trial
 from bench.search.criteria import Evidence, Flow, Verdict, judge
-from bench.search.search import Trial, find_sustained
+from bench.search.search import find_sustained
 from bench.search.trend import Course
 from bench.search.windows import Planner, TimeBudget, phase_repeat
 from bench.target.metrics import WindowState
@@ -81,14 +82,14 @@ class SimulatedBench:
     max_minutes: float = math.inf
     now_s: float = 0.0
 
-    def search(self, start_rate: float) -> tuple[Answer, list[PointRow]]:
+    def search(self, start_rate: float) -> tuple[Answer, list[PointRecord]]:
         """The real search, plan of windows and criteria."""
         budget = TimeBudget(60 * self.max_minutes, clock=lambda: self.now_s)
         budget.start()
         planner = Planner(budget, self.precision, ladder=False)
         return find_sustained(lambda t: self.measure(planner, t), start_rate=start_rate, precision=self.precision)
 
-    def measure(self, planner: Planner, trial: Trial) -> PointRow | None:
+    def measure(self, planner: Planner, trial: Trial) -> PointRecord | None:
         lengths = planner.search_timing(trial, self.service_s)
         if lengths is None:
             return None

@@ -1,9 +1,9 @@
 """Rows with plain values, for tests that care about a few fields only."""
 
-from bench.results import PointRow, RequestRow
+from bench.results import PointRecord, RequestRecord
 
 
-def plain_point(**fields: object) -> PointRow:
+def plain_point(**fields: object) -> PointRecord:
     plain: dict[str, object] = {
         "point_id": "p", "configuration": "c", "workload": "20/5", "phase": "search", "rate": 1.0,
         "sustained": True, "reason": "", "valid": True, "provisional": False, "preemptions": 0,
@@ -14,13 +14,13 @@ def plain_point(**fields: object) -> PointRow:
         "e2e_p50_ms": 100.0, "e2e_p99_ms": 120.0, "itl_p99_low_ms": 5.5, "itl_p99_high_ms": 6.5,
         "ttft_p99_low_ms": 15.0, "ttft_p99_high_ms": 25.0, "seed": 0, "started": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
-    return PointRow(**(plain | fields))  # type: ignore[arg-type]
+    return PointRecord(**(plain | fields))  # type: ignore[arg-type]
 
 
-def plain_request(**fields: object) -> RequestRow:
+def plain_request(**fields: object) -> RequestRecord:
     plain: dict[str, object] = {
         "index": 0, "intended_s": 0.0, "sent_s": 0.0, "ttft_s": 0.1, "e2e_s": 0.4, "input_tokens": 7,
         "asked_output_tokens": 4, "output_tokens": 4, "cached_tokens": 0, "in_window": True, "status": "ok",
         "chunk_gaps_s": [0.1, 0.1, 0.1], "chunk_tokens": [1, 1, 1, 1],
     }  # fmt: skip
-    return RequestRow(**(plain | fields))  # type: ignore[arg-type]
+    return RequestRecord(**(plain | fields))  # type: ignore[arg-type]

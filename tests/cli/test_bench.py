@@ -120,7 +120,7 @@ def test_the_last_words_of_an_own_server_that_ends_are_shown(
     rates = ["--rates", "4,40", "--window", "1"]
     assert main(["bench", "--model", "m", *QUICK, *rates, "--out", str(out)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("redline: error: the server ended: memory ran out (exit code 7)")
+    assert captured.err.startswith("redline: error: the server exited: memory ran out (exit code 7)")
     assert "sustains 4 req/s" in captured.out
     assert "connection" in RunFiles(out).read_points()[-1].failures
     summary = RunFiles(out).read_summary()
@@ -134,7 +134,7 @@ def test_the_last_words_of_an_own_server_that_ends_are_shown(
         (["--url", "http://127.0.0.1:9"], 1, "--url"),
         (["--rate", "1", "--rates", "1,2"], 2, "use --rate or --rates, not both"),
         (["--rates", "1,x"], 2, "list of rates"),
-        (["--input", "0"], 2, "number of tokens"),
+        (["--input", "0"], 2, "not a valid token count"),
         (["--prefixes", "4"], 2, "--prefixes needs --prefix"),
         (["--model", "m", "--url", "http://127.0.0.1:9", "--", "--x"], 2, "without --url"),
         (
@@ -149,7 +149,7 @@ def test_the_last_words_of_an_own_server_that_ends_are_shown(
         (["--header", "no colon"], 2, "Name: value"),
         (["--header", "Content-Length: 3"], 1, "set by the load generator (--header)"),
         (["--api-key", " "], 1, "the API key is empty (--api-key)"),
-        (["--url", "https://127.0.0.1:9", "--ca", "missing.pem"], 1, "missing.pem can't be read"),
+        (["--url", "https://127.0.0.1:9", "--ca", "missing.pem"], 1, "missing.pem cannot be read"),
         (["--", "--max-num-seqs", "4"], 2, "need --model"),
         (["--slo", "ttft=2s"], 2, "ttft_p99=2s"),
         (["--model", "no-such-model-anywhere/x"], 1, "did not start"),

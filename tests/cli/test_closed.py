@@ -91,7 +91,7 @@ def test_figures_that_cant_be_written_are_shown_and_kept_for_the_other_file(
     if "--rate" in load:  # which ends at the probe, of which nothing can be written either
         assert code == 1
     assert str(out) in line
-    assert "can't be written: " in line
+    assert "cannot be written: " in line
     assert "(--out)" in line
     assert not list(tmp_path.glob("**/*.part"))
     if "--concurrency" in load:
@@ -102,10 +102,13 @@ def test_figures_that_cant_be_written_are_shown_and_kept_for_the_other_file(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--out", "file/out"], "file/out: can't be written: Not a directory (--out)"),
-        (["--out", "file"], "file: can't be written: File exists (--out)"),
-        (["--save-vllm-json", "file/x.json", "--concurrency", "2"], "can't be written: File exists (--save-vllm-json)"),
-        (["--save-vllm-json", "file/a/x.json", "--rate", "2"], "can't be written: Not a directory (--save-vllm-json)"),
+        (["--out", "file/out"], "file/out: cannot be written: Not a directory (--out)"),
+        (["--out", "file"], "file: cannot be written: File exists (--out)"),
+        (
+            ["--save-vllm-json", "file/x.json", "--concurrency", "2"],
+            "cannot be written: File exists (--save-vllm-json)",
+        ),
+        (["--save-vllm-json", "file/a/x.json", "--rate", "2"], "cannot be written: Not a directory (--save-vllm-json)"),
     ],
 )
 def test_wrong_places_are_refused_before_anything_is_measured(

@@ -75,9 +75,9 @@ def test_markdown_alone_is_on_stdout(demo: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "said", "code"),
     [
-        ([], "no results under results/", 1),
+        ([], "no results in results/", 1),
         (["nowhere"], "nowhere is not a results folder", 1),
-        (["nowhere", "--fail-if", "speed>3"], "--fail-if 'speed>3' is not understood", 2),
+        (["nowhere", "--fail-if", "speed>3"], "invalid condition 'speed>3'", 2),
     ],
 )
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str, code: int) -> None:

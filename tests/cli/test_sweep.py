@@ -98,7 +98,7 @@ def test_failures_make_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--preset", "nothing"], "'nothing' is not one of", 2),
         (["none.yaml"], "does not exist", 2),
         (["stubs.yaml", "--preset", "demo"], "use FILE or --preset", 2),
-        (["empty.yaml"], "empty.yaml: a sweep has the fields", 1),
+        (["empty.yaml"], "empty.yaml: a sweep must have the fields", 1),
     ],
 )
 def test_mistakes_are_one_line(

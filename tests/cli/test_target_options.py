@@ -48,7 +48,7 @@ def test_a_strict_server_behind_a_gateway(tmp_path: Path, capsys: pytest.Capture
     assert (point.completed, point.failed, point.preemptions) == (4, 0, 0), output
     assert point.tokens_per_chunk == pytest.approx(3)
     assert code == (0 if point.valid else 1)
-    assert "taking the model 'm' for granted" in output
+    assert "assuming that the model 'm' exists" in output
     assert gateway.refused == 0
     prompt = gateway.bodies[-1].pop("prompt")
     assert len(prompt) == 8
@@ -86,7 +86,7 @@ def test_a_misspelt_model_is_refused_before_load(tmp_path: Path, capsys: pytest.
     with Gateway(models=["llama-8b", "llama-70b"]) as gateway:
         assert measured(gateway, tmp_path, "--served-model", "lama-8b") == 1
         assert gateway.bodies == []
-    assert "was 'llama-8b' meant?" in capsys.readouterr().err
+    assert "did you mean 'llama-8b'?" in capsys.readouterr().err
 
 
 def test_a_first_request_that_is_refused_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,7 @@ def test_a_proxy_is_said_and_not_used(
     with Gateway(models=["m"]) as gateway:
         measured(gateway, tmp_path / "o", *STRICT)
     assert RunFiles(tmp_path / "o").read_points()[-1].completed == 4
-    assert "HTTP_PROXY is not used" in capsys.readouterr().out
+    assert "HTTP_PROXY is ignored" in capsys.readouterr().out
 
 
 def test_metrics_at_the_root_where_only_the_api_has_a_path() -> None:
@@ -141,12 +141,12 @@ def test_sweeps_of_servers_that_run(tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"url": "http://h:{port}"}, "url must be the address"),
-        ({"url": "h:8000"}, "no URL"),
+        ({"url": "h:8000"}, "not a valid server URL"),
         ({"url": "http://h", "serve": {"seed": 1}}, "url must be the address"),
         ({"command": "x {port}", "headers": ["a"]}, "headers must be a mapping"),
         ({"command": "x {port}", "headers": {"a b": "c"}}, "not a valid header name"),
         ({"command": "x {port}", "extra_body": [1]}, "extra_body must be a mapping"),
-        ({"command": "x {port}", "extra_body": {"stream": True}}, "'stream' can't be an extra field"),
+        ({"command": "x {port}", "extra_body": {"stream": True}}, "'stream' cannot be set with --extra-body"),
         ({"command": "x {port}", "insecure": "yes"}, "insecure must be true or false"),
         ({"command": "x"}, "must contain {port}"),
     ],

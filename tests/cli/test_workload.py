@@ -93,7 +93,7 @@ def test_a_mooncake_trace_is_replayed_in_milliseconds_with_its_prefixes(
     assert main([*asked, "--skip-bad-rows", "--out", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
     assert "trace mooncake (Mooncake): 9 requests over 1 s (8 req/s); times in ms; input and output lengths" in said
-    assert "left out 1 bad row: row 10" in said
+    assert "skipped 1 bad row: row 10" in said
     files = RunFiles(tmp_path / "a")
     point = files.read_points()[-1]
     assert (point.rate, point.requests) == (8.0, 8)
@@ -134,16 +134,16 @@ def test_sharegpt_is_tokenised_by_the_server(server: tuple[str, Path], tmp_path:
     [
         (["--workload", "sharegpt"], 1, "pass --dataset"),
         (["--workload", "sharegpt", "--dataset", "none.json"], 1, "no file or folder none.json (--dataset)"),
-        (["--workload", "no-such"], 1, "there is no workload 'no-such': give one of"),
-        (["--workload", "500-2000", "--turns", "3"], 2, "--turns does not apply to a workload of the kind random"),
+        (["--workload", "no-such"], 1, "unknown workload 'no-such': use one of"),
+        (["--workload", "500-2000", "--turns", "3"], 2, "--turns does not apply to a workload of kind random"),
         (["--workload", "mmmu-pro", "--repeat", "200"], 2, "--repeat"),
         (["--dataset", "x"], 2, "--dataset needs --workload"),
         (["--burstiness", "2"], 2, "--burstiness needs --arrivals gamma"),
-        (["--trace", "none.csv"], 1, "none.csv: can't be read"),
+        (["--trace", "none.csv"], 1, "none.csv: cannot be read"),
         (["--trace", "x", "--arrivals", "constant"], 2, "use --arrivals or --trace"),
-        (["--trace", "half.csv"], 1, "half.csv: has no column output_tokens (columns that are not known: note)"),
-        (["--trace", "odd.csv"], 1, "none of its columns prompt_size is known as a number of tokens: give --input"),
-        (["--trace", "slow.csv"], 1, "nothing says what the unit of its column timestamp is"),
+        (["--trace", "half.csv"], 1, "half.csv: has no column output_tokens (unknown columns: note)"),
+        (["--trace", "odd.csv"], 1, "no known column has token counts (columns: prompt_size): pass --input"),
+        (["--trace", "slow.csv"], 1, "the unit of column timestamp is ambiguous"),
         (["--trace-unit", "ms"], 2, "--trace-unit needs --trace or --workload"),
         (["--skip-bad-rows"], 2, "--skip-bad-rows needs --trace or --workload"),
         (["--turns", "3", "--input", "100"], 1, "pass --vocab-size or --tokenizer"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.results import Answer, PointRow, RequestRow, ServerState, Summary
+from bench.results import Answer, PointRecord, RequestRecord, ServerState, Summary
 from bench.sweeps.sweepfile import _OPTIONS as SWEEP_OPTIONS
 from bench.target import target
 from bench.workloads import _KINDS
@@ -34,7 +34,11 @@ def fields(kind: type) -> list[str]:
 
 @pytest.mark.parametrize(
     ("heading", "kind"),
-    [("points.csv", PointRow), ("requests/POINT_ID.parquet", RequestRow), ("metrics/POINT_ID.parquet", ServerState)],
+    [
+        ("points.csv", PointRecord),
+        ("requests/POINT_ID.parquet", RequestRecord),
+        ("metrics/POINT_ID.parquet", ServerState),
+    ],
 )
 def test_columns_are_those_of_the_files(heading: str, kind: type) -> None:
     """In the order of the files."""
@@ -54,7 +58,7 @@ def test_exit_codes() -> None:
 
 def test_phases_and_verdicts() -> None:
     text = section("reports.md", "points.csv")
-    phases = PointRow.__annotations__["phase"].__args__
+    phases = PointRecord.__annotations__["phase"].__args__
     assert all(f"`{phase}`" in text for phase in phases)
     assert names(section("index.md", "Verdicts"))[:4] == ["sustained", "not sustained", "undecided", "invalid"]
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bench.results import hardware
+from bench.results.environment import hardware
 from bench.statistics.latencies import latencies
 from bench.workloads import make_workload
 from bench.workloads.arrivals import arrival_times, point_seed
@@ -107,7 +107,7 @@ def measure(engine: Engine, workload: Workload, specs: list[RequestSpec], seed: 
             return {"output_tok_s": answer["later_tokens"] / answer["later_s"], "ttft_p50_ms": answer["first_s"] * 1e3}
         return {"output_tok_s": answer["tokens"] / answer["wall_s"]}
     assert isinstance(engine, Server)
-    rows = engine.all_at_once(specs).rows((-1.0, float("inf")))
+    rows = engine.all_at_once(specs).records((-1.0, float("inf")))
     if workload.single:
         (row,) = rows
         rate = sum(row.chunk_tokens[1:]) / sum(row.chunk_gaps_s)
@@ -121,7 +121,7 @@ def online(engine: Server, rate: float, specs: list[RequestSpec], seed: int) -> 
     recording = engine.load(specs, times)
     if recording.health.saturated:
         print(f"{engine.name}: the load generator did not keep up: {recording.health.reason}", file=sys.stderr)
-    rows = recording.rows((-1.0, float("inf")))
+    rows = recording.records((-1.0, float("inf")))
     found = latencies(rows, wall_s(rows))
     return {
         "output_tok_s": sum(row.output_tokens for row in rows) / wall_s(rows),

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.results import hardware
+from bench.results.environment import hardware
 from engine import children
 from engine.clock import MonotonicClock
 from engine.config import EngineConfig

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench.loadgen.load import run_closed_loop, run_load
 from bench.loadgen.recording import Recording
-from bench.results import hardware
+from bench.results.environment import hardware
 from bench.statistics.latencies import latencies
 from bench.target.target import Target
 from bench.workloads import make_workload
@@ -80,7 +80,7 @@ def workload(groups: int, count: int, seed: int) -> list[RequestSpec]:
 
 
 def checked(recording: Recording, requests: int) -> Recording:
-    bad = [row for row in recording.rows((-1.0, float("inf"))) if row.status != "ok"]
+    bad = [row for row in recording.records((-1.0, float("inf"))) if row.status != "ok"]
     if bad or recording.cut_short:
         sys.exit(f"{len(bad)} of {requests} requests failed: {bad[0].error if bad else 'the run was cut short'}")
     return recording
@@ -107,7 +107,7 @@ def measure(served: Served, specs: list[RequestSpec], rate: float, seed: int) ->
     if checked(recording, len(specs)).health.saturated:
         print(f"the load generator did not keep up: {recording.health.reason} (counted as late)", file=sys.stderr)
     queries, hits = (served.metric(name) - was for name, was in zip(names, before, strict=True))
-    rows = recording.rows((-1.0, float("inf")))
+    rows = recording.records((-1.0, float("inf")))
     found = latencies(rows, float(times[-1]))
     return {
         "rate": rate,

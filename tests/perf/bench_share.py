@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 from bench.loadgen import run_closed_loop
-from bench.results import hardware
+from bench.results.environment import hardware
 from bench.target import Target
 from bench.target.server import free_port
 from bench.workloads import make_workload
@@ -153,7 +153,7 @@ def measure(engine: str, layers: int, streams: int, cores: tuple[int, set[int]])
         if not log.exists():
             sys.exit(f"the core left no log of its device:\n{(folder / 'server.log').read_text()[-2000:]}")
         device = np.fromfile(log, dtype=np.int64).reshape(-1, 3)
-    bad = [row.status for row in recording.rows((-1.0, float("inf"))) if row.status != "ok"]
+    bad = [row.status for row in recording.records((-1.0, float("inf"))) if row.status != "ok"]
     if bad:
         sys.exit(f"{len(bad)} of {streams} requests failed: {bad[0]}")
     return per_step(device, sampler.times, streams)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.results import versions
+from bench.results.environment import versions
 from bench.target.server import serve_flags
 from tests.perf.client_tools import VLLM_MAIN
 from tests.perf.cpu_process import Child, Server

@@ -211,7 +211,7 @@ class Server(Engine):
         return self._whole(observed, len(specs))
 
     def _whole(self, recording: Recording, requests: int) -> Recording:
-        rows = recording.rows((-1.0, float("inf")))
+        rows = recording.records((-1.0, float("inf")))
         bad = [row for row in rows if row.status != "ok" or row.output_tokens != row.asked_output_tokens]
         if bad or len(rows) != requests:
             first = f": {bad[0].status} {bad[0].error} after {bad[0].output_tokens} tokens" if bad else ""

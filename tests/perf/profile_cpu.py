@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench.results import hardware
+from bench.results.environment import hardware
 from engine.host import cores
 from engine.kernels.cpu.bindings import Stack
 from plots.style import COLORS, MARKERS, STYLE, WIDTH_IN, footnote, headline, plain, save

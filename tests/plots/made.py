@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.results import Answer, Phase, PointRow, RequestRow, RunFiles, ServerState, Summary
+from bench.results import Answer, Phase, PointRecord, RequestRecord, RunFiles, ServerState, Summary
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -32,7 +32,7 @@ def make_point(server: Server, configuration: str, workload: str, rate: float, p
     ttft = server.ttft_ms + queueing * rng.exponential(1, requests) + backlog_ms * rng.uniform(0, 1, requests)
     gaps = server.itl_ms * (1 + min(load, 1.3) * rng.gamma(2, 0.4, (requests, server.output - 1)))
     rows = [
-        RequestRow(
+        RequestRecord(
             index=i,
             intended_s=i / rate,
             sent_s=i / rate,
@@ -53,7 +53,7 @@ def make_point(server: Server, configuration: str, workload: str, rate: float, p
     e2e = ttft + gaps.sum(axis=1)
     itl99, ttft99 = float(np.quantile(gaps, 0.99)), float(np.quantile(ttft, 0.99))
     sustained = load <= 1.0
-    point = PointRow(
+    point = PointRecord(
         point_id=f"{configuration}-{workload}-{phase}-{rate:g}".replace("/", "_").replace(" ", "_"),
         configuration=configuration,
         workload=workload,
@@ -95,7 +95,7 @@ def make_point(server: Server, configuration: str, workload: str, rate: float, p
     return point, rows
 
 
-def make_readings(point: PointRow, requests: list[RequestRow], rows: int = 8) -> list[ServerState]:
+def make_readings(point: PointRecord, requests: list[RequestRecord], rows: int = 8) -> list[ServerState]:
     """What a server with so many rows would have said twice a second: running, waiting, KV use, preemptions."""
     readings = []
     total = point.preemptions or 0
@@ -171,7 +171,7 @@ DEMO = {"shared-prefix 448+64/32": 1.0}
 ARTICLES = {"500/2000": 1.0, "2048/128": 0.6, "6000/4000": 0.25}
 
 
-def edited(folder: Path, change: Callable[[PointRow], PointRow]) -> None:
+def edited(folder: Path, change: Callable[[PointRecord], PointRecord]) -> None:
     """Rewrite points.csv with every point changed."""
     files = RunFiles(folder)
     files.write_points([change(p) for p in files.read_points()])

@@ -188,7 +188,7 @@ def test_the_figure_has_a_dot_and_words_for_each(folder: Path) -> None:
     assert said["−40 %"].get_weight() == "bold"
     assert {*SERVERS, *NOTES.values()} <= said.keys()
     footer = " ".join(text.get_text() for text in figure.texts)
-    for fact in ("P99s at 2.5 req/s", "Dashed: v1", "80 requests each", "Intel Xeon"):
+    for fact in ("P99 latencies at 2.5 req/s", "Dashed: v1", "80 requests each", "Intel Xeon"):
         assert fact in footer
     assert "Hollow" not in footer
 

@@ -99,8 +99,8 @@ def test_the_newest_results_are_those_written_last(make_run: Callable[..., Path]
     ("prepare", "said"),
     [
         (lambda folder: None, "has no summary.json"),
-        (lambda folder: (folder / "summary.json").write_text("{"), "can't be read"),
-        (lambda folder: (folder / "summary.json").write_text('{"answers": [], "future": 1}'), "can't be read"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "summary.json").write_text('{"answers": [], "future": 1}'), "cannot be read"),
     ],
 )
 def test_what_is_no_results_folder_is_named(tmp_path: Path, prepare: Callable[[Path], object], said: str) -> None:

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from bench.results import RunFiles
 from plots.data import Results, load
 from plots.latency import caption, latency_figure
-from plots.style import COLOURS, palette, plain, save, span, wants_log, wrapped
+from plots.style import COLORS, palette, plain, save, span, wants_log, wrapped
 from plots.throughput import throughput_figure
 from tests.plots.made import ARTICLES, TWO, Server, edited
 
@@ -57,7 +57,7 @@ def test_one_line_a_configuration_hollow_where_not_sustained(demo: Path) -> None
     drawn = [d for s in results.of_workload(WORKLOAD) for d in s.curve]
     for axes in figure.axes:
         curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
-        assert [to_hex(line.get_color()) for line in curves] == list(COLOURS[:2])
+        assert [to_hex(line.get_color()) for line in curves] == list(COLORS[:2])
         markers = lone_markers(axes)
         assert len(markers) == len(drawn)
         hollow = sum(to_hex(m.get_markerfacecolor()) == "#ffffff" for m in markers)
@@ -92,7 +92,7 @@ def test_disturbed_points_are_ringed(demo: Path) -> None:
         return [sum(line.get_markersize() == 12 for line in axes.lines) for axes in figure.axes]
 
     assert rings(latency_figure(load([demo]), WORKLOAD)) == [0, 0]
-    assert "Ringed" not in footer(latency_figure(load([demo]), WORKLOAD))
+    assert "Ring:" not in footer(latency_figure(load([demo]), WORKLOAD))
     low = min(d.point.rate for s in load([demo]).of_workload(WORKLOAD) for d in s.curve)
     edited(demo, lambda p: replace(p, disturbed=p.rate == low, others_cpu_share=0.3))
     results = load([demo])
@@ -144,7 +144,7 @@ def test_random_weights_are_said(demo: Path) -> None:
 
 def test_invalid_points_are_counted_in_a_note(demo: Path) -> None:
     edited(demo, lambda p: replace(p, valid=False, sustained=None) if p.phase == "confirm" else p)
-    assert "2 invalid points left out" in footer(latency_figure(load([demo]), WORKLOAD))
+    assert "2 invalid load points omitted" in footer(latency_figure(load([demo]), WORKLOAD))
 
 
 def test_a_figure_without_a_valid_point_says_so(demo: Path) -> None:

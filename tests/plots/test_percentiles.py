@@ -12,7 +12,7 @@ from plots.compare import points_at_one_rate
 from plots.data import load
 from plots.percentiles import curve, percentile_figure, stretch
 from plots.samples import read_samples
-from plots.style import COLOURS, save
+from plots.style import COLORS, save
 from tests.plots.made import TWO, Server
 from tests.plots.test_figures import WORKLOAD, assert_apart, assert_nothing_clipped, footer
 
@@ -63,7 +63,7 @@ def test_all_configurations_are_shown_at_one_rate(demo: Path) -> None:
     assert figure.texts[0].get_text().endswith(f"{WORKLOAD}, at 1.1 req/s")
     for axes in figure.axes:
         solid = [line for line in axes.lines if line.get_linestyle() == "-"]
-        assert [line.get_color() for line in solid] == list(COLOURS[:2])
+        assert [line.get_color() for line in solid] == list(COLORS[:2])
         dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
         assert len(dotted) == 2
     assert "80 requests, 2,480 gaps" in footer(figure)
@@ -100,9 +100,7 @@ def test_requests_without_a_token_keep_the_curve_from_its_end(demo: Path) -> Non
     assert figure is not None
     ttft = figure.axes[1]
     assert (
-        max(
-            max(line.get_ydata()) for line in ttft.lines if line.get_linestyle() in "-:" and line.get_color() in COLOURS
-        )
+        max(max(line.get_ydata()) for line in ttft.lines if line.get_linestyle() in "-:" and line.get_color() in COLORS)
         < 0.31
     )
     assert "had no first token" in footer(figure)

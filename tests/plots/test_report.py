@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench.results import PointRow, RunFiles, Summary
+from bench.results import PointRecord, RunFiles, Summary
 from plots.compare import compare
 from plots.data import ReportError, load
 from plots.report import Report, slug, write_report
@@ -200,7 +200,7 @@ def test_file_names_of_workloads() -> None:
 
 
 def test_what_is_no_clean_measurement_is_listed(demo: Path) -> None:
-    def spoil(p: PointRow) -> PointRow:
+    def spoil(p: PointRecord) -> PointRecord:
         if p.phase == "confirm":
             return replace(p, valid=False, sustained=None, reason="the generator was the bottleneck: CPU share 97 %")
         if p.phase == "search":
@@ -236,7 +236,7 @@ def test_a_timeline_that_was_asked_for_is_drawn_too(demo: Path) -> None:
     name = "prefix_caching_off-shared-prefix_448+64_32-ladder-1.1"
     report = write_report([demo], timelines=[name])
     assert "timeline-prefix-caching-off-shared-prefix-448-64-32-ladder-1.1.png" in {p.name for p in report.files}
-    with pytest.raises(ReportError, match=r"no load point is called 'ladder-1\.1' \(--timeline\); there are .*ladder"):
+    with pytest.raises(ReportError, match=r"no load point 'ladder-1\.1' \(--timeline\); known: .*ladder"):
         write_report([demo], timelines=["ladder-1.1"])
 
 

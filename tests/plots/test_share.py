@@ -30,7 +30,7 @@ def test_bars_are_shares_of_the_step() -> None:
     core, front_end = cpu.patches[0], cpu.patches[1]
     assert core.get_width() == pytest.approx(100 * 0.2 / 9.03)
     assert front_end.get_x() == pytest.approx(core.get_width())
-    assert "9.03 ms, 0.3 % of it outside" in [text.get_text() for text in time.texts]
+    assert "9.03 ms, 0.3 % outside" in [text.get_text() for text in time.texts]
 
 
 def test_it_says_what_it_shows_and_is_legible() -> None:
@@ -51,5 +51,5 @@ def test_it_is_drawn_from_its_file(tmp_path: Path) -> None:
     source.write_text("[]")
     with pytest.raises(ReportError, match="has no records"):
         save_share_figure(source, png)
-    with pytest.raises(ReportError, match="can't be read"):
+    with pytest.raises(ReportError, match="cannot be read"):
         save_share_figure(tmp_path / "none.json", png)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.results import PointRow, RunFiles
+from bench.results import PointRecord, RunFiles
 from plots.data import Series, load
 from plots.samples import read_moments
 from plots.style import save
@@ -22,14 +22,14 @@ def series_of(folder: Path, configuration: str = ON) -> Series:
     return load([folder]).series[configuration, WORKLOAD]
 
 
-def figure_of(folder: Path, point: PointRow):
+def figure_of(folder: Path, point: PointRecord):
     results = load([folder])
     figure = timeline_figure(results, results.series[point.configuration, WORKLOAD], point)
     assert figure is not None
     return figure
 
 
-def point_of(folder: Path, configuration: str = ON) -> PointRow:
+def point_of(folder: Path, configuration: str = ON) -> PointRecord:
     point = timeline_point(series_of(folder, configuration))
     assert point is not None
     return point
@@ -59,7 +59,7 @@ def test_the_server_and_the_requests_in_time(demo: Path) -> None:
     assert max(lines["waiting (server)"].get_ydata()) == readings["waiting"].max() > 0
     # The made-up server's readings are of the same requests as the client's.
     assert max(lines["open at the client"].get_ydata()) >= (readings["running"] + readings["waiting"]).max()
-    assert [text.get_text() for text in cache.get_legend().get_texts()] == ["KV use", "preemptions (3 in all)"]
+    assert [text.get_text() for text in cache.get_legend().get_texts()] == ["KV use", "preemptions (3 in total)"]
     assert len(first.lines[0].get_xdata()) == point.requests
     assert len(gaps.lines[0].get_xdata()) == point.requests * 31
     assert "not sustained: the queue grew" in footer(figure)

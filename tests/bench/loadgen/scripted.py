@@ -9,8 +9,8 @@ import pytest
 from bench.loadgen import loop
 from bench.loadgen.connection import ReceiveBuffer
 from bench.loadgen.recording import GeneratorUse, Recording
-from bench.results import RequestRow
-from bench.target.target import Address
+from bench.loadgen.request import Address
+from bench.results import RequestRecord
 from bench.workloads import RequestSpec
 
 ADDRESS = Address("h", 1, "", None, socket.AF_INET, ("127.0.0.1", 1))
@@ -67,7 +67,7 @@ class ScriptedConnection:
 
 def answered(
     reads: Sequence[bytes], tokens: int = 3, takes: int | None = None
-) -> tuple[RequestRow, ScriptedConnection, loop.Loop]:
+) -> tuple[RequestRecord, ScriptedConnection, loop.Loop]:
     """One request of `tokens` tokens, answered with these reads; the connection breaks after `takes` bytes of it."""
     made: list[ScriptedConnection] = []
 
@@ -83,5 +83,5 @@ def answered(
         running.close()
     spec = RequestSpec(1, tokens, prompt_ids=[1])
     recording = Recording(running.streams, [spec], running.start_ns, GeneratorUse(0.0, 0.0, 0.0), cut_short=False)
-    (row,) = recording.rows(EVER)
+    (row,) = recording.records(EVER)
     return row, made[0], running

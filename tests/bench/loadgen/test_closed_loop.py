@@ -88,7 +88,7 @@ def test_a_closed_loop_keeps_so_many_open_and_no_more(known_server: Any) -> None
     target = Target(known_server.url, json.dumps({"ttft": 0.02, "itl": 0.01}))
     requests = [RequestSpec(1, count, prompt_ids=[1]) for count in tokens]
     recording = run_closed_loop(target, requests, 4, observer=Quiet(), time_limit_s=60)
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert [(r.status, r.output_tokens) for r in rows] == [("ok", count) for count in tokens]
     assert not recording.cut_short
     log = known_server.sent(len(tokens))
@@ -106,7 +106,7 @@ def test_a_closed_loop_keeps_so_many_open_and_no_more(known_server: Any) -> None
 
 def test_more_streams_than_requests(known_server: Any) -> None:
     recording = run_closed_loop(Target(known_server.url, "{}"), specs(3), 50, observer=Quiet(), time_limit_s=60)
-    assert [r.status for r in recording.rows(EVER)] == ["ok"] * 3
+    assert [r.status for r in recording.records(EVER)] == ["ok"] * 3
 
 
 def test_a_closed_loop_without_a_server_ends() -> None:
@@ -114,20 +114,20 @@ def test_a_closed_loop_without_a_server_ends() -> None:
         port = listener.getsockname()[1]
     target = Target(f"http://127.0.0.1:{port}", "m")
     recording = run_closed_loop(target, specs(2000), 8, observer=Quiet(), time_limit_s=30)
-    assert {r.status for r in recording.rows(EVER)} == {"connection"}
-    assert len(recording.rows(EVER)) == 2000
+    assert {r.status for r in recording.records(EVER)} == {"connection"}
+    assert len(recording.records(EVER)) == 2000
 
 
 def test_connections_are_used_again(keeping: KeepingServer) -> None:
     recording = run_closed_loop(Target(keeping.url, "m"), specs(60), 3, observer=Quiet(), time_limit_s=30)
-    assert [r.status for r in recording.rows(EVER)] == ["ok"] * 60
+    assert [r.status for r in recording.records(EVER)] == ["ok"] * 60
     assert (keeping.connections, keeping.requests) == (3, 60)
 
 
 def test_an_open_loop_uses_them_again_too(keeping: KeepingServer) -> None:
     times = np.arange(5) * 0.4  # each is over long before the next opens its own
     recording = run_load(Target(keeping.url, "m"), specs(5), times, observer=Quiet(), time_limit_s=30)
-    assert [r.status for r in recording.rows(EVER)] == ["ok"] * 5
+    assert [r.status for r in recording.records(EVER)] == ["ok"] * 5
     assert keeping.connections == 1
 
 
@@ -136,7 +136,7 @@ def test_a_used_connection_that_the_server_gave_up_is_replaced() -> None:
     server = KeepingServer(answers_each=1)
     recording = run_closed_loop(Target(server.url, "m"), specs(6), 1, observer=Quiet(), time_limit_s=30)
     server.close()
-    assert [r.status for r in recording.rows(EVER)] == ["ok"] * 6
+    assert [r.status for r in recording.records(EVER)] == ["ok"] * 6
     assert recording.sent == 6
     assert server.connections == 6
 
@@ -152,7 +152,7 @@ def test_several_processes_make_one_record(known_server: Any, closed: bool) -> N
     else:
         times = np.arange(len(tokens)) * 0.02
         recording = run_load(target, requests, times, observer=watch, time_limit_s=60, processes=2)
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert [(r.index, r.status, r.output_tokens) for r in rows] == [(i, "ok", n) for i, n in enumerate(tokens)]
     log = known_server.sent(len(tokens))
     for row, count in zip(rows, tokens, strict=True):
@@ -175,7 +175,7 @@ def test_several_processes_are_cut_short_together(known_server: Any) -> None:
     times = np.arange(12) * 0.5
     recording = run_load(target, specs(12, 5), times, observer=watch, time_limit_s=60, processes=2)
     assert recording.cut_short
-    assert 2 <= sum(r.status == "ok" for r in recording.rows(EVER)) < 12
+    assert 2 <= sum(r.status == "ok" for r in recording.records(EVER)) < 12
 
 
 def test_several_processes_keep_up_the_load_until_all_awaited_ended(known_server: Any) -> None:
@@ -184,7 +184,7 @@ def test_several_processes_keep_up_the_load_until_all_awaited_ended(known_server
     recording = run_load(
         target, requests, np.arange(102) * 0.05, observer=Quiet(), time_limit_s=60, needed=2, processes=2
     )
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert recording.cut_short
     assert rows[0].status == "ok"
     # The process whose own request ended at once went on sending: both kinds of index are there until about 1.2 s.

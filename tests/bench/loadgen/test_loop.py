@@ -13,9 +13,9 @@ import pytest
 
 from bench.errors import BenchError
 from bench.loadgen import connection, poller, run_load
-from bench.loadgen.loop import LEAD_NS, Job
+from bench.loadgen.job import LEAD_NS, Job
+from bench.loadgen.request import Address
 from bench.target import Target
-from bench.target.target import Address
 from bench.workloads import RequestSpec
 
 EVER = (0.0, float("inf"))
@@ -50,10 +50,10 @@ def test_reports_what_was_sent(known_server: Any, framing: str) -> None:
     times = [0.0, 0.05, 0.1, 0.1, 0.1, 0.2]
     recording = known_server.run(tokens, times, framing=framing, ttft=0.05, itl=0.03)
     log = known_server.sent(len(tokens))
-    rows = recording.rows((0.1, 0.2))
+    rows = recording.records((0.1, 0.2))
     assert [row.status for row in rows] == ["ok"] * 6
     assert [row.in_window for row in rows] == [False, False, True, True, True, False]
-    assert recording.asked == recording.sent == 6
+    assert recording.requested == recording.sent == 6
     assert not recording.cut_short
     for row, count, moment in zip(rows, tokens, times, strict=True):
         entry = log[count]
@@ -83,13 +83,13 @@ def test_request_on_the_wire(known_server: Any) -> None:
 
 
 def test_chat_stream(known_server: Any) -> None:
-    (row,) = known_server.run([6], chat=True, itl=0.01).rows(EVER)
+    (row,) = known_server.run([6], chat=True, itl=0.01).records(EVER)
     assert (row.status, row.chunk_tokens, row.output_tokens) == ("ok", [1] * 6, 6)
 
 
 def test_a_stall_is_seen_as_long_as_it_was(known_server: Any) -> None:
     tokens = [11, 12, 13]
-    rows = known_server.run(tokens, itl=0.02, stall_after=4, stall_s=0.52).rows(EVER)
+    rows = known_server.run(tokens, itl=0.02, stall_after=4, stall_s=0.52).records(EVER)
     log = known_server.sent(3)
     for row, count in zip(rows, tokens, strict=True):
         gaps = true_gaps(log[count], count)
@@ -100,14 +100,14 @@ def test_a_stall_is_seen_as_long_as_it_was(known_server: Any) -> None:
 
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_chunks_of_several_tokens(known_server: Any, logprobs: bool) -> None:
-    (row,) = known_server.run([10], per_chunk=4, itl=0.01, logprobs=logprobs).rows(EVER)
+    (row,) = known_server.run([10], per_chunk=4, itl=0.01, logprobs=logprobs).records(EVER)
     assert row.chunk_tokens == [4, 4, 2]
     assert len(row.chunk_gaps_s) == 2
     assert row.output_tokens == 10
 
 
 def test_events_in_two_pieces_arrive_with_the_second(known_server: Any) -> None:
-    (row,) = known_server.run([6], split=True, itl=0.03).rows(EVER)
+    (row,) = known_server.run([6], split=True, itl=0.03).records(EVER)
     entry = known_server.sent(1)[6]
     assert (row.status, row.chunk_tokens) == ("ok", [1] * 6)
     assert row.chunk_gaps_s == pytest.approx(true_gaps(entry, 6).tolist(), abs=SLACK_S)
@@ -115,7 +115,7 @@ def test_events_in_two_pieces_arrive_with_the_second(known_server: Any) -> None:
 
 @pytest.mark.parametrize("status", [429, 500])
 def test_refusals_carry_status_and_message(known_server: Any, status: int) -> None:
-    rows = known_server.run([3, 4], status=status).rows(EVER)
+    rows = known_server.run([3, 4], status=status).records(EVER)
     assert [(row.status, row.error) for row in rows] == [(f"http {status}", "the stub says no")] * 2
     assert [(row.ttft_s, row.e2e_s, row.output_tokens) for row in rows] == [(None, None, 0)] * 2
 
@@ -124,13 +124,13 @@ def test_refusals_carry_status_and_message(known_server: Any, status: int) -> No
     ("fault", "status", "error"),
     [
         ("close", "connection", "the server closed the connection in the middle of its answer"),
-        ("garbage event", "malformed stream", "an event of the stream can't be read: {not json"),
+        ("garbage event", "malformed stream", "an event of the stream cannot be parsed: {not json"),
         ("garbage chunk", "malformed stream", "the chunks of the response are not framed as HTTP requires"),
         ("error event", "stream error", "the engine died"),
     ],
 )
 def test_broken_streams_keep_what_came_before(known_server: Any, fault: str, status: str, error: str) -> None:
-    (row,) = known_server.run([9], itl=0.01, fault=fault, fault_after=3).rows(EVER)
+    (row,) = known_server.run([9], itl=0.01, fault=fault, fault_after=3).records(EVER)
     assert row.status == status
     assert row.error in (error, "connection reset by peer")
     assert row.ttft_s is not None
@@ -140,13 +140,13 @@ def test_broken_streams_keep_what_came_before(known_server: Any, fault: str, sta
 
 
 def test_not_http(known_server: Any) -> None:
-    (row,) = known_server.run([3], fault="garbage head").rows(EVER)
+    (row,) = known_server.run([3], fault="garbage head").records(EVER)
     assert (row.status, row.error) == ("malformed stream", "the server did not answer in HTTP")
 
 
 def test_an_answer_that_is_done_but_does_not_end(known_server: Any) -> None:
     recording = known_server.run([4], fault="no end")
-    (row,) = recording.rows(EVER)
+    (row,) = recording.records(EVER)
     assert (row.status, row.output_tokens, recording.cut_short) == ("ok", 4, False)
 
 
@@ -157,7 +157,7 @@ def test_connection_refused() -> None:
     specs = [RequestSpec(1, 4, prompt_ids=[1]) for _ in range(3)]
     watch = StopWhen(lambda *_: False)
     recording = run_load(target, specs, np.array([0.0, 0.01, 0.5]), observer=watch, time_limit_s=30)
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert [(row.status, row.error) for row in rows] == [("connection", "connection refused")] * 3
     assert watch.calls[-1][1:] == (0, 0, 0, 3)
     assert recording.sent == 0
@@ -181,14 +181,14 @@ def test_few_connections_to_this_machine_need_little_lead() -> None:
 
 def test_the_first_sends_are_in_time(known_server: Any) -> None:
     """With as little lead as there is, every connection stands before its request is due."""
-    rows = known_server.run([2] * 4).rows(EVER)
+    rows = known_server.run([2] * 4).records(EVER)
     assert len(rows) == 4
     assert max(row.sent_s - row.intended_s for row in rows) < SLACK_S
 
 
 def test_nothing_to_send(known_server: Any) -> None:
     recording = known_server.run([])
-    assert recording.rows(EVER) == []
+    assert recording.records(EVER) == []
     assert not recording.health.saturated
 
 
@@ -197,17 +197,17 @@ def test_observer_cuts_short_and_keeps_what_was_measured(known_server: Any) -> N
     target = Target(known_server.url, json.dumps({"fault": "hang", "fault_after": 7}))
     specs = [RequestSpec(1, count, prompt_ids=[1]) for count in (4, 9, 9)]  # the first one ends before its fault
     recording = run_load(target, specs, np.array([0.0, 0.0, 300.0]), observer=watch, time_limit_s=60)
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert recording.cut_short
     assert [row.status for row in rows] == ["ok", "cut short"]
     assert rows[1].chunk_tokens == [1] * 7
-    assert (recording.asked, recording.sent) == (3, 2)
+    assert (recording.requested, recording.sent) == (3, 2)
 
 
 def test_time_limit_cuts_short(known_server: Any) -> None:
     recording = known_server.run([5, 6], [0.0, 100.0], fault="hang", time_limit_s=0.5)
     assert recording.cut_short
-    assert [row.status for row in recording.rows(EVER)] == ["cut short"]
+    assert [row.status for row in recording.records(EVER)] == ["cut short"]
 
 
 def test_observer_sees_counts(known_server: Any) -> None:
@@ -242,7 +242,7 @@ def test_kernel_stamps_survive_a_late_reader(known_server: Any) -> None:
             return True
 
     recording = known_server.run([5], itl=0.6, watcher=Sleepy())
-    (row,) = recording.rows(EVER)
+    (row,) = recording.records(EVER)
     gaps = true_gaps(known_server.sent(1)[5], 5)
     if recording.health.loop_lag_p99_s == 0:
         pytest.skip("this system gives no kernel stamps")
@@ -252,7 +252,7 @@ def test_kernel_stamps_survive_a_late_reader(known_server: Any) -> None:
 
 def test_reads_of_several_chunks_are_counted(known_server: Any) -> None:
     recording = known_server.run([200])  # all at once
-    (row,) = recording.rows(EVER)
+    (row,) = recording.records(EVER)
     assert (row.status, row.output_tokens, len(row.chunk_tokens)) == ("ok", 200, 200)
     assert recording.health.coalesced_reads >= 1
 
@@ -266,7 +266,7 @@ def test_systems_that_lack_something(known_server: Any, monkeypatch: pytest.Monk
     else:
         monkeypatch.setattr(connection, "_ANCILLARY_BYTES", 0)
     recording = known_server.run([5, 6], [0.0, 0.1], itl=0.01)
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert [(row.status, row.chunk_tokens) for row in rows] == [("ok", [1] * 5), ("ok", [1] * 6)]
     assert all(row.sent_s >= row.intended_s for row in rows)
 
@@ -274,7 +274,7 @@ def test_systems_that_lack_something(known_server: Any, monkeypatch: pytest.Monk
 def test_many_streams_and_the_collector_is_back(known_server: Any) -> None:
     assert gc.isenabled()
     tokens = list(range(10, 138))
-    rows = known_server.run(tokens, [i / 400 for i in range(128)], itl=0.002).rows(EVER)
+    rows = known_server.run(tokens, [i / 400 for i in range(128)], itl=0.002).records(EVER)
     assert [row.status for row in rows] == ["ok"] * 128
     assert [row.output_tokens for row in rows] == tokens
     assert gc.isenabled()
@@ -284,18 +284,18 @@ def test_long_requests_leave_in_pieces(known_server: Any) -> None:
     ids = list(range(100_000, 700_000))  # beyond what a socket's buffer takes at once
     target = Target(known_server.url, json.dumps({}))
     spec = RequestSpec(len(ids), 3, prompt_ids=ids)
-    (row,) = run_load(target, [spec], np.zeros(1), observer=Quiet(), time_limit_s=60).rows(EVER)
+    (row,) = run_load(target, [spec], np.zeros(1), observer=Quiet(), time_limit_s=60).records(EVER)
     assert (row.status, row.input_tokens) == ("ok", len(ids))
 
 
 def test_tls(tls_server: Any) -> None:
     tokens = [5, 6, 300]
-    rows = tls_server.run(tokens, itl=0.001).rows(EVER)
+    rows = tls_server.run(tokens, itl=0.001).records(EVER)
     assert [(row.status, row.output_tokens) for row in rows] == [("ok", count) for count in tokens]
 
 
 def test_tls_certificate_is_checked(tls_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSL_CERT_FILE")
-    (row,) = tls_server.run([5]).rows(EVER)
+    (row,) = tls_server.run([5]).records(EVER)
     assert row.status == "connection"
     assert "certificate" in row.error

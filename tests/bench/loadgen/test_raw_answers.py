@@ -76,7 +76,7 @@ def send(server: RawServer, count: int, tokens: int = 3) -> tuple[Recording, flo
 def test_answers_end_when_they_end(answer: list[Piece]) -> None:
     with RawServer(answer) as server:
         recording, seconds = send(server, 8)
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert [(r.status, r.error, r.chunk_tokens) for r in rows] == [("ok", "", [1, 1, 1])] * 8
     assert server.connections == 1
     assert seconds < 1.0  # a single wait for an end that isn't seen takes that long
@@ -87,7 +87,7 @@ def test_an_answer_that_lasts_until_the_connection_closes(closes: bool) -> None:
     """[DONE] ends it for whoever reads the stream, even where the server takes its time to close."""
     with RawServer([HEAD + b"\r\n" + BODY, *([] if closes else [2.0])], closes=True) as server:
         recording, seconds = send(server, 4)
-    assert [(r.status, r.error, r.output_tokens) for r in recording.rows(EVER)] == [("ok", "", 3)] * 4
+    assert [(r.status, r.error, r.output_tokens) for r in recording.records(EVER)] == [("ok", "", 3)] * 4
     assert server.connections == 4
     assert seconds < 3.0
 
@@ -95,7 +95,7 @@ def test_an_answer_that_lasts_until_the_connection_closes(closes: bool) -> None:
 @pytest.mark.parametrize("rest", [b"", b"0\r\n\r\nHTTP/1.1 408 Timeout\r\n\r\nx"])
 def test_an_end_that_is_none_is_said(rest: bytes) -> None:
     with RawServer([CHUNKED + CHUNKS + rest]) as server:
-        (row,) = send(server, 1)[0].rows(EVER)
+        (row,) = send(server, 1)[0].records(EVER)
     assert (row.status, row.output_tokens) == ("ok", 3)
     assert "not terminated as HTTP requires" in row.error
 
@@ -113,7 +113,7 @@ def test_the_first_token_is_the_first_with_words(opening: bytes, packed: bool) -
         head = HEAD + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
     answer = [head, *(one if isinstance(one, float) else chunk(one) for one in events), b"0\r\n\r\n"]
     with RawServer(answer) as server:
-        (row,) = send(server, 1)[0].rows(EVER)
+        (row,) = send(server, 1)[0].records(EVER)
     assert (row.status, row.chunk_tokens, row.output_tokens) == ("ok", [1, 1, 1], 3)
     assert row.ttft_s is not None
     assert row.ttft_s >= PAUSE_S
@@ -146,7 +146,7 @@ DIED = event({"error": {"message": "died"}})
 def test_what_is_no_stream_is_named(answer: bytes, status: str, words: str) -> None:
     with RawServer([answer]) as server:
         recording, seconds = send(server, 3)
-    rows = recording.rows(EVER)
+    rows = recording.records(EVER)
     assert [row.status for row in rows] == [status] * 3
     assert all(words in row.error for row in rows)
     assert seconds < 2.0

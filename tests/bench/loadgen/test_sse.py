@@ -111,7 +111,7 @@ def test_an_event_cut_in_the_middle_is_not_there() -> None:
 def test_malformed_events_end_the_stream(data: str) -> None:
     answer = read_stream(event(text("a")) + b"data: " + data.encode("latin-1") + b"\n\n" + event(text("b")))
     assert answer.tokens == [1]
-    assert "can't be read" in answer.malformed
+    assert "cannot be parsed" in answer.malformed
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_mixed_line_ends(first: str, second: str) -> None:
     body = b"\xef\xbb\xbf" + first.encode().join(lines) + first.encode() + second.encode() + b"data: [DONE]\r\n\r\n"
     answer = read_stream(body)
     if first + second == "\r\n":  # one line end: the data goes on, and no JSON is followed by more
-        assert "can't be read" in answer.malformed
+        assert "cannot be parsed" in answer.malformed
         return
     assert (answer.tokens, answer.ended, answer.malformed) == ([1], True, "")
 
@@ -266,7 +266,7 @@ def test_tokens_sum_to_the_usage(sizes: list[int], closing: bool) -> None:
         ),
         (b"[1, 2]", "", "with JSON instead of a stream: [1, 2]"),
         (b'{"response": "a"}\n{"response": "b"}\n', "application/x-ndjson", "lines of JSON"),
-        (b"Hello there", "text/plain", "text of the type text/plain that holds no event of a stream: Hello there"),
+        (b"Hello there", "text/plain", "text of type text/plain that contains no events: Hello there"),
     ],
 )
 def test_what_a_200_is_that_is_no_stream(body: bytes, media: str, words: str) -> None:

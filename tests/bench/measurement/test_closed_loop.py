@@ -14,7 +14,7 @@ from bench.errors import BenchError
 from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
 from bench.measurement.load_point import LoadPoint, PointPlan, PointState
 from bench.measurement.progress import QuietProgress
-from bench.results import PointRow, RunFiles
+from bench.results import PointRecord, RunFiles
 from bench.search.windows import TimeBudget, Timing
 from bench.target import Target
 from bench.target.metrics import MetricsReader
@@ -57,7 +57,7 @@ def test_it_shows_how_far_it_is(queue_server: Any, tmp_path: Path) -> None:
         def point_tick(self, plan: PointPlan, state: PointState) -> None:
             self.seen.append(("tick", plan.requests, state.finished))
 
-        def point_finished(self, row: PointRow) -> None:
+        def point_finished(self, row: PointRecord) -> None:
             self.seen.append(("finished", row.requests, row.completed))
 
     server = queue_server("--slots", "4", "--service", "0.3")

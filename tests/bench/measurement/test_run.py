@@ -9,7 +9,7 @@ from bench.errors import BenchError
 from bench.measurement.load_point import PointPlan
 from bench.measurement.progress import QuietProgress
 from bench.measurement.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
-from bench.results import Answer, PointRow, RunFiles
+from bench.results import Answer, PointRecord, RunFiles
 from bench.target import Target
 from bench.target.server import ServerProcess
 from bench.workloads import Workload, make_workload
@@ -32,8 +32,8 @@ class Counting(QuietProgress):
 
 
 def measure(
-    server: ServerProcess, folder: Path, finished: list[PointRow] | None = None, **options: object
-) -> tuple[Answer | None, list[PointRow], Counting]:
+    server: ServerProcess, folder: Path, finished: list[PointRecord] | None = None, **options: object
+) -> tuple[Answer | None, list[PointRecord], Counting]:
     progress, files = Counting(), RunFiles(folder)
     chosen = BenchOptions(**({"precision": 0.2, "max_minutes": 2.0} | options))  # type: ignore[arg-type]
     subject = Subject(Target(server.base_url, "stub"), SHORT, "c", chosen, files, progress)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.results import RequestRow
+from bench.results import RequestRecord
 from bench.results.vllm_json import save_vllm_result, vllm_result
 
 KEYS = {
@@ -15,9 +15,9 @@ KEYS = {
 }  # fmt: skip
 
 
-def row(index: int, start: float, gaps: list[float], status: str = "ok") -> RequestRow:
+def row(index: int, start: float, gaps: list[float], status: str = "ok") -> RequestRecord:
     ok = status == "ok"
-    return RequestRow(
+    return RequestRecord(
         index, start, start, 0.1, 0.1 + sum(gaps) if ok else None, 5, 1 + len(gaps), 1 + len(gaps), 0, True, status,
         "" if ok else "why", gaps, [1] * (1 + len(gaps)),
     )  # fmt: skip

@@ -1,26 +1,26 @@
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.results import PointRow
-from bench.search.search import CONFIRMATION_RUNS, Trial, answer_of_rates, bisections, find_sustained, round_rate
+from bench.results import PointRecord
+from bench.search.bracket import CONFIRMATION_RUNS, Trial, bisections, round_rate
+from bench.search.search import answer_of_rates, find_sustained
 from tests.bench.queue_model import SimulatedBench
 from tests.bench.records import plain_point
 
 
 def simulated(
     capacity: float, *, noise: float = 0.0, seed: int = 0, stop_after: int = 10**9
-) -> tuple[Callable[[Trial], PointRow | None], list[Trial]]:
+) -> tuple[Callable[[Trial], PointRecord | None], list[Trial]]:
     """A measure function that sustains what is below `capacity`, judged with a relative error of `noise` a run."""
     rng, counts = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
     trials: list[Trial] = []
 
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         if len(trials) >= stop_after:
             return None
         trials.append(trial)
@@ -80,7 +80,7 @@ def test_running_out_of_time_reports_the_bracket_so_far(stop_after: int) -> None
 def test_time_kept_for_confirming_is_used_when_the_search_stops() -> None:
     measure, trials = simulated(5.0)
 
-    def limited(trial: Trial) -> PointRow | None:
+    def limited(trial: Trial) -> PointRecord | None:
         return None if trial.phase == "search" and len(trials) >= 5 else measure(trial)
 
     answer, _ = find_sustained(limited, start_rate=1.0, precision=0.01)
@@ -91,7 +91,7 @@ def test_time_kept_for_confirming_is_used_when_the_search_stops() -> None:
 def test_a_rate_that_fails_its_confirmation_is_stepped_down_from() -> None:
     calls: list[Trial] = []
 
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         calls.append(trial)
         # Above 3 only luck helps: the first run of a rate is sustained up to 5, every further one up to 3.
         good = trial.rate <= (3.0 if trial.phase == "confirm" else 5.0)
@@ -107,7 +107,7 @@ def test_a_rate_that_fails_its_confirmation_is_stepped_down_from() -> None:
 
 
 def test_an_upper_end_from_a_short_window_is_tried_again() -> None:
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         short = trial.phase == "search" and trial.repeat == 0 and trial.rate in (1, 2, 4)
         good = trial.rate <= 4.3 and not (short and trial.rate == 4)
         return plain_point(
@@ -121,10 +121,10 @@ def test_an_upper_end_from_a_short_window_is_tried_again() -> None:
     assert 4.0 <= answer.rate <= 4.3
 
 
-def noisy_at_8(capacity: float, lucky: set[int]) -> Callable[[Trial], PointRow | None]:
+def noisy_at_8(capacity: float, lucky: set[int]) -> Callable[[Trial], PointRecord | None]:
     """Up to `capacity` all is sustained, but at 8 req/s the runs in `lucky` and no others are."""
 
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         good = trial.repeat in lucky if trial.rate == 8 else trial.rate <= capacity
         return plain_point(
             rate=trial.rate, phase=trial.phase, repeat=trial.repeat, sustained=good, requests=400,
@@ -160,7 +160,7 @@ def test_an_upper_end_that_only_overload_explains_is_not_tried_again() -> None:
 
 
 def test_a_client_that_can_not_go_further_binds() -> None:
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         if trial.rate > 10:
             return plain_point(rate=trial.rate, phase=trial.phase, valid=False, sustained=None, binding="client")
         return plain_point(rate=trial.rate, phase=trial.phase)
@@ -174,7 +174,7 @@ def test_a_client_that_can_not_go_further_binds() -> None:
 def test_a_point_spoilt_by_the_client_is_run_once_more() -> None:
     sustained, trials = simulated(10.0)
 
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         if trial.repeat == 0 and trial.phase == "search":
             return plain_point(rate=trial.rate, phase=trial.phase, valid=False, sustained=None, binding="client")
         return sustained(trial)
@@ -189,7 +189,7 @@ def test_a_point_spoilt_by_the_client_is_run_once_more() -> None:
 
 
 def test_a_point_no_other_rate_would_mend_ends_the_search() -> None:
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         return plain_point(
             rate=trial.rate, valid=False, sustained=None, reason="5 of 8 outputs did not have the requested length"
         )
@@ -256,7 +256,7 @@ def test_the_interval_widens_with_the_spread_of_the_confirmation_runs() -> None:
         measure, _ = simulated(5.0, noise=noise, seed=3)
         done = iter((1 + noise, 1 - noise, 1.0) * 20)
 
-        def spread(trial: Trial, measure: Callable[..., PointRow | None] = measure, done=done) -> PointRow | None:  # type: ignore[no-untyped-def]
+        def spread(trial: Trial, measure: Callable[..., PointRecord | None] = measure, done=done) -> PointRecord | None:  # type: ignore[no-untyped-def]
             row = measure(trial)
             if row is not None and trial.phase == "confirm":
                 row.achieved_rate = trial.rate * next(done)
@@ -271,7 +271,7 @@ def test_the_interval_widens_with_the_spread_of_the_confirmation_runs() -> None:
 
 
 def test_further_runs_may_outvote_a_confirmation() -> None:
-    def measure(trial: Trial) -> PointRow | None:
+    def measure(trial: Trial) -> PointRecord | None:
         good = trial.rate <= 3.0 or (trial.rate <= 4.0 and trial.repeat < 2)
         return plain_point(rate=trial.rate, phase=trial.phase, repeat=trial.repeat, sustained=good, requests=400)
 
@@ -292,126 +292,3 @@ def test_repeats_that_no_longer_fit_leave_the_answer_confirmed() -> None:
     assert answer.confirmed
     assert bench.now_s <= 40 * 60
     assert all(r.requests >= 350 for r in rows if r.phase == "confirm" and r.repeat > 1)
-
-
-def disturbed(capacity: float, when: Callable[[int], bool]) -> tuple[Callable[[Trial], PointRow | None], list[Trial]]:
-    """As simulated(), but others take 40 % of the cores and half of the capacity in the runs that `when` picks."""
-    trials: list[Trial] = []
-
-    def measure(trial: Trial) -> PointRow | None:
-        trials.append(trial)
-        busy = when(len(trials) - 1)
-        good = trial.rate <= (capacity / 2 if busy else capacity)
-        return plain_point(
-            rate=trial.rate, phase=trial.phase, repeat=trial.repeat, sustained=good, binding="" if good else "compute",
-            backlog_growth=0.0 if good else 99.0, backlog_noise=10.0, requests=400, achieved_rate=trial.rate,
-            others_cpu_share=0.4 if busy else 0.02, steal_share=0.0, disturbed=busy,
-        )  # fmt: skip
-
-    return measure, trials
-
-
-def test_a_disturbed_point_is_measured_again_and_counts_for_nothing() -> None:
-    measure, trials = disturbed(7.3, lambda i: i in (2, 5, 9))
-    answer, rows = find_sustained(measure, start_rate=1.0, precision=0.05)
-    for i, row in enumerate(rows):
-        if row.disturbed:
-            assert (rows[i + 1].rate, rows[i + 1].repeat) == (row.rate, row.repeat + 1)
-            assert not rows[i + 1].disturbed
-    assert sum(row.disturbed for row in rows) == 3
-    assert answer.rate is not None
-    assert 7.3 / 1.06 <= answer.rate <= 7.3
-    assert (answer.provisional, answer.disturbance) == (False, "")
-    assert len({(t.rate, t.repeat) for t in trials}) == len(trials)
-
-
-def test_an_answer_that_rests_on_disturbed_points_is_provisional_and_says_why() -> None:
-    measure, _ = disturbed(7.3, lambda i: True)
-    answer, rows = find_sustained(measure, start_rate=1.0, precision=0.05)
-    assert answer.rate is not None
-    assert answer.rate <= 3.65
-    assert answer.provisional
-    assert "provisional: other processes used 40% of the cores)" in answer.line()
-    # Where it goes on for ever, repetitions are given up.
-    _, undisturbed = (
-        disturbed(3.65, lambda i: False),
-        find_sustained(simulated(3.65)[0], start_rate=1.0, precision=0.05),
-    )
-    assert len(rows) <= len(undisturbed[1]) + 3
-
-
-def test_without_time_a_disturbed_point_stands() -> None:
-    measure, trials = disturbed(7.3, lambda i: i == 1)
-    answer, _ = find_sustained(
-        lambda t: None if t.whole or len(trials) == 2 else measure(t), start_rate=1.0, precision=0.05
-    )
-    assert answer.rate == 2.0
-    assert "other processes used 40% of the cores" in answer.line()
-
-
-def test_nothing_sustained_beside_others_is_provisional_too() -> None:
-    rows = [plain_point(rate=4.0, sustained=False, disturbed=True, others_cpu_share=0.3, steal_share=0.25)]
-    line = answer_of_rates(rows, "c", "w").line()
-    assert "sustains below 4 req/s (provisional: other processes used 30% of the cores and the hypervisor took" in line
-
-
-def undecided_below(capacity: float, enough: int) -> Callable[[Trial], PointRow | None]:
-    """Windows of fewer than `enough` seconds can't decide; the first one of a rate has 100."""
-
-    def measure(trial: Trial) -> PointRow | None:
-        window_s = trial.window_s or 100.0
-        decided, good = window_s >= enough, trial.rate <= capacity
-        verdict = ("sustained" if good else "not sustained") if decided else "undecided"
-        return plain_point(
-            rate=trial.rate, phase=trial.phase, repeat=trial.repeat, window_s=window_s, requests=round(4 * window_s),
-            sustained=good if decided else None, verdict=verdict, binding="" if good or not decided else "compute",
-            reason="undecided: 40 requests are too few" if not decided else "", backlog_growth=0.0 if good else 99.0,
-            backlog_noise=10.0,
-        )  # fmt: skip
-
-    return measure
-
-
-def test_a_window_that_can_not_decide_is_followed_by_longer_ones() -> None:
-    answer, rows = find_sustained(undecided_below(5.0, 350), start_rate=1.0, precision=0.1)
-    assert answer.confirmed
-    assert answer.rate is not None
-    assert 4.5 <= answer.rate <= 5.0
-    assert answer.undecided is None
-    tried = [r.window_s for r in rows if r.rate == answer.rate]
-    assert tried[:3] == [100.0, 200.0, 400.0]
-    assert all(r.window_s == 400.0 for r in rows if r.sustained)
-
-
-def test_where_no_window_decides_the_answer_says_so_and_no_rate_counts_as_sustained() -> None:
-    answer, rows = find_sustained(undecided_below(5.0, 10**9), start_rate=1.0, precision=0.1)
-    assert answer.rate is None
-    assert answer.high is None
-    assert (answer.binding, answer.undecided) == ("undecided", min(r.rate for r in rows))
-    assert answer.line().startswith("undecided at")
-    assert not answer.confirmed
-    assert len(rows) < 100
-
-
-def test_where_the_time_is_over_before_any_rate_is_decided_the_rest_goes_to_the_lowest() -> None:
-    decides = undecided_below(5.0, 350)
-
-    def measure(trial: Trial) -> PointRow | None:
-        if trial.phase == "search":
-            return decides(trial) if trial.rate < 4 else None  # no further window fits into the time for searching
-        return decides(replace(trial, window_s=400.0)) if trial.repeat == 1 else None
-
-    answer, rows = find_sustained(measure, start_rate=1.0, precision=0.1)
-    assert [(r.rate, r.phase, r.sustained) for r in rows][-1] == (1.0, "confirm", True)
-    assert (answer.rate, answer.confirmed, answer.undecided) == (1.0, True, 2.0)
-
-
-def test_given_rates_of_which_some_could_not_be_decided() -> None:
-    verdicts = {1.0: "sustained", 2.0: "undecided", 3.0: "not sustained"}
-    known = {"sustained": True, "undecided": None, "not sustained": False}
-    rows = [plain_point(rate=r, phase="fixed", sustained=known[v], verdict=v) for r, v in verdicts.items()]
-    answer = answer_of_rates(rows, "c", "w")
-    assert (answer.rate, answer.undecided, answer.high) == (1.0, 2.0, 3.0)
-    assert "undecided from 2" in answer.line()
-    only = answer_of_rates(rows[1:2], "c", "w")
-    assert (only.rate, only.undecided, only.high, only.binding) == (None, 2.0, None, "undecided")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.search.search import Trial
+from bench.search.bracket import Trial
 from bench.search.windows import LADDER, Planner, TimeBudget, full_requests, is_provisional, ladder_rates, phase_repeat
 
 
@@ -38,7 +38,7 @@ def test_a_full_window_holds_latencies_and_requests() -> None:
 
 def test_windows_are_full_where_time_allows_and_hold_whole_requests() -> None:
     plan, _ = planner(100_000.0)
-    lengths = plan.lengths(Trial(4.1, "confirm"), 2.0)
+    lengths = plan.search_timing(Trial(4.1, "confirm"), 2.0)
     assert lengths is not None
     assert lengths.window_s * 4.1 == pytest.approx(400)
     assert lengths.warmup_s == 2.5
@@ -47,8 +47,8 @@ def test_windows_are_full_where_time_allows_and_hold_whole_requests() -> None:
 
 def test_a_doubling_point_is_short_and_a_bisection_is_not() -> None:
     plan, _ = planner(100_000.0)
-    first = plan.lengths(Trial(1.0, "search", points_left=7), 1.0)
-    later = plan.lengths(Trial(1.0, "search", points_left=3), 1.0)
+    first = plan.search_timing(Trial(1.0, "search", points_left=7), 1.0)
+    later = plan.search_timing(Trial(1.0, "search", points_left=3), 1.0)
     assert first is not None
     assert later is not None
     assert first.window_s < 30
@@ -62,7 +62,7 @@ def test_a_doubling_point_is_short_and_a_bisection_is_not() -> None:
 def test_no_point_is_planned_past_the_limit(limit_s, used, rate, latency_s, phase, points_left) -> None:  # type: ignore[no-untyped-def]
     plan, clock = planner(limit_s)
     clock.now += used * limit_s
-    lengths = plan.lengths(Trial(rate, phase, points_left=points_left), latency_s)
+    lengths = plan.search_timing(Trial(rate, phase, points_left=points_left), latency_s)
     left = plan.budget.left_s()
     if lengths is not None:
         assert lengths.warmup_s + lengths.window_s <= left + 0.5 / rate  # windows are rounded to whole requests
@@ -74,11 +74,11 @@ def test_no_point_is_planned_past_the_limit(limit_s, used, rate, latency_s, phas
 def test_a_search_leaves_time_for_confirmation_and_that_for_the_ladder() -> None:
     plan, clock = planner(100.0)
     clock.now += 65
-    assert plan.lengths(Trial(4.0, "search", points_left=1), 1.0) is None
-    confirm = plan.lengths(Trial(4.0, "confirm"), 1.0)
+    assert plan.search_timing(Trial(4.0, "search", points_left=1), 1.0) is None
+    confirm = plan.search_timing(Trial(4.0, "confirm"), 1.0)
     assert confirm is not None
     clock.now += 20
-    assert plan.lengths(Trial(4.0, "confirm"), 1.0) is None
+    assert plan.search_timing(Trial(4.0, "confirm"), 1.0) is None
     assert plan.ladder_timing(4.0, 4.0, 1.0, 2) is not None
     clock.now += 15
     assert plan.ladder_timing(4.0, 4.0, 1.0, 1) is None
@@ -87,7 +87,7 @@ def test_a_search_leaves_time_for_confirmation_and_that_for_the_ladder() -> None
 def test_a_given_window_is_taken_as_it_is_or_not_at_all() -> None:
     plan, clock = planner(100.0, window_s=30.0)
     for points_left in (1, 9):
-        lengths = plan.lengths(Trial(2.0, "confirm", points_left=points_left), 1.0)
+        lengths = plan.search_timing(Trial(2.0, "confirm", points_left=points_left), 1.0)
         assert lengths is not None
         assert lengths.window_s == 30.0
     clock.now += 80
@@ -120,9 +120,9 @@ def test_expected_time_stays_within_the_limit() -> None:
 def test_a_run_for_the_interval_is_whole_or_not_at_all() -> None:
     plan, clock = planner(900.0)
     wanted = Trial(4.0, "confirm", whole=True)
-    lengths = plan.lengths(wanted, 2.0)
+    lengths = plan.search_timing(wanted, 2.0)
     assert lengths is not None
     assert lengths.window_s == 100.0
     clock.now += 0.68 * 900 - 100  # a window would fit, but not what is around it, and the ladder is still to come
-    assert plan.lengths(wanted, 2.0) is None
-    assert plan.lengths(Trial(4.0, "confirm"), 2.0) is not None
+    assert plan.search_timing(wanted, 2.0) is None
+    assert plan.search_timing(Trial(4.0, "confirm"), 2.0) is not None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bench.errors import BenchError
 from bench.measurement.progress import QuietProgress
 from bench.measurement.run import Subject, measure_ladder
-from bench.results import PointRow, RunFiles, Summary
+from bench.results import PointRecord, RunFiles, Summary
 from bench.sweeps.sweep import STATE_FILE, common_ladder, run_sweep
 from bench.sweeps.sweepfile import read_sweep
 
@@ -124,7 +124,7 @@ def test_the_ladder_has_the_same_rates_for_all_and_the_time_the_search_left(
     minutes = 0.3
     limits: dict[str, float] = {}
 
-    def watched(subject: Subject, finished: list[PointRow]) -> list[PointRow]:
+    def watched(subject: Subject, finished: list[PointRecord]) -> list[PointRecord]:
         limits[subject.configuration] = subject.options.max_minutes
         return measure_ladder(subject, finished)
 

@@ -7,7 +7,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.measurement.run import Subject, measure_configuration, measure_ladder
-from bench.results import Answer, PointRow, RunFiles
+from bench.results import Answer, PointRecord, RunFiles
 from bench.sweeps.sweepfile import read_sweep
 from tests.bench.sweeps.test_sweep import sweep, write  # noqa: F401 (a fixture)
 
@@ -23,8 +23,8 @@ def test_configurations_take_turns_and_an_interrupted_round_goes_on(
 ) -> None:
     turns: list[tuple[str, int]] = []
 
-    def watched(subject: Subject, finished: list[PointRow]) -> list[PointRow]:
-        turns.append((subject.configuration, subject.options.turn))
+    def watched(subject: Subject, finished: list[PointRecord]) -> list[PointRecord]:
+        turns.append((subject.configuration, subject.options.round))
         if len(turns) == 4:
             raise KeyboardInterrupt
         return measure_ladder(subject, finished)
@@ -53,8 +53,8 @@ def test_given_rates_have_rounds_too(
 ) -> None:
     turns: list[tuple[str, int]] = []
 
-    def watched(subject: Subject, finished: list[PointRow]) -> Answer | None:
-        turns.append((subject.configuration, subject.options.turn))
+    def watched(subject: Subject, finished: list[PointRecord]) -> Answer | None:
+        turns.append((subject.configuration, subject.options.round))
         if len(turns) == 3:
             raise KeyboardInterrupt
         return measure_configuration(subject, finished)
@@ -97,5 +97,5 @@ def test_the_time_a_sweep_may_take_counts_the_servers_of_every_round(write: Call
 
 @pytest.mark.parametrize("rounds", [0, 1.5, True, "two"])
 def test_rounds_must_be_a_number_of_them(write: Callable[..., Path], rounds: object) -> None:  # noqa: F811
-    with pytest.raises(BenchError, match="rounds must be a whole number of at least 1"):
+    with pytest.raises(BenchError, match="rounds must be an integer of at least 1"):
         read_sweep(write(options=OPTIONS | {"rounds": rounds}))

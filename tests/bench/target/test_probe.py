@@ -83,7 +83,7 @@ def test_answers_that_do_not_help(models: Any, status: int, content: bytes, word
 def test_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(BenchError, match=rf"no server can be reached at http://127\.0\.0\.1:{port}.*--url"):
+    with pytest.raises(BenchError, match=rf"cannot reach a server at http://127\.0\.0\.1:{port}.*--url"):
         probe_server(f"http://127.0.0.1:{port}")
 
 
@@ -117,7 +117,7 @@ def test_of_several_models_the_one_named_is_asked_for(models: Any) -> None:
     assert facts.model == "base"
     assert facts.notes == ("the server lists base, lora/a: using base (--served-model selects another)",)
     with pytest.raises(
-        BenchError, match=r"no model 'lora/b'; was 'lora/a' meant\? It lists base, lora/a \(--served-mod"
+        BenchError, match=r"no model 'lora/b' \(did you mean 'lora/a'\?\); it lists base, lora/a \(--served-mod"
     ):
         probe_server(Target(models.url, "lora/b"))
     assert models.asked[-1][0] == "/v1/models/lora/b"  # it could be servable without being listed
@@ -130,7 +130,7 @@ def test_redirects_are_followed_on_the_server_and_named_beyond_it() -> None:
         assert facts.target.base_url == gateway.url
         assert facts.notes == (f"{gateway.root}/old redirects to {gateway.url}, which is measured",)
         gateway.url = "http://elsewhere.invalid/new"
-        with pytest.raises(BenchError, match=r"redirects to http://elsewhere.invalid/new: give that address \(--url\)"):
+        with pytest.raises(BenchError, match=r"redirects to http://elsewhere.invalid/new: use that address \(--url\)"):
             probe_server(gateway.root + "/old")
         gateway.url = gateway.root + "/login?"
         with pytest.raises(BenchError, match="which is not a model list"):

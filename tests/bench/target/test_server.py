@@ -36,7 +36,7 @@ def test_a_server_that_refuses_to_start_is_quoted(tmp_path: Path) -> None:
 
 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="can't start 'no-such-program'"):
+    with pytest.raises(BenchError, match="cannot start 'no-such-program'"):
         ServerProcess("no-such-program --port {port}", tmp_path / "server.log").start()
 
 

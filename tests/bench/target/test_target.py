@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from bench.errors import BenchError
+from bench.loadgen.request import encode_request, resolve
 from bench.target.control import unused_proxy
-from bench.target.target import Target, clean_url, encode_request, resolve
+from bench.target.target import Target, clean_url
 from bench.target.tls import tls_context
 from bench.workloads import RequestSpec
 
@@ -172,10 +173,10 @@ def test_a_proxy_of_the_environment_is_said_to_be_unused(monkeypatch: pytest.Mon
     monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@proxy:3128")
     monkeypatch.setenv("NO_PROXY", "inside.example,10.0.0.1:8000")
     said = unused_proxy(Target("https://h"))
-    assert said.startswith("HTTPS_PROXY is not used")
+    assert said.startswith("HTTPS_PROXY is ignored")
     assert "secret" not in said
     assert unused_proxy(Target("http://h")) == ""
     assert unused_proxy(Target("https://x.inside.example")) == ""
     monkeypatch.setenv("ALL_PROXY", "socks5://proxy")
-    assert unused_proxy(Target("http://h")).startswith("ALL_PROXY is not used")
+    assert unused_proxy(Target("http://h")).startswith("ALL_PROXY is ignored")
     assert unused_proxy(Target("http://10.0.0.1:8000")) == ""

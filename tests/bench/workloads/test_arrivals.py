@@ -124,7 +124,7 @@ def test_a_schedule_holds_rate_x_length_of_each_part(rate: float, parts: list[fl
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "can't be read"),
+        (None, "cannot be read"),
         ("when\n1\n2\n", "no column timestamp"),
         ("", "no column timestamp"),
         ("timestamp\n1\n", "at least two requests"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.measurement.load_point import LoadPoint, PointPlan
-from bench.results import PointRow
+from bench.results import PointRecord
 from bench.search.windows import Timing
 from bench.target import Target
 from bench.target.metrics import MetricsReader
@@ -42,7 +42,7 @@ def caching_server(tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
-def rows_at(url: str, spec: dict[str, Any], rates: list[float], configuration: str = "c") -> list[PointRow]:
+def rows_at(url: str, spec: dict[str, Any], rates: list[float], configuration: str = "c") -> list[PointRecord]:
     """One load point of half a second for each rate."""
     workload = make_workload(spec, 30_000, server_encoder(Target(url, "stub")))
     found = []

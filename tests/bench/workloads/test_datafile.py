@@ -74,14 +74,14 @@ def test_a_cell_may_hold_lines(tmp_path: Path) -> None:
         (b'{"prompt": "a"}\n{"prompt": "\\ud83d"}\n', "row 2 contains an unpaired surrogate"),
         (b'[{"prompt": "a"}, {"prompt": ["\\udc00"]}]', "row 2 contains an unpaired surrogate"),
         (b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', "row 2 contains bytes that are not valid UTF-8"),
-        (b'{"prompt": "a"}\n\nnull\n', r"row 2 \(line 3\) can't be used: rows must be objects"),
+        (b'{"prompt": "a"}\n\nnull\n', r"row 2 \(line 3\) is not an object such as"),
         (b'{"prompt": "a"}\n{"prompt": "b"} x\n', "row 2 is neither JSON nor JSONL: Extra data"),
         (b'{"prompt": "a"}\n' + b"[" * 100_000 + b"\n", "row 2 is (nested too deeply|neither JSON)"),
         (b'{"prompt": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", "row 2 is neither JSON nor JSONL"),
-        (b'{"prompt": "a"}\n{"prompt": NaN}\n', "row 2: give either prompt or messages"),
+        (b'{"prompt": "a"}\n{"prompt": NaN}\n', "row 2: must have either prompt or messages"),
         (b'{"prompt": "a"}\n{"prompt": "b", "output_tokens": Infinity}\n', "row 2: output_tokens"),
         (b'{"prompt": "a"}\n{"prompt": "b", "output_tokens": 1.5}\n', "row 2: output_tokens"),
-        (b'{"prompt": "a"}\n{"prompt": ["b", "c"]}\n', "row 2: prompt holds 2 texts"),
+        (b'{"prompt": "a"}\n{"prompt": ["b", "c"]}\n', "row 2: prompt contains 2 texts"),
         (b'{"prompt": "a"}\n{"prompt": ""}\n', "row 2: prompt must be a non-empty"),
         (b'{"prompt": "a"}\n{"messages": [{"role": "user", "content": [5]}]}\n', "row 2: the content of message 1"),
         (b'{"prompt": "a"}\n{"messages": ["hi"]}\n', "row 2: message 1 must be an object with a role"),
@@ -163,7 +163,11 @@ def test_sharegpt_says_which_rows_it_doesnt_use(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: 1\na: 2\n", "'a' stands twice"), ("day: 2026-13-45\n", "not valid YAML: month"), ("a: [", "not valid YAML")],
+    [
+        ("a: 1\na: 2\n", "key 'a' is duplicated"),
+        ("day: 2026-13-45\n", "not valid YAML: month"),
+        ("a: [", "not valid YAML"),
+    ],
 )
 def test_a_yaml_file_that_isnt_right(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=words):

@@ -91,7 +91,7 @@ def test_jsonl_sends_prompts_ids_and_messages(tmp_path: Path) -> None:
         ("[1]", "is not an object"),
         ("{}", "row 1: must have either prompt or messages"),
         ('{"prompt": "a", "messages": []}', "row 1: must have either"),
-        ('{"prompt": "a"}\n{"prompt": 5}', "row 2: prompt must be a text"),
+        ('{"prompt": "a"}\n{"prompt": 5}', "row 2: prompt must be a non-empty text"),
         ('{"prompt": "a", "output_tokens": -1}', "row 1: output_tokens"),
     ],
 )

@@ -146,8 +146,8 @@ def test_the_sample_that_ships() -> None:
         ({"dataset": "no/such/folder/anywhere"}, "no file or folder .*--dataset"),
         ({"dataset": "."}, "contains no .parquet, .jsonl or .json file .*--dataset"),
         ({"dataset": "other.jsonl"}, "has no rows in the format of .* it has text .*--dataset"),
-        ({"dataset": "broken.parquet"}, "can't be read: .*--dataset"),
-        ({"dataset": "gone.jsonl"}, "picture .* can't be read: .*--dataset"),
+        ({"dataset": "broken.parquet"}, "cannot be read: .*--dataset"),
+        ({"dataset": "gone.jsonl"}, "image .* cannot be read: .*--dataset"),
         ({"dataset": "vision-sample", "repeat": 101}, "repeat"),
     ],
 )

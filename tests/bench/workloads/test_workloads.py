@@ -71,15 +71,15 @@ def test_names() -> None:
     ("spec", "words"),
     [
         ([], "must have fields"),
-        ({"input": 1, "output": 1}, "kind is None; choose from random, shared-prefix"),
+        ({"input": 1, "output": 1}, "unknown kind None; choose from random, shared-prefix"),
         ({"kind": "random", "input": 5}, "output is missing"),
         ({"kind": "random", "input": 5, "output": 5, "prefix": 3}, "unknown field prefix"),
-        ({"kind": "random", "input": 0, "output": 5}, "input must be a whole number"),
-        ({"kind": "random", "input": "5", "output": 5}, "input must be a whole number"),
-        ({"kind": "random", "input": 5, "output": True}, "output must be a whole number"),
+        ({"kind": "random", "input": 0, "output": 5}, "input must be an integer"),
+        ({"kind": "random", "input": "5", "output": 5}, "input must be an integer"),
+        ({"kind": "random", "input": 5, "output": True}, "output must be an integer"),
         ({"kind": "random", "input": [5], "output": 5}, r"input must be a number of tokens or \[low, high\]"),
         ({"kind": "random", "input": [9, 5], "output": 5}, "low 9 exceeds high 5"),
-        ({"kind": "shared-prefix", "prefix": 0, "input": 5, "output": 5}, "prefix must be a whole number"),
+        ({"kind": "shared-prefix", "prefix": 0, "input": 5, "output": 5}, "prefix must be an integer"),
     ],
 )
 def test_bad_input_is_named(spec: Any, words: str) -> None:
