@@ -19,7 +19,8 @@ from engine.messages import (
     select_logprobs,
 )
 
-# Every message with tokens also has the stats. While steps yield no tokens, as in a long prefill, they are sent alone.
+# Messages with tokens also have the stats. While steps yield no tokens, as in a long prefill, stats are sent this
+# often.
 STATS_PERIOD_S = 0.25
 
 _Event = TypeVar("_Event", Finished, Admitted)

@@ -1,151 +1,182 @@
-"""The ablations that make V1 into V0, one by one and all together, and the priority policy."""
+"""Each object of a scheduling policy alone, and which ones an engine gets."""
 
-from itertools import pairwise
-from typing import Any
+from dataclasses import fields
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from engine.config import ABLATIONS, CHUNKING
-from engine.core.policy import SchedulingPolicy
-from engine.messages import FinishReason
-from tests.engine.core_driver import Driver, resolved
-from tests.engine.fake_executor import expected_tokens
+from engine.config import ABLATIONS, CHUNKING, watermark_blocks
+from engine.core.policy import (
+    BURST_S,
+    MAX_BURST,
+    ChunkedPrefill,
+    Chunks,
+    FirstComeFirstServed,
+    FixedBursts,
+    LatencyBoundBursts,
+    MixedBatches,
+    PrefillFirst,
+    PriorityOrder,
+    SchedulingPolicy,
+    Watermark,
+    WholePrompts,
+)
+from engine.core.request import Request
+from engine.core.slots import Slots
+from engine.messages import AddRequest, Sampling, column, make_handle
+from tests.engine.core_driver import resolved
 
-V0 = frozenset(ABLATIONS)
-V0_CHUNKED = V0 - frozenset(CHUNKING)
-
-
-def v0(ablations: frozenset[str] = V0, seconds: Any = lambda *_: 1.0, **changes: Any) -> Driver:
-    settings = {"max_num_batched_tokens": 64, "enable_prefix_caching": False, **changes}
-    return Driver(resolved(ablations=ablations, **settings), seconds)
-
-
-def decodes_and_prefills(driver: Driver) -> list[tuple[int, int]]:
-    """Of each step: slots that computed one token, slots that computed more."""
-    return [
-        (sum(count == 1 for count in counts.values()), sum(count > 1 for count in counts.values()))
-        for counts in driver.worker.slot_tokens
-    ]
-
-
-def test_v0_computes_prompts_whole_and_never_beside_a_decode():
-    driver = v0()
-    prompts = [[5] * 20, [6] * 30, [7] * 25]
-    handles = [driver.add(prompts[0], max_tokens=9)]
-    for _ in range(6):
-        driver.turn()
-        driver.advance()
-    handles += [driver.add(prompt, max_tokens=9) for prompt in prompts[1:]]
-    driver.run()
-    steps = decodes_and_prefills(driver)
-    assert not any(decodes and prefills for decodes, prefills in steps)
-    assert [n for counts in driver.worker.slot_tokens for n in counts.values() if n > 1] == [20, 30, 25]
-    assert (0, 2) in steps, "both late prompts share one step"
-    for prompt, handle in zip(prompts, handles, strict=True):
-        assert driver.tokens[handle] == expected_tokens(prompt, 9)
+BUDGET = 16
 
 
-def gap_while_a_prompt_of_50_arrives(driver: Driver) -> float:
-    """The longest time between two tokens of a running request, when 50 tokens join it."""
-    running = driver.add([1], max_tokens=30)
-    for _ in range(12):
-        if not driver.turn():
-            driver.advance()
-    driver.add([2] * 50, max_tokens=4)
-    driver.run()
-    times = driver.times[running]
-    return max(after - before for before, after in pairwise(times))
+class RecordingScheduler:
+    """Notes what a batch order asks for; two slots decode, and prefills take the given tokens of the budget."""
+
+    max_num_batched_tokens = BUDGET
+
+    def __init__(self, prefill: int = 0, preempts: bool = False):
+        self.calls: list[tuple[str, int]] = []
+        self._prefill = prefill
+        self._preempts = preempts
+
+    def allocate_window_blocks(self) -> bool:
+        self.calls.append(("windows", 0))
+        return False
+
+    def allocate_decode_blocks(self) -> bool:
+        self.calls.append(("blocks", 0))
+        return self._preempts
+
+    def schedule_decodes(self) -> NDArray[np.intp]:
+        self.calls.append(("decodes", 0))
+        return np.array([0, 1])
+
+    def continue_prefills(self, budget: int, chunks: Chunks) -> int:
+        self.calls.append(("prefills", budget))
+        if self._prefill:
+            chunks.append((2, self._prefill))
+        return budget - self._prefill
+
+    def admit_waiting(self, budget: int, chunks: Chunks, now: float) -> None:
+        self.calls.append(("admit", budget))
 
 
-def test_v0_stalls_for_the_whole_prefill_and_v1_for_one_budget_at_most():
-    """In simulated time: a step takes 0.1 s and 10 ms a token."""
-
-    def seconds(_message: object, tokens: int) -> float:
-        return 0.1 + 0.01 * tokens
-
-    prefill, decode, budget = seconds(None, 50), seconds(None, 2), seconds(None, 16)
-    assert gap_while_a_prompt_of_50_arrives(v0(seconds=seconds)) == pytest.approx(prefill + decode)
-    v1 = Driver(resolved(enable_prefix_caching=False), seconds)
-    assert gap_while_a_prompt_of_50_arrives(v1) == pytest.approx(budget)
-    chunked = v0(V0_CHUNKED, seconds, max_num_batched_tokens=16)
-    assert gap_while_a_prompt_of_50_arrives(chunked) == pytest.approx(budget)
+def request(sequence: int, priority: int = 0) -> Request:
+    message = AddRequest(make_handle(0, sequence), column([1, 2]), 3, Sampling(), priority=priority)
+    return Request(message, 100, float(sequence))
 
 
-def test_without_run_ahead_a_step_waits_for_the_one_before():
-    driver = v0(frozenset({"no-run-ahead"}))
-    driver.add([1, 2], max_tokens=9)
-    handed_over = []
-    while driver.core.has_work:
-        before = len(driver.worker.steps)
-        driver.turn()
-        handed_over.append(len(driver.worker.steps) - before)
-        driver.advance()
-    assert max(handed_over) == 1
-    assert len(driver.worker.steps) == 9 + 1, "no token was computed in vain; the last step only frees the slot"
+def test_mixed_batches_spend_one_budget_on_decodes_then_prefills_then_waiting_requests():
+    scheduler, chunks = RecordingScheduler(prefill=5), Chunks()
+    assert MixedBatches().schedule_batch(scheduler, chunks, 0.0).tolist() == [0, 1]
+    assert scheduler.calls == [("windows", 0), ("blocks", 0), ("decodes", 0), ("prefills", 14), ("admit", 9)]
+    assert chunks == [(2, 5)]
 
 
-def test_whole_state_repeats_every_request_each_step():
-    driver = v0(frozenset({"full-state"}))
-    handles = [driver.add([i] * 6, max_tokens=8) for i in range(3)]
-    driver.run()
-    decode = driver.worker.steps[3]
-    assert len(decode.assigned_slots) == 3
-    assert len(decode.freed_slots) == 3 * 4
-    assert len(decode.assigned_slots[0].tokens) == 4 * (6 + 3)
-    assert not decode.new_blocks
-    for i, handle in enumerate(handles):
-        assert driver.tokens[handle] == expected_tokens([i] * 6, 8)
+def test_after_a_preemption_no_request_is_admitted():
+    scheduler = RecordingScheduler(preempts=True)
+    MixedBatches().schedule_batch(scheduler, [], 0.0)
+    assert scheduler.calls[-1] == ("prefills", 14)
 
 
-def test_the_watermark_keeps_blocks_free_for_those_who_run():
-    settings = {"num_blocks": 201, "max_model_len": 1000, "max_num_batched_tokens": 1000}
-    plain, marked = v0(frozenset(), **settings), v0(frozenset({"watermark"}), **settings)
-    for driver, running in ((plain, 2), (marked, 1)):
-        driver.add([1] * 399, max_tokens=5)  # 100 of 200 blocks
-        driver.add([2] * 396, max_tokens=5)  # 99: one block would stay, two must
-        driver.turn()
-        assert driver.core.scheduler.slots.num_running == running
-        driver.run()
-        assert len(driver.finished) == 2
+def test_prefill_first_decodes_only_without_prefills():
+    scheduler = RecordingScheduler(prefill=5)
+    assert PrefillFirst().schedule_batch(scheduler, [], 0.0).tolist() == []
+    assert scheduler.calls == [("windows", 0), ("prefills", BUDGET), ("admit", BUDGET - 5)]
+    scheduler = RecordingScheduler()
+    assert PrefillFirst().schedule_batch(scheduler, [], 0.0).tolist() == [0, 1]
+    assert scheduler.calls[-2:] == [("blocks", 0), ("decodes", 0)]
 
 
-def test_v0_refuses_what_no_step_can_hold():
-    driver = v0(max_num_batched_tokens=20)
-    handle = driver.add([1] * 18, max_tokens=9)
-    driver.run()
-    assert driver.finished[handle].reason == FinishReason.ERROR
-    assert "--max-num-batched-tokens" in driver.finished[handle].error
+@pytest.mark.parametrize(("num_owed", "num_possible", "chunked", "whole"), [(9, 9, 9, 9), (9, 4, 4, 0), (9, 0, 0, 0)])
+def test_chunks_are_as_large_as_possible_or_all_of_a_prompt(num_owed: int, num_possible: int, chunked: int, whole: int):
+    assert ChunkedPrefill().chunk_size(num_owed, num_possible) == chunked
+    assert WholePrompts().chunk_size(num_owed, num_possible) == whole
 
 
-def test_scheduler_steps_give_tokens_in_bursts_whoever_waits():
-    driver = v0(scheduler_steps=4, max_num_seqs=1)
-    first, waiting = driver.add([1, 2], max_tokens=13), driver.add([3, 4], max_tokens=5)
-    driver.run()
-    assert driver.tokens[first] == expected_tokens([1, 2], 13)
-    assert driver.tokens[waiting] == expected_tokens([3, 4], 5)
-    times = driver.times[first]
-    assert [times.count(at) for at in sorted(set(times))] == [1, 4, 4, 4]
+def test_bursts_end_within_the_latency_bound():
+    bursts = LatencyBoundBursts()
+    assert [bursts.max_steps(step_s) for step_s in (0.0, BURST_S / 100, BURST_S / 3.5, 1.0)] == [1, MAX_BURST, 3, 1]
+    assert not bursts.although_requests_wait
+    assert not bursts.results_together
 
 
-def test_priority_goes_first_and_is_preempted_last():
-    driver = Driver(resolved(scheduling_policy="priority", max_num_seqs=1))
-    handles = [driver.add([i] * 3, max_tokens=3, priority=priority) for i, priority in enumerate((5, 5, 1))]
-    driver.run()
-    ends = [driver.times[handle][-1] for handle in handles]
-    assert ends[2] < ends[0] < ends[1], "sooner by priority, then by arrival"
-
-    driver = Driver(resolved(scheduling_policy="priority", num_blocks=9, max_model_len=32, enable_prefix_caching=False))
-    low = driver.add([1] * 7, max_tokens=20, priority=9)
-    high = [driver.add([i] * 7, max_tokens=20, priority=0) for i in (2, 3)]
-    driver.run()
-    assert driver.finished[low].preemptions > 0
-    assert driver.finished[high[0]].preemptions == 0
-    for i, handle in zip((1, 2, 3), (low, *high), strict=True):
-        assert driver.tokens[handle] == expected_tokens([i] * 7, 20)
+def test_fixed_bursts_depend_on_nothing():
+    assert [FixedBursts(4).max_steps(step_s) for step_s in (0.0, 1e-6, 1.0)] == [4, 4, 4]
+    assert FixedBursts(4).although_requests_wait
+    assert FixedBursts(4).results_together
+    assert not FixedBursts(1).results_together
 
 
-@pytest.mark.parametrize("ablation", ["no-run-ahead", "full-state"])
-def test_without_run_ahead_there_are_no_bursts(ablation: str):
-    policy = SchedulingPolicy.from_config(resolved(ablations=frozenset({ablation})))
-    assert policy.steps_in_flight == 1
+def test_a_watermark_reserves_blocks_only_for_running_requests():
+    assert [Watermark(7).num_reserved_blocks(running) for running in (0, 1, 9)] == [0, 7, 7]
+
+
+def test_the_newest_request_is_preempted_or_the_last_by_priority():
+    slots = Slots(4, 16)
+    for sequence, priority in enumerate((5, 9, 1)):
+        slots.assign(request(sequence, priority), 0)
+    assert FirstComeFirstServed().choose_victim(slots) == 2
+    assert PriorityOrder().choose_victim(slots) == 1
+    slots.free(2)
+    slots.free(1)
+    assert FirstComeFirstServed().choose_victim(slots) == PriorityOrder().choose_victim(slots) == 0
+
+
+def test_queues_are_in_order_of_arrival_or_of_priority():
+    requests = [request(sequence, priority) for sequence, priority in enumerate((5, 9, 1, 5))]
+    for order, expected in ((FirstComeFirstServed(), [0, 1, 2, 3]), (PriorityOrder(), [2, 0, 3, 1])):
+        queue = order.make_queue()
+        for one in requests:
+            queue.append(one)
+        assert [queue.popleft().handle for _ in requests] == expected
+        queue.append(requests[1])
+        queue.appendleft(requests[0])
+        assert [one.handle for one in queue] == [0, 1], "a preempted request returns to the front"
+
+
+def test_v1_and_what_each_ablation_replaces():
+    v1 = SchedulingPolicy.from_config(resolved())
+    assert [type(getattr(v1, field.name)) for field in fields(v1)][:5] == [
+        MixedBatches, ChunkedPrefill, LatencyBoundBursts, Watermark, FirstComeFirstServed,
+    ]  # fmt: skip
+    assert (v1.watermark.num_blocks, v1.steps_in_flight, v1.full_state) == (0, 2, False)
+    replaced = {
+        "no-chunking": {"chunking": WholePrompts},
+        "prefill-first": {"batch_order": PrefillFirst},
+        "no-run-ahead": {"bursts": FixedBursts, "steps_in_flight": 1},
+        "full-state": {"bursts": FixedBursts, "steps_in_flight": 1, "full_state": True},
+        "watermark": {"watermark": Watermark(10)},
+    }
+    for name in ABLATIONS:
+        policy = SchedulingPolicy.from_config(resolved(num_blocks=1001, ablations=frozenset({name})))
+        for field in fields(v1):
+            found, expected = getattr(policy, field.name), replaced.get(name, {}).get(field.name)
+            if expected is None:
+                expected = getattr(v1, field.name)
+            expected_type = expected if isinstance(expected, type) else type(expected)
+            assert type(found) is expected_type, (name, field.name)
+            if isinstance(found, int | Watermark):
+                assert found == expected, (name, field.name)
+
+
+def test_v0_replaces_everything_and_may_keep_chunks_and_several_steps():
+    config = {"num_blocks": 1001, "scheduler_steps": 4}
+    v0 = SchedulingPolicy.from_config(resolved(ablations=frozenset(ABLATIONS), **config))
+    assert isinstance(v0.batch_order, PrefillFirst)
+    assert isinstance(v0.chunking, WholePrompts)
+    assert v0.bursts.max_steps(1.0) == 4
+    assert v0.watermark == Watermark(watermark_blocks(1001)) == Watermark(10)
+    assert (v0.steps_in_flight, v0.full_state) == (1, True)
+    chunked = SchedulingPolicy.from_config(resolved(ablations=frozenset(ABLATIONS) - frozenset(CHUNKING)))
+    assert isinstance(chunked.batch_order, MixedBatches)
+    assert isinstance(chunked.chunking, ChunkedPrefill)
+
+
+def test_priority_and_draft_tokens_are_options_of_v1():
+    policy = SchedulingPolicy.from_config(resolved(scheduling_policy="priority", draft_tokens=3))
+    assert isinstance(policy.queue_order, PriorityOrder)
+    assert isinstance(policy.bursts, FixedBursts)
     assert policy.bursts.max_steps(1e-6) == 1
+    assert policy.steps_in_flight == 2
