@@ -26,16 +26,18 @@ MOST_WORKERS = 8
 # `make test-fast` leaves them out.
 SLOW = (
     "engine/test_served_parity.py", "engine/worker/test_multiprocess.py", "engine/worker/test_parity.py",
-    "bench/sweeps/test_sweep.py", "engine/test_ranks_served.py", "cli/test_replicas_served.py", "bench/sweeps/test_sweep_rounds.py",
-    "bench/measurement/test_run.py", "cli/test_serve_processes.py", "cli/test_serve_engine.py", "cli/test_serve.py",
-    "bench/workloads/test_cache_hits.py", "engine/test_mistral_format_served.py", "engine/worker/test_lora.py",
-    "plots/test_report.py", "cli/test_report.py", "bench/measurement/test_closed_loop.py", "plots/test_figures.py",
+    "bench/sweeps/test_sweep.py", "engine/test_ranks_served.py", "cli/test_replicas_served.py",
+    "bench/sweeps/test_sweep_rounds.py", "bench/measurement/test_run.py", "cli/test_serve_processes.py",
+    "cli/test_serve_engine.py", "cli/test_serve.py", "bench/workloads/test_cache_hits.py",
+    "engine/test_mistral_format_served.py", "engine/worker/test_lora.py", "plots/test_report.py",
+    "cli/test_report.py", "bench/measurement/test_closed_loop.py", "plots/test_figures.py",
     "engine/core/test_whatever_happens.py", "cli/test_bench.py", "engine/api/test_slow_reader.py",
     "engine/test_ranks.py", "bench/loadgen/test_loop.py", "engine/test_loading.py", "cli/test_sweep.py",
     "cli/test_workload.py", "plots/test_percentiles.py", "cli/test_target_options.py", "plots/test_ablation.py",
     "bench/loadgen/test_closed_loop.py", "engine/test_llm.py", "plots/test_timeline.py",
-    "engine/kernels/cpu/test_build.py", "engine/model/checkpoints/test_mistral_tensors.py", "engine/model/test_kv_groups.py",
-    "engine/worker/test_driver_broadcast.py", "engine/worker/test_prompt_logprobs.py",
+    "engine/kernels/cpu/test_build.py", "engine/model/checkpoints/test_mistral_tensors.py",
+    "engine/model/test_kv_groups.py", "engine/worker/test_driver_broadcast.py",
+    "engine/worker/test_prompt_logprobs.py",
 )  # fmt: skip
 
 
