@@ -119,7 +119,7 @@ class EncoderCacheManager:
         self._registered: dict[bytes, tuple[int, int]] = {}  # by hash: length, and how many inputs of all requests
 
     @classmethod
-    def from_config(cls, config: ResolvedConfig) -> "EncoderCacheManager":
+    def from_resolved(cls, config: ResolvedConfig) -> "EncoderCacheManager":
         return cls(
             config.encoder_cache_tokens or config.max_num_batched_tokens,
             config.max_num_batched_tokens,

@@ -205,7 +205,7 @@ class SchedulingPolicy:
     full_state: bool  # each step message has the full state of its requests
 
     @classmethod
-    def from_config(cls, config: ResolvedConfig) -> "SchedulingPolicy":
+    def from_resolved(cls, config: ResolvedConfig) -> "SchedulingPolicy":
         ablations = config.ablations
         # A message with the full state needs the tokens of the step before.
         run_ahead = not ablations & {"no-run-ahead", "full-state"}

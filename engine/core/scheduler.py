@@ -29,13 +29,13 @@ class Scheduler:
     def __init__(self, config: ResolvedConfig):
         self.config = config
         self.max_num_batched_tokens = config.max_num_batched_tokens
-        self.policy = policy = SchedulingPolicy.from_config(config)
+        self.policy = policy = SchedulingPolicy.from_resolved(config)
         self.waiting = policy.queue_order.make_queue()
         self.requests: dict[int, Request] = {}
         self.slots = Slots(config.max_num_seqs, config.max_model_len)
         self.kv = KVCacheManager(config)
         self.pool = self.kv.pool
-        self.encoder_cache = EncoderCacheManager.from_config(config)
+        self.encoder_cache = EncoderCacheManager.from_resolved(config)
         self.admitted: list[Admitted] = []  # since the caller last took them
         self.num_preemptions = self.num_lost_tokens = 0
         self.prefix_queries = self.prefix_hits = 0

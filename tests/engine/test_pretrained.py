@@ -44,7 +44,7 @@ def assert_not_run(folder: Path) -> None:
 
 def test_a_model_that_needs_its_own_code_is_refused_with_the_reason(folder: Path) -> None:
     write(folder, "config.json", **TINY | {"model_type": "own", "auto_map": MODEL_MAP})
-    with pytest.raises(ModelError, match=r"auto_map in config\.json names own\.Own.*never run.*kind 'own'") as caught:
+    with pytest.raises(ModelError, match=r"auto_map in config\.json names own\.Own.*never run.*type 'own'") as caught:
         read_model_info(EngineConfig(model=str(folder), load_format="dummy"))
     assert "\n" not in str(caught.value)
     assert_not_run(folder)

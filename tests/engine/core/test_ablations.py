@@ -146,6 +146,6 @@ def test_priority_goes_first_and_is_preempted_last():
 
 @pytest.mark.parametrize("ablation", ["no-run-ahead", "full-state"])
 def test_without_run_ahead_there_are_no_bursts(ablation: str):
-    policy = SchedulingPolicy.from_config(resolved(ablations=frozenset({ablation})))
+    policy = SchedulingPolicy.from_resolved(resolved(ablations=frozenset({ablation})))
     assert policy.steps_in_flight == 1
     assert policy.bursts.max_steps(1e-6) == 1

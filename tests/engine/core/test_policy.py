@@ -137,7 +137,7 @@ def test_queues_are_in_order_of_arrival_or_of_priority():
 
 
 def test_v1_and_what_each_ablation_replaces():
-    v1 = SchedulingPolicy.from_config(resolved())
+    v1 = SchedulingPolicy.from_resolved(resolved())
     assert [type(getattr(v1, field.name)) for field in fields(v1)][:5] == [
         MixedBatches, ChunkedPrefill, LatencyBoundBursts, Watermark, FirstComeFirstServed,
     ]  # fmt: skip
@@ -150,7 +150,7 @@ def test_v1_and_what_each_ablation_replaces():
         "watermark": {"watermark": Watermark(10)},
     }
     for name in ABLATIONS:
-        policy = SchedulingPolicy.from_config(resolved(num_blocks=1001, ablations=frozenset({name})))
+        policy = SchedulingPolicy.from_resolved(resolved(num_blocks=1001, ablations=frozenset({name})))
         for field in fields(v1):
             found, expected = getattr(policy, field.name), replaced.get(name, {}).get(field.name)
             if expected is None:
@@ -163,19 +163,19 @@ def test_v1_and_what_each_ablation_replaces():
 
 def test_v0_replaces_everything_and_may_keep_chunks_and_several_steps():
     config = {"num_blocks": 1001, "scheduler_steps": 4}
-    v0 = SchedulingPolicy.from_config(resolved(ablations=frozenset(ABLATIONS), **config))
+    v0 = SchedulingPolicy.from_resolved(resolved(ablations=frozenset(ABLATIONS), **config))
     assert isinstance(v0.batch_order, PrefillFirst)
     assert isinstance(v0.chunking, WholePrompts)
     assert v0.bursts.max_steps(1.0) == 4
     assert v0.watermark == Watermark(watermark_blocks(1001)) == Watermark(10)
     assert (v0.steps_in_flight, v0.full_state) == (1, True)
-    chunked = SchedulingPolicy.from_config(resolved(ablations=frozenset(ABLATIONS) - frozenset(CHUNKING)))
+    chunked = SchedulingPolicy.from_resolved(resolved(ablations=frozenset(ABLATIONS) - frozenset(CHUNKING)))
     assert isinstance(chunked.batch_order, MixedBatches)
     assert isinstance(chunked.chunking, ChunkedPrefill)
 
 
 def test_priority_and_draft_tokens_are_options_of_v1():
-    policy = SchedulingPolicy.from_config(resolved(scheduling_policy="priority", draft_tokens=3))
+    policy = SchedulingPolicy.from_resolved(resolved(scheduling_policy="priority", draft_tokens=3))
     assert isinstance(policy.queue_order, PriorityOrder)
     assert isinstance(policy.bursts, FixedBursts)
     assert policy.bursts.max_steps(1e-6) == 1

@@ -154,7 +154,7 @@ def test_an_adapter_of_another_model_is_refused(
     head = write_adapter(tmp_path / "head", other, ("lm_head",), 1)
     build_model("llama", tmp_path / "model", head_dim=16)
     driver = make_driver(tmp_path / "model", block_size=16, kernels=kernels)
-    for folder, says in ((wide, "are for 64 × 64 numbers"), (deep, "layers.3"), (head, "lm_head")):
+    for folder, says in ((wide, "have shape 64 × 64"), (deep, "layers.3"), (head, "lm_head")):
         with pytest.raises(ModelError, match=says):
             driver.executor.call("load_adapter", {"key": "x#1", "path": str(folder)}).result()
 
