@@ -29,7 +29,7 @@ FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>```+)(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)(?P=fence) *$",
     re.DOTALL | re.MULTILINE,
 )
-SPAN = re.compile(r"(?<!`)`((?:redline|make|tool|python -m) [^`]+)`")
+SPAN = re.compile(r"(?<!`)`((?:redline|make|tool(?! call)|python -m) [^`]+)`")
 MARKER = re.compile(r"<!-- needs: (?P<needs>[^>]*?) -->")
 MARKED_FENCE = re.compile(MARKER.pattern + r"\n *```")
 HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?[^\n]*\n.*?^\1$", re.DOTALL | re.MULTILINE)

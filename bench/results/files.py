@@ -51,7 +51,9 @@ class RunFiles:
         data["answers"] = [Answer(**answer) for answer in data["answers"]]
         return Summary(**data)
 
-    def add_point(self, point: PointRecord, requests: list[RequestRecord], readings: Sequence[ServerState] = ()) -> None:
+    def add_point(
+        self, point: PointRecord, requests: list[RequestRecord], readings: Sequence[ServerState] = ()
+    ) -> None:
         """Write the requests first, then the load point, so that a point in points.csv always has its requests.
 
         `at_s` of the readings is relative to the start of the load point. Raises CannotWriteError; the load point and
@@ -64,7 +66,9 @@ class RunFiles:
                     self._write_records(METRICS_FOLDER, point.point_id, ServerState, readings)
                 else:
                     (self.folder / METRICS_FOLDER / f"{point.point_id}.parquet").unlink(missing_ok=True)
-                others = [p for p in self.read_points() if p.point_id not in self._kept and p.point_id != point.point_id]
+                others = [
+                    p for p in self.read_points() if p.point_id not in self._kept and p.point_id != point.point_id
+                ]
                 self.write_points([*others, point])
         except CannotWriteError as error:
             self.unwritten = str(error)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.results.writing import replace_file, writing
 from bench.results import RequestRecord
+from bench.results.writing import replace_file, writing
 
 
 def vllm_result(

@@ -123,7 +123,7 @@ def test_refusals_carry_status_and_message(known_server: Any, status: int) -> No
 @pytest.mark.parametrize(
     ("fault", "status", "error"),
     [
-        ("close", "connection", "the server closed the connection in the middle of its answer"),
+        ("close", "connection", "the server closed the connection in the middle of the response"),
         ("garbage event", "malformed stream", "an event of the stream cannot be parsed: {not json"),
         ("garbage chunk", "malformed stream", "the chunks of the response are not framed as HTTP requires"),
         ("error event", "stream error", "the engine died"),

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from bench.errors import BenchError
-from bench.results.writing import CannotWriteError, check_folder, replace_file
-from bench.target import Target
 from bench.measurement.progress import QuietProgress
-from bench.results import RequestRecord, RunFiles
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
-from bench.target.server import ServerProcess
+from bench.results import RequestRecord, RunFiles
+from bench.results.vllm_json import save_vllm_result
+from bench.results.writing import CannotWriteError, check_folder, replace_file
 from bench.sweeps.sweep import run_sweep
 from bench.sweeps.sweepfile import read_sweep
-from bench.results.vllm_json import save_vllm_result
+from bench.target import Target
+from bench.target.server import ServerProcess
 from bench.workloads import make_workload
 from tests.bench.records import plain_point, plain_request
 

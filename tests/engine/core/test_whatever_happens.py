@@ -167,6 +167,7 @@ def test_no_token_is_computed_twice_or_not_at_all(requests: list[Asked], config:
         assert needed <= computed <= needed + stopped * (MAX_BURST + 1)
         assert stopped or computed == needed
     else:  # one that is admitted again may find blocks that others have computed since
-        found = sum(added.computed for message in driver.worker.steps for added in message.added)
+        assigned = [slot for message in driver.worker.steps for slot in message.assigned_slots]
+        found = sum(slot.num_computed_tokens for slot in assigned)
         whole = sum(len(one.prompt) + len(driver.tokens[handle]) - 1 for one, handle in zip(calm, handles, strict=True))
         assert computed + found >= whole

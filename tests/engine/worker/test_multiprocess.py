@@ -181,7 +181,7 @@ def test_a_step_that_was_not_sampled_keeps_no_rank_from_its_end(ranks: Multiproc
 
 def test_an_error_in_the_ranks_is_shown_with_its_rank(ranks: MultiprocessExecutor) -> None:
     _, result = submit(ranks, StepMessage(0, new_blocks=column([[0, 7, 1]])))
-    with pytest.raises(EngineDeadError, match=r"^rank [01] \(process \d+\): RuntimeError: .*KV group 7 of row 0"):
+    with pytest.raises(EngineDeadError, match=r"^rank [01] \(process \d+\): RuntimeError: .*KV group 7 of slot 0"):
         result.result(PATIENCE_S)
 
 
