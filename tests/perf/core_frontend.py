@@ -213,7 +213,7 @@ async def _over_sockets(streams: int, steps: int, pause_s: float) -> tuple[float
     finally:
         reader.kill()
         reader.wait()
-        server.end()
+        server.finish()
         await serving
     tokens = streams * steps
     system = (after.ru_stime - before.ru_stime) * 1e6 / tokens
