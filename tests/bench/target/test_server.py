@@ -80,7 +80,7 @@ def _runs(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
 def test_the_server_ends_when_the_run_is_killed_outright(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom bench.server import ServerProcess\n"
+        "import sys, time\nfrom bench.target.server import ServerProcess\n"
         f"server = ServerProcess([sys.executable, {STUB!r}, '--port', '{{port}}'], {str(tmp_path / 'log')!r})\n"
         "server.start()\nprint(server._process.pid, flush=True)\ntime.sleep(600)\n"
     )
