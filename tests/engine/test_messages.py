@@ -1,5 +1,6 @@
 """Messages survive the wire, and stay as small as the design promises."""
 
+import msgspec
 import pytest
 
 from engine.messages import (
@@ -36,6 +37,31 @@ from engine.messages import (
     int64s,
     make_handle,
 )
+
+# Fields of Sampling that alone need no logits of sampled tokens, with values that are not the defaults. Temperature and
+# seed are handled by `ModelBackend.choose`; min_tokens and stop_ids only have an effect together; prompt_logprobs are
+# computed apart.
+WITHOUT_LOGITS: dict[str, object] = {
+    "temperature": 0.5,
+    "seed": 7,
+    "min_tokens": 3,
+    "stop_ids": (2,),
+    "prompt_logprobs": 2,
+}
+# All others, each with values that change what a request at temperature 1 samples.
+WITH_LOGITS: dict[str, dict[str, object]] = {
+    "top_p": {"top_p": 0.9},
+    "top_k": {"top_k": 5},
+    "min_p": {"min_p": 0.1},
+    "logprobs": {"logprobs": 0},
+    "presence_penalty": {"presence_penalty": 0.5},
+    "frequency_penalty": {"frequency_penalty": 0.5},
+    "repetition_penalty": {"repetition_penalty": 1.1},
+    "logit_bias": {"logit_bias": ((4, 1.0),)},
+    "allowed": {"allowed": column([4])},
+    "bad_words": {"bad_words": ((4,),)},
+    "min_tokens with stop_ids": {"min_tokens": 3, "stop_ids": (2,)},
+}
 
 LOGPROBS = TokenLogprobs(2, column([0]), column([[5, 6]]), column([[-0.5, -1.5]], "<f4"), column([1]))
 
@@ -104,3 +130,21 @@ def test_a_decode_step_costs_bytes_only_for_what_changed():
 def test_tokens_cost_twelve_bytes_each_on_their_way_out():
     handles, tokens = column(range(1024), "<i8"), column(range(1024))
     assert len(encode(Outputs(1e5, handles, tokens, stats=Stats()))) <= 12 * 1024 + 100
+
+
+def test_every_sampling_field_is_declared():
+    """A new field belongs into one of the two tables; into WITH_LOGITS if the sampler must see the logits for it."""
+    declared = {*WITHOUT_LOGITS, *(name for name in WITH_LOGITS if " " not in name)}
+    assert declared == {field.name for field in msgspec.structs.fields(Sampling)}
+
+
+@pytest.mark.parametrize("name", WITHOUT_LOGITS)
+def test_fields_that_need_no_logits(name: str):
+    assert getattr(Sampling(), name) != WITHOUT_LOGITS[name], "another value than the default"
+    assert not Sampling(**{"temperature": 1.0, name: WITHOUT_LOGITS[name]}).needs_logits
+
+
+@pytest.mark.parametrize("name", WITH_LOGITS)
+def test_all_other_fields_send_a_request_to_the_sampler(name: str):
+    """Otherwise the model backend chooses the token, and the field has no effect (see `Runner._plan_sampling`)."""
+    assert Sampling(temperature=1.0, **WITH_LOGITS[name]).needs_logits
