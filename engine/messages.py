@@ -3,8 +3,10 @@
 Columns of numbers are little-endian bytes: `column()` packs them, `int32s()`, `int64s()` and `float32s()` read them
 without a copy. An absent optional part costs at most one byte.
 
-    front end ──AddRequest, Abort, Utility, Shutdown──► EngineCore ──StepMessage──► workers
-    front end ◄─Ready, Outputs, UtilityResult, Dead──── EngineCore ◄──StepResult─── workers
+    front end ──AddRequest, Abort, Utility, Shutdown──────► EngineCore ──StepMessage──► workers
+    front end ◄─Ready, Outputs, UtilityResult, Hung, Dead── EngineCore ◄──StepResult─── workers
+
+The core's parent gets Ready when the core is up (see `engine.launch`) and passes it on to the front ends.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """The scheduler: one token budget per step, without a distinction between prefill and decode.
 
-`schedule()` plans a step and counts its tokens as computed at once; `update()` books the sampled tokens when they
-arrive. Several steps may be scheduled ahead of their results: `engine.core.slots` shows what is confirmed and what is
-in flight. Where V0 and the ablations differ, `engine.core.policy` decides.
+`schedule()` chooses the tokens of a step and counts them as computed at once; `update()` books the sampled tokens when
+they arrive. Several steps may be scheduled ahead of their results: `engine.core.slots` shows what is confirmed and what
+is in flight. Where V0 and the ablations differ, `engine.core.policy` decides.
 """
 
 from collections.abc import Iterable

@@ -1,1 +1,1 @@
-"""Paged attention and its neighbours."""
+"""Paged attention in torch, and the C++ kernels for the CPU."""

@@ -1,4 +1,4 @@
-"""KV groups: layers with the same window share a block table, so that blocks outside the window can be freed.
+"""KV groups: the layers of a group have one window and share a block table, so blocks outside it can be freed.
 
 All groups take blocks from one pool. A block has room for the keys and values of `slots` layers, the size of a group;
 a group with fewer layers leaves slots empty. Example: six layers, every third one without a window:

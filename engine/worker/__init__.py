@@ -1,1 +1,1 @@
-"""One rank: rows, runner, sampler, executor."""
+"""One rank: slots, runner, model backends, sampler, executors."""
