@@ -17,8 +17,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
+from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -104,6 +105,15 @@ class ChildProcess:
             return False
         return True
 
+    @property
+    def state(self) -> str:
+        return process_state(self.pid)
+
+    def dump_stacks(self) -> None:
+        """Have it write the stacks of its threads to stderr (see `leave_signals_to_parent`)."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+
     def kill(self) -> None:
         """End it by force, if it still runs; `wait` afterwards."""
         self._child.kill()
@@ -136,6 +146,25 @@ class ChildProcess:
         name = signal.Signals(-code).name
         hint = f"; if the system ran out of memory, {self._memory_advice}" if -code == signal.SIGKILL else ""
         return f"was killed by {name}{hint}"
+
+
+class RankHandle(Protocol):
+    """A rank in another process, as the EngineCore's process sees it; a ChildProcess is one."""
+
+    pid: int
+
+    @property
+    def state(self) -> str:
+        """The state of its process, a letter as of `process_state`."""
+        ...
+
+    def dump_stacks(self) -> None:
+        """Have it write the stacks of its threads to stderr."""
+        ...
+
+    def kill(self) -> None:
+        """End it by force, without waiting for its end."""
+        ...
 
 
 class PipeOptions(msgspec.Struct, kw_only=True):
@@ -177,6 +206,14 @@ def spawn(module: str, options: msgspec.Struct, inherit: Sequence[int] = ()) -> 
         child.stdin.write(frame(msgspec.msgpack.encode(options)))
         child.stdin.flush()
     return child
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for the state of a process, e.g. R, S, T; empty if it can't be read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------------ in the child

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from engine import children
-from engine.children import Failure, Loading, ReportingChild, Up
+from engine.children import Failure, Loading, RankHandle, ReportingChild, Up
 from engine.clock import MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
 from engine.messages import Ready, Shutdown, encode
@@ -25,7 +25,6 @@ from engine.socket_folder import SocketFolder
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
     from engine.frontend.inline_front_end import InlineTexts
-    from engine.worker.executor import RankHandle
 
 STOP_GRACE_S = 5.0  # after the drain, before the child is killed
 PROBE_S = 0.1
@@ -165,7 +164,7 @@ class BuiltCore:
 
     server: "CoreServer"
     ready: Ready
-    ranks: "tuple[RankHandle, ...]"  # empty if this process is the only rank
+    ranks: tuple[RankHandle, ...]  # empty if this process is the only rank
 
 
 def build_core_server(
@@ -266,7 +265,7 @@ def _run(options: CoreOptions, send: children.Send) -> None:
         os._exit(1)
 
     if options.step_timeout_s > 0:
-        built.server.watch(options.step_timeout_s, give_up, tuple(rank.pid for rank in built.ranks))
+        built.server.watch(options.step_timeout_s, give_up, built.ranks)
     children.freeze_heap()
     send(Up.of(built.ready))
     built.server.run()

@@ -1,4 +1,4 @@
-"""The only caller of transformers' Auto classes, so that code that comes with a model is never run.
+"""Calls transformers' Auto classes so that code that comes with a model is never run.
 
 Without `trust_remote_code=False` transformers asks in the terminal whether to run the code that `auto_map` names.
 """

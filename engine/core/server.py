@@ -7,6 +7,7 @@ from queue import SimpleQueue
 
 import zmq
 
+from engine.children import RankHandle
 from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
@@ -73,7 +74,7 @@ class CoreServer:
         self._failure = error
         self._wake.set()
 
-    def watch(self, timeout_s: float, give_up: Callable[[str], None], ranks: Sequence[int] = ()) -> None:
+    def watch(self, timeout_s: float, give_up: Callable[[str], None], ranks: Sequence[RankHandle] = ()) -> None:
         """Start a watchdog for the steps; called before `run`, arguments as of `Watchdog`.
 
         `give_up` is called from the watchdog's thread and must end the process, since the loop itself may hang.

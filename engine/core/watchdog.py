@@ -9,15 +9,13 @@ import faulthandler
 import itertools
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from engine.children import RankHandle
 from engine.clock import Clock
 from engine.core.protocols import Executor
 
@@ -92,17 +90,17 @@ class Watchdog:
         self,
         executor: WatchedExecutor,
         timeout_s: float,
-        ranks: Sequence[int],
+        ranks: Sequence[RankHandle],
         *,
         send_status: Callable[[str], None],
         give_up: Callable[[str], None],
-        dump: Callable[[Sequence[int]], None] | None = None,
+        dump: Callable[[Sequence[RankHandle]], None] | None = None,
     ):
         """
         Args:
             executor: the executor to check.
             timeout_s: how long a phase of a step may take.
-            ranks: process ids of several ranks; empty if the EngineCore's own process is the only one.
+            ranks: several ranks in processes of their own; empty if the EngineCore's process is the only rank.
             send_status: receives the cause when a step hangs, and "" when it has returned.
             give_up: receives the cause when the step does not return.
             dump: writes the stacks of all threads of `ranks`; `dump_stacks` by default.
@@ -155,30 +153,22 @@ class Watchdog:
         """The rank that hangs, as far as it shows from outside: ranks wait for each other, so one stops all."""
         if not self._ranks:
             return f"rank 0 (process {os.getpid()})"
-        states = [process_state(process) for process in self._ranks]
+        states = [rank.state for rank in self._ranks]
         # Any process may wait for a disk for a moment, so that counts only if no rank is stopped or has ended.
         for words, letters in (("stopped", "Tt"), ("ended", "ZX"), ("waiting for a device", "D")):
-            for rank, (process, state) in enumerate(zip(self._ranks, states, strict=True)):
+            for number, (rank, state) in enumerate(zip(self._ranks, states, strict=True)):
                 if state and state in letters:
-                    return f"rank {rank} (process {process}, {words})"
-        return f"one of ranks 0 to {len(self._ranks) - 1} (processes {', '.join(map(str, self._ranks))})"
+                    return f"rank {number} (process {rank.pid}, {words})"
+        pids = ", ".join(str(rank.pid) for rank in self._ranks)
+        return f"one of ranks 0 to {len(self._ranks) - 1} (processes {pids})"
 
 
 def _name(task: Task) -> str:
     return task.method if task.phase == CALL else f"the {task.phase} phase of step {task.step}"
 
 
-def process_state(process: int) -> str:
-    """The kernel's letter for the state of a process, e.g. R, S, T; empty if it can't be read."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
-
-
-def dump_stacks(ranks: Sequence[int]) -> None:
-    """Write the stacks of all threads of this process and of each rank (see `engine.children`) on stderr."""
+def dump_stacks(ranks: Sequence[RankHandle]) -> None:
+    """Write the stacks of all threads of this process and of each rank to stderr."""
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    for process in ranks:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGUSR1)
+    for rank in ranks:
+        rank.dump_stacks()

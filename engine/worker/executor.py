@@ -4,35 +4,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from engine.children import RankHandle
 from engine.config import EngineConfig, ResolvedConfig
 from engine.model.model_info import ModelInfo
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 
 Progress = Callable[[int, int], None]
-
-
-class RankHandle(Protocol):
-    """A rank in another process, as the EngineCore's process sees it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def returncode(self) -> int | None:
-        """None while it runs."""
-        ...
-
-    def dump_stacks(self) -> None:
-        """Have it write the stacks of its threads to stderr."""
-        ...
-
-    def kill(self) -> None:
-        """End it by force, without waiting for its end."""
-        ...
 
 
 class StartedExecutor(Protocol):

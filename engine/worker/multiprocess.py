@@ -6,9 +6,7 @@ With `--ablate driver-broadcast` only rank 0 gets them, and broadcasts inputs to
 import contextlib
 import dataclasses
 import logging
-import os
 import selectors
-import signal
 import socket
 import tempfile
 import threading
@@ -45,7 +43,7 @@ CAUSE_S = 2.0  # after a rank has lost another one, for that one's own report
 
 
 class RankProcess(ChildProcess):
-    """Implements `engine.worker.executor.RankHandle`. `socket` is the executor's end."""
+    """A rank; `socket` is the executor's end."""
 
     def __init__(self, options: RankOptions, socket: socket.socket, inherit: Sequence[int]):
         super().__init__(
@@ -57,10 +55,6 @@ class RankProcess(ChildProcess):
         )
         self.number = options.rank
         self.socket = socket
-
-    def dump_stacks(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGUSR1)  # see children.leave_signals_to_parent
 
 
 class MultiprocessExecutor:

@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import pytest
 
+from engine.children import process_state
 from engine.clock import FakeClock
-from engine.core.watchdog import CALL_TIMEOUT_S, Watchdog, WatchedExecutor, dump_stacks, process_state
+from engine.core.watchdog import CALL_TIMEOUT_S, Watchdog, WatchedExecutor, dump_stacks
 
 
 class Slow:
@@ -40,8 +43,23 @@ class Slow:
         del self.open[:count]
 
 
+@dataclass
+class Rank:
+    pid: int
+
+    @property
+    def state(self) -> str:
+        return process_state(self.pid)
+
+    def dump_stacks(self) -> None:
+        os.kill(self.pid, signal.SIGUSR1)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
 class Watched:
-    def __init__(self, ranks: tuple[int, ...] = ()) -> None:
+    def __init__(self, ranks: Sequence[Rank] = ()) -> None:
         self.clock, self.inner = FakeClock(100.0), Slow()
         self.woken = 0
         self.executor = WatchedExecutor(self.inner, self.clock, self._wake)
@@ -154,7 +172,7 @@ def test_results_wake_the_loop():
 def test_the_rank_that_was_stopped_is_named():
     children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
     try:
-        watched = Watched(tuple(child.pid for child in children))
+        watched = Watched([Rank(child.pid) for child in children])
         watched.launch(3)
         children[1].send_signal(signal.SIGSTOP)
         while process_state(children[1].pid) != "T":
@@ -185,7 +203,7 @@ def test_stacks_of_this_process_and_of_a_rank_go_to_stderr(monkeypatch: pytest.M
     assert rank.stdout.readline() == b"up\n"
     with tempfile.TemporaryFile("w+") as ours:
         monkeypatch.setattr(sys, "stderr", ours)
-        dump_stacks((rank.pid,))
+        dump_stacks([Rank(rank.pid)])
         monkeypatch.undo()
         ours.seek(0)
         assert "test_stacks_of_this_process" in ours.read()
