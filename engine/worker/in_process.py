@@ -41,10 +41,8 @@ class InProcessExecutor:
         """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""
         return self._thread.submit(self._runner.forward, step)
 
-    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+    def sample(self, step: int) -> "Future[bytes]":
         """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
-        if masks:
-            raise NotImplementedError("masks come with structured output")
         return self._thread.submit(self._runner.sample, step)
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":

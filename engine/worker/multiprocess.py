@@ -114,9 +114,9 @@ class MultiprocessExecutor:
         """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""
         return self._command(FrameKind.FORWARD, step)
 
-    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+    def sample(self, step: int) -> "Future[bytes]":
         """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
-        return self._command(FrameKind.SAMPLE, sample_body(step, masks))
+        return self._command(FrameKind.SAMPLE, sample_body(step))
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
         """Execute a call on all ranks between two steps; resolves to rank 0's result, or its RedlineError."""

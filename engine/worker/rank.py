@@ -84,10 +84,7 @@ def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers:
         elif kind is FrameKind.CALL:
             answer, result = FrameKind.CALL_RESULT, execute(runner, body)
         else:
-            step, masks = read_sample(body)
-            if masks:
-                raise NotImplementedError("masks come with structured output")
-            answer, result = FrameKind.STEP_RESULT, runner.sample(step)
+            answer, result = FrameKind.STEP_RESULT, runner.sample(read_sample(body))
         if answers:
             send(parent, answer, result)
     runner.close()

@@ -99,13 +99,13 @@ def receive_command(source: socket.socket, ring: RingReader) -> tuple[FrameKind,
     return None
 
 
-def sample_body(step: int, masks: bytes) -> bytes:
-    return _STEP.pack(step) + masks
+def sample_body(step: int) -> bytes:
+    return _STEP.pack(step)
 
 
-def read_sample(body: bytes) -> tuple[int, bytes]:
-    """Step and masks."""
-    return _STEP.unpack_from(body)[0], body[_STEP.size :]
+def read_sample(body: bytes) -> int:
+    step: int = _STEP.unpack(body)[0]
+    return step
 
 
 def receive(source: socket.socket) -> tuple[FrameKind, bytes] | None:

@@ -103,7 +103,7 @@ class Engine:
         self.executor.submit(message)
         result = self.executor.sample(plan.step).result(PATIENCE_S)
         self.scheduler.update(plan, decode_result(result))
-        orders = frame(FrameKind.FORWARD, message) + frame(FrameKind.SAMPLE, sample_body(plan.step, b""))
+        orders = frame(FrameKind.FORWARD, message) + frame(FrameKind.SAMPLE, sample_body(plan.step))
         return plan, planned, len(orders)
 
     def measure(self, steps: int, told: Told) -> list[int]:

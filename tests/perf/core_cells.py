@@ -63,7 +63,7 @@ class TableWorker:
         self._submitted.append(step)
         return self._done
 
-    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+    def sample(self, step: int) -> "Future[bytes]":
         result: Future[bytes] = Future()
         self._results.append(result)
         return result
