@@ -40,7 +40,7 @@ from engine.messages import AddRequest, Sampling, column, decode_result, encode,
 from engine.model.model_info import read_model_info
 from engine.worker.multiprocess import MultiprocessExecutor
 from engine.worker.rank_protocol import FrameKind, frame, sample_body
-from plots.ranks import save_ranks_figure
+from tests.perf.ranks_figure import save_ranks_figure
 
 DRIVEN = ("driver-broadcast",)
 WAYS: dict[str, tuple[str, ...]] = {"v1": (), "v0": DRIVEN, "v0-joined": DRIVEN}

@@ -32,7 +32,7 @@ from bench.results.environment import hardware
 from bench.target import Target
 from bench.target.server import free_port
 from bench.workloads import make_workload
-from plots.share import save_share_figure
+from tests.perf.share_figure import save_share_figure
 
 ROOT = Path(__file__).parents[2]
 MODEL, VOCABULARY = "smollm2-135m", 49_152

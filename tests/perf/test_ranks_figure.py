@@ -6,7 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from plots.data import ReportError
-from plots.ranks import ranks_figure, save_ranks_figure
+from tests.perf.ranks_figure import ranks_figure, save_ranks_figure
 from tests.plots.test_figures import assert_apart, assert_nothing_clipped
 
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.bars import bar_figure, read_records
 from plots.style import COLORS, INK, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
+from tests.perf.bar_charts import bar_figure, read_records
 
 WAYS = {
     "v1": ("V1: one message to all, each builds its inputs", COLORS[0]),

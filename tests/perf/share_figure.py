@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.bars import bar_figure, read_records
 from plots.style import COLORS, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
+from tests.perf.bar_charts import bar_figure, read_records
 
 DEVICE, OUTSIDE, CORE, FRONT_END = "#cbd5e1", COLORS[1], COLORS[0], COLORS[3]
 TIME_PARTS = (("device_ms", "device busy", DEVICE), ("outside_ms", "outside the device", OUTSIDE))

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from plots.data import ReportError
-from plots.share import save_share_figure, share_figure
+from tests.perf.share_figure import save_share_figure, share_figure
 from tests.plots.test_figures import assert_apart, assert_nothing_clipped
 
 
