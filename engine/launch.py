@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from engine.core.server import CoreServer
     from engine.frontend.inline_front_end import InlineTexts
 
-STOP_GRACE_S = 5.0  # after the drain, before the child is killed
-PROBE_S = 0.1
+STOP_GRACE_S = 5.0  # before the child is killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +81,14 @@ class CoreProcess:
             memory_advice="lower --kv-cache-memory-bytes",
         )
 
-    def wait_ready(
-        self, on_wait: Callable[[], None] | None = None, loading: Callable[[int, int], None] | None = None
-    ) -> Ready:
+    def wait_ready(self, loading: Callable[[int, int], None] | None = None) -> Ready:
         """Block until the core is up. If it fails to start, its error is raised here.
 
-        Args:
-            on_wait: called every PROBE_S.
-            loading: called from a thread with the bytes of weights that are read, and of all.
+        `loading` is called with the bytes of weights that are read, and of all.
         """
-        box: list[Up | Failure | None] = []
-
-        def read() -> None:
-            while isinstance(report := self._child.next_report(), Loading):
-                if loading is not None:
-                    loading(report.done, report.total)
-            box.append(report)
-
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
-        while reader.is_alive():
-            reader.join(timeout=PROBE_S)
-            if on_wait is not None:
-                on_wait()
-        report = box[0]
+        while isinstance(report := self._child.next_report(), Loading):
+            if loading is not None:
+                loading(report.done, report.total)
         if isinstance(report, Up):
             self._up = True
             ready: Ready = report.read(Ready)
@@ -128,25 +111,25 @@ class CoreProcess:
 
         threading.Thread(target=wait, name="core-watch", daemon=True).start()
 
-    def stop(self, drain_s: float = 0.0) -> None:
-        """Let running requests finish for `drain_s`, then end the core; safe to call twice."""
+    def stop(self) -> None:
+        """End the core, and with it all requests; safe to call twice."""
         self._expected_end = True
         if not self._up:  # it has no request, and does not read messages yet
             self._child.kill()
             self._child.wait()
         elif self._child.returncode is None:
-            self._ask_to_end(drain_s)
-            if not self._child.wait(drain_s + STOP_GRACE_S):
+            self._ask_to_end()
+            if not self._child.wait(STOP_GRACE_S):
                 self._child.kill()
                 self._child.wait()
         self._clean()
 
-    def _ask_to_end(self, drain_s: float) -> None:
+    def _ask_to_end(self) -> None:
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, 1000)
         socket.connect(self.endpoints.to_core)
-        socket.send(encode(Shutdown(drain_s)))
+        socket.send(encode(Shutdown()))
         socket.close()
         context.term()
 

@@ -26,27 +26,27 @@ def custom_code(declared: dict[str, Any], auto_class: str) -> str | None:
     return str(named) if named else None
 
 
-def load_auto_tokenizer(name: str, *, flag: str = "--tokenizer") -> Any:
+def load_auto_tokenizer(name: str) -> Any:
     """Load the tokenizer of a folder or a hub id as transformers' class.
 
-    Raises ModelError, naming `flag`, if it can't be read or needs code of its own.
+    Raises ModelError if it can't be read or needs code of its own.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, **NO_REMOTE_CODE)
     except Exception as error:  # a broken file can cause any error
-        refuse_custom_tokenizer(Path(name), flag=flag)
+        refuse_custom_tokenizer(Path(name))
         cause = first_line(error)
         if NO_REMOTE_CODE_MARK in str(error):  # a hub id: there is no folder to look into
             cause = f"it needs code of its own ({AUTO_MAP}), which is never run"
-        raise ModelError(f"no tokenizer can be read from {name}: {cause} ({flag} names another)") from error
+        raise ModelError(f"no tokenizer can be read from {name}: {cause} (--tokenizer names another)") from error
 
 
 NO_REMOTE_CODE_MARK = "custom code"  # part of transformers' message when it would have to run some
 
 
-def refuse_custom_tokenizer(folder: Path, *, flag: str = "--tokenizer") -> None:
+def refuse_custom_tokenizer(folder: Path) -> None:
     """Raise ModelError if the tokenizer of a folder needs code of its own."""
     for file in ("tokenizer_config.json", "config.json"):
         try:
@@ -57,7 +57,7 @@ def refuse_custom_tokenizer(folder: Path, *, flag: str = "--tokenizer") -> None:
         if code is not None:
             raise ModelError(
                 f"the tokenizer of {folder} is code of its own ({AUTO_MAP} in {file} names {code}), which is never "
-                f"run: {flag} names another folder, one with a tokenizer.json"
+                f"run: --tokenizer names another folder, one with a tokenizer.json"
             )
 
 

@@ -1,11 +1,11 @@
 """Starts and ends the EngineCores of an engine together: one for each replica (`--dp`)."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from engine.config import EngineConfig
-from engine.launch import PROBE_S, CoreProcess
+from engine.launch import CoreProcess
 from engine.messages import Ready
 
 
@@ -32,7 +32,6 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
 def wait_all_ready(
     cores: Sequence[CoreProcess],
     progress: Callable[[str], None] | None = None,
-    on_wait: Callable[[], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
 ) -> tuple[Ready, ...]:
     """Block until all cores are up. If one fails, its error is raised, and the caller must stop the others.
@@ -40,7 +39,7 @@ def wait_all_ready(
     Arguments as of `start_engine`; bytes read are summed over replicas.
     """
     if len(cores) == 1:
-        return (cores[0].wait_ready(on_wait, loading),)
+        return (cores[0].wait_ready(loading),)
     loaded = [(0, 0)] * len(cores)
 
     def start(number: int) -> Ready:
@@ -49,24 +48,17 @@ def wait_all_ready(
             if loading is not None:
                 loading(sum(done for done, _ in loaded), max(total for _, total in loaded) * len(cores))
 
-        return cores[number].wait_ready(loading=on_loaded)
+        return cores[number].wait_ready(on_loaded)
 
     # If this is interrupted, the caller stops the cores, which ends these threads.
     pool = ThreadPoolExecutor(len(cores), thread_name_prefix="start")
     try:
         waiting = [pool.submit(start, number) for number in range(len(cores))]
-        up = 0
-        while True:
-            done, still = wait(waiting, PROBE_S, FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            if not still:
-                return tuple(future.result() for future in waiting)
-            if progress is not None and len(done) > up:
-                up = len(done)
+        for up, future in enumerate(as_completed(waiting), start=1):
+            future.result()
+            if progress is not None and up < len(cores):
                 progress(f"{up} of {len(cores)} replicas are up")
-            if on_wait is not None:
-                on_wait()
+        return tuple(future.result() for future in waiting)
     finally:
         pool.shutdown(wait=False)
 

@@ -60,7 +60,6 @@ def start_engine(
     config: EngineConfig,
     *,
     progress: Callable[[str], None] | None = None,
-    on_wait: Callable[[], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
     front_ends: int = 1,
     step_timeout_s: float = STEP_TIMEOUT_S,
@@ -69,8 +68,7 @@ def start_engine(
 
     Args:
         progress: called with a line for each phase that takes time.
-        on_wait: called repeatedly while cores start.
-        loading: called from a thread with the bytes of weights that are read, and of all.
+        loading: called, possibly from another thread, with the bytes of weights that are read, and of all.
     """
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, progress)
@@ -81,7 +79,7 @@ def start_engine(
     cores = start_cores(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
         tokenizer, warnings = load_tokenizer(tokenizer_path, stand_in, config.tokenizer_mode, config.chat_template)
-        readies = wait_all_ready(cores, progress, on_wait, loading)
+        readies = wait_all_ready(cores, progress, loading)
     except BaseException:
         stop_all(cores)
         raise

@@ -17,6 +17,7 @@ GRID = "#e5e7eb"
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#0891b2", "#be185d", "#a16207", "#475569")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 WIDTH_IN = 10.0
+LINE_WIDTH = 168  # characters of a caption
 PIXELS_PER_IN = 200  # 2,000 px wide, sharp at half of that
 
 STYLE: Any = {  # matplotlib's type is a literal of all keys
@@ -70,15 +71,15 @@ def span(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
-def wrapped(facts: Iterable[str], width: int = 168) -> list[str]:
-    """Parts of a caption joined to lines of at most `width` characters; only a longer part is split."""
+def wrapped(facts: Iterable[str]) -> list[str]:
+    """Parts of a caption joined to lines of at most LINE_WIDTH characters; only a longer part is split."""
     lines: list[str] = []
     for fact in facts:
         joined = f"{lines[-1]}  ·  {fact}" if lines else fact
-        if lines and len(joined) <= width:
+        if lines and len(joined) <= LINE_WIDTH:
             lines[-1] = joined
         elif fact:
-            lines += textwrap.wrap(fact, width)
+            lines += textwrap.wrap(fact, LINE_WIDTH)
     return lines
 
 

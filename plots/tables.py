@@ -12,17 +12,11 @@ from plots.latency import series_text
 SMALL = 0.5  # percent: smaller differences are neither better nor worse
 
 
-def number(value: float | None, unit: str = "") -> str:
+def number(value: float | None) -> str:
     """A value for a table cell: three significant digits, thousands separated; "–" if it was not measured."""
     if value is None:
         return "–"
-    if abs(value) >= 1000:
-        text = f"{value:,.0f}"
-    elif abs(value) >= 100:
-        text = f"{value:.0f}"
-    else:
-        text = f"{value:.3g}"
-    return f"{text} {unit}".rstrip()
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def verdict(metric: Metric, cell: Cell) -> str:

@@ -50,11 +50,6 @@ class _Chunk:
     closing: bool  # has a finish reason
 
 
-def split_events(body: bytes) -> list[Event]:
-    """Events of a body, without an unterminated one at its end."""
-    return _events(body)[0]
-
-
 def read_stream(body: bytes, requested: int | None = None) -> StreamedResponse:
     """Parse the events of an OpenAI completion or chat stream; problems are recorded, not raised.
 

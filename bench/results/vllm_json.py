@@ -16,10 +16,8 @@ def vllm_result(
     requests: Sequence[RequestRecord],
     model: str,
     *,
-    chat: bool = False,
     request_rate: float | None = None,
     max_concurrency: int | None = None,
-    burstiness: float = 1.0,
 ) -> dict[str, Any]:
     """One load point in that format, with the details of each request; `request_rate` None is "inf".
 
@@ -31,17 +29,16 @@ def vllm_result(
     end = max((r.intended_s + (r.e2e_s or 0.0) for r in done), default=start)
     duration = max(end - start, 1e-9)
     inputs, outputs = sum(r.input_tokens for r in done), sum(r.output_tokens for r in done)
-    kind = "openai-chat" if chat else "openai"
     result: dict[str, Any] = {
         "date": f"{datetime.now():%Y%m%d-%H%M%S}",
-        "endpoint_type": kind,
-        "backend": kind,
+        "endpoint_type": "openai",
+        "backend": "openai",
         "label": None,
         "model_id": model,
         "tokenizer_id": model,
         "num_prompts": len(requests),
         "request_rate": "inf" if request_rate is None else request_rate,
-        "burstiness": burstiness,
+        "burstiness": 1.0,
         "max_concurrency": max_concurrency,
         "duration": duration,
         "completed": len(done),

@@ -30,13 +30,12 @@ class ServerInfo:
     notes: tuple[str, ...] = field(default=(), compare=False)  # messages about assumptions
 
 
-def probe_server(server: Target | str, api_key: str | None = None, *, timeout_s: float = 10.0) -> ServerInfo:
+def probe_server(server: Target | str, *, timeout_s: float = 10.0) -> ServerInfo:
     """Read GET /v1/models and choose the model; raises BenchError that names the flag to change.
 
     A target that names its model does not need a list, but must be on the list if there is one.
     """
     target = Target.of(server)
-    target = target if api_key is None else replace(target, api_key=api_key)
     notes: list[str] = []
     try:
         target, answer = _list_models(target, timeout_s, notes)

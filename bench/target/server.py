@@ -19,7 +19,6 @@ from bench.errors import BenchError
 
 _GRACE_S = (20.0, 5.0, 5.0)  # after SIGINT, SIGTERM, SIGKILL
 _EXIT_WAIT_S = 5.0
-_TAIL_LINES = 12
 _PR_SET_PDEATHSIG = 1
 
 
@@ -78,8 +77,8 @@ class ServerProcess:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, on_wait: Callable[[float], None] | None = None) -> None:
-        """Start and wait until GET /health responds with 200; `on_wait` is called with the seconds waited so far."""
+    def start(self) -> None:
+        """Start and wait until GET /health responds with 200."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         prepare = _prepare_child()
         with self.log.open("wb") as out:
@@ -95,12 +94,12 @@ class ServerProcess:
             except OSError as error:
                 raise BenchError(f"cannot start {self.command[0]!r}: {error.strerror or error}") from None
         try:
-            self._wait(on_wait)
+            self._wait()
         except BaseException:
             self.stop()
             raise
 
-    def _wait(self, on_wait: Callable[[float], None] | None) -> None:
+    def _wait(self) -> None:
         began = time.monotonic()
         with httpx.Client(timeout=5.0, trust_env=False, verify=self._verify, headers=self._headers) as client:
             while True:
@@ -115,18 +114,16 @@ class ServerProcess:
                         f"the server did not answer {self._health} within {waited:.0f} s; its last line: "
                         f"{self._last_line()} (log: {self.log})"
                     )
-                if on_wait is not None:
-                    on_wait(waited)
                 time.sleep(0.2)
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def ends(self, within_s: float = _EXIT_WAIT_S) -> bool:
+    def ends(self) -> bool:
         """Whether the server exits within some seconds, after it stopped responding."""
         assert self._process is not None
         try:
-            self._process.wait(within_s)
+            self._process.wait(_EXIT_WAIT_S)
         except subprocess.TimeoutExpired:
             return False
         return True
@@ -137,19 +134,15 @@ class ServerProcess:
         how = "" if code is None else f" (exit code {code})" if code >= 0 else f" (ended by signal {-code})"
         return f"{self._last_line()}{how}; log: {self.log}"
 
-    def tail(self, lines: int = _TAIL_LINES) -> list[str]:
-        """The end of the server's log, without empty lines."""
-        if not self.log.exists():
-            return []
-        with self.log.open("rb") as f:
-            f.seek(0, os.SEEK_END)
-            f.seek(max(0, f.tell() - 16384))
-            text = f.read().decode("utf-8", "replace")
-        return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
-
     def _last_line(self) -> str:
-        tail = self.tail()
-        return tail[-1].strip() if tail else "it printed nothing"
+        """The last line of the server's log that is not empty."""
+        text = ""
+        if self.log.exists():
+            with self.log.open("rb") as f:
+                f.seek(0, os.SEEK_END)
+                f.seek(max(0, f.tell() - 16384))
+                text = f.read().decode("utf-8", "replace").strip()
+        return text.splitlines()[-1].strip() if text else "it printed nothing"
 
     def stop(self) -> None:
         """Send SIGINT, SIGTERM and SIGKILL in turn; returns when the whole process group is gone."""

@@ -99,9 +99,9 @@ def read_json(path: Path, flag: str) -> Iterator[DataRow]:
         yield from _json_rows(_start(text), text, "is neither JSON nor JSONL")
 
 
-def read_text(path: Path, flag: str = "") -> str:
+def read_text(path: Path) -> str:
     """The whole text of a file in any of these encodings."""
-    with _reading(path, flag, "not a text file"), _open_text(path, flag) as stream:
+    with _reading(path, "", "not a text file"), _open_text(path, "") as stream:
         text = stream.read()
         if not _encodable(text):
             raise ValueError("it contains bytes that are not valid UTF-8")

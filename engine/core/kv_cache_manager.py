@@ -197,11 +197,6 @@ class KVCacheManager:
         if self._appended:  # the slot may have received blocks earlier in the same step
             self._appended = [entry for entry in self._appended if entry[0] != slot]
 
-    def held(self, slot: int) -> list[int]:
-        """How many blocks a slot holds, of each group."""
-        tables, first_blocks = self.block_tables[slot], self._first_blocks[slot]
-        return [len(table) - first for table, first in zip(tables, first_blocks, strict=True)]
-
     def check(self, slots: Sequence[int]) -> None:
         """Assert the invariants between steps, given the live slots."""
         self.pool.check()

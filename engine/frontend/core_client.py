@@ -222,9 +222,6 @@ class CoreClient(OutputProcessor):
         """The stats of all front ends of the core together, now."""
         return self.stats if self.board is None or self.alone else self.board.total()
 
-    def live_count(self) -> int:
-        return len(self._live)
-
     def health(self) -> dict[str, Any]:
         """The state of the replica: its number, process, status (ok, hung or dead), cause, and load."""
         state: dict[str, Any] = {"replica": self.replica, "process": self.ready.process_id}

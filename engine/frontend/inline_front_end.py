@@ -51,10 +51,6 @@ class InlineTexts:
         self._vocab_size = vocab_size
         self._live: dict[int, _LiveRequest] = {}
 
-    @property
-    def open_count(self) -> int:
-        return len(self._live)
-
     def add(self, message: AddRequest) -> AddRequest:
         """The message with its text tokenized; RequestError if the model can't serve the prompt."""
         if message.prompt:

@@ -182,9 +182,6 @@ class Router:
         for blocks in hashes:
             chosen.prefixes.record(blocks)
 
-    def live_count(self) -> int:
-        return sum(client.live_count() for client in self.replicas)
-
     # ------------------------------------------------------------------------------------------------------- utilities
 
     async def call_utility(self, method: str, **arguments: Any) -> Any:

@@ -1,6 +1,5 @@
 """SamplingParams: the sampling parameters of one request, checked and turned into messages for the core."""
 
-import math
 from typing import Any
 
 import msgspec
@@ -76,7 +75,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         for name, low, high in RANGES:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-                raise RequestError(f"{name} must lie in {describe(low, high)}, not {value!r}", name)
+                raise RequestError(f"{name} must lie in {low:g}..{high:g}, not {value!r}", name)
             if name in INTEGERS and not isinstance(value, int | None):
                 raise RequestError(f"{name} must be an integer, not {value!r}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -152,10 +151,6 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("frequency_penalty", -2, 2),
     ("repetition_penalty", 1e-3, 100),
 )
-
-
-def describe(low: float, high: float) -> str:
-    return f"{low:g}..{high:g}" if not math.isinf(high) else f"{low:g} or more"
 
 
 def make_request(

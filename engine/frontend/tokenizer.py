@@ -119,12 +119,6 @@ class Tokenizer:
             raise RequestError("the model has no chat template: use /v1/completions", "messages")
         return self.template.render(messages, **options)
 
-    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """As `render_chat`, in token ids."""
-        prompt = self.render_chat(messages, **options)
-        # The template writes the begin-of-sequence token if the model needs one.
-        return self.encode(prompt, False) if isinstance(prompt, str) else prompt
-
 
 def load_tokenizer(
     path: Path, vocab_size: int | None = None, mode: str = "auto", chat_template: str | None = None

@@ -48,15 +48,10 @@ class PageSupply:
         self._stride = max(1, HUGE_PAGE // block_bytes)  # blocks populated at a time: one page of each region
         self._ahead = max(2 * self._stride, ahead_bytes // (regions * block_bytes))  # blocks
         self._wanted = 0  # blocks
-        self._supplied = 0
+        self.supplied = 0  # blocks, from the first on, that have their pages
         self._more = threading.Event()
         self.reach(0)
         threading.Thread(target=self._supply, name="page-supply", daemon=True).start()
-
-    @property
-    def supplied(self) -> int:
-        """How many blocks, from the first on, have their pages."""
-        return self._supplied
 
     def reach(self, block: int) -> None:
         """Report that blocks up to this one are in use."""
@@ -78,13 +73,13 @@ class PageSupply:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         while self._more.wait() and not self._closed:
             self._more.clear()
-            while self._supplied < self._wanted:
-                blocks = min(self._supplied + self._stride, self._wanted)
-                for page in self._pages(self._supplied, blocks):
+            while self.supplied < self._wanted:
+                blocks = min(self.supplied + self._stride, self._wanted)
+                for page in self._pages(self.supplied, blocks):
                     first = max(page, self._address)
                     if self._closed or madvise(first, min(page + HUGE_PAGE, self._end) - first, _POPULATE_WRITE):
                         return
-                self._supplied = blocks
+                self.supplied = blocks
 
     def _pages(self, first: int, end: int) -> Iterator[int]:
         """Addresses of the huge pages of blocks `first` to `end`.

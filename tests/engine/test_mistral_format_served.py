@@ -53,7 +53,7 @@ def test_chats_and_completions_over_http(flags: tuple[str, ...], folder: Path, m
             tokens = answer["choices"][0]["token_ids"]
             assert tokens == expected(model, tokenizer.encode(text))
             assert answer["choices"][0]["text"] == tokenizer.decode(tokens)
-        prompt = tokenizer.encode_chat(MESSAGES)
+        prompt = tokenizer.render_chat(MESSAGES)
         chat = ask(server, "/v1/chat/completions", messages=MESSAGES)
         tokens = chat["choices"][0]["token_ids"]
         assert tokens == expected(model, prompt)
@@ -61,7 +61,7 @@ def test_chats_and_completions_over_http(flags: tuple[str, ...], folder: Path, m
         assert chat["usage"]["prompt_tokens"] == len(prompt)
         long = [{"role": "user", "content": "the lazy fox " * 400}]
         answer = ask(server, "/v1/chat/completions", messages=long)
-        assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(long))
+        assert answer["usage"]["prompt_tokens"] == len(tokenizer.render_chat(long))
         assert server.post("/tokenize", messages=MESSAGES)["tokens"] == prompt
         assert server.post("/detokenize", tokens=prompt)["prompt"].startswith("<s>[SYSTEM_PROMPT]quick")
         wrong = {"messages": [{"role": "narrator", "content": "x"}]}
@@ -73,7 +73,7 @@ def test_chats_and_completions_over_http(flags: tuple[str, ...], folder: Path, m
 def test_the_python_api_chats(folder: Path, model: Any) -> None:
     params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     with LLM(str(folder), dtype="float32", max_num_seqs=2, kv_cache_memory_bytes=8 << 20) as llm:
-        prompt = llm.tokenizer.encode_chat(MESSAGES)
+        prompt = llm.tokenizer.render_chat(MESSAGES)
         answer = llm.chat(MESSAGES, params)[0]
         assert answer.prompt_token_ids == prompt
         assert answer.outputs[0].token_ids == expected(model, prompt)
@@ -84,6 +84,6 @@ def test_a_core_that_tokenises_itself_reads_them_too(folder: Path, model: Any, t
     with serve(tmp_path, str(folder), *FLAGS, "--ablate", "inline-frontend") as server:
         tokens = expected(model, tokenizer.encode(TEXTS[0]))
         assert ask(server, "/v1/completions", prompt=TEXTS[0])["choices"][0]["text"] == tokenizer.decode(tokens)
-        tokens = expected(model, tokenizer.encode_chat(MESSAGES))
+        tokens = expected(model, tokenizer.render_chat(MESSAGES))
         content = ask(server, "/v1/chat/completions", messages=MESSAGES)["choices"][0]["message"]["content"]
         assert content == tokenizer.decode(tokens)

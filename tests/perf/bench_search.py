@@ -17,13 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.measurement.progress import ConsoleProgress, QuietProgress
+from bench.measurement.progress import ConsoleProgress
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
 from bench.results import Answer, RunFiles
 from bench.target import Target
 from bench.target.server import ServerProcess
 from bench.workloads import make_workload
 from tests.bench.queue_model import SimulatedBench
+from tests.bench.quiet_progress import QuietProgress
 from tests.perf.bench_statistics import WRONG_SUSTAINED, most_wrong, verdict_rows, verdict_table
 
 STUB = Path(__file__).parents[1] / "bench" / "queue_server.py"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.loadgen.sse import error_message, read_stream, split_events, spread, what_instead
+from bench.loadgen.sse import _events, error_message, read_stream, spread, what_instead
 
 
 def event(message: Any, end: str = "\n") -> bytes:
@@ -87,7 +87,7 @@ def test_usage_beside_the_choices() -> None:
 def test_line_ends_comments_and_joined_data(end: str) -> None:
     lines = [": ping", "", "event: x", "data: {", 'data:"a": 1}', "id: 3", "", "retry: 5", "", "data: [DONE]", "", ""]
     body = end.join(lines).encode()
-    events = split_events(body)
+    events, _ = _events(body)
     assert [e.data for e in events] == [b'{\n"a": 1}', b"[DONE]"]
     assert events[-1].last == len(body) - 1
 

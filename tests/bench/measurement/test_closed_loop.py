@@ -13,12 +13,12 @@ import pytest
 from bench.errors import BenchError
 from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
 from bench.measurement.load_point import LoadPoint, PointPlan, PointState
-from bench.measurement.progress import QuietProgress
 from bench.results import PointRecord, RunFiles
 from bench.search.windows import TimeBudget, Timing
 from bench.target import Target
 from bench.target.metrics import MetricsReader
 from bench.workloads import make_workload
+from tests.bench.quiet_progress import QuietProgress
 
 WORKLOAD = {"kind": "random", "input": 20, "output": 5}
 

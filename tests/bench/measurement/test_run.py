@@ -7,12 +7,12 @@ import pytest
 
 from bench.errors import BenchError
 from bench.measurement.load_point import PointPlan
-from bench.measurement.progress import QuietProgress
 from bench.measurement.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
 from bench.results import Answer, PointRecord, RunFiles
 from bench.target import Target
 from bench.target.server import ServerProcess
 from bench.workloads import Workload, make_workload
+from tests.bench.quiet_progress import QuietProgress
 
 pytestmark = pytest.mark.usefixtures("patient_generator")
 

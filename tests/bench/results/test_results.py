@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.measurement.progress import QuietProgress
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
 from bench.results import Answer, RunFiles, ServerState, Summary
 from bench.target import Target
 from bench.target.server import ServerProcess
 from bench.workloads import make_workload
+from tests.bench.quiet_progress import QuietProgress
 from tests.plots.made import Server, make_point
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from bench.errors import BenchError
-from bench.measurement.progress import QuietProgress
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
 from bench.results import RequestRecord, RunFiles
 from bench.results.vllm_json import save_vllm_result
@@ -18,6 +17,7 @@ from bench.sweeps.sweepfile import read_sweep
 from bench.target import Target
 from bench.target.server import ServerProcess
 from bench.workloads import make_workload
+from tests.bench.quiet_progress import QuietProgress
 from tests.bench.records import plain_point, plain_request
 
 

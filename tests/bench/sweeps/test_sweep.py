@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import BenchError
-from bench.measurement.progress import QuietProgress
 from bench.measurement.run import Subject, measure_ladder
 from bench.results import PointRecord, RunFiles, Summary
 from bench.sweeps.sweep import STATE_FILE, common_ladder, run_sweep
 from bench.sweeps.sweepfile import read_sweep
+from tests.bench.quiet_progress import QuietProgress
 
 pytestmark = pytest.mark.usefixtures("patient_generator")
 

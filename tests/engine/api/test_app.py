@@ -279,7 +279,7 @@ async def test_a_client_that_leaves_ends_its_request(server: InLoop, stream: boo
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
     call = asyncio.ensure_future(server.app(scope, receive, send))
-    while not server.client.live_count():
+    while not server.client.total_stats.live:
         await asyncio.sleep(0)
     gone.set()
     await asyncio.wait_for(call, 5)
@@ -292,7 +292,7 @@ async def test_a_client_that_leaves_ends_its_request(server: InLoop, stream: boo
 
 async def test_an_error_within_a_stream_is_an_event(server: InLoop):
     async def die() -> None:
-        while not server.client.live_count():
+        while not server.client.total_stats.live:
             await asyncio.sleep(0)
         server.client.fail_all("rank 0 is gone")
 
@@ -313,4 +313,4 @@ async def test_many_streams_at_once_get_what_each_would_alone(server: InLoop):
         assert tokens == expected_tokens(prompt, 20)
 
     await asyncio.gather(*map(one, range(12)))
-    assert server.client.live_count() == 0
+    assert server.client.total_stats.live == 0

@@ -205,7 +205,7 @@ async def test_a_failure_within_a_stream_is_an_error_to_openai_s_client(
     assert len(texts) == 2
     while server.core.has_work:
         await asyncio.sleep(0)
-    assert server.client.live_count() == 0
+    assert server.client.total_stats.live == 0
 
 
 async def test_an_error_event_is_the_last_event(server: InLoop, monkeypatch: pytest.MonkeyPatch):

@@ -56,7 +56,7 @@ async def test_answers_are_those_of_v1(stream: bool):
         assert plain.client.stats.finished == inline.client.stats.finished
         assert plain.client.stats.prompt_tokens.total == inline.client.stats.prompt_tokens.total > 0
         for server in (plain, inline):
-            assert server.client.live_count() == 0
+            assert server.client.total_stats.live == 0
             server.core.scheduler.check()
             assert not server.core.scheduler.requests
 
@@ -79,4 +79,4 @@ async def test_a_client_that_leaves_leaves_nothing_behind():
             await asyncio.sleep(0)
         assert not server.core.scheduler.requests
         texts: Any = server.core._inline
-        assert texts.open_count == 0
+        assert len(texts._live) == 0

@@ -97,7 +97,7 @@ async def test_a_full_queue_answers_503_and_says_when_to_come_again():
     async with in_loop(options=HttpOptions(limits=Limits(max_queue=1)), max_num_seqs=2) as server:
         body = {"prompt": [1, 2, 3], "max_tokens": 60, "ignore_eos": True}
         under_way = [asyncio.ensure_future(server.post("/v1/completions", **body)) for _ in range(3)]
-        await until(lambda: server.client.live_count() == 3)
+        await until(lambda: server.client.total_stats.live == 3)
         for path, more in (
             ("/v1/completions", body),
             ("/v1/chat/completions", {"messages": CHAT}),
@@ -113,7 +113,7 @@ async def test_a_full_queue_answers_503_and_says_when_to_come_again():
         assert [one["usage"]["completion_tokens"] for one in answers] == [60] * 3, "those it had are served"
         await server.post("/v1/completions", prompt=["a"] * 3, max_tokens=1)
         assert (await server.http.post("/v1/completions", json={"prompt": ["a"] * 4})).status_code == 503
-        assert server.client.live_count() == 0
+        assert server.client.total_stats.live == 0
 
 
 async def test_without_a_queue_what_finds_a_slot_is_served():

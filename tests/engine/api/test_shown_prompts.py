@@ -228,4 +228,4 @@ async def test_what_cannot_hold_is_refused_by_its_field(server: InLoop, path: st
     asked = {"messages": CHAT} if "chat" in path else {"prompt": "ab"}
     error = await server.refusal(path, {**asked, **fields})
     assert error["param"] == field
-    assert server.client.live_count() == 0
+    assert server.client.total_stats.live == 0

@@ -94,7 +94,7 @@ def connections(side: HttpServer) -> list[Any]:
 async def test_an_output_holds_one_delta_however_long_nobody_reads():
     async with in_loop(max_model_len=1024, num_blocks=300) as server:
         stream = server.client.add_request([[1]], SamplingParams(n=2, max_tokens=500))
-        while server.client.live_count():
+        while server.client.total_stats.live:
             await asyncio.sleep(0)
             assert len(stream._ready) <= 2
         deltas = await anext(stream)

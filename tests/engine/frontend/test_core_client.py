@@ -110,7 +110,7 @@ async def test_tokens_arrive_as_deltas_until_the_core_ends_the_request():
     assert await read(stream) == [Delta(0, "i", [105], finish_reason="length")]
     with pytest.raises(StopAsyncIteration):
         await read(stream)
-    assert core.client.live_count() == 0
+    assert core.client.total_stats.live == 0
     assert core.aborted == []
 
 
@@ -237,7 +237,7 @@ async def test_closing_a_stream_aborts_what_still_runs():
         core.tokens({done: [65]}, Finished(done, FinishReason.LENGTH))
         await read(stream)
     assert core.aborted == [open_one]
-    assert core.client.live_count() == 0
+    assert core.client.total_stats.live == 0
     assert core.client.stats.finished == {"length": 1, "abort": 1}
 
 

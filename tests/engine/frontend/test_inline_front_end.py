@@ -88,8 +88,8 @@ def test_every_reader_gets_the_same_as_from_v1(
         got.append((drain(ours), drain(theirs)))
     for expected, found in got:
         assert found == expected
-    assert plain.client.live_count() == inline.client.live_count() == 0
-    assert inline.texts.open_count == 0
+    assert plain.client.total_stats.live == inline.client.total_stats.live == 0
+    assert len(inline.texts._live) == 0
     assert theirs.prompt_tokens == len(tokenizer.encode(prompt))
     aborted = [[message for message in core.received if isinstance(message, Abort)] for core in (plain, inline)]
     assert len(aborted[0]) == len(inline.stopped), "who ends a request at a stop string"
@@ -128,7 +128,7 @@ def test_a_text_that_cannot_be_served_is_refused_alone(text: str, said: str):
     with pytest.raises(RequestError, match=said) as caught:
         texts.add(request(text))
     assert caught.value.field == "prompt"
-    assert texts.open_count == 0
+    assert len(texts._live) == 0
 
 
 def test_a_token_the_model_lacks_is_refused():
@@ -156,7 +156,7 @@ def test_a_prompt_of_ids_is_only_written():
     texts = reader()
     message = AddRequest(1, column([5, 6]), 7, Sampling(), text_options=TextOptions())
     assert texts.add(message) == message
-    assert texts.open_count == 1
+    assert len(texts._live) == 1
 
 
 def test_a_stop_string_cuts_tokens_and_logprobs_and_leaves_others_alone():
@@ -195,7 +195,7 @@ def test_the_end_brings_what_was_held_back():
     written, _ = texts.outputs(outputs({1: BYTE_LEVEL.encode("aEN")}, Finished(1, FinishReason.LENGTH, preemptions=2)))
     assert written.texts == ("a",)
     assert written.finished == (Finished(1, FinishReason.LENGTH, preemptions=2, text="EN"),)
-    assert texts.open_count == 0
+    assert len(texts._live) == 0
 
 
 def test_admission_tells_how_long_the_text_is():

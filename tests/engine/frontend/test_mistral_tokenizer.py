@@ -60,7 +60,6 @@ def test_a_chat_is_written_in_control_tokens_that_no_text_becomes(tekken: Tokeni
     ]
     wanted = [BOS, SYSTEM, *words("in"), END_SYSTEM, INST, *words(user), END_INST]
     wanted += [*words("fox"), EOS, INST, *words("the"), END_INST]
-    assert tekken.encode_chat(messages) == wanted
     assert tekken.render_chat(messages) == wanted
     assert tekken.special_ids.isdisjoint(words(user))
 
@@ -76,7 +75,7 @@ def test_a_chat_is_written_in_control_tokens_that_no_text_becomes(tekken: Tokeni
 )
 def test_a_chat_that_is_none_is_the_request_s_fault(tekken: Tokenizer, messages: list, says: str) -> None:
     with pytest.raises(RequestError, match=says) as caught:
-        tekken.encode_chat(messages)
+        tekken.render_chat(messages)
     assert caught.value.field == "messages"
     assert "\n" not in str(caught.value)
 
@@ -84,29 +83,29 @@ def test_a_chat_that_is_none_is_the_request_s_fault(tekken: Tokenizer, messages:
 def test_an_answer_that_is_begun_is_continued(tekken: Tokenizer) -> None:
     question = {"role": "user", "content": "the", "name": "somebody"}
     begun = {"role": "assistant", "content": "fox", "prefix": True}
-    whole = tekken.encode_chat([question])
-    assert tekken.encode_chat([question, begun]) == [*whole, *tekken.encode("fox", False)]
+    whole = tekken.render_chat([question])
+    assert tekken.render_chat([question, begun]) == [*whole, *tekken.encode("fox", False)]
 
 
 def test_a_final_message_is_continued_and_histories_may_hold_parts_and_calls(tekken: Tokenizer) -> None:
     question = {"role": "user", "content": "the"}
     begun = {"role": "assistant", "content": "fox"}
-    whole = tekken.encode_chat([question])
+    whole = tekken.render_chat([question])
     options = {"continue_final_message": True, "add_generation_prompt": False}
-    assert tekken.encode_chat([question, begun], **options) == [*whole, *tekken.encode("fox", False)]
+    assert tekken.render_chat([question, begun], **options) == [*whole, *tekken.encode("fox", False)]
     with pytest.raises(RequestError) as caught:
-        tekken.encode_chat([question], **options)
+        tekken.render_chat([question], **options)
     assert caught.value.field == "continue_final_message"
     parts = {"role": "user", "content": [{"type": "text", "text": "the"}]}
-    assert tekken.encode_chat([parts]) == whole
+    assert tekken.render_chat([parts]) == whole
     for field, value in {"documents": [{"text": "x"}], "template": "x", "reasoning_effort": "high"}.items():
         with pytest.raises(RequestError, match="no template"):
-            tekken.encode_chat([question], **{field: value})
+            tekken.render_chat([question], **{field: value})
 
 
 def test_what_only_a_template_could_take_is_refused(tekken: Tokenizer) -> None:
     with pytest.raises(RequestError, match="enable_thinking"):
-        tekken.encode_chat([{"role": "user", "content": "x"}], add_generation_prompt=True, enable_thinking=False)
+        tekken.render_chat([{"role": "user", "content": "x"}], add_generation_prompt=True, enable_thinking=False)
 
 
 @given(st.text(max_size=40))
@@ -129,7 +128,7 @@ def test_the_sentence_pieces_that_are_shipped(sentence_pieces: Tokenizer) -> Non
     assert sentence_pieces.vocab_size == 32768
     ids = sentence_pieces.encode("Hello world")
     assert (ids[0], sentence_pieces.decode(ids)) == (BOS, "Hello world")
-    chat = sentence_pieces.encode_chat([{"role": "user", "content": "Hello"}])
+    chat = sentence_pieces.render_chat([{"role": "user", "content": "Hello"}])
     assert sentence_pieces.decode(chat, skip_special_tokens=False) == "<s>[INST]▁Hello[/INST]"
     assert chat[0] == BOS
 
@@ -169,7 +168,7 @@ def test_of_several_sentence_piece_files_the_newest_is_taken(tmp_path: Path) -> 
         shutil.copy(SHIPPED, tmp_path / f"tokenizer.model.v{number}")
     shutil.copy(SHIPPED, tmp_path / "tokenizer.model.v3")
     tokenizer, _ = load_tokenizer(tmp_path)
-    assert tokenizer.encode_chat([{"role": "user", "content": "x"}]).count(BOS) == 1
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]).count(BOS) == 1
     assert isinstance(tokenizer.backend, MistralBackend)
 
 

@@ -60,7 +60,7 @@ async def test_a_detokenizer_that_fails_ends_its_request_alone():
     assert [(await collect_outputs(stream))[0].text for stream in (streams[0], streams[2])] == ["xX!", "yY"]
     with pytest.raises(RedlineError, match="could not write this request's text: "):
         await read(streams[1])
-    assert core.client.live_count() == 0
+    assert core.client.total_stats.live == 0
     assert not core.client._unreported
     assert sorted(one.finish_reason for one in ended) == ["error", "length", "length"]
     assert core.client.stats.live == 0
@@ -77,7 +77,7 @@ async def test_a_detokenizer_that_fails_with_the_last_token_or_after_it():
         with pytest.raises(RedlineError, match="could not write"):
             await collect_outputs(stream)
     assert (await collect_outputs(streams[2]))[0].text == "y"
-    assert core.client.live_count() == 0
+    assert core.client.total_stats.live == 0
     assert core.aborted == [], "the core has ended them by itself"
 
 
@@ -90,7 +90,7 @@ async def test_the_other_outputs_of_the_request_end_too():
     assert sorted(core.aborted) == handles
     with pytest.raises(RedlineError, match="could not write"):
         await collect_outputs(stream)
-    assert core.client.live_count() == 0
+    assert core.client.total_stats.live == 0
 
 
 async def test_a_reader_that_fails_and_a_log_that_fails_harm_nobody():
@@ -122,7 +122,7 @@ async def test_a_message_that_can_not_be_read_fails_who_may_be_concerned_and_no_
         with pytest.raises(RedlineError, match="a message of the EngineCore could not be read"):
             await waiting
     assert sorted(core.aborted) == handles
-    assert core.client.live_count() == 0
+    assert core.client.total_stats.live == 0
     assert core.client._calls == {}
     later = core.client.add_request([text_ids("a")], SamplingParams())
     core.tokens({core.added[-1].handle: text_ids("b")}, Finished(core.added[-1].handle, FinishReason.LENGTH))
@@ -174,7 +174,7 @@ async def test_what_can_not_be_sent_is_refused_and_leaves_nothing(fields: dict[s
     with pytest.raises(RequestError, match=said) as caught:
         core.client.add_request([[1]], SamplingParams(n=2, temperature=1.0), **fields)
     assert caught.value.field == param
-    assert core.client.live_count() == core.client.stats.live == 0
+    assert core.client.total_stats.live == core.client.stats.live == 0
     assert core.received == []
 
 
@@ -193,7 +193,7 @@ async def test_an_error_while_sending_takes_back_what_was_sent(after: int, monke
     monkeypatch.setattr(core.transport, "send", full)
     with pytest.raises(RequestError, match="a value that can't be sent to the engine: can't serialize"):
         core.client.add_request([[1], [2]], SamplingParams(n=2, temperature=1.0))
-    assert core.client.live_count() == core.client.stats.live == 0
+    assert core.client.total_stats.live == core.client.stats.live == 0
     assert len(core.added) == after
     assert core.aborted == [one.handle for one in core.added]
 
@@ -242,4 +242,4 @@ def test_inline_a_detokenizer_that_fails_ends_its_request_alone(stand_in: Tokeni
     with pytest.raises(RedlineError, match="could not write this request's text"):
         asyncio.run(collect_outputs(streams[0]))
     assert asyncio.run(collect_outputs(streams[1]))[0].text == ("y" if at_the_end else "yz")
-    assert core.texts.open_count == core.client.live_count() == 0
+    assert len(core.texts._live) == core.client.total_stats.live == 0

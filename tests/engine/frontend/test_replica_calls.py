@@ -136,4 +136,4 @@ async def test_a_request_that_can_not_begin_again_elsewhere_fails_alone(monkeypa
     for number, stream in enumerate(streams):
         if stream is not unlucky:
             assert fleet.take(stream) == expected_tokens([number] * 3, 4)
-    assert fleet.router.live_count() == 0
+    assert fleet.router.total_stats.live == 0

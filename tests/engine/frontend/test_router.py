@@ -154,7 +154,7 @@ async def test_what_has_not_begun_moves_and_what_has_fails_with_the_cause():
     for number, stream in enumerate(fresh):
         assert fleet.take(stream) == expected_tokens([3, number], 3)
         assert not stream.is_open
-    assert fleet.router.live_count() == 0
+    assert fleet.router.total_stats.live == 0
     assert fleet.router.total_stats.finished == {"length": 5, "error": 1}
 
 
@@ -309,7 +309,7 @@ async def happen(count: int, routing: str, happened: list[tuple[Any, ...]]) -> N
     fleet.run()
     for one in asked:
         judge(fleet, one)
-    assert fleet.router.live_count() == 0
+    assert fleet.router.total_stats.live == 0
     assert [tracker.tokens_left() for tracker in fleet.router.trackers] == [0.0] * count
     for number in fleet.living:
         fleet.cores[number].scheduler.check()

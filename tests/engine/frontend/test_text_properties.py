@@ -81,7 +81,7 @@ def test_the_stream_is_the_text_up_to_the_first_stop_string(
         if number >= len(reads) or reads[number]:  # else the reader is slow
             read()
     read()
-    assert core.client.live_count() == 0
+    assert core.client.total_stats.live == 0
     shown = "".join(event["text"] for event in events)
     found = first_stop(text, stops)
     if found is None:
