@@ -20,13 +20,11 @@
 
 #include "batch.h"
 #include "buffer.h"
-#include "micro.h"
+#include "softmax.h"
 #include "team.h"
 
 constexpr int PART = 512;  // tokens
 constexpr int SPAN = 64;   // tokens whose scores are computed at a time
-constexpr int MAX_HEAD_DIM = 256;  // elements per head
-constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;
 
 template <class T> class Attention {
   public:
@@ -42,13 +40,6 @@ template <class T> class Attention {
         const uint32_t* keys;
         const uint32_t* values;
         int window;
-    };
-
-    // The online softmax of a tile's rows: highest score, sum of weights relative to it, weighted sum of values.
-    struct Accumulator {
-        float top[MAX_ROWS];
-        float weight[MAX_ROWS];
-        alignas(64) float out[MAX_ROWS][MAX_HEAD_DIM];
     };
 
     // The work of a step. If there are few tiles with long contexts, threads share the parts of a context.
@@ -175,7 +166,7 @@ template <class T> class Attention {
             const int first = begin(layer, work.tile) / PART;
             Accumulator& acc = plan.acc.get()[number * plan.parts + first];
             for (int part = first + 1; part * PART < work.end(); part++)
-                merge(acc, plan.acc.get()[number * plan.parts + part], work.rows());
+                acc.merge(plan.acc.get()[number * plan.parts + part], work.rows(), shape_.head_dim);
             write(layer, work, acc);
         }
     }
@@ -188,7 +179,7 @@ template <class T> class Attention {
         attend_part(layer, work, queries, first, acc);
         for (int part = first + 1; part * PART < work.end(); part++) {
             attend_part(layer, work, queries, part, next);
-            merge(acc, next, queries.rows);
+            acc.merge(next, queries.rows, shape_.head_dim);
         }
         write(layer, work, acc);
     }
@@ -210,7 +201,7 @@ template <class T> class Attention {
 
     // The tokens of one part that the tile can see.
     void attend_part(const Layer& layer, const Work& work, const QueryRows& queries, int part, Accumulator& acc) const {
-        clear(acc, queries.rows);
+        acc.clear(queries.rows, shape_.head_dim);
         const int start = std::max(begin(layer, work.tile), part * PART), end = std::min(work.end(), (part + 1) * PART);
         for (int span = start / SPAN * SPAN; span < end; span += SPAN)
             attend(layer, work.tile, work.head, queries, span, acc);
@@ -223,14 +214,6 @@ template <class T> class Attention {
             const f32x16 normalizer = splat(1.0f / acc.weight[r]);
             for (int d = 0; d < shape_.head_dim; d += LANES)
                 store(out + d, load<f32x16>(&acc.out[r][d]) * normalizer);
-        }
-    }
-
-    void clear(Accumulator& acc, int rows) const {
-        for (int r = 0; r < rows; r++) {
-            acc.top[r] = NO_SCORE;
-            acc.weight[r] = 0;
-            std::memset(acc.out[r], 0, shape_.head_dim * sizeof(float));
         }
     }
 
@@ -392,19 +375,6 @@ template <class T> class Attention {
                 }
             }
             acc.weight[r] += sum(weight);
-        }
-    }
-
-    void merge(Accumulator& acc, const Accumulator& part, int rows) const {
-        for (int r = 0; r < rows; r++) {
-            const float top = max_of(acc.top[r], part.top[r]);
-            const f32x16 old = exp2_of(splat(acc.top[r] - top)), fresh = exp2_of(splat(part.top[r] - top));
-            acc.top[r] = top;
-            acc.weight[r] = acc.weight[r] * old[0] + part.weight[r] * fresh[0];
-            for (int d = 0; d < shape_.head_dim; d += LANES) {
-                float* out = &acc.out[r][d];
-                store(out, load<f32x16>(out) * old + load<f32x16>(&part.out[r][d]) * fresh);
-            }
         }
     }
 

@@ -1,4 +1,4 @@
-"""ctypes bindings of the C++ kernels: mirrors kernels.cpp, and the structures of stack.h and its includes."""
+"""ctypes bindings of the C++ kernels: mirrors kernels.cpp, and the structures of spec.h and its includes."""
 
 import ctypes
 import functools
