@@ -1,4 +1,4 @@
-"""Exit codes of the measuring commands, beside 0 and click's 2 for wrong flags."""
+"""Exit codes of the commands, beside 0 and click's 2 for wrong flags."""
 
 FAILED = 1  # an error, or nothing could be judged
 FAILED_REQUESTS = 3  # the measurement is complete, but requests failed

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from cli.exit_codes import INTERRUPTED
+
 COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP interface.",
     "bench": "Measure a server, and find the highest request rate it sustains.",
@@ -17,7 +19,6 @@ COMMANDS = {
 }
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
 
 class LazyGroup(click.Group):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
 
@@ -12,10 +12,10 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Device = Literal["auto", "cpu"]
 
-DTYPES: tuple[str, ...] = ("auto", "bfloat16", "float16", "float32")
+DTYPES: tuple[str, ...] = get_args(Dtype)
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-LOAD_FORMATS: tuple[str, ...] = ("auto", "safetensors", "gguf", "dummy")
-DEVICES: tuple[str, ...] = ("auto", "cpu")
+LOAD_FORMATS: tuple[str, ...] = get_args(LoadFormat)
+DEVICES: tuple[str, ...] = get_args(Device)
 KV_CACHE_DTYPES: tuple[str, ...] = ("int8",)
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
 # Values of --quantization that name the format of the checkpoint, by the format. vLLM's names of kernels are accepted.

@@ -10,7 +10,7 @@ from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.frontend.connect import CoreAddress, EngineClient, connect
 from engine.frontend.front_end_stats import Board
 from engine.frontend.generation_defaults import GenerationDefaults, read_generation
-from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json
+from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json, text_config
 from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.model.config.file_names import CONFIG, PARAMS
@@ -96,6 +96,5 @@ def start_engine(
 def declared_vocab_size(path: Path) -> int | None:
     """The vocabulary size in config.json or params.json, if there is one. The core reports errors in these files."""
     config = (read_json(path / CONFIG) or read_json(path / PARAMS)) if path.is_dir() else read_json(path)
-    inner = config.get("text_config")
-    size = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    size = config.get("vocab_size") or text_config(config).get("vocab_size")
     return int(size) if isinstance(size, int | float) and math.isfinite(size) else None

@@ -13,13 +13,13 @@ from bench.measurement.progress import Progress
 from bench.measurement.run import InterruptedRunError, LostServerError, stop_on_interrupt
 from bench.results import PointRecord, RequestRecord, RunFiles, utc_now
 from bench.results.writing import CannotWriteError
+from bench.search.bracket import round_rate
 from bench.search.windows import TimeBudget, Timing
 from bench.target.metrics import MetricsReader, window_state
 from bench.workloads.arrivals import point_seed
 
 _EVER = (-1.0, float("inf"))
 _SEED_REPEAT = 3000  # differs from those of all open-loop points
-_DRAIN_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ClosedPoint(LoadPoint):
         rate = done / max(window[1] - window[0], 1e-9)
         record = self._record(plan, requests, window, server, recording.health, watch.now_s)
         record.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
-        record.completed, record.achieved_rate, record.rate = done, rate, float(f"{rate:.4g}")
+        record.completed, record.achieved_rate, record.rate = done, rate, round_rate(rate)
         record.seed, record.started, record.concurrency = seed, started, concurrency
         record.reason = _fault(requests, count, recording.health.reason, watch.cut, fixed=self.target.fixes_lengths)
         record.valid = not record.reason
@@ -68,7 +68,7 @@ class ClosedPoint(LoadPoint):
         if record.valid:
             record.reason = f"concurrency {concurrency}"
         record_shares(record, before, after)
-        drain(self.reader, min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0)))
+        drain(self.reader, self.drain_limit_s)
         return record, requests
 
 

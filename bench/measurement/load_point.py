@@ -12,6 +12,7 @@ import numpy as np
 from bench.loadgen import GeneratorHealth, Recording, run_load
 from bench.measurement.machine import CounterReader, Counters, record_shares
 from bench.results import Phase, PointRecord, RequestRecord, slug, utc_now
+from bench.search.bracket import round_rate
 from bench.search.criteria import Evidence, Verdict, course_of, flow_of, judge, overload, tolerance
 from bench.search.windows import Timing, is_provisional, phase_repeat
 from bench.statistics.intervals import percentile, percentile_interval
@@ -170,12 +171,16 @@ class LoadPoint:
         self.reader.started_at = watch.started_at
         record, requests = self._reduce(plan, recording, watch, seed, started)
         record_shares(record, before, after)
-        limit_s = min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0))
+        limit_s = self.drain_limit_s
         drain(self.reader, limit_s)
         if recording.cut_short and self.left_s() > 0:
             self._settle(seed, limit_s)
             self.reader.read()  # so that the counters of the next load point begin after it
         return record, requests
+
+    @property
+    def drain_limit_s(self) -> float:
+        return min(_DRAIN_LIMIT_S, max(self.left_s(), 1.0))
 
     def read_machine(self) -> Counters | None:
         """Read the machine's CPU counters; takes some milliseconds, so it is not done while the load runs."""
@@ -198,7 +203,7 @@ class LoadPoint:
         alone_s = max((r.e2e_s for r in requests if r.e2e_s is not None), default=1.0)
         record = self._record(_ALONE, requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
         record.point_id = point_id(self.configuration, self.workload.name, "probe", 0.0, 0)
-        record.rate, record.achieved_rate = float(f"{1 / alone_s:.4g}"), 1 / alone_s
+        record.rate, record.achieved_rate = round_rate(1 / alone_s), 1 / alone_s
         record.seed, record.started, record.reason = seed, started, "one request alone"
         record.valid = all(r.status == "ok" for r in requests) and bool(requests)
         record.completed = sum(r.status == "ok" for r in requests)

@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import psutil
 
 from bench.results import DISTURBED_SHARE, PointRecord
+from bench.target.control import origin
 
 LEAST_CORE_SECONDS = 0.5  # of a load point: CPU time is counted in ticks of 10 ms
 # These listen for a server that runs elsewhere, or in a container.
@@ -74,9 +74,8 @@ class MachineReader:
     """Counters of this machine for the server at `base_url`."""
 
     def __init__(self, base_url: str):
-        parts = urlsplit(base_url)
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._here = _is_here(parts.hostname or "")
+        _, host, self._port = origin(base_url)
+        self._here = _is_here(host)
 
     def read(self) -> Counters | None:
         server = self._server() if self._here else None

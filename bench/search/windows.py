@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bench.results import Phase
-from bench.search.bracket import CONFIRMATION_RUNS, Trial, bisections
+from bench.search.bracket import CONFIRMATION_RUNS, Trial, bisections, round_rate
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # x the rate found
 WINDOW_LATENCIES = 5  # length of a full window in E2E latencies
@@ -145,7 +145,7 @@ def is_provisional(precision: float, window_s: float, requests: int, latency_s: 
 
 
 def ladder_rates(rate: float) -> list[float]:
-    return [float(f"{share * rate:.4g}") for share in LADDER]
+    return [round_rate(share * rate) for share in LADDER]
 
 
 def phase_repeat(phase: Phase, repeat: int) -> int:

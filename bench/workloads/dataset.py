@@ -12,8 +12,10 @@ from typing import Any
 from bench.errors import BenchError
 from bench.workloads.datafile import DataRow, RowFaults, read_json
 from engine.data import datasets_folder
+from engine.text import first_line
 
 DEFAULT_ROWS = 1000
+DEFAULT_OUTPUT = 128  # tokens
 FLAG = "--dataset"
 _PACKED = (".gz", ".bz2", ".xz")
 _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".yaml", ".yml", ".zip")
@@ -49,9 +51,8 @@ def read_rows(
     except BenchError:
         raise
     except Exception as error:  # the library and the hub's client raise many kinds
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         failed = "is not a local path and cannot be read from the hub" if isinstance(source, str) else "cannot be read"
-        raise BenchError(f"the data set {source} {failed}: {cause} (--dataset)") from None
+        raise BenchError(f"the data set {source} {failed}: {first_line(error)} (--dataset)") from None
 
 
 def read_json_rows(path: Path, limit: int | None, faults: RowFaults) -> list[DataRow]:

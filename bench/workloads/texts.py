@@ -10,11 +10,10 @@ from bench.errors import BenchError
 from bench.workloads.base import Encode, RequestSpec
 from bench.workloads.chats import chat_fault, chat_messages, text_of
 from bench.workloads.datafile import DataRow, RowFaults
-from bench.workloads.dataset import DEFAULT_ROWS, FLAG, find_data, read_json_rows, read_rows
+from bench.workloads.dataset import DEFAULT_OUTPUT, DEFAULT_ROWS, FLAG, find_data, read_json_rows, read_rows
 from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
 from bench.workloads.sampling import passes, salt_ids, salt_text
 
-DEFAULT_OUTPUT = 128
 _MAX_INPUT, _MAX_TOKENS, _MIN_TOKENS = 1024, 2048, 4  # for ShareGPT, as in vLLM's benchmark
 _ENCODE_BATCH = 64
 _CHARACTERS_PER_TOKEN = 2  # a lower bound for nearly all texts

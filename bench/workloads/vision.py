@@ -10,12 +10,11 @@ from bench.errors import BenchError
 from bench.workloads.base import RequestSpec
 from bench.workloads.chats import text_of
 from bench.workloads.datafile import RowFaults
-from bench.workloads.dataset import DEFAULT_ROWS, FLAG, find_data, read_rows
+from bench.workloads.dataset import DEFAULT_OUTPUT, DEFAULT_ROWS, FLAG, find_data, read_rows
 from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
 from bench.workloads.pictures import data_url, marked, picture_bytes
 from bench.workloads.sampling import passes, salt_text
 
-DEFAULT_OUTPUT = 128
 # The number of tokens of an image depends on the server; these two only size a server started for the run.
 _PICTURE_TOKENS = 1500
 _TEXT_TOKENS = 1500

@@ -76,27 +76,10 @@ class SampledRequest(msgspec.Struct, kw_only=True):
 
 
 # Fields with the same name and meaning in a body and in SamplingParams.
-SAMPLING_FIELDS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "bad_words",
-    "allowed_token_ids",
-    "truncate_prompt_tokens",
-    "truncation_side",
-    "prompt_logprobs",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
+SAMPLING_FIELDS = tuple(
+    name
+    for name in SampledRequest.__struct_fields__
+    if name in SamplingParams.__struct_fields__ and name not in ("max_tokens", "logit_bias")
 )
 
 

@@ -72,14 +72,8 @@ class Histogram:
 
 
 _BOUNDS: tuple[tuple[float, ...], ...] = (
-    SECONDS_TO_FIRST,
-    SECONDS_BETWEEN,
-    SECONDS_WHOLE,
-    SECONDS_WHOLE,
-    TOKENS,
-    TOKENS,
-    STEP_TOKENS,
-)
+    SECONDS_TO_FIRST, SECONDS_BETWEEN, SECONDS_WHOLE, SECONDS_WHOLE, TOKENS, TOKENS, STEP_TOKENS,
+)  # fmt: skip
 BLOCK_SLOTS = _HISTOGRAMS + sum(map(Histogram.size, _BOUNDS))
 _STEP_TOKENS = BLOCK_SLOTS - Histogram.size(STEP_TOKENS)
 BLOCK_BYTES = 8 * BLOCK_SLOTS
@@ -93,14 +87,8 @@ class FrontEndStats:
         self._slots: Slots = memoryview(bytearray(BLOCK_BYTES)).cast("d") if slots is None else slots
         core = self.core  # not zero if this process replaces one that died
         self._tokens = float(core.prompt_tokens + core.generation_tokens)  # of the core, at its last message
-        histograms = self._histograms()
-        self.ttft = next(histograms)
-        self.itl = next(histograms)
-        self.e2e = next(histograms)
-        self.queue = next(histograms)
-        self.prompt_tokens = next(histograms)
-        self.generation_tokens = next(histograms)
-        self.step_tokens = next(histograms)
+        self.ttft, self.itl, self.e2e, self.queue, *others = self._histograms()
+        self.prompt_tokens, self.generation_tokens, self.step_tokens = others
 
     def _histograms(self) -> Iterator[Histogram]:
         begin = _HISTOGRAMS

@@ -33,19 +33,14 @@ class StatsLog:
         self._idle = False
         queries = core.prefix_queries - before.prefix_queries
         hits = f"{100 * (core.prefix_hits - before.prefix_hits) / queries:.1f} %" if queries else "-"
+        drafted, accepted = core.num_draft_tokens, core.num_accepted_tokens - before.num_accepted_tokens
+        drafted -= before.num_draft_tokens
+        drafts = f", {100 * accepted / drafted:.1f} % of {drafted} draft tokens accepted" if drafted else ""
         return (
             f"prompt {prompt / elapsed:.1f} tok/s, generation {generated / elapsed:.1f} tok/s, "
             f"running {core.running}, waiting {core.waiting}, KV cache {100 * core.kv_cache_usage:.1f} %, "
-            f"prefix hits {hits}, preemptions {core.preemptions - before.preemptions}" + self._drafts(before, core)
+            f"prefix hits {hits}, preemptions {core.preemptions - before.preemptions}{drafts}"
         )
-
-    @staticmethod
-    def _drafts(before: Stats, core: Stats) -> str:
-        drafted, accepted = (
-            core.num_draft_tokens - before.num_draft_tokens,
-            core.num_accepted_tokens - before.num_accepted_tokens,
-        )
-        return f", {100 * accepted / drafted:.1f} % of {drafted} draft tokens accepted" if drafted else ""
 
 
 class RequestLog(ClientListener):

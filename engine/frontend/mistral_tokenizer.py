@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import ModelError, RequestError
 from engine.frontend.content_forms import text_of
+from engine.text import first_line
 
 TEKKEN = "tekken.json"
 PLAIN = "tokenizer.model"
@@ -50,7 +51,7 @@ class MistralBackend:
         try:
             self._chats = MistralTokenizer.from_file(str(file))
         except Exception as error:  # a broken file may cause any error
-            raise ModelError(f"{file} can't be read: {_first_line(error)}") from error
+            raise ModelError(f"{file} can't be read: {_reason(error)}") from error
         self._inner: Any = self._chats.instruct_tokenizer.tokenizer
         self._hide, self._show = SpecialTokenPolicy.IGNORE, SpecialTokenPolicy.KEEP
         self.vocab_size: int = self._inner.n_words
@@ -121,9 +122,7 @@ class MistralBackend:
                 last[0].prefix = continue_final_message or bool(messages[-1].get("prefix"))
             ids: list[int] = self._chats.encode_chat_completion(request).tokens
         except Exception as error:  # its checks raise errors of many kinds
-            raise RequestError(
-                f"the model's tokenizer refuses these messages: {_first_line(error)}", "messages"
-            ) from error
+            raise RequestError(f"the model's tokenizer refuses these messages: {_reason(error)}", "messages") from error
         return ids
 
 
@@ -144,7 +143,8 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+def _reason(error: Exception) -> str:
+    if type(error).__name__ != "ValidationError":
+        return first_line(error)
     # A message of pydantic has the field in its second line and the reason in the third.
-    return ": ".join(lines[1:3]) if type(error).__name__ == "ValidationError" else (lines or [type(error).__name__])[0]
+    return ": ".join([line.strip() for line in str(error).strip().splitlines() if line.strip()][1:3])

@@ -11,7 +11,7 @@ from engine.clock import Clock
 from engine.errors import INTERRUPTS, EngineDeadError, NotServedError, RedlineError, RequestError, cause_of
 from engine.frontend.front_end_stats import FrontEndStats
 from engine.frontend.listener import ClientListener, OutputRecord
-from engine.frontend.streams import REASONS, Output, RequestStream, TokenLogprob
+from engine.frontend.streams import Output, RequestStream, TokenLogprob
 from engine.frontend.transport import Transport
 from engine.messages import (
     Abort,
@@ -26,6 +26,8 @@ from engine.messages import (
 )
 
 log = logging.getLogger("redline.client")
+
+REASON_NAMES = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}  # others: error
 
 
 class OutputProcessor:
@@ -148,7 +150,7 @@ class OutputProcessor:
 
     def _finish(self, output: Output, finished: Finished) -> None:
         """End an output that the core has ended."""
-        reason = REASONS[FinishReason(finished.reason)]
+        reason = REASON_NAMES.get(finished.reason, "error")
         if reason == "error":
             output.stream.fail(_error_of(finished))
             self._remove(output, reason, finished)

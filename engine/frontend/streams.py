@@ -10,20 +10,9 @@ from engine.errors import RequestError
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.prompts import Prompt, length_of
 from engine.frontend.sampling_params import SamplingParams
-from engine.messages import FinishReason
 
 if TYPE_CHECKING:
     from engine.frontend.tokenizer import Tokenizer
-
-REASONS = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.ABORT: "abort",
-    FinishReason.ERROR: "error",
-    FinishReason.FAILED: "error",
-    FinishReason.NOT_SERVED: "error",
-    FinishReason.SHUT_DOWN: "error",
-}
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

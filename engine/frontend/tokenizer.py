@@ -210,15 +210,15 @@ def load_fast(file: Path, settings: dict[str, Any]) -> FastBackend:
 def declared_eos_ids(folder: Path) -> list[int]:
     """End-of-sequence ids of generation_config.json, or else of config.json; either may hold one or a list."""
     config = read_json(folder / "config.json")
-    for source in (read_json(folder / "generation_config.json"), config, _inner(config)):
+    for source in (read_json(folder / "generation_config.json"), config, text_config(config)):
         found = source.get("eos_token_id")
         if found is not None:
             return [_token_id(token, folder) for token in (found if isinstance(found, list) else [found])]
     return []
 
 
-def _inner(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model within that of a composite model."""
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the language model within that of a composite model; empty for another model."""
     found = config.get("text_config")
     return found if isinstance(found, dict) else {}
 

@@ -11,7 +11,7 @@ from engine.errors import ConfigError, ModelError
 from engine.model.checkpoints.mistral_tensors import CheckpointTensor, as_transformers_tensors
 from engine.model.checkpoints.quantized import merge_quantized, quantization_config
 from engine.model.checkpoints.safetensors_headers import StoredTensor, read_headers
-from engine.model.config.config_json import read_config_json
+from engine.model.config.config_json import ORIGINAL, read_config_json
 from engine.model.config.file_names import is_mistral_format
 from engine.model.config.mistral_params import read_mistral_params
 from engine.model.config.unsupported import unsupported_reason
@@ -221,7 +221,7 @@ def max_positions(hf_config: Any) -> int | None:
     for parameters in nested or [rope]:
         rope_type, factor = parameters.get("rope_type"), parameters.get("factor")
         if longest is not None and rope_type in scaled and factor:
-            original = None if rope_type == "linear" else parameters.get("original_max_position_embeddings")
+            original = None if rope_type == "linear" else parameters.get(ORIGINAL)
             longest = max(longest, int((original or longest) * factor))
     return longest
 
@@ -231,7 +231,7 @@ def longrope_original_length(hf_config: Any) -> int | None:
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None
-    return int(rope.get("original_max_position_embeddings") or hf_config.original_max_position_embeddings)
+    return int(rope.get(ORIGINAL) or hf_config.original_max_position_embeddings)
 
 
 def _intermediate_size(hf_config: Any) -> int:

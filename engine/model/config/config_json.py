@@ -104,7 +104,7 @@ def read_config_json(path: Path, name: str, overrides: Mapping[str, Any] | None 
     except _CustomCodeError as error:
         raise ModelError(f"{name} can't be run: {error}") from None
     except Exception as error:  # the config class has its own checks
-        raise ModelError(f"{name}: {file.name} can't be used: {cause_of(error)}") from error
+        raise ModelError(f"{name}: {file.name} can't be used: {message_of(error)}") from error
 
 
 def _overridden(fields: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _read_object(file: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: {file.name} can't be read: {cause_of(error)}") from error
+        raise ModelError(f"{name}: {file.name} can't be read: {message_of(error)}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{name}: {file.name} can't be read: it is {_written(found)}, not an object")
     return found
@@ -323,7 +323,7 @@ def _written(value: Any) -> str:
     return f"the string {text}" if isinstance(value, str) else text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def cause_of(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """The first line of an error's message, without the validator that raised it."""
     inner = error.__cause__ if type(error).__name__.startswith("StrictDataclass") and error.__cause__ else error
     return first_line(inner)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
-from engine.model.config.config_json import as_declared, cause_of, check_size
+from engine.model.config.config_json import ORIGINAL, as_declared, check_size, message_of
 from engine.model.config.file_names import PARAMS
 
 POSITIONS = 128_000  # length of the rotary embedding in Mistral's own code
@@ -26,7 +26,6 @@ OPTIONS = {"tied_embeddings": "tie_word_embeddings", "activation": "hidden_act",
 WITHOUT_EFFECT = ("max_batch_size",)
 IMAGES_OR_AUDIO = ("vision_encoder", "multimodal")
 YARN = {"factor": "factor", "beta": "beta_fast", "alpha": "beta_slow"}
-ORIGINAL = "original_max_position_embeddings"
 
 
 def read_mistral_params(folder: Path, name: str) -> Any:
@@ -51,7 +50,7 @@ def read_mistral_params(folder: Path, name: str) -> Any:
     except _UnsupportedError as error:
         raise ModelError(f"{name} can't be run: {error} ({PARAMS})") from error
     except Exception as error:  # the config class has its own checks
-        raise ModelError(f"{name}: {PARAMS} can't be read: {cause_of(error)}") from error
+        raise ModelError(f"{name}: {PARAMS} can't be read: {message_of(error)}") from error
 
 
 class _UnsupportedError(Exception):

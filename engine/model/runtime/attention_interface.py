@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.arrays import Int64s
 from engine.kernels import attention
-from engine.kernels.attention import Int64s, Layout, Plan, Ragged, Scores, Workspace
+from engine.kernels.attention import Layout, Plan, Ragged, Scores, Workspace
 from engine.model.kv_groups import KVGroups
 
 ATTENTION = "redline_paged"

@@ -12,12 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from engine.arrays import Float64s, Int64s
 from engine.model.runtime.rank_group import RankGroup
 
 MIN_TEMPERATURE = 1e-6  # below it sampling in float32 equals greedy
-
-Float64s = NDArray[np.float64]
-Int64s = NDArray[np.int64]
 
 
 def vocab_range(total: int, rank: int, size: int) -> tuple[int, int]:
