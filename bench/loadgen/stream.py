@@ -22,26 +22,9 @@ class Stream:
     """The raw recording of one request; times are CLOCK_REALTIME in nanoseconds."""
 
     __slots__ = (
-        "body_started",
-        "connection",
-        "ending",
-        "ends",
-        "failure",
-        "freed_ns",
-        "head",
-        "index",
-        "intended_ns",
-        "left",
-        "payload",
-        "read_ns",
-        "ready_ns",
-        "response",
-        "reused",
-        "sent_ns",
-        "stamps",
-        "state",
-        "unended",
-    )
+        "body_started", "connection", "ending", "ends", "failure", "freed_ns", "head", "index", "intended_ns", "left",
+        "payload", "read_ns", "ready_ns", "response", "reused", "sent_ns", "stamps", "state", "unended",
+    )  # fmt: skip
 
     def __init__(self, index: int, payload: bytes, intended_ns: int):
         self.index = index

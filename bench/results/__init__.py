@@ -21,19 +21,6 @@ from bench.results.records import (
 )
 
 __all__ = [
-    "DISTURBED_SHARE",
-    "FLAG",
-    "METRICS_FOLDER",
-    "POINTS_FILE",
-    "REQUESTS_FOLDER",
-    "SUMMARY_FILE",
-    "Answer",
-    "Phase",
-    "PointRecord",
-    "RequestRecord",
-    "RunFiles",
-    "ServerState",
-    "Summary",
-    "slug",
-    "utc_now",
-]
+    "DISTURBED_SHARE", "FLAG", "METRICS_FOLDER", "POINTS_FILE", "REQUESTS_FOLDER", "SUMMARY_FILE", "Answer", "Phase",
+    "PointRecord", "RequestRecord", "RunFiles", "ServerState", "Summary", "slug", "utc_now",
+]  # fmt: skip

@@ -13,15 +13,9 @@ from bench.workloads.turns import MultiTurn
 from bench.workloads.vision import MMMUPro, VisionArena
 
 __all__ = [
-    "ANY_VOCABULARY",
-    "Encode",
-    "RequestSpec",
-    "Workload",
-    "has_exact_lengths",
-    "known_fields",
-    "make_workload",
+    "ANY_VOCABULARY", "Encode", "RequestSpec", "Workload", "has_exact_lengths", "known_fields", "make_workload",
     "needs_vocabulary",
-]
+]  # fmt: skip
 
 
 ANY_VOCABULARY = 32_000  # vocabulary size for a workload of which only name and lengths are used

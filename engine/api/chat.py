@@ -31,25 +31,10 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)
-    state.check_queue(params.n)
-    stream = state.client.add_request(
-        [prompt],
-        params,
-        cache_salt=body.cache_salt or "",
-        priority=body.priority or 0,
-        origin=state.origin(request, head),
-        adapter=adapter,
-    )
+    stream = state.submit(request, body, [prompt], params, head, adapter)
     shown = ShownPrompts(state.tokenizer, stream, body)
     if body.stream:
-        chunks = Chunks(
-            stream,
-            state.tokenizer,
-            head,
-            chat=True,
-            options=chunk_options(body),
-            prompts=shown,
-        )
+        chunks = Chunks(stream, state.tokenizer, head, chat=True, options=chunk_options(body), prompts=shown)
         return EventStream(stream, chunks)
     outputs = await run_until_disconnect(request.receive, stream, lambda: collect_outputs(stream))
 

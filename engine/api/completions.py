@@ -31,16 +31,7 @@ async def completions(state: ApiState, request: Request) -> Response:
     else:
         prompts = await state.prompts(given, special)
     head = new_head("cmpl", "text_completion", body.model or state.model)
-    state.check_queue(len(prompts) * params.n)
-    stream = state.client.add_request(
-        prompts,
-        params,
-        cache_salt=body.cache_salt or "",
-        priority=body.priority or 0,
-        origin=state.origin(request, head),
-        adapter=adapter,
-    )
-
+    stream = state.submit(request, body, prompts, params, head, adapter)
     shown = EchoedPrompts(state.tokenizer, stream, body, given)
     if body.stream:
         chunks = Chunks(

@@ -8,11 +8,10 @@ import msgspec
 
 from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.lora_endpoints import LoadRequest, UnloadRequest
-from engine.api.openapi_responses import RESPONSES
+from engine.api.openapi_responses import REFERENCE, RESPONSES, ref
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
 
 VERSION = "3.1.0"
-REFERENCE = "#/components/schemas/{name}"
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 
 ERRORS = {
@@ -87,13 +86,11 @@ def operation(route: Route) -> dict[str, Any]:
     for status, description in ERRORS.items():
         found["responses"].setdefault(str(status), response(description, "Error", (JSON,)))
     if route.body is not None:
-        schema = {"$ref": REFERENCE.format(name=route.body.__name__)}
-        found["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+        found["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(route.body.__name__)}}}
     return found
 
 
 def response(description: str, schema: str, media_types: Sequence[str]) -> dict[str, Any]:
     """A response; the schema of an event stream is a string."""
-    reference = {"$ref": REFERENCE.format(name=schema)}
-    content = {kind: {"schema": {"type": "string"} if kind == EVENTS else reference} for kind in media_types}
+    content = {kind: {"schema": {"type": "string"} if kind == EVENTS else ref(schema)} for kind in media_types}
     return {"description": description, "content": content}

@@ -3,6 +3,7 @@
 from typing import Any
 
 Schema = dict[str, Any]
+REFERENCE = "#/components/schemas/{name}"
 
 STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
@@ -12,7 +13,7 @@ NULL: Schema = {"type": "null"}
 
 
 def ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
+    return {"$ref": REFERENCE.format(name=name)}
 
 
 def listed(of: Schema) -> Schema:
@@ -26,6 +27,14 @@ def maybe(of: Schema) -> Schema:
 def record(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
     """An object with these fields, and possibly others."""
     return {"type": "object", "properties": required | (optional or {}), "required": list(required)}
+
+
+def completion(
+    kind: str, choice: dict[str, Schema], of_choice: dict[str, Schema], optional: dict[str, Schema] | None = None
+) -> Schema:
+    """A response with choices; `of_choice` and `optional` are fields that a choice and the response may have."""
+    head = {"id": STRING, "object": {"const": kind}, "created": COUNT, "model": STRING}
+    return record(head | {"choices": listed(record(choice, of_choice)), "usage": ref("Usage")}, optional)
 
 
 FINISH_REASON: Schema = {"enum": ["stop", "length", "abort", "error", None]}
@@ -61,25 +70,10 @@ RESPONSES: dict[str, Schema] = {
             "top_logprobs": listed(maybe({"type": "object", "additionalProperties": NUMBER})),
         }
     ),
-    "Completion": record(
-        {
-            "id": STRING,
-            "object": {"const": "text_completion"},
-            "created": COUNT,
-            "model": STRING,
-            "choices": listed(
-                record(
-                    {
-                        "index": COUNT,
-                        "text": STRING,
-                        "logprobs": maybe(ref("CompletionLogprobs")),
-                        "finish_reason": FINISH_REASON,
-                    },
-                    {"stop_reason": STOP_REASON, "token_ids": listed(COUNT), **ABOUT_PROMPT},
-                )
-            ),
-            "usage": ref("Usage"),
-        }
+    "Completion": completion(
+        "text_completion",
+        {"index": COUNT, "text": STRING, "logprobs": maybe(ref("CompletionLogprobs")), "finish_reason": FINISH_REASON},
+        {"stop_reason": STOP_REASON, "token_ids": listed(COUNT), **ABOUT_PROMPT},
     ),
     "ChatLogprob": record({"token": STRING, "logprob": NUMBER, "bytes": maybe(listed(COUNT))}),
     "ChatLogprobs": record(
@@ -90,27 +84,15 @@ RESPONSES: dict[str, Schema] = {
         },
         {"refusal": NULL},
     ),
-    "ChatCompletion": record(
+    "ChatCompletion": completion(
+        "chat.completion",
         {
-            "id": STRING,
-            "object": {"const": "chat.completion"},
-            "created": COUNT,
-            "model": STRING,
-            "choices": listed(
-                record(
-                    {
-                        "index": COUNT,
-                        "message": record(
-                            {"role": {"const": "assistant"}, "content": maybe(STRING)}, {"refusal": maybe(STRING)}
-                        ),
-                        "logprobs": maybe(ref("ChatLogprobs")),
-                        "finish_reason": FINISH_REASON,
-                    },
-                    {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
-                )
-            ),
-            "usage": ref("Usage"),
+            "index": COUNT,
+            "message": record({"role": {"const": "assistant"}, "content": maybe(STRING)}, {"refusal": maybe(STRING)}),
+            "logprobs": maybe(ref("ChatLogprobs")),
+            "finish_reason": FINISH_REASON,
         },
+        {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
         ABOUT_PROMPT,
     ),
     "ModelList": record(

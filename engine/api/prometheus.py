@@ -104,22 +104,16 @@ class EngineCollector(Collector):
     def _cache_info(self) -> Metric:
         ready = self._ready
         labels = {
-            "model_name": self._model,
             "block_size": str(ready.block_size),
             "num_gpu_blocks": str(ready.num_blocks),
             "enable_prefix_caching": str(ready.prefix_caching),
         }
-        family = GaugeMetricFamily(
-            PREFIX + "cache_config_info", "Configuration of the KV cache; always 1.", labels=list(labels)
-        )
-        family.add_metric(list(labels.values()), 1)
-        return family
+        return self._info(PREFIX + "cache_config_info", "Configuration of the KV cache; always 1.", labels)
 
     def _engine_info(self) -> Metric:
         """What the engine resolved beyond the KV cache, so that a benchmark can record what it measured."""
         ready = self._ready
         labels = {
-            "model_name": self._model,
             "device": ready.device,
             "dtype": ready.dtype,
             "max_num_seqs": str(ready.max_num_seqs),
@@ -127,9 +121,11 @@ class EngineCollector(Collector):
         }
         if self._client.replicas:  # the other labels are per replica
             labels |= {"replicas": str(len(self._client.replicas)), "routing": self._client.routing}
-        family = GaugeMetricFamily(
-            "redline:engine_config_info", "Configuration of the engine; always 1.", labels=list(labels)
-        )
+        return self._info("redline:engine_config_info", "Configuration of the engine; always 1.", labels)
+
+    def _info(self, name: str, what: str, labels: dict[str, str]) -> Metric:
+        labels = {"model_name": self._model, **labels}
+        family = GaugeMetricFamily(name, what, labels=list(labels))
         family.add_metric(list(labels.values()), 1)
         return family
 

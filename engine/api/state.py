@@ -14,12 +14,12 @@ from engine.api.chat_protocol import ChatRequest
 from engine.api.error_responses import ApiError
 from engine.api.http_options import HttpOptions, Limits
 from engine.api.limits import check_queue, check_request, check_texts
-from engine.api.protocol import CompletionRequest
+from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.prompts import Prompt, Text
 from engine.frontend.sampling_params import SamplingParams
-from engine.frontend.streams import Origin
+from engine.frontend.streams import Origin, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import encode_end, kept_tokens, truncate
 
@@ -72,10 +72,26 @@ class ApiState:
         """Get the adapters from the core."""
         self.adapters = await self.client.call_utility("adapters")
 
-    def origin(self, request: Request, head: dict[str, Any]) -> Origin:
-        """The origin of a request; `head` has the first fields of its response."""
+    def submit(
+        self,
+        request: Request,
+        body: SampledRequest,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        head: dict[str, Any],
+        adapter: str,
+    ) -> RequestStream:
+        """Send the prompts of a request to the engine; ApiError 503 if the queue is full.
+
+        `head` has the first fields of the response.
+        """
+        self.check_queue(len(prompts) * params.n)
         client = request.client
-        return Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
+        origin = Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
+        salt, priority = body.cache_salt or "", body.priority or 0
+        return self.client.add_request(
+            prompts, params, cache_salt=salt, priority=priority, origin=origin, adapter=adapter
+        )
 
     # ------------------------------------------------------------------------------------------------------- limits
 

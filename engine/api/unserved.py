@@ -19,85 +19,48 @@ EMPTY: tuple[Any, ...] = (False, "", [], {}, 0)
 
 # Fields that would change the output, with the values that ask for what happens anyway.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    # structured output
     **dict.fromkeys(
         (
+            # structured output
             "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern",
             "structured_outputs", "structural_tag", "json_schema", "regex", "ebnf", "grammar",
+            # tools in the older form, and other kinds of input and output
+            "functions", "audio", "prompt_embeds", "mm_processor_kwargs", "web_search_options", "thinking_token_budget",
+            "thinking",
+            # beam search and samplers of other servers
+            "use_beam_search", "early_stopping", "logits_processors", "logits_processor_pattern",
+            "custom_logit_processor", "custom_params", "vllm_xargs", "logprob_token_ids", "top_a", "epsilon_cutoff",
+            "eta_cutoff", "penalty_alpha", "no_repeat_ngram_size", "repetition_detection", "mirostat", "mirostat_mode",
+            "dynatemp_range", "smoothing_factor", "xtc_probability", "dry_multiplier",
+            # other servers' names of fields that this one has
+            "min_new_tokens", "stop_sequences", "stop_regex", "system", "lora_path",
+            # transfer of KV caches, sessions
+            "kv_transfer_params", "session_params",
+            # fields of one endpoint that were sent to the other
+            "suffix", "echo", "messages", "prompt", "tools", "logprobs", "top_logprobs", "documents", "chat_template",
+            "chat_template_kwargs", "continue_final_message",
         ),
         EMPTY,
     ),
     "response_format": (*EMPTY, {"type": "text"}),
-    # tools, in the older form
-    "functions": EMPTY,
     "function_call": (*EMPTY, "none"),
-    # other kinds of input and output
-    "audio": EMPTY,
     "modalities": (*EMPTY, ["text"]),
-    "prompt_embeds": EMPTY,
-    "mm_processor_kwargs": EMPTY,
-    "web_search_options": EMPTY,
     "verbosity": (*EMPTY, "medium"),
     "include_reasoning": (True,),
     "separate_reasoning": (True, False),
-    "thinking_token_budget": EMPTY,
-    "thinking": EMPTY,
     "enable_thinking": (),
-    # beam search
-    "use_beam_search": EMPTY,
     "num_beams": (1,),
     "length_penalty": (1, 1.0),
-    "early_stopping": EMPTY,
-    # samplers of other servers
-    "logits_processors": EMPTY,
-    "logits_processor_pattern": EMPTY,
-    "custom_logit_processor": EMPTY,
-    "custom_params": EMPTY,
-    "vllm_xargs": EMPTY,
-    "logprob_token_ids": EMPTY,
     "do_sample": (True,),
     "typical_p": (1, 1.0),
     "tfs_z": (1, 1.0),
-    "top_a": EMPTY,
-    "epsilon_cutoff": EMPTY,
-    "eta_cutoff": EMPTY,
-    "penalty_alpha": EMPTY,
-    "no_repeat_ngram_size": EMPTY,
-    "repetition_detection": EMPTY,
-    "mirostat": EMPTY,
-    "mirostat_mode": EMPTY,
-    "dynatemp_range": EMPTY,
-    "smoothing_factor": EMPTY,
-    "xtc_probability": EMPTY,
-    "dry_multiplier": EMPTY,
-    # other servers' names of fields that this one has
     "repeat_penalty": (1, 1.0),
     "max_new_tokens": (),
-    "min_new_tokens": EMPTY,
     "n_predict": (-1,),
     "num_predict": (-1,),
-    "stop_sequences": EMPTY,
-    "stop_regex": EMPTY,
-    "system": EMPTY,
-    "lora_path": EMPTY,
-    # transfer of KV caches, sessions
-    "kv_transfer_params": EMPTY,
-    "session_params": EMPTY,
-    # fields of one endpoint that were sent to the other
-    "suffix": EMPTY,
     "best_of": (1,),
-    "echo": EMPTY,
-    "messages": EMPTY,
-    "prompt": EMPTY,
-    "tools": EMPTY,
     "tool_choice": (*EMPTY, "none"),
-    "logprobs": EMPTY,
-    "top_logprobs": EMPTY,
     "max_completion_tokens": (),
-    "documents": EMPTY,
-    "chat_template": EMPTY,
-    "chat_template_kwargs": EMPTY,
-    "continue_final_message": EMPTY,
     "reasoning_effort": ("none",),
 }  # fmt: skip
 

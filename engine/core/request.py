@@ -9,23 +9,10 @@ class Request:
     """The state that a request keeps without a slot: while it waits, and after a preemption."""
 
     __slots__ = (
-        "adapter",
-        "arrived",
-        "block_hashes",
-        "handle",
-        "hash_root",
-        "max_num_tokens",
-        "message",
-        "mm_block_keys",
-        "mm_inputs_end",
-        "num_preemptions",
-        "num_prompt_tokens",
-        "reads_prefix_cache",
-        "slot",
-        "stop_ids",
-        "tokens",
+        "adapter", "arrived", "block_hashes", "handle", "hash_root", "max_num_tokens", "message", "mm_block_keys",
+        "mm_inputs_end", "num_preemptions", "num_prompt_tokens", "reads_prefix_cache", "slot", "stop_ids", "tokens",
         "was_admitted",
-    )
+    )  # fmt: skip
 
     def __init__(self, message: AddRequest, max_model_len: int, arrived: float, adapter: str | None = None):
         """`adapter` is the key of the message's adapter (see engine.core.adapters); without it, the name is the key."""

@@ -21,8 +21,7 @@ class Defaults:
 class Machine(Protocol):
     """Asked before a model is loaded, from the EngineCore's process."""
 
-    @property
-    def defaults(self) -> Defaults: ...
+    defaults: Defaults
 
     def available_memory(self) -> int:
         """Bytes that the engine could take now."""

@@ -73,23 +73,9 @@ class Output:
     """One live output: the front end's part of a request of the core."""
 
     __slots__ = (
-        "cached_tokens",
-        "count",
-        "delta",
-        "detokenizer",
-        "first_at",
-        "handle",
-        "include_stop",
-        "index",
-        "last_at",
-        "prompt",
-        "prompt_logprobs",
-        "stream",
-        "top",
-        "ttft_s",
-        "user_stop_ids",
-        "waited_s",
-    )
+        "cached_tokens", "count", "delta", "detokenizer", "first_at", "handle", "include_stop", "index", "last_at",
+        "prompt", "prompt_logprobs", "stream", "top", "ttft_s", "user_stop_ids", "waited_s",
+    )  # fmt: skip
 
     def __init__(self, handle: int, index: int, prompt: int, stream: "RequestStream", tokenizer: "Tokenizer | None"):
         """`tokenizer` None: the core detokenizes."""

@@ -16,25 +16,14 @@ Progress = Callable[[int, int], None]
 class StartedExecutor(Protocol):
     """An executor (see `engine.core.protocols.Executor`) and what it reports about its start."""
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Start-up time by phase."""
-        ...
-
-    @property
-    def kernels(self) -> str: ...
-
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
+    seconds: dict[str, float]  # of the start, by phase
+    kernels: str
+    warnings: tuple[str, ...]
+    ended: "Future[None]"  # fails with the cause if the ranks end unexpectedly
 
     @property
     def ranks(self) -> Sequence[RankHandle]:
         """Empty if the only rank is this process."""
-        ...
-
-    @property
-    def ended(self) -> "Future[None]":
-        """Fails with the cause if the ranks end unexpectedly."""
         ...
 
     def submit(self, step: bytes) -> "Future[None]": ...

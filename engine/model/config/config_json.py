@@ -26,41 +26,26 @@ SIZES = (
 )  # fmt: skip
 # Fields that Redline reads although some classes don't declare them.
 ALSO_DECLARED: dict[str, Any] = {
-    "architectures": list[str] | None,
-    "quantization_config": dict | None,
-    "rope_parameters": dict | None,
-    "rope_scaling": dict | None,
-    "rope_theta": float | int | None,
-    "partial_rotary_factor": float | int | None,
-    "rotary_pct": float | int | None,
-    "sliding_window": int | None,
-    ORIGINAL: int | None,
-    "max_position_embeddings": int | None,
-    "head_dim": int | None,
+    **dict.fromkeys(("architectures", "layer_types"), list[str] | None),
+    **dict.fromkeys(("quantization_config", "rope_parameters", "rope_scaling", "id2label"), dict | None),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "rotary_pct"), float | int | None),
+    **dict.fromkeys(("sliding_window", ORIGINAL, "max_position_embeddings", "head_dim"), int | None),
     "num_key_value_heads": int | None,
     "tie_word_embeddings": bool | None,
-    "layer_types": list[str] | None,
-    "id2label": dict | None,
-    "dtype": str | None,
-    "torch_dtype": str | None,
+    **dict.fromkeys(("dtype", "torch_dtype"), str | None),
 }
 ROPE_FIELDS: dict[str, Any] = {
-    "type": str | None,
-    "rope_type": str | None,
-    "factor": float | int | None,
-    "rope_theta": float | int | None,
-    "partial_rotary_factor": float | int | None,
+    **dict.fromkeys(("type", "rope_type"), str | None),
+    **dict.fromkeys(
+        (
+            "factor", "rope_theta", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow",
+            "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
+        ),
+        float | int | None,
+    ),
     ORIGINAL: int | None,
-    "attention_factor": float | int | None,
-    "beta_fast": float | int | None,
-    "beta_slow": float | int | None,
-    "low_freq_factor": float | int | None,
-    "high_freq_factor": float | int | None,
-    "mscale": float | int | None,
-    "mscale_all_dim": float | int | None,
-    "short_factor": list[float | int] | None,
-    "long_factor": list[float | int] | None,
-}
+    **dict.fromkeys(("short_factor", "long_factor"), list[float | int] | None),
+}  # fmt: skip
 ROPE_POSITIVE = ("factor", "rope_theta", ORIGINAL)
 ROPE_REQUIRED = {
     "linear": ("factor",),
