@@ -25,6 +25,9 @@ from engine.socket_folder import SocketFolder
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
     from engine.frontend.inline_front_end import InlineTexts
+    from engine.memory import Resolution
+    from engine.model.model_info import ModelInfo
+    from engine.worker.executor import StartedExecutor
 
 STOP_GRACE_S = 5.0  # before the child is killed
 
@@ -187,7 +190,15 @@ def build_core_server(
     if config.adapters:
         ledger.append(("load adapters", time.monotonic() - began))
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
-    ready = Ready(
+    return BuiltCore(server, _ready(model_info, resolution, executor, ledger), tuple(executor.ranks))
+
+
+def _ready(
+    model_info: "ModelInfo", resolution: "Resolution", executor: "StartedExecutor", seconds: list[tuple[str, float]]
+) -> Ready:
+    """What the parent learns about the core; `seconds`: per phase of the start."""
+    resolved = resolution.config
+    return Ready(
         model_path=str(model_info.path),
         device=resolution.device,
         dtype=model_info.dtype,
@@ -201,7 +212,7 @@ def build_core_server(
         memory=resolution.memory,
         warnings=(*resolution.warnings, *executor.warnings),
         process_id=os.getpid(),
-        seconds=tuple(ledger),
+        seconds=tuple(seconds),
         scheduling_policy=resolved.scheduling_policy,
         ablations=tuple(sorted(resolved.ablations)),
         scheduler_steps=resolved.scheduler_steps,
@@ -209,7 +220,6 @@ def build_core_server(
         kv_windows=resolved.kv_windows,
         sequences=resolution.sequences,
     )
-    return BuiltCore(server, ready, tuple(executor.ranks))
 
 
 def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int) -> "InlineTexts":

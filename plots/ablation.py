@@ -91,8 +91,7 @@ def ablation_figure(results: Results, ablation: Ablation) -> Figure:
             _draw_dots(axes, metric, rows)
             if i == 0:
                 _name_rows(axes, rows)
-        title = results.title if ablation.workload in results.title else f"{results.title}: {ablation.workload}"
-        headline(figure, title, height)
+        headline(figure, results.heading(ablation.workload), height)
         footnote(figure, footer, height)
         return figure
 

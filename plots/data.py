@@ -112,6 +112,10 @@ class Results:
     def title(self) -> str:
         return " vs ".join(dict.fromkeys(run.summary.title for run in self.runs))
 
+    def heading(self, workload: str) -> str:
+        """The title of a figure about one workload, which the title of the results may name already."""
+        return self.title if workload in self.title else f"{self.title}: {workload}"
+
     @property
     def failures(self) -> dict[str, str]:
         return {k: v for run in self.runs for k, v in run.summary.failures.items()}
@@ -190,10 +194,10 @@ def versions_line(results: Results) -> str:
     return ", ".join(f"redline {version}" for version in found if version and version != "not installed")
 
 
-def run_facts(results: Results, configurations: Sequence[str], samples: str) -> list[str]:
-    """The caption of a figure about its run: model, hardware, samples (a text), seeds, version."""
+def run_facts(results: Results, configurations: Sequence[str], samples: str, seed: int | None = None) -> list[str]:
+    """The caption of a figure about its run: model, hardware, samples (a text), seed (None: of all runs), version."""
     models = model_names(results, configurations)
-    seeds = dict.fromkeys(str(run.summary.seed) for run in results.runs)
+    seeds = dict.fromkeys(str(run.summary.seed) for run in results.runs) if seed is None else [str(seed)]
     caption = [
         f"Model: {', '.join(models)}" if models else "",
         f"Hardware: {'; '.join(hardware_lines(results))}",

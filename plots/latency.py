@@ -15,6 +15,7 @@ from bench.results import DISTURBED_SHARE, PointRecord
 from plots.data import P99_SAMPLES, Drawn, Results, Series, run_facts
 from plots.style import (
     MUTED,
+    SECONDS_FROM_MS,
     STYLE,
     WIDTH_IN,
     footnote,
@@ -31,7 +32,6 @@ from plots.style import (
 
 _ARROW = 0.2  # length of the arrow of an unknown upper end, as a multiple of the value
 UNDECIDED = "#c9ccd1"  # fill of a marker
-SECONDS_FROM_MS = 10_000  # an axis with larger values is labeled in seconds
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def latency_figure(results: Results, workload: str) -> Figure:
         )
         for axes, panel in zip(both, PANELS, strict=True):
             _draw_panel(axes, panel, series, looks)
-        title = results.title if workload in results.title else f"{results.title}: {workload}"
-        headline(figure, title, height)
+        headline(figure, results.heading(workload), height)
         legend_below_headline(figure, [_handle(s, looks[s.configuration]) for s in series], height)
         footnote(figure, footer, height)
         return figure
@@ -149,20 +148,11 @@ def _draw_line(axes: Axes, panel: Panel, series: Series, look: tuple[str, str], 
         if panel.samples(d) < P99_SAMPLES and math.isfinite(low):
             _draw_interval(axes, (d.point.rate, value), (low * scale, high * scale), color)
         face = color if series.sustained(d.point) else UNDECIDED if d.point.undecided else "white"
-        axes.plot(
-            d.point.rate, value, marker, color=color, markerfacecolor=face, markersize=6, markeredgewidth=1.6, zorder=4
-        )
+        dot: Any = {"color": color, "markerfacecolor": face, "markersize": 6, "markeredgewidth": 1.6, "zorder": 4}
+        axes.plot(d.point.rate, value, marker, **dot)
         if d.point.disturbed:
-            axes.plot(
-                d.point.rate,
-                value,
-                "o",
-                color=MUTED,
-                markerfacecolor="none",
-                markersize=12,
-                markeredgewidth=1.2,
-                zorder=5,
-            )
+            ring = {"color": MUTED, "markerfacecolor": "none", "markersize": 12, "markeredgewidth": 1.2, "zorder": 5}
+            axes.plot(d.point.rate, value, "o", **dot | ring)
     if series.answer and series.answer.rate:
         axes.axvline(series.answer.rate, color=color, linestyle=(0, (4, 3)), linewidth=1.2, alpha=0.85, zorder=1)
 

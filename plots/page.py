@@ -48,14 +48,8 @@ POINT_COLUMNS = (
 )
 _MACHINE = ("others_cpu_share", "steal_share")
 TEXT_COLUMNS = ("configuration", "workload", "phase")
-OPTIONAL = (
-    "goodput",
-    "preemptions",
-    "prefix_hit_rate",
-    "kv_use_max",
-    "waiting_max",
-    *_MACHINE,
-)  # shown only if a load point has a value
+# Shown only if a load point has a value.
+OPTIONAL = ("goodput", "preemptions", "prefix_hit_rate", "kv_use_max", "waiting_max", *_MACHINE)
 
 
 def page(

@@ -16,6 +16,7 @@ from plots.data import Results, run_facts, verdict_text
 from plots.samples import Samples, read_samples
 from plots.style import (
     MUTED,
+    SECONDS_FROM_MS,
     STYLE,
     WIDTH_IN,
     footnote,
@@ -65,8 +66,7 @@ def percentile_figure(results: Results, workload: str) -> Figure | None:
         for axes, latency in zip(both, ("itl", "ttft"), strict=True):
             axes.set_title(TITLES[latency])
             _draw_panel(axes, [(looks[line.configuration][0], getattr(line.samples, latency)) for line in lines])
-        title = results.title if workload in results.title else f"{results.title}: {workload}"
-        headline(figure, f"{title}, {at}", height)
+        headline(figure, f"{results.heading(workload)}, {at}", height)
         handles = [_handle(line, looks[line.configuration][0], _at(line, lines)) for line in lines]
         legend_below_headline(figure, handles, height)
         footnote(figure, footer, height)
@@ -98,7 +98,7 @@ def _draw_panel(axes: Axes, lines: list[tuple[str, np.ndarray]]) -> None:
         axes.set_yticks([])
         return
     highest = max(float(values[-1]) for _, _, values, _ in drawn)
-    unit, scale = ("s", 1e-3) if highest >= 10_000 else ("ms", 1.0)
+    unit, scale = ("s", 1e-3) if highest >= SECONDS_FROM_MS else ("ms", 1.0)
     for color, samples, values, shares in drawn:
         known = shares <= 1 - BEYOND / len(samples)
         last = int(known.sum())

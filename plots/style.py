@@ -17,6 +17,7 @@ GRID = "#e5e7eb"
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#0891b2", "#be185d", "#a16207", "#475569")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 WIDTH_IN = 10.0
+SECONDS_FROM_MS = 10_000  # an axis with larger values is labeled in seconds
 LINE_WIDTH = 168  # characters of a caption
 PIXELS_PER_IN = 200  # 2,000 px wide, sharp at half of that
 

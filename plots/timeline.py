@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.results import PointRecord, RunFiles
-from plots.data import Results, Series, hardware_lines, model_names, verdict_text, versions_line
+from plots.data import Results, Series, run_facts, verdict_text
 from plots.samples import Moments, read_moments
-from plots.style import INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, wants_log, wrapped
+from plots.style import INK, MUTED, SECONDS_FROM_MS, STYLE, WIDTH_IN, footnote, headline, plain, wants_log, wrapped
 
 RUNNING, WAITING, KV, PREEMPTED, TTFT, GAP = "#2563eb", "#ea580c", "#059669", "#dc2626", "#9333ea", "#0891b2"
 OUTSIDE = "#f3f4f6"  # background of warm-up and drain
@@ -26,7 +26,9 @@ def timeline_point(series: Series) -> PointRecord | None:
     """The load point to draw by default: the first rate with preemptions, else the first not sustained, else the
     highest; None if none has its request file."""
     files = RunFiles(series.folder)
-    points = sorted((d.point for d in series.curve if files.requests_path(d.point.point_id).exists()), key=_rate)
+    points = sorted(
+        (d.point for d in series.curve if files.requests_path(d.point.point_id).exists()), key=lambda p: p.rate
+    )
     preempted = [p for p in points if p.preemptions]
     failing = [p for p in points if not series.sustained(p)]
     return next(iter([*preempted, *failing, *reversed(points)]), None)
@@ -60,10 +62,6 @@ def timeline_figure(results: Results, series: Series, point: PointRecord) -> Fig
         figure.text(0.012, 1 - 0.48 / height, _verdict(point), fontsize=9.5, color=MUTED, va="center")
         footnote(figure, footer, height)
         return figure
-
-
-def _rate(point: PointRecord) -> float:
-    return point.rate
 
 
 def _readings(series: Series, point: PointRecord) -> pd.DataFrame:
@@ -162,11 +160,11 @@ def _outline(moments: Moments) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    return values / 1e3 if np.max(values, initial=0.0) >= 10_000 else values
+    return values / 1e3 if np.max(values, initial=0.0) >= SECONDS_FROM_MS else values
 
 
 def _latency_axis(axes: Axes, title: str, values: np.ndarray) -> None:
-    unit = "s" if np.max(values, initial=0.0) >= 10_000 else "ms"
+    unit = "s" if np.max(values, initial=0.0) >= SECONDS_FROM_MS else "ms"
     axes.set_title(f"{title} ({unit})")
     scaled = _scaled(values)
     positive = scaled[scaled > 0]
@@ -222,18 +220,11 @@ def _verdict(point: PointRecord) -> str:
 def _caption(
     results: Results, series: Series, point: PointRecord, moments: Moments, readings: pd.DataFrame
 ) -> list[str]:
-    models = model_names(results, [series.configuration])
+    samples = f"{point.requests:,} requests in the window, {len(moments.gap):,} gaps in total"
     every = float(np.median(np.diff(readings["at_s"]))) if len(readings) > 2 else None
-    facts = [
-        f"Model: {', '.join(models)}" if models else "",
-        f"Hardware: {'; '.join(hardware_lines(results))}",
-        f"{point.requests:,} requests in the window, {len(moments.gap):,} gaps in total",
-        f"Seed {point.seed}",
-        versions_line(results),
-    ]
     reading = ["Gray: not counted"]
     if point.disturbed:
         reading.append(f"Disturbed: {point.disturbance}")
     if every is not None:
         reading.append(f"The server's metrics were read every {every:.2g} s; shorter changes may be missing")
-    return [*wrapped(fact for fact in facts if fact), *wrapped(reading)]
+    return [*wrapped(run_facts(results, [series.configuration], samples, point.seed)), *wrapped(reading)]

@@ -31,24 +31,7 @@ def make_point(server: Server, configuration: str, workload: str, rate: float, p
     backlog_ms = max(0.0, (load - 1) * window * 1000)
     ttft = server.ttft_ms + queueing * rng.exponential(1, requests) + backlog_ms * rng.uniform(0, 1, requests)
     gaps = server.itl_ms * (1 + min(load, 1.3) * rng.gamma(2, 0.4, (requests, server.output - 1)))
-    rows = [
-        RequestRecord(
-            index=i,
-            intended_s=i / rate,
-            sent_s=i / rate,
-            ttft_s=ttft[i] / 1000,
-            e2e_s=(ttft[i] + gaps[i].sum()) / 1000,
-            input_tokens=512,
-            asked_output_tokens=server.output,
-            output_tokens=server.output,
-            cached_tokens=0,
-            in_window=True,
-            status="ok",
-            chunk_gaps_s=(gaps[i] / 1000).tolist(),
-            chunk_tokens=[1] * server.output,
-        )
-        for i in range(requests)
-    ]
+    rows = [_make_row(i, i / rate, ttft[i], gaps[i]) for i in range(requests)]
     achieved = min(rate, server.capacity)
     e2e = ttft + gaps.sum(axis=1)
     itl99, ttft99 = float(np.quantile(gaps, 0.99)), float(np.quantile(ttft, 0.99))
@@ -93,6 +76,25 @@ def make_point(server: Server, configuration: str, workload: str, rate: float, p
         itl_steps=requests * 16,
     )
     return point, rows
+
+
+def _make_row(i: int, at_s: float, ttft_ms: float, gaps_ms: np.ndarray) -> RequestRecord:
+    output = len(gaps_ms) + 1
+    return RequestRecord(
+        index=i,
+        intended_s=at_s,
+        sent_s=at_s,
+        ttft_s=ttft_ms / 1000,
+        e2e_s=(ttft_ms + gaps_ms.sum()) / 1000,
+        input_tokens=512,
+        asked_output_tokens=output,
+        output_tokens=output,
+        cached_tokens=0,
+        in_window=True,
+        status="ok",
+        chunk_gaps_s=(gaps_ms / 1000).tolist(),
+        chunk_tokens=[1] * output,
+    )
 
 
 def make_readings(point: PointRecord, requests: list[RequestRecord], rows: int = 8) -> list[ServerState]:
