@@ -27,7 +27,8 @@ from engine.messages import (
 
 log = logging.getLogger("redline.client")
 
-REASON_NAMES = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}  # others: error
+# Other reasons are errors.
+REASON_NAMES: dict[int, str] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
 
 
 class OutputProcessor:

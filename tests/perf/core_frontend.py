@@ -56,6 +56,9 @@ def make_tokenizer(text: str) -> Tokenizer:
 
 
 class _Nobody:
+    def __init__(self) -> None:
+        self.touched: list[RequestStream] = []
+
     def abort(self, stream: RequestStream) -> None:
         raise AssertionError("nothing is aborted here")
 
