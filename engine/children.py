@@ -3,7 +3,7 @@
     parent ──options on stdin, then lines──► child
     parent ◄──Loading, Up, Failure────────── child   (frames on a pipe; ranks send them over their socket)
 
-A child's stdin stays open as long as its parent lives, so a child whose parent is gone ends too. They are plain
+A child's stdin stays open as long as its parent lives, so a child whose parent is gone ends too. Children are plain
 processes instead of `multiprocessing` ones, so that a user's script needs no `__main__` guard.
 """
 
@@ -30,7 +30,7 @@ Options = TypeVar("Options", bound=msgspec.Struct)
 
 
 class Loading(msgspec.Struct, tag="loading"):
-    """Bytes of the weights that are read, and of all."""
+    """Bytes of weights read so far, and in total."""
 
     done: int
     total: int
@@ -50,7 +50,7 @@ class Up(msgspec.Struct, tag="up"):
 
 
 class Failure(msgspec.Struct, tag="failure"):
-    """Why a child ends; `kind` is the class of the error."""
+    """The error that ends a child; `kind` is its class."""
 
     kind: str
     message: str
@@ -127,7 +127,7 @@ class ChildProcess:
             stdin.flush()
 
     def error(self, failure: Failure | None, *, named: bool = True) -> RedlineError:
-        """The error of a child that has ended: its own, with the child's name if `named`, or how it ended."""
+        """The error of a child that has ended: its own report (with the child's name if `named`), or its exit code."""
         if failure is None:
             return EngineDeadError(f"{self.name} {self._exit()}")
         error = failure.error()
@@ -244,14 +244,14 @@ def reports_to(descriptor: int) -> Iterator[Send]:
 
 
 def end_with_parent(on_line: Callable[[str], None] | None = None) -> None:
-    """Watch stdin and end this process as soon as the parent has ended. `on_line` gets, from a thread, its lines."""
+    """Watch stdin and end this process as soon as the parent has ended. `on_line` is called from a thread per line."""
     threading.Thread(target=_wait_for_end, args=(on_line,), name="parent-watch", daemon=True).start()
 
 
 def run_reporting(
     run: Callable[[], None], send: Send, name: str = "", *, expected: tuple[type[Exception], ...] = ()
 ) -> int:
-    """Run to the end and return the exit code. An error is reported to the parent, which shows it last.
+    """Run to the end and return the exit code. An error is reported to the parent, which prints it last.
 
     Args:
         name: the process, in the message of an error that is neither a RedlineError nor expected.

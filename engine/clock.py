@@ -11,14 +11,14 @@ class Clock(Protocol):
 
 
 class MonotonicClock:
-    """Real time. On Linux the origin is shared by all processes of a machine, so their stamps compare."""
+    """Real time. On Linux all processes of a machine share the origin, so their timestamps are comparable."""
 
     def now(self) -> float:
         return time.monotonic()
 
 
 class FakeClock:
-    """Time that passes only when told to."""
+    """A clock that stands still until `advance` is called."""
 
     def __init__(self, start: float = 0.0):
         self._now = start

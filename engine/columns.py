@@ -1,9 +1,9 @@
-"""Tables of whole numbers in few bytes, for where a message would else carry hundreds of rows of them.
+"""Packs tables of integers for messages that would otherwise carry hundreds of records.
 
-Column by column: the first number, then the differences, each in as many bytes as the largest takes; one difference
-alone where all are alike, as between rows that follow each other.
+A table is packed column by column: the first value, then the differences between consecutive values, with as many bytes
+per difference as the largest one needs. If all differences of a column are equal, only one is stored.
 
-    int32 first │ int8 width, negative: all differences are alike │ differences
+    int32 first │ int8 width, negative: all differences are equal │ differences
 """
 
 import struct
@@ -17,7 +17,7 @@ _KINDS: dict[int, np.dtype[np.signedinteger]] = {width: np.dtype(f"<i{width}") f
 
 
 def pack_table(table: Int32s) -> bytes:
-    """Of [n, columns], n at least 2."""
+    """Pack a table [n, columns], with n at least 2."""
     parts = []
     for column in table.T.astype(np.int64):
         steps = np.diff(column)
@@ -25,14 +25,14 @@ def pack_table(table: Int32s) -> bytes:
         width = next(
             width for width, kind in _KINDS.items() if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max
         )
-        alike = low == high
-        parts.append(_HEAD.pack(int(column[0]), -width if alike else width))
-        parts.append((steps[:1] if alike else steps).astype(_KINDS[width]).tobytes())
+        all_equal = low == high
+        parts.append(_HEAD.pack(int(column[0]), -width if all_equal else width))
+        parts.append((steps[:1] if all_equal else steps).astype(_KINDS[width]).tobytes())
     return b"".join(parts)
 
 
 def unpack_table(data: bytes, rows: int, columns: int) -> Int32s:
-    """The table [rows, columns] that was packed."""
+    """Unpack a table [rows, columns]."""
     table, at = np.empty((rows, columns), np.int64), 0
     for column in table.T:
         first, width = _HEAD.unpack_from(data, at)

@@ -61,7 +61,7 @@ STEP_TIMEOUT_S = 300.0  # of the watchdog; long enough for a long prompt on a sl
 
 
 def window_blocks(window: int, tokens: int, block_size: int) -> int:
-    """Most blocks that `tokens` consecutive tokens can see, each as far back as a window, its own position included."""
+    """The most blocks that `tokens` consecutive tokens attend to; the window of each includes its own position."""
     return (window + tokens - 2) // block_size + 2
 
 
@@ -72,7 +72,7 @@ def watermark_blocks(num_blocks: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """The options of an engine. None means: chosen from the model or the device (see `engine.memory`)."""
+    """The options of an engine. None: chosen from the model or the device (see `engine.memory`)."""
 
     model: str  # a short name, a folder, or a hub id
     tokenizer: str | None = None  # a folder; None: the model's own
@@ -137,15 +137,15 @@ class EngineConfig:
             raise ConfigError(f"--block-size must be a power of two, not {self.block_size}")
         if not 0 <= self.replica < self.data_parallel_size:
             raise ConfigError(f"replica must be below --dp ({self.data_parallel_size}), not {self.replica}")
-        share = self.gpu_memory_utilization
-        if share is not None and not 0 < share <= 1:
-            raise ConfigError(f"--gpu-memory-utilization must lie in (0, 1], not {share}")
+        fraction = self.gpu_memory_utilization
+        if fraction is not None and not 0 < fraction <= 1:
+            raise ConfigError(f"--gpu-memory-utilization must lie in (0, 1], not {fraction}")
         if self.kv_cache_memory_bytes is not None and self.kv_cache_memory_bytes < 1:
             raise ConfigError(f"{KV_ALLOCATION} must be at least 1, not {self.kv_cache_memory_bytes}")
-        rows, budget = self.max_num_seqs, self.max_num_batched_tokens
-        if rows is not None and budget is not None and budget < rows:
+        slots, budget = self.max_num_seqs, self.max_num_batched_tokens
+        if slots is not None and budget is not None and budget < slots:
             raise ConfigError(
-                f"--max-num-batched-tokens ({budget}) must not be below --max-num-seqs ({rows}): "
+                f"--max-num-batched-tokens ({budget}) must not be below --max-num-seqs ({slots}): "
                 "each running request needs one token a step"
             )
 
@@ -169,7 +169,7 @@ class EngineConfig:
 
     @property
     def v0_options(self) -> tuple[str, ...]:
-        """The flags of given options that only V0 has."""
+        """The flags of the options that were given and that only V0 has."""
         return tuple(flag(name) for name in V0_OPTIONS if getattr(self, name) is not None)
 
     def _check_engine(self) -> None:
@@ -237,7 +237,7 @@ class EngineConfig:
         return (given,) if isinstance(given, str) else tuple(given or (self.model,))
 
     def fallback_note(self) -> str:
-        """The note that an option of V0 has chosen the engine."""
+        """The warning that an option of V0 selected the V0 engine."""
         chosen = " and ".join(self.v0_options)
         return (
             f"{chosen}: an option of V0, so this engine runs as --engine v0 (V1 always does both; leave the option out)"

@@ -18,12 +18,12 @@ def datasets_folder() -> Path:
         # In an installation, "beside" is where the Hugging Face library of the same name lives.
         if (folder / "presets").is_dir() and not (folder / "__init__.py").exists():
             return folder
-    raise ConfigError(f"the presets are missing: neither {beside} nor {installed} holds them; install redline again")
+    raise ConfigError(f"the presets are missing: neither {beside} nor {installed} holds them; reinstall redline")
 
 
 @functools.cache
 def known_models() -> dict[str, Path]:
-    """Configs (dimensions, no weights) of models that ship with the product, by every name they go by."""
+    """The config files (dimensions, no weights) of models that ship with the product, by each of their names."""
     import yaml
 
     folder = datasets_folder() / "models"

@@ -34,11 +34,11 @@ class RequestError(RedlineError):
 
 
 class NotServedError(RequestError):
-    """A request names a model or an adapter that is not served, or no longer."""
+    """A request names a model or an adapter that is not served (any longer)."""
 
 
-# Exceptions that a guard around one request lets through. It catches all others: a panic in a Rust library is a
-# BaseException.
+# Exceptions that are not caught where an error ends one request only. All others are, BaseExceptions included: a panic
+# in a Rust library is one.
 INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 _MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")

@@ -19,7 +19,7 @@ def trim_heap() -> None:
 
 @contextlib.contextmanager
 def large_allocations_mapped() -> Iterator[None]:
-    """Within it an allocation of 4 MiB or more returns to the system as soon as it is freed (glibc only).
+    """A context in which an allocation of 4 MiB or more returns to the system as soon as it is freed (glibc only).
 
     Otherwise allocations of up to 32 MiB come from the heap, where any small object beside them can keep their pages:
     half of a model's size can be lost that way.

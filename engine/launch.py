@@ -50,15 +50,15 @@ class CoreOptions(children.PipeOptions):
     to_core: str
     from_core: tuple[str, ...]
     step_timeout_s: float
-    memory: int | None  # bytes that the engine may count on; None: what is free
+    memory: int | None  # bytes that the engine may use; None: what is free
 
 
 class CoreProcess:
     """The EngineCore in a process of its own.
 
     Args:
-        step_timeout_s: of its watchdog; 0 for none.
-        memory: bytes that the core may count on if others start at the same time; None: what is free then.
+        step_timeout_s: timeout of the core's watchdog; 0: no watchdog.
+        memory: bytes that the core may use if other cores start at the same time; None: what is free then.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class CoreProcess:
     def wait_ready(self, loading: Callable[[int, int], None] | None = None) -> Ready:
         """Block until the core is up. If it fails to start, its error is raised here.
 
-        `loading` is called with the bytes of weights that are read, and of all.
+        `loading` is called with the bytes of weights read so far and in total.
         """
         while isinstance(report := self._child.next_report(), Loading):
             if loading is not None:
@@ -121,13 +121,13 @@ class CoreProcess:
             self._child.kill()
             self._child.wait()
         elif self._child.returncode is None:
-            self._ask_to_end()
+            self._send_shutdown()
             if not self._child.wait(STOP_GRACE_S):
                 self._child.kill()
                 self._child.wait()
         self._clean()
 
-    def _ask_to_end(self) -> None:
+    def _send_shutdown(self) -> None:
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, 1000)
@@ -162,8 +162,8 @@ def build_core_server(
     """Plan memory, load the model, and build the core's server.
 
     Args:
-        progress: called with the bytes of weights that are read, and of all.
-        memory: bytes that the engine may count on; None: what is free.
+        progress: called with the bytes of weights read so far and in total.
+        memory: bytes that the engine may use; None: what is free.
     """
     from engine.worker.threads import limit_libraries
 

@@ -13,7 +13,7 @@ from engine.model.model_info import read_model_info
 def fit_length(config: EngineConfig, available: int | None = None) -> tuple[EngineConfig, int | None]:
     """Replace AUTO_LENGTH by the model's maximum length, or by the longest that fits.
 
-    `available` is the memory in bytes that one replica may use; None: its part of what is free now. That number is
+    `available` is the memory in bytes that one replica may use; None: its share of what is free now. That number is
     returned with the config, so that the memory plan uses the same one. A config with a length is returned unchanged.
     Raises OutOfMemoryError if not even one block of tokens fits.
     """

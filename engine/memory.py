@@ -13,13 +13,13 @@ from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.text import human_bytes
 
-MIN_UNCHUNKED_TOKENS = 512  # token budget of a step without chunked prefill, at least
-MAX_TOKENS_IN_FLIGHT = 64  # of a request: a window keeps the blocks that tokens without a result can see
+MIN_UNCHUNKED_TOKENS = 512  # lower bound of a step's token budget without chunked prefill
+MAX_TOKENS_IN_FLIGHT = 64  # of a request: a window keeps the blocks that tokens without a result attend to
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """Every choice made, and what the start table shows of it."""
+    """The resolved configuration, and what the start table shows about it."""
 
     config: ResolvedConfig
     memory: tuple[MemoryLine, ...]
@@ -49,8 +49,8 @@ def resolve(
     """Choose batch sizes, block size and the number of KV blocks of one replica.
 
     Args:
-        available: bytes that the replica may count on; None: its part of what is free now.
-        machine: None: that of `config`.
+        available: bytes that the replica may use; None: its share of what is free now.
+        machine: the device; None: that of `config`.
 
     Raises OutOfMemoryError if one request of max-model-len does not fit; the message has flags and values that work.
     """
@@ -104,14 +104,14 @@ def resolve(
 
 
 def max_blocks(tokens: int, windows: tuple[int, ...], budget: int, block_size: int) -> int:
-    """Most blocks that a request of so many tokens holds, over all KV groups."""
+    """The most blocks that a request of `tokens` tokens holds, over all KV groups."""
     unlimited = -(-tokens // block_size)
     reach = max(budget, MAX_TOKENS_IN_FLIGHT)
     return sum(min(unlimited, window_blocks(one, reach, block_size)) if one else unlimited for one in windows)
 
 
 def _batch_sizes(config: EngineConfig, model_info: ModelInfo, defaults: Defaults) -> tuple[int, int]:
-    """max_num_seqs and max_num_batched_tokens. If only one is given, the other adapts: each request needs a token."""
+    """max_num_seqs and max_num_batched_tokens. If only one is given, the other adapts: each request needs one token."""
     max_num_seqs, budget = config.max_num_seqs, config.max_num_batched_tokens
     if max_num_seqs is None:
         max_num_seqs = min(defaults.max_num_seqs, budget or defaults.max_num_seqs)

@@ -57,7 +57,7 @@ class FinishReason(IntEnum):
     ABORT = 2
     ERROR = 3  # the request can't be served as it is; the sender can change it
     FAILED = 4  # an error of the engine
-    NOT_SERVED = 5  # its adapter isn't served, or no longer
+    NOT_SERVED = 5  # its adapter is not served (any longer)
     SHUT_DOWN = 6  # it arrived while the engine was shutting down
 
 

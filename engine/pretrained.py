@@ -1,6 +1,6 @@
 """Calls transformers' Auto classes so that code that comes with a model is never run.
 
-Without `trust_remote_code=False` transformers asks in the terminal whether to run the code that `auto_map` names.
+Without `trust_remote_code=False` transformers prompts in the terminal whether to run the code that `auto_map` names.
 """
 
 import json
@@ -29,7 +29,7 @@ def custom_code(declared: dict[str, Any], auto_class: str) -> str | None:
 def load_auto_tokenizer(name: str) -> Any:
     """Load the tokenizer of a folder or a hub id as transformers' class.
 
-    Raises ModelError if it can't be read or needs code of its own.
+    Raises ModelError if it can't be read or needs custom code.
     """
     from transformers import AutoTokenizer
 
@@ -39,15 +39,15 @@ def load_auto_tokenizer(name: str) -> Any:
         refuse_custom_tokenizer(Path(name))
         cause = first_line(error)
         if NO_REMOTE_CODE_MARK in str(error):  # a hub id: there is no folder to look into
-            cause = f"it needs code of its own ({AUTO_MAP}), which is never run"
-        raise ModelError(f"no tokenizer can be read from {name}: {cause} (--tokenizer names another)") from error
+            cause = f"it needs custom code ({AUTO_MAP}), which is never run"
+        raise ModelError(f"no tokenizer can be read from {name}: {cause} (use another one with --tokenizer)") from error
 
 
-NO_REMOTE_CODE_MARK = "custom code"  # part of transformers' message when it would have to run some
+NO_REMOTE_CODE_MARK = "custom code"  # part of transformers' message about code that it was not allowed to run
 
 
 def refuse_custom_tokenizer(folder: Path) -> None:
-    """Raise ModelError if the tokenizer of a folder needs code of its own."""
+    """Raise ModelError if the tokenizer of a folder needs custom code."""
     for file in ("tokenizer_config.json", "config.json"):
         try:
             declared = json.loads((folder / file).read_text(encoding="utf-8-sig"))
@@ -56,8 +56,8 @@ def refuse_custom_tokenizer(folder: Path) -> None:
         code = custom_code(declared, "AutoTokenizer") if isinstance(declared, dict) else None
         if code is not None:
             raise ModelError(
-                f"the tokenizer of {folder} is code of its own ({AUTO_MAP} in {file} names {code}), which is never "
-                f"run: --tokenizer names another folder, one with a tokenizer.json"
+                f"the tokenizer of {folder} needs custom code ({AUTO_MAP} in {file} names {code}), which is never "
+                f"run: use a folder with a tokenizer.json (--tokenizer)"
             )
 
 

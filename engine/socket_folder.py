@@ -1,4 +1,4 @@
-"""The folder of an engine's sockets: short enough for their paths, and removed even where its owner was killed."""
+"""The folder of an engine's sockets: its path is short enough for them, and the next start removes it after a kill."""
 
 import contextlib
 import fcntl
@@ -13,19 +13,19 @@ from engine.errors import RedlineError
 
 PREFIX = "redline-"
 LOCK = "owner.lock"
-# A Unix socket's path has at most 107 bytes: so many remain for the parent of a folder whose files have 30 at most.
+# A Unix socket's path has at most 107 bytes. The folder's own name and the longest file name (30) are subtracted.
 LONGEST_PARENT = 107 - len("/redline-12345678/") - 30
 
 
 class SocketFolder:
-    """A new folder; a lock that ends with this process marks it as in use. RedlineError if none can be made."""
+    """A new folder. A lock that ends with this process marks it as in use. Raises RedlineError if none can be made."""
 
     def __init__(self) -> None:
         self._closing = threading.Lock()
         parent = find_parent()
         remove_stale(parent)
         self.path = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
-        # Renamed once it is locked: nobody sees it unlocked while its owner lives.
+        # Renamed once it is locked, so that no process finds it unlocked while its owner runs.
         unlocked = os.path.join(self.path, LOCK + ".new")
         self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -41,12 +41,13 @@ class SocketFolder:
 
 
 def find_parent() -> str:
-    """The temporary directory, or another one where its path is too long for sockets."""
+    """The temporary directory, or another one if its path is too long for sockets."""
     for parent in candidates():
         if len(os.fsencode(parent)) <= LONGEST_PARENT and os.access(parent, os.W_OK | os.X_OK):
             return parent
     raise RedlineError(
-        f"no temporary directory has a path of at most {LONGEST_PARENT} bytes, as sockets need it: set TMPDIR to one"
+        f"no writable temporary directory has a path of at most {LONGEST_PARENT} bytes, the limit for sockets: "
+        "set TMPDIR to one that has"
     )
 
 

@@ -1,4 +1,4 @@
-"""Starts an engine for a front end: the EngineCores in their processes, and meanwhile the tokenizer here."""
+"""Starts an engine: the EngineCores in processes of their own, while this process loads the tokenizer."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from engine.replicas import start_cores, stop_all, wait_all_ready
 
 @dataclass(frozen=True)
 class Engine:
-    """The EngineCores that are up, one for each replica, and what a front end needs besides."""
+    """Running EngineCores, one for each replica, and what a front end needs to use them."""
 
     config: EngineConfig  # with model and tokenizer as folders
     cores: tuple[CoreProcess, ...]
@@ -31,7 +31,7 @@ class Engine:
 
     @property
     def ready(self) -> Ready:
-        """The report of the first replica; those of the others are alike."""
+        """The report of the first replica; the others have the same configuration."""
         return self.readies[0]
 
     def addresses(self, front_end: int = 0) -> tuple[CoreAddress, ...]:
@@ -68,7 +68,7 @@ def start_engine(
 
     Args:
         progress: called with a line for each phase that takes time.
-        loading: called, possibly from another thread, with the bytes of weights that are read, and of all.
+        loading: called, possibly from another thread, with the bytes of weights read so far and in total.
     """
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, progress)
@@ -86,7 +86,8 @@ def start_engine(
     ready = readies[0]
     if tokenizer.vocab_size > ready.vocab_size:
         warnings.append(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: texts may use unknown ids"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: "
+            "texts may contain tokens that the model does not have"
         )
     generation.add_eos_ids(tokenizer, ready.vocab_size)
     core_warnings = dict.fromkeys(warning for ready in readies for warning in ready.warnings)

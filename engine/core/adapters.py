@@ -1,11 +1,11 @@
-"""The adapters that a core serves: their names, and the keys under which workers and the prefix cache know them.
+"""The adapters that a core serves: their names, and the keys that identify them in workers and in the prefix cache.
 
 A name is resolved twice: on the input thread, whose key enters the hashes of the prompt, and again on the loop, which
-alone loads, unloads and counts users. A request behind an unload in the inbox therefore isn't served with the adapter
-that was unloaded.
+alone loads, unloads and counts users. A request that follows an unload in the inbox is therefore not served with the
+unloaded adapter.
 
-Several replicas unload in two steps, so that either all do or none: `hold` sets aside requests for the name, then
-`unload` follows or, if another replica still uses it, `cancel_hold`.
+Several replicas unload in two steps, so that all of them do or none: `hold` makes new requests for the name wait. Then
+`unload` follows, or `cancel_hold` if another replica still uses the adapter.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from engine.core.protocols import Executor
 from engine.core.request import Request
 from engine.errors import RequestError
 
-HOLD_S = 30.0  # a hold ends after this time, since the front end that asked for it may have ended
+HOLD_S = 30.0  # a hold ends after this time, since the front end that requested it may have ended
 
 Arrival = Request | TextRequest
 
@@ -46,7 +46,7 @@ class AdapterRegistry:
         self._parked: list[Arrival] = []
 
     def key(self, name: str) -> str | None:
-        """The key of an adapter, "" for no adapter; None if the name isn't served. From any thread."""
+        """The key of an adapter; "" for no adapter, None if the name isn't served. May be called from any thread."""
         if not name:
             return ""
         served = self._served.get(name)
@@ -57,7 +57,7 @@ class AdapterRegistry:
         return {name: served.path for name, served in list(self._served.items())}
 
     def load(self, name: str, path: str) -> "Future[Any]":
-        """Load an adapter on all ranks; it is served from then on. RequestError if the name is taken."""
+        """Load an adapter on all ranks, then serve it. Raises RequestError if the name is taken."""
         if name in self._loading:  # checked first: an adapter is served before it is removed from _loading
             raise RequestError(f"an adapter called {name!r} is being loaded already", "lora_name")
         if name in self._served:
@@ -81,14 +81,14 @@ class AdapterRegistry:
         self._loading.discard(name)
 
     def unload(self, name: str) -> "Future[Any]":
-        """Unload an adapter on all ranks. RequestError if there is none of that name, or requests still use it."""
+        """Unload an adapter on all ranks. Raises RequestError if no adapter has the name, or requests still use it."""
         key = self._unused_key(name)
         del self._served[name]
         self._held.pop(name, None)
         return self._executor.call("unload_adapter", {"key": key})
 
     def _unused_key(self, name: str) -> str:
-        """The key of an adapter that no request uses; RequestError otherwise."""
+        """The key of an adapter that no request uses. Raises RequestError if requests use it, or it isn't served."""
         key = self.key(name)
         if not key:
             if name in self._loading:
@@ -102,9 +102,9 @@ class AdapterRegistry:
     # ------------------------------------------------------------------------------------------------------------ hold
 
     def hold(self, name: str) -> None:
-        """Guarantee that `unload` can follow: requests for the adapter wait until then, `cancel_hold`, or HOLD_S.
+        """Make new requests for the adapter wait until `unload` or `cancel_hold`, at most HOLD_S.
 
-        RequestError if that isn't possible.
+        `unload` then succeeds. Raises RequestError if the adapter can't be unloaded.
         """
         self._unused_key(name)
         if self._held.get(name, 0.0) > self._now():
@@ -125,7 +125,7 @@ class AdapterRegistry:
         return [one.handle for one in self._parked]
 
     def park(self, arrival: Arrival) -> bool:
-        """Let a request wait if its adapter is held; returns whether it is."""
+        """Make a request wait if its adapter is held; returns whether it is."""
         if not self._held or arrival.message.adapter not in self._held:
             return False
         self._parked.append(arrival)

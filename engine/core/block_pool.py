@@ -1,4 +1,4 @@
-"""KV blocks: who holds them, which content they carry, and which is reused next.
+"""KV blocks: their references, the content that they cache, and the order in which they are reused.
 
 All blocks are created once. A block is *held* (references > 0) or *free*. A free block may still be *cached*: its
 content is found by its hash until the block is allocated again. Free blocks form one doubly linked list in the order of
@@ -25,14 +25,14 @@ class BlockPool:
         self.references = [0] * num_blocks
         self.hash_of: list[bytes | None] = [None] * num_blocks
         self.block_of: dict[bytes, int] = {}
-        self._end = num_blocks  # one sentinel closes the list to a ring
+        self._end = num_blocks  # one sentinel makes the list circular
         self._next = [*range(1, num_blocks + 1), 1]
         self._previous = [num_blocks, num_blocks, *range(1, num_blocks)]
         self.num_free = num_blocks - 1
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that requests hold, 0..1."""
+        """Fraction of the blocks that requests hold, 0..1."""
         return 1 - self.num_free / (self.num_blocks - 1)
 
     def get_cached(self, hashes: Iterable[bytes]) -> list[int]:
@@ -61,7 +61,7 @@ class BlockPool:
             references[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks from the head of the free list; only now is their cached content evicted."""
+        """Take `count` blocks from the head of the free list, which evicts their cached content."""
         assert count <= self.num_free, f"asked for {count} blocks, {self.num_free} are free"
         following, references, hash_of = self._next, self.references, self.hash_of
         allocated = []
@@ -80,7 +80,7 @@ class BlockPool:
         return allocated
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Drop a reference of each, last block first, so that a shared prefix outlives what follows it."""
+        """Drop a reference to each block, last block first, so that a shared prefix is reused after what follows it."""
         references, following, previous, end = self.references, self._next, self._previous, self._end
         for block in reversed(blocks):
             references[block] -= 1

@@ -1,9 +1,9 @@
-"""Bookkeeping for speculation: workers propose draft tokens and keep those that the model confirms.
+"""Bookkeeping for speculation: workers propose draft tokens and keep those that the model accepts.
 
-How many tokens a step yielded is known only with its result, and by then the next step is scheduled. While steps are in
-flight, `num_computed_tokens` and `num_scheduled_tokens` of such a slot are therefore upper bounds: they assume that all
-draft tokens are accepted. They are set anew whenever a step is scheduled and whenever a result arrives. A worker never
-proposes tokens beyond the blocks of the slot.
+The number of tokens that a step yields is known only with its result, and by then the next step is scheduled. While
+steps are in flight, `num_computed_tokens` and `num_scheduled_tokens` of such a slot are therefore upper bounds, which
+assume that all draft tokens are accepted. They are updated whenever a step is scheduled or a result arrives. A worker
+never proposes tokens beyond the blocks of the slot.
 
 Example: 2 draft tokens per step, 10 known tokens, 4 blocks of 4 tokens. With one step in flight at most 3 tokens are
 added, so `num_computed_tokens` is 9 + 3 = 12; with two steps, 9 + 6 = 15.
@@ -20,7 +20,7 @@ class DraftTokenTracker:
     """Sets the bounds of slots that sample, and books their results."""
 
     def __init__(self, slots: Slots, num_blocks: NDArray[np.int32], max_draft_tokens: int, block_size: int):
-        """`num_blocks` as of KVCacheManager; `max_draft_tokens` per slot and step."""
+        """`num_blocks` is that of KVCacheManager; `max_draft_tokens` is per slot and step."""
         self._slots = slots
         self._num_blocks = num_blocks
         self._max_draft_tokens = max_draft_tokens
@@ -49,7 +49,7 @@ class DraftTokenTracker:
             kept_slots: bool, over all slots that sampled: which of them are in `at`.
             result: the step's result.
 
-        Returns which of the result's tokens count, how many each of `at` got, and which of them met a stop id.
+        Returns which of the result's tokens count, how many each slot of `at` got, and which slots reached a stop id.
         """
         tokens, slots = int32s(result.tokens), self._slots
         counts = int32s(result.counts) if result.counts else np.ones(len(kept_slots), np.int32)

@@ -42,7 +42,7 @@ class _InFlight:
     result: "Future[bytes]"
 
     def outcome(self) -> bytes:
-        """The encoded StepResult. Raises the error of the forward pass first, since one of sampling only follows it."""
+        """The encoded StepResult. The error of the forward pass is raised first, since it also fails the sampling."""
         if self.forward.done():
             self.forward.result()
         return self.result.result()
@@ -72,7 +72,8 @@ class EngineCore:
         self._inbox: deque[Arrival] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._max_in_flight = scheduler.policy.steps_in_flight
-        # Which result has to be there before the oldest is booked: the oldest, or the newest if they are sent together.
+        # Index of the result that must have arrived before the oldest is booked: the oldest itself, or the newest if
+        # results are booked together.
         self._awaited = -1 if scheduler.policy.bursts.results_together else 0
         self._timer = StepTimer()
         self._publisher = OutputPublisher(scheduler, send, front_ends, inline, clock.now())
@@ -94,7 +95,7 @@ class EngineCore:
         }
 
     def receive(self, data: bytes) -> None:
-        """Put an encoded ToCore into the inbox; hashes prompts, so that the loop's thread doesn't have to."""
+        """Put an encoded ToCore into the inbox. Prompts are hashed here, so that the loop's thread doesn't have to."""
         arrival = self._intake.read(data)
         if arrival is not None:
             self._inbox.append(arrival)
@@ -113,7 +114,7 @@ class EngineCore:
         return self._draining_until is not None and not self.has_work
 
     def next_deadline(self, now: float) -> float | None:
-        """Seconds until `step` has something to do although nothing arrives; None: never."""
+        """Seconds until `step` has something to do even if nothing arrives; None: never."""
         due = [] if self._draining_until is None else [self._draining_until]
         if 0 < len(self._in_flight) < self._max_in_flight:
             due.append(self._timer.next_schedule_at)
@@ -143,7 +144,7 @@ class EngineCore:
         return bool(self._in_flight) and self._in_flight[self._awaited].result.done()
 
     def _book_result(self, now: float) -> tuple[StepOutcome, TokenLogprobs | None]:
-        """Book the oldest result; returns also the logprobs of the tokens that count."""
+        """Book the oldest result; also returns the logprobs of the tokens that count."""
         done = self._in_flight.popleft()
         result = decode_result(done.outcome())
         self._timer.finish_step(done.step, result.seconds)
@@ -154,7 +155,7 @@ class EngineCore:
         return outcome, _kept_logprobs(result, outcome)
 
     def _end_drain(self, now: float) -> None:
-        """Abort all requests when the time to finish them is over."""
+        """Abort all requests once the time to finish them is over."""
         if self._draining_until is None or now < self._draining_until:
             return
         ended = [self._abort(handle) for handle in [*self.scheduler.requests, *self._adapters.parked]]
@@ -239,7 +240,7 @@ class EngineCore:
         return [rejected] if rejected else []
 
     def _to_request(self, arrival: Request | TextRequest) -> Request | RejectedRequest:
-        """The request of an arrival, under the present key of its adapter."""
+        """The request of an arrival, under the current key of its adapter."""
         if isinstance(arrival, TextRequest):  # V0: the loop itself tokenizes
             assert self._inline is not None
             return self._intake.make_request(self._inline.add(arrival.message), arrival.arrived)
@@ -267,7 +268,7 @@ class EngineCore:
             return
         try:
             result = method(**call.arguments)
-        except Exception as error:  # the caller receives it, whatever it is
+        except Exception as error:  # the caller receives any error
             result = Future[Any]()
             result.set_exception(error)
         if isinstance(result, Future):

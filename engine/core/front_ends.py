@@ -1,4 +1,4 @@
-"""Front ends that ended and were replaced: their requests are aborted, also those that arrive later."""
+"""Front ends that ended and were replaced: their requests are aborted, including those that arrive later."""
 
 from collections.abc import Iterable
 
@@ -6,13 +6,13 @@ from engine.messages import front_end_of, make_handle
 
 
 class EndedFrontEnds:
-    """The lowest handle that is still accepted of each front end."""
+    """The lowest handle of each front end that is still accepted."""
 
     def __init__(self) -> None:
         self._lowest: dict[int, int] = {}  # by front end; those that never ended aren't here
 
     def add(self, front_end: int, first_sequence: int) -> None:
-        """A front end ended; the one that replaces it numbers its requests from `first_sequence` on."""
+        """Record that a front end ended. The one that replaces it numbers its requests from `first_sequence` on."""
         self._lowest[front_end] = make_handle(front_end, first_sequence)
 
     def is_stale(self, handle: int) -> bool:

@@ -6,7 +6,8 @@
 
 Two requests share a block only if everything before it is equal too. Salt and adapter enter the root and reach every
 block through the chain. All multimodal inputs have the same placeholder tokens, so `mm_block_keys` are hashed after the
-tokens of a block. The hash is BLAKE2b with 128 bits: nobody can construct a collision to read another tenant's cache.
+tokens of a block. The hash is BLAKE2b with 128 bits, so that no collision can be constructed to read another tenant's
+cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,15 @@ TOKEN_BYTES = 4
 
 
 def root_hash(cache_salt: str = "", adapter: str = "") -> bytes:
-    """The parent of a request's first block. Each part is preceded by its length, so that parts can't run together."""
+    """The parent of a request's first block. Each part is preceded by its length, so that no two pairs are confused."""
     framed = b"".join(len(part).to_bytes(8, "little") + part for part in (cache_salt.encode(), adapter.encode()))
     return blake2b(framed, digest_size=HASH_BYTES).digest()
 
 
 def mm_block_keys(mm_inputs: Sequence[MMInputRef], block_size: int) -> dict[int, bytes]:
-    """By block, what multimodal inputs add to its hash: the hash, offset from the block's start and length of each.
+    """What multimodal inputs add to the hash of each block: the hash, offset from the block's start and length of each.
 
-    The length is part of it because a front end may give one hash to inputs of two lengths.
+    The length is included because a front end may use one hash for inputs of two lengths.
     """
     keys: dict[int, bytes] = {}
     for mm_input in mm_inputs:
@@ -49,7 +50,7 @@ def extend_hashes(
     block_size: int,
     keys: Mapping[int, bytes] = NO_KEYS,
 ) -> None:
-    """Append the hashes of the full blocks of `tokens` (int32) that `hashes` lacks; `keys` as of `mm_block_keys`."""
+    """Append the hashes of the full blocks of `tokens` (int32) that `hashes` lacks; `keys` are from `mm_block_keys`."""
     size = block_size * TOKEN_BYTES
     parent = hashes[-1] if hashes else root
     view = memoryview(tokens)

@@ -1,6 +1,6 @@
 """Prepares arriving messages on the input thread: decodes and checks them, and hashes prompts.
 
-A message that can't be read is answered to its sender, as far as the sender can be read from it.
+The sender of a message that can't be read gets an error, if the message still shows who sent it.
 """
 
 import logging
@@ -56,7 +56,7 @@ Arrival = Request | TextRequest | RejectedRequest | RejectedCall | Abort | Utili
 
 
 class Intake:
-    """Makes arrivals of encoded messages. The input thread calls `read`, the loop the rest."""
+    """Turns encoded messages into arrivals. The input thread calls `read`; the loop also calls `make_request`."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Intake:
         return self.make_request(message, self._now())
 
     def make_request(self, message: AddRequest, arrived: float) -> Request | RejectedRequest:
-        """The request of a message, under the present key of its adapter."""
+        """The request of a message, under the current key of its adapter."""
         cause = find_value_error(message)
         if cause is not None:
             return RejectedRequest(message.handle, cause)
@@ -109,7 +109,7 @@ class Intake:
                 request.hash_prompt(self._config.block_size)
         except INTERRUPTS:
             raise
-        except BaseException as error:  # whatever it is, it ends this request only
+        except BaseException as error:  # any error ends this request only
             return reject(message.handle, error)
         return request if cause is None else RejectedRequest(message.handle, cause)
 
@@ -118,27 +118,27 @@ def reject(handle: int, error: BaseException) -> RejectedRequest:
     """Reject a request that raised an error before it was queued."""
     if isinstance(error, RedlineError):
         return RejectedRequest(handle, str(error))
-    log.error("request %d could not be taken", handle, exc_info=error)
-    return RejectedRequest(handle, f"the engine could not take this request: {cause_of(error)}", FinishReason.FAILED)
+    log.error("request %d could not be queued", handle, exc_info=error)
+    return RejectedRequest(handle, f"the engine could not queue this request: {cause_of(error)}", FinishReason.FAILED)
 
 
 def find_value_error(message: AddRequest) -> str | None:
     """Why the values of a request can't be served by any engine; None if they can.
 
-    Front ends check what users send. These are the bounds of the columns in which the core keeps the values.
+    Front ends check what users send. These are the bounds of the columns that hold the values in the core.
     """
     if not 0 <= message.handle < _INT64:
-        return f"handle {message.handle} is not one of a front end"
+        return f"handle {message.handle} is not a valid handle"
     if len(message.prompt) % 4:
-        return f"the prompt has {len(message.prompt)} bytes, which is not a whole number of int32"
+        return f"the prompt has {len(message.prompt)} bytes, which is not a multiple of 4 (int32)"
     if not 1 <= message.max_tokens < _INT64:
         return f"max_tokens is {message.max_tokens}: at least one token must be requested"
     if message.min_tokens < 0:
         return f"min_tokens is {message.min_tokens}, which is negative"
     if not all(0 <= token < 2**31 for token in message.stop_ids):
-        return "stop_token_ids: token ids are numbers from 0 to 2³¹ - 1"
+        return "stop_token_ids: token ids must lie in 0..2³¹ - 1"
     if not 0 <= message.sampling.seed < 2**64:
-        return f"seed is {message.sampling.seed}, which isn't an unsigned 64-bit number"
+        return f"seed is {message.sampling.seed}, which isn't an unsigned 64-bit integer"
     return None
 
 

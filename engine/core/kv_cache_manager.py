@@ -1,8 +1,8 @@
-"""Which KV blocks each slot holds: one block table per KV group, all from one pool.
+"""The KV blocks that each slot holds: one block table per KV group, all from one pool.
 
-The layers of a KV group have the same attention window; with full attention there is none. A request gets the blocks of
-its whole sequence when it is admitted, but those of a window only as far ahead as one step can reach. Blocks that a
-window has left are freed while the request runs. The tables of a slot that has computed up to the mark:
+The layers of a KV group have the same attention window, or none (full attention). At admission a request gets the
+blocks of its whole sequence in groups without a window; in groups with a window, only as far ahead as one step can
+reach. Blocks that a window has left are freed while the request runs. The tables of a slot in the middle of a prompt:
 
     full attention   a b c d e f g h     the whole prompt
     window           0 0 i j k l . .     0: freed, the null block; .: not yet allocated
@@ -10,7 +10,7 @@ window has left are freed while the request runs. The tables of a slot that has 
                          └ first block that it attends to
 
 Example: block size 4, a window of 8 tokens, 24 computed tokens. The query at position 24 attends to positions 17 to 24,
-so the first block in use is 17 // 4 = 4: blocks 0 to 3 are freed, or not needed of a cached prefix.
+so the first block in use is 17 // 4 = 4. Blocks 0 to 3 are freed; of a cached prefix they are not needed.
 
 A cached prefix needs all its blocks in groups with full attention, and the last ones in groups with a window.
 """
@@ -27,7 +27,7 @@ from engine.core.block_pool import NULL_BLOCK, BlockPool
 
 @dataclass(slots=True)
 class CachedPrefix:
-    """A cached prefix of `num_blocks` blocks: the table of each group, and its first block that is attended to."""
+    """A cached prefix of `num_blocks` blocks: the table of each group, and the first block that it attends to."""
 
     num_blocks: int
     tables: list[list[int]]
@@ -47,7 +47,7 @@ class KVCacheManager:
         self.num_groups = len(config.kv_windows)
         self.num_blocks = np.zeros(slots, np.int32)
         self.block_tables: list[list[list[int]]] = [[] for _ in range(slots)]
-        self._first_blocks: list[list[int]] = [[] for _ in range(slots)]  # by slot and group: before it all are freed
+        self._first_blocks: list[list[int]] = [[] for _ in range(slots)]  # by slot and group: first block still held
         self._appended: list[tuple[int, int, int]] = []  # slot, group, block, since `take_appended`
         self._block_size = config.block_size
         self._full_groups = [group for group, window in enumerate(config.kv_windows) if not window]
@@ -56,7 +56,7 @@ class KVCacheManager:
             for group, window in enumerate(config.kv_windows)
             if window
         ]
-        # Equal content has a block in each group, so the hashes of each group differ by a suffix.
+        # Equal content has a block of its own in each group, so the hashes of the groups differ by a suffix.
         self._suffixes = [bytes([group]) if group else b"" for group in range(self.num_groups)]
 
     # ---------------------------------------------------------------------------------------------------- admission
@@ -95,7 +95,7 @@ class KVCacheManager:
         return count
 
     def _longest_end_in_window(self, hashes: Sequence[bytes], count: int, group: int, window: int) -> int:
-        """The longest prefix, up to `count` blocks, with all blocks cached that its next token attends to."""
+        """The longest prefix, up to `count` blocks, for which all blocks that its next token attends to are cached."""
         block_of, suffix = self.pool.block_of, self._suffixes[group]
         end = count
         while end:
@@ -112,7 +112,7 @@ class KVCacheManager:
         return max(0, position - window + 1) // self._block_size
 
     def num_blocks_needed(self, num_tokens: int, prefix: CachedPrefix) -> int:
-        """How many free blocks the admission of a request of `num_tokens` takes."""
+        """How many free blocks it takes to admit a request of `num_tokens`."""
         total = -(-num_tokens // self._block_size)
         needed = sum(self._table_lengths(total, prefix.first_blocks)) - self.num_groups * prefix.num_blocks
         for table, first in zip(prefix.tables, prefix.first_blocks, strict=True):
@@ -120,7 +120,7 @@ class KVCacheManager:
         return needed
 
     def _table_lengths(self, total: int, first_blocks: list[int]) -> list[int]:
-        """How long the tables of a slot of `total` blocks are, given the first block of each that is in use."""
+        """The lengths of the tables of a slot of `total` blocks, given the first block in use of each."""
         lengths = [total] * self.num_groups
         for group, _, ahead in self._windowed_groups:
             lengths[group] = min(total, first_blocks[group] + ahead)
@@ -153,7 +153,7 @@ class KVCacheManager:
                 self._first_blocks[slot][group] = attended
 
     def num_window_blocks_needed(self, slot: int) -> int:
-        """How many blocks the next chunk of a slot may need beside its own."""
+        """How many blocks of its windows must be allocated for the next chunk of a slot."""
         lengths = self._table_lengths(int(self.num_blocks[slot]), self._first_blocks[slot])
         return sum(length - len(table) for length, table in zip(lengths, self.block_tables[slot], strict=True))
 
@@ -178,14 +178,14 @@ class KVCacheManager:
                 appended.append((slot, group, block))
 
     def take_appended(self) -> list[tuple[int, int, int]]:
-        """Slot, group and block of all blocks since the last call that were allocated after the slot's admission."""
+        """Slot, group and block of each block that was appended to a table since the last call."""
         appended, self._appended = self._appended, []
         return appended
 
     # ---------------------------------------------------------------------------------------------------------- end
 
     def cache_blocks(self, slot: int, hashes: Sequence[bytes], first: int, end: int) -> None:
-        """Enter a slot's blocks `first` to `end` into the prefix cache, those that it still holds."""
+        """Enter those of a slot's blocks `first` to `end` that it still holds into the prefix cache."""
         for group, table in enumerate(self.block_tables[slot]):
             self.pool.cache(table[first:end], self._group_hashes(hashes[first:end], group))
 

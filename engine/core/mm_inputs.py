@@ -1,15 +1,15 @@
 """Multimodal inputs in the scheduler: which are encoded in the next step, and whose embeddings stay on the device.
 
 An input (image, audio, video) is a range of placeholder tokens in a prompt, one per embedding. A step that computes any
-of them needs all embeddings of the input. An input is therefore encoded whole, at the latest in the step that computes
-its first placeholder, and its embeddings stay until its last placeholder is computed, however many chunks that takes.
+placeholder needs all embeddings of the input. An input is therefore encoded as a whole, at the latest in the step that
+computes its first placeholder. Its embeddings stay until its last placeholder is computed, over any number of chunks.
 
     num_schedulable_tokens() ─► schedule_inputs() ─► free_passed_inputs()     for each chunk of a request with inputs
     take_step_changes()                                                       once per step, for its message
     free_request()                                                            when a request loses its slot
 
-A request references only inputs that it has begun, so it can always compute a begun input to its end, and a request
-that waits for space in the encoder cache gets it eventually.
+A request only references inputs that it has begun to compute. It can always finish those, so a request that waits for
+space in the encoder cache gets it eventually.
 
 Example: a prompt of 10 tokens with an input A at offset 3 and length 4, in chunks of 5 tokens:
 
@@ -26,10 +26,10 @@ from engine.messages import MMInputRef
 
 
 class EncoderCache:
-    """Which embeddings are on the device, by key. Unreferenced ones are evicted when space is needed, oldest first."""
+    """The embeddings on the device, by key. Unreferenced ones are evicted when space is needed, oldest first."""
 
     def __init__(self, capacity: int, keep_unreferenced: bool = True):
-        """`capacity` in embeddings; unless `keep_unreferenced`, an input is evicted with its last reference."""
+        """`capacity` is in embeddings. Without `keep_unreferenced`, an input is evicted with its last reference."""
         self.capacity = capacity
         self.num_used = 0  # embeddings on the device
         self.size_of: dict[bytes, int] = {}
@@ -40,7 +40,7 @@ class EncoderCache:
         self._evicted: list[bytes] = []
 
     def can_allocate(self, size: int) -> bool:
-        """Whether inputs of `size` embeddings that nothing references now could be referenced."""
+        """Whether unreferenced inputs with `size` embeddings in total could be referenced now."""
         return size <= self.capacity - self.num_used + self._num_unreferenced
 
     def acquire(self, key: bytes, size: int) -> bool:
@@ -50,7 +50,7 @@ class EncoderCache:
             assert known == size, f"an input of {size} embeddings has the key of one of {known} that is in use"
             self.references[key] += 1
             return False
-        if known not in (None, size):  # the key stands for other content now
+        if known not in (None, size):  # the key now identifies other content
             self._evict_unreferenced(key)
             known = None
         assert self.can_allocate(size), (
@@ -68,7 +68,7 @@ class EncoderCache:
         return True
 
     def release(self, key: bytes) -> None:
-        """Give a reference back."""
+        """Drop a reference."""
         self.references[key] -= 1
         if self.references[key]:
             return
@@ -105,10 +105,10 @@ class EncoderCache:
 
 
 class EncoderCacheManager:
-    """Decides for requests with multimodal inputs what is encoded when, and references their embeddings."""
+    """Decides when the multimodal inputs of requests are encoded, and references their embeddings."""
 
     def __init__(self, capacity: int, budget: int, *, shared: bool = True, whole_prompts: bool = False):
-        """`budget`: tokens per step; `shared`: requests with equal inputs share their embeddings."""
+        """`budget` is in tokens per step. With `shared`, requests with equal inputs share their embeddings."""
         self.cache = EncoderCache(capacity, keep_unreferenced=shared)
         self._budget = budget
         self._shared = shared
@@ -128,7 +128,7 @@ class EncoderCacheManager:
         )
 
     def placeholder_error(self, request: Request) -> str | None:
-        """Why a request's inputs can't be served, whatever else runs; None if they can."""
+        """Why a request's inputs can't be served, even if nothing else runs; None if they can."""
         end = 0
         for index, mm_input in enumerate(request.message.mm_inputs):
             if (
@@ -162,7 +162,7 @@ class EncoderCacheManager:
         return None
 
     def register(self, request: Request) -> str | None:
-        """Count a request's inputs until `unregister`; an error instead if one of them contradicts another request.
+        """Count a request's inputs until `unregister`; returns an error if one of them contradicts another request.
 
         Inputs that share embeddings under one hash must have the same number of them.
         """
@@ -190,8 +190,8 @@ class EncoderCacheManager:
     def num_schedulable_tokens(self, request: Request, start: int, count: int) -> int:
         """How many of the `count` tokens from position `start` on the next step can compute.
 
-        It stops before the first input whose embeddings don't fit into the cache, or which would be split although it
-        is bidirectional.
+        They end before the first input whose embeddings don't fit into the cache, or before a bidirectional input that
+        would be split.
         """
         held = self._held.get(request.handle, {})
         new: dict[bytes, int] = {}  # sizes of inputs that nothing references yet
@@ -222,11 +222,11 @@ class EncoderCacheManager:
                     self._to_encode[key] = request, index
 
     def free_passed_inputs(self, request: Request, position: int) -> None:
-        """Drop the references to inputs that end before `position`, up to which the next step computes."""
+        """Drop the references to inputs that end before `position`, where the next step ends."""
         held = self._held.get(request.handle, {})
         mm_inputs = request.message.mm_inputs
         for index in [n for n in held if mm_inputs[n].offset + mm_inputs[n].length <= position]:
-            # Kept until the step's message is made, so that nothing else in that step takes the space.
+            # Kept until the step's message is built, so that nothing else in that step takes the space.
             self._passed.append(held.pop(index))
         if not held:
             self._held.pop(request.handle, None)
@@ -240,7 +240,7 @@ class EncoderCacheManager:
             self.cache.release(key)
 
     def take_step_changes(self) -> tuple[tuple[tuple[int, int], ...], tuple[bytes, ...]]:
-        """For the step's message: (slot, number of the input) to encode in it, and keys to free before that."""
+        """For the step's message: the inputs to encode, as (slot, number of the input), and the keys to free before."""
         to_encode = tuple((request.slot, index) for request, index in self._to_encode.values())
         evicted = self.cache.take_evicted()
         self._to_encode = {}

@@ -25,8 +25,8 @@ from engine.core.waiting_queue import PriorityQueue, WaitingQueue, priority_key
 # One step runs while the next one is scheduled and submitted, so that the device never waits for the scheduler.
 STEPS_IN_FLIGHT = 2
 
-# A burst has as many steps as end within this time: a request that arrives in the meantime waits no longer than that.
-# More than 8 steps save hardly anything more.
+# A burst has as many steps as end within this time, so a request that arrives in the meantime waits no longer. More
+# than 8 steps save hardly anything more.
 BURST_S = 0.010
 MAX_BURST = 8
 
@@ -96,7 +96,7 @@ class Chunking(Protocol):
 
 
 class ChunkedPrefill:
-    """As much as the budget allows."""
+    """As many tokens as the budget allows."""
 
     whole_prompts = False
 
@@ -105,7 +105,7 @@ class ChunkedPrefill:
 
 
 class WholePrompts:
-    """V0: all of a prompt in one step, or nothing."""
+    """V0: a prompt is computed in one step."""
 
     whole_prompts = True
 
@@ -117,7 +117,7 @@ class Bursts(Protocol):
     """How many decode steps are scheduled at once."""
 
     although_requests_wait: bool
-    results_together: bool  # results are booked when the last one is there
+    results_together: bool  # results are booked when the last one has arrived
 
     def max_steps(self, decode_step_s: float, /) -> int:
         """The most steps, given the duration of one; 0.0 while that isn't known."""
@@ -207,7 +207,7 @@ class SchedulingPolicy:
     @classmethod
     def from_resolved(cls, config: ResolvedConfig) -> "SchedulingPolicy":
         ablations = config.ablations
-        # A message with the full state needs the tokens of the step before.
+        # A message with the full state needs the sampled tokens of the previous step.
         run_ahead = not ablations & {"no-run-ahead", "full-state"}
         # A burst requires that each of its steps yields one token, which isn't so with draft tokens.
         bursts = run_ahead and not config.draft_tokens

@@ -1,4 +1,4 @@
-"""What the core needs of the parts that it does not import; engine.launch builds them and passes them in."""
+"""Interfaces of the parts that the core uses but does not import. engine.launch builds them and passes them in."""
 
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -18,11 +18,11 @@ class Executor(Protocol):
         ...
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
-        """Call a method on all ranks, between steps; the future has a RedlineError if the caller is at fault."""
+        """Call a method on all ranks, between steps. The future raises RedlineError if the caller can fix the cause."""
         ...
 
     def shutdown(self) -> None:
-        """End the workers; what is in flight may be lost."""
+        """End the workers; steps in flight may be lost."""
         ...
 
 
@@ -34,8 +34,8 @@ class InlineFrontEnd(Protocol):
         ...
 
     def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:
-        """Add the texts; returns also the requests that a stop string ended, which the core has to abort.
+        """Add the texts; also returns the requests that a stop string ended, which the core has to abort.
 
-        The returned outputs have the ends of those already. All outputs about requests pass through here.
+        The returned outputs already report these requests as finished. All outputs about requests pass through here.
         """
         ...

@@ -1,4 +1,4 @@
-"""Sends what happened to requests to the front ends that own them."""
+"""Sends the outputs of requests to the front ends that own them."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -19,15 +19,15 @@ from engine.messages import (
     select_logprobs,
 )
 
-# Messages with tokens also have the stats. While steps yield no tokens, as in a long prefill, stats are sent this
-# often.
+# Messages with tokens also contain the stats. While steps yield no tokens, as in a long prefill, stats are sent with
+# this period.
 STATS_PERIOD_S = 0.25
 
 _Event = TypeVar("_Event", Finished, Admitted)
 
 
 class OutputPublisher:
-    """One `Outputs` message per front end and event; `send(front_end, data)` takes it encoded."""
+    """Sends one `Outputs` message per front end and event, encoded, with `send(front_end, data)`."""
 
     def __init__(
         self,

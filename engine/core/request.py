@@ -15,7 +15,7 @@ class Request:
     )  # fmt: skip
 
     def __init__(self, message: AddRequest, max_model_len: int, arrived: float, adapter: str | None = None):
-        """`adapter` is the key of the message's adapter (see engine.core.adapters); without it, the name is the key."""
+        """`adapter` is the key of the message's adapter (see engine.core.adapters); None: its name."""
         self.message = message
         self.adapter = message.adapter if adapter is None else adapter
         self.stop_ids = frozenset(message.stop_ids)
@@ -29,14 +29,14 @@ class Request:
         self.was_admitted = False
         self.slot = -1
         self.num_preemptions = 0
-        # Logprobs of prompt tokens are computed with the prompt: cached blocks have none.
+        # Logprobs of prompt tokens are computed with the prompt, and cached blocks have none.
         self.reads_prefix_cache = message.sampling.prompt_logprobs < 0
         self.hash_root = root_hash(message.cache_salt, self.adapter)
         self.block_hashes: list[bytes] = []
         self.mm_block_keys = NO_KEYS  # what its multimodal inputs add to the hashes
 
     def length_error(self, config: ResolvedConfig, *, whole_prompts: bool) -> str | None:
-        """Why a request of this length can't be served; `whole_prompts`: each is computed in one step."""
+        """Why a request of this length can't be served. With `whole_prompts`, prompts are computed in one step."""
         if not 0 < self.num_prompt_tokens < config.max_model_len:
             return f"the prompt has {self.num_prompt_tokens} tokens; 1 to {config.max_model_len - 1} can be served"
         if whole_prompts and self.max_num_tokens > config.max_num_batched_tokens:

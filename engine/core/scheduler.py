@@ -1,8 +1,8 @@
 """The scheduler: one token budget per step, without a distinction between prefill and decode.
 
-`schedule()` chooses the tokens of a step and counts them as computed at once; `update()` books the sampled tokens when
-they arrive. Several steps may be scheduled ahead of their results: `engine.core.slots` shows what is confirmed and what
-is in flight. Where V0 and the ablations differ, `engine.core.policy` decides.
+`schedule()` plans a step and immediately counts its tokens as computed; `update()` books the sampled tokens when they
+arrive. Several steps may be scheduled ahead of their results; the columns of `engine.core.slots` distinguish confirmed
+tokens from those in flight. `engine.core.policy` has the decisions in which V0 and the ablations differ.
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------- requests
 
     def request_error(self, request: Request) -> str | None:
-        """Why a request can't be served, whatever else runs; None if it can. From any thread."""
+        """Why a request can't be served, even if nothing else runs; None if it can. May be called from any thread."""
         error = request.length_error(self.config, whole_prompts=self.policy.chunking.whole_prompts)
         if error is None and request.message.mm_inputs:
             return self.encoder_cache.placeholder_error(request)
@@ -152,13 +152,13 @@ class Scheduler:
             count = self._schedule_chunk(slot, budget, chunks)
             held_back |= count == 0
             budget -= count
-        # A prefill that waits for space in the encoder cache gets it before any request that arrived later.
+        # A prefill that waits for space in the encoder cache gets it before requests that arrived later.
         return 0 if held_back else budget
 
     def _extend_to_burst(self, decoding: NDArray[np.intp], max_steps: int) -> int:
         """How many steps these slots take at once, this one included; allocates their blocks.
 
-        No slot exceeds its `max_num_tokens`, so only stop tokens leave tokens to drop. No request is preempted.
+        No slot exceeds its `max_num_tokens`, so tokens are dropped only after a stop token. No request is preempted.
         """
         if self._prefilling or (self.waiting and not self.policy.bursts.although_requests_wait):
             return 1
@@ -175,7 +175,7 @@ class Scheduler:
     # --------------------------------------------------------------------------------------------------------- blocks
 
     def allocate_decode_blocks(self) -> bool:
-        """Give each decoding slot a block for its next token; returns whether requests had to be preempted for it."""
+        """Allocate the block of each decoding slot's next token; returns whether requests were preempted for it."""
         slots, kv = self.slots, self.kv
         blocks_are_full = slots.num_computed_tokens == kv.num_blocks * self.config.block_size
         needing = np.flatnonzero(self._is_decode() & blocks_are_full)
@@ -191,9 +191,9 @@ class Scheduler:
         return True
 
     def allocate_window_blocks(self) -> bool:
-        """Give prefills in progress the blocks that their windows reach next; returns whether any was preempted.
+        """Allocate the next window blocks of prefills in progress; returns whether requests were preempted for it.
 
-        They free at least as many as they take, unless other requests share those.
+        Prefills free at least as many blocks as they take, unless other requests share those.
         """
         if not self.kv.has_windows:
             return False
@@ -218,7 +218,7 @@ class Scheduler:
         return bool(self.slots.live[slot])
 
     def _preempt(self, slot: int) -> None:
-        """Free a slot and put its request back to the front; it is recomputed later, or found in the prefix cache."""
+        """Free a slot and put its request back into the queue, to be recomputed or found in the prefix cache later."""
         self.num_lost_tokens += int(self.slots.num_computed_tokens[slot])
         request = self._free_slot(slot)
         request.num_preemptions += 1
@@ -228,7 +228,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------ admission
 
     def admit_waiting(self, budget: int, chunks: Chunks, now: float) -> None:
-        """Admit waiting requests in order while slots, budget and blocks for their whole known sequence suffice."""
+        """Admit waiting requests in order while there are slots, budget, and blocks for their whole known sequence."""
         while self.waiting and budget > 0 and self.slots.has_free:
             request = self.waiting[0]
             num_tokens = len(request.tokens)
@@ -249,7 +249,7 @@ class Scheduler:
             budget -= self._schedule_chunk(slot, budget, chunks)
 
     def _find_cached_prefix(self, request: Request, num_tokens: int) -> CachedPrefix:
-        """Cached leading blocks. At least one token is left to compute, since its logits are needed."""
+        """Cached leading blocks. At least the last token is computed, since its logits are needed."""
         if not (self.config.enable_prefix_caching and request.reads_prefix_cache):
             return self.kv.empty_prefix()
         return self.kv.find_cached_prefix(request.block_hashes[: (num_tokens - 1) // self.config.block_size])
@@ -293,7 +293,7 @@ class Scheduler:
     # --------------------------------------------------------------------------------------------------------- update
 
     def update(self, step: ScheduledStep, result: StepResult) -> StepOutcome:
-        """Book the tokens of a step; those of slots that have another request by now are dropped."""
+        """Book the tokens of a step; tokens of slots that have another request by now are dropped."""
         slots = self.slots
         finished = self._end_rejected(result.rejected) if result.rejected else []
         scored = self._with_handles(result.prompt_logprobs) if result.prompt_logprobs else ()
@@ -321,7 +321,7 @@ class Scheduler:
         return StepOutcome(handles, tokens, kept, finished, counts, scored)
 
     def _with_handles(self, scored: Iterable[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
-        """With handles in place of slots; those of slots that have another request by now are dropped."""
+        """Replace slots by handles; entries of slots that have another request by now are dropped."""
         slots = self.slots
         return tuple(
             PromptLogprobs(int(slots.handle[one.owner]), one.generation, one.logprobs)
@@ -359,7 +359,7 @@ class Scheduler:
         return slots.free(slot)
 
     def _cache_full_blocks(self, slot: int, num_tokens: int) -> None:
-        """Cache the blocks that the first `num_tokens` tokens fill: their ids are final, their KV is being written."""
+        """Cache the blocks that the first `num_tokens` tokens fill. Their ids are final; their KV is being written."""
         slots, size = self.slots, self.config.block_size
         num_full, num_cached = num_tokens // size, int(slots.num_cached_blocks[slot])
         if num_full <= num_cached or not self.config.enable_prefix_caching:

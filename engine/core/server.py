@@ -19,7 +19,7 @@ from engine.messages import Dead, Hung, encode
 log = logging.getLogger("redline.core")
 
 MAX_WATCHDOG_PERIOD_S = 1.0
-LINGER_MS = 200  # for the last messages; a living front end receives them at once
+LINGER_MS = 200  # for the last messages; a running front end receives them at once
 
 
 class CoreServer:
@@ -55,7 +55,7 @@ class CoreServer:
         self._receiver = self._thread(self._receive_all, "core-input")
 
     def _thread(self, run: Callable[[], None], name: str) -> threading.Thread:
-        """A thread that the server can't do without: its error ends the server."""
+        """Make a thread whose error ends the server."""
 
         def guarded() -> None:
             try:
@@ -70,12 +70,12 @@ class CoreServer:
         self._outbox.put((front_end, data))
 
     def fail(self, error: BaseException | None) -> None:
-        """End `run` with this error, also while no step is in flight; from any thread."""
+        """End `run` with this error, even while no step is in flight. May be called from any thread."""
         self._failure = error
         self._wake.set()
 
     def watch(self, timeout_s: float, give_up: Callable[[str], None], ranks: Sequence[RankHandle] = ()) -> None:
-        """Start a watchdog for the steps; called before `run`, arguments as of `Watchdog`.
+        """Start a watchdog for the steps; called before `run`, with the arguments of `Watchdog`.
 
         `give_up` is called from the watchdog's thread and must end the process, since the loop itself may hang.
         """
@@ -139,7 +139,7 @@ class CoreServer:
             try:
                 self.core.receive(data)
             except Exception:
-                log.exception("a message of %d bytes could not be taken", len(data))
+                log.exception("a message of %d bytes could not be processed", len(data))
             self._wake.set()
 
     def _send_all(self) -> None:

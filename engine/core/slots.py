@@ -1,4 +1,4 @@
-"""The running requests as columns over slots, so that a step over all of them is a few vector operations.
+"""The running requests as columns over slots, so that a step over all slots is a few vector operations.
 
 A slot is the place of a running request in the batch state. Its columns count tokens of the request:
 
@@ -98,7 +98,7 @@ class Slots:
         return request
 
     def find_stopped(self, slots: NDArray[np.intp], tokens: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Which of `slots` end with the token that they just received."""
+        """Which of `slots` stop at the token that they just received."""
         hit = (self.stop_ids[slots] == tokens[:, None]).any(axis=1)
         for index in np.flatnonzero(self.has_many_stop_ids[slots]):
             request = self.requests[slots[index]]

@@ -25,7 +25,7 @@ class StepBuilder:
 
     @property
     def has_freed_slots(self) -> bool:
-        """Whether workers need a message although there is nothing to compute."""
+        """Whether workers need a message even if there is nothing to compute."""
         return bool(self._freed)
 
     def assign_slot(self, slot: int, request: Request, num_computed_tokens: int) -> None:
@@ -90,7 +90,7 @@ class FullStateStepBuilder(StepBuilder):
     ) -> StepMessage:
         slots = self._slots
         freed, self._sent = self._sent, np.flatnonzero(scheduled).tolist()
-        slots.generation[self._sent] += 1  # nothing is in flight that has the last one
+        slots.generation[self._sent] += 1  # no step in flight uses the previous generation
         counts = dict(chunks)
         assigned = []
         for slot in self._sent:

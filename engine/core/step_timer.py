@@ -1,9 +1,9 @@
 """When to schedule the next step while one is running.
 
 If the next step is scheduled as soon as the running one begins, the device never idles, but a request that arrives in
-the meantime waits for both. A long step therefore runs to three quarters before the next one is scheduled, which then
-includes the requests that have arrived. If a step ends sooner than expected, the device idles while the next one is
-scheduled.
+the meantime waits for both steps. A long step therefore runs to three quarters before the next one is scheduled, which
+then includes the requests that have arrived. If a step ends sooner than expected, the device idles while the next one
+is scheduled.
 """
 
 from dataclasses import dataclass

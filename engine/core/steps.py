@@ -1,4 +1,4 @@
-"""What the scheduler gives to the core: a scheduled step, and the outcome of its result."""
+"""What the scheduler returns: a scheduled step, and the outcome of its result."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from engine.messages import Finished, PromptLogprobs, StepMessage
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """A step under way, or a burst of `num_steps` steps in one message."""
+    """A scheduled step, or a burst of `num_steps` steps in one message."""
 
     step: int  # number of the first one
     message: StepMessage
@@ -22,7 +22,7 @@ class ScheduledStep:
 
 @dataclass(slots=True)
 class StepOutcome:
-    """What a result means: tokens by request, in the result's order, and the requests that ended."""
+    """A booked result: tokens by request, in the result's order, and the requests that ended."""
 
     handles: NDArray[np.int64]
     tokens: NDArray[np.int32]

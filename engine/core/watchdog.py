@@ -1,8 +1,8 @@
-"""Detects a step that hangs, logs where, and ends the engine if the step does not return.
+"""Detects a step that hangs, logs where it hangs, and ends the engine if the step does not return.
 
 After `--step-timeout` the cause is logged with the stacks of all threads of the EngineCore and its ranks, and front
-ends answer /health with 503. If the step returns, the engine is healthy again. After twice the timeout the engine ends
-with that cause.
+ends respond to /health with 503. If the step returns, the engine is healthy again. After twice the timeout the engine
+ends with that cause.
 """
 
 import faulthandler
@@ -22,7 +22,7 @@ from engine.core.protocols import Executor
 log = logging.getLogger("redline.core")
 
 GIVE_UP_AFTER = 2  # times the timeout
-CALL_TIMEOUT_S = 600.0  # for calls, such as loading an adapter from a slow disk; the step timeout if that is longer
+CALL_TIMEOUT_S = 600.0  # of calls, such as loading an adapter from a slow disk; the step timeout if that is longer
 FORWARD, SAMPLE, LOOP, CALL = "forward", "sample", "loop", "call"
 
 
@@ -62,7 +62,7 @@ class WatchedExecutor:
         return result
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
-        """Steps submitted during a call wait for it; their time counts from its end."""
+        """Steps submitted during a call wait for it; their time counts from the end of the call."""
         return self._watch(Task(CALL, 0, self._clock.now(), method), self._inner.call(method, arguments))
 
     def _watch(self, task: Task, future: "Future[Any]") -> "Future[Any]":
@@ -78,7 +78,7 @@ class WatchedExecutor:
             self.failed = True
 
     def current(self) -> tuple[Task, float] | None:
-        """The task in progress, and since when; from any thread."""
+        """The task in progress and its start time. May be called from any thread."""
         tasks = list(self._tasks.values())
         return (tasks[0], max(tasks[0].submitted_at, self._done_at)) if tasks else None
 
@@ -144,17 +144,17 @@ class Watchdog:
     def _describe(self, task: Task, age: float) -> str:
         limit = f"for {age:.0f} s, longer than --step-timeout {self._timeout_s:g}"
         if task.phase == CALL:
-            return f"{self._who()} hangs in {task.method}, for {age:.0f} s"
+            return f"{self._hanging_rank()} hangs in {task.method}, for {age:.0f} s"
         if task.phase == LOOP:
             return f"the EngineCore's loop (process {os.getpid()}) hangs between two steps, {limit}"
-        return f"{self._who()} hangs in the {task.phase} phase of step {task.step}, {limit}"
+        return f"{self._hanging_rank()} hangs in the {task.phase} phase of step {task.step}, {limit}"
 
-    def _who(self) -> str:
-        """The rank that hangs, as far as it shows from outside: ranks wait for each other, so one stops all."""
+    def _hanging_rank(self) -> str:
+        """The rank that hangs, if the states of the processes show it. Ranks wait for each other, so one stops all."""
         if not self._ranks:
             return f"rank 0 (process {os.getpid()})"
         states = [rank.state for rank in self._ranks]
-        # Any process may wait for a disk for a moment, so that counts only if no rank is stopped or has ended.
+        # Any process may briefly wait for a disk, so that state counts only if no rank is stopped or has ended.
         for words, letters in (("stopped", "Tt"), ("ended", "ZX"), ("waiting for a device", "D")):
             for number, (rank, state) in enumerate(zip(self._ranks, states, strict=True)):
                 if state and state in letters:

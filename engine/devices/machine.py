@@ -19,7 +19,7 @@ class Defaults:
 
 
 class Machine(Protocol):
-    """Asked before a model is loaded, from the EngineCore's process."""
+    """Used in the EngineCore's process before a model is loaded."""
 
     defaults: Defaults
 

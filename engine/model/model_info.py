@@ -102,7 +102,7 @@ def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:
             f"for all requests: --max-model-len {original} selects the short ones, which suit short texts better"
         )
     if getattr(hf_config, AUTO_MAP, None):
-        warnings.append(f"code that lies beside the model ({AUTO_MAP}) isn't run: transformers' own class is used")
+        warnings.append(f"the model's custom code ({AUTO_MAP}) isn't run: transformers' own class is used")
     if hf_config.model_type not in FAMILIES:
         warnings.append(f"models of type {hf_config.model_type!r} aren't in the parity suite: check the output")
     return tuple(warnings)

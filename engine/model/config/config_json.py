@@ -75,7 +75,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 def read_config_json(path: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Any:
     """Read the transformers config of a model.
 
-    Raises ModelError if it can't be read, or if the model needs code of its own.
+    Raises ModelError if it can't be read, or if the model needs custom code.
 
     Args:
         path: the model's folder, or a config file alone.
@@ -104,7 +104,7 @@ class FieldError(Exception):
 
 
 class _CustomCodeError(Exception):
-    """The model needs code that lies beside it; the end of a sentence about the model."""
+    """The model needs custom code; the message is the end of a sentence about the model."""
 
 
 def _read_object(file: Path, name: str) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def _make_config(fields: dict[str, Any], path: str) -> Any:
     code = custom_code(fields, "AutoConfig") or custom_code(fields, "AutoModelForCausalLM")
     if code is not None and model_type not in CONFIG_MAPPING:
         raise _CustomCodeError(
-            f"it needs code of its own ({AUTO_MAP} in {CONFIG} names {code}), which is never run, and transformers has "
-            f"no class for models of type {model_type!r}"
+            f"it needs custom code ({AUTO_MAP} in {CONFIG} names {code}), which is never run, and transformers has no "
+            f"class for models of type {model_type!r}"
         )
     if not isinstance(model_type, str):
         raise FieldError("model_type is missing" if model_type is None else _mismatch("model_type", model_type, (str,)))

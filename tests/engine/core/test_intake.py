@@ -52,7 +52,7 @@ def serve_beside(data: bytes) -> Driver:
     ("changes", "said"),
     [
         ({"prompt": "text"}, "could not read this request"),
-        ({"prompt": b"abc"}, "3 bytes, which is not a whole number of int32"),
+        ({"prompt": b"abc"}, "3 bytes, which is not a multiple of 4 (int32)"),
         ({"prompt": b""}, "the prompt has 0 tokens"),
         ({"max_tokens": 1.5}, "Expected `int`, got `float`"),
         ({"max_tokens": 0}, "max_tokens is 0"),
