@@ -98,7 +98,7 @@ def resolve(
         MemoryLine("workspace", workspace, "--max-num-batched-tokens, --max-num-seqs"),
         MemoryLine("KV cache", num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
     )
-    warnings += [*_too_much(lines, available, replicas), *machine.warnings(config, model_info)]
+    warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs)
     return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences)
 

@@ -7,10 +7,10 @@ from engine.devices.machine import Defaults
 from engine.host import available_memory, cores, threads_per_rank
 from engine.model.model_info import ITEMSIZE, ModelInfo
 
-SAMPLER_ROWS = 32  # logits that are held in float32 at a time
+SAMPLER_ROWS = 32  # rows of logits that the sampler converts to float32 at a time
 QUERY_TILE = 64  # queries that attention computes at a time
 MIN_GATHERED_TOKENS = 32 << 10  # of the attention's gather buffers
-# CPU features with which a dtype is computed at full speed.
+# PyTorch computes a dtype at full speed if the CPU has one of these features.
 FAST_DTYPES = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"amx_fp16", "avx512_fp16", "fphp"}}
 
 
@@ -50,20 +50,17 @@ class CpuMachine:
         each = f"{threads} thread{'s' if threads > 1 else ''}"
         return f"cpu ({each})" if ranks == 1 else f"cpu ({ranks} ranks of {each})"
 
-    def warnings(self, config: EngineConfig, model_info: ModelInfo) -> list[str]:
-        return [*_slow_dtype(model_info.dtype), *_more_ranks_than_cores(config)]
+    def warnings(self, config: EngineConfig) -> list[str]:
+        if config.total_ranks <= cores():
+            return []
+        ranks, replicas = config.tensor_parallel_size, config.data_parallel_size
+        flags = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
+        what = "ranks" if ranks > 1 else "replicas"
+        return [f"{' '.join(flags)} on {cores()} cores: {what} share cores; use fewer"]
 
 
-def _more_ranks_than_cores(config: EngineConfig) -> list[str]:
-    if config.total_ranks <= cores():
-        return []
-    ranks, replicas = config.tensor_parallel_size, config.data_parallel_size
-    asked = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
-    what = "ranks" if ranks > 1 else "replicas"
-    return [f"{' '.join(asked)} on {cores()} cores: {what} share cores; use fewer"]
-
-
-def _slow_dtype(dtype: str) -> list[str]:
+def pytorch_warnings(dtype: str) -> list[str]:
+    """What the user should know if PyTorch computes the model in this dtype, and not the C++ kernels."""
     if dtype not in FAST_DTYPES:
         return []
     try:
@@ -72,4 +69,4 @@ def _slow_dtype(dtype: str) -> list[str]:
         return []
     if FAST_DTYPES[dtype] & features:
         return []
-    return [f"this CPU computes {dtype} slowly: --dtype float32 is faster if its memory suffices"]
+    return [f"PyTorch computes {dtype} slowly on this CPU: --dtype float32 is faster if there is enough memory"]

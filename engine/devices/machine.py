@@ -35,6 +35,6 @@ class Machine(Protocol):
         """The device in the start table."""
         ...
 
-    def warnings(self, config: EngineConfig, model_info: ModelInfo) -> list[str]:
+    def warnings(self, config: EngineConfig) -> list[str]:
         """What the user should know about this configuration on this device."""
         ...

@@ -1,1 +1,1 @@
-"""Paged attention in torch, and the C++ kernels for the CPU."""
+"""Kernels: paged attention in PyTorch, and the fused decoder in C++."""

@@ -104,8 +104,8 @@ def write_index(tables: Int32s, rows: Int64s, positions: Int64s, layout: Layout)
     """
     block = tables[rows, positions // layout.block_size].astype(np.int64)
     heads = np.arange(layout.kv_heads)
-    slots = (block[:, None] * layout.kv_heads + heads) * layout.block_size + (positions % layout.block_size)[:, None]
-    return torch.from_numpy(slots.reshape(-1))
+    index = (block[:, None] * layout.kv_heads + heads) * layout.block_size + (positions % layout.block_size)[:, None]
+    return torch.from_numpy(index.reshape(-1))
 
 
 def write(cache: Tensor, index: Tensor, values: Tensor) -> None:

@@ -1,12 +1,12 @@
 """KV groups: the layers of a group have one window and share a block table, so blocks outside it can be freed.
 
-All groups take blocks from one pool. A block has room for the keys and values of `slots` layers, the size of a group;
-a group with fewer layers leaves slots empty. Example: six layers, every third one without a window:
+All groups take blocks from one pool. A block holds the keys and values of `group_size` layers; if a group has fewer
+layers, a part of its blocks stays empty. Example: six layers, every third one without a window:
 
-    layer      0  1  2  3  4  5        slots: 2
+    layer      0  1  2  3  4  5        group_size: 2
     window     w  w  0  w  w  0        windows: (0, w, w)
     group      1  1  0  2  2  0
-    slot       0  1  0  0  1  1
+    index      0  1  0  0  1  1        within the group
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.model.families import FAMILIES
 
-MOST_PADDING = 0.15  # empty slots, as a fraction of the layers; larger groups need fewer block tables per step
+MOST_PADDING = 0.15  # missing layers of groups, as a fraction of all layers; fewer groups need fewer block tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,12 @@ class KVGroups:
 
     Args:
         windows: tokens that a query sees, its own included, per group; 0 for all.
-        slots: layers that a block has room for.
-        places: group and slot of each layer.
+        group_size: layers whose keys and values a block can hold.
+        places: group of each layer, and its index within the group.
     """
 
     windows: tuple[int, ...]
-    slots: int
+    group_size: int
     places: tuple[tuple[int, int], ...]
 
 
@@ -38,14 +38,14 @@ def group_layers(windows: Sequence[int]) -> KVGroups:
     members = {window: [i for i, one in enumerate(windows) if one == window] for window in sorted(set(windows))}
     sizes = [len(layers) for layers in members.values()]
     most = (1 + MOST_PADDING) * len(windows)
-    slots = next(size for size in range(max(sizes), 0, -1) if sum(-(-n // size) * size for n in sizes) <= most)
+    group_size = next(size for size in range(max(sizes), 0, -1) if sum(-(-n // size) * size for n in sizes) <= most)
     places = [(0, 0)] * len(windows)
     group_windows: list[int] = []
     for window, layers in members.items():
         for i, layer in enumerate(layers):
-            places[layer] = len(group_windows) + i // slots, i % slots
-        group_windows += [window] * -(-len(layers) // slots)
-    return KVGroups(tuple(group_windows), slots, tuple(places))
+            places[layer] = len(group_windows) + i // group_size, i % group_size
+        group_windows += [window] * -(-len(layers) // group_size)
+    return KVGroups(tuple(group_windows), group_size, tuple(places))
 
 
 def layer_windows(hf_config: Any, max_model_len: int) -> tuple[int, ...]:

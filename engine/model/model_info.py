@@ -41,7 +41,7 @@ class ModelInfo:
     hidden_size: int
     intermediate_size: int
     weight_bytes: int
-    kv_bytes_per_token: int  # in all layer slots of a block
+    kv_bytes_per_token: int  # of one token's keys and values in a block, for all layers of a KV group
     windows: tuple[int, ...]  # tokens that a query sees, its own included, per layer; 0 for all
     warnings: tuple[str, ...] = ()
 
@@ -67,7 +67,7 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
     kv_heads, head_dim = _cached_heads(hf_config)
     length = _max_model_len(config, hf_config)
     windows = layer_windows(hf_config, length)
-    slots = group_layers(windows).slots
+    group_size = group_layers(windows).group_size
     return ModelInfo(
         path=path,
         architecture=(getattr(hf_config, "architectures", None) or [hf_config.model_type])[0],
@@ -81,7 +81,7 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
         hidden_size=hf_config.hidden_size,
         intermediate_size=_intermediate_size(hf_config),
         weight_bytes=_weight_bytes(config, hf_config, parameters or _count_parameters(hf_config), dtype),
-        kv_bytes_per_token=2 * slots * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
+        kv_bytes_per_token=2 * group_size * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
         windows=windows,
         warnings=_warnings(hf_config, length),
     )

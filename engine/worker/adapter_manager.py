@@ -21,7 +21,7 @@ log = logging.getLogger("redline.worker")
 
 @dataclass(frozen=True, slots=True)
 class AdapterSharding:
-    """How adapters are cut for this rank."""
+    """How adapters are sharded for this rank."""
 
     tp_plan: TPPlan
     part: VocabShard
@@ -62,7 +62,7 @@ class AdapterManager:
             raise
         except ModelError as problem:
             error = problem
-        except Exception as problem:  # clients name the files, so no error in them may end the rank
+        except Exception as problem:  # clients choose the files, so no error in them may end the rank
             log.exception("the adapter in %s could not be loaded", path)
             error = ModelError(f"{path}: the adapter could not be loaded: {cause_of(problem)}")
         if self._sharding is not None and not self._sharding.all_loaded(error is None) and error is None:

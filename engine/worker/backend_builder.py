@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from engine.config import EngineConfig, ResolvedConfig
+from engine.devices.cpu import pytorch_warnings
 from engine.errors import ConfigError
 from engine.host import threads_per_rank
 from engine.kernels.cpu import bindings, build
@@ -58,9 +59,10 @@ def build_backend(
             raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: {reason}")
     model = fill_and_check(meta_model, config, model_info)
     cache = KVCache(model_info.kv_groups, resolved.num_blocks, kv_layout(model_info, resolved.block_size))
-    slow = config.kernels == "auto" and not unsupported
-    warnings = (f"{reason}: falling back to PyTorch, which is several times slower",) if slow else ()
-    return BuiltBackend(GenericBackend(model, cache, meta_model.vocab_shard), f"torch ({reason})", warnings)
+    warnings = pytorch_warnings(model_info.dtype)
+    if config.kernels == "auto" and not unsupported:
+        warnings.insert(0, f"{reason}: falling back to PyTorch, which is several times slower")
+    return BuiltBackend(GenericBackend(model, cache, meta_model.vocab_shard), f"torch ({reason})", tuple(warnings))
 
 
 def _build_fused(
@@ -88,7 +90,8 @@ def _build_fused(
     stack = Stack(spec, formats.weights, formats.cache, threads, isa, owners, cores)
     keys, values = spec.layer[0].keys, spec.layer[0].values
     region_bytes = values - keys
-    pages = PageSupply(owners, keys, 2 * model_info.kv_groups.slots, region_bytes, region_bytes // resolved.num_blocks)
+    regions = 2 * model_info.kv_groups.group_size
+    pages = PageSupply(owners, keys, regions, region_bytes, region_bytes // resolved.num_blocks)
     return BuiltBackend(FusedBackend(stack, spec, meta_model.model, part, pages), f"{isa}, fused stack", cores=cores)
 
 
@@ -101,7 +104,7 @@ def _isas_to_try(config: EngineConfig) -> tuple[list[str], str | None]:
         return isas, None if isas else "the CPU kernels need AVX2"
     missing = build.missing_features(config.kernels)
     if missing:
-        raise ConfigError(f"--kernels {config.kernels}: this machine lacks {', '.join(missing)}; auto finds the best")
+        raise ConfigError(f"--kernels {config.kernels}: this machine lacks {', '.join(missing)}; auto chooses the best")
     return [config.kernels], None
 
 

@@ -47,7 +47,7 @@ def make_executor(
 
     Args:
         folder: for files by which ranks find each other; None: the system's folder for temporary files.
-        progress: called from a thread with the bytes of weights that are read, and of all.
+        progress: called from a thread with the bytes of weights read so far and in total.
     """
     if config.tensor_parallel_size > 1:
         return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress)

@@ -1,6 +1,6 @@
 """Packs a Llama-like decoder from transformers' modules for the fused stack in C++.
 
-`refusal` gives the reason why a model can't take the fused stack; such models use the generic backend.
+`refusal` gives the reason why a model can't use the fused stack; such models use the generic backend.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,15 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
-    """Why a transformers model, or a rank's shard of it, can't take the fused stack; None if it can."""
+    """Why a transformers model, or a rank's shard of it, can't use the fused stack; None if it can."""
     hf_config = model.config
     if not FAMILIES.get(hf_config.model_type, Family()).fused:
-        return f"models of kind {hf_config.model_type!r} have no C++ kernels"
+        return f"the kernels do not support models of type {hf_config.model_type!r}"
     if formats.dtype not in DTYPES:
-        return f"the kernels have no {formats.dtype}"
+        return f"the kernels do not support {formats.dtype}"
     for what, kind in (("weights", formats.weights), ("caches", formats.cache)):
         if kind != formats.dtype != "bfloat16":
-            return f"the kernels have {kind} {what} only beside --dtype bfloat16"
+            return f"the kernels support {kind} {what} only with --dtype bfloat16"
     if block_size % LANES:
         return f"--block-size {block_size} is not a multiple of {LANES}"
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
@@ -138,11 +138,11 @@ def make_spec(
     intermediate = inner.layers[0].mlp.gate_proj.weight.shape[0]
     cache_bytes = num_blocks * kv_heads * block_size * kv_head_bytes(formats.cache, head_dim)
     layers = (Layer * len(inner.layers))()
-    cache = lazy_zeros(2 * groups.slots * cache_bytes)  # in one piece, so that all its pages can be large ones
+    cache = lazy_zeros(2 * groups.group_size * cache_bytes)  # one allocation, so that all its pages can be huge pages
     packer.owners.append(cache)
     for i, layer in enumerate(inner.layers):
-        group, slot = groups.places[i]
-        keys = cache.ctypes.data + 2 * slot * cache_bytes
+        group, index = groups.places[i]
+        keys = cache.ctypes.data + 2 * index * cache_bytes
         layers[i] = _layer(packer, layer, keys, keys + cache_bytes, fill)
         layers[i].window, layers[i].group = groups.windows[group], group
         trim_heap()

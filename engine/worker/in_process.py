@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class InProcessExecutor:
     """Implements `engine.worker.executor.StartedExecutor`. The constructor loads the model; it raises RedlineError.
 
-    `progress` is called, from a thread, with the bytes of weights that are read, and of all.
+    `progress` is called from a thread with the bytes of weights read so far and in total.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class ModelBackend(Protocol):
         ...
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
-        """Load an adapter, cut to this rank, into a free slot. Raises ModelError if it does not fit the model."""
+        """Load an adapter, sharded for this rank, into a free slot. Raises ModelError if it does not fit the model."""
         ...
 
     def drop_adapter(self, slot: int) -> None:

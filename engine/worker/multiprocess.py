@@ -66,7 +66,7 @@ class MultiprocessExecutor:
 
     Args:
         folder: for the file by which the ranks find each other; None: the system's folder for temporary files.
-        progress: called from a thread with the bytes of weights that rank 0 has read, and of all.
+        progress: called from a thread with the bytes of weights that rank 0 has read so far and reads in total.
 
     Raises the RedlineError of a rank that can't start.
     """

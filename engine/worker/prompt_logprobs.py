@@ -1,4 +1,4 @@
-"""Logprobs of prompt tokens, for requests that ask for them.
+"""Logprobs of prompt tokens, for requests that request them.
 
 The token at a position is scored with the logits of the position before. Positions are scored in parts, since the
 logits of a whole chunk would take as much memory as everything else in a step.
@@ -25,31 +25,31 @@ class HasLogits(Protocol):
 
 
 def parts(batch: StepBatch) -> Iterator[Int64s]:
-    """The entries of `batch.logits_at` that are scored, in parts. All ranks must ask for the same parts."""
+    """The entries of `batch.logits_at` that are scored, in parts. All ranks must compute the same parts."""
     first, count = len(batch.sampled_at), len(batch.scored_at)
     for begin in range(0, count, PART):
         yield np.arange(first + begin, first + min(begin + PART, count))
 
 
 def score(backend: HasLogits, batch: StepBatch, slots: WorkerSlots) -> tuple[PromptLogprobs, ...]:
-    """The logprobs of the prompt tokens after `batch.scored_at`, one entry per row that has any."""
+    """The logprobs of the prompt tokens after `batch.scored_at`, one entry per slot that has any."""
     at = batch.scored_at
     owners, positions = batch.slots[batch.row_of[at]], batch.positions[at] + 1
     tokens = torch.from_numpy(slots.tokens[owners, positions].astype(np.int64))
-    asked = {row: slots.sampling[row].prompt_logprobs for row in np.unique(owners).tolist()}
+    requested = {slot: slots.sampling[slot].prompt_logprobs for slot in np.unique(owners).tolist()}
     found = [
-        _score_part(backend.logits(which), tokens[which - len(batch.sampled_at)], max(asked.values()))
+        _score_part(backend.logits(which), tokens[which - len(batch.sampled_at)], max(requested.values()))
         for which in parts(batch)
     ]
     ids, values, ranks = (np.concatenate(each) for each in zip(*found, strict=True))
     return tuple(
         PromptLogprobs(
-            row,
-            int(slots.generation[row]),
+            slot,
+            int(slots.generation[slot]),
             _pack(positions[mine], ids[mine, : top + 1], values[mine, : top + 1], ranks[mine]),
         )
-        for row, top in asked.items()
-        for mine in (owners == row,)
+        for slot, top in requested.items()
+        for mine in (owners == slot,)
     )
 
 

@@ -91,7 +91,7 @@ def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers:
 
 
 def execute(runner: "Runner", body: bytes) -> bytes:
-    """Execute a call and encode its result. Its errors are part of the result, but for the loss of another rank."""
+    """Execute a call and encode its result, or its error. Only PeerLostError is raised."""
     try:
         call = msgspec.msgpack.decode(body, type=Call)
         return msgspec.msgpack.encode(CallResult(runner.call(call.method, call.arguments)))

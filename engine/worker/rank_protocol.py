@@ -50,7 +50,7 @@ class RankOptions(msgspec.Struct):
     store: str  # the file by which the ranks find each other
     socket_fd: int
     ring_fd: int | None  # None: commands come from rank 0
-    ring_readers: int  # the first so many ranks read the ring
+    ring_readers: int  # number of ranks that read the ring, from rank 0 on
 
 
 class Call(msgspec.Struct):

@@ -3,7 +3,7 @@
     | cursor of rank 0 | cursor of rank 1 | … | ring buffer |
 
 A cursor counts the bytes that its rank has read so far. Ranks wait at their sockets, which announce each message;
-nobody polls the memory.
+they never poll the memory.
 """
 
 import mmap

@@ -26,16 +26,16 @@ from engine.worker.slots import StepBatch, WorkerSlots
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
-    """How the tokens at a step's `sampled_at` are chosen: by the model backend, or from logits where rows are special.
+    """How the tokens at a step's `sampled_at` are chosen: by the model backend, or by the sampler from logits.
 
-    temperatures, uniforms: [sampled_at], see `ModelBackend.choose`; None if all rows are special.
-    special: int64[n], the special rows, as indices into `sampling`.
+    temperatures, uniforms: [sampled_at], see `ModelBackend.choose`; None if all slots are sampled from logits.
+    from_logits: int64[n], the slots that are sampled from logits, as indices into `sampling`.
     logits_of: int64[n], the entries of `sampled_at` that belong to them.
     """
 
     temperatures: Float32s | None
     uniforms: Float64s | None
-    special: Int64s
+    from_logits: Int64s
     logits_of: Int64s
 
 
@@ -101,26 +101,26 @@ class Runner:
                 self._slots.append_tokens(batch.sampling, tokens)
         scored = prompt_logprobs.score(self._backend, batch, self._slots) if len(batch.scored_at) else ()
         seconds = self._seconds + time.perf_counter() - began
-        refused = column(self._slots.take_rejected())
-        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, refused, scored))
+        rejected = column(self._slots.take_rejected())
+        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, rejected, scored))
 
     def close(self) -> None:
         """Called after the last step."""
 
     def _plan_sampling(self, batch: StepBatch) -> SamplingPlan:
-        """Whether a row is special depends on its own parameters only: what it samples must not depend on others."""
+        """Plan how tokens are chosen: for each slot by its own parameters only, so that batching does not matter."""
         slots, which = self._slots, batch.sampling
-        special = slots.needs_logits[which]
-        last = np.cumsum(batch.num_draft_tokens + 1) - 1  # only greedy rows have draft tokens
+        from_logits = slots.needs_logits[which]
+        last = np.cumsum(batch.num_draft_tokens + 1) - 1  # only greedy slots have draft tokens
         temperatures = uniforms = None
-        if not special.all():
+        if not from_logits.all():
             temperatures = np.zeros(len(batch.sampled_at), dtype=np.float32)
-            temperatures[last] = np.where(special, 0, slots.temperature[which])
+            temperatures[last] = np.where(from_logits, 0, slots.temperature[which])
             uniforms = np.zeros(len(batch.sampled_at))
             uniforms[last] = sampler.uniform(
                 slots.seed[which], slots.num_tokens[which] - slots.num_prompt_tokens[which]
             )
-        return SamplingPlan(temperatures, uniforms, np.flatnonzero(special), last[special])
+        return SamplingPlan(temperatures, uniforms, np.flatnonzero(from_logits), last[from_logits])
 
     def _choose(self, batch: StepBatch, plan: SamplingPlan) -> tuple[Int64s, TokenLogprobs | None]:
         """The tokens at `sampled_at`, and the logprobs, which are indexed by entries of `sampling`."""
@@ -129,9 +129,9 @@ class Runner:
             tokens = self._backend.choose(plan.temperatures, plan.uniforms)
         if not len(plan.logits_of):
             return tokens, None
-        sampled = sampler.sample(self._backend.logits(plan.logits_of), self._slots, batch.sampling[plan.special])
+        sampled = sampler.sample(self._backend.logits(plan.logits_of), self._slots, batch.sampling[plan.from_logits])
         tokens[plan.logits_of] = sampled.tokens
-        return tokens, _reindexed(sampled.logprobs, plan.special)
+        return tokens, _reindexed(sampled.logprobs, plan.from_logits)
 
 
 def build_runner(
@@ -149,7 +149,7 @@ def build_runner(
 def build_parts(
     config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, tp_plan: TPPlan | None
 ) -> tuple[BuiltBackend, AdapterSharding | None]:
-    """Build a rank's model backend, and with several ranks how adapters are cut."""
+    """Build a rank's model backend, and with several ranks the sharding of adapters."""
     with large_allocations_mapped(), contextlib.closing(meta_model):
         built = build_backend(config, model_info, resolved, meta_model)
     if tp_plan is None or meta_model.vocab_shard is None:

@@ -1,8 +1,8 @@
-"""Sampling from logits for rows whose tokens the model backend can't choose (penalties, filters, logprobs, …).
+"""Sampling from logits for slots whose tokens the model backend can't choose (penalties, filters, logprobs, …).
 
 Order: logit bias, tokens excluded by min_tokens, bad words and allowed tokens, penalties, temperature, min_p, top_k and
-top_p, draw. A row draws with one number, hashed from its seed and the number of its output tokens. So its tokens do not
-depend on other rows, on chunks or on a preemption. A feature costs only the rows that ask for it.
+top_p, draw. A slot draws with one number, hashed from its seed and the number of its output tokens. So its tokens do
+not depend on other slots, on chunks or on a preemption. A feature takes time only for slots that use it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from engine.messages import Sampling, TokenLogprobs, column, int32s
 from engine.model.runtime.vocab_shard import MIN_TEMPERATURE
 from engine.worker.slots import WorkerSlots
 
-BATCH_ROWS = 32  # rows that are converted to float32 at a time: bounds the workspace
+BATCH_ROWS = 32  # rows of logits that are converted to float32 at a time: bounds the workspace
 RUN = 256  # tokens whose weights are summed first when drawing
 _FLOORS = (1e-2, 1e-4, 0.0)  # top_p looks at weights above a floor first; the greedy token weighs 1
 
@@ -26,7 +26,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens: int64[rows]."""
+    """tokens: int64[slots]."""
 
     tokens: Int64s
     logprobs: TokenLogprobs | None
@@ -34,7 +34,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class _Logprobs:
-    """Those of one row, the sampled token first."""
+    """Those of one slot, the sampled token first."""
 
     at: int
     ids: list[int]
@@ -61,10 +61,10 @@ def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
     logprobs: list[_Logprobs] = []
     for start in range(0, len(which), BATCH_ROWS):
         chosen = which[start : start + BATCH_ROWS].tolist()
-        params = [slots.sampling[row] for row in chosen]
+        params = [slots.sampling[slot] for slot in chosen]
         part = logits[start : start + BATCH_ROWS].float()
-        asked = [i for i, p in enumerate(params) if p.logprobs >= 0]
-        raw = torch.log_softmax(part[asked], -1) if asked else None
+        with_logprobs = [i for i, p in enumerate(params) if p.logprobs >= 0]
+        raw = torch.log_softmax(part[with_logprobs], -1) if with_logprobs else None
         part = _adjust(part, logits.dtype == torch.float32, params, slots, chosen)
         found = part.numpy().argmax(-1)
         # A row of NaN or infinity, e.g. from a far too strong adapter, has no weights to draw by.
@@ -75,7 +75,7 @@ def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
             uniforms = uniform(slots.seed[of], slots.num_tokens[of] - slots.num_prompt_tokens[of])
             subset = part if len(drawn) == len(chosen) else part[drawn]
             found[drawn] = draw(subset, [params[i] for i in drawn], uniforms)
-        for i, at in enumerate(asked):
+        for i, at in enumerate(with_logprobs):
             assert raw is not None
             logprobs.append(_row_logprobs(raw[i], start + at, int(found[at]), params[at].logprobs))
         tokens.append(found)
@@ -90,9 +90,9 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerS
     if shared:
         logits = logits.clone()
     for i in touched:
-        p, row = params[i], chosen[i]
+        p, slot = params[i], chosen[i]
         line = logits[i]
-        output = slots.output_tokens(row)
+        output = slots.output_tokens(slot)
         if p.logit_bias:
             ids = torch.tensor([token for token, _ in p.logit_bias if token < len(line)])
             bias = torch.tensor([value for token, value in p.logit_bias if token < len(line)])
@@ -100,7 +100,7 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerS
         if p.bad_words or p.allowed or (p.stop_ids and len(output) < p.min_tokens):
             _exclude(line, p, output)
         if p.repetition_penalty != 1.0:
-            ids = torch.from_numpy(np.unique(slots.known_tokens(row)).astype(np.int64))
+            ids = torch.from_numpy(np.unique(slots.known_tokens(slot)).astype(np.int64))
             old = line[ids]
             line[ids] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and len(output):

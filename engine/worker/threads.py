@@ -1,4 +1,4 @@
-"""Compute threads: pinning to cores, and limits of the libraries below torch."""
+"""Compute threads: pinning to cores, and limits of the libraries that torch uses."""
 
 import os
 

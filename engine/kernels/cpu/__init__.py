@@ -1,1 +1,1 @@
-"""Kernels in C++ for decoders of the Llama kind on the CPU, compiled on first use."""
+"""Kernels in C++ for Llama-like decoders on the CPU, compiled on first use."""

@@ -143,7 +143,7 @@ class Stack:
         owners: the arrays that `spec` points to. They are kept alive.
         cores: the core of each thread, the calling thread's first; empty: threads are not pinned.
 
-    Raises BuildError, and ValueError if there is no such stack, or no memory or threads for it.
+    Raises BuildError, and ValueError if the kernels do not support these formats, or memory or threads are missing.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Stack:
         self._stack = self._functions.redline_stack(spec, FORMATS[weights], FORMATS[cache], threads, where)
         if self._stack is None:
             raise ValueError(
-                f"no kernels for {weights} weights and a cache in {cache}, or no memory and threads for them"
+                f"the kernels do not support {weights} weights with a {cache} cache, or memory or threads are missing"
             )
         self._free = weakref.finalize(self, self._functions.redline_free, self._stack)
         self._free.atexit = False  # a thread may still run in it

@@ -74,7 +74,7 @@ def library(isa: str, folder: Path | None = None) -> Path:
         if not path.exists():
             _compile(isa, path)
     except (OSError, RuntimeError) as error:  # no home folder, or it can't be written to
-        raise BuildError(f"the CPU kernels can't be kept: {error} (XDG_CACHE_HOME names another place)") from error
+        raise BuildError(f"the CPU kernels can't be stored: {error} (XDG_CACHE_HOME sets another folder)") from error
     return path
 
 
@@ -89,7 +89,7 @@ def _digest(isa: str) -> str:
 def _compile(isa: str, path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise BuildError("there is no C++ compiler (c++, g++ or clang++) to make the CPU kernels with")
+        raise BuildError("there is no C++ compiler (c++, g++ or clang++) to compile the CPU kernels")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several ranks and servers may compile at once. Each compiles its own copy, and the last one stays.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -98,5 +98,5 @@ def _compile(isa: str, path: Path) -> None:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode:
             complaint = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())
-            raise BuildError(f"{Path(compiler).name} could not make the CPU kernels: {complaint[:300]}")
+            raise BuildError(f"{Path(compiler).name} could not compile the CPU kernels: {complaint[:300]}")
         compiled.replace(path)

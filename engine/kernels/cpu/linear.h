@@ -27,7 +27,7 @@ struct Activations {
     }
 };
 
-constexpr int SLAB = 240;  // rows that meet one pair of panels; with up to 1,536 inputs they fit a core's own cache
+constexpr int SLAB = 240;  // rows that are multiplied with a pair of panels; up to 1,536 inputs fit a core's own cache
 
 // Formats that use AMX tiles if there are any, always: the sums of a tile have their own order.
 #if defined(TILES)

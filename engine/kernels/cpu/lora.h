@@ -66,7 +66,7 @@ struct AddUp {
     const Adapters& adapters;
     int layer;
     AdaptedLinear place;
-    const float* projected;  // [tokens, most_rank]
+    const float* projected;  // [tokens, max_rank]
     const void* finish;
     void (*call)(const void* finish, const Tile& tile);
 

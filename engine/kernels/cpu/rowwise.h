@@ -56,8 +56,8 @@ INLINE void rms_norm(const float* row, const float* weight, int size, float epsi
     for (int i = 0; i < size; i += LANES) store(out + i, load<f32x16>(row + i) * factor * load<f32x16>(weight + i));
 }
 
-// The place of a token in a layer's cache.
-struct Slot {
+// The position of a token in a layer's cache.
+struct CachePosition {
     long block;
     int offset;
 };
@@ -82,14 +82,15 @@ INLINE void rotate(float* head, int dim, const float* cosine, const float* sine)
 }
 
 // For the layouts see attention.h.
-template <class T> INLINE void write_key(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
+template <class T>
+INLINE void write_key(const float* head, const Shape& shape, int kv_head, CachePosition at, uint32_t* cache) {
     typename T::Element row[MAX_HEAD_DIM];
     const long units = shape.head_dim / T::PER_UNIT;
-    uint32_t* block = cache + shape.block_at(slot.block, kv_head, T::PER_UNIT);
-    uint32_t* panel = block + slot.offset / LANES * LANES * units + slot.offset % LANES;
+    uint32_t* block = cache + shape.block_at(at.block, kv_head, T::PER_UNIT);
+    uint32_t* panel = block + at.offset / LANES * LANES * units + at.offset % LANES;
     uint32_t flip = 0;
     if constexpr (T::QUANTIZED) {
-        quantize(head, shape.head_dim, row, shape.scales(block) + slot.offset);
+        quantize(head, shape.head_dim, row, shape.scales(block) + at.offset);
         flip = 0x80808080u;  // adds OFFSET to each byte
     } else {
         narrow<T>(head, shape.head_dim, row);
@@ -111,22 +112,23 @@ template <class T> INLINE long value_offset(const Shape& shape, int d) {
 }
 
 // Values beyond a row's end are multiplied by a weight of zero, so leftovers of another row must not be infinite or NaN.
-template <class T> INLINE void clear_values(const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
+template <class T> INLINE void clear_values(const Shape& shape, int kv_head, CachePosition at, uint32_t* cache) {
     if constexpr (!T::QUANTIZED)
-        for (int offset = slot.offset + 1; offset % LANES; offset++) {
-            auto at = value_of<T>(shape, kv_head, slot.block, offset, cache);
-            for (int d = 0; d < shape.head_dim; d++) at[value_offset<T>(shape, d)] = 0;
+        for (int offset = at.offset + 1; offset % LANES; offset++) {
+            auto value = value_of<T>(shape, kv_head, at.block, offset, cache);
+            for (int d = 0; d < shape.head_dim; d++) value[value_offset<T>(shape, d)] = 0;
         }
 }
 
-template <class T> INLINE void write_value(const float* head, const Shape& shape, int kv_head, Slot slot, uint32_t* cache) {
+template <class T>
+INLINE void write_value(const float* head, const Shape& shape, int kv_head, CachePosition at, uint32_t* cache) {
     typename T::Element row[MAX_HEAD_DIM];
     if constexpr (T::QUANTIZED) {
-        uint32_t* block = cache + shape.block_at(slot.block, kv_head, T::PER_UNIT);
-        quantize(head, shape.head_dim, row, shape.scales(block) + slot.offset);
+        uint32_t* block = cache + shape.block_at(at.block, kv_head, T::PER_UNIT);
+        quantize(head, shape.head_dim, row, shape.scales(block) + at.offset);
     } else {
         narrow<T>(head, shape.head_dim, row);
     }
-    auto at = value_of<T>(shape, kv_head, slot.block, slot.offset, cache);
-    for (int d = 0; d < shape.head_dim; d++) at[value_offset<T>(shape, d)] = row[d];
+    auto value = value_of<T>(shape, kv_head, at.block, at.offset, cache);
+    for (int d = 0; d < shape.head_dim; d++) value[value_offset<T>(shape, d)] = row[d];
 }

@@ -1,4 +1,4 @@
-// A whole decoder of the Llama kind (Llama, Mistral, Qwen2, Qwen3, SmolLM): embedding, layers, head.
+// A whole Llama-like decoder (Llama, Mistral, Qwen2, Qwen3, SmolLM): embedding, layers, head.
 #pragma once
 
 #include <chrono>
@@ -23,8 +23,8 @@ template <class W, class H, class T> class Stack : public AnyStack {
     }
 
     void logits(const int32_t* which, int count, float* out) override {
-        asked_.take(count, spec_.hidden);
-        for (int i = 0; i < count; i++) asked_.copy(chosen_, which[i], i, spec_.hidden);
+        requested_.take(count, spec_.hidden);
+        for (int i = 0; i < count; i++) requested_.copy(chosen_, which[i], i, spec_.hidden);
         samples_ = count;
         logits_ = out;
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_logits(thread); }, this);
@@ -237,8 +237,8 @@ template <class W, class H, class T> class Stack : public AnyStack {
             const float *cosine = cosine_.get() + t * half, *sine = sine_.get() + t * half;
             const int position = step_->positions[t];
             const long row = step_->row_of[t];
-            const Slot slot{batch.tables[row * batch.table_width + position / spec_.block_size],
-                            position % spec_.block_size};
+            const CachePosition at{batch.tables[row * batch.table_width + position / spec_.block_size],
+                                   position % spec_.block_size};
             for (int h = 0; h < spec_.heads + spec_.kv_heads; h++, head += dim) {
                 const bool query = h < spec_.heads;
                 if (layer.query_norm)
@@ -247,12 +247,12 @@ template <class W, class H, class T> class Stack : public AnyStack {
                 if (query)
                     put_query(head, t, h);
                 else
-                    write_key<T>(head, shape_, h - spec_.heads, slot, layer.keys);
+                    write_key<T>(head, shape_, h - spec_.heads, at, layer.keys);
             }
             const bool last = position + 1 == batch.computed[row] + batch.counts[row];
             for (int h = 0; h < spec_.kv_heads; h++, head += dim) {
-                write_value<T>(head, shape_, h, slot, layer.values);
-                if (last) clear_values<T>(shape_, h, slot, layer.values);
+                write_value<T>(head, shape_, h, at, layer.values);
+                if (last) clear_values<T>(shape_, h, at, layer.values);
             }
         });
     }
@@ -294,7 +294,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     void all_logits(int thread) {
         mark(thread);
-        linear<H>(team_, spec_.head, asked_.rows(spec_.hidden), samples_, StoreClipped{logits_, spec_.vocabulary});
+        linear<H>(team_, spec_.head, requested_.rows(spec_.hidden), samples_, StoreClipped{logits_, spec_.vocabulary});
         done(HEAD, thread);
     }
 
@@ -354,7 +354,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     Buffer<float> x_, wide_, cosine_, sine_, partial_, projected_, query_scale_;
     Buffer<int32_t> query_offset_;
     Operand<W> left_;
-    Operand<H> chosen_, asked_;
+    Operand<H> chosen_, requested_;
     Head<H> head_;
     Greedy greedy_{};
     Buffer<Element> query_;

@@ -21,14 +21,14 @@ ATTENTION = "redline_paged"
 
 
 class KVCache:
-    """Keys and values for all layer slots of a block: one tensor [blocks, kv heads, block size, head dim] per slot."""
+    """Keys and values, each one tensor [blocks, kv heads, block size, head dim] per layer of a KV group."""
 
     def __init__(self, groups: KVGroups, blocks: int, layout: Layout):
         self.groups = groups
         self.layout = layout
         shape = (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
-        self.keys = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.slots)]
-        self.values = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.slots)]
+        self.keys = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.group_size)]
+        self.values = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.group_size)]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -123,8 +123,8 @@ def _paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     context.layers_seen.add(layer)
     cache = context.cache
-    group, slot = cache.groups.places[layer]
-    keys, values, index = cache.keys[slot], cache.values[slot], context.write_index[group]
+    group, place = cache.groups.places[layer]
+    keys, values, index = cache.keys[place], cache.values[place], context.write_index[group]
     width = value.shape[-1]
     if width < cache.layout.head_dim:  # DeepSeek's values are shorter than its keys
         value = torch.nn.functional.pad(value, (0, cache.layout.head_dim - width))

@@ -21,12 +21,12 @@ from tests.engine.worker.driver import MODELS, build_model
 def test_windows_have_groups_of_as_many_layers_as_all_have() -> None:
     found = group_layers((9, 9, 0, 9, 9, 0))
     assert found.windows == (0, 9, 9)
-    assert found.slots == 2
+    assert found.group_size == 2
     assert found.places == ((1, 0), (1, 1), (0, 0), (2, 0), (2, 1), (0, 1))
 
 
 def test_layers_that_see_alike_are_one_group() -> None:
-    assert group_layers((0,) * 30).slots == 30
+    assert group_layers((0,) * 30).group_size == 30
     assert group_layers((9,) * 30).windows == (9,)
 
 
@@ -34,10 +34,10 @@ def test_layers_that_see_alike_are_one_group() -> None:
 def test_each_layer_has_a_place_of_its_own(windows: list[int]) -> None:
     found = group_layers(windows)
     assert len(set(found.places)) == len(windows)
-    for window, (group, slot) in zip(windows, found.places, strict=True):
+    for window, (group, index) in zip(windows, found.places, strict=True):
         assert found.windows[group] == window
-        assert 0 <= slot < found.slots
-    assert len(found.windows) * found.slots <= (1 + MOST_PADDING) * len(windows)
+        assert 0 <= index < found.group_size
+    assert len(found.windows) * found.group_size <= (1 + MOST_PADDING) * len(windows)
     assert list(found.windows) == sorted(found.windows)
 
 

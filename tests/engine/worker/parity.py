@@ -27,7 +27,7 @@ CASES = ("alone", "ragged", "chunked", "prefix hit", "preempted")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one family showed in one case."""
+    """The result of one family in one case."""
 
     family: str
     case: str
@@ -37,7 +37,7 @@ class Row:
 
 
 class Reference:
-    """What plain transformers makes of some prompts; remembers it, as every case asks for the same."""
+    """The output of plain transformers for prompts. It is cached, since all cases have the same prompts."""
 
     def __init__(self, model: torch.nn.Module):
         self._model: Any = model
@@ -57,7 +57,7 @@ class Reference:
         return self._known[key]
 
     def early_difference(self, prompt: list[int]) -> float:
-        """How far the last logits move when an earlier token is another; one that windows let through all layers."""
+        """How much the last log-probabilities change with an earlier token that is within the windows of all layers."""
         at = max(0, len(prompt) - 20)
         other = [*prompt[:at], (prompt[at] + 1) % VOCAB, *prompt[at + 1 :]]
         with torch.inference_mode():
@@ -66,7 +66,7 @@ class Reference:
 
 
 def merged(model: torch.nn.Module, folder: Path, scale: float) -> Reference:
-    """What a model is with an adapter added to its weights."""
+    """The reference of a model with an adapter added to its weights."""
     whole = copy.deepcopy(model)
     tensors = load_file(folder / "adapter_model.safetensors")
     with torch.no_grad():
@@ -86,7 +86,7 @@ def prompts(seed: int) -> list[list[int]]:
 
 
 def serve(driver: Driver, case: str) -> list[Request]:
-    """Run the prompts as a case says, and see that it was what it says."""
+    """Run the prompts in the way of a case, and check that the case occurred, e.g. that a request was preempted."""
     requests = [Request(prompt, Sampling(logprobs=VOCAB)) for prompt in prompts(1)]
     if case == "alone":
         for request in requests:
@@ -111,7 +111,7 @@ def serve(driver: Driver, case: str) -> list[Request]:
 
 
 class _Forgetful(dict[tuple[int, ...], tuple[int, ...]]):
-    """Prefixes that nobody finds again."""
+    """Remembers no prefix, so none is reused."""
 
     def setdefault(self, key: tuple[int, ...], default: tuple[int, ...] = ()) -> tuple[int, ...]:
         del key
@@ -119,7 +119,7 @@ class _Forgetful(dict[tuple[int, ...], tuple[int, ...]]):
 
 
 def compare(family: str, case: str, requests: list[Request], reference: Reference) -> Row:
-    """Hold served requests against the reference; a model that would pass whatever it got does not."""
+    """Compare served requests with the reference. A model whose output depends on nothing does not pass."""
     largest, wrong = 0.0, ""
     for request in requests:
         tokens, logprobs = reference.run(request.prompt)
@@ -127,14 +127,14 @@ def compare(family: str, case: str, requests: list[Request], reference: Referenc
             wrong = f"a prompt of {len(request.prompt)} tokens gave {request.output}, not {tokens}"
         for i, (found, wanted) in enumerate(zip(request.logprobs, logprobs, strict=True)):
             if request.output[:i] != tokens[:i]:
-                break  # from here on both are right about other texts
+                break  # the texts differ from here on, so their logits are not comparable
             line = torch.tensor([found[token] for token in range(VOCAB)])
             largest = max(largest, float((line - wanted).abs().max()))
     outputs = [reference.run(request.prompt)[0] for request in requests]
     if not any(len(set(tokens)) > 1 for tokens in outputs):
-        wrong = "the greedy output is one repeated token: that shows nothing"
+        wrong = "the greedy output is one repeated token, so it proves nothing"
     if min(reference.early_difference(request.prompt) for request in requests) < 20 * TOLERANCE:
-        wrong = "an early token makes no difference: that shows nothing"
+        wrong = "an early token makes no difference, so it proves nothing"
     if not wrong and largest > TOLERANCE:
         wrong = f"logits differ by {largest:.2g}"
     return Row(family, case, not wrong, largest, wrong)
@@ -142,7 +142,7 @@ def compare(family: str, case: str, requests: list[Request], reference: Referenc
 
 @contextmanager
 def positions_off_by_one(driver: Driver) -> Iterator[None]:
-    """The model takes tokens after a row's first step to be one position further: a mistake that must be seen."""
+    """Shift the positions of all tokens after a row's first step by one: an error that `compare` must detect."""
     from engine.model.runtime import attention_interface
 
     run, later = attention_interface.run_model, torch.zeros(0)
@@ -164,7 +164,7 @@ def positions_off_by_one(driver: Driver) -> Iterator[None]:
 
 @contextmanager
 def a_block_zeroed(driver: Driver) -> Iterator[None]:
-    """The keys and values of a row's first block are lost once it decodes."""
+    """Set the keys and values of a row's first block to zero once it decodes."""
 
     def lose(batch: Any) -> None:
         cache = driver.executor._runner._backend._cache

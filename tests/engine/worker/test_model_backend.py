@@ -1,10 +1,11 @@
-"""Which kernels compute a model, and what is said where that isn't the best there is."""
+"""Which kernels compute a model, and the warnings if they are not the best ones."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from engine.devices import cpu
 from engine.errors import ConfigError
 from engine.kernels.cpu import build
 from engine.kernels.cpu.build import BuildError
@@ -42,20 +43,42 @@ def test_the_fused_stack_has_a_table_for_each_kv_group(
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("gpt2", {}, "kind 'gpt2'"),
+        ("gpt2", {}, "type 'gpt2'"),
         ("llama", {"block_size": 8}, "--block-size 8"),
         ("llama", {"dtype": "float16"}, "float16"),
         ("llama", {"kernels": "torch"}, "--kernels torch"),
     ],
 )
 def test_others_go_through_torch_and_the_table_says_why(
-    kind: str, options: dict[str, object], said: str, tmp_path: Path, make_driver: Callable[..., Driver]
+    kind: str,
+    options: dict[str, object],
+    said: str,
+    tmp_path: Path,
+    make_driver: Callable[..., Driver],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cpu, "FAST_DTYPES", {})  # any CPU computes float16 fast enough
     build_model(kind, tmp_path, **({"head_dim": 16} if kind == "llama" else {}))
     executor = make_driver(tmp_path, **{"block_size": 16, **options}).executor
     assert executor.kernels.startswith("torch (")
     assert said in executor.kernels
     assert executor.warnings == (), "that is as it should be"
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kernels", "warnings"), [("auto", 0), ("torch", 1)])
+def test_a_slow_dtype_is_a_warning_only_with_torch(
+    kernels: str,
+    warnings: int,
+    tmp_path: Path,
+    make_driver: Callable[..., Driver],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(cpu.FAST_DTYPES, "bfloat16", {"a feature that no CPU has"})
+    build_model("llama", tmp_path, head_dim=16)
+    found = make_driver(tmp_path, block_size=16, dtype="bfloat16", kernels=kernels).executor.warnings
+    assert len(found) == warnings
+    assert all("PyTorch computes bfloat16 slowly" in warning for warning in found)
 
 
 @needs_kernels
@@ -108,7 +131,7 @@ def test_an_old_machine_computes_with_torch_and_warns(
     [
         ("gpt2", {"quantization": "int8"}, "--quantization int8 needs .* 'gpt2'"),
         ("gpt2", {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs .* 'gpt2'"),
-        ("llama", {"quantization": "int8", "dtype": "float32"}, "int8 weights only beside --dtype bfloat16"),
+        ("llama", {"quantization": "int8", "dtype": "float32"}, "int8 weights only with --dtype bfloat16"),
         ("llama", {"quantization": "int8", "dtype": "bfloat16"}, "hidden size of 32 elements is not a multiple of 64"),
     ],
 )
