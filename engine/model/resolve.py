@@ -119,7 +119,7 @@ def _cached(key: str, build: Callable[[Path], None], report: Progress) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise ModelError(f"{key} can't be written to {folder.parent}: {error} (XDG_CACHE_HOME moves it)") from error
+        raise ModelError(f"{key} can't be written to {folder.parent}: {error} (XDG_CACHE_HOME sets another folder)") from error
     return folder
 
 
@@ -179,7 +179,7 @@ def _convert(gguf: Path, to: Path, report: Progress) -> None:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
-    # Without a terminal, so that a library can't ask questions.
+    # Without a terminal, so that a library can't prompt the user.
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
     )

@@ -2,7 +2,7 @@
 
 A quantized linear is stored as several tensors (`X.qweight`, `X.scales`, …). `merge_quantized` presents them as one
 tensor, `X.weight`, which `dequantize.py` computes when it is read. Everything after that (name mapping, sharding,
-packing) sees plain weights; the C++ kernels quantize them again if `--quantization` asks for it.
+packing) sees plain weights; the C++ kernels quantize them again if `--quantization` is given.
 """
 
 import re

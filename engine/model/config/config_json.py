@@ -68,7 +68,7 @@ DTYPE_FIELDS = ("dtype", "torch_dtype")
 # Implementations that transformers would fetch from the hub; Redline's attention replaces them.
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list: "a list",
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list",
                dict: "an object", type(None): "null"}  # fmt: skip
 
 
@@ -298,8 +298,8 @@ def _check_activation(fields: Mapping[str, Any]) -> None:
 
 def _mismatch(name: str, value: Any, allowed: tuple[Any, ...]) -> str:
     names = list(dict.fromkeys(_TYPE_NAMES[one] for one in allowed if one is not type(None)))
-    if "a number" in names and "a whole number" in names:
-        names.remove("a whole number")
+    if "a number" in names and "an integer" in names:
+        names.remove("an integer")
     return f"{name} must be {' or '.join(names)}, not {_written(value)}"
 
 

@@ -102,7 +102,7 @@ def _check_config(config: dict[str, Any]) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -MOST_ALPHA <= alpha <= MOST_ALPHA:
         raise ModelError(f"{CONFIG}: lora_alpha must be a number up to {MOST_ALPHA:,}, not {str(alpha)[:40]}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ModelError(f"{CONFIG}: r, the rank, must be a whole number of at least 1, not {str(rank)[:40]}")
+        raise ModelError(f"{CONFIG}: r, the rank, must be an integer of at least 1, not {str(rank)[:40]}")
 
 
 def _by_linear(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

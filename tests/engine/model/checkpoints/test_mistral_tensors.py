@@ -231,7 +231,7 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
         ({"quantization": {"quant_method": "bitsandbytes"}}, "quantized with bitsandbytes"),
         ({"dim": None}, "params.json can't be read: it lacks dim"),
         ({"n_layers": 0}, "params.json can't be read: n_layers must be at least 1, not 0"),
-        ({"dim": "32"}, 'params.json can\'t be read: dim must be a whole number, not the string "32"'),
+        ({"dim": "32"}, 'params.json can\'t be read: dim must be an integer, not the string "32"'),
         ({"norm_eps": "x"}, 'params.json can\'t be read: norm_eps must be a number, not the string "x"'),
         ({"yarn": {**YARN, "factor": "four"}}, "params.json can't be read: could not convert"),
     ],

@@ -83,10 +83,10 @@ def test_whole_numbers_and_fractions_are_taken_for_each_other(
         ("llama", {"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
         ("llama", {"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, not 0"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads (4) must be a multiple of num_key_value_heads (3)"),
-        ("llama", {"num_hidden_layers": "2"}, 'num_hidden_layers must be a whole number, not the string "2"'),
-        ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers must be a whole number, not 2.5"),
-        ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be a whole number, not true"),
-        ("llama", {"num_hidden_layers": None}, "num_hidden_layers must be a whole number, not null"),
+        ("llama", {"num_hidden_layers": "2"}, 'num_hidden_layers must be an integer, not the string "2"'),
+        ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers must be an integer, not 2.5"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be an integer, not true"),
+        ("llama", {"num_hidden_layers": None}, "num_hidden_layers must be an integer, not null"),
         ("llama", {"rms_norm_eps": "1e-5"}, 'rms_norm_eps must be a number, not the string "1e-5"'),
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, not NaN"),
         ("llama", {"rope_theta": "10000"}, 'rope_theta must be a number, not the string "10000"'),
@@ -102,7 +102,7 @@ def test_whole_numbers_and_fractions_are_taken_for_each_other(
         (
             "llama",
             {"quantization_config": {"quant_method": "gptq", "bits": "4"}},
-            'quantization_config.bits must be a whole number, not the string "4"',
+            'quantization_config.bits must be an integer, not the string "4"',
         ),
         ("llama", {"rope_scaling": "linear"}, 'rope_scaling must be an object, not the string "linear"'),
         (
@@ -120,7 +120,7 @@ def test_whole_numbers_and_fractions_are_taken_for_each_other(
         ("llama", {"model_type": ["llama"]}, 'model_type must be a string, not ["llama"]'),
         ("llama", {"hidden_size": 65}, "hidden size (65) is not a multiple"),
         ("qwen2", {"layer_types": ["full_attention"]}, "must be equal to the number of `layer_types` (1)"),
-        ("mistral", {"sliding_window": "64"}, 'sliding_window must be a whole number, not the string "64"'),
+        ("mistral", {"sliding_window": "64"}, 'sliding_window must be an integer, not the string "64"'),
     ],
 )
 def test_what_a_model_cannot_have_is_one_line_that_names_the_field(
