@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import RequestError
-from engine.frontend.content_forms import ContentForms, asks_for_none
+from engine.frontend.content_forms import ContentForms, tests_for_none
 
 log = logging.getLogger("redline.api")
 
@@ -125,7 +125,7 @@ class _Compiled:
         self.variables = jinja2.meta.find_undeclared_variables(parsed)
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
-        self._keeps_none = asks_for_none(parsed)
+        self._keeps_none = tests_for_none(parsed)
         self._forms = ContentForms(lambda messages: self._write(messages, True, None, None, {}))
 
     def shape(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -240,15 +240,15 @@ def make_environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = reject
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["dict"] = PlainDict()
     environment.globals["namespace"] = PlainNamespace
     return environment
 
 
-def refuse(message: str) -> None:
-    raise RequestError(f"the model's chat template refuses these messages: {message}", "messages")
+def reject(message: str) -> None:
+    raise RequestError(f"the model's chat template rejects these messages: {message}", "messages")
 
 
 def to_json(

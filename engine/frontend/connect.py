@@ -1,4 +1,4 @@
-"""Makes a front end's client of its engine: of a single core, or of all replicas behind a router."""
+"""Makes a front end's client: a CoreClient for a single core, or a Router with one for each replica."""
 
 import itertools
 from collections.abc import Sequence

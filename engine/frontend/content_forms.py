@@ -105,7 +105,7 @@ def is_quoted(written: str) -> bool:
     return before[-1:] in QUOTES and after[:1] in QUOTES and bool(before) and bool(after)
 
 
-def asks_for_none(source: jinja2.nodes.Template) -> bool:
+def tests_for_none(source: jinja2.nodes.Template) -> bool:
     """Whether a template tests if a content is none, as DeepSeek's do for messages with tool calls."""
     tests = [test.node for test in source.find_all(jinja2.nodes.Test) if test.name == "none"]
     for comparison in source.find_all(jinja2.nodes.Compare):

@@ -16,7 +16,7 @@ Message = dict[str, Any]
 def shape_conversation(messages: list[Message]) -> list[Message]:
     """The messages in the form that chat templates expect.
 
-    RequestError, with the field, if there are none or one is not a valid message.
+    Raises RequestError, with the field, if there are none or one is not a valid message.
     """
     if not messages:
         raise RequestError("messages is an empty list", "messages")
@@ -86,7 +86,7 @@ def _call(call: Any, field: str) -> dict[str, Any]:
 def _arguments(given: Any, field: str) -> dict[str, Any]:
     if isinstance(given, str) and given.strip():
         try:
-            given = msgspec.json.decode(given)  # refuses a lone surrogate, which can't be tokenized
+            given = msgspec.json.decode(given)  # fails for a lone surrogate, which can't be tokenized
         except (msgspec.DecodeError, RecursionError) as error:
             raise RequestError(f"{field} is not valid JSON", field) from error
     given = given or {}

@@ -69,7 +69,7 @@ class CoreClient(OutputProcessor):
             transport: carries messages to and from the core.
             clock: of the arrival and latency of requests.
             front_end: number of this front end among those of the core; part of the handles.
-            seed: seed of the seeds that are drawn for requests without one.
+            seed: from which the seeds of requests without one are drawn.
             board: where all front ends of the core keep their stats; None: this one is the only front end.
             numbers: sequence numbers of the requests, 1, 2, 3, … by default. Clients of several cores share them.
             replica: number of the core among several; None: there is one core.
@@ -80,7 +80,7 @@ class CoreClient(OutputProcessor):
         self.ready = ready
         self.tokenizer = tokenizer
         self.board = board
-        self.hung = ""  # the cause, while a step takes longer than it may
+        self.hung = ""  # the cause, while a step exceeds --step-timeout
         self._seed = seed
         self._numbers = itertools.count(1) if numbers is None else numbers
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -88,14 +88,14 @@ class CoreClient(OutputProcessor):
         self._closing = False
 
     def open(self, listener: ClientListener | None = None) -> None:
-        """Start to receive messages; called inside the event loop that will use the client."""
+        """Start receiving messages; called inside the event loop that will use the client."""
         if listener is not None:
             self.listener = listener
         self._loop = asyncio.get_running_loop()
         self._transport.open(self.deliver)
 
     def close(self) -> None:
-        """Stop to receive messages. Streams that are still live fail; `core_died` is not called."""
+        """Stop receiving messages. Streams that are still live fail; `core_died` is not called."""
         self._closing = True
         self.fail_all(STOPPED)
         self._transport.close()
@@ -146,7 +146,7 @@ class CoreClient(OutputProcessor):
     def submit(self, stream: RequestStream) -> None:
         """Send a stream's outputs to the core, all or none; `check_request` has accepted them.
 
-        RequestError if a value can't be encoded.
+        Raises RequestError if a value can't be encoded.
         """
         stream.client = self
         sent: list[int] = []
@@ -174,10 +174,10 @@ class CoreClient(OutputProcessor):
         output = Output(handle, number * params.n + choice, number, stream, None if inline else self.tokenizer)
         stream.live[handle] = self._live[handle] = output
         seed = self._draw_seed(params.seed, choice, sequence)
-        room = self.ready.max_model_len - length_of(prompt)
+        tokens_left = self.ready.max_model_len - length_of(prompt)
         message = make_request(
-            handle, prompt, params, self.tokenizer, seed, room, inline=inline, cache_salt=options.cache_salt,
-            priority=options.priority, adapter=options.adapter, bad_words=bad_words,
+            handle, prompt, params, self.tokenizer, seed, tokens_left, inline=inline,
+            cache_salt=options.cache_salt, priority=options.priority, adapter=options.adapter, bad_words=bad_words,
         )  # fmt: skip
         try:
             self._transport.send(message)
@@ -196,7 +196,7 @@ class CoreClient(OutputProcessor):
         return int.from_bytes(hashlib.blake2b(repr(source).encode(), digest_size=8).digest(), "little")
 
     async def call_utility(self, method: str, **arguments: Any) -> Any:
-        """Call a utility of the core by name, for its result; RedlineError with the core's message if it fails."""
+        """Call a utility of the core by name; returns its result. Raises RedlineError with the core's message."""
         if self.dead is not None:
             raise EngineDeadError(self.dead)
         number = next(self._numbers)
@@ -263,7 +263,7 @@ class CoreClient(OutputProcessor):
             self.core_lost(self.replica, message.cause)
 
     def _fail_everything(self, error: RedlineError) -> None:
-        """Fail all streams and calls, since any of them may have been concerned; they may be retried."""
+        """Fail all streams and calls, since the message may have been about any of them; clients may retry."""
         for stream in self.streams():
             self._fail_stream(stream, error)
         for answer in self._calls.values():

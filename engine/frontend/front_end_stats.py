@@ -35,35 +35,35 @@ _LOAD = _LIVE + 1
 _FINISHED = _LOAD + 1
 _HISTOGRAMS = _FINISHED + len(REASONS)
 
-Slots: TypeAlias = "memoryview[float]"
+Cells: TypeAlias = "memoryview[float]"
 
 
 class Histogram:
-    """Counts by upper bound. `slots` holds the counts, the last of them above all bounds, then the sum of values."""
+    """Counts by upper bound. `cells` holds the counts, the last of them above all bounds, then the sum of values."""
 
-    __slots__ = ("bounds", "slots")
+    __slots__ = ("bounds", "cells")
 
-    def __init__(self, bounds: tuple[float, ...], slots: Slots):
-        assert len(slots) == self.size(bounds), f"{len(slots)} slots for {len(bounds)} bounds"
+    def __init__(self, bounds: tuple[float, ...], cells: Cells):
+        assert len(cells) == self.size(bounds), f"{len(cells)} cells for {len(bounds)} bounds"
         self.bounds = bounds
-        self.slots = slots
+        self.cells = cells
 
     @staticmethod
     def size(bounds: tuple[float, ...]) -> int:
         return len(bounds) + 2
 
     def observe(self, value: float) -> None:
-        slots = self.slots
-        slots[bisect_left(self.bounds, value)] += 1
-        slots[-1] += value
+        cells = self.cells
+        cells[bisect_left(self.bounds, value)] += 1
+        cells[-1] += value
 
     @property
     def counts(self) -> list[int]:
-        return [int(count) for count in self.slots[:-1]]
+        return [int(count) for count in self.cells[:-1]]
 
     @property
     def total(self) -> float:
-        return float(self.slots[-1])
+        return float(self.cells[-1])
 
     def cumulative(self) -> list[tuple[str, float]]:
         """Pairs of an upper bound and the number of values up to it, as Prometheus expects."""
@@ -74,17 +74,17 @@ class Histogram:
 _BOUNDS: tuple[tuple[float, ...], ...] = (
     SECONDS_TO_FIRST, SECONDS_BETWEEN, SECONDS_WHOLE, SECONDS_WHOLE, TOKENS, TOKENS, STEP_TOKENS,
 )  # fmt: skip
-BLOCK_SLOTS = _HISTOGRAMS + sum(map(Histogram.size, _BOUNDS))
-_STEP_TOKENS = BLOCK_SLOTS - Histogram.size(STEP_TOKENS)
-BLOCK_BYTES = 8 * BLOCK_SLOTS
+BLOCK_CELLS = _HISTOGRAMS + sum(map(Histogram.size, _BOUNDS))
+_STEP_TOKENS = BLOCK_CELLS - Histogram.size(STEP_TOKENS)
+BLOCK_BYTES = 8 * BLOCK_CELLS
 
 
 class FrontEndStats:
     """Counters and histograms of one front end, and the last stats of the core."""
 
-    def __init__(self, slots: "memoryview[float] | None" = None):
-        """`slots` is its block of a board; None: memory of its own."""
-        self._slots: Slots = memoryview(bytearray(BLOCK_BYTES)).cast("d") if slots is None else slots
+    def __init__(self, cells: "memoryview[float] | None" = None):
+        """`cells` is its block of a board; None: memory of its own."""
+        self._cells: Cells = memoryview(bytearray(BLOCK_BYTES)).cast("d") if cells is None else cells
         core = self.core  # not zero if this process replaces one that died
         self._tokens = float(core.prompt_tokens + core.generation_tokens)  # of the core, at its last message
         self.ttft, self.itl, self.e2e, self.queue, *others = self._histograms()
@@ -94,7 +94,7 @@ class FrontEndStats:
         begin = _HISTOGRAMS
         for bounds in _BOUNDS:
             end = begin + Histogram.size(bounds)
-            yield Histogram(bounds, self._slots[begin:end])
+            yield Histogram(bounds, self._cells[begin:end])
             begin = end
 
     def record_core(self, at: float, stats: Stats) -> None:
@@ -103,40 +103,40 @@ class FrontEndStats:
         if tokens > self._tokens:
             self.step_tokens.observe(tokens - self._tokens)
             self._tokens = tokens
-        slots = self._slots
-        slots[_AT] = at
-        for slot, value in enumerate(msgspec.structs.astuple(stats), _CORE.start):
-            slots[slot] = value
+        cells = self._cells
+        cells[_AT] = at
+        for index, value in enumerate(msgspec.structs.astuple(stats), _CORE.start):
+            cells[index] = value
 
     @property
     def core(self) -> Stats:
-        return Stats(*(kind(value) for kind, value in zip(_CORE_KINDS, self._slots[_CORE], strict=True)))
+        return Stats(*(kind(value) for kind, value in zip(_CORE_KINDS, self._cells[_CORE], strict=True)))
 
     @property
     def live(self) -> int:
         """Requests that are open at the front end."""
-        return int(self._slots[_LIVE])
+        return int(self._cells[_LIVE])
 
     @live.setter
     def live(self, count: int) -> None:
-        self._slots[_LIVE] = count
+        self._cells[_LIVE] = count
 
     @property
     def load(self) -> float:
         """Tokens left to compute for them, as the router estimates."""
-        return float(self._slots[_LOAD])
+        return float(self._cells[_LOAD])
 
     @load.setter
     def load(self, tokens: float) -> None:
-        self._slots[_LOAD] = tokens
+        self._cells[_LOAD] = tokens
 
     def count_finished(self, reason: str) -> None:
-        self._slots[_FINISHED + REASONS.index(reason)] += 1
+        self._cells[_FINISHED + REASONS.index(reason)] += 1
 
     @property
     def finished(self) -> Counter[str]:
         """Finished requests by reason."""
-        counts = self._slots[_FINISHED:_HISTOGRAMS]
+        counts = self._cells[_FINISHED:_HISTOGRAMS]
         return Counter({reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count})
 
     @classmethod
@@ -147,13 +147,13 @@ class FrontEndStats:
         """
         total = cls()
         for one in every:
-            for slot in range(_LIVE, _STEP_TOKENS):
-                total._slots[slot] += one._slots[slot]
-        for slot in range(_STEP_TOKENS, BLOCK_SLOTS):
-            total._slots[slot] = every[0]._slots[slot]
-        newest = max(every, key=lambda one: one._slots[_AT])
-        for slot in range(_LIVE):
-            total._slots[slot] = newest._slots[slot]
+            for index in range(_LIVE, _STEP_TOKENS):
+                total._cells[index] += one._cells[index]
+        for index in range(_STEP_TOKENS, BLOCK_CELLS):
+            total._cells[index] = every[0]._cells[index]
+        newest = max(every, key=lambda one: one._cells[_AT])
+        for index in range(_LIVE):
+            total._cells[index] = newest._cells[index]
         return total
 
     @classmethod
@@ -161,8 +161,8 @@ class FrontEndStats:
         """A copy: sums over replicas. A dead one has no running requests and no KV cache, but keeps its counters."""
         total = cls()
         for one in every:
-            for slot in range(_LIVE, BLOCK_SLOTS):
-                total._slots[slot] += one._slots[slot]
+            for index in range(_LIVE, BLOCK_CELLS):
+                total._cells[index] += one._cells[index]
         cores = [one.core for one in every]
         living = [core for core, is_dead in zip(cores, dead, strict=True) if not is_dead]
         added = {name: sum(getattr(core, name) for core in cores) for name in _COUNTERS}
@@ -172,8 +172,8 @@ class FrontEndStats:
             last_step_at=max(core.last_step_at for core in cores),
             **added,
         )
-        for slot, value in enumerate(msgspec.structs.astuple(summed), _CORE.start):
-            total._slots[slot] = value
+        for index, value in enumerate(msgspec.structs.astuple(summed), _CORE.start):
+            total._cells[index] = value
         return total
 
 

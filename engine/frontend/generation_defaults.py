@@ -52,7 +52,7 @@ def read_generation(source: str, model: Path, override: dict[str, Any] | None = 
         file = file / FILE if file.is_dir() else file
         if not file.is_file():
             raise ConfigError(
-                f"--generation-config {source}: {file} doesn't exist; auto is the model's own, none is no defaults"
+                f"--generation-config {source}: {file} doesn't exist; auto uses the model's own file, none no defaults"
             )
     found = read_json(file)
     eos = found.get("eos_token_id")
@@ -74,7 +74,7 @@ def read_generation(source: str, model: Path, override: dict[str, Any] | None = 
 
 
 def _sampling(fields: dict[str, Any]) -> dict[str, int | float]:
-    """The fields that are sampling defaults, by their names in SamplingParams; RequestError if one is out of range."""
+    """The fields that are sampling defaults, by their names in SamplingParams. Raises RequestError."""
     found: dict[str, int | float] = {}
     for names, take in ((FLOATS, _number), (INTEGERS, _integer)):
         found |= {own: take(name, fields[name]) for name, own in names.items() if fields.get(name) is not None}

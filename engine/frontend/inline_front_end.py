@@ -52,7 +52,7 @@ class InlineTexts:
         self._live: dict[int, _LiveRequest] = {}
 
     def add(self, message: AddRequest) -> AddRequest:
-        """The message with its text tokenized; RequestError if the model can't serve the prompt."""
+        """The message with its text tokenized. Raises RequestError if the model can't serve the prompt."""
         if message.prompt:
             prompt = int32s(message.prompt).tolist()
         else:
@@ -149,7 +149,7 @@ class InlineTexts:
 
 def _failure(handle: int, error: BaseException) -> str:
     log.error("the text of request %d could not be written", handle, exc_info=error)
-    return f"the server could not write this request's text: {cause_of(error)}"
+    return f"the server could not produce this request's text: {cause_of(error)}"
 
 
 def _push(request: _LiveRequest, tokens: list[int], last: Finished | None) -> tuple[str, int]:

@@ -14,7 +14,7 @@ PERIOD_S = 10.0
 
 
 class StatsLog:
-    """Turns the core's counters into a line for the time since the previous line; None while the core is idle."""
+    """Turns the core's counters into log lines, each for the time since the previous line."""
 
     def __init__(self, now: float, core: Stats):
         self._at = now
@@ -22,7 +22,7 @@ class StatsLog:
         self._idle = True
 
     def line(self, now: float, core: Stats) -> str | None:
-        """The line for the interval that ends now; None if nothing happened in it."""
+        """The line for the interval that ends now; None if the core is still idle."""
         before, elapsed = self._before, max(now - self._at, 1e-9)
         self._before, self._at = core, now
         prompt = core.prompt_tokens - before.prompt_tokens
@@ -60,7 +60,7 @@ def log_request(record: OutputRecord) -> None:
 
 
 def log_to_stderr() -> None:
-    """Show the log of this process on stderr, in the format of the EngineCore's; without the logs of libraries."""
+    """Write Redline's log of this process to stderr in the EngineCore's format, without the logs of libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s"))
     redline = logging.getLogger("redline")

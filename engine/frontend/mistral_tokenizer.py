@@ -17,7 +17,7 @@ TEKKEN = "tekken.json"
 PLAIN = "tokenizer.model"
 _VERSIONED = re.compile(rf"{re.escape(PLAIN)}\.v(\d+)(?:m(\d+))?")
 PACKAGE = "mistral-common[sentencepiece]"
-# Fields of a message that mistral-common accepts by role. It refuses others, e.g. a user's name, that templates ignore.
+# Fields of a message that mistral-common accepts by role. It rejects others, e.g. a user's name, that templates ignore.
 ACCEPTED_FIELDS = {
     "system": ("content",),
     "user": ("content",),
@@ -42,7 +42,7 @@ class MistralBackend:
     """A backend (see `engine.frontend.tokenizer_backends`) that encodes chats too."""
 
     def __init__(self, file: Path):
-        """ModelError if the file can't be read, or mistral-common isn't installed."""
+        """Raises ModelError if the file can't be read, or mistral-common isn't installed."""
         try:
             from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
             from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -99,7 +99,7 @@ class MistralBackend:
         extra: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[int]:
-        """A conversation as token ids; RequestError if the model's chat format does not allow it.
+        """A conversation as token ids. Raises RequestError if the model's chat format does not allow it.
 
         The last message is continued with `continue_final_message`, or if it has `prefix`.
         """
@@ -122,7 +122,7 @@ class MistralBackend:
                 last[0].prefix = continue_final_message or bool(messages[-1].get("prefix"))
             ids: list[int] = self._chats.encode_chat_completion(request).tokens
         except Exception as error:  # its checks raise errors of many kinds
-            raise RequestError(f"the model's tokenizer refuses these messages: {_reason(error)}", "messages") from error
+            raise RequestError(f"the model's tokenizer rejects these messages: {_reason(error)}", "messages") from error
         return ids
 
 

@@ -41,7 +41,7 @@ class OutputProcessor:
         self.replica = replica
         self.dead: str | None = None  # the cause, once the core is gone
         self.listener = ClientListener()
-        self.touched: list[RequestStream] = []  # streams with news from the message being processed
+        self.touched: list[RequestStream] = []  # streams with new deltas from the message being processed
         self._transport = transport
         self._front_end = front_end
         self._live: dict[int, Output] = {}  # by handle
@@ -169,7 +169,7 @@ class OutputProcessor:
         `finished` is the core's report of the output's end, if it was in the same message.
         """
         log.error("request %s failed", output.stream.origin.request or output.handle, exc_info=error)
-        failure = RedlineError(f"the server could not write this request's text: {cause_of(error)}")
+        failure = RedlineError(f"the server could not produce this request's text: {cause_of(error)}")
         if finished is not None and output.handle in self._live:
             self._remove(output, "error", finished)
         self._fail_stream(output.stream, failure)

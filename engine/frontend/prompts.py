@@ -1,4 +1,4 @@
-"""Prompts: token ids, or a text that the core tokenizes; and the check whether the model can take them."""
+"""Prompts: token ids, or a text that the core tokenizes; and the check whether the model can serve them."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
-"""Utility calls to all replicas of an engine: all of them do it, or none does, and no call waits forever.
+"""Utility calls to all replicas of an engine. Adapters are loaded on all or on none, and no call waits forever.
 
-A replica that hangs answers nothing; if its whole process was stopped, it does not even report that it hangs. A replica
+A replica that hangs does not answer; if its whole process was stopped, it does not even report that it hangs. A replica
 that takes long is therefore sent a call that its loop answers at once. If that is not answered either, the replica
 counts as hanging. The first call is still in its inbox then, so the call that undoes it is sent after it.
 """
@@ -15,12 +15,12 @@ from engine.frontend.core_client import CoreClient
 
 log = logging.getLogger("redline.router")
 
-PATIENCE_S = 8.0  # for the answer to a call that takes no work
+PATIENCE_S = 8.0  # for the answer to a call that needs no work
 SLOW_METHODS = frozenset({"load_adapter", "unload_adapter"})  # these may take longer
 
 
 class NoAnswerError(EngineDeadError):
-    """A replica hangs; it may still do later what it was asked to (`pending`)."""
+    """A replica hangs. It may still execute the call later (`pending`)."""
 
     def __init__(self, message: str, pending: "asyncio.Future[Any] | None" = None):
         super().__init__(message)
@@ -37,19 +37,19 @@ class ReplicaCalls:
         self._late: set[asyncio.Future[Any]] = set()  # calls that undo calls without an answer
 
     async def call_all(self, method: str, arguments: dict[str, Any]) -> list[Any]:
-        """The answers of all replicas that stay alive; RedlineError if one of them fails."""
+        """The answers of all replicas that stay alive. Raises RedlineError if one of them fails."""
         living = self._living()
         if method == "load_adapter":
             return await self._load(living, arguments)
         if method == "unload_adapter":
             return await self._unload(living, arguments)
-        return self._results(await _ask_all(living, method, arguments))
+        return self._results(await _call_all(living, method, arguments))
 
     async def call_responsive(self, method: str, arguments: dict[str, Any]) -> list[Any]:
-        """The answers of the replicas that do not hang; NoAnswerError if all hang."""
+        """The answers of the replicas that do not hang. Raises NoAnswerError if all hang."""
         living = self._living()
         able = [replica for replica in living if not replica.hung] or living
-        answers = await _ask_all(able, method, arguments)
+        answers = await _call_all(able, method, arguments)
         given = [answer for answer in answers if not isinstance(answer, NoAnswerError)]
         return self._results(given or answers)
 
@@ -57,18 +57,18 @@ class ReplicaCalls:
         for replica in living:
             if replica.hung:
                 raise NoAnswerError(f"{replica.name} hangs; try again when it has recovered: {replica.hung}")
-        answers = await _ask_all(living, "load_adapter", arguments)
+        answers = await _call_all(living, "load_adapter", arguments)
         if any(map(_failed, answers)):
             undo = {"name": arguments["name"]}
             for replica, answer in zip(living, answers, strict=True):
                 if isinstance(answer, NoAnswerError):
                     self._send_late(self._unload_late(replica, answer, undo))
                 elif not isinstance(answer, Exception):
-                    _warn("loading an adapter could not be undone", await _ask(replica, "unload_adapter", undo))
+                    _warn("loading an adapter could not be undone", await _call_one(replica, "unload_adapter", undo))
         return self._results(answers)
 
     async def _unload_late(self, replica: CoreClient, answer: NoAnswerError, undo: dict[str, Any]) -> None:
-        """Undo a load that a hanging replica may still do."""
+        """Undo a load that a hanging replica may still execute."""
         if answer.pending is not None:
             try:
                 await answer.pending
@@ -79,13 +79,13 @@ class ReplicaCalls:
     async def _unload(self, living: Sequence[CoreClient], arguments: dict[str, Any]) -> list[Any]:
         """Unload in two steps (see `engine.core.adapters`): requests in between wait, and fail only if all unload."""
         name = {"name": arguments["name"]}
-        answers = await _ask_all(living, "hold_adapter", name)
+        answers = await _call_all(living, "hold_adapter", name)
         if any(map(_failed, answers)):
             for replica, answer in zip(living, answers, strict=True):
                 if not isinstance(answer, Exception) or isinstance(answer, NoAnswerError):
                     self._send_late(replica.call_utility("keep_adapter", **name))
             return self._results(answers)
-        return self._results(await _ask_all(living, "unload_adapter", name))
+        return self._results(await _call_all(living, "unload_adapter", name))
 
     def _send_late(self, call: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(call)
@@ -109,7 +109,7 @@ class ReplicaCalls:
 
 
 def _failed(answer: Any) -> bool:
-    """Whether a living replica could not do it. A dead one does not count."""
+    """Whether a living replica could not execute the call. A dead one does not count."""
     dead = isinstance(answer, EngineDeadError) and not isinstance(answer, NoAnswerError)
     return isinstance(answer, RedlineError) and not dead
 
@@ -119,26 +119,26 @@ def _warn(what: str, answer: Any) -> None:
         log.warning("%s: %s", what, answer)
 
 
-async def _ask_all(replicas: Sequence[CoreClient], method: str, arguments: dict[str, Any]) -> list[Any]:
+async def _call_all(replicas: Sequence[CoreClient], method: str, arguments: dict[str, Any]) -> list[Any]:
     """Answers in the order of the replicas; a RedlineError is an answer."""
-    return await asyncio.gather(*(_ask(replica, method, arguments) for replica in replicas))
+    return await asyncio.gather(*(_call_one(replica, method, arguments) for replica in replicas))
 
 
-async def _ask(replica: CoreClient, method: str, arguments: dict[str, Any]) -> Any:
-    asked = asyncio.ensure_future(replica.call_utility(method, **arguments))
-    while not await _done_in_time(asked):
+async def _call_one(replica: CoreClient, method: str, arguments: dict[str, Any]) -> Any:
+    call = asyncio.ensure_future(replica.call_utility(method, **arguments))
+    while not await _done_in_time(call):
         if replica.hung:
-            return _no_answer(f"{replica.name} hangs: {replica.hung}", asked)
+            return _no_answer(f"{replica.name} hangs: {replica.hung}", call)
         if method not in SLOW_METHODS or not await _is_responsive(replica):
-            return _no_answer(f"{replica.name} doesn't answer", asked)
-    error = asked.exception()
+            return _no_answer(f"{replica.name} doesn't answer", call)
+    error = call.exception()
     if error is not None and not isinstance(error, RedlineError):
         raise error
-    return asked.result() if error is None else error
+    return call.result() if error is None else error
 
 
-async def _done_in_time(asked: "asyncio.Future[Any]") -> bool:
-    done, _ = await asyncio.wait({asked}, timeout=PATIENCE_S)
+async def _done_in_time(call: "asyncio.Future[Any]") -> bool:
+    done, _ = await asyncio.wait({call}, timeout=PATIENCE_S)
     return bool(done)
 
 
@@ -149,9 +149,9 @@ async def _is_responsive(replica: CoreClient) -> bool:
     return await _done_in_time(ping)
 
 
-def _no_answer(message: str, asked: "asyncio.Future[Any]") -> NoAnswerError:
-    asked.add_done_callback(_consume_error)
-    return NoAnswerError(message, asked)
+def _no_answer(message: str, call: "asyncio.Future[Any]") -> NoAnswerError:
+    call.add_done_callback(_consume_error)
+    return NoAnswerError(message, call)
 
 
 def _consume_error(done: "asyncio.Future[Any]") -> None:

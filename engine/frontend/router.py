@@ -52,7 +52,7 @@ class ReplicaTracker(ClientListener):
         return client.stats.load if client.board is None else sum(one.load for one in client.board.stats)
 
     def assign(self, stream: RequestStream, cached: Sequence[int]) -> None:
-        """Submit a stream to this replica; `cached` are the tokens of each of its prompts that need no computing."""
+        """Submit a stream to this replica; `cached` are the cached tokens of each of its prompts."""
         client = self.client
         client.submit(stream)
         choices = stream.params.n
@@ -121,14 +121,14 @@ class Router:
         self._closing = False
 
     def open(self, listener: ClientListener | None = None) -> None:
-        """Start to receive messages; called inside the event loop that will use the router."""
+        """Start receiving messages; called inside the event loop that will use the router."""
         if listener is not None:
             self.listener = listener
         for tracker in self.trackers:
             tracker.client.open(tracker)
 
     def close(self) -> None:
-        """Stop to receive messages. Streams that are still live fail; `core_died` is not called."""
+        """Stop receiving messages. Streams that are still live fail; `core_died` is not called."""
         self._closing = True
         self.fail_all(STOPPED)
         for client in self.replicas:
@@ -168,7 +168,7 @@ class Router:
                 [] if isinstance(one, Text) else prompt_block_hashes(one, stream.options, size)
                 for one in stream.prompts
             ]
-        # A request for logprobs of its prompt does not read the prefix cache.
+        # A request for prompt logprobs does not read the prefix cache.
         reads = stream.params.prompt_logprobs is None
         cached = [cached_tokens(hashes, lengths, one.prefixes, size) if reads else [0] * len(lengths) for one in able]
         position = self._policy.choose(
@@ -185,7 +185,7 @@ class Router:
     # ------------------------------------------------------------------------------------------------------- utilities
 
     async def call_utility(self, method: str, **arguments: Any) -> Any:
-        """Call a utility of all replicas; RedlineError if one fails, in which case none has done it."""
+        """Call a utility of all replicas. Raises RedlineError if one fails; adapters are then as before on all."""
         if method == "adapters":  # a replica that hangs can't answer
             results = await self._calls.call_responsive(method, arguments)
             return {name: path for name, path in results[0].items() if all(name in one for one in results)}
@@ -215,7 +215,7 @@ class Router:
         return [tracker for tracker in self.trackers if tracker.client.dead is None]
 
     def _serving(self) -> list[ReplicaTracker]:
-        """The replicas that are alive; EngineDeadError if none is."""
+        """The replicas that are alive. Raises EngineDeadError if none is."""
         if self.dead is not None:
             raise EngineDeadError(self.dead)
         return self._living()

@@ -6,7 +6,7 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.frontend.prompts import Prompt
-from engine.frontend.token_filters import check_something_left
+from engine.frontend.token_filters import check_any_token_left
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, Sampling, TextOptions, column
 
@@ -41,7 +41,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         logit_bias: token ids to values added to their logits, -100 to 100.
         bad_words: words that are not generated (see `bad_word_ids`).
         allowed_token_ids: only these tokens are generated.
-        truncate_prompt_tokens: number of prompt tokens to keep; -1: as many as leave room for max_tokens.
+        truncate_prompt_tokens: number of prompt tokens to keep; -1: --max-model-len minus max_tokens.
         truncation_side: "right" keeps the beginning of the prompt; otherwise its end is kept.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: leave the stop string in the text.
@@ -159,16 +159,16 @@ def make_request(
     params: SamplingParams,
     tokenizer: Tokenizer,
     seed: int,
-    room: int,
+    tokens_left: int,
     *,
     bad_words: tuple[tuple[int, ...], ...] = (),
     inline: bool = False,
     **extra: Any,
 ) -> AddRequest:
-    """Build the core's message for one output; RequestError if no token could be generated.
+    """Build the core's message for one output. Raises RequestError if no token could be generated.
 
     Args:
-        room: number of tokens that fit after the prompt.
+        tokens_left: number of tokens that fit after the prompt.
         bad_words: token sequences that are not generated.
         inline: whether the core detokenizes.
         extra: further fields of AddRequest.
@@ -182,7 +182,7 @@ def make_request(
         extra |= {"text": prompt.text, "add_special_tokens": prompt.add_special_tokens}
     end_ids = () if params.ignore_eos else tokenizer.eos_ids
     stop_ids = tuple(dict.fromkeys((*end_ids, *(params.stop_token_ids or ()))))
-    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    max_tokens = tokens_left if params.max_tokens is None else min(params.max_tokens, tokens_left)
     min_tokens = min(params.min_tokens, max_tokens)
     sampling = Sampling(
         temperature=float(params.temperature),
@@ -201,7 +201,7 @@ def make_request(
         bad_words=bad_words,
         prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
     )
-    check_something_left(sampling)
+    check_any_token_left(sampling)
     return AddRequest(
         handle=handle,
         prompt=packed,

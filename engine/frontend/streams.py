@@ -44,7 +44,7 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 class RequestOptions(msgspec.Struct, frozen=True):
-    """What a request asks of the core besides its sampling."""
+    """What else the core needs to know of a request, besides its prompts and sampling parameters."""
 
     cache_salt: str = ""
     priority: int = 0
@@ -136,7 +136,7 @@ class RequestStream:
     """The outputs of one request (prompts × n), as an async iterator of lists of deltas.
 
     Output `index` belongs to prompt `index // n`. Iterating raises EngineDeadError if the engine is gone, and
-    RequestError if the core refuses an output. `close()` aborts the outputs that still run, as does leaving
+    RequestError if the core rejects an output. `close()` aborts the outputs that still run, as does leaving
     `async with`.
 
     Instead of iterating, a reader may set `sink` and await `wait`. The sink is called whenever there are new deltas,
@@ -159,7 +159,7 @@ class RequestStream:
         self.origin = origin
         self.options = options
         self.cached_tokens = [0] * len(prompts)
-        # By output, if the request asks for them; complete when the output's first token arrives.
+        # By output, if they were requested; complete when the output's first token arrives.
         self.prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self.live: dict[int, Output] = {}  # by handle
         self.sink: Callable[[], bool] | None = None

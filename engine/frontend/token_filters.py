@@ -27,7 +27,7 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer, vocab_size: int) ->
     return tuple(found)
 
 
-def check_something_left(sampling: Sampling) -> None:
+def check_any_token_left(sampling: Sampling) -> None:
     """Raise RequestError if min_tokens or bad words exclude every allowed token from the start."""
     if not sampling.allowed:
         return

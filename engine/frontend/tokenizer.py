@@ -51,8 +51,8 @@ class Tokenizer:
     def encode_prompt(self, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
         """As `encode`, for a text of at most `max_tokens` tokens.
 
-        RequestError if the beginning of the text has more already. The rest, which could take minutes, is not tokenized
-        then. A text that is only slightly too long is encoded whole.
+        Raises RequestError if the beginning of the text has more already. The rest, which could take minutes, is not
+        tokenized then. A text that is only slightly too long is encoded whole.
         """
         beginning = PROBE_CHARACTERS * max_tokens
         if len(text) > 2 * beginning:
@@ -111,7 +111,7 @@ class Tokenizer:
     def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
         """Write a conversation as a prompt: a text with its special tokens, or token ids (Mistral's tokenizers).
 
-        `options` are those of `ChatTemplate.render`. RequestError if the model has no chat template, or if it refuses.
+        `options` are those of `ChatTemplate.render`. Raises RequestError without a chat template, or if it fails.
         """
         if isinstance(self.backend, MistralBackend):
             return self.backend.encode_chat(messages, **options)
@@ -173,12 +173,12 @@ def load_tokenizer(
     except TemplateError as error:
         if chat_template is not None:
             raise ConfigError(f"--chat-template can't be read: {error}") from error
-        warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are refused")
+        warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are rejected")
     return Tokenizer(backend, eos_ids=known_ids(eos, vocab_size), template=template), warnings
 
 
 def mistral_file(folder: Path, mode: str) -> Path | None:
-    """The tokenizer file that mistral-common is to read, None for another tokenizer; ModelError if it is missing."""
+    """The tokenizer file that mistral-common reads, None for another tokenizer. Raises ModelError if it is missing."""
     native = (folder / PARAMS).is_file() and not (folder / CONFIG).is_file()
     if mode != "mistral" and (folder / "tokenizer.json").is_file():
         return None

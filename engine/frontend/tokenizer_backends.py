@@ -186,7 +186,7 @@ def byte_characters() -> list[str]:
 def load_with_transformers(folder: Path) -> tuple[Backend, dict[str, Any]]:
     """Load a tokenizer without a tokenizer.json, with its settings as a tokenizer_config.json has them.
 
-    The only function of this module that imports transformers. ModelError if transformers can't read the files.
+    The only function of this module that imports transformers. Raises ModelError if transformers can't read the files.
     """
     tokenizer = load_auto_tokenizer(str(folder))
     library = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)

@@ -9,7 +9,7 @@ SPARE = 64  # tokens next to a cut through a text that may differ from those of 
 
 
 def kept_tokens(params: SamplingParams, max_model_len: int) -> int | None:
-    """The number of prompt tokens to keep, None for all; RequestError if it is out of range."""
+    """The number of prompt tokens to keep, None for all. Raises RequestError if it is out of range."""
     keep = params.truncate_prompt_tokens
     if keep is None:
         return None
@@ -21,7 +21,7 @@ def kept_tokens(params: SamplingParams, max_model_len: int) -> int | None:
     if keep == -1:
         keep = max_model_len - (params.max_tokens or 1)
         if keep < 1:
-            raise RequestError(f"max_tokens {params.max_tokens} leaves no room for a prompt", "max_tokens")
+            raise RequestError(f"max_tokens {params.max_tokens} leaves no tokens for the prompt", "max_tokens")
     return keep
 
 

@@ -119,7 +119,8 @@ def _cached(key: str, build: Callable[[Path], None], report: Progress) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise ModelError(f"{key} can't be written to {folder.parent}: {error} (XDG_CACHE_HOME sets another folder)") from error
+        where = f"{folder.parent}: {error} (XDG_CACHE_HOME sets another folder)"
+        raise ModelError(f"{key} can't be written to {where}") from error
     return folder
 
 

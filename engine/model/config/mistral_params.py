@@ -154,7 +154,7 @@ def _rope(fields: dict[str, Any], model_type: str, theta: float, yarn: Any, llam
     if llama_4_scaling is None:
         return model_type
     if model_type != "mistral":
-        raise _UnsupportedError("it has llama_4_scaling beside windows in some layers, which isn't supported")
+        raise _UnsupportedError("it has llama_4_scaling together with windows in some layers, which isn't supported")
     if rope.get(ORIGINAL, llama_4_scaling[ORIGINAL]) != llama_4_scaling[ORIGINAL]:
         raise _UnsupportedError(f"its yarn and llama_4_scaling differ in {ORIGINAL}, which isn't supported")
     rope |= {ORIGINAL: llama_4_scaling[ORIGINAL], "llama_4_scaling_beta": llama_4_scaling["beta"]}
@@ -168,7 +168,7 @@ def _moe(fields: dict[str, Any], model_type: str, moe: Mapping[str, Any]) -> str
     if left:
         raise _UnsupportedError(f"its moe has {', '.join(sorted(left))}, which isn't supported")
     if model_type != "mistral":
-        raise _UnsupportedError("it has experts (moe) beside windows in some layers or llama_4_scaling")
+        raise _UnsupportedError("it has experts (moe) together with windows in some layers or llama_4_scaling")
     return "mixtral"
 
 

@@ -111,7 +111,7 @@ def _by_linear(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         found = _NAME.fullmatch(name)
         if found is None or tensor.ndim != 2:
-            raise ModelError(f"the adapter's tensor {name} doesn't belong to a linear, which isn't supported")
+            raise ModelError(f"the adapter's tensor {name} doesn't belong to a linear layer, which isn't supported")
         if not tensor.is_floating_point():
             raise ModelError(f"the adapter's tensor {name} holds {tensor.dtype}: floating-point weights are needed")
         whole = tensor.float()

@@ -121,7 +121,7 @@ def test_histories_with_calls(name: str, arguments: Any, content: Any):
     assert "None" not in wanted
 
 
-def test_a_content_that_is_none_is_kept_for_templates_that_ask():
+def test_a_content_that_is_none_is_kept_for_templates_that_test_it():
     written = ours(templates.DEEPSEEK, [USER, call('{"a": 2}', content=None), RESULT])
     assert written == '<s><|User|>What is 2 + 3?<|call|>add{"a": 2}<|output|>5<|Assistant|>'
 

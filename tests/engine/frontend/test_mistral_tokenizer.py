@@ -67,7 +67,7 @@ def test_a_chat_is_written_in_control_tokens_that_no_text_becomes(tekken: Tokeni
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}], "refuses these messages"),
+        ([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}], "rejects these messages"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "Expected last role User"),
         ([{"role": "narrator", "content": "x"}], "narrator"),
         ([{"role": "tool", "content": "x", "tool_call_id": 7}], "tool_call_id"),

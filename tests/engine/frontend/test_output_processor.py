@@ -58,7 +58,7 @@ async def test_a_detokenizer_that_fails_ends_its_request_alone():
     assert core.aborted == [bad], "the core gives its row and its blocks to others"
     core.tokens({first: text_ids("!")}, Finished(first, FinishReason.LENGTH), Finished(bad, FinishReason.ABORT))
     assert [(await collect_outputs(stream))[0].text for stream in (streams[0], streams[2])] == ["xX!", "yY"]
-    with pytest.raises(RedlineError, match="could not write this request's text: "):
+    with pytest.raises(RedlineError, match="could not produce this request's text: "):
         await read(streams[1])
     assert core.client.total_stats.live == 0
     assert not core.client._unreported
@@ -239,7 +239,7 @@ def test_inline_a_detokenizer_that_fails_ends_its_request_alone(stand_in: Tokeni
         core.step({bad: [BAD], good: text_ids("y")})
         assert core.stopped == [bad], "the core is to give its row to others"
         core.step({good: text_ids("z")}, ends[1:])
-    with pytest.raises(RedlineError, match="could not write this request's text"):
+    with pytest.raises(RedlineError, match="could not produce this request's text"):
         asyncio.run(collect_outputs(streams[0]))
     assert asyncio.run(collect_outputs(streams[1]))[0].text == ("y" if at_the_end else "yz")
     assert len(core.texts._live) == core.client.total_stats.live == 0

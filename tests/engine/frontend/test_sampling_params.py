@@ -44,7 +44,7 @@ def test_ids_outside_the_vocabulary_are_refused(fields: dict[str, Any]):
 
 def test_a_request_says_what_the_core_and_the_worker_must_know(stand_in: Tokenizer):
     params = SamplingParams(temperature=0, top_k=-1, max_tokens=50, min_tokens=3, stop_token_ids=[5], logprobs=2)
-    request = make_request(1, [4, 5, 6], params, stand_in, seed=-1, room=20)
+    request = make_request(1, [4, 5, 6], params, stand_in, seed=-1, tokens_left=20)
     assert int32s(request.prompt).tolist() == [4, 5, 6]
     assert request.max_tokens == 20, "no more than fits behind the prompt"
     assert request.stop_ids == (2, 5)

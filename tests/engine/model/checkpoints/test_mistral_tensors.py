@@ -222,11 +222,11 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
         ),
         (
             {"moe": {"num_experts": 4, "num_experts_per_tok": 2}, "sliding_window": [9, 9, None]},
-            "experts (moe) beside windows",
+            "experts (moe) together with windows",
         ),
         ({"yarn": {**YARN, "gamma": 2}}, "its yarn has gamma"),
         ({"yarn": YARN, "llama_4_scaling": GROWING}, "differ in original_max_position_embeddings"),
-        ({"llama_4_scaling": GROWING, "sliding_window": [9, 9, None]}, "llama_4_scaling beside windows"),
+        ({"llama_4_scaling": GROWING, "sliding_window": [9, 9, None]}, "llama_4_scaling together with windows"),
         ({"quantization": {"qformat_weight": "nvfp4"}}, "quantized as nvfp4, which isn't supported; fp8_e4m3 is"),
         ({"quantization": {"quant_method": "bitsandbytes"}}, "quantized with bitsandbytes"),
         ({"dim": None}, "params.json can't be read: it lacks dim"),
