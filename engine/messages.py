@@ -246,8 +246,8 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Logprobs of tokens: column 0 is the sampled token, the others are the top k in order.
 
     index: int32[m], positions in `Outputs.tokens` (or in `StepResult.tokens`) · ids: int32[m, width] ·
-    values: float32[m, width] · ranks: int32[m], of the sampled token; 1 is the greedy token. Columns beyond the k that
-    a request asked for have no meaning.
+    values: float32[m, width] · ranks: int32[m], of the sampled token; 1 is the greedy token. Columns beyond the k of a
+    request have no meaning.
     """
 
     width: int

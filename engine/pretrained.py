@@ -43,7 +43,7 @@ def load_auto_tokenizer(name: str) -> Any:
         raise ModelError(f"no tokenizer can be read from {name}: {cause} (use another one with --tokenizer)") from error
 
 
-NO_REMOTE_CODE_MARK = "custom code"  # part of transformers' message about code that it was not allowed to run
+NO_REMOTE_CODE_MARK = "custom code"  # part of transformers' message without trust_remote_code
 
 
 def refuse_custom_tokenizer(folder: Path) -> None:

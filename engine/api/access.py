@@ -41,7 +41,7 @@ class RequireKey:
 
 
 def check_media_type(request: Request) -> None:
-    """Refuse media types that a web page of any origin may send without a CORS check: all but JSON."""
+    """Raise ApiError 415 for all types but JSON: a web page of any origin may send them without a CORS check."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not (
         media_type.startswith("application/") and media_type.endswith("+json")

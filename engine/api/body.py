@@ -27,7 +27,7 @@ CONTAINER_WEIGHT = 8
 
 
 async def read_json(request: Request, kind: type[Body], limits: Limits) -> Body:
-    """Receive and decode a body; ApiError or RequestError if it is not valid for `kind`, or over a limit."""
+    """Receive and decode a body. Raises ApiError or RequestError if it is not valid for `kind`, or over a limit."""
     data = await receive(request, limits.max_body_bytes)
     if len(data) > SMALL_BODY:
         check_values(await asyncio.to_thread(count_values, data), limits.max_body_values)
@@ -35,7 +35,7 @@ async def read_json(request: Request, kind: type[Body], limits: Limits) -> Body:
 
 
 async def receive(request: Request, limit: int) -> bytearray:
-    """The bytes of the body; ApiError 413 as soon as they, or the content-length, exceed `limit`."""
+    """The bytes of the body. Raises ApiError 413 as soon as they, or the content-length, exceed `limit`."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large(limit)

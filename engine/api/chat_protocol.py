@@ -39,7 +39,7 @@ class ChatRequest(SampledRequest, kw_only=True):
     reasoning_effort: str | None = None
 
     def check(self) -> None:
-        """Refuse what is not supported yet, with the field."""
+        """Raise RequestError, with the field, for what is not supported yet or not valid."""
         self.check_common()
         check_tools(self.tools, self.tool_choice)
         if self.response_format is not None and self.response_format.type != "text":
@@ -60,7 +60,7 @@ class ChatRequest(SampledRequest, kw_only=True):
                 )
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages in the form that templates expect; RequestError with the field if one is invalid."""
+        """The messages in the form that templates expect. Raises RequestError, with the field, if one is invalid."""
         return shape_conversation(self.messages)
 
 
@@ -83,7 +83,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 def check_tools(tools: list[dict[str, Any]] | None, choice: Any) -> None:
-    """Refuse tools unless `tool_choice` is "none", which only shows them to the model."""
+    """Raise RequestError for tools, unless `tool_choice` is "none": then the model sees them but can't call them."""
     for number, tool in enumerate(tools or ()):
         function = tool.get("function")
         name = function.get("name") if isinstance(function, dict) else None

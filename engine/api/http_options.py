@@ -4,7 +4,7 @@ import msgspec
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """The limits of a request. A request beyond one is refused with the flag that raises it."""
+    """The limits of a request. The error of a request that exceeds one names the flag that raises it."""
 
     max_body_bytes: int = 32 << 20
     # Decoding a million values holds the GIL, and so stops all streams of the process, for less than 100 ms.

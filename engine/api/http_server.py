@@ -21,7 +21,7 @@ KEEP_ALIVE_S = 75
 MAX_HEAD_BYTES = 64 << 10
 LINGER_S = 10.0  # how long the rest of a body is read after its request was answered
 # Time for streams to send their error to clients after the core's death, or after a second Ctrl-C.
-LAST_WORDS_S = 2.0
+ERROR_GRACE_S = 2.0
 FORCED_GRACE_S = 0.5
 
 

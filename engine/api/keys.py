@@ -1,4 +1,4 @@
-"""API keys from the command line, a file and the environment. A key that can't work is refused at the start."""
+"""API keys from the command line, a file and the environment. A key that no client could send is an error."""
 
 import os
 import re

@@ -100,8 +100,8 @@ def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
     wait = math.ceil(min(max(seconds * queue / max(slots, 1), 1), LONGEST_WAIT_S))
     raise ApiError(
         503,
-        f"the queue is full: {max(waiting, stats.live - slots, 0):,} requests wait, and at most {limits.max_queue:,} "
-        f"may (--max-queue); try again in {wait} s",
+        f"the queue is full: {max(waiting, stats.live - slots, 0):,} waiting, at most {limits.max_queue:,} allowed "
+        f"(--max-queue); try again in {wait} s",
         code="queue_full",
         headers={"Retry-After": str(wait)},
     )

@@ -19,7 +19,7 @@ class UnloadRequest(msgspec.Struct, kw_only=True):
 
 
 def check_runtime_lora(state: ApiState) -> None:
-    """Refuse without --enable-runtime-lora: the server reads any path that a client names."""
+    """Raise ApiError 403 without --enable-runtime-lora, since the server would read any path that a client sends."""
     if not state.options.runtime_lora:
         message = "loading and unloading adapters is disabled: start the server with --enable-runtime-lora"
         raise ApiError(403, message, code="runtime_lora_disabled")

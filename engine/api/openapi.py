@@ -47,7 +47,7 @@ ROUTES: tuple[Route, ...] = (
     Route("post", "/reset_prefix_cache", "Empty the prefix cache", "PrefixCacheReset"),
     Route("post", "/v1/load_lora_adapter", "Load a LoRA adapter", "Text", LoadRequest, (TEXT,)),
     Route("post", "/v1/unload_lora_adapter", "Unload a LoRA adapter", "Text", UnloadRequest, (TEXT,)),
-    Route("get", "/health", "Whether the engine steps", "Health"),
+    Route("get", "/health", "The state of the engine", "Health"),
     Route("get", "/version", "The version of the server", "Version"),
     Route("get", "/metrics", "Counters and histograms for Prometheus", "Text", None, (TEXT,)),
     Route("get", "/openapi.json", "This document", "Document"),

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.api.unserved import check_unknown_fields
+from engine.api.unsupported_fields import check_unknown_fields
 from engine.errors import RequestError
 
 Body = TypeVar("Body", bound=msgspec.Struct)

@@ -25,7 +25,7 @@ PATIENCE_S = 1.0  # for a client to send its request
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind and listen, so that a port in use is found before a model is loaded; RedlineError if it is.
+    """Bind and listen. Raises RedlineError if the port is in use, before a model is loaded.
 
     The socket must listen: two servers can bind one port while none listens, and the second would fail after loading.
     """
@@ -33,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def bind_all(host: str, port: int, count: int) -> list[socket.socket]:
-    """Bind one socket per process to the port; RedlineError if it is in use.
+    """Bind one socket per process to the port. Raises RedlineError if it is in use.
 
     On Linux, the kernel distributes connections among the sockets that listen. Only the first one listens until its
     process serves, then the others. On other systems, all processes listen on the same socket.

@@ -1,7 +1,7 @@
 """A further API process of a server: `python -m engine.api.process`, started and ended by the first (see `run`).
 
 It has its own front-end number and listening socket, and shares the counters. After its options it gets lines on stdin:
-`lose REPLICA CAUSE`, `finish`, or `end CAUSE`. It ends by itself only if it fails.
+`core-lost REPLICA CAUSE`, `finish`, or `end CAUSE`. It ends by itself only if it fails.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ class ApiProcess(ReportingChild):
             raise self.error(report if isinstance(report, Failure) else None)
 
     def watch(self, on_end: Callable[[str | None], None]) -> None:
-        """Call back from a thread when it has ended: with the cause, or None if it was asked to end."""
+        """Call back from a thread when it has ended: with the cause, or None after `finish` or `end`."""
 
         def wait() -> None:
             report = self.next_report()
@@ -84,9 +84,9 @@ class ApiProcess(ReportingChild):
         self._stopping = True
         self.send_line("finish")
 
-    def lose(self, replica: int, cause: str) -> None:
-        """Notify it that a replica is gone while others serve on."""
-        self.send_line(f"lose {replica} {' '.join(cause.split())}")
+    def core_lost(self, replica: int, cause: str) -> None:
+        """Notify it that a replica is gone while others continue to serve."""
+        self.send_line(f"core-lost {replica} {' '.join(cause.split())}")
 
     def end(self, cause: str) -> None:
         """Have it report the cause to its clients, and end."""
@@ -147,25 +147,25 @@ def connect(options: ApiProcessOptions) -> "EngineClient":
 
 async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable[[], None]) -> None:
     """Serve HTTP until the parent's `finish` or `end`."""
-    from engine.api.http_server import LAST_WORDS_S, HttpServer
+    from engine.api.http_server import ERROR_GRACE_S, HttpServer
     from engine.api.state import ApiState
     from engine.frontend.logs import RequestLog
 
     loop = asyncio.get_running_loop()
     client.open(RequestLog() if options.log_requests else None)
     state = ApiState(client, options.names, options.http, options.created, sampling_defaults=options.sampling_defaults)
-    side = HttpServer(state, socket.socket(fileno=options.listener))
+    server = HttpServer(state, socket.socket(fileno=options.listener))
 
     def execute(line: str) -> None:
         word, _, cause = line.partition(" ")
-        if word == "lose":
+        if word == "core-lost":
             replica, _, cause = cause.partition(" ")
             client.core_lost(int(replica), cause)
         elif word == "end":
             client.fail_all(cause)
-            side.end(LAST_WORDS_S)
+            server.end(ERROR_GRACE_S)
         else:
-            side.finish()
+            server.finish()
 
     def on_line(line: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: it is ending anyway
@@ -176,7 +176,7 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
         up()
 
     children.end_with_parent(on_line)
-    await side.serve(on_listening)
+    await server.serve(on_listening)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The further API processes of a server: started, watched, restarted when one ends by itself, and ended together.
 
-They hold no state of the engine. When one ends, the core aborts its requests and the others serve on. Its listening
-socket stays open here, so that connections wait for its successor instead of being refused.
+They hold no state of the engine. When one ends, the core aborts its requests and the others continue to serve. Its
+listening socket stays open here, so that connections wait for its successor instead of being refused.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from engine.frontend.front_end_stats import Board
 
 log = logging.getLogger("redline.api")
 
-# After so many ends within the period the server ends: the next process would end too.
+# After more restarts of a process within the period the server ends: the next process would end too.
 MAX_RESTARTS = 5
 RESTART_PERIOD_S = 600.0
 BACK_OFF_S = 0.5  # before the first restart; doubled before each further one
@@ -87,11 +87,10 @@ class ApiProcesses:
             while now - place.ends[0] > RESTART_PERIOD_S:
                 place.ends.popleft()
             if len(place.ends) > MAX_RESTARTS:
-                die(f"{cause}; that was the {len(place.ends)}th end within {RESTART_PERIOD_S:g} s, after which it is "
-                    "not started again")  # fmt: skip
+                die(f"{cause}; it ended {len(place.ends)} times within {RESTART_PERIOD_S:g} s and is not restarted")
                 return
             pause = BACK_OFF_S * 2 ** (len(place.ends) - 1)
-            log.error("%s; its requests are aborted, and it starts again in %g s", cause, pause)
+            log.error("%s; its requests are aborted, and it is restarted in %g s", cause, pause)
             await self._forget_requests(place, client)
             await asyncio.sleep(pause)
             if self._stopping:
@@ -99,7 +98,7 @@ class ApiProcesses:
             place.process = place.start()
 
     async def _end_of(self, place: _Place) -> str | None:
-        """Wait for the end of a process, which may still be starting; the cause, or None if it was asked to end."""
+        """Wait for the end of a process, which may still be starting; the cause, or None after `finish` or `end`."""
         process = place.process
         if not place.up:
             try:
@@ -108,11 +107,11 @@ class ApiProcesses:
                 return str(error)
             place.up = True
             for replica, cause in self._lost.items():
-                process.lose(replica, cause)
+                process.core_lost(replica, cause)
             if self._stopping:
                 process.finish()
             if place.ends:
-                log.info("%s serves", process.name)
+                log.info("%s is serving", process.name)
         ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         process.watch(threadsafe(lambda cause: None if ended.done() else ended.set_result(cause)))
         return await ended
@@ -135,12 +134,12 @@ class ApiProcesses:
 
     # ----------------------------------------------------------------------------------------------------- the end
 
-    def lose(self, replica: int, cause: str) -> None:
-        """Notify all that a replica is gone while others serve on."""
+    def core_lost(self, replica: int, cause: str) -> None:
+        """Notify all that a replica is gone while others continue to serve."""
         self._lost[replica] = cause
         for place in self._places:
             if place.up:
-                place.process.lose(replica, cause)
+                place.process.core_lost(replica, cause)
 
     def finish(self) -> None:
         """Let all end when their requests are done."""

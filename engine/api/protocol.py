@@ -67,7 +67,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
         return SamplingParams(**{"max_tokens": None, **defaults, **given})
 
     def check_common(self) -> None:
-        """Refuse fields that contradict each other or are out of range."""
+        """Raise RequestError for fields that contradict each other or are out of range."""
         options = self.stream_options
         if not self.stream and options is not None and options != StreamOptions():
             raise RequestError("stream_options needs stream: true", "stream_options")
@@ -110,7 +110,7 @@ class CompletionRequest(SampledRequest, kw_only=True):
         return replace(found, prompt_logprobs=max(self.top_logprobs, self.prompt_logprobs or 0))
 
     def check(self) -> None:
-        """Refuse what is not supported, with the field."""
+        """Raise RequestError, with the field, for what is not supported."""
         self.check_common()
         if self.suffix:
             raise RequestError("suffix is not supported", "suffix")

@@ -12,7 +12,7 @@ import uvloop
 
 from engine import children
 from engine.api.http_options import HttpOptions
-from engine.api.http_server import FORCED_GRACE_S, LAST_WORDS_S, HttpServer
+from engine.api.http_server import ERROR_GRACE_S, FORCED_GRACE_S, HttpServer
 from engine.api.process import ApiProcessOptions
 from engine.api.processes import ApiProcesses, threadsafe
 from engine.api.state import ApiState
@@ -67,7 +67,7 @@ class ServerRun(ClientListener):
         self._stopping = False  # at once, without waiting for requests
 
     def run(self) -> int:
-        """Serve to the end; returns the exit code. EngineDeadError if a process ended unexpectedly."""
+        """Serve to the end; returns the exit code. Raises EngineDeadError if a process ended unexpectedly."""
         try:
             self._start_processes()
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -114,8 +114,8 @@ class ServerRun(ClientListener):
         self._client.open(self)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        lose = threadsafe(lambda lost: self._lose_core(*lost))
-        self._engine.watch(lambda *lost: lose(lost))
+        on_core_lost = threadsafe(lambda lost: self._on_core_lost(*lost))
+        self._engine.watch(lambda *lost: on_core_lost(lost))
         self._processes.watch(self._client, self._die)
         logging_stats = asyncio.ensure_future(self._log_stats())
         try:
@@ -160,7 +160,7 @@ class ServerRun(ClientListener):
         count = self._client.total_stats.live
         what = f"{count} request{'' if count == 1 else 's'}"
         self._show_line(f"aborted {what} not finished after {seconds:g} s (--shutdown-timeout)")
-        self._stop(f"{STOPPED}: it had {seconds:g} s (--shutdown-timeout)", LAST_WORDS_S)
+        self._stop(f"{STOPPED}: it had {seconds:g} s (--shutdown-timeout)", ERROR_GRACE_S)
 
     def _stop(self, cause: str, grace_s: float) -> None:
         self._stopping = True
@@ -170,7 +170,7 @@ class ServerRun(ClientListener):
 
     # -------------------------------------------------------------------------------------------------------- deaths
 
-    def _lose_core(self, replica: int, cause: str) -> None:
+    def _on_core_lost(self, replica: int, cause: str) -> None:
         """A core is gone; with the last one the server ends."""
         self._lost.add(replica)
         count = len(self._engine.cores)
@@ -178,7 +178,7 @@ class ServerRun(ClientListener):
             self._die(cause if count == 1 else f"no replica is left; replica {replica}: {cause}")
             return
         self._client.core_lost(replica, cause)
-        self._processes.lose(replica, cause)
+        self._processes.core_lost(replica, cause)
 
     def _die(self, cause: str) -> None:
         self._client.fail_all(cause)
@@ -197,5 +197,5 @@ class ServerRun(ClientListener):
         if self._cause_of_death is not None or self._stopping:
             return
         self._cause_of_death = cause
-        self._http.end(LAST_WORDS_S)
-        self._processes.end(cause, LAST_WORDS_S)
+        self._http.end(ERROR_GRACE_S)
+        self._processes.end(cause, ERROR_GRACE_S)

@@ -27,7 +27,7 @@ class ShownPrompts:
         return sum(len(one) for one in scored) * (1 + (self._stream.params.prompt_logprobs or 0)) >= LONG
 
     def fields(self, index: int) -> dict[str, Any]:
-        """The fields about the prompt of an output that the request asks for."""
+        """The requested fields about the prompt of an output."""
         found: dict[str, Any] = {}
         if self._top is not None:
             found["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._scored(index), self._top)
@@ -80,7 +80,7 @@ class EchoedPrompts(ShownPrompts):
         return echoed_logprobs(self._tokenizer, prompt, scored, offsets, length, as_token_ids=self._as_token_ids)
 
     def cut(self, output: CollectedOutput | Delta) -> None:
-        """Remove the generated token from a response that is to have the prompt only."""
+        """Remove the generated token from a response that shall contain the prompt only."""
         if not self._only:
             return
         output.token_ids = []

@@ -148,9 +148,9 @@ class ApiState:
     async def fit(
         self, given: str | list[int], add_special_tokens: bool, params: SamplingParams
     ) -> tuple[list[int], bool]:
-        """The token ids of a prompt, truncated as its request asks, and whether a part was cut off.
+        """The token ids of a prompt, truncated as the request specifies, and whether a part was cut off.
 
-        RequestError if the truncation is out of range.
+        Raises RequestError if the truncation is out of range.
         """
         keep = kept_tokens(params, self.client.ready.max_model_len)
         if keep is None:
@@ -167,7 +167,7 @@ class ApiState:
         return kept, cut or len(kept) < len(ids)
 
     def check_template(self, template: str | None) -> None:
-        """Refuse a template sent in a request without --trust-request-chat-template: a template may run forever."""
+        """Raise RequestError for a template in a request without --trust-request-chat-template: it may run forever."""
         known = self.tokenizer.template
         named = template is not None and known is not None and known.is_named(template)
         if template and not named and not self.options.trust_request_chat_template:
@@ -185,7 +185,7 @@ class ApiState:
         add_special_tokens: bool = False,
         **options: Any,
     ) -> Prompt:
-        """A conversation as a prompt for the core, truncated as its request asks.
+        """A conversation as a prompt for the core, truncated as the request specifies.
 
         Args:
             messages: of the conversation.

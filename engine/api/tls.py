@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 def read_certificate(certfile: str | None, keyfile: str | None) -> ssl.SSLContext | None:
     """The context for HTTPS with a certificate and its key, both in PEM; None without a certificate.
 
-    `keyfile` None: the key is in the certificate's file. ConfigError if they can't be used.
+    `keyfile` None: the key is in the certificate's file. Raises ConfigError if they can't be used.
     """
     if certfile is None:
         if keyfile is not None:
@@ -35,7 +35,7 @@ class _PasswordError(Exception):
 
 
 def _refuse_password() -> str:
-    # Otherwise OpenSSL would ask for the password in the terminal.
+    # Otherwise OpenSSL would prompt for the password in the terminal.
     raise _PasswordError
 
 

@@ -62,7 +62,7 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks from the head of the free list, which evicts their cached content."""
-        assert count <= self.num_free, f"asked for {count} blocks, {self.num_free} are free"
+        assert count <= self.num_free, f"{count} blocks were requested, {self.num_free} are free"
         following, references, hash_of = self._next, self.references, self.hash_of
         allocated = []
         block = following[self._end]

@@ -110,7 +110,7 @@ class EngineCore:
 
     @property
     def finished(self) -> bool:
-        """Whether it was asked to shut down and nothing is left to do."""
+        """Whether a shutdown was requested and nothing is left to do."""
         return self._draining_until is not None and not self.has_work
 
     def next_deadline(self, now: float) -> float | None:

@@ -1,6 +1,6 @@
 """Prepares arriving messages on the input thread: decodes and checks them, and hashes prompts.
 
-The sender of a message that can't be read gets an error, if the message still shows who sent it.
+If a message can't be read, its sender gets an error, as far as the message still identifies it.
 """
 
 import logging

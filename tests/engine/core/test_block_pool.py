@@ -62,7 +62,7 @@ def test_forgetting_keeps_held_blocks():
 
 
 def test_asking_for_more_than_is_free_is_a_bug_with_numbers():
-    with pytest.raises(AssertionError, match="asked for 4 blocks, 3 are free"):
+    with pytest.raises(AssertionError, match="4 blocks were requested, 3 are free"):
         BlockPool(4).allocate(4)
     with pytest.raises(ValueError, match="null block"):
         BlockPool(1)

@@ -1,7 +1,7 @@
 """Fields of other servers and of later versions of the API that this server does not implement.
 
-A field that would change the output is refused with its name, so that no client gets another output than it asked for.
-Other fields (bookkeeping, hints on speed) are accepted. An unknown field is accepted and logged once.
+A request with a field that would change the output is rejected with the field's name, so that no client gets another
+output than it requested. Other fields (bookkeeping, hints on speed) are accepted. An unknown one is logged once.
 """
 
 import difflib
@@ -14,10 +14,10 @@ from engine.errors import RequestError
 
 log = logging.getLogger("redline.api")
 
-# Besides null, values that ask for nothing. They are accepted for every field.
+# Besides null, values that have no effect. They are accepted for most fields.
 EMPTY: tuple[Any, ...] = (False, "", [], {}, 0)
 
-# Fields that would change the output, with the values that ask for what happens anyway.
+# Fields that would change the output, with the values for which the output is the same as without the field.
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
@@ -80,7 +80,7 @@ INSTEAD = {
     "do_sample": "temperature",
 }
 
-# A name similar to one of these is refused: it is probably misspelled, and would change the output.
+# A name similar to one of these is rejected: it is probably misspelled, and would change the output.
 SPELLING_CHECKED = (
     "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stream", "stream_options", "logprobs",
@@ -101,9 +101,9 @@ _seen: set[str] = set()
 
 
 def check_unknown_fields(given: dict[str, msgspec.Raw]) -> None:
-    """Refuse, accept or log the fields of a body that its struct does not have.
+    """Reject, accept or log the fields of a body that its struct does not have.
 
-    `given` has their values as raw JSON. RequestError, with the name, if a field would change the output.
+    `given` has their values as raw JSON. Raises RequestError, with the name, if a field would change the output.
     """
     for name, raw in given.items():
         if name in ACCEPTED or bytes(raw).strip() == b"null":

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.api import unserved
+from engine.api import unsupported_fields
 from tests.engine.api.conftest import InLoop
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -88,15 +88,15 @@ async def test_what_asks_for_nothing_is_accepted(
 async def test_an_unknown_field_is_logged_once(
     server: InLoop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(unserved, "_seen", set())
+    monkeypatch.setattr(unsupported_fields, "_seen", set())
     for path in (*BOTH, *BOTH):
         await server.post(path, **BODIES[path], zzz_vendor_hint={"a": 1})
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "zzz_vendor_hint" in record.getMessage()
-    for number in range(2 * unserved.MAX_NAMES):
+    for number in range(2 * unsupported_fields.MAX_NAMES):
         await server.post("/tokenize", prompt="a", **{f"invented_{number}\n": 1})
-    assert len(caplog.records) == unserved.MAX_NAMES
+    assert len(caplog.records) == unsupported_fields.MAX_NAMES
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
