@@ -36,7 +36,7 @@ class Report:
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Sequence[str] = ()) -> Report:
-    """Draw everything from result files into `out`; None: the folder itself, or with several a new one beside the last.
+    """Draw everything from result files into `out`. None: the folder itself, or for several a new one next to the last.
 
     `timelines` are ids of load points whose timelines are drawn, besides one per configuration and workload. Raises
     ReportError if a folder has no results, or there is no load point, or none with such an id.
@@ -47,7 +47,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Se
         raise ReportError(
             f"{', '.join(str(f) for f in folders)}: no load point was measured{f' ({causes})' if causes else ''}"
         )
-    asked = [_find_point(results, point_id) for point_id in timelines]
+    requested = [_find_point(results, point_id) for point_id in timelines]
     pictures = _Pictures(out or _default_out([Path(folder) for folder in folders]))
     comparisons = compare(results)
     parts = ablations(results)
@@ -56,7 +56,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, timelines: Se
         pictures.add(f"ablation-{slug(ablation.workload)}", caption, ablation_figure(results, ablation))
     _draw_summaries(results, pictures)
     main_figures = dict(pictures.shown)
-    _draw_timelines(results, pictures, asked)
+    _draw_timelines(results, pictures, requested)
     timeline_figures = {caption: path for caption, path in pictures.shown.items() if caption not in main_figures}
     table = pictures.out / MARKDOWN_FILE
     table.write_text(markdown(results, comparisons))
@@ -93,11 +93,11 @@ def _draw_summaries(results: Results, pictures: _Pictures) -> None:
             pictures.add(f"percentiles-{slug(workload)}", f"Distribution of ITL and TTFT, {workload}", figure)
 
 
-def _draw_timelines(results: Results, pictures: _Pictures, asked: list[tuple[Series, PointRecord]]) -> None:
-    chosen = list(asked)
+def _draw_timelines(results: Results, pictures: _Pictures, requested: list[tuple[Series, PointRecord]]) -> None:
+    chosen = list(requested)
     for series in results.series.values():
         default = timeline_point(series)
-        if default is not None and all(default is not point for _, point in asked):
+        if default is not None and all(default is not point for _, point in requested):
             chosen.append((series, default))
     for series, point in chosen:
         figure = timeline_figure(results, series, point)

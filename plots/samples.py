@@ -1,4 +1,4 @@
-"""The samples of a load point, from its request file: latencies, and their course in time."""
+"""The samples of a load point, from its request file: latencies, and their timeline."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """The course of a load point, including its warm-up; times in seconds since its start, latencies in ms."""
+    """The timeline of a load point, including its warm-up; times in seconds since its start, latencies in ms."""
 
     sent_s: np.ndarray  # intended times of the requests with a first token
     ttft: np.ndarray
@@ -44,7 +44,7 @@ def read_samples(folder: Path, point: PointRecord) -> Samples | None:
 
 
 def read_moments(folder: Path, point: PointRecord) -> Moments | None:
-    """The course of a load point; None if its request file is missing."""
+    """The timeline of a load point; None if its request file is missing."""
     rows = _read(folder, point)
     if rows is None:
         return None

@@ -125,7 +125,7 @@ def linear_y(axes: Axes, values: Iterable[float]) -> None:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write the figure to `path` as PNG and beside it as SVG; returns both paths."""
+    """Write the figure to `path` as PNG and as SVG; returns both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     vector = path.with_suffix(".svg")
     with matplotlib.rc_context(STYLE):  # settings such as svg.fonttype apply when a figure is written

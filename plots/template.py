@@ -13,7 +13,7 @@ h3.workload { margin: 22px 0 8px; }
 .hint { font-size: 13px; margin: 0 0 8px; }
 .answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 14px; }
 .answer { border: 1px solid var(--line); border-left: 5px solid; border-radius: 8px; padding: 12px 16px; }
-.answer .who { font-weight: 600; }
+.answer .configuration { font-weight: 600; }
 .answer .what { color: var(--muted); font-size: 13px; }
 .answer .note { margin-top: 4px; }
 .answer .rate { font-size: 30px; font-weight: 700; line-height: 1.3; }
@@ -93,7 +93,7 @@ BODY = """
 <div class="answers">
 {% for a in cards %}
 <div class="answer" style="border-left-color: {{ a.color }}">
-<div class="who">{{ a.configuration }}</div>
+<div class="configuration">{{ a.configuration }}</div>
 <div class="rate">{{ a.rate }} <small>req/s sustained</small></div>
 <div class="what">{{ a.detail }}</div>
 {% if a.note %}<div class="what note">{{ a.note }}</div>{% endif %}
@@ -177,8 +177,8 @@ and its id, which <code>redline report --timeline</code> takes.</p>
 {% if troubles %}
 <h3>Invalid, undecided and disturbed load points, failed requests</h3>
 <ul class="troubles">
-{% for who, what in troubles %}
-<li><strong>{{ who }}</strong> {{ what }}</li>
+{% for name, cause in troubles %}
+<li><strong>{{ name }}</strong> {{ cause }}</li>
 {% endfor %}
 </ul>
 {% endif %}

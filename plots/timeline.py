@@ -35,7 +35,7 @@ def timeline_point(series: Series) -> PointRecord | None:
 
 
 def timeline_figure(results: Results, series: Series, point: PointRecord) -> Figure | None:
-    """The course of one load point; None if its request file is missing."""
+    """The timeline of one load point; None if its request file is missing."""
     moments = read_moments(series.folder, point)
     if moments is None:
         return None

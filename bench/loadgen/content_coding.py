@@ -9,7 +9,7 @@ _GZIP, _ZLIB, _RAW = 31, 15, -15  # zlib's window bits for the three formats
 
 
 class CodingError(Exception):
-    """The bytes are not compressed as the response says, or the coding is not supported."""
+    """The bytes are not compressed as Content-Encoding declares, or the coding is not supported."""
 
 
 def decoder(coding: str, packed: bytes) -> Decoder:
@@ -40,7 +40,7 @@ class _Inflate:
             try:
                 found.append(self._stream.decompress(piece, MAX_BYTES + 1 - self._total))
             except zlib.error:
-                raise CodingError(f"the response is not compressed with {self._coding}, as its header says") from None
+                raise CodingError(f"the response has Content-Encoding {self._coding}, but other bytes") from None
             self._total += len(found[-1])
             if self._total > MAX_BYTES:
                 raise CodingError(f"the decompressed response exceeds {MAX_BYTES >> 20} MiB")

@@ -1,4 +1,4 @@
-"""What one generator process is to send, when it starts, and who watches it."""
+"""The work of one generator process, the start time of a load point, and its observer."""
 
 import time
 from bisect import bisect_right

@@ -10,7 +10,7 @@ from bench.loadgen.recording import GeneratorUse
 
 
 def run_loop(loop: Loop) -> GeneratorUse:
-    """Run one loop to its end; returns what it used of its core."""
+    """Run one loop to its end; returns its CPU use."""
     used, waited, began = time.thread_time_ns(), _queued_ns(), time.monotonic_ns()
     try:
         loop.run()
@@ -41,7 +41,7 @@ def generating(requests: int) -> Iterator[None]:
 
 
 def _queued_ns() -> int:
-    """Nanoseconds for which this thread was ready to run while others had its core; 0 if the system does not tell."""
+    """Nanoseconds for which this thread was ready to run while others had its core; 0 if that is not known."""
     try:
         with open("/proc/thread-self/schedstat") as f:
             return int(f.read().split()[1])

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from bench.loadgen.response import Body, Head
-from bench.loadgen.sse import StreamedResponse, error_message, read_stream, what_instead
+from bench.loadgen.sse import StreamedResponse, describe_non_stream, error_message, read_stream
 from bench.loadgen.stream import Stream
 from bench.results import RequestRecord
 from bench.workloads.base import RequestSpec
@@ -158,8 +158,8 @@ class Recording:
         )
 
 
-def _read(stream: Stream, asked: int) -> _Reading:
-    """Parse one stream; `asked` is the requested output length."""
+def _read(stream: Stream, requested: int) -> _Reading:
+    """Parse one stream; `requested` is the requested output length."""
     response, places = StreamedResponse(), np.empty(0, dtype=np.int64)
     failure = stream.failure
     if stream.head is None:
@@ -169,7 +169,7 @@ def _read(stream: Stream, asked: int) -> _Reading:
         if stream.head.status != 200:
             failure = (f"http {stream.head.status}", _refusal(stream.head, body))
         else:
-            response = read_stream(body.data, asked)
+            response = read_stream(body.data, requested)
             places = np.array([body.place(p) for p in response.places], dtype=np.int64)
             failure = _judge(response, body, failure, stream.head.media)
     status, error = failure or ("ok", _UNENDED if stream.unended else "")
@@ -196,7 +196,7 @@ def _judge(
     if failure is not None:
         return failure
     if not response.events:
-        return "no stream", what_instead(body.data, media)
+        return "no stream", describe_non_stream(body.data, media)
     if not response.ended:
         return "malformed stream", "the stream ends without [DONE] or a finish reason"
     if not response.tokens:

@@ -1,7 +1,7 @@
 """Several generator processes for one load point: requests are assigned in turn, start together, and are merged.
 
 Each child gets its requests as bytes, reports that it is ready, and starts at the time that the parent sends. It sends
-its counts five times a second. The parent adds them up for the observer and sends the children a word to end.
+its counts five times a second. The parent adds them up for the observer, and sends the children a message to end.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class _Shard:
 
 
 def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Observer, *, target: Target) -> Recording:
-    """Run a job on several processes; raises BenchError if one of them dies, since part of the load is then missing."""
+    """Run a job on several processes. Raises BenchError if one of them dies, since a part of the load is missing."""
     with _children(processes, len(specs)) as shards:
         for number, shard in enumerate(shards):
             # A TLS context cannot be pickled: each child resolves the address itself.

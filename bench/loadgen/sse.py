@@ -46,7 +46,7 @@ class StreamedResponse:
 class _Chunk:
     place: int
     weight: int  # characters of text
-    tokens: int | None  # if the chunk itself names them
+    tokens: int | None  # if the chunk itself lists them
     closing: bool  # has a finish reason
 
 
@@ -87,7 +87,7 @@ def error_message(body: bytes) -> str:
     return _page_title(body) or _excerpt(body)
 
 
-def what_instead(body: bytes, media: str) -> str:
+def describe_non_stream(body: bytes, media: str) -> str:
     """A message that describes a response with HTTP 200 but no events; `media` is its Content-Type."""
     text = body.strip()
     if not text:
@@ -178,7 +178,7 @@ def _read_event(event: Event, response: StreamedResponse, chunks: list[_Chunk]) 
     if message is None or message == "":
         return
     if not isinstance(message, dict):
-        raise TypeError("no object")
+        raise TypeError("not an object")
     _read_message(message, event.last, response, chunks)
 
 
@@ -241,12 +241,12 @@ def _length(text: Any) -> int:
     if isinstance(text, list):
         return sum(_length(part.get("text") or part.get("thinking")) for part in text)
     if text is not None and not isinstance(text, str):
-        raise TypeError("no text")
+        raise TypeError("not a text")
     return len(text or "")
 
 
 def _named_tokens(choice: dict[str, Any]) -> int | None:
-    """The number of tokens if the chunk names them, in logprobs or token_ids."""
+    """The number of tokens if the chunk lists them, in logprobs or token_ids."""
     logprobs = choice.get("logprobs")
     for named in (logprobs.get("tokens"), logprobs.get("content")) if logprobs else ():
         if named is not None:

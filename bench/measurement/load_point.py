@@ -13,7 +13,7 @@ from bench.loadgen import GeneratorHealth, Recording, run_load
 from bench.measurement.machine import CounterReader, Counters, record_shares
 from bench.results import Phase, PointRecord, RequestRecord, slug, utc_now
 from bench.search.bracket import round_rate
-from bench.search.criteria import Evidence, Verdict, course_of, flow_of, judge, overload, tolerance
+from bench.search.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance, window_latencies
 from bench.search.windows import Timing, is_provisional, phase_repeat
 from bench.statistics.intervals import percentile, percentile_interval
 from bench.statistics.latencies import Latencies, goodput, latencies, token_rates
@@ -250,7 +250,7 @@ class LoadPoint:
             client_fault=health.reason if health.saturated else "",
             cut="time" if cut == INTERRUPTED else cut,
             limits={column: (getattr(record, column), allowed) for column, allowed in self.limits.items()},
-            course=course_of(requests, ended_s),
+            latencies=window_latencies(requests, ended_s),
             precision=self.precision,
             fastest_s=min((r.e2e_s for r in done if r.e2e_s is not None), default=0.0),
         )

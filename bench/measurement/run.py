@@ -75,7 +75,7 @@ def measure_configuration(subject: Subject, finished: Sequence[PointRecord] = ()
     """Measure and save every load point; returns the answer, None if no load point is valid.
 
     `finished` are load points of an interrupted run, which are not measured again. Raises InterruptedRunError (Ctrl-C),
-    LostServerError and CannotWriteError, with the answer so far; BenchError if the probe fails.
+    LostServerError and CannotWriteError, with the answer so far, and BenchError if the probe fails.
     """
     options, configuration, workload = subject.options, subject.configuration, subject.workload.name
     with _open_run(subject, finished) as run:
@@ -112,7 +112,7 @@ def measure_ladder(subject: Subject, finished: Sequence[PointRecord] = ()) -> li
 
 @contextlib.contextmanager
 def _open_run(subject: Subject, finished: Sequence[PointRecord]) -> Iterator["_Run"]:
-    """The run with its metrics reader and its handling of Ctrl-C; raises what ended it early at its end."""
+    """The run, with its metrics reader and its handling of Ctrl-C. If it ended early, the cause is raised on exit."""
     target, options = subject.target, subject.options
     budget = TimeBudget(options.max_minutes * 60)
     budget.start()
@@ -339,7 +339,7 @@ class _Run:
         return record
 
     def _check_server(self, record: PointRecord, requests: list[RequestRecord]) -> None:
-        """Check whether the server is gone, and whether it knew the random prompts."""
+        """Check whether the server is gone, and whether it had the random prompts in its prefix cache."""
         failed = [r for r in requests if r.status == "connection"]
         if failed and not self._point.reader.healthy():
             self.lost = f"the server stopped answering at {record.rate:g} req/s: {failed[0].error or failed[0].status}"

@@ -1,4 +1,4 @@
-"""Result files: their records, and reading and writing them. `plots` only knows this package and the statistics."""
+"""Result files: their records, and reading and writing them. `plots` imports only this and the statistics of bench."""
 
 from bench.results.environment import utc_now
 from bench.results.files import (

@@ -1,4 +1,4 @@
-"""What a run depends on beside its options: versions, hardware and time."""
+"""What a run depends on besides its options: versions, hardware and time."""
 
 import os
 import platform

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.results import PointRecord, RequestRecord
-from bench.search.trend import Course, Trend, trend
+from bench.search.trend import Trend, WindowLatencies, trend
 from bench.statistics.student import STUDENT_T_ONE_SIDED
 from bench.target.metrics import WindowState
 
@@ -79,13 +79,13 @@ class Flow:
         empty = self.backlog(edges[:-1]) <= 0
         return float(np.diff(edges)[empty].sum()) / max(end_s - start_s, 1e-9)
 
-    def course(self) -> Course:
+    def latencies(self) -> WindowLatencies:
         """Latencies of the window, assuming that requests complete in the order of arrival."""
         count = min(len(self.arrivals_s), len(self.completions_s))
         inside = np.flatnonzero((self.arrivals_s[:count] >= self.start_s) & (self.arrivals_s[:count] < self.end_s))
         due_s = self.arrivals_s[inside]
         latency_s = self.completions_s[inside] - due_s
-        return Course(due_s, latency_s, latency_s)
+        return WindowLatencies(due_s, latency_s, latency_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Evidence:
     client_fault: str = ""  # why the load generator cannot be trusted, else ""
     cut: str = ""  # why the load point ended early: the overload that was seen, or "time"; else ""
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # column -> (measured, allowed)
-    course: Course | None = None  # latencies of the window; None: derived from arrivals and completions
+    latencies: WindowLatencies | None = None  # None: derived from arrivals and completions
     precision: float = 0.1  # 0..1: an overload by this share must be visible for the verdict "sustained"
     fastest_s: float = 0.0  # lowest E2E latency of the window: later arrivals cannot have completed yet
 
@@ -141,15 +141,15 @@ def judge(e: Evidence) -> Verdict:
     noise = tolerance(count, float(np.quantile(e.flow.backlog(grid), 0.25)))
     growth = e.flow.growth()
     seen = f"{growth:+.0f}, noise ±{noise:.0f}"
-    course = e.course if e.course is not None else e.flow.course()
-    trends = trend(course.due_s, course.ttft_s), trend(course.due_s, course.latency_s)
+    latencies = e.latencies if e.latencies is not None else e.flow.latencies()
+    trends = trend(latencies.due_s, latencies.ttft_s), trend(latencies.due_s, latencies.latency_s)
     slope = trends[0].slope if trends[0] is not None else None
     reason, bound = _broken_rule(e, growth, noise, seen)
     if not reason:
         reason = _grown_latency(e, trends)
     if reason:
         return Verdict(True, False, reason, bound or binding(e.server), growth, noise, slope)
-    doubt = _doubt(e, growth, noise, trends, course)
+    doubt = _doubt(e, growth, noise, trends, latencies.latency_s)
     if doubt:
         return Verdict(True, None, f"undecided: {doubt}", "", growth, noise, slope)
     counter = "" if e.server.preemptions is not None else "; no preemption counter"
@@ -172,9 +172,11 @@ def _grown_latency(e: Evidence, trends: tuple[Trend | None, Trend | None]) -> st
     return ""
 
 
-def _doubt(e: Evidence, growth: float, noise: float, trends: tuple[Trend | None, Trend | None], course: Course) -> str:
+def _doubt(
+    e: Evidence, growth: float, noise: float, trends: tuple[Trend | None, Trend | None], latency_s: np.ndarray
+) -> str:
     """Why the window is undecided; "" if an overload would have been visible in it."""
-    typical_s = float(np.median(course.latency_s)) if len(course.latency_s) else 0.0
+    typical_s = float(np.median(latency_s)) if len(latency_s) else 0.0
     if e.flow.window_s < typical_s:
         return f"the window of {e.flow.window_s:.3g} s is shorter than a typical request ({typical_s:.3g} s)"
     share = overload_share(e.precision)
@@ -183,8 +185,8 @@ def _doubt(e: Evidence, growth: float, noise: float, trends: tuple[Trend | None,
     by_latency = all(t is not None and t.slope + t.noise <= share for t in trends)
     middle_s = (e.flow.start_s + e.flow.end_s) / 2
     idle = e.flow.idle_share(e.flow.start_s, e.flow.end_s), e.flow.idle_share(middle_s, e.flow.end_s)
-    uneven = float(np.std(course.latency_s)) / typical_s if typical_s > 0 else 1.0
-    enough = _IDLE + 1.65 * uneven / math.sqrt(max(len(course.latency_s), 1))  # a few requests may be fast by chance
+    uneven = float(np.std(latency_s)) / typical_s if typical_s > 0 else 1.0
+    enough = _IDLE + 1.65 * uneven / math.sqrt(max(len(latency_s), 1))  # a few requests may be fast by chance
     by_idling = idle[0] >= enough and idle[1] >= enough / 2
     if by_count or by_latency or by_idling:
         return ""
@@ -192,7 +194,7 @@ def _doubt(e: Evidence, growth: float, noise: float, trends: tuple[Trend | None,
     worst = max(known, key=lambda t: t.slope + t.noise, default=None)
     latency = f", latencies {worst.slope:+.2g} ±{worst.noise:.2g} s/s" if worst is not None else ""
     return (
-        f"{e.flow.arrived()} requests are too few to detect an overload of {e.precision:.0%} "
+        f"too few requests ({e.flow.arrived()}) to detect an overload of {e.precision:.0%} "
         f"(+{shown:.2g} and +{share:.2g} s/s): backlog {growth:+.0f} ±{max(noise, e.flow.spread()):.0f}{latency}"
     )
 
@@ -203,7 +205,7 @@ def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[s
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(e.failed.items()))
         return f"{sum(e.failed.values())} of {e.requests} requests failed ({kinds})", ""
     if e.server.preemptions:
-        return f"{e.server.preemptions} preemptions", "KV cache"
+        return f"{e.server.preemptions} preemption{'s' if e.server.preemptions > 1 else ''}", "KV cache"
     if e.cut:
         return e.cut, ""
     if growth > noise:
@@ -270,7 +272,7 @@ def flow_of(records: Sequence[RequestRecord], start_s: float, end_s: float) -> F
     return Flow(arrivals, np.sort(np.array(completions, dtype=np.float64)), start_s, end_s)
 
 
-def course_of(records: Sequence[RequestRecord], ended_s: float) -> Course:
+def window_latencies(records: Sequence[RequestRecord], ended_s: float) -> WindowLatencies:
     """Latencies of the window's requests; an open one counts with its wait until `ended_s`, when the load ended."""
     mine = sorted((r for r in records if r.in_window and r.status in ("ok", "cut short")), key=lambda r: r.intended_s)
     tpots = [sum(r.chunk_gaps_s) / max(1, sum(r.chunk_tokens[1:])) if len(r.chunk_tokens) > 1 else 0.0 for r in mine]
@@ -281,7 +283,7 @@ def course_of(records: Sequence[RequestRecord], ended_s: float) -> Course:
     waits = [max(0.0, ended_s - r.intended_s) if r.ttft_s is None else r.ttft_s for r in mine]
     ttft_s = np.array(waits, dtype=np.float64)
     tpot_s = np.array([middle if r.ttft_s is None else t for t, r in zip(tpots, mine, strict=True)], dtype=np.float64)
-    return Course(due_s, ttft_s, ttft_s + later * tpot_s)
+    return WindowLatencies(due_s, ttft_s, ttft_s + later * tpot_s)
 
 
 def binding_of_search(records: Sequence[PointRecord], high: float | None) -> str:

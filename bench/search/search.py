@@ -16,7 +16,7 @@ from bench.statistics.student import half_interval
 _MOST_DOUBLINGS = 20
 _MOST_HALVINGS = 6
 _MOST_CONFIRMATIONS = 10
-_MOST_CHALLENGES = 4
+_MOST_RECHECKS = 4
 _MOST_POINTS = 60
 _MOST_PASSED = 2  # consecutive undecided rates that the doubling passes over
 
@@ -32,13 +32,13 @@ def find_sustained(
     try:
         _double(bracket, start_rate)
         _confirm(bracket)
-        _challenge(bracket)
+        _recheck_upper_end(bracket)
         _repeat(bracket)
     except StoppedError as stopped:
         if not stopped.final:
             bracket.narrow = False
             with contextlib.suppress(StoppedError):
-                _decide_lowest(bracket)
+                _measure_lowest_again(bracket)
                 _confirm(bracket)
     return _answer(bracket, configuration, workload), bracket.records
 
@@ -64,8 +64,8 @@ def _double(b: Bracket, start_rate: float) -> None:
         _halve(b, rate)
 
 
-def _decide_lowest(b: Bracket) -> None:
-    """If the time for searching ended before any rate was decided, use the rest for the lowest rate tried."""
+def _measure_lowest_again(b: Bracket) -> None:
+    """If the time for searching ended before any rate was decided, run the lowest rate again in the time left."""
     lowest = min((record.rate for record in b.records), default=None)
     if b.low is None and lowest is not None and all(record.undecided for record in b.records if record.rate == lowest):
         b.open_records = [record for record in b.open_records if record.rate != lowest]  # replaced by a longer window
@@ -113,9 +113,9 @@ def _confirm(b: Bracket) -> None:
         failures = 0 if good else failures + 1
 
 
-def _challenge(b: Bracket) -> None:
-    """Run the upper end again, since a slow moment of the machine may have caused it; if it falls, search above it."""
-    for _ in range(_MOST_CHALLENGES):
+def _recheck_upper_end(b: Bracket) -> None:
+    """Run the upper end again, in case a slow moment of the machine caused it. If it is sustained, go on above it."""
+    for _ in range(_MOST_RECHECKS):
         high = b.high
         if high is None or not b.low_holds() or b.beyond_doubt(high) or len(b.records) >= _MOST_POINTS:
             return
@@ -133,14 +133,14 @@ def _challenge(b: Bracket) -> None:
 
 
 def _repeat(b: Bracket) -> None:
-    """Run the confirmed answer again for its interval; if further runs outvote it, confirm a lower rate."""
-    in_vain = 0  # disturbed runs do not count beside others, so they are limited
+    """Run the confirmed answer again for its interval. If most runs then fail, confirm a lower rate."""
+    wasted = 0  # disturbed runs are not counted if there are others, so they are limited
     while b.low_holds() and len(b.confirmations()) < CONFIRMATION_RUNS and len(b.records) < _MOST_POINTS:
-        if in_vain == CONFIRMATION_RUNS:
+        if wasted == CONFIRMATION_RUNS:
             return
         assert b.low is not None
         b.try_rate(b.low, "confirm", 1, whole=True)
-        in_vain += b.records[-1].disturbed
+        wasted += b.records[-1].disturbed
         if b.low is None and b.high is not None:
             _halve(b, b.high)
         if b.wide() or not b.low_holds():

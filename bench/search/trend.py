@@ -14,7 +14,7 @@ _WALK = 1.2
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class WindowLatencies:
     """Latencies of the requests of a window, by the time at which they were due, in seconds."""
 
     due_s: np.ndarray  # float64[n], sorted

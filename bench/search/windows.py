@@ -70,10 +70,10 @@ class Planner:
         wanted = self.full_window(trial.rate, latency_s)
         if trial.window_s:
             wanted = max(wanted, trial.window_s)
-            if self.window_s is not None or left < wanted + self._around(latency_s):
+            if self.window_s is not None or left < wanted + self._overhead(latency_s):
                 return None
             return self._fit(trial.rate, latency_s, left, 1, wanted)
-        if trial.whole and left < (self.window_s or wanted) + self._around(latency_s):
+        if trial.whole and left < (self.window_s or wanted) + self._overhead(latency_s):
             return None
         if trial.phase == "search" and trial.points_left > 1 + bisections(2.0, self.precision):
             # Doubling: all but the last rate are far from the answer, so short windows suffice.
@@ -97,7 +97,7 @@ class Planner:
 
     def fixed_s(self, rates: list[float], latency_s: float) -> float:
         windows = sum(self.window_s or self.full_window(r, latency_s) for r in rates)
-        return min(self.budget.limit_s, windows + len(rates) * self._around(latency_s))
+        return min(self.budget.limit_s, windows + len(rates) * self._overhead(latency_s))
 
     def _search_s(self, start_rate: float, latency_s: float, doublings: int) -> float:
         found = start_rate * 2**doublings
@@ -106,27 +106,28 @@ class Planner:
         fine = bisections(2.0, self.precision) + CONFIRMATION_RUNS
         ladder = len(LADDER) * full if self.ladder else 0.0
         points = doublings + 2 + fine + (len(LADDER) if self.ladder else 0)
-        return (doublings + 2) * short + fine * full + ladder + points * self._around(latency_s)
+        return (doublings + 2) * short + fine * full + ladder + points * self._overhead(latency_s)
 
     def _confirmation(self, rate: float, latency_s: float) -> float:
         """The least time to keep for a confirmation, so that a search that runs out of time still has an answer."""
-        return (self.window_s or self._least(rate, latency_s)) + self._around(latency_s)
+        return (self.window_s or self._least(rate, latency_s)) + self._overhead(latency_s)
 
     def _fit(self, rate: float, latency_s: float, left_s: float, points: int, wanted_s: float) -> Timing | None:
-        around = self._around(latency_s)
+        overhead = self._overhead(latency_s)
         if self.window_s is not None:
             window, least = self.window_s, self.window_s
         else:
             least = min(self._least(rate, latency_s), wanted_s)
-            window = min(wanted_s, max(least, left_s / max(points, 1) - around))
-        if self.budget.left_s() <= 0 or left_s < least + around:
+            window = min(wanted_s, max(least, left_s / max(points, 1) - overhead))
+        if self.budget.left_s() <= 0 or left_s < least + overhead:
             return None
         window = max(1, round(rate * window)) / rate  # the number of arrivals, rate x length, must be an integer
         warmup = _WARMUP_LATENCIES * latency_s
         # The last requests of the window need one latency more, and longer if they queue.
         return Timing(warmup, window, max(3 * latency_s, 0.5 * window))
 
-    def _around(self, latency_s: float) -> float:
+    def _overhead(self, latency_s: float) -> float:
+        """Seconds of a load point outside its window."""
         return (_WARMUP_LATENCIES + 1) * latency_s + _OVERHEAD_S
 
     def _least(self, rate: float, latency_s: float) -> float:

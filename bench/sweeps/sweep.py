@@ -53,7 +53,7 @@ _EVEN_UP_TO = 2.0  # ratio of the rates found up to which the ladder has even st
 
 @dataclass(slots=True)
 class _State:
-    """What is needed to continue an interrupted sweep, beside summary and load points; written to sweep.json."""
+    """What is needed to continue an interrupted sweep, besides summary and load points; written to sweep.json."""
 
     plan: str  # a hash of the sweep file, since the file itself may contain keys
     ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s

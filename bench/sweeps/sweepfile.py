@@ -52,7 +52,7 @@ class SweepOptions:
     rates: tuple[float, ...] | None = None  # instead of a search
     search: str = "all"  # or "first": only the first configuration
     ladder: bool | tuple[float, ...] = True  # or multiples of the lowest rate found
-    rounds: int = 1  # of ladder or rates, with configurations interleaved, so that a machine's drift affects all alike
+    rounds: int = 1  # of ladder or rates, with configurations interleaved, so that drift affects all equally
     limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest allowed value
     arrivals: Arrivals = field(default_factory=Arrivals)
 

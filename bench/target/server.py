@@ -26,7 +26,7 @@ class ServerProcess:
     """A server in a process group of its own, with its output in a log file.
 
     `command` is an argument list or a command line; "{port}" in it, or in `url`, is replaced by a free port. Raises
-    BenchError with the end of the log if the server is not healthy within `start_limit_s`.
+    Raises BenchError with the end of the log if the server is not healthy within `start_limit_s`.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ def serve_flags(options: dict[str, object]) -> list[str]:
 
 
 def _prepare_child() -> Callable[[], object]:
-    """What the child does between fork and exec: reset SIGINT, and ask for SIGTERM when this process dies (Linux).
+    """What the child does between fork and exec: reset SIGINT, and request SIGTERM when this process dies (Linux).
 
     A background job of a shell ignores SIGINT, and its children inherit that; the server is stopped with SIGINT.
     """

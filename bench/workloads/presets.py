@@ -41,7 +41,7 @@ def workload_presets() -> dict[str, Path]:
 def read_workload(name: str) -> dict[str, Any]:
     """The description in a workload preset or a YAML file, for make_workload().
 
-    A relative path of a data set or trace in the file is looked up beside the file first.
+    A relative path of a data set or trace in the file is looked up next to the file first.
     """
     known = workload_presets()
     path = known.get(name, Path(name).expanduser())

@@ -126,9 +126,9 @@ class _Record:
 class _Reader:
     """Reads one file as a Trace."""
 
-    def __init__(self, path: str, asked_unit: str, skip: bool):
+    def __init__(self, path: str, given_unit: str, skip: bool):
         self._path = path
-        self._asked_unit = asked_unit
+        self._given_unit = given_unit
         self._faults = RowFaults(path, FLAG, skip)
         self._rows = read_table(Path(path), FLAG)
         self._columns = list(dict.fromkeys(name for row in self._rows for name in row.fields))
@@ -201,7 +201,7 @@ class _Reader:
 
     def _dates(self, records: list[_Record]) -> tuple[list[float], str]:
         moments = [r.moment for r in records if isinstance(r.moment, _Date)]
-        if self._asked_unit != "auto":
+        if self._given_unit != "auto":
             raise BenchError(f"{self._path}: --trace-unit does not apply: the trace has date-times (--trace-unit)")
         if len({moment.zoned for moment in moments}) > 1:
             raise BenchError(f"{self._path}: only some of the date-times have a time zone ({FLAG})")
@@ -217,8 +217,8 @@ class _Reader:
         return [(number - first) / UNITS[unit] for number in numbers], unit
 
     def _unit(self, numbers: list[float]) -> str:
-        if self._asked_unit != "auto":
-            return self._asked_unit
+        if self._given_unit != "auto":
+            return self._given_unit
         suffix, least = _suffix(self._time or ""), min(numbers, default=0.0)
         epoch = next((unit for start, unit in _EPOCHS if least >= start), None)
         if suffix is not None or epoch is not None:

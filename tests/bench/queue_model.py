@@ -10,7 +10,7 @@ from bench.results import Answer, PointRecord
 from bench.search.bracket import Trial
 from bench.search.criteria import Evidence, Flow, Verdict, judge
 from bench.search.search import find_sustained
-from bench.search.trend import Course
+from bench.search.trend import WindowLatencies
 from bench.search.windows import Planner, TimeBudget, phase_repeat
 from bench.target.metrics import WindowState
 from bench.workloads.arrivals import Arrivals, arrival_times, point_seed
@@ -62,10 +62,10 @@ def verdict_of(
     ends_s = begins_s + service_s
     flow = Flow(due_s, np.sort(ends_s), parts[0], parts[0] + parts[1])
     inside = (due_s >= flow.start_s) & (due_s < flow.end_s)
-    course = Course(due_s[inside], (begins_s - due_s)[inside], (ends_s - due_s)[inside]) if latencies else None
+    found = WindowLatencies(due_s[inside], (begins_s - due_s)[inside], (ends_s - due_s)[inside]) if latencies else None
     fastest_s = float((ends_s - due_s)[inside].min())
     seen = Evidence(
-        flow, WindowState(preemptions=0), requests=int(inside.sum()), course=course, precision=precision,
+        flow, WindowState(preemptions=0), requests=int(inside.sum()), latencies=found, precision=precision,
         fastest_s=fastest_s,
     )  # fmt: skip
     return judge(seen)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.loadgen.sse import _events, error_message, read_stream, spread, what_instead
+from bench.loadgen.sse import _events, describe_non_stream, error_message, read_stream, spread
 
 
 def event(message: Any, end: str = "\n") -> bytes:
@@ -271,7 +271,7 @@ def test_tokens_sum_to_the_usage(sizes: list[int], closing: bool) -> None:
 )
 def test_what_a_200_is_that_is_no_stream(body: bytes, media: str, words: str) -> None:
     assert read_stream(body).events == 0
-    assert words in what_instead(body, media)
+    assert words in describe_non_stream(body, media)
 
 
 @given(st.binary(max_size=300))

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.search.criteria import Evidence, Flow, binding, course_of, judge, overload, tolerance
-from bench.search.trend import Course
+from bench.search.criteria import Evidence, Flow, binding, judge, overload, tolerance, window_latencies
+from bench.search.trend import WindowLatencies
 from bench.target.metrics import WindowState
 from tests.bench.queue_model import KINDS, queue, verdict_of
 from tests.bench.records import plain_request
@@ -111,28 +111,28 @@ def test_tolerance_never_falls_with_more_requests(count: float, in_flight: float
     assert tolerance(count, in_flight + 1) >= tolerance(count, in_flight)
 
 
-def demo_course(rising: bool) -> tuple[Flow, Course]:
+def demo_latencies(rising: bool) -> tuple[Flow, WindowLatencies]:
     """14 requests at 1.32 req/s beside busy neighbors: TTFT about 8.9 s, a backlog of 12 to 15 requests."""
     arrivals = np.arange(-12.0, 25.0) / 1.32
     wait = 8.9 + (0.6 * arrivals if rising else 3.0 * np.sin(np.arange(len(arrivals)) * 2.1))
     flow = Flow(arrivals, np.sort(arrivals + wait + 1.5), 0.0, 14 / 1.32)
     inside = (arrivals >= 0) & (arrivals < 14 / 1.32)
-    return flow, Course(arrivals[inside], wait[inside], wait[inside] + 1.5)
+    return flow, WindowLatencies(arrivals[inside], wait[inside], wait[inside] + 1.5)
 
 
 def test_a_window_whose_tolerance_is_as_large_as_an_overload_is_undecided() -> None:
-    flow, course = demo_course(rising=False)
-    verdict = judge(evidence(flow, course=course))
+    flow, latencies = demo_latencies(rising=False)
+    verdict = judge(evidence(flow, latencies=latencies))
     assert (verdict.valid, verdict.sustained, verdict.name) == (True, None, "undecided")
     assert verdict.noise > 8, "as in the window that once said sustained"
     assert "the window of 10.6 s is shorter than a typical request" in verdict.reason
     longer = Flow(flow.arrivals_s, flow.completions_s, -4.0, 14 / 1.32)
-    assert "19 requests are too few" in judge(evidence(longer, course=course)).reason
+    assert "too few requests (19)" in judge(evidence(longer, latencies=latencies)).reason
 
 
 def test_ttft_that_climbs_through_the_window_is_overload_whatever_the_backlog_tells() -> None:
-    flow, course = demo_course(rising=True)
-    verdict = judge(evidence(flow, course=course))
+    flow, latencies = demo_latencies(rising=True)
+    verdict = judge(evidence(flow, latencies=latencies))
     assert verdict.sustained is False
     assert verdict.ttft_trend == pytest.approx(0.6)
     assert "TTFT grew" in verdict.reason or "backlog grew" in verdict.reason
@@ -141,8 +141,8 @@ def test_ttft_that_climbs_through_the_window_is_overload_whatever_the_backlog_te
 def test_a_window_shorter_than_its_requests_is_undecided() -> None:
     arrivals = np.arange(400) / 40.0
     flow = Flow(arrivals, arrivals + 20.0, 0.0, 10.0)
-    course = Course(arrivals, np.full(400, 19.0), np.full(400, 20.0))
-    verdict = judge(evidence(flow, course=course))
+    latencies = WindowLatencies(arrivals, np.full(400, 19.0), np.full(400, 20.0))
+    verdict = judge(evidence(flow, latencies=latencies))
     assert verdict.sustained is not True
 
 
@@ -159,12 +159,12 @@ def test_half_of_the_capacity_is_called_sustained_in_whole_windows() -> None:
         assert right >= 18, kind
 
 
-def test_the_course_leaves_the_lengths_of_answers_out() -> None:
+def test_latencies_leave_the_lengths_of_answers_out() -> None:
     rows = [
         plain_request(intended_s=i, asked_output_tokens=n, chunk_gaps_s=[0.1] * (n - 1), chunk_tokens=[1] * n)
         for i, n in enumerate([2, 20, 5, 13])
     ]
     silent: dict[str, object] = {"ttft_s": None, "e2e_s": None, "chunk_gaps_s": [], "chunk_tokens": []}
-    course = course_of([*rows, plain_request(intended_s=4.0, status="cut short", **silent)], 10.0)
-    assert course.ttft_s.tolist() == pytest.approx([0.1] * 4 + [6.0])
-    assert course.latency_s[:4].tolist() == pytest.approx([course.latency_s[0]] * 4)
+    latencies = window_latencies([*rows, plain_request(intended_s=4.0, status="cut short", **silent)], 10.0)
+    assert latencies.ttft_s.tolist() == pytest.approx([0.1] * 4 + [6.0])
+    assert latencies.latency_s[:4].tolist() == pytest.approx([latencies.latency_s[0]] * 4)

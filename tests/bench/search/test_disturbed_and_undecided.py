@@ -84,7 +84,7 @@ def undecided_below(capacity: float, enough: int) -> Callable[[Trial], PointReco
         return plain_point(
             rate=trial.rate, phase=trial.phase, repeat=trial.repeat, window_s=window_s, requests=round(4 * window_s),
             sustained=good if decided else None, verdict=verdict, binding="" if good or not decided else "compute",
-            reason="undecided: 40 requests are too few" if not decided else "", backlog_growth=0.0 if good else 99.0,
+            reason="undecided: too few requests (40)" if not decided else "", backlog_growth=0.0 if good else 99.0,
             backlog_noise=10.0,
         )  # fmt: skip
 
