@@ -190,7 +190,10 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             return [params or self.default_sampling_params()] * count
         if len(params) != count:
-            raise RequestError(f"{count} prompts came with {len(params)} sampling_params", "sampling_params")
+            raise RequestError(
+                f"the number of sampling_params ({len(params)}) differs from that of prompts ({count})",
+                "sampling_params",
+            )
         return params
 
     async def _generate(

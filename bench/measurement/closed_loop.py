@@ -95,8 +95,9 @@ def measure_closed_loop(
             progress.message(note)
         if records[0].error:
             progress.message(f"warning: the first request: {records[0].error}")
+        what = f"{count} request{'s' if count > 1 else ''}"
         progress.message(
-            f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; sending {count} requests, concurrency {concurrency}"
+            f"one request alone: {alone.e2e_p50_ms / 1e3:.3g} s; sending {what}, concurrency {concurrency}"
         )
         plan = PointPlan(
             1.0, "closed", 0, Timing(0.0, 1e9, 0.0), 0.0, cut_overload=False, concurrency=concurrency, requests=count

@@ -23,7 +23,7 @@ class GlooGroup:
 
     def __init__(self, rank: int, size: int, store: str):
         self.rank, self.size = rank, size
-        gloo: Any = dist.ProcessGroupGloo  # init_process_group does not let us choose the interface
+        gloo: Any = dist.ProcessGroupGloo  # init_process_group has no option for the interface
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = TIMEOUT
