@@ -14,7 +14,7 @@ from bench.results import PointRecord
 from bench.statistics.student import half_interval
 from plots.compare import METRICS, Metric, percent, percent_text, points_at_one_rate
 from plots.data import ROUND_PHASES, Results, Run, Series, run_facts
-from plots.style import COLORS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, plain, span, wants_log, wrapped
+from plots.style import COLORS, INK, MUTED, STYLE, WIDTH_IN, footnote, headline, needs_log_scale, plain, span, wrapped
 
 _LATENCIES = ("itl_p99", "ttft_p99")
 _LATENCY_COLUMNS = tuple(m for key in _LATENCIES for m in METRICS if m.key == key)
@@ -237,7 +237,7 @@ def _draw_interval(axes: Axes, place: int, ends: tuple[float, float], color: str
 def _scale(axes: Axes, values: list[float], highs: list[float]) -> None:
     top = max(values, default=1.0)
     reach = max(top, min(max(highs, default=top), _FARTHEST * top))
-    if min(values, default=0) > 0 and wants_log(values):
+    if min(values, default=0) > 0 and needs_log_scale(values):
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 1.6, reach * 1.4)
         axes.xaxis.set_major_locator(LogLocator(numticks=4))

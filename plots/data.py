@@ -59,7 +59,7 @@ class Series:
         judged = [p for p in self.points if p.valid and (p.sustained is not None or p.undecided)]
         valid = [p for p in judged if p.requests > 0]
         bounded = [p for p in valid if p.phase in CURVE_PHASES]
-        chosen = _one_a_rate(bounded if len({p.rate for p in bounded}) >= 3 else valid)
+        chosen = _one_per_rate(bounded if len({p.rate for p in bounded}) >= 3 else valid)
         return [_drawn(RunFiles(self.folder), p) for p in chosen]
 
     def rounds(self, point: PointRecord) -> list[PointRecord]:
@@ -272,7 +272,7 @@ def verdict_text(point: PointRecord) -> str:
     return {True: "sustained", False: "not sustained", None: "–"}[point.sustained]
 
 
-def _one_a_rate(points: list[PointRecord]) -> list[PointRecord]:
+def _one_per_rate(points: list[PointRecord]) -> list[PointRecord]:
     """One load point per rate: of several, the median one by P99 ITL among those with long windows.
 
     Rounds take precedence over what a search measured at the same rate; disturbed load points are used only if there

@@ -23,10 +23,10 @@ from plots.style import (
     legend_below_headline,
     linear_y,
     log_y,
+    needs_log_scale,
     palette,
     plain,
     span,
-    wants_log,
     wrapped,
 )
 
@@ -131,7 +131,7 @@ def _draw_panel(axes: Axes, panel: Panel, series: list[Series], looks: dict[str,
     if not scaled:
         axes.text(0.5, 0.5, "nothing measured", transform=axes.transAxes, ha="center", color=MUTED)
         axes.set_yticks([])
-    elif wants_log(scaled):
+    elif needs_log_scale(scaled):
         log_y(axes, scaled)
     else:
         linear_y(axes, scaled)

@@ -22,10 +22,10 @@ from plots.style import (
     footnote,
     headline,
     legend_below_headline,
+    needs_log_scale,
     palette,
     plain,
     span,
-    wants_log,
     wrapped,
 )
 
@@ -123,7 +123,7 @@ def _share_axis(axes: Axes, samples: int) -> None:
 
 
 def _latency_axis(axes: Axes, low: float, high: float) -> None:
-    if low > 0 and wants_log([low, high]):
+    if low > 0 and needs_log_scale([low, high]):
         axes.set_xscale("log")
         axes.set_xlim(low / 1.2, high * 1.25)
         ratio = high / low

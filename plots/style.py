@@ -101,7 +101,7 @@ def footnote(figure: Figure, lines: Sequence[str], height_in: float) -> None:
     figure.text(0.012, 0.1 / height_in, "\n".join(lines), fontsize=8, color=MUTED, va="bottom", linespacing=1.45)
 
 
-def wants_log(values: Iterable[float]) -> bool:
+def needs_log_scale(values: Iterable[float]) -> bool:
     """Whether a logarithmic axis is better: on a linear one, most values would be close to zero."""
     positive = [value for value in values if value > 0]
     return bool(positive) and max(positive) > 12 * min(positive)

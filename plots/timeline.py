@@ -13,7 +13,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from bench.results import PointRecord, RunFiles
 from plots.data import Results, Series, run_facts, verdict_text
 from plots.samples import Moments, read_moments
-from plots.style import INK, MUTED, SECONDS_FROM_MS, STYLE, WIDTH_IN, footnote, headline, plain, wants_log, wrapped
+from plots.style import (
+    INK, MUTED, SECONDS_FROM_MS, STYLE, WIDTH_IN, footnote, headline, needs_log_scale, plain, wrapped,
+)  # fmt: skip
 
 RUNNING, WAITING, KV, PREEMPTED, TTFT, GAP = "#2563eb", "#ea580c", "#059669", "#dc2626", "#9333ea", "#0891b2"
 OUTSIDE = "#f3f4f6"  # background of warm-up and drain
@@ -173,7 +175,7 @@ def _latency_axis(axes: Axes, title: str, values: np.ndarray) -> None:
         axes.text(0.5, 0.45, "no tokens", transform=axes.transAxes, ha="center", color=MUTED)
         return
     low, high = float(np.quantile(positive, 0.005)), float(positive.max())
-    if wants_log([low, high]):
+    if needs_log_scale([low, high]):
         axes.set_yscale("log")
         axes.set_ylim(low / 1.5, high * 2)
         ratio = high / low

@@ -58,7 +58,7 @@ def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Obs
         for shard in shards:
             shard.pipe.send(start)
         try:
-            _oversee(shards, observer, start)
+            _supervise(shards, observer, start)
         except BaseException:
             _send_all(shards, _CUT)
             raise
@@ -109,7 +109,7 @@ def _children(processes: int, requests: int) -> Iterator[list[_Shard]]:
                 shard.process.wait()
 
 
-def _oversee(shards: list[_Shard], observer: Observer, start: Start) -> None:
+def _supervise(shards: list[_Shard], observer: Observer, start: Start) -> None:
     """Add up the children's counts until each has sent its recording."""
     word = ""  # sent to the children
     next_tick = 0.0

@@ -102,7 +102,7 @@ class Watch:
         if now_s < self.plan.start_s:
             return ""
         if now_s >= self.plan.end_s:
-            return _ENOUGH if self._overfull(backlog) else ""
+            return _ENOUGH if self._queue_too_long(backlog) else ""
         waiting = server.waiting if server is not None else None
         if self._at_start is None:
             self._at_start = backlog, waiting
@@ -116,7 +116,7 @@ class Watch:
         elapsed = now_s - self.plan.start_s
         return overload((self._at_start[0], backlog), elapsed, self.plan.rate, self.plan.latency_s, queue)
 
-    def _overfull(self, backlog: int) -> bool:
+    def _queue_too_long(self, backlog: int) -> bool:
         """Whether a search's window ended with a queue that would take long to drain without new information."""
         if not self.plan.cut_overload or self._at_start is None:
             return False

@@ -75,7 +75,7 @@ class MachineReader:
 
     def __init__(self, base_url: str):
         _, host, self._port = origin(base_url)
-        self._here = _is_here(host)
+        self._here = _is_this_machine(host)
 
     def read(self) -> Counters | None:
         server = self._server() if self._here else None
@@ -128,7 +128,7 @@ def _root(pid: int, processes: dict[int, psutil.Process]) -> int:
     return pid
 
 
-def _is_here(host: str) -> bool:
+def _is_this_machine(host: str) -> bool:
     with contextlib.suppress(OSError):
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
         own = {address.address.partition("%")[0] for group in psutil.net_if_addrs().values() for address in group}

@@ -183,14 +183,14 @@ class Bracket:
             return False
         return high / low > (1 + self.precision) * 1.001  # rates are rounded to four digits
 
-    def weak(self) -> bool:
+    def high_uncertain(self) -> bool:
         """Whether the upper end rests on one short window of the doubling with a backlog that hardly grew."""
         runs = [r for r in self.counted if r.rate == self.high]
         if len(runs) != 1 or not self.narrow or _is_clear(runs[0]):
             return False
         return 2 * runs[0].requests < self._most(self.records)
 
-    def beyond_doubt(self, rate: float) -> bool:
+    def is_certain(self, rate: float) -> bool:
         """Whether a rate failed more than once, or so clearly that a slow moment of the machine is not the cause."""
         runs = [r for r in self.counted if r.rate == rate and r.sustained is False]
         return len(runs) != 1 or _is_clear(runs[0], _CLEAR_OVERLOAD)  # no runs: the client was the limit

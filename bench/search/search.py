@@ -85,7 +85,7 @@ def _bisect(b: Bracket) -> None:
             b.try_rate(b.low * (1 + b.precision) ** 2, "search", 2)  # the upper end turned out to be sustained
         elif b.wide():
             b.try_rate(math.sqrt(b.low * b.high), "search", b.bisections() + 1)
-        elif b.weak():
+        elif b.high_uncertain():
             b.try_rate(b.high, "search", 2)
         else:
             return
@@ -117,7 +117,7 @@ def _recheck_upper_end(b: Bracket) -> None:
     """Run the upper end again, in case a slow moment of the machine caused it. If it is sustained, go on above it."""
     for _ in range(_MOST_RECHECKS):
         high = b.high
-        if high is None or not b.low_holds() or b.beyond_doubt(high) or len(b.records) >= _MOST_POINTS:
+        if high is None or not b.low_holds() or b.is_certain(high) or len(b.records) >= _MOST_POINTS:
             return
         try:
             b.try_rate(high, "search", 1, whole=True)

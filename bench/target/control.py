@@ -67,14 +67,14 @@ def unused_proxy(target: Target) -> str:
     scheme, host, port = origin(target.base_url)
     proxies = urllib.request.getproxies_environment()
     name = scheme if scheme in proxies else "all"
-    if name not in proxies or _bypassed(f"{host}:{port}", proxies):
+    if name not in proxies or _bypasses_proxy(f"{host}:{port}", proxies):
         return ""
     return (
         f"{name.upper()}_PROXY is ignored: requests go directly to {host}, because a proxy's delays would be measured"
     )
 
 
-def _bypassed(host: str, proxies: dict[str, str]) -> bool:
+def _bypasses_proxy(host: str, proxies: dict[str, str]) -> bool:
     return bool(urllib.request.proxy_bypass_environment(host, proxies))  # type: ignore[attr-defined]
 
 

@@ -42,7 +42,7 @@ class Target:
     query: str = ""  # of the URL, added to every request
 
     def __post_init__(self) -> None:
-        base, query, user = _take_apart(self.base_url)
+        base, query, user = _split_url(self.base_url)
         headers = tuple(check_header(name, value) for name, value in self.headers)
         if user and self.api_key is None:
             headers = (("Authorization", "Basic " + b64encode(user.encode()).decode()), *headers)
@@ -94,7 +94,7 @@ class Target:
 
 def clean_url(base_url: str) -> str:
     """`base_url` without trailing slash, /v1, query and user; raises BenchError if it is not an http(s) URL."""
-    return _take_apart(base_url)[0]
+    return _split_url(base_url)[0]
 
 
 def check_header(name: str, value: str, flag: str = "--header") -> tuple[str, str]:
@@ -110,7 +110,7 @@ def check_header(name: str, value: str, flag: str = "--header") -> tuple[str, st
     return name, value
 
 
-def _take_apart(text: str) -> tuple[str, str, str]:
+def _split_url(text: str) -> tuple[str, str, str]:
     """The base URL before /v1, the query, and user:password; raises BenchError."""
     wrong = BenchError(
         f"{_without_password(text)!r} is not a valid server URL; expected something like http://127.0.0.1:8000 (--url)"

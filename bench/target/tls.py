@@ -19,9 +19,9 @@ def tls_context(ca: str | None = None, *, insecure: bool = False) -> ssl.SSLCont
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     elif ca is not None:
-        context = _trusting(ca, "--ca")
+        context = _ca_context(ca, "--ca")
     elif named := next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None):
-        context = _trusting(os.environ[named], named)
+        context = _ca_context(os.environ[named], named)
     else:
         context = ssl.create_default_context()
         with contextlib.suppress(ImportError):
@@ -32,7 +32,7 @@ def tls_context(ca: str | None = None, *, insecure: bool = False) -> ssl.SSLCont
     return context
 
 
-def _trusting(path: str, named_by: str) -> ssl.SSLContext:
+def _ca_context(path: str, named_by: str) -> ssl.SSLContext:
     try:
         if Path(path).is_dir():
             return ssl.create_default_context(capath=path)

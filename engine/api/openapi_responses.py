@@ -20,7 +20,7 @@ def listed(of: Schema) -> Schema:
     return {"type": "array", "items": of}
 
 
-def maybe(of: Schema) -> Schema:
+def nullable(of: Schema) -> Schema:
     return {"anyOf": [of, NULL]}
 
 
@@ -41,7 +41,7 @@ FINISH_REASON: Schema = {"enum": ["stop", "length", "abort", "error", None]}
 STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
 # For each token of a prompt, a map from token ids; null for the first token.
 PROMPT_LOGPROBS: Schema = listed(
-    maybe(
+    nullable(
         {
             "type": "object",
             "additionalProperties": record({"logprob": NUMBER, "rank": COUNT, "decoded_token": STRING}),
@@ -54,7 +54,7 @@ RESPONSES: dict[str, Schema] = {
     "Error": record(
         {
             "error": record(
-                {"message": STRING, "type": STRING, "param": maybe(STRING), "code": {"type": ["string", "null"]}}
+                {"message": STRING, "type": STRING, "param": nullable(STRING), "code": {"type": ["string", "null"]}}
             )
         }
     ),
@@ -65,20 +65,20 @@ RESPONSES: dict[str, Schema] = {
     "CompletionLogprobs": record(
         {
             "text_offset": listed(COUNT),
-            "token_logprobs": listed(maybe(NUMBER)),
+            "token_logprobs": listed(nullable(NUMBER)),
             "tokens": listed(STRING),
-            "top_logprobs": listed(maybe({"type": "object", "additionalProperties": NUMBER})),
+            "top_logprobs": listed(nullable({"type": "object", "additionalProperties": NUMBER})),
         }
     ),
     "Completion": completion(
         "text_completion",
-        {"index": COUNT, "text": STRING, "logprobs": maybe(ref("CompletionLogprobs")), "finish_reason": FINISH_REASON},
+        {"index": COUNT, "text": STRING, "logprobs": nullable(ref("CompletionLogprobs")), "finish_reason": FINISH_REASON},
         {"stop_reason": STOP_REASON, "token_ids": listed(COUNT), **ABOUT_PROMPT},
     ),
-    "ChatLogprob": record({"token": STRING, "logprob": NUMBER, "bytes": maybe(listed(COUNT))}),
+    "ChatLogprob": record({"token": STRING, "logprob": NUMBER, "bytes": nullable(listed(COUNT))}),
     "ChatLogprobs": record(
         {
-            "content": maybe(
+            "content": nullable(
                 listed({"allOf": [ref("ChatLogprob"), record({"top_logprobs": listed(ref("ChatLogprob"))})]})
             )
         },
@@ -88,8 +88,8 @@ RESPONSES: dict[str, Schema] = {
         "chat.completion",
         {
             "index": COUNT,
-            "message": record({"role": {"const": "assistant"}, "content": maybe(STRING)}, {"refusal": maybe(STRING)}),
-            "logprobs": maybe(ref("ChatLogprobs")),
+            "message": record({"role": {"const": "assistant"}, "content": nullable(STRING)}, {"refusal": nullable(STRING)}),
+            "logprobs": nullable(ref("ChatLogprobs")),
             "finish_reason": FINISH_REASON,
         },
         {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
@@ -101,7 +101,7 @@ RESPONSES: dict[str, Schema] = {
             "data": listed(
                 record(
                     {"id": STRING, "object": {"const": "model"}, "created": COUNT, "owned_by": STRING},
-                    {"root": STRING, "parent": maybe(STRING), "max_model_len": COUNT, "vocab_size": COUNT},
+                    {"root": STRING, "parent": nullable(STRING), "max_model_len": COUNT, "vocab_size": COUNT},
                 )
             ),
         }
@@ -116,7 +116,7 @@ RESPONSES: dict[str, Schema] = {
             "status": {"enum": ["ok", "degraded", "hung", "dead"]},
             "running": COUNT,
             "waiting": COUNT,
-            "last_step_age_s": maybe(NUMBER),
+            "last_step_age_s": nullable(NUMBER),
         },
         {
             "cause": STRING,

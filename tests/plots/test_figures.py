@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from bench.results import RunFiles
 from plots.data import Results, load
 from plots.latency import caption, latency_figure
-from plots.style import COLORS, palette, plain, save, span, wants_log, wrapped
+from plots.style import COLORS, needs_log_scale, palette, plain, save, span, wrapped
 from plots.throughput import throughput_figure
 from tests.plots.made import ARTICLES, TWO, Server, edited
 
@@ -163,9 +163,9 @@ def test_latencies_that_are_not_numbers_are_not_drawn(demo: Path) -> None:
 def test_wide_spreads_get_a_log_axis(demo: Path) -> None:
     itl, ttft = latency_figure(load([demo]), WORKLOAD).axes
     assert (itl.get_yscale(), ttft.get_yscale()) == ("linear", "log")
-    assert not wants_log([1, 2, 11])
-    assert wants_log([1, 13])
-    assert not wants_log([])
+    assert not needs_log_scale([1, 2, 11])
+    assert needs_log_scale([1, 13])
+    assert not needs_log_scale([])
 
 
 def many(make_run: Callable[..., Path]) -> Results:
