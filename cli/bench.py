@@ -21,7 +21,7 @@ from bench.target.reported_config import resolved_configuration
 from bench.target.server import ServerProcess, has_flag
 from bench.workloads import ANY_VOCABULARY, Workload, has_exact_lengths, make_workload
 from bench.workloads.arrivals import MOST_RATE
-from cli.closed import check_closed, run_closed, save_vllm_of_rate, write_summary
+from cli.closed import REQUESTS_PER_STREAM, check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED, UNDECIDED
 from cli.options import Finite, GroupedCommand, option, with_options
 from cli.params import LIMIT, RATES, SHARE
@@ -43,26 +43,31 @@ MEASUREMENT_OPTIONS = (
         MEASUREMENT,
         "--rate",
         type=Finite(0, MOST_RATE, min_open=True),
-        help="Measure this rate (requests/s) instead of searching.",
+        metavar="REQ/S",
+        help="Measure this request rate instead of searching.",
     ),
     option(
         MEASUREMENT,
         "--rates",
         type=RATES,
-        help="Measure these rates (requests/s, comma-separated) instead of searching.",
+        metavar="REQ/S,…",
+        help="Measure these request rates, separated by commas, instead of searching.",
     ),
     option(
         MEASUREMENT,
         "--concurrency",
         type=click.IntRange(1, 100_000),
-        help="Keep this many requests open (closed loop) instead of sending at a rate. Measures latency and "
-        "throughput; no sustained rate is searched.",
+        metavar="N",
+        help="Keep this many requests open (closed loop) instead of searching. The result has latencies and "
+        "throughput, and no sustained rate.",
     ),
     option(
         MEASUREMENT,
         "--num-requests",
         type=click.IntRange(1, 10**7),
-        help="Number of requests to send with --concurrency.  [default: 4 x --concurrency]",
+        metavar="N",
+        default_text=f"{REQUESTS_PER_STREAM} × --concurrency",
+        help="Number of requests to send with --concurrency.",
     ),
     option(
         MEASUREMENT,
@@ -70,52 +75,71 @@ MEASUREMENT_OPTIONS = (
         "limits",
         type=LIMIT,
         multiple=True,
-        help="Latency limit that a sustained rate must meet, such as ttft_p99=2s. May be repeated.",
+        metavar="METRIC=LIMIT",
+        help="Latency limit that a rate must meet to count as sustained, such as ttft_p99=2s or itl_p50=80ms. The "
+        "metrics are ttft, itl, tpot and e2e, each with _p50 or _p99. May be repeated.",
     ),
     option(
         MEASUREMENT,
         "--precision",
         type=SHARE,
+        metavar="PERCENT",
         default="10%",
         show_default=True,
-        help="Relative precision of the search. A finer precision needs longer windows.",
+        help="Relative precision of the rate that the search finds. A finer precision needs longer windows.",
     ),
     option(
         MEASUREMENT,
         "--max-minutes",
         type=Finite(0, 1e6, min_open=True),
+        metavar="MINUTES",
         default=15.0,
         show_default=True,
-        help="Time limit of the whole measurement in minutes.",
+        help="Time limit of the whole measurement. Raise it if the answer is provisional, undecided or not confirmed.",
     ),
     option(
         MEASUREMENT,
         "--window",
         type=Finite(0, 1e7, min_open=True),
-        help="Length of each measurement window in seconds. By default it is planned from the precision, the latency "
-        "and the time left.",
+        metavar="SECONDS",
+        default_text="planned from precision, latency and time left",
+        help="Length of each measurement window. Raise it if windows are too short to decide.",
     ),
     option(
         MEASUREMENT,
         "--ladder/--no-ladder",
         default=True,
         show_default=True,
-        help="After the search, also measure 0.25 to 1.5 x the rate found, for the figures.",
+        help="After the search, also measure 0.25 to 1.5 times the rate found, for the figures. Switch it off to save "
+        "time.",
     ),
-    option(MEASUREMENT, "--seed", type=int, default=0, show_default=True, help="Seed of arrival times and prompts."),
+    option(
+        MEASUREMENT,
+        "--seed",
+        type=int,
+        metavar="N",
+        default=0,
+        show_default=True,
+        help="Seed of arrival times and prompts. Runs with the same seed send the same requests. Choose another seed "
+        "if the server has seen the prompts before.",
+    ),
 )
 TOKENIZER_OPTIONS = (
     option(
         TARGET,
         "--tokenizer",
-        help="Tokenizer (folder, tokenizer.json or hub id) for servers that do not report their vocabulary size or "
-        "have no /tokenize.",
+        metavar="PATH",
+        default_text="the server's",
+        help="Tokenizer of the model: a folder, a tokenizer.json or a hub id. Set it if the server does not report its "
+        "vocabulary size or has no /tokenize.",
     ),
     option(
         TARGET,
         "--vocab-size",
         type=click.IntRange(2, 2**31 - 1),
-        help="Vocabulary size, for servers that do not report it.",
+        metavar="N",
+        default_text="as the server reports",
+        help="Vocabulary size of the model, for random prompts. Set it if the server does not report it.",
     ),
 )
 RESULTS_OPTIONS = (
@@ -123,19 +147,23 @@ RESULTS_OPTIONS = (
         RESULTS,
         "--out",
         type=click.Path(path_type=Path),
-        help="Folder of the result files.  [default: results/bench-DATE-TIME]",
+        metavar="FOLDER",
+        default_text="results/bench-DATE-TIME",
+        help="Folder of the result files.",
     ),
     option(
         RESULTS,
         "--configuration",
+        metavar="NAME",
         default="bench",
         show_default=True,
-        help="Name of this configuration in tables and figures.",
+        help="Name of the measured configuration in tables and figures.",
     ),
     option(
         RESULTS,
         "--save-vllm-json",
         type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
         help="Also write the result in the format of `vllm bench serve --save-result`. Needs --concurrency or --rate.",
     ),
 )
@@ -143,15 +171,25 @@ RESULTS_OPTIONS = (
 
 @click.command(cls=GroupedCommand, context_settings={"max_content_width": 110})
 @with_options(*TARGET_OPTIONS, *TOKENIZER_OPTIONS, *WORKLOAD_OPTIONS, *MEASUREMENT_OPTIONS, *RESULTS_OPTIONS)
-@click.argument("serve_flags", nargs=-1, type=click.UNPROCESSED)
+@click.argument("serve_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- SERVE_FLAGS]")
 @click.pass_context
 def command(ctx: click.Context, **params: Any) -> None:
     """Find the highest request rate that a server sustains, or measure given rates.
 
-    Flags after -- are passed to the server that --model starts: redline bench --model smollm2-135m -- --max-num-seqs 16
+    \b
+    Measure a server that runs:
+      redline bench --url http://127.0.0.1:8000 --input 500 --output 200
+    Start a Redline server, measure it and stop it; flags after -- are passed to it:
+      redline bench --model smollm2-135m -- --max-num-seqs 16
 
-    Exit codes: 0 measured; 1 nothing could be judged, or the server was lost; 3 requests failed; 4 no rate was shown to
-    be sustained because windows were too short (raise --max-minutes or --window).
+    \b
+    Exit codes:
+      0  The measurement is complete.
+      1  An error ended it, or no load point produced a valid result.
+      2  A flag is wrong.
+      3  The measurement is complete, but requests failed.
+      4  Windows were too short to show that any rate is sustained: raise
+         --max-minutes or --window.
     """
     _check(ctx, params)
     console = verbatim_console(file_width=120)
@@ -205,7 +243,7 @@ def _run(
     if info.max_model_len is not None and has_exact_lengths(workload) and workload.max_tokens > info.max_model_len:
         raise BenchError(
             f"requests of up to {workload.max_tokens} tokens exceed the server's maximum of {info.max_model_len} "
-            "tokens (--max-model-len of the server, or --input, --output or max_tokens of the workload)"
+            "tokens: raise --max-model-len of the server, or lower --input, --output or max_tokens of the workload"
         )
     options = _options(params)
     summary = _summary(params, info.kind, target, workload, options, serve)

@@ -33,47 +33,57 @@ def split_commas(_ctx: click.Context, _param: click.Parameter, values: tuple[str
 
 
 ENGINE_OPTIONS = (
-    option(MODEL, "--model", "model_option", help="The model, if it is not given as the argument."),
+    option(MODEL, "--model", "model_option", metavar="MODEL", help="Model to serve, instead of the argument MODEL."),
     option(
-        MODEL, "--tokenizer", help="Another model whose tokenizer is used: a folder or a hub id [default: the model's]."
+        MODEL,
+        "--tokenizer",
+        metavar="MODEL",
+        default_text="the model's",
+        help="Another model whose tokenizer is used: a folder or a hub id.",
     ),
     option(
         MODEL_FILES,
         "--generation-config",
         default="auto",
         show_default=True,
-        metavar="auto|none|FOLDER",
-        help="Source of the sampling defaults: the model's generation_config.json (auto), none, or that of a folder.",
+        metavar="[auto|none|FOLDER]",
+        help="Source of the sampling defaults: the model's generation_config.json (auto), no defaults (none), or the "
+        "generation_config.json of a folder.",
     ),
     option(
         MODEL_FILES,
         "--override-generation-config",
         type=JsonObject(),
-        help="Sampling defaults that replace those of the file, e.g. '{\"temperature\": 0.6}'.",
+        metavar="JSON",
+        help="Sampling defaults that replace those of generation_config.json, such as '{\"temperature\": 0.6}'.",
     ),
     option(
         MODEL_FILES,
         "--chat-template",
-        metavar="FILE",
-        help="Chat template (Jinja) that replaces the model's: a file, or the template itself.",
+        metavar="[FILE|TEMPLATE]",
+        default_text="the model's",
+        help="Chat template (Jinja) to use instead of the model's: a file, or the template itself.",
     ),
     option(
         MODEL_FILES,
         "--hf-overrides",
         metavar="JSON",
-        help="Fields of config.json to change, as a JSON object.",
+        help="Fields of config.json to replace, such as '{\"rope_theta\": 1000000}'.",
     ),
     option(
         MODEL_FILES,
         "--rope-scaling",
         metavar="JSON",
-        help="The field rope_scaling of config.json, to extend the context length.",
+        default_text="the model's",
+        help="Value of the field rope_scaling of config.json. It scales positions so that requests can be longer.",
     ),
     option(
         MODEL_FILES,
         "--rope-theta",
         type=Finite(0, min_open=True),
-        help="The field rope_theta of config.json: the base of rotary embeddings.",
+        metavar="NUMBER",
+        default_text="the model's",
+        help="Value of the field rope_theta of config.json, the base of the rotary embeddings.",
     ),
     option(
         MODEL,
@@ -81,7 +91,8 @@ ENGINE_OPTIONS = (
         default="auto",
         show_default=True,
         type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
-        help="Data type of weights and activations; auto: that of the checkpoint.",
+        help="Data type of weights and activations. auto takes the type of the checkpoint, half is float16, and float "
+        "is float32. The C++ kernels do not support float16.",
     ),
     option(
         MODEL,
@@ -89,36 +100,53 @@ ENGINE_OPTIONS = (
         default="auto",
         show_default=True,
         type=click.Choice((*LOAD_FORMATS, MISTRAL)),
-        help="Format of the weights: auto detects it, dummy is random weights, mistral is --tokenizer-mode mistral.",
+        help="Format of the weights. auto, safetensors and gguf detect it. dummy fills the model with random weights, "
+        "to measure speed with only a config.json. mistral equals --tokenizer-mode mistral.",
     ),
     option(
         MODEL,
         "--num-layers",
         type=click.IntRange(1),
-        help="Number of layers to keep, so that a large shape fits (needs --load-format dummy) [default: all].",
+        metavar="N",
+        default_text="all",
+        help="Number of layers to keep, to measure a model that is too large for the machine. Needs --load-format "
+        "dummy.",
     ),
     option(
         MODEL,
         "--max-model-len",
         type=LENGTH,
-        help="Most tokens of a request, prompt and output, e.g. 4096 or 4K; auto: as many as memory allows. A lower "
-        "length fits more requests into the KV cache [default: the model's].",
+        metavar="TOKENS",
+        default_text="the model's",
+        help="Maximum number of tokens of a request, prompt and output together. auto takes as many as fit into "
+        "memory. Lower it to fit more requests into the KV cache.",
     ),
-    option(MODEL, "--device", default="auto", show_default=True, type=click.Choice(DEVICES), help="Device to run on."),
+    option(
+        MODEL,
+        "--device",
+        default="auto",
+        show_default=True,
+        type=click.Choice(DEVICES),
+        help="Device that runs the model. The CPU is the only one so far.",
+    ),
     option(
         MODEL,
         "-q",
         "--quantization",
         type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
-        metavar="|".join(QUANTIZATIONS),
-        help="Quantize weights while loading, and activations to int8 [default: none]. Names of formats (awq, gptq, "
-        "fp8, …) check that the checkpoint is stored in that format.",
+        metavar="[int8|int4]",
+        default_text="none",
+        help="Quantize weights while loading; activations are then quantized to int8. Needs the C++ kernels. The names "
+        "of checkpoint formats (awq, gptq, fp8, …) are accepted too, and only check that the checkpoint has this "
+        "format.",
     ),
     option(
         MODEL,
         "--kv-cache-dtype",
         type=click.Choice(("auto", *KV_CACHE_DTYPES)),
-        help="Data type of the KV cache; int8 nearly halves its size [default: as --dtype].",
+        default_text="auto",
+        help="Data type of the KV cache. auto equals --dtype. int8 needs the C++ kernels, and fits nearly twice as "
+        "many tokens into the same memory as bfloat16.",
     ),
     option(
         MODEL,
@@ -126,7 +154,8 @@ ENGINE_OPTIONS = (
         default="auto",
         show_default=True,
         type=click.Choice(KERNELS),
-        help="CPU kernels by instruction set; torch: PyTorch without them, several times slower.",
+        help="CPU kernels, by instruction set. auto takes the best that the CPU and the model support. torch computes "
+        "with PyTorch instead, several times slower.",
     ),
     option(
         MODEL,
@@ -135,8 +164,8 @@ ENGINE_OPTIONS = (
         "lora",
         multiple=True,
         several=True,
-        metavar="NAME=PATH",
-        help="LoRA adapter, served as the model NAME; may be repeated.",
+        metavar="NAME=PATH…",
+        help="LoRA adapters to serve, each as the model NAME.",
     ),
     option(
         MODEL,
@@ -144,7 +173,8 @@ ENGINE_OPTIONS = (
         default=0,
         show_default=True,
         type=int,
-        help="Seed of sampling for requests that give none.",
+        metavar="N",
+        help="Seed for the sampling of requests that set no seed.",
     ),
     option(
         PARALLEL,
@@ -155,7 +185,8 @@ ENGINE_OPTIONS = (
         default=1,
         show_default=True,
         type=int,
-        help="Tensor-parallel ranks: processes that share the model.",
+        metavar="N",
+        help="Number of tensor-parallel ranks: processes that each compute a part of every layer.",
     ),
     option(
         PARALLEL,
@@ -166,8 +197,9 @@ ENGINE_OPTIONS = (
         default=1,
         show_default=True,
         type=int,
-        help="Replicas of the model, which share cores and memory; --max-num-seqs and --max-num-batched-tokens are per "
-        "replica.",
+        metavar="N",
+        help="Number of replicas of the model. Replicas share the cores and the memory of the machine; --max-num-seqs "
+        "and --max-num-batched-tokens apply to each of them.",
     ),
     option(
         PARALLEL,
@@ -175,41 +207,58 @@ ENGINE_OPTIONS = (
         default="prefix",
         show_default=True,
         type=click.Choice(ROUTINGS),
-        help="How requests are assigned to replicas: by least work left, counting cached prefixes (prefix) or not "
-        "(least-loaded), or at random.",
+        help="How requests are assigned to replicas. least-loaded takes the replica with the least work left; prefix "
+        "also considers which prompt tokens a replica has in its prefix cache; random takes any.",
     ),
     option(
         MEMORY,
         "--max-num-seqs",
         type=SIZE,
-        help="Most requests that run at the same time. Raise it if requests wait although the KV cache has room.",
+        metavar="N",
+        default_text="128, or the token budget if lower",
+        help="Maximum number of requests that run at the same time. Raise it if requests wait although the KV cache "
+        "has room.",
     ),
     option(
         MEMORY,
         "--max-num-batched-tokens",
         type=SIZE,
-        help="Token budget of a step. A larger budget computes prompts in fewer, longer steps.",
+        metavar="TOKENS",
+        default_text="--max-num-seqs + 64, at least 128",
+        help="Token budget: maximum number of tokens that a step computes. A larger budget computes prompts in fewer "
+        "steps, and each of these steps delays the running requests longer.",
     ),
-    option(MEMORY, "--block-size", type=int, help="Tokens per KV cache block; a power of two."),
+    option(
+        MEMORY,
+        "--block-size",
+        type=int,
+        metavar="TOKENS",
+        default_text="32",
+        help="Tokens per KV cache block, a power of two. Only full blocks can be reused by prefix caching.",
+    ),
     option(
         MEMORY,
         "--kv-cache-memory-bytes",
         type=SIZE,
-        help="Size of the KV cache of all replicas together, e.g. 2GiB [default: "
-        "what --gpu-memory-utilization leaves].",
+        metavar="SIZE",
+        default_text="what --gpu-memory-utilization leaves",
+        help="Size of the KV cache, of all replicas together, such as 2GiB.",
     ),
     option(
         MEMORY,
         "--gpu-memory-utilization",
         type=Finite(0, 1, min_open=True),
-        help="Share of the free memory that weights, workspace and KV cache may take [default: 0.5].",
+        metavar="SHARE",
+        default_text="0.5",
+        help="Share of the free memory (0 to 1) that weights, workspace and KV cache may take together. On the CPU, "
+        "this is main memory.",
     ),
     option(
         MEMORY,
         "--enable-prefix-caching/--no-enable-prefix-caching",
         default=True,
         show_default=True,
-        help="Reuse the KV cache of prompts with the same beginning.",
+        help="Reuse the KV cache of earlier requests whose prompts begin with the same tokens.",
     ),
     option(
         MEMORY,
@@ -217,14 +266,15 @@ ENGINE_OPTIONS = (
         default="fcfs",
         show_default=True,
         type=click.Choice(SCHEDULING_POLICIES),
-        help="Queue order: by arrival (fcfs), or by the request's priority, lowest first.",
+        help="Order of waiting requests: by arrival (fcfs), or by the priority that requests set, lowest first.",
     ),
     option(
         MEMORY,
         "--speculative",
         type=click.Choice(SPECULATORS),
-        help="Speculative decoding: ngram proposes draft tokens from the request's own text. It does not change the "
-        "output, and speeds up greedy requests with repetitive text.",
+        default_text="none",
+        help="Speculative decoding. ngram proposes draft tokens from the text of the request itself, which speeds up "
+        "greedy requests with repetitive text. The output does not change.",
     ),
     option(
         MEMORY,
@@ -232,14 +282,16 @@ ENGINE_OPTIONS = (
         default=4,
         show_default=True,
         type=click.IntRange(1),
-        help="Most draft tokens per request and step.",
+        metavar="N",
+        help="Maximum number of draft tokens per request and step.",
     ),
     option(
         BASELINE,
         "--engine",
         type=click.Choice(ENGINES),
-        help="Engine generation of vLLM to follow; v0 switches off everything that --ablate names [default: v1, or v0 "
-        "if --num-scheduler-steps or --enable-chunked-prefill is given].",
+        default_text="v1, or v0 with one of its options below",
+        help="Engine architecture of vLLM to follow. v0 is a baseline for comparisons: it switches off all parts of V1 "
+        "that --ablate lists.",
     ),
     option(
         BASELINE,
@@ -247,21 +299,31 @@ ENGINE_OPTIONS = (
         multiple=True,
         metavar="NAME,…",
         callback=split_commas,
-        help=f"Parts of V1 to switch off: {', '.join(ABLATIONS)}.",
+        default_text="none",
+        help=f"Parts of V1 to switch off, to measure what each contributes: {', '.join(ABLATIONS)}.",
     ),
-    option(BASELINE, "--num-scheduler-steps", type=int, help="V0 only: decode steps per run of the scheduler."),
+    option(
+        BASELINE,
+        "--num-scheduler-steps",
+        type=int,
+        metavar="N",
+        default_text="1",
+        help="V0 only: number of decode steps per run of the scheduler.",
+    ),
     option(
         BASELINE,
         "--enable-chunked-prefill/--no-enable-chunked-prefill",
         default=None,
-        help="V0 only: compute prompts in chunks next to decodes. V1 always does.",
+        default_text="off",
+        help="V0 only: compute prompts in chunks, in the same steps as decodes. V1 always does.",
     ),
     option(
         MODEL_FILES,
         "--config-format",
         default="auto",
+        show_default=True,
         type=click.Choice(("auto", "hf", MISTRAL)),
-        help="Format of the configuration: auto and hf read config.json, mistral is --tokenizer-mode mistral.",
+        help="Format of the configuration. auto and hf read config.json; mistral equals --tokenizer-mode mistral.",
     ),
     option(
         MODEL_FILES,
@@ -269,7 +331,7 @@ ENGINE_OPTIONS = (
         default="auto",
         show_default=True,
         type=click.Choice(TOKENIZER_MODES),
-        help="Format of the model folder: mistral reads params.json, consolidated.safetensors and tekken.json; auto "
-        "does so only if there is no config.json.",
+        help="Format of the model folder. mistral reads params.json, consolidated.safetensors and tekken.json. auto "
+        "does so only if there is no config.json. slow has no effect.",
     ),
 )

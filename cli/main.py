@@ -12,10 +12,10 @@ import click
 from cli.exit_codes import INTERRUPTED
 
 COMMANDS = {
-    "serve": "Serve a model over an OpenAI-compatible HTTP interface.",
-    "bench": "Measure a server, and find the highest request rate it sustains.",
-    "sweep": "Compare configurations and workloads, each on its own server.",
-    "report": "Redraw figures and tables from result files.",
+    "serve": "Serve a model over an OpenAI-compatible HTTP API.",
+    "bench": "Find the highest request rate that a server sustains.",
+    "sweep": "Measure several configurations on several workloads.",
+    "report": "Draw figures, tables and the HTML report from result files.",
 }
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -57,7 +57,12 @@ def print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> N
     },
 )
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Show the version."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Show the version and exit.",
 )
 def redline() -> None:
     """Serve language models, and find the highest request rate a deployment sustains."""

@@ -12,13 +12,40 @@ from engine.config import AUTO_LENGTH
 
 
 class GroupedOption(click.Option):
-    """An option that `--help` shows under a heading of its own."""
+    """An option that `--help` shows under a heading of its own, with its default at the end of the text."""
 
-    def __init__(self, *args: Any, group: str = "Options", several: bool = False, **kwargs: Any):
-        """`several`: the option takes all values that follow it in a `SpreadCommand`; it must be `multiple` too."""
+    def __init__(
+        self, *args: Any, group: str = "Options", several: bool = False, default_text: str = "", **kwargs: Any
+    ):
+        """An option of `click`, with three settings more.
+
+        Args:
+            group: the heading.
+            several: the option takes all values that follow it in a `SpreadCommand`; it must be `multiple` too.
+            default_text: the default as `--help` shows it; empty: the declared one, if `show_default` is set.
+        """
         super().__init__(*args, **kwargs)
         self.group = group
         self.several = several
+        self._default_text = default_text
+
+    @property
+    def shown_default(self) -> str:
+        """The default as `--help` shows it; empty if there is none."""
+        if self._default_text or not self.show_default:
+            return self._default_text
+        if self.is_flag:
+            return "on" if self.default else "off"
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Names and text. Bounds of numbers are left to the text and to error messages."""
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        notes = [f"env var: {self.envvar}"] if self.envvar else []
+        notes += [f"default: {self.shown_default}"] if self.shown_default else []
+        return record[0], f"{self.help or ''}  [{'; '.join(notes)}]" if notes else self.help or ""
 
 
 def option(group: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
@@ -48,7 +75,8 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
+                only = next(iter(groups), "Options") if len(groups) < 2 else "Other"  # --help, which click adds last
+                groups.setdefault(getattr(parameter, "group", only), []).append(record)
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)

@@ -4,38 +4,47 @@ from pathlib import Path
 
 import click
 
+from cli.options import GroupedCommand, option, with_options
 from cli.screen import verbatim_console
 
 DEFAULT_ROOT = "results"
 
 
-@click.command(name="report")
-@click.argument("folders", metavar="[DIR]...", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Output folder.  [default: DIR; with several, compare-A-B beside the last one]",
-)
-@click.option(
-    "--fail-if",
-    "conditions",
-    metavar="CONDITION",
-    multiple=True,
-    help="Exit with 1 if CONDITION holds. 'itl_p99>+5%' compares with the first DIR (or first configuration); "
-    "'ttft_p99>2s' and 'rate<3.5' are absolute. May be repeated.",
-)
-@click.option(
-    "--timeline",
-    "timelines",
-    metavar="POINT_ID",
-    multiple=True,
-    help="Also draw the timeline of this load point (column point_id of points.csv). May be repeated.",
-)
-@click.option(
-    "--markdown",
-    "as_markdown",
-    is_flag=True,
-    help="Print the comparison as markdown tables, for example for a pull request.",
+@click.command(name="report", cls=GroupedCommand)
+@click.argument("folders", metavar="[FOLDER]...", nargs=-1, type=click.Path(path_type=Path))
+@with_options(
+    option(
+        "Options",
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="FOLDER",
+        default_text="the results folder; of several, compare-A-B next to the last one",
+        help="Folder of the report.",
+    ),
+    option(
+        "Options",
+        "--fail-if",
+        "conditions",
+        metavar="CONDITION",
+        multiple=True,
+        help="Exit with 1 if CONDITION holds, to fail a build. 'itl_p99>+5%' compares with the first folder, or of one "
+        "folder with its first configuration. 'ttft_p99>2s' and 'rate<3.5' are absolute. May be repeated.",
+    ),
+    option(
+        "Options",
+        "--timeline",
+        "timelines",
+        metavar="POINT_ID",
+        multiple=True,
+        help="Also draw the timeline of this load point (column point_id of points.csv). May be repeated.",
+    ),
+    option(
+        "Options",
+        "--markdown",
+        "as_markdown",
+        is_flag=True,
+        help="Print the comparison as Markdown tables, for example for a pull request.",
+    ),
 )
 def command(
     folders: tuple[Path, ...],
@@ -44,9 +53,17 @@ def command(
     timelines: tuple[str, ...],
     as_markdown: bool,
 ) -> None:
-    """Draw figures, tables and the HTML report from the result files in DIR.
+    """Draw figures, tables and the HTML report from the result files in FOLDER.
 
-    Without DIR, the newest folder under results/ is used. Several folders are compared in one report.
+    Without FOLDER, the newest folder under results/ is used. Several folders are compared in one report; the first one
+    is the baseline.
+
+    \b
+    Exit codes:
+      0  The report is written, and no condition holds.
+      1  A condition of --fail-if holds or cannot be judged, or an error
+         occurred.
+      2  A flag or a condition is wrong.
     """
     from plots.compare import parse_condition
     from plots.data import ReportError, newest

@@ -39,9 +39,19 @@ def command(
     lora: tuple[str, ...],
     **settings: Any,
 ) -> int:
-    """Serve MODEL (a short name such as smollm2-135m, a folder, or a hub id) over HTTP."""
+    """Serve MODEL over an OpenAI-compatible HTTP API.
+
+    MODEL is a short name such as smollm2-135m, a folder, a .gguf file or a hub id. Flags have the names of vLLM's.
+    Flags of vllm serve that are not listed here are accepted without effect, or refused with a reason.
+
+    \b
+    Values:
+      SIZE, TOKENS  4096, 4k (4,000), 4K (4,096), 2GB (2,000,000,000) or
+                    2GiB (2,147,483,648)
+      ending in …   one or several values; the flag may also be repeated
+    """
     if (model is None) == (model_option is None):
-        raise click.UsageError("give one model: its short name, its folder or its hub id")
+        raise click.UsageError("give one model, as the argument or with --model: a short name, a folder or a hub id")
     limits = Limits(**{name: settings.pop(name) for name in Limits.__struct_fields__})
     serving = Serving(
         limits=limits, **{one.name: settings.pop(one.name) for one in fields(Serving) if one.name != "limits"}

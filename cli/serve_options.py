@@ -11,7 +11,7 @@ from cli.options import SIZE, Finite, option
 from engine.api.http_options import Limits
 from engine.config import SHUTDOWN_TIMEOUT_S, STEP_TIMEOUT_S
 
-SERVER, LIMIT, LOG = "Server", "Limits of requests", "Log and watchdog"
+SERVER, LIMIT, LOG = "Server", "Request limits", "Log and watchdog"
 LIMITS = Limits()
 
 
@@ -42,11 +42,20 @@ def as_root_path(_ctx: click.Context, _param: click.Parameter, value: str) -> st
     return f"/{path}" if path else ""
 
 
-def limit(field: str, kind: click.ParamType, text: str) -> Callable[[Any], Any]:
+def limit(
+    field: str, kind: click.ParamType, text: str, metavar: str = "N", default_text: str = ""
+) -> Callable[[Any], Any]:
     """The option for one field of `Limits`."""
     default = getattr(LIMITS, field)
     return option(
-        LIMIT, "--" + field.replace("_", "-"), type=kind, default=default, show_default=default is not None, help=text
+        LIMIT,
+        "--" + field.replace("_", "-"),
+        type=kind,
+        metavar=metavar,
+        default=default,
+        show_default=default is not None,
+        default_text=default_text,
+        help=text,
     )
 
 
@@ -56,7 +65,8 @@ SERVER_OPTIONS = (
         "--host",
         default="127.0.0.1",
         show_default=True,
-        help="Address to listen on; 0.0.0.0 serves other machines too.",
+        metavar="ADDRESS",
+        help="Address to listen on. Use 0.0.0.0 to serve other machines.",
     ),
     option(
         SERVER,
@@ -64,7 +74,8 @@ SERVER_OPTIONS = (
         default=8000,
         show_default=True,
         type=click.IntRange(0, 65535),
-        help="Port to listen on; 0 takes a free one.",
+        metavar="PORT",
+        help="Port to listen on. With 0, the system chooses a free port, which the server prints.",
     ),
     option(
         SERVER,
@@ -72,7 +83,8 @@ SERVER_OPTIONS = (
         multiple=True,
         several=True,
         metavar="NAME…",
-        help="Names that clients may use for the model; responses show the first [default: MODEL as given].",
+        default_text="MODEL as given",
+        help="Names that clients may use for the model. Responses show the first name.",
     ),
     option(
         SERVER,
@@ -80,15 +92,18 @@ SERVER_OPTIONS = (
         "api_keys",
         multiple=True,
         several=True,
-        metavar="KEY",
-        help="Key that clients must send as a bearer token; may be repeated. Other users see it in the process list: "
-        "prefer --api-key-file.",
+        metavar="KEY…",
+        default_text="none",
+        help="Keys, of which clients must send one as a bearer token. Other users of this machine can see the keys in "
+        "the process list; --api-key-file avoids that.",
     ),
     option(
         SERVER,
         "--api-key-file",
         metavar="FILE",
-        help="File of API keys, one per line. The variable REDLINE_API_KEY holds keys separated by commas.",
+        default_text="none",
+        help="File of API keys, one per line. The environment variable REDLINE_API_KEY may hold keys too, separated by "
+        "commas.",
     ),
     option(
         SERVER,
@@ -96,31 +111,47 @@ SERVER_OPTIONS = (
         multiple=True,
         several=True,
         metavar="ORIGIN,…",
+        default_text="none",
         callback=split_origins,
-        help="Origins of web pages that may call the server (CORS); * for all [default: none].",
+        help="Origins of web pages that may call the server from a browser (CORS), such as https://example.com. Use * "
+        "for all origins.",
     ),
-    option(SERVER, "--ssl-certfile", metavar="FILE", help="Certificate chain in PEM; enables HTTPS."),
-    option(SERVER, "--ssl-keyfile", metavar="FILE", help="Private key in PEM [default: in the certificate's file]."),
+    option(
+        SERVER,
+        "--ssl-certfile",
+        metavar="FILE",
+        default_text="none",
+        help="Certificate chain in PEM format. With a certificate, the server uses HTTPS.",
+    ),
+    option(
+        SERVER,
+        "--ssl-keyfile",
+        metavar="FILE",
+        default_text="in the certificate's file",
+        help="Private key of the certificate in PEM format, without a password.",
+    ),
     option(
         SERVER,
         "--root-path",
         default="",
         metavar="PATH",
+        default_text="none",
         callback=as_root_path,
-        help="Path under which a reverse proxy publishes the server, e.g. /llm.",
+        help="Path under which a reverse proxy publishes the server, such as /llm.",
     ),
     option(
         SERVER,
         "--enable-runtime-lora",
         "runtime_lora",
         is_flag=True,
-        help="Allow clients to load and unload LoRA adapters, from any folder that the server can read.",
+        help="Let clients load and unload LoRA adapters, from any folder that the server can read.",
     ),
     option(
         SERVER,
         "--trust-request-chat-template",
         is_flag=True,
-        help="Run chat templates sent in requests. Templates are programs and may run forever.",
+        help="Run chat templates that clients send with requests. A template is a program that may run forever, so use "
+        "this only if all clients are trusted.",
     ),
     option(
         SERVER,
@@ -129,7 +160,7 @@ SERVER_OPTIONS = (
         show_default=True,
         type=Finite(0),
         metavar="SECONDS",
-        help="Time for running requests to finish after SIGTERM or Ctrl-C; the rest is aborted.",
+        help="Time for running requests to finish after SIGTERM or Ctrl-C. Requests that take longer are aborted.",
     ),
     option(
         SERVER,
@@ -140,21 +171,45 @@ SERVER_OPTIONS = (
         default=1,
         show_default=True,
         type=click.IntRange(1, 64),
-        help="Number of API processes (HTTP, tokenizing). Raise it if one API process uses a full core.",
+        metavar="N",
+        help="Number of API processes, which do HTTP and tokenization, up to 64. Raise it if one API process uses a "
+        "full core.",
     ),
-    limit("max_body_bytes", SIZE, "Largest request body in bytes, e.g. 32MiB."),
-    limit("max_body_values", SIZE, "Most JSON values in a body; a list or an object counts as eight."),
-    limit("max_prompts", click.IntRange(1), "Most prompts in one body."),
-    limit("max_prompt_bytes", SIZE, "Longest prompt text in bytes [default: --max-model-len times the longest token]."),
-    limit("max_n", click.IntRange(1, LIMITS.max_n), "Most outputs (n) per prompt."),
-    limit("max_stop", click.IntRange(1, LIMITS.max_stop), "Most stop strings per request."),
-    limit("max_stop_token_ids", click.IntRange(0), "Most stop token ids per request."),
+    limit("max_body_bytes", SIZE, "Maximum size of a request body.", "SIZE", f"{LIMITS.max_body_bytes >> 20}MiB"),
+    limit(
+        "max_body_values",
+        SIZE,
+        "Maximum number of JSON values in a request body. A list or an object counts as eight values. Decoding a body "
+        "pauses all streams of its API process; this limit bounds the pause.",
+    ),
+    limit("max_prompts", click.IntRange(1), "Maximum number of prompts in a request body."),
+    limit(
+        "max_prompt_bytes",
+        SIZE,
+        "Maximum size of the text of a prompt, checked before it is tokenized.",
+        "SIZE",
+        "--max-model-len times the longest token",
+    ),
+    limit("max_n", click.IntRange(1, LIMITS.max_n), f"Maximum number of outputs (n) per prompt, up to {LIMITS.max_n}."),
+    limit(
+        "max_stop",
+        click.IntRange(1, LIMITS.max_stop),
+        f"Maximum number of stop strings per request, up to {LIMITS.max_stop}.",
+    ),
+    limit("max_stop_token_ids", click.IntRange(0), "Maximum number of stop token ids per request."),
     limit(
         "max_queue",
         click.IntRange(0),
-        "Longest queue; further requests are answered with 503 instead of waiting [default: no limit].",
+        "Maximum number of waiting requests. Further requests are refused with HTTP 503. Set it so that clients get an "
+        "early error under overload instead of a long wait.",
+        default_text="no limit",
     ),
-    option(LOG, "--disable-log-stats", is_flag=True, help="Do not log throughput and queue length every 10 s."),
+    option(
+        LOG,
+        "--disable-log-stats",
+        is_flag=True,
+        help="Do not log throughput, queue length and KV cache utilization every 10 s.",
+    ),
     option(
         LOG,
         "--enable-log-requests/--disable-log-requests",
@@ -162,7 +217,7 @@ SERVER_OPTIONS = (
         "log_requests",
         default=True,
         show_default=True,
-        help="Log one JSON line for each finished output.",
+        help="Log one line of JSON for each finished output. Prompts and outputs are not logged.",
     ),
     option(
         LOG,
@@ -171,7 +226,8 @@ SERVER_OPTIONS = (
         show_default=True,
         type=Finite(0),
         metavar="SECONDS",
-        help="Watchdog: a step that takes longer is reported with the stacks of all threads; after twice the time the "
-        "server ends. 0 disables the watchdog.",
+        help="Time after which the watchdog reports a step as hanging: /health answers 503, and the stacks of all "
+        "threads are logged. After twice that time the server exits. Raise it if a single step may take that long. 0 "
+        "disables the watchdog.",
     ),
 )

@@ -52,7 +52,7 @@ def read_overrides_of(settings: dict[str, Any]) -> dict[str, Any] | None:
         if value is None:
             continue
         if field in found:
-            raise click.UsageError(f"--{field.replace('_', '-')} and --hf-overrides both give {field}")
+            raise click.UsageError(f"--{field.replace('_', '-')} and --hf-overrides both give {field}: use one of them")
         found[field] = read_overrides(value, "--rope-scaling") if isinstance(value, str) else value
     return found or None
 

@@ -22,19 +22,16 @@ def show_start(console: Console, engine: Any) -> None:
         ("dtype", ready.dtype, "--dtype"),
         ("kernels", ready.kernels, "--kernels"),
         *((line.what, human_bytes(line.bytes), line.flag) for line in ready.memory),
-        ("KV blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens", "--block-size"),
+        ("KV cache blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens each", "--block-size"),
         *kv_groups(ready),
-        ("max-model-len", f"{ready.max_model_len:,} tokens", "--max-model-len"),
-        ("sequences of that length", f"{ready.sequences} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
-        (
-            "requests, token budget",
-            f"{ready.max_num_seqs:,} at once, {ready.max_num_batched_tokens:,} tokens per step",
-            "--max-num-seqs, --max-num-batched-tokens",
-        ),
+        ("maximum request length", f"{ready.max_model_len:,} tokens", "--max-model-len"),
+        ("requests of that length", f"{ready.sequences:,} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
+        ("running requests", f"at most {ready.max_num_seqs:,}", "--max-num-seqs"),
+        ("token budget", f"{ready.max_num_batched_tokens:,} tokens per step", "--max-num-batched-tokens"),
         ("prefix caching", "on" if ready.prefix_caching else "off", "--no-enable-prefix-caching"),
         *sampling_defaults(engine),
         *baseline(engine.config, ready),
-        ("start", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in ready.seconds), ""),
+        ("start time", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in ready.seconds), ""),
     ]:
         table.add_row(what, value, Text(flag, style="dim"))
     console.print(table)
@@ -53,7 +50,7 @@ def replicas(config: EngineConfig) -> list[tuple[str, str, str]]:
     count = config.data_parallel_size
     if count == 1:
         return []
-    return [("replicas", f"{count}, routing {config.routing}; figures below are per replica", "--dp, --routing")]
+    return [("replicas", f"{count}, routing {config.routing}; the values below are per replica", "--dp, --routing")]
 
 
 def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.exit_codes import FAILED, FAILED_REQUESTS
+from cli.options import GroupedCommand, option, with_options
 from cli.screen import verbatim_console
 
 if TYPE_CHECKING:
@@ -16,26 +17,39 @@ if TYPE_CHECKING:
 ROOT = Path("results")
 
 
-@click.command(name="sweep", context_settings={"max_content_width": 110})
+@click.command(name="sweep", cls=GroupedCommand)
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--preset",
-    "preset_name",
-    metavar="NAME",
-    help="Run a preset sweep instead of FILE. `redline sweep` lists the presets.",
+@with_options(
+    option("Options", "--preset", "preset_name", metavar="NAME", help="Run a preset instead of FILE."),
+    option("Options", "--dry-run", is_flag=True, help="Print the runs and their time limits, and start nothing."),
+    option(
+        "Options",
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="FOLDER",
+        default_text="results/NAME",
+        help="Folder of the result files and the report.",
+    ),
+    option(
+        "Options",
+        "--fresh",
+        is_flag=True,
+        help="Delete the results of an earlier sweep in the folder first. Needed if the sweep file has changed.",
+    ),
 )
-@click.option("--dry-run", is_flag=True, help="Print the runs and their time limits without starting anything.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the result files.  [default: results/NAME]",
-)
-@click.option("--fresh", is_flag=True, help="Discard the results of an earlier sweep in the output folder.")
 def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path | None, fresh: bool) -> int:
-    """Measure every configuration of FILE on every workload, each on a server of its own, and draw the report.
+    """Measure every configuration of FILE on every workload of FILE, and draw the report.
 
-    An interrupted sweep continues with the same command; finished load points are kept. Without FILE or --preset, the
-    presets are listed.
+    Each search, ladder and round starts a server of its own, so that no state is carried over. The same command
+    continues an interrupted sweep and repeats failed runs; finished load points are kept. Without FILE and --preset,
+    the presets are listed.
+
+    \b
+    Exit codes:
+      0  All runs are measured.
+      1  An error ended the sweep, or a run failed.
+      2  A flag is wrong.
+      3  All runs are measured, but requests failed.
     """
     from bench.sweeps.sweepfile import presets, read_sweep
 
@@ -90,7 +104,7 @@ def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> in
         return FAILED
     failed = sum(point.failed_requests() for point in RunFiles(folder).read_points())
     if failed:
-        click.echo(f"{failed} requests failed; see column `failures` of points.csv", err=True)
+        click.echo(f"{failed} request{'s' if failed > 1 else ''} failed; see column `failures` of points.csv", err=True)
     return FAILED_REQUESTS if failed else 0
 
 
@@ -142,4 +156,4 @@ def _method(workload: "SweepWorkload") -> str:
     if ladder and options.rounds > 1:
         ladder += f" in {options.rounds} rounds"
     first = " on the first configuration" if options.search == "first" else ""
-    return f"search to {options.precision:.0%}{first}{ladder}"
+    return f"search with {options.precision:.0%} precision{first}{ladder}"

@@ -28,39 +28,44 @@ class HeaderType(click.ParamType):
 
 TARGET_OPTIONS = (
     option(
-        TARGET, "--url", default="http://127.0.0.1:8000", show_default=True,
-        help="URL of the server to measure, with or without /v1.",
+        TARGET, "--url", default="http://127.0.0.1:8000", show_default=True, metavar="URL",
+        help="Address of the server to measure, with or without /v1.",
     ),
     option(
-        TARGET, "--model",
-        help="Start a Redline server for this model and measure it; server flags follow after --. With --url: model "
-        "name to request.",
+        TARGET, "--model", metavar="MODEL",
+        help="Start a Redline server for this model, measure it, and stop it. Together with --url, the server runs "
+        "already, and this is the model name to request.",
     ),
     option(
-        TARGET, "--served-model", "--model-name", "served_model",
-        help="Model name to request, if the server lists several models or none.",
+        TARGET, "--served-model", "--model-name", "served_model", metavar="NAME",
+        default_text="the first that the server lists",
+        help="Model name to request. Set it if the server lists several models or none.",
     ),
-    option(TARGET, "--api-key", envvar="REDLINE_API_KEY", help="API key.  [env var: REDLINE_API_KEY]"),
+    option(TARGET, "--api-key", envvar="REDLINE_API_KEY", metavar="KEY", help="API key to send as a bearer token."),
     option(
-        TARGET, "--ca", metavar="FILE", help="CA certificates to trust instead of the system's (PEM file or folder)."
+        TARGET, "--ca", metavar="PATH", default_text="the system's",
+        help="CA certificates to trust, as a PEM file or a folder. Set it for a server with a private certificate "
+        "authority.",
     ),
-    option(TARGET, "--insecure", is_flag=True, help="Skip TLS certificate verification."),
+    option(TARGET, "--insecure", is_flag=True, help="Skip the verification of the server's TLS certificate."),
     option(
         REQUESTS, "-H", "--header", "headers", type=HeaderType(), multiple=True, metavar="'NAME: VALUE'",
         help="Header to send with every request. May be repeated.",
     ),
     option(
         REQUESTS, "--extra-body", type=JsonObject(), metavar="JSON",
-        help="Additional request fields, e.g. '{\"top_k\": 1}'. null removes a field that is sent by default.",
+        help="Fields to add to every request, such as '{\"top_k\": 1}'. The value null removes a field that is sent by "
+        "default.",
     ),
     option(
         REQUESTS, "--ignore-eos/--no-ignore-eos", default=True, show_default=True,
-        help="Send ignore_eos, so that outputs have exactly the requested length. Use --no-ignore-eos for servers that "
-        "reject it.",
+        help="Send ignore_eos, so that outputs have exactly the requested length. Switch it off for servers that "
+        "reject the field.",
     ),
     option(
         REQUESTS, "--stream-options/--no-stream-options", default=True, show_default=True,
-        help="Send stream_options to get the token usage. Use --no-stream-options for servers that reject it.",
+        help="Send stream_options, so that the server reports token counts. Switch it off for servers that reject the "
+        "field.",
     ),
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ class Foreign:
     names: tuple[str, ...]  # as click takes them
     why: str  # the reason why it has no effect or is refused
     takes_value: bool = True  # False: a switch
-    neutral: tuple[str, ...] = ()  # values that ask for what Redline does anyway; accepted silently
+    neutral: tuple[str, ...] = ()  # values that equal what Redline does anyway; accepted silently
     refused: bool = False  # other values are an error instead of a note
 
     @property
@@ -48,7 +48,7 @@ NO_CODE = "code that comes with a model is never run; models that transformers h
 ONE_MACHINE = "a server runs on one machine"
 NO_PLUGINS = "no external code is loaded into the server"
 NO_MULTIMODAL = "no multimodal model is served yet"
-NO_STRUCTURED = "structured output is not supported yet; requests that ask for it are refused"
+NO_STRUCTURED = "structured output is not supported yet, and requests for it are refused"
 NO_CLIENT_CERTIFICATES = "client certificates are not checked; a reverse proxy can check them"
 SPECULATION = "use --speculative ngram and --num-speculative-tokens"
 
@@ -81,7 +81,7 @@ NO_EFFECT = (
     _no_effect("--max-num-partial-prefills", why="the number of prompts that share a step is not limited"),
     _no_effect("--max-long-partial-prefills", why="the number of prompts that share a step is not limited"),
     _no_effect("--long-prefill-token-threshold", why="the length of prompts that share a step is not limited"),
-    _no_effect("--stream-interval", why="every token is sent as soon as it is there", neutral=("1",)),
+    _no_effect("--stream-interval", why="every token is sent as soon as it is computed", neutral=("1",)),
     _no_effect("--attention-backend", why="--kernels chooses the attention implementation"),
     _no_effect("--model-impl", why="--kernels chooses between the C++ kernels and transformers' class",
                neutral=("auto",)),
@@ -116,19 +116,19 @@ REFUSED = (
     _refused("--speculative-config", "-sc", why=SPECULATION),
     _refused("--speculative-model", why=SPECULATION),
     _refused("--num-gpu-blocks-override", why="use --kv-cache-memory-bytes"),
-    _refused("--task", why="only generation is served", neutral=("auto", "generate")),
-    _refused("--runner", why="only generation is served", neutral=("auto", "generate")),
-    _refused("--convert", why="only generation is served", neutral=("auto", "none")),
+    _refused("--task", why="only text generation is supported", neutral=("auto", "generate")),
+    _refused("--runner", why="only text generation is supported", neutral=("auto", "generate")),
+    _refused("--convert", why="only text generation is supported", neutral=("auto", "none")),
     _refused("--hf-config-path", why="the config must be in the model's folder; --hf-overrides changes its fields"),
     _refused("--skip-tokenizer-init", why="the server always tokenizes and detokenizes", switch=True),
     _refused("--revision", why="download that revision into a folder and serve the folder"),
     _refused("--tokenizer-revision", why="download that revision into a folder and give it as --tokenizer"),
     _refused("--download-dir", why="set the environment variable HF_HOME instead"),
-    _refused("--uds", why="only TCP is served; use --host and --port"),
+    _refused("--uds", why="the server listens on TCP only; use --host and --port"),
     _refused("--config", why="flags are not read from a file"),
     _refused("--chat-template-content-format", why="the format is detected from the template",
              neutral=("auto",)),
-    _refused("--default-chat-template-kwargs", why="requests give chat_template_kwargs"),
+    _refused("--default-chat-template-kwargs", why="set chat_template_kwargs in requests instead"),
     _refused("--middleware", why=NO_PLUGINS),
     _refused("--tool-parser-plugin", why=NO_PLUGINS),
     _refused("--logits-processors", why=NO_PLUGINS),
@@ -138,13 +138,13 @@ REFUSED = (
     _refused("--tool-call-parser", why=TOOLS),
     _refused("--reasoning-parser", why="reasoning is not separated from the text"),
     _refused("--response-role", why="responses have the role assistant", neutral=("assistant",)),
-    _refused("--return-tokens-as-token-ids", why="requests ask for it: \"return_tokens_as_token_ids\": true",
+    _refused("--return-tokens-as-token-ids", why="set \"return_tokens_as_token_ids\": true in requests instead",
              switch=True),
     _refused("--disable-sliding-window", why="sliding windows are part of the model; --max-model-len shortens requests",
              switch=True),
     _refused("--enable-sleep-mode", why="the server keeps its weights while it runs", switch=True),
-    _refused("--enable-force-include-usage", why="requests ask for it: \"stream_options\": {\"include_usage\": true}",
-             switch=True),
+    _refused("--enable-force-include-usage",
+             why="set \"stream_options\": {\"include_usage\": true} in requests instead", switch=True),
     _refused("--ssl-ca-certs", why=NO_CLIENT_CERTIFICATES),
     _refused("--ssl-cert-reqs", why=NO_CLIENT_CERTIFICATES, neutral=("0",)),
 )  # fmt: skip

@@ -43,15 +43,18 @@ WORKLOAD_OPTIONS = (
     option(
         WORKLOAD,
         "--workload",
-        metavar="NAME|FILE",
-        help="Workload preset (500-2000, 2048-128, 6000-4000, shared-prefix, multi-turn, sharegpt, jsonl, visionarena, "
-        "visionarena-sample, mmmu-pro, …) or a YAML file. The flags below override its fields.",
+        metavar="[NAME|FILE]",
+        default_text="random prompts of --input and --output tokens",
+        help="Workload to send, as the name of a preset or a YAML file. The presets are 500-2000, 2048-128, 6000-4000, "
+        "shared-prefix, multi-turn, sharegpt, jsonl, visionarena, visionarena-bench, visionarena-sample, and mmmu-pro. "
+        "The other options of this group replace single fields of the workload.",
     ),
     option(
         WORKLOAD,
         "--input",
         "input_tokens",
         type=LENGTH,
+        metavar="TOKENS",
         default="500",
         show_default=True,
         help="Prompt length in tokens: N, or LOW:HIGH for a uniform distribution.",
@@ -61,27 +64,57 @@ WORKLOAD_OPTIONS = (
         "--output",
         "output_tokens",
         type=LENGTH,
+        metavar="TOKENS",
         default="100",
         show_default=True,
         help="Output length in tokens: N, or LOW:HIGH for a uniform distribution.",
     ),
-    option(WORKLOAD, "--prefix", type=_COUNT, help="Length of a shared prefix before each prompt, in tokens."),
     option(
-        WORKLOAD, "--prefixes", type=_COUNT, default=1, show_default=True, help="Number of different shared prefixes."
+        WORKLOAD,
+        "--prefix",
+        type=_COUNT,
+        metavar="TOKENS",
+        default_text="none",
+        help="Length of a prefix that prompts share, in addition to --input. Set it to measure prefix caching.",
+    ),
+    option(
+        WORKLOAD,
+        "--prefixes",
+        type=_COUNT,
+        metavar="N",
+        default=1,
+        show_default=True,
+        help="Number of different prefixes. Each prompt begins with one of them.",
     ),
     option(
         WORKLOAD,
         "--turns",
         type=_COUNT,
-        help="Send conversations of this many turns; each request carries the history.",
+        metavar="N",
+        help="Send conversations of this many turns instead of single prompts. Each request contains the history of "
+        "its conversation; --input and --output are the lengths of one turn.",
     ),
-    option(WORKLOAD, "--dataset", metavar="PATH|ID", help="Data set of the workload: file, folder or hub id."),
-    option(WORKLOAD, "--dataset-rows", type=_COUNT, help="Use only the first N rows of the data set."),
+    option(
+        WORKLOAD,
+        "--dataset",
+        metavar="[PATH|ID]",
+        help="Data set of a workload that needs one: a file, a folder or a hub id.",
+    ),
+    option(
+        WORKLOAD,
+        "--dataset-rows",
+        type=_COUNT,
+        metavar="N",
+        default_text="set by the workload",
+        help="Number of rows of the data set to use, from its beginning.",
+    ),
     option(
         WORKLOAD,
         "--repeat",
         type=click.IntRange(0, 100),
-        help="mmmu-pro only: percentage of requests that repeat an earlier image.",
+        metavar="PERCENT",
+        default_text="0",
+        help="Percentage of requests that repeat an earlier image, to measure caches of images. Only for mmmu-pro.",
     ),
     option(
         ARRIVALS,
@@ -89,22 +122,24 @@ WORKLOAD_OPTIONS = (
         type=click.Choice(KINDS),
         default="poisson",
         show_default=True,
-        help="Distribution of arrival times.",
+        help="Distribution of arrivals: poisson (independent), constant (equal intervals) or gamma (see --burstiness).",
     ),
     option(
         ARRIVALS,
         "--burstiness",
         type=Finite(0, min_open=True),
+        metavar="SHAPE",
         default=1.0,
         show_default=True,
-        help="Shape of gamma arrivals: 1 equals Poisson, smaller values are burstier.",
+        help="Shape of the gamma distribution: 1 equals poisson, and smaller values send requests in bursts.",
     ),
     option(
         ARRIVALS,
         "--trace",
         metavar="FILE",
-        help="Replay a recorded trace at its own rate, or scaled to --rate or --rates. Formats: Mooncake, Bailian, "
-        "BurstGPT, Azure, or CSV/JSONL with a timestamp column and optional input_tokens and output_tokens.",
+        help="Replay the arrivals and lengths of a recorded trace, at its own rate or scaled to --rate or --rates. "
+        "--input and --output replace the lengths. Formats: Mooncake, Bailian, BurstGPT, Azure, or CSV or JSONL with a "
+        "timestamp column and optional columns input_tokens and output_tokens.",
     ),
     option(
         ARRIVALS,
@@ -112,13 +147,14 @@ WORKLOAD_OPTIONS = (
         type=click.Choice(("auto", *UNITS)),
         default="auto",
         show_default=True,
-        help="Unit of the trace's numeric timestamps.",
+        help="Unit of the numeric timestamps of the trace. auto detects it from the format, the column name and the "
+        "numbers.",
     ),
     option(
         ARRIVALS,
         "--skip-bad-rows",
         is_flag=True,
-        help="Skip unreadable rows of --trace or --dataset and report them.",
+        help="Skip and report rows of --trace or --dataset that cannot be read, instead of ending with an error.",
     ),
 )
 

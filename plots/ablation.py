@@ -1,4 +1,4 @@
-"""Ablation figure: the engine with one part removed at a time, compared with the whole engine at one request rate."""
+"""Ablation figure: the engine with one part switched off at a time, compared with the whole engine at one rate."""
 
 import math
 from dataclasses import dataclass, replace
@@ -59,11 +59,11 @@ class Ablation:
 
     @property
     def heading(self) -> str:
-        return f"{self.workload}: one part removed at a time, latencies {self.at}"
+        return f"{self.workload}: one part switched off at a time, latencies {self.at}"
 
 
 def ablations(results: Results) -> list[Ablation]:
-    """One per workload, for every results folder with configurations that remove parts (`ablate`)."""
+    """One per workload, for every results folder with configurations that switch parts off (`ablate`)."""
     found = []
     for run in results.runs:
         members = _members(run)
@@ -98,7 +98,7 @@ def ablation_figure(results: Results, ablation: Ablation) -> Figure:
 
 def _members(run: Run) -> list[str]:
     """The labels of an ablation: the first whole configuration, then those without one part and V0; empty if none of
-    them removes a part."""
+    them switches a part off."""
     whole, without, removes = "", [], False
     for name, label in run.labels.items():
         serve = run.summary.configurations.get(name, {}).get("serve")
@@ -151,7 +151,7 @@ def _overload(
         return None, {}
     if any(runs == points[name] for name, runs in overloaded.items()):
         return None, {}
-    return Metric("served", f"Completed of {rates.pop():.3g} req/s", "req/s", True), overloaded
+    return Metric("served", f"Completed rate at {rates.pop():.3g} req/s", "req/s", True), overloaded
 
 
 def _measured(series: Series, runs: list[PointRecord], overloaded: list[PointRecord]) -> dict[str, Measured]:
@@ -271,17 +271,17 @@ def _caption(results: Results, ablation: Ablation) -> list[str]:
     rounds = len(ablation.points) // len(ablation.rows)
     reading = [f"P99 latencies {ablation.at}", f"Dashed: {names[0]}, the reference of the differences"]
     if ablation.columns[0] is not _RATE:
-        reading.insert(0, f"{ablation.columns[0].label}: completed rate at a rate that no configuration sustains")
+        reading.insert(0, f"{ablation.columns[0].label}: no configuration sustains this rate")
     if rounds > 1:
         rate = "; rates: 95 % interval" if _RATE in ablation.columns else ""
         reading += [
-            f"{'Latencies: m' if rate else 'M'}edian, lowest and highest of {rounds} interleaved rounds{rate}",
+            f"{'Latencies: m' if rate else 'M'}edian, lowest and highest value of {rounds} interleaved rounds{rate}",
             f"Differences: median of the differences from {names[0]} within each round",
-            "Bold: exceeds chance (95 % level)",
+            "Bold: significant (95 % confidence)",
         ]
     else:
         reading += [
-            "Lines: 95 % intervals (arrow: upper end unknown); of rates, up to the lowest rate that failed",
+            "Lines: 95 % intervals (arrow: upper end unknown); those of rates end at the lowest rate that failed",
             f"Bold: the interval does not overlap that of {names[0]}",
         ]
     if any(not cell.sustained for row in ablation.rows for cell in row.cells.values()):

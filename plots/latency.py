@@ -86,7 +86,7 @@ def caption(results: Results, workload: str) -> list[str]:
     """The lines of the caption: what was measured, and how to read the figure."""
     series = results.of_workload(workload)
     drawn = [d for s in series for d in s.curve]
-    gaps = f"{span([d.gaps for d in drawn])} gaps of {span([d.steps for d in drawn])} engine steps"
+    gaps = f"{span([d.gaps for d in drawn])} inter-token gaps in {span([d.steps for d in drawn])} engine steps"
     samples = f"Samples per load point: {span([d.requests for d in drawn])} requests, {gaps}"
     reading = ["Dashed: highest sustained rate", "Hollow: not sustained"]
     if any(d.point.undecided for d in drawn):
@@ -100,7 +100,7 @@ def caption(results: Results, workload: str) -> list[str]:
     if any(d.point.provisional for d in drawn):
         reading.append("Provisional: windows too short for the precision")
     if any(d.point.disturbed for d in drawn):
-        reading.append(f"Ring: disturbed, other processes used more than {DISTURBED_SHARE:.0%} of the cores")
+        reading.append(f"Ring: disturbed (other processes used more than {100 * DISTURBED_SHARE:.0f} % of the cores)")
     invalid = sum(s.invalid for s in series)
     if invalid:
         reading.append(f"{invalid} invalid load point{'s' if invalid > 1 else ''} omitted")

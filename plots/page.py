@@ -94,20 +94,25 @@ def _answers(results: Results, colors: dict[str, str]) -> list[tuple[str, list[d
 
 
 def _card(series: Series, color: str) -> dict[str, str]:
-    card = {"configuration": series.configuration, "color": color, "rate": "–", "note": ""}
+    card = {"configuration": series.configuration, "color": color, "rate": "–", "unit": "", "note": ""}
     answer = series.answer
     if series.unsearched:
-        return card | {"detail": "not searched: measured at another configuration's rates"}
+        return card | {"detail": "not searched: measured at the rates of another configuration"}
     if answer is None:
         return card | {"detail": "no answer: the measurement did not finish"}
     high = f"{answer.high:.3g}" if answer.high is not None else "unknown"
     states = [f"{answer.low:.3g} to {high}"] if answer.rate is not None else []
     states.append(f"binding: {answer.binding}")
-    states += [f"undecided from {answer.undecided:.3g}"] if answer.undecided is not None else []
+    states += [f"undecided from {answer.undecided:.3g} req/s"] if answer.undecided is not None else []
     states += [answer.provisional_text()] * answer.provisional + ["not confirmed"] * (not answer.confirmed)
-    rate = f"{answer.rate:.3g}" if answer.rate is not None else f"less than {high}" if answer.high else "none"
-    rate = "undecided:" if answer.rate is None and answer.undecided is not None else rate
-    return card | {"rate": rate, "detail": " · ".join(states), "note": answer.note}
+    rate, unit = f"less than {high}", "req/s sustained"
+    if answer.rate is not None:
+        rate = f"{answer.rate:.3g}"
+    elif answer.undecided is not None:
+        rate, unit = "undecided", ""
+    elif not answer.high:
+        rate, unit = "none", "of the measured rates sustained"
+    return card | {"rate": rate, "unit": unit, "detail": " · ".join(states), "note": answer.note}
 
 
 def _comparison(comparison: Comparison) -> dict[str, Any]:

@@ -136,10 +136,10 @@ def _latency_axis(axes: Axes, low: float, high: float) -> None:
 
 def _caption(results: Results, lines: list[_Line]) -> list[str]:
     requests, gaps = ([len(getattr(line.samples, kind)) for line in lines] for kind in ("ttft", "itl"))
-    samples = f"Samples: {span(requests)} requests, {span(gaps)} gaps"
-    reading = ["Every gap of every request counts", f"Dotted: fewer than {BEYOND} samples are slower"]
+    samples = f"Samples: {span(requests)} requests, {span(gaps)} inter-token gaps"
+    reading = ["Inter-token gaps of all requests are pooled", f"Dotted: fewer than {BEYOND} samples are slower"]
     if any(not np.isfinite(line.samples.ttft).all() for line in lines):
-        reading.append("A line that ends early: the other requests had no first token when the load point ended")
+        reading.append("Line that ends early: the remaining requests had no first token when the load point ended")
     return [*wrapped(run_facts(results, [line.configuration for line in lines], samples)), *wrapped(reading)]
 
 

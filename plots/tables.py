@@ -44,7 +44,7 @@ def terminal_table(comparison: Comparison) -> Table:
 
 
 def ablation_table(ablation: Ablation) -> Table:
-    """One row per configuration of an ablation; differences that exceed chance in bold."""
+    """One row per configuration of an ablation; significant differences in bold."""
     table = Table(title=ablation.heading, title_justify="left", title_style="bold", header_style="bold")
     table.add_column("")
     for metric in ablation.columns:
@@ -124,7 +124,7 @@ def _ablation_markdown(ablation: Ablation) -> str:
             cells.append(" ".join([number(cell.value), f"**{difference}**" if cell.clear else difference]).rstrip())
         lines.append(_row([name, *cells]))
     table = "\n".join(lines)
-    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: difference exceeds chance (95 % level)."
+    return f"**{_escaped(ablation.heading)}**\n\n{table}\n\nBold: the difference is significant (95 % confidence)."
 
 
 def _cell_text(cell: Cell) -> str:

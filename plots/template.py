@@ -94,7 +94,7 @@ BODY = """
 {% for a in cards %}
 <div class="answer" style="border-left-color: {{ a.color }}">
 <div class="configuration">{{ a.configuration }}</div>
-<div class="rate">{{ a.rate }} <small>req/s sustained</small></div>
+<div class="rate">{{ a.rate }}{% if a.unit %} <small>{{ a.unit }}</small>{% endif %}</div>
 <div class="what">{{ a.detail }}</div>
 {% if a.note %}<div class="what note">{{ a.note }}</div>{% endif %}
 </div>
@@ -123,7 +123,7 @@ BODY = """
 
 {% if ablations %}
 <h2>Effect of each part</h2>
-<p class="hint">Differences are from the first row. Differences in bold exceed chance: the 95 % intervals do not
+<p class="hint">Differences are from the first row. Differences in bold are significant: the 95 % intervals do not
 overlap, or the 95 % interval of the differences within the rounds excludes 0.</p>
 {% for a in ablations %}
 <h3>{{ a.heading }}</h3>

@@ -70,7 +70,7 @@ def _draw_bars(axes: Axes, results: Results, workloads: list[str]) -> None:
     axes.tick_params(axis="x", length=0, labelsize=10.5)
     axes.grid(axis="x", visible=False)
     axes.set_xlim(-margin, len(workloads) - 1 + margin)
-    axes.set_ylabel("output tokens/s (higher is better)")
+    axes.set_ylabel("Output tokens/s (higher is better)")
     linear_y(axes, [value for value in values.values() if value])
     axes.set_ylim(0, axes.get_ylim()[1] * 1.06)
 
@@ -95,7 +95,7 @@ def _caption(results: Results) -> list[str]:
     facts = run_facts(results, results.configurations, samples)
     if len(results.configurations) > 1:
         bases = list(dict.fromkeys(results.baselines.values()))
-        facts.append(f"Differences from {bases[0] if len(bases) == 1 else 'the first results'}")
+        facts.append(f"Bold: difference from {bases[0] if len(bases) == 1 else 'the first results'}")
     if any(s.answer and s.answer.provisional for s in results.series.values()):
         facts.append("Some answers are provisional")
     return wrapped(facts)

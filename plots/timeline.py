@@ -124,7 +124,7 @@ def _draw_cache(axes: Axes, readings: pd.DataFrame) -> None:
 
 
 def _draw_first_tokens(axes: Axes, moments: Moments) -> None:
-    _latency_axis(axes, "Time to first token, by the intended send time", moments.ttft)
+    _latency_axis(axes, "Time to first token, by intended send time", moments.ttft)
     axes.plot(moments.sent_s, _scaled(moments.ttft), "o", color=TTFT, markersize=3.2, alpha=0.6, markeredgewidth=0)
     for times, marker, label in (
         (moments.failed_s, "x", f"failed ({len(moments.failed_s)})"),
@@ -141,7 +141,7 @@ def _draw_first_tokens(axes: Axes, moments: Moments) -> None:
 
 def _draw_gaps(axes: Axes, moments: Moments) -> int:
     """Draw the gaps between tokens by their end; returns how many are drawn."""
-    _latency_axis(axes, "Inter-token latency, by the end of the gap", moments.gap)
+    _latency_axis(axes, "Inter-token latency, by end of the gap", moments.gap)
     shown = np.arange(len(moments.gap))
     if len(shown) > MOST_DOTS:
         shown = shown[_outline(moments) | (shown % math.ceil(len(shown) / MOST_DOTS) == 0)]
@@ -222,9 +222,9 @@ def _verdict(point: PointRecord) -> str:
 def _caption(
     results: Results, series: Series, point: PointRecord, moments: Moments, readings: pd.DataFrame
 ) -> list[str]:
-    samples = f"{point.requests:,} requests in the window, {len(moments.gap):,} gaps in total"
+    samples = f"{point.requests:,} requests in the window, {len(moments.gap):,} inter-token gaps in total"
     every = float(np.median(np.diff(readings["at_s"]))) if len(readings) > 2 else None
-    reading = ["Gray: not counted"]
+    reading = ["Gray background: outside the window, not counted"]
     if point.disturbed:
         reading.append(f"Disturbed: {point.disturbance}")
     if every is not None:

@@ -136,9 +136,10 @@ def _fault(requests: list[RequestRecord], count: int, client: str, cut: str, *, 
         return f"the load generator was the bottleneck: {client}"
     if cut == INTERRUPTED:
         done = sum(r.status == "ok" for r in requests)
-        return f"interrupted after {done} of {count} requests were answered"
+        return f"the load point was interrupted after {done} of {count} requests were answered"
     if cut:
-        return "ended before all requests were answered" + (f": {cut}" if cut != "time" else " (--max-minutes)")
+        cause = f": {cut}" if cut != "time" else " (--max-minutes)"
+        return f"the load point ended before all requests were answered{cause}"
     if len(requests) < count:
         return f"only {len(requests)} of {count} requests were sent"
     states = Counter(r.status for r in requests)

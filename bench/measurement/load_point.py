@@ -225,7 +225,7 @@ class LoadPoint:
         verdict = judge(self._evidence(record, requests, (start_s, end_s), server, recording.health, cut, watch.now_s))
         _set_verdict(record, verdict)
         if cut == INTERRUPTED and not record.valid:
-            record.reason = "interrupted before its window was over"
+            record.reason = "the load point was interrupted before its window was over"
         return record, requests
 
     def _evidence(

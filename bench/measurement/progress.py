@@ -124,8 +124,8 @@ def point_line(record: PointRecord) -> Text:
     if record.concurrency is not None and record.valid:  # a closed loop has no verdict
         mark, style = "·", "default"
     text = Text(f"{mark} {record.phase:<7} {record.rate:>6.4g} req/s", style=style)
-    text.append(f" {record.requests:>4} in {record.window_s:>3.0f} s", style="default")
-    text.append(f"  TTFT {_ms(record.ttft_p50_ms)}  ITL {_ms(record.itl_p50_ms)} ms  ", style="default")
+    text.append(f" {record.requests:>4} requests in {record.window_s:>3.0f} s", style="default")
+    text.append(f"  P50 TTFT {_ms(record.ttft_p50_ms)} ms, ITL {_ms(record.itl_p50_ms)} ms  ", style="default")
     text.append(record.reason, style="dim" if record.sustained else style)
     if record.disturbed:
         text.append(f"; disturbed: {record.disturbance}", style="yellow")

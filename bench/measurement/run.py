@@ -226,7 +226,7 @@ class _Run:
             if self._planner.budget.stopped:
                 raise InterruptedRunError(None)
             raise BenchError(
-                f"a single request took more than {limit_s:.0f} s: raise --max-minutes or reduce --input or --output"
+                f"a single request took more than {limit_s:.0f} s: raise --max-minutes, or lower --input or --output"
             )
         request = requests[0]
         if request.status != "ok":
@@ -250,9 +250,9 @@ class _Run:
     def report_search_plan(self, start_rate: float, latency_s: float) -> None:
         planner = self._planner
         low, high = (duration(seconds) for seconds in sorted(planner.expected_s(start_rate, latency_s)))
-        ladder = ", then a ladder of six rates" if planner.ladder else ""
+        ladder = ", then measure a ladder of six rates" if planner.ladder else ""
         self._progress.message(
-            f"plan: search from {start_rate:g} req/s to {planner.precision:.0%}, confirm{ladder}; about "
+            f"plan: search from {start_rate:g} req/s with {planner.precision:.0%} precision, confirm{ladder}; about "
             f"{low if low == high else f'{low} to {high}'}, at most {duration(planner.budget.limit_s)} (--max-minutes)"
         )
 
@@ -260,8 +260,8 @@ class _Run:
         expected = self._planner.fixed_s(list(rates), latency_s)
         shown = ", ".join(f"{r:g}" for r in rates)
         self._progress.message(
-            f"plan: {shown} req/s; about {duration(expected)}, at most {duration(self._planner.budget.limit_s)} "
-            "(--max-minutes)"
+            f"plan: measure {shown} req/s; about {duration(expected)}, at most "
+            f"{duration(self._planner.budget.limit_s)} (--max-minutes)"
         )
 
     def measure(self, trial: Trial) -> PointRecord | None:

@@ -151,18 +151,18 @@ class Answer:
 
     def line(self) -> str:
         """The last line of a bench run, e.g. "sustains 4.2 req/s (3.9–4.4); binding: KV cache"."""
-        hint = ": windows too short" if self.rate is None and self.undecided is not None else ""
+        hint = " (windows too short)" if self.rate is None and self.undecided is not None else ""
         return f"{self.text()}{hint}; binding: {self.binding}"
 
     def text(self) -> str:
         """The answer without its binding, e.g. "sustains 4.2 req/s (3.9–4.4)"."""
         if self.rate is None and self.undecided is not None:
-            above = f", not sustained from {self.high:.3g}" if self.high is not None else ""
+            above = f", not sustained from {self.high:.3g} req/s" if self.high is not None else ""
             return f"undecided at {self.undecided:.3g} req/s{above}"
         if self.rate is None:
-            failed = [f"all from {self.high:.3g} req/s failed"] if self.high is not None else []
+            failed = [f"the lowest, {self.high:.3g} req/s, failed"] if self.high is not None else []
             failed += [self.provisional_text()] if self.disturbance else []
-            return "sustains no rate tried" + (f" ({', '.join(failed)})" if failed else "")
+            return "sustains none of the measured rates" + (f" ({', '.join(failed)})" if failed else "")
         high = f"{self.high:.3g}" if self.high is not None else "?"
         marks = f", undecided from {self.undecided:.3g}" if self.undecided is not None else ""
         marks += f", {self.provisional_text()}" if self.provisional else ""

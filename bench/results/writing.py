@@ -26,7 +26,7 @@ def writing(path: Path, flag: str) -> Iterator[None]:
         yield
     except OSError as error:
         cause = (error.strerror or str(error)).rpartition("] ")[2]  # pyarrow's errors only have a text
-        raise CannotWriteError(f"{path}: cannot be written: {cause} ({flag})") from None
+        raise CannotWriteError(f"{path} cannot be written: {cause} ({flag})") from None
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

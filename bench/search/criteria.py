@@ -140,7 +140,7 @@ def judge(e: Evidence) -> Verdict:
     # The lower quartile is close to a steady state: a growing queue must not widen its own tolerance.
     noise = tolerance(count, float(np.quantile(e.flow.backlog(grid), 0.25)))
     growth = e.flow.growth()
-    seen = f"{growth:+.0f}, noise ±{noise:.0f}"
+    seen = f"{growth:+.0f} requests, noise ±{noise:.0f}"
     latencies = e.latencies if e.latencies is not None else e.flow.latencies()
     trends = trend(latencies.due_s, latencies.ttft_s), trend(latencies.due_s, latencies.latency_s)
     slope = trends[0].slope if trends[0] is not None else None
@@ -194,8 +194,9 @@ def _doubt(
     worst = max(known, key=lambda t: t.slope + t.noise, default=None)
     latency = f", latencies {worst.slope:+.2g} ±{worst.noise:.2g} s/s" if worst is not None else ""
     return (
-        f"too few requests ({e.flow.arrived()}) to detect an overload of {e.precision:.0%} "
-        f"(+{shown:.2g} and +{share:.2g} s/s): backlog {growth:+.0f} ±{max(noise, e.flow.spread()):.0f}{latency}"
+        f"{e.flow.arrived()} requests are too few to detect an overload of {e.precision:.0%}, which adds {shown:.2g} "
+        f"requests to the backlog and {share:.2g} s/s to latencies; measured: backlog {growth:+.0f} "
+        f"±{max(noise, e.flow.spread()):.0f}{latency}"
     )
 
 
@@ -205,7 +206,8 @@ def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[s
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(e.failed.items()))
         return f"{sum(e.failed.values())} of {e.requests} requests failed ({kinds})", ""
     if e.server.preemptions:
-        return f"{e.server.preemptions} preemption{'s' if e.server.preemptions > 1 else ''}", "KV cache"
+        count = e.server.preemptions
+        return f"{count} preemption{'s' if count > 1 else ''}", "KV cache"
     if e.cut:
         return e.cut, ""
     if growth > noise:
@@ -223,7 +225,7 @@ def _invalid(e: Evidence) -> Verdict | None:
     if e.client_fault:
         return Verdict(False, None, f"the load generator was the bottleneck: {e.client_fault}", "client")
     if e.cut == "time":
-        return Verdict(False, None, "ended before its window was over")
+        return Verdict(False, None, "the load point ended before its window was over")
     if e.requests == 0:
         return Verdict(False, None, "no request was due within the window")
     if e.missed_lengths:
@@ -262,7 +264,7 @@ def overload(
         return ""
     if waiting is not None and waiting[1] - waiting[0] <= allowed / 2:
         return ""  # the batch grows, not the queue: not yet in a steady state
-    return f"backlog grew by {growth} in {elapsed_s:.0f} s"
+    return f"backlog grew by {growth} requests in {elapsed_s:.0f} s"
 
 
 def flow_of(records: Sequence[RequestRecord], start_s: float, end_s: float) -> Flow:

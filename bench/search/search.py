@@ -173,7 +173,7 @@ def _answer(b: Bracket, configuration: str, workload: str) -> Answer:
     notes = [f"at {r.rate:g} req/s: {r.reason}" for r in b.records if r.rate == undecided and r.undecided][-1:]
     notes += [f"at {r.rate:g} req/s: {r.reason}" for r in b.counted if r.rate == high and not r.sustained][:1]
     if all(r.preemptions is None for r in runs):
-        notes.append("the server has no preemption counter; backlog and completions decided")
+        notes.append("the server has no preemption counter: backlog and completions decided")
     if len(repeated) >= CONFIRMATION_RUNS:
         seen = ", ".join(f"{r.achieved_rate:.4g}" for r in repeated)
         notes.append(f"confirmed in {len(repeated)} runs that completed {seen} req/s")

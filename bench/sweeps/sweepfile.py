@@ -224,7 +224,7 @@ def _rates(value: Any, where: str) -> tuple[float, ...]:
 
 def _search(value: Any, where: str) -> str:
     if value not in ("all", "first"):
-        raise BenchError(f"{where} must be all or first (configuration), not {value!r}")
+        raise BenchError(f"{where} must be all or first, not {value!r}")
     return str(value)
 
 

@@ -103,7 +103,7 @@ def check_header(name: str, value: str, flag: str = "--header") -> tuple[str, st
     if not _TOKEN.fullmatch(name):
         raise BenchError(f"{name!r} is not a valid header name ({flag})")
     if name.lower() in _FRAMING_HEADERS:
-        raise BenchError(f"the header {name} is set by the load generator ({flag})")
+        raise BenchError(f"the header {name} cannot be set: the load generator sets it ({flag})")
     # The value may be secret, so the message does not contain it.
     if any(ord(letter) < 32 or 126 < ord(letter) < 160 or ord(letter) > 255 for letter in value.replace("\t", " ")):
         raise BenchError(f"the value of {name} contains characters that are not allowed in a header ({flag})")

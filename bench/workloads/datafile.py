@@ -115,11 +115,11 @@ def _reading(path: Path, flag: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BenchError(f"{path}: cannot be read: {error.strerror or error}{named}") from None
+        raise BenchError(f"{path} cannot be read: {error.strerror or error}{named}") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise BenchError(f"{path}: the compressed data is damaged or truncated: {error}{named}") from None
     except (ValueError, csv.Error, RecursionError) as error:
-        raise BenchError(f"{path}: is {otherwise}: {error}{named}") from None
+        raise BenchError(f"{path} is {otherwise}: {error}{named}") from None
 
 
 def _open_text(path: Path, flag: str) -> TextIO:
@@ -130,7 +130,7 @@ def _open_text(path: Path, flag: str) -> TextIO:
         if start.startswith(magic):
             stream.close()
             named = f" ({flag})" if flag else ""
-            raise BenchError(f"{path}: is {what}: unpack it, or export it as CSV or JSONL{named}")
+            raise BenchError(f"{path} is {what}: unpack it, or export it as CSV or JSONL{named}")
     for magic, opener in _COMPRESSED:
         if start.startswith(magic):
             stream = io.BufferedReader(opener(fileobj=stream) if opener is gzip.GzipFile else opener(stream))

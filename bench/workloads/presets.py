@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible dates
-        raise BenchError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+        raise BenchError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def workload_presets() -> dict[str, Path]:

@@ -156,7 +156,7 @@ class JsonLines:
         self._rows = [spec for row in found if (spec := self._read(row)) is not None]
         self._faults.check()
         if not self._rows:
-            raise BenchError(f"{source}: contains no usable rows (--dataset)")
+            raise BenchError(f"{source} contains no usable rows (--dataset)")
         self._pool = sorted({token for row in self._rows for token in row.prompt_ids or ()})
 
     @property

@@ -43,7 +43,7 @@ class TraceLengths:
             if recorded is None and own is None:
                 unused = ", ".join(self._trace.unused) or "none"
                 raise BenchError(
-                    f"{trace}: has no column {field}_tokens (unknown columns: {unused}): pass --{field}, or rename the "
+                    f"{trace} has no column {field}_tokens (unknown columns: {unused}): pass --{field}, or rename the "
                     "column"
                 )
 

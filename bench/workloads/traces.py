@@ -144,7 +144,7 @@ class _Reader:
                     self._faults.add(row.where, row.fault)
             self._faults.check()
             its = f": its columns are {', '.join(self._columns)}" if self._columns else ""
-            raise BenchError(f"{self._path}: has no column timestamp{its} ({FLAG})")
+            raise BenchError(f"{self._path} has no column timestamp{its} ({FLAG})")
         moments = [_moment(row.fields.get(self._time)) for row in self._rows]
         dates = 2 * sum(isinstance(m, _Date) for m in moments) > sum(m is not None for m in moments)
         records = [record for row in self._rows if (record := self._record(row, dates)) is not None]

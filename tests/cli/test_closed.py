@@ -102,8 +102,8 @@ def test_figures_that_cant_be_written_are_shown_and_kept_for_the_other_file(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--out", "file/out"], "file/out: cannot be written: Not a directory (--out)"),
-        (["--out", "file"], "file: cannot be written: File exists (--out)"),
+        (["--out", "file/out"], "file/out cannot be written: Not a directory (--out)"),
+        (["--out", "file"], "file cannot be written: File exists (--out)"),
         (
             ["--save-vllm-json", "file/x.json", "--concurrency", "2"],
             "cannot be written: File exists (--save-vllm-json)",

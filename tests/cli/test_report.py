@@ -48,7 +48,7 @@ def test_an_ablation_has_a_row_for_each_part(tmp_path: Path, capsys: pytest.Capt
     files.write_summary(summary)
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "256/16: one part removed at a time" in said
+    assert "256/16: one part switched off at a time" in said
     row = next(line for line in said.splitlines() if "full-state" in line)
     assert "3.84 −20 %" in row
     assert "latencies at 3.75 req/s, the highest rate" not in said, "its table has all that fits a terminal"

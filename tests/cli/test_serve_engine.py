@@ -43,7 +43,7 @@ def wait_for(condition: Any, what: str, seconds: float = 30) -> Any:
 
 def test_the_start_table_of_v0_says_what_it_emulates(v0: Served):
     shown = v0.output()
-    for words in ("V0 (emulated)", "whole prompts", "token budget", "4 steps per run", "prefix caching            off"):
+    for words in ("V0 (emulated)", "whole prompts", "token budget", "4 steps per run", "prefix caching           off"):
         assert words in shown
     for name, what in ABLATIONS.items():
         found = re.search(rf"{name} +{re.escape(what)}", shown)

@@ -49,7 +49,7 @@ def test_a_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_dry_run_says_what_a_short_ladder_is_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--preset", "ablation", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert said.count("search to 25% on the first configuration, then 0.5, 2.5 × ") == 27
+    assert said.count("search with 25% precision on the first configuration, then 0.5, 2.5 × ") == 27
     assert "--ablate no-run-ahead" in said
 
 

@@ -148,7 +148,7 @@ def test_an_option_of_v0_falls_back_to_v0_and_says_so(flags: list[str], asked: A
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported"),
         (["-pp", "2"], "use --tp"),
         (["--distributed-executor-backend", "ray"], "one machine"),
-        (["--task", "embed"], "--task embed is not supported: only generation is served"),
+        (["--task", "embed"], "--task embed is not supported: only text generation is supported"),
         (["--speculative-config", "{}"], "--speculative ngram"),
     ],
 )

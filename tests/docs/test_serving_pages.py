@@ -71,7 +71,7 @@ def test_the_flags_page_has_the_defaults_that_help_shows(listed_options: list[tu
     shown = [one for one in visible_options() if one.show_default and not one.is_flag]
     assert shown
     for one in shown:
-        assert f"`{one.default}`" in defaults[one.opts[0]], one.opts
+        assert f"`{one.shown_default}`" in defaults[one.opts[0]], one.opts
 
 
 def test_the_flags_page_lists_all_parts_that_can_be_ablated() -> None:

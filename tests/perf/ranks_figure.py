@@ -14,9 +14,9 @@ from plots.style import COLORS, INK, STYLE, footnote, headline, legend_below_hea
 from tests.perf.bar_charts import bar_figure, read_records
 
 WAYS = {
-    "v1": ("V1: one message to all, each builds its inputs", COLORS[0]),
-    "v0": ("V0: rank 0 builds and broadcasts them", COLORS[1]),
-    "v0-joined": ("V0, all tensors in one", "#fdba74"),
+    "v1": ("V1: one message to all ranks, each builds its inputs", COLORS[0]),
+    "v0": ("V0: rank 0 builds and broadcasts all inputs", COLORS[1]),
+    "v0-joined": ("V0, all tensors in one broadcast", "#fdba74"),
 }
 _BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between batch sizes and between ranks, in bars
 _NAMES_IN = 1.75
@@ -70,7 +70,7 @@ def _draw_bytes(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> 
 
 
 def _draw_time(axes: Axes, rows: list[dict[str, Any]], places: list[float]) -> None:
-    axes.set_title("From the plan until the last rank starts")
+    axes.set_title("From scheduling until the last rank starts")
     axes.set_xlabel("ms per step")
     for row, place in zip(rows, places, strict=True):
         low, high = ((row["us"] - row["us_low"]) / 1e3, (row["us_high"] - row["us"]) / 1e3)
@@ -108,7 +108,7 @@ def _caption(rows: list[dict[str, Any]]) -> list[str]:
     ]
     reading = [
         "Steps run one at a time, without V1's run-ahead and bursts",
-        "V0 (--ablate driver-broadcast): a description, then one broadcast per tensor, over gloo",
+        "V0 (--ablate driver-broadcast): rank 0 broadcasts a description of the batch, then each tensor, over gloo",
     ]
     return [*wrapped(facts), *wrapped(reading)]
 

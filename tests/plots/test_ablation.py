@@ -120,7 +120,7 @@ def flooded(folder: Path) -> Path:
 def test_what_is_served_of_too_much_stands_for_rates_that_were_not_searched(flooded: Path) -> None:
     ablation = only(load([flooded]))
     assert [metric.key for metric in ablation.columns] == ["served", "itl_p99", "ttft_p99"]
-    assert ablation.columns[0].label == "Completed of 7.5 req/s"
+    assert ablation.columns[0].label == "Completed rate at 7.5 req/s"
     assert ablation.at == "at 2.5 req/s"
     whole, chunking, _, v0 = (row.cells["served"] for row in ablation.rows)
     assert_close(whole.value, 5.0)
@@ -135,7 +135,7 @@ def test_what_is_served_of_too_much_stands_for_rates_that_were_not_searched(floo
     assert_apart(figure)
     words = " ".join(text.get_text() for text in figure.texts)
     assert "completed rate at a rate that no configuration sustains" in words
-    assert "| Completed of 7.5 req/s, req/s |" in markdown(load([flooded]), [])
+    assert "| Completed rate at 7.5 req/s, req/s |" in markdown(load([flooded]), [])
 
 
 def test_one_that_serves_nothing_of_too_much_is_drawn_at_zero(flooded: Path) -> None:
@@ -222,7 +222,7 @@ def test_it_is_in_the_report_and_in_markdown(folder: Path) -> None:
     report = write_report([folder])
     assert {"ablation-256-16.png", "ablation-256-16.svg"} <= {path.name for path in report.files}
     page = report.page.read_text()
-    assert "256/16: one part removed at a time, latencies at 2.5 req/s" in page
+    assert "256/16: one part switched off at a time, latencies at 2.5 req/s" in page
     assert NOTES["no-chunking"] in page
     assert 'class="difference clear">−40 %' in page
     text = markdown(report.results, report.comparisons)

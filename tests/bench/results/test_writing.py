@@ -41,21 +41,21 @@ def large_requests() -> list[RequestRecord]:
 def test_a_full_disk_leaves_no_part_and_keeps_the_point(tmp_path: Path) -> None:
     files = RunFiles(tmp_path)
     files.add_point(plain_point(point_id="first"), [plain_request()])
-    with pytest.raises(CannotWriteError, match=rf"^{tmp_path}: cannot be written: File too large \(--out\)$"):
+    with pytest.raises(CannotWriteError, match=rf"^{tmp_path} cannot be written: File too large \(--out\)$"):
         files.add_point(plain_point(point_id="second", rate=2.0), large_requests())
     assert not list(tmp_path.glob("**/*.part"))
     assert "File too large" in files.unwritten
     assert [p.point_id for p in files.read_points()] == ["first", "second"]
     assert len(files.read_requests("second")["chunk_gaps_s"][0]) == 20_000
     assert [p.point_id for p in RunFiles(tmp_path).read_points()] == ["first"]
-    with pytest.raises(CannotWriteError, match=r"x.json: cannot be written: File too large \(--save-vllm-json\)"):
+    with pytest.raises(CannotWriteError, match=r"x.json cannot be written: File too large \(--save-vllm-json\)"):
         save_vllm_result(tmp_path / "x.json", {"itls": [0.123456789] * 10_000})
     assert not list(tmp_path.glob("**/*.part"))
 
 
 @pytest.mark.usefixtures("small_files")
 def test_a_full_disk_is_found_before(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match=r"a/b: cannot be written: File too large \(--out\)"):
+    with pytest.raises(BenchError, match=r"a/b cannot be written: File too large \(--out\)"):
         check_folder(tmp_path / "a" / "b", "--out")
     assert not list(tmp_path.iterdir())
 
@@ -95,7 +95,7 @@ def test_a_run_ends_with_what_it_found(queue_server: Callable[..., ServerProcess
     options = BenchOptions(precision=0.2, rates=[10.0, 15.0, 20.0], window_s=1.0)
     progress = Filling()
     subject = Subject(Target(server.base_url, "stub"), workload, "c", options, files, progress)
-    with pytest.raises(CannotWriteError, match=r"out: cannot be written: .*\(--out\)") as caught:
+    with pytest.raises(CannotWriteError, match=r"out cannot be written: .*\(--out\)") as caught:
         measure_configuration(subject)
     assert caught.value.answer.rate == 15.0  # the last one measured counts, though it isn't on disk
     assert progress.messages[-1] == "shown 15"
@@ -108,5 +108,5 @@ def test_a_sweep_checks_its_folder_before_it_starts_a_server(tmp_path: Path) -> 
         "workloads: [{kind: random, input: 5, output: 5}]\n"
     )
     (tmp_path / "file").write_text("here")
-    with pytest.raises(CannotWriteError, match=r"file/out: cannot be written: Not a directory \(--out\)"):
+    with pytest.raises(CannotWriteError, match=r"file/out cannot be written: Not a directory \(--out\)"):
         run_sweep(read_sweep(path), tmp_path / "file" / "out", QuietProgress())

@@ -70,7 +70,8 @@ def test_without_time_a_disturbed_point_stands() -> None:
 def test_nothing_sustained_beside_others_is_provisional_too() -> None:
     rows = [plain_point(rate=4.0, sustained=False, disturbed=True, others_cpu_share=0.3, steal_share=0.25)]
     line = answer_of_rates(rows, "c", "w").line()
-    assert "sustains no rate tried (all from 4 req/s failed, provisional: other processes used 30% of the cores" in line
+    assert line.startswith("sustains none of the measured rates (the lowest, 4 req/s, failed, provisional: ")
+    assert "provisional: other processes used 30% of the cores" in line
     assert "and the hypervisor took" in line
 
 

@@ -194,7 +194,7 @@ def test_workloads_that_ship_and_arrivals_of_their_own(write: Callable[..., Path
         ({"workloads": [{"preset": "none"}]}, "unknown workload 'none'"),
         ({"options": {"arrivals": "odd"}}, "options: unknown kind of arrivals 'odd'"),
         ({"options": {"burstiness": 2}}, "options.burstiness needs arrivals: gamma"),
-        ({"options": {"trace": "none.csv"}}, "none.csv: cannot be read"),
+        ({"options": {"trace": "none.csv"}}, "none.csv cannot be read"),
     ):
         with pytest.raises(BenchError, match=words):
             read_sweep(write(**changed))
