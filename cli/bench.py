@@ -177,9 +177,9 @@ def command(ctx: click.Context, **params: Any) -> None:
     """Find the highest request rate that a server sustains, or measure given rates.
 
     \b
-    Measure a server that runs:
+    Measure a running server:
       redline bench --url http://127.0.0.1:8000 --input 500 --output 200
-    Start a Redline server, measure it and stop it; flags after -- are passed to it:
+    Start a Redline server and measure it; flags after -- are for the server:
       redline bench --model smollm2-135m -- --max-num-seqs 16
 
     \b

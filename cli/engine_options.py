@@ -1,4 +1,4 @@
-"""Options of `redline serve` for the engine: model, memory, scheduling, the V0 baseline, options from vLLM."""
+"""Options of `redline serve` for the engine: model, device, files, parallelism, scheduling, memory, V0 baseline."""
 
 import click
 
@@ -21,9 +21,8 @@ from engine.config import (
     TOKENIZER_MODES,
 )
 
-MODEL, MODEL_FILES, PARALLEL = "Model", "Model files", "Parallelism"
-MEMORY = "Memory and scheduling"
-BASELINE = "V0 baseline"
+MODEL, DEVICE, MODEL_FILES = "Model", "Device and precision", "Model files"
+PARALLEL, SCHEDULING, MEMORY, BASELINE = "Parallelism", "Scheduling", "Memory", "V0 baseline"
 
 
 def split_commas(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -40,6 +39,97 @@ ENGINE_OPTIONS = (
         metavar="MODEL",
         default_text="the model's",
         help="Another model whose tokenizer is used: a folder or a hub id.",
+    ),
+    option(
+        MODEL,
+        "--load-format",
+        default="auto",
+        show_default=True,
+        type=click.Choice((*LOAD_FORMATS, MISTRAL)),
+        help="Format of the weights. auto, safetensors and gguf detect it. dummy fills the model with random weights, "
+        "to measure speed with only a config.json. mistral is the same as --tokenizer-mode mistral.",
+    ),
+    option(
+        MODEL,
+        "--num-layers",
+        type=click.IntRange(1),
+        metavar="N",
+        default_text="all",
+        help="Number of layers to keep, to measure a model that is too large for the machine. Needs --load-format "
+        "dummy.",
+    ),
+    option(
+        MODEL,
+        "--max-model-len",
+        type=LENGTH,
+        metavar="TOKENS",
+        default_text="the model's",
+        help="Maximum number of tokens of a request, prompt and output together. auto takes as many as fit into "
+        "memory. Lower it to fit more requests into the KV cache.",
+    ),
+    option(
+        MODEL,
+        "--lora",
+        "--lora-modules",
+        "lora",
+        multiple=True,
+        several=True,
+        metavar="NAME=PATH…",
+        help="LoRA adapters to serve, each as the model NAME.",
+    ),
+    option(
+        MODEL,
+        "--seed",
+        default=0,
+        show_default=True,
+        type=int,
+        metavar="N",
+        help="Seed for the sampling of requests that set no seed.",
+    ),
+    option(
+        DEVICE,
+        "--device",
+        default="auto",
+        show_default=True,
+        type=click.Choice(DEVICES),
+        help="Device that runs the model. Only the CPU is supported so far.",
+    ),
+    option(
+        DEVICE,
+        "--kernels",
+        default="auto",
+        show_default=True,
+        type=click.Choice(KERNELS),
+        help="CPU kernels, by instruction set. auto takes the best that the CPU and the model support. torch computes "
+        "with PyTorch instead, several times slower.",
+    ),
+    option(
+        DEVICE,
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
+        help="Data type of weights and activations. auto takes the type of the checkpoint, half is float16, and float "
+        "is float32. The C++ kernels do not support float16.",
+    ),
+    option(
+        DEVICE,
+        "-q",
+        "--quantization",
+        type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
+        metavar="[int8|int4]",
+        default_text="none",
+        help="Quantize weights while loading; activations are then quantized to int8. Needs the C++ kernels. The names "
+        "of checkpoint formats (awq, gptq, fp8, …) are accepted too, and only check that the checkpoint has this "
+        "format.",
+    ),
+    option(
+        DEVICE,
+        "--kv-cache-dtype",
+        type=click.Choice(("auto", *KV_CACHE_DTYPES)),
+        default_text="auto",
+        help="Data type of the KV cache. auto equals --dtype. int8 needs the C++ kernels, and fits nearly twice as "
+        "many tokens into the same memory as bfloat16.",
     ),
     option(
         MODEL_FILES,
@@ -86,95 +176,22 @@ ENGINE_OPTIONS = (
         help="Value of the field rope_theta of config.json, the base of the rotary embeddings.",
     ),
     option(
-        MODEL,
-        "--dtype",
+        MODEL_FILES,
+        "--config-format",
         default="auto",
         show_default=True,
-        type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
-        help="Data type of weights and activations. auto takes the type of the checkpoint, half is float16, and float "
-        "is float32. The C++ kernels do not support float16.",
+        type=click.Choice(("auto", "hf", MISTRAL)),
+        help="Format of the configuration. auto and hf read config.json; mistral is the same as --tokenizer-mode "
+        "mistral.",
     ),
     option(
-        MODEL,
-        "--load-format",
+        MODEL_FILES,
+        "--tokenizer-mode",
         default="auto",
         show_default=True,
-        type=click.Choice((*LOAD_FORMATS, MISTRAL)),
-        help="Format of the weights. auto, safetensors and gguf detect it. dummy fills the model with random weights, "
-        "to measure speed with only a config.json. mistral equals --tokenizer-mode mistral.",
-    ),
-    option(
-        MODEL,
-        "--num-layers",
-        type=click.IntRange(1),
-        metavar="N",
-        default_text="all",
-        help="Number of layers to keep, to measure a model that is too large for the machine. Needs --load-format "
-        "dummy.",
-    ),
-    option(
-        MODEL,
-        "--max-model-len",
-        type=LENGTH,
-        metavar="TOKENS",
-        default_text="the model's",
-        help="Maximum number of tokens of a request, prompt and output together. auto takes as many as fit into "
-        "memory. Lower it to fit more requests into the KV cache.",
-    ),
-    option(
-        MODEL,
-        "--device",
-        default="auto",
-        show_default=True,
-        type=click.Choice(DEVICES),
-        help="Device that runs the model. The CPU is the only one so far.",
-    ),
-    option(
-        MODEL,
-        "-q",
-        "--quantization",
-        type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
-        metavar="[int8|int4]",
-        default_text="none",
-        help="Quantize weights while loading; activations are then quantized to int8. Needs the C++ kernels. The names "
-        "of checkpoint formats (awq, gptq, fp8, …) are accepted too, and only check that the checkpoint has this "
-        "format.",
-    ),
-    option(
-        MODEL,
-        "--kv-cache-dtype",
-        type=click.Choice(("auto", *KV_CACHE_DTYPES)),
-        default_text="auto",
-        help="Data type of the KV cache. auto equals --dtype. int8 needs the C++ kernels, and fits nearly twice as "
-        "many tokens into the same memory as bfloat16.",
-    ),
-    option(
-        MODEL,
-        "--kernels",
-        default="auto",
-        show_default=True,
-        type=click.Choice(KERNELS),
-        help="CPU kernels, by instruction set. auto takes the best that the CPU and the model support. torch computes "
-        "with PyTorch instead, several times slower.",
-    ),
-    option(
-        MODEL,
-        "--lora",
-        "--lora-modules",
-        "lora",
-        multiple=True,
-        several=True,
-        metavar="NAME=PATH…",
-        help="LoRA adapters to serve, each as the model NAME.",
-    ),
-    option(
-        MODEL,
-        "--seed",
-        default=0,
-        show_default=True,
-        type=int,
-        metavar="N",
-        help="Seed for the sampling of requests that set no seed.",
+        type=click.Choice(TOKENIZER_MODES),
+        help="Format of the model folder. mistral reads params.json, consolidated.safetensors and tekken.json. auto "
+        "does so only if there is no config.json. slow has no effect.",
     ),
     option(
         PARALLEL,
@@ -211,7 +228,7 @@ ENGINE_OPTIONS = (
         "also considers which prompt tokens a replica has in its prefix cache; random takes any.",
     ),
     option(
-        MEMORY,
+        SCHEDULING,
         "--max-num-seqs",
         type=SIZE,
         metavar="N",
@@ -220,7 +237,7 @@ ENGINE_OPTIONS = (
         "has room.",
     ),
     option(
-        MEMORY,
+        SCHEDULING,
         "--max-num-batched-tokens",
         type=SIZE,
         metavar="TOKENS",
@@ -229,12 +246,29 @@ ENGINE_OPTIONS = (
         "steps, and each of these steps delays the running requests longer.",
     ),
     option(
-        MEMORY,
-        "--block-size",
-        type=int,
-        metavar="TOKENS",
-        default_text="32",
-        help="Tokens per KV cache block, a power of two. Only full blocks can be reused by prefix caching.",
+        SCHEDULING,
+        "--scheduling-policy",
+        default="fcfs",
+        show_default=True,
+        type=click.Choice(SCHEDULING_POLICIES),
+        help="Order of waiting requests: by arrival (fcfs), or by the priority that requests set, lowest first.",
+    ),
+    option(
+        SCHEDULING,
+        "--speculative",
+        type=click.Choice(SPECULATORS),
+        default_text="none",
+        help="Speculative decoding. ngram proposes draft tokens from the text of the request itself, which speeds up "
+        "greedy requests with repetitive text. The output does not change.",
+    ),
+    option(
+        SCHEDULING,
+        "--num-speculative-tokens",
+        default=4,
+        show_default=True,
+        type=click.IntRange(1),
+        metavar="N",
+        help="Maximum number of draft tokens per request and step.",
     ),
     option(
         MEMORY,
@@ -255,35 +289,18 @@ ENGINE_OPTIONS = (
     ),
     option(
         MEMORY,
+        "--block-size",
+        type=int,
+        metavar="TOKENS",
+        default_text="32",
+        help="Tokens per KV cache block, a power of two. Only full blocks can be reused by prefix caching.",
+    ),
+    option(
+        MEMORY,
         "--enable-prefix-caching/--no-enable-prefix-caching",
         default=True,
         show_default=True,
         help="Reuse the KV cache of earlier requests whose prompts begin with the same tokens.",
-    ),
-    option(
-        MEMORY,
-        "--scheduling-policy",
-        default="fcfs",
-        show_default=True,
-        type=click.Choice(SCHEDULING_POLICIES),
-        help="Order of waiting requests: by arrival (fcfs), or by the priority that requests set, lowest first.",
-    ),
-    option(
-        MEMORY,
-        "--speculative",
-        type=click.Choice(SPECULATORS),
-        default_text="none",
-        help="Speculative decoding. ngram proposes draft tokens from the text of the request itself, which speeds up "
-        "greedy requests with repetitive text. The output does not change.",
-    ),
-    option(
-        MEMORY,
-        "--num-speculative-tokens",
-        default=4,
-        show_default=True,
-        type=click.IntRange(1),
-        metavar="N",
-        help="Maximum number of draft tokens per request and step.",
     ),
     option(
         BASELINE,
@@ -316,22 +333,5 @@ ENGINE_OPTIONS = (
         default=None,
         default_text="off",
         help="V0 only: compute prompts in chunks, in the same steps as decodes. V1 always does.",
-    ),
-    option(
-        MODEL_FILES,
-        "--config-format",
-        default="auto",
-        show_default=True,
-        type=click.Choice(("auto", "hf", MISTRAL)),
-        help="Format of the configuration. auto and hf read config.json; mistral equals --tokenizer-mode mistral.",
-    ),
-    option(
-        MODEL_FILES,
-        "--tokenizer-mode",
-        default="auto",
-        show_default=True,
-        type=click.Choice(TOKENIZER_MODES),
-        help="Format of the model folder. mistral reads params.json, consolidated.safetensors and tekken.json. auto "
-        "does so only if there is no config.json. slow has no effect.",
     ),
 )

@@ -67,6 +67,14 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Decorated], Decora
     return add
 
 
+# Stand for a hyphen and a space while a text is wrapped, so that no line breaks within a flag or before a default.
+_HYPHEN, _SPACE = "\N{NON-BREAKING HYPHEN}", "\N{NO-BREAK SPACE}"
+
+
+def _unbroken(text: str) -> str:
+    return text.replace("-", _HYPHEN).replace("default: ", f"default:{_SPACE}")
+
+
 class GroupedCommand(click.Command):
     """A command whose `--help` lists its options by group, each short enough for a screen."""
 
@@ -79,7 +87,8 @@ class GroupedCommand(click.Command):
                 groups.setdefault(getattr(parameter, "group", only), []).append(record)
         for title, records in groups.items():
             with formatter.section(title):
-                formatter.write_dl(records)
+                formatter.write_dl([(names, _unbroken(text)) for names, text in records])
+        formatter.buffer = [text.replace(_HYPHEN, "-").replace(_SPACE, " ") for text in formatter.buffer]
 
 
 class SpreadCommand(GroupedCommand):

@@ -11,7 +11,7 @@ from cli.options import SIZE, Finite, option
 from engine.api.http_options import Limits
 from engine.config import SHUTDOWN_TIMEOUT_S, STEP_TIMEOUT_S
 
-SERVER, LIMIT, LOG = "Server", "Request limits", "Log and watchdog"
+SERVER, ACCESS, LIMIT, LOG = "Server", "Access", "Request limits", "Log and watchdog"
 LIMITS = Limits()
 
 
@@ -88,79 +88,12 @@ SERVER_OPTIONS = (
     ),
     option(
         SERVER,
-        "--api-key",
-        "api_keys",
-        multiple=True,
-        several=True,
-        metavar="KEY…",
-        default_text="none",
-        help="Keys, of which clients must send one as a bearer token. Other users of this machine can see the keys in "
-        "the process list; --api-key-file avoids that.",
-    ),
-    option(
-        SERVER,
-        "--api-key-file",
-        metavar="FILE",
-        default_text="none",
-        help="File of API keys, one per line. The environment variable REDLINE_API_KEY may hold keys too, separated by "
-        "commas.",
-    ),
-    option(
-        SERVER,
-        "--allowed-origins",
-        multiple=True,
-        several=True,
-        metavar="ORIGIN,…",
-        default_text="none",
-        callback=split_origins,
-        help="Origins of web pages that may call the server from a browser (CORS), such as https://example.com. Use * "
-        "for all origins.",
-    ),
-    option(
-        SERVER,
-        "--ssl-certfile",
-        metavar="FILE",
-        default_text="none",
-        help="Certificate chain in PEM format. With a certificate, the server uses HTTPS.",
-    ),
-    option(
-        SERVER,
-        "--ssl-keyfile",
-        metavar="FILE",
-        default_text="in the certificate's file",
-        help="Private key of the certificate in PEM format, without a password.",
-    ),
-    option(
-        SERVER,
         "--root-path",
         default="",
         metavar="PATH",
         default_text="none",
         callback=as_root_path,
         help="Path under which a reverse proxy publishes the server, such as /llm.",
-    ),
-    option(
-        SERVER,
-        "--enable-runtime-lora",
-        "runtime_lora",
-        is_flag=True,
-        help="Let clients load and unload LoRA adapters, from any folder that the server can read.",
-    ),
-    option(
-        SERVER,
-        "--trust-request-chat-template",
-        is_flag=True,
-        help="Run chat templates that clients send with requests. A template is a program that may run forever, so use "
-        "this only if all clients are trusted.",
-    ),
-    option(
-        SERVER,
-        "--shutdown-timeout",
-        default=SHUTDOWN_TIMEOUT_S,
-        show_default=True,
-        type=Finite(0),
-        metavar="SECONDS",
-        help="Time for running requests to finish after SIGTERM or Ctrl-C. Requests that take longer are aborted.",
     ),
     option(
         SERVER,
@@ -174,6 +107,73 @@ SERVER_OPTIONS = (
         metavar="N",
         help="Number of API processes, which do HTTP and tokenization, up to 64. Raise it if one API process uses a "
         "full core.",
+    ),
+    option(
+        SERVER,
+        "--shutdown-timeout",
+        default=SHUTDOWN_TIMEOUT_S,
+        show_default=True,
+        type=Finite(0),
+        metavar="SECONDS",
+        help="Time for running requests to finish after SIGTERM or Ctrl-C. Requests that take longer are aborted.",
+    ),
+    option(
+        ACCESS,
+        "--api-key",
+        "api_keys",
+        multiple=True,
+        several=True,
+        metavar="KEY…",
+        default_text="none",
+        help="API keys. Clients must send one of them as a bearer token. Other users of this machine can see the keys "
+        "in the process list; --api-key-file avoids that.",
+    ),
+    option(
+        ACCESS,
+        "--api-key-file",
+        metavar="FILE",
+        default_text="none",
+        help="File of API keys, one per line. The environment variable REDLINE_API_KEY may hold keys too, separated by "
+        "commas.",
+    ),
+    option(
+        ACCESS,
+        "--allowed-origins",
+        multiple=True,
+        several=True,
+        metavar="ORIGIN,…",
+        default_text="none",
+        callback=split_origins,
+        help="Origins of web pages that may call the server from a browser (CORS), such as https://example.com. Use * "
+        "for all origins.",
+    ),
+    option(
+        ACCESS,
+        "--ssl-certfile",
+        metavar="FILE",
+        default_text="none",
+        help="Certificate chain in PEM format. With a certificate, the server uses HTTPS.",
+    ),
+    option(
+        ACCESS,
+        "--ssl-keyfile",
+        metavar="FILE",
+        default_text="in the certificate's file",
+        help="Private key of the certificate in PEM format, without a password.",
+    ),
+    option(
+        ACCESS,
+        "--enable-runtime-lora",
+        "runtime_lora",
+        is_flag=True,
+        help="Let clients load and unload LoRA adapters, from any folder that the server can read.",
+    ),
+    option(
+        ACCESS,
+        "--trust-request-chat-template",
+        is_flag=True,
+        help="Run chat templates that clients send with requests. A template is a program that may run forever, so use "
+        "this only if all clients are trusted.",
     ),
     limit("max_body_bytes", SIZE, "Maximum size of a request body.", "SIZE", f"{LIMITS.max_body_bytes >> 20}MiB"),
     limit(
