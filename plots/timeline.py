@@ -14,8 +14,17 @@ from bench.results import PointRecord, RunFiles
 from plots.data import Results, Series, run_facts, verdict_text
 from plots.samples import Moments, read_moments
 from plots.style import (
-    INK, MUTED, SECONDS_FROM_MS, STYLE, WIDTH_IN, footnote, headline, needs_log_scale, plain, wrapped,
-)  # fmt: skip
+    INK,
+    MUTED,
+    SECONDS_FROM_MS,
+    STYLE,
+    WIDTH_IN,
+    footnote,
+    headline,
+    needs_log_scale,
+    plain,
+    wrapped,
+)
 
 RUNNING, WAITING, KV, PREEMPTED, TTFT, GAP = "#2563eb", "#ea580c", "#059669", "#dc2626", "#9333ea", "#0891b2"
 OUTSIDE = "#f3f4f6"  # background of warm-up and drain

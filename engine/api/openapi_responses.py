@@ -72,7 +72,12 @@ RESPONSES: dict[str, Schema] = {
     ),
     "Completion": completion(
         "text_completion",
-        {"index": COUNT, "text": STRING, "logprobs": nullable(ref("CompletionLogprobs")), "finish_reason": FINISH_REASON},
+        {
+            "index": COUNT,
+            "text": STRING,
+            "logprobs": nullable(ref("CompletionLogprobs")),
+            "finish_reason": FINISH_REASON,
+        },
         {"stop_reason": STOP_REASON, "token_ids": listed(COUNT), **ABOUT_PROMPT},
     ),
     "ChatLogprob": record({"token": STRING, "logprob": NUMBER, "bytes": nullable(listed(COUNT))}),
@@ -88,7 +93,9 @@ RESPONSES: dict[str, Schema] = {
         "chat.completion",
         {
             "index": COUNT,
-            "message": record({"role": {"const": "assistant"}, "content": nullable(STRING)}, {"refusal": nullable(STRING)}),
+            "message": record(
+                {"role": {"const": "assistant"}, "content": nullable(STRING)}, {"refusal": nullable(STRING)}
+            ),
             "logprobs": nullable(ref("ChatLogprobs")),
             "finish_reason": FINISH_REASON,
         },
