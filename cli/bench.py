@@ -23,7 +23,7 @@ from bench.workloads import ANY_VOCABULARY, Workload, has_exact_lengths, make_wo
 from bench.workloads.arrivals import MOST_RATE
 from cli.closed import REQUESTS_PER_STREAM, check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED, UNDECIDED
-from cli.options import Finite, GroupedCommand, option, with_options
+from cli.options import RESULTS_ROOT, Finite, GroupedCommand, option, with_options
 from cli.params import LIMIT, RATES, SHARE
 from cli.screen import verbatim_console
 from cli.target_options import TARGET, TARGET_OPTIONS, check_target, target_of
@@ -40,133 +40,77 @@ from cli.workload import (
 MEASUREMENT, RESULTS = "Measurement", "Results"
 MEASUREMENT_OPTIONS = (
     option(
-        MEASUREMENT,
-        "--rate",
-        type=Finite(0, MOST_RATE, min_open=True),
-        metavar="REQ/S",
+        MEASUREMENT, "--rate", type=Finite(0, MOST_RATE, min_open=True), metavar="REQ/S",
         help="Measure this request rate instead of searching.",
     ),
     option(
-        MEASUREMENT,
-        "--rates",
-        type=RATES,
-        metavar="REQ/S,…",
+        MEASUREMENT, "--rates", type=RATES, metavar="REQ/S,…",
         help="Measure these request rates, separated by commas, instead of searching.",
     ),
     option(
-        MEASUREMENT,
-        "--concurrency",
-        type=click.IntRange(1, 100_000),
-        metavar="N",
+        MEASUREMENT, "--concurrency", type=click.IntRange(1, 100_000), metavar="N",
         help="Keep this many requests open (closed loop) instead of searching. The result has latencies and "
         "throughput, and no sustained rate.",
     ),
     option(
-        MEASUREMENT,
-        "--num-requests",
-        type=click.IntRange(1, 10**7),
-        metavar="N",
+        MEASUREMENT, "--num-requests", type=click.IntRange(1, 10**7), metavar="N",
         default_text=f"{REQUESTS_PER_STREAM} × --concurrency",
         help="Number of requests to send with --concurrency.",
     ),
     option(
-        MEASUREMENT,
-        "--slo",
-        "limits",
-        type=LIMIT,
-        multiple=True,
-        metavar="METRIC=LIMIT",
+        MEASUREMENT, "--slo", "limits", type=LIMIT, multiple=True, metavar="METRIC=LIMIT",
         help="Latency limit that a rate must meet to count as sustained, such as ttft_p99=2s or itl_p50=80ms. The "
         "metrics are ttft, itl, tpot and e2e, each with _p50 or _p99. May be repeated.",
     ),
     option(
-        MEASUREMENT,
-        "--precision",
-        type=SHARE,
-        metavar="PERCENT",
-        default="10%",
-        show_default=True,
+        MEASUREMENT, "--precision", type=SHARE, metavar="PERCENT", default="10%",
         help="Relative precision of the rate that the search finds. A finer precision needs longer windows.",
     ),
     option(
-        MEASUREMENT,
-        "--max-minutes",
-        type=Finite(0, 1e6, min_open=True),
-        metavar="MINUTES",
-        default=15.0,
-        show_default=True,
+        MEASUREMENT, "--max-minutes", type=Finite(0, 1e6, min_open=True), metavar="MINUTES", default=15.0,
         help="Time limit of the whole measurement. Raise it if the answer is provisional, undecided or not confirmed.",
     ),
     option(
-        MEASUREMENT,
-        "--window",
-        type=Finite(0, 1e7, min_open=True),
-        metavar="SECONDS",
+        MEASUREMENT, "--window", type=Finite(0, 1e7, min_open=True), metavar="SECONDS",
         default_text="planned from precision, latency and time left",
         help="Length of each measurement window. Raise it if windows are too short to decide.",
     ),
     option(
-        MEASUREMENT,
-        "--ladder/--no-ladder",
-        default=True,
-        show_default=True,
+        MEASUREMENT, "--ladder/--no-ladder", default=True,
         help="After the search, also measure 0.25 to 1.5 times the rate found, for the figures. Switch it off to save "
         "time.",
     ),
     option(
-        MEASUREMENT,
-        "--seed",
-        type=int,
-        metavar="N",
-        default=0,
-        show_default=True,
+        MEASUREMENT, "--seed", type=int, metavar="N", default=0,
         help="Seed of arrival times and prompts. Runs with the same seed send the same requests. Choose another seed "
         "if the server has seen the prompts before.",
     ),
-)
+)  # fmt: skip
 TOKENIZER_OPTIONS = (
     option(
-        TARGET,
-        "--tokenizer",
-        metavar="PATH",
-        default_text="the server's",
+        TARGET, "--tokenizer", metavar="PATH", default_text="the server's",
         help="Tokenizer of the model: a folder, a tokenizer.json or a hub id. Set it if the server does not report its "
         "vocabulary size or has no /tokenize.",
     ),
     option(
-        TARGET,
-        "--vocab-size",
-        type=click.IntRange(2, 2**31 - 1),
-        metavar="N",
-        default_text="as the server reports",
+        TARGET, "--vocab-size", type=click.IntRange(2, 2**31 - 1), metavar="N", default_text="as the server reports",
         help="Vocabulary size of the model, for random prompts. Set it if the server does not report it.",
     ),
-)
+)  # fmt: skip
 RESULTS_OPTIONS = (
     option(
-        RESULTS,
-        "--out",
-        type=click.Path(path_type=Path),
-        metavar="FOLDER",
-        default_text="results/bench-DATE-TIME",
+        RESULTS, "--out", type=click.Path(path_type=Path), metavar="FOLDER", default_text="results/bench-DATE-TIME",
         help="Folder of the result files.",
     ),
     option(
-        RESULTS,
-        "--configuration",
-        metavar="NAME",
-        default="bench",
-        show_default=True,
+        RESULTS, "--configuration", metavar="NAME", default="bench",
         help="Name of the measured configuration in tables and figures.",
     ),
     option(
-        RESULTS,
-        "--save-vllm-json",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
+        RESULTS, "--save-vllm-json", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
         help="Also write the result in the format of `vllm bench serve --save-result`. Needs --concurrency or --rate.",
     ),
-)
+)  # fmt: skip
 
 
 @click.command(cls=GroupedCommand, context_settings={"max_content_width": 110})
@@ -193,7 +137,7 @@ def command(ctx: click.Context, **params: Any) -> None:
     """
     _check(ctx, params)
     console = verbatim_console(file_width=120)
-    folder = params["out"] or Path("results") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = params["out"] or RESULTS_ROOT / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     files = RunFiles(folder)
     check_folder(folder, FLAG)
     if params["save_vllm_json"] is not None:

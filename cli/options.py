@@ -4,11 +4,14 @@ import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from engine.config import AUTO_LENGTH
+
+RESULTS_ROOT = Path("results")  # of the folders that bench and sweep write
 
 
 class GroupedOption(click.Option):
@@ -22,9 +25,10 @@ class GroupedOption(click.Option):
         Args:
             group: the heading.
             several: the option takes all values that follow it in a `SpreadCommand`; it must be `multiple` too.
-            default_text: the default as `--help` shows it; empty: the declared one, if `show_default` is set.
+            default_text: the default as `--help` shows it; empty: the declared one, if there is one.
         """
-        super().__init__(*args, **kwargs)
+        shown = {"show_default": kwargs.get("default") not in (None, "")}
+        super().__init__(*args, **kwargs | shown)
         self.group = group
         self.several = several
         self._default_text = default_text

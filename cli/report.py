@@ -4,10 +4,8 @@ from pathlib import Path
 
 import click
 
-from cli.options import GroupedCommand, option, with_options
+from cli.options import RESULTS_ROOT, GroupedCommand, option, with_options
 from cli.screen import verbatim_console
-
-DEFAULT_ROOT = "results"
 
 
 @click.command(name="report", cls=GroupedCommand)
@@ -74,7 +72,7 @@ def command(
     except ReportError as error:
         raise click.UsageError(str(error)) from error
     try:
-        chosen = folders or (newest(Path(DEFAULT_ROOT)),)
+        chosen = folders or (newest(RESULTS_ROOT),)
         failed = show_report(chosen, out, conditions, timelines, as_markdown)
     except ReportError as error:
         raise click.ClickException(str(error)) from error

@@ -1,11 +1,13 @@
 """`redline serve`: an OpenAI-compatible server for one model."""
 
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any
 
 import click
+from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
@@ -52,10 +54,9 @@ def command(
     """
     if (model is None) == (model_option is None):
         raise click.UsageError("give one model, as the argument or with --model: a short name, a folder or a hub id")
-    limits = Limits(**{name: settings.pop(name) for name in Limits.__struct_fields__})
-    serving = Serving(
-        limits=limits, **{one.name: settings.pop(one.name) for one in fields(Serving) if one.name != "limits"}
-    )
+    limits = Limits(**_take(settings, Limits.__struct_fields__))
+    http = HttpOptions(limits=limits, **_take(settings, HttpOptions.__struct_fields__))
+    serving = Serving(http=http, **_take(settings, [one.name for one in fields(Serving)]))
     notes = [*vllm_notes(ctx), *apply_formats(settings)]
     settings["hf_overrides"] = read_overrides_of(settings)
     settings["chat_template"] = read_chat_template(settings["chat_template"])
@@ -68,26 +69,24 @@ def command(
     return serve(config, serving, notes)
 
 
+def _take(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Remove some settings, and return those that there are."""
+    return {name: settings.pop(name) for name in names if name in settings}
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """Settings of the server, without those of the engine; fields have the names of the options."""
 
     host: str
     port: int
-    api_keys: tuple[str, ...]
+    http: HttpOptions  # with the keys of the command line only
     api_key_file: str | None
     api_servers: int
-    allowed_origins: tuple[str, ...]
-    root_path: str
-    ssl_certfile: str | None
-    ssl_keyfile: str | None
-    runtime_lora: bool
-    trust_request_chat_template: bool
     shutdown_timeout: float  # seconds
     disable_log_stats: bool
     log_requests: bool
     step_timeout: float  # seconds
-    limits: Limits
 
 
 def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
@@ -99,17 +98,8 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.frontend.logs import log_to_stderr
     from engine.start import start_engine
 
-    http = HttpOptions(
-        api_keys=read_keys(serving.api_keys, serving.api_key_file),
-        allowed_origins=serving.allowed_origins,
-        root_path=serving.root_path,
-        ssl_certfile=serving.ssl_certfile,
-        ssl_keyfile=serving.ssl_keyfile,
-        runtime_lora=serving.runtime_lora,
-        trust_request_chat_template=serving.trust_request_chat_template,
-        limits=serving.limits,
-    )
-    tls = read_certificate(serving.ssl_certfile, serving.ssl_keyfile)
+    http = replace(serving.http, api_keys=read_keys(serving.http.api_keys, serving.api_key_file))
+    tls = read_certificate(http.ssl_certfile, http.ssl_keyfile)
     console = make_console()
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
     for number in (signal.SIGINT, signal.SIGTERM):  # even if the parent shell ignores Ctrl-C

@@ -46,188 +46,106 @@ def limit(
     field: str, kind: click.ParamType, text: str, metavar: str = "N", default_text: str = ""
 ) -> Callable[[Any], Any]:
     """The option for one field of `Limits`."""
-    default = getattr(LIMITS, field)
-    return option(
-        LIMIT,
-        "--" + field.replace("_", "-"),
-        type=kind,
-        metavar=metavar,
-        default=default,
-        show_default=default is not None,
-        default_text=default_text,
-        help=text,
-    )
+    name, default = "--" + field.replace("_", "-"), getattr(LIMITS, field)
+    return option(LIMIT, name, type=kind, metavar=metavar, default=default, default_text=default_text, help=text)
 
 
 SERVER_OPTIONS = (
     option(
-        SERVER,
-        "--host",
-        default="127.0.0.1",
-        show_default=True,
-        metavar="ADDRESS",
+        SERVER, "--host", default="127.0.0.1", metavar="ADDRESS",
         help="Address to listen on. Use 0.0.0.0 to serve other machines.",
     ),
     option(
-        SERVER,
-        "--port",
-        default=8000,
-        show_default=True,
-        type=click.IntRange(0, 65535),
-        metavar="PORT",
+        SERVER, "--port", default=8000, type=click.IntRange(0, 65535), metavar="PORT",
         help="Port to listen on. With 0, the system chooses a free port, which the server prints.",
     ),
     option(
-        SERVER,
-        "--served-model-name",
-        multiple=True,
-        several=True,
-        metavar="NAME…",
-        default_text="MODEL as given",
+        SERVER, "--served-model-name", multiple=True, several=True, metavar="NAME…", default_text="MODEL as given",
         help="Names that clients may use for the model. Responses show the first name.",
     ),
     option(
-        SERVER,
-        "--root-path",
-        default="",
-        metavar="PATH",
-        default_text="none",
-        callback=as_root_path,
+        SERVER, "--root-path", default="", metavar="PATH", default_text="none", callback=as_root_path,
         help="Path under which a reverse proxy publishes the server, such as /llm.",
     ),
     option(
-        SERVER,
-        "-asc",
-        "--api-servers",
-        "--api-server-count",
-        "api_servers",
-        default=1,
-        show_default=True,
-        type=click.IntRange(1, 64),
+        SERVER, "-asc", "--api-servers", "--api-server-count", "api_servers", default=1, type=click.IntRange(1, 64),
         metavar="N",
         help="Number of API processes, which do HTTP and tokenization, up to 64. Raise it if one API process uses a "
         "full core.",
     ),
     option(
-        SERVER,
-        "--shutdown-timeout",
-        default=SHUTDOWN_TIMEOUT_S,
-        show_default=True,
-        type=Finite(0),
-        metavar="SECONDS",
+        SERVER, "--shutdown-timeout", default=SHUTDOWN_TIMEOUT_S, type=Finite(0), metavar="SECONDS",
         help="Time for running requests to finish after SIGTERM or Ctrl-C. Requests that take longer are aborted.",
     ),
     option(
-        ACCESS,
-        "--api-key",
-        "api_keys",
-        multiple=True,
-        several=True,
-        metavar="KEY…",
-        default_text="none",
+        ACCESS, "--api-key", "api_keys", multiple=True, several=True, metavar="KEY…", default_text="none",
         help="API keys. Clients must send one of them as a bearer token. Other users of this machine can see the keys "
         "in the process list; --api-key-file avoids that.",
     ),
     option(
-        ACCESS,
-        "--api-key-file",
-        metavar="FILE",
-        default_text="none",
+        ACCESS, "--api-key-file", metavar="FILE", default_text="none",
         help="File of API keys, one per line. The environment variable REDLINE_API_KEY may hold keys too, separated by "
         "commas.",
     ),
     option(
-        ACCESS,
-        "--allowed-origins",
-        multiple=True,
-        several=True,
-        metavar="ORIGIN,…",
-        default_text="none",
+        ACCESS, "--allowed-origins", multiple=True, several=True, metavar="ORIGIN,…", default_text="none",
         callback=split_origins,
         help="Origins of web pages that may call the server from a browser (CORS), such as https://example.com. Use * "
         "for all origins.",
     ),
     option(
-        ACCESS,
-        "--ssl-certfile",
-        metavar="FILE",
-        default_text="none",
+        ACCESS, "--ssl-certfile", metavar="FILE", default_text="none",
         help="Certificate chain in PEM format. With a certificate, the server uses HTTPS.",
     ),
     option(
-        ACCESS,
-        "--ssl-keyfile",
-        metavar="FILE",
-        default_text="in the certificate's file",
+        ACCESS, "--ssl-keyfile", metavar="FILE", default_text="in the certificate's file",
         help="Private key of the certificate in PEM format, without a password.",
     ),
     option(
-        ACCESS,
-        "--enable-runtime-lora",
-        "runtime_lora",
-        is_flag=True,
+        ACCESS, "--enable-runtime-lora", "runtime_lora", is_flag=True,
         help="Let clients load and unload LoRA adapters, from any folder that the server can read.",
     ),
     option(
-        ACCESS,
-        "--trust-request-chat-template",
-        is_flag=True,
+        ACCESS, "--trust-request-chat-template", is_flag=True,
         help="Run chat templates that clients send with requests. A template is a program that may run forever, so use "
         "this only if all clients are trusted.",
     ),
     limit("max_body_bytes", SIZE, "Maximum size of a request body.", "SIZE", f"{LIMITS.max_body_bytes >> 20}MiB"),
     limit(
-        "max_body_values",
-        SIZE,
+        "max_body_values", SIZE,
         "Maximum number of JSON values in a request body. A list or an object counts as eight values. Decoding a body "
         "pauses all streams of its API process; this limit bounds the pause.",
     ),
     limit("max_prompts", click.IntRange(1), "Maximum number of prompts in a request body."),
     limit(
-        "max_prompt_bytes",
-        SIZE,
+        "max_prompt_bytes", SIZE,
         "Maximum size of the text of a prompt, checked before it is tokenized.",
-        "SIZE",
-        "--max-model-len times the longest token",
+        "SIZE", "--max-model-len times the longest token",
     ),
     limit("max_n", click.IntRange(1, LIMITS.max_n), f"Maximum number of outputs (n) per prompt, up to {LIMITS.max_n}."),
     limit(
-        "max_stop",
-        click.IntRange(1, LIMITS.max_stop),
+        "max_stop", click.IntRange(1, LIMITS.max_stop),
         f"Maximum number of stop strings per request, up to {LIMITS.max_stop}.",
     ),
     limit("max_stop_token_ids", click.IntRange(0), "Maximum number of stop token ids per request."),
     limit(
-        "max_queue",
-        click.IntRange(0),
+        "max_queue", click.IntRange(0),
         "Maximum number of waiting requests. Further requests are refused with HTTP 503. Set it so that clients get an "
         "early error under overload instead of a long wait.",
         default_text="no limit",
     ),
     option(
-        LOG,
-        "--disable-log-stats",
-        is_flag=True,
+        LOG, "--disable-log-stats", is_flag=True,
         help="Do not log throughput, queue length and KV cache utilization every 10 s.",
     ),
     option(
-        LOG,
-        "--enable-log-requests/--disable-log-requests",
-        " /--no-enable-log-requests",
-        "log_requests",
-        default=True,
-        show_default=True,
+        LOG, "--enable-log-requests/--disable-log-requests", " /--no-enable-log-requests", "log_requests", default=True,
         help="Log one line of JSON for each finished output. Prompts and outputs are not logged.",
     ),
     option(
-        LOG,
-        "--step-timeout",
-        default=STEP_TIMEOUT_S,
-        show_default=True,
-        type=Finite(0),
-        metavar="SECONDS",
+        LOG, "--step-timeout", default=STEP_TIMEOUT_S, type=Finite(0), metavar="SECONDS",
         help="Time after which the watchdog reports a step as hanging: /health answers 503, and the stacks of all "
         "threads are logged. After twice that time the server exits. Raise it if a single step may take that long. 0 "
         "disables the watchdog.",
     ),
-)
+)  # fmt: skip

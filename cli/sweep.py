@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.exit_codes import FAILED, FAILED_REQUESTS
-from cli.options import GroupedCommand, option, with_options
+from cli.options import RESULTS_ROOT, GroupedCommand, option, with_options
 from cli.screen import verbatim_console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
-
-ROOT = Path("results")
 
 
 @click.command(name="sweep", cls=GroupedCommand)
@@ -65,7 +63,7 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
             raise click.BadParameter(f"{preset_name!r} is not one of {', '.join(known)}", param_hint="--preset")
         file = known[preset_name]
     plan = read_sweep(file)
-    folder = out or ROOT / plan.name
+    folder = out or RESULTS_ROOT / plan.name
     if dry_run:
         _show_plan(console, plan, folder)
         return 0

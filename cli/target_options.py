@@ -28,7 +28,7 @@ class HeaderType(click.ParamType):
 
 TARGET_OPTIONS = (
     option(
-        TARGET, "--url", default="http://127.0.0.1:8000", show_default=True, metavar="URL",
+        TARGET, "--url", default="http://127.0.0.1:8000", metavar="URL",
         help="Address of the server to measure, with or without /v1.",
     ),
     option(
@@ -58,12 +58,12 @@ TARGET_OPTIONS = (
         "default.",
     ),
     option(
-        REQUESTS, "--ignore-eos/--no-ignore-eos", default=True, show_default=True,
+        REQUESTS, "--ignore-eos/--no-ignore-eos", default=True,
         help="Send ignore_eos, so that outputs have exactly the requested length. Switch it off for servers that "
         "reject the field.",
     ),
     option(
-        REQUESTS, "--stream-options/--no-stream-options", default=True, show_default=True,
+        REQUESTS, "--stream-options/--no-stream-options", default=True,
         help="Send stream_options, so that the server reports token counts. Switch it off for servers that reject the "
         "field.",
     ),

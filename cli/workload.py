@@ -41,122 +41,68 @@ _COUNT = click.IntRange(1, MOST_TOKENS)
 WORKLOAD, ARRIVALS = "Workload", "Arrivals"
 WORKLOAD_OPTIONS = (
     option(
-        WORKLOAD,
-        "--workload",
-        metavar="[NAME|FILE]",
-        default_text="random prompts of --input and --output tokens",
+        WORKLOAD, "--workload", metavar="[NAME|FILE]", default_text="random prompts of --input and --output tokens",
         help="Workload to send, as the name of a preset or a YAML file. The presets are 500-2000, 2048-128, 6000-4000, "
         "shared-prefix, multi-turn, sharegpt, jsonl, visionarena, visionarena-bench, visionarena-sample, and mmmu-pro. "
         "The other options of this group replace single fields of the workload.",
     ),
     option(
-        WORKLOAD,
-        "--input",
-        "input_tokens",
-        type=LENGTH,
-        metavar="TOKENS",
-        default="500",
-        show_default=True,
+        WORKLOAD, "--input", "input_tokens", type=LENGTH, metavar="TOKENS", default="500",
         help="Prompt length in tokens: N, or LOW:HIGH for a uniform distribution.",
     ),
     option(
-        WORKLOAD,
-        "--output",
-        "output_tokens",
-        type=LENGTH,
-        metavar="TOKENS",
-        default="100",
-        show_default=True,
+        WORKLOAD, "--output", "output_tokens", type=LENGTH, metavar="TOKENS", default="100",
         help="Output length in tokens: N, or LOW:HIGH for a uniform distribution.",
     ),
     option(
-        WORKLOAD,
-        "--prefix",
-        type=_COUNT,
-        metavar="TOKENS",
-        default_text="none",
+        WORKLOAD, "--prefix", type=_COUNT, metavar="TOKENS", default_text="none",
         help="Length of a prefix that prompts share, in addition to --input. Set it to measure prefix caching.",
     ),
     option(
-        WORKLOAD,
-        "--prefixes",
-        type=_COUNT,
-        metavar="N",
-        default=1,
-        show_default=True,
+        WORKLOAD, "--prefixes", type=_COUNT, metavar="N", default=1,
         help="Number of different prefixes. Each prompt begins with one of them.",
     ),
     option(
-        WORKLOAD,
-        "--turns",
-        type=_COUNT,
-        metavar="N",
+        WORKLOAD, "--turns", type=_COUNT, metavar="N",
         help="Send conversations of this many turns instead of single prompts. Each request contains the history of "
         "its conversation; --input and --output are the lengths of one turn.",
     ),
     option(
-        WORKLOAD,
-        "--dataset",
-        metavar="[PATH|ID]",
+        WORKLOAD, "--dataset", metavar="[PATH|ID]",
         help="Data set of a workload that needs one: a file, a folder or a hub id.",
     ),
     option(
-        WORKLOAD,
-        "--dataset-rows",
-        type=_COUNT,
-        metavar="N",
-        default_text="set by the workload",
+        WORKLOAD, "--dataset-rows", type=_COUNT, metavar="N", default_text="set by the workload",
         help="Number of rows of the data set to use, from its beginning.",
     ),
     option(
-        WORKLOAD,
-        "--repeat",
-        type=click.IntRange(0, 100),
-        metavar="PERCENT",
-        default_text="0",
+        WORKLOAD, "--repeat", type=click.IntRange(0, 100), metavar="PERCENT", default_text="0",
         help="Percentage of requests that repeat an earlier image, to measure caches of images. Only for mmmu-pro.",
     ),
     option(
-        ARRIVALS,
-        "--arrivals",
-        type=click.Choice(KINDS),
-        default="poisson",
-        show_default=True,
+        ARRIVALS, "--arrivals", type=click.Choice(KINDS), default="poisson",
         help="Distribution of arrivals: poisson (independent), constant (equal intervals) or gamma (see --burstiness).",
     ),
     option(
-        ARRIVALS,
-        "--burstiness",
-        type=Finite(0, min_open=True),
-        metavar="SHAPE",
-        default=1.0,
-        show_default=True,
+        ARRIVALS, "--burstiness", type=Finite(0, min_open=True), metavar="SHAPE", default=1.0,
         help="Shape of the gamma distribution: 1 equals poisson, and smaller values send requests in bursts.",
     ),
     option(
-        ARRIVALS,
-        "--trace",
-        metavar="FILE",
+        ARRIVALS, "--trace", metavar="FILE",
         help="Replay the arrivals and lengths of a recorded trace, at its own rate or scaled to --rate or --rates. "
         "--input and --output replace the lengths. Formats: Mooncake, Bailian, BurstGPT, Azure, or CSV or JSONL with a "
         "timestamp column and optional columns input_tokens and output_tokens.",
     ),
     option(
-        ARRIVALS,
-        "--trace-unit",
-        type=click.Choice(("auto", *UNITS)),
-        default="auto",
-        show_default=True,
+        ARRIVALS, "--trace-unit", type=click.Choice(("auto", *UNITS)), default="auto",
         help="Unit of the numeric timestamps of the trace. auto detects it from the format, the column name and the "
         "numbers.",
     ),
     option(
-        ARRIVALS,
-        "--skip-bad-rows",
-        is_flag=True,
+        ARRIVALS, "--skip-bad-rows", is_flag=True,
         help="Skip and report rows of --trace or --dataset that cannot be read, instead of ending with an error.",
     ),
-)
+)  # fmt: skip
 
 
 def check_workload(ctx: click.Context) -> None:
