@@ -35,11 +35,7 @@ class ServeCommand(SpreadCommand):
 @with_options(*SERVER_OPTIONS, *ENGINE_OPTIONS, *VLLM_OPTIONS)
 @click.pass_context
 def command(
-    ctx: click.Context,
-    model: str | None,
-    model_option: str | None,
-    lora: tuple[str, ...],
-    **settings: Any,
+    ctx: click.Context, model: str | None, model_option: str | None, lora: tuple[str, ...], **settings: Any
 ) -> int:
     """Serve MODEL over an OpenAI-compatible HTTP API.
 

@@ -70,11 +70,7 @@ def choice(
     shown["stop_reason"] = output.stop_reason
     if body.top_logprobs is not None:
         shown["logprobs"] = completion_logprobs(
-            state.tokenizer,
-            output.logprobs,
-            offsets,
-            len(text),
-            as_token_ids=bool(body.return_tokens_as_token_ids),
+            state.tokenizer, output.logprobs, offsets, len(text), as_token_ids=bool(body.return_tokens_as_token_ids)
         )
     if body.return_token_ids:
         shown["token_ids"] = output.token_ids

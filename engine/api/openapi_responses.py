@@ -42,10 +42,7 @@ STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
 # For each token of a prompt, a map from token ids; null for the first token.
 PROMPT_LOGPROBS: Schema = listed(
     nullable(
-        {
-            "type": "object",
-            "additionalProperties": record({"logprob": NUMBER, "rank": COUNT, "decoded_token": STRING}),
-        }
+        {"type": "object", "additionalProperties": record({"logprob": NUMBER, "rank": COUNT, "decoded_token": STRING})}
     )
 )
 ABOUT_PROMPT: dict[str, Schema] = {"prompt_logprobs": PROMPT_LOGPROBS, "prompt_token_ids": listed(COUNT)}

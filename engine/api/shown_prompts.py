@@ -43,11 +43,7 @@ class EchoedPrompts(ShownPrompts):
     """The prompts of a completion, which may be echoed."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stream: RequestStream,
-        body: CompletionRequest,
-        given: Sequence[str | list[int]],
+        self, tokenizer: Tokenizer, stream: RequestStream, body: CompletionRequest, given: Sequence[str | list[int]]
     ):
         """`given`: the prompts to echo, texts or token ids."""
         super().__init__(tokenizer, stream, body)

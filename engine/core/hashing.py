@@ -44,11 +44,7 @@ NO_KEYS: Mapping[int, bytes] = {}
 
 
 def extend_hashes(
-    hashes: list[bytes],
-    root: bytes,
-    tokens: bytes | memoryview,
-    block_size: int,
-    keys: Mapping[int, bytes] = NO_KEYS,
+    hashes: list[bytes], root: bytes, tokens: bytes | memoryview, block_size: int, keys: Mapping[int, bytes] = NO_KEYS
 ) -> None:
     """Append the hashes of the full blocks of `tokens` (int32) that `hashes` lacks; `keys` are from `mm_block_keys`."""
     size = block_size * TOKEN_BYTES

@@ -18,17 +18,7 @@ from engine.frontend.streams import Origin, Output, RequestOptions, RequestStrea
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import Transport
-from engine.messages import (
-    Abort,
-    Dead,
-    Hung,
-    Outputs,
-    Ready,
-    Utility,
-    UtilityResult,
-    decode_from_core,
-    make_handle,
-)
+from engine.messages import Abort, Dead, Hung, Outputs, Ready, Utility, UtilityResult, decode_from_core, make_handle
 
 log = logging.getLogger("redline.client")
 

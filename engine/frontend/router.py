@@ -115,8 +115,7 @@ class Router:
         self.trackers = tuple(ReplicaTracker(self, client, output_length) for client in self.replicas)
         self._policy = make_routing_policy(routing, seed)
         self._calls = ReplicaCalls(
-            lambda: [tracker.client for tracker in self._serving()],
-            lambda: self.dead or "the replicas ended meanwhile",
+            lambda: [tracker.client for tracker in self._serving()], lambda: self.dead or "the replicas ended meanwhile"
         )
         self._closing = False
 

@@ -30,11 +30,7 @@ _ATTENTION = {
     "layers.*.self_attn.v_proj": "colwise",
     "layers.*.self_attn.o_proj": "rowwise",
 }
-_MLP = {
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
+_MLP = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
 _GATE_UP = {"layers.*.mlp.gate_up_proj": "gate_up", "layers.*.mlp.down_proj": "rowwise"}
 _EXPERTS = {
     "layers.*.mlp.experts": "moe_tp_experts",
@@ -98,14 +94,7 @@ PHI3 = Family(
 )
 
 # Queries and keys are normalized over all heads: each rank has the weights of its heads, the mean is over all ranks.
-OLMO = Family(
-    tp_plan={
-        **_ATTENTION,
-        "layers.*.self_attn.q_norm": "norm",
-        "layers.*.self_attn.k_norm": "norm",
-        **_MLP,
-    }
-)
+OLMO = Family(tp_plan={**_ATTENTION, "layers.*.self_attn.q_norm": "norm", "layers.*.self_attn.k_norm": "norm", **_MLP})
 
 # Model types that the parity suite compares with transformers' generate().
 FAMILIES: dict[str, Family] = {

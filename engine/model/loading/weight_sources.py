@@ -17,10 +17,7 @@ class CheckpointSource:
     """Reads the files of a checkpoint; `progress` is called with the bytes of each stored tensor that was read."""
 
     def __init__(
-        self,
-        stored: dict[str, CheckpointTensor],
-        mapping: WeightMapping,
-        progress: Callable[[int], None] | None = None,
+        self, stored: dict[str, CheckpointTensor], mapping: WeightMapping, progress: Callable[[int], None] | None = None
     ):
         self._stored = stored
         self._mapping = mapping
