@@ -8,17 +8,17 @@ from engine.errors import ConfigError
 
 
 def datasets_folder() -> Path:
-    """The folder of presets and small data: beside the packages in a checkout, else under the installation's prefix.
+    """The folder of presets and small data: next to the packages in a checkout, else under the installation's prefix.
 
     Raises ConfigError if it is at neither place.
     """
-    beside = Path(__file__).resolve().parent.parent / "datasets"
+    checkout = Path(__file__).resolve().parent.parent / "datasets"
     installed = Path(sys.prefix) / "share" / "redline" / "datasets"
-    for folder in (beside, installed):
-        # In an installation, "beside" is where the Hugging Face library of the same name lives.
+    for folder in (checkout, installed):
+        # In an installation, the first one is the Hugging Face library of the same name.
         if (folder / "presets").is_dir() and not (folder / "__init__.py").exists():
             return folder
-    raise ConfigError(f"the presets are missing: neither {beside} nor {installed} holds them; reinstall redline")
+    raise ConfigError(f"the presets are missing: neither {checkout} nor {installed} holds them; reinstall redline")
 
 
 @functools.cache

@@ -21,7 +21,7 @@ def trim_heap() -> None:
 def large_allocations_mapped() -> Iterator[None]:
     """A context in which an allocation of 4 MiB or more returns to the system as soon as it is freed (glibc only).
 
-    Otherwise allocations of up to 32 MiB come from the heap, where any small object beside them can keep their pages:
+    Otherwise allocations of up to 32 MiB come from the heap, where any small object next to them can keep their pages:
     half of a model's size can be lost that way.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -196,7 +196,7 @@ def build_core_server(
 def _ready(
     model_info: "ModelInfo", resolution: "Resolution", executor: "StartedExecutor", seconds: list[tuple[str, float]]
 ) -> Ready:
-    """What the parent learns about the core; `seconds`: per phase of the start."""
+    """What a core reports to its parent; `seconds`: per phase of the start."""
     resolved = resolution.config
     return Ready(
         model_path=str(model_info.path),

@@ -194,7 +194,7 @@ def _doubt(
     worst = max(known, key=lambda t: t.slope + t.noise, default=None)
     latency = f", latencies {worst.slope:+.2g} ±{worst.noise:.2g} s/s" if worst is not None else ""
     return (
-        f"{e.flow.arrived()} requests are too few to detect an overload of {e.precision:.0%}, which adds {shown:.2g} "
+        f"too few requests ({e.flow.arrived()}) to detect an overload of {e.precision:.0%}, which adds {shown:.2g} "
         f"requests to the backlog and {share:.2g} s/s to latencies; measured: backlog {growth:+.0f} "
         f"±{max(noise, e.flow.spread()):.0f}{latency}"
     )

@@ -57,7 +57,7 @@ class ApiState:
         return self.client.tokenizer
 
     async def adapter_of(self, name: str | None) -> str:
-        """The adapter that a request's `model` names, "" for the base model; ApiError 404 if there is none."""
+        """The adapter that a request's `model` names, "" for the base model. Raises ApiError 404 if there is none."""
         if not name or name in self.names:
             return ""
         if name not in self.adapters:  # another API process may have loaded it
@@ -81,7 +81,7 @@ class ApiState:
         head: dict[str, Any],
         adapter: str,
     ) -> RequestStream:
-        """Send the prompts of a request to the engine; ApiError 503 if the queue is full.
+        """Send the prompts of a request to the engine. Raises ApiError 503 if the queue is full.
 
         `head` has the first fields of the response.
         """

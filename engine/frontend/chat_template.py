@@ -270,9 +270,9 @@ def read_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, 
             source = {entry["name"]: entry["template"] for entry in source}
         if not found and source:
             found = {"default": source} if isinstance(source, str) else dict(source)
-    beside = folder / "chat_template.jinja"
-    if beside.is_file():
-        found = {"default": beside.read_text(encoding="utf-8")}
+    own_file = folder / "chat_template.jinja"
+    if own_file.is_file():
+        found = {"default": own_file.read_text(encoding="utf-8")}
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = file.read_text(encoding="utf-8")
     return found

@@ -123,7 +123,7 @@ class Tokenizer:
 def load_tokenizer(
     path: Path, vocab_size: int | None = None, mode: str = "auto", chat_template: str | None = None
 ) -> tuple[Tokenizer, list[str]]:
-    """Load the tokenizer of a model folder, or the one beside a config.json.
+    """Load the tokenizer of a model folder, or the one next to a config.json.
 
     Args:
         path: the folder, or its config.json.

@@ -129,7 +129,7 @@ def _cached_heads(hf_config: Any) -> tuple[int, int]:
 def _weight_bytes(config: EngineConfig, hf_config: Any, parameters: int, dtype: str) -> int:
     """Size of the weights in memory.
 
-    With `--quantization` the C++ kernels hold quantized linears, and a quantized head beside the embedding.
+    With `--quantization` the C++ kernels hold quantized linears, and a quantized head in addition to the embedding.
     """
     item = ITEMSIZE[dtype]
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
@@ -145,7 +145,7 @@ def _weight_bytes(config: EngineConfig, hf_config: Any, parameters: int, dtype: 
 
 
 def kv_head_bytes(cache_dtype: str, head_dim: int) -> int:
-    """Bytes of one key, or one value, of a head in the KV cache; int8 has a float32 scale beside it."""
+    """Bytes of one key, or one value, of a head in the KV cache; int8 includes its float32 scale."""
     return head_dim + 4 if cache_dtype == "int8" else head_dim * ITEMSIZE[cache_dtype]
 
 

@@ -193,9 +193,9 @@ def _is_longrope(rope: Mapping[str, Any]) -> bool:
 
 
 def _with_original_length(fields: dict[str, Any]) -> dict[str, Any]:
-    """Rename longrope to its present name, and put the original length both beside the scaling and within it.
+    """Rename longrope to its present name, and put the original length both next to the scaling and within it.
 
-    Files have it in either place. A class that declares the field beside the scaling has a default there, which would
+    Files have it in either place. A class that declares the field next to the scaling has a default there, which would
     override the value within; a class that does not declare it reads the value within.
     """
     key = next((key for key in ("rope_scaling", "rope_parameters") if fields.get(key)), None)

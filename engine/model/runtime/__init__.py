@@ -1,1 +1,1 @@
-"""Parts of a model that run in each step beside the class of transformers."""
+"""Parts of a model that run in each step in addition to transformers' class."""
