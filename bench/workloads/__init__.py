@@ -22,7 +22,7 @@ ANY_VOCABULARY = 32_000  # vocabulary size for a workload of which only name and
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class WorkloadKind:
     make: Callable[..., Workload]
     required: frozenset[str]
     optional: frozenset[str]
@@ -35,21 +35,21 @@ def _fields(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_KINDS: dict[str, _Kind] = {
-    "random": _Kind(RandomTokens, _fields("input output"), _fields(""), vocabulary=True),
-    "shared-prefix": _Kind(SharedPrefix, _fields("prefix input output"), _fields("prefixes"), vocabulary=True),
-    "multi-turn": _Kind(MultiTurn, _fields("input output"), _fields("turns conversations"), vocabulary=True),
-    "trace": _Kind(
+WORKLOAD_KINDS: dict[str, WorkloadKind] = {
+    "random": WorkloadKind(RandomTokens, _fields("input output"), _fields(""), vocabulary=True),
+    "shared-prefix": WorkloadKind(SharedPrefix, _fields("prefix input output"), _fields("prefixes"), vocabulary=True),
+    "multi-turn": WorkloadKind(MultiTurn, _fields("input output"), _fields("turns conversations"), vocabulary=True),
+    "trace": WorkloadKind(
         TraceLengths, _fields("trace"), _fields("trace_unit skip_bad_rows input output"), vocabulary=True
     ),
-    "sharegpt": _Kind(
+    "sharegpt": WorkloadKind(
         ShareGPT, _fields("dataset"), _fields("max_input max_tokens rows fresh skip_bad_rows"), encode=True
     ),
-    "jsonl": _Kind(JsonLines, _fields("dataset"), _fields("output rows fresh skip_bad_rows"), exact=False),
-    "visionarena": _Kind(
+    "jsonl": WorkloadKind(JsonLines, _fields("dataset"), _fields("output rows fresh skip_bad_rows"), exact=False),
+    "visionarena": WorkloadKind(
         VisionArena, _fields("dataset"), _fields("output rows fresh skip_bad_rows subset split"), exact=False
     ),
-    "mmmu-pro": _Kind(
+    "mmmu-pro": WorkloadKind(
         MMMUPro, _fields("dataset"), _fields("output rows fresh skip_bad_rows subset split repeat"), exact=False
     ),
 }  # fmt: skip
@@ -66,7 +66,7 @@ def make_workload(spec: dict[str, Any], vocab_size: int | None, encode: Encode |
     `vocab_size` is needed for random tokens (see needs_vocabulary()), `encode` for sharegpt when it is first used.
     """
     kind = _kind(spec)
-    known, name = _KINDS[kind], kind
+    known, name = WORKLOAD_KINDS[kind], kind
     fields = {key: value for key, value in spec.items() if key != "kind"}
     for missing in sorted(known.required - fields.keys() - {"dataset"}):  # find_data() reports a missing data set
         raise BenchError(f"workload {name}: the field {missing} is missing")
@@ -84,17 +84,17 @@ def make_workload(spec: dict[str, Any], vocab_size: int | None, encode: Encode |
 
 def needs_vocabulary(spec: dict[str, Any]) -> bool:
     """Whether make_workload() needs the vocabulary size for `spec`."""
-    return _KINDS[_kind(spec)].vocabulary
+    return WORKLOAD_KINDS[_kind(spec)].vocabulary
 
 
 def has_exact_lengths(workload: Workload) -> bool:
     """Whether `workload.max_tokens` is exact; for texts and images it is an estimate."""
-    return _KINDS[_kind(workload.describe())].exact
+    return WORKLOAD_KINDS[_kind(workload.describe())].exact
 
 
 def known_fields(spec: dict[str, Any]) -> frozenset[str]:
     """The fields that a workload of this kind takes."""
-    known = _KINDS[_kind(spec)]
+    known = WORKLOAD_KINDS[_kind(spec)]
     return known.required | known.optional
 
 
@@ -102,6 +102,6 @@ def _kind(spec: Any) -> str:
     if not isinstance(spec, dict):
         raise BenchError(f"a workload must have fields such as kind, input and output, not {spec!r}")
     kind = spec.get("kind")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise BenchError(f"workload: unknown kind {kind!r}; choose from {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in WORKLOAD_KINDS:
+        raise BenchError(f"workload: unknown kind {kind!r}; choose from {', '.join(WORKLOAD_KINDS)}")
     return kind

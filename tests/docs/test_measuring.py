@@ -9,7 +9,7 @@ import pytest
 from bench.results import Answer, PointRecord, RequestRecord, ServerState, Summary
 from bench.sweeps.sweepfile import _OPTIONS as SWEEP_OPTIONS
 from bench.target import target
-from bench.workloads import _KINDS
+from bench.workloads import WORKLOAD_KINDS
 from cli.exit_codes import FAILED_REQUESTS, UNDECIDED
 from plots.compare import METRICS
 
@@ -78,12 +78,12 @@ def test_options_of_sweeps() -> None:
 def test_kinds_of_workloads() -> None:
     text = section("workloads.md", "Kinds and their fields")
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| ?(.*?) ?\|$", text, flags=re.MULTILINE)
-    assert {kind for kind, _, _ in rows} == set(_KINDS)
+    assert {kind for kind, _, _ in rows} == set(WORKLOAD_KINDS)
     for kind, required, optional in rows:
-        assert set(re.findall(r"`(\w+)`", required)) == _KINDS[kind].required
+        assert set(re.findall(r"`(\w+)`", required)) == WORKLOAD_KINDS[kind].required
         if not optional.startswith("as "):
-            known = _KINDS[kind].optional | {"auto", "train"}  # and values of theirs
-            assert _KINDS[kind].optional <= set(re.findall(r"`(\w+)`", optional)) <= known
+            known = WORKLOAD_KINDS[kind].optional | {"auto", "train"}  # and values of theirs
+            assert WORKLOAD_KINDS[kind].optional <= set(re.findall(r"`(\w+)`", optional)) <= known
 
 
 def test_fields_that_cannot_be_added() -> None:
