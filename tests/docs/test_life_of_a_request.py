@@ -1,8 +1,4 @@
-"""docs/life-of-a-request.md names files and functions that exist, and its worked example is what the scheduler does."""
-
-import ast
-import re
-from pathlib import Path
+"""The worked example of docs/life-of-a-request.md is what the scheduler does."""
 
 import numpy as np
 import pytest
@@ -12,43 +8,6 @@ from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.steps import ScheduledStep
 from engine.messages import AddRequest, FinishReason, Sampling, StepResult, column, make_handle
-
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "life-of-a-request.md"
-PAGES = [ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TEXT = " ".join(PAGE.read_text(encoding="utf-8").split())
-# `file`: `name`, `Class.method`, …
-NAMED = re.findall(r"`([\w./-]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", TEXT)
-
-
-def defined(path: Path) -> set[str]:
-    """Classes and functions of a module, methods as Class.method."""
-    names = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            inner = (one for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef))
-            names |= {f"{node.name}.{one.name}" for one in inner}
-    return names
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_exist(page: Path) -> None:
-    """Files and folders below the packages."""
-    named = re.findall(r"`((?:bench|cli|datasets|docs|engine|plots|tests)/[\w./-]*)`", page.read_text(encoding="utf-8"))
-    assert not [path for path in named if not (ROOT / path).exists()]
-
-
-def test_functions_exist() -> None:
-    assert len(NAMED) > 25
-    missing = [
-        f"{file}: {name}"
-        for file, names in NAMED
-        for name in re.findall(r"[\w.]+", names)
-        if name not in defined(ROOT / file)
-    ]
-    assert not missing
 
 
 def request(sequence: int) -> Request:
