@@ -134,7 +134,7 @@ def test_what_is_served_of_too_much_stands_for_rates_that_were_not_searched(floo
     assert_nothing_clipped(figure)
     assert_apart(figure)
     words = " ".join(text.get_text() for text in figure.texts)
-    assert "completed rate at a rate that no configuration sustains" in words
+    assert "Completed rate at 7.5 req/s: no configuration sustains this rate" in words
     assert "| Completed rate at 7.5 req/s, req/s |" in markdown(load([flooded]), [])
 
 

@@ -100,7 +100,7 @@ def test_disturbed_points_are_ringed(demo: Path) -> None:
     figure = latency_figure(results, WORKLOAD)
     assert rings(figure) == [marked, marked]
     assert marked > 0
-    assert "Ring: disturbed, other processes used more than 10% of the cores" in footer(figure)
+    assert "Ring: disturbed (other processes used more than 10 % of the cores)" in footer(figure)
 
 
 def test_an_undisturbed_point_of_a_rate_comes_first(demo: Path) -> None:
@@ -128,7 +128,8 @@ def footer(figure: Figure) -> str:
 
 def test_the_figure_says_what_was_run(demo: Path) -> None:
     said = footer(latency_figure(load([demo]), WORKLOAD))
-    for fact in ("smollm2-135m", "Intel Xeon", "2 cores", "80 requests, 2,480 gaps", "Seed 1", "redline 0.1.0"):
+    samples = "80 requests, 2,480 inter-token gaps"
+    for fact in ("smollm2-135m", "Intel Xeon", "2 cores", samples, "Seed 1", "redline 0.1.0"):
         assert fact in said
     assert "Provisional" in said
 

@@ -66,7 +66,7 @@ def test_all_configurations_are_shown_at_one_rate(demo: Path) -> None:
         assert [line.get_color() for line in solid] == list(COLORS[:2])
         dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
         assert len(dotted) == 2
-    assert "80 requests, 2,480 gaps" in footer(figure)
+    assert "80 requests, 2,480 inter-token gaps" in footer(figure)
     point = chosen[0][1]
     assert (
         f"ITL P50 {point.itl_p50_ms:.3g}, P99 {point.itl_p99_ms:.3g} ms" in figure.legends[0].get_texts()[0].get_text()
