@@ -47,6 +47,10 @@ docs: $(VENV)/installed-dev  ## The documentation site in build/site; every warn
 	$(MKDOCS)
 	@echo "site: build/site/index.html (its search needs a server: python -m http.server -d build/site)"
 
+.PHONY: docs-commands
+docs-commands: $(VENV)/installed-dev  ## The commands of the documentation that take minutes, PAGES=…: results/docs-commands.json
+	$(BIN)/python -m tests.perf.docs_commands
+
 unit: $(VENV)/installed-dev  ## All tests, in a worker on each core, with the coverage of the scheduler's core
 	$(PYTEST) tests/engine/core --cov=engine.core --cov-report=term --cov-fail-under=90
 	$(PYTEST) --ignore=tests/engine/core

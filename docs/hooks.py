@@ -1,4 +1,5 @@
-"""Hooks of the documentation site: pages that show a file of the repository's root, and links that leave `docs/`.
+"""Hooks of the documentation site: pages that show a file of the repository's root, links that leave `docs/`, and line
+breaks within long names.
 
 A page shows a file, or a section of it, between these two lines; what stands between them is for readers of the folder:
 
@@ -6,7 +7,8 @@ A page shows a file, or a section of it, between these two lines; what stands be
     <!-- /include -->
 
 A section of a file lies between `<!-- status -->` and `<!-- /status -->`. Links to files that are not on the site,
-such as sources, become plain text.
+such as sources, become plain text. Names in inline code may break after `/` and `_`, which narrow
+screens need, but not after the `--` of a flag.
 """
 
 import posixpath
@@ -19,6 +21,10 @@ SHOWN = {"README.md": "index.md", "ARCHITECTURE.md": "architecture.md", "CONTRIB
 
 INCLUDE = re.compile(r"<!-- include: (\S+)(?: (\S+))? -->.*?<!-- /include -->", re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
+PRE = re.compile(r"(<pre\b.*?</pre>)", re.DOTALL)
+BREAK = re.compile(r"(?<=\w[/_])(?=[a-zA-Z]{2})")
+FLAG, NO_BREAK = re.compile(r"--\w+"), r'<span style="white-space: nowrap">\g<0></span>'
+INLINE_CODE = re.compile(r"<code>([^<]*)</code>")
 FENCE = re.compile(r"(^ *```.*?^ *```[^\S\n]*$)", re.DOTALL | re.MULTILINE)
 
 
@@ -28,6 +34,17 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     source: str = page.file.src_uri
     expanded = INCLUDE.sub(lambda found: _included(root, source, *found.groups()), markdown)
     return _relink(root, expanded, posixpath.join(FOLDER, posixpath.dirname(source)), source)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Allow line breaks within the names of inline code."""
+    parts = PRE.split(html)
+    parts[::2] = [INLINE_CODE.sub(_breakable, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _breakable(found: re.Match[str]) -> str:
+    return f"<code>{FLAG.sub(NO_BREAK, BREAK.sub('<wbr>', found[1]))}</code>"
 
 
 def _included(root: Path, page: str, name: str, section: str | None) -> str:

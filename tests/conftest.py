@@ -30,7 +30,7 @@ SLOW = (
     "bench/sweeps/test_sweep_rounds.py", "bench/measurement/test_run.py", "cli/test_serve_processes.py",
     "cli/test_serve_engine.py", "cli/test_serve.py", "bench/workloads/test_cache_hits.py",
     "engine/test_mistral_format_served.py", "engine/worker/test_lora.py", "plots/test_report.py",
-    "cli/test_report.py", "bench/measurement/test_closed_loop.py", "plots/test_figures.py",
+    "cli/test_report.py", "docs/test_blocks_run.py", "bench/measurement/test_closed_loop.py", "plots/test_figures.py",
     "engine/core/test_whatever_happens.py", "cli/test_bench.py", "engine/api/test_slow_reader.py",
     "engine/test_ranks.py", "bench/loadgen/test_loop.py", "engine/test_loading.py", "cli/test_sweep.py",
     "cli/test_workload.py", "plots/test_percentiles.py", "cli/test_target_options.py", "plots/test_ablation.py",

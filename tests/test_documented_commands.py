@@ -1,7 +1,7 @@
 """The commands of README.md, its siblings and docs/ are right: flags parse, targets, presets and files exist.
 
-Nothing is run: a `redline` command is parsed by the command itself, a `make` command is looked up in the Makefile.
-Blocks that a CPU machine without network access cannot run carry a marker on the line before: `<!-- needs: gpu -->`.
+Nothing is run here: a `redline` command is parsed by the command itself, a `make` command is looked up in the Makefile.
+`tests/docs/test_blocks_run.py` runs the blocks.
 """
 
 import contextlib
@@ -19,20 +19,10 @@ import click
 import pytest
 
 from cli.main import redline
+from tests.docs.blocks import BLOCKS, DOCUMENTS, FENCE, HEREDOC, MARKER, NEEDS, ROOT, ROOT_FILES, split_lines
 
-ROOT = Path(__file__).parents[1]
-ROOT_FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md")]
-DOCUMENTS = [*ROOT_FILES, *sorted((ROOT / "docs").rglob("*.md"))]
-NEEDS = {"gpu", "network", "hosts", "peers"}  # peers: other engines and load generators
-
-FENCE = re.compile(
-    r"^(?P<indent> *)(?P<fence>```+)(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)(?P=fence) *$",
-    re.DOTALL | re.MULTILINE,
-)
 SPAN = re.compile(r"(?<!`)`((?:redline|make|tool(?! call)|python -m) [^`]+)`")
-MARKER = re.compile(r"<!-- needs: (?P<needs>[^>]*?) -->")
-MARKED_FENCE = re.compile(MARKER.pattern + r"\n *```")
-HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?[^\n]*\n.*?^\1$", re.DOTALL | re.MULTILINE)
+MARKED_FENCE = re.compile(MARKER.pattern + r"\n *```(?:bash|python)")
 REDIRECTION = re.compile(r"(?<=\s)\d?(?:>&\d|&?>>?\s*[^\s|&;]+|<\s*[^\s|&;]+)")
 SEPARATORS = {"|", "||", "&", "&&", ";", "(", ")", "|&"}
 WRAPPERS = {"nice", "time", "nohup", "exec", "env", "sudo"}
@@ -68,8 +58,8 @@ def split_commands(block: str, kind: str) -> Iterator[tuple[str, ...]]:
     block = textwrap.dedent(block)
     if kind == "console":
         block = "\n".join(re.findall(r"^\$ ((?:[^\n]*\\\n)*[^\n]*)", block, re.MULTILINE))
-    block = HEREDOC.sub("", block).replace("\\\n", " ")
-    for line in logical_lines(block):
+    for printed in split_lines(block):
+        line = HEREDOC.sub("", printed).replace("\\\n", " ")
         words: list[str] = []
         lexer = shlex.shlex(REDIRECTION.sub(" ", f" {line}"), posix=True, punctuation_chars=";&|()")
         lexer.whitespace_split = True
@@ -82,20 +72,6 @@ def split_commands(block: str, kind: str) -> Iterator[tuple[str, ...]]:
             if words:
                 yield tuple(words)
             words = []
-
-
-def logical_lines(block: str) -> Iterator[str]:
-    """The lines of a block; one whose quotes are still open goes on with the next."""
-    pending = ""
-    for line in block.splitlines():
-        pending += f"\n{line}" if pending else line
-        try:
-            shlex.split(pending, comments=True)
-        except ValueError:
-            continue
-        yield pending
-        pending = ""
-    assert not pending, f"a quote is never closed: {pending!r}"
 
 
 def check(command: Command) -> None:
@@ -188,13 +164,15 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_markers_name_what_a_block_needs(path: Path) -> None:
+def test_markers_stand_before_blocks(path: Path) -> None:
     text = FENCE.sub(lambda block: block[0].splitlines()[0], path.read_text())
     text = re.sub(r"(?<!`)`[^`\n]+`(?!`)", "", text)  # what is quoted is no marker
-    markers = list(MARKER.finditer(text))
-    assert len(MARKED_FENCE.findall(text)) == len(markers), "a marker stands on the line before its block"
-    for marker in markers:
-        assert set(marker["needs"].replace(",", " ").split()) <= NEEDS, f"{marker[0]}: it is one of {sorted(NEEDS)}"
+    assert len(MARKED_FENCE.findall(text)) == len(MARKER.findall(text)), "a marker stands on the line before its block"
+
+
+def test_markers_name_what_a_block_needs() -> None:
+    wrong = [f"{one.where}: {', '.join(sorted(one.needs - NEEDS))}" for one in BLOCKS if one.needs - NEEDS]
+    assert not wrong, f"{wrong}: known are {sorted(NEEDS)}"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
 
+from tests.docs.blocks import BLOCKS
+from tests.docs.runner import run_command
 from tests.engine.worker.driver import build_model
 from tests.engine.worker.lora_files import LLAMA, write_adapter
 from tests.engine.worker.parity import NEW, Reference, merged
@@ -92,3 +95,13 @@ def test_an_adapter_in_use_is_not_unloaded(served: Served) -> None:
     # A tiny model may be done before the server is asked: then there was nothing to refuse.
     assert refused is None or "request(s) still use 'one'" in refused
     assert rest > 50
+
+
+def test_the_commands_of_the_page(served: Served, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """An adapter is loaded and unloaded as docs/serving/adapters.md prints it."""
+    (block,) = [one for one in BLOCKS if one.page == "docs/serving/adapters.md" and one.tested_by]
+    for printed in block.commands:
+        command = printed.replace("/adapters/code", str(adapters["two"]))
+        done = run_command(command, block.kind, tmp_path, httpx.URL(served.url).port)
+        assert done.succeeded, done.output
+        assert '"error"' not in done.output, done.output

@@ -1,4 +1,4 @@
-"""The pages under docs/serving and docs/troubleshooting.md say what the code has: flags, metrics, fields, messages."""
+"""The pages under docs/serving and docs/troubleshooting say what the code has: flags, metrics, fields, messages."""
 
 import ast
 import re
@@ -187,7 +187,16 @@ def missing_pieces(message: str, sources: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("page", ["troubleshooting.md", "serving/adapters.md", "serving/models.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "troubleshooting/serving.md",
+        "troubleshooting/requests.md",
+        "troubleshooting/measuring.md",
+        "serving/adapters.md",
+        "serving/models.md",
+    ],
+)
 def test_quoted_messages_are_those_of_the_code(page: str, sources: str) -> None:
     messages = quoted_messages(ROOT / "docs" / page)
     assert len(messages) >= 10
