@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.errors import BenchError
 from bench.loadgen import processes_for, run_closed_loop
-from bench.measurement.load_point import INTERRUPTED, LoadPoint, PointPlan, PointState, Watch, drain, point_id
+from bench.measurement.load_point import INTERRUPTED, LoadPoint, Measured, PointPlan, PointState, Watch, drain, point_id
 from bench.measurement.machine import record_shares
 from bench.measurement.progress import Progress
 from bench.measurement.run import InterruptedRunError, LostServerError, stop_on_interrupt
@@ -57,7 +57,7 @@ class ClosedPoint(LoadPoint):
         server = window_state(self.reader.states, watch.started_at + window[0], watch.started_at + window[1])
         done = sum(r.status == "ok" for r in requests)
         rate = done / max(window[1] - window[0], 1e-9)
-        record = self._record(plan, requests, window, server, recording.health, watch.now_s)
+        record = self._record(plan, Measured(requests, window, server, recording.health, watch.now_s))
         record.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
         record.completed, record.achieved_rate, record.rate = done, rate, round_rate(rate)
         record.seed, record.started, record.concurrency = seed, started, concurrency

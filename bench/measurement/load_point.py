@@ -131,6 +131,17 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What was recorded during a load point; times in seconds since its start."""
+
+    requests: list[RequestRecord]
+    window: tuple[float, float]
+    server: WindowState
+    health: GeneratorHealth
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPoint:
     """What the load points of one configuration and workload have in common; run() measures one."""
 
@@ -163,9 +174,7 @@ class LoadPoint:
         self.reader.clear()
         watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
         before = self.read_machine()
-        recording = run_load(
-            self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed
-        )  # fmt: skip
+        recording = run_load(self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed)
         after = self.read_machine()
         self.reader.read()
         self.reader.started_at = watch.started_at
@@ -201,7 +210,8 @@ class LoadPoint:
         recording = run_load(self.target, specs, np.zeros(1), observer=watch, time_limit_s=time_limit_s)
         requests = recording.records((0.0, 1.0))
         alone_s = max((r.e2e_s for r in requests if r.e2e_s is not None), default=1.0)
-        record = self._record(_ALONE, requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
+        measured = Measured(requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
+        record = self._record(_ALONE, measured)
         record.point_id = point_id(self.configuration, self.workload.name, "probe", 0.0, 0)
         record.rate, record.achieved_rate = round_rate(1 / alone_s), 1 / alone_s
         record.seed, record.started, record.reason = seed, started, "one request alone"
@@ -220,53 +230,37 @@ class LoadPoint:
             cut = ""  # the cut came after the window, while waiting for responses
         requests = recording.records((start_s, end_s))
         server = window_state(self.reader.states, watch.started_at + start_s, watch.started_at + end_s)
-        record = self._record(plan, requests, (start_s, end_s), server, recording.health, watch.now_s)
+        measured = Measured(requests, (start_s, end_s), server, recording.health, watch.now_s)
+        record = self._record(plan, measured)
         record.seed, record.started = seed, started
-        verdict = judge(self._evidence(record, requests, (start_s, end_s), server, recording.health, cut, watch.now_s))
-        _set_verdict(record, verdict)
+        _set_verdict(record, judge(self._evidence(record, measured, cut)))
         if cut == INTERRUPTED and not record.valid:
             record.reason = "the load point was interrupted before its window was over"
         return record, requests
 
-    def _evidence(
-        self,
-        record: PointRecord,
-        requests: list[RequestRecord],
-        window: tuple[float, float],
-        server: WindowState,
-        health: GeneratorHealth,
-        cut: str,
-        ended_s: float,
-    ) -> Evidence:
-        inside = [r for r in requests if r.in_window]
+    def _evidence(self, record: PointRecord, measured: Measured, cut: str) -> Evidence:
+        inside = [r for r in measured.requests if r.in_window]
         done = [r for r in inside if r.status == "ok"]
         fixed = self.target.fixes_lengths
         return Evidence(
-            flow=flow_of(requests, *window),
-            server=server,
+            flow=flow_of(measured.requests, *measured.window),
+            server=measured.server,
             failed=Counter(r.status for r in inside if r.status not in ("ok", "cut short")),
             missed_lengths=sum(r.output_tokens != r.asked_output_tokens for r in done) if fixed else 0,
             requests=len(inside),
-            client_fault=health.reason if health.saturated else "",
+            client_fault=measured.health.reason,
             cut="time" if cut == INTERRUPTED else cut,
             limits={column: (getattr(record, column), allowed) for column, allowed in self.limits.items()},
-            latencies=window_latencies(requests, ended_s),
+            latencies=window_latencies(measured.requests, measured.ended_s),
             precision=self.precision,
             fastest_s=min((r.e2e_s for r in done if r.e2e_s is not None), default=0.0),
         )
 
-    def _record(
-        self,
-        plan: PointPlan,
-        requests: list[RequestRecord],
-        window: tuple[float, float],
-        server: WindowState,
-        health: GeneratorHealth,
-        ended_s: float,
-    ) -> PointRecord:
+    def _record(self, plan: PointPlan, measured: Measured) -> PointRecord:
+        requests, window, server = measured.requests, measured.window, measured.server
         window_s = window[1] - window[0]
         inside = [r for r in requests if r.in_window]
-        samples = latencies(requests, ended_s)
+        samples = latencies(requests, measured.ended_s)
         input_tok_s, output_tok_s = token_rates(requests, *window)
         completed = flow_of(requests, *window).completed()
         e2e_s = percentile(samples.e2e, 50) / 1e3
@@ -301,7 +295,7 @@ class LoadPoint:
             failures=failure_kinds(requests),
             goodput=goodput(requests, self.limits, window_s),
             **_latency_columns(samples),
-            **_generator_columns(health),
+            **_generator_columns(measured.health),
         )
 
 
