@@ -7,43 +7,30 @@ import click
 from cli.options import RESULTS_ROOT, GroupedCommand, option, with_options
 from cli.screen import verbatim_console
 
-
-@click.command(name="report", cls=GroupedCommand)
-@click.argument("folders", metavar="[FOLDER]...", nargs=-1, type=click.Path(path_type=Path))
-@with_options(
+REPORT_OPTIONS = (
     option(
-        "Options",
-        "--out",
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="FOLDER",
-        default_text="the results folder; of several, compare-A-B next to the last one",
-        help="Folder of the report.",
+        "Options", "--out", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+        default_text="the results folder; of several, compare-A-B next to the last one", help="Folder of the report.",
     ),
     option(
-        "Options",
-        "--fail-if",
-        "conditions",
-        metavar="CONDITION",
-        multiple=True,
+        "Options", "--fail-if", "conditions", metavar="CONDITION", multiple=True,
         help="Exit with 1 if CONDITION holds, to fail a build. 'itl_p99>+5%' compares with the first folder, or of one "
         "folder with its first configuration. 'ttft_p99>2s' and 'rate<3.5' are absolute. May be repeated.",
     ),
     option(
-        "Options",
-        "--timeline",
-        "timelines",
-        metavar="POINT_ID",
-        multiple=True,
+        "Options", "--timeline", "timelines", metavar="POINT_ID", multiple=True,
         help="Also draw the timeline of this load point (column point_id of points.csv). May be repeated.",
     ),
     option(
-        "Options",
-        "--markdown",
-        "as_markdown",
-        is_flag=True,
+        "Options", "--markdown", "as_markdown", is_flag=True,
         help="Print the comparison as Markdown tables, for example for a pull request.",
     ),
-)
+)  # fmt: skip
+
+
+@click.command(name="report", cls=GroupedCommand)
+@click.argument("folders", metavar="[FOLDER]...", nargs=-1, type=click.Path(path_type=Path))
+@with_options(*REPORT_OPTIONS)
 def command(
     folders: tuple[Path, ...],
     out: Path | None,

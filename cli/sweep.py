@@ -15,26 +15,23 @@ if TYPE_CHECKING:
     from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
 
 
-@click.command(name="sweep", cls=GroupedCommand)
-@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@with_options(
+SWEEP_OPTIONS = (
     option("Options", "--preset", "preset_name", metavar="NAME", help="Run a preset instead of FILE."),
     option("Options", "--dry-run", is_flag=True, help="Print the runs and their time limits, and start nothing."),
     option(
-        "Options",
-        "--out",
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="FOLDER",
-        default_text="results/NAME",
-        help="Folder of the result files and the report.",
+        "Options", "--out", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+        default_text="results/NAME", help="Folder of the result files and the report.",
     ),
     option(
-        "Options",
-        "--fresh",
-        is_flag=True,
+        "Options", "--fresh", is_flag=True,
         help="Delete the results of an earlier sweep in the folder first. Needed if the sweep file has changed.",
     ),
-)
+)  # fmt: skip
+
+
+@click.command(name="sweep", cls=GroupedCommand)
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@with_options(*SWEEP_OPTIONS)
 def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path | None, fresh: bool) -> int:
     """Measure every configuration of FILE on every workload of FILE, and draw the report.
 
