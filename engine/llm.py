@@ -12,7 +12,7 @@ from engine.errors import EngineDeadError, RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.conversation import shape_conversation
 from engine.frontend.sampling_params import SamplingParams
-from engine.frontend.streams import CollectedOutput, TokenLogprob, collect_outputs
+from engine.frontend.streams import CollectedOutput, RequestOptions, TokenLogprob, collect_outputs
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import kept_tokens, truncate
 from engine.start import Engine, start_engine
@@ -228,7 +228,7 @@ class LLM:
     async def _generate_one(
         self, text: str | None, ids: list[int], params: SamplingParams, adapter: str, done: Callable[[], None]
     ) -> RequestOutput:
-        async with self._client.add_request([ids], params, adapter=adapter) as stream:
+        async with self._client.add_request([ids], params, RequestOptions(adapter=adapter)) as stream:
             outputs = await collect_outputs(stream)
             cached = stream.cached_tokens[0]
             scored = stream.prompt_logprobs.get(0)

@@ -19,7 +19,7 @@ from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.prompts import Prompt, Text
 from engine.frontend.sampling_params import SamplingParams
-from engine.frontend.streams import Origin, RequestStream
+from engine.frontend.streams import Origin, RequestOptions, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import encode_end, kept_tokens, truncate
 
@@ -88,10 +88,8 @@ class ApiState:
         self.check_queue(len(prompts) * params.n)
         client = request.client
         origin = Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
-        salt, priority = body.cache_salt or "", body.priority or 0
-        return self.client.add_request(
-            prompts, params, cache_salt=salt, priority=priority, origin=origin, adapter=adapter
-        )
+        options = RequestOptions(body.cache_salt or "", body.priority or 0, adapter)
+        return self.client.add_request(prompts, params, options, origin)
 
     # ------------------------------------------------------------------------------------------------------- limits
 

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from msgspec.structs import asdict
+
 from engine.clock import Clock
 from engine.errors import EngineDeadError, RedlineError, RequestError
 from engine.frontend.front_end_stats import Board, FrontEndStats
@@ -22,7 +24,7 @@ from engine.messages import Abort, Dead, Hung, Outputs, Ready, Utility, UtilityR
 
 log = logging.getLogger("redline.client")
 
-UNKNOWN_ORIGIN = Origin()
+NO_OPTIONS, UNKNOWN_ORIGIN = RequestOptions(), Origin()
 STOPPED = "the server was stopped before this request finished"
 PRIORITIES = range(-(2**63), 2**63)
 UNENCODABLE = (
@@ -96,11 +98,8 @@ class CoreClient(OutputProcessor):
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
+        options: RequestOptions = NO_OPTIONS,
         origin: Origin = UNKNOWN_ORIGIN,
-        adapter: str = "",
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt. Prompts are token ids, or texts if the core tokenizes.
 
@@ -108,8 +107,7 @@ class CoreClient(OutputProcessor):
             RequestError: a prompt or a parameter can't be served.
             EngineDeadError: the core is gone.
         """
-        self.check_request(prompts, params, priority)
-        options = RequestOptions(cache_salt, priority, adapter)
+        self.check_request(prompts, params, options.priority)
         stream = RequestStream(prompts, params, self, self.clock.now(), origin, options)
         self.submit(stream)
         return stream
@@ -165,10 +163,10 @@ class CoreClient(OutputProcessor):
         stream.live[handle] = self._live[handle] = output
         seed = self._draw_seed(params.seed, choice, sequence)
         tokens_left = self.ready.max_model_len - length_of(prompt)
+        extra = asdict(options)
         message = make_request(
-            handle, prompt, params, self.tokenizer, seed, tokens_left, inline=inline,
-            cache_salt=options.cache_salt, priority=options.priority, adapter=options.adapter, bad_words=bad_words,
-        )  # fmt: skip
+            handle, prompt, params, self.tokenizer, seed, tokens_left, bad_words=bad_words, inline=inline, **extra
+        )
         try:
             self._transport.send(message)
         except UNENCODABLE as error:

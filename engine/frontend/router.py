@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.errors import EngineDeadError, RedlineError, cause_of
-from engine.frontend.core_client import STOPPED, UNKNOWN_ORIGIN, CoreClient
+from engine.frontend.core_client import NO_OPTIONS, STOPPED, UNKNOWN_ORIGIN, CoreClient
 from engine.frontend.front_end_stats import FrontEndStats
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.prompts import Prompt, Text, length_of
@@ -139,17 +139,13 @@ class Router:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
+        options: RequestOptions = NO_OPTIONS,
         origin: Origin = UNKNOWN_ORIGIN,
-        adapter: str = "",
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt, all on one replica; see `CoreClient.add_request`."""
         able = responsive(self._serving())
         client = able[0].client
-        client.check_request(prompts, params, priority)
-        options = RequestOptions(cache_salt, priority, adapter)
+        client.check_request(prompts, params, options.priority)
         stream = RequestStream(prompts, params, client, self.clock.now(), origin, options)
         self._route(stream, able)
         return stream

@@ -9,7 +9,7 @@ from engine.frontend.core_client import CoreClient
 from engine.frontend.front_end_stats import Board
 from engine.frontend.router import Router
 from engine.frontend.sampling_params import SamplingParams
-from engine.frontend.streams import Delta, RequestStream
+from engine.frontend.streams import Delta, RequestOptions, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import StandInBackend
 from engine.messages import AddRequest, FromCore, Ready, decode_to_core, encode
@@ -65,7 +65,7 @@ class Fleet:
 
     def add(self, prompt: list[int], max_tokens: int = 4, **more: Any) -> RequestStream:
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        stream = self.router.add_request([prompt], params, **more)
+        stream = self.router.add_request([prompt], params, RequestOptions(**more))
         self.read[id(stream)] = []
         return stream
 

@@ -11,7 +11,7 @@ from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.listener import OutputRecord
 from engine.frontend.prompts import Text
 from engine.frontend.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
-from engine.frontend.streams import collect_outputs
+from engine.frontend.streams import RequestOptions, collect_outputs
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import Finished, FinishReason
 from tests.engine.frontend.test_core_client import READY, Core, Listener, read, text_ids
@@ -172,7 +172,7 @@ async def test_what_can_not_be_sent_is_refused_and_leaves_nothing(fields: dict[s
     core.client.ready = type(READY)(**{**{n: getattr(READY, n) for n in READY.__struct_fields__},
                                        "scheduling_policy": "priority"})  # fmt: skip
     with pytest.raises(RequestError, match=said) as caught:
-        core.client.add_request([[1]], SamplingParams(n=2, temperature=1.0), **fields)
+        core.client.add_request([[1]], SamplingParams(n=2, temperature=1.0), RequestOptions(**fields))
     assert caught.value.field == param
     assert core.client.total_stats.live == core.client.stats.live == 0
     assert core.received == []
