@@ -17,10 +17,7 @@ from plots.style import (
     MUTED,
     SECONDS_FROM_MS,
     STYLE,
-    WIDTH_IN,
-    footnote,
-    headline,
-    legend_below_headline,
+    framed_figure,
     linear_y,
     log_y,
     needs_log_scale,
@@ -66,19 +63,16 @@ def latency_figure(results: Results, workload: str) -> Figure:
     looks = palette(results.configurations)
     with matplotlib.rc_context(STYLE):
         footer = caption(results, workload)
-        rows = len(series)
-        head, foot = 0.5 + 0.24 * rows, 0.75 + 0.17 * len(footer)
+        handles = [_handle(s, looks[s.configuration]) for s in series]
+        head, foot = 0.5 + 0.24 * len(handles), 0.75 + 0.17 * len(footer)
         height = 3.5 + head + foot
-        figure = Figure(figsize=(WIDTH_IN, height))
+        figure = framed_figure(results.heading(workload), handles, footer, height)
         both = figure.subplots(1, 2)
         figure.subplots_adjust(
             left=0.09, right=0.985, top=1 - (head + 0.24) / height, bottom=foot / height, wspace=0.235
         )
         for axes, panel in zip(both, PANELS, strict=True):
             _draw_panel(axes, panel, series, looks)
-        headline(figure, results.heading(workload), height)
-        legend_below_headline(figure, [_handle(s, looks[s.configuration]) for s in series], height)
-        footnote(figure, footer, height)
         return figure
 
 

@@ -14,20 +14,7 @@ from bench.results import PointRecord
 from plots.compare import points_at_one_rate
 from plots.data import Results, run_facts, verdict_text
 from plots.samples import Samples, read_samples
-from plots.style import (
-    MUTED,
-    SECONDS_FROM_MS,
-    STYLE,
-    WIDTH_IN,
-    footnote,
-    headline,
-    legend_below_headline,
-    needs_log_scale,
-    palette,
-    plain,
-    span,
-    wrapped,
-)
+from plots.style import MUTED, SECONDS_FROM_MS, STYLE, framed_figure, needs_log_scale, palette, plain, span, wrapped
 
 TITLES = {"itl": "Inter-token latency", "ttft": "Time to first token"}
 SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
@@ -59,17 +46,14 @@ def percentile_figure(results: Results, workload: str) -> Figure | None:
         footer = _caption(results, lines)
         head, foot = 0.5 + 0.24 * len(lines), 0.75 + 0.17 * len(footer)
         height = 3.5 + head + foot
-        figure = Figure(figsize=(WIDTH_IN, height))
+        handles = [_handle(line, looks[line.configuration][0], _at(line, lines)) for line in lines]
+        figure = framed_figure(f"{results.heading(workload)}, {at}", handles, footer, height)
         both = figure.subplots(1, 2)
         top = 1 - (head + 0.24) / height
         figure.subplots_adjust(left=0.088, right=0.972, top=top, bottom=foot / height, wspace=0.24)
         for axes, latency in zip(both, ("itl", "ttft"), strict=True):
             axes.set_title(TITLES[latency])
             _draw_panel(axes, [(looks[line.configuration][0], getattr(line.samples, latency)) for line in lines])
-        headline(figure, f"{results.heading(workload)}, {at}", height)
-        handles = [_handle(line, looks[line.configuration][0], _at(line, lines)) for line in lines]
-        legend_below_headline(figure, handles, height)
-        footnote(figure, footer, height)
         return figure
 
 

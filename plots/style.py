@@ -84,6 +84,17 @@ def wrapped(facts: Iterable[str]) -> list[str]:
     return lines
 
 
+def framed_figure(
+    title: str, handles: Sequence[Artist], footer: Sequence[str], height_in: float, **legend: Any
+) -> Figure:
+    """A figure with its title and legend, and the caption at its foot; the settings are the legend's."""
+    figure = Figure(figsize=(WIDTH_IN, height_in))
+    headline(figure, title, height_in)
+    legend_below_headline(figure, handles, height_in, **legend)
+    footnote(figure, footer, height_in)
+    return figure
+
+
 def headline(figure: Figure, text: str, height_in: float) -> None:
     """Write the figure's title at its top left, in a smaller font if necessary."""
     size = min(14.0, 14.0 * 78 / max(len(text), 1))

@@ -10,18 +10,7 @@ from matplotlib.patches import Patch
 
 from plots.compare import percent, percent_text, throughput
 from plots.data import Results, run_facts
-from plots.style import (
-    MUTED,
-    STYLE,
-    WIDTH_IN,
-    footnote,
-    headline,
-    legend_below_headline,
-    linear_y,
-    palette,
-    span,
-    wrapped,
-)
+from plots.style import MUTED, STYLE, WIDTH_IN, framed_figure, linear_y, palette, span, wrapped
 
 
 def throughput_figure(results: Results) -> Figure:
@@ -35,16 +24,13 @@ def throughput_figure(results: Results) -> Figure:
         legend_rows = -(-len(configurations) // columns)
         head, foot = 0.5 + 0.24 * legend_rows, 0.45 + 0.17 * len(footer)
         height = 3.2 + head + foot
-        figure = Figure(figsize=(WIDTH_IN, height))
+        handles = [Patch(color=looks[configuration][0], label=configuration) for configuration in configurations]
+        title = f"{results.title}: throughput at the highest sustained rate"
+        look = {"ncols": columns, "handlelength": 1.1, "handleheight": 1.0, "labelspacing": 0.5}
+        figure = framed_figure(title, handles, footer, height, **look)
         axes = figure.subplots()
         figure.subplots_adjust(left=0.075, right=0.985, top=1 - (head + 0.12) / height, bottom=foot / height)
         _draw_bars(axes, results, workloads)
-        headline(figure, f"{results.title}: throughput at the highest sustained rate", height)
-        handles = [Patch(color=looks[configuration][0], label=configuration) for configuration in configurations]
-        legend_below_headline(
-            figure, handles, height, ncols=columns, handlelength=1.1, handleheight=1.0, labelspacing=0.5
-        )
-        footnote(figure, footer, height)
         return figure
 
 
