@@ -93,14 +93,15 @@ class ChatTemplate:
             raise RequestError("the model's chat template takes no documents", "documents")
         for name in extra.keys() - compiled.variables:
             _warn_of_unused(name)
+        variables = {**extra, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         messages = [compiled.shape(message) for message in messages]
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(
                     "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
                 )
-            return _continued(messages, lambda: compiled.render(messages, False, tools, documents, extra))
-        return compiled.render(messages, add_generation_prompt, tools, documents, extra)
+            return _continued(messages, lambda: compiled.render(messages, variables))
+        return compiled.render(messages, variables)
 
     def is_named(self, template: str) -> bool:
         """Whether the model has a template of this name."""
@@ -126,7 +127,8 @@ class _Compiled:
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
         self._keeps_none = tests_for_none(parsed)
-        self._forms = ContentForms(lambda messages: self._write(messages, True, None, None, {}))
+        blank = {"tools": None, "documents": None, "add_generation_prompt": True}
+        self._forms = ContentForms(lambda messages: self._write(messages, blank))
 
     def shape(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message in the form that this template supports. Fields that are None are left out, as in transformers."""
@@ -138,33 +140,16 @@ class _Compiled:
         reasoning = next((shaped[name] for name in REASONING if name in shaped), None)
         return shaped if reasoning is None else {"thinking": reasoning, **shaped, "reasoning_content": reasoning}
 
-    def render(
-        self,
-        messages: list[dict[str, Any]],
-        add_generation_prompt: bool,
-        tools: list[Any] | None,
-        documents: list[dict[str, Any]] | None,
-        extra: Mapping[str, Any],
-    ) -> str:
+    def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         try:
-            return self._write(messages, add_generation_prompt, tools, documents, extra)
+            return self._write(messages, variables)
         except RequestError:
             raise
         except Exception as error:  # a template is a program and may fail in any way
             raise RequestError(f"the model's chat template fails on these messages: {error}", "messages") from error
 
-    def _write(
-        self,
-        messages: list[dict[str, Any]],
-        add_generation_prompt: bool,
-        tools: list[Any] | None,
-        documents: list[dict[str, Any]] | None,
-        extra: Mapping[str, Any],
-    ) -> str:
-        given = {"messages": messages, "tools": tools, "documents": documents}
-        written = self._template.render(
-            {**self._special_tokens, **extra, **given, "add_generation_prompt": add_generation_prompt}
-        )
+    def _write(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        written = self._template.render({**self._special_tokens, **variables, "messages": messages})
         written.isascii() or written.encode()  # fails for a lone surrogate, which a template can write
         return written
 
