@@ -156,7 +156,8 @@ def cores() -> tuple[int, int]:
 def build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     source, binary = HERE / "known_server.cpp", BUILD / "known_server"
-    if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
+    changed = max(file.stat().st_mtime for file in (source, HERE / "known_answers.h"))
+    if not binary.exists() or binary.stat().st_mtime < changed:
         subprocess.run(["g++", "-O2", "-std=c++17", "-Wall", "-Wextra", "-o", binary, source], check=True)
 
 

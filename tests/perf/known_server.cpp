@@ -37,6 +37,8 @@
 #include <string>
 #include <vector>
 
+#include "known_answers.h"
+
 namespace {
 
 constexpr int64_t kMillisecond = 1'000'000;
@@ -47,17 +49,6 @@ struct Options {
   int port = 0;
   double ttft_ms = 50, itl_ms = 20, stall_ms = 0;
   long tokens = 64, per_chunk = 1, stall_at = 32;
-};
-
-struct Connection {
-  int fd = -1;
-  uint64_t turn = 0;  // tells events of an answer from those of a descriptor's former life
-  std::string in, out;
-  size_t out_at = 0;
-  bool answering = false, chat = false, streaming = false, usage = false, close_after = false, blocked = false;
-  int64_t began_ns = 0, received_ns = 0;  // kernel stamps of the first and of the last read of the request
-  long tokens = 0, sent_tokens = 0, prompt = 0;
-  std::vector<int64_t> sent;
 };
 
 struct Due {
@@ -76,22 +67,6 @@ int64_t now_ns() {
 [[noreturn]] void fail(const char* what) {
   perror(what);
   std::exit(1);
-}
-
-// The number that follows "key": in a JSON text, or `otherwise`.
-long number_after(const std::string& text, const char* key, long otherwise) {
-  size_t at = text.find(key);
-  if (at == std::string::npos) return otherwise;
-  at = text.find_first_not_of(" :", at + strlen(key));
-  if (at == std::string::npos || !isdigit(static_cast<unsigned char>(text[at]))) return otherwise;
-  return strtol(text.c_str() + at, nullptr, 10);
-}
-
-bool true_after(const std::string& text, const char* key) {
-  size_t at = text.find(key);
-  if (at == std::string::npos) return false;
-  at = text.find_first_not_of(" :", at + strlen(key));
-  return at != std::string::npos && text.compare(at, 4, "true") == 0;
 }
 
 class Server {
@@ -318,28 +293,6 @@ class Server {
     log_.insert(log_.end(), c.sent.begin(), c.sent.end());
     c.answering = false;
     c.turn = 0;
-  }
-
-  static std::string frame(const std::string& data) {
-    char size[24];
-    snprintf(size, sizeof size, "%zx\r\n", data.size() + 8);
-    return size + ("data: " + data) + "\n\n\r\n";
-  }
-
-  static std::string page(const char* status, const std::string& body) {
-    return std::string("HTTP/1.1 ") + status + "\r\nContent-Type: application/json\r\nContent-Length: " +
-           std::to_string(body.size()) + "\r\n\r\n" + body;
-  }
-
-  static std::string usage(const Connection& c) {
-    return ",\"usage\":{\"prompt_tokens\":" + std::to_string(c.prompt) + ",\"completion_tokens\":" +
-           std::to_string(c.tokens) + ",\"total_tokens\":" + std::to_string(c.prompt + c.tokens) + "}";
-  }
-
-  static std::string envelope(const Connection& c, const std::string& choices, const std::string& more) {
-    const char* kind = c.chat ? (c.streaming ? "chat.completion.chunk" : "chat.completion") : "text_completion";
-    return "{\"id\":\"known-" + std::to_string(c.turn) + "\",\"object\":\"" + kind +
-           "\",\"created\":1,\"model\":\"known\",\"choices\":" + choices + more + "}";
   }
 
   void answer_page(Connection& c, const std::string& head) {
