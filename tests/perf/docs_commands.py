@@ -126,7 +126,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, Page(Path(folder)) as page:
             for block in blocks:
                 for done in page.run(block):
-                    code = 0 if done.succeeded else done.code
+                    code = 0 if done.succeeded else done.code or 1
                     records.append(Record(name, block.line, done.command, done.seconds, code, done.output[-TAIL:]))
                     print(f"{code:3d} {done.seconds:8.1f} s  {block.where}  {done.command.splitlines()[0]}", flush=True)
                     RESULTS.write_text(json.dumps([asdict(one) for one in records], indent=1) + "\n")
