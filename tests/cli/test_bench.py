@@ -147,7 +147,7 @@ def test_the_last_words_of_an_own_server_that_ends_are_shown(
         (["--extra-body", "{x"], 2, "not valid JSON"),
         (["--extra-body", '{"stream": false}'], 1, "--extra-body"),
         (["--header", "no colon"], 2, "Name: value"),
-        (["--header", "Content-Length: 3"], 1, "set by the load generator (--header)"),
+        (["--header", "Content-Length: 3"], 1, "cannot be set: the load generator sets it (--header)"),
         (["--api-key", " "], 1, "the API key is empty (--api-key)"),
         (["--url", "https://127.0.0.1:9", "--ca", "missing.pem"], 1, "missing.pem cannot be read"),
         (["--", "--max-num-seqs", "4"], 2, "need --model"),

@@ -69,7 +69,7 @@ def test_ctrl_c_keeps_what_was_answered(stub: ServerProcess, tmp_path: Path) -> 
         stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, "")
     point = RunFiles(out).read_points()[-1]
-    assert point.reason == f"interrupted after {point.completed} of 4000 requests were answered"
+    assert point.reason == f"the load point was interrupted after {point.completed} of 4000 requests were answered"
     assert stdout.strip().splitlines()[-1] == f"INVALID: {point.reason}"
     assert "max-minutes" not in stdout
     result = json.loads(file.read_text())

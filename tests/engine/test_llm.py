@@ -72,7 +72,7 @@ def test_chat_is_a_prompt_by_the_template(llm: LLM):
 def test_a_prompt_that_cannot_be_served_leaves_nothing_running(llm: LLM):
     with pytest.raises(RequestError, match="256"):
         llm.generate(["a", [1] * 300], GREEDY)
-    with pytest.raises(RequestError, match="2 prompts"):
+    with pytest.raises(RequestError, match=r"that of prompts \(2\)"):
         llm.generate(["a", "b"], [GREEDY])
     assert llm.generate("a", GREEDY)
 

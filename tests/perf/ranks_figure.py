@@ -14,9 +14,9 @@ from plots.style import COLORS, INK, STYLE, footnote, headline, legend_below_hea
 from tests.perf.bar_charts import bar_figure, read_records
 
 WAYS = {
-    "v1": ("V1: one message to all ranks, each builds its inputs", COLORS[0]),
+    "v1": ("V1: one message, each rank builds its inputs", COLORS[0]),
     "v0": ("V0: rank 0 builds and broadcasts all inputs", COLORS[1]),
-    "v0-joined": ("V0, all tensors in one broadcast", "#fdba74"),
+    "v0-joined": ("V0: the same in one broadcast", "#fdba74"),
 }
 _BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between batch sizes and between ranks, in bars
 _NAMES_IN = 1.75

@@ -198,7 +198,7 @@ def test_a_point_no_other_rate_would_mend_ends_the_search() -> None:
     assert len(rows) == 1
     assert answer.rate is None
     assert "requested length" in answer.note
-    assert "no rate" in answer.line()
+    assert "sustains none of the measured rates" in answer.line()
 
 
 def test_nothing_sustained_and_everything_sustained_end_too() -> None:
