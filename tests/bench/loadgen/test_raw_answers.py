@@ -31,7 +31,7 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3}}
 DONE = b"data: [DONE]\n\n"
 EVENTS = [event(text("a")), event(text("b")), event(text("c", "length")), event(USAGE), DONE]
 BODY = b"".join(EVENTS)
-GZIPPED = gzip.compress(BODY)
+GZIPPED = gzip.compress(BODY, mtime=0)
 DEFLATED_HEAD = HEAD + b"Content-Encoding: deflate\r\nTransfer-Encoding: chunked\r\n\r\n"
 EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
 
@@ -123,7 +123,7 @@ def whole(status: str, content: bytes, *fields: str) -> bytes:
     return "\r\n".join(lines).encode() + content
 
 
-FULL = gzip.compress(b'{"error": {"message": "full"}}')
+FULL = gzip.compress(b'{"error": {"message": "full"}}', mtime=0)
 HTML, JSON = "Content-Type: text/html", "Content-Type: application/json"
 DIED = event({"error": {"message": "died"}})
 
