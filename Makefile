@@ -52,7 +52,7 @@ unit: $(VENV)/installed-dev  ## All tests, in a worker on each core, with the co
 	$(PYTEST) --ignore=tests/engine/core
 
 .PHONY: test-fast
-test-fast: $(VENV)/installed-dev  ## The tests that take a few seconds a file, for the inner loop
+test-fast: $(VENV)/installed-dev  ## The tests without the files that take 20 s or more, for the inner loop
 	$(PYTEST) -m 'not slow'
 
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json

@@ -6,6 +6,7 @@ same. Tests of `redline serve` and of scripts start them as users do.
 """
 
 import atexit
+import fcntl
 import importlib
 import json
 import os
@@ -155,8 +156,8 @@ def run(module: str, numbers: list[int], descriptors: list[int]) -> NoReturn:
     """In the child: `python -m module`, with the descriptors under their numbers in the parent."""
     code: Any = 1
     try:
-        above = max(*numbers, *descriptors) + 1
-        copies = [fcntl_dup(descriptor, above) for descriptor in descriptors]
+        lowest = max(*numbers, *descriptors) + 1
+        copies = [duplicate(descriptor, lowest) for descriptor in descriptors]
         for number, copy in zip(numbers, copies, strict=True):
             os.dup2(copy, number)
             os.close(copy)
@@ -169,11 +170,9 @@ def run(module: str, numbers: list[int], descriptors: list[int]) -> NoReturn:
         os._exit(code)
 
 
-def fcntl_dup(descriptor: int, above: int) -> int:
-    """A copy of a descriptor whose number is none of those below."""
-    import fcntl
-
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, above)
+def duplicate(descriptor: int, lowest: int) -> int:
+    """A copy of a descriptor, with a number of `lowest` or above."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
 
 
 def main() -> None:
