@@ -1,8 +1,8 @@
 """The scheduler: one token budget per step, without a distinction between prefill and decode.
 
-`schedule()` plans a step and immediately counts its tokens as computed; `update()` books the sampled tokens when they
-arrive. Several steps may be scheduled ahead of their results; the columns of `engine.core.slots` distinguish confirmed
-tokens from those in flight. `engine.core.policy` has the decisions in which V0 and the ablations differ.
+`schedule()` chooses the tokens of a step and immediately counts them as computed; `update()` books the sampled tokens
+when they arrive. Several steps may be scheduled ahead of their results; the columns of `engine.core.slots` distinguish
+confirmed tokens from those in flight. `engine.core.policy` has the decisions in which V0 and the ablations differ.
 """
 
 from collections.abc import Iterable
