@@ -40,6 +40,7 @@ class Record:
     command: str
     seconds: float
     code: int
+    succeeded: bool
     output: str
 
 
@@ -126,11 +127,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, Page(Path(folder)) as page:
             for block in blocks:
                 for done in page.run(block):
-                    code = 0 if done.succeeded else done.code or 1
-                    records.append(Record(name, block.line, done.command, done.seconds, code, done.output[-TAIL:]))
-                    print(f"{code:3d} {done.seconds:8.1f} s  {block.where}  {done.command.splitlines()[0]}", flush=True)
+                    output = done.output[-TAIL:]
+                    records.append(
+                        Record(name, block.line, done.command, done.seconds, done.code, done.succeeded, output)
+                    )
+                    shown = f"{done.seconds:8.1f} s  {block.where}  {done.command.splitlines()[0]}"
+                    print(f"{done.code:3d} {shown}", flush=True)
                     RESULTS.write_text(json.dumps([asdict(one) for one in records], indent=1) + "\n")
-    failed = [one for one in records if one.code != 0]
+    failed = [one for one in records if not one.succeeded]
     for one in failed:
         print(f"\n{one.page}:{one.line}: exit code {one.code}\n{one.command}\n{one.output}")
     print(f"{len(records)} commands, {len(failed)} failed: {RESULTS}")
