@@ -15,10 +15,15 @@ if WORKER is not None and hasattr(os, "sched_setaffinity"):  # before torch coun
     os.sched_setaffinity(0, {_usable[int(WORKER.removeprefix("gw")) % len(_usable)]})
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from bench.loadgen import recording  # noqa: E402
 from bench.measurement import machine  # noqa: E402
 from engine.host import cores  # noqa: E402
+
+# Examples have no time limit: a busy machine would exceed it.
+settings.register_profile("no-deadline", parent=settings(), deadline=None)
+settings.load_profile("no-deadline")
 
 TESTS = Path(__file__).parent
 MOST_WORKERS = 8
