@@ -20,11 +20,13 @@
 
 #include "batch.h"
 #include "buffer.h"
-#include "softmax.h"
+#include "micro.h"
 #include "team.h"
 
 constexpr int PART = 512;  // tokens
 constexpr int SPAN = 64;   // tokens whose scores are computed at a time
+constexpr int MAX_HEAD_DIM = 256;  // elements per head
+constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;
 
 template <class T> class Attention {
   public:
@@ -40,6 +42,13 @@ template <class T> class Attention {
         const uint32_t* keys;
         const uint32_t* values;
         int window;
+    };
+
+    // The online softmax of a tile's rows: highest score, sum of weights relative to it, weighted sum of values.
+    struct Accumulator {
+        float top[MAX_ROWS];
+        float weight[MAX_ROWS];
+        alignas(64) float out[MAX_ROWS][MAX_HEAD_DIM];
     };
 
     // The work of a step. If there are few tiles with long contexts, threads share the parts of a context.
@@ -166,7 +175,7 @@ template <class T> class Attention {
             const int first = begin(layer, work.tile) / PART;
             Accumulator& acc = plan.acc.get()[number * plan.parts + first];
             for (int part = first + 1; part * PART < work.end(); part++)
-                acc.merge(plan.acc.get()[number * plan.parts + part], work.rows(), shape_.head_dim);
+                merge(acc, plan.acc.get()[number * plan.parts + part], work.rows());
             write(layer, work, acc);
         }
     }
@@ -179,7 +188,7 @@ template <class T> class Attention {
         attend_part(layer, work, queries, first, acc);
         for (int part = first + 1; part * PART < work.end(); part++) {
             attend_part(layer, work, queries, part, next);
-            acc.merge(next, queries.rows, shape_.head_dim);
+            merge(acc, next, queries.rows);
         }
         write(layer, work, acc);
     }
@@ -201,7 +210,7 @@ template <class T> class Attention {
 
     // The tokens of one part that the tile can see.
     void attend_part(const Layer& layer, const Work& work, const QueryRows& queries, int part, Accumulator& acc) const {
-        acc.clear(queries.rows, shape_.head_dim);
+        clear(acc, queries.rows);
         const int start = std::max(begin(layer, work.tile), part * PART), end = std::min(work.end(), (part + 1) * PART);
         for (int span = start / SPAN * SPAN; span < end; span += SPAN)
             attend(layer, work.tile, work.head, queries, span, acc);
@@ -216,6 +225,8 @@ template <class T> class Attention {
                 store(out + d, load<f32x16>(&acc.out[r][d]) * normalizer);
         }
     }
+
+    void clear(Accumulator& acc, int rows) const;
 
     // Tokens span .. span + SPAN of the row, as far as they exist.
     void attend(
@@ -344,40 +355,12 @@ template <class T> class Attention {
     void weigh(
         const Layer& layer, const Queries& tile, const QueryRows& queries, int span, int tokens, const Scores& scores,
         float* probs, Accumulator& acc
-    ) const {
-        const float factor = shape_.scaling * 1.44269504f;  // weights are powers of two
-        for (int r = 0; r < queries.rows; r++) {
-            const int position = tile.position + r / queries.group;
-            const int oldest = layer.window ? position - layer.window : -1;
-            f32x16 score[SPAN / LANES], top = splat(NO_SCORE);
-            for (int t = 0; t < tokens; t += LANES) {
-                f32x16 s = load<f32x16>(&scores[r][t]) * factor;
-                const int first = span + t;
-                if (first + LANES - 1 > position) s = select(lane_numbers() > position - first, splat(MASKED), s);
-                if (first <= oldest) s = select(lane_numbers() <= oldest - first, splat(MASKED), s);
-                score[t / LANES] = s;
-                top = max_of(top, s);
-            }
-            const float before = acc.top[r], now = max_of(before, reduce_max(top));
-            f32x16 weight{};
-            for (int t = 0; t < tokens; t += LANES) {
-                const f32x16 prob = exp2_of(score[t / LANES] - now);
-                weight += prob;
-                store(probs + r * SPAN + t, prob);
-            }
-            if (now > before) {
-                const f32x16 rescale = exp2_of(splat(before - now));
-                acc.top[r] = now;
-                acc.weight[r] *= rescale[0];
-                for (int d = 0; d < shape_.head_dim; d += LANES) {
-                    float* out = &acc.out[r][d];
-                    store(out, load<f32x16>(out) * rescale);
-                }
-            }
-            acc.weight[r] += sum(weight);
-        }
-    }
+    ) const;
+
+    void merge(Accumulator& acc, const Accumulator& part, int rows) const;
 
     const Shape shape_;
     const Ragged batch_;
 };
+
+#include "softmax.h"
