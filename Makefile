@@ -59,6 +59,10 @@ unit: $(VENV)/installed-dev  ## All tests, in a worker on each core, with the co
 test-fast: $(VENV)/installed-dev  ## The tests without the files that take 20 s or more, for the inner loop
 	$(PYTEST) -m 'not slow'
 
+.PHONY: test-triton
+test-triton: $(VENV)/installed-dev  ## Every Triton kernel against torch in the interpreter, all examples of hypothesis
+	REDLINE_TEST_TRITON=1 $(PYTEST) tests/engine/kernels/triton
+
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
 	$(BIN)/python -m tests.perf.bench_client
 

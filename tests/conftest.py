@@ -13,6 +13,9 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None and hasattr(os, "sched_setaffinity"):  # before torch counts the cores
     _usable = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_usable[int(WORKER.removeprefix("gw")) % len(_usable)]})
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # before anything imports triton: its own library is interpreted, or not, from then on
+)
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
