@@ -49,8 +49,10 @@ def load_stored(stored, DOT: tl.constexpr):
     """Numbers loaded from a cache in the dtype of products, without their scales."""
     if stored.dtype == tl.uint8:
         bits = ((stored & 0x7F).to(tl.uint16) << 7) | ((stored & 0x80).to(tl.uint16) << 8)
-        return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(DOT)
-    return stored.to(DOT)
+        numbers = (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(DOT)
+    else:
+        numbers = stored.to(DOT)
+    return numbers
 
 
 @triton.jit
@@ -75,9 +77,12 @@ def to_stored(x, largest, ELEMENT: tl.constexpr):
     """float32 numbers, already divided by their scale, as elements of a cache in 8 bits."""
     x = tl.minimum(tl.maximum(x, -largest), largest)
     if ELEMENT == tl.int8:
-        return round_to_integer(x).to(tl.int8)
-    rounded = round_to_e4m3(x)
-    if ELEMENT == tl.uint8:
-        half = (tl.abs(rounded) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
-        return ((half >> 7) & 0x7F).to(tl.uint8) | tl.where(x < 0, 0x80, 0).to(tl.uint8)
-    return rounded.to(ELEMENT)
+        stored = round_to_integer(x).to(tl.int8)
+    else:
+        rounded = round_to_e4m3(x)
+        if ELEMENT == tl.uint8:
+            half = (tl.abs(rounded) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
+            stored = ((half >> 7) & 0x7F).to(tl.uint8) | tl.where(x < 0, 0x80, 0).to(tl.uint8)
+        else:
+            stored = rounded.to(ELEMENT)
+    return stored
