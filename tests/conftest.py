@@ -45,7 +45,7 @@ SLOW = (
     "bench/loadgen/test_closed_loop.py", "engine/test_llm.py", "plots/test_timeline.py",
     "engine/kernels/cpu/test_build.py", "engine/model/checkpoints/test_mistral_tensors.py",
     "engine/model/test_kv_groups.py", "engine/worker/test_driver_broadcast.py",
-    "engine/worker/test_prompt_logprobs.py",
+    "engine/worker/test_prompt_logprobs.py", "engine/kernels/triton/test_attention.py",
 )  # fmt: skip
 
 

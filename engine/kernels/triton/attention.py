@@ -21,6 +21,8 @@ from engine.kernels.work_list import Capacity, Tiling, Tilings
 
 LOG2_E = math.log2(math.e)
 MIN_LINES = 16  # of a tile: the least that `tl.dot` takes
+MERGE_NUMBERS = 16384  # of partial results that a program of the merge loads at a time
+MERGE_WARPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +158,17 @@ def paged_attention(
     if work.merges is not None:
         merge_kernel[(tilings.decode.programs, shape.kv_heads)](
             out, partials.sums, partials.tops, partials.weights, work.merges, work.sizes, rows.starts, rows.counts,
-            **merge_constants(shape),
+            **merge_constants(shape), num_warps=MERGE_WARPS,
         )  # fmt: skip
 
 
 def merge_constants(shape: AttentionShape) -> dict[str, object]:
-    """The constants of `merge_kernel`, which `attend_kernel` has too."""
+    """The constants of `merge_kernel`."""
+    parts = max(MERGE_NUMBERS // (shape.place_lines * shape.padded_dim), 1)
+    return _shape_constants(shape) | {"PARTS": parts}
+
+
+def _shape_constants(shape: AttentionShape) -> dict[str, object]:
     return {
         "HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "DIM": shape.head_dim, "DIM_P": shape.padded_dim,
         "GROUP_P": shape.padded_group, "PLACE_LINES": shape.place_lines,
@@ -172,7 +179,7 @@ def attend_constants(
     shape: AttentionShape, scores: Scores, tiling: Tiling, dtype: torch.dtype, which: int
 ) -> dict[str, object]:
     """The constants of `attend_kernel`. which: 0 decode, 1 prefill."""
-    return merge_constants(shape) | {
+    return _shape_constants(shape) | {
         "BLOCK": shape.block_size, "TILE": tiling.keys, "QUERIES": tiling.queries, "WINDOW": scores.window or 0,
         "CAPPED": scores.softcap is not None, "EDGES": which == 1, "WHICH": which,
         "DOT": launch.dot_dtype(dtype), "PRECISION": launch.dot_precision(dtype),
@@ -327,9 +334,9 @@ def attend_kernel(
 def merge_kernel(
     out, sums, tops, weights, merges, sizes, starts, counts,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P: tl.constexpr, GROUP_P: tl.constexpr,
-    PLACE_LINES: tl.constexpr,
+    PLACE_LINES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of tiles."""
+    """Add up the parts of tiles, PARTS at a time: their loads don't wait for each other."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.program_id(1)
     m = tl.arange(0, PLACE_LINES)
@@ -345,16 +352,18 @@ def merge_kernel(
         top = tl.full([PLACE_LINES], -1e30, tl.float32)
         weight = tl.zeros([PLACE_LINES], tl.float32)
         mixed = tl.zeros([PLACE_LINES, DIM_P], tl.float32)
-        for part in range(parts):
-            of = ((place + part * stride) * KV_HEADS + head).to(tl.int64) * PLACE_LINES + m
-            other = tl.load(tops + of, mask=live, other=-1e30)
-            new_top = tl.maximum(top, other)
-            mine, theirs = tl.exp2(top - new_top), tl.exp2(other - new_top)
-            more = tl.load(sums + of[:, None] * DIM_P + d[None, :], mask=live[:, None], other=0.0)
-            mixed = mixed * mine[:, None] + more * theirs[:, None]
-            weight = weight * mine + tl.load(weights + of, mask=live, other=0.0) * theirs
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
+            of = ((place + part * stride) * KV_HEADS + head).to(tl.int64)[:, None] * PLACE_LINES + m[None, :]
+            lanes = (part < parts)[:, None] & live[None, :]
+            other = tl.load(tops + of, mask=lanes, other=-1e30)
+            more = tl.load(sums + of[:, :, None] * DIM_P + d[None, None, :], mask=lanes[:, :, None], other=0.0)
+            new_top = tl.maximum(top, tl.max(other, 0))
+            mine, theirs = tl.exp2(top - new_top), tl.exp2(other - new_top[None, :])
+            mixed = mixed * mine[:, None] + tl.sum(more * theirs[:, :, None], 0)
+            weight = weight * mine + tl.sum(tl.load(weights + of, mask=lanes, other=0.0) * theirs, 0)
             top = new_top
         token = (tl.load(starts + row) + local).to(tl.int64)
         at = token[:, None] * (HEADS * DIM) + (head * GROUP + member)[:, None] * DIM + d[None, :]
-        lanes = live[:, None] & (d < DIM)[None, :]
-        tl.store(out + at, (mixed / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty), mask=lanes)
+        result = mixed / tl.maximum(weight, 1e-30)[:, None]
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=live[:, None] & (d < DIM)[None, :])
