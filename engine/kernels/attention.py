@@ -5,7 +5,6 @@ and a gather by block table needs no transpose. Rows that compute one token are 
 tokens is computed by itself, in tiles of queries against the keys that they can see.
 """
 
-import functools
 import math
 from dataclasses import dataclass, field
 
@@ -84,15 +83,28 @@ class Plan:
 
 
 class Workspace:
-    """Two buffers that grow to the size of the largest gather, so that a step allocates no large tensors."""
+    """Two buffers that grow to the size of the largest gather, so that a step allocates no large tensors.
 
-    def __init__(self, dtype: torch.dtype):
-        self._flat = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
+    It also keeps the causal biases of tiles, [count, 1, count] for each number of queries.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        self._dtype = dtype
+        self._device = device
+        self._flat = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+        self._future: dict[int, Tensor] = {}
 
     def take(self, which: int, runs: int, width: int) -> Tensor:
         if self._flat[which].numel() < runs * width:
-            self._flat[which] = torch.empty(runs * width, dtype=self._flat[which].dtype)
+            self._flat[which] = torch.empty(runs * width, dtype=self._dtype, device=self._device)
         return self._flat[which][: runs * width].view(runs, width)
+
+    def future(self, count: int) -> Tensor:
+        """Causal bias [count, 1, count] of a tile's queries and their own keys."""
+        if count not in self._future:
+            bias = torch.full((count, count), -math.inf, dtype=self._dtype, device=self._device)
+            self._future[count] = bias.triu_(1)[:, None, :]
+        return self._future[count]
 
 
 def write_index(tables: Int32s, rows: Int64s, positions: Int64s, layout: Layout) -> Tensor:
@@ -256,15 +268,9 @@ def _attend_chunk(
         rows = slice(chunk.start + tile.first, chunk.start + tile.last)
         q = query[rows].view(count, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
         s = scores.products(q, k[:, :, tile.low : tile.high]).view(kv_heads, count, -1, size)
-        s[..., size - count :].add_(_future(count, v.dtype))
+        s[..., size - count :].add_(workspace.future(count))
         if tile.lower is not None:
             s[..., : tile.lower.shape[-1]].add_(tile.lower)
         p = scores.weigh(s, (kv_heads, 1, -1, 1)).to(v.dtype).view(kv_heads, -1, size)
         mixed = torch.bmm(p, v[:, tile.low : tile.high]).view(kv_heads, count, -1, dim)
         out[rows].view(count, kv_heads, -1, dim).copy_(mixed.transpose(0, 1))
-
-
-@functools.cache
-def _future(count: int, dtype: torch.dtype) -> Tensor:
-    """Causal bias [count, 1, count] of a tile's queries and their own keys."""
-    return torch.full((count, count), -math.inf, dtype=dtype).triu_(1)[:, None, :]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,10 +13,17 @@ from engine.errors import ModelError, cause_of
 from engine.model.lora.lora_weights import Adapter, read_adapter, shard_adapter
 from engine.model.runtime.vocab_shard import VocabShard
 from engine.model.sharding.tp_plan import TPPlan
-from engine.worker.model_backend import ModelBackend
 from engine.worker.rank_protocol import PeerLostError
 
 log = logging.getLogger("redline.worker")
+
+
+class HoldsAdapters(Protocol):
+    """The part of a model backend that holds adapters."""
+
+    def add_adapter(self, slot: int, adapter: Adapter) -> None: ...
+
+    def drop_adapter(self, slot: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class AdapterManager:
         sharding: None with one rank.
     """
 
-    def __init__(self, backend: ModelBackend, slots: dict[str, int], sharding: AdapterSharding | None):
+    def __init__(self, backend: HoldsAdapters, slots: dict[str, int], sharding: AdapterSharding | None):
         self._backend = backend
         self._slots = slots
         self._sharding = sharding

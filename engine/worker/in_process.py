@@ -6,16 +6,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.model.model_info import ModelInfo
-from engine.worker.worker_start import start_worker
+from engine.worker.worker_start import StartReport, start_worker
 
 if TYPE_CHECKING:
+    from engine.worker.device_runner import DeviceRunner
     from engine.worker.runner import Runner
+
+StartWorker = Callable[
+    [EngineConfig, ModelInfo, ResolvedConfig, Callable[[int, int], None] | None], tuple[Any, StartReport]
+]
 
 
 class InProcessExecutor:
     """Implements `engine.worker.executor.StartedExecutor`. The constructor loads the model; it raises RedlineError.
 
-    `progress` is called from a thread with the bytes of weights read so far and in total.
+    `progress` is called from a thread with the bytes of weights read so far and in total. `start` is called in the thread
+    that runs the steps.
     """
 
     def __init__(
@@ -25,12 +31,13 @@ class InProcessExecutor:
         resolved: ResolvedConfig,
         *,
         progress: Callable[[int, int], None] | None = None,
+        start: StartWorker = start_worker,
     ):
         self.ranks = ()
         self.ended: Future[None] = Future()  # never done: the rank ends with this process
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
         try:
-            worker, report = self._thread.submit(start_worker, config, model_info, resolved, progress).result()
+            worker, report = self._thread.submit(start, config, model_info, resolved, progress).result()
         except BaseException:
             self.shutdown()
             raise
@@ -52,3 +59,35 @@ class InProcessExecutor:
     def shutdown(self) -> None:
         """End the thread once the step in progress is done; queued steps are dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+class InProcessDeviceExecutor(InProcessExecutor):
+    """The executor of an asynchronous device: a second thread waits for the results, in the order of the steps.
+
+    `start` starts an `engine.worker.device_runner.DeviceRunner`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_info: ModelInfo,
+        resolved: ResolvedConfig,
+        *,
+        start: StartWorker,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        self._results = ThreadPoolExecutor(1, thread_name_prefix="results")
+        super().__init__(config, model_info, resolved, progress=progress, start=start)
+        self._device_runner = cast("DeviceRunner", self._runner)
+
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+        """Enqueue the sampling of a submitted step; resolves to an encoded StepResult."""
+        if masks:
+            raise NotImplementedError("masks come with structured output")
+        enqueued = self._thread.submit(self._device_runner.sample, step)
+        return self._results.submit(lambda: enqueued.result().finish())
+
+    def shutdown(self) -> None:
+        """End both threads once the step in progress and its result are done; others are dropped."""
+        super().shutdown()
+        self._results.shutdown(wait=True, cancel_futures=True)

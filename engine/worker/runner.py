@@ -96,7 +96,7 @@ class Runner:
             tokens, logprobs = self._choose(batch, plan)
             if drafted:
                 tokens, each = self._slots.append_accepted(batch, tokens)
-                counts, logprobs = column(each), _reindexed(logprobs, np.cumsum(each) - each)
+                counts, logprobs = column(each), reindexed(logprobs, np.cumsum(each) - each)
             else:
                 self._slots.append_tokens(batch.sampling, tokens)
         scored = prompt_logprobs.score(self._backend, batch, self._slots) if len(batch.scored_at) else ()
@@ -131,7 +131,7 @@ class Runner:
             return tokens, None
         sampled = sampler.sample(self._backend.logits(plan.logits_of), self._slots, batch.sampling[plan.from_logits])
         tokens[plan.logits_of] = sampled.tokens
-        return tokens, _reindexed(sampled.logprobs, plan.from_logits)
+        return tokens, reindexed(sampled.logprobs, plan.from_logits)
 
 
 def build_runner(
@@ -165,6 +165,6 @@ def build_slots(resolved: ResolvedConfig) -> WorkerSlots:
     )
 
 
-def _reindexed(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:
+def reindexed(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:
     """The same logprobs with each index i replaced by to[i]."""
     return logprobs and msgspec.structs.replace(logprobs, index=column(to[int32s(logprobs.index)]))

@@ -167,17 +167,21 @@ def fill_and_check(meta_model: MetaModel, config: EngineConfig, model_info: Mode
     `model_info` is the rank's. Raises ModelError if the weights can't be read, or if the check fails.
     """
     meta_model.fill()
-    vocab_shard = meta_model.vocab_shard
-    check_attention(meta_model.model, config, model_info, vocab_shard.count if vocab_shard else model_info.vocab_size)
+    check_attention(meta_model, config, model_info)
     return meta_model.model
 
 
 @torch.inference_mode()
-def check_attention(model: Any, config: EngineConfig, model_info: ModelInfo, num_logits: int) -> None:
+def check_attention(
+    meta_model: MetaModel, config: EngineConfig, model_info: ModelInfo
+) -> tuple[tuple[int, int | None], ...]:
     """Run a few tokens through a small cache: only this shows that all layers of a class use the attention interface.
 
-    `num_logits` is the expected number of logits per token. Raises ModelError if the model does not fit.
+    Returns the KV groups and windows that the layers use, None for full attention. Raises ModelError if the model does
+    not fit.
     """
+    vocab_shard = meta_model.vocab_shard
+    num_logits = vocab_shard.count if vocab_shard else model_info.vocab_size
     layout = kv_layout(model_info, PROBE)
     cache = KVCache(model_info.kv_groups, len(model_info.kv_groups.windows) + 1, layout)
     tables, positions = np.arange(1, cache.keys[0].shape[0], dtype=np.int32)[:, None, None], np.arange(PROBE)
@@ -192,7 +196,7 @@ def check_attention(model: Any, config: EngineConfig, model_info: ModelInfo, num
     }
     refusal = f"{config.model} can't be run: {_does_not_fit(model_info)}"
     try:
-        logits = attention_interface.run_model(model, context, arguments).logits
+        logits = attention_interface.run_model(meta_model.model, context, arguments).logits
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ModelError(f"{refusal}: {first_line(error)}") from error
     if context.layers_seen != set(range(model_info.num_layers)) or tuple(logits.shape) != (1, 1, num_logits):
@@ -200,3 +204,4 @@ def check_attention(model: Any, config: EngineConfig, model_info: ModelInfo, num
             f"{refusal}: {len(context.layers_seen)} of {model_info.num_layers} layers use it, logits have shape "
             f"{tuple(logits.shape)}"
         )
+    return tuple(context.plans)

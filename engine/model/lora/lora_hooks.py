@@ -1,5 +1,6 @@
 """Applies LoRA adapters in transformers' classes: hooks add to the outputs of linears, for tokens with an adapter."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,31 @@ from torch.utils.hooks import RemovableHandle
 from engine.model.lora.lora_weights import Adapter, LowRank, check_adapter
 
 
-class LoraHooks:
-    """The adapters of a model, by slot. Only linears that an adapter changes have a hook."""
+def tokens_by_adapter(
+    slots: NDArray[np.int64] | None, row_of: NDArray[np.int64]
+) -> list[tuple[int, NDArray[np.int64]]]:
+    """The adapter slots of a step, each with the indices of its tokens.
 
-    def __init__(self, model: Any):
+    Args:
+        slots: the adapter slot of each row of the batch, -1 for none; None if no row has an adapter.
+        row_of: [tokens], the row of each token.
+    """
+    if slots is None:
+        return []
+    of_token = slots[row_of]
+    used = np.unique(of_token)
+    return [(slot, np.flatnonzero(of_token == slot)) for slot in used[used >= 0].tolist()]
+
+
+class LoraHooks:
+    """The adapters of a model, by slot. Only linears that an adapter changes have a hook.
+
+    `place` moves a tensor of an adapter to the model's device.
+    """
+
+    def __init__(self, model: Any, place: Callable[[Tensor], Tensor] = lambda tensor: tensor):
         self._model = model
+        self._place = place
         self._parts: dict[str, dict[int, LowRank]] = {}  # by path and slot
         self._hooks: dict[str, RemovableHandle] = {}
         self._tokens: list[tuple[int, Tensor]] = []  # of the step: slots, and indices of their tokens
@@ -26,7 +47,9 @@ class LoraHooks:
         for path, part in adapter.linears.items():
             linear = self._model.get_submodule(path)
             dtype = linear.weight.dtype
-            self._parts.setdefault(path, {})[slot] = LowRank(part.down.to(dtype), part.up.to(dtype))
+            self._parts.setdefault(path, {})[slot] = LowRank(
+                self._place(part.down.to(dtype)), self._place(part.up.to(dtype))
+            )
             if path not in self._hooks:  # prepended: it must run before the reductions over ranks
                 self._hooks[path] = linear.register_forward_hook(_Hook(self, path), prepend=True)
 
@@ -38,24 +61,19 @@ class LoraHooks:
                 self._hooks.pop(path).remove()
 
     def begin(self, slots: NDArray[np.int64] | None, row_of: NDArray[np.int64]) -> None:
-        """Begin a step.
+        """Begin a step; arguments as of `tokens_by_adapter`."""
+        self._tokens = [(slot, torch.from_numpy(tokens)) for slot, tokens in tokens_by_adapter(slots, row_of)]
 
-        Args:
-            slots: the adapter slot of each row of the batch, -1 for none; None if no row has an adapter.
-            row_of: [tokens], the row of each token.
-        """
-        self._tokens = []
-        if slots is not None:
-            of_token = slots[row_of]
-            used = np.unique(of_token)
-            self._tokens = [(slot, torch.from_numpy(np.flatnonzero(of_token == slot))) for slot in used[used >= 0]]
+    def begin_with(self, tokens: Sequence[tuple[int, Tensor]]) -> None:
+        """Begin a step; `tokens` as of `tokens_by_adapter`, on the model's device."""
+        self._tokens = list(tokens)
 
     def apply(self, path: str, x: Tensor, output: Tensor) -> None:
         """Add to a linear's output, in place, for the tokens whose adapter changes the linear."""
         parts = self._parts[path]
         x, output = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
         for slot, tokens in self._tokens:
-            part = parts.get(int(slot))
+            part = parts.get(slot)
             if part is not None:
                 # Not index_add_, which uses all threads even for one token. No token occurs twice.
                 output[tokens] += x[tokens] @ part.down.T @ part.up.T

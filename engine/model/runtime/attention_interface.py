@@ -5,8 +5,9 @@ requests of the batch, the KV cache) is in a forward context, which belongs to t
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,21 +21,51 @@ from engine.model.kv_groups import KVGroups
 ATTENTION = "redline_paged"
 
 
-class KVCache:
-    """Keys and values, each one tensor [blocks, kv heads, block size, head dim] per layer of a KV group."""
-
-    def __init__(self, groups: KVGroups, blocks: int, layout: Layout):
-        self.groups = groups
-        self.layout = layout
-        shape = (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
-        self.keys = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.group_size)]
-        self.values = [_lazy_zeros(shape, layout.dtype) for _ in range(groups.group_size)]
-
-
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages the system allocates on first use, so that a large cache costs no start-up time."""
     integer = {2: np.int16, 4: np.int32}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, dtype=integer)).view(dtype)
+
+
+class KVCache:
+    """Keys and values for all layer slots of a block: one tensor [blocks, kv heads, block size, head dim] per slot.
+
+    `zeros` allocates a tensor of zeros.
+    """
+
+    def __init__(
+        self,
+        groups: KVGroups,
+        blocks: int,
+        layout: Layout,
+        zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] = _lazy_zeros,
+    ):
+        self.groups = groups
+        self.layout = layout
+        shape = (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
+        self.keys = [zeros(shape, layout.dtype) for _ in range(groups.group_size)]
+        self.values = [zeros(shape, layout.dtype) for _ in range(groups.group_size)]
+
+    def check_window(self, group: int, window: int | None) -> None:
+        """Check that a KV group keeps the tokens that a layer attends to: the last `window`, None for all."""
+        kept = self.groups.windows[group]
+        if kept and not (window and window <= kept):
+            raise RuntimeError(f"a layer attends to {window or 'all'} tokens, but its config has a window of {kept}")
+
+
+class AttentionContext(Protocol):
+    """One step as the attention layers see it."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores: Scores
+    ) -> Tensor:
+        """Store a layer's keys and values of the step, and attend to the last `window` tokens, None for all.
+
+        Args:
+            query: [tokens, heads, head dim]; contiguous. The result has this shape too.
+            key, value: [tokens, kv heads, head dim].
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -68,19 +99,26 @@ class ForwardContext:
     def plan(self, group: int, window: int | None) -> Plan:
         """The attention plan of a KV group, made once per step and window."""
         if (group, window) not in self.plans:
-            kept = self.cache.groups.windows[group]
-            if kept and not (window and window <= kept):
-                raise RuntimeError(
-                    f"a layer attends to {window or 'all'} tokens, but its config has a window of {kept}"
-                )
+            self.cache.check_window(group, window)
             self.plans[group, window] = attention.make_plan(self.ragged[group], self.cache.layout, window)
         return self.plans[group, window]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores: Scores
+    ) -> Tensor:
+        """See `AttentionContext`."""
+        self.layers_seen.add(layer)
+        group, slot = self.cache.groups.places[layer]
+        keys, values, index = self.cache.keys[slot], self.cache.values[slot], self.write_index[group]
+        attention.write(keys, index, key)
+        attention.write(values, index, value)
+        return attention.attend(query, keys, values, self.plan(group, window), scores, self.workspace)
 
 
 _local = threading.local()
 
 
-def run_model(model: nn.Module, context: ForwardContext, arguments: dict[str, Any]) -> Any:
+def run_model(model: nn.Module, context: AttentionContext, arguments: dict[str, Any]) -> Any:
     """Call the model with `context` as the context of its attention layers."""
     _local.context = context
     try:
@@ -119,21 +157,14 @@ def _paged_attention(
     Returns:
         [1, tokens, heads, head dim] and None for the attention weights.
     """
-    context: ForwardContext = _local.context
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    context.layers_seen.add(layer)
-    cache = context.cache
-    group, place = cache.groups.places[layer]
-    keys, values, index = cache.keys[place], cache.values[place], context.write_index[group]
-    width = value.shape[-1]
-    if width < cache.layout.head_dim:  # DeepSeek's values are shorter than its keys
-        value = torch.nn.functional.pad(value, (0, cache.layout.head_dim - width))
-    attention.write(keys, index, key[0].transpose(0, 1))
-    attention.write(values, index, value[0].transpose(0, 1))
+    context: AttentionContext = _local.context
+    width, head_dim = value.shape[-1], key.shape[-1]
+    if width < head_dim:  # DeepSeek's values are shorter than its keys
+        value = torch.nn.functional.pad(value, (0, head_dim - width))
     scaling = options.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     scores = Scores(scaling, options.get("softcap"), options.get("s_aux"))
-    plan = context.plan(group, options.get("sliding_window"))
-    q = query[0].transpose(0, 1).contiguous()
-    return attention.attend(q, keys, values, plan, scores, context.workspace)[None, ..., :width], None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    q, k, v = query[0].transpose(0, 1).contiguous(), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    return context.attend(layer, q, k, v, options.get("sliding_window"), scores)[None, ..., :width], None

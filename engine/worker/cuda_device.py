@@ -1,0 +1,128 @@
+"""A GPU that torch drives as `cuda`: NVIDIA's, and AMD's with ROCm. No other file of the engine names torch.cuda.
+
+All work is enqueued on one stream by one thread, in this order for each step: copy of the step's arrays, kernels, copy
+of its tokens to the host. So no buffer on the device needs a second one: what overwrites it comes later in the stream.
+Only the host's side of a copy is shared with a step in progress; its buffers are used in turns. The copy of a step's
+tokens, about a kilobyte, is in the same stream as well: on a second stream it would need an event to keep the next step
+from overwriting the tokens first, which costs as much as the copy.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.model.runtime.rank_group import RankGroup
+from engine.worker.device import Columns
+from engine.worker.torch_device import StagedColumns
+
+STAGING_BUFFERS = 3  # two steps in flight, and the one being laid out
+WARM_UP_RUNS = 2  # before a capture: libraries allocate their workspaces in the first
+
+
+class _PinnedCopy:
+    """Implements `engine.worker.device.Fetched`."""
+
+    def __init__(self, tensor: Tensor):
+        self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def ready(self) -> bool:
+        return bool(self._done.query())
+
+    def wait(self) -> Tensor:
+        self._done.synchronize()
+        return self._host
+
+
+class _StagingBuffer:
+    """Pinned memory, and the event after which its last copy is complete."""
+
+    def __init__(self, nbytes: int):
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+
+class CudaDevice:
+    """Implements `engine.worker.device.Device`.
+
+    Args:
+        index: of the GPU among those that are visible to the process.
+        staging_bytes: of a step's arrays. A larger step makes larger buffers, at new addresses.
+    """
+
+    def __init__(self, index: int = 0, staging_bytes: int = 1 << 20):
+        self.device = torch.device("cuda", index)
+        self._staging_bytes = staging_bytes
+        self._buffers: list[_StagingBuffer] = []
+        self._turn = 0
+        self._step_arrays: Tensor | None = None
+        self._pool: Any = None
+
+    def bind_thread(self) -> None:
+        """Make the GPU and a stream of its own the thread's. A graph can't be captured on the default stream."""
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(torch.cuda.Stream(self.device))
+        self._grow(self._staging_bytes)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def put(self, columns: Columns) -> dict[str, Tensor]:
+        staged = StagedColumns(columns)
+        if staged.nbytes > self._staging_bytes:
+            self._grow(2 * staged.nbytes)
+        buffer = self._buffers[self._turn]
+        self._turn = (self._turn + 1) % STAGING_BUFFERS
+        buffer.copied.synchronize()
+        host = buffer.memory[: staged.nbytes]
+        staged.write(host)
+        assert self._step_arrays is not None
+        on_device = self._step_arrays[: staged.nbytes]
+        on_device.copy_(host, non_blocking=True)
+        buffer.copied.record()
+        return staged.views(on_device)
+
+    def _grow(self, nbytes: int) -> None:
+        if self._pool is not None:
+            raise RuntimeError(f"a step needs {nbytes} bytes of arrays, more than the captured steps have")
+        torch.cuda.current_stream().synchronize()
+        self._staging_bytes = nbytes
+        self._buffers = [_StagingBuffer(nbytes) for _ in range(STAGING_BUFFERS)]
+        self._step_arrays = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def fetch(self, tensor: Tensor) -> _PinnedCopy:
+        return _PinnedCopy(tensor)
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record `run` in a CUDA graph. All graphs share one memory pool, so the largest must be captured first."""
+        for _ in range(WARM_UP_RUNS):
+            run()
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.current_stream().synchronize()
+        # Other threads only wait for events meanwhile, which a capture of this thread alone allows.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
+            run()
+        return graph.replay
+
+    def clock(self) -> torch.cuda.Event:
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def elapsed(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) * 1e-3
+
+    def join(self, rank: int, size: int, store: str) -> RankGroup:
+        raise NotImplementedError("ranks on GPUs need NCCL")

@@ -1,0 +1,72 @@
+"""An asynchronous device, as a rank uses it: the host enqueues work and doesn't wait for it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.model.runtime.rank_group import RankGroup
+
+Columns = Mapping[str, NDArray[Any]]  # arrays of a step, by name
+Mark = Any  # a point in the device's queue; its type belongs to the device
+
+
+class Fetched(Protocol):
+    """A tensor on its way to the host. Both methods may be called from any thread, and repeatedly."""
+
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
+    def wait(self) -> Tensor:
+        """The copy on the host, once the device has made it. Raises the error of a failed device."""
+        ...
+
+
+class Device(Protocol):
+    """Memory and queue of one device. All methods but those of marks and `Fetched` belong to one thread."""
+
+    def bind_thread(self) -> None:
+        """Called once by the thread that enqueues work, before all other methods."""
+        ...
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A copy of a host tensor on the device; waits. For what is not part of each step, such as weights."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new tensor of zeros on the device."""
+        ...
+
+    def put(self, columns: Columns) -> dict[str, Tensor]:
+        """Enqueue one copy of a step's arrays to the device.
+
+        Returns the arrays as tensors, which are overwritten by the next call. With the same names, shapes and dtypes
+        they have the same addresses again, so that a captured step can read them.
+        """
+        ...
+
+    def fetch(self, tensor: Tensor) -> Fetched:
+        """Enqueue a copy of a tensor to the host; the tensor may be overwritten by work that is enqueued later."""
+        ...
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record the work that `run` enqueues, and return a function that enqueues it again.
+
+        `run` may be called several times before it is recorded. What it allocates belongs to the recording.
+        """
+        ...
+
+    def clock(self) -> Mark:
+        """Mark the present end of the queue."""
+        ...
+
+    def elapsed(self, began: Mark, ended: Mark) -> float:
+        """Seconds that the device took from one mark to the other; waits for the second one. From any thread."""
+        ...
+
+    def join(self, rank: int, size: int, store: str) -> RankGroup:
+        """Join the other ranks of a model, which find each other by the file `store`."""
+        ...

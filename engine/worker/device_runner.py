@@ -1,0 +1,175 @@
+"""Runs steps on an asynchronous device: enqueues them without waiting for their tokens.
+
+`sample` enqueues the choice of tokens and returns a `PendingResult`, whose `finish` another thread calls; it waits for
+the device. Meanwhile the next step is laid out with counts alone: its unknown tokens are looked up on the device.
+
+Some steps need the tokens of earlier steps, or logits, on the host: those with rows that sample on the host (penalties,
+bias, logprobs, …), with prompt logprobs or with draft tokens. `sample` waits for the device then.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.arrays import Int64s
+from engine.messages import PromptLogprobs, StepMessage, StepResult, TokenLogprobs, column, decode_step, encode
+from engine.worker import prompt_logprobs, sampler
+from engine.worker.adapter_manager import AdapterManager, AdapterSharding
+from engine.worker.device import Device, Fetched, Mark
+from engine.worker.device_backend import DeviceBackend
+from engine.worker.device_slots import AppendedTokens, DeviceSlots
+from engine.worker.runner import reindexed
+from engine.worker.slots import StepBatch
+from engine.worker.step_inputs import DeviceState, InputStager, StepInputs, StepKernels
+
+
+@dataclass(slots=True)
+class PendingResult:
+    """The result of a step that the device computes. `tokens`: on the way from the device, or known: int64[n]."""
+
+    step: int
+    device: Device
+    began: Mark
+    tokens: Fetched | Int64s
+    rejected: bytes
+    ended: Mark = None
+    counts: bytes = b""
+    logprobs: TokenLogprobs | None = None
+    num_draft_tokens: int = 0
+    scored: tuple[PromptLogprobs, ...] = ()
+
+    def finish(self) -> bytes:
+        """Wait for the device and encode the StepResult. May be called by any thread."""
+        tokens = self.tokens if isinstance(self.tokens, np.ndarray) else self.tokens.wait().numpy()
+        seconds = self.device.elapsed(self.began, self.ended)
+        drafted, refused = self.num_draft_tokens, self.rejected
+        return encode(
+            StepResult(self.step, column(tokens), self.counts, self.logprobs, seconds, drafted, refused, self.scored)
+        )
+
+
+class DeviceRunner:
+    """The state of one rank, with the interface of `engine.worker.runner.Runner` but for what `sample` returns."""
+
+    def __init__(
+        self,
+        device: Device,
+        backend: DeviceBackend,
+        slots: DeviceSlots,
+        state: DeviceState,
+        kernels: StepKernels,
+        sharding: AdapterSharding | None = None,
+    ):
+        self._device = device
+        self._backend = backend
+        self._slots = slots
+        self._state = state
+        self._kernels = kernels
+        self._stager = InputStager(device, slots, state, kernels)
+        self._calls = AdapterManager(backend, slots.adapter_slots, sharding).calls
+        self._pending: tuple[StepBatch, StepInputs | None, Mark] | None = None
+        self._following: deque[StepMessage] = deque()  # later steps of a burst
+        self._unfilled: deque[tuple[AppendedTokens, Fetched]] = deque()  # tokens on the way to the slots
+
+    @torch.inference_mode()
+    def call(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Execute a call between two steps. A RedlineError is returned to its caller."""
+        return self._calls[method](**arguments)
+
+    @torch.inference_mode()
+    def forward(self, message: bytes) -> None:
+        """Apply a step message and enqueue the model. Its steps must be sampled before the next message."""
+        if self._pending is not None and self.waits_to_be_sampled:
+            raise RuntimeError(f"step {self._pending[0].step} hasn't been sampled")
+        if self._following:
+            raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
+        first = decode_step(message)
+        self._following.extend(first.later_steps())
+        self._advance(first)
+
+    @property
+    def waits_to_be_sampled(self) -> bool:
+        return self._pending is not None and len(self._pending[0].logits_at) > 0
+
+    def _advance(self, message: StepMessage) -> None:
+        self._fill(wait=self._slots.proposes_drafts)
+        began = self._device.clock()
+        batch = self._slots.begin_step(message)
+        inputs = None
+        if len(batch.slots):
+            inputs = self._stager.put(batch, self._backend.plan(batch))
+            self._backend.forward(inputs)
+        self._pending = batch, inputs, began
+
+    @torch.inference_mode()
+    def sample(self, step: int) -> PendingResult:
+        """Enqueue the choice of a step's tokens. Later steps of a burst run here."""
+        if self._pending is None and self._following:
+            self._advance(self._following.popleft())
+        if self._pending is None or self._pending[0].step != step:
+            raise RuntimeError(f"step {step} hasn't run")
+        (batch, inputs, began), self._pending = self._pending, None
+        rejected = column(self._slots.take_rejected())
+        result = PendingResult(step, self._device, began, np.zeros(0, dtype=np.int64), rejected)
+        if inputs is not None and len(batch.logits_at):
+            if self._needs_host(batch):
+                self._sample_on_host(batch, inputs, result)
+            else:
+                self._sample_ahead(batch, inputs, result)
+        result.ended = self._device.clock()
+        return result
+
+    def close(self) -> None:
+        """Called after the last step."""
+
+    def _needs_host(self, batch: StepBatch) -> bool:
+        drafted = len(batch.sampled_at) > len(batch.sampling)
+        return drafted or len(batch.scored_at) > 0 or bool(self._slots.needs_logits[batch.sampling].any())
+
+    def _sample_ahead(self, batch: StepBatch, inputs: StepInputs, result: PendingResult) -> None:
+        tokens = self._backend.choose(inputs)
+        self._kernels.append_tokens(self._state.last_token, inputs.sample_slots, tokens)
+        result.tokens = self._device.fetch(tokens)
+        self._unfilled.append((self._slots.extend(batch.sampling), result.tokens))
+
+    def _sample_on_host(self, batch: StepBatch, inputs: StepInputs, result: PendingResult) -> None:
+        """Wait for the tokens of all steps, this one included; the slots know them when the next one is laid out."""
+        tokens = self._device.fetch(self._backend.choose(inputs)).wait().numpy().astype(np.int64)
+        self._fill(wait=True)
+        slots, which, logits = self._slots, batch.sampling, HostLogits(self._device, self._backend)
+        special = np.flatnonzero(slots.needs_logits[which])
+        if len(special):
+            at = (np.cumsum(batch.num_draft_tokens + 1) - 1)[special]
+            sampled = sampler.sample(logits.logits(at), slots, which[special])
+            tokens[at] = sampled.tokens
+            result.logprobs = reindexed(sampled.logprobs, special)
+        result.num_draft_tokens = int(batch.num_draft_tokens.sum())
+        if result.num_draft_tokens:
+            tokens, each = slots.append_accepted(batch, tokens)
+            result.counts, result.logprobs = column(each), reindexed(result.logprobs, np.cumsum(each) - each)
+        else:
+            slots.append_tokens(which, tokens)
+        result.tokens = tokens
+        if len(batch.scored_at):
+            result.scored = prompt_logprobs.score(logits, batch, slots)
+
+    def _fill(self, *, wait: bool) -> None:
+        """Write the ids of tokens that have arrived into the slots, or with `wait` of all tokens."""
+        while self._unfilled and (wait or self._unfilled[0][1].ready()):
+            appended, fetched = self._unfilled.popleft()
+            self._slots.fill(appended, fetched.wait().numpy())
+
+
+class HostLogits:
+    """Logits of the last step, fetched to the host."""
+
+    def __init__(self, device: Device, backend: DeviceBackend):
+        self._device = device
+        self._backend = backend
+
+    def logits(self, which: Int64s) -> Tensor:
+        return self._device.fetch(self._backend.logits(which)).wait()

@@ -1,0 +1,122 @@
+"""What a step puts on the device, and what the device keeps for all slots from step to step.
+
+Example of `engine.worker.slots`, where the token of slot 0 is sampled by a step that is still in flight:
+
+    ids          [-1, 7, 8, 9]     the device replaces -1 by the newest token of slot 0
+    slot_of      [0, 2, 2, 2]
+    positions    [6, 0, 1, 2]
+    logits_at    [0]
+    sample_slots, sample_counts    [0], [4]: slot 0 has 4 output tokens
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.kernels import sampling, slot_state
+from engine.kernels.sampling import Draws, SamplingParams
+from engine.worker.device import Device
+from engine.worker.device_slots import DeviceSlots, StateLayout
+from engine.worker.slots import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepKernels:
+    """The kernels that a step needs beside the model's, by default those in torch."""
+
+    gather_ids: Callable[[Tensor, Tensor, Tensor], None] = slot_state.gather_ids
+    append_tokens: Callable[[Tensor, Tensor, Tensor], None] = slot_state.append_tokens
+    write_elements: Callable[[Tensor, Tensor, Tensor, Tensor], None] = slot_state.write_elements
+    choose_tokens: Callable[[Tensor, SamplingParams, Tensor, Tensor, Draws], Tensor] = sampling.choose_tokens
+
+
+class DeviceState:
+    """What the device keeps for each slot.
+
+    last_token: int32[slots], the newest token, written by the step that samples it.
+    tables: int32[groups, slots, blocks], the block tables.
+    params: how tokens are sampled.
+    """
+
+    def __init__(self, device: Device, layout: StateLayout):
+        self.words = device.zeros((layout.words,), torch.int32)
+        self.last_token = device.zeros((layout.max_slots,), torch.int32)
+        self.tables = self.words[: layout.tables].view(layout.num_groups, layout.max_slots, layout.max_blocks)
+
+        def parameter(number: int, words: int = 1) -> Tensor:
+            begin = layout.parameter(number)
+            return self.words[begin : begin + words * layout.max_slots]
+
+        temperature, top_p, min_p = (parameter(number).view(torch.float32) for number in range(3))
+        self.params = SamplingParams(temperature, top_p, min_p, parameter(3), parameter(4, 2).view(torch.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A step on the device; `batch` is the same on the host. The tensors are overwritten by the next step.
+
+    ids, positions, slot_of: int32[tokens]; logits_at: int64[n + m], see `StepBatch.logits_at`.
+    sample_slots, sample_counts: int32[n], slot and number of output tokens of each entry of `batch.sampled_at`.
+    planned: what the backend asked for.
+    """
+
+    batch: StepBatch
+    ids: Tensor
+    positions: Tensor
+    slot_of: Tensor
+    logits_at: Tensor
+    sample_slots: Tensor
+    sample_counts: Tensor
+    draws: Draws
+    planned: Mapping[str, Tensor]
+
+
+class InputStager:
+    """Lays out steps and puts them on the device, with what changed in the slots."""
+
+    def __init__(self, device: Device, slots: DeviceSlots, state: DeviceState, kernels: StepKernels):
+        self._device = device
+        self._slots = slots
+        self._state = state
+        self._kernels = kernels
+
+    def put(self, batch: StepBatch, planned: Mapping[str, NDArray[Any]]) -> StepInputs:
+        """Enqueue the copy of a step, the changes of the slots, and the lookup of tokens that only the device has.
+
+        Args:
+            planned: arrays of the backend, which travel with the others.
+        """
+        slots = self._slots
+        sample_slots = np.repeat(batch.sampling, batch.num_draft_tokens + 1)
+        index, words = slots.take_changes()
+        own: dict[str, NDArray[Any]] = {
+            "ids": batch.ids.astype(np.int32),
+            "positions": batch.positions.astype(np.int32),
+            "slot_of": batch.slots[batch.row_of].astype(np.int32),
+            "logits_at": batch.logits_at,
+            "sample_slots": sample_slots.astype(np.int32),
+            "sample_counts": (slots.num_tokens - slots.num_prompt_tokens)[sample_slots].astype(np.int32),
+            "changed_rows": np.zeros_like(index),
+            "changed": index,
+            "words": words,
+        }
+        tensors = self._device.put({**own, **planned})
+        if len(index):
+            flat = self._state.words.view(1, -1)
+            self._kernels.write_elements(flat, tensors["changed_rows"], tensors["changed"], tensors["words"])
+        self._kernels.gather_ids(tensors["ids"], self._state.last_token, tensors["slot_of"])
+        return StepInputs(
+            batch, tensors["ids"], tensors["positions"], tensors["slot_of"], tensors["logits_at"],
+            tensors["sample_slots"], tensors["sample_counts"], self._draws(batch), tensors,
+        )  # fmt: skip
+
+    def _draws(self, batch: StepBatch) -> Draws:
+        slots = self._slots
+        device_rows = batch.sampling[~slots.needs_logits[batch.sampling]]
+        drawn = bool((slots.temperature[device_rows] > 0).any())
+        return Draws(drawn, bool(slots.is_filtered[device_rows].any()))

@@ -1,0 +1,202 @@
+"""An asynchronous device made of the CPU, which shows mistakes that a real one would hide or answer by a crash.
+
+- Its tensors may meet only each other; host tensors that reach them, and operations that would wait for a device, are
+  refused.
+- Copies to the host arrive when the test lets them.
+- Arrays of a step are garbage once the next step is put.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from engine.model.runtime.rank_group import RankGroup
+from engine.worker.device import Columns
+from engine.worker.gloo_group import GlooGroup
+from engine.worker.torch_device import StagedColumns
+
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten.unique_dim.default,
+    aten._unique2.default,
+}
+HOST_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.__array__}
+GARBAGE = 0xA5  # bytes: as int32 an index far out of bounds
+STEP_S = 2e-3  # of every step, so that a core submits bursts
+MOST_REFERENCES = 50_000
+
+
+class Worlds:
+    """Which storages are the device's."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and not self.has(tensor):
+                # A weak reference keeps the address from being given to another storage.
+                reference = StorageWeakRef(tensor.untyped_storage())
+                self._storages[reference.cdata] = reference
+        if len(self._storages) > MOST_REFERENCES:
+            self._storages = {at: one for at, one in self._storages.items() if not one.expired()}
+
+    def has(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._storages
+
+
+class _Operations(TorchDispatchMode):
+    """Refuses operations on tensors of both worlds, and those that would wait."""
+
+    def __init__(self, worlds: Worlds):
+        super().__init__()
+        self._worlds = worlds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = _tensors(args) + _tensors(kwargs.values())
+        inside = [self._worlds.has(tensor) for tensor in tensors]
+        if any(inside):
+            if not all(there or tensor.ndim == 0 for there, tensor in zip(inside, tensors, strict=True)):
+                shapes = [tuple(tensor.shape) for tensor in tensors]
+                raise RuntimeError(f"{func} mixes tensors of device and host: {shapes}, on the device: {inside}")
+            if func in WAITS or (func is aten.index.Tensor and any(one.dtype == torch.bool for one in tensors[1:])):
+                raise RuntimeError(f"{func} waits for the device")
+        result = func(*args, **kwargs)
+        if any(inside):
+            self._worlds.add(_tensors((result,)))
+        return result
+
+
+class _Functions(TorchFunctionMode):
+    """Tensors that are made with a device are the device's; reads by the host are refused."""
+
+    def __init__(self, worlds: Worlds):
+        super().__init__()
+        self._worlds = worlds
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOST_READS and self._worlds.has(args[0]):
+            raise RuntimeError(f"{func.__name__} reads a tensor of the device")
+        if not kwargs:
+            return func(*args)
+        result = func(*args, **kwargs)
+        # Host code says "cpu", what runs on the device takes the device of a tensor.
+        if isinstance(kwargs.get("device"), torch.device) and not _tensors(args):
+            self._worlds.add((result,))
+        return result
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments or results, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
+class _LateCopy:
+    """Implements `engine.worker.device.Fetched`."""
+
+    def __init__(self, device: "StandInDevice", tensor: Tensor):
+        self._device = device
+        self._tensor = tensor
+        self._number = device.fetches
+        self._due = time.monotonic() + device.delay_s
+
+    def ready(self) -> bool:
+        due = self._device.fetches > self._number or time.monotonic() >= self._due
+        return due and self._device.gate.is_set()
+
+    def wait(self) -> Tensor:
+        assert self._device.gate.wait(30), "the test let no result through"
+        while not self.ready():
+            time.sleep(1e-3)
+        if self._device.failure is not None:
+            raise self._device.failure
+        return self._tensor
+
+
+class StandInDevice:
+    """Implements `engine.worker.device.Device`.
+
+    A copy arrives when the next one has been enqueued, or after `delay_s`; while `gate` is cleared, none does. With a
+    `failure`, `wait` raises it.
+    """
+
+    def __init__(self, delay_s: float = 0.0):
+        self.delay_s = delay_s
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failure: Exception | None = None
+        self.fetches = 0
+        self.puts = 0
+        self.most_unready = 0  # copies under way when one was enqueued, that one included
+        self._worlds = Worlds()
+        self._step_arrays: Tensor | None = None
+        self._copies: list[_LateCopy] = []
+
+    def bind_thread(self) -> None:
+        """The checks hold in this thread only."""
+        _Operations(self._worlds).__enter__()
+        _Functions(self._worlds).__enter__()
+
+    def place(self, tensor: Tensor) -> Tensor:
+        assert not self._worlds.has(tensor), "a tensor of the device is placed on it again"
+        return self._on_device(tensor.clone)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._on_device(lambda: torch.zeros(shape, dtype=dtype))
+
+    def put(self, columns: Columns) -> dict[str, Tensor]:
+        self.puts += 1
+        staged = StagedColumns(columns)
+        host = torch.empty(staged.nbytes, dtype=torch.uint8)
+        staged.write(host)
+        if self._step_arrays is not None:
+            self._step_arrays.fill_(GARBAGE)
+        self._step_arrays = self._on_device(host.clone)
+        return staged.views(self._step_arrays)
+
+    def fetch(self, tensor: Tensor) -> _LateCopy:
+        assert self._worlds.has(tensor), "a host tensor is fetched from the device"
+        self._copies = [copy for copy in self._copies if not copy.ready()]
+        self.fetches += 1
+        with _disable_current_modes():
+            copy = _LateCopy(self, tensor.clone())
+        self._copies.append(copy)
+        self.most_unready = max(self.most_unready, len(self._copies))
+        return copy
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
+    def clock(self) -> float:
+        return time.perf_counter()
+
+    def elapsed(self, began: float, ended: float) -> float:
+        return STEP_S
+
+    def join(self, rank: int, size: int, store: str) -> RankGroup:
+        return GlooGroup(rank, size, store)
+
+    def _on_device(self, make: Callable[[], Tensor]) -> Tensor:
+        with _disable_current_modes():
+            tensor = make()
+        self._worlds.add([tensor])
+        return tensor
