@@ -4,24 +4,19 @@ It gives the same tokens as `engine.worker.sampler` for the same logits: by the 
 filters. Where the host computes in float64, so does this, on devices that have it.
 """
 
+import struct
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.arrays import Int32s
+from engine.messages import Sampling
+
+PARAMETERS = 8  # words of a slot's parameters, see `pack_parameters`
 RUN = 256  # tokens whose weights are summed first when drawing
 MIN_TEMPERATURE = 1e-6  # below it sampling in float32 equals greedy
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """Parameters of all slots: float32[slots] each, but top_k int32[slots] and seeds int64[slots]."""
-
-    temperature: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    top_k: Tensor  # 0: no limit
-    seeds: Tensor  # the bits of unsigned numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +27,35 @@ class Draws:
     any_filtered: bool  # of those, a row has a top-k, top-p or min-p
 
 
-def choose_tokens(logits: Tensor, params: SamplingParams, slots: Tensor, counts: Tensor, draws: Draws) -> Tensor:
+def pack_parameters(sampling: Sampling) -> Int32s:
+    """A slot's parameters as the device keeps them, int32[PARAMETERS]; the same as for the kernels in Triton.
+
+    Words: 0 temperature, 1 min_p, 3 top_p (float32), 2 top_k, 4 and 5 seed, 6 and 7 top_p (float64).
+    """
+    top_k, top_p = min(sampling.top_k, 2**31 - 1), sampling.top_p
+    packed = struct.pack("<ffifQd", sampling.temperature, sampling.min_p, top_k, top_p, sampling.seed, top_p)
+    return np.frombuffer(packed, dtype=np.int32)
+
+
+def choose_tokens(logits: Tensor, parameters: Tensor, slots: Tensor, counts: Tensor, draws: Draws) -> Tensor:
     """One token for each row: greedy, or drawn at its slot's temperature; int32[rows].
 
     Args:
         logits: [rows, vocabulary].
+        parameters: int32[slots, PARAMETERS].
         slots: int32[rows], the slot of each row.
         counts: int32[rows], output tokens of the slot so far.
     """
     greedy = logits.argmax(-1)
     if not draws.any_drawn:
         return greedy.int()
-    rows = slots.long()
-    temperature = params.temperature[rows]
+    of = parameters[slots.long()]
+    temperature = of[:, 0].view(torch.float32)
     weights = _weigh(logits.float(), temperature)
     if draws.any_filtered:
-        minimums = _minimum_weights(weights, params.min_p[rows], params.top_k[rows], params.top_p[rows])
+        minimums = _minimum_weights(weights, of[:, 1].view(torch.float32), of[:, 2], _top_p(of))
         weights = weights.masked_fill(weights < minimums[:, None], 0.0)
-    drawn = _pick(weights, uniform(params.seeds[rows], counts, _wide(logits)))
+    drawn = _pick(weights, uniform(of[:, 4:6].view(torch.int64)[:, 0], counts, _wide(logits)))
     # A row of NaN or infinity has no weights to draw by.
     finite = logits.gather(-1, greedy[:, None])[:, 0].isfinite()
     return torch.where((temperature > 0) & finite, drawn, greedy).int()
@@ -81,6 +87,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64  # Metal has no float64
 
 
+def _top_p(parameters: Tensor) -> Tensor:
+    """float32 or float64[rows], whichever products have."""
+    wide = _wide(parameters) == torch.float64
+    return parameters[:, 6:8].view(torch.float64)[:, 0] if wide else parameters[:, 3].view(torch.float32)
+
+
 def _weigh(logits: Tensor, temperature: Tensor) -> Tensor:
     """exp((logit - highest) / temperature)."""
     temperature = temperature[:, None].clamp(min=MIN_TEMPERATURE)
@@ -92,7 +104,7 @@ def _minimum_weights(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tenso
 
     Args:
         weights: float32[rows, vocabulary]; the greedy token weighs 1.
-        min_p, top_p: float32[rows].
+        min_p: float32[rows]. top_p: [rows].
         top_k: int32[rows].
     """
     vocab = weights.shape[1]
@@ -102,7 +114,7 @@ def _minimum_weights(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tenso
     valid = (rank < limit[:, None]) & (ordered >= min_p[:, None])
     values = ordered.to(_wide(weights)).masked_fill(~valid, 0.0)
     reached = values.cumsum(-1)
-    wanted = top_p.to(values.dtype)[:, None] * reached[:, -1:]
+    wanted = top_p[:, None] * reached[:, -1:]
     kept = valid & ((reached - values < wanted) | (top_p >= 1)[:, None])
     last = kept.sum(-1, keepdim=True).clamp(min=1) - 1
     filtered = (top_p < 1) | (limit < vocab)

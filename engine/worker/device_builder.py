@@ -13,11 +13,13 @@ from engine.model.loading.open_model import check_attention, kv_layout
 from engine.model.model_info import ModelInfo
 from engine.model.runtime.attention_interface import KVCache
 from engine.worker.device import Device
-from engine.worker.device_attention import GroupWindow, TorchAttention
+from engine.worker.device_attention import Attention, GroupWindow, TorchAttention
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.generic_device_backend import GenericDeviceBackend, move_model
 from engine.worker.step_inputs import DeviceState, StepKernels
+
+PROGRAMS = 64  # of the attention for each KV head
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,21 @@ class BuiltDeviceRunner:
 
 
 def build_device_runner(
-    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, device: Device
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    device: Device,
+    *,
+    use_triton: bool = False,
 ) -> BuiltDeviceRunner:
-    """Build a rank's runner in the thread that will run its steps; `model_info` is the rank's.
+    """Build a rank's runner in the thread that will run its steps.
 
     Raises ConfigError for options that the device does not support, and ModelError if the model can't be run.
+
+    Args:
+        model_info: of the rank.
+        use_triton: whether attention, sampling and the state of slots use the kernels in Triton; else those in torch.
     """
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
@@ -43,16 +55,10 @@ def build_device_runner(
         meta_model.fill()
     uses = check_attention(meta_model, config, model_info)
     device.bind_thread()
-    slots = DeviceSlots(
-        resolved.max_num_seqs,
-        resolved.max_model_len,
-        resolved.block_size,
-        resolved.draft_tokens,
-        len(resolved.kv_windows),
-    )
     with torch.inference_mode():
-        runner = _build(model_info, resolved, meta_model, uses, device, slots)
-    return BuiltDeviceRunner(runner, "torch")
+        move_model(meta_model.model, device.place)
+        runner = _build(model_info, resolved, meta_model, uses, device, use_triton)
+    return BuiltDeviceRunner(runner, "triton" if use_triton else "torch")
 
 
 def _build(
@@ -61,13 +67,34 @@ def _build(
     meta_model: MetaModel,
     uses: Sequence[GroupWindow],
     device: Device,
-    slots: DeviceSlots,
+    use_triton: bool,
 ) -> DeviceRunner:
-    move_model(meta_model.model, device.place)
+    rows, groups = resolved.max_num_seqs, len(resolved.kv_windows)
+    slots = DeviceSlots(rows, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups)
     state = DeviceState(device, slots.layout)
-    layout = kv_layout(model_info, resolved.block_size)
-    cache = KVCache(model_info.kv_groups, resolved.num_blocks, layout, device.zeros)
-    kernels = StepKernels()
-    attention = TorchAttention(cache, uses, cache.keys[0].device)
-    backend = GenericDeviceBackend(device, meta_model.model, attention, kernels, state.params, meta_model.vocab_shard)
+    cache = KVCache(model_info.kv_groups, resolved.num_blocks, kv_layout(model_info, resolved.block_size), device.zeros)
+    attention: Attention
+    if use_triton:
+        kernels, attention = _triton_parts(model_info, resolved, cache, uses, state)
+    else:
+        kernels, attention = StepKernels(), TorchAttention(cache, uses, cache.keys[0].device)
+    backend = GenericDeviceBackend(
+        device, meta_model.model, attention, kernels, state.parameters, meta_model.vocab_shard
+    )
     return DeviceRunner(device, backend, slots, state, kernels)
+
+
+def _triton_parts(
+    model_info: ModelInfo, resolved: ResolvedConfig, cache: KVCache, uses: Sequence[GroupWindow], state: DeviceState
+) -> tuple[StepKernels, Attention]:
+    from engine.kernels.triton.attention import AttentionShape
+    from engine.worker.triton_backend import TritonAttention, default_tilings, triton_step_kernels
+
+    layout = cache.layout
+    shape = AttentionShape(model_info.num_heads, layout.kv_heads, layout.head_dim, layout.block_size)
+    tilings = default_tilings(shape, PROGRAMS)
+    sampled = resolved.max_num_seqs * (1 + resolved.draft_tokens)
+    # Every running request computes a token, and draft tokens besides.
+    tokens = max(resolved.max_num_batched_tokens, sampled)
+    kernels = triton_step_kernels(sampled, model_info.vocab_size, state.words.device)
+    return kernels, TritonAttention(cache, uses, state.tables, shape, tilings, tokens)

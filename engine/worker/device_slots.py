@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.arrays import Int32s, Int64s
-from engine.messages import Sampling, SlotAssignment, StepMessage, int32s
+from engine.kernels.sampling import PARAMETERS, pack_parameters
+from engine.messages import SlotAssignment, StepMessage, int32s
 from engine.worker.slots import WorkerSlots
 
 UNKNOWN = -1  # the id of a token that the host does not know yet
@@ -29,9 +30,7 @@ class AppendedTokens:
 class StateLayout:
     """Where the state of slots lies in one array of int32 words on the device.
 
-        block tables [groups, slots, blocks] │ temperature │ top_p │ min_p │ top_k │ seed, 2 words │ …
-
-    The parameters are [slots] each; those of floats are their bits.
+    block tables [groups, slots, blocks] │ sampling parameters [slots, 8], see `engine.kernels.sampling`
     """
 
     num_groups: int
@@ -40,19 +39,17 @@ class StateLayout:
 
     @property
     def tables(self) -> int:
+        """Words of the block tables."""
         return self.num_groups * self.max_slots * self.max_blocks
 
     @property
+    def parameters(self) -> int:
+        """Index of the first word of the parameters; they are aligned for 64-bit numbers and vectors of them."""
+        return -(-self.tables // 4) * 4
+
+    @property
     def words(self) -> int:
-        return self.parameter(6)
-
-    def parameter(self, number: int) -> int:
-        """Index of the first word of a parameter, a multiple of 4: kernels load aligned vectors."""
-        return _aligned(self.tables) + number * _aligned(self.max_slots)
-
-
-def _aligned(words: int) -> int:
-    return -(-words // 4) * 4
+        return self.parameters + self.max_slots * PARAMETERS
 
 
 class DeviceSlots(WorkerSlots):
@@ -112,18 +109,11 @@ class DeviceSlots(WorkerSlots):
         for group, table in enumerate(assignment.block_tables):
             blocks = int32s(table)
             self._record(self._table_index(group, slot, np.arange(len(blocks))), blocks)
-        self._record(*self._parameter_words(slot, sampling))
+        words = pack_parameters(sampling)
+        self._record(self.layout.parameters + slot * PARAMETERS + np.arange(len(words)), words)
 
     def _table_index(self, groups: Int32s | int, slots: Int32s | int, places: Int64s) -> Int64s:
         return (np.int64(groups) * self.layout.max_slots + slots) * self.layout.max_blocks + places
-
-    def _parameter_words(self, slot: int, sampling: Sampling) -> tuple[Int64s, Int32s]:
-        floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32).view(np.int32)
-        seed = np.array([sampling.seed], dtype=np.uint64).view(np.int32)
-        words = np.concatenate((floats, np.array([min(sampling.top_k, 2**31 - 1)], dtype=np.int32), seed))
-        index = [self.layout.parameter(number) + slot for number in range(4)]
-        seeds = self.layout.parameter(4) + 2 * slot
-        return np.array([*index, seeds, seeds + 1], dtype=np.int64), words
 
     def _record(self, index: Int64s, words: Int32s) -> None:
         if len(index):

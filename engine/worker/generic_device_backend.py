@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.arrays import Int64s
-from engine.kernels.sampling import SamplingParams
 from engine.model.lora.lora_hooks import LoraHooks, tokens_by_adapter
 from engine.model.lora.lora_weights import Adapter
 from engine.model.runtime import attention_interface
@@ -19,7 +18,10 @@ from engine.worker.step_inputs import StepInputs, StepKernels
 
 
 class GenericDeviceBackend:
-    """Implements `engine.worker.device_backend.DeviceBackend`; `model` and the attention's cache are on the device."""
+    """Implements `engine.worker.device_backend.DeviceBackend`; `model` and the attention's cache are on the device.
+
+    `parameters`: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`.
+    """
 
     def __init__(
         self,
@@ -27,14 +29,14 @@ class GenericDeviceBackend:
         model: nn.Module,
         attention: Attention,
         kernels: StepKernels,
-        params: SamplingParams,
+        parameters: Tensor,
         vocabulary: VocabShard | None,
     ):
         self._device = device
         self._model = model
         self._attention = attention
         self._kernels = kernels
-        self._params = params
+        self._parameters = parameters
         self._vocabulary = vocabulary
         self._adapters = LoraHooks(model, device.place)
         self._logits: Tensor | None = None
@@ -68,7 +70,7 @@ class GenericDeviceBackend:
         assert self._logits is not None
         logits = self._gathered(self._logits[: len(inputs.sample_slots)])
         return self._kernels.choose_tokens(
-            logits, self._params, inputs.sample_slots, inputs.sample_counts, inputs.draws
+            logits, self._parameters, inputs.sample_slots, inputs.sample_counts, inputs.draws
         )
 
     def logits(self, which: Int64s) -> Tensor:

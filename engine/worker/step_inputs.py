@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels import sampling, slot_state
-from engine.kernels.sampling import Draws, SamplingParams
+from engine.kernels.sampling import Draws
 from engine.worker.device import Device
 from engine.worker.device_slots import DeviceSlots, StateLayout
 from engine.worker.slots import StepBatch
@@ -32,7 +32,7 @@ class StepKernels:
     gather_ids: Callable[[Tensor, Tensor, Tensor], None] = slot_state.gather_ids
     append_tokens: Callable[[Tensor, Tensor, Tensor], None] = slot_state.append_tokens
     write_elements: Callable[[Tensor, Tensor, Tensor, Tensor], None] = slot_state.write_elements
-    choose_tokens: Callable[[Tensor, SamplingParams, Tensor, Tensor, Draws], Tensor] = sampling.choose_tokens
+    choose_tokens: Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor] = sampling.choose_tokens
 
 
 class DeviceState:
@@ -40,20 +40,14 @@ class DeviceState:
 
     last_token: int32[slots], the newest token, written by the step that samples it.
     tables: int32[groups, slots, blocks], the block tables.
-    params: how tokens are sampled.
+    parameters: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`.
     """
 
     def __init__(self, device: Device, layout: StateLayout):
         self.words = device.zeros((layout.words,), torch.int32)
         self.last_token = device.zeros((layout.max_slots,), torch.int32)
         self.tables = self.words[: layout.tables].view(layout.num_groups, layout.max_slots, layout.max_blocks)
-
-        def parameter(number: int, words: int = 1) -> Tensor:
-            begin = layout.parameter(number)
-            return self.words[begin : begin + words * layout.max_slots]
-
-        temperature, top_p, min_p = (parameter(number).view(torch.float32) for number in range(3))
-        self.params = SamplingParams(temperature, top_p, min_p, parameter(3), parameter(4, 2).view(torch.int64))
+        self.parameters = self.words[layout.parameters :].view(layout.max_slots, -1)
 
 
 @dataclass(frozen=True, slots=True)

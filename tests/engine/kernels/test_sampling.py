@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels import sampling, slot_state
-from engine.kernels.sampling import Draws, SamplingParams
+from engine.kernels.sampling import Draws
 from engine.messages import Sampling, SlotAssignment, StepMessage, column
 from engine.worker import sampler
 from engine.worker.slots import WorkerSlots
@@ -17,13 +17,8 @@ from engine.worker.slots import WorkerSlots
 VOCAB = 700
 
 
-def params_of(samplings: list[Sampling]) -> SamplingParams:
-    def floats(name: str) -> torch.Tensor:
-        return torch.tensor([getattr(one, name) for one in samplings], dtype=torch.float32)
-
-    seeds = np.array([one.seed for one in samplings], dtype=np.uint64).view(np.int64)
-    top_k = torch.tensor([one.top_k for one in samplings], dtype=torch.int32)
-    return SamplingParams(floats("temperature"), floats("top_p"), floats("min_p"), top_k, torch.from_numpy(seeds))
+def params_of(samplings: list[Sampling]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([sampling.pack_parameters(one) for one in samplings]))
 
 
 def host_tokens(logits: torch.Tensor, samplings: list[Sampling], count: int) -> list[int]:

@@ -34,7 +34,9 @@ def configure(
     return config, model_info, resolve(config, model_info).config
 
 
-def start_executor(device: Device | None, folder: Path, **options: Any) -> tuple[InProcessExecutor, ResolvedConfig]:
+def start_executor(
+    device: Device | None, folder: Path, *, use_triton: bool = False, **options: Any
+) -> tuple[InProcessExecutor, ResolvedConfig]:
     """An executor on a device; None: the CPU."""
     config, model_info, resolved = configure(folder, **options)
     if device is None:
@@ -46,7 +48,8 @@ def start_executor(device: Device | None, folder: Path, **options: Any) -> tuple
         from engine.model.loading.open_model import open_model
         from engine.worker.device_builder import build_device_runner
 
-        built = build_device_runner(config, model_info, resolved, open_model(config, model_info, progress), device)
+        meta_model = open_model(config, model_info, progress)
+        built = build_device_runner(config, model_info, resolved, meta_model, device, use_triton=use_triton)
         return built.runner, StartReport({}, built.kernels, built.warnings)
 
     return InProcessDeviceExecutor(config, model_info, resolved, start=start), resolved

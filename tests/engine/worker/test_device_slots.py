@@ -1,7 +1,9 @@
 """Slots whose newest tokens are only on the device, and what changes there."""
 
 import numpy as np
+import torch
 
+from engine.kernels.sampling import pack_parameters
 from engine.messages import Sampling, SlotAssignment, StepMessage, column
 from engine.worker.device import Device
 from engine.worker.device_slots import DeviceSlots
@@ -78,7 +80,6 @@ def test_the_device_has_the_slots_tables_and_parameters() -> None:
     assert np.array_equal(state.tables.numpy(), slots.block_tables)
     assert slots.block_tables[0, 2, :3].tolist() == [7, 3, 5]
     assert slots.block_tables[:, 0, 0].tolist() == [6, 5]
-    params = state.params
-    found = [float(column[2]) for column in (params.temperature, params.top_p, params.min_p)]
-    assert found == [0.5, np.float32(0.9), 0.25]
-    assert (int(params.top_k[2]), int(params.seeds[2])) == (2**31 - 1, -2)
+    assert np.array_equal(state.parameters[2].numpy(), pack_parameters(sampling))
+    assert state.parameters[2, 4:6].view(torch.int64).tolist() == [-2]
+    assert state.parameters[2, 6:8].view(torch.float64).tolist() == [0.9]

@@ -1,0 +1,129 @@
+"""The Triton kernels as a step and the attention of transformers' classes use them. Needs the package `triton`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels import attention, work_list
+from engine.kernels.attention import Scores
+from engine.kernels.sampling import Draws
+from engine.kernels.triton import attention as triton_attention
+from engine.kernels.triton import launch, sampling, slot_state
+from engine.kernels.triton.attention import AttentionShape, Partials, Rows, Work, paged_attention
+from engine.kernels.triton.kv_storage import LayerCache
+from engine.kernels.work_list import Tiling, Tilings, plan_work
+from engine.model.runtime.attention_interface import KVCache
+from engine.worker.device import Columns
+from engine.worker.device_attention import GroupWindow
+from engine.worker.slots import StepBatch
+from engine.worker.step_inputs import StepInputs, StepKernels
+
+KEYS = 64  # of a tile
+PREFILL_LINES = 64  # of a tile: queries times the heads that share a KV head
+INTERPRETED_PROGRAMS = 4
+
+
+def triton_step_kernels(rows: int, vocabulary: int, device: torch.device) -> StepKernels:
+    """The kernels of steps that choose at most `rows` tokens."""
+    workspace = sampling.SamplingWorkspace.allocate(rows, vocabulary, device)
+    out = torch.empty(rows, dtype=torch.int32, device=device)
+
+    def choose_tokens(logits: Tensor, parameters: Tensor, slots: Tensor, counts: Tensor, draws: Draws) -> Tensor:
+        tokens = out[: len(slots)]
+        sampling.choose_tokens(logits, parameters, slots, counts, tokens, workspace, draws.any_filtered)
+        return tokens
+
+    return StepKernels(slot_state.gather_ids, slot_state.append_tokens, slot_state.write_elements, choose_tokens)
+
+
+def default_tilings(shape: AttentionShape, programs: int) -> Tilings:
+    """Tilings that compile for all targets; `programs` for each KV head."""
+    programs = INTERPRETED_PROGRAMS if launch.interpreted() else programs
+    decode = shape.decode_queries
+    prefill = max(PREFILL_LINES // shape.padded_group, decode)
+    return Tilings(Tiling(decode, KEYS, programs), Tiling(prefill, KEYS, programs))
+
+
+class TritonAttention:
+    """Implements `engine.worker.device_attention.Attention`.
+
+    Args:
+        cache: on the device.
+        uses: the groups and windows of the model's layers, see `check_attention`.
+        tables: int32[groups, slots, blocks], the block tables on the device.
+        shape: of the rank's layers.
+        max_tokens: of a step.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        uses: Sequence[GroupWindow],
+        tables: Tensor,
+        shape: AttentionShape,
+        tilings: Tilings,
+        max_tokens: int,
+    ):
+        self._cache = cache
+        self._uses = uses
+        for use in uses:
+            cache.check_window(*use)
+        self._tables = tables
+        self._shape = shape
+        self._tilings = tilings
+        capacity = work_list.capacity(tilings, tables.shape[1], max_tokens)
+        self._partials = Partials.allocate(shape, capacity, tables.device)
+        self._rows: list[Rows] = []
+        self._work: dict[GroupWindow, Work] = {}
+        self._write_index: list[Tensor] = []
+
+    def plan(self, batch: StepBatch) -> Columns:
+        columns = {
+            "starts": batch.starts.astype(np.int32),
+            "counts": batch.counts.astype(np.int32),
+            "num_computed": batch.num_computed_tokens.astype(np.int32),
+            "slots": batch.slots.astype(np.int32),
+        }
+        for group, table in enumerate(batch.tables):
+            index = attention.write_index(table, batch.row_of, batch.positions, self._cache.layout)
+            columns[f"write_index.{group}"] = index.numpy()
+        for number, (_, window) in enumerate(self._uses):
+            work = plan_work(batch.counts, batch.num_computed_tokens, self._tilings, window)
+            columns[f"sizes.{number}"] = work.sizes
+            for name, items in (("decode", work.decode), ("prefill", work.prefill), ("merges", work.merges)):
+                if len(items):
+                    columns[f"{name}.{number}"] = items
+        return columns
+
+    def begin(self, inputs: StepInputs) -> None:
+        planned = inputs.planned
+        starts, counts, computed, slots = (planned[name] for name in ("starts", "counts", "num_computed", "slots"))
+        self._rows = [Rows(table, starts, counts, computed, slots) for table in self._tables]
+        self._write_index = [planned[f"write_index.{group}"] for group in range(len(self._tables))]
+        self._work = {}
+        for number, use in enumerate(self._uses):
+            decode, prefill, merges = (planned.get(f"{name}.{number}") for name in ("decode", "prefill", "merges"))
+            self._work[use] = Work(planned[f"sizes.{number}"], decode, prefill, merges)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores: Scores
+    ) -> Tensor:
+        group, slot = self._cache.groups.places[layer]
+        keys, values, index = self._cache.keys[slot], self._cache.values[slot], self._write_index[group]
+        attention.write(keys, index, key)
+        attention.write(values, index, value)
+        out = torch.empty_like(query)
+        paged_attention(
+            query,
+            LayerCache(keys, values),
+            out,
+            self._rows[group],
+            self._work[group, window],
+            self._shape,
+            self._tilings,
+            triton_attention.Scores(scores.scaling, window, scores.softcap, scores.sinks),
+            self._partials,
+        )
+        return out
