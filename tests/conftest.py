@@ -46,6 +46,7 @@ SLOW = (
     "engine/kernels/cpu/test_build.py", "engine/model/checkpoints/test_mistral_tensors.py",
     "engine/model/test_kv_groups.py", "engine/worker/test_driver_broadcast.py",
     "engine/worker/test_prompt_logprobs.py", "engine/kernels/triton/test_attention.py",
+    "engine/worker/test_device_runner.py", "engine/worker/test_triton_backend.py",
 )  # fmt: skip
 
 

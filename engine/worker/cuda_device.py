@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.model.runtime.rank_group import RankGroup
 from engine.worker.device import Columns
 from engine.worker.torch_device import StagedColumns
@@ -124,5 +125,5 @@ class CudaDevice:
         ended.synchronize()
         return float(began.elapsed_time(ended)) * 1e-3
 
-    def join(self, rank: int, size: int, store: str) -> RankGroup:
-        raise NotImplementedError("ranks on GPUs need NCCL")
+    def join(self, rank: int, size: int, store: str) -> RankGroup:  # noqa: ARG002
+        raise ConfigError(f"--tp {size} does not work on GPUs yet")

@@ -95,11 +95,10 @@ class InputStager:
             "logits_at": batch.logits_at,
             "sample_slots": sample_slots.astype(np.int32),
             "sample_counts": (slots.num_tokens - slots.num_prompt_tokens)[sample_slots].astype(np.int32),
-            "changed_rows": np.zeros_like(index),
-            "changed": index,
-            "words": words,
         }
-        tensors = self._device.put({**own, **planned})
+        # Last, since their number varies: the arrays before them keep their addresses in steps of the same sizes.
+        changes: dict[str, NDArray[Any]] = {"changed_rows": np.zeros_like(index), "changed": index, "words": words}
+        tensors = self._device.put({**own, **planned, **changes})
         if len(index):
             flat = self._state.words.view(1, -1)
             self._kernels.write_elements(flat, tensors["changed_rows"], tensors["changed"], tensors["words"])

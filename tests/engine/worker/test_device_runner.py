@@ -94,6 +94,16 @@ def test_the_generic_backend_equals_transformers(
         assert row.passed, row
 
 
+def test_bfloat16_masks_reach_the_device(models: Any, core_driver: MakeCore) -> None:
+    """numpy has no bfloat16, so the biases of the attention travel as bits."""
+    folder, _ = models["qwen2"]
+    found = []
+    for device in (None, TorchDevice("cpu")):
+        driver = core_driver(device, folder, dtype="bfloat16", max_num_batched_tokens=128, rows=1)
+        found.append(driver.run([(prompt, Sampling()) for prompt in prompts(1)[2:4]], 6))
+    assert found[0] == found[1]
+
+
 def mixed_requests(samplings: list[Sampling], count: int = 10) -> list[tuple[list[int], Sampling]]:
     found = prompts(3)
     return [(found[i % len(found)] + [i], samplings[i % len(samplings)]) for i in range(count)]
