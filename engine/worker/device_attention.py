@@ -80,8 +80,8 @@ class TorchAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores: Scores
     ) -> Tensor:
-        group, slot = self._cache.groups.places[layer]
-        keys, values, index = self._cache.keys[slot], self._cache.values[slot], self._write_index[group]
+        group, place = self._cache.groups.places[layer]
+        keys, values, index = self._cache.keys[place], self._cache.values[place], self._write_index[group]
         attention.write(keys, index, key)
         attention.write(values, index, value)
         return attention.attend(query, keys, values, self._plans[group, window], scores, self._workspace)

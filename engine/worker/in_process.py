@@ -20,8 +20,8 @@ StartWorker = Callable[
 class InProcessExecutor:
     """Implements `engine.worker.executor.StartedExecutor`. The constructor loads the model; it raises RedlineError.
 
-    `progress` is called from a thread with the bytes of weights read so far and in total. `start` is called in the thread
-    that runs the steps.
+    `progress` is called from a thread with the bytes of weights read so far and in total. `start` is called in the
+    thread that runs the steps.
     """
 
     def __init__(

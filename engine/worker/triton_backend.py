@@ -110,8 +110,8 @@ class TritonAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores: Scores
     ) -> Tensor:
-        group, slot = self._cache.groups.places[layer]
-        keys, values, index = self._cache.keys[slot], self._cache.values[slot], self._write_index[group]
+        group, place = self._cache.groups.places[layer]
+        keys, values, index = self._cache.keys[place], self._cache.values[place], self._write_index[group]
         attention.write(keys, index, key)
         attention.write(values, index, value)
         out = torch.empty_like(query)
