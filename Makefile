@@ -63,6 +63,13 @@ test-fast: $(VENV)/installed-dev  ## The tests without the files that take 20 s 
 test-triton: $(VENV)/installed-dev  ## Every Triton kernel against torch in the interpreter, all examples of hypothesis
 	REDLINE_TEST_TRITON=1 $(PYTEST) tests/engine/kernels/triton
 
+.PHONY: aot rooflines
+aot: $(VENV)/installed-dev  ## Registers, spills and shared memory of all Triton kernels for five targets, no GPU: results/aot.json
+	$(BIN)/python -m tests.perf.aot
+
+rooflines: $(VENV)/installed-dev  ## The least time of a step of Llama-3.1-8B on an H100, computed: results/rooflines.json
+	$(BIN)/python -m tests.perf.rooflines
+
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
 	$(BIN)/python -m tests.perf.bench_client
 
