@@ -1,4 +1,4 @@
-"""What `make aot` compiles: each Triton kernel for the shapes of Llama-3.1-8B, with the tiles and constants of the product.
+"""What `make aot` compiles: each Triton kernel for the shapes of Llama-3.1-8B, with the product's tiles and constants.
 
 Attention is compiled for head dims of 64, 128 and 256 and for all of its variants: caches in 8 bits, windows, softcaps,
 sinks, bidirectional spans.
@@ -65,11 +65,11 @@ class Case:
 
 
 def pointers(dtype: str, names: str) -> dict[str, str]:
-    return {name: f"*{dtype}" for name in names.split()}
+    return dict.fromkeys(names.split(), f"*{dtype}")
 
 
 def integers(names: str) -> dict[str, str]:
-    return {name: "i32" for name in names.split()}
+    return dict.fromkeys(names.split(), "i32")
 
 
 def cases() -> list[Case]:

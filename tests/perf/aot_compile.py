@@ -1,4 +1,4 @@
-"""Compiles the cases whose names are lines of the standard input, and writes a JSON row for each to the standard output.
+"""Compiles the cases whose names are lines of the standard input; writes a JSON row for each to the standard output.
 
 A process of its own, because TRITON_INTERPRET decides on import whether Triton's functions can be compiled.
 """

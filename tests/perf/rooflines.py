@@ -18,7 +18,7 @@ MEMORY, SHARE, RESERVE = 81559 << 20, 0.90, 2.0e9  # bytes of the device, of the
 # Shares of the ceilings that the expected times assume.
 PRODUCT_BANDWIDTH, PRODUCT_RATE, KV_BANDWIDTH = 0.90, 0.75, 0.85
 ATTENTION_RATE, PROMPT_RATE = 450e12, 600e12  # FLOP/s of prefill attention in Triton, and of a prompt's products
-FLASH_RATE = 650e12  # FLOP/s of FlashAttention-3 in bfloat16 with long prompts, https://arxiv.org/abs/2407.08608
+FLASH_RATE = 650e12  # FLOP/s of FlashAttention-3, causal; up to 740 in all: https://arxiv.org/abs/2407.08608
 LAUNCHES, LAUNCH, REST = 330, 2.5e-6, 0.15e-3  # of a step in a graph, s each; sampling and the host's copies, s
 
 
@@ -188,7 +188,9 @@ def main() -> int:
          *(f"{row[name] * 1e6:,.0f}" for name in ("roofline", "triton", "flash", "products")))
         for row in prefill
     ]))  # fmt: skip
-    parts = {name: [vars(work) | {"seconds": work.seconds} for work in kernels(model, *of)] for name, of in steps.items()}
+    parts = {
+        name: [vars(work) | {"seconds": work.seconds} for work in kernels(model, *of)] for name, of in steps.items()
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"kernels": parts, "workloads": rates, "chunks": prefill}, indent=1) + "\n")
     return 0

@@ -27,7 +27,9 @@ MORE_REGISTERS = 8  # than stored: a change of that size is to be looked at
 
 def test_every_kernel_has_cases_for_every_target() -> None:
     covered = {(case.function.fn, case.target) for case in cases()}
-    modules = [importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
+    ]
     found = {
         value.fn
         for module in modules
