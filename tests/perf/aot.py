@@ -2,9 +2,9 @@
 
 For each kernel, dtype and target (see aot_cases.py) the registers of a thread, the bytes it spills, and the shared
 memory of a program, from ptxas or LLVM's AMDGPU backend, in results/aot.json. Exit status 1: a kernel does not compile,
-spills, or needs more shared memory than the target has. STORE=1 also writes tests/perf/aot-table.json, the rows of
-bfloat16, which the suite compares with. ONLY=attend,sm_90 compiles the cases whose names contain all of these words, in
-WORKERS=2 processes.
+spills, or needs more shared memory than the target has. STORE=1 also writes tests/perf/aot-table.json, one row for
+each kernel and target, which the suite compares with. ONLY=attend,sm_90 compiles the cases whose names contain all of
+these words, in WORKERS=2 processes.
 
 What is compiled is not run: nothing here says how fast a kernel is.
 """
@@ -111,7 +111,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def store(rows: Sequence[dict[str, Any]]) -> None:
     """Write the table that tests compare with, a line for each row."""
-    kept = {name_of(row): [row[key] for key in STORED] for row in rows if row["dtype"] in ("bf16", "int32")}
+    kept = {name_of(row): [row[key] for key in STORED] for row in rows}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in kept.items())
     head = f'"triton": "{triton.__version__}",\n"columns": {json.dumps(STORED)},\n'
     TABLE.write_text(f'{{{head}"rows": {{\n{lines}\n}}}}\n')
@@ -141,7 +141,7 @@ def main() -> int:
         if (expected[name_of(row)] or 0) > row.get("resident", 99):
             print(f"{name_of(row)}: tiles.py expects {expected[name_of(row)]} programs, {row['resident']} fit")
     if os.environ.get("STORE"):
-        store(rows)
+        store([row for case, row in zip(chosen, rows, strict=True) if case.stored])
     faults = [row for row in rows if fault_of(row)]
     print(f"{len(rows)} compiled in {sum(row.get('seconds', 0) for row in rows):.0f} s, {len(faults)} with faults")
     return 1 if faults else 0

@@ -36,6 +36,7 @@ SCORES = {  # variants of attention: window, softcap, sinks, bidirectional spans
     "sinks": (128, None, True, False),
     "spans": (1024, None, False, True),
 }
+LLAMA = ("", "silu", f"hidden {HIDDEN}", f"dim {HEAD_DIM}")  # variants in the stored table
 CACHES = {"int8": "*i8", "fp8": "*fp8e4nv"}
 WITHOUT_FP8 = ("sm_80", "gfx942")  # these read fp8 as bytes, see engine/kernels/triton/kv_storage.py
 DIVISIBLE = ("token_stride",)  # arguments that are multiples of 16 besides the addresses
@@ -62,6 +63,11 @@ class Case:
     @property
     def name(self) -> str:
         return "|".join((self.kernel, self.variant, self.dtype, self.target))
+
+    @property
+    def stored(self) -> bool:
+        """Whether the stored table has the case: Llama-3.1-8B in bfloat16, one for each kernel and target."""
+        return self.dtype in ("bf16", "int32") and self.variant in LLAMA
 
 
 def pointers(dtype: str, names: str) -> dict[str, str]:
