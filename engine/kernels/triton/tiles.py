@@ -1,8 +1,8 @@
 """Tiles of the attention kernels by target: data, and the tilings that follow from it for a layer's shape.
 
-`make aot` compiles all of them ahead of time and fails if one spills registers or exceeds shared memory;
-tests/perf/aot-table.json has what the tiles of Llama-3.1-8B take with Triton 3.7.1. The tiles are not tuned by
-measurement on the targets, and larger ones may fit.
+`make aot` compiles them ahead of time and fails if one spills registers or exceeds shared memory. With Triton 3.7.1
+this was done in bfloat16 for all, but not yet for float16, float32 and many variants of attention, see
+docs/benchmarks/cuda.md. The tiles are not tuned by measurement on the targets, and larger ones may fit.
 """
 
 from dataclasses import dataclass
@@ -64,6 +64,12 @@ FLOAT32 = {
     256: (Tile(16, 16, 4, 2, 1), Tile(32, 16, 8, 2, 1)),
 }
 
+# For caches in 8 bits, whose conversion takes registers, in place of the tiles above.
+EIGHT_BITS = {
+    "sm_80": {128: (Tile(16, 64, 4, 3, 2), Tile(128, 32, 8, 2, 1))},
+    "gfx942": {128: (Tile(16, 64, 4, 2, 1), Tile(128, 32, 8, 2, 1))},
+}
+
 
 def target_of(capability: tuple[int, int]) -> str:
     """The target in the tables for a compute capability of NVIDIA: the newest that is not newer.
@@ -92,7 +98,10 @@ def tilings(
     Raises:
         ValueError: the head dim is above 256.
     """
-    table = FLOAT32 if itemsize == 4 and target != INTERPRETER else TILES[target]
+    if itemsize == 4 and target != INTERPRETER:
+        table = FLOAT32
+    else:
+        table = TILES[target] | (EIGHT_BITS.get(target, {}) if quantized else {})
     fitting = [dim for dim in sorted(table) if dim >= shape.padded_dim]
     if not fitting:
         raise ValueError(f"heads of {shape.head_dim} dims are above {max(table)}")

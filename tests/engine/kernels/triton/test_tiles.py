@@ -32,6 +32,13 @@ def test_a_cache_in_8_bits_leaves_room_for_fewer_programs() -> None:
     assert made.decode.programs == 33
 
 
+def test_where_the_conversion_of_8_bits_spills_tiles_are_smaller() -> None:
+    shape = AttentionShape(32, 8, 128, 32)
+    assert tilings(shape, 2, "sm_80", 108, quantized=True).prefill.keys == 32
+    assert tilings(shape, 2, "sm_80", 108).prefill.keys == 64
+    assert tilings(shape, 4, "sm_80", 108, quantized=True) == tilings(shape, 4, "sm_80", 108)
+
+
 def test_the_interpreter_has_one_program_for_each_head() -> None:
     made = tilings(AttentionShape(4, 2, 8, 32), 4, INTERPRETER, 1)
     assert (made.decode.programs, made.prefill.programs) == (1, 1)
