@@ -62,12 +62,13 @@ ENGINE_OPTIONS = (
     ),
     option(
         DEVICE, "--device", default="auto", type=click.Choice(DEVICES),
-        help="Device that runs the model. Only the CPU is supported so far.",
+        help="Device that runs the model. auto takes a GPU (cuda) that PyTorch can use, else the CPU. cuda also means "
+        "AMD's GPUs with ROCm. Only the CPU has been tested on hardware.",
     ),
     option(
         DEVICE, "--kernels", default="auto", type=click.Choice(KERNELS),
-        help="CPU kernels, by instruction set. auto takes the best that the CPU and the model support. torch computes "
-        "with PyTorch instead, several times slower.",
+        help="Kernels: of the CPU by instruction set, triton on GPUs, torch on all devices, several times slower. auto "
+        "takes the best that the device and the model support.",
     ),
     option(
         DEVICE, "--dtype", default="auto", type=click.Choice((*DTYPES, *DTYPE_ALIASES)),

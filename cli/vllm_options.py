@@ -40,7 +40,7 @@ def _refused(*names: str, why: str, switch: bool = False, neutral: tuple[str, ..
     return Foreign(names, why, not switch, neutral, True)
 
 
-GRAPHS = "there are no graphs to capture or compile on the CPU"
+GRAPHS = "steps are neither captured as graphs nor compiled"
 ADAPTERS = "adapters of any number and rank are served, within memory"
 IN_CPU_MEMORY = "weights and KV cache are in CPU memory, and preempted requests are recomputed"
 TOOLS = "tool calls are not parsed yet"

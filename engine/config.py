@@ -10,7 +10,7 @@ from engine.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
-Device = Literal["auto", "cpu"]
+Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "hpu"]  # but for auto: device types of torch
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -31,7 +31,8 @@ STORED_QUANTIZATIONS = {
 AUTO_LENGTH = -1  # of max_model_len: the longest that fits in memory
 MISTRAL = "mistral"
 TOKENIZER_MODES: tuple[str, ...] = ("auto", "slow", MISTRAL)
-KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "torch")  # ISAs of the CPU, and torch
+# ISAs of the CPU, the kernels of GPUs, and those of all devices.
+KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "triton", "torch")
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
 SPECULATORS: tuple[str, ...] = ("ngram",)

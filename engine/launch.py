@@ -169,15 +169,17 @@ def build_core_server(
 
     limit_libraries()  # before anything below imports torch
     from engine.core.server import CoreServer
+    from engine.devices import machine_for
     from engine.length import fit_length
     from engine.memory import resolve
     from engine.model.model_info import read_model_info
     from engine.worker.executor import make_executor
 
     start = time.monotonic()
+    machine = machine_for(config)  # first: its errors need no model
     config, memory = fit_length(config, memory)
     model_info = read_model_info(config)
-    resolution = resolve(config, model_info, memory)
+    resolution = resolve(config, model_info, memory, machine)
     ledger = [("read the configuration", time.monotonic() - start)]
     resolved = resolution.config
     executor = make_executor(config, model_info, resolved, folder=endpoints.folder, progress=progress)

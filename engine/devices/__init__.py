@@ -1,10 +1,26 @@
 """The devices that an engine can run on, as memory planning and the start table see them."""
 
 from engine.config import EngineConfig
+from engine.devices import cuda, probe
 from engine.devices.cpu import CpuMachine
+from engine.devices.cuda import CudaMachine
 from engine.devices.machine import Machine
+from engine.devices.torch_device import TorchMachine
+from engine.errors import ConfigError
 
 
-def machine_for(_config: EngineConfig) -> Machine:
-    """The machine of `--device`. There is only the CPU so far."""
-    return CpuMachine()
+def machine_for(config: EngineConfig) -> Machine:
+    """The machine of `--device`; auto takes a GPU that PyTorch can use, else the CPU.
+
+    Raises ConfigError if the device can't be used, or not with the other options.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not cuda.is_likely()):
+        return CpuMachine(config)
+    if config.device not in ("auto", "cuda"):
+        return TorchMachine(config, probe.ask(config.device))
+    facts = cuda.find_gpu()
+    if not facts.error:
+        return CudaMachine(config, facts, cuda.has_triton())
+    if config.device == "cuda":
+        raise ConfigError(f"--device cuda: {facts.error}: use --device cpu")
+    return CpuMachine(config, [f"{facts.error}: the model runs on the CPU"])

@@ -1,22 +1,30 @@
 """The CPU and the host's memory as a device."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.devices.machine import Defaults
+from engine.devices.machine import Defaults, bytes_per_token, gathered_attention_bytes
+from engine.errors import ConfigError
 from engine.host import available_memory, cores, threads_per_rank
 from engine.model.model_info import ITEMSIZE, ModelInfo
 
 SAMPLER_ROWS = 32  # rows of logits that the sampler converts to float32 at a time
-QUERY_TILE = 64  # queries that attention computes at a time
-MIN_GATHERED_TOKENS = 32 << 10  # of the attention's gather buffers
 # PyTorch computes a dtype at full speed if the CPU has one of these features.
 FAST_DTYPES = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"amx_fp16", "avx512_fp16", "fphp"}}
 
 
 class CpuMachine:
-    """Implements `engine.devices.machine.Machine`."""
+    """Implements `engine.devices.machine.Machine`.
 
+    Args:
+        notes: warnings about the choice of this device.
+
+    Raises ConfigError for kernels of another device.
+    """
+
+    torch_type = ""
+    kernels = "auto"
     defaults = Defaults(
         max_num_seqs=128,
         # On 2 cores chunks of 128 prompt tokens are as fast as chunks of 512 (3.7 k tokens/s, 3.2 k), and running
@@ -27,23 +35,22 @@ class CpuMachine:
         memory_utilization=0.5,  # all programs share the host's memory
     )
 
+    def __init__(self, config: EngineConfig, notes: Sequence[str] = ()):
+        if config.kernels == "triton":
+            raise ConfigError("--kernels triton does not work on the CPU: use auto, or --device cuda")
+        self._notes = list(notes)
+
     def available_memory(self) -> int:
         return available_memory()
 
     def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
         """From the shapes of activations, logits, and the generic backend's gathered keys and scores."""
-        item = ITEMSIZE[model_info.dtype]
-        query = model_info.num_heads * model_info.head_dim
-        key_value = 2 * model_info.num_kv_heads * model_info.head_dim
-        per_token = 4 * model_info.hidden_size + 2 * model_info.intermediate_size + 3 * query + 2 * key_value
-        activations = max_num_batched_tokens * (per_token * item + 2 * model_info.hidden_size * 4)
         logits = (
-            max_num_seqs * model_info.vocab_size * item
+            max_num_seqs * model_info.vocab_size * ITEMSIZE[model_info.dtype]
             + min(max_num_seqs, SAMPLER_ROWS) * model_info.vocab_size * 4 * 4
         )
-        gathered = max(model_info.max_model_len + block_size, MIN_GATHERED_TOKENS) * key_value * item
-        scores = QUERY_TILE * model_info.num_heads * model_info.max_model_len * (2 * 4 + 2 * item)
-        return activations + logits + gathered + scores
+        activations = max_num_batched_tokens * bytes_per_token(model_info)
+        return activations + logits + gathered_attention_bytes(model_info, block_size)
 
     def describe(self, config: EngineConfig) -> str:
         ranks, threads = config.tensor_parallel_size, threads_per_rank(config.total_ranks, cores())
@@ -52,11 +59,11 @@ class CpuMachine:
 
     def warnings(self, config: EngineConfig) -> list[str]:
         if config.total_ranks <= cores():
-            return []
+            return self._notes
         ranks, replicas = config.tensor_parallel_size, config.data_parallel_size
         flags = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
         what = "ranks" if ranks > 1 else "replicas"
-        return [f"{' '.join(flags)} on {cores()} cores: {what} share cores; use fewer"]
+        return [*self._notes, f"{' '.join(flags)} on {cores()} cores: {what} share cores; use fewer"]
 
 
 def pytorch_warnings(dtype: str) -> list[str]:

@@ -4,7 +4,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.config import EngineConfig
-from engine.model.model_info import ModelInfo
+from engine.errors import ConfigError
+from engine.model.model_info import ITEMSIZE, ModelInfo
+
+QUERY_TILE = 64  # queries that the attention in torch computes at a time
+MIN_GATHERED_TOKENS = 32 << 10  # of its gather buffers
+SAMPLING_COPIES = 8  # of float32 logits: weights, sorted weights with their indices, sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,8 @@ class Machine(Protocol):
     """Used in the EngineCore's process before a model is loaded."""
 
     defaults: Defaults
+    torch_type: str  # of the device, for one whose steps are enqueued; empty: the CPU
+    kernels: str  # triton or torch; those of the CPU are chosen with the model: auto
 
     def available_memory(self) -> int:
         """Bytes that the engine could take now."""
@@ -38,3 +45,38 @@ class Machine(Protocol):
     def warnings(self, config: EngineConfig) -> list[str]:
         """What the user should know about this configuration on this device."""
         ...
+
+
+def check_options(config: EngineConfig, device: str, kernels: tuple[str, ...]) -> None:
+    """Raise ConfigError for options that devices other than the CPU do not support."""
+    if config.kernels not in kernels:
+        raise ConfigError(f"--kernels {config.kernels} does not work on {device}: use {' or '.join(kernels)}")
+    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
+        if value is not None:
+            raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: use --device cpu")
+    for flag, count in (("--tp", config.tensor_parallel_size), ("--dp", config.data_parallel_size)):
+        if count > 1:
+            raise ConfigError(f"{flag} {count} does not work on {device} yet")
+
+
+def activation_bytes(model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Upper bound of a step's activations, and of logits and their copies while tokens are chosen on the device."""
+    logits = max_num_seqs * model_info.vocab_size * (ITEMSIZE[model_info.dtype] + SAMPLING_COPIES * 4)
+    return max_num_batched_tokens * bytes_per_token(model_info) + logits
+
+
+def bytes_per_token(model_info: ModelInfo) -> int:
+    """Upper bound of the activations of one token."""
+    query = model_info.num_heads * model_info.head_dim
+    key_value = 2 * model_info.num_kv_heads * model_info.head_dim
+    numbers = 4 * model_info.hidden_size + 2 * model_info.intermediate_size + 3 * query + 2 * key_value
+    return numbers * ITEMSIZE[model_info.dtype] + 2 * model_info.hidden_size * 4
+
+
+def gathered_attention_bytes(model_info: ModelInfo, block_size: int) -> int:
+    """Upper bound of the gathered keys and values, and of the scores, of the attention in torch."""
+    item = ITEMSIZE[model_info.dtype]
+    key_value = 2 * model_info.num_kv_heads * model_info.head_dim
+    gathered = max(model_info.max_model_len + block_size, MIN_GATHERED_TOKENS) * key_value * item
+    scores = QUERY_TILE * model_info.num_heads * model_info.max_model_len * (2 * 4 + 2 * item)
+    return gathered + scores

@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import check_attention, kv_layout
 from engine.model.model_info import ModelInfo
-from engine.model.runtime.attention_interface import KVCache
+from engine.model.runtime.attention_interface import KVCache, lazy_zeros
 from engine.worker.device import Device
 from engine.worker.device_attention import Attention, GroupWindow, TorchAttention
 from engine.worker.device_runner import DeviceRunner
@@ -51,12 +51,19 @@ def build_device_runner(
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} is only supported by the CPU kernels")
-    with contextlib.closing(meta_model):
-        meta_model.fill()
-    uses = check_attention(meta_model, config, model_info)
+    if config.load_format == "dummy":
+        # Random numbers are made on the device; what the check needs of the weights is only their shapes.
+        with meta_model.zeros(lazy_zeros):
+            uses = check_attention(meta_model, config, model_info)
+    else:
+        with contextlib.closing(meta_model):
+            meta_model.fill()
+        uses = check_attention(meta_model, config, model_info)
     device.bind_thread()
     with torch.inference_mode():
         move_model(meta_model.model, device.place)
+        if config.load_format == "dummy":
+            meta_model.fill(allocate=device.zeros)
         runner = _build(model_info, resolved, meta_model, uses, device, use_triton)
     return BuiltDeviceRunner(runner, "triton" if use_triton else "torch")
 

@@ -6,9 +6,11 @@ from typing import Any, Protocol
 
 from engine.children import RankHandle
 from engine.config import EngineConfig, ResolvedConfig
+from engine.devices import machine_for
 from engine.model.model_info import ModelInfo
-from engine.worker.in_process import InProcessExecutor
+from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
+from engine.worker.worker_start import device_start
 
 Progress = Callable[[int, int], None]
 
@@ -49,6 +51,10 @@ def make_executor(
         folder: for files by which ranks find each other; None: the system's folder for temporary files.
         progress: called from a thread with the bytes of weights read so far and in total.
     """
+    machine = machine_for(config)
+    if machine.torch_type:
+        start = device_start(machine.torch_type, use_triton=machine.kernels == "triton")
+        return InProcessDeviceExecutor(config, model_info, resolved, start=start, progress=progress)
     if config.tensor_parallel_size > 1:
         return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress)
     return InProcessExecutor(config, model_info, resolved, progress=progress)

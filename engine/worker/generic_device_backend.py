@@ -90,12 +90,15 @@ class GenericDeviceBackend:
 
 
 def move_model(model: nn.Module, place: Callable[[Tensor], Tensor]) -> None:
-    """Replace all parameters and buffers of a model by copies that `place` makes; tied ones stay tied."""
+    """Replace all parameters and buffers of a model by copies that `place` makes; tied ones stay tied.
+
+    Parameters on the meta device stay there.
+    """
     moved: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
+                if tensor is None or tensor.is_meta:
                     continue
                 if id(tensor) not in moved:
                     new = place(tensor.detach())

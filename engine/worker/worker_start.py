@@ -15,8 +15,13 @@ from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.worker.threads import limit_libraries, pin_thread
 
 if TYPE_CHECKING:
+    from engine.worker.device import Device
+    from engine.worker.device_runner import DeviceRunner
     from engine.worker.driver_broadcast import Follower
     from engine.worker.runner import Runner
+
+
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 class StartReport(msgspec.Struct):
@@ -39,7 +44,7 @@ def start_worker(
     config: EngineConfig,
     model_info: ModelInfo,
     resolved: ResolvedConfig,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     place: RankPlace | None = None,
 ) -> "tuple[Runner | Follower, StartReport]":
     """Load a rank's part of the model and allocate its KV cache; with a place, also join the other ranks.
@@ -79,6 +84,41 @@ def start_worker(
     phases.end("load weights", meta_model.seconds)
     phases.end("prepare kernels")
     return worker, StartReport(phases.seconds, built.kernels, built.warnings)
+
+
+def device_start(
+    torch_type: str, *, use_triton: bool
+) -> "Callable[[EngineConfig, ModelInfo, ResolvedConfig, Progress | None], tuple[DeviceRunner, StartReport]]":
+    """The function that starts the only rank on a device: as `start_worker`, in the thread that runs steps."""
+
+    def start(
+        config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, progress: Progress | None = None
+    ) -> "tuple[DeviceRunner, StartReport]":
+        phases = _Phases()
+        limit_libraries()
+        from engine.model.loading.open_model import open_model
+        from engine.worker.device_builder import build_device_runner
+
+        phases.end("import torch")
+        device = _make_device(torch_type)
+        meta_model = open_model(config, model_info, progress)
+        phases.end("open model")
+        built = build_device_runner(config, model_info, resolved, meta_model, device, use_triton=use_triton)
+        phases.end("load weights", meta_model.seconds)
+        phases.end("prepare kernels")
+        return built.runner, StartReport(phases.seconds, built.kernels, built.warnings)
+
+    return start
+
+
+def _make_device(torch_type: str) -> "Device":
+    if torch_type == "cuda":
+        from engine.worker.cuda_device import CudaDevice
+
+        return CudaDevice()
+    from engine.worker.torch_device import TorchDevice
+
+    return TorchDevice(torch_type)
 
 
 class _Phases:

@@ -106,6 +106,12 @@ def test_a_port_in_use_is_found_before_the_model_loads(served: Served, model: st
     assert time.process_time() - begin < 60
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_one_line(model: str):
+    for device in ("cuda", "mps"):
+        assert_one_line(run(model, *DUMMY, "--device", device), 2, f"--device {device}: ", "use --device cpu")
+
+
 def test_two_servers_at_once(served: Served, model: str, tmp_path: Path):
     with serve(tmp_path, model, *DUMMY, "--served-model-name", SECOND) as second:
         body = {"prompt": "hello", "max_tokens": 30, "temperature": 0, "ignore_eos": True}

@@ -42,7 +42,7 @@ def test_the_longest_that_fits_fits_and_a_block_more_does_not(more: dict[str, ob
 
 def test_free_memory_decides_where_no_size_is_given(tmp_path: Path) -> None:
     asked = config(tmp_path, max_num_seqs=1, max_num_batched_tokens=1)
-    least = CpuMachine().workspace(read_model_info(asked), 1, 1, 32) + read_model_info(asked).weight_bytes
+    least = CpuMachine(asked).workspace(read_model_info(asked), 1, 1, 32) + read_model_info(asked).weight_bytes
     found, available = fit_length(asked, 2 * least)
     assert available == 2 * least
     assert 32 <= (found.max_model_len or 0) < 4096

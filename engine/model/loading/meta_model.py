@@ -7,7 +7,7 @@ values. Buffers are real from the start, because the class computes them.
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from engine.errors import ModelError
 from engine.model.checkpoints.weight_mapping import Shape
 from engine.model.runtime.vocab_shard import VocabShard
+
+Allocate = Callable[[Shape, torch.dtype], Tensor]
+
+
+def _empty(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +128,42 @@ class MetaModel:
                 owner, _, last = path.rpartition(".")
                 self.model.get_submodule(owner)._parameters[last] = smaller
 
-    def fill(self, part: nn.Module | None = None) -> None:
-        """Fill a part of the model, or all of it. Raises ModelError if the weights can't be read."""
+    @contextlib.contextmanager
+    def zeros(self, zeros: Allocate) -> Iterator[None]:
+        """A context in which the parameters, none of which is filled yet, are zeros.
+
+        Args:
+            zeros: allocates them.
+        """
+        kept = [(module, dict(module._parameters)) for module in self._paths]
+        made: dict[int, nn.Parameter] = {}
+        for module, parameters in kept:
+            for name, parameter in parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    whole = zeros(
+                        tuple(parameter.shape), self._dtype(self._first[_join(self._paths[module], name)], parameter)
+                    )
+                    made[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+                module._parameters[name] = made[id(parameter)]
+        try:
+            yield
+        finally:
+            for module, parameters in kept:
+                module._parameters.update(parameters)
+
+    def fill(self, part: nn.Module | None = None, allocate: Allocate = _empty) -> None:
+        """Fill a part of the model, or all of it. Raises ModelError if the weights can't be read.
+
+        Args:
+            part: None: the model.
+            allocate: makes the tensors to fill.
+        """
         began = time.perf_counter()
         try:
             for module in (self.model if part is None else part).modules():
-                self._fill_module(module)
+                self._fill_module(module, allocate)
         except OSError as error:
             raise ModelError(f"the weights can't be read: {error}") from error
         self.seconds += time.perf_counter() - began
@@ -136,7 +172,7 @@ class MetaModel:
         """Close the source; nothing is filled afterwards."""
         self._source.close()
 
-    def _fill_module(self, module: nn.Module) -> None:
+    def _fill_module(self, module: nn.Module, allocate: Allocate) -> None:
         path = self._paths[module]
         targets = {}
         for name, parameter in module._parameters.items():
@@ -144,8 +180,7 @@ class MetaModel:
                 continue
             first = self._first[_join(path, name)]
             if first not in self._filled:
-                dtype = torch.float32 if self._float32.search(first) else parameter.dtype
-                out = torch.empty(parameter.shape, dtype=dtype)
+                out = allocate(tuple(parameter.shape), self._dtype(first, parameter))
                 targets[name] = TargetParameter(first, self._shapes[first], self._shards.get(first), out)
                 self._filled[first] = nn.Parameter(out, requires_grad=False)
             module._parameters[name] = self._filled[first]
@@ -157,6 +192,9 @@ class MetaModel:
                 if self._float32.search(full):
                     buffer = module._buffers[name] = buffer.float()
                 self._source.fill_buffer(full, buffer)
+
+    def _dtype(self, path: str, parameter: Tensor) -> torch.dtype:
+        return torch.float32 if self._float32.search(path) else parameter.dtype
 
 
 def first_paths(named: Mapping[str, Tensor]) -> dict[str, str]:

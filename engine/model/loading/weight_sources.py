@@ -74,7 +74,10 @@ def _overlaps(placement: Placement, shard: ShardSlice | None) -> Iterator[tuple[
 
 
 class RandomSource:
-    """Initial values as the class has them before training. A parameter's depend only on the seed and its path."""
+    """Initial values as the class has them before training. A parameter's depend only on the seed and its path.
+
+    They are made where the parameter is: each type of device has random numbers of its own.
+    """
 
     def __init__(self, model: Any, seed: int):
         self._model = model
@@ -87,7 +90,7 @@ class RandomSource:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest[:8], "little"))
             for name, target in targets.items():
-                whole = torch.ones(target.shape, dtype=target.out.dtype)
+                whole = torch.ones(target.shape, dtype=target.out.dtype, device=target.out.device)
                 if whole.ndim > 1:  # in case the class does not initialize such a parameter
                     whole.normal_(std=0.02)
                 module._parameters[name] = nn.Parameter(whole, requires_grad=False)

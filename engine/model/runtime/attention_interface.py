@@ -21,7 +21,7 @@ from engine.model.kv_groups import KVGroups
 ATTENTION = "redline_paged"
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages the system allocates on first use, so that a large cache costs no start-up time."""
     integer = {2: np.int16, 4: np.int32}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, dtype=integer)).view(dtype)
@@ -38,7 +38,7 @@ class KVCache:
         groups: KVGroups,
         blocks: int,
         layout: Layout,
-        zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] = _lazy_zeros,
+        zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] = lazy_zeros,
     ):
         self.groups = groups
         self.layout = layout

@@ -1,0 +1,98 @@
+"""A GPU that torch drives as `cuda`: NVIDIA's, and AMD's with ROCm."""
+
+import ctypes
+import importlib.util
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.devices import probe
+from engine.devices.machine import Defaults, activation_bytes, check_options, gathered_attention_bytes
+from engine.devices.probe import DeviceFacts
+from engine.errors import ConfigError
+from engine.model.model_info import ModelInfo
+
+MIN_CAPABILITY = (8, 0)  # of the Triton kernels: older GPUs have no bfloat16
+RUNTIME_BYTES = 1 << 30  # context, compiled kernels, workspaces of cuBLAS
+# Partial results of attention, which decode and prefill programs write: float32, a bound for all head sizes.
+PARTIALS_BYTES = 256 << 20
+
+
+class CudaMachine:
+    """Implements `engine.devices.machine.Machine`. Raises ConfigError for options that the GPU does not support.
+
+    Args:
+        facts: of the GPU, without an error.
+        has_triton: whether the package is installed.
+    """
+
+    torch_type = "cuda"
+    defaults = Defaults(
+        max_num_seqs=256, max_num_batched_tokens=2048, min_chunk=256, block_size=32, memory_utilization=0.9
+    )
+
+    def __init__(self, config: EngineConfig, facts: DeviceFacts, has_triton: bool):
+        check_options(config, self.torch_type, ("auto", "triton", "torch"))
+        self._facts = facts
+        self._reason = _no_triton(facts, has_triton)
+        if config.kernels == "triton" and self._reason:
+            raise ConfigError(f"--kernels triton: {self._reason}: use --kernels torch")
+        self.kernels = "torch" if self._reason or config.kernels == "torch" else "triton"
+
+    def available_memory(self) -> int:
+        """Free memory when the engine started."""
+        return self._facts.free_bytes or 0
+
+    def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
+        """From the shapes of activations and logits, what attention needs, and what CUDA allocates itself."""
+        activations = activation_bytes(model_info, max_num_seqs, max_num_batched_tokens)
+        if self.kernels == "triton":
+            return RUNTIME_BYTES + activations + PARTIALS_BYTES
+        return RUNTIME_BYTES + activations + gathered_attention_bytes(model_info, block_size)
+
+    def describe(self, config: EngineConfig) -> str:  # noqa: ARG002
+        facts = self._facts
+        capability = f"compute capability {facts.capability[0]}.{facts.capability[1]}" if facts.capability else ""
+        return f"cuda ({', '.join(filter(None, (facts.name, capability, facts.driver)))})"
+
+    def warnings(self, config: EngineConfig) -> list[str]:
+        warnings = ["--device cuda has not been tested on hardware"]
+        if self._reason and config.kernels == "auto":
+            warnings.append(f"{self._reason}: attention and sampling use PyTorch, which is slower")
+        return warnings
+
+
+def find_gpu() -> DeviceFacts:
+    """The first GPU, or why none can be used."""
+    missing = _missing_software()
+    return DeviceFacts(error=missing) if missing else probe.ask("cuda")
+
+
+def is_likely() -> bool:
+    """Whether there may be a GPU to ask; does not start a process."""
+    return not _missing_software()
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _no_triton(facts: DeviceFacts, installed: bool) -> str:
+    """Why the Triton kernels can't be used; empty if they can."""
+    if facts.capability is not None and facts.capability < MIN_CAPABILITY:
+        has, needs = (".".join(map(str, one)) for one in (facts.capability, MIN_CAPABILITY))
+        return f"the GPU has compute capability {has}, and the Triton kernels need {needs}"
+    return "" if installed else "the package triton is not installed"
+
+
+def _missing_software() -> str:
+    """What a GPU needs and isn't installed; empty if nothing is missing."""
+    build = probe.torch_build()
+    if "hip" in build:
+        return "" if Path("/dev/kfd").exists() else "no AMD GPU driver was found (/dev/kfd)"
+    if "cuda" not in build:
+        return f"the installed PyTorch ({build.get('__version__', 'none')}) was built without CUDA"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver was found (libcuda.so.1)"
+    return ""

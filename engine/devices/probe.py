@@ -1,0 +1,94 @@
+"""What PyTorch knows of a device, asked in a child process: a program that asks a GPU keeps a context on it."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.text import first_line
+
+TIMEOUT_S = 120.0
+MODULE = "engine.devices.probe"
+
+
+class DeviceFacts(msgspec.Struct, frozen=True):
+    """The first device of a type that a process may use, or in `error` why there is none."""
+
+    error: str = ""
+    name: str = ""
+    free_bytes: int | None = None  # None: the device does not tell
+    capability: tuple[int, int] | None = None  # of GPUs by NVIDIA
+    driver: str = ""
+
+
+@lru_cache
+def ask(device: str) -> DeviceFacts:
+    """Ask once in this process's life. `device` is a device type of torch."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE, device], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return DeviceFacts(error=f"the device did not answer within {TIMEOUT_S:.0f} s")
+    lines = done.stdout.splitlines()
+    try:
+        return msgspec.json.decode(lines[-1], type=DeviceFacts)
+    except (IndexError, msgspec.DecodeError):
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        cause = said[-1].strip() if said else f"exit code {done.returncode}"
+        return DeviceFacts(error=f"PyTorch could not be asked: {cause}")
+
+
+def torch_build() -> dict[str, str]:
+    """The version of the installed torch, and those of CUDA and ROCm if it was built for them; does not import it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return {}
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text()
+    except OSError:
+        return {}
+    return dict(re.findall(r"^(__version__|cuda|hip)\b[^=\n]*= *'([^']*)'", text, re.MULTILINE))
+
+
+def measure(device: str) -> DeviceFacts:
+    """Ask in this process."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        module: Any = torch.get_device_module(device)
+        if found is None or found.type != device:
+            if device == "cuda":
+                module.init()  # raises the reason
+            return DeviceFacts(error=f"PyTorch {torch.__version__} finds no device of this type")
+        free = int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") else None
+        name = str(module.get_device_name()) if hasattr(module, "get_device_name") else ""
+        if device != "cuda":
+            return DeviceFacts(name=name, free_bytes=free)
+        if torch.version.hip:
+            return DeviceFacts(name=name, free_bytes=free, driver=f"ROCm {torch.version.hip}")
+        capability = module.get_device_capability()
+        return DeviceFacts(name=name, free_bytes=free, capability=tuple(capability), driver=_driver())
+    except (RuntimeError, AssertionError) as error:
+        # Only the cause: PyTorch goes on with links.
+        return DeviceFacts(error=first_line(error).split(". ")[0])
+
+
+def _driver() -> str:
+    """The newest version of CUDA that the driver supports."""
+    import ctypes
+
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(msgspec.to_builtins(measure(sys.argv[1]))))

@@ -1,0 +1,180 @@
+"""The machine of `--device`, with made-up answers of the probe, and with the real one where there is no GPU."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from engine import devices
+from engine.config import EngineConfig
+from engine.devices import cuda, machine_for, probe
+from engine.devices.cpu import CpuMachine
+from engine.devices.cuda import CudaMachine
+from engine.devices.machine import Machine
+from engine.devices.probe import DeviceFacts
+from engine.devices.torch_device import TorchMachine
+from engine.errors import ConfigError
+from engine.memory import resolve
+from tests.engine.test_memory import GIB, make_facts
+
+H100 = DeviceFacts(name="NVIDIA H100 80GB HBM3", free_bytes=79 * GIB, capability=(9, 0), driver="CUDA 13.0")
+OLD_GPU = DeviceFacts(name="Tesla V100-SXM2-16GB", free_bytes=15 * GIB, capability=(7, 0), driver="CUDA 12.4")
+AMD = DeviceFacts(name="AMD Instinct MI300X", free_bytes=190 * GIB, driver="ROCm 7.0")
+
+
+def configure(**options: Any) -> EngineConfig:
+    return EngineConfig(model="m", **options)
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch):
+    """Sets what the probe answers, on a machine with a GPU build of PyTorch."""
+
+    def set_answer(facts: DeviceFacts, *, triton: bool = True, missing: str = "") -> None:
+        monkeypatch.setattr(probe, "ask", lambda _device: facts)
+        monkeypatch.setattr(cuda, "_missing_software", lambda: missing)
+        monkeypatch.setattr(cuda, "has_triton", lambda: triton)
+
+    return set_answer
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_runs_triton_kernels(answer, device: str) -> None:
+    answer(H100)
+    config = configure(device=device)
+    machine = machine_for(config)
+    assert (machine.torch_type, machine.kernels) == ("cuda", "triton")
+    assert machine.describe(config) == "cuda (NVIDIA H100 80GB HBM3, compute capability 9.0, CUDA 13.0)"
+    assert machine.warnings(config) == ["--device cuda has not been tested on hardware"]
+
+
+def test_a_gpu_without_a_compute_capability_runs_triton_kernels(answer) -> None:
+    answer(AMD)
+    machine = machine_for(configure())
+    assert machine.kernels == "triton"
+    assert machine.describe(configure()) == "cuda (AMD Instinct MI300X, ROCm 7.0)"
+
+
+@pytest.mark.parametrize(
+    ("facts", "triton", "reason"),
+    [(OLD_GPU, True, "compute capability 7.0"), (H100, False, "triton is not installed")],
+)
+def test_without_triton_kernels_torch_is_used_and_said(answer, facts: DeviceFacts, triton: bool, reason: str) -> None:
+    answer(facts, triton=triton)
+    machine = machine_for(configure())
+    assert (machine.torch_type, machine.kernels) == ("cuda", "torch")
+    assert any(reason in line for line in machine.warnings(configure()))
+    with pytest.raises(ConfigError, match=f"--kernels triton: .*{reason}.*--kernels torch"):
+        machine_for(configure(kernels="triton"))
+
+
+def test_torch_kernels_that_were_asked_for_need_no_warning(answer) -> None:
+    answer(OLD_GPU)
+    config = configure(kernels="torch")
+    machine = machine_for(config)
+    assert machine.kernels == "torch"
+    assert not any("compute capability" in line for line in machine.warnings(config))
+
+
+def test_a_driver_that_is_too_old(answer) -> None:
+    cause = "The NVIDIA driver on your system is too old (found version 11040)"
+    answer(DeviceFacts(error=cause))
+    with pytest.raises(ConfigError) as caught:
+        machine_for(configure(device="cuda"))
+    assert str(caught.value) == f"--device cuda: {cause}: use --device cpu"
+    machine = machine_for(configure())
+    assert isinstance(machine, CpuMachine)
+    assert f"{cause}: the model runs on the CPU" in machine.warnings(configure())
+
+
+def test_auto_does_not_ask_where_software_is_missing(answer) -> None:
+    answer(H100, missing="no NVIDIA driver was found (libcuda.so.1)")
+    machine = machine_for(configure())
+    assert isinstance(machine, CpuMachine)
+    assert machine.warnings(configure()) == []
+    with pytest.raises(ConfigError, match="--device cuda: no NVIDIA driver was found"):
+        machine_for(configure(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": "avx2"}, "--kernels avx2 does not work on cuda"),
+        ({"quantization": "int8"}, "--quantization int8 needs the C\\+\\+ CPU kernels"),
+        ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs the C\\+\\+ CPU kernels"),
+        ({"tensor_parallel_size": 2}, "--tp 2 does not work on cuda"),
+        ({"data_parallel_size": 2}, "--dp 2 does not work on cuda"),
+    ],
+)
+def test_options_of_the_cpu(answer, options: dict[str, Any], message: str) -> None:
+    answer(H100)
+    with pytest.raises(ConfigError, match=message):
+        machine_for(configure(device="cuda", **options))
+
+
+def test_triton_kernels_on_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="--kernels triton does not work on the CPU"):
+        machine_for(configure(device="cpu", kernels="triton"))
+
+
+def test_other_types_of_devices(answer) -> None:
+    answer(DeviceFacts(name="Intel Data Center GPU Max 1550", free_bytes=48 * GIB))
+    config = configure(device="xpu")
+    machine = machine_for(config)
+    assert (machine.torch_type, machine.kernels, machine.available_memory()) == ("xpu", "torch", 48 * GIB)
+    assert machine.describe(config) == "xpu (Intel Data Center GPU Max 1550)"
+    assert machine.warnings(config) == ["--device xpu has not been tested on hardware"]
+    with pytest.raises(ConfigError, match="--kernels triton does not work on xpu: use auto or torch"):
+        machine_for(configure(device="xpu", kernels="triton"))
+
+
+def test_a_device_that_does_not_tell_its_memory_has_the_hosts(answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(DeviceFacts())
+    monkeypatch.setattr(devices.torch_device, "available_memory", lambda: 5 * GIB)
+    machine = machine_for(configure(device="mps"))
+    assert machine.available_memory() == 5 * GIB
+    assert machine.describe(configure(device="mps")) == "mps"
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_memory_of_a_gpu_is_planned(answer, kernels: str) -> None:
+    answer(H100)
+    config = configure(device="cuda", kernels=kernels)
+    plan = resolve(config, make_facts(dtype="bfloat16"))
+    assert (plan.config.max_num_seqs, plan.config.max_num_batched_tokens, plan.config.block_size) == (256, 2048, 32)
+    lines = {line.what: line.bytes for line in plan.memory}
+    assert lines["workspace"] > cuda.RUNTIME_BYTES
+    assert sum(lines.values()) <= 0.9 * 79 * GIB
+
+
+def test_both_are_machines() -> None:
+    machines: list[Machine] = [
+        CudaMachine(configure(), H100, has_triton=True),
+        TorchMachine(configure(device="hpu"), DeviceFacts(name="HPU", free_bytes=GIB)),
+    ]
+    assert [machine.torch_type for machine in machines] == ["cuda", "hpu"]
+
+
+def test_what_the_installed_torch_was_built_for() -> None:
+    import torch
+
+    build = probe.torch_build()
+    assert build["__version__"] == torch.__version__
+    assert build.get("cuda") == torch.version.cuda
+
+
+def test_the_probe_answers_in_one_line_that_there_is_no_such_device() -> None:
+    command = [sys.executable, "-m", probe.MODULE, "hpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "error" in json.loads(done.stdout.splitlines()[-1])
+    with pytest.raises(ConfigError, match="--device hpu: .*: use --device cpu"):
+        TorchMachine(configure(device="hpu"), DeviceFacts(error="none found"))
+
+
+def test_a_probe_that_dies_is_an_error_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "MODULE", "engine.devices.no_such_module")
+    facts = probe.ask.__wrapped__("cuda")
+    assert "no_such_module" in facts.error
+    assert "\n" not in facts.error
