@@ -63,11 +63,11 @@ def measure(device: str) -> DeviceFacts:
 
     found = torch.accelerator.current_accelerator(check_available=True)
     try:
-        module: Any = torch.get_device_module(device)
         if found is None or found.type != device:
             if device == "cuda":
-                module.init()  # raises the reason
+                torch.get_device_module(device).init()  # raises the reason
             return DeviceFacts(error=f"PyTorch {torch.__version__} finds no device of this type")
+        module: Any = torch.get_device_module(device)
         free = int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") else None
         name = str(module.get_device_name()) if hasattr(module, "get_device_name") else ""
         if device != "cuda":
@@ -78,7 +78,7 @@ def measure(device: str) -> DeviceFacts:
         return DeviceFacts(name=name, free_bytes=free, capability=tuple(capability), driver=_driver())
     except (RuntimeError, AssertionError) as error:
         # Only the cause: PyTorch goes on with links.
-        return DeviceFacts(error=first_line(error).split(". ")[0])
+        return DeviceFacts(error=first_line(error).split(". ")[0].rstrip("."))
 
 
 def _driver() -> str:

@@ -17,7 +17,7 @@ class TorchMachine:
     )
 
     def __init__(self, config: EngineConfig, facts: DeviceFacts):
-        self.torch_type = config.device
+        self.torch_type: str = config.device
         if facts.error:
             raise ConfigError(f"--device {config.device}: {facts.error}: use --device cpu")
         check_options(config, self.torch_type, ("auto", "torch"))

@@ -169,7 +169,7 @@ def test_the_probe_answers_in_one_line_that_there_is_no_such_device() -> None:
     command = [sys.executable, "-m", probe.MODULE, "hpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "error" in json.loads(done.stdout.splitlines()[-1])
-    with pytest.raises(ConfigError, match="--device hpu: .*: use --device cpu"):
+    with pytest.raises(ConfigError, match=r"--device hpu: .*: use --device cpu"):
         TorchMachine(configure(device="hpu"), DeviceFacts(error="none found"))
 
 

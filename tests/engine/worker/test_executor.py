@@ -10,7 +10,7 @@ from engine.devices.cpu import CpuMachine
 from engine.errors import ConfigError
 from engine.worker import executor
 from engine.worker.executor import make_executor
-from engine.worker.in_process import InProcessDeviceExecutor
+from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from tests.engine.worker.device_driver import configure
 from tests.engine.worker.driver import Driver, Request, build_model
 
@@ -31,7 +31,9 @@ def outputs(folder: Path, load_format: str) -> tuple[list[list[int]], str, type]
     config, model_info, resolved = configure(folder, kernels="torch", load_format=load_format)
     made = make_executor(config, model_info, resolved)
     try:
-        driver = Driver(made, resolved.max_num_seqs, resolved.block_size, resolved.num_blocks)
+        assert isinstance(made, InProcessExecutor)
+        rows, size, blocks = resolved.max_num_seqs, resolved.block_size, resolved.num_blocks
+        driver = Driver(made, rows=rows, block_size=size, num_blocks=blocks)
         requests = [Request([i + 1, 2, 3, 4, 5]) for i in range(3)]
         driver.run(requests, 6, seed=0, chunk=100, preempt=0.0)
         assert set(made.seconds) == {"import torch", "open model", "load weights", "prepare kernels"}
