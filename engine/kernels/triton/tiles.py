@@ -60,7 +60,7 @@ TILES: dict[str, dict[int, tuple[Tile, Tile]]] = {
 # For float32, on all targets: products without TF32 run on the cores for scalars, so these only have to fit.
 FLOAT32 = {
     64: (Tile(16, 32, 4, 2, 2), Tile(32, 32, 8, 2, 1)),
-    128: (Tile(16, 32, 4, 2, 2), Tile(32, 32, 8, 2, 1)),
+    128: (Tile(16, 32, 8, 2, 1), Tile(32, 32, 8, 2, 1)),
     256: (Tile(16, 16, 4, 2, 1), Tile(32, 16, 8, 2, 1)),
 }
 
