@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.generic_device_backend import GenericDeviceBackend, move_model
 from engine.worker.step_inputs import DeviceState, StepKernels
+
+if TYPE_CHECKING:
+    from engine.worker.triton_backend import TritonAttention
 
 PROGRAMS = 64  # of the attention for each KV head
 
@@ -51,6 +55,44 @@ def build_device_runner(
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} is only supported by the CPU kernels")
+    if not use_triton:
+        return BuiltDeviceRunner(_build_generic(config, model_info, resolved, meta_model, device, False), "torch")
+    from engine.worker import triton_stack
+
+    refusal = triton_stack.refusal(meta_model.model, meta_model.vocab_shard)
+    if refusal is None:
+        return BuiltDeviceRunner(_build_stack(model_info, resolved, meta_model, device), "triton, fused stack")
+    runner = _build_generic(config, model_info, resolved, meta_model, device, True)
+    return BuiltDeviceRunner(runner, f"triton ({refusal})")
+
+
+def _build_stack(
+    model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, device: Device
+) -> DeviceRunner:
+    from engine.worker.triton_stack import make_stack
+    from engine.worker.triton_stack_backend import TritonStackBackend
+
+    groups = model_info.kv_groups
+    positions = resolved.max_model_len + resolved.draft_tokens
+    device.bind_thread()
+    with contextlib.closing(meta_model):
+        stack = make_stack(meta_model.model, groups, positions, device.place, meta_model.fill)
+    with torch.inference_mode():
+        slots, state, cache = _allocate(model_info, resolved, device)
+        uses = [(group, window or None) for group, window in enumerate(groups.windows)]
+        kernels, attention = _triton_parts(model_info, resolved, cache, uses, state)
+        backend = TritonStackBackend(device, stack, attention, kernels, state.parameters, meta_model.model)
+        return DeviceRunner(device, backend, slots, state, kernels)
+
+
+def _build_generic(
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    device: Device,
+    use_triton: bool,
+) -> DeviceRunner:
     if config.load_format == "dummy":
         # Random numbers are made on the device; what the check needs of the weights is only their shapes.
         with meta_model.zeros(lazy_zeros):
@@ -64,36 +106,40 @@ def build_device_runner(
         move_model(meta_model.model, device.place)
         if config.load_format == "dummy":
             meta_model.fill(allocate=device.zeros)
-        runner = _build(model_info, resolved, meta_model, uses, device, use_triton)
-    return BuiltDeviceRunner(runner, "triton" if use_triton else "torch")
+        slots, state, cache = _allocate(model_info, resolved, device)
+        kernels, attention = _attention(model_info, resolved, cache, uses, state, use_triton)
+        backend = GenericDeviceBackend(
+            device, meta_model.model, attention, kernels, state.parameters, meta_model.vocab_shard
+        )
+        return DeviceRunner(device, backend, slots, state, kernels)
 
 
-def _build(
-    model_info: ModelInfo,
-    resolved: ResolvedConfig,
-    meta_model: MetaModel,
-    uses: Sequence[GroupWindow],
-    device: Device,
-    use_triton: bool,
-) -> DeviceRunner:
+def _allocate(
+    model_info: ModelInfo, resolved: ResolvedConfig, device: Device
+) -> tuple[DeviceSlots, DeviceState, KVCache]:
     rows, groups = resolved.max_num_seqs, len(resolved.kv_windows)
     slots = DeviceSlots(rows, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups)
     state = DeviceState(device, slots.layout)
-    cache = KVCache(model_info.kv_groups, resolved.num_blocks, kv_layout(model_info, resolved.block_size), device.zeros)
-    attention: Attention
+    layout = kv_layout(model_info, resolved.block_size)
+    return slots, state, KVCache(model_info.kv_groups, resolved.num_blocks, layout, device.zeros)
+
+
+def _attention(
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    cache: KVCache,
+    uses: Sequence[GroupWindow],
+    state: DeviceState,
+    use_triton: bool,
+) -> tuple[StepKernels, Attention]:
     if use_triton:
-        kernels, attention = _triton_parts(model_info, resolved, cache, uses, state)
-    else:
-        kernels, attention = StepKernels(), TorchAttention(cache, uses, cache.keys[0].device)
-    backend = GenericDeviceBackend(
-        device, meta_model.model, attention, kernels, state.parameters, meta_model.vocab_shard
-    )
-    return DeviceRunner(device, backend, slots, state, kernels)
+        return _triton_parts(model_info, resolved, cache, uses, state)
+    return StepKernels(), TorchAttention(cache, uses, cache.keys[0].device)
 
 
 def _triton_parts(
     model_info: ModelInfo, resolved: ResolvedConfig, cache: KVCache, uses: Sequence[GroupWindow], state: DeviceState
-) -> tuple[StepKernels, Attention]:
+) -> tuple[StepKernels, "TritonAttention"]:
     from engine.kernels.triton.attention import AttentionShape
     from engine.worker.triton_backend import TritonAttention, default_tilings, triton_step_kernels
 

@@ -37,11 +37,25 @@ MAX_HEAD_DIM, MAX_HIDDEN = 256, 16384  # sizes of buffers in the kernels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
-    """Why a transformers model, or a rank's shard of it, can't use the fused stack; None if it can."""
+def structural_refusal(model: Any) -> str | None:
+    """Why fused stacks, in C++ or Triton, don't compute a transformers model; None if it has their structure."""
     hf_config = model.config
     if not FAMILIES.get(hf_config.model_type, Family()).fused:
         return f"the kernels do not support models of type {hf_config.model_type!r}"
+    if getattr(hf_config, "hidden_act", "silu") != "silu":
+        return f"its activation is {hf_config.hidden_act}"
+    mlp = model.model.layers[0].mlp
+    if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj)):
+        return "its MLP has biases"
+    return None
+
+
+def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
+    """Why a transformers model, or a rank's shard of it, can't use the fused stack in C++; None if it can."""
+    structural = structural_refusal(model)
+    if structural is not None:
+        return structural
+    hf_config = model.config
     if formats.dtype not in DTYPES:
         return f"the kernels do not support {formats.dtype}"
     for what, kind in (("weights", formats.weights), ("caches", formats.cache)):
@@ -66,10 +80,6 @@ def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
         return (
             f"its heads ({attention.head_dim}) or hidden states ({hf_config.hidden_size}) are too large for the kernels"
         )
-    if getattr(hf_config, "hidden_act", "silu") != "silu":
-        return f"its activation is {hf_config.hidden_act}"
-    if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj)):
-        return "its MLP has biases"
     return None
 
 
@@ -131,7 +141,7 @@ def make_spec(
     embedding, final_norm = _embedding(packer, model, formats), packer.floats(inner.norm.weight)
     vocabulary = len(model.lm_head.weight)
     head = packer.linear(model.lm_head.weight.detach(), kind=formats.head)
-    _release(inner.embed_tokens, model.lm_head)
+    release(inner.embed_tokens, model.lm_head)
     first = inner.layers[0].self_attn
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
@@ -159,7 +169,7 @@ def make_spec(
     return spec, packer.owners
 
 
-def _release(*parts: nn.Module) -> None:
+def release(*parts: nn.Module) -> None:
     """Free the weights of modules that are packed."""
     for part in parts:
         for parameter in part.parameters():
@@ -182,14 +192,14 @@ def _layer(packer: Packer, layer: Any, keys: int, values: int, fill: Callable[[n
         for one in linears:
             fill(one)
         made = packer.linears([one.weight for one in linears], [one.bias for one in linears])
-        _release(*linears)
+        release(*linears)
         return made
 
     attention, mlp = layer.self_attn, layer.mlp
     fill(mlp.gate_proj)
     fill(mlp.up_proj)
     gate_up = packer.linear(Interleaved(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()))
-    _release(mlp.gate_proj, mlp.up_proj)
+    release(mlp.gate_proj, mlp.up_proj)
     qkv, output = packed(attention.q_proj, attention.k_proj, attention.v_proj), packed(attention.o_proj)
     down = packed(mlp.down_proj)
     fill(layer)  # its norms

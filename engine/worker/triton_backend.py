@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels import attention, work_list
+from engine.kernels import work_list
 from engine.kernels.attention import Scores
 from engine.kernels.sampling import Draws
 from engine.kernels.triton import attention as triton_attention
 from engine.kernels.triton import launch, sampling, slot_state
 from engine.kernels.triton.attention import AttentionShape, Partials, Rows, Work, paged_attention
 from engine.kernels.triton.kv_storage import LayerCache
+from engine.kernels.triton.rotary import write_cache
 from engine.kernels.work_list import Tiling, Tilings, plan_work
 from engine.model.runtime.attention_interface import KVCache
 from engine.worker.device import Columns
@@ -66,20 +67,23 @@ class TritonAttention:
         tilings: Tilings,
         max_tokens: int,
     ):
-        self._cache = cache
+        self._layout = cache.layout
+        self._places = cache.groups.places
+        self._caches = [LayerCache(*both) for both in zip(cache.keys, cache.values, strict=True)]
         self._uses = uses
         for use in uses:
             cache.check_window(*use)
         self._tables = tables
-        self._shape = shape
+        self.shape = shape
         self._tilings = tilings
         capacity = work_list.capacity(tilings, tables.shape[1], max_tokens)
         self._partials = Partials.allocate(shape, capacity, tables.device)
         self._rows: list[Rows] = []
         self._work: dict[GroupWindow, Work] = {}
-        self._write_index: list[Tensor] = []
+        self._cache_index: list[Tensor] = []
 
     def plan(self, batch: StepBatch) -> Columns:
+        block_size = self._layout.block_size
         columns = {
             "starts": batch.starts.astype(np.int32),
             "counts": batch.counts.astype(np.int32),
@@ -87,8 +91,8 @@ class TritonAttention:
             "slots": batch.slots.astype(np.int32),
         }
         for group, table in enumerate(batch.tables):
-            index = attention.write_index(table, batch.row_of, batch.positions, self._cache.layout)
-            columns[f"write_index.{group}"] = index.numpy()
+            blocks = table[batch.row_of, batch.positions // block_size]
+            columns[f"cache_index.{group}"] = (blocks * block_size + batch.positions % block_size).astype(np.int32)
         for number, (_, window) in enumerate(self._uses):
             work = plan_work(batch.counts, batch.num_computed_tokens, self._tilings, window)
             columns[f"sizes.{number}"] = work.sizes
@@ -101,29 +105,41 @@ class TritonAttention:
         planned = inputs.planned
         starts, counts, computed, slots = (planned[name] for name in ("starts", "counts", "num_computed", "slots"))
         self._rows = [Rows(table, starts, counts, computed, slots) for table in self._tables]
-        self._write_index = [planned[f"write_index.{group}"] for group in range(len(self._tables))]
+        self._cache_index = [planned[f"cache_index.{group}"] for group in range(len(self._tables))]
         self._work = {}
         for number, use in enumerate(self._uses):
             decode, prefill, merges = (planned.get(f"{name}.{number}") for name in ("decode", "prefill", "merges"))
             self._work[use] = Work(planned[f"sizes.{number}"], decode, prefill, merges)
 
+    def place(self, layer: int) -> tuple[LayerCache, Tensor]:
+        """The layer's part of the KV cache, and where it stores the tokens of the step: int32[tokens], -1: nowhere."""
+        group, place = self._places[layer]
+        return self._caches[place], self._cache_index[group]
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, scores: Scores
     ) -> Tensor:
-        group, place = self._cache.groups.places[layer]
-        keys, values, index = self._cache.keys[place], self._cache.values[place], self._write_index[group]
-        attention.write(keys, index, key)
-        attention.write(values, index, value)
+        cache, index = self.place(layer)
+        write_cache(key, value, index, cache, self.shape)
         out = torch.empty_like(query)
+        self.attend_cached(layer, query, out, window, scores)
+        return out
+
+    def attend_cached(self, layer: int, query: Tensor, out: Tensor, window: int | None, scores: Scores) -> None:
+        """Attend to the last `window` tokens, None for all; the keys and values of the step are in the cache already.
+
+        Args:
+            query, out: as of `paged_attention`.
+        """
+        group, place = self._places[layer]
         paged_attention(
             query,
-            LayerCache(keys, values),
+            self._caches[place],
             out,
             self._rows[group],
             self._work[group, window],
-            self._shape,
+            self.shape,
             self._tilings,
             triton_attention.Scores(scores.scaling, window, scores.softcap, scores.sinks),
             self._partials,
         )
-        return out

@@ -41,7 +41,7 @@ def pack_adapter(layers: Sequence[Mapping[str, LowRank]], spec: StackSpec) -> Pa
     for i, layer in enumerate(layers):
         _check(i, layer, places)
         for j, place in enumerate(places):
-            merged = _merge(layer, place.outputs)
+            merged = merge(layer, place.outputs)
             if merged is None:
                 continue
             up = interleave(*merged.up.chunk(2)) if ADAPTED[j] == "gate_up" else merged.up
@@ -84,7 +84,7 @@ def _check(number: int, layer: Mapping[str, LowRank], places: Sequence[_Place]) 
             )
 
 
-def _merge(layer: Mapping[str, LowRank], outputs: Mapping[str, int]) -> LowRank | None:
+def merge(layer: Mapping[str, LowRank], outputs: Mapping[str, int]) -> LowRank | None:
     """Merge the adapter's weights of linears that are computed as one; None if it changes none of them.
 
     `down` are concatenated, `up` form a block matrix with zeros elsewhere; the ranks add up.

@@ -16,7 +16,7 @@ from tests.engine.worker.test_device_runner import SAMPLINGS, mixed_requests
 quick.patch()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # qwen2: layers with a window beside others without
+@pytest.mark.parametrize("kind", ["granite", "olmo3"])  # olmo3: layers with a window beside others without
 def test_a_core_that_runs_ahead_gets_the_cpus_tokens(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,153 @@
+"""Lays out a Llama-like decoder from transformers' modules as plain tensors on a device, for the stack in Triton.
+
+`refusal` gives the reason why a model can't use it; such models use the generic device backend.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.heap import trim_heap
+from engine.kernels.triton.rotary import Rotary
+from engine.model.kv_groups import KVGroups
+from engine.model.runtime.vocab_shard import VocabShard
+from engine.worker.fused_stack import release, structural_refusal
+
+Place = Callable[[Tensor], Tensor]  # copies a tensor of the host to the device
+Fill = Callable[[nn.Module], None]  # loads the weights of a module that has none yet
+
+
+@dataclass(frozen=True, slots=True)
+class StackLinear:
+    """Linears of the same inputs, computed as one.
+
+    weight: [outputs, inputs]. bias: [outputs]. outputs: how many outputs each linear has, by its name in the layer.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    outputs: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StackLayer:
+    """One decoder layer.
+
+    norms: of each query and each key, [head dim]. window: tokens that a query sees, None for all. rotary: None for
+    layers without rotation.
+    """
+
+    qkv: StackLinear
+    output: StackLinear
+    gate_up: StackLinear
+    down: StackLinear
+    input_norm: Tensor
+    post_norm: Tensor
+    norms: tuple[Tensor, Tensor] | None
+    window: int | None
+    rotary: Rotary | None
+    scaling: float
+
+    @property
+    def linears(self) -> tuple[StackLinear, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class TritonStack:
+    """A decoder on the device. embedding, head: [vocabulary, hidden], the same tensor if they are tied."""
+
+    layers: tuple[StackLayer, ...]
+    embedding: Tensor
+    head: Tensor
+    final_norm: Tensor
+    epsilon: float
+
+
+def refusal(model: Any, vocab_shard: VocabShard | None) -> str | None:
+    """Why a transformers model can't use the stack in Triton; None if it can."""
+    structural = structural_refusal(model)
+    if structural is not None:
+        return structural
+    if vocab_shard is not None:
+        return "several ranks share the model"
+    head_dim = model.model.layers[0].self_attn.head_dim
+    if head_dim % 2:
+        return f"its heads have {head_dim} elements, an odd number"
+    return None
+
+
+def make_stack(model: Any, groups: KVGroups, positions: int, place: Place, fill: Fill) -> TritonStack:
+    """Put a transformers model on the device. The model loses its weights.
+
+    Args:
+        groups: the KV groups of the layers.
+        positions: that tokens may have.
+        fill: one linear at a time is in the host's memory.
+    """
+    inner = model.model
+    for part in (inner.embed_tokens, inner.norm, model.lm_head):
+        fill(part)
+    weights = inner.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+    embedding = place(weights[0])
+    head = embedding if weights[0].data_ptr() == weights[1].data_ptr() else place(weights[1])
+    release(inner.embed_tokens, model.lm_head)
+    rotary = _rotary(inner.rotary_emb, positions, place)
+    layers = []
+    for i, layer in enumerate(inner.layers):
+        window = groups.windows[groups.places[i][0]] or None
+        layers.append(_layer(layer, window, rotary, place, fill))
+        trim_heap()
+    final_norm = place(inner.norm.weight.detach())
+    return TritonStack(tuple(layers), embedding, head, final_norm, inner.norm.variance_epsilon)
+
+
+def _rotary(module: Any, positions: int, place: Place) -> Rotary:
+    """Tables for all positions, with the scaling of the class's attention (YaRN)."""
+    angles = torch.arange(positions).float()[:, None] * module.inv_freq.float()
+    scaling = module.attention_scaling
+    return Rotary(place(angles.cos() * scaling), place(angles.sin() * scaling))
+
+
+def _layer(layer: Any, window: int | None, rotary: Rotary, place: Place, fill: Fill) -> StackLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = _linear(attention, ("q_proj", "k_proj", "v_proj"), place, fill)
+    output = _linear(attention, ("o_proj",), place, fill)
+    gate_up = _linear(mlp, ("gate_proj", "up_proj"), place, fill)
+    down = _linear(mlp, ("down_proj",), place, fill)
+    fill(layer)  # its norms
+    norms = None
+    if getattr(attention, "q_norm", None) is not None:
+        norms = place(attention.q_norm.weight.detach()), place(attention.k_norm.weight.detach())
+    return StackLayer(
+        qkv=qkv,
+        output=output,
+        gate_up=gate_up,
+        down=down,
+        input_norm=place(layer.input_layernorm.weight.detach()),
+        post_norm=place(layer.post_attention_layernorm.weight.detach()),
+        norms=norms,
+        window=window,
+        rotary=rotary if getattr(attention, "use_rope", True) else None,
+        scaling=attention.scaling,
+    )
+
+
+def _linear(parent: nn.Module, names: Sequence[str], place: Place, fill: Fill) -> StackLinear:
+    """Put linears of the same inputs side by side, and free the modules' own weights."""
+    linears: list[Any] = [getattr(parent, name) for name in names]
+    for linear in linears:
+        fill(linear)
+    outputs = {name: len(linear.weight) for name, linear in zip(names, linears, strict=True)}
+    weight, bias = linears[0].weight.detach(), None
+    if len(linears) > 1:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+    if any(linear.bias is not None for linear in linears):
+        biases = [weight.new_zeros(len(one.weight)) if one.bias is None else one.bias.detach() for one in linears]
+        bias = place(torch.cat(biases))
+    packed = StackLinear(place(weight), bias, outputs)
+    release(*linears)
+    return packed

@@ -1,0 +1,165 @@
+"""The fused device backend: a decoder stack of Triton kernels and matrix products of torch.
+
+A layer of `engine.worker.triton_stack`, with the tokens of all rows of the batch side by side:
+
+    rms_norm           residual (float32) += output of the last MLP; normalized
+    product            queries, keys and values
+    rotate_and_cache   norms of heads, rotary embedding, write to the KV cache
+    paged_attention
+    product            output
+    rms_norm           residual += output of the attention; normalized
+    product            gate and up
+    silu_mul
+    product            down
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.arrays import Int64s
+from engine.kernels.attention import Scores
+from engine.kernels.triton.activation import silu_mul
+from engine.kernels.triton.norm import rms_norm
+from engine.kernels.triton.rotary import rotate_and_cache
+from engine.model.lora.lora_hooks import tokens_by_adapter
+from engine.model.lora.lora_packing import by_layer, merge
+from engine.model.lora.lora_weights import Adapter, LowRank, check_adapter
+from engine.worker.device import Columns, Device
+from engine.worker.slots import StepBatch
+from engine.worker.step_inputs import StepInputs, StepKernels
+from engine.worker.triton_backend import TritonAttention
+from engine.worker.triton_stack import StackLayer, StackLinear, TritonStack
+
+ADAPTER = "adapter."  # begins the names of the planned arrays with the tokens of an adapter
+
+
+class TritonStackBackend:
+    """Implements `engine.worker.device_backend.DeviceBackend`.
+
+    Args:
+        attention: over the KV cache of the stack's layers.
+        parameters: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`.
+        model: for its shapes; the stack has its weights.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        stack: TritonStack,
+        attention: TritonAttention,
+        kernels: StepKernels,
+        parameters: Tensor,
+        model: nn.Module,
+    ):
+        self._device = device
+        self._stack = stack
+        self._attention = attention
+        self._kernels = kernels
+        self._parameters = parameters
+        self._adapters = StackAdapters(device, stack, model)
+        self._logits: Tensor | None = None
+
+    def plan(self, batch: StepBatch) -> Columns:
+        adapters = tokens_by_adapter(batch.adapter_slots, batch.row_of)
+        return {**self._attention.plan(batch), **{f"{ADAPTER}{slot}": tokens for slot, tokens in adapters}}
+
+    def forward(self, inputs: StepInputs) -> None:
+        self._logits = None
+        self._attention.begin(inputs)
+        self._adapters.begin(inputs.planned)
+        stack = self._stack
+        residual = functional.embedding(inputs.ids, stack.embedding).float()
+        delta: Tensor | None = None
+        for number, layer in enumerate(stack.layers):
+            delta = self._run_layer(number, layer, residual, delta, inputs.positions)
+        if len(inputs.logits_at):
+            at = inputs.logits_at
+            last = self._normalize(residual[at], None if delta is None else delta[at], stack.final_norm)
+            self._logits = functional.linear(last, stack.head)
+
+    def _run_layer(
+        self, number: int, layer: StackLayer, residual: Tensor, delta: Tensor | None, positions: Tensor
+    ) -> Tensor:
+        """Compute a layer; returns the output of its MLP, which the next norm adds to the residual."""
+        attention, shape, linear = self._attention, self._attention.shape, self._adapters.linear
+        qkv = linear(self._normalize(residual, delta, layer.input_norm), layer.qkv, number)
+        cache, index = attention.place(number)
+        rotate_and_cache(qkv, positions, index, cache, shape, layer.rotary, layer.norms, self._stack.epsilon)
+        heads = qkv.view(len(qkv), -1, shape.head_dim)
+        mixed = qkv.new_empty(len(qkv), shape.heads, shape.head_dim)
+        attention.attend_cached(number, heads[:, : shape.heads], mixed, layer.window, Scores(layer.scaling))
+        delta = linear(mixed.view(len(qkv), -1), layer.output, number)
+        gate_up = linear(self._normalize(residual, delta, layer.post_norm), layer.gate_up, number)
+        inner = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        silu_mul(gate_up, inner)
+        return linear(inner, layer.down, number)
+
+    def _normalize(self, residual: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        out = torch.empty_like(residual, dtype=self._stack.embedding.dtype)
+        rms_norm(residual, delta, weight, out, self._stack.epsilon)
+        return out
+
+    def choose(self, inputs: StepInputs) -> Tensor:
+        assert self._logits is not None
+        logits = self._logits[: len(inputs.sample_slots)]
+        return self._kernels.choose_tokens(
+            logits, self._parameters, inputs.sample_slots, inputs.sample_counts, inputs.draws
+        )
+
+    def logits(self, which: Int64s) -> Tensor:
+        assert self._logits is not None
+        if len(which) == len(self._logits):
+            return self._logits
+        return self._logits[self._device.place(torch.from_numpy(which))]
+
+    def add_adapter(self, slot: int, adapter: Adapter) -> None:
+        self._adapters.add(slot, adapter)
+
+    def drop_adapter(self, slot: int) -> None:
+        self._adapters.drop(slot)
+
+
+class StackAdapters:
+    """The adapters of a stack, by slot; weights of linears that are computed as one are merged."""
+
+    def __init__(self, device: Device, stack: TritonStack, model: nn.Module):
+        self._device = device
+        self._stack = stack
+        self._model = model
+        self._parts: dict[int, dict[tuple[int, str], LowRank]] = {}  # by slot; layer and name of the first linear
+        self._tokens: list[tuple[int, Tensor]] = []  # of the step: slots, and indices of their tokens
+
+    def add(self, slot: int, adapter: Adapter) -> None:
+        """Put an adapter into a free slot. Raises ModelError if it does not fit the model."""
+        check_adapter(adapter, self._model)
+        dtype, place = self._stack.embedding.dtype, self._device.place
+        parts = {}
+        layers = by_layer(adapter, len(self._stack.layers))
+        for number, (layer, changes) in enumerate(zip(self._stack.layers, layers, strict=True)):
+            for linear in layer.linears:
+                merged = merge(changes, linear.outputs)
+                if merged is not None:
+                    low_rank = LowRank(place(merged.down.to(dtype)), place(merged.up.to(dtype)))
+                    parts[number, next(iter(linear.outputs))] = low_rank
+        self._parts[slot] = parts
+
+    def drop(self, slot: int) -> None:
+        self._parts.pop(slot, None)
+
+    def begin(self, planned: Mapping[str, Tensor]) -> None:
+        """Begin a step with the planned arrays of `TritonStackBackend.plan`."""
+        self._tokens = [
+            (int(name.removeprefix(ADAPTER)), tokens) for name, tokens in planned.items() if name.startswith(ADAPTER)
+        ]
+
+    def linear(self, x: Tensor, linear: StackLinear, layer: int) -> Tensor:
+        """The output of a layer's linears, with those of the adapters in the batch: [tokens, outputs]."""
+        output = functional.linear(x, linear.weight, linear.bias)
+        for slot, tokens in self._tokens:
+            part = self._parts[slot].get((layer, next(iter(linear.outputs))))
+            if part is not None:  # no token occurs twice
+                output[tokens] += torch.mm(torch.mm(x[tokens], part.down.T), part.up.T)
+        return output
