@@ -45,7 +45,7 @@ def make_driver() -> Iterator[Callable[..., Driver]]:
 @pytest.mark.parametrize(
     ("kind", "cases"),
     [
-        ("llama", ("ragged", "chunked", "prefix hit")),
+        ("llama", ("ragged", "chunked")),
         ("qwen3", ("chunked",)),  # norms of queries and keys
         ("mistral", ("chunked",)),  # a window in all layers
         ("qwen2", ("chunked",)),  # biases; layers with a window beside others without
@@ -56,7 +56,8 @@ def test_the_stack_equals_transformers(
     kind: str, cases: tuple[str, ...], tmp_path: Path, make_driver: Callable[..., Driver]
 ) -> None:
     more = {"no_rope_layer_interval": 2, "no_rope_layers": None} if kind == "smollm3" else {}
-    reference = Reference(build_model(kind, tmp_path, num_hidden_layers=2, **more))
+    layers = 3 if kind == "mistral" else 2  # windows of three layers reach the token that `compare` changes
+    reference = Reference(build_model(kind, tmp_path, num_hidden_layers=layers, **more))
     driver = make_driver(tmp_path)
     for case in cases:
         row = compare(kind, case, serve(driver, case), reference)
