@@ -25,7 +25,7 @@ def _load_run(logits, run, vocabulary, RUN: tl.constexpr):
     return token, tl.where(x == x, x, float("inf"))
 
 
-@triton.jit(do_not_specialize=["stride", "vocabulary", "runs"])
+@triton.jit
 def run_sums_kernel(
     logits, rows, tokens, tops, firsts, sums, greater, stride, vocabulary, runs, RUN: tl.constexpr
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def run_sums_kernel(
         tl.store(greater + to, tl.sum((x > chosen).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["stride", "vocabulary", "runs", "width"])
+@triton.jit(do_not_specialize=["width"])
 def logprobs_kernel(
     logits, rows, tokens, tops, firsts, sums, greater, ids, values, ranks, stride, vocabulary, runs, width,
     RUNS: tl.constexpr, RUN: tl.constexpr,

@@ -121,7 +121,7 @@ def _sum_kept(
     return tl.sum(total.to(tl.float64), 0) + kept.to(tl.float64) * minimum.to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["stride", "vocabulary", "runs"])
+@triton.jit
 def minimum_kernel(
     logits, parameters, slots, tops, minimums, stride, vocabulary, runs,
     RUNS: tl.constexpr, TILE_RUNS: tl.constexpr, RUN: tl.constexpr,

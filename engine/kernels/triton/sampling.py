@@ -49,7 +49,7 @@ def uniform(seed, count):
     return (mixed >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2 ** -53
 
 
-@triton.jit(do_not_specialize=["stride", "vocabulary", "runs"])
+@triton.jit
 def runs_kernel(logits, parameters, slots, tops, tokens, weights, stride, vocabulary, runs, RUN: tl.constexpr):
     row, run = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row)
@@ -68,7 +68,7 @@ def runs_kernel(logits, parameters, slots, tops, tokens, weights, stride, vocabu
         tl.store(weights + to, tl.sum(weigh(x, base, temperature), 0))
 
 
-@triton.jit(do_not_specialize=["stride", "vocabulary", "runs"])
+@triton.jit
 def filter_kernel(logits, parameters, slots, tops, minimums, weights, stride, vocabulary, runs, RUN: tl.constexpr):
     row, run = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row)
@@ -86,7 +86,7 @@ def filter_kernel(logits, parameters, slots, tops, minimums, weights, stride, vo
             tl.store(weights + to, total)
 
 
-@triton.jit(do_not_specialize=["stride", "vocabulary", "runs"])
+@triton.jit
 def pick_kernel(
     logits, parameters, slots, counts, tops, tokens, weights, minimums, out, stride, vocabulary, runs,
     FILTERED: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
