@@ -167,7 +167,7 @@ ENGINE_OPTIONS = (
     ),
     option(
         MEMORY, "--gpu-memory-utilization", type=Finite(0, 1, min_open=True), metavar="SHARE", default_text="0.5",
-        help="Share of the free memory (0 to 1) that weights, workspace and KV cache may take together. On the CPU, "
+        help="Fraction of the free memory (0 to 1) that weights, workspace and KV cache may take together. On the CPU, "
         "this is main memory.",
     ),
     option(

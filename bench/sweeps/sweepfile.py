@@ -208,7 +208,8 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
 def _checked(options: SweepOptions, where: str) -> SweepOptions:
     if options.search == "first" and not options.ladder and not options.rates:
         raise BenchError(
-            f"{where}.search: first needs a ladder: the other configurations are measured on the ladder only"
+            f"{where}.search is first, which needs a ladder, because the other configurations are measured on the "
+            "ladder only"
         )
     return options
 

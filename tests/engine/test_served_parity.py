@@ -42,7 +42,7 @@ def prompts(folder: Path) -> list[list[int]]:
 
 
 class Greedy:
-    """What plain transformers would say in float32, asked about tokens that were served.
+    """The logits of plain transformers in float32 for served tokens.
 
     Tokens are the greedy ones if each is the likeliest after the ones before it, which one pass over all of them tells.
     """

@@ -1,17 +1,23 @@
 """Base of the horizontal bar charts that `make bench-…` draws from a list of records."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from plots.data import ReportError
-from plots.style import WIDTH_IN
+from plots.style import WIDTH_IN, footnote, headline, legend_below_headline, save
 
 _HEAD_IN, _FOOT_IN, _LINE_IN = 1.05, 0.8, 0.17  # heights above the bars, below them, and of a caption line
+
+
+def save_figure(draw: Callable[[list[dict[str, Any]]], Figure], results: Path, picture: Path) -> list[Path]:
+    """Draw the records of a JSON file as PNG and SVG; raises ReportError if there are none."""
+    return save(draw(read_records(results)), picture)
 
 
 def read_records(results: Path) -> list[dict[str, Any]]:
@@ -47,3 +53,19 @@ def bar_figure(
         axes.grid(axis="y", visible=False)
         panels.append(axes)
     return figure, panels, height
+
+
+def add_texts(
+    figure: Figure, title: str, handles: Sequence[tuple[str, str]], columns: int, footer: Sequence[str], height: float
+) -> None:
+    """Add the headline, the legend and the caption.
+
+    Args:
+        handles: color and name of each entry of the legend, in `columns` columns.
+        footer: lines of the caption.
+        height: of the figure, in inches.
+    """
+    headline(figure, title, height)
+    patches = [Patch(color=color, label=name) for color, name in handles]
+    legend_below_headline(figure, patches, height, ncols=columns, handlelength=1.1, handleheight=1.0)
+    footnote(figure, footer, height)

@@ -40,7 +40,8 @@ from engine.messages import AddRequest, Sampling, column, decode_result, encode,
 from engine.model.model_info import read_model_info
 from engine.worker.multiprocess import MultiprocessExecutor
 from engine.worker.rank_protocol import FrameKind, frame, sample_body
-from tests.perf.ranks_figure import save_ranks_figure
+from tests.perf.bar_charts import save_figure
+from tests.perf.ranks_figure import ranks_figure
 
 DRIVEN = ("driver-broadcast",)
 WAYS: dict[str, tuple[str, ...]] = {"v1": (), "v0": DRIVEN, "v0-joined": DRIVEN}
@@ -211,7 +212,7 @@ def main() -> int:
     path = Path("results") / "bench-ranks.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
-    save_ranks_figure(path, given.figure)
+    save_figure(ranks_figure, path, given.figure)
     print(f"rows in {path}, figure in {given.figure}")
     return 0
 

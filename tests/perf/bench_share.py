@@ -32,7 +32,8 @@ from bench.results.environment import hardware
 from bench.target import Target
 from bench.target.server import free_port
 from bench.workloads import make_workload
-from tests.perf.share_figure import save_share_figure
+from tests.perf.bar_charts import save_figure
+from tests.perf.share_figure import share_figure
 
 ROOT = Path(__file__).parents[2]
 MODEL, VOCABULARY = "smollm2-135m", 49_152
@@ -228,7 +229,7 @@ def main() -> int:
     path = Path("results") / "bench-share.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
-    save_share_figure(path, given.figure)
+    save_figure(share_figure, path, given.figure)
     print(f"rows in {path}, figure in {given.figure}")
     return 0
 

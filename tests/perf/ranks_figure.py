@@ -1,17 +1,15 @@
 """Figure of `make bench-ranks`: the cost of sending a step to all ranks, V1 and V0's broadcast of all inputs."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.style import COLORS, INK, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
-from tests.perf.bar_charts import bar_figure, read_records
+from plots.style import COLORS, INK, STYLE, plain, wrapped
+from tests.perf.bar_charts import add_texts, bar_figure
 
 WAYS = {
     "v1": ("V1: one message, each rank builds its inputs", COLORS[0]),
@@ -20,11 +18,6 @@ WAYS = {
 }
 _BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between batch sizes and between ranks, in bars
 _NAMES_IN = 1.75
-
-
-def save_ranks_figure(results: Path, picture: Path) -> list[Path]:
-    """Draw the records of `results` (bench-ranks.json) as PNG and SVG; raises ReportError if there are none."""
-    return save(ranks_figure(read_records(results)), picture)
 
 
 def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
@@ -40,10 +33,8 @@ def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_bytes(panels[0], rows, places)
         _draw_time(panels[1], rows, places)
         _name(panels[0], rows, places)
-        headline(figure, "Cost of sending a step to all ranks, V1 and V0", height)
-        handles = [Patch(color=color, label=name) for name, color in WAYS.values()]
-        legend_below_headline(figure, handles, height, ncols=3, handlelength=1.1, handleheight=1.0)
-        footnote(figure, footer, height)
+        handles = [(color, name) for name, color in WAYS.values()]
+        add_texts(figure, "Cost of sending a step to all ranks, V1 and V0", handles, 3, footer, height)
         return figure
 
 

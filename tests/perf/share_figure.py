@@ -1,27 +1,20 @@
 """Figure of `make bench-share`: the share of a step's time outside the device, by model size and engine."""
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from plots.style import COLORS, STYLE, footnote, headline, legend_below_headline, plain, save, wrapped
-from tests.perf.bar_charts import bar_figure, read_records
+from plots.style import COLORS, STYLE, plain, wrapped
+from tests.perf.bar_charts import add_texts, bar_figure
 
 DEVICE, OUTSIDE, CORE, FRONT_END = "#cbd5e1", COLORS[1], COLORS[0], COLORS[3]
 TIME_PARTS = (("device_ms", "device busy", DEVICE), ("outside_ms", "outside the device", OUTSIDE))
 CPU_PARTS = (("core_ms", "core (CPU time)", CORE), ("frontend_ms", "front end (CPU time)", FRONT_END))
 _BAR_IN, _APART = 0.3, 0.6  # height of a bar; space between models, in bars
 _NAMES_IN = 1.55
-
-
-def save_share_figure(results: Path, picture: Path) -> list[Path]:
-    """Draw the records of `results` (bench-share.json) as PNG and SVG; raises ReportError if there are none."""
-    return save(share_figure(read_records(results)), picture)
 
 
 def share_figure(rows: list[dict[str, Any]]) -> Figure:
@@ -36,10 +29,8 @@ def share_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_time(panels[0], rows, places)
         _draw_cpu(panels[1], rows, places)
         _name(panels[0], rows, places)
-        headline(figure, "Share of a step outside the device", height)
-        handles = [Patch(color=color, label=name) for _, name, color in (*TIME_PARTS, *CPU_PARTS)]
-        legend_below_headline(figure, handles, height, ncols=4, handlelength=1.1, handleheight=1.0)
-        footnote(figure, footer, height)
+        handles = [(color, name) for _, name, color in (*TIME_PARTS, *CPU_PARTS)]
+        add_texts(figure, "Share of a step outside the device", handles, 4, footer, height)
         return figure
 
 

@@ -2,7 +2,7 @@
 
 Lengths are mixed, some clients leave before the first token or in the middle, some answers end in stop strings, some
 requests are nonsense, and the KV cache is so small that requests are preempted. Each minute a line is printed; at the
-end all requests are over and blocks, rows, tasks and file descriptors must be back where they were, and the memory of
+end all requests are over and blocks, slots, tasks and file descriptors must be back where they were, and the memory of
 the server's processes must not have grown on the way. Exit code 1 if not. Rows over time go to results/soak.json.
 
 MODEL=smollm2-135m picks the model, FLAGS="…" adds flags of `redline serve`, CLIENTS=24 so many at the same time. Linux.
@@ -347,7 +347,7 @@ async def soak(served: Served, model: str, minutes: float, clients: int) -> int:
     for line in wrong:
         print(f"LEAK OR FAILURE: {line}")
     if not wrong:
-        print(f"nothing leaked in {minutes:g} minutes: blocks, rows, tasks and file descriptors are as before")
+        print(f"nothing leaked in {minutes:g} minutes: blocks, slots, tasks and file descriptors are as before")
     return 1 if wrong else 0
 
 

@@ -1,12 +1,8 @@
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.image import imread
 
-from plots.data import ReportError
-from tests.perf.ranks_figure import ranks_figure, save_ranks_figure
+from tests.perf.ranks_figure import ranks_figure
 from tests.plots.test_figures import assert_apart, assert_nothing_clipped
 
 
@@ -46,16 +42,3 @@ def test_it_says_what_it_shows_and_is_legible() -> None:
         assert fact in said
     assert_nothing_clipped(figure)
     assert_apart(figure)
-
-
-def test_it_is_drawn_from_its_file(tmp_path: Path) -> None:
-    source = tmp_path / "bench-ranks.json"
-    source.write_text(json.dumps(rows()))
-    png, svg = save_ranks_figure(source, tmp_path / "figures" / "ranks.png")
-    assert imread(png).shape[1] == 2000
-    assert svg.exists()
-    source.write_text("[]")
-    with pytest.raises(ReportError, match="has no records"):
-        save_ranks_figure(source, png)
-    with pytest.raises(ReportError, match="cannot be read"):
-        save_ranks_figure(tmp_path / "none.json", png)
