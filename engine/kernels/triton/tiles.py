@@ -118,5 +118,6 @@ def tilings(
 
 
 def _tiling(shape: AttentionShape, tile: Tile, queries: int, programs: int, min_part: int) -> Tiling:
-    per_head = max(-(-programs // shape.kv_heads), 1)
+    # Rounded down: programs that don't fit at the same time as the others would start when those end.
+    per_head = max(programs // shape.kv_heads, 1)
     return Tiling(queries, tile.keys, per_head, min_part, tile.warps, tile.stages)
