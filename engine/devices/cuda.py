@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -9,6 +10,7 @@ from engine.devices import probe
 from engine.devices.machine import Defaults, activation_bytes, check_options, gathered_attention_bytes
 from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError
+from engine.kernels.triton.limits import attention_refusal
 from engine.model.model_info import ModelInfo
 
 MIN_CAPABILITY = (8, 0)  # of the Triton kernels: older GPUs have no bfloat16
@@ -45,7 +47,8 @@ class CudaMachine:
     def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
         """From the shapes of activations and logits, what attention needs, and what CUDA allocates itself."""
         activations = activation_bytes(model_info, max_num_seqs, max_num_batched_tokens)
-        if self.kernels == "triton":
+        shape = model_info.num_heads, model_info.num_kv_heads, model_info.head_dim
+        if self.kernels == "triton" and attention_refusal(*shape) is None:
             return RUNTIME_BYTES + activations + PARTIALS_BYTES
         return RUNTIME_BYTES + activations + gathered_attention_bytes(model_info, block_size)
 
@@ -63,7 +66,7 @@ class CudaMachine:
 
 def find_gpu() -> DeviceFacts:
     """The first GPU, or why none can be used."""
-    missing = _missing_software()
+    missing = _missing_software() or old_driver(probe.torch_build(), probe.driver_version)
     return DeviceFacts(error=missing) if missing else probe.ask("cuda")
 
 
@@ -74,6 +77,23 @@ def is_likely() -> bool:
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def old_driver(build: Mapping[str, str], driver_version: Callable[[], tuple[int, int]]) -> str:
+    """Why the driver can't run a build of torch (see `probe.torch_build`); empty if it can.
+
+    A driver runs builds for all versions of CUDA with its own major version
+    (https://docs.nvidia.com/deploy/cuda-compatibility).
+    """
+    if "cuda" not in build:
+        return ""
+    version = driver_version()
+    if version[0] >= int(build["cuda"].partition(".")[0]):
+        return ""
+    return (
+        f"the NVIDIA driver supports CUDA {version[0]}.{version[1]}, too old for the installed PyTorch, which was "
+        f"built for CUDA {build['cuda']} (install a newer driver)"
+    )
 
 
 def _no_triton(facts: DeviceFacts, installed: bool) -> str:

@@ -81,13 +81,17 @@ def measure(device: str) -> DeviceFacts:
         return DeviceFacts(error=first_line(error).split(". ")[0].rstrip("."))
 
 
-def _driver() -> str:
-    """The newest version of CUDA that the driver supports."""
+def driver_version() -> tuple[int, int]:
+    """The newest version of CUDA that the NVIDIA driver supports; needs no context on a GPU."""
     import ctypes
 
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _driver() -> str:
+    return "CUDA {}.{}".format(*driver_version())
 
 
 if __name__ == "__main__":

@@ -57,8 +57,16 @@ def build_device_runner(
             raise ConfigError(f"{flag} {value} is only supported by the CPU kernels")
     if not use_triton:
         return BuiltDeviceRunner(_build_generic(config, model_info, resolved, meta_model, device, False), "torch")
+    from engine.kernels.triton.limits import attention_refusal
     from engine.worker import triton_stack
 
+    shape = model_info.num_heads, model_info.num_kv_heads, model_info.head_dim
+    refusal = attention_refusal(*shape)
+    if refusal is not None:
+        if config.kernels == "triton":
+            raise ConfigError(f"--kernels triton does not run this model ({refusal}): use --kernels torch")
+        runner = _build_generic(config, model_info, resolved, meta_model, device, False)
+        return BuiltDeviceRunner(runner, f"torch ({refusal})")
     refusal = triton_stack.refusal(meta_model.model, meta_model.vocab_shard)
     if refusal is None:
         return BuiltDeviceRunner(_build_stack(model_info, resolved, meta_model, device), "triton, fused stack")

@@ -32,8 +32,12 @@ def configure(**options: Any) -> EngineConfig:
 def answer(monkeypatch: pytest.MonkeyPatch):
     """Sets what the probe answers, on a machine with a GPU build of PyTorch."""
 
-    def set_answer(facts: DeviceFacts, *, triton: bool = True, missing: str = "") -> None:
+    def set_answer(
+        facts: DeviceFacts, *, triton: bool = True, missing: str = "", driver: tuple[int, int] = (13, 0)
+    ) -> None:
         monkeypatch.setattr(probe, "ask", lambda _device: facts)
+        monkeypatch.setattr(probe, "torch_build", lambda: {"__version__": "2.13.0+cu130", "cuda": "13.0"})
+        monkeypatch.setattr(probe, "driver_version", lambda: driver)
         monkeypatch.setattr(cuda, "_missing_software", lambda: missing)
         monkeypatch.setattr(cuda, "has_triton", lambda: triton)
 
@@ -79,14 +83,31 @@ def test_torch_kernels_that_were_asked_for_need_no_warning(answer) -> None:
 
 
 def test_a_driver_that_is_too_old(answer) -> None:
-    cause = "The NVIDIA driver on your system is too old (found version 11040)"
-    answer(DeviceFacts(error=cause))
+    answer(H100, driver=(12, 4))
+    cause = (
+        "the NVIDIA driver supports CUDA 12.4, too old for the installed PyTorch, which was built for CUDA 13.0 "
+        "(install a newer driver)"
+    )
     with pytest.raises(ConfigError) as caught:
         machine_for(configure(device="cuda"))
     assert str(caught.value) == f"--device cuda: {cause}: use --device cpu"
     machine = machine_for(configure())
     assert isinstance(machine, CpuMachine)
     assert f"{cause}: the model runs on the CPU" in machine.warnings(configure())
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "fits"),
+    [
+        ({"cuda": "13.0"}, (13, 2), True),
+        ({"cuda": "13.2"}, (13, 0), True),  # the same major version
+        ({"cuda": "12.8"}, (13, 0), True),
+        ({"cuda": "13.0"}, (12, 9), False),
+        ({"hip": "7.0"}, (0, 0), True),
+    ],
+)
+def test_which_builds_a_driver_runs(build: dict[str, str], driver: tuple[int, int], fits: bool) -> None:
+    assert (cuda.old_driver(build, lambda: driver) == "") == fits
 
 
 def test_auto_does_not_ask_where_software_is_missing(answer) -> None:
@@ -147,6 +168,17 @@ def test_memory_of_a_gpu_is_planned(answer, kernels: str) -> None:
     lines = {line.what: line.bytes for line in plan.memory}
     assert lines["workspace"] > cuda.RUNTIME_BYTES
     assert sum(lines.values()) <= 0.9 * 79 * GIB
+
+
+def test_heads_that_the_triton_kernels_refuse_take_the_memory_of_the_attention_in_torch(answer) -> None:
+    answer(H100)
+    of = {
+        (kernels, dim): machine_for(configure(kernels=kernels)).workspace(make_facts(head_dim=dim), 8, 512, 32)
+        for kernels in ("auto", "torch")
+        for dim in (256, 512)
+    }
+    assert of["auto", 512] == of["torch", 512]
+    assert of["auto", 256] != of["torch", 256]
 
 
 def test_both_are_machines() -> None:
