@@ -1,7 +1,7 @@
 """A ragged batch over a paged cache for tests of attention kernels, and dense attention in float64 to compare with."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.kernels.triton.attention import AttentionShape, Partials, Rows, Scores, Work, paged_attention
 from engine.kernels.triton.kv_storage import EIGHT_BITS, LayerCache
+from engine.kernels.triton.tiles import tilings
 from engine.kernels.work_list import Tiling, Tilings, WorkList, capacity, plan_work
 
 SCALING = 0.3
@@ -19,7 +20,8 @@ UNTOUCHED = 7.0
 @dataclass(frozen=True)
 class Case:
     """rows: (tokens before the step, tokens in the step) of each. shared: how many leading blocks all rows have in
-    common, as far as their lengths allow."""
+    common, as far as their lengths allow. target: whose tiles are taken, see `engine.kernels.triton.tiles`; empty: the
+    small ones below."""
 
     rows: tuple[tuple[int, int], ...]
     kv_heads: int = 2
@@ -39,6 +41,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     cache_dtype: torch.dtype | None = None
     seed: int = 0
+    target: str = ""
     shape: AttentionShape = field(init=False)
     tilings: Tilings = field(init=False)
 
@@ -47,7 +50,11 @@ class Case:
         decode = Tiling(shape.decode_queries, self.keys_per_tile, self.programs, self.min_part)
         prefill = Tiling(self.prefill_tiles * decode.queries, self.keys_per_tile, self.programs, self.min_part)
         object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "tilings", Tilings(decode, prefill))
+        made = Tilings(decode, prefill)
+        if self.target:
+            quantized = self.cache_dtype in EIGHT_BITS
+            made = tilings(shape, self.dtype.itemsize, self.target, self.programs * self.kv_heads, quantized)
+        object.__setattr__(self, "tilings", made)
 
     @property
     def scores(self) -> Scores:
@@ -77,8 +84,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, case: Case, ends: Tensor, sinks: Tens
 class Setup:
     """A cache that is NaN wherever no visible token of the batch is stored; null block 0 and unused blocks are NaN."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, device: torch.device | str = "cpu"):
         self.case = case
+        self.device = device
         torch.manual_seed(case.seed)
         random = np.random.default_rng(case.seed)
         self.counts = np.array([count for _, count in case.rows], dtype=np.int64)
@@ -97,7 +105,7 @@ class Setup:
                     self.values[block, :, offset] = torch.randn(case.kv_heads, case.head_dim).double()
             self.tables[i, : lowest // case.block_size] = 0  # blocks before the window are given back
         tokens = int(self.counts.sum())
-        self.query = torch.randn(tokens + PADDING, case.shape.heads, case.head_dim).to(case.dtype)
+        self.query = torch.randn(tokens + PADDING, case.shape.heads, case.head_dim).to(case.dtype).to(device)
         self.ends = self._ends()
         self._store()
 
@@ -131,8 +139,9 @@ class Setup:
         """Store the cache in its dtype; `keys` and `values` become what the stored numbers mean."""
         dtype = self.case.cache_dtype or self.case.dtype
         if dtype not in EIGHT_BITS:
-            self.cache = LayerCache(self.keys.to(dtype), self.values.to(dtype))
-            self.keys, self.values = self.cache.keys.double(), self.cache.values.double()
+            stored = [self.keys.to(dtype), self.values.to(dtype)]
+            self.keys, self.values = (numbers.double() for numbers in stored)
+            self.cache = LayerCache(*(numbers.to(self.device) for numbers in stored))
             return
         stored, scales = [], []
         for numbers in (self.keys, self.values):
@@ -143,7 +152,7 @@ class Setup:
             numbers.copy_(as_dtype.double() * scale[..., None].double())
             stored.append(as_dtype.view(dtype))
             scales.append(scale)
-        self.cache = LayerCache(*stored, *scales)
+        self.cache = LayerCache(*(tensor.to(self.device) for tensor in (*stored, *scales)))
 
     def device_rows(self) -> Rows:
         """The rows on the device: padded with empty rows, and in any order of slots."""
@@ -152,10 +161,10 @@ class Setup:
         if self.case.slots:
             order = np.random.default_rng(self.case.seed).permutation(rows)
             tables = self.tables[order]
-            slots = padded(np.argsort(order).astype(np.int32))
-        columns = [padded(column) for column in (self.starts, self.counts, self.num_computed)]
-        ends = padded(self.ends) if self.case.spans else None
-        return Rows(torch.from_numpy(tables), *columns, slots, ends)
+            slots = padded(np.argsort(order).astype(np.int32)).to(self.device)
+        columns = [padded(column).to(self.device) for column in (self.starts, self.counts, self.num_computed)]
+        ends = padded(self.ends).to(self.device) if self.case.spans else None
+        return Rows(torch.from_numpy(tables).to(self.device), *columns, slots, ends)
 
     def plan(self) -> WorkList:
         case = self.case
@@ -164,19 +173,23 @@ class Setup:
     def attend(self, work: Work | None = None) -> Tensor:
         """The output of the padded batch."""
         case = self.case
-        work = work or device_work(self.plan())
-        out = torch.full((len(self.query), case.shape.heads, case.head_dim), UNTOUCHED, dtype=case.dtype)
+        work = work or device_work(self.plan(), self.device)
+        size = (len(self.query), case.shape.heads, case.head_dim)
+        out = torch.full(size, UNTOUCHED, dtype=case.dtype, device=self.device)
         limit = capacity(case.tilings, len(self.counts), int(self.counts.sum()))
-        partials = Partials.allocate(case.shape, limit, "cpu")
+        partials = Partials.allocate(case.shape, limit, self.device)
         for buffer in (partials.sums, partials.tops, partials.weights):
             buffer.fill_(math.nan)
+        scores = case.scores
+        if scores.sinks is not None:
+            scores = replace(scores, sinks=scores.sinks.to(self.device))
         paged_attention(
-            self.query, self.cache, out, self.device_rows(), work, case.shape, case.tilings, case.scores, partials
+            self.query, self.cache, out, self.device_rows(), work, case.shape, case.tilings, scores, partials
         )
         return out
 
     def expected(self) -> Tensor:
-        out, case = [], self.case
+        out, case, query = [], self.case, self.query.double().cpu()
         for i, (start, count) in enumerate(zip(self.starts.tolist(), self.counts.tolist(), strict=True)):
             total, lowest = case.rows[i][0] + count, self._lowest(i)
             at = np.arange(total)
@@ -184,14 +197,16 @@ class Setup:
             k, v = self.keys[block, :, offset], self.values[block, :, offset]
             k[:lowest], v[:lowest] = 0, 0
             ends = torch.from_numpy(self.ends[start : start + count])
-            out.append(dense(self.query[start : start + count].double(), k, v, case, ends, case.scores.sinks))
+            out.append(dense(query[start : start + count], k, v, case, ends, case.scores.sinks))
         return torch.cat(out)
 
-    def check(self, tolerance: float, work: Work | None = None) -> None:
+    def check(self, tolerance: float, work: Work | None = None) -> Tensor:
+        """Returns what `attend` does."""
         out = self.attend(work)
         tokens = int(self.counts.sum())
-        torch.testing.assert_close(out[:tokens].double(), self.expected(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(out[:tokens].double().cpu(), self.expected(), rtol=tolerance, atol=tolerance)
         assert (out[tokens:] == UNTOUCHED).all()
+        return out
 
 
 def padded(column: np.ndarray) -> Tensor:
@@ -199,10 +214,10 @@ def padded(column: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate((column, np.zeros(PADDING, column.dtype))).astype(np.int32))
 
 
-def device_work(work: WorkList) -> Work:
+def device_work(work: WorkList, device: torch.device | str = "cpu") -> Work:
     """Lists as on the device: longer than their items; what is beyond must not be read."""
     longer = [
         np.concatenate((items, np.full((PADDING, items.shape[1]), 1 << 20, np.int32)))
         for items in (work.decode, work.prefill, work.merges)
     ]
-    return Work(torch.from_numpy(work.sizes), *map(torch.from_numpy, longer))
+    return Work(*(torch.from_numpy(items).to(device) for items in (work.sizes, *longer)))

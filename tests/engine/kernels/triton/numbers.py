@@ -14,11 +14,11 @@ TOLERANCE = {
 }
 
 
-def random_numbers(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    """Normally distributed float32."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+def random_numbers(*shape: int, seed: int, scale: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
+    """Normally distributed float32, the same on all devices."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(device)
 
 
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """Memory that nothing has been written to: NaN, or numbers far outside any valid range."""
-    return torch.full(shape, math.nan if dtype.is_floating_point else -(2**30), dtype=dtype)
+    return torch.full(shape, math.nan if dtype.is_floating_point else -(2**30), dtype=dtype, device=device)

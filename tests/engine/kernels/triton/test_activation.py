@@ -8,18 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels.triton.activation import gelu_tanh_mul, silu_mul
-from tests.engine.kernels.triton.numbers import DTYPES, TOLERANCE, poisoned, random_numbers
-
-KERNELS = {
-    silu_mul: torch.nn.functional.silu,
-    gelu_tanh_mul: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
+from engine.kernels.triton.activation import silu_mul
+from tests.engine.kernels.triton.elementwise_case import GATED, check_gated
+from tests.engine.kernels.triton.numbers import DTYPES
 
 
 @settings(settings.get_profile("triton"))
 @given(
-    kernel=st.sampled_from(list(KERNELS)),
+    kernel=st.sampled_from(list(GATED)),
     tokens=st.integers(0, 140),
     n=st.one_of(st.integers(1, 70), st.sampled_from([1024, 1100])),
     dtype=st.sampled_from(DTYPES),
@@ -28,16 +24,10 @@ KERNELS = {
 def test_the_activated_gate_is_multiplied(
     kernel: Callable[[Tensor, Tensor], None], tokens: int, n: int, dtype: torch.dtype, seed: int
 ) -> None:
-    gate_up = random_numbers(tokens, 2 * n, seed=seed, scale=4).to(dtype)
-    memory = poisoned(tokens + 2, n, dtype=dtype)
-    kernel(gate_up, memory[:tokens])
-    gate, up = gate_up.double().chunk(2, 1)
-    tolerance = TOLERANCE[dtype] | {"atol": 1e-5}
-    torch.testing.assert_close(memory[:tokens].double(), KERNELS[kernel](gate) * up, **tolerance)
-    assert memory[tokens:].isnan().all()
+    check_gated(kernel, tokens, n, dtype, seed)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("kernel", list(GATED))
 def test_large_gates_do_not_overflow(kernel: Callable[[Tensor, Tensor], None]) -> None:
     gate = torch.tensor([[-3e4, -200.0, -90.0, 0.0, 90.0, 3e4]])
     out = torch.empty(1, 6)

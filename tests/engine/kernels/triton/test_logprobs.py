@@ -9,19 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.triton.logprobs import RUN, LogprobsWorkspace, token_logprobs
-from tests.engine.kernels.triton.numbers import DTYPES, poisoned, random_numbers
-
-Out = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def compute(logits: torch.Tensor, rows: np.ndarray, tokens: torch.Tensor, top: int) -> Out:
-    n = len(rows)
-    out = poisoned(n, 1 + top, dtype=torch.int32), poisoned(n, 1 + top), poisoned(n, dtype=torch.int32)
-    workspace = LogprobsWorkspace.allocate(n + 1, logits.shape[1], "cpu")
-    for memory in (workspace.tops, workspace.firsts, workspace.sums, workspace.greater):
-        memory.copy_(poisoned(*memory.shape, dtype=memory.dtype))
-    token_logprobs(logits, torch.from_numpy(rows), tokens, out, workspace)
-    return out
+from tests.engine.kernels.triton.logprobs_case import check_logprobs, compute
+from tests.engine.kernels.triton.numbers import DTYPES, random_numbers
 
 
 @settings(settings.get_profile("triton"))
@@ -36,24 +25,7 @@ def compute(logits: torch.Tensor, rows: np.ndarray, tokens: torch.Tensor, top: i
 def test_logprobs_are_those_of_the_logits(
     count: int, vocab: int, top: int, levels: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """`levels`: how many different logits there are; few make ties, of which the lower ids come first."""
-    rng = np.random.default_rng(seed)
-    memory = poisoned(count, vocab + 3, dtype=dtype)
-    memory[:, :vocab] = ((random_numbers(count, vocab, seed=seed) * levels / 4).round() * 12 / levels).to(dtype)
-    logits = memory[:, :vocab]
-    rows = np.where(rng.random(count) < 0.3, -1, rng.integers(0, count, count)).astype(np.int32)
-    tokens = torch.from_numpy(rng.integers(0, vocab, count).astype(np.int32))
-    ids, values, ranks = compute(logits, rows, tokens, top)
-    for i, row in enumerate(rows.tolist()):
-        if row < 0:
-            assert (ids[i] == poisoned(1, dtype=torch.int32)).all(), "padding isn't written"
-            continue
-        token = int(tokens[row])
-        expected = torch.log_softmax(logits[row].double(), -1)
-        order = torch.sort(logits[row].float(), descending=True, stable=True).indices[:top]
-        assert ids[i].tolist() == [token, *order.tolist()]
-        torch.testing.assert_close(values[i].double(), expected[ids[i].long()], rtol=2e-6, atol=2e-6)
-        assert int(ranks[i]) == int((logits[row] > logits[row, token]).sum()) + 1
+    check_logprobs(count, vocab, top, levels, dtype, seed)
 
 
 def test_all_tokens_can_be_asked_for() -> None:

@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels.triton.norm import rms_norm
-from tests.engine.kernels.triton.numbers import DTYPES, TOLERANCE, poisoned, random_numbers
-
-EPSILON = 1e-5
-
-
-def expected(x: torch.Tensor, weight: torch.Tensor, offset: float) -> torch.Tensor:
-    x = x.double()
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPSILON) * (weight.double() + offset)
+from tests.engine.kernels.triton.elementwise_case import EPSILON, check_norm, normalized
+from tests.engine.kernels.triton.numbers import DTYPES, TOLERANCE, random_numbers
 
 
 @settings(settings.get_profile("triton"))
@@ -28,15 +22,7 @@ def expected(x: torch.Tensor, weight: torch.Tensor, offset: float) -> torch.Tens
 def test_the_sum_is_normalized(
     tokens: int, hidden: int, has_delta: bool, offset: float, dtype: torch.dtype, seed: int
 ) -> None:
-    residual = random_numbers(tokens, hidden, seed=seed)
-    delta = random_numbers(tokens, hidden, seed=seed + 1).to(dtype)
-    weight = random_numbers(hidden, seed=seed + 2).to(dtype)
-    total = residual + delta.float() if has_delta else residual.clone()
-    memory = poisoned(tokens + 3, hidden, dtype=dtype)
-    rms_norm(residual, delta if has_delta else None, weight, memory[:tokens], EPSILON, offset)
-    torch.testing.assert_close(residual, total, rtol=0, atol=0)
-    torch.testing.assert_close(memory[:tokens].double(), expected(total, weight, offset), **TOLERANCE[dtype])
-    assert memory[tokens:].isnan().all(), "nothing is written behind the tokens"
+    check_norm(tokens, hidden, has_delta, offset, dtype, seed)
 
 
 def test_a_token_does_not_depend_on_others() -> None:
@@ -54,7 +40,7 @@ def test_the_residual_may_have_another_dtype() -> None:
     total, out = residual.float() + delta.float(), torch.empty(5, 32)
     rms_norm(residual, delta, torch.ones(32), out, EPSILON)
     assert torch.equal(residual, total.half())
-    torch.testing.assert_close(out.double(), expected(total, torch.ones(32), 0.0), **TOLERANCE[torch.float32])
+    torch.testing.assert_close(out.double(), normalized(total, torch.ones(32), 0.0), **TOLERANCE[torch.float32])
 
 
 def test_arguments_must_be_on_one_device() -> None:
