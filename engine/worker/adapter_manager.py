@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from engine.errors import ModelError, cause_of
+from engine.model.loading.meta_model import MetaModel
 from engine.model.lora.lora_weights import Adapter, read_adapter, shard_adapter
 from engine.model.runtime.vocab_shard import VocabShard
 from engine.model.sharding.tp_plan import TPPlan
@@ -40,8 +40,15 @@ class AdapterSharding:
 
     def all_loaded(self, loaded: bool) -> bool:
         """Whether every rank passed True; all ranks must call it."""
-        failures = torch.tensor([int(not loaded)], dtype=torch.int64)
-        return int(self.part.group.all_reduce(failures)) == 0
+        return self.part.group.smallest(int(loaded)) == 1
+
+
+def adapter_sharding(meta_model: MetaModel, tp_plan: TPPlan | None) -> AdapterSharding | None:
+    """How adapters are sharded for this rank; None with one rank."""
+    if tp_plan is None or meta_model.vocab_shard is None:
+        return None
+    base = f"{meta_model.path(meta_model.model.base_model)}."
+    return AdapterSharding(tp_plan, meta_model.vocab_shard, base, meta_model.model)
 
 
 class AdapterManager:

@@ -7,15 +7,16 @@ tokens, about a kilobyte, is in the same stream as well: on a second stream it w
 from overwriting the tokens first, which costs as much as the copy.
 """
 
+import atexit
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
 from engine.model.runtime.rank_group import RankGroup
 from engine.worker.device import Columns
+from engine.worker.nccl_group import NcclGroup
 from engine.worker.torch_device import StagedColumns
 
 STAGING_BUFFERS = 3  # two steps in flight, and the one being laid out
@@ -125,5 +126,8 @@ class CudaDevice:
         ended.synchronize()
         return float(began.elapsed_time(ended)) * 1e-3
 
-    def join(self, rank: int, size: int, store: str) -> RankGroup:  # noqa: ARG002
-        raise ConfigError(f"--tp {size} does not work on GPUs yet")
+    def join(self, rank: int, size: int, store: str) -> RankGroup:
+        torch.cuda.set_device(self.device)
+        group = NcclGroup(rank, size, store, self.device)
+        atexit.register(group.close)
+        return group

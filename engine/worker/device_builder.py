@@ -13,6 +13,9 @@ from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import check_attention, kv_layout
 from engine.model.model_info import ModelInfo
 from engine.model.runtime.attention_interface import KVCache, lazy_zeros
+from engine.model.runtime.vocab_shard import VocabShard
+from engine.model.sharding.tp_plan import TPPlan
+from engine.worker.adapter_manager import adapter_sharding
 from engine.worker.device import Device
 from engine.worker.device_attention import Attention, GroupWindow, TorchAttention
 from engine.worker.device_runner import DeviceRunner
@@ -41,6 +44,7 @@ def build_device_runner(
     resolved: ResolvedConfig,
     meta_model: MetaModel,
     device: Device,
+    tp_plan: TPPlan | None = None,
     *,
     use_triton: bool = False,
 ) -> BuiltDeviceRunner:
@@ -50,13 +54,16 @@ def build_device_runner(
 
     Args:
         model_info: of the rank.
+        meta_model: the rank's shard of the model.
+        tp_plan: how ranks divide the model; None with one rank.
         use_triton: whether attention, sampling and the state of slots use the kernels in Triton; else those in torch.
     """
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} is only supported by the CPU kernels")
     if not use_triton:
-        return BuiltDeviceRunner(_build_generic(config, model_info, resolved, meta_model, device, False), "torch")
+        runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, False)
+        return BuiltDeviceRunner(runner, "torch")
     from engine.kernels.triton.limits import attention_refusal
     from engine.worker import triton_stack
 
@@ -65,18 +72,20 @@ def build_device_runner(
     if refusal is not None:
         if config.kernels == "triton":
             raise ConfigError(f"--kernels triton does not run this model ({refusal}): use --kernels torch")
-        runner = _build_generic(config, model_info, resolved, meta_model, device, False)
+        runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, False)
         return BuiltDeviceRunner(runner, f"torch ({refusal})")
-    refusal = triton_stack.refusal(meta_model.model, meta_model.vocab_shard)
+    refusal = triton_stack.refusal(meta_model.model)
     if refusal is None:
-        return BuiltDeviceRunner(_build_stack(model_info, resolved, meta_model, device), "triton, fused stack")
-    runner = _build_generic(config, model_info, resolved, meta_model, device, True)
+        runner = _build_stack(model_info, resolved, meta_model, device, tp_plan)
+        return BuiltDeviceRunner(runner, "triton, fused stack")
+    runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, True)
     return BuiltDeviceRunner(runner, f"triton ({refusal})")
 
 
 def _build_stack(
-    model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, device: Device
+    model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, device: Device, tp_plan: TPPlan | None
 ) -> DeviceRunner:
+    from engine.worker.stack_ranks import make_stack_ranks
     from engine.worker.triton_stack import make_stack
     from engine.worker.triton_stack_backend import TritonStackBackend
 
@@ -88,9 +97,10 @@ def _build_stack(
     with torch.inference_mode():
         slots, state, cache = _allocate(model_info, resolved, device)
         uses = [(group, window or None) for group, window in enumerate(groups.windows)]
-        kernels, attention = _triton_parts(model_info, resolved, cache, uses, state)
-        backend = TritonStackBackend(device, stack, attention, kernels, state.parameters, meta_model.model)
-        return DeviceRunner(device, backend, slots, state, kernels)
+        kernels, attention = _triton_parts(model_info, resolved, cache, uses, state, meta_model.vocab_shard)
+        ranks = make_stack_ranks(meta_model.vocab_shard)
+        backend = TritonStackBackend(device, stack, attention, kernels, state.parameters, meta_model.model, ranks)
+        return DeviceRunner(device, backend, slots, state, kernels, adapter_sharding(meta_model, tp_plan))
 
 
 def _build_generic(
@@ -99,6 +109,7 @@ def _build_generic(
     resolved: ResolvedConfig,
     meta_model: MetaModel,
     device: Device,
+    tp_plan: TPPlan | None,
     use_triton: bool,
 ) -> DeviceRunner:
     if config.load_format == "dummy":
@@ -115,11 +126,11 @@ def _build_generic(
         if config.load_format == "dummy":
             meta_model.fill(allocate=device.zeros)
         slots, state, cache = _allocate(model_info, resolved, device)
-        kernels, attention = _attention(model_info, resolved, cache, uses, state, use_triton)
+        kernels, attention = _attention(model_info, resolved, cache, uses, state, meta_model.vocab_shard, use_triton)
         backend = GenericDeviceBackend(
             device, meta_model.model, attention, kernels, state.parameters, meta_model.vocab_shard
         )
-        return DeviceRunner(device, backend, slots, state, kernels)
+        return DeviceRunner(device, backend, slots, state, kernels, adapter_sharding(meta_model, tp_plan))
 
 
 def _allocate(
@@ -138,15 +149,22 @@ def _attention(
     cache: KVCache,
     uses: Sequence[GroupWindow],
     state: DeviceState,
+    vocab_shard: VocabShard | None,
     use_triton: bool,
 ) -> tuple[StepKernels, Attention]:
     if use_triton:
-        return _triton_parts(model_info, resolved, cache, uses, state)
-    return StepKernels(), TorchAttention(cache, uses, cache.keys[0].device)
+        return _triton_parts(model_info, resolved, cache, uses, state, vocab_shard)
+    kernels = StepKernels() if vocab_shard is None else StepKernels().sharded(vocab_shard.gather)
+    return kernels, TorchAttention(cache, uses, cache.keys[0].device)
 
 
 def _triton_parts(
-    model_info: ModelInfo, resolved: ResolvedConfig, cache: KVCache, uses: Sequence[GroupWindow], state: DeviceState
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    cache: KVCache,
+    uses: Sequence[GroupWindow],
+    state: DeviceState,
+    vocab_shard: VocabShard | None,
 ) -> tuple[StepKernels, "TritonAttention"]:
     from engine.kernels.triton.attention import AttentionShape
     from engine.worker.triton_backend import TritonAttention, default_tilings, triton_step_kernels
@@ -158,4 +176,6 @@ def _triton_parts(
     # Every running request computes a token, and draft tokens besides.
     tokens = max(resolved.max_num_batched_tokens, sampled)
     kernels = triton_step_kernels(sampled, model_info.vocab_size, state.words.device)
+    if vocab_shard is not None:
+        kernels = kernels.sharded(vocab_shard.gather)
     return kernels, TritonAttention(cache, uses, state.tables, shape, tilings, tokens)

@@ -10,6 +10,7 @@ from engine.devices import machine_for
 from engine.model.model_info import ModelInfo
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
+from engine.worker.rank_protocol import DeviceKind
 from engine.worker.worker_start import device_start
 
 Progress = Callable[[int, int], None]
@@ -52,9 +53,9 @@ def make_executor(
         progress: called from a thread with the bytes of weights read so far and in total.
     """
     machine = machine_for(config)
-    if machine.torch_type:
-        start = device_start(machine.torch_type, use_triton=machine.kernels == "triton")
-        return InProcessDeviceExecutor(config, model_info, resolved, start=start, progress=progress)
+    device = DeviceKind(machine.torch_type, machine.kernels == "triton") if machine.torch_type else None
     if config.tensor_parallel_size > 1:
-        return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress)
+        return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress, device=device)
+    if device is not None:
+        return InProcessDeviceExecutor(config, model_info, resolved, start=device_start(device), progress=progress)
     return InProcessExecutor(config, model_info, resolved, progress=progress)

@@ -68,7 +68,7 @@ class GenericDeviceBackend:
 
     def choose(self, inputs: StepInputs) -> Tensor:
         assert self._logits is not None
-        logits = self._gathered(self._logits[: len(inputs.sample_slots)])
+        logits = self._logits[: len(inputs.sample_slots)]
         return self._kernels.choose_tokens(
             logits, self._parameters, inputs.sample_slots, inputs.sample_counts, inputs.draws
         )

@@ -55,6 +55,17 @@ class GlooGroup:
             raise _lost(error) from error
         return torch.cat(parts, -1)
 
+    def smallest(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        found = torch.tensor([number], dtype=torch.int64)
+        try:
+            self._group.allreduce([found], options).wait()
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return int(found)
+
     def broadcast(self, tensors: list[Tensor], timeout: datetime.timedelta = TIMEOUT) -> list[Tensor]:
         """Copy rank 0's tensors to all ranks, in place. The other ranks pass contiguous tensors of the same sizes."""
         options = dist.BroadcastOptions()

@@ -26,6 +26,7 @@ from engine.model.model_info import ModelInfo
 from engine.worker.rank_protocol import (
     Call,
     CallResult,
+    DeviceKind,
     FrameKind,
     PeerLostError,
     RankOptions,
@@ -67,6 +68,7 @@ class MultiprocessExecutor:
     Args:
         folder: for the file by which the ranks find each other; None: the system's folder for temporary files.
         progress: called from a thread with the bytes of weights that rank 0 has read so far and reads in total.
+        device: what the ranks run on; None: the CPU.
 
     Raises the RedlineError of a rank that can't start.
     """
@@ -79,6 +81,7 @@ class MultiprocessExecutor:
         *,
         folder: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        device: DeviceKind | None = None,
     ) -> None:
         began = time.monotonic()
         self.ended: Future[None] = Future()
@@ -86,6 +89,7 @@ class MultiprocessExecutor:
         self._error: RedlineError | None = None
         self._closing = False
         self._progress = progress
+        self._device = device
         self._pending: deque[Future[Any]] = deque()
         self._outbox: SimpleQueue[tuple[FrameKind, bytes] | None] = SimpleQueue()
         # The first ranks get commands: only rank 0 if it drives the others, otherwise all.
@@ -172,6 +176,7 @@ class MultiprocessExecutor:
                 socket_fd=theirs.fileno(),
                 ring_fd=self._ring.descriptor if reads_ring else None,
                 ring_readers=self._ring_readers,
+                device=self._device,
             )
             inherit = (theirs.fileno(), self._ring.descriptor) if reads_ring else (theirs.fileno(),)
             return RankProcess(options, ours, inherit)

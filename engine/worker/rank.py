@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -33,11 +33,10 @@ from engine.worker.rank_protocol import (
     send_report,
 )
 from engine.worker.ring import RingReader
-from engine.worker.worker_start import RankPlace, StartReport, start_worker
+from engine.worker.worker_start import RankPlace, StartReport, device_start, start_worker
 
 if TYPE_CHECKING:
     from engine.worker.driver_broadcast import Follower
-    from engine.worker.runner import Runner
 
 log = logging.getLogger("redline.worker")
 
@@ -63,34 +62,50 @@ def run(parent: socket.socket, options: RankOptions) -> None:
     with suppress(BrokenPipeError):  # the executor is gone
         if ring is None:
             cast("Follower", worker).follow()
+        elif options.device is None:
+            serve(parent, ring, worker, partial(send, parent) if options.rank == 0 else _drop)
         else:
-            serve(parent, ring, cast("Runner", worker), answers=options.rank == 0)
+            from engine.worker.device_answers import DeviceAnswers
+
+            with DeviceAnswers(parent, sends=options.rank == 0) as answers:
+                serve(parent, ring, worker, answers.put)
 
 
-def start(options: RankOptions, progress: Callable[[int, int], None]) -> "tuple[Runner | Follower, StartReport]":
+def _drop(_kind: FrameKind, _answer: bytes) -> None:
+    """The answer of a rank that rank 0 speaks for."""
+
+
+def start(options: RankOptions, progress: Callable[[int, int], None]) -> tuple[Any, StartReport]:
+    """Start the worker: a Runner or, with `--ablate driver-broadcast`, a Follower; on a device a DeviceRunner."""
     config, resolved = EngineConfig(**options.config), ResolvedConfig(**options.resolved)
     model_info = ModelInfo(**{**options.model_info, "path": Path(options.model_info["path"])})
     place = RankPlace(options.rank, options.store)
-    return start_worker(config, model_info, resolved, progress if options.rank == 0 else None, place)
+    shown = progress if options.rank == 0 else None
+    if options.device is not None:
+        return device_start(options.device, place)(config, model_info, resolved, shown)
+    return start_worker(config, model_info, resolved, shown, place)
 
 
-def serve(parent: socket.socket, ring: RingReader, runner: "Runner", *, answers: bool) -> None:
-    """Execute commands until the executor closes its end of the socket."""
+def serve(parent: socket.socket, ring: RingReader, runner: Any, answer: Callable[[FrameKind, Any], None]) -> None:
+    """Execute commands until the executor closes its end of the socket.
+
+    Args:
+        runner: a Runner, or a DeviceRunner, whose results are not computed yet.
+        answer: called with the answer to each command.
+    """
     while (command := receive_command(parent, ring)) is not None:
         kind, body = command
         if kind is FrameKind.FORWARD:
             runner.forward(body)
-            answer, result = FrameKind.FORWARD_DONE, b""
+            answer(FrameKind.FORWARD_DONE, b"")
         elif kind is FrameKind.CALL:
-            answer, result = FrameKind.CALL_RESULT, execute(runner, body)
+            answer(FrameKind.CALL_RESULT, execute(runner, body))
         else:
-            answer, result = FrameKind.STEP_RESULT, runner.sample(read_sample(body))
-        if answers:
-            send(parent, answer, result)
+            answer(FrameKind.STEP_RESULT, runner.sample(read_sample(body)))
     runner.close()
 
 
-def execute(runner: "Runner", body: bytes) -> bytes:
+def execute(runner: Any, body: bytes) -> bytes:
     """Execute a call and encode its result, or its error. Only PeerLostError is raised."""
     try:
         call = msgspec.msgpack.decode(body, type=Call)

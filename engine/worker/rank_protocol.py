@@ -40,6 +40,18 @@ class FrameKind(IntEnum):
     CALL_RESULT = 7
 
 
+class DeviceKind(msgspec.Struct):
+    """What ranks run on besides the CPU.
+
+    Args:
+        torch_type: the device type of torch.
+        use_triton: whether with the kernels in Triton, else with those in torch.
+    """
+
+    torch_type: str
+    use_triton: bool
+
+
 class RankOptions(msgspec.Struct):
     """What a rank is to run; config, model_info and resolved are the fields of those classes."""
 
@@ -51,6 +63,7 @@ class RankOptions(msgspec.Struct):
     socket_fd: int
     ring_fd: int | None  # None: commands come from rank 0
     ring_readers: int  # number of ranks that read the ring, from rank 0 on
+    device: DeviceKind | None = None  # None: the CPU
 
 
 class Call(msgspec.Struct):

@@ -18,7 +18,7 @@ from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import TPPlan
 from engine.worker import prompt_logprobs, sampler
-from engine.worker.adapter_manager import AdapterManager, AdapterSharding
+from engine.worker.adapter_manager import AdapterManager, AdapterSharding, adapter_sharding
 from engine.worker.backend_builder import BuiltBackend, build_backend
 from engine.worker.model_backend import ModelBackend
 from engine.worker.slots import StepBatch, WorkerSlots
@@ -152,10 +152,7 @@ def build_parts(
     """Build a rank's model backend, and with several ranks the sharding of adapters."""
     with large_allocations_mapped(), contextlib.closing(meta_model):
         built = build_backend(config, model_info, resolved, meta_model)
-    if tp_plan is None or meta_model.vocab_shard is None:
-        return built, None
-    base = f"{meta_model.path(meta_model.model.base_model)}."
-    return built, AdapterSharding(tp_plan, meta_model.vocab_shard, base, meta_model.model)
+    return built, adapter_sharding(meta_model, tp_plan)
 
 
 def build_slots(resolved: ResolvedConfig) -> WorkerSlots:

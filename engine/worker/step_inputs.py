@@ -10,7 +10,7 @@ Example of `engine.worker.slots`, where the token of slot 0 is sampled by a step
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,33 @@ from engine.worker.device import Device
 from engine.worker.device_slots import DeviceSlots, StateLayout
 from engine.worker.slots import StepBatch
 
+ChooseTokens = Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor]  # see `engine.kernels.sampling.choose_tokens`
+
 
 @dataclass(frozen=True, slots=True)
 class StepKernels:
-    """The kernels that a step needs beside the model's, by default those in torch."""
+    """The kernels that a step needs beside the model's, by default those in torch.
+
+    `choose_tokens` gets the logits of this rank.
+    """
 
     gather_ids: Callable[[Tensor, Tensor, Tensor], None] = slot_state.gather_ids
     append_tokens: Callable[[Tensor, Tensor, Tensor], None] = slot_state.append_tokens
     write_elements: Callable[[Tensor, Tensor, Tensor, Tensor], None] = slot_state.write_elements
-    choose_tokens: Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor] = sampling.choose_tokens
+    choose_tokens: ChooseTokens = sampling.choose_tokens
+
+    def sharded(self, gather: Callable[[Tensor], Tensor]) -> "StepKernels":
+        """The same kernels for ranks that divide the vocabulary: each chooses from the logits of all ranks.
+
+        Args:
+            gather: the logits of all ranks, given those of this rank.
+        """
+        choose = self.choose_tokens
+
+        def choose_tokens(logits: Tensor, parameters: Tensor, slots: Tensor, counts: Tensor, draws: Draws) -> Tensor:
+            return choose(gather(logits), parameters, slots, counts, draws)
+
+        return replace(self, choose_tokens=choose_tokens)
 
 
 class DeviceState:

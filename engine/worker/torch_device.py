@@ -4,6 +4,7 @@ Copies to the host wait for the device, so the next step is laid out after this 
 memory of its own, so nothing captured can read it, and `capture` records nothing.
 """
 
+import atexit
 import math
 import time
 from collections.abc import Callable
@@ -101,4 +102,6 @@ class TorchDevice:
     def join(self, rank: int, size: int, store: str) -> RankGroup:
         if self.device.type != "cpu":
             raise ConfigError(f"--tp {size} does not work on {self.device.type}")
-        return GlooGroup(rank, size, store)
+        group = GlooGroup(rank, size, store)
+        atexit.register(group.close)
+        return group

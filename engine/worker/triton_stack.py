@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from engine.heap import trim_heap
 from engine.kernels.triton.rotary import Rotary
 from engine.model.kv_groups import KVGroups
-from engine.model.runtime.vocab_shard import VocabShard
 from engine.worker.fused_stack import release, structural_refusal
 
 Place = Callable[[Tensor], Tensor]  # copies a tensor of the host to the device
@@ -58,7 +57,10 @@ class StackLayer:
 
 @dataclass(frozen=True, slots=True)
 class TritonStack:
-    """A decoder on the device. embedding, head: [vocabulary, hidden], the same tensor if they are tied."""
+    """A decoder, or a rank's shard of it, on the device.
+
+    embedding, head: [vocabulary of the rank, hidden], the same tensor if they are tied.
+    """
 
     layers: tuple[StackLayer, ...]
     embedding: Tensor
@@ -67,13 +69,11 @@ class TritonStack:
     epsilon: float
 
 
-def refusal(model: Any, vocab_shard: VocabShard | None) -> str | None:
-    """Why a transformers model can't use the stack in Triton; None if it can."""
+def refusal(model: Any) -> str | None:
+    """Why a transformers model, or a rank's shard of it, can't use the stack in Triton; None if it can."""
     structural = structural_refusal(model)
     if structural is not None:
         return structural
-    if vocab_shard is not None:
-        return "several ranks share the model"
     head_dim = model.model.layers[0].self_attn.head_dim
     if head_dim % 2:
         return f"its heads have {head_dim} elements, an odd number"

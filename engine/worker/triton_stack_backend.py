@@ -6,11 +6,11 @@ A layer of `engine.worker.triton_stack`, with the tokens of all rows of the batc
     product            queries, keys and values
     rotate_and_cache   norms of heads, rotary embedding, write to the KV cache
     paged_attention
-    product            output
+    product            output; summed over ranks
     rms_norm           residual += output of the attention; normalized
     product            gate and up
     silu_mul
-    product            down
+    product            down; summed over ranks
 """
 
 from collections.abc import Mapping
@@ -29,6 +29,7 @@ from engine.model.lora.lora_packing import by_layer, merge
 from engine.model.lora.lora_weights import Adapter, LowRank, check_adapter
 from engine.worker.device import Columns, Device
 from engine.worker.slots import StepBatch
+from engine.worker.stack_ranks import StackRanks
 from engine.worker.step_inputs import StepInputs, StepKernels
 from engine.worker.triton_backend import TritonAttention
 from engine.worker.triton_stack import StackLayer, StackLinear, TritonStack
@@ -43,6 +44,7 @@ class TritonStackBackend:
         attention: over the KV cache of the stack's layers.
         parameters: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`.
         model: for its shapes; the stack has its weights.
+        ranks: what ranks exchange.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class TritonStackBackend:
         kernels: StepKernels,
         parameters: Tensor,
         model: nn.Module,
+        ranks: StackRanks,
     ):
         self._device = device
         self._stack = stack
+        self._ranks = ranks
         self._attention = attention
         self._kernels = kernels
         self._parameters = parameters
@@ -71,7 +75,7 @@ class TritonStackBackend:
         self._attention.begin(inputs)
         self._adapters.begin(inputs.planned)
         stack = self._stack
-        residual = functional.embedding(inputs.ids, stack.embedding).float()
+        residual = self._ranks.embed(inputs.ids, stack.embedding).float()
         delta: Tensor | None = None
         for number, layer in enumerate(stack.layers):
             delta = self._run_layer(number, layer, residual, delta, inputs.positions)
@@ -91,11 +95,11 @@ class TritonStackBackend:
         heads = qkv.view(len(qkv), -1, shape.head_dim)
         mixed = qkv.new_empty(len(qkv), shape.heads, shape.head_dim)
         attention.attend_cached(number, heads[:, : shape.heads], mixed, layer.window, Scores(layer.scaling))
-        delta = linear(mixed.view(len(qkv), -1), layer.output, number)
+        delta = self._ranks.reduce(linear(mixed.view(len(qkv), -1), layer.output, number))
         gate_up = linear(self._normalize(residual, delta, layer.post_norm), layer.gate_up, number)
         inner = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         silu_mul(gate_up, inner)
-        return linear(inner, layer.down, number)
+        return self._ranks.reduce(linear(inner, layer.down, number))
 
     def _normalize(self, residual: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         out = torch.empty_like(residual, dtype=self._stack.embedding.dtype)
@@ -112,8 +116,8 @@ class TritonStackBackend:
     def logits(self, which: Int64s) -> Tensor:
         assert self._logits is not None
         if len(which) == len(self._logits):
-            return self._logits
-        return self._logits[self._device.place(torch.from_numpy(which))]
+            return self._ranks.gather(self._logits)
+        return self._ranks.gather(self._logits[self._device.place(torch.from_numpy(which))])
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
         self._adapters.add(slot, adapter)

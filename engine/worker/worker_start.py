@@ -12,6 +12,7 @@ from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.host import threads_per_rank
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
+from engine.worker.rank_protocol import DeviceKind
 from engine.worker.threads import limit_libraries, pin_thread
 
 if TYPE_CHECKING:
@@ -87,9 +88,9 @@ def start_worker(
 
 
 def device_start(
-    torch_type: str, *, use_triton: bool
+    kind: DeviceKind, place: RankPlace | None = None
 ) -> "Callable[[EngineConfig, ModelInfo, ResolvedConfig, Progress | None], tuple[DeviceRunner, StartReport]]":
-    """The function that starts the only rank on a device: as `start_worker`, in the thread that runs steps."""
+    """The function that starts a rank on a device: as `start_worker`, in the thread that runs steps."""
 
     def start(
         config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, progress: Progress | None = None
@@ -97,13 +98,22 @@ def device_start(
         phases = _Phases()
         limit_libraries()
         from engine.model.loading.open_model import open_model
+        from engine.model.sharding.shard_model import shard_model
         from engine.worker.device_builder import build_device_runner
 
         phases.end("import torch")
-        device = _make_device(torch_type)
+        device = _make_device(kind.torch_type, 0 if place is None else place.rank)
         meta_model = open_model(config, model_info, progress)
+        tp_plan = None if place is None else plan_tensor_parallel(config, model_info)
         phases.end("open model")
-        built = build_device_runner(config, model_info, resolved, meta_model, device, use_triton=use_triton)
+        if place is not None and tp_plan is not None:
+            group = device.join(place.rank, tp_plan.size, place.store)
+            phases.end("join ranks")
+            shard_model(meta_model, tp_plan, group)
+            model_info = tp_plan.rank_info
+        built = build_device_runner(
+            config, model_info, resolved, meta_model, device, tp_plan, use_triton=kind.use_triton
+        )
         phases.end("load weights", meta_model.seconds)
         phases.end("prepare kernels")
         return built.runner, StartReport(phases.seconds, built.kernels, built.warnings)
@@ -111,11 +121,12 @@ def device_start(
     return start
 
 
-def _make_device(torch_type: str) -> "Device":
+def _make_device(torch_type: str, rank: int) -> "Device":
+    """A rank's device: the GPU of its number among those that are visible."""
     if torch_type == "cuda":
         from engine.worker.cuda_device import CudaDevice
 
-        return CudaDevice()
+        return CudaDevice(rank)
     from engine.worker.torch_device import TorchDevice
 
     return TorchDevice(torch_type)

@@ -18,3 +18,7 @@ class RankGroup(Protocol):
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, concatenated along the last dimension."""
         ...
+
+    def smallest(self, number: int) -> int:
+        """The smallest of the ranks' numbers; waits for all ranks."""
+        ...

@@ -144,5 +144,5 @@ def test_the_model_loses_its_weights_and_tied_ones_are_on_the_device_once(tmp_pa
 def test_refusals(kind: str, more: dict[str, Any], reason: str | None, tmp_path: Path) -> None:
     build_model(kind, tmp_path, num_hidden_layers=2, **more)
     meta_model = open_model(*configure(tmp_path)[:2])
-    found = refusal(meta_model.model, meta_model.vocab_shard)
+    found = refusal(meta_model.model)
     assert found is None if reason is None else reason in str(found)

@@ -27,6 +27,9 @@ class ThreadGroup:
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self._exchange(tensor, lambda parts: torch.cat(parts, -1))
 
+    def smallest(self, number: int) -> int:
+        return int(self._exchange(torch.tensor(number), lambda parts: torch.stack(parts).amin(0)))
+
 
 def make_groups(size: int) -> list[ThreadGroup]:
     slots, barrier = [torch.empty(0)] * size, threading.Barrier(size, timeout=30)
