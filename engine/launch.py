@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class CoreOptions(children.PipeOptions):
     from_core: tuple[str, ...]
     step_timeout_s: float
     memory: int | None  # bytes that the engine may use; None: what is free
+    environment: dict[str, str]  # variables to set, see `engine.devices.machine.Machine.environment`
 
 
 class CoreProcess:
@@ -59,6 +60,7 @@ class CoreProcess:
     Args:
         step_timeout_s: timeout of the core's watchdog; 0: no watchdog.
         memory: bytes that the core may use if other cores start at the same time; None: what is free then.
+        environment: variables that the core and its ranks have besides those of this process.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class CoreProcess:
         front_ends: int = 1,
         step_timeout_s: float = STEP_TIMEOUT_S,
         memory: int | None = None,
+        environment: Mapping[str, str] | None = None,
     ):
         self._folder = SocketFolder()
         self.endpoints = Endpoints(
@@ -79,7 +82,7 @@ class CoreProcess:
         to_core, from_core = self.endpoints.to_core, self.endpoints.from_core
         self._child = ReportingChild(
             "engine.launch",
-            CoreOptions(config.describe(), to_core, from_core, step_timeout_s, memory),
+            CoreOptions(config.describe(), to_core, from_core, step_timeout_s, memory, dict(environment or {})),
             name="the EngineCore",
             memory_advice="lower --kv-cache-memory-bytes",
         )
@@ -248,6 +251,7 @@ def main() -> int:
 
 
 def _run(options: CoreOptions, send: children.Send) -> None:
+    os.environ.update(options.environment)  # before anything asks for devices
     endpoints = Endpoints(options.to_core, options.from_core)
     config = EngineConfig(**options.config)
     built = build_core_server(config, endpoints, lambda *loaded: send(Loading(*loaded)), options.memory)

@@ -21,7 +21,7 @@ def fit_length(config: EngineConfig, available: int | None = None) -> tuple[Engi
         return config, available
     machine = machine_for(config)
     if available is None:
-        available = machine.available_memory() // config.data_parallel_size
+        available = machine.available_memory()
     model_info = read_model_info(config)
 
     def try_length(length: int) -> None:

@@ -68,7 +68,7 @@ def resolve(
         model_info = dataclasses.replace(model_info, weight_bytes=tp_plan.weight_bytes, kv_bytes_per_token=kv_bytes)
     replicas = config.data_parallel_size
     if available is None:
-        available = machine.available_memory() // replicas
+        available = machine.available_memory()
     fraction = config.gpu_memory_utilization or machine.defaults.memory_utilization
     memory = _Budget(
         available, fraction, model_info.weight_bytes, workspace, model_info.kv_bytes_per_token * block_size

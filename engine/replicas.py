@@ -16,13 +16,23 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
         return (CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s),)
     from engine.devices import machine_for
 
-    # Measured once, since each core would see less once others have allocated.
-    memory = machine_for(config).available_memory() // count
+    machine = machine_for(config)
+    environments = [machine.environment(number) for number in range(count)]
+    # Of a machine that they share, measured once: each core would see less once others have allocated.
+    memory = None if any(environments) else machine.available_memory()
     started: list[CoreProcess] = []
     try:
-        for number in range(count):
+        for number, environment in enumerate(environments):
             one = replace(config, replica=number)
-            started.append(CoreProcess(one, front_ends=front_ends, step_timeout_s=step_timeout_s, memory=memory))
+            started.append(
+                CoreProcess(
+                    one,
+                    front_ends=front_ends,
+                    step_timeout_s=step_timeout_s,
+                    memory=memory,
+                    environment=environment,
+                )
+            )
     except BaseException:
         stop_all(started)
         raise

@@ -18,7 +18,7 @@ def machine_for(config: EngineConfig) -> Machine:
         return CpuMachine(config)
     if config.device not in ("auto", "cuda"):
         return TorchMachine(config, probe.ask(config.device))
-    facts = cuda.find_gpu()
+    facts = cuda.find_gpus(config.tensor_parallel_size)
     if not facts.error:
         return CudaMachine(config, facts, cuda.has_triton())
     if config.device == "cuda":

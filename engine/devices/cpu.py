@@ -39,9 +39,13 @@ class CpuMachine:
         if config.kernels == "triton":
             raise ConfigError("--kernels triton does not work on the CPU: use auto, or --device cuda")
         self._notes = list(notes)
+        self._replicas = config.data_parallel_size
 
     def available_memory(self) -> int:
-        return available_memory()
+        return available_memory() // self._replicas
+
+    def environment(self, replica: int) -> dict[str, str]:  # noqa: ARG002
+        return {}
 
     def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
         """From the shapes of activations, logits, and the generic backend's gathered keys and scores."""

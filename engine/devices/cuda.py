@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from engine.kernels.triton.limits import attention_refusal
 from engine.model.model_info import ModelInfo
 
 MIN_CAPABILITY = (8, 0)  # of the Triton kernels: older GPUs have no bfloat16
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # ROCm heeds both
 RUNTIME_BYTES = 1 << 30  # context, compiled kernels, workspaces of cuBLAS
 # Partial results of attention, which decode and prefill programs write: float32, a bound for all head sizes.
 PARTIALS_BYTES = 256 << 20
@@ -23,7 +25,7 @@ class CudaMachine:
     """Implements `engine.devices.machine.Machine`. Raises ConfigError for options that the GPU does not support.
 
     Args:
-        facts: of the GPU, without an error.
+        facts: of the GPUs, without an error.
         has_triton: whether the package is installed.
     """
 
@@ -35,14 +37,31 @@ class CudaMachine:
     def __init__(self, config: EngineConfig, facts: DeviceFacts, has_triton: bool):
         check_options(config, self.torch_type, ("auto", "triton", "torch"))
         self._facts = facts
+        self._ranks, self._replicas = config.tensor_parallel_size, config.data_parallel_size
+        self._check_count(1)
         self._reason = _no_triton(facts, has_triton)
         if config.kernels == "triton" and self._reason:
             raise ConfigError(f"--kernels triton: {self._reason}: use --kernels torch")
         self.kernels = "torch" if self._reason or config.kernels == "torch" else "triton"
 
     def available_memory(self) -> int:
-        """Free memory when the engine started."""
-        return self._facts.free_bytes or 0
+        """Free memory when the engine started: each rank can take what the GPU with the least has."""
+        return self._ranks * (self._facts.free_bytes or 0)
+
+    def environment(self, replica: int) -> dict[str, str]:
+        """The GPUs of a replica: as many as it has ranks, from those that are visible to this process."""
+        if self._replicas == 1:
+            return {}
+        self._check_count(self._replicas)
+        name, gpus = _visible_gpus(self._facts.count)
+        return {name: ",".join(gpus[replica * self._ranks : (replica + 1) * self._ranks])}
+
+    def _check_count(self, replicas: int) -> None:
+        needed, visible = self._ranks * replicas, self._facts.count
+        if needed > visible:
+            flags = [f"--tp {self._ranks}"] * (self._ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
+            are = "is" if visible == 1 else "are"
+            raise ConfigError(f"{' with '.join(flags)} needs {needed} GPUs, {visible} {are} visible")
 
     def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
         """From the shapes of activations and logits, what attention needs, and what CUDA allocates itself."""
@@ -55,19 +74,22 @@ class CudaMachine:
     def describe(self, config: EngineConfig) -> str:  # noqa: ARG002
         facts = self._facts
         capability = f"compute capability {facts.capability[0]}.{facts.capability[1]}" if facts.capability else ""
-        return f"cuda ({', '.join(filter(None, (facts.name, capability, facts.driver)))})"
+        name = f"{self._ranks} x {facts.name}" if self._ranks > 1 else facts.name
+        return f"cuda ({', '.join(filter(None, (name, capability, facts.driver)))})"
 
     def warnings(self, config: EngineConfig) -> list[str]:
         warnings = ["--device cuda has not been tested on hardware"]
+        if self._facts.differ:
+            warnings.append("the ranks have different GPUs: the slowest one sets the pace")
         if self._reason and config.kernels == "auto":
             warnings.append(f"{self._reason}: attention and sampling use PyTorch, which is slower")
         return warnings
 
 
-def find_gpu() -> DeviceFacts:
-    """The first GPU, or why none can be used."""
+def find_gpus(ranks: int) -> DeviceFacts:
+    """The first GPUs, one for each rank, or why none can be used."""
     missing = _missing_software() or old_driver(probe.torch_build(), probe.driver_version)
-    return DeviceFacts(error=missing) if missing else probe.ask("cuda")
+    return DeviceFacts(error=missing) if missing else probe.ask("cuda", ranks)
 
 
 def is_likely() -> bool:
@@ -94,6 +116,17 @@ def old_driver(build: Mapping[str, str], driver_version: Callable[[], tuple[int,
         f"the NVIDIA driver supports CUDA {version[0]}.{version[1]}, too old for the installed PyTorch, which was "
         f"built for CUDA {build['cuda']} (install a newer driver)"
     )
+
+
+def _visible_gpus(count: int) -> tuple[str, list[str]]:
+    """The variable that restricts a process to some GPUs, and what it calls those that this process sees.
+
+    The user may have named them, by numbers or by UUIDs. CUDA ignores names after one that it does not know.
+    """
+    name = next((name for name in VISIBLE if os.environ.get(name)), VISIBLE[0])
+    given = os.environ.get(name)
+    named = [one.strip() for one in given.split(",")] if given else [str(number) for number in range(count)]
+    return name, named[:count]
 
 
 def _no_triton(facts: DeviceFacts, installed: bool) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.config import EngineConfig
+from engine.config import DRIVER_BROADCAST, EngineConfig
 from engine.errors import ConfigError
 from engine.model.model_info import ITEMSIZE, ModelInfo
 
@@ -31,7 +31,14 @@ class Machine(Protocol):
     kernels: str  # triton or torch; those of the CPU are chosen with the model: auto
 
     def available_memory(self) -> int:
-        """Bytes that the engine could take now."""
+        """Bytes that one replica could take now, on all its ranks together."""
+        ...
+
+    def environment(self, replica: int) -> dict[str, str]:
+        """Environment variables that give a replica devices of its own; empty if all replicas share one.
+
+        Raises ConfigError if there are too few devices.
+        """
         ...
 
     def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
@@ -54,9 +61,10 @@ def check_options(config: EngineConfig, device: str, kernels: tuple[str, ...]) -
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: use --device cpu")
-    for flag, count in (("--tp", config.tensor_parallel_size), ("--dp", config.data_parallel_size)):
-        if count > 1:
-            raise ConfigError(f"{flag} {count} does not work on {device} yet")
+    if DRIVER_BROADCAST in config.ablations:
+        raise ConfigError(
+            f"--ablate {DRIVER_BROADCAST}, a part of --engine v0 with --tp, does not work on {device}: use --device cpu"
+        )
 
 
 def activation_bytes(model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int) -> int:

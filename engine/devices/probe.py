@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.text import first_line
 
@@ -18,22 +19,26 @@ MODULE = "engine.devices.probe"
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):
-    """The first device of a type that a process may use, or in `error` why there is none."""
+    """The first devices of a type that a process may use, or in `error` why there is none."""
 
     error: str = ""
-    name: str = ""
-    free_bytes: int | None = None  # None: the device does not tell
-    capability: tuple[int, int] | None = None  # of GPUs by NVIDIA
+    name: str = ""  # of the first
+    free_bytes: int | None = None  # the least of the devices; None: they do not tell
+    capability: tuple[int, int] | None = None  # of GPUs by NVIDIA, the lowest
+    count: int = 1  # of all that the process may use
+    differ: bool = False  # in their names
     driver: str = ""
 
 
 @lru_cache
-def ask(device: str) -> DeviceFacts:
-    """Ask once in this process's life. `device` is a device type of torch."""
+def ask(device: str, ranks: int = 1) -> DeviceFacts:
+    """Ask once in this process's life, about the first device or as many as there are ranks.
+
+    `device` is a device type of torch.
+    """
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", MODULE, device], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        command = [sys.executable, "-m", MODULE, device, str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         return DeviceFacts(error=f"the device did not answer within {TIMEOUT_S:.0f} s")
     lines = done.stdout.splitlines()
@@ -57,7 +62,7 @@ def torch_build() -> dict[str, str]:
     return dict(re.findall(r"^(__version__|cuda|hip)\b[^=\n]*= *'([^']*)'", text, re.MULTILINE))
 
 
-def measure(device: str) -> DeviceFacts:
+def measure(device: str, ranks: int) -> DeviceFacts:
     """Ask in this process."""
     import torch
 
@@ -68,14 +73,17 @@ def measure(device: str) -> DeviceFacts:
                 torch.get_device_module(device).init()  # raises the reason
             return DeviceFacts(error=f"PyTorch {torch.__version__} finds no device of this type")
         module: Any = torch.get_device_module(device)
-        free = int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") else None
-        name = str(module.get_device_name()) if hasattr(module, "get_device_name") else ""
+        count = int(module.device_count())
+        used = range(min(ranks, count))
+        free = min(int(module.mem_get_info(i)[0]) for i in used) if hasattr(module, "mem_get_info") else None
+        names = [str(module.get_device_name(i)) if hasattr(module, "get_device_name") else "" for i in used]
+        common = DeviceFacts(name=names[0], free_bytes=free, count=count, differ=len(set(names)) > 1)
         if device != "cuda":
-            return DeviceFacts(name=name, free_bytes=free)
+            return common
         if torch.version.hip:
-            return DeviceFacts(name=name, free_bytes=free, driver=f"ROCm {torch.version.hip}")
-        capability = module.get_device_capability()
-        return DeviceFacts(name=name, free_bytes=free, capability=tuple(capability), driver=_driver())
+            return replace(common, driver=f"ROCm {torch.version.hip}")
+        capability = min(tuple(module.get_device_capability(i)) for i in used)
+        return replace(common, capability=capability, driver=_driver())
     except (RuntimeError, AssertionError) as error:
         # Only the cause: PyTorch goes on with links.
         return DeviceFacts(error=first_line(error).split(". ")[0].rstrip("."))
@@ -95,4 +103,4 @@ def _driver() -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(msgspec.to_builtins(measure(sys.argv[1]))))
+    print(json.dumps(msgspec.to_builtins(measure(sys.argv[1], int(sys.argv[2])))))

@@ -21,11 +21,17 @@ class TorchMachine:
         if facts.error:
             raise ConfigError(f"--device {config.device}: {facts.error}: use --device cpu")
         check_options(config, self.torch_type, ("auto", "torch"))
+        for flag, count in (("--tp", config.tensor_parallel_size), ("--dp", config.data_parallel_size)):
+            if count > 1:
+                raise ConfigError(f"{flag} {count} does not work on {config.device}: use --device cpu or cuda")
         self._facts = facts
 
     def available_memory(self) -> int:
         """The device's free memory, or the host's if the device does not tell, because it uses the host's."""
         return available_memory() if self._facts.free_bytes is None else self._facts.free_bytes
+
+    def environment(self, replica: int) -> dict[str, str]:  # noqa: ARG002
+        return {}
 
     def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
         return activation_bytes(model_info, max_num_seqs, max_num_batched_tokens) + gathered_attention_bytes(

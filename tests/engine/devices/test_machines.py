@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from engine import devices
 from engine.config import EngineConfig
@@ -17,6 +18,7 @@ from engine.devices.probe import DeviceFacts
 from engine.devices.torch_device import TorchMachine
 from engine.errors import ConfigError
 from engine.memory import resolve
+from engine.replicas import start_cores
 from tests.engine.test_memory import GIB, make_facts
 
 H100 = DeviceFacts(name="NVIDIA H100 80GB HBM3", free_bytes=79 * GIB, capability=(9, 0), driver="CUDA 13.0")
@@ -35,7 +37,7 @@ def answer(monkeypatch: pytest.MonkeyPatch):
     def set_answer(
         facts: DeviceFacts, *, triton: bool = True, missing: str = "", driver: tuple[int, int] = (13, 0)
     ) -> None:
-        monkeypatch.setattr(probe, "ask", lambda _device: facts)
+        monkeypatch.setattr(probe, "ask", lambda _device, _ranks=1: facts)
         monkeypatch.setattr(probe, "torch_build", lambda: {"__version__": "2.13.0+cu130", "cuda": "13.0"})
         monkeypatch.setattr(probe, "driver_version", lambda: driver)
         monkeypatch.setattr(cuda, "_missing_software", lambda: missing)
@@ -125,14 +127,70 @@ def test_auto_does_not_ask_where_software_is_missing(answer) -> None:
         ({"kernels": "avx2"}, "--kernels avx2 does not work on cuda"),
         ({"quantization": "int8"}, "--quantization int8 needs the C\\+\\+ CPU kernels"),
         ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs the C\\+\\+ CPU kernels"),
-        ({"tensor_parallel_size": 2}, "--tp 2 does not work on cuda"),
-        ({"data_parallel_size": 2}, "--dp 2 does not work on cuda"),
+        ({"tensor_parallel_size": 2}, "--tp 2 needs 2 GPUs, 1 is visible"),
+        ({"tensor_parallel_size": 2, "engine": "v0"}, "--ablate driver-broadcast.*does not work on cuda"),
     ],
 )
 def test_options_of_the_cpu(answer, options: dict[str, Any], message: str) -> None:
     answer(H100)
     with pytest.raises(ConfigError, match=message):
         machine_for(configure(device="cuda", **options))
+
+
+def test_ranks_have_the_memory_of_several_gpus(answer) -> None:
+    answer(replace(H100, count=4))
+    config = configure(device="cuda", tensor_parallel_size=4)
+    machine = machine_for(config)
+    assert machine.available_memory() == 4 * 79 * GIB
+    assert machine.describe(config) == "cuda (4 x NVIDIA H100 80GB HBM3, compute capability 9.0, CUDA 13.0)"
+    assert machine.environment(0) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "count", "expected"),
+    [
+        ({}, 1, 2, ("CUDA_VISIBLE_DEVICES", "0", "1")),
+        ({"CUDA_VISIBLE_DEVICES": "4, 2,7,1"}, 2, 4, ("CUDA_VISIBLE_DEVICES", "4,2", "7,1")),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, 1, 2, ("CUDA_VISIBLE_DEVICES", "GPU-a", "GPU-b")),
+        ({"HIP_VISIBLE_DEVICES": "3,5"}, 1, 2, ("HIP_VISIBLE_DEVICES", "3", "5")),
+    ],
+)
+def test_replicas_have_gpus_of_their_own(
+    answer,
+    given: dict[str, str],
+    ranks: int,
+    count: int,
+    expected: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in cuda.VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    answer(replace(H100, count=count))
+    machine = machine_for(configure(device="cuda", tensor_parallel_size=ranks, data_parallel_size=2))
+    name, *gpus = expected
+    assert [machine.environment(number) for number in range(2)] == [{name: one} for one in gpus]
+    assert machine.available_memory() == ranks * 79 * GIB, "of one replica"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "count", "message"),
+    [(2, 2, "--tp 2 with --dp 2 needs 4 GPUs, 2 are visible"), (1, 1, "--dp 2 needs 2 GPUs, 1 is visible")],
+)
+def test_too_few_gpus_for_the_replicas(answer, ranks: int, count: int, message: str) -> None:
+    answer(replace(H100, count=count))
+    config = configure(device="cuda", tensor_parallel_size=ranks, data_parallel_size=2)
+    with pytest.raises(ConfigError) as caught:
+        start_cores(config, front_ends=1, step_timeout_s=1)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}])
+def test_other_devices_run_one_rank(answer, options: dict[str, Any]) -> None:
+    answer(DeviceFacts(name="some", count=2))
+    with pytest.raises(ConfigError, match=r"--[td]p 2 does not work on xpu"):
+        machine_for(configure(device="xpu", **options))
 
 
 def test_triton_kernels_on_the_cpu() -> None:
@@ -198,7 +256,7 @@ def test_what_the_installed_torch_was_built_for() -> None:
 
 
 def test_the_probe_answers_in_one_line_that_there_is_no_such_device() -> None:
-    command = [sys.executable, "-m", probe.MODULE, "hpu"]
+    command = [sys.executable, "-m", probe.MODULE, "hpu", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "error" in json.loads(done.stdout.splitlines()[-1])
     with pytest.raises(ConfigError, match=r"--device hpu: .*: use --device cpu"):

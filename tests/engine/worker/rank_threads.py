@@ -1,0 +1,91 @@
+"""An executor whose ranks are threads of this process, each with an asynchronous device of its own."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig, ResolvedConfig
+from engine.messages import decode_result
+from engine.model.model_info import ModelInfo
+from engine.worker.device import Device
+from engine.worker.in_process import InProcessDeviceExecutor
+from engine.worker.worker_start import StartReport
+from tests.engine.worker.device_driver import configure
+
+
+class RankThreads:
+    """Implements `engine.worker.executor.StartedExecutor`; all ranks get each command, and must agree on the tokens.
+
+    Args:
+        store: a file by which the ranks find each other.
+    """
+
+    def __init__(self, devices: Sequence[Device], folder: Path, store: Path, *, use_triton: bool, **options: Any):
+        size = len(devices)
+        config, model_info, self.resolved = configure(folder, tensor_parallel_size=size, **options)
+        building = threading.Lock()  # transformers builds a model in a context that is the process's
+
+        def start(rank: int) -> InProcessDeviceExecutor:
+            def start_rank(
+                config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, _: Any
+            ) -> tuple[Any, StartReport]:
+                from engine.model.loading.open_model import open_model
+                from engine.model.sharding.shard_model import shard_model
+                from engine.model.sharding.tp_plan import plan_tensor_parallel
+                from engine.worker.device_builder import build_device_runner
+
+                with building:
+                    meta_model = open_model(config, model_info)
+                    tp_plan = plan_tensor_parallel(config, model_info)
+                shard_model(meta_model, tp_plan, devices[rank].join(rank, size, str(store)))
+                built = build_device_runner(
+                    config, tp_plan.rank_info, resolved, meta_model, devices[rank], tp_plan, use_triton=use_triton
+                )
+                return built.runner, StartReport({}, built.kernels, built.warnings)
+
+            return InProcessDeviceExecutor(config, model_info, self.resolved, start=start_rank)
+
+        with ThreadPoolExecutor(size) as threads:
+            self.executors = list(threads.map(start, range(size)))
+        self.kernels = self.executors[0].kernels
+        self._agreeing = ThreadPoolExecutor(1)
+
+    def submit(self, step: bytes) -> "Future[None]":
+        first, *_ = [one.submit(step) for one in self.executors]
+        return first
+
+    def sample(self, step: int) -> "Future[bytes]":
+        results = [one.sample(step) for one in self.executors]
+
+        def agree() -> bytes:
+            found = [decode_result(result.result()) for result in results]
+            assert len({(one.tokens, one.counts, one.rejected_slots) for one in found}) == 1, "ranks disagree"
+            return results[0].result()
+
+        return self._agreeing.submit(agree)
+
+    def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
+        first, *_ = [one.call(method, arguments) for one in self.executors]
+        return first
+
+    def shutdown(self) -> None:
+        for one in self.executors:
+            one.shutdown()
+        self._agreeing.shutdown()
+
+
+def launch_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one thread at a time launch an interpreted kernel: the interpreter has one state for all threads."""
+    from triton.runtime import interpreter
+
+    launching, launch = threading.Lock(), interpreter.GridExecutor.__call__
+
+    def launch_alone(self: Any, *args: Any, **kwargs: Any) -> None:
+        with launching:
+            launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_alone)
