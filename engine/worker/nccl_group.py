@@ -71,9 +71,9 @@ class NcclGroup:
         if tensor.device.type == "cpu":
             return self._host.all_gather(tensor)
         tensor = tensor.contiguous()
-        parts = tensor.new_empty(self.size, *tensor.shape)
+        parts = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(parts, tensor)
-        return torch.cat(tuple(parts), -1)
+        return torch.cat(parts.chunk(self.size), -1)
 
     def smallest(self, number: int) -> int:
         return self._host.smallest(number)

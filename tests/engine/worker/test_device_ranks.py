@@ -63,7 +63,7 @@ def make_devices() -> list[StandInDevice]:
         ("llama", True, "triton, fused stack", 5),
         ("mistral", True, "triton, fused stack", 4),  # a window in all layers
         ("starcoder2", True, "triton (the kernels", 3),  # the generic backend, with biases that one rank adds
-        ("gemma2", False, "torch", 6),
+        ("qwen2", False, "torch", 6),
     ],
 )
 def test_ranks_that_run_ahead_give_the_tokens_of_one(
