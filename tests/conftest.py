@@ -47,7 +47,8 @@ SLOW = (
     "engine/model/test_kv_groups.py", "engine/worker/test_driver_broadcast.py",
     "engine/worker/test_prompt_logprobs.py", "engine/kernels/triton/test_attention.py",
     "engine/worker/test_device_runner.py", "engine/worker/test_triton_backend.py",
-    "engine/worker/test_triton_stack.py",
+    "engine/worker/test_triton_stack.py", "engine/worker/test_device_ranks.py",
+    "engine/worker/test_device_rank_processes.py",
 )  # fmt: skip
 
 

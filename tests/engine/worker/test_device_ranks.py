@@ -58,20 +58,20 @@ def make_devices() -> list[StandInDevice]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "use_triton", "kernels", "new"),
+    ("kind", "use_triton", "kernels", "count", "new"),
     [
-        ("llama", True, "triton, fused stack", 5),
-        ("mistral", True, "triton, fused stack", 4),  # a window in all layers
-        ("starcoder2", True, "triton (the kernels", 3),  # the generic backend, with biases that one rank adds
-        ("qwen2", False, "torch", 6),
+        ("llama", True, "triton, fused stack", 6, 4),
+        ("mistral", True, "triton, fused stack", 4, 3),  # a window in all layers
+        ("starcoder2", True, "triton (the kernels", 4, 3),  # the generic backend, with biases that one rank adds
+        ("qwen2", False, "torch", 7, 6),
     ],
 )
 def test_ranks_that_run_ahead_give_the_tokens_of_one(
-    kind: str, use_triton: bool, kernels: str, new: int, tmp_path: Path, start: Start
+    kind: str, use_triton: bool, kernels: str, count: int, new: int, tmp_path: Path, start: Start
 ) -> None:
     build_model(kind, tmp_path, num_hidden_layers=2, vocab_size=127)  # one rank has a token more
     samplings = [*SAMPLINGS, ON_HOST[2], ON_HOST[0]]
-    requests = [(prompt[:20], sampling) for prompt, sampling in mixed_requests(samplings, 7)]
+    requests = [(prompt[:14], sampling) for prompt, sampling in mixed_requests(samplings, count)]
     expected = CoreDriver(*start(tmp_path, [])).run(requests, new)
     devices = make_devices()
     executor, resolved = start(tmp_path, devices, use_triton=use_triton)
@@ -79,7 +79,7 @@ def test_ranks_that_run_ahead_give_the_tokens_of_one(
     driver = CoreDriver(executor, resolved)
     assert driver.run(requests, new) == expected
     assert driver.most_in_flight >= 2
-    assert len({tuple(tokens) for tokens in expected}) > 4
+    assert len({tuple(tokens) for tokens in expected}) > 2
 
 
 @pytest.mark.parametrize("use_triton", [True, False], ids=["stack", "generic"])
