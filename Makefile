@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+INSTALL := pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -11,13 +13,18 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml versions/tested.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/$(INSTALL) --constraint versions/tested.txt --editable .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	$(BIN)/$(INSTALL) --constraint versions/tested.txt --editable '.[dev,docs]'
+	@touch $@
+
+$(OLDEST)/installed-dev: pyproject.toml versions/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/$(INSTALL) --constraint versions/oldest.txt --editable '.[dev]'
 	@touch $@
 
 install: $(VENV)/installed  ## Virtual environment with the `redline` command
@@ -58,6 +65,10 @@ unit: $(VENV)/installed-dev  ## All tests, in a worker on each core, with the co
 .PHONY: test-fast
 test-fast: $(VENV)/installed-dev  ## The tests without the files that take 20 s or more, for the inner loop
 	$(PYTEST) -m 'not slow'
+
+.PHONY: test-oldest
+test-oldest: $(OLDEST)/installed-dev  ## Tests of models and workers with the oldest torch, transformers and triton: versions/oldest.txt
+	$(OLDEST)/bin/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder tests/engine/model tests/engine/worker
 
 .PHONY: test-triton
 test-triton: $(VENV)/installed-dev  ## Every Triton kernel against torch in the interpreter, all examples of hypothesis
@@ -127,4 +138,4 @@ accuracy-cpu: install  ## Perplexity and top-1 agreement of the fused stack's fo
 	$(BIN)/python -m tests.perf.accuracy_cpu
 
 clean:  ## Remove the virtual environment and caches, not results
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -70,7 +70,9 @@ def plan_tensor_parallel(config: EngineConfig, model_info: ModelInfo) -> TPPlan:
     size = config.tensor_parallel_size
     hf_config = read_hf_config(model_info.path, config)
     family = FAMILIES.get(hf_config.model_type, Family())
-    styles = dict(family.tp_plan or getattr(hf_config, "base_model_tp_plan", None) or {})
+    tp_plan = family.tp_plan or getattr(hf_config, "base_model_tp_plan", None) or {}
+    # The vocabulary is divided here in one way for all classes.
+    styles = {path: style for path, style in tp_plan.items() if not _VOCABULARY.search(f"{path}.weight")}
     refusal = f"{config.model} can't be divided among ranks (--tp {size}): "
     if not styles:
         raise ModelError(f"{refusal}transformers has no tensor-parallel plan for {model_info.architecture}; use --tp 1")

@@ -78,7 +78,9 @@ def build_model(kind: str, folder: Path, **more: object) -> torch.nn.Module:
 
     config = AutoConfig.for_model(kind, **{**BASE, **MODELS[kind], **more})
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Some releases of transformers give gemma2 an attention by default that ignores the softcap.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         for values in (*model.parameters(), *(b for n, b in model.named_buffers() if n in model.state_dict())):
             if values.ndim == 1:  # biases begin as zeros, norms as ones: neither would show a mistake

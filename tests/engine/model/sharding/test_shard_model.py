@@ -135,3 +135,14 @@ def test_a_style_that_is_not_known_is_refused(tmp_path: Path, monkeypatch: Any) 
     config = dummy(tmp_path, "llama")
     with pytest.raises(ModelError, match="aren't supported: mla_kv_a_proj"):
         plan_tensor_parallel(config, read_model_info(config))
+
+
+def test_the_plan_of_the_vocabulary_is_not_the_classes(tmp_path: Path, monkeypatch: Any) -> None:
+    """Some releases of transformers plan it for all tied models, with a style of its own."""
+    from transformers import LlamaConfig
+
+    config = dummy(tmp_path, "llama", tie_word_embeddings=True)
+    expected = plan_tensor_parallel(config, read_model_info(config)).styles
+    more = {**LlamaConfig.base_model_tp_plan, "embed_tokens": "embedding_rowwise"}
+    monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", more)
+    assert plan_tensor_parallel(config, read_model_info(config)).styles == expected
