@@ -48,6 +48,37 @@ class _StagingBuffer:
         self.copied = torch.cuda.Event()
 
 
+class PinnedBands:
+    """Implements `engine.model.checkpoints.weight_memory.WeightMemory`: a file is read while the last band is copied.
+
+    Values that are not in the band, or not contiguous there, or of another dtype are copied from memory that is not
+    pinned, which CUDA reads before the call returns.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._buffers: list[_StagingBuffer | None] = [None, None]
+        self._turn = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def band(self, nbytes: int) -> Tensor:
+        self._turn = 1 - self._turn
+        buffer = self._buffers[self._turn]
+        if buffer is not None:
+            buffer.copied.synchronize()
+        if buffer is None or len(buffer.memory) < nbytes:
+            buffer = self._buffers[self._turn] = _StagingBuffer(nbytes)
+        return buffer.memory[:nbytes]
+
+    def load(self, target: Tensor, values: Tensor) -> None:
+        target.copy_(values, non_blocking=True)
+        buffer = self._buffers[self._turn]
+        if buffer is not None:
+            buffer.copied.record()
+
+
 class CudaDevice:
     """Implements `engine.worker.device.Device`.
 
@@ -72,6 +103,9 @@ class CudaDevice:
 
     def place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
+
+    def weight_memory(self) -> PinnedBands:
+        return PinnedBands(self.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

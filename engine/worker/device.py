@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.model.checkpoints.weight_memory import WeightMemory
 from engine.model.runtime.rank_group import RankGroup
 
 Columns = Mapping[str, NDArray[Any]]  # arrays of a step, by name
@@ -33,7 +34,11 @@ class Device(Protocol):
         ...
 
     def place(self, tensor: Tensor) -> Tensor:
-        """A copy of a host tensor on the device; waits. For what is not part of each step, such as weights."""
+        """A copy of a host tensor on the device; waits. For what is not part of each step, such as adapters."""
+        ...
+
+    def weight_memory(self) -> WeightMemory:
+        """Where weights are loaded to, a band of a file at a time. It has buffers on the host until it is dropped."""
         ...
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

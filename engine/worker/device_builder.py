@@ -1,6 +1,7 @@
 """Builds the runner of an asynchronous device: model, KV cache, slots."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import torch
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import ConfigError
-from engine.model.loading.meta_model import MetaModel
+from engine.model.loading.meta_model import Allocate, MetaModel
 from engine.model.loading.open_model import check_attention, kv_layout
 from engine.model.model_info import ModelInfo
 from engine.model.runtime.attention_interface import KVCache, lazy_zeros
@@ -20,7 +21,7 @@ from engine.worker.device import Device
 from engine.worker.device_attention import Attention, GroupWindow, TorchAttention
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
-from engine.worker.generic_device_backend import GenericDeviceBackend, move_model
+from engine.worker.generic_device_backend import GenericDeviceBackend, move_buffers
 from engine.worker.step_inputs import DeviceState, StepKernels
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _build_stack(
     positions = resolved.max_model_len + resolved.draft_tokens
     device.bind_thread()
     with contextlib.closing(meta_model):
+        meta_model.use(device.weight_memory())
         stack = make_stack(meta_model.model, groups, positions, device.place, meta_model.fill)
     with torch.inference_mode():
         slots, state, cache = _allocate(model_info, resolved, device)
@@ -112,25 +114,26 @@ def _build_generic(
     tp_plan: TPPlan | None,
     use_triton: bool,
 ) -> DeviceRunner:
-    if config.load_format == "dummy":
-        # Random numbers are made on the device; what the check needs of the weights is only their shapes.
-        with meta_model.zeros(lazy_zeros):
-            uses = check_attention(meta_model, config, model_info)
-    else:
-        with contextlib.closing(meta_model):
-            meta_model.fill()
+    # What the check needs of the weights is only their shapes.
+    with meta_model.zeros(cached_zeros()):
         uses = check_attention(meta_model, config, model_info)
     device.bind_thread()
     with torch.inference_mode():
-        move_model(meta_model.model, device.place)
-        if config.load_format == "dummy":
-            meta_model.fill(allocate=device.zeros)
+        move_buffers(meta_model.model, device.place)
+        with contextlib.closing(meta_model):
+            meta_model.use(device.weight_memory())
+            meta_model.fill()
         slots, state, cache = _allocate(model_info, resolved, device)
         kernels, attention = _attention(model_info, resolved, cache, uses, state, meta_model.vocab_shard, use_triton)
         backend = GenericDeviceBackend(
             device, meta_model.model, attention, kernels, state.parameters, meta_model.vocab_shard
         )
         return DeviceRunner(device, backend, slots, state, kernels, adapter_sharding(meta_model, tp_plan))
+
+
+def cached_zeros() -> Allocate:
+    """A function that returns the same zeros for the same shape and dtype: a whole model takes little memory."""
+    return functools.cache(lazy_zeros)
 
 
 def _allocate(

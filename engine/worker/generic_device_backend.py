@@ -89,19 +89,13 @@ class GenericDeviceBackend:
         self._adapters.drop(slot)
 
 
-def move_model(model: nn.Module, place: Callable[[Tensor], Tensor]) -> None:
-    """Replace all parameters and buffers of a model by copies that `place` makes; tied ones stay tied.
-
-    Parameters on the meta device stay there.
-    """
+def move_buffers(model: nn.Module, place: Callable[[Tensor], Tensor]) -> None:
+    """Replace all buffers of a model by copies that `place` makes; shared ones stay shared."""
     moved: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or tensor.is_meta:
-                    continue
-                if id(tensor) not in moved:
-                    new = place(tensor.detach())
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
-                tensors[name] = moved[id(tensor)]  # type: ignore[assignment]
+        for name, tensor in module._buffers.items():
+            if tensor is None:
+                continue
+            if id(tensor) not in moved:
+                moved[id(tensor)] = place(tensor)
+            module._buffers[name] = moved[id(tensor)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
+from engine.model.checkpoints.weight_memory import TorchMemory
 from engine.model.runtime.rank_group import RankGroup
 from engine.worker.device import Columns
 from engine.worker.gloo_group import GlooGroup
@@ -75,6 +76,9 @@ class TorchDevice:
 
     def place(self, tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=self.device).copy_(tensor)
+
+    def weight_memory(self) -> TorchMemory:
+        return TorchMemory(self.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

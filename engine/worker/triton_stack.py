@@ -16,7 +16,7 @@ from engine.model.kv_groups import KVGroups
 from engine.worker.fused_stack import release, structural_refusal
 
 Place = Callable[[Tensor], Tensor]  # copies a tensor of the host to the device
-Fill = Callable[[nn.Module], None]  # loads the weights of a module that has none yet
+Fill = Callable[[nn.Module], None]  # loads the weights of a module that has none yet, on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,28 +81,27 @@ def refusal(model: Any) -> str | None:
 
 
 def make_stack(model: Any, groups: KVGroups, positions: int, place: Place, fill: Fill) -> TritonStack:
-    """Put a transformers model on the device. The model loses its weights.
+    """Load the weights of a transformers model on the device, as a stack. The model loses them.
 
     Args:
         groups: the KV groups of the layers.
         positions: that tokens may have.
-        fill: one linear at a time is in the host's memory.
+        place: for tables that are computed on the host.
+        fill: the linears that are computed as one are on the device twice for a moment.
     """
     inner = model.model
     for part in (inner.embed_tokens, inner.norm, model.lm_head):
         fill(part)
     weights = inner.embed_tokens.weight.detach(), model.lm_head.weight.detach()
-    embedding = place(weights[0])
-    head = embedding if weights[0].data_ptr() == weights[1].data_ptr() else place(weights[1])
+    embedding, head = weights[0], weights[0] if weights[0].data_ptr() == weights[1].data_ptr() else weights[1]
     release(inner.embed_tokens, model.lm_head)
     rotary = _rotary(inner.rotary_emb, positions, place)
     layers = []
     for i, layer in enumerate(inner.layers):
         window = groups.windows[groups.places[i][0]] or None
-        layers.append(_layer(layer, window, rotary, place, fill))
+        layers.append(_layer(layer, window, rotary, fill))
         trim_heap()
-    final_norm = place(inner.norm.weight.detach())
-    return TritonStack(tuple(layers), embedding, head, final_norm, inner.norm.variance_epsilon)
+    return TritonStack(tuple(layers), embedding, head, inner.norm.weight.detach(), inner.norm.variance_epsilon)
 
 
 def _rotary(module: Any, positions: int, place: Place) -> Rotary:
@@ -112,23 +111,23 @@ def _rotary(module: Any, positions: int, place: Place) -> Rotary:
     return Rotary(place(angles.cos() * scaling), place(angles.sin() * scaling))
 
 
-def _layer(layer: Any, window: int | None, rotary: Rotary, place: Place, fill: Fill) -> StackLayer:
+def _layer(layer: Any, window: int | None, rotary: Rotary, fill: Fill) -> StackLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = _linear(attention, ("q_proj", "k_proj", "v_proj"), place, fill)
-    output = _linear(attention, ("o_proj",), place, fill)
-    gate_up = _linear(mlp, ("gate_proj", "up_proj"), place, fill)
-    down = _linear(mlp, ("down_proj",), place, fill)
+    qkv = _linear(attention, ("q_proj", "k_proj", "v_proj"), fill)
+    output = _linear(attention, ("o_proj",), fill)
+    gate_up = _linear(mlp, ("gate_proj", "up_proj"), fill)
+    down = _linear(mlp, ("down_proj",), fill)
     fill(layer)  # its norms
     norms = None
     if getattr(attention, "q_norm", None) is not None:
-        norms = place(attention.q_norm.weight.detach()), place(attention.k_norm.weight.detach())
+        norms = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
     return StackLayer(
         qkv=qkv,
         output=output,
         gate_up=gate_up,
         down=down,
-        input_norm=place(layer.input_layernorm.weight.detach()),
-        post_norm=place(layer.post_attention_layernorm.weight.detach()),
+        input_norm=layer.input_layernorm.weight.detach(),
+        post_norm=layer.post_attention_layernorm.weight.detach(),
         norms=norms,
         window=window,
         rotary=rotary if getattr(attention, "use_rope", True) else None,
@@ -136,7 +135,7 @@ def _layer(layer: Any, window: int | None, rotary: Rotary, place: Place, fill: F
     )
 
 
-def _linear(parent: nn.Module, names: Sequence[str], place: Place, fill: Fill) -> StackLinear:
+def _linear(parent: nn.Module, names: Sequence[str], fill: Fill) -> StackLinear:
     """Put linears of the same inputs side by side, and free the modules' own weights."""
     linears: list[Any] = [getattr(parent, name) for name in names]
     for linear in linears:
@@ -147,7 +146,6 @@ def _linear(parent: nn.Module, names: Sequence[str], place: Place, fill: Fill) -
         weight = torch.cat([linear.weight.detach() for linear in linears])
     if any(linear.bias is not None for linear in linears):
         biases = [weight.new_zeros(len(one.weight)) if one.bias is None else one.bias.detach() for one in linears]
-        bias = place(torch.cat(biases))
-    packed = StackLinear(place(weight), bias, outputs)
+        bias = torch.cat(biases)
     release(*linears)
-    return packed
+    return StackLinear(weight, bias, outputs)

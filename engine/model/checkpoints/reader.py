@@ -6,7 +6,7 @@ rank that reads every fourth column would hold all of them.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,48 +16,57 @@ from engine.model.checkpoints.dequantize import dequantize
 from engine.model.checkpoints.mistral_tensors import CheckpointTensor, InterleavedRows
 from engine.model.checkpoints.quantized import QuantizedWeight
 from engine.model.checkpoints.safetensors_headers import StoredTensor
+from engine.model.checkpoints.weight_memory import WeightMemory, host_memory
 
 BAND = 16 << 20  # bytes read at a time
 
 
 class Reader:
-    """Copies parts of stored tensors; keeps the files open until closed."""
+    """Copies parts of stored tensors; keeps the files open until closed.
 
-    def __init__(self) -> None:
+    `memory`: has the tensors that are filled.
+    """
+
+    def __init__(self, memory: WeightMemory | None = None) -> None:
         self._files: dict[Path, int] = {}
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.memory: WeightMemory = memory or host_memory()
 
     def close(self) -> None:
+        """Close the files, and free the buffers."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.memory = host_memory()
 
     def copy(self, source: CheckpointTensor, begin: tuple[int, ...], out: Tensor) -> None:
         """Fill `out` with the part of `source` that starts at the index `begin` and has the shape of `out`.
 
         Whole rows of the first dimension are read, BAND bytes at a time, and converted to the dtype of `out`.
-        A quantized weight is always dequantized as a whole.
+        A quantized weight is always dequantized as a whole, on the host.
         """
         if isinstance(source, InterleavedRows):
             self._copy_interleaved(source, begin, out)
-            return
-        if isinstance(source, QuantizedWeight):
+        elif isinstance(source, QuantizedWeight):
             box = tuple(slice(b, b + n) for b, n in zip(begin, out.shape, strict=True))
-            out.copy_(self._dequantize(source)[box])
-            return
-        if not source.shape:
-            out.copy_(next(self._bands(source, 0, 1))[1][0])
+            self.memory.load(out, self._dequantize(source)[box])
+        else:
+            self._copy_stored(source, begin, out, self.memory.load)
+
+    def _copy_stored(
+        self, stored: StoredTensor, begin: tuple[int, ...], out: Tensor, load: Callable[[Tensor, Tensor], object]
+    ) -> None:
+        if not stored.shape:
+            load(out, next(self._bands(stored, 0, 1))[1][0])
             return
         inner = tuple(slice(b, b + n) for b, n in zip(begin[1:], out.shape[1:], strict=True))
-        for first, band in self._bands(source, begin[0], out.shape[0]):
-            out[first : first + len(band)].copy_(band[(slice(None), *inner)])
+        for first, band in self._bands(stored, begin[0], out.shape[0]):
+            load(out[first : first + len(band)], band[(slice(None), *inner)])
 
     def _dequantize(self, weight: QuantizedWeight) -> Tensor:
         parts = {}
         for suffix, stored in weight.parts.items():
             parts[suffix] = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
-            self.copy(stored, (0,) * len(stored.shape), parts[suffix])
+            self._copy_stored(stored, (0,) * len(stored.shape), parts[suffix], Tensor.copy_)
         return dequantize(parts, weight.scheme, weight.shape)
 
     def _copy_interleaved(self, source: InterleavedRows, begin: tuple[int, ...], out: Tensor) -> None:
@@ -74,7 +83,7 @@ class Reader:
             rows = band.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
             at = first + before
             low, high = max(at, begin[0]), min(at + len(rows), end)
-            out[low - begin[0] : high - begin[0]].copy_(rows[(slice(low - at, high - at), *inner)])
+            self.memory.load(out[low - begin[0] : high - begin[0]], rows[(slice(low - at, high - at), *inner)])
 
     def _bands(self, stored: StoredTensor, begin: int, count: int, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Read rows begin..begin + count in bands, each with the number of rows before it.
@@ -88,16 +97,11 @@ class Reader:
         rows = max(1, BAND // max(row * multiple, 1)) * multiple
         for first in range(0, count, rows):
             some = min(rows, count - first)
-            buffer = self._take(some * row)
+            buffer = self.memory.band(some * row)
             _read_exactly(
                 descriptor, memoryview(buffer.numpy().data), stored.offset + (begin + first) * row, stored.file
             )
             yield first, buffer.view(dtype).view(some, *inner)
-
-    def _take(self, size: int) -> Tensor:
-        if len(self._buffer) < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
-        return self._buffer[:size]
 
     def _open(self, file: Path) -> int:
         if file not in self._files:

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from engine.errors import ModelError
 from engine.model.checkpoints.weight_mapping import Shape
+from engine.model.checkpoints.weight_memory import WeightMemory, host_memory
 from engine.model.runtime.vocab_shard import VocabShard
 
 Allocate = Callable[[Shape, torch.dtype], Tensor]
-
-
-def _empty(shape: Shape, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +52,10 @@ class TargetParameter:
 
 class WeightSource(Protocol):
     """Fills parameters: from a checkpoint, or with random values."""
+
+    def use(self, memory: WeightMemory) -> None:
+        """All that is filled from now on is in this memory."""
+        ...
 
     def fill(self, module: nn.Module, targets: dict[str, TargetParameter]) -> None:
         """Fill parameters of a module, keyed by their names within it."""
@@ -107,6 +108,12 @@ class MetaModel:
         self._first = first_paths(parameters)
         self._shards: dict[str, ShardSlice] = {}
         self._filled: dict[str, nn.Parameter] = {}
+        self._memory: WeightMemory = host_memory()
+
+    def use(self, memory: WeightMemory) -> None:
+        """Parameters that are filled from now on are made in this memory, where all buffers must be."""
+        self._memory = memory
+        self._source.use(memory)
 
     def path(self, module: nn.Module) -> str:
         """The path of a module in the model."""
@@ -153,17 +160,12 @@ class MetaModel:
             for module, parameters in kept:
                 module._parameters.update(parameters)
 
-    def fill(self, part: nn.Module | None = None, allocate: Allocate = _empty) -> None:
-        """Fill a part of the model, or all of it. Raises ModelError if the weights can't be read.
-
-        Args:
-            part: None: the model.
-            allocate: makes the tensors to fill.
-        """
+    def fill(self, part: nn.Module | None = None) -> None:
+        """Fill a part of the model, None for all of it. Raises ModelError if the weights can't be read."""
         began = time.perf_counter()
         try:
             for module in (self.model if part is None else part).modules():
-                self._fill_module(module, allocate)
+                self._fill_module(module)
         except OSError as error:
             raise ModelError(f"the weights can't be read: {error}") from error
         self.seconds += time.perf_counter() - began
@@ -171,8 +173,9 @@ class MetaModel:
     def close(self) -> None:
         """Close the source; nothing is filled afterwards."""
         self._source.close()
+        self._memory = host_memory()
 
-    def _fill_module(self, module: nn.Module, allocate: Allocate) -> None:
+    def _fill_module(self, module: nn.Module) -> None:
         path = self._paths[module]
         targets = {}
         for name, parameter in module._parameters.items():
@@ -180,7 +183,7 @@ class MetaModel:
                 continue
             first = self._first[_join(path, name)]
             if first not in self._filled:
-                out = allocate(tuple(parameter.shape), self._dtype(first, parameter))
+                out = self._memory.empty(tuple(parameter.shape), self._dtype(first, parameter))
                 targets[name] = TargetParameter(first, self._shapes[first], self._shards.get(first), out)
                 self._filled[first] = nn.Parameter(out, requires_grad=False)
             module._parameters[name] = self._filled[first]

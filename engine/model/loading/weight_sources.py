@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engine.model.checkpoints.mistral_tensors import CheckpointTensor
 from engine.model.checkpoints.reader import Reader
 from engine.model.checkpoints.weight_mapping import Placement, WeightMapping
+from engine.model.checkpoints.weight_memory import WeightMemory
 from engine.model.loading.meta_model import ShardSlice, TargetParameter
 
 
@@ -23,6 +24,9 @@ class CheckpointSource:
         self._mapping = mapping
         self._reader = Reader()
         self._progress = progress or (lambda _: None)
+
+    def use(self, memory: WeightMemory) -> None:
+        self._reader.memory = memory
 
     def fill(self, module: nn.Module, targets: dict[str, TargetParameter]) -> None:
         del module
@@ -82,6 +86,9 @@ class RandomSource:
     def __init__(self, model: Any, seed: int):
         self._model = model
         self._seed = seed
+
+    def use(self, memory: WeightMemory) -> None:
+        """The memory of each parameter is where its values are made."""
 
     def fill(self, module: nn.Module, targets: dict[str, TargetParameter]) -> None:
         held = dict(module._parameters)

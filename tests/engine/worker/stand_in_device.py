@@ -6,6 +6,7 @@
 - Arrays of a step are garbage once the next step is put.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -54,7 +55,10 @@ class Worlds:
             self._storages = {at: one for at, one in self._storages.items() if not one.expired()}
 
     def has(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._storages
+        return self.has_storage(tensor.untyped_storage()._cdata)
+
+    def has_storage(self, storage: int) -> bool:
+        return storage in self._storages
 
 
 class _Operations(TorchDispatchMode):
@@ -136,6 +140,29 @@ class _LateCopy:
         return self._tensor
 
 
+class _Bands:
+    """Implements `engine.model.checkpoints.weight_memory.WeightMemory`; a band is garbage once the next is taken."""
+
+    def __init__(self, device: "StandInDevice"):
+        self._device = device
+        self._band = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._device.zeros(shape, dtype).fill_(math.nan)
+
+    def band(self, nbytes: int) -> Tensor:
+        self._band.fill_(GARBAGE)
+        self._band = torch.empty(nbytes, dtype=torch.uint8)
+        return self._band
+
+    def load(self, target: Tensor, values: Tensor) -> None:
+        has = self._device.has
+        assert has(target), "weights are loaded into a host tensor"
+        assert not has(values), "weights are loaded from the device"
+        with _disable_current_modes():
+            target.copy_(values)
+
+
 class StandInDevice:
     """Implements `engine.worker.device.Device`.
 
@@ -163,6 +190,17 @@ class StandInDevice:
     def place(self, tensor: Tensor) -> Tensor:
         assert not self._worlds.has(tensor), "a tensor of the device is placed on it again"
         return self._on_device(tensor.clone)
+
+    def weight_memory(self) -> _Bands:
+        return _Bands(self)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the device's."""
+        return self._worlds.has(tensor)
+
+    def owns(self, storage: int) -> bool:
+        """Whether a storage is the device's; `storage` is the address of its structure."""
+        return self._worlds.has_storage(storage)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._on_device(lambda: torch.zeros(shape, dtype=dtype))
