@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from bench.errors import BenchError
+from bench.measurement.nvml import find_energy
 from bench.measurement.progress import ConsoleProgress, answer_text, points_table
 from bench.measurement.run import BenchOptions, InterruptedRunError, LostServerError, Subject, measure_configuration
 from bench.results import FLAG, Answer, RunFiles, Summary
@@ -24,7 +25,7 @@ from bench.workloads.arrivals import MOST_RATE
 from cli.closed import REQUESTS_PER_STREAM, check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED, UNDECIDED
 from cli.options import RESULTS_ROOT, Finite, GroupedCommand, option, with_options
-from cli.params import LIMIT, RATES, SHARE
+from cli.params import GPUS, LIMIT, RATES, SHARE
 from cli.screen import verbatim_console
 from cli.target_options import TARGET, TARGET_OPTIONS, check_target, target_of
 from cli.workload import (
@@ -79,6 +80,12 @@ MEASUREMENT_OPTIONS = (
         MEASUREMENT, "--ladder/--no-ladder", default=True,
         help="After the search, also measure 0.25 to 1.5 times the rate found, for the figures. Switch it off to save "
         "time.",
+    ),
+    option(
+        MEASUREMENT, "--energy-gpus", type=GPUS, metavar="all|none|N,…",
+        default_text="those of a server on this machine",
+        help="GPUs whose energy is measured, by their numbers in nvidia-smi. Set it if the server runs in a container, "
+        "or behind a tunnel. Needs the package nvidia-ml-py (the extra gpu).",
     ),
     option(
         MEASUREMENT, "--seed", type=int, metavar="N", default=0,
@@ -190,14 +197,22 @@ def _run(
             "tokens: raise --max-model-len of the server, or lower --input, --output or max_tokens of the workload"
         )
     options = _options(params)
+    resolved = resolved_configuration(target)
+    energy = find_energy(params["energy_gpus"], target, str(resolved.get("device", "")))
+    if energy.meter is not None:
+        console.print(f"energy: {energy.described}", highlight=False)
     summary = _summary(params, info.kind, target, workload, options, serve)
+    summary.configurations[params["configuration"]] |= {
+        "energy": energy.described, "resolved": {workload.name: resolved},
+    }  # fmt: skip
     files.write_summary(summary)
     if params["concurrency"] is not None:
-        return run_closed(console, files, summary, target, workload, options, params)
+        return run_closed(console, files, summary, target, workload, options, params, energy.meter)
     name = params["configuration"]
     code, answer, ended = 0, None, None
     try:
-        answer = measure_configuration(Subject(target, workload, name, options, files, ConsoleProgress(console)))
+        progress = ConsoleProgress(console)
+        answer = measure_configuration(Subject(target, workload, name, options, files, progress, energy.meter))
         code = FAILED if answer is None else UNDECIDED if answer.rate is None and answer.undecided is not None else 0
     except InterruptedRunError as interrupted:
         answer, code = interrupted.answer, INTERRUPTED
@@ -227,7 +242,6 @@ def _summary(
     described: dict[str, Any] = {"model": target.model, "server": kind}
     described |= {"url": target.base_url} if serve is None else {"serve": [params["model"], *serve]}
     described |= {"requests": target.described()} if target.described() else {}
-    described["resolved"] = {workload.name: resolved_configuration(target)}
     described["options"] = {k: v for k, v in dataclasses.asdict(options).items() if v not in (None, {})}
     return Summary(
         title=f"{workload.name} on {target.model}",

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bench.errors import BenchError
 from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
+from bench.measurement.energy import EnergyMeter, EnergyReader
 from bench.measurement.machine import MachineReader
 from bench.measurement.progress import ConsoleProgress, points_table
 from bench.measurement.run import BenchOptions, InterruptedRunError
@@ -44,8 +45,14 @@ def run_closed(
     workload: Workload,
     options: BenchOptions,
     params: dict[str, Any],
+    meter: EnergyMeter | None = None,
 ) -> int:
-    """Measure, print and write; returns the exit code: FAILED if the load point is invalid."""
+    """Measure, print and write; returns the exit code: FAILED if the load point is invalid.
+
+    Args:
+        params: the command's parameters.
+        meter: None: energy is not measured.
+    """
     concurrency = int(params["concurrency"])
     count = params["num_requests"] or REQUESTS_PER_STREAM * concurrency
     name = params["configuration"]
@@ -54,6 +61,7 @@ def run_closed(
     loop = ClosedPoint(
         target, workload, name, reader, options.seed, options.precision, budget.left_s, options.limits,
         stopped=lambda: budget.stopped, machine=MachineReader(target.base_url),
+        energy=EnergyReader(meter),
     )  # fmt: skip
     try:
         point, requests = measure_closed_loop(loop, files, ConsoleProgress(console), concurrency, count, budget)
@@ -137,6 +145,10 @@ def _print(console: Console, files: RunFiles, point: PointRecord) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if point.mean_power_w is not None:
+        each = point.joules_per_output_token
+        per_token = f", {each:.3g} J per output token" if each is not None else ""
+        console.print(f"energy: {point.mean_power_w:.0f} W{per_token}", highlight=False, soft_wrap=True)
     console.print(f"results: {files.folder}", highlight=False, soft_wrap=True)
     disturbed = f"; disturbed: {point.disturbance}" if point.disturbed else ""
     if not point.valid:

@@ -1,10 +1,11 @@
-"""Types of option values of `redline bench`: lengths, lists of rates, shares, latency limits."""
+"""Types of option values of `redline bench`: lengths, lists of rates, shares, latency limits, GPUs."""
 
 import re
 from typing import Any
 
 import click
 
+from bench.measurement.nvml import Gpus, parse_gpus
 from bench.workloads.arrivals import MOST_RATE
 from bench.workloads.fields import MOST_TOKENS
 
@@ -81,4 +82,18 @@ class LimitType(click.ParamType):
         return f"{match[1]}_p{match[2]}_ms", float(match[3]) * (1000 if match[4] == "s" else 1)
 
 
-LENGTH, RATES, SHARE, LIMIT = LengthType(), RatesType(), ShareType(), LimitType()
+class GpusType(click.ParamType):
+    """0,1 -> (0, 1); all; none -> ()."""
+
+    name = "gpus"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Gpus:
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse_gpus(value)
+        except ValueError:
+            self.fail(f"{value!r} names no GPUs: use all, none, or numbers such as 0,1", param, ctx)
+
+
+LENGTH, RATES, SHARE, LIMIT, GPUS = LengthType(), RatesType(), ShareType(), LimitType(), GpusType()

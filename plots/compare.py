@@ -30,7 +30,15 @@ METRICS = (
     Metric("tpot_p50", "TPOT P50", "ms", False),
     Metric("e2e_p99", "E2E P99", "ms", False),
     Metric("goodput", "Goodput at the rate of the latencies", "req/s", True),
+    Metric("joules_per_output_token", "Energy per output token at the rate of the latencies", "J", False),
+    Metric("mean_power_w", "Mean power at the rate of the latencies", "W", False),
 )
+# Columns that not every run has, and what they need.
+OPTIONAL = {
+    "goodput": "it needs limits (--slo, or limits of the sweep)",
+    "joules_per_output_token": "it needs NVIDIA GPUs on the machine of the run (--energy-gpus)",
+    "mean_power_w": "it needs NVIDIA GPUs on the machine of the run (--energy-gpus)",
+}
 LATENCIES = tuple(m for m in METRICS if m.unit == "ms")
 
 
@@ -52,9 +60,9 @@ class Comparison:
 
     @property
     def metrics(self) -> list[Metric]:
-        """The metrics to show; goodput only if it was measured, which needs limits."""
-        known = any(row["goodput"].value is not None for row in self.rows.values())
-        return [m for m in METRICS if known or m.key != "goodput"]
+        """The metrics to show; those in OPTIONAL only if they were measured."""
+        known = {key for row in self.rows.values() for key, cell in row.items() if cell.value is not None}
+        return [m for m in METRICS if m.key in known or m.key not in OPTIONAL]
 
 
 def compare(results: Results) -> list[Comparison]:
@@ -155,8 +163,8 @@ def _values(series: Series, rate: float | None) -> dict[str, float | None]:
     answered = series.answer.rate if series.answer else None
     at = rate if rate is not None else answered
     latencies = {m.key: _at(series, at, f"{m.key}_ms") if at is not None else None for m in LATENCIES}
-    goodput = _at(series, at, "goodput") if at is not None else None
-    return {"rate": answered, "output_tok_s": throughput(series), **latencies, "goodput": goodput}
+    optional = {key: _at(series, at, key) if at is not None else None for key in OPTIONAL}
+    return {"rate": answered, "output_tok_s": throughput(series), **latencies, **optional}
 
 
 def _at(series: Series, rate: float, column: str) -> float | None:
@@ -233,8 +241,8 @@ def _judge(text: str, results: Results, comparisons: list[Comparison]) -> list[s
 
 
 def _why_unknown(metric: Metric, series: Series) -> str:
-    if metric.key == "goodput":
-        return "it was not measured; it needs limits (--slo, or limits of the sweep)"
+    if metric.key in OPTIONAL:
+        return f"it was not measured; {OPTIONAL[metric.key]}"
     if series.answer is not None and series.answer.undecided is not None:
         return f"the windows were too short at {series.answer.undecided:.3g} req/s"
     return "it was not measured"

@@ -32,6 +32,8 @@ POINT_COLUMNS = (
     ("achieved_rate", "Achieved", "req/s"),
     ("goodput", "Goodput", "req/s"),
     ("output_tok_s", "Output", "tok/s"),
+    ("joules_per_output_token", "Energy", "J/token"),
+    ("mean_power_w", "Power", "W"),
     ("ttft_p50_ms", "TTFT P50", "ms"),
     ("ttft_p99_ms", "TTFT P99", "ms"),
     ("itl_p50_ms", "ITL P50", "ms"),
@@ -49,7 +51,10 @@ POINT_COLUMNS = (
 _MACHINE = ("others_cpu_share", "steal_share")
 TEXT_COLUMNS = ("configuration", "workload", "phase")
 # Shown only if a load point has a value.
-OPTIONAL = ("goodput", "preemptions", "prefix_hit_rate", "kv_use_max", "waiting_max", *_MACHINE)
+OPTIONAL = (
+    "goodput", "joules_per_output_token", "mean_power_w", "preemptions", "prefix_hit_rate", "kv_use_max", "waiting_max",
+    *_MACHINE,
+)  # fmt: skip
 
 
 def page(

@@ -43,6 +43,7 @@ class ClosedPoint(LoadPoint):
         specs = self.workload.requests(count, seed)
         started = utc_now()
         self.reader.clear()
+        self.energy.clear()
         watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
         before = self.read_machine()
         recording = run_closed_loop(
@@ -68,6 +69,7 @@ class ClosedPoint(LoadPoint):
         if record.valid:
             record.reason = f"concurrency {concurrency}"
         record_shares(record, before, after)
+        self.record_energy(record, watch.started_at)
         drain(self.reader, self.drain_limit_s)
         return record, requests
 
@@ -83,7 +85,7 @@ def measure_closed_loop(
     """
     budget.start()
     reader: MetricsReader = point.reader
-    with stop_on_interrupt(budget), reader:
+    with stop_on_interrupt(budget), reader, point.energy:
         alone, records = point.probe(lambda _: None, max(1.0, budget.left_s()))
         if not records or records[0].status != "ok":
             if budget.stopped:
@@ -107,6 +109,8 @@ def measure_closed_loop(
         record, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
         _save(files, record, requests)
         progress.point_finished(record)
+        if point.energy.problem:
+            progress.message(f"warning: a reading of the energy failed: {point.energy.problem}")
     if record.requests and not record.completed and not budget.stopped:
         raise LostServerError(f"none of {record.requests} requests was answered: {record.failures or 'cut short'}")
     return record, requests

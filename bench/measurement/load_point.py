@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.loadgen import GeneratorHealth, Recording, run_load
+from bench.measurement.energy import EnergyReader, record_energy
 from bench.measurement.machine import CounterReader, Counters, record_shares
 from bench.results import Phase, PointRecord, RequestRecord, slug, utc_now
 from bench.search.bracket import round_rate
@@ -156,6 +157,7 @@ class LoadPoint:
     arrivals: Arrivals = field(default_factory=Arrivals)
     stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
     machine: CounterReader | None = None  # None: other load on the machine is not recorded
+    energy: EnergyReader = field(default_factory=EnergyReader)
 
     def notes(self) -> list[str]:
         """Messages about the trace and the workload's data."""
@@ -172,6 +174,7 @@ class LoadPoint:
         specs = self.workload.requests(len(times), seed)
         started = utc_now()
         self.reader.clear()
+        self.energy.clear()
         watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
         before = self.read_machine()
         recording = run_load(self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed)
@@ -180,12 +183,19 @@ class LoadPoint:
         self.reader.started_at = watch.started_at
         record, requests = self._reduce(plan, recording, watch, seed, started)
         record_shares(record, before, after)
+        self.record_energy(record, watch.started_at)
         limit_s = self.drain_limit_s
         drain(self.reader, limit_s)
         if recording.cut_short and self.left_s() > 0:
             self._settle(seed, limit_s)
             self.reader.read()  # so that the counters of the next load point begin after it
         return record, requests
+
+    def record_energy(self, record: PointRecord, started_at: float) -> None:
+        """Set the columns about energy of a load point that just ended; its time 0 on the monotonic clock."""
+        self.energy.read()  # so that readings cover the window up to its end
+        start_s = started_at + record.warmup_s
+        record_energy(record, self.energy.joules(start_s, start_s + record.window_s))
 
     @property
     def drain_limit_s(self) -> float:

@@ -75,10 +75,10 @@ class MachineReader:
 
     def __init__(self, base_url: str):
         _, host, self._port = origin(base_url)
-        self._here = _is_this_machine(host)
+        self.is_local = _is_this_machine(host)
 
     def read(self) -> Counters | None:
-        server = self._server() if self._here else None
+        server = self._server() if self.is_local else None
         if not server:
             return None
         own = os.times()
@@ -93,6 +93,10 @@ class MachineReader:
             # With children: generator processes have ended by the second reading.
             generator_s=own.user + own.system + own.children_user + own.children_system,
         )
+
+    def server_pids(self) -> frozenset[int]:
+        """The server's processes; empty if they cannot be found or run on another machine."""
+        return frozenset(process.pid for process in self._server()) if self.is_local else frozenset()
 
     def _server(self) -> list[psutil.Process]:
         """The processes that listen on the port, their ancestors in the same process group, and all descendants."""

@@ -1,7 +1,7 @@
 """What a run prints: messages, the running load point, a line per load point, and the table at the end."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -154,30 +154,19 @@ def _state_view(plan: PointPlan, state: PointState) -> Group:
 def points_table(records: list[PointRecord], title: str | None = None) -> Table:
     """Load points by rate, as printed at the end of a run; fits 80 columns in most cases.
 
-    Goodput, failed requests and other load get columns only if a load point has a value.
+    Goodput, energy, failed requests and other load get columns only if a load point has a value.
     """
     shown = sorted((r for r in records if r.phase != "probe"), key=lambda r: (r.rate, r.started))
-    with_goodput, with_failures = any(r.goodput is not None for r in shown), any(r.failures for r in shown)
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in ("req/s", "sustained", "TTFT", "ITL", "TPOT", "E2E", "output", "preemp-"):
         table.add_column(name, justify="left" if name == "sustained" else "right", no_wrap=True)
     pair = "P50/P99 ms"
     for column, unit in zip(table.columns, ("", "", pair, pair, pair, pair, "tok/s", "tions"), strict=True):
         column.header = Text(f"{column.header}\n{unit}")
-    if with_goodput:
-        table.add_column(Text("goodput\nreq/s"), justify="right", no_wrap=True)
-    if with_failures:
-        table.add_column(Text("failed\nrequests"), justify="right", no_wrap=True)
-    with_others = any(r.disturbed for r in shown)
-    if with_others:
-        table.add_column(Text("disturbed\nothers' CPU"), justify="right", no_wrap=True)
+    optional = _optional_columns(shown)
+    for header, _ in optional:
+        table.add_column(Text(header), justify="right", no_wrap=True)
     for record in shown:
-        more = [Text("–" if record.goodput is None else f"{record.goodput:.3g}")] if with_goodput else []
-        if with_failures:
-            more.append(Text(str(record.failed_requests()), style="red" if record.failures else ""))
-        if with_others:
-            others = (record.others_cpu_share or 0.0) + (record.steal_share or 0.0)
-            more.append(Text(f"{others:.0%}" if record.disturbed else "–", style="yellow" if record.disturbed else ""))
         table.add_row(
             f"{record.rate:.4g}",
             _sustained(record),
@@ -187,10 +176,31 @@ def points_table(records: list[PointRecord], title: str | None = None) -> Table:
             _pair(record.e2e_p50_ms, record.e2e_p99_ms),
             f"{record.output_tok_s:.0f}",
             _count(record.preemptions),
-            *more,
+            *(cell(record) for _, cell in optional),
             style="" if record.valid else "dim",
         )
     return table
+
+
+def _optional_columns(shown: list[PointRecord]) -> list[tuple[str, Callable[[PointRecord], Text]]]:
+    """Headers and cells of the columns for which a load point has a value."""
+    columns: list[tuple[str, Callable[[PointRecord], Text]]] = []
+    if any(r.goodput is not None for r in shown):
+        columns.append(("goodput\nreq/s", lambda r: Text(_significant(r.goodput))))
+    if any(r.mean_power_w is not None for r in shown):
+        columns.append(("energy\nJ/token", lambda r: Text(_significant(r.joules_per_output_token))))
+        columns.append(("power\nW", lambda r: Text(_count(r.mean_power_w))))
+    if any(r.failures for r in shown):
+        columns.append(("failed\nrequests", lambda r: Text(str(r.failed_requests()), "red" if r.failures else "")))
+    if any(r.disturbed for r in shown):
+        columns.append(("disturbed\nothers' CPU", _others))
+    return columns
+
+
+def _others(record: PointRecord) -> Text:
+    if not record.disturbed:
+        return Text("–")
+    return Text(f"{(record.others_cpu_share or 0.0) + (record.steal_share or 0.0):.0%}", style="yellow")
 
 
 def duration(seconds: float) -> str:
@@ -223,6 +233,10 @@ def _ms(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _significant(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _count(value: float | None) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from bench.errors import BenchError
+from bench.measurement.energy import EnergyMeter, EnergyReader
 from bench.measurement.load_point import LoadPoint, PointPlan, point_id
 from bench.measurement.machine import MachineReader
 from bench.measurement.progress import Progress, duration
@@ -53,6 +54,7 @@ class Subject:
     options: BenchOptions
     files: RunFiles
     progress: Progress
+    meter: EnergyMeter | None = None  # None: energy is not measured
 
 
 class InterruptedRunError(KeyboardInterrupt):
@@ -116,10 +118,10 @@ def _open_run(subject: Subject, finished: Sequence[PointRecord]) -> Iterator["_R
     target, options = subject.target, subject.options
     budget = TimeBudget(options.max_minutes * 60)
     budget.start()
-    with stop_on_interrupt(budget), MetricsReader(target) as reader:
+    with stop_on_interrupt(budget), MetricsReader(target) as reader, EnergyReader(subject.meter) as energy:
         point = LoadPoint(
             target, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
-            options.limits, options.arrivals, lambda: budget.stopped, MachineReader(target.base_url),
+            options.limits, options.arrivals, lambda: budget.stopped, MachineReader(target.base_url), energy,
         )  # fmt: skip
         planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
         known = {r.point_id: r for r in finished if _reusable(r)}
@@ -336,7 +338,14 @@ class _Run:
             self.unwritten = str(error)  # this load point counts and is the last one
         self._progress.point_finished(record)
         self._check_server(record, requests)
+        self._check_energy()
         return record
+
+    def _check_energy(self) -> None:
+        problem = self._point.energy.problem
+        if problem and problem not in self._reported:
+            self._reported.add(problem)
+            self._progress.message(f"warning: a reading of the energy failed: {problem}")
 
     def _check_server(self, record: PointRecord, requests: list[RequestRecord]) -> None:
         """Check whether the server is gone, and whether it had the random prompts in its prefix cache."""

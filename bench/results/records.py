@@ -106,6 +106,8 @@ class PointRecord:
     others_cpu_share: float | None = None  # of the cores, used by other processes; None: not known
     steal_share: float | None = None  # of the cores, taken by the hypervisor; None: not known
     disturbed: bool = False  # the two together exceed DISTURBED_SHARE
+    mean_power_w: float | None = None  # of the server's GPUs over the window; None: not measured
+    joules_per_output_token: float | None = None  # their energy / output tokens of the window
 
     @property
     def disturbance(self) -> str:

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.target.server import has_flag, serve_flags
+from bench.measurement.nvml import Gpus, parse_gpus
+from bench.target.server import RunningServer, ServerProcess, has_flag, serve_flags
 from bench.target.target import Target
+from bench.target.tls import tls_context
 
 _TARGET_FIELDS = ("ca", "insecure", "extra_body", "ignore_eos", "stream_options")  # have the same names in Target
 _FIELDS = frozenset(
     {"model", "serve", "command", "url", "health", "vocab_size", "api_key", "start_limit_s", "note"}
-    | {"served_model", "headers", *_TARGET_FIELDS}
+    | {"served_model", "headers", "energy_gpus", *_TARGET_FIELDS}
 )
 
 
@@ -32,6 +35,7 @@ class Configuration:
     url: str | None = None  # of a running server, or of the one that the command starts ({port} is its port)
     served_model: str = ""  # model name to request, if the server has several
     target_fields: dict[str, Any] = field(default_factory=dict)  # further fields of its Target
+    energy_gpus: Gpus | None = None  # as of find_energy()
 
     @property
     def is_running(self) -> bool:
@@ -43,6 +47,22 @@ class Configuration:
         target = Target(base_url, self.served_model, self.api_key, **self.target_fields)
         own = self.command is None and not self.is_running
         return replace(target, insecure=True) if own and target.is_tls and target.ca is None else target
+
+    def server(self, max_tokens: int, log: Path) -> ServerProcess | RunningServer:
+        """The server, not started yet, for a workload whose largest request has `max_tokens` tokens."""
+        limit = self.start_limit_s
+        if self.command is None and self.url is not None:
+            return RunningServer(self.url)
+        if self.command is None:
+            assert self.model is not None
+            return ServerProcess.redline(self.model, self.arguments(max_tokens), log, start_limit_s=limit)
+        url = (self.url or "http://127.0.0.1:{port}").rstrip("/").removesuffix("/v1")
+        target = self.target(url.replace("{port}", "1"))
+        verify = tls_context(target.ca, insecure=target.insecure) if target.is_tls else True
+        return ServerProcess(
+            self.command_line(max_tokens), log, url=url, health=self.health, start_limit_s=limit, verify=verify,
+            headers=target.all_headers(),
+        )  # fmt: skip
 
     def arguments(self, max_tokens: int) -> list[str]:
         """Flags of `redline serve` for a workload whose largest request has `max_tokens` tokens."""
@@ -120,12 +140,23 @@ def read_configuration(name: str, entry: Any, data: dict[str, Any]) -> Configura
         url=url,
         served_model=str(served or ""),
         target_fields=_target_fields(entry, where),
+        energy_gpus=_gpus(entry.get("energy_gpus"), f"{where}.energy_gpus"),
     )
     try:
         configuration.describe()
     except BenchError as error:
         raise BenchError(f"{where}: {error}") from None
     return configuration
+
+
+def _gpus(value: Any, where: str) -> Gpus | None:
+    if value is None:
+        return None
+    words = value if isinstance(value, list) else [value]
+    try:
+        return parse_gpus(",".join(str(word) for word in words))
+    except ValueError:
+        raise BenchError(f"{where} must be all, none, or numbers of GPUs such as [0, 1], not {value!r}") from None
 
 
 def _target_fields(entry: dict[str, Any], where: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.measurement.energy import EnergyMeter
+from bench.measurement.nvml import find_energy
 from bench.measurement.progress import Progress
 from bench.measurement.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
 from bench.results import (
@@ -37,8 +39,6 @@ from bench.target import Target
 from bench.target.control import unused_proxy
 from bench.target.probe import probe_server
 from bench.target.reported_config import resolved_configuration
-from bench.target.server import RunningServer, ServerProcess
-from bench.target.tls import tls_context
 from bench.workloads import Workload
 from bench.workloads.arrivals import Arrivals
 from bench.workloads.encoding import server_encoder
@@ -103,6 +103,15 @@ def common_ladder(found: Sequence[float], shares: Sequence[float] = ()) -> list[
     return [float(f"{rate:.3g}") for rate in rates]
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A configuration's running server, and the workload for its vocabulary."""
+
+    target: Target
+    requests: Workload
+    meter: EnergyMeter | None
+
+
 class _Sweep:
     def __init__(self, plan: SweepPlan, folder: Path, progress: Progress):
         self._plan = plan
@@ -150,11 +159,11 @@ class _Sweep:
         self._progress.message(f"\n{what}: {stage}")
         self._progress.run_state(configuration.name, workload.name, f"{stage}: starting the server")
         try:
-            with self._server(configuration, workload, stage) as (target, requests):
+            with self._server(configuration, workload, stage) as server:
                 if ladder is None:
-                    self._measure(configuration, workload, target, requests)
+                    self._measure(configuration, workload, server)
                 else:
-                    self._measure_ladder(configuration, workload, target, requests, ladder)
+                    self._measure_ladder(configuration, workload, server, ladder)
         except CannotWriteError:
             raise  # later stages could not be written either
         except BenchError as error:
@@ -162,9 +171,7 @@ class _Sweep:
         finally:
             self._save()
 
-    def _measure(
-        self, configuration: Configuration, workload: SweepWorkload, target: Target, requests: Workload
-    ) -> None:
+    def _measure(self, configuration: Configuration, workload: SweepWorkload, server: _Started) -> None:
         known, wanted = self._points(configuration, workload), workload.options
         number = self._rounds_done(configuration, workload)
         if wanted.rates:
@@ -173,7 +180,7 @@ class _Sweep:
         else:
             share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
             options = self._options(workload, share * wanted.max_minutes)
-        subject = Subject(target, requests, configuration.name, options, self._files, self._progress)
+        subject = self._subject(configuration, server, options)
         began = time.monotonic()
         try:
             answer = measure_configuration(subject, known)
@@ -199,12 +206,7 @@ class _Sweep:
         return f"max_minutes is too short for one load point{alone}: raise it, or use shorter requests"
 
     def _measure_ladder(
-        self,
-        configuration: Configuration,
-        workload: SweepWorkload,
-        target: Target,
-        requests: Workload,
-        rates: list[float],
+        self, configuration: Configuration, workload: SweepWorkload, server: _Started, rates: list[float]
     ) -> None:
         # Without the probe, which is repeated to warm up the new server.
         known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
@@ -215,11 +217,16 @@ class _Sweep:
         minutes = max(limit - searched, (1 - _SEARCH_SHARE) * limit) / rounds
         number = self._rounds_done(configuration, workload)
         options = self._options(workload, minutes, ladder_rates=rates, round=number)
-        subject = Subject(target, requests, configuration.name, options, self._files, self._progress)
+        subject = self._subject(configuration, server, options)
         if not measure_ladder(subject, known):
             raise BenchError("max_minutes is too short for one load point of the ladder: raise it")
         self._state.ladders.append([configuration.name, workload.name])
         self._show_answer(configuration, workload)
+
+    def _subject(self, configuration: Configuration, server: _Started, options: BenchOptions) -> Subject:
+        return Subject(
+            server.target, server.requests, configuration.name, options, self._files, self._progress, server.meter
+        )
 
     def _options(self, workload: SweepWorkload, max_minutes: float, **rates: Any) -> BenchOptions:
         wanted = workload.options
@@ -235,12 +242,10 @@ class _Sweep:
         )
 
     @contextlib.contextmanager
-    def _server(
-        self, configuration: Configuration, workload: SweepWorkload, stage: str
-    ) -> Iterator[tuple[Target, Workload]]:
+    def _server(self, configuration: Configuration, workload: SweepWorkload, stage: str) -> Iterator[_Started]:
         """Start the configuration's server, and build the workload for its vocabulary; stops the server at the end."""
         log = self._folder / LOGS_FOLDER / f"{slug(_key(configuration, workload))}-{stage}.log"
-        server = _process(configuration, workload, log)
+        server = configuration.server(workload.max_tokens, log)
         shown = configuration.shown(workload.max_tokens)
         self._progress.message(f"measuring {shown} …" if configuration.is_running else f"starting {shown} …")
         with server:
@@ -259,8 +264,11 @@ class _Sweep:
                     )
                 known = self.summary.configurations[configuration.name]
                 known |= {"model": known["model"] or info.model, "server": info.kind}
-                known.setdefault("resolved", {})[workload.name] = resolved_configuration(target)
-                yield target, workload.build(vocabulary, server_encoder(target))
+                resolved = resolved_configuration(target)
+                known.setdefault("resolved", {})[workload.name] = resolved
+                energy = find_energy(configuration.energy_gpus, target, str(resolved.get("device", "")))
+                known["energy"] = energy.described
+                yield _Started(target, workload.build(vocabulary, server_encoder(target)), energy.meter)
             except LostServerError:
                 if not server.ends():
                     raise
@@ -351,25 +359,6 @@ class _Sweep:
         with writing(self._folder / STATE_FILE, FLAG):
             replace_file(self._folder / STATE_FILE, lambda part: part.write_text(text))
         self._files.write_summary(self.summary)
-
-
-def _process(configuration: Configuration, workload: SweepWorkload, log: Path) -> ServerProcess | RunningServer:
-    limit = configuration.start_limit_s
-    if configuration.command is None and configuration.url is not None:
-        return RunningServer(configuration.url)
-    if configuration.command is None:
-        assert configuration.model is not None
-        return ServerProcess.redline(
-            configuration.model, configuration.arguments(workload.max_tokens), log, start_limit_s=limit
-        )
-    command = configuration.command_line(workload.max_tokens)
-    url = (configuration.url or "http://127.0.0.1:{port}").rstrip("/").removesuffix("/v1")
-    target = configuration.target(url.replace("{port}", "1"))
-    verify = tls_context(target.ca, insecure=target.insecure) if target.is_tls else True
-    return ServerProcess(
-        command, log, url=url, health=configuration.health, start_limit_s=limit, verify=verify,
-        headers=target.all_headers(),
-    )  # fmt: skip
 
 
 def _describe(workload: SweepWorkload) -> dict[str, Any]:

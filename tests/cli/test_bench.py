@@ -53,6 +53,27 @@ def test_given_rates_end_with_a_table_an_answer_and_files(stub: ServerProcess, t
     assert summary.answers[0].line() == lines[-1]
     assert summary.workloads == {"20/5": {"kind": "random", "input": 20, "output": 5}}
     assert summary.configurations["bench"]["options"]["rates"] == [10.0, 90.0]
+    assert (
+        "measured" in summary.configurations["bench"]["energy"] or "NVML" in summary.configurations["bench"]["energy"]
+    )
+
+
+def test_energy_that_cannot_be_measured_is_an_error_only_if_it_was_wanted(
+    stub: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    asked = ["bench", "--url", stub.base_url, *QUICK, "--rate", "10", "--window", "1", "--out", str(tmp_path / "o")]
+    assert main([*asked, "--energy-gpus", "0"]) == 1
+    line = "redline: error: energy cannot be measured: the package nvidia-ml-py is not installed"
+    assert capsys.readouterr().err.startswith(line)
+    assert main([*asked, "--energy-gpus", "0-3"]) == 2
+    assert "'0-3' names no GPUs: use all, none, or numbers such as 0,1" in capsys.readouterr().err
+    assert main(asked) == 0
+    files = RunFiles(tmp_path / "o")
+    assert files.read_points()[-1].mean_power_w is None
+    assert files.read_summary().configurations["bench"]["energy"] == (
+        "not measured: the package nvidia-ml-py is not installed (pip install nvidia-ml-py)"
+    )
 
 
 def test_a_folder_is_shown_as_it_is(stub: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,6 +165,21 @@ def test_goodput_is_compared_where_there_were_limits(make_run: Callable[..., Pat
     assert failed_conditions(load([a, b]), ["goodput < -15 %", "goodput<0.5"]) == []
 
 
+def test_energy_is_compared_where_it_was_measured(make_run: Callable[..., Path], demo: Path) -> None:
+    for folder, power in zip((a := make_run("a"), b := make_run("b")), (600.0, 480.0), strict=True):
+        edited(
+            folder, lambda p, w=power: replace(p, mean_power_w=w, joules_per_output_token=w / p.output_tok_s)
+        )  # fmt: skip
+    comparison = compare(load([a, b]))[0]
+    assert [m.key for m in comparison.metrics[-2:]] == ["joules_per_output_token", "mean_power_w"]
+    row = comparison.rows[f"b: {ON}"]
+    assert_close(row["mean_power_w"].value, 480)
+    assert_close(row["joules_per_output_token"].difference, -20.0, 1e-4)
+    assert len(failed_conditions(load([a, b]), ["joules_per_output_token<-10%"])) == 2
+    assert "mean_power_w" not in [m.key for m in compare(load([demo]))[0].metrics]
+    assert all("--energy-gpus" in line for line in failed_conditions(load([demo]), ["mean_power_w>500"]))
+
+
 def test_goodput_without_limits_is_not_shown_and_fails_its_condition(demo: Path) -> None:
     results = load([demo])
     (comparison,) = compare(results)

@@ -30,6 +30,14 @@ def test_failures_and_goodput_have_columns_only_where_there_are_any() -> None:
     assert next(line for line in full.splitlines() if line.startswith("    1")).split()[-2:] == ["–", "0"]
 
 
+def test_energy_has_columns_only_where_it_was_measured() -> None:
+    assert "J/token" not in shown(points_table([plain_point()]))
+    full = shown(points_table([plain_point(mean_power_w=612.4, joules_per_output_token=0.3128), plain_point(rate=2.0)]))
+    first, second = (next(line for line in full.splitlines() if line.startswith(f"    {rate}")) for rate in (1, 2))
+    assert first.split()[-2:] == ["0.313", "612"]
+    assert second.split()[-2:] == ["–", "–"]
+
+
 def test_a_terminal_shows_the_table_of_runs_and_the_point_under_way() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with SweepProgress(console, ["on", "off"], ["500/2000", "2048/128"]) as progress:
