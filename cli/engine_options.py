@@ -71,6 +71,11 @@ ENGINE_OPTIONS = (
         "takes the best that the device and the model support.",
     ),
     option(
+        DEVICE, "--tile-table", type=click.Path(dir_okay=False), metavar="FILE",
+        default_text="that of the GPU in the user's cache, if there is one",
+        help="Tiles of the Triton attention kernels, as `redline profile --tune` measures them.",
+    ),
+    option(
         DEVICE, "--dtype", default="auto", type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
         help="Data type of weights and activations. auto takes the type of the checkpoint, half is float16, and float "
         "is float32. The C++ kernels do not support float16.",

@@ -21,6 +21,7 @@ def show_start(console: Console, engine: Any) -> None:
         ("device", ready.device, "--device"),
         ("dtype", ready.dtype, "--dtype"),
         ("kernels", ready.kernels, "--kernels"),
+        *([("measured tiles", ready.tile_table, "--tile-table")] if ready.tile_table else []),
         *((line.what, human_bytes(line.bytes), line.flag) for line in ready.memory),
         ("KV cache blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens each", "--block-size"),
         *kv_groups(ready),

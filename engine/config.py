@@ -99,6 +99,7 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     device: Device = "auto"
     kernels: str = "auto"  # of KERNELS
+    tile_table: str | None = None  # a file, see engine.devices.tile_files; None: that of the GPU in the user's cache
     quantization: str | None = None  # of QUANTIZATIONS or STORED_QUANTIZATIONS; None: as dtype
     stored_quantization: str | None = None  # the format the checkpoint must have; set from quantization
     kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as dtype
@@ -297,6 +298,7 @@ class ResolvedConfig:
     ablations: frozenset[str] = frozenset()
     draft_tokens: int = 0  # most draft tokens per decoding request and step
     scheduler_steps: int = 1  # v0 only: decode steps per run of the scheduler
+    tile_table: str = ""  # the file with measured tiles of attention; empty: those that come with the kernels
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablations", frozenset(self.ablations))  # messages carry lists

@@ -224,6 +224,7 @@ def _ready(
         kernels=executor.kernels,
         kv_windows=resolved.kv_windows,
         sequences=resolution.sequences,
+        tile_table=resolved.tile_table,
     )
 
 

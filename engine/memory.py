@@ -92,6 +92,7 @@ def resolve(
         ablations=config.ablations,
         scheduler_steps=config.num_scheduler_steps or 1,
         draft_tokens=config.num_speculative_tokens if config.speculative else 0,
+        tile_table=machine.tile_table,
     )
     lines = (
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),

@@ -198,6 +198,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     kernels: str = ""  # what computes the model, in words
     kv_windows: tuple[int, ...] = (0,)  # of each KV group; 0: full attention
     sequences: int = 0  # requests of max-model-len that slots and blocks hold
+    tile_table: str = ""  # the file with measured tiles of attention, if one is used
 
     @property
     def inline(self) -> bool:

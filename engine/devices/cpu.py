@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.devices.machine import Defaults, bytes_per_token, gathered_attention_bytes
+from engine.devices.machine import Defaults, bytes_per_token, gathered_attention_bytes, refuse_tile_table
 from engine.errors import ConfigError
 from engine.host import available_memory, cores, threads_per_rank
 from engine.model.model_info import ITEMSIZE, ModelInfo
@@ -25,6 +25,7 @@ class CpuMachine:
 
     torch_type = ""
     kernels = "auto"
+    tile_table = ""
     defaults = Defaults(
         max_num_seqs=128,
         # On 2 cores chunks of 128 prompt tokens are as fast as chunks of 512 (3.7 k tokens/s, 3.2 k), and running
@@ -38,6 +39,7 @@ class CpuMachine:
     def __init__(self, config: EngineConfig, notes: Sequence[str] = ()):
         if config.kernels == "triton":
             raise ConfigError("--kernels triton does not work on the CPU: use auto, or --device cuda")
+        refuse_tile_table(config, "on the CPU")
         self._notes = list(notes)
         self._replicas = config.data_parallel_size
 

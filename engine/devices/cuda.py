@@ -8,9 +8,17 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.devices import probe
-from engine.devices.machine import Defaults, activation_bytes, check_options, gathered_attention_bytes
+from engine.devices.machine import (
+    Defaults,
+    activation_bytes,
+    check_options,
+    gathered_attention_bytes,
+    refuse_tile_table,
+)
 from engine.devices.probe import DeviceFacts
+from engine.devices.tile_files import find_table
 from engine.errors import ConfigError
+from engine.kernels.tile_table import target_of
 from engine.kernels.triton.limits import attention_refusal
 from engine.model.model_info import ModelInfo
 
@@ -43,6 +51,12 @@ class CudaMachine:
         if config.kernels == "triton" and self._reason:
             raise ConfigError(f"--kernels triton: {self._reason}: use --kernels torch")
         self.kernels = "torch" if self._reason or config.kernels == "torch" else "triton"
+        self.tile_table, self._notes = "", list[str]()
+        if self.kernels == "torch":
+            refuse_tile_table(config, "here")
+        elif config.tile_table is not None or not facts.differ:
+            target = target_of(facts.capability) if facts.capability is not None else None
+            self.tile_table, self._notes = find_table(config.tile_table, facts.name, target)
 
     def available_memory(self) -> int:
         """Free memory when the engine started: each rank can take what the GPU with the least has."""
@@ -78,7 +92,7 @@ class CudaMachine:
         return f"cuda ({', '.join(filter(None, (name, capability, facts.driver)))})"
 
     def warnings(self, config: EngineConfig) -> list[str]:
-        warnings = ["--device cuda has not been tested on hardware"]
+        warnings = ["--device cuda has not been tested on hardware", *self._notes]
         if self._facts.differ:
             warnings.append("the ranks have different GPUs: the slowest one sets the pace")
         if self._reason and config.kernels == "auto":
@@ -90,6 +104,15 @@ def find_gpus(ranks: int) -> DeviceFacts:
     """The first GPUs, one for each rank, or why none can be used."""
     missing = _missing_software() or old_driver(probe.torch_build(), probe.driver_version)
     return DeviceFacts(error=missing) if missing else probe.ask("cuda", ranks)
+
+
+def gpu_with_triton() -> DeviceFacts:
+    """The first GPU, which runs the Triton kernels. Raises ConfigError if there is none."""
+    facts = find_gpus(1)
+    reason = facts.error or _no_triton(facts, has_triton())
+    if reason:
+        raise ConfigError(f"tiles can only be measured on a GPU with the Triton kernels: {reason}")
+    return facts
 
 
 def is_likely() -> bool:

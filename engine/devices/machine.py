@@ -29,6 +29,7 @@ class Machine(Protocol):
     defaults: Defaults
     torch_type: str  # of the device, for one whose steps are enqueued; empty: the CPU
     kernels: str  # triton or torch; those of the CPU are chosen with the model: auto
+    tile_table: str  # the file with measured tiles of attention; empty: none
 
     def available_memory(self) -> int:
         """Bytes that one replica could take now, on all its ranks together."""
@@ -65,6 +66,12 @@ def check_options(config: EngineConfig, device: str, kernels: tuple[str, ...]) -
         raise ConfigError(
             f"--ablate {DRIVER_BROADCAST}, a part of --engine v0 with --tp, does not work on {device}: use --device cpu"
         )
+
+
+def refuse_tile_table(config: EngineConfig, device: str) -> None:
+    """Raise ConfigError if a tile table was given for a device that does not run the Triton kernels."""
+    if config.tile_table is not None:
+        raise ConfigError(f"--tile-table needs the Triton kernels, which do not run {device}: leave it out")
 
 
 def activation_bytes(model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int) -> int:

@@ -1,7 +1,13 @@
 """A device type of torch other than the CPU and CUDA, as a device: xpu, mps, hpu."""
 
 from engine.config import EngineConfig
-from engine.devices.machine import Defaults, activation_bytes, check_options, gathered_attention_bytes
+from engine.devices.machine import (
+    Defaults,
+    activation_bytes,
+    check_options,
+    gathered_attention_bytes,
+    refuse_tile_table,
+)
 from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError
 from engine.host import available_memory
@@ -12,6 +18,7 @@ class TorchMachine:
     """Implements `engine.devices.machine.Machine`. Raises ConfigError for options that the device does not support."""
 
     kernels = "torch"
+    tile_table = ""
     defaults = Defaults(
         max_num_seqs=128, max_num_batched_tokens=1024, min_chunk=64, block_size=32, memory_utilization=0.8
     )
@@ -24,6 +31,7 @@ class TorchMachine:
         for flag, count in (("--tp", config.tensor_parallel_size), ("--dp", config.data_parallel_size)):
             if count > 1:
                 raise ConfigError(f"{flag} {count} does not work on {config.device}: use --device cpu or cuda")
+        refuse_tile_table(config, f"on {self.torch_type}")
         self._facts = facts
 
     def available_memory(self) -> int:

@@ -12,7 +12,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import ConfigError
 from engine.model.loading.meta_model import Allocate, MetaModel
 from engine.model.loading.open_model import check_attention, kv_layout
-from engine.model.model_info import ModelInfo
+from engine.model.model_info import ITEMSIZE, ModelInfo
 from engine.model.runtime.attention_interface import KVCache, lazy_zeros
 from engine.model.runtime.vocab_shard import VocabShard
 from engine.model.sharding.tp_plan import TPPlan
@@ -26,8 +26,6 @@ from engine.worker.step_inputs import DeviceState, StepKernels
 
 if TYPE_CHECKING:
     from engine.worker.triton_backend import TritonAttention
-
-PROGRAMS = 64  # of the attention for each KV head
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +172,10 @@ def _triton_parts(
 
     layout = cache.layout
     shape = AttentionShape(model_info.num_heads, layout.kv_heads, layout.head_dim, layout.block_size)
-    tilings = default_tilings(shape, PROGRAMS)
+    quantized = cache.keys[0].dtype.itemsize == 1
+    tilings = default_tilings(
+        shape, ITEMSIZE[model_info.dtype], quantized=quantized, tile_table=resolved.tile_table
+    )  # fmt: skip
     sampled = resolved.max_num_seqs * (1 + resolved.draft_tokens)
     # Every running request computes a token, and draft tokens besides.
     tokens = max(resolved.max_num_batched_tokens, sampled)

@@ -1,29 +1,29 @@
 """The Triton kernels as a step and the attention of transformers' classes use them. Needs the package `triton`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.devices.tile_files import read_table
 from engine.kernels import work_list
 from engine.kernels.attention import Scores
 from engine.kernels.sampling import Draws
 from engine.kernels.triton import attention as triton_attention
-from engine.kernels.triton import launch, sampling, slot_state
+from engine.kernels.triton import launch, sampling, slot_state, tiles
 from engine.kernels.triton.attention import AttentionShape, Partials, Rows, Work, paged_attention
 from engine.kernels.triton.kv_storage import LayerCache
 from engine.kernels.triton.rotary import write_cache
-from engine.kernels.work_list import Tiling, Tilings, plan_work
+from engine.kernels.work_list import Tilings, plan_work
 from engine.model.runtime.attention_interface import KVCache
 from engine.worker.device import Columns
 from engine.worker.device_attention import GroupWindow
 from engine.worker.slots import StepBatch
 from engine.worker.step_inputs import StepInputs, StepKernels
 
-KEYS = 64  # of a tile
-PREFILL_LINES = 64  # of a tile: queries times the heads that share a KV head
-INTERPRETED_PROGRAMS = 4
+INTERPRETED_PROGRAMS = 4  # for each KV head
 
 
 def triton_step_kernels(rows: int, vocabulary: int, device: torch.device) -> StepKernels:
@@ -39,12 +39,21 @@ def triton_step_kernels(rows: int, vocabulary: int, device: torch.device) -> Ste
     return StepKernels(slot_state.gather_ids, slot_state.append_tokens, slot_state.write_elements, choose_tokens)
 
 
-def default_tilings(shape: AttentionShape, programs: int) -> Tilings:
-    """Tilings that compile for all targets; `programs` for each KV head."""
-    programs = INTERPRETED_PROGRAMS if launch.interpreted() else programs
-    decode = shape.decode_queries
-    prefill = max(PREFILL_LINES // shape.padded_group, decode)
-    return Tilings(Tiling(decode, KEYS, programs), Tiling(prefill, KEYS, programs))
+def default_tilings(shape: AttentionShape, itemsize: int, *, quantized: bool = False, tile_table: str = "") -> Tilings:
+    """The tilings of a shape on the calling thread's GPU, or in the interpreter.
+
+    Args:
+        itemsize: bytes of a number of queries.
+        quantized: the cache has 8 bits.
+        tile_table: a file with measured tiles, see `engine.devices.tile_files`; empty: none.
+
+    Raises:
+        ConfigError: the table can't be read, or is for another target.
+    """
+    gpu = tiles.INTERPRETED_GPU if launch.interpreted() else launch.current_gpu()
+    table = read_table(Path(tile_table), gpu.target) if tile_table else None
+    programs = INTERPRETED_PROGRAMS * shape.kv_heads if launch.interpreted() else gpu.multiprocessors
+    return tiles.tilings(shape, itemsize, gpu.target, programs, quantized, table)
 
 
 class TritonAttention:

@@ -1,9 +1,14 @@
 """What every kernel launch needs: whether kernels are interpreted, dtypes, and a check of where the arguments are."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from engine.kernels.tile_table import target_of
 
 DOT_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED_TOKENS = (
@@ -42,6 +47,30 @@ def tokens_per_program(compiled: int) -> int:
 def next_power_of_2(number: int) -> int:
     """The lowest power of two that is at least `number`, and 1 for 0."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What tiles depend on. target: as in `tile_table.SHARED_KIB`."""
+
+    target: str
+    multiprocessors: int
+
+
+def current_gpu(driver: Any = None) -> Gpu:
+    """The calling thread's GPU.
+
+    Args:
+        driver: of Triton; None: the active one.
+
+    Raises:
+        ValueError: a GPU by NVIDIA with a compute capability below 8.0.
+    """
+    driver = driver or triton.runtime.driver.active
+    arch = driver.get_current_target().arch  # 90, or gfx942
+    target = target_of(divmod(arch, 10)) if isinstance(arch, int) else str(arch).partition(":")[0]
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    return Gpu(target, int(properties["multiprocessor_count"]))
 
 
 def place_of(tensor: Tensor) -> object:

@@ -1,34 +1,23 @@
-"""Tiles of the attention kernels by target: data, and the tilings that follow from it for a layer's shape.
+"""Tiles of the attention kernels by target, and the tilings that follow from them for a layer's shape.
 
 `make aot` compiles them ahead of time and fails if one spills registers or exceeds shared memory. With Triton 3.7.1
 this was done in bfloat16 for all, but not yet for float16, float32 and many variants of attention, see
-docs/benchmarks/cuda.md. The tiles are not tuned by measurement on the targets, and larger ones may fit.
+docs/benchmarks/cuda.md. The tiles are not tuned by measurement on the targets, and larger ones may fit: `redline
+profile --tune` measures them on a GPU and writes a table in the form of `engine.kernels.tile_table`.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
+from engine.kernels.tile_table import Numbers, Tile, TileTable
 from engine.kernels.triton.attention import AttentionShape
+from engine.kernels.triton.launch import Gpu
 from engine.kernels.work_list import Tiling, Tilings
 
 INTERPRETER = "interpreter"
+INTERPRETED_GPU = Gpu(INTERPRETER, 1)
+OTHER_AMD = "gfx942"
 MIN_PART = 256  # keys of a part when decoding: its result has 1 to 2 % of the bytes of its keys and values
 MIN_PREFILL_PART = 1024  # a part's result costs a quarter of the time of as many keys
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Shape and launch options of a program.
-
-    lines: queries * heads of a group (in a decode tile as many as a product needs); keys: at a time; programs: that a
-    multiprocessor runs at a time, by registers and shared memory.
-    """
-
-    lines: int
-    keys: int
-    warps: int
-    stages: int
-    programs: int
-
 
 # By target and padded head dim: decode tile, prefill tile. For float16 and bfloat16.
 _HOPPER = {
@@ -72,47 +61,68 @@ EIGHT_BITS = {
 }
 
 
-def target_of(capability: tuple[int, int]) -> str:
-    """The target in the tables for a compute capability of NVIDIA: the newest that is not newer.
-
-    Raises:
-        ValueError: the capability is below 8.0.
-    """
-    targets = [(int(name.removeprefix("sm_")), name) for name in TILES if name.startswith("sm_")]
-    fitting = [target for target in targets if target[0] <= 10 * capability[0] + capability[1]]
-    if not fitting:
-        raise ValueError(f"compute capability {capability[0]}.{capability[1]} is below 8.0")
-    return max(fitting)[1]
-
-
 def tilings(
-    shape: AttentionShape, itemsize: int, target: str, multiprocessors: int, quantized: bool = False
+    shape: AttentionShape,
+    itemsize: int,
+    target: str,
+    multiprocessors: int,
+    quantized: bool = False,
+    table: TileTable | None = None,
 ) -> Tilings:
     """The tilings for a layer's shape.
 
     Args:
         itemsize: bytes of a number of queries, 2 or 4.
-        target: a key of TILES.
-        multiprocessors: of the device; 1 in the interpreter.
+        target: a key of TILES; other GPUs by AMD get the tiles of gfx942.
+        multiprocessors: of the device.
         quantized: the cache has 8 bits, whose conversion takes registers.
+        table: measured tiles, which replace those of this module where they are for the shape's padded head dim.
 
     Raises:
         ValueError: the head dim is above 256.
     """
-    if itemsize == 4 and target != INTERPRETER:
+    numbers = numbers_of(itemsize, quantized)
+    decode, prefill = builtin_tiles(shape, numbers, target)
+    if table is not None:
+        decode = table.tiles.get((numbers, shape.padded_dim, "decode"), decode)
+        prefill = table.tiles.get((numbers, shape.padded_dim, "prefill"), prefill)
+    return tilings_of(shape, decode, prefill, multiprocessors)
+
+
+def numbers_of(itemsize: int, quantized: bool) -> Numbers:
+    """The tiles of a table that serve queries of this itemsize, and a cache that has 8 bits or not."""
+    if itemsize == 4:
+        return "float32"
+    return "8-bit cache" if quantized else "16-bit"
+
+
+def builtin_tiles(shape: AttentionShape, numbers: Numbers, target: str) -> tuple[Tile, Tile]:
+    """The decode tile and the prefill tile of this module.
+
+    Raises:
+        ValueError: the head dim is above 256.
+    """
+    if numbers == "float32" and target != INTERPRETER:
         table = FLOAT32
     else:
-        table = TILES[target] | (EIGHT_BITS.get(target, {}) if quantized else {})
+        known = target if target in TILES else OTHER_AMD
+        table = TILES[known] | (EIGHT_BITS.get(known, {}) if numbers == "8-bit cache" else {})
     fitting = [dim for dim in sorted(table) if dim >= shape.padded_dim]
     if not fitting:
         raise ValueError(f"heads of {shape.head_dim} dims are above {max(table)}")
     decode, prefill = table[fitting[0]]
+    if numbers == "8-bit cache":
+        decode = replace(decode, programs=min(decode.programs, 2))
+    return decode, prefill
+
+
+def tilings_of(shape: AttentionShape, decode: Tile, prefill: Tile, multiprocessors: int) -> Tilings:
+    """The tilings of a shape with these tiles."""
     if shape.place_lines > 2 * decode.lines:  # so many heads share a KV head that one token fills a large tile
         decode = prefill
-    programs = min(decode.programs, 2) if quantized else decode.programs
     queries = max(prefill.lines // shape.padded_group, shape.decode_queries)
     return Tilings(
-        _tiling(shape, decode, shape.decode_queries, programs * multiprocessors, MIN_PART),
+        _tiling(shape, decode, shape.decode_queries, decode.programs * multiprocessors, MIN_PART),
         _tiling(shape, prefill, queries, prefill.programs * multiprocessors, MIN_PREFILL_PART),
     )
 

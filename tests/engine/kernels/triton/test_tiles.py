@@ -1,9 +1,13 @@
 """Tilings for every target and shape."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from engine.kernels.tile_table import SHARED_KIB, Tile, TileTable, check_tile
+from engine.kernels.triton import launch
 from engine.kernels.triton.attention import AttentionShape
-from engine.kernels.triton.tiles import INTERPRETER, TILES, target_of, tilings
+from engine.kernels.triton.tiles import EIGHT_BITS, FLOAT32, INTERPRETER, TILES, tilings
 from engine.kernels.work_list import capacity
 
 
@@ -54,16 +58,65 @@ def test_the_interpreter_has_one_program_for_each_head() -> None:
     assert (made.decode.programs, made.prefill.programs) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("capability", "target"),
-    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
-)
-def test_target_of_a_capability(capability: tuple[int, int], target: str) -> None:
-    assert target_of(capability) == target
-
-
 def test_what_no_tile_serves_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"compute capability 7\.5 is below 8\.0"):
-        target_of((7, 5))
     with pytest.raises(ValueError, match="heads of 512 dims are above 256"):
         tilings(AttentionShape(8, 1, 512, 32), 2, "sm_90", 132)
+
+
+def test_the_tiles_that_come_with_the_kernels_are_allowed_in_tables() -> None:
+    checked = 0
+    for target, table in TILES.items():
+        if target != INTERPRETER:
+            parts = (("16-bit", table), ("float32", FLOAT32), ("8-bit cache", EIGHT_BITS.get(target, {})))
+            for numbers, tiles in parts:
+                for dim, pair in tiles.items():
+                    for kind, tile in zip(("decode", "prefill"), pair, strict=True):
+                        check_tile(tile, (numbers, dim, kind), target)
+                        checked += 1
+    assert checked == len(SHARED_KIB) * 12 + 6
+
+
+def test_measured_tiles_replace_those_of_the_same_head_dim_only() -> None:
+    decode, prefill = Tile(16, 128, 8, 2, 2), Tile(64, 128, 4, 2, 2)
+    keys = (("16-bit", 128, "decode"), ("16-bit", 64, "prefill"), ("8-bit cache", 128, "decode"))
+    table = TileTable("sm_90", dict(zip(keys, (decode, prefill, decode), strict=True)))
+    shape, small = AttentionShape(32, 8, 128, 32), AttentionShape(32, 8, 64, 32)
+    made = tilings(shape, 2, "sm_90", 132, table=table)
+    assert (made.decode.keys, made.decode.warps, made.decode.stages, made.decode.programs) == (128, 8, 2, 33)
+    assert made.prefill == tilings(shape, 2, "sm_90", 132).prefill
+    assert tilings(small, 2, "sm_90", 132, table=table).prefill.queries == 16
+    assert tilings(small, 2, "sm_90", 132, table=table).decode == tilings(small, 2, "sm_90", 132).decode
+    assert tilings(shape, 2, "sm_90", 132, True, table).decode.keys == 128
+    assert tilings(shape, 4, "sm_90", 132, table=table) == tilings(shape, 4, "sm_90", 132)
+
+
+class StandInDriver:
+    """Triton's driver of a GPU, as far as it is asked."""
+
+    def __init__(self, arch: int | str):
+        self._arch = arch
+        self.utils = self
+
+    def get_current_target(self) -> SimpleNamespace:
+        return SimpleNamespace(backend="cuda", arch=self._arch, warp_size=32)
+
+    def get_current_device(self) -> int:
+        return 1
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        assert device == 1
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+
+@pytest.mark.parametrize(
+    ("arch", "target"), [(90, "sm_90"), (89, "sm_80"), (103, "sm_100"), (121, "sm_120"), ("gfx942:sramecc+", "gfx942")]
+)
+def test_target_of_the_current_gpu(arch: int | str, target: str) -> None:
+    assert launch.current_gpu(StandInDriver(arch)) == launch.Gpu(target, 132)
+    with pytest.raises(ValueError, match=r"compute capability 7\.5 is below 8\.0"):
+        launch.current_gpu(StandInDriver(75))
+
+
+def test_other_gpus_by_amd_get_the_tiles_of_one() -> None:
+    shape = AttentionShape(32, 8, 128, 32)
+    assert tilings(shape, 2, "gfx90a", 104) == tilings(shape, 2, "gfx942", 104)
