@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "bench": "Find the highest request rate that a server sustains.",
     "sweep": "Measure several configurations on several workloads.",
+    "profile": "Measure kernels on a GPU, and choose their tiles.",
     "report": "Draw figures, tables and the HTML report from result files.",
 }
 
