@@ -4,9 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig
+from engine.devices.cpu import CpuMachine
+from engine.devices.cuda import CudaMachine
+from engine.devices.probe import DeviceFacts
 from engine.devices.tile_files import default_file, find_table, read_table, write_table
 from engine.errors import ConfigError
 from engine.kernels.tile_table import Tile, TileTable
+from engine.memory import resolve
+from tests.engine.test_memory import GIB, make_facts
 
 TABLE = TileTable(
     "sm_90", {("16-bit", 128, "prefill"): Tile(128, 64, 8, 3, 1), ("16-bit", 128, "decode"): Tile(16, 128, 4, 2, 4)}
@@ -78,3 +84,31 @@ def test_a_file_that_was_given_must_be_right(tmp_path: Path, monkeypatch: pytest
     assert find_table("t.yaml", "any", "sm_90") == (str(tmp_path / "t.yaml"), [])
     with pytest.raises(ConfigError, match="target is sm_90"):
         find_table("t.yaml", "any", "sm_120")
+
+
+H100 = DeviceFacts(name="NVIDIA H100 80GB HBM3", free_bytes=79 * GIB, capability=(9, 0), driver="CUDA 13.0")
+
+
+def test_a_gpu_takes_its_file_and_the_engine_passes_it_on(cache: Path) -> None:
+    assert CudaMachine(EngineConfig(model="m"), H100, True).tile_table == ""
+    path = default_file(H100.name)
+    write_table(path, TABLE)
+    config = EngineConfig(model="m")
+    machine = CudaMachine(config, H100, True)
+    assert machine.tile_table == str(path)
+    assert resolve(config, make_facts(), machine=machine).config.tile_table == str(path)
+    assert CudaMachine(EngineConfig(model="m", kernels="torch"), H100, True).tile_table == ""
+    path.write_text("tiles: 1")
+    machine = CudaMachine(config, H100, True)
+    assert machine.tile_table == ""
+    assert "measured tiles are not used: " in machine.warnings(config)[-1]
+
+
+def test_a_table_is_refused_where_no_triton_kernels_run(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.yaml", TABLE)
+    config = EngineConfig(model="m", tile_table=str(tmp_path / "t.yaml"))
+    assert CudaMachine(config, H100, True).tile_table == str(tmp_path / "t.yaml")
+    with pytest.raises(ConfigError, match="--tile-table needs the Triton kernels, which do not run on the CPU"):
+        CpuMachine(config)
+    with pytest.raises(ConfigError, match="--tile-table needs the Triton kernels"):
+        CudaMachine(config, H100, False)
