@@ -20,6 +20,7 @@ def show_start(console: Console, engine: Any) -> None:
         *replicas(engine.config),
         ("device", ready.device, "--device"),
         ("dtype", ready.dtype, "--dtype"),
+        *quantized(ready),
         ("kernels", ready.kernels, "--kernels"),
         *([("measured tiles", ready.tile_table, "--tile-table")] if ready.tile_table else []),
         *((line.what, human_bytes(line.bytes), line.flag) for line in ready.memory),
@@ -52,6 +53,17 @@ def replicas(config: EngineConfig) -> list[tuple[str, str, str]]:
     if count == 1:
         return []
     return [("replicas", f"{count}, routing {config.routing}; the values below are per replica", "--dp, --routing")]
+
+
+def quantized(ready: Any) -> list[tuple[str, str, str]]:
+    """Lines for quantized weights and a quantized KV cache, if there are any."""
+    lines = []
+    if ready.quantization:
+        head = "; the head int8" if ready.quantization == "int4" else ""
+        lines.append(("linear layers", ready.quantization + head, "--quantization"))
+    if ready.kv_cache_dtype:
+        lines.append(("keys and values", ready.kv_cache_dtype, "--kv-cache-dtype"))
+    return lines
 
 
 def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:

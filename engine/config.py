@@ -16,9 +16,11 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS: tuple[str, ...] = get_args(LoadFormat)
 DEVICES: tuple[str, ...] = get_args(Device)
-KV_CACHE_DTYPES: tuple[str, ...] = ("int8",)
-QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
+KV_CACHE_DTYPES: tuple[str, ...] = ("int8", "fp8")
+KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
+QUANTIZATIONS: tuple[str, ...] = ("int8", "int4", "fp8")
 # Values of --quantization that name the format of the checkpoint, by the format. vLLM's names of kernels are accepted.
+# fp8 is in both lists: devices that multiply in fp8 quantize to it, others check the checkpoint (`checks_stored`).
 STORED_QUANTIZATIONS = {
     "awq": "awq",
     "awq_marlin": "awq",
@@ -161,13 +163,21 @@ class EngineConfig:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         if self.kv_cache_dtype == "auto":
             object.__setattr__(self, "kv_cache_dtype", None)
-        if self.quantization in STORED_QUANTIZATIONS:
+        if self.kv_cache_dtype in KV_CACHE_DTYPE_ALIASES:
+            object.__setattr__(self, "kv_cache_dtype", KV_CACHE_DTYPE_ALIASES[self.kv_cache_dtype])
+        if self.quantization in STORED_QUANTIZATIONS and self.quantization not in QUANTIZATIONS:
             object.__setattr__(self, "stored_quantization", STORED_QUANTIZATIONS[self.quantization])
             object.__setattr__(self, "quantization", None)
         if isinstance(self.hf_overrides, str):
             object.__setattr__(self, "hf_overrides", read_overrides(self.hf_overrides))
         if self.engine is None:
             object.__setattr__(self, "engine", "v0" if self.v0_options else "v1")
+
+    def checks_stored(self) -> "EngineConfig":
+        """The configuration on devices that don't quantize to fp8: `--quantization fp8` only checks the checkpoint."""
+        if self.quantization != "fp8":
+            return self
+        return dataclasses.replace(self, quantization=None, stored_quantization=STORED_QUANTIZATIONS["fp8"])
 
     @property
     def v0_options(self) -> tuple[str, ...]:

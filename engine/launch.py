@@ -180,7 +180,7 @@ def build_core_server(
 
     start = time.monotonic()
     machine = machine_for(config)  # first: its errors need no model
-    config, memory = fit_length(config, memory)
+    config, memory = fit_length(machine.adapt(config), memory)
     model_info = read_model_info(config)
     resolution = resolve(config, model_info, memory, machine)
     ledger = [("read the configuration", time.monotonic() - start)]
@@ -195,11 +195,15 @@ def build_core_server(
     if config.adapters:
         ledger.append(("load adapters", time.monotonic() - began))
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
-    return BuiltCore(server, _ready(model_info, resolution, executor, ledger), tuple(executor.ranks))
+    return BuiltCore(server, _ready(config, model_info, resolution, executor, ledger), tuple(executor.ranks))
 
 
 def _ready(
-    model_info: "ModelInfo", resolution: "Resolution", executor: "StartedExecutor", seconds: list[tuple[str, float]]
+    config: EngineConfig,
+    model_info: "ModelInfo",
+    resolution: "Resolution",
+    executor: "StartedExecutor",
+    seconds: list[tuple[str, float]],
 ) -> Ready:
     """What a core reports to its parent; `seconds`: per phase of the start."""
     resolved = resolution.config
@@ -207,6 +211,8 @@ def _ready(
         model_path=str(model_info.path),
         device=resolution.device,
         dtype=model_info.dtype,
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         vocab_size=model_info.vocab_size,
         max_model_len=resolved.max_model_len,
         max_num_seqs=resolved.max_num_seqs,

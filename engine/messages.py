@@ -199,6 +199,8 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     kv_windows: tuple[int, ...] = (0,)  # of each KV group; 0: full attention
     sequences: int = 0  # requests of max-model-len that slots and blocks hold
     tile_table: str = ""  # the file with measured tiles of attention, if one is used
+    quantization: str | None = None  # of the linears' weights; None: as dtype
+    kv_cache_dtype: str | None = None  # None: as dtype
 
     @property
     def inline(self) -> bool:

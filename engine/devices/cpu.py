@@ -58,6 +58,11 @@ class CpuMachine:
         activations = max_num_batched_tokens * bytes_per_token(model_info)
         return activations + logits + gathered_attention_bytes(model_info, block_size)
 
+    def adapt(self, config: EngineConfig) -> EngineConfig:
+        if config.kv_cache_dtype == "fp8":
+            raise ConfigError("--kv-cache-dtype fp8 does not work on the CPU: use int8")
+        return config.checks_stored()
+
     def describe(self, config: EngineConfig) -> str:
         ranks, threads = config.tensor_parallel_size, threads_per_rank(config.total_ranks, cores())
         each = f"{threads} thread{'s' if threads > 1 else ''}"

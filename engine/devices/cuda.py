@@ -13,6 +13,7 @@ from engine.devices.machine import (
     activation_bytes,
     check_options,
     gathered_attention_bytes,
+    refuse_quantized,
     refuse_tile_table,
 )
 from engine.devices.probe import DeviceFacts
@@ -24,9 +25,12 @@ from engine.model.model_info import ModelInfo
 
 MIN_CAPABILITY = (8, 0)  # of the Triton kernels: older GPUs have no bfloat16
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # ROCm heeds both
+FP8_CAPABILITY = (8, 9)  # of products in fp8
 RUNTIME_BYTES = 1 << 30  # context, compiled kernels, workspaces of cuBLAS
 # Partial results of attention, which decode and prefill programs write: float32, a bound for all head sizes.
 PARTIALS_BYTES = 256 << 20
+# Of products with int8 and int4 weights: partial sums and converted weights, for float32 activations the most.
+INTEGER_PRODUCTS_BYTES = 73 << 20
 
 
 class CudaMachine:
@@ -53,10 +57,14 @@ class CudaMachine:
         self.kernels = "torch" if self._reason or config.kernels == "torch" else "triton"
         self.tile_table, self._notes = "", list[str]()
         if self.kernels == "torch":
+            refuse_quantized(config, self._reason or "--kernels torch")
             refuse_tile_table(config, "here")
         elif config.tile_table is not None or not facts.differ:
             target = target_of(facts.capability) if facts.capability is not None else None
             self.tile_table, self._notes = find_table(config.tile_table, facts.name, target)
+        self._quantization = config.quantization
+        if self._quantization == "fp8":
+            _check_fp8(facts)
 
     def available_memory(self) -> int:
         """Free memory when the engine started: each rank can take what the GPU with the least has."""
@@ -82,8 +90,20 @@ class CudaMachine:
         activations = activation_bytes(model_info, max_num_seqs, max_num_batched_tokens)
         shape = model_info.num_heads, model_info.num_kv_heads, model_info.head_dim
         if self.kernels == "triton" and attention_refusal(*shape) is None:
-            return RUNTIME_BYTES + activations + PARTIALS_BYTES
+            products = self._product_bytes(model_info, max_num_batched_tokens)
+            return RUNTIME_BYTES + activations + PARTIALS_BYTES + products
         return RUNTIME_BYTES + activations + gathered_attention_bytes(model_info, block_size)
+
+    def _product_bytes(self, model_info: ModelInfo, tokens: int) -> int:
+        """What products with quantized weights need besides activations in the model's dtype."""
+        if self._quantization is None:
+            return 0
+        if self._quantization == "fp8":
+            return tokens * (max(model_info.hidden_size, model_info.intermediate_size) + 4)
+        return INTEGER_PRODUCTS_BYTES
+
+    def adapt(self, config: EngineConfig) -> EngineConfig:
+        return config
 
     def describe(self, config: EngineConfig) -> str:  # noqa: ARG002
         facts = self._facts
@@ -158,6 +178,15 @@ def _no_triton(facts: DeviceFacts, installed: bool) -> str:
         has, needs = (".".join(map(str, one)) for one in (facts.capability, MIN_CAPABILITY))
         return f"the GPU has compute capability {has}, and the Triton kernels need {needs}"
     return "" if installed else "the package triton is not installed"
+
+
+def _check_fp8(facts: DeviceFacts) -> None:
+    """Raise ConfigError for a GPU that can't multiply in fp8."""
+    if facts.capability is None:
+        raise ConfigError("--quantization fp8 needs a GPU by NVIDIA: use int8")
+    if facts.capability < FP8_CAPABILITY:
+        has, needs = (".".join(map(str, one)) for one in (facts.capability, FP8_CAPABILITY))
+        raise ConfigError(f"--quantization fp8 needs compute capability {needs}, the GPU has {has}: use int8")
 
 
 def _missing_software() -> str:

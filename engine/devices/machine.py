@@ -46,6 +46,10 @@ class Machine(Protocol):
         """Upper bound of the bytes that a step allocates on one rank; `model_info` is the rank's."""
         ...
 
+    def adapt(self, config: EngineConfig) -> EngineConfig:
+        """The configuration as the device understands it. Raises ConfigError for values that it does not have."""
+        ...
+
     def describe(self, config: EngineConfig) -> str:
         """The device in the start table."""
         ...
@@ -59,9 +63,6 @@ def check_options(config: EngineConfig, device: str, kernels: tuple[str, ...]) -
     """Raise ConfigError for options that devices other than the CPU do not support."""
     if config.kernels not in kernels:
         raise ConfigError(f"--kernels {config.kernels} does not work on {device}: use {' or '.join(kernels)}")
-    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
-        if value is not None:
-            raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: use --device cpu")
     if DRIVER_BROADCAST in config.ablations:
         raise ConfigError(
             f"--ablate {DRIVER_BROADCAST}, a part of --engine v0 with --tp, does not work on {device}: use --device cpu"
@@ -72,6 +73,13 @@ def refuse_tile_table(config: EngineConfig, device: str) -> None:
     """Raise ConfigError if a tile table was given for a device that does not run the Triton kernels."""
     if config.tile_table is not None:
         raise ConfigError(f"--tile-table needs the Triton kernels, which do not run {device}: leave it out")
+
+
+def refuse_quantized(config: EngineConfig, reason: str) -> None:
+    """Raise ConfigError for options that only kernels have which the device can't use, for this reason."""
+    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
+        if value is not None:
+            raise ConfigError(f"{flag} {value} needs the Triton kernels: {reason}")
 
 
 def activation_bytes(model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int) -> int:

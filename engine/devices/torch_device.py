@@ -6,6 +6,7 @@ from engine.devices.machine import (
     activation_bytes,
     check_options,
     gathered_attention_bytes,
+    refuse_quantized,
     refuse_tile_table,
 )
 from engine.devices.probe import DeviceFacts
@@ -31,6 +32,7 @@ class TorchMachine:
         for flag, count in (("--tp", config.tensor_parallel_size), ("--dp", config.data_parallel_size)):
             if count > 1:
                 raise ConfigError(f"{flag} {count} does not work on {config.device}: use --device cpu or cuda")
+        refuse_quantized(config, f"they run on cuda, not on {self.torch_type}")
         refuse_tile_table(config, f"on {self.torch_type}")
         self._facts = facts
 
@@ -45,6 +47,9 @@ class TorchMachine:
         return activation_bytes(model_info, max_num_seqs, max_num_batched_tokens) + gathered_attention_bytes(
             model_info, block_size
         )
+
+    def adapt(self, config: EngineConfig) -> EngineConfig:
+        return config
 
     def describe(self, config: EngineConfig) -> str:  # noqa: ARG002
         return f"{self.torch_type} ({self._facts.name})" if self._facts.name else self.torch_type

@@ -1,12 +1,13 @@
 """Reads what must be known of a model before it is loaded, from its config.json and the headers of its weights."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import AUTO_LENGTH, EngineConfig, read_overrides
+from engine.config import AUTO_LENGTH, KV_CACHE_DTYPES, EngineConfig, read_overrides
 from engine.errors import ConfigError, ModelError
 from engine.model.checkpoints.mistral_tensors import CheckpointTensor, as_transformers_tensors
 from engine.model.checkpoints.quantized import merge_quantized, quantization_config
@@ -21,8 +22,8 @@ from engine.model.resolve import resolve_model
 from engine.pretrained import AUTO_MAP, build_causal_lm
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes per weight in the C++ kernels, with the scales of its group.
-QUANTIZED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 4 / 32}
+# Bytes per weight, with the scales of its group; fp8 has a float32 scale for each output besides.
+QUANTIZED_BYTES = {"int8": 1 + 2 / 64, "int4": 0.5 + 4 / 32, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -129,24 +130,39 @@ def _cached_heads(hf_config: Any) -> tuple[int, int]:
 def _weight_bytes(config: EngineConfig, hf_config: Any, parameters: int, dtype: str) -> int:
     """Size of the weights in memory.
 
-    With `--quantization` the C++ kernels hold quantized linears, and a quantized head in addition to the embedding.
+    With `--quantization` linears are quantized, and so is the head, in addition to the embedding if they are tied.
     """
-    item = ITEMSIZE[dtype]
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    no_kernels = dtype == "float16" or head_dim % 16 or config.kernels == "torch"
-    if no_kernels or not FAMILIES.get(hf_config.model_type, Family()).fused or config.quantization is None:
+    item, kind = ITEMSIZE[dtype], config.quantization
+    if kind is None:
         return parameters * item
-    head = hf_config.vocab_size * hf_config.hidden_size
-    without_head = parameters - (0 if hf_config.tie_word_embeddings else head)
-    attention = 2 * (hf_config.num_attention_heads + hf_config.num_key_value_heads) * head_dim
-    linears = hf_config.num_hidden_layers * hf_config.hidden_size * (attention + 3 * hf_config.intermediate_size)
-    quantized = QUANTIZED_BYTES[config.quantization] * linears + QUANTIZED_BYTES["int8"] * head
-    return (without_head - linears) * item + int(quantized)
+    linears = _linear_shapes(hf_config)
+    head = hf_config.vocab_size, hf_config.hidden_size
+    plain = parameters - sum(math.prod(shape) * count for shape, count in linears.items())
+    if not hf_config.tie_word_embeddings:
+        plain -= math.prod(head)
+    quantized = sum(_quantized_bytes(kind, *shape) * count for shape, count in linears.items())
+    return plain * item + int(quantized + _quantized_bytes("int8" if kind == "int4" else kind, *head))
+
+
+def _linear_shapes(hf_config: Any) -> Counter[tuple[int, int]]:
+    """How many linears of each shape (outputs, inputs) the decoder layers have."""
+    if not FAMILIES.get(hf_config.model_type, Family()).fused:
+        return _class_linear_shapes(hf_config)
+    hidden, inner, heads = hf_config.hidden_size, hf_config.intermediate_size, hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
+    width, kv_width = heads * head_dim, hf_config.num_key_value_heads * head_dim
+    shapes = [(width, hidden), *[(kv_width, hidden)] * 2, (hidden, width), *[(inner, hidden)] * 2, (hidden, inner)]
+    return Counter(shapes * hf_config.num_hidden_layers)
+
+
+def _quantized_bytes(kind: str, outputs: int, inputs: int) -> float:
+    scales = 4 * outputs if kind == "fp8" else 0
+    return QUANTIZED_BYTES[kind] * outputs * inputs + scales
 
 
 def kv_head_bytes(cache_dtype: str, head_dim: int) -> int:
-    """Bytes of one key, or one value, of a head in the KV cache; int8 includes its float32 scale."""
-    return head_dim + 4 if cache_dtype == "int8" else head_dim * ITEMSIZE[cache_dtype]
+    """Bytes of one key, or one value, of a head in the KV cache; in 8 bits it includes a float32 scale."""
+    return head_dim + 4 if cache_dtype in KV_CACHE_DTYPES else head_dim * ITEMSIZE[cache_dtype]
 
 
 def read_hf_config(path: Path, config: EngineConfig) -> Any:
@@ -268,10 +284,26 @@ def _count_parameters(hf_config: Any) -> int:
     return sum(map(math.prod, _shapes(hf_config).values()))
 
 
+def _class_linear_shapes(hf_config: Any) -> Counter[tuple[int, int]]:
+    """As `_linear_shapes`, from the class."""
+    from engine.model.linears import quantizable_linears
+
+    model = _empty_model(hf_config)
+    found = quantizable_linears(model)
+    if isinstance(found, str):  # the worker, which has the model as well, refuses it
+        return Counter()
+    head = model.get_output_embeddings()
+    return Counter((one.out_features, one.in_features) for one in found.values() if one is not head)
+
+
 def _shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of the class, built without memory; tied ones count once."""
+    """Shapes of the parameters of the class; tied ones count once."""
+    return {name: tuple(parameter.shape) for name, parameter in _empty_model(hf_config).named_parameters()}
+
+
+def _empty_model(hf_config: Any) -> Any:
+    """The class, built without memory."""
     import torch
 
     with torch.device("meta"):
-        model = build_causal_lm(hf_config, attn_implementation="eager")
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return build_causal_lm(hf_config, attn_implementation="eager")

@@ -95,6 +95,10 @@ class CudaDevice:
         self._step_arrays: Tensor | None = None
         self._pool: Any = None
 
+    @property
+    def converts_fp8(self) -> bool:
+        return torch.version.hip is None and torch.cuda.get_device_capability(self.device) >= (8, 9)
+
     def bind_thread(self) -> None:
         """Make the GPU and a stream of its own the thread's. A graph can't be captured on the default stream."""
         torch.cuda.set_device(self.device)

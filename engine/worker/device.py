@@ -29,6 +29,11 @@ class Fetched(Protocol):
 class Device(Protocol):
     """Memory and queue of one device. All methods but those of marks and `Fetched` belong to one thread."""
 
+    @property
+    def converts_fp8(self) -> bool:
+        """Whether it has instructions that convert float8_e4m3fn."""
+        ...
+
     def bind_thread(self) -> None:
         """Called once by the thread that enqueues work, before all other methods."""
         ...

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.config import EngineConfig, ResolvedConfig
+from engine.devices.machine import refuse_quantized
 from engine.errors import ConfigError
 from engine.model.loading.meta_model import Allocate, MetaModel
 from engine.model.loading.open_model import check_attention, kv_layout
@@ -22,6 +23,7 @@ from engine.worker.device_attention import Attention, GroupWindow, TorchAttentio
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.generic_device_backend import GenericDeviceBackend, move_buffers
+from engine.worker.linear_products import PLAIN, LinearFormats, quantize_linears
 from engine.worker.step_inputs import DeviceState, StepKernels
 
 if TYPE_CHECKING:
@@ -57,9 +59,7 @@ def build_device_runner(
         tp_plan: how ranks divide the model; None with one rank.
         use_triton: whether attention, sampling and the state of slots use the kernels in Triton; else those in torch.
     """
-    for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
-        if value is not None:
-            raise ConfigError(f"{flag} {value} is only supported by the CPU kernels")
+    _check_formats(config, model_info, use_triton)
     if not use_triton:
         runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, False)
         return BuiltDeviceRunner(runner, "torch")
@@ -71,18 +71,31 @@ def build_device_runner(
     if refusal is not None:
         if config.kernels == "triton":
             raise ConfigError(f"--kernels triton does not run this model ({refusal}): use --kernels torch")
+        refuse_quantized(config, refusal)
         runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, False)
         return BuiltDeviceRunner(runner, f"torch ({refusal})")
     refusal = triton_stack.refusal(meta_model.model)
     if refusal is None:
-        runner = _build_stack(model_info, resolved, meta_model, device, tp_plan)
+        runner = _build_stack(config, model_info, resolved, meta_model, device, tp_plan)
         return BuiltDeviceRunner(runner, "triton, fused stack")
     runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, True)
     return BuiltDeviceRunner(runner, f"triton ({refusal})")
 
 
+def _check_formats(config: EngineConfig, model_info: ModelInfo, use_triton: bool) -> None:
+    if not use_triton:
+        refuse_quantized(config, "this device does not use them")
+    if config.quantization == "fp8" and model_info.dtype != "bfloat16":
+        raise ConfigError(f"--quantization fp8 needs --dtype bfloat16, not {model_info.dtype}")
+
+
 def _build_stack(
-    model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, device: Device, tp_plan: TPPlan | None
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    device: Device,
+    tp_plan: TPPlan | None,
 ) -> DeviceRunner:
     from engine.worker.stack_ranks import make_stack_ranks
     from engine.worker.triton_stack import make_stack
@@ -93,9 +106,10 @@ def _build_stack(
     device.bind_thread()
     with contextlib.closing(meta_model):
         meta_model.use(device.weight_memory())
-        stack = make_stack(meta_model.model, groups, positions, device.place, meta_model.fill)
+        formats = _linear_formats(config, model_info, meta_model, device)
+        stack = make_stack(meta_model.model, groups, positions, device.place, meta_model.fill, formats)
     with torch.inference_mode():
-        slots, state, cache = _allocate(model_info, resolved, device)
+        slots, state, cache = _allocate(config, model_info, resolved, device)
         uses = [(group, window or None) for group, window in enumerate(groups.windows)]
         kernels, attention = _triton_parts(model_info, resolved, cache, uses, state, meta_model.vocab_shard)
         ranks = make_stack_ranks(meta_model.vocab_shard)
@@ -120,8 +134,10 @@ def _build_generic(
         move_buffers(meta_model.model, device.place)
         with contextlib.closing(meta_model):
             meta_model.use(device.weight_memory())
+            formats = _linear_formats(config, model_info, meta_model, device)
+            quantize_linears(meta_model.model, formats, meta_model.fill)
             meta_model.fill()
-        slots, state, cache = _allocate(model_info, resolved, device)
+        slots, state, cache = _allocate(config, model_info, resolved, device)
         kernels, attention = _attention(model_info, resolved, cache, uses, state, meta_model.vocab_shard, use_triton)
         backend = GenericDeviceBackend(
             device, meta_model.model, attention, kernels, state.parameters, meta_model.vocab_shard
@@ -134,14 +150,37 @@ def cached_zeros() -> Allocate:
     return functools.cache(lazy_zeros)
 
 
+def _linear_formats(
+    config: EngineConfig, model_info: ModelInfo, meta_model: MetaModel, device: Device
+) -> LinearFormats:
+    """The forms of the linears' weights. Raises ConfigError if the model's can't have them."""
+    if config.quantization is None:
+        return PLAIN
+    from engine.worker.triton_products import quantized_formats
+
+    formats = quantized_formats(config.quantization, getattr(torch, model_info.dtype), device)
+    reason = formats.refusal(meta_model.model)
+    if reason is not None:
+        raise ConfigError(f"--quantization {config.quantization}: {reason}")
+    return formats
+
+
+def _stored_cache(kv_cache_dtype: str | None, device: Device) -> torch.dtype | None:
+    """The dtype of 8 bits that stores keys and values; None: that of the model."""
+    if kv_cache_dtype == "fp8" and not device.converts_fp8:
+        return torch.uint8
+    return {None: None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kv_cache_dtype]
+
+
 def _allocate(
-    model_info: ModelInfo, resolved: ResolvedConfig, device: Device
+    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, device: Device
 ) -> tuple[DeviceSlots, DeviceState, KVCache]:
     rows, groups = resolved.max_num_seqs, len(resolved.kv_windows)
     slots = DeviceSlots(rows, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups)
     state = DeviceState(device, slots.layout)
     layout = kv_layout(model_info, resolved.block_size)
-    return slots, state, KVCache(model_info.kv_groups, resolved.num_blocks, layout, device.zeros)
+    stored = _stored_cache(config.kv_cache_dtype, device)
+    return slots, state, KVCache(model_info.kv_groups, resolved.num_blocks, layout, device.zeros, stored)
 
 
 def _attention(

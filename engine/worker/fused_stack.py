@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from engine.heap import trim_heap
 from engine.kernels.cpu.bindings import Layer, Linear, StackSpec
 from engine.kernels.cpu.huge_pages import Arena, lazy_zeros
-from engine.kernels.cpu.packing import GROUPS, LANES, Concatenated, Interleaved, Weight, pack
+from engine.kernels.cpu.packing import LANES, Concatenated, Interleaved, Weight, pack
+from engine.kernels.quantization import GROUPS
 from engine.model.families import FAMILIES, Family
 from engine.model.kv_groups import KVGroups
 from engine.model.model_info import kv_head_bytes

@@ -67,6 +67,8 @@ class HostCopy:
 class TorchDevice:
     """Implements `engine.worker.device.Device`; `name` as torch writes it, e.g. xpu:0."""
 
+    converts_fp8 = False
+
     def __init__(self, name: str):
         self.device = torch.device(name)
         self._staging = torch.empty(0, dtype=torch.uint8)

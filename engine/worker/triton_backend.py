@@ -78,7 +78,8 @@ class TritonAttention:
     ):
         self._layout = cache.layout
         self._places = cache.groups.places
-        self._caches = [LayerCache(*both) for both in zip(cache.keys, cache.values, strict=True)]
+        slots = zip(cache.keys, cache.values, cache.key_scales, cache.value_scales, strict=True)
+        self._caches = [LayerCache(*slot) for slot in slots]
         self._uses = uses
         for use in uses:
             cache.check_window(*use)

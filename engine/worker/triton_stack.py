@@ -14,6 +14,7 @@ from engine.heap import trim_heap
 from engine.kernels.triton.rotary import Rotary
 from engine.model.kv_groups import KVGroups
 from engine.worker.fused_stack import release, structural_refusal
+from engine.worker.linear_products import PLAIN, LinearFormats, Product, ProductFormat
 
 Place = Callable[[Tensor], Tensor]  # copies a tensor of the host to the device
 Fill = Callable[[nn.Module], None]  # loads the weights of a module that has none yet, on the device
@@ -21,13 +22,9 @@ Fill = Callable[[nn.Module], None]  # loads the weights of a module that has non
 
 @dataclass(frozen=True, slots=True)
 class StackLinear:
-    """Linears of the same inputs, computed as one.
+    """Linears of the same inputs, computed as one. outputs: how many each linear has, by its name in the layer."""
 
-    weight: [outputs, inputs]. bias: [outputs]. outputs: how many outputs each linear has, by its name in the layer.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+    product: Product
     outputs: Mapping[str, int]
 
 
@@ -59,12 +56,12 @@ class StackLayer:
 class TritonStack:
     """A decoder, or a rank's shard of it, on the device.
 
-    embedding, head: [vocabulary of the rank, hidden], the same tensor if they are tied.
+    embedding: [vocabulary of the rank, hidden]. Tied, the head has the same tensor, if it is not quantized.
     """
 
     layers: tuple[StackLayer, ...]
     embedding: Tensor
-    head: Tensor
+    head: Product
     final_norm: Tensor
     epsilon: float
 
@@ -80,7 +77,9 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def make_stack(model: Any, groups: KVGroups, positions: int, place: Place, fill: Fill) -> TritonStack:
+def make_stack(
+    model: Any, groups: KVGroups, positions: int, place: Place, fill: Fill, formats: LinearFormats = PLAIN
+) -> TritonStack:
     """Load the weights of a transformers model on the device, as a stack. The model loses them.
 
     Args:
@@ -94,14 +93,17 @@ def make_stack(model: Any, groups: KVGroups, positions: int, place: Place, fill:
         fill(part)
     weights = inner.embed_tokens.weight.detach(), model.lm_head.weight.detach()
     embedding, head = weights[0], weights[0] if weights[0].data_ptr() == weights[1].data_ptr() else weights[1]
+    head_product = formats.head.make(head, None)
+    del weights, head
     release(inner.embed_tokens, model.lm_head)
     rotary = _rotary(inner.rotary_emb, positions, place)
     layers = []
     for i, layer in enumerate(inner.layers):
         window = groups.windows[groups.places[i][0]] or None
-        layers.append(_layer(layer, window, rotary, fill))
+        layers.append(_layer(layer, window, rotary, fill, formats.layers))
         trim_heap()
-    return TritonStack(tuple(layers), embedding, head, inner.norm.weight.detach(), inner.norm.variance_epsilon)
+    norm = inner.norm.weight.detach()
+    return TritonStack(tuple(layers), embedding, head_product, norm, inner.norm.variance_epsilon)
 
 
 def _rotary(module: Any, positions: int, place: Place) -> Rotary:
@@ -111,12 +113,12 @@ def _rotary(module: Any, positions: int, place: Place) -> Rotary:
     return Rotary(place(angles.cos() * scaling), place(angles.sin() * scaling))
 
 
-def _layer(layer: Any, window: int | None, rotary: Rotary, fill: Fill) -> StackLayer:
+def _layer(layer: Any, window: int | None, rotary: Rotary, fill: Fill, form: ProductFormat) -> StackLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = _linear(attention, ("q_proj", "k_proj", "v_proj"), fill)
-    output = _linear(attention, ("o_proj",), fill)
-    gate_up = _linear(mlp, ("gate_proj", "up_proj"), fill)
-    down = _linear(mlp, ("down_proj",), fill)
+    qkv = _linear(attention, ("q_proj", "k_proj", "v_proj"), fill, form)
+    output = _linear(attention, ("o_proj",), fill, form)
+    gate_up = _linear(mlp, ("gate_proj", "up_proj"), fill, form)
+    down = _linear(mlp, ("down_proj",), fill, form)
     fill(layer)  # its norms
     norms = None
     if getattr(attention, "q_norm", None) is not None:
@@ -135,7 +137,7 @@ def _layer(layer: Any, window: int | None, rotary: Rotary, fill: Fill) -> StackL
     )
 
 
-def _linear(parent: nn.Module, names: Sequence[str], fill: Fill) -> StackLinear:
+def _linear(parent: nn.Module, names: Sequence[str], fill: Fill, form: ProductFormat) -> StackLinear:
     """Put linears of the same inputs side by side, and free the modules' own weights."""
     linears: list[Any] = [getattr(parent, name) for name in names]
     for linear in linears:
@@ -148,4 +150,4 @@ def _linear(parent: nn.Module, names: Sequence[str], fill: Fill) -> StackLinear:
         biases = [weight.new_zeros(len(one.weight)) if one.bias is None else one.bias.detach() for one in linears]
         bias = torch.cat(biases)
     release(*linears)
-    return StackLinear(weight, bias, outputs)
+    return StackLinear(form.make(weight, bias), outputs)

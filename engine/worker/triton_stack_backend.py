@@ -17,7 +17,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from engine.arrays import Int64s
 from engine.kernels.attention import Scores
@@ -82,7 +81,7 @@ class TritonStackBackend:
         if len(inputs.logits_at):
             at = inputs.logits_at
             last = self._normalize(residual[at], None if delta is None else delta[at], stack.final_norm)
-            self._logits = functional.linear(last, stack.head)
+            self._logits = stack.head(last)
 
     def _run_layer(
         self, number: int, layer: StackLayer, residual: Tensor, delta: Tensor | None, positions: Tensor
@@ -161,7 +160,7 @@ class StackAdapters:
 
     def linear(self, x: Tensor, linear: StackLinear, layer: int) -> Tensor:
         """The output of a layer's linears, with those of the adapters in the batch: [tokens, outputs]."""
-        output = functional.linear(x, linear.weight, linear.bias)
+        output = linear.product(x)
         for slot, tokens in self._tokens:
             part = self._parts[slot].get((layer, next(iter(linear.outputs))))
             if part is not None:  # no token occurs twice

@@ -73,6 +73,7 @@ def test_an_option_of_v0_chooses_v0(fields: dict[str, Any]):
 def test_one_spelling_for_what_can_be_said_in_several():
     assert (config(dtype="half").dtype, config(dtype="float").dtype) == ("float16", "float32")
     assert config(kv_cache_dtype="auto").kv_cache_dtype is None
+    assert config(kv_cache_dtype="fp8_e4m3").kv_cache_dtype == "fp8"
     found = config(quantization="awq_marlin")
     assert (found.quantization, found.stored_quantization) == (None, "awq")
     assert config(served_model_name="a").names == ("a",)

@@ -1,7 +1,8 @@
 """y = x W^T in fp8 (e4m3): weights with a scale for each output, activations quantized row by row as they come.
 
 The product is `torch._scaled_mm`, which needs tensor cores that multiply fp8 (compute capability 8.9 or higher); it
-scales rows and outputs only for results in bfloat16. Elsewhere `reference` computes the same in float32.
+scales rows and outputs only for results in bfloat16. On the CPU it exists too, but is slow. `reference` computes the
+same in float32.
 """
 
 from dataclasses import dataclass
@@ -11,25 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.kv_storage import round_to_e4m3
+from engine.kernels.triton.kv_storage import to_stored
 from engine.kernels.triton.launch import check_device, next_power_of_2
 
 LARGEST = 448.0  # of e4m3
-MIN_CAPABILITY = (8, 9)
 MULTIPLE = 16  # of inputs and outputs that `torch._scaled_mm` multiplies
 
 _LARGEST = tl.constexpr(LARGEST)
 
 
 @triton.jit
-def quantize_rows_kernel(x, out, scales, stride, INPUTS: tl.constexpr, WIDTH: tl.constexpr):
+def quantize_rows_kernel(x, out, scales, row_stride, INPUTS: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
-    value = tl.load(x + row * stride + i, mask=i < INPUTS, other=0.0).to(tl.float32)
+    value = tl.load(x + row * row_stride + i, mask=i < INPUTS, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), 0)
     scale = tl.where(largest > 0.0, largest / _LARGEST, 1.0)
-    value = tl.minimum(tl.maximum(value / scale, -_LARGEST), _LARGEST)
-    tl.store(out + row * INPUTS + i, round_to_e4m3(value).to(tl.float8e4nv), mask=i < INPUTS)
+    stored = to_stored(value / scale, _LARGEST, out.dtype.element_ty)
+    tl.store(out + row * INPUTS + i, stored, mask=i < INPUTS)
     tl.store(scales + row, scale)
 
 
@@ -48,15 +48,10 @@ def quantize_fp8(weight: Tensor) -> Fp8Weight:
     return Fp8Weight((weight.float() / scales[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales)
 
 
-def refusal(weight: Fp8Weight, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
-    """Why `torch._scaled_mm` can't multiply by a weight on a device of this compute capability; None if it can."""
-    outputs, inputs = weight.values.shape
-    if capability < MIN_CAPABILITY:
-        return f"fp8 products need compute capability 8.9 or higher, not {'.'.join(map(str, capability))}"
+def refusal(outputs: int, inputs: int) -> str | None:
+    """Why `torch._scaled_mm` can't multiply by a weight [outputs, inputs]; None if it can."""
     if outputs % MULTIPLE or inputs % MULTIPLE:
         return f"fp8 products need inputs and outputs in multiples of {MULTIPLE}, not {inputs} and {outputs}"
-    if dtype != torch.bfloat16:
-        return f"fp8 products give bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -73,8 +68,13 @@ def quantize_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
     if rows:
         width = next_power_of_2(inputs)
         quantize_rows_kernel[(rows,)](
-            x, values, scales, x.stride(0), INPUTS=inputs, WIDTH=width, num_warps=min(16, max(1, width // 512))
+            x, values, scales, x.stride(0), INPUTS=inputs, WIDTH=width, num_warps=quantize_warps(width)
         )
+
+
+def quantize_warps(width: int) -> int:
+    """Warps of a program that quantizes rows of `width` inputs."""
+    return min(16, max(1, width // 512))
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight, values: Tensor, scales: Tensor) -> Tensor:

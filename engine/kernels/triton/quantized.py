@@ -1,10 +1,10 @@
 """y = x W^T with weights W [outputs, inputs] in int8 or int4, which are read as they are and converted in registers.
 
-int8: one scale for each output; weight = integer * scale.
+The inputs of an output are divided into groups of 32, 64 or 128. int8: weight = integer * scale of its group.
 
-int4: groups of 32, 64 or 128 inputs; weight = integer * scale + minimum, with integers 0 to 15. A group's bytes hold
-its first half in the low four bits and its second half in the high ones, so that each half is unpacked by one operation
-and multiplied by activations that lie side by side. With groups of 32, and inputs numbered from the group's first:
+int4: weight = integer * scale + minimum, with integers 0 to 15. A group's bytes hold its first half in the low four
+bits and its second half in the high ones, so that each half is unpacked by one operation and multiplied by activations
+that lie side by side. With groups of 32, and inputs numbered from the group's first:
 
     byte of the group     0      1      2    ...   15
     low four bits         0      1      2    ...   15
@@ -18,7 +18,9 @@ of the outputs at a time, and multiplied by torch. For few rows the weights' byt
 divide the inputs of an output among them if outputs alone make too few programs; their sums are added in a fixed order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -28,38 +30,46 @@ from torch import Tensor
 from engine.kernels.triton.launch import check_device, dot_dtype, dot_precision, interpreted, next_power_of_2
 
 FEW_ROWS = 64
-GROUPS = (32, 64, 128)  # inputs of a group in int4
+GROUPS = (32, 64, 128)  # inputs of a group
 INPUTS_PER_STEP = 128  # inputs that a program multiplies at a time
 OUTPUTS_PER_PROGRAM = 32
 MIN_ROWS = 16  # of an operand of tl.dot
 MAX_SPLITS = 8
 PROGRAMS = 512  # about four for each multiprocessor of an H100
 CONVERTED = 4096  # weights that a program converts
+ADDED = 1024  # outputs whose partial sums a program adds
+# Splits double the number of programs while it is below PROGRAMS, so fewer than twice as many write partial sums.
+PARTIALS = 2 * PROGRAMS * OUTPUTS_PER_PROGRAM * FEW_ROWS
+CONVERTED_AT_ONCE = 16 << 20  # weights in the workspace: 32 MiB in bfloat16, which the L2 cache of an H100 holds
 
 
 @triton.jit(do_not_specialize=["rows"])
 def int8_kernel(
-    x, weight, scales, out, partials, rows, stride,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, scales, out, partials, rows, row_stride,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     m, n, part = tl.arange(0, ROWS), tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
-    STEPS: tl.constexpr = (INPUTS + K - 1) // K
+    TOTAL: tl.constexpr = INPUTS // GROUP
+    STEPS: tl.constexpr = (TOTAL + UNROLL - 1) // UNROLL
     EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     acc = tl.zeros([ROWS, N], tl.float32)
     for step in range(part * EACH, tl.minimum((part + 1) * EACH, STEPS)):
-        k = step * K + tl.arange(0, K)
-        a = tl.load(x + m[:, None] * stride + k[None, :], mask=(m < rows)[:, None] & (k < INPUTS)[None, :], other=0.0)
-        at = n.to(tl.int64)[None, :] * INPUTS + k[:, None]
-        q = tl.load(weight + at, mask=(n < OUTPUTS)[None, :] & (k < INPUTS)[:, None], other=0)
-        acc = tl.dot(a.to(DOT), q.to(tl.float32).to(DOT), acc, input_precision=PRECISION)
-    acc *= tl.load(scales + n, mask=n < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+        for i in tl.static_range(UNROLL):
+            group = step * UNROLL + i
+            k = group * GROUP + tl.arange(0, GROUP)
+            a = tl.load(x + m[:, None] * row_stride + k[None, :], mask=(m < rows)[:, None] & (group < TOTAL), other=0.0)
+            some = (n < OUTPUTS) & (group < TOTAL)
+            q = tl.load(weight + n.to(tl.int64)[None, :] * INPUTS + k[:, None], mask=some[None, :], other=0)
+            products = tl.dot(a.to(DOT), q.to(tl.float32).to(DOT), input_precision=PRECISION)
+            scale = tl.load(scales + n.to(tl.int64) * TOTAL + group, mask=some, other=0.0).to(tl.float32)
+            acc += products * scale[None, :]
     _store(acc, m, n, part, out, partials, rows, OUTPUTS, SPLITS)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def int4_kernel(
-    x, weight, scales, minimums, out, partials, rows, stride,
+    x, weight, scales, minimums, out, partials, rows, row_stride,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +85,8 @@ def int4_kernel(
             group = step * UNROLL + i
             some = (m < rows)[:, None] & (group < TOTAL)
             column = group * GROUP + k
-            low = tl.load(x + m[:, None] * stride + column[None, :], mask=some, other=0.0)
-            high = tl.load(x + m[:, None] * stride + (column + HALF)[None, :], mask=some, other=0.0)
+            low = tl.load(x + m[:, None] * row_stride + column[None, :], mask=some, other=0.0)
+            high = tl.load(x + m[:, None] * row_stride + (column + HALF)[None, :], mask=some, other=0.0)
             some = (n < OUTPUTS) & (group < TOTAL)
             at = n.to(tl.int64)[None, :] * (INPUTS // 2) + (group * HALF + k)[:, None]
             packed = tl.load(weight + at, mask=some[None, :], other=0).to(tl.int32)
@@ -114,23 +124,22 @@ def convert_kernel(
     weight, scales, minimums, out, first, end,
     INPUTS: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs from `first` to `end` as [end - first, INPUTS]; one scale per output if GROUP is 0."""
+    """Write the outputs from `first` to `end` as [end - first, INPUTS]."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = first + r
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     some = (n < end)[:, None] & (k < INPUTS)[None, :]
     row = n.to(tl.int64)[:, None]
+    group = row * (INPUTS // GROUP) + (k // GROUP)[None, :]
+    scale = tl.load(scales + group, mask=some, other=0.0).to(tl.float32)
     if INT4:
         HALF: tl.constexpr = GROUP // 2
         at = row * (INPUTS // 2) + (k // GROUP * HALF + k % HALF)[None, :]
         packed = tl.load(weight + at, mask=some, other=0).to(tl.int32)
         q = tl.where((k % GROUP < HALF)[None, :], packed & 15, packed >> 4).to(tl.float32)
-        at = row * (INPUTS // GROUP) + (k // GROUP)[None, :]
-        value = q * tl.load(scales + at, mask=some, other=0.0).to(tl.float32)
-        value += tl.load(minimums + at, mask=some, other=0.0).to(tl.float32)
+        value = q * scale + tl.load(minimums + group, mask=some, other=0.0).to(tl.float32)
     else:
-        q = tl.load(weight + row * INPUTS + k[None, :], mask=some, other=0).to(tl.float32)
-        value = q * tl.load(scales + n, mask=n < end, other=0.0).to(tl.float32)[:, None]
+        value = tl.load(weight + row * INPUTS + k[None, :], mask=some, other=0).to(tl.float32) * scale
     to = r.to(tl.int64)[:, None] * INPUTS + k[None, :]
     tl.store(out + to, value.to(out.dtype.element_ty), mask=some)
 
@@ -139,8 +148,8 @@ def convert_kernel(
 class IntegerWeight:
     """A weight [outputs, inputs] in int8 or int4, see above.
 
-    integers: int8[outputs, inputs], or uint8[outputs, inputs / 2] for int4;
-    scales: [outputs] for int8, [outputs, groups] for int4; minimums: [outputs, groups] for int4.
+    integers: int8[outputs, inputs], or uint8[outputs, inputs / 2] for int4; scales: [outputs, groups]; minimums:
+    [outputs, groups] for int4, None for int8.
     """
 
     integers: Tensor
@@ -157,19 +166,16 @@ class IntegerWeight:
 
     @property
     def group(self) -> int:
-        """Inputs of a group in int4; 0 for int8."""
-        return 0 if self.minimums is None else self.inputs // self.scales.shape[1]
+        """Inputs of a group."""
+        return self.inputs // self.scales.shape[1]
 
 
-def quantize_int8(weight: Tensor) -> IntegerWeight:
-    """Quantize a weight [outputs, inputs]; each output's scale is its largest magnitude / 127."""
-    scales = weight.float().abs().amax(1) / 127
-    integers = (weight.float() / torch.where(scales > 0, scales, 1.0)[:, None]).round_().clamp_(-127, 127)
-    return IntegerWeight(integers.to(torch.int8), scales)
+def pack_integers(integers: Tensor, scales: Tensor, minimums: Tensor | None) -> IntegerWeight:
+    """Lay out integers [outputs, inputs] as the kernels read them.
 
-
-def pack_int4(integers: Tensor, scales: Tensor, minimums: Tensor) -> IntegerWeight:
-    """Pack integers uint8[outputs, inputs], 0 to 15, with the scales and minimums [outputs, groups] of their groups.
+    Args:
+        integers: int8, or uint8 from 0 to 15 if there are minimums.
+        scales, minimums: [outputs, groups].
 
     Raises:
         ValueError: the groups have a size that kernels don't support.
@@ -177,7 +183,9 @@ def pack_int4(integers: Tensor, scales: Tensor, minimums: Tensor) -> IntegerWeig
     outputs, inputs = integers.shape
     group, rest = divmod(inputs, scales.shape[1])
     if group not in GROUPS or rest:
-        raise ValueError(f"int4 weights need groups of {', '.join(map(str, GROUPS))} inputs, not {group}")
+        raise ValueError(f"integer weights need groups of {', '.join(map(str, GROUPS))} inputs, not {group}")
+    if minimums is None:
+        return IntegerWeight(integers.contiguous(), scales)
     halves = integers.view(outputs, -1, 2, group // 2)
     return IntegerWeight((halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1).contiguous(), scales, minimums)
 
@@ -186,12 +194,22 @@ def pack_int4(integers: Tensor, scales: Tensor, minimums: Tensor) -> IntegerWeig
 class LinearWorkspace:
     """Memory that all products share; allocated once, so that a captured graph can use it.
 
-    partials: float32[n], for few rows; n = MAX_SPLITS * FEW_ROWS * most outputs is always enough.
+    partials: float32[n], for few rows; PARTIALS are enough for all weights.
     weights: [n] in the dtype of the activations, for many rows; some multiple of the inputs.
     """
 
     partials: Tensor
     weights: Tensor
+
+    @classmethod
+    def allocate(cls, zeros: Callable[[tuple[int, ...], torch.dtype], Tensor], dtype: torch.dtype) -> "LinearWorkspace":
+        """A workspace for activations of this dtype."""
+        return cls(zeros((PARTIALS,), torch.float32), zeros((CONVERTED_AT_ONCE,), dtype))
+
+    @staticmethod
+    def bytes(itemsize: int) -> int:
+        """Of a workspace that `allocate` makes for activations of `itemsize` bytes."""
+        return 4 * PARTIALS + itemsize * CONVERTED_AT_ONCE
 
 
 def linear(x: Tensor, weight: IntegerWeight, out: Tensor, workspace: LinearWorkspace) -> None:
@@ -218,31 +236,37 @@ def linear(x: Tensor, weight: IntegerWeight, out: Tensor, workspace: LinearWorks
         _multiply_few(x, weight, out, workspace.partials)
 
 
+def few_rows_constants(rows: int, outputs: int, inputs: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of a product of at most FEW_ROWS rows with a weight in int8 or int4."""
+    size = OUTPUTS_PER_PROGRAM if not interpreted() else max(MIN_ROWS, next_power_of_2(outputs))
+    splits = count_splits(triton.cdiv(outputs, size), triton.cdiv(inputs, INPUTS_PER_STEP))
+    return {
+        "OUTPUTS": outputs, "INPUTS": inputs, "GROUP": group, "UNROLL": INPUTS_PER_STEP // group, "SPLITS": splits,
+        "ROWS": max(MIN_ROWS, next_power_of_2(rows)), "N": size,
+        "DOT": dot_dtype(dtype), "PRECISION": dot_precision(dtype),
+    }  # fmt: skip
+
+
+def few_rows_options(rows: int) -> dict[str, int]:
+    """How such a product is compiled."""
+    return {"num_warps": 4 if rows <= FEW_ROWS // 2 else 8, "num_stages": 4}
+
+
 def _multiply_few(x: Tensor, weight: IntegerWeight, out: Tensor, partials: Tensor) -> None:
     rows, outputs = out.shape
-    size = OUTPUTS_PER_PROGRAM if not interpreted() else max(MIN_ROWS, next_power_of_2(outputs))
-    blocks, group = triton.cdiv(outputs, size), weight.group
-    steps = triton.cdiv(weight.inputs, INPUTS_PER_STEP)
-    splits = count_splits(blocks, steps)
+    constants = few_rows_constants(rows, outputs, weight.inputs, weight.group, x.dtype)
+    splits = constants["SPLITS"]
     if splits > 1 and partials.numel() < splits * rows * outputs:
         raise ValueError(f"the workspace has {partials.numel()} partial sums, not {splits * rows * outputs}")
-    options = {
-        "OUTPUTS": outputs, "INPUTS": weight.inputs, "SPLITS": splits, "ROWS": max(MIN_ROWS, next_power_of_2(rows)),
-        "N": size, "DOT": dot_dtype(x.dtype), "PRECISION": dot_precision(x.dtype),
-        "num_warps": 4 if rows <= FEW_ROWS // 2 else 8, "num_stages": 4,
-    }  # fmt: skip
+    options, stored = constants | few_rows_options(rows), (weight.integers, weight.scales)
+    grid = triton.cdiv(outputs, constants["N"]), splits
     if weight.minimums is None:
-        int8_kernel[(blocks, splits)](
-            x, weight.integers, weight.scales, out, partials, rows, x.stride(0), K=INPUTS_PER_STEP, **options
-        )
+        int8_kernel[grid](x, *stored, out, partials, rows, x.stride(0), **options)
     else:
-        int4_kernel[(blocks, splits)](
-            x, weight.integers, weight.scales, weight.minimums, out, partials, rows, x.stride(0),
-            GROUP=group, UNROLL=INPUTS_PER_STEP // group, **options,
-        )  # fmt: skip
+        int4_kernel[grid](x, *stored, weight.minimums, out, partials, rows, x.stride(0), **options)
     if splits > 1:
-        add_partials_kernel[(triton.cdiv(rows * outputs, 1024),)](
-            partials, out, rows * outputs, SPLITS=splits, SIZE=1024
+        add_partials_kernel[(triton.cdiv(rows * outputs, ADDED),)](
+            partials, out, rows * outputs, SPLITS=splits, SIZE=ADDED
         )
 
 
@@ -270,10 +294,15 @@ def _convert_and_multiply(x: Tensor, weight: IntegerWeight, out: Tensor, workspa
 def convert(weight: IntegerWeight, out: Tensor, first: int = 0) -> None:
     """Write the weights of the outputs from `first` on to `out` [n, inputs], in its dtype."""
     n, inputs = out.shape
+    constants = convert_constants(inputs, weight.group, weight.minimums is not None)
+    convert_kernel[(triton.cdiv(n, constants["ROWS"]), triton.cdiv(inputs, constants["WIDTH"]))](
+        weight.integers, weight.scales, weight.scales if weight.minimums is None else weight.minimums,
+        out, first, first + n, **constants,
+    )  # fmt: skip
+
+
+def convert_constants(inputs: int, group: int, int4: bool) -> dict[str, Any]:
+    """The constants of a conversion of weights."""
     width = min(next_power_of_2(inputs), 1024)
     size = max(1, (CONVERTED if not interpreted() else 1 << 18) // width)
-    convert_kernel[(triton.cdiv(n, size), triton.cdiv(inputs, width))](
-        weight.integers, weight.scales, weight.scales if weight.minimums is None else weight.minimums,
-        out, first, first + n,
-        INPUTS=inputs, GROUP=weight.group, INT4=weight.minimums is not None, WIDTH=width, ROWS=size,
-    )  # fmt: skip
+    return {"INPUTS": inputs, "GROUP": group, "INT4": int4, "WIDTH": width, "ROWS": size}

@@ -30,7 +30,11 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class KVCache:
     """Keys and values for all layer slots of a block: one tensor [blocks, kv heads, block size, head dim] per slot.
 
-    `zeros` allocates a tensor of zeros.
+    A cache in 8 bits has scales besides, float32 [blocks, kv heads, block size] per slot, else None per slot.
+
+    Args:
+        zeros: allocates a tensor of zeros.
+        stored: a dtype of 8 bits for keys and values; None: that of the layout.
     """
 
     def __init__(
@@ -39,12 +43,18 @@ class KVCache:
         blocks: int,
         layout: Layout,
         zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] = lazy_zeros,
+        stored: torch.dtype | None = None,
     ):
         self.groups = groups
         self.layout = layout
-        shape = (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
-        self.keys = [zeros(shape, layout.dtype) for _ in range(groups.group_size)]
-        self.values = [zeros(shape, layout.dtype) for _ in range(groups.group_size)]
+        count, shape = groups.group_size, (blocks, layout.kv_heads, layout.block_size, layout.head_dim)
+        self.keys = [zeros(shape, stored or layout.dtype) for _ in range(count)]
+        self.values = [zeros(shape, stored or layout.dtype) for _ in range(count)]
+        self.key_scales: list[Tensor | None] = [None] * count
+        self.value_scales: list[Tensor | None] = [None] * count
+        if stored is not None:
+            self.key_scales = [zeros(shape[:3], torch.float32) for _ in range(count)]
+            self.value_scales = [zeros(shape[:3], torch.float32) for _ in range(count)]
 
     def check_window(self, group: int, window: int | None) -> None:
         """Check that a KV group keeps the tokens that a layer attends to: the last `window`, None for all."""

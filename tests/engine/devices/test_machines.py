@@ -23,6 +23,7 @@ from tests.engine.test_memory import GIB, make_facts
 
 H100 = DeviceFacts(name="NVIDIA H100 80GB HBM3", free_bytes=79 * GIB, capability=(9, 0), driver="CUDA 13.0")
 OLD_GPU = DeviceFacts(name="Tesla V100-SXM2-16GB", free_bytes=15 * GIB, capability=(7, 0), driver="CUDA 12.4")
+A100 = DeviceFacts(name="NVIDIA A100-SXM4-80GB", free_bytes=79 * GIB, capability=(8, 0), driver="CUDA 13.0")
 AMD = DeviceFacts(name="AMD Instinct MI300X", free_bytes=190 * GIB, driver="ROCm 7.0")
 
 
@@ -125,8 +126,6 @@ def test_auto_does_not_ask_where_software_is_missing(answer) -> None:
     ("options", "message"),
     [
         ({"kernels": "avx2"}, "--kernels avx2 does not work on cuda"),
-        ({"quantization": "int8"}, "--quantization int8 needs the C\\+\\+ CPU kernels"),
-        ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs the C\\+\\+ CPU kernels"),
         ({"tensor_parallel_size": 2}, "--tp 2 needs 2 GPUs, 1 is visible"),
         ({"tensor_parallel_size": 2, "engine": "v0"}, "--ablate driver-broadcast.*does not work on cuda"),
     ],
@@ -191,6 +190,59 @@ def test_other_devices_run_one_rank(answer, options: dict[str, Any]) -> None:
     answer(DeviceFacts(name="some", count=2))
     with pytest.raises(ConfigError, match=r"--[td]p 2 does not work on xpu"):
         machine_for(configure(device="xpu", **options))
+
+
+@pytest.mark.parametrize(
+    ("facts", "options", "message"),
+    [
+        (OLD_GPU, {"quantization": "int8"}, "--quantization int8 needs the Triton kernels: the GPU has compute"),
+        (H100, {"quantization": "int4", "kernels": "torch"}, "--quantization int4 needs .*: --kernels torch"),
+        (H100, {"kv_cache_dtype": "fp8", "kernels": "torch"}, "--kv-cache-dtype fp8 needs .*: --kernels torch"),
+        (A100, {"quantization": "fp8"}, "--quantization fp8 needs compute capability 8.9, the GPU has 8.0: use int8"),
+        (AMD, {"quantization": "fp8"}, "--quantization fp8 needs a GPU by NVIDIA: use int8"),
+        (A100, {"quantization": "int8", "kv_cache_dtype": "fp8"}, ""),
+        (AMD, {"quantization": "int4", "kv_cache_dtype": "int8"}, ""),
+        (H100, {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}, ""),
+    ],
+)
+def test_quantized_forms(answer, facts: DeviceFacts, options: dict[str, Any], message: str) -> None:
+    answer(facts)
+    config = configure(device="cuda", **options)
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            machine_for(config)
+    else:
+        machine = machine_for(config)
+        assert (machine.kernels, machine.adapt(config)) == ("triton", config)
+
+
+def test_other_devices_have_no_quantized_forms(answer) -> None:
+    answer(DeviceFacts(name="Apple M3"))
+    for options in ({"quantization": "int8"}, {"kv_cache_dtype": "int8"}):
+        with pytest.raises(ConfigError, match="needs the Triton kernels: they run on cuda, not on mps"):
+            machine_for(configure(device="mps", **options))
+
+
+def test_fp8_on_the_cpu_checks_weights_and_is_refused_for_keys_and_values() -> None:
+    config = configure(device="cpu", quantization="fp8")
+    adapted = machine_for(config).adapt(config)
+    assert (adapted.quantization, adapted.stored_quantization) == (None, "fp8")
+    assert machine_for(config).adapt(adapted) == adapted
+    with pytest.raises(ConfigError, match="--kv-cache-dtype fp8 does not work on the CPU: use int8"):
+        machine_for(config).adapt(configure(device="cpu", kv_cache_dtype="fp8"))
+
+
+def test_products_with_quantized_weights_have_a_workspace(answer) -> None:
+    pytest.importorskip("triton")
+    from engine.kernels.triton.quantized import LinearWorkspace
+
+    answer(H100)
+    model_info, found = make_facts(), {}
+    for quantization in (None, "int8", "fp8"):
+        machine = machine_for(configure(device="cuda", quantization=quantization))
+        found[quantization] = machine.workspace(model_info, 8, 100, 32)
+    assert found["int8"] - found[None] >= LinearWorkspace.bytes(4)
+    assert found["fp8"] - found[None] == 100 * (max(model_info.hidden_size, model_info.intermediate_size) + 4)
 
 
 def test_triton_kernels_on_the_cpu() -> None:

@@ -110,6 +110,20 @@ def serve(driver: Driver, case: str) -> list[Request]:
     return requests
 
 
+def check_briefly(driver: Driver, reference: Reference, new: int = 4, **options: Any) -> None:
+    """Compare a few requests with the reference, for cases that interpreted kernels make slow.
+
+    `options` are those of `Driver.run`.
+    """
+    requests = [Request(prompt, Sampling(logprobs=VOCAB)) for prompt in prompts(1)[1:4]]
+    driver.run(requests, new, preempt=0, **options)
+    for request in requests:
+        tokens, logprobs = reference.run(request.prompt)
+        assert request.output == tokens[:new]
+        found = torch.tensor([[one[token] for token in range(VOCAB)] for one in request.logprobs])
+        assert (found - logprobs[:new]).abs().max() < TOLERANCE
+
+
 class _Forgetful(dict[tuple[int, ...], tuple[int, ...]]):
     """Remembers no prefix, so none is reused."""
 

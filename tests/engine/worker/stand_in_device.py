@@ -170,7 +170,8 @@ class StandInDevice:
     cleared, none does. With a `failure`, `wait` raises it.
     """
 
-    def __init__(self, delay_s: float = 0.0):
+    def __init__(self, delay_s: float = 0.0, *, converts_fp8: bool = False):
+        self.converts_fp8 = converts_fp8
         self.delay_s = delay_s
         self.gate = threading.Event()
         self.gate.set()

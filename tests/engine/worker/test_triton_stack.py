@@ -126,8 +126,9 @@ def test_the_model_loses_its_weights_and_tied_ones_are_on_the_device_once(tmp_pa
     meta_model = open_model(config, model_info)
     stack = make_stack(meta_model.model, model_info.kv_groups, 10, torch.clone, meta_model.fill)
     meta_model.close()
-    assert stack.head is stack.embedding
-    assert [len(layer.qkv.weight) for layer in stack.layers] == [64, 64]
+    products: list[Any] = [stack.head, *(layer.qkv.product for layer in stack.layers)]
+    assert products[0].weight is stack.embedding
+    assert [len(product.weight) for product in products[1:]] == [64, 64]
     linears = [one for one in meta_model.model.modules() if isinstance(one, torch.nn.Linear | torch.nn.Embedding)]
     assert {one.weight.numel() for one in linears} == {0}
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.kernels.cpu import build
 from engine.kernels.cpu.bindings import Stack
-from engine.kernels.cpu.packing import quantize
+from engine.kernels.quantization import quantize
 from engine.model.kv_groups import group_layers, layer_windows
 from engine.worker import fused_stack
 from engine.worker.fused_stack import StackFormats

@@ -68,17 +68,9 @@ def test_a_weight_is_within_a_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "capability", "why"),
-    [
-        ((32, 64), torch.bfloat16, (9, 0), None),
-        ((32, 64), torch.bfloat16, (8, 9), None),
-        ((32, 64), torch.bfloat16, (8, 6), "capability 8.9 or higher, not 8.6"),
-        ((30, 64), torch.bfloat16, (9, 0), "multiples of 16, not 64 and 30"),
-        ((32, 64), torch.float16, (9, 0), "bfloat16, not float16"),
-    ],
+    ("shape", "why"),
+    [((32, 64), None), ((30, 64), "multiples of 16, not 64 and 30"), ((32, 40), "multiples of 16, not 40 and 32")],
 )
-def test_where_products_are_refused(
-    shape: tuple[int, int], dtype: torch.dtype, capability: tuple[int, int], why: str | None
-) -> None:
-    found = fp8.refusal(fp8.quantize_fp8(torch.ones(shape)), dtype, capability)
+def test_which_shapes_are_refused(shape: tuple[int, int], why: str | None) -> None:
+    found = fp8.refusal(*shape)
     assert found is None if why is None else found is not None and why in found

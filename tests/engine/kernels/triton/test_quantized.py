@@ -9,17 +9,20 @@ from engine.kernels.triton import quantized
 from engine.kernels.triton.quantized import (
     FEW_ROWS,
     GROUPS,
+    INPUTS_PER_STEP,
     MAX_SPLITS,
+    OUTPUTS_PER_PROGRAM,
+    PARTIALS,
     IntegerWeight,
     LinearWorkspace,
     convert,
     count_splits,
     linear,
-    pack_int4,
-    quantize_int8,
+    pack_integers,
 )
 from tests.engine.kernels.triton.numbers import DTYPES, poisoned, random_numbers
 
+KINDS = ("int8", "int4")
 # Of one rounding of the result; float32 sums of some hundred products, whose terms are larger than their sum.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-4},
@@ -28,17 +31,18 @@ TOLERANCE = {
 }
 
 
-def random_weight(outputs: int, inputs: int, group: int, seed: int) -> tuple[IntegerWeight, torch.Tensor]:
-    """A weight, int8 if `group` is 0, and its numbers in float64."""
+def random_weight(kind: str, outputs: int, inputs: int, group: int, seed: int) -> tuple[IntegerWeight, torch.Tensor]:
+    """A weight and its numbers in float64."""
     generator = torch.Generator().manual_seed(seed)
-    if not group:
-        weight = quantize_int8(random_numbers(outputs, inputs, seed=seed))
-        return weight, weight.integers.double() * weight.scales.double()[:, None]
-    integers = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator)
     scales = (torch.rand(outputs, inputs // group, generator=generator) / 8).bfloat16()
+    if kind == "int8":
+        integers = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+        exact = integers.double().unflatten(1, (-1, group)) * scales.double()[..., None] / 16
+        return pack_integers(integers, scales / 16, None), exact.flatten(1)
+    integers = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator)
     minimums = (-torch.rand(outputs, inputs // group, generator=generator)).bfloat16()
     exact = integers.double().unflatten(1, (-1, group)) * scales.double()[..., None] + minimums.double()[..., None]
-    return pack_int4(integers, scales, minimums), exact.flatten(1)
+    return pack_integers(integers, scales, minimums), exact.flatten(1)
 
 
 def workspace(dtype: torch.dtype, weights: int = 1 << 16) -> LinearWorkspace:
@@ -50,15 +54,16 @@ def workspace(dtype: torch.dtype, weights: int = 1 << 16) -> LinearWorkspace:
     rows=st.sampled_from([0, 1, 3, 16, 17, 64, 65, 90]),
     outputs=st.sampled_from([1, 48, 130]),
     groups=st.integers(1, 9),
-    group=st.sampled_from([0, *GROUPS]),
+    kind=st.sampled_from(KINDS),
+    group=st.sampled_from(GROUPS),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 100),
 )
 def test_products_are_those_of_the_weights(
-    rows: int, outputs: int, groups: int, group: int, dtype: torch.dtype, seed: int
+    rows: int, outputs: int, groups: int, kind: str, group: int, dtype: torch.dtype, seed: int
 ) -> None:
-    inputs = groups * (group or 37)
-    weight, exact = random_weight(outputs, inputs, group, seed)
+    inputs = groups * group
+    weight, exact = random_weight(kind, outputs, inputs, group, seed)
     x = poisoned(rows, inputs + 3, dtype=dtype)  # rows are apart
     x[:, :inputs] = random_numbers(rows, inputs, seed=seed).to(dtype)
     memory = poisoned(rows + 2, outputs, dtype=dtype)
@@ -71,10 +76,10 @@ def test_products_are_those_of_the_weights(
     assert memory[rows:].isnan().all()
 
 
-@pytest.mark.parametrize("group", [0, 32, 128])
-def test_inputs_divided_among_programs(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "group"), [("int8", 64), ("int4", 32), ("int4", 128)])
+def test_inputs_divided_among_programs(kind: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "count_splits", lambda blocks, steps: 4)
-    weight, exact = random_weight(70, 640, group, 1)
+    weight, exact = random_weight(kind, 70, 640, group, 1)
     x, out = random_numbers(5, 640, seed=2), poisoned(5, 70)
     linear(x, weight, out, workspace(torch.float32))
     torch.testing.assert_close(out.double(), x.double() @ exact.T, **TOLERANCE[torch.float32])
@@ -82,9 +87,9 @@ def test_inputs_divided_among_programs(group: int, monkeypatch: pytest.MonkeyPat
         linear(x, weight, out, LinearWorkspace(torch.empty(1399), torch.empty(1)))
 
 
-@pytest.mark.parametrize("group", [0, 64])
-def test_many_rows_convert_as_many_outputs_as_the_workspace_holds(group: int) -> None:
-    weight, exact = random_weight(50, 128, group, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_convert_as_many_outputs_as_the_workspace_holds(kind: str) -> None:
+    weight, exact = random_weight(kind, 50, 128, 64, 3)
     x, out = random_numbers(70, 128, seed=4), poisoned(70, 50)
     linear(x, weight, out, workspace(torch.float32, weights=128 * 16 + 5))  # 16 outputs, four times
     torch.testing.assert_close(out.double(), x.double() @ exact.T, **TOLERANCE[torch.float32])
@@ -92,29 +97,36 @@ def test_many_rows_convert_as_many_outputs_as_the_workspace_holds(group: int) ->
         linear(x, weight, out, workspace(torch.float32, weights=127))
 
 
-@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_converted_weights(group: int, dtype: torch.dtype) -> None:
-    weight, exact = random_weight(9, 384, group, 5)
+def test_converted_weights(kind: str, group: int, dtype: torch.dtype) -> None:
+    weight, exact = random_weight(kind, 9, 384, group, 5)
     memory = poisoned(6, 384, dtype=dtype)
     convert(weight, memory[:5], first=3)
     torch.testing.assert_close(memory[:5].double(), exact[3:8], rtol=2**-6, atol=1e-6)
     assert memory[5:].isnan().all()
 
 
-def test_int8_is_within_half_a_step() -> None:
-    weight = random_numbers(6, 90, seed=6)
-    weight[2] = 0
-    packed = quantize_int8(weight)
-    error = (packed.integers.float() * packed.scales[:, None] - weight).abs()
-    assert (error <= packed.scales[:, None] * 0.5001).all()
-    assert (packed.integers[2] == 0).all()
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(6144, 4096), (4096, 14336), (28672, 4096), (128256, 4096), (32, 1 << 20)]
+)
+def test_partial_sums_fit_the_workspace(outputs: int, inputs: int) -> None:
+    blocks = -(-outputs // OUTPUTS_PER_PROGRAM)
+    splits = count_splits(blocks, -(-inputs // INPUTS_PER_STEP))
+    assert splits == 1 or splits * FEW_ROWS * outputs <= PARTIALS
+
+
+def test_the_bytes_of_a_workspace() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        made = LinearWorkspace.allocate(lambda shape, of: torch.empty(shape, dtype=of), dtype)
+        assert made.partials.nbytes + made.weights.nbytes == LinearWorkspace.bytes(dtype.itemsize)
 
 
 def test_a_group_has_its_halves_in_the_low_and_the_high_bits() -> None:
     integers = torch.zeros(1, 64, dtype=torch.uint8)
     integers[0, 32:] = torch.arange(32, dtype=torch.uint8) % 16
-    packed = pack_int4(integers, torch.ones(1, 2), torch.zeros(1, 2))
+    packed = pack_integers(integers, torch.ones(1, 2), torch.zeros(1, 2))
     assert packed.group == 32
     assert packed.integers[0, :16].tolist() == [0] * 16
     assert packed.integers[0, 16:].tolist() == [i | i << 4 for i in range(16)]
@@ -128,8 +140,8 @@ def test_inputs_are_divided_only_as_far_as_it_helps() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    weight, _ = random_weight(8, 64, 32, 0)
+    weight, _ = random_weight("int4", 8, 64, 32, 0)
     with pytest.raises(ValueError, match=r"\(2, 60\) times \(8, 64\)"):
         linear(torch.ones(2, 60), weight, torch.ones(2, 8), workspace(torch.float32))
     with pytest.raises(ValueError, match="groups of 32, 64, 128 inputs, not 16"):
-        pack_int4(torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 4), torch.ones(1, 4))
+        pack_integers(torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 4), torch.ones(1, 4))

@@ -258,6 +258,7 @@ def test_fields_that_the_user_changes(tmp_path: Path) -> None:
         ("gptq", "gptq_marlin", None),
         ("compressed-tensors", "compressed-tensors", None),
         ("fp8", "fp8", None),
+        (None, "fp8", "not quantized; here they can be quantized to int8 or int4"),
     ],
 )
 def test_the_format_that_is_asked_for_must_be_the_stored_one(
@@ -271,7 +272,7 @@ def test_the_format_that_is_asked_for_must_be_the_stored_one(
         "config_groups": {"a": {"weights": weights}},
     }
     name = write(tmp_path, "llama", **({"quantization_config": quantized} if stored else {}))
-    config = EngineConfig(model=name, load_format="dummy", quantization=wanted)
+    config = EngineConfig(model=name, load_format="dummy", quantization=wanted).checks_stored()
     if says is None:
         assert read_model_info(config).num_layers == BASE["num_hidden_layers"]
     else:
