@@ -27,7 +27,8 @@ quick.patch()
 def test_a_core_that_runs_ahead_gets_the_cpus_tokens(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_model(kind, tmp_path, num_hidden_layers=2)
+    more = {"layer_types": ["sliding_attention", "full_attention"]} if kind == "olmo3" else {}
+    build_model(kind, tmp_path, num_hidden_layers=2, **more)
     stand_in = StandInDevice(delay_s=0.2)
     monkeypatch.setattr(launch, "place_of", stand_in.place_of)
     requests, found = mixed_requests(SAMPLINGS, 5), []
