@@ -55,6 +55,7 @@ class EnergyReader:
         self._every_s = every_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._one_at_a_time = threading.Lock()  # the caller reads besides the thread: counters must be in order
         self._readings: list[Reading] = []
         self.problem = ""  # why the last reading that failed did
 
@@ -77,23 +78,24 @@ class EnergyReader:
         """Take one reading now; one that fails leaves a gap."""
         if self._meter is None:
             return
-        before = time.monotonic()
-        try:
-            gpus = self._meter.read()
-        except EnergyError as error:
-            self.problem = str(error)
-            return
-        self._readings.append(Reading((before + time.monotonic()) / 2, gpus))
+        with self._one_at_a_time:
+            before = time.monotonic()
+            try:
+                gpus = self._meter.read()
+            except EnergyError as error:
+                self.problem = str(error)
+                return
+            self._readings.append(Reading((before + time.monotonic()) / 2, gpus))
 
     def clear(self) -> None:
         """Drop all readings and take one, before a load point."""
-        self._readings.clear()
+        with self._one_at_a_time:
+            self._readings.clear()
         self.read()
 
     def joules(self, start_s: float, end_s: float) -> float | None:
         """The energy of the window; None if it is not known."""
-        # The thread and the caller both append.
-        return window_energy(sorted(self._readings, key=lambda reading: reading.at_s), start_s, end_s)
+        return window_energy(list(self._readings), start_s, end_s)
 
 
 def window_energy(readings: Sequence[Reading], start_s: float, end_s: float) -> float | None:
@@ -114,13 +116,19 @@ def window_energy(readings: Sequence[Reading], start_s: float, end_s: float) -> 
     return sum(known) if len(known) == len(parts) else None
 
 
-def record_energy(record: PointRecord, joules: float | None) -> None:
-    """Set the load point's columns about energy from that of its window; both stay empty if it is not known."""
-    if joules is None or record.window_s <= 0:
+def record_energy(record: PointRecord, joules: float | None, seconds: float) -> None:
+    """Set the load point's columns about energy; both stay empty if it is not known.
+
+    Args:
+        joules: of the window, up to the last response at least.
+        seconds: in which they were used.
+    """
+    if joules is None:
         return
-    record.mean_power_w = joules / record.window_s
-    if record.output_tok_s > 0:
-        record.joules_per_output_token = record.mean_power_w / record.output_tok_s
+    record.mean_power_w = joules / seconds
+    tokens = record.output_tok_s * record.window_s
+    if tokens > 0:
+        record.joules_per_output_token = joules / tokens
 
 
 def _by_gpu(readings: Sequence[Reading]) -> list[tuple[GpuReading, ...]]:

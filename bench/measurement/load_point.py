@@ -192,10 +192,16 @@ class LoadPoint:
         return record, requests
 
     def record_energy(self, record: PointRecord, started_at: float) -> None:
-        """Set the columns about energy of a load point that just ended; its time 0 on the monotonic clock."""
+        """Set the columns about energy of a load point that just ended.
+
+        Args:
+            started_at: its time 0 on the monotonic clock.
+        """
+        now = time.monotonic()
         self.energy.read()  # so that readings cover the window up to its end
         start_s = started_at + record.warmup_s
-        record_energy(record, self.energy.joules(start_s, start_s + record.window_s))
+        end_s = min(start_s + record.window_s, now)  # the load ends with the last response, which may be earlier
+        record_energy(record, self.energy.joules(start_s, end_s), end_s - start_s)
 
     @property
     def drain_limit_s(self) -> float:

@@ -1,7 +1,9 @@
 """Energy of a window: the arithmetic on recorded readings, and a meter that is read during real load points."""
 
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from bench.target import Target
 from bench.target.metrics import MetricsReader
 from bench.target.server import ServerProcess
 from bench.workloads import make_workload
+from bench.workloads.arrivals import Arrivals
 from tests.bench.quiet_progress import QuietProgress
 from tests.bench.records import plain_point
 
@@ -80,13 +83,16 @@ def test_a_counter_loses_nothing_in_a_gap_within_the_window() -> None:
 
 def test_columns() -> None:
     point = plain_point(window_s=100.0, output_tok_s=50.0)
-    record_energy(point, 20_000.0)
+    record_energy(point, 20_000.0, 100.0)
     assert (point.mean_power_w, point.joules_per_output_token) == (pytest.approx(200), pytest.approx(4))
     silent = plain_point(output_tok_s=0.0)
-    record_energy(silent, 500.0)
+    record_energy(silent, 500.0, 100.0)
+    early = plain_point(window_s=100.0, output_tok_s=50.0)  # the last response came before the end of the window
+    record_energy(early, 18_000.0, 90.0)
+    assert (early.mean_power_w, early.joules_per_output_token) == (pytest.approx(200), pytest.approx(3.6))
     assert (silent.mean_power_w, silent.joules_per_output_token) == (5.0, None)
     unknown = plain_point()
-    record_energy(unknown, None)
+    record_energy(unknown, None, 100.0)
     assert (unknown.mean_power_w, unknown.joules_per_output_token) == (None, None)
 
 
@@ -121,10 +127,19 @@ def test_the_window_of_a_real_load_point(queue_server: Callable[..., ServerProce
         point, _ = measured(queue_server("--slots", "4", "--service", "0.1"), energy).run(PLAN, lambda _: None)
     assert meter.read_count > 10
     assert point.mean_power_w == pytest.approx(250, rel=0.02)
-    assert point.joules_per_output_token == pytest.approx(250 / point.output_tok_s, rel=0.02)
+    assert point.joules_per_output_token == pytest.approx(250 / point.output_tok_s, rel=0.1)
     RunFiles(tmp_path).write_points([point])
     (read,) = RunFiles(tmp_path).read_points()
     assert read.mean_power_w == pytest.approx(point.mean_power_w, rel=1e-5)
+
+
+def test_a_load_that_ends_before_its_window(queue_server: Callable[..., ServerProcess]) -> None:
+    with EnergyReader(Constant(100.0), every_s=0.05) as energy:
+        point = replace(measured(queue_server(), energy), arrivals=Arrivals("constant"))
+        plan = PointPlan(1.0, "fixed", 0, Timing(0.2, 1.9, 0.0), 0.1, cut_overload=False)
+        record, _ = point.run(plan, lambda _: None)
+    assert record.requests >= 1
+    assert record.mean_power_w == pytest.approx(100, rel=0.02)
 
 
 def test_readings_that_fail_leave_the_cells_empty(queue_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
@@ -147,6 +162,32 @@ def test_a_closed_loop(queue_server: Callable[..., ServerProcess], tmp_path: Pat
     record, _ = measure_closed_loop(point, RunFiles(tmp_path), QuietProgress(), 4, 24, budget)
     assert record.mean_power_w == pytest.approx(80, rel=0.02)
     assert [p.mean_power_w for p in RunFiles(tmp_path).read_points()] == [None, pytest.approx(80, rel=0.02)]
+
+
+def test_readings_of_several_threads_are_in_order() -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.energy_j = 0.0
+
+        def read(self) -> tuple[GpuReading, ...]:
+            self.energy_j += 1
+            taken = self.energy_j
+            time.sleep(0.002 * (taken % 3))  # another thread would overtake this one
+            return (GpuReading(energy_j=taken),)
+
+    energy = EnergyReader(Slow())
+    began = time.monotonic()
+    energy.read()
+    threads = [threading.Thread(target=lambda: [energy.read() for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    readings = energy._readings
+    assert [reading.gpus[0].energy_j for reading in readings] == [float(i) for i in range(1, 82)]
+    assert [reading.at_s for reading in readings] == sorted(reading.at_s for reading in readings)
+    assert readings[0].at_s >= began
+    assert energy.joules(readings[0].at_s, readings[-1].at_s) == pytest.approx(80)
 
 
 def test_without_a_meter_there_is_no_thread_and_no_energy() -> None:
