@@ -207,7 +207,12 @@ def _triton_parts(
     vocab_shard: VocabShard | None,
 ) -> tuple[StepKernels, "TritonAttention"]:
     from engine.kernels.triton.attention import AttentionShape
-    from engine.worker.triton_backend import TritonAttention, default_tilings, triton_step_kernels
+    from engine.worker.triton_backend import (
+        TritonAttention,
+        default_tilings,
+        sharded_step_kernels,
+        triton_step_kernels,
+    )
 
     layout = cache.layout
     shape = AttentionShape(model_info.num_heads, layout.kv_heads, layout.head_dim, layout.block_size)
@@ -218,7 +223,8 @@ def _triton_parts(
     sampled = resolved.max_num_seqs * (1 + resolved.draft_tokens)
     # Every running request computes a token, and draft tokens besides.
     tokens = max(resolved.max_num_batched_tokens, sampled)
-    kernels = triton_step_kernels(sampled, model_info.vocab_size, state.words.device)
-    if vocab_shard is not None:
-        kernels = kernels.sharded(vocab_shard.gather)
+    if vocab_shard is None:
+        kernels = triton_step_kernels(sampled, model_info.vocab_size, state.words.device)
+    else:
+        kernels = sharded_step_kernels(sampled, vocab_shard, state.words.device)
     return kernels, TritonAttention(cache, uses, state.tables, shape, tilings, tokens)

@@ -1,6 +1,7 @@
 """The Triton kernels as a step and the attention of transformers' classes use them. Needs the package `triton`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from engine.kernels import work_list
 from engine.kernels.attention import Scores
 from engine.kernels.sampling import Draws
 from engine.kernels.triton import attention as triton_attention
-from engine.kernels.triton import launch, sampling, slot_state, tiles
+from engine.kernels.triton import launch, sampling, sampling_shards, slot_state, tiles
 from engine.kernels.triton.attention import AttentionShape, Partials, Rows, Work, paged_attention
 from engine.kernels.triton.kv_storage import LayerCache
 from engine.kernels.triton.rotary import write_cache
 from engine.kernels.work_list import Tilings, plan_work
 from engine.model.runtime.attention_interface import KVCache
+from engine.model.runtime.vocab_shard import VocabShard, vocab_range
 from engine.worker.device import Columns
 from engine.worker.device_attention import GroupWindow
 from engine.worker.slots import StepBatch
@@ -37,6 +39,32 @@ def triton_step_kernels(rows: int, vocabulary: int, device: torch.device) -> Ste
         return tokens
 
     return StepKernels(slot_state.gather_ids, slot_state.append_tokens, slot_state.write_elements, choose_tokens)
+
+
+def sharded_step_kernels(rows: int, shard: VocabShard, device: torch.device) -> StepKernels:
+    """As `triton_step_kernels`, for ranks that divide the vocabulary.
+
+    Logits are gathered for steps in which rows have filters; of others the sums of runs.
+    """
+    group = shard.group
+    whole = triton_step_kernels(rows, shard.total, device).sharded(shard.gather)
+    runs = sampling_shards.runs_of(vocab_range(shard.total, 0, group.size)[1])  # the first ranks have the most tokens
+    sums = torch.zeros(3 * rows * runs, dtype=torch.int32, device=device)
+    out = torch.zeros(rows, dtype=torch.int32, device=device)
+    own_runs, first = (group.rank * runs, runs), shard.first
+
+    def choose_tokens(logits: Tensor, parameters: Tensor, slots: Tensor, counts: Tensor, draws: Draws) -> Tensor:
+        if draws.any_filtered:
+            return whole.choose_tokens(logits, parameters, slots, counts, draws)
+        number = len(slots)
+        own = sums[: 3 * number * runs].view(3, number, runs)
+        sampling_shards.sum_runs(logits, parameters, slots, own)
+        tokens = out[:number]
+        of_all = group.all_gather(own)
+        sampling_shards.choose_own(logits, parameters, slots, counts, of_all, own_runs, first, tokens)
+        return group.all_reduce(tokens)
+
+    return replace(whole, choose_tokens=choose_tokens)
 
 
 def default_tilings(shape: AttentionShape, itemsize: int, *, quantized: bool = False, tile_table: str = "") -> Tilings:

@@ -122,7 +122,7 @@ def _elementwise(dtype: str) -> Iterator[tuple[Any, ...]]:
 
 
 def _logits(dtype: str) -> Iterator[tuple[Any, ...]]:
-    shared = pointers(dtype, "logits") | integers("stride vocabulary runs width")
+    shared = pointers(dtype, "logits") | integers("stride vocabulary runs width first_run own_runs first_token")
     types = shared | pointers("fp32", "tops weights minimums") | pointers("i32", "parameters slots counts tokens out")
     runs = next_power_of_2(-(-VOCABULARY // sampling.RUN))
     run, tile = {"RUN": sampling.RUN}, str(sampling.RUN)

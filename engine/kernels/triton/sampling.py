@@ -10,7 +10,8 @@ Kernels, with the vocabulary in runs of RUN tokens:
     runs_kernel      [rows, runs]  highest logit of each run, its token, and the weight of the run relative to it
     minimum_kernel   [rows]        minimum weight of filtered rows, see `engine.kernels.triton.minimum_weight`
     filter_kernel    [rows, runs]  weight of each run without the tokens below the minimum
-    pick_kernel      [rows]        the run in which the number falls, then the token in the run
+    pick_kernel      [rows]        the run in which the number falls, then the token in the run; 0 for rows whose run
+                                   another rank has, see `engine.kernels.triton.sampling_shards`
 
 Without filters the second and third are not launched, and the logits are read once, and one run of them twice. The host
 knows from its own copy of the parameters whether any row has filters; no kernel's result decides what is launched.
@@ -89,6 +90,7 @@ def filter_kernel(logits, parameters, slots, tops, minimums, weights, stride, vo
 @triton.jit
 def pick_kernel(
     logits, parameters, slots, counts, tops, tokens, weights, minimums, out, stride, vocabulary, runs,
+    first_run, own_runs, first_token,
     FILTERED: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -114,15 +116,22 @@ def pick_kernel(
             run = tl.minimum(tl.sum((edges <= target).to(tl.int32), 0), last)
             before = tl.sum(tl.where(j == run - 1, edges, 0.0), 0)
             i = tl.arange(0, RUN)
-            token = run * RUN + i
-            x = tl.load(logits + row.to(tl.int64) * stride + token, mask=token < vocabulary, other=-float("inf"))
+            own = run - first_run
+            is_own = (own >= 0) & (own < own_runs)
+            token = own * RUN + i
+            x = tl.load(
+                logits + row.to(tl.int64) * stride + token, mask=is_own & (token < vocabulary), other=-float("inf")
+            )
             inside = weigh(x.to(tl.float32), best, temperature)
             inside = tl.where(inside >= minimum, inside, 0.0)
             passed = tl.cumsum(inside.to(tl.float64), 0) <= target - before
             last = tl.max(tl.where(inside > 0.0, i, 0), 0)
-            tl.store(out + row, run * RUN + tl.minimum(tl.sum(passed.to(tl.int32), 0), last))
+            chosen = own * RUN + tl.minimum(tl.sum(passed.to(tl.int32), 0), last)
         else:
-            tl.store(out + row, tl.load(tokens + row.to(tl.int64) * runs + best_run))
+            own = best_run - first_run
+            is_own = (own >= 0) & (own < own_runs)
+            chosen = tl.load(tokens + row.to(tl.int64) * runs + best_run)
+        tl.store(out + row, tl.where(is_own, first_token + chosen, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +203,7 @@ def choose_tokens(
         filter_kernel[grid](logits, parameters, slots, tops, minimums, weights, *sizes, RUN=RUN)
     width = next_power_of_2(runs)
     pick_kernel[(rows,)](
-        logits, parameters, slots, counts, tops, tokens, weights, minimums, out, *sizes,
+        logits, parameters, slots, counts, tops, tokens, weights, minimums, out, *sizes, 0, runs, 0,
         FILTERED=filtered, RUNS=width, RUN=RUN,
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ def make_devices() -> list[StandInDevice]:
 @pytest.mark.parametrize(
     ("kind", "use_triton", "kernels", "count", "new"),
     [
-        ("llama", True, "triton, fused stack", 6, 4),
+        ("llama", True, "triton, fused stack", 5, 3),
         ("mistral", True, "triton, fused stack", 4, 3),  # a window in all layers
         ("starcoder2", True, "triton (the kernels", 4, 3),  # the generic backend, with biases that one rank adds
         ("qwen2", False, "torch", 7, 6),
@@ -70,7 +70,8 @@ def test_ranks_that_run_ahead_give_the_tokens_of_one(
     kind: str, use_triton: bool, kernels: str, count: int, new: int, tmp_path: Path, start: Start
 ) -> None:
     build_model(kind, tmp_path, num_hidden_layers=2, vocab_size=127)  # one rank has a token more
-    samplings = [*SAMPLINGS, ON_HOST[2], ON_HOST[0]]
+    # Without filters ranks exchange sums of logits, with filters the logits.
+    samplings = SAMPLINGS[:2] if count == 4 else [*SAMPLINGS[::2], ON_HOST[2], ON_HOST[0]]
     requests = [(prompt[:14], sampling) for prompt, sampling in mixed_requests(samplings, count)]
     expected = CoreDriver(*start(tmp_path, [])).run(requests, new)
     devices = make_devices()
