@@ -8,7 +8,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.devices.tile_files import read_table
-from engine.errors import ConfigError
+from engine.errors import ConfigError, OutOfMemoryError
 from engine.kernels.tile_table import Launch, TileTable
 from engine.kernels.triton.attention import AttentionShape
 from engine.kernels.triton.launch import Gpu, current_gpu
@@ -49,13 +49,18 @@ def tune_gpu(
 ) -> tuple[TileTable, dict[Launch, Choice]]:
     """Measure, and add the fastest tiles to the table of a file, if it exists.
 
-    Raises ConfigError if the file is not a table for this GPU, or if no tile can be used.
+    Raises ConfigError if the file is not a table for this GPU, or if no tile can be used, and OutOfMemoryError.
     """
     device = CudaDevice()
     device.bind_thread()
     gpu = current_gpu()
     table = _old_table(path, gpu)
-    choices = tune_attention(device, tuned, gpu, DeviceTimer(device), progress)
+    try:
+        choices = tune_attention(device, tuned, gpu, DeviceTimer(device), progress)
+    except torch.OutOfMemoryError:
+        raise OutOfMemoryError(
+            "the GPU has too little free memory for the KV caches that are measured: end other programs that use it"
+        ) from None
     return table.merge(table_of(choices, tuned, gpu.target)), choices
 
 

@@ -114,6 +114,32 @@ def test_tiles_of_other_shapes_stay_in_the_table(interpreted_gpu: Path, capsys: 
     assert "use it with redline serve --tile-table" in capsys.readouterr().out
 
 
+def test_too_little_memory_is_one_line(
+    interpreted_gpu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from engine.worker import tuning_run
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr(tuning_run, "tune_attention", full)
+    assert run("--tune", *SHAPE) == 1
+    assert "redline: error: the GPU has too little free memory for the KV caches" in capsys.readouterr().err
+    assert not default_file("NVIDIA H100 80GB HBM3").exists()
+
+
+def test_the_shape_of_a_model_is_measured(
+    interpreted_gpu: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, "--tune", "--dtype", "float32") == 0
+    assert ": 4 heads, 2 KV heads of 8, float32 …" in capsys.readouterr().out
+    assert set(read_table(default_file("NVIDIA H100 80GB HBM3")).tiles) == {
+        ("float32", 16, "decode"), ("float32", 16, "prefill"),
+    }  # fmt: skip
+
+
 def test_a_file_that_is_no_table_is_reported_before_anything_is_measured(
     interpreted_gpu: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

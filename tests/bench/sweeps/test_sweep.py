@@ -19,6 +19,7 @@ from bench.measurement.run import Subject, measure_ladder
 from bench.results import PointRecord, RunFiles, Summary
 from bench.sweeps.sweep import STATE_FILE, common_ladder, run_sweep
 from bench.sweeps.sweepfile import read_sweep
+from tests.bench.measurement.test_nvml import StandInGpu, StandInNvml
 from tests.bench.quiet_progress import QuietProgress
 
 pytestmark = pytest.mark.usefixtures("patient_generator")
@@ -74,6 +75,19 @@ def test_given_rates_are_measured_on_every_configuration(write: Callable[..., Pa
     assert summary.workloads["short"]["max_model_len"] == 14
     assert summary.configurations["two"]["model"] == "stub"
     assert RunFiles(tmp_path / "out").read_summary() == summary
+
+
+def test_energy_is_measured_by_configuration(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", StandInNvml(StandInGpu(), StandInGpu()))  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    four, two = stub("--slots", "4") | {"energy_gpus": [1]}, stub("--slots", "4") | {"energy_gpus": "none"}
+    summary = sweep(write(configurations={"four": four, "two": two}))
+    assert summary.configurations["four"]["energy"] == "GPU 1 NVIDIA H100 80GB HBM3 by NVML (energy counter)"
+    assert summary.configurations["two"]["energy"] == "not measured: --energy-gpus none"
+    powers = {p.configuration: p.mean_power_w for p in RunFiles(tmp_path / "out").read_points() if p.phase == "fixed"}
+    assert powers == {"four": 0.0, "two": None}  # the stand-in's counters stand still
 
 
 def test_what_is_finished_is_not_measured_again(write: Callable[..., Path], tmp_path: Path) -> None:
