@@ -77,6 +77,11 @@ ENGINE_OPTIONS = (
         help="Tiles of the Triton attention kernels, as `redline profile --tune` measures them.",
     ),
     option(
+        DEVICE, "--enforce-eager/--no-enforce-eager", default=False,
+        help="Launch the kernels of each step one by one on GPUs, instead of capturing steps in CUDA graphs. The CPU "
+        "captures none.",
+    ),
+    option(
         DEVICE, "--dtype", default="auto", type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
         help="Data type of weights and activations. auto takes the type of the checkpoint, half is float16, and float "
         "is float32. The C++ kernels do not support float16.",

@@ -40,7 +40,8 @@ def _refused(*names: str, why: str, switch: bool = False, neutral: tuple[str, ..
     return Foreign(names, why, not switch, neutral, True)
 
 
-GRAPHS = "steps are neither captured as graphs nor compiled"
+COMPILE = "nothing is compiled by torch.compile"
+GRAPHS = "which steps are captured follows from --max-num-seqs and --max-num-batched-tokens"
 ADAPTERS = "adapters of any number and rank are served, within memory"
 IN_CPU_MEMORY = "weights and KV cache are in CPU memory, and preempted requests are recomputed"
 TOOLS = "tool calls are not parsed yet"
@@ -53,9 +54,8 @@ NO_CLIENT_CERTIFICATES = "client certificates are not checked; a reverse proxy c
 SPECULATION = "use --speculative ngram and --num-speculative-tokens"
 
 NO_EFFECT = (
-    _no_effect("--enforce-eager/--no-enforce-eager", why=GRAPHS, switch=True),
-    _no_effect("--compilation-config", "-O", why=GRAPHS),
-    _no_effect("--optimization-level", why=GRAPHS),
+    _no_effect("--compilation-config", "-O", why=COMPILE),
+    _no_effect("--optimization-level", why=COMPILE),
     _no_effect("--max-seq-len-to-capture", why=GRAPHS),
     _no_effect("--cuda-graph-sizes", why=GRAPHS),
     _no_effect("--cudagraph-capture-sizes", why=GRAPHS),

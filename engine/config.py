@@ -102,6 +102,7 @@ class EngineConfig:
     device: Device = "auto"
     kernels: str = "auto"  # of KERNELS
     tile_table: str | None = None  # a file, see engine.devices.tile_files; None: that of the GPU in the user's cache
+    enforce_eager: bool = False  # GPUs launch the kernels of each step, none is captured in a CUDA graph
     quantization: str | None = None  # of QUANTIZATIONS or STORED_QUANTIZATIONS; None: as dtype
     stored_quantization: str | None = None  # the format the checkpoint must have; set from quantization
     kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as dtype

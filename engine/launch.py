@@ -174,7 +174,7 @@ def build_core_server(
     from engine.core.server import CoreServer
     from engine.devices import machine_for
     from engine.length import fit_length
-    from engine.memory import resolve
+    from engine.memory import resolve, with_measured
     from engine.model.model_info import read_model_info
     from engine.worker.executor import make_executor
 
@@ -184,8 +184,9 @@ def build_core_server(
     model_info = read_model_info(config)
     resolution = resolve(config, model_info, memory, machine)
     ledger = [("read the configuration", time.monotonic() - start)]
+    executor = make_executor(config, model_info, resolution.config, folder=endpoints.folder, progress=progress)
+    resolution = with_measured(resolution, executor.num_blocks, executor.memory)
     resolved = resolution.config
-    executor = make_executor(config, model_info, resolved, folder=endpoints.folder, progress=progress)
     ledger += executor.seconds.items()
     inline = build_inline(config, resolved, model_info.vocab_size) if "inline-frontend" in resolved.ablations else None
     server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core, inline)

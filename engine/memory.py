@@ -13,6 +13,7 @@ from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.text import human_bytes
 
+WORKSPACE = "workspace"  # the line of what steps allocate
 MIN_UNCHUNKED_TOKENS = 512  # lower bound of a step's token budget without chunked prefill
 MAX_TOKENS_IN_FLIGHT = 64  # of a request: a window keeps the blocks that tokens without a result attend to
 
@@ -96,7 +97,7 @@ def resolve(
     )
     lines = (
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
-        MemoryLine("workspace", workspace, "--max-num-batched-tokens, --max-num-seqs"),
+        MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
         MemoryLine("KV cache", num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
     )
     warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
@@ -109,6 +110,30 @@ def max_blocks(tokens: int, windows: tuple[int, ...], budget: int, block_size: i
     unlimited = -(-tokens // block_size)
     reach = max(budget, MAX_TOKENS_IN_FLIGHT)
     return sum(min(unlimited, window_blocks(one, reach, block_size)) if one else unlimited for one in windows)
+
+
+def block_limits(resolved: ResolvedConfig) -> tuple[int, int]:
+    """The least KV blocks with which one request of max-model-len fits, and the most that all requests could use."""
+    per_request = max_blocks(
+        resolved.max_model_len, resolved.kv_windows, resolved.max_num_batched_tokens, resolved.block_size
+    )
+    return per_request + 1, resolved.max_num_seqs * per_request + 1
+
+
+def with_measured(resolution: Resolution, num_blocks: int | None, measured: tuple[MemoryLine, ...]) -> Resolution:
+    """What the workers found when they measured: the number of KV blocks, and lines in place of the workspace's."""
+    resolved, lines, sequences = resolution.config, resolution.memory, resolution.sequences
+    if measured:
+        lines = tuple(line for line in lines if line.what != WORKSPACE)
+        lines = (*lines[:-1], *measured, lines[-1])
+    if num_blocks is not None and num_blocks != resolved.num_blocks:
+        cache = lines[-1]
+        block = cache.bytes // resolved.num_blocks
+        lines = (*lines[:-1], MemoryLine(cache.what, num_blocks * block, cache.flag))
+        resolved = dataclasses.replace(resolved, num_blocks=num_blocks)
+        per_request = block_limits(resolved)[0] - 1
+        sequences = min((num_blocks - 1) // per_request, resolved.max_num_seqs)
+    return dataclasses.replace(resolution, config=resolved, memory=lines, sequences=sequences)
 
 
 def _batch_sizes(config: EngineConfig, model_info: ModelInfo, defaults: Defaults) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from overwriting the tokens first, which costs as much as the copy.
 """
 
 import atexit
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.model.runtime.rank_group import RankGroup
-from engine.worker.device import Columns
+from engine.worker.device import Columns, DeviceMemory
 from engine.worker.nccl_group import NcclGroup
 from engine.worker.torch_device import StagedColumns
 
@@ -40,7 +41,27 @@ class _PinnedCopy:
         return self._host
 
 
-class _StagingBuffer:
+class _Staging:
+    """Buffers for the arrays of steps: pinned ones in turns, and their place on the device."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.nbytes = nbytes
+        self._pinned = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(STAGING_BUFFERS)]
+        self._copied = [torch.cuda.Event() for _ in range(STAGING_BUFFERS)]
+        self._on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._turn = 0
+
+    def put(self, staged: StagedColumns) -> Tensor:
+        turn, self._turn = self._turn, (self._turn + 1) % STAGING_BUFFERS
+        self._copied[turn].synchronize()
+        host, on_device = self._pinned[turn][: staged.nbytes], self._on_device[: staged.nbytes]
+        staged.write(host)
+        on_device.copy_(host, non_blocking=True)
+        self._copied[turn].record()
+        return on_device
+
+
+class _PinnedBand:
     """Pinned memory, and the event after which its last copy is complete."""
 
     def __init__(self, nbytes: int):
@@ -57,7 +78,7 @@ class PinnedBands:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._buffers: list[_StagingBuffer | None] = [None, None]
+        self._buffers: list[_PinnedBand | None] = [None, None]
         self._turn = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -69,7 +90,7 @@ class PinnedBands:
         if buffer is not None:
             buffer.copied.synchronize()
         if buffer is None or len(buffer.memory) < nbytes:
-            buffer = self._buffers[self._turn] = _StagingBuffer(nbytes)
+            buffer = self._buffers[self._turn] = _PinnedBand(nbytes)
         return buffer.memory[:nbytes]
 
     def load(self, target: Tensor, values: Tensor) -> None:
@@ -84,16 +105,17 @@ class CudaDevice:
 
     Args:
         index: of the GPU among those that are visible to the process.
-        staging_bytes: of a step's arrays. A larger step makes larger buffers, at new addresses.
+        staging_bytes: of a step's arrays. Larger steps have buffers of their own, at other addresses.
     """
+
+    captures = True
 
     def __init__(self, index: int = 0, staging_bytes: int = 1 << 20):
         self.device = torch.device("cuda", index)
         self._staging_bytes = staging_bytes
-        self._buffers: list[_StagingBuffer] = []
-        self._turn = 0
-        self._step_arrays: Tensor | None = None
-        self._pool: Any = None
+        self._stagings: list[_Staging] = []  # by size
+        self._pool: Any = None  # of the graphs
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     @property
     def converts_fp8(self) -> bool:
@@ -103,7 +125,6 @@ class CudaDevice:
         """Make the GPU and a stream of its own the thread's. A graph can't be captured on the default stream."""
         torch.cuda.set_device(self.device)
         torch.cuda.set_stream(torch.cuda.Stream(self.device))
-        self._grow(self._staging_bytes)
 
     def place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
@@ -116,26 +137,14 @@ class CudaDevice:
 
     def put(self, columns: Columns) -> dict[str, Tensor]:
         staged = StagedColumns(columns)
-        if staged.nbytes > self._staging_bytes:
-            self._grow(2 * staged.nbytes)
-        buffer = self._buffers[self._turn]
-        self._turn = (self._turn + 1) % STAGING_BUFFERS
-        buffer.copied.synchronize()
-        host = buffer.memory[: staged.nbytes]
-        staged.write(host)
-        assert self._step_arrays is not None
-        on_device = self._step_arrays[: staged.nbytes]
-        on_device.copy_(host, non_blocking=True)
-        buffer.copied.record()
-        return staged.views(on_device)
-
-    def _grow(self, nbytes: int) -> None:
-        if self._pool is not None:
-            raise RuntimeError(f"a step needs {nbytes} bytes of arrays, more than the captured steps have")
-        torch.cuda.current_stream().synchronize()
-        self._staging_bytes = nbytes
-        self._buffers = [_StagingBuffer(nbytes) for _ in range(STAGING_BUFFERS)]
-        self._step_arrays = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        staging = next((one for one in self._stagings if one.nbytes >= staged.nbytes), None)
+        if staging is None:
+            nbytes = self._staging_bytes
+            while nbytes < staged.nbytes:
+                nbytes *= 2
+            staging = _Staging(nbytes, self.device)
+            self._stagings.append(staging)
+        return staged.views(staging.put(staged))
 
     def fetch(self, tensor: Tensor) -> _PinnedCopy:
         return _PinnedCopy(tensor)
@@ -145,7 +154,7 @@ class CudaDevice:
         for _ in range(WARM_UP_RUNS):
             run()
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
+        if not self._graphs:  # a pool whose graphs are gone can't be used again
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.current_stream().synchronize()
         # Other threads only wait for events meanwhile, which a capture of this thread alone allows.
@@ -153,7 +162,18 @@ class CudaDevice:
             graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
         ):
             run()
+        self._graphs.add(graph)
         return graph.replay
+
+    def memory(self) -> DeviceMemory:
+        torch.cuda.synchronize(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        used, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return DeviceMemory(total, free, used, peak)
+
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def clock(self) -> torch.cuda.Event:
         mark = torch.cuda.Event(enable_timing=True)

@@ -1,6 +1,7 @@
 """An asynchronous device, as a rank uses it: the host enqueues work and doesn't wait for it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,19 @@ from engine.model.runtime.rank_group import RankGroup
 
 Columns = Mapping[str, NDArray[Any]]  # arrays of a step, by name
 Mark = Any  # a point in the device's queue; its type belongs to the device
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory of a device, of which other processes may use a part.
+
+    used_bytes, peak_bytes: what the tensors of this process take now, and took at most.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int
+    peak_bytes: int
 
 
 class Fetched(Protocol):
@@ -32,6 +46,11 @@ class Device(Protocol):
     @property
     def converts_fp8(self) -> bool:
         """Whether it has instructions that convert float8_e4m3fn."""
+        ...
+
+    @property
+    def captures(self) -> bool:
+        """Whether `capture` records."""
         ...
 
     def bind_thread(self) -> None:
@@ -67,6 +86,14 @@ class Device(Protocol):
 
         `run` may be called several times before it is recorded. What it allocates belongs to the recording.
         """
+        ...
+
+    def memory(self) -> DeviceMemory | None:
+        """What is in use once all enqueued work is done, for which it waits; None: the device does not tell."""
+        ...
+
+    def release_memory(self) -> None:
+        """Return memory that no tensor uses to the device, and forget the peak."""
         ...
 
     def clock(self) -> Mark:

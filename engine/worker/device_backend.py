@@ -19,7 +19,7 @@ class DeviceBackend(Protocol):
         ...
 
     def forward(self, inputs: StepInputs) -> None:
-        """Enqueue the model, up to the logits of `inputs.logits_at`."""
+        """Enqueue the model, up to the logits of `inputs.logits_at`. May be repeated."""
         ...
 
     def choose(self, inputs: StepInputs) -> Tensor:
@@ -28,6 +28,10 @@ class DeviceBackend(Protocol):
 
     def logits(self, which: Int64s) -> Tensor:
         """Logits of some entries of `inputs.logits_at`, on the device: [len(which), vocabulary]."""
+        ...
+
+    def resume(self, rows: int) -> None:
+        """Use the logits of a captured `forward` that was replayed, whose `logits_at` had `rows` entries."""
         ...
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:

@@ -2,32 +2,26 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.devices.machine import refuse_quantized
 from engine.errors import ConfigError
+from engine.messages import MemoryLine
 from engine.model.loading.meta_model import Allocate, MetaModel
-from engine.model.loading.open_model import check_attention, kv_layout
-from engine.model.model_info import ITEMSIZE, ModelInfo
-from engine.model.runtime.attention_interface import KVCache, lazy_zeros
-from engine.model.runtime.vocab_shard import VocabShard
+from engine.model.loading.open_model import check_attention
+from engine.model.model_info import ModelInfo
+from engine.model.runtime.attention_interface import lazy_zeros
 from engine.model.sharding.tp_plan import TPPlan
 from engine.worker.adapter_manager import adapter_sharding
 from engine.worker.device import Device
-from engine.worker.device_attention import Attention, GroupWindow, TorchAttention
+from engine.worker.device_assembly import Assembly, BackendParts, LoadedModel
+from engine.worker.device_memory import build_measured
 from engine.worker.device_runner import DeviceRunner
-from engine.worker.device_slots import DeviceSlots
 from engine.worker.generic_device_backend import GenericDeviceBackend, move_buffers
 from engine.worker.linear_products import PLAIN, LinearFormats, quantize_linears
-from engine.worker.step_inputs import DeviceState, StepKernels
-
-if TYPE_CHECKING:
-    from engine.worker.triton_backend import TritonAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +31,8 @@ class BuiltDeviceRunner:
     runner: DeviceRunner
     kernels: str
     warnings: tuple[str, ...] = ()
+    num_blocks: int | None = None  # of the KV cache, if not as planned
+    memory: tuple[MemoryLine, ...] = ()  # as measured
 
 
 def build_device_runner(
@@ -48,6 +44,7 @@ def build_device_runner(
     tp_plan: TPPlan | None = None,
     *,
     use_triton: bool = False,
+    memory_utilization: float | None = None,
 ) -> BuiltDeviceRunner:
     """Build a rank's runner in the thread that will run its steps.
 
@@ -58,28 +55,47 @@ def build_device_runner(
         meta_model: the rank's shard of the model.
         tp_plan: how ranks divide the model; None with one rank.
         use_triton: whether attention, sampling and the state of slots use the kernels in Triton; else those in torch.
+        memory_utilization: share of the device's memory that may be used, where the number of KV blocks is chosen by
+            measuring; None: as planned.
     """
     _check_formats(config, model_info, use_triton)
+    model, kernels, use_triton = _load(config, model_info, resolved, meta_model, device, use_triton)
+    shard, sharding = meta_model.vocab_shard, adapter_sharding(meta_model, tp_plan)
+    stored = _stored_cache(config.kv_cache_dtype, device)
+    assembly = Assembly(
+        device, model_info, resolved, model, stored, shard, sharding, use_triton, not config.enforce_eager
+    )
+    with torch.inference_mode():
+        if memory_utilization is None:
+            return BuiltDeviceRunner(assembly.build(resolved.num_blocks).runner, kernels)
+        built = build_measured(assembly, config.kv_cache_memory_bytes is None, memory_utilization)
+    return BuiltDeviceRunner(built.runner, kernels, built.warnings, built.num_blocks, built.memory)
+
+
+def _load(
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    device: Device,
+    use_triton: bool,
+) -> tuple[LoadedModel, str, bool]:
+    """Put the weights on the device; returns how it computes, in words, and whether with Triton."""
     if not use_triton:
-        runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, False)
-        return BuiltDeviceRunner(runner, "torch")
+        return _load_generic(config, model_info, meta_model, device), "torch", False
     from engine.kernels.triton.limits import attention_refusal
     from engine.worker import triton_stack
 
-    shape = model_info.num_heads, model_info.num_kv_heads, model_info.head_dim
-    refusal = attention_refusal(*shape)
+    refusal = attention_refusal(model_info.num_heads, model_info.num_kv_heads, model_info.head_dim)
     if refusal is not None:
         if config.kernels == "triton":
             raise ConfigError(f"--kernels triton does not run this model ({refusal}): use --kernels torch")
         refuse_quantized(config, refusal)
-        runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, False)
-        return BuiltDeviceRunner(runner, f"torch ({refusal})")
+        return _load_generic(config, model_info, meta_model, device), f"torch ({refusal})", False
     refusal = triton_stack.refusal(meta_model.model)
     if refusal is None:
-        runner = _build_stack(config, model_info, resolved, meta_model, device, tp_plan)
-        return BuiltDeviceRunner(runner, "triton, fused stack")
-    runner = _build_generic(config, model_info, resolved, meta_model, device, tp_plan, True)
-    return BuiltDeviceRunner(runner, f"triton ({refusal})")
+        return _load_stack(config, model_info, resolved, meta_model, device), "triton, fused stack", True
+    return _load_generic(config, model_info, meta_model, device), f"triton ({refusal})", True
 
 
 def _check_formats(config: EngineConfig, model_info: ModelInfo, use_triton: bool) -> None:
@@ -89,15 +105,11 @@ def _check_formats(config: EngineConfig, model_info: ModelInfo, use_triton: bool
         raise ConfigError(f"--quantization fp8 needs --dtype bfloat16, not {model_info.dtype}")
 
 
-def _build_stack(
-    config: EngineConfig,
-    model_info: ModelInfo,
-    resolved: ResolvedConfig,
-    meta_model: MetaModel,
-    device: Device,
-    tp_plan: TPPlan | None,
-) -> DeviceRunner:
+def _load_stack(
+    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, device: Device
+) -> LoadedModel:
     from engine.worker.stack_ranks import make_stack_ranks
+    from engine.worker.triton_backend import TritonAttention
     from engine.worker.triton_stack import make_stack
     from engine.worker.triton_stack_backend import TritonStackBackend
 
@@ -108,24 +120,19 @@ def _build_stack(
         meta_model.use(device.weight_memory())
         formats = _linear_formats(config, model_info, meta_model, device)
         stack = make_stack(meta_model.model, groups, positions, device.place, meta_model.fill, formats)
-    with torch.inference_mode():
-        slots, state, cache = _allocate(config, model_info, resolved, device)
-        uses = [(group, window or None) for group, window in enumerate(groups.windows)]
-        kernels, attention = _triton_parts(model_info, resolved, cache, uses, state, meta_model.vocab_shard)
-        ranks = make_stack_ranks(meta_model.vocab_shard)
-        backend = TritonStackBackend(device, stack, attention, kernels, state.parameters, meta_model.model, ranks)
-        return DeviceRunner(device, backend, slots, state, kernels, adapter_sharding(meta_model, tp_plan))
+    ranks = make_stack_ranks(meta_model.vocab_shard)
+
+    def make_backend(parts: BackendParts) -> TritonStackBackend:
+        attention = parts.attention
+        assert isinstance(attention, TritonAttention)
+        return TritonStackBackend(
+            device, stack, attention, parts.kernels, parts.parameters, meta_model.model, ranks, parts.rows
+        )
+
+    return LoadedModel([(group, window or None) for group, window in enumerate(groups.windows)], make_backend)
 
 
-def _build_generic(
-    config: EngineConfig,
-    model_info: ModelInfo,
-    resolved: ResolvedConfig,
-    meta_model: MetaModel,
-    device: Device,
-    tp_plan: TPPlan | None,
-    use_triton: bool,
-) -> DeviceRunner:
+def _load_generic(config: EngineConfig, model_info: ModelInfo, meta_model: MetaModel, device: Device) -> LoadedModel:
     # What the check needs of the weights is only their shapes.
     with meta_model.zeros(cached_zeros()):
         uses = check_attention(meta_model, config, model_info)
@@ -137,12 +144,14 @@ def _build_generic(
             formats = _linear_formats(config, model_info, meta_model, device)
             quantize_linears(meta_model.model, formats, meta_model.fill)
             meta_model.fill()
-        slots, state, cache = _allocate(config, model_info, resolved, device)
-        kernels, attention = _attention(model_info, resolved, cache, uses, state, meta_model.vocab_shard, use_triton)
-        backend = GenericDeviceBackend(
-            device, meta_model.model, attention, kernels, state.parameters, meta_model.vocab_shard
+
+    def make_backend(parts: BackendParts) -> GenericDeviceBackend:
+        shard = meta_model.vocab_shard
+        return GenericDeviceBackend(
+            device, meta_model.model, parts.attention, parts.kernels, parts.parameters, shard, parts.rows
         )
-        return DeviceRunner(device, backend, slots, state, kernels, adapter_sharding(meta_model, tp_plan))
+
+    return LoadedModel(uses, make_backend)
 
 
 def cached_zeros() -> Allocate:
@@ -170,61 +179,3 @@ def _stored_cache(kv_cache_dtype: str | None, device: Device) -> torch.dtype | N
     if kv_cache_dtype == "fp8" and not device.converts_fp8:
         return torch.uint8
     return {None: None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kv_cache_dtype]
-
-
-def _allocate(
-    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, device: Device
-) -> tuple[DeviceSlots, DeviceState, KVCache]:
-    rows, groups = resolved.max_num_seqs, len(resolved.kv_windows)
-    slots = DeviceSlots(rows, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups)
-    state = DeviceState(device, slots.layout)
-    layout = kv_layout(model_info, resolved.block_size)
-    stored = _stored_cache(config.kv_cache_dtype, device)
-    return slots, state, KVCache(model_info.kv_groups, resolved.num_blocks, layout, device.zeros, stored)
-
-
-def _attention(
-    model_info: ModelInfo,
-    resolved: ResolvedConfig,
-    cache: KVCache,
-    uses: Sequence[GroupWindow],
-    state: DeviceState,
-    vocab_shard: VocabShard | None,
-    use_triton: bool,
-) -> tuple[StepKernels, Attention]:
-    if use_triton:
-        return _triton_parts(model_info, resolved, cache, uses, state, vocab_shard)
-    kernels = StepKernels() if vocab_shard is None else StepKernels().sharded(vocab_shard.gather)
-    return kernels, TorchAttention(cache, uses, cache.keys[0].device)
-
-
-def _triton_parts(
-    model_info: ModelInfo,
-    resolved: ResolvedConfig,
-    cache: KVCache,
-    uses: Sequence[GroupWindow],
-    state: DeviceState,
-    vocab_shard: VocabShard | None,
-) -> tuple[StepKernels, "TritonAttention"]:
-    from engine.kernels.triton.attention import AttentionShape
-    from engine.worker.triton_backend import (
-        TritonAttention,
-        default_tilings,
-        sharded_step_kernels,
-        triton_step_kernels,
-    )
-
-    layout = cache.layout
-    shape = AttentionShape(model_info.num_heads, layout.kv_heads, layout.head_dim, layout.block_size)
-    quantized = cache.keys[0].dtype.itemsize == 1
-    tilings = default_tilings(
-        shape, ITEMSIZE[model_info.dtype], quantized=quantized, tile_table=resolved.tile_table
-    )  # fmt: skip
-    sampled = resolved.max_num_seqs * (1 + resolved.draft_tokens)
-    # Every running request computes a token, and draft tokens besides.
-    tokens = max(resolved.max_num_batched_tokens, sampled)
-    if vocab_shard is None:
-        kernels = triton_step_kernels(sampled, model_info.vocab_size, state.words.device)
-    else:
-        kernels = sharded_step_kernels(sampled, vocab_shard, state.words.device)
-    return kernels, TritonAttention(cache, uses, state.tables, shape, tilings, tokens)

@@ -22,9 +22,10 @@ from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.device import Device, Fetched, Mark
 from engine.worker.device_backend import DeviceBackend
 from engine.worker.device_slots import AppendedTokens, DeviceSlots
+from engine.worker.device_steps import DeviceSteps
 from engine.worker.runner import reindexed
 from engine.worker.slots import StepBatch
-from engine.worker.step_inputs import DeviceState, InputStager, StepInputs, StepKernels
+from engine.worker.step_inputs import StepInputs
 
 
 @dataclass(slots=True)
@@ -60,17 +61,15 @@ class DeviceRunner:
         device: Device,
         backend: DeviceBackend,
         slots: DeviceSlots,
-        state: DeviceState,
-        kernels: StepKernels,
+        steps: DeviceSteps,
         sharding: AdapterSharding | None = None,
     ):
         self._device = device
         self._backend = backend
         self._slots = slots
-        self._state = state
-        self._kernels = kernels
-        self._stager = InputStager(device, slots, state, kernels)
-        self._calls = AdapterManager(backend, slots.adapter_slots, sharding).calls
+        self._steps = steps
+        adapters = AdapterManager(backend, slots.adapter_slots, sharding)
+        self._calls = {**adapters.calls, "capture_graph": self._capture_graph}
         self._pending: tuple[StepBatch, StepInputs | None, Mark] | None = None
         self._following: deque[StepMessage] = deque()  # later steps of a burst
         self._unfilled: deque[tuple[AppendedTokens, Fetched]] = deque()  # tokens on the way to the slots
@@ -92,6 +91,11 @@ class DeviceRunner:
         self._advance(first)
 
     @property
+    def captures(self) -> bool:
+        """Whether steps are left to be captured."""
+        return self._steps.num_left > 0
+
+    @property
     def waits_to_be_sampled(self) -> bool:
         return self._pending is not None and len(self._pending[0].logits_at) > 0
 
@@ -101,8 +105,7 @@ class DeviceRunner:
         batch = self._slots.begin_step(message)
         inputs = None
         if len(batch.slots):
-            inputs = self._stager.put(batch, self._backend.plan(batch))
-            self._backend.forward(inputs)
+            inputs = self._steps.forward(batch)
         self._pending = batch, inputs, began
 
     @torch.inference_mode()
@@ -126,19 +129,23 @@ class DeviceRunner:
     def close(self) -> None:
         """Called after the last step."""
 
+    def _capture_graph(self) -> int:
+        """Capture one of the steps that are left, unless a step waits to be sampled; returns how many are left."""
+        if not self.waits_to_be_sampled:
+            self._steps.capture_next()
+        return self._steps.num_left
+
     def _needs_host(self, batch: StepBatch) -> bool:
         drafted = len(batch.sampled_at) > len(batch.sampling)
         return drafted or len(batch.scored_at) > 0 or bool(self._slots.needs_logits[batch.sampling].any())
 
     def _sample_ahead(self, batch: StepBatch, inputs: StepInputs, result: PendingResult) -> None:
-        tokens = self._backend.choose(inputs)
-        self._kernels.append_tokens(self._state.last_token, inputs.sample_slots, tokens)
-        result.tokens = self._device.fetch(tokens)
+        result.tokens = self._device.fetch(self._steps.choose(inputs))
         self._unfilled.append((self._slots.extend(batch.sampling), result.tokens))
 
     def _sample_on_host(self, batch: StepBatch, inputs: StepInputs, result: PendingResult) -> None:
         """Wait for the tokens of all steps, this one included; the slots know them when the next one is laid out."""
-        tokens = self._device.fetch(self._backend.choose(inputs)).wait().numpy().astype(np.int64)
+        tokens = self._device.fetch(self._steps.choose(inputs)).wait().numpy().astype(np.int64)
         self._fill(wait=True)
         slots, which, logits = self._slots, batch.sampling, HostLogits(self._device, self._backend)
         special = np.flatnonzero(slots.needs_logits[which])

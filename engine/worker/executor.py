@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from engine.children import RankHandle
 from engine.config import EngineConfig, ResolvedConfig
 from engine.devices import machine_for
+from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
@@ -22,6 +23,8 @@ class StartedExecutor(Protocol):
     seconds: dict[str, float]  # of the start, by phase
     kernels: str
     warnings: tuple[str, ...]
+    num_blocks: int | None  # of the KV cache, if it was chosen by measuring
+    memory: tuple[MemoryLine, ...]  # as measured
     ended: "Future[None]"  # fails with the cause if the ranks end unexpectedly
 
     @property
@@ -53,7 +56,10 @@ def make_executor(
         progress: called from a thread with the bytes of weights read so far and in total.
     """
     machine = machine_for(config)
-    device = DeviceKind(machine.torch_type, machine.kernels == "triton") if machine.torch_type else None
+    device = None
+    if machine.torch_type:
+        share = config.gpu_memory_utilization or machine.defaults.memory_utilization
+        device = DeviceKind(machine.torch_type, machine.kernels == "triton", share)
     if config.tensor_parallel_size > 1:
         return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress, device=device)
     if device is not None:

@@ -13,6 +13,7 @@ from engine.model.runtime import attention_interface
 from engine.model.runtime.vocab_shard import VocabShard
 from engine.worker.device import Columns, Device
 from engine.worker.device_attention import Attention
+from engine.worker.kept_logits import KeptLogits
 from engine.worker.slots import StepBatch
 from engine.worker.step_inputs import StepInputs, StepKernels
 
@@ -20,7 +21,8 @@ from engine.worker.step_inputs import StepInputs, StepKernels
 class GenericDeviceBackend:
     """Implements `engine.worker.device_backend.DeviceBackend`; `model` and the attention's cache are on the device.
 
-    `parameters`: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`.
+    `parameters`: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`; `rows`: most whose logits a
+    captured step keeps.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class GenericDeviceBackend:
         kernels: StepKernels,
         parameters: Tensor,
         vocabulary: VocabShard | None,
+        rows: int,
     ):
         self._device = device
         self._model = model
@@ -39,6 +42,7 @@ class GenericDeviceBackend:
         self._parameters = parameters
         self._vocabulary = vocabulary
         self._adapters = LoraHooks(model, device.place)
+        self._kept = KeptLogits(rows)
         self._logits: Tensor | None = None
 
     def plan(self, batch: StepBatch) -> Columns:
@@ -64,7 +68,8 @@ class GenericDeviceBackend:
             attention_interface.run_model(self._model.base_model, self._attention, arguments)  # type: ignore[arg-type]
             return
         arguments["logits_to_keep"] = inputs.logits_at
-        self._logits = attention_interface.run_model(self._model, self._attention, arguments).logits[0]
+        logits = attention_interface.run_model(self._model, self._attention, arguments).logits[0]
+        self._logits = self._kept.keep(logits)
 
     def choose(self, inputs: StepInputs) -> Tensor:
         assert self._logits is not None
@@ -72,6 +77,9 @@ class GenericDeviceBackend:
         return self._kernels.choose_tokens(
             logits, self._parameters, inputs.sample_slots, inputs.sample_counts, inputs.draws
         )
+
+    def resume(self, rows: int) -> None:
+        self._logits = self._kept.of(rows)
 
     def logits(self, which: Int64s) -> Tensor:
         assert self._logits is not None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.model.model_info import ModelInfo
+from engine.worker.graph_capture import GraphCapture
 from engine.worker.worker_start import StartReport, start_worker
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class InProcessExecutor:
             raise
         self._runner = cast("Runner", worker)
         self.seconds, self.kernels, self.warnings = report.seconds, report.kernels, report.warnings
+        self.num_blocks, self.memory = report.num_blocks, report.memory
 
     def submit(self, step: bytes) -> "Future[None]":
         """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""
@@ -77,8 +79,16 @@ class InProcessDeviceExecutor(InProcessExecutor):
         progress: Callable[[int, int], None] | None = None,
     ):
         self._results = ThreadPoolExecutor(1, thread_name_prefix="results")
+        self._num_steps = 0
+        self._capture: GraphCapture | None = None
         super().__init__(config, model_info, resolved, progress=progress, start=start)
         self._device_runner = cast("DeviceRunner", self._runner)
+        if self._device_runner.captures:
+            self._capture = GraphCapture(self.call, lambda: self._num_steps)
+
+    def submit(self, step: bytes) -> "Future[None]":
+        self._num_steps += 1
+        return super().submit(step)
 
     def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Enqueue the sampling of a submitted step; resolves to an encoded StepResult."""
@@ -89,5 +99,7 @@ class InProcessDeviceExecutor(InProcessExecutor):
 
     def shutdown(self) -> None:
         """End both threads once the step in progress and its result are done; others are dropped."""
+        if self._capture is not None:
+            self._capture.close()
         super().shutdown()
         self._results.shutdown(wait=True, cancel_futures=True)

@@ -113,6 +113,7 @@ class MultiprocessExecutor:
                 raise
         self.seconds = {"start ranks": time.monotonic() - began - sum(report.seconds.values()), **report.seconds}
         self.kernels, self.warnings = report.kernels, report.warnings
+        self.num_blocks, self.memory = report.num_blocks, report.memory
 
     def submit(self, step: bytes) -> "Future[None]":
         """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""

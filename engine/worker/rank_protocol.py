@@ -46,10 +46,12 @@ class DeviceKind(msgspec.Struct):
     Args:
         torch_type: the device type of torch.
         use_triton: whether with the kernels in Triton, else with those in torch.
+        memory_utilization: see `engine.worker.device_builder.build_device_runner`.
     """
 
     torch_type: str
     use_triton: bool
+    memory_utilization: float | None = None
 
 
 class RankOptions(msgspec.Struct):

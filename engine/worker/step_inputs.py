@@ -18,11 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.arrays import Int32s
 from engine.kernels import sampling, slot_state
 from engine.kernels.sampling import Draws
 from engine.worker.device import Device
 from engine.worker.device_slots import DeviceSlots, StateLayout
 from engine.worker.slots import StepBatch
+from engine.worker.step_sizes import Padding, StepSize
+
+# Words of the slots' state that travel with a step; more travel before it. Padded steps always have as many.
+MAX_CHANGES = 16 << 10
+PADDED_CHANGES = 1 << 10
 
 ChooseTokens = Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor]  # see `engine.kernels.sampling.choose_tokens`
 
@@ -74,7 +80,8 @@ class StepInputs:
 
     ids, positions, slot_of: int32[tokens]; logits_at: int64[n + m], see `StepBatch.logits_at`.
     sample_slots, sample_counts: int32[n], slot and number of output tokens of each entry of `batch.sampled_at`.
-    planned: what the backend asked for.
+    planned: what the backend asked for, and the changes of the slots.
+    size: to which the step is padded, so that its tensors have the addresses of other steps of this size; or None.
     """
 
     batch: StepBatch
@@ -86,6 +93,12 @@ class StepInputs:
     sample_counts: Tensor
     draws: Draws
     planned: Mapping[str, Tensor]
+    size: StepSize | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of `sample_slots` aren't padding."""
+        return len(self.batch.sampled_at)
 
 
 class InputStager:
@@ -97,37 +110,81 @@ class InputStager:
         self._state = state
         self._kernels = kernels
 
-    def put(self, batch: StepBatch, planned: Mapping[str, NDArray[Any]]) -> StepInputs:
-        """Enqueue the copy of a step, the changes of the slots, and the lookup of tokens that only the device has.
+    def put(self, batch: StepBatch, planned: Mapping[str, NDArray[Any]], size: StepSize | None = None) -> StepInputs:
+        """Enqueue the copy of a step and of the changes of the slots.
 
         Args:
-            planned: arrays of the backend, which travel with the others.
+            planned: arrays of the backend, which travel with the others; those of a padded step if there is a size.
         """
         slots = self._slots
         sample_slots = np.repeat(batch.sampling, batch.num_draft_tokens + 1)
-        index, words = slots.take_changes()
         own: dict[str, NDArray[Any]] = {
+            "sample_slots": sample_slots.astype(np.int32),
+            "sample_counts": (slots.num_tokens - slots.num_prompt_tokens)[sample_slots].astype(np.int32),
+            "logits_at": batch.logits_at,
             "ids": batch.ids.astype(np.int32),
             "positions": batch.positions.astype(np.int32),
             "slot_of": batch.slots[batch.row_of].astype(np.int32),
-            "logits_at": batch.logits_at,
-            "sample_slots": sample_slots.astype(np.int32),
-            "sample_counts": (slots.num_tokens - slots.num_prompt_tokens)[sample_slots].astype(np.int32),
         }
+        if size is not None:
+            own = _pad(own, _layout(size))
+        index, words = slots.take_changes()
+        limit = MAX_CHANGES if size is None else PADDED_CHANGES
+        while len(index) > limit:
+            self._write(self._device.put(_changes(index[:limit], words[:limit])))
+            index, words = index[limit:], words[limit:]
+        changes = _changes(index, words)
+        if size is not None:
+            changes = _pad(changes, _CHANGES_LAYOUT)
         # Last, since their number varies: the arrays before them keep their addresses in steps of the same sizes.
-        changes: dict[str, NDArray[Any]] = {"changed_rows": np.zeros_like(index), "changed": index, "words": words}
         tensors = self._device.put({**own, **planned, **changes})
-        if len(index):
-            flat = self._state.words.view(1, -1)
-            self._kernels.write_elements(flat, tensors["changed_rows"], tensors["changed"], tensors["words"])
-        self._kernels.gather_ids(tensors["ids"], self._state.last_token, tensors["slot_of"])
         return StepInputs(
             batch, tensors["ids"], tensors["positions"], tensors["slot_of"], tensors["logits_at"],
-            tensors["sample_slots"], tensors["sample_counts"], self._draws(batch), tensors,
+            tensors["sample_slots"], tensors["sample_counts"], self._draws(batch), tensors, size,
         )  # fmt: skip
+
+    def prepare(self, inputs: StepInputs) -> None:
+        """Enqueue the changes of the slots, and the lookup of tokens that only the device has. May be repeated."""
+        if len(inputs.planned["changed"]):
+            self._write(inputs.planned)
+        self._kernels.gather_ids(inputs.ids, self._state.last_token, inputs.slot_of)
+
+    def _write(self, changes: Mapping[str, Tensor]) -> None:
+        flat = self._state.words.view(1, -1)
+        self._kernels.write_elements(flat, changes["changed_rows"], changes["changed"], changes["words"])
 
     def _draws(self, batch: StepBatch) -> Draws:
         slots = self._slots
         device_rows = batch.sampling[~slots.needs_logits[batch.sampling]]
         drawn = bool((slots.temperature[device_rows] > 0).any())
         return Draws(drawn, bool(slots.is_filtered[device_rows].any()))
+
+
+def _pad(arrays: Mapping[str, NDArray[Any]], layout: Mapping[str, Padding]) -> dict[str, NDArray[Any]]:
+    return {name: padding.pad(name, arrays[name]) for name, padding in layout.items()}
+
+
+def _changes(index: Int32s, words: Int32s) -> dict[str, NDArray[Any]]:
+    return {"changed_rows": np.zeros_like(index), "changed": index, "words": words}
+
+
+_CHANGES_LAYOUT = {
+    "changed_rows": Padding(PADDED_CHANGES, -1),
+    "changed": Padding(PADDED_CHANGES),
+    "words": Padding(PADDED_CHANGES),
+}
+
+
+def _layout(size: StepSize) -> dict[str, Padding]:
+    """The padded arrays: those of sampled tokens first, so that their addresses depend on `size.rows` alone.
+
+    Padded tokens have no slot, and padded logits are those of the first token.
+    """
+    return {
+        "sample_slots": Padding(size.rows, -1),
+        "sample_counts": Padding(size.rows),
+        "logits_at": Padding(size.rows),
+        "ids": Padding(size.tokens),
+        "positions": Padding(size.tokens),
+        "slot_of": Padding(size.tokens, -1),
+    }

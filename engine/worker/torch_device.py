@@ -68,6 +68,7 @@ class TorchDevice:
     """Implements `engine.worker.device.Device`; `name` as torch writes it, e.g. xpu:0."""
 
     converts_fp8 = False
+    captures = False
 
     def __init__(self, name: str):
         self.device = torch.device(name)
@@ -98,6 +99,12 @@ class TorchDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
+
+    def memory(self) -> None:
+        return None
+
+    def release_memory(self) -> None:
+        """Nothing is known of the device's allocator."""
 
     def clock(self) -> float:
         return time.perf_counter()

@@ -24,6 +24,7 @@ from engine.worker.device import Columns
 from engine.worker.device_attention import GroupWindow
 from engine.worker.slots import StepBatch
 from engine.worker.step_inputs import StepInputs, StepKernels
+from engine.worker.step_sizes import Padding, StepSize, pad_arrays
 
 INTERPRETED_PROGRAMS = 4  # for each KV head
 
@@ -138,6 +139,20 @@ class TritonAttention:
                 if len(items):
                     columns[f"{name}.{number}"] = items
         return columns
+
+    def padded(self, columns: Columns, size: StepSize) -> Columns | None:
+        """The arrays of `plan` for a step of a padded size, always the same ones; None if there are others."""
+        capacity = work_list.capacity(self._tilings, size.rows, size.tokens)
+        layout = {name: Padding(size.rows) for name in ("starts", "counts", "num_computed", "slots")}
+        for group in range(len(self._tables)):
+            layout[f"cache_index.{group}"] = Padding(size.tokens, -1)
+        for number in range(len(self._uses)):
+            layout[f"sizes.{number}"] = Padding(3)
+            layout[f"decode.{number}"] = Padding(capacity.decode, columns=work_list.ITEM_COLUMNS)
+            if size.mixed:
+                layout[f"prefill.{number}"] = Padding(capacity.prefill, columns=work_list.ITEM_COLUMNS)
+            layout[f"merges.{number}"] = Padding(capacity.merges, columns=work_list.MERGE_COLUMNS)
+        return pad_arrays(columns, layout)
 
     def begin(self, inputs: StepInputs) -> None:
         planned = inputs.planned

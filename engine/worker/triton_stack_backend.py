@@ -27,6 +27,7 @@ from engine.model.lora.lora_hooks import tokens_by_adapter
 from engine.model.lora.lora_packing import by_layer, merge
 from engine.model.lora.lora_weights import Adapter, LowRank, check_adapter
 from engine.worker.device import Columns, Device
+from engine.worker.kept_logits import KeptLogits
 from engine.worker.slots import StepBatch
 from engine.worker.stack_ranks import StackRanks
 from engine.worker.step_inputs import StepInputs, StepKernels
@@ -44,6 +45,7 @@ class TritonStackBackend:
         parameters: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`.
         model: for its shapes; the stack has its weights.
         ranks: what ranks exchange.
+        rows: most whose logits a captured step keeps.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TritonStackBackend:
         parameters: Tensor,
         model: nn.Module,
         ranks: StackRanks,
+        rows: int,
     ):
         self._device = device
         self._stack = stack
@@ -63,6 +66,7 @@ class TritonStackBackend:
         self._kernels = kernels
         self._parameters = parameters
         self._adapters = StackAdapters(device, stack, model)
+        self._kept = KeptLogits(rows)
         self._logits: Tensor | None = None
 
     def plan(self, batch: StepBatch) -> Columns:
@@ -81,7 +85,7 @@ class TritonStackBackend:
         if len(inputs.logits_at):
             at = inputs.logits_at
             last = self._normalize(residual[at], None if delta is None else delta[at], stack.final_norm)
-            self._logits = stack.head(last)
+            self._logits = self._kept.keep(stack.head(last))
 
     def _run_layer(
         self, number: int, layer: StackLayer, residual: Tensor, delta: Tensor | None, positions: Tensor
@@ -111,6 +115,9 @@ class TritonStackBackend:
         return self._kernels.choose_tokens(
             logits, self._parameters, inputs.sample_slots, inputs.sample_counts, inputs.draws
         )
+
+    def resume(self, rows: int) -> None:
+        self._logits = self._kept.of(rows)
 
     def logits(self, which: Int64s) -> Tensor:
         assert self._logits is not None

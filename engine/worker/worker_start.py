@@ -10,6 +10,7 @@ import msgspec
 
 from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.host import threads_per_rank
+from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.worker.rank_protocol import DeviceKind
@@ -31,6 +32,8 @@ class StartReport(msgspec.Struct):
     seconds: dict[str, float]  # by phase
     kernels: str
     warnings: tuple[str, ...]
+    num_blocks: int | None = None  # of the KV cache, if it was chosen by measuring
+    memory: tuple[MemoryLine, ...] = ()  # as measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +115,13 @@ def device_start(
             shard_model(meta_model, tp_plan, group)
             model_info = tp_plan.rank_info
         built = build_device_runner(
-            config, model_info, resolved, meta_model, device, tp_plan, use_triton=kind.use_triton
-        )
+            config, model_info, resolved, meta_model, device, tp_plan,
+            use_triton=kind.use_triton, memory_utilization=kind.memory_utilization,
+        )  # fmt: skip
         phases.end("load weights", meta_model.seconds)
         phases.end("prepare kernels")
-        return built.runner, StartReport(phases.seconds, built.kernels, built.warnings)
+        report = StartReport(phases.seconds, built.kernels, built.warnings, built.num_blocks, built.memory)
+        return built.runner, report
 
     return start
 

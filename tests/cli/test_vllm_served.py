@@ -100,7 +100,7 @@ def test_the_start_says_what_became_of_the_flags(served: Served) -> None:
     output = served.output()
     assert f"listening on {served.url}" in output
     notes = [line for line in output.splitlines() if line.startswith("note: ")]
-    assert [note.split()[1] for note in notes] == ["--enforce-eager", "--swap-space", "--num-scheduler-steps:"]
+    assert [note.split()[1] for note in notes] == ["--swap-space", "--num-scheduler-steps:"]
     assert "runs as --engine v0" in notes[-1]
     assert "4,096 tokens" in output, "the model's own length, as memory suffices"
 

@@ -4,6 +4,8 @@
   refused.
 - Copies to the host arrive when the test lets them.
 - Arrays of a step are garbage once the next step is put.
+- Captured steps are replayed without their Python code (see `tests.engine.worker.tape`).
+- It is out of memory when the test says so.
 """
 
 import math
@@ -19,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine.model.runtime.rank_group import RankGroup
-from engine.worker.device import Columns
+from engine.worker.device import Columns, DeviceMemory
 from engine.worker.gloo_group import GlooGroup
 from engine.worker.torch_device import StagedColumns
+from tests.engine.worker.tape import Tape
 
 aten = torch.ops.aten
 WAITS = {
@@ -37,6 +40,7 @@ GARBAGE = 0xA5  # bytes: as int32 an index far out of bounds
 STEP_S = 2e-3  # of every step, so that a core submits bursts
 LONGEST_STEP_S = 5.0  # to enqueue, with interpreted kernels on a busy machine
 MOST_REFERENCES = 50_000
+STAGING_BYTES = 1 << 20
 
 
 class Worlds:
@@ -64,9 +68,10 @@ class Worlds:
 class _Operations(TorchDispatchMode):
     """Refuses operations on tensors of both worlds, and those that would wait."""
 
-    def __init__(self, worlds: Worlds):
+    def __init__(self, worlds: Worlds, device: "StandInDevice"):
         super().__init__()
         self._worlds = worlds
+        self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,6 +83,7 @@ class _Operations(TorchDispatchMode):
                 raise RuntimeError(f"{func} mixes tensors of device and host: {shapes}, on the device: {inside}")
             if func in WAITS or (func is aten.index.Tensor and any(one.dtype == torch.bool for one in tensors[1:])):
                 raise RuntimeError(f"{func} waits for the device")
+            self._device.allocate(func)
         result = func(*args, **kwargs)
         if any(inside):
             self._worlds.add(_tensors((result,)))
@@ -166,13 +172,30 @@ class _Bands:
 class StandInDevice:
     """Implements `engine.worker.device.Device`.
 
+    captures: whether steps are captured. memory_facts: what `memory` returns. shortages: how many operations that
+    allocate memory fail, after `spared` ones.
+
     A copy arrives when the next one has been enqueued, or after `delay_s` if no step has begun by then. While `gate` is
     cleared, none does. With a `failure`, `wait` raises it.
     """
 
-    def __init__(self, delay_s: float = 0.0, *, converts_fp8: bool = False):
+    def __init__(
+        self,
+        delay_s: float = 0.0,
+        *,
+        converts_fp8: bool = False,
+        captures: bool = False,
+        memory_facts: DeviceMemory | None = None,
+    ):
         self.converts_fp8 = converts_fp8
         self.delay_s = delay_s
+        self.captures = captures
+        self.memory_facts = memory_facts
+        self.shortages = 0
+        self.spared = 0
+        self.allocations = 0
+        self.releases = 0
+        self.replays = 0
         self.gate = threading.Event()
         self.gate.set()
         self.failure: Exception | None = None
@@ -185,7 +208,7 @@ class StandInDevice:
 
     def bind_thread(self) -> None:
         """The checks hold in this thread only."""
-        _Operations(self._worlds).__enter__()
+        _Operations(self._worlds, self).__enter__()
         _Functions(self._worlds).__enter__()
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -211,10 +234,12 @@ class StandInDevice:
         staged = StagedColumns(columns)
         host = torch.empty(staged.nbytes, dtype=torch.uint8)
         staged.write(host)
-        if self._step_arrays is not None:
+        if self._step_arrays is None:
+            self._step_arrays = self._on_device(lambda: torch.empty(STAGING_BYTES, dtype=torch.uint8))
+        with _disable_current_modes():
             self._step_arrays.fill_(GARBAGE)
-        self._step_arrays = self._on_device(host.clone)
-        return staged.views(self._step_arrays)
+            self._step_arrays[: staged.nbytes].copy_(host)
+        return staged.views(self._step_arrays[: staged.nbytes])
 
     def fetch(self, tensor: Tensor) -> _LateCopy:
         assert self._worlds.has(tensor), "a host tensor is fetched from the device"
@@ -228,7 +253,31 @@ class StandInDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         run()
-        return run
+        with Tape() as tape:
+            run()
+
+        def replay() -> None:
+            self.replays += 1
+            tape.replay()
+
+        return replay
+
+    def allocate(self, func: Any) -> None:
+        """Called for each operation on tensors of the device."""
+        if func._schema.is_mutable or any(one.alias_info is not None for one in func._schema.returns):
+            return  # in place, or a view
+        self.allocations += 1
+        if self.spared:
+            self.spared -= 1
+        elif self.shortages:
+            self.shortages -= 1
+            raise torch.OutOfMemoryError("the stand-in device has no memory left")
+
+    def memory(self) -> DeviceMemory | None:
+        return self.memory_facts
+
+    def release_memory(self) -> None:
+        self.releases += 1
 
     def place_of(self, tensor: Tensor) -> str:
         """In place of `engine.kernels.triton.launch.place_of`."""

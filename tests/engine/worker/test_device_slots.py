@@ -74,7 +74,7 @@ def test_the_device_has_the_slots_tables_and_parameters() -> None:
     for message in steps:
         batch = slots.begin_step(message)
         if len(batch.slots):
-            stager.put(batch, {})
+            stager.prepare(stager.put(batch, {}))
         if message.step == 1:
             slots.append_tokens(np.array([2]), np.array([11]))
     assert np.array_equal(state.tables.numpy(), slots.block_tables)
