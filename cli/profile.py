@@ -52,7 +52,7 @@ def command(**params: Any) -> None:
     """Measure the kernels of MODEL on this machine's GPU, and choose their tiles.
 
     Only the shape of MODEL is used, not its weights; --heads, --kv-heads and --head-dim give a shape without a model.
-    About 60 kernels are compiled; Triton keeps them, so that a second run starts where an interrupted one ended.
+    About 50 kernels are compiled; Triton keeps them, so that a second run starts where an interrupted one ended.
 
     \b
     For example:

@@ -48,7 +48,10 @@ def test_tiles_of_another_table_replace_those_of_the_same_key() -> None:
         ({"warps": 32}, "warps must be from 1 to 16, not 32"),
         ({"lines": 32}, "lines of a decode tile must be 16, not 32"),
         ({"launch": "prefill", "lines": 96}, "lines must be a power of two, not 96"),
-        ({"keys": 256, "stages": 5}, "keys and stages need at least 256 KiB of shared memory, and sm_90 has 227"),
+        (
+            {"numbers": "float32", "head_dim": 256, "keys": 256},
+            "keys must be lower: 256 take 256 KiB of 227 KiB of shared memory",
+        ),
         ({"tiles": 3}, "tiles: unknown field"),
     ],
 )
@@ -76,8 +79,8 @@ def test_what_is_no_table(data: Any, message: str) -> None:
 
 
 def test_shared_memory_of_other_targets_is_not_known() -> None:
-    big = ROW | {"keys": 256, "stages": 5}
-    assert parse_table(table_of(big, target="gfx1100")).tiles["16-bit", 128, "decode"].stages == 5
+    big = ROW | {"numbers": "float32", "head_dim": 256, "keys": 256}
+    assert parse_table(table_of(big, target="gfx1100")).tiles["float32", 256, "decode"].keys == 256
 
 
 @pytest.mark.parametrize(
