@@ -81,6 +81,13 @@ aot: $(VENV)/installed-dev  ## Registers, spills and shared memory of all Triton
 rooflines: $(VENV)/installed-dev  ## The least time of a step of Llama-3.1-8B on an H100, computed: results/rooflines.json
 	$(BIN)/python -m tests.perf.rooflines
 
+.PHONY: gpu-check gpu-wheels
+gpu-check: $(VENV)/installed-dev  ## Everything that needs a GPU, in 6 minutes, STAGE=1 or 2: results/gpu-check; one line without a GPU
+	$(BIN)/python -m tests.gpu.check --stage $(or $(STAGE),1) --out results/gpu-check
+
+gpu-wheels: $(VENV)/installed  ## The wheels that a GPU machine without a network needs: .gpu-wheels
+	$(BIN)/python -m tests.gpu.wheels
+
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
 	$(BIN)/python -m tests.perf.bench_client
 

@@ -125,7 +125,7 @@ def check_cache(cache: LayerCache, index: Tensor, keys: Tensor, values: Tensor, 
         (cache.values, cache.value_scales, values[index >= 0]),
     ):
         numbers = stored.view(torch.float8_e4m3fn) if stored.dtype == torch.uint8 else stored
-        found = numbers[at].double()
+        found = numbers.double()[at]
         if scales is None:
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         else:

@@ -13,7 +13,6 @@ from engine.kernels.triton.quantized import (
     MAX_SPLITS,
     OUTPUTS_PER_PROGRAM,
     PARTIALS,
-    IntegerWeight,
     LinearWorkspace,
     convert,
     count_splits,
@@ -21,32 +20,9 @@ from engine.kernels.triton.quantized import (
     pack_integers,
 )
 from tests.engine.kernels.triton.numbers import DTYPES, poisoned, random_numbers
+from tests.engine.kernels.triton.quantized_case import TOLERANCE, check_product, random_weight, workspace
 
 KINDS = ("int8", "int4")
-# Of one rounding of the result; float32 sums of some hundred products, whose terms are larger than their sum.
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-5, "atol": 2e-4},
-    torch.float16: {"rtol": 2**-10, "atol": 1e-3},
-    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-3},
-}
-
-
-def random_weight(kind: str, outputs: int, inputs: int, group: int, seed: int) -> tuple[IntegerWeight, torch.Tensor]:
-    """A weight and its numbers in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    scales = (torch.rand(outputs, inputs // group, generator=generator) / 8).bfloat16()
-    if kind == "int8":
-        integers = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
-        exact = integers.double().unflatten(1, (-1, group)) * scales.double()[..., None] / 16
-        return pack_integers(integers, scales / 16, None), exact.flatten(1)
-    integers = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator)
-    minimums = (-torch.rand(outputs, inputs // group, generator=generator)).bfloat16()
-    exact = integers.double().unflatten(1, (-1, group)) * scales.double()[..., None] + minimums.double()[..., None]
-    return pack_integers(integers, scales, minimums), exact.flatten(1)
-
-
-def workspace(dtype: torch.dtype, weights: int = 1 << 16) -> LinearWorkspace:
-    return LinearWorkspace(poisoned(MAX_SPLITS * FEW_ROWS * 200), poisoned(weights, dtype=dtype))
 
 
 @settings(settings.get_profile("triton"))
@@ -62,18 +38,7 @@ def workspace(dtype: torch.dtype, weights: int = 1 << 16) -> LinearWorkspace:
 def test_products_are_those_of_the_weights(
     rows: int, outputs: int, groups: int, kind: str, group: int, dtype: torch.dtype, seed: int
 ) -> None:
-    inputs = groups * group
-    weight, exact = random_weight(kind, outputs, inputs, group, seed)
-    x = poisoned(rows, inputs + 3, dtype=dtype)  # rows are apart
-    x[:, :inputs] = random_numbers(rows, inputs, seed=seed).to(dtype)
-    memory = poisoned(rows + 2, outputs, dtype=dtype)
-    linear(x[:, :inputs], weight, memory[:rows], workspace(dtype))
-    expected = x[:, :inputs].double() @ exact.T
-    tolerance = TOLERANCE[dtype]
-    if rows > FEW_ROWS and dtype != torch.float32:  # the weights are rounded as well
-        tolerance = {"rtol": tolerance["rtol"], "atol": 4 * tolerance["rtol"] * inputs**0.5}
-    torch.testing.assert_close(memory[:rows].double(), expected, **tolerance)
-    assert memory[rows:].isnan().all()
+    check_product(rows, outputs, groups, kind, group, dtype, seed)
 
 
 @pytest.mark.parametrize(("kind", "group"), [("int8", 64), ("int4", 32), ("int4", 128)])
