@@ -73,8 +73,8 @@ ENGINE_OPTIONS = (
     ),
     option(
         DEVICE, "--tile-table", type=click.Path(dir_okay=False), metavar="FILE",
-        default_text="that of the GPU in the user's cache, if there is one",
-        help="Tiles of the Triton attention kernels, as `redline profile --tune` measures them.",
+        default_text="the GPU's",
+        help="Tiles of attention, from `redline profile --tune`.",
     ),
     option(
         DEVICE, "--enforce-eager/--no-enforce-eager", default=False,
@@ -83,8 +83,8 @@ ENGINE_OPTIONS = (
     ),
     option(
         DEVICE, "--dtype", default="auto", type=click.Choice((*DTYPES, *DTYPE_ALIASES)),
-        help="Data type of weights and activations. auto takes the type of the checkpoint, half is float16, and float "
-        "is float32. The C++ kernels do not support float16.",
+        help="Data type of weights and activations. auto takes the checkpoint's, half is float16, float is float32. "
+        "The C++ kernels do not support float16.",
     ),
     option(
         DEVICE, "-q", "--quantization", type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
