@@ -12,9 +12,6 @@ from engine.kernels.triton.quantized import IntegerWeight, LinearWorkspace, pack
 from engine.worker.device import Device
 from engine.worker.linear_products import LinearFormats
 
-# Quantized at a time on a device: one intermediate in float32 has 64 MiB.
-ELEMENTS = 16 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class IntegerProduct:
@@ -42,7 +39,7 @@ class IntegerFormat:
         return f"{inputs} inputs are not a multiple of {group}" if inputs % group else None
 
     def make(self, weight: Tensor, bias: Tensor | None) -> IntegerProduct:
-        found = quantize(weight, self._kind, ELEMENTS)
+        found = quantize(weight, self._kind, fp8.ELEMENTS)
         packed = pack_integers(found.integers, found.scales, found.minimums)
         return IntegerProduct(packed, bias, self._workspace)
 

@@ -16,6 +16,7 @@ from engine.kernels.triton.kv_storage import to_stored
 from engine.kernels.triton.launch import check_device, next_power_of_2
 
 LARGEST = 448.0  # of e4m3
+ELEMENTS = 16 << 20  # of a weight, quantized at a time: one intermediate in float32 has 64 MiB
 MULTIPLE = 16  # of inputs and outputs that `torch._scaled_mm` multiplies
 
 _LARGEST = tl.constexpr(LARGEST)
@@ -43,9 +44,15 @@ class Fp8Weight:
 
 def quantize_fp8(weight: Tensor) -> Fp8Weight:
     """Quantize a weight [outputs, inputs]; each output's scale is its largest magnitude / LARGEST."""
-    largest = weight.float().abs().amax(1)
-    scales = torch.where(largest > 0, largest / LARGEST, 1.0)
-    return Fp8Weight((weight.float() / scales[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales)
+    values, rows = weight.new_empty(weight.shape, dtype=torch.float8_e4m3fn), max(1, ELEMENTS // weight.shape[1])
+    scales = weight.new_empty((len(weight),), dtype=torch.float32)
+    for first in range(0, len(weight), rows):
+        here = slice(first, first + rows)
+        band = weight[here].float()
+        largest = band.abs().amax(1)
+        scales[here] = torch.where(largest > 0, largest / LARGEST, 1.0)
+        values[here] = (band / scales[here, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return Fp8Weight(values, scales)
 
 
 def refusal(outputs: int, inputs: int) -> str | None:

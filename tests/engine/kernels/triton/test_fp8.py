@@ -59,7 +59,8 @@ def test_products_are_those_of_the_quantized_numbers(rows: int) -> None:
     torch.testing.assert_close(expected.double(), exact, rtol=0.1, atol=1.0)
 
 
-def test_a_weight_is_within_a_step() -> None:
+def test_a_weight_is_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "ELEMENTS", 200)  # three outputs at a time
     weight = random_numbers(8, 64, seed=3)
     weight[1] = 0
     packed = fp8.quantize_fp8(weight)
