@@ -90,7 +90,7 @@ ENGINE_OPTIONS = (
         DEVICE, "-q", "--quantization", type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
         metavar="[int8|int4|fp8]", default_text="none",
         help="Quantize weights while loading. Needs the C++ or the Triton kernels; fp8 needs a GPU of compute "
-        "capability 8.9. The names of checkpoint formats (awq, gptq, …; on the CPU fp8) are accepted too, and only "
+        "capability 8.9. The names of checkpoint formats (awq, gptq, …; elsewhere fp8) are accepted too, and only "
         "check that the checkpoint has this format.",
     ),
     option(

@@ -32,7 +32,7 @@ class TorchMachine:
         for flag, count in (("--tp", config.tensor_parallel_size), ("--dp", config.data_parallel_size)):
             if count > 1:
                 raise ConfigError(f"{flag} {count} does not work on {config.device}: use --device cpu or cuda")
-        refuse_quantized(config, f"they run on cuda, not on {self.torch_type}")
+        refuse_quantized(config.checks_stored(), f"they run on cuda, not on {self.torch_type}")
         refuse_tile_table(config, f"on {self.torch_type}")
         self._facts = facts
 
@@ -49,7 +49,7 @@ class TorchMachine:
         )
 
     def adapt(self, config: EngineConfig) -> EngineConfig:
-        return config
+        return config.checks_stored()
 
     def describe(self, config: EngineConfig) -> str:  # noqa: ARG002
         return f"{self.torch_type} ({self._facts.name})" if self._facts.name else self.torch_type

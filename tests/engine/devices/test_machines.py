@@ -221,6 +221,8 @@ def test_other_devices_have_no_quantized_forms(answer) -> None:
     for options in ({"quantization": "int8"}, {"kv_cache_dtype": "int8"}):
         with pytest.raises(ConfigError, match="needs the Triton kernels: they run on cuda, not on mps"):
             machine_for(configure(device="mps", **options))
+    config = configure(device="mps", quantization="fp8")
+    assert machine_for(config).adapt(config).stored_quantization == "fp8"
 
 
 def test_fp8_on_the_cpu_checks_weights_and_is_refused_for_keys_and_values() -> None:

@@ -17,6 +17,7 @@ from tests.engine.worker.lora_files import LLAMA, write_adapter
 from tests.engine.worker.rank_threads import RankThreads, launch_one_at_a_time
 from tests.engine.worker.stand_in_device import StandInDevice
 from tests.engine.worker.test_device_runner import ON_HOST, SAMPLINGS, mixed_requests
+from tests.engine.worker.test_triton_products import quantized_model
 
 pytest.importorskip("triton")
 quick.patch()
@@ -81,6 +82,17 @@ def test_ranks_that_run_ahead_give_the_tokens_of_one(
     assert driver.run(requests, new) == expected
     assert driver.most_in_flight >= 2
     assert len({tuple(tokens) for tokens in expected}) > 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "starcoder2"])
+def test_ranks_quantize_their_parts_of_the_weights(kind: str, tmp_path: Path, start: Start) -> None:
+    """To the numbers of the whole weights, whose groups of inputs are not divided."""
+    _, rounded = quantized_model(kind, "int4", tmp_path / "model")
+    rounded.save_pretrained(tmp_path / "rounded")
+    requests = [(prompt[:14], sampling) for prompt, sampling in mixed_requests(SAMPLINGS, 2)]
+    expected = CoreDriver(*start(tmp_path / "rounded", [])).run(requests, 3)
+    driver = CoreDriver(*start(tmp_path / "model", make_devices(), quantization="int4"))
+    assert driver.run(requests, 3) == expected
 
 
 @pytest.mark.parametrize("use_triton", [True, False], ids=["stack", "generic"])
