@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
+from engine.kernels.quantization import GROUPS
 from engine.kernels.triton import (
     activation,
     attention,
+    fp8,
     logprobs,
     minimum_weight,
     mm_embeddings,
     norm,
+    quantized,
     rotary,
     sampling,
     slot_state,
@@ -36,10 +39,12 @@ SCORES = {  # variants of attention: window, softcap, sinks, bidirectional spans
     "sinks": (128, None, True, False),
     "spans": (1024, None, False, True),
 }
-LLAMA = ("", "silu", f"hidden {HIDDEN}", f"dim {HEAD_DIM}")  # variants in the stored table
+PRODUCT_ROWS = (16, 32, 64)  # tiles of products with int8 and int4 weights
+# Variants in the stored table.
+LLAMA = ("", "silu", f"hidden {HIDDEN}", f"dim {HEAD_DIM}", "64 rows", f"inputs {HIDDEN}", "int4")
 CACHES = {"int8": "*i8", "fp8": "*fp8e4nv"}
 WITHOUT_FP8 = ("sm_80", "gfx942")  # these read fp8 as bytes, see engine/kernels/triton/kv_storage.py
-DIVISIBLE = ("token_stride",)  # arguments that are multiples of 16 besides the addresses
+DIVISIBLE = ("token_stride", "row_stride")  # arguments that are multiples of 16 besides the addresses
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ def cases() -> list[Case]:
         for dtype in DTYPES:
             made += [Case(*case[:2], dtype, target, *case[2:]) for case in _elementwise(dtype)]
             made += [Case(*case[:2], dtype, target, *case[2:]) for case in _logits(dtype)]
+            made += [Case(*case[:2], dtype, target, *case[2:]) for case in _products(dtype, target)]
+            made += _fp8_rows(dtype, target)
             made += _cache_writes(dtype, target)
             made += _attention(dtype, target)
     return made
@@ -139,6 +146,38 @@ def _logits(dtype: str) -> Iterator[tuple[Any, ...]]:
     run, tile = {"RUN": logprobs.RUN}, str(logprobs.RUN)
     yield "logprobs.run_sums", "", logprobs.run_sums_kernel, types, run, tile
     yield "logprobs.logprobs", "", logprobs.logprobs_kernel, types, run | {"RUNS": runs}, tile
+
+
+def _products(dtype: str, target: str) -> Iterator[tuple[Any, ...]]:
+    """Products with int8 and int4 weights: down, whose inputs are divided among programs."""
+    amd = target.startswith("gfx")
+    types = pointers(dtype, "x out") | pointers("bf16", "scales") | {"partials": "*fp32"} | integers("rows row_stride")
+    for kind, kernel, weight in (("int8", quantized.int8_kernel, "*i8"), ("int4", quantized.int4_kernel, "*u8")):
+        minimums = pointers("bf16", "minimums" if kind == "int4" else "")
+        for rows in PRODUCT_ROWS:
+            constants = quantized.few_rows_constants(rows, HIDDEN, INNER, GROUPS[kind], DTYPES[dtype], amd)
+            tile, options = f"{rows}x{constants['N']}", quantized.few_rows_options(rows, amd)
+            arguments = types | minimums | {"weight": weight}
+            yield f"quantized.{kind}", f"{rows} rows", kernel, arguments, constants, tile, options
+        variant, constants = kind, quantized.convert_constants(HIDDEN, GROUPS[kind], kind == "int4")
+        arguments = pointers(dtype, "out") | pointers("bf16", "scales minimums") | {"weight": weight}
+        tile = f"{constants['ROWS']}x{constants['WIDTH']}"
+        yield "quantized.convert", variant, quantized.convert_kernel, arguments | integers("first end"), constants, tile
+    sums = pointers("fp32", "partials") | pointers(dtype, "out") | integers("n")
+    constants = {"SPLITS": quantized.MAX_SPLITS, "SIZE": quantized.ADDED}
+    yield "quantized.add_partials", "", quantized.add_partials_kernel, sums, constants, str(quantized.ADDED)
+
+
+def _fp8_rows(dtype: str, target: str) -> list[Case]:
+    """Activations in fp8; where a target has no conversion, as bytes."""
+    made = []
+    for inputs in (HIDDEN, INNER):
+        width = next_power_of_2(inputs)
+        types = pointers(dtype, "x") | {"out": "*u8" if target in WITHOUT_FP8 else "*fp8e4nv", "scales": "*fp32"}
+        constants, warps = {"INPUTS": inputs, "WIDTH": width}, {"num_warps": fp8.quantize_warps(width)}
+        variant, kernel, types = f"inputs {inputs}", fp8.quantize_rows_kernel, types | integers("row_stride")
+        made.append(Case("fp8.quantize_rows", variant, dtype, target, kernel, types, constants, f"1x{width}", warps))
+    return made
 
 
 def _cache(dtype: str, cache: str, target: str) -> dict[str, str]:

@@ -236,29 +236,35 @@ def linear(x: Tensor, weight: IntegerWeight, out: Tensor, workspace: LinearWorks
         _multiply_few(x, weight, out, workspace.partials)
 
 
-def few_rows_constants(rows: int, outputs: int, inputs: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of a product of at most FEW_ROWS rows with a weight in int8 or int4."""
+def few_rows_constants(
+    rows: int, outputs: int, inputs: int, group: int, dtype: torch.dtype, amd: bool
+) -> dict[str, Any]:
+    """The constants of a product of at most FEW_ROWS rows with a weight in int8 or int4.
+
+    On AMD's GPUs several groups at a time would spill registers.
+    """
     size = OUTPUTS_PER_PROGRAM if not interpreted() else max(MIN_ROWS, next_power_of_2(outputs))
     splits = count_splits(triton.cdiv(outputs, size), triton.cdiv(inputs, INPUTS_PER_STEP))
     return {
-        "OUTPUTS": outputs, "INPUTS": inputs, "GROUP": group, "UNROLL": INPUTS_PER_STEP // group, "SPLITS": splits,
-        "ROWS": max(MIN_ROWS, next_power_of_2(rows)), "N": size,
+        "OUTPUTS": outputs, "INPUTS": inputs, "GROUP": group, "UNROLL": 1 if amd else INPUTS_PER_STEP // group,
+        "SPLITS": splits, "ROWS": max(MIN_ROWS, next_power_of_2(rows)), "N": size,
         "DOT": dot_dtype(dtype), "PRECISION": dot_precision(dtype),
     }  # fmt: skip
 
 
-def few_rows_options(rows: int) -> dict[str, int]:
+def few_rows_options(rows: int, amd: bool) -> dict[str, int]:
     """How such a product is compiled."""
-    return {"num_warps": 4 if rows <= FEW_ROWS // 2 else 8, "num_stages": 4}
+    return {"num_warps": 4 if rows <= MIN_ROWS else 8, "num_stages": 2 if amd else 4}
 
 
 def _multiply_few(x: Tensor, weight: IntegerWeight, out: Tensor, partials: Tensor) -> None:
     rows, outputs = out.shape
-    constants = few_rows_constants(rows, outputs, weight.inputs, weight.group, x.dtype)
+    amd = torch.version.hip is not None
+    constants = few_rows_constants(rows, outputs, weight.inputs, weight.group, x.dtype, amd)
     splits = constants["SPLITS"]
     if splits > 1 and partials.numel() < splits * rows * outputs:
         raise ValueError(f"the workspace has {partials.numel()} partial sums, not {splits * rows * outputs}")
-    options, stored = constants | few_rows_options(rows), (weight.integers, weight.scales)
+    options, stored = constants | few_rows_options(rows, amd), (weight.integers, weight.scales)
     grid = triton.cdiv(outputs, constants["N"]), splits
     if weight.minimums is None:
         int8_kernel[grid](x, *stored, out, partials, rows, x.stride(0), **options)
