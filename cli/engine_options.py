@@ -89,15 +89,14 @@ ENGINE_OPTIONS = (
     option(
         DEVICE, "-q", "--quantization", type=click.Choice((*QUANTIZATIONS, *STORED_QUANTIZATIONS)),
         metavar="[int8|int4|fp8]", default_text="none",
-        help="Quantize weights while loading. Needs the C++ or the Triton kernels; fp8 needs a GPU of compute "
-        "capability 8.9. The names of checkpoint formats (awq, gptq, …; elsewhere fp8) are accepted too, and only "
-        "check that the checkpoint has this format.",
+        help="Quantize weights while loading, to fp8 on GPUs only. The names of checkpoint formats (awq, gptq, …) are "
+        "accepted too, and only check that the checkpoint has this format.",
     ),
     option(
         DEVICE, "--kv-cache-dtype", type=click.Choice(("auto", *KV_CACHE_DTYPES, *KV_CACHE_DTYPE_ALIASES)),
         metavar="[auto|int8|fp8]", default_text="auto",
-        help="Data type of the KV cache. auto equals --dtype. int8 and fp8 fit nearly twice as many tokens into the "
-        "same memory as bfloat16. int8 needs the C++ or the Triton kernels, fp8 the Triton kernels.",
+        help="Data type of the KV cache. auto equals --dtype. int8, and on GPUs fp8, fit nearly twice as many tokens "
+        "into the same memory as bfloat16.",
     ),
     option(
         MODEL_FILES, "--generation-config", default="auto", metavar="[auto|none|FOLDER]",
