@@ -156,12 +156,12 @@ def _products(dtype: str, target: str) -> Iterator[tuple[Any, ...]]:
         minimums = pointers("bf16", "minimums" if kind == "int4" else "")
         for rows in PRODUCT_ROWS:
             constants = quantized.few_rows_constants(rows, HIDDEN, INNER, GROUPS[kind], DTYPES[dtype], amd)
-            tile, options = f"{rows}x{constants['N']}", quantized.few_rows_options(rows, amd)
+            tile, options = f"{rows}x{quantized.OUTPUTS_PER_PROGRAM}", quantized.few_rows_options(rows, amd)
             arguments = types | minimums | {"weight": weight}
             yield f"quantized.{kind}", f"{rows} rows", kernel, arguments, constants, tile, options
         variant, constants = kind, quantized.convert_constants(HIDDEN, GROUPS[kind], kind == "int4")
         arguments = pointers(dtype, "out") | pointers("bf16", "scales minimums") | {"weight": weight}
-        tile = f"{constants['ROWS']}x{constants['WIDTH']}"
+        tile = f"{quantized.CONVERTED // constants['WIDTH']}x{constants['WIDTH']}"
         yield "quantized.convert", variant, quantized.convert_kernel, arguments | integers("first end"), constants, tile
     sums = pointers("fp32", "partials") | pointers(dtype, "out") | integers("n")
     constants = {"SPLITS": quantized.MAX_SPLITS, "SIZE": quantized.ADDED}
