@@ -4,6 +4,7 @@ It gives the same tokens as `engine.worker.sampler` for the same logits: by the 
 filters. Where the host computes in float64, so does this, on devices that have it.
 """
 
+import functools
 import struct
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from engine.messages import Sampling
 
 PARAMETERS = 8  # words of a slot's parameters, see `pack_parameters`
 RUN = 256  # tokens whose weights are summed first when drawing
+WITHOUT_FLOAT64 = ("mps", "hpu")  # types of devices
 MIN_TEMPERATURE = 1e-6  # below it sampling in float32 equals greedy
 
 
@@ -84,7 +86,19 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64  # Metal has no float64
+    return widest_float(tensor.device)
+
+
+@functools.cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 if the device computes in it. Metal and Gaudi do not, and some GPUs by Intel do not."""
+    if device.type in WITHOUT_FLOAT64:
+        return torch.float32
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).add_(1)
+    except (RuntimeError, TypeError):
+        return torch.float32
+    return torch.float64
 
 
 def _top_p(parameters: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Sampling on a device in torch gives the host's tokens for the same logits."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,29 @@ def test_numbers_are_those_of_the_host(seed: int) -> None:
     seeds = np.full(100, seed, dtype=np.uint64)
     found = sampling.uniform(torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(counts), torch.float64)
     assert found.tolist() == sampler.uniform(seeds, counts).tolist()
+
+
+@pytest.fixture
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sampling, "WITHOUT_FLOAT64", ("cpu",))
+    sampling.widest_float.cache_clear()
+    yield
+    sampling.widest_float.cache_clear()
+
+
+def test_a_device_without_float64_draws_from_the_same_tokens(without_float64: None) -> None:
+    rows = [Sampling(temperature=0.8, top_k=4, top_p=0.9, seed=i) for i in range(40)]
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1)).expand(40, -1) * 3
+    counts, slots = torch.zeros(40, dtype=torch.int32), torch.arange(40, dtype=torch.int32)
+    found = sampling.choose_tokens(logits, params_of(rows), slots, counts, Draws(True, True))
+    assert sampling.widest_float(logits.device) == torch.float32
+    assert found.tolist() == host_tokens(logits, rows, 0)  # no drawn number is near the border of two tokens
+    assert 1 < len(set(found.tolist())) <= 4
+
+
+def test_which_devices_have_float64() -> None:
+    assert sampling.widest_float(torch.device("cpu")) == torch.float64
+    assert sampling.widest_float(torch.device("mps")) == torch.float32
 
 
 @pytest.mark.parametrize("values", [{0: float("nan")}, {5: float("inf")}])
