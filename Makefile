@@ -71,8 +71,8 @@ test-oldest: $(OLDEST)/installed-dev  ## Tests of models and workers with the ol
 	$(OLDEST)/bin/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder tests/engine/model tests/engine/worker
 
 .PHONY: test-triton
-test-triton: $(VENV)/installed-dev  ## Every Triton kernel against torch in the interpreter, all examples of hypothesis
-	REDLINE_TEST_TRITON=1 $(PYTEST) tests/engine/kernels/triton
+test-triton: $(VENV)/installed-dev  ## Every Triton kernel against torch in the interpreter, and all families of models with them
+	REDLINE_TEST_TRITON=1 $(PYTEST) tests/engine/kernels/triton tests/engine/worker/test_device_*.py tests/engine/worker/test_triton_*.py
 
 .PHONY: aot rooflines
 aot: $(VENV)/installed-dev  ## Registers, spills and shared memory of all Triton kernels for five targets, no GPU: results/aot.json

@@ -29,6 +29,8 @@ settings.register_profile("no-deadline", parent=settings(), deadline=None)
 settings.load_profile("no-deadline")
 
 TESTS = Path(__file__).parent
+# `make test-triton` also runs the cases marked `exhaustive`, and all of hypothesis' examples of kernels.
+ALL_OF_TRITON = os.environ.get("REDLINE_TEST_TRITON") == "1"
 MOST_WORKERS = 8
 # Files that take 20 s or more on one core, the longest first. Workers begin with them, so that none ends with one, and
 # `make test-fast` leaves them out.
@@ -48,7 +50,8 @@ SLOW = (
     "engine/worker/test_prompt_logprobs.py", "engine/kernels/triton/test_attention.py",
     "engine/worker/test_device_runner.py", "engine/worker/test_triton_backend.py",
     "engine/worker/test_triton_stack.py", "engine/worker/test_device_ranks.py",
-    "engine/worker/test_device_rank_processes.py",
+    "engine/worker/test_device_rank_processes.py", "engine/worker/test_device_loading.py",
+    "engine/worker/test_device_families.py",
 )  # fmt: skip
 
 
@@ -67,6 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in order:
             item.add_marker(pytest.mark.slow)
+        if "exhaustive" in item.keywords and not ALL_OF_TRITON:
+            item.add_marker(pytest.mark.skip(reason="make test-triton runs it"))
     if WORKER is not None:
         items.sort(key=lambda item: order.get(item.path, len(order)))
 

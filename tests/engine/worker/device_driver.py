@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,22 @@ class CoreDriver:
         self.most_in_flight = 0
         self._finished: set[int] = set()
 
-    def run(self, requests: list[tuple[list[int], Sampling]], new: int, **fields: Any) -> list[list[int]]:
-        """Serve all requests to `new` tokens each; returns their tokens."""
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self.core.load_adapter(name, str(folder)).result()
+        deadline = time.monotonic() + 10
+        while name not in self.core._adapters.names():  # the future is done before its callbacks have run
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+
+    def run(
+        self, requests: list[tuple[list[int], Sampling]], new: int, adapters: Sequence[str] = ("",)
+    ) -> list[list[int]]:
+        """Serve all requests to `new` tokens each, with the adapters in turns; returns their tokens."""
         first = len(self.tokens)
         for handle, (prompt, sampling) in enumerate(requests, first):
             self.tokens[handle] = []
-            self.core.receive(encode(AddRequest(handle, column(prompt), new, sampling, **fields)))
+            adapter = adapters[handle % len(adapters)]
+            self.core.receive(encode(AddRequest(handle, column(prompt), new, sampling, adapter=adapter)))
         handles = list(range(first, first + len(requests)))
         deadline = time.monotonic() + 60
         pause = threading.Event()

@@ -25,6 +25,8 @@ from tests.engine.worker.test_device_runner import SAMPLINGS, mixed_requests
 quick.patch()
 
 PADDING = 3  # tokens and rows
+# By kind: new tokens, token budget and blocks, which are too few for all requests at once.
+SMALL = {"llama": (9, 12, 15), "qwen2": (12, 8, 22)}
 
 
 @pytest.fixture
@@ -42,10 +44,11 @@ def make_driver() -> Iterator[Callable[..., Driver]]:
         executor.shutdown()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kind", "cases"),
     [
-        ("llama", ("ragged", "chunked")),
+        ("llama", ("ragged", "chunked", "prefix hit", "preempted")),
         ("qwen3", ("chunked",)),  # norms of queries and keys
         ("mistral", ("chunked",)),  # a window in all layers
         ("qwen2", ("chunked",)),  # biases; layers with a window beside others without
@@ -64,21 +67,43 @@ def test_the_stack_equals_transformers(
         assert row.passed, row
 
 
-def test_a_core_that_runs_ahead_gets_the_cpus_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_model("llama", tmp_path, num_hidden_layers=2)
-    stand_in = StandInDevice(delay_s=0.2)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # qwen2: layers with a window beside others without
+def test_a_core_that_runs_ahead_gets_the_cpus_tokens(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks, prefix hits, preemptions, adapters; results come after the next step has begun."""
+    model = build_model(kind, tmp_path / "model", num_hidden_layers=2)
+    adapter = write_adapter(tmp_path / "adapter", model, ("k_proj", "down_proj"), seed=2)
+    stand_in = StandInDevice(delay_s=0.1)
     monkeypatch.setattr(launch, "place_of", stand_in.place_of)
-    requests, found = mixed_requests(SAMPLINGS, 5), []
+    requests = [mixed_requests(SAMPLINGS)[i] for i in (2, 4, 5)]  # 19 to 25 tokens, two of them begin alike
+    new, budget, blocks = SMALL[kind]
+    options = {"kernels": "torch", "max_num_batched_tokens": budget, "max_model_len": 40}
+    found = []
     for device in (None, stand_in):
-        executor, resolved = start_executor(device, tmp_path, use_triton=True, kernels="torch", max_model_len=100)
+        executor, resolved = start_executor(
+            device, tmp_path / "model", use_triton=True, rows=3, num_blocks=blocks, **options
+        )
+        driver = CoreDriver(executor, resolved)
         try:
-            found.append(CoreDriver(executor, resolved).run(requests, 5))
+            driver.load_adapter("other", adapter)
+            first = driver.run(requests, new, ("", "other", ""))
+            again = [driver.run(requests[2:], 3) for _ in range(2)]
+            found.append([first, again])
+            if device is None:
+                assert driver.run(requests[1:2], new) != first[1:2], "the adapter changes nothing"
         finally:
             executor.shutdown()
     assert found[0] == found[1]
-    assert stand_in.most_unready >= 2
+    assert driver.executor.kernels == "triton, fused stack"
+    assert max(len(prompt) for prompt, _ in requests) > 2 * budget, "no chunks"
+    assert driver.most_in_flight >= 2
+    assert stand_in.most_unready >= 2, "no result came after the next step had begun"
+    assert driver.core.scheduler.num_preemptions > 0
+    assert driver.core.scheduler.prefix_hits > 0
 
 
+@pytest.mark.exhaustive
 def test_padding_changes_nothing(tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
     """Padded tokens have no place in the KV cache, padded rows no tokens."""
     reference = Reference(build_model("llama", tmp_path, num_hidden_layers=2))
@@ -101,6 +126,7 @@ def test_padding_changes_nothing(tmp_path: Path, make_driver: Callable[..., Driv
     assert row.passed, row
 
 
+@pytest.mark.exhaustive
 def test_adapters_in_a_mixed_batch(tmp_path: Path, make_driver: Callable[..., Driver]) -> None:
     """One adapter changes all linears, the other one of the three that are computed as one."""
     model = build_model("llama", tmp_path / "model", num_hidden_layers=2)

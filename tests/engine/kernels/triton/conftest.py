@@ -7,7 +7,6 @@
 import importlib.util
 import os
 
-import pytest
 from hypothesis import settings
 
 ALL = os.environ.get("REDLINE_TEST_TRITON") == "1"
@@ -20,10 +19,3 @@ else:
     quick.patch()
 
 settings.register_profile("triton", deadline=None, max_examples=60 if ALL else 4, derandomize=not ALL)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not ALL:
-        for item in items:
-            if "exhaustive" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="make test-triton runs it"))

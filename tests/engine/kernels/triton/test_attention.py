@@ -70,9 +70,36 @@ def test_sinks_count_once_where_keys_are_split() -> None:
     setup.check(2e-5)
 
 
+BORDERS = ((15, 1), (16, 1), (17, 1), (0, 15), (0, 16), (0, 17), (31, 2), (16, 16), (32, 0))
+
+
+@pytest.mark.parametrize("window", [None, 15, 16, 17])
+def test_rows_that_end_at_borders_of_blocks_and_tiles(window: int | None) -> None:
+    Setup(Case(BORDERS, kv_heads=1, block_size=16, keys_per_tile=16, min_part=16, window=window)).check(2e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 6, 7, 8, 12, 16, 32, 64, 71])
+def test_heads_that_share_a_kv_head(group: int) -> None:
+    Setup(Case(((0, 9), (33, 1), (20, 3)), kv_heads=1, group=group, sinks=True)).check(2e-5)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_head_dims(head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [
+        (torch.float32, None),
+        (torch.float16, None),
+        (torch.bfloat16, None),
+        (torch.float32, torch.int8),
+        (torch.float32, torch.float8_e4m3fn),
+        (torch.float32, torch.uint8),
+        (torch.bfloat16, torch.int8),
+        (torch.bfloat16, torch.uint8),
+    ],
+)
+def test_head_dims(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
     case = Case(
         ((0, 37), (90, 1), (41, 3)),
         head_dim=head_dim,
@@ -81,9 +108,10 @@ def test_head_dims(head_dim: int) -> None:
         block_size=32,
         keys_per_tile=32,
         min_part=32,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
     )
-    for cache_dtype in (None, torch.int8):
-        Setup(replace(case, cache_dtype=cache_dtype)).check(5e-5)
+    Setup(case).check(max(5e-5, TOLERANCE[dtype]))
 
 
 def test_rows_with_blocks_in_common_read_them_where_they_are() -> None:

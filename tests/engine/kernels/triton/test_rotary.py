@@ -62,6 +62,17 @@ def test_each_kind(case: Case) -> None:
     run_and_check(case)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("cache_dtype", [None, *EIGHT_BITS])
+def test_head_dims(head_dim: int, cache_dtype: torch.dtype | None) -> None:
+    half = head_dim // 2
+    sections = (half - 2 * (half // 3), half // 3, half // 3)
+    more = {"head_dim": head_dim, "rotary_dim": head_dim, "cache_dtype": cache_dtype, "norms": True}
+    for case in (Case(**more), Case(**more, sections=sections), Case(**more, dtype=torch.bfloat16)):
+        run_and_check(case)
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, *EIGHT_BITS])
 def test_keys_and_values_without_rotation(cache_dtype: torch.dtype) -> None:
     """They may be views whose heads and tokens lie in any order."""

@@ -73,6 +73,24 @@ def test_without_filters_two_kernels_choose_the_same(temperatures: list[float], 
     assert tokens == choose(logits, params, counts, filtered=True)
 
 
+@settings(settings.get_profile("triton"))
+@given(
+    params=st.lists(rows_of_settings, min_size=2, max_size=4),
+    padding=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_the_order_of_a_batch_changes_no_token(
+    params: list[Sampling], padding: int, dtype: torch.dtype, seed: int
+) -> None:
+    logits = random_numbers(len(params), RUN + 30, seed=seed, scale=3).to(dtype)
+    counts = [(seed * 5 + i) % 900 for i in range(len(params))]
+    tokens = choose(logits, params, counts, seed)
+    order = np.random.default_rng(seed).permutation(len(params)).tolist()
+    shuffled = choose(logits[order], [params[i] for i in order], [counts[i] for i in order], seed + 1, padding)
+    assert shuffled == [tokens[i] for i in order]
+
+
 def test_a_row_gets_the_same_token_alone_and_in_any_batch() -> None:
     params = [Sampling(temperature=1.0, top_p=[0.8, 1.0, 1.0][i], top_k=[0, 20, 0][i], seed=i) for i in range(3)]
     logits = random_numbers(3, 1500, seed=3).bfloat16()
