@@ -88,6 +88,10 @@ class Assembly:
     def without_graphs(self) -> "Assembly":
         return replace(self, capture=False)
 
+    def agree(self, number: int) -> int:
+        """The smallest of the numbers with which the ranks call it; all must do so in the same order."""
+        return number if self.shard is None else self.shard.group.smallest(number)
+
     def build(self, num_blocks: int) -> Assembled:
         """Allocate KV cache and slots, and make a runner."""
         device, resolved, pad = self.device, self.resolved, None
@@ -104,11 +108,12 @@ class Assembly:
             kernels = StepKernels() if self.shard is None else StepKernels().sharded(self.shard.gather)
             attention = TorchAttention(cache, self.model.uses, cache.keys[0].device)
         backend = self.model.make_backend(BackendParts(attention, kernels, state.parameters, rows))
-        eager = EagerSteps(device, backend, state, InputStager(device, slots, state, kernels), kernels)
+        stager = InputStager(device, slots, state, kernels)
+        eager = EagerSteps(device, backend, state, stager, kernels, repeats=self.shard is None)
         sizes = StepSizes(rows, resolved.max_num_batched_tokens)
         graphs = None
         if pad is not None and self.capture and device.captures:
-            graphs = StepGraphs(device, eager, sizes, pad)
+            graphs = StepGraphs(device, eager, sizes, pad, self.agree)
         runner = DeviceRunner(device, backend, slots, graphs or eager, self.sharding)
         return Assembled(runner, eager, sizes, pad, graphs)
 

@@ -55,7 +55,7 @@ def build_measured(assembly: Assembly, choose_blocks: bool, utilization: float) 
 
     Raises OutOfMemoryError with figures if one request of max-model-len does not fit.
     """
-    planned, device, agree = assembly.resolved.num_blocks, assembly.device, _smallest_of_ranks(assembly)
+    planned, device, agree = assembly.resolved.num_blocks, assembly.device, assembly.agree
     if not assembly.use_triton or device.memory() is None:
         return MeasuredRunner(assembly.build(planned).runner, planned)
     measured = _measure(assembly, utilization)
@@ -115,11 +115,6 @@ def _measure(assembly: Assembly, utilization: float) -> _Measured:
         return _Measured(after.total_bytes, left, workspace, refusal=cause_of(error))
     graphs = max(after.free_bytes - _memory(device).free_bytes, 0) + len(others) * BYTES_PER_GRAPH
     return _Measured(after.total_bytes, left, workspace, graphs)
-
-
-def _smallest_of_ranks(assembly: Assembly) -> Callable[[int], int]:
-    """Returns the smallest of the numbers with which the ranks call it, all in the same order."""
-    return int if assembly.shard is None else assembly.shard.group.smallest
 
 
 def _memory(device: Device) -> DeviceMemory:

@@ -41,14 +41,27 @@ class DeviceSteps(Protocol):
 
 
 class EagerSteps:
-    """Implements `DeviceSteps`: the host launches each kernel of each step."""
+    """Implements `DeviceSteps`: the host launches each kernel of each step.
+
+    Args:
+        repeats: whether a step that runs out of memory may be enqueued once more. Several ranks can't do that: they
+            exchange tensors in the step.
+    """
 
     num_left = 0
 
     def __init__(
-        self, device: Device, backend: DeviceBackend, state: DeviceState, stager: InputStager, kernels: StepKernels
+        self,
+        device: Device,
+        backend: DeviceBackend,
+        state: DeviceState,
+        stager: InputStager,
+        kernels: StepKernels,
+        *,
+        repeats: bool = True,
     ):
         self._device = device
+        self._repeats = repeats
         self._state = state
         self._kernels = kernels
         self._empty = _empty_batch(len(state.tables))
@@ -97,11 +110,13 @@ class EagerSteps:
     def _with_memory(self, run: Callable[[], T]) -> T:
         """Call `run`; if the device has too little memory, return to it what isn't in use, and call it once more.
 
-        Raises EngineDeadError if that does not help.
+        Raises EngineDeadError if that does not help, or isn't allowed.
         """
         try:
             return run()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if not self._repeats:
+                raise EngineDeadError(_out_of_memory(self._device, error)) from error
             self._device.release_memory()
         try:
             return run()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
+from engine.errors import RedlineError
+
 log = logging.getLogger("redline.worker")
 
 BUSY_PAUSE_S = 1.0
@@ -39,7 +41,7 @@ class GraphCapture:
                     return
                 if self._num_steps() != before:
                     self._ended.wait(BUSY_PAUSE_S)
-        except (CancelledError, RuntimeError):  # the executor is shut down
+        except (CancelledError, RuntimeError, RedlineError):  # the executor is shut down
             log.debug("the capture of steps ended", exc_info=True)
 
     def close(self) -> None:

@@ -52,13 +52,17 @@ class StepGraphs:
     Args:
         device: that captures.
         eager: for steps that aren't captured; its backend plans all steps.
+        agree: the smallest of the numbers with which all ranks call it.
     """
 
-    def __init__(self, device: Device, eager: EagerSteps, sizes: StepSizes, pad: Pad):
+    def __init__(
+        self, device: Device, eager: EagerSteps, sizes: StepSizes, pad: Pad, agree: Callable[[int], int] = int
+    ):
         self._device = device
         self._eager = eager
         self._sizes = sizes
         self._pad = pad
+        self._agree = agree
         self._forwards: dict[StepSize, _Forward] = {}
         self._choices: dict[_ChoiceKey, _Choice] = {}
         self._left = sizes.largest_first
@@ -100,20 +104,34 @@ class StepGraphs:
                 self._give_up(f"steps can't be captured: {cause_of(error)}")
 
     def capture(self, size: StepSize) -> None:
-        """Capture a step of padding. Raises what the device or the model raises if it can't be captured."""
+        """Capture a step of padding. Raises what the device or the model raises if it can't be captured.
+
+        If one rank can't, all raise: a padded step exchanges other shapes with the ranks than a launched one.
+        """
         eager = self._eager
         inputs = eager.put_padding(size, self._pad)
-        replay = self._device.capture(lambda: eager.enqueue_forward(inputs))
-        self._forwards[size] = _Forward(replay, inputs.ids.data_ptr())
+        replay = self._record(lambda: eager.enqueue_forward(inputs))
         eager.backend.resume(size.rows)
         for filtered in (False, True):
             self._capture_choice(replace(inputs, draws=Draws(True, filtered)))
+        self._forwards[size] = _Forward(replay, inputs.ids.data_ptr())
 
     def _capture_choice(self, inputs: StepInputs) -> None:
         key, chosen = _choice_key(inputs), list[Tensor]()
         if key not in self._choices:
-            replay = self._device.capture(lambda: chosen.append(self._eager.enqueue_choice(inputs)))
+            replay = self._record(lambda: chosen.append(self._eager.enqueue_choice(inputs)))
             self._choices[key] = _Choice(replay, chosen[-1])
+
+    def _record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Capture work on all ranks. Each waits for the others, which exchange what is launched before a capture."""
+        try:
+            replay = self._device.capture(run)
+        except BaseException:
+            self._agree(0)
+            raise
+        if not self._agree(1):
+            raise RuntimeError("another rank can't capture them")
+        return replay
 
     def _give_up(self, reason: str) -> None:
         self._left = []

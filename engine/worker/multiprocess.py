@@ -23,6 +23,7 @@ from engine.children import ChildProcess, Failure, Loading, Up, decode_report
 from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
 from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.model.model_info import ModelInfo
+from engine.worker.graph_capture import GraphCapture
 from engine.worker.rank_protocol import (
     Call,
     CallResult,
@@ -90,6 +91,8 @@ class MultiprocessExecutor:
         self._closing = False
         self._progress = progress
         self._device = device
+        self._num_steps = 0
+        self._capture: GraphCapture | None = None
         self._pending: deque[Future[Any]] = deque()
         self._outbox: SimpleQueue[tuple[FrameKind, bytes] | None] = SimpleQueue()
         # The first ranks get commands: only rank 0 if it drives the others, otherwise all.
@@ -114,9 +117,12 @@ class MultiprocessExecutor:
         self.seconds = {"start ranks": time.monotonic() - began - sum(report.seconds.values()), **report.seconds}
         self.kernels, self.warnings = report.kernels, report.warnings
         self.num_blocks, self.memory = report.num_blocks, report.memory
+        if report.captures:
+            self._capture = GraphCapture(self.call, lambda: self._num_steps)
 
     def submit(self, step: bytes) -> "Future[None]":
         """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""
+        self._num_steps += 1
         return self._command(FrameKind.FORWARD, step)
 
     def sample(self, step: int) -> "Future[bytes]":
@@ -132,6 +138,8 @@ class MultiprocessExecutor:
 
     def shutdown(self) -> None:
         """End the ranks once the step in progress is done, or by force; queued steps are dropped."""
+        if self._capture is not None:
+            self._capture.close()
         with self._lock:
             self._closing = True
             dropped, self._pending = list(self._pending), deque()

@@ -34,6 +34,7 @@ class StartReport(msgspec.Struct):
     warnings: tuple[str, ...]
     num_blocks: int | None = None  # of the KV cache, if it was chosen by measuring
     memory: tuple[MemoryLine, ...] = ()  # as measured
+    captures: bool = False  # whether steps are left to be captured
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,10 @@ def device_start(
         )  # fmt: skip
         phases.end("load weights", meta_model.seconds)
         phases.end("prepare kernels")
-        report = StartReport(phases.seconds, built.kernels, built.warnings, built.num_blocks, built.memory)
-        return built.runner, report
+        runner = built.runner
+        return runner, StartReport(
+            phases.seconds, built.kernels, built.warnings, built.num_blocks, built.memory, runner.captures
+        )
 
     return start
 

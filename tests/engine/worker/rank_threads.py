@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,13 @@ class RankThreads:
         return self._agreeing.submit(agree)
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
-        first, *_ = [one.call(method, arguments) for one in self.executors]
-        return first
+        results = [one.call(method, arguments) for one in self.executors]
+
+        def all_done() -> Any:
+            wait(results)
+            return results[0].result()
+
+        return self._agreeing.submit(all_done)
 
     def shutdown(self) -> None:
         for one in self.executors:

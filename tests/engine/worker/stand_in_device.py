@@ -25,6 +25,7 @@ from engine.worker.device import Columns, DeviceMemory
 from engine.worker.gloo_group import GlooGroup
 from engine.worker.torch_device import StagedColumns
 from tests.engine.worker.tape import Tape
+from tests.engine.worker.tape import current as tape_of_thread
 
 aten = torch.ops.aten
 WAITS = {
@@ -169,6 +170,18 @@ class _Bands:
             target.copy_(values)
 
 
+class TapedGroup(GlooGroup):
+    """A group whose collectives are recorded in captured steps."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        tape, run = tape_of_thread(), super().all_reduce
+        return run(tensor) if tape is None else tape.exchange(run, tensor)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        tape, run = tape_of_thread(), super().all_gather
+        return run(tensor) if tape is None else tape.exchange(run, tensor)
+
+
 class StandInDevice:
     """Implements `engine.worker.device.Device`.
 
@@ -290,7 +303,7 @@ class StandInDevice:
         return STEP_S
 
     def join(self, rank: int, size: int, store: str) -> RankGroup:
-        return GlooGroup(rank, size, store)
+        return TapedGroup(rank, size, store)
 
     def _on_device(self, make: Callable[[], Tensor]) -> Tensor:
         with _disable_current_modes():

@@ -84,6 +84,21 @@ class Tape(TorchDispatchMode):
         finally:
             self._launching = False
 
+    def exchange(self, run: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        """Run a collective operation of ranks and record it."""
+        held = self._hold(tensor)
+        self._launching = True
+        try:
+            result = run(tensor)
+        finally:
+            self._launching = False
+        if _key(result) == _key(tensor):
+            self._calls.append(lambda: run(_given(held)))
+        else:
+            self._own[_key(result)] = result
+            self._calls.append(lambda: result.copy_(run(_given(held))))
+        return result
+
     def _hold(self, value: Any) -> Any:
         """The value with tensors from outside replaced by what finds them again."""
         if isinstance(value, Tensor):
@@ -96,6 +111,11 @@ class Tape(TorchDispatchMode):
         if isinstance(value, list | tuple):
             return type(value)(map(self._hold, value)) if type(value) in (list, tuple) else value
         return {name: self._hold(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def current() -> Tape | None:
+    """The tape that this thread records on."""
+    return getattr(_local, "tape", None)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -139,7 +159,7 @@ def _watch_launches() -> None:
         return
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tape = getattr(_local, "tape", None)
+        tape = current()
         return run(self, *args, **kwargs) if tape is None else tape.launch(run, self, args, kwargs)
 
     call.is_watched = True  # type: ignore[attr-defined]

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.errors import EngineDeadError
 from engine.messages import Sampling, SlotAssignment, StepMessage, column, encode
 from engine.worker.device import DeviceMemory
+from engine.worker.device_steps import EagerSteps
 from tests.engine.worker.device_driver import CoreDriver, start_executor
 from tests.engine.worker.driver import build_model
 from tests.engine.worker.stand_in_device import StandInDevice
@@ -44,6 +46,20 @@ def test_memory_is_released_and_the_step_runs_again(
     device.spared, device.shortages = operation, 1
     assert driver.run(REQUESTS, 6) == expected
     assert device.releases == 1
+
+
+def test_a_step_of_several_ranks_is_not_repeated(device: StandInDevice, executor: tuple[Any, Any]) -> None:
+    steps = executor[0]._device_runner._steps
+    once = EagerSteps(device, steps.backend, steps._state, steps.stager, steps._kernels, repeats=False)
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise torch.OutOfMemoryError("no memory is left")
+
+    with pytest.raises(EngineDeadError, match="a step needs more memory than the device has"):
+        once._with_memory(fail)
+    assert len(calls) == 1
 
 
 def test_a_second_failure_ends_the_engine_with_figures(device: StandInDevice, executor: tuple[Any, Any]) -> None:
