@@ -75,10 +75,9 @@ def test_ranks_that_run_ahead_give_the_tokens_of_one(
     # Without filters ranks exchange sums of logits, with filters the logits.
     samplings = SAMPLINGS[:2] if count == 4 else [*SAMPLINGS[::2], ON_HOST[2], ON_HOST[0]]
     requests = [(prompt[:14], sampling) for prompt, sampling in mixed_requests(samplings, count)]
-    weights = {"load_format": "dummy" if kind == "mistral" else "auto"}  # made on the devices, or read from the folder
-    expected = CoreDriver(*start(tmp_path, [], **weights)).run(requests, new)
+    expected = CoreDriver(*start(tmp_path, [])).run(requests, new)
     devices = make_devices()
-    executor, resolved = start(tmp_path, devices, use_triton=use_triton, **weights)
+    executor, resolved = start(tmp_path, devices, use_triton=use_triton)
     assert executor.kernels.startswith(kernels)
     driver = CoreDriver(executor, resolved)
     assert driver.run(requests, new) == expected
