@@ -51,7 +51,7 @@ SLOW = (
     "engine/worker/test_device_runner.py", "engine/worker/test_triton_backend.py",
     "engine/worker/test_triton_stack.py", "engine/worker/test_device_ranks.py",
     "engine/worker/test_device_rank_processes.py", "engine/worker/test_device_loading.py",
-    "engine/worker/test_device_families.py",
+    "engine/worker/test_device_families.py", "engine/worker/test_rank_graphs.py",
 )  # fmt: skip
 
 

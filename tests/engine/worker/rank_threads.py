@@ -15,6 +15,7 @@ from engine.worker.device import Device
 from engine.worker.in_process import InProcessDeviceExecutor
 from engine.worker.worker_start import StartReport
 from tests.engine.worker.device_driver import configure
+from tests.engine.worker.stand_in_device import StandInDevice
 
 
 class RankThreads:
@@ -94,3 +95,8 @@ def launch_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             launch(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_alone)
+
+
+def owner(devices: Sequence[StandInDevice], tensor: Any) -> str:
+    """In place of `engine.kernels.triton.launch.place_of` where several stand-in devices are used."""
+    return next((f"device {rank}" for rank, one in enumerate(devices) if one.place_of(tensor) == "device"), "host")

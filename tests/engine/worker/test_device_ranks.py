@@ -9,13 +9,12 @@ import pytest
 from engine.errors import ModelError
 from engine.kernels.triton import launch
 from engine.messages import Sampling
-from engine.worker import in_process
 from engine.worker.in_process import InProcessExecutor
 from tests.engine.kernels.triton import quick
 from tests.engine.worker.device_driver import CoreDriver, start_executor
 from tests.engine.worker.driver import Driver, Request, build_model
 from tests.engine.worker.lora_files import LLAMA, write_adapter
-from tests.engine.worker.rank_threads import RankThreads, launch_one_at_a_time
+from tests.engine.worker.rank_threads import RankThreads, launch_one_at_a_time, owner
 from tests.engine.worker.stand_in_device import StandInDevice
 from tests.engine.worker.test_device_runner import ON_HOST, SAMPLINGS, mixed_requests
 from tests.engine.worker.test_triton_products import quantized_model
@@ -39,7 +38,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
             executor, resolved = start_executor(None, folder, kernels="torch", **OPTIONS | more)
             started.append(executor)
             return executor, resolved
-        monkeypatch.setattr(launch, "place_of", lambda tensor: _owner(devices, tensor))
+        monkeypatch.setattr(launch, "place_of", lambda tensor: owner(devices, tensor))
         ranks = RankThreads(
             devices, folder, tmp_path / f"store-{len(started)}", use_triton=use_triton, **OPTIONS | more
         )
@@ -49,10 +48,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     yield begin
     for executor in started:
         executor.shutdown()
-
-
-def _owner(devices: list[StandInDevice], tensor: Any) -> str:
-    return next((f"device {rank}" for rank, one in enumerate(devices) if one.place_of(tensor) == "device"), "host")
 
 
 def make_devices() -> list[StandInDevice]:
@@ -94,45 +89,6 @@ def test_ranks_quantize_their_parts_of_the_weights(kind: str, tmp_path: Path, st
     expected = CoreDriver(*start(tmp_path / "rounded", [])).run(requests, 3)
     driver = CoreDriver(*start(tmp_path / "model", make_devices(), quantization="int4"))
     assert driver.run(requests, 3) == expected
-
-
-class _NoCapture:
-    """In place of the thread of each executor: ranks capture by the same calls."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("fails", [False, True], ids=["captured", "one fails"])
-def test_ranks_replay_the_same_steps(
-    fails: bool, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Collectives are part of captured steps. If one rank can't capture a size, none replays it."""
-    monkeypatch.setattr(in_process, "GraphCapture", _NoCapture)
-    build_model("llama", tmp_path, num_hidden_layers=1)
-    options = {"rows": 2, "max_num_batched_tokens": 8, "max_model_len": 30}
-    requests = [([5, 6, 7], Sampling()), ([9, 8], Sampling(temperature=0.9, seed=3))]
-    requests.append(([4], Sampling(temperature=0.8, top_k=7, seed=4)))
-    expected = CoreDriver(*start(tmp_path, [], **options)).run(requests, 4)
-    devices = [StandInDevice(delay_s=0.02, captures=True) for _ in range(SIZE)]
-    executor, resolved = start(tmp_path, devices, **options)
-    if fails:
-        monkeypatch.setattr(devices[1], "capture", _refuse)
-    while executor.call("capture_graph", {}).result():
-        pass
-    steps = [one._device_runner._steps for one in executor.executors]
-    assert [one.captured for one in steps] == [0 if fails else 3] * SIZE  # decode 1, 2; mixed 8
-    assert CoreDriver(executor, resolved).run(requests, 4) == expected
-    assert [device.replays > 0 for device in devices] == [not fails] * SIZE
-
-
-def _refuse(run: Callable[[], None]) -> Callable[[], None]:
-    for _ in range(2):  # before the capture, and what the other rank's stand-in executes while it records
-        run()
-    raise RuntimeError("operation not permitted when stream is capturing")
 
 
 @pytest.mark.parametrize("use_triton", [True, False], ids=["stack", "generic"])
