@@ -157,11 +157,15 @@ class CudaDevice:
         if not self._graphs:  # a pool whose graphs are gone can't be used again
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.current_stream().synchronize()
-        # Other threads only wait for events meanwhile, which a capture of this thread alone allows.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            run()
+        try:
+            # Other threads only wait for events meanwhile, which a capture of this thread alone allows.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            ):
+                run()
+        except Exception as error:  # the end of a capture that failed has an error of its own
+            first = error.__context__
+            raise first if isinstance(first, Exception) else error from None
         self._graphs.add(graph)
         return graph.replay
 

@@ -174,7 +174,7 @@ class TritonAttention:
     ) -> Tensor:
         cache, index = self.place(layer)
         write_cache(key, value, index, cache, self.shape)
-        out = torch.empty_like(query)
+        out = torch.zeros_like(query)  # also for padded tokens, with which a class may do anything
         self.attend_cached(layer, query, out, window, scores)
         return out
 

@@ -115,6 +115,20 @@ def test_steps_are_captured_while_requests_are_served(llama: Path, start: Start)
     assert device.replays > 0
 
 
+def test_steps_of_transformers_classes_are_captured(tmp_path: Path, start: Start) -> None:
+    build_model("granite", tmp_path, num_hidden_layers=2)
+    requests = requests_of(SAMPLINGS, 2)
+    expected = start(None, tmp_path).run(requests, 4)
+    device = StandInDevice(captures=True)
+    driver = start(device, tmp_path)
+    assert driver.executor.kernels.startswith("triton (")
+    wait_for_captures(driver)
+    assert graphs_of(driver).captured == SIZES
+    before = device.allocations
+    assert driver.run(requests, 4) == expected
+    assert device.allocations == before
+
+
 def test_steps_with_draft_tokens_are_launched(llama: Path, start: Start) -> None:
     requests = [([5, 6, 7, 8, 5, 6, 7, 8, 5], Sampling())]
     expected = start(None, llama).run(requests, 30)
