@@ -8,6 +8,8 @@ from overwriting the tokens first, which costs as much as the copy.
 """
 
 import atexit
+import contextlib
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -150,22 +152,30 @@ class CudaDevice:
         return _PinnedCopy(tensor)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record `run` in a CUDA graph. All graphs share one memory pool, so the largest must be captured first."""
+        """Record `run` in a CUDA graph. All graphs share one memory pool, so the largest must be captured first.
+
+        `torch.cuda.graph` is not used: it would collect garbage and empty the allocator's cache for each graph.
+        """
         for _ in range(WARM_UP_RUNS):
             run()
         graph = torch.cuda.CUDAGraph()
         if not self._graphs:  # a pool whose graphs are gone can't be used again
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.current_stream().synchronize()
+        # No garbage collection meanwhile: it could free what may not be freed during a capture. Other threads only wait
+        # for events, which a capture of this thread alone allows.
+        gc.disable()
         try:
-            # Other threads only wait for events meanwhile, which a capture of this thread alone allows.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-            ):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
                 run()
-        except Exception as error:  # the end of a capture that failed has an error of its own
-            first = error.__context__
-            raise first if isinstance(first, Exception) else error from None
+            except Exception:
+                with contextlib.suppress(RuntimeError):  # that the capture is invalid
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            gc.enable()
         self._graphs.add(graph)
         return graph.replay
 

@@ -58,7 +58,7 @@ class Assembled:
     def run_largest(self) -> None:
         """Enqueue a step of the largest size that is all padding."""
         assert self.pad is not None
-        inputs = self.eager.put_padding(self.sizes.largest_first[0], self.pad)
+        inputs = self.eager.put_padding(self.sizes.in_capture_order[0], self.pad)
         self.eager.enqueue_forward(inputs)
         self.eager.enqueue_choice(inputs)
 

@@ -108,7 +108,7 @@ def _measure(assembly: Assembly, utilization: float) -> _Measured:
     left = max(free - workspace - int((1 - utilization) * after.total_bytes), 0)
     if probe.graphs is None:
         return _Measured(after.total_bytes, left, workspace)
-    largest, *others = probe.sizes.largest_first
+    largest, *others = probe.sizes.in_capture_order
     try:
         probe.graphs.capture(largest)
     except Exception as error:  # whatever a model does that can't be captured, its steps can run

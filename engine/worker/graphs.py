@@ -8,8 +8,8 @@ tokens are captured apart, since a request may sample on the host in between:
     forward   changes of the slots, ids of tokens that only the device has, model, logits         by size
     choice    tokens from the logits, newest tokens of the slots            by rows, with and without filters
 
-Steps are captured while requests are served, one size at a time and the largest first, since all share one pool of
-memory (see `engine.worker.graph_capture`). A step whose size isn't captured runs as before, and so do those that are
+Steps are captured while requests are served, one size at a time, the largest first, since all share one pool of memory
+(see `engine.worker.graph_capture`). A step whose size isn't captured runs as before, and so do those that are
 never captured: with draft tokens, prompt logprobs or adapters, or larger than all sizes.
 """
 
@@ -65,7 +65,7 @@ class StepGraphs:
         self._agree = agree
         self._forwards: dict[StepSize, _Forward] = {}
         self._choices: dict[_ChoiceKey, _Choice] = {}
-        self._left = sizes.largest_first
+        self._left = sizes.in_capture_order
 
     def forward(self, batch: StepBatch) -> StepInputs:
         backend = self._eager.backend

@@ -67,11 +67,12 @@ class StepSizes:
         self._rows = max_num_seqs
 
     @property
-    def largest_first(self) -> list[StepSize]:
-        """All sizes by tokens, the order in which they are captured."""
-        sizes = [self._make(tokens, True) for tokens in self._mixed]
-        sizes += [self._make(tokens, False) for tokens in self._decode]
-        return sorted(sizes, key=lambda size: (size.tokens, size.mixed), reverse=True)
+    def in_capture_order(self) -> list[StepSize]:
+        """All sizes: the largest, in whose memory the others fit; then those of decode steps, which are most steps."""
+        sizes = [self._make(tokens, False) for tokens in self._decode]
+        sizes += [self._make(tokens, True) for tokens in self._mixed]
+        largest = max(sizes, key=lambda size: (size.tokens, size.mixed))
+        return sorted(sizes, key=lambda size: (size == largest, not size.mixed, size.tokens), reverse=True)
 
     def find(self, batch: StepBatch) -> StepSize | None:
         """The size to which a step is padded; None: it can't be one of these.
