@@ -13,8 +13,10 @@ pytest.importorskip("triton")
 from engine.kernels.triton import launch
 from engine.messages import Sampling
 from tests.engine.kernels.triton import quick
-from tests.engine.worker.device_driver import CoreDriver, start_executor
-from tests.engine.worker.driver import build_model
+from tests.engine.worker.device_driver import CoreDriver, make_device_driver, start_executor
+from tests.engine.worker.driver import Request, build_model
+from tests.engine.worker.lora_files import write_adapter
+from tests.engine.worker.parity import Reference, merged
 from tests.engine.worker.stand_in_device import StandInDevice
 from tests.engine.worker.test_device_runner import ON_HOST, SAMPLINGS
 
@@ -127,6 +129,28 @@ def test_steps_of_transformers_classes_are_captured(tmp_path: Path, start: Start
     before = device.allocations
     assert driver.run(requests, 4) == expected
     assert device.allocations == before
+
+
+def test_steps_with_an_adapter_are_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama", tmp_path / "model", num_hidden_layers=2)
+    folder = write_adapter(tmp_path / "one", model, ("q_proj", "down_proj"), 1)
+    device = StandInDevice(captures=True)
+    monkeypatch.setattr(launch, "place_of", device.place_of)
+    driver = make_device_driver(device, tmp_path / "model", **{**OPTIONS, "num_blocks": 40})
+    executor: Any = driver.executor
+    requests = [Request([5, 6, 7]), Request([5, 6, 7], adapter="one#1"), Request([9, 8, 7])]
+    try:
+        while executor.call("capture_graph", {}).result():
+            pass
+        executor.call("load_adapter", {"key": "one#1", "path": str(folder)}).result()
+        before = device.replays
+        driver.run(requests, 4, seed=3, preempt=0.0)
+        assert device.replays > before, "steps in which nobody has an adapter"
+    finally:
+        executor.shutdown()
+    plain, adapted = Reference(model), merged(model, folder, 2.0)
+    for request in requests:
+        assert request.output == (adapted if request.adapter else plain).run(request.prompt)[0][:4]
 
 
 def test_steps_with_draft_tokens_are_launched(llama: Path, start: Start) -> None:
