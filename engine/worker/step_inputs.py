@@ -9,6 +9,7 @@ Example of `engine.worker.slots`, where the token of slot 0 is sampled by a step
     sample_slots, sample_counts    [0], [4]: slot 0 has 4 output tokens
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,6 +176,7 @@ _CHANGES_LAYOUT = {
 }
 
 
+@functools.cache
 def _layout(size: StepSize) -> dict[str, Padding]:
     """The padded arrays: those of sampled tokens first, so that their addresses depend on `size.rows` alone.
 

@@ -62,15 +62,16 @@ class StepSizes:
     """
 
     def __init__(self, max_num_seqs: int, max_tokens: int):
-        self._decode = _decode_tokens(max_num_seqs)
-        self._mixed = _mixed_tokens(max_tokens)
-        self._rows = max_num_seqs
+        self._tokens = {False: _decode_tokens(max_num_seqs), True: _mixed_tokens(max_tokens)}  # by whether it is mixed
+        self._sizes = {
+            mixed: [StepSize(one, min(one, max_num_seqs), mixed) for one in tokens]
+            for mixed, tokens in self._tokens.items()
+        }
 
     @property
     def in_capture_order(self) -> list[StepSize]:
         """All sizes: the largest, in whose memory the others fit; then those of decode steps, which are most steps."""
-        sizes = [self._make(tokens, False) for tokens in self._decode]
-        sizes += [self._make(tokens, True) for tokens in self._mixed]
+        sizes = [*self._sizes[False], *self._sizes[True]]
         largest = max(sizes, key=lambda size: (size.tokens, size.mixed))
         return sorted(sizes, key=lambda size: (size == largest, not size.mixed, size.tokens), reverse=True)
 
@@ -82,12 +83,8 @@ class StepSizes:
         if len(batch.sampled_at) > len(batch.sampling) or len(batch.scored_at):
             return None
         tokens, mixed = len(batch.ids), len(batch.ids) > len(batch.slots)
-        sizes = self._mixed if mixed else self._decode
-        at = bisect_left(sizes, tokens)
-        return self._make(sizes[at], mixed) if at < len(sizes) else None
-
-    def _make(self, tokens: int, mixed: bool) -> StepSize:
-        return StepSize(tokens, min(tokens, self._rows), mixed)
+        at = bisect_left(self._tokens[mixed], tokens)
+        return self._sizes[mixed][at] if at < len(self._sizes[mixed]) else None
 
 
 def _decode_tokens(most: int) -> list[int]:

@@ -117,6 +117,7 @@ class TritonAttention:
         self._tilings = tilings
         capacity = work_list.capacity(tilings, tables.shape[1], max_tokens)
         self._partials = Partials.allocate(shape, capacity, tables.device)
+        self._layouts: dict[StepSize, dict[str, Padding]] = {}
         self._rows: list[Rows] = []
         self._work: dict[GroupWindow, Work] = {}
         self._cache_index: list[Tensor] = []
@@ -142,6 +143,11 @@ class TritonAttention:
 
     def padded(self, columns: Columns, size: StepSize) -> Columns | None:
         """The arrays of `plan` for a step of a padded size, always the same ones; None if there are others."""
+        if size not in self._layouts:
+            self._layouts[size] = self._layout_of(size)
+        return pad_arrays(columns, self._layouts[size])
+
+    def _layout_of(self, size: StepSize) -> dict[str, Padding]:
         capacity = work_list.capacity(self._tilings, size.rows, size.tokens)
         layout = {name: Padding(size.rows) for name in ("starts", "counts", "num_computed", "slots")}
         for group in range(len(self._tables)):
@@ -152,7 +158,7 @@ class TritonAttention:
             if size.mixed:
                 layout[f"prefill.{number}"] = Padding(capacity.prefill, columns=work_list.ITEM_COLUMNS)
             layout[f"merges.{number}"] = Padding(capacity.merges, columns=work_list.MERGE_COLUMNS)
-        return pad_arrays(columns, layout)
+        return layout
 
     def begin(self, inputs: StepInputs) -> None:
         planned = inputs.planned
