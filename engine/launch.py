@@ -185,7 +185,7 @@ def build_core_server(
     resolution = resolve(config, model_info, memory, machine)
     ledger = [("read the configuration", time.monotonic() - start)]
     executor = make_executor(config, model_info, resolution.config, folder=endpoints.folder, progress=progress)
-    resolution = with_measured(resolution, executor.num_blocks, executor.memory)
+    resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.tensor_parallel_size)
     resolved = resolution.config
     ledger += executor.seconds.items()
     inline = build_inline(config, resolved, model_info.vocab_size) if "inline-frontend" in resolved.ablations else None

@@ -120,12 +120,19 @@ def block_limits(resolved: ResolvedConfig) -> tuple[int, int]:
     return per_request + 1, resolved.max_num_seqs * per_request + 1
 
 
-def with_measured(resolution: Resolution, num_blocks: int | None, measured: tuple[MemoryLine, ...]) -> Resolution:
-    """What the workers found when they measured: the number of KV blocks, and lines in place of the workspace's."""
+def with_measured(
+    resolution: Resolution, num_blocks: int | None, measured: tuple[MemoryLine, ...], ranks: int = 1
+) -> Resolution:
+    """What the workers found when they measured: the number of KV blocks, and lines in place of the workspace's.
+
+    Args:
+        measured: of one of the ranks; the start table shows the sum over all.
+    """
     resolved, lines, sequences = resolution.config, resolution.memory, resolution.sequences
     if measured:
         lines = tuple(line for line in lines if line.what != WORKSPACE)
-        lines = (*lines[:-1], *measured, lines[-1])
+        of_all = (MemoryLine(line.what, ranks * line.bytes, line.flag) for line in measured)
+        lines = (*lines[:-1], *of_all, lines[-1])
     if num_blocks is not None and num_blocks != resolved.num_blocks:
         cache = lines[-1]
         block = cache.bytes // resolved.num_blocks

@@ -170,3 +170,4 @@ def test_the_start_table_has_the_measured_lines(llama: Path) -> None:
     assert found.memory[-1].bytes == 13 * BLOCK
     assert (found.config.num_blocks, found.sequences) == (13, 1)
     assert with_measured(resolution, None, ()) == resolution
+    assert [line.bytes for line in with_measured(resolution, None, measured, 2).memory[1:3]] == [10, 12]
