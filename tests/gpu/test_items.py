@@ -43,6 +43,12 @@ def test_kernels_are_right_and_have_the_same_bits_twice(tmp_path: Path) -> None:
     assert len(rows) == 21
 
 
+def test_a_rank_that_is_alone(tmp_path: Path) -> None:
+    named = {row.name: row for row in run(tmp_path, "ranks")}
+    assert named["join"].note == "GlooGroup"
+    assert named["captured sum and gather of one rank"].measured == "right"
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["rotary and cache", "attention", "attention variants", "8-bit caches", "sampling"])
 def test_other_kernels_are_right(kind: str, tmp_path: Path) -> None:
