@@ -15,6 +15,7 @@ import torch
 from engine.errors import OutOfMemoryError, cause_of
 from engine.memory import block_limits
 from engine.messages import MemoryLine
+from engine.model.model_info import ITEMSIZE
 from engine.text import human_bytes
 from engine.worker.device import Device, DeviceMemory
 from engine.worker.device_assembly import Assembled, Assembly
@@ -100,7 +101,7 @@ def _measure(assembly: Assembly, utilization: float) -> _Measured:
             f"the largest step does not fit: {human_bytes(loaded.free_bytes)} of {human_bytes(loaded.total_bytes)} "
             f"were free after loading the weights: lower --max-num-batched-tokens or --max-num-seqs ({cause_of(error)})"
         ) from error
-    workspace = _memory(device).peak_bytes - before.used_bytes
+    workspace = _memory(device).peak_bytes - before.used_bytes + _draft_bytes(assembly)
     device.release_memory()
     after = _memory(device)
     cache = PROBE_BLOCKS * assembly.model_info.kv_bytes_per_token * assembly.resolved.block_size
@@ -113,8 +114,15 @@ def _measure(assembly: Assembly, utilization: float) -> _Measured:
         probe.graphs.capture(largest)
     except Exception as error:  # whatever a model does that can't be captured, its steps can run
         return _Measured(after.total_bytes, left, workspace, refusal=cause_of(error))
+    device.release_memory()  # what the runs before the capture took
     graphs = max(after.free_bytes - _memory(device).free_bytes, 0) + len(others) * BYTES_PER_GRAPH
     return _Measured(after.total_bytes, left, workspace, graphs)
+
+
+def _draft_bytes(assembly: Assembly) -> int:
+    """Bytes of the logits at draft tokens, which the largest captured step doesn't have."""
+    model_info, resolved = assembly.model_info, assembly.resolved
+    return resolved.max_num_seqs * resolved.draft_tokens * model_info.vocab_size * ITEMSIZE[model_info.dtype]
 
 
 def _memory(device: Device) -> DeviceMemory:

@@ -98,6 +98,8 @@ class StepGraphs:
             size = self._left.pop(0)
             try:
                 self.capture(size)
+                if not self._left:
+                    log.info("all %d sizes of steps are captured", self.captured)
             except torch.OutOfMemoryError as error:
                 self._give_up(f"there is no memory for more CUDA graphs: {cause_of(error)}")
             except Exception as error:  # whatever a model does that can't be captured, its steps can run

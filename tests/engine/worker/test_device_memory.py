@@ -22,7 +22,7 @@ from engine.worker.device_builder import BuiltDeviceRunner, build_device_runner
 from engine.worker.device_memory import BYTES_PER_GRAPH, PROBE_BLOCKS
 from tests.engine.kernels.triton import quick
 from tests.engine.worker.device_driver import configure
-from tests.engine.worker.driver import build_model
+from tests.engine.worker.driver import VOCAB, build_model
 from tests.engine.worker.stand_in_device import StandInDevice
 
 quick.patch()
@@ -95,6 +95,12 @@ def test_there_are_no_more_blocks_than_requests_can_use(build: Callable[..., Bui
 
 def test_a_cache_that_the_user_chose_stays(build: Callable[..., BuiltDeviceRunner]) -> None:
     assert build(StandInDevice(memory_facts=facts(1 << 29)), chosen=False).num_blocks == 15
+
+
+def test_logits_of_draft_tokens_have_room(build: Callable[..., BuiltDeviceRunner]) -> None:
+    device = StandInDevice(memory_facts=facts(1 << 29))
+    built = build(device, speculative="ngram", num_speculative_tokens=3)
+    assert built.memory[0].bytes == WORKSPACE + 2 * 3 * VOCAB * 4
 
 
 def test_graphs_give_way_to_the_only_request(build: Callable[..., BuiltDeviceRunner]) -> None:
