@@ -94,7 +94,7 @@ GPU = Sizes(
     loads={
         "500/200, 64 at a time": Load(500, 200, concurrency=64, requests=128),
         "500/200, 256 at a time": Load(500, 200, concurrency=256, requests=512),
-        "2048/128": Load(2048, 128, rates=(8.0, 13.0, 15.0), window_s=12.0, least=13.0),
+        "2048/128": Load(2048, 128, rates=(13.0, 15.0), window_s=12.0, least=13.0),
         "500/2000": Load(500, 2000, rates=(3.8,), window_s=90.0, least=3.8),
         "6000/4000": Load(6000, 4000, rates=(0.40,), window_s=120.0, least=0.40),
     },

@@ -13,7 +13,7 @@ import torch
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.devices import machine_for
-from engine.memory import resolve
+from engine.memory import resolve, with_measured
 from engine.messages import MemoryLine
 from engine.model.model_info import read_model_info
 from engine.worker.executor import make_executor
@@ -38,12 +38,11 @@ class Started:
     resolved: ResolvedConfig
     planned: tuple[MemoryLine, ...]
     vocabulary: int
-    num_blocks: int
     seconds: float
 
     @cached_property
     def driver(self) -> StepDriver:
-        return StepDriver(self.executor, self.resolved, self.vocabulary, self.num_blocks)
+        return StepDriver(self.executor, self.resolved, self.vocabulary)
 
 
 def _started(env: Environment) -> Started:
@@ -55,20 +54,18 @@ def _started(env: Environment) -> Started:
             from tests.engine.worker.device_driver import configure, start_executor
 
             options |= {"rows": 4, "block_size": 32, "num_blocks": 40}
-            config, model_info, resolved = configure(env.model_folder(), **options)
-            executor, resolved = start_executor(env.new_device(), env.model_folder(), use_triton=True, **options)
-            planned: tuple[MemoryLine, ...] = (MemoryLine("weights", model_info.weight_bytes, ""),)
+            config, model_info, _ = configure(env.model_folder(), **options)
+            resolution = resolve(config, model_info)
+            executor: Any = start_executor(env.new_device(), env.model_folder(), use_triton=True, **options)[0]
         else:
             config = EngineConfig(model=folder, device="cuda", max_num_seqs=max(sizes.rows), **options)
             model_info = read_model_info(config)
             resolution = resolve(config, model_info, None, machine_for(config))
-            resolved, planned = resolution.config, resolution.memory
-            executor = make_executor(config, model_info, resolved)
-            planned = getattr(executor, "memory", ()) or planned
+            executor = make_executor(config, model_info, resolution.config)
         env.kept.setdefault("close", []).append(executor.shutdown)
-        num_blocks = getattr(executor, "num_blocks", None) or resolved.num_blocks
+        resolution = with_measured(resolution, executor.num_blocks, executor.memory)
         seconds = time.perf_counter() - began
-        env.kept["started"] = Started(executor, resolved, planned, model_info.vocab_size, num_blocks, seconds)
+        env.kept["started"] = Started(executor, resolution.config, resolution.memory, model_info.vocab_size, seconds)
     started: Started = env.kept["started"]
     return started
 

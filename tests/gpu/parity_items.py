@@ -3,9 +3,6 @@
 Fused and generic; in chunks, with prefix hits, preempted; then by a core that runs ahead, with and without graphs.
 """
 
-import dataclasses
-
-from engine.config import EngineConfig
 from tests.engine.worker.device_driver import CoreDriver, make_device_driver, start_executor
 from tests.engine.worker.driver import build_model
 from tests.engine.worker.parity import Reference, compare, serve
@@ -42,10 +39,10 @@ def _run_ahead(env: Environment, kind: str) -> None:
         expected = CoreDriver(executor, resolved).run(requests, new)
     finally:
         executor.shutdown()
-    has_graphs = "enforce_eager" in {field.name for field in dataclasses.fields(EngineConfig)}
-    modes = {"eager": {"enforce_eager": True}, "graphs": {"enforce_eager": False}} if has_graphs else {"eager": {}}
-    for name, mode in modes.items():
-        executor, resolved = start_executor(env.new_device(), env.folder / kind, use_triton=True, **options, **mode)
+    for name, eager in (("eager", True), ("graphs", False)):
+        executor, resolved = start_executor(
+            env.new_device(), env.folder / kind, use_triton=True, **options, enforce_eager=eager
+        )
         try:
             driver = CoreDriver(executor, resolved)
             captured = wait_for_graphs(executor) or 0
@@ -54,8 +51,7 @@ def _run_ahead(env: Environment, kind: str) -> None:
             executor.shutdown()
         wrong = sum(one != other for one, other in zip(found, expected, strict=True))
         note = f"{captured} sizes captured" + (f"; {wrong} of {len(requests)} requests differ" if wrong else "")
-        env.report.row(
-            f"run-ahead, {name}", "the CPU's tokens" if not wrong else "other tokens", passed=not wrong, note=note
-        )
-    if not has_graphs:
-        env.report.row("run-ahead, graphs", None, note="skipped: steps are not captured yet")
+        # Some classes of transformers can't be captured; the stack always can.
+        must_capture = not (eager or env.stand_in) and "fused" in executor.kernels
+        found_words = "the CPU's tokens" if not wrong else "other tokens"
+        env.report.row(f"run-ahead, {name}", found_words, passed=not wrong and (captured > 0 or not must_capture), note=note)

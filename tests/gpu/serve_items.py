@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.gpu.rows import SkipError
 from tests.serving import Served, serve
 
 BENCH_S = 400.0
+CAPTURE_S = 15.0
 
 
 def serve_load(env: Environment, load: str) -> None:
@@ -65,6 +67,8 @@ def _served(env: Environment) -> Served:
         # The interpreter of Triton is too slow for a server; on the stand-in it is the CPU's.
         served = stack.enter_context(serve(env.folder, str(env.model_folder()), *flags))
         env.kept["served"] = served
+        if not env.stand_in:  # steps are captured while no request comes
+            time.sleep(CAPTURE_S)
         for line in served.output().splitlines():
             if "kernels" in line or "graphs" in line:
                 env.report.row("start table", " ".join(line.split()))

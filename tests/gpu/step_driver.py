@@ -41,11 +41,11 @@ class Timed:
 class StepDriver:
     """Batches of rows whose context is taken as computed, so that no prompt must be computed to time a step."""
 
-    def __init__(self, executor: Any, resolved: ResolvedConfig, vocabulary: int, num_blocks: int):
+    def __init__(self, executor: Any, resolved: ResolvedConfig, vocabulary: int):
         self._executor = executor
         self._resolved = resolved
         self._vocabulary = vocabulary
-        self._num_blocks = num_blocks
+        self._num_blocks = resolved.num_blocks
         self._step = 0
         self._generation = 0
         self._live = 0  # slots in use
