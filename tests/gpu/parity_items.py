@@ -53,5 +53,6 @@ def _run_ahead(env: Environment, kind: str) -> None:
         note = f"{captured} sizes captured" + (f"; {wrong} of {len(requests)} requests differ" if wrong else "")
         # Some classes of transformers can't be captured; the stack always can.
         must_capture = not (eager or env.stand_in) and "fused" in executor.kernels
-        found_words = "the CPU's tokens" if not wrong else "other tokens"
-        env.report.row(f"run-ahead, {name}", found_words, passed=not wrong and (captured > 0 or not must_capture), note=note)
+        passed = not wrong and (captured > 0 or not must_capture)
+        words = "the CPU's tokens" if not wrong else "other tokens"
+        env.report.row(f"run-ahead, {name}", words, passed=passed, note=note)
