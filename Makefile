@@ -71,8 +71,9 @@ test-oldest: $(OLDEST)/installed-dev  ## Tests of models and workers with the ol
 	$(OLDEST)/bin/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder tests/engine/model tests/engine/worker
 
 .PHONY: test-triton
-test-triton: $(VENV)/installed-dev  ## Every Triton kernel against torch in the interpreter, and all families of models with them
-	REDLINE_TEST_TRITON=1 $(PYTEST) tests/engine/kernels/triton tests/engine/worker/test_device_*.py tests/engine/worker/test_triton_*.py
+test-triton: $(VENV)/installed-dev  ## Every Triton kernel against torch in the interpreter, all families of models with them, and the GPU check
+	REDLINE_TEST_TRITON=1 $(PYTEST) tests/engine/kernels/triton tests/engine/worker/test_device_*.py tests/engine/worker/test_triton_*.py \
+		tests/gpu
 
 .PHONY: aot rooflines
 aot: $(VENV)/installed-dev  ## Registers, spills and shared memory of all Triton kernels for five targets, no GPU: results/aot.json
