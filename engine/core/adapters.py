@@ -57,7 +57,10 @@ class AdapterRegistry:
         return {name: served.path for name, served in list(self._served.items())}
 
     def load(self, name: str, path: str) -> "Future[Any]":
-        """Load an adapter on all ranks, then serve it. Raises RequestError if the name is taken."""
+        """Load an adapter on all ranks, then serve it; resolves once it is served.
+
+        Raises RequestError if the name is taken.
+        """
         if name in self._loading:  # checked first: an adapter is served before it is removed from _loading
             raise RequestError(f"an adapter called {name!r} is being loaded already", "lora_name")
         if name in self._served:
@@ -72,13 +75,22 @@ class AdapterRegistry:
         except BaseException:
             self._loading.discard(name)
             raise
-        loading.add_done_callback(lambda done: self._finish_load(name, key, path, done))
-        return loading
+        # A future of its own: who waits for the executor's may continue before its callbacks have run.
+        served: Future[Any] = Future()
+        loading.add_done_callback(lambda done: self._finish_load(name, _Served(key, path), done, served))
+        return served
 
-    def _finish_load(self, name: str, key: str, path: str, done: "Future[Any]") -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._served[name] = _Served(key, path)
-        self._loading.discard(name)
+    def _finish_load(self, name: str, loaded: _Served, done: "Future[Any]", served: "Future[Any]") -> None:
+        if done.cancelled():
+            self._loading.discard(name)
+            served.cancel()
+        elif (error := done.exception()) is not None:
+            self._loading.discard(name)
+            served.set_exception(error)
+        else:
+            self._served[name] = loaded
+            self._loading.discard(name)
+            served.set_result(done.result())
 
     def unload(self, name: str) -> "Future[Any]":
         """Unload an adapter on all ranks. Raises RequestError if no adapter has the name, or requests still use it."""

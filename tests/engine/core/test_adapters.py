@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.clock import FakeClock
-from engine.core.adapters import HOLD_S
+from engine.core.adapters import HOLD_S, AdapterRegistry
 from engine.errors import ModelError, RequestError
 from engine.messages import Abort, FinishReason, Shutdown, StepMessage, StepResult, Utility, UtilityResult, encode
 from tests.engine.core_driver import Driver, resolved
@@ -246,3 +246,28 @@ def test_unloading_what_is_not_served_is_refused():
     driver, _ = make()
     with pytest.raises(RequestError, match="no adapter called 'x' is served"):
         driver.core._adapters.unload("x")
+
+
+class LateCallbacks(Future[Any]):
+    """A future whose waiters continue before its callbacks run, as they may with threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callbacks: list[Any] = []
+
+    def add_done_callback(self, fn: Any) -> None:
+        self.callbacks.append(fn)
+
+
+def test_a_load_is_done_only_when_the_adapter_is_served():
+    loading = LateCallbacks()
+    _, worker = make()
+    registry = AdapterRegistry(worker, {}, FakeClock().now)
+    worker.call = lambda method, arguments: loading  # type: ignore[method-assign]
+    served = registry.load("french", "one")
+    loading.set_result(1)
+    assert not served.done()
+    for callback in loading.callbacks:
+        callback(loading)
+    assert served.result() == 1
+    assert registry.key("french") is not None
