@@ -4,11 +4,13 @@ For each kernel, dtype and target (see aot_cases.py) the registers of a thread, 
 memory of a program, from ptxas or LLVM's AMDGPU backend, in results/aot.json. Exit status 1: a kernel does not compile,
 spills, or needs more shared memory than the target has. STORE=1 also writes tests/perf/aot-table.json, one row for
 each kernel and target, which the suite compares with. ONLY=attend,sm_90 compiles the cases whose names contain all of
-these words, in WORKERS=2 processes.
+these words, in WORKERS=2 processes. A run that was ended continues where it was: results/aot-rows.jsonl has the rows of
+cases that were compiled from the same sources.
 
 What is compiled is not run: nothing here says how fast a kernel is.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -21,12 +23,17 @@ from typing import Any
 
 import triton
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from tests.perf.aot_cases import Case, cases
 
 ROOT = Path(__file__).parents[2]
-RESULTS, TABLE = ROOT / "results" / "aot.json", Path(__file__).with_name("aot-table.json")
+RESULTS, ROWS, TABLE = (
+    ROOT / "results" / "aot.json",
+    ROOT / "results" / "aot-rows.jsonl",
+    Path(__file__).with_name("aot-table.json"),
+)
 # Shared memory of a program and of a multiprocessor, KiB: CUDA C++ Programming Guide, compute capabilities; AMD CDNA 3
 # ISA, local data share. On NVIDIA a program takes 1 KiB besides its own.
 SHARED_KIB = {"sm_80": (163, 164), "sm_90": (227, 228), "sm_100": (227, 228), "sm_120": (99, 100), "gfx942": (64, 64)}
@@ -117,19 +124,58 @@ def store(rows: Sequence[dict[str, Any]]) -> None:
     TABLE.write_text(f'{{{head}"rows": {{\n{lines}\n}}}}\n')
 
 
+def fingerprint() -> str:
+    """A hash of what decides a compiled kernel: the kernels, the cases, and Triton."""
+    sources = [*sorted((ROOT / "engine" / "kernels").rglob("*.py")), *sorted(Path(__file__).parent.glob("aot_*.py"))]
+    content = b"".join(source.read_bytes() for source in sources)
+    return hashlib.sha256(content + triton.__version__.encode()).hexdigest()[:16]
+
+
+class RowFile:
+    """Rows of compiled cases, a line each, written as they come. Rows of other sources are dropped."""
+
+    def __init__(self, path: Path, mark: str):
+        self._path, self._mark = path, mark
+        self.rows: dict[str, dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            kept = json.loads(line)
+            if kept["mark"] == mark:
+                self.rows[name_of(kept["row"])] = kept["row"]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(self._line(row) for row in self.rows.values()))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows[name_of(row)] = row
+        with self._path.open("a") as file:
+            file.write(self._line(row))
+
+    def _line(self, row: dict[str, Any]) -> str:
+        return json.dumps({"mark": self._mark, "row": row}) + "\n"
+
+
+def compile_missing(chosen: Sequence[Case], workers: int, kept: RowFile) -> list[dict[str, Any]]:
+    """A row for each case; those that `kept` has are not compiled again."""
+    missing = [case for case in chosen if case.name not in kept.rows]
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("compile", total=len(chosen), completed=len(chosen) - len(missing))
+
+        def report(row: dict[str, Any]) -> None:
+            if "error" not in row:
+                kept.add(row)
+            progress.advance(bar)
+            if fault := fault_of(row):
+                progress.console.print(f"{name_of(row)} ({row['tile']}) {fault}")
+
+        made = {name_of(row): row for row in compile_all(missing, workers, report)} if missing else {}
+    return [made.get(case.name) or kept.rows[case.name] for case in chosen]
+
+
 def main() -> int:
     wanted = [word for word in os.environ.get("ONLY", "").split(",") if word]
     chosen = [case for case in cases() if all(word in case.name for word in wanted)]
     workers = int(os.environ.get("WORKERS", "2"))
-    done = []
-
-    def report(row: dict[str, Any]) -> None:
-        done.append(row)
-        fault = fault_of(row)
-        if fault or len(done) % 50 == 0:
-            print(f"{len(done)} of {len(chosen)}: {name_of(row)} ({row['tile']}) {fault or ''}", flush=True)
-
-    rows = compile_all(chosen, workers, report)
+    rows = compile_missing(chosen, workers, RowFile(ROWS, fingerprint()))
     expected = {case.name: case.programs for case in chosen}
     for row in rows:
         if "error" not in row:

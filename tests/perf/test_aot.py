@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +90,29 @@ def test_faults_of_a_row() -> None:
     assert aot.fault_of(row | {"shared_bytes": (99 << 10) + 1}) == "takes 101377 bytes of shared memory, of 99 KiB"
     assert aot.fault_of(row | {"spills": 4}) == "spills 4 bytes"
     assert aot.fault_of(row | {"error": "PTXASError"}) == "PTXASError"
+
+
+def test_a_run_that_was_ended_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = cases()[:3]
+    rows = [
+        {"kernel": case.kernel, "variant": case.variant, "dtype": case.dtype, "target": case.target, "tile": case.tile,
+         "spills": 0, "shared_bytes": 0}
+        for case in chosen
+    ]  # fmt: skip
+    path = tmp_path / "results" / "rows.jsonl"
+    first = aot.RowFile(path, "sources")
+    first.add(rows[0])
+    compiled: list[str] = []
+
+    def compile_all(missing: Any, workers: int, report: Any) -> list[dict[str, Any]]:
+        compiled.extend(case.name for case in missing)
+        found = [row for row in rows if aot.name_of(row) in compiled]
+        for row in found:
+            report(row)
+        return found
+
+    monkeypatch.setattr(aot, "compile_all", compile_all)
+    assert aot.compile_missing(chosen, 1, aot.RowFile(path, "sources")) == rows
+    assert compiled == [case.name for case in chosen[1:]]
+    assert set(aot.RowFile(path, "sources").rows) == {case.name for case in chosen}
+    assert not aot.RowFile(path, "other sources").rows
