@@ -154,9 +154,12 @@ def _products(dtype: str, target: str) -> Iterator[tuple[Any, ...]]:
     types = pointers(dtype, "x out") | pointers("bf16", "scales") | {"partials": "*fp32"} | integers("rows row_stride")
     for kind, kernel, weight in (("int8", quantized.int8_kernel, "*i8"), ("int4", quantized.int4_kernel, "*u8")):
         minimums = pointers("bf16", "minimums" if kind == "int4" else "")
-        for rows in PRODUCT_ROWS:
+        for rows in [one for one in PRODUCT_ROWS if one <= quantized.few_rows(DTYPES[dtype])]:
             constants = quantized.few_rows_constants(rows, HIDDEN, INNER, GROUPS[kind], DTYPES[dtype], amd)
-            tile, options = f"{rows}x{quantized.OUTPUTS_PER_PROGRAM}", quantized.few_rows_options(rows, amd)
+            tile, options = (
+                f"{rows}x{quantized.OUTPUTS_PER_PROGRAM}",
+                quantized.few_rows_options(rows, DTYPES[dtype], amd),
+            )
             arguments = types | minimums | {"weight": weight}
             yield f"quantized.{kind}", f"{rows} rows", kernel, arguments, constants, tile, options
         variant, constants = kind, quantized.convert_constants(HIDDEN, GROUPS[kind], kind == "int4")

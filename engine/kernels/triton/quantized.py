@@ -13,9 +13,10 @@ that lie side by side. With groups of 32, and inputs numbered from the group's f
 Scales and minimums are applied to the sums of a group, not to each weight: with integers q and activations a,
 sum(a (q s + m)) = s sum(a q) + m sum(a). The products of integers have the accuracy of float32 sums.
 
-For more than FEW_ROWS rows the tensor cores have enough to do that weights are converted into a workspace first, a part
-of the outputs at a time, and multiplied by torch. For few rows the weights' bytes are what takes time. Then programs
-divide the inputs of an output among them if outputs alone make too few programs; their sums are added in a fixed order.
+For more than FEW_ROWS rows (16 in float32) the tensor cores have enough to do that weights are converted into a
+workspace first, a part of the outputs at a time, and multiplied by torch. For few rows the weights' bytes are what
+takes time. Then programs divide the inputs of an output among them if outputs alone make too few programs; their sums
+are added in a fixed order.
 """
 
 from collections.abc import Callable
@@ -230,7 +231,7 @@ def linear(x: Tensor, weight: IntegerWeight, out: Tensor, workspace: LinearWorks
         raise ValueError(f"{tuple(x.shape)} times {weight.outputs, weight.inputs} isn't {tuple(out.shape)}, contiguous")
     if not rows:
         return
-    if rows > FEW_ROWS:
+    if rows > few_rows(x.dtype):
         _convert_and_multiply(x, weight, out, workspace.weights)
     else:
         _multiply_few(x, weight, out, workspace.partials)
@@ -239,22 +240,30 @@ def linear(x: Tensor, weight: IntegerWeight, out: Tensor, workspace: LinearWorks
 def few_rows_constants(
     rows: int, outputs: int, inputs: int, group: int, dtype: torch.dtype, amd: bool
 ) -> dict[str, Any]:
-    """The constants of a product of at most FEW_ROWS rows with a weight in int8 or int4.
-
-    On AMD's GPUs several groups at a time would spill registers.
-    """
+    """The constants of a product of few rows with a weight in int8 or int4."""
     size = OUTPUTS_PER_PROGRAM if not interpreted() else max(MIN_ROWS, next_power_of_2(outputs))
     splits = count_splits(triton.cdiv(outputs, size), triton.cdiv(inputs, INPUTS_PER_STEP))
     return {
-        "OUTPUTS": outputs, "INPUTS": inputs, "GROUP": group, "UNROLL": 1 if amd else INPUTS_PER_STEP // group,
+        "OUTPUTS": outputs, "INPUTS": inputs, "GROUP": group,
+        "UNROLL": 1 if _one_group(dtype, amd) else INPUTS_PER_STEP // group,
         "SPLITS": splits, "ROWS": max(MIN_ROWS, next_power_of_2(rows)), "N": size,
         "DOT": dot_dtype(dtype), "PRECISION": dot_precision(dtype),
     }  # fmt: skip
 
 
-def few_rows_options(rows: int, amd: bool) -> dict[str, int]:
+def few_rows_options(rows: int, dtype: torch.dtype, amd: bool) -> dict[str, int]:
     """How such a product is compiled."""
-    return {"num_warps": 4 if rows <= MIN_ROWS else 8, "num_stages": 2 if amd else 4}
+    return {"num_warps": 4 if rows <= FEW_ROWS // 2 else 8, "num_stages": 2 if _one_group(dtype, amd) else 4}
+
+
+def few_rows(dtype: torch.dtype) -> int:
+    """How many rows are few. Products in float32 are not on tensor cores, and with more rows they spill registers."""
+    return MIN_ROWS if dtype == torch.float32 else FEW_ROWS
+
+
+def _one_group(dtype: torch.dtype, amd: bool) -> bool:
+    """Whether a program takes one group at a time: more would spill registers."""
+    return amd or dtype == torch.float32
 
 
 def _multiply_few(x: Tensor, weight: IntegerWeight, out: Tensor, partials: Tensor) -> None:
@@ -264,7 +273,7 @@ def _multiply_few(x: Tensor, weight: IntegerWeight, out: Tensor, partials: Tenso
     splits = constants["SPLITS"]
     if splits > 1 and partials.numel() < splits * rows * outputs:
         raise ValueError(f"the workspace has {partials.numel()} partial sums, not {splits * rows * outputs}")
-    options, stored = constants | few_rows_options(rows, amd), (weight.integers, weight.scales)
+    options, stored = constants | few_rows_options(rows, x.dtype, amd), (weight.integers, weight.scales)
     grid = triton.cdiv(outputs, constants["N"]), splits
     if weight.minimums is None:
         int8_kernel[grid](x, *stored, out, partials, rows, x.stride(0), **options)
