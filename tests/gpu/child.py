@@ -28,7 +28,7 @@ def main() -> int:
 def run_items(items: list[str], folder: Path, stand_in: bool, out: "object") -> int:
     from tests.gpu.environment import Environment
     from tests.gpu.items import ITEMS
-    from tests.gpu.rows import Reporter, Row, SkipError
+    from tests.gpu.rows import Reporter, Row, SkipError, is_device_fault
 
     if stand_in:
         from tests.engine.kernels.triton import quick
@@ -48,7 +48,7 @@ def run_items(items: list[str], folder: Path, stand_in: bool, out: "object") -> 
                 text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 detail = traceback.format_exc().splitlines()
                 environment.report.row("error", None, passed=False, note=text, detail=detail)
-                if "CUDA error" in str(error) or "AcceleratorError" in type(error).__name__:
+                if is_device_fault(error):
                     code = DEVICE_FAULT
             environment.report.send(Row(name, "", "end"))
             if code:

@@ -19,7 +19,7 @@ from tests.engine.kernels.triton.elementwise_case import check_embeddings, check
 from tests.engine.kernels.triton.numbers import DTYPES, poisoned, random_numbers
 from tests.engine.kernels.triton.quantized_case import check_product
 from tests.gpu.environment import Environment
-from tests.gpu.rows import SkipError
+from tests.gpu.rows import SkipError, is_device_fault
 
 Case = Callable[[], tuple[Tensor, ...]]
 ATTENTION = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
@@ -34,7 +34,7 @@ def kernels(env: Environment, kind: str) -> None:
         except SkipError as reason:
             env.report.row(name, "skipped", note=str(reason))
         except Exception as error:
-            if "CUDA error" in str(error):
+            if is_device_fault(error):
                 raise
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             env.report.row(name, "wrong" if isinstance(error, AssertionError) else "error", passed=False, note=text)

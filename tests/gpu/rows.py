@@ -14,6 +14,15 @@ class SkipError(Exception):
     """An item that can't run here; the message is the reason."""
 
 
+# What torch and Triton say once the GPU's context is lost; running out of memory or of registers is not among it.
+FAULTS = ("CUDA error", "Triton Error [CUDA]", "illegal memory access", "device-side assert")
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether nothing else can run in this process."""
+    return any(words in str(error) for words in FAULTS)
+
+
 @dataclass(frozen=True)
 class Row:
     """One result. measured: a number or words; bar: what it must be, in words; passed: None without a bar."""

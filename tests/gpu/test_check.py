@@ -10,7 +10,7 @@ import pytest
 
 from tests.gpu.check import STAGES, Check, Group, gpu_or_reason, main
 from tests.gpu.child import DEVICE_FAULT
-from tests.gpu.rows import MARK, Row
+from tests.gpu.rows import MARK, Row, is_device_fault
 
 # Prints a row for each item. Items that are called "fault" or "die" end the process, "hang" never ends.
 CHILD = f"""
@@ -87,6 +87,19 @@ def test_files_are_whole_after_each_result(tmp_path: Path, monkeypatch: pytest.M
 def test_nothing_starts_after_the_limit(tmp_path: Path) -> None:
     rows = run(tmp_path, Group((("one",),), 50), limit_s=1)
     assert [(row.name, row.passed) for row in rows] == [("skipped", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_fault"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: unspecified launch failure", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("out of resource: shared memory, Required: 300000", False),
+    ],
+)
+def test_after_which_errors_a_new_process_is_needed(text: str, is_fault: bool) -> None:
+    assert is_device_fault(RuntimeError(text)) == is_fault
 
 
 def test_every_item_of_the_stages_exists() -> None:
