@@ -5,12 +5,13 @@ memory of a program, from ptxas or LLVM's AMDGPU backend, in results/aot.json. E
 spills, or needs more shared memory than the target has. STORE=1 also writes tests/perf/aot-table.json, one row for
 each kernel and target, which the suite compares with. ONLY=attend,sm_90 compiles the cases whose names contain all of
 these words, in WORKERS=2 processes. A run that was ended continues where it was: results/aot-rows.jsonl has the rows of
-cases that were compiled from the same sources.
+cases that were compiled from the same source and constants.
 
 What is compiled is not run: nothing here says how fast a kernel is.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import triton
@@ -124,58 +126,63 @@ def store(rows: Sequence[dict[str, Any]]) -> None:
     TABLE.write_text(f'{{{head}"rows": {{\n{lines}\n}}}}\n')
 
 
-def fingerprint() -> str:
-    """A hash of what decides a compiled kernel: the kernels, the cases, and Triton."""
-    sources = [*sorted((ROOT / "engine" / "kernels").rglob("*.py")), *sorted(Path(__file__).parent.glob("aot_*.py"))]
-    content = b"".join(source.read_bytes() for source in sources)
-    return hashlib.sha256(content + triton.__version__.encode()).hexdigest()[:16]
+def mark_of(case: Case) -> str:
+    """A hash of what decides the compiled kernel: Triton functions, constants, options, and the version of Triton."""
+    own = sys.modules[case.function.fn.__module__]
+    modules = {sys.modules[function.__module__] for function in _triton_functions(own)}
+    functions = {function for module in modules for function in _triton_functions(module)}
+    sources = sorted(inspect.getsource(function) for function in functions)
+    decisive = (triton.__version__, case.name, case.types, case.constants, case.options, sources)
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
+
+
+def _triton_functions(module: ModuleType) -> list[Any]:
+    """The functions of a module that Triton compiles, and those that it imports from others of ours."""
+    found = [value.fn for value in vars(module).values() if hasattr(value, "fn")]
+    return [function for function in found if function.__module__.startswith("engine.")]
 
 
 class RowFile:
-    """Rows of compiled cases, a line each, written as they come. Rows of other sources are dropped."""
+    """Rows of compiled cases by mark, a line each, written as they come."""
 
-    def __init__(self, path: Path, mark: str):
-        self._path, self._mark = path, mark
+    def __init__(self, path: Path):
+        self._path = path
         self.rows: dict[str, dict[str, Any]] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
             kept = json.loads(line)
-            if kept["mark"] == mark:
-                self.rows[name_of(kept["row"])] = kept["row"]
+            self.rows[kept["mark"]] = kept["row"]
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(self._line(row) for row in self.rows.values()))
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows[name_of(row)] = row
+    def add(self, mark: str, row: dict[str, Any]) -> None:
+        self.rows[mark] = row
         with self._path.open("a") as file:
-            file.write(self._line(row))
-
-    def _line(self, row: dict[str, Any]) -> str:
-        return json.dumps({"mark": self._mark, "row": row}) + "\n"
+            file.write(json.dumps({"mark": mark, "row": row}) + "\n")
 
 
 def compile_missing(chosen: Sequence[Case], workers: int, kept: RowFile) -> list[dict[str, Any]]:
     """A row for each case; those that `kept` has are not compiled again."""
-    missing = [case for case in chosen if case.name not in kept.rows]
+    marks = {case.name: mark_of(case) for case in chosen}
+    missing = [case for case in chosen if marks[case.name] not in kept.rows]
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("compile", total=len(chosen), completed=len(chosen) - len(missing))
 
         def report(row: dict[str, Any]) -> None:
             if "error" not in row:
-                kept.add(row)
+                kept.add(marks[name_of(row)], row)
             progress.advance(bar)
             if fault := fault_of(row):
                 progress.console.print(f"{name_of(row)} ({row['tile']}) {fault}")
 
         made = {name_of(row): row for row in compile_all(missing, workers, report)} if missing else {}
-    return [made.get(case.name) or kept.rows[case.name] for case in chosen]
+    return [made.get(case.name) or kept.rows[marks[case.name]] for case in chosen]
 
 
 def main() -> int:
     wanted = [word for word in os.environ.get("ONLY", "").split(",") if word]
     chosen = [case for case in cases() if all(word in case.name for word in wanted)]
     workers = int(os.environ.get("WORKERS", "2"))
-    rows = compile_missing(chosen, workers, RowFile(ROWS, fingerprint()))
+    rows = compile_missing(chosen, workers, RowFile(ROWS))
     expected = {case.name: case.programs for case in chosen}
     for row in rows:
         if "error" not in row:

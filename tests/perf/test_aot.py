@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ def test_a_run_that_was_ended_continues(tmp_path: Path, monkeypatch: pytest.Monk
         for case in chosen
     ]  # fmt: skip
     path = tmp_path / "results" / "rows.jsonl"
-    first = aot.RowFile(path, "sources")
-    first.add(rows[0])
+    aot.RowFile(path).add(aot.mark_of(chosen[0]), rows[0])
     compiled: list[str] = []
 
     def compile_all(missing: Any, workers: int, report: Any) -> list[dict[str, Any]]:
@@ -112,7 +112,8 @@ def test_a_run_that_was_ended_continues(tmp_path: Path, monkeypatch: pytest.Monk
         return found
 
     monkeypatch.setattr(aot, "compile_all", compile_all)
-    assert aot.compile_missing(chosen, 1, aot.RowFile(path, "sources")) == rows
+    assert aot.compile_missing(chosen, 1, aot.RowFile(path)) == rows
     assert compiled == [case.name for case in chosen[1:]]
-    assert set(aot.RowFile(path, "sources").rows) == {case.name for case in chosen}
-    assert not aot.RowFile(path, "other sources").rows
+    assert set(aot.RowFile(path).rows) == {aot.mark_of(case) for case in chosen}
+    changed = replace(chosen[0], constants=chosen[0].constants | {"ROWS": 3})
+    assert aot.mark_of(changed) not in aot.RowFile(path).rows
