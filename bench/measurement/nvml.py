@@ -12,6 +12,7 @@ from bench.measurement.machine import MachineReader
 from bench.target import Target
 
 FLAG = "--energy-gpus"
+MAX_INDEX = 1023  # no machine has as many GPUs
 Gpus = tuple[int, ...] | Literal["all"]  # numbers as of nvidia-smi; (): none
 
 
@@ -156,6 +157,8 @@ def parse_gpus(text: str) -> Gpus:
     numbers = tuple(dict.fromkeys(int(part) for part in word.split(",")))
     if min(numbers) < 0:
         raise ValueError("a number is negative")
+    if max(numbers) > MAX_INDEX:
+        raise ValueError(f"a number is above {MAX_INDEX}")
     return numbers
 
 

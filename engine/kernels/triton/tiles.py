@@ -56,6 +56,10 @@ FLOAT32 = {
 # For caches in 8 bits, whose conversion takes registers, in place of the tiles above.
 EIGHT_BITS = {
     "sm_80": {128: (Tile(16, 64, 4, 3, 2), Tile(128, 32, 8, 2, 1))},
+    "sm_90": {
+        64: (Tile(16, 64, 4, 3, 4), Tile(128, 64, 8, 3, 1)),
+        256: (Tile(16, 32, 8, 3, 2), Tile(64, 16, 8, 2, 1)),
+    },
     "sm_120": {128: (Tile(16, 64, 4, 2, 2), Tile(64, 32, 8, 2, 1))},
     "gfx942": {128: (Tile(16, 64, 4, 2, 1), Tile(128, 32, 8, 2, 1))},
 }

@@ -191,7 +191,7 @@ def test_gpus_in_text(text: str, expected: Any) -> None:
     assert parse_gpus(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,", "-1", "0-3"])
+@pytest.mark.parametrize("text", ["", "a", "1,", "-1", "0-3", "1024", "9" * 5000])
 def test_text_that_names_no_gpus(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_gpus(text)
