@@ -73,7 +73,7 @@ def test_the_tiles_that_come_with_the_kernels_are_allowed_in_tables() -> None:
                     for kind, tile in zip(("decode", "prefill"), pair, strict=True):
                         check_tile(tile, (numbers, dim, kind), target)
                         checked += 1
-    assert checked == len(SHARED_KIB) * 12 + 6
+    assert checked == len(SHARED_KIB) * 12 + 2 * sum(len(tiles) for tiles in EIGHT_BITS.values())
 
 
 def test_measured_tiles_replace_those_of_the_same_head_dim_only() -> None:
