@@ -1,9 +1,7 @@
 """Tiles of the attention kernels by target, and the tilings that follow from them for a layer's shape.
 
-`make aot` compiles them ahead of time and fails if one spills registers or exceeds shared memory. With Triton 3.7.1
-this was done in bfloat16 for all, but not yet for float16, float32 and many variants of attention, see
-docs/benchmarks/cuda.md. The tiles are not tuned by measurement on the targets, and larger ones may fit: `redline
-profile --tune` measures them on a GPU and writes a table in the form of `engine.kernels.tile_table`.
+`make aot` compiles them ahead of time and fails if one spills registers or exceeds shared memory, see
+docs/benchmarks/cuda.md. The tiles are not tuned by measurement on the targets, and larger ones may fit.
 """
 
 from dataclasses import replace
@@ -60,7 +58,10 @@ EIGHT_BITS = {
         64: (Tile(16, 64, 4, 3, 4), Tile(128, 64, 8, 3, 1)),
         256: (Tile(16, 32, 8, 3, 2), Tile(64, 16, 8, 2, 1)),
     },
-    "sm_120": {128: (Tile(16, 64, 4, 2, 2), Tile(64, 32, 8, 2, 1))},
+    "sm_120": {
+        128: (Tile(16, 64, 4, 2, 2), Tile(64, 32, 8, 2, 1)),
+        256: (Tile(16, 32, 4, 2, 2), Tile(64, 32, 8, 2, 1)),
+    },
     "gfx942": {128: (Tile(16, 64, 4, 2, 1), Tile(128, 32, 8, 2, 1))},
 }
 
