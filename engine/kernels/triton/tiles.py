@@ -1,7 +1,8 @@
 """Tiles of the attention kernels by target, and the tilings that follow from them for a layer's shape.
 
 `make aot` compiles them ahead of time and fails if one spills registers or exceeds shared memory, see
-docs/benchmarks/cuda.md. The tiles are not tuned by measurement on the targets, and larger ones may fit.
+docs/benchmarks/cuda.md. The tiles are not tuned by measurement on the targets, and larger ones may fit: `redline
+profile --tune` measures them on a GPU and writes a table in the form of `engine.kernels.tile_table`.
 """
 
 from dataclasses import replace
