@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from engine.config import ResolvedConfig
 from engine.model.loading.open_model import kv_layout
@@ -16,6 +15,7 @@ from engine.worker.adapter_manager import AdapterSharding
 from engine.worker.device import Device
 from engine.worker.device_attention import Attention, GroupWindow, TorchAttention
 from engine.worker.device_backend import DeviceBackend
+from engine.worker.device_logits import DeviceLogits
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.device_steps import EagerSteps, Pad
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BackendParts:
-    """What a model backend uses beside the model. rows: most whose logits a captured step keeps."""
+    """What a model backend uses beside the model."""
 
     attention: Attention
-    kernels: StepKernels
-    parameters: Tensor
-    rows: int
+    logits: DeviceLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,8 @@ class Assembly:
         else:
             kernels = StepKernels() if self.shard is None else StepKernels().sharded(self.shard.gather)
             attention = TorchAttention(cache, self.model.uses, cache.keys[0].device)
-        backend = self.model.make_backend(BackendParts(attention, kernels, state.parameters, rows))
+        logits = DeviceLogits(device, kernels.choose_tokens, state.parameters, self.shard, rows)
+        backend = self.model.make_backend(BackendParts(attention, logits))
         stager = InputStager(device, slots, state, kernels)
         eager = EagerSteps(device, backend, state, stager, kernels, repeats=self.shard is None)
         sizes = StepSizes(rows, resolved.max_num_batched_tokens)

@@ -125,9 +125,7 @@ def _load_stack(
     def make_backend(parts: BackendParts) -> TritonStackBackend:
         attention = parts.attention
         assert isinstance(attention, TritonAttention)
-        return TritonStackBackend(
-            device, stack, attention, parts.kernels, parts.parameters, meta_model.model, ranks, parts.rows
-        )
+        return TritonStackBackend(device, stack, attention, parts.logits, meta_model.model, ranks)
 
     return LoadedModel([(group, window or None) for group, window in enumerate(groups.windows)], make_backend)
 
@@ -146,10 +144,7 @@ def _load_generic(config: EngineConfig, model_info: ModelInfo, meta_model: MetaM
             meta_model.fill()
 
     def make_backend(parts: BackendParts) -> GenericDeviceBackend:
-        shard = meta_model.vocab_shard
-        return GenericDeviceBackend(
-            device, meta_model.model, parts.attention, parts.kernels, parts.parameters, shard, parts.rows
-        )
+        return GenericDeviceBackend(device, meta_model.model, parts.attention, parts.logits)
 
     return LoadedModel(uses, make_backend)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineDeadError
-from engine.text import human_bytes
+from engine.text import first_line, human_bytes
 from engine.worker.device import Columns, Device
 from engine.worker.device_backend import DeviceBackend
 from engine.worker.slots import StepBatch
@@ -136,8 +136,7 @@ def _out_of_memory(device: Device, error: torch.OutOfMemoryError) -> str:
     if memory is not None:
         total, free, peak = map(human_bytes, (memory.total_bytes, memory.free_bytes, memory.peak_bytes))
         figures = f": of {total}, {free} are free, and tensors took {peak} at most"
-    first = next(iter(str(error).splitlines()), "")
     return (
         f"a step needs more memory than the device has{figures} (lower --gpu-memory-utilization or "
-        f"--max-num-batched-tokens): {first}"
+        f"--max-num-batched-tokens): {first_line(error)}"
     )

@@ -3,62 +3,36 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from engine.arrays import Int64s
-from engine.model.lora.lora_hooks import LoraHooks, tokens_by_adapter
+from engine.model.lora.lora_hooks import LoraHooks
 from engine.model.lora.lora_weights import Adapter
 from engine.model.runtime import attention_interface
-from engine.model.runtime.vocab_shard import VocabShard
 from engine.worker.device import Columns, Device
+from engine.worker.device_adapters import plan_adapters, planned_adapters
 from engine.worker.device_attention import Attention
-from engine.worker.kept_logits import KeptLogits
+from engine.worker.device_logits import DeviceLogits
 from engine.worker.slots import StepBatch
-from engine.worker.step_inputs import StepInputs, StepKernels
+from engine.worker.step_inputs import StepInputs
 
 
 class GenericDeviceBackend:
-    """Implements `engine.worker.device_backend.DeviceBackend`; `model` and the attention's cache are on the device.
+    """Implements `engine.worker.device_backend.DeviceBackend`; `model` and the attention's cache are on the device."""
 
-    `parameters`: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`; `rows`: most whose logits a
-    captured step keeps.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        model: nn.Module,
-        attention: Attention,
-        kernels: StepKernels,
-        parameters: Tensor,
-        vocabulary: VocabShard | None,
-        rows: int,
-    ):
-        self._device = device
+    def __init__(self, device: Device, model: nn.Module, attention: Attention, logits: DeviceLogits):
         self._model = model
         self._attention = attention
-        self._kernels = kernels
-        self._parameters = parameters
-        self._vocabulary = vocabulary
         self._adapters = LoraHooks(model, device.place)
-        self._kept = KeptLogits(rows)
-        self._logits: Tensor | None = None
+        self._logits = logits
 
     def plan(self, batch: StepBatch) -> Columns:
-        adapters = tokens_by_adapter(batch.adapter_slots, batch.row_of)
-        return {**self._attention.plan(batch), **{f"adapter.{slot}": tokens for slot, tokens in adapters}}
+        return {**self._attention.plan(batch), **plan_adapters(batch)}
 
     def forward(self, inputs: StepInputs) -> None:
-        self._logits = None
+        self._logits.clear()
         self._attention.begin(inputs)
-        self._adapters.begin_with(
-            [
-                (int(name.removeprefix("adapter.")), tokens)
-                for name, tokens in inputs.planned.items()
-                if name.startswith("adapter.")
-            ]
-        )
+        self._adapters.begin_with(planned_adapters(inputs.planned))
         arguments: dict[str, Any] = {
             "input_ids": inputs.ids.long()[None],
             "position_ids": inputs.positions.long()[None],
@@ -68,27 +42,16 @@ class GenericDeviceBackend:
             attention_interface.run_model(self._model.base_model, self._attention, arguments)  # type: ignore[arg-type]
             return
         arguments["logits_to_keep"] = inputs.logits_at
-        logits = attention_interface.run_model(self._model, self._attention, arguments).logits[0]
-        self._logits = self._kept.keep(logits)
+        self._logits.keep(attention_interface.run_model(self._model, self._attention, arguments).logits[0])
 
     def choose(self, inputs: StepInputs) -> Tensor:
-        assert self._logits is not None
-        logits = self._logits[: len(inputs.sample_slots)]
-        return self._kernels.choose_tokens(
-            logits, self._parameters, inputs.sample_slots, inputs.sample_counts, inputs.draws
-        )
+        return self._logits.choose(inputs)
 
     def resume(self, rows: int) -> None:
-        self._logits = self._kept.of(rows)
+        self._logits.resume(rows)
 
     def logits(self, which: Int64s) -> Tensor:
-        assert self._logits is not None
-        if len(which) == len(self._logits):
-            return self._gathered(self._logits)
-        return self._gathered(self._logits[self._device.place(torch.from_numpy(which))])
-
-    def _gathered(self, logits: Tensor) -> Tensor:
-        return logits if self._vocabulary is None else self._vocabulary.gather(logits)
+        return self._logits.of(which)
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
         self._adapters.add(slot, adapter)

@@ -24,10 +24,6 @@ class StackRanks(Protocol):
         """The sum over ranks of a product whose inputs are divided; may overwrite it."""
         ...
 
-    def gather(self, logits: Tensor) -> Tensor:
-        """[rows, vocabulary], given the logits of this rank's tokens."""
-        ...
-
 
 class OneRank:
     """Implements `StackRanks`."""
@@ -37,9 +33,6 @@ class OneRank:
 
     def reduce(self, part: Tensor) -> Tensor:
         return part
-
-    def gather(self, logits: Tensor) -> Tensor:
-        return logits
 
 
 class SeveralRanks:
@@ -57,9 +50,6 @@ class SeveralRanks:
 
     def reduce(self, part: Tensor) -> Tensor:
         return self._shard.group.all_reduce(part)
-
-    def gather(self, logits: Tensor) -> Tensor:
-        return self._shard.gather(logits)
 
 
 def make_stack_ranks(shard: VocabShard | None) -> StackRanks:

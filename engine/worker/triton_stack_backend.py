@@ -23,18 +23,16 @@ from engine.kernels.attention import Scores
 from engine.kernels.triton.activation import silu_mul
 from engine.kernels.triton.norm import rms_norm
 from engine.kernels.triton.rotary import rotate_and_cache
-from engine.model.lora.lora_hooks import tokens_by_adapter
 from engine.model.lora.lora_packing import by_layer, merge
 from engine.model.lora.lora_weights import Adapter, LowRank, check_adapter
 from engine.worker.device import Columns, Device
-from engine.worker.kept_logits import KeptLogits
+from engine.worker.device_adapters import plan_adapters, planned_adapters
+from engine.worker.device_logits import DeviceLogits
 from engine.worker.slots import StepBatch
 from engine.worker.stack_ranks import StackRanks
-from engine.worker.step_inputs import StepInputs, StepKernels
+from engine.worker.step_inputs import StepInputs
 from engine.worker.triton_backend import TritonAttention
 from engine.worker.triton_stack import StackLayer, StackLinear, TritonStack
-
-ADAPTER = "adapter."  # begins the names of the planned arrays with the tokens of an adapter
 
 
 class TritonStackBackend:
@@ -42,10 +40,8 @@ class TritonStackBackend:
 
     Args:
         attention: over the KV cache of the stack's layers.
-        parameters: int32[slots, 8], how tokens are sampled, see `engine.kernels.sampling`.
         model: for its shapes; the stack has its weights.
         ranks: what ranks exchange.
-        rows: most whose logits a captured step keeps.
     """
 
     def __init__(
@@ -53,28 +49,21 @@ class TritonStackBackend:
         device: Device,
         stack: TritonStack,
         attention: TritonAttention,
-        kernels: StepKernels,
-        parameters: Tensor,
+        logits: DeviceLogits,
         model: nn.Module,
         ranks: StackRanks,
-        rows: int,
     ):
-        self._device = device
         self._stack = stack
         self._ranks = ranks
         self._attention = attention
-        self._kernels = kernels
-        self._parameters = parameters
         self._adapters = StackAdapters(device, stack, model)
-        self._kept = KeptLogits(rows)
-        self._logits: Tensor | None = None
+        self._logits = logits
 
     def plan(self, batch: StepBatch) -> Columns:
-        adapters = tokens_by_adapter(batch.adapter_slots, batch.row_of)
-        return {**self._attention.plan(batch), **{f"{ADAPTER}{slot}": tokens for slot, tokens in adapters}}
+        return {**self._attention.plan(batch), **plan_adapters(batch)}
 
     def forward(self, inputs: StepInputs) -> None:
-        self._logits = None
+        self._logits.clear()
         self._attention.begin(inputs)
         self._adapters.begin(inputs.planned)
         stack = self._stack
@@ -85,7 +74,7 @@ class TritonStackBackend:
         if len(inputs.logits_at):
             at = inputs.logits_at
             last = self._normalize(residual[at], None if delta is None else delta[at], stack.final_norm)
-            self._logits = self._kept.keep(stack.head(last))
+            self._logits.keep(stack.head(last))
 
     def _run_layer(
         self, number: int, layer: StackLayer, residual: Tensor, delta: Tensor | None, positions: Tensor
@@ -110,20 +99,13 @@ class TritonStackBackend:
         return out
 
     def choose(self, inputs: StepInputs) -> Tensor:
-        assert self._logits is not None
-        logits = self._logits[: len(inputs.sample_slots)]
-        return self._kernels.choose_tokens(
-            logits, self._parameters, inputs.sample_slots, inputs.sample_counts, inputs.draws
-        )
+        return self._logits.choose(inputs)
 
     def resume(self, rows: int) -> None:
-        self._logits = self._kept.of(rows)
+        self._logits.resume(rows)
 
     def logits(self, which: Int64s) -> Tensor:
-        assert self._logits is not None
-        if len(which) == len(self._logits):
-            return self._ranks.gather(self._logits)
-        return self._ranks.gather(self._logits[self._device.place(torch.from_numpy(which))])
+        return self._logits.of(which)
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
         self._adapters.add(slot, adapter)
@@ -161,9 +143,7 @@ class StackAdapters:
 
     def begin(self, planned: Mapping[str, Tensor]) -> None:
         """Begin a step with the planned arrays of `TritonStackBackend.plan`."""
-        self._tokens = [
-            (int(name.removeprefix(ADAPTER)), tokens) for name, tokens in planned.items() if name.startswith(ADAPTER)
-        ]
+        self._tokens = planned_adapters(planned)
 
     def linear(self, x: Tensor, linear: StackLinear, layer: int) -> Tensor:
         """The output of a layer's linears, with those of the adapters in the batch: [tokens, outputs]."""
