@@ -9,14 +9,13 @@ bias, logprobs, …), with prompt logprobs or with draft tokens. `sample` waits 
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.arrays import Int64s
-from engine.messages import PromptLogprobs, StepMessage, StepResult, TokenLogprobs, column, decode_step, encode
+from engine.messages import PromptLogprobs, StepMessage, StepResult, TokenLogprobs, column, encode
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.device import Device, Fetched, Mark
@@ -26,6 +25,7 @@ from engine.worker.device_steps import DeviceSteps
 from engine.worker.runner import reindexed
 from engine.worker.slots import StepBatch
 from engine.worker.step_inputs import StepInputs
+from engine.worker.step_runner import StepRunner
 
 
 @dataclass(slots=True)
@@ -53,7 +53,10 @@ class PendingResult:
         )
 
 
-class DeviceRunner:
+_Enqueued = tuple[StepInputs | None, Mark]  # None: the step computes nothing; the mark before it
+
+
+class DeviceRunner(StepRunner[_Enqueued]):
     """The state of one rank, with the interface of `engine.worker.runner.Runner` but for what `sample` returns."""
 
     def __init__(
@@ -64,58 +67,32 @@ class DeviceRunner:
         steps: DeviceSteps,
         sharding: AdapterSharding | None = None,
     ):
+        adapters = AdapterManager(backend, slots.adapter_slots, sharding)
+        super().__init__({**adapters.calls, "capture_graph": self._capture_graph})
         self._device = device
         self._backend = backend
         self._slots = slots
         self._steps = steps
-        adapters = AdapterManager(backend, slots.adapter_slots, sharding)
-        self._calls = {**adapters.calls, "capture_graph": self._capture_graph}
-        self._pending: tuple[StepBatch, StepInputs | None, Mark] | None = None
-        self._following: deque[StepMessage] = deque()  # later steps of a burst
         self._unfilled: deque[tuple[AppendedTokens, Fetched]] = deque()  # tokens on the way to the slots
-
-    @torch.inference_mode()
-    def call(self, method: str, arguments: dict[str, Any]) -> Any:
-        """Execute a call between two steps. A RedlineError is returned to its caller."""
-        return self._calls[method](**arguments)
-
-    @torch.inference_mode()
-    def forward(self, message: bytes) -> None:
-        """Apply a step message and enqueue the model. Its steps must be sampled before the next message."""
-        if self._pending is not None and self.waits_to_be_sampled:
-            raise RuntimeError(f"step {self._pending[0].step} hasn't been sampled")
-        if self._following:
-            raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
-        first = decode_step(message)
-        self._following.extend(first.later_steps())
-        self._advance(first)
 
     @property
     def captures(self) -> bool:
         """Whether steps are left to be captured."""
         return self._steps.num_left > 0
 
-    @property
-    def waits_to_be_sampled(self) -> bool:
-        return self._pending is not None and len(self._pending[0].logits_at) > 0
-
-    def _advance(self, message: StepMessage) -> None:
+    def _advance(self, message: StepMessage) -> tuple[StepBatch, _Enqueued]:
         self._fill(wait=self._slots.proposes_drafts)
         began = self._device.clock()
         batch = self._slots.begin_step(message)
         inputs = None
         if len(batch.slots):
             inputs = self._steps.forward(batch)
-        self._pending = batch, inputs, began
+        return batch, (inputs, began)
 
     @torch.inference_mode()
     def sample(self, step: int) -> PendingResult:
         """Enqueue the choice of a step's tokens. Later steps of a burst run here."""
-        if self._pending is None and self._following:
-            self._advance(self._following.popleft())
-        if self._pending is None or self._pending[0].step != step:
-            raise RuntimeError(f"step {step} hasn't run")
-        (batch, inputs, began), self._pending = self._pending, None
+        batch, (inputs, began) = self._take(step)
         rejected = column(self._slots.take_rejected())
         result = PendingResult(step, self._device, began, np.zeros(0, dtype=np.int64), rejected)
         if inputs is not None and len(batch.logits_at):
@@ -125,9 +102,6 @@ class DeviceRunner:
                 self._sample_ahead(batch, inputs, result)
         result.ended = self._device.clock()
         return result
-
-    def close(self) -> None:
-        """Called after the last step."""
 
     def _capture_graph(self) -> int:
         """Capture one of the steps that are left, unless a step waits to be sampled; returns how many are left."""

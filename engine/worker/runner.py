@@ -2,9 +2,7 @@
 
 import contextlib
 import time
-from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from engine.arrays import Float32s, Float64s, Int64s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.heap import large_allocations_mapped
-from engine.messages import StepMessage, StepResult, TokenLogprobs, column, decode_step, encode, int32s
+from engine.messages import StepMessage, StepResult, TokenLogprobs, column, encode, int32s
 from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import TPPlan
@@ -22,6 +20,7 @@ from engine.worker.adapter_manager import AdapterManager, AdapterSharding, adapt
 from engine.worker.backend_builder import BuiltBackend, build_backend
 from engine.worker.model_backend import ModelBackend
 from engine.worker.slots import StepBatch, WorkerSlots
+from engine.worker.step_runner import StepRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +38,23 @@ class SamplingPlan:
     logits_of: Int64s
 
 
-class Runner:
+class Runner(StepRunner[SamplingPlan]):
     """The state of one rank: the requests that run, the model backend, and a step that waits to be sampled."""
 
     def __init__(self, backend: ModelBackend, slots: WorkerSlots, sharding: AdapterSharding | None = None):
+        super().__init__(AdapterManager(backend, slots.adapter_slots, sharding).calls)
         self._backend = backend
         self._slots = slots
-        self._calls = AdapterManager(backend, slots.adapter_slots, sharding).calls
-        self._pending: tuple[StepBatch, SamplingPlan] | None = None
-        self._following: deque[StepMessage] = deque()  # later steps of a burst
         self._seconds = 0.0
 
-    @torch.inference_mode()
-    def call(self, method: str, arguments: dict[str, Any]) -> Any:
-        """Execute a call between two steps. A RedlineError is returned to its caller."""
-        return self._calls[method](**arguments)
-
-    @torch.inference_mode()
-    def forward(self, message: bytes) -> None:
-        """Apply a step message and run the model. Its steps must be sampled before the next message."""
-        if self._pending is not None and self.waits_to_be_sampled:
-            raise RuntimeError(f"step {self._pending[0].step} hasn't been sampled")
-        if self._following:
-            raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
-        first = decode_step(message)
-        self._following.extend(first.later_steps())
-        self._advance(first)
-
-    @property
-    def waits_to_be_sampled(self) -> bool:
-        return self._pending is not None and len(self._pending[0].logits_at) > 0
-
-    def _advance(self, message: StepMessage) -> None:
+    def _advance(self, message: StepMessage) -> tuple[StepBatch, SamplingPlan]:
         began = time.perf_counter()
         batch = self._slots.begin_step(message)
         plan = self._plan_sampling(batch)
         if len(batch.slots):
             self._compute(batch, plan)
-        self._pending = batch, plan
         self._seconds = time.perf_counter() - began
+        return batch, plan
 
     def _compute(self, batch: StepBatch, _plan: SamplingPlan) -> None:
         self._backend.forward(batch)
@@ -85,12 +62,8 @@ class Runner:
     @torch.inference_mode()
     def sample(self, step: int) -> bytes:
         """Sample a step, append its tokens to its slots, and encode the StepResult. Later steps of a burst run here."""
-        if self._pending is None and self._following:
-            self._advance(self._following.popleft())
-        if self._pending is None or self._pending[0].step != step:
-            raise RuntimeError(f"step {step} hasn't run")
+        batch, plan = self._take(step)
         began = time.perf_counter()
-        (batch, plan), self._pending = self._pending, None
         tokens, logprobs, counts, drafted = np.zeros(0, dtype=np.int64), None, b"", int(batch.num_draft_tokens.sum())
         if len(batch.sampling):
             tokens, logprobs = self._choose(batch, plan)
@@ -103,9 +76,6 @@ class Runner:
         seconds = self._seconds + time.perf_counter() - began
         rejected = column(self._slots.take_rejected())
         return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, rejected, scored))
-
-    def close(self) -> None:
-        """Called after the last step."""
 
     def _plan_sampling(self, batch: StepBatch) -> SamplingPlan:
         """Plan how tokens are chosen: for each slot by its own parameters only, so that batching does not matter."""
