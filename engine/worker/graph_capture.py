@@ -41,8 +41,9 @@ class GraphCapture:
                     return
                 if self._num_steps() != before:
                     self._ended.wait(BUSY_PAUSE_S)
-        except (CancelledError, RuntimeError, RedlineError):  # the executor is shut down
-            log.debug("the capture of steps ended", exc_info=True)
+        except (CancelledError, RuntimeError, RedlineError):  # expected when the executor is shut down
+            level = logging.DEBUG if self._ended.is_set() else logging.WARNING
+            log.log(level, "no more steps are captured", exc_info=True)
 
     def close(self) -> None:
         """Begin no other capture. The one in progress ends with the executor."""

@@ -90,10 +90,8 @@ class InProcessDeviceExecutor(InProcessExecutor):
         self._num_steps += 1
         return super().submit(step)
 
-    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+    def sample(self, step: int) -> "Future[bytes]":
         """Enqueue the sampling of a submitted step; resolves to an encoded StepResult."""
-        if masks:
-            raise NotImplementedError("masks come with structured output")
         enqueued = self._thread.submit(self._device_runner.sample, step)
         return self._results.submit(lambda: enqueued.result().finish())
 
