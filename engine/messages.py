@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from engine.arrays import Int32s
 from engine.columns import unpack_table
+from engine.multimodal.types import MMSpec
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
 
@@ -117,12 +118,15 @@ class TextOptions(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class MMInputRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A multimodal input (image, audio, video) of a prompt: a range of placeholder tokens, one per embedding."""
+    """A multimodal input (image, audio, video) of a prompt: a range of tokens, most of which stand for an embedding."""
 
     hash: bytes  # of the content and of everything else that its embeddings depend on
-    offset: int  # position of the first placeholder
+    offset: int  # position of the first token of the range
     length: int
-    bidirectional: bool = False  # its placeholders attend to each other, so they are computed in one step
+    bidirectional: bool = False  # its tokens attend to each other, so they are computed in one step
+    features: str = ""  # path of the file with the tensors that the encoder needs
+    grid: tuple[int, int, int] = (0, 0, 0)  # M-RoPE: frames, rows and columns of its embeddings
+    seconds_per_frame: float = 0.0  # M-RoPE: between two frames of the grid of a video
 
 
 class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
@@ -153,6 +157,13 @@ class Utility(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     call: int
     method: str
     arguments: dict[str, Any] = {}
+
+
+class FreeFeatures(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
+    """A front end has evicted inputs from its feature cache: the core frees theirs once no request needs them."""
+
+    front_end: int
+    hashes: tuple[bytes, ...]
 
 
 class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
@@ -201,6 +212,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     tile_table: str = ""  # the file with measured tiles of attention, if one is used
     quantization: str | None = None  # of the linears' weights; None: as dtype
     kv_cache_dtype: str | None = None  # None: as dtype
+    mm: MMSpec | None = None  # None: the model takes texts only
 
     @property
     def inline(self) -> bool:

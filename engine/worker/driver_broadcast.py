@@ -66,7 +66,7 @@ BroadcastMessage = BroadcastStep | Call | None  # None ends the followers
 
 # Element types of columns; any other is an error.
 _DTYPES = {str(kind): np.dtype(kind) for kind in ("bool", "uint8", "int32", "int64", "uint64", "float32", "float64")}
-_BATCH = tuple(field.name for field in dataclasses.fields(StepBatch))
+_BATCH = tuple(field.name for field in dataclasses.fields(StepBatch) if field.name != "mm")
 
 
 class _Description(msgspec.Struct, array_like=True):

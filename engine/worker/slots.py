@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from engine.arrays import Int32s, Int64s
 from engine.messages import Sampling, SlotAssignment, StepMessage, int32s
+from engine.worker.mm_rows import MMRows
 from engine.worker.ngram_proposer import drafts_per_request, propose
 
 
@@ -32,6 +33,8 @@ class StepBatch:
     sampling: int64[n], the slots that sample; num_draft_tokens: int64[n], how many of the last tokens of each are draft
     tokens (see `engine.worker.ngram_proposer`); sampled_at: int64[n + draft tokens], the tokens whose logits they use.
     scored_at: int64[m], the tokens before prompt tokens whose logprobs were requested. Both are indices into the batch.
+    mm: tokens with embeddings of multimodal inputs; None: none in this step. rotary_positions: int64[3, tokens], time,
+    height and width of models with M-RoPE; None for other models, which rotate by `positions`.
     """
 
     step: int
@@ -48,6 +51,8 @@ class StepBatch:
     num_draft_tokens: Int64s
     sampled_at: Int64s
     scored_at: Int64s
+    mm: MMRows | None = None
+    rotary_positions: Int64s | None = None
 
     @property
     def logits_at(self) -> Int64s:

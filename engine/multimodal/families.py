@@ -1,0 +1,35 @@
+"""The model families that take images, audio or video: what front ends, memory planning and workers must know of them.
+
+Processors (`engine/multimodal/processors/`) and encoders (`engine/model/encoders/`) are found by the names here.
+"""
+
+from dataclasses import dataclass
+
+from engine.multimodal.types import MediaKind
+
+
+@dataclass(frozen=True, slots=True)
+class MMFamily:
+    """A family of multimodal models.
+
+    Args:
+        placeholders: by kind, the field of config.json with the id of the token that stands for an input in the prompt.
+        processor: module in `engine.multimodal.processors`, which has `make(folder, hf_config) -> Processor`.
+        encoder: module in `engine.model.encoders`, which has `make(model) -> Encoder`.
+        text: path of the decoder in transformers' class.
+        bidirectional: kinds whose placeholders attend to each other, so that an input is computed in one step.
+        mrope: rotary positions have three sections (time, height, width).
+        deepstack: the encoder also returns features that are added to the hidden states after the first layers.
+    """
+
+    placeholders: dict[MediaKind, str]
+    processor: str
+    encoder: str
+    text: str = "model.language_model"
+    bidirectional: tuple[MediaKind, ...] = ()
+    mrope: bool = False
+    deepstack: bool = False
+
+
+# By model type in config.json.
+MM_FAMILIES: dict[str, MMFamily] = {}

@@ -1,0 +1,75 @@
+"""The data of multimodal inputs that cross module and process boundaries."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+MediaKind = Literal["image", "audio", "video"]
+
+
+class Media(msgspec.Struct, frozen=True, gc=False):
+    """An input as its sender encoded it: the bytes of a PNG, WAV, MP4 …"""
+
+    kind: MediaKind
+    data: bytes
+
+
+class Audio(msgspec.Struct, frozen=True, gc=False):
+    """A decoded sound: float32[samples], mono."""
+
+    samples: NDArray[np.float32]
+    rate: int  # samples per second
+
+
+class Video(msgspec.Struct, frozen=True, gc=False):
+    """Decoded frames, uint8[frames, height, width, 3], and their times in seconds."""
+
+    frames: NDArray[np.uint8]
+    times: NDArray[np.float64]
+
+
+class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a front end must know of a model that takes multimodal inputs; part of `Ready`.
+
+    Args:
+        family: model type in `engine.multimodal.families.MM_FAMILIES`.
+        placeholders: by kind, the id of the token that stands for one input in a prompt that a chat template wrote.
+        most_tokens: by kind, the most placeholder tokens of one input.
+        per_prompt: by kind, the most inputs of a prompt (`--limit-mm-per-prompt`); others have no limit.
+    """
+
+    family: str
+    placeholders: dict[str, int]
+    most_tokens: dict[str, int]
+    per_prompt: dict[str, int] = {}
+
+
+class Processed(msgspec.Struct, frozen=True, gc=False):
+    """An input after its processor.
+
+    Args:
+        tokens: the token ids that replace its placeholder in the prompt. Those that are in the family's `embedding_ids`
+            stand for one embedding each, in order; others (line breaks, markers) are ordinary tokens.
+        tensors: what the encoder needs, by name.
+        grid: frames, rows and columns of the embeddings of a family with M-RoPE; zeros for all others.
+        seconds_per_frame: of a video with M-RoPE, between two frames of the grid.
+    """
+
+    tokens: list[int]
+    tensors: Mapping[str, NDArray[Any]]
+    grid: tuple[int, int, int] = (0, 0, 0)
+    seconds_per_frame: float = 0.0
+
+
+class Processor(Protocol):
+    """The processing of one model, made once in each process of the pool.
+
+    `media` is a PIL image in RGB (with EXIF rotation applied), an `Audio` or a `Video`. `count` is the number of inputs
+    of that kind in the prompt, since some families divide a single image more finely. `options` are those of
+    `--mm-processor-kwargs` and of the request. Raises RequestError for an input that the model can't take.
+    """
+
+    def process(self, kind: MediaKind, media: Any, count: int, options: Mapping[str, Any]) -> Processed: ...
