@@ -56,12 +56,17 @@ class Processed(msgspec.Struct, frozen=True, gc=False):
         tensors: what the encoder needs, by name.
         grid: frames, rows and columns of the embeddings of a family with M-RoPE; zeros for all others.
         seconds_per_frame: of a video with M-RoPE, between two frames of the grid.
+        before, after: text that the family writes around the placeholder (Gemma 3: line breaks). In a prompt of text it
+            is inserted there and tokenized with the text next to it, with which it can share tokens; in a prompt of
+            token ids it is tokenized alone. It is outside the placeholder range.
     """
 
     tokens: list[int]
     tensors: Mapping[str, NDArray[Any]]
     grid: tuple[int, int, int] = (0, 0, 0)
     seconds_per_frame: float = 0.0
+    before: str = ""
+    after: str = ""
 
 
 class Processor(Protocol):
