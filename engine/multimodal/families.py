@@ -4,6 +4,7 @@ Processors (`engine/multimodal/processors/`) and encoders (`engine/model/encoder
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from engine.multimodal.types import MediaKind
 
@@ -17,19 +18,35 @@ class MMFamily:
         processor: module in `engine.multimodal.processors`, which has `make(folder, hf_config) -> Processor`.
         encoder: module in `engine.model.encoders`, which has `make(model) -> Encoder`.
         text: path of the decoder in transformers' class.
+        embedding_ids: fields of config.json with the ids of the tokens that stand for an embedding within the tokens of
+            an input; empty: those of `placeholders`.
         bidirectional: kinds whose placeholders attend to each other, so that an input is computed in one step.
         mrope: rotary positions have three sections (time, height, width).
         deepstack: the encoder also returns features that are added to the hidden states after the first layers.
+        added: its embeddings are added to those of their tokens, in place of which other families put them.
     """
 
     placeholders: dict[MediaKind, str]
     processor: str
     encoder: str
     text: str = "model.language_model"
+    embedding_ids: tuple[str, ...] = ()
     bidirectional: tuple[MediaKind, ...] = ()
     mrope: bool = False
     deepstack: bool = False
+    added: bool = False
 
 
 # By model type in config.json.
 MM_FAMILIES: dict[str, MMFamily] = {}
+
+
+def placeholder_ids(family: MMFamily, hf_config: Any) -> dict[MediaKind, int]:
+    """By kind, the token that stands for an input in a prompt."""
+    return {kind: int(getattr(hf_config, field)) for kind, field in family.placeholders.items()}
+
+
+def embedding_ids(family: MMFamily, hf_config: Any) -> frozenset[int]:
+    """The tokens that stand for an embedding within the tokens of an input."""
+    fields = family.embedding_ids or tuple(family.placeholders.values())
+    return frozenset(int(getattr(hf_config, field)) for field in fields)

@@ -37,7 +37,7 @@ class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
     Args:
         family: model type in `engine.multimodal.families.MM_FAMILIES`.
         placeholders: by kind, the id of the token that stands for one input in a prompt that a chat template wrote.
-        most_tokens: by kind, the most placeholder tokens of one input.
+        most_tokens: by kind, the most placeholder tokens of one input (`Processor.most_tokens`).
         per_prompt: by kind, the most inputs of a prompt (`--limit-mm-per-prompt`); others have no limit.
     """
 
@@ -78,3 +78,11 @@ class Processor(Protocol):
     """
 
     def process(self, kind: MediaKind, media: Any, count: int, options: Mapping[str, Any]) -> Processed: ...
+
+    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+        """The most tokens of one input of a kind: the length of `Processed.tokens` for the largest input.
+
+        The EngineCore's process asks for it at the start, with the options of `--mm-processor-kwargs`, to size the
+        encoder cache. It also needs no media: it follows from the processor's limits on sizes.
+        """
+        ...
