@@ -125,3 +125,15 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family(tp_plan={**_ATTENTION, **_MLP}),
     "starcoder2": Family(all_layers_windowed=True),
 }
+
+# Decoders that exist only in models with encoders (`engine.multimodal.families`).
+DECODERS_WITH_ENCODERS: dict[str, Family] = {
+    "qwen2_5_vl_text": Family(fused=True),
+    "qwen2_vl_text": Family(fused=True),
+    "qwen3_vl_text": Family(fused=True, tp_plan={**_ATTENTION, **_MLP}),
+}
+
+
+def family_of(model_type: str) -> Family | None:
+    """What is known of a decoder, by the `model_type` of its config; None outside the parity suite."""
+    return FAMILIES.get(model_type) or DECODERS_WITH_ENCODERS.get(model_type)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.model.families import FAMILIES
+from engine.model.families import family_of
 
 MOST_PADDING = 0.15  # missing layers of groups, as a fraction of all layers; fewer groups need fewer block tables
 
@@ -53,7 +53,7 @@ def layer_windows(hf_config: Any, max_model_len: int) -> tuple[int, ...]:
 
     A model type outside the parity suite gets no windows: which tokens its layers see is only known when they run.
     """
-    layers, family = hf_config.num_hidden_layers, FAMILIES.get(hf_config.model_type)
+    layers, family = hf_config.num_hidden_layers, family_of(hf_config.model_type)
     window = getattr(hf_config, "sliding_window", None) or 0
     if family is None or not 0 < window < max_model_len:
         return (0,) * layers

@@ -16,7 +16,7 @@ from engine.model.config.config_json import ORIGINAL, read_config_json
 from engine.model.config.file_names import is_mistral_format
 from engine.model.config.mistral_params import read_mistral_params
 from engine.model.config.unsupported import unsupported_reason
-from engine.model.families import FAMILIES, Family
+from engine.model.families import Family, family_of
 from engine.model.kv_groups import KVGroups, group_layers, layer_windows
 from engine.model.resolve import resolve_model
 from engine.pretrained import AUTO_MAP, build_causal_lm
@@ -104,7 +104,7 @@ def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:
         )
     if getattr(hf_config, AUTO_MAP, None):
         warnings.append(f"the model's custom code ({AUTO_MAP}) isn't run: transformers' own class is used")
-    if hf_config.model_type not in FAMILIES:
+    if family_of(hf_config.model_type) is None:
         warnings.append(f"models of type {hf_config.model_type!r} aren't in the parity suite: check the output")
     return tuple(warnings)
 
@@ -146,7 +146,7 @@ def _weight_bytes(config: EngineConfig, hf_config: Any, parameters: int, dtype: 
 
 def _linear_shapes(hf_config: Any) -> Counter[tuple[int, int]]:
     """How many linears of each shape (outputs, inputs) the decoder layers have."""
-    if not FAMILIES.get(hf_config.model_type, Family()).fused:
+    if not (family_of(hf_config.model_type) or Family()).fused:
         return _class_linear_shapes(hf_config)
     hidden, inner, heads = hf_config.hidden_size, hf_config.intermediate_size, hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hidden // heads

@@ -15,9 +15,10 @@ from engine.kernels.cpu.bindings import Layer, Linear, StackSpec
 from engine.kernels.cpu.huge_pages import Arena, lazy_zeros
 from engine.kernels.cpu.packing import LANES, Concatenated, Interleaved, Weight, pack
 from engine.kernels.quantization import GROUPS
-from engine.model.families import FAMILIES, Family
+from engine.model.families import Family, family_of
 from engine.model.kv_groups import KVGroups
 from engine.model.model_info import kv_head_bytes
+from engine.model.text_part import TextPart, text_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def structural_refusal(model: Any) -> str | None:
     """Why fused stacks, in C++ or Triton, don't compute a transformers model; None if it has their structure."""
-    hf_config = model.config
-    if not FAMILIES.get(hf_config.model_type, Family()).fused:
+    part = text_part(model)
+    hf_config = part.config
+    if not (family_of(hf_config.model_type) or Family()).fused:
         return f"the kernels do not support models of type {hf_config.model_type!r}"
     if getattr(hf_config, "hidden_act", "silu") != "silu":
         return f"its activation is {hf_config.hidden_act}"
-    mlp = model.model.layers[0].mlp
+    mlp = part.model.layers[0].mlp
     if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj)):
         return "its MLP has biases"
     return None
@@ -56,7 +58,8 @@ def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
     structural = structural_refusal(model)
     if structural is not None:
         return structural
-    hf_config = model.config
+    part = text_part(model)
+    hf_config = part.config
     if formats.dtype not in DTYPES:
         return f"the kernels do not support {formats.dtype}"
     for what, kind in (("weights", formats.weights), ("caches", formats.cache)):
@@ -64,7 +67,7 @@ def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
             return f"the kernels support {kind} {what} only with --dtype bfloat16"
     if block_size % LANES:
         return f"--block-size {block_size} is not a multiple of {LANES}"
-    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    attention, mlp = part.model.layers[0].self_attn, part.model.layers[0].mlp
     width = attention.o_proj.weight.shape[1]
     step = GROUPS.get(formats.weights, LANES)
     sizes = {
@@ -135,14 +138,14 @@ def make_spec(
 
     Returns the spec, and the arrays that it points to.
     """
-    packer = Packer(formats.weights)
-    inner, hf_config = model.model, model.config
-    for part in (inner.embed_tokens, inner.norm, model.lm_head):
+    packer, text = Packer(formats.weights), text_part(model)
+    inner, lm_head = text.model, text.lm_head
+    for part in (inner.embed_tokens, inner.norm, lm_head):
         fill(part)
-    embedding, final_norm = _embedding(packer, model, formats), packer.floats(inner.norm.weight)
-    vocabulary = len(model.lm_head.weight)
-    head = packer.linear(model.lm_head.weight.detach(), kind=formats.head)
-    release(inner.embed_tokens, model.lm_head)
+    embedding, final_norm = _embedding(packer, text, formats), packer.floats(inner.norm.weight)
+    vocabulary = len(lm_head.weight)
+    head = packer.linear(lm_head.weight.detach(), kind=formats.head)
+    release(inner.embed_tokens, lm_head)
     first = inner.layers[0].self_attn
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
@@ -160,7 +163,7 @@ def make_spec(
     rotary = inner.rotary_emb
     packer.owners.append(layers)
     spec = StackSpec(
-        hidden=hf_config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        hidden=text.config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, layers=len(inner.layers),
         vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token,
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
@@ -177,10 +180,10 @@ def release(*parts: nn.Module) -> None:
             parameter.data = parameter.new_empty(0)
 
 
-def _embedding(packer: Packer, model: Any, formats: StackFormats) -> int | None:
+def _embedding(packer: Packer, text: TextPart, formats: StackFormats) -> int | None:
     """The address of the embedding; None if it is tied to a head that is not quantized."""
-    weight = model.model.embed_tokens.weight.detach()
-    if formats.head == formats.dtype and weight.data_ptr() == model.lm_head.weight.data_ptr():
+    weight = text.model.embed_tokens.weight.detach()
+    if formats.head == formats.dtype and weight.data_ptr() == text.lm_head.weight.data_ptr():
         return None
     # A copy: a view of the checkpoint would keep all of its pages in memory.
     copied = packer.arena.empty(weight.shape, DTYPES[formats.dtype]).copy_(weight)

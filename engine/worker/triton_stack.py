@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.heap import trim_heap
 from engine.kernels.triton.rotary import Rotary
 from engine.model.kv_groups import KVGroups
+from engine.model.text_part import text_part
 from engine.worker.fused_stack import release, structural_refusal
 from engine.worker.linear_products import PLAIN, LinearFormats, Product, ProductFormat
 
@@ -71,7 +72,7 @@ def refusal(model: Any) -> str | None:
     structural = structural_refusal(model)
     if structural is not None:
         return structural
-    head_dim = model.model.layers[0].self_attn.head_dim
+    head_dim = text_part(model).model.layers[0].self_attn.head_dim
     if head_dim % 2:
         return f"its heads have {head_dim} elements, an odd number"
     return None
@@ -88,14 +89,15 @@ def make_stack(
         place: for tables that are computed on the host.
         fill: the linears that are computed as one are on the device twice for a moment.
     """
-    inner = model.model
-    for part in (inner.embed_tokens, inner.norm, model.lm_head):
+    text = text_part(model)
+    inner = text.model
+    for part in (inner.embed_tokens, inner.norm, text.lm_head):
         fill(part)
-    weights = inner.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+    weights = inner.embed_tokens.weight.detach(), text.lm_head.weight.detach()
     embedding, head = weights[0], weights[0] if weights[0].data_ptr() == weights[1].data_ptr() else weights[1]
     head_product = formats.head.make(head, None)
     del weights, head
-    release(inner.embed_tokens, model.lm_head)
+    release(inner.embed_tokens, text.lm_head)
     rotary = _rotary(inner.rotary_emb, positions, place)
     layers = []
     for i, layer in enumerate(inner.layers):

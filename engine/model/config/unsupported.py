@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine.model.checkpoints.quantized import quantization_config, unsupported_quantization
-from engine.model.families import FAMILIES
+from engine.model.families import family_of
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 ROPE_TYPES = {"default", "linear", "llama3", "longrope", "yarn", "proportional"}
@@ -31,7 +31,7 @@ def unsupported_reason(hf_config: Any) -> str | None:
     quantization = quantization_config(hf_config)
     if quantization is not None and (reason := unsupported_quantization(quantization)):
         return reason
-    if getattr(hf_config, "kv_lora_rank", None) and model_type not in FAMILIES:
+    if getattr(hf_config, "kv_lora_rank", None) and family_of(model_type) is None:
         return "it uses multi-head latent attention, which isn't supported"
     others = set(getattr(hf_config, "layer_types", None) or ()) - ATTENTION_TYPES
     if others:

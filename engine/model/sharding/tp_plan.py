@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError
-from engine.model.families import FAMILIES, Family
+from engine.model.families import Family, family_of
 from engine.model.model_info import ModelInfo, read_hf_config, weight_shapes
 
 # Styles of a linear: its output or its input is divided. Those with `_gather` and `_split` divide only the weights; the
@@ -69,7 +69,7 @@ def plan_tensor_parallel(config: EngineConfig, model_info: ModelInfo) -> TPPlan:
     """
     size = config.tensor_parallel_size
     hf_config = read_hf_config(model_info.path, config)
-    family = FAMILIES.get(hf_config.model_type, Family())
+    family = family_of(hf_config.model_type) or Family()
     tp_plan = family.tp_plan or getattr(hf_config, "base_model_tp_plan", None) or {}
     # The vocabulary is divided here in one way for all classes.
     styles = {path: style for path, style in tp_plan.items() if not _VOCABULARY.search(f"{path}.weight")}
