@@ -38,7 +38,12 @@ class MMFamily:
 
 
 # By model type in config.json.
-MM_FAMILIES: dict[str, MMFamily] = {}
+MM_FAMILIES: dict[str, MMFamily] = {
+    "llava": MMFamily({"image": "image_token_index"}, "llava", "llava"),  # also Pixtral, by the type of its tower
+    "llava_next": MMFamily({"image": "image_token_index"}, "llava_next", "llava_next"),
+    "llava_onevision": MMFamily({"image": "image_token_index"}, "llava_onevision", "llava_onevision"),
+    "mistral3": MMFamily({"image": "image_token_index"}, "pixtral", "mistral3"),
+}
 
 
 def placeholder_ids(family: MMFamily, hf_config: Any) -> dict[MediaKind, int]:
