@@ -43,6 +43,8 @@ MM_FAMILIES: dict[str, MMFamily] = {
     "llava_next": MMFamily({"image": "image_token_index"}, "llava_next", "llava_next"),
     "llava_onevision": MMFamily({"image": "image_token_index"}, "llava_onevision", "llava_onevision"),
     "mistral3": MMFamily({"image": "image_token_index"}, "pixtral", "mistral3"),
+    "qwen2_audio": MMFamily({"audio": "audio_token_index"}, "qwen2_audio", "qwen2_audio"),
+    "voxtral": MMFamily({"audio": "audio_token_id"}, "voxtral", "voxtral"),
 }
 
 
