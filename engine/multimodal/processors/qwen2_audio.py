@@ -43,6 +43,10 @@ class Qwen2AudioProcessor:
         }
         return Processed([self._token] * tokens, tensors)
 
+    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+        del kind, options
+        return num_tokens(self._settings.chunk_frames)
+
 
 def num_tokens(frames: int) -> int:
     """Embeddings of a sound with `frames` frames: a convolution and a mean, both with stride 2."""

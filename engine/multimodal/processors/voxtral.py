@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import ModelError
-from engine.multimodal.processors.audio_features import MelSettings, log_mel, prepare, refuse_options
+from engine.errors import ModelError, RequestError
+from engine.multimodal.processors.audio_features import OPTIONS, MelSettings, log_mel, prepare, refuse_options
 from engine.multimodal.types import Audio, MediaKind, Processed
 
 TEKKEN, TOKENIZER = "tekken.json", "tokenizer.json"
+MOST, SECONDS = "max_seconds", 1800  # of a sound; the option and its default, for which the model was trained
 BEGIN = "[BEGIN_AUDIO]"  # stands before the placeholders, as in mistral-common's prompts
 
 
@@ -33,15 +34,32 @@ class VoxtralProcessor:
 
     def process(self, kind: MediaKind, media: Audio, count: int, options: Mapping[str, Any]) -> Processed:
         del kind, count
-        refuse_options(options)
-        settings = self._settings
+        most, settings = self._most_seconds(options), self._settings
         samples = prepare(media, settings.sampling_rate)
+        if len(samples) > most * settings.sampling_rate:
+            raise RequestError(
+                f"the audio has {len(samples) / settings.sampling_rate:.1f} s, the most is {most} s ({MOST} of "
+                "--mm-processor-kwargs)",
+                OPTIONS,
+            )
         chunks = -(-len(samples) // settings.chunk_samples)
         padded = np.pad(samples, (0, chunks * settings.chunk_samples - len(samples)))
         # One spectrogram of the whole sound: its loudest value sets the floor of all chunks.
         features = log_mel(padded, settings).reshape(settings.feature_size, chunks, settings.chunk_frames)
         tensors = {"input_features": np.ascontiguousarray(features.transpose(1, 0, 2))}
         return Processed([*self._begin, *[self._audio] * (chunks * self._chunk_tokens)], tensors)
+
+    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+        del kind
+        return len(self._begin) + -(-self._most_seconds(options) // self._settings.chunk_length) * self._chunk_tokens
+
+    def _most_seconds(self, options: Mapping[str, Any]) -> int:
+        """The longest sound. Raises RequestError if an option is unknown or wrong."""
+        refuse_options(options, (MOST,))
+        most = options.get(MOST, SECONDS)
+        if not isinstance(most, int) or most < 1:
+            raise RequestError(f"{MOST} must be an integer of at least 1, not {most!r}", OPTIONS)
+        return most
 
 
 def make(folder: Path, hf_config: Any) -> VoxtralProcessor:

@@ -135,8 +135,23 @@ def test_sounds_that_are_refused(qwen: Any, audio: Audio, message: str) -> None:
 
 
 def test_options_are_refused(qwen: Any) -> None:
-    with pytest.raises(RequestError, match="has no option 'max_crops'"):
+    with pytest.raises(RequestError, match="has no option 'max_crops'; it has none"):
         qwen.process("audio", sound(1.0), 1, {"max_crops": 2})
+
+
+def test_most_tokens(qwen: Any, small_voxtral: Any) -> None:
+    longest = Audio(np.zeros(30 * RATE, np.float32), RATE)
+    assert qwen.most_tokens("audio", {}) == len(qwen.process("audio", longest, 1, {}).tokens) == 750
+    assert small_voxtral.most_tokens("audio", {}) == 1800 * 10
+    assert small_voxtral.most_tokens("audio", {"max_seconds": 3}) == 30
+
+
+def test_longest_sound_of_voxtral(small_voxtral: Any) -> None:
+    assert len(small_voxtral.process("audio", sound(2.0), 1, {"max_seconds": 2}).tokens) == 20
+    with pytest.raises(RequestError, match=r"has 2\.1 s, the most is 2 s \(max_seconds"):
+        small_voxtral.process("audio", sound(2.1), 1, {"max_seconds": 2})
+    with pytest.raises(RequestError, match="max_seconds must be an integer of at least 1, not 0"):
+        small_voxtral.process("audio", sound(2.1), 1, {"max_seconds": 0})
 
 
 def test_shortest_sound(qwen: Any) -> None:
