@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import FrameType
@@ -82,12 +82,20 @@ class ChildProcess:
         name: for messages; the process id is added.
         inherit: file descriptors that the child keeps.
         memory_advice: what to do if the system killed the child for lack of memory.
+        environment: variables that the child has besides those of this process.
     """
 
     def __init__(
-        self, module: str, options: msgspec.Struct, *, name: str, inherit: Sequence[int] = (), memory_advice: str
+        self,
+        module: str,
+        options: msgspec.Struct,
+        *,
+        name: str,
+        inherit: Sequence[int] = (),
+        memory_advice: str,
+        environment: Mapping[str, str] | None = None,
     ):
-        self._child = spawn(module, options, inherit)
+        self._child = spawn(module, options, inherit, environment)
         self._memory_advice = memory_advice
         self.pid = self._child.pid
         self.name = f"{name} (process {self.pid})"
@@ -198,9 +206,17 @@ class ReportingChild(ChildProcess):
         self._reports.close()
 
 
-def spawn(module: str, options: msgspec.Struct, inherit: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+def spawn(
+    module: str,
+    options: msgspec.Struct,
+    inherit: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
+) -> "subprocess.Popen[bytes]":
     """Start `python -m module` with its options on stdin, which stays open."""
-    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, pass_fds=tuple(inherit))
+    variables = None if environment is None else os.environ | environment
+    child = subprocess.Popen(
+        [sys.executable, "-m", module], stdin=subprocess.PIPE, pass_fds=tuple(inherit), env=variables
+    )
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it has ended: waiting for its report gives the cause
         child.stdin.write(frame(msgspec.msgpack.encode(options)))

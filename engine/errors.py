@@ -33,6 +33,14 @@ class RequestError(RedlineError):
         self.field = field
 
 
+class ProcessingError(RedlineError):
+    """A multimodal input could not be processed, through no fault of its request; the engine continues."""
+
+
+class SharedMemoryFullError(ProcessingError):
+    """The features of a multimodal input do not fit into shared memory."""
+
+
 class NotServedError(RequestError):
     """A request names a model or an adapter that is not served (any longer)."""
 

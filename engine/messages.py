@@ -3,7 +3,7 @@
 Columns of numbers are little-endian bytes: `column()` packs them, `int32s()`, `int64s()` and `float32s()` read them
 without a copy. An absent optional part costs at most one byte.
 
-    front end ──AddRequest, Abort, Utility, Shutdown──────► EngineCore ──StepMessage──► workers
+    front end ──AddRequest, Abort, FreeFeatures, …────────► EngineCore ──StepMessage──► workers
     front end ◄─Ready, Outputs, UtilityResult, Hung, Dead── EngineCore ◄──StepResult─── workers
 
 The core's parent gets Ready when the core is up (see `engine.launch`) and passes it on to the front ends.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from engine.arrays import Int32s
 from engine.columns import unpack_table
-from engine.multimodal.types import MMSpec
+from engine.multimodal.types import MediaKind, MMSpec
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
 
@@ -124,9 +124,23 @@ class MMInputRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
     offset: int  # position of the first token of the range
     length: int
     bidirectional: bool = False  # its tokens attend to each other, so they are computed in one step
-    features: str = ""  # path of the file with the tensors that the encoder needs
+    # Path of the file with the tensors that the encoder needs. In an AddRequest, empty: the core has the file already.
+    features: str = ""
     grid: tuple[int, int, int] = (0, 0, 0)  # M-RoPE: frames, rows and columns of its embeddings
     seconds_per_frame: float = 0.0  # M-RoPE: between two frames of the grid of a video
+
+
+class UnplacedInput(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A multimodal input whose placeholder the core's loop replaces, with an inline front end or inline processing."""
+
+    kind: MediaKind
+    tokens: bytes = b""  # int32: what replaces the placeholder; the input is the MMInputRef with the same number
+    before: str = ""  # text around the placeholder, see `engine.multimodal.types.Processed`
+    after: str = ""
+    # With --ablate inline-processing there is no MMInputRef; the core processes the input:
+    data: bytes = b""  # as its sender encoded it
+    count: int = 1  # inputs of this kind in the prompt
+    options: dict[str, Any] = {}
 
 
 class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
@@ -144,6 +158,7 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     add_special_tokens: bool = True
     text_options: TextOptions | None = None
     mm_inputs: tuple[MMInputRef, ...] = ()  # by offset
+    unplaced: tuple[UnplacedInput, ...] = ()  # of a prompt in which the core replaces the placeholders
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -172,7 +187,7 @@ class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     drain_s: float = 0.0
 
 
-ToCore = AddRequest | Abort | Utility | Shutdown
+ToCore = AddRequest | Abort | Utility | Shutdown | FreeFeatures
 
 
 # ---------------------------------------------------------------------------------------------- EngineCore -> front end
@@ -239,6 +254,18 @@ class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
     prompt_tokens: int = 0  # inline front end only
 
 
+class MMStats(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Gauges and counters of multimodal inputs in the core."""
+
+    mirror_queries: int = 0  # inputs of requests that arrived
+    mirror_hits: int = 0  # of them, inputs whose features were here already
+    mirror_misses: int = 0  # of them, inputs whose features should have been here and were not
+    mirror_bytes: int = 0
+    encoder_queries: int = 0  # inputs of which a step began to compute the placeholders
+    encoder_hits: int = 0  # of them, inputs whose embeddings were on the device
+    encoder_embeddings: int = 0  # on the device
+
+
 class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Gauges, and counters since the EngineCore started."""
 
@@ -255,6 +282,7 @@ class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     last_step_at: float = 0.0  # the core's clock
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    mm: MMStats | None = None  # None: no request had multimodal inputs
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, NotServedError, RequestError
+from engine.errors import EngineDeadError, NotServedError, ProcessingError, RequestError, SharedMemoryFullError
 
 log = logging.getLogger("redline.api")
 
@@ -44,6 +44,9 @@ class ApiError(Exception):
             return cls(400, str(error), param=error.field)
         if isinstance(error, EngineDeadError):
             return cls(503, str(error), code="engine_dead")
+        if isinstance(error, ProcessingError):
+            status = 503 if isinstance(error, SharedMemoryFullError) else 500
+            return cls(status, str(error), code="processing_failed")
         log.error("a request failed", exc_info=error)
         return cls(500, INTERNAL, code="internal_error")
 

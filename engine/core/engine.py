@@ -1,5 +1,6 @@
 """The EngineCore: receives requests, keeps the executor busy, sends tokens out. It never waits and has no sockets."""
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.adapters import AdapterRegistry
+from engine.core.feature_mirror import FeatureMirror, MirrorMissError
 from engine.core.front_ends import EndedFrontEnds
 from engine.core.intake import Arrival, Intake, RejectedCall, RejectedRequest, TextRequest, reject
 from engine.core.protocols import Executor, InlineFrontEnd
@@ -21,8 +23,10 @@ from engine.core.steps import ScheduledStep, StepOutcome
 from engine.errors import INTERRUPTS, cause_of
 from engine.messages import (
     Abort,
+    AddRequest,
     Finished,
     FinishReason,
+    FreeFeatures,
     StepResult,
     TokenLogprobs,
     Utility,
@@ -52,6 +56,7 @@ class EngineCore:
     """One engine's loop body; a CoreServer owns its threads and sockets.
 
     `send(front_end, message)` takes an encoded FromCore. `receive()` may be called from another thread than `step()`.
+    `features` is the mirror of the front ends' feature caches; without it multimodal inputs are used as they come.
     """
 
     def __init__(
@@ -62,9 +67,12 @@ class EngineCore:
         send: Callable[[int, bytes], None],
         front_ends: int = 1,
         inline: InlineFrontEnd | None = None,
+        features: FeatureMirror | None = None,
     ) -> None:
         self.config = config
-        self.scheduler = scheduler = Scheduler(config)
+        self.scheduler = scheduler = Scheduler(config, features)
+        self._features = scheduler.features
+        self._has_mirror = features is not None
         self._executor = executor
         self._clock = clock
         self._send = send
@@ -126,6 +134,7 @@ class EngineCore:
 
     def step(self, now: float) -> bool:
         """One turn of the loop: everything that can be done without waiting; False if that was nothing."""
+        scheduler = self.scheduler
         moved = self._receive_arrivals(now)
         while self._has_result():
             outcome, logprobs = self._book_result(now)
@@ -136,6 +145,8 @@ class EngineCore:
         while self._may_schedule(now) and (step := self._schedule_step(now)) is not None:
             self._submit_step(step, now)
             moved = True
+        if self._features.has_unneeded:
+            self._features.unlink_unneeded(scheduler.steps, scheduler.steps - len(self._in_flight))
         if moved and (self._publisher.stats_are_due(now) or not self.has_work):
             self._publisher.publish_stats(now)
         return moved
@@ -208,13 +219,18 @@ class EngineCore:
             moved = True
             arrival = self._inbox.popleft()
             if isinstance(arrival, Request | TextRequest):
-                ended += self._add(arrival)
+                mirrored = self._has_mirror and arrival.message.mm_inputs
+                ended += self._add_with_inputs(arrival) if mirrored else self._add(arrival)
             elif isinstance(arrival, RejectedRequest):
                 ended.append(arrival.as_finished())
+                if self._has_mirror and arrival.message is not None:
+                    self._mirror_rejected(arrival.message)
             elif isinstance(arrival, Abort):
                 ended += [one for handle in arrival.handles if (one := self._abort(handle))]
             elif isinstance(arrival, Utility):
                 self._run_utility(arrival)
+            elif isinstance(arrival, FreeFeatures):
+                self._features.free(arrival)
             elif isinstance(arrival, RejectedCall):
                 self._send(arrival.front_end, encode(arrival.answer))
             else:
@@ -239,6 +255,31 @@ class EngineCore:
         rejected = self.scheduler.add(request)
         return [rejected] if rejected else []
 
+    def _add_with_inputs(self, arrival: Request | TextRequest) -> list[Finished]:
+        """Queue a request with multimodal inputs, whose features stay in the mirror even if it can't be served."""
+        handle = arrival.handle
+        if self._ended_front_ends.is_stale(handle):
+            self._features.reject(arrival.message)
+            return []
+        try:
+            arrival.message = self._features.add(arrival.message)
+        except MirrorMissError as error:
+            log.error("request %d: %s", handle, error)
+            return [Finished(handle, FinishReason.FAILED, error=str(error))]
+        ended = self._add(arrival)
+        if handle not in self.scheduler.requests and handle not in self._adapters.parked:
+            self._features.release(handle)
+        return ended
+
+    def _mirror_rejected(self, message: AddRequest) -> None:
+        """Register the features of a request that can't be served, since its front end counts on them from now on."""
+        if self._ended_front_ends.is_stale(message.handle):
+            self._features.reject(message)
+            return
+        with contextlib.suppress(MirrorMissError):
+            self._features.add(message)
+        self._features.release(message.handle)
+
     def _to_request(self, arrival: Request | TextRequest) -> Request | RejectedRequest:
         """The request of an arrival, under the current key of its adapter."""
         if isinstance(arrival, TextRequest):  # V0: the loop itself tokenizes
@@ -250,6 +291,7 @@ class EngineCore:
 
     def _abort(self, handle: int) -> Finished | None:
         if self._adapters.unpark(handle):
+            self._features.release(handle)
             return Finished(handle, FinishReason.ABORT)
         return self.scheduler.abort(handle)
 
@@ -258,6 +300,7 @@ class EngineCore:
         self._ended_front_ends.add(front_end, first_sequence)
         handles = self._ended_front_ends.find_stale([*self.scheduler.requests, *self._adapters.parked])
         self._publisher.publish(self._clock.now(), [one for handle in handles if (one := self._abort(handle))])
+        self._features.drop_stale(self._ended_front_ends.is_stale)
         return len(handles)
 
     def _run_utility(self, call: Utility) -> None:

@@ -12,7 +12,17 @@ import msgspec
 from engine.config import ResolvedConfig
 from engine.core.request import Request
 from engine.errors import INTERRUPTS, RedlineError, cause_of
-from engine.messages import Abort, AddRequest, Finished, FinishReason, Shutdown, Utility, UtilityResult, decode_to_core
+from engine.messages import (
+    Abort,
+    AddRequest,
+    Finished,
+    FinishReason,
+    FreeFeatures,
+    Shutdown,
+    Utility,
+    UtilityResult,
+    decode_to_core,
+)
 
 log = logging.getLogger("redline.core")
 
@@ -39,6 +49,7 @@ class RejectedRequest:
     handle: int
     cause: str
     reason: FinishReason = FinishReason.ERROR
+    message: AddRequest | None = None  # if it brought features
 
     def as_finished(self) -> Finished:
         return Finished(self.handle, self.reason, error=self.cause)
@@ -52,7 +63,7 @@ class RejectedCall:
     answer: UtilityResult
 
 
-Arrival = Request | TextRequest | RejectedRequest | RejectedCall | Abort | Utility | Shutdown
+Arrival = Request | TextRequest | RejectedRequest | RejectedCall | Abort | Utility | FreeFeatures | Shutdown
 
 
 class Intake:
@@ -91,7 +102,10 @@ class Intake:
             return message
         if self._tokenizes_inline:
             return TextRequest(message, self._now())
-        return self.make_request(message, self._now())
+        request = self.make_request(message, self._now())
+        if isinstance(request, RejectedRequest) and message.mm_inputs:
+            request.message = message
+        return request
 
     def make_request(self, message: AddRequest, arrived: float) -> Request | RejectedRequest:
         """The request of a message, under the current key of its adapter."""

@@ -20,6 +20,8 @@ Example: a prompt of 10 tokens with an input A at offset 3 and length 4, in chun
 
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from engine.config import ResolvedConfig
 from engine.core.request import Request
 from engine.messages import MMInputRef
@@ -116,6 +118,7 @@ class EncoderCacheManager:
         self._held: dict[int, dict[int, bytes]] = {}  # by handle and number of the input: the key of its reference
         self._to_encode: dict[bytes, tuple[Request, int]] = {}  # in the next step: a request and number of its input
         self._passed: list[bytes] = []  # references that end with the next step
+        self.queries = self.hits = 0  # inputs that a request began to compute; of them, those that were on the device
         self._registered: dict[bytes, tuple[int, int]] = {}  # by hash: length, and how many inputs of all requests
 
     @classmethod
@@ -218,8 +221,11 @@ class EncoderCacheManager:
         for index, key in sorted(needed, key=lambda one: one[1] not in self.cache.size_of):
             if index not in held:
                 held[index] = key
+                self.queries += 1
                 if self.cache.acquire(key, request.message.mm_inputs[index].length):
                     self._to_encode[key] = request, index
+                else:
+                    self.hits += 1
 
     def free_passed_inputs(self, request: Request, position: int) -> None:
         """Drop the references to inputs that end before `position`, where the next step ends."""
@@ -255,8 +261,7 @@ class EncoderCacheManager:
         if self._shared or not mm_inputs:
             return mm_inputs
         return tuple(
-            MMInputRef(self._cache_key(request, n), mm_input.offset, mm_input.length, mm_input.bidirectional)
-            for n, mm_input in enumerate(mm_inputs)
+            msgspec.structs.replace(mm_input, hash=self._cache_key(request, n)) for n, mm_input in enumerate(mm_inputs)
         )
 
     def _cache_key(self, request: Request, index: int) -> bytes:

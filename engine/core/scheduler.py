@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.config import ResolvedConfig
 from engine.core.draft_tokens import DraftTokenTracker
+from engine.core.feature_mirror import FeatureMirror
 from engine.core.hashing import extend_hashes
 from engine.core.kv_cache_manager import CachedPrefix, KVCacheManager
 from engine.core.mm_inputs import EncoderCacheManager
@@ -26,8 +27,9 @@ from engine.messages import Admitted, Finished, FinishReason, PromptLogprobs, St
 class Scheduler:
     """Decides what each step computes; knows requests, slots and blocks, but neither models nor sockets."""
 
-    def __init__(self, config: ResolvedConfig):
+    def __init__(self, config: ResolvedConfig, features: FeatureMirror | None = None):
         self.config = config
+        self.features = features or FeatureMirror()
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.policy = policy = SchedulingPolicy.from_resolved(config)
         self.waiting = policy.queue_order.make_queue()
@@ -102,6 +104,7 @@ class Scheduler:
             last_step_at=last_step_at,
             num_draft_tokens=drafts.num_draft_tokens if drafts else 0,
             num_accepted_tokens=drafts.num_accepted_tokens if drafts else 0,
+            mm=self.features.stats(self.encoder_cache),
         )
 
     # ------------------------------------------------------------------------------------------------------- schedule
@@ -344,6 +347,7 @@ class Scheduler:
         del self.requests[request.handle]
         if request.message.mm_inputs:
             self.encoder_cache.unregister(request)
+            self.features.release(request.handle)
         return Finished(request.handle, reason, stop_id, error, request.num_preemptions)
 
     def _free_slot(self, slot: int) -> Request:

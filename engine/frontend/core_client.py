@@ -7,12 +7,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from engine.clock import Clock
 from engine.errors import EngineDeadError, RedlineError, RequestError
+from engine.frontend.feature_cache import PromptInputs, placed_inputs, unplaced_inputs
 from engine.frontend.front_end_stats import Board, FrontEndStats
 from engine.frontend.listener import ClientListener
+from engine.frontend.mm_pipeline import MMPipeline
 from engine.frontend.output_processor import OutputProcessor
 from engine.frontend.prompts import Prompt, check_prompt, length_of
 from engine.frontend.sampling_params import SEED_MASK, SamplingParams, make_request
@@ -20,7 +22,19 @@ from engine.frontend.streams import Origin, Output, RequestOptions, RequestStrea
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import Transport
-from engine.messages import Abort, Dead, Hung, Outputs, Ready, Utility, UtilityResult, decode_from_core, make_handle
+from engine.messages import (
+    Abort,
+    AddRequest,
+    Dead,
+    Hung,
+    MMInputRef,
+    Outputs,
+    Ready,
+    Utility,
+    UtilityResult,
+    decode_from_core,
+    make_handle,
+)
 
 log = logging.getLogger("redline.client")
 
@@ -52,6 +66,7 @@ class CoreClient(OutputProcessor):
         board: Board | None = None,
         numbers: Iterator[int] | None = None,
         replica: int | None = None,
+        inputs: MMPipeline | None = None,
     ):
         """Make a client; `open` starts it.
 
@@ -65,6 +80,7 @@ class CoreClient(OutputProcessor):
             board: where all front ends of the core keep their stats; None: this one is the only front end.
             numbers: sequence numbers of the requests, 1, 2, 3, … by default. Clients of several cores share them.
             replica: number of the core among several; None: there is one core.
+            inputs: prepares multimodal inputs, if the model takes any. Clients of several cores share it.
         """
         stats = FrontEndStats() if board is None else board.stats[front_end]
         super().__init__(transport, clock, stats, front_end, replica or 0)
@@ -78,6 +94,11 @@ class CoreClient(OutputProcessor):
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
+        self.inputs = inputs
+        if inputs is not None:
+            assert ready.mm is not None, "the model takes no multimodal inputs"
+            self.features = inputs.cache
+            self.features.attach(self.replica, ready.mm.folder, transport.send)
 
     def open(self, listener: ClientListener | None = None) -> None:
         """Start receiving messages; called inside the event loop that will use the client."""
@@ -85,12 +106,16 @@ class CoreClient(OutputProcessor):
             self.listener = listener
         self._loop = asyncio.get_running_loop()
         self._transport.open(self.deliver)
+        if self.inputs is not None:
+            self.inputs.open()
 
     def close(self) -> None:
         """Stop receiving messages. Streams that are still live fail; `core_died` is not called."""
         self._closing = True
         self.fail_all(STOPPED)
         self._transport.close()
+        if self.inputs is not None:
+            self.inputs.close()
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -100,15 +125,20 @@ class CoreClient(OutputProcessor):
         params: SamplingParams,
         options: RequestOptions = NO_OPTIONS,
         origin: Origin = UNKNOWN_ORIGIN,
+        inputs: Sequence[PromptInputs] = (),
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt. Prompts are token ids, or texts if the core tokenizes.
+
+        `inputs` are the multimodal inputs of each prompt, in order; they are released with the last output. If this
+        raises, they are the caller's.
 
         Raises:
             RequestError: a prompt or a parameter can't be served.
             EngineDeadError: the core is gone.
         """
         self.check_request(prompts, params, options.priority)
-        stream = RequestStream(prompts, params, self, self.clock.now(), origin, options)
+        assert len(inputs) in (0, len(prompts)), "inputs are given for all prompts or for none"
+        stream = RequestStream(prompts, params, self, self.clock.now(), origin, options, inputs)
         self.submit(stream)
         return stream
 
@@ -167,11 +197,23 @@ class CoreClient(OutputProcessor):
         message = make_request(
             handle, prompt, params, self.tokenizer, seed, tokens_left, bad_words=bad_words, inline=inline, **extra
         )
+        if stream.inputs:
+            message = self._with_inputs(message, stream.inputs[number])
         try:
             self._transport.send(message)
         except UNENCODABLE as error:
+            if self.features is not None:
+                self.features.withdraw(self.replica, message.mm_inputs)
             raise RequestError(f"the request has a value that can't be sent to the engine: {error}") from error
         return handle
+
+    def _with_inputs(self, message: AddRequest, inputs: PromptInputs) -> AddRequest:
+        """The message with the multimodal inputs of its prompt, to be sent before anything else runs."""
+        placed, refs = placed_inputs(inputs), tuple[MMInputRef, ...]()
+        if placed:
+            assert self.features is not None, "the model takes no multimodal inputs"
+            refs = self.features.refs_for(self.replica, message.handle, placed)
+        return replace(message, mm_inputs=refs, unplaced=unplaced_inputs(inputs))
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary."""
@@ -274,6 +316,8 @@ class CoreClient(OutputProcessor):
         if self.dead is not None:
             return
         self.dead = cause
+        if self.features is not None:
+            self.features.detach(self.replica)
         if not self._closing:
             self.listener.core_died(cause)
         error = EngineDeadError(cause)

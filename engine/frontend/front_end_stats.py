@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from engine.messages import Stats
+from engine.messages import MMStats, Stats
 
 SECONDS_TO_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160)
 SECONDS_BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -20,22 +20,50 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 REASONS = ("stop", "length", "abort", "error")
+# Of the feature cache: inputs looked up, those found, bytes of its files. Of the pool: inputs processed, those that
+# failed, seconds of its processes, inputs that wait, processes.
+MM_COUNTERS = ("queries", "hits", "bytes", "jobs", "failures", "seconds", "waiting", "processes")
+MM_GAUGES = ("bytes", "waiting", "processes")
 
-# Layout of a block, an array of float64: time of the core's last message, its stats, number of open requests, tokens
-# left to compute for them, finished requests by reason, histograms.
-_CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats))
+# Layout of a block, an array of float64: time of the core's last message, its stats (those of multimodal inputs last),
+# number of open requests, tokens left to compute for them, finished requests by reason, counters of multimodal inputs,
+# histograms.
+_CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats)[:-1])
+_MM_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(MMStats))
 _COUNTERS = (
     "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "num_draft_tokens",
     "num_accepted_tokens",
 )  # fmt: skip
 _AT = 0
 _CORE = slice(1, 1 + len(_CORE_KINDS))
-_LIVE = _CORE.stop
+_CORE_MM = slice(_CORE.stop, _CORE.stop + len(_MM_KINDS))
+_LIVE = _CORE_MM.stop
 _LOAD = _LIVE + 1
 _FINISHED = _LOAD + 1
-_HISTOGRAMS = _FINISHED + len(REASONS)
+_INPUTS = slice(_FINISHED + len(REASONS), _FINISHED + len(REASONS) + len(MM_COUNTERS))
+_HISTOGRAMS = _INPUTS.stop
 
 Cells: TypeAlias = "memoryview[float]"
+
+
+class MMCounters:
+    """Counters of the multimodal inputs of one front end: its feature cache, and its pool of processes."""
+
+    __slots__ = ("cells",)
+
+    def __init__(self, cells: "Cells | None" = None):
+        """`cells` is their part of a block; None: memory of their own."""
+        self.cells: Cells = memoryview(bytearray(8 * len(MM_COUNTERS))).cast("d") if cells is None else cells
+
+    def add(self, name: str, value: float = 1) -> None:
+        """Add to one of MM_COUNTERS."""
+        self.cells[MM_COUNTERS.index(name)] += value
+
+    def set(self, name: str, value: float) -> None:
+        self.cells[MM_COUNTERS.index(name)] = value
+
+    def get(self, name: str) -> float:
+        return float(self.cells[MM_COUNTERS.index(name)])
 
 
 class Histogram:
@@ -89,6 +117,7 @@ class FrontEndStats:
         self._tokens = float(core.prompt_tokens + core.generation_tokens)  # of the core, at its last message
         self.ttft, self.itl, self.e2e, self.queue, *others = self._histograms()
         self.prompt_tokens, self.generation_tokens, self.step_tokens = others
+        self.inputs = MMCounters(self._cells[_INPUTS])
 
     def _histograms(self) -> Iterator[Histogram]:
         begin = _HISTOGRAMS
@@ -105,12 +134,16 @@ class FrontEndStats:
             self._tokens = tokens
         cells = self._cells
         cells[_AT] = at
-        for index, value in enumerate(msgspec.structs.astuple(stats), _CORE.start):
+        for index, value in enumerate(_numbers(stats), _CORE.start):
             cells[index] = value
 
     @property
     def core(self) -> Stats:
-        return Stats(*(kind(value) for kind, value in zip(_CORE_KINDS, self._cells[_CORE], strict=True)))
+        numbers = [kind(value) for kind, value in zip(_CORE_KINDS, self._cells[_CORE], strict=True)]
+        cells = self._cells[_CORE_MM]
+        mm = MMStats(*(kind(value) for kind, value in zip(_MM_KINDS, cells, strict=True))) if any(cells) else None
+        numbers.append(mm)
+        return Stats(*numbers)
 
     @property
     def live(self) -> int:
@@ -136,7 +169,7 @@ class FrontEndStats:
     @property
     def finished(self) -> Counter[str]:
         """Finished requests by reason."""
-        counts = self._cells[_FINISHED:_HISTOGRAMS]
+        counts = self._cells[_FINISHED : _INPUTS.start]
         return Counter({reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count})
 
     @classmethod
@@ -172,9 +205,17 @@ class FrontEndStats:
             last_step_at=max(core.last_step_at for core in cores),
             **added,
         )
-        for index, value in enumerate(msgspec.structs.astuple(summed), _CORE.start):
+        for index, value in enumerate(_numbers(summed), _CORE.start):
             total._cells[index] = value
+        for index in range(_CORE_MM.start, _CORE_MM.stop):
+            total._cells[index] = sum(one._cells[index] for one in every)
         return total
+
+
+def _numbers(stats: Stats) -> tuple[float, ...]:
+    """The stats as numbers; those of multimodal inputs last, if there are any."""
+    *numbers, mm = msgspec.structs.astuple(stats)
+    return (*numbers, *(msgspec.structs.astuple(mm) if mm is not None else ()))
 
 
 class Board:

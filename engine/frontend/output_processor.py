@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from engine.clock import Clock
 from engine.errors import INTERRUPTS, EngineDeadError, NotServedError, RedlineError, RequestError, cause_of
+from engine.frontend.feature_cache import FeatureCache, placed_inputs
 from engine.frontend.front_end_stats import FrontEndStats
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.streams import Output, RequestStream, TokenLogprob
@@ -33,6 +34,8 @@ REASON_NAMES: dict[int, str] = {FinishReason.STOP: "stop", FinishReason.LENGTH: 
 
 class OutputProcessor:
     """The live outputs of one front end of one core; lives in one event loop."""
+
+    features: FeatureCache | None = None  # of multimodal inputs, if the model takes any
 
     def __init__(self, transport: Transport, clock: Clock, stats: FrontEndStats, front_end: int, replica: int):
         """`front_end` and `replica` are numbers: of the API process, and of the core among several."""
@@ -153,6 +156,8 @@ class OutputProcessor:
         """End an output that the core has ended."""
         reason = REASON_NAMES.get(finished.reason, "error")
         if reason == "error":
+            if output.stream.inputs and self.features is not None and finished.reason == FinishReason.FAILED:
+                self.features.send_again(self.replica, placed_inputs(output.stream.inputs[output.prompt]))
             output.stream.fail(_error_of(finished))
             self._remove(output, reason, finished)
             self.abort(output.stream)
@@ -187,6 +192,8 @@ class OutputProcessor:
         """Remove and count an output that ended; `finished` is the core's report, if that came first."""
         del self._live[output.handle]
         del output.stream.live[output.handle]
+        if output.stream.inputs and not output.stream.live:
+            output.stream.release_inputs()
         stats, now = self.stats, self.clock.now()
         stats.live = len(self._live)
         stats.count_finished(reason)

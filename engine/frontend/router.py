@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.frontend.core_client import NO_OPTIONS, STOPPED, UNKNOWN_ORIGIN, CoreClient
+from engine.frontend.feature_cache import PromptInputs
 from engine.frontend.front_end_stats import FrontEndStats
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.prompts import Prompt, Text, length_of
@@ -106,6 +107,7 @@ class Router:
         first = self.replicas[0]
         self.ready = first.ready  # all replicas have the same configuration
         self.tokenizer = first.tokenizer
+        self.inputs = first.inputs
         self.clock = first.clock
         self.alone = first.alone
         self.routing = routing
@@ -141,12 +143,14 @@ class Router:
         params: SamplingParams,
         options: RequestOptions = NO_OPTIONS,
         origin: Origin = UNKNOWN_ORIGIN,
+        inputs: Sequence[PromptInputs] = (),
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt, all on one replica; see `CoreClient.add_request`."""
         able = responsive(self._serving())
         client = able[0].client
         client.check_request(prompts, params, options.priority)
-        stream = RequestStream(prompts, params, client, self.clock.now(), origin, options)
+        assert len(inputs) in (0, len(prompts)), "inputs are given for all prompts or for none"
+        stream = RequestStream(prompts, params, client, self.clock.now(), origin, options, inputs)
         self._route(stream, able)
         return stream
 
@@ -159,9 +163,10 @@ class Router:
         size, lengths = self.ready.block_size, stream.prompt_lengths
         hashes: list[list[bytes]] = [[] for _ in lengths]
         if self._policy.by_prefix and self.ready.prefix_caching:
+            inputs = stream.inputs or [()] * len(lengths)
             hashes = [
-                [] if isinstance(one, Text) else prompt_block_hashes(one, stream.options, size)
-                for one in stream.prompts
+                [] if isinstance(one, Text) else prompt_block_hashes(one, stream.options, size, mm_inputs)
+                for one, mm_inputs in zip(stream.prompts, inputs, strict=True)
             ]
         # A request for prompt logprobs does not read the prefix cache.
         reads = stream.params.prompt_logprobs is None
@@ -263,6 +268,7 @@ class Router:
         except Exception as error:  # only this stream fails
             log.exception("a request of %s could not be retried elsewhere", tracker.client.name)
             dead = tracker.client.dead
+            stream.release_inputs()
             stream.fail(RedlineError(f"{dead}; the request could not be retried elsewhere: {cause_of(error)}"))
             return False
         return True

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.core.hashing import extend_hashes, root_hash
+from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
+from engine.frontend.feature_cache import PromptInputs, placed_inputs
 from engine.frontend.streams import Output, RequestOptions
 from engine.messages import column
 
@@ -28,10 +29,19 @@ INITIAL_OUTPUT_TOKENS = 128.0  # expected of an output before any has ended
 OUTPUT_WINDOW = 32  # the expected length is a moving mean over about so many outputs
 
 
-def prompt_block_hashes(prompt: Sequence[int], options: RequestOptions, block_size: int) -> list[bytes]:
-    """The core's hashes of the full blocks of a prompt: a chain over tokens, cache salt and adapter."""
+def prompt_block_hashes(
+    prompt: Sequence[int], options: RequestOptions, block_size: int, inputs: PromptInputs = ()
+) -> list[bytes]:
+    """The core's hashes of the full blocks of a prompt: a chain over tokens, inputs, cache salt and adapter.
+
+    There are none if the core replaces the placeholders of inputs.
+    """
     hashes: list[bytes] = []
-    extend_hashes(hashes, root_hash(options.cache_salt, options.adapter), column(prompt), block_size)
+    placed = [one for one in placed_inputs(inputs) if one.offset >= 0]
+    if len(placed) == len(inputs):
+        root = root_hash(options.cache_salt, options.adapter)
+        keys = mm_block_keys([one.input.ref_at(one.offset) for one in placed], block_size) if placed else NO_KEYS
+        extend_hashes(hashes, root, column(prompt), block_size, keys)
     return hashes
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.feature_cache import PromptInputs, placed_inputs
 from engine.frontend.prompts import Prompt, length_of
 from engine.frontend.sampling_params import SamplingParams
 
@@ -151,8 +152,10 @@ class RequestStream:
         arrived: float,
         origin: Origin,
         options: RequestOptions = NO_OPTIONS,
+        inputs: Sequence[PromptInputs] = (),
     ):
         self.prompts = prompts
+        self.inputs = inputs  # multimodal inputs of each prompt; empty: there are none
         self.prompt_lengths = [length_of(prompt) for prompt in prompts]
         self.params = params
         self.arrived = arrived
@@ -247,6 +250,12 @@ class RequestStream:
     def close(self) -> None:
         if self.live:
             self.client.abort(self)
+
+    def release_inputs(self) -> None:
+        """All outputs have ended: the features of its multimodal inputs may be evicted."""
+        for inputs in self.inputs:
+            for one in placed_inputs(inputs):
+                one.input.release()
 
     async def __aenter__(self) -> "RequestStream":
         return self

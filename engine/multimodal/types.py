@@ -39,12 +39,14 @@ class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
         placeholders: by kind, the id of the token that stands for one input in a prompt that a chat template wrote.
         most_tokens: by kind, the most placeholder tokens of one input (`Processor.most_tokens`).
         per_prompt: by kind, the most inputs of a prompt (`--limit-mm-per-prompt`); others have no limit.
+        folder: of the core, in which front ends link feature files for it (see `engine.core.feature_mirror`).
     """
 
     family: str
     placeholders: dict[str, int]
     most_tokens: dict[str, int]
     per_prompt: dict[str, int] = {}
+    folder: str = ""
 
 
 class Processed(msgspec.Struct, frozen=True, gc=False):
