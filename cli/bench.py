@@ -24,6 +24,7 @@ from bench.workloads import ANY_VOCABULARY, Workload, has_exact_lengths, make_wo
 from bench.workloads.arrivals import MOST_RATE
 from cli.closed import REQUESTS_PER_STREAM, check_closed, run_closed, save_vllm_of_rate, write_summary
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED, UNDECIDED
+from cli.offline import DEFAULT_REQUESTS, check_offline, run_offline
 from cli.options import RESULTS_ROOT, Finite, GroupedCommand, option, with_options
 from cli.params import GPUS, LIMIT, RATES, SHARE
 from cli.screen import verbatim_console
@@ -55,8 +56,8 @@ MEASUREMENT_OPTIONS = (
     ),
     option(
         MEASUREMENT, "--num-requests", type=click.IntRange(1, 10**7), metavar="N",
-        default_text=f"{REQUESTS_PER_STREAM} × --concurrency",
-        help="Number of requests to send with --concurrency.",
+        default_text=f"{REQUESTS_PER_STREAM} × --concurrency, {DEFAULT_REQUESTS} with --offline",
+        help="Number of requests to send with --concurrency or --offline.",
     ),
     option(
         MEASUREMENT, "--slo", "limits", type=LIMIT, multiple=True, metavar="METRIC=LIMIT",
@@ -94,6 +95,11 @@ MEASUREMENT_OPTIONS = (
     ),
 )  # fmt: skip
 TOKENIZER_OPTIONS = (
+    option(
+        TARGET, "--offline", metavar="MODEL",
+        help="Measure the throughput of the engine without a server: all requests are submitted at once, with prefix "
+        "and feature caches on and off. With several values of --repeat, once for each of them.",
+    ),
     option(
         TARGET, "--tokenizer", metavar="PATH", default_text="the server's",
         help="Tokenizer of the model: a folder, a tokenizer.json or a hub id. Set it if the server does not report its "
@@ -150,6 +156,8 @@ def command(ctx: click.Context, **params: Any) -> None:
     if params["save_vllm_json"] is not None:
         check_folder(params["save_vllm_json"].parent, "--save-vllm-json")
     spec = workload_spec(ctx)
+    if params["offline"] is not None:
+        ctx.exit(run_offline(console, files, params, spec))
     most = make_workload(spec, ANY_VOCABULARY).max_tokens  # reports a wrong workload before a server is contacted
     if params["model"] is None:
         ctx.exit(_run(console, files, params, spec, probe_server(target_of(params))))
@@ -284,8 +292,10 @@ def _print_end(console: Console, files: RunFiles, summary: Summary, answer: Answ
 def _check(ctx: click.Context, params: dict[str, Any]) -> None:
     if params["rate"] is not None and params["rates"] is not None:
         raise click.UsageError("use --rate or --rates, not both")
-    check_target(ctx, params)
-    check_closed(params)
+    check_offline(ctx, params)
+    if params["offline"] is None:
+        check_target(ctx, params)
+        check_closed(params)
     check_workload(ctx)
 
 

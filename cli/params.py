@@ -49,6 +49,20 @@ class RatesType(click.ParamType):
         return rates
 
 
+class RepeatsType(click.ParamType):
+    """25 -> 25; 0,25,50 -> [0, 25, 50]; percentages."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | list[int]:
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip().removesuffix("%") for part in value.split(",")]
+        if not all(re.fullmatch("[0-9]{1,3}", part) and int(part) <= 100 for part in parts):
+            self.fail(f"{value!r} is not a percentage from 0 to 100, or a list of them", param, ctx)
+        return int(parts[0]) if len(parts) == 1 else list(dict.fromkeys(map(int, parts)))
+
+
 class ShareType(click.ParamType):
     """5% or 0.05."""
 
@@ -96,4 +110,5 @@ class GpusType(click.ParamType):
             self.fail(f"{value!r} names no GPUs: use all, none, or numbers such as 0,1", param, ctx)
 
 
-LENGTH, RATES, SHARE, LIMIT, GPUS = LengthType(), RatesType(), ShareType(), LimitType(), GpusType()
+LENGTH, RATES, REPEATS = LengthType(), RatesType(), RepeatsType()
+SHARE, LIMIT, GPUS = ShareType(), LimitType(), GpusType()

@@ -50,19 +50,39 @@ def command(
     """
     if (model is None) == (model_option is None):
         raise click.UsageError("give one model, as the argument or with --model: a short name, a folder or a hub id")
-    limits = Limits(**_take(settings, Limits.__struct_fields__))
-    http = HttpOptions(limits=limits, **_take(settings, HttpOptions.__struct_fields__))
-    serving = Serving(http=http, **_take(settings, [one.name for one in fields(Serving)]))
+    serving = _serving(settings)
     notes = [*vllm_notes(ctx), *apply_formats(settings)]
-    settings["hf_overrides"] = read_overrides_of(settings)
-    settings["chat_template"] = read_chat_template(settings["chat_template"])
-    settings["served_model_name"] = settings["served_model_name"] or None
-    config = EngineConfig(model=model or model_option or "", adapters=split_adapters(lora), **settings)
+    config = _config(model or model_option or "", lora, settings)
     if settings["engine"] is None and config.v0_options:
         notes.append(config.fallback_note())
     if config.tokenizer_mode == "slow":
         notes.append("--tokenizer-mode slow has no effect: the fast tokenizer is used if there is one")
     return serve(config, serving, notes)
+
+
+def engine_config(model: str, flags: list[str]) -> EngineConfig:
+    """The configuration of an engine from the flags of this command; flags of the server have no effect."""
+    context = command.make_context("serve", [model, *flags])
+    settings = dict(context.params)
+    model, lora = settings.pop("model"), settings.pop("lora")
+    settings.pop("model_option")
+    _serving(settings)
+    apply_formats(settings)
+    return _config(model, lora, settings)
+
+
+def _serving(settings: dict[str, Any]) -> "Serving":
+    """Take the settings of the server out of all settings."""
+    limits = Limits(**_take(settings, Limits.__struct_fields__))
+    http = HttpOptions(limits=limits, **_take(settings, HttpOptions.__struct_fields__))
+    return Serving(http=http, **_take(settings, [one.name for one in fields(Serving)]))
+
+
+def _config(model: str, lora: tuple[str, ...], settings: dict[str, Any]) -> EngineConfig:
+    settings["hf_overrides"] = read_overrides_of(settings)
+    settings["chat_template"] = read_chat_template(settings["chat_template"])
+    settings["served_model_name"] = settings["served_model_name"] or None
+    return EngineConfig(model=model, adapters=split_adapters(lora), **settings)
 
 
 def _take(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

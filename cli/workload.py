@@ -11,10 +11,11 @@ from bench.workloads import known_fields, needs_vocabulary
 from bench.workloads.arrivals import KINDS, Arrivals
 from bench.workloads.encoding import local_encoder, local_tokenizer, server_encoder, tokenizer_size
 from bench.workloads.fields import MOST_TOKENS
+from bench.workloads.images import FORMATS
 from bench.workloads.presets import read_workload
 from bench.workloads.traces import UNITS
 from cli.options import Finite, option
-from cli.params import LENGTH
+from cli.params import LENGTH, REPEATS
 
 if TYPE_CHECKING:
     from bench.target import Target
@@ -32,6 +33,9 @@ _FIELDS = {
     "turns": ("--turns", "turns"),
     "dataset": ("--dataset", "dataset"),
     "dataset_rows": ("--dataset-rows", "rows"),
+    "images": ("--images", "images"),
+    "image_size": ("--image-size", "image_size"),
+    "image_format": ("--image-format", "image_format"),
     "repeat": ("--repeat", "repeat"),
     "skip_bad_rows": ("--skip-bad-rows", "skip_bad_rows"),
     "trace_unit": ("--trace-unit", "trace_unit"),
@@ -43,7 +47,8 @@ WORKLOAD_OPTIONS = (
     option(
         WORKLOAD, "--workload", metavar="[NAME|FILE]", default_text="random prompts of --input and --output tokens",
         help="Workload to send, as the name of a preset or a YAML file. The presets are 500-2000, 2048-128, 6000-4000, "
-        "shared-prefix, multi-turn, sharegpt, jsonl, visionarena, visionarena-bench, visionarena-sample, and mmmu-pro. "
+        "shared-prefix, multi-turn, sharegpt, jsonl, images, visionarena, visionarena-bench, visionarena-sample, and "
+        "mmmu-pro. "
         "The other options of this group replace single fields of the workload.",
     ),
     option(
@@ -76,8 +81,21 @@ WORKLOAD_OPTIONS = (
         help="Number of rows of the data set to use, from its beginning.",
     ),
     option(
-        WORKLOAD, "--repeat", type=click.IntRange(0, 100), metavar="PERCENT", default_text="0",
-        help="Percentage of requests that repeat an earlier image, to measure caches of images. Only for mmmu-pro.",
+        WORKLOAD, "--images", type=LENGTH, metavar="N", default_text="none",
+        help="Send this many synthetic images with each request: N, or LOW:HIGH. No data set is needed.",
+    ),
+    option(
+        WORKLOAD, "--image-size", metavar="WIDTHxHEIGHT,…", default_text="512x512",
+        help="Size of synthetic images in pixels. Of several sizes, each image has one at random.",
+    ),
+    option(
+        WORKLOAD, "--image-format", type=click.Choice(FORMATS), default_text="jpeg",
+        help="Encoding of synthetic images.",
+    ),
+    option(
+        WORKLOAD, "--repeat", type=REPEATS, metavar="PERCENT", default_text="0",
+        help="Percentage of requests that repeat an earlier one with its images, to measure caches. Only for mmmu-pro "
+        "and images. With --offline a list, such as 0,25,50,75,100.",
     ),
     option(
         ARRIVALS, "--arrivals", type=click.Choice(KINDS), default="poisson",
@@ -119,9 +137,21 @@ def check_workload(ctx: click.Context) -> None:
     if _is_set(ctx, "burstiness") and params["arrivals"] != "gamma":
         raise click.UsageError("--burstiness needs --arrivals gamma")
     if params["workload"] is None:
-        for name in ("dataset", "dataset_rows", "repeat"):
-            if _is_set(ctx, name):
-                raise click.UsageError(f"{_FIELDS[name][0]} needs --workload")
+        _check_without_workload(ctx)
+
+
+def _check_without_workload(ctx: click.Context) -> None:
+    """Raise UsageError for flags that need --workload, or exclude --images."""
+    images = ctx.params["images"]
+    for name in ("dataset", "dataset_rows"):
+        if _is_set(ctx, name):
+            raise click.UsageError(f"{_FIELDS[name][0]} needs --workload")
+    for name in ("image_size", "image_format", "repeat"):
+        if _is_set(ctx, name) and images is None:
+            raise click.UsageError(f"{_FIELDS[name][0]} needs --images or --workload")
+    for name in ("prefix", "turns", "trace"):
+        if images is not None and ctx.params[name] is not None:
+            raise click.UsageError(f"use --images or --{name}, not both")
 
 
 def workload_spec(ctx: click.Context) -> dict[str, Any]:
@@ -131,6 +161,8 @@ def workload_spec(ctx: click.Context) -> dict[str, Any]:
         spec = read_workload(params["workload"])
     elif params["trace"] is not None and _uses_trace_lengths(ctx):
         spec = {"kind": "trace", "trace": params["trace"]}
+    elif params["images"] is not None:
+        spec = {"kind": "images"}
     else:
         kind = (
             "multi-turn" if params["turns"] is not None else "random" if params["prefix"] is None else "shared-prefix"
@@ -144,7 +176,8 @@ def workload_spec(ctx: click.Context) -> dict[str, Any]:
                 continue  # these two then apply to the arrivals only
             if field not in known:
                 raise click.UsageError(f"{flag} does not apply to a workload of kind {spec['kind']}")
-            spec[field] = params[name]
+            value = params[name]
+            spec[field] = value[0] if name == "repeat" and isinstance(value, list) else value
     return spec
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from engine.config import EngineConfig
@@ -43,6 +45,14 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestMetrics:
+    """Times of a request in seconds since it was submitted, with all its outputs."""
+
+    first_token_s: float
+    end_s: float
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """The outputs of one prompt.
 
@@ -53,6 +63,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     finished: bool = True
@@ -87,6 +98,10 @@ class LLM:
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
 
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.ready.vocab_size
+
     def default_sampling_params(self) -> SamplingParams:
         """The parameters of requests without `sampling_params`: SamplingParams with the model's generation_config.json.
 
@@ -100,7 +115,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str = "",
-        progress: bool = False,
+        progress: bool | Callable[[], None] = False,
     ) -> list[RequestOutput]:
         """Generate outputs for one prompt or many, in the order of the prompts.
 
@@ -110,7 +125,7 @@ class LLM:
             prompts: texts, lists of token ids, or {"prompt_token_ids": [...]}.
             sampling_params: one for all prompts or one each; by default the model's (`default_sampling_params`).
             adapter: the name of a loaded adapter.
-            progress: show a progress bar.
+            progress: show a progress bar; or a function that is called after each request, from another thread.
         """
         listed = as_list(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
@@ -125,7 +140,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         adapter: str = "",
-        progress: bool = False,
+        progress: bool | Callable[[], None] = False,
     ) -> list[RequestOutput]:
         """Generate replies to one conversation (a list of messages) or many, with the model's chat template.
 
@@ -202,7 +217,7 @@ class LLM:
         ids: Sequence[list[int]],
         params: Sequence[SamplingParams],
         adapter: str,
-        progress: bool,
+        progress: bool | Callable[[], None],
     ) -> list[RequestOutput]:
         from rich.progress import Progress
 
@@ -213,10 +228,11 @@ class LLM:
         ]
         for prompt in ids:
             self._client.check_prompt(prompt)
-        with Progress(disable=not progress) as bar:
+        with Progress(disable=progress is not True) as bar:
             counter = bar.add_task("requests", total=len(ids))
+            done = progress if callable(progress) else partial(bar.advance, counter)
             tasks = [
-                asyncio.ensure_future(self._generate_one(text, prompt, each, adapter, lambda: bar.advance(counter)))
+                asyncio.ensure_future(self._generate_one(text, prompt, each, adapter, done))
                 for text, prompt, each in zip(texts, ids, params, strict=True)
             ]
             try:
@@ -228,8 +244,10 @@ class LLM:
     async def _generate_one(
         self, text: str | None, ids: list[int], params: SamplingParams, adapter: str, done: Callable[[], None]
     ) -> RequestOutput:
+        began = time.monotonic()
         async with self._client.add_request([ids], params, RequestOptions(adapter=adapter)) as stream:
             outputs = await collect_outputs(stream)
+            ended = time.monotonic()
             cached = stream.cached_tokens[0]
             scored = stream.prompt_logprobs.get(0)
         done()
@@ -237,6 +255,7 @@ class LLM:
             prompt=text,
             prompt_token_ids=ids,
             outputs=[self._completion(index, output, params) for index, output in enumerate(outputs)],
+            metrics=RequestMetrics(min(output.first_at or ended for output in outputs) - began, ended - began),
             prompt_logprobs=None
             if scored is None
             else [None if one is None else self._logprobs(one) for one in scored],

@@ -82,8 +82,8 @@ class Series:
 
     @property
     def unsearched(self) -> bool:
-        """Whether there is no answer because it was not searched."""
-        return self.answer is None and bool(self.points) and not self.searched
+        """Whether there is no answer because it was not searched; offline there is none to search."""
+        return self.answer is None and any(p.phase != "offline" for p in self.points) and not self.searched
 
     @property
     def measured(self) -> list[PointRecord]:

@@ -13,6 +13,8 @@ from plots.ablation import Ablation, ablation_figure, ablations
 from plots.compare import Comparison, compare
 from plots.data import ReportError, Results, Series, load
 from plots.latency import latency_figure
+from plots.offline import PHASE as OFFLINE
+from plots.offline import offline_figure
 from plots.page import page
 from plots.percentiles import percentile_figure
 from plots.style import save
@@ -80,7 +82,13 @@ class _Pictures:
 
 
 def _draw_summaries(results: Results, pictures: _Pictures) -> None:
-    measured = [w for w in results.workloads if any(s.measured for s in results.of_workload(w))]
+    offline = offline_figure(results)
+    if offline is not None:
+        pictures.add("offline", "Offline throughput by share of repeated requests", offline)
+    served = {
+        w: [p for s in results.of_workload(w) for p in s.measured if p.phase != OFFLINE] for w in results.workloads
+    }
+    measured = [workload for workload, points in served.items() if points]
     for workload in measured:
         caption = f"P99 ITL and P99 TTFT against request rate, {workload}"
         pictures.add(f"latency-{slug(workload)}", caption, latency_figure(results, workload))

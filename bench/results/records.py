@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from bench.results.environment import hardware, utc_now, versions
 
-Phase = Literal["probe", "search", "confirm", "ladder", "fixed", "closed"]
+Phase = Literal["probe", "search", "confirm", "ladder", "fixed", "closed", "offline"]
 
 DISTURBED_SHARE = 0.1  # of the cores: if others use more, a load point is disturbed
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.workloads.base import Encode, RequestSpec, Workload
+from bench.workloads.images import SyntheticImages
 from bench.workloads.texts import JsonLines, ShareGPT
 from bench.workloads.tokens import RandomTokens, SharedPrefix
 from bench.workloads.trace_lengths import TraceLengths
@@ -52,6 +53,9 @@ WORKLOAD_KINDS: dict[str, WorkloadKind] = {
     "mmmu-pro": WorkloadKind(
         MMMUPro, _fields("dataset"), _fields("output rows fresh skip_bad_rows subset split repeat"), exact=False
     ),
+    "images": WorkloadKind(
+        SyntheticImages, _fields(""), _fields("images image_size input output image_format repeat"), exact=False
+    ),
 }  # fmt: skip
 
 
@@ -62,6 +66,7 @@ def make_workload(spec: dict[str, Any], vocab_size: int | None, encode: Encode |
     {"kind": "shared-prefix", "prefix": 448, "input": 64, "output": 32, "prefixes": 4};
     {"kind": "multi-turn", "input": 200, "output": 100, "turns": 4, "conversations": 8};
     {"kind": "trace", "trace": "lengths.csv"};
+    {"kind": "images", "images": [1, 4], "image_size": "512x512,1275x1650", "input": 64, "output": 64};
     {"kind": "sharegpt", "dataset": "file.json"}, and the same for jsonl, visionarena and mmmu-pro.
     `vocab_size` is needed for random tokens (see needs_vocabulary()), `encode` for sharegpt when it is first used.
     """

@@ -44,15 +44,20 @@ def marked(content: bytes, salt: str) -> bytes:
             picture = opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise BenchError(f"an image of the data set cannot be read: {error} (--dataset)") from None
-    colors = hashlib.blake2b(salt.encode(), digest_size=3 * _CELLS).digest()
-    width, height = picture.size
-    for i in range(_CELLS):
-        color = tuple(colors[3 * i : 3 * i + 3])
-        left = max(0, width - (i + 1) * _CELL)
-        picture.paste(color, (left, max(0, height - _CELL), max(1, width - i * _CELL), height))
+    mark(picture, salt)
     out = io.BytesIO()
     if kind == "PNG":
         picture.save(out, "PNG", compress_level=1)
     else:
         picture.save(out, "JPEG", quality=90)
     return out.getvalue()
+
+
+def mark(picture: Any, salt: str) -> None:
+    """Draw a mark that depends on `salt` into the lower right corner of an RGB image of PIL."""
+    colors = hashlib.blake2b(salt.encode(), digest_size=3 * _CELLS).digest()
+    width, height = picture.size
+    for i in range(_CELLS):
+        color = tuple(colors[3 * i : 3 * i + 3])
+        left = max(0, width - (i + 1) * _CELL)
+        picture.paste(color, (left, max(0, height - _CELL), max(1, width - i * _CELL), height))

@@ -12,6 +12,7 @@ from bench.workloads.chats import text_of
 from bench.workloads.datafile import RowFaults
 from bench.workloads.dataset import DEFAULT_OUTPUT, DEFAULT_ROWS, FLAG, find_data, read_rows
 from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
+from bench.workloads.images import repeats
 from bench.workloads.pictures import data_url, marked, picture_bytes
 from bench.workloads.sampling import passes, salt_text
 
@@ -152,8 +153,7 @@ class MMMUPro(_Pictures):
         first_uses: list[int] = []
         for i in range(count):
             output = draw(rng, self._output)
-            # Repetitions are spread evenly, so that their share is right for any number of requests.
-            if first_uses and (i + 1) * self._repeat // 100 > i * self._repeat // 100:
+            if repeats(i, self._repeat, first=not first_uses):
                 earlier = specs[first_uses[int(rng.integers(len(first_uses)))]]
                 specs.append(RequestSpec(earlier.input_tokens, output, messages=earlier.messages))
                 continue

@@ -1,6 +1,7 @@
 """The outputs of one request, which arrive as deltas. Deltas are merged if the reader is slow."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -273,8 +274,11 @@ class CollectedOutput:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.first_at: float | None = None  # when its first delta was read, on the monotonic clock
 
     def add_delta(self, delta: Delta) -> None:
+        if self.first_at is None:
+            self.first_at = time.monotonic()
         self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
