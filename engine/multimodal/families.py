@@ -17,10 +17,10 @@ class MMFamily:
         placeholders: by kind, the field of config.json with the id of the token that stands for an input in the prompt.
         processor: module in `engine.multimodal.processors`, which has `make(folder, hf_config) -> Processor`.
         encoder: module in `engine.model.encoders`, which has `make(model) -> Encoder`.
+        text: path of the decoder in transformers' class.
         embedding_ids: fields of config.json with the ids of the tokens that stand for an embedding within the tokens of
             an input; empty: those of `placeholders`.
         bidirectional: kinds whose placeholders attend to each other, so that an input is computed in one step.
-        joint: the bidirectional inputs of a prompt attend to each other, so that all are computed in one step.
         mrope: rotary positions have three sections (time, height, width).
         deepstack: the encoder also returns features that are added to the hidden states after the first layers.
         added: its embeddings are added to those of their tokens, in place of which other families put them.
@@ -29,13 +29,15 @@ class MMFamily:
     placeholders: dict[MediaKind, str]
     processor: str
     encoder: str
+    text: str = "model.language_model"
     embedding_ids: tuple[str, ...] = ()
     bidirectional: tuple[MediaKind, ...] = ()
-    joint: bool = False
     mrope: bool = False
     deepstack: bool = False
     added: bool = False
 
+
+QWEN_VL: dict[MediaKind, str] = {"image": "image_token_id", "video": "video_token_id"}
 
 # By model type in config.json.
 MM_FAMILIES: dict[str, MMFamily] = {
@@ -45,6 +47,19 @@ MM_FAMILIES: dict[str, MMFamily] = {
     "mistral3": MMFamily({"image": "image_token_index"}, "pixtral", "mistral3"),
     "qwen2_audio": MMFamily({"audio": "audio_token_index"}, "qwen2_audio", "qwen2_audio"),
     "voxtral": MMFamily({"audio": "audio_token_id"}, "voxtral", "voxtral"),
+    "qwen2_vl": MMFamily(QWEN_VL, "qwen2_vl", "qwen2_vl", mrope=True),
+    "qwen2_5_vl": MMFamily(QWEN_VL, "qwen2_vl", "qwen2_vl", mrope=True),
+    "qwen3_vl": MMFamily(QWEN_VL, "qwen3_vl", "qwen3_vl", mrope=True, deepstack=True),
+    "gemma3": MMFamily(
+        {"image": "boi_token_index"},
+        "gemma3",
+        "gemma3",
+        embedding_ids=("image_token_index",),
+        bidirectional=("image",),
+    ),
+    "internvl": MMFamily({"image": "image_token_id"}, "internvl", "internvl"),
+    "idefics3": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3", text="model.text_model"),
+    "smolvlm": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3", text="model.text_model"),
 }
 
 

@@ -1,0 +1,35 @@
+"""The encoder of Idefics3 and SmolVLM: tiles of one size, whose patches are joined by squares in the connector."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.model.encoders.base import EncodedInput, Encoder
+
+
+def make(model: Any) -> Encoder:
+    """`model` is transformers' Idefics3ForConditionalGeneration or SmolVLMForConditionalGeneration."""
+    return Idefics3Encoder(model)
+
+
+class Idefics3Encoder:
+    """The embeddings of the tiles by rows of the image, then those of the whole image.
+
+    The input has pixel_values: float32[tiles + 1, channels, size, size]. Calls the tower and the connector themselves,
+    since `get_image_features` drops tiles whose values are all 0 as padding.
+    """
+
+    def __init__(self, model: Any):
+        self._tower: Any = model.model.vision_model
+        self._connector: Any = model.model.connector
+        self._patch: int = model.config.vision_config.patch_size
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> EncodedInput:
+        """Encode one image, all tiles in one batch."""
+        pixels = tensors["pixel_values"].to(self._tower.dtype)
+        tiles, _, height, width = pixels.shape
+        whole = torch.ones((tiles, height // self._patch, width // self._patch), dtype=torch.bool, device=pixels.device)
+        hidden = self._tower(pixel_values=pixels, patch_attention_mask=whole, return_dict=True).last_hidden_state
+        return EncodedInput(self._connector(hidden).flatten(0, 1))
