@@ -232,6 +232,7 @@ def _ready(
         kv_windows=resolved.kv_windows,
         sequences=resolution.sequences,
         tile_table=resolved.tile_table,
+        mm=None if model_info.mm is None else model_info.mm.spec,
     )
 
 

@@ -6,6 +6,7 @@ tokens is computed by itself, in tiles of queries against the keys that they can
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,17 @@ class Ragged:
     counts: Int64s
     computed: Int64s
     tables: Int32s
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of a row that attend to each other besides what comes before them: an image of some models.
+
+    row: of the batch. positions: int64[n], ascending, in the request. The step computes the last of them.
+    """
+
+    row: int
+    positions: Int64s
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,16 @@ class Chunk:
     tiles: tuple[Tile, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SpanQueries:
+    """Some queries of a span, and all keys of their row; computed after the row's chunk, whose results they replace."""
+
+    tokens: Tensor  # int64[queries], tokens of the batch
+    index: Tensor  # int64[kv heads * blocks]
+    blocks: int
+    bias: Tensor  # [queries, 1, keys]
+
+
 @dataclass(slots=True)
 class Plan:
     """Indices and masks of a step, made once for each window size of the model."""
@@ -80,6 +102,7 @@ class Plan:
     layout: Layout
     singles: list[SingleTokens] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    spans: list[SpanQueries] = field(default_factory=list)
 
 
 class Workspace:
@@ -125,14 +148,16 @@ def write(cache: Tensor, index: Tensor, values: Tensor) -> None:
     cache.view(-1, cache.shape[-1]).index_copy_(0, index, values.reshape(-1, cache.shape[-1]))
 
 
-def make_plan(ragged: Ragged, layout: Layout, window: int | None = None) -> Plan:
-    """Plan attention over the last `window` tokens, or over all tokens."""
+def make_plan(ragged: Ragged, layout: Layout, window: int | None = None, spans: Sequence[Span] = ()) -> Plan:
+    """Plan attention over the last `window` tokens, or over all tokens; tokens of a span also see those after them."""
     plan = Plan(layout)
     single = ragged.counts == 1
     if single.any():
         plan.singles = _group_singles(ragged, np.flatnonzero(single), layout, window)
     for i in np.flatnonzero(~single).tolist():
         plan.chunks.append(_make_chunk(ragged, i, layout, window))
+    for span in spans:
+        plan.spans += _make_span(ragged, span, layout, window)
     return plan
 
 
@@ -197,6 +222,25 @@ def _make_chunk(ragged: Ragged, i: int, layout: Layout, window: int | None) -> C
     return Chunk(int(ragged.starts[i]), torch.from_numpy(index.reshape(-1)), len(blocks), tuple(tiles))
 
 
+def _make_span(ragged: Ragged, span: Span, layout: Layout, window: int | None) -> Iterator[SpanQueries]:
+    """The queries of a span that the step computes, TILE at a time. A window excludes keys before a query only."""
+    computed, count = int(ragged.computed[span.row]), int(ragged.counts[span.row])
+    queries = span.positions[(span.positions >= computed) & (span.positions < computed + count)]
+    num_blocks = (computed + count - 1) // layout.block_size + 1
+    blocks = ragged.tables[span.row, :num_blocks].astype(np.int64)
+    index = blocks[None, :] * layout.kv_heads + np.arange(layout.kv_heads)[:, None]
+    keys = np.arange(num_blocks * layout.block_size)
+    within = np.isin(keys, span.positions)
+    for first in range(0, len(queries), TILE):
+        some = queries[first : first + TILE, None]
+        seen = (keys <= some) | within
+        if window is not None:
+            seen &= keys > some - window
+        bias = torch.zeros(seen.shape, dtype=layout.dtype).masked_fill_(torch.from_numpy(~seen), -math.inf)
+        tokens = torch.from_numpy(some[:, 0] - computed + ragged.starts[span.row])
+        yield SpanQueries(tokens, torch.from_numpy(index.reshape(-1)), num_blocks, bias[:, None, :])
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How a layer turns products of queries and keys into attention weights."""
@@ -235,6 +279,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, plan: Plan, scores: Scor
         _attend_single(query, keys, values, single, scores, workspace, out)
     for chunk in plan.chunks:
         _attend_chunk(query, keys, values, chunk, scores, workspace, out)
+    for span in plan.spans:
+        _attend_span(query, keys, values, span, scores, workspace, out)
     return out
 
 
@@ -274,3 +320,17 @@ def _attend_chunk(
         p = scores.weigh(s, (kv_heads, 1, -1, 1)).to(v.dtype).view(kv_heads, -1, size)
         mixed = torch.bmm(p, v[:, tile.low : tile.high]).view(kv_heads, count, -1, dim)
         out[rows].view(count, kv_heads, -1, dim).copy_(mixed.transpose(0, 1))
+
+
+def _attend_span(
+    query: Tensor, keys: Tensor, values: Tensor, span: SpanQueries, scores: Scores, workspace: Workspace, out: Tensor
+) -> None:
+    _, kv_heads, block_size, dim = keys.shape
+    count, length = len(span.tokens), span.blocks * block_size
+    k = _gather(keys, span.index, workspace, 0).view(kv_heads, length, dim).transpose(-1, -2)
+    v = _gather(values, span.index, workspace, 1).view(kv_heads, length, dim)
+    q = query.index_select(0, span.tokens).view(count, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
+    s = scores.products(q, k).view(kv_heads, count, -1, length).add_(span.bias)
+    p = scores.weigh(s, (kv_heads, 1, -1, 1)).to(v.dtype).view(kv_heads, -1, length)
+    mixed = torch.bmm(p, v).view(kv_heads, count, -1, dim).transpose(0, 1)
+    out.index_copy_(0, span.tokens, mixed.reshape(count, -1, dim))

@@ -18,8 +18,10 @@ from engine.model.config.mistral_params import read_mistral_params
 from engine.model.config.unsupported import unsupported_reason
 from engine.model.families import Family, family_of
 from engine.model.kv_groups import KVGroups, group_layers, layer_windows
+from engine.model.mm_facts import MMFacts, read_mm_facts
 from engine.model.resolve import resolve_model
-from engine.pretrained import AUTO_MAP, build_causal_lm
+from engine.multimodal.families import MM_FAMILIES
+from engine.pretrained import AUTO_MAP, build_causal_lm, build_composite
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes per weight, with the scales of its group; fp8 has a float32 scale for each output besides.
@@ -45,6 +47,7 @@ class ModelInfo:
     kv_bytes_per_token: int  # of one token's keys and values in a block, for all layers of a KV group
     windows: tuple[int, ...]  # tokens that a query sees, its own included, per layer; 0 for all
     warnings: tuple[str, ...] = ()
+    mm: MMFacts | None = None  # None: the model takes texts only
 
     @property
     def kv_groups(self) -> KVGroups:
@@ -65,38 +68,40 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
     tensors = checkpoint_tensors(config, path, hf_config)
     parameters = sum(tensor.numel for tensor in tensors.values())
     dtype = _dtype(config, hf_config, tensors)
-    kv_heads, head_dim = _cached_heads(hf_config)
-    length = _max_model_len(config, hf_config)
-    windows = layer_windows(hf_config, length)
+    decoder = hf_config.get_text_config(decoder=True)
+    kv_heads, head_dim = _cached_heads(decoder)
+    length = _max_model_len(config, decoder)
+    windows = layer_windows(decoder, length)
     group_size = group_layers(windows).group_size
     return ModelInfo(
         path=path,
         architecture=(getattr(hf_config, "architectures", None) or [hf_config.model_type])[0],
         dtype=dtype,
-        vocab_size=hf_config.vocab_size,
+        vocab_size=decoder.vocab_size,
         max_model_len=length,
-        num_layers=hf_config.num_hidden_layers,
-        num_heads=hf_config.num_attention_heads,
+        num_layers=decoder.num_hidden_layers,
+        num_heads=decoder.num_attention_heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        hidden_size=hf_config.hidden_size,
-        intermediate_size=_intermediate_size(hf_config),
+        hidden_size=decoder.hidden_size,
+        intermediate_size=_intermediate_size(decoder),
         weight_bytes=_weight_bytes(config, hf_config, parameters or _count_parameters(hf_config), dtype),
         kv_bytes_per_token=2 * group_size * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
         windows=windows,
         warnings=_warnings(hf_config, length),
+        mm=read_mm_facts(path, hf_config, ITEMSIZE[dtype], getattr(config, "mm_processor_kwargs", None) or {}),
     )
 
 
 def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:
-    warnings = []
-    longest = max_positions(hf_config) or length
+    warnings, decoder = [], hf_config.get_text_config(decoder=True)
+    longest = max_positions(decoder) or length
     if length > longest:
         warnings.append(
             f"--max-model-len {length} exceeds the {longest} positions the model was trained on: suitable for "
             "measuring only; output beyond that length is poor"
         )
-    original = longrope_original_length(hf_config)
+    original = longrope_original_length(decoder)
     if original is not None and length > original:
         warnings.append(
             f"requests may have {length} positions, so the long factors of its rotary embedding (longrope) are used "
@@ -104,8 +109,8 @@ def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:
         )
     if getattr(hf_config, AUTO_MAP, None):
         warnings.append(f"the model's custom code ({AUTO_MAP}) isn't run: transformers' own class is used")
-    if family_of(hf_config.model_type) is None:
-        warnings.append(f"models of type {hf_config.model_type!r} aren't in the parity suite: check the output")
+    if family_of(decoder.model_type) is None:
+        warnings.append(f"models of type {decoder.model_type!r} aren't in the parity suite: check the output")
     return tuple(warnings)
 
 
@@ -130,13 +135,14 @@ def _cached_heads(hf_config: Any) -> tuple[int, int]:
 def _weight_bytes(config: EngineConfig, hf_config: Any, parameters: int, dtype: str) -> int:
     """Size of the weights in memory.
 
-    With `--quantization` linears are quantized, and so is the head, in addition to the embedding if they are tied.
+    With `--quantization` linears of the decoder are quantized, and so is the head, in addition to the embedding if they
+    are tied.
     """
     item, kind = ITEMSIZE[dtype], config.quantization
     if kind is None:
         return parameters * item
-    linears = _linear_shapes(hf_config)
-    head = hf_config.vocab_size, hf_config.hidden_size
+    linears, decoder = _linear_shapes(hf_config), hf_config.get_text_config(decoder=True)
+    head = decoder.vocab_size, decoder.hidden_size
     plain = parameters - sum(math.prod(shape) * count for shape, count in linears.items())
     if not hf_config.tie_word_embeddings:
         plain -= math.prod(head)
@@ -146,13 +152,14 @@ def _weight_bytes(config: EngineConfig, hf_config: Any, parameters: int, dtype: 
 
 def _linear_shapes(hf_config: Any) -> Counter[tuple[int, int]]:
     """How many linears of each shape (outputs, inputs) the decoder layers have."""
-    if not (family_of(hf_config.model_type) or Family()).fused:
+    decoder = hf_config.get_text_config(decoder=True)
+    if not (family_of(decoder.model_type) or Family()).fused:
         return _class_linear_shapes(hf_config)
-    hidden, inner, heads = hf_config.hidden_size, hf_config.intermediate_size, hf_config.num_attention_heads
-    head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
-    width, kv_width = heads * head_dim, hf_config.num_key_value_heads * head_dim
+    hidden, inner, heads = decoder.hidden_size, decoder.intermediate_size, decoder.num_attention_heads
+    head_dim = getattr(decoder, "head_dim", None) or hidden // heads
+    width, kv_width = heads * head_dim, decoder.num_key_value_heads * head_dim
     shapes = [(width, hidden), *[(kv_width, hidden)] * 2, (hidden, width), *[(inner, hidden)] * 2, (hidden, inner)]
-    return Counter(shapes * hf_config.num_hidden_layers)
+    return Counter(shapes * decoder.num_hidden_layers)
 
 
 def _quantized_bytes(kind: str, outputs: int, inputs: int) -> float:
@@ -182,10 +189,11 @@ def read_hf_config(path: Path, config: EngineConfig) -> Any:
     if config.num_layers is not None:
         if config.load_format != "dummy":
             raise ConfigError("--num-layers needs --load-format dummy")
-        hf_config.num_hidden_layers = config.num_layers
-        if getattr(hf_config, "layer_types", None):
-            layer_types = hf_config.layer_types
-            hf_config.layer_types = [layer_types[i % len(layer_types)] for i in range(config.num_layers)]
+        decoder = hf_config.get_text_config(decoder=True)
+        decoder.num_hidden_layers = config.num_layers
+        if getattr(decoder, "layer_types", None):
+            layer_types = decoder.layer_types
+            decoder.layer_types = [layer_types[i % len(layer_types)] for i in range(config.num_layers)]
     return hf_config
 
 
@@ -262,7 +270,7 @@ def _intermediate_size(hf_config: Any) -> int:
 def _dtype(config: EngineConfig, hf_config: Any, tensors: dict[str, CheckpointTensor]) -> str:
     if config.dtype != "auto":
         return config.dtype
-    declared = getattr(hf_config, "dtype", None)
+    declared = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(decoder=True), "dtype", None)
     if declared is not None:
         name = str(declared).removeprefix("torch.")
     else:
@@ -274,10 +282,25 @@ def _dtype(config: EngineConfig, hf_config: Any, tensors: dict[str, CheckpointTe
 
 
 def weight_shapes(config: EngineConfig, model_info: ModelInfo) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights, under the names of the checkpoint; with dummy weights under those of the class."""
+    """Shapes of all weights, under the names of the checkpoint; with dummy weights under those of the class.
+
+    Of a model with towers under those of the class; those of towers have slashes in place of dots, so that nothing
+    takes their layers for the decoder's.
+    """
     hf_config = read_hf_config(model_info.path, config)
+    if hf_config.model_type in MM_FAMILIES:
+        return _composite_shapes(hf_config)
     tensors = checkpoint_tensors(config, model_info.path, hf_config)
     return {name: tensor.shape for name, tensor in tensors.items()} or _shapes(hf_config)
+
+
+def _composite_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    from engine.model.composed_decoder import decoder_of
+
+    model = _empty_model(hf_config)
+    own = {id(parameter) for parameter in decoder_of(model).parameters()}
+    named = model.named_parameters()
+    return {name if id(one) in own else name.replace(".", "/"): tuple(one.shape) for name, one in named}
 
 
 def _count_parameters(hf_config: Any) -> int:
@@ -286,9 +309,10 @@ def _count_parameters(hf_config: Any) -> int:
 
 def _class_linear_shapes(hf_config: Any) -> Counter[tuple[int, int]]:
     """As `_linear_shapes`, from the class."""
+    from engine.model.composed_decoder import decoder_of
     from engine.model.linears import quantizable_linears
 
-    model = _empty_model(hf_config)
+    model = decoder_of(_empty_model(hf_config))
     found = quantizable_linears(model)
     if isinstance(found, str):  # the worker, which has the model as well, refuses it
         return Counter()
@@ -305,5 +329,6 @@ def _empty_model(hf_config: Any) -> Any:
     """The class, built without memory."""
     import torch
 
+    build = build_composite if hf_config.model_type in MM_FAMILIES else build_causal_lm
     with torch.device("meta"):
-        return build_causal_lm(hf_config, attn_implementation="eager")
+        return build(hf_config, attn_implementation="eager")

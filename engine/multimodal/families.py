@@ -17,10 +17,10 @@ class MMFamily:
         placeholders: by kind, the field of config.json with the id of the token that stands for an input in the prompt.
         processor: module in `engine.multimodal.processors`, which has `make(folder, hf_config) -> Processor`.
         encoder: module in `engine.model.encoders`, which has `make(model) -> Encoder`.
-        text: path of the decoder in transformers' class.
         embedding_ids: fields of config.json with the ids of the tokens that stand for an embedding within the tokens of
             an input; empty: those of `placeholders`.
         bidirectional: kinds whose placeholders attend to each other, so that an input is computed in one step.
+        joint: the bidirectional inputs of a prompt attend to each other, so that all are computed in one step.
         mrope: rotary positions have three sections (time, height, width).
         deepstack: the encoder also returns features that are added to the hidden states after the first layers.
         added: its embeddings are added to those of their tokens, in place of which other families put them.
@@ -29,9 +29,9 @@ class MMFamily:
     placeholders: dict[MediaKind, str]
     processor: str
     encoder: str
-    text: str = "model.language_model"
     embedding_ids: tuple[str, ...] = ()
     bidirectional: tuple[MediaKind, ...] = ()
+    joint: bool = False
     mrope: bool = False
     deepstack: bool = False
     added: bool = False
@@ -58,8 +58,8 @@ MM_FAMILIES: dict[str, MMFamily] = {
         bidirectional=("image",),
     ),
     "internvl": MMFamily({"image": "image_token_id"}, "internvl", "internvl"),
-    "idefics3": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3", text="model.text_model"),
-    "smolvlm": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3", text="model.text_model"),
+    "idefics3": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
+    "smolvlm": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
 }
 
 

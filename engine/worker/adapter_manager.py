@@ -47,8 +47,8 @@ def adapter_sharding(meta_model: MetaModel, tp_plan: TPPlan | None) -> AdapterSh
     """How adapters are sharded for this rank; None with one rank."""
     if tp_plan is None or meta_model.vocab_shard is None:
         return None
-    base = f"{meta_model.path(meta_model.model.base_model)}."
-    return AdapterSharding(tp_plan, meta_model.vocab_shard, base, meta_model.model)
+    base = f"{meta_model.path(meta_model.decoder.base_model)}."
+    return AdapterSharding(tp_plan, meta_model.vocab_shard, base, meta_model.decoder)
 
 
 class AdapterManager:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from engine.config import EngineConfig, ResolvedConfig
 from engine.devices.cpu import pytorch_warnings
 from engine.errors import ConfigError
@@ -13,10 +15,12 @@ from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import fill_and_check, kv_layout
 from engine.model.model_info import ModelInfo
 from engine.model.runtime.attention_interface import KVCache
+from engine.multimodal.families import MM_FAMILIES
 from engine.worker import fused_stack
 from engine.worker.fused_backend import FusedBackend
 from engine.worker.fused_stack import StackFormats
 from engine.worker.generic_backend import GenericBackend
+from engine.worker.mm_generic_backend import MMGenericBackend
 from engine.worker.model_backend import ModelBackend
 from engine.worker.page_supply import PageSupply
 from engine.worker.threads import cores_of_rank
@@ -49,7 +53,7 @@ def build_backend(
         model_info.dtype, config.quantization or model_info.dtype, config.kv_cache_dtype or model_info.dtype
     )
     if isas:
-        refusal = fused_stack.refusal(meta_model.model, formats, resolved.block_size)
+        refusal = _refusal(meta_model, formats, resolved.block_size)
         unsupported = refusal is not None
         isa, reason = (None, refusal) if unsupported else _first_compiled(config, isas)
         if isa is not None:
@@ -62,7 +66,22 @@ def build_backend(
     warnings = pytorch_warnings(model_info.dtype)
     if config.kernels == "auto" and not unsupported:
         warnings.insert(0, f"{reason}: falling back to PyTorch, which is several times slower")
-    return BuiltBackend(GenericBackend(model, cache, meta_model.vocab_shard), f"torch ({reason})", tuple(warnings))
+    backend = _generic(meta_model, model, cache)
+    return BuiltBackend(backend, f"torch ({reason})", tuple(warnings))
+
+
+def _generic(meta_model: MetaModel, decoder: nn.Module, cache: KVCache) -> ModelBackend:
+    family = MM_FAMILIES.get(meta_model.model.config.model_type)
+    if family is None:
+        return GenericBackend(decoder, cache, meta_model.vocab_shard)
+    return MMGenericBackend(decoder, cache, meta_model.vocab_shard, family)
+
+
+def _refusal(meta_model: MetaModel, formats: StackFormats, block_size: int) -> str | None:
+    """Why the rank's shard of the model can't use the fused stack; None if it can."""
+    if meta_model.decoder is not meta_model.model:
+        return "the kernels do not support images and audio"
+    return fused_stack.refusal(meta_model.model, formats, block_size)
 
 
 def _build_fused(

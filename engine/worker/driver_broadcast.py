@@ -195,5 +195,5 @@ def build_driven(
     """Like `build_runner`, for ranks of which the first drives the others."""
     built, sharding = build_parts(config, model_info, resolved, meta_model, tp_plan)
     if group.rank == 0:
-        return Driver(built.backend, build_slots(resolved), sharding, group), built
+        return Driver(built.backend, build_slots(resolved, model_info, meta_model), sharding, group), built
     return Follower(built.backend, sharding, group), built

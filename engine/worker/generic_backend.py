@@ -32,19 +32,25 @@ class GenericBackend:
     def forward(self, batch: StepBatch) -> None:
         self._logits = None
         self._adapters.begin(batch.adapter_slots, batch.row_of)
-        ragged = Ragged(batch.starts, batch.counts, batch.num_computed_tokens, batch.tables)
-        forward = ForwardContext.build(self._cache, ragged, batch.row_of, batch.positions, self._workspace)
-        arguments: dict[str, Any] = {
-            "input_ids": torch.from_numpy(batch.ids)[None],
-            "position_ids": torch.from_numpy(batch.positions)[None],
-            "use_cache": False,
-        }
+        forward, arguments = self._context(batch), self._arguments(batch)
         logits_at = batch.logits_at
         if not len(logits_at):
             attention_interface.run_model(self._model.base_model, forward, arguments)  # type: ignore[arg-type]
             return
         arguments["logits_to_keep"] = torch.from_numpy(logits_at)
         self._logits = attention_interface.run_model(self._model, forward, arguments).logits[0]
+
+    def _context(self, batch: StepBatch) -> ForwardContext:
+        ragged = Ragged(batch.starts, batch.counts, batch.num_computed_tokens, batch.tables)
+        return ForwardContext.build(self._cache, ragged, batch.row_of, batch.positions, self._workspace)
+
+    def _arguments(self, batch: StepBatch) -> dict[str, Any]:
+        """What the model gets, but for `logits_to_keep`."""
+        return {
+            "input_ids": torch.from_numpy(batch.ids)[None],
+            "position_ids": torch.from_numpy(batch.positions)[None],
+            "use_cache": False,
+        }
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
         self._adapters.add(slot, adapter)

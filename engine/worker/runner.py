@@ -18,6 +18,8 @@ from engine.model.sharding.tp_plan import TPPlan
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding, adapter_sharding
 from engine.worker.backend_builder import BuiltBackend, build_backend
+from engine.worker.mm_slots import MMSlots
+from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.model_backend import ModelBackend
 from engine.worker.slots import StepBatch, WorkerSlots
 from engine.worker.step_runner import StepRunner
@@ -113,7 +115,7 @@ def build_runner(
 ) -> tuple[Runner, BuiltBackend]:
     """Build a rank's runner; `model_info` is the rank's, `tp_plan` is how ranks divide the model."""
     built, sharding = build_parts(config, model_info, resolved, meta_model, tp_plan)
-    return Runner(built.backend, build_slots(resolved), sharding), built
+    return Runner(built.backend, build_slots(resolved, model_info, meta_model), sharding), built
 
 
 def build_parts(
@@ -125,11 +127,13 @@ def build_parts(
     return built, adapter_sharding(meta_model, tp_plan)
 
 
-def build_slots(resolved: ResolvedConfig) -> WorkerSlots:
+def build_slots(resolved: ResolvedConfig, model_info: ModelInfo, meta_model: MetaModel) -> WorkerSlots:
+    """The slots of a rank; with an encoder, if the model takes multimodal inputs."""
     groups = len(resolved.kv_windows)
-    return WorkerSlots(
-        resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
-    )
+    shape = resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
+    if model_info.mm is None:
+        return WorkerSlots(*shape)
+    return MMSlots(encoder_cache(meta_model.model), input_tokens(meta_model.model, model_info.mm), *shape)
 
 
 def reindexed(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

@@ -19,6 +19,7 @@ from engine.pretrained import AUTO_MAP, custom_code
 from engine.text import first_line
 
 LONGROPE = "longrope"
+TEXT = "text_config"  # the decoder of a model that also takes images or audio
 ORIGINAL = "original_max_position_embeddings"  # the length before rope scaling
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -135,11 +136,23 @@ def _make_config(fields: dict[str, Any], path: str) -> Any:
         model_type = "ministral"  # as in transformers: the class with windows in some layers
     declaring = CONFIG_MAPPING[model_type]
     fields = {key: value for key, value in fields.items() if key not in IMPLEMENTATIONS}
-    fields = _with_original_length(_with_types(fields, declaring))
-    _check_sizes(fields, declaring.attribute_map)
-    _check_dtype(fields)
-    _check_activation(fields)
+    fields = _checked(fields, declaring)
+    text = fields.get(TEXT)
+    if isinstance(text, dict) and text.get("model_type") in CONFIG_MAPPING:
+        fields[TEXT] = _checked(text, CONFIG_MAPPING[text["model_type"]], f"{TEXT}.")
     return declaring.from_dict(fields, name_or_path=path)
+
+
+def _checked(fields: Mapping[str, Any], declaring: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of a class with the types that it declares. Raises FieldError, with the prefix before the name."""
+    try:
+        found = _with_original_length(_with_types(fields, declaring))
+        _check_sizes(found, declaring.attribute_map)
+        _check_dtype(found)
+        _check_activation(found)
+    except FieldError as error:
+        raise FieldError(f"{prefix}{error}") from None
+    return found
 
 
 def _with_types(fields: Mapping[str, Any], declaring: type) -> dict[str, Any]:

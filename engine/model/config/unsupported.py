@@ -4,6 +4,7 @@ from typing import Any
 
 from engine.model.checkpoints.quantized import quantization_config, unsupported_quantization
 from engine.model.families import family_of
+from engine.multimodal.families import MM_FAMILIES
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 ROPE_TYPES = {"default", "linear", "llama3", "longrope", "yarn", "proportional"}
@@ -21,22 +22,32 @@ UNSUPPORTED_TYPES = {
 
 def unsupported_reason(hf_config: Any) -> str | None:
     """Why a model can't be served, as the end of a sentence about it; None if it can."""
-    model_type = hf_config.model_type
+    if hf_config.model_type in MM_FAMILIES:
+        return _unsupported_decoder(hf_config.get_text_config(decoder=True), hf_config)
+    return _unsupported_decoder(hf_config, hf_config) or _unsupported_class(hf_config)
+
+
+def _unsupported_decoder(text_config: Any, hf_config: Any) -> str | None:
+    """Why a decoder can't be served; `hf_config` is that of the whole model."""
+    model_type = text_config.model_type
     if model_type in UNSUPPORTED_TYPES:
         return f"it {UNSUPPORTED_TYPES[model_type]}"
-    if getattr(hf_config, "is_encoder_decoder", False):
+    if getattr(text_config, "is_encoder_decoder", False):
         return "it is an encoder-decoder; only decoders are supported"
-    if any(getattr(hf_config, part, None) is not None for part in ("vision_config", "audio_config")):
-        return "it takes images or audio, which aren't supported yet"
+    if any(getattr(text_config, part, None) is not None for part in ("vision_config", "audio_config")):
+        return (
+            f"it takes images or audio, which aren't supported for models of type {model_type!r}; they are for "
+            f"{', '.join(sorted(MM_FAMILIES))}"
+        )
     quantization = quantization_config(hf_config)
     if quantization is not None and (reason := unsupported_quantization(quantization)):
         return reason
-    if getattr(hf_config, "kv_lora_rank", None) and family_of(model_type) is None:
+    if getattr(text_config, "kv_lora_rank", None) and family_of(model_type) is None:
         return "it uses multi-head latent attention, which isn't supported"
-    others = set(getattr(hf_config, "layer_types", None) or ()) - ATTENTION_TYPES
+    others = set(getattr(text_config, "layer_types", None) or ()) - ATTENTION_TYPES
     if others:
         return f"it has layers of type {', '.join(sorted(others))}; only full and sliding attention are supported"
-    return _unsupported_rope(hf_config) or _unsupported_class(hf_config)
+    return _unsupported_rope(text_config)
 
 
 def _unsupported_rope(hf_config: Any) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.errors import ModelError
 from engine.model.checkpoints.weight_mapping import Shape
 from engine.model.checkpoints.weight_memory import WeightMemory, host_memory
+from engine.model.composed_decoder import decoder_of
 from engine.model.runtime.vocab_shard import VocabShard
 
 Allocate = Callable[[Shape, torch.dtype], Tensor]
@@ -98,6 +99,7 @@ class MetaModel:
 
     def __init__(self, model: Any, source: WeightSource, keep_float32: Sequence[str] = ()):
         self.model = model
+        self.decoder = decoder_of(model)  # the model itself, if it has no towers
         self.seconds = 0.0  # spent in `fill`
         self.vocab_shard: VocabShard | None = None  # set if ranks divide the vocabulary
         self._source = source

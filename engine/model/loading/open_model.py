@@ -20,11 +20,13 @@ from engine.model.loading.weight_sources import CheckpointSource, RandomSource
 from engine.model.model_info import ModelInfo, checkpoint_tensors, longrope_original_length, read_hf_config
 from engine.model.runtime import attention_interface
 from engine.model.runtime.attention_interface import ForwardContext, KVCache
-from engine.pretrained import build_causal_lm
+from engine.multimodal.families import MM_FAMILIES
+from engine.pretrained import build_causal_lm, build_composite
 from engine.text import first_line
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
+TOWER_ATTENTION = "sdpa"  # of encoders
 PROBE = 4  # tokens of the check
 PROGRESS_INTERVAL = 0.1  # seconds between two reports of progress, at least
 # Tensors of old checkpoints that the class computes itself.
@@ -48,7 +50,7 @@ def open_model(config: EngineConfig, model_info: ModelInfo, progress: Progress |
     dtype = getattr(torch, model_info.dtype)
     try:
         with _quiet_transformers(), parameters_on_meta():
-            model = build_causal_lm(hf_config, dtype=dtype, attn_implementation=attention_interface.ATTENTION)
+            model = _build_class(hf_config, dtype)
     except KeyError as error:  # the class looks up its attention in a table of its own
         raise ModelError(f"{config.model} can't be run: {_does_not_fit(model_info)}: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -60,6 +62,14 @@ def open_model(config: EngineConfig, model_info: ModelInfo, progress: Progress |
     if config.load_format == "dummy":
         return MetaModel(model, RandomSource(model, config.seed), keep_float32)
     return MetaModel(model, _checkpoint_source(model, config, model_info, progress), keep_float32)
+
+
+def _build_class(hf_config: Any, dtype: torch.dtype) -> Any:
+    """The class with paged attention in its decoder; towers keep transformers' own."""
+    if hf_config.model_type in MM_FAMILIES:
+        attention = {"": TOWER_ATTENTION, "text_config": attention_interface.ATTENTION}
+        return build_composite(hf_config, dtype=dtype, attn_implementation=attention)
+    return build_causal_lm(hf_config, dtype=dtype, attn_implementation=attention_interface.ATTENTION)
 
 
 def _pin_rope(model: Any, max_model_len: int) -> None:
@@ -162,13 +172,15 @@ def kv_layout(model_info: ModelInfo, block_size: int) -> Layout:
 
 
 def fill_and_check(meta_model: MetaModel, config: EngineConfig, model_info: ModelInfo) -> nn.Module:
-    """Fill a model that runs as transformers' class, and check that it uses the paged attention.
+    """Fill a model that runs as transformers' class, and check that its decoder, which is returned, uses the paged
+    attention.
 
     `model_info` is the rank's. Raises ModelError if the weights can't be read, or if the check fails.
     """
     meta_model.fill()
     check_attention(meta_model, config, model_info)
-    return meta_model.model
+    decoder: nn.Module = meta_model.decoder
+    return decoder
 
 
 @torch.inference_mode()
@@ -196,7 +208,7 @@ def check_attention(
     }
     refusal = f"{config.model} can't be run: {_does_not_fit(model_info)}"
     try:
-        logits = attention_interface.run_model(meta_model.model, context, arguments).logits
+        logits = attention_interface.run_model(meta_model.decoder, context, arguments).logits
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ModelError(f"{refusal}: {first_line(error)}") from error
     if context.layers_seen != set(range(model_info.num_layers)) or tuple(logits.shape) != (1, 1, num_logits):

@@ -84,8 +84,8 @@ class RandomSource:
     """
 
     def __init__(self, model: Any, seed: int):
-        self._model = model
         self._seed = seed
+        self._owners = {path: module for path, module in model.named_modules() if hasattr(module, "_init_weights")}
 
     def use(self, memory: WeightMemory) -> None:
         """The memory of each parameter is where its values are made."""
@@ -101,7 +101,7 @@ class RandomSource:
                 if whole.ndim > 1:  # in case the class does not initialize such a parameter
                     whole.normal_(std=0.02)
                 module._parameters[name] = nn.Parameter(whole, requires_grad=False)
-            self._model._init_weights(module)
+            self._owner(path)._init_weights(module)
         for name, target in targets.items():
             whole = module.get_parameter(name)
             shard = target.shard
@@ -112,6 +112,12 @@ class RandomSource:
             else:
                 target.out.copy_(torch.cat([whole.narrow(shard.dim, *part) for part in shard.ranges], shard.dim))
         module._parameters.update(held)
+
+    def _owner(self, path: str) -> Any:
+        """The class of transformers that a parameter belongs to: towers initialize their own."""
+        parts = path.split(".")
+        prefixes = (".".join(parts[:count]) for count in range(len(parts) - 1, -1, -1))
+        return next(self._owners[prefix] for prefix in prefixes if prefix in self._owners)
 
     def fill_buffer(self, path: str, out: Tensor) -> None:
         """Buffers keep the values that the class gave them."""

@@ -5,7 +5,7 @@ requests of the batch, the KV cache) is in a forward context, which belongs to t
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.arrays import Int64s
 from engine.kernels import attention
-from engine.kernels.attention import Layout, Plan, Ragged, Scores, Workspace
+from engine.kernels.attention import Layout, Plan, Ragged, Scores, Span, Workspace
 from engine.model.kv_groups import KVGroups
 
 ATTENTION = "redline_paged"
@@ -86,12 +86,19 @@ class ForwardContext:
     ragged: list[Ragged]
     write_index: list[Tensor]
     workspace: Workspace
+    spans: Sequence[Span] = ()
     plans: dict[tuple[int, int | None], Plan] = field(default_factory=dict)  # by group and window
     layers_seen: set[int] = field(default_factory=set)
 
     @classmethod
     def build(
-        cls, cache: KVCache, ragged: Ragged, row_of: Int64s, positions: Int64s, workspace: Workspace
+        cls,
+        cache: KVCache,
+        ragged: Ragged,
+        row_of: Int64s,
+        positions: Int64s,
+        workspace: Workspace,
+        spans: Sequence[Span] = (),
     ) -> "ForwardContext":
         """Build the context of a step.
 
@@ -101,16 +108,18 @@ class ForwardContext:
             row_of: [tokens], the row of the batch that each token belongs to.
             positions: [tokens], in the request.
             workspace: buffers that the attention reuses.
+            spans: tokens that attend to each other.
         """
         each = [replace(ragged, tables=table) for table in ragged.tables]
         index = [attention.write_index(table, row_of, positions, cache.layout) for table in ragged.tables]
-        return cls(cache, each, index, workspace)
+        return cls(cache, each, index, workspace, spans)
 
     def plan(self, group: int, window: int | None) -> Plan:
         """The attention plan of a KV group, made once per step and window."""
         if (group, window) not in self.plans:
             self.cache.check_window(group, window)
-            self.plans[group, window] = attention.make_plan(self.ragged[group], self.cache.layout, window)
+            ragged, layout = self.ragged[group], self.cache.layout
+            self.plans[group, window] = attention.make_plan(ragged, layout, window, self.spans)
         return self.plans[group, window]
 
     def attend(

@@ -33,7 +33,7 @@ def shard_model(meta_model: MetaModel, tp_plan: TPPlan, group: RankGroup) -> Non
 
     Raises ModelError if a part of the model is not built as its plan requires.
     """
-    model = meta_model.model
+    model = meta_model.decoder
     for path, module in list(model.base_model.named_modules()):
         style = tp_plan.style(path)
         if style == EXPERTS:
@@ -52,7 +52,7 @@ def shard_model(meta_model: MetaModel, tp_plan: TPPlan, group: RankGroup) -> Non
 
 
 def _shard_linear(meta_model: MetaModel, path: str, style: str, tp_plan: TPPlan, group: RankGroup) -> None:
-    linear = meta_model.model.base_model.get_submodule(path)
+    linear = meta_model.decoder.base_model.get_submodule(path)
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise ModelError(f"{path} can't be divided among ranks: it is a {type(linear).__name__}")
@@ -80,7 +80,7 @@ def _shard_linear(meta_model: MetaModel, path: str, style: str, tp_plan: TPPlan,
 
 
 def _shard_norm(meta_model: MetaModel, path: str, group: RankGroup) -> None:
-    norm: Any = meta_model.model.base_model.get_submodule(path)
+    norm: Any = meta_model.decoder.base_model.get_submodule(path)
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or epsilon is None:
         raise ModelError(f"{path} can't be divided among ranks: it is a {type(norm).__name__}")
@@ -124,7 +124,7 @@ def _shard_parameter(meta_model: MetaModel, module: nn.Module, name: str, style:
 
 
 def _shard_vocabulary(meta_model: MetaModel, tp_plan: TPPlan, group: RankGroup) -> None:
-    embedding, head = meta_model.model.get_input_embeddings(), meta_model.model.get_output_embeddings()
+    embedding, head = meta_model.decoder.get_input_embeddings(), meta_model.decoder.get_output_embeddings()
     shard = VocabShard(tp_plan.rank_info.vocab_size, group)
     first, count = shard.first, shard.count
     for module in {embedding, head}:

@@ -68,7 +68,7 @@ def plan_tensor_parallel(config: EngineConfig, model_info: ModelInfo) -> TPPlan:
     divisible, naming the values that work.
     """
     size = config.tensor_parallel_size
-    hf_config = read_hf_config(model_info.path, config)
+    hf_config = read_hf_config(model_info.path, config).get_text_config(decoder=True)
     family = family_of(hf_config.model_type) or Family()
     tp_plan = family.tp_plan or getattr(hf_config, "base_model_tp_plan", None) or {}
     # The vocabulary is divided here in one way for all classes.

@@ -120,7 +120,7 @@ def test_a_length_beyond_the_models_positions_is_refused_where_positions_end(tmp
         ({"model_type": "falcon"}, "its own attention mask"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "no_such_kind"}, "no_such_kind"),
-        ({"model_type": "llava"}, "images"),
+        ({"model_type": "idefics2"}, "images"),
         ({"model_type": "qwen3_next"}, "linear_attention"),
         ({"model_type": "deepseek_v2"}, "latent attention"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of type dynamic"),

@@ -197,8 +197,8 @@ def windows_off_by_one() -> Iterator[None]:
 
     make = attention.make_plan
 
-    def wider(ragged: Any, layout: Any, window: int | None = None) -> Any:
-        return make(ragged, layout, None if window is None else window + 1)
+    def wider(ragged: Any, layout: Any, window: int | None = None, spans: Any = ()) -> Any:
+        return make(ragged, layout, None if window is None else window + 1, spans)
 
     attention.make_plan = wider
     try:

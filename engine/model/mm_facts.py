@@ -1,0 +1,105 @@
+"""What must be known of a model's multimodal inputs before it is loaded: their tokens, and the memory they need."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.multimodal.families import MM_FAMILIES, embedding_ids, placeholder_ids
+from engine.multimodal.types import MMSpec
+
+_TOWERS = ("vision_config", "vit_config", "audio_config")
+AUDIO_POSITIONS_PER_TOKEN = 4  # at most, in the towers of Qwen2-Audio and Voxtral
+
+
+@dataclass(frozen=True, slots=True)
+class MMFacts:
+    """The multimodal inputs of a model.
+
+    Args:
+        spec: what front ends must know.
+        embedding_ids: tokens that stand for an embedding within the tokens of an input.
+        embedding_bytes: of one token in the encoder cache, with the features that are added to later layers.
+        encoder_workspace: bytes that the encoder of the largest input needs besides its weights; an estimate.
+        unsplit_tokens: the most tokens of an input that is computed in one step; 0: all inputs can be split.
+    """
+
+    spec: MMSpec
+    embedding_ids: frozenset[int]
+    embedding_bytes: int
+    encoder_workspace: int
+    unsplit_tokens: int = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the largest input."""
+        return max(self.spec.most_tokens.values(), default=0)
+
+
+def read_mm_facts(path: Path, hf_config: Any, itemsize: int, options: Mapping[str, Any]) -> MMFacts | None:
+    """The facts about the inputs of a model; None if it takes texts only.
+
+    Args:
+        path: the model's folder, or its config.json.
+        hf_config: of the whole model.
+        itemsize: bytes of a number of the model's dtype.
+        options: those of --mm-processor-kwargs.
+    """
+    family = MM_FAMILIES.get(hf_config.model_type)
+    if family is None:
+        return None
+    folder = path if path.is_dir() else path.parent
+    processor = importlib.import_module(f"engine.multimodal.processors.{family.processor}").make(folder, hf_config)
+    most: dict[str, int] = {kind: int(processor.most_tokens(kind, options)) for kind in family.placeholders}
+    text_config = hf_config.get_text_config(decoder=True)
+    hidden = text_config.hidden_size
+    layers = 1 + (len(hf_config.vision_config.deepstack_visual_indexes) if family.deepstack else 0)
+    return MMFacts(
+        MMSpec(hf_config.model_type, dict[str, int](placeholder_ids(family, hf_config).items()), most),
+        embedding_ids(family, hf_config),
+        layers * hidden * itemsize,
+        _encoder_workspace(hf_config, max(most.values()), itemsize) + max(most.values()) * layers * hidden * itemsize,
+        max((most[kind] for kind in family.bidirectional), default=0),
+    )
+
+
+def _encoder_workspace(hf_config: Any, tokens: int, itemsize: int) -> int:
+    """Bytes that the tower needs for an input of that many tokens: its inputs to all layers, as most families select
+    one of them afterwards, and what the widest layer computes."""
+    largest = 0
+    for name in _TOWERS:
+        tower = getattr(hf_config, name, None)
+        if tower is None:
+            continue
+        hidden = _first(tower, "hidden_size", "d_model", "embed_dim") or 0
+        inner = _first(tower, "intermediate_size", "encoder_ffn_dim") or int(hidden * getattr(tower, "mlp_ratio", 4))
+        layers = _first(tower, "num_hidden_layers", "depth", "encoder_layers") or 1
+        positions = tokens * _positions_per_token(hf_config, tower, name)
+        numbers = positions * (layers * hidden + 8 * hidden + 2 * inner)
+        if tower.model_type == "pixtral":
+            numbers += 2 * positions * positions  # its mask over all pairs of patches, and a copy
+        largest = max(largest, numbers * itemsize)
+    return largest
+
+
+def _positions_per_token(hf_config: Any, tower: Any, name: str) -> int:
+    """How many positions of the tower become one token, at most."""
+    if name == "audio_config":
+        return AUDIO_POSITIONS_PER_TOKEN
+    merge = getattr(hf_config, "spatial_merge_size", None) or getattr(tower, "spatial_merge_size", None)
+    merge = merge or getattr(hf_config, "scale_factor", None)
+    if merge:
+        return int(merge) ** 2
+    ratio = getattr(hf_config, "downsample_ratio", None)
+    if ratio:
+        return round(1 / ratio) ** 2
+    tokens = getattr(hf_config, "mm_tokens_per_image", None)
+    if tokens:
+        return max(1, (tower.image_size // tower.patch_size) ** 2 // tokens)
+    return 1
+
+
+def _first(config: Any, *names: str) -> int | None:
+    """The first of some fields that a config has."""
+    return next((int(value) for name in names if (value := getattr(config, name, None))), None)

@@ -1,0 +1,46 @@
+"""The embeddings of multimodal inputs on a worker's device; the core decides what is in the cache."""
+
+from collections.abc import Callable, Iterable
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.messages import MMInputRef
+from engine.model.encoders.base import EncodedInput, Encoder
+
+
+class EncoderCache:
+    """Embeddings by key (`MMInputRef.hash`).
+
+    Args:
+        encoder: the model's.
+        place: copies a tensor to the device of the model.
+    """
+
+    def __init__(self, encoder: Encoder, place: Callable[[Tensor], Tensor] = lambda tensor: tensor):
+        self.num_encoded = 0  # inputs, since the start
+        self._encoder = encoder
+        self._place = place
+        self._encoded: dict[bytes, EncodedInput] = {}
+
+    def __getitem__(self, key: bytes) -> EncodedInput:
+        return self._encoded[key]
+
+    def free(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            del self._encoded[key]
+
+    def encode(self, mm_input: MMInputRef, count: int) -> None:
+        """Read the features of an input and encode them. Raises RuntimeError unless there are `count` embeddings."""
+        try:
+            tensors = load_file(mm_input.features)
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(f"the features of a multimodal input can't be read: {error}") from error
+        found = self._encoder.encode({name: self._place(tensor) for name, tensor in tensors.items()})
+        if len(found.embeddings) != count:
+            raise RuntimeError(
+                f"the encoder returned {len(found.embeddings)} embeddings for an input with {count} tokens for them"
+            )
+        self.num_encoded += 1
+        self._encoded[mm_input.hash] = found

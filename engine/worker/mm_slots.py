@@ -1,0 +1,166 @@
+"""The slots of a model that takes multimodal inputs.
+
+Example: tokens 2 to 5 of a prompt are an image, of which token 4 is a line break; the step computes tokens 3 to 6:
+
+    token                 0  1  2  3  4  5  6
+    embedding                   0  1     2
+    computed in the step           x  x  x  x
+    StepBatch.mm.at                0     2         with the embeddings 1 and 2
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.arrays import Int32s, Int64s
+from engine.kernels.attention import Span
+from engine.messages import MMInputRef, SlotAssignment, StepMessage, int32s
+from engine.model.encoders.base import EncodedInput
+from engine.worker.encoder_cache import EncoderCache
+from engine.worker.mm_rows import MMRows
+from engine.worker.mrope import GridInput, rotary_positions
+from engine.worker.slots import StepBatch, WorkerSlots
+
+
+@dataclass(frozen=True, slots=True)
+class InputTokens:
+    """How a model's inputs lie in a prompt.
+
+    Args:
+        embedding_ids: the tokens that stand for an embedding within the tokens of an input.
+        mrope: rotary positions have three sections.
+        tokens_per_second: see `engine.worker.mrope`.
+        joint: the bidirectional inputs of a prompt attend to each other, not only each to itself.
+    """
+
+    embedding_ids: Int32s
+    mrope: bool = False
+    tokens_per_second: float | None = None
+    joint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotInput:
+    ref: MMInputRef
+    at: Int64s  # positions of the tokens that stand for an embedding, ascending
+
+
+class MMSlots(WorkerSlots):
+    """Slots with inputs; a step also encodes those that the core asks for.
+
+    Args:
+        cache: the embeddings. None: there are none here, because the model computes with those of another rank.
+        input_tokens: how inputs lie in a prompt.
+        shape: arguments of the base class.
+    """
+
+    def __init__(self, cache: EncoderCache, input_tokens: InputTokens, *shape: Any, **more: Any):
+        super().__init__(*shape, **more)
+        self.encoder_cache = cache
+        self._tokens_of_inputs = input_tokens
+        self._inputs: dict[int, list[_SlotInput]] = {}  # by slot, only slots with inputs
+        self._unfinished: set[int] = set()  # slots with an embedding that isn't computed yet
+        self._rotary: dict[int, Int64s] = {}  # by slot, of prompts with inputs: int64[3, prompt tokens]
+        self._rotary_delta: Int64s = np.zeros(len(self.live), dtype=np.int64)
+
+    def begin_step(self, message: StepMessage) -> StepBatch:
+        """As in the base class; frees and encodes inputs, and adds the embeddings of the step's tokens."""
+        self.encoder_cache.free(message.free_encoder_keys)
+        batch = super().begin_step(message)
+        for slot, index in message.encoder_inputs:
+            one = self._inputs[slot][index]
+            self.encoder_cache.encode(one.ref, len(one.at))
+        rows = self._find_rows(batch) if self._unfinished else None
+        rotary = self._find_rotary(batch) if self._tokens_of_inputs.mrope else None
+        if rows is None and rotary is None:
+            return batch
+        return dataclasses.replace(batch, mm=rows, rotary_positions=rotary)
+
+    def _assign(self, assignment: SlotAssignment) -> None:
+        super()._assign(assignment)
+        slot, tokens = assignment.slot, int32s(assignment.tokens)
+        self._forget(slot)
+        if not assignment.mm_inputs:
+            return
+        inputs = []
+        for ref in assignment.mm_inputs:
+            own = tokens[ref.offset : ref.offset + ref.length]
+            inputs.append(
+                _SlotInput(ref, np.flatnonzero(np.isin(own, self._tokens_of_inputs.embedding_ids)) + ref.offset)
+            )
+        self._inputs[slot] = inputs
+        self._unfinished.add(slot)
+        if self._tokens_of_inputs.mrope:
+            grids = [GridInput(one.at, one.ref.grid, one.ref.seconds_per_frame) for one in inputs]
+            self._rotary[slot], self._rotary_delta[slot] = rotary_positions(
+                assignment.num_prompt_tokens, grids, self._tokens_of_inputs.tokens_per_second
+            )
+
+    def _apply_changes(self, message: StepMessage) -> None:
+        if message.freed_slots:
+            for slot in int32s(message.freed_slots).tolist():
+                self._forget(slot)
+        super()._apply_changes(message)
+
+    def _forget(self, slot: int) -> None:
+        self._inputs.pop(slot, None)
+        self._rotary.pop(slot, None)
+        self._unfinished.discard(slot)
+        self._rotary_delta[slot] = 0
+
+    def _find_rows(self, batch: StepBatch) -> MMRows | None:
+        """The embeddings of the step's tokens; slots whose last embedding is among them are finished."""
+        at, parts, spans = [], list[EncodedInput](), list[Span]()
+        for i in np.flatnonzero(np.isin(batch.slots, list(self._unfinished))).tolist():
+            slot, computed = int(batch.slots[i]), int(batch.num_computed_tokens[i])
+            inputs, end = self._inputs[slot], computed + int(batch.counts[i])
+            for one in inputs:
+                low, high = np.searchsorted(one.at, (computed, end)).tolist()
+                if low < high:
+                    at.append(one.at[low:high] - computed + batch.starts[i])
+                    parts.append(_part(self.encoder_cache[one.ref.hash], low, high))
+            spans += _spans(i, inputs, computed, end, joint=self._tokens_of_inputs.joint)
+            if end > max(int(one.at[-1]) if len(one.at) else 0 for one in inputs):
+                self._unfinished.discard(slot)
+        if not at:
+            return None
+        deepstack = [part.deepstack for part in parts if part.deepstack is not None]
+        return MMRows(
+            np.concatenate(at),
+            torch.cat([part.embeddings for part in parts]),
+            torch.cat(deepstack, 1) if deepstack else None,
+            tuple(spans),
+        )
+
+    def _find_rotary(self, batch: StepBatch) -> Int64s:
+        """`StepBatch.rotary_positions`."""
+        flat = batch.positions + self._rotary_delta[batch.slots][batch.row_of]
+        found = np.repeat(flat[None], 3, 0)
+        for i in np.flatnonzero(np.isin(batch.slots, list(self._rotary))).tolist() if self._rotary else ():
+            rotary, computed = self._rotary[int(batch.slots[i])], int(batch.num_computed_tokens[i])
+            count = min(int(batch.counts[i]), rotary.shape[1] - computed)
+            if count > 0:
+                start = int(batch.starts[i])
+                found[:, start : start + count] = rotary[:, computed : computed + count]
+        return found
+
+
+def _part(encoded: EncodedInput, low: int, high: int) -> EncodedInput:
+    deepstack = encoded.deepstack
+    return EncodedInput(encoded.embeddings[low:high], None if deepstack is None else deepstack[:, low:high])
+
+
+def _spans(row: int, inputs: list[_SlotInput], computed: int, end: int, *, joint: bool) -> Iterator[Span]:
+    """The bidirectional inputs with a token in the step, which is one of theirs or follows a prefix hit within them."""
+    chosen = [one.at for one in inputs if one.ref.bidirectional]
+    for at in [np.concatenate(chosen)] if joint and chosen else chosen:
+        if len(at) and at[0] < end and at[-1] >= computed:
+            if at[-1] >= end:
+                raise RuntimeError(
+                    f"tokens {at[0]} to {at[-1]} attend to each other, but a step ends before token {end}"
+                )
+            yield Span(row, at)
