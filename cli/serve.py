@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from cli.engine_options import ENGINE_OPTIONS
+from cli.media_options import MEDIA_OPTIONS, take_media_limits
 from cli.options import SpreadCommand, with_options
 from cli.screen import verbatim_console
 from cli.serve_options import SERVER_OPTIONS
@@ -32,7 +33,7 @@ class ServeCommand(SpreadCommand):
 
 @click.command(cls=ServeCommand)
 @click.argument("model", required=False)
-@with_options(*SERVER_OPTIONS, *ENGINE_OPTIONS, *VLLM_OPTIONS)
+@with_options(*SERVER_OPTIONS, *ENGINE_OPTIONS, *MEDIA_OPTIONS, *VLLM_OPTIONS)
 @click.pass_context
 def command(
     ctx: click.Context, model: str | None, model_option: str | None, lora: tuple[str, ...], **settings: Any
@@ -82,6 +83,7 @@ def _config(model: str, lora: tuple[str, ...], settings: dict[str, Any]) -> Engi
     settings["hf_overrides"] = read_overrides_of(settings)
     settings["chat_template"] = read_chat_template(settings["chat_template"])
     settings["served_model_name"] = settings["served_model_name"] or None
+    settings["media_limits"] = take_media_limits(settings)
     return EngineConfig(model=model, adapters=split_adapters(lora), **settings)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cli.options import SIZE, Finite, option
-from engine.api.http_options import Limits
+from engine.api.http_options import MEDIA_BODY, TEXT_BODY, Limits
 from engine.config import SHUTDOWN_TIMEOUT_S, STEP_TIMEOUT_S
 
 SERVER, ACCESS, LIMIT, LOG = "Server", "Access", "Request limits", "Log and watchdog"
@@ -110,7 +110,10 @@ SERVER_OPTIONS = (
         help="Run chat templates that clients send with requests. A template is a program that may run forever, so use "
         "this only if all clients are trusted.",
     ),
-    limit("max_body_bytes", SIZE, "Maximum size of a request body.", "SIZE", f"{LIMITS.max_body_bytes >> 20}MiB"),
+    limit(
+        "max_body_bytes", SIZE, "Maximum size of a request body.", "SIZE",
+        f"{TEXT_BODY >> 20}MiB, or {MEDIA_BODY >> 20}MiB if the model takes images, audio or video",
+    ),
     limit(
         "max_body_values", SIZE,
         "Maximum number of JSON values in a request body. A list or an object counts as eight values. Decoding a body "

@@ -88,7 +88,6 @@ NO_EFFECT = (
     _no_effect("--max-parallel-loading-workers", why="each rank reads only what it needs, in pieces"),
     _no_effect("--tokenizer-pool-size", why="texts are tokenized on threads", neutral=("0",)),
     _no_effect("--mm-processor-cache-gb", why=NO_MULTIMODAL),
-    _no_effect("--limit-mm-per-prompt", why=NO_MULTIMODAL),
     _no_effect("--mm-processor-kwargs", why=NO_MULTIMODAL),
     _no_effect("--disable-mm-preprocessor-cache", why=NO_MULTIMODAL, switch=True),
     _no_effect("--disable-hybrid-kv-cache-manager", why="blocks outside a sliding window are always freed",
@@ -105,6 +104,7 @@ NO_EFFECT = (
 )  # fmt: skip
 
 REFUSED = (
+    _refused("--media-io-kwargs", why="use --video-frames for the number of frames"),
     _refused("--trust-remote-code/--no-trust-remote-code", why=NO_CODE, switch=True),
     _refused("--code-revision", why=NO_CODE),
     _refused("--pipeline-parallel-size", "-pp", why="not implemented; use --tp", neutral=("1",)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
+from engine.media.limits import MediaOptions, make_limits, parse_per_prompt
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -113,6 +114,13 @@ class EngineConfig:
     adapters: tuple[tuple[str, str], ...] = ()  # LoRA: names and folders
     engine: str | None = None  # of ENGINES; None: v1, or v0 if an option is given that only v0 has
     ablate: tuple[str, ...] = ()  # of ABLATIONS
+    limit_mm_per_prompt: str | Mapping[str, Any] | None = (
+        None  # most inputs of a prompt by kind; also `image=4,video=1`
+    )
+    allowed_local_media_path: str | None = None  # folder below which file: URLs of media may read
+    allowed_media_domains: Sequence[str] = ()  # hosts that URLs of media may name; none: all
+    allowed_media_networks: Sequence[str] = ()  # from which media may be fetched though they are not public
+    media_limits: Mapping[str, Any] | None = None  # fields of engine.media.limits.MediaLimits that replace its defaults
     num_scheduler_steps: int | None = None  # v0 only: decode steps per run of the scheduler
     enable_chunked_prefill: bool | None = None  # v0 only; off by default
 
@@ -171,8 +179,22 @@ class EngineConfig:
             object.__setattr__(self, "quantization", None)
         if isinstance(self.hf_overrides, str):
             object.__setattr__(self, "hf_overrides", read_overrides(self.hf_overrides))
+        object.__setattr__(self, "limit_mm_per_prompt", parse_per_prompt(self.limit_mm_per_prompt))
+        for name in ("allowed_media_domains", "allowed_media_networks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.media_options.check()
         if self.engine is None:
             object.__setattr__(self, "engine", "v0" if self.v0_options else "v1")
+
+    @property
+    def media_options(self) -> MediaOptions:
+        """Where media of requests may come from, and their limits."""
+        return MediaOptions(
+            local_path=self.allowed_local_media_path or "",
+            domains=tuple(self.allowed_media_domains),
+            networks=tuple(self.allowed_media_networks),
+            limits=make_limits(self.media_limits or {}),
+        )
 
     def checks_stored(self) -> "EngineConfig":
         """The configuration on devices that don't quantize to fp8: `--quantization fp8` only checks the checkpoint."""

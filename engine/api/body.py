@@ -26,9 +26,12 @@ PIECE = 1 << 20  # bytes counted at a time, to bound the memory for counting
 CONTAINER_WEIGHT = 8
 
 
-async def read_json(request: Request, kind: type[Body], limits: Limits) -> Body:
-    """Receive and decode a body. Raises ApiError or RequestError if it is not valid for `kind`, or over a limit."""
-    data = await receive(request, limits.max_body_bytes)
+async def read_json(request: Request, kind: type[Body], limits: Limits, *, takes_media: bool = False) -> Body:
+    """Receive and decode a body. Raises ApiError or RequestError if it is not valid for `kind`, or over a limit.
+
+    `takes_media`: whether the model takes images, audio or video, so that bodies are larger.
+    """
+    data = await receive(request, limits.largest_body(takes_media=takes_media))
     if len(data) > SMALL_BODY:
         check_values(await asyncio.to_thread(count_values, data), limits.max_body_values)
     return parse(bytes(data), kind)

@@ -2,11 +2,14 @@
 
 import msgspec
 
+TEXT_BODY = 32 << 20  # bytes
+MEDIA_BODY = 128 << 20  # base64 takes four bytes for three, and a prompt may have several images
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The limits of a request. The error of a request that exceeds one names the flag that raises it."""
 
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int | None = None  # None: TEXT_BODY or MEDIA_BODY
     # Decoding a million values holds the GIL, and so stops all streams of the process, for less than 100 ms.
     max_body_values: int = 1 << 20
     max_prompts: int = 1024  # of one body
@@ -15,6 +18,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_stop: int = 64
     max_stop_token_ids: int = 1024
     max_queue: int | None = None  # waiting requests; None: no limit
+
+    def largest_body(self, *, takes_media: bool) -> int:
+        """The most bytes of a body, of a model that takes images, audio or video, or texts only."""
+        if self.max_body_bytes is not None:
+            return self.max_body_bytes
+        return MEDIA_BODY if takes_media else TEXT_BODY
 
 
 class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -99,7 +99,7 @@ class ApiState:
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
         """Receive and decode a body; ApiError or RequestError if it is not valid."""
-        return await read_json(request, kind, self.limits)
+        return await read_json(request, kind, self.limits, takes_media=self.client.ready.mm is not None)
 
     async def read_request(self, request: Request, kind: type[Served]) -> Served:
         """As `read`, and check the limits of requests to the model and of the queue."""

@@ -12,17 +12,15 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import httpcore
 import httpx
-import msgspec
 
-from engine.errors import ConfigError, RequestError
+from engine.errors import RequestError
 from engine.media.addresses import is_allowed, parse_networks
-from engine.media.limits import MediaLimits
+from engine.media.limits import MediaOptions
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 
@@ -33,28 +31,6 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 LONGEST_URL = 8192  # characters, but for data: URLs
 SHOWN_URL = 100  # characters in messages
 HEADERS = [(b"User-Agent", b"redline"), (b"Accept", b"*/*"), (b"Accept-Encoding", b"identity")]
-
-
-class MediaOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Where media of requests may come from, and their limits.
-
-    Args:
-        local_path: folder below which file: URLs may read; empty: none may.
-        domains: hosts that http(s) URLs may name; empty: all.
-        networks: networks whose addresses may be fetched from although they are not public, e.g. 10.1.0.0/16.
-        limits: of fetching and decoding.
-    """
-
-    local_path: str = ""
-    domains: tuple[str, ...] = ()
-    networks: tuple[str, ...] = ()
-    limits: MediaLimits = MediaLimits()
-
-    def check(self) -> None:
-        """Raise ConfigError for an option that is not valid."""
-        parse_networks(self.networks)
-        if self.local_path and not Path(self.local_path).is_dir():
-            raise ConfigError(f"--allowed-local-media-path: {self.local_path!r} is not a folder")
 
 
 class Fetcher:
