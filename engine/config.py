@@ -187,6 +187,11 @@ class EngineConfig:
             object.__setattr__(self, "engine", "v0" if self.v0_options else "v1")
 
     @property
+    def per_prompt(self) -> dict[str, int]:
+        """The most inputs of a prompt by kind; other kinds have no limit."""
+        return parse_per_prompt(self.limit_mm_per_prompt)
+
+    @property
     def media_options(self) -> MediaOptions:
         """Where media of requests may come from, and their limits."""
         return MediaOptions(

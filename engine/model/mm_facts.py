@@ -37,7 +37,9 @@ class MMFacts:
         return max(self.spec.most_tokens.values(), default=0)
 
 
-def read_mm_facts(path: Path, hf_config: Any, itemsize: int, options: Mapping[str, Any]) -> MMFacts | None:
+def read_mm_facts(
+    path: Path, hf_config: Any, itemsize: int, options: Mapping[str, Any], per_prompt: Mapping[str, int]
+) -> MMFacts | None:
     """The facts about the inputs of a model; None if it takes texts only.
 
     Args:
@@ -45,6 +47,7 @@ def read_mm_facts(path: Path, hf_config: Any, itemsize: int, options: Mapping[st
         hf_config: of the whole model.
         itemsize: bytes of a number of the model's dtype.
         options: those of --mm-processor-kwargs.
+        per_prompt: --limit-mm-per-prompt.
     """
     family = MM_FAMILIES.get(hf_config.model_type)
     if family is None:
@@ -56,7 +59,12 @@ def read_mm_facts(path: Path, hf_config: Any, itemsize: int, options: Mapping[st
     hidden = text_config.hidden_size
     layers = 1 + (len(hf_config.vision_config.deepstack_visual_indexes) if family.deepstack else 0)
     return MMFacts(
-        MMSpec(hf_config.model_type, dict[str, int](placeholder_ids(family, hf_config).items()), most),
+        MMSpec(
+            hf_config.model_type,
+            dict[str, int](placeholder_ids(family, hf_config).items()),
+            most,
+            {kind: number for kind, number in per_prompt.items() if kind in family.placeholders},
+        ),
         embedding_ids(family, hf_config),
         layers * hidden * itemsize,
         _encoder_workspace(hf_config, max(most.values()), itemsize) + max(most.values()) * layers * hidden * itemsize,

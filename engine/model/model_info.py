@@ -89,7 +89,9 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
         kv_bytes_per_token=2 * group_size * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
         windows=windows,
         warnings=_warnings(hf_config, length),
-        mm=read_mm_facts(path, hf_config, ITEMSIZE[dtype], getattr(config, "mm_processor_kwargs", None) or {}),
+        mm=read_mm_facts(
+            path, hf_config, ITEMSIZE[dtype], getattr(config, "mm_processor_kwargs", None) or {}, config.per_prompt
+        ),
     )
 
 
