@@ -11,12 +11,16 @@ from engine.kernels.cpu.bindings import Batch, PackedAdapter, Stack, StackSpec
 from engine.model.lora.lora_packing import by_layer, pack_adapter
 from engine.model.lora.lora_weights import Adapter, check_adapter
 from engine.model.runtime.vocab_shard import VocabShard
+from engine.worker.mm_rows import MMRows
 from engine.worker.page_supply import PageSupply
 from engine.worker.slots import StepBatch
 
 
 class FusedBackend:
-    """The fused stack. Several ranks sum their partial results after each attention and MLP."""
+    """The fused stack. Several ranks sum their partial results after each attention and MLP.
+
+    Embeddings of multimodal inputs replace those of their tokens after the first part, on each rank after the sum.
+    """
 
     def __init__(
         self, stack: Stack, spec: StackSpec, model: nn.Module, vocabulary: VocabShard | None, pages: PageSupply
@@ -37,14 +41,33 @@ class FusedBackend:
         )  # fmt: skip
         self._pages.reach(int(batch.tables.max()))
         stack = self.stack
-        stack.begin(Batch.of(*columns), *self._adapters_of(batch))
-        if self._vocabulary is None:
+        stack.begin(Batch.of(*columns, rotary=batch.rotary_positions), *self._adapters_of(batch))
+        if self._vocabulary is None and batch.mm is None:
             stack.run(0, stack.last_part)
-            return
-        stack.run(0, 0)
-        for part in range(1, stack.last_part + 1):
-            self._vocabulary.group.all_reduce(torch.from_numpy(stack.partial()))
-            stack.run(part, part)
+        else:
+            self._run_parts(batch.mm)
+
+    def _run_parts(self, mm: MMRows | None) -> None:
+        """Run a step in pieces, between which ranks sum their partial results and inputs are put in."""
+        stack, begin = self.stack, 0
+        stops = range(stack.last_part) if self._vocabulary is not None else _parts_with_inputs(mm)
+        for stop in stops:
+            stack.run(begin, stop)
+            if self._vocabulary is not None:
+                self._vocabulary.group.all_reduce(torch.from_numpy(stack.partial()))
+            if mm is not None:
+                self._put(mm, stop)
+            begin = stop + 1
+        stack.run(begin, stack.last_part)
+
+    def _put(self, mm: MMRows, part: int) -> None:
+        """Put in what belongs after a part: embeddings after the first one, deepstack features after layers."""
+        at = torch.from_numpy(mm.at)
+        if part == 0:
+            embedded = self.stack.hidden() if self._vocabulary is None else self.stack.partial()
+            torch.from_numpy(embedded).index_copy_(0, at, mm.embeddings.float())
+        elif mm.deepstack is not None and part in _parts_with_inputs(mm):
+            torch.from_numpy(self.stack.hidden()).index_add_(0, at, mm.deepstack[part // 2 - 1].float())
 
     def _adapters_of(self, batch: StepBatch) -> tuple[list[PackedAdapter], Int32s | None]:
         """The adapters in the batch, and for each token the index of its adapter among them, or -1."""
@@ -76,3 +99,9 @@ class FusedBackend:
             return self.stack.draw(each)[samples]
 
         return self._vocabulary.choose(self.stack.greedy(temperatures), temperatures, uniforms, draw)
+
+
+def _parts_with_inputs(mm: MMRows | None) -> list[int]:
+    """The embedding, and the MLPs of the layers with deepstack features."""
+    layers = 0 if mm is None or mm.deepstack is None else len(mm.deepstack)
+    return list(range(0, 2 * layers + 1, 2))

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_int32
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,12 @@ class Packer:
     def floats(self, values: Tensor | None) -> int | None:
         return None if values is None else self._at(values.detach().float().contiguous())
 
+    def axes(self, rotary: Any) -> Any:
+        """`Spec::axes` of a rotary embedding."""
+        axes = rotary_axes(rotary).numpy()
+        self.owners.append(axes)
+        return axes.ctypes.data_as(POINTER(c_int32))
+
     def _at(self, values: Tensor) -> int:
         self.owners.append(values)
         return values.data_ptr()
@@ -167,10 +174,23 @@ def make_spec(
         intermediate=intermediate, layers=len(inner.layers),
         vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token,
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
-        frequencies=packer.floats(rotary.inv_freq), embedding=embedding, final_norm=final_norm,
-        layer=layers, head=head,
+        frequencies=packer.floats(rotary.inv_freq), axes=packer.axes(rotary), embedding=embedding,
+        final_norm=final_norm, layer=layers, head=head,
     )  # fmt: skip
     return spec, packer.owners
+
+
+def rotary_axes(rotary: Any) -> Tensor:
+    """Which of a token's positions (M-RoPE: 0 time, 1 height, 2 width) rotates each pair of dims: int32[pairs].
+
+    The class itself arranges the numbers 0, 1 and 2 as it arranges the angles of the three positions.
+    """
+    pairs = len(rotary.inv_freq)
+    if not hasattr(rotary, "recomposition_frequencies"):
+        return torch.zeros(pairs, dtype=torch.int32)
+    axes = torch.arange(3, dtype=torch.int32).view(3, 1, 1, 1).expand(3, 1, 1, pairs).contiguous()
+    arranged: Tensor = rotary.recomposition_frequencies(axes)
+    return arranged[0, 0, :pairs].contiguous()
 
 
 def release(*parts: nn.Module) -> None:

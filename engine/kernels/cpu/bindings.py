@@ -38,8 +38,8 @@ class StackSpec(Structure):
         ("hidden", c_int32), ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
         ("intermediate", c_int32), ("layers", c_int32), ("vocabulary", c_int32), ("block_size", c_int32),
         ("partial", c_int32), ("first_token", c_int32), ("epsilon", c_float), ("scaling", c_float),
-        ("rotary_scaling", c_float), ("frequencies", c_void_p), ("embedding", c_void_p), ("final_norm", c_void_p),
-        ("layer", POINTER(Layer)), ("head", Linear),
+        ("rotary_scaling", c_float), ("frequencies", c_void_p), ("axes", POINTER(c_int32)), ("embedding", c_void_p),
+        ("final_norm", c_void_p), ("layer", POINTER(Layer)), ("head", Linear),
     )  # fmt: skip
 
 
@@ -60,8 +60,8 @@ class _Ragged(Structure):
 
 class _Step(Structure):
     _fields_ = (
-        ("batch", _Ragged), ("ids", c_void_p), ("positions", c_void_p), ("row_of", c_void_p), ("sampled", c_void_p),
-        ("samples", c_int32), ("adapters", _Adapters),
+        ("batch", _Ragged), ("ids", c_void_p), ("positions", c_void_p), ("rotary", c_void_p), ("row_of", c_void_p),
+        ("sampled", c_void_p), ("samples", c_int32), ("adapters", _Adapters),
     )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class Batch:
     """The tokens of one step, laid end to end as in `engine.worker.slots.StepBatch`; all int32, contiguous.
 
     starts, counts, computed: [rows]; tables: [KV groups, rows, blocks]; ids, positions, row_of: [tokens];
-    sampled: [samples].
+    sampled: [samples]; rotary: [axes, tokens], the rotary positions, of which models without M-RoPE have one a token.
     """
 
     starts: Int32s
@@ -90,11 +90,14 @@ class Batch:
     positions: Int32s
     row_of: Int32s
     sampled: Int32s
+    rotary: Int32s
 
     @classmethod
-    def of(cls, *columns: Any) -> "Batch":
-        """Make a batch from integer arrays of any type, in the order of the fields."""
-        return cls(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
+    def of(cls, *columns: Any, rotary: Any = None) -> "Batch":
+        """Make a batch from integer arrays of any type, in the order of the fields; rotary: None: the positions."""
+        each = [np.ascontiguousarray(column, dtype=np.int32) for column in columns]
+        each.append(each[5][None] if rotary is None else np.ascontiguousarray(rotary, dtype=np.int32))
+        return cls(*each)
 
     def step(self) -> _Step:
         ragged = _Ragged(
@@ -102,8 +105,8 @@ class Batch:
             self.computed.ctypes.data, self.tables.ctypes.data, self.tables.shape[2],
         )  # fmt: skip
         return _Step(
-            ragged, self.ids.ctypes.data, self.positions.ctypes.data, self.row_of.ctypes.data,
-            self.sampled.ctypes.data, len(self.sampled),
+            ragged, self.ids.ctypes.data, self.positions.ctypes.data, self.rotary.ctypes.data,
+            self.row_of.ctypes.data, self.sampled.ctypes.data, len(self.sampled),
         )  # fmt: skip
 
 
@@ -125,8 +128,8 @@ def _open(path: Path) -> ctypes.CDLL:
     functions.redline_choose.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p)
     functions.redline_greedy.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p)
     functions.redline_draw.argtypes = (c_void_p, c_void_p, c_void_p)
-    functions.redline_partial.argtypes = (c_void_p,)
-    functions.redline_partial.restype = POINTER(c_float)
+    for view in (functions.redline_partial, functions.redline_hidden):
+        view.argtypes, view.restype = (c_void_p,), POINTER(c_float)
     functions.redline_seconds.argtypes = (c_void_p, POINTER(c_double))
     functions.redline_free.argtypes = (c_void_p,)
     for name in ("run", "logits", "choose", "greedy", "draw", "seconds", "free"):
@@ -165,6 +168,7 @@ class Stack:
         self._step: _Step | None = None
         self._batch: Batch | None = None
         self._adapters: Any = None  # arrays that the step points to
+        self._axes = max(spec.axes[: spec.head_dim // 2]) + 1
         self.last_part = 2 * spec.layers + 1
 
     def begin(self, batch: Batch, adapters: Sequence[PackedAdapter] = (), adapter_of: Int32s | None = None) -> None:
@@ -174,8 +178,11 @@ class Stack:
             adapters: those that tokens of the batch use.
             adapter_of: int32[tokens], each token's index into `adapters`, -1 for none.
 
-        Raises ValueError for an index beyond `adapters`, and for an adapter that isn't packed for this model.
+        Raises ValueError for an index beyond `adapters`, for an adapter that isn't packed for this model, and if rotary
+        positions are missing.
         """
+        if batch.rotary.shape[0] < self._axes:
+            raise ValueError(f"tokens need {self._axes} rotary positions each (M-RoPE), not {batch.rotary.shape[0]}")
         highest = -1 if adapter_of is None else int(adapter_of.max())
         if highest >= len(adapters):
             raise ValueError(f"a token has adapter {highest} of {len(adapters)}")
@@ -199,9 +206,15 @@ class Stack:
 
     def partial(self) -> Float32s:
         """This rank's share of the sum over ranks that the last part computed, [tokens, hidden]; a view."""
+        return self._view(self._functions.redline_partial(self._stack))
+
+    def hidden(self) -> Float32s:
+        """The hidden states between two parts, [tokens, hidden]; a view. Several ranks have yet to add `partial`."""
+        return self._view(self._functions.redline_hidden(self._stack))
+
+    def _view(self, values: Any) -> Float32s:
         assert self._batch is not None
-        shape = (len(self._batch.ids), self._spec.hidden)
-        return np.ctypeslib.as_array(self._functions.redline_partial(self._stack), shape)
+        return np.ctypeslib.as_array(values, (len(self._batch.ids), self._spec.hidden))
 
     def logits(self, which: Int32s, out: Float32s) -> None:
         """Write the logits of some of the batch's `sampled` tokens: out[len(which), vocabulary]."""

@@ -42,6 +42,8 @@ void redline_draw(AnyStack* stack, const double* uniforms, int32_t* out) { stack
 
 float* redline_partial(AnyStack* stack) { return stack->partial(); }
 
+float* redline_hidden(AnyStack* stack) { return stack->hidden(); }
+
 // Seconds of each op since the last call: out[OPS].
 void redline_seconds(AnyStack* stack, double* out) {
     for (int op = 0; op < OPS; op++) {

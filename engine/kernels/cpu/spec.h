@@ -35,6 +35,7 @@ struct Spec {
     float scaling;         // of the scores
     float rotary_scaling;  // of cosines and sines
     const float* frequencies;  // [head_dim / 2]
+    const int32_t* axes;       // [head_dim / 2], the row of Step::rotary that each frequency rotates by
     // [vocabulary, hidden] in the cache's format, bfloat16 for int8; null: tied to the head, which is not quantized.
     const void* embedding;
     const float* final_norm;
@@ -45,7 +46,8 @@ struct Spec {
 struct Step {
     Ragged batch;
     const int32_t* ids;        // [tokens]
-    const int32_t* positions;  // [tokens]
+    const int32_t* positions;  // [tokens], in the KV cache
+    const int32_t* rotary;     // [axes, tokens], where keys and queries are rotated to
     const int32_t* row_of;     // [tokens]
     const int32_t* sampled;    // [samples], tokens of the batch whose logits are needed
     int32_t samples;
@@ -70,5 +72,7 @@ class AnyStack {
     virtual void greedy(int count, const float* temperatures, float* top, int32_t* token, double* weight) = 0;
     virtual void draw(const double* uniforms, int32_t* out) = 0;
     virtual float* partial() = 0;
+    // The hidden states between two parts, [tokens, hidden]; with spec.partial without what is still to be summed.
+    virtual float* hidden() = 0;
     double seconds[OPS] = {};
 };

@@ -50,6 +50,8 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     float* partial() override { return partial_.get(); }
 
+    float* hidden() override { return x_.get(); }
+
   private:
     typedef typename T::Element Element;
 
@@ -187,8 +189,9 @@ template <class W, class H, class T> class Stack : public AnyStack {
             else  // another rank's token
                 std::memset(x, 0, spec_.hidden * sizeof(float));
             const int half = spec_.head_dim / 2;
+            const int32_t* rotary = step_->rotary + t;
             for (int i = 0; i < half; i++) {
-                const float angle = float(step_->positions[t]) * spec_.frequencies[i];
+                const float angle = float(rotary[spec_.axes[i] * tokens()]) * spec_.frequencies[i];
                 cosine_.get()[t * half + i] = std::cos(angle) * spec_.rotary_scaling;
                 sine_.get()[t * half + i] = std::sin(angle) * spec_.rotary_scaling;
             }

@@ -12,7 +12,8 @@ from engine.kernels.cpu.bindings import ADAPTED, PackedAdapter, PackedLowRank, S
 from engine.kernels.cpu.packing import interleave, to_panels
 from engine.model.lora.lora_weights import Adapter, LowRank
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
+# Models with encoders have their decoder at `model.language_model` or `model.text_model`.
+_LAYER = re.compile(r"model\.(?:language_model\.|text_model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 
 
 def by_layer(adapter: Adapter, layers: int) -> list[dict[str, LowRank]]:

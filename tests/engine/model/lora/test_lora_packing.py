@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelError
 from engine.kernels.cpu.bindings import PackedAdapter
-from engine.model.lora.lora_packing import pack_adapter
-from engine.model.lora.lora_weights import LowRank
+from engine.model.lora.lora_packing import by_layer, pack_adapter
+from engine.model.lora.lora_weights import Adapter, LowRank
 from tests.engine.kernels.cpu.test_stack import (  # the fixture works by being here
     FORMS,
     ISAS,
@@ -161,3 +161,12 @@ def test_an_adapter_that_is_not_there_is_refused() -> None:
     other = PackedAdapter((type(packed.linears)._type_ * 4)(), 0, None)
     with pytest.raises(ValueError, match="another model"):
         logits(served, [ids], [other], [0])
+
+
+@pytest.mark.parametrize("decoder", ["", "language_model.", "text_model."])
+def test_the_layers_of_a_decoder_among_encoders(decoder: str) -> None:
+    part = LowRank(torch.zeros(2, 4), torch.zeros(4, 2))
+    found = by_layer(Adapter({f"model.{decoder}layers.1.mlp.up_proj": part}), 2)
+    assert found == [{}, {"up_proj": part}]
+    with pytest.raises(ModelError, match=r"vision_tower.*--kernels torch does"):
+        by_layer(Adapter({"model.vision_tower.layers.1.mlp.up_proj": part}), 2)
