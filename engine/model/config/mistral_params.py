@@ -8,6 +8,7 @@ from typing import Any
 from engine.errors import ModelError
 from engine.model.config.config_json import ORIGINAL, as_declared, check_size, message_of
 from engine.model.config.file_names import PARAMS
+from engine.model.config.mistral_vision import CLASSES, UnsupportedError, with_vision
 
 POSITIONS = 128_000  # length of the rotary embedding in Mistral's own code
 THETA, WINDOWED_THETA = 1e6, 1e4  # its defaults, without and with a sliding window
@@ -24,7 +25,8 @@ FIELDS = {
 }
 OPTIONS = {"tied_embeddings": "tie_word_embeddings", "activation": "hidden_act", "dtype": "dtype"}
 WITHOUT_EFFECT = ("max_batch_size",)
-IMAGES_OR_AUDIO = ("vision_encoder", "multimodal")
+VISION, AUDIO = "vision_encoder", "multimodal"
+WHOLE = ("tie_word_embeddings", "dtype", "quantization_config")  # of the whole model's config, not the decoder's
 YARN = {"factor": "factor", "beta": "beta_fast", "alpha": "beta_slow"}
 
 
@@ -45,16 +47,12 @@ def read_mistral_params(folder: Path, name: str) -> Any:
         raise ModelError(f"{name}: {PARAMS} can't be read: {error}") from error
     try:
         model_type, fields = _translate(params)
-        architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+        architectures = [CLASSES.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
         return AutoConfig.for_model(model_type, architectures=architectures, **fields)
-    except _UnsupportedError as error:
+    except UnsupportedError as error:
         raise ModelError(f"{name} can't be run: {error} ({PARAMS})") from error
     except Exception as error:  # the config class has its own checks
         raise ModelError(f"{name}: {PARAMS} can't be read: {message_of(error)}") from error
-
-
-class _UnsupportedError(Exception):
-    """A reason, as the end of a sentence about the model."""
 
 
 def _translate(params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -64,6 +62,7 @@ def _translate(params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     left = {key: value for key, value in params.items() if not _is_off(value)}
     _check_kind(left)
+    vision = left.pop(VISION, None)
     fields = _sizes_and_options(left)
     window = left.pop("sliding_window", None) or left.pop("_sliding_window", None)
     theta = left.pop("rope_theta", WINDOWED_THETA if isinstance(window, int) else THETA)
@@ -77,8 +76,11 @@ def _translate(params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             fields["quantization_config"] = _quantization(left.pop(key))
     unknown = sorted(left.keys() - set(WITHOUT_EFFECT))
     if unknown:
-        raise _UnsupportedError(f"it has {', '.join(unknown)}, which isn't supported")
-    return model_type, fields
+        raise UnsupportedError(f"it has {', '.join(unknown)}, which isn't supported")
+    if vision is None:
+        return model_type, fields
+    whole = {"tie_word_embeddings": False} | {key: fields.pop(key) for key in WHOLE if key in fields}
+    return with_vision({"model_type": model_type, **fields}, whole, vision)
 
 
 def _is_off(value: Any) -> bool:
@@ -86,12 +88,11 @@ def _is_off(value: Any) -> bool:
 
 
 def _check_kind(left: dict[str, Any]) -> None:
-    for part in IMAGES_OR_AUDIO:
-        if part in left:
-            raise _UnsupportedError(f"it takes images or audio ({part}), which aren't supported yet")
+    if AUDIO in left:
+        raise UnsupportedError(f"it takes audio ({AUDIO}), which isn't supported in Mistral's own format")
     kind = left.pop("model_type", "transformer")
     if kind != "transformer":
-        raise _UnsupportedError(f"its model_type is {kind!r}; only 'transformer' is supported")
+        raise UnsupportedError(f"its model_type is {kind!r}; only 'transformer' is supported")
 
 
 def _sizes_and_options(left: dict[str, Any]) -> dict[str, Any]:
@@ -123,11 +124,11 @@ def _attention(fields: dict[str, Any], window: int | list[int | None] | None) ->
     pattern = window if isinstance(window, list) else [window]
     layers, longest = fields["num_hidden_layers"], fields["max_position_embeddings"]
     if layers % len(pattern):
-        raise _UnsupportedError(f"its {layers} layers can't repeat the {len(pattern)} windows of sliding_window")
+        raise UnsupportedError(f"its {layers} layers can't repeat the {len(pattern)} windows of sliding_window")
     narrow = [one if one and one < longest else None for one in pattern]
     windows = {one for one in narrow if one}
     if len(windows) > 1:
-        raise _UnsupportedError(f"its layers have windows of {len(windows)} lengths (sliding_window); one is supported")
+        raise UnsupportedError(f"its layers have windows of {len(windows)} lengths (sliding_window); one is supported")
     fields["sliding_window"] = next(iter(windows), None)
     if not windows or None not in narrow:
         return "mistral"
@@ -149,14 +150,14 @@ def _rope(fields: dict[str, Any], model_type: str, theta: float, yarn: Any, llam
         if not yarn.pop("apply_scale", True):
             rope["attention_factor"] = 1.0
         if yarn:
-            raise _UnsupportedError(f"its yarn has {', '.join(sorted(yarn))}, which isn't supported")
+            raise UnsupportedError(f"its yarn has {', '.join(sorted(yarn))}, which isn't supported")
     fields["rope_parameters"] = rope
     if llama_4_scaling is None:
         return model_type
     if model_type != "mistral":
-        raise _UnsupportedError("it has llama_4_scaling together with windows in some layers, which isn't supported")
+        raise UnsupportedError("it has llama_4_scaling together with windows in some layers, which isn't supported")
     if rope.get(ORIGINAL, llama_4_scaling[ORIGINAL]) != llama_4_scaling[ORIGINAL]:
-        raise _UnsupportedError(f"its yarn and llama_4_scaling differ in {ORIGINAL}, which isn't supported")
+        raise UnsupportedError(f"its yarn and llama_4_scaling differ in {ORIGINAL}, which isn't supported")
     rope |= {ORIGINAL: llama_4_scaling[ORIGINAL], "llama_4_scaling_beta": llama_4_scaling["beta"]}
     return "ministral3"
 
@@ -166,9 +167,9 @@ def _moe(fields: dict[str, Any], model_type: str, moe: Mapping[str, Any]) -> str
     fields["num_local_experts"] = left.pop("num_experts")
     fields["num_experts_per_tok"] = left.pop("num_experts_per_tok")
     if left:
-        raise _UnsupportedError(f"its moe has {', '.join(sorted(left))}, which isn't supported")
+        raise UnsupportedError(f"its moe has {', '.join(sorted(left))}, which isn't supported")
     if model_type != "mistral":
-        raise _UnsupportedError("it has experts (moe) together with windows in some layers or llama_4_scaling")
+        raise UnsupportedError("it has experts (moe) together with windows in some layers or llama_4_scaling")
     return "mixtral"
 
 
@@ -177,5 +178,5 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     form = config.get("qformat_weight")
     if form != "fp8_e4m3":
-        raise _UnsupportedError(f"its weights are quantized as {form}, which isn't supported; fp8_e4m3 is")
+        raise UnsupportedError(f"its weights are quantized as {form}, which isn't supported; fp8_e4m3 is")
     return {"quant_method": "fp8"}

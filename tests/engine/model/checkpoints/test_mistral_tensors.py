@@ -211,7 +211,8 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"vision_encoder": {"hidden_size": 8}}, "takes images or audio (vision_encoder)"),
+        ({"multimodal": {"whisper_model_args": {"encoder_args": {"dim": 8}}}}, "takes audio (multimodal)"),
+        ({"vision_encoder": {"hidden_size": 8}}, "vision_encoder lacks image_size, patch_size"),
         ({"model_type": "mamba"}, "its model_type is 'mamba'; only 'transformer'"),
         ({"q_lora_rank": 16, "kv_lora_rank": 8}, "it has kv_lora_rank, q_lora_rank, which isn't supported"),
         ({"sliding_window": [9, 12, None]}, "windows of 2 lengths (sliding_window)"),
