@@ -66,10 +66,3 @@ def build_causal_lm(config: Any, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, **options, **NO_REMOTE_CODE)
-
-
-def build_composite(config: Any, **options: Any) -> Any:
-    """Build transformers' class of a model with towers and a decoder; `options` are those of `from_config`."""
-    from transformers import AutoModelForMultimodalLM
-
-    return AutoModelForMultimodalLM.from_config(config, **options, **NO_REMOTE_CODE)

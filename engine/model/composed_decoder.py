@@ -5,7 +5,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engine.model import molmo
 from engine.multimodal.families import MM_FAMILIES
+from engine.pretrained import NO_REMOTE_CODE
+
+
+def build_composite(config: Any, **options: Any) -> Any:
+    """Build the class of a model with towers and a decoder; `options` are those of `from_config`."""
+    from transformers import AutoModelForMultimodalLM
+
+    if config.model_type == molmo.MODEL_TYPE:  # transformers has no class for it
+        from engine.model.molmo import modeling
+
+        modeling.register()
+    return AutoModelForMultimodalLM.from_config(config, **options, **NO_REMOTE_CODE)
 
 
 class ComposedDecoder(nn.Module):

@@ -21,7 +21,7 @@ from engine.model.kv_groups import KVGroups, group_layers, layer_windows
 from engine.model.mm_facts import MMFacts, read_mm_facts
 from engine.model.resolve import resolve_model
 from engine.multimodal.families import MM_FAMILIES
-from engine.pretrained import AUTO_MAP, build_causal_lm, build_composite
+from engine.pretrained import AUTO_MAP, build_causal_lm
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes per weight, with the scales of its group; fp8 has a float32 scale for each output besides.
@@ -330,6 +330,8 @@ def _shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
 def _empty_model(hf_config: Any) -> Any:
     """The class, built without memory."""
     import torch
+
+    from engine.model.composed_decoder import build_composite
 
     build = build_composite if hf_config.model_type in MM_FAMILIES else build_causal_lm
     with torch.device("meta"):

@@ -58,6 +58,9 @@ MM_FAMILIES: dict[str, MMFamily] = {
         bidirectional=("image",),
     ),
     "internvl": MMFamily({"image": "image_token_id"}, "internvl", "internvl"),
+    "molmo": MMFamily(
+        {"image": "image_token_id"}, "molmo", "molmo", embedding_ids=("image_patch_token_id",), added=True
+    ),
     "idefics3": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
     "smolvlm": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
 }

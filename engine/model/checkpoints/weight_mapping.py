@@ -8,11 +8,13 @@ Each stored tensor fills a box within one parameter:
     experts.0.up_proj   [4, 6]                     [0, 4:8, :]
     experts.1.gate_proj [4, 6]                     [1, 0:4, :]
     experts.1.up_proj   [4, 6]                     [1, 4:8, :]
+
+A stored tensor may also hold several parameters (queries, keys and values): then each has a part of it.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +27,14 @@ Shape = tuple[int, ...]
 class Placement:
     """Where a stored tensor lies within a parameter: first index and shape of its box.
 
-    The box may have leading dimensions of length 1 that the stored tensor lacks.
+    The box may have leading dimensions of length 1 that the stored tensor lacks. `source` is where the box begins
+    within the stored tensor; None: it is the whole tensor.
     """
 
     stored: str
     begin: Shape
     shape: Shape
+    source: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ def map_weights(model: Any, stored: Mapping[str, Shape], shapes: dict[str, Shape
             unused.append(name)
         elif pattern is None:
             placements[target] = [_whole(name, stored[name], target, shapes[target])]
+        elif len(converter_of[pattern].target_patterns) > 1:
+            for path, placement in _divided(name, stored[name], target, converter_of[pattern], shapes):
+                placements[path] = [placement]
         else:
             parts[target][pattern].append(name)
     for target, of_patterns in parts.items():
@@ -114,6 +121,29 @@ def _merged(
             placements.append(Placement(name, tuple(begin), shape))
         before += width if stacked else 0
     return placements
+
+
+def _divided(
+    name: str, shape: Shape, first_target: str, converter: Any, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, Placement]]:
+    """The parameters that a stored tensor holds one after the other, with their parts of it.
+
+    `first_target` is the first of them.
+    """
+    kinds = [type(operation).__name__ for operation in converter.operations]
+    if kinds not in (["Split"], ["Chunk"]):
+        raise ModelError(f"{first_target} is made from the checkpoint by {', '.join(kinds)}, which isn't supported")
+    dim: int = converter.operations[0].dim
+    first_pattern, before = converter.target_patterns[0], 0
+    for pattern in converter.target_patterns:
+        target = first_target.replace(first_pattern, pattern)
+        source = [0] * len(shape)
+        source[dim] = before
+        part = shapes[target]
+        before += part[dim]
+        yield target, Placement(name, (0,) * len(shape), part, tuple(source))
+    if before != shape[dim]:
+        raise ModelError(f"the checkpoint has {name} of shape {shape}, the parameters in it have a length of {before}")
 
 
 def _check_cover(target: str, placements: list[Placement], expected: Shape) -> None:

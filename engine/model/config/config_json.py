@@ -121,6 +121,9 @@ def _read_object(file: Path, name: str) -> dict[str, Any]:
 def _make_config(fields: dict[str, Any], path: str) -> Any:
     from transformers import CONFIG_MAPPING
 
+    from engine.model.molmo import configuration
+
+    configuration.register()
     model_type = fields.get("model_type")
     code = custom_code(fields, "AutoConfig") or custom_code(fields, "AutoModelForCausalLM")
     if code is not None and model_type not in CONFIG_MAPPING:

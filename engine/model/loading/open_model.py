@@ -15,13 +15,14 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.kernels.attention import Layout, Ragged, Workspace
 from engine.model.checkpoints.weight_mapping import WeightMapping, map_weights
+from engine.model.composed_decoder import build_composite
 from engine.model.loading.meta_model import MetaModel, first_paths, parameters_on_meta
 from engine.model.loading.weight_sources import CheckpointSource, RandomSource
 from engine.model.model_info import ModelInfo, checkpoint_tensors, longrope_original_length, read_hf_config
 from engine.model.runtime import attention_interface
 from engine.model.runtime.attention_interface import ForwardContext, KVCache
 from engine.multimodal.families import MM_FAMILIES
-from engine.pretrained import build_causal_lm, build_composite
+from engine.pretrained import build_causal_lm
 from engine.text import first_line
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all

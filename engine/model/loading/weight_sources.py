@@ -1,6 +1,7 @@
 """Where parameters get their values: from a checkpoint, or from a random generator (`--load-format dummy`)."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,15 +49,16 @@ class CheckpointSource:
         stored = self._stored[placement.stored]
         leading = len(placement.shape) - len(stored.shape)
         for begin, source, length, dim in _overlaps(placement, shard):
-            at, first, shape = list(placement.begin), [0] * len(placement.shape), list(placement.shape)
+            at, shape = list(placement.begin), list(placement.shape)
+            first = list(placement.source or (0,) * len(shape))
             if shard is not None:
-                at[dim], first[dim], shape[dim] = begin, source, length
+                at[dim], first[dim], shape[dim] = begin, first[dim] + source, length
             box = out
             for i in at[:leading]:
                 box = box[i]
             inner = tuple(slice(a, a + n) for a, n in zip(at[leading:], shape[leading:], strict=True))
             self._reader.copy(stored, tuple(first[leading:]), box[inner])
-        self._progress(stored.nbytes)
+        self._progress(stored.nbytes * math.prod(placement.shape) // max(stored.numel, 1))
 
 
 def _overlaps(placement: Placement, shard: ShardSlice | None) -> Iterator[tuple[int, int, int, int]]:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from engine.multimodal.types import Audio
 
 # Either may have the settings; processor_config.json wins, as in transformers.
 NESTED, OWN = ("processor_config.json", "feature_extractor"), "preprocessor_config.json"
-OPTIONS = "mm_processor_kwargs"
 FLOOR = 1e-10  # of the power in a band, before the logarithm
 RANGE = 8.0  # decades below the loudest value that are kept
 
@@ -70,14 +68,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{file} must be a JSON object")
     return found
-
-
-def refuse_options(options: Mapping[str, Any], known: tuple[str, ...] = ()) -> None:
-    """Raise RequestError if there are options besides those that a processor knows."""
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        have = f"it has {', '.join(known)}" if known else "it has none"
-        raise RequestError(f"the model's processor has no option {unknown[0]!r}; {have}", OPTIONS)
 
 
 def prepare(audio: Audio, rate: int) -> NDArray[np.float32]:

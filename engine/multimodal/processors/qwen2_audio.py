@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
-from engine.multimodal.processors.audio_features import MelSettings, log_mel, prepare, refuse_options
+from engine.multimodal.processors.audio_features import MelSettings, log_mel, prepare
+from engine.multimodal.processors.options import refuse_options
 from engine.multimodal.types import Audio, MediaKind, Processed
 
 

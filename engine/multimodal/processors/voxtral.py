@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ModelError, RequestError
-from engine.multimodal.processors.audio_features import OPTIONS, MelSettings, log_mel, prepare, refuse_options
+from engine.multimodal.processors.audio_features import MelSettings, log_mel, prepare
+from engine.multimodal.processors.options import OPTIONS, refuse_options
 from engine.multimodal.types import Audio, MediaKind, Processed
 
 TEKKEN, TOKENIZER = "tekken.json", "tokenizer.json"
