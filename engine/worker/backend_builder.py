@@ -79,9 +79,10 @@ def _generic(meta_model: MetaModel, decoder: nn.Module, cache: KVCache) -> Model
 
 def _refusal(meta_model: MetaModel, formats: StackFormats, block_size: int) -> str | None:
     """Why the rank's shard of the model can't use the fused stack; None if it can."""
-    if meta_model.decoder is not meta_model.model:
-        return "the kernels do not support images and audio"
-    return fused_stack.refusal(meta_model.model, formats, block_size)
+    family = MM_FAMILIES.get(meta_model.model.config.model_type)
+    if family is not None and (family.bidirectional or family.added):
+        return "the kernels do not support how its images attend to each other, or are added to the text"
+    return fused_stack.refusal(meta_model.decoder, formats, block_size)
 
 
 def _build_fused(
@@ -94,7 +95,7 @@ def _build_fused(
 ) -> BuiltBackend:
     part = meta_model.vocab_shard
     spec, owners = fused_stack.make_spec(
-        meta_model.model,
+        meta_model.decoder,
         formats,
         resolved.num_blocks,
         resolved.block_size,
@@ -103,6 +104,7 @@ def _build_fused(
         first_token=0 if part is None else part.first,
         fill=meta_model.fill,
     )
+    meta_model.fill()  # the towers
     threads = threads_per_rank(config.total_ranks)
     rank = config.first_rank + (0 if part is None else part.group.rank)
     cores = cores_of_rank(threads, rank, config.total_ranks)

@@ -37,10 +37,15 @@ class BackendParts:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model whose weights are on the device. uses: the groups and windows of its layers, see `check_attention`."""
+    """A model whose weights are on the device.
+
+    uses: the groups and windows of its layers, see `check_attention`. mrope: whether tokens have three rotary positions
+    each.
+    """
 
     uses: Sequence[GroupWindow]
     make_backend: Callable[[BackendParts], DeviceBackend]
+    mrope: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class Assembly:
         logits = DeviceLogits(device, kernels.choose_tokens, state.parameters, self.shard, rows)
         backend = self.model.make_backend(BackendParts(attention, logits))
         stager = InputStager(device, slots, state, kernels)
-        eager = EagerSteps(device, backend, state, stager, kernels, repeats=self.shard is None)
+        eager = EagerSteps(device, backend, state, stager, kernels, repeats=self.shard is None, mrope=self.model.mrope)
         sizes = StepSizes(rows, resolved.max_num_batched_tokens)
         graphs = None
         if pad is not None and self.capture and device.captures:

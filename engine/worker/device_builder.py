@@ -13,6 +13,7 @@ from engine.messages import MemoryLine
 from engine.model.loading.meta_model import Allocate, MetaModel
 from engine.model.loading.open_model import check_attention
 from engine.model.model_info import ModelInfo
+from engine.model.rotary_axes import uses_mrope
 from engine.model.runtime.attention_interface import lazy_zeros
 from engine.model.sharding.tp_plan import TPPlan
 from engine.worker.adapter_manager import adapter_sharding
@@ -127,7 +128,8 @@ def _load_stack(
         assert isinstance(attention, TritonAttention)
         return TritonStackBackend(device, stack, attention, parts.logits, meta_model.model, ranks)
 
-    return LoadedModel([(group, window or None) for group, window in enumerate(groups.windows)], make_backend)
+    uses = [(group, window or None) for group, window in enumerate(groups.windows)]
+    return LoadedModel(uses, make_backend, uses_mrope(meta_model.model))
 
 
 def _load_generic(config: EngineConfig, model_info: ModelInfo, meta_model: MetaModel, device: Device) -> LoadedModel:
@@ -146,7 +148,7 @@ def _load_generic(config: EngineConfig, model_info: ModelInfo, meta_model: MetaM
     def make_backend(parts: BackendParts) -> GenericDeviceBackend:
         return GenericDeviceBackend(device, meta_model.model, parts.attention, parts.logits)
 
-    return LoadedModel(uses, make_backend)
+    return LoadedModel(uses, make_backend, uses_mrope(meta_model.model))
 
 
 def cached_zeros() -> Allocate:

@@ -46,6 +46,7 @@ class EagerSteps:
     Args:
         repeats: whether a step that runs out of memory may be enqueued once more. Several ranks can't do that: they
             exchange tensors in the step.
+        mrope: whether tokens have three rotary positions each.
     """
 
     num_left = 0
@@ -59,12 +60,13 @@ class EagerSteps:
         kernels: StepKernels,
         *,
         repeats: bool = True,
+        mrope: bool = False,
     ):
         self._device = device
         self._repeats = repeats
         self._state = state
         self._kernels = kernels
-        self._empty = _empty_batch(len(state.tables))
+        self._empty = _empty_batch(len(state.tables), mrope=mrope)
         self.backend = backend
         self.stager = stager
 
@@ -124,10 +126,13 @@ class EagerSteps:
             raise EngineDeadError(_out_of_memory(self._device, error)) from error
 
 
-def _empty_batch(num_groups: int) -> StepBatch:
+def _empty_batch(num_groups: int, *, mrope: bool) -> StepBatch:
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((num_groups, 0, 0), dtype=np.int32)
-    return StepBatch(0, none, none, none, none, tables, none, none, none, None, none, none, none, none)
+    rotary = np.zeros((3, 0), dtype=np.int64) if mrope else None
+    return StepBatch(
+        0, none, none, none, none, tables, none, none, none, None, none, none, none, none, rotary_positions=rotary
+    )
 
 
 def _out_of_memory(device: Device, error: torch.OutOfMemoryError) -> str:

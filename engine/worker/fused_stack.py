@@ -19,7 +19,7 @@ from engine.kernels.quantization import GROUPS
 from engine.model.families import Family, family_of
 from engine.model.kv_groups import KVGroups
 from engine.model.model_info import kv_head_bytes
-from engine.model.text_part import TextPart, text_part
+from engine.model.rotary_axes import rotary_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +41,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def structural_refusal(model: Any) -> str | None:
-    """Why fused stacks, in C++ or Triton, don't compute a transformers model; None if it has their structure."""
-    part = text_part(model)
-    hf_config = part.config
+    """Why fused stacks, in C++ or Triton, don't compute a decoder of transformers; None if it has their structure."""
+    hf_config = model.config
     if not (family_of(hf_config.model_type) or Family()).fused:
         return f"the kernels do not support models of type {hf_config.model_type!r}"
     if getattr(hf_config, "hidden_act", "silu") != "silu":
         return f"its activation is {hf_config.hidden_act}"
-    mlp = part.model.layers[0].mlp
+    mlp = model.model.layers[0].mlp
     if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj)):
         return "its MLP has biases"
     return None
@@ -59,8 +58,7 @@ def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
     structural = structural_refusal(model)
     if structural is not None:
         return structural
-    part = text_part(model)
-    hf_config = part.config
+    hf_config = model.config
     if formats.dtype not in DTYPES:
         return f"the kernels do not support {formats.dtype}"
     for what, kind in (("weights", formats.weights), ("caches", formats.cache)):
@@ -68,7 +66,7 @@ def refusal(model: Any, formats: StackFormats, block_size: int) -> str | None:
             return f"the kernels support {kind} {what} only with --dtype bfloat16"
     if block_size % LANES:
         return f"--block-size {block_size} is not a multiple of {LANES}"
-    attention, mlp = part.model.layers[0].self_attn, part.model.layers[0].mlp
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     width = attention.o_proj.weight.shape[1]
     step = GROUPS.get(formats.weights, LANES)
     sizes = {
@@ -145,11 +143,10 @@ def make_spec(
 
     Returns the spec, and the arrays that it points to.
     """
-    packer, text = Packer(formats.weights), text_part(model)
-    inner, lm_head = text.model, text.lm_head
+    packer, inner, lm_head = Packer(formats.weights), model.model, model.lm_head
     for part in (inner.embed_tokens, inner.norm, lm_head):
         fill(part)
-    embedding, final_norm = _embedding(packer, text, formats), packer.floats(inner.norm.weight)
+    embedding, final_norm = _embedding(packer, model, formats), packer.floats(inner.norm.weight)
     vocabulary = len(lm_head.weight)
     head = packer.linear(lm_head.weight.detach(), kind=formats.head)
     release(inner.embed_tokens, lm_head)
@@ -170,7 +167,7 @@ def make_spec(
     rotary = inner.rotary_emb
     packer.owners.append(layers)
     spec = StackSpec(
-        hidden=text.config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        hidden=model.config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, layers=len(inner.layers),
         vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token,
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
@@ -180,19 +177,6 @@ def make_spec(
     return spec, packer.owners
 
 
-def rotary_axes(rotary: Any) -> Tensor:
-    """Which of a token's positions (M-RoPE: 0 time, 1 height, 2 width) rotates each pair of dims: int32[pairs].
-
-    The class itself arranges the numbers 0, 1 and 2 as it arranges the angles of the three positions.
-    """
-    pairs = len(rotary.inv_freq)
-    if not hasattr(rotary, "recomposition_frequencies"):
-        return torch.zeros(pairs, dtype=torch.int32)
-    axes = torch.arange(3, dtype=torch.int32).view(3, 1, 1, 1).expand(3, 1, 1, pairs).contiguous()
-    arranged: Tensor = rotary.recomposition_frequencies(axes)
-    return arranged[0, 0, :pairs].contiguous()
-
-
 def release(*parts: nn.Module) -> None:
     """Free the weights of modules that are packed."""
     for part in parts:
@@ -200,10 +184,10 @@ def release(*parts: nn.Module) -> None:
             parameter.data = parameter.new_empty(0)
 
 
-def _embedding(packer: Packer, text: TextPart, formats: StackFormats) -> int | None:
+def _embedding(packer: Packer, model: Any, formats: StackFormats) -> int | None:
     """The address of the embedding; None if it is tied to a head that is not quantized."""
-    weight = text.model.embed_tokens.weight.detach()
-    if formats.head == formats.dtype and weight.data_ptr() == text.lm_head.weight.data_ptr():
+    weight = model.model.embed_tokens.weight.detach()
+    if formats.head == formats.dtype and weight.data_ptr() == model.lm_head.weight.data_ptr():
         return None
     # A copy: a view of the checkpoint would keep all of its pages in memory.
     copied = packer.arena.empty(weight.shape, DTYPES[formats.dtype]).copy_(weight)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.arrays import Int32s
+from engine.arrays import Int32s, Int64s
 from engine.kernels import sampling, slot_state
 from engine.kernels.sampling import Draws
 from engine.worker.device import Device
@@ -80,6 +80,7 @@ class StepInputs:
     """A step on the device; `batch` is the same on the host. The tensors are overwritten by the next step.
 
     ids, positions, slot_of: int32[tokens]; logits_at: int64[n + m], see `StepBatch.logits_at`.
+    rotary: int32[3, tokens] with M-RoPE, else `positions`.
     sample_slots, sample_counts: int32[n], slot and number of output tokens of each entry of `batch.sampled_at`.
     planned: what the backend asked for, and the changes of the slots.
     size: to which the step is padded, so that its tensors have the addresses of other steps of this size; or None.
@@ -88,6 +89,7 @@ class StepInputs:
     batch: StepBatch
     ids: Tensor
     positions: Tensor
+    rotary: Tensor
     slot_of: Tensor
     logits_at: Tensor
     sample_slots: Tensor
@@ -129,6 +131,8 @@ class InputStager:
         }
         if size is not None:
             own = _pad(own, _layout(size))
+        if batch.rotary_positions is not None:
+            own["rotary"] = _rotary(batch.rotary_positions, len(own["ids"]))
         index, words = slots.take_changes()
         limit = MAX_CHANGES if size is None else PADDED_CHANGES
         while len(index) > limit:
@@ -140,8 +144,9 @@ class InputStager:
         # Last, since their number varies: the arrays before them keep their addresses in steps of the same sizes.
         tensors = self._device.put({**own, **planned, **changes})
         return StepInputs(
-            batch, tensors["ids"], tensors["positions"], tensors["slot_of"], tensors["logits_at"],
-            tensors["sample_slots"], tensors["sample_counts"], self._draws(batch), tensors, size,
+            batch, tensors["ids"], tensors["positions"], tensors.get("rotary", tensors["positions"]),
+            tensors["slot_of"], tensors["logits_at"], tensors["sample_slots"], tensors["sample_counts"],
+            self._draws(batch), tensors, size,
         )  # fmt: skip
 
     def prepare(self, inputs: StepInputs) -> None:
@@ -163,6 +168,13 @@ class InputStager:
 
 def _pad(arrays: Mapping[str, NDArray[Any]], layout: Mapping[str, Padding]) -> dict[str, NDArray[Any]]:
     return {name: padding.pad(name, arrays[name]) for name, padding in layout.items()}
+
+
+def _rotary(positions: Int64s, tokens: int) -> Int32s:
+    """`StepInputs.rotary`, with zeros for padded tokens."""
+    padded = np.zeros((3, tokens), dtype=np.int32)
+    padded[:, : positions.shape[1]] = positions
+    return padded
 
 
 def _changes(index: Int32s, words: Int32s) -> dict[str, NDArray[Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.heap import trim_heap
 from engine.kernels.triton.rotary import Rotary
 from engine.model.kv_groups import KVGroups
-from engine.model.text_part import text_part
+from engine.model.rotary_axes import rotary_axes, sections
 from engine.worker.fused_stack import release, structural_refusal
 from engine.worker.linear_products import PLAIN, LinearFormats, Product, ProductFormat
 
@@ -72,9 +72,12 @@ def refusal(model: Any) -> str | None:
     structural = structural_refusal(model)
     if structural is not None:
         return structural
-    head_dim = text_part(model).model.layers[0].self_attn.head_dim
+    decoder = model.model
+    head_dim = decoder.layers[0].self_attn.head_dim
     if head_dim % 2:
         return f"its heads have {head_dim} elements, an odd number"
+    if sections(rotary_axes(decoder.rotary_emb)) is None:
+        return "the kernels do not support the way in which it arranges the axes of its rotary positions (M-RoPE)"
     return None
 
 
@@ -89,15 +92,14 @@ def make_stack(
         place: for tables that are computed on the host.
         fill: the linears that are computed as one are on the device twice for a moment.
     """
-    text = text_part(model)
-    inner = text.model
-    for part in (inner.embed_tokens, inner.norm, text.lm_head):
+    inner = model.model
+    for part in (inner.embed_tokens, inner.norm, model.lm_head):
         fill(part)
-    weights = inner.embed_tokens.weight.detach(), text.lm_head.weight.detach()
+    weights = inner.embed_tokens.weight.detach(), model.lm_head.weight.detach()
     embedding, head = weights[0], weights[0] if weights[0].data_ptr() == weights[1].data_ptr() else weights[1]
     head_product = formats.head.make(head, None)
     del weights, head
-    release(inner.embed_tokens, text.lm_head)
+    release(inner.embed_tokens, model.lm_head)
     rotary = _rotary(inner.rotary_emb, positions, place)
     layers = []
     for i, layer in enumerate(inner.layers):
@@ -111,8 +113,12 @@ def make_stack(
 def _rotary(module: Any, positions: int, place: Place) -> Rotary:
     """Tables for all positions, with the scaling of the class's attention (YaRN)."""
     angles = torch.arange(positions).float()[:, None] * module.inv_freq.float()
-    scaling = module.attention_scaling
-    return Rotary(place(angles.cos() * scaling), place(angles.sin() * scaling))
+    scaling, axes = module.attention_scaling, rotary_axes(module)
+    tables = place(angles.cos() * scaling), place(angles.sin() * scaling)
+    arranged = sections(axes)
+    if arranged is None or not axes.any():
+        return Rotary(*tables)
+    return Rotary(*tables, sections=arranged[0], interleaved_sections=arranged[1])
 
 
 def _layer(layer: Any, window: int | None, rotary: Rotary, fill: Fill, form: ProductFormat) -> StackLayer:

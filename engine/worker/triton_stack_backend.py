@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from engine.arrays import Int64s
 from engine.kernels.attention import Scores
 from engine.kernels.triton.activation import silu_mul
+from engine.kernels.triton.mm_embeddings import merge_embeddings
 from engine.kernels.triton.norm import rms_norm
 from engine.kernels.triton.rotary import rotate_and_cache
 from engine.model.lora.lora_packing import by_layer, merge
 from engine.model.lora.lora_weights import Adapter, LowRank, check_adapter
 from engine.worker.device import Columns, Device
 from engine.worker.device_adapters import plan_adapters, planned_adapters
+from engine.worker.device_inputs import plan_embeddings, planned_embeddings
 from engine.worker.device_logits import DeviceLogits
 from engine.worker.slots import StepBatch
 from engine.worker.stack_ranks import StackRanks
@@ -60,7 +62,7 @@ class TritonStackBackend:
         self._logits = logits
 
     def plan(self, batch: StepBatch) -> Columns:
-        return {**self._attention.plan(batch), **plan_adapters(batch)}
+        return {**self._attention.plan(batch), **plan_adapters(batch), **plan_embeddings(batch)}
 
     def forward(self, inputs: StepInputs) -> None:
         self._logits.clear()
@@ -69,21 +71,28 @@ class TritonStackBackend:
         stack = self._stack
         residual = self._ranks.embed(inputs.ids, stack.embedding).float()
         delta: Tensor | None = None
-        for number, layer in enumerate(stack.layers):
-            delta = self._run_layer(number, layer, residual, delta, inputs.positions)
+        layers = enumerate(stack.layers)  # taken by two loops
+        embeddings = planned_embeddings(inputs)
+        if embeddings is not None:
+            merge_embeddings(residual, embeddings.embeddings, embeddings.sources)
+            for features, (number, layer) in zip(embeddings.deepstack, layers, strict=False):
+                delta = self._run_layer(number, layer, residual, delta, inputs.rotary)
+                residual.index_add_(0, embeddings.at, features.float())
+        for number, layer in layers:
+            delta = self._run_layer(number, layer, residual, delta, inputs.rotary)
         if len(inputs.logits_at):
             at = inputs.logits_at
             last = self._normalize(residual[at], None if delta is None else delta[at], stack.final_norm)
             self._logits.keep(stack.head(last))
 
     def _run_layer(
-        self, number: int, layer: StackLayer, residual: Tensor, delta: Tensor | None, positions: Tensor
+        self, number: int, layer: StackLayer, residual: Tensor, delta: Tensor | None, rotary: Tensor
     ) -> Tensor:
         """Compute a layer; returns the output of its MLP, which the next norm adds to the residual."""
         attention, shape, linear = self._attention, self._attention.shape, self._adapters.linear
         qkv = linear(self._normalize(residual, delta, layer.input_norm), layer.qkv, number)
         cache, index = attention.place(number)
-        rotate_and_cache(qkv, positions, index, cache, shape, layer.rotary, layer.norms, self._stack.epsilon)
+        rotate_and_cache(qkv, rotary, index, cache, shape, layer.rotary, layer.norms, self._stack.epsilon)
         heads = qkv.view(len(qkv), -1, shape.head_dim)
         mixed = qkv.new_empty(len(qkv), shape.heads, shape.head_dim)
         attention.attend_cached(number, heads[:, : shape.heads], mixed, layer.window, Scores(layer.scaling))

@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.kernels.cpu import build
 from engine.kernels.cpu.bindings import Stack
 from engine.kernels.quantization import quantize
+from engine.model.composed_decoder import ComposedDecoder
 from engine.model.kv_groups import group_layers
 from engine.model.loading.open_model import open_model
 from engine.model.model_info import read_model_info
@@ -70,7 +71,7 @@ def logits_of(backend: FusedBackend, batch: StepBatch) -> NDArray[np.float32]:
 def test_float32_is_what_transformers_computes(kind: str, isa: str) -> None:
     prompt = prompt_of(kind, 53, torch.float32, 3)
     expected = prompt.expected(build_composite(kind))
-    backend = make_backend(build_composite(kind), StackFormats("float32", "float32", "float32"), isa)
+    backend = make_backend(ComposedDecoder(build_composite(kind)), StackFormats("float32", "float32", "float32"), isa)
     blocks = [5, 2, 9, 1]
     found = logits_of(backend, step_batch([(prompt, 0, 53, blocks)], every=True))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
@@ -101,7 +102,8 @@ FORMS = {
 @functools.cache
 def long_lived(isa: str, form: str) -> FusedBackend:
     dtype = getattr(torch, FORMS[form].dtype)
-    return make_backend(build_composite("qwen3_vl", dtype, intermediate_size=64), FORMS[form], isa)
+    model = ComposedDecoder(build_composite("qwen3_vl", dtype, intermediate_size=64))
+    return make_backend(model, FORMS[form], isa)
 
 
 @pytest.mark.parametrize(("form", "most"), [("bfloat16", 0.03), ("int8", 0.05), ("int4", 0.09)])
