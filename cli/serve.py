@@ -116,7 +116,8 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.frontend.logs import log_to_stderr
     from engine.start import start_engine
 
-    http = replace(serving.http, api_keys=read_keys(serving.http.api_keys, serving.api_key_file))
+    keys = read_keys(serving.http.api_keys, serving.api_key_file)
+    http = replace(serving.http, api_keys=keys, media=config.media_options)
     tls = read_certificate(http.ssl_certfile, http.ssl_keyfile)
     console = make_console()
     listeners = bind_all(serving.host, serving.port, serving.api_servers)

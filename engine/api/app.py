@@ -16,6 +16,7 @@ from engine.api.chat import chat_completions
 from engine.api.chat_protocol import TokenizeRequest, check_tools, template_options
 from engine.api.completions import completions
 from engine.api.error_responses import ApiError
+from engine.api.event_stream import cancel_on_disconnect
 from engine.api.lora_endpoints import load_adapter, unload_adapter
 from engine.api.openapi import openapi_document
 from engine.api.prometheus import make_registry
@@ -23,7 +24,6 @@ from engine.api.protocol import DetokenizeRequest
 from engine.api.request_id import RequestId
 from engine.api.state import ApiState
 from engine.errors import RedlineError, RequestError
-from engine.frontend.conversation import shape_conversation
 
 Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
 
@@ -157,9 +157,13 @@ async def tokenize(state: ApiState, request: Request) -> Response:
         if body.tools:
             check_tools(body.tools, "none")
         state.check_template(body.chat_template)
-        conversation = shape_conversation(body.messages)
+        conversation, special = state.conversation(body.messages), bool(body.add_special_tokens)
         written = await state.render_chat(conversation, **template_options(body))
-        ids = await state.encode(written, bool(body.add_special_tokens)) if isinstance(written, str) else written
+        if conversation.media:
+            counting = state.expanded_ids(written, conversation, special)
+            ids = await cancel_on_disconnect(request.receive, counting)
+        else:
+            ids = await state.encode(written, special) if isinstance(written, str) else written
     else:
         ids = await state.encode(body.prompt or "", body.add_special_tokens is not False)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}

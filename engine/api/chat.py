@@ -5,7 +5,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from engine.api.chat_protocol import ChatRequest, template_options
-from engine.api.event_stream import EventStream, run_until_disconnect
+from engine.api.event_stream import EventStream, cancel_on_disconnect, run_until_disconnect
 from engine.api.logprobs import chat_logprobs
 from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.shown_prompts import ShownPrompts
@@ -22,16 +22,18 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
     state.check_template(body.chat_template)
-    prompt = await state.chat_prompt(
-        body.conversation(),
+    conversation = state.conversation(body.messages)
+    preparing = state.chat_prompt(
+        conversation,
         params,
         as_ids=params.needs_prompt_ids or bool(body.return_token_ids),
         add_special_tokens=bool(body.add_special_tokens),
         **template_options(body),
     )
+    prompt = await (cancel_on_disconnect(request.receive, preparing) if conversation.media else preparing)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model)
-    stream = state.submit(request, body, [prompt], params, head, adapter)
+    stream = state.submit(request, body, [prompt.prompt], params, head, adapter, [prompt.inputs])
     shown = ShownPrompts(state.tokenizer, stream, body)
     if body.stream:
         chunks = Chunks(stream, state.tokenizer, head, chat=True, options=chunk_options(body), prompts=shown)

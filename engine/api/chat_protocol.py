@@ -6,7 +6,6 @@ import msgspec
 
 from engine.api.protocol import SampledRequest
 from engine.errors import RequestError
-from engine.frontend.conversation import shape_conversation
 from engine.frontend.sampling_params import MAX_LOGPROBS
 
 # Arguments of a template that are fields of the request, or that clients must not set.
@@ -58,10 +57,6 @@ class ChatRequest(SampledRequest, kw_only=True):
                 raise RequestError(
                     f"{name} is {value}, but max_tokens is {self.max_tokens}: give only one of them", name
                 )
-
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages in the form that templates expect. Raises RequestError, with the field, if one is invalid."""
-        return shape_conversation(self.messages)
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

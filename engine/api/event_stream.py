@@ -6,7 +6,7 @@ slowly, deltas are merged into one event until it has read enough.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -113,8 +113,7 @@ class EventStream(Response):
 
 
 async def close_on_disconnect(receive: Receive, stream: RequestStream) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await _disconnected(receive)
     stream.close()
 
 
@@ -131,3 +130,23 @@ async def run_until_disconnect(
     finally:
         watch.cancel()
         stream.close()
+
+
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run `work`, and cancel it if the client disconnects; then ApiError 499 ends the request."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client has disconnected")
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

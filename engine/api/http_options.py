@@ -2,6 +2,8 @@
 
 import msgspec
 
+from engine.media.limits import MediaOptions
+
 TEXT_BODY = 32 << 20  # bytes
 MEDIA_BODY = 128 << 20  # base64 takes four bytes for three, and a prompt may have several images
 
@@ -37,3 +39,4 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     runtime_lora: bool = False  # whether clients may load and unload adapters
     trust_request_chat_template: bool = False  # whether templates sent in requests are run
     limits: Limits = Limits()
+    media: MediaOptions = MediaOptions()  # of multimodal inputs

@@ -17,11 +17,23 @@ from engine.api.limits import check_queue, check_request, check_texts
 from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
+from engine.frontend.feature_cache import PromptInputs
+from engine.frontend.media_inputs import (
+    Conversation,
+    MediaInputs,
+    PreparedInputs,
+    PromptWithInputs,
+    read_conversation,
+    release,
+    release_placed,
+    truncate_with_inputs,
+)
 from engine.frontend.prompts import Prompt, Text
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Origin, RequestOptions, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import encode_end, kept_tokens, truncate
+from engine.media.fetch import Resolver
 
 # Longer texts are tokenized on a thread. The library releases the GIL, so streams continue meanwhile.
 LONG_TEXT = 4096
@@ -43,10 +55,13 @@ class ApiState:
     created: int = 0  # of the model card, seconds since 1970
     sampling_defaults: dict[str, int | float] = field(default_factory=dict)  # by fields of SamplingParams
     adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as last reported by the core
+    resolve: Resolver | None = None  # replaces the system's lookup of the hosts of media
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._longest_token = self.tokenizer.longest_token  # computed at the start, not by the first request
+        takes_media = self.client.ready.mm is not None
+        self.media = MediaInputs(self.client, self.options.media, self.resolve) if takes_media else None
 
     @property
     def model(self) -> str:
@@ -80,16 +95,44 @@ class ApiState:
         params: SamplingParams,
         head: dict[str, Any],
         adapter: str,
+        inputs: Sequence[PromptInputs] = (),
     ) -> RequestStream:
         """Send the prompts of a request to the engine. Raises ApiError 503 if the queue is full.
 
-        `head` has the first fields of the response.
+        Args:
+            request: of the client.
+            body: of the request.
+            prompts: of the request.
+            params: of the request.
+            head: the first fields of the response.
+            adapter: that the request names.
+            inputs: multimodal inputs of each prompt; they are released if the request is refused.
         """
+        try:
+            return self._submit(request, body, prompts, params, head, adapter, inputs)
+        except BaseException:
+            for one in inputs:
+                release_placed(one)
+            raise
+
+    def _submit(
+        self,
+        request: Request,
+        body: SampledRequest,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        head: dict[str, Any],
+        adapter: str,
+        inputs: Sequence[PromptInputs],
+    ) -> RequestStream:
         self.check_queue(len(prompts) * params.n)
+        if self.media is not None and not any(inputs):
+            for prompt in prompts:
+                self.media.check(prompt.text if isinstance(prompt, Text) else prompt)
         client = request.client
         origin = Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
         options = RequestOptions(body.cache_salt or "", body.priority or 0, adapter)
-        return self.client.add_request(prompts, params, options, origin)
+        return self.client.add_request(prompts, params, options, origin, inputs if any(inputs) else ())
 
     # ------------------------------------------------------------------------------------------------------- limits
 
@@ -174,36 +217,93 @@ class ApiState:
                 "chat_template",
             )
 
+    def conversation(self, messages: list[dict[str, Any]]) -> Conversation:
+        """The messages of a request in the form that templates expect. Raises RequestError, with the field."""
+        return read_conversation(messages, self.media)
+
     async def chat_prompt(
         self,
-        messages: list[dict[str, Any]],
+        conversation: Conversation,
         params: SamplingParams,
         *,
         as_ids: bool = False,
         add_special_tokens: bool = False,
         **options: Any,
-    ) -> Prompt:
+    ) -> PromptWithInputs:
         """A conversation as a prompt for the core, truncated as the request specifies.
 
         Args:
-            messages: of the conversation.
+            conversation: with its multimodal inputs, which are fetched and processed.
             params: of the request.
             as_ids: tokenize here even if the core tokenizes.
             add_special_tokens: add them although the template has usually written them.
             options: of `Tokenizer.render_chat`.
         """
-        written = await self.render_chat(messages, **options)
+        written = await self.render_chat(conversation, **options)
+        if conversation.media:
+            return await self._prompt_with_inputs(written, conversation, params, add_special_tokens, as_ids)
         if as_ids:
-            return (await self.fit(written, add_special_tokens, params))[0]
-        return await self.prompt(written, add_special_tokens) if isinstance(written, str) else written
+            return PromptWithInputs((await self.fit(written, add_special_tokens, params))[0], ())
+        prompt = await self.prompt(written, add_special_tokens) if isinstance(written, str) else written
+        return PromptWithInputs(prompt, ())
 
-    async def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
+    async def _prompt_with_inputs(
+        self,
+        written: str | list[int],
+        conversation: Conversation,
+        params: SamplingParams,
+        add_special_tokens: bool,
+        as_ids: bool,
+    ) -> PromptWithInputs:
+        """The prompt with its inputs in place of the placeholders."""
+        assert self.media is not None
+        keep = kept_tokens(params, self.client.ready.max_model_len)
+        prepared = await self._prepare(written, conversation)
+        try:
+            found = await self.on_thread(self.media.place, written, prepared, add_special_tokens=add_special_tokens)
+            if as_ids and not found.is_complete:
+                raise RequestError(
+                    "token ids, logprobs and truncation of a prompt with images, sounds or videos are not available on "
+                    "this server, whose core tokenizes or processes them (--ablate)",
+                    "messages",
+                )
+            return truncate_with_inputs(found, keep, params.truncation_side, self.tokenizer.leading_ids)
+        except BaseException:
+            release(prepared)
+            raise
+
+    async def _prepare(self, written: str | list[int], conversation: Conversation) -> PreparedInputs:
+        assert self.media is not None
+        self.media.check(written, conversation.media)
+        return await self.media.prepare(conversation.media)
+
+    async def expanded_ids(self, written: str | list[int], conversation: Conversation, special: bool) -> list[int]:
+        """The token ids of a conversation with its multimodal inputs, for /tokenize."""
+        assert self.media is not None
+        prepared = await self._prepare(written, conversation)
+        try:
+            found = await self.on_thread(self.media.place, written, prepared, add_special_tokens=special)
+        finally:
+            release(prepared)
+        if not found.is_complete:
+            raise RequestError(
+                "images, sounds and videos can't be counted on this server, whose core tokenizes or processes them "
+                "(--ablate)",
+                "messages",
+            )
+        assert isinstance(found.prompt, list)
+        return found.prompt
+
+    async def render_chat(self, conversation: Conversation, **options: Any) -> str | list[int]:
         """See `Tokenizer.render_chat`; on a thread if it may take long."""
+        messages = conversation.messages
         texts = list(message_texts(messages))
         self.check_texts(texts, "messages")
         # Tools and tool calls may be of any length.
         short = all(value is None or isinstance(value, bool) for value in options.values())
         short &= all(message.keys() <= SHORT_FIELDS for message in messages)
+        if conversation.media and self.media is not None:
+            options["placeholders"] = self.media.texts
         if short and sum(map(len, texts)) < LONG_TEXT and len(messages) < MANY_MESSAGES:
             return self.tokenizer.render_chat(messages, **options)
         return await self.on_thread(self.tokenizer.render_chat, messages, **options)

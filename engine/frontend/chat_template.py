@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import RequestError
-from engine.frontend.content_forms import ContentForms, tests_for_none
+from engine.frontend.content_forms import ContentForms, InputForms, tests_for_none
 
 log = logging.getLogger("redline.api")
 
@@ -54,7 +54,7 @@ class ChatTemplate:
         self._named = {name: _Compiled(self._environment, text, special_tokens) for name, text in (named or {}).items()}
         self._default = _Compiled(self._environment, source, special_tokens)
 
-    def render(
+    def render(  # noqa: PLR0913  (all are keywords with defaults)
         self,
         messages: list[dict[str, Any]],
         *,
@@ -65,6 +65,7 @@ class ChatTemplate:
         template: str | None = None,
         reasoning_effort: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        placeholders: Mapping[str, str] | None = None,
     ) -> str:
         """Write a conversation as a prompt, as transformers' `apply_chat_template` does.
 
@@ -78,6 +79,8 @@ class ChatTemplate:
             template: the name of one of the model's templates, or the source of another one.
             reasoning_effort: how long the model should think, if the template has a variable for it.
             extra: further variables of the template, including special tokens.
+            placeholders: by kind of input (image, audio, video), the text that stands for one. A template that writes
+                nothing for such a part gets this text before the text of the message.
 
         Raises:
             RequestError: the template does not support this.
@@ -94,7 +97,7 @@ class ChatTemplate:
         for name in extra.keys() - compiled.variables:
             _warn_of_unused(name)
         variables = {**extra, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        messages = [compiled.shape(message) for message in messages]
+        messages = [compiled.shape(message, placeholders or {}) for message in messages]
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(
@@ -129,11 +132,14 @@ class _Compiled:
         self._keeps_none = tests_for_none(parsed)
         blank = {"tools": None, "documents": None, "add_generation_prompt": True}
         self._forms = ContentForms(lambda messages: self._write(messages, blank))
+        self._inputs = InputForms(lambda messages: self._write(messages, blank))
 
-    def shape(self, message: dict[str, Any]) -> dict[str, Any]:
+    def shape(self, message: dict[str, Any], placeholders: Mapping[str, str]) -> dict[str, Any]:
         """A message in the form that this template supports. Fields that are None are left out, as in transformers."""
         shaped = {name: value for name, value in message.items() if value is not None}
         if "content" in shaped:
+            if placeholders:
+                shaped["content"] = self._inputs.convert(shaped["content"], placeholders)
             shaped["content"] = self._forms.for_role(message["role"]).convert(shaped["content"])
         elif "content" in message and self._keeps_none:
             shaped["content"] = None

@@ -5,7 +5,7 @@ and write nothing for a text. The supported forms are found by rendering a conve
 a form is supported if the marked text appears in the prompt, and not as part of a printed list.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jinja2
@@ -97,6 +97,47 @@ class ContentForms:
             if MARK in written:
                 return written
         return None
+
+
+class InputForms:
+    """Whether one template writes a placeholder for parts such as {"type": "image"}; found when a kind first occurs."""
+
+    def __init__(self, render: Render):
+        """`render` renders a conversation, and may raise any exception."""
+        self._render = render
+        self._found: dict[tuple[str, str], bool] = {}
+
+    def convert(self, content: Any, placeholders: Mapping[str, str]) -> Any:
+        """Content in which inputs that the template does not write are texts, before the first text.
+
+        Args:
+            content: a text or parts.
+            placeholders: by kind, the text that stands for an input.
+        """
+        if not isinstance(content, list):
+            return content
+        missing = [kind for part in content if (kind := part.get("type")) in placeholders]
+        missing = [kind for kind in missing if not self._writes(kind, placeholders[kind])]
+        if not missing:
+            return content
+        lines = "\n".join(placeholders[kind] for kind in missing)
+        kept = [part for part in content if part.get("type") not in missing]
+        first = next((at for at, part in enumerate(kept) if part.get("type") == "text"), None)
+        if first is None:
+            return [{"type": "text", "text": lines}, *kept]
+        kept[first] = kept[first] | {"text": f"{lines}\n{kept[first]['text']}"}
+        return kept
+
+    def _writes(self, kind: str, placeholder: str) -> bool:
+        found = self._found.get((kind, placeholder))
+        if found is None:
+            content = [{"type": kind}, {"type": "text", "text": MARK}]
+            try:
+                found = placeholder in self._render([{"role": "user", "content": content}])
+            except Exception:
+                found = False
+            self._found[kind, placeholder] = found
+        return found
 
 
 def is_quoted(written: str) -> bool:

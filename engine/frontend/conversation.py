@@ -4,26 +4,37 @@ As in other servers, empty `tool_calls` are dropped, and arguments of functions 
 Contents are kept as they are (a text, parts, or None); `content_forms` converts them for the template.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
 from engine.errors import RequestError
+from engine.frontend.content_parts import MediaPart, read_parts
 
 Message = dict[str, Any]
 
 
-def shape_conversation(messages: list[Message]) -> list[Message]:
+def shape_conversation(
+    messages: list[Message], takes: Collection[str] = (), media: list[MediaPart] | None = None
+) -> list[Message]:
     """The messages in the form that chat templates expect.
 
-    Raises RequestError, with the field, if there are none or one is not a valid message.
+    Args:
+        messages: of the request.
+        takes: kinds of inputs (image, audio, video) that the model takes.
+        media: the inputs are appended to it, in order; the messages have parts such as {"type": "image"} for them.
+
+    Raises:
+        RequestError: with the field, if there are no messages or one is not valid.
     """
     if not messages:
         raise RequestError("messages is an empty list", "messages")
-    return [_shape(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    found = [] if media is None else media
+    return [_shape(message, f"messages[{number}]", takes, found) for number, message in enumerate(messages)]
 
 
-def _shape(message: Any, field: str) -> Message:
+def _shape(message: Any, field: str, takes: Collection[str], media: list[MediaPart]) -> Message:
     if not isinstance(message, dict):
         raise RequestError(f"{field} must be an object", field)
     role = message.get("role")
@@ -31,7 +42,7 @@ def _shape(message: Any, field: str) -> Message:
         raise RequestError(f"{field}.role must be a string", f"{field}.role")
     shaped = dict(message)
     if "content" in message:
-        shaped["content"] = _content(message["content"], f"{field}.content")
+        shaped["content"] = _content(message["content"], f"{field}.content", takes, media)
     if message.get("function_call"):
         raise RequestError(f"{field}.function_call is not supported here: use tool_calls", f"{field}.function_call")
     calls = shaped.pop("tool_calls", None)
@@ -49,21 +60,12 @@ def _shape(message: Any, field: str) -> Message:
     return shaped
 
 
-def _content(content: Any, field: str) -> Any:
+def _content(content: Any, field: str, takes: Collection[str], media: list[MediaPart]) -> Any:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise RequestError(f"{field} must be a string or a list of parts", field)
-    return [_part(part, field) for part in content]
-
-
-def _part(part: Any, field: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "refusal" and isinstance(part.get("refusal"), str):
-        return {"type": "text", "text": part["refusal"]}
-    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise RequestError(f"{field} has a part of type {kind!r}: only text parts are supported", field)
-    return part | {"type": "text"}
+    return read_parts(content, field, takes, media)
 
 
 def _call(call: Any, field: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from engine.errors import ConfigError, ModelError, RequestError
 from engine.frontend.chat_template import ChatTemplate, read_templates
+from engine.frontend.default_templates import default_template
 from engine.frontend.mistral_tokenizer import PLAIN, MistralBackend, find_file
 from engine.frontend.tokenizer_backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.model.config.file_names import CONFIG, PARAMS
@@ -108,12 +109,18 @@ class Tokenizer:
         """One token as text, for logprobs; incomplete characters become U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
+    def written_token(self, token: int) -> str:
+        """The text that becomes this special token when it is tokenized; empty if there is none."""
+        text = self.backend.vocabulary_entry(token)
+        return text if text and token in self.encode(text, add_special_tokens=False) else ""
+
     def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
         """Write a conversation as a prompt: a text with its special tokens, or token ids (Mistral's tokenizers).
 
         `options` are those of `ChatTemplate.render`. Raises RequestError without a chat template, or if it fails.
         """
         if isinstance(self.backend, MistralBackend):
+            options.pop("placeholders", None)  # it writes those of its own format
             return self.backend.encode_chat(messages, **options)
         if self.template is None:
             raise RequestError("the model has no chat template: use /v1/completions", "messages")
@@ -166,6 +173,10 @@ def load_tokenizer(
     own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
     sources = read_templates(folder, settings) if chat_template is None else {"default": chat_template}
+    if not sources:
+        family = read_json(folder / CONFIG).get("model_type")
+        found_template = default_template(family, stand_in=isinstance(backend, StandInBackend))
+        sources = {} if found_template is None else {"default": found_template}
     template = None
     try:
         if "default" in sources:

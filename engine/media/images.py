@@ -33,7 +33,7 @@ def decode_image(data: bytes, limits: MediaLimits) -> "Image":
         RequestError: the format isn't accepted, a limit is exceeded, the file has several frames, or it is damaged.
     """
     import PIL
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if not data:
         raise RequestError("the image is empty (0 bytes)")
@@ -45,7 +45,7 @@ def decode_image(data: bytes, limits: MediaLimits) -> "Image":
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 _check_header(opened, limits)
                 opened.load()
-                return _upright_rgb(opened)
+                return as_rgb(ImageOps.exif_transpose(opened))
         except RequestError:
             raise
         except PIL.UnidentifiedImageError as error:
@@ -81,14 +81,9 @@ def _too_large(size: str, limits: MediaLimits) -> RequestError:
     )
 
 
-def _upright_rgb(image: Any) -> "Image":
-    from PIL import ImageOps
-
-    orientation_applied = ImageOps.exif_transpose(image)
-    if orientation_applied.mode in GREY_16:
-        return _high_bytes(orientation_applied).convert("RGB")
-    # A copy in all cases: the file is closed when this returns.
-    rgb: Image = orientation_applied.convert("RGB")
+def as_rgb(image: Any) -> "Image":
+    """A copy in RGB, with the values that `decode_image` states."""
+    rgb: Image = (_high_bytes(image) if image.mode in GREY_16 else image).convert("RGB")
     return rgb
 
 
