@@ -68,13 +68,13 @@ def _read(part: Any, field: str, own_field: str, takes: Collection[str], media: 
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}
     if kind in MEDIA_PARTS:
-        found = _media(part, own_field)
-        if found.kind not in takes:
+        medium, _ = MEDIA_PARTS[kind]
+        if medium not in takes:
             others = " and ".join(NAMES[one][1] for one in takes)
             instead = f", only texts and {others}" if others else ", only texts"
-            raise RequestError(f"{own_field}: this model takes no {NAMES[found.kind][1]}{instead}", own_field)
-        media.append(found)
-        return {"type": found.kind}
+            raise RequestError(f"{own_field}: this model takes no {NAMES[medium][1]}{instead}", own_field)
+        media.append(_media(part, own_field))
+        return {"type": medium}
     if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
         known = "text parts" if not takes else f"text parts and {' and '.join(NAMES[one][1] for one in takes)}"
         raise RequestError(f"{field} has a part of type {kind!r}: only {known} are supported", field)

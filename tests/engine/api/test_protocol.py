@@ -7,6 +7,7 @@ from engine.api.chat_protocol import ChatRequest
 from engine.api.parsing import parse
 from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
+from engine.frontend.conversation import shape_conversation
 
 
 def body(**fields: Any) -> bytes:
@@ -98,7 +99,7 @@ def test_what_completions_do_not_serve_is_refused_by_name(fields: dict[str, Any]
         ({"messages": []}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content"),
     ],
 )
@@ -107,7 +108,7 @@ def test_what_chats_do_not_serve_is_refused_by_name(fields: dict[str, Any], fiel
 
     def check() -> None:
         request.check()
-        request.conversation()
+        shape_conversation(request.messages)
 
     with pytest.raises(RequestError) as caught:
         check()
@@ -117,4 +118,4 @@ def test_what_chats_do_not_serve_is_refused_by_name(fields: dict[str, Any], fiel
 def test_text_parts_stay_parts_for_the_template():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = parse(body(messages=[{"role": "user", "content": parts, "name": "me"}]), ChatRequest)
-    assert request.conversation() == [{"role": "user", "content": parts, "name": "me"}]
+    assert shape_conversation(request.messages) == [{"role": "user", "content": parts, "name": "me"}]
