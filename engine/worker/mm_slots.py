@@ -22,7 +22,7 @@ from engine.messages import MMInputRef, SlotAssignment, StepMessage, int32s
 from engine.model.encoders.base import EncodedInput
 from engine.worker.encoder_cache import EncoderCache
 from engine.worker.mm_rows import MMRows
-from engine.worker.mrope import GridInput, rotary_positions
+from engine.worker.mrope import GridInput, rotary_positions, runs_of
 from engine.worker.slots import StepBatch, WorkerSlots
 
 
@@ -155,9 +155,13 @@ def _part(encoded: EncodedInput, low: int, high: int) -> EncodedInput:
 
 
 def _spans(row: int, inputs: list[_SlotInput], computed: int, end: int, *, joint: bool) -> Iterator[Span]:
-    """The bidirectional inputs with a token in the step, which is one of theirs or follows a prefix hit within them."""
+    """The bidirectional inputs with a token in the step, which is one of theirs or follows a prefix hit within them.
+
+    An input of several parts with text between them (crops of Gemma 3) is a span for each part, unless all are joint.
+    """
     chosen = [one.at for one in inputs if one.ref.bidirectional]
-    for at in [np.concatenate(chosen)] if joint and chosen else chosen:
+    parts = [np.concatenate(chosen)] if joint and chosen else [run for whole in chosen for run in runs_of(whole)]
+    for at in parts:
         if len(at) and at[0] < end and at[-1] >= computed:
             if at[-1] >= end:
                 raise RuntimeError(

@@ -10,6 +10,7 @@ p + max(r, c), whatever f is. Example: text, an image of 2 rows and 3 columns, t
     width    0  1  2  3  4  2  3  4  5
 
 The next token (index 9) has position 6 in all sections: positions of generated tokens differ from their indices by -3.
+Times of a long video can be above the positions of the text after it; text counts on from text even then.
 
 Source: Wang et al., Qwen2-VL (arXiv 2409.12191) and Bai et al., Qwen2.5-VL (arXiv 2502.13923), with time in seconds.
 """
@@ -50,7 +51,7 @@ def rotary_positions(
         frames, rows, columns = one.grid
         if frames * rows * columns != len(one.at):
             raise RuntimeError(f"an input with a grid of {frames} × {rows} × {columns} has {len(one.at)} embeddings")
-        runs = np.split(one.at, np.flatnonzero(np.diff(one.at) != 1) + 1)
+        runs = runs_of(one.at)
         per_run = frames if len(runs) == 1 else 1
         interval = tokens_per_second * one.seconds_per_frame if tokens_per_second and one.seconds_per_frame else 1
         time = (np.arange(per_run, dtype=np.float32) * np.float32(interval)).astype(np.int64)
@@ -63,4 +64,9 @@ def rotary_positions(
             out[:, first:known] = grid + position
             position += max(rows, columns)
     out[:, known:] = np.arange(position, position + num_tokens - known)
-    return out, int(out.max()) + 1 - num_tokens if num_tokens else 0
+    return out, position - known
+
+
+def runs_of(at: Int64s) -> list[Int64s]:
+    """Ascending positions, divided where one isn't followed by the next."""
+    return np.split(at, np.flatnonzero(np.diff(at) != 1) + 1)
