@@ -20,6 +20,7 @@ from engine import children
 from engine.children import Failure, Loading, Up
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import RedlineError, cause_of
+from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo
 from engine.worker.rank_protocol import (
     Call,
@@ -78,7 +79,9 @@ def _drop(_kind: FrameKind, _answer: bytes) -> None:
 def start(options: RankOptions, progress: Callable[[int, int], None]) -> tuple[Any, StartReport]:
     """Start the worker: a Runner or, with `--ablate driver-broadcast`, a Follower; on a device a DeviceRunner."""
     config, resolved = EngineConfig(**options.config), ResolvedConfig(**options.resolved)
-    model_info = ModelInfo(**{**options.model_info, "path": Path(options.model_info["path"])})
+    given = options.model_info
+    mm = msgspec.convert(given["mm"], MMFacts | None)
+    model_info = ModelInfo(**{**given, "path": Path(given["path"]), "mm": mm})
     place = RankPlace(options.rank, options.store)
     shown = progress if options.rank == 0 else None
     if options.device is not None:

@@ -167,15 +167,14 @@ class Driver:
             for request in running:
                 left = len(request.known) - request.computed
                 count = luck.randint(0 if left == 1 else 1, min(left, chunk)) if chunk else left
+                count = self._fitting(request, count)
                 if count != 1:
                     chunks.append((request.row, count))
                 if count:
                     work.append((request, count))
                     blocks += self._grow(request, request.computed + count, prefixes)
-            result = self._run_step(
-                StepMessage(self.step, column(removed), tuple(added), column(blocks), column(chunks))
-            )
-            self._book(result, work)
+            message = StepMessage(self.step, column(removed), tuple(added), column(blocks), column(chunks))
+            self._book(self._run_step(self._completed(message, work)), work)
             removed = []
             for request in list(running):
                 done = len(request.output) >= new
@@ -188,6 +187,16 @@ class Driver:
                         waiting.insert(0, request)
         if removed:
             self._run_step(StepMessage(self.step, column(removed)))
+
+    def _fitting(self, request: Request, count: int) -> int:
+        """How many of `count` tokens the next step can compute."""
+        del request
+        return count
+
+    def _completed(self, message: StepMessage, work: list[tuple[Request, int]]) -> StepMessage:
+        """The message with what a subclass adds to it; `work`: tokens that requests compute."""
+        del work
+        return message
 
     def _admit(self, request: Request, prefixes: Prefixes) -> SlotAssignment:
         request.row = self.free_rows.pop(0)

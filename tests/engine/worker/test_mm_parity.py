@@ -1,0 +1,21 @@
+"""Multimodal models through the worker equal plain transformers, whatever the schedule; and mistakes are seen."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.multimodal.families import MM_FAMILIES
+from tests.engine.worker.mm_models import MM_MODELS
+from tests.engine.worker.mm_parity import CASES, SHIFTED, SWAPPED, rows_of
+
+
+@pytest.mark.parametrize("kind", ["llava"])
+def test_a_family_equals_transformers_and_mistakes_are_seen(kind: str, tmp_path: Path) -> None:
+    rows = list(rows_of(kind, MM_MODELS[kind], tmp_path, ranks=(1,)))
+    assert {row.case for row in rows} >= {*CASES, SWAPPED, SHIFTED}
+    for row in rows:
+        assert row.passed, row
+
+
+def test_the_suite_holds_only_known_families() -> None:
+    assert {kind.partition("/")[0] for kind in MM_MODELS} <= set(MM_FAMILIES)
