@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -50,12 +51,15 @@ ABLATIONS: dict[str, str] = {
     "inline-frontend": "texts are tokenized and detokenized in the EngineCore's loop",
     "full-state": "each step sends the full state of every request to the workers",
     "no-prefix-cache": "no prefix caching",
+    "inline-processing": "images, audio and video are decoded and processed in the EngineCore's loop",
+    "no-feature-cache": "each multimodal input is processed anew for each request",
     "no-encoder-cache": "no encoder cache",
     "watermark": "1 % of the blocks stay free when a request is admitted",
     "driver-broadcast": "rank 0 alone receives steps, builds all inputs and broadcasts them",
 }
 CHUNKING = ("no-chunking", "prefill-first")  # not ablated in V0 with --enable-chunked-prefill
 V0_OPTIONS = ("num_scheduler_steps", "enable_chunked_prefill")
+INLINE_PROCESSING, NO_FEATURE_CACHE = "inline-processing", "no-feature-cache"
 DRIVER_BROADCAST = "driver-broadcast"  # needs several ranks
 
 KV_ALLOCATION = "--kv-cache-memory-bytes"
@@ -121,6 +125,9 @@ class EngineConfig:
     allowed_media_domains: Sequence[str] = ()  # hosts that URLs of media may name; none: all
     allowed_media_networks: Sequence[str] = ()  # from which media may be fetched though they are not public
     media_limits: Mapping[str, Any] | None = None  # fields of engine.media.limits.MediaLimits that replace its defaults
+    mm_processors: int | None = None  # processes for multimodal inputs, of all front ends; None: from the cores
+    mm_cache_gb: float | None = None  # GiB of all feature caches; 0: none; None: see engine.multimodal.feature_files
+    mm_processor_kwargs: str | Mapping[str, Any] | None = None  # options of the model's processor, or JSON text
     num_scheduler_steps: int | None = None  # v0 only: decode steps per run of the scheduler
     enable_chunked_prefill: bool | None = None  # v0 only; off by default
 
@@ -153,6 +160,8 @@ class EngineConfig:
         fraction = self.gpu_memory_utilization
         if fraction is not None and not 0 < fraction <= 1:
             raise ConfigError(f"--gpu-memory-utilization must lie in (0, 1], not {fraction}")
+        if self.mm_cache_gb is not None and not 0 <= self.mm_cache_gb < math.inf:
+            raise ConfigError(f"--mm-cache-gb must be at least 0, not {self.mm_cache_gb:g}")
         if self.kv_cache_memory_bytes is not None and self.kv_cache_memory_bytes < 1:
             raise ConfigError(f"{KV_ALLOCATION} must be at least 1, not {self.kv_cache_memory_bytes}")
         slots, budget = self.max_num_seqs, self.max_num_batched_tokens
@@ -183,6 +192,9 @@ class EngineConfig:
         for name in ("allowed_media_domains", "allowed_media_networks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self.media_options.check()
+        if isinstance(self.mm_processor_kwargs, str):
+            kwargs = read_overrides(self.mm_processor_kwargs, "--mm-processor-kwargs")
+            object.__setattr__(self, "mm_processor_kwargs", kwargs)
         if self.engine is None:
             object.__setattr__(self, "engine", "v0" if self.v0_options else "v1")
 
@@ -297,7 +309,7 @@ def read_overrides(text: str, option: str = "--hf-overrides") -> dict[str, Any]:
 
 _AT_LEAST_ONE = (
     "tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens",
-    "num_layers", "num_speculative_tokens",
+    "num_layers", "num_speculative_tokens", "mm_processors",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import zmq
+from msgspec.structs import replace
 
 from engine import children
 from engine.children import Failure, Loading, RankHandle, ReportingChild, Up
 from engine.clock import MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
 from engine.messages import Ready, Shutdown, encode
+from engine.multimodal.feature_files import FeatureFolder, remove_stale_features
 from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
@@ -142,6 +144,7 @@ class CoreProcess:
     def _clean(self) -> None:
         self._child.close()
         self._folder.remove()
+        remove_stale_features()  # of a core that was killed
 
 
 # ------------------------------------------------------------------------------------------------------ in the child
@@ -154,6 +157,7 @@ class BuiltCore:
     server: "CoreServer"
     ready: Ready
     ranks: tuple[RankHandle, ...]  # empty if this process is the only rank
+    features: FeatureFolder | None  # of a model that takes multimodal inputs
 
 
 def build_core_server(
@@ -189,14 +193,20 @@ def build_core_server(
     resolved = resolution.config
     ledger += executor.seconds.items()
     inline = build_inline(config, resolved, model_info.vocab_size) if "inline-frontend" in resolved.ablations else None
-    server = CoreServer(resolved, executor, MonotonicClock(), endpoints.to_core, endpoints.from_core, inline)
+    ready, features = _ready(config, model_info, resolution, executor), None
+    if ready.mm is not None:
+        features = FeatureFolder()
+        ready = replace(ready, mm=replace(ready.mm, folder=features.path))
+    folder = None if features is None else features.path
+    addresses = endpoints.to_core, endpoints.from_core
+    server = CoreServer(resolved, executor, MonotonicClock(), *addresses, inline, feature_folder=folder)
     began = time.monotonic()
     for name, path in config.adapters:
         server.core.load_adapter(name, path).result()
     if config.adapters:
         ledger.append(("load adapters", time.monotonic() - began))
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
-    return BuiltCore(server, _ready(config, model_info, resolution, executor, ledger), tuple(executor.ranks))
+    return BuiltCore(server, replace(ready, seconds=tuple(ledger)), tuple(executor.ranks), features)
 
 
 def _ready(
@@ -204,9 +214,8 @@ def _ready(
     model_info: "ModelInfo",
     resolution: "Resolution",
     executor: "StartedExecutor",
-    seconds: list[tuple[str, float]],
 ) -> Ready:
-    """What a core reports to its parent; `seconds`: per phase of the start."""
+    """What a core reports to its parent, without the seconds of its start."""
     resolved = resolution.config
     return Ready(
         model_path=str(model_info.path),
@@ -224,7 +233,6 @@ def _ready(
         memory=resolution.memory,
         warnings=(*resolution.warnings, *executor.warnings),
         process_id=os.getpid(),
-        seconds=tuple(seconds),
         scheduling_policy=resolved.scheduling_policy,
         ablations=tuple(sorted(resolved.ablations)),
         scheduler_steps=resolved.scheduler_steps,
@@ -276,7 +284,11 @@ def _run(options: CoreOptions, send: children.Send) -> None:
         built.server.watch(options.step_timeout_s, give_up, built.ranks)
     children.freeze_heap()
     send(Up.of(built.ready))
-    built.server.run()
+    try:
+        built.server.run()
+    finally:
+        if built.features is not None:
+            built.features.remove()
 
 
 if __name__ == "__main__":

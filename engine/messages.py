@@ -234,6 +234,11 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
         """Whether the core tokenizes and detokenizes."""
         return "inline-frontend" in self.ablations
 
+    @property
+    def processes_inline(self) -> bool:
+        """Whether the core decodes and processes multimodal inputs."""
+        return "inline-processing" in self.ablations
+
 
 class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
     handle: int

@@ -5,16 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.frontend.connect import CoreAddress, EngineClient, connect
 from engine.frontend.front_end_stats import Board
 from engine.frontend.generation_defaults import GenerationDefaults, read_generation
+from engine.frontend.mm_pipeline import MMOptions, make_mm_options
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json, text_config
 from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.model.config.file_names import CONFIG, PARAMS
 from engine.model.resolve import resolve_model, resolve_tokenizer
+from engine.multimodal.feature_files import cache_bytes
 from engine.replicas import start_cores, stop_all, wait_all_ready
 
 
@@ -34,6 +37,13 @@ class Engine:
         """The report of the first replica; the others have the same configuration."""
         return self.readies[0]
 
+    @property
+    def mm(self) -> MMOptions | None:
+        """How front ends prepare multimodal inputs; None if the model takes none, or if the core processes them."""
+        if self.ready.mm is None or self.ready.processes_inline:
+            return None
+        return make_mm_options(self.config)
+
     def addresses(self, front_end: int = 0) -> tuple[CoreAddress, ...]:
         """The addresses at which a front end reaches the cores."""
         pairs = zip(self.cores, self.readies, strict=True)
@@ -44,7 +54,8 @@ class Engine:
     def connect(self, boards: Sequence[Board] = ()) -> EngineClient:
         """Make the client of the first front end; `open()` it inside an event loop."""
         config = self.config
-        return connect(self.addresses(), self.tokenizer, seed=config.seed, routing=config.routing, boards=boards)
+        options: dict[str, Any] = {"seed": config.seed, "routing": config.routing, "boards": boards, "mm": self.mm}
+        return connect(self.addresses(), self.tokenizer, **options)
 
     def watch(self, on_death: Callable[[int, str], None]) -> None:
         """Call back from a thread, with the replica and the cause in one line, if a core exits unexpectedly."""
@@ -76,6 +87,7 @@ def start_engine(
     stand_in = declared_vocab_size(path) if config.tokenizer is None else None
     generation = read_generation(config.generation_config, path, config.override_generation_config)
     config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.names)
+    cache_bytes(config.mm_cache_gb)  # its error needs no model
     cores = start_cores(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
         tokenizer, warnings = load_tokenizer(tokenizer_path, stand_in, config.tokenizer_mode, config.chat_template)

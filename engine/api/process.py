@@ -17,6 +17,7 @@ from engine import children
 from engine.api.http_options import HttpOptions
 from engine.children import Failure, ReportingChild, Up
 from engine.frontend.connect import CoreAddress
+from engine.frontend.mm_pipeline import MMOptions
 
 if TYPE_CHECKING:
     from engine.frontend.connect import EngineClient
@@ -39,6 +40,7 @@ class ApiProcessOptions(children.PipeOptions):
     created: int
     http: HttpOptions
     log_requests: bool
+    mm: MMOptions | None = None
     first_sequence: int = 1  # of its requests; the successor of a dead process continues far above
     listener: int = -1
     boards: tuple[int, ...] = ()
@@ -142,6 +144,7 @@ def connect(options: ApiProcessOptions) -> "EngineClient":
         seed=options.seed,
         routing=options.routing,
         boards=[Board(options.front_ends, board) for board in options.boards],
+        mm=options.mm,
     )
 
 

@@ -97,6 +97,7 @@ class ServerRun(ClientListener):
                 created=self._created,
                 http=self._options.http,
                 log_requests=self._options.log_requests,
+                mm=engine.mm,
             )
             for front_end in range(1, 1 + len(self._others))
         ]

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import zmq
@@ -11,10 +12,12 @@ from engine.children import RankHandle
 from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
+from engine.core.feature_mirror import FeatureMirror
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.watchdog import Watchdog, WatchedExecutor
 from engine.errors import RedlineError, cause_of
 from engine.messages import Dead, Hung, encode
+from engine.multimodal.feature_files import unlink_features
 
 log = logging.getLogger("redline.core")
 
@@ -26,7 +29,8 @@ class CoreServer:
     """Serves one EngineCore to its front ends over ZeroMQ.
 
     The core binds `to_core`, where it receives messages of all front ends; front end i binds `from_core[i]`. With
-    `inline` the core tokenizes and detokenizes.
+    `inline` the core tokenizes and detokenizes. `feature_folder` is where front ends put the features of multimodal
+    inputs, if the model takes any.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class CoreServer:
         to_core: str,
         from_core: tuple[str, ...],
         inline: InlineFrontEnd | None = None,
+        *,
+        feature_folder: str | None = None,
     ) -> None:
         self._clock = clock
         self._from_core = from_core
@@ -49,7 +55,9 @@ class CoreServer:
         self._inbound.set_hwm(0)
         self._inbound.bind(to_core)
         self._executor = WatchedExecutor(executor, clock, self._wake.set)
-        self.core = EngineCore(config, self._executor, clock, self._post, len(from_core), inline)
+        self._unlinker = ThreadPoolExecutor(1, thread_name_prefix="core-files")
+        features = None if feature_folder is None else FeatureMirror(feature_folder, self._unlink)
+        self.core = EngineCore(config, self._executor, clock, self._post, len(from_core), inline, features)
         self._watchdog: Watchdog | None = None
         self._sender = self._thread(self._send_all, "core-output")
         self._receiver = self._thread(self._receive_all, "core-input")
@@ -68,6 +76,10 @@ class CoreServer:
 
     def _post(self, front_end: int, data: bytes) -> None:
         self._outbox.put((front_end, data))
+
+    def _unlink(self, path: str) -> None:
+        """Unlink a feature file on a thread: freeing its memory takes long enough to delay a step."""
+        self._unlinker.submit(unlink_features, path)
 
     def fail(self, error: BaseException | None) -> None:
         """End `run` with this error, even while no step is in flight. May be called from any thread."""
@@ -114,6 +126,7 @@ class CoreServer:
             self._outbox.put(None)
             self._sender.join(timeout=2.0)
             self._executor.shutdown()
+            self._unlinker.shutdown()
             self._context.term()
 
     def _step(self, now: float) -> bool:

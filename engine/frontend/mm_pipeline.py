@@ -14,16 +14,22 @@ from typing import Any, Protocol
 
 import msgspec
 
+from engine.config import NO_FEATURE_CACHE, EngineConfig
 from engine.errors import RequestError
 from engine.frontend.feature_cache import CachedInput, FeatureCache, PreparedInput
 from engine.frontend.front_end_stats import MMCounters
+from engine.host import cores
+from engine.media.limits import MediaLimits
 from engine.messages import MMSpec
 from engine.multimodal.families import MM_FAMILIES
+from engine.multimodal.feature_files import cache_bytes
 from engine.multimodal.hashing import InputHasher
 from engine.multimodal.pool import MediaPool
 from engine.multimodal.pool_protocol import Done, PoolOptions
 from engine.multimodal.types import Media, MediaKind
 
+# Cores of the machine for each process of the pool by default: most time passes in the model.
+CORES_PER_PROCESS = 4
 LARGE = 128 << 10  # bytes; larger inputs are hashed on a thread, so that streams continue meanwhile
 PROCESSOR = "engine.processor_start:make"
 MAX_PROCESSES = 16  # by default
@@ -38,7 +44,7 @@ class MMOptions(msgspec.Struct):
         processes: of the pools of all front ends.
         cache_bytes: of the feature caches of all front ends; 0: nothing is kept between requests.
         processor_options: `--mm-processor-kwargs`.
-        limits: of decoding, see `PoolOptions`.
+        limits: of decoding.
         factory: makes the processor, see `PoolOptions`.
     """
 
@@ -47,8 +53,23 @@ class MMOptions(msgspec.Struct):
     processes: int
     cache_bytes: int
     processor_options: dict[str, Any] = {}
-    limits: dict[str, Any] = {}
+    limits: MediaLimits = MediaLimits()
     factory: str = PROCESSOR
+
+
+def make_mm_options(config: EngineConfig) -> MMOptions:
+    """The options of an engine's front ends; the model of `config` is a folder or its config.json."""
+    path = Path(config.model)
+    kwargs = config.mm_processor_kwargs or {}
+    assert isinstance(kwargs, Mapping), "JSON text was parsed"
+    default = min(MAX_PROCESSES, max(1, cores() // CORES_PER_PROCESS))
+    return MMOptions(
+        folder=str(path if path.is_dir() else path.parent),
+        model=config.describe(),
+        processes=config.mm_processors or default,
+        cache_bytes=0 if NO_FEATURE_CACHE in config.ablations else cache_bytes(config.mm_cache_gb),
+        processor_options=dict(kwargs),
+    )
 
 
 class Pool(Protocol):

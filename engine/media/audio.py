@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engine.errors import ConfigError, RequestError
 from engine.media.limits import MediaLimits
-from engine.multimodal.types import Audio
+from engine.media.types import Audio
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "AIFF", "AU")
 SHOWN_FORMATS = "WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and AU"

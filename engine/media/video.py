@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engine.errors import ConfigError, RequestError
 from engine.media.limits import MediaLimits
-from engine.multimodal.types import Video
+from engine.media.types import Video
 
 # FFmpeg's names of container formats. Playlists (hls, dash, concat) are left out: they name further files and URLs.
 FORMATS = ("mp4", "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv")

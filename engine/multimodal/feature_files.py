@@ -98,5 +98,10 @@ def remove_folders_of_killed() -> None:
     """Remove the folders of processes that are gone, now or within a short time: for the children of one of them."""
     until = time.monotonic() + RELEASE_S
     while time.monotonic() < until:
-        remove_stale(find_parent(), PREFIX)
+        remove_stale_features()
         time.sleep(RETRY_S)
+
+
+def remove_stale_features() -> None:
+    """Remove the folders of processes that are gone."""
+    remove_stale(find_parent(), PREFIX)

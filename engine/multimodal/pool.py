@@ -19,7 +19,7 @@ import msgspec
 
 from engine import children
 from engine.children import ChildProcess
-from engine.errors import ProcessingError, RedlineError, RequestError, SharedMemoryFullError
+from engine.errors import ProcessingError, RedlineError, RequestError, SharedMemoryFullError, cause_of
 from engine.multimodal.feature_files import unlink_features
 from engine.multimodal.pool_protocol import (
     HEAD_BYTES,
@@ -236,7 +236,10 @@ class MediaPool:
         while True:
             try:
                 process = await _Process.start(self._options, self._spawn)
-            except RedlineError as error:
+            except Exception as error:
+                if not isinstance(error, RedlineError):
+                    log.exception("a process for multimodal inputs could not be started")
+                    error = ProcessingError(f"multimodal inputs can't be processed: {cause_of(error)}")
                 log.error("%s", error)
                 self._fail_queued(error)
                 await asyncio.sleep(pause)

@@ -15,7 +15,7 @@ from engine.children import Failure
 from engine.errors import RedlineError, cause_of
 from engine.multimodal.feature_files import remove_folders_of_killed
 from engine.multimodal.pool_protocol import Done, Failed, PoolOptions, Started, decode_job, encode, receive
-from engine.multimodal.processing import make_processor, media_limits, resident_bytes, run_job
+from engine.multimodal.processing import make_processor, resident_bytes, run_job
 
 NICE = 10  # the loops of front end, core and workers come first
 
@@ -27,7 +27,7 @@ def serve(options: PoolOptions, connection: socket.socket) -> None:
         connection.sendall(children.frame(encode(answer)))
 
     try:
-        processor, limits = make_processor(options), media_limits(options.limits)
+        processor = make_processor(options)
     except Exception as error:  # reported to the front end, which fails the jobs that wait
         send(Failed(Failure.of(error if isinstance(error, RedlineError) else RedlineError(cause_of(error)))))
         return
@@ -36,7 +36,7 @@ def serve(options: PoolOptions, connection: socket.socket) -> None:
         data = receive(connection)
         if data is None:
             return
-        send(run_job(processor, limits, decode_job(head), bytes(data)))
+        send(run_job(processor, options.limits, decode_job(head), bytes(data)))
         del data
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from engine import children
+from engine.media.limits import MediaLimits
 from engine.multimodal.types import MediaKind
 
 HEAD_BYTES = 8
@@ -24,13 +25,13 @@ class PoolOptions(msgspec.Struct):
     Args:
         factory: `module:function`, which makes the Processor from `model`.
         model: what the factory needs to know.
-        limits: the fields of `engine.media.limits.MediaLimits` that aren't the default.
+        limits: of decoding.
         socket: descriptor of the process's end of the socket.
     """
 
     factory: str
     model: dict[str, Any]
-    limits: dict[str, Any] = {}
+    limits: MediaLimits = MediaLimits()
     socket: int = -1
 
 

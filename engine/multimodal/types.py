@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import msgspec
-import numpy as np
 from numpy.typing import NDArray
+
+from engine.media.types import Audio as Audio
+from engine.media.types import Video as Video
 
 MediaKind = Literal["image", "audio", "video"]
 
@@ -15,20 +17,6 @@ class Media(msgspec.Struct, frozen=True, gc=False):
 
     kind: MediaKind
     data: bytes
-
-
-class Audio(msgspec.Struct, frozen=True, gc=False):
-    """A decoded sound: float32[samples], mono."""
-
-    samples: NDArray[np.float32]
-    rate: int  # samples per second
-
-
-class Video(msgspec.Struct, frozen=True, gc=False):
-    """Decoded frames, uint8[frames, height, width, 3], and their times in seconds."""
-
-    frames: NDArray[np.uint8]
-    times: NDArray[np.float64]
 
 
 class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):

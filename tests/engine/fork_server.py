@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgspec
@@ -71,11 +71,19 @@ class ForkServer:
         self._lock = threading.Lock()
         self._channel: socket.socket | None = None
 
-    def spawn(self, module: str, options: msgspec.Struct, inherit: Sequence[int] = ()) -> ForkedChild:
+    def spawn(
+        self,
+        module: str,
+        options: msgspec.Struct,
+        inherit: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> ForkedChild:
         stdin, ours = os.pipe()
         with self._lock:
             channel = self._channel = self._channel or self._start()
-            request = json.dumps({"module": module, "numbers": [0, *inherit]}).encode()
+            request = json.dumps(
+                {"module": module, "numbers": [0, *inherit], "environment": dict(environment or {})}
+            ).encode()
             socket.send_fds(channel, [request], [stdin, *inherit])
             with self.changed:
                 assert self.changed.wait_for(lambda: self._started, START_S), "the fork server does not answer"
@@ -152,7 +160,7 @@ def report_exits(channel: socket.socket) -> None:
         channel.send(json.dumps({"pid": pid, "status": status}).encode())
 
 
-def run(module: str, numbers: list[int], descriptors: list[int]) -> NoReturn:
+def run(module: str, numbers: list[int], descriptors: list[int], environment: dict[str, str]) -> NoReturn:
     """In the child: `python -m module`, with the descriptors under their numbers in the parent."""
     code: Any = 1
     try:
@@ -162,6 +170,7 @@ def run(module: str, numbers: list[int], descriptors: list[int]) -> NoReturn:
             os.dup2(copy, number)
             os.close(copy)
         sys.argv = [module]
+        os.environ |= environment
         code = importlib.import_module(module).main()
     finally:
         atexit._run_exitfuncs()
