@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from cli.engine_options import ENGINE_OPTIONS
 from cli.media_options import MEDIA_OPTIONS, take_media_limits
+from cli.mm_options import MM_OPTIONS, apply_cache
 from cli.options import SpreadCommand, with_options
 from cli.screen import verbatim_console
 from cli.serve_options import SERVER_OPTIONS
@@ -33,7 +34,7 @@ class ServeCommand(SpreadCommand):
 
 @click.command(cls=ServeCommand)
 @click.argument("model", required=False)
-@with_options(*SERVER_OPTIONS, *ENGINE_OPTIONS, *MEDIA_OPTIONS, *VLLM_OPTIONS)
+@with_options(*SERVER_OPTIONS, *ENGINE_OPTIONS, *MEDIA_OPTIONS, *MM_OPTIONS, *VLLM_OPTIONS)
 @click.pass_context
 def command(
     ctx: click.Context, model: str | None, model_option: str | None, lora: tuple[str, ...], **settings: Any
@@ -84,6 +85,7 @@ def _config(model: str, lora: tuple[str, ...], settings: dict[str, Any]) -> Engi
     settings["chat_template"] = read_chat_template(settings["chat_template"])
     settings["served_model_name"] = settings["served_model_name"] or None
     settings["media_limits"] = take_media_limits(settings)
+    apply_cache(settings)
     return EngineConfig(model=model, adapters=split_adapters(lora), **settings)
 
 

@@ -48,7 +48,6 @@ TOOLS = "tool calls are not parsed yet"
 NO_CODE = "code that comes with a model is never run; models that transformers has a class for need none"
 ONE_MACHINE = "a server runs on one machine"
 NO_PLUGINS = "no external code is loaded into the server"
-NO_MULTIMODAL = "no multimodal model is served yet"
 NO_STRUCTURED = "structured output is not supported yet, and requests for it are refused"
 NO_CLIENT_CERTIFICATES = "client certificates are not checked; a reverse proxy can check them"
 SPECULATION = "use --speculative ngram and --num-speculative-tokens"
@@ -87,9 +86,6 @@ NO_EFFECT = (
                neutral=("auto",)),
     _no_effect("--max-parallel-loading-workers", why="each rank reads only what it needs, in pieces"),
     _no_effect("--tokenizer-pool-size", why="texts are tokenized on threads", neutral=("0",)),
-    _no_effect("--mm-processor-cache-gb", why=NO_MULTIMODAL),
-    _no_effect("--mm-processor-kwargs", why=NO_MULTIMODAL),
-    _no_effect("--disable-mm-preprocessor-cache", why=NO_MULTIMODAL, switch=True),
     _no_effect("--disable-hybrid-kv-cache-manager", why="blocks outside a sliding window are always freed",
                switch=True),
     _no_effect("--enable-prompt-tokens-details", why="responses always have prompt_tokens_details", switch=True),

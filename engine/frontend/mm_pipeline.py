@@ -69,6 +69,7 @@ def make_mm_options(config: EngineConfig) -> MMOptions:
         processes=config.mm_processors or default,
         cache_bytes=0 if NO_FEATURE_CACHE in config.ablations else cache_bytes(config.mm_cache_gb),
         processor_options=dict(kwargs),
+        limits=config.media_options.limits,
     )
 
 

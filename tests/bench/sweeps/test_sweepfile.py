@@ -58,9 +58,10 @@ def test_presets_of_v0_take_their_time_and_cover_what_they_say() -> None:
         ["--max-num-batched-tokens", "128", "--max-model-len", "88"],
         ["--engine", "v0", "--max-model-len", "88"],
     ]
-    # The encoder cache needs images and a broadcast several ranks; everything else that can be taken away is.
+    # Three need images and a broadcast several ranks; everything else that can be taken away is.
+    others = ("inline-processing", "no-feature-cache", "no-encoder-cache", "driver-broadcast")
     removed = [c.serve.get("ablate") for c in ablation.configurations]
-    assert removed == [None, *(r for r in ABLATIONS if r not in ("no-encoder-cache", "driver-broadcast")), None]
+    assert removed == [None, *(r for r in ABLATIONS if r not in others), None]
     assert [c.name for c in ablation.configurations] == ["v1", *removed[1:-1], "v0"]
     assert all(c.note for c in ablation.configurations)
     for configuration in (c for p in (versus, ablation) for c in p.configurations):

@@ -120,7 +120,7 @@ def test_processes_are_added_while_jobs_wait_and_canceled_jobs_are_dropped(tmp_p
         jobs = [asyncio.ensure_future(pool.submit(png(n), 1, {"sleep": 0.3}, str(tmp_path / str(n)))) for n in range(4)]
         while len(pool.pids) < 2:
             await asyncio.sleep(0.01)
-        running = [job for job in jobs[:3]]
+        running = jobs[:3]
         jobs[3].cancel()
         await asyncio.gather(*running)
         assert jobs[3].cancelled()
