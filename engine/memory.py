@@ -14,6 +14,7 @@ from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.text import human_bytes
 
 WORKSPACE = "workspace"  # the line of what steps allocate
+ENCODER_FLAGS = "--max-num-batched-tokens, --mm-processor-kwargs"
 MIN_UNCHUNKED_TOKENS = 512  # lower bound of a step's token budget without chunked prefill
 MAX_TOKENS_IN_FLIGHT = 64  # of a request: a window keeps the blocks that tokens without a result attend to
 
@@ -37,11 +38,16 @@ class _Budget:
     fraction: float  # of `available` that the replica may take
     weights: int
     workspace: int
+    encoders: int  # embeddings of multimodal inputs, and what encoding one of them needs
     block: int  # a KV block of all layers
 
     @property
+    def fixed(self) -> int:
+        return self.weights + self.workspace + self.encoders
+
+    @property
     def kv_cache(self) -> int:
-        return max(int(self.fraction * self.available) - self.weights - self.workspace, 0)
+        return max(int(self.fraction * self.available) - self.fixed, 0)
 
 
 def resolve(
@@ -68,12 +74,14 @@ def resolve(
         kv_bytes = ranks * tp_plan.rank_info.kv_bytes_per_token
         model_info = dataclasses.replace(model_info, weight_bytes=tp_plan.weight_bytes, kv_bytes_per_token=kv_bytes)
     replicas = config.data_parallel_size
-    if available is None:
-        available = machine.available_memory()
+    available = machine.available_memory() if available is None else available
     fraction = config.gpu_memory_utilization or machine.defaults.memory_utilization
+    encoder_cache_tokens = 0 if model_info.mm is None else max(budget, model_info.mm.most_tokens)
+    encoders = _encoder_lines(model_info, encoder_cache_tokens, ranks)
     memory = _Budget(
-        available, fraction, model_info.weight_bytes, workspace, model_info.kv_bytes_per_token * block_size
-    )
+        available, fraction, model_info.weight_bytes, workspace, sum(line.bytes for line in encoders),
+        model_info.kv_bytes_per_token * block_size,
+    )  # fmt: skip
     per_request = max_blocks(model_info.max_model_len, model_info.kv_groups.windows, budget, block_size)
     if config.kv_cache_memory_bytes is not None:
         num_blocks = config.kv_cache_memory_bytes // replicas // memory.block
@@ -89,6 +97,7 @@ def resolve(
         num_blocks=num_blocks,
         kv_windows=model_info.kv_groups.windows,
         enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.ablations,
+        encoder_cache_tokens=encoder_cache_tokens,
         scheduling_policy=config.scheduling_policy,
         ablations=config.ablations,
         scheduler_steps=config.num_scheduler_steps or 1,
@@ -98,11 +107,35 @@ def resolve(
     lines = (
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
+        *encoders,
         MemoryLine("KV cache", num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
     )
+    warnings += _too_large_inputs(model_info, budget)
     warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs)
     return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences)
+
+
+def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int) -> list[MemoryLine]:
+    """What multimodal inputs need: towers and embeddings are on each rank."""
+    mm = model_info.mm
+    if mm is None:
+        return []
+    return [
+        MemoryLine("encoder cache", ranks * cached_tokens * mm.embedding_bytes, ENCODER_FLAGS),
+        MemoryLine("encoder workspace", ranks * mm.encoder_workspace, "--mm-processor-kwargs"),
+    ]
+
+
+def _too_large_inputs(model_info: ModelInfo, budget: int) -> list[str]:
+    """The warning that steps are too small for inputs that can't be split."""
+    mm = model_info.mm
+    if mm is None or mm.unsplit_tokens <= budget:
+        return []
+    return [
+        f"inputs of more than {budget} tokens are refused: their tokens attend to each other, so one step computes all "
+        f"of them; --max-num-batched-tokens {mm.unsplit_tokens} is enough for the largest"
+    ]
 
 
 def max_blocks(tokens: int, windows: tuple[int, ...], budget: int, block_size: int) -> int:
@@ -155,7 +188,9 @@ def _batch_sizes(config: EngineConfig, model_info: ModelInfo, defaults: Defaults
                 f"below --max-model-len ({model_info.max_model_len})"
             )
         return max_num_seqs, budget or max(MIN_UNCHUNKED_TOKENS, max_num_seqs, model_info.max_model_len)
-    return max_num_seqs, budget or max(defaults.max_num_batched_tokens, max_num_seqs + defaults.min_chunk)
+    unsplit = 0 if model_info.mm is None else model_info.mm.unsplit_tokens  # beside one token of each request
+    chunk = max(defaults.min_chunk, unsplit)
+    return max_num_seqs, budget or max(defaults.max_num_batched_tokens, max_num_seqs + chunk)
 
 
 def _too_much(lines: tuple[MemoryLine, ...], available: int, replicas: int) -> list[str]:
@@ -180,14 +215,16 @@ def _too_little(
     fits = bisect_right(range(1, model_info.max_model_len), num_blocks - 1, key=blocks_for) // block_size * block_size
     replicas = config.data_parallel_size
     each = f" for each of {replicas} replicas" if replicas > 1 else ""
-    fixed = memory.weights + memory.workspace
+    fixed = memory.fixed
+    encoders = f", {human_bytes(memory.encoders)} for images and audio" if memory.encoders else ""
     if config.kv_cache_memory_bytes is not None:
         given = f"{KV_ALLOCATION} {config.kv_cache_memory_bytes} holds{each}"
         ways = [f"{KV_ALLOCATION} {needed * replicas}"]
     else:
         given = (
             f"{memory.fraction:.0%} of {human_bytes(memory.available)} free memory{each} less "
-            f"{human_bytes(memory.weights)} of weights and {human_bytes(memory.workspace)} of workspace leaves room for"
+            f"{human_bytes(memory.weights)} of weights{encoders} and {human_bytes(memory.workspace)} of workspace "
+            "leaves room for"
         )
         enough = (fixed + needed) / max(memory.available, 1)
         ways = [f"--gpu-memory-utilization {min(1.0, enough + 0.01):.2f}"] if enough <= 1 else []

@@ -17,10 +17,12 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engine.arrays import Float32s, Float64s, Int64s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import RedlineError
+from engine.kernels.attention import Span
 from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import TPPlan
@@ -28,6 +30,7 @@ from engine.worker import prompt_logprobs
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.backend_builder import BuiltBackend
 from engine.worker.gloo_group import NO_TIMEOUT, GlooGroup
+from engine.worker.mm_rows import MMRows
 from engine.worker.model_backend import ModelBackend
 from engine.worker.rank_protocol import Call, PeerLostError
 from engine.worker.runner import Runner, SamplingPlan, build_parts, build_slots
@@ -78,6 +81,7 @@ class _Description(msgspec.Struct, array_like=True):
     call: Call | None = None
     step: int | None = None  # None without a call: the end
     chosen: bool = False
+    mm_dtype: str = ""  # of the embeddings of multimodal inputs
     columns: list[tuple[str, str, tuple[int, ...]]] = []  # name, dtype, shape
 
 
@@ -90,7 +94,36 @@ def _columns(step: BroadcastStep) -> dict[str, NDArray[Any]]:
     named = {name: getattr(step.batch, name) for name in _BATCH if name != "step"}
     temperatures, uniforms = step.drawn or (None, None)
     named |= {"temperatures": temperatures, "uniforms": uniforms, "logits_of": step.logits_of}
+    if step.batch.mm is not None:
+        named |= _mm_columns(step.batch.mm)
     return {name: np.ascontiguousarray(values) for name, values in named.items() if values is not None}
+
+
+def _mm_columns(rows: MMRows) -> dict[str, NDArray[Any] | None]:
+    """The embeddings of a step as columns; those of tensors have bytes, since numpy lacks bfloat16."""
+    positions = [span.positions for span in rows.spans]
+    return {
+        "mm_at": rows.at,
+        "mm_embeddings": rows.embeddings.contiguous().view(torch.uint8).numpy(),
+        "mm_deepstack": None if rows.deepstack is None else rows.deepstack.contiguous().view(torch.uint8).numpy(),
+        "span_rows": np.array([span.row for span in rows.spans], dtype=np.int64),
+        "span_lengths": np.array(list(map(len, positions)), dtype=np.int64),
+        "span_positions": np.concatenate([_NONE, *positions]),
+    }
+
+
+def _mm_rows(columns: dict[str, NDArray[Any]], dtype: str) -> MMRows:
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(columns[name]).view(getattr(torch, dtype))
+
+    positions = np.split(columns["span_positions"], np.cumsum(columns["span_lengths"])[:-1])
+    rows = columns["span_rows"].tolist()
+    return MMRows(
+        columns["mm_at"],
+        tensor("mm_embeddings"),
+        tensor("mm_deepstack") if "mm_deepstack" in columns else None,
+        tuple(Span(row, at) for row, at in zip(rows, positions[: len(rows)], strict=True)),
+    )
 
 
 def broadcast(group: GlooGroup, message: BroadcastMessage) -> None:
@@ -100,7 +133,9 @@ def broadcast(group: GlooGroup, message: BroadcastMessage) -> None:
     if isinstance(message, BroadcastStep):
         columns = _columns(message)
         kinds = [(name, values.dtype.name, values.shape) for name, values in columns.items()]
-        description = _Description(step=message.batch.step, chosen=message.chosen, columns=kinds)
+        mm = message.batch.mm
+        mm_dtype = "" if mm is None else str(mm.embeddings.dtype).removeprefix("torch.")
+        description = _Description(None, message.batch.step, message.chosen, mm_dtype, kinds)
     elif message is not None:
         description = _Description(call=message)
     head = bytearray(_encode(description))
@@ -120,7 +155,8 @@ def receive(group: GlooGroup) -> BroadcastMessage:
         return description.call
     drawn = (columns["temperatures"], columns["uniforms"]) if "temperatures" in columns else None
     inputs = {name: columns.get(name) for name in _BATCH if name != "step"}
-    batch = StepBatch(description.step, **inputs)  # type: ignore[arg-type]
+    mm = _mm_rows(columns, description.mm_dtype) if description.mm_dtype else None
+    batch = StepBatch(description.step, **inputs, mm=mm)  # type: ignore[arg-type]
     return BroadcastStep(batch, description.chosen, drawn, columns["logits_of"])
 
 
