@@ -30,6 +30,6 @@ def default_template(family: str | None, *, stand_in: bool) -> str | None:
         family: model type in config.json.
         stand_in: whether a stand-in replaces its tokenizer.
     """
-    if family in DEFAULT_TEMPLATES:
-        return DEFAULT_TEMPLATES[family]
-    return PLAIN if stand_in and family in MM_FAMILIES else None
+    if stand_in:
+        return PLAIN if family in MM_FAMILIES else None
+    return DEFAULT_TEMPLATES.get(family or "")

@@ -16,6 +16,7 @@ from engine.frontend.default_templates import default_template
 from engine.frontend.mistral_tokenizer import PLAIN, MistralBackend, find_file
 from engine.frontend.tokenizer_backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.model.config.file_names import CONFIG, PARAMS
+from engine.multimodal.families import MM_FAMILIES
 from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte in SentencePiece's vocabularies
@@ -144,7 +145,7 @@ def load_tokenizer(
     Raises:
         ModelError: there is no tokenizer, or it can't be read.
     """
-    folder = path if path.is_dir() else path.parent
+    folder, config = (path, read_json(path / CONFIG)) if path.is_dir() else (path.parent, read_json(path))
     own = mistral_file(folder, mode)
     if own is not None and chat_template is not None:
         raise ConfigError(f"--chat-template can't be used with {own.name}, which has its own chat format")
@@ -163,7 +164,7 @@ def load_tokenizer(
         settings = found | settings
     elif vocab_size is not None:
         refuse_custom_tokenizer(folder)
-        backend = StandInBackend(vocab_size)
+        backend = StandInBackend(vocab_size, declared_placeholders(config))
         warnings.append(
             f"{folder} has no tokenizer: a stand-in reads texts as bytes and writes a text for each token id"
         )
@@ -174,7 +175,7 @@ def load_tokenizer(
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
     sources = read_templates(folder, settings) if chat_template is None else {"default": chat_template}
     if not sources:
-        family = read_json(folder / CONFIG).get("model_type")
+        family = config.get("model_type")
         found_template = default_template(family, stand_in=isinstance(backend, StandInBackend))
         sources = {} if found_template is None else {"default": found_template}
     template = None
@@ -186,6 +187,13 @@ def load_tokenizer(
             raise ConfigError(f"--chat-template can't be read: {error}") from error
         warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are rejected")
     return Tokenizer(backend, eos_ids=known_ids(eos, vocab_size), template=template), warnings
+
+
+def declared_placeholders(config: dict[str, Any]) -> frozenset[int]:
+    """The ids of the tokens that stand for an image and the like, as config.json names them."""
+    family = MM_FAMILIES.get(config.get("model_type", ""))
+    found = [config.get(field) for field in family.placeholders.values()] if family is not None else []
+    return frozenset(token for token in found if isinstance(token, int))
 
 
 def mistral_file(folder: Path, mode: str) -> Path | None:

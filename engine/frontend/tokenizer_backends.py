@@ -134,30 +134,33 @@ class SlowBackend:
 class StandInBackend:
     """For weights without a tokenizer: a text becomes its UTF-8 bytes, and each id has a distinct text.
 
-    An ASCII id is its character, any other id is `<id>`, so that random weights produce text with each token.
+    An ASCII id is its character, any other id is `<id>`, so that random weights produce text with each token. Reserved
+    ids, which stand for images and the like, are `<id>` too; the character of such an id becomes a space.
     """
 
     concatenates = True
     written = re.compile(r"<(\d+)>|.", re.DOTALL)
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, reserved: frozenset[int] = frozenset()):
         self.vocab_size = vocab_size
+        self._reserved = reserved
+        self._of_byte = [ord(" ") if byte in reserved else min(byte, vocab_size - 1) for byte in range(256)]
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:  # noqa: ARG002
         ids: list[int] = []
         for match in self.written.finditer(text):
             number = match.group(1)
-            if number is not None and 128 <= int(number) < self.vocab_size:
+            if number is not None and (128 <= int(number) < self.vocab_size or int(number) in self._reserved):
                 ids.append(int(number))
             else:
-                ids += [min(byte, self.vocab_size - 1) for byte in match.group().encode()]
+                ids += [self._of_byte[byte] for byte in match.group().encode()]
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
         return b"".join(map(self.piece, ids)).decode()
 
     def piece(self, token: int) -> bytes:
-        return bytes([token]) if 0 <= token < 128 else b"<%d>" % token
+        return bytes([token]) if 0 <= token < 128 and token not in self._reserved else b"<%d>" % token
 
     def vocabulary_entry(self, token: int) -> str:
         return self.piece(token).decode()

@@ -166,3 +166,23 @@ def test_the_front_end_needs_neither_torch_nor_transformers():
         "sys.exit(', '.join(m for m in ('torch', 'transformers', 'pandas') if m in sys.modules) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_stand_in_keeps_the_ids_of_placeholders_apart_from_characters(tmp_path: Path) -> None:
+    """Pixtral's placeholder has the id of a line break in ASCII."""
+    config = {"model_type": "llava", "image_token_index": 10, "text_config": {"vocab_size": 300}}
+    (tmp_path / "shape.json").write_text(json.dumps(config))
+    tokenizer, _ = load_tokenizer(tmp_path / "shape.json", 300)
+    assert tokenizer.encode("a\nb<10>") == [97, 32, 98, 10]
+    assert tokenizer.token_text(10) == "<10>"
+    assert tokenizer.template is not None
+    written = tokenizer.render_chat([{"role": "user", "content": "hello"}])
+    assert isinstance(written, str)
+    assert 10 not in tokenizer.encode(written)
+
+
+def test_a_stand_in_of_a_text_model_has_no_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
+    tokenizer, _ = load_tokenizer(tmp_path, 300)
+    assert tokenizer.template is None
+    assert tokenizer.encode("\n") == [10]
