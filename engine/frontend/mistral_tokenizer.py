@@ -4,19 +4,24 @@ A conversation is encoded without a text in between, so that a user's text can n
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import ModelError, RequestError
 from engine.frontend.content_forms import text_of
+from engine.model.config.file_names import TEKKEN
 from engine.text import first_line
 
-TEKKEN = "tekken.json"
-PLAIN = "tokenizer.model"
-_VERSIONED = re.compile(rf"{re.escape(PLAIN)}\.v(\d+)(?:m(\d+))?")
+LONGEST_PIECE = 64  # bytes; sentencepiece vocabularies are trained with pieces of at most 16 characters
 PACKAGE = "mistral-common[sentencepiece]"
+# Parts without data, as mistral-common takes them.
+MEDIA: dict[Any, dict[str, Any]] = {
+    "image": {"type": "image_url", "image_url": {"url": "data:,"}},
+    "audio": {"type": "audio_url", "audio_url": {"url": "data:,"}},
+}
 # Fields of a message that mistral-common accepts by role. It rejects others, e.g. a user's name, that templates ignore.
 ACCEPTED_FIELDS = {
     "system": ("content",),
@@ -24,18 +29,6 @@ ACCEPTED_FIELDS = {
     "assistant": ("content", "tool_calls"),
     "tool": ("content", "tool_call_id", "name"),
 }
-
-
-def find_file(folder: Path) -> Path | None:
-    """The newest tokenizer file in a folder that names the version of Mistral's chat format."""
-    if (folder / TEKKEN).is_file():
-        return folder / TEKKEN
-    found = [(match, file) for file in folder.glob(f"{PLAIN}.v*") if (match := _VERSIONED.fullmatch(file.name))]
-    newest = max(found, key=lambda one: tuple(int(part or 0) for part in one[0].groups()), default=None)
-    return newest[1] if newest else None
-
-
-LONGEST_PIECE = 64  # bytes; sentencepiece vocabularies are trained with pieces of at most 16 characters
 
 
 class MistralBackend:
@@ -53,6 +46,7 @@ class MistralBackend:
         except Exception as error:  # a broken file may cause any error
             raise ModelError(f"{file} can't be read: {_reason(error)}") from error
         self._inner: Any = self._chats.instruct_tokenizer.tokenizer
+        self._kinds = _write_placeholders(self._chats.instruct_tokenizer)
         self._hide, self._show = SpecialTokenPolicy.IGNORE, SpecialTokenPolicy.KEEP
         self.vocab_size: int = self._inner.n_words
         self.concatenates = file.name == TEKKEN
@@ -101,7 +95,8 @@ class MistralBackend:
     ) -> list[int]:
         """A conversation as token ids. Raises RequestError if the model's chat format does not allow it.
 
-        The last message is continued with `continue_final_message`, or if it has `prefix`.
+        A part of a content that is an image or a sound ({"type": "image"}) becomes one placeholder token. The last
+        message is continued with `continue_final_message`, or if it has `prefix`.
         """
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
@@ -114,8 +109,8 @@ class MistralBackend:
                 raise RequestError(f"the model's tokenizer has no template that takes {field}", field)
         if continue_final_message and messages[-1].get("role") != "assistant":
             raise RequestError("the last message must be the assistant's to be continued", "continue_final_message")
+        given = [_accepted(message, self._kinds) for message in messages]
         try:
-            given = [_accepted(message) for message in messages]
             request: Any = ChatCompletionRequest.from_openai(given, tools=tools)
             last = request.messages[-1:]
             if last and last[0].role == "assistant":
@@ -126,12 +121,49 @@ class MistralBackend:
         return ids
 
 
-def _accepted(message: dict[str, Any]) -> dict[str, Any]:
+class _Placeholder:
+    """Stands in for an encoder of mistral-common: each image or sound becomes one token, and nothing is decoded.
+
+    The processes for multimodal inputs know how many tokens it has; they replace the placeholder.
+    """
+
+    def __init__(self, token: int):
+        self.tokens = [token]
+        self.image, self.audio = np.empty(0), None  # of the types that mistral-common checks for
+
+    def __call__(self, chunk: Any) -> "_Placeholder":  # noqa: ARG002  (has no data)
+        return self
+
+
+def _write_placeholders(instruct_tokenizer: Any) -> frozenset[str]:
+    """Replace the encoders of images and sounds; returns the kinds that the tokenizer has settings for."""
+    kinds = set()
+    if instruct_tokenizer.image_encoder is not None:
+        instruct_tokenizer.image_encoder = _Placeholder(instruct_tokenizer.image_encoder.image_token)
+        kinds.add("image")
+    if instruct_tokenizer.audio_encoder is not None:
+        instruct_tokenizer.audio_encoder = _Placeholder(instruct_tokenizer.audio_encoder.audio_token)
+        kinds.add("audio")
+    return frozenset(kinds)
+
+
+def _accepted(message: dict[str, Any], kinds: frozenset[str]) -> dict[str, Any]:
     names = ACCEPTED_FIELDS.get(message.get("role", ""), ())
     given = {name: message[name] for name in names if message.get(name) is not None}
     if given.get("tool_calls"):
         given["tool_calls"] = [_tool_call(call) for call in given["tool_calls"]]
-    return {"role": message.get("role")} | given | {"content": text_of(message.get("content"))}
+    return {"role": message.get("role")} | given | {"content": _content(message.get("content"), kinds)}
+
+
+def _content(content: Any, kinds: frozenset[str]) -> Any:
+    """A text, or the parts of a content with images or sounds; their data is not here."""
+    inputs = [part["type"] for part in content if part.get("type") in MEDIA] if isinstance(content, list) else []
+    if not inputs:
+        return text_of(content)
+    for kind in inputs:
+        if kind not in kinds:
+            raise RequestError(f"the model's tokenizer has no settings for inputs of kind {kind}", "messages")
+    return [MEDIA.get(part.get("type")) or {"type": "text", "text": part.get("text", "")} for part in content]
 
 
 def _tool_call(call: dict[str, Any]) -> dict[str, Any]:

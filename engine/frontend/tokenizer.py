@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from engine.errors import ConfigError, ModelError, RequestError
 from engine.frontend.chat_template import ChatTemplate, read_templates
 from engine.frontend.default_templates import default_template
-from engine.frontend.mistral_tokenizer import PLAIN, MistralBackend, find_file
+from engine.frontend.mistral_tokenizer import MistralBackend
 from engine.frontend.tokenizer_backends import Backend, FastBackend, StandInBackend, load_with_transformers
-from engine.model.config.file_names import CONFIG, PARAMS
+from engine.model.config.file_names import CONFIG, PARAMS, PLAIN, find_mistral_tokenizer
 from engine.multimodal.families import MM_FAMILIES
 from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
 
@@ -201,7 +201,7 @@ def mistral_file(folder: Path, mode: str) -> Path | None:
     native = (folder / PARAMS).is_file() and not (folder / CONFIG).is_file()
     if mode != "mistral" and (folder / "tokenizer.json").is_file():
         return None
-    found = find_file(folder)
+    found = find_mistral_tokenizer(folder)
     if found is None and (native or mode == "mistral") and (folder / PLAIN).is_file():
         found = folder / PLAIN
     if found is None and mode == "mistral":

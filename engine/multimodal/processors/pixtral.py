@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RequestError
+from engine.model.config.mistral_vision import MISTRAL_IMAGES
+from engine.multimodal.processors import mistral_images
 from engine.multimodal.processors.image_processor import (
     OPTIONS,
     ImageProcessor,
@@ -20,6 +22,8 @@ BREAK, END = ("[IMG_BREAK]", 12), ("[IMG_END]", 13)
 
 def make(folder: Path, hf_config: Any) -> Processor:
     """The processor of a model with a Pixtral tower."""
+    if getattr(hf_config, MISTRAL_IMAGES, False):
+        return mistral_images.make(folder, hf_config)
     vision = hf_config.vision_config
     defaults = {"size": {"longest_edge": vision.image_size}, "patch_size": vision.patch_size}
     images = load_image_processor(folder, "PixtralImageProcessor", defaults)

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import pytest
@@ -189,3 +190,71 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text("{")
     with pytest.raises(ModelError, match=r"tekken\.json can't be read"):
         load_tokenizer(tmp_path)
+
+
+MEDIA_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+AUDIO_TOKENS = ("[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]")
+IMAGES = {"image": {"image_patch_size": 4, "max_image_size": 32}}
+AUDIO = {
+    "audio": {
+        "sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0, "transcription_format": "instruct",
+        "audio_encoding_config": {"num_mel_bins": 80, "hop_length": 160, "window_size": 400},
+    }
+}  # fmt: skip
+
+
+def with_media(folder: Path, tokens: tuple[str, ...], settings: dict[str, Any]) -> Tokenizer:
+    special = [*SPECIAL, *tokens]
+    write_tekken(folder, special, **settings)
+    return load_tokenizer(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "tokens", "settings"),
+    [("image", "[IMG]", MEDIA_TOKENS, IMAGES), ("audio", "[AUDIO]", AUDIO_TOKENS, AUDIO)],
+)
+def test_an_input_is_one_placeholder(
+    tmp_path: Path, kind: str, token: str, tokens: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    tokenizer = with_media(tmp_path, tokens, settings)
+    placeholder = tokenizer.backend.id_of(token)
+
+    def words(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    content = [
+        {"type": "text", "text": "the"},
+        {"type": kind},
+        {"type": "text", "text": f"fox {token}"},
+        {"type": kind},
+    ]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "fox"},
+        {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "the"}]},
+    ]
+    wanted = [BOS, INST, *words("the"), placeholder, *words(f"fox {token}")]
+    wanted += [placeholder, END_INST, *words("fox"), EOS, INST, placeholder, *words("the"), END_INST]
+    assert tokenizer.render_chat(messages) == wanted
+
+
+def test_the_shipped_tokenizer_of_pixtral(tmp_path: Path) -> None:
+    shutil.copy(SHIPPED.parent / "tekken_240911.json", tmp_path / "tekken.json")
+    tokenizer = load_tokenizer(tmp_path)[0]
+    content = [{"type": "text", "text": "What is this?"}, {"type": "image"}]
+    text = tokenizer.encode("What is this?", add_special_tokens=False)
+    # Mistral's format puts a single image before the text.
+    assert tokenizer.render_chat([{"role": "user", "content": content}]) == [BOS, INST, 10, *text, END_INST]
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_an_image_where_the_format_has_none(tmp_path: Path, role: str) -> None:
+    tokenizer = with_media(tmp_path, MEDIA_TOKENS, IMAGES)
+    messages = [{"role": "user", "content": "x"}, {"role": role, "content": [{"type": "image"}]}]
+    with pytest.raises(RequestError, match="rejects these messages"):
+        tokenizer.render_chat([*messages, {"role": "user", "content": "x"}])
+
+
+def test_an_image_for_a_tokenizer_of_texts(tekken: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="no settings for inputs of kind image"):
+        tekken.render_chat([{"role": "user", "content": [{"type": "image"}]}])

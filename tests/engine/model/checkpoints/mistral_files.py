@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,14 @@ def build_mistral(kind: str, folder: Path, params: dict[str, Any] | None = None,
     return model
 
 
-def write_tekken(folder: Path) -> None:
-    """Write a tekken.json with the bytes and a few words."""
+def write_tekken(folder: Path, special: Sequence[str] = SPECIAL, **more: Any) -> None:
+    """Write a tekken.json with the bytes and a few words; `more` are settings of images or audio."""
     pieces = [*(bytes([byte]) for byte in range(256)), *(word.encode() for word in WORDS)]
     vocabulary = [
         {"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
         for rank, piece in enumerate(pieces)
     ]
-    named = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(SPECIAL)]
+    named = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)]
     config = {
         "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
         "num_vocab_tokens": len(vocabulary),
@@ -105,5 +106,5 @@ def write_tekken(folder: Path) -> None:
         "default_num_special_tokens": ROOM,
         "version": "v7",
     }
-    whole = {"config": config, "vocab": vocabulary, "special_tokens": named}
+    whole = {"config": config, "vocab": vocabulary, "special_tokens": named, **more}
     (folder / "tekken.json").write_text(json.dumps(whole))
