@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.model.config.file_names import find_mistral_tokenizer
-from engine.multimodal.processors.audio_features import refuse_options
+from engine.multimodal.processors.options import refuse_options
 from engine.multimodal.types import MediaKind, Processed, Processor
 from engine.text import first_line
 
