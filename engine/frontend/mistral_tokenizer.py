@@ -12,8 +12,8 @@ import numpy as np
 
 from engine.errors import ModelError, RequestError
 from engine.frontend.content_forms import text_of
-from engine.model.config.file_names import TEKKEN
 from engine.text import first_line
+from engine.tokenizer_files import TEKKEN
 
 LONGEST_PIECE = 64  # bytes; sentencepiece vocabularies are trained with pieces of at most 16 characters
 PACKAGE = "mistral-common[sentencepiece]"

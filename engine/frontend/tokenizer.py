@@ -15,9 +15,10 @@ from engine.frontend.chat_template import ChatTemplate, read_templates
 from engine.frontend.default_templates import default_template
 from engine.frontend.mistral_tokenizer import MistralBackend
 from engine.frontend.tokenizer_backends import Backend, FastBackend, StandInBackend, load_with_transformers
-from engine.model.config.file_names import CONFIG, PARAMS, PLAIN, find_mistral_tokenizer
+from engine.model.config.file_names import CONFIG, PARAMS
 from engine.multimodal.families import MM_FAMILIES
 from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
+from engine.tokenizer_files import PLAIN, find_mistral_tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte in SentencePiece's vocabularies
 

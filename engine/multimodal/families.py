@@ -8,6 +8,9 @@ from typing import Any
 
 from engine.multimodal.types import MediaKind
 
+# A field of configs in Mistral's own format: mistral-common processes their images.
+MISTRAL_IMAGES = "mistral_images"
+
 
 @dataclass(frozen=True, slots=True)
 class MMFamily:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model.config.config_json import as_declared, check_size
+from engine.multimodal.families import MISTRAL_IMAGES
 
 SIZES = {
     "hidden_size": "hidden_size",
@@ -19,7 +20,6 @@ TOKEN_IDS = {"image_token_id": 10, "image_break_token_id": 12, "image_end_token_
 MERGE = "patch_merge"
 LLAVA, MISTRAL3 = "llava", "mistral3"
 CLASSES = {LLAVA: "LlavaForConditionalGeneration", MISTRAL3: "Mistral3ForConditionalGeneration"}
-MISTRAL_IMAGES = "mistral_images"  # of a config: images are processed by mistral-common, as the format has no options
 
 
 class UnsupportedError(Exception):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
-from engine.model.config.file_names import find_mistral_tokenizer
 from engine.multimodal.processors.options import refuse_options
 from engine.multimodal.types import MediaKind, Processed, Processor
 from engine.text import first_line
+from engine.tokenizer_files import find_mistral_tokenizer
 
 PACKAGE = "mistral-common[opencv]"
 

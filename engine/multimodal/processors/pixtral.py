@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RequestError
-from engine.model.config.mistral_vision import MISTRAL_IMAGES
+from engine.multimodal.families import MISTRAL_IMAGES
 from engine.multimodal.processors import mistral_images
 from engine.multimodal.processors.image_processor import (
     OPTIONS,
