@@ -230,6 +230,11 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     mm: MMSpec | None = None  # None: the model takes texts only
 
     @property
+    def prompt_vocab_size(self) -> int:
+        """The ids that a prompt may have are below it."""
+        return self.vocab_size + (0 if self.mm is None else self.mm.extra_tokens)
+
+    @property
     def inline(self) -> bool:
         """Whether the core tokenizes and detokenizes."""
         return "inline-frontend" in self.ablations

@@ -96,9 +96,9 @@ def start_engine(
         stop_all(cores)
         raise
     ready = readies[0]
-    if tokenizer.vocab_size > ready.vocab_size:
+    if tokenizer.vocab_size > ready.prompt_vocab_size:
         warnings.append(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.prompt_vocab_size}: "
             "texts may contain tokens that the model does not have"
         )
     generation.add_eos_ids(tokenizer, ready.vocab_size)

@@ -217,7 +217,7 @@ class CoreClient(OutputProcessor):
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary."""
-        check_prompt(prompt, self.ready.max_model_len, self.ready.vocab_size)
+        check_prompt(prompt, self.ready.max_model_len, self.ready.prompt_vocab_size)
 
     def _draw_seed(self, seed: int | None, choice: int, sequence: int) -> int:
         if seed is not None and choice == 0:

@@ -64,6 +64,7 @@ def read_mm_facts(
             dict[str, int](placeholder_ids(family, hf_config).items()),
             most,
             {kind: number for kind, number in per_prompt.items() if kind in family.placeholders},
+            getattr(text_config, "additional_vocab_size", None) or 0,
         ),
         embedding_ids(family, hf_config),
         layers * hidden * itemsize,

@@ -27,6 +27,7 @@ class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
         placeholders: by kind, the id of the token that stands for one input in a prompt that a chat template wrote.
         most_tokens: by kind, the most placeholder tokens of one input (`Processor.most_tokens`).
         per_prompt: by kind, the most inputs of a prompt (`--limit-mm-per-prompt`); others have no limit.
+        extra_tokens: ids after the vocabulary that a prompt may have and that are never sampled.
         folder: of the core, in which front ends link feature files for it (see `engine.core.feature_mirror`).
     """
 
@@ -34,6 +35,7 @@ class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
     placeholders: dict[str, int]
     most_tokens: dict[str, int]
     per_prompt: dict[str, int] = {}
+    extra_tokens: int = 0
     folder: str = ""
 
 

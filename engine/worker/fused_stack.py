@@ -50,6 +50,8 @@ def structural_refusal(model: Any) -> str | None:
     mlp = model.model.layers[0].mlp
     if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj)):
         return "its MLP has biases"
+    if len(model.get_input_embeddings().weight) != len(model.get_output_embeddings().weight):
+        return "it embeds tokens that are never sampled"
     return None
 
 

@@ -56,7 +56,9 @@ def score(backend: HasLogits, batch: StepBatch, slots: WorkerSlots) -> tuple[Pro
 def _score_part(logits: Tensor, tokens: Tensor, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids and logprobs [positions, 1 + top] with the prompt's token first, and the rank of that token."""
     logprobs = torch.log_softmax(logits.float(), -1)
-    own = logprobs.gather(-1, tokens[:, None])
+    last = logprobs.shape[-1] - 1
+    own = logprobs.gather(-1, tokens.clamp(max=last)[:, None])
+    own[tokens > last] = -torch.inf  # tokens that stand for inputs only
     ranks = (logprobs > own).sum(-1) + 1
     best = torch.topk(logprobs, min(top, logprobs.shape[-1]), -1)
     ids, values = torch.cat((tokens[:, None], best.indices), -1), torch.cat((own, best.values), -1)

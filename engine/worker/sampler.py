@@ -100,7 +100,8 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerS
         if p.bad_words or p.allowed or (p.stop_ids and len(output) < p.min_tokens):
             _exclude(line, p, output)
         if p.repetition_penalty != 1.0:
-            ids = torch.from_numpy(np.unique(slots.known_tokens(slot)).astype(np.int64))
+            known = np.unique(slots.known_tokens(slot))
+            ids = torch.from_numpy(known[known < len(line)].astype(np.int64))  # some stand for inputs only
             old = line[ids]
             line[ids] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and len(output):

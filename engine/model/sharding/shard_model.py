@@ -126,14 +126,15 @@ def _shard_parameter(meta_model: MetaModel, module: nn.Module, name: str, style:
 def _shard_vocabulary(meta_model: MetaModel, tp_plan: TPPlan, group: RankGroup) -> None:
     embedding, head = meta_model.decoder.get_input_embeddings(), meta_model.decoder.get_output_embeddings()
     shard = VocabShard(tp_plan.rank_info.vocab_size, group)
-    first, count = shard.first, shard.count
-    for module in {embedding, head}:
+    # Some models have embeddings of tokens that are never sampled.
+    embedded = VocabShard(embedding.num_embeddings, group)
+    for module, own in ((embedding, embedded), (head, shard)):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if len(parameter) == shard.total:  # a tied parameter has its shard already
-                meta_model.cut(module, name, ShardSlice(0, ((first, count),)))
-    embedding.num_embeddings = head.out_features = count
+            if len(parameter) == own.total:  # a tied parameter has its shard already
+                meta_model.cut(module, name, ShardSlice(0, ((own.first, own.count),)))
+    embedding.num_embeddings, head.out_features = embedded.count, shard.count
     meta_model.vocab_shard = shard
-    shard_embedding(embedding, shard)
+    shard_embedding(embedding, embedded)
 
 
 def _divide_attribute(linear: nn.Module, names: tuple[str, ...], group: RankGroup) -> None:

@@ -50,7 +50,7 @@ CONFIG: dict[str, Any] = {
     },
 }
 NORM_AFTER = {"norm_after": True, "attention_layer_norm": True, "qkv_bias": False}
-PATCH, IMAGE = 98, 100  # ids of <im_patch> and <|image|>
+PATCH, IMAGE = 98, 100  # ids of <im_patch> and <|image|> with this config
 
 
 def config_of(**changes: Any) -> dict[str, Any]:
@@ -143,7 +143,8 @@ class PlainMolmo:
         """[tokens, vocabulary] for a prompt with the tensors of its images."""
         table = torch.cat([self.weights[f"model.transformer.wte.{name}embedding"] for name in ("", "new_")])
         x = table[torch.tensor(tokens)]
-        at = [position for position, token in enumerate(tokens) if token == PATCH]
+        patch = self.config["embedding_size"] + 2
+        at = [position for position, token in enumerate(tokens) if token == patch]
         for position, feature in zip(at, [row for one in images for row in self.features(one)], strict=True):
             x[position] += feature
         for layer in range(self.config["num_hidden_layers"]):
