@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.config import ResolvedConfig
+from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import kv_layout
 from engine.model.model_info import ITEMSIZE, ModelInfo
+from engine.model.rotary_axes import uses_mrope
 from engine.model.runtime.attention_interface import KVCache
 from engine.model.runtime.vocab_shard import VocabShard
 from engine.worker.adapter_manager import AdapterSharding
@@ -20,6 +22,8 @@ from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.device_steps import EagerSteps, Pad
 from engine.worker.graphs import StepGraphs
+from engine.worker.mm_device_slots import MMDeviceSlots
+from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.step_inputs import DeviceState, InputStager, StepKernels
 from engine.worker.step_sizes import StepSizes
 
@@ -39,13 +43,13 @@ class BackendParts:
 class LoadedModel:
     """A model whose weights are on the device.
 
-    uses: the groups and windows of its layers, see `check_attention`. mrope: whether tokens have three rotary positions
-    each.
+    meta_model: the modules, those of towers included. uses: the groups and windows of the decoder's layers, see
+    `check_attention`.
     """
 
+    meta_model: MetaModel
     uses: Sequence[GroupWindow]
     make_backend: Callable[[BackendParts], DeviceBackend]
-    mrope: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,7 @@ class Assembly:
     def build(self, num_blocks: int) -> Assembled:
         """Allocate KV cache and slots, and make a runner."""
         device, resolved, pad = self.device, self.resolved, None
-        rows, groups = resolved.max_num_seqs, len(resolved.kv_windows)
-        slots = DeviceSlots(rows, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups)
+        rows, slots = resolved.max_num_seqs, self._make_slots()
         state = DeviceState(device, slots.layout)
         layout = kv_layout(self.model_info, resolved.block_size)
         cache = KVCache(self.model_info.kv_groups, num_blocks, layout, device.zeros, self.stored)
@@ -113,13 +116,22 @@ class Assembly:
         logits = DeviceLogits(device, kernels.choose_tokens, state.parameters, self.shard, rows)
         backend = self.model.make_backend(BackendParts(attention, logits))
         stager = InputStager(device, slots, state, kernels)
-        eager = EagerSteps(device, backend, state, stager, kernels, repeats=self.shard is None, mrope=self.model.mrope)
+        mrope = uses_mrope(self.model.meta_model.decoder)
+        eager = EagerSteps(device, backend, state, stager, kernels, repeats=self.shard is None, mrope=mrope)
         sizes = StepSizes(rows, resolved.max_num_batched_tokens)
         graphs = None
         if pad is not None and self.capture and device.captures:
             graphs = StepGraphs(device, eager, sizes, pad, self.agree)
         runner = DeviceRunner(device, backend, slots, graphs or eager, self.sharding)
         return Assembled(runner, eager, sizes, pad, graphs)
+
+    def _make_slots(self) -> DeviceSlots:
+        resolved, mm, whole = self.resolved, self.model_info.mm, self.model.meta_model.model
+        groups = len(resolved.kv_windows)
+        shape = resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
+        if mm is None:
+            return DeviceSlots(*shape)
+        return MMDeviceSlots(encoder_cache(whole, self.device.place), input_tokens(whole, mm), *shape)
 
     def _triton_parts(self, cache: KVCache, state: DeviceState) -> tuple[StepKernels, "TritonAttention"]:
         from engine.kernels.triton.attention import AttentionShape

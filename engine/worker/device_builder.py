@@ -13,9 +13,9 @@ from engine.messages import MemoryLine
 from engine.model.loading.meta_model import Allocate, MetaModel
 from engine.model.loading.open_model import check_attention
 from engine.model.model_info import ModelInfo
-from engine.model.rotary_axes import uses_mrope
 from engine.model.runtime.attention_interface import lazy_zeros
 from engine.model.sharding.tp_plan import TPPlan
+from engine.multimodal.families import MM_FAMILIES
 from engine.worker.adapter_manager import adapter_sharding
 from engine.worker.device import Device
 from engine.worker.device_assembly import Assembly, BackendParts, LoadedModel
@@ -23,6 +23,7 @@ from engine.worker.device_memory import build_measured
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.generic_device_backend import GenericDeviceBackend, move_buffers
 from engine.worker.linear_products import PLAIN, LinearFormats, quantize_linears
+from engine.worker.mm_generic_device_backend import MMGenericDeviceBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def build_device_runner(
             measuring; None: as planned.
     """
     _check_formats(config, model_info, use_triton)
+    _check_inputs(config, meta_model)
     model, kernels, use_triton = _load(config, model_info, resolved, meta_model, device, use_triton)
     shard, sharding = meta_model.vocab_shard, adapter_sharding(meta_model, tp_plan)
     stored = _stored_cache(config.kv_cache_dtype, device)
@@ -93,7 +95,7 @@ def _load(
             raise ConfigError(f"--kernels triton does not run this model ({refusal}): use --kernels torch")
         refuse_quantized(config, refusal)
         return _load_generic(config, model_info, meta_model, device), f"torch ({refusal})", False
-    refusal = triton_stack.refusal(meta_model.model)
+    refusal = triton_stack.refusal(meta_model.decoder)
     if refusal is None:
         return _load_stack(config, model_info, resolved, meta_model, device), "triton, fused stack", True
     return _load_generic(config, model_info, meta_model, device), f"triton ({refusal})", True
@@ -104,6 +106,17 @@ def _check_formats(config: EngineConfig, model_info: ModelInfo, use_triton: bool
         refuse_quantized(config, "this device does not use them")
     if config.quantization == "fp8" and model_info.dtype != "bfloat16":
         raise ConfigError(f"--quantization fp8 needs --dtype bfloat16, not {model_info.dtype}")
+
+
+def _check_inputs(config: EngineConfig, meta_model: MetaModel) -> None:
+    """Raise ConfigError if the attention of devices can't compute the model's multimodal inputs."""
+    family = MM_FAMILIES.get(meta_model.model.config.model_type)
+    if family is not None and family.bidirectional:
+        kinds = " and ".join(family.bidirectional)
+        raise ConfigError(
+            f"{config.model} isn't run on this device: the tokens of each {kinds} attend to each other, which only the "
+            "CPU computes so far: use --device cpu"
+        )
 
 
 def _load_stack(
@@ -120,7 +133,8 @@ def _load_stack(
     with contextlib.closing(meta_model):
         meta_model.use(device.weight_memory())
         formats = _linear_formats(config, model_info, meta_model, device)
-        stack = make_stack(meta_model.model, groups, positions, device.place, meta_model.fill, formats)
+        stack = make_stack(meta_model.decoder, groups, positions, device.place, meta_model.fill, formats)
+        _load_towers(meta_model, device)
     ranks = make_stack_ranks(meta_model.vocab_shard)
 
     def make_backend(parts: BackendParts) -> TritonStackBackend:
@@ -129,7 +143,15 @@ def _load_stack(
         return TritonStackBackend(device, stack, attention, parts.logits, meta_model.model, ranks)
 
     uses = [(group, window or None) for group, window in enumerate(groups.windows)]
-    return LoadedModel(uses, make_backend, uses_mrope(meta_model.model))
+    return LoadedModel(meta_model, uses, make_backend)
+
+
+def _load_towers(meta_model: MetaModel, device: Device) -> None:
+    """Put what a model has besides its decoder, which is loaded, on the device."""
+    if meta_model.decoder is not meta_model.model:
+        with torch.inference_mode():
+            move_buffers(meta_model.model, device.place)
+        meta_model.fill()
 
 
 def _load_generic(config: EngineConfig, model_info: ModelInfo, meta_model: MetaModel, device: Device) -> LoadedModel:
@@ -142,13 +164,17 @@ def _load_generic(config: EngineConfig, model_info: ModelInfo, meta_model: MetaM
         with contextlib.closing(meta_model):
             meta_model.use(device.weight_memory())
             formats = _linear_formats(config, model_info, meta_model, device)
-            quantize_linears(meta_model.model, formats, meta_model.fill)
+            quantize_linears(meta_model.decoder, formats, meta_model.fill)
             meta_model.fill()
 
-    def make_backend(parts: BackendParts) -> GenericDeviceBackend:
-        return GenericDeviceBackend(device, meta_model.model, parts.attention, parts.logits)
+    family = MM_FAMILIES.get(meta_model.model.config.model_type)
 
-    return LoadedModel(uses, make_backend, uses_mrope(meta_model.model))
+    def make_backend(parts: BackendParts) -> GenericDeviceBackend:
+        if family is None:
+            return GenericDeviceBackend(device, meta_model.decoder, parts.attention, parts.logits)
+        return MMGenericDeviceBackend(device, meta_model.decoder, parts.attention, parts.logits, family)
+
+    return LoadedModel(meta_model, uses, make_backend)
 
 
 def cached_zeros() -> Allocate:
@@ -165,7 +191,7 @@ def _linear_formats(
     from engine.worker.triton_products import quantized_formats
 
     formats = quantized_formats(config.quantization, getattr(torch, model_info.dtype), device)
-    reason = formats.refusal(meta_model.model)
+    reason = formats.refusal(meta_model.decoder)
     if reason is not None:
         raise ConfigError(f"--quantization {config.quantization}: {reason}")
     return formats

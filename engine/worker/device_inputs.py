@@ -30,6 +30,10 @@ class DeviceEmbeddings:
     embeddings: Tensor
     deepstack: tuple[Tensor, ...]
 
+    def without_inputs(self, ids: Tensor) -> Tensor:
+        """Token ids with 0 in place of an input: some checkpoints have no embedding for such a token."""
+        return ids.index_fill(0, self.at, 0)
+
 
 def plan_embeddings(batch: StepBatch) -> Columns:
     """Where a step has embeddings; nothing if it has none."""

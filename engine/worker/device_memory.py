@@ -101,7 +101,7 @@ def _measure(assembly: Assembly, utilization: float) -> _Measured:
             f"the largest step does not fit: {human_bytes(loaded.free_bytes)} of {human_bytes(loaded.total_bytes)} "
             f"were free after loading the weights: lower --max-num-batched-tokens or --max-num-seqs ({cause_of(error)})"
         ) from error
-    workspace = _memory(device).peak_bytes - before.used_bytes + _draft_bytes(assembly)
+    workspace = _memory(device).peak_bytes - before.used_bytes + _draft_bytes(assembly) + _encoder_bytes(assembly)
     device.release_memory()
     after = _memory(device)
     cache = PROBE_BLOCKS * assembly.model_info.kv_bytes_per_token * assembly.resolved.block_size
@@ -123,6 +123,15 @@ def _draft_bytes(assembly: Assembly) -> int:
     """Bytes of the logits at draft tokens, which the largest captured step doesn't have."""
     model_info, resolved = assembly.model_info, assembly.resolved
     return resolved.max_num_seqs * resolved.draft_tokens * model_info.vocab_size * ITEMSIZE[model_info.dtype]
+
+
+def _encoder_bytes(assembly: Assembly) -> int:
+    """Bytes of the encoder cache, and of the largest input while it is encoded; the largest step has no inputs."""
+    mm, resolved = assembly.model_info.mm, assembly.resolved
+    if mm is None:
+        return 0
+    tokens = resolved.encoder_cache_tokens or max(resolved.max_num_batched_tokens, mm.most_tokens)
+    return tokens * mm.embedding_bytes + mm.encoder_workspace
 
 
 def _memory(device: Device) -> DeviceMemory:

@@ -33,16 +33,20 @@ class GenericDeviceBackend:
         self._logits.clear()
         self._attention.begin(inputs)
         self._adapters.begin_with(planned_adapters(inputs.planned))
-        arguments: dict[str, Any] = {
-            "input_ids": inputs.ids.long()[None],
-            "position_ids": inputs.positions.long()[None],
-            "use_cache": False,
-        }
+        arguments = self._arguments(inputs)
         if not len(inputs.logits_at):
             attention_interface.run_model(self._model.base_model, self._attention, arguments)  # type: ignore[arg-type]
             return
         arguments["logits_to_keep"] = inputs.logits_at
         self._logits.keep(attention_interface.run_model(self._model, self._attention, arguments).logits[0])
+
+    def _arguments(self, inputs: StepInputs) -> dict[str, Any]:
+        """What the model gets, but for `logits_to_keep`."""
+        return {
+            "input_ids": inputs.ids.long()[None],
+            "position_ids": inputs.positions.long()[None],
+            "use_cache": False,
+        }
 
     def choose(self, inputs: StepInputs) -> Tensor:
         return self._logits.choose(inputs)

@@ -69,10 +69,11 @@ class TritonStackBackend:
         self._attention.begin(inputs)
         self._adapters.begin(inputs.planned)
         stack = self._stack
-        residual = self._ranks.embed(inputs.ids, stack.embedding).float()
+        embeddings = planned_embeddings(inputs)
+        ids = inputs.ids if embeddings is None else embeddings.without_inputs(inputs.ids)
+        residual = self._ranks.embed(ids, stack.embedding).float()
         delta: Tensor | None = None
         layers = enumerate(stack.layers)  # taken by two loops
-        embeddings = planned_embeddings(inputs)
         if embeddings is not None:
             merge_embeddings(residual, embeddings.embeddings, embeddings.sources)
             for features, (number, layer) in zip(embeddings.deepstack, layers, strict=False):

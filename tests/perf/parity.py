@@ -64,6 +64,7 @@ def rows_of(kind: str, folder: Path) -> Iterator[Row]:
     if kind in MM_MODELS:
         with contextlib.redirect_stderr(io.StringIO()):
             yield from mm_parity.rows_of(kind, MM_MODELS[kind], folder)
+            yield from mm_parity.fused_rows(kind, MM_MODELS[kind], folder / "fused")
         return
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bars
         reference = Reference(SOURCES[kind](folder))
@@ -85,7 +86,7 @@ def show(rows: list[Row]) -> None:
     show_table(console, text, (*CASES, RANKS))
     show_table(
         console, [row for row in rows if row.family in MM_MODELS],
-        (*mm_parity.CASES, mm_parity.RANKS, *mm_parity.CONTROLS),
+        (*mm_parity.CASES, mm_parity.RANKS, *mm_parity.CONTROLS, mm_parity.FUSED, mm_parity.FUSED_RANKS),
     )  # fmt: skip
     for row in rows:
         if not row.passed or row.note:

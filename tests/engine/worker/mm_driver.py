@@ -48,10 +48,11 @@ class MMDriver(Driver):
     Args:
         executor: of the model.
         windows: of its KV groups.
+        block: tokens of a KV block.
     """
 
-    def __init__(self, executor: Any, windows: tuple[int, ...]):
-        super().__init__(executor, rows=ROWS, block_size=BLOCK, num_blocks=BLOCKS, windows=windows)
+    def __init__(self, executor: Any, windows: tuple[int, ...], block: int = BLOCK):
+        super().__init__(executor, rows=ROWS, block_size=block, num_blocks=BLOCKS, windows=windows)
         self.resident: dict[bytes, None] = {}
         self.encoded = 0
         self.split = 0  # chunks that end within an input
@@ -162,16 +163,16 @@ class Prompts:
         ]
 
 
-def start(folder: Path, ranks: int = 1, **options: Any) -> MMDriver:
+def start(folder: Path, ranks: int = 1, block: int = BLOCK, **options: Any) -> MMDriver:
     """Start an executor on a model's folder; `driver.executor.shutdown()` ends it."""
     options = {"dtype": "float32", "kernels": "torch", **options}
     config = EngineConfig(
-        model=str(folder), tensor_parallel_size=ranks, max_num_seqs=ROWS, block_size=BLOCK, **options
+        model=str(folder), tensor_parallel_size=ranks, max_num_seqs=ROWS, block_size=block, **options
     )  # fmt: skip
     model_info = read_model_info(config)
-    pool = model_info.kv_bytes_per_token * BLOCK * BLOCKS
+    pool = model_info.kv_bytes_per_token * block * BLOCKS
     resolved = dataclasses.replace(
         resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), model_info).config, num_blocks=BLOCKS
     )
     executor = (MultiprocessExecutor if ranks > 1 else InProcessExecutor)(config, model_info, resolved)
-    return MMDriver(executor, resolved.kv_windows)
+    return MMDriver(executor, resolved.kv_windows, block)

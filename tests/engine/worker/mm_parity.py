@@ -14,7 +14,7 @@ from engine.multimodal.families import MM_FAMILIES
 from engine.worker.slots import StepBatch
 from tests.engine.worker.driver import VOCAB
 from tests.engine.worker.mm_driver import MMDriver, MMRequest, Prompts, start
-from tests.engine.worker.mm_model import MMModel
+from tests.engine.worker.mm_model import MMModel, wider_text
 from tests.engine.worker.parity import TOLERANCE, Row, _Forgetful
 
 NEW = 8
@@ -147,6 +147,8 @@ def swapped(requests: list[MMRequest]) -> list[MMRequest]:
 
 SWAPPED, SHIFTED, NO_MROPE = "swapped inputs fail", "shifted embeddings fail", "no M-RoPE fails"
 CONTROLS = (SWAPPED, SHIFTED, NO_MROPE)
+FUSED, FUSED_RANKS = "fused stack", "fused stack, tp 2"
+FUSED_BLOCK = 16
 
 
 def rows_of(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] = (1, 2)) -> Iterator[Row]:
@@ -162,6 +164,28 @@ def rows_of(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] = (1
                 mrope = MM_FAMILIES[kind.partition("/")[0]].mrope
                 for case in CONTROLS if mrope else CONTROLS[:2]:
                     yield control(kind, case, prompts, driver, reference)
+        finally:
+            driver.executor.shutdown()
+
+
+def fused_rows(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] = (1, 2)) -> Iterator[Row]:
+    """The rows of a family whose decoder is computed by the fused stack: chunks, preemptions, mistakes on purpose."""
+    with wider_text():
+        reference = MMReference(entry.build(folder), entry)
+    prompts = Prompts(folder, entry)
+    for size in ranks:
+        case = FUSED if size == 1 else FUSED_RANKS
+        driver = start(folder, size, FUSED_BLOCK, kernels="auto")
+        try:
+            if "fused" not in driver.executor.kernels:
+                yield Row(kind, case, True, float("nan"), f"not applicable: {driver.executor.kernels}")
+                continue
+            row = compare(kind, case, serve(driver, prompts, PREEMPTED), reference)
+            if size == 1:
+                controls = (SHIFTED, NO_MROPE) if MM_FAMILIES[kind.partition("/")[0]].mrope else (SHIFTED,)
+                seen = [control(kind, one, prompts, driver, reference) for one in controls]
+                row = next((one for one in seen if not one.passed), row) if row.passed else row
+            yield row
         finally:
             driver.executor.shutdown()
 

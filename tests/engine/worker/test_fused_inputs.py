@@ -34,6 +34,8 @@ from tests.engine.composites import COMPOSITES, build_composite
 from tests.engine.model.sharding.thread_groups import ThreadGroup, make_groups
 from tests.engine.worker.driver import build_model
 from tests.engine.worker.input_case import Prompt, step_batch
+from tests.engine.worker.mm_models import MM_MODELS
+from tests.engine.worker.mm_parity import FUSED, fused_rows
 
 ISAS = build.supported_isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2")
@@ -185,3 +187,12 @@ def test_embeddings_count_once_for_all_ranks(tmp_path: Path) -> None:
         found = list(pool.map(run, range(2)))
     assert (found[0] == found[1]).all(), "ranks disagree"
     np.testing.assert_allclose(found[0], expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["llava"])
+def test_requests_with_inputs_equal_transformers(kind: str, tmp_path: Path) -> None:
+    """Through the worker, with the model's encoder; `make parity` covers the other families, and two ranks."""
+    rows = list(fused_rows(kind, MM_MODELS[kind], tmp_path, ranks=(1,)))
+    assert [row.case for row in rows] == [FUSED]
+    assert rows[0].passed, rows[0]
+    assert not rows[0].note
