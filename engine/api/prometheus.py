@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from engine.api.mm_metrics import collect_inputs
 from engine.api.state import ApiState
 from engine.frontend.core_client import CoreClient
 from engine.frontend.front_end_stats import REASONS, FrontEndStats, Histogram
@@ -31,6 +32,8 @@ class EngineCollector(Collector):
         yield from self._counters(core)
         yield self._finished(stats)
         yield from self._histograms(stats)
+        if self._ready.mm is not None:
+            yield from collect_inputs(self._model, stats)
         yield self._cache_info()
         yield self._engine_info()
         if self._client.replicas:

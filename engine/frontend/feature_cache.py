@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+from engine.errors import ProcessingError
 from engine.frontend.front_end_stats import MMCounters
 from engine.messages import FreeFeatures, MMInputRef, UnplacedInput, column
 from engine.multimodal.feature_files import FeatureFolder, link_features, unlink_features
@@ -164,7 +165,10 @@ class FeatureCache:
             cached, features = prepared.cached, ""
             if replica not in cached.mirrors:
                 features = os.path.join(self._mirrors[replica].folder, f"{handle}-{index}")
-                link_features(cached.path, features)
+                try:
+                    link_features(cached.path, features)
+                except OSError as error:  # the core is gone, and this process does not know yet
+                    raise ProcessingError(f"the features of an input can't be handed to the engine: {error}") from error
                 cached.mirrors.add(replica)
             refs.append(prepared.ref_at(offset, features))
         return tuple(refs)

@@ -23,7 +23,6 @@ REASONS = ("stop", "length", "abort", "error")
 # Of the feature cache: inputs looked up, those found, bytes of its files. Of the pool: inputs processed, those that
 # failed, seconds of its processes, inputs that wait, processes.
 MM_COUNTERS = ("queries", "hits", "bytes", "jobs", "failures", "seconds", "waiting", "processes")
-MM_GAUGES = ("bytes", "waiting", "processes")
 
 # Layout of a block, an array of float64: time of the core's last message, its stats (those of multimodal inputs last),
 # number of open requests, tokens left to compute for them, finished requests by reason, counters of multimodal inputs,
@@ -34,6 +33,7 @@ _COUNTERS = (
     "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "num_draft_tokens",
     "num_accepted_tokens",
 )  # fmt: skip
+_MM_CORE_GAUGES = ("mirror_bytes", "encoder_embeddings")
 _AT = 0
 _CORE = slice(1, 1 + len(_CORE_KINDS))
 _CORE_MM = slice(_CORE.stop, _CORE.stop + len(_MM_KINDS))
@@ -207,8 +207,9 @@ class FrontEndStats:
         )
         for index, value in enumerate(_numbers(summed), _CORE.start):
             total._cells[index] = value
-        for index in range(_CORE_MM.start, _CORE_MM.stop):
-            total._cells[index] = sum(one._cells[index] for one in every)
+        for name, index in zip(MMStats.__struct_fields__, range(_CORE_MM.start, _CORE_MM.stop), strict=True):
+            counted = [not gone or name not in _MM_CORE_GAUGES for gone in dead]
+            total._cells[index] = sum(one._cells[index] for one, counts in zip(every, counted, strict=True) if counts)
         return total
 
 

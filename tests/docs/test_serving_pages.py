@@ -18,7 +18,7 @@ from engine.api.protocol import CompletionRequest, DetokenizeRequest
 from engine.config import ABLATIONS
 from engine.frontend.front_end_stats import REASONS, FrontEndStats
 from engine.frontend.router import Router
-from engine.messages import Ready
+from engine.messages import MMSpec, Ready
 from engine.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,7 @@ class Replicas(Router):
 
 
 async def test_the_metrics_page_lists_exactly_what_is_exported() -> None:
-    ready = Ready("/m", "cpu", "float32", 300, 128, 4, 64, 16, 10, True)
+    ready = Ready("/m", "cpu", "float32", 300, 128, 4, 64, 16, 10, True, mm=MMSpec("m", {}, {}))
     exported = generate_latest(make_registry(SimpleNamespace(client=Replicas(ready), model="m"))).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", exported, re.MULTILINE))
     labels: dict[str, set[str]] = {name: set() for name in kinds}
