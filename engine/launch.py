@@ -192,12 +192,12 @@ def build_core_server(
     resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.tensor_parallel_size)
     resolved = resolution.config
     ledger += executor.seconds.items()
-    inline = build_inline(config, resolved, model_info.vocab_size) if "inline-frontend" in resolved.ablations else None
     ready, features = _ready(config, model_info, resolution, executor), None
     if ready.mm is not None:
         features = FeatureFolder()
         ready = replace(ready, mm=replace(ready.mm, folder=features.path))
     folder = None if features is None else features.path
+    inline = build_inline(config, resolved, ready)
     addresses = endpoints.to_core, endpoints.from_core
     server = CoreServer(resolved, executor, MonotonicClock(), *addresses, inline, feature_folder=folder)
     began = time.monotonic()
@@ -244,16 +244,30 @@ def _ready(
     )
 
 
-def build_inline(config: EngineConfig, resolved: ResolvedConfig, vocab_size: int) -> "InlineTexts":
-    """The front end inside the core's loop (`--ablate inline-frontend`)."""
+def build_inline(config: EngineConfig, resolved: ResolvedConfig, ready: Ready) -> "InlineTexts | None":
+    """The front end inside the core's loop (`--ablate inline-frontend`, `inline-processing`); None without these."""
+    if not (ready.inline or (ready.processes_inline and ready.mm is not None)):
+        return None
     from pathlib import Path
 
     from engine.frontend.inline_front_end import InlineTexts
     from engine.frontend.tokenizer import load_tokenizer
 
     folder = Path(config.tokenizer or config.model)
-    tokenizer, _ = load_tokenizer(folder, vocab_size, config.tokenizer_mode, config.chat_template)
-    return InlineTexts(tokenizer, resolved.max_model_len, vocab_size)
+    tokenizer, _ = load_tokenizer(folder, ready.vocab_size, config.tokenizer_mode, config.chat_template)
+    inputs = None
+    if ready.mm is not None:
+        from engine import processor_start
+        from engine.frontend.inline_inputs import InlineInputs
+        from engine.frontend.mm_pipeline import make_mm_options
+        from engine.multimodal.hashing import InputHasher
+
+        options = make_mm_options(config)
+        hasher = InputHasher(Path(options.folder), ready.mm.family, options.processor_options)
+        inputs = InlineInputs(ready.mm, tokenizer, hasher, options.limits, lambda: processor_start.make(options.model))
+        if ready.processes_inline:
+            inputs.load()
+    return InlineTexts(tokenizer, resolved.max_model_len, ready.vocab_size, inputs, detokenizes=ready.inline)
 
 
 def main() -> int:

@@ -177,7 +177,7 @@ class Utility(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
 class FreeFeatures(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
     """A front end has evicted inputs from its feature cache: the core frees theirs once no request needs them."""
 
-    front_end: int
+    sender: int  # the handle of the front end's first request: its successor, if it ends, has a higher one
     hashes: tuple[bytes, ...]
 
 

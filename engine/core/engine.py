@@ -84,12 +84,13 @@ class EngineCore:
         # results are booked together.
         self._awaited = -1 if scheduler.policy.bursts.results_together else 0
         self._timer = StepTimer()
-        self._publisher = OutputPublisher(scheduler, send, front_ends, inline, clock.now())
+        texts = inline if inline is not None and inline.detokenizes else None
+        self._publisher = OutputPublisher(scheduler, send, front_ends, texts, clock.now())
         self._draining_until: float | None = None
         self._is_preempting = False
         self._adapters = AdapterRegistry(executor, scheduler.requests, clock.now)
         self._intake = Intake(
-            config, self._adapters.key, scheduler.request_error, clock.now, tokenizes_inline=inline is not None
+            config, self._adapters.key, scheduler.request_error, clock.now, tokenizes_inline=texts is not None
         )
         self._ended_front_ends = EndedFrontEnds()
         self._utilities: dict[str, Callable[..., Any]] = {
@@ -219,7 +220,7 @@ class EngineCore:
             moved = True
             arrival = self._inbox.popleft()
             if isinstance(arrival, Request | TextRequest):
-                mirrored = self._has_mirror and arrival.message.mm_inputs
+                mirrored = self._has_mirror and (arrival.message.mm_inputs or arrival.message.unplaced)
                 ended += self._add_with_inputs(arrival) if mirrored else self._add(arrival)
             elif isinstance(arrival, RejectedRequest):
                 ended.append(arrival.as_finished())
@@ -230,7 +231,8 @@ class EngineCore:
             elif isinstance(arrival, Utility):
                 self._run_utility(arrival)
             elif isinstance(arrival, FreeFeatures):
-                self._features.free(arrival)
+                if not self._ended_front_ends.is_stale(arrival.sender):
+                    self._features.free(arrival)
             elif isinstance(arrival, RejectedCall):
                 self._send(arrival.front_end, encode(arrival.answer))
             else:
@@ -284,7 +286,11 @@ class EngineCore:
         """The request of an arrival, under the current key of its adapter."""
         if isinstance(arrival, TextRequest):  # V0: the loop itself tokenizes
             assert self._inline is not None
-            return self._intake.make_request(self._inline.add(arrival.message), arrival.arrived)
+            message = arrival.message
+            if message.unplaced and not message.mm_inputs:
+                message = self._inline.process(message)
+                self._features.hold_own(message.handle, [one.features for one in message.mm_inputs])
+            return self._intake.make_request(self._inline.add(message), arrival.arrived)
         if self._adapters.key(arrival.message.adapter) != arrival.adapter:  # unloaded while it was in the inbox
             return self._intake.make_request(arrival.message, arrival.arrived)
         return arrival

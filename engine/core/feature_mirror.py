@@ -120,7 +120,7 @@ class FeatureMirror:
     def free(self, message: FreeFeatures) -> None:
         """A front end has evicted inputs."""
         for content in message.hashes:
-            key = message.front_end, content
+            key = front_end_of(message.sender), content
             if key in self._links:
                 self._evict(key)
             else:

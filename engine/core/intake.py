@@ -32,7 +32,7 @@ _INT64 = 2**63
 
 @dataclass(slots=True)
 class TextRequest:
-    """A request that the loop has to tokenize."""
+    """A request that the loop has to tokenize, or whose multimodal inputs it has to place."""
 
     message: AddRequest
     arrived: float
@@ -100,7 +100,7 @@ class Intake:
             return _reject_unreadable(data, error)
         if not isinstance(message, AddRequest):
             return message
-        if self._tokenizes_inline:
+        if self._tokenizes_inline or message.unplaced:
             return TextRequest(message, self._now())
         request = self.make_request(message, self._now())
         if isinstance(request, RejectedRequest) and message.mm_inputs:

@@ -29,8 +29,14 @@ class Executor(Protocol):
 class InlineFrontEnd(Protocol):
     """Tokenizes and detokenizes within the core's loop, as V0 did; see `engine.frontend.inline_front_end`."""
 
+    detokenizes: bool  # False: only multimodal inputs are handled in the loop
+
+    def process(self, message: AddRequest) -> AddRequest:
+        """Process multimodal inputs that were sent as their bytes; a RedlineError ends this request only."""
+        ...
+
     def add(self, message: AddRequest) -> AddRequest:
-        """Tokenize the request's text; a RedlineError ends this request only."""
+        """Tokenize the request's text, and place its multimodal inputs; a RedlineError ends this request only."""
         ...
 
     def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:

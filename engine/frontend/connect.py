@@ -49,7 +49,10 @@ def connect(
     spec = cores[0].ready.mm
     if mm is not None and spec is not None:
         counters = boards[0].stats[front_end].inputs if boards else MMCounters()
-        inputs = MMPipeline.make(spec, mm, counters, front_end, len(boards[0].stats) if boards else 1)
+        front_ends = len(boards[0].stats) if boards else 1
+        inputs = MMPipeline.make(
+            spec, mm, counters, front_end=front_end, front_ends=front_ends, first_sequence=first_sequence
+        )
     for number, core in enumerate(cores):
         board = boards[number] if boards else None
         transport = ZmqTransport(core.to_core, core.from_core)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from engine.errors import ProcessingError
 from engine.frontend.front_end_stats import MMCounters
-from engine.messages import FreeFeatures, MMInputRef, UnplacedInput, column
+from engine.messages import FreeFeatures, MMInputRef, UnplacedInput, column, make_handle
 from engine.multimodal.feature_files import FeatureFolder, link_features, unlink_features
 from engine.multimodal.pool_protocol import Done
 from engine.multimodal.types import Media, MediaKind
@@ -133,12 +133,12 @@ class _Mirror(NamedTuple):
 class FeatureCache:
     """Processed inputs, least recently used first, with at most `capacity` bytes that no request uses."""
 
-    def __init__(self, capacity: int, counters: MMCounters, front_end: int = 0):
-        """`counters` are shown by /metrics."""
+    def __init__(self, capacity: int, counters: MMCounters, front_end: int = 0, first_sequence: int = 1):
+        """`counters` are shown by /metrics. Other arguments as of `engine.frontend.connect.connect`."""
         self.capacity = capacity
         self.forgotten: deque[CachedInput] = deque()  # of PreparedInputs that were not released; from any thread
         self._counters = counters
-        self._front_end = front_end
+        self._sender = make_handle(front_end, first_sequence)
         self._folder = FeatureFolder()
         self._by_hash: dict[bytes, CachedInput] = {}
         self._unused: OrderedDict[bytes, CachedInput] = OrderedDict()  # least recently used first
@@ -254,7 +254,7 @@ class FeatureCache:
         if evicted:
             for cached in evicted:
                 cached.mirrors.discard(replica)
-            self._mirrors[replica].send(FreeFeatures(self._front_end, tuple(cached.hash for cached in evicted)))
+            self._mirrors[replica].send(FreeFeatures(self._sender, tuple(cached.hash for cached in evicted)))
 
     def clear(self) -> None:
         """Evict all entries that no request uses."""
@@ -270,6 +270,7 @@ class FeatureCache:
     def check(self) -> None:
         """Assert the invariants."""
         self._collect_forgotten()
+        self._evict()
         assert self._bytes == sum(one.processed.size for one in self._by_hash.values()), "bytes are miscounted"
         for content, cached in self._by_hash.items():
             assert cached.hash == content, "an entry has another hash"
@@ -278,5 +279,4 @@ class FeatureCache:
             assert os.path.exists(cached.path), f"{cached.path} is gone"
             assert cached.mirrors <= self._mirrors.keys(), "a core that is gone counts as having a file"
         assert self._unused.keys() <= self._by_hash.keys(), "an evicted entry is still listed"
-        used = sum(one.processed.size for one in self._by_hash.values() if one.users)
-        assert self._bytes - used <= max(self.capacity, 0) or not self._unused or used, "the cache is too large"
+        assert self._bytes <= self.capacity or not self._unused, "the cache is too large"

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.errors import INTERRUPTS, cause_of
 from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.inline_inputs import InlineInputs
 from engine.frontend.prompts import check_prompt
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import (
@@ -19,6 +20,7 @@ from engine.messages import (
     Admitted,
     Finished,
     FinishReason,
+    MMInputRef,
     Outputs,
     column,
     int32s,
@@ -45,18 +47,32 @@ class _LiveRequest:
 class InlineTexts:
     """Tokenizes and detokenizes the requests of one core; for one thread."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int, vocab_size: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        vocab_size: int,
+        inputs: InlineInputs | None = None,
+        *,
+        detokenizes: bool = True,
+    ):
+        """`inputs` are the multimodal inputs, if the model takes any. Without `detokenizes` only they are handled."""
+        self.detokenizes = detokenizes
+        self._inputs = inputs
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._live: dict[int, _LiveRequest] = {}
 
     def add(self, message: AddRequest) -> AddRequest:
-        """The message with its text tokenized. Raises RequestError if the model can't serve the prompt."""
-        if message.prompt:
+        """The message with its text tokenized and its multimodal inputs in their places.
+
+        Raises RequestError if the model can't serve the prompt.
+        """
+        if message.prompt and not message.unplaced:
             prompt = int32s(message.prompt).tolist()
         else:
-            prompt = self._tokenizer.encode_prompt(message.text, message.add_special_tokens, self._max_model_len)
+            prompt, mm_inputs = self._encode(message)
             check_prompt(prompt, self._max_model_len, self._vocab_size)
             # The front end did not know how many tokens the text has.
             max_tokens = min(message.max_tokens, self._max_model_len - len(prompt))
@@ -65,7 +81,13 @@ class InlineTexts:
             if sampling.min_tokens > min_tokens:
                 sampling = replace(sampling, min_tokens=min_tokens)
             message = replace(
-                message, prompt=column(prompt), max_tokens=max_tokens, min_tokens=min_tokens, sampling=sampling
+                message,
+                prompt=column(prompt),
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                sampling=sampling,
+                mm_inputs=mm_inputs,
+                unplaced=(),
             )
         writing = message.text_options
         if writing is not None:
@@ -79,6 +101,21 @@ class InlineTexts:
             )
             self._live[message.handle] = _LiveRequest(detokenizer, writing.include_stop, len(prompt))
         return message
+
+    def process(self, message: AddRequest) -> AddRequest:
+        """The message with its multimodal inputs processed; raises RequestError if one can't be."""
+        return message if self._inputs is None else self._inputs.process(message)
+
+    def _encode(self, message: AddRequest) -> tuple[list[int], tuple[MMInputRef, ...]]:
+        """The final prompt of a message, and its multimodal inputs in their places."""
+
+        def encode(text: str) -> list[int]:
+            return self._tokenizer.encode_prompt(text, message.add_special_tokens, self._max_model_len)
+
+        if message.unplaced:
+            assert self._inputs is not None, "the model takes no multimodal inputs"
+            return self._inputs.place(message, encode)
+        return encode(message.text), message.mm_inputs
 
     def outputs(self, outputs: Outputs) -> tuple[Outputs, tuple[int, ...]]:
         """Detokenize outputs.

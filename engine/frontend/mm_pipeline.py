@@ -104,10 +104,20 @@ class MMPipeline:
 
     @classmethod
     def make(
-        cls, spec: MMSpec, options: MMOptions, counters: MMCounters, front_end: int, front_ends: int
+        cls,
+        spec: MMSpec,
+        options: MMOptions,
+        counters: MMCounters,
+        *,
+        front_end: int = 0,
+        front_ends: int = 1,
+        first_sequence: int = 1,
     ) -> "MMPipeline":
-        """The pipeline of one of several front ends, with its share of processes and memory."""
-        cache = FeatureCache(options.cache_bytes // front_ends, counters, front_end)
+        """The pipeline of one of several front ends, with its share of processes and memory.
+
+        `front_end` and `first_sequence` as of `engine.frontend.connect.connect`.
+        """
+        cache = FeatureCache(options.cache_bytes // front_ends, counters, front_end, first_sequence)
         pool = PoolOptions(options.factory, options.model, options.limits)
         processes = max(1, options.processes // front_ends + (front_end < options.processes % front_ends))
         hasher = InputHasher(Path(options.folder), spec.family, options.processor_options)

@@ -119,7 +119,7 @@ class FrontEnd:
         self.number = number
         self.counters = MMCounters()
         self.pool = Pool(fleet.luck, fleet.failures)
-        self.cache = FeatureCache(fleet.capacity, self.counters, number)
+        self.cache = FeatureCache(fleet.capacity, self.counters, number, first_sequence)
         spec = fleet.readies[0].mm
         assert spec is not None
         hasher = InputHasher(Path("/nowhere"), "fake", {})

@@ -39,7 +39,7 @@ async def interleave(seed: int, front_ends: int, replicas: int, capacity: int) -
 @pytest.mark.parametrize(("front_ends", "replicas", "capacity"), [(1, 1, TINY), (2, 2, TINY), (2, 2, 0)])
 def test_no_mirror_drifts_under_any_interleaving(front_ends: int, replicas: int, capacity: int) -> None:
     before, served = folders(), 0
-    count = 500 if capacity and front_ends > 1 else 250
+    count = {(1, TINY): 150, (2, TINY): 600, (2, 0): 250}[front_ends, capacity]
     for seed in range(count):
         fleet = asyncio.run(interleave(seed, front_ends, replicas, capacity))
         served += fleet.ended["served"]
