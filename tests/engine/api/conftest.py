@@ -7,21 +7,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 from fastapi import FastAPI
+from msgspec.structs import replace
 
 from engine.api.app import create_app
 from engine.api.http_options import HttpOptions
 from engine.api.state import ApiState
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
+from engine.core.feature_mirror import FeatureMirror
 from engine.frontend.chat_template import ChatTemplate
 from engine.frontend.core_client import CoreClient
+from engine.frontend.front_end_stats import MMCounters
 from engine.frontend.inline_front_end import InlineTexts
+from engine.frontend.mm_pipeline import MMOptions, MMPipeline
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import StandInBackend
+from engine.media.fetch import Resolver
 from engine.messages import Ready
+from engine.multimodal.feature_files import FeatureFolder
+from engine.multimodal.types import MMSpec
+from engine.owned_folder import OwnedFolder
+from tests.engine.api import tiny_processor
 from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import FakeExecutor
 from tests.engine.inline_transport import InlineTransport
@@ -40,6 +50,7 @@ class InLoop:
     client: CoreClient
     core: EngineCore
     http: httpx.AsyncClient
+    state: ApiState
 
     @property
     def openai(self) -> openai.AsyncOpenAI:
@@ -68,8 +79,14 @@ async def in_loop(
     options: HttpOptions | None = None,
     template: str | None = TEMPLATE,
     ablations: frozenset[str] = frozenset(),
+    mm: MMSpec | None = None,
+    resolve: Resolver | None = None,
     **settings: Any,
 ) -> AsyncIterator[InLoop]:
+    """A server whose worker computes nothing.
+
+    With `mm` it takes images, audio and video; a pool of one process runs tests/engine/api/tiny_processor.py.
+    """
     settings = {"max_model_len": 128, "num_blocks": 257, "max_num_batched_tokens": 32, **settings}
     config = resolved(ablations=ablations, **settings)
     clock = FakeClock()
@@ -77,7 +94,16 @@ async def in_loop(
     transport = InlineTransport()
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
     texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in ablations else None
-    core = EngineCore(config, worker, clock, transport.from_core, inline=texts)
+    features, inputs = None, None
+    folders: list[OwnedFolder] = []
+    if mm is not None:
+        folders.append(FeatureFolder())
+        features, mm = FeatureMirror(folders[0].path), replace(mm, folder=folders[0].path)
+        counters = MMCounters()
+        limits = msgspec.structs.asdict((options or HttpOptions()).media.limits)
+        prepared = MMOptions(folders[0].path, {}, 1, 64 << 20, limits=limits, factory=tiny_processor.FACTORY)
+        inputs = MMPipeline.make(mm, prepared, counters, 0, 1)
+    core = EngineCore(config, worker, clock, transport.from_core, inline=texts, features=features)
     transport.receive = core.receive
     ready = Ready(
         "/models/fake",
@@ -92,10 +118,12 @@ async def in_loop(
         True,
         scheduling_policy=config.scheduling_policy,
         ablations=tuple(ablations),
+        mm=mm,
     )
-    client = CoreClient(ready, tokenizer, transport, clock)
+    client = CoreClient(ready, tokenizer, transport, clock, inputs=inputs)
     client.open()
-    app = create_app(ApiState(client, ("fake",), options or HttpOptions(runtime_lora=True), created=1))
+    state = ApiState(client, ("fake",), options or HttpOptions(runtime_lora=True), created=1, resolve=resolve)
+    app = create_app(state)
 
     async def pump() -> None:
         while True:
@@ -104,18 +132,24 @@ async def in_loop(
             if wait is not None:
                 clock.advance(wait)
                 worker.pump()
+            elif mm is not None:  # time for the pool
+                await asyncio.sleep(0.002)
             for _ in range(10):  # readers keep up: nothing is merged
                 await asyncio.sleep(0)
 
     pumping = asyncio.ensure_future(pump())
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
     try:
-        yield InLoop(app, client, core, http)
+        yield InLoop(app, client, core, http, state)
     finally:
         await http.aclose()
         pumping.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await pumping
+        if inputs is not None:
+            client.close()
+        for folder in folders:
+            folder.remove()
 
 
 @pytest.fixture
