@@ -7,12 +7,21 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.frontend.connect import EngineClient
-from engine.frontend.conversation import shape_conversation
+from engine.frontend.content_parts import MediaPart
+from engine.frontend.media_inputs import (
+    MediaInputs,
+    PromptWithInputs,
+    parts_of_data,
+    read_conversation,
+    release,
+    release_placed,
+    truncate_with_inputs,
+)
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import CollectedOutput, RequestOptions, TokenLogprob, collect_outputs
 from engine.frontend.tokenizer import Tokenizer
@@ -22,6 +31,10 @@ from engine.start import Engine, start_engine
 Prompt = str | list[int] | dict[str, Any]
 Conversation = list[dict[str, Any]]
 Result = TypeVar("Result")
+
+# Requests with images, sounds or videos beyond those that run: their inputs are prepared ahead. More would fill the
+# shared memory.
+AHEAD = 16
 
 
 @dataclass(slots=True)
@@ -69,6 +82,15 @@ class RequestOutput:
     finished: bool = True
 
 
+class _Given(NamedTuple):
+    """A prompt as it was given: its text for the output, and what is tokenized, with its multimodal inputs."""
+
+    text: str | None
+    written: str | list[int]
+    parts: list[MediaPart]
+    special: bool = True  # add special tokens
+
+
 class LLM:
     """An engine for one model: `LLM("smollm2-135m").generate(["Hello"])`.
 
@@ -87,6 +109,9 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="redline-llm", daemon=True)
         self._thread.start()
         self._client = self._engine.connect()
+        ready = self._engine.ready
+        self._media = MediaInputs(self._client, self.config.media_options) if ready.mm is not None else None
+        self._places = asyncio.Semaphore(ready.max_num_seqs * self.config.data_parallel_size + AHEAD)
         self._run(self._open())
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._client, self._loop, self._thread)
 
@@ -122,16 +147,16 @@ class LLM:
         Raises RequestError if a prompt can't be served.
 
         Args:
-            prompts: texts, lists of token ids, or {"prompt_token_ids": [...]}.
+            prompts: texts, lists of token ids, or {"prompt_token_ids": [...]}. With images, audio or video a prompt is
+                {"prompt": "…", "multi_modal_data": {"image": one or a list}}, and has the model's placeholder for each.
             sampling_params: one for all prompts or one each; by default the model's (`default_sampling_params`).
             adapter: the name of a loaded adapter.
             progress: show a progress bar; or a function that is called after each request, from another thread.
         """
         listed = as_list(prompts)
-        texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
-        ids = [self._encode(prompt) for prompt in listed]
+        given = [self._given(prompt) for prompt in listed]
         params = self._params_for(len(listed), sampling_params)
-        return self._run(self._generate(texts, ids, params, adapter, progress))
+        return self._run(self._generate(given, params, adapter, progress))
 
     def chat(
         self,
@@ -145,7 +170,8 @@ class LLM:
         """Generate replies to one conversation (a list of messages) or many, with the model's chat template.
 
         Args:
-            messages: one conversation, or a list of them.
+            messages: one conversation, or a list of them. Besides the parts of the HTTP API, images may be given as
+                {"type": "image", "image": PIL image}.
             sampling_params: as in `generate`.
             add_generation_prompt: end the prompt with the header of the assistant's reply.
             adapter: as in `generate`.
@@ -153,15 +179,14 @@ class LLM:
         """
         first = messages[0] if messages else None
         several: list[Any] = list(messages) if isinstance(first, list) else [messages]
-        template = self.tokenizer.render_chat
-        prompts = [
-            template(shape_conversation(conversation), add_generation_prompt=add_generation_prompt)
-            for conversation in several
-        ]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-        ids = [self.tokenizer.encode(prompt, False) if isinstance(prompt, str) else prompt for prompt in prompts]
-        params = self._params_for(len(texts), sampling_params)
-        return self._run(self._generate(texts, ids, params, adapter, progress))
+        given = []
+        for conversation in several:
+            read = read_conversation(conversation, self._media)
+            options: dict[str, Any] = {"placeholders": self._media.texts} if self._media and read.media else {}
+            written = self.tokenizer.render_chat(read.messages, add_generation_prompt=add_generation_prompt, **options)
+            given.append(_Given(written if isinstance(written, str) else None, written, read.media, special=False))
+        params = self._params_for(len(given), sampling_params)
+        return self._run(self._generate(given, params, adapter, progress))
 
     def load_adapter(self, name: str, path: str) -> None:
         """Load a LoRA adapter from a folder under a name. Raises RedlineError if it can't be loaded."""
@@ -194,10 +219,39 @@ class LLM:
             future.cancel()
             raise
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _given(self, prompt: Prompt) -> _Given:
+        """A prompt of `generate`, with the checks that need no data of its inputs."""
+        text = prompt if isinstance(prompt, str) else None
+        parts: list[MediaPart] = []
         if isinstance(prompt, dict):
+            parts = parts_of_data(prompt.get("multi_modal_data") or {})
+            text = prompt.get("prompt") if parts else None
             prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if parts and self._media is None:
+            raise RequestError("this model takes texts only: leave multi_modal_data out", "multi_modal_data")
+        return _Given(text, prompt if isinstance(prompt, str) else list(prompt), parts)
+
+    async def _complete(self, given: _Given, params: SamplingParams) -> PromptWithInputs:
+        """A prompt as token ids, truncated, with its inputs."""
+        keep, side = kept_tokens(params, self._engine.ready.max_model_len), params.truncation_side
+        leading = self.tokenizer.leading_ids
+        if not given.parts:
+            written = given.written
+            ids = self.tokenizer.encode(written, given.special) if isinstance(written, str) else written
+            ids = truncate(ids, keep, side, leading)
+            if self._media is not None:
+                self._media.check(ids)
+            self._client.check_prompt(ids)
+            return PromptWithInputs(ids, ())
+        assert self._media is not None
+        self._media.check(given.written, given.parts)
+        prepared = await self._media.prepare(given.parts)
+        try:
+            found = self._media.place(given.written, prepared, add_special_tokens=given.special)
+            return truncate_with_inputs(found, keep, side, leading)
+        except BaseException:
+            release(prepared)
+            raise
 
     def _params_for(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
@@ -213,27 +267,27 @@ class LLM:
 
     async def _generate(
         self,
-        texts: Sequence[str | None],
-        ids: Sequence[list[int]],
+        given: Sequence[_Given],
         params: Sequence[SamplingParams],
         adapter: str,
         progress: bool | Callable[[], None],
     ) -> list[RequestOutput]:
         from rich.progress import Progress
 
-        leading, longest = self.tokenizer.leading_ids, self._engine.ready.max_model_len
-        ids = [
-            truncate(prompt, kept_tokens(each, longest), each.truncation_side, leading)
-            for prompt, each in zip(ids, params, strict=True)
+        # All texts are checked before any is sent.
+        complete = [
+            None if one.parts else await self._complete(one, each) for one, each in zip(given, params, strict=True)
         ]
-        for prompt in ids:
-            self._client.check_prompt(prompt)
         with Progress(disable=progress is not True) as bar:
-            counter = bar.add_task("requests", total=len(ids))
+            counter = bar.add_task("requests", total=len(given))
             done = progress if callable(progress) else partial(bar.advance, counter)
             tasks = [
-                asyncio.ensure_future(self._generate_one(text, prompt, each, adapter, done))
-                for text, prompt, each in zip(texts, ids, params, strict=True)
+                asyncio.ensure_future(
+                    self._with_inputs(one, each, adapter, done)
+                    if found is None
+                    else self._generate_one(one.text, found, each, adapter, done)
+                )
+                for one, found, each in zip(given, complete, params, strict=True)
             ]
             try:
                 return await asyncio.gather(*tasks)
@@ -241,11 +295,29 @@ class LLM:
                 for task in tasks:
                     task.cancel()
 
+    async def _with_inputs(
+        self, given: _Given, params: SamplingParams, adapter: str, done: Callable[[], None]
+    ) -> RequestOutput:
+        async with self._places:
+            found = await self._complete(given, params)
+            return await self._generate_one(given.text, found, params, adapter, done)
+
     async def _generate_one(
-        self, text: str | None, ids: list[int], params: SamplingParams, adapter: str, done: Callable[[], None]
+        self,
+        text: str | None,
+        found: PromptWithInputs,
+        params: SamplingParams,
+        adapter: str,
+        done: Callable[[], None],
     ) -> RequestOutput:
         began = time.monotonic()
-        async with self._client.add_request([ids], params, RequestOptions(adapter=adapter)) as stream:
+        options, inputs = RequestOptions(adapter=adapter), [found.inputs] if found.inputs else ()
+        try:
+            submitted = self._client.add_request([found.prompt], params, options, inputs=inputs)
+        except BaseException:
+            release_placed(found.inputs)
+            raise
+        async with submitted as stream:
             outputs = await collect_outputs(stream)
             ended = time.monotonic()
             cached = stream.cached_tokens[0]
@@ -253,7 +325,7 @@ class LLM:
         done()
         return RequestOutput(
             prompt=text,
-            prompt_token_ids=ids,
+            prompt_token_ids=found.prompt if isinstance(found.prompt, list) else [],
             outputs=[self._completion(index, output, params) for index, output in enumerate(outputs)],
             metrics=RequestMetrics(min(output.first_at or ended for output in outputs) - began, ended - began),
             prompt_logprobs=None

@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from msgspec.structs import replace
 
+from engine import children
 from engine.api.app import create_app
 from engine.api.http_options import HttpOptions
 from engine.api.state import ApiState
@@ -36,6 +37,7 @@ from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import FakeExecutor
 from tests.engine.inline_transport import InlineTransport
 
+SPAWN = children.spawn  # as at the start; other tests replace it by a server that has imported torch
 VOCABULARY = 300
 STEP_S = 0.125
 JSON = {"content-type": "application/json"}
@@ -156,3 +158,9 @@ async def in_loop(
 async def server() -> AsyncIterator[InLoop]:
     async with in_loop() as running:
         yield running
+
+
+@pytest.fixture
+def light_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the pool start by themselves: they import neither torch nor transformers here."""
+    monkeypatch.setattr(children, "spawn", SPAWN)
