@@ -31,12 +31,15 @@ class Web:
                 writer.write(answer)
             else:
                 gone = asyncio.ensure_future(reader.read())
+                answering = asyncio.ensure_future(answer(writer))
                 try:
-                    await answer(writer)
-                finally:
+                    await asyncio.wait({gone, answering}, return_when=asyncio.FIRST_COMPLETED)
                     if gone.done():
                         self.left.set()
+                finally:
                     gone.cancel()
+                    answering.cancel()
+                    await asyncio.gather(gone, answering, return_exceptions=True)
         writer.close()
 
 
@@ -59,10 +62,9 @@ async def endless(writer: asyncio.StreamWriter) -> None:
         await writer.drain()
 
 
-async def silent(writer: asyncio.StreamWriter) -> None:
+async def silent(_writer: asyncio.StreamWriter) -> None:
     """No answer, until the client has left."""
-    while not writer.is_closing():
-        await asyncio.sleep(0.01)
+    await asyncio.sleep(600)
 
 
 @contextlib.asynccontextmanager
