@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from safetensors.numpy import save_file
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import resolve
 from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage
 from engine.model.model_info import read_hf_config, read_model_info
@@ -47,12 +47,14 @@ class MMDriver(Driver):
 
     Args:
         executor: of the model.
-        windows: of its KV groups.
-        block: tokens of a KV block.
+        resolved: its configuration.
     """
 
-    def __init__(self, executor: Any, windows: tuple[int, ...], block: int = BLOCK):
-        super().__init__(executor, rows=ROWS, block_size=block, num_blocks=BLOCKS, windows=windows)
+    def __init__(self, executor: Any, resolved: ResolvedConfig):
+        super().__init__(
+            executor, rows=ROWS, block_size=resolved.block_size, num_blocks=BLOCKS, windows=resolved.kv_windows
+        )
+        self.resolved = resolved
         self.resident: dict[bytes, None] = {}
         self.encoded = 0
         self.split = 0  # chunks that end within an input
@@ -175,4 +177,4 @@ def start(folder: Path, ranks: int = 1, block: int = BLOCK, **options: Any) -> M
         resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), model_info).config, num_blocks=BLOCKS
     )
     executor = (MultiprocessExecutor if ranks > 1 else InProcessExecutor)(config, model_info, resolved)
-    return MMDriver(executor, resolved.kv_windows, block)
+    return MMDriver(executor, resolved)
