@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels import attention
-from engine.kernels.attention import Layout, Ragged, Scores, Workspace
+from engine.kernels.attention import Layout, Ragged, Scores, Span, Workspace
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,18 @@ cases = st.builds(
 )
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, sinks: torch.Tensor | None) -> torch.Tensor:
-    """q [n, heads, dim] are the last n of the tokens of k, v [tokens, kv heads, dim]; all in float64."""
+def dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    case: Case,
+    sinks: torch.Tensor | None,
+    span: np.ndarray | None = None,
+) -> torch.Tensor:
+    """q [n, heads, dim] are the last n of the tokens of k, v [tokens, kv heads, dim]; all in float64.
+
+    Positions of `span` see each other.
+    """
     n, total = len(q), len(k)
     k, v = k.repeat_interleave(case.group, 1), v.repeat_interleave(case.group, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * 0.3
@@ -51,6 +61,8 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, sinks: 
         scores = torch.tanh(scores / case.softcap) * case.softcap
     at, keys = torch.arange(total - n, total)[:, None], torch.arange(total)[None]
     hidden = keys > at
+    if span is not None:
+        hidden &= ~(torch.isin(at, torch.from_numpy(span)) & torch.isin(keys, torch.from_numpy(span)))
     if case.window is not None:
         hidden |= keys <= at - case.window
     scores = scores.masked_fill(hidden, -math.inf)
@@ -104,6 +116,24 @@ class Setup:
 def test_equals_dense_attention(case: Case) -> None:
     setup = Setup(case)
     torch.testing.assert_close(setup.attend(case).double(), setup.expected(case), rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases, st.data())
+def test_tokens_of_a_span_see_each_other(case: Case, data: st.DataObject) -> None:
+    """A span is in any row, with gaps, and may begin before the step: after a prefix hit."""
+    setup = Setup(case)
+    row = data.draw(st.integers(0, len(case.rows) - 1))
+    total = sum(case.rows[row])
+    positions = np.array(sorted(data.draw(st.sets(st.integers(0, total - 1), min_size=1, max_size=40))), dtype=np.int64)
+    plan = attention.make_plan(setup.ragged, setup.layout, case.window, [Span(row, positions)])
+    scores, workspace = Scores(0.3, case.softcap, setup.sinks), Workspace(setup.layout.dtype)
+    found = attention.attend(torch.cat(setup.q), setup.keys, setup.values, plan, scores, workspace)
+    expected = [
+        dense(q.double(), k.double(), v.double(), case, setup.sinks, positions if i == row else None)
+        for i, (q, k, v) in enumerate(zip(setup.q, setup.k, setup.v, strict=True))
+    ]
+    torch.testing.assert_close(found.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
