@@ -34,7 +34,7 @@ def start() -> Iterator[Start]:
             device, folder, rows=ROWS, block_size=BLOCK, num_blocks=500, kernels="torch", **options
         )
         executors.append(executor)
-        return MMDriver(executor, resolved.kv_windows)
+        return MMDriver(executor, resolved)
 
     yield make
     for executor in executors:
