@@ -8,6 +8,7 @@ import msgspec
 
 from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.lora_endpoints import LoadRequest, UnloadRequest
+from engine.api.openapi_messages import with_messages
 from engine.api.openapi_responses import REFERENCE, RESPONSES, ref
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
 
@@ -67,7 +68,7 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
         **({"servers": [{"url": root_path}]} if root_path else {}),
         "paths": paths,
         "components": {
-            "schemas": schemas | RESPONSES,
+            "schemas": with_messages(schemas) | RESPONSES,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],

@@ -20,7 +20,7 @@ from engine.media.fetch import Fetcher, Resolver
 from engine.media.limits import MediaOptions
 from engine.media.objects import encode_object
 from engine.messages import MMSpec
-from engine.multimodal.expansion import check_counts, expand, with_surroundings
+from engine.multimodal.expansion import NAMES, check_counts, expand, with_surroundings
 from engine.multimodal.types import Media, MediaKind
 
 KINDS: tuple[MediaKind, ...] = ("image", "audio", "video")
@@ -111,6 +111,9 @@ class MediaInputs:
 
     def check(self, prompt: str | list[int], parts: Sequence[MediaPart] = ()) -> None:
         """Raise RequestError unless a prompt has one placeholder for each input; before any is fetched."""
+        for part in parts:
+            if part.kind not in self.spec.placeholders:
+                raise RequestError(f"{part.field}: this model takes no {NAMES[part.kind][1]}", part.field)
         if isinstance(prompt, list):
             counts = {kind: prompt.count(token) for kind, token in self.spec.placeholders.items()}
         elif len(self.texts) == len(self.spec.placeholders):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 import pytest
 from fastapi import FastAPI
@@ -102,7 +101,7 @@ async def in_loop(
         folders.append(FeatureFolder())
         features, mm = FeatureMirror(folders[0].path), replace(mm, folder=folders[0].path)
         counters = MMCounters()
-        limits = msgspec.structs.asdict((options or HttpOptions()).media.limits)
+        limits = (options or HttpOptions()).media.limits
         prepared = MMOptions(folders[0].path, {}, 1, 64 << 20, limits=limits, factory=tiny_processor.FACTORY)
         inputs = MMPipeline.make(mm, prepared, counters, 0, 1)
     core = EngineCore(config, worker, clock, transport.from_core, inline=texts, features=features)

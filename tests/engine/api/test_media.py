@@ -1,4 +1,4 @@
-"""Chats with images, audio and video through the whole server: what the model gets, and what is refused."""
+"""Chats with images, audio and video through the whole server (docs/serving/multimodal.md): prompts and refusals."""
 
 import base64
 import io
