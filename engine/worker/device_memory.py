@@ -81,7 +81,8 @@ def build_measured(assembly: Assembly, choose_blocks: bool, utilization: float) 
         if num_blocks < least:
             raise OutOfMemoryError(_too_little(assembly, measured, least * block, utilization))
     built, num_blocks = _build_within(assembly, num_blocks, block, agree)
-    lines = [MemoryLine("workspace (measured)", measured.workspace, "--max-num-batched-tokens, --max-num-seqs")]
+    workspace = measured.workspace - _encoder_bytes(assembly)  # which has lines of its own
+    lines = [MemoryLine("workspace (measured)", workspace, "--max-num-batched-tokens, --max-num-seqs")]
     if built.graphs is not None:
         lines.append(MemoryLine("CUDA graphs", measured.graphs, "--enforce-eager"))
     return MeasuredRunner(built.runner, num_blocks, tuple(lines), tuple(warnings))

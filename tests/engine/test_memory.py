@@ -14,7 +14,9 @@ from engine.config import EngineConfig
 from engine.devices import cpu
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.memory import resolve
+from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo, read_model_info
+from engine.multimodal.types import MMSpec
 from tests.engine.worker.driver import BASE
 
 GIB = 1 << 30
@@ -57,6 +59,47 @@ def test_the_pool_is_what_remains(free) -> None:
     assert lines["KV cache"] == found.config.num_blocks * block_bytes
     assert 0 <= GIB - sum(lines.values()) < block_bytes
     assert all(line.flag.startswith("--") for line in found.memory)
+
+
+def with_inputs(tokens: int, unsplit: int = 0) -> ModelInfo:
+    spec = MMSpec("llava", {"image": 7}, {"image": tokens})
+    return make_facts(mm=MMFacts(spec, frozenset({7}), 2048, 5 << 20, unsplit))
+
+
+def test_embeddings_and_encoders_are_planned(free) -> None:
+    free(2 * GIB)
+    config = EngineConfig(model="m", max_num_seqs=4, max_num_batched_tokens=512)
+    plain, small, large = (resolve(config, facts) for facts in (make_facts(), with_inputs(100), with_inputs(4000)))
+    lines = {line.what: line.bytes for line in large.memory}
+    assert lines["encoder cache"] == 4000 * 2048
+    assert lines["encoder workspace"] == 5 << 20
+    assert [one.config.encoder_cache_tokens for one in (plain, small, large)] == [0, 512, 4000]
+    assert sum(lines.values()) <= GIB
+    assert large.memory[-1].what == "KV cache"
+    assert large.config.num_blocks <= plain.config.num_blocks
+
+
+def test_ranks_have_an_encoder_cache_each(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama", "num_key_value_heads": 2}))
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", tensor_parallel_size=2, max_num_batched_tokens=300)
+    facts = dataclasses.replace(read_model_info(config), mm=with_inputs(100).mm)
+    lines = {line.what: line.bytes for line in resolve(config, facts, 8 * GIB).memory}
+    assert lines["encoder cache"] == 2 * 300 * 2048
+
+
+def test_steps_hold_the_largest_input_that_cant_be_split(free) -> None:
+    free(4 * GIB)
+    found = resolve(EngineConfig(model="m", max_num_seqs=4), with_inputs(4000, unsplit=4000))
+    assert found.config.max_num_batched_tokens == 4004
+    assert not found.warnings
+    narrow = resolve(EngineConfig(model="m", max_num_batched_tokens=1000), with_inputs(4000, unsplit=4000))
+    assert "--max-num-batched-tokens 4000" in narrow.warnings[0]
+
+
+def test_the_error_names_what_inputs_need(free) -> None:
+    free(220 << 20)
+    with pytest.raises(OutOfMemoryError, match="for images and audio"):
+        resolve(EngineConfig(model="m", max_num_seqs=1), with_inputs(4000))
 
 
 def test_the_pool_is_no_larger_than_all_rows_can_use(free) -> None:
