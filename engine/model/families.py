@@ -115,6 +115,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(all_layers_windowed=True),
     "olmo2": OLMO,
     "olmo3": OLMO,
+    "molmo2_text": Family(tp_plan={**_ATTENTION, **_MLP}),
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": Family(fused=True),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.multimodal.families import MM_FAMILIES, embedding_ids, placeholder_ids
+from engine.errors import ConfigError
+from engine.multimodal.families import MM_FAMILIES, MMFamily, embedding_ids, placeholder_ids
 from engine.multimodal.types import MMSpec
 
 _TOWERS = ("vision_config", "vit_config", "audio_config")
@@ -63,7 +64,7 @@ def read_mm_facts(
             hf_config.model_type,
             dict[str, int](placeholder_ids(family, hf_config).items()),
             most,
-            {kind: number for kind, number in per_prompt.items() if kind in family.placeholders},
+            _per_prompt(family, per_prompt),
             getattr(text_config, "additional_vocab_size", None) or 0,
         ),
         embedding_ids(family, hf_config),
@@ -71,6 +72,20 @@ def read_mm_facts(
         _encoder_workspace(hf_config, max(most.values()), itemsize) + max(most.values()) * layers * hidden * itemsize,
         max((most[kind] for kind in family.bidirectional), default=0),
     )
+
+
+def _per_prompt(family: MMFamily, limits: Mapping[str, int]) -> dict[str, int]:
+    """The most inputs of a prompt, by kind. Raises ConfigError for a limit that the family can't have."""
+    own: dict[str, int] = {kind: number for kind, number in limits.items() if kind in family.placeholders}
+    if not family.joint:
+        return own
+    for kind, number in own.items():
+        if number > 1:
+            raise ConfigError(
+                f"--limit-mm-per-prompt {kind}={number}: this model takes one per prompt, since its inputs attend to "
+                "each other"
+            )
+    return {kind: own.get(kind, 1) for kind in map(str, family.placeholders)}
 
 
 def _encoder_workspace(hf_config: Any, tokens: int, itemsize: int) -> int:

@@ -17,13 +17,15 @@ class MMFamily:
     """A family of multimodal models.
 
     Args:
-        placeholders: by kind, the field of config.json with the id of the token that stands for an input in the prompt.
+        placeholders: by kind, the field of config.json with the id of the token that stands for an input in the prompt;
+            "FIELD+3" is the third token after it.
         processor: module in `engine.multimodal.processors`, which has `make(folder, hf_config) -> Processor`.
         encoder: module in `engine.model.encoders`, which has `make(model) -> Encoder`.
         embedding_ids: fields of config.json with the ids of the tokens that stand for an embedding within the tokens of
             an input; empty: those of `placeholders`.
         bidirectional: kinds whose placeholders attend to each other, so that an input is computed in one step.
-        joint: the bidirectional inputs of a prompt attend to each other, so that all are computed in one step.
+        joint: all tokens of an input attend to each other, markers included, and so would those of several inputs. A
+            prompt has at most one: its prefix could not be shared with prompts that go on with another input.
         mrope: rotary positions have three sections (time, height, width).
         deepstack: the encoder also returns features that are added to the hidden states after the first layers.
         added: its embeddings are added to those of their tokens, in place of which other families put them.
@@ -64,6 +66,15 @@ MM_FAMILIES: dict[str, MMFamily] = {
     "molmo": MMFamily(
         {"image": "image_token_id"}, "molmo", "molmo", embedding_ids=("image_patch_token_id",), added=True
     ),
+    "molmo2": MMFamily(
+        {"image": "image_patch_id+3"},
+        "molmo2",
+        "molmo2",
+        embedding_ids=("image_patch_id",),
+        bidirectional=("image",),
+        joint=True,
+        added=True,
+    ),
     "idefics3": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
     "smolvlm": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
 }
@@ -71,10 +82,15 @@ MM_FAMILIES: dict[str, MMFamily] = {
 
 def placeholder_ids(family: MMFamily, hf_config: Any) -> dict[MediaKind, int]:
     """By kind, the token that stands for an input in a prompt."""
-    return {kind: int(getattr(hf_config, field)) for kind, field in family.placeholders.items()}
+    return {kind: _token_id(hf_config, field) for kind, field in family.placeholders.items()}
 
 
 def embedding_ids(family: MMFamily, hf_config: Any) -> frozenset[int]:
     """The tokens that stand for an embedding within the tokens of an input."""
     fields = family.embedding_ids or tuple(family.placeholders.values())
-    return frozenset(int(getattr(hf_config, field)) for field in fields)
+    return frozenset(_token_id(hf_config, field) for field in fields)
+
+
+def _token_id(hf_config: Any, field: str) -> int:
+    name, _, after = field.partition("+")
+    return int(getattr(hf_config, name)) + int(after or 0)

@@ -34,7 +34,8 @@ class InputTokens:
         embedding_ids: the tokens that stand for an embedding within the tokens of an input.
         mrope: rotary positions have three sections.
         tokens_per_second: see `engine.worker.mrope`.
-        joint: the bidirectional inputs of a prompt attend to each other, not only each to itself.
+        joint: all tokens of the bidirectional inputs of a prompt attend to each other, not only those that stand for an
+            embedding and to those of the same input.
     """
 
     embedding_ids: Int32s
@@ -47,6 +48,13 @@ class InputTokens:
 class _SlotInput:
     ref: MMInputRef
     at: Int64s  # positions of the tokens that stand for an embedding, ascending
+
+    @property
+    def range(self) -> Int64s:
+        return np.arange(self.ref.offset, self.ref.offset + self.ref.length)
+
+    def overlaps(self, begin: int, end: int) -> bool:
+        return self.ref.offset < end and self.ref.offset + self.ref.length > begin
 
 
 class MMSlots(WorkerSlots):
@@ -120,7 +128,7 @@ class MMSlots(WorkerSlots):
             inputs, end = self._inputs[slot], computed + int(batch.counts[i])
             for one in inputs:
                 low, high = np.searchsorted(one.at, (computed, end)).tolist()
-                if low < high:
+                if low < high or (self._tokens_of_inputs.joint and one.overlaps(computed, end)):
                     at.append(one.at[low:high] - computed + batch.starts[i])
                     parts.append(_part(self.encoder_cache[one.ref.hash], low, high))
             spans += _spans(i, inputs, computed, end, joint=self._tokens_of_inputs.joint)
@@ -159,8 +167,10 @@ def _spans(row: int, inputs: list[_SlotInput], computed: int, end: int, *, joint
 
     An input of several parts with text between them (crops of Gemma 3) is a span for each part, unless all are joint.
     """
-    chosen = [one.at for one in inputs if one.ref.bidirectional]
-    parts = [np.concatenate(chosen)] if joint and chosen else [run for whole in chosen for run in runs_of(whole)]
+    chosen = [one for one in inputs if one.ref.bidirectional]
+    parts = [run for one in chosen for run in runs_of(one.at)]
+    if joint and chosen:
+        parts = [np.concatenate([one.range for one in chosen])]
     for at in parts:
         if len(at) and at[0] < end and at[-1] >= computed:
             if at[-1] >= end:

@@ -3,7 +3,6 @@
 <im_start> 12 x (12 <im_patch> <im_col>) <im_end>  <im_start> rows x (columns <im_patch> <im_col>) <im_end>
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import ModelError, RequestError
+from engine.multimodal.processors.added_tokens import check_tokens
 from engine.multimodal.processors.crops import (
     CropSettings,
     cut_crops,
@@ -27,7 +27,6 @@ from engine.multimodal.types import MediaKind, Processed
 
 MOST = "max_crops"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-TOKENIZER = "tokenizer.json"
 
 
 class MolmoProcessor:
@@ -132,20 +131,6 @@ def make(folder: Path, hf_config: Any) -> MolmoProcessor:
         np.array(fields.get("image_mean") or MEAN, dtype=np.float32),
         np.array(fields.get("image_std") or STD, dtype=np.float32),
     )
-    _check_tokens(folder, hf_config.new_tokens)
+    check_tokens(folder, hf_config.new_tokens)
     tokens = tuple(hf_config.new_tokens[name] for name in ("<im_start>", "<im_end>", "<im_patch>", "<im_col>"))
     return MolmoProcessor(settings, fields.get(MOST, 12), normalization, tokens)
-
-
-def _check_tokens(folder: Path, tokens: Mapping[str, int]) -> None:
-    """Raise ModelError if the folder's tokenizer has other ids for the new tokens."""
-    try:
-        added = json.loads((folder / TOKENIZER).read_text(encoding="utf-8")).get("added_tokens") or ()
-    except OSError:  # a model of dummy weights has only a config
-        return
-    except ValueError as error:
-        raise ModelError(f"{folder / TOKENIZER} can't be read: {error}") from error
-    for one in added:
-        name, number = one.get("content"), one.get("id")
-        if name in tokens and number != tokens[name]:
-            raise ModelError(f"{folder}: {name} is token {number} in {TOKENIZER}, but {tokens[name]} by config.json")

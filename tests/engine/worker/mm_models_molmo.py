@@ -1,4 +1,4 @@
-"""Molmo's first generation, against a plain forward pass of the published code's arithmetic."""
+"""Molmo's first generation, against a plain forward pass of the published code's arithmetic; and Molmo 2."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image
 from engine.multimodal.types import Processed
 from tests.engine.model.molmo.molmo_checkpoint import CONFIG, NORM_AFTER, PlainMolmo, config_of, write_checkpoint
 from tests.engine.worker.driver import VOCAB
-from tests.engine.worker.mm_model import MMModel
+from tests.engine.worker.mm_model import TEXT, MMModel, save
 
 VISION = CONFIG["vision_config"] | {"image_size": 24}
 MOLMO = {"vocab_size": VOCAB, "embedding_size": VOCAB, "vision_config": VISION}
@@ -52,7 +52,73 @@ def image_tensors(ids: torch.Tensor, processed: list[Processed]) -> dict[str, An
     return {"images": each}
 
 
+MOLMO2_PATCH = VOCAB + 2
+MOLMO2_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "image_size": [20, 20],
+    "patch_size": 4,
+    "initializer_range": 0.15,
+}
+MOLMO2_ADAPTER = {
+    "vision_feature_layer": [2, 1],
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "text_hidden_size": TEXT["hidden_size"],
+    "initializer_range": 0.15,
+}
+
+
+def build_molmo2(folder: Path, changes: dict[str, Any]) -> Any:
+    from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+
+    torch.manual_seed(7)
+    text = {**TEXT, "head_dim": 8, "additional_vocab_size": 16, "rope_parameters": {"rope_theta": 1e6}, **changes}
+    config = Molmo2Config(
+        text_config=text, vision_config=MOLMO2_VISION, adapter_config=MOLMO2_ADAPTER, image_patch_id=MOLMO2_PATCH,
+        image_start_token_id=VOCAB, image_end_token_id=VOCAB + 1, low_res_image_start_token_id=VOCAB + 4,
+        frame_start_token_id=VOCAB + 7, frame_end_token_id=VOCAB + 8,
+    )  # fmt: skip
+    options = {"size": {"height": 20, "width": 20}, "patch_size": 4, "max_crops": 2, "overlap_margins": [1, 1]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(options))
+    return save(Molmo2ForConditionalGeneration._from_config(config, dtype=torch.float32), folder, ())
+
+
+def molmo2_tensors(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
+    if not processed:
+        return {}
+    pooling, patches = [], 0
+    for one in processed:
+        own = one.tensors["image_token_pooling"]
+        pooling.append(np.where(own < 0, own, own + patches))
+        patches += one.tensors["pixel_values"].shape[0] * one.tensors["pixel_values"].shape[1]
+    tensors = {
+        name: np.concatenate([one.tensors[name] for one in processed]) for name in ("pixel_values", "image_grids")
+    }
+    tensors |= {"image_token_pooling": np.concatenate(pooling)}
+    return {
+        **{name: torch.from_numpy(value) for name, value in tensors.items()},
+        "mm_token_type_ids": (ids >= VOCAB).long(),
+    }
+
+
 MODELS = {
     "molmo": MMModel(lambda folder: build(folder, {}), image_tensors, picture),
     "molmo/norm-after": MMModel(lambda folder: build(folder, NORM_AFTER), image_tensors, picture),
+    "molmo2": MMModel(
+        lambda folder: build_molmo2(folder, {}), molmo2_tensors, picture, whole="its tokens attend to each other"
+    ),
+    "molmo2/olmo": MMModel(
+        lambda folder: build_molmo2(folder, {"qk_norm_type": "olmo", "norm_after": True}),
+        molmo2_tensors,
+        picture,
+        whole="its tokens attend to each other",
+    ),
 }
