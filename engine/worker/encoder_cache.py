@@ -43,4 +43,10 @@ class EncoderCache:
                 f"the encoder returned {len(found.embeddings)} embeddings for an input with {count} tokens for them"
             )
         self.num_encoded += 1
-        self._encoded[mm_input.hash] = found
+        deepstack = None if found.deepstack is None else _alone(found.deepstack)
+        self._encoded[mm_input.hash] = EncodedInput(_alone(found.embeddings), deepstack)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of a larger one, which it would keep in memory."""
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()

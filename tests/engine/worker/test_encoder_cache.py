@@ -58,3 +58,16 @@ def test_another_number_of_embeddings_is_a_fault(ref: MMInputRef) -> None:
 def test_missing_features_are_a_fault(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="can't be read"):
         EncoderCache(Doubling()).encode(MMInputRef(b"key", 0, 1, features=str(tmp_path / "gone")), 1)
+
+
+def test_embeddings_keep_nothing_else_in_memory(ref: MMInputRef) -> None:
+    class Part:
+        def encode(self, tensors: Mapping[str, Tensor]) -> EncodedInput:
+            return EncodedInput(torch.zeros(100, 2)[:3], torch.zeros(1, 100, 2)[:, :3])
+
+    cache = EncoderCache(Part())
+    cache.encode(ref, 3)
+    found = cache[b"key"]
+    assert found.embeddings.untyped_storage().nbytes() == 3 * 2 * 4
+    assert found.deepstack is not None
+    assert found.deepstack.untyped_storage().nbytes() == 3 * 2 * 4
