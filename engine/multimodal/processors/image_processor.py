@@ -56,7 +56,7 @@ class ImageProcessor:
             size = f"{image.width}x{image.height}"
             cause = f"the model's image processor can't take an image of {size} pixels: {first_line(error)}"
             raise RequestError(cause, OPTIONS if options else None) from error
-        return {name: np.asarray(value) for name, value in found.items()}
+        return {name: np.ascontiguousarray(value) for name, value in found.items()}
 
     def _check_growth(self, image: Image, options: Mapping[str, Any]) -> None:
         size = options.get("size", self.inner.size)

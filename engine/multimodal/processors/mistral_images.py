@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import ModelError
 from engine.multimodal.processors.options import refuse_options
 from engine.multimodal.types import MediaKind, Processed, Processor
@@ -72,7 +74,7 @@ class MistralImages:
 
         refuse_options(options)
         found = self._encoder(ImageChunk(image=media))
-        return Processed(list(found.tokens), {"pixel_values": found.image[None]})
+        return Processed(list(found.tokens), {"pixel_values": np.ascontiguousarray(found.image[None])})
 
     def most_tokens(self, kind: MediaKind, options: Mapping[str, Any]) -> int:  # noqa: ARG002  (images only)
         """See `Processor`."""

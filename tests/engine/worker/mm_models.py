@@ -4,11 +4,19 @@ To add one: write `mm_models_NAME.py` with `MODELS: dict[str, MMModel]` like `mm
 `FAMILIES=NAME make parity`.
 """
 
-from tests.engine.worker import mm_models_audio, mm_models_llava, mm_models_molmo
+from tests.engine.worker import (
+    mm_models_audio,
+    mm_models_llava,
+    mm_models_llava_next,
+    mm_models_molmo,
+    mm_models_pixtral,
+)
 from tests.engine.worker.mm_model import MMModel
 
 MM_MODELS: dict[str, MMModel] = {
     **mm_models_audio.MODELS,
     **mm_models_llava.MODELS,
+    **mm_models_llava_next.MODELS,
     **mm_models_molmo.MODELS,
+    **mm_models_pixtral.MODELS,
 }

@@ -43,6 +43,7 @@ def test_equals_mistral_common(tmp_path: Path, size: tuple[int, int], more: dict
     found, expected = ours.process("image", noise(*size), 1, {}), encoded(noise(*size), 4, 32, merge)
     assert found.tokens == expected.tokens
     assert np.array_equal(found.tensors["pixel_values"][0], expected.image)
+    assert found.tensors["pixel_values"].flags.c_contiguous
     assert found.tokens.count(IMAGE) * (4 * merge) ** 2 == expected.image[0].size
     assert len(found.tokens) <= ours.most_tokens("image", {})
 
