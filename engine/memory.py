@@ -9,7 +9,7 @@ from engine.devices import machine_for
 from engine.devices.machine import Defaults, Machine
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine
-from engine.model.model_info import ModelInfo
+from engine.model.model_info import ITEMSIZE, ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.text import human_bytes
 
@@ -77,7 +77,7 @@ def resolve(
     available = machine.available_memory() if available is None else available
     fraction = config.gpu_memory_utilization or machine.defaults.memory_utilization
     encoder_cache_tokens = 0 if model_info.mm is None else max(budget, model_info.mm.most_tokens)
-    encoders = _encoder_lines(model_info, encoder_cache_tokens, ranks)
+    encoders = _encoder_lines(model_info, encoder_cache_tokens, ranks, machine.encoder_dtype(model_info.dtype))
     memory = _Budget(
         available, fraction, model_info.weight_bytes, workspace, sum(line.bytes for line in encoders),
         model_info.kv_bytes_per_token * block_size,
@@ -116,15 +116,20 @@ def resolve(
     return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences)
 
 
-def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int) -> list[MemoryLine]:
-    """What multimodal inputs need: towers and embeddings are on each rank."""
+def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int, dtype: str) -> list[MemoryLine]:
+    """What multimodal inputs need: towers and embeddings are on each rank; `dtype` is that of the towers."""
     mm = model_info.mm
     if mm is None:
         return []
-    return [
+    wider = ITEMSIZE[dtype] - ITEMSIZE[model_info.dtype]
+    workspace = mm.encoder_workspace * ITEMSIZE[dtype] // ITEMSIZE[model_info.dtype]
+    lines = [
         MemoryLine("encoder cache", ranks * cached_tokens * mm.embedding_bytes, ENCODER_FLAGS),
-        MemoryLine("encoder workspace", ranks * mm.encoder_workspace, "--mm-processor-kwargs"),
+        MemoryLine("encoder workspace", ranks * workspace, "--mm-processor-kwargs"),
     ]
+    if wider:
+        lines.append(MemoryLine(f"encoder in {dtype}", ranks * mm.encoder_parameters * wider, "--dtype"))
+    return lines
 
 
 def _too_large_inputs(model_info: ModelInfo, budget: int) -> list[str]:

@@ -58,6 +58,9 @@ class CpuMachine:
         activations = max_num_batched_tokens * bytes_per_token(model_info)
         return activations + logits + gathered_attention_bytes(model_info, block_size)
 
+    def encoder_dtype(self, dtype: str) -> str:
+        return encoder_dtype(dtype)
+
     def adapt(self, config: EngineConfig) -> EngineConfig:
         if config.kv_cache_dtype == "fp8":
             raise ConfigError("--kv-cache-dtype fp8 does not work on the CPU: use int8")
@@ -79,12 +82,20 @@ class CpuMachine:
 
 def pytorch_warnings(dtype: str) -> list[str]:
     """What the user should know if PyTorch computes the model in this dtype, and not the C++ kernels."""
-    if dtype not in FAST_DTYPES:
-        return []
-    try:
-        features = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return []
-    if FAST_DTYPES[dtype] & features:
+    if encoder_dtype(dtype) == dtype:
         return []
     return [f"PyTorch computes {dtype} slowly on this CPU: --dtype float32 is faster if there is enough memory"]
+
+
+def encoder_dtype(dtype: str) -> str:
+    """The dtype of the encoders of a model of this dtype: float32 on a CPU on which PyTorch computes it slowly."""
+    features = _features()
+    return dtype if dtype not in FAST_DTYPES or features is None or FAST_DTYPES[dtype] & features else "float32"
+
+
+def _features() -> set[str] | None:
+    """Features of the CPU; None if they can't be read."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return None

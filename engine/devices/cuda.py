@@ -102,6 +102,9 @@ class CudaMachine:
             return tokens * (max(model_info.hidden_size, model_info.intermediate_size) + 4)
         return INTEGER_PRODUCTS_BYTES
 
+    def encoder_dtype(self, dtype: str) -> str:
+        return dtype
+
     def adapt(self, config: EngineConfig) -> EngineConfig:
         return config
 

@@ -46,6 +46,10 @@ class Machine(Protocol):
         """Upper bound of the bytes that a step allocates on one rank; `model_info` is the rank's."""
         ...
 
+    def encoder_dtype(self, dtype: str) -> str:
+        """The dtype of the encoders of multimodal inputs of a model of this dtype."""
+        ...
+
     def adapt(self, config: EngineConfig) -> EngineConfig:
         """The configuration as the device understands it. Raises ConfigError for values that it does not have."""
         ...

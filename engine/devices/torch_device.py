@@ -48,6 +48,9 @@ class TorchMachine:
             model_info, block_size
         )
 
+    def encoder_dtype(self, dtype: str) -> str:
+        return dtype
+
     def adapt(self, config: EngineConfig) -> EngineConfig:
         return config.checks_stored()
 

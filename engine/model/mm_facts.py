@@ -24,6 +24,7 @@ class MMFacts:
         embedding_bytes: of one token in the encoder cache, with the features that are added to later layers.
         encoder_workspace: bytes that the encoder of the largest input needs besides its weights; an estimate.
         unsplit_tokens: the most tokens of an input that is computed in one step; 0: all inputs can be split.
+        encoder_parameters: number of parameters outside the decoder and the head.
     """
 
     spec: MMSpec
@@ -31,6 +32,7 @@ class MMFacts:
     embedding_bytes: int
     encoder_workspace: int
     unsplit_tokens: int = 0
+    encoder_parameters: int = 0
 
     @property
     def most_tokens(self) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,19 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
         kv_bytes_per_token=2 * group_size * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
         windows=windows,
         warnings=_warnings(hf_config, length),
-        mm=read_mm_facts(
-            path, hf_config, ITEMSIZE[dtype], getattr(config, "mm_processor_kwargs", None) or {}, config.per_prompt
-        ),
+        mm=_mm_facts(config, path, hf_config, dtype),
     )
+
+
+def _mm_facts(config: EngineConfig, path: Path, hf_config: Any, dtype: str) -> MMFacts | None:
+    """The facts about the inputs of a model; None if it takes texts only."""
+    options = config.mm_processor_kwargs or {}
+    assert not isinstance(options, str), "EngineConfig has read the JSON text"
+    facts = read_mm_facts(path, hf_config, ITEMSIZE[dtype], options, config.per_prompt)
+    if facts is None:
+        return None
+    outside = [math.prod(shape) for name, shape in _composite_shapes(hf_config).items() if "/" in name]
+    return replace(facts, encoder_parameters=sum(outside))
 
 
 def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:

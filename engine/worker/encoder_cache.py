@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,12 +17,19 @@ class EncoderCache:
     Args:
         encoder: the model's.
         place: copies a tensor to the device of the model.
+        dtype: of the embeddings; None: as the encoder returns them.
     """
 
-    def __init__(self, encoder: Encoder, place: Callable[[Tensor], Tensor] = lambda tensor: tensor):
+    def __init__(
+        self,
+        encoder: Encoder,
+        place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        dtype: torch.dtype | None = None,
+    ):
         self.num_encoded = 0  # inputs, since the start
         self._encoder = encoder
         self._place = place
+        self._dtype = dtype
         self._encoded: dict[bytes, EncodedInput] = {}
 
     def __getitem__(self, key: bytes) -> EncodedInput:
@@ -43,8 +51,9 @@ class EncoderCache:
                 f"the encoder returned {len(found.embeddings)} embeddings for an input with {count} tokens for them"
             )
         self.num_encoded += 1
-        deepstack = None if found.deepstack is None else _alone(found.deepstack)
-        self._encoded[mm_input.hash] = EncodedInput(_alone(found.embeddings), deepstack)
+        kept = found if self._dtype is None else found.to(self._dtype)
+        deepstack = None if kept.deepstack is None else _alone(kept.deepstack)
+        self._encoded[mm_input.hash] = EncodedInput(_alone(kept.embeddings), deepstack)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -1,27 +1,47 @@
 """What a worker of a model with multimodal inputs is built of."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from engine.model.composed_decoder import decoder_of
 from engine.model.mm_facts import MMFacts
 from engine.multimodal.families import MM_FAMILIES
 from engine.worker.encoder_cache import EncoderCache
 from engine.worker.mm_slots import InputTokens
 
 
-def encoder_cache(model: Any, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> EncoderCache:
+def encoder_cache(
+    model: Any, place: Callable[[Tensor], Tensor] = lambda tensor: tensor, dtype: torch.dtype | None = None
+) -> EncoderCache:
     """An empty encoder cache.
 
     Args:
         model: an instance of transformers' class, filled.
         place: copies a tensor to the device of the model.
+        dtype: of the encoder, whose parameters are converted; None: that of the model.
     """
     family = MM_FAMILIES[model.config.model_type]
-    return EncoderCache(importlib.import_module(f"engine.model.encoders.{family.encoder}").make(model), place)
+    embeddings: torch.dtype = model.get_output_embeddings().weight.dtype
+    if dtype is not None:
+        for module in encoder_modules(model):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype == embeddings:
+                    module._buffers[name] = buffer.to(dtype)
+    encoder = importlib.import_module(f"engine.model.encoders.{family.encoder}").make(model)
+    return EncoderCache(encoder, place, embeddings)
+
+
+def encoder_modules(model: Any) -> Iterator[nn.Module]:
+    """All modules of a model outside its decoder and its head."""
+    others = {*decoder_of(model).modules()}
+    return (module for module in model.modules() if module not in others)
 
 
 def input_tokens(model: Any, facts: MMFacts) -> InputTokens:

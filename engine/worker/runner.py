@@ -10,6 +10,7 @@ import torch
 
 from engine.arrays import Float32s, Float64s, Int64s
 from engine.config import EngineConfig, ResolvedConfig
+from engine.devices.cpu import encoder_dtype
 from engine.heap import large_allocations_mapped
 from engine.messages import StepMessage, StepResult, TokenLogprobs, column, encode, int32s
 from engine.model.loading.meta_model import MetaModel
@@ -133,7 +134,8 @@ def build_slots(resolved: ResolvedConfig, model_info: ModelInfo, meta_model: Met
     shape = resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
     if model_info.mm is None:
         return WorkerSlots(*shape)
-    return MMSlots(encoder_cache(meta_model.model), input_tokens(meta_model.model, model_info.mm), *shape)
+    model, dtype = meta_model.model, getattr(torch, encoder_dtype(model_info.dtype))
+    return MMSlots(encoder_cache(model, dtype=dtype), input_tokens(model, model_info.mm), *shape)
 
 
 def reindexed(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,10 @@ class EncodedInput:
 
     embeddings: Tensor
     deepstack: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "EncodedInput":
+        """The same in another dtype."""
+        return EncodedInput(self.embeddings.to(dtype), None if self.deepstack is None else self.deepstack.to(dtype))
 
 
 class Encoder(Protocol):
