@@ -149,7 +149,9 @@ class Prompts:
         return MMRequest(prompt, Sampling(logprobs=VOCAB), inputs=tuple(inputs), processed=processed)
 
     def _process(self, number: int, count: int = 1) -> Processed:
-        processed: Processed = self._processor.process(self._model.kind, self._model.media(number), count, {})
+        processed: Processed = self._processor.process(
+            self._model.kind, self._model.media(number), count, self._model.options
+        )
         return processed
 
     def samples(self) -> list[MMRequest]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,12 @@ class MMModel:
         reference: called with token ids, int64[1, tokens], and the prompt's processed inputs in order; returns the
             arguments that the class needs besides the ids, such as pixel_values. Called for a prompt, and for a prompt
             with the tokens generated after it.
-        media: the sample input of a number; different numbers give different inputs.
+        media: the sample input of a number; different numbers give different inputs, 1 and 2 with as many
+            tokens.
         kind: of the inputs.
         whole: why an input can't be split over chunks; empty: it can be.
         no_prefixes: why prefixes with inputs aren't shared; empty: they are.
+        options: of the processor, as a request has them.
     """
 
     build: Callable[[Path], Any]
@@ -69,6 +71,7 @@ class MMModel:
     kind: MediaKind = "image"
     whole: str = ""
     no_prefixes: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def save(model: Any, folder: Path, special: tuple[int, ...], scale: float = 1.0) -> Any:

@@ -10,6 +10,7 @@ from tests.engine.worker import (
     mm_models_llava_next,
     mm_models_molmo,
     mm_models_pixtral,
+    mm_models_vision,
 )
 from tests.engine.worker.mm_model import MMModel
 
@@ -19,4 +20,5 @@ MM_MODELS: dict[str, MMModel] = {
     **mm_models_llava_next.MODELS,
     **mm_models_molmo.MODELS,
     **mm_models_pixtral.MODELS,
+    **mm_models_vision.MODELS,
 }

@@ -7,13 +7,24 @@ import pytest
 from engine.multimodal.families import MM_FAMILIES
 from tests.engine.worker.mm_driver import Prompts, start
 from tests.engine.worker.mm_models import MM_MODELS
-from tests.engine.worker.mm_parity import CASES, CHUNKED, SHIFTED, SWAPPED, MMReference, compare, rows_of, serve
+from tests.engine.worker.mm_parity import (
+    CASES,
+    CHUNKED,
+    NO_MROPE,
+    SHIFTED,
+    SWAPPED,
+    MMReference,
+    compare,
+    rows_of,
+    serve,
+)
 
 
-@pytest.mark.parametrize("kind", ["llava"])
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl", "gemma3/crops"])
 def test_a_family_equals_transformers_and_mistakes_are_seen(kind: str, tmp_path: Path) -> None:
     rows = list(rows_of(kind, MM_MODELS[kind], tmp_path, ranks=(1,)))
     assert {row.case for row in rows} >= {*CASES, SWAPPED, SHIFTED}
+    assert (NO_MROPE in {row.case for row in rows}) == (kind == "qwen3_vl")
     for row in rows:
         assert row.passed, row
 
