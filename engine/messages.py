@@ -261,7 +261,7 @@ class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
     handle: int
     cached_tokens: int  # prompt tokens found in the prefix cache
     waited_s: float
-    prompt_tokens: int = 0  # inline front end only
+    prompt_tokens: int = 0  # with an inline front end or multimodal inputs only
 
 
 class MMStats(msgspec.Struct, array_like=True, frozen=True, gc=False):

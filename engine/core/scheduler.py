@@ -265,7 +265,9 @@ class Scheduler:
             self.prefix_queries += request.num_prompt_tokens
             self.prefix_hits += num_cached
         self.prompt_tokens += request.num_prompt_tokens
-        self.admitted.append(Admitted(request.handle, num_cached, now - request.arrived))
+        # With inputs, the core may have replaced the placeholders: the front end does not know the length then.
+        tokens = request.num_prompt_tokens if request.mm_inputs_end else 0
+        self.admitted.append(Admitted(request.handle, num_cached, now - request.arrived, tokens))
 
     def _schedule_chunk(self, slot: int, budget: int, chunks: Chunks) -> int:
         """Schedule as much of a slot's prefill as the budget allows, and cache the prompt blocks that it fills."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,12 +24,14 @@ from engine.frontend.chat_template import ChatTemplate
 from engine.frontend.core_client import CoreClient
 from engine.frontend.front_end_stats import MMCounters
 from engine.frontend.inline_front_end import InlineTexts
+from engine.frontend.inline_inputs import InlineInputs
 from engine.frontend.mm_pipeline import MMOptions, MMPipeline
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import StandInBackend
 from engine.media.fetch import Resolver
 from engine.messages import Ready
 from engine.multimodal.feature_files import FeatureFolder
+from engine.multimodal.hashing import InputHasher
 from engine.multimodal.types import MMSpec
 from engine.owned_folder import OwnedFolder
 from tests.engine.api import tiny_processor
@@ -95,6 +98,7 @@ async def in_loop(
     transport = InlineTransport()
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
     texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in ablations else None
+    by_core = "inline-processing" in ablations
     features, inputs = None, None
     folders: list[OwnedFolder] = []
     if mm is not None:
@@ -103,7 +107,12 @@ async def in_loop(
         counters = MMCounters()
         limits = (options or HttpOptions()).media.limits
         prepared = MMOptions(folders[0].path, {}, 1, 64 << 20, limits=limits, factory=tiny_processor.FACTORY)
-        inputs = MMPipeline.make(mm, prepared, counters, 0, 1)
+        inputs = None if by_core else MMPipeline.make(mm, prepared, counters)
+        if by_core or texts is not None:
+            hasher = InputHasher(Path(folders[0].path), mm.family, {})
+            processing = InlineInputs(mm, tokenizer, hasher, limits, tiny_processor.TinyProcessor)
+            detokenizes = texts is not None
+            texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY, processing, detokenizes=detokenizes)
     core = EngineCore(config, worker, clock, transport.from_core, inline=texts, features=features)
     transport.receive = core.receive
     ready = Ready(

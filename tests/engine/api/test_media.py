@@ -167,3 +167,18 @@ async def test_equal_images_are_processed_once(server: InLoop) -> None:
     assert len(cache._by_hash) == 1
     await server.post(CHAT, **user(image(encode(Image.fromarray(noise(5, 5)), "PNG"))))
     assert len(cache._by_hash) == 2
+
+
+@pytest.mark.parametrize("ablated", ["inline-frontend", "inline-processing", "inline-frontend inline-processing"])
+async def test_parts_of_v0_serve_the_same(ablated: str) -> None:
+    async with in_loop(mm=SPEC, ablations=frozenset(ablated.split()), max_model_len=512) as server:
+        body = user(text("What?"), image(RED), image(BLUE)) | {"max_tokens": 4}
+        expected = [*ids("u:"), *tokens_of_image(RED), *ids("\n"), *tokens_of_image(BLUE), *ids("\nWhat?;")]
+        answer = await server.post(CHAT, **body)
+        assert answer["usage"]["prompt_tokens"] == len(expected)
+        assert answer["usage"]["completion_tokens"] == 4
+        assert "none of PNG" in (await server.refusal(CHAT, user(text("x"), image(b"no image"))))["message"]
+        assert "stands for an image" in (await server.refusal(CHAT, user(text(f"<{IMAGE}>"))))["message"]
+        completion = {"prompt": f"<{IMAGE}>", "max_tokens": 1}
+        assert "for 0 images" in (await server.refusal("/v1/completions", completion))["message"]
+        assert (await server.post("/v1/completions", prompt="abc", max_tokens=2))["usage"]["completion_tokens"] == 2
