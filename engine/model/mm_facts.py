@@ -41,7 +41,7 @@ class MMFacts:
 
 
 def read_mm_facts(
-    path: Path, hf_config: Any, itemsize: int, options: Mapping[str, Any], per_prompt: Mapping[str, int]
+    path: Path, hf_config: Any, itemsize: int, longest: int, options: Mapping[str, Any], per_prompt: Mapping[str, int]
 ) -> MMFacts | None:
     """The facts about the inputs of a model; None if it takes texts only.
 
@@ -49,6 +49,7 @@ def read_mm_facts(
         path: the model's folder, or its config.json.
         hf_config: of the whole model.
         itemsize: bytes of a number of the model's dtype.
+        longest: tokens of a request at most; none has an input with more.
         options: those of --mm-processor-kwargs.
         per_prompt: --limit-mm-per-prompt.
     """
@@ -57,7 +58,13 @@ def read_mm_facts(
         return None
     folder = path if path.is_dir() else path.parent
     processor = importlib.import_module(f"engine.multimodal.processors.{family.processor}").make(folder, hf_config)
-    most: dict[str, int] = {kind: int(processor.most_tokens(kind, options)) for kind in family.placeholders}
+    most: dict[str, int] = {
+        kind: min(int(processor.most_tokens(kind, options)), longest) if per_prompt.get(kind) != 0 else 0
+        for kind in family.placeholders
+    }
+    # Videos are encoded in parts, so that an encoder has fewer embeddings at once than the input.
+    at_once = getattr(processor, "most_at_once", processor.most_tokens)
+    encoded = max(min(number, int(at_once(kind, options))) for kind, number in most.items())
     text_config = hf_config.get_text_config(decoder=True)
     hidden = text_config.hidden_size
     layers = 1 + (len(hf_config.vision_config.deepstack_visual_indexes) if family.deepstack else 0)
@@ -71,7 +78,7 @@ def read_mm_facts(
         ),
         embedding_ids(family, hf_config),
         layers * hidden * itemsize,
-        _encoder_workspace(hf_config, max(most.values()), itemsize) + max(most.values()) * layers * hidden * itemsize,
+        _encoder_workspace(hf_config, encoded, itemsize) + max(most.values()) * layers * hidden * itemsize,
         max((most[kind] for kind in family.bidirectional), default=0),
     )
 
@@ -91,16 +98,18 @@ def _per_prompt(family: MMFamily, limits: Mapping[str, int]) -> dict[str, int]:
 
 
 def _encoder_workspace(hf_config: Any, tokens: int, itemsize: int) -> int:
-    """Bytes that the tower needs for an input of that many tokens: its inputs to all layers, as most families select
-    one of them afterwards, and what the widest layer computes."""
+    """Bytes that the tower needs for an input of that many tokens: its inputs to all layers, of which most families
+    select one afterwards (Qwen-VL doesn't), and what the widest layer computes."""
     largest = 0
     for name in _TOWERS:
         tower = getattr(hf_config, name, None)
         if tower is None:
             continue
-        hidden = _first(tower, "hidden_size", "d_model", "embed_dim") or 0
+        # Qwen2-VL's hidden_size is that of the decoder.
+        hidden = _first(tower, "embed_dim", "hidden_size", "d_model") or 0
         inner = _first(tower, "intermediate_size", "encoder_ffn_dim") or int(hidden * getattr(tower, "mlp_ratio", 4))
         layers = _first(tower, "num_hidden_layers", "depth", "encoder_layers") or 1
+        layers = 1 if hasattr(tower, "spatial_merge_size") else layers
         positions = tokens * _positions_per_token(hf_config, tower, name)
         numbers = positions * (layers * hidden + 8 * hidden + 2 * inner)
         if tower.model_type == "pixtral":

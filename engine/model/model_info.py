@@ -89,15 +89,15 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
         kv_bytes_per_token=2 * group_size * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
         windows=windows,
         warnings=_warnings(hf_config, length),
-        mm=_mm_facts(config, path, hf_config, dtype),
+        mm=_mm_facts(config, path, hf_config, dtype, length),
     )
 
 
-def _mm_facts(config: EngineConfig, path: Path, hf_config: Any, dtype: str) -> MMFacts | None:
+def _mm_facts(config: EngineConfig, path: Path, hf_config: Any, dtype: str, length: int) -> MMFacts | None:
     """The facts about the inputs of a model; None if it takes texts only."""
     options = config.mm_processor_kwargs or {}
     assert not isinstance(options, str), "EngineConfig has read the JSON text"
-    facts = read_mm_facts(path, hf_config, ITEMSIZE[dtype], options, config.per_prompt)
+    facts = read_mm_facts(path, hf_config, ITEMSIZE[dtype], length, options, config.per_prompt)
     if facts is None:
         return None
     outside = [math.prod(shape) for name, shape in _composite_shapes(hf_config).items() if "/" in name]

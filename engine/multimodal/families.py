@@ -42,6 +42,8 @@ class MMFamily:
     added: bool = False
 
 
+# Patches of a video that the encoder of a Qwen-VL model takes at once, if a frame doesn't have more.
+PATCHES_AT_ONCE = 4096
 QWEN_VL: dict[MediaKind, str] = {"image": "image_token_id", "video": "video_token_id"}
 
 # By model type in config.json.

@@ -1,11 +1,13 @@
 """The encoder of Qwen2-VL and Qwen2.5-VL: images and videos of any size in patches, which are merged by squares."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.model.encoders.base import EncodedInput, Encoder
+from engine.multimodal.families import PATCHES_AT_ONCE
 
 
 def make(model: Any) -> Encoder:
@@ -25,5 +27,18 @@ class Qwen2VLEncoder:
 
     def encode(self, tensors: Mapping[str, Tensor]) -> EncodedInput:
         """Encode one image or video."""
-        pixels = tensors["pixel_values"].to(self._tower.dtype)
-        return EncodedInput(self._tower(pixels, grid_thw=tensors["grid_thw"], return_dict=True).pooler_output)
+        return EncodedInput(torch.cat([part.pooler_output for part in encode_frames(self._tower, tensors)]))
+
+
+def encode_frames(tower: Any, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The tower's outputs for some frames after the other, so that a long video needs no more memory than a short one.
+
+    Patches attend only to those of their frame, so the parts are those of the whole video.
+    """
+    pixels, grid = tensors["pixel_values"].to(tower.dtype), tensors["grid_thw"]
+    frames, rows, columns = grid[0].tolist()
+    at_once = max(1, PATCHES_AT_ONCE // (rows * columns))
+    for first in range(0, frames, at_once):
+        some = min(at_once, frames - first)
+        part = pixels[first * rows * columns : (first + some) * rows * columns]
+        yield tower(part, grid_thw=grid.new_tensor([[some, rows, columns]]), return_dict=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.model.encoders.base import EncodedInput, Encoder
+from engine.model.encoders.qwen2_vl import encode_frames
 
 
 def make(model: Any) -> Encoder:
@@ -22,6 +23,6 @@ class Qwen3VLEncoder:
 
     def encode(self, tensors: Mapping[str, Tensor]) -> EncodedInput:
         """Encode one image or video."""
-        pixels = tensors["pixel_values"].to(self._tower.dtype)
-        found = self._tower(pixels, grid_thw=tensors["grid_thw"], return_dict=True)
-        return EncodedInput(found.pooler_output, torch.stack(list(found.deepstack_features)))
+        parts = list(encode_frames(self._tower, tensors))
+        deepstack = [torch.stack(list(part.deepstack_features)) for part in parts]
+        return EncodedInput(torch.cat([part.pooler_output for part in parts]), torch.cat(deepstack, 1))

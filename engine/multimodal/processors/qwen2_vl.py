@@ -42,6 +42,10 @@ class Qwen2VLProcessor:
         """See `Processor`."""
         return self._vision.most_embeddings(kind, options)
 
+    def most_at_once(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+        """The most embeddings that the encoder computes at once: those of an image, or of some frames of a video."""
+        return self._vision.most_at_once(kind, options)
+
 
 def frame_seconds(video: Video) -> float:
     """The mean time between two frames; 0 for a single frame."""

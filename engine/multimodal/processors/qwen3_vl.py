@@ -61,6 +61,10 @@ class Qwen3VLProcessor:
             found += VIDEO_FRAMES // self._vision.frames_per_patch * (len(self._encode("<99999.9 seconds>")) + 2)
         return found
 
+    def most_at_once(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+        """The most embeddings that the encoder computes at once: those of an image, or of some frames of a video."""
+        return self._vision.most_at_once(kind, options)
+
 
 def patch_times(video: Video, per_patch: int) -> list[float]:
     """The mean of the times of the first and the last frame in each patch, in seconds."""

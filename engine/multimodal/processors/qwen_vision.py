@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import ModelError, RequestError
+from engine.multimodal.families import PATCHES_AT_ONCE
 from engine.multimodal.processors.image_processor import (
     OPTIONS,
     ImageProcessor,
@@ -140,6 +141,15 @@ class QwenVision:
             squares = most_squares(self._factor, (fewest / shared, most / shared))
             found = max(found, frames // per_patch * squares)
         return found
+
+    def most_at_once(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+        """The most embeddings of an image or of the frames of a video that are encoded together."""
+        if kind == "image":
+            return self.most_embeddings(kind, options)
+        fewest, most = pixel_limits(options, self._video_size)
+        shared = self.frames_per_patch if self._whole_videos else 1
+        frame = most_squares(self._factor, (fewest / shared, most / shared))
+        return max(frame, PATCHES_AT_ONCE // self._fixed["merge_size"] ** 2)
 
 
 def patches_of(pixels: NDArray[np.float32], patch: int, merge: int, per_patch: int) -> Patches:

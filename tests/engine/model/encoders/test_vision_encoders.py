@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.model.encoders import qwen2_vl
 from engine.model.encoders.base import EncodedInput
 from engine.multimodal.families import MM_FAMILIES, embedding_ids
 from engine.multimodal.types import MediaKind, Processed, Video
@@ -74,7 +75,7 @@ def test_as_the_class(tmp_path: Path, model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_videos(tmp_path: Path, model_type: str) -> None:
+def test_videos(tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(model_type)
     frames = np.random.default_rng(0).integers(0, 256, (5, 30, 40, 3), dtype=np.uint8)
     inputs = processed(tmp_path, model, Video(frames, np.arange(5) * 0.5), "video")
@@ -85,6 +86,11 @@ def test_videos(tmp_path: Path, model_type: str) -> None:
     assert len(found.embeddings) == inputs.tokens.count(model.config.video_token_id) > 0
     if found.deepstack is not None:
         assert found.deepstack.shape == (2, *found.embeddings.shape)
+    # Frame by frame, as videos of more patches.
+    monkeypatch.setattr(qwen2_vl, "PATCHES_AT_ONCE", 1)
+    parts = encoded(model, inputs)
+    torch.testing.assert_close(parts.embeddings, found.embeddings, rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts.deepstack, found.deepstack, rtol=0, atol=1e-5)
 
 
 def test_a_black_tile_is_not_dropped(tmp_path: Path) -> None:
