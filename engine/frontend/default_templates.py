@@ -19,8 +19,43 @@ LLAVA = """\
 # For random weights without a tokenizer, which can be given images in chats only.
 PLAIN = "{% for message in messages %}{{ message.content }}{{ '\\n' }}{% endfor %}"
 
+# The published template of Molmo's first generation writes no images: they come before all texts, after the token that
+# ends texts.
+MOLMO = (
+    "{{ bos_token if bos_token else eos_token }}"
+    "{%- for message in messages if message['content'] is not string -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}<|image|>{%- endfor -%}"
+    "{%- endfor -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{%- endif -%}"
+    "{{ ' ' + message['role'].capitalize() + ': ' }}"
+    "{%- if message['content'] is string -%}{{ message['content'] }}"
+    "{%- else -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ ' Assistant:' }}{%- endif -%}"
+)
+# The processor of Molmo 2 writes that token before a prompt that doesn't begin with it.
+MOLMO2 = (
+    "{% set prompt %}PUBLISHED{% endset %}"
+    "{% set first = bos_token if bos_token else eos_token %}"
+    "{{ '' if prompt.startswith(first) else first }}{{ prompt }}"
+)
+
 # By model type in config.json.
-DEFAULT_TEMPLATES: dict[str, str] = {"llava": LLAVA}
+DEFAULT_TEMPLATES: dict[str, str] = {"llava": LLAVA, "molmo": MOLMO}
+
+
+def with_inputs(family: str | None, sources: dict[str, str]) -> dict[str, str]:
+    """The templates of a model, by name, so that they write its inputs as its own processor does."""
+    if family == "molmo":
+        return dict.fromkeys(sources, MOLMO)
+    if family == "molmo2":
+        return {name: MOLMO2.replace("PUBLISHED", source.removesuffix("\n")) for name, source in sources.items()}
+    return sources
 
 
 def default_template(family: str | None, *, stand_in: bool) -> str | None:

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from engine.errors import ConfigError, ModelError, RequestError
 from engine.frontend.chat_template import ChatTemplate, read_templates
-from engine.frontend.default_templates import default_template
+from engine.frontend.default_templates import default_template, with_inputs
 from engine.frontend.mistral_tokenizer import MistralBackend
 from engine.frontend.tokenizer_backends import Backend, FastBackend, StandInBackend, load_with_transformers
 from engine.model.config.file_names import CONFIG, PARAMS
-from engine.multimodal.families import MM_FAMILIES
+from engine.multimodal.families import declared_placeholders
 from engine.pretrained import AUTO_MAP, custom_code, refuse_custom_tokenizer
 from engine.tokenizer_files import PLAIN, find_mistral_tokenizer
 
@@ -175,8 +175,10 @@ def load_tokenizer(
     own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
     sources = read_templates(folder, settings) if chat_template is None else {"default": chat_template}
+    family = config.get("model_type")
+    if chat_template is None:
+        sources = with_inputs(family, sources)
     if not sources:
-        family = config.get("model_type")
         found_template = default_template(family, stand_in=isinstance(backend, StandInBackend))
         sources = {} if found_template is None else {"default": found_template}
     template = None
@@ -188,13 +190,6 @@ def load_tokenizer(
             raise ConfigError(f"--chat-template can't be read: {error}") from error
         warnings.append(f"{folder}: the chat template can't be read ({error}), so chats are rejected")
     return Tokenizer(backend, eos_ids=known_ids(eos, vocab_size), template=template), warnings
-
-
-def declared_placeholders(config: dict[str, Any]) -> frozenset[int]:
-    """The ids of the tokens that stand for an image and the like, as config.json names them."""
-    family = MM_FAMILIES.get(config.get("model_type", ""))
-    found = [config.get(field) for field in family.placeholders.values()] if family is not None else []
-    return frozenset(token for token in found if isinstance(token, int))
 
 
 def mistral_file(folder: Path, mode: str) -> Path | None:

@@ -11,6 +11,8 @@ from engine.multimodal.families import MM_FAMILIES, MMFamily, embedding_ids, pla
 from engine.multimodal.types import MMSpec
 
 _TOWERS = ("vision_config", "vit_config", "audio_config")
+CROPPED = ("molmo", "molmo2")
+CROPPED_POSITIONS_PER_TOKEN = 6  # four become one, and the margins of crops are computed twice
 AUDIO_POSITIONS_PER_TOKEN = 4  # at most, in the towers of Qwen2-Audio and Voxtral
 
 
@@ -120,6 +122,8 @@ def _encoder_workspace(hf_config: Any, tokens: int, itemsize: int) -> int:
 
 def _positions_per_token(hf_config: Any, tower: Any, name: str) -> int:
     """How many positions of the tower become one token, at most."""
+    if hf_config.model_type in CROPPED:
+        return CROPPED_POSITIONS_PER_TOKEN
     if name == "audio_config":
         return AUDIO_POSITIONS_PER_TOKEN
     merge = getattr(hf_config, "spatial_merge_size", None) or getattr(tower, "spatial_merge_size", None)

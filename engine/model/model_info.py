@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.config import AUTO_LENGTH, KV_CACHE_DTYPES, EngineConfig, read_overrides
 from engine.errors import ConfigError, ModelError
+from engine.model import molmo
 from engine.model.checkpoints.mistral_tensors import CheckpointTensor, as_transformers_tensors
 from engine.model.checkpoints.quantized import merge_quantized, quantization_config
 from engine.model.checkpoints.safetensors_headers import StoredTensor, read_headers
@@ -119,7 +120,8 @@ def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:
             f"for all requests: --max-model-len {original} selects the short ones, which suit short texts better"
         )
     if getattr(hf_config, AUTO_MAP, None):
-        warnings.append(f"the model's custom code ({AUTO_MAP}) isn't run: transformers' own class is used")
+        own = "Redline's" if hf_config.model_type == molmo.MODEL_TYPE else "transformers'"
+        warnings.append(f"the model's custom code ({AUTO_MAP}) isn't run: {own} own class is used")
     if family_of(decoder.model_type) is None:
         warnings.append(f"models of type {decoder.model_type!r} aren't in the parity suite: check the output")
     return tuple(warnings)

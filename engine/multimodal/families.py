@@ -3,6 +3,7 @@
 Processors (`engine/multimodal/processors/`) and encoders (`engine/model/encoders/`) are found by the names here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ class MMFamily:
 
     Args:
         placeholders: by kind, the field of config.json with the id of the token that stands for an input in the prompt;
-            "FIELD+3" is the third token after it.
+            "FIELD+3" stands for the third token after it.
         processor: module in `engine.multimodal.processors`, which has `make(folder, hf_config) -> Processor`.
         encoder: module in `engine.model.encoders`, which has `make(model) -> Encoder`.
         embedding_ids: fields of config.json with the ids of the tokens that stand for an embedding within the tokens of
@@ -65,9 +66,7 @@ MM_FAMILIES: dict[str, MMFamily] = {
         bidirectional=("image",),
     ),
     "internvl": MMFamily({"image": "image_token_id"}, "internvl", "internvl"),
-    "molmo": MMFamily(
-        {"image": "image_token_id"}, "molmo", "molmo", embedding_ids=("image_patch_token_id",), added=True
-    ),
+    "molmo": MMFamily({"image": "embedding_size+4"}, "molmo", "molmo", embedding_ids=("embedding_size+2",), added=True),
     "molmo2": MMFamily(
         {"image": "image_patch_id+3"},
         "molmo2",
@@ -96,3 +95,14 @@ def embedding_ids(family: MMFamily, hf_config: Any) -> frozenset[int]:
 def _token_id(hf_config: Any, field: str) -> int:
     name, _, after = field.partition("+")
     return int(getattr(hf_config, name)) + int(after or 0)
+
+
+def declared_placeholders(config: Mapping[str, Any]) -> frozenset[int]:
+    """The tokens that stand for an input, as far as the fields of a config.json name them."""
+    family = MM_FAMILIES.get(config.get("model_type", ""))
+    found = set()
+    for field in family.placeholders.values() if family is not None else ():
+        name, _, after = field.partition("+")
+        if isinstance(config.get(name), int):
+            found.add(config[name] + int(after or 0))
+    return frozenset(found)

@@ -88,6 +88,8 @@ class MolmoConfig(PreTrainedConfig):
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.embedding_size is None:
+            self.embedding_size = self.vocab_size
         if self.text_config is None:
             self.text_config = self._text_fields()
         super().__post_init__(**kwargs)
@@ -95,7 +97,7 @@ class MolmoConfig(PreTrainedConfig):
     def _text_fields(self) -> dict[str, Any]:
         self._check()
         fields: dict[str, Any] = {
-            "vocab_size": self.embedding_size or self.vocab_size,
+            "vocab_size": self.embedding_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size // 2,
             "num_hidden_layers": self.num_hidden_layers,
@@ -124,7 +126,8 @@ class MolmoConfig(PreTrainedConfig):
 
     @property
     def first_new_token(self) -> int:
-        return self.embedding_size or self.vocab_size
+        assert self.embedding_size is not None
+        return self.embedding_size
 
     @property
     def new_tokens(self) -> dict[str, int]:
