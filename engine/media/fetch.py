@@ -40,7 +40,7 @@ class Fetcher:
         """`resolve` replaces the system's lookup of names."""
         self.limits = options.limits
         self._root = os.path.realpath(options.local_path) if options.local_path else ""
-        self._domains = frozenset(domain.strip().lower().rstrip(".") for domain in options.domains)
+        self._domains = frozenset(host_of(domain) for domain in options.domains)
         self._threads = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="resolve")
         networks = parse_networks(options.networks)
         backend = _CheckedConnections(self._look_up if resolve is None else resolve, networks)
@@ -256,6 +256,11 @@ class _CheckedConnections(httpcore.AsyncNetworkBackend):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+def host_of(domain: str) -> str:
+    """A host of --allowed-media-domains as URLs have it: in lower case, other scripts in ASCII (IDNA)."""
+    return httpx.URL(f"http://{domain.strip()}").raw_host.decode("ascii").lower().rstrip(".")
 
 
 def _is_below(path: str, root: str) -> bool:

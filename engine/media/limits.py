@@ -1,6 +1,7 @@
 """The limits of media in requests: what a client may make the server fetch and decode."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class MediaLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_redirects: int = 5
     max_samples: int = 1800 * 48_000  # of a sound, after mixing to mono
     max_channels: int = 64
+    max_decode_s: float = 60.0  # of CPU time, of a video
     max_decoded_frames: int = 30_000  # of a video; all frames up to the last one that is taken are decoded
     max_kept_pixels: int = 256 << 20  # of the frames that are kept of a video, together
 
@@ -55,6 +57,9 @@ class MediaOptions(msgspec.Struct, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise ConfigError for an option that is not valid."""
         parse_networks(self.networks)
+        for domain in self.domains:
+            if not domain.strip() or re.search(r"[\s/@:%?#]", domain.strip()):
+                raise ConfigError(f"--allowed-media-domains: {domain!r} is not a host; write it as media.example.com")
         if self.local_path and not Path(self.local_path).is_dir():
             raise ConfigError(f"--allowed-local-media-path: {self.local_path!r} is not a folder")
         for name, value in msgspec.structs.asdict(self.limits).items():

@@ -1,6 +1,7 @@
 """Decoding of videos with FFmpeg (PyAV): evenly spaced frames of bytes that a client sent, within limits."""
 
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,12 +38,13 @@ def decode_video(data: bytes, limits: MediaLimits) -> Video:
         raise ConfigError(f"videos are decoded by av, which isn't installed: {EXTRA}") from error
     if not data:
         raise RequestError("the video is empty (0 bytes)")
+    deadline = time.process_time() + limits.max_decode_s
     try:
-        total = sum(1 for _ in _frames(data, limits))
+        total = sum(1 for _ in _frames(data, limits, deadline))
         if not total:
             raise RequestError("the video has no frames")
         wanted = np.linspace(0, total - 1, min(limits.video_frames, total)).round().astype(int)
-        return _take(data, wanted, limits)
+        return _take(data, wanted, limits, deadline)
     except RequestError:
         raise
     except av.FFmpegError as error:
@@ -53,11 +55,11 @@ def decode_video(data: bytes, limits: MediaLimits) -> Video:
         raise RequestError(f"the video can't be decoded: {error}") from error
 
 
-def _take(data: bytes, wanted: NDArray[Any], limits: MediaLimits) -> Video:
+def _take(data: bytes, wanted: NDArray[Any], limits: MediaLimits, deadline: float) -> Video:
     pictures: list[NDArray[np.uint8]] = []
     times: list[float] = []
     chosen = set(wanted.tolist())
-    for number, frame in enumerate(_frames(data, limits)):
+    for number, frame in enumerate(_frames(data, limits, deadline)):
         if number not in chosen:
             continue
         if pictures and (frame.height, frame.width) != pictures[0].shape[:2]:
@@ -68,8 +70,8 @@ def _take(data: bytes, wanted: NDArray[Any], limits: MediaLimits) -> Video:
     return Video(np.stack(pictures), np.array(times))
 
 
-def _frames(data: bytes, limits: MediaLimits) -> Iterator[Any]:
-    """The decoded frames, checked against the limits."""
+def _frames(data: bytes, limits: MediaLimits, deadline: float) -> Iterator[Any]:
+    """The decoded frames, checked against the limits; `deadline` in CPU time of this process."""
     import av
 
     # Checked by FFmpeg before it reads more than the first bytes; no format may open a file or a connection.
@@ -87,6 +89,10 @@ def _frames(data: bytes, limits: MediaLimits) -> Iterator[Any]:
         for number, frame in enumerate(container.decode(stream), 1):
             if number > limits.max_decoded_frames:
                 raise RequestError(f"the video has more than {limits.max_decoded_frames:,} frames, the most accepted")
+            if time.process_time() > deadline:
+                raise RequestError(
+                    f"decoding the video takes more than {limits.max_decode_s:g} s: send it shorter or smaller"
+                )
             if frame.time is not None and frame.time > limits.max_seconds:
                 raise _too_long(frame.time, limits)
             _check_size(frame.width, frame.height, limits)

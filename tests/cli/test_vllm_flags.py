@@ -70,6 +70,25 @@ def test_several_names_of_the_model(arguments: list[str], asked: Asked) -> None:
     assert asked.config.names == ("a", "b")
 
 
+@pytest.mark.parametrize("written", ["image=4,video=1", '{"image": 4, "video": 1}', "image=4, video=1"])
+def test_limits_of_multimodal_inputs(written: str, asked: Asked) -> None:
+    run("m", "--limit-mm-per-prompt", written)
+    assert asked.config.per_prompt == {"image": 4, "video": 1}
+    assert asked.config.media_limits is None
+
+
+def test_sources_and_limits_of_media(asked: Asked, tmp_path: Path) -> None:
+    run(
+        "m", "--allowed-local-media-path", str(tmp_path), "--allowed-media-domains", "a.example", "b.example",
+        "--allowed-media-networks", "10.1.0.0/16", "--max-media-bytes", "5MiB", "--video-frames", "8",
+    )  # fmt: skip
+    options = asked.config.media_options
+    assert (options.local_path, options.domains) == (str(tmp_path), ("a.example", "b.example"))
+    assert options.networks == ("10.1.0.0/16",)
+    assert (options.limits.max_bytes, options.limits.video_frames) == (5 << 20, 8)
+    assert options.limits.max_image_pixels == 64 << 20
+
+
 def test_one_name_before_the_model_stays_one(asked: Asked) -> None:
     run("--served-model-name", "a", "m")
     assert (asked.config.model, asked.config.names) == ("m", ("a",))

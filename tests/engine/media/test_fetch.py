@@ -132,6 +132,14 @@ async def test_a_list_of_domains_holds_for_redirects_too(here: Web) -> None:
     await fetcher.close()
 
 
+async def test_domains_of_other_scripts_are_known_by_either_spelling(here: Web) -> None:
+    names = Names(**{"xn--bcher-kva.test": [["127.0.0.1"]] * 2})
+    fetcher = Fetcher(MediaOptions(networks=HERE, domains=("bücher.test",), limits=LIMITS), names)
+    here.answers["/"] = reply(b"x")
+    for host in ("bücher.test", "xn--bcher-kva.test"):
+        assert await fetcher.fetch(f"http://{host}:{here.port}/") == b"x"
+
+
 async def test_limits_of_size_hold_while_streaming(fetcher: Fetcher, here: Web) -> None:
     here.answers |= {
         "/fits": reply(bytes(1000)),

@@ -60,6 +60,8 @@ def test_options_of_an_engine(tmp_path: Path) -> None:
     for wrong, reason in (
         ({"allowed_local_media_path": str(tmp_path / "none")}, "is not a folder"),
         ({"allowed_media_networks": ["10.0.0.1/8"]}, "--allowed-media-networks"),
+        ({"allowed_media_domains": ["https://a.example"]}, "is not a host; write it as"),
+        ({"allowed_media_domains": ["a.example:80"]}, "is not a host"),
         ({"media_limits": {"max_byte": 5}}, "no field 'max_byte'"),
         ({"media_limits": {"max_bytes": 0}}, "above 0"),
     ):

@@ -78,4 +78,5 @@ def test_limits() -> None:
     assert "takes 3.0 s, but at most 2 s are allowed (--max-media-seconds)" in refusal(data, MediaLimits(max_seconds=2))
     assert "more than 20 frames" in refusal(data, MediaLimits(max_decoded_frames=20))
     assert "(--max-image-pixels)" in refusal(data, MediaLimits(max_image_pixels=100))
+    assert "decoding the video takes more than" in refusal(data, MediaLimits(max_decode_s=-1))
     assert "(fewer --video-frames)" in refusal(data, MediaLimits(max_kept_pixels=32 * 24 * 8))
