@@ -20,6 +20,7 @@ from engine.frontend.front_end_stats import REASONS, FrontEndStats
 from engine.frontend.router import Router
 from engine.messages import MMSpec, Ready
 from engine.model.families import FAMILIES
+from engine.multimodal.families import MM_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "docs" / "serving"
@@ -137,6 +138,12 @@ def test_the_models_page_lists_exactly_the_families() -> None:
     listed.pop("model_type")
     assert listed.keys() == FAMILIES.keys()
     assert {name for name, way in listed.items() if way == "fused"} == {n for n, one in FAMILIES.items() if one.fused}
+
+
+def test_the_multimodal_page_lists_exactly_the_families_and_what_they_take() -> None:
+    cells = [cells for cells in rows(section("multimodal.md", "## Families")) if spans(cells[0])]
+    listed = {spans(row[0])[0]: row[2].split(", ") for row in cells if spans(row[0])[0] != "model_type"}
+    assert listed == {name: [*family.placeholders] for name, family in MM_FAMILIES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- messages
