@@ -8,7 +8,7 @@ import itertools
 import os
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ class FrontEnd:
         self.counters = MMCounters()
         self.pool = Pool(fleet.luck, fleet.failures)
         self.cache = FeatureCache(fleet.capacity, self.counters, number, first_sequence)
+        fleet.all_folders.append(self.cache._folder.path)
         spec = fleet.readies[0].mm
         assert spec is not None
         hasher = InputHasher(Path("/nowhere"), "fake", {})
@@ -146,6 +147,7 @@ class InputFleet:
         self.capacity, self.failures = capacity, failures
         settings = resolved(**{"max_model_len": 64, "max_num_seqs": 3, "encoder_cache_tokens": 12, **config})
         self.folders = [FeatureFolder() for _ in range(replicas)]
+        self.all_folders = [folder.path for folder in self.folders]  # those of front ends, too
         self.workers = [Reader(self.clock, settings.block_size, lambda *_: 1.0) for _ in range(replicas)]
         self.cores: list[EngineCore] = []
         self.readies: list[Ready] = []
@@ -328,10 +330,3 @@ class _Nowhere:
     def send(self, _message: ToCore) -> None: ...
 
     def close(self) -> None: ...
-
-
-def run(body: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await body()
-
-    asyncio.run(main())
