@@ -123,6 +123,11 @@ class _Process:
             raise await self._death() from None
         return await self._answer()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended."""
+        return self._reader.at_eof() or self.child.returncode is not None
+
     async def _answer(self) -> Answer:
         try:
             head = await self._reader.readexactly(HEAD_BYTES)
@@ -266,6 +271,9 @@ class MediaPool:
         """Run jobs in a process until it ends or must be replaced."""
         while True:
             await self._wait_for_jobs()
+            if process.is_gone:  # while it had no job
+                log.error("%s has ended and is replaced", process.child.name)
+                return
             waiting = self._queue.popleft()
             self._counters.set("waiting", len(self._queue))
             self._idle -= 1

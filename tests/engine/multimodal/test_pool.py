@@ -92,6 +92,17 @@ def test_a_process_that_dies_fails_its_job_and_is_replaced(tmp_path: Path) -> No
     run(body)
 
 
+def test_a_process_that_dies_without_a_job_fails_none(tmp_path: Path) -> None:
+    async def body(pool: MediaPool, counters: MMCounters) -> None:
+        await pool.submit(png(0), 1, {}, str(tmp_path / "0"))
+        os.kill(pool.pids[0], signal.SIGKILL)
+        await asyncio.sleep(0.3)
+        await pool.submit(png(1), 1, {}, str(tmp_path / "1"))
+        assert counters.get("failures") == 0
+
+    run(body)
+
+
 def test_an_input_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     async def body(pool: MediaPool, _: MMCounters) -> None:
         with pytest.raises(RequestError, match=r"not processed within 0\.5 s"):
