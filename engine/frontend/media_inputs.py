@@ -60,19 +60,7 @@ class MediaInputs:
         written = {kind: client.tokenizer.written_token(token) for kind, token in self.spec.placeholders.items()}
         self.texts = {kind: text for kind, text in written.items() if text}
         self._client = client
-        self._options = options
-        self._resolve = resolve
-        self._fetcher: Fetcher | None = None  # made when the first URL is fetched, inside the loop
-
-    @property
-    def fetcher(self) -> Fetcher:
-        if self._fetcher is None:
-            self._fetcher = Fetcher(self._options, self._resolve)
-        return self._fetcher
-
-    async def close(self) -> None:
-        if self._fetcher is not None:
-            await self._fetcher.close()
+        self.fetcher = Fetcher(options, resolve)  # now, since it reads the certificates of the system
 
     # ----------------------------------------------------------------------------------------------------- preparing
 
