@@ -73,6 +73,8 @@ def plan_tensor_parallel(config: EngineConfig, model_info: ModelInfo) -> TPPlan:
     tp_plan = family.tp_plan or getattr(hf_config, "base_model_tp_plan", None) or {}
     # The vocabulary is divided here in one way for all classes.
     styles = {path: style for path, style in tp_plan.items() if not _VOCABULARY.search(f"{path}.weight")}
+    if getattr(hf_config, "qk_norm_type", None) == "olmo":  # Molmo 2 also has norms of single heads
+        styles |= {f"layers.*.self_attn.{name}": NORM for name in ("q_norm", "k_norm")}
     refusal = f"{config.model} can't be divided among ranks (--tp {size}): "
     if not styles:
         raise ModelError(f"{refusal}transformers has no tensor-parallel plan for {model_info.architecture}; use --tp 1")
