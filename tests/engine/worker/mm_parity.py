@@ -170,6 +170,7 @@ def rows_of(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] = (1
 
 def fused_rows(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] = (1, 2)) -> Iterator[Row]:
     """The rows of a family whose decoder is computed by the fused stack: chunks, preemptions, mistakes on purpose."""
+    folder.mkdir(exist_ok=True)
     with wider_text():
         reference = MMReference(entry.build(folder), entry)
     prompts = Prompts(folder, entry)
@@ -180,7 +181,7 @@ def fused_rows(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] =
             if "fused" not in driver.executor.kernels:
                 yield Row(kind, case, True, float("nan"), f"not applicable: {driver.executor.kernels}")
                 continue
-            row = compare(kind, case, serve(driver, prompts, PREEMPTED), reference)
+            row = _row(kind, case, entry, prompts, driver, reference)
             if size == 1:
                 controls = (SHIFTED, NO_MROPE) if MM_FAMILIES[kind.partition("/")[0]].mrope else (SHIFTED,)
                 seen = [control(kind, one, prompts, driver, reference) for one in controls]
@@ -194,7 +195,7 @@ def _row(kind: str, case: str, entry: MMModel, prompts: Prompts, driver: MMDrive
     if reason := not_applicable(entry, case):
         return Row(kind, case, True, float("nan"), f"not applicable: {reason}")
     try:
-        row = compare(kind, case, serve(driver, prompts, PREEMPTED if case == RANKS else case), reference)
+        row = compare(kind, case, serve(driver, prompts, case if case in CASES else PREEMPTED), reference)
     except AssertionError as error:
         return Row(kind, case, False, float("nan"), str(error))
     if row.passed and input_effect(prompts, reference) < 20 * TOLERANCE:
