@@ -35,6 +35,7 @@ Result = TypeVar("Result")
 # Requests with images, sounds or videos beyond those that run: their inputs are prepared ahead. More would fill the
 # shared memory.
 AHEAD = 16
+CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(slots=True)
@@ -361,7 +362,15 @@ def _shut_down(engine: Engine, client: EngineClient, loop: asyncio.AbstractEvent
     engine.stop()
     if not thread.is_alive():
         return
-    loop.call_soon_threadsafe(client.close)
+    asyncio.run_coroutine_threadsafe(_close(client), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+async def _close(client: EngineClient) -> None:
+    """Close the client, and wait for the tasks that end with it, such as those of processes for images."""
+    client.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_TIMEOUT_S)
