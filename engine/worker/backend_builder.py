@@ -80,8 +80,10 @@ def _generic(meta_model: MetaModel, decoder: nn.Module, cache: KVCache) -> Model
 def _refusal(meta_model: MetaModel, formats: StackFormats, block_size: int) -> str | None:
     """Why the rank's shard of the model can't use the fused stack; None if it can."""
     family = MM_FAMILIES.get(meta_model.model.config.model_type)
-    if family is not None and (family.bidirectional or family.added):
-        return "the kernels do not support how its images attend to each other, or are added to the text"
+    if family is not None and family.bidirectional:
+        return "the kernels do not support tokens of an image that attend to each other"
+    if family is not None and family.added and meta_model.vocab_shard is not None:
+        return "the kernels do not divide its two embeddings among ranks"
     return fused_stack.refusal(meta_model.decoder, formats, block_size)
 
 
@@ -113,7 +115,10 @@ def _build_fused(
     region_bytes = values - keys
     regions = 2 * model_info.kv_groups.group_size
     pages = PageSupply(owners, keys, regions, region_bytes, region_bytes // resolved.num_blocks)
-    return BuiltBackend(FusedBackend(stack, spec, meta_model.model, part, pages), f"{isa}, fused stack", cores=cores)
+    family = MM_FAMILIES.get(meta_model.model.config.model_type)
+    adds = family is not None and family.added
+    backend = FusedBackend(stack, spec, meta_model.model, part, pages, adds_inputs=adds)
+    return BuiltBackend(backend, f"{isa}, fused stack", cores=cores)
 
 
 def _isas_to_try(config: EngineConfig) -> tuple[list[str], str | None]:

@@ -20,10 +20,20 @@ class FusedBackend:
     """The fused stack. Several ranks sum their partial results after each attention and MLP.
 
     Embeddings of multimodal inputs replace those of their tokens after the first part, on each rank after the sum.
+
+    Args:
+        adds_inputs: they are added instead (Molmo).
     """
 
     def __init__(
-        self, stack: Stack, spec: StackSpec, model: nn.Module, vocabulary: VocabShard | None, pages: PageSupply
+        self,
+        stack: Stack,
+        spec: StackSpec,
+        model: nn.Module,
+        vocabulary: VocabShard | None,
+        pages: PageSupply,
+        *,
+        adds_inputs: bool = False,
     ):
         self.stack = stack
         self._spec = spec
@@ -32,6 +42,7 @@ class FusedBackend:
         self._vocabulary_size = spec.vocabulary
         self._vocabulary = vocabulary
         self._pages = pages
+        self._adds_inputs = adds_inputs
         weakref.finalize(self, pages.close)
 
     def forward(self, batch: StepBatch) -> None:
@@ -65,7 +76,8 @@ class FusedBackend:
         at = torch.from_numpy(mm.at)
         if part == 0:
             embedded = self.stack.hidden() if self._vocabulary is None else self.stack.partial()
-            torch.from_numpy(embedded).index_copy_(0, at, mm.embeddings.float())
+            put = torch.Tensor.index_add_ if self._adds_inputs else torch.Tensor.index_copy_
+            put(torch.from_numpy(embedded), 0, at, mm.embeddings.float())
         elif mm.deepstack is not None and part in _parts_with_inputs(mm):
             torch.from_numpy(self.stack.hidden()).index_add_(0, at, mm.deepstack[part // 2 - 1].float())
 

@@ -149,7 +149,7 @@ def make_spec(
     for part in (inner.embed_tokens, inner.norm, lm_head):
         fill(part)
     embedding, final_norm = _embedding(packer, model, formats), packer.floats(inner.norm.weight)
-    vocabulary = len(lm_head.weight)
+    vocabulary, embedded = len(lm_head.weight), len(inner.embed_tokens.weight)
     head = packer.linear(lm_head.weight.detach(), kind=formats.head)
     release(inner.embed_tokens, lm_head)
     first = inner.layers[0].self_attn
@@ -171,7 +171,7 @@ def make_spec(
     spec = StackSpec(
         hidden=model.config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, layers=len(inner.layers),
-        vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token,
+        vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token, embedded=embedded,
         epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
         frequencies=packer.floats(rotary.inv_freq), axes=packer.axes(rotary), embedding=embedding,
         final_norm=final_norm, layer=layers, head=head,

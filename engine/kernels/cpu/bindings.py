@@ -37,9 +37,9 @@ class StackSpec(Structure):
     _fields_ = (
         ("hidden", c_int32), ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
         ("intermediate", c_int32), ("layers", c_int32), ("vocabulary", c_int32), ("block_size", c_int32),
-        ("partial", c_int32), ("first_token", c_int32), ("epsilon", c_float), ("scaling", c_float),
-        ("rotary_scaling", c_float), ("frequencies", c_void_p), ("axes", POINTER(c_int32)), ("embedding", c_void_p),
-        ("final_norm", c_void_p), ("layer", POINTER(Layer)), ("head", Linear),
+        ("partial", c_int32), ("first_token", c_int32), ("embedded", c_int32), ("epsilon", c_float),
+        ("scaling", c_float), ("rotary_scaling", c_float), ("frequencies", c_void_p), ("axes", POINTER(c_int32)),
+        ("embedding", c_void_p), ("final_norm", c_void_p), ("layer", POINTER(Layer)), ("head", Linear),
     )  # fmt: skip
 
 

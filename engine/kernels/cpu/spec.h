@@ -31,12 +31,13 @@ struct Spec {
     int32_t block_size;
     int32_t partial;  // 1: one rank of several, see Stack::run
     int32_t first_token;  // of the rank's `vocabulary` tokens
+    int32_t embedded;  // tokens with an embedding, from the first one on; some models have none of their logits
     float epsilon;
     float scaling;         // of the scores
     float rotary_scaling;  // of cosines and sines
     const float* frequencies;  // [head_dim / 2]
     const int32_t* axes;       // [head_dim / 2], the row of Step::rotary that each frequency rotates by
-    // [vocabulary, hidden] in the cache's format, bfloat16 for int8; null: tied to the head, which is not quantized.
+    // [embedded, hidden] in the cache's format, bfloat16 for int8; null: tied to the head, which is not quantized.
     const void* embedding;
     const float* final_norm;
     const Layer* layer;

@@ -184,7 +184,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
                 x = partial_.get() + t * spec_.hidden;
             }
             const long id = long(step_->ids[t]) - spec_.first_token;
-            if (id >= 0 && id < spec_.vocabulary)
+            if (id >= 0 && id < spec_.embedded)
                 embed_one(id, x);
             else  // another rank's token
                 std::memset(x, 0, spec_.hidden * sizeof(float));

@@ -1,7 +1,7 @@
 """What a family gives to the parity suite of multimodal models, and helpers to make it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,6 @@ TEXT: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-
-
-@contextmanager
-def wider_text() -> Iterator[None]:
-    """A context in which decoders are built with heads of 16 elements, which the fused stack needs."""
-    narrow = dict(TEXT)
-    TEXT.update(hidden_size=64, intermediate_size=64)
-    try:
-        yield
-    finally:
-        TEXT.update(narrow)
 
 
 def picture(number: int) -> Image.Image:
@@ -89,3 +78,26 @@ def save(model: Any, folder: Path, special: tuple[int, ...], scale: float = 1.0)
         model.get_output_embeddings().weight[list(special)] = 0  # a logit of 0 is never the highest
     model.save_pretrained(folder)
     return model.eval().requires_grad_(False)
+
+
+def widened(model: Any, folder: Path) -> Any:
+    """Write a model like one that a family built in this folder, and return it: its heads have 16 elements.
+
+    The fused stack needs them, and so it does widths that are multiples of 16 on each of two ranks.
+    """
+    config = copy.deepcopy(model.config)
+    text, vision = config.get_text_config(decoder=True), getattr(config, "vision_config", None)
+    narrow = text.hidden_size
+    text.hidden_size, text.intermediate_size = 16 * text.num_attention_heads, 64
+    if getattr(text, "head_dim", None):
+        text.head_dim = 16
+    if "mrope_section" in text.rope_parameters:
+        pairs = sum(text.rope_parameters["mrope_section"])
+        text.rope_parameters["mrope_section"] = [8 * n // pairs for n in text.rope_parameters["mrope_section"]]
+    if config.model_type == "qwen2_vl":
+        vision.hidden_size = text.hidden_size
+    elif getattr(vision, "out_hidden_size", None) == narrow:
+        vision.out_hidden_size = text.hidden_size
+    silent = (model.get_output_embeddings().weight == 0).all(1).nonzero()[:, 0].tolist()
+    torch.manual_seed(7)
+    return save(type(model)._from_config(config, dtype=torch.float32), folder, tuple(silent))

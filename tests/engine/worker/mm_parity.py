@@ -10,11 +10,14 @@ import msgspec
 import numpy as np
 import torch
 
+from engine.config import EngineConfig
+from engine.model.families import family_of
+from engine.model.model_info import read_hf_config
 from engine.multimodal.families import MM_FAMILIES
 from engine.worker.slots import StepBatch
 from tests.engine.worker.driver import VOCAB
 from tests.engine.worker.mm_driver import MMDriver, MMRequest, Prompts, start
-from tests.engine.worker.mm_model import MMModel, wider_text
+from tests.engine.worker.mm_model import MMModel, widened
 from tests.engine.worker.parity import TOLERANCE, Row, _Forgetful
 
 NEW = 8
@@ -171,9 +174,13 @@ def rows_of(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] = (1
 def fused_rows(kind: str, entry: MMModel, folder: Path, ranks: tuple[int, ...] = (1, 2)) -> Iterator[Row]:
     """The rows of a family whose decoder is computed by the fused stack: chunks, preemptions, mistakes on purpose."""
     folder.mkdir(exist_ok=True)
-    with wider_text():
-        reference = MMReference(entry.build(folder), entry)
-    prompts = Prompts(folder, entry)
+    model = entry.build(folder)
+    text_config = read_hf_config(folder, EngineConfig(model=str(folder))).get_text_config(decoder=True)
+    decoder = family_of(text_config.model_type)
+    if decoder is None or not decoder.fused or not hasattr(model, "config"):
+        yield Row(kind, FUSED, True, float("nan"), "not applicable: the fused stack has no such decoder")
+        return
+    reference, prompts = MMReference(widened(model, folder), entry), Prompts(folder, entry)
     for size in ranks:
         case = FUSED if size == 1 else FUSED_RANKS
         driver = start(folder, size, FUSED_BLOCK, kernels="auto")

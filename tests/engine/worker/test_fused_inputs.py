@@ -30,7 +30,7 @@ from engine.worker.fused_backend import FusedBackend
 from engine.worker.fused_stack import StackFormats
 from engine.worker.page_supply import PageSupply
 from engine.worker.slots import StepBatch
-from tests.engine.composites import COMPOSITES, build_composite
+from tests.engine.composites import COMPOSITES, VOCAB, build_composite
 from tests.engine.model.sharding.thread_groups import ThreadGroup, make_groups
 from tests.engine.worker.driver import build_model
 from tests.engine.worker.input_case import Prompt, step_batch
@@ -51,7 +51,7 @@ def prompt_of(kind: str, tokens: int, dtype: torch.dtype, seed: int) -> Prompt:
 
 def make_backend(model: Any, form: StackFormats, isa: str, **options: Any) -> FusedBackend:
     """A backend of a model, or of a rank's shard; `options` of `make_spec`."""
-    shard = options.pop("shard", None)
+    shard, adds_inputs = options.pop("shard", None), options.pop("adds_inputs", False)
     groups = group_layers([0] * LAYERS)
     partial, first = shard is not None, shard.first if shard is not None else 0
     spec, owners = fused_stack.make_spec(
@@ -60,7 +60,7 @@ def make_backend(model: Any, form: StackFormats, isa: str, **options: Any) -> Fu
     stack = Stack(spec, form.weights, form.cache, THREADS, isa, owners)
     region = spec.layer[0].values - spec.layer[0].keys
     pages = PageSupply(owners, spec.layer[0].keys, 2 * LAYERS, region, region // BLOCKS)
-    return FusedBackend(stack, spec, model, shard, pages)
+    return FusedBackend(stack, spec, model, shard, pages, adds_inputs=adds_inputs)
 
 
 def logits_of(backend: FusedBackend, batch: StepBatch) -> NDArray[np.float32]:
@@ -148,6 +148,23 @@ def test_the_same_bits_alone_in_a_batch_and_in_chunks(
         chunk = (prompt, begin, end, list(range(15, 25)))
         found = logits_of(backend, step_batch([*rows[:at], chunk, *rows[at:]]))[at]
     assert (found == alone).all()
+
+
+def test_embeddings_that_are_added_and_tokens_without_logits() -> None:
+    """As Molmo has them: images are added to the embeddings of tokens that are never sampled."""
+    more = 16
+    model = build_composite("llava")
+    table = torch.randn(VOCAB + more, 64)
+    model.model.language_model.embed_tokens = torch.nn.Embedding.from_pretrained(table)
+    prompt = Prompt.draw(40, 64, torch.float32, 9)
+    prompt.ids[prompt.at] = VOCAB + prompt.at % more
+    embedded = table[prompt.ids].index_add(0, torch.from_numpy(prompt.at), prompt.embeddings)
+    decoder = ComposedDecoder(model)
+    with torch.inference_mode():
+        expected = decoder(inputs_embeds=embedded[None], logits_to_keep=torch.arange(40)).logits[0].numpy()
+    backend = make_backend(decoder, FORMS["float32"], ISAS[0], adds_inputs=True)
+    found = logits_of(backend, step_batch([(prompt, 0, 40, [1, 2, 3])], every=True))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
 
 
 def test_missing_rotary_positions_are_an_error() -> None:
