@@ -117,7 +117,7 @@ def _build_fused(
     pages = PageSupply(owners, keys, regions, region_bytes, region_bytes // resolved.num_blocks)
     family = MM_FAMILIES.get(meta_model.model.config.model_type)
     adds = family is not None and family.added
-    backend = FusedBackend(stack, spec, meta_model.model, part, pages, adds_inputs=adds)
+    backend = FusedBackend(stack, spec, meta_model.decoder, part, pages, adds_inputs=adds)
     return BuiltBackend(backend, f"{isa}, fused stack", cores=cores)
 
 

@@ -140,7 +140,7 @@ def _load_stack(
     def make_backend(parts: BackendParts) -> TritonStackBackend:
         attention = parts.attention
         assert isinstance(attention, TritonAttention)
-        return TritonStackBackend(device, stack, attention, parts.logits, meta_model.model, ranks)
+        return TritonStackBackend(device, stack, attention, parts.logits, meta_model.decoder, ranks)
 
     uses = [(group, window or None) for group, window in enumerate(groups.windows)]
     return LoadedModel(meta_model, uses, make_backend)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.errors import ModelError
+from engine.model.composed_decoder import ComposedDecoder
 from engine.model.sharding.shard_model import output_ranges
 from engine.model.sharding.tp_plan import DIVIDED_INPUT, DIVIDED_OUTPUT, TPPlan
 
@@ -140,6 +141,8 @@ def _low_rank(path: str, both: dict[str, Tensor], config: dict[str, Any]) -> Low
 
 def check_adapter(adapter: Adapter, model: Any) -> None:
     """Raise ModelError if the model lacks a linear that the adapter changes, or has it in another shape."""
+    if isinstance(model, ComposedDecoder):
+        raise ModelError("adapters of models that take images or audio aren't supported")
     for path, part in adapter.linears.items():
         linear = _find(path, model)
         if not isinstance(linear, nn.Linear) or linear is model.get_output_embeddings():

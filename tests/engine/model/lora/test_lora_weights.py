@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelError
-from engine.model.lora.lora_weights import CONFIG, WEIGHTS, read_adapter
+from engine.model.composed_decoder import decoder_of
+from engine.model.lora.lora_weights import CONFIG, WEIGHTS, check_adapter, read_adapter
+from tests.engine.composites import build_composite
 from tests.engine.worker.lora_files import write_adapter
 
 PATH = "model.layers.0.self_attn.q_proj"
@@ -173,3 +175,8 @@ def test_half_precision_and_a_byte_order_mark_are_read(folder: Path) -> None:
     (folder / CONFIG).write_bytes(b"\xef\xbb\xbf" + (folder / CONFIG).read_bytes())
     part = read_adapter(folder).linears[PATH]
     assert part.down.dtype == part.up.dtype == torch.float32
+
+
+def test_adapters_of_models_with_encoders_are_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="take images or audio"):
+        check_adapter(read_adapter(folder), decoder_of(build_composite("llava")))
