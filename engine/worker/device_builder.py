@@ -96,6 +96,8 @@ def _load(
         refuse_quantized(config, refusal)
         return _load_generic(config, model_info, meta_model, device), f"torch ({refusal})", False
     refusal = triton_stack.refusal(meta_model.decoder)
+    if refusal is None and _adds_inputs(meta_model) and meta_model.vocab_shard is not None:
+        refusal = "the stack does not divide its two embeddings among ranks"
     if refusal is None:
         return _load_stack(config, model_info, resolved, meta_model, device), "triton, fused stack", True
     return _load_generic(config, model_info, meta_model, device), f"triton ({refusal})", True
@@ -119,6 +121,11 @@ def _check_inputs(config: EngineConfig, meta_model: MetaModel) -> None:
         )
 
 
+def _adds_inputs(meta_model: MetaModel) -> bool:
+    family = MM_FAMILIES.get(meta_model.model.config.model_type)
+    return family is not None and family.added
+
+
 def _load_stack(
     config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, device: Device
 ) -> LoadedModel:
@@ -140,7 +147,9 @@ def _load_stack(
     def make_backend(parts: BackendParts) -> TritonStackBackend:
         attention = parts.attention
         assert isinstance(attention, TritonAttention)
-        return TritonStackBackend(device, stack, attention, parts.logits, meta_model.decoder, ranks)
+        return TritonStackBackend(
+            device, stack, attention, parts.logits, meta_model.decoder, ranks, adds_inputs=_adds_inputs(meta_model)
+        )
 
     uses = [(group, window or None) for group, window in enumerate(groups.windows)]
     return LoadedModel(meta_model, uses, make_backend)

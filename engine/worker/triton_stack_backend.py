@@ -28,7 +28,7 @@ from engine.model.lora.lora_packing import by_layer, merge
 from engine.model.lora.lora_weights import Adapter, LowRank, check_adapter
 from engine.worker.device import Columns, Device
 from engine.worker.device_adapters import plan_adapters, planned_adapters
-from engine.worker.device_inputs import plan_embeddings, planned_embeddings
+from engine.worker.device_inputs import DeviceEmbeddings, plan_embeddings, planned_embeddings
 from engine.worker.device_logits import DeviceLogits
 from engine.worker.slots import StepBatch
 from engine.worker.stack_ranks import StackRanks
@@ -44,6 +44,7 @@ class TritonStackBackend:
         attention: over the KV cache of the stack's layers.
         model: for its shapes; the stack has its weights.
         ranks: what ranks exchange.
+        adds_inputs: embeddings of inputs are added to those of their tokens (Molmo), in place of which others are put.
     """
 
     def __init__(
@@ -54,7 +55,10 @@ class TritonStackBackend:
         logits: DeviceLogits,
         model: nn.Module,
         ranks: StackRanks,
+        *,
+        adds_inputs: bool = False,
     ):
+        self._adds_inputs = adds_inputs
         self._stack = stack
         self._ranks = ranks
         self._attention = attention
@@ -70,12 +74,10 @@ class TritonStackBackend:
         self._adapters.begin(inputs.planned)
         stack = self._stack
         embeddings = planned_embeddings(inputs)
-        ids = inputs.ids if embeddings is None else embeddings.without_inputs(inputs.ids)
-        residual = self._ranks.embed(ids, stack.embedding).float()
+        residual = self._embed(inputs.ids, embeddings)
         delta: Tensor | None = None
         layers = enumerate(stack.layers)  # taken by two loops
         if embeddings is not None:
-            merge_embeddings(residual, embeddings.embeddings, embeddings.sources)
             for features, (number, layer) in zip(embeddings.deepstack, layers, strict=False):
                 delta = self._run_layer(number, layer, residual, delta, inputs.rotary)
                 residual.index_add_(0, embeddings.at, features.float())
@@ -85,6 +87,18 @@ class TritonStackBackend:
             at = inputs.logits_at
             last = self._normalize(residual[at], None if delta is None else delta[at], stack.final_norm)
             self._logits.keep(stack.head(last))
+
+    def _embed(self, ids: Tensor, embeddings: DeviceEmbeddings | None) -> Tensor:
+        """The first hidden states of a step's tokens, with those of inputs: float32[tokens, hidden]."""
+        table = self._stack.embedding
+        if embeddings is None:
+            return self._ranks.embed(ids, table).float()
+        if self._adds_inputs:
+            found = self._ranks.embed(ids, table).float()
+            return found.index_add_(0, embeddings.at, embeddings.embeddings.float())
+        found = self._ranks.embed(embeddings.without_inputs(ids), table).float()
+        merge_embeddings(found, embeddings.embeddings, embeddings.sources)
+        return found
 
     def _run_layer(
         self, number: int, layer: StackLayer, residual: Tensor, delta: Tensor | None, rotary: Tensor
