@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 from engine.config import NO_FEATURE_CACHE, EngineConfig
-from engine.errors import RequestError
+from engine.errors import RequestError, SharedMemoryFullError
 from engine.frontend.feature_cache import CachedInput, FeatureCache, PreparedInput
 from engine.frontend.front_end_stats import MMCounters
 from engine.host import cores
@@ -178,8 +178,12 @@ class MMPipeline:
             raise RequestError(f"the model takes no {kind} inputs, only {known} inputs")
 
     async def _process(self, content: bytes, media: Media, count: int, options: Mapping[str, Any]) -> PreparedInput:
-        path = self.cache.new_path()
-        done = await self._pool.submit(media, count, self._hasher.options_of(options), path)
+        path, merged = self.cache.new_path(), self._hasher.options_of(options)
+        try:
+            done = await self._pool.submit(media, count, merged, path)
+        except SharedMemoryFullError:  # other processes may have filled it
+            self.cache.clear()
+            done = await self._pool.submit(media, count, merged, path)
         return self._use(self.cache.insert(content, path, done), media.kind)
 
 

@@ -2,9 +2,14 @@
 
 import asyncio
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
+from engine.errors import SharedMemoryFullError
+from engine.multimodal.pool_protocol import Done
+from engine.multimodal.types import Media
 from tests.engine.frontend.input_fleet import InputFleet
 
 TINY = 8000  # bytes: two to eight inputs
@@ -140,5 +145,27 @@ def test_a_request_that_a_core_fails_gets_its_features_anew() -> None:
         for folder in fleet.folders:
             folder.remove()
         fleet.front_ends[0].router.close()
+
+    asyncio.run(main())
+
+
+def test_a_full_shared_memory_empties_the_cache_before_a_request_fails() -> None:
+    async def main() -> None:
+        fleet = InputFleet(0, 1, 1, 1 << 20)
+        await serve_in_turn(fleet, [1])
+        front = fleet.front_ends[0]
+        submit, refused = front.pool.submit, []
+
+        async def full_once(media: Media, count: int, options: Mapping[str, Any], path: str) -> Done:
+            if not refused:
+                refused.append(path)
+                raise SharedMemoryFullError("no room")
+            return await submit(media, count, options, path)
+
+        front.pool.submit = full_once  # type: ignore[method-assign]
+        await serve_in_turn(fleet, [2], [1])
+        assert fleet.ended["served"] == 3
+        assert front.pool.processed == [1, 2, 1], "the first picture was evicted"
+        await fleet.close()
 
     asyncio.run(main())
