@@ -103,14 +103,22 @@ def cpu_s(pid: int, thread: int) -> float:
 
 
 @contextmanager
-def serve(folder: Path, flags: Sequence[str], device_core: int, host_cores: set[int]) -> Iterator[Server]:
-    """A server whose device has its core to itself."""
+def serve(
+    folder: Path,
+    flags: Sequence[str],
+    device_core: int,
+    host_cores: set[int],
+    *,
+    model: str = MODEL,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server whose device has its core to itself. `environment` is added to that of this process."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "tests.perf.share_server", str(device_core), MODEL, "--port", str(port), *flags]
+    command = [sys.executable, "-m", "tests.perf.share_server", str(device_core), model, "--port", str(port), *flags]
     log = folder / "server.log"
     with log.open("wb") as sink:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=sink, stderr=subprocess.STDOUT)
     try:
         wait_until_up(url, process, log)
         worker = json.loads((folder / "worker.json").read_text())

@@ -1,8 +1,9 @@
-"""The server of bench_share.py: `redline serve`, with share_core.py in the place of its core.
+"""The server of bench_share.py and bench_mm_stall.py: `redline serve`, with another module in the place of its core.
 
     python -m tests.perf.share_server CORE MODEL [FLAGS]
 
-Everything starts on the core CORE, so that the device takes one thread; bench_share.py moves the rest away.
+Everything starts on the core CORE, so that the device takes one thread; the benchmarks move the rest away. The module
+is share_core.py, or the one that CORE_MODULE names in the environment.
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 from cli.main import main
 from engine import children
 
-CORE_MODULE = "tests.perf.share_core"
+CORE_MODULE = os.environ.get("CORE_MODULE", "tests.perf.share_core")
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, {int(sys.argv[1])})
