@@ -1,19 +1,45 @@
-"""Packs tables of integers for messages that would otherwise carry hundreds of records.
+"""Numbers in messages: columns as little-endian bytes, and tables of integers in few bytes.
 
-A table is packed column by column: the first value, then the differences between consecutive values, with as many bytes
-per difference as the largest one needs. If all differences of a column are equal, only one is stored.
+`column()` packs a column; `int32s()`, `int64s()` and `float32s()` read one without a copy.
+
+A table takes the place of hundreds of records in a message. It is packed column by column: the first value, then the
+differences between consecutive values, with as many bytes per difference as the largest one needs. If all differences
+of a column are equal, only one is stored.
 
     int32 first │ int8 width, negative: all differences are equal │ differences
 """
 
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.arrays import Int32s
 
 _HEAD = struct.Struct("<ib")
 _KINDS: dict[int, np.dtype[np.signedinteger]] = {width: np.dtype(f"<i{width}") for width in (1, 2, 4, 8)}
+
+
+def column(values: Sequence[int] | Sequence[Sequence[int]] | NDArray[Any], kind: str = "<i4") -> bytes:
+    """Pack numbers as little-endian bytes, int32 by default."""
+    return np.asarray(values, dtype=kind).tobytes()
+
+
+def int32s(data: bytes, width: int = 1) -> Int32s:
+    """A read-only view of an int32 column: [n], or [n, width]."""
+    flat = np.frombuffer(data, dtype="<i4")
+    return flat if width == 1 else flat.reshape(-1, width)
+
+
+def int64s(data: bytes) -> NDArray[np.int64]:
+    return np.frombuffer(data, dtype="<i8")
+
+
+def float32s(data: bytes, width: int = 1) -> NDArray[np.float32]:
+    flat = np.frombuffer(data, dtype="<f4")
+    return flat if width == 1 else flat.reshape(-1, width)
 
 
 def pack_table(table: Int32s) -> bytes:

@@ -1,7 +1,6 @@
 """Every message that crosses a process boundary: msgspec structs of columns.
 
-Columns of numbers are little-endian bytes: `column()` packs them, `int32s()`, `int64s()` and `float32s()` read them
-without a copy. An absent optional part costs at most one byte.
+Columns of numbers are little-endian bytes (`engine.columns`). An absent optional part costs at most one byte.
 
     front end ──AddRequest, Abort, FreeFeatures, …────────► EngineCore ──StepMessage──► workers
     front end ◄─Ready, Outputs, UtilityResult, Hung, Dead── EngineCore ◄──StepResult─── workers
@@ -9,16 +8,15 @@ without a copy. An absent optional part costs at most one byte.
 The core's parent gets Ready when the core is up (see `engine.launch`) and passes it on to the front ends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from engine.arrays import Int32s
-from engine.columns import unpack_table
+from engine.columns import int32s, unpack_table
+from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.multimodal.types import MediaKind, MMSpec
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
@@ -30,26 +28,6 @@ def make_handle(front_end: int, sequence: int) -> int:
 
 def front_end_of(handle: int) -> int:
     return handle >> HANDLE_SEQUENCE_BITS
-
-
-def column(values: Sequence[int] | Sequence[Sequence[int]] | NDArray[Any], kind: str = "<i4") -> bytes:
-    """Pack numbers as little-endian bytes, int32 by default."""
-    return np.asarray(values, dtype=kind).tobytes()
-
-
-def int32s(data: bytes, width: int = 1) -> Int32s:
-    """A read-only view of an int32 column: [n], or [n, width]."""
-    flat = np.frombuffer(data, dtype="<i4")
-    return flat if width == 1 else flat.reshape(-1, width)
-
-
-def int64s(data: bytes) -> NDArray[np.int64]:
-    return np.frombuffer(data, dtype="<i8")
-
-
-def float32s(data: bytes, width: int = 1) -> NDArray[np.float32]:
-    flat = np.frombuffer(data, dtype="<f4")
-    return flat if width == 1 else flat.reshape(-1, width)
 
 
 class FinishReason(IntEnum):
@@ -293,49 +271,6 @@ class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     mm: MMStats | None = None  # None: no request had multimodal inputs
-
-
-class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Logprobs of tokens: column 0 is the sampled token, the others are the top k in order.
-
-    index: int32[m], positions in `Outputs.tokens` (or in `StepResult.tokens`) · ids: int32[m, width] ·
-    values: float32[m, width] · ranks: int32[m], of the sampled token; 1 is the greedy token. Columns beyond the k of a
-    request have no meaning.
-    """
-
-    width: int
-    index: bytes
-    ids: bytes
-    values: bytes
-    ranks: bytes
-
-
-def select_logprobs(logprobs: TokenLogprobs, kept: NDArray[np.bool_]) -> TokenLogprobs | None:
-    """The entries of the kept tokens, with their index among these."""
-    index = int32s(logprobs.index)
-    entries = kept[index]
-    if not entries.any():
-        return None
-    renumbered = (np.cumsum(kept) - 1).astype(np.int32)
-    return TokenLogprobs(
-        width=logprobs.width,
-        index=renumbered[index[entries]].tobytes(),
-        ids=int32s(logprobs.ids).reshape(-1, logprobs.width)[entries].tobytes(),
-        values=float32s(logprobs.values).reshape(-1, logprobs.width)[entries].tobytes(),
-        ranks=int32s(logprobs.ranks)[entries].tobytes(),
-    )
-
-
-class PromptLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Logprobs of the prompt tokens that one step scored; `index` of `logprobs` are positions in the prompt.
-
-    Column 0 is the prompt's own token. Position 0 has no logprobs, since nothing precedes it. After a preemption the
-    prompt is computed again, so positions may appear twice; the first ones count.
-    """
-
-    owner: int  # StepResult: the slot; Outputs: the handle
-    generation: int  # of the slot
-    logprobs: TokenLogprobs
 
 
 class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):

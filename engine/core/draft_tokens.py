@@ -12,8 +12,9 @@ added, so `num_computed_tokens` is 9 + 3 = 12; with two steps, 9 + 6 = 15.
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.columns import int32s
 from engine.core.slots import Slots
-from engine.messages import StepResult, int32s
+from engine.messages import StepResult
 
 
 class DraftTokenTracker:

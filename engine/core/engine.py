@@ -21,6 +21,7 @@ from engine.core.scheduler import Scheduler
 from engine.core.step_timer import StepTimer
 from engine.core.steps import ScheduledStep, StepOutcome
 from engine.errors import INTERRUPTS, cause_of
+from engine.logprob_columns import TokenLogprobs, select_logprobs
 from engine.messages import (
     Abort,
     AddRequest,
@@ -28,12 +29,10 @@ from engine.messages import (
     FinishReason,
     FreeFeatures,
     StepResult,
-    TokenLogprobs,
     Utility,
     UtilityResult,
     decode_result,
     encode,
-    select_logprobs,
 )
 
 log = logging.getLogger("redline.core")

@@ -8,16 +8,8 @@ import numpy as np
 from engine.core.protocols import InlineFrontEnd
 from engine.core.scheduler import Scheduler
 from engine.core.steps import StepOutcome
-from engine.messages import (
-    HANDLE_SEQUENCE_BITS,
-    Admitted,
-    Finished,
-    Outputs,
-    TokenLogprobs,
-    encode,
-    front_end_of,
-    select_logprobs,
-)
+from engine.logprob_columns import TokenLogprobs, select_logprobs
+from engine.messages import HANDLE_SEQUENCE_BITS, Admitted, Finished, Outputs, encode, front_end_of
 
 # Messages with tokens also contain the stats. While steps yield no tokens, as in a long prefill, stats are sent with
 # this period.

@@ -1,8 +1,9 @@
 """A request as the core sees it, from its arrival to its last token."""
 
+from engine.columns import int32s
 from engine.config import ResolvedConfig
 from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
-from engine.messages import AddRequest, int32s
+from engine.messages import AddRequest
 
 
 class Request:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.columns import int32s
 from engine.config import ResolvedConfig
 from engine.core.draft_tokens import DraftTokenTracker
 from engine.core.feature_mirror import FeatureMirror
@@ -21,7 +22,8 @@ from engine.core.request import Request
 from engine.core.slots import Slots
 from engine.core.step_builder import FullStateStepBuilder, StepBuilder
 from engine.core.steps import ScheduledStep, StepOutcome
-from engine.messages import Admitted, Finished, FinishReason, PromptLogprobs, Stats, StepResult, int32s
+from engine.logprob_columns import PromptLogprobs
+from engine.messages import Admitted, Finished, FinishReason, Stats, StepResult
 
 
 class Scheduler:

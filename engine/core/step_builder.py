@@ -3,12 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.columns import pack_table
+from engine.columns import column, pack_table
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.mm_inputs import EncoderCacheManager
 from engine.core.request import Request
 from engine.core.slots import Slots
-from engine.messages import SlotAssignment, StepMessage, column
+from engine.messages import SlotAssignment, StepMessage
 
 MAX_PLAIN_BLOCKS = 64  # up to this number, packing new blocks takes longer than sending them as they are
 

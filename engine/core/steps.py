@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Finished, PromptLogprobs, StepMessage
+from engine.logprob_columns import PromptLogprobs
+from engine.messages import Finished, StepMessage
 
 
 @dataclass(slots=True)

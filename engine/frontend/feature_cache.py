@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+from engine.columns import column
 from engine.errors import ProcessingError
 from engine.frontend.front_end_stats import MMCounters
-from engine.messages import FreeFeatures, MMInputRef, UnplacedInput, column, make_handle
+from engine.messages import FreeFeatures, MMInputRef, UnplacedInput, make_handle
 from engine.multimodal.feature_files import FeatureFolder, link_features, unlink_features
 from engine.multimodal.pool_protocol import Done
 from engine.multimodal.types import Media, MediaKind

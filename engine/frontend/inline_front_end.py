@@ -10,23 +10,14 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from engine.columns import column, int32s, int64s
 from engine.errors import INTERRUPTS, cause_of
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.inline_inputs import InlineInputs
 from engine.frontend.prompts import check_prompt
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import (
-    AddRequest,
-    Admitted,
-    Finished,
-    FinishReason,
-    MMInputRef,
-    Outputs,
-    column,
-    int32s,
-    int64s,
-    select_logprobs,
-)
+from engine.logprob_columns import select_logprobs
+from engine.messages import AddRequest, Admitted, Finished, FinishReason, MMInputRef, Outputs
 
 log = logging.getLogger("redline.core")
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from engine.columns import column, int32s
 from engine.frontend.tokenizer import Tokenizer
 from engine.media.limits import MediaLimits
-from engine.messages import AddRequest, MMInputRef, MMSpec, UnplacedInput, column, int32s
+from engine.messages import AddRequest, MMInputRef, MMSpec, UnplacedInput
 from engine.multimodal.expansion import expand, with_surroundings
 from engine.multimodal.families import MM_FAMILIES
 from engine.multimodal.feature_files import unlink_features, write_features

@@ -8,23 +8,15 @@ import logging
 from collections.abc import Sequence
 
 from engine.clock import Clock
+from engine.columns import float32s, int32s, int64s
 from engine.errors import INTERRUPTS, EngineDeadError, NotServedError, RedlineError, RequestError, cause_of
 from engine.frontend.feature_cache import FeatureCache, placed_inputs
 from engine.frontend.front_end_stats import FrontEndStats
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.streams import Output, RequestStream, TokenLogprob
 from engine.frontend.transport import Transport
-from engine.messages import (
-    Abort,
-    Finished,
-    FinishReason,
-    Outputs,
-    PromptLogprobs,
-    TokenLogprobs,
-    float32s,
-    int32s,
-    int64s,
-)
+from engine.logprob_columns import PromptLogprobs, TokenLogprobs
+from engine.messages import Abort, Finished, FinishReason, Outputs
 
 log = logging.getLogger("redline.client")
 

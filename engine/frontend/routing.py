@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.columns import column
 from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
 from engine.frontend.feature_cache import PromptInputs, placed_inputs
 from engine.frontend.streams import Output, RequestOptions
-from engine.messages import column
 
 PREFIX_WEIGHT = 2  # of a cached token of the prompt, against a token left to compute
 INITIAL_OUTPUT_TOKENS = 128.0  # expected of an output before any has ended

@@ -4,11 +4,12 @@ from typing import Any
 
 import msgspec
 
+from engine.columns import column
 from engine.errors import RequestError
 from engine.frontend.prompts import Prompt
 from engine.frontend.token_filters import check_any_token_left
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import AddRequest, Sampling, TextOptions, column
+from engine.messages import AddRequest, Sampling, TextOptions
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64

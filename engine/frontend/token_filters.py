@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from engine.columns import int32s
 from engine.errors import RequestError
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import Sampling, int32s
+from engine.messages import Sampling
 
 
 def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.arrays import Int64s
-from engine.messages import PromptLogprobs, StepMessage, StepResult, TokenLogprobs, column, encode
+from engine.columns import column
+from engine.logprob_columns import PromptLogprobs, TokenLogprobs
+from engine.messages import StepMessage, StepResult, encode
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.device import Device, Fetched, Mark

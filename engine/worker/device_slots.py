@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.arrays import Int32s, Int64s
+from engine.columns import int32s
 from engine.kernels.sampling import PARAMETERS, pack_parameters
-from engine.messages import SlotAssignment, StepMessage, int32s
+from engine.messages import SlotAssignment, StepMessage
 from engine.worker.slots import WorkerSlots
 
 UNKNOWN = -1  # the id of a token that the host does not know yet

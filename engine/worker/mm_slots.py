@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from engine.arrays import Int32s, Int64s
+from engine.columns import int32s
 from engine.kernels.attention import Span
-from engine.messages import MMInputRef, SlotAssignment, StepMessage, int32s
+from engine.messages import MMInputRef, SlotAssignment, StepMessage
 from engine.model.encoders.base import EncodedInput
 from engine.worker.encoder_cache import EncoderCache
 from engine.worker.mm_rows import MMRows

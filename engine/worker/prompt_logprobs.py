@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.arrays import Int64s
-from engine.messages import PromptLogprobs, TokenLogprobs, column
+from engine.columns import column
+from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.worker.slots import StepBatch, WorkerSlots
 
 PART = 64  # positions whose logits are in memory at a time

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from engine.arrays import Float32s, Float64s, Int64s
+from engine.columns import column, int32s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.devices.cpu import encoder_dtype
 from engine.heap import large_allocations_mapped
-from engine.messages import StepMessage, StepResult, TokenLogprobs, column, encode, int32s
+from engine.logprob_columns import TokenLogprobs
+from engine.messages import StepMessage, StepResult, encode
 from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import TPPlan

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.arrays import Float32s, Float64s, Int32s, Int64s, UInt64s
-from engine.messages import Sampling, TokenLogprobs, column, int32s
+from engine.columns import column, int32s
+from engine.logprob_columns import TokenLogprobs
+from engine.messages import Sampling
 from engine.model.runtime.vocab_shard import MIN_TEMPERATURE
 from engine.worker.slots import WorkerSlots
 

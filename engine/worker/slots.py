@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arrays import Int32s, Int64s
-from engine.messages import Sampling, SlotAssignment, StepMessage, int32s
+from engine.columns import int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage
 from engine.worker.mm_rows import MMRows
 from engine.worker.ngram_proposer import drafts_per_request, propose
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from engine.columns import column
 from engine.config import ResolvedConfig
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.steps import ScheduledStep
-from engine.messages import AddRequest, FinishReason, Sampling, StepResult, column, make_handle
+from engine.messages import AddRequest, FinishReason, Sampling, StepResult, make_handle
 
 
 def request(sequence: int) -> Request:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.clock import FakeClock
+from engine.columns import column, int32s, int64s
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.messages import (
@@ -17,11 +18,8 @@ from engine.messages import (
     Outputs,
     Sampling,
     Stats,
-    column,
     decode_from_core,
     encode,
-    int32s,
-    int64s,
     make_handle,
 )
 from tests.engine.fake_executor import FakeExecutor

@@ -15,18 +15,9 @@ from hashlib import blake2b
 from typing import Any
 
 from engine.clock import Clock
-from engine.messages import (
-    MMInputRef,
-    PromptLogprobs,
-    Sampling,
-    StepMessage,
-    StepResult,
-    TokenLogprobs,
-    column,
-    decode_step,
-    encode,
-    int32s,
-)
+from engine.columns import column, int32s
+from engine.logprob_columns import PromptLogprobs, TokenLogprobs
+from engine.messages import MMInputRef, Sampling, StepMessage, StepResult, decode_step, encode
 
 VOCABULARY = 50
 CONTENT_BYTES = 2  # of a key: an input that isn't shared has a longer one

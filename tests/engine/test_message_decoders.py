@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.columns import column
 from engine.messages import (
     Abort,
     AddRequest,
@@ -23,7 +24,6 @@ from engine.messages import (
     StepResult,
     ToCore,
     Utility,
-    column,
     decode_from_core,
     decode_result,
     decode_step,

@@ -3,6 +3,8 @@
 import msgspec
 import pytest
 
+from engine.columns import column, float32s, int32s, int64s
+from engine.logprob_columns import TokenLogprobs
 from engine.messages import (
     Abort,
     AddRequest,
@@ -22,19 +24,14 @@ from engine.messages import (
     StepResult,
     TextOptions,
     ToCore,
-    TokenLogprobs,
     Utility,
     UtilityResult,
-    column,
     decode_from_core,
     decode_result,
     decode_step,
     decode_to_core,
     encode,
-    float32s,
     front_end_of,
-    int32s,
-    int64s,
     make_handle,
 )
 

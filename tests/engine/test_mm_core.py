@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from engine.clock import MonotonicClock
+from engine.columns import column, int32s, int64s
 from engine.core.engine import EngineCore
-from engine.messages import AddRequest, Outputs, Sampling, column, decode_from_core, encode, int32s, int64s
+from engine.messages import AddRequest, Outputs, Sampling, decode_from_core, encode
 from tests.engine.worker.mm_driver import MMDriver, MMRequest, Prompts, start
 from tests.engine.worker.mm_models import MM_MODELS
 from tests.engine.worker.mm_parity import NEW, MMReference

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.clock import MonotonicClock
+from engine.columns import column, int32s, int64s
 from engine.config import EngineConfig
 from engine.core.engine import EngineCore
 from engine.memory import resolve
@@ -21,12 +22,9 @@ from engine.messages import (
     Sampling,
     Stats,
     StepMessage,
-    column,
     decode_from_core,
     decode_step,
     encode,
-    int32s,
-    int64s,
     make_handle,
 )
 from engine.model.model_info import read_model_info

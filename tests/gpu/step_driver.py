@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.columns import column
 from engine.config import ResolvedConfig
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from tests.gpu.rows import SkipError
 
 Submitted = tuple[Future[None], Future[bytes]]

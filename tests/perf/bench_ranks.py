@@ -31,12 +31,13 @@ import numpy as np
 from bench.results.environment import hardware
 from engine import children
 from engine.clock import MonotonicClock
+from engine.columns import column
 from engine.config import EngineConfig
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.steps import ScheduledStep
 from engine.memory import resolve
-from engine.messages import AddRequest, Sampling, column, decode_result, encode, make_handle
+from engine.messages import AddRequest, Sampling, decode_result, encode, make_handle
 from engine.model.model_info import read_model_info
 from engine.worker.multiprocess import MultiprocessExecutor
 from engine.worker.rank_protocol import FrameKind, frame, sample_body

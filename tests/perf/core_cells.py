@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.clock import FakeClock
+from engine.columns import column, int32s
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.request import Request
@@ -23,12 +24,10 @@ from engine.messages import (
     Sampling,
     StepMessage,
     StepResult,
-    column,
     decode_from_core,
     decode_step,
     decode_to_core,
     encode,
-    int32s,
     make_handle,
 )
 

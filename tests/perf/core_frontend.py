@@ -23,13 +23,14 @@ from engine.api.http_server import UvicornServer, uvicorn_config
 from engine.api.render import Chunks, new_head
 from engine.api.state import ApiState
 from engine.clock import MonotonicClock
+from engine.columns import column
 from engine.frontend.core_client import CoreClient
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, Origin, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import FastBackend
-from engine.messages import AddRequest, Finished, FinishReason, Outputs, Ready, Stats, ToCore, column, encode
+from engine.messages import AddRequest, Finished, FinishReason, Outputs, Ready, Stats, ToCore, encode
 
 ROOT = Path(__file__).parents[2]
 WARM_UP_STEPS = 20

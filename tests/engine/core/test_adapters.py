@@ -147,7 +147,8 @@ class Refusing(FakeExecutor):
         message = self.steps[-1]
         pairs = [(one.slot, one.generation) for one in message.assigned_slots if one.adapter]
         if pairs:
-            from engine.messages import column, decode_result
+            from engine.columns import column
+            from engine.messages import decode_result
 
             result = decode_result(self._sampled[message.step])
             changed = StepResult(result.step, result.tokens, result.counts, rejected=column(pairs))

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.columns import column
 from engine.core.block_pool import NULL_BLOCK, BlockPool
 from engine.core.hashing import extend_hashes, root_hash
-from engine.messages import column
 
 
 def names(tokens: list[int], size: int = 2, salt: str = "", adapter: str = "") -> list[bytes]:

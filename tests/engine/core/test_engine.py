@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from engine.columns import column
 from engine.errors import RequestError
 from engine.messages import (
     AddRequest,
@@ -13,7 +14,6 @@ from engine.messages import (
     Shutdown,
     Utility,
     UtilityResult,
-    column,
     encode,
     make_handle,
 )

@@ -7,17 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.columns import column
 from engine.core.intake import leading_ints
-from engine.messages import (
-    AddRequest,
-    FinishReason,
-    MMInputRef,
-    Sampling,
-    UtilityResult,
-    column,
-    encode,
-    make_handle,
-)
+from engine.messages import AddRequest, FinishReason, MMInputRef, Sampling, UtilityResult, encode, make_handle
 from tests.engine.core_driver import Driver
 from tests.engine.fake_executor import expected_tokens
 

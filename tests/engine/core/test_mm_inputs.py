@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.columns import column
 from engine.core.hashing import extend_hashes, mm_block_keys, root_hash
 from engine.core.mm_inputs import EncoderCache, EncoderCacheManager
 from engine.core.request import Request
-from engine.messages import AddRequest, MMInputRef, Sampling, column, make_handle
+from engine.messages import AddRequest, MMInputRef, Sampling, make_handle
 
 BUDGET = 16
 

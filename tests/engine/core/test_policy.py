@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from engine.columns import column
 from engine.config import ABLATIONS, CHUNKING, watermark_blocks
 from engine.core.policy import (
     BURST_S,
@@ -24,7 +25,7 @@ from engine.core.policy import (
 )
 from engine.core.request import Request
 from engine.core.slots import Slots
-from engine.messages import AddRequest, Sampling, column, make_handle
+from engine.messages import AddRequest, Sampling, make_handle
 from tests.engine.core_driver import resolved
 
 BUDGET = 16

@@ -7,10 +7,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.columns import int32s
 from engine.config import ABLATIONS
 from engine.core.block_pool import NULL_BLOCK
 from engine.core.scheduler import Scheduler
-from engine.messages import decode_result, decode_step, int32s
+from engine.messages import decode_result, decode_step
 from engine.worker.slots import WorkerSlots
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import FakeExecutor

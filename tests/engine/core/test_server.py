@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from engine.clock import MonotonicClock
+from engine.columns import column, int32s
 from engine.core.server import CoreServer
 from engine.errors import EngineDeadError
 from engine.messages import (
@@ -18,10 +19,8 @@ from engine.messages import (
     Sampling,
     Shutdown,
     Utility,
-    column,
     decode_from_core,
     encode,
-    int32s,
     make_handle,
 )
 from tests.engine.core_driver import resolved

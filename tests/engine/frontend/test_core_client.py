@@ -6,6 +6,7 @@ import math
 import pytest
 
 from engine.clock import FakeClock
+from engine.columns import column, int32s
 from engine.errors import EngineDeadError, RedlineError, RequestError
 from engine.frontend.core_client import CoreClient
 from engine.frontend.listener import ClientListener, OutputRecord
@@ -13,6 +14,7 @@ from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, RequestStream, collect_outputs
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import StandInBackend
+from engine.logprob_columns import TokenLogprobs
 from engine.messages import (
     Abort,
     AddRequest,
@@ -25,14 +27,11 @@ from engine.messages import (
     Ready,
     Stats,
     ToCore,
-    TokenLogprobs,
     Utility,
     UtilityResult,
-    column,
     decode_to_core,
     encode,
     front_end_of,
-    int32s,
 )
 from tests.engine.inline_transport import InlineTransport
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from engine.columns import column, int32s, int64s
 from engine.errors import RequestError
 from engine.frontend.inline_front_end import InlineTexts
 from engine.frontend.prompts import Text
@@ -14,20 +15,8 @@ from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import FastBackend
-from engine.messages import (
-    Abort,
-    AddRequest,
-    Admitted,
-    Finished,
-    FinishReason,
-    Outputs,
-    Sampling,
-    TextOptions,
-    TokenLogprobs,
-    column,
-    int32s,
-    int64s,
-)
+from engine.logprob_columns import TokenLogprobs
+from engine.messages import Abort, AddRequest, Admitted, Finished, FinishReason, Outputs, Sampling, TextOptions
 from tests.engine.frontend.conftest import byte_level_library, sentence_piece_library
 from tests.engine.frontend.text_core import TextCore
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.columns import column
 from engine.core.request import Request
 from engine.frontend.routing import (
     INITIAL_OUTPUT_TOKENS,
@@ -18,7 +19,7 @@ from engine.frontend.routing import (
     prompt_block_hashes,
 )
 from engine.frontend.streams import RequestOptions
-from engine.messages import AddRequest, Sampling, column
+from engine.messages import AddRequest, Sampling
 
 SIZE = 4
 tokens = st.integers(0, 5000)

@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 
+from engine.columns import int32s
 from engine.errors import RequestError
 from engine.frontend.sampling_params import SamplingParams, make_request
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import int32s
 
 
 @pytest.mark.parametrize(

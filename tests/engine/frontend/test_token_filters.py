@@ -2,11 +2,11 @@
 
 import pytest
 
+from engine.columns import int32s
 from engine.errors import RequestError
 from engine.frontend.sampling_params import SamplingParams, make_request
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import int32s
 
 
 def test_a_word_is_barred_as_it_begins_a_text_and_behind_a_space(byte_level: Tokenizer):

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.clock import FakeClock
+from engine.columns import column
 from engine.frontend.core_client import CoreClient
 from engine.frontend.inline_front_end import InlineTexts
 from engine.frontend.tokenizer import Tokenizer
-from engine.messages import AddRequest, Admitted, Finished, Outputs, Ready, ToCore, column, decode_to_core, encode
+from engine.messages import AddRequest, Admitted, Finished, Outputs, Ready, ToCore, decode_to_core, encode
 from tests.engine.inline_transport import InlineTransport
 
 READY = Ready("here", "fake", "float32", 300, 64, 4, 16, 4, 64, True)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.columns import column
 from engine.kernels import sampling, slot_state
 from engine.kernels.sampling import Draws
-from engine.messages import Sampling, SlotAssignment, StepMessage, column
+from engine.messages import Sampling, SlotAssignment, StepMessage
 from engine.worker import sampler
 from engine.worker.slots import WorkerSlots
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from engine.clock import MonotonicClock
+from engine.columns import column, int32s, int64s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.memory import resolve
-from engine.messages import AddRequest, Outputs, Sampling, Stats, column, decode_from_core, encode, int32s, int64s
+from engine.messages import AddRequest, Outputs, Sampling, Stats, decode_from_core, encode
 from engine.model.model_info import ModelInfo, read_model_info
 from engine.worker.device import Device
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.messages import Sampling, SlotAssignment, StepMessage, StepResult, column, decode_result, encode, int32s
+from engine.columns import column, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, StepResult, decode_result, encode
 from engine.worker.in_process import InProcessExecutor
 
 VOCAB = 128

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.messages import decode_result, int32s
+from engine.columns import int32s
+from engine.messages import decode_result
 from engine.worker.device_answers import DeviceAnswers
 from engine.worker.device_runner import PendingResult
 from engine.worker.rank_protocol import FrameKind, receive

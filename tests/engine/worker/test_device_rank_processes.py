@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from engine.columns import column, int32s
 from engine.errors import EngineDeadError, ModelError
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from engine.worker.multiprocess import MultiprocessExecutor
 from engine.worker.rank_protocol import DeviceKind
 from tests.engine.worker.device_driver import CoreDriver, configure, start_executor

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
+from engine.columns import column, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from engine.worker.device import Device
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.torch_device import TorchDevice

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
+from engine.columns import column
 from engine.kernels.sampling import pack_parameters
-from engine.messages import Sampling, SlotAssignment, StepMessage, column
+from engine.messages import Sampling, SlotAssignment, StepMessage
 from engine.worker.device import Device
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.step_inputs import DeviceState, InputStager, StepKernels

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.columns import column
 from engine.errors import EngineDeadError
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, encode
+from engine.messages import Sampling, SlotAssignment, StepMessage, encode
 from engine.worker.device import DeviceMemory
 from engine.worker.device_steps import EagerSteps
 from tests.engine.worker.device_driver import CoreDriver, start_executor

@@ -15,9 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.columns import column, int32s
 from engine.errors import ModelError
 from engine.kernels.cpu import build
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from engine.worker import gloo_group
 from engine.worker.driver_broadcast import BroadcastMessage, BroadcastStep, broadcast, receive
 from engine.worker.gloo_group import GlooGroup

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.columns import column, float32s, int32s
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.memory import resolve
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, float32s, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from tests.engine.worker.driver import BASE, Driver, Request, build_model

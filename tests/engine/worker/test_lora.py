@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.columns import column, int32s
 from engine.config import EngineConfig
 from engine.errors import ModelError, RedlineError
 from engine.memory import resolve
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from engine.model.model_info import read_model_info
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import Driver, Request, build_model

@@ -10,7 +10,8 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage, column
+from engine.columns import column
+from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage
 from engine.model.encoders.base import EncodedInput
 from engine.worker.encoder_cache import EncoderCache
 from engine.worker.mm_slots import InputTokens, MMSlots

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from engine.columns import column, int32s
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, ModelError
 from engine.memory import resolve
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, decode_result, encode, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor

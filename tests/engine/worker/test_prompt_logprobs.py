@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.columns import column, float32s, int32s
 from engine.kernels.cpu import build
-from engine.messages import Sampling, StepResult, column, float32s, int32s
+from engine.messages import Sampling, StepResult
 from tests.engine.worker.driver import VOCAB, Driver, Request, build_model
 from tests.engine.worker.test_multiprocess import DRIVEN, start
 

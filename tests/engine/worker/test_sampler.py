@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as replaced
 
-from engine.messages import Sampling, SlotAssignment, StepMessage, column, float32s, int32s
+from engine.columns import column, float32s, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage
 from engine.worker import sampler
 from engine.worker.slots import WorkerSlots
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from engine.messages import Sampling, SlotAssignment, StepMessage, column
+from engine.columns import column
+from engine.messages import Sampling, SlotAssignment, StepMessage
 from engine.worker.slots import WorkerSlots
 
 
