@@ -23,7 +23,7 @@ from engine.config import EngineConfig
 DEFAULT_REQUESTS = 32
 # What is changed for each configuration. All that keeps results of earlier requests counts as a cache.
 CACHES: dict[str, dict[str, Any]] = {
-    "caches off": {"enable_prefix_caching": False},
+    "caches off": {"enable_prefix_caching": False, "mm_cache_gb": 0.0, "ablate": ("no-encoder-cache",)},
     "caches on": {},
 }
 _ONLINE = ("rate", "rates", "concurrency", "trace", "window", "save_vllm_json")
@@ -67,7 +67,7 @@ def run_offline(console: Console, files: RunFiles, params: dict[str, Any], spec:
     records: list[PointRecord] = []
     try:
         for name, changed in CACHES.items():
-            records += _measure(console, files, _options(config) | changed, (name, specs, count, seed))
+            records += _measure(console, files, _options(config, changed), (name, specs, count, seed))
     except BenchError as error:
         summary.failures["offline"] = str(error)
         write_summary(files, summary)
@@ -80,9 +80,11 @@ def run_offline(console: Console, files: RunFiles, params: dict[str, Any], spec:
     return 0 if all(record.valid for record in records) else FAILED
 
 
-def _options(config: EngineConfig) -> dict[str, Any]:
-    """The fields of a configuration, as arguments of LLM."""
-    return {one.name: getattr(config, one.name) for one in fields(config)}
+def _options(config: EngineConfig, changed: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration with changes, as arguments of LLM; V0 has none of V1's parts to switch off."""
+    options = {one.name: getattr(config, one.name) for one in fields(config)} | changed
+    ablated = changed.get("ablate", ()) if config.engine == "v1" else ()
+    return options | {"ablate": (*config.ablate, *(name for name in ablated if name not in config.ablate))}
 
 
 def _measure(

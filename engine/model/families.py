@@ -115,7 +115,6 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(all_layers_windowed=True),
     "olmo2": OLMO,
     "olmo3": OLMO,
-    "molmo2_text": Family(tp_plan={**_ATTENTION, **_MLP}),
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": Family(fused=True),
@@ -129,6 +128,7 @@ FAMILIES: dict[str, Family] = {
 
 # Decoders that exist only in models with encoders (`engine.multimodal.families`).
 DECODERS_WITH_ENCODERS: dict[str, Family] = {
+    "molmo2_text": Family(tp_plan={**_ATTENTION, **_MLP}),
     "qwen2_5_vl_text": Family(fused=True),
     "qwen2_vl_text": Family(fused=True),
     "qwen3_vl_text": Family(fused=True, tp_plan={**_ATTENTION, **_MLP}),

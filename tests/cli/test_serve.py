@@ -62,7 +62,6 @@ def test_the_start_table_says_what_was_resolved(served: Served, model: str):
     for words in ("cpu", "float32", "--kv-cache-memory-bytes", "1,024 tokens", "--max-num-seqs", "at once"):
         assert words in shown
     assert listening in lines
-    assert "note: --limit-mm-per-prompt" in shown
     assert "warning: " in shown, "the missing tokenizer"
 
 

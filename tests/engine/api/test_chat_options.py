@@ -94,7 +94,7 @@ async def test_options_that_cannot_hold(server: InLoop, fields: dict[str, Any], 
 async def test_a_template_of_the_request_s_own_where_the_server_takes_such(server: InLoop):
     state = ApiState(server.client, ("fake",), HttpOptions(trust_request_chat_template=True))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(state)), base_url="http://test") as http:
-        trusting = InLoop(server.app, server.client, server.core, http)
+        trusting = InLoop(server.app, server.client, server.core, http, state)
         assert await written(trusting, [USER], chat_template="{{ messages[0].content }}!") == "hi!"
         error = await trusting.refusal("/tokenize", {"messages": [USER], "chat_template": "{% for %}"})
         assert error["param"] == "chat_template"

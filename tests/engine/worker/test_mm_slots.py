@@ -98,7 +98,7 @@ def test_bidirectional_inputs_are_spans(tmp_path: Path) -> None:
     assert [(span.row, span.positions.tolist()) for span in batch.mm.spans] == [(0, [1, 2]), (0, [5, 6])]
     joint = slots(joint=True).begin_step(message)
     assert joint.mm is not None
-    assert [span.positions.tolist() for span in joint.mm.spans] == [[1, 2, 5, 6]]
+    assert [span.positions.tolist() for span in joint.mm.spans] == [[1, 2, 3, 5, 6]]
 
 
 def test_a_span_that_a_step_divides_is_a_fault(tmp_path: Path) -> None:
