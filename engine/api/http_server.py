@@ -121,6 +121,7 @@ class HttpServer:
 
     async def serve(self, on_listening: Callable[[str], None]) -> None:
         """Serve until the server ends, then close the client; `on_listening` gets the URL."""
+        await self._wait_for_inputs()
         host, port = self._listener.getsockname()[:2]
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
         try:
@@ -133,6 +134,15 @@ class HttpServer:
             raise cannot_listen(host, port, error) from error
         finally:
             self._client.close()
+
+    async def _wait_for_inputs(self) -> None:
+        """Wait until multimodal inputs can be processed, else the first of them would wait for imports."""
+        try:
+            if self._client.inputs is not None:
+                await self._client.inputs.started()
+        except BaseException:
+            self._client.close()
+            raise
 
     def finish(self) -> None:
         """Accept no more requests, and end when the running ones are done."""

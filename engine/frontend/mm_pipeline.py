@@ -78,6 +78,8 @@ class Pool(Protocol):
 
     def open(self) -> None: ...
 
+    async def started(self) -> None: ...
+
     async def submit(self, media: Media, count: int, options: Mapping[str, Any], path: str) -> Done: ...
 
     def close(self) -> None: ...
@@ -128,6 +130,10 @@ class MMPipeline:
         if not self._is_open:
             self._is_open = True
             self._pool.open()
+
+    async def started(self) -> None:
+        """Wait until inputs are processed without waiting for the pool's start."""
+        await self._pool.started()
 
     def close(self) -> None:
         """End the pool and remove all files."""

@@ -168,11 +168,16 @@ class MediaPool:
         self._tasks: list[asyncio.Task[None]] = []
         self._processes: set[_Process] = set()
         self._children: list[ChildProcess] = []  # those that start, too
+        self._has_started = asyncio.Event()
         self._closed = False
 
     def open(self) -> None:
         """Start the first process; called inside the event loop."""
         self._add_process()
+
+    async def started(self) -> None:
+        """Wait until the first process takes jobs, or can't be started, which the log and the first job report."""
+        await self._has_started.wait()
 
     async def submit(self, media: Media, count: int, options: Mapping[str, Any], path: str) -> Done:
         """Process an input in the order of the calls, and write its features to a new file.
@@ -206,6 +211,7 @@ class MediaPool:
     def close(self) -> None:
         """Kill all processes; jobs fail."""
         self._closed = True
+        self._has_started.set()
         for task in self._tasks:
             task.cancel()
         for child in self._children:
@@ -246,6 +252,7 @@ class MediaPool:
                     log.exception("a process for multimodal inputs could not be started")
                     error = ProcessingError(f"multimodal inputs can't be processed: {cause_of(error)}")
                 log.error("%s", error)
+                self._has_started.set()
                 self._fail_queued(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_BACK_OFF_S)
@@ -253,6 +260,7 @@ class MediaPool:
                 continue
             pause = BACK_OFF_S
             self._processes.add(process)
+            self._has_started.set()
             self._counters.set("processes", len(self._processes))
             try:
                 await self._run_jobs(process)

@@ -52,6 +52,31 @@ def test_a_picture_becomes_a_file_with_its_tensors(tmp_path: Path) -> None:
     run(body)
 
 
+def test_the_pool_has_started_once_its_first_process_takes_jobs(tmp_path: Path) -> None:
+    async def body(pool: MediaPool, counters: MMCounters) -> None:
+        assert not pool.pids
+        await pool.started()
+        assert len(pool.pids) == counters.get("processes") == 1
+        await pool.submit(png(1), 1, {}, str(tmp_path / "one"))
+
+    run(body)
+
+
+def test_waiting_for_the_start_ends_if_there_is_none() -> None:
+    async def main() -> None:
+        broken = MediaPool(PoolOptions("no.such.module:make", {}), 1, MMCounters())
+        broken.open()
+        await broken.started()
+        assert not broken.pids
+        broken.close()
+        closed = MediaPool(PoolOptions(FACTORY, {}), 1, MMCounters())
+        closed.open()
+        closed.close()
+        await closed.started()
+
+    asyncio.run(main())
+
+
 def test_errors_end_only_their_job(tmp_path: Path) -> None:
     async def body(pool: MediaPool, counters: MMCounters) -> None:
         jobs = [
