@@ -25,6 +25,13 @@ def integer(field: str, value: Any, least: int = 1) -> int:
     return value
 
 
+def repeat_share(value: Any) -> int:
+    """The percentage of requests that repeat an earlier one."""
+    if integer("repeat", value, least=0) > 100:
+        raise BenchError(f"workload: repeat must be a percentage from 0 to 100, not {value} (--repeat)")
+    return int(value)
+
+
 def length(field: str, value: Any) -> tuple[int, int]:
     """The bounds of a length in tokens: a number, or [low, high]."""
     if not isinstance(value, list | tuple):

@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.errors import BenchError
 from bench.workloads.base import RequestSpec
-from bench.workloads.fields import Length, draw, integer, length, length_field, length_text
+from bench.workloads.fields import Length, draw, length, length_field, length_text, repeat_share
 from bench.workloads.pictures import data_url, mark
 
 FORMATS = ("jpeg", "png")
@@ -50,9 +50,7 @@ class SyntheticImages:
         if image_format not in FORMATS:
             raise BenchError(f"workload: image_format must be one of {', '.join(FORMATS)}, not {image_format!r}")
         self._format = image_format
-        self._repeat = integer("repeat", repeat, least=0)
-        if self._repeat > 100:
-            raise BenchError(f"workload: repeat must be a percentage from 0 to 100, not {repeat} (--repeat)")
+        self._repeat = repeat_share(repeat)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from bench.workloads.base import RequestSpec
 from bench.workloads.chats import text_of
 from bench.workloads.datafile import RowFaults
 from bench.workloads.dataset import DEFAULT_OUTPUT, DEFAULT_ROWS, FLAG, find_data, read_rows
-from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text
+from bench.workloads.fields import Length, boolean, draw, integer, length, length_field, length_text, repeat_share
 from bench.workloads.images import repeats
 from bench.workloads.pictures import data_url, marked, picture_bytes
 from bench.workloads.sampling import passes, salt_text
@@ -135,9 +135,7 @@ class MMMUPro(_Pictures):
 
     def __init__(self, *, repeat: int = 0, **fields: Any):
         super().__init__(**fields)
-        self._repeat = integer("repeat", repeat, least=0)
-        if self._repeat > 100:
-            raise BenchError(f"workload: repeat must be a percentage from 0 to 100, not {repeat} (--repeat)")
+        self._repeat = repeat_share(repeat)
 
     @property
     def name(self) -> str:

@@ -109,30 +109,18 @@ class ApiState:
             inputs: multimodal inputs of each prompt; they are released if the request is refused.
         """
         try:
-            return self._submit(request, body, prompts, params, head, adapter, inputs)
+            self.check_queue(len(prompts) * params.n)
+            if self.media is not None and not any(inputs):
+                for prompt in prompts:
+                    self.media.check(prompt.text if isinstance(prompt, Text) else prompt)
+            client = request.client
+            origin = Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
+            options = RequestOptions(body.cache_salt or "", body.priority or 0, adapter)
+            return self.client.add_request(prompts, params, options, origin, inputs if any(inputs) else ())
         except BaseException:
             for one in inputs:
                 release_placed(one)
             raise
-
-    def _submit(
-        self,
-        request: Request,
-        body: SampledRequest,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        head: dict[str, Any],
-        adapter: str,
-        inputs: Sequence[PromptInputs],
-    ) -> RequestStream:
-        self.check_queue(len(prompts) * params.n)
-        if self.media is not None and not any(inputs):
-            for prompt in prompts:
-                self.media.check(prompt.text if isinstance(prompt, Text) else prompt)
-        client = request.client
-        origin = Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
-        options = RequestOptions(body.cache_salt or "", body.priority or 0, adapter)
-        return self.client.add_request(prompts, params, options, origin, inputs if any(inputs) else ())
 
     # ------------------------------------------------------------------------------------------------------- limits
 

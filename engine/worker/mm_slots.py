@@ -73,7 +73,7 @@ class MMSlots(WorkerSlots):
         self._tokens_of_inputs = input_tokens
         self._inputs: dict[int, list[_SlotInput]] = {}  # by slot, only slots with inputs
         self._unfinished: set[int] = set()  # slots with an embedding that isn't computed yet
-        self._rotary: dict[int, Int64s] = {}  # by slot, of prompts with inputs: int64[3, prompt tokens]
+        self._rotary: dict[int, Int64s] = {}  # by slot, of prompts with inputs that are left to compute: [3, tokens]
         self._rotary_delta: Int64s = np.zeros(len(self.live), dtype=np.int64)
 
     def begin_step(self, message: StepMessage) -> StepBatch:
@@ -150,11 +150,12 @@ class MMSlots(WorkerSlots):
         flat = batch.positions + self._rotary_delta[batch.slots][batch.row_of]
         found = np.repeat(flat[None], 3, 0)
         for i in np.flatnonzero(np.isin(batch.slots, list(self._rotary))).tolist() if self._rotary else ():
-            rotary, computed = self._rotary[int(batch.slots[i])], int(batch.num_computed_tokens[i])
-            count = min(int(batch.counts[i]), rotary.shape[1] - computed)
-            if count > 0:
-                start = int(batch.starts[i])
-                found[:, start : start + count] = rotary[:, computed : computed + count]
+            slot, computed = int(batch.slots[i]), int(batch.num_computed_tokens[i])
+            rotary = self._rotary[slot]
+            start, count = int(batch.starts[i]), min(int(batch.counts[i]), rotary.shape[1] - computed)
+            found[:, start : start + count] = rotary[:, computed : computed + count]
+            if computed + count == rotary.shape[1]:  # from now on the slot's delta is enough
+                del self._rotary[slot]
         return found
 
 
