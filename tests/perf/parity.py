@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -102,10 +103,17 @@ def show_table(console: Console, rows: list[Row], cases: tuple[str, ...]) -> Non
     found = {(row.family, row.case): row for row in rows}
     for family in dict.fromkeys(row.family for row in rows):
         some = [found.get((family, case)) for case in cases]
-        table.add_row(
-            family, *("" if r is None else f"{r.max_logit_difference:.1e} {'✓' if r.passed else '✗'}" for r in some)
-        )
+        table.add_row(family, *map(cell, some))
     console.print(table)
+
+
+def cell(row: Row | None) -> str:
+    """A row in the table; the reason why a case is not applicable is printed below it."""
+    if row is None:
+        return ""
+    if math.isnan(row.max_logit_difference):
+        return "not applicable" if row.passed else "✗"
+    return f"{row.max_logit_difference:.1e} {'✓' if row.passed else '✗'}"
 
 
 def main() -> int:
