@@ -85,16 +85,20 @@ class RankThreads:
 
 
 def launch_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let one thread at a time launch an interpreted kernel: the interpreter has one state for all threads."""
+    """Let one thread at a time rewrite and launch an interpreted kernel.
+
+    The interpreter has one state for all threads, and so has the parser of Python before 3.11.9: two threads that parse
+    at once end in "AST constructor recursion depth mismatch".
+    """
     from triton.runtime import interpreter
 
-    launching, launch = threading.Lock(), interpreter.GridExecutor.__call__
+    running, run = threading.Lock(), interpreter.InterpretedFunction.run
 
-    def launch_alone(self: Any, *args: Any, **kwargs: Any) -> None:
-        with launching:
-            launch(self, *args, **kwargs)
+    def run_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with running:
+            return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_alone)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_alone)
 
 
 def owner(devices: Sequence[StandInDevice], tensor: Any) -> str:
