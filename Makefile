@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
-INSTALL := pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: pip would compile all 17,000, of which few are used.
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -18,9 +19,10 @@ $(VENV)/installed: pyproject.toml versions/tested.txt
 	$(BIN)/$(INSTALL) --constraint versions/tested.txt --editable .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: pyproject.toml versions/tested.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) --constraint versions/tested.txt --editable '.[dev,docs]'
-	@touch $@
+	@touch $(VENV)/installed $@
 
 $(OLDEST)/installed-dev: pyproject.toml versions/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -46,9 +48,17 @@ test: lint unit  ## The whole suite: linters, types, import contracts, tests
 lint: $(VENV)/installed-dev  ## Ruff, mypy, import-linter, the documentation site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target types site imports
+
+.PHONY: types site imports
+types: $(VENV)/installed-dev
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+site: $(VENV)/installed-dev
 	$(MKDOCS) --quiet
+
+imports: $(VENV)/installed-dev
+	$(BIN)/lint-imports
 
 docs: $(VENV)/installed-dev  ## The documentation site in build/site; every warning is an error
 	$(MKDOCS)
