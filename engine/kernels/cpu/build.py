@@ -1,6 +1,8 @@
 """Compiles the kernels for an instruction set. The library is cached under a hash of its sources and flags."""
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -8,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import RedlineError
@@ -91,7 +94,25 @@ def _compile(isa: str, path: Path) -> None:
     if compiler is None:
         raise BuildError("there is no C++ compiler (c++, g++ or clang++) to compile the CPU kernels")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several ranks and servers may compile at once. Each compiles its own copy, and the last one stays.
+    with _locked(path.parent):
+        if path.exists():  # another rank or server has compiled it in the meantime
+            return
+        _run(compiler, isa, path)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Where its file system has no locks, everyone compiles and the last library stays."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _run(compiler: str, isa: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         compiled = Path(scratch) / path.name
         command = [compiler, *FLAGS, *ISAS[isa][0], "-o", str(compiled), str(SOURCES / MAIN)]

@@ -1,7 +1,10 @@
 """Compiling: once for each source and isa, and never without saying why not."""
 
 import os
+import subprocess
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,34 @@ ISA = next(iter(build.supported_isas()), None)
 pytestmark = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2")
 
 
+@pytest.fixture
+def small_source(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that compiles at once in place of the kernels, which other tests compile and load."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / build.MAIN).write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(build, "SOURCES", folder)
+
+
+@pytest.mark.usefixtures("small_source")
+def test_those_that_start_together_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ISA is not None
+    made, compiled, run = [], [], subprocess.run
+
+    def counted(command: list[str], **options: Any) -> Any:
+        compiled.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    threads = [threading.Thread(target=lambda: made.append(build.library(ISA, tmp_path))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4
+    assert len(set(made)) == len(compiled) == 1
+
+
+@pytest.mark.usefixtures("small_source")
 def test_the_second_one_finds_what_the_first_one_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ISA is not None
     made = build.library(ISA, tmp_path)
