@@ -2,7 +2,7 @@
 
 Real servers of a tiny model on this machine, faults by signals, by resets, and by code put into the server from outside
 (injection/). Rows go to results/faults.json; exit code 1 where something leaked or was otherwise than it should.
-ONLY="requests steps processes instrument" picks groups of faults.
+ONLY="requests steps processes caches instrument" picks groups of faults.
 """
 
 import json
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tests.perf.faults.cache_faults import interleavings
 from tests.perf.faults.engine_faults import STEP_FAULTS, request_faults
 from tests.perf.faults.instrument_faults import full_disk
 from tests.perf.faults.process_faults import PROCESS_FAULTS
@@ -30,6 +31,7 @@ GROUPS: dict[str, Sequence[Fault]] = {
     "requests": (request_faults,),
     "steps": STEP_FAULTS,
     "processes": PROCESS_FAULTS,
+    "caches": (interleavings,),
     "instrument": (full_disk,),
 }
 
