@@ -106,6 +106,9 @@ class MMInputRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
     features: str = ""
     grid: tuple[int, int, int] = (0, 0, 0)  # M-RoPE: frames, rows and columns of its embeddings
     seconds_per_frame: float = 0.0  # M-RoPE: between two frames of the grid of a video
+    # The bidirectional inputs of a prompt also attend to each other: all tokens from the first one to the end of the
+    # last are computed in one step, and prompts share none of them unless they have the same ones.
+    joint: bool = False
 
 
 class UnplacedInput(msgspec.Struct, array_like=True, frozen=True, gc=False):

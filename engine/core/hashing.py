@@ -25,12 +25,34 @@ def root_hash(cache_salt: str = "", adapter: str = "") -> bytes:
     return blake2b(framed, digest_size=HASH_BYTES).digest()
 
 
-def mm_block_keys(mm_inputs: Sequence[MMInputRef], block_size: int) -> dict[int, bytes]:
+def joint_range(mm_inputs: Sequence[MMInputRef]) -> tuple[int, int] | None:
+    """The first token of several inputs that attend to each other, and the end of the last one; None without them."""
+    if len(mm_inputs) < 2 or not mm_inputs[0].joint:
+        return None
+    return mm_inputs[0].offset, mm_inputs[-1].offset + mm_inputs[-1].length
+
+
+def mm_block_keys(
+    mm_inputs: Sequence[MMInputRef], block_size: int, tokens: bytes | memoryview = b""
+) -> dict[int, bytes]:
     """What multimodal inputs add to the hash of each block: the hash, offset from the block's start and length of each.
 
-    The length is included because a front end may use one hash for inputs of two lengths.
+    The length is included because a front end may use one hash for inputs of two lengths. The first block of joint
+    inputs depends on all of them and on the text between them, which the later ones see.
+
+    Args:
+        mm_inputs: by offset.
+        block_size: tokens of a block.
+        tokens: int32, of the prompt; used for joint inputs.
     """
     keys: dict[int, bytes] = {}
+    if (joint := joint_range(mm_inputs)) is not None:
+        begin, end = joint
+        state = blake2b(memoryview(tokens)[begin * TOKEN_BYTES : end * TOKEN_BYTES], digest_size=HASH_BYTES)
+        for mm_input in mm_inputs:
+            place = mm_input.offset - begin, mm_input.length, len(mm_input.hash)
+            state.update(b"".join(number.to_bytes(8, "little") for number in place) + mm_input.hash)
+        keys[begin // block_size] = state.digest()
     for mm_input in mm_inputs:
         framed = len(mm_input.hash).to_bytes(4, "little") + mm_input.hash
         length = mm_input.length.to_bytes(8, "little")

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from engine.config import ResolvedConfig
+from engine.core.hashing import joint_range
 from engine.core.request import Request
 from engine.messages import MMInputRef
 
@@ -157,10 +158,27 @@ class EncoderCacheManager:
                 )
         sizes = {self._cache_key(request, n): mm_input.length for n, mm_input in enumerate(request.message.mm_inputs)}
         total = sum(sizes.values())
+        if (joint := joint_range(request.message.mm_inputs)) is not None:
+            return self._joint_error(joint[1] - joint[0], len(request.message.mm_inputs), total)
         if self._whole_prompts and total > self.cache.capacity:
             return (
                 f"the multimodal inputs have {total} embeddings; without chunking all are needed in one step, and the "
                 f"encoder cache has room for {self.cache.capacity} (--max-num-batched-tokens)"
+            )
+        return None
+
+    def _joint_error(self, tokens: int, count: int, embeddings: int) -> str | None:
+        """Why inputs that attend to each other can't be computed in one step; None if they can."""
+        if tokens > self._budget:
+            return (
+                f"the {count} multimodal inputs span {tokens} tokens: they attend to each other, so they must be "
+                f"computed in one step, which computes at most {self._budget} (--max-num-batched-tokens)"
+            )
+        if embeddings > self.cache.capacity:
+            return (
+                f"the {count} multimodal inputs have {embeddings} embeddings: they attend to each other, so all are "
+                f"needed in one step, and the encoder cache has room for {self.cache.capacity} "
+                "(--max-num-batched-tokens)"
             )
         return None
 
@@ -194,8 +212,11 @@ class EncoderCacheManager:
         """How many of the `count` tokens from position `start` on the next step can compute.
 
         They end before the first input whose embeddings don't fit into the cache, or before a bidirectional input that
-        would be split.
+        would be split. Joint inputs are like one input.
         """
+        joint = joint_range(request.message.mm_inputs)
+        if joint is not None and joint[0] < start + count < joint[1]:
+            return max(joint[0] - start, 0)
         held = self._held.get(request.handle, {})
         new: dict[bytes, int] = {}  # sizes of inputs that nothing references yet
         for index, mm_input in _overlapping(request.message.mm_inputs, start, start + count):
@@ -204,7 +225,7 @@ class EncoderCacheManager:
             if index not in held and key not in self.cache.references:
                 new[key] = mm_input.length
             if split or not self.cache.can_allocate(sum(new.values())):
-                return max(mm_input.offset - start, 0)
+                return max((joint[0] if joint else mm_input.offset) - start, 0)
         return count
 
     def schedule_inputs(self, request: Request, start: int, count: int) -> None:

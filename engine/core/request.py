@@ -50,5 +50,5 @@ class Request:
     def hash_prompt(self, block_size: int) -> None:
         """Hash all full blocks of the prompt; called on the input thread."""
         if self.message.mm_inputs:
-            self.mm_block_keys = mm_block_keys(self.message.mm_inputs, block_size)
+            self.mm_block_keys = mm_block_keys(self.message.mm_inputs, block_size, self.message.prompt)
         extend_hashes(self.block_hashes, self.hash_root, self.message.prompt, block_size, self.mm_block_keys)

@@ -36,13 +36,16 @@ class CachedInput:
 class PreparedInput:
     """A processed input of a request. Its features stay in the cache until `release`, or as long as this object."""
 
-    __slots__ = ("_cache", "_cached", "bidirectional", "kind")
+    __slots__ = ("_cache", "_cached", "bidirectional", "joint", "kind")
 
-    def __init__(self, cache: "FeatureCache", cached: CachedInput, kind: MediaKind, *, bidirectional: bool):
+    def __init__(
+        self, cache: "FeatureCache", cached: CachedInput, kind: MediaKind, *, bidirectional: bool, joint: bool = False
+    ):
         self._cache = cache
         self._cached: CachedInput | None = cached
         self.kind = kind
         self.bidirectional = bidirectional
+        self.joint = joint
         cached.users += 1
 
     @property
@@ -77,7 +80,7 @@ class PreparedInput:
         processed = self.cached.processed
         return MMInputRef(
             self.hash, offset, len(processed.tokens), self.bidirectional, features, processed.grid,
-            processed.seconds_per_frame,
+            processed.seconds_per_frame, self.joint,
         )  # fmt: skip
 
     def release(self) -> None:
@@ -199,10 +202,10 @@ class FeatureCache:
         """An input was looked up that is processed just now."""
         self._counters.add("hits")
 
-    def use(self, cached: CachedInput, kind: MediaKind, *, bidirectional: bool) -> PreparedInput:
+    def use(self, cached: CachedInput, kind: MediaKind, *, bidirectional: bool, joint: bool = False) -> PreparedInput:
         """Keep an entry for a request."""
         self._unused.pop(cached.hash, None)
-        return PreparedInput(self, cached, kind, bidirectional=bidirectional)
+        return PreparedInput(self, cached, kind, bidirectional=bidirectional, joint=joint)
 
     def new_path(self) -> str:
         """The path of a new file, for the process that writes it."""

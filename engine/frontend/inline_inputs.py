@@ -57,6 +57,7 @@ class InlineInputs:
         self._texts = {kind: text for kind, text in written.items() if text}
         family = MM_FAMILIES.get(spec.family)
         self._bidirectional = family.bidirectional if family else ()
+        self._joint = family is not None and family.joint
 
     def load(self) -> None:
         """Make the processor now, rather than for the first input."""
@@ -88,7 +89,7 @@ class InlineInputs:
         write_features(path, processed.tensors)
         ref = MMInputRef(
             content, -1, len(processed.tokens), given.kind in self._bidirectional, path, processed.grid,
-            processed.seconds_per_frame,
+            processed.seconds_per_frame, self._joint,
         )  # fmt: skip
         tokens = column(processed.tokens)
         return UnplacedInput(given.kind, tokens, processed.before, processed.after), ref

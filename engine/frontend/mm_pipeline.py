@@ -103,6 +103,7 @@ class MMPipeline:
         self._in_progress: dict[bytes, _InProgress] = {}
         family = MM_FAMILIES.get(spec.family)
         self._bidirectional = family.bidirectional if family else ()
+        self._joint = family is not None and family.joint
 
     @classmethod
     def make(
@@ -175,7 +176,7 @@ class MMPipeline:
                 del self._in_progress[content]
 
     def _use(self, cached: CachedInput, kind: MediaKind) -> PreparedInput:
-        return self.cache.use(cached, kind, bidirectional=kind in self._bidirectional)
+        return self.cache.use(cached, kind, bidirectional=kind in self._bidirectional, joint=self._joint)
 
     def check_kind(self, kind: MediaKind) -> None:
         """Raise RequestError for a kind that the model doesn't take."""

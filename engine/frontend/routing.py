@@ -40,8 +40,9 @@ def prompt_block_hashes(
     placed = [one for one in placed_inputs(inputs) if one.offset >= 0]
     if len(placed) == len(inputs):
         root = root_hash(options.cache_salt, options.adapter)
-        keys = mm_block_keys([one.input.ref_at(one.offset) for one in placed], block_size) if placed else NO_KEYS
-        extend_hashes(hashes, root, column(prompt), block_size, keys)
+        tokens = column(prompt)
+        refs = [one.input.ref_at(one.offset) for one in placed]
+        extend_hashes(hashes, root, tokens, block_size, mm_block_keys(refs, block_size, tokens) if refs else NO_KEYS)
     return hashes
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
 from engine.multimodal.families import MM_FAMILIES, MMFamily, embedding_ids, placeholder_ids
 from engine.multimodal.types import MMSpec
 
@@ -25,7 +24,7 @@ class MMFacts:
         embedding_ids: tokens that stand for an embedding within the tokens of an input.
         embedding_bytes: of one token in the encoder cache, with the features that are added to later layers.
         encoder_workspace: bytes that the encoder of the largest input needs besides its weights; an estimate.
-        unsplit_tokens: the most tokens of an input that is computed in one step; 0: all inputs can be split.
+        unsplit_tokens: the most tokens of inputs that are computed in one step; 0: all inputs can be split.
         encoder_parameters: number of parameters outside the decoder and the head.
     """
 
@@ -59,6 +58,8 @@ def read_mm_facts(
     if family is None:
         return None
     folder = path if path.is_dir() else path.parent
+    kinds = set(map(str, family.placeholders))
+    limits = {kind: number for kind, number in per_prompt.items() if kind in kinds}
     processor = importlib.import_module(f"engine.multimodal.processors.{family.processor}").make(folder, hf_config)
     most: dict[str, int] = {
         kind: min(int(processor.most_tokens(kind, options)), longest) if per_prompt.get(kind) != 0 else 0
@@ -75,28 +76,25 @@ def read_mm_facts(
             hf_config.model_type,
             dict[str, int](placeholder_ids(family, hf_config).items()),
             most,
-            _per_prompt(family, per_prompt),
+            limits,
             getattr(text_config, "additional_vocab_size", None) or 0,
         ),
         embedding_ids(family, hf_config),
         layers * hidden * itemsize,
         _encoder_workspace(hf_config, encoded, itemsize) + max(most.values()) * layers * hidden * itemsize,
-        max((most[kind] for kind in family.bidirectional), default=0),
+        _unsplit_tokens(family, most, limits, longest),
     )
 
 
-def _per_prompt(family: MMFamily, limits: Mapping[str, int]) -> dict[str, int]:
-    """The most inputs of a prompt, by kind. Raises ConfigError for a limit that the family can't have."""
-    own: dict[str, int] = {kind: number for kind, number in limits.items() if kind in family.placeholders}
+def _unsplit_tokens(family: MMFamily, most: Mapping[str, int], limits: Mapping[str, int], longest: int) -> int:
+    """The most tokens that must be computed in one step: of one input, or of all inputs of a prompt that are joint.
+
+    Without a limit, prompts with more than one joint input are taken as far as steps have room for them.
+    """
+    kinds = [kind for kind in family.bidirectional if most.get(kind)]
     if not family.joint:
-        return own
-    for kind, number in own.items():
-        if number > 1:
-            raise ConfigError(
-                f"--limit-mm-per-prompt {kind}={number}: this model takes one per prompt, since its inputs attend to "
-                "each other"
-            )
-    return {kind: own.get(kind, 1) for kind in map(str, family.placeholders)}
+        return max((most[kind] for kind in kinds), default=0)
+    return min(longest, max((most[kind] * limits.get(kind, 1) for kind in kinds), default=0))
 
 
 def _encoder_workspace(hf_config: Any, tokens: int, itemsize: int) -> int:

@@ -25,8 +25,8 @@ class MMFamily:
         embedding_ids: fields of config.json with the ids of the tokens that stand for an embedding within the tokens of
             an input; empty: those of `placeholders`.
         bidirectional: kinds whose placeholders attend to each other, so that an input is computed in one step.
-        joint: all tokens of an input attend to each other, markers included, and so would those of several inputs. A
-            prompt has at most one: its prefix could not be shared with prompts that go on with another input.
+        joint: all tokens of an input attend to each other, markers included, and so do those of several inputs. They
+            are computed in one step, and prompts that begin with the same input and go on with another share none.
         mrope: rotary positions have three sections (time, height, width).
         deepstack: the encoder also returns features that are added to the hidden states after the first layers.
         added: its embeddings are added to those of their tokens, in place of which other families put them.

@@ -22,8 +22,12 @@ def request(sequence: int, *mm_inputs: MMInputRef, prompt_len: int = 40) -> Requ
     return made
 
 
-def image(name: str, offset: int, length: int = 4, bidirectional: bool = False) -> MMInputRef:
-    return MMInputRef(name.encode(), offset, length, bidirectional)
+def image(name: str, offset: int, length: int = 4, bidirectional: bool = False, joint: bool = False) -> MMInputRef:
+    return MMInputRef(name.encode(), offset, length, bidirectional, joint=joint)
+
+
+def joint_image(name: str, offset: int, length: int = 4) -> MMInputRef:
+    return image(name, offset, length, bidirectional=True, joint=True)
 
 
 def chunk(manager: EncoderCacheManager, one: Request, start: int, count: int) -> int:
@@ -135,6 +139,25 @@ def test_a_bidirectional_item_is_not_split():
     assert manager.num_schedulable_tokens(one, 5, 6) == 6
 
 
+def test_joint_inputs_and_the_text_between_them_are_not_split():
+    manager, one = EncoderCacheManager(16, BUDGET), request(1, joint_image("a", 3), joint_image("b", 10))
+    assert manager.num_schedulable_tokens(one, 0, 2) == 2
+    assert [manager.num_schedulable_tokens(one, 0, count) for count in (5, 9, 12, 13)] == [3, 3, 3, 3]
+    assert manager.num_schedulable_tokens(one, 0, 14) == 14
+    assert manager.num_schedulable_tokens(one, 3, 10) == 0
+    assert manager.num_schedulable_tokens(one, 8, 2) == 0, "a prefix hit ends between them: the rest is one piece"
+    assert manager.num_schedulable_tokens(one, 8, 6) == 6
+    assert manager.num_schedulable_tokens(one, 14, 5) == 5
+
+
+def test_joint_inputs_wait_until_all_of_them_fit():
+    manager, one = EncoderCacheManager(8, BUDGET), request(1, joint_image("a", 3), joint_image("b", 10))
+    assert chunk(manager, request(2, image("c", 0, 4)), 0, 3) == 3
+    assert chunk(manager, one, 0, 20) == 3, "only one of them would fit"
+    manager.free_request(request(2))
+    manager.take_step_changes()
+
+
 def test_an_item_that_the_prefix_cache_covers_is_never_encoded():
     manager, one = EncoderCacheManager(8, BUDGET), request(1, image("a", 3, 4), image("b", 10, 4))
     assert chunk(manager, one, 8, 20) == 20
@@ -160,6 +183,8 @@ def test_a_preempted_request_gives_its_items_back():
             {"budget": 6},
             "multimodal input 0 spans 7 tokens that must be computed in one step",
         ),
+        ([joint_image("a", 0, 4), joint_image("b", 9, 4)], {"budget": 12}, "the 2 multimodal inputs span 13 tokens"),
+        ([joint_image("a", 0, 5), joint_image("b", 9, 5)], {}, "the 2 multimodal inputs have 10 embeddings"),
         ([image("a", 38, 4)], {}, "inputs must follow each other within the prompt of 40 tokens"),
         ([image("a", 2, 4), image("b", 4, 4)], {}, "multimodal input 1 claims tokens 4 to 7"),
         ([image("a", 2, 0)], {}, "multimodal input 0 claims"),
@@ -184,8 +209,27 @@ def test_what_can_be_served_is_not_refused():
 
 def hashes(*mm_inputs: MMInputRef) -> list[bytes]:
     found: list[bytes] = []
-    extend_hashes(found, root_hash(), column([7] * 16), 4, mm_block_keys(mm_inputs, 4))
+    tokens = column([7] * 16)
+    extend_hashes(found, root_hash(), tokens, 4, mm_block_keys(mm_inputs, 4, tokens))
     return found
+
+
+def test_the_first_of_joint_images_is_shared_only_with_all_of_them_and_the_text_between():
+    first, second = joint_image("a", 5, 2), joint_image("b", 12, 2)
+    both = hashes(first, second)
+    assert both[0] == hashes()[0] == hashes(first)[0], "before the image all is the same"
+    assert hashes(image("a", 5, 2))[1] == hashes(first)[1], "one image is like any other"
+    others = [
+        (first,),
+        (first, joint_image("c", 12, 2)),
+        (first, joint_image("b", 13, 2)),
+        (first, second, joint_image("b", 14, 2)),
+    ]
+    assert all(hashes(*other)[1] != both[1] for other in others)
+    tokens = column([7] * 10 + [8] + [7] * 5)
+    assert mm_block_keys((first, second), 4, tokens)[1] != mm_block_keys((first, second), 4, column([7] * 16))[1]
+    later = column([7] * 15 + [8])
+    assert mm_block_keys((first, second), 4, later) == mm_block_keys((first, second), 4, column([7] * 16))
 
 
 def test_blocks_are_shared_only_under_the_same_image_at_the_same_place():

@@ -12,6 +12,7 @@ import msgspec
 from safetensors.numpy import save_file
 
 from engine.config import EngineConfig, ResolvedConfig
+from engine.core.hashing import joint_range
 from engine.memory import resolve
 from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage
 from engine.model.model_info import read_hf_config, read_model_info
@@ -39,6 +40,11 @@ class MMRequest(Request):
     def key(self, end: int) -> tuple[int, ...]:
         """See `Request.key`: the inputs that begin before `end` are part of it."""
         within = tuple(hash((one.hash, one.offset)) for one in self.inputs if one.offset < end)
+        joint = joint_range(self.inputs)
+        if joint is not None and joint[0] < end:  # the first one depends on the others, and on the text between them
+            begin, last = joint
+            others = [(one.hash, one.offset) for one in self.inputs]
+            within = (*within, hash((*others, *self.prompt[begin:last])))
         return (*within, *Request.key(self, end))
 
 
@@ -64,6 +70,10 @@ class MMDriver(Driver):
     def _fitting(self, request: Request, count: int) -> int:
         assert isinstance(request, MMRequest)
         start, end = request.computed, request.computed + count
+        joint = joint_range(request.inputs)
+        if joint is not None and joint[0] < end < joint[1]:
+            # All of them and the text between them are one piece.
+            return (joint[0] if joint[0] > start else joint[1]) - start
         for one in request.inputs:
             if one.bidirectional and one.offset < end < one.offset + one.length:
                 last = one.offset + one.length
@@ -117,6 +127,7 @@ class Prompts:
         module = importlib.import_module(f"engine.multimodal.processors.{family.processor}")
         self._processor = module.make(folder, hf_config)
         self._bidirectional = model.kind in family.bidirectional
+        self._joint = family.joint
         self._special = set(embedding_ids(family, hf_config))
         self._special |= {token for number in range(3) for token in self._process(number).tokens}
 
@@ -141,7 +152,7 @@ class Prompts:
             inputs.append(
                 MMInputRef(
                     key, len(prompt), len(found.tokens), self._bidirectional, str(file), found.grid,
-                    found.seconds_per_frame,
+                    found.seconds_per_frame, self._joint,
                 )
             )  # fmt: skip
             prompt += found.tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RequestError
+from engine.errors import RequestError
 from engine.frontend.prompts import check_prompt
 from engine.messages import Sampling
 from engine.model.model_info import read_model_info
@@ -52,15 +52,18 @@ def test_front_ends_know_them(tmp_path: Path) -> None:
         check_prompt([1, VOCAB + 16], 10, VOCAB + mm.spec.extra_tokens)
 
 
-def test_molmo_2_takes_one_image_a_prompt(tmp_path: Path) -> None:
-    """The tokens of all images would attend to each other: no prefix could be shared between different ones."""
+def test_several_images_of_molmo_2_are_computed_in_one_step(tmp_path: Path) -> None:
+    """Their tokens attend to each other: with a limit for a prompt, steps have room for as many."""
     mm_models_molmo.build_molmo2(tmp_path, {})
     mm = read_model_info(EngineConfig(model=str(tmp_path))).mm
     assert mm is not None
-    assert mm.spec.per_prompt == {"image": 1}
+    assert mm.spec.per_prompt == {}
     assert mm.unsplit_tokens == mm.spec.most_tokens["image"]
     none = read_model_info(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="image=0")).mm
     assert none is not None
     assert none.spec.per_prompt == {"image": 0}
-    with pytest.raises(ConfigError, match="image=2: this model takes one per prompt"):
-        read_model_info(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="image=2"))
+    assert none.unsplit_tokens == 0
+    two = read_model_info(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="image=2")).mm
+    assert two is not None
+    assert two.spec.per_prompt == {"image": 2}
+    assert two.unsplit_tokens == 2 * mm.spec.most_tokens["image"]
