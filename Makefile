@@ -168,6 +168,10 @@ train-vision: $(VENV)/installed-dev  ## Tower and connector of smollm2-135m-visi
 eval-vision: $(VENV)/installed-dev  ## Held-out questions with own and exchanged pictures, over HTTP: results/eval-vision.json
 	$(BIN)/python -m tests.perf.eval_vision
 
+.PHONY: bench-vision
+bench-vision: install  ## Images on V1, V0 and vLLM, offline throughput by repeats: results/bench-vision
+	$(BIN)/python -m tests.perf.bench_vision
+
 .PHONY: bench-mm-stall
 bench-mm-stall: install  ## Decode steps while pictures are processed, V1 and V0; pictures/s of the pool: docs/figures/bench-mm-stall.png
 	$(BIN)/python -m tests.perf.bench_mm_stall

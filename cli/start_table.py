@@ -26,6 +26,7 @@ def show_start(console: Console, engine: Any) -> None:
         *((line.what, human_bytes(line.bytes), line.flag) for line in ready.memory),
         ("KV cache blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens each", "--block-size"),
         *kv_groups(ready),
+        *inputs(engine),
         ("maximum request length", f"{ready.max_model_len:,} tokens", "--max-model-len"),
         ("requests of that length", f"{ready.sequences:,} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
         ("running requests", f"at most {ready.max_num_seqs:,}", "--max-num-seqs"),
@@ -53,6 +54,17 @@ def replicas(config: EngineConfig) -> list[tuple[str, str, str]]:
     if count == 1:
         return []
     return [("replicas", f"{count}, routing {config.routing}; the values below are per replica", "--dp, --routing")]
+
+
+def inputs(engine: Any) -> list[tuple[str, str, str]]:
+    """Lines for how multimodal inputs are processed, if the model takes any and the core does not process them."""
+    if engine.mm is None:
+        return []
+    processes, size = engine.mm.processes, engine.mm.cache_bytes
+    return [
+        ("feature cache", f"at most {human_bytes(size)} of shared memory" if size else "off", "--mm-cache-gb"),
+        ("processing of inputs", f"{processes} process{'es' if processes > 1 else ''}", "--mm-processors"),
+    ]
 
 
 def quantized(ready: Any) -> list[tuple[str, str, str]]:

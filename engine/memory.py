@@ -62,7 +62,8 @@ def resolve(
     Raises OutOfMemoryError if one request of max-model-len does not fit; the message has flags and values that work.
     """
     machine = machine or machine_for(config)
-    max_num_seqs, budget = _batch_sizes(config, model_info, machine.defaults)
+    batch = _batch_sizes(config, model_info, machine.defaults)
+    max_num_seqs, budget = batch
     block_size = config.block_size or machine.defaults.block_size
     ranks, warnings = config.tensor_parallel_size, list(model_info.warnings)
     if ranks == 1:
@@ -89,21 +90,7 @@ def resolve(
         num_blocks = min(memory.kv_cache // memory.block, max_num_seqs * per_request + 1)
     if num_blocks < per_request + 1:
         raise OutOfMemoryError(_too_little(config, model_info, num_blocks, budget, block_size, memory))
-    resolved = ResolvedConfig(
-        max_model_len=model_info.max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        kv_windows=model_info.kv_groups.windows,
-        enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.ablations,
-        encoder_cache_tokens=encoder_cache_tokens,
-        scheduling_policy=config.scheduling_policy,
-        ablations=config.ablations,
-        scheduler_steps=config.num_scheduler_steps or 1,
-        draft_tokens=config.num_speculative_tokens if config.speculative else 0,
-        tile_table=machine.tile_table,
-    )
+    resolved = _resolved(config, model_info, machine, batch, num_blocks, encoder_cache_tokens)
     lines = (
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
@@ -114,6 +101,32 @@ def resolve(
     warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs)
     return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences)
+
+
+def _resolved(
+    config: EngineConfig,
+    model_info: ModelInfo,
+    machine: Machine,
+    batch: tuple[int, int],
+    num_blocks: int,
+    encoder_cache_tokens: int,
+) -> ResolvedConfig:
+    """The configuration of one replica; `batch` has its requests and its tokens of a step."""
+    return ResolvedConfig(
+        max_model_len=model_info.max_model_len,
+        max_num_seqs=batch[0],
+        max_num_batched_tokens=batch[1],
+        block_size=config.block_size or machine.defaults.block_size,
+        num_blocks=num_blocks,
+        kv_windows=model_info.kv_groups.windows,
+        enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.ablations,
+        encoder_cache_tokens=encoder_cache_tokens,
+        scheduling_policy=config.scheduling_policy,
+        ablations=config.ablations,
+        scheduler_steps=config.num_scheduler_steps or 1,
+        draft_tokens=config.num_speculative_tokens if config.speculative else 0,
+        tile_table=machine.tile_table,
+    )
 
 
 def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int, dtype: str) -> list[MemoryLine]:

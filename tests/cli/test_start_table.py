@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cli.start_table import quantized, show_start
+from cli.start_table import inputs, quantized, show_start
 from engine.config import EngineConfig
 from engine.messages import Ready
 
@@ -35,8 +35,21 @@ def test_the_table_shows_them() -> None:
         config=EngineConfig(model="m"),
         generation=SimpleNamespace(sampling={}),
         warnings=(),
+        mm=None,
     )
     show_start(console, engine)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "linear layers" in text
     assert "--kv-cache-dtype" in text
+
+
+@pytest.mark.parametrize(
+    ("mm", "lines"),
+    [
+        (None, []),
+        (SimpleNamespace(processes=1, cache_bytes=4 << 30), ["at most 4.0 GiB of shared memory", "1 process"]),
+        (SimpleNamespace(processes=2, cache_bytes=0), ["off", "2 processes"]),
+    ],
+)
+def test_the_table_shows_how_inputs_are_processed(mm: Any, lines: list[str]) -> None:
+    assert [value for _, value, _ in inputs(SimpleNamespace(mm=mm))] == lines
