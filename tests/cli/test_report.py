@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "results" / "demo", TWO, DEMO)
+    """Without the requests of each load point, which most of the figures are drawn from."""
+    folder = write_run(tmp_path / "results" / "demo", TWO, DEMO)
+    shutil.rmtree(folder / "requests")
+    return folder
 
 
 @pytest.mark.usefixtures("demo")
@@ -45,6 +49,7 @@ def test_an_ablation_has_a_row_for_each_part(tmp_path: Path, capsys: pytest.Capt
     files = RunFiles(folder)
     summary = files.read_summary()
     summary.configurations["full-state"]["serve"] = {"ablate": "full-state"}
+    shutil.rmtree(folder / "requests")
     files.write_summary(summary)
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
@@ -57,6 +62,7 @@ def test_an_ablation_has_a_row_for_each_part(tmp_path: Path, capsys: pytest.Capt
 def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names with brackets and colons would mean styles and pictures to rich."""
     folder = write_run(tmp_path / "run", {"[/x]": Server(5), "v1 [bold]": Server(4)}, {"a [red] :fire:": 1.0})
+    shutil.rmtree(folder / "requests")
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
     table = said.partition("sustains")[0]

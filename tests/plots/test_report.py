@@ -199,7 +199,9 @@ def test_file_names_of_workloads() -> None:
     assert [slug(name) for name in ("500/2000", *DEMO, "…")] == ["500-2000", "shared-prefix-448-64-32", "workload"]
 
 
-def test_what_is_no_clean_measurement_is_listed(demo: Path) -> None:
+def test_what_is_no_clean_measurement_is_listed(points_only: Path) -> None:
+    demo = points_only
+
     def spoil(p: PointRecord) -> PointRecord:
         if p.phase == "confirm":
             return replace(p, valid=False, sustained=None, reason="the generator was the bottleneck: CPU share 97 %")
