@@ -7,6 +7,7 @@ threads then number one for each worker and do not compete, and neither do the p
 import gc
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
@@ -22,7 +23,9 @@ from hypothesis import settings  # noqa: E402
 
 from bench.loadgen import recording  # noqa: E402
 from bench.measurement import machine  # noqa: E402
+from engine import children  # noqa: E402
 from engine.host import cores  # noqa: E402
+from tests.engine.fork_server import ForkServer  # noqa: E402
 
 # Examples have no time limit: a busy machine would exceed it.
 settings.register_profile("no-deadline", parent=settings(), deadline=None)
@@ -51,7 +54,9 @@ SLOW = (
     "engine/model/checkpoints/test_mistral_tensors.py",
     "engine/model/test_kv_groups.py", "engine/worker/test_driver_broadcast.py",
     "engine/worker/test_prompt_logprobs.py", "engine/kernels/triton/test_attention.py",
-    "engine/worker/test_device_runner.py", "engine/worker/test_triton_backend.py",
+    "engine/worker/test_device_runner.py", "engine/worker/test_graphs.py", "engine/worker/test_triton_products.py",
+    "engine/worker/test_triton_backend.py", "engine/test_documented_python.py", "cli/test_lora_served.py",
+    "engine/kernels/cpu/test_stack.py", "engine/model/lora/test_lora_packing.py",
     "engine/worker/test_triton_stack.py", "engine/worker/test_device_ranks.py",
     "engine/worker/test_device_rank_processes.py", "engine/worker/test_device_loading.py",
     "engine/worker/test_device_families.py", "engine/worker/test_rank_graphs.py",
@@ -78,6 +83,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="make test-triton runs it"))
     if WORKER is not None:
         items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.fixture(scope="session")
+def forked_children() -> Iterator[None]:
+    """Cores and ranks that a test starts from its own process are forked from one that has imported torch.
+
+    Those of `redline serve` start as for users.
+    """
+    server = ForkServer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children, "spawn", server.spawn)
+        yield
+    server.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

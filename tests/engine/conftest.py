@@ -1,18 +1,16 @@
 """Starts executors for the tests of the worker and ends them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine import children
 from engine.config import EngineConfig
 from engine.memory import resolve
 from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
-from tests.engine.fork_server import ForkServer
 from tests.engine.worker.driver import Driver
 
 
@@ -34,16 +32,6 @@ def make_driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
     return make
 
 
-@pytest.fixture(scope="session")
-def fork_server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _forked_children(fork_server: ForkServer) -> Iterator[None]:
-    """Ranks and cores of these tests are forked; to start one takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(children, "spawn", fork_server.spawn)
-        yield
+def _forked_children(forked_children: None) -> None:
+    """For all tests of the engine."""
