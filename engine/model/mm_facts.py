@@ -42,7 +42,13 @@ class MMFacts:
 
 
 def read_mm_facts(
-    path: Path, hf_config: Any, itemsize: int, longest: int, options: Mapping[str, Any], per_prompt: Mapping[str, int]
+    path: Path,
+    hf_config: Any,
+    itemsize: int,
+    longest: int,
+    options: Mapping[str, Any],
+    per_prompt: Mapping[str, int],
+    video_frames: int,
 ) -> MMFacts | None:
     """The facts about the inputs of a model; None if it takes texts only.
 
@@ -53,6 +59,7 @@ def read_mm_facts(
         longest: tokens of a request at most; none has an input with more.
         options: those of --mm-processor-kwargs.
         per_prompt: --limit-mm-per-prompt.
+        video_frames: --video-frames.
     """
     family = MM_FAMILIES.get(hf_config.model_type)
     if family is None:
@@ -61,8 +68,11 @@ def read_mm_facts(
     kinds = set(map(str, family.placeholders))
     limits = {kind: number for kind, number in per_prompt.items() if kind in kinds}
     processor = importlib.import_module(f"engine.multimodal.processors.{family.processor}").make(folder, hf_config)
+    frames = {"video": (video_frames,)}
     most: dict[str, int] = {
-        kind: min(int(processor.most_tokens(kind, options)), longest) if per_prompt.get(kind) != 0 else 0
+        kind: min(int(processor.most_tokens(kind, options, *frames.get(kind, ()))), longest)
+        if per_prompt.get(kind) != 0
+        else 0
         for kind in family.placeholders
     }
     # Videos are encoded in parts, so that an encoder has fewer embeddings at once than the input.

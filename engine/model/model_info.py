@@ -98,7 +98,9 @@ def _mm_facts(config: EngineConfig, path: Path, hf_config: Any, dtype: str, leng
     """The facts about the inputs of a model; None if it takes texts only."""
     options = config.mm_processor_kwargs or {}
     assert not isinstance(options, str), "EngineConfig has read the JSON text"
-    facts = read_mm_facts(path, hf_config, ITEMSIZE[dtype], length, options, config.per_prompt)
+    facts = read_mm_facts(
+        path, hf_config, ITEMSIZE[dtype], length, options, config.per_prompt, config.media_options.limits.video_frames
+    )
     if facts is None:
         return None
     outside = [math.prod(shape) for name, shape in _composite_shapes(hf_config).items() if "/" in name]

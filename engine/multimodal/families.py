@@ -43,6 +43,8 @@ class MMFamily:
     added: bool = False
 
 
+# Frames of a video that an encoder of images takes at once.
+FRAMES_AT_ONCE = 8
 # Patches of a video that the encoder of a Qwen-VL model takes at once, if a frame doesn't have more.
 PATCHES_AT_ONCE = 4096
 QWEN_VL: dict[MediaKind, str] = {"image": "image_token_id", "video": "video_token_id"}
@@ -51,7 +53,9 @@ QWEN_VL: dict[MediaKind, str] = {"image": "image_token_id", "video": "video_toke
 MM_FAMILIES: dict[str, MMFamily] = {
     "llava": MMFamily({"image": "image_token_index"}, "llava", "llava"),  # also Pixtral, by the type of its tower
     "llava_next": MMFamily({"image": "image_token_index"}, "llava_next", "llava_next"),
-    "llava_onevision": MMFamily({"image": "image_token_index"}, "llava_onevision", "llava_onevision"),
+    "llava_onevision": MMFamily(
+        {"image": "image_token_index", "video": "video_token_index"}, "llava_onevision", "llava_onevision"
+    ),
     "mistral3": MMFamily({"image": "image_token_index"}, "pixtral", "mistral3"),
     "qwen2_audio": MMFamily({"audio": "audio_token_index"}, "qwen2_audio", "qwen2_audio"),
     "voxtral": MMFamily({"audio": "audio_token_id"}, "voxtral", "voxtral"),

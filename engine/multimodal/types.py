@@ -75,6 +75,7 @@ class Processor(Protocol):
         """The most tokens of one input of a kind: the length of `Processed.tokens` for the largest input.
 
         The EngineCore's process asks for it at the start, with the options of `--mm-processor-kwargs`, to size the
-        encoder cache. It also needs no media: it follows from the processor's limits on sizes.
+        encoder cache. It also needs no media: it follows from the processor's limits on sizes. Families with videos
+        take `frames` as well, the most frames of a video.
         """
         ...

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.multimodal.processors.qwen_vision import QwenVision, load_qwen_vision
+from engine.multimodal.processors.video_frames import VIDEO_FRAMES
 from engine.multimodal.types import MediaKind, Processed, Processor, Video
 
 SQUARE = 28  # pixels of the square of merged patches for which transformers' defaults are
@@ -38,9 +39,9 @@ class Qwen2VLProcessor:
         frames, rows, columns = patches.merged
         return Processed([token] * (frames * rows * columns), patches.tensors, patches.merged, seconds)
 
-    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any], frames: int = VIDEO_FRAMES) -> int:
         """See `Processor`."""
-        return self._vision.most_embeddings(kind, options)
+        return self._vision.most_embeddings(kind, options, frames)
 
     def most_at_once(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
         """The most embeddings that the encoder computes at once: those of an image, or of some frames of a video."""

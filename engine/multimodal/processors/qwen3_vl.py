@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.multimodal.processors.qwen_vision import VIDEO_FRAMES, QwenVision, load_qwen_vision
+from engine.multimodal.processors.qwen_vision import QwenVision, load_qwen_vision
 from engine.multimodal.processors.texts import text_encoder
+from engine.multimodal.processors.video_frames import VIDEO_FRAMES
 from engine.multimodal.types import MediaKind, Processed, Processor, Video
 
 
@@ -54,11 +55,11 @@ class Qwen3VLProcessor:
             tokens += [self._video_token] * (rows * columns) + [self._end]
         return Processed(tokens, patches.tensors, (frames, rows, columns))
 
-    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any], frames: int = VIDEO_FRAMES) -> int:
         """See `Processor`."""
-        found = self._vision.most_embeddings(kind, options)
+        found = self._vision.most_embeddings(kind, options, frames)
         if kind == "video":
-            found += VIDEO_FRAMES // self._vision.frames_per_patch * (len(self._encode("<99999.9 seconds>")) + 2)
+            found += -(-frames // self._vision.frames_per_patch) * (len(self._encode("<99999.9 seconds>")) + 2)
         return found
 
     def most_at_once(self, kind: MediaKind, options: Mapping[str, Any]) -> int:

@@ -9,7 +9,6 @@ one patch, by channel, frame, row and column. With a merge size of 2, patches ar
 and 4 successive ones become one embedding.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,14 +26,12 @@ from engine.multimodal.processors.image_processor import (
     ImageProcessor,
     check_pixels,
     load_image_processor,
-    read_options,
 )
+from engine.multimodal.processors.video_frames import VIDEO_FRAMES, read_video_options
 from engine.multimodal.types import MediaKind, Video
 from engine.text import first_line
 
 MOST_RATIO = 200  # of an image's sides
-VIDEO_FILE, VIDEO_PART = "video_preprocessor_config.json", "video_processor"
-VIDEO_FRAMES = 32  # taken of a video
 VIDEO_OPTIONS = ("max_pixels", "min_pixels", "size")
 
 
@@ -130,13 +127,13 @@ class QwenVision:
         pixels[count:] = pixels[count - 1]
         return patches_of(pixels, self._fixed["patch_size"], self._fixed["merge_size"], per_patch)
 
-    def most_embeddings(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
-        """The most embeddings of an image or video."""
+    def most_embeddings(self, kind: MediaKind, options: Mapping[str, Any], most_frames: int = VIDEO_FRAMES) -> int:
+        """The most embeddings of an image, or of a video with so many frames at most."""
         if kind == "image":
             return most_squares(self._factor, pixel_limits(options, self._image_size))
         fewest, most = pixel_limits(options, self._video_size)
         per_patch, found = self.frames_per_patch, 0
-        for frames in range(per_patch, VIDEO_FRAMES + per_patch, per_patch):
+        for frames in range(per_patch, most_frames + per_patch, per_patch):
             shared = frames if self._whole_videos else 1
             squares = most_squares(self._factor, (fewest / shared, most / shared))
             found = max(found, frames // per_patch * squares)
@@ -242,7 +239,7 @@ def load_qwen_vision(folder: Path, vision: Any, defaults: Mapping[str, Any], *, 
     """
     own = {name: value for name, value in defaults.items() if name != "video_size"}
     images = load_image_processor(folder, "Qwen2VLImageProcessor", own)
-    fields = _video_fields(folder)
+    fields = read_video_options(folder) or {}
     size = dict(defaults["video_size"])
     if isinstance(fields.get("size"), dict):
         size |= fields["size"]
@@ -253,17 +250,3 @@ def load_qwen_vision(folder: Path, vision: Any, defaults: Mapping[str, Any], *, 
     except RequestError as error:
         raise ModelError(f"{folder}: the sizes of videos can't be used: {first_line(error)}") from error
     return QwenVision(images, vision, limits, whole_videos=whole_videos)
-
-
-def _video_fields(folder: Path) -> dict[str, Any]:
-    """The options of videos, from the first place where transformers finds some; older folders have those of images."""
-    for file, part in ((folder / "processor_config.json", VIDEO_PART), (folder / VIDEO_FILE, None)):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file} can't be read: {error}") from error
-        if part is not None and isinstance(found, dict):
-            found = found.get(part)
-        if isinstance(found, dict):
-            return found
-    return read_options(folder) or {}

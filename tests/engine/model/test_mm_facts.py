@@ -103,6 +103,7 @@ def qwen(**options: object) -> MMFacts:
 
 def test_no_input_has_more_tokens_than_a_request() -> None:
     assert qwen().spec.most_tokens == {"image": 1280, "video": 16 * 768}
+    assert qwen(media_limits={"video_frames": 65}).spec.most_tokens == {"image": 1280, "video": 33 * 768}
     assert qwen(max_model_len=1000).spec.most_tokens == {"image": 1000, "video": 1000}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.multimodal.types import Processed
+from engine.multimodal.types import Processed, Video
 from tests.engine.worker.mm_model import TEXT, MMModel, save
 from tests.engine.worker.mm_models_llava import CLIP as SMALLER_PATCHES
 from tests.engine.worker.mm_models_llava import IMAGE
@@ -54,6 +54,9 @@ def tiles(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
     del ids
     if not processed:
         return {}
+    if "pixel_values_videos" in processed[0].tensors:
+        videos = np.stack([one.tensors["pixel_values_videos"] for one in processed])
+        return {"pixel_values_videos": torch.from_numpy(videos)}
     pixels = [one.tensors["pixel_values"][0] for one in processed]
     most = max(len(one) for one in pixels)
     padded = np.stack([np.pad(one, [(0, most - len(one)), (0, 0), (0, 0), (0, 0)]) for one in pixels])
@@ -64,7 +67,7 @@ def tiles(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
 def tiles_of_one_image(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
     """As `tiles`; several images in a prompt have none."""
     found = tiles(ids, processed)
-    return found | {"batch_num_images": torch.tensor([len(processed)])} if found else found
+    return found | {"batch_num_images": torch.tensor([len(processed)])} if "image_sizes" in found else found
 
 
 def wide(number: int) -> Image.Image:
@@ -73,7 +76,14 @@ def wide(number: int) -> Image.Image:
     return Image.fromarray(noise.integers(0, 256, (20, 56 - 12 * (number == 0), 3), dtype=np.uint8))
 
 
+def clip(number: int) -> Video:
+    """3 frames of noise in two shapes."""
+    noise = np.random.default_rng(number)
+    return Video(noise.integers(0, 256, (3, 20, 56 - 12 * (number == 0), 3), dtype=np.uint8), np.arange(3) * 0.5)
+
+
 MODELS = {
     "llava_next": MMModel(build_llava_next, tiles, wide),
     "llava_onevision": MMModel(build_llava_onevision, tiles_of_one_image, wide),
+    "llava_onevision/video": MMModel(build_llava_onevision, tiles_of_one_image, clip, "video"),
 }

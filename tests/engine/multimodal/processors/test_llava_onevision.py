@@ -1,5 +1,6 @@
 """LLaVA-OneVision's tokens and tiles equal those of transformers' processor, for one image and for several."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.errors import RequestError
+from engine.errors import ModelError, RequestError
 from engine.multimodal.processors import llava_onevision
+from engine.multimodal.types import Video
 from tests.engine.multimodal.llava_configs import IMAGE, ODD_SIZES, ONEVISION_GRID, config_of, noise, write_options
 
 FIELDS: dict[str, Any] = {
@@ -69,3 +71,39 @@ def test_an_image_that_would_grow_too_much(tmp_path: Path) -> None:
     ours = llava_onevision.make(tmp_path, config_of("llava_onevision"))
     with pytest.raises(RequestError, match="1x10000 pixels would have 100000000 pixels"):
         ours.process("image", noise(1, 10_000), 2, {})
+
+
+def clip(frames: int, height: int = 50, width: int = 40) -> Video:
+    values = np.random.default_rng(frames).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return Video(values, np.arange(frames) * 0.5)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 9])
+def test_frames_of_a_video(tmp_path: Path, frames: int) -> None:
+    """Pixels are those of an image processor with the same steps, since the one for videos needs torchvision."""
+    from transformers import SiglipImageProcessorPil
+    from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+    fields = {"size": {"height": 28, "width": 28}, "resample": 3, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.3] * 3}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(fields))
+    ours = llava_onevision.make(tmp_path, config_of("llava_onevision", video_token_index=IMAGE + 1))
+    found = ours.process("video", clip(frames), 1, {})
+    expected = SiglipImageProcessorPil(**fields)(list(clip(frames).frames), return_tensors="np")["pixel_values"]
+    assert found.tensors.keys() == {"pixel_values_videos"}
+    assert np.array_equal(found.tensors["pixel_values_videos"], expected)
+    assert found.tensors["pixel_values_videos"].flags.c_contiguous
+    whole: Any = SimpleNamespace(num_image_tokens=16, video_token="x")
+    written = LlavaOnevisionProcessor.replace_video_token(whole, {"pixel_values_videos": expected[None]}, 0)
+    assert found.tokens == [IMAGE + 1] * len(written)
+    assert ours.most_tokens("video", {}, frames) == len(written)  # type: ignore[call-arg]
+
+
+def test_videos_that_are_refused(tmp_path: Path) -> None:
+    ours = llava_onevision.make(tmp_path, config_of("llava_onevision"))
+    with pytest.raises(RequestError, match="the model's processor has no option 'fps'"):
+        ours.process("video", clip(1), 1, {"fps": 2})
+    with pytest.raises(RequestError, match="the video has no frames"):
+        ours.process("video", clip(0), 1, {})
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": {"height": 384, "width": 384}}))
+    with pytest.raises(ModelError, match=r"makes frames of \{.*384.*\}, the model takes 28x28"):
+        llava_onevision.make(tmp_path, config_of("llava_onevision"))
