@@ -135,7 +135,7 @@ def test_a_vocabulary_that_is_not_told_must_be_given(write: Callable[..., Path])
 def test_the_ladder_has_the_same_rates_for_all_and_the_time_the_search_left(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    minutes = 0.3
+    minutes = 0.2
     limits: dict[str, float] = {}
 
     def watched(subject: Subject, finished: list[PointRecord]) -> list[PointRecord]:
