@@ -42,6 +42,7 @@ class Reference:
     def __init__(self, model: torch.nn.Module):
         self._model: Any = model
         self._known: dict[tuple[int, ...], tuple[list[int], torch.Tensor]] = {}
+        self._differences: dict[tuple[int, ...], float] = {}
 
     @torch.inference_mode()
     def run(self, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
@@ -58,11 +59,15 @@ class Reference:
 
     def early_difference(self, prompt: list[int]) -> float:
         """How much the last log-probabilities change with an earlier token that is within the windows of all layers."""
-        at = max(0, len(prompt) - 20)
-        other = [*prompt[:at], (prompt[at] + 1) % VOCAB, *prompt[at + 1 :]]
-        with torch.inference_mode():
-            first, second = (self._model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in (prompt, other))
-        return float((first - second).abs().max())
+        key = tuple(prompt)
+        if key not in self._differences:
+            at = max(0, len(prompt) - 20)
+            other = [*prompt[:at], (prompt[at] + 1) % VOCAB, *prompt[at + 1 :]]
+            with torch.inference_mode():
+                logits = [self._model(torch.tensor([ids])).logits[0, -1] for ids in (prompt, other)]
+            first, second = (line.log_softmax(-1) for line in logits)
+            self._differences[key] = float((first - second).abs().max())
+        return self._differences[key]
 
 
 def merged(model: torch.nn.Module, folder: Path, scale: float) -> Reference:
