@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.multimodal.expansion import NAMES
 from engine.multimodal.families import MM_FAMILIES, MMFamily, embedding_ids, placeholder_ids
+from engine.multimodal.processors.added_tokens import added_tokens
 from engine.multimodal.types import MMSpec
 
 _TOWERS = ("vision_config", "vit_config", "audio_config")
@@ -25,6 +27,7 @@ class MMFacts:
         embedding_bytes: of one token in the encoder cache, with the features that are added to later layers.
         encoder_workspace: bytes that the encoder of the largest input needs besides its weights; an estimate.
         unsplit_tokens: the most tokens of inputs that are computed in one step; 0: all inputs can be split.
+        warnings: which kinds the model doesn't take for lack of a token.
         encoder_parameters: number of parameters outside the decoder and the head.
     """
 
@@ -34,6 +37,7 @@ class MMFacts:
     encoder_workspace: int
     unsplit_tokens: int = 0
     encoder_parameters: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def most_tokens(self) -> int:
@@ -65,15 +69,17 @@ def read_mm_facts(
     if family is None:
         return None
     folder = path if path.is_dir() else path.parent
-    kinds = set(map(str, family.placeholders))
+    placeholders = placeholder_ids(family, hf_config, added_tokens(folder))
+    kinds = set(map(str, placeholders))
     limits = {kind: number for kind, number in per_prompt.items() if kind in kinds}
     processor = importlib.import_module(f"engine.multimodal.processors.{family.processor}").make(folder, hf_config)
+    absent = {kind: text for kind, text in family.written.items() if kind not in placeholders}
     frames = {"video": (video_frames,)}
     most: dict[str, int] = {
         kind: min(int(processor.most_tokens(kind, options, *frames.get(kind, ()))), longest)
         if per_prompt.get(kind) != 0
         else 0
-        for kind in family.placeholders
+        for kind in placeholders
     }
     # Videos are encoded in parts, so that an encoder has fewer embeddings at once than the input.
     at_once = getattr(processor, "most_at_once", processor.most_tokens)
@@ -84,7 +90,7 @@ def read_mm_facts(
     return MMFacts(
         MMSpec(
             hf_config.model_type,
-            dict[str, int](placeholder_ids(family, hf_config).items()),
+            dict[str, int](placeholders.items()),
             most,
             limits,
             getattr(text_config, "additional_vocab_size", None) or 0,
@@ -93,6 +99,10 @@ def read_mm_facts(
         layers * hidden * itemsize,
         _encoder_workspace(hf_config, encoded, itemsize) + max(most.values()) * layers * hidden * itemsize,
         _unsplit_tokens(family, most, limits, longest),
+        warnings=tuple(
+            f"{NAMES[kind][1]} are refused: the tokenizer has no token {text}, which stands for one in a prompt"
+            for kind, text in absent.items()
+        ),
     )
 
 

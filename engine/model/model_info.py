@@ -73,6 +73,7 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
     kv_heads, head_dim = _cached_heads(decoder)
     length = _max_model_len(config, decoder)
     windows = layer_windows(decoder, length)
+    mm = _mm_facts(config, path, hf_config, dtype, length)
     group_size = group_layers(windows).group_size
     return ModelInfo(
         path=path,
@@ -89,8 +90,8 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
         weight_bytes=_weight_bytes(config, hf_config, parameters or _count_parameters(hf_config), dtype),
         kv_bytes_per_token=2 * group_size * kv_heads * kv_head_bytes(config.kv_cache_dtype or dtype, head_dim),
         windows=windows,
-        warnings=_warnings(hf_config, length),
-        mm=_mm_facts(config, path, hf_config, dtype, length),
+        warnings=(*_warnings(hf_config, length), *(mm.warnings if mm else ())),
+        mm=mm,
     )
 
 

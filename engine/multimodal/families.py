@@ -4,7 +4,8 @@ Processors (`engine/multimodal/processors/`) and encoders (`engine/model/encoder
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from engine.multimodal.types import MediaKind
@@ -29,6 +30,8 @@ class MMFamily:
             are computed in one step, and prompts that begin with the same input and go on with another share none.
         mrope: rotary positions have three sections (time, height, width).
         deepstack: the encoder also returns features that are added to the hidden states after the first layers.
+        written: by kind, the text of that token, where only the tokenizer has its id. A model whose tokenizer lacks the
+            token doesn't take the kind.
         added: its embeddings are added to those of their tokens, in place of which other families put them.
     """
 
@@ -41,6 +44,12 @@ class MMFamily:
     mrope: bool = False
     deepstack: bool = False
     added: bool = False
+    written: dict[MediaKind, str] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[MediaKind]:
+        """All kinds, also those that some of its tokenizers lack the token for."""
+        return [*self.placeholders, *self.written]
 
 
 # Frames of a video that an encoder of images takes at once.
@@ -69,7 +78,13 @@ MM_FAMILIES: dict[str, MMFamily] = {
         embedding_ids=("image_token_index",),
         bidirectional=("image",),
     ),
-    "internvl": MMFamily({"image": "image_token_id"}, "internvl", "internvl"),
+    "internvl": MMFamily(
+        {"image": "image_token_id"},
+        "internvl",
+        "internvl",
+        embedding_ids=("image_token_id",),
+        written={"video": "<video>"},
+    ),
     "molmo": MMFamily({"image": "embedding_size+4"}, "molmo", "molmo", embedding_ids=("embedding_size+2",), added=True),
     "molmo2": MMFamily(
         {"image": "image_patch_id+3"},
@@ -85,15 +100,18 @@ MM_FAMILIES: dict[str, MMFamily] = {
 }
 
 
-def placeholder_ids(family: MMFamily, hf_config: Any) -> dict[MediaKind, int]:
-    """By kind, the token that stands for an input in a prompt."""
-    return {kind: _token_id(hf_config, field) for kind, field in family.placeholders.items()}
+def placeholder_ids(
+    family: MMFamily, hf_config: Any, added: Mapping[str, int] = MappingProxyType({})
+) -> dict[MediaKind, int]:
+    """By kind, the token that stands for an input in a prompt; `added`: the tokenizer's added tokens by text."""
+    found = {kind: _token_id(hf_config, name) for kind, name in family.placeholders.items()}
+    return found | {kind: added[text] for kind, text in family.written.items() if text in added}
 
 
 def embedding_ids(family: MMFamily, hf_config: Any) -> frozenset[int]:
     """The tokens that stand for an embedding within the tokens of an input."""
     fields = family.embedding_ids or tuple(family.placeholders.values())
-    return frozenset(_token_id(hf_config, field) for field in fields)
+    return frozenset(_token_id(hf_config, name) for name in fields)
 
 
 def _token_id(hf_config: Any, field: str) -> int:
@@ -105,8 +123,8 @@ def declared_placeholders(config: Mapping[str, Any]) -> frozenset[int]:
     """The tokens that stand for an input, as far as the fields of a config.json name them."""
     family = MM_FAMILIES.get(config.get("model_type", ""))
     found = set()
-    for field in family.placeholders.values() if family is not None else ():
-        name, _, after = field.partition("+")
+    for declared in family.placeholders.values() if family is not None else ():
+        name, _, after = declared.partition("+")
         if isinstance(config.get(name), int):
             found.add(config[name] + int(after or 0))
     return frozenset(found)

@@ -143,7 +143,7 @@ def test_the_models_page_lists_exactly_the_families() -> None:
 def test_the_multimodal_page_lists_exactly_the_families_and_what_they_take() -> None:
     cells = [cells for cells in rows(section("multimodal.md", "## Families")) if spans(cells[0])]
     listed = {spans(row[0])[0]: row[2].split(", ") for row in cells if spans(row[0])[0] != "model_type"}
-    assert listed == {name: [*family.placeholders] for name, family in MM_FAMILIES.items()}
+    assert listed == {name: family.kinds for name, family in MM_FAMILIES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- messages

@@ -11,6 +11,7 @@ from engine.data import known_models
 from engine.errors import ModelError
 from engine.model.mm_facts import MMFacts
 from engine.model.model_info import read_hf_config, read_model_info, weight_shapes
+from tests.engine.multimodal.tiny_vision import write_model
 from tests.engine.worker.mm_model import TEXT
 from tests.engine.worker.mm_models_llava import CLIP, IMAGE, build_llava
 
@@ -117,3 +118,19 @@ def test_long_videos_need_the_memory_of_some_of_their_frames() -> None:
     """Of 12,288 embeddings, 1,280 at once: patches of 1,280 numbers in bfloat16, about 20 times, and the output."""
     patches, output = 1280 * 4, 12_288 * 3584 * 2
     assert qwen().encoder_workspace == patches * 2 * (9 * 1280 + 2 * 4 * 1280) + output
+
+
+def test_a_kind_whose_token_the_tokenizer_lacks_is_not_taken(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "internvl")
+    with_token = read_model_info(EngineConfig(model=str(folder), load_format="dummy"))
+    assert with_token.mm is not None
+    assert with_token.mm.spec.placeholders == {"image": 258, "video": 259}
+    assert with_token.mm.embedding_ids == {258}
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"<video>"', '"<film>"'))
+    without = read_model_info(EngineConfig(model=str(folder), load_format="dummy"))
+    assert without.mm is not None
+    assert without.mm.spec.placeholders == {"image": 258}
+    says = "videos are refused: the tokenizer has no token <video>, which stands for one in a prompt"
+    assert says in without.warnings
+    assert says not in with_token.warnings

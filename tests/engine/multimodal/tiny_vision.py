@@ -13,7 +13,7 @@ FIRST_SPECIAL = 256  # the ids below are bytes
 SPECIAL_TOKENS: dict[str, Sequence[str]] = {
     "qwen": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
     "gemma3": ("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
-    "internvl": ("<img>", "</img>", "<IMG_CONTEXT>"),
+    "internvl": ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
     "idefics3": (
         "<image>",
         "<fake_token_around_image>",

@@ -18,7 +18,7 @@ IMAGE, VIDEO, START, END = range(FIRST_SPECIAL, FIRST_SPECIAL + 4)
 SPECIAL_TOKENS: dict[str, Sequence[str]] = {
     "qwen": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
     "gemma3": ("<image_soft_token>", "<unused>", "<start_of_image>", "<end_of_image>"),
-    "internvl": ("<IMG_CONTEXT>", "<unused>", "<img>", "</img>"),
+    "internvl": ("<IMG_CONTEXT>", "<video>", "<img>", "</img>"),
     **dict.fromkeys(
         ("idefics3", "smolvlm"),
         (
@@ -168,7 +168,7 @@ def gemma3(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
 
 def tiles(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
     del ids
-    return {"pixel_values": joined(processed, "pixel_values")} if processed else {}
+    return {"pixel_values": joined(processed, next(iter(processed[0].tensors)))} if processed else {}
 
 
 def tiles_of_a_prompt(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
@@ -187,6 +187,12 @@ def clip(number: int) -> Video:
     frames = np.stack([np.asarray(colors(number).resize((24, 32) if number else (24, 16)))] * 5).astype(np.int64)
     frames += np.arange(5)[:, None, None, None] * 40
     return Video((frames % 256).astype(np.uint8), np.arange(5) * (0.5 + number))
+
+
+def short_clip(number: int) -> Video:
+    """Its first 2 frames, for families in which each of them is an image."""
+    whole = clip(number)
+    return Video(whole.frames[:2], whole.times[:2])
 
 
 def qwen_models(model_type: str) -> dict[str, MMModel]:
@@ -211,6 +217,7 @@ MODELS: dict[str, MMModel] = {
         options={"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16},
     ),
     "internvl": MMModel(partial(build, "internvl"), tiles, colors),
+    "internvl/video": MMModel(partial(build, "internvl"), tiles, short_clip, "video"),
     "idefics3": MMModel(partial(build, "idefics3"), tiles_of_a_prompt, colors),
     "smolvlm": MMModel(partial(build, "smolvlm"), tiles_of_a_prompt, colors),
 }

@@ -220,6 +220,8 @@ def control(kind: str, case: str, prompts: Prompts, driver: MMDriver, reference:
     if case == SWAPPED:
         for request in requests:
             request.inputs = (request.inputs[1], request.inputs[0], *request.inputs[2:])
+    grids = [one.grid for request in requests for one in request.inputs]
+    assert case != NO_MROPE or any(rows * columns > 1 for _, rows, columns in grids), "single embeddings have no rows"
     row = compare(kind, case, requests, reference)
     return Row(kind, case, not row.passed, row.max_logit_difference, "the mistake was not seen" if row.passed else "")
 

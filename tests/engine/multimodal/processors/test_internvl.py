@@ -6,10 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import GotOcr2ImageProcessorPil, InternVLProcessor, PreTrainedTokenizerFast
+from transformers import (
+    GotOcr2ImageProcessorPil,
+    InternVLProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
 
 from engine.errors import RequestError
 from engine.multimodal.processors.internvl import make
+from engine.multimodal.types import Video
 from tests.engine.multimodal.tiny_vision import hf_config, picture, write_model
 
 SIZES = [(1, 1), (1, 1000), (1000, 1), (16, 16), (100, 40), (40, 100), (513, 300)]
@@ -54,3 +60,27 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=named) as caught:
             processor.process("image", picture(20, 20), 1, options)
         assert caught.value.field == "mm_processor_kwargs"
+
+
+@pytest.mark.parametrize("frames", [1, 2, 12])
+def test_frames_of_a_video_as_transformers(tmp_path: Path, frames: int) -> None:
+    """Pixels are those of an image processor with the same steps, since the one for videos needs torchvision."""
+    fields: dict[str, Any] = {"size": {"height": 16, "width": 16}, "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    folder = write_model(tmp_path, "internvl", **fields)
+    values = np.random.default_rng(frames).integers(0, 256, (frames, 50, 40, 3), dtype=np.uint8)
+    own = SiglipImageProcessorPil(**fields, resample=3)
+    expected = own(list(values), return_tensors="np")["pixel_values"]
+    replaced: Any = InternVLProcessor.replace_video_token
+    texts = SimpleNamespace(
+        start_image_token="<img>", end_image_token="</img>", image_token="<IMG_CONTEXT>", image_seq_length=4
+    )
+    text = replaced(texts, {"pixel_values_videos": expected[None]}, 0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+    processor = make(folder, hf_config("internvl"))
+    found = processor.process("video", Video(values, np.arange(frames) * 0.5), 1, {"max_patches": 3})
+    assert np.array_equal(found.tensors["pixel_values_videos"], expected)
+    assert [*tokenizer.encode(found.before), *found.tokens] == tokenizer.encode(text, add_special_tokens=False)
+    assert processor.most_tokens("video", {}, frames) == len(found.tokens)  # type: ignore[call-arg]
+    with pytest.raises(RequestError, match="no option 'fps'"):
+        processor.process("video", Video(values, np.arange(frames) * 0.5), 1, {"fps": 1})
