@@ -38,6 +38,7 @@ class FinishReason(IntEnum):
     FAILED = 4  # an error of the engine
     NOT_SERVED = 5  # its adapter is not served (any longer)
     SHUT_DOWN = 6  # it arrived while the engine was shutting down
+    NOT_ENCODED = 7  # a multimodal input could not be encoded
 
 
 class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -230,7 +231,7 @@ class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
     handle: int
     reason: int  # FinishReason
     stop_id: int = -1  # the stop token that ended it, if any
-    error: str = ""  # the cause, for the user, with ERROR, FAILED, NOT_SERVED, SHUT_DOWN
+    error: str = ""  # the cause, for the user, unless it ended as it should
     preemptions: int = 0
     stop: str = ""  # inline front end: the stop string that ended it
     text: str = ""  # inline front end: text that was held back until the end
@@ -360,6 +361,13 @@ class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return [StepMessage(step=self.step + later, chunks=self.chunks) for later in range(1, self.num_steps)]
 
 
+class StepReports(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What else the core must know about a step."""
+
+    rejected: bytes = b""  # int32[n, 2]: slots whose adapter the worker does not have, and their generations
+    encoded: tuple[str, ...] = ()  # of each of its `encoder_inputs`, why it could not be encoded; empty: it was
+
+
 class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
     step: int
     tokens: bytes  # int32: sampled tokens, ascending slots
@@ -367,7 +375,7 @@ class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
     logprobs: TokenLogprobs | None = None
     seconds: float = 0.0  # device time of the step
     num_draft_tokens: int = 0  # draft tokens that were verified; the accepted ones are in `tokens`
-    rejected: bytes = b""  # int32[n, 2]: slots whose adapter the worker does not have, and their generations
+    reports: StepReports | None = None
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 

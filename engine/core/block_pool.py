@@ -102,6 +102,13 @@ class BlockPool:
                 block_of[block_hash] = block
                 hash_of[block] = block_hash
 
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """Take blocks out of the prefix cache; held blocks stay held."""
+        for block_hash in hashes:
+            block = self.block_of.pop(block_hash, None)
+            if block is not None:
+                self.hash_of[block] = None
+
     def reset_cache(self) -> None:
         """Empty the prefix cache; held blocks stay held."""
         for block in self.block_of.values():

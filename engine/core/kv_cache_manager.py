@@ -189,6 +189,11 @@ class KVCacheManager:
         for group, table in enumerate(self.block_tables[slot]):
             self.pool.cache(table[first:end], self._group_hashes(hashes[first:end], group))
 
+    def forget(self, hashes: Sequence[bytes]) -> None:
+        """Take blocks out of the prefix cache, in all groups."""
+        for group in range(self.num_groups):
+            self.pool.forget(self._group_hashes(hashes, group))
+
     def free(self, slot: int) -> None:
         """Free all blocks of a slot."""
         for table, first in zip(self.block_tables[slot], self._first_blocks[slot], strict=True):

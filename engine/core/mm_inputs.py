@@ -6,6 +6,7 @@ computes its first placeholder. Its embeddings stay until its last placeholder i
 
     num_schedulable_tokens() ─► schedule_inputs() ─► free_passed_inputs()     for each chunk of a request with inputs
     take_step_changes()                                                       once per step, for its message
+    failures() ─► confirm()                                                   with the result of a step that encodes
     free_request()                                                            when a request loses its slot
 
 A request only references inputs that it has begun to compute. It can always finish those, so a request that waits for
@@ -25,6 +26,7 @@ import msgspec
 from engine.config import ResolvedConfig
 from engine.core.hashing import joint_range
 from engine.core.request import Request
+from engine.core.unconfirmed_inputs import UnconfirmedInputs
 from engine.messages import MMInputRef
 
 
@@ -82,6 +84,11 @@ class EncoderCache:
         else:
             self._evict(key)
 
+    def drop(self, key: bytes) -> None:
+        """Evict an input that nothing references, if it is here."""
+        if key in self._unreferenced:
+            self._evict_unreferenced(key)
+
     def _evict_unreferenced(self, key: bytes) -> None:
         del self._unreferenced[key]
         self._num_unreferenced -= self.size_of[key]
@@ -116,11 +123,12 @@ class EncoderCacheManager:
         self._budget = budget
         self._shared = shared
         self._whole_prompts = whole_prompts
-        self._held: dict[int, dict[int, bytes]] = {}  # by handle and number of the input: the key of its reference
+        self._held: dict[int, dict[int, bytes]] = {}  # by handle and number of the input, since it has a slot
         self._to_encode: dict[bytes, tuple[Request, int]] = {}  # in the next step: a request and number of its input
         self._passed: list[bytes] = []  # references that end with the next step
         self.queries = self.hits = 0  # inputs that a request began to compute; of them, those that were on the device
         self._registered: dict[bytes, tuple[int, int]] = {}  # by hash: length, and how many inputs of all requests
+        self._unconfirmed = UnconfirmedInputs()
 
     @classmethod
     def from_resolved(cls, config: ResolvedConfig) -> "EncoderCacheManager":
@@ -201,12 +209,13 @@ class EncoderCacheManager:
             self._registered[mm_input.hash] = mm_input.length, self._registered.get(mm_input.hash, (0, 0))[1] + 1
         return None
 
-    def unregister(self, request: Request) -> None:
-        """A registered request ends."""
+    def unregister(self, request: Request) -> int | None:
+        """A registered request ends. Returns the position from which its blocks can't be reused; None: all can."""
         for mm_input in request.message.mm_inputs if self._shared else ():
             length, count = self._registered.pop(mm_input.hash)
             if count > 1:
                 self._registered[mm_input.hash] = length, count - 1
+        return self._unconfirmed.leave(request)
 
     def num_schedulable_tokens(self, request: Request, start: int, count: int) -> int:
         """How many of the `count` tokens from position `start` on the next step can compute.
@@ -233,6 +242,8 @@ class EncoderCacheManager:
 
         `count` is at most what `num_schedulable_tokens` allowed.
         """
+        # With its first chunk, a request also begins to use what it found in the prefix cache.
+        first = start if request.handle in self._held else 0
         held = self._held.setdefault(request.handle, {})
         needed = [
             (index, self._cache_key(request, index))
@@ -245,8 +256,10 @@ class EncoderCacheManager:
                 self.queries += 1
                 if self.cache.acquire(key, request.message.mm_inputs[index].length):
                     self._to_encode[key] = request, index
+                    self._unconfirmed.add(request.message.mm_inputs[index].hash)
                 else:
                     self.hits += 1
+        self._unconfirmed.use(request, first, start + count)
 
     def free_passed_inputs(self, request: Request, position: int) -> None:
         """Drop the references to inputs that end before `position`, where the next step ends."""
@@ -255,8 +268,6 @@ class EncoderCacheManager:
         for index in [n for n in held if mm_inputs[n].offset + mm_inputs[n].length <= position]:
             # Kept until the step's message is built, so that nothing else in that step takes the space.
             self._passed.append(held.pop(index))
-        if not held:
-            self._held.pop(request.handle, None)
 
     def free_request(self, request: Request) -> None:
         """Drop the references of a request that ends or is preempted; not while its chunk is being scheduled."""
@@ -269,12 +280,26 @@ class EncoderCacheManager:
     def take_step_changes(self) -> tuple[tuple[tuple[int, int], ...], tuple[bytes, ...]]:
         """For the step's message: the inputs to encode, as (slot, number of the input), and the keys to free before."""
         to_encode = tuple((request.slot, index) for request, index in self._to_encode.values())
+        self._unconfirmed.end_step()
         evicted = self.cache.take_evicted()
         self._to_encode = {}
         for key in self._passed:
             self.cache.release(key)
         self._passed = []
         return to_encode, evicted
+
+    def failures(self, errors: Sequence[str]) -> dict[int, str]:
+        """The requests to end, by handle and with the cause, because their inputs could not be encoded.
+
+        `errors` are those of the oldest step in flight that encodes inputs; empty: another step has returned.
+        """
+        return self._unconfirmed.failures(errors) if errors else {}
+
+    def confirm(self, errors: Sequence[str]) -> None:
+        """The requests of `failures` have ended: what could not be encoded is not in the cache any longer."""
+        for content, error in zip(self._unconfirmed.confirm(), errors, strict=True) if errors else ():
+            if error:
+                self.cache.drop(content)
 
     def refs_for_workers(self, request: Request) -> tuple[MMInputRef, ...]:
         """A request's inputs with the keys of the encoder cache as their hashes."""

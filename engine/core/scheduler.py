@@ -23,7 +23,7 @@ from engine.core.slots import Slots
 from engine.core.step_builder import FullStateStepBuilder, StepBuilder
 from engine.core.steps import ScheduledStep, StepOutcome
 from engine.logprob_columns import PromptLogprobs
-from engine.messages import Admitted, Finished, FinishReason, Stats, StepResult
+from engine.messages import Admitted, Finished, FinishReason, Stats, StepReports, StepResult
 
 
 class Scheduler:
@@ -77,13 +77,7 @@ class Scheduler:
     def abort(self, handle: int) -> Finished | None:
         """End a request, waiting or running; None if it has ended already."""
         request = self.requests.get(handle)
-        if request is None:
-            return None
-        if request.slot >= 0:
-            self._free_slot(request.slot)
-        else:
-            self.waiting.remove(request)
-        return self._finish(request, FinishReason.ABORT)
+        return None if request is None else self._end(request, FinishReason.ABORT)
 
     @property
     def has_work(self) -> bool:
@@ -302,7 +296,7 @@ class Scheduler:
     def update(self, step: ScheduledStep, result: StepResult) -> StepOutcome:
         """Book the tokens of a step; tokens of slots that have another request by now are dropped."""
         slots = self.slots
-        finished = self._end_rejected(result.rejected) if result.rejected else []
+        finished = self._end_reported(result.reports) if result.reports else []
         scored = self._with_handles(result.prompt_logprobs) if result.prompt_logprobs else ()
         kept = slots.generation[step.slots] == step.generations
         at = step.slots[kept]
@@ -336,21 +330,31 @@ class Scheduler:
             if slots.generation[one.owner] == one.generation
         )
 
-    def _end_rejected(self, rejected: bytes) -> list[Finished]:
-        """End requests that workers can't compute, unless their slots have other requests by now."""
-        slots = self.slots
-        requests = [
-            self._free_slot(slot)
-            for slot, generation in int32s(rejected, 2).tolist()
-            if slots.live[slot] and slots.generation[slot] == generation
-        ]
-        error = "the workers don't have the adapter {}".format
-        return [self._finish(one, FinishReason.FAILED, error=error(one.adapter)) for one in requests]
+    def _end_reported(self, reports: StepReports) -> list[Finished]:
+        """End requests that workers can't compute, unless they have ended."""
+        slots, failures = self.slots, self.encoder_cache.failures(reports.encoded)
+        ended = [self._end(self.requests[one], FinishReason.NOT_ENCODED, cause) for one, cause in failures.items()]
+        self.encoder_cache.confirm(reports.encoded)
+        for slot, generation in int32s(reports.rejected, 2).tolist():
+            request = slots.requests[slot]
+            if request is not None and slots.generation[slot] == generation:
+                cause = f"the workers don't have the adapter {request.adapter}"
+                ended.append(self._end(request, FinishReason.FAILED, cause))
+        return ended
+
+    def _end(self, request: Request, reason: FinishReason, error: str = "") -> Finished:
+        """End a request, waiting or running."""
+        if request.slot >= 0:
+            self._free_slot(request.slot)
+        else:
+            self.waiting.remove(request)
+        return self._finish(request, reason, error=error)
 
     def _finish(self, request: Request, reason: FinishReason, stop_id: int = -1, error: str = "") -> Finished:
         del self.requests[request.handle]
         if request.message.mm_inputs:
-            self.encoder_cache.unregister(request)
+            if (unsure := self.encoder_cache.unregister(request)) is not None:
+                self.kv.forget(request.block_hashes[unsure // self.config.block_size :])
             self.features.release(request.handle)
         return Finished(request.handle, reason, stop_id, error, request.num_preemptions)
 

@@ -23,7 +23,7 @@ from engine.multimodal.types import Media, MediaKind
 class CachedInput:
     """An entry: a processed input and its file."""
 
-    __slots__ = ("hash", "mirrors", "path", "processed", "users")
+    __slots__ = ("failed", "hash", "mirrors", "path", "processed", "users")
 
     def __init__(self, content: bytes, path: str, processed: Done):
         self.hash = content
@@ -31,6 +31,7 @@ class CachedInput:
         self.processed = processed
         self.users = 0
         self.mirrors: set[int] = set()  # replicas whose core has the file
+        self.failed = False  # a request with it: it is evicted as soon as no request uses it
 
 
 class PreparedInput:
@@ -185,8 +186,11 @@ class FeatureCache:
                 self._by_hash[ref.hash].mirrors.discard(replica)
 
     def send_again(self, replica: int, placed: Iterable[PlacedInput]) -> None:
-        """A core failed to serve a request: its inputs are evicted there, so that a retry gets them anew."""
-        self._free(replica, [one.input.cached for one in placed if replica in one.input.cached.mirrors])
+        """A core failed to serve a request: its inputs are evicted, so that a retry gets them anew."""
+        failed = {one.input.cached.hash: one.input.cached for one in placed}
+        for cached in failed.values():
+            cached.failed = True
+        self._free(replica, [cached for cached in failed.values() if replica in cached.mirrors])
 
     # ------------------------------------------------------------------------------------------------------- entries
 
@@ -238,13 +242,15 @@ class FeatureCache:
         cached.users -= 1
         if not cached.users and self._by_hash.get(cached.hash) is cached:
             self._unused[cached.hash] = cached
+            if cached.failed:
+                self._unused.move_to_end(cached.hash, last=False)
 
     def _evict(self, keep: CachedInput | None = None) -> None:
         """Evict entries that no request uses until the rest fits, and free them in all cores that have them."""
         evicted = []
-        while self._bytes > self.capacity and self._unused:
+        while self._unused:
             content, cached = next(iter(self._unused.items()))
-            if cached is keep:  # the newest entry, which is used next
+            if not cached.failed and (self._bytes <= self.capacity or cached is keep):  # keep: it is used next
                 break
             del self._unused[content], self._by_hash[content]
             self._bytes -= cached.processed.size

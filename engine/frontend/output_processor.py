@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 from engine.clock import Clock
 from engine.columns import float32s, int32s, int64s
-from engine.errors import INTERRUPTS, EngineDeadError, NotServedError, RedlineError, RequestError, cause_of
+from engine.errors import (
+    INTERRUPTS,
+    EngineDeadError,
+    NotServedError,
+    ProcessingError,
+    RedlineError,
+    RequestError,
+    cause_of,
+)
 from engine.frontend.feature_cache import FeatureCache, placed_inputs
 from engine.frontend.front_end_stats import FrontEndStats
 from engine.frontend.listener import ClientListener, OutputRecord
@@ -22,6 +30,7 @@ log = logging.getLogger("redline.client")
 
 # Other reasons are errors.
 REASON_NAMES: dict[int, str] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
+_FAILURES = (FinishReason.FAILED, FinishReason.NOT_ENCODED)  # after which the core needs the inputs anew
 
 
 class OutputProcessor:
@@ -148,7 +157,7 @@ class OutputProcessor:
         """End an output that the core has ended."""
         reason = REASON_NAMES.get(finished.reason, "error")
         if reason == "error":
-            if output.stream.inputs and self.features is not None and finished.reason == FinishReason.FAILED:
+            if output.stream.inputs and self.features is not None and finished.reason in _FAILURES:
                 self.features.send_again(self.replica, placed_inputs(output.stream.inputs[output.prompt]))
             output.stream.fail(_error_of(finished))
             self._remove(output, reason, finished)
@@ -219,6 +228,8 @@ def _error_of(finished: Finished) -> RedlineError:
         return NotServedError(cause, "model")
     if finished.reason == FinishReason.SHUT_DOWN:
         return EngineDeadError(cause)
+    if finished.reason == FinishReason.NOT_ENCODED:
+        return ProcessingError(cause)
     return RequestError(cause) if finished.reason == FinishReason.ERROR else RedlineError(cause)
 
 

@@ -21,6 +21,7 @@ from engine.worker.device_logits import DeviceLogits
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.device_steps import EagerSteps, Pad
+from engine.worker.encoder_faults import agreement
 from engine.worker.graphs import StepGraphs
 from engine.worker.mm_device_slots import MMDeviceSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
@@ -131,7 +132,8 @@ class Assembly:
         shape = resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
         if mm is None:
             return DeviceSlots(*shape)
-        return MMDeviceSlots(encoder_cache(whole, self.device.place), input_tokens(whole, mm), *shape)
+        cache, group = encoder_cache(whole, self.device.place), None if self.shard is None else self.shard.group
+        return MMDeviceSlots(cache, input_tokens(whole, mm), *shape, agree=agreement(group))
 
     def _triton_parts(self, cache: KVCache, state: DeviceState) -> tuple[StepKernels, "TritonAttention"]:
         from engine.kernels.triton.attention import AttentionShape

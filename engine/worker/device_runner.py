@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.arrays import Int64s
 from engine.columns import column
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
-from engine.messages import StepMessage, StepResult, encode
+from engine.messages import StepMessage, StepReports, StepResult, encode
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.device import Device, Fetched, Mark
@@ -38,7 +38,7 @@ class PendingResult:
     device: Device
     began: Mark
     tokens: Fetched | Int64s
-    rejected: bytes
+    reports: StepReports | None
     ended: Mark = None
     counts: bytes = b""
     logprobs: TokenLogprobs | None = None
@@ -49,9 +49,9 @@ class PendingResult:
         """Wait for the device and encode the StepResult. May be called by any thread."""
         tokens = self.tokens if isinstance(self.tokens, np.ndarray) else self.tokens.wait().numpy()
         seconds = self.device.elapsed(self.began, self.ended)
-        drafted, refused = self.num_draft_tokens, self.rejected
+        drafted, reports = self.num_draft_tokens, self.reports
         return encode(
-            StepResult(self.step, column(tokens), self.counts, self.logprobs, seconds, drafted, refused, self.scored)
+            StepResult(self.step, column(tokens), self.counts, self.logprobs, seconds, drafted, reports, self.scored)
         )
 
 
@@ -95,8 +95,7 @@ class DeviceRunner(StepRunner[_Enqueued]):
     def sample(self, step: int) -> PendingResult:
         """Enqueue the choice of a step's tokens. Later steps of a burst run here."""
         batch, (inputs, began) = self._take(step)
-        rejected = column(self._slots.take_rejected())
-        result = PendingResult(step, self._device, began, np.zeros(0, dtype=np.int64), rejected)
+        result = PendingResult(step, self._device, began, np.zeros(0, dtype=np.int64), self._slots.take_reports())
         if inputs is not None and len(batch.logits_at):
             if self._needs_host(batch):
                 self._sample_on_host(batch, inputs, result)

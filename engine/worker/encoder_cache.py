@@ -18,6 +18,7 @@ class EncoderCache:
         encoder: the model's.
         place: copies a tensor to the device of the model.
         dtype: of the embeddings; None: as the encoder returns them.
+        hidden, layers: numbers of an embedding, and layers with deepstack features.
     """
 
     def __init__(
@@ -25,11 +26,14 @@ class EncoderCache:
         encoder: Encoder,
         place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         dtype: torch.dtype | None = None,
+        hidden: int = 1,
+        layers: int = 0,
     ):
         self.num_encoded = 0  # inputs, since the start
         self._encoder = encoder
         self._place = place
         self._dtype = dtype
+        self._hidden, self._layers = hidden, layers
         self._encoded: dict[bytes, EncodedInput] = {}
 
     def __getitem__(self, key: bytes) -> EncodedInput:
@@ -54,6 +58,11 @@ class EncoderCache:
         kept = found if self._dtype is None else found.to(self._dtype)
         deepstack = None if kept.deepstack is None else _alone(kept.deepstack)
         self._encoded[mm_input.hash] = EncodedInput(_alone(kept.embeddings), deepstack)
+
+    def put_zeros(self, key: bytes, count: int) -> None:
+        """Zeros in place of an input that could not be encoded; they take no memory."""
+        zeros = self._place(torch.zeros(1 + self._layers, 1, self._hidden, dtype=self._dtype)).expand(-1, count, -1)
+        self._encoded[key] = EncodedInput(zeros[0], zeros[1:] if self._layers else None)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -11,17 +11,20 @@ Example: tokens 2 to 5 of a prompt are an image, of which token 4 is a line brea
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from engine.arrays import Int32s, Int64s
 from engine.columns import int32s
 from engine.kernels.attention import Span
-from engine.messages import MMInputRef, SlotAssignment, StepMessage
+from engine.messages import MMInputRef, SlotAssignment, StepMessage, StepReports
 from engine.model.encoders.base import EncodedInput
 from engine.worker.encoder_cache import EncoderCache
+from engine.worker.encoder_faults import Agree, agreement, error_of
 from engine.worker.mm_rows import MMRows
 from engine.worker.mrope import GridInput, rotary_positions, runs_of
 from engine.worker.slots import StepBatch, WorkerSlots
@@ -62,13 +65,18 @@ class MMSlots(WorkerSlots):
     """Slots with inputs; a step also encodes those that the core asks for.
 
     Args:
-        cache: the embeddings. None: there are none here, because the model computes with those of another rank.
+        cache: the embeddings.
         input_tokens: how inputs lie in a prompt.
         shape: arguments of the base class.
+        agree: see `engine.worker.encoder_faults.agreement`; None: there is one rank.
     """
 
-    def __init__(self, cache: EncoderCache, input_tokens: InputTokens, *shape: Any, **more: Any):
+    def __init__(
+        self, cache: EncoderCache, input_tokens: InputTokens, *shape: Any, agree: Agree | None = None, **more: Any
+    ):
         super().__init__(*shape, **more)
+        self._agree = agree or agreement()
+        self._encoded: tuple[str, ...] = ()  # of the step that began last: see `StepReports.encoded`
         self.encoder_cache = cache
         self._tokens_of_inputs = input_tokens
         self._inputs: dict[int, list[_SlotInput]] = {}  # by slot, only slots with inputs
@@ -80,14 +88,29 @@ class MMSlots(WorkerSlots):
         """As in the base class; frees and encodes inputs, and adds the embeddings of the step's tokens."""
         self.encoder_cache.free(message.free_encoder_keys)
         batch = super().begin_step(message)
-        for slot, index in message.encoder_inputs:
-            one = self._inputs[slot][index]
-            self.encoder_cache.encode(one.ref, len(one.at))
+        if message.encoder_inputs:
+            self._encode([self._inputs[slot][index] for slot, index in message.encoder_inputs])
         rows = self._find_rows(batch) if self._unfinished else None
         rotary = self._find_rotary(batch) if self._tokens_of_inputs.mrope else None
         if rows is None and rotary is None:
             return batch
         return dataclasses.replace(batch, mm=rows, rotary_positions=rotary)
+
+    def take_reports(self) -> StepReports | None:
+        """As in the base class; also whether inputs were encoded."""
+        reports = super().take_reports()
+        if self._encoded:
+            encoded, self._encoded = self._encoded, ()
+            reports = msgspec.structs.replace(reports or StepReports(), encoded=encoded)
+        return reports
+
+    def _encode(self, inputs: list[_SlotInput]) -> None:
+        """Encode inputs. One that can't be encoded, on any rank, is zeros until the core ends its requests."""
+        errors = self._agree([error_of(partial(self.encoder_cache.encode, one.ref, len(one.at))) for one in inputs])
+        for one, error in zip(inputs, errors, strict=True):
+            if error:
+                self.encoder_cache.put_zeros(one.ref.hash, len(one.at))
+        self._encoded = tuple(errors)
 
     def _assign(self, assignment: SlotAssignment) -> None:
         super()._assign(assignment)

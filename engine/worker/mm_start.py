@@ -35,7 +35,9 @@ def encoder_cache(
                 if buffer.dtype == embeddings:
                     module._buffers[name] = buffer.to(dtype)
     encoder = importlib.import_module(f"engine.model.encoders.{family.encoder}").make(model)
-    return EncoderCache(encoder, place, embeddings)
+    hidden: int = model.config.get_text_config(decoder=True).hidden_size
+    layers = len(model.config.vision_config.deepstack_visual_indexes) if family.deepstack else 0
+    return EncoderCache(encoder, place, embeddings, hidden, layers)
 
 
 def encoder_modules(model: Any) -> Iterator[nn.Module]:

@@ -17,10 +17,12 @@ from engine.logprob_columns import TokenLogprobs
 from engine.messages import StepMessage, StepResult, encode
 from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
+from engine.model.runtime.rank_group import RankGroup
 from engine.model.sharding.tp_plan import TPPlan
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding, adapter_sharding
 from engine.worker.backend_builder import BuiltBackend, build_backend
+from engine.worker.encoder_faults import agreement
 from engine.worker.mm_slots import MMSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.model_backend import ModelBackend
@@ -79,8 +81,8 @@ class Runner(StepRunner[SamplingPlan]):
                 self._slots.append_tokens(batch.sampling, tokens)
         scored = prompt_logprobs.score(self._backend, batch, self._slots) if len(batch.scored_at) else ()
         seconds = self._seconds + time.perf_counter() - began
-        rejected = column(self._slots.take_rejected())
-        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, rejected, scored))
+        reports = self._slots.take_reports()
+        return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, reports, scored))
 
     def _plan_sampling(self, batch: StepBatch) -> SamplingPlan:
         """Plan how tokens are chosen: for each slot by its own parameters only, so that batching does not matter."""
@@ -118,7 +120,9 @@ def build_runner(
 ) -> tuple[Runner, BuiltBackend]:
     """Build a rank's runner; `model_info` is the rank's, `tp_plan` is how ranks divide the model."""
     built, sharding = build_parts(config, model_info, resolved, meta_model, tp_plan)
-    return Runner(built.backend, build_slots(resolved, model_info, meta_model), sharding), built
+    shard = meta_model.vocab_shard
+    slots = build_slots(resolved, model_info, meta_model, None if shard is None else shard.group)
+    return Runner(built.backend, slots, sharding), built
 
 
 def build_parts(
@@ -130,14 +134,17 @@ def build_parts(
     return built, adapter_sharding(meta_model, tp_plan)
 
 
-def build_slots(resolved: ResolvedConfig, model_info: ModelInfo, meta_model: MetaModel) -> WorkerSlots:
-    """The slots of a rank; with an encoder, if the model takes multimodal inputs."""
+def build_slots(
+    resolved: ResolvedConfig, model_info: ModelInfo, meta_model: MetaModel, group: RankGroup | None = None
+) -> WorkerSlots:
+    """The slots of a rank; with an encoder, if the model takes multimodal inputs. `group`: ranks that encode alike."""
     groups = len(resolved.kv_windows)
     shape = resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
     if model_info.mm is None:
         return WorkerSlots(*shape)
     model, dtype = meta_model.model, getattr(torch, encoder_dtype(model_info.dtype))
-    return MMSlots(encoder_cache(model, dtype=dtype), input_tokens(model, model_info.mm), *shape)
+    cache = encoder_cache(model, dtype=dtype)
+    return MMSlots(cache, input_tokens(model, model_info.mm), *shape, agree=agreement(group))
 
 
 def reindexed(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arrays import Int32s, Int64s
-from engine.columns import int32s
-from engine.messages import Sampling, SlotAssignment, StepMessage
+from engine.columns import column, int32s
+from engine.messages import Sampling, SlotAssignment, StepMessage, StepReports
 from engine.worker.mm_rows import MMRows
 from engine.worker.ngram_proposer import drafts_per_request, propose
 
@@ -193,10 +193,12 @@ class WorkerSlots:
             drafts[i] = len(proposed)
         return drafts
 
-    def take_rejected(self) -> list[tuple[int, int]]:
-        """Slots assigned since the last call that can't be served, and their generations."""
+    def take_reports(self) -> StepReports | None:
+        """What the result of the step that began last has to report."""
+        if not self._rejected:
+            return None
         rejected, self._rejected = self._rejected, []
-        return rejected
+        return StepReports(column(rejected))
 
     def output_tokens(self, slot: int) -> Int32s:
         """The slot's tokens without its prompt; a view."""

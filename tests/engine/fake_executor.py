@@ -3,7 +3,8 @@
 The next token is a hash of the whole prefix, in which a placeholder counts as an embedding of its multimodal input,
 which must be on the device by then. The KV memory is real in shape: each entry holds the hash of the prefix that was
 computed into it, and whenever a slot computes, every entry of its context must hold exactly its own prefix. A block
-shared too early, reused too soon or appended in the wrong order fails at once.
+shared too early, reused too soon or appended in the wrong order fails at once. What is computed with an input that
+could not be encoded is `FAULT`, and so is everything after it.
 """
 
 import random
@@ -17,13 +18,16 @@ from typing import Any
 from engine.clock import Clock
 from engine.columns import column, int32s
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
-from engine.messages import MMInputRef, Sampling, StepMessage, StepResult, decode_step, encode
+from engine.messages import MMInputRef, Sampling, StepMessage, StepReports, StepResult, decode_step, encode
 
 VOCABULARY = 50
+FAULT = b"fault"
 CONTENT_BYTES = 2  # of a key: an input that isn't shared has a longer one
 
 
 def prefix_hash(parent: bytes, token: int) -> bytes:
+    if parent == FAULT:
+        return FAULT
     return blake2b(parent + token.to_bytes(4, "little"), digest_size=8).digest()
 
 
@@ -115,6 +119,10 @@ class FakeExecutor:
         self.slot_tokens: list[dict[int, int]] = []  # per step: slot -> tokens computed
         self.embeddings: set[bytes] = set()  # keys of multimodal inputs on the device
         self.encoded: list[bytes] = []
+        self.fails: Callable[[], bool] = lambda: False  # whether the next input can't be encoded
+        self.faulty: set[bytes] = set()  # keys of those on the device that could not be
+        self.num_faults = 0
+        self._errors: list[str] = []  # of the newest step's inputs
         self._clock = clock
         self._block_size = block_size
         self._seconds = seconds
@@ -190,11 +198,17 @@ class FakeExecutor:
         for number, group, block in message.unpack_new_blocks().tolist():
             self.slots[number].tables[group].append(block)
         self.embeddings.difference_update(message.free_encoder_keys)
+        self.faulty.difference_update(message.free_encoder_keys)
+        self._errors = []
         for number, index in message.encoder_inputs:
             key = self.slots[number].mm_inputs[index].hash
             assert key not in self.embeddings, "a multimodal input was encoded again although its embeddings are there"
             self.embeddings.add(key)
             self.encoded.append(key)
+            self._errors.append("the tower fails" if self.fails() else "")
+            if self._errors[-1]:
+                self.faulty.add(key)
+                self.num_faults += 1
 
     def _run(self, message: StepMessage) -> bytes:
         counts = dict(int32s(message.chunks, 2).tolist())
@@ -202,6 +216,8 @@ class FakeExecutor:
         scored = [self._score(number, self.slots[number], count) for number, count in plan.items()]
         for number, count in plan.items():
             self._write(self.slots[number], count)
+        while any(self._spread_fault(self.slots[number], count) for number, count in plan.items() if count):
+            pass
         sampled, each, drafted, asked = [], [], 0, list[tuple[int, int, int]]()
         for number, count in plan.items():
             slot = self.slots[number]
@@ -223,6 +239,7 @@ class FakeExecutor:
         return encode(
             StepResult(
                 message.step, column(sampled), found, _logprobs(asked), seconds, drafted,
+                StepReports(encoded=tuple(self._errors)) if message.encoder_inputs else None,
                 prompt_logprobs=tuple(one for one in scored if one is not None),
             )
         )  # fmt: skip
@@ -263,17 +280,44 @@ class FakeExecutor:
             )
             seen = content(slot.tokens, slot.mm_inputs, position)
             state = prefix_hash(slot.states[-1] if slot.states else b"", seen)
+            if mm_input is not None and mm_input.hash in self.faulty:
+                state = FAULT
             slot.states.append(state)
             for group in self._groups:
                 self._kv[self._kv_entry(slot, group, position)] = state
         slot.computed += count
 
+    def _spread_fault(self, slot: FakeSlot, count: int) -> bool:
+        """Whether the last `count` tokens turn out to have a fault in their context."""
+        start = slot.computed - count
+        if slot.states[start] == FAULT or not any(
+            self._kv.get(self._kv_entry(slot, group, position)) == FAULT
+            for group, first in self._contexts(slot, count)
+            for position in range(first, start)
+        ):
+            return False
+        slot.states[start:] = [FAULT] * count
+        for group in self._groups:
+            for position in range(start, slot.computed):
+                self._kv[self._kv_entry(slot, group, position)] = FAULT
+        return True
+
+    def has_fault(self, block: int) -> bool:
+        size = self._block_size
+        return any(self._kv.get(entry) == FAULT for entry in range(block * size, (block + 1) * size))
+
+    def _contexts(self, slot: FakeSlot, count: int) -> list[tuple[int, int]]:
+        """Of each group, the first position that the last `count` tokens attend to."""
+        return [
+            (group, max(0, slot.computed - count - window + 1) if window else 0)
+            for group, window in enumerate(self._windows)
+        ]
+
     def _check_context(self, number: int, slot: FakeSlot, count: int) -> None:
         """What the last `count` tokens saw, in each group, is the slot's own."""
-        for group, window in enumerate(self._windows):
-            first = max(0, slot.computed - count - window + 1) if window else 0
+        for group, first in self._contexts(slot, count):
             for position in range(first, slot.computed):
                 held = self._kv.get(self._kv_entry(slot, group, position))
-                assert held == slot.states[position], (
+                assert held in (slot.states[position], FAULT), (
                     f"slot {number}: the KV at position {position} is another prefix's"
                 )

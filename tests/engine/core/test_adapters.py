@@ -8,7 +8,17 @@ import pytest
 from engine.clock import FakeClock
 from engine.core.adapters import HOLD_S, AdapterRegistry
 from engine.errors import ModelError, RequestError
-from engine.messages import Abort, FinishReason, Shutdown, StepMessage, StepResult, Utility, UtilityResult, encode
+from engine.messages import (
+    Abort,
+    FinishReason,
+    Shutdown,
+    StepMessage,
+    StepReports,
+    StepResult,
+    Utility,
+    UtilityResult,
+    encode,
+)
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import FakeExecutor, expected_tokens
 
@@ -151,7 +161,7 @@ class Refusing(FakeExecutor):
             from engine.messages import decode_result
 
             result = decode_result(self._sampled[message.step])
-            changed = StepResult(result.step, result.tokens, result.counts, rejected=column(pairs))
+            changed = StepResult(result.step, result.tokens, result.counts, reports=StepReports(column(pairs)))
             self._sampled[message.step] = encode(changed)
         return done
 

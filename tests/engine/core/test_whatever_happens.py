@@ -1,6 +1,8 @@
 """The core under random arrivals, aborts and preemptions: each request gets the tokens it would get alone."""
 
+import re
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 from hypothesis import event, given, settings
@@ -148,6 +150,37 @@ def test_each_request_gets_its_own_tokens(
     assert driver.core.scheduler.pool.num_free == config.num_blocks - 1, "every block came back"
     assert not driver.core.scheduler.requests
     assert not driver.worker.slots or not driver.core.scheduler.has_work
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests, configs(drafts=True), st.sampled_from([0.001, 1.0]), st.lists(st.booleans(), max_size=30), st.randoms()
+)
+def test_inputs_that_cannot_be_encoded_end_their_requests_only(
+    requests: list[Asked], config: ResolvedConfig, step_s: float, eager: list[bool], luck: Random
+):
+    driver = Driver(config, lambda *_: step_s)
+    worker, scheduler = driver.worker, driver.core.scheduler
+    worker.fails = lambda: luck.random() < 0.4
+    handles = play(driver, requests, eager)
+    failed = 0
+    for asked, handle in zip(requests, handles, strict=True):
+        expected, got, end = asked.expected(), driver.tokens[handle], driver.finished[handle]
+        if end.reason == FinishReason.NOT_ENCODED:
+            failed += 1
+            assert re.fullmatch(r"multimodal input \d could not be encoded: the tower fails", end.error)
+            assert got == expected[: len(got)], "before a preemption"
+        elif end.reason == FinishReason.ABORT:
+            assert got == expected[: len(got)]
+        else:
+            assert got == expected
+    event(f"faults: {worker.num_faults > 0}, failed: {failed > 0}, found a prefix: {driver.stats.prefix_hits > 0}")
+    assert not failed or worker.num_faults
+    assert not [block for block in scheduler.pool.block_of.values() if worker.has_fault(block)]
+    assert not worker.faulty & set(scheduler.encoder_cache.cache.size_of)
+    assert not scheduler.encoder_cache.cache.references
+    assert scheduler.pool.num_free == config.num_blocks - 1, "every block came back"
+    assert not scheduler.requests
 
 
 @settings(max_examples=200, deadline=None)

@@ -198,8 +198,9 @@ def test_a_row_whose_adapter_is_not_there_is_refused_and_its_neighbor_computed(
         ]
         executor.submit(encode(StepMessage(1, assigned_slots=tuple(rows), chunks=column([[0, 3], [1, 3]]))))
         first = decode_result(executor.sample(1).result())
-        assert int32s(first.rejected, 2).tolist() == [[1, 1]]
+        assert first.reports is not None
+        assert int32s(first.reports.rejected, 2).tolist() == [[1, 1]]
         executor.submit(encode(StepMessage(2, freed_slots=column([1]))))
         second = decode_result(executor.sample(2).result())
-        assert second.rejected == b""
+        assert second.reports is None
         assert [int(int32s(first.tokens)[0]), *int32s(second.tokens).tolist()] == expected

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from engine.columns import column
-from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage
+from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage, StepReports
 from engine.model.encoders.base import EncodedInput
 from engine.worker.encoder_cache import EncoderCache
 from engine.worker.mm_slots import InputTokens, MMSlots
@@ -36,7 +36,7 @@ def image(folder: Path, first: int, offset: int, length: int, count: int, **more
 
 def slots(**options: Any) -> MMSlots:
     return MMSlots(
-        EncoderCache(Numbers()), InputTokens(np.array([IMAGE], dtype=np.int32), **options), 4, 64, 4
+        EncoderCache(Numbers(), layers=1), InputTokens(np.array([IMAGE], dtype=np.int32), **options), 4, 64, 4
     )  # fmt: skip
 
 
@@ -139,3 +139,32 @@ def test_rotary_positions_of_prompt_and_output(tmp_path: Path) -> None:
     assert later.rotary_positions is not None
     assert later.rotary_positions.tolist() == [[5, 2]] * 3
     assert torch.is_tensor(batch.mm.embeddings)  # type: ignore[union-attr]
+
+
+def test_an_input_that_cannot_be_encoded_is_zeros_and_reported(tmp_path: Path) -> None:
+    one, two, all_slots = image(tmp_path, 10, 1, 2, 2), image(tmp_path, 20, 4, 2, 2), slots()
+    (tmp_path / "10").unlink()
+    prompt = [1, IMAGE, IMAGE, 2, IMAGE, IMAGE, 3]
+    assigned = (assign(0, prompt, (one, two)),)
+    batch = all_slots.begin_step(step(0, (0, 6), assigned_slots=assigned, encoder_inputs=((0, 0), (0, 1))))
+    assert batch.mm is not None
+    assert batch.mm.embeddings.tolist() == [[0], [0], [20], [21]]
+    reports = all_slots.take_reports()
+    assert reports is not None
+    failed, encoded = reports.encoded
+    assert failed.startswith("RuntimeError: the features of a multimodal input can't be read: ")
+    assert encoded == ""
+    all_slots.begin_step(step(1, (0, 1), free_encoder_keys=(b"10",)))
+    assert all_slots.take_reports() is None
+
+
+def test_a_fault_of_another_rank_counts(tmp_path: Path) -> None:
+    ref, tokens = image(tmp_path, 10, 1, 2, 2), InputTokens(np.array([IMAGE], dtype=np.int32))
+    both = MMSlots(
+        EncoderCache(Numbers(), layers=1), tokens, 4, 64, 4, agree=lambda errors: ["no memory"] * len(errors)
+    )
+    message = step(0, (0, 3), assigned_slots=(assign(0, [1, IMAGE, IMAGE], (ref,)),), encoder_inputs=((0, 0),))
+    batch = both.begin_step(message)
+    assert batch.mm is not None
+    assert batch.mm.embeddings.tolist() == [[0], [0]]
+    assert both.take_reports() == StepReports(encoded=("no memory",))
