@@ -12,9 +12,10 @@ before the result of step 5 arrives:
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from engine.core.hashing import joint_range
 from engine.core.request import Request
 
 
@@ -48,9 +49,9 @@ class UnconfirmedInputs:
     def use(self, request: Request, start: int, end: int) -> None:
         """A request computes tokens from `start` to `end`, or found their KV in the prefix cache."""
         for step in self._steps:
-            for one in request.message.mm_inputs:
-                if one.hash in step.users and one.offset < end and one.offset + one.length > start:
-                    step.users[one.hash][request.handle] = request
+            for content, first, last in _dependent_ranges(request):
+                if content in step.users and first < end and last > start:
+                    step.users[content][request.handle] = request
 
     def leave(self, request: Request) -> int | None:
         """A request ends. Returns the first position that depends on an unconfirmed input, None if there is none."""
@@ -58,7 +59,7 @@ class UnconfirmedInputs:
         for step in self._steps:
             for users in step.users.values():
                 users.pop(request.handle, None)
-        return next((one.offset for one in request.message.mm_inputs if one.hash in used), None)
+        return next((first for content, first, _ in _dependent_ranges(request) if content in used), None)
 
     def failures(self, errors: Sequence[str]) -> dict[int, str]:
         """The requests that depend on inputs that could not be encoded, by handle, and why they can't be served.
@@ -76,3 +77,11 @@ class UnconfirmedInputs:
     def confirm(self) -> list[bytes]:
         """The result of the oldest step is booked; returns what it encoded."""
         return self._steps.popleft().contents
+
+
+def _dependent_ranges(request: Request) -> Iterator[tuple[bytes, int, int]]:
+    """Of each input, its hash, and the first token and the end of those that depend on it within the inputs."""
+    mm_inputs = request.message.mm_inputs
+    joint = joint_range(mm_inputs)
+    for one in mm_inputs:
+        yield one.hash, *(joint or (one.offset, one.offset + one.length))

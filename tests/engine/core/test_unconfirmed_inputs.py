@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.messages import FinishReason, MMInputRef
+from engine.columns import column
+from engine.core.request import Request
+from engine.core.unconfirmed_inputs import UnconfirmedInputs
+from engine.messages import AddRequest, FinishReason, MMInputRef, Sampling
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import expected_tokens
 
@@ -106,6 +109,20 @@ def test_a_request_that_computed_the_input_earlier_goes_on():
     assert driver.finished[wrong].error == CAUSE
     assert driver.tokens[earlier] == expected_tokens([*START, 9], 30, mm_inputs=(PICTURE,))
     check_clean(driver)
+
+
+@pytest.mark.parametrize(("joint", "first", "hit_depends"), [(False, 10, False), (True, 3, True)])
+def test_tokens_of_joint_inputs_depend_on_the_later_ones(joint: bool, first: int, hit_depends: bool):
+    refs = tuple(MMInputRef(name, at, 4, joint, joint=joint) for name, at in ((b"a", 3), (b"b", 10)))
+    one, other = (Request(AddRequest(n, column([7] * 20), 1, Sampling(), mm_inputs=refs), 99, 0.0) for n in (1, 2))
+    unconfirmed = UnconfirmedInputs()
+    unconfirmed.add(b"b")
+    unconfirmed.use(one, 3, 20)
+    unconfirmed.use(other, 0, 8)  # a prefix hit that ends between them
+    unconfirmed.end_step()
+    assert set(unconfirmed.failures(["no memory"])) == ({1, 2} if hit_depends else {1})
+    assert unconfirmed.leave(one) == first
+    assert unconfirmed.leave(one) is None
 
 
 def test_the_error_names_the_input_by_its_place_in_the_prompt():
