@@ -17,3 +17,4 @@ class Video(msgspec.Struct, frozen=True, gc=False):
 
     frames: NDArray[np.uint8]
     times: NDArray[np.float64]
+    seconds: float = 0.0  # of the whole video; 0: unknown

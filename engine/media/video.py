@@ -44,7 +44,7 @@ def decode_video(data: bytes, limits: MediaLimits) -> Video:
         if not total:
             raise RequestError("the video has no frames")
         wanted = np.linspace(0, total - 1, min(limits.video_frames, total)).round().astype(int)
-        return _take(data, wanted, limits, deadline)
+        return _take(data, total, wanted, limits, deadline)
     except RequestError:
         raise
     except av.FFmpegError as error:
@@ -55,7 +55,7 @@ def decode_video(data: bytes, limits: MediaLimits) -> Video:
         raise RequestError(f"the video can't be decoded: {error}") from error
 
 
-def _take(data: bytes, wanted: NDArray[Any], limits: MediaLimits, deadline: float) -> Video:
+def _take(data: bytes, total: int, wanted: NDArray[Any], limits: MediaLimits, deadline: float) -> Video:
     pictures: list[NDArray[np.uint8]] = []
     times: list[float] = []
     chosen = set(wanted.tolist())
@@ -67,7 +67,9 @@ def _take(data: bytes, wanted: NDArray[Any], limits: MediaLimits, deadline: floa
             frame = frame.reformat(width=width, height=height)  # the size of a video may change
         pictures.append(frame.to_ndarray(format="rgb24"))
         times.append(float(frame.time or 0.0))
-    return Video(np.stack(pictures), np.array(times))
+    # The last frame is shown as long as the others.
+    seconds = (times[-1] - times[0]) * total / (total - 1) if total > 1 and len(times) > 1 else 0.0
+    return Video(np.stack(pictures), np.array(times), seconds)
 
 
 def _frames(data: bytes, limits: MediaLimits, deadline: float) -> Iterator[Any]:

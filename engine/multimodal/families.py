@@ -96,7 +96,13 @@ MM_FAMILIES: dict[str, MMFamily] = {
         added=True,
     ),
     "idefics3": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
-    "smolvlm": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
+    "smolvlm": MMFamily(
+        {"image": "image_token_id"},
+        "smolvlm",
+        "idefics3",
+        embedding_ids=("image_token_id",),
+        written={"video": "<video>"},
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.model.encoders.base import EncodedInput, Encoder
+from engine.multimodal.families import FRAMES_AT_ONCE
 
 
 def make(model: Any) -> Encoder:
@@ -27,9 +28,16 @@ class Idefics3Encoder:
         self._patch: int = model.config.vision_config.patch_size
 
     def encode(self, tensors: Mapping[str, Tensor]) -> EncodedInput:
-        """Encode one image, all tiles in one batch."""
-        pixels = tensors["pixel_values"].to(self._tower.dtype)
-        tiles, _, height, width = pixels.shape
-        whole = torch.ones((tiles, height // self._patch, width // self._patch), dtype=torch.bool, device=pixels.device)
+        """Encode one image, all tiles in one batch; or some frames of a video after the other."""
+        if "pixel_values_videos" in tensors:
+            frames = tensors["pixel_values_videos"].split(FRAMES_AT_ONCE)
+            return EncodedInput(torch.cat([self._features(some) for some in frames]))
+        return EncodedInput(self._features(tensors["pixel_values"]))
+
+    def _features(self, tiles: Tensor) -> Tensor:
+        pixels = tiles.to(self._tower.dtype)
+        count, _, height, width = pixels.shape
+        whole = torch.ones((count, height // self._patch, width // self._patch), dtype=torch.bool, device=pixels.device)
         hidden = self._tower(pixel_values=pixels, patch_attention_mask=whole, return_dict=True).last_hidden_state
-        return EncodedInput(self._connector(hidden).flatten(0, 1))
+        features: Tensor = self._connector(hidden).flatten(0, 1)
+        return features

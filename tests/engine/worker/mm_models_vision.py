@@ -26,6 +26,7 @@ SPECIAL_TOKENS: dict[str, Sequence[str]] = {
             "<fake_token_around_image>",
             "<global-img>",
             *(f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3)),
+            "<video>",
         ),
     ),
 }
@@ -220,4 +221,5 @@ MODELS: dict[str, MMModel] = {
     "internvl/video": MMModel(partial(build, "internvl"), tiles, short_clip, "video"),
     "idefics3": MMModel(partial(build, "idefics3"), tiles_of_a_prompt, colors),
     "smolvlm": MMModel(partial(build, "smolvlm"), tiles_of_a_prompt, colors),
+    "smolvlm/video": MMModel(partial(build, "smolvlm"), tiles_of_a_prompt, short_clip, "video"),
 }
