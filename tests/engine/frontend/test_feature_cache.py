@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import SharedMemoryFullError
+from engine.frontend.feature_cache import PreparedInput
 from engine.multimodal.pool_protocol import Done
 from engine.multimodal.types import Media
 from tests.engine.frontend.input_fleet import InputFleet
@@ -118,6 +119,42 @@ def test_a_request_that_a_core_fails_gets_its_features_anew() -> None:
         fleet.front_ends[0].router.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("other_uses_it", [False, True])
+def test_an_input_that_can_not_be_encoded_is_processed_anew(other_uses_it: bool) -> None:
+    """As soon as no request uses it."""
+
+    async def main() -> None:
+        fleet = InputFleet(0, 1, 1, 1 << 20, max_num_batched_tokens=8)
+        front, worker = fleet.front_ends[0], fleet.workers[0]
+        worker.fails = lambda: len(worker.encoded) == 1
+        await serve_in_turn(fleet, [1])
+        cached = list(front.cache._by_hash.values())
+        assert not cached, "its features are still there"
+        assert fleet.ended == {"served": 0, "aborted": 0, "failed": 1}
+        worker.fails = lambda: False
+        if other_uses_it:
+            other = await front_end_keeps(fleet, 1)
+            other.cached.failed = True
+            await serve_in_turn(fleet, [1])
+            assert front.pool.processed == [1, 1]
+            other.release()
+        await serve_in_turn(fleet, [1])
+        assert front.pool.processed == ([1, 1, 1] if other_uses_it else [1, 1])
+        await fleet.close()
+
+    asyncio.run(main())
+
+
+async def front_end_keeps(fleet: InputFleet, picture: int) -> PreparedInput:
+    """A request that isn't sent yet uses a picture."""
+    front = fleet.front_ends[0]
+    preparing = asyncio.ensure_future(front.pipeline.prepare(Media("image", bytes([picture]) * 50), 1))
+    while not preparing.done():
+        front.pool.work()
+        await asyncio.sleep(0)
+    return preparing.result()
 
 
 def test_a_full_shared_memory_empties_the_cache_before_a_request_fails() -> None:

@@ -12,7 +12,7 @@ import pytest
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
 from engine.core.feature_mirror import FeatureMirror
-from engine.errors import RequestError
+from engine.errors import ProcessingError, RequestError
 from engine.frontend.core_client import CoreClient
 from engine.frontend.feature_cache import FeatureCache, PlacedInput, RawInput
 from engine.frontend.front_end_stats import MMCounters
@@ -116,6 +116,20 @@ def test_an_input_that_can_not_be_processed_ends_its_request_only() -> None:
         with pytest.raises(RequestError, match="the model serves at most 64"):
             await core.serve([PLACEHOLDER] + [1] * 61, [RawInput(png(50))])
         assert len((await core.serve([PLACEHOLDER, 1], [RawInput(png(50))]))[0].token_ids) == 3
+        core.close()
+
+    asyncio.run(main())
+
+
+def test_an_input_that_can_not_be_encoded_ends_its_request_only() -> None:
+    async def main() -> None:
+        core = InlineCore("inline-processing", "no-run-ahead", "full-state")
+        core.worker.fails = lambda: len(core.worker.encoded) == 1
+        with pytest.raises(ProcessingError, match="multimodal input 0 could not be encoded: the tower fails"):
+            await core.serve([1, PLACEHOLDER, 2], [RawInput(png(50))])
+        outputs = await core.serve([1, PLACEHOLDER, 2], [RawInput(png(50))])
+        final = [1, *[EMBEDDING] * 4, 2]
+        assert outputs[0].token_ids == expected_tokens(final, 3, mm_inputs=refs(final, png(50)))
         core.close()
 
     asyncio.run(main())
