@@ -18,6 +18,8 @@ from redline import LLM, SamplingParams
 from tests.cli.test_serve import DUMMY, assert_gone, assert_one_line, children, run
 from tests.serving import Served, serve
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 TOKENS = 1500  # of an answer that is still under way when its replica dies
 BODY: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 LONG = {**BODY, "max_tokens": TOKENS, "stream": True}
