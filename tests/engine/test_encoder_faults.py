@@ -85,7 +85,7 @@ def with_truncated_features(request: MMRequest, folder: Path) -> MMRequest:
     return dataclasses.replace(request, inputs=(msgspec.structs.replace(first, features=str(path)), *others), output=[])
 
 
-def check_fault(executor: Any, resolved: ResolvedConfig, built: Built, folder: Path) -> None:
+def check_fault(executor: Any, resolved: ResolvedConfig, built: Built, folder: Path) -> Core:
     """Two of six requests share an input whose features can't be read; they can be served later."""
     _, prompts, reference = built
     core = Core(executor, resolved)
@@ -105,6 +105,7 @@ def check_fault(executor: Any, resolved: ResolvedConfig, built: Built, folder: P
     assert not scheduler.encoder_cache.cache.references
     assert scheduler.pool.num_free == resolved.num_blocks - 1
     assert scheduler.slots.num_running == 0
+    return core
 
 
 @pytest.mark.parametrize(
@@ -136,11 +137,18 @@ def test_ranks_in_processes(built: Built, tmp_path: Path) -> None:
 
 
 def test_a_device_that_computes_ahead(built: Built, tmp_path: Path) -> None:
+    _, prompts, reference = built
+    device, requests = StandInDevice(delay_s=0.01), prompts.samples()
     executor, resolved = start_executor(
-        StandInDevice(delay_s=0.01), built[0], rows=ROWS, block_size=BLOCK, num_blocks=500, kernels="torch"
-    )
+        device, built[0], rows=ROWS, block_size=BLOCK, num_blocks=500, kernels="torch"
+    )  # fmt: skip
     try:
-        check_fault(executor, resolved, built, tmp_path)
+        core = check_fault(executor, resolved, built, tmp_path)
+        device.shortages = 1
+        wrong, text = core.run([prompts.request(prompts.text(20, 4), 3, prompts.text(21, 3)), requests[3]])
+        assert device.shortages == 0
+        assert core.finished[wrong].error.startswith("multimodal input 0 could not be encoded: OutOfMemoryError: ")
+        assert core.tokens[text] == reference.run(requests[3])[0]
     finally:
         executor.shutdown()
 
