@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -26,6 +25,13 @@ SECOND = "[/second] [red] :fire:"  # would mean styles and a picture to rich
 def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     flags = (*DUMMY, "--served_model_name", "tiny", "--max-model-len", "1K", "--limit_mm_per_prompt", "image=4")
     with serve(tmp_path_factory.mktemp("log"), model, *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def second(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Another server, which the test of Ctrl-C ends."""
+    with serve(tmp_path_factory.mktemp("second"), model, *DUMMY, "--served-model-name", SECOND) as running:
         yield running
 
 
@@ -111,56 +117,55 @@ def test_a_device_that_is_not_there_is_one_line(model: str):
     assert_one_line(run(model, *DUMMY, "--device", "cuda"), 2, "--device cuda: ", "use --device cpu")
 
 
-def test_two_servers_at_once(served: Served, model: str, tmp_path: Path):
-    with serve(tmp_path, model, *DUMMY, "--served-model-name", SECOND) as second:
-        body = {"prompt": "hello", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
-        threads, texts = [], {}
+def test_two_servers_at_once(served: Served, second: Served):
+    body = {"prompt": "hello", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    threads, texts = [], {}
 
-        def ask(which: str, server: Served) -> None:
-            texts[which] = server.post("/v1/completions", **body)["choices"][0]["text"]
+    def ask(which: str, server: Served) -> None:
+        texts[which] = server.post("/v1/completions", **body)["choices"][0]["text"]
 
-        for which, server in (("first", served), ("second", second)):
-            threads.append(threading.Thread(target=ask, args=(which, server)))
-            threads[-1].start()
-        for thread in threads:
-            thread.join(60)
-        assert texts["first"] == texts["second"] != "", "same seed, same random weights"
-        assert second.client.get("/v1/models").json()["data"][0]["id"] == SECOND
-        assert f"Redline serves {SECOND}" in second.output()
-
-
-def test_ctrl_c_lets_requests_finish_and_leaves_no_process(model: str, tmp_path: Path):
-    with serve(tmp_path, model, *DUMMY) as server:
-        family = children(server.process)
-        assert family
-        body = {"prompt": "hello", "max_tokens": 100, "ignore_eos": True, "stream": True, "return_token_ids": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            first = next(lines)
-            server.process.send_signal(signal.SIGINT)
-            *events, last = [first, *(line for line in lines if line)]
-        assert last == "data: [DONE]"
-        chunks = [json.loads(line.removeprefix("data: ")) for line in events]
-        assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) == 100
-        assert server.process.wait(30) == 0
-        assert_gone(family)
-        assert "finishing 1 running request" in server.output()
+    for which, server in (("first", served), ("second", second)):
+        threads.append(threading.Thread(target=ask, args=(which, server)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(60)
+    assert texts["first"] == texts["second"] != "", "same seed, same random weights"
+    assert second.client.get("/v1/models").json()["data"][0]["id"] == SECOND
+    assert f"Redline serves {SECOND}" in second.output()
 
 
-def test_a_killed_core_ends_the_server_with_its_cause(model: str, tmp_path: Path):
-    with serve(tmp_path, model, *DUMMY) as server:
-        [core] = children(server.process)
-        body = {"prompt": "hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            os.kill(core.pid, signal.SIGKILL)
-            events = [line for line in lines if line]
-        assert "SIGKILL" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
-        assert server.process.wait(30) == 1
-        last = server.output().splitlines()[-1]
-        assert last.startswith("redline: error: the EngineCore")
-        assert "SIGKILL" in last
+def test_ctrl_c_lets_requests_finish_and_leaves_no_process(second: Served):
+    """After the others that need the server."""
+    family = children(second.process)
+    assert family
+    body = {"prompt": "hello", "max_tokens": 100, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    with httpx.stream("POST", f"{second.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        second.process.send_signal(signal.SIGINT)
+        *events, last = [first, *(line for line in lines if line)]
+    assert last == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in events]
+    assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) == 100
+    assert second.process.wait(30) == 0
+    assert_gone(family)
+    assert "finishing 1 running request" in second.output()
+
+
+def test_a_killed_core_ends_the_server_with_its_cause(served: Served):
+    """After the others that need the server."""
+    [core] = children(served.process)
+    body = {"prompt": "hello", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(core.pid, signal.SIGKILL)
+        events = [line for line in lines if line]
+    assert "SIGKILL" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+    assert served.process.wait(30) == 1
+    last = served.output().splitlines()[-1]
+    assert last.startswith("redline: error: the EngineCore")
+    assert "SIGKILL" in last
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
