@@ -17,13 +17,23 @@ from tests.serving import serve
 WITHIN_S = 5.0  # from the death of a rank to the server's end
 FLAGS = ["--dtype", "float32", "--kv-cache-memory-bytes", "4MiB", "--max-num-batched-tokens", "16"]
 PROMPT = [i % 90 + 2 for i in range(50)]
+NEW = 30
 
 
-def expected(folder: Path, new: int) -> list[int]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[int]:
+    """The tokens of one rank."""
     driver: Driver = start(folder, 1, load_format="dummy")
     try:
         request = Request(PROMPT)
-        driver.run([request], new, seed=0, preempt=0.0)
+        driver.run([request], NEW, seed=0, preempt=0.0)
         return request.output
     finally:
         driver.executor.shutdown()
@@ -34,13 +44,14 @@ def expected(folder: Path, new: int) -> list[int]:
     [((), 1), (("--engine", "v0", "--enable-chunked-prefill"), 1), (("--ablate", "driver-broadcast"), 0)],
     ids=["V1", "V0", "rank 0 drives"],
 )
-def test_two_ranks_serve_and_one_killed_ends_the_server(flags: tuple[str, ...], victim: int, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
-    with serve(tmp_path, str(tmp_path), "--tp", "2", "--load-format", "dummy", *FLAGS, *flags) as server:
+def test_two_ranks_serve_and_one_killed_ends_the_server(
+    flags: tuple[str, ...], victim: int, folder: Path, expected: list[int], tmp_path: Path
+) -> None:
+    with serve(tmp_path, str(folder), "--tp", "2", "--load-format", "dummy", *FLAGS, *flags) as server:
         assert ("driver-broadcast" in server.output()) == bool(flags)
-        body = {"model": str(tmp_path), "prompt": PROMPT, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+        body = {"model": str(folder), "prompt": PROMPT, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
         answer = server.post("/v1/completions", **body, return_token_ids=True)
-        assert answer["choices"][0]["token_ids"] == expected(tmp_path, 30)
+        assert answer["choices"][0]["token_ids"] == expected
         core = psutil.Process(server.process.pid).children()[0]
         ranks = sorted(core.children(), key=lambda child: child.pid)
         assert len(ranks) == 2
