@@ -131,6 +131,17 @@ def check_numbers(media: Sequence[MediaPart], per_prompt: Mapping[str, int]) -> 
             )
 
 
+def check_alone(media: Sequence[MediaPart], alone: str) -> None:
+    """Raise RequestError for inputs of several kinds, one of which must not be with others (`MMSpec.alone`)."""
+    kinds = {part.kind for part in media}
+    if alone in kinds and len(kinds) > 1:
+        part = next(one for one in media if one.kind == alone)
+        others = " and ".join(NAMES[kind][1] for kind in sorted(kinds - {alone}))
+        raise RequestError(
+            f"{part.field}: this model takes no {NAMES[part.kind][0]} together with {others}", part.field
+        )
+
+
 def refuse_placeholders(messages: Iterable[Any], texts: Mapping[str, str]) -> None:
     """Raise RequestError for a text that contains the text of a placeholder: it would stand for an input.
 

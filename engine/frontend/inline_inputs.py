@@ -57,7 +57,7 @@ class InlineInputs:
         self._texts = {kind: text for kind, text in written.items() if text}
         family = MM_FAMILIES.get(spec.family)
         self._bidirectional = family.bidirectional if family else ()
-        self._joint = family is not None and family.joint
+        self._joint = family is not None and bool(family.joint)
 
     def load(self) -> None:
         """Make the processor now, rather than for the first input."""

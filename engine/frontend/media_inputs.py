@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
-from engine.frontend.content_parts import MediaPart, check_numbers, refuse_placeholders
+from engine.frontend.content_parts import MediaPart, check_alone, check_numbers, refuse_placeholders
 from engine.frontend.conversation import shape_conversation
 from engine.frontend.feature_cache import PlacedInput, PreparedInput, PromptInputs, RawInput
 from engine.frontend.prompts import Prompt, Text
@@ -70,6 +70,7 @@ class MediaInputs:
         Raises RequestError, with the field, for an input that can't be had or that the model can't take.
         """
         check_numbers(parts, self.spec.per_prompt)
+        check_alone(parts, self.spec.alone)
         counts = Counter(part.kind for part in parts)
         places = asyncio.Semaphore(AT_ONCE)
 
@@ -156,6 +157,7 @@ def read_conversation(messages: list[dict[str, Any]], inputs: MediaInputs | None
     media: list[MediaPart] = []
     shaped = shape_conversation(messages, tuple(inputs.spec.placeholders), media)
     check_numbers(media, inputs.spec.per_prompt)
+    check_alone(media, inputs.spec.alone)
     refuse_placeholders(shaped, inputs.texts)
     return Conversation(shaped, media)
 

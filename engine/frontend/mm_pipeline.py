@@ -103,7 +103,7 @@ class MMPipeline:
         self._in_progress: dict[bytes, _InProgress] = {}
         family = MM_FAMILIES.get(spec.family)
         self._bidirectional = family.bidirectional if family else ()
-        self._joint = family is not None and family.joint
+        self._joint = family is not None and bool(family.joint)
 
     @classmethod
     def make(

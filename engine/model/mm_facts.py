@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.errors import ConfigError
 from engine.multimodal.expansion import NAMES
 from engine.multimodal.families import MM_FAMILIES, MMFamily, embedding_ids, placeholder_ids
 from engine.multimodal.processors.added_tokens import added_tokens
@@ -72,6 +73,9 @@ def read_mm_facts(
     placeholders = placeholder_ids(family, hf_config, added_tokens(folder))
     kinds = set(map(str, placeholders))
     limits = {kind: number for kind, number in per_prompt.items() if kind in kinds}
+    if family.alone in placeholders and limits.setdefault(family.alone, 1) > 1:
+        given = f"--limit-mm-per-prompt {family.alone}={limits[family.alone]}"
+        raise ConfigError(f"{given}: this model takes one {family.alone} per prompt")
     processor = importlib.import_module(f"engine.multimodal.processors.{family.processor}").make(folder, hf_config)
     absent = {kind: text for kind, text in family.written.items() if kind not in placeholders}
     frames = {"video": (video_frames,)}
@@ -94,6 +98,7 @@ def read_mm_facts(
             most,
             limits,
             getattr(text_config, "additional_vocab_size", None) or 0,
+            alone=family.alone or "",
         ),
         embedding_ids(family, hf_config),
         layers * hidden * itemsize,

@@ -26,8 +26,10 @@ class MMFamily:
         embedding_ids: fields of config.json with the ids of the tokens that stand for an embedding within the tokens of
             an input; empty: those of `placeholders`.
         bidirectional: kinds whose placeholders attend to each other, so that an input is computed in one step.
-        joint: all tokens of an input attend to each other, markers included, and so do those of several inputs. They
-            are computed in one step, and prompts that begin with the same input and go on with another share none.
+        joint: fields with the ids of the tokens of an input that attend to each other, markers included, and to those
+            of other inputs. All are computed in one step, and prompts that begin with the same input and go on with
+            another share none. Empty: each input attends to itself only.
+        alone: the kind of which a prompt has one input, and then no other.
         mrope: rotary positions have three sections (time, height, width).
         deepstack: the encoder also returns features that are added to the hidden states after the first layers.
         written: by kind, the text of that token, where only the tokenizer has its id. A model whose tokenizer lacks the
@@ -40,7 +42,8 @@ class MMFamily:
     encoder: str
     embedding_ids: tuple[str, ...] = ()
     bidirectional: tuple[MediaKind, ...] = ()
-    joint: bool = False
+    joint: tuple[str, ...] = ()
+    alone: MediaKind | None = None
     mrope: bool = False
     deepstack: bool = False
     added: bool = False
@@ -91,9 +94,19 @@ MM_FAMILIES: dict[str, MMFamily] = {
         "molmo2",
         "molmo2",
         embedding_ids=("image_patch_id",),
-        bidirectional=("image",),
-        joint=True,
+        bidirectional=("image", "video"),
+        joint=(
+            "image_patch_id",
+            "image_patch_id+1",  # the end of a row
+            "image_start_token_id",
+            "low_res_image_start_token_id",
+            "image_end_token_id",
+            "frame_start_token_id",
+            "frame_end_token_id",
+        ),
+        alone="video",
         added=True,
+        written={"video": "<|video|>"},
     ),
     "idefics3": MMFamily({"image": "image_token_id"}, "idefics3", "idefics3"),
     "smolvlm": MMFamily(
@@ -118,6 +131,11 @@ def embedding_ids(family: MMFamily, hf_config: Any) -> frozenset[int]:
     """The tokens that stand for an embedding within the tokens of an input."""
     fields = family.embedding_ids or tuple(family.placeholders.values())
     return frozenset(_token_id(hf_config, name) for name in fields)
+
+
+def joint_ids(family: MMFamily, hf_config: Any) -> frozenset[int]:
+    """The tokens of inputs that attend to each other and to those of other inputs."""
+    return frozenset(_token_id(hf_config, name) for name in family.joint)
 
 
 def _token_id(hf_config: Any, field: str) -> int:

@@ -27,6 +27,7 @@ class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
         placeholders: by kind, the id of the token that stands for one input in a prompt that a chat template wrote.
         most_tokens: by kind, the most placeholder tokens of one input (`Processor.most_tokens`).
         per_prompt: by kind, the most inputs of a prompt (`--limit-mm-per-prompt`); others have no limit.
+        alone: the kind that a prompt doesn't have together with others; empty: there is none.
         extra_tokens: ids after the vocabulary that a prompt may have and that are never sampled.
         folder: of the core, in which front ends link feature files for it (see `engine.core.feature_mirror`).
     """
@@ -37,6 +38,7 @@ class MMSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
     per_prompt: dict[str, int] = {}
     extra_tokens: int = 0
     folder: str = ""
+    alone: str = ""
 
 
 class Processed(msgspec.Struct, frozen=True, gc=False):

@@ -40,22 +40,21 @@ class InputTokens:
         tokens_per_second: see `engine.worker.mrope`.
         joint: all tokens of the bidirectional inputs of a prompt attend to each other, not only those that stand for an
             embedding and to those of the same input.
+        joint_ids: those that do, if the inputs also have tokens of text (times of frames); None: all do.
     """
 
     embedding_ids: Int32s
     mrope: bool = False
     tokens_per_second: float | None = None
     joint: bool = False
+    joint_ids: Int32s | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _SlotInput:
     ref: MMInputRef
     at: Int64s  # positions of the tokens that stand for an embedding, ascending
-
-    @property
-    def range(self) -> Int64s:
-        return np.arange(self.ref.offset, self.ref.offset + self.ref.length)
+    joint_at: Int64s  # of those that attend to all other inputs
 
     def overlaps(self, begin: int, end: int) -> bool:
         return self.ref.offset < end and self.ref.offset + self.ref.length > begin
@@ -120,10 +119,10 @@ class MMSlots(WorkerSlots):
             return
         inputs = []
         for ref in assignment.mm_inputs:
-            own = tokens[ref.offset : ref.offset + ref.length]
-            inputs.append(
-                _SlotInput(ref, np.flatnonzero(np.isin(own, self._tokens_of_inputs.embedding_ids)) + ref.offset)
-            )
+            own, joint_ids = tokens[ref.offset : ref.offset + ref.length], self._tokens_of_inputs.joint_ids
+            at = np.flatnonzero(np.isin(own, self._tokens_of_inputs.embedding_ids)) + ref.offset
+            joint = np.arange(len(own)) if joint_ids is None else np.flatnonzero(np.isin(own, joint_ids))
+            inputs.append(_SlotInput(ref, at, joint + ref.offset))
         self._inputs[slot] = inputs
         self._unfinished.add(slot)
         if self._tokens_of_inputs.mrope:
@@ -195,7 +194,7 @@ def _spans(row: int, inputs: list[_SlotInput], computed: int, end: int, *, joint
     chosen = [one for one in inputs if one.ref.bidirectional]
     parts = [run for one in chosen for run in runs_of(one.at)]
     if joint and chosen:
-        parts = [np.concatenate([one.range for one in chosen])]
+        parts = [np.concatenate([one.joint_at for one in chosen])]
     for at in parts:
         if len(at) and at[0] < end and at[-1] >= computed:
             if at[-1] >= end:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.model.composed_decoder import decoder_of
 from engine.model.mm_facts import MMFacts
-from engine.multimodal.families import MM_FAMILIES
+from engine.multimodal.families import MM_FAMILIES, joint_ids
 from engine.worker.encoder_cache import EncoderCache
 from engine.worker.mm_slots import InputTokens
 
@@ -54,5 +54,6 @@ def input_tokens(model: Any, facts: MMFacts) -> InputTokens:
         np.array(sorted(facts.embedding_ids), dtype=np.int32),
         family.mrope,
         getattr(vision, "tokens_per_second", None),
-        family.joint,
+        bool(family.joint),
+        np.array(sorted(joint_ids(family, model.config)), dtype=np.int32) if family.joint else None,
     )

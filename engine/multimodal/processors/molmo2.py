@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import ModelError, RequestError
+from engine.multimodal.families import FRAMES_AT_ONCE
 from engine.multimodal.processors.added_tokens import check_tokens
 from engine.multimodal.processors.crops import (
     CropSettings,
@@ -24,7 +25,9 @@ from engine.multimodal.processors.crops import (
     tilings,
 )
 from engine.multimodal.processors.image_processor import read_options, read_processor_options
+from engine.multimodal.processors.molmo2_frames import FrameTokens, Molmo2Frames, load_frames, pooled, stretched
 from engine.multimodal.processors.options import OPTIONS, refuse_options
+from engine.multimodal.processors.video_frames import VIDEO_FRAMES
 from engine.multimodal.types import MediaKind, Processed
 
 MOST = "max_crops"
@@ -62,6 +65,7 @@ class Molmo2Processor:
         pooling: rows and columns of patches that become one embedding.
         normalization: mean and standard deviation of the channels.
         layout: of the tokens.
+        frames: those of videos.
     """
 
     def __init__(
@@ -71,15 +75,20 @@ class Molmo2Processor:
         pooling: tuple[int, int],
         normalization: tuple[NDArray[np.float32], NDArray[np.float32]],
         layout: Layout,
+        frames: Molmo2Frames,
     ):
         self._settings = settings
         self._most = most_crops
         self._pooling = pooling
         self._mean, self._std = normalization
         self._layout = layout
+        self._frames = frames
 
-    def process(self, kind: MediaKind, media: Image.Image, count: int, options: Mapping[str, Any]) -> Processed:
-        del kind, count
+    def process(self, kind: MediaKind, media: Any, count: int, options: Mapping[str, Any]) -> Processed:
+        del count
+        if kind == "video":
+            refuse_options(options, (MOST,))  # which has no effect on frames
+            return self._frames.process(media)
         settings, side = self._settings, self._settings.patches
         tiling = select_tiling(media.height, media.width, settings, self._most_crops(options))
         canvas = self._resized(media, settings.canvas(tiling))
@@ -95,8 +104,15 @@ class Molmo2Processor:
         }
         return Processed([*self._layout.whole(*grid[:2]), *self._layout.crops(*grid[2:])], tensors)
 
-    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
-        del kind
+    def most_at_once(self, kind: MediaKind, options: Mapping[str, Any]) -> int:
+        """The most embeddings that are encoded at once, as if each had as many patches as those of an image."""
+        if kind == "video":
+            return FRAMES_AT_ONCE * self._settings.patches**2 // (self._pooling[0] * self._pooling[1])
+        return self.most_tokens(kind, options)
+
+    def most_tokens(self, kind: MediaKind, options: Mapping[str, Any], frames: int = VIDEO_FRAMES) -> int:
+        if kind == "video":
+            return self._frames.most_tokens(frames)
         most = self._most_crops(options)
         sizes = [self._settings.canvas(tiling) for tiling in tilings(most)]
         (rows, columns), patch = self._pooling, self._settings.patch
@@ -118,39 +134,7 @@ class Molmo2Processor:
 
     def _resized(self, image: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
         """The image stretched to a size and normalized, float32[height, width, 3]."""
-        pixels: NDArray[np.float32] = np.rint(interpolate(np.asarray(image, dtype=np.float32), size)).clip(0, 255)
-        return (pixels / np.float32(255) - self._mean) / self._std
-
-
-def interpolate(pixels: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Bilinear interpolation between four pixels, without smoothing when an image is reduced.
-
-    Args:
-        pixels: [height, width, channels].
-        size: the new height and width.
-    """
-    for axis, length in enumerate(size):
-        old = pixels.shape[axis]
-        at = ((np.arange(length) + 0.5) * (old / length) - 0.5).clip(0)
-        low = np.minimum(at.astype(np.int64), old - 1)
-        high = np.minimum(low + 1, old - 1)
-        weights = (at - low).astype(np.float32)
-        weights = weights[:, None, None] if axis == 0 else weights[:, None]
-        below = pixels.take(low, axis)
-        pixels = below + (pixels.take(high, axis) - below) * weights
-    return pixels
-
-
-def pooled(patches: NDArray[np.int64], pooling: tuple[int, int]) -> NDArray[np.int64]:
-    """Numbers of the patches that become one embedding: int64[rows, columns, patches of each], -1 for none.
-
-    Missing patches are half at the beginning, half at the end.
-    """
-    missing = [-length % each for length, each in zip(patches.shape, pooling, strict=True)]
-    padded = np.pad(patches, [(count // 2, (count + 1) // 2) for count in missing], constant_values=-1)
-    rows, columns = (length // each for length, each in zip(padded.shape, pooling, strict=True))
-    windows = padded.reshape(rows, pooling[0], columns, pooling[1]).transpose(0, 2, 1, 3)
-    return windows.reshape(rows, columns, -1)
+        return stretched(np.asarray(image), size, (self._mean, self._std))
 
 
 def make(folder: Path, hf_config: Any) -> Molmo2Processor:
@@ -192,4 +176,10 @@ def make(folder: Path, hf_config: Any) -> Molmo2Processor:
         np.array(fields.get("image_std") or STD, dtype=np.float32),
     )
     rows, cols = fields.get("pooling_size", POOLING)
-    return Molmo2Processor(settings, fields.get(MOST, CROPS), (rows, cols), normalization, layout)
+    around = ("frame_start_token_id", "frame_end_token_id")
+    if not more.get("use_frame_special_tokens", True):
+        around = ("image_start_token_id", "image_end_token_id")
+    start, end = (int(getattr(hf_config, name)) for name in around)
+    column = tokens["<im_col>"] if more.get("video_use_col_tokens", False) else None
+    frames = load_frames(folder, settings.size, settings.patch, FrameTokens(first, start, end, column))
+    return Molmo2Processor(settings, fields.get(MOST, CROPS), (rows, cols), normalization, layout, frames)

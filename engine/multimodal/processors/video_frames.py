@@ -72,10 +72,10 @@ def check_size(folder: Path, fields: Mapping[str, Any] | None, side: int) -> Non
         raise ModelError(f"{folder}: its video processor makes frames of {dict(size)}, the model takes {side}x{side}")
 
 
-def read_video_options(folder: Path) -> dict[str, Any] | None:
+def read_video_options(folder: Path, *, else_of_images: bool = True) -> dict[str, Any] | None:
     """The options of videos, from the first place where transformers finds some; older folders have those of images.
 
-    None if the folder has none.
+    None if the folder has none. Without `else_of_images` those of images are not taken for them.
     """
     for file, part in ((folder / "processor_config.json", PART), (folder / FILE, None)):
         try:
@@ -86,4 +86,4 @@ def read_video_options(folder: Path) -> dict[str, Any] | None:
             found = found.get(part)
         if isinstance(found, dict):
             return found
-    return read_options(folder)
+    return read_options(folder) if else_of_images else None

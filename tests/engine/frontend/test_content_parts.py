@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import RequestError
 from engine.frontend.chat_template import ChatTemplate
-from engine.frontend.content_parts import MediaPart, check_numbers, refuse_placeholders
+from engine.frontend.content_parts import MediaPart, check_alone, check_numbers, refuse_placeholders
 from engine.frontend.conversation import shape_conversation
 from engine.frontend.default_templates import LLAVA, default_template
 
@@ -91,6 +91,15 @@ def test_numbers_per_prompt() -> None:
     ):
         with pytest.raises(RequestError, match=reason):
             check_numbers(given, limits)
+
+
+def test_a_kind_that_is_not_taken_with_others() -> None:
+    parts = [MediaPart("image", "messages[0].content[0]", "X"), MediaPart("video", "messages[0].content[1]", "X")]
+    check_alone(parts, "")
+    check_alone(parts[:1], "video")
+    check_alone(parts[1:], "video")
+    with pytest.raises(RequestError, match=r"content\[1\]: this model takes no video together with images"):
+        check_alone(parts, "video")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class Prompts:
         module = importlib.import_module(f"engine.multimodal.processors.{family.processor}")
         self._processor = module.make(folder, hf_config)
         self._bidirectional = model.kind in family.bidirectional
-        self._joint = family.joint
+        self._joint = bool(family.joint)
         self._special = set(embedding_ids(family, hf_config))
         self._special |= {token for number in range(3) for token in self._process(number).tokens}
 

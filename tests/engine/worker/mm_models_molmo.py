@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.multimodal.types import Processed
+from engine.multimodal.types import Processed, Video
 from tests.engine.model.molmo.molmo_checkpoint import CONFIG, NORM_AFTER, PlainMolmo, config_of, write_checkpoint
 from tests.engine.worker.driver import VOCAB
 from tests.engine.worker.mm_model import TEXT, MMModel, save
@@ -76,6 +76,17 @@ MOLMO2_ADAPTER = {
 }
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Of printable characters and the token for a video."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+    tokenizer = Tokenizer(models.BPE(vocab={one: number for number, one in enumerate(characters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken("<|video|>", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def build_molmo2(folder: Path, changes: dict[str, Any]) -> Any:
     from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
@@ -88,12 +99,14 @@ def build_molmo2(folder: Path, changes: dict[str, Any]) -> Any:
     )  # fmt: skip
     options = {"size": {"height": 20, "width": 20}, "patch_size": 4, "max_crops": 2, "overlap_margins": [1, 1]}
     (folder / "preprocessor_config.json").write_text(json.dumps(options))
+    write_tokenizer(folder)
     return save(Molmo2ForConditionalGeneration._from_config(config, dtype=torch.float32), folder, ())
 
 
 def molmo2_tensors(ids: torch.Tensor, processed: list[Processed]) -> dict[str, Any]:
     if not processed:
         return {}
+    videos = not processed[0].tensors["image_grids"][0, 2]
     pooling, patches = [], 0
     for one in processed:
         own = one.tensors["image_token_pooling"]
@@ -103,10 +116,28 @@ def molmo2_tensors(ids: torch.Tensor, processed: list[Processed]) -> dict[str, A
         name: np.concatenate([one.tensors[name] for one in processed]) for name in ("pixel_values", "image_grids")
     }
     tensors |= {"image_token_pooling": np.concatenate(pooling)}
+    if videos:
+        frames = [len(one.tensors["pixel_values"]) for one in processed]
+        grids = [
+            (count, rows // count, columns)
+            for count, (rows, columns, *_) in zip(frames, tensors["image_grids"].tolist(), strict=True)
+        ]
+        return {
+            "pixel_values_videos": torch.from_numpy(tensors["pixel_values"]),
+            "video_token_pooling": torch.from_numpy(tensors["image_token_pooling"]),
+            "video_grids": torch.tensor(grids),
+            "mm_token_type_ids": (ids >= VOCAB).long(),
+        }
     return {
         **{name: torch.from_numpy(value) for name, value in tensors.items()},
         "mm_token_type_ids": (ids >= VOCAB).long(),
     }
+
+
+def clip(number: int) -> Video:
+    """3 frames; the pooled squares of one have no patches of another."""
+    frame = np.asarray(picture(number))
+    return Video(np.stack([frame, 255 - frame, frame // 2]), np.arange(3) * (0.5 + number))
 
 
 MODELS = {
@@ -114,6 +145,9 @@ MODELS = {
     "molmo/norm-after": MMModel(lambda folder: build(folder, NORM_AFTER), image_tensors, picture),
     "molmo2": MMModel(
         lambda folder: build_molmo2(folder, {}), molmo2_tensors, picture, whole="its tokens attend to each other"
+    ),
+    "molmo2/video": MMModel(
+        lambda folder: build_molmo2(folder, {}), molmo2_tensors, clip, "video", "its tokens attend to each other"
     ),
     "molmo2/olmo": MMModel(
         lambda folder: build_molmo2(folder, {"qk_norm_type": "olmo", "norm_after": True}),

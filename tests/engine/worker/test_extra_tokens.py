@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.frontend.prompts import check_prompt
 from engine.messages import Sampling
 from engine.model.model_info import read_model_info
@@ -57,13 +57,17 @@ def test_several_images_of_molmo_2_are_computed_in_one_step(tmp_path: Path) -> N
     mm_models_molmo.build_molmo2(tmp_path, {})
     mm = read_model_info(EngineConfig(model=str(tmp_path))).mm
     assert mm is not None
-    assert mm.spec.per_prompt == {}
-    assert mm.unsplit_tokens == mm.spec.most_tokens["image"]
+    assert mm.spec.per_prompt == {"video": 1}
+    assert mm.spec.alone == "video"
+    most = mm.spec.most_tokens
+    assert mm.unsplit_tokens == max(most.values())
     none = read_model_info(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="image=0")).mm
     assert none is not None
-    assert none.spec.per_prompt == {"image": 0}
-    assert none.unsplit_tokens == 0
-    two = read_model_info(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="image=2")).mm
+    assert none.spec.per_prompt == {"image": 0, "video": 1}
+    assert none.unsplit_tokens == most["video"]
+    two = read_model_info(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="image=2,video=0")).mm
     assert two is not None
-    assert two.spec.per_prompt == {"image": 2}
-    assert two.unsplit_tokens == 2 * mm.spec.most_tokens["image"]
+    assert two.spec.per_prompt == {"image": 2, "video": 0}
+    assert two.unsplit_tokens == 2 * most["image"]
+    with pytest.raises(ConfigError, match="video=2: this model takes one video per prompt"):
+        read_model_info(EngineConfig(model=str(tmp_path), limit_mm_per_prompt="video=2"))

@@ -1,7 +1,9 @@
 """The processor of Molmo 2 against transformers', with torch's interpolation in the place of torchvision's."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,13 @@ from PIL import Image
 from transformers import Molmo2Config
 from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
+from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from engine.errors import ModelError, RequestError
 from engine.multimodal.processors import molmo2
+from engine.multimodal.types import Video
+from tests.engine.multimodal.tiny_vision import write_tokenizer
 
 IDS = {"<im_start>": 151936, "<im_end>": 151937, "<im_patch>": 151938, "<im_col>": 151939, "<low_res_im_start>": 151940}
 
@@ -123,3 +129,54 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<|image|>", "id": 9}]}))
     with pytest.raises(ModelError, match=r"<\|image\|> is token 9 in tokenizer.json, but 151941 by config.json"):
         molmo2.make(tmp_path, Molmo2Config())
+
+
+class VideoReference(Backend):
+    _build_video_patches = Molmo2VideoProcessor._build_video_patches
+    _preprocess = Molmo2VideoProcessor._preprocess
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_videos_equal_transformers(tmp_path: Path, frames: int) -> None:
+    write_tokenizer(tmp_path, ())
+    video = Video(
+        np.stack([np.asarray(picture(90 + number, 60).resize((80, 60))) for number in range(frames)]),
+        np.arange(frames) * 0.5,
+    )
+    own = Molmo2VideoProcessor
+    expected = VideoReference()._preprocess(
+        [torch.from_numpy(video.frames).permute(0, 3, 1, 2)], SizeOf(), own.resample, True, 1 / 255, True,
+        own.image_mean, own.image_std, 14, [3, 3], return_tensors="np",
+    )  # fmt: skip
+    words = object.__new__(Molmo2Processor)
+    words.video_use_col_tokens, words.use_frame_special_tokens = False, True
+    metadata = VideoMetadata(total_num_frames=frames, fps=2.0, frames_indices=list(range(frames)))
+    found_grids = {"video_grids": torch.from_numpy(expected["video_grids"]), "video_metadata": [metadata]}
+    text = words.replace_video_token(found_grids, 0)
+
+    made = molmo2.make(tmp_path, Molmo2Config())
+    found = made.process("video", video, 1, {})
+    encode = made._frames.encode
+    written = {"<frame_start>": 151943, "<frame_end>": 151944, "<im_patch>": IDS["<im_patch>"]}
+    tokens = [
+        token
+        for part in re.split("(<[a-z_]+>)", text)
+        for token in ([written[part]] if part in written else encode(part))
+    ]
+    assert [*encode(found.before), *found.tokens] == tokens
+    assert (found.tensors["image_token_pooling"] == expected["video_token_pooling"]).all()
+    [[count, rows, columns]] = expected["video_grids"].tolist()
+    assert found.tensors["image_grids"].tolist() == [[count * rows, columns, 0, 0]]
+    difference = np.abs(found.tensors["pixel_values"] - expected["pixel_values_videos"])
+    assert difference.max() < 1.01 * 2 / 255
+    assert (difference > 1e-5).mean() < 3e-3
+    assert len(found.tokens) <= made.most_tokens("video", {}, frames)
+
+
+@pytest.mark.parametrize(("frames", "rate"), [(30, 30.0), (30, 4.0), (9, 0.5), (1, 50.0)])
+def test_frames_are_sampled_as_in_transformers(processor: Any, frames: int, rate: float) -> None:
+    video = Video(np.zeros((frames, 8, 8, 3), dtype=np.uint8), np.arange(frames) / rate, frames / rate)
+    sample: Any = Molmo2VideoProcessor.sample_frames
+    metadata = VideoMetadata(total_num_frames=frames, fps=rate, duration=frames / rate)
+    chosen = sample(SimpleNamespace(num_frames=64, max_fps=2), metadata)
+    assert (processor._frames._sampled(video).times == video.times[chosen]).all()
