@@ -186,9 +186,10 @@ def test_a_killed_api_process_is_started_again_and_the_others_serve_on(model: st
         assert_gone(family)
 
 
-def test_no_process_outlives_a_killed_server(model: str, tmp_path: Path):
-    with serve(tmp_path, model, *DUMMY, "--api-servers", "2") as server:
-        family: list[psutil.Process] = children(server.process)
-        server.process.kill()
-        server.process.wait(10)
-        assert_gone(family)
+def test_no_process_outlives_a_killed_server(served: Served):
+    """Last, since the others need the server."""
+    family: list[psutil.Process] = children(served.process)
+    assert len(family) == PROCESSES, "the core and the other API processes"
+    served.process.kill()
+    served.process.wait(10)
+    assert_gone(family)
