@@ -1,6 +1,9 @@
 """Several images of Molmo 2 in a prompt: all of their tokens attend to each other, also to those of later images."""
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +86,21 @@ def test_exchanged_images_are_seen(model: Model) -> None:
     for request in requests:
         request.inputs = (request.inputs[1], request.inputs[0], *request.inputs[2:])
     assert not compare(KIND, TOGETHER, requests, reference).passed
+
+
+def test_times_between_frames_of_a_video_do_not_attend_to_later_frames(tmp_path: Path) -> None:
+    kind = "molmo2/video"
+    entry = MM_MODELS[kind]
+    reference = MMReference(entry.build(tmp_path), entry)
+    driver = start(tmp_path)
+    try:
+        prompts = Prompts(tmp_path, entry)
+        requests = [[prompts.request(prompts.text(1, 5), 0, prompts.text(2, 4))] for _ in range(2)]
+        driver.run(list(requests[0]), NEW, seed=1, chunk=0, preempt=0)
+        slots: Any = driver.executor._runner._slots
+        slots._tokens_of_inputs = dataclasses.replace(slots._tokens_of_inputs, joint_ids=None)
+        driver.run(list(requests[1]), NEW, seed=1, chunk=0, preempt=0)
+    finally:
+        driver.executor.shutdown()
+    assert compare(kind, TOGETHER, list(requests[0]), reference).passed
+    assert not compare(kind, TOGETHER, list(requests[1]), reference).passed
