@@ -3,6 +3,7 @@
 import base64
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,20 @@ def answer_of(server: Served, question: Question, file: Path) -> str:
     return str(server.post("/v1/chat/completions", **request)["choices"][0]["message"]["content"])
 
 
+def answers_of(server: Served, questions: list[Question], files: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda question, file: answer_of(server, question, file), questions, files))
+
+
 def test_it_names_what_pictures_show(server: Served, split: Split, asked: list[Question]) -> None:
-    answers = [answer_of(server, question, split.files[question.picture]) for question in asked]
+    answers = answers_of(server, asked, [split.files[question.picture] for question in asked])
     right = [answer == question.answer for answer, question in zip(answers, asked, strict=True)]
     assert sum(right) >= 0.9 * COUNT, answers
 
 
 def test_another_picture_is_another_answer(server: Served, split: Split, asked: list[Question]) -> None:
     others = exchanged([question.picture for question in asked], random.Random(0))
-    answers = [answer_of(server, question, split.files[other]) for question, other in zip(asked, others, strict=True)]
+    answers = answers_of(server, asked, [split.files[other] for other in others])
     right = [answer == question.answer for answer, question in zip(answers, asked, strict=True)]
     assert sum(right) <= 0.5 * COUNT, answers
 
