@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from engine.model.resolve import resolve_model
-from training import descriptions, tower
+from training import answers, descriptions, tower
 from training.checkpoint import write_checkpoint
 from training.pictures import COLORS, SHAPES, Split, load
 from training.questions import Chat, FrozenTextModel
@@ -25,8 +25,11 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     split = load("train")
     folder = resolve_model(TEXT_MODEL, console.print)
-    described = train_descriptions(split, folder, options)
+    chat, text = load_text_model(folder)
+    described = train_descriptions(split, chat, text, options)
     model = train_tower(split, described, options)
+    step = answers.AnswerStep(model, split, chat, text, options.seed)
+    run_stage(answers.STAGE, model.connector, step, options.work)
     write_checkpoint(model, folder, options.out)
     console.print(f"wrote {options.out}; the steps of the training are in {options.work}")
 
@@ -45,12 +48,17 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def train_descriptions(split: Split, folder: Path, options: argparse.Namespace) -> descriptions.Descriptions:
+def load_text_model(folder: Path) -> tuple[Chat, FrozenTextModel]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     chat = Chat(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
-    text = FrozenTextModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), chat.before)
+    return chat, FrozenTextModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), chat.before)
+
+
+def train_descriptions(
+    split: Split, chat: Chat, text: FrozenTextModel, options: argparse.Namespace
+) -> descriptions.Descriptions:
     torch.manual_seed(options.seed)
     words = [descriptions.word_embeddings(names, chat, text) for names in (SHAPES, COLORS)]
     described = descriptions.Descriptions(*words)

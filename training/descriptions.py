@@ -15,7 +15,7 @@ from training.pictures import COLORS, SHAPES, UNKNOWN, Split
 from training.questions import Chat, FrozenTextModel, tree
 from training.stages import Outcome, Stage
 
-STAGE = Stage("descriptions", steps=1200, rate=3e-3)
+STAGE = Stage("descriptions", steps=200, rate=3e-3)
 GRID, SQUARE = 8, 4  # patches a side
 FASTER = 3.0  # the vectors of all pictures are trained at this multiple of the rate, since they begin as noise
 PICTURES, QUESTIONS = 1, 12  # of a step

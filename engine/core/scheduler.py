@@ -22,7 +22,6 @@ from engine.core.request import Request
 from engine.core.slots import Slots
 from engine.core.step_builder import FullStateStepBuilder, StepBuilder
 from engine.core.steps import ScheduledStep, StepOutcome
-from engine.logprob_columns import PromptLogprobs
 from engine.messages import Admitted, Finished, FinishReason, Stats, StepReports, StepResult
 
 
@@ -297,7 +296,7 @@ class Scheduler:
         """Book the tokens of a step; tokens of slots that have another request by now are dropped."""
         slots = self.slots
         finished = self._end_reported(result.reports) if result.reports else []
-        scored = self._with_handles(result.prompt_logprobs) if result.prompt_logprobs else ()
+        scored = slots.with_handles(result.prompt_logprobs) if result.prompt_logprobs else ()
         kept = slots.generation[step.slots] == step.generations
         at = step.slots[kept]
         handles, counts = slots.handle[at], None
@@ -320,15 +319,6 @@ class Scheduler:
             reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
             finished.append(self._finish(request, reason, last if stopped[index] else -1))
         return StepOutcome(handles, tokens, kept, finished, counts, scored)
-
-    def _with_handles(self, scored: Iterable[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
-        """Replace slots by handles; entries of slots that have another request by now are dropped."""
-        slots = self.slots
-        return tuple(
-            PromptLogprobs(int(slots.handle[one.owner]), one.generation, one.logprobs)
-            for one in scored
-            if slots.generation[one.owner] == one.generation
-        )
 
     def _end_reported(self, reports: StepReports) -> list[Finished]:
         """End requests that workers can't compute, unless they have ended."""
@@ -394,15 +384,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert the invariants between steps."""
-        slots, size = self.slots, self.config.block_size
+        slots = self.slots
         self.kv.check([*slots.admission_order])
-        for slot in slots.admission_order:
-            known, most = slots.num_tokens[slot], slots.max_num_tokens[slot]
-            scheduled = slots.num_scheduled_tokens[slot]
-            assert slots.live[slot], f"slot {slot} is in admission_order but not live"
-            assert slots.num_computed_tokens[slot] <= self.kv.num_blocks[slot] * size, f"slot {slot} exceeds its blocks"
-            assert known <= scheduled <= most, f"slot {slot}: {known} known, {scheduled} scheduled, {most} at most"
+        slots.check(self.kv.num_blocks, self.config.block_size)
         self.encoder_cache.check([request for request in self.requests.values() if request.slot >= 0])
-        assert int(slots.live.sum()) == len(slots.admission_order), "live slots and admission_order disagree"
         held = {request.handle for request in self.waiting} | {int(slots.handle[s]) for s in slots.admission_order}
         assert held == set(self.requests), "requests, slots and the waiting queue disagree"

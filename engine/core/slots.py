@@ -20,10 +20,13 @@ Example: a prompt of 40 tokens, at most 12 output tokens, 32 tokens per step, tw
     result of step 2: token 41 is known            41          41         42   52
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.request import Request
+from engine.logprob_columns import PromptLogprobs
 
 MAX_STOP_IDS = 8  # compared for all slots at once; requests with more are checked one by one
 
@@ -106,3 +109,20 @@ class Slots:
         if hit.any():
             hit &= self.num_tokens[slots] - self.num_prompt_tokens[slots] >= self.min_tokens[slots]
         return hit
+
+    def with_handles(self, scored: Iterable[PromptLogprobs]) -> tuple[PromptLogprobs, ...]:
+        """Replace slots by handles; entries of slots that have another request by now are dropped."""
+        return tuple(
+            PromptLogprobs(int(self.handle[one.owner]), one.generation, one.logprobs)
+            for one in scored
+            if self.generation[one.owner] == one.generation
+        )
+
+    def check(self, num_blocks: NDArray[np.int32], block_size: int) -> None:
+        """Assert the invariants between steps; `num_blocks` of each slot hold `block_size` tokens each."""
+        for slot in self.admission_order:
+            known, scheduled, most = self.num_tokens[slot], self.num_scheduled_tokens[slot], self.max_num_tokens[slot]
+            assert self.live[slot], f"slot {slot} is in admission_order but not live"
+            assert self.num_computed_tokens[slot] <= num_blocks[slot] * block_size, f"slot {slot} exceeds its blocks"
+            assert known <= scheduled <= most, f"slot {slot}: {known} known, {scheduled} scheduled, {most} at most"
+        assert int(self.live.sum()) == len(self.admission_order), "live slots and admission_order disagree"
