@@ -27,7 +27,7 @@ class AnswerStep:
         self._questions: dict[int, dict[tuple[str, str], None]] = defaultdict(dict)  # each once, in their order
         for question in split.questions:
             self._questions[question.picture][question.text, question.answer] = None
-        self._accuracy = 0.0
+        self._accuracy, self._steps = 0.0, 0
 
     def __call__(self, number: int) -> Outcome:
         choice = random.Random(f"{self._seed} {number}")
@@ -37,5 +37,6 @@ class AnswerStep:
         trees = [tree([self._chat.asked(*pair) for pair in self._questions[picture]]) for picture in pictures]
         answers = self._text.answers(self._tower.connector(patches), trees)
         right = list(answers.right().values())
-        self._accuracy += (sum(right) / len(right) - self._accuracy) / min(number + 1, 20)
+        self._steps += 1
+        self._accuracy += (sum(right) / len(right) - self._accuracy) / min(self._steps, 20)
         return Outcome(loss := answers.loss(), f"loss {loss.item():.3f}, right {self._accuracy:.2f}")

@@ -65,6 +65,7 @@ def qwen2_vl_plan() -> dict[str, Any]:
         "max-num-seqs": ROWS,
         "max-model-len": MAX_TOKENS,
         "max-num-batched-tokens": BUDGET,
+        "limit-mm-per-prompt": '{"image": 1, "video": 0}',
     }
     configurations: dict[str, Any] = {
         "v1": {"note": "the default engine"},
