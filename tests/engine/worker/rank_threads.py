@@ -92,13 +92,18 @@ def launch_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     from triton.runtime import interpreter
 
-    running, run = threading.Lock(), interpreter.InterpretedFunction.run
+    running = threading.RLock()
 
-    def run_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with running:
-            return run(self, *args, **kwargs)
+    def alone(function: Any) -> Any:
+        def run_alone(*args: Any, **kwargs: Any) -> Any:
+            with running:
+                return function(*args, **kwargs)
 
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_alone)
+        return run_alone
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", alone(interpreter.InterpretedFunction.run))
+    # What a graph of the stand-in device launches again.
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", alone(interpreter.GridExecutor.__call__))
 
 
 def owner(devices: Sequence[StandInDevice], tensor: Any) -> str:

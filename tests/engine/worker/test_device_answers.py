@@ -31,7 +31,7 @@ def ends() -> Iterator[Ends]:
 
 def pending(device: StandInDevice, step: int) -> PendingResult:
     tokens = device.fetch(device.place(torch.tensor([step + 40])))
-    return PendingResult(step, device, device.clock(), tokens, b"", ended=device.clock())
+    return PendingResult(step, device, device.clock(), tokens, None, ended=device.clock())
 
 
 def is_silent(end: socket.socket) -> bool:
@@ -110,6 +110,6 @@ def test_tokens_that_the_host_knows_need_no_device(ends: Ends) -> None:
     executor, rank = ends
     device: Any = StandInDevice()
     with DeviceAnswers(rank, sends=True) as answers:
-        answers.put(FrameKind.STEP_RESULT, PendingResult(7, device, 0.0, np.array([3, 4]), b""))
+        answers.put(FrameKind.STEP_RESULT, PendingResult(7, device, 0.0, np.array([3, 4]), None))
     _, body = receive(executor) or (None, b"")
     assert int32s(decode_result(body).tokens).tolist() == [3, 4]

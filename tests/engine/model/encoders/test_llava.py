@@ -70,7 +70,8 @@ def test_equals_the_class(kind: str) -> None:
     found = torch.cat(encoded(model, inputs))
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-5)
-    assert embedding_ids(MM_FAMILIES[model.config.model_type], model.config) == {IMAGE}
+    ids = {IMAGE, model.config.video_token_index} if kind == "llava_onevision" else {IMAGE}
+    assert embedding_ids(MM_FAMILIES[model.config.model_type], model.config) == ids
     for one, embeddings in zip(inputs, encoded(model, inputs), strict=True):
         assert one.tokens.count(IMAGE) == len(embeddings)
 
