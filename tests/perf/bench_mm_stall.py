@@ -165,7 +165,7 @@ class Watcher:
 
 
 def per_gap(
-    steps: np.ndarray, turns: np.ndarray, streams: int, limits: tuple[int, int] | None
+    steps: np.ndarray, turns: np.ndarray, streams: int, limits: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gaps between decode steps and the loop's own time in each, ms.
 

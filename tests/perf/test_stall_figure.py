@@ -50,6 +50,14 @@ def test_the_loops_own_time_belongs_to_the_gap_in_which_its_turn_ended() -> None
     assert own.tolist() == [4.0, 11.0, *[0.0] * 9]
 
 
+def test_requests_that_get_no_more_tokens_have_a_gap_until_the_time_is_over() -> None:
+    steps = np.array([[0, 10, 8], [12, 20, 8], [21, 25, 1]]) * [1_000_000, 1_000_000, 1]
+    turns = np.array([[11, 12, 4], [21, 26, 5]]) * 1_000_000
+    gaps, own = per_gap(steps, turns, 8, (15_000_000, 120_000_000))
+    assert gaps.tolist() == [5.0, 100.0]
+    assert own.tolist() == [0.0, 5.0]
+
+
 def test_salted_pictures_are_the_same_pictures() -> None:
     import io
 
