@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
-# pip compiles the 17,000 modules on one core, compileall on all of them.
+# pip compiles the 17,000 modules on one core, compileall on all of them. It fails on files that packages ship as
+# templates or for other versions of Python, which nothing imports; hence `|| true`.
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 COMPILE := python -m compileall -qq -j 0
 PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder

@@ -1,7 +1,7 @@
 """What must be known of a model's multimodal inputs before it is loaded: their tokens, and the memory they need."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,7 @@ def read_mm_facts(
         return None
     folder = path if path.is_dir() else path.parent
     placeholders = placeholder_ids(family, hf_config, added_tokens(folder))
-    kinds = set(map(str, placeholders))
-    limits = {kind: number for kind, number in per_prompt.items() if kind in kinds}
-    if family.alone in placeholders and limits.setdefault(family.alone, 1) > 1:
-        given = f"--limit-mm-per-prompt {family.alone}={limits[family.alone]}"
-        raise ConfigError(f"{given}: this model takes one {family.alone} per prompt")
+    limits = _limits(family, set(map(str, placeholders)), per_prompt)
     processor = importlib.import_module(f"engine.multimodal.processors.{family.processor}").make(folder, hf_config)
     absent = {kind: text for kind, text in family.written.items() if kind not in placeholders}
     frames = {"video": (video_frames,)}
@@ -109,6 +105,15 @@ def read_mm_facts(
             for kind, text in absent.items()
         ),
     )
+
+
+def _limits(family: MMFamily, kinds: Set[str], per_prompt: Mapping[str, int]) -> dict[str, int]:
+    """The most inputs of a prompt, by kind. Raises ConfigError for a limit that the family can't have."""
+    limits = {kind: number for kind, number in per_prompt.items() if kind in kinds}
+    if family.alone is not None and family.alone in kinds and limits.setdefault(family.alone, 1) > 1:
+        given = f"--limit-mm-per-prompt {family.alone}={limits[family.alone]}"
+        raise ConfigError(f"{given}: this model takes one {family.alone} per prompt")
+    return limits
 
 
 def _unsplit_tokens(family: MMFamily, most: Mapping[str, int], limits: Mapping[str, int], longest: int) -> int:

@@ -36,15 +36,17 @@ def write_folder(folder: Path, dtype: str) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = [tokenizer.token_to_id(token) for token in SPECIAL]
-    write = _writer(folder)
-    write("config.json", _config(ids, dtype))
+    _write(folder / "config.json", _config(ids, dtype))
     limits = {"min_pixels": 4 * PATCH**2, "max_pixels": MOST_TOKENS * PATCH**2}
     sizes = {"size": {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}}
-    write("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", **limits, **sizes})
-    write("processor_config.json", {"processor_class": "Qwen2VLProcessor"})
+    _write(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", **limits, **sizes})
+    _write(folder / "processor_config.json", {"processor_class": "Qwen2VLProcessor"})
     special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, **special})
-    write("chat_template.json", {"chat_template": TEMPLATE})
+    _write(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, **special},
+    )
+    _write(folder / "chat_template.json", {"chat_template": TEMPLATE})
     return folder
 
 
@@ -57,8 +59,5 @@ def _config(ids: list[int], dtype: str) -> dict[str, Any]:
     return config
 
 
-def _writer(folder: Path) -> Any:
-    def write(name: str, content: dict[str, Any]) -> None:
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
-
-    return write
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
