@@ -174,9 +174,10 @@ class MMSlots(WorkerSlots):
         for i in np.flatnonzero(np.isin(batch.slots, list(self._rotary))).tolist() if self._rotary else ():
             slot, computed = int(batch.slots[i]), int(batch.num_computed_tokens[i])
             rotary = self._rotary[slot]
-            start, count = int(batch.starts[i]), min(int(batch.counts[i]), rotary.shape[1] - computed)
+            # V0 assigns running slots anew, whose prompts have been computed.
+            start, count = int(batch.starts[i]), max(0, min(int(batch.counts[i]), rotary.shape[1] - computed))
             found[:, start : start + count] = rotary[:, computed : computed + count]
-            if computed + count == rotary.shape[1]:  # from now on the slot's delta is enough
+            if computed + count >= rotary.shape[1]:  # from now on the slot's delta is enough
                 del self._rotary[slot]
         return found
 

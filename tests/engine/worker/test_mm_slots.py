@@ -141,6 +141,21 @@ def test_rotary_positions_of_prompt_and_output(tmp_path: Path) -> None:
     assert torch.is_tensor(batch.mm.embeddings)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_rotary_positions_of_slots_that_are_assigned_anew_while_they_decode(tmp_path: Path, outputs: int) -> None:
+    """As V0 does in every step: the image, 6 tokens in the prompt, takes 3 positions."""
+    ref, all_slots = image(tmp_path, 10, 1, 6, 6, grid=(1, 2, 3)), slots(mrope=True)
+    prompt = [1, *[IMAGE] * 6, 2]
+    tokens, computed = [*prompt, *[5] * outputs], len(prompt) + outputs - 1
+    again = [
+        SlotAssignment(slot, 1, column(tokens), len(prompt), computed, BLOCKS, Sampling(), mm_inputs=(ref,))
+        for slot in (0, 1)
+    ]
+    batch = all_slots.begin_step(step(0, (0, 1), (1, 1), assigned_slots=tuple(again)))
+    assert batch.rotary_positions is not None
+    assert batch.rotary_positions.tolist() == [[computed - 3] * 2] * 3
+
+
 def test_an_input_that_cannot_be_encoded_is_zeros_and_reported(tmp_path: Path) -> None:
     one, two, all_slots = image(tmp_path, 10, 1, 2, 2), image(tmp_path, 20, 4, 2, 2), slots()
     (tmp_path / "10").unlink()
