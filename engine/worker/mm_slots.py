@@ -127,9 +127,12 @@ class MMSlots(WorkerSlots):
         self._unfinished.add(slot)
         if self._tokens_of_inputs.mrope:
             grids = [GridInput(one.at, one.ref.grid, one.ref.seconds_per_frame) for one in inputs]
-            self._rotary[slot], self._rotary_delta[slot] = rotary_positions(
+            rotary, self._rotary_delta[slot] = rotary_positions(
                 assignment.num_prompt_tokens, grids, self._tokens_of_inputs.tokens_per_second
             )
+            # Else the prompt is computed: V0 assigns running slots anew, and a prefix hit after a preemption may cover it.
+            if assignment.num_computed_tokens < assignment.num_prompt_tokens:
+                self._rotary[slot] = rotary
 
     def _apply_changes(self, message: StepMessage) -> None:
         if message.freed_slots:
@@ -174,10 +177,9 @@ class MMSlots(WorkerSlots):
         for i in np.flatnonzero(np.isin(batch.slots, list(self._rotary))).tolist() if self._rotary else ():
             slot, computed = int(batch.slots[i]), int(batch.num_computed_tokens[i])
             rotary = self._rotary[slot]
-            # V0 assigns running slots anew, whose prompts have been computed.
-            start, count = int(batch.starts[i]), max(0, min(int(batch.counts[i]), rotary.shape[1] - computed))
+            start, count = int(batch.starts[i]), min(int(batch.counts[i]), rotary.shape[1] - computed)
             found[:, start : start + count] = rotary[:, computed : computed + count]
-            if computed + count >= rotary.shape[1]:  # from now on the slot's delta is enough
+            if computed + count == rotary.shape[1]:  # from now on the slot's delta is enough
                 del self._rotary[slot]
         return found
 
