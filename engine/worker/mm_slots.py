@@ -130,7 +130,7 @@ class MMSlots(WorkerSlots):
             rotary, self._rotary_delta[slot] = rotary_positions(
                 assignment.num_prompt_tokens, grids, self._tokens_of_inputs.tokens_per_second
             )
-            # Else the prompt is computed: V0 assigns running slots anew, and a prefix hit after a preemption may cover it.
+            # Otherwise none is left: V0 assigns running slots anew, and after a preemption a prefix hit may cover all.
             if assignment.num_computed_tokens < assignment.num_prompt_tokens:
                 self._rotary[slot] = rotary
 
