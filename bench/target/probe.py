@@ -92,6 +92,8 @@ def _cards(answer: httpx.Response) -> list[dict[str, Any]]:
 def _assumed(target: Target, answer: httpx.Response, notes: list[str]) -> dict[str, Any]:
     """A card for the requested model if the server has no list."""
     result = f"answered HTTP {answer.status_code}" if answer.status_code != 200 else "lists no models"
+    if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        raise BenchError(f"{target.url(_MODELS)} {result}: the server is not ready. Repeat the command once it is")
     if answer.status_code != 200 and answer.status_code not in _NO_LIST:
         raise BenchError(f"{target.url(_MODELS)} {result}: is this an OpenAI-compatible server? (--url)")
     if not target.model:

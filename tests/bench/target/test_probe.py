@@ -109,6 +109,12 @@ def test_a_named_model_excuses_no_other_failure(models: Any, status: int) -> Non
         probe_server(Target(models.url, "m"))
 
 
+def test_a_server_that_is_starting_says_so(models: Any) -> None:
+    models.status = 503
+    with pytest.raises(BenchError, match=r"HTTP 503: the server is not ready\. Repeat"):
+        probe_server(models.url)
+
+
 def test_of_several_models_the_one_named_is_asked_for(models: Any) -> None:
     cards = [{"id": name, "max_model_len": size} for name, size in (("base", 100), ("lora/a", 200))]
     models.content = json.dumps({"data": cards}).encode()
