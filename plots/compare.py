@@ -32,13 +32,18 @@ METRICS = (
     Metric("goodput", "Goodput at the rate of the latencies", "req/s", True),
     Metric("joules_per_output_token", "Energy per output token at the rate of the latencies", "J", False),
     Metric("mean_power_w", "Mean power at the rate of the latencies", "W", False),
+    Metric("offline_rate", "Offline throughput", "req/s", True),
+    Metric("offline_tok_s", "Offline output throughput", "tok/s", True),
 )
 # Columns that not every run has, and what they need.
 OPTIONAL = {
     "goodput": "it needs limits (--slo, or limits of the sweep)",
     "joules_per_output_token": "it needs NVIDIA GPUs on the machine of the run (--energy-gpus)",
     "mean_power_w": "it needs NVIDIA GPUs on the machine of the run (--energy-gpus)",
+    "offline_rate": "it needs a run with --offline",
+    "offline_tok_s": "it needs a run with --offline",
 }
+OFFLINE = {"offline_rate": "achieved_rate", "offline_tok_s": "output_tok_s"}  # metric -> column of an offline point
 LATENCIES = tuple(m for m in METRICS if m.unit == "ms")
 
 
@@ -55,14 +60,15 @@ class Comparison:
     """The comparison of the configurations on one workload."""
 
     workload: str
-    latencies_at: str  # "at 4.2 req/s, …": the rate of the latency columns
+    latencies_at: str  # "at 4.2 req/s, …": the rate of the latency columns; "": there are none, it ran offline
     rows: dict[str, dict[str, Cell]]  # configuration -> metric key -> cell
 
     @property
     def metrics(self) -> list[Metric]:
-        """The metrics to show; those in OPTIONAL only if they were measured."""
+        """The metrics to show; those in OPTIONAL only if they were measured, and nothing else of offline runs."""
         known = {key for row in self.rows.values() for key, cell in row.items() if cell.value is not None}
-        return [m for m in METRICS if m.key in known or m.key not in OPTIONAL]
+        offline = bool(known) and known <= OFFLINE.keys()
+        return [m for m in METRICS if m.key in known or not (offline or m.key in OPTIONAL)]
 
 
 def compare(results: Results) -> list[Comparison]:
@@ -124,6 +130,8 @@ def _common_rate(series: list[Series]) -> tuple[float | None, str]:
     It is the highest rate that all measured and sustained, else the lowest that all measured. Curves without a common
     rate are interpolated at the lowest of the sustained rates, since latencies at different rates are not comparable.
     """
+    if all(s.offline_point is not None for s in series):
+        return None, ""
     curves = [{_rounded(d.point.rate): s.sustained(d.point) for d in s.curve} for s in series if s.curve]
     if len(curves) == 1:
         if any(s.answer and s.answer.rate for s in series):
@@ -163,8 +171,11 @@ def _values(series: Series, rate: float | None) -> dict[str, float | None]:
     answered = series.answer.rate if series.answer else None
     at = rate if rate is not None else answered
     latencies = {m.key: _at(series, at, f"{m.key}_ms") if at is not None else None for m in LATENCIES}
-    optional = {key: _at(series, at, key) if at is not None else None for key in OPTIONAL}
-    return {"rate": answered, "output_tok_s": throughput(series), **latencies, **optional}
+    served = OPTIONAL.keys() - OFFLINE.keys()
+    optional = {key: _at(series, at, key) if at is not None else None for key in served}
+    point = series.offline_point
+    offline = {key: None if point is None else float(getattr(point, column)) for key, column in OFFLINE.items()}
+    return {"rate": answered, "output_tok_s": throughput(series), **latencies, **optional, **offline}
 
 
 def _at(series: Series, rate: float, column: str) -> float | None:

@@ -15,6 +15,7 @@ from bench.statistics.intervals import joined_gaps, percentile_interval
 
 P99_SAMPLES = 1000  # steps or requests: a P99 of fewer rests on less than ten samples and is shown with its interval
 CURVE_PHASES = ("ladder", "fixed", "confirm")
+OFFLINE = "offline"  # phase of runs without a server
 ROUND_PHASES = ("ladder", "fixed")  # phases that may have several rounds
 SAME_RATE = 1.005  # ratio of rates below which load points share one place on a curve
 
@@ -83,7 +84,14 @@ class Series:
     @property
     def unsearched(self) -> bool:
         """Whether there is no answer because it was not searched; offline there is none to search."""
-        return self.answer is None and any(p.phase != "offline" for p in self.points) and not self.searched
+        return self.answer is None and any(p.phase != OFFLINE for p in self.points) and not self.searched
+
+    @property
+    def offline_point(self) -> PointRecord | None:
+        """The last valid run, if it was measured without a server only."""
+        if any(p.phase != OFFLINE for p in self.points):
+            return None
+        return next((p for p in reversed(self.points) if p.valid), None)
 
     @property
     def measured(self) -> list[PointRecord]:

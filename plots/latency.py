@@ -103,6 +103,8 @@ def caption(results: Results, workload: str) -> list[str]:
 
 def series_text(series: Series) -> str:
     """What was found for a configuration, as in a legend."""
+    if series.offline_point is not None:
+        return f"{series.offline_point.achieved_rate:.3g} req/s offline"
     return "not searched" if series.unsearched else series.answer.text() if series.answer else "no answer"
 
 

@@ -6,10 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bench.results import PointRecord
-from plots.data import Results, run_facts
+from plots.data import OFFLINE, Results, run_facts
 from plots.style import STYLE, framed_figure, linear_y, palette, span, wrapped
 
-PHASE = "offline"
 TITLE = "throughput by share of repeated requests"
 
 
@@ -19,7 +18,7 @@ def offline_points(results: Results) -> dict[tuple[str, str], PointRecord]:
         key: point
         for key, series in results.series.items()
         for point in series.points
-        if point.phase == PHASE and point.valid
+        if point.phase == OFFLINE and point.valid
     }
 
 

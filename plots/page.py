@@ -101,6 +101,9 @@ def _answers(results: Results, colors: dict[str, str]) -> list[tuple[str, list[d
 def _card(series: Series, color: str) -> dict[str, str]:
     card = {"configuration": series.configuration, "color": color, "rate": "–", "unit": "", "note": ""}
     answer = series.answer
+    if series.offline_point is not None:
+        rate = f"{series.offline_point.achieved_rate:.3g}"
+        return card | {"rate": rate, "unit": "req/s", "detail": "offline: all requests were submitted at once"}
     if series.unsearched:
         return card | {"detail": "not searched: measured at the rates of another configuration"}
     if answer is None:

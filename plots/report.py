@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from bench.results import PointRecord
 from plots.ablation import Ablation, ablation_figure, ablations
 from plots.compare import Comparison, compare
-from plots.data import ReportError, Results, Series, load
+from plots.data import OFFLINE, ReportError, Results, Series, load
 from plots.latency import latency_figure
-from plots.offline import PHASE as OFFLINE
 from plots.offline import offline_figure
 from plots.page import page
 from plots.percentiles import percentile_figure

@@ -27,7 +27,7 @@ def verdict(metric: Metric, cell: Cell) -> str:
 
 
 def heading(comparison: Comparison) -> str:
-    return f"{comparison.workload}: latencies {comparison.latencies_at}"
+    return f"{comparison.workload}: " + (f"latencies {at}" if (at := comparison.latencies_at) else "offline")
 
 
 def terminal_table(comparison: Comparison) -> Table:
