@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.api.error_responses import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/metrics", "/version", "/openapi.json"})  # served without a key
+OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})  # served without a key
 
 
 class RequireKey:

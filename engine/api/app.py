@@ -34,6 +34,7 @@ def create_app(state: ApiState) -> FastAPI:
     registry = make_registry(state)
     routes: list[tuple[str, str, Endpoint]] = [
         ("GET", "/v1/models", models),
+        ("GET", "/v1/models/{model:path}", model),  # names of models may have slashes
         ("POST", "/v1/completions", completions),
         ("POST", "/v1/chat/completions", chat_completions),
         ("POST", "/tokenize", tokenize),
@@ -42,6 +43,7 @@ def create_app(state: ApiState) -> FastAPI:
         ("POST", "/v1/load_lora_adapter", load_adapter),
         ("POST", "/v1/unload_lora_adapter", unload_adapter),
         ("GET", "/health", health),
+        ("GET", "/ping", health),
         ("GET", "/version", version),
         ("GET", "/openapi.json", openapi),
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
@@ -98,11 +100,26 @@ def json_response(body: dict[str, Any], status: int = 200) -> Response:
 
 
 async def models(state: ApiState, _request: Request) -> Response:
+    return json_response({"object": "list", "data": await model_cards(state)})
+
+
+async def model(state: ApiState, request: Request) -> Response:
+    name = request.path_params["model"]
+    served = await model_cards(state)
+    card = next((card for card in served if card["id"] == name), None)
+    if card is None:
+        known = ", ".join(repr(card["id"]) for card in served)
+        raise ApiError(404, f"the model {name!r} is not served here: this server has {known}", code="model_not_found")
+    return json_response(card)
+
+
+async def model_cards(state: ApiState) -> list[dict[str, Any]]:
+    """What clients may know of each served name and adapter."""
     ready = state.client.ready
     await state.refresh_adapters()
     served: list[tuple[str, str, str | None]] = [(name, ready.model_path, None) for name in state.names]
     served += [(name, path, state.model) for name, path in state.adapters.items()]
-    cards = [
+    return [
         {
             "id": name,
             "object": "model",
@@ -115,7 +132,6 @@ async def models(state: ApiState, _request: Request) -> Response:
         }
         for name, root, parent in served
     ]
-    return json_response({"object": "list", "data": cards})
 
 
 async def health(state: ApiState, _request: Request) -> Response:
@@ -167,8 +183,7 @@ async def tokenize(state: ApiState, request: Request) -> Response:
     else:
         ids = await state.encode(body.prompt or "", body.add_special_tokens is not False)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}
-    if body.return_token_strs:
-        found["token_strs"] = await state.token_texts(ids)
+    found["token_strs"] = await state.vocabulary_entries(ids) if body.return_token_strs else None
     return json_response(found)
 
 

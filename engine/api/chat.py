@@ -8,8 +8,10 @@ from engine.api.chat_protocol import ChatRequest, template_options
 from engine.api.event_stream import EventStream, cancel_on_disconnect, run_until_disconnect
 from engine.api.logprobs import chat_logprobs
 from engine.api.render import Chunks, chunk_options, new_head, usage
+from engine.api.request_id import client_id
 from engine.api.shown_prompts import ShownPrompts
-from engine.api.state import ApiState
+from engine.api.state import ApiState, message_texts
+from engine.frontend.media_inputs import Conversation
 from engine.frontend.streams import CollectedOutput, collect_outputs
 
 
@@ -23,6 +25,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
     state.check_template(body.chat_template)
     conversation = state.conversation(body.messages)
+    prompt_text = await written_prompt(state, conversation, body) if body.return_prompt_text else None
     preparing = state.chat_prompt(
         conversation,
         params,
@@ -32,16 +35,25 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     )
     prompt = await (cancel_on_disconnect(request.receive, preparing) if conversation.media else preparing)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = new_head("chatcmpl", kind, body.model or state.model)
+    head = new_head("chatcmpl", kind, body.model or state.model, client_id(request.scope) or body.request_id or "")
     stream = state.submit(request, body, [prompt.prompt], params, head, adapter, [prompt.inputs])
-    shown = ShownPrompts(state.tokenizer, stream, body)
+    shown = ShownPrompts(state.tokenizer, stream, body, prompt_text)
+    echoed = echoed_message(body)
     if body.stream:
-        chunks = Chunks(stream, state.tokenizer, head, chat=True, options=chunk_options(body), prompts=shown)
+        chunks = Chunks(
+            stream,
+            state.tokenizer,
+            head,
+            chat=True,
+            options=chunk_options(body),
+            echo=(lambda _index: echoed) if echoed else None,
+            prompts=shown,
+        )
         return EventStream(stream, chunks)
     outputs = await run_until_disconnect(request.receive, stream, lambda: collect_outputs(stream))
 
     def render() -> bytes:
-        choices = [choice(state, index, output, body) for index, output in enumerate(outputs)]
+        choices = [choice(state, index, output, body, echoed) for index, output in enumerate(outputs)]
         spent = usage(stream, sum(len(output.token_ids) for output in outputs))
         return msgspec.json.encode(head | {"choices": choices, "usage": spent} | shown.fields(0))
 
@@ -49,10 +61,26 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     return Response(data, media_type="application/json")
 
 
-def choice(state: ApiState, index: int, output: CollectedOutput, body: ChatRequest) -> dict[str, object]:
+def echoed_message(body: ChatRequest) -> str:
+    """The text of the last message, if the request asks for it before its output and the assistant wrote it."""
+    last = body.messages[-1] if body.messages else {}
+    if not body.echo or last.get("role") != "assistant":
+        return ""
+    return "\n".join(message_texts([last]))
+
+
+async def written_prompt(state: ApiState, conversation: Conversation, body: ChatRequest) -> str:
+    """The conversation as the chat template writes it, before it is tokenized or truncated."""
+    written = await state.render_chat(conversation, **template_options(body))
+    return written if isinstance(written, str) else await state.decode(written)
+
+
+def choice(
+    state: ApiState, index: int, output: CollectedOutput, body: ChatRequest, echoed: str = ""
+) -> dict[str, object]:
     shown: dict[str, object] = {
         "index": index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "message": {"role": "assistant", "content": echoed + output.text, "refusal": None},
         "logprobs": None,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,

@@ -10,6 +10,7 @@ from engine.api.event_stream import EventStream, run_until_disconnect
 from engine.api.logprobs import TextOffsets, completion_logprobs, concatenate
 from engine.api.protocol import CompletionRequest
 from engine.api.render import Chunks, chunk_options, new_head, usage
+from engine.api.request_id import client_id
 from engine.api.shown_prompts import EchoedPrompts
 from engine.api.state import ApiState
 from engine.frontend.prompts import Prompt
@@ -30,7 +31,8 @@ async def completions(state: ApiState, request: Request) -> Response:
         given = [ids if cut else one for one, (ids, cut) in zip(given, fitted, strict=True)]
     else:
         prompts = await state.prompts(given, special)
-    head = new_head("cmpl", "text_completion", body.model or state.model)
+    own_id = client_id(request.scope) or body.request_id or ""
+    head = new_head("cmpl", "text_completion", body.model or state.model, own_id)
     stream = state.submit(request, body, prompts, params, head, adapter)
     shown = EchoedPrompts(state.tokenizer, stream, body, given)
     if body.stream:

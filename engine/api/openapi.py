@@ -1,5 +1,6 @@
 """The OpenAPI document: request schemas from the classes of the bodies, response schemas from `openapi_responses`."""
 
+import re
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -9,7 +10,7 @@ import msgspec
 from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.lora_endpoints import LoadRequest, UnloadRequest
 from engine.api.openapi_messages import with_messages
-from engine.api.openapi_responses import REFERENCE, RESPONSES, ref
+from engine.api.openapi_responses import REFERENCE, RESPONSES, STRING, ref
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
 
 VERSION = "3.1.0"
@@ -41,6 +42,7 @@ class Route(msgspec.Struct, frozen=True):
 
 ROUTES: tuple[Route, ...] = (
     Route("get", "/v1/models", "The served models and adapters", "ModelList"),
+    Route("get", "/v1/models/{model}", "One of them", "Model"),
     Route("post", "/v1/completions", "Continue texts or token ids", "Completion", CompletionRequest, (JSON, EVENTS)),
     Route("post", "/v1/chat/completions", "Continue a conversation", "ChatCompletion", ChatRequest, (JSON, EVENTS)),
     Route("post", "/tokenize", "Token ids of a text or a conversation", "Tokenized", TokenizeRequest),
@@ -49,6 +51,7 @@ ROUTES: tuple[Route, ...] = (
     Route("post", "/v1/load_lora_adapter", "Load a LoRA adapter", "Text", LoadRequest, (TEXT,)),
     Route("post", "/v1/unload_lora_adapter", "Unload a LoRA adapter", "Text", UnloadRequest, (TEXT,)),
     Route("get", "/health", "The state of the engine", "Health"),
+    Route("get", "/ping", "The same, under the path that some platforms expect", "Health"),
     Route("get", "/version", "The version of the server", "Version"),
     Route("get", "/metrics", "Counters and histograms for Prometheus", "Text", None, (TEXT,)),
     Route("get", "/openapi.json", "This document", "Document"),
@@ -79,10 +82,12 @@ def operation(route: Route) -> dict[str, Any]:
     """One operation of the document."""
     found: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": f"{route.method}{route.path.replace('/', '_').replace('.', '_')}",
+        "operationId": route.method + re.sub(r"\W+", "_", route.path).rstrip("_"),
         "responses": {"200": response("The result.", route.response, route.media_types)},
     }
-    if route.path == "/health":
+    if parameters := re.findall(r"\{(\w+)\}", route.path):
+        found["parameters"] = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in parameters]
+    if route.response == "Health":
         found["responses"]["503"] = response("The engine is gone or hangs; `cause` is the reason.", "Health", (JSON,))
     for status, description in ERRORS.items():
         found["responses"].setdefault(str(status), response(description, "Error", (JSON,)))

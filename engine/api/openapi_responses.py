@@ -97,21 +97,15 @@ RESPONSES: dict[str, Schema] = {
             "finish_reason": FINISH_REASON,
         },
         {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
-        ABOUT_PROMPT,
+        ABOUT_PROMPT | {"prompt_text": STRING},
     ),
-    "ModelList": record(
-        {
-            "object": {"const": "list"},
-            "data": listed(
-                record(
-                    {"id": STRING, "object": {"const": "model"}, "created": COUNT, "owned_by": STRING},
-                    {"root": STRING, "parent": nullable(STRING), "max_model_len": COUNT, "vocab_size": COUNT},
-                )
-            ),
-        }
+    "Model": record(
+        {"id": STRING, "object": {"const": "model"}, "created": COUNT, "owned_by": STRING},
+        {"root": STRING, "parent": nullable(STRING), "max_model_len": COUNT, "vocab_size": COUNT},
     ),
+    "ModelList": record({"object": {"const": "list"}, "data": listed(ref("Model"))}),
     "Tokenized": record(
-        {"count": COUNT, "max_model_len": COUNT, "tokens": listed(COUNT)}, {"token_strs": listed(STRING)}
+        {"count": COUNT, "max_model_len": COUNT, "tokens": listed(COUNT)}, {"token_strs": nullable(listed(STRING))}
     ),
     "Detokenized": record({"prompt": STRING}),
     "PrefixCacheReset": record({"forgotten_blocks": COUNT}),

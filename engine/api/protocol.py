@@ -9,6 +9,8 @@ from engine.errors import RequestError
 from engine.frontend.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's
+MAX_SALT = 1024  # characters; each block of a prompt is hashed with it
+LONGEST_ID = 512  # characters; the id is part of the response and of each chunk of a stream
 
 replace = msgspec.structs.replace
 
@@ -54,6 +56,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    request_id: str | None = None
     user: str | None = None
 
     def sampling_params(self, defaults: Mapping[str, int | float], **more: int | None) -> SamplingParams:
@@ -71,8 +74,11 @@ class SampledRequest(msgspec.Struct, kw_only=True):
         options = self.stream_options
         if not self.stream and options is not None and options != StreamOptions():
             raise RequestError("stream_options needs stream: true", "stream_options")
-        if self.priority is not None and not -(2**31) <= self.priority < 2**31:
-            raise RequestError(f"priority must lie in -2^31..2^31 - 1, not {self.priority:.3g}", "priority")
+        if self.priority is not None and not -(2**63) <= self.priority < 2**63:
+            raise RequestError(f"priority must lie in -2^63..2^63 - 1, not {self.priority:.3g}", "priority")
+        for field, most in (("cache_salt", MAX_SALT), ("request_id", LONGEST_ID)):
+            if len(getattr(self, field) or "") > most:
+                raise RequestError(f"{field} must have at most {most:,} characters", field)
 
 
 # Fields with the same name and meaning in a body and in SamplingParams.

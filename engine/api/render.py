@@ -127,11 +127,11 @@ class Chunks:
     def _first(self, delta: Delta) -> bytes:
         """The beginning of an output's first chunk, in chats with the role; also keeps that of its later chunks."""
         choice = self._head + b',"choices":[{"index":%d,' % delta.index
+        if self._echo is not None:
+            delta.text = self._echo(delta.index) + delta.text
         if self._chat:
             self._begins[delta.index] = choice + b'"delta":{"content":'
             return choice + b'"delta":{"role":"assistant","content":'
-        if self._echo is not None:
-            delta.text = self._echo(delta.index) + delta.text
         self._begins[delta.index] = choice + b'"text":'
         return self._begins[delta.index]
 
@@ -173,6 +173,6 @@ class Chunks:
         return self._head + b',"choices":[],"usage":' + encode(usage(self._stream, self._tokens)) + b"}\n\n"
 
 
-def new_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
-    """The fields that all chunks of a response have."""
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def new_head(prefix: str, kind: str, model: str, own_id: str = "") -> dict[str, Any]:
+    """The fields that all chunks of a response have; `own_id` is the client's name of the request, if it gave one."""
+    return {"id": f"{prefix}-{own_id or uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}

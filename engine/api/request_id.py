@@ -45,8 +45,14 @@ class RequestId:
             await ApiError.from_exception(error).response()(scope, receive, send_with_id)
 
 
-def request_id_of(scope: Scope) -> bytes:
-    """The client's id of the request, or a new one."""
+def client_id(scope: Scope) -> str:
+    """The client's own id of the request, in its header; empty if it gave none that can be used."""
     given = next((value for name, value in scope["headers"] if name == HEADER), b"")
     usable = 0 < len(given) <= LONGEST_ID and all(0x20 <= byte != 0x7F for byte in given)
-    return given if usable else b"req-" + uuid.uuid4().hex.encode()
+    return given.decode("latin-1") if usable else ""
+
+
+def request_id_of(scope: Scope) -> bytes:
+    """The client's id of the request, or a new one."""
+    given = client_id(scope)
+    return given.encode("latin-1") if given else b"req-" + uuid.uuid4().hex.encode()

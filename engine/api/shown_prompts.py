@@ -14,7 +14,11 @@ LONG = 2048  # from so many logprobs on, a response is rendered on a thread, so 
 class ShownPrompts:
     """The prompts of one request, by output."""
 
-    def __init__(self, tokenizer: Tokenizer, stream: RequestStream, body: SampledRequest):
+    def __init__(
+        self, tokenizer: Tokenizer, stream: RequestStream, body: SampledRequest, prompt_text: str | None = None
+    ):
+        """`prompt_text` is the prompt as the chat template wrote it, if the response contains it."""
+        self._prompt_text = prompt_text
         self._tokenizer = tokenizer
         self._stream = stream
         self._top = body.prompt_logprobs
@@ -33,6 +37,8 @@ class ShownPrompts:
             found["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._scored(index), self._top)
         if self._token_ids:
             found["prompt_token_ids"] = self._stream.prompts[index // self._stream.params.n]
+        if self._prompt_text is not None:
+            found["prompt_text"] = self._prompt_text
         return found
 
     def _scored(self, index: int) -> list[TokenLogprob | None]:

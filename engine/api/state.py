@@ -309,11 +309,12 @@ class ApiState:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
         return await self.on_thread(self.tokenizer.decode, ids, skip_special_tokens=False)
 
-    async def token_texts(self, ids: list[int]) -> list[str]:
-        """The text of each token."""
+    async def vocabulary_entries(self, ids: list[int]) -> list[str]:
+        """Each token as the vocabulary writes it, which marks spaces and bytes with other characters."""
+        entry = self.tokenizer.backend.vocabulary_entry
         if len(ids) < LONG_TEXT:
-            return list(map(self.tokenizer.token_text, ids))
-        return await self.on_thread(lambda: list(map(self.tokenizer.token_text, ids)))
+            return list(map(entry, ids))
+        return await self.on_thread(lambda: list(map(entry, ids)))
 
     async def on_thread(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """Run on one of the text threads, so that streams continue meanwhile."""

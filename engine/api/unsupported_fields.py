@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
             "structured_outputs", "structural_tag", "json_schema", "regex", "ebnf", "grammar",
             # tools in the older form, and other kinds of input and output
             "functions", "audio", "prompt_embeds", "mm_processor_kwargs", "web_search_options", "thinking_token_budget",
-            "thinking",
+            "thinking", "media_io_kwargs", "watermarking",
             # beam search and samplers of other servers
             "use_beam_search", "early_stopping", "logits_processors", "logits_processor_pattern",
             "custom_logit_processor", "custom_params", "vllm_xargs", "logprob_token_ids", "top_a", "epsilon_cutoff",
@@ -35,9 +35,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
             # other servers' names of fields that this one has
             "min_new_tokens", "stop_sequences", "stop_regex", "system", "lora_path",
             # transfer of KV caches, sessions
-            "kv_transfer_params", "session_params",
+            "kv_transfer_params", "ec_transfer_params", "session_params",
             # fields of one endpoint that were sent to the other
-            "suffix", "echo", "messages", "prompt", "tools", "logprobs", "top_logprobs", "documents", "chat_template",
+            "suffix", "messages", "prompt", "tools", "logprobs", "top_logprobs", "documents", "chat_template",
             "chat_template_kwargs", "continue_final_message",
         ),
         EMPTY,
@@ -92,8 +92,9 @@ SPELLING_CHECKED = (
 # Fields that do not change the output.
 ACCEPTED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "prediction", "parallel_tool_calls", "request_id", "rid", "guided_decoding_backend",
-    "spaces_between_special_tokens", "moderation", "data_parallel_rank", "timeout", "extra_headers",
+    "prompt_cache_options", "prediction", "parallel_tool_calls", "rid", "session_id", "guided_decoding_backend",
+    "spaces_between_special_tokens", "moderation", "data_parallel_rank", "timeout", "extra_headers", "stream_interval",
+    "return_token_offsets", "return_mm_kwargs", "routed_experts_prompt_start",
 })  # fmt: skip
 
 MAX_NAMES = 200  # bounds the log if a client invents names

@@ -43,6 +43,9 @@ BOTH = tuple(BODIES)
         ("thinking", {"type": "enabled"}),
         ("enable_thinking", False),
         ("verbosity", "low"),
+        ("media_io_kwargs", {"video": {"num_frames": 4}}),
+        ("watermarking", True),
+        ("ec_transfer_params", {"a": 1}),
         ("temprature", 0.5),
         ("max_token", 5),
         ("stops", ["a"]),
@@ -72,6 +75,7 @@ async def test_what_would_change_the_answer_is_refused_by_name(server: InLoop, f
         {"length_penalty": 1.0, "early_stopping": False, "do_sample": True, "num_beams": 1, "repeat_penalty": 1},
         {"response_format": {"type": "text"}, "functions": [], "function_call": "none", "tool_choice": "none"},
         {"verbosity": "medium", "include_reasoning": True, "mm_processor_kwargs": None, "kv_transfer_params": {}},
+        {"session_id": "s", "stream_interval": 4, "return_mm_kwargs": False, "routed_experts_prompt_start": 1},
         {"logprobs": False, "top_logprobs": 0, "tools": [], "bad_words": [], "echo": False},
     ],
 )
