@@ -7,6 +7,7 @@ from engine.errors import ConfigError, EngineDeadError, ModelError, OutOfMemoryE
 
 if TYPE_CHECKING:
     from engine.frontend.sampling_params import SamplingParams
+    from engine.frontend.structured_outputs import StructuredOutputs
     from engine.llm import LLM, CompletionOutput, RequestOutput
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
 ]
 
 _LAZY = {
@@ -28,6 +30,7 @@ _LAZY = {
     "CompletionOutput": "engine.llm",
     "RequestOutput": "engine.llm",
     "SamplingParams": "engine.frontend.sampling_params",
+    "StructuredOutputs": "engine.frontend.structured_outputs",
 }
 
 

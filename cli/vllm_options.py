@@ -48,7 +48,7 @@ TOOLS = "tool calls are not parsed yet"
 NO_CODE = "code that comes with a model is never run; models that transformers has a class for need none"
 ONE_MACHINE = "a server runs on one machine"
 NO_PLUGINS = "no external code is loaded into the server"
-NO_STRUCTURED = "structured output is not supported yet, and requests for it are refused"
+ONE_BACKEND = "llguidance is the only backend"
 NO_CLIENT_CERTIFICATES = "client certificates are not checked; a reverse proxy can check them"
 SPECULATION = "use --speculative ngram and --num-speculative-tokens"
 
@@ -95,8 +95,8 @@ NO_EFFECT = (
     _no_effect("--use-tqdm-on-load/--no-use-tqdm-on-load", why="loading progress is always shown on a terminal",
                switch=True),
     _no_effect("--enable-server-load-tracking", why="/metrics always has the load", switch=True),
-    _no_effect("--guided-decoding-backend", why=NO_STRUCTURED),
-    _no_effect("--structured-outputs-config", why=NO_STRUCTURED),
+    _no_effect("--guided-decoding-backend", why=ONE_BACKEND),
+    _no_effect("--structured-outputs-config", why=ONE_BACKEND),
 )  # fmt: skip
 
 REFUSED = (

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -26,6 +27,7 @@ from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
+    from engine.frontend.grammar_vocabulary import GrammarVocabulary
     from engine.frontend.inline_front_end import InlineTexts
     from engine.memory import Resolution
     from engine.model.model_info import ModelInfo
@@ -199,7 +201,10 @@ def build_core_server(
     folder = None if features is None else features.path
     inline = build_inline(config, resolved, ready)
     addresses = endpoints.to_core, endpoints.from_core
-    server = CoreServer(resolved, executor, MonotonicClock(), *addresses, inline, feature_folder=folder)
+    vocabulary = partial(_load_vocabulary, config, ready.vocab_size)
+    server = CoreServer(
+        resolved, executor, MonotonicClock(), *addresses, inline, feature_folder=folder, load_vocabulary=vocabulary
+    )
     began = time.monotonic()
     for name, path in config.adapters:
         server.core.load_adapter(name, path).result()
@@ -242,6 +247,18 @@ def _ready(
         tile_table=resolved.tile_table,
         mm=None if model_info.mm is None else model_info.mm.spec,
     )
+
+
+def _load_vocabulary(config: EngineConfig, vocab_size: int) -> "GrammarVocabulary":
+    """The model's tokens for grammars; the core itself needs no tokenizer."""
+    from pathlib import Path
+
+    from engine.frontend.grammar_vocabulary import GrammarVocabulary
+    from engine.frontend.tokenizer import load_tokenizer
+
+    folder = Path(config.tokenizer or config.model)
+    tokenizer, _ = load_tokenizer(folder, vocab_size, config.tokenizer_mode, config.chat_template)
+    return GrammarVocabulary(tokenizer, vocab_size)
 
 
 def build_inline(config: EngineConfig, resolved: ResolvedConfig, ready: Ready) -> "InlineTexts | None":

@@ -24,6 +24,7 @@ from engine.frontend.media_inputs import (
 )
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import CollectedOutput, RequestOptions, TokenLogprob, collect_outputs
+from engine.frontend.structured_outputs import check_grammar
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import kept_tokens, truncate
 from engine.start import Engine, start_engine
@@ -311,6 +312,7 @@ class LLM:
         adapter: str,
         done: Callable[[], None],
     ) -> RequestOutput:
+        await check_grammar(self._client, params.structured_outputs)
         began = time.monotonic()
         options, inputs = RequestOptions(adapter=adapter), [found.inputs] if found.inputs else ()
         try:

@@ -16,6 +16,7 @@ import msgspec
 
 from engine.arrays import Int32s
 from engine.columns import int32s, unpack_table
+from engine.grammar import Grammar
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.multimodal.types import MediaKind, MMSpec
 
@@ -141,6 +142,7 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     text_options: TextOptions | None = None
     mm_inputs: tuple[MMInputRef, ...] = ()  # by offset
     unplaced: tuple[UnplacedInput, ...] = ()  # of a prompt in which the core replaces the placeholders
+    grammar: Grammar | None = None
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -328,6 +330,7 @@ class SlotAssignment(msgspec.Struct, array_like=True, frozen=True, gc=False):
     sampling: Sampling
     adapter: str = ""
     mm_inputs: tuple[MMInputRef, ...] = ()  # `hash` is the key in the encoder cache
+    constrained: bool = False  # it samples with a mask
 
 
 class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):

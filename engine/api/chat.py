@@ -13,6 +13,7 @@ from engine.api.shown_prompts import ShownPrompts
 from engine.api.state import ApiState, message_texts
 from engine.frontend.media_inputs import Conversation
 from engine.frontend.streams import CollectedOutput, collect_outputs
+from engine.frontend.structured_outputs import check_grammar
 
 
 async def chat_completions(state: ApiState, request: Request) -> Response:
@@ -23,6 +24,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
+    await check_grammar(state.client, params.structured_outputs)
     state.check_template(body.chat_template)
     conversation = state.conversation(body.messages)
     prompt_text = await written_prompt(state, conversation, body) if body.return_prompt_text else None

@@ -17,10 +17,6 @@ OWN_ARGUMENTS = frozenset({
 TOOL_CHOICES = ("none", "auto", "required")
 
 
-class ResponseFormat(msgspec.Struct):
-    type: str
-
-
 class ChatRequest(SampledRequest, kw_only=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -30,7 +26,6 @@ class ChatRequest(SampledRequest, kw_only=True):
     return_prompt_text: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
@@ -43,10 +38,6 @@ class ChatRequest(SampledRequest, kw_only=True):
         """Raise RequestError, with the field, for what is not supported yet or not valid."""
         self.check_common()
         check_tools(self.tools, self.tool_choice)
-        if self.response_format is not None and self.response_format.type != "text":
-            raise RequestError(
-                f"response_format {self.response_format.type!r} is not supported yet; only 'text' is", "response_format"
-            )
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:

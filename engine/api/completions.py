@@ -15,6 +15,7 @@ from engine.api.shown_prompts import EchoedPrompts
 from engine.api.state import ApiState
 from engine.frontend.prompts import Prompt
 from engine.frontend.streams import CollectedOutput, collect_outputs
+from engine.frontend.structured_outputs import check_grammar
 
 
 async def completions(state: ApiState, request: Request) -> Response:
@@ -22,6 +23,7 @@ async def completions(state: ApiState, request: Request) -> Response:
     adapter = await state.adapter_of(body.model)
     body.check()
     params = body.params(state.sampling_defaults)
+    await check_grammar(state.client, params.structured_outputs)
     special = body.add_special_tokens is not False
     given = body.prompts()
     if params.needs_prompt_ids or body.return_token_ids:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from engine.api.structured_fields import ConstrainedRequest
 from engine.errors import RequestError
 from engine.frontend.sampling_params import SamplingParams
 
@@ -24,7 +25,7 @@ class StreamOptions(msgspec.Struct):
 _token_id = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
 
-class SampledRequest(msgspec.Struct, kw_only=True):
+class SampledRequest(ConstrainedRequest, kw_only=True):
     """The fields that completions and chats have in common."""
 
     model: str | None = None
@@ -67,6 +68,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
                 raise RequestError("logit_bias must map token ids to numbers", "logit_bias")
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         given |= {name: value for name, value in more.items() if value is not None}
+        given["structured_outputs"] = self.wanted_outputs()
         return SamplingParams(**{"max_tokens": None, **defaults, **given})
 
     def check_common(self) -> None:
@@ -85,7 +87,7 @@ class SampledRequest(msgspec.Struct, kw_only=True):
 SAMPLING_FIELDS = tuple(
     name
     for name in SampledRequest.__struct_fields__
-    if name in SamplingParams.__struct_fields__ and name not in ("max_tokens", "logit_bias")
+    if name in SamplingParams.__struct_fields__ and name not in ("max_tokens", "logit_bias", "structured_outputs")
 )
 
 

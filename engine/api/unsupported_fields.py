@@ -22,8 +22,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
             # structured output
-            "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern",
-            "structured_outputs", "structural_tag", "json_schema", "regex", "ebnf", "grammar",
+            "structural_tag", "json_schema", "regex", "ebnf", "grammar", "guided_json_object",
             # tools in the older form, and other kinds of input and output
             "functions", "audio", "prompt_embeds", "mm_processor_kwargs", "web_search_options", "thinking_token_budget",
             "thinking", "media_io_kwargs", "watermarking",
@@ -42,7 +41,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         ),
         EMPTY,
     ),
-    "response_format": (*EMPTY, {"type": "text"}),
     "function_call": (*EMPTY, "none"),
     "modalities": (*EMPTY, ["text"]),
     "verbosity": (*EMPTY, "medium"),
@@ -73,6 +71,12 @@ INSTEAD = {
     "max_completion_tokens": "max_tokens",
     "stop_sequences": "stop",
     "lora_path": "model",
+    "json_schema": "structured_outputs",
+    "regex": "structured_outputs",
+    "ebnf": "structured_outputs",
+    "grammar": "structured_outputs",
+    "structural_tag": "structured_outputs",
+    "guided_json_object": "structured_outputs",
     "enable_thinking": "chat_template_kwargs",
     "thinking": "chat_template_kwargs",
     "functions": "tools",

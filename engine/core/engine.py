@@ -13,6 +13,7 @@ from engine.config import ResolvedConfig
 from engine.core.adapters import AdapterRegistry
 from engine.core.feature_mirror import FeatureMirror, MirrorMissError
 from engine.core.front_ends import EndedFrontEnds
+from engine.core.grammars import GrammarManager
 from engine.core.intake import Arrival, Intake, RejectedCall, RejectedRequest, TextRequest, reject
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.publisher import OutputPublisher
@@ -41,13 +42,19 @@ log = logging.getLogger("redline.core")
 @dataclass(slots=True)
 class _InFlight:
     step: ScheduledStep
+    number: int  # of the step; a burst has several
     forward: "Future[None]"
-    result: "Future[bytes]"
+    result: "Future[bytes] | None" = None  # None: it waits for the tokens of the step before it, to make its masks
+
+    @property
+    def is_done(self) -> bool:
+        return self.result is not None and self.result.done()
 
     def outcome(self) -> bytes:
         """The encoded StepResult. The error of the forward pass is raised first, since it also fails the sampling."""
         if self.forward.done():
             self.forward.result()
+        assert self.result is not None, f"step {self.number} was not sampled"
         return self.result.result()
 
 
@@ -67,11 +74,13 @@ class EngineCore:
         front_ends: int = 1,
         inline: InlineFrontEnd | None = None,
         features: FeatureMirror | None = None,
+        grammars: GrammarManager | None = None,
     ) -> None:
         self.config = config
         self.scheduler = scheduler = Scheduler(config, features)
         self._features = scheduler.features
         self._has_mirror = features is not None
+        self._grammars = grammars or GrammarManager()
         self._executor = executor
         self._clock = clock
         self._send = send
@@ -100,6 +109,7 @@ class EngineCore:
             "keep_adapter": self._adapters.cancel_hold,
             "adapters": self._adapters.names,
             "drop_front_end": self._drop_front_end,
+            "check_grammar": self._grammars.check,
         }
 
     def receive(self, data: bytes) -> None:
@@ -114,7 +124,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox or self._in_flight or self.scheduler.has_work or self._adapters.has_parked)
+        return bool(self._inbox or self._in_flight or self.scheduler.has_work or self._parked)
 
     @property
     def finished(self) -> bool:
@@ -140,6 +150,7 @@ class EngineCore:
             outcome, logprobs = self._book_result(now)
             # Sent before the next step is scheduled, so that tokens don't wait for that.
             self._publisher.publish(now, outcome.finished, outcome, logprobs)
+            self._sample_next(now)
             moved = True
         self._end_drain(now)
         while self._may_schedule(now) and (step := self._schedule_step(now)) is not None:
@@ -152,7 +163,7 @@ class EngineCore:
         return moved
 
     def _has_result(self) -> bool:
-        return bool(self._in_flight) and self._in_flight[self._awaited].result.done()
+        return bool(self._in_flight) and self._in_flight[self._awaited].is_done
 
     def _book_result(self, now: float) -> tuple[StepOutcome, TokenLogprobs | None]:
         """Book the oldest result; also returns the logprobs of the tokens that count."""
@@ -169,7 +180,7 @@ class EngineCore:
         """Abort all requests once the time to finish them is over."""
         if self._draining_until is None or now < self._draining_until:
             return
-        ended = [self._abort(handle) for handle in [*self.scheduler.requests, *self._adapters.parked]]
+        ended = [self._abort(handle) for handle in [*self.scheduler.requests, *self._parked]]
         self._publisher.publish(now, [one for one in ended if one])
 
     def _may_schedule(self, now: float) -> bool:
@@ -189,7 +200,30 @@ class EngineCore:
             self._timer.start_step(now, step)
         forward = self._executor.submit(encode(step.message))
         for number in range(step.step, step.step + step.num_steps):
-            self._in_flight.append(_InFlight(step, forward, self._executor.sample(number)))
+            self._in_flight.append(_InFlight(step, number, forward))
+            self._sample_next(now)
+
+    def _sample_next(self, now: float) -> None:
+        """Sample the newest step, unless slots with a grammar sample in it and earlier steps are in flight.
+
+        Its masks need their tokens. Meanwhile the workers compute its forward pass.
+        """
+        newest = self._in_flight[-1] if self._in_flight else None
+        if newest is None or newest.result is not None:
+            return
+        slots, masks = self.scheduler.slots, b""
+        if slots.constrained[newest.step.slots].any():
+            if len(self._in_flight) > 1:
+                return
+            masks, ended = self._grammars.masks(slots, newest.step)
+            if ended:
+                finished = [self._end_output(request, cause) for request, cause in ended]
+                self._publisher.publish(now, finished)
+        newest.result = self._executor.sample(newest.number, masks)
+
+    def _end_output(self, request: Request, cause: str) -> Finished:
+        """End a request whose grammar allows no further token; `cause` is empty if its output is complete."""
+        return self.scheduler.end(request, FinishReason.ERROR if cause else FinishReason.STOP, cause)
 
     def _log_preemptions(self, count: int, lost_tokens: int) -> None:
         """Log one line per episode: from the first preemption until all preempted requests run again."""
@@ -215,6 +249,8 @@ class EngineCore:
         ended: list[Finished] = []
         if self._adapters.has_parked:
             self._inbox.extendleft(reversed(self._adapters.take_released(now)))
+        if self._grammars.parked:
+            self._inbox.extendleft(reversed(self._grammars.take_ready()))
         while self._inbox:
             moved = True
             arrival = self._inbox.popleft()
@@ -246,7 +282,11 @@ class EngineCore:
         if self._ended_front_ends.is_stale(arrival.handle) or self._adapters.park(arrival):
             return []
         try:
+            if self._grammars.park(arrival):
+                return []
             request = self._to_request(arrival)
+            if isinstance(request, Request):
+                self._grammars.attach(request)
         except INTERRUPTS:
             raise
         except BaseException as error:
@@ -268,7 +308,7 @@ class EngineCore:
             log.error("request %d: %s", handle, error)
             return [Finished(handle, FinishReason.FAILED, error=str(error))]
         ended = self._add(arrival)
-        if handle not in self.scheduler.requests and handle not in self._adapters.parked:
+        if handle not in self.scheduler.requests and handle not in self._parked:
             self._features.release(handle)
         return ended
 
@@ -294,8 +334,13 @@ class EngineCore:
             return self._intake.make_request(arrival.message, arrival.arrived)
         return arrival
 
+    @property
+    def _parked(self) -> list[int]:
+        """The handles of requests that wait for an adapter or for their grammar."""
+        return self._adapters.parked + self._grammars.parked
+
     def _abort(self, handle: int) -> Finished | None:
-        if self._adapters.unpark(handle):
+        if self._adapters.unpark(handle) or self._grammars.unpark(handle):
             self._features.release(handle)
             return Finished(handle, FinishReason.ABORT)
         return self.scheduler.abort(handle)
@@ -303,7 +348,7 @@ class EngineCore:
     def _drop_front_end(self, front_end: int, first_sequence: int) -> int:
         """Abort all requests of a front end that ended; returns how many. Args as of `EndedFrontEnds.add`."""
         self._ended_front_ends.add(front_end, first_sequence)
-        handles = self._ended_front_ends.find_stale([*self.scheduler.requests, *self._adapters.parked])
+        handles = self._ended_front_ends.find_stale([*self.scheduler.requests, *self._parked])
         self._publisher.publish(self._clock.now(), [one for handle in handles if (one := self._abort(handle))])
         self._features.drop_stale(self._ended_front_ends.is_stale)
         return len(handles)

@@ -13,8 +13,11 @@ class Executor(Protocol):
         """Submit an encoded StepMessage; its forward pass starts as soon as the steps before it are done."""
         ...
 
-    def sample(self, step: int) -> "Future[bytes]":
-        """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+        """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult.
+
+        `masks` is an encoded `engine.grammar.StepMasks`, or empty. Slots without a mask may sample any token.
+        """
         ...
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":

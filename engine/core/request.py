@@ -1,5 +1,7 @@
 """A request as the core sees it, from its arrival to its last token."""
 
+from typing import Any
+
 from engine.columns import int32s
 from engine.config import ResolvedConfig
 from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
@@ -10,9 +12,9 @@ class Request:
     """The state that a request keeps without a slot: while it waits, and after a preemption."""
 
     __slots__ = (
-        "adapter", "arrived", "block_hashes", "handle", "hash_root", "max_num_tokens", "message", "mm_block_keys",
-        "mm_inputs_end", "num_preemptions", "num_prompt_tokens", "reads_prefix_cache", "slot", "stop_ids", "tokens",
-        "was_admitted",
+        "adapter", "arrived", "block_hashes", "handle", "hash_root", "matcher", "max_num_tokens", "message",
+        "mm_block_keys", "mm_inputs_end", "num_preemptions", "num_prompt_tokens", "reads_prefix_cache", "slot",
+        "stop_ids", "tokens", "was_admitted",
     )  # fmt: skip
 
     def __init__(self, message: AddRequest, max_model_len: int, arrived: float, adapter: str | None = None):
@@ -30,6 +32,7 @@ class Request:
         self.was_admitted = False
         self.slot = -1
         self.num_preemptions = 0
+        self.matcher: Any = None  # of its grammar, after all known output tokens; see engine.core.grammars
         # Logprobs of prompt tokens are computed with the prompt, and cached blocks have none.
         self.reads_prefix_cache = message.sampling.prompt_logprobs < 0
         self.hash_root = root_hash(message.cache_salt, self.adapter)

@@ -14,6 +14,7 @@ from engine.columns import int32s
 from engine.config import ResolvedConfig
 from engine.core.draft_tokens import DraftTokenTracker
 from engine.core.feature_mirror import FeatureMirror
+from engine.core.grammars import advance
 from engine.core.hashing import extend_hashes
 from engine.core.kv_cache_manager import CachedPrefix, KVCacheManager
 from engine.core.mm_inputs import EncoderCacheManager
@@ -76,7 +77,7 @@ class Scheduler:
     def abort(self, handle: int) -> Finished | None:
         """End a request, waiting or running; None if it has ended already."""
         request = self.requests.get(handle)
-        return None if request is None else self._end(request, FinishReason.ABORT)
+        return None if request is None else self.end(request, FinishReason.ABORT)
 
     @property
     def has_work(self) -> bool:
@@ -158,9 +159,11 @@ class Scheduler:
 
         No slot exceeds its `max_num_tokens`, so tokens are dropped only after a stop token. No request is preempted.
         """
+        slots, size = self.slots, self.config.block_size
         if self._prefilling or (self.waiting and not self.policy.bursts.although_requests_wait):
             return 1
-        slots, size = self.slots, self.config.block_size
+        if slots.constrained[decoding].any():  # the mask of a step needs the token of the one before it
+            return 1
         num_steps = min(max_steps, int((slots.max_num_tokens[decoding] - slots.num_scheduled_tokens[decoding]).min()))
         num_blocks = -(-(slots.num_computed_tokens[decoding] + num_steps - 1) // size)
         needed = num_blocks - self.kv.num_blocks[decoding]
@@ -311,28 +314,30 @@ class Scheduler:
             kept, counts, stopped = self._drafts.book_result(at, kept, result)
             tokens = int32s(result.tokens)[kept]
         self.generation_tokens += len(tokens)
+        hit_stop_id = stopped.copy()
+        advance(slots, at, counts, stopped)
         ended = stopped | (slots.num_tokens[at] >= slots.max_num_tokens[at])
         for index in np.flatnonzero(ended).tolist():
             slot = int(at[index])
             last = int(slots.tokens[slot, slots.num_tokens[slot] - 1])
             request = self._free_slot(slot)
             reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
-            finished.append(self._finish(request, reason, last if stopped[index] else -1))
+            finished.append(self._finish(request, reason, last if hit_stop_id[index] else -1))
         return StepOutcome(handles, tokens, kept, finished, counts, scored)
 
     def _end_reported(self, reports: StepReports) -> list[Finished]:
         """End requests that workers can't compute, unless they have ended."""
         slots, failures = self.slots, self.encoder_cache.failures(reports.encoded)
-        ended = [self._end(self.requests[one], FinishReason.NOT_ENCODED, cause) for one, cause in failures.items()]
+        ended = [self.end(self.requests[one], FinishReason.NOT_ENCODED, cause) for one, cause in failures.items()]
         self.encoder_cache.confirm(reports.encoded)
         for slot, generation in int32s(reports.rejected, 2).tolist():
             request = slots.requests[slot]
             if request is not None and slots.generation[slot] == generation:
                 cause = f"the workers don't have the adapter {request.adapter}"
-                ended.append(self._end(request, FinishReason.FAILED, cause))
+                ended.append(self.end(request, FinishReason.FAILED, cause))
         return ended
 
-    def _end(self, request: Request, reason: FinishReason, error: str = "") -> Finished:
+    def end(self, request: Request, reason: FinishReason, error: str = "") -> Finished:
         """End a request, waiting or running."""
         if request.slot >= 0:
             self._free_slot(request.slot)

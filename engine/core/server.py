@@ -13,6 +13,8 @@ from engine.clock import Clock
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.feature_mirror import FeatureMirror
+from engine.core.grammar_compiler import Vocabulary
+from engine.core.grammars import GrammarManager, no_vocabulary
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.watchdog import Watchdog, WatchedExecutor
 from engine.errors import RedlineError, cause_of
@@ -30,7 +32,7 @@ class CoreServer:
 
     The core binds `to_core`, where it receives messages of all front ends; front end i binds `from_core[i]`. With
     `inline` the core tokenizes and detokenizes. `feature_folder` is where front ends put the features of multimodal
-    inputs, if the model takes any.
+    inputs, if the model takes any. `load_vocabulary` is called when the first request has a grammar.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class CoreServer:
         inline: InlineFrontEnd | None = None,
         *,
         feature_folder: str | None = None,
+        load_vocabulary: Callable[[], Vocabulary] = no_vocabulary,
     ) -> None:
         self._clock = clock
         self._from_core = from_core
@@ -57,7 +60,8 @@ class CoreServer:
         self._executor = WatchedExecutor(executor, clock, self._wake.set)
         self._unlinker = ThreadPoolExecutor(1, thread_name_prefix="core-files")
         features = None if feature_folder is None else FeatureMirror(feature_folder, self._unlink)
-        self.core = EngineCore(config, self._executor, clock, self._post, len(from_core), inline, features)
+        self._grammars = grammars = GrammarManager(load_vocabulary, self._wake.set)
+        self.core = EngineCore(config, self._executor, clock, self._post, len(from_core), inline, features, grammars)
         self._watchdog: Watchdog | None = None
         self._sender = self._thread(self._send_all, "core-output")
         self._receiver = self._thread(self._receive_all, "core-input")
@@ -127,6 +131,7 @@ class CoreServer:
             self._sender.join(timeout=2.0)
             self._executor.shutdown()
             self._unlinker.shutdown()
+            self._grammars.close()
             self._context.term()
 
     def _step(self, now: float) -> bool:

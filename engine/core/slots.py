@@ -47,6 +47,7 @@ class Slots:
         self.num_prompt_tokens = np.zeros(count, np.int32)
         self.min_tokens = np.zeros(count, np.int32)
         self.mm_inputs_end = np.zeros(count, np.int32)  # position after the last placeholder; 0: no multimodal inputs
+        self.constrained = np.zeros(count, np.bool_)  # samples with the mask of a grammar
         self.num_cached_blocks = np.zeros(count, np.int32)  # leading blocks that are in the prefix cache
         self.stop_ids = np.full((count, MAX_STOP_IDS), -1, np.int32)
         self.has_many_stop_ids = np.zeros(count, np.bool_)
@@ -76,6 +77,7 @@ class Slots:
         self.num_prompt_tokens[slot] = request.num_prompt_tokens
         self.min_tokens[slot] = message.min_tokens
         self.mm_inputs_end[slot] = request.mm_inputs_end
+        self.constrained[slot] = request.matcher is not None
         self.num_cached_blocks[slot] = 0
         stop_ids = message.stop_ids[:MAX_STOP_IDS]
         self.stop_ids[slot] = -1

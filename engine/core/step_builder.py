@@ -49,6 +49,7 @@ class StepBuilder:
             sampling=request.message.sampling,
             adapter=request.adapter,
             mm_inputs=self._encoder_cache.refs_for_workers(request),
+            constrained=request.matcher is not None,
         )
 
     def build(

@@ -54,10 +54,10 @@ class WatchedExecutor:
         self._forward = Task(FORWARD, 0, self._clock.now())
         return self._watch(self._forward, self._inner.submit(step))
 
-    def sample(self, step: int) -> "Future[bytes]":
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         if self._forward is not None:
             self._forward.step, self._forward = step, None
-        result = self._watch(Task(SAMPLE, step, self._clock.now()), self._inner.sample(step))
+        result = self._watch(Task(SAMPLE, step, self._clock.now()), self._inner.sample(step, masks))
         result.add_done_callback(lambda _: self._wake())
         return result
 

@@ -7,6 +7,7 @@ import msgspec
 from engine.columns import column
 from engine.errors import RequestError
 from engine.frontend.prompts import Prompt
+from engine.frontend.structured_outputs import StructuredOutputs
 from engine.frontend.token_filters import check_any_token_left
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, Sampling, TextOptions
@@ -46,6 +47,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         truncation_side: "right" keeps the beginning of the prompt; otherwise its end is kept.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: leave the stop string in the text.
+        structured_outputs: what the text must conform to.
     """
 
     n: int = 1
@@ -71,6 +73,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     truncation_side: str | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in RANGES:
@@ -210,5 +213,6 @@ def make_request(
         sampling=sampling,
         stop_ids=stop_ids,
         min_tokens=min_tokens,
+        grammar=None if params.structured_outputs is None else params.structured_outputs.to_grammar(),
         **extra,
     )

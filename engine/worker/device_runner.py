@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.arrays import Int64s
 from engine.columns import column
+from engine.grammar import TokenMasks
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.messages import StepMessage, StepReports, StepResult, encode
 from engine.worker import prompt_logprobs, sampler
@@ -92,13 +93,13 @@ class DeviceRunner(StepRunner[_Enqueued]):
         return batch, (inputs, began)
 
     @torch.inference_mode()
-    def sample(self, step: int) -> PendingResult:
+    def sample(self, step: int, masks: bytes = b"") -> PendingResult:
         """Enqueue the choice of a step's tokens. Later steps of a burst run here."""
         batch, (inputs, began) = self._take(step)
         result = PendingResult(step, self._device, began, np.zeros(0, dtype=np.int64), self._slots.take_reports())
         if inputs is not None and len(batch.logits_at):
             if self._needs_host(batch):
-                self._sample_on_host(batch, inputs, result)
+                self._sample_on_host(batch, inputs, result, TokenMasks(masks) if masks else None)
             else:
                 self._sample_ahead(batch, inputs, result)
         result.ended = self._device.clock()
@@ -118,7 +119,9 @@ class DeviceRunner(StepRunner[_Enqueued]):
         result.tokens = self._device.fetch(self._steps.choose(inputs))
         self._unfilled.append((self._slots.extend(batch.sampling), result.tokens))
 
-    def _sample_on_host(self, batch: StepBatch, inputs: StepInputs, result: PendingResult) -> None:
+    def _sample_on_host(
+        self, batch: StepBatch, inputs: StepInputs, result: PendingResult, masks: TokenMasks | None
+    ) -> None:
         """Wait for the tokens of all steps, this one included; the slots know them when the next one is laid out."""
         tokens = self._device.fetch(self._steps.choose(inputs)).wait().numpy().astype(np.int64)
         self._fill(wait=True)
@@ -126,7 +129,7 @@ class DeviceRunner(StepRunner[_Enqueued]):
         special = np.flatnonzero(slots.needs_logits[which])
         if len(special):
             at = (np.cumsum(batch.num_draft_tokens + 1) - 1)[special]
-            sampled = sampler.sample(logits.logits(at), slots, which[special])
+            sampled = sampler.sample(logits.logits(at), slots, which[special], masks)
             tokens[at] = sampled.tokens
             result.logprobs = reindexed(sampled.logprobs, special)
         result.num_draft_tokens = int(batch.num_draft_tokens.sum())

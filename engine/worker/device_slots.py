@@ -103,7 +103,7 @@ class DeviceSlots(WorkerSlots):
     def _assign(self, assignment: SlotAssignment) -> None:
         super()._assign(assignment)
         slot, sampling = assignment.slot, assignment.sampling
-        self.needs_logits[slot] = sampling.logprobs >= 0 or sampling.adjusts_logits
+        self.needs_logits[slot] = sampling.logprobs >= 0 or sampling.adjusts_logits or assignment.constrained
         self.is_filtered[slot] = sampling.temperature > 0 and (
             sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         )

@@ -50,9 +50,9 @@ class InProcessExecutor:
         """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""
         return self._thread.submit(self._runner.forward, step)
 
-    def sample(self, step: int) -> "Future[bytes]":
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
-        return self._thread.submit(self._runner.sample, step)
+        return self._thread.submit(self._runner.sample, step, masks)
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
         """Execute a call between two steps."""
@@ -90,9 +90,9 @@ class InProcessDeviceExecutor(InProcessExecutor):
         self._num_steps += 1
         return super().submit(step)
 
-    def sample(self, step: int) -> "Future[bytes]":
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Enqueue the sampling of a submitted step; resolves to an encoded StepResult."""
-        enqueued = self._thread.submit(self._device_runner.sample, step)
+        enqueued = self._thread.submit(self._device_runner.sample, step, masks)
         return self._results.submit(lambda: enqueued.result().finish())
 
     def shutdown(self) -> None:

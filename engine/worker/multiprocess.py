@@ -125,9 +125,9 @@ class MultiprocessExecutor:
         self._num_steps += 1
         return self._command(FrameKind.FORWARD, step)
 
-    def sample(self, step: int) -> "Future[bytes]":
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         """Sample a submitted step, before the next one is submitted; resolves to an encoded StepResult."""
-        return self._command(FrameKind.SAMPLE, sample_body(step))
+        return self._command(FrameKind.SAMPLE, sample_body(step, masks))
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
         """Execute a call on all ranks between two steps; resolves to rank 0's result, or its RedlineError."""

@@ -104,7 +104,7 @@ def serve(parent: socket.socket, ring: RingReader, runner: Any, answer: Callable
         elif kind is FrameKind.CALL:
             answer(FrameKind.CALL_RESULT, execute(runner, body))
         else:
-            answer(FrameKind.STEP_RESULT, runner.sample(read_sample(body)))
+            answer(FrameKind.STEP_RESULT, runner.sample(*read_sample(body)))
     runner.close()
 
 

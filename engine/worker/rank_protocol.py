@@ -114,13 +114,14 @@ def receive_command(source: socket.socket, ring: RingReader) -> tuple[FrameKind,
     return None
 
 
-def sample_body(step: int) -> bytes:
-    return _STEP.pack(step)
+def sample_body(step: int, masks: bytes = b"") -> bytes:
+    return _STEP.pack(step) + masks
 
 
-def read_sample(body: bytes) -> int:
-    step: int = _STEP.unpack(body)[0]
-    return step
+def read_sample(body: bytes) -> tuple[int, bytes]:
+    """The number of the step, and its encoded masks."""
+    step: int = _STEP.unpack_from(body)[0]
+    return step, bytes(body[_STEP.size :])
 
 
 def receive(source: socket.socket) -> tuple[FrameKind, bytes] | None:

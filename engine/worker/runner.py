@@ -12,6 +12,7 @@ from engine.arrays import Float32s, Float64s, Int64s
 from engine.columns import column, int32s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.devices.cpu import encoder_dtype
+from engine.grammar import TokenMasks
 from engine.heap import large_allocations_mapped
 from engine.logprob_columns import TokenLogprobs
 from engine.messages import StepMessage, StepResult, encode
@@ -67,13 +68,16 @@ class Runner(StepRunner[SamplingPlan]):
         self._backend.forward(batch)
 
     @torch.inference_mode()
-    def sample(self, step: int) -> bytes:
-        """Sample a step, append its tokens to its slots, and encode the StepResult. Later steps of a burst run here."""
+    def sample(self, step: int, masks: bytes = b"") -> bytes:
+        """Sample a step, append its tokens to its slots, and encode the StepResult. Later steps of a burst run here.
+
+        `masks`: see `engine.core.protocols.Executor.sample`.
+        """
         batch, plan = self._take(step)
         began = time.perf_counter()
         tokens, logprobs, counts, drafted = np.zeros(0, dtype=np.int64), None, b"", int(batch.num_draft_tokens.sum())
         if len(batch.sampling):
-            tokens, logprobs = self._choose(batch, plan)
+            tokens, logprobs = self._choose(batch, plan, TokenMasks(masks) if masks else None)
             if drafted:
                 tokens, each = self._slots.append_accepted(batch, tokens)
                 counts, logprobs = column(each), reindexed(logprobs, np.cumsum(each) - each)
@@ -99,14 +103,17 @@ class Runner(StepRunner[SamplingPlan]):
             )
         return SamplingPlan(temperatures, uniforms, np.flatnonzero(from_logits), last[from_logits])
 
-    def _choose(self, batch: StepBatch, plan: SamplingPlan) -> tuple[Int64s, TokenLogprobs | None]:
+    def _choose(
+        self, batch: StepBatch, plan: SamplingPlan, masks: TokenMasks | None
+    ) -> tuple[Int64s, TokenLogprobs | None]:
         """The tokens at `sampled_at`, and the logprobs, which are indexed by entries of `sampling`."""
         tokens: Int64s = np.zeros(len(batch.sampled_at), dtype=np.int64)
         if plan.temperatures is not None and plan.uniforms is not None:
             tokens = self._backend.choose(plan.temperatures, plan.uniforms)
         if not len(plan.logits_of):
             return tokens, None
-        sampled = sampler.sample(self._backend.logits(plan.logits_of), self._slots, batch.sampling[plan.from_logits])
+        which = batch.sampling[plan.from_logits]
+        sampled = sampler.sample(self._backend.logits(plan.logits_of), self._slots, which, masks)
         tokens[plan.logits_of] = sampled.tokens
         return tokens, reindexed(sampled.logprobs, plan.from_logits)
 

@@ -1,8 +1,9 @@
 """Sampling from logits for slots whose tokens the model backend can't choose (penalties, filters, logprobs, …).
 
-Order: logit bias, tokens excluded by min_tokens, bad words and allowed tokens, penalties, temperature, min_p, top_k and
-top_p, draw. A slot draws with one number, hashed from its seed and the number of its output tokens. So its tokens do
-not depend on other slots, on chunks or on a preemption. A feature takes time only for slots that use it.
+Order: logit bias, tokens excluded by the grammar, min_tokens, bad words and allowed tokens, penalties, temperature,
+min_p, top_k and top_p, draw. A slot draws with one number, hashed from its seed and the number of its output tokens.
+So its tokens do not depend on other slots, on chunks or on a preemption. A feature takes time only for slots that use
+it.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from engine.arrays import Float32s, Float64s, Int32s, Int64s, UInt64s
 from engine.columns import column, int32s
+from engine.grammar import TokenMasks
 from engine.logprob_columns import TokenLogprobs
 from engine.messages import Sampling
 from engine.model.runtime.vocab_shard import MIN_TEMPERATURE
@@ -57,8 +59,11 @@ def _mix(x: UInt64s) -> UInt64s:
     return x ^ x >> np.uint64(31)
 
 
-def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
-    """Sample one token for each of the slots `which` from logits [len(which), vocabulary]. Changes no state."""
+def sample(logits: Tensor, slots: WorkerSlots, which: Int64s, masks: TokenMasks | None = None) -> Sampled:
+    """Sample one token for each of the slots `which` from logits [len(which), vocabulary]. Changes no state.
+
+    `masks` are those of the step's grammars.
+    """
     tokens: list[NDArray[np.int64]] = []
     logprobs: list[_Logprobs] = []
     for start in range(0, len(which), BATCH_ROWS):
@@ -67,7 +72,8 @@ def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
         part = logits[start : start + BATCH_ROWS].float()
         with_logprobs = [i for i, p in enumerate(params) if p.logprobs >= 0]
         raw = torch.log_softmax(part[with_logprobs], -1) if with_logprobs else None
-        part = _adjust(part, logits.dtype == torch.float32, params, slots, chosen)
+        accepted = [None if masks is None else masks.accepted(slot, part.shape[1]) for slot in chosen]
+        part = _adjust(part, logits.dtype == torch.float32, params, slots, chosen, accepted)
         found = part.numpy().argmax(-1)
         # A row of NaN or infinity, e.g. from a far too strong adapter, has no weights to draw by.
         finite = np.isfinite(np.take_along_axis(part.numpy(), found[:, None], 1)[:, 0])
@@ -84,9 +90,16 @@ def sample(logits: Tensor, slots: WorkerSlots, which: Int64s) -> Sampled:
     return Sampled(np.concatenate(tokens), _pack(logprobs) if logprobs else None)
 
 
-def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerSlots, chosen: list[int]) -> Tensor:
+def _adjust(
+    logits: Tensor,
+    shared: bool,
+    params: list[Sampling],
+    slots: WorkerSlots,
+    chosen: list[int],
+    accepted: list[NDArray[np.bool_] | None],
+) -> Tensor:
     """Apply bias, excluded tokens and penalties. With `shared` the tensor belongs to the model and is copied first."""
-    touched = [i for i, p in enumerate(params) if p.adjusts_logits]
+    touched = [i for i, p in enumerate(params) if p.adjusts_logits or accepted[i] is not None]
     if not touched:
         return logits
     if shared:
@@ -99,6 +112,9 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerS
             ids = torch.tensor([token for token, _ in p.logit_bias if token < len(line)])
             bias = torch.tensor([value for token, value in p.logit_bias if token < len(line)])
             line[ids] += bias
+        mask = accepted[i]
+        if mask is not None:
+            line.masked_fill_(torch.from_numpy(~mask), -torch.inf)
         if p.bad_words or p.allowed or (p.stop_ids and len(output) < p.min_tokens):
             _exclude(line, p, output)
         if p.repetition_penalty != 1.0:
@@ -116,7 +132,7 @@ def _adjust(logits: Tensor, shared: bool, params: list[Sampling], slots: WorkerS
 def _exclude(line: Tensor, p: Sampling, output: Int32s) -> None:
     """Exclude stop ids before min_tokens, tokens that complete a bad word, and tokens that are not allowed.
 
-    If no token would be left, min_tokens is ignored, and then bad words are.
+    If no token would be left, min_tokens is ignored, then bad words are, and with a grammar the allowed tokens too.
     """
     stops = [token for token in p.stop_ids if token < len(line)] if len(output) < p.min_tokens else []
     ends = [word[-1] for word in p.bad_words if len(word) == 1 or word[:-1] == tuple(output[1 - len(word) :].tolist())]
@@ -130,7 +146,7 @@ def _exclude(line: Tensor, p: Sampling, output: Int32s) -> None:
         left[torch.tensor(excluded, dtype=torch.int64)] = -torch.inf
         if others is not None:
             left[others] = -torch.inf
-        if not excluded or left.amax() > -torch.inf:
+        if left.amax() != -torch.inf:  # NaN counts as left
             line.copy_(left)
             return
 

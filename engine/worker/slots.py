@@ -245,8 +245,8 @@ class WorkerSlots:
             self.block_tables[group, slot, : len(blocks)] = blocks
             self.num_blocks[group, slot] = len(blocks)
         self.sampling[slot] = sampling
-        self.is_plain_greedy[slot] = sampling.is_plain_greedy
-        self.needs_logits[slot] = sampling.needs_logits
+        self.is_plain_greedy[slot] = sampling.is_plain_greedy and not assignment.constrained
+        self.needs_logits[slot] = sampling.needs_logits or assignment.constrained
         self.temperature[slot] = sampling.temperature
         self.seed[slot] = sampling.seed
         if sampling.prompt_logprobs >= 0 and assignment.num_computed_tokens + 1 < assignment.num_prompt_tokens:

@@ -143,7 +143,7 @@ class FakeExecutor:
         done.set_result(None)
         return done
 
-    def sample(self, step: int) -> Future[bytes]:
+    def sample(self, step: int, masks: bytes = b"") -> Future[bytes]:
         start = max(self._busy_until, self._clock.now())
         self._busy_until = start + self._seconds(self.steps[-1], self.batch_tokens[-1])
         result: Future[bytes] = Future()

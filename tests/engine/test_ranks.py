@@ -56,8 +56,8 @@ class Recording:
         self.in_flight.append(sum(not result.done() for result in self._results))
         return self._inner.submit(step)
 
-    def sample(self, step: int) -> "Future[bytes]":
-        self._results.append(self._inner.sample(step))
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+        self._results.append(self._inner.sample(step, masks))
         return self._results[-1]
 
 

@@ -62,7 +62,7 @@ class TableWorker:
         self._submitted.append(step)
         return self._done
 
-    def sample(self, step: int) -> "Future[bytes]":
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
         result: Future[bytes] = Future()
         self._results.append(result)
         return result

@@ -29,8 +29,8 @@ class _Timed:
     def forward(self, message: bytes) -> None:
         self._run(lambda: self._runner.forward(message))
 
-    def sample(self, step: int) -> bytes:
-        return self._run(lambda: self._runner.sample(step))
+    def sample(self, step: int, masks: bytes = b"") -> bytes:
+        return self._run(lambda: self._runner.sample(step, masks))
 
     def _run(self, part: Callable[[], Any]) -> Any:
         began = time.monotonic_ns()

@@ -20,9 +20,11 @@ from engine.api.state import ApiState
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
 from engine.core.feature_mirror import FeatureMirror
+from engine.core.grammars import GrammarManager
 from engine.frontend.chat_template import ChatTemplate
 from engine.frontend.core_client import CoreClient
 from engine.frontend.front_end_stats import MMCounters
+from engine.frontend.grammar_vocabulary import GrammarVocabulary
 from engine.frontend.inline_front_end import InlineTexts
 from engine.frontend.inline_inputs import InlineInputs
 from engine.frontend.mm_pipeline import MMOptions, MMPipeline
@@ -113,7 +115,8 @@ async def in_loop(
             processing = InlineInputs(mm, tokenizer, hasher, limits, tiny_processor.TinyProcessor)
             detokenizes = texts is not None
             texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY, processing, detokenizes=detokenizes)
-    core = EngineCore(config, worker, clock, transport.from_core, inline=texts, features=features)
+    grammars = GrammarManager(lambda: GrammarVocabulary(tokenizer, VOCABULARY))
+    core = EngineCore(config, worker, clock, transport.from_core, inline=texts, features=features, grammars=grammars)
     transport.receive = core.receive
     ready = Ready(
         "/models/fake",

@@ -19,12 +19,9 @@ BOTH = tuple(BODIES)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("guided_json", {"type": "object"}),
-        ("guided_regex", "a+"),
-        ("guided_choice", ["a", "b"]),
-        ("guided_grammar", "root ::= 'a'"),
-        ("structured_outputs", {"regex": "a"}),
-        ("response_format", {"type": "json_object"}),
+        ("regex", "a+"),
+        ("ebnf", "root ::= 'a'"),
+        ("json_schema", {"type": "object"}),
         ("logits_processors", ["x"]),
         ("best_of", 3),
         ("suffix", "end"),

@@ -30,8 +30,8 @@ from tests.engine.fake_executor import FakeExecutor, expected_tokens
 class InstantExecutor(FakeExecutor):
     """Delivers each result as soon as it is asked for."""
 
-    def sample(self, step: int) -> Future[bytes]:
-        result = super().sample(step)
+    def sample(self, step: int, masks: bytes = b"") -> Future[bytes]:
+        result = super().sample(step, masks)
         self.pump()
         return result
 

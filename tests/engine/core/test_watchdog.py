@@ -25,7 +25,7 @@ class Slow:
     def submit(self, step: bytes) -> Future:
         return self._more()
 
-    def sample(self, step: int) -> Future:
+    def sample(self, step: int, masks: bytes = b"") -> Future:
         return self._more()
 
     def call(self, method: str, arguments: dict) -> Future:

@@ -59,8 +59,8 @@ class RankThreads:
         first, *_ = [one.submit(step) for one in self.executors]
         return first
 
-    def sample(self, step: int) -> "Future[bytes]":
-        results = [one.sample(step) for one in self.executors]
+    def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":
+        results = [one.sample(step, masks) for one in self.executors]
 
         def agree() -> bytes:
             found = [decode_result(result.result()) for result in results]
