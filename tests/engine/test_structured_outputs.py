@@ -171,8 +171,9 @@ def test_a_recursive_schema_is_used(llm: LLM) -> None:
         {"speculative": "ngram"},
         {"engine": "v0"},
         {"kernels": "torch"},
+        {"tensor_parallel_size": 2},
     ],
-    ids=["preemptions", "draft tokens", "V0", "generic backend"],
+    ids=["preemptions", "draft tokens", "V0", "generic backend", "two ranks"],
 )
 def test_other_engines(folder: str, llm: LLM, options: dict[str, Any]) -> None:
     prompts = ["aaaa bbbb aaaa bbbb " * 2] * 6

@@ -14,13 +14,18 @@ from engine.clock import MonotonicClock
 from engine.columns import column, int32s, int64s
 from engine.config import EngineConfig, ResolvedConfig
 from engine.core.engine import EngineCore
+from engine.core.grammars import GrammarManager
+from engine.frontend.grammar_vocabulary import GrammarVocabulary
+from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer_backends import StandInBackend
+from engine.grammar import Grammar
 from engine.memory import resolve
 from engine.messages import AddRequest, Outputs, Sampling, Stats, decode_from_core, encode
 from engine.model.model_info import ModelInfo, read_model_info
 from engine.worker.device import Device
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.worker_start import StartReport
-from tests.engine.worker.driver import Driver
+from tests.engine.worker.driver import VOCAB, Driver
 
 Progress = Any
 
@@ -68,7 +73,8 @@ class CoreDriver:
 
     def __init__(self, executor: InProcessExecutor, resolved: ResolvedConfig):
         self.executor = executor
-        self.core = EngineCore(resolved, executor, MonotonicClock(), self._receive)
+        grammars = GrammarManager(lambda: GrammarVocabulary(Tokenizer(StandInBackend(VOCAB)), VOCAB))
+        self.core = EngineCore(resolved, executor, MonotonicClock(), self._receive, grammars=grammars)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.logprobs: dict[int, list[float]] = defaultdict(list)
         self.stats = Stats()
@@ -83,14 +89,20 @@ class CoreDriver:
             time.sleep(1e-3)
 
     def run(
-        self, requests: list[tuple[list[int], Sampling]], new: int, adapters: Sequence[str] = ("",)
+        self,
+        requests: list[tuple[list[int], Sampling]],
+        new: int,
+        adapters: Sequence[str] = ("",),
+        grammars: Sequence[Grammar | None] = (None,),
     ) -> list[list[int]]:
-        """Serve all requests to `new` tokens each, with the adapters in turns; returns their tokens."""
+        """Serve all requests to `new` tokens each, with the adapters and grammars in turns; returns their tokens."""
         first = len(self.tokens)
         for handle, (prompt, sampling) in enumerate(requests, first):
             self.tokens[handle] = []
             adapter = adapters[handle % len(adapters)]
-            self.core.receive(encode(AddRequest(handle, column(prompt), new, sampling, adapter=adapter)))
+            grammar = grammars[handle % len(grammars)]
+            message = AddRequest(handle, column(prompt), new, sampling, adapter=adapter, grammar=grammar)
+            self.core.receive(encode(message))
         handles = list(range(first, first + len(requests)))
         deadline = time.monotonic() + 60
         pause = threading.Event()

@@ -1,5 +1,6 @@
 """An asynchronous device gives the CPU's tokens, however late its results come."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from engine.columns import column, int32s
+from engine.grammar import Grammar
 from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 from engine.worker.device import Device
 from engine.worker.in_process import InProcessExecutor
@@ -103,6 +105,20 @@ def test_bfloat16_masks_reach_the_device(models: Any, core_driver: MakeCore) -> 
         driver = core_driver(device, folder, dtype="bfloat16", max_num_batched_tokens=128, rows=1)
         found.append(driver.run([(prompt, Sampling()) for prompt in prompts(1)[2:4]], 6))
     assert found[0] == found[1]
+
+
+def test_masks_of_grammars_reach_the_device(models: Any, core_driver: MakeCore) -> None:
+    """Their slots get the CPU's tokens, and so do those beside them."""
+    folder, _ = models["llama"]
+    digits = Grammar("regex", "[0-5]{3}(-[6-9]{2}){1,4}")
+    found = []
+    for device in (None, TorchDevice("cpu"), StandInDevice()):
+        driver = core_driver(device, folder)
+        found.append(driver.run(mixed_requests(SAMPLINGS + ON_HOST[:3], 16), 12, grammars=(None, digits)))
+        assert driver.most_in_flight > 1
+    for tokens in found[0][1::2]:
+        assert re.fullmatch("[0-5]{3}(-[6-9]{2}){1,4}", "".join(map(chr, tokens)))
+    assert found[0] == found[1] == found[2]
 
 
 def mixed_requests(samplings: list[Sampling], count: int = 10) -> list[tuple[list[int], Sampling]]:
