@@ -139,16 +139,18 @@ def advance(slots: Slots, at: NDArray[np.intp], counts: NDArray[np.int32] | None
         slot = int(at[index])
         request = slots.requests[slot]
         assert request is not None, f"slot {slot} has no request"
-        matcher = request.matcher
-        if matcher.consume_token(int(slots.tokens[slot, slots.num_tokens[slot] - 1])) and matcher.is_stopped():
-            stopped[index] = True
+        matcher, token = request.matcher, int(slots.tokens[slot, slots.num_tokens[slot] - 1])
+        # A stop id before min_tokens: nothing else could be sampled.
+        may_end = token in request.stop_ids and matcher.is_accepting()
+        stopped[index] = may_end or (matcher.consume_token(token) and matcher.is_stopped())
 
 
 def _take_bit(row: NDArray[np.int32], position: int) -> bool:
-    """Clear a bit of a mask; returns whether it was set."""
-    words, bit = row.view(np.uint32), np.uint32(1 << (position & 31))
-    was_set = bool(words[position >> 5] & bit)
-    words[position >> 5] &= ~bit
+    """Clear a mask from a bit on; returns whether that bit was set."""
+    words, at = row.view(np.uint32), position >> 5
+    was_set = bool(words[at] & np.uint32(1 << (position & 31)))
+    words[at] &= np.uint32((1 << (position & 31)) - 1)
+    words[at + 1 :] = 0
     return was_set
 
 

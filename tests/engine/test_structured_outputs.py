@@ -137,7 +137,7 @@ def test_together_with_other_parameters(llm: LLM) -> None:
     ("wanted", "says"),
     [
         ({"regex": "a(b"}, "unclosed group"),
-        ({"grammar": 'start: "a" ('}, "at 1"),
+        ({"grammar": 'start: "a" ('}, "1("),
         ({"grammar": 'start: missing_rule'}, "missing_rule"),
         ({"json": {"type": "object", "unevaluatedProperties": False}}, "unevaluatedProperties"),
         ({"json": {"type": "number", "minimum": 2, "maximum": 1}}, "minimum"),
