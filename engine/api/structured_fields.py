@@ -38,7 +38,7 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
                 raise RequestError(f"{name}.json_schema.schema is missing", name)
             return StructuredOutputs(json=self.json_schema.schema, field=f"{name}.json_schema.schema")
         if self.type == "structural_tag":
-            tag = {"structures": self.structures, "triggers": self.triggers}
+            tag: dict[str, Any] = {"structures": self.structures, "triggers": self.triggers}
             return StructuredOutputs(structural_tag=tag, field=name)
         raise RequestError(f"{name}.type must be one of {', '.join(TYPES)}, not {self.type!r}", name)
 
@@ -72,7 +72,7 @@ class ConstrainedRequest(msgspec.Struct, kw_only=True):
         found: dict[str, StructuredOutputs] = {}
         if self.response_format is not None and (wanted := self.response_format.wanted()) is not None:
             found["response_format"] = wanted
-        if self.structured_outputs not in (None, GivenOutputs()):
+        if self.structured_outputs is not None and self.structured_outputs != GivenOutputs():
             given = msgspec.structs.asdict(self.structured_outputs)
             found["structured_outputs"] = StructuredOutputs(
                 **{name: value for name, value in given.items() if value is not None}

@@ -16,8 +16,13 @@ MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 class Vocabulary(Protocol):
     """The tokens of a model."""
 
-    pieces: Sequence[bytes]  # of each id; empty: it is never sampled under a grammar
-    special_ids: Sequence[int]
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes of each id; empty: it is never sampled under a grammar."""
+        ...
+
+    @property
+    def special_ids(self) -> Sequence[int]: ...
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, whose pieces are its bytes."""
