@@ -35,12 +35,12 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
             return StructuredOutputs(json_object=True, field=name)
         if self.type == "json_schema":
             if self.json_schema is None or self.json_schema.schema is None:
-                raise RequestError(f"{name}.json_schema.schema is missing", name)
+                raise RequestError("response_format.json_schema.schema is missing", name)
             return StructuredOutputs(json=self.json_schema.schema, field=f"{name}.json_schema.schema")
         if self.type == "structural_tag":
             tag: dict[str, Any] = {"structures": self.structures, "triggers": self.triggers}
             return StructuredOutputs(structural_tag=tag, field=name)
-        raise RequestError(f"{name}.type must be one of {', '.join(TYPES)}, not {self.type!r}", name)
+        raise RequestError(f"response_format.type must be one of {', '.join(TYPES)}, not {self.type!r}", name)
 
 
 class GivenOutputs(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,6 +1,7 @@
-"""Compiles grammars with llguidance, on threads: the library releases the GIL meanwhile."""
+"""Compiles grammars with llguidance, on any thread: the library releases the GIL meanwhile."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from engine.grammar import Grammar
 # space only would never end.
 WHITESPACE = r"( |\n[ \t]{0,40})"
 MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+UNSATISFIABLE = ("NoExtension", "NoExtensionBias")  # the library's errors of grammars without any output
 
 
 class Vocabulary(Protocol):
@@ -51,21 +53,24 @@ class GrammarCompiler:
     def __init__(self, load: Callable[[], Vocabulary]):
         """`load` is called by the first compilation."""
         self._load = load
+        self._loading = threading.Lock()
         self._tokenizer: Any = None
         self._special: set[str] = set()
         self.vocab_size = 0
 
     def compile(self, grammar: Grammar) -> Any:
-        """An LLMatcher in its initial state. Raises RequestError if the grammar can't be used; for one thread."""
+        """An LLMatcher in its initial state. Raises RequestError if the grammar can't be used."""
         try:
             import llguidance
         except ImportError as error:
             raise RequestError(f"structured output needs the package llguidance ({error})") from error
-        if self._tokenizer is None:
-            vocabulary = self._load()
-            self.vocab_size = len(vocabulary.pieces)
-            self._special = {vocabulary.pieces[token].decode("utf-8", "replace") for token in vocabulary.special_ids}
-            self._tokenizer = llguidance.LLTokenizer(_TokenizerSource(vocabulary))  # type: ignore[arg-type]
+        with self._loading:
+            if self._tokenizer is None:
+                vocabulary = self._load()
+                special = [vocabulary.pieces[token] for token in vocabulary.special_ids]
+                self._special = {text.decode("utf-8", "replace") for text in special}
+                self.vocab_size = len(vocabulary.pieces)
+                self._tokenizer = llguidance.LLTokenizer(_TokenizerSource(vocabulary))  # type: ignore[arg-type]
         limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         try:
             text = self._source(grammar)
@@ -77,18 +82,26 @@ class GrammarCompiler:
         except BaseException as error:  # a panic of the library is a BaseException
             raise RequestError(" ".join(str(error).split())) from error
         if matcher.is_error():
-            raise RequestError(" ".join(matcher.get_error().removesuffix("<non-verbose/>").split()))
+            cause = error_of(matcher)
+            raise RequestError("no output conforms to it" if cause in UNSATISFIABLE else cause)
         return matcher.deep_copy()
 
     def _source(self, grammar: Grammar) -> str:
-        from llguidance import LLMatcher, grammar_from
+        from llguidance import LLMatcher
+        from llguidance.gbnf_to_lark import gbnf_to_lark
 
         if grammar.kind == "json_schema":
             return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
         if grammar.kind == "structural_tag":
             return structural_tag(json.loads(grammar.text), self._special)
-        kinds: dict[str, Any] = {"regex": "regex", "lark": "lark", "ebnf": "ebnf"}
-        return grammar_from(kinds[grammar.kind], grammar.text)
+        if grammar.kind == "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.text) if grammar.kind == "ebnf" else grammar.text)
+
+
+def error_of(matcher: Any) -> str:
+    """The error of an LLMatcher, in one line."""
+    return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
 
 
 def structural_tag(tag: dict[str, Any], special: set[str]) -> str:

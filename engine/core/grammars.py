@@ -1,4 +1,4 @@
-"""The grammars of a core's requests: compiled on a thread, kept by their content, advanced by each token."""
+"""The grammars of a core's requests: compiled on threads, kept by their content, advanced by each token."""
 
 import logging
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.grammar_compiler import GrammarCompiler, Vocabulary
+from engine.core.grammar_compiler import GrammarCompiler, Vocabulary, error_of
 from engine.core.intake import TextRequest
 from engine.core.request import Request
 from engine.core.slots import Slots
@@ -20,7 +20,8 @@ from engine.grammar import Grammar, encode_masks
 log = logging.getLogger("redline.core")
 
 MAX_CACHED = 64  # compiled grammars
-MAX_COMPILING = 256  # that wait for the thread
+MAX_COMPILING = 256  # that wait for a thread
+THREADS = 2  # so that a grammar that takes long does not hold up all others
 
 Arrival = Request | TextRequest
 
@@ -37,9 +38,9 @@ class GrammarManager:
         """`load` is called on a thread when the first request has a grammar; `wake` makes the loop turn."""
         self._compiler = GrammarCompiler(load)
         self._wake = wake
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammars")
         self._cache: OrderedDict[Grammar, Future[Any]] = OrderedDict()
-        self._parked: dict[int, Arrival] = {}
+        self._parked: dict[int, tuple[Arrival, Future[Any]]] = {}  # with their grammars
 
     def check(self, kind: str, text: str) -> "Future[str]":
         """Compile a grammar; resolves to why it can't be used, or to an empty text."""
@@ -54,7 +55,7 @@ class GrammarManager:
             return found
         if sum(not one.done() for one in self._cache.values()) >= MAX_COMPILING:
             raise RedlineError("too many grammars wait to be compiled: try again later")
-        found = self._cache[grammar] = self._thread.submit(self._compiler.compile, grammar)
+        found = self._cache[grammar] = self._threads.submit(self._compiler.compile, grammar)
         found.add_done_callback(lambda _: self._wake())
         while len(self._cache) > MAX_CACHED and next(iter(self._cache.values())).done():
             self._cache.popitem(last=False)
@@ -65,9 +66,9 @@ class GrammarManager:
     def park(self, arrival: Arrival) -> bool:
         """Make a request wait for its grammar; returns whether it must. Raises RedlineError if too many wait."""
         grammar = arrival.message.grammar
-        if grammar is None or self._compiled(grammar).done():
+        if grammar is None or (compiled := self._compiled(grammar)).done():
             return False
-        self._parked[arrival.handle] = arrival
+        self._parked[arrival.handle] = arrival, compiled
         return True
 
     @property
@@ -81,7 +82,7 @@ class GrammarManager:
 
     def take_ready(self) -> list[Arrival]:
         """Remove and return the requests whose grammars are compiled, or have failed."""
-        ready = [one for one in self._parked.values() if self._compiled(_grammar_of(one)).done()]
+        ready = [arrival for arrival, compiled in self._parked.values() if compiled.done()]
         for one in ready:
             del self._parked[one.handle]
         return ready
@@ -118,17 +119,18 @@ class GrammarManager:
         if matcher.is_error():
             if request.message.grammar is not None:
                 self._cache.pop(request.message.grammar, None)  # copies share the lexer, whose limit is reached
-            cause = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
-            return None, f"the output can't be continued by its grammar: {cause}"
+            return None, f"the output can't be continued by its grammar: {error_of(matcher)}"
         may_end = _take_bit(row, size)
         if may_end:
             for token in request.message.stop_ids:
                 if token < size:
                     row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
-        return (row, "") if row.any() else (None, "")
+        if row.any():
+            return row, ""
+        return None, "" if may_end else "no token of the model continues the output as its grammar demands"
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def advance(slots: Slots, at: NDArray[np.intp], counts: NDArray[np.int32] | None, stopped: NDArray[np.bool_]) -> None:
@@ -152,11 +154,6 @@ def _take_bit(row: NDArray[np.int32], position: int) -> bool:
     words[at] &= np.uint32((1 << (position & 31)) - 1)
     words[at + 1 :] = 0
     return was_set
-
-
-def _grammar_of(arrival: Arrival) -> Grammar:
-    assert arrival.message.grammar is not None
-    return arrival.message.grammar
 
 
 def _cause(done: "Future[Any]") -> str:

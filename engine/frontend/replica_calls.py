@@ -16,7 +16,7 @@ from engine.frontend.core_client import CoreClient
 log = logging.getLogger("redline.router")
 
 PATIENCE_S = 8.0  # for the answer to a call that needs no work
-SLOW_METHODS = frozenset({"load_adapter", "unload_adapter"})  # these may take longer
+SLOW_METHODS = frozenset({"load_adapter", "unload_adapter", "check_grammar"})  # these may take longer
 
 
 class NoAnswerError(EngineDeadError):

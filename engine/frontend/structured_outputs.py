@@ -1,6 +1,7 @@
 """StructuredOutputs: what the text of an output must conform to."""
 
 import json
+import re
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
@@ -10,6 +11,8 @@ from engine.errors import RequestError
 from engine.grammar import MAX_GRAMMAR_BYTES, Grammar
 
 MAX_CHOICES = 4096
+# A rule of EBNF; Lark's have one colon.
+_EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -58,7 +61,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, frozen=True):
         if self.choice is not None:
             return Grammar("lark", self._choice(self.choice))
         if self.grammar is not None:
-            return Grammar("ebnf", self.grammar)
+            return Grammar("ebnf" if _EBNF_RULE.search(self.grammar) else "lark", self.grammar)
         if self.structural_tag is not None:
             return Grammar("structural_tag", json.dumps(self._structural_tag(self.structural_tag)))
         schema = {"type": "object"} if self.json_object else self._schema()

@@ -87,7 +87,7 @@ def test_each_kind_of_grammar(llm: LLM) -> None:
         {"regex": "[ab]{3}-[0-9]{2}"},
         {"choice": ["yes", "no", 'it\'s "fine"\n']},
         {"grammar": 'root ::= "x" digit+ "y"\ndigit ::= [0-9]'},
-        {"grammar": 'start: "a" B "c"\nB: /b{2,4}/'},
+        {"grammar": '\n?start: x "c"\nx: "a" B\nB: /b{2,4}/\n'},
         {"json": SCHEMA},
         {"json": True, "disable_any_whitespace": True},
     ]
@@ -141,6 +141,9 @@ def test_together_with_other_parameters(llm: LLM) -> None:
         ({"grammar": 'start: missing_rule'}, "missing_rule"),
         ({"json": {"type": "object", "unevaluatedProperties": False}}, "unevaluatedProperties"),
         ({"json": {"type": "number", "minimum": 2, "maximum": 1}}, "minimum"),
+        ({"json": {"$ref": "#"}}, "no output conforms"),
+        ({"grammar": "root ::= root"}, "no output conforms"),
+        ({"grammar": 'root ::= "a" ('}, "line 1"),
         ({"json": "{"}, "isn't valid JSON"),
         ({"json": [1]}, "must be an object"),
         ({"choice": []}, "choice"),
