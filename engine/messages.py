@@ -95,6 +95,7 @@ class TextOptions(msgspec.Struct, array_like=True, frozen=True, gc=False):
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    visible_ids: tuple[int, ...] = ()  # special tokens that stay in the text all the same
 
 
 class MMInputRef(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -49,6 +49,7 @@ class ChatTemplate:
         Raises:
             jinja2.TemplateError: the source is not a valid template.
         """
+        self.source = source + (named or {}).get("tool_use", "")
         self._environment = make_environment()
         self._special_tokens = special_tokens
         self._named = {name: _Compiled(self._environment, text, special_tokens) for name, text in (named or {}).items()}
@@ -105,6 +106,11 @@ class ChatTemplate:
                 )
             return _continued(messages, lambda: compiled.render(messages, variables))
         return compiled.render(messages, variables)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the model's own template writes tools."""
+        return "tools" in self._named.get("tool_use", self._default).variables
 
     def is_named(self, template: str) -> bool:
         """Whether the model has a template of this name."""

@@ -24,9 +24,10 @@ class PieceDecoder:
 
     __slots__ = ("_decode", "_pieces", "_skip")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]):
+        """`hidden`: tokens that are left out."""
         self._pieces = tokenizer.piece
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = hidden
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def push(self, ids: Sequence[int]) -> str:
@@ -43,18 +44,28 @@ class WindowDecoder:
     Some decoders treat the first token of a text differently, so the window starts with the end of the prompt.
     """
 
-    __slots__ = ("_begin", "_ids", "_read", "_skip", "_tokenizer")
+    __slots__ = ("_begin", "_hidden", "_ids", "_read", "_skip", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_tail: Sequence[int]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        prompt_tail: Sequence[int],
+        hidden: frozenset[int] = frozenset(),
+    ):
+        """`hidden`: tokens that are left out, besides special ones with `skip_special_tokens`."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids = list(prompt_tail)
+        self._hidden = hidden
+        self._ids = [token for token in prompt_tail if token not in hidden]
         self._begin = 0
         self._read = len(self._ids)
 
     def push(self, ids: Sequence[int]) -> str:
         text = ""
         for token in ids:
+            if token in self._hidden:
+                continue
             self._ids.append(token)
             text += self._decode_new(len(self._ids) - self._read > LONGEST_CHARACTER)
         return text
@@ -140,14 +151,27 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        visible_ids: Sequence[int] = (),
         min_tokens: int = 0,
     ):
-        """No stop string ends the text within its first `min_tokens` tokens."""
-        self._decoder: Decoder = (
-            PieceDecoder(tokenizer, skip_special_tokens)
-            if tokenizer.concatenates
-            else WindowDecoder(tokenizer, skip_special_tokens, list(prompt[-LONGEST_CHARACTER:]))
-        )
+        """Args:
+        tokenizer: of the model.
+        prompt: the tokens before the output.
+        stop: strings that end the text.
+        include_stop: leave the stop string in the text.
+        skip_special_tokens: leave special tokens out of the text.
+        visible_ids: special tokens that stay in the text all the same.
+        min_tokens: no stop string ends the text within so many tokens.
+        """
+        hidden = tokenizer.special_ids.difference(visible_ids) if skip_special_tokens else frozenset()
+        tail = list(prompt[-LONGEST_CHARACTER:])
+        self._decoder: Decoder
+        if tokenizer.concatenates:
+            self._decoder = PieceDecoder(tokenizer, hidden)
+        elif visible_ids:
+            self._decoder = WindowDecoder(tokenizer, False, tail, hidden)
+        else:
+            self._decoder = WindowDecoder(tokenizer, skip_special_tokens, tail)
         self._stops = StopStrings(stop, include_stop, min_tokens) if stop else None
 
     def push(self, token: int) -> tuple[str, str | None]:

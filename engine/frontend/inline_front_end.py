@@ -88,6 +88,7 @@ class InlineTexts:
                 stop=writing.stops,
                 include_stop=writing.include_stop,
                 skip_special_tokens=writing.skip_special_tokens,
+                visible_ids=writing.visible_ids,
                 min_tokens=message.min_tokens,
             )
             self._live[message.handle] = _LiveRequest(detokenizer, writing.include_stop, len(prompt))

@@ -46,6 +46,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         truncate_prompt_tokens: number of prompt tokens to keep; -1: --max-model-len minus max_tokens.
         truncation_side: "right" keeps the beginning of the prompt; otherwise its end is kept.
         skip_special_tokens: leave special tokens out of the text.
+        visible_special_ids: special tokens that stay in the text all the same.
         include_stop_str_in_output: leave the stop string in the text.
         structured_outputs: what the text must conform to.
     """
@@ -72,6 +73,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
     skip_special_tokens: bool = True
+    visible_special_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None
 
@@ -178,7 +180,9 @@ def make_request(
         extra: further fields of AddRequest.
     """
     if inline:
-        extra["text_options"] = TextOptions(params.stops, params.include_stop_str_in_output, params.skip_special_tokens)
+        extra["text_options"] = TextOptions(
+            params.stops, params.include_stop_str_in_output, params.skip_special_tokens, params.visible_special_ids
+        )
     if isinstance(prompt, list):
         packed = column(prompt)
     else:

@@ -107,6 +107,7 @@ class Output:
                 stop=params.stops,
                 include_stop=self.include_stop,
                 skip_special_tokens=params.skip_special_tokens,
+                visible_ids=params.visible_special_ids,
                 min_tokens=params.min_tokens,
             )
 

@@ -29,6 +29,7 @@ OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.j
 PROBE_CHARACTERS = 8
 PROBE_SLACK = 64  # tokens; the last ones of the probe may differ from those of the whole text
 NORMALIZED_BYTES = 64
+CONTROLS = ("[TOOL_CALLS]", "[/THINK]")  # of Mistral's format, for tool calls and reasoning
 
 
 class Tokenizer:
@@ -115,6 +116,18 @@ class Tokenizer:
         """The text that becomes this special token when it is tokenized; empty if there is none."""
         text = self.backend.vocabulary_entry(token)
         return text if text and token in self.encode(text, add_special_tokens=False) else ""
+
+    @property
+    def chat_source(self) -> str:
+        """The source of the chat template, or the control tokens of Mistral's own format; empty without either."""
+        if isinstance(self.backend, MistralBackend):
+            return " ".join(text for text in CONTROLS if self.backend.id_of(text) is not None)
+        return "" if self.template is None else self.template.source
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat format has tools."""
+        return isinstance(self.backend, MistralBackend) or (self.template is not None and self.template.takes_tools)
 
     def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str | list[int]:
         """Write a conversation as a prompt: a text with its special tokens, or token ids (Mistral's tokenizers).
