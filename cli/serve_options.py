@@ -10,8 +10,11 @@ import click
 from cli.options import SIZE, Finite, option
 from engine.api.http_options import MEDIA_BODY, TEXT_BODY, Limits
 from engine.config import SHUTDOWN_TIMEOUT_S, STEP_TIMEOUT_S
+from engine.frontend.parsing.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 
 SERVER, ACCESS, LIMIT, LOG = "Server", "Access", "Request limits", "Log and watchdog"
+ANSWERS = "Tool calls and reasoning"
+TOOL_NAMES, REASONING_NAMES = ", ".join(TOOL_PARSERS), ", ".join(REASONING_PARSERS)
 LIMITS = Limits()
 
 
@@ -109,6 +112,17 @@ SERVER_OPTIONS = (
         ACCESS, "--trust-request-chat-template", is_flag=True,
         help="Run chat templates that clients send with requests. A template is a program that may run forever, so use "
         "this only if all clients are trusted.",
+    ),
+    option(
+        ANSWERS, "--tool-call-parser", default=AUTO, type=click.Choice((AUTO, NONE, *TOOL_PARSERS)), metavar="NAME",
+        help=f"Form in which the model writes tool calls: {TOOL_NAMES} or none. Use auto to read it from the chat "
+        "template.",
+    ),
+    option(
+        ANSWERS, "--reasoning-parser", default=AUTO, type=click.Choice((AUTO, NONE, *REASONING_PARSERS)),
+        metavar="NAME",
+        help=f"Form in which the model writes reasoning: {REASONING_NAMES} or none. Use auto to read it from the chat "
+        "template.",
     ),
     limit(
         "max_body_bytes", SIZE, "Maximum size of a request body.", "SIZE",

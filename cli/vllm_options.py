@@ -44,7 +44,6 @@ COMPILE = "nothing is compiled by torch.compile"
 GRAPHS = "which steps are captured follows from --max-num-seqs and --max-num-batched-tokens"
 ADAPTERS = "adapters of any number and rank are served, within memory"
 IN_CPU_MEMORY = "weights and KV cache are in CPU memory, and preempted requests are recomputed"
-TOOLS = "tool calls are not parsed yet"
 NO_CODE = "code that comes with a model is never run; models that transformers has a class for need none"
 ONE_MACHINE = "a server runs on one machine"
 NO_PLUGINS = "no external code is loaded into the server"
@@ -89,6 +88,7 @@ NO_EFFECT = (
     _no_effect("--disable-hybrid-kv-cache-manager", why="blocks outside a sliding window are always freed",
                switch=True),
     _no_effect("--enable-prompt-tokens-details", why="responses always have prompt_tokens_details", switch=True),
+    _no_effect("--enable-auto-tool-choice", why="the model may always choose to call a tool", switch=True),
     _no_effect("--enable-request-id-headers", why="responses always have X-Request-Id", switch=True),
     _no_effect("--prefix-caching-hash-algo", why="block hashes are always cryptographic"),
     _no_effect("--disable-cascade-attn", why="there is one attention implementation", switch=True),
@@ -129,10 +129,7 @@ REFUSED = (
     _refused("--tool-parser-plugin", why=NO_PLUGINS),
     _refused("--logits-processors", why=NO_PLUGINS),
     _refused("--logits-processor-pattern", why=NO_PLUGINS),
-    _refused("--tool-server", why=TOOLS),
-    _refused("--enable-auto-tool-choice", why=TOOLS, switch=True),
-    _refused("--tool-call-parser", why=TOOLS),
-    _refused("--reasoning-parser", why="reasoning is not separated from the text"),
+    _refused("--tool-server", why="the server calls no tools itself"),
     _refused("--response-role", why="responses have the role assistant", neutral=("assistant",)),
     _refused("--return-tokens-as-token-ids", why="set \"return_tokens_as_token_ids\": true in requests instead",
              switch=True),

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from engine.api.access import RequireKey, check_media_type
 from engine.api.chat import chat_completions
-from engine.api.chat_protocol import TokenizeRequest, check_tools, template_options
+from engine.api.chat_protocol import TokenizeRequest, template_options
 from engine.api.completions import completions
 from engine.api.error_responses import ApiError
 from engine.api.event_stream import cancel_on_disconnect
@@ -23,6 +23,7 @@ from engine.api.prometheus import make_registry
 from engine.api.protocol import DetokenizeRequest
 from engine.api.request_id import RequestId
 from engine.api.state import ApiState
+from engine.api.tools import check_tools
 from engine.errors import RedlineError, RequestError
 
 Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
@@ -170,11 +171,11 @@ async def tokenize(state: ApiState, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
-        if body.tools:
-            check_tools(body.tools, "none")
+        check_tools(body.tools)
         state.check_template(body.chat_template)
         conversation, special = state.conversation(body.messages), bool(body.add_special_tokens)
-        written = await state.render_chat(conversation, **template_options(body))
+        as_text = bool(body.tools) and body.tool_choice != "none"
+        written = await state.render_chat(conversation, tools_as_text=as_text, **template_options(body))
         if conversation.media:
             counting = state.expanded_ids(written, conversation, special)
             ids = await cancel_on_disconnect(request.receive, counting)

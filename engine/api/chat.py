@@ -1,9 +1,12 @@
 """/v1/chat/completions: continues a conversation."""
 
+from typing import Any
+
 import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from engine.api.chat_answers import AnswerOptions, ChatAnswers, finish_reason
 from engine.api.chat_protocol import ChatRequest, template_options
 from engine.api.event_stream import EventStream, cancel_on_disconnect, run_until_disconnect
 from engine.api.logprobs import chat_logprobs
@@ -11,9 +14,12 @@ from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.request_id import client_id
 from engine.api.shown_prompts import ShownPrompts
 from engine.api.state import ApiState, message_texts
+from engine.api.tools import callable_tools
 from engine.frontend.media_inputs import Conversation
 from engine.frontend.streams import CollectedOutput, collect_outputs
 from engine.frontend.structured_outputs import check_grammar
+
+replace = msgspec.structs.replace
 
 
 async def chat_completions(state: ApiState, request: Request) -> Response:
@@ -24,25 +30,31 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
+    options = answer_options(state, body)
+    if options is not None:
+        params = replace(params, visible_special_ids=state.answers.visible_ids)
     await check_grammar(state.client, params.structured_outputs)
     state.check_template(body.chat_template)
     conversation = state.conversation(body.messages)
-    prompt_text = await written_prompt(state, conversation, body) if body.return_prompt_text else None
+    template = template_options(body) | {"tools_as_text": options is not None and bool(options.tools)}
+    prompt_text = await written_prompt(state, conversation, template) if body.return_prompt_text else None
     preparing = state.chat_prompt(
         conversation,
         params,
         as_ids=params.needs_prompt_ids or bool(body.return_token_ids),
         add_special_tokens=bool(body.add_special_tokens),
-        **template_options(body),
+        **template,
     )
     prompt = await (cancel_on_disconnect(request.receive, preparing) if conversation.media else preparing)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model, client_id(request.scope) or body.request_id or "")
+    answers = None if options is None else ChatAnswers(state.answers, state.tokenizer, prompt.prompt, options)
     stream = state.submit(request, body, [prompt.prompt], params, head, adapter, [prompt.inputs])
     shown = ShownPrompts(state.tokenizer, stream, body, prompt_text)
     echoed = echoed_message(body)
     if body.stream:
-        chunks = Chunks(
+        make = Chunks if answers is None else answers.chunks
+        chunks = make(
             stream,
             state.tokenizer,
             head,
@@ -55,12 +67,31 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     outputs = await run_until_disconnect(request.receive, stream, lambda: collect_outputs(stream))
 
     def render() -> bytes:
-        choices = [choice(state, index, output, body, echoed) for index, output in enumerate(outputs)]
+        choices = [choice(state, index, output, body, answers, echoed) for index, output in enumerate(outputs)]
         spent = usage(stream, sum(len(output.token_ids) for output in outputs))
         return msgspec.json.encode(head | {"choices": choices, "usage": spent} | shown.fields(0))
 
     data = await state.on_thread(render) if shown.long else render()
     return Response(data, media_type="application/json")
+
+
+def answer_options(state: ApiState, body: ChatRequest) -> AnswerOptions | None:
+    """What the messages of the response contain; None if they are the plain output.
+
+    Raises RequestError, with the field, for tools that can't be used.
+    """
+    tools = callable_tools(body.tools, body.tool_choice)
+    if tools:
+        state.check_calls(own_template=not body.chat_template)
+    separate = body.separate_reasoning is not False
+    if not state.answers.parses(tools=bool(tools), reasoning=separate):
+        return None
+    return AnswerOptions(
+        tools=tools,
+        parallel=body.parallel_tool_calls is not False,
+        separate_reasoning=separate,
+        include_reasoning=body.include_reasoning is not False,
+    )
 
 
 def echoed_message(body: ChatRequest) -> str:
@@ -71,20 +102,24 @@ def echoed_message(body: ChatRequest) -> str:
     return "\n".join(message_texts([last]))
 
 
-async def written_prompt(state: ApiState, conversation: Conversation, body: ChatRequest) -> str:
+async def written_prompt(state: ApiState, conversation: Conversation, template: dict[str, Any]) -> str:
     """The conversation as the chat template writes it, before it is tokenized or truncated."""
-    written = await state.render_chat(conversation, **template_options(body))
+    written = await state.render_chat(conversation, **template)
     return written if isinstance(written, str) else await state.decode(written)
 
 
 def choice(
-    state: ApiState, index: int, output: CollectedOutput, body: ChatRequest, echoed: str = ""
+    state: ApiState, index: int, output: CollectedOutput, body: ChatRequest, answers: ChatAnswers | None, echoed: str
 ) -> dict[str, object]:
+    if answers is None:
+        message: dict[str, object] = {"role": "assistant", "content": echoed + output.text, "refusal": None}
+    else:
+        message = answers.message(output.text, echoed)
     shown: dict[str, object] = {
         "index": index,
-        "message": {"role": "assistant", "content": echoed + output.text, "refusal": None},
+        "message": message,
         "logprobs": None,
-        "finish_reason": output.finish_reason,
+        "finish_reason": finish_reason(output.finish_reason, called="tool_calls" in message),
         "stop_reason": output.stop_reason,
     }
     if body.logprobs:

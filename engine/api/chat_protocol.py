@@ -14,7 +14,6 @@ OWN_ARGUMENTS = frozenset({
     "chat_template", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
     "padding", "truncation", "max_length", "template", "extra",
 })  # fmt: skip
-TOOL_CHOICES = ("none", "auto", "required")
 
 
 class ChatRequest(SampledRequest, kw_only=True):
@@ -26,6 +25,9 @@ class ChatRequest(SampledRequest, kw_only=True):
     return_prompt_text: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
@@ -37,7 +39,6 @@ class ChatRequest(SampledRequest, kw_only=True):
     def check(self) -> None:
         """Raise RequestError, with the field, for what is not supported yet or not valid."""
         self.check_common()
-        check_tools(self.tools, self.tool_choice)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
@@ -68,28 +69,6 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-
-
-def check_tools(tools: list[dict[str, Any]] | None, choice: Any) -> None:
-    """Raise RequestError for tools, unless `tool_choice` is "none": then the model sees them but can't call them."""
-    for number, tool in enumerate(tools or ()):
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if tool.get("type") != "function" or not isinstance(name, str) or not name:
-            form = '{"type": "function", "function": {"name": …}}'
-            raise RequestError(f"tools[{number}] must be {form}", "tools")
-    named = isinstance(choice, dict) and isinstance(choice.get("function"), dict)
-    if choice is not None and choice not in TOOL_CHOICES and not named:
-        raise RequestError('tool_choice must be "none", "auto", "required" or name a function', "tool_choice")
-    if choice in (None, "none"):
-        if tools and choice is None:
-            raise RequestError(
-                'tool calling is not supported yet; with tool_choice "none" the tools are shown to the model', "tools"
-            )
-        return
-    if not tools:
-        raise RequestError("tool_choice needs tools", "tool_choice")
-    raise RequestError('tool calling is not supported yet; only tool_choice "none" is', "tool_choice")
 
 
 def template_options(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:

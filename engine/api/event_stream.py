@@ -87,7 +87,8 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         async for deltas in self._stream:
-            await send({"type": "http.response.body", "body": self._chunks.render_all(deltas), "more_body": True})
+            if data := self._chunks.render_all(deltas):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _write_all(self, writer: ChunkWriter) -> None:
         stream, render = self._stream, self._chunks.render_all
@@ -95,7 +96,9 @@ class EventStream(Response):
         def push() -> bool:
             if not writer.ready:
                 return False
-            writer.write(render(stream.take_deltas()))
+            data = render(stream.take_deltas())
+            if data:  # a chunk without bytes would end the response
+                writer.write(data)
             return True
 
         stream.sink = push

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from engine.frontend.parsing.names import AUTO
 from engine.media.limits import MediaOptions
 
 TEXT_BODY = 32 << 20  # bytes
@@ -38,5 +39,7 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     ssl_keyfile: str | None = None  # None: the key is in the certificate's file
     runtime_lora: bool = False  # whether clients may load and unload adapters
     trust_request_chat_template: bool = False  # whether templates sent in requests are run
+    tool_call_parser: str = AUTO  # the form of tool calls; AUTO: what the chat template says
+    reasoning_parser: str = AUTO  # the form of reasoning
     limits: Limits = Limits()
     media: MediaOptions = MediaOptions()  # of multimodal inputs

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from engine.api.openapi_responses import STRING, Schema, listed, nullable, record, ref
+from engine.api.openapi_responses import BOOLEAN, STRING, Schema, listed, nullable, record, ref
 
 
 def _part(kind: str, field: str, of: Schema) -> Schema:
@@ -29,16 +29,31 @@ MESSAGES: dict[str, Schema] = {
     },
     "Message": record(
         {"role": STRING},
-        {"content": {"anyOf": [STRING, listed(ref("ContentPart")), {"type": "null"}]}, "name": nullable(STRING)},
+        {"content": {"anyOf": [STRING, listed(ref("ContentPart")), {"type": "null"}]}, "name": nullable(STRING)}
+        | {"tool_calls": nullable(listed(ref("ToolCall"))), "tool_call_id": nullable(STRING)},
+    ),
+    "Tool": record(
+        {
+            "type": {"const": "function"},
+            "function": record(
+                {"name": STRING},
+                {
+                    "description": nullable(STRING),
+                    "parameters": nullable({"type": "object"}),
+                    "strict": nullable(BOOLEAN),
+                },
+            ),
+        }
     ),
 }
 
 
 def with_messages(schemas: dict[str, Any]) -> dict[str, Any]:
-    """The schemas of bodies, whose `messages` refer to the schema of a message."""
+    """The schemas of bodies, whose `messages` and `tools` refer to the schemas of one of them."""
     for schema in schemas.values():
-        messages = schema.get("properties", {}).get("messages")
-        for one in (messages, *(messages or {}).get("anyOf", ())):
-            if one is not None and one.get("type") == "array":
-                one["items"] = ref("Message")
+        for name, item in (("messages", "Message"), ("tools", "Tool")):
+            given = schema.get("properties", {}).get(name)
+            for one in (given, *(given or {}).get("anyOf", ())):
+                if one is not None and one.get("type") == "array":
+                    one["items"] = ref(item)
     return schemas | MESSAGES

@@ -9,6 +9,7 @@ STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number"}
+BOOLEAN: Schema = {"type": "boolean"}
 NULL: Schema = {"type": "null"}
 
 
@@ -37,7 +38,7 @@ def completion(
     return record(head | {"choices": listed(record(choice, of_choice)), "usage": ref("Usage")}, optional)
 
 
-FINISH_REASON: Schema = {"enum": ["stop", "length", "abort", "error", None]}
+FINISH_REASON: Schema = {"enum": ["stop", "length", "tool_calls", "abort", "error", None]}
 STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
 # For each token of a prompt, a map from token ids; null for the first token.
 PROMPT_LOGPROBS: Schema = listed(
@@ -86,12 +87,24 @@ RESPONSES: dict[str, Schema] = {
         },
         {"refusal": NULL},
     ),
+    "ToolCall": record(
+        {
+            "id": STRING,
+            "type": {"const": "function"},
+            "function": record({"name": STRING, "arguments": STRING | {"description": "A JSON object."}}),
+        }
+    ),
     "ChatCompletion": completion(
         "chat.completion",
         {
             "index": COUNT,
             "message": record(
-                {"role": {"const": "assistant"}, "content": nullable(STRING)}, {"refusal": nullable(STRING)}
+                {"role": {"const": "assistant"}, "content": nullable(STRING)},
+                {
+                    "refusal": nullable(STRING),
+                    "reasoning_content": nullable(STRING),
+                    "tool_calls": listed(ref("ToolCall")),
+                },
             ),
             "logprobs": nullable(ref("ChatLogprobs")),
             "finish_reason": FINISH_REASON,

@@ -16,6 +16,7 @@ from engine.api.http_options import HttpOptions, Limits
 from engine.api.limits import check_queue, check_request, check_texts
 from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.errors import RequestError
+from engine.frontend.answer_format import AnswerFormat
 from engine.frontend.connect import EngineClient
 from engine.frontend.feature_cache import PromptInputs
 from engine.frontend.media_inputs import (
@@ -28,6 +29,7 @@ from engine.frontend.media_inputs import (
     release_placed,
     truncate_with_inputs,
 )
+from engine.frontend.parsing.names import NONE
 from engine.frontend.prompts import Prompt, Text
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Origin, RequestOptions, RequestStream
@@ -61,6 +63,7 @@ class ApiState:
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._longest_token = self.tokenizer.longest_token  # computed at the start, not by the first request
         takes_media = self.client.ready.mm is not None
+        self.answers = AnswerFormat(self.tokenizer, self.options.tool_call_parser, self.options.reasoning_parser)
         self.media = MediaInputs(self.client, self.options.media, self.resolve) if takes_media else None
 
     @property
@@ -203,6 +206,21 @@ class ApiState:
             raise RequestError(
                 "chat_template: this server does not run templates sent in requests (--trust-request-chat-template)",
                 "chat_template",
+            )
+
+    def check_calls(self, *, own_template: bool) -> None:
+        """Raise RequestError if calls of the model can't be recognized.
+
+        `own_template`: the model's chat template is used, not one of the request.
+        """
+        form = self.answers.tools
+        if form == NONE:
+            raise RequestError(
+                "the form of this model's tool calls is unknown: start the server with --tool-call-parser", "tools"
+            )
+        if own_template and form != "hermes" and not self.tokenizer.takes_tools:
+            raise RequestError(
+                f"the model's chat template takes no tools, so --tool-call-parser must be hermes, not {form}", "tools"
             )
 
     def conversation(self, messages: list[dict[str, Any]]) -> Conversation:

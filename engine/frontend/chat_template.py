@@ -17,12 +17,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import RequestError
 from engine.frontend.content_forms import ContentForms, InputForms, tests_for_none
+from engine.frontend.parsing.call_ids import with_mistral_ids
+from engine.frontend.tool_messages import describe_tools, write_calls
 
 log = logging.getLogger("redline.api")
 
 # Fields of a message with the same meaning; templates read the first one.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 END_MARK = "zqENDzq "  # marks the end of the message to continue
+MISTRAL_ID_CHECK = "length != 9"  # in templates that reject other ids of calls
 
 
 class GenerationBlock(Extension):
@@ -67,6 +70,7 @@ class ChatTemplate:
         reasoning_effort: str | None = None,
         extra: Mapping[str, Any] | None = None,
         placeholders: Mapping[str, str] | None = None,
+        tools_as_text: bool = False,
     ) -> str:
         """Write a conversation as a prompt, as transformers' `apply_chat_template` does.
 
@@ -82,6 +86,7 @@ class ChatTemplate:
             extra: further variables of the template, including special tokens.
             placeholders: by kind of input (image, audio, video), the text that stands for one. A template that writes
                 nothing for such a part gets this text before the text of the message.
+            tools_as_text: describe the tools in the system message if the template takes none.
 
         Raises:
             RequestError: the template does not support this.
@@ -97,6 +102,10 @@ class ChatTemplate:
             raise RequestError("the model's chat template takes no documents", "documents")
         for name in extra.keys() - compiled.variables:
             _warn_of_unused(name)
+        if tools and tools_as_text and not compiled.takes_tools:
+            messages = describe_tools(messages, tools)
+        if not compiled.takes_calls and (tools or any(message.get("tool_calls") for message in messages)):
+            messages = write_calls(messages)
         variables = {**extra, "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         messages = [compiled.shape(message, placeholders or {}) for message in messages]
         if continue_final_message:
@@ -110,7 +119,7 @@ class ChatTemplate:
     @property
     def takes_tools(self) -> bool:
         """Whether the model's own template writes tools."""
-        return "tools" in self._named.get("tool_use", self._default).variables
+        return self._named.get("tool_use", self._default).takes_tools
 
     def is_named(self, template: str) -> bool:
         """Whether the model has a template of this name."""
@@ -133,9 +142,12 @@ class _Compiled:
     def __init__(self, environment: jinja2.Environment, source: str, special_tokens: dict[str, str]):
         parsed = environment.parse(source)
         self.variables = jinja2.meta.find_undeclared_variables(parsed)
+        self.takes_tools = "tools" in self.variables
+        self.takes_calls = "tool_calls" in source or self.takes_tools
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
         self._keeps_none = tests_for_none(parsed)
+        self._short_ids = MISTRAL_ID_CHECK in source
         blank = {"tools": None, "documents": None, "add_generation_prompt": True}
         self._forms = ContentForms(lambda messages: self._write(messages, blank))
         self._inputs = InputForms(lambda messages: self._write(messages, blank))
@@ -143,6 +155,8 @@ class _Compiled:
     def shape(self, message: dict[str, Any], placeholders: Mapping[str, str]) -> dict[str, Any]:
         """A message in the form that this template supports. Fields that are None are left out, as in transformers."""
         shaped = {name: value for name, value in message.items() if value is not None}
+        if self._short_ids:
+            shaped = with_mistral_ids(shaped)
         if "content" in shaped:
             if placeholders:
                 shaped["content"] = self._inputs.convert(shaped["content"], placeholders)

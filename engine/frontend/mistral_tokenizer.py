@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.errors import ModelError, RequestError
 from engine.frontend.content_forms import text_of
+from engine.frontend.parsing.call_ids import with_mistral_ids
 from engine.text import first_line
 from engine.tokenizer_files import TEKKEN
 
@@ -91,6 +92,7 @@ class MistralBackend:
         continue_final_message: bool = False,
         tools: list[Any] | None = None,
         extra: Mapping[str, Any] | None = None,
+        tools_as_text: bool = False,  # noqa: ARG002  (the format has tools)
         **others: Any,
     ) -> list[int]:
         """A conversation as token ids. Raises RequestError if the model's chat format does not allow it.
@@ -149,7 +151,7 @@ def _write_placeholders(instruct_tokenizer: Any) -> frozenset[str]:
 
 def _accepted(message: dict[str, Any], kinds: frozenset[str]) -> dict[str, Any]:
     names = ACCEPTED_FIELDS.get(message.get("role", ""), ())
-    given = {name: message[name] for name in names if message.get(name) is not None}
+    given = with_mistral_ids({name: message[name] for name in names if message.get(name) is not None})
     if given.get("tool_calls"):
         given["tool_calls"] = [_tool_call(call) for call in given["tool_calls"]]
     return {"role": message.get("role")} | given | {"content": _content(message.get("content"), kinds)}

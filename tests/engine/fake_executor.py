@@ -132,6 +132,7 @@ class FakeExecutor:
         self._due: deque[tuple[float, int, Future[bytes]]] = deque()
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.failure: Exception | None = None
+        self.script: bytes | None = None  # what all requests get in place of hashes, then zeros
 
     def submit(self, step: bytes) -> Future[None]:
         message = decode_step(step)
@@ -224,7 +225,7 @@ class FakeExecutor:
             self._check_context(number, slot, count)
             if count and slot.computed == len(slot.tokens):
                 known = len(slot.tokens)
-                slot.tokens.append(next_token(slot.states[-1]))
+                slot.tokens.append(self._next_token(slot))
                 if count == 1 and self._draft_tokens:
                     drafted += self._propose_drafts(slot)
                 if slot.sampling.logprobs >= 0:
@@ -244,6 +245,12 @@ class FakeExecutor:
             )
         )  # fmt: skip
 
+    def _next_token(self, slot: FakeSlot) -> int:
+        if self.script is None:
+            return next_token(slot.states[-1])
+        at = len(slot.tokens) - slot.prompt_len
+        return self.script[at] if at < len(self.script) else 0
+
     def _score(self, number: int, slot: FakeSlot, count: int) -> PromptLogprobs | None:
         """Logprobs of the prompt's tokens that the next `count` computed ones come before, where they are asked for."""
         positions = range(slot.computed + 1, min(slot.computed + count + 1, slot.prompt_len))
@@ -261,7 +268,7 @@ class FakeExecutor:
         for index in range(drafts):
             if index < right:
                 self._write(slot, 1)
-                slot.tokens.append(next_token(slot.states[-1]))
+                slot.tokens.append(self._next_token(slot))
             else:
                 for group in self._groups:
                     self._kv[self._kv_entry(slot, group, slot.computed + index - right)] = b"rejected draft token"

@@ -29,9 +29,20 @@ class CallReader(Protocol):
 class CallFormat(Protocol):
     """How a family of models writes calls."""
 
-    markers: tuple[str, ...]  # a call may begin at each of these texts
-    leading: tuple[str, ...]  # a call may begin at these if nothing but spaces is before; they are a part of the call
-    special: tuple[str, ...]  # all texts that may be special tokens of a vocabulary
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """A call may begin at each of these texts."""
+        ...
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """A call may begin at these if nothing but spaces is before; they are a part of the call."""
+        ...
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """All texts that may be special tokens of a vocabulary."""
+        ...
 
     def reader(self, marker: str, begin: int) -> CallReader:
         """The reader of the text from `begin` on: after the marker, or at a leading text."""
@@ -115,9 +126,9 @@ class CallParser:
     def _report(self, events: list[Event], length: int) -> None:
         """Report the next characters as content."""
         if length:
-            events.append(Content(self._text[:length]))
-            self._text = self._text[length:]
-            self._empty = self._empty and events[-1].text.isspace()
+            shown, self._text = self._text[:length], self._text[length:]
+            events.append(Content(shown))
+            self._empty = self._empty and shown.isspace()
             self._after_call = False
 
     def _open_end(self, text: str) -> int:

@@ -41,7 +41,7 @@ class JsonReader:
         self._token = begin  # where the string, number or literal begins that is being read
         self._key = (begin, begin)
         self._state: Callable[[str], None] = self._value
-        self._resume = self._state  # after an escape
+        self._resume: Callable[[str], None] = self._state  # after an escape
         self._hex_left = 0  # digits of an escape
 
     def read(self, text: str) -> bool:

@@ -54,7 +54,7 @@ class MistralCalls:
         rest = text[self._begin :].lstrip()
         if rest[:1] in ("[", "{"):
             self._objects = JsonCalls(self._begin, "", None, new_mistral_id)
-        elif (match := HEAD.match(text, self._begin)) is not None:
+        elif (match := HEAD.match(text, self._begin)) and match.start("begin") - self._begin <= LONGEST_HEAD:
             self._name, self._from = match["name"], match.start("begin")
             self._arguments = JsonReader(self._from)
         elif rest:

@@ -87,16 +87,19 @@ async def in_loop(
     ablations: frozenset[str] = frozenset(),
     mm: MMSpec | None = None,
     resolve: Resolver | None = None,
+    script: str | None = None,
     **settings: Any,
 ) -> AsyncIterator[InLoop]:
     """A server whose worker computes nothing.
 
-    With `mm` it takes images, audio and video; a pool of one process runs tests/engine/api/tiny_processor.py.
+    With `mm` it takes images, audio and video; a pool of one process runs tests/engine/api/tiny_processor.py. With a
+    `script`, all outputs are this text, of which each character is a token, and then tokens 0.
     """
     settings = {"max_model_len": 128, "num_blocks": 257, "max_num_batched_tokens": 32, **settings}
     config = resolved(ablations=ablations, **settings)
     clock = FakeClock()
     worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S, config.draft_tokens)
+    worker.script = None if script is None else script.encode("ascii")
     transport = InlineTransport()
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
     texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in ablations else None

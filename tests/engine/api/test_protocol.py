@@ -91,7 +91,6 @@ def test_what_completions_do_not_serve_is_refused_by_name(fields: dict[str, Any]
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 50}, "top_logprobs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),

@@ -146,3 +146,13 @@ def test_stop_strings_that_end_within_min_tokens_are_passed_over(
         if stop is not None:
             break
     assert (text if stop is not None else text + detokenizer.finish(), stop) == (expected, found)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCE_PIECE], ids=["byte level", "pieces"])
+@given(ids=st.lists(st.integers(0, 330), max_size=30), shown=st.booleans())
+def test_chosen_special_tokens_stay_in_the_text(tokenizer: Tokenizer, ids: list[int], shown: bool):
+    special = sorted(tokenizer.special_ids)
+    visible = special[-1:] if shown else []
+    kept = [token for token in ids if token not in special or token in visible]
+    written = "".join(run(Detokenizer(tokenizer, visible_ids=visible), ids))
+    assert written == "".join(run(Detokenizer(tokenizer, skip_special_tokens=False), kept))
