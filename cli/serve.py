@@ -23,6 +23,7 @@ from cli.vllm_options import VLLM_OPTIONS
 from cli.vllm_options import notes as vllm_notes
 from engine.api.http_options import HttpOptions, Limits
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.text import human_bytes
 
 FILE_WIDTH = 200
@@ -119,6 +120,8 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.start import start_engine
 
     keys = read_keys(serving.http.api_keys, serving.api_key_file)
+    if serving.http.limits.max_requests_per_key is not None and not keys:
+        raise ConfigError("--max-requests-per-key needs API keys: give --api-key or --api-key-file")
     http = replace(serving.http, api_keys=keys, media=config.media_options)
     tls = read_certificate(http.ssl_certfile, http.ssl_keyfile)
     console = make_console()

@@ -151,6 +151,16 @@ SERVER_OPTIONS = (
         "early error under overload instead of a long wait.",
         default_text="no limit",
     ),
+    limit(
+        "max_requests_per_key", click.IntRange(1),
+        "Maximum number of requests that one API key may have at once. Further requests are refused with HTTP 429.",
+        default_text="no limit",
+    ),
+    limit(
+        "request_timeout", Finite(0, min_open=True),
+        "Time from the arrival of a request to the end of its answer. Requests that take longer end with an error.",
+        "SECONDS", "no limit",
+    ),
     option(
         LOG, "--disable-log-stats", is_flag=True,
         help="Do not log throughput, queue length and KV cache utilization every 10 s.",

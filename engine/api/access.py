@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.api.error_responses import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})  # served without a key
+KEY = "redline.key"  # the number of a request's key, in its scope
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version", "/openapi.json"})  # served without a key
 
 
 class RequireKey:
@@ -19,11 +20,14 @@ class RequireKey:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._path(scope) not in OPEN_PATHS and not self._has_key(scope):
-            message = "an API key is required: send the header Authorization: Bearer KEY"
-            refusal = ApiError(401, message, code="invalid_api_key").response()
-            await refusal(scope, receive, send)
-            return
+        if scope["type"] == "http" and self._path(scope) not in OPEN_PATHS:
+            key = self._key_of(scope)
+            if key is None:
+                message = "an API key is required: send the header Authorization: Bearer KEY"
+                refusal = ApiError(401, message, code="invalid_api_key").response()
+                await refusal(scope, receive, send)
+                return
+            scope[KEY] = key
         await self._app(scope, receive, send)
 
     @staticmethod
@@ -32,12 +36,13 @@ class RequireKey:
         path: str = scope["path"]
         return path.removeprefix(scope.get("root_path", ""))
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _key_of(self, scope: Scope) -> int | None:
+        """The number of the key that a request has; None if it has none that is right."""
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         given = given.strip()
         # All keys are compared, so that the time does not depend on which one matches.
         right = [hmac.compare_digest(given, key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(right)
+        return right.index(True) if scheme.lower() == b"bearer" and any(right) else None
 
 
 def check_media_type(request: Request) -> None:

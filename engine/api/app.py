@@ -17,11 +17,14 @@ from engine.api.chat_protocol import TokenizeRequest, template_options
 from engine.api.completions import completions
 from engine.api.error_responses import ApiError
 from engine.api.event_stream import cancel_on_disconnect
+from engine.api.key_limit import KeyLoads, LimitKeys
 from engine.api.lora_endpoints import load_adapter, unload_adapter
 from engine.api.openapi import openapi_document
 from engine.api.prometheus import make_registry
 from engine.api.protocol import DetokenizeRequest
+from engine.api.readiness import Readiness
 from engine.api.request_id import RequestId
+from engine.api.request_timeout import RequestTimeout
 from engine.api.state import ApiState
 from engine.api.tools import check_tools
 from engine.errors import RedlineError, RequestError
@@ -32,7 +35,7 @@ Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
 def create_app(state: ApiState) -> FastAPI:
     """Build the application around an open client of the engine."""
     app = FastAPI(title="Redline", openapi_url=None, root_path=state.options.root_path)
-    registry = make_registry(state)
+    registry, readiness = make_registry(state), Readiness(state.client)
     routes: list[tuple[str, str, Endpoint]] = [
         ("GET", "/v1/models", models),
         ("GET", "/v1/models/{model:path}", model),  # names of models may have slashes
@@ -45,6 +48,7 @@ def create_app(state: ApiState) -> FastAPI:
         ("POST", "/v1/unload_lora_adapter", unload_adapter),
         ("GET", "/health", health),
         ("GET", "/ping", health),
+        ("GET", "/ready", lambda _state, _request: ready(readiness)),
         ("GET", "/version", version),
         ("GET", "/openapi.json", openapi),
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
@@ -55,6 +59,12 @@ def create_app(state: ApiState) -> FastAPI:
     app.add_exception_handler(RedlineError, error_response)
     app.add_exception_handler(HTTPException, http_error_response)
     options = state.options
+    if options.limits.request_timeout is not None:
+        app.add_middleware(RequestTimeout, seconds=options.limits.request_timeout, client=state.client)
+    if options.limits.max_requests_per_key is not None and options.api_keys:
+        loads = KeyLoads(1, len(options.api_keys)) if state.key_loads is None else state.key_loads
+        limit, client = options.limits.max_requests_per_key, state.client
+        app.add_middleware(LimitKeys, limit=limit, loads=loads, process=state.process, client=client)
     if options.api_keys:
         app.add_middleware(RequireKey, keys=options.api_keys)
     if options.allowed_origins:  # outside the key check: a browser's CORS check has no key
@@ -151,6 +161,12 @@ async def health(state: ApiState, _request: Request) -> Response:
         return json_response({"status": "hung", "cause": client.hung, **known}, 503)
     all_ok = all(replica["status"] == "ok" for replica in known.get("replicas", ()))
     return json_response({"status": "ok" if all_ok else "degraded", **known})
+
+
+async def ready(readiness: Readiness) -> Response:
+    """200 once the engine has produced a token."""
+    await readiness.check()
+    return json_response({"status": "ready"})
 
 
 async def version(_state: ApiState, _request: Request) -> Response:

@@ -21,6 +21,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_stop: int = 64
     max_stop_token_ids: int = 1024
     max_queue: int | None = None  # waiting requests; None: no limit
+    max_requests_per_key: int | None = None  # of one API key at once; None: no limit
+    request_timeout: float | None = None  # seconds from arrival to the end of the answer; None: no limit
 
     def largest_body(self, *, takes_media: bool) -> int:
         """The most bytes of a body, of a model that takes images, audio or video, or texts only."""

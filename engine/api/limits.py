@@ -98,6 +98,7 @@ def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
     ended = sum(stats.e2e.counts)
     seconds = stats.e2e.total / ended if ended else 1.0
     wait = math.ceil(min(max(seconds * queue / max(slots, 1), 1), LONGEST_WAIT_S))
+    client.stats.count_event("queue_full")
     raise ApiError(
         503,
         f"the queue is full: {max(waiting, stats.live - slots, 0):,} waiting, at most {limits.max_queue:,} allowed "

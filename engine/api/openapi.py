@@ -24,8 +24,10 @@ ERRORS = {
     405: "The path does not have this method; `Allow` lists its methods.",
     413: "The body exceeds a limit of the server.",
     415: "The body is not declared as application/json.",
+    429: "The API key has as many requests as it may have at once; `Retry-After` is the time to wait.",
     500: "Internal error.",
     503: "The engine is gone, or the queue is full; then `Retry-After` is the time to wait.",
+    504: "The request took longer than the server allows.",
 }
 
 
@@ -52,6 +54,7 @@ ROUTES: tuple[Route, ...] = (
     Route("post", "/v1/unload_lora_adapter", "Unload a LoRA adapter", "Text", UnloadRequest, (TEXT,)),
     Route("get", "/health", "The state of the engine", "Health"),
     Route("get", "/ping", "The same, under the path that some platforms expect", "Health"),
+    Route("get", "/ready", "Whether tokens can be produced", "Ready"),
     Route("get", "/version", "The version of the server", "Version"),
     Route("get", "/metrics", "Counters and histograms for Prometheus", "Text", None, (TEXT,)),
     Route("get", "/openapi.json", "This document", "Document"),

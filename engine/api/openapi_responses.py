@@ -134,6 +134,7 @@ RESPONSES: dict[str, Schema] = {
             "replicas": listed(record({"replica": COUNT, "process": INTEGER, "status": STRING}, {"cause": STRING})),
         },
     ),
+    "Ready": record({"status": {"const": "ready"}}),
     "Version": record({"version": STRING}),
     "Document": record({"openapi": STRING, "paths": {"type": "object"}}),
     "Text": STRING,

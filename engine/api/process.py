@@ -44,6 +44,7 @@ class ApiProcessOptions(children.PipeOptions):
     first_sequence: int = 1  # of its requests; the successor of a dead process continues far above
     listener: int = -1
     boards: tuple[int, ...] = ()
+    key_loads: int = -1  # the requests of each API key, if they are limited
 
 
 # ----------------------------------------------------------------------------------------------------- in the parent
@@ -59,7 +60,7 @@ class ApiProcess(ReportingChild):
             "engine.api.process",
             options,
             name=f"API process {options.front_end}",
-            inherit=(listener.fileno(), *boards),
+            inherit=(listener.fileno(), *boards, *([options.key_loads] if options.key_loads >= 0 else [])),
             memory_advice="lower --api-servers or --kv-cache-memory-bytes",
         )
 
@@ -151,12 +152,16 @@ def connect(options: ApiProcessOptions) -> "EngineClient":
 async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable[[], None]) -> None:
     """Serve HTTP until the parent's `finish` or `end`."""
     from engine.api.http_server import ERROR_GRACE_S, HttpServer
+    from engine.api.key_limit import KeyLoads
     from engine.api.state import ApiState
     from engine.frontend.logs import RequestLog
 
     loop = asyncio.get_running_loop()
     client.open(RequestLog() if options.log_requests else None)
     state = ApiState(client, options.names, options.http, options.created, sampling_defaults=options.sampling_defaults)
+    state.process = options.front_end
+    if options.key_loads >= 0:
+        state.key_loads = KeyLoads(options.front_ends, len(options.http.api_keys), options.key_loads)
     server = HttpServer(state, socket.socket(fileno=options.listener))
 
     def execute(line: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from engine.api.http_server import FORCED_GRACE_S
+from engine.api.key_limit import KeyLoads
 from engine.api.process import ApiProcess, ApiProcessOptions
 from engine.errors import RedlineError
 from engine.frontend.connect import EngineClient
@@ -51,10 +52,18 @@ class ApiProcesses:
     """All API processes of a server except the first, which owns this object."""
 
     def __init__(
-        self, options: Sequence[ApiProcessOptions], listeners: Sequence[socket.socket], boards: Sequence[Board]
+        self,
+        options: Sequence[ApiProcessOptions],
+        listeners: Sequence[socket.socket],
+        boards: Sequence[Board],
+        key_loads: KeyLoads | None = None,
     ):
-        """Start one process for each of `options` and `listeners`; `wait_up` waits for them."""
+        """Start one process for each of `options` and `listeners`; `wait_up` waits for them.
+
+        `boards` and `key_loads` are the counters that all API processes share.
+        """
         self._boards = boards
+        self._key_loads = key_loads
         self._places: list[_Place] = []
         self._stopping = False
         self._lost: dict[int, str] = {}  # causes by replica
@@ -119,6 +128,8 @@ class ApiProcesses:
     async def _forget_requests(self, place: _Place, client: EngineClient) -> None:
         """Have the cores abort the requests of a process that ended, and give its successor new handles."""
         options = place.options
+        if self._key_loads is not None:
+            self._key_loads.clear(options.front_end)
         for board in self._boards:
             board.stats[options.front_end].live = 0
             board.stats[options.front_end].load = 0

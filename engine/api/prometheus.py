@@ -31,6 +31,7 @@ class EngineCollector(Collector):
         yield from self._gauges(core)
         yield from self._counters(core)
         yield self._finished(stats)
+        yield from self._overload(stats)
         yield from self._histograms(stats)
         if self._ready.mm is not None:
             yield from collect_inputs(self._model, stats)
@@ -77,6 +78,19 @@ class EngineCollector(Collector):
         for reason in REASONS:
             family.add_metric([self._model, reason], finished[reason])
         return family
+
+    def _overload(self, stats: FrontEndStats) -> Iterator[Metric]:
+        refused = CounterMetricFamily(
+            "redline:requests_refused", "Requests refused under load, by limit.", labels=["model_name", "limit"]
+        )
+        for event in ("queue_full", "key_limit"):
+            refused.add_metric([self._model, event], stats.events(event))
+        yield refused
+        family = CounterMetricFamily(
+            "redline:request_timeouts", "Requests that exceeded --request-timeout.", labels=["model_name"]
+        )
+        family.add_metric([self._model], stats.events("timeout"))
+        yield family
 
     def _histograms(self, stats: FrontEndStats) -> Iterator[Metric]:
         for name, what, histogram in (

@@ -13,6 +13,7 @@ import uvloop
 from engine import children
 from engine.api.http_options import HttpOptions
 from engine.api.http_server import ERROR_GRACE_S, FORCED_GRACE_S, HttpServer
+from engine.api.key_limit import KeyLoads
 from engine.api.process import ApiProcessOptions
 from engine.api.processes import ApiProcesses, threadsafe
 from engine.api.state import ApiState
@@ -60,6 +61,9 @@ class ServerRun(ClientListener):
         self._show_line = show_line
         self._created = int(time.time())
         self._boards = [Board(len(listeners)) for _ in engine.cores]
+        keys = len(options.http.api_keys)
+        limited = options.http.limits.max_requests_per_key is not None and keys
+        self._key_loads = KeyLoads(len(listeners), keys) if limited else None
         self._lost: set[int] = set()  # replicas
         self._processes = ApiProcesses((), (), ())
         self._cause_of_death: str | None = None
@@ -98,10 +102,11 @@ class ServerRun(ClientListener):
                 http=self._options.http,
                 log_requests=self._options.log_requests,
                 mm=engine.mm,
+                key_loads=-1 if self._key_loads is None else self._key_loads.descriptor,
             )
             for front_end in range(1, 1 + len(self._others))
         ]
-        self._processes = ApiProcesses(options, self._others, self._boards)
+        self._processes = ApiProcesses(options, self._others, self._boards, self._key_loads)
         self._processes.wait_up()
 
     # ----------------------------------------------------------------------------------------- within the event loop
@@ -111,6 +116,7 @@ class ServerRun(ClientListener):
         self._client = self._engine.connect(self._boards)
         config, defaults = self._engine.config, self._engine.generation.sampling
         state = ApiState(self._client, config.names, self._options.http, self._created, sampling_defaults=defaults)
+        state.key_loads = self._key_loads
         self._http = HttpServer(state, self._listener)
         self._client.open(self)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,6 +13,7 @@ from engine.api.body import Body, read_json
 from engine.api.chat_protocol import ChatRequest
 from engine.api.error_responses import ApiError
 from engine.api.http_options import HttpOptions, Limits
+from engine.api.key_limit import KeyLoads
 from engine.api.limits import check_queue, check_request, check_texts
 from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.errors import RequestError
@@ -58,6 +59,8 @@ class ApiState:
     sampling_defaults: dict[str, int | float] = field(default_factory=dict)  # by fields of SamplingParams
     adapters: dict[str, str] = field(default_factory=dict)  # names and folders, as last reported by the core
     resolve: Resolver | None = None  # replaces the system's lookup of the hosts of media
+    key_loads: KeyLoads | None = None  # requests of each API key, if they are limited
+    process: int = 0  # the number of this API process
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")

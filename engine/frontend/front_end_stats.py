@@ -20,13 +20,16 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 REASONS = ("stop", "length", "abort", "error")
+# What happens to requests outside of the engine: one exceeded --request-timeout, or was refused because of --max-queue
+# or --max-requests-per-key.
+EVENTS = ("timeout", "queue_full", "key_limit")
 # Of the feature cache: inputs looked up, those found, bytes of its files. Of the pool: inputs processed, those that
 # failed, seconds of its processes, inputs that wait, processes.
 MM_COUNTERS = ("queries", "hits", "bytes", "jobs", "failures", "seconds", "waiting", "processes")
 
 # Layout of a block, an array of float64: time of the core's last message, its stats (those of multimodal inputs last),
-# number of open requests, tokens left to compute for them, finished requests by reason, counters of multimodal inputs,
-# histograms.
+# number of open requests, tokens left to compute for them, finished requests by reason, events, counters of multimodal
+# inputs, histograms.
 _CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats)[:-1])
 _MM_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(MMStats))
 _COUNTERS = (
@@ -40,7 +43,8 @@ _CORE_MM = slice(_CORE.stop, _CORE.stop + len(_MM_KINDS))
 _LIVE = _CORE_MM.stop
 _LOAD = _LIVE + 1
 _FINISHED = _LOAD + 1
-_INPUTS = slice(_FINISHED + len(REASONS), _FINISHED + len(REASONS) + len(MM_COUNTERS))
+_EVENTS = _FINISHED + len(REASONS)
+_INPUTS = slice(_EVENTS + len(EVENTS), _EVENTS + len(EVENTS) + len(MM_COUNTERS))
 _HISTOGRAMS = _INPUTS.stop
 
 Cells: TypeAlias = "memoryview[float]"
@@ -169,8 +173,15 @@ class FrontEndStats:
     @property
     def finished(self) -> Counter[str]:
         """Finished requests by reason."""
-        counts = self._cells[_FINISHED : _INPUTS.start]
+        counts = self._cells[_FINISHED:_EVENTS]
         return Counter({reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count})
+
+    def count_event(self, event: str) -> None:
+        """Count one of EVENTS."""
+        self._cells[_EVENTS + EVENTS.index(event)] += 1
+
+    def events(self, event: str) -> int:
+        return int(self._cells[_EVENTS + EVENTS.index(event)])
 
     @classmethod
     def sum_front_ends(cls, every: Sequence["FrontEndStats"]) -> "FrontEndStats":
@@ -219,17 +230,21 @@ def _numbers(stats: Stats) -> tuple[float, ...]:
     return (*numbers, *(msgspec.structs.astuple(mm) if mm is not None else ()))
 
 
+def shared_cells(size: int, descriptor: int | None) -> tuple[int, memoryview]:
+    """Memory that processes share, zero at first, with its descriptor; None makes it."""
+    if descriptor is None:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+        os.ftruncate(descriptor, size)
+    return descriptor, memoryview(mmap.mmap(descriptor, size))
+
+
 class Board:
     """The stats of all front ends of one core, in memory that their processes share."""
 
     def __init__(self, front_ends: int, descriptor: int | None = None):
         """`descriptor` is that of a board made by another process; None makes one."""
-        if descriptor is None:
-            with tempfile.TemporaryFile() as file:
-                descriptor = os.dup(file.fileno())
-            os.ftruncate(descriptor, front_ends * BLOCK_BYTES)
-        self.descriptor = descriptor
-        shared = memoryview(mmap.mmap(descriptor, front_ends * BLOCK_BYTES))
+        self.descriptor, shared = shared_cells(front_ends * BLOCK_BYTES, descriptor)
         self.stats = tuple(
             FrontEndStats(shared[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES].cast("d"))
             for number in range(front_ends)

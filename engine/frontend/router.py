@@ -202,6 +202,11 @@ class Router:
     # ----------------------------------------------------------------------------------------------------------- state
 
     @property
+    def stats(self) -> FrontEndStats:
+        """Where this front end counts what happens to requests before they reach a replica."""
+        return self.replicas[0].stats
+
+    @property
     def total_stats(self) -> FrontEndStats:
         """The stats of all replicas and front ends together, now."""
         dead = [client.dead is not None for client in self.replicas]
