@@ -33,6 +33,10 @@ class RequestError(RedlineError):
         self.field = field
 
 
+class OverloadedError(RedlineError):
+    """Too much of something waits; the same request may be served later."""
+
+
 class ProcessingError(RedlineError):
     """A multimodal input could not be processed, through no fault of its request; the engine continues."""
 

@@ -8,6 +8,8 @@ from engine.arrays import Int32s
 from engine.columns import column, int32s
 
 MAX_GRAMMAR_BYTES = 256 << 10  # of one request's grammar
+MAX_COMPILING = 256  # grammars of a core that wait to be compiled
+TOO_MANY = f"{MAX_COMPILING} grammars wait to be compiled: try again later"
 KINDS = ("json_schema", "regex", "lark", "ebnf", "structural_tag")
 
 
@@ -16,6 +18,13 @@ class Grammar(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     kind: str  # one of KINDS
     text: str  # json_schema, structural_tag: JSON
+
+
+class GrammarCheck(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The core's answer to the utility `check_grammar`."""
+
+    cause: str  # why the grammar can't be used; empty: it can
+    compile_s: float  # seconds of its compilation; negative if it had been compiled for an earlier request
 
 
 class StepMasks(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, NotServedError, ProcessingError, RequestError, SharedMemoryFullError
+from engine.errors import (
+    EngineDeadError,
+    NotServedError,
+    OverloadedError,
+    ProcessingError,
+    RequestError,
+    SharedMemoryFullError,
+)
 
 log = logging.getLogger("redline.api")
 
@@ -44,6 +51,8 @@ class ApiError(Exception):
             return cls(400, str(error), param=error.field)
         if isinstance(error, EngineDeadError):
             return cls(503, str(error), code="engine_dead")
+        if isinstance(error, OverloadedError):
+            return cls(503, str(error), code="overloaded")
         if isinstance(error, ProcessingError):
             status = 503 if isinstance(error, SharedMemoryFullError) else 500
             return cls(status, str(error), code="processing_failed")

@@ -33,6 +33,7 @@ class EngineCollector(Collector):
         yield self._finished(stats)
         yield from self._overload(stats)
         yield from self._histograms(stats)
+        yield from self._grammars(stats)
         if self._ready.mm is not None:
             yield from collect_inputs(self._model, stats)
         yield self._cache_info()
@@ -111,10 +112,21 @@ class EngineCollector(Collector):
                 stats.step_tokens,
             ),
         ):
-            yield self._histogram(name, what, histogram)
+            yield self._histogram(PREFIX + name, what, histogram)
+
+    def _grammars(self, stats: FrontEndStats) -> Iterator[Metric]:
+        for name, what, counter in (
+            ("grammar_requests", "Requests with structured output, refused ones included.", "requests"),
+            ("grammar_cache_hits", "Of these, those whose grammar was compiled for an earlier one.", "hits"),
+        ):
+            family = CounterMetricFamily("redline:" + name, what, labels=["model_name"])
+            family.add_metric([self._model], stats.grammars(counter))
+            yield family
+        what = "Compilation of a grammar, without the wait for it."
+        yield self._histogram("redline:grammar_compile_seconds", what, stats.grammar_compilations)
 
     def _histogram(self, name: str, what: str, histogram: Histogram) -> Metric:
-        family = HistogramMetricFamily(PREFIX + name, what, labels=["model_name"])
+        family = HistogramMetricFamily(name, what, labels=["model_name"])
         family.add_metric([self._model], histogram.cumulative(), histogram.total)
         return family
 

@@ -1,9 +1,11 @@
 """The grammars of a core's requests: compiled on threads, kept by their content, advanced by each token."""
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,12 @@ from engine.core.intake import TextRequest
 from engine.core.request import Request
 from engine.core.slots import Slots
 from engine.core.steps import ScheduledStep
-from engine.errors import RedlineError, RequestError, cause_of
-from engine.grammar import Grammar, encode_masks
+from engine.errors import INTERRUPTS, RequestError, cause_of
+from engine.grammar import MAX_COMPILING, TOO_MANY, Grammar, GrammarCheck, encode_masks
 
 log = logging.getLogger("redline.core")
 
 MAX_CACHED = 64  # compiled grammars
-MAX_COMPILING = 256  # that wait for a thread
 THREADS = 2  # so that a grammar that takes long does not hold up all others
 
 Arrival = Request | TextRequest
@@ -31,6 +32,13 @@ def no_vocabulary() -> Vocabulary:
     raise RequestError("this engine has no tokenizer, which structured output needs")
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    matcher: Any  # in its initial state; None: the grammar can't be used
+    cause: str  # why not
+    seconds: float
+
+
 class GrammarManager:
     """Compiles grammars, lets requests wait for theirs, and makes the masks of steps; for the loop's thread."""
 
@@ -39,23 +47,44 @@ class GrammarManager:
         self._compiler = GrammarCompiler(load)
         self._wake = wake
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammars")
-        self._cache: OrderedDict[Grammar, Future[Any]] = OrderedDict()
-        self._parked: dict[int, tuple[Arrival, Future[Any]]] = {}  # with their grammars
+        self._cache: OrderedDict[Grammar, Future[_Compiled]] = OrderedDict()
+        self._parked: dict[int, tuple[Arrival, Future[_Compiled]]] = {}  # with their grammars
 
-    def check(self, kind: str, text: str) -> "Future[str]":
-        """Compile a grammar; resolves to why it can't be used, or to an empty text."""
-        answer: Future[str] = Future()
-        self._compiled(Grammar(kind, text)).add_done_callback(lambda done: answer.set_result(_cause(done)))
+    def check(self, kind: str, text: str) -> "Future[GrammarCheck]":
+        """Compile a grammar, and say whether it can be used."""
+        grammar, answer = Grammar(kind, text), Future[GrammarCheck]()
+        was_known = grammar in self._cache
+        try:
+            compiled = self._compiled(grammar)
+        except RequestError as error:
+            answer.set_result(GrammarCheck(str(error), -1.0))
+        else:
+            compiled.add_done_callback(lambda done: answer.set_result(_answer(done, was_known=was_known)))
         return answer
 
-    def _compiled(self, grammar: Grammar) -> "Future[Any]":
+    def _compile(self, grammar: Grammar) -> _Compiled:
+        """On a thread."""
+        began = time.perf_counter()
+        matcher, cause = None, ""
+        try:
+            matcher = self._compiler.compile(grammar)
+        except INTERRUPTS:
+            raise
+        except RequestError as error:
+            cause = str(error)
+        except Exception as error:  # such as one of reading the tokenizer; the requests for this grammar receive it
+            log.error("a grammar could not be compiled", exc_info=error)
+            cause = cause_of(error)
+        return _Compiled(matcher, cause, time.perf_counter() - began)
+
+    def _compiled(self, grammar: Grammar) -> "Future[_Compiled]":
         found = self._cache.get(grammar)
         if found is not None:
             self._cache.move_to_end(grammar)
             return found
         if sum(not one.done() for one in self._cache.values()) >= MAX_COMPILING:
-            raise RedlineError("too many grammars wait to be compiled: try again later")
-        found = self._cache[grammar] = self._threads.submit(self._compiler.compile, grammar)
+            raise RequestError(TOO_MANY)
+        found = self._cache[grammar] = self._threads.submit(self._compile, grammar)
         found.add_done_callback(lambda _: self._wake())
         while len(self._cache) > MAX_CACHED and next(iter(self._cache.values())).done():
             self._cache.popitem(last=False)
@@ -64,7 +93,7 @@ class GrammarManager:
     # --------------------------------------------------------------------------------------------------------- parked
 
     def park(self, arrival: Arrival) -> bool:
-        """Make a request wait for its grammar; returns whether it must. Raises RedlineError if too many wait."""
+        """Make a request wait for its grammar; returns whether it must. Raises RequestError if too many wait."""
         grammar = arrival.message.grammar
         if grammar is None or (compiled := self._compiled(grammar)).done():
             return False
@@ -91,7 +120,10 @@ class GrammarManager:
         """Give a request the matcher of its grammar, which is compiled. Raises RequestError if that has failed."""
         grammar = request.message.grammar
         if grammar is not None:
-            request.matcher = self._compiled(grammar).result().deep_copy()
+            compiled = self._compiled(grammar).result()
+            if compiled.matcher is None:
+                raise RequestError(compiled.cause)
+            request.matcher = compiled.matcher.deep_copy()
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -156,10 +188,8 @@ def _take_bit(row: NDArray[np.int32], position: int) -> bool:
     return was_set
 
 
-def _cause(done: "Future[Any]") -> str:
+def _answer(done: "Future[_Compiled]", *, was_known: bool) -> GrammarCheck:
     if done.cancelled():
-        return "the engine is shutting down"
-    error = done.exception()
-    if error is not None and not isinstance(error, RequestError):
-        log.error("a grammar could not be compiled", exc_info=error)
-    return "" if error is None else cause_of(error)
+        return GrammarCheck("the engine is shutting down", -1.0)
+    compiled = done.result()
+    return GrammarCheck(compiled.cause, -1.0 if was_known else compiled.seconds)

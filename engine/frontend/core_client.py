@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 from msgspec.structs import asdict, replace
 
 from engine.clock import Clock
@@ -22,6 +23,7 @@ from engine.frontend.streams import Origin, Output, RequestOptions, RequestStrea
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import Transport
+from engine.grammar import Grammar, GrammarCheck
 from engine.messages import (
     Abort,
     AddRequest,
@@ -241,6 +243,13 @@ class CoreClient(OutputProcessor):
             return await answer
         finally:
             self._calls.pop(number, None)  # also if the caller was canceled
+
+    async def check_grammar(self, grammar: Grammar) -> str:
+        """Compile a grammar in the core; returns why it can't be used, or an empty text."""
+        answer = await self.call_utility("check_grammar", kind=grammar.kind, text=grammar.text)
+        check = msgspec.convert(answer, GrammarCheck)
+        self.stats.count_grammar([check.compile_s])
+        return check.cause
 
     @property
     def alone(self) -> bool:

@@ -15,6 +15,7 @@ from engine.messages import MMStats, Stats
 
 SECONDS_TO_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160)
 SECONDS_BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+SECONDS_COMPILING = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SECONDS_WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
@@ -27,9 +28,12 @@ EVENTS = ("timeout", "queue_full", "key_limit")
 # failed, seconds of its processes, inputs that wait, processes.
 MM_COUNTERS = ("queries", "hits", "bytes", "jobs", "failures", "seconds", "waiting", "processes")
 
+# Requests with a grammar, and those whose grammar had been compiled for an earlier one.
+GRAMMAR_COUNTERS = ("requests", "hits")
+
 # Layout of a block, an array of float64: time of the core's last message, its stats (those of multimodal inputs last),
 # number of open requests, tokens left to compute for them, finished requests by reason, events, counters of multimodal
-# inputs, histograms.
+# inputs, counters of grammars, histograms.
 _CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats)[:-1])
 _MM_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(MMStats))
 _COUNTERS = (
@@ -45,7 +49,8 @@ _LOAD = _LIVE + 1
 _FINISHED = _LOAD + 1
 _EVENTS = _FINISHED + len(REASONS)
 _INPUTS = slice(_EVENTS + len(EVENTS), _EVENTS + len(EVENTS) + len(MM_COUNTERS))
-_HISTOGRAMS = _INPUTS.stop
+_GRAMMARS = _INPUTS.stop
+_HISTOGRAMS = _GRAMMARS + len(GRAMMAR_COUNTERS)
 
 Cells: TypeAlias = "memoryview[float]"
 
@@ -104,7 +109,7 @@ class Histogram:
 
 
 _BOUNDS: tuple[tuple[float, ...], ...] = (
-    SECONDS_TO_FIRST, SECONDS_BETWEEN, SECONDS_WHOLE, SECONDS_WHOLE, TOKENS, TOKENS, STEP_TOKENS,
+    SECONDS_TO_FIRST, SECONDS_BETWEEN, SECONDS_WHOLE, SECONDS_WHOLE, TOKENS, TOKENS, SECONDS_COMPILING, STEP_TOKENS,
 )  # fmt: skip
 BLOCK_CELLS = _HISTOGRAMS + sum(map(Histogram.size, _BOUNDS))
 _STEP_TOKENS = BLOCK_CELLS - Histogram.size(STEP_TOKENS)
@@ -120,7 +125,7 @@ class FrontEndStats:
         core = self.core  # not zero if this process replaces one that died
         self._tokens = float(core.prompt_tokens + core.generation_tokens)  # of the core, at its last message
         self.ttft, self.itl, self.e2e, self.queue, *others = self._histograms()
-        self.prompt_tokens, self.generation_tokens, self.step_tokens = others
+        self.prompt_tokens, self.generation_tokens, self.grammar_compilations, self.step_tokens = others
         self.inputs = MMCounters(self._cells[_INPUTS])
 
     def _histograms(self) -> Iterator[Histogram]:
@@ -182,6 +187,22 @@ class FrontEndStats:
 
     def events(self, event: str) -> int:
         return int(self._cells[_EVENTS + EVENTS.index(event)])
+
+    def count_grammar(self, compile_s: Sequence[float]) -> None:
+        """Count a request with a grammar.
+
+        Args:
+            compile_s: seconds that each core compiled it, negative for those that had it.
+        """
+        new = [seconds for seconds in compile_s if seconds >= 0]
+        self._cells[_GRAMMARS] += 1
+        self._cells[_GRAMMARS + 1] += not new
+        for seconds in new:
+            self.grammar_compilations.observe(seconds)
+
+    def grammars(self, name: str) -> int:
+        """One of GRAMMAR_COUNTERS."""
+        return int(self._cells[_GRAMMARS + GRAMMAR_COUNTERS.index(name)])
 
     @classmethod
     def sum_front_ends(cls, every: Sequence["FrontEndStats"]) -> "FrontEndStats":

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.frontend.core_client import NO_OPTIONS, STOPPED, UNKNOWN_ORIGIN, CoreClient
 from engine.frontend.feature_cache import PromptInputs
@@ -27,6 +29,7 @@ from engine.frontend.routing import (
 )
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Origin, Output, RequestOptions, RequestStream
+from engine.grammar import Grammar, GrammarCheck
 
 log = logging.getLogger("redline.router")
 
@@ -189,8 +192,6 @@ class Router:
         if method == "adapters":  # a replica that hangs can't answer
             results = await self._calls.call_responsive(method, arguments)
             return {name: path for name, path in results[0].items() if all(name in one for one in results)}
-        if method == "check_grammar":  # all compile it, since each may get the request
-            return max(await self._calls.call_responsive(method, arguments))
         try:
             results = await self._calls.call_all(method, arguments)
         finally:
@@ -198,6 +199,14 @@ class Router:
                 for tracker in self.trackers:
                     tracker.prefixes.clear()
         return sum(results) if method == "reset_prefix_cache" else results[0]
+
+    async def check_grammar(self, grammar: Grammar) -> str:
+        """See `CoreClient.check_grammar`. All replicas compile it, since each of them may get the request."""
+        arguments = {"kind": grammar.kind, "text": grammar.text}
+        answers = await self._calls.call_responsive("check_grammar", arguments)
+        checks = msgspec.convert(answers, list[GrammarCheck])
+        self.replicas[0].stats.count_grammar([check.compile_s for check in checks])  # the stats are sums over replicas
+        return max(check.cause for check in checks)
 
     # ----------------------------------------------------------------------------------------------------------- state
 

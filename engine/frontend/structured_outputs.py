@@ -1,16 +1,18 @@
 """StructuredOutputs: what the text of an output must conform to."""
 
+import asyncio
 import json
 import re
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 import msgspec
 
-from engine.errors import RequestError
-from engine.grammar import MAX_GRAMMAR_BYTES, Grammar
+from engine.errors import OverloadedError, RequestError
+from engine.grammar import MAX_GRAMMAR_BYTES, TOO_MANY, Grammar
 
 MAX_CHOICES = 4096
+MAX_COMPILE_S = 30.0  # for a grammar that is compiled, and those before it
 # A rule of EBNF; Lark's have one colon.
 _EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
@@ -120,17 +122,24 @@ class _Tag(msgspec.Struct):
     triggers: list[str]
 
 
-class UtilityCaller(Protocol):
+class GrammarClient(Protocol):
     """The part of a client that `check_grammar` uses."""
 
-    def call_utility(self, method: str, **arguments: Any) -> Awaitable[Any]: ...
+    def check_grammar(self, grammar: Grammar) -> Coroutine[Any, Any, str]: ...
 
 
-async def check_grammar(client: UtilityCaller, wanted: StructuredOutputs | None) -> None:
-    """Compile a grammar in the core, before its request is sent. Raises RequestError if it can't be used."""
+async def check_grammar(client: GrammarClient, wanted: StructuredOutputs | None) -> None:
+    """Compile a grammar in the core, before its request is sent.
+
+    Raises RequestError if it can't be used or takes too long, OverloadedError if too many others wait.
+    """
     if wanted is None:
         return
-    grammar = wanted.to_grammar()
-    cause = await client.call_utility("check_grammar", kind=grammar.kind, text=grammar.text)
+    try:
+        cause = await asyncio.wait_for(client.check_grammar(wanted.to_grammar()), MAX_COMPILE_S)
+    except TimeoutError as error:
+        raise wanted.error(f"the grammar was not compiled within {MAX_COMPILE_S:g} s") from error
+    if cause == TOO_MANY:
+        raise OverloadedError(cause)
     if cause:
         raise wanted.error(cause)

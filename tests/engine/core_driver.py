@@ -10,6 +10,7 @@ from engine.clock import FakeClock
 from engine.columns import column, int32s, int64s
 from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
+from engine.core.grammars import GrammarManager
 from engine.messages import (
     Abort,
     AddRequest,
@@ -52,13 +53,14 @@ class Driver:
     config: ResolvedConfig = field(default_factory=resolved)
     seconds: Any = lambda *_: 1.0
     make_worker: type[FakeExecutor] = FakeExecutor
+    grammars: GrammarManager | None = None
 
     def __post_init__(self) -> None:
         self.clock = FakeClock()
         self.worker = self.make_worker(
             self.clock, self.config.block_size, self.seconds, self.config.draft_tokens, self.config.kv_windows
         )
-        self.core = EngineCore(self.config, self.worker, self.clock, self._receive)
+        self.core = EngineCore(self.config, self.worker, self.clock, self._receive, grammars=self.grammars)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.times: dict[int, list[float]] = defaultdict(list)
         self.finished: dict[int, Finished] = {}

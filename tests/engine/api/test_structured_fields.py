@@ -1,5 +1,7 @@
 """The fields that constrain an output, in all of their forms."""
 
+import asyncio
+import re
 from typing import Any
 
 import msgspec
@@ -8,7 +10,9 @@ import pytest
 from engine.api.parsing import parse
 from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
+from engine.frontend import structured_outputs
 from engine.frontend.structured_outputs import StructuredOutputs
+from engine.grammar import TOO_MANY, Grammar
 from tests.engine.api.conftest import InLoop
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -76,6 +80,35 @@ async def test_a_grammar_that_can_not_be_compiled_is_refused_before_a_stream_beg
             assert error["param"] == field
             assert error["message"].startswith(field)
     assert (await server.post("/v1/completions", prompt="a"))["choices"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "field"), [("", 400, "guided_regex"), (TOO_MANY, 503, None)], ids=["time", "number"]
+)
+async def test_limits_of_compilation(
+    server: InLoop, monkeypatch: pytest.MonkeyPatch, cause: str, status: int, field: str | None
+) -> None:
+    async def check(grammar: Grammar) -> str:
+        assert grammar == Grammar("regex", "a+")
+        if not cause:
+            await asyncio.Event().wait()
+        return cause
+
+    monkeypatch.setattr(structured_outputs, "MAX_COMPILE_S", 0.01)
+    monkeypatch.setattr(server.client, "check_grammar", check)
+    error = await server.refusal("/v1/completions", {"prompt": "a", "guided_regex": "a+"}, status)
+    assert error["param"] == field
+    assert error["message"] == (cause or "guided_regex: the grammar was not compiled within 0.01 s")
+
+
+async def test_metrics_count_grammars(server: InLoop) -> None:
+    anything = "(?s:.)*"  # the worker samples without masks
+    for pattern, status in ((anything, 200), (anything, 200), ("a(", 400)):
+        answer = await server.http.post("/v1/completions", json={"prompt": "a", "guided_regex": pattern})
+        assert answer.status_code == status, answer.text
+    text = (await server.http.get("/metrics")).text
+    found = dict(re.findall(r"^redline:grammar_(\w+)\{model_name=\S+\} (\S+)$", text, re.MULTILINE))
+    assert (found["requests_total"], found["cache_hits_total"], found["compile_seconds_count"]) == ("3.0", "1.0", "2.0")
 
 
 def test_errors_name_the_field() -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 from engine.clock import FakeClock
 from engine.core.engine import EngineCore
+from engine.core.grammars import GrammarManager
 from engine.frontend.core_client import CoreClient
 from engine.frontend.front_end_stats import Board
+from engine.frontend.grammar_vocabulary import GrammarVocabulary
 from engine.frontend.router import Router
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, RequestOptions, RequestStream
@@ -41,7 +43,8 @@ class Fleet:
         for number in range(count):
             worker = FakeExecutor(self.clock, config.block_size, lambda *_: 1.0)
             transport = InlineTransport()
-            core = EngineCore(config, worker, self.clock, transport.from_core)
+            grammars = GrammarManager(lambda: GrammarVocabulary(TOKENIZER, VOCABULARY))
+            core = EngineCore(config, worker, self.clock, transport.from_core, grammars=grammars)
             transport.receive = self._receiver(number, core)
             board = boards[number] if boards else None
             replicas.append(

@@ -13,6 +13,7 @@ from engine.errors import EngineDeadError, RequestError
 from engine.frontend.front_end_stats import Board
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import RequestStream
+from engine.grammar import Grammar
 from engine.messages import Dead, Hung
 from tests.engine.fake_executor import expected_tokens
 from tests.engine.frontend.fleet import Fleet
@@ -267,6 +268,26 @@ async def test_a_utility_is_done_by_all_or_by_none():
     fleet.kill(0)
     await call(fleet, "unload_adapter", name="french")
     assert await call(fleet, "adapters") == {"dutch": "elsewhere"}
+
+
+async def test_a_grammar_is_compiled_by_all_replicas_and_counted_once():
+    fleet = Fleet(2)
+
+    async def check(pattern: str) -> str:
+        asked = asyncio.ensure_future(fleet.router.check_grammar(Grammar("regex", pattern)))
+        while not asked.done():
+            await asyncio.sleep(0.001)
+            fleet.turn()
+        return await asked
+
+    assert [await check("0+"), await check("0+")] == ["", ""]
+    assert "unclosed group" in await check("a(")
+    fleet.router.replicas[0].hung = "a step takes long"
+    assert await check("1+") == ""
+    stats = fleet.router.total_stats
+    assert (stats.grammars("requests"), stats.grammars("hits")) == (4, 1)
+    assert sum(stats.grammar_compilations.counts) == 2 + 2 + 1
+    assert stats.grammar_compilations.total > 0
 
 
 async def test_a_replica_that_dies_meanwhile_fails_no_utility():
