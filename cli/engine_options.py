@@ -21,6 +21,7 @@ from engine.config import (
     STORED_QUANTIZATIONS,
     TOKENIZER_MODES,
 )
+from engine.pooling import CONVERSIONS, RUNNERS
 
 MODEL, DEVICE, MODEL_FILES = "Model", "Device and precision", "Model files"
 PARALLEL, SCHEDULING, MEMORY, BASELINE = "Parallelism", "Scheduling", "Memory", "V0 baseline"
@@ -52,6 +53,20 @@ ENGINE_OPTIONS = (
         MODEL, "--max-model-len", type=LENGTH, metavar="TOKENS", default_text="the model's",
         help="Maximum number of tokens of a request, prompt and output together. auto takes as many as fit into "
         "memory. Lower it to fit more requests into the KV cache.",
+    ),
+    option(
+        MODEL, "--runner", default="auto", type=click.Choice(RUNNERS),
+        help="Whether the model generates texts or pools hidden states into embeddings or scores. auto pools with "
+        "encoders, with classes named …Model or …ForSequenceClassification, and with folders of sentence-transformers.",
+    ),
+    option(
+        MODEL, "--convert", default="auto", type=click.Choice(CONVERSIONS),
+        help="What a model that pools returns: embeddings (embed) or the scores of its classification head (classify).",
+    ),
+    option(
+        MODEL, "--pooler-config", type=JsonObject(), metavar="JSON", default_text="the model's",
+        help="How hidden states become an embedding, such as '{\"pooling_type\": \"MEAN\", \"normalize\": false}'. "
+        "Types are MEAN, CLS and LAST.",
     ),
     option(
         MODEL, "--lora", "--lora-modules", "lora", multiple=True, several=True, metavar="NAME=PATH…",

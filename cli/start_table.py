@@ -24,9 +24,10 @@ def show_start(console: Console, engine: Any) -> None:
         ("kernels", ready.kernels, "--kernels"),
         *([("measured tiles", ready.tile_table, "--tile-table")] if ready.tile_table else []),
         *((line.what, human_bytes(line.bytes), line.flag) for line in ready.memory),
-        ("KV cache blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens each", "--block-size"),
+        *kv_blocks(ready),
         *kv_groups(ready),
         *inputs(engine),
+        *pooling(ready),
         ("maximum request length", f"{ready.max_model_len:,} tokens", "--max-model-len"),
         ("requests of that length", f"{ready.sequences:,} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
         ("running requests", f"at most {ready.max_num_seqs:,}", "--max-num-seqs"),
@@ -40,6 +41,19 @@ def show_start(console: Console, engine: Any) -> None:
     console.print(table)
     for warning in engine.warnings:
         console.print(f"warning: {warning}")
+
+
+def pooling(ready: Any) -> list[tuple[str, str, str]]:
+    """The line for what a model that pools returns."""
+    spec = ready.pooling
+    if spec is None:
+        return []
+    if spec.task == "classify":
+        what = "a score of a pair of texts" + (", sigmoid" if spec.activation == "sigmoid" else "")
+        return [("returns", what, "--runner, --convert")]
+    length = ", normalized" if spec.normalize else ""
+    what = f"embeddings of {spec.width:,} numbers, {spec.method} pooling{length}"
+    return [("returns", what, "--runner, --pooler-config")]
 
 
 def sampling_defaults(engine: Any) -> list[tuple[str, str, str]]:
@@ -101,6 +115,13 @@ def baseline(config: EngineConfig, ready: Any) -> list[tuple[str, str, str]]:
             )
             lines.append((f"  {name}", what + extra, ""))
     return lines
+
+
+def kv_blocks(ready: Any) -> list[tuple[str, str, str]]:
+    """The line for the blocks of the KV cache; encoders have none."""
+    if not ready.kv_windows:
+        return []
+    return [("KV cache blocks", f"{ready.num_blocks:,} of {ready.block_size} tokens each", "--block-size")]
 
 
 def kv_groups(ready: Any) -> list[tuple[str, str, str]]:

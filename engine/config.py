@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
 from engine.media.limits import MediaOptions, make_limits, parse_per_prompt
+from engine.pooling import CONVERSIONS, RUNNERS, check_pooler_config
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -94,6 +95,9 @@ class EngineConfig:
     routing: str = "prefix"  # of ROUTINGS
     generation_config: str = "auto"  # source of sampling defaults: auto (the model), none, or a folder
     override_generation_config: dict[str, Any] | None = None  # fields that replace those of the file
+    runner: str = "auto"  # of RUNNERS: generate texts, or pool hidden states into embeddings and scores
+    convert: str = "auto"  # of CONVERSIONS: what a model that pools returns
+    pooler_config: str | Mapping[str, Any] | None = None  # how hidden states become embeddings, or JSON text
     dtype: Dtype = "auto"
     max_model_len: int | None = None  # tokens of one request, prompt and output; or AUTO_LENGTH
     max_num_seqs: int | None = None  # most requests that run at the same time
@@ -195,6 +199,10 @@ class EngineConfig:
         if isinstance(self.mm_processor_kwargs, str):
             kwargs = read_overrides(self.mm_processor_kwargs, "--mm-processor-kwargs")
             object.__setattr__(self, "mm_processor_kwargs", kwargs)
+        if isinstance(self.pooler_config, str):
+            object.__setattr__(self, "pooler_config", read_overrides(self.pooler_config, "--pooler-config"))
+        assert not isinstance(self.pooler_config, str)
+        check_pooler_config(self.pooler_config or {})
         if self.engine is None:
             object.__setattr__(self, "engine", "v0" if self.v0_options else "v1")
 
@@ -320,6 +328,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "tokenizer_mode": TOKENIZER_MODES,
     "kv_cache_dtype": (None, *KV_CACHE_DTYPES),
     "engine": ENGINES,
+    "runner": RUNNERS,
+    "convert": CONVERSIONS,
     "scheduling_policy": SCHEDULING_POLICIES,
     "routing": ROUTINGS,
     "speculative": (None, *SPECULATORS),
@@ -349,7 +359,14 @@ class ResolvedConfig:
     draft_tokens: int = 0  # most draft tokens per decoding request and step
     scheduler_steps: int = 1  # v0 only: decode steps per run of the scheduler
     tile_table: str = ""  # the file with measured tiles of attention; empty: those that come with the kernels
+    pools: bool = False  # requests end with the vector of their prompt, and sample no tokens
+    whole_prompts: bool = False  # each prompt is computed in one step, as its vector depends on all hidden states
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablations", frozenset(self.ablations))  # messages carry lists
         object.__setattr__(self, "kv_windows", tuple(self.kv_windows))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a request; the vector of a prompt counts as one more."""
+        return self.max_model_len + self.pools

@@ -246,6 +246,7 @@ def _ready(
         sequences=resolution.sequences,
         tile_table=resolved.tile_table,
         mm=None if model_info.mm is None else model_info.mm.spec,
+        pooling=model_info.pooling,
     )
 
 

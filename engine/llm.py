@@ -258,6 +258,8 @@ class LLM:
     def _params_for(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
     ) -> Sequence[SamplingParams]:
+        if self._engine.ready.pooling is not None:
+            raise RequestError(f"{self.config.model} generates no texts: `redline serve` has embeddings and scores")
         if params is None or isinstance(params, SamplingParams):
             return [params or self.default_sampling_params()] * count
         if len(params) != count:

@@ -62,6 +62,8 @@ def resolve(
     Raises OutOfMemoryError if one request of max-model-len does not fit; the message has flags and values that work.
     """
     machine = machine or machine_for(config)
+    if model_info.pooling is not None and machine.torch_type:
+        raise ConfigError(f"embeddings and scores are computed on the CPU only: use --device cpu for {config.model}")
     batch = _batch_sizes(config, model_info, machine.defaults)
     max_num_seqs, budget = batch
     block_size = config.block_size or machine.defaults.block_size
@@ -84,10 +86,7 @@ def resolve(
         model_info.kv_bytes_per_token * block_size,
     )  # fmt: skip
     per_request = max_blocks(model_info.max_model_len, model_info.kv_groups.windows, budget, block_size)
-    if config.kv_cache_memory_bytes is not None:
-        num_blocks = config.kv_cache_memory_bytes // replicas // memory.block
-    else:
-        num_blocks = min(memory.kv_cache // memory.block, max_num_seqs * per_request + 1)
+    num_blocks = _num_blocks(config, memory, per_request, max_num_seqs)
     if num_blocks < per_request + 1:
         raise OutOfMemoryError(_too_little(config, model_info, num_blocks, budget, block_size, memory))
     resolved = _resolved(config, model_info, machine, batch, num_blocks, encoder_cache_tokens)
@@ -97,10 +96,21 @@ def resolve(
         *encoders,
         MemoryLine("KV cache", num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
     )
+    if not memory.block:
+        lines = lines[:-1]
     warnings += _too_large_inputs(model_info, budget)
     warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
-    sequences = min((num_blocks - 1) // per_request, max_num_seqs)
+    sequences = min((num_blocks - 1) // per_request, max_num_seqs) if per_request else max_num_seqs
     return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences)
+
+
+def _num_blocks(config: EngineConfig, memory: _Budget, per_request: int, max_num_seqs: int) -> int:
+    """The KV blocks of a replica; of an encoder, which has no KV cache, the null block only."""
+    if not memory.block:
+        return 1
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes // config.data_parallel_size // memory.block
+    return min(memory.kv_cache // memory.block, max_num_seqs * per_request + 1)
 
 
 def _resolved(
@@ -112,6 +122,8 @@ def _resolved(
     encoder_cache_tokens: int,
 ) -> ResolvedConfig:
     """The configuration of one replica; `batch` has its requests and its tokens of a step."""
+    whole_prompts = model_info.pooling is not None and model_info.pooling.whole_prompts
+    prefix_caching = config.enable_prefix_caching and "no-prefix-cache" not in config.ablations and not whole_prompts
     return ResolvedConfig(
         max_model_len=model_info.max_model_len,
         max_num_seqs=batch[0],
@@ -119,13 +131,15 @@ def _resolved(
         block_size=config.block_size or machine.defaults.block_size,
         num_blocks=num_blocks,
         kv_windows=model_info.kv_groups.windows,
-        enable_prefix_caching=config.enable_prefix_caching and "no-prefix-cache" not in config.ablations,
+        enable_prefix_caching=prefix_caching,
         encoder_cache_tokens=encoder_cache_tokens,
         scheduling_policy=config.scheduling_policy,
         ablations=config.ablations,
         scheduler_steps=config.num_scheduler_steps or 1,
         draft_tokens=config.num_speculative_tokens if config.speculative else 0,
         tile_table=machine.tile_table,
+        pools=model_info.pooling is not None,
+        whole_prompts=whole_prompts,
     )
 
 
@@ -199,11 +213,13 @@ def _batch_sizes(config: EngineConfig, model_info: ModelInfo, defaults: Defaults
     max_num_seqs, budget = config.max_num_seqs, config.max_num_batched_tokens
     if max_num_seqs is None:
         max_num_seqs = min(defaults.max_num_seqs, budget or defaults.max_num_seqs)
-    if "no-chunking" in config.ablations:
+    pooled_whole = model_info.pooling is not None and model_info.pooling.whole_prompts
+    if pooled_whole or "no-chunking" in config.ablations:
         if budget is not None and budget < model_info.max_model_len:
+            why = "a vector depends on all tokens of its prompt, and " if pooled_whole else ""
             raise ConfigError(
-                f"without chunking a step must hold a whole prompt: --max-num-batched-tokens ({budget}) must not be "
-                f"below --max-model-len ({model_info.max_model_len})"
+                f"{why}without chunking a step must hold a whole prompt: --max-num-batched-tokens ({budget}) must not "
+                f"be below --max-model-len ({model_info.max_model_len})"
             )
         return max_num_seqs, budget or max(MIN_UNCHUNKED_TOKENS, max_num_seqs, model_info.max_model_len)
     unsplit = 0 if model_info.mm is None else model_info.mm.unsplit_tokens  # beside one token of each request

@@ -19,6 +19,7 @@ from engine.columns import int32s, unpack_table
 from engine.grammar import Grammar
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.multimodal.types import MediaKind, MMSpec
+from engine.pooling import PoolingSpec
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
 
@@ -144,6 +145,7 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     mm_inputs: tuple[MMInputRef, ...] = ()  # by offset
     unplaced: tuple[UnplacedInput, ...] = ()  # of a prompt in which the core replaces the placeholders
     grammar: Grammar | None = None
+    second_segment: int = 0  # pooling of a pair of texts: position of the first token of type 1; 0: there is none
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -213,6 +215,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     quantization: str | None = None  # of the linears' weights; None: as dtype
     kv_cache_dtype: str | None = None  # None: as dtype
     mm: MMSpec | None = None  # None: the model takes texts only
+    pooling: PoolingSpec | None = None  # None: the model generates
 
     @property
     def prompt_vocab_size(self) -> int:
@@ -247,6 +250,13 @@ class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
     cached_tokens: int  # prompt tokens found in the prefix cache
     waited_s: float
     prompt_tokens: int = 0  # with an inline front end or multimodal inputs only
+
+
+class Pooled(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The vector of a prompt, of a model that pools; its request ends with it."""
+
+    handle: int
+    vector: bytes  # float32[width]
 
 
 class MMStats(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -293,6 +303,7 @@ class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
     stats: Stats | None = None
     texts: tuple[str, ...] | None = None  # inline front end: one for each handle
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # complete with a request's first token at the latest
+    pooled: tuple[Pooled, ...] = ()
 
 
 class UtilityResult(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=False):
@@ -332,6 +343,7 @@ class SlotAssignment(msgspec.Struct, array_like=True, frozen=True, gc=False):
     adapter: str = ""
     mm_inputs: tuple[MMInputRef, ...] = ()  # `hash` is the key in the encoder cache
     constrained: bool = False  # it samples with a mask
+    second_segment: int = 0  # see AddRequest
 
 
 class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -381,6 +393,7 @@ class StepResult(msgspec.Struct, array_like=True, frozen=True, gc=False):
     num_draft_tokens: int = 0  # draft tokens that were verified; the accepted ones are in `tokens`
     reports: StepReports | None = None
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    vectors: bytes = b""  # float32[n, width]: of slots that pool, in place of tokens; ascending slots
 
 
 _encoder = msgspec.msgpack.Encoder()

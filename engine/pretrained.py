@@ -61,6 +61,30 @@ def refuse_custom_tokenizer(folder: Path) -> None:
             )
 
 
+# Tensors of checkpoints that an encoder for embeddings has no use for: its heads, and what it computes itself.
+NEEDLESS = [
+    r"(^|\.)pooler\.",
+    r"^(cls|lm_head|head|decoder|(\w+_)?predictions|vocab_\w+)\.",
+    r"position_ids$",
+]
+
+
+def build_encoder(config: Any, *, classifies: bool, **options: Any) -> Any:
+    """Build transformers' class of an encoder: with its classification head, or without any head and pooler.
+
+    `options` are those of `from_config`.
+    """
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    if classifies:
+        return AutoModelForSequenceClassification.from_config(config, **options, **NO_REMOTE_CODE)
+    model = AutoModel.from_config(config, **options, **NO_REMOTE_CODE)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *NEEDLESS]
+    return model
+
+
 def build_causal_lm(config: Any, **options: Any) -> Any:
     """Build transformers' class for a model config; `options` are those of `from_config`."""
     from transformers import AutoModelForCausalLM

@@ -15,37 +15,42 @@ from engine.api.access import RequireKey, check_media_type
 from engine.api.chat import chat_completions
 from engine.api.chat_protocol import TokenizeRequest, template_options
 from engine.api.completions import completions
+from engine.api.embeddings import embeddings
 from engine.api.error_responses import ApiError
 from engine.api.event_stream import cancel_on_disconnect
 from engine.api.key_limit import KeyLoads, LimitKeys
 from engine.api.lora_endpoints import load_adapter, unload_adapter
+from engine.api.model_kinds import CLASSIFIES, EMBEDS, GENERATES, Endpoint, for_models, kind_of
 from engine.api.openapi import openapi_document
 from engine.api.prometheus import make_registry
 from engine.api.protocol import DetokenizeRequest
 from engine.api.readiness import Readiness
 from engine.api.request_id import RequestId
 from engine.api.request_timeout import RequestTimeout
+from engine.api.scores import rerank, score
 from engine.api.state import ApiState
 from engine.api.tools import check_tools
 from engine.errors import RedlineError, RequestError
-
-Endpoint = Callable[[ApiState, Request], Awaitable[Response]]
 
 
 def create_app(state: ApiState) -> FastAPI:
     """Build the application around an open client of the engine."""
     app = FastAPI(title="Redline", openapi_url=None, root_path=state.options.root_path)
     registry, readiness = make_registry(state), Readiness(state.client)
+    kind = kind_of(state.client.ready)
     routes: list[tuple[str, str, Endpoint]] = [
         ("GET", "/v1/models", models),
         ("GET", "/v1/models/{model:path}", model),  # names of models may have slashes
-        ("POST", "/v1/completions", completions),
-        ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/completions", for_models(completions, (GENERATES,), kind)),
+        ("POST", "/v1/chat/completions", for_models(chat_completions, (GENERATES,), kind)),
+        ("POST", "/v1/embeddings", for_models(embeddings, (EMBEDS,), kind)),
+        ("POST", "/v1/score", for_models(score, (EMBEDS, CLASSIFIES), kind)),
+        ("POST", "/v1/rerank", for_models(rerank, (EMBEDS, CLASSIFIES), kind)),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("POST", "/reset_prefix_cache", reset_prefix_cache),
-        ("POST", "/v1/load_lora_adapter", load_adapter),
-        ("POST", "/v1/unload_lora_adapter", unload_adapter),
+        ("POST", "/v1/load_lora_adapter", for_models(load_adapter, (GENERATES,), kind)),
+        ("POST", "/v1/unload_lora_adapter", for_models(unload_adapter, (GENERATES,), kind)),
         ("GET", "/health", health),
         ("GET", "/ping", health),
         ("GET", "/ready", lambda _state, _request: ready(readiness)),

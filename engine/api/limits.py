@@ -46,18 +46,23 @@ def check_request(body: CompletionRequest | ChatRequest, limits: Limits, max_mod
             )
         return
     prompts = count_prompts(body.prompt)
-    if prompts > limits.max_prompts:
-        raise RequestError(
-            f"prompt has {prompts:,} prompts, but at most {limits.max_prompts:,} are allowed per request "
-            "(--max-prompts)",
-            "prompt",
-        )
+    check_count(prompts, limits, "prompt")
     most = max(limits.max_prompts, limits.max_n)
     if prompts * n > most:
         raise RequestError(
             f"{prompts:,} prompts with n: {n:,} are {prompts * n:,} outputs, but at most {most:,} are allowed in "
             "one body (--max-prompts, --max-n)",
             "n",
+        )
+
+
+def check_count(prompts: int, limits: Limits, field: str) -> None:
+    """Raise RequestError for a field with more prompts than --max-prompts."""
+    if prompts > limits.max_prompts:
+        raise RequestError(
+            f"{field} has {prompts:,} prompts, but at most {limits.max_prompts:,} are allowed per request "
+            "(--max-prompts)",
+            field,
         )
 
 

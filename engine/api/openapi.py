@@ -11,6 +11,7 @@ from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.lora_endpoints import LoadRequest, UnloadRequest
 from engine.api.openapi_messages import with_messages
 from engine.api.openapi_responses import REFERENCE, RESPONSES, STRING, ref
+from engine.api.pooling_protocol import EmbeddingRequest, RerankRequest, ScoreRequest
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
 
 VERSION = "3.1.0"
@@ -47,6 +48,9 @@ ROUTES: tuple[Route, ...] = (
     Route("get", "/v1/models/{model}", "One of them", "Model"),
     Route("post", "/v1/completions", "Continue texts or token ids", "Completion", CompletionRequest, (JSON, EVENTS)),
     Route("post", "/v1/chat/completions", "Continue a conversation", "ChatCompletion", ChatRequest, (JSON, EVENTS)),
+    Route("post", "/v1/embeddings", "Embeddings of texts or token ids", "EmbeddingList", EmbeddingRequest),
+    Route("post", "/v1/score", "Scores of pairs of texts", "ScoreList", ScoreRequest),
+    Route("post", "/v1/rerank", "Documents in the order of their scores for a query", "Reranked", RerankRequest),
     Route("post", "/tokenize", "Token ids of a text or a conversation", "Tokenized", TokenizeRequest),
     Route("post", "/detokenize", "The text of token ids", "Detokenized", DetokenizeRequest),
     Route("post", "/reset_prefix_cache", "Empty the prefix cache", "PrefixCacheReset"),

@@ -112,6 +112,48 @@ RESPONSES: dict[str, Schema] = {
         {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
         ABOUT_PROMPT | {"prompt_text": STRING},
     ),
+    "EmbeddingList": record(
+        {
+            "id": STRING,
+            "object": {"const": "list"},
+            "created": COUNT,
+            "model": STRING,
+            "data": listed(
+                record(
+                    {
+                        "object": {"const": "embedding"},
+                        "index": COUNT,
+                        # Base64 of little-endian float32 on request.
+                        "embedding": {"anyOf": [listed(NUMBER), STRING]},
+                    }
+                )
+            ),
+            "usage": ref("PoolingUsage"),
+        }
+    ),
+    "ScoreList": record(
+        {
+            "id": STRING,
+            "object": {"const": "list"},
+            "created": COUNT,
+            "model": STRING,
+            "data": listed(record({"index": COUNT, "object": {"const": "score"}, "score": NUMBER})),
+            "usage": ref("PoolingUsage"),
+        }
+    ),
+    "Reranked": record(
+        {
+            "id": STRING,
+            "model": STRING,
+            "results": listed(
+                record({"index": COUNT, "relevance_score": NUMBER}, {"document": record({"text": STRING})})
+            ),
+            "usage": ref("PoolingUsage"),
+        }
+    ),
+    "PoolingUsage": record(
+        {"prompt_tokens": COUNT, "total_tokens": COUNT}, {"prompt_tokens_details": record({"cached_tokens": COUNT})}
+    ),
     "Model": record(
         {"id": STRING, "object": {"const": "model"}, "created": COUNT, "owned_by": STRING},
         {"root": STRING, "parent": nullable(STRING), "max_model_len": COUNT, "vocab_size": COUNT},

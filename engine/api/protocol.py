@@ -5,12 +5,12 @@ from collections.abc import Mapping
 
 import msgspec
 
+from engine.api.common_fields import check_bookkeeping, split_prompts
 from engine.api.structured_fields import ConstrainedRequest
 from engine.errors import RequestError
 from engine.frontend.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's
-MAX_SALT = 1024  # characters; each block of a prompt is hashed with it
 LONGEST_ID = 512  # characters; the id is part of the response and of each chunk of a stream
 
 replace = msgspec.structs.replace
@@ -76,11 +76,7 @@ class SampledRequest(ConstrainedRequest, kw_only=True):
         options = self.stream_options
         if not self.stream and options is not None and options != StreamOptions():
             raise RequestError("stream_options needs stream: true", "stream_options")
-        if self.priority is not None and not -(2**63) <= self.priority < 2**63:
-            raise RequestError(f"priority must lie in -2^63..2^63 - 1, not {self.priority:.3g}", "priority")
-        for field, most in (("cache_salt", MAX_SALT), ("request_id", LONGEST_ID)):
-            if len(getattr(self, field) or "") > most:
-                raise RequestError(f"{field} must have at most {most:,} characters", field)
+        check_bookkeeping(self)
 
 
 # Fields with the same name and meaning in a body and in SamplingParams.
@@ -127,16 +123,7 @@ class CompletionRequest(SampledRequest, kw_only=True):
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts as texts or token ids, from any of the four forms."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise RequestError("prompt is an empty list", "prompt")
-        kinds = {type(part) for part in self.prompt}
-        if kinds == {int}:
-            return [list(self.prompt)]  # type: ignore[arg-type]
-        if len(kinds) > 1:
-            raise RequestError("prompt mixes texts and token ids in one list", "prompt")
-        return list(self.prompt)  # type: ignore[arg-type]
+        return split_prompts(self.prompt, "prompt")
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):

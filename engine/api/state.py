@@ -14,7 +14,8 @@ from engine.api.chat_protocol import ChatRequest
 from engine.api.error_responses import ApiError
 from engine.api.http_options import HttpOptions, Limits
 from engine.api.key_limit import KeyLoads
-from engine.api.limits import check_queue, check_request, check_texts
+from engine.api.limits import check_count, check_queue, check_request, check_texts
+from engine.api.pooling_protocol import PoolingRequest
 from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.errors import RequestError
 from engine.frontend.answer_format import AnswerFormat
@@ -96,12 +97,13 @@ class ApiState:
     def submit(
         self,
         request: Request,
-        body: SampledRequest,
+        body: SampledRequest | PoolingRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         head: dict[str, Any],
         adapter: str,
         inputs: Sequence[PromptInputs] = (),
+        second_segments: Sequence[int] = (),
     ) -> RequestStream:
         """Send the prompts of a request to the engine. Raises ApiError 503 if the queue is full.
 
@@ -113,6 +115,7 @@ class ApiState:
             head: the first fields of the response.
             adapter: that the request names.
             inputs: multimodal inputs of each prompt; they are released if the request is refused.
+            second_segments: of pairs of texts, see AddRequest.
         """
         try:
             self.check_queue(len(prompts) * params.n)
@@ -122,7 +125,8 @@ class ApiState:
             client = request.client
             origin = Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
             options = RequestOptions(body.cache_salt or "", body.priority or 0, adapter)
-            return self.client.add_request(prompts, params, options, origin, inputs if any(inputs) else ())
+            given = inputs if any(inputs) else ()
+            return self.client.add_request(prompts, params, options, origin, given, second_segments)
         except BaseException:
             for one in inputs:
                 release_placed(one)
@@ -144,6 +148,10 @@ class ApiState:
         check_request(body, self.limits, self.client.ready.max_model_len)
         self.check_queue(1)
         return body
+
+    def check_prompts(self, count: int, field: str) -> None:
+        """Raise RequestError for more prompts than --max-prompts."""
+        check_count(count, self.limits, field)
 
     def check_queue(self, outputs: int) -> None:
         """Raise ApiError 503 if `outputs` more requests would exceed --max-queue."""

@@ -44,6 +44,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": (*EMPTY, "none"),
     "modalities": (*EMPTY, ["text"]),
     "verbosity": (*EMPTY, "medium"),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "use_activation": (),
     "include_reasoning": (True,),
     "separate_reasoning": (True, False),
     "enable_thinking": (),
@@ -80,6 +83,7 @@ INSTEAD = {
     "enable_thinking": "chat_template_kwargs",
     "thinking": "chat_template_kwargs",
     "functions": "tools",
+    "use_activation": "normalize",
     "function_call": "tool_choice",
     "do_sample": "temperature",
 }
@@ -90,7 +94,7 @@ SPELLING_CHECKED = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stream", "stream_options", "logprobs",
     "top_logprobs", "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "prompt_logprobs", "response_format",
     "chat_template_kwargs", "add_generation_prompt", "max_completion_tokens", "tool_choice", "messages", "prompt",
-    "tools", "ignore_eos",
+    "tools", "ignore_eos", "dimensions",
 )  # fmt: skip
 
 # Fields that do not change the output.

@@ -19,8 +19,8 @@ class BlockPool:
     """All KV blocks of an engine."""
 
     def __init__(self, num_blocks: int):
-        if num_blocks < 2:
-            raise ValueError(f"a pool needs the null block and at least one more, not {num_blocks} in all")
+        if num_blocks < 1:
+            raise ValueError(f"a pool needs at least the null block, not {num_blocks} in all")
         self.num_blocks = num_blocks
         self.references = [0] * num_blocks
         self.hash_of: list[bytes | None] = [None] * num_blocks
@@ -33,7 +33,8 @@ class BlockPool:
     @property
     def usage(self) -> float:
         """Fraction of the blocks that requests hold, 0..1."""
-        return 1 - self.num_free / (self.num_blocks - 1)
+        held = self.num_blocks - 1 - self.num_free
+        return held / max(self.num_blocks - 1, 1)  # an engine without KV cache has the null block only
 
     def get_cached(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of a chain of hashes."""

@@ -15,10 +15,10 @@ from engine.core.feature_mirror import FeatureMirror, MirrorMissError
 from engine.core.front_ends import EndedFrontEnds
 from engine.core.grammars import GrammarManager
 from engine.core.intake import Arrival, Intake, RejectedCall, RejectedRequest, TextRequest, reject
+from engine.core.pooling_scheduler import make_scheduler
 from engine.core.protocols import Executor, InlineFrontEnd
 from engine.core.publisher import OutputPublisher
 from engine.core.request import Request
-from engine.core.scheduler import Scheduler
 from engine.core.step_timer import StepTimer
 from engine.core.steps import ScheduledStep, StepOutcome
 from engine.errors import INTERRUPTS, cause_of
@@ -77,7 +77,7 @@ class EngineCore:
         grammars: GrammarManager | None = None,
     ) -> None:
         self.config = config
-        self.scheduler = scheduler = Scheduler(config, features)
+        self.scheduler = scheduler = make_scheduler(config, features)
         self._features = scheduler.features
         self._has_mirror = features is not None
         self._grammars = grammars or GrammarManager()

@@ -117,7 +117,7 @@ class Intake:
             cause = f"no adapter called {message.adapter!r} is served"
             return RejectedRequest(message.handle, cause, FinishReason.NOT_SERVED)
         try:
-            request = Request(message, self._config.max_model_len, arrived, key)
+            request = Request(message, self._config.most_tokens, arrived, key)
             cause = self._request_error(request)
             if cause is None and self._config.enable_prefix_caching:
                 request.hash_prompt(self._config.block_size)

@@ -5,7 +5,7 @@ for ablations.
 
     decision        V1                       ablation or option
     batch_order     MixedBatches             PrefillFirst              prefill-first
-    chunking        ChunkedPrefill           WholePrompts              no-chunking
+    chunking        ChunkedPrefill           WholePrompts              no-chunking, pooling of all hidden states
     bursts          LatencyBoundBursts       FixedBursts               no-run-ahead, full-state, --speculative
     watermark       Watermark(0)             Watermark(1 %)            watermark
     queue_order     FirstComeFirstServed     PriorityOrder             --scheduling-policy priority
@@ -211,9 +211,10 @@ class SchedulingPolicy:
         run_ahead = not ablations & {"no-run-ahead", "full-state"}
         # A burst requires that each of its steps yields one token, which isn't so with draft tokens.
         bursts = run_ahead and not config.draft_tokens
+        whole_prompts = config.whole_prompts or "no-chunking" in ablations
         return cls(
             batch_order=PrefillFirst() if "prefill-first" in ablations else MixedBatches(),
-            chunking=WholePrompts() if "no-chunking" in ablations else ChunkedPrefill(),
+            chunking=WholePrompts() if whole_prompts else ChunkedPrefill(),
             bursts=LatencyBoundBursts() if bursts else FixedBursts(config.scheduler_steps),
             watermark=Watermark(watermark_blocks(config.num_blocks) if "watermark" in ablations else 0),
             queue_order=PriorityOrder() if config.scheduling_policy == "priority" else FirstComeFirstServed(),

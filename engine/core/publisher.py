@@ -9,13 +9,13 @@ from engine.core.protocols import InlineFrontEnd
 from engine.core.scheduler import Scheduler
 from engine.core.steps import StepOutcome
 from engine.logprob_columns import TokenLogprobs, select_logprobs
-from engine.messages import HANDLE_SEQUENCE_BITS, Admitted, Finished, Outputs, encode, front_end_of
+from engine.messages import HANDLE_SEQUENCE_BITS, Admitted, Finished, Outputs, Pooled, encode, front_end_of
 
 # Messages with tokens also contain the stats. While steps yield no tokens, as in a long prefill, stats are sent with
 # this period.
 STATS_PERIOD_S = 0.25
 
-_Event = TypeVar("_Event", Finished, Admitted)
+_Event = TypeVar("_Event", Finished, Admitted, Pooled)
 
 
 class OutputPublisher:
@@ -75,6 +75,7 @@ class OutputPublisher:
                 logprobs=select_logprobs(logprobs, tokens) if logprobs else None,
                 stats=self._scheduler.stats(self.last_step_at),
                 prompt_logprobs=tuple(one for one in scored if front_end_of(one.owner) == front_end),
+                pooled=_events_of(front_end, outcome.pooled) if outcome else (),
             )
             if self._inline is not None:
                 message = self._add_texts(self._inline, message)

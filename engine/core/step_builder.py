@@ -50,6 +50,7 @@ class StepBuilder:
             adapter=request.adapter,
             mm_inputs=self._encoder_cache.refs_for_workers(request),
             constrained=request.matcher is not None,
+            second_segment=request.message.second_segment,
         )
 
     def build(

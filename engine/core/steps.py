@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.logprob_columns import PromptLogprobs
-from engine.messages import Finished, StepMessage
+from engine.messages import Finished, Pooled, StepMessage
 
 
 @dataclass(slots=True)
@@ -31,3 +31,4 @@ class StepOutcome:
     finished: list[Finished]
     counts: NDArray[np.int32] | None  # tokens of each handle; None: one
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    pooled: tuple[Pooled, ...] = ()

@@ -23,6 +23,7 @@ from engine.frontend.streams import Origin, Output, RequestOptions, RequestStrea
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.transport import Transport
+from engine.frontend.vectors import make_pooling_request
 from engine.grammar import Grammar, GrammarCheck
 from engine.messages import (
     Abort,
@@ -128,11 +129,12 @@ class CoreClient(OutputProcessor):
         options: RequestOptions = NO_OPTIONS,
         origin: Origin = UNKNOWN_ORIGIN,
         inputs: Sequence[PromptInputs] = (),
+        second_segments: Sequence[int] = (),
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt. Prompts are token ids, or texts if the core tokenizes.
 
         `inputs` are the multimodal inputs of each prompt, in order; they are released with the last output. If this
-        raises, they are the caller's.
+        raises, they are the caller's. `second_segments`: of a model that pools pairs of texts, see AddRequest.
 
         Raises:
             RequestError: a prompt or a parameter can't be served.
@@ -140,7 +142,7 @@ class CoreClient(OutputProcessor):
         """
         self.check_request(prompts, params, options.priority)
         assert len(inputs) in (0, len(prompts)), "inputs are given for all prompts or for none"
-        stream = RequestStream(prompts, params, self, self.clock.now(), origin, options, inputs)
+        stream = RequestStream(prompts, params, self, self.clock.now(), origin, options, inputs, second_segments)
         self.submit(stream)
         return stream
 
@@ -188,19 +190,18 @@ class CoreClient(OutputProcessor):
         self, stream: RequestStream, number: int, choice: int, bad_words: tuple[tuple[int, ...], ...]
     ) -> int:
         """Send one output of a prompt; returns its handle."""
-        inline, params, options, prompt = self.ready.inline, stream.params, stream.options, stream.prompts[number]
         sequence = next(self._numbers)
         handle = make_handle(self._front_end, sequence)
-        output = Output(handle, number * params.n + choice, number, stream, None if inline else self.tokenizer)
+        has_texts = not (self.ready.inline or self.ready.pooling)
+        tokenizer = self.tokenizer if has_texts else None
+        output = Output(handle, number * stream.params.n + choice, number, stream, tokenizer)
         stream.live[handle] = self._live[handle] = output
-        seed = self._draw_seed(params.seed, choice, sequence)
-        tokens_left = self.ready.max_model_len - length_of(prompt)
-        extra = asdict(options)
-        message = make_request(
-            handle, prompt, params, self.tokenizer, seed, tokens_left, bad_words=bad_words, inline=inline, **extra
-        )
-        if stream.inputs:
-            message = self._with_inputs(message, stream.inputs[number])
+        if self.ready.pooling is None:
+            message = self._message(stream, number, choice, sequence, bad_words)
+        else:
+            prompt, segments = stream.prompts[number], stream.second_segments
+            assert isinstance(prompt, list), "a text was not tokenized"
+            message = make_pooling_request(handle, prompt, segments[number] if segments else 0, stream.options)
         try:
             self._transport.send(message)
         except UNENCODABLE as error:
@@ -208,6 +209,24 @@ class CoreClient(OutputProcessor):
                 self.features.withdraw(self.replica, message.mm_inputs)
             raise RequestError(f"the request has a value that can't be sent to the engine: {error}") from error
         return handle
+
+    def _message(
+        self, stream: RequestStream, number: int, choice: int, sequence: int, bad_words: tuple[tuple[int, ...], ...]
+    ) -> AddRequest:
+        """The message of one output of a prompt that is continued."""
+        params, prompt = stream.params, stream.prompts[number]
+        message = make_request(
+            make_handle(self._front_end, sequence),
+            prompt,
+            params,
+            self.tokenizer,
+            self._draw_seed(params.seed, choice, sequence),
+            self.ready.max_model_len - length_of(prompt),
+            bad_words=bad_words,
+            inline=self.ready.inline,
+            **asdict(stream.options),
+        )
+        return self._with_inputs(message, stream.inputs[number]) if stream.inputs else message
 
     def _with_inputs(self, message: AddRequest, inputs: PromptInputs) -> AddRequest:
         """The message with the multimodal inputs of its prompt, to be sent before anything else runs."""
@@ -219,7 +238,8 @@ class CoreClient(OutputProcessor):
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary."""
-        check_prompt(prompt, self.ready.max_model_len, self.ready.prompt_vocab_size)
+        pools = self.ready.pooling is not None
+        check_prompt(prompt, self.ready.max_model_len, self.ready.prompt_vocab_size, pools=pools)
 
     def _draw_seed(self, seed: int | None, choice: int, sequence: int) -> int:
         if seed is not None and choice == 0:

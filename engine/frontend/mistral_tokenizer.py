@@ -57,6 +57,10 @@ class MistralBackend:
         ids: list[int] = self._inner.encode(text, bos=add_special_tokens, eos=False)
         return ids
 
+    def encode_pair(self, text: str, second: str) -> tuple[list[int], list[int]]:
+        ids = [*self.encode(text, True), *self.encode(second, False)]
+        return ids, [0] * len(ids)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         known = [token for token in ids if token < self.vocab_size]
         text: str = self._inner.decode(known, special_token_policy=self._hide if skip_special_tokens else self._show)

@@ -24,7 +24,7 @@ from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.streams import Output, RequestStream, TokenLogprob
 from engine.frontend.transport import Transport
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
-from engine.messages import Abort, Finished, FinishReason, Outputs
+from engine.messages import Abort, Finished, FinishReason, Outputs, Pooled
 
 log = logging.getLogger("redline.client")
 
@@ -73,6 +73,7 @@ class OutputProcessor:
                     output.stream.prompt_lengths[output.prompt] = admitted.prompt_tokens
                 self.stats.queue.observe(output.waited_s)
         finished = {one.handle: one for one in message.finished}
+        self._process_vectors(message.pooled)
         self._process_prompt_logprobs(message.prompt_logprobs)
         if message.handles:
             self._process_tokens(message, finished)
@@ -91,6 +92,12 @@ class OutputProcessor:
         for stream in self.touched:
             stream.flush()
         self.touched.clear()
+
+    def _process_vectors(self, pooled: Sequence[Pooled]) -> None:
+        for one in pooled:
+            output = self._live.get(one.handle)
+            if output is not None:
+                output.stream.vectors[output.index] = one.vector
 
     def _process_prompt_logprobs(self, scored: Sequence[PromptLogprobs]) -> None:
         """Keep the logprobs of prompt tokens. After a preemption they arrive again and are skipped."""

@@ -20,11 +20,20 @@ def length_of(prompt: Prompt) -> int:
     return len(prompt) if isinstance(prompt, list) else 0
 
 
-def check_prompt(prompt: list[int], max_model_len: int, vocab_size: int) -> None:
-    """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary."""
+def check_prompt(prompt: list[int], max_model_len: int, vocab_size: int, *, pools: bool = False) -> None:
+    """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary.
+
+    If the model `pools`, there is no output, so that the prompt may be as long as a request.
+    """
     if not prompt:
         raise RequestError("the prompt is empty: at least one token is needed", "prompt")
-    if len(prompt) >= max_model_len:
+    if pools and len(prompt) > max_model_len:
+        raise RequestError(
+            f"a text has {len(prompt)} tokens, but the model takes at most {max_model_len} (--max-model-len): "
+            "truncate_prompt_tokens -1 cuts it",
+            "input",
+        )
+    if not pools and len(prompt) >= max_model_len:
         raise RequestError(
             f"the prompt has {len(prompt)} tokens, but the model serves at most {max_model_len} (--max-model-len), "
             "including at least one output token",

@@ -42,7 +42,7 @@ class ReplicaTracker(ClientListener):
     def __init__(self, router: "Router", client: CoreClient, output_length: OutputLengthEstimate):
         self.client = client
         groups = len(client.ready.kv_windows)  # a cached block of tokens takes a KV block in each group
-        self.prefixes = PrefixIndex(client.ready.num_blocks // groups)
+        self.prefixes = PrefixIndex(client.ready.num_blocks // max(groups, 1))  # encoders have none
         self.assigned_tokens = 0.0  # in total, since the start
         self._router = router
         self._output_length = output_length
@@ -147,13 +147,14 @@ class Router:
         options: RequestOptions = NO_OPTIONS,
         origin: Origin = UNKNOWN_ORIGIN,
         inputs: Sequence[PromptInputs] = (),
+        second_segments: Sequence[int] = (),
     ) -> RequestStream:
         """Start `params.n` outputs for each prompt, all on one replica; see `CoreClient.add_request`."""
         able = responsive(self._serving())
         client = able[0].client
         client.check_request(prompts, params, options.priority)
         assert len(inputs) in (0, len(prompts)), "inputs are given for all prompts or for none"
-        stream = RequestStream(prompts, params, client, self.clock.now(), origin, options, inputs)
+        stream = RequestStream(prompts, params, client, self.clock.now(), origin, options, inputs, second_segments)
         self._route(stream, able)
         return stream
 

@@ -155,9 +155,12 @@ class RequestStream:
         origin: Origin,
         options: RequestOptions = NO_OPTIONS,
         inputs: Sequence[PromptInputs] = (),
+        second_segments: Sequence[int] = (),
     ):
         self.prompts = prompts
         self.inputs = inputs  # multimodal inputs of each prompt; empty: there are none
+        self.second_segments = second_segments  # of a model that pools pairs of texts: see AddRequest
+        self.vectors: dict[int, bytes] = {}  # of a model that pools, by output
         self.prompt_lengths = [length_of(prompt) for prompt in prompts]
         self.params = params
         self.arrived = arrived

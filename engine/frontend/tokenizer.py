@@ -52,6 +52,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens)
 
+    def encode_pair(self, text: str, second: str) -> tuple[list[int], list[int]]:
+        """Token ids of a pair of texts with special tokens, and the type of each: 0, or 1 from the second text on."""
+        return self.backend.encode_pair(text, second)
+
     def encode_prompt(self, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
         """As `encode`, for a text of at most `max_tokens` tokens.
 

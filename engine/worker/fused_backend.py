@@ -46,17 +46,31 @@ class FusedBackend:
         weakref.finalize(self, pages.close)
 
     def forward(self, batch: StepBatch) -> None:
+        self._begin(batch)
+        if self._vocabulary is None and batch.mm is None:
+            self.stack.run(0, self.stack.last_part)
+        else:
+            self._run_parts(batch.mm)
+
+    def hidden_states(self, batch: StepBatch, at: Int64s) -> Tensor:
+        """Compute a step of one rank without logits.
+
+        Returns the last hidden states, behind the final norm, at some of its tokens: float32 [len(at), hidden].
+        """
+        assert self._vocabulary is None, "ranks that divide a model don't return hidden states"
+        self._begin(batch)
+        self.stack.run(0, self.stack.last_part - 1)
+        hidden = torch.from_numpy(self.stack.hidden())[torch.from_numpy(at)]
+        weight: Tensor = self._model.model.norm.weight  # type: ignore[union-attr, assignment]
+        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self._spec.epsilon) * weight.float()
+
+    def _begin(self, batch: StepBatch) -> None:
         columns = (
             batch.starts, batch.counts, batch.num_computed_tokens, batch.tables, batch.ids, batch.positions,
             batch.row_of, batch.logits_at,
         )  # fmt: skip
         self._pages.reach(int(batch.tables.max()))
-        stack = self.stack
-        stack.begin(Batch.of(*columns, rotary=batch.rotary_positions), *self._adapters_of(batch))
-        if self._vocabulary is None and batch.mm is None:
-            stack.run(0, stack.last_part)
-        else:
-            self._run_parts(batch.mm)
+        self.stack.begin(Batch.of(*columns, rotary=batch.rotary_positions), *self._adapters_of(batch))
 
     def _run_parts(self, mm: MMRows | None) -> None:
         """Run a step in pieces, between which ranks sum their partial results and inputs are put in."""

@@ -40,6 +40,14 @@ class GenericBackend:
         arguments["logits_to_keep"] = torch.from_numpy(logits_at)
         self._logits = attention_interface.run_model(self._model, forward, arguments).logits[0]
 
+    def hidden_states(self, batch: StepBatch, at: Int64s) -> Tensor:
+        """Compute a step without logits. Returns the last hidden states at some of its tokens, float32 [len(at), …]."""
+        self._adapters.begin(batch.adapter_slots, batch.row_of)
+        forward, arguments = self._context(batch), self._arguments(batch)
+        base: nn.Module = self._model.base_model  # type: ignore[assignment]
+        hidden: Tensor = attention_interface.run_model(base, forward, arguments).last_hidden_state[0]
+        return hidden[torch.from_numpy(at)].float()
+
     def _context(self, batch: StepBatch) -> ForwardContext:
         ragged = Ragged(batch.starts, batch.counts, batch.num_computed_tokens, batch.tables)
         return ForwardContext.build(self._cache, ragged, batch.row_of, batch.positions, self._workspace)

@@ -62,6 +62,7 @@ class StepBatch:
 
 
 _NONE: Int64s = np.zeros(0, dtype=np.int64)
+_NO_LIMIT = 2**31  # blocks of a slot, if the model has no KV cache, and thus no KV groups
 
 
 class WorkerSlots:
@@ -112,14 +113,14 @@ class WorkerSlots:
         num_tokens = self.num_tokens[slots]
         counts += drafts
         ends = num_computed + counts
-        capacity = self.num_blocks[:, slots].min(0) * self.block_size
+        capacity = self.num_blocks[:, slots].min(0, initial=_NO_LIMIT) * self.block_size
         wrong = ~self.live[slots] | (ends - drafts > num_tokens) | (ends > capacity)
         if wrong.any():
             slot = int(slots[np.flatnonzero(wrong)[0]])
             raise RuntimeError(
                 f"step {message.step}: slot {slot} (live: {bool(self.live[slot])}) can't compute {wanted[slot]} tokens "
                 f"after {self.num_computed_tokens[slot]} of {self.num_tokens[slot]} in "
-                f"{self.num_blocks[:, slot].min()} blocks"
+                f"{self.num_blocks[:, slot].min(initial=_NO_LIMIT)} blocks"
             )
         starts = np.cumsum(counts) - counts
         row_of = np.repeat(np.arange(len(slots)), counts)

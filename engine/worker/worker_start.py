@@ -17,9 +17,11 @@ from engine.worker.rank_protocol import DeviceKind
 from engine.worker.threads import limit_libraries, pin_thread
 
 if TYPE_CHECKING:
+    from engine.worker.backend_builder import BuiltBackend
     from engine.worker.device import Device
     from engine.worker.device_runner import DeviceRunner
     from engine.worker.driver_broadcast import Follower
+    from engine.worker.pooling_runner import BuiltPooling, PoolingRunner
     from engine.worker.runner import Runner
 
 
@@ -51,7 +53,7 @@ def start_worker(
     resolved: ResolvedConfig,
     progress: Progress | None = None,
     place: RankPlace | None = None,
-) -> "tuple[Runner | Follower, StartReport]":
+) -> "tuple[Runner | Follower | PoolingRunner, StartReport]":
     """Load a rank's part of the model and allocate its KV cache; with a place, also join the other ranks.
 
     The calling thread must be the one that runs steps: it may be pinned to a core.
@@ -66,8 +68,14 @@ def start_worker(
     torch.set_num_threads(threads_per_rank(config.total_ranks))
     phases.end("import torch")
     meta_model = open_model(config, model_info, progress)
-    worker: Runner | Follower
-    if place is None:
+    worker: Runner | Follower | PoolingRunner
+    built: BuiltBackend | BuiltPooling
+    if model_info.pooling is not None:
+        from engine.worker.pooling_runner import build_pooling_runner
+
+        phases.end("open model")
+        worker, built = build_pooling_runner(config, model_info, resolved, meta_model)
+    elif place is None:
         phases.end("open model")
         worker, built = build_runner(config, model_info, resolved, meta_model)
     else:

@@ -167,7 +167,9 @@ def test_an_option_of_v0_falls_back_to_v0_and_says_so(flags: list[str], asked: A
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 is not supported"),
         (["-pp", "2"], "use --tp"),
         (["--distributed-executor-backend", "ray"], "one machine"),
-        (["--task", "embed"], "--task embed is not supported: only text generation is supported"),
+        (["--task", "embed"], "--task embed is not supported: use --runner and --convert"),
+        (["--pooler-config", '{"pooling": "MEAN"}'], "--pooler-config has no field pooling: there are pooling_type"),
+        (["--pooler-config", '{"pooling_type": "MAX"}'], "pooling_type must be one of MEAN, CLS, LAST"),
         (["--speculative-config", "{}"], "--speculative ngram"),
     ],
 )

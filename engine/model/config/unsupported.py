@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine.model.checkpoints.quantized import quantization_config, unsupported_quantization
-from engine.model.families import family_of
+from engine.model.families import family_of, is_encoder
 from engine.multimodal.families import MM_FAMILIES
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -24,6 +24,8 @@ def unsupported_reason(hf_config: Any) -> str | None:
     """Why a model can't be served, as the end of a sentence about it; None if it can."""
     if hf_config.model_type in MM_FAMILIES:
         return _unsupported_decoder(hf_config.get_text_config(decoder=True), hf_config)
+    if is_encoder(hf_config):
+        return _unsupported_decoder(hf_config, hf_config)
     return _unsupported_decoder(hf_config, hf_config) or _unsupported_class(hf_config)
 
 

@@ -14,20 +14,24 @@ from torch import nn
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.kernels.attention import Layout, Ragged, Workspace
+from engine.model.checkpoints.reader import Reader
 from engine.model.checkpoints.weight_mapping import WeightMapping, map_weights
 from engine.model.composed_decoder import build_composite
 from engine.model.loading.meta_model import MetaModel, first_paths, parameters_on_meta
 from engine.model.loading.weight_sources import CheckpointSource, RandomSource
 from engine.model.model_info import ModelInfo, checkpoint_tensors, longrope_original_length, read_hf_config
+from engine.model.pooling import with_tied_head
 from engine.model.runtime import attention_interface
 from engine.model.runtime.attention_interface import ForwardContext, KVCache
 from engine.multimodal.families import MM_FAMILIES
-from engine.pretrained import build_causal_lm
+from engine.pooling import PoolingSpec
+from engine.pretrained import build_causal_lm, build_encoder
 from engine.text import first_line
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 TOWER_ATTENTION = "sdpa"  # of encoders
+HEAD = "score.weight"  # of decoders with a classification head
 PROBE = 4  # tokens of the check
 PROGRESS_INTERVAL = 0.1  # seconds between two reports of progress, at least
 # Tensors of old checkpoints that the class computes itself.
@@ -51,7 +55,7 @@ def open_model(config: EngineConfig, model_info: ModelInfo, progress: Progress |
     dtype = getattr(torch, model_info.dtype)
     try:
         with _quiet_transformers(), parameters_on_meta():
-            model = _build_class(hf_config, dtype)
+            model = _build_class(hf_config, dtype, model_info.pooling)
     except KeyError as error:  # the class looks up its attention in a table of its own
         raise ModelError(f"{config.model} can't be run: {_does_not_fit(model_info)}: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -65,8 +69,15 @@ def open_model(config: EngineConfig, model_info: ModelInfo, progress: Progress |
     return MetaModel(model, _checkpoint_source(model, config, model_info, progress), keep_float32)
 
 
-def _build_class(hf_config: Any, dtype: torch.dtype) -> Any:
-    """The class with paged attention in its decoder; towers keep transformers' own."""
+def _build_class(hf_config: Any, dtype: torch.dtype, pooling: PoolingSpec | None) -> Any:
+    """The class with paged attention in its decoder; towers and encoders keep transformers' own."""
+    if pooling is not None and pooling.encoder:
+        return build_encoder(hf_config, classifies=pooling.task == "classify", dtype=dtype)
+    if pooling is not None:
+        hf_config = with_tied_head(hf_config)
+        model = build_causal_lm(hf_config, dtype=dtype, attn_implementation=attention_interface.ATTENTION)
+        model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), HEAD]
+        return model
     if hf_config.model_type in MM_FAMILIES:
         attention = {"": TOWER_ATTENTION, "text_config": attention_interface.ATTENTION}
         return build_composite(hf_config, dtype=dtype, attn_implementation=attention)
@@ -131,6 +142,25 @@ def _warn_unused(mapping: WeightMapping, model: Any, name: str) -> None:
             len(unused),
             unused[0],
         )
+
+
+def read_head(config: EngineConfig, model_info: ModelInfo) -> torch.Tensor:
+    """The classification head of a decoder, float32 [labels, hidden]; random with dummy weights.
+
+    Raises ModelError if the checkpoint has none.
+    """
+    assert model_info.pooling is not None, "the model generates"
+    shape = model_info.pooling.width, model_info.hidden_size
+    head = torch.empty(shape)
+    if config.load_format == "dummy":
+        return head.normal_(std=0.02, generator=torch.Generator().manual_seed(config.seed))
+    stored = checkpoint_tensors(config, model_info.path, read_hf_config(model_info.path, config)).get(HEAD)
+    if stored is None or tuple(stored.shape) != shape:
+        found = "lacks it" if stored is None else f"has one of shape {tuple(stored.shape)}"
+        raise ModelError(f"{config.model}: the head {HEAD} must have the shape {shape}, but the checkpoint {found}")
+    with contextlib.closing(Reader()) as reader:
+        reader.copy(stored, (0, 0), head)
+    return head
 
 
 class _ProgressMeter:

@@ -65,7 +65,8 @@ def test_asking_for_more_than_is_free_is_a_bug_with_numbers():
     with pytest.raises(AssertionError, match="4 blocks were requested, 3 are free"):
         BlockPool(4).allocate(4)
     with pytest.raises(ValueError, match="null block"):
-        BlockPool(1)
+        BlockPool(0)
+    assert BlockPool(1).usage == 0
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -56,7 +56,7 @@ def test_a_hub_id_without_a_hub_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="somebody/something is neither a folder here nor one of smollm2-135m"):
+    with pytest.raises(ModelError, match="somebody/something is neither a folder here nor one of minilm-l6, smol"):
         resolve_model("somebody/something")
 
 
