@@ -14,8 +14,10 @@ from engine.api.render import Chunks, chunk_options, new_head, usage
 from engine.api.request_id import client_id
 from engine.api.shown_prompts import ShownPrompts
 from engine.api.state import ApiState, message_texts
-from engine.api.tools import callable_tools
+from engine.api.tools import choose_tools
+from engine.errors import RequestError
 from engine.frontend.media_inputs import Conversation
+from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import CollectedOutput, collect_outputs
 from engine.frontend.structured_outputs import check_grammar
 
@@ -32,11 +34,11 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
     options = answer_options(state, body)
     if options is not None:
-        params = replace(params, visible_special_ids=state.answers.visible_ids)
+        params = with_parsing(state, params, options)
     await check_grammar(state.client, params.structured_outputs)
     state.check_template(body.chat_template)
     conversation = state.conversation(body.messages)
-    template = template_options(body) | {"tools_as_text": options is not None and bool(options.tools)}
+    template = template_options(body) | {"tools_as_text": options is not None and bool(options.choice.tools)}
     prompt_text = await written_prompt(state, conversation, template) if body.return_prompt_text else None
     preparing = state.chat_prompt(
         conversation,
@@ -80,17 +82,29 @@ def answer_options(state: ApiState, body: ChatRequest) -> AnswerOptions | None:
 
     Raises RequestError, with the field, for tools that can't be used.
     """
-    tools = callable_tools(body.tools, body.tool_choice)
-    if tools:
+    choice = choose_tools(body.tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
+    if choice.tools and not choice.enforced:
         state.check_calls(own_template=not body.chat_template)
     separate = body.separate_reasoning is not False
-    if not state.answers.parses(tools=bool(tools), reasoning=separate):
+    if not choice.enforced and not state.answers.parses(tools=bool(choice.tools), reasoning=separate):
         return None
     return AnswerOptions(
-        tools=tools,
-        parallel=body.parallel_tool_calls is not False,
+        choice=choice,
         separate_reasoning=separate,
         include_reasoning=body.include_reasoning is not False,
+    )
+
+
+def with_parsing(state: ApiState, params: SamplingParams, options: AnswerOptions) -> SamplingParams:
+    """The parameters of outputs that are parsed: with the special tokens and the constraints of calls."""
+    wanted = options.choice.structured_outputs(state.answers.tools)
+    if wanted is not None and params.structured_outputs is not None:
+        field = params.structured_outputs.field
+        raise RequestError(f"{field} excludes strict tools, and a tool_choice that enforces a call", field)
+    return replace(
+        params,
+        visible_special_ids=state.answers.visible_ids,
+        structured_outputs=wanted or params.structured_outputs,
     )
 
 
@@ -115,11 +129,12 @@ def choice(
         message: dict[str, object] = {"role": "assistant", "content": echoed + output.text, "refusal": None}
     else:
         message = answers.message(output.text, echoed)
+    named = answers is not None and bool(answers.options.choice.named)
     shown: dict[str, object] = {
         "index": index,
         "message": message,
         "logprobs": None,
-        "finish_reason": finish_reason(output.finish_reason, called="tool_calls" in message),
+        "finish_reason": finish_reason(output.finish_reason, called="tool_calls" in message, named=named),
         "stop_reason": output.stop_reason,
     }
     if body.logprobs:

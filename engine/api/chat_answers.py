@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from engine.api.render import Chunks
-from engine.frontend.answer_format import AnswerFormat, Schemas, prompt_end
+from engine.api.tools import ToolChoice
+from engine.frontend.answer_format import AnswerFormat, prompt_end
 from engine.frontend.parsing.events import (
     AnswerParser,
     Arguments,
@@ -27,14 +28,12 @@ class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the messages of one request contain.
 
     Attributes:
-        tools: schemas of the parameters of the tools that may be called, by name.
-        parallel: whether a message may have several calls; further ones are left out otherwise.
+        choice: the tools that may be called. Without `parallel`, calls after the first are left out.
         separate_reasoning: whether reasoning is separated from the content.
         include_reasoning: whether separated reasoning is shown.
     """
 
-    tools: Schemas
-    parallel: bool = True
+    choice: ToolChoice
     separate_reasoning: bool = True
     include_reasoning: bool = True
 
@@ -45,14 +44,17 @@ class ChatAnswers:
     def __init__(self, answers: AnswerFormat, tokenizer: Tokenizer, prompt: Prompt, options: AnswerOptions):
         self.options = options
         end = prompt_end(tokenizer, prompt.text if isinstance(prompt, Text) else prompt)
-        self.new_parser: Callable[[], AnswerParser] = lambda: answers.parser(
-            end, options.tools, reasoning=options.separate_reasoning
+        choice = options.choice
+        self.new_parser: Callable[[], AnswerParser] = lambda: (
+            answers.enforced_parser(choice.named)
+            if choice.enforced
+            else answers.parser(end, choice.tools, reasoning=options.separate_reasoning)
         )
 
     def message(self, text: str, echoed: str) -> dict[str, Any]:
         """The message of a whole output; its content begins with `echoed`."""
         answer = parse_answer(self.new_parser(), text)
-        calls = answer.calls if self.options.parallel else answer.calls[:1]
+        calls = answer.calls if self.options.choice.parallel else answer.calls[:1]
         message: dict[str, Any] = {"role": "assistant", "content": echoed + answer.content, "refusal": None}
         if calls:
             message["content"] = message["content"] or None
@@ -73,9 +75,15 @@ class ChatAnswers:
         return DeltaReader(self.new_parser(), self.options)
 
 
-def finish_reason(reason: str | None, *, called: bool) -> str | None:
-    """The `finish_reason` of an output that ended for this reason."""
-    return "tool_calls" if called and reason == "stop" else reason
+def finish_reason(reason: str | None, *, called: bool, named: bool) -> str | None:
+    """The `finish_reason` of an output that ended for this reason.
+
+    Args:
+        reason: of the core.
+        called: whether the message has calls.
+        named: whether the request names the tool; then OpenAI's API has "stop".
+    """
+    return "tool_calls" if called and not named and reason == "stop" else reason
 
 
 class DeltaReader:
@@ -83,7 +91,7 @@ class DeltaReader:
 
     def __init__(self, parser: AnswerParser, options: AnswerOptions):
         self._parser = parser
-        self._most_calls = None if options.parallel else 1
+        self._most_calls = None if options.choice.parallel else 1
         self._hides_reasoning = not options.include_reasoning
         self.num_calls = 0
 
@@ -147,7 +155,8 @@ class AnswerChunks(Chunks):
         parts = reader.read(delta.text, final=final)
         if not parts and not (final or delta.logprobs or self._token_ids or self._continuous):
             return b""
-        delta.finish_reason = finish_reason(delta.finish_reason, called=reader.num_calls > 0)
+        named = bool(self._answers.options.choice.named)
+        delta.finish_reason = finish_reason(delta.finish_reason, called=reader.num_calls > 0, named=named)
         plain = Delta(delta.index, "", [])
         chunks = [self._chunk(one, plain) for one in parts[:-1]]
         chunks.append(self._chunk(parts[-1] if parts else {}, delta))

@@ -5,7 +5,9 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.frontend.parsing import harmony, python_calls, xml_calls
+from engine.frontend.parsing.call_ids import new_id, new_mistral_id
 from engine.frontend.parsing.call_parser import CallFormat, CallParser
+from engine.frontend.parsing.enforced_calls import EnforcedCall, EnforcedCalls
 from engine.frontend.parsing.events import AnswerParser, PlainText
 from engine.frontend.parsing.json_calls import JsonFormat
 from engine.frontend.parsing.mistral_calls import MARKER, MistralFormat
@@ -75,6 +77,11 @@ class AnswerFormat:
             return parser
         always = self.reasoning == "deepseek_r1" and not self._tags.is_closed(prompt)
         return ReasoningParser(self._tags, parser, opened=always or self._tags.is_open(prompt))
+
+    def enforced_parser(self, named: str) -> AnswerParser:
+        """A parser for an output that is constrained to calls; `named`: of this tool, else of any."""
+        ids = new_mistral_id if self.tools == "mistral" else new_id
+        return EnforcedCall(named, ids) if named else EnforcedCalls(ids)
 
     def _call_format(self, tools: Schemas) -> CallFormat | None:
         if self.tools == "hermes":

@@ -23,6 +23,8 @@ TEMPLATE = (
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %};"
     "{% endfor %}a:{% if think %}<think>{% endif %}{# </think> #}"
 )
+REQUIRED = {"tool_choice": "required"}
+NAMED = {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
 OTHER = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
 HARMONY = (
@@ -213,9 +215,11 @@ async def test_the_openai_client_reads_calls():
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]}, "tools"),
         ({"tools": [TIME, TIME]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_time"}}}, "tool_choice"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}], **REQUIRED},
+            "tools",
+        ),
+        ({"tools": TOOLS, "guided_regex": "a", **REQUIRED}, "guided_regex"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ],
@@ -225,6 +229,43 @@ async def test_tools_that_cannot_be_used(fields: dict[str, Any], param: str):
         error = await server.refusal(PATH, {"messages": [USER], **fields})
         assert error["param"] == param
         assert not server.core.has_work
+
+
+async def test_enforced_calls():
+    first = '{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}'
+    script = f'[{first}, {{"name": "get_time", "arguments": {{}}}}]'
+    async with served(script) as server:
+        choice = await whole_and_streamed(server, script, tools=TOOLS, **REQUIRED)
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+        expected = [("get_weather", {"city": "Rome", "days": 2}), ("get_time", {})]
+        assert without_ids(choice["message"]["tool_calls"]) == expected
+    async with served(f"[{first}]") as server:
+        choice = await whole_and_streamed(server, script, tools=TOOLS, parallel_tool_calls=False, **REQUIRED)
+        assert without_ids(choice["message"]["tool_calls"]) == expected[:1]
+
+
+async def test_a_named_call_is_streamed_as_it_is_written():
+    script = '{"city": "Rome", "days": 2}'
+    async with served(script) as server:
+        choice = await whole_and_streamed(server, script, tools=TOOLS, **NAMED)
+        assert choice["finish_reason"] == "stop", "as OpenAI has it"
+        assert without_ids(choice["message"]["tool_calls"]) == [("get_weather", {"city": "Rome", "days": 2})]
+        asked = {"messages": [USER], "tools": TOOLS, "stream": True, **NAMED}
+        chunks = events((await server.http.post(PATH, json=asked)).text)
+        assert len([one for one in chunks if one["choices"][0]["delta"].get("tool_calls")]) > 10
+
+
+async def test_strict_arguments():
+    strict = [{"type": "function", "function": WEATHER["function"] | {"strict": True}}, TIME]
+    async with served("Wait.\n" + CALL) as server:
+        choice = await whole_and_streamed(server, CALL, tools=strict)
+        assert without_ids(choice["message"]["tool_calls"]) == [("get_weather", {"city": "Rome", "days": 2})]
+    async with served(CALL.replace(', "days": 2', ', "weeks": 2')) as server:  # a worker that ignores the masks
+        error = await server.refusal(PATH, {"messages": [USER], "tools": strict})
+        assert "grammar" in error["message"]
+    async with served("x", tool_call_parser="mistral") as server:
+        error = await server.refusal(PATH, {"messages": [USER], "tools": strict})
+        assert "strict" in error["message"]
 
 
 async def test_a_form_that_is_unknown_is_refused():
