@@ -123,6 +123,10 @@ faults: $(VENV)/installed-dev  ## What clients see when parts fail, and what isn
 bench-limits: install  ## What bodies that are far too long cost a server and its other clients: results/bench-limits.json
 	$(BIN)/python -m tests.perf.bench_limits
 
+.PHONY: bench-structured
+bench-structured: install  ## CPU time and ITL with and without grammars, and the cost of a mask, MODEL=… ROUNDS=12: results/bench-structured.json
+	$(BIN)/python -m tests.perf.bench_structured
+
 .PHONY: fuzz-api
 fuzz-api: $(VENV)/installed-dev  ## schemathesis over the server's OpenAPI document, EXAMPLES=2000: results/fuzz-api.json
 	$(BIN)/python -m tests.perf.fuzz_api

@@ -1,9 +1,9 @@
 """Sampling from logits for slots whose tokens the model backend can't choose (penalties, filters, logprobs, …).
 
-Order: logit bias, tokens excluded by the grammar, min_tokens, bad words and allowed tokens, penalties, temperature,
-min_p, top_k and top_p, draw. A slot draws with one number, hashed from its seed and the number of its output tokens.
-So its tokens do not depend on other slots, on chunks or on a preemption. A feature takes time only for slots that use
-it.
+Order: tokens excluded by the grammar, logit bias, tokens excluded by min_tokens, bad words and allowed tokens,
+penalties, temperature, min_p, top_k and top_p, draw. A slot draws with one number, hashed from its seed and the number
+of its output tokens. So its tokens do not depend on other slots, on chunks or on a preemption. A feature takes time
+only for slots that use it.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from engine.worker.slots import WorkerSlots
 BATCH_ROWS = 32  # rows of logits that are converted to float32 at a time: bounds the workspace
 RUN = 256  # tokens whose weights are summed first when drawing
 _FLOORS = (1e-2, 1e-4, 0.0)  # top_p looks at weights above a floor first; the greedy token weighs 1
+
+_EXCLUDED = torch.tensor(-torch.inf)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -102,7 +104,9 @@ def _adjust(
     touched = [i for i, p in enumerate(params) if p.adjusts_logits or accepted[i] is not None]
     if not touched:
         return logits
-    if shared:
+    if any(mask is not None for mask in accepted):
+        logits = _masked(logits, accepted)
+    elif shared:
         logits = logits.clone()
     for i in touched:
         p, slot = params[i], chosen[i]
@@ -112,9 +116,6 @@ def _adjust(
             ids = torch.tensor([token for token, _ in p.logit_bias if token < len(line)])
             bias = torch.tensor([value for token, value in p.logit_bias if token < len(line)])
             line[ids] += bias
-        mask = accepted[i]
-        if mask is not None:
-            line.masked_fill_(torch.from_numpy(~mask), -torch.inf)
         if p.bad_words or p.allowed or (p.stop_ids and len(output) < p.min_tokens):
             _exclude(line, p, output)
         if p.repetition_penalty != 1.0:
@@ -127,6 +128,17 @@ def _adjust(
             penalty = p.presence_penalty + p.frequency_penalty * counts
             line[torch.from_numpy(seen.astype(np.int64))] -= torch.from_numpy(penalty.astype(np.float32))
     return logits
+
+
+def _masked(logits: Tensor, accepted: list[NDArray[np.bool_] | None]) -> Tensor:
+    """A copy without the tokens that grammars exclude; in one pass, which takes half the time of two."""
+    copy = torch.empty_like(logits)
+    for line, mask, to in zip(logits, accepted, copy, strict=True):
+        if mask is None:
+            to.copy_(line)
+        else:
+            torch.where(torch.from_numpy(mask), line, _EXCLUDED, out=to)
+    return copy
 
 
 def _exclude(line: Tensor, p: Sampling, output: Int32s) -> None:
