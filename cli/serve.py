@@ -1,7 +1,9 @@
 """`redline serve`: an OpenAI-compatible server for one model."""
 
+import logging
+import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any
@@ -18,15 +20,19 @@ from cli.options import SpreadCommand, with_options
 from cli.screen import verbatim_console
 from cli.serve_options import SERVER_OPTIONS
 from cli.serve_values import apply_formats, read_chat_template, read_overrides_of, split_adapters
-from cli.start_table import show_start
+from cli.start_table import show_start, start_fields
 from cli.vllm_options import VLLM_OPTIONS
 from cli.vllm_options import notes as vllm_notes
 from engine.api.http_options import HttpOptions, Limits
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.log_format import VARIABLE, is_json
+from engine.phases import Phases, process_start
 from engine.text import human_bytes
 
 FILE_WIDTH = 200
+
+log = logging.getLogger("redline.serve")
 
 
 class ServeCommand(SpreadCommand):
@@ -107,10 +113,13 @@ class Serving:
     shutdown_timeout: float  # seconds
     disable_log_stats: bool
     log_requests: bool
+    log_format: str
     step_timeout: float  # seconds
+    restart_on_failure: int
 
 
 def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
+    phases = Phases(process_start())
     # Imported here because `redline serve --help` needs none of it.
     from engine.api.keys import read_keys
     from engine.api.ports import StartingResponder, bind_all
@@ -125,12 +134,15 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     http = replace(serving.http, api_keys=keys, media=config.media_options)
     tls = read_certificate(http.ssl_certfile, http.ssl_keyfile)
     console = make_console()
+    phases.end("start the command")
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
     for number in (signal.SIGINT, signal.SIGTERM):  # even if the parent shell ignores Ctrl-C
         signal.signal(number, interrupt)
+    os.environ[VARIABLE] = serving.log_format  # also of the processes that are started from here on
     log_to_stderr()
+    show_line: Callable[[str], None] = log.info if is_json() else console.print
     for note in notes:
-        console.print(f"note: {note}")
+        show_line(f"note: {note}")
     with StartingResponder(listeners[0], tls), StartProgress(console, f"starting {config.model}") as progress:
         engine = start_engine(
             config,
@@ -138,10 +150,20 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
             loading=progress.show_bytes,
             front_ends=serving.api_servers,
             step_timeout_s=serving.step_timeout,
+            phases=phases,
         )
-    show_start(console, engine)
-    options = ServeOptions(http, not serving.disable_log_stats, serving.log_requests, serving.shutdown_timeout)
-    return ServerRun(engine, listeners, options, console.print).run()
+    if is_json():
+        log.info("serving %s", engine.config.name, extra={"fields": start_fields(engine)})
+    else:
+        show_start(console, engine)
+    options = ServeOptions(
+        http,
+        not serving.disable_log_stats,
+        serving.log_requests,
+        serving.shutdown_timeout,
+        serving.restart_on_failure,
+    )
+    return ServerRun(engine, listeners, options, show_line, phases).run()
 
 
 class StartProgress:

@@ -11,6 +11,7 @@ from cli.options import SIZE, Finite, option
 from engine.api.http_options import MEDIA_BODY, TEXT_BODY, Limits
 from engine.config import SHUTDOWN_TIMEOUT_S, STEP_TIMEOUT_S
 from engine.frontend.parsing.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
+from engine.log_format import FORMATS
 
 SERVER, ACCESS, LIMIT, LOG = "Server", "Access", "Request limits", "Log and watchdog"
 ANSWERS = "Tool calls and reasoning"
@@ -79,6 +80,11 @@ SERVER_OPTIONS = (
     option(
         SERVER, "--shutdown-timeout", default=SHUTDOWN_TIMEOUT_S, type=Finite(0), metavar="SECONDS",
         help="Time for running requests to finish after SIGTERM or Ctrl-C. Requests that take longer are aborted.",
+    ),
+    option(
+        SERVER, "--restart-on-failure", default=0, type=click.IntRange(0, 100), metavar="COUNT",
+        help="Restart an engine that ended by itself, up to COUNT times within 10 minutes for each replica. Its "
+        "running requests fail with the cause. With 0, a replica stays down, and the server exits with the last one.",
     ),
     option(
         ACCESS, "--api-key", "api_keys", multiple=True, several=True, metavar="KEY…", default_text="none",
@@ -168,6 +174,10 @@ SERVER_OPTIONS = (
     option(
         LOG, "--enable-log-requests/--disable-log-requests", " /--no-enable-log-requests", "log_requests", default=True,
         help="Log one line of JSON for each finished output. Prompts and outputs are not logged.",
+    ),
+    option(
+        LOG, "--log-format", default="text", type=click.Choice(FORMATS), metavar="FORMAT",
+        help="Format of the log: text, or json for one JSON object per line, from all processes.",
     ),
     option(
         LOG, "--step-timeout", default=STEP_TIMEOUT_S, type=Finite(0), metavar="SECONDS",

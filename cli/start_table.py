@@ -13,9 +13,24 @@ from engine.text import human_bytes
 
 def show_start(console: Console, engine: Any) -> None:
     """Print the resolved settings: model, memory, capacity, and the time of each start phase."""
-    ready = engine.ready
     table = Table(title=f"Redline serves {engine.config.name}", title_justify="left", show_header=False, box=None)
-    for what, value, flag in [
+    for what, value, flag in start_rows(engine):
+        table.add_row(what, value, Text(flag, style="dim"))
+    console.print(table)
+    for warning in engine.warnings:
+        console.print(f"warning: {warning}")
+
+
+def start_fields(engine: Any) -> dict[str, Any]:
+    """The same for a log of JSON lines."""
+    rows = {what.strip(): value for what, value, _ in start_rows(engine)}
+    return {"settings": rows, "warnings": list(engine.warnings)}
+
+
+def start_rows(engine: Any) -> list[tuple[str, str, str]]:
+    """The resolved settings: name, value, and the flag that changes it."""
+    ready = engine.ready
+    return [
         ("model path", ready.model_path, ""),
         *replicas(engine.config),
         ("device", ready.device, "--device"),
@@ -35,12 +50,7 @@ def show_start(console: Console, engine: Any) -> None:
         ("prefix caching", "on" if ready.prefix_caching else "off", "--no-enable-prefix-caching"),
         *sampling_defaults(engine),
         *baseline(engine.config, ready),
-        ("start time", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in ready.seconds), ""),
-    ]:
-        table.add_row(what, value, Text(flag, style="dim"))
-    console.print(table)
-    for warning in engine.warnings:
-        console.print(f"warning: {warning}")
+    ]
 
 
 def pooling(ready: Any) -> list[tuple[str, str, str]]:

@@ -21,8 +21,10 @@ from engine import children
 from engine.children import Failure, Loading, RankHandle, ReportingChild, Up
 from engine.clock import MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
+from engine.log_format import log_everything
 from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import FeatureFolder, remove_stale_features
+from engine.phases import Phases
 from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class CoreOptions(children.PipeOptions):
     step_timeout_s: float
     memory: int | None  # bytes that the engine may use; None: what is free
     environment: dict[str, str]  # variables to set, see `engine.devices.machine.Machine.environment`
+    spawned: float  # when the parent starts the process, on the monotonic clock
 
 
 class CoreProcess:
@@ -76,6 +79,14 @@ class CoreProcess:
         memory: int | None = None,
         environment: Mapping[str, str] | None = None,
     ):
+        self._arguments: dict[str, Any] = {
+            "front_ends": front_ends,
+            "step_timeout_s": step_timeout_s,
+            "memory": memory,
+            "environment": environment,
+        }
+        self._config = config
+        self.spawned = time.monotonic()
         self._folder = SocketFolder()
         self.endpoints = Endpoints(
             f"ipc://{self._folder.path}/core", tuple(f"ipc://{self._folder.path}/front-{i}" for i in range(front_ends))
@@ -86,7 +97,9 @@ class CoreProcess:
         to_core, from_core = self.endpoints.to_core, self.endpoints.from_core
         self._child = ReportingChild(
             "engine.launch",
-            CoreOptions(config.describe(), to_core, from_core, step_timeout_s, memory, dict(environment or {})),
+            CoreOptions(
+                config.describe(), to_core, from_core, step_timeout_s, memory, dict(environment or {}), self.spawned
+            ),
             name="the EngineCore",
             memory_advice="lower --kv-cache-memory-bytes",
         )
@@ -120,6 +133,10 @@ class CoreProcess:
                 on_death(str(self._child.error(self._failure, named=False)))
 
         threading.Thread(target=wait, name="core-watch", daemon=True).start()
+
+    def successor(self) -> "CoreProcess":
+        """A new core with the same options, at addresses of its own; the caller must `stop` this one."""
+        return CoreProcess(self._config, **self._arguments)
 
     def stop(self) -> None:
         """End the core, and with it all requests; safe to call twice."""
@@ -167,13 +184,16 @@ def build_core_server(
     endpoints: Endpoints,
     progress: Callable[[int, int], None] | None = None,
     memory: int | None = None,
+    phases: Phases | None = None,
 ) -> BuiltCore:
     """Plan memory, load the model, and build the core's server.
 
     Args:
         progress: called with the bytes of weights read so far and in total.
         memory: bytes that the engine may use; None: what is free.
+        phases: of the start so far.
     """
+    phases = Phases() if phases is None else phases
     from engine.worker.threads import limit_libraries
 
     limit_libraries()  # before anything below imports torch
@@ -182,18 +202,21 @@ def build_core_server(
     from engine.length import fit_length
     from engine.memory import resolve, with_measured
     from engine.model.model_info import read_model_info
+    from engine.pretrained import import_libraries
     from engine.worker.executor import make_executor
 
-    start = time.monotonic()
+    phases.end("import the engine")
+    import_libraries()
+    phases.end("import torch")
     machine = machine_for(config)  # first: its errors need no model
     config, memory = fit_length(machine.adapt(config), memory)
     model_info = read_model_info(config)
     resolution = resolve(config, model_info, memory, machine)
-    ledger = [("read the configuration", time.monotonic() - start)]
+    phases.end("read the configuration")
     executor = make_executor(config, model_info, resolution.config, folder=endpoints.folder, progress=progress)
     resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.tensor_parallel_size)
     resolved = resolution.config
-    ledger += executor.seconds.items()
+    phases.add(executor.seconds, "start the executor")
     ready, features = _ready(config, model_info, resolution, executor), None
     if ready.mm is not None:
         features = FeatureFolder()
@@ -205,13 +228,13 @@ def build_core_server(
     server = CoreServer(
         resolved, executor, MonotonicClock(), *addresses, inline, feature_folder=folder, load_vocabulary=vocabulary
     )
-    began = time.monotonic()
+    phases.end("start the core")
     for name, path in config.adapters:
         server.core.load_adapter(name, path).result()
     if config.adapters:
-        ledger.append(("load adapters", time.monotonic() - began))
+        phases.end("load adapters")
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
-    return BuiltCore(server, replace(ready, seconds=tuple(ledger)), tuple(executor.ranks), features)
+    return BuiltCore(server, ready, tuple(executor.ranks), features)
 
 
 def _ready(
@@ -290,7 +313,7 @@ def build_inline(config: EngineConfig, resolved: ResolvedConfig, ready: Ready) -
 
 def main() -> int:
     """The EngineCore's process, from the options on stdin to its end."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
+    log_everything(logging.INFO)
     options = children.read_options(CoreOptions)
     if options is None:
         return 1
@@ -301,9 +324,11 @@ def main() -> int:
 
 def _run(options: CoreOptions, send: children.Send) -> None:
     os.environ.update(options.environment)  # before anything asks for devices
+    phases = Phases(options.spawned)
+    phases.end("start the EngineCore's process")
     endpoints = Endpoints(options.to_core, options.from_core)
     config = EngineConfig(**options.config)
-    built = build_core_server(config, endpoints, lambda *loaded: send(Loading(*loaded)), options.memory)
+    built = build_core_server(config, endpoints, lambda *loaded: send(Loading(*loaded)), options.memory, phases)
 
     def give_up(cause: str) -> None:
         # A hanging step can't be waited for: report the cause, then end the ranks and this process at once.
@@ -315,7 +340,8 @@ def _run(options: CoreOptions, send: children.Send) -> None:
     if options.step_timeout_s > 0:
         built.server.watch(options.step_timeout_s, give_up, built.ranks)
     children.freeze_heap()
-    send(Up.of(built.ready))
+    phases.end("start the core")
+    send(Up.of(replace(built.ready, seconds=tuple(phases.seconds.items()))))
     try:
         built.server.run()
     finally:

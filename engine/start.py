@@ -18,6 +18,7 @@ from engine.messages import Ready
 from engine.model.config.file_names import CONFIG, PARAMS
 from engine.model.resolve import resolve_model, resolve_tokenizer
 from engine.multimodal.feature_files import cache_bytes
+from engine.phases import Phases
 from engine.replicas import start_cores, stop_all, wait_all_ready
 
 
@@ -26,8 +27,8 @@ class Engine:
     """Running EngineCores, one for each replica, and what a front end needs to use them."""
 
     config: EngineConfig  # with model and tokenizer as folders
-    cores: tuple[CoreProcess, ...]
-    readies: tuple[Ready, ...]
+    cores: list[CoreProcess]
+    readies: list[Ready]
     tokenizer: Tokenizer
     warnings: tuple[str, ...]
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
@@ -62,6 +63,17 @@ class Engine:
         for replica, core in enumerate(self.cores):
             core.watch(partial(on_death, replica))
 
+    def restart(self, replica: int, on_death: Callable[[int, str], None]) -> None:
+        """Replace the core of a replica, which has ended, and block until the new one is up; `on_death` as of `watch`.
+
+        Raises the RedlineError of a core that can't be started.
+        """
+        ended, core = self.cores[replica], self.cores[replica].successor()
+        self.cores[replica] = core  # from here on, `stop` ends it
+        ended.stop()
+        self.readies[replica] = core.wait_ready()
+        core.watch(partial(on_death, replica))
+
     def stop(self) -> None:
         """End all cores; safe to call twice."""
         stop_all(self.cores)
@@ -74,13 +86,16 @@ def start_engine(
     loading: Callable[[int, int], None] | None = None,
     front_ends: int = 1,
     step_timeout_s: float = STEP_TIMEOUT_S,
+    phases: Phases | None = None,
 ) -> Engine:
     """Find the model, start the EngineCores, and wait until all are up. After an error no process is left.
 
     Args:
         progress: called with a line for each phase that takes time.
         loading: called, possibly from another thread, with the bytes of weights read so far and in total.
+        phases: of the start so far.
     """
+    phases = Phases() if phases is None else phases
     path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
     tokenizer_path = path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, progress)
     # A stand-in replaces a model's missing tokenizer, but never one that was given by --tokenizer.
@@ -95,7 +110,9 @@ def start_engine(
     except BaseException:
         stop_all(cores)
         raise
-    ready = readies[0]
+    slowest, ready = max(zip(cores, readies, strict=True), key=lambda pair: pair[0].spawned + total_of(pair[1]))
+    phases.end("find the model", slowest.spawned - phases.began)
+    phases.add(dict(ready.seconds), "load the tokenizer")  # which is loaded meanwhile
     if tokenizer.vocab_size > ready.prompt_vocab_size:
         warnings.append(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.prompt_vocab_size}: "
@@ -103,7 +120,12 @@ def start_engine(
         )
     generation.add_eos_ids(tokenizer, ready.vocab_size)
     core_warnings = dict.fromkeys(warning for ready in readies for warning in ready.warnings)
-    return Engine(config, cores, readies, tokenizer, (*core_warnings, *warnings), generation)
+    return Engine(config, list(cores), list(readies), tokenizer, (*core_warnings, *warnings), generation)
+
+
+def total_of(ready: Ready) -> float:
+    """Seconds from the start of a core's process until it was up."""
+    return sum(seconds for _, seconds in ready.seconds)
 
 
 def declared_vocab_size(path: Path) -> int | None:

@@ -1,10 +1,11 @@
 """A further API process of a server: `python -m engine.api.process`, started and ended by the first (see `run`).
 
 It has its own front-end number and listening socket, and shares the counters. After its options it gets lines on stdin:
-`core-lost REPLICA CAUSE`, `finish`, or `end CAUSE`. It ends by itself only if it fails.
+`core-lost REPLICA CAUSE`, `core-up REPLICA ADDRESS`, `finish`, or `end CAUSE`. It ends by itself only if it fails.
 """
 
 import asyncio
+import base64
 import contextlib
 import socket
 import sys
@@ -12,6 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from engine import children
 from engine.api.http_options import HttpOptions
@@ -91,6 +94,10 @@ class ApiProcess(ReportingChild):
         """Notify it that a replica is gone while others continue to serve."""
         self.send_line(f"core-lost {replica} {' '.join(cause.split())}")
 
+    def core_up(self, replica: int, core: CoreAddress) -> None:
+        """Notify it that a replica has a new core."""
+        self.send_line(f"core-up {replica} {base64.b64encode(msgspec.msgpack.encode(core)).decode()}")
+
     def end(self, cause: str) -> None:
         """Have it report the cause to its clients, and end."""
         self._stopping = True
@@ -154,6 +161,7 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
     from engine.api.http_server import ERROR_GRACE_S, HttpServer
     from engine.api.key_limit import KeyLoads
     from engine.api.state import ApiState
+    from engine.frontend.connect import reconnect
     from engine.frontend.logs import RequestLog
 
     loop = asyncio.get_running_loop()
@@ -169,6 +177,9 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
         if word == "core-lost":
             replica, _, cause = cause.partition(" ")
             client.core_lost(int(replica), cause)
+        elif word == "core-up":
+            replica, _, core = cause.partition(" ")
+            reconnect(client, int(replica), msgspec.msgpack.decode(base64.b64decode(core), type=CoreAddress))
         elif word == "end":
             client.fail_all(cause)
             server.end(ERROR_GRACE_S)

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +17,13 @@ import msgspec
 from engine.api.http_server import FORCED_GRACE_S
 from engine.api.key_limit import KeyLoads
 from engine.api.process import ApiProcess, ApiProcessOptions
+from engine.api.restarts import RestartPolicy
 from engine.errors import RedlineError
-from engine.frontend.connect import EngineClient
+from engine.frontend.connect import CoreAddress, EngineClient
 from engine.frontend.front_end_stats import Board
 
 log = logging.getLogger("redline.api")
 
-# After more restarts of a process within the period the server ends: the next process would end too.
-MAX_RESTARTS = 5
-RESTART_PERIOD_S = 600.0
-BACK_OFF_S = 0.5  # before the first restart; doubled before each further one
 # A successor numbers its requests from here on, its own successor from twice as far, so that handles never recur.
 GENERATION = 1 << 40
 ABORT_TIMEOUT_S = 2.0  # for the cores to confirm that they have aborted a process's requests
@@ -42,7 +38,8 @@ class _Place:
         self.descriptors = [board.descriptor for board in boards]
         self.process = self.start()
         self.up = False
-        self.ends: deque[float] = deque()  # times at which its processes ended by themselves
+        self.restarts = RestartPolicy()
+        self.restarted: dict[int, CoreAddress] = {}  # cores by replica, since the start of the server
 
     def start(self) -> ApiProcess:
         return ApiProcess(self.options, self.listener, self.descriptors)
@@ -91,14 +88,10 @@ class ApiProcesses:
             place.up = False
             if cause is None or self._stopping:
                 return
-            now = time.monotonic()
-            place.ends.append(now)
-            while now - place.ends[0] > RESTART_PERIOD_S:
-                place.ends.popleft()
-            if len(place.ends) > MAX_RESTARTS:
-                die(f"{cause}; it ended {len(place.ends)} times within {RESTART_PERIOD_S:g} s and is not restarted")
+            pause = place.restarts.next_pause(time.monotonic())
+            if pause is None:
+                die(f"{cause}; {place.restarts.why_not()}")
                 return
-            pause = BACK_OFF_S * 2 ** (len(place.ends) - 1)
             log.error("%s; its requests are aborted, and it is restarted in %g s", cause, pause)
             await self._forget_requests(place, client)
             await asyncio.sleep(pause)
@@ -117,9 +110,11 @@ class ApiProcesses:
             place.up = True
             for replica, cause in self._lost.items():
                 process.core_lost(replica, cause)
+            for replica, core in place.restarted.items():  # it may have started with the core's predecessor
+                process.core_up(replica, core)
             if self._stopping:
                 process.finish()
-            if place.ends:
+            if place.restarts.has_ended:
                 log.info("%s is serving", process.name)
         ended: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         process.watch(threadsafe(lambda cause: None if ended.done() else ended.set_result(cause)))
@@ -151,6 +146,14 @@ class ApiProcesses:
         for place in self._places:
             if place.up:
                 place.process.core_lost(replica, cause)
+
+    def core_up(self, replica: int, addresses: Sequence[CoreAddress]) -> None:
+        """Notify all that a replica has a new core; `addresses` are those of the further processes, in order."""
+        self._lost.pop(replica, None)
+        for place, core in zip(self._places, addresses, strict=True):
+            place.restarted[replica] = core
+            if place.up:
+                place.process.core_up(replica, core)
 
     def finish(self) -> None:
         """Let all end when their requests are done."""

@@ -87,11 +87,13 @@ class EngineCollector(Collector):
         for event in ("queue_full", "key_limit"):
             refused.add_metric([self._model, event], stats.events(event))
         yield refused
-        family = CounterMetricFamily(
-            "redline:request_timeouts", "Requests that exceeded --request-timeout.", labels=["model_name"]
-        )
-        family.add_metric([self._model], stats.events("timeout"))
-        yield family
+        for name, what, event in (
+            ("request_timeouts", "Requests that exceeded --request-timeout.", "timeout"),
+            ("core_restarts", "Restarts of EngineCores (--restart-on-failure).", "restart"),
+        ):
+            family = CounterMetricFamily(f"redline:{name}", what, labels=["model_name"])
+            family.add_metric([self._model], stats.events(event))
+            yield family
 
     def _histograms(self, stats: FrontEndStats) -> Iterator[Metric]:
         for name, what, histogram in (

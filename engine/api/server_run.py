@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +17,20 @@ from engine.api.http_server import ERROR_GRACE_S, FORCED_GRACE_S, HttpServer
 from engine.api.key_limit import KeyLoads
 from engine.api.process import ApiProcessOptions
 from engine.api.processes import ApiProcesses, threadsafe
+from engine.api.restarts import RestartPolicy
 from engine.api.state import ApiState
 from engine.config import SHUTDOWN_TIMEOUT_S
-from engine.errors import EngineDeadError
-from engine.frontend.connect import EngineClient
+from engine.errors import EngineDeadError, RedlineError
+from engine.frontend.connect import EngineClient, reconnect
 from engine.frontend.core_client import STOPPED
 from engine.frontend.front_end_stats import Board
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.logs import PERIOD_S, StatsLog, log_request
+from engine.phases import Phases, ledger_line
 from engine.start import Engine
 
 log = logging.getLogger("redline.stats")
+serve_log = logging.getLogger("redline.serve")
 
 FORCED_EXIT = 130
 
@@ -39,6 +43,7 @@ class ServeOptions:
     log_stats: bool = True
     log_requests: bool = True
     shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S  # for running requests, after the first signal
+    restart_on_failure: int = 0  # restarts of each core within RESTART_PERIOD_S
 
 
 class ServerRun(ClientListener):
@@ -46,6 +51,8 @@ class ServerRun(ClientListener):
 
     _client: EngineClient  # this and the next, once the event loop runs
     _http: HttpServer
+    _core_lost_threadsafe: Callable[[int, str], None]
+    _core_up_threadsafe: Callable[[int], None]
 
     def __init__(
         self,
@@ -53,14 +60,17 @@ class ServerRun(ClientListener):
         listeners: Sequence[socket.socket],
         options: ServeOptions,
         show_line: Callable[[str], None],
+        phases: Phases,
     ):
-        """`show_line` shows one line to the user."""
+        """`show_line` shows one line to the user; `phases` are those of the start so far."""
         self._engine = engine
         self._listener, *self._others = listeners
         self._options = options
         self._show_line = show_line
+        self._phases = phases
         self._created = int(time.time())
         self._boards = [Board(len(listeners)) for _ in engine.cores]
+        self._restarts = [RestartPolicy(options.restart_on_failure) for _ in engine.cores]
         keys = len(options.http.api_keys)
         limited = options.http.limits.max_requests_per_key is not None and keys
         self._key_loads = KeyLoads(len(listeners), keys) if limited else None
@@ -108,6 +118,7 @@ class ServerRun(ClientListener):
         ]
         self._processes = ApiProcesses(options, self._others, self._boards, self._key_loads)
         self._processes.wait_up()
+        self._phases.end("start API processes")
 
     # ----------------------------------------------------------------------------------------- within the event loop
 
@@ -122,7 +133,9 @@ class ServerRun(ClientListener):
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         on_core_lost = threadsafe(lambda lost: self._on_core_lost(*lost))
-        self._engine.watch(lambda *lost: on_core_lost(lost))
+        self._core_lost_threadsafe = lambda replica, cause: on_core_lost((replica, cause))
+        self._core_up_threadsafe = threadsafe(self._on_core_up)
+        self._engine.watch(self._core_lost_threadsafe)
         self._processes.watch(self._client, self._die)
         logging_stats = asyncio.ensure_future(self._log_stats())
         try:
@@ -134,6 +147,8 @@ class ServerRun(ClientListener):
     def _on_listening(self, url: str) -> None:
         children.freeze_heap()
         self._show_line(f"listening on {url}")
+        self._phases.end("start the HTTP server")
+        self._show_line(ledger_line(self._phases))
 
     async def _log_stats(self) -> None:
         if not self._options.log_stats:
@@ -178,7 +193,18 @@ class ServerRun(ClientListener):
     # -------------------------------------------------------------------------------------------------------- deaths
 
     def _on_core_lost(self, replica: int, cause: str) -> None:
-        """A core is gone; with the last one the server ends."""
+        """A core is gone: it is started again if that is allowed; with the last one the server ends."""
+        policy = self._restarts[replica]
+        if policy.limit and not self._signals and not self._stopping:
+            pause = policy.next_pause(time.monotonic())
+            if pause is not None:
+                cause = f"{cause}; it is restarted (--restart-on-failure)"
+                serve_log.error("replica %d: %s", replica, cause)
+                self._client.core_lost(replica, cause)
+                self._processes.core_lost(replica, cause)
+                asyncio.get_running_loop().call_later(pause, self._restart, replica)
+                return
+            cause = f"{cause}; {policy.why_not()}"
         self._lost.add(replica)
         count = len(self._engine.cores)
         if len(self._lost) == count:
@@ -187,9 +213,33 @@ class ServerRun(ClientListener):
         self._client.core_lost(replica, cause)
         self._processes.core_lost(replica, cause)
 
+    def _restart(self, replica: int) -> None:
+        """Start a new core, on a thread: nothing waits for it when the server ends meanwhile."""
+
+        def run() -> None:
+            try:
+                self._engine.restart(replica, self._core_lost_threadsafe)
+            except RedlineError as error:
+                self._core_lost_threadsafe(replica, f"its restart failed: {error}")
+            else:
+                self._core_up_threadsafe(replica)
+
+        if not self._signals and not self._stopping and self._cause_of_death is None:
+            threading.Thread(target=run, name="core-restart", daemon=True).start()
+
+    def _on_core_up(self, replica: int) -> None:
+        """A restarted core serves."""
+        if self._signals or self._stopping or self._cause_of_death is not None:
+            return
+        self._boards[replica].stats[0].count_event("restart")
+        reconnect(self._client, replica, self._engine.addresses()[replica])
+        front_ends = range(1, 1 + len(self._others))
+        self._processes.core_up(replica, [self._engine.addresses(number)[replica] for number in front_ends])
+        serve_log.warning("replica %d serves again, as process %d", replica, self._engine.readies[replica].process_id)
+
     def _die(self, cause: str) -> None:
         self._client.fail_all(cause)
-        self.core_died(cause)  # also if the client is closed already, and others still finish
+        self._end_with(cause)  # also if the client is closed already, and others still finish
 
     # ----------------------------------------------------------------------------------------------- from the client
 
@@ -201,6 +251,10 @@ class ServerRun(ClientListener):
         log_request(record)
 
     def core_died(self, cause: str) -> None:
+        if not self._options.restart_on_failure:  # otherwise the end of its process decides, see `_on_core_lost`
+            self._end_with(cause)
+
+    def _end_with(self, cause: str) -> None:
         if self._cause_of_death is not None or self._stopping:
             return
         self._cause_of_death = cause

@@ -62,3 +62,8 @@ def connect(
         replica = number if len(cores) > 1 else None
         clients.append(CoreClient(core.ready, tokenizer, transport, clock, replica=replica, **settings))
     return clients[0] if len(clients) == 1 else Router(clients, routing, seed + front_end)
+
+
+def reconnect(client: EngineClient, replica: int, core: CoreAddress) -> None:
+    """Have a client use the new core of a replica whose core was lost; called inside its event loop."""
+    client.core_up(replica, core.ready, ZmqTransport(core.to_core, core.from_core))

@@ -366,6 +366,18 @@ class CoreClient(OutputProcessor):
         """The core is gone: `fail_all`, with the replica's name in the cause."""
         self.fail_all(f"{self.name}: {cause}" if self.name else cause)
 
+    def core_up(self, replica: int, ready: Ready, transport: Transport) -> None:  # noqa: ARG002  (as of a Router)
+        """A new core has replaced the lost one: serve again. `ready` is its report, `transport` reaches it."""
+        self._transport.close()
+        self._transport = transport
+        self.ready = ready
+        self.dead, self.hung = None, ""
+        self.stats.core_replaced()
+        if self.features is not None:
+            assert ready.mm is not None, "the model takes no multimodal inputs"
+            self.features.attach(self.replica, ready.mm.folder, transport.send)
+        transport.open(self.deliver)
+
     def core_lost_threadsafe(self, replica: int, cause: str) -> None:
         """`core_lost`, from any thread; for `Engine.watch`."""
         if self._loop is not None and not self._loop.is_closed():

@@ -21,9 +21,9 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 REASONS = ("stop", "length", "abort", "error")
-# What happens to requests outside of the engine: one exceeded --request-timeout, or was refused because of --max-queue
-# or --max-requests-per-key.
-EVENTS = ("timeout", "queue_full", "key_limit")
+# What happens to requests outside of the engine, and to a core: a request that exceeded --request-timeout, one that was
+# refused because of --max-queue or --max-requests-per-key, a core that was started again.
+EVENTS = ("timeout", "queue_full", "key_limit", "restart")
 # Of the feature cache: inputs looked up, those found, bytes of its files. Of the pool: inputs processed, those that
 # failed, seconds of its processes, inputs that wait, processes.
 MM_COUNTERS = ("queries", "hits", "bytes", "jobs", "failures", "seconds", "waiting", "processes")
@@ -145,6 +145,12 @@ class FrontEndStats:
         cells[_AT] = at
         for index, value in enumerate(_numbers(stats), _CORE.start):
             cells[index] = value
+
+    def core_replaced(self) -> None:
+        """A new core counts from zero."""
+        self._tokens = 0.0
+        for index in range(_LIVE):
+            self._cells[index] = 0.0
 
     @property
     def core(self) -> Stats:

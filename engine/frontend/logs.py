@@ -5,6 +5,7 @@ import logging
 import msgspec
 
 from engine.frontend.listener import ClientListener, OutputRecord
+from engine.log_format import is_json, make_formatter
 from engine.messages import Stats
 
 log = logging.getLogger("redline.stats")
@@ -56,13 +57,15 @@ class RequestLog(ClientListener):
 
 def log_request(record: OutputRecord) -> None:
     """Log a record as one line of JSON."""
-    request_log.info("%s", msgspec.json.encode(record).decode())
+    fields = msgspec.to_builtins(record)
+    extra = {"message": f"{record.request} ended", "request": fields} if is_json() else {}
+    request_log.info("%s", msgspec.json.encode(record).decode(), extra={"fields": extra})
 
 
 def log_to_stderr() -> None:
-    """Write Redline's log of this process to stderr in the EngineCore's format, without the logs of libraries."""
+    """Write Redline's log of this process to stderr, without the logs of libraries."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s"))
+    handler.setFormatter(make_formatter())
     redline = logging.getLogger("redline")
     redline.handlers = [handler]
     redline.propagate = False

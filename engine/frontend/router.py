@@ -29,7 +29,9 @@ from engine.frontend.routing import (
 )
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Origin, Output, RequestOptions, RequestStream
+from engine.frontend.transport import Transport
 from engine.grammar import Grammar, GrammarCheck
+from engine.messages import Ready
 
 log = logging.getLogger("redline.router")
 
@@ -242,6 +244,12 @@ class Router:
     def core_lost(self, replica: int, cause: str) -> None:
         """A replica is gone; `replica_died` follows."""
         self.replicas[replica].core_lost(replica, cause)
+
+    def core_up(self, replica: int, ready: Ready, transport: Transport) -> None:
+        """A replica has a new core: it gets requests again, and its prefix cache is empty."""
+        self.replicas[replica].core_up(replica, ready, transport)
+        self.trackers[replica].prefixes.clear()
+        self.dead = None
 
     def core_lost_threadsafe(self, replica: int, cause: str) -> None:
         """`core_lost`, from any thread; for `Engine.watch`."""

@@ -20,6 +20,7 @@ from engine import children
 from engine.children import Failure, Loading, Up
 from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import RedlineError, cause_of
+from engine.log_format import log_everything
 from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo
 from engine.worker.rank_protocol import (
@@ -47,7 +48,7 @@ def main() -> int:
     options = children.read_options(RankOptions)
     if options is None:
         return 1
-    logging.basicConfig(format=f"%(levelname)s %(asctime)s %(name)s rank {options.rank}: %(message)s")
+    log_everything(logging.WARNING, rank=options.rank)
     children.end_with_parent()
     with socket.socket(fileno=options.socket_fd) as parent:
         report = partial(send_report, parent)

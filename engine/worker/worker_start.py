@@ -1,7 +1,6 @@
 """Starts the worker of one rank: libraries, model, kernels, KV cache."""
 
 import atexit
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from engine.host import threads_per_rank
 from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
+from engine.phases import Phases
 from engine.worker.rank_protocol import DeviceKind
 from engine.worker.threads import limit_libraries, pin_thread
 
@@ -58,7 +58,7 @@ def start_worker(
 
     The calling thread must be the one that runs steps: it may be pinned to a core.
     """
-    phases = _Phases()
+    phases = Phases()
     limit_libraries()
     import torch
 
@@ -107,7 +107,7 @@ def device_start(
     def start(
         config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, progress: Progress | None = None
     ) -> "tuple[DeviceRunner, StartReport]":
-        phases = _Phases()
+        phases = Phases()
         limit_libraries()
         from engine.model.loading.open_model import open_model
         from engine.model.sharding.shard_model import shard_model
@@ -146,17 +146,3 @@ def _make_device(torch_type: str, rank: int) -> "Device":
     from engine.worker.torch_device import TorchDevice
 
     return TorchDevice(torch_type)
-
-
-class _Phases:
-    """Durations of phases that follow each other."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    def end(self, name: str, seconds: float | None = None) -> None:
-        """End a phase now, or after `seconds`; the next one begins there."""
-        ended = time.perf_counter() if seconds is None else self._began + seconds
-        self.seconds[name] = ended - self._began
-        self._began = ended

@@ -28,7 +28,7 @@ class Fleet:
     def __init__(
         self, count: int, routing: str = "prefix", seed: int = 0, boards: list[Board] | None = None, **more: Any
     ):
-        config = resolved(**more)
+        self.config = config = resolved(**more)
         self.clock = FakeClock()
         self.cores: list[EngineCore] = []
         self.workers: list[FakeExecutor] = []
@@ -41,11 +41,7 @@ class Fleet:
         )  # fmt: skip
         replicas, numbers = [], itertools.count(1)
         for number in range(count):
-            worker = FakeExecutor(self.clock, config.block_size, lambda *_: 1.0)
-            transport = InlineTransport()
-            grammars = GrammarManager(lambda: GrammarVocabulary(TOKENIZER, VOCABULARY))
-            core = EngineCore(config, worker, self.clock, transport.from_core, grammars=grammars)
-            transport.receive = self._receiver(number, core)
+            core, worker, transport = self._start(number)
             board = boards[number] if boards else None
             replicas.append(
                 CoreClient(ready, TOKENIZER, transport, self.clock, board=board, numbers=numbers, replica=number)
@@ -55,6 +51,19 @@ class Fleet:
             self.transports.append(transport)
         self.router = Router(replicas, routing, seed)
         self.router.open()
+
+    def _start(self, number: int) -> tuple[EngineCore, FakeExecutor, InlineTransport]:
+        worker = FakeExecutor(self.clock, self.config.block_size, lambda *_: 1.0)
+        transport = InlineTransport()
+        grammars = GrammarManager(lambda: GrammarVocabulary(TOKENIZER, VOCABULARY))
+        core = EngineCore(self.config, worker, self.clock, transport.from_core, grammars=grammars)
+        transport.receive = self._receiver(number, core)
+        return core, worker, transport
+
+    def restart(self, number: int) -> None:
+        """A new core in place of one that was killed."""
+        self.cores[number], self.workers[number], self.transports[number] = self._start(number)
+        self.router.core_up(number, self.router.replicas[number].ready, self.transports[number])
 
     def _receiver(self, number: int, core: EngineCore) -> Any:
         def receive(data: bytes) -> None:
