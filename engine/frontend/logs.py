@@ -25,6 +25,8 @@ class StatsLog:
     def line(self, now: float, core: Stats) -> str | None:
         """The line for the interval that ends now; None if the core is still idle."""
         before, elapsed = self._before, max(now - self._at, 1e-9)
+        if core.steps < before.steps:
+            before = core  # one was started again and counts from zero: this interval is unknown
         self._before, self._at = core, now
         prompt = core.prompt_tokens - before.prompt_tokens
         generated = core.generation_tokens - before.generation_tokens

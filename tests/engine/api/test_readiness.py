@@ -1,6 +1,7 @@
 """/ready: a token has been produced, or it says why not."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,8 @@ from engine.api import readiness
 from engine.errors import RequestError
 from engine.messages import Hung, encode
 from tests.engine.api.conftest import InLoop
+from tests.engine.api.pooling_server import pooling_server
+from tests.engine.pooling_models import build
 
 
 async def test_a_server_that_nobody_asked_makes_a_token_itself(server: InLoop):
@@ -61,3 +64,11 @@ async def test_a_probe_that_fails_says_why(server: InLoop, monkeypatch: pytest.M
     monkeypatch.setattr(server.client, "check_request", refuse)
     answer = await server.http.get("/ready")
     assert (answer.status_code, answer.json()["error"]["message"]) == (503, "not ready: a probe failed: no room")
+
+
+async def test_a_model_that_pools_is_asked_for_a_vector_once(tmp_path: Path):
+    build("bert", tmp_path)
+    async with pooling_server(tmp_path) as server:
+        for _ in range(3):
+            assert (await server.http.get("/ready")).json() == {"status": "ready"}
+        assert sum(server.client.stats.finished.values()) == 1, "one probe is enough"

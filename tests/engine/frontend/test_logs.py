@@ -33,6 +33,16 @@ def test_the_line_is_about_its_interval():
     assert line.endswith("prefix hits -, preemptions 0")
 
 
+def test_rates_are_not_negative_after_a_restart():
+    lines = StatsLog(0.0, Stats(generation_tokens=500, prompt_tokens=90, steps=500))
+    line = lines.line(10.0, Stats(running=1, generation_tokens=1, prompt_tokens=1, steps=1))
+    assert line is not None
+    assert line.startswith("prompt 0.0 tok/s, generation 0.0 tok/s, running 1, ")
+    line = lines.line(20.0, Stats(running=1, generation_tokens=21, prompt_tokens=1, steps=21))
+    assert line is not None
+    assert "generation 2.0 tok/s" in line
+
+
 def test_idleness_is_told_once():
     lines = StatsLog(0.0, Stats())
     assert lines.line(10.0, Stats()) is None
