@@ -3,6 +3,7 @@
 A conversation is encoded without a text in between, so that a user's text can never become a control token.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ class MistralBackend:
         self.vocab_size: int = self._inner.n_words
         self.concatenates = file.name == TEKKEN
         self.eos_id: int = self._inner.eos_id
+        self._special_ids = frozenset[int](self._inner.special_ids)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._inner.encode(text, bos=add_special_tokens, eos=False)
@@ -63,8 +65,15 @@ class MistralBackend:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         known = [token for token in ids if token < self.vocab_size]
-        text: str = self._inner.decode(known, special_token_policy=self._hide if skip_special_tokens else self._show)
-        return text
+        if skip_special_tokens or self.concatenates:
+            policy = self._hide if skip_special_tokens else self._show
+            text: str = self._inner.decode(known, special_token_policy=policy)
+            return text
+        # With special tokens, the library joins sentencepiece's pieces as they are, with ▁ for spaces.
+        return "".join(
+            "".join(map(self.vocabulary_entry, run)) if is_special else self.decode(list(run), True)
+            for is_special, run in itertools.groupby(known, self._special_ids.__contains__)
+        )
 
     def piece(self, token: int) -> bytes:
         if not 0 <= token < self.vocab_size:
@@ -81,7 +90,7 @@ class MistralBackend:
         return found
 
     def special_ids(self) -> frozenset[int]:
-        return frozenset(self._inner.special_ids)
+        return self._special_ids
 
     def longest_token(self) -> int:
         if not self.concatenates:

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ModelError, RequestError
+from engine.frontend.answer_format import AnswerFormat
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.mistral_tokenizer import MistralBackend
+from engine.frontend.parsing.events import parse_answer
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from tests.engine.frontend.conftest import byte_level_library
 from tests.engine.model.checkpoints.mistral_files import SPECIAL, TEKKEN_SIZE, write_tekken
@@ -130,7 +132,7 @@ def test_the_sentence_pieces_that_are_shipped(sentence_pieces: Tokenizer) -> Non
     ids = sentence_pieces.encode("Hello world")
     assert (ids[0], sentence_pieces.decode(ids)) == (BOS, "Hello world")
     chat = sentence_pieces.render_chat([{"role": "user", "content": "Hello"}])
-    assert sentence_pieces.decode(chat, skip_special_tokens=False) == "<s>[INST]▁Hello[/INST]"
+    assert sentence_pieces.decode(chat, skip_special_tokens=False) == "<s>[INST]Hello[/INST]"
     assert chat[0] == BOS
 
 
@@ -258,3 +260,25 @@ def test_an_image_where_the_format_has_none(tmp_path: Path, role: str) -> None:
 def test_an_image_for_a_tokenizer_of_texts(tekken: Tokenizer) -> None:
     with pytest.raises(RequestError, match="no settings for inputs of kind image"):
         tekken.render_chat([{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_tool_calls_in_the_shipped_tokenizers(sentence_pieces: Tokenizer, tmp_path: Path) -> None:
+    shutil.copy(SHIPPED.parent / "tekken_240911.json", tmp_path / "tekken.json")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "call_of_another_server", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    history = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": [{"type": "text", "text": "5"}]},
+    ]
+    for tokenizer in (sentence_pieces, load_tokenizer(tmp_path)[0]):
+        found = AnswerFormat(tokenizer)
+        assert found.tools == "mistral"
+        marker = tokenizer.backend.id_of("[TOOL_CALLS]")
+        assert marker in tokenizer.render_chat(history, tools=[tool], tools_as_text=True)
+        ids = [marker, *tokenizer.encode('[{"name": "f", "arguments": {"a": 1}}]', False)]
+        writer = Detokenizer(tokenizer, visible_ids=found.visible_ids)
+        text = "".join(writer.push(token)[0] for token in ids) + writer.finish()
+        answer = parse_answer(found.parser("", {"f": {}}, reasoning=True), text)
+        assert [(one.name, one.arguments) for one in answer.calls] == [("f", '{"a": 1}')]
+        assert answer.content == ""
