@@ -82,6 +82,10 @@ SERVER_OPTIONS = (
         help="Time for running requests to finish after SIGTERM or Ctrl-C. Requests that take longer are aborted.",
     ),
     option(
+        SERVER, "--page/--no-page", default=True,
+        help="Serve a page at / to try the model and watch the server, and the API's documentation at /docs.",
+    ),
+    option(
         SERVER, "--restart-on-failure", default=0, type=click.IntRange(0, 100), metavar="COUNT",
         help="Restart an engine that ended by itself, up to COUNT times within 10 minutes for each replica. Its "
         "running requests fail with the cause. With 0, a replica stays down, and the server exits with the last one.",

@@ -71,7 +71,7 @@ NO_EFFECT = (
     _no_effect("--max-log-len", why="prompts are not logged"),
     _no_effect("--uvicorn-log-level", why="uvicorn's log is not shown; each request has a line of JSON"),
     _no_effect("--disable-uvicorn-access-log", why="there is no access log", switch=True),
-    _no_effect("--disable-fastapi-docs", why="no documentation pages are served", switch=True),
+    _no_effect("--disable-fastapi-docs", why="--no-page switches them off", switch=True),
     _no_effect("--use-v2-block-manager", why="there is one block manager", switch=True),
     _no_effect("--async-scheduling/--no-async-scheduling", why="scheduling is always asynchronous "
                "(--ablate no-run-ahead turns it off)", switch=True),

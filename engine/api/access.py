@@ -9,7 +9,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engine.api.error_responses import ApiError
 
 KEY = "redline.key"  # the number of a request's key, in its scope
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version", "/openapi.json"})  # served without a key
+# Served without a key; the pages ask for one.
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version", "/openapi.json", "/", "/docs"})
 
 
 class RequireKey:

@@ -28,6 +28,7 @@ from engine.api.readiness import Readiness
 from engine.api.request_id import RequestId
 from engine.api.request_timeout import RequestTimeout
 from engine.api.scores import rerank, score
+from engine.api.server_page import docs_page, server_page
 from engine.api.state import ApiState
 from engine.api.tools import check_tools
 from engine.errors import RedlineError, RequestError
@@ -35,7 +36,8 @@ from engine.errors import RedlineError, RequestError
 
 def create_app(state: ApiState) -> FastAPI:
     """Build the application around an open client of the engine."""
-    app = FastAPI(title="Redline", openapi_url=None, root_path=state.options.root_path)
+    # Its own pages of documentation load scripts from other hosts.
+    app = FastAPI(title="Redline", openapi_url=None, docs_url=None, redoc_url=None, root_path=state.options.root_path)
     registry, readiness = make_registry(state), Readiness(state.client)
     kind = kind_of(state.client.ready)
     routes: list[tuple[str, str, Endpoint]] = [
@@ -60,6 +62,9 @@ def create_app(state: ApiState) -> FastAPI:
     ]
     for method, path, endpoint in routes:
         app.add_route(path, bind_endpoint(endpoint, state, method), methods=[method])  # HEAD is answered with GET
+    if state.options.page:
+        for path, page in (("/", server_page), ("/docs", docs_page)):
+            app.add_route(path, bind_endpoint(page, state, "GET"), methods=["GET"], include_in_schema=False)
     app.add_exception_handler(ApiError, error_response)
     app.add_exception_handler(RedlineError, error_response)
     app.add_exception_handler(HTTPException, http_error_response)

@@ -39,6 +39,7 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     root_path: str = ""  # prefix of a reverse proxy, "/path"
     ssl_certfile: str | None = None  # enables HTTPS
     ssl_keyfile: str | None = None  # None: the key is in the certificate's file
+    page: bool = True  # whether `/` and `/docs` are pages for people
     runtime_lora: bool = False  # whether clients may load and unload adapters
     trust_request_chat_template: bool = False  # whether templates sent in requests are run
     tool_call_parser: str = AUTO  # the form of tool calls; AUTO: what the chat template says

@@ -130,7 +130,7 @@ async def test_fields_that_contradict_or_have_the_wrong_form(server: InLoop, pat
         ("DELETE", "/v1/models", 405, "GET, HEAD"),
         ("BREW", "/version", 405, "GET, HEAD"),
         ("GET", "/v1/nothing", 404, None),
-        ("BREW", "/", 404, None),
+        ("BREW", "/", 405, "GET, HEAD"),
         ("GET", "/%ff%00/%F0%9F%98%80", 404, None),
     ],
 )
