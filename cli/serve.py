@@ -114,6 +114,7 @@ class Serving:
     disable_log_stats: bool
     log_requests: bool
     log_format: str
+    otlp_traces_endpoint: str | None
     step_timeout: float  # seconds
     restart_on_failure: int
 
@@ -125,12 +126,15 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.api.ports import StartingResponder, bind_all
     from engine.api.server_run import ServeOptions, ServerRun
     from engine.api.tls import read_certificate
+    from engine.api.tracing import check_installed
     from engine.frontend.logs import log_to_stderr
     from engine.start import start_engine
 
     keys = read_keys(serving.http.api_keys, serving.api_key_file)
     if serving.http.limits.max_requests_per_key is not None and not keys:
         raise ConfigError("--max-requests-per-key needs API keys: give --api-key or --api-key-file")
+    if serving.otlp_traces_endpoint is not None:
+        check_installed()
     http = replace(serving.http, api_keys=keys, media=config.media_options)
     tls = read_certificate(http.ssl_certfile, http.ssl_keyfile)
     console = make_console()
@@ -160,6 +164,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         http,
         not serving.disable_log_stats,
         serving.log_requests,
+        serving.otlp_traces_endpoint,
         serving.shutdown_timeout,
         serving.restart_on_failure,
     )

@@ -184,6 +184,11 @@ SERVER_OPTIONS = (
         help="Format of the log: text, or json for one JSON object per line, from all processes.",
     ),
     option(
+        LOG, "--otlp-traces-endpoint", metavar="URL", default_text="none",
+        help="Send an OpenTelemetry trace of each request to this collector, by OTLP over HTTP, such as "
+        "http://localhost:4318/v1/traces. Needs the extra `tracing`.",
+    ),
+    option(
         LOG, "--step-timeout", default=STEP_TIMEOUT_S, type=Finite(0), metavar="SECONDS",
         help="Time after which the watchdog reports a step as hanging: /health answers 503, and the stacks of all "
         "threads are logged. After twice that time the server exits. Raise it if a single step may take that long. 0 "

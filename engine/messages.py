@@ -241,6 +241,7 @@ class Finished(msgspec.Struct, array_like=True, frozen=True, gc=False):
     preemptions: int = 0
     stop: str = ""  # inline front end: the stop string that ended it
     text: str = ""  # inline front end: text that was held back until the end
+    preempted: tuple[tuple[float, float], ...] = ()  # when it lost its slot, and when it got one again
 
 
 class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):

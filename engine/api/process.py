@@ -43,6 +43,7 @@ class ApiProcessOptions(children.PipeOptions):
     created: int
     http: HttpOptions
     log_requests: bool
+    traces_endpoint: str | None = None  # of an OpenTelemetry collector
     mm: MMOptions | None = None
     first_sequence: int = 1  # of its requests; the successor of a dead process continues far above
     listener: int = -1
@@ -161,11 +162,13 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
     from engine.api.http_server import ERROR_GRACE_S, HttpServer
     from engine.api.key_limit import KeyLoads
     from engine.api.state import ApiState
+    from engine.api.tracing import make_traces
     from engine.frontend.connect import reconnect
     from engine.frontend.logs import RequestLog
 
     loop = asyncio.get_running_loop()
-    client.open(RequestLog() if options.log_requests else None)
+    traces = None if options.traces_endpoint is None else make_traces(options.traces_endpoint)
+    client.open(RequestLog(logged=options.log_requests, traced=None if traces is None else traces.add))
     state = ApiState(client, options.names, options.http, options.created, sampling_defaults=options.sampling_defaults)
     state.process = options.front_end
     if options.key_loads >= 0:
@@ -195,7 +198,11 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
         up()
 
     children.end_with_parent(on_line)
-    await server.serve(on_listening)
+    try:
+        await server.serve(on_listening)
+    finally:
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ from engine.api.process import ApiProcessOptions
 from engine.api.processes import ApiProcesses, threadsafe
 from engine.api.restarts import RestartPolicy
 from engine.api.state import ApiState
+from engine.api.tracing import make_traces
 from engine.config import SHUTDOWN_TIMEOUT_S
 from engine.errors import EngineDeadError, RedlineError
 from engine.frontend.connect import EngineClient, reconnect
 from engine.frontend.core_client import STOPPED
 from engine.frontend.front_end_stats import Board
 from engine.frontend.listener import ClientListener, OutputRecord
-from engine.frontend.logs import PERIOD_S, StatsLog, log_request
+from engine.frontend.logs import PERIOD_S, RequestLog, StatsLog
 from engine.phases import Phases, ledger_line
 from engine.start import Engine
 
@@ -42,6 +43,7 @@ class ServeOptions:
     http: HttpOptions = field(default_factory=HttpOptions)
     log_stats: bool = True
     log_requests: bool = True
+    traces_endpoint: str | None = None  # of an OpenTelemetry collector
     shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S  # for running requests, after the first signal
     restart_on_failure: int = 0  # restarts of each core within RESTART_PERIOD_S
 
@@ -70,6 +72,9 @@ class ServerRun(ClientListener):
         self._phases = phases
         self._created = int(time.time())
         self._boards = [Board(len(listeners)) for _ in engine.cores]
+        endpoint = options.traces_endpoint
+        self._traces = None if endpoint is None else make_traces(endpoint)
+        self._records = RequestLog(logged=options.log_requests, traced=self._traces.add if self._traces else None)
         self._restarts = [RestartPolicy(options.restart_on_failure) for _ in engine.cores]
         keys = len(options.http.api_keys)
         limited = options.http.limits.max_requests_per_key is not None and keys
@@ -111,6 +116,7 @@ class ServerRun(ClientListener):
                 created=self._created,
                 http=self._options.http,
                 log_requests=self._options.log_requests,
+                traces_endpoint=self._options.traces_endpoint,
                 mm=engine.mm,
                 key_loads=-1 if self._key_loads is None else self._key_loads.descriptor,
             )
@@ -143,6 +149,8 @@ class ServerRun(ClientListener):
             await self._processes.ended()
         finally:
             logging_stats.cancel()
+            if self._traces is not None:
+                await asyncio.to_thread(self._traces.close)
 
     def _on_listening(self, url: str) -> None:
         children.freeze_heap()
@@ -245,10 +253,10 @@ class ServerRun(ClientListener):
 
     @property
     def wants_records(self) -> bool:
-        return self._options.log_requests
+        return self._records.wants_records
 
     def output_recorded(self, record: OutputRecord) -> None:
-        log_request(record)
+        self._records.output_recorded(record)
 
     def core_died(self, cause: str) -> None:
         if not self._options.restart_on_failure:  # otherwise the end of its process decides, see `_on_core_lost`

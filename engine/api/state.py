@@ -42,6 +42,7 @@ from engine.media.fetch import Resolver
 # Longer texts are tokenized on a thread. The library releases the GIL, so streams continue meanwhile.
 LONG_TEXT = 4096
 SHORT_FIELDS = frozenset({"role", "content", "name"})  # fields of a message whose length is checked
+LONGEST_TRACE = 512  # characters of a header that names a trace
 MANY_MESSAGES = 32  # from here on, a chat is rendered on a thread too
 TEXT_THREADS = 2  # to tokenize and render; more would take cores from the engine
 
@@ -123,7 +124,8 @@ class ApiState:
                 for prompt in prompts:
                     self.media.check(prompt.text if isinstance(prompt, Text) else prompt)
             client = request.client
-            origin = Origin(head["id"], head["model"], f"{client.host}:{client.port}" if client else "")
+            address = f"{client.host}:{client.port}" if client else ""
+            origin = Origin(head["id"], head["model"], address, trace_headers(request))
             options = RequestOptions(body.cache_salt or "", body.priority or 0, adapter)
             given = inputs if any(inputs) else ()
             return self.client.add_request(prompts, params, options, origin, given, second_segments)
@@ -348,6 +350,12 @@ class ApiState:
     async def on_thread(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """Run on one of the text threads, so that streams continue meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *arguments, **options))
+
+
+def trace_headers(request: Request) -> dict[str, str]:
+    """The headers that name the client's trace (W3C's Trace Context), if there are any of a sane length."""
+    given = ((name, request.headers.get(name, "")) for name in ("traceparent", "tracestate"))
+    return {name: value for name, value in given if 0 < len(value) <= LONGEST_TRACE}
 
 
 def message_texts(messages: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -7,14 +7,16 @@ from engine.config import ResolvedConfig
 from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
 from engine.messages import AddRequest
 
+MOST_INTERVALS = 64  # reported of one request
+
 
 class Request:
     """The state that a request keeps without a slot: while it waits, and after a preemption."""
 
     __slots__ = (
         "adapter", "arrived", "block_hashes", "handle", "hash_root", "matcher", "max_num_tokens", "message",
-        "mm_block_keys", "mm_inputs_end", "num_preemptions", "num_prompt_tokens", "reads_prefix_cache", "slot",
-        "stop_ids", "tokens", "was_admitted",
+        "mm_block_keys", "mm_inputs_end", "num_preemptions", "num_prompt_tokens", "preempted", "preempted_at",
+        "reads_prefix_cache", "slot", "stop_ids", "tokens", "was_admitted",
     )  # fmt: skip
 
     def __init__(self, message: AddRequest, max_model_len: int, arrived: float, adapter: str | None = None):
@@ -32,12 +34,19 @@ class Request:
         self.was_admitted = False
         self.slot = -1
         self.num_preemptions = 0
+        self.preempted_at = 0.0  # the last time
+        self.preempted: tuple[tuple[float, float], ...] = ()  # times until it had a slot again
         self.matcher: Any = None  # of its grammar, after all known output tokens; see engine.core.grammars
         # Logprobs of prompt tokens are computed with the prompt, and cached blocks have none.
         self.reads_prefix_cache = message.sampling.prompt_logprobs < 0
         self.hash_root = root_hash(message.cache_salt, self.adapter)
         self.block_hashes: list[bytes] = []
         self.mm_block_keys = NO_KEYS  # what its multimodal inputs add to the hashes
+
+    def resume(self, now: float) -> None:
+        """It has a slot again after a preemption."""
+        if len(self.preempted) < MOST_INTERVALS:
+            self.preempted += ((self.preempted_at, now),)
 
     def length_error(self, config: ResolvedConfig, *, whole_prompts: bool) -> str | None:
         """Why a request of this length can't be served. With `whole_prompts`, prompts are computed in one step."""

@@ -45,6 +45,7 @@ class Scheduler:
         self.prefix_queries = self.prefix_hits = 0
         self.prompt_tokens = self.generation_tokens = 0
         self.steps = self.step_tokens = 0
+        self._now = 0.0  # of the step being scheduled
         self._prefilling: dict[int, None] = {}  # slots with more than one token to compute, oldest first
         builder = FullStateStepBuilder if policy.full_state else StepBuilder
         self._builder = builder(self.slots, self.kv, self.encoder_cache)
@@ -107,7 +108,7 @@ class Scheduler:
 
     def schedule(self, now: float, max_steps: int = 1) -> ScheduledStep | None:
         """Schedule the next step, or a burst of up to `max_steps` decode steps; None if workers have nothing to do."""
-        slots = self.slots
+        slots, self._now = self.slots, now
         chunks: Chunks = []
         decoding = self.policy.batch_order.schedule_batch(self, chunks, now)
         scheduled = np.zeros(slots.count, np.bool_)
@@ -223,6 +224,7 @@ class Scheduler:
         self.num_lost_tokens += int(self.slots.num_computed_tokens[slot])
         request = self._free_slot(slot)
         request.num_preemptions += 1
+        request.preempted_at = self._now
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
@@ -257,6 +259,7 @@ class Scheduler:
 
     def _count_admission(self, request: Request, num_cached: int, now: float) -> None:
         if request.was_admitted:
+            request.resume(now)
             return
         request.was_admitted = True
         if self.config.enable_prefix_caching and request.reads_prefix_cache:
@@ -351,7 +354,7 @@ class Scheduler:
             if (unsure := self.encoder_cache.unregister(request)) is not None:
                 self.kv.forget(request.block_hashes[unsure // self.config.block_size :])
             self.features.release(request.handle)
-        return Finished(request.handle, reason, stop_id, error, request.num_preemptions)
+        return Finished(request.handle, reason, stop_id, error, request.num_preemptions, preempted=request.preempted)
 
     def _free_slot(self, slot: int) -> Request:
         # Generated blocks enter the prefix cache only now, so that no decode step spends time on it. The KV of the

@@ -358,7 +358,7 @@ class CoreClient(OutputProcessor):
             if not answer.done():
                 answer.set_exception(error)
         self._calls.clear()
-        for record in self._unreported.values():
+        for record, _ in self._unreported.values():
             self._report(record)
         self._unreported.clear()
 

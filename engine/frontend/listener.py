@@ -3,6 +3,7 @@
 import msgspec
 
 from engine.frontend.streams import Output
+from engine.messages import Finished
 
 
 class OutputRecord(msgspec.Struct):
@@ -24,6 +25,10 @@ class OutputRecord(msgspec.Struct):
     preemptions: int = 0
     error: str | None = None
     replica: int = 0
+    # When it was preempted, and when it got a slot again, in seconds since its arrival.
+    preempted: tuple[tuple[float, float], ...] = ()
+    trace: dict[str, str] = {}  # the headers of the client's trace (W3C), if it sent them
+    admitted: bool = True  # whether it got a slot
 
     @classmethod
     def of_output(cls, output: Output, reason: str, now: float, front_end: int, replica: int) -> "OutputRecord":
@@ -45,6 +50,15 @@ class OutputRecord(msgspec.Struct):
             e2e_s=_rounded(now - stream.arrived),
             queue_s=_rounded(output.waited_s),
             replica=replica,
+            trace=stream.origin.trace,
+            admitted=output.was_admitted,
+        )
+
+    def complete(self, finished: Finished, arrived: float) -> None:
+        """Add what only the core knows; `arrived` is when the request came."""
+        self.preemptions = finished.preemptions
+        self.preempted = tuple(
+            (_rounded(begin - arrived), _rounded(end - arrived)) for begin, end in finished.preempted
         )
 
 

@@ -1,6 +1,7 @@
 """The log for operators: throughput every ten seconds of traffic, and one line for each finished output."""
 
 import logging
+from collections.abc import Callable
 
 import msgspec
 
@@ -47,14 +48,22 @@ class StatsLog:
 
 
 class RequestLog(ClientListener):
-    """Logs each finished output."""
+    """Logs and traces finished outputs."""
+
+    def __init__(self, *, logged: bool, traced: Callable[[OutputRecord], None] | None):
+        """`logged`: write a line for each; `traced` is called with the record of each."""
+        self._logged = logged
+        self._traced = traced
 
     @property
     def wants_records(self) -> bool:
-        return True
+        return self._logged or self._traced is not None
 
     def output_recorded(self, record: OutputRecord) -> None:
-        log_request(record)
+        if self._logged:
+            log_request(record)
+        if self._traced is not None:
+            self._traced(record)
 
 
 def log_request(record: OutputRecord) -> None:

@@ -49,8 +49,9 @@ class OutputProcessor:
         self._transport = transport
         self._front_end = front_end
         self._live: dict[int, Output] = {}  # by handle
-        # Outputs that ended here before the core reported their end; their records wait for its report.
-        self._unreported: dict[int, OutputRecord] = {}
+        # Outputs that ended here before the core reported their end; their records wait for its report. The second is
+        # when the request arrived.
+        self._unreported: dict[int, tuple[OutputRecord, float]] = {}
 
     def abort(self, stream: RequestStream) -> None:
         """End all outputs of a stream that still run; its reader gets no more of them."""
@@ -69,6 +70,7 @@ class OutputProcessor:
             if output is not None:
                 output.cached_tokens = output.stream.cached_tokens[output.prompt] = admitted.cached_tokens
                 output.waited_s = max(0.0, admitted.waited_s)
+                output.was_admitted = True
                 if admitted.prompt_tokens:
                     output.stream.prompt_lengths[output.prompt] = admitted.prompt_tokens
                 self.stats.queue.observe(output.waited_s)
@@ -86,8 +88,9 @@ class OutputProcessor:
                     raise
                 except BaseException as error:
                     self._fail(output, error, one)
-            elif (record := self._unreported.pop(one.handle, None)) is not None:
-                record.preemptions = one.preemptions
+            elif (unreported := self._unreported.pop(one.handle, None)) is not None:
+                record, arrived = unreported
+                record.complete(one, arrived)
                 self._report(record)
         for stream in self.touched:
             stream.flush()
@@ -214,13 +217,14 @@ class OutputProcessor:
             return
         record = OutputRecord.of_output(output, reason, now, self._front_end, self.replica)
         if finished is not None:
-            record.preemptions, record.error = finished.preemptions, finished.error or None
+            record.complete(finished, output.stream.arrived)
+            record.error = finished.error or None
             self._report(record)
         elif self.dead is not None:
             record.error = self.dead
             self._report(record)
         else:
-            self._unreported[output.handle] = record
+            self._unreported[output.handle] = record, output.stream.arrived
 
     def _report(self, record: OutputRecord) -> None:
         try:

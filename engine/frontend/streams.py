@@ -43,6 +43,7 @@ class Origin(msgspec.Struct, frozen=True):
     request: str = ""  # the id in the response
     model: str = ""
     client: str = ""  # address
+    trace: dict[str, str] = {}  # headers of the client's trace
 
 
 class RequestOptions(msgspec.Struct, frozen=True):
@@ -76,7 +77,7 @@ class Output:
 
     __slots__ = (
         "cached_tokens", "count", "delta", "detokenizer", "first_at", "handle", "include_stop", "index", "last_at",
-        "prompt", "prompt_logprobs", "stream", "top", "ttft_s", "user_stop_ids", "waited_s",
+        "prompt", "prompt_logprobs", "stream", "top", "ttft_s", "user_stop_ids", "waited_s", "was_admitted",
     )  # fmt: skip
 
     def __init__(self, handle: int, index: int, prompt: int, stream: "RequestStream", tokenizer: "Tokenizer | None"):
@@ -89,6 +90,7 @@ class Output:
         self.count = 0
         self.first_at = self.last_at = 0.0
         self.waited_s = self.ttft_s = 0.0
+        self.was_admitted = False
         self.cached_tokens = 0
         self.delta: Delta | None = None
         self.include_stop = params.include_stop_str_in_output
