@@ -18,19 +18,22 @@ FOLDER = Path(__file__).parent / "page"
 
 
 async def server_page(state: ApiState, _request: Request) -> Response:
-    mm = state.client.ready.mm
+    ready = state.client.ready
+    mm = ready.mm
     takes_images = mm is not None and "image" in mm.placeholders and mm.per_prompt.get("image") != 0
-    return _response("index", "true" if takes_images else "false")
+    return _response("index", images=takes_images, generates=ready.pooling is None)
 
 
 async def docs_page(_state: ApiState, _request: Request) -> Response:
-    return _response("docs", "false")
+    return _response("docs")
 
 
-def _response(name: str, images: str) -> Response:
+def _response(name: str, **facts: bool) -> Response:
     html, policy = make_page(name)
+    for fact, holds in facts.items():
+        html = html.replace(f'data-{fact}="{fact.upper()}"', f'data-{fact}="{str(holds).lower()}"')
     return Response(
-        html.replace('data-images="IMAGES"', f'data-images="{images}"'),
+        html,
         media_type="text/html",
         headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"},
     )

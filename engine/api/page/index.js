@@ -18,7 +18,7 @@ async function loadModels() {
   catch { showState("the server does not answer", true); return; }
   const refused = answer.status === 401;
   byId("access").hidden = !refused;
-  byId("use").hidden = refused;
+  byId("use").hidden = refused || document.body.dataset.generates !== "true";
   if (refused) {
     byId("access-hint").textContent = key ? "The server refused this key." : "This server needs an API key.";
     byId("key").focus();

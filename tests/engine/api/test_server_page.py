@@ -16,6 +16,8 @@ from engine.api.http_options import HttpOptions
 from engine.api.server_page import FOLDER
 from engine.messages import MMSpec
 from tests.engine.api.conftest import InLoop, in_loop
+from tests.engine.api.pooling_server import pooling_server
+from tests.engine.pooling_models import build
 
 PAGES = {"/": "index", "/docs": "docs"}
 
@@ -103,6 +105,13 @@ async def test_with_keys_the_pages_are_open_and_the_model_is_not():
 async def test_images_can_be_added_where_the_model_takes_them(server: InLoop, mm: MMSpec | None, images: str):
     server.client.ready = replace(server.client.ready, mm=mm)
     assert f'data-images="{images}"' in (await server.http.get("/")).text
+
+
+async def test_models_that_pool_cannot_be_tried(tmp_path: Path, server: InLoop):
+    assert 'data-generates="true"' in (await server.http.get("/")).text
+    build("bert", tmp_path)
+    async with pooling_server(tmp_path) as pooling:
+        assert 'data-generates="false"' in (await pooling.http.get("/")).text
 
 
 NODE = shutil.which("node")
