@@ -1,6 +1,6 @@
 """/v1/chat/completions: continues a conversation."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import Request
@@ -18,14 +18,39 @@ from engine.api.tools import choose_tools
 from engine.errors import RequestError
 from engine.frontend.media_inputs import Conversation
 from engine.frontend.sampling_params import SamplingParams
-from engine.frontend.streams import CollectedOutput, collect_outputs
+from engine.frontend.streams import CollectedOutput, RequestStream, collect_outputs
 from engine.frontend.structured_outputs import check_grammar
 
 replace = msgspec.structs.replace
 
 
-async def chat_completions(state: ApiState, request: Request) -> Response:
-    body = await state.read_request(request, ChatRequest)
+class StartedChat(NamedTuple):
+    """A chat that the engine runs.
+
+    Attributes:
+        stream: of its outputs.
+        answers: parses the outputs; None: they are plain contents.
+        prompt_text: the prompt as the chat template wrote it, if the response contains it.
+    """
+
+    stream: RequestStream
+    answers: ChatAnswers | None
+    prompt_text: str | None
+
+
+async def start_chat(state: ApiState, request: Request, body: ChatRequest, head: dict[str, Any]) -> StartedChat:
+    """Check a chat and submit it to the engine; all endpoints for conversations use it.
+
+    Args:
+        state: of the API process.
+        request: of the client.
+        body: of the chat.
+        head: the `id` and `model` of the response.
+
+    Raises:
+        RequestError: with the field that is not valid.
+        ApiError: the model is unknown, or the queue is full.
+    """
     adapter = await state.adapter_of(body.model)
     body.check()
     # Without a limit, the output may fill --max-model-len.
@@ -48,10 +73,16 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
         **template,
     )
     prompt = await (cancel_on_disconnect(request.receive, preparing) if conversation.media else preparing)
-    kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = new_head("chatcmpl", kind, body.model or state.model, client_id(request.scope) or body.request_id or "")
     answers = None if options is None else ChatAnswers(state.answers, state.tokenizer, prompt.prompt, options)
     stream = state.submit(request, body, [prompt.prompt], params, head, adapter, [prompt.inputs])
+    return StartedChat(stream, answers, prompt_text)
+
+
+async def chat_completions(state: ApiState, request: Request) -> Response:
+    body = await state.read_request(request, ChatRequest)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = new_head("chatcmpl", kind, body.model or state.model, client_id(request.scope) or body.request_id or "")
+    stream, answers, prompt_text = await start_chat(state, request, body, head)
     shown = ShownPrompts(state.tokenizer, stream, body, prompt_text)
     echoed = echoed_message(body)
     if body.stream:

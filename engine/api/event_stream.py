@@ -13,10 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.api.error_responses import ApiError
-from engine.api.render import Chunks
-from engine.frontend.streams import RequestStream
+from engine.frontend.streams import Delta, RequestStream
 
-DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -57,16 +55,36 @@ class ChunkWriter:
             self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
+class Events(Protocol):
+    """Renders the server-sent events of one request."""
+
+    def begin(self) -> bytes:
+        """The events before the first delta."""
+        ...
+
+    def render_all(self, deltas: list[Delta]) -> bytes:
+        """All deltas since the last write."""
+        ...
+
+    def end(self) -> bytes:
+        """The events after the last delta."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last event of a stream that does not end properly."""
+        ...
+
+
 class EventStream(Response):
     """Sends deltas as events; aborts the request if its client disconnects."""
 
-    def __init__(self, stream: RequestStream, chunks: Chunks):
+    def __init__(self, stream: RequestStream, events: Events):
         self.status_code = 200
         self.background = None
         self.body = b""
         self.raw_headers = list(HEADERS)
         self._stream = stream
-        self._chunks = chunks
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.ensure_future(close_on_disconnect(receive, self._stream))
@@ -74,12 +92,12 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
+                if begin := self._events.begin():
+                    await send({"type": "http.response.body", "body": begin, "more_body": True})
                 await (self._send_all(send) if writer is None else self._write_all(writer))
-                last = self._chunks.end() + DONE
+                last = self._events.end()
             except Exception as error:
-                # The status is already sent, so the error is an event, without [DONE], which would mark the response as
-                # complete. OpenAI's client raises at the event; other clients see a stream that does not end properly.
-                last = b"data: " + ApiError.from_exception(error).body() + b"\n\n"
+                last = self._events.failure(ApiError.from_exception(error))  # the status is already sent
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             watch.cancel()
@@ -87,11 +105,11 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         async for deltas in self._stream:
-            if data := self._chunks.render_all(deltas):
+            if data := self._events.render_all(deltas):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _write_all(self, writer: ChunkWriter) -> None:
-        stream, render = self._stream, self._chunks.render_all
+        stream, render = self._stream, self._events.render_all
 
         def push() -> bool:
             if not writer.ready:

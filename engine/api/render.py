@@ -7,11 +7,14 @@ from typing import Any
 
 import msgspec
 
+from engine.api.error_responses import ApiError
 from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs, concatenate
 from engine.api.protocol import SampledRequest, StreamOptions
 from engine.api.shown_prompts import EchoedPrompts, ShownPrompts
 from engine.frontend.streams import Delta, RequestStream, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
 
 encode = msgspec.json.encode
 
@@ -98,6 +101,10 @@ class Chunks:
         self._offsets: dict[int, TextOffsets] = {}  # by output, for logprobs
         self._shown: dict[int, int] = {}  # by output, characters of its text so far
 
+    @staticmethod
+    def begin() -> bytes:
+        return b""
+
     def render_all(self, deltas: list[Delta]) -> bytes:
         """All deltas since the last write, as one string of bytes."""
         return self.render(deltas[0]) if len(deltas) == 1 else b"".join(map(self.render, deltas))
@@ -167,10 +174,18 @@ class Chunks:
         return completion_logprobs(self._tokenizer, entries, offsets, length, as_token_ids=self._as_token_ids)
 
     def end(self) -> bytes:
-        """The event after the last delta: usage, if requested."""
+        """The events after the last delta: usage, if requested, and the mark of the end."""
         if not self._include_usage:
-            return b""
-        return self._head + b',"choices":[],"usage":' + encode(usage(self._stream, self._tokens)) + b"}\n\n"
+            return DONE
+        return self._head + b',"choices":[],"usage":' + encode(usage(self._stream, self._tokens)) + b"}\n\n" + DONE
+
+    @staticmethod
+    def failure(error: ApiError) -> bytes:
+        """An error as an event, without [DONE], which would mark the response as complete.
+
+        OpenAI's client raises at the event; other clients see a stream that does not end properly.
+        """
+        return b"data: " + error.body() + b"\n\n"
 
 
 def new_head(prefix: str, kind: str, model: str, own_id: str = "") -> dict[str, Any]:
