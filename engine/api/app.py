@@ -27,6 +27,13 @@ from engine.api.protocol import DetokenizeRequest
 from engine.api.readiness import Readiness
 from engine.api.request_id import RequestId
 from engine.api.request_timeout import RequestTimeout
+from engine.api.responses.endpoints import (
+    cancel_response,
+    create_response,
+    delete_response,
+    list_input_items,
+    retrieve_response,
+)
 from engine.api.scores import rerank, score
 from engine.api.server_page import docs_page, server_page
 from engine.api.state import ApiState
@@ -48,6 +55,11 @@ def create_app(state: ApiState) -> FastAPI:
         ("POST", "/v1/embeddings", for_models(embeddings, (EMBEDS,), kind)),
         ("POST", "/v1/score", for_models(score, (EMBEDS, CLASSIFIES), kind)),
         ("POST", "/v1/rerank", for_models(rerank, (EMBEDS, CLASSIFIES), kind)),
+        ("POST", "/v1/responses", for_models(create_response, (GENERATES,), kind)),
+        ("GET", "/v1/responses/{response_id}", retrieve_response),
+        ("DELETE", "/v1/responses/{response_id}", delete_response),
+        ("GET", "/v1/responses/{response_id}/input_items", list_input_items),
+        ("POST", "/v1/responses/{response_id}/cancel", cancel_response),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("POST", "/reset_prefix_cache", reset_prefix_cache),
@@ -81,7 +93,7 @@ def create_app(state: ApiState) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=options.allowed_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("X-Request-Id", "Retry-After"),
         )

@@ -22,6 +22,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_stop_token_ids: int = 1024
     max_queue: int | None = None  # waiting requests; None: no limit
     max_requests_per_key: int | None = None  # of one API key at once; None: no limit
+    max_stored_responses: int = 1000  # of an API process, for requests that name one
+    max_stored_bytes: int = 64 << 20  # of these responses and their conversations
     request_timeout: float | None = None  # seconds from arrival to the end of the answer; None: no limit
 
     def largest_body(self, *, takes_media: bool) -> int:

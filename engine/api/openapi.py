@@ -13,6 +13,8 @@ from engine.api.openapi_messages import with_messages
 from engine.api.openapi_responses import REFERENCE, RESPONSES, STRING, ref
 from engine.api.pooling_protocol import EmbeddingRequest, RerankRequest, ScoreRequest
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
+from engine.api.responses.protocol import ResponsesRequest
+from engine.api.responses.schemas import RESPONSES_API
 
 VERSION = "3.1.0"
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
@@ -21,7 +23,7 @@ ERRORS = {
     400: "The request is not valid; `param` names the field.",
     401: "The API key is missing or wrong.",
     403: "The server was not started with the flag that allows this; the message names it.",
-    404: "The model or the path does not exist.",
+    404: "The model, the response or the path does not exist.",
     405: "The path does not have this method; `Allow` lists its methods.",
     413: "The body exceeds a limit of the server.",
     415: "The body is not declared as application/json.",
@@ -51,6 +53,11 @@ ROUTES: tuple[Route, ...] = (
     Route("post", "/v1/embeddings", "Embeddings of texts or token ids", "EmbeddingList", EmbeddingRequest),
     Route("post", "/v1/score", "Scores of pairs of texts", "ScoreList", ScoreRequest),
     Route("post", "/v1/rerank", "Documents in the order of their scores for a query", "Reranked", RerankRequest),
+    Route("post", "/v1/responses", "Answer a list of items", "Response", ResponsesRequest, (JSON, EVENTS)),
+    Route("get", "/v1/responses/{response_id}", "A response that is kept", "Response"),
+    Route("delete", "/v1/responses/{response_id}", "Forget it", "ResponseDeleted"),
+    Route("get", "/v1/responses/{response_id}/input_items", "The items that it answers", "InputItemList"),
+    Route("post", "/v1/responses/{response_id}/cancel", "Refused: a response that is kept has ended", "Response"),
     Route("post", "/tokenize", "Token ids of a text or a conversation", "Tokenized", TokenizeRequest),
     Route("post", "/detokenize", "The text of token ids", "Detokenized", DetokenizeRequest),
     Route("post", "/reset_prefix_cache", "Empty the prefix cache", "PrefixCacheReset"),
@@ -78,7 +85,7 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
         **({"servers": [{"url": root_path}]} if root_path else {}),
         "paths": paths,
         "components": {
-            "schemas": with_messages(schemas) | RESPONSES,
+            "schemas": with_messages(schemas) | RESPONSES | RESPONSES_API,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],

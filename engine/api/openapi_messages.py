@@ -49,9 +49,10 @@ MESSAGES: dict[str, Schema] = {
 
 
 def with_messages(schemas: dict[str, Any]) -> dict[str, Any]:
-    """The schemas of bodies, whose `messages` and `tools` refer to the schemas of one of them."""
-    for schema in schemas.values():
-        for name, item in (("messages", "Message"), ("tools", "Tool")):
+    """The schemas of bodies, whose `messages`, `input` and `tools` refer to the schemas of one of them."""
+    for title, schema in schemas.items():
+        tool = "FunctionTool" if title == "ResponsesRequest" else "Tool"
+        for name, item in (("messages", "Message"), ("input", "InputItem"), ("tools", tool)):
             given = schema.get("properties", {}).get(name)
             for one in (given, *(given or {}).get("anyOf", ())):
                 if one is not None and one.get("type") == "array":

@@ -17,6 +17,7 @@ from engine.api.key_limit import KeyLoads
 from engine.api.limits import check_count, check_queue, check_request, check_texts
 from engine.api.pooling_protocol import PoolingRequest
 from engine.api.protocol import CompletionRequest, SampledRequest
+from engine.api.responses.store import ResponseStore
 from engine.errors import RequestError
 from engine.frontend.answer_format import AnswerFormat
 from engine.frontend.connect import EngineClient
@@ -69,6 +70,7 @@ class ApiState:
         self._longest_token = self.tokenizer.longest_token  # computed at the start, not by the first request
         takes_media = self.client.ready.mm is not None
         self.answers = AnswerFormat(self.tokenizer, self.options.tool_call_parser, self.options.reasoning_parser)
+        self.responses = ResponseStore(self.options.limits, self.process)
         self.media = MediaInputs(self.client, self.options.media, self.resolve) if takes_media else None
 
     @property

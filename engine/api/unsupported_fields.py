@@ -35,6 +35,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
             "min_new_tokens", "stop_sequences", "stop_regex", "system", "lora_path",
             # transfer of KV caches, sessions
             "kv_transfer_params", "ec_transfer_params", "session_params",
+            # of OpenAI's responses
+            "background", "conversation", "context_management", "previous_input_messages",
             # fields of one endpoint that were sent to the other
             "suffix", "messages", "prompt", "tools", "logprobs", "top_logprobs", "documents", "chat_template",
             "chat_template_kwargs", "continue_final_message",

@@ -15,6 +15,7 @@ from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.openapi import ROUTES
 from engine.api.prometheus import make_registry
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
+from engine.api.responses.protocol import ResponsesRequest
 from engine.config import ABLATIONS
 from engine.frontend.front_end_stats import REASONS, FrontEndStats
 from engine.frontend.router import Router
@@ -125,6 +126,11 @@ def test_the_api_page_lists_all_fields_of_requests(kind: type[msgspec.Struct]) -
             if len(cells) == 4 for name in spans(cells[0])}  # fmt: skip
     for field in msgspec.structs.fields(kind):
         assert page.get(field.name, "–") != "–", f"{field.name} isn't on the page"
+
+
+def test_the_responses_page_lists_exactly_the_fields() -> None:
+    listed = {span for cells in rows(section("responses.md", "## Fields"))[2:] for span in spans(cells[0])}
+    assert listed == {field.name for field in msgspec.structs.fields(ResponsesRequest)}
 
 
 @pytest.mark.parametrize(("kind", "path"), [(TokenizeRequest, "/tokenize"), (DetokenizeRequest, "/detokenize")])
