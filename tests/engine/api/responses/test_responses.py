@@ -1,5 +1,6 @@
 """/v1/responses with OpenAI's client; the core's output is a script."""
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable
@@ -9,6 +10,7 @@ import openai
 import pytest
 
 from engine.api.http_options import HttpOptions, Limits
+from engine.frontend.sampling_params import SamplingParams
 from tests.engine.api.conftest import InLoop, in_loop
 from tests.engine.api.test_tools import CALL, OTHER, TEMPLATE
 
@@ -31,12 +33,12 @@ def user(*parts: dict[str, Any]) -> dict[str, Any]:
 async def served(script: str, max_model_len: int = 2048, **options: Any) -> AsyncIterator[InLoop]:
     """A server that keeps the prompts of its requests."""
     async with in_loop(HttpOptions(**options), TEMPLATE, script=script, max_model_len=max_model_len) as server:
-        prompts: list[Any] = []
+        prompts: list[tuple[Any, SamplingParams]] = []
         add_request = server.client.add_request
 
-        def add(given: Any, *arguments: Any) -> Any:
-            prompts.extend(given)
-            return add_request(given, *arguments)
+        def add(given: Any, params: Any, *arguments: Any) -> Any:
+            prompts.append((given[0], params))
+            return add_request(given, params, *arguments)
 
         server.client.add_request = add  # type: ignore[method-assign]
         server.app.state.prompts = prompts
@@ -45,7 +47,7 @@ async def served(script: str, max_model_len: int = 2048, **options: Any) -> Asyn
 
 def prompt_of(server: InLoop) -> str:
     """The prompt of the last request, of which each token is a character."""
-    return bytes(server.app.state.prompts[-1]).decode()
+    return bytes(server.app.state.prompts[-1][0]).decode()
 
 
 def check_order(events: Iterable[Any]) -> None:
@@ -229,14 +231,17 @@ async def refused(server: InLoop, call: Any, text: str, status: int = 400) -> No
 
 
 async def test_the_format_of_the_text():
-    class_schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
-    async with in_loop(template=TEMPLATE, max_model_len=512) as server:
-        form = {"type": "json_schema", "name": "x", "schema": class_schema, "strict": True}
-        response = await server.openai.responses.create(model="fake", input="hi", text={"format": form})  # type: ignore[arg-type]
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    form: Any = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    async with served('{"a": 1}') as server:
+        response = await server.openai.responses.create(**ASKED, text={"format": form})
+        assert server.app.state.prompts[-1][1].structured_outputs.json == schema
         assert json.loads(response.output_text) == {"a": 1}
         assert response.text is not None
         assert response.text.format is not None
         assert response.text.format.to_dict() == form
+        await server.openai.responses.create(**ASKED, text={"format": {"type": "json_object"}})
+        assert server.app.state.prompts[-1][1].structured_outputs.json_object
 
 
 @pytest.mark.parametrize(
@@ -295,11 +300,15 @@ async def test_truncation():
 
 async def test_a_death_of_the_engine_ends_the_stream_with_a_failed_response():
     async with served("x" * 300) as server:
-        events: list[Any] = []
-        async for event in await server.openai.responses.create(**ASKED, stream=True):
-            events.append(event)
-            if len(events) == 6:
-                server.client.fail_all("it is over")
+
+        async def read() -> list[Any]:
+            return [one async for one in await server.openai.responses.create(**ASKED, stream=True)]
+
+        reading = asyncio.ensure_future(read())
+        while not server.app.state.prompts:
+            await asyncio.sleep(0)
+        server.client.fail_all("it is over")
+        events = await reading
         assert (events[-1].type, events[-1].response.error.code) == ("response.failed", "server_error")
         assert "it is over" in events[-1].response.error.message
         assert len(server.state.responses) == 0
