@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from engine.api.chat_answers import AnswerOptions, DeltaReader
 from engine.api.responses.output import Event, OutputItems
+from engine.api.tools import ToolChoice
 from engine.frontend.parsing.call_parser import CallParser
 from engine.frontend.parsing.json_calls import JsonFormat
 from engine.frontend.parsing.reasoning import ReasoningParser, Tags
@@ -24,7 +25,7 @@ def new_items(*, parsed: bool) -> OutputItems:
         return OutputItems(None)
     calls = CallParser(JsonFormat(markers=("<tool_call>",), close="</tool_call>"))
     parser = ReasoningParser(Tags("<think>", "</think>"), calls, opened=False)
-    return OutputItems(DeltaReader(parser, AnswerOptions(tools={"f": {}})))
+    return OutputItems(DeltaReader(parser, AnswerOptions(choice=ToolChoice(tools={"f": {}}))))
 
 
 def read(text: str, cuts: list[int], reason: str, *, parsed: bool) -> tuple[OutputItems, list[Event]]:
