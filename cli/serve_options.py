@@ -171,7 +171,7 @@ SERVER_OPTIONS = (
         "Maximum number of responses of /v1/responses that each API process keeps in memory. Those that were not used "
         "for the longest time are evicted. With 0, none is kept.",
     ),
-    limit("max_stored_bytes", SIZE, "Maximum size of these responses with their conversations.", "SIZE"),
+    limit("max_stored_bytes", SIZE, "Maximum size of these responses with their conversations.", "SIZE", "64MiB"),
     limit(
         "request_timeout", Finite(0, min_open=True),
         "Time from the arrival of a request to the end of its answer. Requests that take longer end with an error.",

@@ -9,7 +9,7 @@ from engine.frontend.streams import Delta
 Event = dict[str, Any]
 MESSAGE, REASONING, CALL = "message", "reasoning", "function_call"
 # Names of the events and of the part, by type of item.
-TEXTS = {
+TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     MESSAGE: ("response.output_text", {"type": "output_text", "annotations": [], "logprobs": []}),
     REASONING: ("response.reasoning_text", {"type": "reasoning_text"}),
 }

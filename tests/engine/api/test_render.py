@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.api.logprobs import TextOffsets, chat_logprobs, completion_logprobs
-from engine.api.render import ChunkOptions, Chunks
+from engine.api.render import DONE, ChunkOptions, Chunks
 from engine.clock import FakeClock
 from engine.frontend.core_client import CoreClient
 from engine.frontend.sampling_params import SamplingParams
@@ -45,14 +45,15 @@ def test_every_text_survives_as_one_event(text: str, index: int, chat: bool, inc
     last = event(chunks.render(Delta(index, text, [1], finish_reason="stop", stop_reason="x")))
     assert last["choices"][0]["finish_reason"] == "stop"
     assert last["choices"][0]["stop_reason"] == "x"
-    assert (chunks.end() != b"") == include_usage
+    assert chunks.end().endswith(DONE)
+    assert (chunks.end() != DONE) == include_usage
 
 
 def test_the_last_event_sums_up():
     chunks = Chunks(make_stream(), TOKENIZER, HEAD, chat=False, options=ChunkOptions(include_usage=True))
     chunks.render(Delta(0, "abc", [1, 2, 3]))
     chunks.render(Delta(1, "", [4]))
-    usage = event(chunks.end())["usage"]
+    usage = event(chunks.end().removesuffix(DONE))["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (2, 4, 6)
 
 
