@@ -17,7 +17,7 @@ from engine.api.key_limit import KeyLoads
 from engine.api.limits import check_count, check_queue, check_request, check_texts
 from engine.api.pooling_protocol import PoolingRequest
 from engine.api.protocol import CompletionRequest, SampledRequest
-from engine.api.responses.store import ResponseStore
+from engine.api.response_store import ResponseStore
 from engine.errors import RequestError
 from engine.frontend.answer_format import AnswerFormat
 from engine.frontend.connect import EngineClient

@@ -11,11 +11,11 @@ from engine.api.chat import StartedChat, start_chat
 from engine.api.error_responses import ApiError
 from engine.api.event_stream import EventStream, run_until_disconnect
 from engine.api.limits import check_request
+from engine.api.response_store import Turn
 from engine.api.responses.conversation import Item, Messages, input_items
 from engine.api.responses.output import OutputItems
 from engine.api.responses.protocol import ResponsesRequest, renamed
 from engine.api.responses.response import NewResponse, ResponseEvents
-from engine.api.responses.store import Turn
 from engine.api.state import ApiState
 from engine.errors import RequestError
 

@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 
 from engine.api.error_responses import ApiError
+from engine.api.response_store import ResponseStore, StoredResponse, Turn
 from engine.api.responses.conversation import Item
 from engine.api.responses.output import Event, OutputItems
 from engine.api.responses.protocol import ResponsesRequest
-from engine.api.responses.store import ResponseStore, StoredResponse, Turn
 from engine.frontend.streams import Delta, RequestStream
 
 encode = msgspec.json.encode

@@ -1,15 +1,18 @@
 """Responses that later requests may name, in the memory of one API process."""
 
 import re
+import uuid
 from collections import Counter, OrderedDict
+from typing import Any
 
 import msgspec
 
 from engine.api.error_responses import ApiError
 from engine.api.http_options import Limits
-from engine.api.responses.conversation import Item, new_id
 
 OWN_ID = re.compile(r"resp_[0-9a-f]{32}([0-9a-f]{2})")  # the last digits are the number of the API process
+Item = dict[str, Any]
+
 _items = msgspec.json.Decoder(list[Item])
 
 
@@ -57,7 +60,7 @@ class ResponseStore:
 
     def new_id(self) -> str:
         """An id for a response of this process."""
-        return f"{new_id('resp')}{self._process:02x}"
+        return f"resp_{uuid.uuid4().hex}{self._process:02x}"
 
     def put(self, name: str, response: StoredResponse) -> None:
         """Keep a response; those that were not used for the longest time are evicted if there are too many."""

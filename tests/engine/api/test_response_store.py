@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from engine.api.error_responses import ApiError
 from engine.api.http_options import Limits
-from engine.api.responses.store import ResponseStore, StoredResponse, Turn
+from engine.api.response_store import ResponseStore, StoredResponse, Turn
 
 actions = st.lists(st.tuples(st.sampled_from(["put", "get", "delete"]), st.integers(0, 5), st.integers(0, 300)))
 
