@@ -8,10 +8,9 @@ from typing import Any
 import openai
 import pytest
 
-from engine.api import event_stream as sse
 from engine.api.http_server import HttpServer
 from engine.api.ports import bind
-from engine.api.render import Chunks
+from engine.api.render import DONE, Chunks
 from engine.api.state import ApiState
 from tests.engine.api.conftest import InLoop
 
@@ -211,7 +210,7 @@ async def test_a_failure_within_a_stream_is_an_error_to_openai_s_client(
 async def test_an_error_event_is_the_last_event(server: InLoop, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Chunks, "render_all", lambda *_: 1 / 0)
     answer = await server.http.post("/v1/completions", json={"prompt": "ab", "stream": True})
-    assert sse.DONE.decode().strip() not in answer.text
+    assert DONE.decode().strip() not in answer.text
     assert set(json.loads(answer.text.removeprefix("data: "))) == {"error"}
 
 
