@@ -85,7 +85,8 @@ class JsonCalls:
         if character == "[":
             self._list = True
             self._at += 1
-        self._state = self._begin_object
+        if character:
+            self._state = self._begin_object
         return bool(character)
 
     def _begin_object(self, text: str, _final: bool, _events: list[Event]) -> bool:

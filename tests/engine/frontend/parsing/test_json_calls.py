@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.frontend.parsing.call_parser import CallParser
@@ -41,6 +41,8 @@ MISTRAL_TEXTS = texts_of(
 
 
 @given(divided(HERMES_TEXTS))
+@example(["<tool_call>", '[{"name": "f", "arguments": {}}]'])
+@example(list('<tool_call>[{"name": "f", "arguments": {}}'))
 def test_hermes_does_not_depend_on_how_the_text_is_divided(parts: list[str]) -> None:
     check_calls(hermes, parts)
 
