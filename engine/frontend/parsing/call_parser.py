@@ -4,6 +4,7 @@ A call begins at a marker. What follows is read by a `CallReader`, which holds t
 call. If it is none, the marker is content, and the search continues right after it: malformed calls are text.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from engine.frontend.parsing.events import Content, Event
@@ -47,6 +48,29 @@ class CallFormat(Protocol):
     def reader(self, marker: str, begin: int) -> CallReader:
         """The reader of the text from `begin` on: after the marker, or at a leading text."""
         ...
+
+
+class StateReader:
+    """A `CallReader` of one call or list that is read in states; `_complete` tells that it may end here.
+
+    A state reads on from `_at`, adds events, and returns False if it needs more text.
+    """
+
+    def __init__(self, begin: int, state: Callable[[str, list[Event]], bool]):
+        self.done = self.failed = False
+        self.end = begin
+        self._at = begin
+        self._complete = False
+        self._state = state
+
+    def read(self, text: str, *, final: bool) -> list[Event]:
+        events: list[Event] = []
+        while not (self.done or self.failed) and self._state(text, events):
+            pass
+        if final and not self.failed:
+            self.done = self._complete
+            self.failed = not self.done
+        return events
 
 
 class CallParser:

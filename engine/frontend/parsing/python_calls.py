@@ -7,10 +7,11 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from engine.frontend.parsing.call_ids import new_id
+from engine.frontend.parsing.call_parser import StateReader
 from engine.frontend.parsing.events import Arguments, CallBegin, CallEnd, Event
 
 START, END = "<|python_start|>", "<|python_end|>"
@@ -41,28 +42,15 @@ class PythonFormat:
         return PythonCalls(begin, self._names if marker in self.leading else None)
 
 
-class PythonCalls:
+class PythonCalls(StateReader):
     """Reads one list, and the closing marker."""
 
     def __init__(self, begin: int, names: Collection[str] | None):
-        self.done = self.failed = False
-        self.end = begin
-        self._at = begin
+        super().__init__(begin, self._read_start)
         self._begin = begin  # of the list
         self._names = names
         self._open: list[str] = []  # brackets
         self._quotes = ""  # those that end the string
-        self._complete = False
-        self._state: Callable[[str, list[Event]], bool] = self._read_start
-
-    def read(self, text: str, *, final: bool) -> list[Event]:
-        events: list[Event] = []
-        while not (self.done or self.failed) and self._state(text, events):
-            pass
-        if final and not self.failed:
-            self.done = self._complete
-            self.failed = not self.done
-        return events
 
     # Each state returns False if it needs more text.
 

@@ -5,12 +5,13 @@
 The tags are on lines of their own; `<tool_call>` is often missing. Arguments get their types from the tool's schema.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from engine.frontend.parsing.call_ids import new_id
+from engine.frontend.parsing.call_parser import StateReader
 from engine.frontend.parsing.events import Arguments, CallBegin, CallEnd, Event
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -41,29 +42,16 @@ class XmlFormat:
         return XmlCall(begin, self._tools, named=marker == FUNCTION)
 
 
-class XmlCall:
+class XmlCall(StateReader):
     """Reads one function, and the closing tag of the call."""
 
     def __init__(self, begin: int, tools: Schemas, *, named: bool):
         """`named`: the text begins with the name."""
-        self.done = self.failed = False
-        self.end = begin
-        self._at = begin
+        super().__init__(begin, self._read_name if named else self._read_function)
         self._searched = begin  # no value ends before
         self._tools = tools
         self._name = self._key = ""
         self._values: dict[str, str] = {}
-        self._complete = False
-        self._state: Callable[[str, list[Event]], bool] = self._read_name if named else self._read_function
-
-    def read(self, text: str, *, final: bool) -> list[Event]:
-        events: list[Event] = []
-        while not (self.done or self.failed) and self._state(text, events):
-            pass
-        if final and not self.failed:
-            self.done = self._complete
-            self.failed = not self.done
-        return events
 
     # Each state returns False if it needs more text.
 
