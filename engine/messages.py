@@ -19,7 +19,7 @@ from engine.columns import int32s, unpack_table
 from engine.grammar import Grammar
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.multimodal.types import MediaKind, MMSpec
-from engine.pooling import PoolingSpec
+from engine.pooling import Pooled, PoolingSpec
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
 
@@ -251,13 +251,6 @@ class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
     cached_tokens: int  # prompt tokens found in the prefix cache
     waited_s: float
     prompt_tokens: int = 0  # with an inline front end or multimodal inputs only
-
-
-class Pooled(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """The vector of a prompt, of a model that pools; its request ends with it."""
-
-    handle: int
-    vector: bytes  # float32[width]
 
 
 class MMStats(msgspec.Struct, array_like=True, frozen=True, gc=False):

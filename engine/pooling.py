@@ -22,6 +22,13 @@ POOLING_TYPES: dict[str, Method] = {"MEAN": "mean", "CLS": "cls", "LAST": "last"
 POOLER_FIELDS = ("pooling_type", "seq_pooling_type", "normalize", "use_activation")
 
 
+class Pooled(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The vector of a prompt, of a model that pools; its request ends with it."""
+
+    handle: int
+    vector: bytes  # float32[width]
+
+
 class PoolingSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What workers and front ends must know of a model that pools; part of `Ready`.
 

@@ -1,12 +1,10 @@
 """A limit on the requests that an API key may have at once, over all API processes of a server."""
 
-import math
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.api.access import KEY
 from engine.api.error_responses import ApiError
-from engine.api.limits import LONGEST_WAIT_S
+from engine.api.limits import retry_after_s
 from engine.frontend.connect import EngineClient
 from engine.frontend.front_end_stats import shared_cells
 
@@ -66,9 +64,7 @@ class LimitKeys:
 
     def _refusal(self) -> ApiError:
         self._client.stats.count_event("key_limit")
-        latencies = self._client.total_stats.e2e
-        ended = sum(latencies.counts)
-        wait = math.ceil(min(max(latencies.total / ended if ended else 1.0, 1), LONGEST_WAIT_S))
+        wait = retry_after_s(self._client.total_stats.e2e)
         return ApiError(
             429,
             f"this API key has {self._limit:,} requests running, the most allowed (--max-requests-per-key); "

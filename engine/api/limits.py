@@ -9,6 +9,7 @@ from engine.api.http_options import Limits
 from engine.api.protocol import CompletionRequest
 from engine.errors import RequestError
 from engine.frontend.connect import EngineClient
+from engine.frontend.front_end_stats import Histogram
 
 # Of all stop strings of a request together: each new token is compared with all their prefixes.
 MAX_STOP_CHARACTERS = 4096
@@ -88,6 +89,13 @@ def check_texts(texts: Iterable[str], limits: Limits, max_model_len: int, longes
             )
 
 
+def retry_after_s(latencies: Histogram, turns: float = 1.0) -> int:
+    """Seconds for Retry-After: `turns` times the mean latency of the requests so far, at most LONGEST_WAIT_S."""
+    ended = sum(latencies.counts)
+    seconds = latencies.total / ended if ended else 1.0
+    return math.ceil(min(max(seconds * turns, 1), LONGEST_WAIT_S))
+
+
 def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
     """Raise ApiError 503 if `outputs` more requests would exceed --max-queue."""
     if limits.max_queue is None:
@@ -100,9 +108,7 @@ def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
     queue = max(stats.live + outputs - slots, waiting + outputs if waiting else 0)
     if queue <= limits.max_queue:
         return
-    ended = sum(stats.e2e.counts)
-    seconds = stats.e2e.total / ended if ended else 1.0
-    wait = math.ceil(min(max(seconds * queue / max(slots, 1), 1), LONGEST_WAIT_S))
+    wait = retry_after_s(stats.e2e, queue / max(slots, 1))
     client.stats.count_event("queue_full")
     raise ApiError(
         503,

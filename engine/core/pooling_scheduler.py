@@ -8,7 +8,8 @@ from engine.core.feature_mirror import FeatureMirror
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.steps import ScheduledStep, StepOutcome
-from engine.messages import Finished, FinishReason, Pooled, StepResult
+from engine.messages import Finished, FinishReason, StepResult
+from engine.pooling import Pooled
 
 
 def make_scheduler(config: ResolvedConfig, features: FeatureMirror | None) -> Scheduler:

@@ -9,7 +9,8 @@ from engine.core.protocols import InlineFrontEnd
 from engine.core.scheduler import Scheduler
 from engine.core.steps import StepOutcome
 from engine.logprob_columns import TokenLogprobs, select_logprobs
-from engine.messages import HANDLE_SEQUENCE_BITS, Admitted, Finished, Outputs, Pooled, encode, front_end_of
+from engine.messages import HANDLE_SEQUENCE_BITS, Admitted, Finished, Outputs, encode, front_end_of
+from engine.pooling import Pooled
 
 # Messages with tokens also contain the stats. While steps yield no tokens, as in a long prefill, stats are sent with
 # this period.

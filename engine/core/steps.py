@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.logprob_columns import PromptLogprobs
-from engine.messages import Finished, Pooled, StepMessage
+from engine.messages import Finished, StepMessage
+from engine.pooling import Pooled
 
 
 @dataclass(slots=True)

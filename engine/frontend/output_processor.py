@@ -24,7 +24,8 @@ from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.streams import Output, RequestStream, TokenLogprob
 from engine.frontend.transport import Transport
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
-from engine.messages import Abort, Finished, FinishReason, Outputs, Pooled
+from engine.messages import Abort, Finished, FinishReason, Outputs
+from engine.pooling import Pooled
 
 log = logging.getLogger("redline.client")
 

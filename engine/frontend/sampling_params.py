@@ -159,6 +159,11 @@ RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
+def _stop_ids(params: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
+    end_ids = () if params.ignore_eos else tokenizer.eos_ids
+    return tuple(dict.fromkeys((*end_ids, *(params.stop_token_ids or ()))))
+
+
 def make_request(
     handle: int,
     prompt: Prompt,
@@ -188,8 +193,7 @@ def make_request(
     else:
         packed = b""
         extra |= {"text": prompt.text, "add_special_tokens": prompt.add_special_tokens}
-    end_ids = () if params.ignore_eos else tokenizer.eos_ids
-    stop_ids = tuple(dict.fromkeys((*end_ids, *(params.stop_token_ids or ()))))
+    stop_ids = _stop_ids(params, tokenizer)
     max_tokens = tokens_left if params.max_tokens is None else min(params.max_tokens, tokens_left)
     min_tokens = min(params.min_tokens, max_tokens)
     sampling = Sampling(

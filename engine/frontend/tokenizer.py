@@ -191,10 +191,9 @@ def load_tokenizer(
     named = special_tokens(settings)
     own_eos = backend.id_of(named["eos_token"]) if "eos_token" in named else None
     eos = ([] if own_eos is None else [own_eos]) + declared_eos_ids(folder)
-    sources = read_templates(folder, settings) if chat_template is None else {"default": chat_template}
     family = config.get("model_type")
-    if chat_template is None:
-        sources = with_inputs(family, sources)
+    given = None if chat_template is None else {"default": chat_template}
+    sources = given or with_inputs(family, read_templates(folder, settings))
     if not sources:
         found_template = default_template(family, stand_in=isinstance(backend, StandInBackend))
         sources = {} if found_template is None else {"default": found_template}

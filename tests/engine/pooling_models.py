@@ -18,8 +18,9 @@ from engine.core.engine import EngineCore
 from engine.frontend.streams import NO_OPTIONS
 from engine.frontend.vectors import make_pooling_request
 from engine.memory import resolve
-from engine.messages import Finished, Outputs, Pooled, decode_from_core, encode
+from engine.messages import Finished, Outputs, decode_from_core, encode
 from engine.model.model_info import ModelInfo, read_model_info
+from engine.pooling import Pooled
 from engine.worker.in_process import InProcessExecutor
 
 VOCABULARY = 128

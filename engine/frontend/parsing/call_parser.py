@@ -72,6 +72,15 @@ class StateReader:
             self.failed = not self.done
         return events
 
+    def _read_closing(self, text: str, at: int, close: str) -> bool:
+        """The last state: a closing text at `at` belongs to the call, but may be missing."""
+        if text.startswith(close, at):
+            self.end = at + len(close)
+        elif close.startswith(text[at : at + len(close)]):
+            return False
+        self.done = True
+        return True
+
 
 class CallParser:
     """An `AnswerParser` for one format of calls.

@@ -139,13 +139,7 @@ class PythonCalls(StateReader):
         self._state = self._read_close
 
     def _read_close(self, text: str, _events: list[Event]) -> bool:
-        at = _skip_spaces(text, self._at)
-        if text.startswith(END, at):
-            self.end = at + len(END)
-        elif END.startswith(text[at : at + len(END)]):
-            return False
-        self.done = True
-        return True
+        return self._read_closing(text, _skip_spaces(text, self._at), END)
 
 
 def _skip_spaces(text: str, at: int) -> int:

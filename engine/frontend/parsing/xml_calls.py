@@ -123,13 +123,7 @@ class XmlCall(StateReader):
         return True
 
     def _read_close(self, text: str, _events: list[Event]) -> bool:
-        at = _skip_spaces(text, self._at)
-        if text.startswith(CLOSE, at):
-            self.end = at + len(CLOSE)
-        elif CLOSE.startswith(text[at : at + len(CLOSE)]):
-            return False
-        self.done = True
-        return True
+        return self._read_closing(text, _skip_spaces(text, self._at), CLOSE)
 
     def _arguments(self) -> str:
         properties = self._tools.get(self._name, {}).get("properties")
