@@ -21,12 +21,14 @@ def _lost(error: RuntimeError) -> PeerLostError:
 class GlooGroup:
     """Implements `engine.model.runtime.rank_group.RankGroup`. The constructor returns once all ranks have joined."""
 
+    timeout = TIMEOUT
+
     def __init__(self, rank: int, size: int, store: str):
         self.rank, self.size = rank, size
         gloo: Any = dist.ProcessGroupGloo  # init_process_group has no option for the interface
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        options._timeout = TIMEOUT
+        options._timeout = self.timeout
         try:
             self._group = gloo(dist.FileStore(store, size), rank, size, options)
         except RuntimeError as error:

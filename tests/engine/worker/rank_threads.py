@@ -1,9 +1,11 @@
 """An executor whose ranks are threads of this process, each with an asynchronous device of its own."""
 
+import functools
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from engine.worker.in_process import InProcessDeviceExecutor
 from engine.worker.worker_start import StartReport
 from tests.engine.worker.device_driver import configure
 from tests.engine.worker.stand_in_device import StandInDevice
+from tests.engine.worker.tape import watch_launches
 
 
 class RankThreads:
@@ -63,7 +66,7 @@ class RankThreads:
         results = [one.sample(step, masks) for one in self.executors]
 
         def agree() -> bytes:
-            found = [decode_result(result.result()) for result in results]
+            found = [decode_result(result) for result in _all(results)]
             assert len({(one.tokens, one.counts) for one in found}) == 1, "ranks disagree"
             return results[0].result()
 
@@ -73,8 +76,7 @@ class RankThreads:
         results = [one.call(method, arguments) for one in self.executors]
 
         def all_done() -> Any:
-            wait(results)
-            return results[0].result()
+            return _all(results)[0]
 
         return self._agreeing.submit(all_done)
 
@@ -82,6 +84,16 @@ class RankThreads:
         for one in self.executors:
             one.shutdown()
         self._agreeing.shutdown()
+
+
+def _all(results: "Sequence[Future[Any]]") -> list[Any]:
+    """The results of all ranks. Raises the error of the first that fails: others may wait for it in a collective."""
+    ended: SimpleQueue[Future[Any]] = SimpleQueue()
+    for one in results:
+        one.add_done_callback(ended.put)
+    for _ in results:
+        ended.get().result()
+    return [one.result() for one in results]
 
 
 def launch_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +104,11 @@ def launch_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     from triton.runtime import interpreter
 
+    watch_launches()  # before the lock: what is undone at the end of the test must leave it in place
     running = threading.RLock()
 
     def alone(function: Any) -> Any:
+        @functools.wraps(function)
         def run_alone(*args: Any, **kwargs: Any) -> Any:
             with running:
                 return function(*args, **kwargs)

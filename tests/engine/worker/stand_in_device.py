@@ -8,6 +8,7 @@
 - It is out of memory when the test says so.
 """
 
+import datetime
 import math
 import threading
 import time
@@ -172,6 +173,8 @@ class _Bands:
 
 class TapedGroup(GlooGroup):
     """A group whose collectives are recorded in captured steps."""
+
+    timeout = datetime.timedelta(minutes=1)  # so that the error of one rank is reported before its test times out
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         tape, run = tape_of_thread(), super().all_reduce

@@ -45,7 +45,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        _watch_launches()
+        watch_launches()
         self._calls: list[Callable[[], None]] = []
         self._own: dict[int, Tensor] = {}  # one of each storage
         self._launching = False
@@ -77,7 +77,8 @@ class Tape(TorchDispatchMode):
     def launch(self, run: Callable[..., Any], executor: Any, args: Any, kwargs: Any) -> Any:
         """Run a kernel and record it."""
         held, held_by_name = self._hold(args), self._hold(kwargs)
-        self._calls.append(lambda: run(executor, *_given(held), **_given(held_by_name)))
+        # By the executor, not by `run`: a test may have wrapped its call, so that threads take turns.
+        self._calls.append(lambda: executor(*_given(held), **_given(held_by_name)))
         self._launching = True
         try:
             return run(executor, *args, **kwargs)
@@ -151,7 +152,8 @@ def _operation(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> Callabl
     return run
 
 
-def _watch_launches() -> None:
+def watch_launches() -> None:
+    """Let tapes record launches of interpreted kernels, in all threads, from now on."""
     from triton.runtime.interpreter import GridExecutor
 
     run = GridExecutor.__call__

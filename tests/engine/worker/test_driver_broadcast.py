@@ -103,7 +103,7 @@ def test_calls_and_the_end_arrive(pair: Any, what: BroadcastMessage) -> None:
 
 
 def test_followers_wait_as_long_as_nobody_asks_for_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gloo_group, "TIMEOUT", timedelta(seconds=0.5))  # of whatever isn't given another
+    monkeypatch.setattr(gloo_group.GlooGroup, "timeout", timedelta(seconds=0.5))  # of whatever isn't given another
     with two_ranks(tmp_path) as ((first, second), threads):
         received = threads.submit(receive, second)
         time.sleep(1.5)

@@ -7,7 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.engine.worker.tape import Tape
+import triton
+import triton.language as tl
+
+from tests.engine.worker.rank_threads import launch_one_at_a_time
+from tests.engine.worker.tape import Tape, watch_launches
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +54,19 @@ def test_memory_that_was_freed_since() -> None:
     del passing
     with pytest.raises(AssertionError, match="memory that was freed"):
         tape.replay()
+
+
+@triton.jit
+def _increment(at: tl.pointer_type) -> None:
+    tl.store(at, tl.load(at) + 1)
+
+
+def test_kernels_of_threads_that_take_turns_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch_launches()  # as by another test of the same process
+    launch_one_at_a_time(monkeypatch)
+    count = torch.zeros(1)
+    with Tape() as tape:
+        _increment[(1,)](count)
+    assert count.tolist() == [1]
+    tape.replay()
+    assert count.tolist() == [2]
