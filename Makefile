@@ -148,7 +148,7 @@ bench-rates: install  ## The highest sustained rate of Redline and vLLM (VLLM_PY
 	$(BIN)/python -m tests.perf.bench_rates
 
 .PHONY: parity
-parity: install  ## Every family of models against plain transformers: results/parity.json
+parity: $(VENV)/installed-dev  ## Every family of models against plain transformers: results/parity.json
 	$(BIN)/python -m tests.perf.parity
 
 .PHONY: bench-load
