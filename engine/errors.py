@@ -33,6 +33,22 @@ class RequestError(RedlineError):
         self.field = field
 
 
+class ContextLengthError(RequestError):
+    """A prompt is longer than the model serves."""
+
+    @classmethod
+    def of(cls, max_model_len: int, found: str, field: str) -> "ContextLengthError":
+        """The error with words by which clients recognize it: OpenAI's and vLLM's, and Anthropic's.
+
+        Args:
+            max_model_len: in tokens.
+            found: what the prompt has.
+            field: to change.
+        """
+        limit = f"this model's maximum context length is {max_model_len} tokens (--max-model-len)"
+        return cls(f"{limit}, but the prompt is too long: {found}", field)
+
+
 class OverloadedError(RedlineError):
     """Too much of something waits; the same request may be served later."""
 

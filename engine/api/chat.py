@@ -129,14 +129,13 @@ def answer_options(state: ApiState, body: ChatRequest) -> AnswerOptions | None:
 def with_parsing(state: ApiState, params: SamplingParams, options: AnswerOptions) -> SamplingParams:
     """The parameters of outputs that are parsed: with the special tokens and the constraints of calls."""
     wanted = options.choice.structured_outputs(state.answers.tools)
-    if wanted is not None and params.structured_outputs is not None:
-        field = params.structured_outputs.field
-        raise RequestError(f"{field} excludes strict tools, and a tool_choice that enforces a call", field)
-    return replace(
-        params,
-        visible_special_ids=state.answers.visible_ids,
-        structured_outputs=wanted or params.structured_outputs,
-    )
+    given = params.structured_outputs
+    # response_format is about the content, and a message with an enforced call has none.
+    if given is not None and options.choice.enforced and given.field.startswith("response_format"):
+        given = None
+    if wanted is not None and given is not None:
+        raise RequestError(f"{given.field} excludes strict tools, and a tool_choice that enforces a call", given.field)
+    return replace(params, visible_special_ids=state.answers.visible_ids, structured_outputs=wanted or given)
 
 
 def echoed_message(body: ChatRequest) -> str:

@@ -7,6 +7,7 @@ import msgspec
 from starlette.responses import Response
 
 from engine.errors import (
+    ContextLengthError,
     EngineDeadError,
     NotServedError,
     OverloadedError,
@@ -48,7 +49,8 @@ class ApiError(Exception):
         if isinstance(error, NotServedError):
             return cls(404, str(error), param=error.field, code="model_not_found")
         if isinstance(error, RequestError):
-            return cls(400, str(error), param=error.field)
+            code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+            return cls(400, str(error), param=error.field, code=code)
         if isinstance(error, EngineDeadError):
             return cls(503, str(error), code="engine_dead")
         if isinstance(error, OverloadedError):

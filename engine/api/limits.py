@@ -7,7 +7,7 @@ from engine.api.chat_protocol import ChatRequest
 from engine.api.error_responses import ApiError
 from engine.api.http_options import Limits
 from engine.api.protocol import CompletionRequest
-from engine.errors import RequestError
+from engine.errors import ContextLengthError, RequestError
 from engine.frontend.connect import EngineClient
 from engine.frontend.front_end_stats import Histogram
 
@@ -40,11 +40,7 @@ def check_request(body: CompletionRequest | ChatRequest, limits: Limits, max_mod
         )
     if isinstance(body, ChatRequest):
         if len(body.messages) > max_model_len:  # each takes at least one token
-            raise RequestError(
-                f"messages has {len(body.messages):,} entries, more than a request may have tokens: {max_model_len:,} "
-                "(--max-model-len)",
-                "messages",
-            )
+            raise ContextLengthError.of(max_model_len, f"messages has {len(body.messages):,} entries", "messages")
         return
     prompts = count_prompts(body.prompt)
     check_count(prompts, limits, "prompt")
@@ -80,12 +76,12 @@ def check_texts(texts: Iterable[str], limits: Limits, max_model_len: int, longes
         if len(text) * 4 <= most:  # a character has four bytes at most
             continue
         size = len(text.encode("utf-8", "surrogatepass"))
+        if size > most and derived:
+            found = f"it has {size:,} bytes, more than {max_model_len:,} of the longest token ({most:,})"
+            raise ContextLengthError.of(max_model_len, f"{found}; --max-prompt-bytes allows more", field)
         if size > most:
-            why = f" (--max-model-len {max_model_len:,} times the longest token; --max-prompt-bytes)"
             raise RequestError(
-                f"the prompt has {size:,} bytes, but at most {most:,} are allowed"
-                + (why if derived else " (--max-prompt-bytes)"),
-                field,
+                f"the prompt has {size:,} bytes, but at most {most:,} are allowed (--max-prompt-bytes)", field
             )
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from engine.errors import RequestError
+from engine.errors import ContextLengthError, RequestError
 
 
 class Text(NamedTuple):
@@ -28,16 +28,12 @@ def check_prompt(prompt: list[int], max_model_len: int, vocab_size: int, *, pool
     if not prompt:
         raise RequestError("the prompt is empty: at least one token is needed", "prompt")
     if pools and len(prompt) > max_model_len:
-        raise RequestError(
-            f"a text has {len(prompt)} tokens, but the model takes at most {max_model_len} (--max-model-len): "
-            "truncate_prompt_tokens -1 cuts it",
-            "input",
+        raise ContextLengthError.of(
+            max_model_len, f"a text has {len(prompt)} tokens; truncate_prompt_tokens -1 cuts it", "input"
         )
     if not pools and len(prompt) >= max_model_len:
-        raise RequestError(
-            f"the prompt has {len(prompt)} tokens, but the model serves at most {max_model_len} (--max-model-len), "
-            "including at least one output token",
-            "prompt",
+        raise ContextLengthError.of(
+            max_model_len, f"it has {len(prompt)} tokens, and at least one output token is needed", "prompt"
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         wrong = min(prompt) if min(prompt) < 0 else max(prompt)

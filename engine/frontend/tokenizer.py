@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from engine.errors import ConfigError, ModelError, RequestError
+from engine.errors import ConfigError, ContextLengthError, ModelError, RequestError
 from engine.frontend.chat_template import ChatTemplate, read_templates
 from engine.frontend.default_templates import default_template, with_inputs
 from engine.frontend.mistral_tokenizer import MistralBackend
@@ -66,10 +66,8 @@ class Tokenizer:
         if len(text) > 2 * beginning:
             found = len(self.encode(text[:beginning], add_special_tokens))
             if found > max_tokens + max_tokens // 4 + PROBE_SLACK:
-                raise RequestError(
-                    f"the prompt has more than {max_tokens:,} tokens, the most the model serves (--max-model-len): its "
-                    f"first {beginning:,} of {len(text):,} characters have {found:,}",
-                    "prompt",
+                raise ContextLengthError.of(
+                    max_tokens, f"the first {beginning:,} of {len(text):,} characters have {found:,} tokens", "prompt"
                 )
         return self.encode(text, add_special_tokens)
 

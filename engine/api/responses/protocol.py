@@ -54,6 +54,7 @@ class ReasoningOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 class ResponsesStreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
+    include_usage: bool | None = None  # of chats, no effect: the last event has the usage in any case; AIPerf sends it
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):

@@ -24,6 +24,7 @@ ROUTES = (
 )
 DEEP = b"[" * 100_000 + b"]" * 100_000
 CHAT = [{"role": "user", "content": "hi"}]
+LONG = "a" * 200  # tokens; the server's model has 128
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,25 @@ async def test_bodies_that_cannot_be_read(server: InLoop, caplog: pytest.LogCapt
         assert error["type"] == "invalid_request_error"
         assert said in error["message"]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": LONG}),
+        ("/v1/completions", {"prompt": [1] * 200}),
+        ("/v1/completions", {"prompt": LONG * 1000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}),
+        ("/v1/chat/completions", {"messages": CHAT * 200}),
+        ("/v1/responses", {"input": LONG}),
+    ],
+)
+async def test_clients_recognize_prompts_that_are_too_long(server: InLoop, path: str, body: dict[str, Any]):
+    """LangChain reads the code, LiteLLM the words."""
+    error = await server.refusal(path, body)
+    assert error["code"] == "context_length_exceeded"
+    assert "this model's maximum context length is 128 tokens" in error["message"]
+    assert "prompt is too long" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ async def test_long_texts_are_refused_or_truncated(server: InLoop, model: Any) -
     await server.post("/v1/embeddings", input=longest)
     error = await server.refusal("/v1/embeddings", {"input": ["a", text]})
     assert error["param"] == "input"
-    assert f"a text has {2 * POSITIONS} tokens, but the model takes at most {POSITIONS}" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+    assert f"maximum context length is {POSITIONS} tokens" in error["message"]
+    assert f"a text has {2 * POSITIONS} tokens" in error["message"]
     for keep, side, kept in [(-1, None, text[:POSITIONS]), (7, "right", text[:7]), (7, "left", text[-7:])]:
         options = {"truncate_prompt_tokens": keep, "truncation_side": side}
         for given in (text, list(text.encode())):

@@ -255,6 +255,17 @@ async def test_a_named_call_is_streamed_as_it_is_written():
         assert len([one for one in chunks if one["choices"][0]["delta"].get("tool_calls")]) > 10
 
 
+async def test_an_enforced_call_has_no_content_that_a_format_could_be_of():
+    """instructor sends both, of the same schema."""
+    script = '{"city": "Rome", "days": 2}'
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1]}}}
+    async with served(script) as server:
+        choice = await whole_and_streamed(server, script, tools=TOOLS, response_format=schema, **NAMED)
+        assert without_ids(choice["message"]["tool_calls"]) == [("get_weather", {"city": "Rome", "days": 2})]
+        asked = {"messages": [USER], "tools": TOOLS, "guided_json": {"enum": [1]}, **NAMED}
+        assert (await server.refusal(PATH, asked))["param"] == "guided_json"
+
+
 async def test_strict_arguments():
     strict = [{"type": "function", "function": WEATHER["function"] | {"strict": True}}, TIME]
     async with served("Wait.\n" + CALL) as server:

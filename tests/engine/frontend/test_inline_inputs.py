@@ -113,7 +113,7 @@ def test_an_input_that_can_not_be_processed_ends_its_request_only() -> None:
             await core.serve([PLACEHOLDER, PLACEHOLDER], [good, RawInput(Media("image", b"none"), 2)])
         with pytest.raises(RequestError, match="1 placeholder"):
             await core.serve([PLACEHOLDER], [good, good])
-        with pytest.raises(RequestError, match="the model serves at most 64"):
+        with pytest.raises(RequestError, match="maximum context length is 64 tokens"):
             await core.serve([PLACEHOLDER] + [1] * 61, [RawInput(png(50))])
         assert len((await core.serve([PLACEHOLDER, 1], [RawInput(png(50))]))[0].token_ids) == 3
         core.close()

@@ -125,6 +125,15 @@ async def test_the_stream_of_the_client():
         assert json.loads(arguments[-1].snapshot) == {"city": "Rome", "days": 2}
 
 
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": True}, {"include_obfuscation": False}])
+async def test_the_last_event_of_a_stream_has_the_usage(options: Any):
+    async with served("Hello.") as server:
+        asked = {"input": "hi", "max_output_tokens": 5, "stream": True, "stream_options": options}
+        answer = await server.http.post("/v1/responses", json=asked)
+        last = json.loads(answer.text.strip().rpartition("data: ")[2])
+        assert (last["type"], last["response"]["usage"]["output_tokens"]) == ("response.incomplete", 5)
+
+
 async def test_reasoning_text_and_calls_are_items():
     async with served(f"<think>\nSo.\n</think>\n\nI'll look.\n{CALL}\n{OTHER}") as server:
         response = await whole_and_streamed(server, tools=TOOLS, tool_choice="auto")
@@ -242,6 +251,17 @@ async def test_the_format_of_the_text():
         assert response.text.format.to_dict() == form
         await server.openai.responses.create(**ASKED, text={"format": {"type": "json_object"}})
         assert server.app.state.prompts[-1][1].structured_outputs.json_object
+
+
+async def test_a_format_beside_an_enforced_call():
+    """instructor sends both, of the same schema."""
+    form = {"type": "json_schema", "name": "f", "schema": {"enum": [1]}}
+    choice: Any = {"type": "function", "name": "f"}
+    tool: Any = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+    async with served("{}") as server:
+        asked = {**ASKED, "text": {"format": form}, "tools": [tool], "tool_choice": choice}
+        [call] = (await server.openai.responses.create(**asked)).output
+        assert (call.type, call.arguments) == ("function_call", "{}")
 
 
 @pytest.mark.parametrize(
