@@ -187,6 +187,11 @@ ENGINE_OPTIONS = (
         help="Maximum number of draft tokens per request and step.",
     ),
     option(
+        SCHEDULING, "--deterministic/--no-deterministic", default=False,
+        help="Guarantee the same tokens and logprobs, bit for bit, whatever else is served: alone, in a batch, in "
+        "chunks, after a preemption, from the prefix cache. Costs nothing; paths without this property are refused.",
+    ),
+    option(
         MEMORY, "--kv-cache-memory-bytes", type=SIZE, metavar="SIZE",
         default_text="what --gpu-memory-utilization leaves",
         help="Size of the KV cache, of all replicas together, such as 2GiB.",

@@ -63,6 +63,8 @@ V0_OPTIONS = ("num_scheduler_steps", "enable_chunked_prefill")
 INLINE_PROCESSING, NO_FEATURE_CACHE = "inline-processing", "no-feature-cache"
 DRIVER_BROADCAST = "driver-broadcast"  # needs several ranks
 
+INVARIANT_RANKS = 2  # the sum of two numbers does not depend on their order; sums of more do
+
 KV_ALLOCATION = "--kv-cache-memory-bytes"
 
 SHUTDOWN_TIMEOUT_S = 30.0  # for running requests to end; the grace period of a Kubernetes pod by default
@@ -112,6 +114,7 @@ class EngineConfig:
     kernels: str = "auto"  # of KERNELS
     tile_table: str | None = None  # a file, see engine.devices.tile_files; None: that of the GPU in the user's cache
     enforce_eager: bool = False  # GPUs launch the kernels of each step, none is captured in a CUDA graph
+    deterministic: bool = False  # a request gets the same bits alone and in any batch; what cannot is refused
     quantization: str | None = None  # of QUANTIZATIONS or STORED_QUANTIZATIONS; None: as dtype
     stored_quantization: str | None = None  # the format the checkpoint must have; set from quantization
     kv_cache_dtype: str | None = None  # of KV_CACHE_DTYPES; None: as dtype
@@ -248,6 +251,11 @@ class EngineConfig:
             )
         if self.engine == "v0" and self.ablate:
             raise ConfigError("--ablate switches off parts of V1; --engine v0 already switches off all of them")
+        if self.deterministic and self.tensor_parallel_size > INVARIANT_RANKS:
+            raise ConfigError(
+                f"--deterministic does not work with --tp {self.tensor_parallel_size}: the size of the batch decides "
+                f"in which order more than {INVARIANT_RANKS} ranks are added up; use --tp {INVARIANT_RANKS}, or --dp"
+            )
         if DRIVER_BROADCAST in self.ablate and self.tensor_parallel_size == 1:
             raise ConfigError(
                 f"--ablate {DRIVER_BROADCAST} needs --tp 2 or more: a single rank has no other rank to broadcast to"

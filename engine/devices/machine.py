@@ -67,6 +67,11 @@ def check_options(config: EngineConfig, device: str, kernels: tuple[str, ...]) -
     """Raise ConfigError for options that devices other than the CPU do not support."""
     if config.kernels not in kernels:
         raise ConfigError(f"--kernels {config.kernels} does not work on {device}: use {' or '.join(kernels)}")
+    if config.deterministic:
+        raise ConfigError(
+            f"--deterministic does not work on {device}: the size of the batch decides in which order its kernels add "
+            "numbers up; use --device cpu"
+        )
     if DRIVER_BROADCAST in config.ablations:
         raise ConfigError(
             f"--ablate {DRIVER_BROADCAST}, a part of --engine v0 with --tp, does not work on {device}: use --device cpu"

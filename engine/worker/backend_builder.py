@@ -61,6 +61,11 @@ def build_backend(
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: {reason}")
+    if config.deterministic:
+        raise ConfigError(
+            f"--deterministic needs the C++ CPU kernels: {reason}. With PyTorch the size of the batch decides in which "
+            "order numbers are added up"
+        )
     model = fill_and_check(meta_model, config, model_info)
     cache = KVCache(model_info.kv_groups, resolved.num_blocks, kv_layout(model_info, resolved.block_size))
     warnings = pytorch_warnings(model_info.dtype)

@@ -263,6 +263,13 @@ def test_other_types_of_devices(answer) -> None:
         machine_for(configure(device="xpu", kernels="triton"))
 
 
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_batch_invariance_is_not_offered_on_devices(answer, device: str) -> None:
+    answer(H100)
+    with pytest.raises(ConfigError, match=f"--deterministic does not work on {device}: .*use --device cpu"):
+        machine_for(configure(device=device, deterministic=True))
+
+
 def test_a_device_that_does_not_tell_its_memory_has_the_hosts(answer, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(DeviceFacts())
     monkeypatch.setattr(devices.torch_device, "available_memory", lambda: 5 * GIB)
