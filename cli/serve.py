@@ -31,6 +31,7 @@ from engine.phases import Phases, process_start
 from engine.text import human_bytes
 
 FILE_WIDTH = 200
+MOST_OPEN_FILES = 1 << 16  # connections, and what else the processes of a server have open; each process has as many
 
 log = logging.getLogger("redline.serve")
 
@@ -128,6 +129,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.api.tls import read_certificate
     from engine.api.tracing import check_installed
     from engine.frontend.logs import log_to_stderr
+    from engine.host import allow_open_files
     from engine.start import start_engine
 
     keys = read_keys(serving.http.api_keys, serving.api_key_file)
@@ -139,6 +141,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     tls = read_certificate(http.ssl_certfile, http.ssl_keyfile)
     console = make_console()
     phases.end("start the command")
+    allow_open_files(MOST_OPEN_FILES)
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
     for number in (signal.SIGINT, signal.SIGTERM):  # even if the parent shell ignores Ctrl-C
         signal.signal(number, interrupt)

@@ -4,6 +4,7 @@ Limits are read from the process's group and from all groups that contain it (a 
 slice, a pod), with version 1, version 2 or both mounted.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -37,6 +38,22 @@ def total_memory(root: Path = ROOT) -> int:
     """The host's memory in bytes, or the lowest memory limit."""
     limits = (limit for folder in _groups("memory", root) if (limit := _memory_limit(folder)) is not None)
     return min(psutil.virtual_memory().total, *limits, 1 << 62)
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files of this process, and of those that it starts, to `count` as far as allowed.
+
+    Shells often set 1,024, and each connection of a client is an open file.
+    """
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from bench.loadgen.loop import Loop
 from bench.loadgen.recording import GeneratorUse
+from engine.host import allow_open_files
 
 
 def run_loop(loop: Loop) -> GeneratorUse:
@@ -27,7 +28,7 @@ def generating(requests: int) -> Iterator[None]:
 
     A full collection over the recorded streams would look like a stall of the server.
     """
-    _allow_descriptors(requests + 64)
+    allow_open_files(requests + 320)
     was_on = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -47,16 +48,3 @@ def _queued_ns() -> int:
             return int(f.read().split()[1])
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def _allow_descriptors(count: int) -> None:
-    """Raise the soft limit of open files as far as needed and allowed."""
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256 if hard == resource.RLIM_INFINITY else min(count + 256, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

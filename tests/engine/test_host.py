@@ -147,3 +147,20 @@ def test_a_mount_with_a_blank_in_its_path(tmp_path: Path) -> None:
 def test_this_machine() -> None:
     assert host.cores() >= 1
     assert 0 < host.available_memory() <= host.total_memory()
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        host.allow_open_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        host.allow_open_files(200)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard), "it was lowered"
+        if hard != resource.RLIM_INFINITY:
+            host.allow_open_files(2 * hard)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
