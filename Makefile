@@ -123,6 +123,13 @@ faults: $(VENV)/installed-dev  ## What clients see when parts fail, and what isn
 bench-limits: install  ## What bodies that are far too long cost a server and its other clients: results/bench-limits.json
 	$(BIN)/python -m tests.perf.bench_limits
 
+.PHONY: bench-streams bench-pause
+bench-streams: install  ## 1,000 streams at once and bodies of 40 MB: what is lost, memory, time of /health: results/bench-streams.json
+	$(BIN)/python -m tests.perf.bench_streams
+
+bench-pause: install  ## Gaps of 16 streams while long prompts come in, beside vLLM (VLLM_PYTHON=…): docs/figures/bench-pause.png
+	$(BIN)/python -m tests.perf.bench_pause
+
 .PHONY: bench-structured
 bench-structured: install  ## CPU time and ITL with and without grammars, and the cost of a mask, MODEL=… ROUNDS=12: results/bench-structured.json
 	$(BIN)/python -m tests.perf.bench_structured

@@ -1,0 +1,101 @@
+"""A process that asks a server for /health ten times a second and reads the memory of its processes meanwhile."""
+
+import http.client
+import multiprocessing
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+PERIOD_S = 0.1
+READ_EVERY = 5  # requests between two readings of the memory
+LIMIT_S = 60.0  # for one answer
+PAGE = 4096
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was seen in one phase; memory in bytes of resident pages."""
+
+    health_s: list[float] = field(default_factory=list)  # of each answer
+    failures: list[str] = field(default_factory=list)
+    front: list[int] = field(default_factory=list)  # of the API process
+    core: list[int] = field(default_factory=list)  # of its children together
+
+
+class Watch:
+    """As a context it runs the process; `take` returns what it saw since the last call.
+
+    Args:
+        host, port: of the server.
+        pid: of its first process.
+    """
+
+    def __init__(self, host: str, port: int, pid: int):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_watch, args=(theirs, host, port, pid), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._process.start()
+        assert self._pipe.poll(LIMIT_S), "the watching process doesn't start"
+        self._pipe.recv()
+        return self
+
+    def take(self) -> Seen:
+        self._pipe.send(None)
+        assert self._pipe.poll(2 * LIMIT_S), "the watching process doesn't answer"
+        seen: Seen = self._pipe.recv()
+        return seen
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _watch(pipe: Connection, host: str, port: int, pid: int) -> None:
+    pipe.send(None)
+    seen, count, due = Seen(), 0, time.monotonic()
+    connection = http.client.HTTPConnection(host, port, timeout=LIMIT_S)
+    while True:
+        # An answer that took longer than the period delays the next request, whose time counts from when it was due.
+        due = max(due + PERIOD_S, time.monotonic() - LIMIT_S)
+        if (early := due - time.monotonic()) > 0:
+            time.sleep(early)
+            due = time.monotonic()
+        try:
+            connection.request("GET", "/health")
+            status = connection.getresponse()
+            status.read()
+            seen.health_s.append(time.monotonic() - due)
+            if status.status != 200:
+                seen.failures.append(f"/health answered {status.status}")
+        except (OSError, http.client.HTTPException) as error:
+            seen.failures.append(f"/health: {error!r}")
+            connection.close()
+        if count % READ_EVERY == 0:
+            _read(seen, pid)
+        count += 1
+        if pipe.poll():
+            pipe.recv()
+            pipe.send(seen)
+            seen = Seen()
+
+
+def _read(seen: Seen, pid: int) -> None:
+    """The resident pages. A process that ends meanwhile is left out."""
+    with suppress(psutil.NoSuchProcess):
+        server = psutil.Process(pid)
+        seen.front.append(_resident(pid))
+        seen.core.append(sum(_resident(child.pid) for child in server.children(recursive=True)))
+
+
+def _resident(pid: int) -> int:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    return 0
