@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cli.exit_codes import INTERRUPTED
+from engine.signals import EndSignal, exit_code_of
 
 COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
@@ -82,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else None
         message = error.format_message().rstrip(".") + (f" (see {where} --help)" if where else "")
         return complain(program, message, error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return INTERRUPTED
+    except (KeyboardInterrupt, click.Abort) as error:
+        return interrupted_code(error)
     except BrokenPipeError:
         discard_output()  # the reader of the output left (`redline report | head`)
         return 1
@@ -95,6 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_known(error):
             raise
         return complain(program, str(error), getattr(error, "exit_code", 1))
+
+
+def interrupted_code(error: BaseException) -> int:
+    """The exit code after a signal; click turns a KeyboardInterrupt into an Abort, whose cause it is."""
+    received = next((one for one in (error, error.__cause__) if isinstance(one, EndSignal)), None)
+    return INTERRUPTED if received is None else exit_code_of(received.number)
 
 
 def discard_output() -> None:

@@ -28,6 +28,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.log_format import VARIABLE, is_json
 from engine.phases import Phases, process_start
+from engine.signals import EndRequests, EndSignal
 from engine.text import human_bytes
 
 FILE_WIDTH = 200
@@ -143,6 +144,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     phases.end("start the command")
     allow_open_files(MOST_OPEN_FILES)
     listeners = bind_all(serving.host, serving.port, serving.api_servers)
+    interrupt = interrupt_once()
     for number in (signal.SIGINT, signal.SIGTERM):  # even if the parent shell ignores Ctrl-C
         signal.signal(number, interrupt)
     os.environ[VARIABLE] = serving.log_format  # also of the processes that are started from here on
@@ -202,5 +204,12 @@ def make_console() -> Console:
     return verbatim_console(FILE_WIDTH, highlight=False, soft_wrap=True)
 
 
-def interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def interrupt_once() -> Callable[[int, FrameType | None], None]:
+    """A handler of signals while the server starts; one of the same request does not interrupt the cleaning up."""
+    requests = EndRequests()
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        if requests.add(number):
+            raise EndSignal(number)
+
+    return interrupt

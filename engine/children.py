@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -284,6 +284,18 @@ def run_reporting(
         send(Failure("EngineDeadError", f"{name} failed: {cause_of(error)}" if name else cause_of(error)))
         return 1
     return 0
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process. After a failure at once: a thread that is still within a collective or a call of the device
+    would make the end of the interpreter wait, or crash it, which hides the exit code.
+    """
+    if code:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit()
 
 
 def freeze_heap() -> None:

@@ -28,12 +28,11 @@ from engine.frontend.front_end_stats import Board
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.logs import PERIOD_S, RequestLog, StatsLog
 from engine.phases import Phases, ledger_line
+from engine.signals import EndRequests, exit_code_of
 from engine.start import Engine
 
 log = logging.getLogger("redline.stats")
 serve_log = logging.getLogger("redline.serve")
-
-FORCED_EXIT = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class ServerRun(ClientListener):
         self._lost: set[int] = set()  # replicas
         self._processes = ApiProcesses((), (), ())
         self._cause_of_death: str | None = None
-        self._signals = 0
+        self._signals = EndRequests()
         self._stopping = False  # at once, without waiting for requests
 
     def run(self) -> int:
@@ -96,7 +95,7 @@ class ServerRun(ClientListener):
             self._engine.stop()
         if self._cause_of_death is not None:
             raise EngineDeadError(self._cause_of_death)
-        return FORCED_EXIT if self._signals > 1 else 0
+        return exit_code_of(self._signals.number) if self._signals.count > 1 else 0
 
     def _start_processes(self) -> None:
         engine = self._engine
@@ -137,7 +136,7 @@ class ServerRun(ClientListener):
         self._http = HttpServer(state, self._listener)
         self._client.open(self)
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         on_core_lost = threadsafe(lambda lost: self._on_core_lost(*lost))
         self._core_lost_threadsafe = lambda replica, cause: on_core_lost((replica, cause))
         self._core_up_threadsafe = threadsafe(self._on_core_up)
@@ -171,9 +170,10 @@ class ServerRun(ClientListener):
 
     # ------------------------------------------------------------------------------------------------------- signals
 
-    def _on_signal(self) -> None:
-        self._signals += 1
-        if self._signals > 1:
+    def _on_signal(self, number: int) -> None:
+        if not self._signals.add(number):
+            return
+        if self._signals.count > 1:
             self._stop(STOPPED, FORCED_GRACE_S)
             return
         seconds = self._options.shutdown_timeout_s
@@ -203,7 +203,7 @@ class ServerRun(ClientListener):
     def _on_core_lost(self, replica: int, cause: str) -> None:
         """A core is gone: it is started again if that is allowed; with the last one the server ends."""
         policy = self._restarts[replica]
-        if policy.limit and not self._signals and not self._stopping:
+        if policy.limit and not self._signals.count and not self._stopping:
             pause = policy.next_pause(time.monotonic())
             if pause is not None:
                 cause = f"{cause}; it is restarted (--restart-on-failure)"
@@ -232,12 +232,12 @@ class ServerRun(ClientListener):
             else:
                 self._core_up_threadsafe(replica)
 
-        if not self._signals and not self._stopping and self._cause_of_death is None:
+        if not self._signals.count and not self._stopping and self._cause_of_death is None:
             threading.Thread(target=run, name="core-restart", daemon=True).start()
 
     def _on_core_up(self, replica: int) -> None:
         """A restarted core serves."""
-        if self._signals or self._stopping or self._cause_of_death is not None:
+        if self._signals.count or self._stopping or self._cause_of_death is not None:
             return
         self._boards[replica].stats[0].count_event("restart")
         reconnect(self._client, replica, self._engine.addresses()[replica])

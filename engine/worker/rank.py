@@ -7,7 +7,6 @@ All ranks get the same commands and keep the same state of requests. They choose
 
 import logging
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -124,4 +123,4 @@ def execute(runner: Any, body: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    children.end_process(main())

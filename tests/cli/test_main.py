@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from cli import main as cli_main
 from cli.main import COMMANDS, main
 from cli.options import SIZE
 from engine.errors import ConfigError, ModelError
+from engine.signals import EndSignal
 
 
 def run_raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -38,6 +40,12 @@ def test_errors_of_the_bench_are_known_too(monkeypatch, capsys):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
 def test_ctrl_c_is_130_without_a_word(error, monkeypatch, capsys):
     assert run_raising(error, monkeypatch) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_starting_is_its_exit_code(number, code, monkeypatch, capsys):
+    assert run_raising(EndSignal(number), monkeypatch) == code
     assert capsys.readouterr().err == ""
 
 

@@ -18,6 +18,7 @@ from engine.api.app import create_app
 from engine.api.http_options import HttpOptions
 from engine.api.state import ApiState
 from engine.clock import FakeClock
+from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.grammars import GrammarManager
@@ -35,7 +36,6 @@ from engine.messages import Ready
 from engine.multimodal.feature_files import FeatureFolder
 from engine.multimodal.hashing import InputHasher
 from engine.multimodal.types import MMSpec
-from engine.owned_folder import OwnedFolder
 from tests.engine.api import tiny_processor
 from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import FakeExecutor
@@ -80,6 +80,56 @@ class InLoop:
         return error
 
 
+class MMParts:
+    """What a server needs for multimodal inputs: the core's part, and that of the client."""
+
+    def __init__(self, mm: MMSpec, tokenizer: Tokenizer, options: HttpOptions | None, ablations: frozenset[str]):
+        self.folder = FeatureFolder()
+        self.mm = mm = replace(mm, folder=self.folder.path)
+        self.features = FeatureMirror(self.folder.path)
+        by_core, detokenizes = "inline-processing" in ablations, "inline-frontend" in ablations
+        limits = (options or HttpOptions()).media.limits
+        prepared = MMOptions(self.folder.path, {}, 1, 64 << 20, limits=limits, factory=tiny_processor.FACTORY)
+        self.inputs = None if by_core else MMPipeline.make(mm, prepared, MMCounters())
+        self.processing: InlineInputs | None = None
+        if by_core or detokenizes:
+            hasher = InputHasher(Path(self.folder.path), mm.family, {})
+            self.processing = InlineInputs(mm, tokenizer, hasher, limits, tiny_processor.TinyProcessor)
+
+
+def make_ready(config: ResolvedConfig, mm: MMSpec | None, ablations: frozenset[str]) -> Ready:
+    """The core's report of a fake model."""
+    return Ready(
+        "/models/fake",
+        "fake",
+        "float32",
+        VOCABULARY,
+        config.max_model_len,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.block_size,
+        config.num_blocks - 1,
+        True,
+        scheduling_policy=config.scheduling_policy,
+        ablations=tuple(ablations),
+        mm=mm,
+    )
+
+
+async def pump(core: EngineCore, worker: FakeExecutor, clock: FakeClock, *, has_pool: bool) -> None:
+    """Run the core in virtual time."""
+    while True:
+        core.step(clock.now())
+        wait = next_wait(core, worker, clock.now())
+        if wait is not None:
+            clock.advance(wait)
+            worker.pump()
+        elif has_pool:
+            await asyncio.sleep(0.002)
+        for _ in range(10):  # readers keep up: nothing is merged
+            await asyncio.sleep(0)
+
+
 @contextlib.asynccontextmanager
 async def in_loop(
     options: HttpOptions | None = None,
@@ -97,63 +147,25 @@ async def in_loop(
     """
     settings = {"max_model_len": 128, "num_blocks": 257, "max_num_batched_tokens": 32, **settings}
     config = resolved(ablations=ablations, **settings)
-    clock = FakeClock()
+    clock, transport = FakeClock(), InlineTransport()
     worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S, config.draft_tokens)
     worker.script = None if script is None else script.encode("ascii")
-    transport = InlineTransport()
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
-    texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY) if "inline-frontend" in ablations else None
-    by_core = "inline-processing" in ablations
-    features, inputs = None, None
-    folders: list[OwnedFolder] = []
-    if mm is not None:
-        folders.append(FeatureFolder())
-        features, mm = FeatureMirror(folders[0].path), replace(mm, folder=folders[0].path)
-        counters = MMCounters()
-        limits = (options or HttpOptions()).media.limits
-        prepared = MMOptions(folders[0].path, {}, 1, 64 << 20, limits=limits, factory=tiny_processor.FACTORY)
-        inputs = None if by_core else MMPipeline.make(mm, prepared, counters)
-        if by_core or texts is not None:
-            hasher = InputHasher(Path(folders[0].path), mm.family, {})
-            processing = InlineInputs(mm, tokenizer, hasher, limits, tiny_processor.TinyProcessor)
-            detokenizes = texts is not None
-            texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY, processing, detokenizes=detokenizes)
+    parts = None if mm is None else MMParts(mm, tokenizer, options, ablations)
+    processing, detokenizes = parts and parts.processing, "inline-frontend" in ablations
+    texts = None
+    if detokenizes or processing is not None:
+        texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY, processing, detokenizes=detokenizes)
     grammars = GrammarManager(lambda: GrammarVocabulary(tokenizer, VOCABULARY))
+    features = parts and parts.features
     core = EngineCore(config, worker, clock, transport.from_core, inline=texts, features=features, grammars=grammars)
     transport.receive = core.receive
-    ready = Ready(
-        "/models/fake",
-        "fake",
-        "float32",
-        VOCABULARY,
-        config.max_model_len,
-        config.max_num_seqs,
-        config.max_num_batched_tokens,
-        config.block_size,
-        config.num_blocks - 1,
-        True,
-        scheduling_policy=config.scheduling_policy,
-        ablations=tuple(ablations),
-        mm=mm,
-    )
-    client = CoreClient(ready, tokenizer, transport, clock, inputs=inputs)
+    ready = make_ready(config, parts and parts.mm, ablations)
+    client = CoreClient(ready, tokenizer, transport, clock, inputs=parts and parts.inputs)
     client.open()
     state = ApiState(client, ("fake",), options or HttpOptions(runtime_lora=True), created=1, resolve=resolve)
     app = create_app(state)
-
-    async def pump() -> None:
-        while True:
-            core.step(clock.now())
-            wait = next_wait(core, worker, clock.now())
-            if wait is not None:
-                clock.advance(wait)
-                worker.pump()
-            elif mm is not None:  # time for the pool
-                await asyncio.sleep(0.002)
-            for _ in range(10):  # readers keep up: nothing is merged
-                await asyncio.sleep(0)
-
-    pumping = asyncio.ensure_future(pump())
+    pumping = asyncio.ensure_future(pump(core, worker, clock, has_pool=mm is not None))
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
     try:
         yield InLoop(app, client, core, http, state)
@@ -162,10 +174,10 @@ async def in_loop(
         pumping.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await pumping
-        if inputs is not None:
-            client.close()
-        for folder in folders:
-            folder.remove()
+        if parts is not None:
+            if parts.inputs is not None:
+                client.close()
+            parts.folder.remove()
 
 
 @pytest.fixture
