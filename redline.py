@@ -8,12 +8,14 @@ from engine.errors import ConfigError, EngineDeadError, ModelError, OutOfMemoryE
 if TYPE_CHECKING:
     from engine.frontend.sampling_params import SamplingParams
     from engine.frontend.structured_outputs import StructuredOutputs
-    from engine.llm import LLM, CompletionOutput, RequestOutput
+    from engine.llm import LLM
+    from engine.llm_outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
 
 __all__ = [
     "LLM",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "EngineDeadError",
     "ModelError",
@@ -22,13 +24,16 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "ScoringRequestOutput",
     "StructuredOutputs",
 ]
 
 _LAZY = {
     "LLM": "engine.llm",
-    "CompletionOutput": "engine.llm",
-    "RequestOutput": "engine.llm",
+    "CompletionOutput": "engine.llm_outputs",
+    "EmbeddingRequestOutput": "engine.llm_outputs",
+    "RequestOutput": "engine.llm_outputs",
+    "ScoringRequestOutput": "engine.llm_outputs",
     "SamplingParams": "engine.frontend.sampling_params",
     "StructuredOutputs": "engine.frontend.structured_outputs",
 }

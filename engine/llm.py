@@ -5,7 +5,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +26,15 @@ from engine.frontend.streams import CollectedOutput, RequestOptions, TokenLogpro
 from engine.frontend.structured_outputs import check_grammar
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import kept_tokens, truncate
+from engine.llm_outputs import (
+    CompletionOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from engine.llm_pooling import PoolingCalls
 from engine.start import Engine, start_engine
 
 Prompt = str | list[int] | dict[str, Any]
@@ -37,51 +45,6 @@ Result = TypeVar("Result")
 # shared memory.
 AHEAD = 16
 CLOSE_TIMEOUT_S = 5.0
-
-
-@dataclass(slots=True)
-class Logprob:
-    logprob: float
-    rank: int | None  # 1 for the most likely token
-    decoded_token: str
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One output of a prompt. `logprobs` has, per token, a map of token id to Logprob with the sampled token first."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    stop_reason: int | str | None
-    logprobs: list[dict[int, Logprob]] | None = None
-    cumulative_logprob: float | None = None
-
-
-@dataclass(slots=True)
-class RequestMetrics:
-    """Times of a request in seconds since it was submitted, with all its outputs."""
-
-    first_token_s: float
-    end_s: float
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """The outputs of one prompt.
-
-    `prompt` is None if token ids were given; `prompt_token_ids` are those after truncation. `prompt_logprobs` has None
-    for the first token.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    num_cached_tokens: int = 0
-    finished: bool = True
 
 
 class _Given(NamedTuple):
@@ -190,6 +153,49 @@ class LLM:
         params = self._params_for(len(given), sampling_params)
         return self._run(self._generate(given, params, adapter, progress))
 
+    def embed(
+        self,
+        prompts: str | list[int] | Sequence[str | list[int]],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Compute the embeddings of texts or token ids, in order: `output.outputs.embedding`.
+
+        Raises RequestError if the model does not return embeddings, or a text can't be served.
+
+        Args:
+            prompts: one or many; texts get the tokenizer's special tokens.
+            dimensions: how many of the first numbers to keep, of a matryoshka model.
+            normalize: divide embeddings by their length; by default as the model declares.
+            truncate_prompt_tokens: keep the first tokens of each prompt; -1: as many as the model takes.
+        """
+        listed: Any = as_list(prompts)
+        calls = PoolingCalls(self._client, self.tokenizer)
+        return self._run(calls.embed(listed, dimensions, normalize, truncate_prompt_tokens))
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        use_activation: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """Compute how well texts suit others, in order: `output.outputs.score`.
+
+        Raises RequestError if the model does not pool, or a pair can't be served.
+
+        Args:
+            data_1: one text, which is paired with each second one, or as many as `data_2`.
+            data_2: the second texts.
+            use_activation: apply the activation of a classification head.
+            truncate_prompt_tokens: cut off the end of the second text; -1: if the pair is too long for the model.
+        """
+        calls = PoolingCalls(self._client, self.tokenizer)
+        return self._run(calls.score(data_1, data_2, truncate_prompt_tokens, activate=use_activation))
+
     def load_adapter(self, name: str, path: str) -> None:
         """Load a LoRA adapter from a folder under a name. Raises RedlineError if it can't be loaded."""
         self._run(self._client.call_utility("load_adapter", name=name, path=path))
@@ -259,7 +265,7 @@ class LLM:
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
     ) -> Sequence[SamplingParams]:
         if self._engine.ready.pooling is not None:
-            raise RequestError(f"{self.config.model} generates no texts: `redline serve` has embeddings and scores")
+            raise RequestError(f"{self.config.model} generates no texts: use LLM.embed or LLM.score")
         if params is None or isinstance(params, SamplingParams):
             return [params or self.default_sampling_params()] * count
         if len(params) != count:

@@ -42,6 +42,7 @@ class PoolingSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
         matryoshka: the first numbers of an embedding are an embedding too.
         dimensions: how many of them may be requested; empty: any number.
         lowercase: texts are put into lower case before they are tokenized.
+        label: name of the one class of a classification head.
         most_tokens: of a prompt, if the model's files say so; 0: as many as it has positions.
     """
 
@@ -55,6 +56,7 @@ class PoolingSpec(msgspec.Struct, array_like=True, frozen=True, gc=False):
     dimensions: tuple[int, ...] = ()
     lowercase: bool = False
     most_tokens: int = 0
+    label: str = ""
 
     @property
     def whole_prompts(self) -> bool:

@@ -10,7 +10,7 @@ from engine.api.error_responses import ApiError
 
 KEY = "redline.key"  # the number of a request's key, in its scope
 # Served without a key; the pages ask for one.
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version", "/openapi.json", "/", "/docs"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/load", "/ready", "/metrics", "/version", "/openapi.json", "/", "/docs"})
 
 
 class RequireKey:
@@ -44,6 +44,13 @@ class RequireKey:
         # All keys are compared, so that the time does not depend on which one matches.
         right = [hmac.compare_digest(given, key) for key in self._keys]
         return right.index(True) if scheme.lower() == b"bearer" and any(right) else None
+
+
+def is_simple(request: Request) -> bool:
+    """Whether a request has no body and comes from no web page: browsers send the header Origin with each POST."""
+    headers = request.headers
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    return not has_body and "origin" not in headers and "content-type" not in headers
 
 
 def check_media_type(request: Request) -> None:

@@ -11,13 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from engine.api.access import RequireKey, check_media_type
+from engine.api.access import RequireKey, check_media_type, is_simple
 from engine.api.chat import chat_completions
 from engine.api.chat_protocol import TokenizeRequest, template_options
 from engine.api.completions import completions
-from engine.api.embeddings import embeddings
+from engine.api.embeddings import classify, embeddings, pool
 from engine.api.error_responses import ApiError
 from engine.api.event_stream import cancel_on_disconnect
+from engine.api.invocations import invocations
 from engine.api.key_limit import KeyLoads, LimitKeys
 from engine.api.lora_endpoints import load_adapter, unload_adapter
 from engine.api.model_kinds import CLASSIFIES, EMBEDS, GENERATES, Endpoint, for_models, kind_of
@@ -34,7 +35,7 @@ from engine.api.responses.endpoints import (
     list_input_items,
     retrieve_response,
 )
-from engine.api.scores import rerank, score
+from engine.api.scores import RERANK_PATHS, SCORE_PATHS, rerank, score
 from engine.api.server_page import docs_page, server_page
 from engine.api.state import ApiState
 from engine.api.tools import check_tools
@@ -53,8 +54,10 @@ def create_app(state: ApiState) -> FastAPI:
         ("POST", "/v1/completions", for_models(completions, (GENERATES,), kind)),
         ("POST", "/v1/chat/completions", for_models(chat_completions, (GENERATES,), kind)),
         ("POST", "/v1/embeddings", for_models(embeddings, (EMBEDS,), kind)),
-        ("POST", "/v1/score", for_models(score, (EMBEDS, CLASSIFIES), kind)),
-        ("POST", "/v1/rerank", for_models(rerank, (EMBEDS, CLASSIFIES), kind)),
+        ("POST", "/pooling", for_models(pool, (EMBEDS, CLASSIFIES), kind)),
+        ("POST", "/classify", for_models(classify, (CLASSIFIES,), kind)),
+        *(("POST", path, for_models(score, (EMBEDS, CLASSIFIES), kind)) for path in SCORE_PATHS),
+        *(("POST", path, for_models(rerank, (EMBEDS, CLASSIFIES), kind)) for path in RERANK_PATHS),
         ("POST", "/v1/responses", for_models(create_response, (GENERATES,), kind)),
         ("GET", "/v1/responses/{response_id}", retrieve_response),
         ("DELETE", "/v1/responses/{response_id}", delete_response),
@@ -67,11 +70,15 @@ def create_app(state: ApiState) -> FastAPI:
         ("POST", "/v1/unload_lora_adapter", for_models(unload_adapter, (GENERATES,), kind)),
         ("GET", "/health", health),
         ("GET", "/ping", health),
+        ("POST", "/ping", health),
+        ("GET", "/load", load),
         ("GET", "/ready", lambda _state, _request: ready(readiness)),
         ("GET", "/version", version),
         ("GET", "/openapi.json", openapi),
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
     ]
+    endpoints = {path: endpoint for method, path, endpoint in routes if method == "POST"}
+    routes.append(("POST", "/invocations", invocations(endpoints, kind)))
     for method, path, endpoint in routes:
         app.add_route(path, bind_endpoint(endpoint, state, method), methods=[method])  # HEAD is answered with GET
     if state.options.page:
@@ -103,7 +110,7 @@ def create_app(state: ApiState) -> FastAPI:
 
 def bind_endpoint(endpoint: Endpoint, state: ApiState, method: str) -> Callable[[Request], Awaitable[Response]]:
     async def respond(request: Request) -> Response:
-        if method == "POST":
+        if method == "POST" and not (endpoint in WITHOUT_BODY and is_simple(request)):
             check_media_type(request)
         return await endpoint(state, request)
 
@@ -185,6 +192,11 @@ async def health(state: ApiState, _request: Request) -> Response:
     return json_response({"status": "ok" if all_ok else "degraded", **known})
 
 
+async def load(state: ApiState, _request: Request) -> Response:
+    """The requests that the server is working on, those that wait included."""
+    return json_response({"server_load": state.client.total_stats.live})
+
+
 async def ready(readiness: Readiness) -> Response:
     """200 once the engine has produced a token."""
     await readiness.check()
@@ -237,4 +249,8 @@ async def detokenize(state: ApiState, request: Request) -> Response:
 
 
 async def reset_prefix_cache(state: ApiState, _request: Request) -> Response:
-    return json_response({"forgotten_blocks": await state.client.call_utility("reset_prefix_cache")})
+    blocks = await state.client.call_utility("reset_prefix_cache")
+    return json_response({"success": True, "forgotten_blocks": blocks})
+
+
+WITHOUT_BODY = (health, reset_prefix_cache, cancel_response)  # that are asked with POST

@@ -82,6 +82,7 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
     body = await state.read_request(request, ChatRequest)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = new_head("chatcmpl", kind, body.model or state.model, client_id(request.scope) or body.request_id or "")
+    head["system_fingerprint"] = state.fingerprint
     stream, answers, prompt_text = await start_chat(state, request, body, head)
     shown = ShownPrompts(state.tokenizer, stream, body, prompt_text)
     echoed = echoed_message(body)
@@ -101,7 +102,8 @@ async def chat_completions(state: ApiState, request: Request) -> Response:
 
     def render() -> bytes:
         choices = [choice(state, index, output, body, answers, echoed) for index, output in enumerate(outputs)]
-        spent = usage(stream, sum(len(output.token_ids) for output in outputs))
+        reasoning = None if answers is None else answers.count_reasoning(stream, outputs)
+        spent = usage(stream, sum(len(output.token_ids) for output in outputs), reasoning)
         return msgspec.json.encode(head | {"choices": choices, "usage": spent} | shown.fields(0))
 
     data = await state.on_thread(render) if shown.long else render()

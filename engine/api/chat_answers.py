@@ -1,24 +1,27 @@
 """Messages of chats whose outputs are parsed: with tool calls, or with reasoning apart from the content."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from engine.api.render import Chunks
+from engine.api.reasoning_tokens import ReasoningTokens
+from engine.api.render import Chunks, usage
 from engine.api.tools import ToolChoice
 from engine.frontend.answer_format import AnswerFormat, prompt_end
+from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.parsing.events import (
     AnswerParser,
     Arguments,
     CallBegin,
     Content,
     Event,
+    PlainText,
     Reasoning,
     parse_answer,
 )
 from engine.frontend.prompts import Prompt, Text
-from engine.frontend.streams import Delta
+from engine.frontend.streams import CollectedOutput, Delta, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 
 encode = msgspec.json.encode
@@ -45,6 +48,7 @@ class ChatAnswers:
         self.options = options
         end = prompt_end(tokenizer, prompt.text if isinstance(prompt, Text) else prompt)
         choice = options.choice
+        self._answers, self._tokenizer, self._prompt_end = answers, tokenizer, end
         self.new_parser: Callable[[], AnswerParser] = lambda: (
             answers.enforced_parser(choice.named)
             if choice.enforced
@@ -63,8 +67,35 @@ class ChatAnswers:
                 for one in calls
             ]
         if self.options.separate_reasoning and self.options.include_reasoning:
-            message["reasoning_content"] = answer.reasoning or None
+            message["reasoning_content"] = message["reasoning"] = answer.reasoning or None
         return message
+
+    def reasoning_tokens(self, stream: RequestStream) -> ReasoningTokens | None:
+        """Counts the reasoning of an output; None if the model's form of it is unknown."""
+        parser = self._answers.reasoning_only(self._prompt_end)
+        if parser is None:
+            return None
+        if self.options.choice.enforced:  # such an output has calls only
+            parser = PlainText()
+        params, [prompt] = stream.params, stream.prompts
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            prompt if isinstance(prompt, list) else (),
+            skip_special_tokens=params.skip_special_tokens,
+            visible_ids=params.visible_special_ids,
+        )
+        return ReasoningTokens(parser, detokenizer, once=self._answers.reasons_once)
+
+    def count_reasoning(self, stream: RequestStream, outputs: Sequence[CollectedOutput]) -> int | None:
+        """The tokens of reasoning in whole outputs; None if the model's form of it is unknown."""
+        total = 0
+        for output in outputs:
+            counter = self.reasoning_tokens(stream)
+            if counter is None:
+                return None
+            counter.add(output.token_ids)
+            total += counter.finish()
+        return total
 
     def chunks(self, *arguments: Any, **options: Any) -> "AnswerChunks":
         """The chunks of a stream; arguments are those of `Chunks`."""
@@ -145,13 +176,19 @@ class AnswerChunks(Chunks):
         self._answers = answers
         self._readers: dict[int, DeltaReader] = {}  # by output
         self._begun: set[int] = set()  # outputs that have a chunk
+        self._counters: dict[int, ReasoningTokens | None] = {}  # by output
 
     def render(self, delta: Delta) -> bytes:
         reader = self._readers.get(delta.index)
         if reader is None:
             reader = self._readers[delta.index] = self._answers.reader()
+            self._counters[delta.index] = self._answers.reasoning_tokens(self._stream) if self._include_usage else None
         self._tokens += len(delta.token_ids)
         final = delta.finish_reason is not None
+        if (counter := self._counters[delta.index]) is not None:
+            counter.add(delta.token_ids)
+            if final:
+                counter.finish()
         parts = reader.read(delta.text, final=final)
         if not parts and not (final or delta.logprobs or self._token_ids or self._continuous):
             return b""
@@ -162,9 +199,15 @@ class AnswerChunks(Chunks):
         chunks.append(self._chunk(parts[-1] if parts else {}, delta))
         return b"".join(chunks)
 
+    def _usage(self) -> dict[str, Any]:
+        counters = [counter for counter in self._counters.values() if counter is not None]
+        return usage(self._stream, self._tokens, sum(one.count for one in counters) if counters else None)
+
     def _chunk(self, part: dict[str, Any], delta: Delta) -> bytes:
         """One chunk: `part` is its delta; the other fields are those of `delta`."""
         about: dict[str, Any] = {}
+        if "reasoning_content" in part:
+            part = part | {"reasoning": part["reasoning_content"]}  # vLLM's name
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             echoed = "" if self._echo is None else self._echo(delta.index)

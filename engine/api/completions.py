@@ -1,5 +1,6 @@
 """/v1/completions: continues texts or token ids."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -34,7 +35,7 @@ async def completions(state: ApiState, request: Request) -> Response:
     else:
         prompts = await state.prompts(given, special)
     own_id = client_id(request.scope) or body.request_id or ""
-    head = new_head("cmpl", "text_completion", body.model or state.model, own_id)
+    head = new_head("cmpl", "text_completion", body.model or state.model, own_id, state.fingerprint)
     stream = state.submit(request, body, prompts, params, head, adapter)
     shown = EchoedPrompts(state.tokenizer, stream, body, given)
     if body.stream:
@@ -52,11 +53,12 @@ async def completions(state: ApiState, request: Request) -> Response:
 
     def render() -> bytes:
         choices = []
-        for index, output in enumerate(outputs):
+        for number, index in enumerate(best_outputs(outputs, params.n, body.n or 1)):
+            output = outputs[index]
             shown.cut(output)
             before = shown.text(index) if shown.echoes else ""
             offsets = TextOffsets.of_output(state.tokenizer, stream, index, len(before))
-            rendered = choice(state, index, before + output.text, output, body, offsets)
+            rendered = choice(state, number, before + output.text, output, body, offsets)
             if (scored := shown.logprobs(index)) is not None:
                 rendered["logprobs"] = concatenate(scored, rendered["logprobs"])
             choices.append(rendered | shown.fields(index))
@@ -65,6 +67,19 @@ async def completions(state: ApiState, request: Request) -> Response:
 
     data = await state.on_thread(render) if shown.long else render()
     return Response(data, media_type="application/json")
+
+
+def best_outputs(outputs: Sequence[CollectedOutput], made: int, shown: int) -> list[int]:
+    """The indices of the outputs to show: of the `made` ones of each prompt, those with the highest mean logprob."""
+    if made == shown:
+        return list(range(len(outputs)))
+
+    def quality(index: int) -> float:
+        scored = outputs[index].logprobs
+        return sum(entry.logprob for entry in scored) / max(len(scored), 1)
+
+    groups = [range(begin, begin + made) for begin in range(0, len(outputs), made)]
+    return [index for group in groups for index in sorted(group, key=quality, reverse=True)[:shown]]
 
 
 def choice(

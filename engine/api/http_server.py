@@ -113,6 +113,7 @@ class HttpServer:
 
     def __init__(self, state: ApiState, listener: socket.socket):
         self._client = state.client
+        self._responses = state.responses
         self._listener = listener
         options = state.options
         self._scheme = "https" if options.ssl_certfile else "http"
@@ -122,6 +123,7 @@ class HttpServer:
     async def serve(self, on_listening: Callable[[str], None]) -> None:
         """Serve until the server ends, then close the client; `on_listening` gets the URL."""
         await self._wait_for_inputs()
+        await self._responses.open()
         host, port = self._listener.getsockname()[:2]
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
         try:
@@ -133,6 +135,7 @@ class HttpServer:
         except OSError as error:
             raise cannot_listen(host, port, error) from error
         finally:
+            self._responses.close()
             self._client.close()
 
     async def _wait_for_inputs(self) -> None:

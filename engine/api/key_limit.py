@@ -1,5 +1,9 @@
 """A limit on the requests that an API key may have at once, over all API processes of a server."""
 
+import contextlib
+import fcntl
+from collections.abc import Iterator
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.api.access import KEY
@@ -14,7 +18,8 @@ CELL = 8  # bytes
 class KeyLoads:
     """The requests that each API key has at once, in memory that the API processes of a server share.
 
-    Each process counts in a row of its own. Two processes that admit at the same moment may exceed a limit by one.
+    Each process counts in a row of its own, so that the requests of one that was killed can be forgotten. A lock of the
+    file makes counting and admitting one operation.
     """
 
     def __init__(self, processes: int, keys: int, descriptor: int | None = None):
@@ -27,8 +32,28 @@ class KeyLoads:
         """The requests of a key, by its number, in all processes."""
         return sum(row[key] for row in self._rows)
 
-    def add(self, process: int, key: int, count: int) -> None:
-        self._rows[process][key] += count
+    def admit(self, process: int, key: int, limit: int) -> bool:
+        """Count a request of a key in a process, unless the key has `limit` of them already."""
+        with self._locked():
+            if self.total(key) >= limit:
+                return False
+            self._rows[process][key] += 1
+            return True
+
+    def leave(self, process: int, key: int) -> None:
+        """A request of a key has ended in a process."""
+        self._rows[process][key] -= 1
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock between processes, for as long as it takes to add some numbers."""
+        fcntl.lockf(
+            self.descriptor, fcntl.LOCK_EX
+        )  # unlike flock it is the process's, although descriptors are inherited
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
 
     def clear(self, process: int) -> None:
         """Forget the requests of a process that has ended."""
@@ -53,14 +78,13 @@ class LimitKeys:
         if key is None or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if self._loads.total(key) >= self._limit:
+        if not self._loads.admit(self._process, key, self._limit):
             await self._refusal().response()(scope, receive, send)
             return
-        self._loads.add(self._process, key, 1)
         try:
             await self._app(scope, receive, send)
         finally:
-            self._loads.add(self._process, key, -1)
+            self._loads.leave(self._process, key)
 
     def _refusal(self) -> ApiError:
         self._client.stats.count_event("key_limit")

@@ -18,9 +18,11 @@ LONGEST_WAIT_S = 60  # in Retry-After
 
 def check_request(body: CompletionRequest | ChatRequest, limits: Limits, max_model_len: int) -> None:
     """Raise RequestError for a body over a limit, with the field and the flag that raises the limit."""
-    n = body.n or 1
+    n, name = body.n or 1, "n"
+    if isinstance(body, CompletionRequest) and (body.best_of or 0) > n:
+        n, name = body.best_of or 0, "best_of"
     if n > limits.max_n:
-        raise RequestError(f"n is {n:,}, but at most {limits.max_n:,} are allowed (--max-n)", "n")
+        raise RequestError(f"{name} is {n:,}, but at most {limits.max_n:,} are allowed (--max-n)", name)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > limits.max_stop:
         raise RequestError(
@@ -47,9 +49,9 @@ def check_request(body: CompletionRequest | ChatRequest, limits: Limits, max_mod
     most = max(limits.max_prompts, limits.max_n)
     if prompts * n > most:
         raise RequestError(
-            f"{prompts:,} prompts with n: {n:,} are {prompts * n:,} outputs, but at most {most:,} are allowed in "
+            f"{prompts:,} prompts with {name}: {n:,} are {prompts * n:,} outputs, but at most {most:,} are allowed in "
             "one body (--max-prompts, --max-n)",
-            "n",
+            name,
         )
 
 

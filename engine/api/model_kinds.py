@@ -17,7 +17,7 @@ GENERATES, EMBEDS, CLASSIFIES = "generate", "embed", "classify"
 DESCRIPTIONS = {
     GENERATES: f"generates texts (a server started with {HOW_TO_EMBED} returns embeddings)",
     EMBEDS: "returns embeddings and generates no texts: use /v1/embeddings",
-    CLASSIFIES: "returns scores of a classification head and generates no texts: use /v1/score or /v1/rerank",
+    CLASSIFIES: "returns scores of a classification head and generates no texts: use /score, /rerank or /classify",
 }
 
 

@@ -11,10 +11,17 @@ from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.lora_endpoints import LoadRequest, UnloadRequest
 from engine.api.openapi_messages import with_messages
 from engine.api.openapi_responses import REFERENCE, RESPONSES, STRING, ref
-from engine.api.pooling_protocol import EmbeddingRequest, RerankRequest, ScoreRequest
+from engine.api.pooling_protocol import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+    VectorRequest,
+)
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
 from engine.api.responses.protocol import ResponsesRequest
 from engine.api.responses.schemas import RESPONSES_API
+from engine.api.scores import RERANK_PATHS, SCORE_PATHS
 
 VERSION = "3.1.0"
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
@@ -51,8 +58,15 @@ ROUTES: tuple[Route, ...] = (
     Route("post", "/v1/completions", "Continue texts or token ids", "Completion", CompletionRequest, (JSON, EVENTS)),
     Route("post", "/v1/chat/completions", "Continue a conversation", "ChatCompletion", ChatRequest, (JSON, EVENTS)),
     Route("post", "/v1/embeddings", "Embeddings of texts or token ids", "EmbeddingList", EmbeddingRequest),
-    Route("post", "/v1/score", "Scores of pairs of texts", "ScoreList", ScoreRequest),
-    Route("post", "/v1/rerank", "Documents in the order of their scores for a query", "Reranked", RerankRequest),
+    Route(
+        "post", "/pooling", "The vectors of texts or token ids, whatever the model computes", "Pooled", VectorRequest
+    ),
+    Route("post", "/classify", "The probability of the model's class for each text", "Classified", ClassifyRequest),
+    *(Route("post", path, "Scores of pairs of texts", "ScoreList", ScoreRequest) for path in SCORE_PATHS),
+    *(
+        Route("post", path, "Documents in the order of their scores for a query", "Reranked", RerankRequest)
+        for path in RERANK_PATHS
+    ),
     Route("post", "/v1/responses", "Answer a list of items", "Response", ResponsesRequest, (JSON, EVENTS)),
     Route("get", "/v1/responses/{response_id}", "A response that is kept", "Response"),
     Route("delete", "/v1/responses/{response_id}", "Forget it", "ResponseDeleted"),
@@ -65,6 +79,16 @@ ROUTES: tuple[Route, ...] = (
     Route("post", "/v1/unload_lora_adapter", "Unload a LoRA adapter", "Text", UnloadRequest, (TEXT,)),
     Route("get", "/health", "The state of the engine", "Health"),
     Route("get", "/ping", "The same, under the path that some platforms expect", "Health"),
+    Route("post", "/ping", "The same", "Health"),
+    Route("get", "/load", "How many requests the server is working on", "Load"),
+    Route(
+        "post",
+        "/invocations",
+        "One of the other endpoints, by the fields of the body",
+        "Anything",
+        None,
+        (JSON, EVENTS),
+    ),
     Route("get", "/ready", "Whether tokens can be produced", "Ready"),
     Route("get", "/version", "The version of the server", "Version"),
     Route("get", "/metrics", "Counters and histograms for Prometheus", "Text", None, (TEXT,)),

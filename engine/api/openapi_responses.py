@@ -38,6 +38,13 @@ def completion(
     return record(head | {"choices": listed(record(choice, of_choice)), "usage": ref("Usage")}, optional)
 
 
+def pooled_list(item: dict[str, Schema]) -> Schema:
+    """A response with one item for each text or pair."""
+    head = {"id": STRING, "object": {"const": "list"}, "created": COUNT, "model": STRING}
+    return record(head | {"data": listed(record({"index": COUNT} | item)), "usage": ref("PoolingUsage")})
+
+
+VECTOR: Schema = {"anyOf": [listed(NUMBER), STRING]}  # base64 on request
 FINISH_REASON: Schema = {"enum": ["stop", "length", "tool_calls", "abort", "error", None]}
 STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
 # For each token of a prompt, a map from token ids; null for the first token.
@@ -58,7 +65,10 @@ RESPONSES: dict[str, Schema] = {
     ),
     "Usage": record(
         {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT},
-        {"prompt_tokens_details": record({"cached_tokens": COUNT})},
+        {
+            "prompt_tokens_details": record({"cached_tokens": COUNT}),
+            "completion_tokens_details": record({"reasoning_tokens": COUNT}),
+        },
     ),
     "CompletionLogprobs": record(
         {
@@ -112,35 +122,10 @@ RESPONSES: dict[str, Schema] = {
         {"stop_reason": STOP_REASON, "token_ids": listed(COUNT)},
         ABOUT_PROMPT | {"prompt_text": STRING},
     ),
-    "EmbeddingList": record(
-        {
-            "id": STRING,
-            "object": {"const": "list"},
-            "created": COUNT,
-            "model": STRING,
-            "data": listed(
-                record(
-                    {
-                        "object": {"const": "embedding"},
-                        "index": COUNT,
-                        # Base64 of little-endian float32 on request.
-                        "embedding": {"anyOf": [listed(NUMBER), STRING]},
-                    }
-                )
-            ),
-            "usage": ref("PoolingUsage"),
-        }
-    ),
-    "ScoreList": record(
-        {
-            "id": STRING,
-            "object": {"const": "list"},
-            "created": COUNT,
-            "model": STRING,
-            "data": listed(record({"index": COUNT, "object": {"const": "score"}, "score": NUMBER})),
-            "usage": ref("PoolingUsage"),
-        }
-    ),
+    "EmbeddingList": pooled_list({"object": {"const": "embedding"}, "embedding": VECTOR}),
+    "Pooled": pooled_list({"object": {"const": "pooling"}, "data": VECTOR}),
+    "Classified": pooled_list({"label": nullable(STRING), "probs": listed(NUMBER), "num_classes": COUNT}),
+    "ScoreList": pooled_list({"object": {"const": "score"}, "score": NUMBER}),
     "Reranked": record(
         {
             "id": STRING,
@@ -163,7 +148,9 @@ RESPONSES: dict[str, Schema] = {
         {"count": COUNT, "max_model_len": COUNT, "tokens": listed(COUNT)}, {"token_strs": nullable(listed(STRING))}
     ),
     "Detokenized": record({"prompt": STRING}),
-    "PrefixCacheReset": record({"forgotten_blocks": COUNT}),
+    "PrefixCacheReset": record({"success": BOOLEAN, "forgotten_blocks": COUNT}),
+    "Load": record({"server_load": COUNT}),
+    "Anything": {"type": "object"},
     "Health": record(
         {
             "status": {"enum": ["ok", "degraded", "hung", "dead"]},

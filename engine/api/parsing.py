@@ -16,6 +16,15 @@ _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _place = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<field>.*)`)?$", re.DOTALL)
 
 
+def field_names(data: bytes | bytearray) -> frozenset[str]:
+    """The names of the fields of a body that are not null; none if it is no object, which `parse` reports."""
+    try:
+        given = _raw_fields.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return frozenset()
+    return frozenset(name for name, raw in given.items() if bytes(raw).strip() != b"null")
+
+
 def parse(data: bytes, kind: type[Body]) -> Body:
     """Decode a request body.
 

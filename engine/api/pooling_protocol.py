@@ -1,11 +1,29 @@
-"""The request bodies of embeddings, scores and rerankings."""
+"""The request bodies of models that pool: embeddings, scores, rerankings, classes and pooled vectors."""
+
+from typing import Any, NamedTuple
 
 import msgspec
 
 from engine.api.common_fields import check_bookkeeping
 from engine.errors import RequestError
+from engine.frontend.text_pairs import Pairs, make_pairs
+from engine.pooling import PoolingSpec
 
 ENCODING_FORMATS = ("float", "base64")
+NUMBER_TYPES = ("float32", "float16", "bfloat16")
+BYTE_ORDERS = ("native", "little", "big")
+# The names under which a request may have the two texts of its pairs.
+PAIR_FIELDS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+
+Texts = str | list[str]
+
+
+class NumberFormat(NamedTuple):
+    """How the numbers of a vector are written; the last two matter for base64 only."""
+
+    as_base64: bool
+    number_type: str
+    byte_order: str
 
 
 class PoolingRequest(msgspec.Struct, kw_only=True):
@@ -14,6 +32,7 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
+    use_activation: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
     request_id: str | None = None
@@ -35,54 +54,120 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
         return keep
 
 
-class EmbeddingRequest(PoolingRequest, kw_only=True):
+class InputRequest(PoolingRequest, kw_only=True):
     input: str | list[str | int | list[int]]
+    add_special_tokens: bool | None = None
+
+
+class ClassifyRequest(InputRequest, kw_only=True):
+    pass
+
+
+class EmbeddingRequest(InputRequest, kw_only=True):
     encoding_format: str | None = None
     dimensions: int | None = None
-    add_special_tokens: bool | None = None
     normalize: bool | None = None
+    embed_dtype: str | None = None
+    endianness: str | None = None
 
-    @property
-    def as_base64(self) -> bool:
-        """Whether embeddings are written as base64. Raises RequestError for another format."""
-        chosen = self.encoding_format or ENCODING_FORMATS[0]
-        if chosen not in ENCODING_FORMATS:
-            raise RequestError(
-                f"encoding_format must be one of {', '.join(ENCODING_FORMATS)}, not {chosen!r}", "encoding_format"
-            )
-        return chosen == "base64"
+    def number_format(self) -> NumberFormat:
+        """How vectors are written. Raises RequestError for a value that is not known."""
+        chosen = []
+        for name, known in (
+            ("encoding_format", ENCODING_FORMATS), ("embed_dtype", NUMBER_TYPES), ("endianness", BYTE_ORDERS),
+        ):  # fmt: skip
+            value = getattr(self, name) or known[0]
+            if value not in known:
+                raise RequestError(f"{name} must be one of {', '.join(known)}, not {value!r}", name)
+            chosen.append(value)
+        encoding, number_type, byte_order = chosen
+        return NumberFormat(encoding == "base64", number_type, byte_order)
 
-
-class ScoreRequest(PoolingRequest, kw_only=True):
-    text_1: str | list[str]
-    text_2: str | list[str]
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """The pairs of texts: the first one with each, or as many on both sides. Raises RequestError."""
-        first = [self.text_1] if isinstance(self.text_1, str) else self.text_1
-        second = [self.text_2] if isinstance(self.text_2, str) else self.text_2
-        for name, texts in (("text_1", first), ("text_2", second)):
-            if not texts:
-                raise RequestError(f"{name} is an empty list", name)
-        if len(first) == 1:
-            first = first * len(second)
-        if len(first) != len(second):
-            raise RequestError(
-                f"text_1 has {len(first)} texts and text_2 {len(second)}: give one text_1, or as many of both", "text_2"
-            )
-        return list(zip(first, second, strict=True))
+    def normalizes(self, spec: PoolingSpec) -> bool:
+        """Whether vectors are divided by their length. Raises RequestError if two fields contradict each other."""
+        given = {value for value in (self.normalize, self.use_activation) if value is not None}
+        if len(given) > 1:
+            raise RequestError("normalize and use_activation are the same, but differ: give only one", "use_activation")
+        return given.pop() if given else spec.normalize
 
 
-class RerankRequest(PoolingRequest, kw_only=True):
+class VectorRequest(EmbeddingRequest, kw_only=True):
+    """The body of /pooling."""
+
+    task: str | None = None
+
+    def check_task(self, spec: PoolingSpec) -> None:
+        """Raise RequestError for a task that the model does not have."""
+        if self.task not in (None, spec.task):
+            raise RequestError(f"task must be {spec.task!r}, what this model does, not {self.task!r}", "task")
+
+
+class PairRequest(PoolingRequest, kw_only=True):
+    """The fields of requests for scores of pairs."""
+
+    max_tokens_per_query: int | None = None
+    max_tokens_per_doc: int | None = None
+
+    def most_tokens(self, max_model_len: int) -> tuple[int | None, int | None]:
+        """How many tokens the first and the second text may have; the rest is cut off. Raises RequestError."""
+        for name in ("max_tokens_per_query", "max_tokens_per_doc"):
+            if not 0 <= (getattr(self, name) or 0) < max_model_len:
+                message = f"{name} must be 0 (all) or lie below {max_model_len} (--max-model-len)"
+                raise RequestError(f"{message}, not {getattr(self, name)}", name)
+        return self.max_tokens_per_query or None, self.max_tokens_per_doc or None
+
+
+class ScoreRequest(PairRequest, kw_only=True):
+    """The two texts are in one of the pairs of PAIR_FIELDS."""
+
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
+    data_1: Texts | None = None
+    data_2: Texts | None = None
+
+    def fields(self) -> tuple[str, str]:
+        """The fields that have the texts. Raises RequestError if one is missing, or there are others."""
+        names = list(dict.fromkeys(name for pair in PAIR_FIELDS for name in pair))
+        given = [name for name in names if getattr(self, name) is not None]
+        pair = max(PAIR_FIELDS, key=lambda pair: sum(name in given for name in pair))
+        for name in pair:
+            if name not in given:
+                raise RequestError(f"{name} is missing", name)
+        if others := [name for name in given if name not in pair]:
+            raise RequestError(f"{others[0]} is given beside {pair[0]} and {pair[1]}: leave it out", others[0])
+        return pair
+
+    def pairs(self) -> Pairs:
+        """The pairs of texts. Raises RequestError."""
+        first, second = self.fields()
+        return make_pairs(getattr(self, first), getattr(self, second), (first, second))
+
+
+class RerankRequest(PairRequest, kw_only=True):
     query: str
-    documents: list[str]
+    documents: str | list[str | dict[str, Any]]
     top_n: int | None = None
     return_documents: bool | None = None
 
-    def most_results(self) -> int:
-        """How many results to return. Raises RequestError if there is none, or for a number that is out of range."""
+    def texts(self) -> list[str]:
+        """The documents, which may be objects with a `text`. Raises RequestError if there is none."""
         if not self.documents:
             raise RequestError("documents is an empty list", "documents")
+        given = [self.documents] if isinstance(self.documents, str) else self.documents
+        return [_text_of(one, f"documents[{number}]") for number, one in enumerate(given)]
+
+    def most_results(self, documents: int) -> int:
+        """How many results to return. Raises RequestError for a number that is out of range."""
         if self.top_n is not None and self.top_n < 0:
             raise RequestError(f"top_n must be at least 1, or 0 for all, not {self.top_n}", "top_n")
-        return self.top_n or len(self.documents)
+        return self.top_n or documents
+
+
+def _text_of(document: str | dict[str, Any], field: str) -> str:
+    text = document if isinstance(document, str) else document.get("text")
+    if not isinstance(text, str):
+        raise RequestError(f"{field} must be a text, or an object with a text", field)
+    return text

@@ -48,6 +48,7 @@ class ApiProcessOptions(children.PipeOptions):
     first_sequence: int = 1  # of its requests; the successor of a dead process continues far above
     listener: int = -1
     boards: tuple[int, ...] = ()
+    response_folder: str = ""  # of the sockets by which API processes share responses
     key_loads: int = -1  # the requests of each API key, if they are limited
 
 
@@ -169,8 +170,15 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
     loop = asyncio.get_running_loop()
     traces = None if options.traces_endpoint is None else make_traces(options.traces_endpoint)
     client.open(RequestLog(logged=options.log_requests, traced=None if traces is None else traces.add))
-    state = ApiState(client, options.names, options.http, options.created, sampling_defaults=options.sampling_defaults)
-    state.process = options.front_end
+    state = ApiState(
+        client,
+        options.names,
+        options.http,
+        options.created,
+        options.sampling_defaults,
+        process=options.front_end,
+        response_folder=options.response_folder,
+    )
     if options.key_loads >= 0:
         state.key_loads = KeyLoads(options.front_ends, len(options.http.api_keys), options.key_loads)
     server = HttpServer(state, socket.socket(fileno=options.listener))

@@ -109,6 +109,9 @@ class CompletionRequest(SampledRequest, kw_only=True):
         """The SamplingParams; an echo with logprobs includes those of the prompt."""
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         found = self.sampling_params(defaults, max_tokens=max_tokens or int(self.echo_only), logprobs=self.top_logprobs)
+        if (self.best_of or 0) > found.n:
+            assert self.best_of is not None
+            found = replace(found, n=self.best_of, logprobs=found.logprobs or 0)
         if not self.echo or self.top_logprobs is None:
             return found
         return replace(found, prompt_logprobs=max(self.top_logprobs, self.prompt_logprobs or 0))
@@ -118,8 +121,10 @@ class CompletionRequest(SampledRequest, kw_only=True):
         self.check_common()
         if self.suffix:
             raise RequestError("suffix is not supported", "suffix")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise RequestError("best_of other than n is not supported", "best_of")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise RequestError(f"best_of must be at least n, {self.n or 1}, not {self.best_of}", "best_of")
+        if self.stream and (self.best_of or 0) > (self.n or 1):
+            raise RequestError("best_of needs stream: false: the best output is known at the end", "best_of")
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts as texts or token ids, from any of the four forms."""

@@ -19,14 +19,18 @@ DONE = b"data: [DONE]\n\n"
 encode = msgspec.json.encode
 
 
-def usage(stream: RequestStream, completion_tokens: int) -> dict[str, Any]:
+def usage(stream: RequestStream, completion_tokens: int, reasoning_tokens: int | None = None) -> dict[str, Any]:
+    """The `usage` of a request; `reasoning_tokens` None: the model's form of reasoning is unknown."""
     prompt_tokens = stream.prompt_tokens
-    return {
+    found: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(stream.cached_tokens)},
     }
+    if reasoning_tokens is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return found
 
 
 class ChunkOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +161,7 @@ class Chunks:
         if about:
             (after if self._chat and delta.index == 0 else fields).update(about)
         if self._include_usage:
-            after["usage"] = usage(self._stream, self._tokens) if self._continuous else None
+            after["usage"] = self._usage() if self._continuous else None
         end = b"]," + encode(after)[1:] if after else b"]}"
         return self._text_end + b"," + encode(fields)[1:] + end + b"\n\n"
 
@@ -177,7 +181,10 @@ class Chunks:
         """The events after the last delta: usage, if requested, and the mark of the end."""
         if not self._include_usage:
             return DONE
-        return self._head + b',"choices":[],"usage":' + encode(usage(self._stream, self._tokens)) + b"}\n\n" + DONE
+        return self._head + b',"choices":[],"usage":' + encode(self._usage()) + b"}\n\n" + DONE
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._stream, self._tokens)
 
     @staticmethod
     def failure(error: ApiError) -> bytes:
@@ -188,6 +195,16 @@ class Chunks:
         return b"data: " + error.body() + b"\n\n"
 
 
-def new_head(prefix: str, kind: str, model: str, own_id: str = "") -> dict[str, Any]:
-    """The fields that all chunks of a response have; `own_id` is the client's name of the request, if it gave one."""
-    return {"id": f"{prefix}-{own_id or uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def new_head(prefix: str, kind: str, model: str, own_id: str = "", fingerprint: str = "") -> dict[str, Any]:
+    """The fields that all chunks of a response have.
+
+    Args:
+        prefix: of the id.
+        kind: the `object`.
+        model: the name under which the client asked for it.
+        own_id: the client's name of the request; empty if it gave none.
+        fingerprint: of outputs, see `system_fingerprint`; empty: the response has none.
+    """
+    name = f"{prefix}-{own_id or uuid.uuid4().hex}"
+    head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
+    return head | {"system_fingerprint": fingerprint} if fingerprint else head

@@ -24,6 +24,13 @@ class Turn:
     def __init__(self, items: list[Item]):
         self.data = msgspec.json.encode(items)
 
+    @classmethod
+    def of_data(cls, data: bytes) -> "Turn":
+        """A turn from its JSON."""
+        turn = cls.__new__(cls)
+        turn.data = data
+        return turn
+
     @property
     def items(self) -> list[Item]:
         return _items.decode(self.data)
@@ -77,7 +84,7 @@ class ResponseStore:
         """A response of this owner. Raises ApiError 404 if it is not stored; `param` is the field that names it."""
         found = self._stored.get(name)
         if found is None or found.owner != owner:
-            raise self._missing(name, param)
+            raise missing(name, param)
         self._stored.move_to_end(name)
         return found
 
@@ -95,17 +102,19 @@ class ResponseStore:
                 del self._uses[turn]
                 self.num_bytes -= len(turn.data)
 
-    def _missing(self, name: str, param: str | None) -> ApiError:
-        match = OWN_ID.fullmatch(name)
-        process = int(match[1], 16) if match else self._process
-        if process != self._process:
-            message = (
-                f"the response {name!r} is not stored here: it belongs to API process {process}, this one is "
-                f"{self._process}; use --api-servers 1, or send the whole conversation as input"
-            )
-        else:
-            message = (
-                f"the response {name!r} is not stored here: it is unknown, was deleted or sent with store: false, or "
-                "was evicted (--max-stored-responses, --max-stored-bytes)"
-            )
-        return ApiError(404, message, param=param, code="response_not_found")
+
+def process_of(name: str) -> int | None:
+    """The number of the API process that made a response; None for an id that no process made."""
+    match = OWN_ID.fullmatch(name)
+    return int(match[1], 16) if match else None
+
+
+def missing(name: str, param: str | None) -> ApiError:
+    """The error for a response that is not stored; `param` is the field that names it."""
+    return ApiError(
+        404,
+        f"the response {name!r} is not stored here: it is unknown, was deleted or sent with store: false, or was "
+        "evicted (--max-stored-responses, --max-stored-bytes)",
+        param=param,
+        code="response_not_found",
+    )

@@ -29,6 +29,7 @@ from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.logs import PERIOD_S, RequestLog, StatsLog
 from engine.phases import Phases, ledger_line
 from engine.signals import EndRequests, exit_code_of
+from engine.socket_folder import SocketFolder
 from engine.start import Engine
 
 log = logging.getLogger("redline.stats")
@@ -78,6 +79,7 @@ class ServerRun(ClientListener):
         keys = len(options.http.api_keys)
         limited = options.http.limits.max_requests_per_key is not None and keys
         self._key_loads = KeyLoads(len(listeners), keys) if limited else None
+        self._folder = SocketFolder() if self._others else None  # by which API processes share responses
         self._lost: set[int] = set()  # replicas
         self._processes = ApiProcesses((), (), ())
         self._cause_of_death: str | None = None
@@ -93,6 +95,8 @@ class ServerRun(ClientListener):
         finally:
             self._processes.kill()
             self._engine.stop()
+            if self._folder is not None:
+                self._folder.remove()
         if self._cause_of_death is not None:
             raise EngineDeadError(self._cause_of_death)
         return exit_code_of(self._signals.number) if self._signals.count > 1 else 0
@@ -117,6 +121,7 @@ class ServerRun(ClientListener):
                 log_requests=self._options.log_requests,
                 traces_endpoint=self._options.traces_endpoint,
                 mm=engine.mm,
+                response_folder=self._folder.path if self._folder else "",
                 key_loads=-1 if self._key_loads is None else self._key_loads.descriptor,
             )
             for front_end in range(1, 1 + len(self._others))
@@ -131,7 +136,10 @@ class ServerRun(ClientListener):
         loop = asyncio.get_running_loop()
         self._client = self._engine.connect(self._boards)
         config, defaults = self._engine.config, self._engine.generation.sampling
-        state = ApiState(self._client, config.names, self._options.http, self._created, sampling_defaults=defaults)
+        folder = self._folder.path if self._folder else ""
+        state = ApiState(
+            self._client, config.names, self._options.http, self._created, defaults, response_folder=folder
+        )
         state.key_loads = self._key_loads
         self._http = HttpServer(state, self._listener)
         self._client.open(self)

@@ -12,12 +12,13 @@ from starlette.requests import Request
 from engine.api.body import Body, read_json
 from engine.api.chat_protocol import ChatRequest
 from engine.api.error_responses import ApiError
+from engine.api.fingerprint import system_fingerprint
 from engine.api.http_options import HttpOptions, Limits
 from engine.api.key_limit import KeyLoads
 from engine.api.limits import check_count, check_queue, check_request, check_texts
 from engine.api.pooling_protocol import PoolingRequest
 from engine.api.protocol import CompletionRequest, SampledRequest
-from engine.api.response_store import ResponseStore
+from engine.api.response_peers import SharedResponses
 from engine.errors import RequestError
 from engine.frontend.answer_format import AnswerFormat
 from engine.frontend.connect import EngineClient
@@ -64,13 +65,15 @@ class ApiState:
     resolve: Resolver | None = None  # replaces the system's lookup of the hosts of media
     key_loads: KeyLoads | None = None  # requests of each API key, if they are limited
     process: int = 0  # the number of this API process
+    response_folder: str = ""  # of the sockets by which API processes share responses; empty: there is one process
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._longest_token = self.tokenizer.longest_token  # computed at the start, not by the first request
         takes_media = self.client.ready.mm is not None
+        self.fingerprint = system_fingerprint(self.client.ready)
         self.answers = AnswerFormat(self.tokenizer, self.options.tool_call_parser, self.options.reasoning_parser)
-        self.responses = ResponseStore(self.options.limits, self.process)
+        self.responses = SharedResponses(self.options.limits, self.process, self.response_folder)
         self.media = MediaInputs(self.client, self.options.media, self.resolve) if takes_media else None
 
     @property

@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
             # transfer of KV caches, sessions
             "kv_transfer_params", "ec_transfer_params", "session_params",
             # of OpenAI's responses
-            "background", "conversation", "context_management", "previous_input_messages",
+            "instruction", "background", "conversation", "context_management", "previous_input_messages",
             # fields of one endpoint that were sent to the other
             "suffix", "messages", "prompt", "tools", "logprobs", "top_logprobs", "documents", "chat_template",
             "chat_template_kwargs", "continue_final_message",
@@ -46,9 +46,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": (*EMPTY, "none"),
     "modalities": (*EMPTY, ["text"]),
     "verbosity": (*EMPTY, "medium"),
-    "embed_dtype": ("float32",),
-    "endianness": ("native", "little"),
-    "use_activation": (),
+    "padding": ("do_not_pad",),
     "include_reasoning": (True,),
     "separate_reasoning": (True, False),
     "enable_thinking": (),
@@ -85,7 +83,6 @@ INSTEAD = {
     "enable_thinking": "chat_template_kwargs",
     "thinking": "chat_template_kwargs",
     "functions": "tools",
-    "use_activation": "normalize",
     "function_call": "tool_choice",
     "do_sample": "temperature",
 }

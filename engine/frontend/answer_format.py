@@ -78,6 +78,15 @@ class AnswerFormat:
         always = self.reasoning == "deepseek_r1" and not self._tags.is_closed(prompt)
         return ReasoningParser(self._tags, parser, opened=always or self._tags.is_open(prompt))
 
+    @property
+    def reasons_once(self) -> bool:
+        """Whether reasoning stands before everything else only."""
+        return not self._harmony
+
+    def reasoning_only(self, prompt: str) -> AnswerParser | None:
+        """A parser that tells apart only the reasoning; None if the model's form of it is unknown."""
+        return None if self.reasoning == NONE else self.parser(prompt, {}, reasoning=True)
+
     def enforced_parser(self, named: str) -> AnswerParser:
         """A parser for an output that is constrained to calls; `named`: of this tool, else of any."""
         ids = new_mistral_id if self.tools == "mistral" else new_id

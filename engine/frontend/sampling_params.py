@@ -25,7 +25,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
 
     Attributes:
         n: number of independent outputs.
-        temperature: 0 is greedy.
+        temperature: 0 to 2; 0 is greedy.
         top_p: 0 to 1.
         top_k: 0 or -1: no limit.
         min_p: 0 to 1.
@@ -143,7 +143,7 @@ INTEGERS = frozenset(
 # name, smallest, largest
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("n", 1, 128),
-    ("temperature", 0, 100),
+    ("temperature", 0, 2),
     ("top_p", 0, 1),
     ("top_k", -1, 2**31 - 1),
     ("min_p", 0, 1),

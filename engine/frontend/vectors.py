@@ -1,6 +1,7 @@
 """Requests of a model that pools: their messages, their vectors, and the embeddings made of these."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -68,13 +69,19 @@ def embedding_of(vector: Float32s, dimensions: int | None, *, normalize: bool) -
     return first / np.maximum(length, np.float32(SMALLEST_LENGTH))
 
 
-def score_of(vector: Float32s, spec: PoolingSpec) -> float:
-    """The score of a vector of one number."""
+def score_of(vector: Float32s, spec: PoolingSpec, *, activate: bool = True) -> float:
+    """The score of a vector of one number; without `activate`, the number itself."""
     logit = float(vector[0])
-    if spec.activation == "none":
+    if spec.activation == "none" or not activate:
         return logit
     # exp of a large number overflows
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+
+
+def cosines(pairs: Sequence[tuple[str, str]], made: Mapping[str, Float32s]) -> list[float]:
+    """The cosine of the two embeddings of each pair. `made` has the vector of each text."""
+    unit = {text: embedding_of(vector, None, normalize=True) for text, vector in made.items()}
+    return [float(np.dot(unit[first], unit[second])) for first, second in pairs]
 
 
 def special_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -103,3 +110,37 @@ def encode_truncated(
             "truncate_prompt_tokens",
         )
     return [*before, *truncate(bare, room, side, ()), *behind]
+
+
+def encode_texts(
+    tokenizer: Tokenizer,
+    spec: PoolingSpec,
+    given: Sequence[str | list[int]],
+    max_model_len: int,
+    *,
+    keep: int | None = None,
+    side: str | None = None,
+    add_special_tokens: bool = True,
+) -> list[list[int]]:
+    """The prompts of texts or token ids.
+
+    Args:
+        tokenizer, spec: of the model.
+        given: texts, or lists of token ids, which get no special tokens.
+        max_model_len: of the model, the most tokens of a prompt.
+        keep: how many tokens of each are kept, special tokens included; None: all.
+        side: "left" keeps the end of each instead of its beginning.
+        add_special_tokens: put those of the tokenizer around each text.
+
+    Raises RequestError for a text that is much too long, or of which nothing would be left.
+    """
+
+    def encode(one: str | list[int]) -> list[int]:
+        if isinstance(one, list):
+            return one if keep is None else one[-keep:] if side == "left" else one[:keep]
+        text = one.lower() if spec.lowercase else one
+        if keep is None:
+            return tokenizer.encode_prompt(text, add_special_tokens, max_model_len)
+        return encode_truncated(tokenizer, text, keep, side, add_special_tokens)
+
+    return list(map(encode, given))

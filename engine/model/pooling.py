@@ -114,7 +114,15 @@ def _classifier(config: EngineConfig, hf_config: Any, *, classifies: bool) -> Po
         )
     encoder = is_encoder(hf_config)
     activation = _activation(config, hf_config)
-    return PoolingSpec("classify", "head" if encoder else "last", 1, encoder, normalize=False, activation=activation)
+    return PoolingSpec(
+        "classify",
+        "head" if encoder else "last",
+        1,
+        encoder,
+        normalize=False,
+        activation=activation,
+        label=str((getattr(hf_config, "id2label", None) or {}).get(0, "")),
+    )
 
 
 def _activation(config: EngineConfig, hf_config: Any) -> Activation:

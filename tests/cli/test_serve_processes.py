@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -64,6 +65,23 @@ def test_sampling_defaults_are_those_of_all_processes(served: Served):
     assert {answer["choices"][0]["text"] for answer in found} == {greedy}
     own = [httpx.post(f"{served.url}/v1/completions", json=body | {"top_k": 0}, timeout=60).json() for _ in range(6)]
     assert len({answer["choices"][0]["text"] for answer in own}) > 1
+
+
+def test_any_process_continues_a_response(served: Served):
+    def ask(method: str, path: str, **body: Any) -> httpx.Response:
+        """With a connection of its own."""
+        return httpx.request(method, f"{served.url}/v1/responses{path}", timeout=60, **({"json": body} if body else {}))
+
+    first = ask("POST", "", input="hello", max_output_tokens=4).json()
+    for _ in range(8):
+        assert ask("GET", f"/{first['id']}").json() == first
+        assert len(ask("GET", f"/{first['id']}/input_items").json()["data"]) == 1
+        follow = ask("POST", "", input="more", previous_response_id=first["id"], max_output_tokens=4)
+        assert follow.status_code == 200, follow.text
+    assert len(ask("GET", f"/{follow.json()['id']}/input_items").json()["data"]) == 3
+    assert ask("DELETE", f"/{first['id']}").json()["deleted"]
+    for _ in range(8):
+        assert ask("GET", f"/{first['id']}").status_code == 404
 
 
 def test_a_request_s_line_tells_its_story(served: Served):

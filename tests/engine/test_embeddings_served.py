@@ -78,3 +78,42 @@ def test_llm_generates_nothing_with_a_model_that_pools(tmp_path: Path) -> None:
     build("bert", tmp_path)
     with LLM(str(tmp_path), device="cpu") as llm, pytest.raises(RequestError, match="generates no texts"):
         llm.generate("hello")
+
+
+def test_llm_embeds_and_scores(tmp_path: Path) -> None:
+    model = build("bert", tmp_path, matryoshka_dimensions=[8, 16])
+    write_sentence_transformers(tmp_path, "mean_tokens")
+    prompts = [[2, 3, 4], [5, 6]]
+    expected = [pooled(hidden_states(model, prompt), "mean") for prompt in prompts]
+    with LLM(str(tmp_path), device="cpu") as llm:
+        plain = llm.embed(prompts, normalize=False)
+        short = llm.embed(prompts[0], dimensions=8)
+        [score] = llm.score("hello", "hello")
+        several = llm.score("hello", ["other", "hello"])
+        with pytest.raises(RequestError, match="data_2 is an empty list"):
+            llm.score("hello", [])
+        with pytest.raises(RequestError, match="truncate_prompt_tokens must be -1 or lie in"):
+            llm.embed("hello", truncate_prompt_tokens=0)
+    for found, wanted, prompt in zip(plain, expected, prompts, strict=True):
+        np.testing.assert_allclose(found.outputs.embedding, wanted, rtol=0, atol=2e-5)
+        assert found.prompt_token_ids == prompt
+    first = expected[0][:8] / np.linalg.norm(expected[0][:8])
+    np.testing.assert_allclose(short[0].outputs.embedding, first, rtol=0, atol=1e-5)
+    assert score.outputs.score == pytest.approx(1, abs=1e-5)
+    assert several[1].outputs.score == pytest.approx(1, abs=1e-5)
+    assert several[0].outputs.score < 1 - 1e-5
+    assert several[0].prompt_token_ids == list(b"helloother")
+
+
+def test_llm_scores_pairs_of_a_cross_encoder(tmp_path: Path) -> None:
+    model = build("bert", tmp_path, "AutoModelForSequenceClassification", num_labels=1)
+    with LLM(str(tmp_path), device="cpu") as llm:
+        plain = llm.score("ab", ["c", "d"], use_activation=False)
+        scores = llm.score("ab", ["c", "d"])
+        with pytest.raises(RequestError, match=r"use LLM\.score"):
+            llm.embed("hello")
+    for one, score in zip(plain, scores, strict=True):
+        with torch.inference_mode():
+            logit = float(model(input_ids=torch.tensor([one.prompt_token_ids])).logits[0, 0])
+        assert one.outputs.score == pytest.approx(logit, abs=1e-4)
+        assert score.outputs.score == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-5)

@@ -11,9 +11,10 @@ from engine.api.chat import StartedChat, start_chat
 from engine.api.error_responses import ApiError
 from engine.api.event_stream import EventStream, run_until_disconnect
 from engine.api.limits import check_request
+from engine.api.logprobs import chat_logprobs
 from engine.api.response_store import Turn
 from engine.api.responses.conversation import Item, Messages, input_items
-from engine.api.responses.output import OutputItems
+from engine.api.responses.output import OutputItems, ShowLogprobs
 from engine.api.responses.protocol import ResponsesRequest, renamed
 from engine.api.responses.response import NewResponse, ResponseEvents
 from engine.api.state import ApiState
@@ -29,7 +30,7 @@ async def create_response(state: ApiState, request: Request) -> Response:
     owner: int | None = request.scope.get(KEY)
     turns: tuple[Turn, ...] = ()
     if body.previous_response_id:
-        turns = state.responses.get(body.previous_response_id, owner, "previous_response_id").turns
+        turns = (await state.responses.get(body.previous_response_id, owner, "previous_response_id")).turns
     items = input_items(body.input)
     messages = Messages(body.instructions)
     for turn in turns:
@@ -37,8 +38,15 @@ async def create_response(state: ApiState, request: Request) -> Response:
     messages.add(items)
     head = {"id": state.responses.new_id(), "model": body.model or state.model}
     started = await start(state, request, body, messages, head)
-    output = OutputItems(None if started.answers is None else started.answers.reader())
-    stream, turns = started.stream, (*turns, Turn(items))
+    stream, answers, turns = started.stream, started.answers, (*turns, Turn(items))
+    show: ShowLogprobs | None = None
+    if body.wants_logprobs:
+        show = lambda entries: chat_logprobs(state.tokenizer, entries)["content"]  # noqa: E731
+    output = (
+        OutputItems(None, show=show)
+        if answers is None
+        else OutputItems(answers.reader(), answers.reasoning_tokens(stream), show)
+    )
     response = NewResponse(body, head, stream, output, state.responses, turns, owner)
     if body.stream:
         return EventStream(stream, ResponseEvents(response))
@@ -70,19 +78,19 @@ async def start(
 async def retrieve_response(state: ApiState, request: Request) -> Response:
     if request.query_params.get("stream", "false").lower() not in ("false", "0"):
         raise RequestError("stream: a response that is kept can't be streamed again", "stream")
-    found = state.responses.get(request.path_params["response_id"], request.scope.get(KEY))
+    found = await state.responses.get(request.path_params["response_id"], request.scope.get(KEY))
     return Response(found.body, media_type="application/json")
 
 
 async def delete_response(state: ApiState, request: Request) -> Response:
     name = request.path_params["response_id"]
-    state.responses.delete(name, request.scope.get(KEY))
+    await state.responses.delete(name, request.scope.get(KEY))
     return shown({"id": name, "object": "response", "deleted": True})
 
 
 async def cancel_response(state: ApiState, request: Request) -> Response:
     name = request.path_params["response_id"]
-    state.responses.get(name, request.scope.get(KEY))
+    await state.responses.get(name, request.scope.get(KEY))
     raise ApiError(
         400,
         f"the response {name!r} has ended; only responses in the background, which this server does not have, can be "
@@ -91,7 +99,7 @@ async def cancel_response(state: ApiState, request: Request) -> Response:
 
 
 async def list_input_items(state: ApiState, request: Request) -> Response:
-    found = state.responses.get(request.path_params["response_id"], request.scope.get(KEY))
+    found = await state.responses.get(request.path_params["response_id"], request.scope.get(KEY))
     query = request.query_params
     order, after = query.get("order", "desc"), query.get("after")
     if order not in ORDERS:

@@ -13,7 +13,8 @@ MAX_METADATA = 16  # entries, as in OpenAI's API
 LONGEST_METADATA = {"key": 64, "value": 512}  # characters
 FORMATS = ("text", "json_object", "json_schema")
 CHOICES = ("none", "auto", "required")
-# What a response may contain besides. None of it is left out here: reasoning and images are shown as they are, and
+LOGPROBS = "message.output_text.logprobs"  # of `include`
+# What else a response may contain. None of it is left out here: reasoning and images are shown as they are, and
 # there are no built-in tools.
 WITHOUT_EFFECT = frozenset({
     "reasoning.encrypted_content", "message.input_image.image_url", "file_search_call.results",
@@ -98,6 +99,10 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     def text_format(self) -> TextFormat:
         return (self.text and self.text.format) or TextFormat("text")
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.top_logprobs) or LOGPROBS in (self.include or ())
+
     def check(self) -> None:
         """Raise RequestError, with the field, for values that are not valid or not supported."""
         check_metadata(self.metadata or {})
@@ -106,10 +111,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             raise RequestError(f"{name} must lie in 1..2^31 - 1, not {self.max_output_tokens}", name)
         if self.truncation not in (None, "auto", "disabled"):
             raise RequestError(f'truncation must be "auto" or "disabled", not {self.truncation!r}', "truncation")
-        if self.top_logprobs:
-            raise RequestError("top_logprobs is not supported here: use /v1/chat/completions", "top_logprobs")
         for name in self.include or ():
-            if name not in WITHOUT_EFFECT:
+            if name != LOGPROBS and name not in WITHOUT_EFFECT:
                 raise RequestError(f"include: {name!r} is not supported", "include")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise RequestError("text.verbosity is not supported", "text.verbosity")
@@ -131,6 +134,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             tool_choice=chat_choice(self.tool_choice),
             response_format=self.text_format.response_format(),
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
+            logprobs=self.wants_logprobs,
             truncate_prompt_tokens=-1 if self.truncation == "auto" else None,
             **{name: getattr(self, name) for name in SHARED},
         )
@@ -140,8 +144,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
 SHARED = tuple(
     name
     for name in ResponsesRequest.__struct_fields__
-    if name in ChatRequest.__struct_fields__
-    and name not in ("tools", "tool_choice", "stream", "stream_options", "top_logprobs")
+    if name in ChatRequest.__struct_fields__ and name not in ("tools", "tool_choice", "stream", "stream_options")
 )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from engine.api.error_responses import ApiError
-from engine.api.response_store import ResponseStore, StoredResponse, Turn
+from engine.api.response_peers import SharedResponses
+from engine.api.response_store import StoredResponse, Turn
 from engine.api.responses.conversation import Item
 from engine.api.responses.output import Event, OutputItems
 from engine.api.responses.protocol import ResponsesRequest
@@ -24,7 +25,7 @@ class NewResponse:
         head: dict[str, Any],
         stream: RequestStream,
         output: OutputItems,
-        store: ResponseStore,
+        store: SharedResponses,
         turns: tuple[Turn, ...],
         owner: int | None,
     ):
@@ -65,7 +66,7 @@ class NewResponse:
             "text": {"format": shown_format(body)},
             "tool_choice": body.tool_choice or "auto",
             "tools": [{"strict": False, "parameters": None} | tool for tool in body.tools or ()],
-            "top_logprobs": 0,
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": body.truncation or "disabled",
             "user": body.user,
@@ -103,7 +104,7 @@ class NewResponse:
             "input_tokens": given,
             "input_tokens_details": {"cached_tokens": sum(self.stream.cached_tokens)},
             "output_tokens": made,
-            "output_tokens_details": {"reasoning_tokens": self.output.num_reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": self.output.num_reasoning_tokens()},
             "total_tokens": given + made,
         }
 

@@ -87,8 +87,15 @@ async def test_what_a_web_page_may_send_unasked_is_refused_on_every_post_route(s
         answer = await server.http.post(path, content=b'{"prompt": "a"}', headers=headers)
         assert answer.status_code == 415, path
         assert "application/json" in answer.json()["error"]["message"]
-    answer = await server.http.post("/reset_prefix_cache", headers=headers)
+    answer = await server.http.post("/reset_prefix_cache", headers={**headers, "origin": "https://other.example"})
     assert answer.status_code == 415
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     answer = await server.http.post("/reset_prefix_cache", headers=headers)
-    assert answer.json() == {"forgotten_blocks": 5}, "nothing was forgotten before"
+    assert answer.json() == {"success": True, "forgotten_blocks": 5}, "nothing was forgotten before"
+
+
+async def test_a_post_without_a_body_needs_no_media_type(server: InLoop):
+    for path in ("/reset_prefix_cache", "/ping"):
+        assert (await server.http.post(path)).status_code == 200
+        assert (await server.http.post(path, headers={"origin": "https://other.example"})).status_code == 415
+    assert (await server.http.post("/tokenize")).status_code == 415

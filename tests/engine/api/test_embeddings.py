@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import torch
 
 from engine.api.http_options import HttpOptions, Limits
 from tests.engine.api.conftest import InLoop
@@ -77,6 +78,37 @@ async def test_base64_has_the_numbers_of_floats(server: InLoop) -> None:
         assert np.array_equal(one, np.frombuffer(base64.b64decode(other["embedding"]), "<f4"))
 
 
+async def test_base64_of_other_numbers(server: InLoop) -> None:
+    floats = embeddings_of(await server.post("/v1/embeddings", input=TEXTS))
+
+    async def read(number_type: str, kind: str, order: str) -> list[np.ndarray]:
+        options = {"encoding_format": "base64", "embed_dtype": number_type, "endianness": order}
+        answer = await server.post("/v1/embeddings", input=TEXTS, **options)
+        return [np.frombuffer(base64.b64decode(one["embedding"]), kind) for one in answer["data"]]
+
+    for one, big, half, brain in zip(
+        floats,
+        await read("float32", ">f4", "big"),
+        await read("float16", "<f2", "native"),
+        await read("bfloat16", "<u2", "little"),
+        strict=True,
+    ):
+        assert np.array_equal(one, big)
+        assert np.array_equal(one.astype(np.float16), half)
+        rounded = torch.from_numpy(one).to(torch.bfloat16).float().numpy()
+        assert np.array_equal(rounded, (brain.astype(np.uint32) << 16).view(np.float32))
+
+
+async def test_pooling_is_the_embedding(server: InLoop) -> None:
+    embedded = await server.post("/v1/embeddings", input=TEXTS, dimensions=8)
+    answer = await server.post("/pooling", input=TEXTS, dimensions=8, task="embed")
+    assert [one["data"] for one in answer["data"]] == [one["embedding"] for one in embedded["data"]]
+    assert {one["object"] for one in answer["data"]} == {"pooling"}
+    assert answer["id"].startswith("pool-")
+    assert (await server.refusal("/pooling", {"input": "a", "task": "classify"}))["param"] == "task"
+    assert (await server.refusal("/classify", {"input": "a"}))["code"] == "wrong_model_kind"
+
+
 async def test_openais_client_reads_both_forms(server: InLoop, model: Any) -> None:
     for options in ({}, {"encoding_format": "float"}, {"dimensions": 16}):
         answer = await server.openai.embeddings.create(model="tiny", input=TEXTS, **options)
@@ -89,9 +121,10 @@ async def test_openais_client_reads_both_forms(server: InLoop, model: Any) -> No
 
 
 async def test_embeddings_without_normalization(server: InLoop, model: Any) -> None:
-    answer = await server.post("/v1/embeddings", input="hello", normalize=False, dimensions=8)
     wanted = expected(model, "hello", 8, normalize=False)
-    np.testing.assert_allclose(embeddings_of(answer)[0], wanted, rtol=0, atol=2e-5)
+    for field in ("normalize", "use_activation"):
+        answer = await server.post("/v1/embeddings", input="hello", dimensions=8, **{field: False})
+        np.testing.assert_allclose(embeddings_of(answer)[0], wanted, rtol=0, atol=2e-5)
 
 
 async def test_long_texts_are_refused_or_truncated(server: InLoop, model: Any) -> None:
@@ -116,14 +149,17 @@ async def test_long_texts_are_refused_or_truncated(server: InLoop, model: Any) -
         ({}, "input", "input is missing"),
         ({"input": []}, "input", "input is an empty list"),
         ({"input": ["a", 3]}, "input", "mixes texts and token ids"),
-        ({"input": ""}, "prompt", "the prompt is empty"),
-        ({"input": [300]}, "prompt", "300 is not in the vocabulary"),
+        ({"input": ""}, "input", "the prompt is empty"),
+        ({"input": [300]}, "input", "300 is not in the vocabulary"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "must be one of float, base64, not 'hex'"),
         ({"input": "a", "dimensions": 0}, "dimensions", "dimensions must be one of 8, 16, not 0"),
         ({"input": "a", "dimension": 8}, "dimension", "did you mean dimensions?"),
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "must be -1 or lie in 1..66"),
         ({"input": "a", "truncation_side": "up"}, "truncation_side", "must be 'left' or 'right'"),
-        ({"input": "a", "embed_dtype": "float16"}, "embed_dtype", "embed_dtype is not supported here"),
+        ({"input": "a", "embed_dtype": "fp8_e4m3"}, "embed_dtype", "must be one of float32, float16, bfloat16"),
+        ({"input": "a", "endianness": "middle"}, "endianness", "must be one of native, little, big"),
+        ({"input": "a", "normalize": True, "use_activation": False}, "use_activation", "give only one"),
+        ({"input": "a", "padding": "max_length"}, "padding", "padding is not supported here"),
         ({"input": "a", "messages": [{}]}, "messages", "messages is not supported here"),
     ],
 )
@@ -176,4 +212,5 @@ async def test_what_all_models_have_stays(server: InLoop) -> None:
 
 @pytest.mark.parametrize("body", [{"input": TEXTS}, {"input": TEXTS, "encoding_format": "base64"}, {"input": []}])
 async def test_answers_are_as_described(server: InLoop, body: dict[str, Any]) -> None:
-    check_described(await server.http.post("/v1/embeddings", json=body), "post", "/v1/embeddings")
+    for path in ("/v1/embeddings", "/pooling"):
+        check_described(await server.http.post(path, json=body), "post", path)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -59,11 +61,55 @@ async def test_a_stream_counts_until_its_end_and_a_refused_body_not_at_all():
 def test_loads_are_those_of_all_processes():
     first = KeyLoads(2, 3)
     second = KeyLoads(2, 3, first.descriptor)
-    first.add(0, 1, 2)
-    second.add(1, 1, 1)
-    assert [first.total(key) for key in range(3)] == [0, 3, 0]
+    assert [first.admit(0, 1, 3), first.admit(0, 1, 3), second.admit(1, 1, 3)] == [True] * 3
+    assert not second.admit(1, 1, 3)
+    assert second.admit(1, 2, 3), "another key"
+    assert [first.total(key) for key in range(3)] == [0, 3, 1]
+    first.leave(0, 1)
     first.clear(1)
-    assert second.total(1) == 2
+    assert [second.total(key) for key in range(3)] == [0, 1, 0]
+
+
+ADMITTING = """
+import sys
+from engine.api.key_limit import KeyLoads
+loads, process = KeyLoads(2, 1, int(sys.argv[1])), int(sys.argv[2])
+print("up", flush=True)
+sys.stdin.readline()
+admitted = 0
+for _ in range(20_000):
+    if loads.admit(process, 0, 1):
+        assert loads.total(0) == 1, "both processes were admitted"
+        loads.leave(process, 0)
+        admitted += 1
+print(admitted)
+"""
+
+
+def test_processes_that_admit_at_once_do_not_exceed_the_limit():
+    loads = KeyLoads(2, 1)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", ADMITTING, str(loads.descriptor), str(process)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=(loads.descriptor,),
+        )
+        for process in range(2)
+    ]
+    for one in both:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "up\n"
+    for one in both:
+        assert one.stdin is not None
+        one.stdin.write("\n")
+        one.stdin.flush()
+    for one in both:
+        admitted, _ = one.communicate(timeout=120)
+        assert one.returncode == 0
+        assert int(admitted) > 0
+    assert loads.total(0) == 0
 
 
 class Held:

@@ -79,7 +79,8 @@ def test_logit_bias_has_ids_as_text():
     ("fields", "field"),
     [
         ({"suffix": "x"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
     ],
 )
 def test_what_completions_do_not_serve_is_refused_by_name(fields: dict[str, Any], field: str):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from engine.api.error_responses import ApiError
 from engine.api.http_options import Limits
-from engine.api.response_store import ResponseStore, StoredResponse, Turn
+from engine.api.response_store import ResponseStore, StoredResponse, Turn, process_of
 
 actions = st.lists(st.tuples(st.sampled_from(["put", "get", "delete"]), st.integers(0, 5), st.integers(0, 300)))
 
@@ -45,11 +45,14 @@ def is_held(store: ResponseStore, name: str) -> bool:
     return True
 
 
-def test_the_message_names_the_process_of_a_response() -> None:
-    here, other = ResponseStore(Limits(), 0), ResponseStore(Limits(), 11)
-    with pytest.raises(ApiError, match=r"API process 11, this one is 0.*--api-servers 1") as caught:
-        here.get(other.new_id(), None, "previous_response_id")
-    assert (caught.value.status, caught.value.param) == (404, "previous_response_id")
-    for name in (here.new_id(), "resp_1", "x", ""):
-        with pytest.raises(ApiError, match="was evicted"):
-            here.get(name, None)
+def test_what_is_not_stored_is_missing() -> None:
+    store = ResponseStore(Limits(), 0)
+    for name in (store.new_id(), "resp_1", "x", ""):
+        with pytest.raises(ApiError, match="was evicted") as caught:
+            store.get(name, None, "previous_response_id")
+        assert (caught.value.status, caught.value.param) == (404, "previous_response_id")
+
+
+def test_ids_have_the_number_of_their_process() -> None:
+    assert process_of(ResponseStore(Limits(), 11).new_id()) == 11
+    assert process_of("resp_1") is None

@@ -124,6 +124,31 @@ async def test_reasoning_is_separated():
         assert unseparated["message"]["content"] == script
 
 
+@pytest.mark.parametrize(("script", "count"), [("<think>\nSo.\n</think>\n\nYes.", 3), ("Yes.", 0), ("<think>So", 2)])
+async def test_usage_counts_tokens_of_reasoning(script: str, count: int):
+    asked: dict[str, Any] = {"messages": [USER], "max_tokens": 400, "stop_token_ids": [0], "n": 2}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with served(script) as server:
+        usage = (await server.post(PATH, **asked))["usage"]
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": 2 * count}
+        streamed = events((await server.http.post(PATH, json=asked | {"stream": True, "stream_options": options})).text)
+        assert streamed[-1]["usage"] == usage
+        counts = [one["usage"]["completion_tokens_details"]["reasoning_tokens"] for one in streamed]
+        assert counts == sorted(counts)
+    async with served(script, template="{{ messages[0].content }}") as server:
+        assert "completion_tokens_details" not in (await server.post(PATH, **asked))["usage"]
+
+
+async def test_reasoning_has_both_names():
+    async with served("<think>So.</think>Yes.") as server:
+        asked: dict[str, Any] = {"messages": [USER], "max_tokens": 400, "stop_token_ids": [0]}
+        message = (await server.post(PATH, **asked))["choices"][0]["message"]
+        assert message["reasoning"] == message["reasoning_content"] == "So."
+        streamed = events((await server.http.post(PATH, json=asked | {"stream": True})).text)
+        deltas = [one["choices"][0]["delta"] for one in streamed]
+        assert "".join(one.get("reasoning", "") for one in deltas) == "So."
+
+
 async def test_a_prompt_may_begin_the_reasoning():
     script = "So.</think>Yes."
     async with served(script) as server:

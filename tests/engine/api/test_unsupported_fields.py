@@ -23,7 +23,6 @@ BOTH = tuple(BODIES)
         ("ebnf", "root ::= 'a'"),
         ("json_schema", {"type": "object"}),
         ("logits_processors", ["x"]),
-        ("best_of", 3),
         ("suffix", "end"),
         ("audio", {"voice": "alloy"}),
         ("modalities", ["text", "audio"]),

@@ -3,7 +3,11 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from engine.api.completions import best_outputs
+from engine.api.fingerprint import system_fingerprint
+from engine.frontend.streams import CollectedOutput, TokenLogprob
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import FastBackend
 from tests.engine.api.conftest import InLoop, in_loop
@@ -35,8 +39,63 @@ async def test_names_with_slashes_are_found():
         assert (await server.openai.models.retrieve("team/fake")).id == "team/fake"
 
 
+async def test_the_best_outputs_are_shown(server: InLoop):
+    body = {"prompt": ["ab", "cd"], "max_tokens": 4, "seed": 3, "temperature": 1.0}
+    answer = await server.post("/v1/completions", **body, n=2, best_of=5)
+    assert [one["index"] for one in answer["choices"]] == [0, 1, 2, 3]
+    assert all(one["logprobs"] is None for one in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 2 * 5 * 4
+    error = await server.refusal("/v1/completions", {"prompt": "a", "best_of": 129})
+    assert (error["param"], "best_of is 129" in error["message"]) == ("best_of", True)
+
+
+def test_the_best_outputs_have_the_highest_mean_logprob() -> None:
+    outputs = [CollectedOutput() for _ in range(6)]
+    for output, logprobs in zip(outputs, ([-3.0], [-1.0, -2.0], [-9.0], [-1.0], [-4.0, -4.0], [-2.0]), strict=True):
+        output.logprobs = [TokenLogprob(0, value, 1, ()) for value in logprobs]
+    assert best_outputs(outputs, 3, 1) == [1, 3]
+    assert best_outputs(outputs, 3, 2) == [1, 0, 3, 5]
+    assert best_outputs(outputs, 1, 1) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("path", list(BOTH))
+async def test_invocations_are_answered_by_their_fields(server: InLoop, path: str):
+    body = BOTH[path] | {"temperature": 0, "request_id": "mine"}
+    wanted, found = await server.post(path, **body), await server.post("/invocations", **body)
+    for answer in (wanted, found):
+        del answer["created"], answer["usage"]
+    assert found == wanted
+    streamed = await server.http.post("/invocations", json=body | {"stream": True})
+    assert "".join(one["choices"][0].get("text", "") for one in events(streamed.text)) or "chat" in path
+    assert streamed.text.endswith("data: [DONE]\n\n")
+
+
+async def test_other_invocations_are_refused(server: InLoop):
+    for body in ({}, {"prompt": None}, {"input": "a"}, b"[]", b"nonsense"):
+        assert "messages or prompt" in (await server.refusal("/invocations", body))["message"]
+    assert (await server.refusal("/invocations", {"prompt": "a", "n": 0}))["param"] == "n"
+
+
+async def test_the_load_counts_requests_that_run(server: InLoop):
+    assert (await server.http.get("/load")).json() == {"server_load": 0}
+    server.client.stats.live = 3
+    assert (await server.http.get("/load")).json() == {"server_load": 3}
+
+
+async def test_the_fingerprint_is_that_of_the_server(server: InLoop):
+    found = set()
+    for path, body in BOTH.items():
+        found.add((await server.post(path, **body))["system_fingerprint"])
+        streamed = events((await server.http.post(path, json=body | {"stream": True})).text)
+        found |= {one["system_fingerprint"] for one in streamed}
+    [fingerprint] = found
+    assert fingerprint == system_fingerprint(server.client.ready)
+    assert fingerprint != system_fingerprint(replace(server.client.ready, quantization="int8"))
+
+
 async def test_ping_answers_as_health_does(server: InLoop):
-    assert (await server.http.get("/ping")).json() == (await server.http.get("/health")).json()
+    for ping in (await server.http.get("/ping"), await server.http.post("/ping")):
+        assert ping.json() == (await server.http.get("/health")).json()
     server.client.fail_all("the core is gone")
     assert (await server.http.get("/ping")).status_code == 503
 

@@ -143,11 +143,27 @@ async def test_reasoning_text_and_calls_are_items():
         assert (weather.name, json.loads(weather.arguments)) == ("get_weather", {"city": "Rome", "days": 2})
         assert (time.name, time.arguments) == ("get_time", "{}")
         assert weather.call_id != time.call_id
-        assert 0 < response.usage.output_tokens_details.reasoning_tokens < response.usage.output_tokens
+        assert response.usage.output_tokens_details.reasoning_tokens == len("So.")
         one = await whole_and_streamed(server, tools=TOOLS, parallel_tool_calls=False)
         assert [item.type for item in one.output] == ["reasoning", "message", "function_call"]
         none = await whole_and_streamed(server, tools=TOOLS, tool_choice="none")
         assert [item.type for item in none.output] == ["reasoning", "message"]
+
+
+@pytest.mark.parametrize("asked", [{"include": ["message.output_text.logprobs"]}, {"top_logprobs": 2}])
+@pytest.mark.parametrize("script", ["Yes.", "<think>\nSo.\n</think>\n\nYes."])
+async def test_texts_have_logprobs(script: str, asked: dict[str, Any]):
+    async with served(script) as server:
+        response = await whole_and_streamed(server, **asked)
+        part = response.output[-1].content[0]
+        assert "".join(one.token for one in part.logprobs) == part.text == "Yes."
+        assert [len(one.top_logprobs) for one in part.logprobs] == [asked.get("top_logprobs", 0)] * 4
+        assert response.top_logprobs == asked.get("top_logprobs", 0)
+        streamed = await server.openai.responses.create(**ASKED, **asked, stream=True)
+        deltas = [one async for one in streamed if one.type == "response.output_text.delta"]
+        assert all("".join(token.token for token in one.logprobs) == one.delta for one in deltas)
+        plain = await whole_and_streamed(server)
+        assert plain.output[-1].content[0].logprobs == []
 
 
 async def test_an_output_that_is_too_long_is_incomplete():
@@ -286,8 +302,9 @@ async def test_a_format_beside_an_enforced_call():
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"truncation": "some"}, "truncation"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
+        ({"include": ["message.output_text.words"]}, "include"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"metadata": {"a" * 65: "b"}}, "metadata"),
         ({"background": True}, "background"),
@@ -302,7 +319,7 @@ async def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], 
         error = await server.refusal(PATH, {"input": "hi", **fields})
         assert error["param"] == param
         assert not server.core.has_work
-        assert len(server.state.responses) == 0
+        assert len(server.state.responses.own) == 0
 
 
 async def test_truncation():
@@ -331,4 +348,4 @@ async def test_a_death_of_the_engine_ends_the_stream_with_a_failed_response():
         events = await reading
         assert (events[-1].type, events[-1].response.error.code) == ("response.failed", "server_error")
         assert "it is over" in events[-1].response.error.message
-        assert len(server.state.responses) == 0
+        assert len(server.state.responses.own) == 0
