@@ -46,6 +46,20 @@ def create_app(state: ApiState) -> FastAPI:
     """Build the application around an open client of the engine."""
     # Its own pages of documentation load scripts from other hosts.
     app = FastAPI(title="Redline", openapi_url=None, docs_url=None, redoc_url=None, root_path=state.options.root_path)
+    for method, path, endpoint in api_routes(state):
+        app.add_route(path, bind_endpoint(endpoint, state, method), methods=[method])  # HEAD is answered with GET
+    if state.options.page:
+        for path, page in (("/", server_page), ("/docs", docs_page)):
+            app.add_route(path, bind_endpoint(page, state, "GET"), methods=["GET"], include_in_schema=False)
+    app.add_exception_handler(ApiError, error_response)
+    app.add_exception_handler(RedlineError, error_response)
+    app.add_exception_handler(HTTPException, http_error_response)
+    add_middleware(app, state)
+    return app
+
+
+def api_routes(state: ApiState) -> list[tuple[str, str, Endpoint]]:
+    """Method, path and endpoint of each route but the pages."""
     registry, readiness = make_registry(state), Readiness(state.client)
     kind = kind_of(state.client.ready)
     routes: list[tuple[str, str, Endpoint]] = [
@@ -78,15 +92,11 @@ def create_app(state: ApiState) -> FastAPI:
         ("GET", "/metrics", lambda _state, _request: metrics(registry)),
     ]
     endpoints = {path: endpoint for method, path, endpoint in routes if method == "POST"}
-    routes.append(("POST", "/invocations", invocations(endpoints, kind)))
-    for method, path, endpoint in routes:
-        app.add_route(path, bind_endpoint(endpoint, state, method), methods=[method])  # HEAD is answered with GET
-    if state.options.page:
-        for path, page in (("/", server_page), ("/docs", docs_page)):
-            app.add_route(path, bind_endpoint(page, state, "GET"), methods=["GET"], include_in_schema=False)
-    app.add_exception_handler(ApiError, error_response)
-    app.add_exception_handler(RedlineError, error_response)
-    app.add_exception_handler(HTTPException, http_error_response)
+    return [*routes, ("POST", "/invocations", invocations(endpoints, kind))]
+
+
+def add_middleware(app: FastAPI, state: ApiState) -> None:
+    """Add what the options ask for, the innermost first."""
     options = state.options
     if options.limits.request_timeout is not None:
         app.add_middleware(RequestTimeout, seconds=options.limits.request_timeout, client=state.client)
@@ -105,7 +115,6 @@ def create_app(state: ApiState) -> FastAPI:
             expose_headers=("X-Request-Id", "Retry-After"),
         )
     app.add_middleware(RequestId)  # the last one added is the outermost
-    return app
 
 
 def bind_endpoint(endpoint: Endpoint, state: ApiState, method: str) -> Callable[[Request], Awaitable[Response]]:

@@ -45,7 +45,7 @@ class SharedResponses:
         self.own = ResponseStore(limits, process)
         self._process = process
         self._folder = folder
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.AbstractServer | None = None
         self.new_id = self.own.new_id
         self.put = self.own.put
 

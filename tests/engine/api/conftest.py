@@ -152,16 +152,16 @@ async def in_loop(
     worker.script = None if script is None else script.encode("ascii")
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
     parts = None if mm is None else MMParts(mm, tokenizer, options, ablations)
-    processing, detokenizes = parts and parts.processing, "inline-frontend" in ablations
+    processing, detokenizes = None if parts is None else parts.processing, "inline-frontend" in ablations
     texts = None
     if detokenizes or processing is not None:
         texts = InlineTexts(tokenizer, config.max_model_len, VOCABULARY, processing, detokenizes=detokenizes)
     grammars = GrammarManager(lambda: GrammarVocabulary(tokenizer, VOCABULARY))
-    features = parts and parts.features
+    features = None if parts is None else parts.features
     core = EngineCore(config, worker, clock, transport.from_core, inline=texts, features=features, grammars=grammars)
     transport.receive = core.receive
-    ready = make_ready(config, parts and parts.mm, ablations)
-    client = CoreClient(ready, tokenizer, transport, clock, inputs=parts and parts.inputs)
+    ready = make_ready(config, None if parts is None else parts.mm, ablations)
+    client = CoreClient(ready, tokenizer, transport, clock, inputs=None if parts is None else parts.inputs)
     client.open()
     state = ApiState(client, ("fake",), options or HttpOptions(runtime_lora=True), created=1, resolve=resolve)
     app = create_app(state)
