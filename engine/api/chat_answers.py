@@ -84,7 +84,9 @@ class ChatAnswers:
             skip_special_tokens=params.skip_special_tokens,
             visible_ids=params.visible_special_ids,
         )
-        return ReasoningTokens(parser, detokenizer, once=self._answers.reasons_once)
+        return ReasoningTokens(
+            parser, detokenizer, once=self._answers.reasons_once, shows_stop=params.include_stop_str_in_output
+        )
 
     def count_reasoning(self, stream: RequestStream, outputs: Sequence[CollectedOutput]) -> int | None:
         """The tokens of reasoning in whole outputs; None if the model's form of it is unknown."""
@@ -93,7 +95,7 @@ class ChatAnswers:
             counter = self.reasoning_tokens(stream)
             if counter is None:
                 return None
-            counter.add(output.token_ids)
+            counter.add(output)
             total += counter.finish()
         return total
 
@@ -186,7 +188,7 @@ class AnswerChunks(Chunks):
         self._tokens += len(delta.token_ids)
         final = delta.finish_reason is not None
         if (counter := self._counters[delta.index]) is not None:
-            counter.add(delta.token_ids)
+            counter.add(delta)
             if final:
                 counter.finish()
         parts = reader.read(delta.text, final=final)

@@ -1,9 +1,8 @@
 """The number of tokens of an output that are reasoning, for `usage`."""
 
-from collections.abc import Iterable, Sequence
-
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.parsing.events import AnswerParser, Event, Reasoning
+from engine.frontend.streams import CollectedOutput, Delta
 
 
 class ReasoningTokens:
@@ -15,33 +14,36 @@ class ReasoningTokens:
         count: the tokens that are known to be reasoning.
     """
 
-    def __init__(self, parser: AnswerParser, detokenizer: Detokenizer, *, once: bool):
+    def __init__(self, parser: AnswerParser, detokenizer: Detokenizer, *, once: bool, shows_stop: bool = False):
         """Args:
         parser: reports the reasoning of the output; other parts need not be told apart.
         detokenizer: of the output, without stop strings: what they cut off was generated too.
         once: nothing is reasoning after the first other part.
+        shows_stop: a stop token is a part of the text.
         """
         self.count = 0
         self._parser = parser
         self._detokenizer = detokenizer
         self._once = once
+        self._shows_stop = shows_stop
         self._ended = False
-        self._within = False  # reasoning has begun, and no other part
         self._textless = 0  # tokens since the last text: parts of a character, or hidden
-        self._held = 0  # tokens since the last event, which may be reasoning
+        # Texts since the last event: their lengths, and how many tokens each took.
+        self._held: list[tuple[int, int]] = []
 
-    def add(self, tokens: Sequence[int]) -> None:
+    def add(self, part: Delta | CollectedOutput) -> None:
         """Add the next tokens of the output."""
+        ends_by_token = part.finish_reason == "stop" and not isinstance(part.stop_reason, str)
+        tokens = part.token_ids[:-1] if ends_by_token and not self._shows_stop else part.token_ids
         for token in tokens:
             if self._ended:
                 return
             text, _ = self._detokenizer.push(token)
-            if not text:
-                self._textless += 1
-                continue
-            self._held += self._textless + 1
-            self._textless = 0
-            self._read(self._parser.feed(text))
+            self._textless += 1
+            if text:
+                self._held.append((len(text), self._textless))
+                self._textless = 0
+                self._read(self._parser.feed(text))
 
     def finish(self) -> int:
         """The output has ended; returns the count."""
@@ -50,13 +52,14 @@ class ReasoningTokens:
             self._read([*self._parser.feed(self._detokenizer.finish()), *self._parser.finish()])
         return self.count
 
-    def _read(self, events: Iterable[Event]) -> None:
-        for event in events:
-            if isinstance(event, Reasoning):
-                # What was held before the first reasoning is its tag.
-                self.count += self._held if self._within else min(self._held, 1)
-                self._within = True
-            else:
-                self._within = False
-                self._ended |= self._once
-            self._held = 0
+    def _read(self, events: list[Event]) -> None:
+        if not events:
+            return
+        # The last of the held tokens have the reasoning; those before it are its tag.
+        left = sum(len(event.text) for event in events if isinstance(event, Reasoning))
+        while left > 0 and self._held:
+            length, tokens = self._held.pop()
+            left -= length
+            self.count += tokens
+        self._held.clear()
+        self._ended |= self._once and not isinstance(events[-1], Reasoning)

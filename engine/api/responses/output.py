@@ -60,7 +60,7 @@ class OutputItems:
             self._add_text(MESSAGE, delta.text, events)
         self.num_tokens += len(delta.token_ids)
         if self._reasoning is not None:
-            self._reasoning.add(delta.token_ids)
+            self._reasoning.add(delta)
         if final:
             self.finish_reason = delta.finish_reason
             if self._open is None and not self.items:

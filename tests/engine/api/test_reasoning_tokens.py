@@ -7,6 +7,7 @@ from engine.api.reasoning_tokens import ReasoningTokens
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.parsing.events import PlainText
 from engine.frontend.parsing.reasoning import ReasoningParser, Tags
+from engine.frontend.streams import Delta
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import StandInBackend
 
@@ -20,9 +21,9 @@ def count(text: str, cuts: list[int]) -> int:
     counter = ReasoningTokens(ReasoningParser(TAGS, PlainText(), opened=False), Detokenizer(TOKENIZER), once=True)
     begin = 0
     for cut in sorted(min(cut, len(tokens)) for cut in cuts):
-        counter.add(tokens[begin:cut])
+        counter.add(Delta(0, "", tokens[begin:cut]))
         begin = cut
-    counter.add(tokens[begin:])
+    counter.add(Delta(0, "", tokens[begin:]))
     return counter.finish()
 
 
@@ -31,13 +32,18 @@ def test_the_count_does_not_depend_on_how_tokens_arrive(reasoning: str, rest: st
     text = f"<think>{reasoning}</think>{rest}"
     found = count(text, cuts)
     assert found == count(text, [])
-    shown = reasoning.strip("\n")
-    # The bytes of the first character before its last one are not told apart from the tag.
-    lost = len(shown[:1].encode()) - 1 if shown else 0
-    assert found == len(shown.encode()) - lost
+    assert found == len(reasoning.strip("\n").encode())
 
 
 def test_an_output_that_ends_within_its_reasoning() -> None:
     assert count("<think>ab</thi", []) == len("ab</thi")
     assert count("<think>\n", []) == 0
     assert count("no reasoning", []) == 0
+
+
+def test_a_stop_token_is_no_reasoning() -> None:
+    for shows_stop in (False, True):
+        parser = ReasoningParser(TAGS, PlainText(), opened=True)
+        counter = ReasoningTokens(parser, Detokenizer(TOKENIZER), once=True, shows_stop=shows_stop)
+        counter.add(Delta(0, "ab", list(b"abc"), finish_reason="stop", stop_reason=99))
+        assert counter.finish() == 2 + shows_stop

@@ -244,7 +244,7 @@ async def test_limits_of_the_store():
         first, second = [await create(**ASKED) for _ in range(2)]
         await server.openai.responses.retrieve(first.id)  # now the second one was not used for longer
         await create(**ASKED)
-        assert len(store) == 2
+        assert len(store.own) == 2
         assert (await server.openai.responses.retrieve(first.id)).id == first.id
         await refused(server, server.openai.responses.retrieve(second.id), "--max-stored-responses", 404)
 
