@@ -19,13 +19,14 @@ from tests.cli.test_serve import DUMMY, assert_gone, assert_one_line, children, 
 from tests.serving import Served, serve
 
 PROCESSES = 3
+TEMPLATE = "{% for message in messages %}{{ message.content }};{% endfor %}"
 BODY = {"prompt": "hello", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     flags = (*DUMMY, "--api-servers", str(PROCESSES), "--served-model-name", "tiny", "--max-model-len", "1K",
-             "--override-generation-config", '{"top_k": 1}')  # fmt: skip
+             "--override-generation-config", '{"top_k": 1}', "--chat-template", TEMPLATE)  # fmt: skip
     with serve(tmp_path_factory.mktemp("log"), model, *flags) as running:
         yield running
 
