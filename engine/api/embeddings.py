@@ -119,7 +119,7 @@ def errors_name(field: str) -> Iterator[None]:
     except RequestError as error:
         if error.field not in ("input", "prompt"):
             raise
-        raise RequestError(str(error), field) from error
+        raise type(error)(str(error), field) from error
 
 
 def spec_of(state: ApiState) -> PoolingSpec:

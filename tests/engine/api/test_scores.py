@@ -82,7 +82,7 @@ async def test_long_documents_are_refused_or_truncated(server: InLoop, model: An
         ("/rerank", {"query": QUERY, "documents": [document]}, "documents"),
     ):
         error = await server.refusal(path, body)
-        assert error["param"] == field
+        assert (error["param"], error["code"]) == (field, "context_length_exceeded")
         assert f"a text has {POSITIONS + 6} tokens" in error["message"]
     answer = await server.post("/v1/score", text_1=QUERY, text_2=document, truncate_prompt_tokens=-1)
     assert answer["usage"]["prompt_tokens"] == POSITIONS
