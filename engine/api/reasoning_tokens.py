@@ -1,7 +1,7 @@
 """The number of tokens of an output that are reasoning, for `usage`."""
 
 from engine.frontend.detokenizer import Detokenizer
-from engine.frontend.parsing.events import AnswerParser, Event, Reasoning
+from engine.frontend.parsing.events import Event, HoldingParser, Reasoning
 from engine.frontend.streams import CollectedOutput, Delta
 
 
@@ -14,7 +14,7 @@ class ReasoningTokens:
         count: the tokens that are known to be reasoning.
     """
 
-    def __init__(self, parser: AnswerParser, detokenizer: Detokenizer, *, once: bool, shows_stop: bool = False):
+    def __init__(self, parser: HoldingParser, detokenizer: Detokenizer, *, once: bool, shows_stop: bool = False):
         """Args:
         parser: reports the reasoning of the output; other parts need not be told apart.
         detokenizer: of the output, without stop strings: what they cut off was generated too.
@@ -28,7 +28,9 @@ class ReasoningTokens:
         self._shows_stop = shows_stop
         self._ended = False
         self._textless = 0  # tokens since the last text: parts of a character, or hidden
-        # Texts since the last event: their lengths, and how many tokens each took.
+        self._length = 0  # characters so far
+        self._reported: int | None = None  # where the reasoning that was reported ends; None: outside of reasoning
+        # Texts that are not reported yet: where they end, and how many tokens each took.
         self._held: list[tuple[int, int]] = []
 
     def add(self, part: Delta | CollectedOutput) -> None:
@@ -41,7 +43,8 @@ class ReasoningTokens:
             text, _ = self._detokenizer.push(token)
             self._textless += 1
             if text:
-                self._held.append((len(text), self._textless))
+                self._length += len(text)
+                self._held.append((self._length, self._textless))
                 self._textless = 0
                 self._read(self._parser.feed(text))
 
@@ -49,17 +52,24 @@ class ReasoningTokens:
         """The output has ended; returns the count."""
         if not self._ended:
             self._ended = True
-            self._read([*self._parser.feed(self._detokenizer.finish()), *self._parser.finish()])
+            rest = self._detokenizer.finish()
+            self._length += len(rest)
+            self._read([*self._parser.feed(rest), *self._parser.finish()])
         return self.count
 
     def _read(self, events: list[Event]) -> None:
-        if not events:
-            return
-        # The last of the held tokens have the reasoning; those before it are its tag.
-        left = sum(len(event.text) for event in events if isinstance(event, Reasoning))
-        while left > 0 and self._held:
-            length, tokens = self._held.pop()
-            left -= length
-            self.count += tokens
-        self._held.clear()
-        self._ended |= self._once and not isinstance(events[-1], Reasoning)
+        for event in events:
+            if not isinstance(event, Reasoning):
+                self._reported = None
+                self._held.clear()
+                self._ended |= self._once
+                continue
+            length = len(event.text)
+            begin = self._length - self._parser.held - length if self._reported is None else self._reported
+            self._reported = begin + length
+            while self._held and self._held[0][0] <= begin:  # the tag, or line breaks next to it
+                self._held.pop(0)
+            start = begin
+            while self._held and start < self._reported:
+                start, tokens = self._held.pop(0)
+                self.count += tokens

@@ -8,7 +8,7 @@ from engine.frontend.parsing import harmony, python_calls, xml_calls
 from engine.frontend.parsing.call_ids import new_id, new_mistral_id
 from engine.frontend.parsing.call_parser import CallFormat, CallParser
 from engine.frontend.parsing.enforced_calls import EnforcedCall, EnforcedCalls
-from engine.frontend.parsing.events import AnswerParser, PlainText
+from engine.frontend.parsing.events import AnswerParser, HoldingParser, PlainText
 from engine.frontend.parsing.json_calls import JsonFormat
 from engine.frontend.parsing.mistral_calls import MARKER, MistralFormat
 from engine.frontend.parsing.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
@@ -75,17 +75,22 @@ class AnswerFormat:
         parser: AnswerParser = PlainText() if form is None else CallParser(form)
         if self._tags is None or not reasoning:
             return parser
-        always = self.reasoning == "deepseek_r1" and not self._tags.is_closed(prompt)
-        return ReasoningParser(self._tags, parser, opened=always or self._tags.is_open(prompt))
+        return self._reasoning_parser(self._tags, prompt, parser)
+
+    def _reasoning_parser(self, tags: Tags, prompt: str, rest: AnswerParser) -> ReasoningParser:
+        always = self.reasoning == "deepseek_r1" and not tags.is_closed(prompt)
+        return ReasoningParser(tags, rest, opened=always or tags.is_open(prompt))
 
     @property
     def reasons_once(self) -> bool:
         """Whether reasoning stands before everything else only."""
         return not self._harmony
 
-    def reasoning_only(self, prompt: str) -> AnswerParser | None:
+    def reasoning_only(self, prompt: str) -> HoldingParser | None:
         """A parser that tells apart only the reasoning; None if the model's form of it is unknown."""
-        return None if self.reasoning == NONE else self.parser(prompt, {}, reasoning=True)
+        if self.reasoning == HARMONY_REASONING:
+            return harmony.HarmonyParser(prompt, calls=False, reasoning=True)
+        return None if self._tags is None else self._reasoning_parser(self._tags, prompt, PlainText())
 
     def enforced_parser(self, named: str) -> AnswerParser:
         """A parser for an output that is constrained to calls; `named`: of this tool, else of any."""

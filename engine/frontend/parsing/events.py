@@ -44,6 +44,15 @@ class AnswerParser(Protocol):
         ...
 
 
+class HoldingParser(AnswerParser, Protocol):
+    """A parser that knows how much of the text is not reported yet."""
+
+    @property
+    def held(self) -> int:
+        """The characters at the end of the text that are not reported yet."""
+        ...
+
+
 class PlainText:
     """The parser of answers without tool calls: all text is content."""
 
@@ -52,6 +61,10 @@ class PlainText:
 
     def finish(self) -> list[Event]:
         return []
+
+    @property
+    def held(self) -> int:
+        return 0
 
 
 class ParsedCall(msgspec.Struct):

@@ -51,6 +51,10 @@ class HarmonyParser:
     def finish(self) -> list[Event]:
         return self._advance("", final=True)
 
+    @property
+    def held(self) -> int:
+        return len(self._text)
+
     def _advance(self, text: str, *, final: bool) -> list[Event]:
         self._text += text
         events: list[Event] = []

@@ -40,6 +40,10 @@ class ReasoningParser:
     def finish(self) -> list[Event]:
         return [*self._advance("", final=True), *self._rest.finish()]
 
+    @property
+    def held(self) -> int:
+        return len(self._text)
+
     def _advance(self, text: str, *, final: bool) -> list[Event]:
         self._text += text
         events: list[Event] = []

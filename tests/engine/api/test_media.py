@@ -152,7 +152,7 @@ async def test_errors_of_an_input_name_its_field(server: InLoop) -> None:
 
 async def test_prompts_that_are_too_long_with_their_inputs_are_refused() -> None:
     async with in_loop(mm=SPEC, max_model_len=32) as server:
-        assert "the prompt has" in (await server.refusal(CHAT, user(*[image(RED)] * 3)))["message"]
+        assert "the prompt is too long" in (await server.refusal(CHAT, user(*[image(RED)] * 3)))["message"]
         assert server.client.inputs is not None
         server.client.inputs.cache.check()  # all inputs were released
 
