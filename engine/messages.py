@@ -20,6 +20,7 @@ from engine.grammar import Grammar
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.multimodal.types import MediaKind, MMSpec
 from engine.pooling import Pooled, PoolingSpec
+from engine.stats import Stats
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
 
@@ -251,37 +252,6 @@ class Admitted(msgspec.Struct, array_like=True, frozen=True, gc=False):
     cached_tokens: int  # prompt tokens found in the prefix cache
     waited_s: float
     prompt_tokens: int = 0  # with an inline front end or multimodal inputs only
-
-
-class MMStats(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Gauges and counters of multimodal inputs in the core."""
-
-    mirror_queries: int = 0  # inputs of requests that arrived
-    mirror_hits: int = 0  # of them, inputs whose features were here already
-    mirror_misses: int = 0  # of them, inputs whose features should have been here and were not
-    mirror_bytes: int = 0
-    encoder_queries: int = 0  # inputs of which a step began to compute the placeholders
-    encoder_hits: int = 0  # of them, inputs whose embeddings were on the device
-    encoder_embeddings: int = 0  # on the device
-
-
-class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Gauges, and counters since the EngineCore started."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_cache_usage: float = 0.0  # 0..1
-    preemptions: int = 0
-    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
-    prefix_hits: int = 0  # of them, tokens found
-    prompt_tokens: int = 0  # of admitted requests
-    generation_tokens: int = 0
-    steps: int = 0
-    step_tokens: int = 0  # tokens scheduled in the last step
-    last_step_at: float = 0.0  # the core's clock
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    mm: MMStats | None = None  # None: no request had multimodal inputs
 
 
 class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):

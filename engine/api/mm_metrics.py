@@ -6,7 +6,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from engine.frontend.front_end_stats import FrontEndStats
-from engine.messages import MMStats
+from engine.stats import MMStats
 
 # Name, what it counts, and the counter of the front ends (`MM_COUNTERS`).
 OF_FRONT_ENDS = (

@@ -12,7 +12,7 @@ from engine.api.mm_metrics import collect_inputs
 from engine.api.state import ApiState
 from engine.frontend.core_client import CoreClient
 from engine.frontend.front_end_stats import REASONS, FrontEndStats, Histogram
-from engine.messages import Stats
+from engine.stats import Stats
 
 PREFIX = "vllm:"
 

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from engine.errors import RequestError
-from engine.frontend.structured_outputs import StructuredOutputs
+from engine.frontend.structured_outputs import OutputForm, StructuredOutputs
 
 TYPES = ("text", "json_object", "json_schema", "structural_tag")
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
@@ -43,24 +43,11 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
         raise RequestError(f"response_format.type must be one of {', '.join(TYPES)}, not {self.type!r}", name)
 
 
-class GivenOutputs(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's object; see `StructuredOutputs`."""
-
-    json: str | dict[str, Any] | bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: str | dict[str, Any] | None = None
-    disable_any_whitespace: bool | None = None
-    whitespace_pattern: str | None = None
-
-
 class ConstrainedRequest(msgspec.Struct, kw_only=True):
     """The fields about the form of the output; at most one of them may be given."""
 
     response_format: ResponseFormat | None = None
-    structured_outputs: GivenOutputs | None = None
+    structured_outputs: OutputForm | None = None
     guided_json: str | dict[str, Any] | bool | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -72,11 +59,11 @@ class ConstrainedRequest(msgspec.Struct, kw_only=True):
         found: dict[str, StructuredOutputs] = {}
         if self.response_format is not None and (wanted := self.response_format.wanted()) is not None:
             found["response_format"] = wanted
-        if self.structured_outputs is not None and self.structured_outputs != GivenOutputs():
-            given = msgspec.structs.asdict(self.structured_outputs)
-            found["structured_outputs"] = StructuredOutputs(
-                **{name: value for name, value in given.items() if value is not None}
-            )
+        if (
+            self.structured_outputs is not None
+            and (wanted := StructuredOutputs.of(self.structured_outputs)) is not None
+        ):
+            found["structured_outputs"] = wanted
         pattern = self.guided_whitespace_pattern
         for name, kind in GUIDED.items():
             if (value := getattr(self, name)) not in (None, "", []):

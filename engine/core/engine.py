@@ -157,7 +157,8 @@ class EngineCore:
             self._submit_step(step, now)
             moved = True
         if self._features.has_unneeded:
-            self._features.unlink_unneeded(scheduler.steps, scheduler.steps - len(self._in_flight))
+            steps = scheduler.counters.steps
+            self._features.unlink_unneeded(steps, steps - len(self._in_flight))
         if moved and (self._publisher.stats_are_due(now) or not self.has_work):
             self._publisher.publish_stats(now)
         return moved
@@ -190,9 +191,10 @@ class EngineCore:
 
     def _schedule_step(self, now: float) -> ScheduledStep | None:
         scheduler = self.scheduler
-        preemptions, lost_tokens = scheduler.num_preemptions, scheduler.num_lost_tokens
+        counters = scheduler.counters
+        preemptions, lost_tokens = counters.num_preemptions, counters.num_lost_tokens
         step = scheduler.schedule(now, scheduler.policy.bursts.max_steps(self._timer.decode_step_s))
-        self._log_preemptions(scheduler.num_preemptions - preemptions, scheduler.num_lost_tokens - lost_tokens)
+        self._log_preemptions(counters.num_preemptions - preemptions, counters.num_lost_tokens - lost_tokens)
         return step
 
     def _submit_step(self, step: ScheduledStep, now: float) -> None:
@@ -217,13 +219,8 @@ class EngineCore:
                 return
             masks, ended = self._grammars.masks(slots, newest.step)
             if ended:
-                finished = [self._end_output(request, cause) for request, cause in ended]
-                self._publisher.publish(now, finished)
+                self._publisher.publish(now, [self.scheduler.end(*one) for one in ended])
         newest.result = self._executor.sample(newest.number, masks)
-
-    def _end_output(self, request: Request, cause: str) -> Finished:
-        """End a request whose grammar allows no further token; `cause` is empty if its output is complete."""
-        return self.scheduler.end(request, FinishReason.ERROR if cause else FinishReason.STOP, cause)
 
     def _log_preemptions(self, count: int, lost_tokens: int) -> None:
         """Log one line per episode: from the first preemption until all preempted requests run again."""

@@ -17,8 +17,9 @@ import msgspec
 
 from engine.core.mm_inputs import EncoderCacheManager
 from engine.errors import RedlineError
-from engine.messages import AddRequest, FreeFeatures, MMInputRef, MMStats, front_end_of
+from engine.messages import AddRequest, FreeFeatures, MMInputRef, front_end_of
 from engine.multimodal.feature_files import unlink_features
+from engine.stats import MMStats
 
 
 class MirrorMissError(RedlineError):

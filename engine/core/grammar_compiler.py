@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from engine.errors import INTERRUPTS, RequestError
-from engine.grammar import Grammar
+from engine.grammar import WORD_BITS, Grammar
 
 # At each place where JSON allows white space: one space, or a line break with an indentation. A model that writes white
 # space only would never end.
@@ -57,6 +57,7 @@ class GrammarCompiler:
         self._tokenizer: Any = None
         self._special: set[str] = set()
         self.vocab_size = 0
+        self.mask_words = 0  # of one mask
 
     def compile(self, grammar: Grammar) -> Any:
         """An LLMatcher in its initial state. Raises RequestError if the grammar can't be used."""
@@ -71,6 +72,7 @@ class GrammarCompiler:
                 self._special = {text.decode("utf-8", "replace") for text in special}
                 self.vocab_size = len(vocabulary.pieces)
                 self._tokenizer = llguidance.LLTokenizer(_TokenizerSource(vocabulary))  # type: ignore[arg-type]
+                self.mask_words = self.vocab_size // WORD_BITS + 1
         limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         try:
             text = self._source(grammar)

@@ -3,10 +3,10 @@
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,13 @@ from engine.core.request import Request
 from engine.core.slots import Slots
 from engine.core.steps import ScheduledStep
 from engine.errors import INTERRUPTS, RequestError, cause_of
-from engine.grammar import MAX_COMPILING, TOO_MANY, Grammar, GrammarCheck, encode_masks
+from engine.grammar import MAX_COMPILING, TOO_MANY, WORD_BITS, Grammar, GrammarCheck, encode_masks
+from engine.messages import FinishReason
 
 log = logging.getLogger("redline.core")
 
 MAX_CACHED = 64  # compiled grammars
+WRONG_TOKEN = "doesn't satisfy the grammar"  # in the library's error; its other errors are limits that were reached
 THREADS = 2  # so that a grammar that takes long does not hold up all others
 
 Arrival = Request | TextRequest
@@ -37,6 +39,14 @@ class _Compiled:
     matcher: Any  # in its initial state; None: the grammar can't be used
     cause: str  # why not
     seconds: float
+
+
+class Ended(NamedTuple):
+    """A request whose grammar allows no further token. cause: empty if its output is complete."""
+
+    request: Request
+    reason: FinishReason
+    cause: str
 
 
 class GrammarManager:
@@ -127,46 +137,52 @@ class GrammarManager:
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def masks(self, slots: Slots, step: ScheduledStep) -> tuple[bytes, list[tuple[Request, str]]]:
+    def masks(self, slots: Slots, step: ScheduledStep) -> tuple[bytes, list[Ended]]:
         """The masks of the slots that sample in a step; all tokens before it are booked.
 
-        Also returns the requests that can't go on, each with the cause, which is empty if its output is complete.
+        Also returns the requests that can't go on.
         """
         same = slots.generation[step.slots] == step.generations
-        with_mask, rows, ended = list[int](), list[NDArray[np.int32]](), list[tuple[Request, str]]()
-        for slot in step.slots[same & slots.constrained[step.slots]].tolist():
-            request = slots.requests[slot]
-            assert request is not None, f"slot {slot} has no request"
-            row, cause = self._mask(request)
-            if row is None:
-                ended.append((request, cause))
+        constrained = step.slots[same & slots.constrained[step.slots]].tolist()
+        words = np.empty((len(constrained), self._compiler.mask_words), np.int32)
+        address, row_bytes = words.ctypes.data, words.strides[0]
+        requests = [slots.requests[slot] for slot in constrained]
+        for number, request in enumerate(requests):
+            assert request is not None, f"slot {constrained[number]} has no request"
+            request.matcher.unsafe_compute_mask_ptr(address + number * row_bytes, row_bytes)
+        may_end = _take_bits(words, self._compiler.vocab_size)
+        _allow_stop_ids(words, np.flatnonzero(may_end), requests, self._compiler.vocab_size)
+        usable = set(np.flatnonzero(words.any(axis=1)).tolist())
+        kept, ended = list[int](), list[Ended]()
+        for number, request in enumerate(requests):
+            assert request is not None
+            if request.matcher.is_error():
+                ended.append(self._end_failed(request))
+            elif number not in usable:
+                ended.append(_end_without_tokens(request, complete=bool(may_end[number])))
             else:
-                with_mask.append(slot)
-                rows.append(row)
-        return encode_masks(with_mask, np.stack(rows)) if rows else b"", ended
+                kept.append(number)
+        if not kept:
+            return b"", ended
+        return encode_masks([constrained[number] for number in kept], words[kept] if ended else words), ended
 
-    def _mask(self, request: Request) -> tuple[NDArray[np.int32] | None, str]:
-        matcher, size = request.matcher, self._compiler.vocab_size
-        row = np.frombuffer(matcher.compute_bitmask(), np.int32).copy()
-        if matcher.is_error():
-            if request.message.grammar is not None:
-                self._cache.pop(request.message.grammar, None)  # copies share the lexer, whose limit is reached
-            return None, f"the output can't be continued by its grammar: {error_of(matcher)}"
-        may_end = _take_bit(row, size)
-        if may_end:
-            for token in request.message.stop_ids:
-                if token < size:
-                    row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
-        if row.any():
-            return row, ""
-        return None, "" if may_end else "no token of the model continues the output as its grammar demands"
+    def _end_failed(self, request: Request) -> Ended:
+        if request.message.grammar is not None:
+            self._cache.pop(request.message.grammar, None)  # copies share the lexer, whose limit is reached
+        return Ended(request, *failure_of(request.matcher))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def advance(slots: Slots, at: NDArray[np.intp], counts: NDArray[np.int32] | None, stopped: NDArray[np.bool_]) -> None:
-    """Advance the matchers of slots that got a token, and mark in `stopped` those whose output is complete."""
+def advance(
+    slots: Slots, at: NDArray[np.intp], counts: NDArray[np.int32] | None, stopped: NDArray[np.bool_]
+) -> dict[int, tuple[FinishReason, str]]:
+    """Advance the matchers of slots that got a token, and mark in `stopped` those whose output is complete.
+
+    Returns why outputs can't go on, by index into `at`.
+    """
+    failed: dict[int, tuple[FinishReason, str]] = {}
     for index in np.flatnonzero(slots.constrained[at] & ~stopped).tolist():
         if counts is not None and not counts[index]:
             continue
@@ -175,17 +191,47 @@ def advance(slots: Slots, at: NDArray[np.intp], counts: NDArray[np.int32] | None
         assert request is not None, f"slot {slot} has no request"
         matcher, token = request.matcher, int(slots.tokens[slot, slots.num_tokens[slot] - 1])
         # A stop id before min_tokens: nothing else could be sampled.
-        may_end = token in request.stop_ids and matcher.is_accepting()
-        stopped[index] = may_end or (matcher.consume_token(token) and matcher.is_stopped())
+        if token in request.stop_ids and matcher.is_accepting():
+            stopped[index] = True
+        elif matcher.consume_token(token):
+            stopped[index] = matcher.is_stopped()
+        else:
+            failed[index] = failure_of(matcher)
+    return failed
 
 
-def _take_bit(row: NDArray[np.int32], position: int) -> bool:
-    """Clear a mask from a bit on; returns whether that bit was set."""
-    words, at = row.view(np.uint32), position >> 5
-    was_set = bool(words[at] & np.uint32(1 << (position & 31)))
-    words[at] &= np.uint32((1 << (position & 31)) - 1)
-    words[at + 1 :] = 0
-    return was_set
+def failure_of(matcher: Any) -> tuple[FinishReason, str]:
+    """Why a matcher can't go on: its grammar reached a limit of the library, or the engine sampled a wrong token."""
+    cause = error_of(matcher)
+    if WRONG_TOKEN in cause:
+        return FinishReason.FAILED, f"the engine sampled a token that the grammar excludes: {cause}"
+    return FinishReason.ERROR, f"the output can't be continued by its grammar: {cause}"
+
+
+def _end_without_tokens(request: Request, *, complete: bool) -> Ended:
+    if complete:
+        return Ended(request, FinishReason.STOP, "")
+    cause = "no token of the model continues the output as its grammar demands"
+    return Ended(request, FinishReason.ERROR, cause)
+
+
+def _take_bits(words: NDArray[np.int32], position: int) -> NDArray[np.bool_]:
+    """Clear each mask from a bit on; returns whether that bit was set."""
+    at, bit = divmod(position, WORD_BITS)
+    unsigned = words.view(np.uint32)
+    was_set = unsigned[:, at] >> np.uint32(bit) & np.uint32(1)
+    unsigned[:, at] &= np.uint32((1 << bit) - 1)
+    unsigned[:, at + 1 :] = 0
+    return was_set.astype(np.bool_)
+
+
+def _allow_stop_ids(words: NDArray[np.int32], rows: NDArray[np.intp], requests: Sequence[Any], size: int) -> None:
+    """Set the bits of the stop ids of requests whose outputs may end."""
+    unsigned = words.view(np.uint32)
+    for row in rows.tolist():
+        for token in requests[row].message.stop_ids:
+            if token < size:
+                unsigned[row, token // WORD_BITS] |= np.uint32(1 << token % WORD_BITS)
 
 
 def _answer(done: "Future[_Compiled]", *, was_known: bool) -> GrammarCheck:

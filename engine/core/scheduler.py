@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.columns import int32s
 from engine.config import ResolvedConfig
+from engine.core.counters import Counters
 from engine.core.draft_tokens import DraftTokenTracker
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.grammars import advance
@@ -23,7 +24,8 @@ from engine.core.request import Request
 from engine.core.slots import Slots
 from engine.core.step_builder import FullStateStepBuilder, StepBuilder
 from engine.core.steps import ScheduledStep, StepOutcome
-from engine.messages import Admitted, Finished, FinishReason, Stats, StepReports, StepResult
+from engine.messages import Admitted, Finished, FinishReason, StepReports, StepResult
+from engine.stats import Stats
 
 
 class Scheduler:
@@ -41,10 +43,7 @@ class Scheduler:
         self.pool = self.kv.pool
         self.encoder_cache = EncoderCacheManager.from_resolved(config)
         self.admitted: list[Admitted] = []  # since the caller last took them
-        self.num_preemptions = self.num_lost_tokens = 0
-        self.prefix_queries = self.prefix_hits = 0
-        self.prompt_tokens = self.generation_tokens = 0
-        self.steps = self.step_tokens = 0
+        self.counters = Counters()
         self._now = 0.0  # of the step being scheduled
         self._prefilling: dict[int, None] = {}  # slots with more than one token to compute, oldest first
         builder = FullStateStepBuilder if policy.full_state else StepBuilder
@@ -86,21 +85,12 @@ class Scheduler:
         return bool(self.waiting or self.slots.num_running or self._builder.has_freed_slots)
 
     def stats(self, last_step_at: float) -> Stats:
-        drafts = self._drafts
-        return Stats(
+        return self.counters.stats(
             running=self.slots.num_running,
             waiting=len(self.waiting),
             kv_cache_usage=self.pool.usage,
-            preemptions=self.num_preemptions,
-            prefix_queries=self.prefix_queries,
-            prefix_hits=self.prefix_hits,
-            prompt_tokens=self.prompt_tokens,
-            generation_tokens=self.generation_tokens,
-            steps=self.steps,
-            step_tokens=self.step_tokens,
             last_step_at=last_step_at,
-            num_draft_tokens=drafts.num_draft_tokens if drafts else 0,
-            num_accepted_tokens=drafts.num_accepted_tokens if drafts else 0,
+            drafts=self._drafts,
             mm=self.features.stats(self.encoder_cache),
         )
 
@@ -124,9 +114,9 @@ class Scheduler:
             slots.num_scheduled_tokens[sampling] += num_steps
         else:
             self._drafts.step_scheduled(sampling)
-        message = self._builder.build(self.steps + 1, scheduled, chunks, num_steps)
-        self.steps += num_steps
-        self.step_tokens = num_tokens
+        message = self._builder.build(self.counters.steps + 1, scheduled, chunks, num_steps)
+        self.counters.steps += num_steps
+        self.counters.step_tokens = num_tokens
         return ScheduledStep(message.step, message, sampling, slots.generation[sampling], num_tokens, num_steps)
 
     def _is_decode(self) -> NDArray[np.bool_]:
@@ -199,12 +189,12 @@ class Scheduler:
         """
         if not self.kv.has_windows:
             return False
-        before = self.num_preemptions
+        before = self.counters.num_preemptions
         self._free_before_windows(self._prefilling)
         for slot in list(self._prefilling):
             if self.slots.live[slot] and self._preempt_until_free(slot, self.kv.num_window_blocks_needed(slot)):
                 self.kv.allocate_window_blocks(slot)
-        return self.num_preemptions > before
+        return self.counters.num_preemptions > before
 
     def _free_before_windows(self, slots: Iterable[int]) -> None:
         """Free blocks that no later step attends to, however many draft tokens are accepted."""
@@ -221,11 +211,11 @@ class Scheduler:
 
     def _preempt(self, slot: int) -> None:
         """Free a slot and put its request back into the queue, to be recomputed or found in the prefix cache later."""
-        self.num_lost_tokens += int(self.slots.num_computed_tokens[slot])
+        self.counters.num_lost_tokens += int(self.slots.num_computed_tokens[slot])
         request = self._free_slot(slot)
         request.num_preemptions += 1
         request.preempted_at = self._now
-        self.num_preemptions += 1
+        self.counters.num_preemptions += 1
         self.waiting.appendleft(request)
 
     # ------------------------------------------------------------------------------------------------------ admission
@@ -263,9 +253,9 @@ class Scheduler:
             return
         request.was_admitted = True
         if self.config.enable_prefix_caching and request.reads_prefix_cache:
-            self.prefix_queries += request.num_prompt_tokens
-            self.prefix_hits += num_cached
-        self.prompt_tokens += request.num_prompt_tokens
+            self.counters.prefix_queries += request.num_prompt_tokens
+            self.counters.prefix_hits += num_cached
+        self.counters.prompt_tokens += request.num_prompt_tokens
         # With inputs, the core may have replaced the placeholders: the front end does not know the length then.
         tokens = request.num_prompt_tokens if request.mm_inputs_end else 0
         self.admitted.append(Admitted(request.handle, num_cached, now - request.arrived, tokens))
@@ -316,16 +306,19 @@ class Scheduler:
         else:
             kept, counts, stopped = self._drafts.book_result(at, kept, result)
             tokens = int32s(result.tokens)[kept]
-        self.generation_tokens += len(tokens)
+        self.counters.generation_tokens += len(tokens)
         hit_stop_id = stopped.copy()
-        advance(slots, at, counts, stopped)
+        failed = advance(slots, at, counts, stopped)
         ended = stopped | (slots.num_tokens[at] >= slots.max_num_tokens[at])
+        ended[list(failed)] = True
         for index in np.flatnonzero(ended).tolist():
             slot = int(at[index])
             last = int(slots.tokens[slot, slots.num_tokens[slot] - 1])
             request = self._free_slot(slot)
-            reason = FinishReason.STOP if stopped[index] else FinishReason.LENGTH
-            finished.append(self._finish(request, reason, last if hit_stop_id[index] else -1))
+            reason, cause = FinishReason.STOP if stopped[index] else FinishReason.LENGTH, ""
+            if index in failed:
+                reason, cause = failed[index]
+            finished.append(self._finish(request, reason, last if hit_stop_id[index] else -1, cause))
         return StepOutcome(handles, tokens, kept, finished, counts, scored)
 
     def _end_reported(self, reports: StepReports) -> list[Finished]:

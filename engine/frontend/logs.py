@@ -7,7 +7,7 @@ import msgspec
 
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.log_format import is_json, make_formatter
-from engine.messages import Stats
+from engine.stats import Stats
 
 log = logging.getLogger("redline.stats")
 request_log = logging.getLogger("redline.request")

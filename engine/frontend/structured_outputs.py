@@ -18,8 +18,8 @@ _EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
-class StructuredOutputs(msgspec.Struct, kw_only=True, frozen=True):
-    """What an output must conform to; exactly one of the kinds is given. A wrong value raises RequestError.
+class OutputForm(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What an output must conform to, as vLLM's `structured_outputs` of a request's body gives it; not checked yet.
 
     Attributes:
         json: a JSON schema, as an object or as text.
@@ -31,7 +31,6 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, frozen=True):
             "triggers": [...]}, as an object or as text.
         disable_any_whitespace: JSON is written without white space.
         whitespace_pattern: a regular expression for the white space of JSON, wherever it may be.
-        field: the field of the request that errors name.
     """
 
     json: str | dict[str, Any] | bool | None = None
@@ -40,9 +39,23 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, frozen=True):
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | dict[str, Any] | None = None
-    disable_any_whitespace: bool = False
+    disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
+
+
+class StructuredOutputs(OutputForm, kw_only=True, frozen=True):
+    """What an output must conform to; exactly one of the kinds is given. A wrong value raises RequestError.
+
+    Attributes, besides those of `OutputForm`:
+        field: the field of the request that errors name.
+    """
+
     field: str = "structured_outputs"
+
+    @classmethod
+    def of(cls, form: OutputForm) -> "StructuredOutputs | None":
+        """Check what a body gives; None: it gives nothing."""
+        return None if form == OutputForm() else cls(**msgspec.structs.asdict(form))
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None and getattr(self, kind) is not False]

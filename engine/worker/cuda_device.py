@@ -63,6 +63,27 @@ class _Staging:
         return on_device
 
 
+class _Stagings:
+    """Buffers of one purpose, by size."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        """`nbytes`: of the first ones."""
+        self._nbytes = nbytes
+        self._device = device
+        self._sizes: list[_Staging] = []
+
+    def put(self, columns: Columns) -> dict[str, Tensor]:
+        staged = StagedColumns(columns)
+        staging = next((one for one in self._sizes if one.nbytes >= staged.nbytes), None)
+        if staging is None:
+            nbytes = self._nbytes
+            while nbytes < staged.nbytes:
+                nbytes *= 2
+            staging = _Staging(nbytes, self._device)
+            self._sizes.append(staging)
+        return staged.views(staging.put(staged))
+
+
 class _PinnedBand:
     """Pinned memory, and the event after which its last copy is complete."""
 
@@ -114,8 +135,8 @@ class CudaDevice:
 
     def __init__(self, index: int = 0, staging_bytes: int = 1 << 20):
         self.device = torch.device("cuda", index)
-        self._staging_bytes = staging_bytes
-        self._stagings: list[_Staging] = []  # by size
+        self._steps = _Stagings(staging_bytes, self.device)
+        self._masks = _Stagings(staging_bytes, self.device)
         self._pool: Any = None  # of the graphs
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -138,15 +159,10 @@ class CudaDevice:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def put(self, columns: Columns) -> dict[str, Tensor]:
-        staged = StagedColumns(columns)
-        staging = next((one for one in self._stagings if one.nbytes >= staged.nbytes), None)
-        if staging is None:
-            nbytes = self._staging_bytes
-            while nbytes < staged.nbytes:
-                nbytes *= 2
-            staging = _Staging(nbytes, self.device)
-            self._stagings.append(staging)
-        return staged.views(staging.put(staged))
+        return self._steps.put(columns)
+
+    def put_masks(self, columns: Columns) -> dict[str, Tensor]:
+        return self._masks.put(columns)
 
     def fetch(self, tensor: Tensor) -> _PinnedCopy:
         return _PinnedCopy(tensor)

@@ -77,6 +77,10 @@ class Device(Protocol):
         """
         ...
 
+    def put_masks(self, columns: Columns) -> dict[str, Tensor]:
+        """Enqueue a copy of arrays that a step gets after its own, which stay. The next call overwrites them."""
+        ...
+
     def fetch(self, tensor: Tensor) -> Fetched:
         """Enqueue a copy of a tensor to the host; the tensor may be overwritten by work that is enqueued later."""
         ...

@@ -114,7 +114,7 @@ class Assembly:
         else:
             kernels = StepKernels() if self.shard is None else StepKernels().sharded(self.shard.gather)
             attention = TorchAttention(cache, self.model.uses, cache.keys[0].device)
-        logits = DeviceLogits(device, kernels.choose_tokens, state.parameters, self.shard, rows)
+        logits = DeviceLogits(device, kernels, state.parameters, self.shard, rows)
         backend = self.model.make_backend(BackendParts(attention, logits))
         stager = InputStager(device, slots, state, kernels)
         mrope = uses_mrope(self.model.meta_model.decoder)

@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.arrays import Int64s
+from engine.grammar import RowMasks
 from engine.model.lora.lora_weights import Adapter
 from engine.worker.device import Columns
 from engine.worker.slots import StepBatch
@@ -20,6 +21,13 @@ class DeviceBackend(Protocol):
 
     def forward(self, inputs: StepInputs) -> None:
         """Enqueue the model, up to the logits of `inputs.logits_at`. May be repeated."""
+        ...
+
+    def exclude(self, masks: RowMasks) -> None:
+        """Enqueue the exclusion of all tokens but those of the masks from the choice for some of `sample_slots`.
+
+        Their `logits` aren't asked for any more. May be repeated.
+        """
         ...
 
     def choose(self, inputs: StepInputs) -> Tensor:

@@ -4,7 +4,8 @@
 the device. Meanwhile the next step is laid out with counts alone: its unknown tokens are looked up on the device.
 
 Some steps need the tokens of earlier steps, or logits, on the host: those with rows that sample on the host (penalties,
-bias, logprobs, …), with prompt logprobs or with draft tokens. `sample` waits for the device then.
+bias, logprobs, …), with prompt logprobs or with draft tokens. `sample` waits for the device then. Masks of grammars are
+copied to the device, where they exclude tokens before the others are chosen from.
 """
 
 from collections import deque
@@ -98,8 +99,11 @@ class DeviceRunner(StepRunner[_Enqueued]):
         batch, (inputs, began) = self._take(step)
         result = PendingResult(step, self._device, began, np.zeros(0, dtype=np.int64), self._slots.take_reports())
         if inputs is not None and len(batch.logits_at):
+            given = TokenMasks(masks) if masks else None
+            if given is not None:
+                self._exclude(batch, given)
             if self._needs_host(batch):
-                self._sample_on_host(batch, inputs, result, TokenMasks(masks) if masks else None)
+                self._sample_on_host(batch, inputs, result, given)
             else:
                 self._sample_ahead(batch, inputs, result)
         result.ended = self._device.clock()
@@ -115,6 +119,13 @@ class DeviceRunner(StepRunner[_Enqueued]):
         drafted = len(batch.sampled_at) > len(batch.sampling)
         return drafted or len(batch.scored_at) > 0 or bool(self._slots.needs_logits[batch.sampling].any())
 
+    def _exclude(self, batch: StepBatch, masks: TokenMasks) -> None:
+        """Enqueue the masks of the rows whose tokens the device chooses."""
+        device_rows = ~self._slots.needs_logits[batch.sampling]
+        masked = masks.of(batch.sampling[device_rows], _last(batch)[device_rows])
+        if masked is not None:
+            self._steps.exclude(masked)
+
     def _sample_ahead(self, batch: StepBatch, inputs: StepInputs, result: PendingResult) -> None:
         result.tokens = self._device.fetch(self._steps.choose(inputs))
         self._unfilled.append((self._slots.extend(batch.sampling), result.tokens))
@@ -128,7 +139,7 @@ class DeviceRunner(StepRunner[_Enqueued]):
         slots, which, logits = self._slots, batch.sampling, HostLogits(self._device, self._backend)
         special = np.flatnonzero(slots.needs_logits[which])
         if len(special):
-            at = (np.cumsum(batch.num_draft_tokens + 1) - 1)[special]
+            at = _last(batch)[special]
             sampled = sampler.sample(logits.logits(at), slots, which[special], masks)
             tokens[at] = sampled.tokens
             result.logprobs = reindexed(sampled.logprobs, special)
@@ -147,6 +158,11 @@ class DeviceRunner(StepRunner[_Enqueued]):
         while self._unfilled and (wait or self._unfilled[0][1].ready()):
             appended, fetched = self._unfilled.popleft()
             self._slots.fill(appended, fetched.wait().numpy())
+
+
+def _last(batch: StepBatch) -> Int64s:
+    """The entry of `sampled_at` behind the draft tokens of each slot that samples."""
+    return np.cumsum(batch.num_draft_tokens + 1) - 1
 
 
 class HostLogits:

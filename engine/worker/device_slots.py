@@ -56,7 +56,8 @@ class StateLayout:
 class DeviceSlots(WorkerSlots):
     """Slots whose block tables and sampling parameters are also on a device.
 
-    `needs_logits` has the slots that sample on the host: the device applies temperature, top-k, top-p and min-p itself.
+    `needs_logits` has the slots that sample on the host: the device applies masks of grammars, temperature, top-k,
+    top-p and min-p itself.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class DeviceSlots(WorkerSlots):
     def _assign(self, assignment: SlotAssignment) -> None:
         super()._assign(assignment)
         slot, sampling = assignment.slot, assignment.sampling
-        self.needs_logits[slot] = sampling.logprobs >= 0 or sampling.adjusts_logits or assignment.constrained
+        self.needs_logits[slot] = sampling.logprobs >= 0 or sampling.adjusts_logits
         self.is_filtered[slot] = sampling.temperature > 0 and (
             sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         )

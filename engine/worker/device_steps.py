@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineDeadError
+from engine.grammar import RowMasks
 from engine.text import first_line, human_bytes
 from engine.worker.device import Columns, Device
 from engine.worker.device_backend import DeviceBackend
@@ -29,6 +30,10 @@ class DeviceSteps(Protocol):
 
     def forward(self, batch: StepBatch) -> StepInputs:
         """Put a step on the device and enqueue the model."""
+        ...
+
+    def exclude(self, masks: RowMasks) -> None:
+        """Enqueue the exclusion of tokens from the choice that follows, see `DeviceBackend.exclude`."""
         ...
 
     def choose(self, inputs: StepInputs) -> Tensor:
@@ -78,6 +83,9 @@ class EagerSteps:
         inputs = self.stager.put(batch, planned)
         self._with_memory(lambda: self.enqueue_forward(inputs))
         return inputs
+
+    def exclude(self, masks: RowMasks) -> None:
+        self._with_memory(lambda: self.backend.exclude(masks))
 
     def choose(self, inputs: StepInputs) -> Tensor:
         return self._with_memory(lambda: self.enqueue_choice(inputs))[: inputs.num_sampled]

@@ -171,6 +171,10 @@ class Driver(Runner):
         broadcast(self._group, Call(method, arguments))
         return super().call(method, arguments)
 
+    def _are_from_logits(self, slots: Int64s) -> NDArray[np.bool_]:
+        """Slots with a mask are: when a step is broadcast, its masks aren't known yet, and only this rank gets them."""
+        return super()._are_from_logits(slots) | self._slots.constrained[slots]
+
     def _compute(self, batch: StepBatch, plan: SamplingPlan) -> None:
         broadcast(self._group, BroadcastStep.of(batch, plan))
         super()._compute(batch, plan)

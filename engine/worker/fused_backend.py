@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.arrays import Float32s, Float64s, Int32s, Int64s
+from engine.grammar import RowMasks
 from engine.kernels.cpu.bindings import Batch, PackedAdapter, Stack, StackSpec
 from engine.model.lora.lora_packing import by_layer, pack_adapter
 from engine.model.lora.lora_weights import Adapter, check_adapter
@@ -115,16 +116,17 @@ class FusedBackend:
         self.stack.logits(which.astype(np.int32), out.numpy())
         return out if self._vocabulary is None else self._vocabulary.gather(out)
 
-    def choose(self, temperatures: Float32s, uniforms: Float64s) -> Int64s:
+    def choose(self, temperatures: Float32s, uniforms: Float64s, masks: RowMasks | None = None) -> Int64s:
         if self._vocabulary is None:
-            return self.stack.choose(temperatures, uniforms).astype(np.int64)
+            return self.stack.choose(temperatures, uniforms, masks).astype(np.int64)
+        own = masks and masks.of_tokens(self._vocabulary.first, self._vocabulary.count)
 
         def draw(samples: Int64s, inner: Float64s) -> Int32s:
             each = np.zeros(len(uniforms))
             each[samples] = inner
             return self.stack.draw(each)[samples]
 
-        return self._vocabulary.choose(self.stack.greedy(temperatures), temperatures, uniforms, draw)
+        return self._vocabulary.choose(self.stack.greedy(temperatures, own), temperatures, uniforms, draw)
 
 
 def _parts_with_inputs(mm: MMRows | None) -> list[int]:

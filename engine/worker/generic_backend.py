@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.arrays import Float32s, Float64s, Int64s
+from engine.grammar import RowMasks
 from engine.kernels.attention import Ragged, Workspace
 from engine.model.lora.lora_hooks import LoraHooks
 from engine.model.lora.lora_weights import Adapter
@@ -71,7 +72,9 @@ class GenericBackend:
         some = self._logits if len(which) == len(self._logits) else self._logits[torch.from_numpy(which)]
         return some if self._vocabulary is None else self._vocabulary.gather(some)
 
-    def choose(self, temperatures: Float32s, uniforms: Float64s) -> Int64s:
+    def choose(self, temperatures: Float32s, uniforms: Float64s, masks: RowMasks | None = None) -> Int64s:
+        if masks is not None:
+            self._exclude(masks)
         if self._vocabulary is not None:
             draw = functools.partial(self._draw, temperatures)
             return self._vocabulary.choose(self._greedy(temperatures), temperatures, uniforms, draw)
@@ -79,6 +82,15 @@ class GenericBackend:
         drawn = np.flatnonzero(temperatures)
         tokens[drawn] = self._draw(temperatures, drawn, uniforms[drawn])
         return tokens
+
+    def _exclude(self, masks: RowMasks) -> None:
+        """Give the tokens that masks exclude a logit of -inf; nobody else reads the logits of these rows."""
+        assert self._logits is not None
+        if self._vocabulary is not None:
+            masks = masks.of_tokens(self._vocabulary.first, self._vocabulary.count)
+        for number, row in enumerate(masks.at.tolist()):
+            excluded = ~masks.accepted(number, self._logits.shape[1])
+            self._logits[row].masked_fill_(torch.from_numpy(excluded), -torch.inf)
 
     def _greedy(self, temperatures: Float32s) -> tuple[Float32s, Int64s, Float32s]:
         """For each sample: the highest logit, its token, and the sum of all weights relative to it.

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.arrays import Int64s
+from engine.grammar import RowMasks
 from engine.model.lora.lora_hooks import LoraHooks
 from engine.model.lora.lora_weights import Adapter
 from engine.model.runtime import attention_interface
@@ -47,6 +48,9 @@ class GenericDeviceBackend:
             "position_ids": inputs.positions.long()[None],
             "use_cache": False,
         }
+
+    def exclude(self, masks: RowMasks) -> None:
+        self._logits.exclude(masks)
 
     def choose(self, inputs: StepInputs) -> Tensor:
         return self._logits.choose(inputs)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import cause_of
+from engine.grammar import RowMasks
 from engine.kernels.sampling import Draws
 from engine.worker.device import Device
 from engine.worker.device_steps import EagerSteps, Pad
@@ -81,6 +82,10 @@ class StepGraphs:
         captured.replay()
         backend.resume(size.rows)
         return inputs
+
+    def exclude(self, masks: RowMasks) -> None:
+        """Launched, between the two captured parts of a step: how many rows have masks varies."""
+        self._eager.exclude(masks)
 
     def choose(self, inputs: StepInputs) -> Tensor:
         captured = None if inputs.size is None else self._choices.get(_choice_key(inputs))

@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.arrays import Float32s, Float64s, Int64s
+from engine.grammar import RowMasks
 from engine.model.lora.lora_weights import Adapter
 from engine.worker.slots import StepBatch
 
@@ -20,12 +21,13 @@ class ModelBackend(Protocol):
         """Logits of some entries of `batch.logits_at`: [len(which), vocabulary]."""
         ...
 
-    def choose(self, temperatures: Float32s, uniforms: Float64s) -> Int64s:
+    def choose(self, temperatures: Float32s, uniforms: Float64s, masks: RowMasks | None = None) -> Int64s:
         """One token for each of the first entries of `batch.sampled_at`.
 
         Args:
             temperatures: [n]; at 0 the greedy token is taken.
             uniforms: [n], numbers in [0, 1); with a temperature above 0 the token is drawn by this number.
+            masks: the tokens that some of the entries may choose. Their `logits` aren't asked for any more.
         """
         ...
 

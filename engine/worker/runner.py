@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.arrays import Float32s, Float64s, Int64s
 from engine.columns import column, int32s
@@ -38,12 +39,15 @@ class SamplingPlan:
     temperatures, uniforms: [sampled_at], see `ModelBackend.choose`; None if all slots are sampled from logits.
     from_logits: int64[n], the slots that are sampled from logits, as indices into `sampling`.
     logits_of: int64[n], the entries of `sampled_at` that belong to them.
+    by_backend, chosen_at: the same of the other slots; of an entry with draft tokens before it, the last one.
     """
 
     temperatures: Float32s | None
     uniforms: Float64s | None
     from_logits: Int64s
     logits_of: Int64s
+    by_backend: Int64s
+    chosen_at: Int64s
 
 
 class Runner(StepRunner[SamplingPlan]):
@@ -91,7 +95,7 @@ class Runner(StepRunner[SamplingPlan]):
     def _plan_sampling(self, batch: StepBatch) -> SamplingPlan:
         """Plan how tokens are chosen: for each slot by its own parameters only, so that batching does not matter."""
         slots, which = self._slots, batch.sampling
-        from_logits = slots.needs_logits[which]
+        from_logits = self._are_from_logits(which)
         last = np.cumsum(batch.num_draft_tokens + 1) - 1  # only greedy slots have draft tokens
         temperatures = uniforms = None
         if not from_logits.all():
@@ -101,7 +105,14 @@ class Runner(StepRunner[SamplingPlan]):
             uniforms[last] = sampler.uniform(
                 slots.seed[which], slots.num_tokens[which] - slots.num_prompt_tokens[which]
             )
-        return SamplingPlan(temperatures, uniforms, np.flatnonzero(from_logits), last[from_logits])
+        return SamplingPlan(
+            temperatures, uniforms, np.flatnonzero(from_logits), last[from_logits],
+            np.flatnonzero(~from_logits), last[~from_logits],
+        )  # fmt: skip
+
+    def _are_from_logits(self, slots: Int64s) -> NDArray[np.bool_]:
+        """Which of the slots are sampled from logits."""
+        return self._slots.needs_logits[slots]
 
     def _choose(
         self, batch: StepBatch, plan: SamplingPlan, masks: TokenMasks | None
@@ -109,7 +120,8 @@ class Runner(StepRunner[SamplingPlan]):
         """The tokens at `sampled_at`, and the logprobs, which are indexed by entries of `sampling`."""
         tokens: Int64s = np.zeros(len(batch.sampled_at), dtype=np.int64)
         if plan.temperatures is not None and plan.uniforms is not None:
-            tokens = self._backend.choose(plan.temperatures, plan.uniforms)
+            masked = None if masks is None else masks.of(batch.sampling[plan.by_backend], plan.chosen_at)
+            tokens = self._backend.choose(plan.temperatures, plan.uniforms, masked)
         if not len(plan.logits_of):
             return tokens, None
         which = batch.sampling[plan.from_logits]

@@ -91,6 +91,7 @@ class WorkerSlots:
         self.generation: Int64s = np.full(max_slots, -1, dtype=np.int64)
         self.live: NDArray[np.bool_] = np.zeros(max_slots, dtype=np.bool_)
         self.sampling: list[Sampling] = [Sampling()] * max_slots
+        self.constrained: NDArray[np.bool_] = np.zeros(max_slots, dtype=np.bool_)  # samples with a mask
         self.is_plain_greedy: NDArray[np.bool_] = np.zeros(max_slots, dtype=np.bool_)
         self.needs_logits: NDArray[np.bool_] = np.zeros(max_slots, dtype=np.bool_)
         self.temperature: NDArray[np.float32] = np.zeros(max_slots, dtype=np.float32)
@@ -246,8 +247,9 @@ class WorkerSlots:
             self.block_tables[group, slot, : len(blocks)] = blocks
             self.num_blocks[group, slot] = len(blocks)
         self.sampling[slot] = sampling
+        self.constrained[slot] = assignment.constrained
         self.is_plain_greedy[slot] = sampling.is_plain_greedy and not assignment.constrained
-        self.needs_logits[slot] = sampling.needs_logits or assignment.constrained
+        self.needs_logits[slot] = sampling.needs_logits
         self.temperature[slot] = sampling.temperature
         self.seed[slot] = sampling.seed
         if sampling.prompt_logprobs >= 0 and assignment.num_computed_tokens + 1 < assignment.num_prompt_tokens:

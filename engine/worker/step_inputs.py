@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.arrays import Int32s, Int64s
-from engine.kernels import sampling, slot_state
+from engine.kernels import sampling, slot_state, token_masks
 from engine.kernels.sampling import Draws
 from engine.worker.device import Device
 from engine.worker.device_slots import DeviceSlots, StateLayout
@@ -38,13 +38,14 @@ ChooseTokens = Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor]  # see 
 class StepKernels:
     """The kernels that a step needs beside the model's, by default those in torch.
 
-    `choose_tokens` gets the logits of this rank.
+    `choose_tokens` and `exclude_tokens` get the logits of this rank.
     """
 
     gather_ids: Callable[[Tensor, Tensor, Tensor], None] = slot_state.gather_ids
     append_tokens: Callable[[Tensor, Tensor, Tensor], None] = slot_state.append_tokens
     write_elements: Callable[[Tensor, Tensor, Tensor, Tensor], None] = slot_state.write_elements
     choose_tokens: ChooseTokens = sampling.choose_tokens
+    exclude_tokens: Callable[[Tensor, Tensor, Tensor], None] = token_masks.exclude_tokens
 
     def sharded(self, gather: Callable[[Tensor], Tensor]) -> "StepKernels":
         """The same kernels for ranks that divide the vocabulary: each chooses from the logits of all ranks.

@@ -94,6 +94,9 @@ class TorchDevice:
         staged.write(host)
         return staged.views(self.place(host))
 
+    def put_masks(self, columns: Columns) -> dict[str, Tensor]:
+        return self.put(columns)
+
     def fetch(self, tensor: Tensor) -> HostCopy:
         return HostCopy(tensor.to("cpu", copy=True))
 

@@ -13,7 +13,7 @@ from engine.kernels import work_list
 from engine.kernels.attention import Scores
 from engine.kernels.sampling import Draws
 from engine.kernels.triton import attention as triton_attention
-from engine.kernels.triton import launch, sampling, sampling_shards, slot_state, tiles
+from engine.kernels.triton import launch, sampling, sampling_shards, slot_state, tiles, token_masks
 from engine.kernels.triton.attention import AttentionShape, Partials, Rows, Work, paged_attention
 from engine.kernels.triton.kv_storage import LayerCache
 from engine.kernels.triton.rotary import write_cache
@@ -39,7 +39,10 @@ def triton_step_kernels(rows: int, vocabulary: int, device: torch.device) -> Ste
         sampling.choose_tokens(logits, parameters, slots, counts, tokens, workspace, draws.any_filtered)
         return tokens
 
-    return StepKernels(slot_state.gather_ids, slot_state.append_tokens, slot_state.write_elements, choose_tokens)
+    return StepKernels(
+        slot_state.gather_ids, slot_state.append_tokens, slot_state.write_elements, choose_tokens,
+        token_masks.exclude_tokens,
+    )  # fmt: skip
 
 
 def sharded_step_kernels(rows: int, shard: VocabShard, device: torch.device) -> StepKernels:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.arrays import Int64s
+from engine.grammar import RowMasks
 from engine.kernels.attention import Scores
 from engine.kernels.triton.activation import silu_mul
 from engine.kernels.triton.mm_embeddings import merge_embeddings
@@ -121,6 +122,9 @@ class TritonStackBackend:
         out = torch.empty_like(residual, dtype=self._stack.embedding.dtype)
         rms_norm(residual, delta, weight, out, self._stack.epsilon)
         return out
+
+    def exclude(self, masks: RowMasks) -> None:
+        self._logits.exclude(masks)
 
     def choose(self, inputs: StepInputs) -> Tensor:
         return self._logits.choose(inputs)

@@ -18,11 +18,11 @@ from engine.messages import (
     FromCore,
     Outputs,
     Sampling,
-    Stats,
     decode_from_core,
     encode,
     make_handle,
 )
+from engine.stats import Stats
 from tests.engine.fake_executor import FakeExecutor
 
 

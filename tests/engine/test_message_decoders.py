@@ -19,7 +19,6 @@ from engine.messages import (
     Outputs,
     Sampling,
     Shutdown,
-    Stats,
     StepMessage,
     StepResult,
     ToCore,
@@ -30,6 +29,7 @@ from engine.messages import (
     decode_to_core,
     encode,
 )
+from engine.stats import Stats
 
 # msgspec leaves text that is no UTF-8 to Python's own error.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError)

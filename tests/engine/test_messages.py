@@ -19,7 +19,6 @@ from engine.messages import (
     Sampling,
     Shutdown,
     SlotAssignment,
-    Stats,
     StepMessage,
     StepResult,
     TextOptions,
@@ -34,6 +33,7 @@ from engine.messages import (
     front_end_of,
     make_handle,
 )
+from engine.stats import Stats
 
 # Fields of Sampling that alone need no logits of sampled tokens, with values that are not the defaults. Temperature and
 # seed are handled by `ModelBackend.choose`; min_tokens and stop_ids only have an effect together; prompt_logprobs are

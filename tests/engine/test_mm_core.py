@@ -85,7 +85,7 @@ def test_the_tokens_are_those_of_transformers(changes: dict[str, object], built:
         if not changes:
             assert encoded == distinct, "an input was encoded twice"
         if "num_blocks" in changes:
-            assert core.scheduler.num_preemptions > 0
+            assert core.scheduler.counters.num_preemptions > 0
         if "no-encoder-cache" in changes.get("ablations", ()):  # type: ignore[operator]
             assert encoded >= sum(len(request.inputs) for request in requests) > distinct
     finally:

@@ -20,7 +20,6 @@ from engine.messages import (
     FinishReason,
     Outputs,
     Sampling,
-    Stats,
     StepMessage,
     decode_from_core,
     decode_step,
@@ -28,6 +27,7 @@ from engine.messages import (
     make_handle,
 )
 from engine.model.model_info import read_model_info
+from engine.stats import Stats
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import build_model

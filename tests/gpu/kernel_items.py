@@ -13,8 +13,9 @@ from torch import Tensor
 from engine.kernels.triton import fp8
 from engine.kernels.triton.activation import gelu_tanh_mul, silu_mul
 from engine.kernels.triton.quantized import FEW_ROWS
+from engine.kernels.triton.token_masks import exclude_tokens
 from engine.messages import Sampling
-from tests.engine.kernels.triton import attention_case, logprobs_case, rotary_case, sampling_case
+from tests.engine.kernels.triton import attention_case, logprobs_case, masks_case, rotary_case, sampling_case
 from tests.engine.kernels.triton.elementwise_case import check_embeddings, check_gated, check_norm
 from tests.engine.kernels.triton.numbers import DTYPES, poisoned, random_numbers
 from tests.engine.kernels.triton.quantized_case import check_product
@@ -154,12 +155,16 @@ def _sampling(env: Environment) -> dict[str, Case]:
         assert tokens == sampling_case.by_the_cpu(logits, rows, counts), "not the CPU's tokens"
         return (torch.tensor(tokens),)
 
+    def masked(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (masks_case.check_masks(exclude_tokens, 6, 4, vocabulary, dtype, 5, env.torch_device),)
+
     made: dict[str, Case] = {}
     for dtype in DTYPES:
         made[f"with filters, {_name(dtype)}"] = partial(choose, True, dtype)
         made[f"logprobs, {_name(dtype)}"] = partial(
             logprobs_case.check_logprobs, 5, vocabulary, 5, 10**6, dtype, 3, env.torch_device
         )
+        made[f"masks, {_name(dtype)}"] = partial(masked, dtype)
     made["without filters, bfloat16"] = partial(choose, False, torch.bfloat16)
     return made
 

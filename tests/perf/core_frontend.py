@@ -30,7 +30,8 @@ from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Delta, Origin, RequestStream
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import FastBackend
-from engine.messages import AddRequest, Finished, FinishReason, Outputs, Ready, Stats, ToCore, encode
+from engine.messages import AddRequest, Finished, FinishReason, Outputs, Ready, ToCore, encode
+from engine.stats import Stats
 
 ROOT = Path(__file__).parents[2]
 WARM_UP_STEPS = 20

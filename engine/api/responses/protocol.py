@@ -6,8 +6,9 @@ from typing import Any
 import msgspec
 
 from engine.api.chat_protocol import ChatRequest
-from engine.api.structured_fields import GivenOutputs, JsonSchema, ResponseFormat
+from engine.api.structured_fields import JsonSchema, ResponseFormat
 from engine.errors import RequestError
+from engine.frontend.structured_outputs import OutputForm
 
 MAX_METADATA = 16  # entries, as in OpenAI's API
 LONGEST_METADATA = {"key": 64, "value": 512}  # characters
@@ -90,7 +91,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    structured_outputs: GivenOutputs | None = None
+    structured_outputs: OutputForm | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
     priority: int | None = None

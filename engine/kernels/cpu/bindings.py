@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.arrays import Float32s, Float64s, Int32s
+from engine.grammar import RowMasks
 from engine.kernels.cpu import build
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -63,6 +64,10 @@ class _Step(Structure):
         ("batch", _Ragged), ("ids", c_void_p), ("positions", c_void_p), ("rotary", c_void_p), ("row_of", c_void_p),
         ("sampled", c_void_p), ("samples", c_int32), ("adapters", _Adapters),
     )  # fmt: skip
+
+
+class _Masks(Structure):
+    _fields_ = (("words", c_void_p), ("of", c_void_p), ("stride", c_int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +130,8 @@ def _open(path: Path) -> ctypes.CDLL:
     functions.redline_stack.argtypes = (POINTER(StackSpec), c_int, c_int, c_int, c_void_p)
     functions.redline_run.argtypes = (c_void_p, POINTER(_Step), c_int, c_int)
     functions.redline_logits.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
-    functions.redline_choose.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p)
-    functions.redline_greedy.argtypes = (c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p)
+    functions.redline_choose.argtypes = (c_void_p, c_int, c_void_p, c_void_p, POINTER(_Masks), c_void_p)
+    functions.redline_greedy.argtypes = (c_void_p, c_int, c_void_p, POINTER(_Masks), c_void_p, c_void_p, c_void_p)
     functions.redline_draw.argtypes = (c_void_p, c_void_p, c_void_p)
     for view in (functions.redline_partial, functions.redline_hidden):
         view.argtypes, view.restype = (c_void_p,), POINTER(c_float)
@@ -168,6 +173,7 @@ class Stack:
         self._step: _Step | None = None
         self._batch: Batch | None = None
         self._adapters: Any = None  # arrays that the step points to
+        self._masks: Any = None  # arrays that `draw` reads after `greedy`
         self._axes = max(spec.axes[: spec.head_dim // 2]) + 1
         self.last_part = 2 * spec.layers + 1
 
@@ -220,32 +226,51 @@ class Stack:
         """Write the logits of some of the batch's `sampled` tokens: out[len(which), vocabulary]."""
         self._functions.redline_logits(self._stack, which.ctypes.data, len(which), out.ctypes.data)
 
-    def choose(self, temperatures: Float32s, uniforms: Float64s) -> Int32s:
+    def choose(self, temperatures: Float32s, uniforms: Float64s, masks: RowMasks | None = None) -> Int32s:
         """One token for each of the first n of the batch's `sampled` tokens. No logits are written.
 
         Args:
             temperatures: [n]; at 0 the greedy token is taken (the first of equals).
             uniforms: [n], numbers in [0, 1); with a temperature above 0 the token is drawn by this number.
+            masks: the tokens that some of them may choose.
         """
         assert self._batch is not None
         samples = len(temperatures)
         assert temperatures.shape == uniforms.shape
         assert samples <= len(self._batch.sampled)
         out = np.empty(samples, dtype=np.int32)
-        columns = (np.ascontiguousarray(temperatures, np.float32), np.ascontiguousarray(uniforms, np.float64), out)
-        self._functions.redline_choose(self._stack, samples, *(column.ctypes.data for column in columns))
+        given = np.ascontiguousarray(temperatures, np.float32), np.ascontiguousarray(uniforms, np.float64)
+        pointers = (column.ctypes.data for column in given)
+        self._functions.redline_choose(
+            self._stack, samples, *pointers, self._use_masks(masks, samples), out.ctypes.data
+        )
         return out
 
-    def greedy(self, temperatures: Float32s) -> tuple[Float32s, Int32s, Float64s]:
+    def greedy(self, temperatures: Float32s, masks: RowMasks | None = None) -> tuple[Float32s, Int32s, Float64s]:
         """For each of the first n samples, over this rank's tokens: highest logit, greedy token, sum of weights.
 
         The weight of a token is exp((logit - highest) / temperature); at temperature 0 no weights are computed.
+        `masks`: of this rank's tokens, those that some samples may choose.
         """
         samples = len(temperatures)
+        given = np.ascontiguousarray(temperatures, np.float32)
         top, token, weight = np.empty(samples, np.float32), np.empty(samples, np.int32), np.empty(samples, np.float64)
-        columns = (np.ascontiguousarray(temperatures, np.float32), top, token, weight)
-        self._functions.redline_greedy(self._stack, samples, *(column.ctypes.data for column in columns))
+        pointers = (column.ctypes.data for column in (top, token, weight))
+        self._functions.redline_greedy(
+            self._stack, samples, given.ctypes.data, self._use_masks(masks, samples), *pointers
+        )
         return top, token, weight
+
+    def _use_masks(self, masks: RowMasks | None, samples: int) -> _Masks | None:
+        """What the kernels read; null without masks."""
+        if masks is None:
+            self._masks = None
+            return None
+        words = masks.reaching(self._spec.vocabulary)
+        of = np.full(samples, -1, dtype=np.int32)
+        of[masks.at] = np.arange(len(words))
+        self._masks = words, of
+        return _Masks(words.ctypes.data, of.ctypes.data, words.shape[1])
 
     def draw(self, uniforms: Float64s) -> Int32s:
         """After `greedy`: draw one of this rank's tokens for each sample, by numbers in [0, 1)."""

@@ -30,12 +30,16 @@ void redline_run(AnyStack* stack, const Step* step, int first, int last) { stack
 
 void redline_logits(AnyStack* stack, const int32_t* which, int count, float* out) { stack->logits(which, count, out); }
 
-void redline_choose(AnyStack* stack, int count, const float* temperatures, const double* uniforms, int32_t* out) {
-    stack->choose(count, temperatures, uniforms, out);
+void redline_choose(
+    AnyStack* stack, int count, const float* temperatures, const double* uniforms, const Masks* masks, int32_t* out
+) {
+    stack->choose(count, temperatures, uniforms, masks, out);
 }
 
-void redline_greedy(AnyStack* stack, int count, const float* temperatures, float* top, int32_t* token, double* weight) {
-    stack->greedy(count, temperatures, top, token, weight);
+void redline_greedy(
+    AnyStack* stack, int count, const float* temperatures, const Masks* masks, float* top, int32_t* token, double* weight
+) {
+    stack->greedy(count, temperatures, masks, top, token, weight);
 }
 
 void redline_draw(AnyStack* stack, const double* uniforms, int32_t* out) { stack->draw(uniforms, out); }

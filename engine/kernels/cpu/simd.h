@@ -10,6 +10,9 @@ INLINE void prefetch(const uint32_t* from, long words) {
 
 INLINE f32x16 splat(float x) { return f32x16{} + x; }
 
+// The lanes whose bits are set in the lowest 16 bits of a word.
+INLINE i32x16 lanes_of(uint32_t bits) { return (lane_bits() & bits) != 0u; }
+
 INLINE float as_float(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);

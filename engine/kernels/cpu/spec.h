@@ -55,6 +55,13 @@ struct Step {
     Adapters adapters;
 };
 
+// The tokens that samples may choose: bit i of word w of a mask stands for token 32 * w + i of the rank's tokens.
+struct Masks {
+    const uint32_t* words;  // [masks, stride]
+    const int32_t* of;      // [samples], the mask of each; -1: all tokens
+    int32_t stride;
+};
+
 enum Op { EMBED, NORM, QKV, ROTARY, ATTENTION, ENCODE, OUTPUT, GATE_UP, DOWN, HEAD, OPS };
 
 class AnyStack {
@@ -67,10 +74,16 @@ class AnyStack {
     // The logits of some samples, [count, vocabulary].
     virtual void logits(const int32_t* which, int count, float* out) = 0;
     // One token for each of the first `count` samples: greedy at temperature 0, otherwise drawn by a number in [0, 1).
-    virtual void choose(int count, const float* temperatures, const double* uniforms, int32_t* out) = 0;
+    // `masks` may be null.
+    virtual void choose(
+        int count, const float* temperatures, const double* uniforms, const Masks* masks, int32_t* out
+    ) = 0;
     // For each of the first `count` samples, over this rank's tokens: the highest logit, its token, and the sum of weights
-    // relative to it. `draw` then draws one of this rank's tokens for each of these samples, by numbers in [0, 1).
-    virtual void greedy(int count, const float* temperatures, float* top, int32_t* token, double* weight) = 0;
+    // relative to it. `masks` may be null; `draw` reads them too. It draws one of this rank's tokens for each of these
+    // samples, by numbers in [0, 1).
+    virtual void greedy(
+        int count, const float* temperatures, const Masks* masks, float* top, int32_t* token, double* weight
+    ) = 0;
     virtual void draw(const double* uniforms, int32_t* out) = 0;
     virtual float* partial() = 0;
     // The hidden states between two parts, [tokens, hidden]; with spec.partial without what is still to be summed.

@@ -30,14 +30,18 @@ template <class W, class H, class T> class Stack : public AnyStack {
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_logits(thread); }, this);
     }
 
-    void choose(int count, const float* temperatures, const double* uniforms, int32_t* out) override {
-        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, uniforms);
+    void choose(
+        int count, const float* temperatures, const double* uniforms, const Masks* masks, int32_t* out
+    ) override {
+        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, uniforms, masks);
         tokens_ = out;
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_tokens(thread); }, this);
     }
 
-    void greedy(int count, const float* temperatures, float* top, int32_t* token, double* weight) override {
-        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, nullptr);
+    void greedy(
+        int count, const float* temperatures, const Masks* masks, float* top, int32_t* token, double* weight
+    ) override {
+        head_.begin(chosen_.rows(spec_.hidden), count, temperatures, nullptr, masks);
         greedy_ = {top, token, weight};
         team_.run([](void* self, Team&, int thread) { static_cast<Stack*>(self)->all_greedy(thread); }, this);
     }

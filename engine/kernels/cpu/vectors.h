@@ -49,6 +49,11 @@ template <class V> INLINE V select(i32x16 mask, V a, V b) { return mask ? a : b;
 
 INLINE i32x16 lane_numbers() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
+// A bit for each lane, the first in the lowest one.
+INLINE u32x16 lane_bits() {
+    return u32x16{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+}
+
 #else
 
 #if defined(__AVX2__)
@@ -158,6 +163,12 @@ template <class To, class E> INLINE To convert(Parts<E> v) {
 INLINE i32x16 lane_numbers() {
     i32x16 out;
     for (int i = 0; i < LANES; i++) out.part[i / PART_LANES][i % PART_LANES] = i;
+    return out;
+}
+
+INLINE u32x16 lane_bits() {
+    u32x16 out;
+    for (int i = 0; i < LANES; i++) out.part[i / PART_LANES][i % PART_LANES] = 1u << i;
     return out;
 }
 

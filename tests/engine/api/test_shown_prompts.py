@@ -74,7 +74,7 @@ async def test_an_echo_has_the_logprobs_of_its_prompt(kind: str):
         for choice in choices.values():
             check_echo(choice, PROMPT, output, 2)
         if kind == "few blocks":
-            assert server.core.scheduler.num_preemptions > 0
+            assert server.core.scheduler.counters.num_preemptions > 0
 
 
 @pytest.mark.parametrize("kind", ["v1", "inline"])

@@ -36,9 +36,9 @@ def test_nothing_is_found_in_the_cache_where_that_is_claimed():
     serving = cells.ServingCell(4, True)
     serving.batch()
     scheduler = serving._metered.core.scheduler
-    assert scheduler.prefix_queries == 8 * serving.INPUT
-    assert scheduler.prefix_hits == 0
-    assert scheduler.generation_tokens == 8 * serving.OUTPUT
+    assert scheduler.counters.prefix_queries == 8 * serving.INPUT
+    assert scheduler.counters.prefix_hits == 0
+    assert scheduler.counters.generation_tokens == 8 * serving.OUTPUT
     assert len(scheduler.pool.block_of) > 0.9 * scheduler.pool.num_blocks, "and the pool is full of what can't be found"
 
 

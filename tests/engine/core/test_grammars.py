@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.core import grammars
+from engine.core import grammar_compiler, grammars
 from engine.core.grammars import GrammarManager
 from engine.frontend.grammar_vocabulary import GrammarVocabulary
 from engine.frontend.tokenizer import Tokenizer
@@ -92,15 +92,31 @@ def test_a_grammar_that_can_not_be_used_ends_its_request(gate: Gate) -> None:
     assert "unclosed group" in driver.finished[broken].error
 
 
-def test_a_token_that_the_grammar_does_not_allow_ends_the_request_with_the_cause(gate: Gate) -> None:
+def test_a_token_that_the_grammar_does_not_allow_is_a_fault_of_the_engine(gate: Gate) -> None:
+    """The fake worker samples without masks; the last token counts as well."""
     driver = gate.driver
     gate.is_open.set()
-    wrong = driver.add([1], grammar=Grammar("regex", "[0-9]{9}"))
+    wrong = [driver.add([1], most, grammar=Grammar("regex", "[0-9]{9}")) for most in (1, 8)]
     driver.turn()
     assert gate.turn.wait(PATIENCE_S)
     driver.run()
-    assert driver.finished[wrong].reason == FinishReason.ERROR
-    assert "can't be continued by its grammar" in driver.finished[wrong].error
+    for one in wrong:
+        assert driver.finished[one].reason == FinishReason.FAILED
+        assert "the engine sampled a token that the grammar excludes" in driver.finished[one].error
+
+
+def test_a_grammar_that_is_too_complex_ends_its_request_as_an_error_of_the_request(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_compiler, "MAX_LEXER_STATES", 20)
+    driver = gate.driver
+    gate.is_open.set()
+    handle = driver.add([1], 40, grammar=Grammar("regex", r"(?s:.)*[\x00-\x3f](?s:.){8}"))
+    driver.turn()
+    assert gate.turn.wait(PATIENCE_S)
+    driver.run()
+    assert driver.finished[handle].reason == FinishReason.ERROR
+    assert "too many states" in driver.finished[handle].error
 
 
 def test_the_newest_grammars_are_kept_and_the_number_that_wait_is_limited(

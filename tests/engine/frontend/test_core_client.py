@@ -25,7 +25,6 @@ from engine.messages import (
     FromCore,
     Outputs,
     Ready,
-    Stats,
     ToCore,
     Utility,
     UtilityResult,
@@ -33,6 +32,7 @@ from engine.messages import (
     encode,
     front_end_of,
 )
+from engine.stats import Stats
 from tests.engine.inline_transport import InlineTransport
 
 READY = Ready("here", "fake", "float32", 300, 64, 4, 16, 4, 64, True)

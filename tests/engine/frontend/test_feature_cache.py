@@ -69,7 +69,7 @@ def test_the_same_picture_at_another_offset_shares_no_block() -> None:
         fleet = InputFleet(0, 1, 1, 1 << 20)
         await serve_in_turn(fleet, [1, 2], [2, 1])
         assert sorted(fleet.front_ends[0].pool.processed) == [1, 2]
-        assert fleet.cores[0].scheduler.prefix_hits == 0
+        assert fleet.cores[0].scheduler.counters.prefix_hits == 0
         await fleet.close()
 
     asyncio.run(main())

@@ -3,7 +3,7 @@
 import os
 
 from engine.frontend.front_end_stats import REASONS, TOKENS, Board, FrontEndStats
-from engine.messages import Stats
+from engine.stats import Stats
 
 
 def test_a_histogram_counts_by_upper_bound():

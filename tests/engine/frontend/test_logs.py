@@ -9,7 +9,8 @@ from engine.frontend.listener import OutputRecord
 from engine.frontend.logs import StatsLog, log_request
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import Origin
-from engine.messages import Admitted, Dead, Finished, FinishReason, Stats
+from engine.messages import Admitted, Dead, Finished, FinishReason
+from engine.stats import Stats
 from tests.engine.frontend.test_core_client import Core, Listener, text_ids
 
 ORIGIN = Origin("cmpl-7", "tiny", "10.0.0.1:5000")

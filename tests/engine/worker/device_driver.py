@@ -20,8 +20,9 @@ from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import StandInBackend
 from engine.grammar import Grammar
 from engine.memory import resolve
-from engine.messages import AddRequest, Outputs, Sampling, Stats, decode_from_core, encode
+from engine.messages import AddRequest, Outputs, Sampling, decode_from_core, encode
 from engine.model.model_info import ModelInfo, read_model_info
+from engine.stats import Stats
 from engine.worker.device import Device
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.worker_start import StartReport

@@ -217,6 +217,7 @@ class StandInDevice:
         self.failure: Exception | None = None
         self.fetches = 0
         self.puts = 0
+        self.masked_rows = 0
         self.most_unready = 0  # copies under way when one was enqueued, that one included
         self._worlds = Worlds()
         self._step_arrays: Tensor | None = None
@@ -256,6 +257,10 @@ class StandInDevice:
             self._step_arrays.fill_(GARBAGE)
             self._step_arrays[: staged.nbytes].copy_(host)
         return staged.views(self._step_arrays[: staged.nbytes])
+
+    def put_masks(self, columns: Columns) -> dict[str, Tensor]:
+        self.masked_rows += len(columns["rows"])
+        return {name: self.place(torch.tensor(values)) for name, values in columns.items()}
 
     def fetch(self, tensor: Tensor) -> _LateCopy:
         assert self._worlds.has(tensor), "a host tensor is fetched from the device"

@@ -116,6 +116,8 @@ def test_masks_of_grammars_reach_the_device(models: Any, core_driver: MakeCore) 
         driver = core_driver(device, folder)
         found.append(driver.run(mixed_requests(SAMPLINGS + ON_HOST[:3], 16), 12, grammars=(None, digits)))
         assert driver.most_in_flight > 1
+        if isinstance(device, StandInDevice):
+            assert device.masked_rows > 0
     for tokens in found[0][1::2]:
         assert re.fullmatch("[0-5]{3}(-[6-9]{2}){1,4}", "".join(map(chr, tokens)))
     assert found[0] == found[1] == found[2]

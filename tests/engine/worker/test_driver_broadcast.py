@@ -87,7 +87,9 @@ def test_a_step_arrives_as_it_was_sent(pair: Any, added: list[tuple[int, int, st
     samples = len(batch.sampled_at)
     temperatures, numbers = np.full(samples, heat, np.float32), np.linspace(0, 0.9, samples)
     at = np.arange(samples, dtype=np.int64)[::2]
-    step = BroadcastStep.of(batch, SamplingPlan(temperatures if some else None, numbers if some else None, at, at))
+    step = BroadcastStep.of(
+        batch, SamplingPlan(temperatures if some else None, numbers if some else None, at, at, at, at)
+    )
     received = passed_on(pair, step)
     assert_same(received, step)
     assert isinstance(received, BroadcastStep)

@@ -85,7 +85,7 @@ def test_a_causal_language_model_embeds_by_its_last_token(kernels: str, tmp_path
         assert_close(engine.pool(prompts), expected)
         assert_close(engine.pool(prompts), expected)
         assert max(engine.cached.values()) >= 32
-        assert engine.core.scheduler.steps > 12
+        assert engine.core.scheduler.counters.steps > 12
 
 
 def test_quantized_weights_pool_too(tmp_path: Path) -> None:

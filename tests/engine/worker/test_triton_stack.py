@@ -99,8 +99,8 @@ def test_a_core_that_runs_ahead_gets_the_cpus_tokens(
     assert max(len(prompt) for prompt, _ in requests) > 2 * budget, "no chunks"
     assert driver.most_in_flight >= 2
     assert stand_in.most_unready >= 2, "no result came after the next step had begun"
-    assert driver.core.scheduler.num_preemptions > 0
-    assert driver.core.scheduler.prefix_hits > 0
+    assert driver.core.scheduler.counters.num_preemptions > 0
+    assert driver.core.scheduler.counters.prefix_hits > 0
 
 
 @pytest.mark.exhaustive

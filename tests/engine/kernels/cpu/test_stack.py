@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from engine.grammar import RowMasks
 from engine.kernels.cpu import build
 from engine.kernels.cpu.bindings import Stack
 from engine.kernels.quantization import quantize
@@ -75,6 +76,15 @@ shapes = st.builds(
 )  # fmt: skip
 
 
+def random_masks(random: np.random.Generator, rows: int, tokens: int) -> RowMasks:
+    """For some of the rows, masks of a few tokens, of half of them or of all but one."""
+    at = np.flatnonzero(random.random(rows) < 0.7)
+    words = -(-(tokens + 1) // 32)
+    bits = random.random((len(at), words * 32)) < random.choice([0.02, 0.5, 0.99], (len(at), 1))
+    bits[np.arange(len(at)), random.integers(0, tokens, len(at))] = True
+    return RowMasks(at, np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+
+
 class Served:
     """A stack, and the blocks of its cache in a random order."""
 
@@ -117,15 +127,28 @@ class Served:
         random = np.random.default_rng(len(logits))
         temperatures = random.choice(np.array([0, 1e-9, 0.3, 1, 30], dtype=np.float32), len(logits))
         numbers = random.choice([0.0, 0.5, np.nextafter(1.0, 0.0), random.random()], len(logits))
-        tokens = self.stack.choose(temperatures, numbers)
-        for token, row, temperature, number in zip(tokens, logits.astype(float), temperatures, numbers, strict=True):
-            if temperature == 0:
-                assert token == row.argmax()
-                continue
-            weights = np.exp((row - row.max()) / max(temperature, 1e-6))
-            edges = weights.cumsum() / weights.sum()
-            assert edges[token] - weights[token] / weights.sum() - 1e-5 <= number <= edges[token] + 1e-5
-        assert (self.stack.choose(np.zeros_like(temperatures), numbers) == logits.argmax(1)).all()
+        for masks in (None, random_masks(random, *logits.shape)):
+            allowed = logits.copy()
+            for number, at in enumerate([] if masks is None else masks.at):
+                assert masks is not None
+                allowed[at, ~masks.accepted(number, logits.shape[1])] = -np.inf
+            tokens = self.stack.choose(temperatures, numbers, masks)
+            for token, row, temperature, number in zip(
+                tokens, allowed.astype(float), temperatures, numbers, strict=True
+            ):
+                if temperature == 0:
+                    assert token == row.argmax()
+                    continue
+                weights = np.exp((row - row.max()) / max(temperature, 1e-6))
+                edges = weights.cumsum() / weights.sum()
+                assert edges[token] - weights[token] / weights.sum() - 1e-5 <= number <= edges[token] + 1e-5
+                assert weights[token] > 0
+            assert (self.stack.choose(np.zeros_like(temperatures), numbers, masks) == allowed.argmax(1)).all()
+            tops, greedy, _ = self.stack.greedy(temperatures, masks)
+            assert (greedy == allowed.argmax(1)).all()
+            assert (tops == allowed.max(1)).all()
+            drawn = self.stack.draw(numbers)
+            assert (drawn == tokens).all()
 
     def blocks_for(self, tokens: int, first: int) -> list[int]:
         return list(range(first, first + -(-tokens // self.block_size)))
