@@ -23,6 +23,7 @@ from engine.api.key_limit import KeyLoads, LimitKeys
 from engine.api.lora_endpoints import load_adapter, unload_adapter
 from engine.api.model_kinds import CLASSIFIES, EMBEDS, GENERATES, Endpoint, for_models, kind_of
 from engine.api.openapi import openapi_document
+from engine.api.pacing import PacedRequests
 from engine.api.prometheus import make_registry
 from engine.api.protocol import DetokenizeRequest
 from engine.api.readiness import Readiness
@@ -114,7 +115,8 @@ def add_middleware(app: FastAPI, state: ApiState) -> None:
             allow_headers=("*",),
             expose_headers=("X-Request-Id", "Retry-After"),
         )
-    app.add_middleware(RequestId)  # the last one added is the outermost
+    app.add_middleware(RequestId)
+    app.add_middleware(PacedRequests)  # the last one added is the outermost
 
 
 def bind_endpoint(endpoint: Endpoint, state: ApiState, method: str) -> Callable[[Request], Awaitable[Response]]:

@@ -34,7 +34,7 @@ async def read_json(request: Request, kind: type[Body], limits: Limits, *, takes
     data = await receive(request, limits.largest_body(takes_media=takes_media))
     if len(data) > SMALL_BODY:
         check_values(await asyncio.to_thread(count_values, data), limits.max_body_values)
-    return parse(bytes(data), kind)
+    return parse(data, kind)
 
 
 async def receive(request: Request, limit: int) -> bytearray:

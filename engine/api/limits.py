@@ -77,7 +77,7 @@ def check_texts(texts: Iterable[str], limits: Limits, max_model_len: int, longes
     for text in texts:
         if len(text) * 4 <= most:  # a character has four bytes at most
             continue
-        size = len(text.encode("utf-8", "surrogatepass"))
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
         if size > most and derived:
             found = f"it has {size:,} bytes, more than {max_model_len:,} of the longest token ({most:,})"
             raise ContextLengthError.of(max_model_len, f"{found}; --max-prompt-bytes allows more", field)

@@ -25,7 +25,7 @@ def field_names(data: bytes | bytearray) -> frozenset[str]:
     return frozenset(name for name, raw in given.items() if bytes(raw).strip() != b"null")
 
 
-def parse(data: bytes, kind: type[Body]) -> Body:
+def parse(data: bytes | bytearray, kind: type[Body]) -> Body:
     """Decode a request body.
 
     As in servers that use pydantic, an integer may be written as 4.0 or "4", and true as 1.

@@ -27,6 +27,12 @@ class Seen:
     front: list[int] = field(default_factory=list)  # of the API process
     core: list[int] = field(default_factory=list)  # of its children together
 
+    def add(self, seconds: float) -> None:
+        """Add an answer. A long one also counts for each request that would have been sent while it was awaited."""
+        while seconds > 0:
+            self.health_s.append(seconds)
+            seconds -= PERIOD_S
+
 
 class Watch:
     """As a context it runs the process; `take` returns what it saw since the last call.
@@ -63,21 +69,19 @@ def _watch(pipe: Connection, host: str, port: int, pid: int) -> None:
     seen, count, due = Seen(), 0, time.monotonic()
     connection = http.client.HTTPConnection(host, port, timeout=LIMIT_S)
     while True:
-        # An answer that took longer than the period delays the next request, whose time counts from when it was due.
-        due = max(due + PERIOD_S, time.monotonic() - LIMIT_S)
-        if (early := due - time.monotonic()) > 0:
-            time.sleep(early)
-            due = time.monotonic()
+        time.sleep(max(0.0, due - time.monotonic()))
+        asked = time.monotonic()
         try:
             connection.request("GET", "/health")
-            status = connection.getresponse()
-            status.read()
-            seen.health_s.append(time.monotonic() - due)
-            if status.status != 200:
-                seen.failures.append(f"/health answered {status.status}")
+            answer = connection.getresponse()
+            answer.read()
+            seen.add(time.monotonic() - asked)
+            if answer.status != 200:
+                seen.failures.append(f"/health answered {answer.status}")
         except (OSError, http.client.HTTPException) as error:
             seen.failures.append(f"/health: {error!r}")
             connection.close()
+        due += PERIOD_S * (1 + max(0.0, time.monotonic() - due) // PERIOD_S)
         if count % READ_EVERY == 0:
             _read(seen, pid)
         count += 1
