@@ -40,6 +40,8 @@ class SampledRequest(ConstrainedRequest, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -76,6 +78,8 @@ class SampledRequest(ConstrainedRequest, kw_only=True):
         options = self.stream_options
         if not self.stream and options is not None and options != StreamOptions():
             raise RequestError("stream_options needs stream: true", "stream_options")
+        if self.use_beam_search and self.stream:
+            raise RequestError("use_beam_search needs stream: false: the beams are known at the end", "use_beam_search")
         check_bookkeeping(self)
 
 
@@ -125,6 +129,8 @@ class CompletionRequest(SampledRequest, kw_only=True):
             raise RequestError(f"best_of must be at least n, {self.n or 1}, not {self.best_of}", "best_of")
         if self.stream and (self.best_of or 0) > (self.n or 1):
             raise RequestError("best_of needs stream: false: the best output is known at the end", "best_of")
+        if self.use_beam_search and (self.best_of or 0) > (self.n or 1):
+            raise RequestError("best_of can't be used with use_beam_search: n is the number of beams", "best_of")
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts as texts or token ids, from any of the four forms."""

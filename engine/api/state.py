@@ -21,6 +21,7 @@ from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.api.response_peers import SharedResponses
 from engine.errors import RequestError
 from engine.frontend.answer_format import AnswerFormat
+from engine.frontend.beam_search import BeamStream
 from engine.frontend.connect import EngineClient
 from engine.frontend.feature_cache import PromptInputs
 from engine.frontend.media_inputs import (
@@ -132,6 +133,10 @@ class ApiState:
             address = f"{client.host}:{client.port}" if client else ""
             origin = Origin(head["id"], head["model"], address, trace_headers(request))
             options = RequestOptions(body.cache_salt or "", body.priority or 0, adapter)
+            if params.use_beam_search:
+                if any(inputs):
+                    raise RequestError("use_beam_search takes texts only", "use_beam_search")
+                return BeamStream(self.client, prompts, params, options, origin)
             given = inputs if any(inputs) else ()
             return self.client.add_request(prompts, params, options, origin, given, second_segments)
         except BaseException:

@@ -150,6 +150,8 @@ class CoreClient(OutputProcessor):
         """Raise RequestError for a request that can't be served, EngineDeadError if the core is gone."""
         if self.dead is not None:
             raise EngineDeadError(self.dead)
+        if params.use_beam_search:
+            raise RequestError("use_beam_search is a field of the HTTP API only", "use_beam_search")
         if priority and self.ready.scheduling_policy != "priority":
             raise RequestError(
                 f"priority is {priority}, but this server schedules by arrival: "

@@ -49,6 +49,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         visible_special_ids: special tokens that stay in the text all the same.
         include_stop_str_in_output: leave the stop string in the text.
         structured_outputs: what the text must conform to.
+        use_beam_search: the `n` most likely outputs instead of sampled ones (see `engine.frontend.beam_search`).
+        length_penalty: of beam search: outputs are ordered by the sum of their logprobs divided by their length to this
+            power.
     """
 
     n: int = 1
@@ -76,6 +79,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     visible_special_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name, low, high in RANGES:
@@ -97,6 +102,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
                 "stop_token_ids",
             )
         self._check_filters()
+        if self.length_penalty != 1 and not self.use_beam_search:
+            raise RequestError("length_penalty needs use_beam_search: true", "length_penalty")
         if len(self.logit_bias or ()) > MAX_LOGIT_BIAS:
             raise RequestError(
                 f"logit_bias must have at most {MAX_LOGIT_BIAS} tokens, not {len(self.logit_bias or ())}", "logit_bias"
@@ -156,6 +163,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
     ("repetition_penalty", 1e-3, 100),
+    ("length_penalty", -10, 10),
 )
 
 

@@ -26,7 +26,6 @@ BOTH = tuple(BODIES)
         ("suffix", "end"),
         ("audio", {"voice": "alloy"}),
         ("modalities", ["text", "audio"]),
-        ("use_beam_search", True),
         ("length_penalty", 0.5),
         ("max_new_tokens", 5),
         ("repeat_penalty", 1.1),
