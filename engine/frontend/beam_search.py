@@ -63,6 +63,16 @@ def check_beams(params: SamplingParams) -> None:
             raise RequestError(f"{name} can't be used with use_beam_search", name)
 
 
+class NoCore:
+    """The client of a stream that is not sent to a core itself."""
+
+    def __init__(self) -> None:
+        self.touched: list[RequestStream] = []
+
+    def abort(self, stream: RequestStream) -> None:
+        stream.wake()
+
+
 class BeamStream(RequestStream):
     """The beams of a request as its outputs, which arrive all at once.
 
@@ -74,7 +84,7 @@ class BeamStream(RequestStream):
         origin: Origin,
     ):  # fmt: skip
         check_beams(params)
-        super().__init__(prompts, params, client, client.clock.now(), origin, options)
+        super().__init__(prompts, params, NoCore(), client.clock.now(), origin, options)
         self._engine = client
         self._running: RequestStream | None = None
         self._closed = self._done = False
