@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine.api.error_responses import ApiError
+from engine.api.error_responses import ApiError, path_of
 
 KEY = "redline.key"  # the number of a request's key, in its scope
 # Served without a key; the pages ask for one.
@@ -14,36 +14,31 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/load", "/ready", "/metrics", "/ver
 
 
 class RequireKey:
-    """Rejects requests without `Authorization: Bearer KEY` with one of the keys."""
+    """Rejects requests without a key in `Authorization: Bearer KEY` or, as of Anthropic's clients, `X-API-Key`."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         self._app = app
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._path(scope) not in OPEN_PATHS:
+        if scope["type"] == "http" and path_of(scope) not in OPEN_PATHS:
             key = self._key_of(scope)
             if key is None:
-                message = "an API key is required: send the header Authorization: Bearer KEY"
-                refusal = ApiError(401, message, code="invalid_api_key").response()
+                message = "an API key is required: send the header Authorization: Bearer KEY or X-API-Key: KEY"
+                refusal = ApiError(401, message, code="invalid_api_key").response(scope)
                 await refusal(scope, receive, send)
                 return
             scope[KEY] = key
         await self._app(scope, receive, send)
 
-    @staticmethod
-    def _path(scope: Scope) -> str:
-        """The path without the prefix that a reverse proxy adds."""
-        path: str = scope["path"]
-        return path.removeprefix(scope.get("root_path", ""))
-
     def _key_of(self, scope: Scope) -> int | None:
         """The number of the key that a request has; None if it has none that is right."""
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        given = given.strip()
+        headers = dict(scope["headers"])
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = [headers.get(b"x-api-key", b"").strip(), bearer.strip() if scheme.lower() == b"bearer" else b""]
         # All keys are compared, so that the time does not depend on which one matches.
-        right = [hmac.compare_digest(given, key) for key in self._keys]
-        return right.index(True) if scheme.lower() == b"bearer" and any(right) else None
+        right = [[hmac.compare_digest(one, key) for key in self._keys] for one in given]
+        return next((found.index(True) for found in right if True in found), None)
 
 
 def is_simple(request: Request) -> bool:

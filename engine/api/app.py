@@ -13,19 +13,17 @@ from starlette.responses import Response
 
 from engine.api.access import RequireKey, check_media_type, is_simple
 from engine.api.chat import chat_completions
-from engine.api.chat_protocol import TokenizeRequest, template_options
 from engine.api.completions import completions
 from engine.api.embeddings import classify, embeddings, pool
 from engine.api.error_responses import ApiError
-from engine.api.event_stream import cancel_on_disconnect
 from engine.api.invocations import invocations
 from engine.api.key_limit import KeyLoads, LimitKeys
 from engine.api.lora_endpoints import load_adapter, unload_adapter
+from engine.api.messages.endpoints import count_tokens, create_message
 from engine.api.model_kinds import CLASSIFIES, EMBEDS, GENERATES, Endpoint, for_models, kind_of
 from engine.api.openapi import openapi_document
 from engine.api.pacing import PacedRequests
 from engine.api.prometheus import make_registry
-from engine.api.protocol import DetokenizeRequest
 from engine.api.readiness import Readiness
 from engine.api.request_id import RequestId
 from engine.api.request_timeout import RequestTimeout
@@ -39,8 +37,8 @@ from engine.api.responses.endpoints import (
 from engine.api.scores import RERANK_PATHS, SCORE_PATHS, rerank, score
 from engine.api.server_page import docs_page, server_page
 from engine.api.state import ApiState
-from engine.api.tools import check_tools
-from engine.errors import RedlineError, RequestError
+from engine.api.tokenizing import detokenize, tokenize
+from engine.errors import RedlineError
 
 
 def create_app(state: ApiState) -> FastAPI:
@@ -78,6 +76,8 @@ def api_routes(state: ApiState) -> list[tuple[str, str, Endpoint]]:
         ("DELETE", "/v1/responses/{response_id}", delete_response),
         ("GET", "/v1/responses/{response_id}/input_items", list_input_items),
         ("POST", "/v1/responses/{response_id}/cancel", cancel_response),
+        ("POST", "/v1/messages", for_models(create_message, (GENERATES,), kind)),
+        ("POST", "/v1/messages/count_tokens", for_models(count_tokens, (GENERATES,), kind)),
         ("POST", "/tokenize", tokenize),
         ("POST", "/detokenize", detokenize),
         ("POST", "/reset_prefix_cache", reset_prefix_cache),
@@ -113,7 +113,7 @@ def add_middleware(app: FastAPI, state: ApiState) -> None:
             allow_origins=options.allowed_origins,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("X-Request-Id", "Retry-After"),
+            expose_headers=("X-Request-Id", "Request-Id", "Retry-After"),
         )
     app.add_middleware(RequestId)
     app.add_middleware(PacedRequests)  # the last one added is the outermost
@@ -128,8 +128,8 @@ def bind_endpoint(endpoint: Endpoint, state: ApiState, method: str) -> Callable[
     return respond
 
 
-async def error_response(_request: Request, error: Exception) -> Response:
-    return ApiError.from_exception(error).response()
+async def error_response(request: Request, error: Exception) -> Response:
+    return ApiError.from_exception(error).response(request.scope)
 
 
 async def http_error_response(request: Request, error: Exception) -> Response:
@@ -143,7 +143,7 @@ async def http_error_response(request: Request, error: Exception) -> Response:
         message = f"405 Method Not Allowed: {what}; this path allows {headers['Allow']}"
     else:
         message = f"{what}: {error.detail}"
-    return ApiError(error.status_code, message, headers=headers).response()
+    return ApiError(error.status_code, message, headers=headers).response(request.scope)
 
 
 def json_response(body: dict[str, Any], status: int = 200) -> Response:
@@ -224,39 +224,6 @@ async def openapi(state: ApiState, _request: Request) -> Response:
 
 async def metrics(registry: CollectorRegistry) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-
-async def tokenize(state: ApiState, request: Request) -> Response:
-    body = await state.read(request, TokenizeRequest)
-    await state.adapter_of(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise RequestError("give either prompt or messages", "prompt")
-    if body.messages is not None:
-        check_tools(body.tools)
-        state.check_template(body.chat_template)
-        conversation, special = state.conversation(body.messages), bool(body.add_special_tokens)
-        as_text = bool(body.tools) and body.tool_choice != "none"
-        written = await state.render_chat(conversation, tools_as_text=as_text, **template_options(body))
-        if conversation.media:
-            counting = state.expanded_ids(written, conversation, special)
-            ids = await cancel_on_disconnect(request.receive, counting)
-        else:
-            ids = await state.encode(written, special) if isinstance(written, str) else written
-    else:
-        ids = await state.encode(body.prompt or "", body.add_special_tokens is not False)
-    found: dict[str, Any] = {"count": len(ids), "max_model_len": state.client.ready.max_model_len, "tokens": ids}
-    found["token_strs"] = await state.vocabulary_entries(ids) if body.return_token_strs else None
-    return json_response(found)
-
-
-async def detokenize(state: ApiState, request: Request) -> Response:
-    body = await state.read(request, DetokenizeRequest)
-    await state.adapter_of(body.model)
-    last = state.client.ready.vocab_size - 1
-    for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
-        if not 0 <= token <= last:
-            raise RequestError(f"{token} is not in the vocabulary (0..{last})", "tokens")
-    return json_response({"prompt": await state.decode(body.tokens)})
 
 
 async def reset_prefix_cache(state: ApiState, _request: Request) -> Response:

@@ -23,6 +23,7 @@ HEADERS = [
 
 
 WRITER = "redline.writer"  # the ASGI extension that holds a ChunkWriter
+FAILURE = "redline.failure"  # in the scope of a streamed response: renders an error as its last event
 
 
 class FlowControl(Protocol):
@@ -89,6 +90,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.ensure_future(close_on_disconnect(receive, self._stream))
         writer: ChunkWriter | None = scope.get("extensions", {}).get(WRITER)
+        scope[FAILURE] = self._events.failure
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:

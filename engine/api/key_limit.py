@@ -79,7 +79,7 @@ class LimitKeys:
             await self._app(scope, receive, send)
             return
         if not self._loads.admit(self._process, key, self._limit):
-            await self._refusal().response()(scope, receive, send)
+            await self._refusal().response(scope)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)

@@ -9,6 +9,8 @@ import msgspec
 
 from engine.api.chat_protocol import ChatRequest, TokenizeRequest
 from engine.api.lora_endpoints import LoadRequest, UnloadRequest
+from engine.api.messages.protocol import CountTokensRequest, MessagesRequest
+from engine.api.messages.schemas import MESSAGES_API
 from engine.api.openapi_messages import with_messages
 from engine.api.openapi_responses import REFERENCE, RESPONSES, STRING, ref
 from engine.api.pooling_protocol import (
@@ -39,6 +41,8 @@ ERRORS = {
     503: "The engine is gone, or the queue is full; then `Retry-After` is the time to wait.",
     504: "The request took longer than the server allows.",
 }
+# Of Anthropic's API, besides these.
+MORE_ERRORS = {503: "The engine is gone.", 529: "The queue is full; `Retry-After` is the time to wait."}
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -50,6 +54,7 @@ class Route(msgspec.Struct, frozen=True):
     response: str  # schema of the 200
     body: type[msgspec.Struct] | None = None
     media_types: tuple[str, ...] = (JSON,)
+    anthropic: bool = False  # errors are in the form of this API
 
 
 ROUTES: tuple[Route, ...] = (
@@ -72,6 +77,23 @@ ROUTES: tuple[Route, ...] = (
     Route("delete", "/v1/responses/{response_id}", "Forget it", "ResponseDeleted"),
     Route("get", "/v1/responses/{response_id}/input_items", "The items that it answers", "InputItemList"),
     Route("post", "/v1/responses/{response_id}/cancel", "Refused: a response that is kept has ended", "Response"),
+    Route(
+        "post",
+        "/v1/messages",
+        "Continue a conversation, in the form of Anthropic's API",
+        "MessagesMessage",
+        MessagesRequest,
+        (JSON, EVENTS),
+        anthropic=True,
+    ),
+    Route(
+        "post",
+        "/v1/messages/count_tokens",
+        "The number of tokens of its prompt",
+        "MessagesTokens",
+        CountTokensRequest,
+        anthropic=True,
+    ),
     Route("post", "/tokenize", "Token ids of a text or a conversation", "Tokenized", TokenizeRequest),
     Route("post", "/detokenize", "The text of token ids", "Detokenized", DetokenizeRequest),
     Route("post", "/reset_prefix_cache", "Empty the prefix cache", "PrefixCacheReset"),
@@ -109,10 +131,13 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
         **({"servers": [{"url": root_path}]} if root_path else {}),
         "paths": paths,
         "components": {
-            "schemas": with_messages(schemas) | RESPONSES | RESPONSES_API,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": with_messages(schemas) | RESPONSES | RESPONSES_API | MESSAGES_API,
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            },
         },
-        "security": [{}, {"key": []}],
+        "security": [{}, {"key": []}, {"x_api_key": []}],
     }
 
 
@@ -127,8 +152,9 @@ def operation(route: Route) -> dict[str, Any]:
         found["parameters"] = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in parameters]
     if route.response == "Health":
         found["responses"]["503"] = response("The engine is gone or hangs; `cause` is the reason.", "Health", (JSON,))
-    for status, description in ERRORS.items():
-        found["responses"].setdefault(str(status), response(description, "Error", (JSON,)))
+    errors, schema = (ERRORS | MORE_ERRORS, "MessagesError") if route.anthropic else (ERRORS, "Error")
+    for status, description in errors.items():
+        found["responses"].setdefault(str(status), response(description, schema, (JSON,)))
     if route.body is not None:
         found["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(route.body.__name__)}}}
     return found

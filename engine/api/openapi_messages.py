@@ -48,11 +48,19 @@ MESSAGES: dict[str, Schema] = {
 }
 
 
+# Schemas of what the lists of a body have; those of other APIs by the name of their body.
+ITEMS = {"messages": "Message", "input": "InputItem", "tools": "Tool"}
+OTHER_ITEMS = {
+    "ResponsesRequest": {"tools": "FunctionTool"},
+    "MessagesRequest": {"messages": "InputMessage", "tools": "InputTool"},
+    "CountTokensRequest": {"messages": "InputMessage", "tools": "InputTool"},
+}
+
+
 def with_messages(schemas: dict[str, Any]) -> dict[str, Any]:
     """The schemas of bodies, whose `messages`, `input` and `tools` refer to the schemas of one of them."""
     for title, schema in schemas.items():
-        tool = "FunctionTool" if title == "ResponsesRequest" else "Tool"
-        for name, item in (("messages", "Message"), ("input", "InputItem"), ("tools", tool)):
+        for name, item in (ITEMS | OTHER_ITEMS.get(title, {})).items():
             given = schema.get("properties", {}).get(name)
             for one in (given, *(given or {}).get("anyOf", ())):
                 if one is not None and one.get("type") == "array":

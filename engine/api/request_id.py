@@ -6,9 +6,10 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.api.error_responses import ApiError
+from engine.api.error_responses import ApiError, in_anthropic_api
 
 HEADER = b"x-request-id"
+ANTHROPIC_HEADER = b"request-id"
 LONGEST_ID = 512  # bytes; a longer one is replaced
 
 log = logging.getLogger("redline.api")
@@ -25,13 +26,16 @@ class RequestId:
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(scope)
+        added = [(HEADER, request_id)]
+        if in_anthropic_api(scope):  # whose clients look for another name
+            added.append((ANTHROPIC_HEADER, request_id))
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message.get("headers", ()), (HEADER, request_id)]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         try:
@@ -42,7 +46,7 @@ class RequestId:
             if started:
                 raise  # the server closes the connection, which clients do not mistake for the end of a response
             log.error("request %.100r", request_id.decode("latin-1"))
-            await ApiError.from_exception(error).response()(scope, receive, send_with_id)
+            await ApiError.from_exception(error).response(scope)(scope, receive, send_with_id)
 
 
 def client_id(scope: Scope) -> str:

@@ -5,16 +5,15 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.api.error_responses import ApiError
+from engine.api.event_stream import FAILURE
 from engine.frontend.connect import EngineClient
-
-EVENTS = b"text/event-stream"
 
 
 class RequestTimeout:
     """Cancels requests that are not answered in full within a time from their arrival.
 
-    A request without an answer yet gets 504. A stream ends with an error event and without `[DONE]`. The time includes
-    that of the body, of media to be fetched, and of waiting in the queue.
+    A request without an answer yet gets 504. A stream ends with the error event of its API. The time includes that of
+    the body, of media to be fetched, and of waiting in the queue.
     """
 
     def __init__(self, app: ASGIApp, seconds: float, client: EngineClient):
@@ -41,12 +40,12 @@ class RequestTimeout:
             504,
             f"the request was not finished within {self._seconds:g} s of its arrival (--request-timeout)",
             code="request_timeout",
-            headers={"x-should-retry": "false"},  # OpenAI's clients would send it again at once
+            headers={"x-should-retry": "false"},  # the clients of both APIs would send it again at once
         )
         if not response.started:
-            await error.response()(scope, receive, response.send)
-        elif response.is_stream:
-            last = b"data: " + error.body() + b"\n\n"
+            await error.response(scope)(scope, receive, response.send)
+        elif FAILURE in scope:
+            last = scope[FAILURE](error)
             await response.send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             raise error  # the server closes the connection
@@ -57,14 +56,11 @@ class _Response:
 
     def __init__(self, send: Send):
         self._send = send
-        self.started = self.is_stream = self.ended = False
+        self.started = self.ended = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            self.is_stream = any(
-                name.lower() == b"content-type" and value.startswith(EVENTS) for name, value in message["headers"]
-            )
         elif message["type"] == "http.response.body":
             self.ended = not message.get("more_body", False)
         await self._send(message)

@@ -121,6 +121,11 @@ class ChatTemplate:
         """Whether the model's own template writes tools."""
         return self._named.get("tool_use", self._default).takes_tools
 
+    @property
+    def variables(self) -> frozenset[str]:
+        """The variables of the model's own templates for conversations, with and without tools."""
+        return frozenset(self._default.variables | self._named.get("tool_use", self._default).variables)
+
     def is_named(self, template: str) -> bool:
         """Whether the model has a template of this name."""
         return template in self._named
@@ -150,7 +155,7 @@ class _Compiled:
         self._short_ids = MISTRAL_ID_CHECK in source
         blank = {"tools": None, "documents": None, "add_generation_prompt": True}
         self._forms = ContentForms(lambda messages: self._write(messages, blank))
-        self._inputs = InputForms(lambda messages: self._write(messages, blank))
+        self._inputs = InputForms(self._forms, lambda messages: self._write(messages, blank))
 
     def shape(self, message: dict[str, Any], placeholders: Mapping[str, str]) -> dict[str, Any]:
         """A message in the form that this template supports. Fields that are None are left out, as in transformers."""
@@ -159,7 +164,7 @@ class _Compiled:
             shaped = with_mistral_ids(shaped)
         if "content" in shaped:
             if placeholders:
-                shaped["content"] = self._inputs.convert(shaped["content"], placeholders)
+                shaped["content"] = self._inputs.convert(message["role"], shaped["content"], placeholders)
             shaped["content"] = self._forms.for_role(message["role"]).convert(shaped["content"])
         elif "content" in message and self._keeps_none:
             shaped["content"] = None

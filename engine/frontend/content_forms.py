@@ -76,20 +76,7 @@ class ContentForms:
 
     def _shown(self, role: str, content: Any) -> str | None:
         """The prompt of a conversation with this content in a message of the role; None if it does not appear."""
-        filler = "x" if role == "user" else self.for_role("user").convert("x")
-        user = {"role": "user", "content": filler}
-        message = {"role": role, "content": content}
-        tries: list[list[Message]]
-        if role == "user":
-            tries = [[message]]
-        elif role == "assistant":
-            tries = [[user, message, user], [user, message]]
-        elif role == "tool":
-            call = {"role": "assistant", "content": filler, "tool_calls": [CALL]}
-            tries = [[user, call, message | {"tool_call_id": CALL["id"], "name": "f"}]]
-        else:
-            tries = [[message, user], [user, message]]
-        for messages in tries:
+        for messages in self.conversations(role, content):
             try:
                 written = self._render(messages)
             except Exception:
@@ -98,26 +85,42 @@ class ContentForms:
                 return written
         return None
 
+    def conversations(self, role: str, content: Any) -> list[list[Message]]:
+        """Conversations with this content in a message of the role; a template may reject some of them."""
+        filler = "x" if role == "user" else self.for_role("user").convert("x")
+        user = {"role": "user", "content": filler}
+        message = {"role": role, "content": content}
+        if role == "user":
+            return [[message]]
+        if role == "assistant":
+            return [[user, message, user], [user, message]]
+        if role == "tool":
+            call = {"role": "assistant", "content": filler, "tool_calls": [CALL]}
+            return [[user, call, message | {"tool_call_id": CALL["id"], "name": "f"}]]
+        return [[message, user], [user, message]]
+
 
 class InputForms:
-    """Whether one template writes a placeholder for parts such as {"type": "image"}; found when a kind first occurs."""
+    """Whether a template writes a placeholder for {"type": "image"} and the like; found when first needed."""
 
-    def __init__(self, render: Render):
-        """`render` renders a conversation, and may raise any exception."""
+    def __init__(self, forms: ContentForms, render: Render):
+        """`forms` are those that the template supports; `render` renders a conversation, and may raise anything."""
         self._render = render
-        self._found: dict[tuple[str, str], bool] = {}
+        self._forms = forms
+        self._found: dict[tuple[str, str, str], bool] = {}
 
-    def convert(self, content: Any, placeholders: Mapping[str, str]) -> Any:
+    def convert(self, role: str, content: Any, placeholders: Mapping[str, str]) -> Any:
         """Content in which inputs that the template does not write are texts, before the first text.
 
         Args:
+            role: of the message.
             content: a text or parts.
             placeholders: by kind, the text that stands for an input.
         """
         if not isinstance(content, list):
             return content
         missing = [kind for part in content if (kind := part.get("type")) in placeholders]
-        missing = [kind for kind in missing if not self._writes(kind, placeholders[kind])]
+        missing = [kind for kind in missing if not self._writes(role, kind, placeholders[kind])]
         if not missing:
             return content
         lines = "\n".join(placeholders[kind] for kind in missing)
@@ -128,16 +131,23 @@ class InputForms:
         kept[first] = kept[first] | {"text": f"{lines}\n{kept[first]['text']}"}
         return kept
 
-    def _writes(self, kind: str, placeholder: str) -> bool:
-        found = self._found.get((kind, placeholder))
+    def _writes(self, role: str, kind: str, placeholder: str) -> bool:
+        found = self._found.get((role, kind, placeholder))
         if found is None:
             content = [{"type": kind}, {"type": "text", "text": MARK}]
-            try:
-                found = placeholder in self._render([{"role": "user", "content": content}])
-            except Exception:
-                found = False
-            self._found[kind, placeholder] = found
+            # For a role whose contents must be texts, the part would be dropped.
+            found = self._forms.for_role(role).parts and self._is_written(role, content, placeholder)
+            if len(self._found) < 64:  # roles come from clients
+                self._found[role, kind, placeholder] = found
         return found
+
+    def _is_written(self, role: str, content: Any, placeholder: str) -> bool:
+        for messages in self._forms.conversations(role, content):
+            try:
+                return placeholder in self._render(messages)
+            except Exception:
+                continue
+        return False
 
 
 def is_quoted(written: str) -> bool:

@@ -12,6 +12,7 @@ from prometheus_client import generate_latest
 import cli.serve
 from cli.options import GroupedOption
 from engine.api.chat_protocol import ChatRequest, TokenizeRequest
+from engine.api.messages.protocol import MessagesRequest
 from engine.api.openapi import ROUTES
 from engine.api.prometheus import make_registry
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
@@ -131,6 +132,11 @@ def test_the_api_page_lists_all_fields_of_requests(kind: type[msgspec.Struct]) -
 def test_the_responses_page_lists_exactly_the_fields() -> None:
     listed = {span for cells in rows(section("responses.md", "## Fields"))[2:] for span in spans(cells[0])}
     assert listed == {field.name for field in msgspec.structs.fields(ResponsesRequest)}
+
+
+def test_the_messages_page_lists_exactly_the_fields() -> None:
+    listed = {span for cells in rows(section("messages.md", "## Fields"))[2:] for span in spans(cells[0])}
+    assert listed == {field.name for field in msgspec.structs.fields(MessagesRequest)}
 
 
 @pytest.mark.parametrize(("kind", "path"), [(TokenizeRequest, "/tokenize"), (DetokenizeRequest, "/detokenize")])

@@ -14,6 +14,7 @@ from engine.api.key_limit import KeyLoads
 from tests.engine.api.conftest import InLoop, in_loop
 
 LONG = {"prompt": "ab", "max_tokens": 100, "ignore_eos": True}
+USER = [{"role": "user", "content": "hi"}]
 KEYS = HttpOptions(api_keys=("one", "two"), limits=Limits(max_requests_per_key=2))
 
 
@@ -144,11 +145,35 @@ async def test_a_request_that_takes_too_long_ends_with_the_cause(hurried: InLoop
     assert await counted(hurried, "redline:request_timeouts") == 1
 
 
-async def test_a_stream_that_takes_too_long_ends_with_an_event(hurried: InLoop):
-    answer = await hurried.http.post("/v1/completions", json={**LONG, "stream": True})
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", LONG),
+        ("/v1/chat/completions", {"messages": USER}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": USER, "max_tokens": 9}),
+    ],
+)
+async def test_a_stream_that_takes_too_long_ends_with_the_error_of_its_api(
+    hurried: InLoop, path: str, fields: dict[str, Any]
+):
+    answer = await hurried.http.post(path, json={**fields, "stream": True})
     assert answer.status_code == 200, "its head was sent"
-    [event] = [part for part in answer.text.split("\n\n") if part]
-    assert json.loads(event.removeprefix("data: "))["error"]["code"] == "request_timeout"
+    last = answer.text.removesuffix("\n\n").split("\n\n")[-1]
+    name, _, data = last.rpartition("data: ")
+    found = json.loads(data)
+    if path == "/v1/messages":
+        assert name == "event: error\n"
+        error = found["error"]
+        assert (found["type"], error["type"]) == ("error", "timeout_error")
+    elif path == "/v1/responses":
+        assert name == "event: response.failed\n"
+        error = found["response"]["error"]
+        assert error["code"] == "server_error"
+    else:
+        error = found["error"]
+        assert (name, error["code"]) == ("", "request_timeout")
+    assert "--request-timeout" in error["message"]
     assert hurried.client.stats.live == 0
 
 
