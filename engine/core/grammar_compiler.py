@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from engine.core.json_schemas import check_schema
 from engine.errors import INTERRUPTS, RequestError
 from engine.grammar import WORD_BITS, Grammar
 
@@ -93,7 +94,9 @@ class GrammarCompiler:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
         if grammar.kind == "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
+            schema = json.loads(grammar.text)
+            options = schema.pop("x-guidance", {})
+            return LLMatcher.grammar_from_json_schema(with_options(schema, options))
         if grammar.kind == "structural_tag":
             return structural_tag(json.loads(grammar.text), self._special)
         if grammar.kind == "regex":
@@ -104,6 +107,12 @@ class GrammarCompiler:
 def error_of(matcher: Any) -> str:
     """The error of an LLMatcher, in one line."""
     return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+
+
+def with_options(schema: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A checked schema with the library's options: those given, and ours. Raises RequestError."""
+    escapes = check_schema(schema)
+    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, "json_allowed_escapes": escapes, **options}}
 
 
 def structural_tag(tag: dict[str, Any], special: set[str]) -> str:
@@ -119,7 +128,7 @@ def structural_tag(tag: dict[str, Any], special: set[str]) -> str:
         if not trigger:
             raise RequestError(f"structures[{number}].begin doesn't start with one of the triggers")
         rest, end = one["begin"][len(trigger) :], one["end"]
-        body = f"{_quoted(rest)} %json {json.dumps(one['schema'])} {_quoted(end)}"
+        body = f"{_quoted(rest)} %json {json.dumps(with_options(one['schema'], {}))} {_quoted(end)}"
         names.append(f"tag_{number}")
         if trigger in special:
             rules.append(f"tag_{number}: TEXT {trigger} {body}")
