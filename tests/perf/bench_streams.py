@@ -12,8 +12,10 @@ memory of the server's processes. Phases:
               without one, and, on a server that takes them (--max-body-bytes), texts, chats, token ids and nested lists
 
 Rows go to results/bench-streams.json: phase, streams, complete, lost, tokens, tokens_missing, seconds, tok_s,
-health_p50_ms, health_p99_ms, health_max_ms, front_mb and core_mb before, at most and after. TOKENS=64 is the length of
-an output. Exit code 1 if a stream or a token is missing, or if the P99 of /health is 100 ms or more in a phase.
+health_p50_ms, health_p99_ms, health_max_ms, front_mb and core_mb before, at most and after, and how long the server's
+event loop (front_queued_s) and the process that asks for /health (watch_queued_s) waited for a core. TOKENS=64 is the
+length of an output. Exit code 1 if a stream or a token is missing, or if the P99 of /health is 100 ms or more in a
+phase.
 """
 
 import json
@@ -49,7 +51,7 @@ HEALTH_LIMIT_MS = 100.0
 RUN_LIMIT_S = 600.0
 COLUMNS = (
     "phase", "streams", "complete", "lost", "tokens", "seconds", "tok_s", "health_p50_ms", "health_p99_ms",
-    "health_max_ms", "front_mb", "core_mb",
+    "health_max_ms", "front_queued_s", "watch_queued_s", "front_mb", "core_mb",
 )  # fmt: skip
 
 
@@ -155,6 +157,7 @@ class Bench:
             "tok_s": round(tokens / seconds, 1), "health_p50_ms": round(1e3 * p50, 1),
             "health_p99_ms": round(1e3 * p99, 1), "health_max_ms": round(1e3 * max(seen.health_s), 1),
             "health_answers": len(seen.health_s),
+            "front_queued_s": spent(seen.queued_ns), "watch_queued_s": spent(seen.own_queued_ns),
             **{f"{name}_mb": memory(values) for name, values in (("front", seen.front), ("core", seen.core))},
             "hardware": f"{hardware()['cpu']}, {hardware()['cores']} cores",
         }  # fmt: skip
@@ -165,6 +168,11 @@ class Bench:
 def memory(values: Sequence[int]) -> list[float]:
     """Before, at most, after; MB of 10^6 bytes."""
     return [round(one / 1e6, 1) for one in (values[0], max(values), values[-1])]
+
+
+def spent(nanoseconds: Sequence[int]) -> float:
+    """Seconds between the first and the last reading of a counter."""
+    return round((nanoseconds[-1] - nanoseconds[0]) / 1e9, 2)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import http.client
 import multiprocessing
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class Seen:
     failures: list[str] = field(default_factory=list)
     front: list[int] = field(default_factory=list)  # of the API process
     core: list[int] = field(default_factory=list)  # of its children together
+    queued_ns: list[int] = field(default_factory=list)  # that the server's event loop waited for a core
+    own_queued_ns: list[int] = field(default_factory=list)  # that this process did
 
     def add(self, seconds: float) -> None:
         """Add an answer. A long one also counts for each request that would have been sent while it was awaited."""
@@ -96,10 +99,19 @@ def _read(seen: Seen, pid: int) -> None:
     with suppress(psutil.NoSuchProcess):
         server = psutil.Process(pid)
         seen.front.append(_resident(pid))
+        seen.queued_ns.append(_queued_ns(pid))
+        seen.own_queued_ns.append(_queued_ns(os.getpid()))
         seen.core.append(sum(_resident(child.pid) for child in server.children(recursive=True)))
 
 
 def _resident(pid: int) -> int:
     with suppress(FileNotFoundError, ProcessLookupError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    return 0
+
+
+def _queued_ns(pid: int) -> int:
+    """The time that the first thread of a process waited for a core, since its start; 0 if that is not known."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1])
     return 0
