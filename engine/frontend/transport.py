@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from engine.messages import ToCore, encode
 
 log = logging.getLogger("redline.client")
 
-MESSAGES_PER_TURN = 64  # read in one go before other tasks of the event loop run
+TURN_S = 0.01  # for messages, one after the other, before other tasks of the event loop run; a message is read whole
 
 
 class Transport(Protocol):
@@ -65,7 +66,8 @@ class ZmqTransport:
     def _read(self) -> None:
         if self._inbound.closed:
             return
-        for _ in range(MESSAGES_PER_TURN):
+        end = time.monotonic() + TURN_S
+        while True:
             try:
                 data = self._inbound.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -74,6 +76,8 @@ class ZmqTransport:
                 self._deliver(data)
             except Exception:  # later messages must still be read
                 log.exception("a message of %d bytes could not be processed", len(data))
+            if time.monotonic() >= end:
+                break
         # The descriptor signals new messages only, not those that are left.
         assert self._loop is not None
         self._loop.call_soon(self._read)

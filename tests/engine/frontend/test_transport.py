@@ -1,13 +1,19 @@
 import asyncio
 from pathlib import Path
 
+import pytest
 import zmq
 
-from engine.frontend.transport import MESSAGES_PER_TURN, ZmqTransport
+from engine.frontend import transport as module
+from engine.frontend.transport import ZmqTransport
 from engine.messages import Abort, decode_to_core
 
 
-async def test_messages_travel_both_ways_in_order_and_none_is_left_behind(tmp_path: Path):
+@pytest.mark.parametrize("turn_s", [module.TURN_S, 0.0])
+async def test_messages_travel_both_ways_in_order_and_none_is_left_behind(
+    turn_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "TURN_S", turn_s)
     to_core, from_core = (f"ipc://{tmp_path}/{name}" for name in ("core", "front"))
     context = zmq.Context()
     inbound, outbound = context.socket(zmq.PULL), context.socket(zmq.PUSH)
@@ -17,7 +23,7 @@ async def test_messages_travel_both_ways_in_order_and_none_is_left_behind(tmp_pa
     transport = ZmqTransport(to_core, from_core)
     received: list[bytes] = []
     enough = asyncio.Event()
-    count = 3 * MESSAGES_PER_TURN + 1
+    count = 200
 
     def deliver(data: bytes) -> None:
         received.append(data)
