@@ -188,5 +188,9 @@ bench-vision: install  ## Images on V1, V0 and vLLM, offline throughput by repea
 bench-mm-stall: install  ## Decode steps while pictures are processed, V1 and V0; pictures/s of the pool: docs/figures/bench-mm-stall.png
 	$(BIN)/python -m tests.perf.bench_mm_stall
 
+.PHONY: page-figures
+page-figures: $(VENV)/installed-dev  ## Pictures of the server's page and the dashboard under load, 6 minutes; needs chromium, prometheus: docs/figures
+	$(BIN)/python -m tests.perf.page_figures
+
 clean:  ## Remove the virtual environment and caches, not results
 	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -15,13 +15,23 @@ from starlette.responses import Response
 from engine.api.state import ApiState
 
 FOLDER = Path(__file__).parent / "page"
+SCRIPTS = {  # of each page, in this order; they are one script
+    "index": ("common.js", "access.js", "metrics.js", "chat.js", "charts.js", "index.js"),
+    "docs": ("common.js", "docs.js"),
+}
 
 
 async def server_page(state: ApiState, _request: Request) -> Response:
     ready = state.client.ready
     mm = ready.mm
     takes_images = mm is not None and "image" in mm.placeholders and mm.per_prompt.get("image") != 0
-    return _response("index", images=takes_images, generates=ready.pooling is None)
+    return _response(
+        "index",
+        chats=bool(state.tokenizer.chat_source),
+        generates=ready.pooling is None,
+        images=takes_images,
+        keys=bool(state.options.api_keys),
+    )
 
 
 async def docs_page(_state: ApiState, _request: Request) -> Response:
@@ -41,9 +51,9 @@ def _response(name: str, **facts: bool) -> Response:
 
 @lru_cache
 def make_page(name: str) -> tuple[str, str]:
-    """A page and its Content-Security-Policy, from `NAME.html` and `NAME.js` in FOLDER."""
+    """A page and its Content-Security-Policy, from `NAME.html` in FOLDER and the page's scripts."""
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
-    script = "".join((FOLDER / file).read_text(encoding="utf-8") for file in ("common.js", f"{name}.js"))
+    script = "".join((FOLDER / file).read_text(encoding="utf-8") for file in SCRIPTS[name])
     html = (FOLDER / f"{name}.html").read_text(encoding="utf-8")
     html = html.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
     policy = (

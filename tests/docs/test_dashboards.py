@@ -35,15 +35,19 @@ class Exported:
             self.kinds[sample] = kinds.get(sample, "histogram")
 
 
-@pytest.fixture(scope="module")
-def exported() -> Exported:
+def exported_text() -> str:
     """The metrics of a server with replicas and inputs, and those of one API process."""
     ready = Ready("/m", "cpu", "float32", 300, 128, 4, 64, 16, 10, True, mm=MMSpec("m", {}, {}))
 
     async def export() -> str:
         return generate_latest(make_registry(SimpleNamespace(client=Replicas(ready), model="m"))).decode()
 
-    return Exported(asyncio.run(export()))
+    return asyncio.run(export())
+
+
+@pytest.fixture(scope="module")
+def exported() -> Exported:
+    return Exported(exported_text())
 
 
 def panels() -> Iterator[dict[str, Any]]:

@@ -20,20 +20,29 @@ function references(node, found = new Set()) {
   return found;
 }
 
+// A text in which names stand between backticks.
+function prose(text) {
+  const made = make("span");
+  text.split("`").forEach((part, at) => made.append(at % 2 ? make("code", "", part) : part));
+  return made;
+}
+
+// Without the last column if it is empty.
 function table(headings, rows) {
+  if (rows.every(cells => !cells.at(-1))) [headings, ...rows] = [headings, ...rows].map(cells => cells.slice(0, -1));
   const made = make("table"), head = made.createTHead().insertRow();
   headings.forEach(heading => head.append(make("th", "", heading)));
   const body = made.createTBody();
   for (const cells of rows) {
     const row = body.insertRow();
-    cells.forEach((cell, at) => { const data = row.insertCell(); data.append(at < 2 ? make("code", "", cell) : cell); });
+    cells.forEach((cell, at) => { const data = row.insertCell(); data.append(at < 2 ? make("code", "", cell) : prose(cell)); });
   }
   return made;
 }
 
 function fields(schema) {
   const needed = new Set(schema.required ?? []);
-  return table(["field", "type", ""], Object.entries(schema.properties).map(([name, one]) =>
+  return table(["field", "type", "meaning"], Object.entries(schema.properties).map(([name, one]) =>
     [name, words(one), [needed.has(name) ? "required" : "", one.description ?? ""].filter(Boolean).join("; ")]));
 }
 
@@ -50,7 +59,7 @@ function operation(method, path, given, schemas) {
     }
   }
   content.append(make("h3", "", "Responses"));
-  content.append(table(["status", "body", ""], Object.entries(given.responses).map(([status, one]) =>
+  content.append(table(["status", "body", "meaning"], Object.entries(given.responses).map(([status, one]) =>
     [status, Object.entries(one.content ?? {}).map(([kind, { schema }]) => `${words(schema)} (${kind})`).join(", "), one.description])));
   shown.append(summary, content);
   return shown;
@@ -59,7 +68,7 @@ function operation(method, path, given, schemas) {
 async function load() {
   const answer = await fetch(`${base}openapi.json`);
   const document_ = await answer.json();
-  byId("facts").prepend(`Redline ${document_.info.version}. `);
+  byId("facts").textContent = `Redline ${document_.info.version}`;
   for (const [path, methods] of Object.entries(document_.paths)) for (const [method, given] of Object.entries(methods)) {
     byId("operations").append(operation(method, path, given, document_.components.schemas));
   }

@@ -13,13 +13,17 @@ import pytest
 from msgspec.structs import replace
 
 from engine.api.http_options import HttpOptions
-from engine.api.server_page import FOLDER
+from engine.api.server_page import FOLDER, SCRIPTS
 from engine.messages import MMSpec
-from tests.engine.api.conftest import InLoop, in_loop
+from tests.engine.api.conftest import TEMPLATE, InLoop, in_loop
 from tests.engine.api.pooling_server import pooling_server
 from tests.engine.pooling_models import build
 
 PAGES = {"/": "index", "/docs": "docs"}
+
+
+def script_of(name: str) -> str:
+    return "".join((FOLDER / file).read_text() for file in SCRIPTS[name])
 
 
 @pytest.mark.parametrize("path", list(PAGES))
@@ -46,7 +50,7 @@ async def test_nothing_comes_from_another_host(server: InLoop, path: str):
 
 @pytest.mark.parametrize("name", PAGES.values())
 def test_scripts_use_elements_that_their_page_has(name: str):
-    script = "".join((FOLDER / file).read_text() for file in ("common.js", f"{name}.js"))
+    script = script_of(name)
     ids = set(re.findall(r' id="([\w-]+)"', (FOLDER / f"{name}.html").read_text()))
     used = set(re.findall(r'byId\("([\w-]+)"\)', script))
     assert used
@@ -54,7 +58,7 @@ def test_scripts_use_elements_that_their_page_has(name: str):
 
 
 async def test_the_metrics_of_the_page_are_exported(server: InLoop):
-    script = (FOLDER / "index.js").read_text()
+    script = script_of("index")
     used = set(re.findall(r'"((?:vllm|redline):\w+)"', script))
     assert len(used) >= 9
     exported = (await server.http.get("/metrics")).text
@@ -63,8 +67,9 @@ async def test_the_metrics_of_the_page_are_exported(server: InLoop):
 
 
 async def test_the_endpoints_of_the_pages_are_served(server: InLoop):
-    scripts = "".join(file.read_text() for file in FOLDER.glob("*.js"))
-    used = set(re.findall(r"\$\{base\}([\w./]+)", scripts)) | set(re.findall(r'\["(v1/[\w/]+)"', scripts))
+    scripts = script_of("index") + script_of("docs")
+    used = set(re.findall(r"\$\{base\}([\w./]+)", scripts))
+    used |= set(re.findall(r'(?:\["(?=v1/)|open\(")([\w/]+)"', scripts))
     assert used == {"v1/models", "v1/completions", "v1/chat/completions", "metrics", "health", "openapi.json"}
     for path in used:
         assert (await server.http.get(f"/{path}")).status_code in (200, 405), path
@@ -73,7 +78,7 @@ async def test_the_endpoints_of_the_pages_are_served(server: InLoop):
 async def test_fields_of_the_form_are_those_of_requests(server: InLoop):
     html = (FOLDER / "index.html").read_text()
     numbers = set(re.findall(r'<input id="(\w+)" type="number"', html))
-    [listed] = re.findall(r"for \(const name of \[(.*?)\]\)", (FOLDER / "index.js").read_text())
+    [listed] = re.findall(r"const SETTINGS = \[(.*?)\]", script_of("index"))
     assert set(re.findall(r'"(\w+)"', listed)) == numbers
     body = dict.fromkeys(numbers, 1)
     await server.post("/v1/completions", prompt="a", stream=False, **body)
@@ -90,7 +95,8 @@ async def test_with_keys_the_pages_are_open_and_the_model_is_not():
     async with in_loop(options=HttpOptions(api_keys=("one",))) as server:
         for path in PAGES:
             assert (await server.http.get(path)).status_code == 200
-        assert (await server.http.get("/v1/models")).status_code == 401, "by which the page knows to ask for one"
+        assert 'data-keys="true"' in (await server.http.get("/")).text
+        assert (await server.http.get("/v1/models")).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,12 @@ async def test_images_can_be_added_where_the_model_takes_them(server: InLoop, mm
     assert f'data-images="{images}"' in (await server.http.get("/")).text
 
 
+async def test_chats_are_offered_where_the_model_has_a_template():
+    for template, chats in ((TEMPLATE, "true"), (None, "false")):
+        async with in_loop(template=template) as server:
+            assert f'data-chats="{chats}"' in (await server.http.get("/")).text
+
+
 async def test_models_that_pool_cannot_be_tried(tmp_path: Path, server: InLoop):
     assert 'data-generates="true"' in (await server.http.get("/")).text
     build("bert", tmp_path)
@@ -119,7 +131,7 @@ NODE = shutil.which("node")
 
 def run_script(*functions: str, program: str, data: Any) -> Any:
     """Run a program with functions of the page in Node.js; `data` is its variable of that name."""
-    script = (FOLDER / "index.js").read_text()
+    script = script_of("index")
     sources = [re.search(rf"^function {name}\(.*?^}}$", script, re.DOTALL | re.MULTILINE) for name in functions]
     text = "\n".join(source[0] for source in sources if source is not None)
     command = f"{text}\nconst data = {json.dumps(data)};\nconsole.log(JSON.stringify({program}));"
@@ -132,7 +144,7 @@ def run_script(*functions: str, program: str, data: Any) -> Any:
 @pytest.mark.parametrize("name", PAGES.values())
 def test_scripts_are_valid(name: str, tmp_path: Path):
     file = tmp_path / "page.js"
-    file.write_text("".join((FOLDER / part).read_text() for part in ("common.js", f"{name}.js")))
+    file.write_text(script_of(name))
     found = subprocess.run([str(NODE), "--check", str(file)], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr
 
