@@ -71,6 +71,7 @@ def _refusal(text: str) -> RequestError:
         field = f"{field}.{missing[1]}" if field else missing[1]
         return RequestError(f"{field} is missing", field)
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
-        return RequestError(f"{unknown[1]} is not supported here", unknown[1])
+        field = f"{field}.{unknown[1]}" if field else unknown[1]
+        return RequestError(f"{field} is not supported here", field)
     what = what[:1].lower() + what[1:]
     return RequestError(f"{field}: {what}" if field else f"the body: {what}", field or None)

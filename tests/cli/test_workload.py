@@ -123,7 +123,7 @@ def test_sharegpt_is_tokenised_by_the_server(server: tuple[str, Path], tmp_path:
         for i in range(5)
     ]
     (tmp_path / "s.json").write_text(json.dumps(rows))
-    asked = ["bench", "--url", url, "--workload", "sharegpt", "--dataset", str(tmp_path / "s.json"), "--rate", "8"]
+    asked = ["bench", "--url", url, "--workload", "sharegpt", "--dataset", str(tmp_path / "s.json"), "--rate", "16"]
     assert main([*asked, *QUICK, "--out", str(tmp_path / "o")]) == 0
     last = sent(record)[-1]
     assert (last["path"], last["tokens"], last["max_tokens"]) == ("/v1/completions", 6, 4)

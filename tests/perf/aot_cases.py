@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.grammar import WORD_BITS
 from engine.kernels.quantization import GROUPS
 from engine.kernels.triton import (
     activation,
@@ -24,6 +25,7 @@ from engine.kernels.triton import (
     sampling,
     slot_state,
     tiles,
+    token_masks,
 )
 from engine.kernels.triton.attention import AttentionShape, Scores
 from engine.kernels.triton.launch import next_power_of_2
@@ -142,6 +144,10 @@ def _logits(dtype: str) -> Iterator[tuple[Any, ...]]:
     warps = {"num_warps": minimum_weight.WARPS}
     whole = f"{minimum_weight.TILE_RUNS}x{sampling.RUN}"
     yield "minimum_weight.minimum", "", minimum_weight.minimum_kernel, types, constants, whole, warps
+    words = pointers("i32", "rows words") | integers("width")
+    constants = {"WORDS": token_masks.WORDS, "BITS": WORD_BITS}
+    tile = f"{token_masks.WORDS}x{WORD_BITS}"
+    yield "token_masks.exclude", "", token_masks.exclude_kernel, shared | words, constants, tile
     types = shared | pointers("i32", "rows tokens firsts greater ids ranks") | pointers("fp32", "tops sums values")
     run, tile = {"RUN": logprobs.RUN}, str(logprobs.RUN)
     yield "logprobs.run_sums", "", logprobs.run_sums_kernel, types, run, tile

@@ -58,7 +58,7 @@ def test_two_pictures_behind_equal_tokens_share_nothing() -> None:
         assert len(set(fleet.workers[0].encoded)) == 2
         assert fleet.workers[0].pictures != {}
         block = fleet.cores[0].config.block_size
-        assert core.prefix_hits == block, "only the third request may find a block"
+        assert core.counters.prefix_hits == block, "only the third request may find a block"
         await fleet.close()
 
     asyncio.run(main())
