@@ -38,10 +38,11 @@ async def create_message(state: ApiState, request: Request) -> Response:
         state.check_queue(1)
         stream, answers, _ = await start_chat(state, request, asked, head)
     reader = DeltaReader(PlainText(), PLAIN) if answers is None else answers.reader()
+    thinking = None if answers is None else answers.reasoning_tokens(stream)
     if body.stream:
-        return EventStream(stream, MessageEvents(stream, head, reader, body.max_tokens))
+        return EventStream(stream, MessageEvents(stream, head, reader, body.max_tokens, thinking))
     [output] = await run_until_disconnect(request.receive, stream, lambda: collect_outputs(stream))
-    message = whole_message(stream, head, reader, output, body.max_tokens)
+    message = whole_message(stream, head, reader, output, body.max_tokens, thinking)
     return Response(msgspec.json.encode(message), media_type="application/json")
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from engine.api.chat_answers import DeltaReader, finish_reason
 from engine.api.error_responses import ApiError
+from engine.api.reasoning_tokens import ReasoningTokens
 from engine.frontend.parsing.json_reader import JsonReader
 from engine.frontend.streams import CollectedOutput, Delta, RequestStream
 
@@ -25,15 +26,22 @@ TEXTS = {"content": ("text", "text_delta", "text"), "reasoning_content": ("think
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-def usage(stream: RequestStream, output_tokens: int) -> Object:
-    """The tokens of a request; `input_tokens` are those that were not cached."""
+def usage(stream: RequestStream, output_tokens: int, thinking: ReasoningTokens | None = None) -> Object:
+    """The tokens of a request.
+
+    Args:
+        stream: of the request; `input_tokens` are those of its prompt that were not cached.
+        output_tokens: so far.
+        thinking: counts those of thoughts, in an output that has ended; None: they are not known.
+    """
     cached = sum(stream.cached_tokens)
-    return {
+    found: Object = {
         "input_tokens": stream.prompt_tokens - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": output_tokens,
     }
+    return found if thinking is None else found | {"output_tokens_details": {"thinking_tokens": thinking.finish()}}
 
 
 def end_fields(output: Delta | CollectedOutput, *, called: bool, short: bool) -> Object:
@@ -90,19 +98,33 @@ def _value(text: str) -> Any:
 
 
 def whole_message(
-    stream: RequestStream, head: Object, reader: DeltaReader, output: CollectedOutput, max_tokens: int
+    stream: RequestStream,
+    head: Object,
+    reader: DeltaReader,
+    output: CollectedOutput,
+    max_tokens: int,
+    thinking: ReasoningTokens | None,
 ) -> Object:
     """The message of a whole output."""
     blocks = content_blocks(reader.read(output.text, final=True))
     tokens = len(output.token_ids)
     end = end_fields(output, called=reader.num_calls > 0, short=tokens < max_tokens)
-    return head | {"content": blocks} | end | {"usage": usage(stream, tokens)}
+    if thinking is not None:
+        thinking.add(output)
+    return head | {"content": blocks} | end | {"usage": usage(stream, tokens, thinking)}
 
 
 class MessageEvents:
     """Renders the events of one streamed message."""
 
-    def __init__(self, stream: RequestStream, head: Object, reader: DeltaReader, max_tokens: int):
+    def __init__(
+        self,
+        stream: RequestStream,
+        head: Object,
+        reader: DeltaReader,
+        max_tokens: int,
+        thinking: ReasoningTokens | None = None,
+    ):
         """Prepare the events.
 
         Args:
@@ -110,11 +132,13 @@ class MessageEvents:
             head: the first fields of the message.
             reader: parses the output.
             max_tokens: of the request.
+            thinking: counts the tokens of thoughts; None: the model has none.
         """
         self._stream = stream
         self._head = head
         self._reader = reader
         self._max_tokens = max_tokens
+        self._thinking = thinking
         self._tokens = 0
         self._kind: str | None = None  # of the open block
         self._index = -1  # of the last block
@@ -139,6 +163,8 @@ class MessageEvents:
                 }
                 events += [_event("message_start", message=self._head | empty), PING]
             self._tokens += len(delta.token_ids)
+            if self._thinking is not None:
+                self._thinking.add(delta)
             final = delta.finish_reason is not None
             for part in self._reader.read(delta.text, final=final):
                 self._add_part(part, events)
@@ -153,7 +179,7 @@ class MessageEvents:
         self._close(events)
         short = self._tokens < self._max_tokens
         end = end_fields(self._last, called=self._reader.num_calls > 0, short=short)
-        events.append(_event("message_delta", delta=end, usage=usage(self._stream, self._tokens)))
+        events.append(_event("message_delta", delta=end, usage=usage(self._stream, self._tokens, self._thinking)))
         events.append(_event("message_stop"))
         return b"".join(events)
 

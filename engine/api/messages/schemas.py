@@ -67,7 +67,9 @@ MESSAGES_API: dict[str, Schema] = {
                 "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
             },
             "stop_sequence": nullable(STRING),
-            "usage": record(dict.fromkeys(_USAGE, COUNT)),
+            "usage": record(
+                dict.fromkeys(_USAGE, COUNT), {"output_tokens_details": record({"thinking_tokens": COUNT})}
+            ),
         }
     ),
     "MessagesTokens": record({"input_tokens": COUNT}),

@@ -38,7 +38,8 @@ async def whole_and_streamed(server: InLoop, **fields: Any) -> Any:
     for one in shown:
         assert one.pop("id", "").startswith("msg_")  # type: ignore[attr-defined]
         one["content"] = without_ids(one["content"])  # type: ignore[arg-type]
-        one["usage"] = [one["usage"]["output_tokens"], prompt_tokens(one["usage"])]  # type: ignore[index]
+        spent: Any = one["usage"]
+        one["usage"] = [spent["output_tokens"], spent.get("output_tokens_details"), prompt_tokens(spent)]
         one.pop("stop_details", None)  # the client's own, null
     assert shown[0] == shown[1]
     check_order(events_of((await server.http.post(PATH, json=asked | {"stream": True})).text))
@@ -82,6 +83,7 @@ async def test_thoughts_text_and_calls_are_blocks():
         assert (weather.name, weather.input) == ("get_weather", {"city": "Rome", "days": 2})
         assert (time.name, time.input) == ("get_time", {})
         assert message.stop_reason == "tool_use"
+        assert message.usage.output_tokens_details.thinking_tokens == len("So.")
         one = await whole_and_streamed(
             server, tools=TOOLS, tool_choice={"type": "auto", "disable_parallel_tool_use": True}
         )
