@@ -169,7 +169,7 @@ ENGINE_OPTIONS = (
     ),
     option(
         SCHEDULING, "--max-num-batched-tokens", type=SIZE, metavar="TOKENS",
-        default_text="--max-num-seqs + 64, at least 128",
+        default_text="--max-num-seqs + 16, at least 128",
         help="Token budget: maximum number of tokens that a step computes. A larger budget computes prompts in fewer "
         "steps, and each of these steps delays the running requests longer.",
     ),
