@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import signal
 import sys
 from importlib import metadata
 from typing import Any
@@ -101,7 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
 def interrupted_code(error: BaseException) -> int:
     """The exit code after a signal; click turns a KeyboardInterrupt into an Abort, whose cause it is."""
     received = next((one for one in (error, error.__cause__) if isinstance(one, EndSignal)), None)
-    return INTERRUPTED if received is None else exit_code_of(received.number)
+    if received is None:
+        return INTERRUPTED
+    # Python's finalization takes handlers away: a signal of the same request would end the process without this code.
+    signal.signal(received.number, signal.SIG_IGN)
+    return exit_code_of(received.number)
 
 
 def discard_output() -> None:

@@ -45,7 +45,12 @@ def test_ctrl_c_is_130_without_a_word(error, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_starting_is_its_exit_code(number, code, monkeypatch, capsys):
-    assert run_raising(EndSignal(number), monkeypatch) == code
+    before = signal.getsignal(number)
+    try:
+        assert run_raising(EndSignal(number), monkeypatch) == code
+        assert signal.getsignal(number) == signal.SIG_IGN  # another one can't change the exit code
+    finally:
+        signal.signal(number, before)
     assert capsys.readouterr().err == ""
 
 
