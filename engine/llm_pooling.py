@@ -8,6 +8,7 @@ from engine.frontend.connect import EngineClient
 from engine.frontend.streams import RequestStream
 from engine.frontend.text_pairs import PairLimits, encode_pairs, make_pairs
 from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.truncation import kept_of_text
 from engine.frontend.vectors import (
     POOLING,
     check_dimensions,
@@ -71,7 +72,7 @@ class PoolingCalls:
                 ScoringRequestOutput(ScoringOutput(value), [*one[0], *other[0]], one[1] + other[1])
                 for value, (one, other) in zip(scores, both, strict=True)
             ]
-        encoded = encode_pairs(self._tokenizer, pairs, PairLimits(self._keep(truncate)))
+        encoded = encode_pairs(self._tokenizer, pairs, PairLimits(kept_of_text(truncate, self._most)))
         segments = [one.second_segment for one in encoded]
         stream, vectors = await self._pool([one.ids for one in encoded], segments)
         return [
@@ -80,16 +81,7 @@ class PoolingCalls:
         ]
 
     def _encode(self, prompts: Sequence[str | list[int]], truncate: int | None) -> list[list[int]]:
-        return encode_texts(self._tokenizer, self._spec, prompts, self._most, keep=self._keep(truncate))
-
-    def _keep(self, truncate: int | None) -> int | None:
-        """How many tokens of a prompt to keep. Raises RequestError for a number that is out of range."""
-        if truncate is None or 1 <= truncate <= self._most:
-            return truncate
-        if truncate == -1:
-            return self._most
-        field = "truncate_prompt_tokens"
-        raise RequestError(f"{field} must be -1 or lie in 1..{self._most} (max_model_len), not {truncate}", field)
+        return encode_texts(self._tokenizer, self._spec, prompts, self._most, keep=kept_of_text(truncate, self._most))
 
     async def _pool(
         self, prompts: list[list[int]], segments: Sequence[int] = ()

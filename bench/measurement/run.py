@@ -208,9 +208,8 @@ class _Run:
         limit_s = min(_PROBE_LIMIT_S, max(self._planner.budget.left_s(), 1.0))
         record, requests = self._point.probe(lambda _: None, limit_s)
         if record.valid and record.e2e_p50_ms < _SECOND_PROBE_BELOW_S * 1e3:
-            record, requests = self._point.probe(
-                lambda _: None, limit_s
-            )  # the first request included the server's warm-up
+            # The first request included the server's warm-up.
+            record, requests = self._point.probe(lambda _: None, limit_s)
         try:
             self._check_probe(record, requests, limit_s)
         finally:

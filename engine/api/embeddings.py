@@ -140,9 +140,8 @@ def written(vector: Float32s, number_format: NumberFormat) -> list[float] | str:
     order = ">" if number_format.byte_order == "big" else "<"
     if number_format.number_type == "bfloat16":
         bits = vector.astype(np.float32).view(np.uint32)
-        data = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(
-            f"{order}u2"
-        )  # rounded to the nearest, ties to even
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16  # to the nearest, ties to even
+        data = rounded.astype(f"{order}u2")
     else:
         data = vector.astype(order + {"float32": "f4", "float16": "f2"}[number_format.number_type])
     return base64.b64encode(data.tobytes()).decode("ascii")

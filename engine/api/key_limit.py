@@ -47,9 +47,8 @@ class KeyLoads:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock between processes, for as long as it takes to add some numbers."""
-        fcntl.lockf(
-            self.descriptor, fcntl.LOCK_EX
-        )  # unlike flock it is the process's, although descriptors are inherited
+        # Unlike that of flock, the lock is the process's, although descriptors are inherited.
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
         try:
             yield
         finally:

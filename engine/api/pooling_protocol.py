@@ -7,6 +7,7 @@ import msgspec
 from engine.api.common_fields import check_bookkeeping
 from engine.errors import RequestError
 from engine.frontend.text_pairs import Pairs, make_pairs
+from engine.frontend.truncation import kept_of_text
 from engine.pooling import PoolingSpec
 
 ENCODING_FORMATS = ("float", "base64")
@@ -41,17 +42,10 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     def keep(self, max_model_len: int) -> int | None:
         """How many tokens of a prompt to keep, None for all. Raises RequestError if a field is out of range."""
         check_bookkeeping(self)
-        keep, side = self.truncate_prompt_tokens, self.truncation_side
+        side = self.truncation_side
         if side not in (None, "left", "right"):
             raise RequestError(f"truncation_side must be 'left' or 'right', not {side!r}", "truncation_side")
-        if keep is None or keep == -1:
-            return None if keep is None else max_model_len
-        if not 1 <= keep <= max_model_len:
-            raise RequestError(
-                f"truncate_prompt_tokens must be -1 or lie in 1..{max_model_len} (--max-model-len), not {keep}",
-                "truncate_prompt_tokens",
-            )
-        return keep
+        return kept_of_text(self.truncate_prompt_tokens, max_model_len)
 
 
 class InputRequest(PoolingRequest, kw_only=True):

@@ -44,11 +44,8 @@ log = logging.getLogger("redline.client")
 NO_OPTIONS, UNKNOWN_ORIGIN = RequestOptions(), Origin()
 STOPPED = "the server was stopped before this request finished"
 PRIORITIES = range(-(2**63), 2**63)
-UNENCODABLE = (
-    OverflowError,
-    TypeError,
-    ValueError,
-)  # of msgspec; UnicodeEncodeError, for a lone surrogate, is a ValueError
+# Errors of msgspec. UnicodeEncodeError, for a lone surrogate, is a ValueError.
+UNENCODABLE = (OverflowError, TypeError, ValueError)
 
 
 class CoreClient(OutputProcessor):

@@ -25,6 +25,18 @@ def kept_tokens(params: SamplingParams, max_model_len: int) -> int | None:
     return keep
 
 
+def kept_of_text(keep: int | None, max_model_len: int) -> int | None:
+    """The number of tokens to keep of a pooled text, None for all. Raises RequestError if it is out of range."""
+    if keep == -1:
+        return max_model_len
+    if keep is not None and not 1 <= keep <= max_model_len:
+        raise RequestError(
+            f"truncate_prompt_tokens must be -1 or lie in 1..{max_model_len} (--max-model-len), not {keep}",
+            "truncate_prompt_tokens",
+        )
+    return keep
+
+
 def encode_end(
     tokenizer: Tokenizer, text: str, keep: int, side: str | None, add_special_tokens: bool
 ) -> tuple[list[int], bool]:

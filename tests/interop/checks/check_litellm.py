@@ -4,17 +4,11 @@ import asyncio
 from typing import Any, Literal
 
 import litellm
-from checking import KEY, PROMPT, QUESTION, WEATHER, Target, check, check_weather, main, raised
+from checking import FORCED, KEY, PROMPT, WEATHER, Target, check, check_weather, main, raised
 from pydantic import BaseModel, Field
 
 ASKED = [{"role": "user", "content": PROMPT}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
-FORCED: dict[str, Any] = {
-    "messages": [{"role": "user", "content": QUESTION}],
-    "tools": [WEATHER],
-    "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
-    "temperature": 0,
-}
 
 
 class City(BaseModel):

@@ -6,18 +6,11 @@ import math
 from typing import Any, Literal
 
 import openai
-from checking import KEY, PROMPT, QUESTION, WEATHER, Target, check, check_weather, main, raised
+from checking import FORCED, KEY, PROMPT, WEATHER, WEATHER_ASKED, Target, check, check_weather, main, raised
 from pydantic import BaseModel, Field
 
 ASKED = [{"role": "user", "content": PROMPT}]
-WEATHER_ASKED = [{"role": "user", "content": QUESTION}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
-FORCED: dict[str, Any] = {
-    "messages": WEATHER_ASKED,
-    "tools": [WEATHER],
-    "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
-    "temperature": 0,
-}
 
 
 class City(BaseModel):

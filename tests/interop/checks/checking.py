@@ -37,6 +37,13 @@ WEATHER = {
     },
 }
 QUESTION = "What is the weather in Rome?"
+WEATHER_ASKED = [{"role": "user", "content": QUESTION}]
+FORCED: dict[str, Any] = {  # the arguments of a chat that must call it
+    "messages": WEATHER_ASKED,
+    "tools": [WEATHER],
+    "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+    "temperature": 0,
+}
 PROMPT = "Name three colors of the rainbow."
 KEY = "none"  # the servers ask for no key, but clients do
 
