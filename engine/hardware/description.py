@@ -1,0 +1,170 @@
+"""Descriptions of named hardware, as data: `datasets/hardware/NAME.yaml`."""
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.data import datasets_folder
+from engine.errors import ConfigError
+
+Positive = Annotated[float, Meta(gt=0)]
+Part = Annotated[float, Meta(gt=0, le=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
+
+
+class Quantity(Struct, frozen=True, forbid_unknown_fields=True):
+    """A number and the key of its source."""
+
+    value: Positive
+    source: str
+
+
+class Peaks(Struct, frozen=True, forbid_unknown_fields=True):
+    """Dense products, in 10^12 floating-point operations a second."""
+
+    source: str
+    bf16: Positive
+    fp8: Positive | None = None
+
+
+class Gemm(Struct, frozen=True, forbid_unknown_fields=True):
+    """How close matrix products come to the peak and to the bandwidth; see `engine.hardware.gemm`."""
+
+    launch_us: NotNegative
+    compute: Part
+    memory: Part
+    sharpness: Annotated[float, Meta(ge=1)]
+    half_depth: NotNegative
+
+
+class Gemms(Struct, frozen=True, forbid_unknown_fields=True):
+    source: str
+    bf16: Gemm
+    fp8: Gemm | None = None
+
+
+class DecodeAttention(Struct, frozen=True, forbid_unknown_fields=True):
+    launch_us: NotNegative
+    memory: Part
+
+
+class DecodeAttentions(Struct, frozen=True, forbid_unknown_fields=True):
+    """By the dtype of the KV cache."""
+
+    bf16: DecodeAttention
+    fp8: DecodeAttention | None = None
+
+
+class Attention(Struct, frozen=True, forbid_unknown_fields=True):
+    """`prompt` is a part of the bf16 peak."""
+
+    source: str
+    decode: DecodeAttentions
+    prompt: Part
+
+
+class AllReduce(Struct, frozen=True, forbid_unknown_fields=True):
+    """Microseconds for a number of elements of two bytes, by the number of ranks."""
+
+    source: str
+    elements: tuple[int, ...]
+    ranks: dict[int, tuple[Positive, ...]]
+
+
+class Layer(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a layer's small kernels cost, and its launches in steps that aren't captured in a graph."""
+
+    source: str
+    small_kernels_us: NotNegative
+    small_kernels_memory: Part
+    eager_us: NotNegative
+    captured_tokens: Annotated[int, Meta(ge=0)]
+
+
+class HostCosts(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the processes of an engine cost; `request_us` by the least number of ranks for which it holds."""
+
+    source: str
+    step_ms: NotNegative
+    request_us: dict[int, NotNegative]
+    serial: Annotated[float, Meta(ge=0, le=1)]
+    request_ms: NotNegative
+
+    def step_seconds(self, requests: int, ranks: int) -> float:
+        """The host's time of a step."""
+        each = self.request_us[max(least for least in self.request_us if least <= ranks)]
+        return self.step_ms * 1e-3 + each * 1e-6 * requests
+
+
+class Host(Struct, frozen=True, forbid_unknown_fields=True):
+    v1: HostCosts
+    v0: HostCosts
+
+
+class Hardware(Struct, frozen=True, forbid_unknown_fields=True):
+    """One device, and the host of its engine."""
+
+    title: str
+    sources: dict[str, str]
+    memory_gb: Quantity
+    bandwidth_tb_s: Quantity
+    peak_tflops: Peaks
+    gemm: Gemms
+    attention: Attention
+    all_reduce: AllReduce
+    layer: Layer
+    host: Host
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bandwidth_tb_s.value * 1e12
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gb.value * 1e9)
+
+
+def hardware_names() -> list[str]:
+    """The hardware whose descriptions ship with the product."""
+    return sorted(path.stem for path in (datasets_folder() / "hardware").glob("*.yaml"))
+
+
+@functools.cache
+def read_hardware(name: str) -> Hardware:
+    """Read a description by its name, or from a file whose name ends in .yaml. Raises ConfigError."""
+    path = Path(name) if name.endswith(".yaml") else datasets_folder() / "hardware" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"--device sim:{name}: no such hardware; known are {', '.join(hardware_names())}, or the path of a "
+            "description that ends in .yaml"
+        )
+    import yaml
+
+    try:
+        found: Any = yaml.safe_load(path.read_text())
+        hardware = msgspec.convert(found, Hardware)
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise ConfigError(f"--device sim:{name}: {path.name} is not a hardware description: {error}") from error
+    _check(hardware, path.name)
+    return hardware
+
+
+def _check(hardware: Hardware, file: str) -> None:
+    """Raise ConfigError where values don't fit each other."""
+    table, host = hardware.all_reduce, hardware.host
+    parts = (hardware.memory_gb, hardware.bandwidth_tb_s, hardware.peak_tflops, hardware.gemm, hardware.attention)
+    for part in (*parts, table, hardware.layer, host.v1, host.v0):
+        if part.source not in hardware.sources:
+            raise ConfigError(f"{file}: sources has no {part.source}")
+    if list(table.elements) != sorted(set(table.elements)) or len(table.elements) < 2:
+        raise ConfigError(f"{file}: all_reduce.elements must be two or more numbers in ascending order")
+    for ranks, times in table.ranks.items():
+        if len(times) != len(table.elements):
+            raise ConfigError(f"{file}: all_reduce.ranks.{ranks} needs {len(table.elements)} times, one for each size")
+    for version in ("v1", "v0"):
+        if 1 not in getattr(hardware.host, version).request_us:
+            raise ConfigError(f"{file}: host.{version}.request_us needs a value for 1 rank")

@@ -1,0 +1,59 @@
+"""An engine on simulated hardware in virtual time: the real core, without processes, sockets, threads or waiting."""
+
+from collections.abc import Callable
+
+from engine.config import ResolvedConfig
+from engine.core.engine import EngineCore
+from engine.hardware.executor import SimulatedExecutor
+
+
+class VirtualClock:
+    """Implements `engine.clock.Clock`; time passes when `move_to` is called."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def move_to(self, time: float) -> None:
+        if time < self._now:
+            raise ValueError(f"time can't go back by {self._now - time} s")
+        self._now = time
+
+
+class VirtualEngine:
+    """One replica. `send(front_end, message)` takes an encoded FromCore, within `run_until`."""
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        executor: SimulatedExecutor,
+        clock: VirtualClock,
+        send: Callable[[int, bytes], None],
+    ):
+        self.core = EngineCore(config, executor, clock, send)
+        self._executor, self._clock = executor, clock
+
+    def run_until(self, time: float) -> None:
+        """Do everything that happens up to a time, and move the clock there."""
+        while True:
+            now = self._clock.now()
+            self._executor.pump()
+            if self.core.step(now):
+                continue
+            event = self._next_event(now)
+            if event is None or event > time:
+                break
+            self._clock.move_to(event)
+        self._clock.move_to(time)
+
+    @property
+    def next_event(self) -> float | None:
+        """When something will happen by itself; None: never."""
+        return self._next_event(self._clock.now())
+
+    def _next_event(self, now: float) -> float | None:
+        wait = self.core.next_deadline(now)
+        events = [self._executor.next_due, None if wait is None else now + wait]
+        return min((event for event in events if event is not None), default=None)
