@@ -94,7 +94,7 @@ def test_runs_are_equal_to_the_digit() -> None:
     assert first.times == second.times
     assert first.tokens == second.tokens
     assert {len(tokens) for tokens in first.tokens.values()} == {300}
-    assert first.engine.core.scheduler.num_preemptions > 0
+    assert first.engine.core.scheduler.counters.num_preemptions > 0
     assert all(0 <= token < LLAMA_8B.vocab_size for token in first.tokens[0])
 
 
