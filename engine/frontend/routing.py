@@ -17,12 +17,13 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from engine.arrays import Int32s
 from engine.columns import column
 from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
 from engine.frontend.feature_cache import PromptInputs, placed_inputs
-from engine.frontend.streams import Output, RequestOptions
+from engine.frontend.streams import RequestOptions
 
 PREFIX_WEIGHT = 2  # of a cached token of the prompt, against a token left to compute
 INITIAL_OUTPUT_TOKENS = 128.0  # expected of an output before any has ended
@@ -30,7 +31,7 @@ OUTPUT_WINDOW = 32  # the expected length is a moving mean over about so many ou
 
 
 def prompt_block_hashes(
-    prompt: Sequence[int], options: RequestOptions, block_size: int, inputs: PromptInputs = ()
+    prompt: Sequence[int] | Int32s, options: RequestOptions, block_size: int, inputs: PromptInputs = ()
 ) -> list[bytes]:
     """The core's hashes of the full blocks of a prompt: a chain over tokens, inputs, cache salt and adapter.
 
@@ -87,15 +88,22 @@ class OutputLengthEstimate:
         return self.mean if max_tokens is None else min(self.mean, max_tokens)
 
 
+class CountedOutput(Protocol):
+    """An output of which `count` tokens have arrived."""
+
+    handle: int
+    count: int
+
+
 class LoadEstimate:
     """Tokens left to compute for live outputs: the prompt until the first token, the expected output until the end."""
 
     def __init__(self) -> None:
         self.tokens = 0.0
         self._left: dict[int, float] = {}  # by handle
-        self._prompts: deque[tuple[Output, float]] = deque()  # in the order of arrival, ended outputs included
+        self._prompts: deque[tuple[CountedOutput, float]] = deque()  # in the order of arrival, ended outputs included
 
-    def add_output(self, output: Output, prompt_tokens: float, expected_tokens: float) -> None:
+    def add_output(self, output: CountedOutput, prompt_tokens: float, expected_tokens: float) -> None:
         self._left[output.handle] = prompt_tokens + expected_tokens
         self.tokens += prompt_tokens + expected_tokens
         self._prompts.append((output, prompt_tokens))

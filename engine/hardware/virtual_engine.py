@@ -23,7 +23,7 @@ class VirtualClock:
 
 
 class VirtualEngine:
-    """One replica. `send(front_end, message)` takes an encoded FromCore, within `run_until`."""
+    """One replica. `send(front_end, message)` takes an encoded FromCore, within `run_until` or `turn`."""
 
     def __init__(
         self,
@@ -35,25 +35,26 @@ class VirtualEngine:
         self.core = EngineCore(config, executor, clock, send)
         self._executor, self._clock = executor, clock
 
+    def turn(self) -> None:
+        """Do everything that happens at this moment."""
+        now = self._clock.now()
+        self._executor.pump()
+        while self.core.step(now) and self._executor.pump():
+            pass
+
     def run_until(self, time: float) -> None:
         """Do everything that happens up to a time, and move the clock there."""
-        while True:
-            now = self._clock.now()
-            self._executor.pump()
-            if self.core.step(now):
-                continue
-            event = self._next_event(now)
-            if event is None or event > time:
-                break
+        self.turn()
+        while (event := self.next_event) is not None and event <= time:
             self._clock.move_to(event)
+            self.turn()
         self._clock.move_to(time)
 
     @property
     def next_event(self) -> float | None:
-        """When something will happen by itself; None: never."""
-        return self._next_event(self._clock.now())
-
-    def _next_event(self, now: float) -> float | None:
-        wait = self.core.next_deadline(now)
-        events = [self._executor.next_due, None if wait is None else now + wait]
-        return min((event for event in events if event is not None), default=None)
+        """When something will happen by itself, not before now; None: never."""
+        now = self._clock.now()
+        due, wait = self._executor.next_due, self.core.next_deadline(now)
+        if wait is None:
+            return due
+        return now + wait if due is None else min(due, now + wait)
