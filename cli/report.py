@@ -80,7 +80,7 @@ def show_report(
     from plots.compare import failed_conditions
     from plots.data import ReportError
     from plots.report import write_report
-    from plots.tables import ablation_table, answer_lines, markdown, terminal_table, trouble_lines
+    from plots.tables import ablation_table, answer_lines, markdown, simulated_lines, terminal_table, trouble_lines
 
     try:
         report = write_report(folders, out, timelines)
@@ -91,6 +91,8 @@ def show_report(
         click.echo(markdown(report.results, report.comparisons))
     else:
         console = verbatim_console(highlight=False)
+        for line in simulated_lines(report.results):
+            console.print(line, style="yellow", soft_wrap=True)
         for ablation in report.ablations:
             console.print(ablation_table(ablation))
         # A comparison has one column per configuration: too narrow for an ablation. The page has both.

@@ -12,6 +12,7 @@ import pandas as pd
 
 from bench.results import POINTS_FILE, SUMMARY_FILE, Answer, PointRecord, RunFiles, Summary
 from bench.statistics.intervals import joined_gaps, percentile_interval
+from plots.simulated import all_simulated, error_texts, hardware_texts, label_marks, marked_title
 
 P99_SAMPLES = 1000  # steps or requests: a P99 of fewer rests on less than ten samples and is shown with its interval
 CURVE_PHASES = ("ladder", "fixed", "confirm")
@@ -117,8 +118,12 @@ class Results:
         return [self.series[c, workload] for c in self.configurations if (c, workload) in self.series]
 
     @property
+    def summaries(self) -> list[Summary]:
+        return [run.summary for run in self.runs]
+
+    @property
     def title(self) -> str:
-        return " vs ".join(dict.fromkeys(run.summary.title for run in self.runs))
+        return marked_title(" vs ".join(dict.fromkeys(run.summary.title for run in self.runs)), self.summaries)
 
     def heading(self, workload: str) -> str:
         """The title of a figure about one workload, which the title of the results may name already."""
@@ -150,9 +155,11 @@ def load(folders: Sequence[Path]) -> Results:
         raise ReportError("no results folder")
     owners = [list(dict.fromkeys([*r.summary.configurations, *(p.configuration for p in r.points)])) for r in runs]
     names = _folder_names([run.folder for run in runs])
+    marks = label_marks([run.summary for run in runs])
     for i, run in enumerate(runs):
         others = {name for j, owned in enumerate(owners) if j != i for name in owned}
-        run.labels = {name: f"{names[i]}: {name}" if name in others else name for name in owners[i]}
+        shown = {name: f"{names[i]}: {name}" if name in others else name for name in owners[i]}
+        run.labels = {name: label + marks[i].get(name, "") for name, label in shown.items()}
     configurations = [label for run in runs for label in run.labels.values()]
     workloads = list(dict.fromkeys(w for r in runs for w in [*r.summary.workloads, *(p.workload for p in r.points)]))
     series = {(s.configuration, s.workload): s for run in runs for s in _series(run, workloads)}
@@ -183,9 +190,12 @@ def model_names(results: Results, configurations: Sequence[str] | None = None) -
 
 
 def hardware_lines(results: Results) -> list[str]:
-    """The machines of all runs, each once."""
+    """The machines of all runs, each once; simulated ones take the place of those that computed them."""
     lines: dict[str, None] = {}
     for run in results.runs:
+        lines |= dict.fromkeys(hardware_texts(run.summary))
+        if all_simulated([run.summary]):
+            continue
         hardware = run.summary.hardware
         parts = [str(hardware["cpu"])] if hardware.get("cpu") else []
         parts += [f"{hardware['cores']} cores"] if hardware.get("cores") else []
@@ -212,6 +222,7 @@ def run_facts(results: Results, configurations: Sequence[str], samples: str, see
         samples,
         f"Seed {', '.join(seeds)}",
         versions_line(results),
+        *error_texts(results.summaries),
     ]
     return [part for part in caption if part]
 

@@ -15,6 +15,7 @@ from bench.results import PointRecord
 from plots.ablation import Ablation
 from plots.compare import Comparison, percent_text
 from plots.data import Results, Series, hardware_lines, model_names, verdict_text
+from plots.simulated import all_simulated, error_texts
 from plots.style import palette
 from plots.tables import heading, number, trouble, verdict
 from plots.template import PAGE
@@ -73,6 +74,8 @@ def page(
         title=results.title,
         models=model_names(results),
         hardware=hardware_lines(results),
+        simulated=all_simulated(results.summaries),
+        errors=error_texts(results.summaries),
         finished=list(dict.fromkeys(_date(run.summary.finished or run.summary.started) for run in results.runs)),
         answers=_answers(results, colors),
         failures=results.failures,

@@ -8,6 +8,7 @@ from plots.ablation import Ablation, Measured, ablations
 from plots.compare import Cell, Comparison, Metric, percent_text
 from plots.data import Results
 from plots.latency import series_text
+from plots.simulated import error_texts
 
 SMALL = 0.5  # percent: smaller differences are neither better nor worse
 
@@ -52,6 +53,12 @@ def ablation_table(ablation: Ablation) -> Table:
     for row in ablation.rows:
         table.add_row(row.configuration, *(_ablation_cell(row.cells[m.key]) for m in ablation.columns))
     return table
+
+
+def simulated_lines(results: Results) -> list[str]:
+    """The title, which names the simulated hardware, and the errors of its latencies; none if all was measured."""
+    errors = error_texts(results.summaries)
+    return [results.title, *errors] if errors else []
 
 
 def answer_lines(results: Results) -> list[str]:

@@ -86,7 +86,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
 BODY = """
 <h1>{{ title }}</h1>
 <p class="facts">{{ models | join(", ") }}{% if models %} &middot; {% endif %}{{ hardware | join("; ") }}</p>
-<p class="facts">Measured {{ finished | join(", ") }}</p>
+<p class="facts">{{ "Simulated" if simulated else "Measured" }} {{ finished | join(", ") }}</p>
+{% for text in errors %}
+<p class="facts">{{ text }}</p>
+{% endfor %}
 
 {% for workload, cards in answers %}
 <h3 class="workload">{{ workload }}</h3>

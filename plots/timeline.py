@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from bench.results import PointRecord, RunFiles
 from plots.data import Results, Series, run_facts, verdict_text
 from plots.samples import Moments, read_moments
+from plots.simulated import SIMULATED
 from plots.style import (
     INK,
     MUTED,
@@ -69,7 +70,9 @@ def timeline_figure(results: Results, series: Series, point: PointRecord) -> Fig
             footer[-1] += f"  ·  {gaps_shown:,} of {len(moments.gap):,} gaps shown, always including the slowest"
         _mark_window(list(rows), point, end_s)
         rows[3].set_xlabel("Seconds since the start of the load point")
-        headline(figure, f"{series.configuration}, {series.workload}: {point.rate:.3g} req/s", height)
+        title = f"{series.configuration}, {series.workload}: {point.rate:.3g} req/s"
+        mark = results.details(series.configuration).get(SIMULATED)
+        headline(figure, f"{title}, {SIMULATED} {mark['title']}" if mark else title, height)
         figure.text(0.012, 1 - 0.48 / height, _verdict(point), fontsize=9.5, color=MUTED, va="center")
         footnote(figure, footer, height)
         return figure

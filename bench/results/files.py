@@ -42,6 +42,7 @@ class RunFiles:
 
     def write_summary(self, summary: Summary) -> None:
         """Raises CannotWriteError."""
+        summary.simulated = any("simulated" in one for one in summary.configurations.values())
         text = json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False) + "\n"
         with writing(self.folder / SUMMARY_FILE, FLAG):
             replace_file(self.folder / SUMMARY_FILE, lambda part: part.write_text(text, encoding="utf-8"))

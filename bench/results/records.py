@@ -192,3 +192,4 @@ class Summary:
     hardware: dict[str, Any] = field(default_factory=lambda: hardware())
     started: str = field(default_factory=lambda: utc_now())
     finished: str | None = None
+    simulated: bool = False  # whether any configuration is: it then has a field `simulated` with hardware and errors

@@ -133,10 +133,15 @@ def hardware_names() -> list[str]:
     return sorted(path.stem for path in (datasets_folder() / "hardware").glob("*.yaml"))
 
 
+def description_path(name: str) -> Path:
+    """The file of a description: its name may itself be a path that ends in .yaml."""
+    return Path(name) if name.endswith(".yaml") else datasets_folder() / "hardware" / f"{name}.yaml"
+
+
 @functools.cache
 def read_hardware(name: str) -> Hardware:
     """Read a description by its name, or from a file whose name ends in .yaml. Raises ConfigError."""
-    path = Path(name) if name.endswith(".yaml") else datasets_folder() / "hardware" / f"{name}.yaml"
+    path = description_path(name)
     if not path.is_file():
         raise ConfigError(
             f"--device sim:{name}: no such hardware; known are {', '.join(hardware_names())}, or the path of a "

@@ -1,0 +1,83 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.results import RunFiles
+from cli.report import show_report
+from plots.data import hardware_lines, load
+from plots.latency import caption
+from plots.report import write_report
+from plots.simulated import error_texts
+from tests.plots.made import Server
+
+H100 = {
+    "hardware": "h100", "title": "NVIDIA H100 SXM 80 GB", "description": "0123456789ab",
+    "errors": {"tpot": {"median": 0.045, "p90": 0.12, "rows": 300}},
+}  # fmt: skip
+H200 = H100 | {"hardware": "h200", "title": "NVIDIA H200 SXM 141 GB", "errors": {}}
+PAIR = {"v1": Server(4.0), "v0": Server(3.0)}
+
+
+def marked(folder: Path, **hardware: dict) -> Path:
+    files = RunFiles(folder)
+    summary = files.read_summary()
+    for name, mark in hardware.items():
+        summary.configurations[name]["simulated"] = mark
+    files.write_summary(summary)
+    return folder
+
+
+@pytest.fixture
+def simulated(make_run: Callable[..., Path]) -> Path:
+    return marked(make_run("simulated", PAIR), v1=H100, v0=H100)
+
+
+def test_the_summary_says_that_it_is_simulated(simulated: Path, make_run: Callable[..., Path]) -> None:
+    assert json.loads((simulated / "summary.json").read_text())["simulated"] is True
+    measured = RunFiles(make_run("measured", PAIR))
+    measured.write_summary(measured.read_summary())
+    assert json.loads((measured.folder / "summary.json").read_text())["simulated"] is False
+
+
+def test_titles_and_captions_name_the_simulated_hardware(simulated: Path) -> None:
+    results = load([simulated])
+    assert results.title.endswith(", simulated NVIDIA H100 SXM 80 GB")
+    assert results.heading("500/2000").endswith("simulated NVIDIA H100 SXM 80 GB: 500/2000")
+    assert results.configurations == ["v1", "v0"]  # the title says all
+    assert hardware_lines(results) == ["simulated NVIDIA H100 SXM 80 GB (description 0123456789ab)"]
+    known = "Errors of simulated latencies on NVIDIA H100 SXM 80 GB: TPOT 4.5% (median), 12% (P90)"
+    assert error_texts(results.summaries) == [known]
+    assert known in "  ".join(caption(results, results.workloads[0]))
+
+
+def test_simulated_beside_measured_results_are_marked_one_by_one(
+    simulated: Path, make_run: Callable[..., Path]
+) -> None:
+    results = load([make_run("measured", PAIR), simulated])
+    assert results.title.endswith(", partly simulated NVIDIA H100 SXM 80 GB")
+    assert results.configurations == [
+        "measured: v1", "measured: v0", "simulated: v1 (simulated)", "simulated: v0 (simulated)",
+    ]  # fmt: skip
+    assert results.baselines["simulated: v0 (simulated)"] == "measured: v0"
+    assert len(hardware_lines(results)) == 2
+
+
+def test_several_simulated_devices_are_named_one_by_one(simulated: Path, make_run: Callable[..., Path]) -> None:
+    results = load([simulated, marked(make_run("other", PAIR), v1=H200, v0=H200)])
+    assert results.title.endswith(", simulated NVIDIA H100 SXM 80 GB and NVIDIA H200 SXM 141 GB")
+    assert results.configurations[0] == "simulated: v1 (simulated h100)"
+    assert results.configurations[3] == "other: v0 (simulated h200)"
+    assert error_texts(results.summaries)[1].endswith("NVIDIA H200 SXM 141 GB: not known")
+
+
+def test_page_markdown_and_terminal_carry_the_mark(simulated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = write_report([simulated])
+    page = report.page.read_text()
+    assert "simulated NVIDIA H100 SXM 80 GB</h1>" in page
+    assert '<p class="facts">Simulated ' in page
+    assert "TPOT 4.5%" in page
+    assert "simulated NVIDIA H100 SXM 80 GB" in (simulated / "comparison.md").read_text().splitlines()[0]
+    show_report((simulated,), None)
+    assert "simulated NVIDIA H100 SXM 80 GB" in capsys.readouterr().out
