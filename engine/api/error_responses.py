@@ -7,6 +7,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Scope
 
+from engine.api.http_options import ANTHROPIC_PATH
 from engine.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -24,7 +25,6 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 ANTHROPIC_OVERLOADED = 529
 ANTHROPIC_TYPES = {413: "request_too_large", 504: "timeout_error", ANTHROPIC_OVERLOADED: "overloaded_error"}
 OVERLOAD_CODES = frozenset({"overloaded", "queue_full"})
-ANTHROPIC_PATH = "/v1/messages"  # and all below it
 LONGEST_MESSAGE = 2000  # characters; a message quotes what the client sent
 INTERNAL = "internal error; see the server's log for this X-Request-Id"
 

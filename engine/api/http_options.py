@@ -5,6 +5,7 @@ import msgspec
 from engine.frontend.parsing.names import AUTO
 from engine.media.limits import MediaOptions
 
+ANTHROPIC_PATH = "/v1/messages"  # and all below it
 TEXT_BODY = 32 << 20  # bytes
 MEDIA_BODY = 128 << 20  # base64 takes four bytes for three, and a prompt may have several images
 

@@ -10,6 +10,7 @@ import threading
 import time
 from types import TracebackType
 
+from engine.api.http_options import ANTHROPIC_PATH
 from engine.errors import RedlineError
 
 BACKLOG = 2048  # connections that the kernel keeps until they are accepted; uvicorn's default
@@ -17,9 +18,10 @@ STARTING = (
     b'{"error":{"message":"the server is starting","type":"server_error","param":null,"code":"starting"},'
     b'"status":"starting"}'
 )
-RESPONSE = (
+ANTHROPIC_STARTING = b'{"type":"error","error":{"type":"api_error","message":"the server is starting"}}'
+HEAD = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-    b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(STARTING), STARTING)
+    b"connection: close\r\ncontent-length: %d\r\n\r\n"
 )
 PATIENCE_S = 1.0  # for a client to send its request
 
@@ -131,8 +133,10 @@ class StartingResponder:
     def _answer(self, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE_S)
         with connection if self._tls is None else self._tls.wrap_socket(connection, server_side=True) as connection:
-            connection.recv(1 << 16)  # unread data would reset the connection before the response is sent
-            connection.sendall(RESPONSE)
+            # All is read: unread data would reset the connection before the response is sent.
+            target = connection.recv(1 << 16).partition(b"\r\n")[0]
+            body = ANTHROPIC_STARTING if ANTHROPIC_PATH.encode() in target else STARTING
+            connection.sendall(HEAD % len(body) + body)
             connection.shutdown(socket.SHUT_WR)
             end = time.monotonic() + PATIENCE_S
             while connection.recv(1 << 16) and time.monotonic() < end:  # the rest of a body

@@ -59,14 +59,17 @@ class SharedResponses:
             self._server.close()
 
     async def get(self, name: str, owner: int | None, param: str | None = None) -> StoredResponse:
-        """A response of this owner. Raises ApiError 404 if it is not stored; `param` is the field that names it."""
+        """A response of this owner; `param` is the field that names it.
+
+        Raises ApiError 404 if it is not stored, 503 if its process does not answer.
+        """
         if self._is_own(name):
             return self.own.get(name, owner, param)
         found = await self._ask(PeerCall(name, owner, False), param)
         return StoredResponse(found.body, tuple(map(Turn.of_data, found.turns)), owner)
 
     async def delete(self, name: str, owner: int | None) -> None:
-        """Forget a response of this owner. Raises ApiError 404 if it is not stored."""
+        """Forget a response of this owner. Raises ApiError as `get` does."""
         if self._is_own(name):
             self.own.delete(name, owner)
         else:
@@ -88,7 +91,7 @@ class SharedResponses:
                     answer = _response_decoder.decode(await _read(reader))
         except (OSError, asyncio.IncompleteReadError) as error:  # TimeoutError is an OSError
             message = f"the response {call.name!r} belongs to API process {process}, which does not answer"
-            raise ApiError(404, message, param=param, code="response_not_found") from error
+            raise ApiError(503, message, param=param, code="process_lost") from error
         if answer is None:
             raise missing(call.name, param)
         return answer

@@ -86,7 +86,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         for name, low, high in RANGES:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-                raise RequestError(f"{name} must lie in {low:g}..{high:g}, not {value!r}", name)
+                raise RequestError(f"{name} must lie in {low}..{high}, not {value!r}", name)
             if name in INTEGERS and not isinstance(value, int | None):
                 raise RequestError(f"{name} must be an integer, not {value!r}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

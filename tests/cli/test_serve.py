@@ -225,6 +225,9 @@ def test_a_server_that_still_loads_has_its_port_and_says_so():
                     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", content=b" " * 300_000, timeout=10)
                     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
                     assert answer.json()["error"]["code"] == "starting"
+                answer = httpx.post(f"http://127.0.0.1:{port}/v1/messages?beta=true", json={}, timeout=10)
+                assert (answer.status_code, answer.json()["type"]) == (503, "error")
+                assert answer.json()["error"]["type"] == "api_error"
         finally:
             for listener in (first, *others):
                 listener.close()

@@ -37,7 +37,7 @@ async def test_a_process_that_is_gone_has_no_responses(tmp_path: Path) -> None:
     first, gone = [SharedResponses(Limits(), process, str(tmp_path)) for process in range(2)]
     with pytest.raises(ApiError, match="belongs to API process 1, which does not answer") as caught:
         await first.get(gone.new_id(), None)
-    assert (caught.value.status, caught.value.code) == (404, "response_not_found")
+    assert (caught.value.status, caught.value.code) == (503, "process_lost")
 
 
 async def test_a_single_process_asks_nobody() -> None:
