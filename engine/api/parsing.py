@@ -22,7 +22,7 @@ def field_names(data: bytes | bytearray) -> frozenset[str]:
         given = _raw_fields.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return frozenset()
-    return frozenset(name for name, raw in given.items() if bytes(raw).strip() != b"null")
+    return frozenset(name for name, raw in given.items() if memoryview(raw) != b"null")
 
 
 def parse(data: bytes | bytearray, kind: type[Body]) -> Body:
