@@ -147,7 +147,7 @@ def test_every_row_has_a_token_of_the_budget(rows: int | None, budget: int | Non
 def test_the_defaults(free) -> None:
     free(64 * GIB)
     found = resolve(EngineConfig(model="m"), make_facts()).config
-    assert (found.max_num_seqs, found.max_num_batched_tokens, found.block_size) == (128, 144, 32)
+    assert (found.max_num_seqs, found.max_num_batched_tokens, found.block_size) == (96, 112, 32)
 
 
 def test_too_few_bytes_name_values_that_work(free) -> None:

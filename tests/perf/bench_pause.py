@@ -33,6 +33,7 @@ from bench.results.environment import hardware, versions
 from bench.target.server import serve_flags
 from bench.workloads import make_workload
 from bench.workloads.base import RequestSpec
+from engine.devices.cpu import CpuMachine
 from engine.model.resolve import resolve_model
 from tests.perf.bar_charts import save_figure
 from tests.perf.client_tools import VLLM_MAIN
@@ -50,7 +51,7 @@ SETTLED_S = 1.0  # their first tokens and what follows from them are over
 AFTER_S = 0.5
 LIMIT_S = 120.0
 GAP_LIMIT_MS = 150.0
-DEFAULT_BUDGET = 192  # of Redline on CPUs: --max-num-seqs + 64
+DEFAULT_BUDGET = CpuMachine.defaults.max_num_batched_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def vllm(python: str, model: Path, budget: int | None, folder: Path) -> Subject:
         "VLLM_TARGET_DEVICE": "cpu",
         "LD_PRELOAD": " ".join(vllm_preload(python)),
     }
-    given = {"dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 128, "max_num_batched_tokens": budget}
+    given = {"dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": CpuMachine.defaults.max_num_seqs, "max_num_batched_tokens": budget}
     serve = [python, "-c", VLLM_MAIN, "serve", str(model), "--port", "{port}", "--host", "127.0.0.1"]
     command = [*serve, "--served-model-name", "model", *serve_flags(given)]
     name = f"vllm-{budget or 'default'}"
