@@ -19,6 +19,7 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS: tuple[str, ...] = get_args(LoadFormat)
 DEVICES: tuple[str, ...] = get_args(Device)
+SIMULATED = "sim:"  # of a device, before the name of the hardware or the path of its description
 KV_CACHE_DTYPES: tuple[str, ...] = ("int8", "fp8")
 KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4", "fp8")
@@ -110,7 +111,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     load_format: LoadFormat = "auto"
-    device: Device = "auto"
+    device: str = "auto"  # of DEVICES, or SIMULATED and the hardware
     kernels: str = "auto"  # of KERNELS
     tile_table: str | None = None  # a file, see engine.devices.tile_files; None: that of the GPU in the user's cache
     enforce_eager: bool = False  # GPUs launch the kernels of each step, none is captured in a CUDA graph
@@ -147,7 +148,7 @@ class EngineConfig:
             raise ConfigError("--lora: adapter names must be unique and differ from the model's name")
         self._check_numbers()
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and not (name == "device" and self.simulated):
                 raise ConfigError(
                     f"{flag(name)} must be one of {', '.join(filter(None, allowed))}, not {getattr(self, name)!r}"
                 )
@@ -280,6 +281,11 @@ class EngineConfig:
         return frozenset(ABLATIONS) - kept
 
     @property
+    def simulated(self) -> str:
+        """The hardware that is simulated (see `engine.hardware.description`); empty: the device is real."""
+        return self.device.removeprefix(SIMULATED) if self.device.startswith(SIMULATED) else ""
+
+    @property
     def total_ranks(self) -> int:
         """The number of ranks of all replicas, which share the cores."""
         return self.data_parallel_size * self.tensor_parallel_size
@@ -330,7 +336,7 @@ _AT_LEAST_ONE = (
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
-    "device": DEVICES,
+    "device": (*DEVICES, f"{SIMULATED}NAME"),
     "kernels": KERNELS,
     "quantization": (None, *QUANTIZATIONS),
     "tokenizer_mode": TOKENIZER_MODES,

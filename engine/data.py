@@ -23,9 +23,9 @@ def datasets_folder() -> Path:
 
 @functools.cache
 def known_models() -> dict[str, Path]:
-    """The config files (dimensions, no weights) of models that ship with the product, by each of their names."""
+    """The config files (dimensions, no weights) of models that ship with the product, by all of their names."""
     import yaml
 
     folder = datasets_folder() / "models"
     names = yaml.safe_load((folder / "names.yaml").read_text())
-    return {name: folder / f"{stem}.json" for stem, of in names.items() for name in of}
+    return {name: folder / f"{stem}.json" for stem, of in names.items() for name in (stem, *of)}

@@ -21,6 +21,7 @@ from engine import children
 from engine.children import Failure, Loading, RankHandle, ReportingChild, Up
 from engine.clock import MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
+from engine.errors import ConfigError
 from engine.log_format import log_everything
 from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import FeatureFolder, remove_stale_features
@@ -198,20 +199,18 @@ def build_core_server(
 
     limit_libraries()  # before anything below imports torch
     from engine.core.server import CoreServer
-    from engine.devices import machine_for
-    from engine.length import fit_length
-    from engine.memory import resolve, with_measured
-    from engine.model.model_info import read_model_info
+    from engine.engine_plan import plan_engine
+    from engine.memory import with_measured
     from engine.pretrained import import_libraries
     from engine.worker.executor import make_executor
 
+    if config.simulated:
+        raise ConfigError(f"--device {config.device} runs in virtual time only: use another device to serve")
     phases.end("import the engine")
     import_libraries()
     phases.end("import torch")
-    machine = machine_for(config)  # first: its errors need no model
-    config, memory = fit_length(machine.adapt(config), memory)
-    model_info = read_model_info(config)
-    resolution = resolve(config, model_info, memory, machine)
+    plan = plan_engine(config, memory)
+    config, model_info, resolution = plan.config, plan.model_info, plan.resolution
     phases.end("read the configuration")
     executor = make_executor(config, model_info, resolution.config, folder=endpoints.folder, progress=progress)
     resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.tensor_parallel_size)

@@ -4,10 +4,9 @@ import dataclasses
 from bisect import bisect_left
 
 from engine.config import AUTO_LENGTH, EngineConfig
-from engine.devices import machine_for
+from engine.devices import machine_for, model_info_for
 from engine.errors import OutOfMemoryError
 from engine.memory import resolve
-from engine.model.model_info import read_model_info
 
 
 def fit_length(config: EngineConfig, available: int | None = None) -> tuple[EngineConfig, int | None]:
@@ -22,7 +21,7 @@ def fit_length(config: EngineConfig, available: int | None = None) -> tuple[Engi
     machine = machine_for(config)
     if available is None:
         available = machine.available_memory()
-    model_info = read_model_info(config)
+    model_info = model_info_for(config)
 
     def try_length(length: int) -> None:
         resolve(config, dataclasses.replace(model_info, max_model_len=length), available, machine)

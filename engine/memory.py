@@ -9,6 +9,7 @@ from engine.devices import machine_for
 from engine.devices.machine import Defaults, Machine
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine
+from engine.model.declared import divide_declared
 from engine.model.model_info import ITEMSIZE, ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.text import human_bytes
@@ -71,7 +72,8 @@ def resolve(
     if ranks == 1:
         workspace = machine.workspace(model_info, max_num_seqs, budget, block_size)
     else:  # ranks share the machine: from here on figures are sums over ranks
-        tp_plan = plan_tensor_parallel(config, model_info)
+        divide = divide_declared if config.simulated else plan_tensor_parallel
+        tp_plan = divide(config, model_info)
         warnings += tp_plan.warnings
         workspace = ranks * machine.workspace(tp_plan.rank_info, max_num_seqs, budget, block_size)
         kv_bytes = ranks * tp_plan.rank_info.kv_bytes_per_token

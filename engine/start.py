@@ -96,7 +96,7 @@ def start_engine(
         phases: of the start so far.
     """
     phases = Phases() if phases is None else phases
-    path = resolve_model(config.model, progress, dummy=config.load_format == "dummy")
+    path = resolve_model(config.model, progress, dummy=config.load_format == "dummy" or bool(config.simulated))
     tokenizer_path = path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, progress)
     # A stand-in replaces a model's missing tokenizer, but never one that was given by --tokenizer.
     stand_in = declared_vocab_size(path) if config.tokenizer is None else None

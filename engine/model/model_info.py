@@ -52,6 +52,7 @@ class ModelInfo:
     warnings: tuple[str, ...] = ()
     mm: MMFacts | None = None  # None: the model takes texts only
     pooling: PoolingSpec | None = None  # None: the model generates
+    stored_fp8: bool = False  # as simulated hardware runs it; elsewhere the weights of a checkpoint are dequantized
 
     @property
     def kv_groups(self) -> KVGroups:
@@ -77,7 +78,7 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
     dtype = _dtype(config, hf_config, tensors)
     decoder = hf_config.get_text_config(decoder=True)
     kv_heads, head_dim = _cached_heads(decoder)
-    length = _max_model_len(config, decoder, pooling)
+    length = request_length(config, decoder, pooling)
     windows = () if is_encoder(hf_config) else layer_windows(decoder, length)
     mm = _mm_facts(config, path, hf_config, dtype, length)
     group_size = group_layers(windows).group_size
@@ -239,7 +240,8 @@ def _check_stored_quantization(config: EngineConfig, hf_config: Any) -> None:
         )
 
 
-def _max_model_len(config: EngineConfig, hf_config: Any, pooling: PoolingSpec | None) -> int:
+def request_length(config: EngineConfig, hf_config: Any, pooling: PoolingSpec | None) -> int:
+    """The most tokens of a request of a decoder. Raises ConfigError for a length that it can't have."""
     longest = max_positions(hf_config)
     if longest is not None and is_encoder(hf_config):
         longest -= lost_positions(hf_config)

@@ -91,7 +91,7 @@ def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = 
     Args:
         name: a short name, a folder, a GGUF file, a config file or a hub id.
         progress: called with one line before each step that takes time.
-        dummy: the weights are not needed, so that a config that ships with Redline suffices.
+        dummy: the weights are not needed: a config that ships with Redline suffices, and none are fetched.
     """
     report = progress or (lambda _: None)
     if name in SHORT_NAMES:
@@ -105,7 +105,7 @@ def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = 
         return _resolve_file(path, report)
     if dummy and name in known_models():
         return known_models()[name]
-    return _from_hub(name, report)
+    return _from_hub(name, report, weights=not dummy)
 
 
 def resolve_tokenizer(name: str, progress: Progress | None = None) -> Path:
@@ -145,7 +145,7 @@ def _resolve_file(path: Path, report: Progress) -> Path:
     raise ModelError(f"{path} isn't a model: give a folder, a .gguf file, or a config.json with --load-format dummy")
 
 
-def _cached(key: str, build: Callable[[Path], None], report: Progress) -> Path:
+def _cached(key: str, build: Callable[[Path], object], report: Progress) -> Path:
     """The folder `key` of the cache, built first if it is missing. Of concurrent processes only one builds it."""
     folder = cache_folder() / key
     if folder.exists():
@@ -250,22 +250,34 @@ def _last_line(text: str) -> str:
     return (errors or lines or ["no reason given"])[-1].strip()
 
 
-def _from_hub(name: str, report: Progress) -> Path:
+def _from_hub(name: str, report: Progress, *, weights: bool) -> Path:
     known = ", ".join(sorted(SHORT_NAMES))
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"{name} doesn't exist: give a folder, a .gguf file, a hub id, or one of {known}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(files: list[str], to: Path | None = None) -> Path:
+        try:
+            return Path(snapshot_download(name, allow_patterns=files, local_dir=to))
+        except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+            raise ModelError(
+                f"{name} is neither a folder here nor one of {known}, and it can't be fetched from the hub: "
+                f"{first_line(error)}{_shipped(name, weights=weights)}"
+            ) from error
+
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         report(f"fetching {name} from the hub")
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        shape = "; --load-format dummy runs it with random weights" if name in known_models() else ""
-        raise ModelError(
-            f"{name} is neither a folder here nor one of {known}, and it can't be fetched from the hub: "
-            f"{first_line(error)}{shape}"
-        ) from error
+    if weights:
+        return fetch(HUB_FILES)
+    # Not into the hub's cache, where it would look like a whole model.
+    return _cached(f"config-{name.replace('/', '--')}", lambda to: fetch(HUB_FILES[1:], to), report)
+
+
+def _shipped(name: str, *, weights: bool) -> str:
+    """The end of the error that a model can't be fetched: the configs that are here without it."""
+    if not weights:
+        return f"; configs that are here are {', '.join(sorted({path.stem for path in known_models().values()}))}"
+    return "; --load-format dummy runs it with random weights" if name in known_models() else ""

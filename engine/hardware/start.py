@@ -1,0 +1,35 @@
+"""Makes the executor of a configuration on simulated hardware."""
+
+from msgspec.structs import replace
+
+from engine.clock import Clock
+from engine.config import EngineConfig, ResolvedConfig
+from engine.hardware.description import Hardware, read_hardware
+from engine.hardware.executor import SimulatedExecutor, SimulatedHost
+from engine.hardware.shape import decoder_shape
+from engine.hardware.step_time import StepTime
+from engine.model.model_info import ModelInfo
+
+SYNCHRONOUS = {"no-run-ahead", "full-state"}  # ablations with which the device waits for the host (engine.core.policy)
+
+
+def simulated_executor(
+    config: EngineConfig, resolved: ResolvedConfig, model_info: ModelInfo, clock: Clock
+) -> SimulatedExecutor:
+    """The executor of one replica; the caller delivers its results (`SimulatedExecutor.pump`).
+
+    Raises ConfigError if the hardware has no times for the model or for this number of ranks.
+    """
+    hardware, ranks = used_hardware(config), config.tensor_parallel_size
+    costs = hardware.host.v0 if config.engine == "v0" else hardware.host.v1
+    host = SimulatedHost(costs, ranks, overlaps=not resolved.ablations & SYNCHRONOUS)
+    step_time = StepTime(hardware, decoder_shape(config, model_info), ranks)
+    return SimulatedExecutor(clock, step_time, host, resolved.max_num_seqs, model_info.vocab_size)
+
+
+def used_hardware(config: EngineConfig) -> Hardware:
+    """The hardware as a configuration uses it."""
+    hardware = read_hardware(config.simulated)
+    if config.enforce_eager:
+        return replace(hardware, layer=replace(hardware.layer, captured_tokens=0))
+    return hardware

@@ -1,0 +1,73 @@
+"""Named hardware as a device: its memory, vLLM's defaults, and what it refuses."""
+
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.data import datasets_folder
+from engine.devices import machine_for
+from engine.devices.simulated import SimulatedMachine
+from engine.errors import ConfigError
+
+
+def configure(device: str = "sim:h100", **options: Any) -> EngineConfig:
+    return EngineConfig(model="llama-3.1-8b", device=device, **options)
+
+
+def test_memory_and_description() -> None:
+    config = configure(tensor_parallel_size=4)
+    machine = machine_for(config)
+    assert machine.available_memory() == 4 * machine_for(configure()).available_memory() == 4 * 80 * 10**9
+    assert machine.describe(config) == "sim:h100 (simulated: 4 x NVIDIA H100 SXM 80 GB)"
+    assert "random" in machine.warnings(config)[0]
+    assert machine.environment(0) == {}
+
+
+def test_a_description_may_be_a_file() -> None:
+    path = datasets_folder() / "hardware" / "a100.yaml"
+    machine = machine_for(configure(f"sim:{path}"))
+    assert isinstance(machine, SimulatedMachine)
+    assert machine.hardware.title == "NVIDIA A100 SXM 80 GB"
+
+
+def test_defaults_are_those_of_vllm() -> None:
+    found = {
+        (device, engine): machine_for(configure(device, engine=engine)).defaults
+        for device in ("sim:h100", "sim:a100")
+        for engine in ("v1", "v0")
+    }
+    sizes = {key: (one.max_num_seqs, one.max_num_batched_tokens) for key, one in found.items()}
+    assert sizes == {
+        ("sim:h100", "v1"): (1024, 8192),
+        ("sim:a100", "v1"): (256, 2048),
+        ("sim:h100", "v0"): (256, 2048),
+        ("sim:a100", "v0"): (256, 2048),
+    }
+    assert {(one.block_size, one.memory_utilization) for one in found.values()} == {(16, 0.9)}
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "message"),
+    [
+        ("sim:h1000", {}, "no such hardware; known are a100, b200, h100, h200"),
+        ("sim:a100", {"quantization": "fp8"}, "A100 SXM 80 GB has no products in fp8: leave it out"),
+        ("sim:a100", {"quantization": "int8"}, "it has times for bfloat16$"),
+        ("sim:h100", {"quantization": "int4"}, "it has times for bfloat16, or fp8"),
+        ("sim:a100", {"kv_cache_dtype": "fp8"}, "A100 SXM 80 GB has no times for it"),
+        ("sim:h100", {"kv_cache_dtype": "int8"}, "it has times for auto or fp8"),
+        ("sim:h100", {"tensor_parallel_size": 3}, "--tp 3: .* has times of all-reduces for 1, 2, 4, 8 ranks"),
+        ("sim:h100", {"speculative": "ngram"}, "--speculative ngram does not work"),
+        ("sim:h100", {"deterministic": True}, "--deterministic does not work"),
+        ("sim:h100", {"kernels": "triton"}, "--kernels triton does not work"),
+        ("sim:h100", {"adapters": (("a", "b"),)}, "--lora does not work"),
+        ("sim:h100", {"tile_table": "t"}, "--tile-table needs the Triton kernels"),
+    ],
+)
+def test_what_has_no_times_is_refused(device: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        machine_for(configure(device, **options))
+
+
+def test_v0_with_ranks_is_simulated() -> None:
+    assert isinstance(machine_for(configure(engine="v0", tensor_parallel_size=4)), SimulatedMachine)
