@@ -17,6 +17,8 @@ from engine.config import (
     QUANTIZATIONS,
     ROUTINGS,
     SCHEDULING_POLICIES,
+    SIMULATED,
+    SIMULATED_TOKENS,
     SPECULATORS,
     STORED_QUANTIZATIONS,
     TOKENIZER_MODES,
@@ -31,6 +33,17 @@ def split_commas(_ctx: click.Context, _param: click.Parameter, values: tuple[str
     """Values of an option that may be repeated and may hold several names separated by commas."""
     names = (name.strip().replace("_", "-") for value in values for name in value.split(","))
     return tuple(dict.fromkeys(name for name in names if name))
+
+
+class Device(click.ParamType):
+    """One of DEVICES, or simulated hardware, whose name is checked when its description is read."""
+
+    name = "device"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.startswith(SIMULATED):
+            return str(click.Choice(DEVICES).convert(value, param, ctx))
+        return value
 
 
 ENGINE_OPTIONS = (
@@ -77,9 +90,14 @@ ENGINE_OPTIONS = (
         help="Seed for the sampling of requests that set no seed.",
     ),
     option(
-        DEVICE, "--device", default="auto", type=click.Choice(DEVICES),
+        DEVICE, "--device", default="auto", type=Device(), metavar=f"[{'|'.join(DEVICES)}|{SIMULATED}NAME]",
         help="Device that runs the model. auto takes a GPU (cuda) that PyTorch can use, else the CPU. cuda also means "
-        "AMD's GPUs with ROCm. Only the CPU has been tested on hardware.",
+        "AMD's GPUs with ROCm. Only the CPU has been tested on hardware. sim:NAME simulates hardware such as h100, or "
+        "the one that a .yaml file describes: without weights, tokens are random and come when they would on it.",
+    ),
+    option(
+        DEVICE, "--simulated-tokens", default="random", type=click.Choice(SIMULATED_TOKENS),
+        help="Tokens of simulated hardware: any of the vocabulary, or those of the prompt, once.",
     ),
     option(
         DEVICE, "--kernels", default="auto", type=click.Choice(KERNELS),

@@ -20,6 +20,7 @@ DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS: tuple[str, ...] = get_args(LoadFormat)
 DEVICES: tuple[str, ...] = get_args(Device)
 SIMULATED = "sim:"  # of a device, before the name of the hardware or the path of its description
+SIMULATED_TOKENS: tuple[str, ...] = ("random", "echo")
 KV_CACHE_DTYPES: tuple[str, ...] = ("int8", "fp8")
 KV_CACHE_DTYPE_ALIASES = {"fp8_e4m3": "fp8"}
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4", "fp8")
@@ -112,6 +113,7 @@ class EngineConfig:
     seed: int = 0
     load_format: LoadFormat = "auto"
     device: str = "auto"  # of DEVICES, or SIMULATED and the hardware
+    simulated_tokens: str = "random"  # of SIMULATED_TOKENS: what simulated hardware samples
     kernels: str = "auto"  # of KERNELS
     tile_table: str | None = None  # a file, see engine.devices.tile_files; None: that of the GPU in the user's cache
     enforce_eager: bool = False  # GPUs launch the kernels of each step, none is captured in a CUDA graph
@@ -237,6 +239,8 @@ class EngineConfig:
         return tuple(flag(name) for name in V0_OPTIONS if getattr(self, name) is not None)
 
     def _check_engine(self) -> None:
+        if self.simulated_tokens != SIMULATED_TOKENS[0] and not self.simulated:
+            raise ConfigError(f"--simulated-tokens needs a simulated device: give --device {SIMULATED}NAME")
         for ablation in self.ablate:
             if ablation not in ABLATIONS:
                 raise ConfigError(f"--ablate must be one of {', '.join(ABLATIONS)}, not {ablation!r}")
@@ -337,6 +341,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
     "device": (*DEVICES, f"{SIMULATED}NAME"),
+    "simulated_tokens": SIMULATED_TOKENS,
     "kernels": KERNELS,
     "quantization": (None, *QUANTIZATIONS),
     "tokenizer_mode": TOKENIZER_MODES,

@@ -19,9 +19,8 @@ from msgspec.structs import replace
 
 from engine import children
 from engine.children import Failure, Loading, RankHandle, ReportingChild, Up
-from engine.clock import MonotonicClock
+from engine.clock import Clock, MonotonicClock
 from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
-from engine.errors import ConfigError
 from engine.log_format import log_everything
 from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import FeatureFolder, remove_stale_features
@@ -30,6 +29,7 @@ from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
+    from engine.engine_plan import EnginePlan
     from engine.frontend.grammar_vocabulary import GrammarVocabulary
     from engine.frontend.inline_front_end import InlineTexts
     from engine.memory import Resolution
@@ -201,18 +201,18 @@ def build_core_server(
     from engine.core.server import CoreServer
     from engine.engine_plan import plan_engine
     from engine.memory import with_measured
-    from engine.pretrained import import_libraries
-    from engine.worker.executor import make_executor
 
-    if config.simulated:
-        raise ConfigError(f"--device {config.device} runs in virtual time only: use another device to serve")
     phases.end("import the engine")
-    import_libraries()
-    phases.end("import torch")
+    if not config.simulated:
+        from engine.pretrained import import_libraries
+
+        import_libraries()
+        phases.end("import torch")
     plan = plan_engine(config, memory)
     config, model_info, resolution = plan.config, plan.model_info, plan.resolution
     phases.end("read the configuration")
-    executor = make_executor(config, model_info, resolution.config, folder=endpoints.folder, progress=progress)
+    clock = MonotonicClock()
+    executor = _start_executor(plan, endpoints, clock, progress)
     resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.tensor_parallel_size)
     resolved = resolution.config
     phases.add(executor.seconds, "start the executor")
@@ -225,7 +225,7 @@ def build_core_server(
     addresses = endpoints.to_core, endpoints.from_core
     vocabulary = partial(_load_vocabulary, config, ready.vocab_size)
     server = CoreServer(
-        resolved, executor, MonotonicClock(), *addresses, inline, feature_folder=folder, load_vocabulary=vocabulary
+        resolved, executor, clock, *addresses, inline, feature_folder=folder, load_vocabulary=vocabulary
     )
     phases.end("start the core")
     for name, path in config.adapters:
@@ -234,6 +234,20 @@ def build_core_server(
         phases.end("load adapters")
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
     return BuiltCore(server, ready, tuple(executor.ranks), features)
+
+
+def _start_executor(
+    plan: "EnginePlan", endpoints: Endpoints, clock: Clock, progress: Callable[[int, int], None] | None
+) -> "StartedExecutor":
+    config, model_info, resolved = plan.config, plan.model_info, plan.resolution.config
+    if config.simulated:
+        from engine.hardware.real_time import RealTimeExecutor
+        from engine.hardware.start import simulated_executor
+
+        return RealTimeExecutor(simulated_executor(config, resolved, model_info, clock), clock)
+    from engine.worker.executor import make_executor
+
+    return make_executor(config, model_info, resolved, folder=endpoints.folder, progress=progress)
 
 
 def _ready(
@@ -269,6 +283,7 @@ def _ready(
         tile_table=resolved.tile_table,
         mm=None if model_info.mm is None else model_info.mm.spec,
         pooling=model_info.pooling,
+        simulated=resolution.simulated,
     )
 
 

@@ -29,6 +29,7 @@ class Resolution:
     warnings: tuple[str, ...]
     device: str
     sequences: int  # requests of max-model-len that fit at once
+    simulated: str = ""  # the hardware that is simulated, in words; empty: the device is real
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def resolve(
     warnings += _too_large_inputs(model_info, budget)
     warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs) if per_request else max_num_seqs
-    return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences)
+    return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences, machine.simulated)
 
 
 def _num_blocks(config: EngineConfig, memory: _Budget, per_request: int, max_num_seqs: int) -> int:

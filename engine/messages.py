@@ -217,6 +217,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     kv_cache_dtype: str | None = None  # None: as dtype
     mm: MMSpec | None = None  # None: the model takes texts only
     pooling: PoolingSpec | None = None  # None: the model generates
+    simulated: str = ""  # the hardware that is simulated, in words; empty: the device is real
 
     @property
     def prompt_vocab_size(self) -> int:

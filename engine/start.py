@@ -16,7 +16,7 @@ from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json, text
 from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.model.config.file_names import CONFIG, PARAMS
-from engine.model.resolve import resolve_model, resolve_tokenizer
+from engine.model.resolve import cached_tokenizer, resolve_model, resolve_tokenizer
 from engine.multimodal.feature_files import cache_bytes
 from engine.phases import Phases
 from engine.replicas import start_cores, stop_all, wait_all_ready
@@ -96,8 +96,12 @@ def start_engine(
         phases: of the start so far.
     """
     phases = Phases() if phases is None else phases
-    path = resolve_model(config.model, progress, dummy=config.load_format == "dummy" or bool(config.simulated))
-    tokenizer_path = path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, progress)
+    simulated = bool(config.simulated)
+    path = resolve_model(config.model, progress, dummy=config.load_format == "dummy" or simulated)
+    if config.tokenizer is not None:
+        tokenizer_path = resolve_tokenizer(config.tokenizer, progress, weights=not simulated)
+    else:  # a config that ships has none beside it
+        tokenizer_path = (cached_tokenizer(config.model) if path.is_file() else None) or path
     # A stand-in replaces a model's missing tokenizer, but never one that was given by --tokenizer.
     stand_in = declared_vocab_size(path) if config.tokenizer is None else None
     generation = read_generation(config.generation_config, path, config.override_generation_config)

@@ -214,8 +214,11 @@ async def ready(readiness: Readiness) -> Response:
     return json_response({"status": "ready"})
 
 
-async def version(_state: ApiState, _request: Request) -> Response:
-    return json_response({"version": metadata.version("redline-llm")})
+async def version(state: ApiState, _request: Request) -> Response:
+    simulated = state.client.ready.simulated
+    return json_response(
+        {"version": metadata.version("redline-llm"), **({"simulated": simulated} if simulated else {})}
+    )
 
 
 async def openapi(state: ApiState, _request: Request) -> Response:

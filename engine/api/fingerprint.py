@@ -19,4 +19,5 @@ def system_fingerprint(ready: Ready) -> str:
         ready.quantization,
         ready.kv_cache_dtype,
     )
-    return f"redline-{version}-{hashlib.blake2b(repr(decisive).encode(), digest_size=4).hexdigest()}"
+    name = f"redline-{version}-simulated" if ready.simulated else f"redline-{version}"
+    return f"{name}-{hashlib.blake2b(repr(decisive).encode(), digest_size=4).hexdigest()}"

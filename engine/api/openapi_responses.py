@@ -164,7 +164,7 @@ RESPONSES: dict[str, Schema] = {
         },
     ),
     "Ready": record({"status": {"const": "ready"}}),
-    "Version": record({"version": STRING}),
+    "Version": record({"version": STRING}, {"simulated": STRING}),
     "Document": record({"openapi": STRING, "paths": {"type": "object"}}),
     "Text": STRING,
 }

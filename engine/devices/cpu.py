@@ -26,6 +26,7 @@ class CpuMachine:
     torch_type = ""
     kernels = "auto"
     tile_table = ""
+    simulated = ""
     defaults = Defaults(
         # Steps of 112 tokens compute as many tokens per second as longer ones, and running requests wait less for them:
         # 110 ms beside prompts of 1,500 tokens (SmolLM2-135M, 2 cores), in place of 150 ms for steps of 144.

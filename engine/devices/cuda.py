@@ -42,6 +42,7 @@ class CudaMachine:
     """
 
     torch_type = "cuda"
+    simulated = ""
     defaults = Defaults(
         max_num_seqs=256, max_num_batched_tokens=2048, min_chunk=256, block_size=32, memory_utilization=0.9
     )

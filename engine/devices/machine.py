@@ -30,6 +30,7 @@ class Machine(Protocol):
     torch_type: str  # of the device, for one whose steps are enqueued; empty: the CPU
     kernels: str  # triton or torch; those of the CPU are chosen with the model: auto
     tile_table: str  # the file with measured tiles of attention; empty: none
+    simulated: str  # the hardware that is simulated, in words; empty: the device is real
 
     def available_memory(self) -> int:
         """Bytes that one replica could take now, on all its ranks together."""

@@ -25,6 +25,7 @@ class SimulatedMachine:
 
     def __init__(self, config: EngineConfig):
         self.hardware = read_hardware(config.simulated)
+        self.simulated = self.hardware.title
         self._ranks = config.tensor_parallel_size
         refuse_tile_table(config, f"on {config.device}")
         _check(config, self.hardware)

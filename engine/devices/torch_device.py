@@ -20,6 +20,7 @@ class TorchMachine:
 
     kernels = "torch"
     tile_table = ""
+    simulated = ""
     defaults = Defaults(
         max_num_seqs=128, max_num_batched_tokens=1024, min_chunk=64, block_size=32, memory_utilization=0.8
     )

@@ -19,6 +19,7 @@ from engine.frontend.mm_pipeline import MMPipeline
 from engine.frontend.output_processor import OutputProcessor
 from engine.frontend.prompts import Prompt, check_prompt, length_of
 from engine.frontend.sampling_params import SEED_MASK, SamplingParams, make_request
+from engine.frontend.simulated import check_simulated, refused_grammar, with_stop_ids
 from engine.frontend.streams import Origin, Output, RequestOptions, RequestStream
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
@@ -163,6 +164,7 @@ class CoreClient(OutputProcessor):
             else:
                 assert self.ready.inline, "this core does not tokenize"
         params.check_vocabulary(self.ready.vocab_size)
+        check_simulated(self.ready, params)
 
     def submit(self, stream: RequestStream) -> None:
         """Send a stream's outputs to the core, all or none; `check_request` has accepted them.
@@ -225,6 +227,8 @@ class CoreClient(OutputProcessor):
             inline=self.ready.inline,
             **asdict(stream.options),
         )
+        if self.ready.simulated:
+            message = with_stop_ids(message)
         return self._with_inputs(message, stream.inputs[number]) if stream.inputs else message
 
     def _with_inputs(self, message: AddRequest, inputs: PromptInputs) -> AddRequest:
@@ -265,6 +269,8 @@ class CoreClient(OutputProcessor):
 
     async def check_grammar(self, grammar: Grammar) -> str:
         """Compile a grammar in the core; returns why it can't be used, or an empty text."""
+        if refused := refused_grammar(self.ready):
+            return refused
         answer = await self.call_utility("check_grammar", kind=grammar.kind, text=grammar.text)
         check = msgspec.convert(answer, GrammarCheck)
         self.stats.count_grammar([check.compile_s])

@@ -28,6 +28,7 @@ from engine.frontend.routing import (
     prompt_block_hashes,
 )
 from engine.frontend.sampling_params import SamplingParams
+from engine.frontend.simulated import refused_grammar
 from engine.frontend.streams import Origin, Output, RequestOptions, RequestStream
 from engine.frontend.transport import Transport
 from engine.grammar import Grammar, GrammarCheck
@@ -205,6 +206,8 @@ class Router:
 
     async def check_grammar(self, grammar: Grammar) -> str:
         """See `CoreClient.check_grammar`. All replicas compile it, since each of them may get the request."""
+        if refused := refused_grammar(self.ready):
+            return refused
         arguments = {"kind": grammar.kind, "text": grammar.text}
         answers = await self._calls.call_responsive("check_grammar", arguments)
         checks = msgspec.convert(answers, list[GrammarCheck])

@@ -13,9 +13,8 @@ from engine.clock import Clock
 from engine.columns import column, int32s
 from engine.hardware.description import HostCosts
 from engine.hardware.step_time import StepTime, StepWork
+from engine.hardware.tokens import TokenSource
 from engine.messages import MemoryLine, StepMessage, StepReports, StepResult, decode_step, encode
-
-MULTIPLIER = 2654435761  # Knuth's multiplicative hash: neighboring positions get tokens far apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class SimulatedHost:
 class SimulatedExecutor:
     """Implements `engine.worker.executor.StartedExecutor`; `pump` delivers the results that are due."""
 
-    def __init__(self, clock: Clock, step_time: StepTime, host: SimulatedHost, max_num_seqs: int, vocab_size: int):
+    def __init__(self, clock: Clock, step_time: StepTime, host: SimulatedHost, max_num_seqs: int, tokens: TokenSource):
         self.seconds: dict[str, float] = {}
         self.kernels = "simulated"
         self.warnings: tuple[str, ...] = ()
@@ -43,7 +42,7 @@ class SimulatedExecutor:
         self.memory: tuple[MemoryLine, ...] = ()
         self.ended: Future[None] = Future()
         self.ranks: Sequence[RankHandle] = ()
-        self._clock, self._step_time, self._host, self._vocab_size = clock, step_time, host, vocab_size
+        self._clock, self._step_time, self._host, self._tokens = clock, step_time, host, tokens
         self._live = np.zeros(max_num_seqs, bool)
         self._computed = np.zeros(max_num_seqs, np.int64)
         self._known = np.zeros(max_num_seqs, np.int64)
@@ -88,11 +87,14 @@ class SimulatedExecutor:
         return delivered
 
     def _apply(self, message: StepMessage) -> None:
-        self._live[int32s(message.freed_slots)] = False
+        freed = int32s(message.freed_slots)
+        self._live[freed] = False
+        self._tokens.free(freed)
         for added in message.assigned_slots:
             self._live[added.slot] = True
             self._known[added.slot] = len(int32s(added.tokens))
             self._computed[added.slot] = added.num_computed_tokens
+            self._tokens.assign(added)
 
     def _run(self, message: StepMessage) -> tuple[float, bytes]:
         counts = self._live.astype(np.int64)
@@ -112,7 +114,7 @@ class SimulatedExecutor:
             sampled=len(slots),
         )
         device_s = self._step_time.seconds(work)
-        tokens = (self._known[slots] * MULTIPLIER + slots) % self._vocab_size
+        tokens = self._tokens.next(slots, self._known[slots])
         encoded = tuple("" for _ in message.encoder_inputs)
         result = StepResult(
             message.step, column(tokens), seconds=device_s, reports=StepReports(encoded=encoded) if encoded else None

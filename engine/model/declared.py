@@ -114,7 +114,7 @@ def read_declared(config: EngineConfig) -> ModelInfo:
     decoder = _decoder(config, fields)
     if read_pooling(config, path, decoder) is not None:
         raise ModelError(
-            f"{config.model} returns vectors; simulated hardware has times for models that generate: use --runner "
+            f"{config.name} returns vectors; simulated hardware has times for models that generate: use --runner "
             "generate, or another model"
         )
     length = request_length(config, decoder, None)
@@ -169,7 +169,7 @@ def divide_declared(config: EngineConfig, model_info: ModelInfo) -> Division:
     if not fits(ranks):
         works = [str(count) for count in (1, 2, 4, 8, 16) if fits(count)]
         raise ConfigError(
-            f"--tp {ranks} is not possible: {config.model} has {heads} heads, {kv_heads} heads of keys and values and "
+            f"--tp {ranks} is not possible: {config.name} has {heads} heads, {kv_heads} heads of keys and values and "
             f"{inner} inner dimensions; it can be divided over {', '.join(works)} ranks"
         )
     rank_kv_heads = max(kv_heads // ranks, 1)
@@ -189,9 +189,9 @@ def _read_fields(path: Path, config: EngineConfig) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{config.model}: {file.name} can't be read: {error}") from error
+        raise ModelError(f"{config.name}: {file.name} can't be read: {error}") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{config.model}: {file.name} is not a JSON object")
+        raise ModelError(f"{config.name}: {file.name} is not a JSON object")
     overrides = config.hf_overrides or {}
     assert not isinstance(overrides, str), "EngineConfig has read the JSON text"
     if {"rope_scaling", "rope_parameters"} & overrides.keys():
@@ -203,16 +203,16 @@ def _decoder(config: EngineConfig, fields: Mapping[str, Any]) -> Decoder:
     model_type = fields.get("model_type")
     if model_type not in KINDS:
         raise ModelError(
-            f"simulated hardware has no times for {config.model}, a model of type {model_type!r}; it has them for "
+            f"simulated hardware has no times for {config.name}, a model of type {model_type!r}; it has them for "
             f"decoders of the types {', '.join(KINDS)}, and for models with images on such decoders"
         )
     try:
         decoder = msgspec.convert(fields, Decoder)
     except msgspec.ValidationError as error:
-        raise ModelError(f"{config.model}: its {CONFIG} can't be used: {error}") from error
+        raise ModelError(f"{config.name}: its {CONFIG} can't be used: {error}") from error
     if decoder.num_attention_heads % decoder.kv_heads:
         raise ModelError(
-            f"{config.model}: num_attention_heads ({decoder.num_attention_heads}) must be a multiple of "
+            f"{config.name}: num_attention_heads ({decoder.num_attention_heads}) must be a multiple of "
             f"num_key_value_heads ({decoder.kv_heads})"
         )
     if config.num_layers is not None:
@@ -226,7 +226,7 @@ def _check_windows(config: EngineConfig, windows: tuple[int, ...]) -> None:
     window = max(windows)
     if window:
         raise ConfigError(
-            f"{config.model} has layers that see {window} tokens only, which the times of simulated hardware don't "
+            f"{config.name} has layers that see {window} tokens only, which the times of simulated hardware don't "
             f"include: use --max-model-len {window} or less"
         )
 
@@ -270,11 +270,11 @@ def _check_stored(config: EngineConfig, stored: str) -> None:
     """Raise an error for a checkpoint in a quantized format other than fp8, or not in the format that is asked for."""
     if stored not in ("", FP8):
         raise ModelError(
-            f"simulated hardware has no times for weights stored as {stored}, as those of {config.model} are: use a "
+            f"simulated hardware has no times for weights stored as {stored}, as those of {config.name} are: use a "
             "checkpoint in bfloat16 or fp8"
         )
     if config.stored_quantization is not None and stored != FP8:
         raise ConfigError(
-            f"--quantization {config.stored_quantization}: the weights of {config.model} are not quantized; simulated "
+            f"--quantization {config.stored_quantization}: the weights of {config.name} are not quantized; simulated "
             "hardware can quantize them to fp8"
         )

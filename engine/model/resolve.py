@@ -108,10 +108,27 @@ def resolve_model(name: str, progress: Progress | None = None, *, dummy: bool = 
     return _from_hub(name, report, weights=not dummy)
 
 
-def resolve_tokenizer(name: str, progress: Progress | None = None) -> Path:
-    """The folder of a tokenizer: any folder, even without a config.json; other names as in `resolve_model`."""
+def resolve_tokenizer(name: str, progress: Progress | None = None, *, weights: bool = True) -> Path:
+    """The folder of a tokenizer: any folder, even without a config.json; other names as in `resolve_model`.
+
+    Without `weights`, those of a hub id are not fetched with it.
+    """
     path = Path(name).expanduser()
-    return path.resolve() if path.is_dir() else resolve_model(name, progress)
+    if path.is_dir():
+        return path.resolve()
+    if weights or name in SHORT_NAMES or path.is_file():
+        return resolve_model(name, progress)
+    return _from_hub(name, progress or (lambda _: None), weights=False)
+
+
+def cached_tokenizer(name: str) -> Path | None:
+    """The folder in the hub's cache with the tokenizer of a hub id; None if there is none."""
+    if not _HUB_ID.fullmatch(name) or "/" not in name:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "tokenizer.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,74 @@
+"""Results of simulated steps arrive when they are due, from a thread that sleeps meanwhile."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from engine.clock import MonotonicClock
+from engine.columns import column
+from engine.errors import RequestError
+from engine.hardware.description import read_hardware
+from engine.hardware.executor import SimulatedExecutor, SimulatedHost
+from engine.hardware.real_time import RealTimeExecutor
+from engine.hardware.step_time import DecoderShape, StepTime
+from engine.hardware.tokens import RandomTokens
+from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
+
+H100 = read_hardware("h100")
+SHAPE = DecoderShape(32, 4096, 14336, 32, 8, 128, 1000)
+
+
+def make() -> RealTimeExecutor:
+    clock = MonotonicClock()
+    host = SimulatedHost(H100.host.v1, 1, overlaps=True)
+    return RealTimeExecutor(SimulatedExecutor(clock, StepTime(H100, SHAPE), host, 4, RandomTokens(4, 1000)), clock)
+
+
+def assignment(prompt: int) -> SlotAssignment:
+    return SlotAssignment(0, 0, column(range(prompt)), prompt, 0, (), Sampling())
+
+
+def test_a_result_comes_no_earlier_than_its_step_ends() -> None:
+    executor = make()
+    begun = time.monotonic()
+    submitted = executor.submit(encode(StepMessage(1, assigned_slots=(assignment(2000),), chunks=column([0, 2000]))))
+    assert submitted.done()
+    first = executor.sample(1)
+    executor.submit(encode(StepMessage(2)))
+    second = executor.sample(2)
+    assert not first.done()
+    one, two = (decode_result(future.result(30)) for future in (first, second))
+    assert (one.step, two.step) == (1, 2)
+    assert time.monotonic() - begun >= one.seconds + two.seconds > 0.03
+    executor.shutdown()
+
+
+def test_nothing_is_computed_by_the_thread_while_it_waits() -> None:
+    executor = make()
+    thread = next(one for one in threading.enumerate() if one.name == "simulated-device")
+    executor.submit(encode(StepMessage(1, assigned_slots=(assignment(8000),), chunks=column([0, 8000]))))
+    began = time.thread_time()
+    executor.sample(1).result(30)
+    assert time.thread_time() - began < 0.1
+    executor.shutdown()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_calls_are_refused() -> None:
+    executor = make()
+    with pytest.raises(RequestError, match="simulated hardware has no load_adapter"):
+        executor.call("load_adapter", {}).result()
+    executor.shutdown()
+
+
+def test_a_fault_of_the_thread_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: Any) -> bool:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(SimulatedExecutor, "pump", fail)
+    executor = make()
+    assert isinstance(executor.ended.exception(30), ValueError)
+    executor.shutdown()
