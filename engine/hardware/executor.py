@@ -13,7 +13,7 @@ from engine.clock import Clock
 from engine.columns import column, int32s
 from engine.hardware.description import HostCosts
 from engine.hardware.step_time import StepTime, StepWork
-from engine.hardware.tokens import TokenSource
+from engine.hardware.tokens import make_tokens
 from engine.messages import MemoryLine, StepMessage, StepReports, StepResult, decode_step, encode
 
 
@@ -34,7 +34,16 @@ class SimulatedHost:
 class SimulatedExecutor:
     """Implements `engine.worker.executor.StartedExecutor`; `pump` delivers the results that are due."""
 
-    def __init__(self, clock: Clock, step_time: StepTime, host: SimulatedHost, max_num_seqs: int, tokens: TokenSource):
+    def __init__(
+        self,
+        clock: Clock,
+        step_time: StepTime,
+        host: SimulatedHost,
+        max_num_seqs: int,
+        vocab_size: int,
+        tokens: str = "random",
+    ):
+        """`tokens` is one of `engine.config.SIMULATED_TOKENS`."""
         self.seconds: dict[str, float] = {}
         self.kernels = "simulated"
         self.warnings: tuple[str, ...] = ()
@@ -42,7 +51,8 @@ class SimulatedExecutor:
         self.memory: tuple[MemoryLine, ...] = ()
         self.ended: Future[None] = Future()
         self.ranks: Sequence[RankHandle] = ()
-        self._clock, self._step_time, self._host, self._tokens = clock, step_time, host, tokens
+        self._clock, self._step_time, self._host = clock, step_time, host
+        self._tokens = make_tokens(tokens, max_num_seqs, vocab_size)
         self._live = np.zeros(max_num_seqs, bool)
         self._computed = np.zeros(max_num_seqs, np.int64)
         self._known = np.zeros(max_num_seqs, np.int64)

@@ -8,7 +8,6 @@ from engine.hardware.description import Hardware, read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.shape import decoder_shape
 from engine.hardware.step_time import StepTime
-from engine.hardware.tokens import make_tokens
 from engine.model.model_info import ModelInfo
 
 SYNCHRONOUS = {"no-run-ahead", "full-state"}  # ablations with which the device waits for the host (engine.core.policy)
@@ -25,8 +24,8 @@ def simulated_executor(
     costs = hardware.host.v0 if config.engine == "v0" else hardware.host.v1
     host = SimulatedHost(costs, ranks, overlaps=not resolved.ablations & SYNCHRONOUS)
     step_time = StepTime(hardware, decoder_shape(config, model_info), ranks)
-    tokens = make_tokens(config.simulated_tokens, resolved.max_num_seqs, model_info.vocab_size)
-    return SimulatedExecutor(clock, step_time, host, resolved.max_num_seqs, tokens)
+    sizes = resolved.max_num_seqs, model_info.vocab_size
+    return SimulatedExecutor(clock, step_time, host, *sizes, config.simulated_tokens)
 
 
 def used_hardware(config: EngineConfig) -> Hardware:

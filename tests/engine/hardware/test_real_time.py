@@ -13,7 +13,6 @@ from engine.hardware.description import read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.real_time import RealTimeExecutor
 from engine.hardware.step_time import DecoderShape, StepTime
-from engine.hardware.tokens import RandomTokens
 from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
 
 H100 = read_hardware("h100")
@@ -23,7 +22,7 @@ SHAPE = DecoderShape(32, 4096, 14336, 32, 8, 128, 1000)
 def make() -> RealTimeExecutor:
     clock = MonotonicClock()
     host = SimulatedHost(H100.host.v1, 1, overlaps=True)
-    return RealTimeExecutor(SimulatedExecutor(clock, StepTime(H100, SHAPE), host, 4, RandomTokens(4, 1000)), clock)
+    return RealTimeExecutor(SimulatedExecutor(clock, StepTime(H100, SHAPE), host, 4, 1000), clock)
 
 
 def assignment(prompt: int) -> SlotAssignment:

@@ -10,7 +10,6 @@ from engine.config import ResolvedConfig
 from engine.hardware.description import read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
-from engine.hardware.tokens import RandomTokens
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import AddRequest, FinishReason, Outputs, Sampling, decode_from_core, encode
 
@@ -25,7 +24,7 @@ class Served:
     def __init__(self, num_blocks: int = 4000, *, ablations: frozenset[str] = frozenset(), budget: int = 2048):
         self.clock = VirtualClock()
         host = SimulatedHost(H100.host.v1, 1, overlaps="no-run-ahead" not in ablations)
-        executor = SimulatedExecutor(self.clock, STEP_TIME, host, 32, RandomTokens(32, LLAMA_8B.vocab_size))
+        executor = SimulatedExecutor(self.clock, STEP_TIME, host, 32, LLAMA_8B.vocab_size)
         config = ResolvedConfig(
             max_model_len=4096, max_num_seqs=32, max_num_batched_tokens=budget, block_size=16, num_blocks=num_blocks,
             enable_prefix_caching=False, ablations=ablations,
