@@ -1,5 +1,6 @@
 """Named hardware as a device: its memory, vLLM's defaults, and what it refuses."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from engine.config import EngineConfig
 from engine.data import datasets_folder
 from engine.devices import machine_for
 from engine.devices.simulated import SimulatedMachine
+from engine.engine_plan import plan_engine
 from engine.errors import ConfigError
 
 
@@ -18,7 +20,7 @@ def configure(device: str = "sim:h100", **options: Any) -> EngineConfig:
 def test_memory_and_description() -> None:
     config = configure(tensor_parallel_size=4)
     machine = machine_for(config)
-    assert machine.available_memory() == 4 * machine_for(configure()).available_memory() == 4 * 80 * 10**9
+    assert machine.available_memory() == 4 * machine_for(configure()).available_memory() == 4 * 84_900_000_000
     assert machine.describe(config) == "sim:h100 (simulated: 4 x NVIDIA H100 SXM 80 GB)"
     assert "random" in machine.warnings(config)[0]
     assert machine.environment(0) == {}
@@ -71,3 +73,17 @@ def test_what_has_no_times_is_refused(device: str, options: dict[str, Any], mess
 
 def test_v0_with_ranks_is_simulated() -> None:
     assert isinstance(machine_for(configure(engine="v0", tensor_parallel_size=4)), SimulatedMachine)
+
+
+# Tokens in the KV cache of vLLM on an H100 NVL (93.1 GiB), with 1,024 running requests and 4,096 tokens per step.
+PUBLISHED = {"llama-3.1-8b": 542_960, "qwen3-8b": 478_560, "qwen3-14b": 350_304, "qwen3-32b": 81_648}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_kv_cache_is_that_of_vllm(model: str, tmp_path: Path) -> None:
+    description = (datasets_folder() / "hardware" / "h100.yaml").read_text()
+    file = tmp_path / "h100-nvl.yaml"
+    file.write_text(description.replace("{value: 84.9,", f"{{value: {93.1 * 2**30 / 1e9:.2f},"))
+    config = EngineConfig(model=model, device=f"sim:{file}", max_num_batched_tokens=4096, max_model_len=8192)
+    resolved = plan_engine(config).resolution.config
+    assert resolved.num_blocks * resolved.block_size == pytest.approx(PUBLISHED[model], rel=0.01)

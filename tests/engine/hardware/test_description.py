@@ -26,8 +26,8 @@ def test_unknown_names_are_refused_with_those_that_are_known() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("{value: 80, source: sheet}", "{value: -80, source: sheet}", r"> 0.0 - at .*memory_gb.value"),
-        ("{value: 80, source: sheet}", "{value: 80, source: web}", "sources has no web"),
+        ("{value: 84.9, source: memory}", "{value: -80, source: memory}", r"> 0.0 - at .*memory_gb.value"),
+        ("{value: 84.9, source: memory}", "{value: 84.9, source: web}", "sources has no web"),
         ("bandwidth_tb_s", "bandwidth", "missing required field `bandwidth_tb_s`|unknown field `bandwidth`"),
         ("[8192, 524288,", "[524288, 8192,", "ascending order"),
         ("2: [4.4, 8.4,", "2: [8.4,", r"all_reduce.ranks.2 needs 5 times"),
