@@ -1,7 +1,5 @@
 """Chat templates of model families whose checkpoints were published without one."""
 
-from engine.multimodal.families import MM_FAMILIES
-
 # LLaVA 1.5, which was tuned on Vicuna's format: USER: <image>\nWhat is this? ASSISTANT: A cat.</s>
 LLAVA = """\
 {%- for message in messages %}
@@ -16,7 +14,7 @@ LLAVA = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
-# For random weights without a tokenizer, which can be given images in chats only.
+# For random weights, and simulated hardware, without a tokenizer.
 PLAIN = "{% for message in messages %}{{ message.content }}{{ '\\n' }}{% endfor %}"
 
 # The published template of Molmo's first generation writes no images: they come before all texts, after the token that
@@ -66,5 +64,5 @@ def default_template(family: str | None, *, stand_in: bool) -> str | None:
         stand_in: whether a stand-in replaces its tokenizer.
     """
     if stand_in:
-        return PLAIN if family in MM_FAMILIES else None
+        return PLAIN
     return DEFAULT_TEMPLATES.get(family or "")

@@ -41,7 +41,7 @@ Size = Annotated[int, Meta(ge=1)]
 
 
 class Decoder(Struct, kw_only=True):
-    """The fields of a decoder's config.json that count here."""
+    """The fields of a decoder's config.json that count here, as transformers' class has them."""
 
     model_type: str
     hidden_size: Size
@@ -69,6 +69,9 @@ class Decoder(Struct, kw_only=True):
             self.sliding_window = DEFAULT_WINDOWS.get(self.model_type)
         if self.model_type.startswith("qwen") and not self.use_sliding_window:
             self.sliding_window = None
+
+    def get_text_config(self, decoder: bool = True) -> "Decoder":  # noqa: ARG002
+        return self
 
     @property
     def kv_heads(self) -> int:

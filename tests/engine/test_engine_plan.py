@@ -44,7 +44,7 @@ def test_a_length_that_fits() -> None:
 
 
 def test_too_large_a_model_names_what_holds_it() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"--tp 4 or --device sim:b200$"):
+    with pytest.raises(OutOfMemoryError, match=r"--tp 2 or --device sim:b200$"):
         plan(LLAMA_70B, max_model_len=8192)
     with pytest.raises(OutOfMemoryError, match=r"--max-model-len \d+, or --device sim:b200$"):
         plan(LLAMA_70B, tensor_parallel_size=8, device="sim:h200", max_model_len=131072, gpu_memory_utilization=0.15)

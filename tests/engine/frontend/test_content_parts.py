@@ -8,7 +8,7 @@ from engine.errors import RequestError
 from engine.frontend.chat_template import ChatTemplate
 from engine.frontend.content_parts import MediaPart, check_alone, check_numbers, refuse_placeholders
 from engine.frontend.conversation import shape_conversation
-from engine.frontend.default_templates import LLAVA, default_template
+from engine.frontend.default_templates import LLAVA, PLAIN, default_template
 
 ALL = ("image", "audio", "video")
 TEXTS = {"image": "<image>"}
@@ -142,7 +142,7 @@ def test_other_templates_get_placeholders_before_the_text(source: str) -> None:
 
 def test_llava_without_a_template_has_vicunas_format() -> None:
     assert default_template("llava", stand_in=False) == LLAVA
-    assert default_template("llama", stand_in=True) is None
+    assert default_template("llama", stand_in=True) == PLAIN
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [ASKING, {"type": "image"}]},

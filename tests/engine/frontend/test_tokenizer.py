@@ -181,8 +181,7 @@ def test_a_stand_in_keeps_the_ids_of_placeholders_apart_from_characters(tmp_path
     assert 10 not in tokenizer.encode(written)
 
 
-def test_a_stand_in_of_a_text_model_has_no_chat_template(tmp_path: Path) -> None:
+def test_a_stand_in_writes_the_contents_of_messages(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
     tokenizer, _ = load_tokenizer(tmp_path, 300)
-    assert tokenizer.template is None
-    assert tokenizer.encode("\n") == [10]
+    assert tokenizer.render_chat([{"role": "user", "content": "hello"}]) == "hello\n"

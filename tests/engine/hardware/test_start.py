@@ -49,7 +49,7 @@ def test_what_engine_and_options_cost() -> None:
     v1, waiting, v0 = seconds(), seconds(ablate=("no-run-ahead",)), seconds("v0")
     assert v1 < waiting < v0
     assert seconds(tensor_parallel_size=2) < v1
-    assert v1 < seconds(enforce_eager=True)
+    assert seconds(tensor_parallel_size=4) < seconds(tensor_parallel_size=4, enforce_eager=True)
     assert seconds(quantization="fp8") < v1
     assert seconds("v0", tensor_parallel_size=4) < v0
 
