@@ -91,7 +91,12 @@ def vllm(python: str, model: Path, budget: int | None, folder: Path) -> Subject:
         "VLLM_TARGET_DEVICE": "cpu",
         "LD_PRELOAD": " ".join(vllm_preload(python)),
     }
-    given = {"dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": CpuMachine.defaults.max_num_seqs, "max_num_batched_tokens": budget}
+    given = {
+        "dtype": "bfloat16",
+        "max_model_len": 2048,
+        "max_num_seqs": CpuMachine.defaults.max_num_seqs,
+        "max_num_batched_tokens": budget,
+    }
     serve = [python, "-c", VLLM_MAIN, "serve", str(model), "--port", "{port}", "--host", "127.0.0.1"]
     command = [*serve, "--served-model-name", "model", *serve_flags(given)]
     name = f"vllm-{budget or 'default'}"

@@ -185,3 +185,4 @@ def test_a_stand_in_writes_the_contents_of_messages(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
     tokenizer, _ = load_tokenizer(tmp_path, 300)
     assert tokenizer.render_chat([{"role": "user", "content": "hello"}]) == "hello\n"
+    assert tokenizer.encode("\n") == [10]
