@@ -110,8 +110,8 @@ def read_declared(config: EngineConfig) -> ModelInfo:
     in_fp8 = FP8 in (stored, config.quantization)
     if fields.get("model_type") in MM_FAMILIES:
         quantization = FP8 if in_fp8 else None
-        changes = {"load_format": "dummy", "dtype": dtype, "quantization": quantization, "stored_quantization": None}
-        found = read_model_info(replace(config, **changes))
+        changes: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "stored_quantization": None}
+        found = read_model_info(replace(config, load_format="dummy", **changes))
         _check_windows(config, found.windows)
         return replace(found, stored_fp8=stored == FP8, warnings=(*found.warnings, *notes))
     decoder = _decoder(config, fields)
