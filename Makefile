@@ -158,6 +158,10 @@ bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, w
 bench-rates: install  ## The highest sustained rate of Redline and vLLM (VLLM_PYTHON=…) on this CPU: results/bench-rates
 	$(BIN)/python -m tests.perf.bench_rates
 
+.PHONY: bench-validity
+bench-validity: install  ## What --device sim:this-machine predicts beside what is measured, 30 minutes: docs/figures/bench-validity.png
+	$(BIN)/python -m tests.perf.bench_validity
+
 .PHONY: parity
 parity: $(VENV)/installed-dev  ## Every family of models against plain transformers: results/parity.json
 	$(BIN)/python -m tests.perf.parity

@@ -1,4 +1,4 @@
-"""`redline profile --tune`: measures tiles of the attention kernels on a GPU and writes the fastest into a table."""
+"""`redline profile`: measures this machine; with --tune, tiles of the attention kernels on its GPU."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +14,17 @@ if TYPE_CHECKING:
 
     from engine.worker.tile_tuning import Choice
 
-MEASURE, SHAPE = "What to measure", "Shape, without a model"
+MACHINE, MEASURE, SHAPE = "This machine", "Tiles of attention on a GPU", "Shape of --tune, without a model"
 PROFILE_OPTIONS = (
+    option(
+        MACHINE, "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
+        help="Device to measure, as of redline serve.",
+    ),
+    option(
+        MACHINE, "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.yaml",
+        default_text="that of sim:this-machine in the user's cache",
+        help="Hardware description to write, for --device sim:FILE.yaml.",
+    ),
     option(
         MEASURE, "--tune", is_flag=True,
         help="Measure tiles of the attention kernels, and write the fastest into a table that `redline serve` reads.",
@@ -49,33 +58,55 @@ HEADS = ("heads", "kv_heads", "head_dim")
 @with_options(*PROFILE_OPTIONS)
 @click.argument("model", required=False)
 def command(**params: Any) -> None:
-    """Measure the kernels of MODEL on this machine's GPU, and choose their tiles.
+    """Measure this machine, so that --device sim:this-machine predicts what it does.
 
-    Only the shape of MODEL is used, not its weights; --heads, --kv-heads and --head-dim give a shape without a model.
-    About 50 kernels are compiled; Triton keeps them, so that a second run starts where an interrupted one ended.
+    Steps of small models with random weights are measured by themselves and over HTTP, which takes about two minutes.
+    A hardware description is fitted to them: see docs/simulation/profile.md. Leave the machine alone meanwhile.
+
+    With --tune, measure the attention kernels of MODEL on this machine's GPU instead, and choose their tiles. Only the
+    shape of MODEL is used, not its weights; --heads, --kv-heads and --head-dim give a shape without a model. About 50
+    kernels are compiled; Triton keeps them, so that a second run starts where an interrupted one ended.
 
     \b
     For example:
+      redline profile
+      redline profile --out ours.yaml
       redline profile meta-llama/Llama-3.1-8B --tune
       redline profile --tune --heads 32 --kv-heads 8 --head-dim 128
 
     \b
     Exit codes:
-      0  The table is written.
+      0  The description or the table is written.
       1  An error ended the measurement.
       2  A flag is wrong, or there is no GPU for it.
     """
+    if not params["tune"]:
+        _check_machine(params)
+        from cli.profile_machine import profile_machine
+
+        return profile_machine(params["device"], params["out"])
     _check(params)
     from engine.devices.cuda import gpu_with_triton
     from engine.devices.tile_files import default_file
 
     facts = gpu_with_triton()
-    _tune(verbatim_console(file_width=100), params, facts.name, params["file"] or default_file(facts.name))
+    return _tune(verbatim_console(file_width=100), params, facts.name, params["file"] or default_file(facts.name))
+
+
+def _check_machine(params: dict[str, Any]) -> None:
+    """Without --tune."""
+    if params["model"] is not None:
+        raise click.UsageError("the whole machine is measured, without MODEL; --tune measures the attention of MODEL")
+    of_tune = [name for name in (*HEADS, "file") if params[name] is not None]
+    if of_tune:
+        raise click.UsageError(
+            f"--{'tile-table' if of_tune[0] == 'file' else of_tune[0].replace('_', '-')} needs --tune"
+        )
 
 
 def _check(params: dict[str, Any]) -> None:
-    if not params["tune"]:
-        raise click.UsageError("nothing to do: give --tune")
+    if params["out"] is not None:
+        raise click.UsageError("--out is the file of a hardware description: with --tune use --tile-table")
     given = [name for name in HEADS if params[name] is not None]
     if params["model"] is not None and given:
         raise click.UsageError("give either a model, or --heads, --kv-heads and --head-dim")

@@ -7,6 +7,7 @@ slice, a pod), with version 1, version 2 or both mounted.
 import contextlib
 import math
 import os
+import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,12 @@ def cores(root: Path = ROOT) -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = (quota for folder in _groups("cpu", root) if (quota := _quota(folder)) is not None)
     return max(1, int(min(count, *quotas, math.inf)))
+
+
+def processor(root: Path = ROOT) -> str:
+    """The name of the processor."""
+    names = [line.split(":", 1)[1].strip() for line in _lines(root / "proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def threads_per_rank(total_ranks: int, usable_cores: int | None = None) -> int:

@@ -1,6 +1,5 @@
 """What a run depends on besides its options: versions, hardware and time."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engine.host import cores, total_memory
+from engine.host import cores, processor, total_memory
 
 
 def utc_now() -> str:
@@ -39,13 +38,8 @@ def _commit() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The machine: processor, and the cores and memory (GiB) that this process may use."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
-        cpu = names[0] if names else cpu
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": cores(),
         "memory_gib": round(total_memory() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",

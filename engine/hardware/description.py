@@ -1,6 +1,7 @@
 """Descriptions of named hardware, as data: `datasets/hardware/NAME.yaml`."""
 
 import functools
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from engine.errors import ConfigError
 Positive = Annotated[float, Meta(gt=0)]
 Part = Annotated[float, Meta(gt=0, le=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
+THIS_MACHINE = "this-machine"  # the name of the description that `redline profile` writes
 
 
 class Quantity(Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,15 +42,29 @@ class Gemm(Struct, frozen=True, forbid_unknown_fields=True):
     half_depth: NotNegative
 
 
+class GemmTable(Struct, frozen=True, forbid_unknown_fields=True):
+    """Measured products: picoseconds for each weight, by the rows of activations, ascending."""
+
+    rows: tuple[int, ...]
+    weight_ps: tuple[Positive, ...]
+
+
 class Gemms(Struct, frozen=True, forbid_unknown_fields=True):
+    """Products in bf16 have either a fit or a table."""
+
     source: str
-    bf16: Gemm
+    bf16: Gemm | None = None
     fp8: Gemm | None = None
+    bf16_table: GemmTable | None = None
 
 
 class DecodeAttention(Struct, frozen=True, forbid_unknown_fields=True):
+    """`compute`: scores take this part of the bf16 peak besides the reads; None: no time. `request_us`: of each."""
+
     launch_us: NotNegative
     memory: Part
+    compute: Positive | None = None
+    request_us: NotNegative = 0
 
 
 class DecodeAttentions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,23 +91,31 @@ class AllReduce(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Layer(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a layer's small kernels cost, and its launches in steps that aren't captured in a graph."""
+    """What a layer's small kernels cost, and its launches in steps that aren't captured in a graph.
+
+    `small_kernels_memory` is a part of the bandwidth; above 1 where activations stay in caches.
+    """
 
     source: str
     small_kernels_us: NotNegative
-    small_kernels_memory: Part
+    small_kernels_memory: Positive
     eager_us: NotNegative
     captured_tokens: Annotated[int, Meta(ge=0)]
 
 
 class HostCosts(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the processes of an engine cost; `request_us` by the least number of ranks for which it holds."""
+    """What the processes of an engine cost; `request_us` by the least number of ranks for which it holds.
+
+    `admitted_ms`: by which each new request delays the step that begins it, where the processes run on the device's
+    cores.
+    """
 
     source: str
     step_ms: NotNegative
     request_us: dict[int, NotNegative]
     serial: Annotated[float, Meta(ge=0, le=1)]
     request_ms: NotNegative
+    admitted_ms: NotNegative = 0
 
     def step_seconds(self, requests: int, ranks: int) -> float:
         """The host's time of a step."""
@@ -104,8 +128,29 @@ class Host(Struct, frozen=True, forbid_unknown_fields=True):
     v0: HostCosts
 
 
+class EngineDefaults(Struct, frozen=True, forbid_unknown_fields=True):
+    """Values of options that the engine on this device has; see `engine.devices.machine.Defaults`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    min_chunk: int
+    block_size: int
+    memory_utilization: Part
+
+
+class Profiled(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where and when `redline profile` measured a description. busy: the share of the cores that others used, 0..1."""
+
+    processor: str
+    threads: int
+    kernels: str
+    date: str
+    version: str
+    busy: NotNegative
+
+
 class Hardware(Struct, frozen=True, forbid_unknown_fields=True):
-    """One device, and the host of its engine."""
+    """One device, and the host of its engine. defaults: None: those of an engine on a GPU."""
 
     title: str
     sources: dict[str, str]
@@ -117,6 +162,8 @@ class Hardware(Struct, frozen=True, forbid_unknown_fields=True):
     all_reduce: AllReduce
     layer: Layer
     host: Host
+    defaults: EngineDefaults | None = None
+    profiled: Profiled | None = None
 
     @property
     def bandwidth(self) -> float:
@@ -133,20 +180,34 @@ def hardware_names() -> list[str]:
     return sorted(path.stem for path in (datasets_folder() / "hardware").glob("*.yaml"))
 
 
+def profile_file() -> Path:
+    """The description of this machine in the user's cache, which `redline profile` writes."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "redline" / "hardware" / f"{THIS_MACHINE}.yaml"
+
+
 def description_path(name: str) -> Path:
     """The file of a description: its name may itself be a path that ends in .yaml."""
+    if name == THIS_MACHINE:
+        return profile_file()
     return Path(name) if name.endswith(".yaml") else datasets_folder() / "hardware" / f"{name}.yaml"
 
 
-@functools.cache
 def read_hardware(name: str) -> Hardware:
     """Read a description by its name, or from a file whose name ends in .yaml. Raises ConfigError."""
     path = description_path(name)
+    if name == THIS_MACHINE and not path.is_file():
+        raise ConfigError(f"--device sim:{name}: this machine hasn't been measured yet: run `redline profile` first")
     if not path.is_file():
         raise ConfigError(
-            f"--device sim:{name}: no such hardware; known are {', '.join(hardware_names())}, or the path of a "
-            "description that ends in .yaml"
+            f"--device sim:{name}: no such hardware; known are {', '.join((*hardware_names(), THIS_MACHINE))}, or the "
+            "path of a description that ends in .yaml"
         )
+    return _read(name, path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _read(name: str, path: Path, _changed_ns: int) -> Hardware:
     import yaml
 
     try:
@@ -161,6 +222,13 @@ def read_hardware(name: str) -> Hardware:
 def _check(hardware: Hardware, file: str) -> None:
     """Raise ConfigError where values don't fit each other."""
     table, host = hardware.all_reduce, hardware.host
+    products = hardware.gemm.bf16_table
+    if (products is None) == (hardware.gemm.bf16 is None):
+        raise ConfigError(f"{file}: gemm needs either bf16 or bf16_table")
+    if products is not None and (not products.rows or len(products.rows) != len(products.weight_ps)):
+        raise ConfigError(f"{file}: gemm.bf16_table needs one weight_ps for each of its rows, and at least one")
+    if products is not None and list(products.rows) != sorted({row for row in products.rows if row > 0}):
+        raise ConfigError(f"{file}: gemm.bf16_table.rows must be positive numbers in ascending order")
     parts = (hardware.memory_gb, hardware.bandwidth_tb_s, hardware.peak_tflops, hardware.gemm, hardware.attention)
     for part in (*parts, table, hardware.layer, host.v1, host.v0):
         if part.source not in hardware.sources:

@@ -25,9 +25,13 @@ class SimulatedHost:
     ranks: int
     overlaps: bool
 
-    def with_host(self, device_s: float, requests: int) -> float:
-        """Seconds from the end of one step to the end of the next, which takes the device `device_s`."""
+    def with_host(self, device_s: float, requests: int, new: int = 0) -> float:
+        """Seconds from the end of one step to the end of the next, which takes the device `device_s`.
+
+        `requests` are those of the step, `new` those that it begins.
+        """
         host = self.costs.step_seconds(requests, self.ranks)
+        device_s += new * self.costs.admitted_ms * 1e-3
         return max(device_s, host) + self.costs.serial * host if self.overlaps else device_s + host
 
 
@@ -129,4 +133,5 @@ class SimulatedExecutor:
         result = StepResult(
             message.step, column(tokens), seconds=device_s, reports=StepReports(encoded=encoded) if encoded else None
         )
-        return self._host.with_host(device_s, int((counts > 0).sum())), encode(result)
+        new = len(message.assigned_slots)
+        return self._host.with_host(device_s, int((counts > 0).sum()), new), encode(result)

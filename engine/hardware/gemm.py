@@ -1,10 +1,51 @@
 """How long a matrix product takes on named hardware."""
 
+from bisect import bisect_left
+from typing import Protocol
+
 from engine.errors import ConfigError
-from engine.hardware.description import Gemm, Hardware
+from engine.hardware.description import Gemm, GemmTable, Hardware
 
 # A quantized product first converts its input: 3 bytes for each element, at this part of the bandwidth.
 CONVERTED_BYTES, CONVERSION_MEMORY = 3, 0.7
+
+
+class Products(Protocol):
+    """Times of products of one dtype of the weights."""
+
+    def seconds(self, m: int, k: int, n: int) -> float:
+        """An m x k matrix of activations by a k x n matrix of weights."""
+        ...
+
+
+def products_of(hardware: Hardware, dtype: str) -> Products:
+    """The measured products of a dtype, or else the fit. Raises ConfigError if the hardware has no such products."""
+    if dtype == "bf16" and hardware.gemm.bf16_table is not None:
+        return MeasuredProducts(hardware.gemm.bf16_table)
+    return GemmModel(hardware, dtype)
+
+
+class MeasuredProducts:
+    """Products in bf16 whose time is proportional to the weights, at a rate that depends on the rows of activations.
+
+    Between the rows of the table it is interpolated; beyond the last one it is proportional to the rows.
+    """
+
+    def __init__(self, table: GemmTable):
+        self._rows, self._seconds = table.rows, [ps * 1e-12 for ps in table.weight_ps]
+
+    def seconds(self, m: int, k: int, n: int) -> float:
+        return self._of_weight(m) * k * n
+
+    def _of_weight(self, m: int) -> float:
+        rows, seconds = self._rows, self._seconds
+        at = bisect_left(rows, m)
+        if at == len(rows):
+            return seconds[-1] * m / rows[-1]
+        if at == 0:
+            return seconds[0]
+        part = (m - rows[at - 1]) / (rows[at] - rows[at - 1])
+        return seconds[at - 1] + part * (seconds[at] - seconds[at - 1])
 
 
 class GemmModel:

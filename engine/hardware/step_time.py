@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import ConfigError
 from engine.hardware.description import AllReduce, Hardware
-from engine.hardware.gemm import GemmModel
+from engine.hardware.gemm import products_of
 
 LOGIT_PASSES = 4  # over float32 logits: written once, read by the sampler three times
 
@@ -55,14 +55,17 @@ class StepTime:
     def __init__(self, hardware: Hardware, shape: DecoderShape, ranks: int = 1):
         check_ranks(hardware, shape, ranks)
         self._hardware, self._shape, self._ranks = hardware, shape, ranks
-        self._products = GemmModel(hardware, shape.gemm_dtype)
-        self._head_products = GemmModel(hardware, "bf16")
+        self._products = products_of(hardware, shape.gemm_dtype)
+        self._head_products = products_of(hardware, "bf16")
         attention = getattr(hardware.attention.decode, shape.kv_dtype)
-        self._attention_launch = attention.launch_us * 1e-6
+        self._attention_launch, self._request_seconds = attention.launch_us * 1e-6, attention.request_us * 1e-6
         kv_heads = max(shape.num_kv_heads // ranks, 1)
         self._kv_seconds = shape.kv_bytes * kv_heads / shape.num_kv_heads / (attention.memory * hardware.bandwidth)
-        rate = hardware.attention.prompt * hardware.peak_tflops.bf16 * 1e12
-        self._score_seconds = 4 * shape.num_heads / ranks * shape.head_dim / rate
+        peak = hardware.peak_tflops.bf16 * 1e12
+        operations = 4 * shape.num_heads / ranks * shape.head_dim
+        self._score_seconds = operations / (hardware.attention.prompt * peak)
+        if attention.compute is not None:
+            self._kv_seconds += operations / (attention.compute * peak)
         self._by_tokens: dict[int, float] = {}
         self._by_sampled: dict[int, float] = {}
 
@@ -71,7 +74,7 @@ class StepTime:
         tokens = work.tokens
         if not tokens:
             return 0.0
-        attention = self._attention_launch + work.context * self._kv_seconds
+        attention = self._attention_launch + work.context * self._kv_seconds + work.decodes * self._request_seconds
         for count, before in work.chunks:
             attention += self._score_seconds * count * (before + count / 2)
         layers = self._shape.num_layers

@@ -1,4 +1,5 @@
-"""`redline profile --tune`: flags, one line without a GPU, and a whole run with interpreted kernels on the stand-in."""
+"""`redline profile`: flags, and a whole run in a reduced form; with --tune, one line without a GPU, and a run with
+interpreted kernels on the stand-in."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,6 +11,9 @@ from cli.main import main
 from engine.devices import cuda
 from engine.devices.probe import DeviceFacts
 from engine.devices.tile_files import default_file, read_table
+from engine.hardware.description import read_hardware
+from engine.hardware.step_time import StepTime, StepWork
+from engine.host import processor
 from engine.kernels.tile_table import Tile
 
 SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--block-size", "8"]
@@ -18,7 +22,11 @@ SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--block-size", 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([*SHAPE], "nothing to do: give --tune"),
+        ([*SHAPE], "--heads needs --tune"),
+        (["--tile-table", "x.yaml"], "--tile-table needs --tune"),
+        (["some/model"], "the whole machine is measured, without MODEL; --tune measures the attention of MODEL"),
+        (["--tune", "--out", "x.yaml", *SHAPE], "--out is the file of a hardware description"),
+        (["--out", "x.json"], "--out x.json: the name of a description ends in .yaml"),
         (["--tune"], "give a model, or all of --heads, --kv-heads and --head-dim"),
         (["--tune", "--heads", "4"], "give a model, or all of --heads, --kv-heads and --head-dim"),
         (["m", "--tune", "--heads", "4"], "give either a model, or --heads, --kv-heads and --head-dim"),
@@ -149,3 +157,31 @@ def test_a_file_that_is_no_table_is_reported_before_anything_is_measured(
     shown = capsys.readouterr()
     assert f"{path}: target is sm_90, and this GPU is interpreter (--tile-table)" in shown.err
     assert "× the built-in" not in shown.out
+
+
+def test_a_reduced_profile_of_this_machine_can_be_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cli import profile_machine
+    from engine import profiling
+    from tests.engine.test_profiling import SMALL
+
+    path = tmp_path / "mine.yaml"
+    monkeypatch.setattr(profiling, "CPU_GRID", SMALL)
+    monkeypatch.setattr(profile_machine, "CONCURRENCIES", (1, 3))
+    monkeypatch.setattr(profile_machine, "HOST_ROUNDS", 1)
+    assert main(["profile", "--device", "cpu", "--out", str(path)]) == 0
+    assert f"description: {path} (use it with --device sim:{path})" in capsys.readouterr().out
+    hardware = read_hardware(str(path))
+    assert hardware.profiled is not None
+    assert hardware.profiled.processor == processor()
+    step = StepTime(hardware, SMALL.shapes[0]).seconds(StepWork(decodes=4, context=100, sampled=4))
+    assert 0 < step + hardware.host.v1.step_seconds(4, 1) < 10
+
+
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["profile", "--device", "cpu", "--out", str(tmp_path / "file" / "mine.yaml")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""What a server's processes and the load generator cost on cores that they share with the device: closed loops of short
+requests, whose steps are compared with the device's own times."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from bench.errors import BenchError
+from bench.loadgen import run_closed_loop
+from bench.results import RequestRecord
+from bench.target import Target
+from bench.workloads import make_workload
+from bench.workloads.arrivals import point_seed
+
+INPUT, OUTPUT = 16, 80
+SETTLED = 32  # tokens of a request after which all requests decode
+CONTEXT = INPUT + (SETTLED + OUTPUT) // 2  # of the decodes between these, in the middle
+FIRST_TOKENS = 12  # requests in turn whose first token is timed
+LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class HostTimes:
+    """Seconds beside those of the device.
+
+    steps: of a step, by the number of its requests. first_token: of a request that comes alone, from its sending to its
+    first token.
+    """
+
+    steps: dict[int, float]
+    first_token: float
+
+
+class _Failed:
+    """Ends a load at the first request that fails."""
+
+    def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:  # noqa: ARG002
+        return not failed
+
+
+def measure_host(
+    target: Target,
+    vocabulary: int,
+    device: Callable[[int], float],
+    prompt: Callable[[], float],
+    concurrencies: Sequence[int],
+    rounds: int,
+    show: Callable[[int], None],
+) -> HostTimes:
+    """The medians over rounds, in which the server and the device by itself are measured in turn.
+
+    Args:
+        target: a server that runs no other requests.
+        vocabulary: ids of prompts are below it.
+        device: seconds of the device for a step in which so many requests decode after CONTEXT tokens, measured now.
+        prompt: the same for a step that computes a prompt of INPUT tokens, and nothing else.
+        show: called with the rounds that are done.
+
+    Raises BenchError if a request fails.
+    """
+    steps: dict[int, list[float]] = {count: [] for count in concurrencies}
+    first_tokens: list[float] = []
+    for done in range(rounds):
+        for count in concurrencies:
+            gap = median(map(_gap, _load(target, vocabulary, count, count, OUTPUT, done)))
+            steps[count].append(gap - device(count))
+        alone = _load(target, vocabulary, 1, FIRST_TOKENS, 1, done)
+        first_tokens.append(median(record.ttft_s or 0.0 for record in alone) - prompt())
+        show(done + 1)
+    return HostTimes({count: median(found) for count, found in steps.items()}, median(first_tokens))
+
+
+def _load(
+    target: Target, vocabulary: int, concurrency: int, requests: int, output: int, seed: int
+) -> list[RequestRecord]:
+    workload = make_workload({"kind": "random", "input": INPUT, "output": output}, vocabulary)
+    specs = workload.requests(requests, point_seed(seed, workload.name, float(concurrency)))
+    recording = run_closed_loop(target, specs, concurrency, observer=_Failed(), time_limit_s=LIMIT_S)
+    records = recording.records((-1.0, float("inf")))
+    for record in records:
+        if record.status != "ok" or record.output_tokens != output:
+            raise BenchError(f"a request of the profile failed: {record.status} {record.error}".strip())
+    return records
+
+
+def _gap(record: RequestRecord) -> float:
+    """Seconds of a token once all requests decode; tokens that arrive in one chunk share its time."""
+    before, tokens, seconds = record.chunk_tokens[0], 0, 0.0
+    for gap, count in zip(record.chunk_gaps_s, record.chunk_tokens[1:], strict=True):
+        if before >= SETTLED:
+            tokens, seconds = tokens + count, seconds + gap
+        before += count
+    if not tokens:
+        raise BenchError(f"a response of {record.output_tokens} tokens came in chunks that are too large to be timed")
+    return seconds / tokens

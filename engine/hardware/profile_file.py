@@ -1,0 +1,124 @@
+"""The description that `redline profile` writes: from the fits to a file, and whether it still is of this machine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from engine.errors import ConfigError
+from engine.hardware.description import (
+    THIS_MACHINE,
+    AllReduce,
+    EngineDefaults,
+    Hardware,
+    Host,
+    HostCosts,
+    Peaks,
+    Profiled,
+    Quantity,
+)
+from engine.hardware.device_fit import SOURCE, DeviceFit
+from engine.hardware.least_squares import nonnegative_least_squares
+from engine.host import processor, total_memory
+
+HEAD = """\
+# Written by `redline profile`. Steps of small decoders with random weights were measured on this machine as its engine
+# runs them, and the constants below fitted to their times; see docs/simulation/profile.md.
+"""
+BUSY_SHARE = 0.05  # of the cores, used by others, above which a profile is doubtful
+
+
+def fit_host(steps: Mapping[int, float], first_token: float, step_s: float) -> HostCosts:
+    """The costs of an engine's processes on the cores of its device, so that all of them delay its steps.
+
+    Args:
+        steps: seconds beside the device's, by the number of requests of a step.
+        first_token: the same of a request that comes alone, until its first token.
+        step_s: seconds of the device's steps that its description leaves to the host.
+    """
+    counts = np.array(list(steps), float)
+    fixed, each = nonnegative_least_squares(
+        np.stack((np.ones_like(counts), counts), 1), np.maximum(np.array(list(steps.values())), 0.0)
+    )
+    return HostCosts(
+        SOURCE,
+        step_ms=float((fixed + step_s) * 1e3),
+        request_us={1: float(each * 1e6)},
+        serial=1,
+        request_ms=0,
+        admitted_ms=float(max(first_token - fixed - each, 0.0) * 1e3),
+    )
+
+
+def describe(
+    device: DeviceFit, hosts: Mapping[str, HostCosts], profiled: Profiled, defaults: EngineDefaults
+) -> Hardware:
+    """The description of this machine; `hosts` by engine, v1 and v0."""
+    sources = {
+        SOURCE: f"redline profile {profiled.version}, {profiled.date}: median error {device.error:.1%} of the steps",
+        "none": "Not measured: ranks on one machine share its cores",
+    }
+    return Hardware(
+        title=f"{profiled.processor}, {profiled.threads} threads",
+        sources=sources,
+        memory_gb=Quantity(total_memory() / 1e9, SOURCE),
+        bandwidth_tb_s=Quantity(device.bandwidth / 1e12, SOURCE),
+        peak_tflops=Peaks(SOURCE, bf16=device.peak / 1e12),
+        gemm=device.gemm,
+        attention=device.attention,
+        all_reduce=AllReduce("none", (1, 2), {}),
+        layer=device.layer,
+        host=Host(v1=hosts["v1"], v0=hosts["v0"]),
+        defaults=defaults,
+        profiled=profiled,
+    )
+
+
+def write_description(path: Path, hardware: Hardware) -> None:
+    """Write it, complete or not at all. Raises ConfigError if the file can't be written."""
+    import yaml
+
+    plain = msgspec.to_builtins(hardware)
+    text = yaml.safe_dump(_rounded(_given(plain)), sort_keys=False, allow_unicode=True, width=120)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(HEAD + text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror} (--out)") from None
+
+
+def profile_warnings(name: str, hardware: Hardware) -> list[str]:
+    """What the user should know of a description that was measured."""
+    profiled = hardware.profiled
+    if profiled is None:
+        return []
+    found = []
+    if name == THIS_MACHINE and profiled.processor != processor():
+        found.append(
+            f"sim:{name} was measured on {profiled.date} on another processor ({profiled.processor}): run `redline "
+            "profile` again"
+        )
+    if profiled.busy > BUSY_SHARE:
+        found.append(
+            f"sim:{name}: others used {profiled.busy:.0%} of the cores when it was measured: times may be too long"
+        )
+    return found
+
+
+def _given(value: object) -> object:
+    """Without fields that are None."""
+    if isinstance(value, dict):
+        return {key: _given(one) for key, one in value.items() if one is not None}
+    return [_given(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _rounded(value: object) -> object:
+    """Numbers with four digits, which is more than measurements have."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,187 @@
+"""Measures this machine: steps of small decoders with random weights, to which a hardware description is fitted."""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import psutil
+
+from engine.config import EngineConfig
+from engine.devices import machine_for
+from engine.errors import ConfigError
+from engine.hardware.description import EngineDefaults
+from engine.hardware.device_fit import DeviceFit, MeasuredStep, fit_device
+from engine.hardware.step_time import DecoderShape
+from engine.worker.step_meter import Composition, StepMeter
+
+HOST_REPEATS = 12  # of a step whose time is taken from a server's
+Show = Callable[[int, int, str], None]  # rounds done, rounds in all, what is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is measured.
+
+    shapes: they differ in size, in layers, and in query heads for each KV head. rows: of the table of products.
+    rounds: in each, every step of every shape is measured `repeats` times, so that a disturbance hits all alike.
+    """
+
+    shapes: tuple[DecoderShape, ...]
+    rows: tuple[int, ...]
+    decodes: tuple[tuple[int, int], ...]  # requests, context
+    chunks: tuple[tuple[int, int], ...]  # tokens, tokens before them
+    mixed: tuple[tuple[int, int, int, int], ...]  # both
+    rounds: int
+    repeats: int
+
+    @property
+    def compositions(self) -> list[Composition]:
+        return [
+            *(Composition(count, context) for count, context in self.decodes),
+            *(Composition(chunks=(chunk,)) for chunk in self.chunks),
+            *(Composition(count, context, ((tokens, before),)) for count, context, tokens, before in self.mixed),
+        ]
+
+
+# The weights of each shape are larger than the caches of most processors, as those of real models are. The first two
+# have as many in different numbers of layers, which tells the cost of a layer from that of its weights; the third one
+# has half of them, which tells the cost of a step.
+CPU_GRID = Grid(
+    shapes=(
+        DecoderShape(24, 576, 1536, 9, 3, 64, 49152),
+        DecoderShape(2, 2048, 8192, 32, 8, 64, 8192),
+        DecoderShape(3, 896, 4864, 14, 2, 64, 16384),
+    ),
+    rows=(1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512),
+    decodes=(
+        *((count, 40) for count in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)),
+        (1, 1500), (4, 500), (4, 1500), (16, 256), (16, 1000), (32, 500), (64, 256),
+    ),
+    chunks=(
+        (16, 0), (32, 0), (64, 0), (96, 0), (128, 0), (192, 0), (256, 0), (512, 0), (16, 1000), (128, 500), (128, 1500),
+    ),
+    mixed=((4, 128, 60, 0), (16, 128, 112, 0), (16, 128, 112, 500), (48, 128, 80, 200)),
+    rounds=5,
+    repeats=2,
+)  # fmt: skip
+GPU_GRID = Grid(
+    shapes=(
+        DecoderShape(8, 2048, 8192, 32, 8, 64, 128256),
+        DecoderShape(4, 4096, 14336, 32, 8, 128, 128256),
+        DecoderShape(4, 3584, 18944, 28, 4, 128, 152064),
+    ),
+    rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    decodes=(
+        *((count, 64) for count in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+        (1, 8000), (16, 4000), (64, 1000), (64, 4000), (256, 1000),
+    ),
+    chunks=(
+        *((tokens, 0) for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192)), (512, 7000), (2048, 4000),
+    ),
+    mixed=((64, 500, 448, 0), (64, 500, 1984, 0), (128, 500, 8064, 0)),
+    rounds=5,
+    repeats=3,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredDevice:
+    """What was found. defaults: of the engine's options on it; busy: the share of the cores that others used."""
+
+    fit: DeviceFit
+    steps: list[MeasuredStep]
+    kernels: str
+    defaults: EngineDefaults
+    busy: float
+
+
+def grid_for(device: str) -> tuple[Grid, str]:
+    """The grid for a device type or `auto`, and the device type, cpu or cuda. Raises ConfigError if there is none."""
+    options: dict[str, Any] = {"device": device}
+    machine = machine_for(EngineConfig(model="profile", **options))
+    if machine.torch_type not in ("", "cuda"):
+        raise ConfigError(f"--device {device} can't be profiled: use cpu or cuda")
+    return (GPU_GRID, "cuda") if machine.torch_type else (CPU_GRID, "cpu")
+
+
+def measure_device(grid: Grid, show: Show, options: dict[str, Any] | None = None) -> MeasuredDevice:
+    """Measure and fit. Raises RedlineError if the shapes can't be run here.
+
+    Args:
+        options: fields of EngineConfig, such as `device`.
+    """
+    times: dict[tuple[DecoderShape, Composition], list[float]] = defaultdict(list)
+    load, total = OtherLoad(), len(grid.shapes) * grid.rounds
+    with ExitStack() as stack:
+        show(0, total, "starting")
+        meters = [
+            stack.enter_context(StepMeter(shape, grid.compositions, grid.repeats, options)) for shape in grid.shapes
+        ]
+        for number, meter in enumerate(meters * grid.rounds):
+            show(number, total, f"{meter.shape.num_layers} layers of {meter.shape.hidden_size}")
+            for composition in grid.compositions:
+                times[meter.shape, composition] += meter.seconds(composition, grid.repeats)
+        show(total, total, "done")
+    steps = [MeasuredStep(shape, one.work(grid.repeats // 2), median(found)) for (shape, one), found in times.items()]
+    defaults = EngineDefaults(**asdict(meters[0].defaults))
+    return MeasuredDevice(fit_device(steps, grid.rows), steps, meters[0].kernels, defaults, load.share())
+
+
+class OtherLoad:
+    """The share of the cores that other processes and the hypervisor's other guests have used since it was made."""
+
+    def __init__(self) -> None:
+        self._before = _core_seconds()
+
+    def share(self) -> float:
+        at, busy, own = (now - before for now, before in zip(_core_seconds(), self._before, strict=True))
+        return min(max(busy - own, 0.0) / max(at, 1e-9), 1.0)
+
+
+def _core_seconds() -> tuple[float, float, float]:
+    """Seconds of all cores so far: passed, used by anybody, used by this process."""
+    cpu, own = psutil.cpu_times(), os.times()
+    used = cpu.user + cpu.system + getattr(cpu, "nice", 0.0) + getattr(cpu, "steal", 0.0)
+    return time.monotonic() * (psutil.cpu_count() or 1), used, own.user + own.system
+
+
+class HostMeter(StepMeter):
+    """Steps of the first shape of a grid, as servers of the same model run them.
+
+    Args:
+        context: of the requests that decode, in tokens.
+        prompt: tokens of a prompt.
+        most: requests of the largest step.
+    """
+
+    def __init__(self, grid: Grid, context: int, prompt: int, most: int, options: dict[str, Any] | None = None):
+        self._context, self._prompt = context, Composition(chunks=((prompt, 0),))
+        super().__init__(grid.shapes[0], [Composition(most, context), self._prompt], HOST_REPEATS, options)
+
+    def decode(self, count: int) -> float:
+        """Seconds of a step in which so many requests decode."""
+        return median(self.seconds(Composition(count, self._context), HOST_REPEATS))
+
+    def prompt(self) -> float:
+        """Seconds of a step that computes a prompt, and nothing else."""
+        return median(self.seconds(self._prompt, HOST_REPEATS))
+
+
+def measure_shape(meter: StepMeter, grid: Grid, show: Callable[[int], None]) -> list[MeasuredStep]:
+    """The median time of each step of the grid on one shape."""
+    times: dict[int, list[float]] = defaultdict(list)
+    compositions = grid.compositions
+    for done in range(grid.rounds):
+        for number, composition in enumerate(compositions):
+            times[number] += meter.seconds(composition, grid.repeats)
+        show(done + 1)
+    middle = grid.repeats // 2
+    return [
+        MeasuredStep(meter.shape, composition.work(middle), median(times[number]))
+        for number, composition in enumerate(compositions)
+    ]

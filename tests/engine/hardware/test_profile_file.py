@@ -1,0 +1,84 @@
+"""The description of this machine: made of fits, written, read, and doubted."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from engine.errors import ConfigError
+from engine.hardware.description import THIS_MACHINE, EngineDefaults, Hardware, Profiled, profile_file, read_hardware
+from engine.hardware.device_fit import MeasuredStep, fit_device
+from engine.hardware.profile_file import describe, fit_host, profile_warnings, write_description
+from engine.hardware.step_time import DecoderShape, StepTime, StepWork
+from engine.host import processor
+from engine.profiling import CPU_GRID
+
+SHAPE = DecoderShape(4, 256, 512, 4, 2, 64, 1000)
+DEFAULTS = EngineDefaults(128, 128, 16, 32, 0.5)
+
+
+def description(**facts: object) -> Hardware:
+    steps = [
+        MeasuredStep(shape, one.work(1), 1e-3 + 5e-12 * shape.num_layers * shape.hidden_size**2 * one.work(1).tokens)
+        for shape in CPU_GRID.shapes
+        for one in CPU_GRID.compositions
+    ]
+    device = fit_device(steps, CPU_GRID.rows)
+    costs = fit_host({1: 0.001, 8: 0.0017, 32: 0.0041}, 0.004, device.step_s)
+    profiled = Profiled(processor(), 2, "fused stack", "2026-11-29 12:00 UTC", "0.1.0", 0.0)
+    return describe(device, {"v1": costs, "v0": costs}, replace(profiled, **facts), DEFAULTS)
+
+
+@given(fixed=st.floats(0, 0.01), each=st.floats(0, 1e-3), admitted=st.floats(0, 0.1), step=st.floats(0, 0.01))
+def test_costs_of_the_host_are_found(fixed: float, each: float, admitted: float, step: float) -> None:
+    times = {count: fixed + each * count for count in (1, 8, 32)}
+    costs = fit_host(times, fixed + each + admitted, step)
+    assert costs.step_seconds(5, 1) == pytest.approx(step + fixed + 5 * each, rel=1e-6, abs=1e-8)
+    assert costs.admitted_ms == pytest.approx(admitted * 1e3, rel=1e-6, abs=1e-5)
+    assert costs.serial == 1
+
+
+def test_a_server_that_seems_faster_than_its_device_costs_nothing() -> None:
+    costs = fit_host({1: -0.001, 8: -0.0002}, -0.5, 0.0)
+    assert (costs.step_ms, costs.request_us, costs.admitted_ms) == (0, {1: 0}, 0)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    hardware, path = description(), tmp_path / "new" / "mine.yaml"
+    write_description(path, hardware)
+    read = read_hardware(str(path))
+    assert read.profiled == hardware.profiled
+    assert read.defaults == DEFAULTS
+    work = StepWork(3, 300, [(40, 10)], 4)
+    assert StepTime(read, SHAPE).seconds(work) == pytest.approx(StepTime(hardware, SHAPE).seconds(work), rel=2e-3)
+    assert path.read_text().startswith("# Written by `redline profile`")
+
+
+def test_this_machine_is_read_from_the_cache_once_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"hasn't been measured yet: run `redline profile` first"):
+        read_hardware(THIS_MACHINE)
+    write_description(profile_file(), description())
+    assert read_hardware(THIS_MACHINE).title.startswith(processor())
+    write_description(profile_file(), replace(description(), title="measured again"))
+    assert read_hardware(THIS_MACHINE).title == "measured again"
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/mine.yaml cannot be written: .*\(--out\)"):
+        write_description(tmp_path / "file" / "mine.yaml", description())
+
+
+def test_a_profile_of_another_processor_or_of_a_busy_machine_is_doubted() -> None:
+    assert profile_warnings(THIS_MACHINE, description()) == []
+    assert profile_warnings("h100", read_hardware("h100")) == []
+    (other,) = profile_warnings(THIS_MACHINE, description(processor="Another One"))
+    assert "on another processor (Another One): run `redline profile` again" in other
+    assert profile_warnings("theirs.yaml", description(processor="Another One")) == []
+    (busy,) = profile_warnings("theirs.yaml", description(busy=0.31))
+    assert "others used 31% of the cores" in busy

@@ -1,0 +1,58 @@
+"""A profile of this machine in a reduced form: its own steps are predicted in order of size."""
+
+import dataclasses
+
+import pytest
+
+from engine.errors import ConfigError
+from engine.hardware.step_time import DecoderShape
+from engine.profiling import CPU_GRID, Grid, HostMeter, OtherLoad, grid_for, measure_device
+
+SMALL = Grid(
+    shapes=(DecoderShape(6, 128, 256, 4, 2, 32, 512), DecoderShape(2, 256, 512, 4, 4, 64, 512)),
+    rows=(1, 8, 64),
+    decodes=((1, 20), (8, 20), (8, 200), (64, 20)),
+    chunks=((16, 0), (64, 0), (64, 100)),
+    mixed=((8, 20, 56, 0),),
+    rounds=2,
+    repeats=2,
+)
+
+
+def test_a_small_grid_is_measured_and_fitted() -> None:
+    shown: list[tuple[int, int]] = []
+    measured = measure_device(SMALL, lambda done, total, _: shown.append((done, total)), {"device": "cpu"})
+    assert shown == [(0, 4), (0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(measured.steps) == len(SMALL.shapes) * len(SMALL.compositions)
+    table = measured.fit.gemm.bf16_table
+    assert table is not None
+    assert table.rows == SMALL.rows
+    assert table.weight_ps[0] <= table.weight_ps[1] <= table.weight_ps[2]
+    assert measured.fit.bandwidth > 1e6
+    assert measured.kernels
+    assert 0 <= measured.busy <= 1
+    assert measured.defaults.block_size == 32
+
+
+def test_steps_of_a_host_meter_are_those_of_servers() -> None:
+    with HostMeter(SMALL, 20, 16, 4, {"device": "cpu"}) as meter:
+        assert 0 < meter.decode(1) < 10
+        assert 0 < meter.decode(4) < 10
+        assert 0 < meter.prompt() < 10
+
+
+def test_devices_that_cannot_be_profiled_are_refused() -> None:
+    assert grid_for("cpu") == (CPU_GRID, "cpu")
+    with pytest.raises(ConfigError, match="--device"):
+        grid_for("mps")
+
+
+def test_shapes_differ_in_what_the_fit_tells_apart() -> None:
+    layers, groups = zip(*((one.num_layers, one.num_heads / one.num_kv_heads) for one in CPU_GRID.shapes), strict=True)
+    assert len(set(layers)) == len(set(groups)) == len(CPU_GRID.shapes)
+    assert all(dataclasses.astuple(one)[-2:] == ("bf16", "bf16") for one in CPU_GRID.shapes)
+
+
+def test_load_of_others_is_a_share() -> None:
+    load = OtherLoad()
+    assert 0 <= load.share() <= 1

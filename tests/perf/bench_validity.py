@@ -1,0 +1,146 @@
+"""`make bench-validity`: what --device sim:this-machine predicts, beside what `redline bench` measures on this machine.
+
+First `redline profile`, unless PROFILE=old keeps the description of an earlier one. Then, for each of three workloads:
+the sustained rate, and latencies at five rates up to it, measured and simulated with the same requests. MODEL=…
+takes another model, MINUTES=4.5 is the time of a search, WORKLOADS=100/100,500/50 picks some. A workload that was
+measured isn't measured again, so that an interrupted run goes on; delete results/bench-validity to start anew.
+STAGE=measure or STAGE=simulate does one half only. Prints a table, writes results/bench-validity.json, with the keys
+workload, metric, rate, measured, simulated and error, and docs/figures/bench-validity.png.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.results import PointRecord, RunFiles
+from bench.results.environment import hardware
+from bench.search.bracket import round_rate
+from engine.hardware.description import THIS_MACHINE, profile_file, read_hardware
+from plots.style import save
+from tests.perf.validity_figure import validity_figure
+
+RESULTS = Path("results") / "bench-validity"
+PICTURE = Path("docs") / "figures" / "bench-validity.png"
+WORKLOADS = ("100/100", "500/50", "64/200")
+SHARES = (0.3, 0.5, 0.7, 0.85, 1.0)  # of the sustained rate
+RATES_MINUTES = 4.0
+METRICS = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
+LIMITS = {"sustained": 0.10, "ttft_p50_ms": 0.15, "itl_p50_ms": 0.15}  # of the errors
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One half: what is measured, or what is simulated."""
+
+    name: str
+    flags: tuple[str, ...]
+
+    def bench(self, workload: str, part: str, options: list[str]) -> RunFiles:
+        """One run of `redline bench`, unless an earlier one was completed."""
+        folder = RESULTS / f"{self.name}-{workload.replace('/', '-')}-{part}"
+        files = RunFiles(folder)
+        if not (folder / "summary.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            given, made = workload.split("/")
+            command = [sys.executable, "-m", "cli.main", "bench", "--input", given, "--output", made, *self.flags]
+            # 0: sustained; 1 and 3: none of the rates is, or none is decided, which is an answer too.
+            code = subprocess.run([*command, *options, "--out", str(folder)], check=False).returncode
+            if not (folder / "summary.json").exists():
+                sys.exit(f"{self.name} {workload}: redline bench ended with exit code {code}")
+        return files
+
+    def sustained(self, workload: str, minutes: float) -> float:
+        answer = self.bench(workload, "search", ["--no-ladder", "--max-minutes", f"{minutes:g}"]).read_summary().answers
+        rate = answer[0].rate if answer else None
+        if rate is None:
+            sys.exit(f"{self.name} {workload}: no rate is sustained; raise MINUTES")
+        return rate
+
+    def points(self, workload: str, rates: list[float]) -> dict[float, PointRecord]:
+        given = ",".join(f"{rate:g}" for rate in rates)
+        files = self.bench(workload, "rates", ["--rates", given, "--max-minutes", f"{RATES_MINUTES:g}"])
+        return {point.rate: point for point in files.read_points() if point.phase == "fixed"}
+
+
+def rows_of(
+    workload: str, rates: tuple[float, float], points: list[tuple[PointRecord, PointRecord]]
+) -> list[dict[str, Any]]:
+    """Rows of the result file: sustained rates, then latencies; measured and simulated."""
+    rows = [_row(workload, "sustained", None, *rates)]
+    for measured, simulated in points:
+        for metric in METRICS:
+            row = _row(workload, metric, measured.rate, getattr(measured, metric), getattr(simulated, metric))
+            rows.append(row | {"disturbed": measured.disturbed})
+    return rows
+
+
+def _row(workload: str, metric: str, rate: float | None, measured: float, simulated: float) -> dict[str, Any]:
+    return {
+        "workload": workload,
+        "metric": metric,
+        "rate": rate,
+        "measured": round(measured, 3),
+        "simulated": round(simulated, 3),
+        "error": round(simulated / measured - 1, 4),
+    }
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        table = Table(title=f"{workload}: measured, simulated, error", box=None, title_justify="left", pad_edge=False)
+        table.add_column("req/s", justify="right")
+        for metric in METRICS:
+            table.add_column(metric.removesuffix("_ms").replace("_", " "), justify="right")
+        mine = [row for row in rows if row["workload"] == workload]
+        for rate in dict.fromkeys(row["rate"] for row in mine if row["rate"]):
+            cells = [row for row in mine if row["rate"] == rate]
+            table.add_row(f"{rate:g}", *(_cell(row) for row in cells))
+        console.print(table)
+        console.print(f"sustained: {_cell(mine[0])} req/s\n")
+    for metric, limit in LIMITS.items():
+        errors = [abs(row["error"]) for row in rows if row["metric"] == metric]
+        within = sum(error <= limit for error in errors)
+        text = f"{metric}: median error {median(errors):.1%}, {within} of {len(errors)} within {limit:.0%}"
+        console.print(text, style="bold", highlight=False)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['measured']:.4g} {row['simulated']:.4g} {row['error']:+.0%}"
+
+
+def main() -> None:
+    model, minutes = os.environ.get("MODEL", "smollm2-135m"), float(os.environ.get("MINUTES", "4.5"))
+    stage = os.environ.get("STAGE", "measure,simulate")
+    workloads = [name for name in os.environ.get("WORKLOADS", "").split(",") if name] or list(WORKLOADS)
+    measured = Side("measured", ("--model", model))
+    simulated = Side("simulated", ("--model", model, "--device", f"sim:{THIS_MACHINE}"))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if "measure" in stage and (os.environ.get("PROFILE") != "old" or not profile_file().exists()):
+        subprocess.run([sys.executable, "-m", "cli.main", "profile"], check=True)
+    rates = {workload: measured.sustained(workload, minutes) for workload in workloads}
+    points = {name: measured.points(name, [round_rate(share * rates[name]) for share in SHARES]) for name in workloads}
+    if "simulate" not in stage:
+        return
+    rows: list[dict[str, Any]] = []
+    for name in workloads:
+        predicted = simulated.points(name, list(points[name]))
+        pairs = [(point, predicted[rate]) for rate, point in points[name].items() if point.valid]
+        rows += rows_of(name, (rates[name], simulated.sustained(name, minutes)), pairs)
+    told = {"model": model, "hardware": hardware(), "profiled": read_hardware(THIS_MACHINE).title}
+    RESULTS.with_suffix(".json").write_text(json.dumps([row | told for row in rows], indent=1) + "\n")
+    show(Console(highlight=False), rows)
+    for path in save(validity_figure(rows, model, hardware()["cpu"]), PICTURE):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
