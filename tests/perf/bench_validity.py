@@ -2,7 +2,7 @@
 
 First `redline profile`, unless PROFILE=old keeps the description of an earlier one. Then, for each of three workloads:
 the sustained rate, and latencies at five rates up to it, measured and simulated with the same requests. MODEL=…
-takes another model, MINUTES=4.5 is the time of a search, WORKLOADS=100/100,500/50 picks some. A workload that was
+takes another model, MINUTES=3 is the time of a search, WORKLOADS=32/64,128/16 picks some. A workload that was
 measured isn't measured again, so that an interrupted run goes on; delete results/bench-validity to start anew.
 STAGE=measure or STAGE=simulate does one half only. Prints a table, writes results/bench-validity.json, with the keys
 workload, metric, rate, measured, simulated and error, and docs/figures/bench-validity.png.
@@ -30,9 +30,10 @@ from tests.perf.validity_figure import validity_figure
 
 RESULTS = Path("results") / "bench-validity"
 PICTURE = Path("docs") / "figures" / "bench-validity.png"
-WORKLOADS = ("100/100", "500/50", "64/200")
+WORKLOADS = ("32/64", "128/16", "256/32")
 SHARES = (0.3, 0.5, 0.7, 0.85, 1.0)  # of the sustained rate
-RATES_MINUTES = 4.0
+RATES_MINUTES = 2.2
+PRECISION = "20%"  # of the searches, so that their windows decide in minutes
 METRICS = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 LIMITS = {"sustained": 0.10, "ttft_p50_ms": 0.15, "itl_p50_ms": 0.15}  # of the errors
 
@@ -59,7 +60,8 @@ class Side:
         return files
 
     def sustained(self, workload: str, minutes: float) -> float:
-        answer = self.bench(workload, "search", ["--no-ladder", "--max-minutes", f"{minutes:g}"]).read_summary().answers
+        options = ["--no-ladder", "--precision", PRECISION, "--max-minutes", f"{minutes:g}"]
+        answer = self.bench(workload, "search", options).read_summary().answers
         rate = answer[0].rate if answer else None
         if rate is None:
             sys.exit(f"{self.name} {workload}: no rate is sustained; raise MINUTES")
@@ -118,7 +120,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    model, minutes = os.environ.get("MODEL", "smollm2-135m"), float(os.environ.get("MINUTES", "4.5"))
+    model, minutes = os.environ.get("MODEL", "smollm2-135m"), float(os.environ.get("MINUTES", "3"))
     stage = os.environ.get("STAGE", "measure,simulate")
     workloads = [name for name in os.environ.get("WORKLOADS", "").split(",") if name] or list(WORKLOADS)
     measured = Side("measured", ("--model", model))

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from engine.errors import ConfigError
-from engine.hardware.description import THIS_MACHINE, EngineDefaults, Hardware, Profiled, profile_file, read_hardware
+from engine.hardware.description import (
+    THIS_MACHINE,
+    EngineDefaults,
+    Gemms,
+    GemmTable,
+    Hardware,
+    Profiled,
+    profile_file,
+    read_hardware,
+)
 from engine.hardware.device_fit import MeasuredStep, fit_device
 from engine.hardware.profile_file import describe, fit_host, profile_warnings, write_description
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
@@ -54,6 +63,25 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     work = StepWork(3, 300, [(40, 10)], 4)
     assert StepTime(read, SHAPE).seconds(work) == pytest.approx(StepTime(hardware, SHAPE).seconds(work), rel=2e-3)
     assert path.read_text().startswith("# Written by `redline profile`")
+
+
+@pytest.mark.parametrize(
+    ("gemm", "error"),
+    [
+        (Gemms("profile"), "gemm needs either bf16 or bf16_table"),
+        (Gemms("profile", bf16_table=GemmTable((1, 2), (5.0,))), "needs one weight_ps for each of its rows"),
+        (Gemms("profile", bf16_table=GemmTable((), ())), "and at least one"),
+        (
+            Gemms("profile", bf16_table=GemmTable((4, 2), (5.0, 6.0))),
+            "rows must be positive numbers in ascending order",
+        ),
+    ],
+)
+def test_tables_of_products_are_checked(gemm: Gemms, error: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    write_description(path, replace(description(), gemm=gemm))
+    with pytest.raises(ConfigError, match=f"mine.yaml: .*{error}"):
+        read_hardware(str(path))
 
 
 def test_this_machine_is_read_from_the_cache_once_it_was_measured(
