@@ -30,7 +30,8 @@ def profile_machine(device: str, out: Path | None) -> None:
         out: the file to write; None: that of this machine in the user's cache.
     """
     from engine.hardware.description import THIS_MACHINE, Profiled, profile_file
-    from engine.hardware.profile_file import describe, profile_warnings, write_description
+    from engine.hardware.profile_file import describe, write_description
+    from engine.hardware.profiled import profile_warnings
     from engine.host import cores, processor
     from engine.worker.threads import limit_libraries
 

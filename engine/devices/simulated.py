@@ -1,10 +1,13 @@
 """Named hardware that is simulated (`--device sim:NAME`): its memory and defaults, as an engine on the real one has."""
 
+from msgspec import structs
+
 from engine.config import EngineConfig
 from engine.devices.cuda import RUNTIME_BYTES
 from engine.devices.machine import Defaults, bytes_per_token, refuse_tile_table
 from engine.errors import ConfigError
 from engine.hardware.description import Hardware, read_hardware
+from engine.hardware.profiled import profile_warnings
 from engine.model.model_info import ModelInfo
 
 # Defaults of vLLM: V1's on GPUs of the size of an H100 and on others, V0's on all.
@@ -56,10 +59,13 @@ class SimulatedMachine:
         return f"{config.device} (simulated: {count}{self.hardware.title})"
 
     def warnings(self, config: EngineConfig) -> list[str]:
-        return [f"--device {config.device} is simulated: tokens are random, and times are those of a latency model"]
+        told = f"--device {config.device} is simulated: tokens are random, and times are those of a latency model"
+        return [told, *profile_warnings(config.simulated, self.hardware)]
 
 
 def _defaults(config: EngineConfig, hardware: Hardware) -> Defaults:
+    if hardware.defaults is not None:
+        return Defaults(**structs.asdict(hardware.defaults))
     if config.engine == "v0":
         return V0
     # vLLM's condition: an A100, which multiplies no fp8, keeps the smaller values whatever its memory.

@@ -1,4 +1,4 @@
-"""The description that `redline profile` writes: from the fits to a file, and whether it still is of this machine."""
+"""The description that `redline profile` writes: from the fits to a file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,6 @@ import numpy as np
 
 from engine.errors import ConfigError
 from engine.hardware.description import (
-    THIS_MACHINE,
     AllReduce,
     EngineDefaults,
     Hardware,
@@ -20,13 +19,12 @@ from engine.hardware.description import (
 )
 from engine.hardware.device_fit import SOURCE, DeviceFit
 from engine.hardware.least_squares import nonnegative_least_squares
-from engine.host import processor, total_memory
+from engine.host import total_memory
 
 HEAD = """\
 # Written by `redline profile`. Steps of small decoders with random weights were measured on this machine as its engine
 # runs them, and the constants below fitted to their times; see docs/simulation/profile.md.
 """
-BUSY_SHARE = 0.05  # of the cores, used by others, above which a profile is doubtful
 
 
 def fit_host(steps: Mapping[int, float], first_token: float, step_s: float) -> HostCosts:
@@ -88,24 +86,6 @@ def write_description(path: Path, hardware: Hardware) -> None:
         part.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror} (--out)") from None
-
-
-def profile_warnings(name: str, hardware: Hardware) -> list[str]:
-    """What the user should know of a description that was measured."""
-    profiled = hardware.profiled
-    if profiled is None:
-        return []
-    found = []
-    if name == THIS_MACHINE and profiled.processor != processor():
-        found.append(
-            f"sim:{name} was measured on {profiled.date} on another processor ({profiled.processor}): run `redline "
-            "profile` again"
-        )
-    if profiled.busy > BUSY_SHARE:
-        found.append(
-            f"sim:{name}: others used {profiled.busy:.0%} of the cores when it was measured: times may be too long"
-        )
-    return found
 
 
 def _given(value: object) -> object:

@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from engine.config import EngineConfig
 from engine.data import datasets_folder
 from engine.devices import machine_for
+from engine.devices.machine import Defaults
 from engine.devices.simulated import SimulatedMachine
 from engine.engine_plan import plan_engine
 from engine.errors import ConfigError
+from engine.hardware.profile_file import write_description
+from tests.engine.hardware.test_profile_file import DEFAULTS, description
 
 
 def configure(device: str = "sim:h100", **options: Any) -> EngineConfig:
@@ -87,3 +91,12 @@ def test_the_kv_cache_is_that_of_vllm(model: str, tmp_path: Path) -> None:
     config = EngineConfig(model=model, device=f"sim:{file}", max_num_batched_tokens=4096, max_model_len=8192)
     resolved = plan_engine(config).resolution.config
     assert resolved.num_blocks * resolved.block_size == pytest.approx(PUBLISHED[model], rel=0.01)
+
+
+def test_a_machine_that_was_measured_keeps_its_defaults_and_is_doubted_if_it_was_busy(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    write_description(path, description(busy=0.5))
+    config = EngineConfig(model="llama-3.1-8b", device=f"sim:{path}")
+    machine = SimulatedMachine(config)
+    assert machine.defaults == Defaults(**structs.asdict(DEFAULTS))
+    assert "others used 50% of the cores" in machine.warnings(config)[1]

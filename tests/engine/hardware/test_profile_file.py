@@ -19,7 +19,7 @@ from engine.hardware.description import (
     read_hardware,
 )
 from engine.hardware.device_fit import MeasuredStep, fit_device
-from engine.hardware.profile_file import describe, fit_host, profile_warnings, write_description
+from engine.hardware.profile_file import describe, fit_host, write_description
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
 from engine.host import processor
 from engine.profiling import CPU_GRID
@@ -100,13 +100,3 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/mine.yaml cannot be written: .*\(--out\)"):
         write_description(tmp_path / "file" / "mine.yaml", description())
-
-
-def test_a_profile_of_another_processor_or_of_a_busy_machine_is_doubted() -> None:
-    assert profile_warnings(THIS_MACHINE, description()) == []
-    assert profile_warnings("h100", read_hardware("h100")) == []
-    (other,) = profile_warnings(THIS_MACHINE, description(processor="Another One"))
-    assert "on another processor (Another One): run `redline profile` again" in other
-    assert profile_warnings("theirs.yaml", description(processor="Another One")) == []
-    (busy,) = profile_warnings("theirs.yaml", description(busy=0.31))
-    assert "others used 31% of the cores" in busy
