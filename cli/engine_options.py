@@ -91,13 +91,13 @@ ENGINE_OPTIONS = (
     ),
     option(
         DEVICE, "--device", default="auto", type=Device(), metavar=f"[{'|'.join(DEVICES)}|{SIMULATED}NAME]",
-        help="Device that runs the model. auto takes a GPU (cuda) that PyTorch can use, else the CPU. cuda also means "
-        "AMD's GPUs with ROCm. Only the CPU has been tested on hardware. sim:NAME simulates hardware such as h100, or "
-        "the one that a .yaml file describes: without weights, tokens are random and come when they would on it.",
+        help="Device that runs the model. auto takes a GPU (cuda, also AMD's) that PyTorch can use, else the CPU, "
+        "which alone has been tested. sim:NAME simulates hardware such as h100, or that of a .yaml file: no weights, "
+        "random tokens, its latencies.",
     ),
     option(
         DEVICE, "--simulated-tokens", default="random", type=click.Choice(SIMULATED_TOKENS),
-        help="Tokens of simulated hardware: any of the vocabulary, or those of the prompt, once.",
+        help="Tokens of sim:NAME: random ones, or those of the prompt.",
     ),
     option(
         DEVICE, "--kernels", default="auto", type=click.Choice(KERNELS),

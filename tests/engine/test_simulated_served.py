@@ -1,5 +1,7 @@
 """`redline serve --device sim:NAME`: the whole server, with tokens that come when they would on the hardware."""
 
+import base64
+import io
 import json
 import re
 import time
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.serving import Served, serve
 
@@ -27,6 +30,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def v0(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     flags = ("--engine", "v0", "--simulated-tokens", "echo", "--tp", "4")
     with serve(tmp_path_factory.mktemp("v0"), "llama-3.3-70b", *FLAGS, *flags) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(tmp_path_factory.mktemp("images"), "qwen2-vl-small", *FLAGS) as served:
         yield served
 
 
@@ -103,6 +112,18 @@ def test_v0_waits_for_its_host(v0: Served) -> None:
     begun = time.monotonic()
     complete(v0, "llama-3.3-70b", max_tokens=TOKENS)
     assert time.monotonic() - begun > TOKENS * 2 * STEP_S  # 35 GB on each of four ranks
+
+
+def test_images_are_processed_and_have_their_tokens(images: Served) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (640, 480), (200, 30, 30)).save(picture, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
+    body = {"model": "qwen2-vl-small", "max_tokens": 5, "messages": [{"role": "user", "content": parts}]}
+    usage = images.post("/v1/chat/completions", **body)["usage"]
+    assert usage["completion_tokens"] == 5
+    assert usage["prompt_tokens"] > 23 * 17  # pixels of 28 x 28
+    assert images.post("/v1/chat/completions", **body)["usage"]["prompt_tokens_details"]["cached_tokens"] > 300
 
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import ModelError
 from engine.model import resolve
-from engine.model.resolve import resolve_model, resolve_tokenizer
+from engine.model.resolve import cached_tokenizer, resolve_model, resolve_tokenizer
 
 
 @pytest.fixture
@@ -69,6 +69,58 @@ def test_a_known_model_needs_no_hub_for_dummy_weights(monkeypatch: pytest.Monkey
     assert resolve_model(name, dummy=True).name == "llama-3.1-70b.json"
     with pytest.raises(ModelError, match="--load-format dummy runs it with random weights"):
         resolve_model(name)
+
+
+def test_a_hub_id_without_weights_names_the_configs_that_are_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"can't be fetched from the hub: .*; configs that are here are deepseek-r1, "):
+        resolve_model("somebody/something", dummy=True)
+    with pytest.raises(ModelError, match="configs that are here are"):
+        resolve_tokenizer("somebody/something", weights=False)
+    assert not [path for path in cache.rglob("*") if "something" in path.name and path.is_dir()]
+
+
+def test_files_without_weights_have_a_folder_of_their_own(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[list[str]] = []
+
+    def snapshot(
+        name: str, allow_patterns: list[str], local_files_only: bool = False, local_dir: Path | None = None
+    ) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError(name)
+        asked.append(allow_patterns)
+        assert local_dir is not None
+        (local_dir / "config.json").write_text("{}")
+        return str(local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    found = resolve_model("somebody/something", dummy=True)
+    assert (found / "config.json").is_file()
+    assert found == resolve_model("somebody/something", dummy=True)
+    assert len(asked) == 1
+    assert "*.safetensors" not in asked[0]
+
+
+def test_the_tokenizer_in_the_cache_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert cached_tokenizer("somebody/something") is None
+    assert cached_tokenizer("something") is None
+    snapshot = tmp_path / "models--somebody--something" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot / "tokenizer.json").write_text("{}")
+    assert cached_tokenizer("somebody/something") == snapshot
 
 
 def test_the_cache_is_filled_once_also_by_two_at_once(cache: Path) -> None:
