@@ -1,15 +1,16 @@
 """`LLM`: the engine as a Python object, without a server."""
 
 import asyncio
+import functools
 import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
+from engine.frontend.answer_format import AnswerFormat
 from engine.frontend.connect import EngineClient
 from engine.frontend.content_parts import MediaPart
 from engine.frontend.media_inputs import (
@@ -24,6 +25,7 @@ from engine.frontend.media_inputs import (
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import CollectedOutput, RequestOptions, TokenLogprob, collect_outputs
 from engine.frontend.structured_outputs import check_grammar
+from engine.frontend.thinking_budget import check_thinking_budget, with_thinking_budget
 from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.truncation import kept_tokens, truncate
 from engine.llm_outputs import (
@@ -87,6 +89,10 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
+
+    @functools.cached_property
+    def _answers(self) -> AnswerFormat:
+        return AnswerFormat(self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -267,7 +273,9 @@ class LLM:
         if self._engine.ready.pooling is not None:
             raise RequestError(f"{self.config.model} generates no texts: use LLM.embed or LLM.score")
         if params is None or isinstance(params, SamplingParams):
-            return [params or self.default_sampling_params()] * count
+            params = [params or self.default_sampling_params()] * count
+        for one in params:
+            check_thinking_budget(one, self._answers)
         if len(params) != count:
             raise RequestError(
                 f"the number of sampling_params ({len(params)}) differs from that of prompts ({count})",
@@ -290,7 +298,7 @@ class LLM:
         ]
         with Progress(disable=progress is not True) as bar:
             counter = bar.add_task("requests", total=len(given))
-            done = progress if callable(progress) else partial(bar.advance, counter)
+            done = progress if callable(progress) else functools.partial(bar.advance, counter)
             tasks = [
                 asyncio.ensure_future(
                     self._with_inputs(one, each, adapter, done)
@@ -321,6 +329,7 @@ class LLM:
         done: Callable[[], None],
     ) -> RequestOutput:
         await check_grammar(self._client, params.structured_outputs)
+        params = with_thinking_budget(params, self._answers, self.tokenizer, found.prompt)
         began = time.monotonic()
         options, inputs = RequestOptions(adapter=adapter), [found.inputs] if found.inputs else ()
         try:

@@ -20,6 +20,7 @@ from engine.grammar import Grammar
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.multimodal.types import MediaKind, MMSpec
 from engine.pooling import Pooled, PoolingSpec
+from engine.reasoning import ReasoningBudget
 from engine.stats import Stats
 
 HANDLE_SEQUENCE_BITS = 48  # a handle is (front end << 48) | sequence
@@ -147,6 +148,7 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     unplaced: tuple[UnplacedInput, ...] = ()  # of a prompt in which the core replaces the placeholders
     grammar: Grammar | None = None
     second_segment: int = 0  # pooling of a pair of texts: position of the first token of type 1; 0: there is none
+    reasoning: ReasoningBudget | None = None  # excludes a grammar
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):

@@ -20,6 +20,7 @@ from engine.frontend.media_inputs import Conversation
 from engine.frontend.sampling_params import SamplingParams
 from engine.frontend.streams import CollectedOutput, RequestStream, collect_outputs
 from engine.frontend.structured_outputs import check_grammar
+from engine.frontend.thinking_budget import check_thinking_budget, with_thinking_budget
 
 replace = msgspec.structs.replace
 
@@ -56,10 +57,14 @@ async def start_chat(state: ApiState, request: Request, body: ChatRequest, head:
     # Without a limit, the output may fill --max-model-len.
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = body.sampling_params(state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs)
+    budget = body.thinking_token_budget
+    params = body.sampling_params(
+        state.sampling_defaults, max_tokens=max_tokens, logprobs=logprobs, thinking_token_budget=budget
+    )
     options = answer_options(state, body)
     if options is not None:
         params = with_parsing(state, params, options)
+    check_thinking_budget(params, state.answers)
     await check_grammar(state.client, params.structured_outputs)
     state.check_template(body.chat_template)
     conversation = state.conversation(body.messages)
@@ -74,6 +79,7 @@ async def start_chat(state: ApiState, request: Request, body: ChatRequest, head:
     )
     prompt = await (cancel_on_disconnect(request.receive, preparing) if conversation.media else preparing)
     answers = None if options is None else ChatAnswers(state.answers, state.tokenizer, prompt.prompt, options)
+    params = with_thinking_budget(params, state.answers, state.tokenizer, prompt.prompt)
     stream = state.submit(request, body, [prompt.prompt], params, head, adapter, [prompt.inputs])
     return StartedChat(stream, answers, prompt_text)
 

@@ -28,6 +28,7 @@ class ChatRequest(SampledRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None

@@ -24,8 +24,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
             # structured output
             "structural_tag", "json_schema", "regex", "ebnf", "grammar", "guided_json_object",
             # tools in the older form, and other kinds of input and output
-            "functions", "audio", "prompt_embeds", "mm_processor_kwargs", "web_search_options", "thinking_token_budget",
-            "thinking", "media_io_kwargs", "watermarking",
+            "functions", "audio", "prompt_embeds", "mm_processor_kwargs", "web_search_options", "thinking",
+            "media_io_kwargs", "watermarking",
             # beam search and samplers of other servers
             "use_beam_search", "early_stopping", "logits_processors", "logits_processor_pattern",
             "custom_logit_processor", "custom_params", "vllm_xargs", "logprob_token_ids", "top_a", "epsilon_cutoff",
@@ -50,6 +50,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "include_reasoning": (True,),
     "separate_reasoning": (True, False),
     "enable_thinking": (),
+    "thinking_token_budget": (),
     "num_beams": (1,),
     "length_penalty": (1, 1.0),
     "do_sample": (True,),

@@ -13,6 +13,7 @@ from engine.grammar import WORD_BITS, Grammar
 # space only would never end.
 WHITESPACE = r"( |\n[ \t]{0,40})"
 MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+WRONG_TOKEN = "doesn't satisfy the grammar"  # in the library's error; its other errors are limits that were reached
 UNSATISFIABLE = ("NoExtension", "NoExtensionBias")  # the library's errors of grammars without any output
 
 
@@ -52,13 +53,27 @@ class GrammarCompiler:
     """Makes matchers of grammars. A mask has one more bit than the vocabulary: whether the output may end here."""
 
     def __init__(self, load: Callable[[], Vocabulary]):
-        """`load` is called by the first compilation."""
+        """`load` is called when the vocabulary is first needed."""
         self._load = load
         self._loading = threading.Lock()
+        self._vocabulary: Vocabulary | None = None
         self._tokenizer: Any = None
         self._special: set[str] = set()
         self.vocab_size = 0
         self.mask_words = 0  # of one mask
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of the model. Raises RequestError if there is no tokenizer."""
+        with self._loading:
+            if self._vocabulary is None:
+                found = self._load()
+                special = [found.pieces[token] for token in found.special_ids]
+                self._special = {text.decode("utf-8", "replace") for text in special}
+                self.vocab_size = len(found.pieces)
+                self.mask_words = self.vocab_size // WORD_BITS + 1
+                self._vocabulary = found
+            return self._vocabulary
 
     def compile(self, grammar: Grammar) -> Any:
         """An LLMatcher in its initial state. Raises RequestError if the grammar can't be used."""
@@ -66,14 +81,10 @@ class GrammarCompiler:
             import llguidance
         except ImportError as error:
             raise RequestError(f"structured output needs the package llguidance ({error})") from error
+        vocabulary = self.vocabulary
         with self._loading:
             if self._tokenizer is None:
-                vocabulary = self._load()
-                special = [vocabulary.pieces[token] for token in vocabulary.special_ids]
-                self._special = {text.decode("utf-8", "replace") for text in special}
-                self.vocab_size = len(vocabulary.pieces)
                 self._tokenizer = llguidance.LLTokenizer(_TokenizerSource(vocabulary))  # type: ignore[arg-type]
-                self.mask_words = self.vocab_size // WORD_BITS + 1
         limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         try:
             text = self._source(grammar)

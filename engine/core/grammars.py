@@ -11,27 +11,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.grammar_compiler import GrammarCompiler, Vocabulary, error_of
+from engine.core.grammar_compiler import WRONG_TOKEN, GrammarCompiler, Vocabulary, error_of
 from engine.core.intake import TextRequest
+from engine.core.reasoning_limit import ReasoningLimit
 from engine.core.request import Request
 from engine.core.slots import Slots
 from engine.core.steps import ScheduledStep
 from engine.errors import INTERRUPTS, RequestError, cause_of
 from engine.grammar import MAX_COMPILING, TOO_MANY, WORD_BITS, Grammar, GrammarCheck, encode_masks
-from engine.messages import FinishReason
+from engine.messages import AddRequest, FinishReason
+from engine.reasoning import ReasoningMarks
 
 log = logging.getLogger("redline.core")
 
 MAX_CACHED = 64  # compiled grammars
-WRONG_TOKEN = "doesn't satisfy the grammar"  # in the library's error; its other errors are limits that were reached
 THREADS = 2  # so that a grammar that takes long does not hold up all others
 
 Arrival = Request | TextRequest
+Rule = Grammar | ReasoningMarks  # what the masks of a request follow from
 
 
 def no_vocabulary() -> Vocabulary:
     """In place of a function that loads the vocabulary, where there is none."""
-    raise RequestError("this engine has no tokenizer, which structured output needs")
+    raise RequestError("this engine has no tokenizer, which structured output and thinking budgets need")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class GrammarManager:
         self._compiler = GrammarCompiler(load)
         self._wake = wake
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammars")
-        self._cache: OrderedDict[Grammar, Future[_Compiled]] = OrderedDict()
+        self._cache: OrderedDict[Rule, Future[_Compiled]] = OrderedDict()
         self._parked: dict[int, tuple[Arrival, Future[_Compiled]]] = {}  # with their grammars
 
     def check(self, kind: str, text: str) -> "Future[GrammarCheck]":
@@ -72,12 +74,16 @@ class GrammarManager:
             compiled.add_done_callback(lambda done: answer.set_result(_answer(done, was_known=was_known)))
         return answer
 
-    def _compile(self, grammar: Grammar) -> _Compiled:
+    def _compile(self, rule: Rule) -> _Compiled:
         """On a thread."""
         began = time.perf_counter()
-        matcher, cause = None, ""
+        matcher: Any = None
+        cause = ""
         try:
-            matcher = self._compiler.compile(grammar)
+            if isinstance(rule, Grammar):
+                matcher = self._compiler.compile(rule)
+            else:
+                matcher = ReasoningLimit(rule, self._compiler.vocabulary)
         except INTERRUPTS:
             raise
         except RequestError as error:
@@ -87,14 +93,14 @@ class GrammarManager:
             cause = cause_of(error)
         return _Compiled(matcher, cause, time.perf_counter() - began)
 
-    def _compiled(self, grammar: Grammar) -> "Future[_Compiled]":
-        found = self._cache.get(grammar)
+    def _compiled(self, rule: Rule) -> "Future[_Compiled]":
+        found = self._cache.get(rule)
         if found is not None:
-            self._cache.move_to_end(grammar)
+            self._cache.move_to_end(rule)
             return found
         if sum(not one.done() for one in self._cache.values()) >= MAX_COMPILING:
             raise RequestError(TOO_MANY)
-        found = self._cache[grammar] = self._threads.submit(self._compile, grammar)
+        found = self._cache[rule] = self._threads.submit(self._compile, rule)
         found.add_done_callback(lambda _: self._wake())
         while len(self._cache) > MAX_CACHED and next(iter(self._cache.values())).done():
             self._cache.popitem(last=False)
@@ -104,8 +110,8 @@ class GrammarManager:
 
     def park(self, arrival: Arrival) -> bool:
         """Make a request wait for its grammar; returns whether it must. Raises RequestError if too many wait."""
-        grammar = arrival.message.grammar
-        if grammar is None or (compiled := self._compiled(grammar)).done():
+        rule = _rule_of(arrival.message)
+        if rule is None or (compiled := self._compiled(rule)).done():
             return False
         self._parked[arrival.handle] = arrival, compiled
         return True
@@ -128,12 +134,14 @@ class GrammarManager:
 
     def attach(self, request: Request) -> None:
         """Give a request the matcher of its grammar, which is compiled. Raises RequestError if that has failed."""
-        grammar = request.message.grammar
-        if grammar is not None:
-            compiled = self._compiled(grammar).result()
+        rule = _rule_of(request.message)
+        if rule is not None:
+            compiled = self._compiled(rule).result()
             if compiled.matcher is None:
                 raise RequestError(compiled.cause)
             request.matcher = compiled.matcher.deep_copy()
+        if request.message.reasoning is not None:
+            request.matcher.begin(request.message.reasoning)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -195,9 +203,15 @@ def advance(
             stopped[index] = True
         elif matcher.consume_token(token):
             stopped[index] = matcher.is_stopped()
+            if isinstance(matcher, ReasoningLimit) and matcher.is_over:
+                request.matcher, slots.constrained[slot] = None, False  # the rest of the output is free
         else:
             failed[index] = failure_of(matcher)
     return failed
+
+
+def _rule_of(message: AddRequest) -> Rule | None:
+    return message.grammar if message.reasoning is None else message.reasoning.marks
 
 
 def failure_of(matcher: Any) -> tuple[FinishReason, str]:

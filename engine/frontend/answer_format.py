@@ -1,5 +1,6 @@
 """How a model writes reasoning and tool calls: chosen by its chat template, or by name."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.frontend.parsing.mistral_calls import MARKER, MistralFormat
 from engine.frontend.parsing.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 from engine.frontend.parsing.reasoning import ReasoningParser, Tags
 from engine.frontend.tokenizer import Tokenizer
+from engine.reasoning import ReasoningMarks
 
 THINK, MISTRAL_THINK = Tags("<think>", "</think>"), Tags("[THINK]", "[/THINK]")
 TAGS = {"deepseek_r1": THINK, "qwen3": THINK, "mistral": MISTRAL_THINK}
@@ -78,8 +80,25 @@ class AnswerFormat:
         return self._reasoning_parser(self._tags, prompt, parser)
 
     def _reasoning_parser(self, tags: Tags, prompt: str, rest: AnswerParser) -> ReasoningParser:
-        always = self.reasoning == "deepseek_r1" and not tags.is_closed(prompt)
-        return ReasoningParser(tags, rest, opened=always or tags.is_open(prompt))
+        return ReasoningParser(tags, rest, opened=self.begins_with_reasoning(prompt))
+
+    def begins_with_reasoning(self, prompt: str) -> bool:
+        """Whether an output after this end of a prompt begins within reasoning."""
+        if self.reasoning == HARMONY_REASONING:
+            return harmony.HarmonyParser(prompt, calls=False, reasoning=True).reasons
+        if self._tags is None:
+            return False
+        always = self.reasoning == "deepseek_r1" and not self._tags.is_closed(prompt)
+        return always or self._tags.is_open(prompt)
+
+    @property
+    def reasoning_marks(self) -> ReasoningMarks | None:
+        """The texts around reasoning; None if the model's form of it is unknown."""
+        if self.reasoning == HARMONY_REASONING:
+            return ReasoningMarks(harmony.REASONING_HEADER, harmony.BODY_ENDS, repeats=True)
+        if self._tags is None:
+            return None
+        return ReasoningMarks(rf"\A\s*{re.escape(self._tags.begin)}", (self._tags.end,))
 
     @property
     def reasons_once(self) -> bool:

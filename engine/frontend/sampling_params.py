@@ -11,6 +11,7 @@ from engine.frontend.structured_outputs import StructuredOutputs
 from engine.frontend.token_filters import check_any_token_left
 from engine.frontend.tokenizer import Tokenizer
 from engine.messages import AddRequest, Sampling, TextOptions
+from engine.reasoning import ReasoningBudget
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
@@ -49,6 +50,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
         visible_special_ids: special tokens that stay in the text all the same.
         include_stop_str_in_output: leave the stop string in the text.
         structured_outputs: what the text must conform to.
+        thinking_token_budget: number of tokens of reasoning after which its end is written. Of chats, and of `LLM`.
+        reasoning: how the budget is enforced, set with the prompt (see `engine.frontend.thinking_budget`).
         use_beam_search: the `n` most likely outputs instead of sampled ones (see `engine.frontend.beam_search`).
         length_penalty: of beam search: outputs are ordered by the sum of their logprobs divided by their length to this
             power.
@@ -79,6 +82,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     visible_special_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None
+    thinking_token_budget: int | None = None
+    reasoning: ReasoningBudget | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
 
@@ -144,9 +149,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
                     raise RequestError(f"{name}: {token} is not in the vocabulary (0..{vocab_size - 1})", name)
 
 
-INTEGERS = frozenset(
-    {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
-)
+INTEGERS = frozenset({
+    "n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens",
+    "thinking_token_budget",
+})  # fmt: skip
 # name, smallest, largest
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("n", 1, 128),
@@ -160,6 +166,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("truncate_prompt_tokens", -1, 2**31 - 1),
+    ("thinking_token_budget", 0, 2**31 - 1),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
     ("repetition_penalty", 1e-3, 100),
@@ -230,5 +237,6 @@ def make_request(
         stop_ids=stop_ids,
         min_tokens=min_tokens,
         grammar=None if params.structured_outputs is None else params.structured_outputs.to_grammar(),
+        reasoning=params.reasoning,
         **extra,
     )

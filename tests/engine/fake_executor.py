@@ -15,10 +15,23 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+from msgspec.structs import replace
+
 from engine.clock import Clock
 from engine.columns import column, int32s
+from engine.grammar import TokenMasks
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
-from engine.messages import MMInputRef, Sampling, StepMessage, StepReports, StepResult, decode_step, encode
+from engine.messages import (
+    MMInputRef,
+    Sampling,
+    StepMessage,
+    StepReports,
+    StepResult,
+    decode_result,
+    decode_step,
+    encode,
+)
 
 VOCABULARY = 50
 FAULT = b"fault"
@@ -96,6 +109,7 @@ class FakeSlot:
     sampling: Sampling = field(default_factory=Sampling)
     mm_inputs: tuple[MMInputRef, ...] = ()
     states: list[bytes] = field(default_factory=list)  # prefix hash after each computed token
+    constrained: bool = False
 
 
 class FakeExecutor:
@@ -133,6 +147,8 @@ class FakeExecutor:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.failure: Exception | None = None
         self.script: bytes | None = None  # what all requests get in place of hashes, then zeros
+        self.obeys_masks = False  # replace tokens that masks exclude by the first ones that they allow
+        self._owners: dict[int, list[int]] = {}  # of steps that aren't sampled yet: the slot of each token
 
     def submit(self, step: bytes) -> Future[None]:
         message = decode_step(step)
@@ -147,9 +163,23 @@ class FakeExecutor:
     def sample(self, step: int, masks: bytes = b"") -> Future[bytes]:
         start = max(self._busy_until, self._clock.now())
         self._busy_until = start + self._seconds(self.steps[-1], self.batch_tokens[-1])
+        owners = self._owners.pop(step)
+        if masks and self.obeys_masks:
+            self._sampled[step] = self._masked(self._sampled[step], owners, TokenMasks(masks))
         result: Future[bytes] = Future()
         self._due.append((self._busy_until, step, result))
         return result
+
+    def _masked(self, sampled: bytes, owners: list[int], masks: TokenMasks) -> bytes:
+        result = decode_result(sampled)
+        tokens = int32s(result.tokens).copy()
+        for index, number in enumerate(owners):
+            allowed = masks.accepted(number, int(tokens.max()) + 1)
+            if allowed is not None and not allowed[tokens[index]]:
+                everything = masks.accepted(number, 1 << 16)
+                assert everything is not None
+                tokens[index] = self.slots[number].tokens[-1] = int(np.flatnonzero(everything)[0])
+        return encode(replace(result, tokens=tokens.tobytes()))
 
     def call(self, method: str, arguments: dict[str, Any]) -> Future[Any]:
         """Whatever it is asked for is done."""
@@ -190,6 +220,7 @@ class FakeExecutor:
                 added.num_prompt_tokens,
                 added.sampling,
                 added.mm_inputs,
+                constrained=added.constrained,
             )
             state = b""
             for position in range(added.num_computed_tokens):
@@ -220,18 +251,20 @@ class FakeExecutor:
         while any(self._spread_fault(self.slots[number], count) for number, count in plan.items() if count):
             pass
         sampled, each, drafted, asked = [], [], 0, list[tuple[int, int, int]]()
+        owners = self._owners[message.step] = list[int]()
         for number, count in plan.items():
             slot = self.slots[number]
             self._check_context(number, slot, count)
             if count and slot.computed == len(slot.tokens):
                 known = len(slot.tokens)
                 slot.tokens.append(self._next_token(slot))
-                if count == 1 and self._draft_tokens:
+                if count == 1 and self._draft_tokens and not slot.constrained:
                     drafted += self._propose_drafts(slot)
                 if slot.sampling.logprobs >= 0:
                     asked += [(len(sampled) + i, slot.tokens[known + i], slot.sampling.logprobs)
                               for i in range(len(slot.tokens) - known)]  # fmt: skip
                 sampled += slot.tokens[known:]
+                owners += [number] * (len(slot.tokens) - known)
                 each.append(len(slot.tokens) - known)
         self.batch_tokens.append(sum(plan.values()))
         self.slot_tokens.append({number: count for number, count in plan.items() if count})

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import msgspec
 import numpy as np
 import pytest
 
@@ -30,6 +31,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FREE = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+THINKS = "{% for message in messages %}{{ message.content }}{% endfor %}<think>{# </think> #}"
 
 
 def wanting(seed: int = 0, temperature: float = 1.0, **wanted: Any) -> SamplingParams:
@@ -44,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def llm(folder: str) -> Iterator[LLM]:
-    with LLM(folder, load_format="dummy", max_model_len=512, max_num_seqs=8) as running:
+    with LLM(folder, load_format="dummy", max_model_len=512, max_num_seqs=8, chat_template=THINKS) as running:
         yield running
 
 
@@ -114,6 +116,39 @@ def test_free_requests_are_the_same_beside_constrained_ones(llm: LLM) -> None:
     assert again.outputs[0].token_ids == mixed[1].outputs[0].token_ids, "its neighbors don't matter"
 
 
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.0, "seed": 3}, {"logprobs": 1, "top_k": 9, "temperature": 1.0}])
+def test_reasoning_ends_after_its_budget(llm: LLM, more: dict[str, Any]) -> None:
+    """Random weights don't end it themselves. Outputs are the same up to there, and those beside it in full."""
+    free = msgspec.structs.replace(FREE, **more)
+    budgets = [0, 1, 7, 15, 24]
+    chats = [[{"role": "user", "content": f"number {number}"}] for number in range(len(budgets))]
+    alone = [one.outputs[0].token_ids for one in llm.chat(chats, free)]
+    limited = [msgspec.structs.replace(free, thinking_token_budget=budget) for budget in budgets]
+    found = llm.chat([*chats, *chats], [*limited, *[free] * len(chats)])
+    assert [one.outputs[0].token_ids for one in found[len(chats) :]] == alone
+    for budget, output, whole in zip(budgets, found, alone, strict=False):
+        tokens = output.outputs[0].token_ids
+        assert tokens == [*whole[:budget], *b"</think>", *tokens[budget + len("</think>") :]][:24]
+        assert len(tokens) == 24
+        # What follows is what the model continues this prompt with.
+        rest = llm.generate([[*output.prompt_token_ids, *tokens[: budget + 8]]], FREE)[0]
+        if not more:
+            assert tokens[budget + 8 :] == rest.outputs[0].token_ids[: max(24 - budget - 8, 0)]
+
+
+def test_budgets_that_can_not_be_kept_are_refused(llm: LLM) -> None:
+    for params in (
+        SamplingParams(thinking_token_budget=3, structured_outputs=StructuredOutputs(regex="a+")),
+        SamplingParams(thinking_token_budget=0, use_beam_search=True),
+    ):
+        with pytest.raises(RequestError) as error:
+            llm.generate("<think>", params)
+        assert error.value.field == "thinking_token_budget"
+    for wrong in (-1, 1.5):
+        with pytest.raises(RequestError, match="thinking_token_budget must"):
+            SamplingParams(thinking_token_budget=wrong)  # type: ignore[arg-type]
+
+
 def test_together_with_other_parameters(llm: LLM) -> None:
     def text(**more: Any) -> tuple[str, str | None]:
         params = {"max_tokens": 20, "structured_outputs": StructuredOutputs(regex="(ab){1,3}"), **more}
@@ -179,13 +214,17 @@ def test_a_recursive_schema_is_used(llm: LLM) -> None:
     ids=["preemptions", "draft tokens", "V0", "generic backend", "two ranks"],
 )
 def test_other_engines(folder: str, llm: LLM, options: dict[str, Any]) -> None:
-    prompts = ["aaaa bbbb aaaa bbbb " * 2] * 6
+    prompts = ["aaaa bbbb aaaa bbbb " * 2 + "<think>"] * 6
     params = [wanting(seed, 0, json=SCHEMA) if seed % 2 else FREE for seed in range(6)]
+    params[2] = msgspec.structs.replace(FREE, thinking_token_budget=5)
     expected = [one.outputs[0].token_ids for one in llm.generate(prompts, params)]
-    with LLM(folder, load_format="dummy", max_model_len=256, max_num_seqs=6, **options) as other:
+    plan = {"load_format": "dummy", "max_model_len": 256, "max_num_seqs": 6, "chat_template": THINKS}
+    with LLM(folder, **plan | options) as other:
         found = [one.outputs[0] for one in other.generate(prompts, params)]
     for number in (1, 3, 5):
         jsonschema.validate(json.loads(found[number].text), SCHEMA)
+    assert found[2].token_ids[5:13] == list(b"</think>")
+    assert found[2].token_ids[:5] == found[0].token_ids[:5]
     assert [one.token_ids for one in found] == expected
 
 

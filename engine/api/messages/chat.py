@@ -20,6 +20,7 @@ SWITCHES = ("enable_thinking", "thinking")  # variables by which chat templates 
 RENAMED = (
     (re.compile(r"^stop\b"), "stop_sequences"),
     (re.compile(r"\breasoning_effort\b"), "output_config.effort"),
+    (re.compile(r"\bthinking_token_budget\b"), "thinking.budget_tokens"),
     (re.compile(r"\bresponse_format(\.json_schema(\.schema)?)?"), "output_config.format"),
     (re.compile(r"\bcontinue_final_message\b"), "messages"),
     (re.compile(r"\b(tools\[\d+\])\.function\.parameters\b"), r"\1.input_schema"),
@@ -63,11 +64,8 @@ class MessagesChat:
         """The body of the chat. Raises RequestError, with the field, for what is not valid or not supported."""
         choice, thinking = body.tool_choice or {}, body.thinking or {}
         budget = thinking.get("budget_tokens")
-        if budget is not None and budget < body.max_tokens:
-            name = "thinking.budget_tokens"
-            raise RequestError(
-                f"{name}: the length of thoughts can only be limited by max_tokens here; leave {name} out", name
-            )
+        if budget is not None and budget >= body.max_tokens:
+            budget = None  # max_tokens ends the thoughts before
         return ChatRequest(
             **self._prompt,
             response_format=_output_format(body.output_config or {}),
@@ -78,6 +76,7 @@ class MessagesChat:
             top_k=body.top_k,
             stream=body.stream,
             include_reasoning=thinking.get("display") != "omitted",
+            thinking_token_budget=budget,
             parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
         )
 

@@ -24,6 +24,8 @@ LONGEST_HEADER = 512
 CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 RECIPIENT = re.compile(r"to=([^\s<]+)")
 FUNCTIONS = "functions."
+# The header of a message with reasoning, up to its text.
+REASONING_HEADER = r"<\|channel\|>\s*analysis\b(?:(?!<\|channel\|>|<\|message\|>).)*<\|message\|>"
 
 
 class HarmonyParser:
@@ -54,6 +56,11 @@ class HarmonyParser:
     @property
     def held(self) -> int:
         return len(self._text)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the message that began last is reasoning."""
+        return self._thinks
 
     def _advance(self, text: str, *, final: bool) -> list[Event]:
         self._text += text

@@ -138,18 +138,21 @@ async def in_loop(
     mm: MMSpec | None = None,
     resolve: Resolver | None = None,
     script: str | None = None,
+    obeys_masks: bool = False,
     **settings: Any,
 ) -> AsyncIterator[InLoop]:
     """A server whose worker computes nothing.
 
     With `mm` it takes images, audio and video; a pool of one process runs tests/engine/api/tiny_processor.py. With a
-    `script`, all outputs are this text, of which each character is a token, and then tokens 0.
+    `script`, all outputs are this text, of which each character is a token, and then tokens 0. If it `obeys_masks`,
+    tokens that a mask excludes are replaced.
     """
     settings = {"max_model_len": 128, "num_blocks": 257, "max_num_batched_tokens": 32, **settings}
     config = resolved(ablations=ablations, **settings)
     clock, transport = FakeClock(), InlineTransport()
     worker = FakeExecutor(clock, config.block_size, lambda *_: STEP_S, config.draft_tokens)
     worker.script = None if script is None else script.encode("ascii")
+    worker.obeys_masks = obeys_masks
     tokenizer = Tokenizer(StandInBackend(VOCABULARY), template=ChatTemplate(template, {}) if template else None)
     parts = None if mm is None else MMParts(mm, tokenizer, options, ablations)
     processing, detokenizes = None if parts is None else parts.processing, "inline-frontend" in ablations

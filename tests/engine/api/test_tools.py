@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from engine.api.http_options import HttpOptions
+from tests.engine.api.conftest import TEMPLATE as PLAIN_TEMPLATE
 from tests.engine.api.conftest import InLoop, in_loop
 from tests.engine.api.test_app import events
 from tests.engine.frontend import templates
@@ -27,14 +28,16 @@ REQUIRED = {"tool_choice": "required"}
 NAMED = {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
 OTHER = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
+HARMONY_TEMPLATE = TEMPLATE + "{# <|channel|> #}<|start|>assistant"
+BUDGET = "thinking_token_budget"
 HARMONY = (
     "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
     '<|constrain|>json<|message|>{"city": "Rome"}'
 )
 
 
-def served(script: str, template: str = TEMPLATE, **options: Any) -> Any:
-    return in_loop(HttpOptions(**options), template, script=script, max_model_len=2048)
+def served(script: str, template: str = TEMPLATE, *, obeys_masks: bool = False, **options: Any) -> Any:
+    return in_loop(HttpOptions(**options), template, script=script, obeys_masks=obeys_masks, max_model_len=2048)
 
 
 async def whole_and_streamed(server: InLoop, script: str, **body: Any) -> dict[str, Any]:
@@ -174,7 +177,7 @@ async def test_the_flag_names_the_form(parser: str, script: str, call: tuple[str
 
 
 async def test_harmony_s_template_is_recognized():
-    async with served(HARMONY, TEMPLATE + "{# <|channel|> #}<|start|>assistant") as server:
+    async with served(HARMONY, HARMONY_TEMPLATE) as server:
         choice = await whole_and_streamed(server, HARMONY, tools=TOOLS)
         assert choice["message"]["reasoning_content"] == "So."
         assert without_ids(choice["message"]["tool_calls"]) == [("get_weather", {"city": "Rome"})]
@@ -311,3 +314,49 @@ async def test_a_form_that_is_unknown_is_refused():
     async with served("x", templates.CHATML, tool_call_parser="mistral") as server:
         error = await server.refusal(PATH, {"messages": [USER], "tools": TOOLS})
         assert "takes no tools" in error["message"]
+
+
+async def test_reasoning_ends_after_its_budget() -> None:
+    script = "<think>\nLet me see.</think>Yes."
+    async with served(script, obeys_masks=True) as server:
+        for budget in (0, 4, 30):
+            choice = await whole_and_streamed(server, script, thinking_token_budget=budget)
+            shown = "\nLet me see."[:budget]
+            assert (choice["message"]["reasoning"] or "") == shown.strip("\n")
+            rest = script[len("<think>") + len(shown) + len("</think>") :]
+            assert choice["message"]["content"] == rest
+        kept = await whole_and_streamed(server, script, thinking_token_budget=4, separate_reasoning=False)
+        assert kept["message"]["content"].startswith("<think>\nLet</think>")
+        several = await server.post(PATH, messages=[USER], n=3, thinking_token_budget=2, max_tokens=40)
+        assert {one["message"]["reasoning"] for one in several["choices"]} == {"L"}
+        assert several["usage"]["completion_tokens_details"]["reasoning_tokens"] == 3
+
+
+async def test_channels_share_a_budget() -> None:
+    async with served(HARMONY, HARMONY_TEMPLATE, obeys_masks=True) as server:
+        choice = await whole_and_streamed(server, HARMONY, thinking_token_budget=1)
+        assert choice["message"]["reasoning"] == "S"
+
+
+@pytest.mark.parametrize(
+    ("template", "body", "says"),
+    [
+        (TEMPLATE, {BUDGET: -1}, "must lie in 0.."),
+        (TEMPLATE, {BUDGET: 3, "response_format": {"type": "json_object"}}, "response_format"),
+        (TEMPLATE, {BUDGET: 3, "tools": TOOLS, **REQUIRED}, "tools"),
+        (TEMPLATE, {BUDGET: 0, "use_beam_search": True}, "use_beam_search"),
+        (PLAIN_TEMPLATE, {BUDGET: 0}, "--reasoning-parser"),
+    ],
+)
+async def test_budgets_that_can_not_be_kept_are_refused(template: str, body: dict[str, Any], says: str) -> None:
+    async with served("x", template) as server:
+        error = await server.refusal(PATH, {"messages": [USER]} | body)
+        assert error["param"] == BUDGET
+        assert says in error["message"]
+        assert not server.core.has_work
+
+
+async def test_completions_have_no_budget(server: InLoop) -> None:
+    for budget in (0, 5):
+        error = await server.refusal("/v1/completions", {"prompt": "hi", BUDGET: budget})
+        assert error["param"] == BUDGET

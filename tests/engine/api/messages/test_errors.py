@@ -25,6 +25,7 @@ from tests.engine.api.messages.api_client import (
 from tests.engine.api.responses.test_responses import served
 from tests.engine.api.test_tools import TEMPLATE
 
+SHAPE = {"type": "json_schema", "schema": {"type": "object"}}
 OPEN = {"type": "tool_use", "id": "a", "name": "b", "input": {}}
 
 
@@ -34,13 +35,15 @@ OPEN = {"type": "tool_use", "id": "a", "name": "b", "input": {}}
         (PLAIN_TEMPLATE, {"thinking": {"type": "adaptive"}}, "thinking"),
         (TEMPLATE, {"thinking": {"type": "disabled"}}, "thinking.type"),
         (THINKS, {"thinking": {"type": "between_tools"}}, "thinking.type"),
-        (THINKS, {"thinking": {"type": "enabled", "budget_tokens": 399}}, "thinking.budget_tokens"),
+        (THINKS, {"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens must lie in 0.."),
+        (THINKS, {"thinking": {"type": "enabled", "budget_tokens": 9}, "output_config": {"format": SHAPE}},
+         "thinking.budget_tokens can't be used with output_config.format"),
         (THINKS, {"thinking": {"type": "enabled", "budget_tokens": "many"}}, "thinking.budget_tokens"),
         (THINKS, {"thinking": {"type": "disabled", "display": "omitted"}}, "thinking.display"),
         (THINKS, {"thinking": {"type": "adaptive", "display": "all"}}, "thinking.display"),
         (THINKS, {"thinking": {"type": "adaptive"}, "tools": TOOLS, "tool_choice": {"type": "any"}}, "tool_choice"),
     ],
-)
+)  # fmt: skip
 async def test_thinking_that_the_model_does_not_have_is_refused(template: str, fields: Any, named: str):
     async with in_loop(HttpOptions(), template, script="x", max_model_len=2048) as server:
         assert named in await refusal(server, ASKED | fields)

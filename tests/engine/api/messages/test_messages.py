@@ -136,6 +136,22 @@ async def test_the_last_message_of_the_assistant_is_continued():
         assert message.content[0].text == " upon a time"
 
 
+async def test_the_length_of_thoughts_is_limited():
+    script = "Let me see. It is so.</think>Yes."
+    async with in_loop(HttpOptions(), THINKS, script=script, obeys_masks=True, max_model_len=2048) as server:
+        for budget in (0, 1, 12, len(script) - 14, len(script) - 12, 399):
+            thinking = {"type": "enabled", "budget_tokens": budget}
+            message = await whole_and_streamed(server, thinking=thinking)
+            thoughts = "".join(one.thinking for one in message.content if one.type == "thinking")
+            assert thoughts == "Let me see. It is so."[:budget]
+            assert message.usage.output_tokens_details.thinking_tokens == len(thoughts)
+            # The worker goes on with its script, at the place where the end of the thoughts ends.
+            assert message.content[-1].text == script[len(thoughts) + len("</think>") :]
+            assert message.stop_reason == "stop_sequence"
+        calls = await whole_and_streamed(server, tools=TOOLS, thinking={"type": "enabled", "budget_tokens": 3})
+        assert [one.type for one in calls.content] == ["thinking", "text"]
+
+
 @pytest.mark.parametrize(
     ("thinking", "begin"),
     [
