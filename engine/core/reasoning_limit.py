@@ -12,7 +12,7 @@ from engine.errors import RequestError
 from engine.grammar import WORD_BITS
 from engine.reasoning import ReasoningBudget, ReasoningMarks
 
-LONGEST_BEGIN = 64  # bytes of the text that begins the reasoning at the start of an output
+LONGEST_BEGIN = 16  # bytes of the tag at the start of an output
 LONGEST_HEADER = 1024  # bytes of the text that begins a further part
 
 
