@@ -130,10 +130,9 @@ def test_reasoning_ends_after_its_budget(llm: LLM, more: dict[str, Any]) -> None
         tokens = output.outputs[0].token_ids
         assert tokens == [*whole[:budget], *b"</think>", *tokens[budget + len("</think>") :]][:24]
         assert len(tokens) == 24
-        # What follows is what the model continues this prompt with.
-        rest = llm.generate([[*output.prompt_token_ids, *tokens[: budget + 8]]], FREE)[0]
-        if not more:
-            assert tokens[budget + 8 :] == rest.outputs[0].token_ids[: max(24 - budget - 8, 0)]
+        if not more:  # the model goes on as after such a prompt
+            [after] = llm.generate([[*output.prompt_token_ids, *tokens[: budget + 8]]], FREE)
+            assert tokens[budget + 8 :] == after.outputs[0].token_ids[: max(16 - budget, 0)]
 
 
 def test_budgets_that_can_not_be_kept_are_refused(llm: LLM) -> None:
