@@ -126,7 +126,7 @@ def test_reasoning_is_never_longer_than_its_budget(
         assert output == wanted, "an output without reasoning"
         return
     found = count(ReasoningParser(THINK, PlainText(), opened=is_open), vocabulary, output, once=True)
-    # The token that ends the first tag may begin the reasoning. Of a character that is cut off, the next token is a part.
+    # The token that ends the first tag may begin the reasoning. The next token ends a character that is cut off.
     begun = not is_open and opened not in [0, *ends]
     is_cut = "\ufffd" in text_of(vocabulary, output).decode("utf-8", "replace")
     assert found <= max(budget, begun) + is_cut
@@ -137,9 +137,9 @@ def test_reasoning_is_never_longer_than_its_budget(
     same = next((at for at, pair in enumerate(zip(output, wanted, strict=False)) if pair[0] != pair[1]), len(wanted))
     if output != wanted:
         assert len([end for end in ends[:same] if end > opened]) >= budget, "it is ended too early"
-        written = text_of(vocabulary, output)
-        assert written.startswith(text_of(vocabulary, wanted[:same]))
-        assert b"</think>" in written[len(text_of(vocabulary, wanted[:same])) - len("</think>") + 1 :]
+        written, kept = text_of(vocabulary, output), text_of(vocabulary, wanted[:same])
+        assert written.startswith(kept)
+        assert b"</think>" in written[max(len(kept) - len("</think>") + 1, 0) :]
 
 
 HEADERS = ["analysis", " analysis", "final", "commentary to=functions.f", "analysis to=python", "analyst"]
