@@ -55,6 +55,7 @@ class SimulatedExecutor:
         self.memory: tuple[MemoryLine, ...] = ()
         self.ended: Future[None] = Future()
         self.ranks: Sequence[RankHandle] = ()
+        self.real_time = False  # the core takes time itself
         self._clock, self._step_time, self._host = clock, step_time, host
         self._tokens = make_tokens(tokens, max_num_seqs, vocab_size)
         self._live = np.zeros(max_num_seqs, bool)
@@ -75,10 +76,17 @@ class SimulatedExecutor:
 
     def sample(self, step: int, masks: bytes = b"") -> "Future[bytes]":  # noqa: ARG002 - tokens follow no grammar
         seconds, encoded = self._results.pop(step)
-        self._busy_until = max(self._busy_until, self._clock.now()) + seconds
+        self._busy_until = max(self._busy_until, self._clock.now() - self._covered_s()) + seconds
         result: Future[bytes] = Future()
         self._due.append((self._busy_until, encoded, result))
         return result
+
+    def _covered_s(self) -> float:
+        """Real time: the part of the host's cost of a step that the core has spent when it submits the step."""
+        if not self.real_time:
+            return 0.0
+        cost = self._host.costs.step_seconds(int(self._live.sum()), self._host.ranks)
+        return cost * self._host.costs.serial if self._host.overlaps else cost
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
         raise NotImplementedError(f"simulated hardware has no {method}")

@@ -30,6 +30,7 @@ class RealTimeExecutor:
         self.kernels = simulated.kernels
         self.ended: Future[None] = Future()
         self._simulated, self._clock = simulated, clock
+        simulated.real_time = True
         self._changed = threading.Condition()
         self._closed = False
         threading.Thread(target=self._deliver_all, name="simulated-device", daemon=True).start()

@@ -71,3 +71,34 @@ def test_a_fault_of_the_thread_ends_the_engine(monkeypatch: pytest.MonkeyPatch) 
     executor = make()
     assert isinstance(executor.ended.exception(30), ValueError)
     executor.shutdown()
+
+
+class SlowCore:
+    """A clock that moves as the core takes its time."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+
+@pytest.mark.parametrize("core_ms", [0.0, 0.5, 5.0])
+def test_the_cost_of_the_host_includes_what_the_core_takes(core_ms: float) -> None:
+    clock = SlowCore()
+    host = SimulatedHost(H100.host.v0, 1, overlaps=False)
+    executor = SimulatedExecutor(clock, StepTime(H100, SHAPE), host, 4, 1000)
+    executor.real_time = True
+    executor.submit(encode(StepMessage(1, assigned_slots=(assignment(8),), chunks=column([0, 8]))))
+    executor.sample(1)
+    assert executor.next_due is not None
+    clock.time = first = executor.next_due
+    executor.pump()
+    clock.time += core_ms * 1e-3
+    executor.submit(encode(StepMessage(2)))
+    result = executor.sample(2)
+    due = executor.next_due
+    clock.time = due
+    executor.pump()
+    cost = H100.host.v0.step_seconds(1, 1)
+    assert due - first == pytest.approx(decode_result(result.result()).seconds + max(cost, core_ms * 1e-3))
