@@ -8,7 +8,9 @@ from engine.messages import AddRequest, Ready
 
 # Fields of SamplingParams. What only changes how likely tokens are, such as `temperature`, is accepted: all tokens are
 # equally likely. Stop ids are never sampled, so `min_tokens` holds.
-REFUSED = ("logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words")
+REFUSED = (
+    "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "thinking_token_budget",
+)  # fmt: skip
 
 
 def check_simulated(ready: Ready, params: SamplingParams) -> None:

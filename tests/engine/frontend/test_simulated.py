@@ -14,6 +14,7 @@ REAL = Ready("model", "cpu", "bfloat16", 100, 64, 4, 64, 16, 10, True)
 SIMULATED = msgspec.structs.replace(REAL, simulated="NVIDIA H100")
 VALUES: dict[str, Any] = {
     "logprobs": 0, "prompt_logprobs": 1, "logit_bias": {3: 5.0}, "allowed_token_ids": [1], "bad_words": ["no"],
+    "thinking_token_budget": 5,
 }  # fmt: skip
 
 
