@@ -45,6 +45,10 @@ demo: install  ## The main job on a real model: two configurations, searched, sw
 bench-search: $(VENV)/installed-dev  ## The search against a queue of known capacity: found and true, seed by seed
 	$(BIN)/python -m tests.perf.bench_search
 
+.PHONY: bench-simulation
+bench-simulation: $(VENV)/installed-dev  ## CPU time and memory of simulations in virtual time: results/bench-simulation.json
+	$(BIN)/python -m tests.perf.bench_simulation
+
 .PHONY: bench-statistics
 bench-statistics: $(VENV)/installed-dev  ## Intervals and verdicts against simulations of known truth: results/bench-statistics.json
 	$(BIN)/python -m tests.perf.bench_statistics

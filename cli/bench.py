@@ -1,6 +1,5 @@
 """`redline bench`: sends load to one server and finds the highest request rate that it sustains."""
 
-import dataclasses
 import math
 from datetime import datetime
 from pathlib import Path
@@ -11,33 +10,27 @@ from rich.console import Console
 
 from bench.errors import BenchError
 from bench.measurement.nvml import find_energy
-from bench.measurement.progress import ConsoleProgress, answer_text, points_table
-from bench.measurement.run import BenchOptions, InterruptedRunError, LostServerError, Subject, measure_configuration
-from bench.results import FLAG, Answer, RunFiles, Summary
-from bench.results.writing import CannotWriteError, check_folder
+from bench.measurement.progress import ConsoleProgress
+from bench.measurement.run import LostServerError, Subject
+from bench.measurement.server import HttpServer
+from bench.results import FLAG, RunFiles
+from bench.results.writing import check_folder
 from bench.target import Target
 from bench.target.control import unused_proxy
 from bench.target.probe import ServerInfo, probe_server
 from bench.target.reported_config import resolved_configuration
 from bench.target.server import ServerProcess, has_flag
-from bench.workloads import ANY_VOCABULARY, Workload, has_exact_lengths, make_workload
+from bench.workloads import ANY_VOCABULARY, has_exact_lengths, make_workload
 from bench.workloads.arrivals import MOST_RATE
-from cli.closed import REQUESTS_PER_STREAM, check_closed, run_closed, save_vllm_of_rate, write_summary
-from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED, UNDECIDED
+from cli.bench_run import make_summary, measure, options_of
+from cli.closed import REQUESTS_PER_STREAM, check_closed
 from cli.offline import DEFAULT_REQUESTS, check_offline, run_offline
 from cli.options import RESULTS_ROOT, Finite, GroupedCommand, option, with_options
 from cli.params import GPUS, LIMIT, RATES, SHARE
 from cli.screen import verbatim_console
+from cli.simulated import MAX_VIRTUAL_MINUTES, check_simulated, run_simulated
 from cli.target_options import TARGET, TARGET_OPTIONS, check_target, target_of
-from cli.workload import (
-    WORKLOAD_OPTIONS,
-    arrivals_of,
-    check_workload,
-    encoder_of,
-    rates_of,
-    vocabulary_of,
-    workload_spec,
-)
+from cli.workload import WORKLOAD_OPTIONS, check_workload, encoder_of, vocabulary_of, workload_spec
 
 MEASUREMENT, RESULTS = "Measurement", "Results"
 MEASUREMENT_OPTIONS = (
@@ -70,7 +63,9 @@ MEASUREMENT_OPTIONS = (
     ),
     option(
         MEASUREMENT, "--max-minutes", type=Finite(0, 1e6, min_open=True), metavar="MINUTES", default=15.0,
-        help="Time limit of the whole measurement. Raise it if the answer is provisional, undecided or not confirmed.",
+        default_text=f"15, or {MAX_VIRTUAL_MINUTES:g} with --device",
+        help="Time limit of the whole measurement, of virtual time with --device. Raise it if the answer is "
+        "provisional, undecided or not confirmed.",
     ),
     option(
         MEASUREMENT, "--window", type=Finite(0, 1e7, min_open=True), metavar="SECONDS",
@@ -95,6 +90,11 @@ MEASUREMENT_OPTIONS = (
     ),
 )  # fmt: skip
 TOKENIZER_OPTIONS = (
+    option(
+        TARGET, "--device", metavar="sim:NAME",
+        help="Measure --model on simulated hardware, such as sim:h100, in this process and in virtual time, without a "
+        "server. Flags behind -- are those of the engine, such as --tp 4.",
+    ),
     option(
         TARGET, "--offline", metavar="MODEL",
         help="Measure the throughput of the engine without a server: all requests are submitted at once, with prefix "
@@ -138,6 +138,8 @@ def command(ctx: click.Context, **params: Any) -> None:
       redline bench --url http://127.0.0.1:8000 --input 500 --output 200
     Start a Redline server and measure it; flags after -- are for the server:
       redline bench --model smollm2-135m -- --max-num-seqs 16
+    Simulate hardware that is not here, in seconds:
+      redline bench --device sim:h100 --model Llama-3.1-8B-Instruct
 
     \b
     Exit codes:
@@ -159,6 +161,8 @@ def command(ctx: click.Context, **params: Any) -> None:
     if params["offline"] is not None:
         ctx.exit(run_offline(console, files, params, spec))
     most = make_workload(spec, ANY_VOCABULARY).max_tokens  # reports a wrong workload before a server is contacted
+    if params["device"] is not None:
+        ctx.exit(run_simulated(ctx, console, files, spec, most))
     if params["model"] is None:
         ctx.exit(_run(console, files, params, spec, probe_server(target_of(params))))
     flags = list(params["serve_flags"])
@@ -185,7 +189,7 @@ def _run(
     info: ServerInfo,
     serve: list[str] | None = None,
 ) -> int:
-    """Measure, print and write; returns the exit code.
+    """Measure a server over HTTP, print and write; returns the exit code.
 
     Args:
         params: the command's parameters.
@@ -204,112 +208,34 @@ def _run(
             f"requests of up to {workload.max_tokens} tokens exceed the server's maximum of {info.max_model_len} "
             "tokens: raise --max-model-len of the server, or lower --input, --output or max_tokens of the workload"
         )
-    options = _options(params)
+    options = options_of(params)
     resolved = resolved_configuration(target)
     energy = find_energy(params["energy_gpus"], target, str(resolved.get("device", "")))
     if energy.meter is not None:
         console.print(f"energy: {energy.described}", highlight=False)
-    summary = _summary(params, info.kind, target, workload, options, serve)
-    summary.configurations[params["configuration"]] |= {
-        "energy": energy.described, "resolved": {workload.name: resolved},
-    }  # fmt: skip
-    files.write_summary(summary)
-    if params["concurrency"] is not None:
-        return run_closed(console, files, summary, target, workload, options, params, energy.meter)
     name = params["configuration"]
-    code, answer, ended = 0, None, None
-    try:
-        progress = ConsoleProgress(console)
-        answer = measure_configuration(Subject(target, workload, name, options, files, progress, energy.meter))
-        code = FAILED if answer is None else UNDECIDED if answer.rate is None and answer.undecided is not None else 0
-    except InterruptedRunError as interrupted:
-        answer, code = interrupted.answer, INTERRUPTED
-    except BenchError as error:
-        answer = error.answer if isinstance(error, LostServerError | CannotWriteError) else None
-        ended = error
-        summary.failures[f"{name} / {workload.name}"] = str(error)
-    summary.answers = [answer] if answer is not None else []
-    unwritten = write_summary(files, summary)
-    if params["save_vllm_json"] is not None:
-        unwritten = save_vllm_of_rate(params["save_vllm_json"], files, target.model, summary.started) or unwritten
-    failed = _print_end(console, files, summary, answer)
-    ended = ended or unwritten
-    if ended is not None:
-        raise ended
-    return FAILED_REQUESTS if failed and code == 0 else code
+    described = _described(params, info.kind, target, serve)
+    described |= {"energy": energy.described, "resolved": {workload.name: resolved}}
+    summary = make_summary(name, described, target.model, workload, options)
+    subject = Subject(HttpServer(target), workload, name, options, files, ConsoleProgress(console), energy.meter)
+    return measure(console, subject, summary, params, target.model)
 
 
-def _summary(
-    params: dict[str, Any],
-    kind: str,
-    target: Target,
-    workload: Workload,
-    options: BenchOptions,
-    serve: list[str] | None,
-) -> Summary:
+def _described(params: dict[str, Any], kind: str, target: Target, serve: list[str] | None) -> dict[str, Any]:
     described: dict[str, Any] = {"model": target.model, "server": kind}
     described |= {"url": target.base_url} if serve is None else {"serve": [params["model"], *serve]}
-    described |= {"requests": target.described()} if target.described() else {}
-    described["options"] = {k: v for k, v in dataclasses.asdict(options).items() if v not in (None, {})}
-    return Summary(
-        title=f"{workload.name} on {target.model}",
-        seed=options.seed,
-        configurations={params["configuration"]: described},
-        workloads={workload.name: workload.describe()},
-    )
-
-
-def _print_end(console: Console, files: RunFiles, summary: Summary, answer: Answer | None) -> bool:
-    """Print the load points, their faults, and the answer as the last line; returns whether requests failed."""
-    points = files.read_points()
-    failed = [p for p in points if p.failures and p.started >= summary.started]
-    if any(p.phase != "probe" for p in points):
-        console.print()
-        console.print(points_table(points, title=summary.title))
-        for point in points:
-            if not point.valid:
-                console.print(
-                    f"INVALID at {point.rate:g} req/s: {point.reason}", style="yellow", highlight=False, soft_wrap=True
-                )
-        for point in points:
-            if point.disturbed:
-                text = f"disturbed at {point.rate:g} req/s: {point.disturbance}"
-                console.print(text, style="yellow", highlight=False, soft_wrap=True)
-    for point in failed:
-        console.print(
-            f"failed at {point.rate:g} req/s: {point.failure_text()}", style="red", highlight=False, soft_wrap=True
-        )
-    console.print(f"results: {files.folder}", highlight=False, soft_wrap=True)
-    if answer is None:
-        console.print("no load point produced a valid result", style="bold")
-        return bool(failed)
-    if answer.note:
-        console.print(answer.note, highlight=False, soft_wrap=True)
-    console.print(answer_text(answer), soft_wrap=True)
-    return bool(failed)
+    return described | ({"requests": target.described()} if target.described() else {})
 
 
 def _check(ctx: click.Context, params: dict[str, Any]) -> None:
     if params["rate"] is not None and params["rates"] is not None:
         raise click.UsageError("use --rate or --rates, not both")
+    check_simulated(ctx)
     check_offline(ctx, params)
     if params["offline"] is None:
         check_target(ctx, params)
         check_closed(params)
     check_workload(ctx)
-
-
-def _options(params: dict[str, Any]) -> BenchOptions:
-    return BenchOptions(
-        seed=params["seed"],
-        precision=params["precision"],
-        max_minutes=params["max_minutes"],
-        rates=rates_of(params),
-        ladder=params["ladder"],
-        window_s=params["window"],
-        limits=dict(params["limits"]),
-        arrivals=arrivals_of(params),
-    )
 
 
 def _without_secrets(flags: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,13 @@ from rich.console import Console
 
 from bench.errors import BenchError
 from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
-from bench.measurement.energy import EnergyMeter, EnergyReader
-from bench.measurement.machine import MachineReader
-from bench.measurement.progress import ConsoleProgress, points_table
-from bench.measurement.run import BenchOptions, InterruptedRunError
+from bench.measurement.energy import EnergyReader
+from bench.measurement.progress import points_table
+from bench.measurement.run import InterruptedRunError, Subject
 from bench.results import PointRecord, RequestRecord, RunFiles, Summary, utc_now
 from bench.results.vllm_json import save_vllm_result, vllm_result
 from bench.results.writing import CannotWriteError
 from bench.search.windows import TimeBudget
-from bench.target import Target
-from bench.target.metrics import MetricsReader
-from bench.workloads import Workload
 from cli.exit_codes import FAILED, FAILED_REQUESTS, INTERRUPTED
 
 REQUESTS_PER_STREAM = 4  # without --num-requests
@@ -38,33 +35,26 @@ def check_closed(params: dict[str, Any]) -> None:
 
 
 def run_closed(
-    console: Console,
-    files: RunFiles,
-    summary: Summary,
-    target: Target,
-    workload: Workload,
-    options: BenchOptions,
-    params: dict[str, Any],
-    meter: EnergyMeter | None = None,
+    console: Console, subject: Subject, summary: Summary, params: dict[str, Any], model: str, note: Callable[[], str]
 ) -> int:
     """Measure, print and write; returns the exit code: FAILED if the load point is invalid.
 
     Args:
         params: the command's parameters.
-        meter: None: energy is not measured.
+        model: its name in the format of `vllm bench serve`.
+        note: called at the end, for a line about the run.
     """
     concurrency = int(params["concurrency"])
     count = params["num_requests"] or REQUESTS_PER_STREAM * concurrency
-    name = params["configuration"]
-    budget = TimeBudget(options.max_minutes * 60)
-    reader = MetricsReader(target)
+    server, options, files = subject.server, subject.options, subject.files
+    budget = TimeBudget(options.max_minutes * 60, server.now)
     loop = ClosedPoint(
-        target, workload, name, reader, options.seed, options.precision, budget.left_s, options.limits,
-        stopped=lambda: budget.stopped, machine=MachineReader(target.base_url),
-        energy=EnergyReader(meter),
+        server, subject.workload, subject.configuration, server.open_reader(), options.seed, options.precision,
+        budget.left_s, options.limits, stopped=lambda: budget.stopped, machine=server.open_machine(),
+        energy=EnergyReader(subject.meter),
     )  # fmt: skip
     try:
-        point, requests = measure_closed_loop(loop, files, ConsoleProgress(console), concurrency, count, budget)
+        point, requests = measure_closed_loop(loop, files, subject.progress, concurrency, count, budget)
     except InterruptedRunError:
         lost = f"; {params['save_vllm_json']} was not written" if params["save_vllm_json"] is not None else ""
         console.print(f"interrupted before the first load point{lost}", style="bold", highlight=False)
@@ -75,8 +65,8 @@ def run_closed(
         raise
     failed = CannotWriteError(files.unwritten) if files.unwritten else write_summary(files, summary)
     if params["save_vllm_json"] is not None:
-        failed = save_vllm(params["save_vllm_json"], requests, target.model, max_concurrency=concurrency) or failed
-    _print(console, files, point)
+        failed = save_vllm(params["save_vllm_json"], requests, model, max_concurrency=concurrency) or failed
+    _print(console, files, point, subject.server.of_hardware, note())
     if failed is not None:
         raise failed
     if budget.stopped:
@@ -108,9 +98,9 @@ def save_vllm(path: Path, requests: list[RequestRecord], model: str, **load: Any
     return None
 
 
-def save_vllm_of_rate(path: Path, files: RunFiles, model: str, since: str) -> CannotWriteError | None:
-    """The same for the window of the last load point of phase "fixed" that started at or after `since`."""
-    points = [p for p in files.read_points() if p.phase == "fixed" and p.started >= since]
+def save_vllm_of_rate(path: Path, files: RunFiles, model: str) -> CannotWriteError | None:
+    """The same for the window of the last load point of phase "fixed" that this run measured."""
+    points = [p for p in files.read_points() if p.phase == "fixed" and p.point_id in files.added]
     if not points:
         return CannotWriteError(f"{path} was not written: no load point was measured (--save-vllm-json)")
     point = max(points, key=lambda p: p.started)
@@ -132,23 +122,20 @@ def _request_records(files: RunFiles, point_id: str) -> list[RequestRecord]:
     return found
 
 
-def _print(console: Console, files: RunFiles, point: PointRecord) -> None:
+def _print(console: Console, files: RunFiles, point: PointRecord, of_hardware: str, note: str) -> None:
     console.print()
-    console.print(points_table([point], title=f"{point.workload}, concurrency {point.concurrency}"))
+    title = f"{point.workload}, concurrency {point.concurrency}{of_hardware}"
+    console.print(points_table([point], title=title))
     if point.failures:
         console.print(f"failed: {point.failures}", style="red", highlight=False, soft_wrap=True)
-    processes = f", {point.generator_processes} processes" if point.generator_processes > 1 else ""
-    console.print(
-        f"load generator: {point.generator_us_per_chunk:.1f} µs CPU per chunk{processes}, "
-        f"{point.generator_cpu_share:.0%} of a core; P99 read delay {point.loop_lag_p99_ms:.2f} ms, "
-        f"P99 send delay {point.lateness_p99_ms:.2f} ms; {point.coalesced_reads} reads contained several chunks",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if not of_hardware:
+        _print_generator(console, point)
     if point.mean_power_w is not None:
         each = point.joules_per_output_token
         per_token = f", {each:.3g} J per output token" if each is not None else ""
         console.print(f"energy: {point.mean_power_w:.0f} W{per_token}", highlight=False, soft_wrap=True)
+    if note:
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(f"results: {files.folder}", highlight=False, soft_wrap=True)
     disturbed = f"; disturbed: {point.disturbance}" if point.disturbed else ""
     if not point.valid:
@@ -159,6 +146,17 @@ def _print(console: Console, files: RunFiles, point: PointRecord) -> None:
         f"TTFT P50/P99 {point.ttft_p50_ms:.2f}/{point.ttft_p99_ms:.2f} ms, "
         f"ITL P50/P99 {point.itl_p50_ms:.2f}/{point.itl_p99_ms:.2f} ms{disturbed}",
         style="bold",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_generator(console: Console, point: PointRecord) -> None:
+    processes = f", {point.generator_processes} processes" if point.generator_processes > 1 else ""
+    console.print(
+        f"load generator: {point.generator_us_per_chunk:.1f} µs CPU per chunk{processes}, "
+        f"{point.generator_cpu_share:.0%} of a core; P99 read delay {point.loop_lag_p99_ms:.2f} ms, "
+        f"P99 send delay {point.lateness_p99_ms:.2f} ms; {point.coalesced_reads} reads contained several chunks",
         highlight=False,
         soft_wrap=True,
     )

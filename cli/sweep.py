@@ -8,6 +8,7 @@ import click
 from cli.exit_codes import FAILED, FAILED_REQUESTS
 from cli.options import RESULTS_ROOT, GroupedCommand, option, with_options
 from cli.screen import verbatim_console
+from engine.config import SIMULATED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 SWEEP_OPTIONS = (
     option("Options", "--preset", "preset_name", metavar="NAME", help="Run a preset instead of FILE."),
+    option(
+        "Options", "--device", metavar="sim:NAME", default_text="as the sweep says",
+        help="Run all configurations on simulated hardware, such as sim:h100, in virtual time.",
+    ),
     option("Options", "--dry-run", is_flag=True, help="Print the runs and their time limits, and start nothing."),
     option(
         "Options", "--out", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
@@ -32,7 +37,9 @@ SWEEP_OPTIONS = (
 @click.command(name="sweep", cls=GroupedCommand)
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @with_options(*SWEEP_OPTIONS)
-def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path | None, fresh: bool) -> int:
+def command(
+    file: Path | None, preset_name: str | None, device: str | None, dry_run: bool, out: Path | None, fresh: bool
+) -> int:
     """Measure every configuration of FILE on every workload of FILE, and draw the report.
 
     Each search, ladder and round starts a server of its own, so that no state is carried over. The same command
@@ -46,6 +53,7 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
       2  A flag is wrong.
       3  All runs are measured, but requests failed.
     """
+    from bench.results import slug
     from bench.sweeps.sweepfile import presets, read_sweep
 
     if file is not None and preset_name is not None:
@@ -59,8 +67,13 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
         if preset_name not in known:
             raise click.BadParameter(f"{preset_name!r} is not one of {', '.join(known)}", param_hint="--preset")
         file = known[preset_name]
-    plan = read_sweep(file)
-    folder = out or RESULTS_ROOT / plan.name
+    if device is not None and not device.startswith(SIMULATED):
+        raise click.BadParameter(
+            f"{device!r} is not simulated hardware such as sim:h100; set other devices in the sweep's serve flags",
+            param_hint="--device",
+        )
+    plan = read_sweep(file, device)
+    folder = out or RESULTS_ROOT / (slug(f"{plan.name}-{device.removeprefix(SIMULATED)}") if device else plan.name)
     if dry_run:
         _show_plan(console, plan, folder)
         return 0
@@ -68,17 +81,21 @@ def command(file: Path | None, preset_name: str | None, dry_run: bool, out: Path
 
 
 def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> int:
-    from bench.measurement.progress import SweepProgress, duration
+    from bench.measurement.progress import SweepProgress
     from bench.results import RunFiles
     from bench.sweeps.sweep import run_sweep
     from cli.report import show_report
+    from cli.serve import engine_config
+    from engine.simulation import simulate, without_core_log
     from plots.data import ReportError
 
-    console.print(f"{plan.title}: at most {duration(60 * plan.max_minutes())}, results in {folder}")
+    console.print(f"{plan.title}: {_limit(plan)}, results in {folder}")
     names = [c.name for c in plan.configurations], [w.name for w in plan.workloads]
-    with SweepProgress(console, *names) as progress:
+    with without_core_log(), SweepProgress(console, *names) as progress:
         try:
-            summary = run_sweep(plan, folder, progress, fresh=fresh)
+            summary = run_sweep(
+                plan, folder, progress, lambda model, flags: simulate(engine_config(model, flags)), fresh=fresh
+            )
         except KeyboardInterrupt:
             console.print("\ninterrupted; run the same command to continue", style="bold")
             raise
@@ -133,9 +150,20 @@ def _show_plan(console: "Console", plan: "SweepPlan", folder: Path) -> None:
             number += 1
             console.print(f"\n{number}. {configuration.name} / {workload.name}", style="bold")
             console.print(f"   {configuration.shown(workload.max_tokens)}", soft_wrap=True)
-            console.print(f"   {_method(workload)}; at most {duration(60 * workload.options.max_minutes)}")
-    console.print(f"\n{number} runs, at most {duration(60 * plan.max_minutes())} including server starts")
+            options, of_time = workload.options, " of virtual time" if configuration.is_simulated else ""
+            minutes = options.max_virtual_minutes if configuration.is_simulated else options.max_minutes
+            console.print(f"   {_method(workload)}; at most {duration(60 * minutes)}{of_time}")
+    console.print(f"\n{number} runs, {_limit(plan)}")
     console.print(f"results in {folder}")
+
+
+def _limit(plan: "SweepPlan") -> str:
+    """The time limit of a sweep, in words."""
+    from bench.measurement.progress import duration
+
+    if plan.is_simulated:
+        return "in virtual time"
+    return f"at most {duration(60 * plan.max_minutes())} including server starts"
 
 
 def _method(workload: "SweepWorkload") -> str:

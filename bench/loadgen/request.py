@@ -75,7 +75,8 @@ def encode_request(target: Target, address: Address, spec: RequestSpec) -> bytes
     if spec.messages is not None:
         path, body["messages"] = "/v1/chat/completions", spec.messages
     else:
-        path, body["prompt"] = "/v1/completions", spec.prompt_ids if spec.prompt_ids is not None else spec.prompt_text
+        ids = spec.prompt_ids
+        path, body["prompt"] = "/v1/completions", list(ids) if ids is not None else spec.prompt_text
     body |= target.extra_body
     content = msgspec.json.encode({key: value for key, value in body.items() if value is not None})
     query = f"?{address.query}" if address.query else ""

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.errors import BenchError
-from bench.loadgen import processes_for, run_closed_loop
 from bench.measurement.load_point import INTERRUPTED, LoadPoint, Measured, PointPlan, PointState, Watch, drain, point_id
 from bench.measurement.machine import record_shares
 from bench.measurement.progress import Progress
 from bench.measurement.run import InterruptedRunError, LostServerError, stop_on_interrupt
-from bench.results import PointRecord, RequestRecord, RunFiles, utc_now
+from bench.results import PointRecord, RequestRecord, RunFiles
 from bench.results.writing import CannotWriteError
 from bench.search.bracket import round_rate
 from bench.search.windows import TimeBudget, Timing
-from bench.target.metrics import MetricsReader, window_state
+from bench.target.metrics import window_state
 from bench.workloads.arrivals import point_seed
 
 _EVER = (-1.0, float("inf"))
@@ -41,15 +40,14 @@ class ClosedPoint(LoadPoint):
         assert count is not None
         seed = point_seed(self.seed, self.workload.name, float(concurrency), _SEED_REPEAT)
         specs = self.workload.requests(count, seed)
-        started = utc_now()
+        started = self.server.date()
         self.reader.clear()
         self.energy.clear()
-        watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
+        watch = Watch(plan, self.reader, show, self.left_s, self.stopped, self.server.now)
         before = self.read_machine()
-        recording = run_closed_loop(
-            self.target, specs, concurrency,
-            observer=watch, time_limit_s=max(1.0, self.left_s()), processes=processes_for(chunks_per_s),
-        )  # fmt: skip
+        recording = self.server.run_closed_loop(
+            specs, concurrency, observer=watch, time_limit_s=max(1.0, self.left_s()), chunks_per_s=chunks_per_s
+        )
         after = self.read_machine()
         self.reader.read()
         self.reader.started_at = watch.started_at
@@ -62,7 +60,7 @@ class ClosedPoint(LoadPoint):
         record.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
         record.completed, record.achieved_rate, record.rate = done, rate, round_rate(rate)
         record.seed, record.started, record.concurrency = seed, started, concurrency
-        record.reason = _fault(requests, count, recording.health.reason, watch.cut, fixed=self.target.fixes_lengths)
+        record.reason = _fault(requests, count, recording.health.reason, watch.cut, fixed=self.server.fixes_lengths)
         record.valid = not record.reason
         record.binding = "client" if recording.health.saturated else ""
         record.provisional = False
@@ -70,7 +68,7 @@ class ClosedPoint(LoadPoint):
             record.reason = f"concurrency {concurrency}"
         record_shares(record, before, after)
         self.record_energy(record, watch.started_at)
-        drain(self.reader, self.drain_limit_s)
+        drain(self.reader, self.drain_limit_s, self.server)
         return record, requests
 
 
@@ -84,14 +82,13 @@ def measure_closed_loop(
     request of the loop was answered.
     """
     budget.start()
-    reader: MetricsReader = point.reader
-    with stop_on_interrupt(budget), reader, point.energy:
+    with stop_on_interrupt(budget), point.reader, point.energy:
         alone, records = point.probe(lambda _: None, max(1.0, budget.left_s()))
         if not records or records[0].status != "ok":
             if budget.stopped:
                 raise InterruptedRunError(None)
             cause = f"{records[0].status} {records[0].error}".strip() if records else "no answer"
-            raise BenchError(f"the first request to {point.target.base_url} failed with {cause}")
+            raise BenchError(f"the first request to {point.server.name} failed with {cause}")
         _save(files, alone, records)
         for note in point.notes():
             progress.message(note)
@@ -123,7 +120,7 @@ def _save(files: RunFiles, record: PointRecord, requests: list[RequestRecord]) -
 
 def _chunks_per_s(record: RequestRecord) -> float:
     """Chunks per second of one stream on an otherwise idle server."""
-    return len(record.chunk_gaps_s) / max(sum(record.chunk_gaps_s), 1e-6) if record.chunk_gaps_s else 0.0
+    return len(record.chunk_gaps_s) / max(record.decode_s, 1e-6) if len(record.chunk_gaps_s) else 0.0
 
 
 def _window(requests: list[RequestRecord], ended_s: float) -> tuple[float, float]:

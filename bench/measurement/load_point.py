@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from bench.loadgen import GeneratorHealth, Recording, run_load
+from bench.loadgen import GeneratorHealth
 from bench.measurement.energy import EnergyReader, record_energy
 from bench.measurement.machine import CounterReader, Counters, record_shares
-from bench.results import Phase, PointRecord, RequestRecord, slug, utc_now
+from bench.measurement.server import LoadRecording, ServerUnderTest
+from bench.results import Phase, PointRecord, RequestRecord, slug
 from bench.search.bracket import round_rate
 from bench.search.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance, window_latencies
 from bench.search.windows import Timing, is_provisional, phase_repeat
 from bench.statistics.intervals import percentile, percentile_interval
 from bench.statistics.latencies import Latencies, goodput, latencies, token_rates
-from bench.target import Target
-from bench.target.metrics import MetricsReader, ServerState, WindowState, window_state
+from bench.target.metrics import ServerState, StateReader, WindowState, window_state
 from bench.workloads import Workload
 from bench.workloads.arrivals import Arrivals, point_seed
 
@@ -75,7 +75,7 @@ class Watch:
     """The load generator's observer: shows progress and ends the load point on overload, timeout or Ctrl-C."""
 
     plan: PointPlan
-    reader: MetricsReader
+    reader: StateReader
     show: Callable[[PointState], None]
     left_s: Callable[[], float]  # remaining time of the run; 0 once stopped
     stopped: Callable[[], bool] = lambda: False  # by Ctrl-C
@@ -146,10 +146,10 @@ class Measured:
 class LoadPoint:
     """What the load points of one configuration and workload have in common; run() measures one."""
 
-    target: Target
+    server: ServerUnderTest
     workload: Workload
     configuration: str
-    reader: MetricsReader
+    reader: StateReader
     seed: int
     precision: float
     left_s: Callable[[], float]
@@ -172,12 +172,12 @@ class LoadPoint:
         seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))
         times, needed = _times(plan, seed, self.arrivals)
         specs = self.workload.requests(len(times), seed)
-        started = utc_now()
+        started = self.server.date()
         self.reader.clear()
         self.energy.clear()
-        watch = Watch(plan, self.reader, show, self.left_s, self.stopped)
+        watch = Watch(plan, self.reader, show, self.left_s, self.stopped, self.server.now)
         before = self.read_machine()
-        recording = run_load(self.target, specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed)
+        recording = self.server.run_load(specs, times, observer=watch, time_limit_s=plan.limit_s, needed=needed)
         after = self.read_machine()
         self.reader.read()
         self.reader.started_at = watch.started_at
@@ -185,7 +185,7 @@ class LoadPoint:
         record_shares(record, before, after)
         self.record_energy(record, watch.started_at)
         limit_s = self.drain_limit_s
-        drain(self.reader, limit_s)
+        drain(self.reader, limit_s, self.server)
         if recording.cut_short and self.left_s() > 0:
             self._settle(seed, limit_s)
             self.reader.read()  # so that the counters of the next load point begin after it
@@ -195,9 +195,9 @@ class LoadPoint:
         """Set the columns about energy of a load point that just ended.
 
         Args:
-            started_at: its time 0 on the monotonic clock.
+            started_at: its time 0 on the server's clock.
         """
-        now = time.monotonic()
+        now = self.server.now()
         self.energy.read()  # so that readings cover the window up to its end
         start_s = started_at + record.warmup_s
         end_s = min(start_s + record.window_s, now)  # the load ends with the last response, which may be earlier
@@ -214,16 +214,16 @@ class LoadPoint:
     def _settle(self, seed: int, limit_s: float) -> None:
         """Send one request for one token; it completes after the steps that still contain closed requests."""
         spec = dataclasses.replace(self.workload.requests(1, seed + 3)[0], output_tokens=1)
-        watch = Watch(_ALONE, self.reader, lambda _: None, self.left_s)
-        run_load(self.target, [spec], np.zeros(1), observer=watch, time_limit_s=limit_s)
+        watch = Watch(_ALONE, self.reader, lambda _: None, self.left_s, clock=self.server.now)
+        self.server.run_load([spec], np.zeros(1), observer=watch, time_limit_s=limit_s)
 
     def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> tuple[PointRecord, list[RequestRecord]]:
         """Measure one request alone; the rate is 1 / its E2E latency."""
         seed = point_seed(self.seed, self.workload.name, 0.0, phase_repeat("probe", 0))
-        watch = Watch(_ALONE, self.reader, show, self.left_s)
-        started = utc_now()
+        watch = Watch(_ALONE, self.reader, show, self.left_s, clock=self.server.now)
+        started = self.server.date()
         specs = self.workload.requests(1, seed)
-        recording = run_load(self.target, specs, np.zeros(1), observer=watch, time_limit_s=time_limit_s)
+        recording = self.server.run_load(specs, np.zeros(1), observer=watch, time_limit_s=time_limit_s)
         requests = recording.records((0.0, 1.0))
         alone_s = max((r.e2e_s for r in requests if r.e2e_s is not None), default=1.0)
         measured = Measured(requests, (0.0, alone_s), WindowState(), recording.health, watch.now_s)
@@ -236,7 +236,7 @@ class LoadPoint:
         return record, requests
 
     def _reduce(
-        self, plan: PointPlan, recording: Recording, watch: Watch, seed: int, started: str
+        self, plan: PointPlan, recording: LoadRecording, watch: Watch, seed: int, started: str
     ) -> tuple[PointRecord, list[RequestRecord]]:
         start_s, end_s, cut = plan.start_s, plan.end_s, watch.cut
         if cut and watch.now_s < end_s:
@@ -257,7 +257,7 @@ class LoadPoint:
     def _evidence(self, record: PointRecord, measured: Measured, cut: str) -> Evidence:
         inside = [r for r in measured.requests if r.in_window]
         done = [r for r in inside if r.status == "ok"]
-        fixed = self.target.fixes_lengths
+        fixed = self.server.fixes_lengths
         return Evidence(
             flow=flow_of(measured.requests, *measured.window),
             server=measured.server,
@@ -352,17 +352,17 @@ def point_id(configuration: str, workload: str, phase: Phase, rate: float, repea
     return f"{slug(configuration)}_{slug(workload)}_{phase}-{rate:.4g}{again}"
 
 
-def drain(reader: MetricsReader, limit_s: float) -> bool:
+def drain(reader: StateReader, limit_s: float, server: ServerUnderTest) -> bool:
     """Wait until the server is idle; returns whether it is. Without metrics, it is assumed to be idle after a pause."""
-    end = time.monotonic() + limit_s
+    end = server.now() + limit_s
     while reader.available:
         state = reader.read()
         if state is None or not ((state.running or 0) + (state.waiting or 0)):
             return True
-        if time.monotonic() >= end:
+        if server.now() >= end:
             return False
-        time.sleep(0.1)
-    time.sleep(min(0.3, limit_s))
+        server.sleep(0.1)
+    server.sleep(min(0.3, limit_s))
     return True
 
 

@@ -146,7 +146,9 @@ class LLMEngine:
         elif any(spec.messages is not None for spec in specs):
             raise BenchError("the workload mixes chats and prompts, which --offline can't send together (--dataset)")
         else:
-            prompts = [spec.prompt_ids if spec.prompt_ids is not None else spec.prompt_text or "" for spec in specs]
+            prompts = [
+                list(spec.prompt_ids) if spec.prompt_ids is not None else spec.prompt_text or "" for spec in specs
+            ]
             outputs = self._llm.generate(prompts, params, progress=done)
         return [
             Finished(

@@ -1,6 +1,7 @@
 """What a run prints: messages, the running load point, a line per load point, and the table at the end."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from rich.text import Text
 
 from bench.measurement.load_point import PointPlan, PointState
 from bench.results import Answer, PointRecord
+
+_REDRAW_S = 0.5  # of real time, also where load points take virtual time
 
 
 class Progress(Protocol):
@@ -50,8 +53,8 @@ class ConsoleProgress:
             self._live.start()
 
     def point_tick(self, plan: PointPlan, state: PointState) -> None:
-        if self._live is not None and state.now_s >= self._shown_s + 0.5:
-            self._shown_s = state.now_s
+        if self._live is not None and (now_s := time.monotonic()) >= self._shown_s + _REDRAW_S:
+            self._shown_s = now_s
             self._live.update(_state_view(plan, state), refresh=True)
 
     def point_finished(self, record: PointRecord) -> None:
@@ -105,8 +108,8 @@ class SweepProgress(ConsoleProgress):
         self._show()
 
     def point_tick(self, plan: PointPlan, state: PointState) -> None:
-        if state.now_s >= self._shown_s + 0.5:
-            self._shown_s = state.now_s
+        if (now_s := time.monotonic()) >= self._shown_s + _REDRAW_S:
+            self._shown_s = now_s
             self._show(_state_view(plan, state))
 
     def point_finished(self, record: PointRecord) -> None:

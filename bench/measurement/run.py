@@ -11,15 +11,13 @@ from types import FrameType
 from bench.errors import BenchError
 from bench.measurement.energy import EnergyMeter, EnergyReader
 from bench.measurement.load_point import LoadPoint, PointPlan, point_id
-from bench.measurement.machine import MachineReader
 from bench.measurement.progress import Progress, duration
+from bench.measurement.server import ServerUnderTest
 from bench.results import Answer, Phase, PointRecord, RequestRecord, RunFiles
 from bench.results.writing import CannotWriteError
 from bench.search.bracket import Trial, round_rate
 from bench.search.search import answer_of_rates, find_sustained
 from bench.search.windows import Planner, TimeBudget, Timing, ladder_rates
-from bench.target import Target
-from bench.target.metrics import MetricsReader
 from bench.workloads import Workload
 from bench.workloads.arrivals import Arrivals
 
@@ -48,7 +46,7 @@ class BenchOptions:
 class Subject:
     """What is measured and how, and where results and progress go."""
 
-    target: Target
+    server: ServerUnderTest
     workload: Workload
     configuration: str
     options: BenchOptions
@@ -115,13 +113,13 @@ def measure_ladder(subject: Subject, finished: Sequence[PointRecord] = ()) -> li
 @contextlib.contextmanager
 def _open_run(subject: Subject, finished: Sequence[PointRecord]) -> Iterator["_Run"]:
     """The run, with its metrics reader and its handling of Ctrl-C. If it ended early, the cause is raised on exit."""
-    target, options = subject.target, subject.options
-    budget = TimeBudget(options.max_minutes * 60)
+    server, options = subject.server, subject.options
+    budget = TimeBudget(options.max_minutes * 60, server.now)
     budget.start()
-    with stop_on_interrupt(budget), MetricsReader(target) as reader, EnergyReader(subject.meter) as energy:
+    with stop_on_interrupt(budget), server.open_reader() as reader, EnergyReader(subject.meter) as energy:
         point = LoadPoint(
-            target, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
-            options.limits, options.arrivals, lambda: budget.stopped, MachineReader(target.base_url), energy,
+            server, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
+            options.limits, options.arrivals, lambda: budget.stopped, server.open_machine(), energy,
         )  # fmt: skip
         planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
         known = {r.point_id: r for r in finished if _reusable(r)}
@@ -222,7 +220,7 @@ class _Run:
         return record
 
     def _check_probe(self, record: PointRecord, requests: list[RequestRecord], limit_s: float) -> None:
-        url = self._point.target.base_url
+        url = self._point.server.name
         if not requests or requests[0].status == "cut short":
             if self._planner.budget.stopped:
                 raise InterruptedRunError(None)
@@ -238,7 +236,7 @@ class _Run:
             self._progress.message(f"warning: the first request: {request.error}")
         if request.output_tokens != request.asked_output_tokens:
             record.reason = f"received {request.output_tokens} of {request.asked_output_tokens} requested tokens"
-            if not self._point.target.fixes_lengths:
+            if not self._point.server.fixes_lengths:
                 self._progress.message(
                     f"{record.reason}: without ignore_eos, outputs end at the model's end-of-sequence token"
                 )
@@ -252,9 +250,11 @@ class _Run:
         planner = self._planner
         low, high = (duration(seconds) for seconds in sorted(planner.expected_s(start_rate, latency_s)))
         ladder = ", then measure a ladder of six rates" if planner.ladder else ""
+        of_time = self._point.server.of_time
         self._progress.message(
             f"plan: search from {start_rate:g} req/s with {planner.precision:.0%} precision, confirm{ladder}; about "
-            f"{low if low == high else f'{low} to {high}'}, at most {duration(planner.budget.limit_s)} (--max-minutes)"
+            f"{low if low == high else f'{low} to {high}'}, "
+            f"at most {duration(planner.budget.limit_s)}{of_time} (--max-minutes)"
         )
 
     def report_fixed_plan(self, rates: Sequence[float], latency_s: float) -> None:
@@ -262,7 +262,7 @@ class _Run:
         shown = ", ".join(f"{r:g}" for r in rates)
         self._progress.message(
             f"plan: measure {shown} req/s; about {duration(expected)}, at most "
-            f"{duration(self._planner.budget.limit_s)} (--max-minutes)"
+            f"{duration(self._planner.budget.limit_s)}{self._point.server.of_time} (--max-minutes)"
         )
 
     def measure(self, trial: Trial) -> PointRecord | None:

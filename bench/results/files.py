@@ -38,6 +38,7 @@ class RunFiles:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.unwritten = ""  # why a load point could not be written
+        self.added: set[str] = set()  # ids of the load points of this run
         self._kept: dict[str, tuple[PointRecord, list[RequestRecord]]] = {}  # load points that could not be written
 
     def write_summary(self, summary: Summary) -> None:
@@ -60,6 +61,7 @@ class RunFiles:
         `at_s` of the readings is relative to the start of the load point. Raises CannotWriteError; the load point and
         its requests are then kept in memory, where they can still be read.
         """
+        self.added.add(point.point_id)
         try:
             with writing(self.folder, FLAG):
                 self._write_records(REQUESTS_FOLDER, point.point_id, RequestRecord, requests)
@@ -121,7 +123,8 @@ class RunFiles:
 
 
 def _frame(kind: type, records: Sequence[Any]) -> pd.DataFrame:
-    return pd.DataFrame([dataclasses.asdict(r) for r in records], columns=[f.name for f in dataclasses.fields(kind)])
+    names = [f.name for f in dataclasses.fields(kind)]
+    return pd.DataFrame({name: [getattr(record, name) for record in records] for name in names}, columns=names)
 
 
 def _cell(value: Any) -> str:

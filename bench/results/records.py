@@ -1,7 +1,11 @@
 """The records of result files: one per request, per load point, per reading of the metrics, and one summary per run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bench.results.environment import hardware, utc_now, versions
 
@@ -26,8 +30,19 @@ class RequestRecord:
     in_window: bool
     status: str  # "ok", or the kind of failure: "http 429", "connection", "malformed stream", "cut short", …
     error: str = ""
-    chunk_gaps_s: list[float] = field(default_factory=list)  # between arrivals of chunks
-    chunk_tokens: list[int] = field(default_factory=list)  # tokens of each chunk, including the first
+    # Between arrivals of chunks; arrays where a load point has many requests with long outputs.
+    chunk_gaps_s: Sequence[float] | NDArray[np.float64] = field(default_factory=list)
+    chunk_tokens: Sequence[int] | NDArray[np.int8] = field(default_factory=list)  # of each chunk, including the first
+
+    @property
+    def decode_s(self) -> float:
+        """From the first chunk to the last."""
+        return float(np.sum(self.chunk_gaps_s))
+
+    @property
+    def later_tokens(self) -> int:
+        """Tokens of all chunks but the first."""
+        return int(np.sum(self.chunk_tokens[1:]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,11 +64,11 @@ def save_vllm_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def _statistics(done: Sequence[RequestRecord]) -> dict[str, float]:
-    tpot = [sum(r.chunk_gaps_s) / (r.output_tokens - 1) for r in done if r.output_tokens > 1]
+    tpot = [r.decode_s / (r.output_tokens - 1) for r in done if r.output_tokens > 1]
     samples = {
         "ttft": [r.ttft_s or 0.0 for r in done],
         "tpot": tpot,
-        "itl": [gap for r in done for gap in r.chunk_gaps_s],
+        "itl": [float(gap) for r in done for gap in r.chunk_gaps_s],
         "e2el": [r.e2e_s or 0.0 for r in done],
     }
     found: dict[str, float] = {}
@@ -109,7 +109,7 @@ def _details(requests: Sequence[RequestRecord]) -> dict[str, list[Any]]:
         "input_lens": [r.input_tokens for r in requests],
         "output_lens": [r.output_tokens if good else 0 for r, good in zip(requests, ok, strict=True)],
         "ttfts": [(r.ttft_s or 0.0) if good else 0.0 for r, good in zip(requests, ok, strict=True)],
-        "itls": [list(r.chunk_gaps_s) if good else [] for r, good in zip(requests, ok, strict=True)],
+        "itls": [list(map(float, r.chunk_gaps_s)) if good else [] for r, good in zip(requests, ok, strict=True)],
         "start_times": [r.intended_s for r in requests],
         "generated_texts": ["" for _ in requests],
         "errors": ["" if good else f"{r.status} {r.error}".strip() for r, good in zip(requests, ok, strict=True)],

@@ -277,7 +277,7 @@ def flow_of(records: Sequence[RequestRecord], start_s: float, end_s: float) -> F
 def window_latencies(records: Sequence[RequestRecord], ended_s: float) -> WindowLatencies:
     """Latencies of the window's requests; an open one counts with its wait until `ended_s`, when the load ended."""
     mine = sorted((r for r in records if r.in_window and r.status in ("ok", "cut short")), key=lambda r: r.intended_s)
-    tpots = [sum(r.chunk_gaps_s) / max(1, sum(r.chunk_tokens[1:])) if len(r.chunk_tokens) > 1 else 0.0 for r in mine]
+    tpots = [r.decode_s / max(1, r.later_tokens) if len(r.chunk_tokens) > 1 else 0.0 for r in mine]
     known = [tpot for tpot, r in zip(tpots, mine, strict=True) if r.ttft_s is not None]
     middle = float(np.median(known)) if known else 0.0
     later = float(np.mean([max(0, r.asked_output_tokens - 1) for r in mine])) if mine else 0.0

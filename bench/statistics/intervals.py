@@ -80,9 +80,10 @@ def step_indices(starts_s: np.ndarray, ends_s: np.ndarray) -> np.ndarray:
     real = ends_s > starts_s  # chunks in one read share a timestamp: there is no step between them
     if not real.any():
         return np.zeros(len(ends_s), dtype=np.int64)
-    order = np.argsort(starts_s[real], kind="stable")
-    starts = starts_s[real][order].tolist()
-    earliest = np.minimum.accumulate(ends_s[real][order][::-1])[::-1].tolist()
+    first_s, last_s = (starts_s, ends_s) if real.all() else (starts_s[real], ends_s[real])
+    order = np.argsort(first_s, kind="stable")
+    starts = first_s[order].data  # searched like a list, without an object for each of millions of gaps
+    earliest = np.minimum.accumulate(last_s[order][::-1])[::-1].data
     begins: list[float] = []
     place = 0
     while place < len(starts):
@@ -98,11 +99,18 @@ def joined_gaps(first_s: Sequence[float], gaps_s: Sequence[np.ndarray]) -> tuple
         first_s: arrival of each stream's first chunk.
         gaps_s: the gaps of each stream.
     """
-    arrivals = [first + np.concatenate(([0.0], np.cumsum(gaps))) for first, gaps in zip(first_s, gaps_s, strict=True)]
-    if not any(len(gaps) for gaps in gaps_s):
+    count = sum(len(gaps) for gaps in gaps_s)
+    if not count:
         return np.zeros(0), np.zeros(0, dtype=np.int64)
-    ends = np.concatenate([times[1:] for times in arrivals])
-    steps = step_indices(np.concatenate([times[:-1] for times in arrivals]), ends)
+    starts, ends, place = np.empty(count), np.empty(count), 0
+    for first, gaps in zip(first_s, gaps_s, strict=True):
+        if not len(gaps):
+            continue
+        own = slice(place, place := place + len(gaps))
+        ends[own] = first + np.cumsum(gaps)
+        starts[own.start] = first
+        starts[own.start + 1 : own.stop] = ends[own.start : own.stop - 1]
+    steps = step_indices(starts, ends)
     order = np.argsort(ends, kind="stable")
     return np.concatenate(gaps_s)[order], steps[order]
 

@@ -40,12 +40,12 @@ def latencies(records: Sequence[RequestRecord], end_s: float) -> Latencies:
         e2e.append(waited if record.e2e_s is None else record.e2e_s)
         first.append(record.intended_s + ttft[-1])
         gaps.append(np.asarray(record.chunk_gaps_s, dtype=np.float64))
-        tokens += sum(record.chunk_tokens)
+        later = record.later_tokens
+        tokens += later + int(np.sum(record.chunk_tokens[:1]))
         chunks += len(record.chunk_tokens)
-        later = sum(record.chunk_tokens[1:])
         if record.status == "ok" and later:
             # Until the last chunk, not the end of the stream: the usage that follows is not a token.
-            tpot.append(sum(record.chunk_gaps_s) / later)
+            tpot.append(record.decode_s / later)
     itl, itl_steps = joined_gaps(first, gaps)
     return Latencies(
         ttft=_ms(ttft),
@@ -62,7 +62,7 @@ def token_rates(records: Sequence[RequestRecord], start_s: float, end_s: float) 
     """Input and output tokens/s of all requests within the window: prompts at their first token, outputs on arrival."""
     inputs, outputs = 0, 0
     for record in records:
-        if record.ttft_s is None or not record.chunk_tokens:
+        if record.ttft_s is None or not len(record.chunk_tokens):
             continue
         first = record.intended_s + record.ttft_s
         inputs += record.input_tokens if start_s <= first < end_s else 0
@@ -95,7 +95,7 @@ def _meets(record: RequestRecord, limits: Mapping[str, float]) -> bool:
         elif len(record.chunk_tokens) < 2:
             continue  # no gaps
         elif metric == "tpot":
-            seen = sum(record.chunk_gaps_s) / max(1, sum(record.chunk_tokens[1:]))
+            seen = record.decode_s / max(1, record.later_tokens)
         else:
             seen = percentile(np.asarray(record.chunk_gaps_s), float(q))
         if seen is None or seen * 1e3 > allowed_ms:

@@ -11,8 +11,10 @@ from bench.measurement.nvml import Gpus, parse_gpus
 from bench.target.server import RunningServer, ServerProcess, has_flag, serve_flags
 from bench.target.target import Target
 from bench.target.tls import tls_context
+from engine.config import SIMULATED
 
 _TARGET_FIELDS = ("ca", "insecure", "extra_body", "ignore_eos", "stream_options")  # have the same names in Target
+_OF_SIMULATED = frozenset({"model", "serve", "note"})  # fields that simulated configurations may have
 _FIELDS = frozenset(
     {"model", "serve", "command", "url", "health", "vocab_size", "api_key", "start_limit_s", "note"}
     | {"served_model", "headers", "energy_gpus", *_TARGET_FIELDS}
@@ -36,6 +38,11 @@ class Configuration:
     served_model: str = ""  # model name to request, if the server has several
     target_fields: dict[str, Any] = field(default_factory=dict)  # further fields of its Target
     energy_gpus: Gpus | None = None  # as of find_energy()
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether it is an engine on simulated hardware, in virtual time."""
+        return self.command is None and self.url is None and str(self.serve.get("device")).startswith(SIMULATED)
 
     @property
     def is_running(self) -> bool:
@@ -142,6 +149,9 @@ def read_configuration(name: str, entry: Any, data: dict[str, Any]) -> Configura
         target_fields=_target_fields(entry, where),
         energy_gpus=_gpus(entry.get("energy_gpus"), f"{where}.energy_gpus"),
     )
+    if configuration.is_simulated:
+        for key in sorted(entry.keys() - _OF_SIMULATED):
+            raise BenchError(f"{where}.{key} has no meaning on simulated hardware: leave it out")
     try:
         configuration.describe()
     except BenchError as error:

@@ -9,17 +9,14 @@ import contextlib
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.measurement.energy import EnergyMeter
-from bench.measurement.nvml import find_energy
 from bench.measurement.progress import Progress
-from bench.measurement.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
+from bench.measurement.run import BenchOptions, Subject, measure_configuration, measure_ladder
 from bench.results import (
     FLAG,
     METRICS_FOLDER,
@@ -34,14 +31,9 @@ from bench.results import (
 )
 from bench.results.writing import CannotWriteError, check_folder, replace_file, writing
 from bench.sweeps.configurations import Configuration, model_len
+from bench.sweeps.starting import Simulate, Started, started
 from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
-from bench.target import Target
-from bench.target.control import unused_proxy
-from bench.target.probe import probe_server
-from bench.target.reported_config import resolved_configuration
-from bench.workloads import Workload
 from bench.workloads.arrivals import Arrivals
-from bench.workloads.encoding import server_encoder
 
 STATE_FILE = "sweep.json"
 LOGS_FOLDER = "logs"
@@ -61,16 +53,19 @@ class _State:
     searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> seconds of its search
 
 
-def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, *, fresh: bool = False) -> Summary:
+def run_sweep(
+    plan: SweepPlan, folder: Path, progress: Progress, simulate: Simulate | None = None, *, fresh: bool = False
+) -> Summary:
     """Measure what is not measured yet; failed runs and their causes are in the summary's `failures`.
 
-    Raises BenchError if `folder` has results of another sweep and `fresh` is not set, CannotWriteError if it cannot be
-    written to, InterruptedRunError on Ctrl-C.
+    `simulate` makes the engines of configurations on simulated hardware; it is needed if there are any. Raises
+    BenchError if `folder` has results of another sweep and `fresh` is not set, CannotWriteError if it cannot be written
+    to, InterruptedRunError on Ctrl-C.
     """
     check_folder(folder, FLAG)
     if fresh:
         discard(folder)
-    sweep = _Sweep(plan, folder, progress)
+    sweep = _Sweep(plan, folder, progress, simulate)
     sweep.run()
     return sweep.summary
 
@@ -103,18 +98,10 @@ def common_ladder(found: Sequence[float], shares: Sequence[float] = ()) -> list[
     return [float(f"{rate:.3g}") for rate in rates]
 
 
-@dataclass(frozen=True, slots=True)
-class _Started:
-    """A configuration's running server, and the workload for its vocabulary."""
-
-    target: Target
-    requests: Workload
-    meter: EnergyMeter | None
-
-
 class _Sweep:
-    def __init__(self, plan: SweepPlan, folder: Path, progress: Progress):
+    def __init__(self, plan: SweepPlan, folder: Path, progress: Progress, simulate: Simulate | None):
         self._plan = plan
+        self._simulate = simulate
         self._folder = folder
         self._files = RunFiles(folder)
         self._progress = progress
@@ -171,22 +158,22 @@ class _Sweep:
         finally:
             self._save()
 
-    def _measure(self, configuration: Configuration, workload: SweepWorkload, server: _Started) -> None:
+    def _measure(self, configuration: Configuration, workload: SweepWorkload, server: Started) -> None:
         known, wanted = self._points(configuration, workload), workload.options
-        number = self._rounds_done(configuration, workload)
+        number, minutes = self._rounds_done(configuration, workload), self._minutes(configuration, workload)
         if wanted.rates:
             known = [p for p in known if p.phase != "probe" or not number]  # each new server is warmed up by a probe
-            options = self._options(workload, wanted.max_minutes / wanted.rounds, rates=wanted.rates, round=number)
+            options = self._options(workload, minutes / wanted.rounds, rates=wanted.rates, round=number)
         else:
             share = _SEARCH_SHARE if self._has_ladder(workload) else 1.0
-            options = self._options(workload, share * wanted.max_minutes)
+            options = self._options(workload, share * minutes)
         subject = self._subject(configuration, server, options)
-        began = time.monotonic()
+        began = server.under_test.now()
         try:
             answer = measure_configuration(subject, known)
         finally:
             what = _key(configuration, workload)
-            used_s = self._state.searched_s.get(what, 0.0) + time.monotonic() - began
+            used_s = self._state.searched_s.get(what, 0.0) + server.under_test.now() - began
             self._state.searched_s[what] = used_s
         if answer is None:
             raise BenchError(self._why_unanswered(configuration, workload))
@@ -206,11 +193,11 @@ class _Sweep:
         return f"max_minutes is too short for one load point{alone}: raise it, or use shorter requests"
 
     def _measure_ladder(
-        self, configuration: Configuration, workload: SweepWorkload, server: _Started, rates: list[float]
+        self, configuration: Configuration, workload: SweepWorkload, server: Started, rates: list[float]
     ) -> None:
         # Without the probe, which is repeated to warm up the new server.
         known = [p for p in self._points(configuration, workload) if p.phase != "probe"]
-        limit, rounds = workload.options.max_minutes, workload.options.rounds
+        limit, rounds = self._minutes(configuration, workload), workload.options.rounds
         searched = self._state.searched_s.get(_key(configuration, workload), 0.0) / 60
         if workload.options.search == "first":
             searched = limit  # all configurations get windows of the same length, searched or not
@@ -223,10 +210,15 @@ class _Sweep:
         self._state.ladders.append([configuration.name, workload.name])
         self._show_answer(configuration, workload)
 
-    def _subject(self, configuration: Configuration, server: _Started, options: BenchOptions) -> Subject:
+    def _subject(self, configuration: Configuration, server: Started, options: BenchOptions) -> Subject:
         return Subject(
-            server.target, server.requests, configuration.name, options, self._files, self._progress, server.meter
+            server.under_test, server.requests, configuration.name, options, self._files, self._progress, server.meter
         )
+
+    def _minutes(self, configuration: Configuration, workload: SweepWorkload) -> float:
+        """The time limit of a configuration on a workload, in minutes of its clock."""
+        options = workload.options
+        return options.max_virtual_minutes if configuration.is_simulated else options.max_minutes
 
     def _options(self, workload: SweepWorkload, max_minutes: float, **rates: Any) -> BenchOptions:
         wanted = workload.options
@@ -242,37 +234,14 @@ class _Sweep:
         )
 
     @contextlib.contextmanager
-    def _server(self, configuration: Configuration, workload: SweepWorkload, stage: str) -> Iterator[_Started]:
-        """Start the configuration's server, and build the workload for its vocabulary; stops the server at the end."""
+    def _server(self, configuration: Configuration, workload: SweepWorkload, stage: str) -> Iterator[Started]:
+        """Start the configuration's server, and note in the summary what it reports; stops the server at the end."""
         log = self._folder / LOGS_FOLDER / f"{slug(_key(configuration, workload))}-{stage}.log"
-        server = configuration.server(workload.max_tokens, log)
-        shown = configuration.shown(workload.max_tokens)
-        self._progress.message(f"measuring {shown} …" if configuration.is_running else f"starting {shown} …")
-        with server:
-            try:
-                info = probe_server(configuration.target(server.base_url))
-                target = info.target
-                assert target is not None
-                for note in (*info.notes, unused_proxy(target)):
-                    if note:
-                        self._progress.message(note)
-                vocabulary = configuration.vocab_size or info.vocab_size
-                if vocabulary is None and workload.needs_vocabulary:
-                    raise BenchError(
-                        "the server does not report its vocabulary size: set configurations."
-                        f"{configuration.name}.vocab_size"
-                    )
-                known = self.summary.configurations[configuration.name]
-                known |= {"model": known["model"] or info.model, "server": info.kind}
-                resolved = resolved_configuration(target)
-                known.setdefault("resolved", {})[workload.name] = resolved
-                energy = find_energy(configuration.energy_gpus, target, str(resolved.get("device", "")))
-                known["energy"] = energy.described
-                yield _Started(target, workload.build(vocabulary, server_encoder(target)), energy.meter)
-            except LostServerError:
-                if not server.ends():
-                    raise
-                raise BenchError(f"the server exited: {server.cause()}") from None
+        with started(configuration, workload, log, self._progress.message, self._simulate) as server:
+            known = self.summary.configurations[configuration.name]
+            known |= {"model": known["model"] or server.model} | server.known
+            known.setdefault("resolved", {})[workload.name] = server.resolved
+            yield server
 
     def _fail(self, configuration: Configuration, workload: SweepWorkload, cause: str) -> None:
         what = _key(configuration, workload)
@@ -366,6 +335,7 @@ def _describe(workload: SweepWorkload) -> dict[str, Any]:
     fields = {
         "precision": options.precision,
         "max_minutes": options.max_minutes,
+        "max_virtual_minutes": options.max_virtual_minutes,
         "window_s": options.window_s,
         "rates": list(options.rates) if options.rates else None,
         "limits": dict(options.limits) or None,

@@ -12,7 +12,8 @@ configurations:
 workloads:
   - {kind: random, input: 500, output: 2000}      # as in make_workload(); optionally name, and options of its own
   - {preset: visionarena-sample, output: 32}      # a workload preset, or a file
-options: {precision: 10%, max_minutes: 15}        # also arrivals: gamma, burstiness: 0.5, or trace: FILE
+options: {precision: 10%, max_minutes: 15}        # on simulated hardware (device: sim:h100) max_virtual_minutes: 1440
+                                                  # also arrivals: gamma, burstiness: 0.5, or trace: FILE
                                                   # ladder: false, or multiples of the lowest rate found: [0.75, 1]
                                                   # search: first (the others are measured on its ladder only)
                                                   # rates: [1, 2] instead of a search
@@ -39,7 +40,8 @@ START_MINUTES = 0.3  # estimate for starting and stopping a server
 _TOP = frozenset({"title", "description", "seed", "model", "serve", "configurations", "workloads", "options"})
 _TRACE = ("trace", "trace_unit", "skip_bad_rows")
 _ARRIVALS = frozenset({"arrivals", "burstiness", *_TRACE})
-_OPTIONS = _ARRIVALS | {"precision", "max_minutes", "window", "rates", "search", "ladder", "rounds", "limits"}
+_LIMITS = {"max_minutes", "max_virtual_minutes"}
+_OPTIONS = _ARRIVALS | _LIMITS | {"precision", "window", "rates", "search", "ladder", "rounds", "limits"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class SweepOptions:
 
     precision: float = 0.10
     max_minutes: float = 15.0  # of one configuration on one workload: search and ladder
+    max_virtual_minutes: float = 1440.0  # the same on simulated hardware, where time costs little
     window_s: float | None = None
     rates: tuple[float, ...] | None = None  # instead of a search
     search: str = "all"  # or "first": only the first configuration
@@ -99,14 +102,21 @@ class SweepPlan:
     data: dict[str, Any]  # as in the file
 
     def max_minutes(self) -> float:
-        """The time limit of the whole sweep, including an estimate for server starts."""
-        return sum(_max_minutes(w.options, len(self.configurations)) for w in self.workloads)
+        """The time limit of all configurations that are not simulated, including an estimate for server starts."""
+        measured = [not configuration.is_simulated for configuration in self.configurations]
+        return sum(_max_minutes(w.options, measured) for w in self.workloads)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether all configurations are."""
+        return all(configuration.is_simulated for configuration in self.configurations)
 
 
-def _max_minutes(options: SweepOptions, configurations: int) -> float:
-    """The time limit of one workload, including server starts."""
+def _max_minutes(options: SweepOptions, measured: list[bool]) -> float:
+    """The time limit of one workload, including server starts; `measured` says which configurations count."""
+    configurations = sum(measured)
     rounds = options.rounds if options.rates or options.ladder else 0
-    searches = 0 if options.rates else 1 if options.search == "first" else configurations
+    searches = 0 if options.rates else int(measured[0]) if options.search == "first" else configurations
     whole = configurations if options.rates else searches  # the others only have the ladder's half of the time
     minutes = (whole + (configurations - whole) / 2) * options.max_minutes
     return minutes + (searches + rounds * configurations) * START_MINUTES
@@ -118,11 +128,14 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in files if "configurations" in _load(path)}
 
 
-def read_sweep(path: Path) -> SweepPlan:
-    """Read and check a sweep; raises BenchError naming the file and the field that is wrong."""
+def read_sweep(path: Path, device: str | None = None) -> SweepPlan:
+    """Read and check a sweep; raises BenchError naming the file and the field that is wrong.
+
+    With `device`, all configurations run on it, whatever the file says.
+    """
     data = _load(path)
     try:
-        return _plan(path.stem, data)
+        return _plan(path.stem, _on_device(data, device) if device else data)
     except BenchError as error:
         raise BenchError(f"{path}: {error}") from None
 
@@ -132,6 +145,22 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BenchError(f"{path}: a sweep must have the fields configurations and workloads at its top level")
     return data
+
+
+def _on_device(data: dict[str, Any], device: str) -> dict[str, Any]:
+    """The sweep with one device for all its configurations, in place of their own."""
+    configurations = {}
+    for name, entry in _mapping(data, "configurations").items():
+        known = dict(entry) if isinstance(entry, dict) else {}
+        for kind in ("command", "url"):
+            if known.get(kind) is not None:
+                raise BenchError(f"configurations.{name}.{kind}: --device {device} needs Redline's own servers")
+        flags = known.get("serve") or {}
+        own = {
+            flag: value for flag, value in flags.items() if str(flag).replace("_", "-").removeprefix("--") != "device"
+        }
+        configurations[name] = known | {"serve": own}
+    return data | {"serve": (data.get("serve") or {}) | {"device": device}, "configurations": configurations}
 
 
 def _plan(name: str, data: dict[str, Any]) -> SweepPlan:

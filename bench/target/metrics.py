@@ -4,6 +4,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -126,13 +127,66 @@ def _slots_full(states: list[ServerState]) -> bool:
     return running[len(running) // 4] >= 0.95 * top and sum(r == top for r in running) * 2 >= len(running)
 
 
-class MetricsReader:
+class StateReader(Protocol):
+    """Reads the counters of a server during load points, as a context manager."""
+
+    states: list[ServerState]  # since `clear()`, by time
+    started_at: float  # time 0 of the load point, on the clock of the readings
+    failures: int  # consecutive readings without a response
+    available: bool  # whether the server has such counters
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read(self) -> ServerState | None:
+        """Take one reading now; None if the server does not give one."""
+        ...
+
+    @property
+    def latest(self) -> ServerState | None: ...
+
+    def clear(self) -> None:
+        """Drop all readings but the last one, before a load point."""
+        ...
+
+    def readings(self) -> list[ServerState]:
+        """The readings since `clear()`, with times since `started_at`."""
+        ...
+
+    def healthy(self) -> bool:
+        """Whether the server still answers."""
+        ...
+
+
+class Readings:
+    """The readings of a reader."""
+
+    def __init__(self) -> None:
+        self.states: list[ServerState] = []
+        self.started_at = 0.0
+        self.failures = 0
+        self.available = True
+
+    @property
+    def latest(self) -> ServerState | None:
+        return self.states[-1] if self.states else None
+
+    def clear(self) -> None:
+        del self.states[:-1]
+
+    def readings(self) -> list[ServerState]:
+        return [replace(state, at_s=state.at_s - self.started_at) for state in list(self.states)]
+
+
+class MetricsReader(Readings):
     """Reads a target's /metrics twice a second in a thread and appends the readings to `states`.
 
     If the target has a base path without such a page, the page at the root of the server is read.
     """
 
     def __init__(self, server: Target | str, every_s: float = SCRAPE_EVERY_S):
+        super().__init__()
         target = Target.of(server)
         self._client = ControlClient(target, timeout_s=5.0)
         root = "{}://{}".format(*urlsplit(target.base_url)[:2])
@@ -140,10 +194,6 @@ class MetricsReader:
         self._every_s = every_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.states: list[ServerState] = []
-        self.started_at = 0.0  # time 0 of the load point, on the clock of the readings
-        self.failures = 0  # consecutive readings without a response
-        self.available = True  # False: the server has no /metrics page with known names
 
     def __enter__(self) -> "MetricsReader":
         self.read()
@@ -179,18 +229,6 @@ class MetricsReader:
             return None
         self.states.append(state)
         return state
-
-    @property
-    def latest(self) -> ServerState | None:
-        return self.states[-1] if self.states else None
-
-    def clear(self) -> None:
-        """Drop all readings but the last one, before a load point."""
-        del self.states[:-1]
-
-    def readings(self) -> list[ServerState]:
-        """The readings since `clear()`, with times since `started_at`."""
-        return [replace(state, at_s=state.at_s - self.started_at) for state in list(self.states)]
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):

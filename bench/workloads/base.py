@@ -1,5 +1,6 @@
 """The interface of workloads: named sources of requests, reproducible from a seed."""
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ class RequestSpec:
 
     input_tokens: int  # exact for token ids, an estimate for texts and messages
     output_tokens: int  # requested: sent as max_tokens
-    prompt_ids: list[int] | None = None  # sent to /v1/completions
+    prompt_ids: "list[int] | array[int] | None" = None  # sent to /v1/completions
     messages: list[dict[str, Any]] | None = None  # sent to /v1/chat/completions
     prompt_text: str | None = None  # sent to /v1/completions
 

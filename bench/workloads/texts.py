@@ -196,7 +196,7 @@ class JsonLines:
     def _spec(self, row: RequestSpec, salt: str | None, output: int) -> RequestSpec:
         ids, text, messages = row.prompt_ids, row.prompt_text, row.messages
         if salt is not None:
-            ids = salt_ids(ids, salt, self._pool) if ids is not None else None
+            ids = salt_ids(list(ids), salt, self._pool) if ids is not None else None
             text = salt_text(text, salt) if text is not None else None
             messages = _salted(messages, salt) if messages is not None else None
         return RequestSpec(row.input_tokens, row.output_tokens or output, ids, messages, text)

@@ -6,6 +6,7 @@ since the server's replies are not known in advance. A prefix cache therefore hi
 conversation, but not the server's last reply, which is computed together with the new question.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ DEFAULT_CONVERSATIONS = 8
 
 @dataclass(slots=True)
 class _Conversation:
-    history: list[int] = field(default_factory=list)
+    history: "array[int]" = field(default_factory=lambda: array("i"))
     turn: int = 0
 
 
@@ -67,7 +68,7 @@ class MultiTurn(RandomTokens):
 
     def _turn(self, rng: np.random.Generator, conversation: _Conversation) -> RequestSpec:
         request = self._request(rng, conversation.history)
-        assert request.prompt_ids is not None
+        assert isinstance(request.prompt_ids, array)
         conversation.history = request.prompt_ids + self._draw(rng, request.output_tokens)
         conversation.turn += 1
         return request

@@ -39,9 +39,9 @@ class Reply:
 
     handle: int
     prompt_tokens: int
-    count: int = 0  # tokens when it ended; before that 1 from the first one on
+    count: int = 0  # tokens; 1 from the first one on until it ended or the reply was taken
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    ended: bool = False
+    ended: bool = False  # with all its tokens, or an error; not if it was aborted
     error: str = ""  # why it was not served
     refused: bool = False  # because of what it asks for
     times: TokenTimes | None = None  # set when the reply is taken; None: no token came
@@ -79,9 +79,9 @@ class SimulatedReplica:
         self.assigned_tokens += missing + expected
         self.engine.core.receive(encode(message))
 
-    def abort(self, handles: Sequence[int]) -> None:
+    def abort(self, replies: Sequence[Reply]) -> None:
         """End those of the requests that are here; they don't count as ended."""
-        mine = tuple(handle for handle in handles if handle in self._open)
+        mine = tuple(reply.handle for reply in replies if reply.handle in self._open)
         if mine:
             before, self.ended = self.ended, []
             self.engine.core.receive(encode(Abort(mine)))
@@ -99,7 +99,8 @@ class SimulatedReplica:
                 self._open[handle].count = 1
         for end in message.finished:
             reply = self._open.pop(end.handle)
-            reply.ended, reply.error, reply.refused = True, end.error, end.reason == FinishReason.ERROR
+            reply.ended, reply.error = end.reason != FinishReason.ABORT, end.error
+            reply.refused = end.reason == FinishReason.ERROR
             reply.count = self.log.count(end.handle)
             self._load.remove_output(end.handle)
             if end.reason in _ENDED_WELL:
@@ -137,22 +138,20 @@ class Simulation:
         ]
         self._policy = make_routing_policy(routing, seed)
         self._request_s = request_s
-        self._arriving: deque[tuple[float, AddRequest]] = deque()
-        self._replies: dict[int, Reply] = {}
+        self._arriving: deque[tuple[float, Reply, AddRequest]] = deque()
         self._submitted = 0
 
     def now(self) -> float:
         """Seconds since the start."""
         return self._clock.now()
 
-    def submit(self, prompt: Sequence[int] | NDArray[np.int32], max_tokens: int) -> int:
-        """Send a request now; returns its handle. It gets exactly `max_tokens` tokens, as with ignore_eos."""
-        handle = self._submitted
+    def submit(self, prompt: Sequence[int] | NDArray[np.int32], max_tokens: int) -> Reply:
+        """Send a request now; its reply fills with time. It gets exactly `max_tokens` tokens, as with ignore_eos."""
+        reply = Reply(self._submitted, len(prompt))
         self._submitted += 1
-        message = AddRequest(handle, column(prompt), min(max_tokens, self._room(len(prompt))), Sampling())
-        self._replies[handle] = Reply(handle, len(prompt))
-        self._arriving.append((self.now() + self._request_s, message))
-        return handle
+        message = AddRequest(reply.handle, column(prompt), min(max_tokens, self._room(len(prompt))), Sampling())
+        self._arriving.append((self.now() + self._request_s, reply, message))
+        return reply
 
     def _room(self, prompt_tokens: int) -> int:
         """Most output tokens behind a prompt; 1 if it is too long, which is an error that the core reports."""
@@ -182,9 +181,9 @@ class Simulation:
         """Hand requests that are due to replicas; returns these."""
         assigned = []
         while self._arriving and self._arriving[0][0] <= self.now():
-            _, message = self._arriving.popleft()
+            _, reply, message = self._arriving.popleft()
             replica, cached = self._choose(message) if len(self.replicas) > 1 else (self.replicas[0], 0)
-            replica.add(self._replies[message.handle], message, cached)
+            replica.add(reply, message, cached)
             assigned.append(replica)
         return assigned
 
@@ -209,20 +208,20 @@ class Simulation:
             replica.ended = []
         return ended
 
-    def abort(self, handles: Sequence[int]) -> None:
+    def abort(self, replies: Sequence[Reply]) -> None:
         """End requests whose client has gone."""
-        gone = set(handles)
+        gone = {reply.handle for reply in replies}
         self._arriving = deque(one for one in self._arriving if one[1].handle not in gone)
         for replica in self.replicas:
-            replica.abort(handles)
+            replica.abort(replies)
 
-    def take(self, handles: Sequence[int]) -> list[Reply]:
-        """The replies to requests that ended or were aborted, with their times; they are forgotten."""
-        replies = [self._replies.pop(handle) for handle in handles]
+    def take(self, replies: Sequence[Reply]) -> None:
+        """Set the times of replies that ended or were aborted. The simulation forgets these requests."""
+        handles = [reply.handle for reply in replies]
         for replica in self.replicas:
-            for reply, times in zip(replies, replica.log.take(list(handles)), strict=True):
-                reply.times = reply.times or times
-        return replies
+            for reply, times in zip(replies, replica.log.take(handles), strict=True):
+                if times is not None:
+                    reply.times, reply.count = times, len(times.gaps_s) + 1
 
     def stats(self) -> list[Stats]:
         """Gauges and counters of each replica."""

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from bench.measurement.progress import ConsoleProgress
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
+from bench.measurement.server import HttpServer
 from bench.results import Answer, RunFiles
 from bench.target import Target
 from bench.target.server import ServerProcess
@@ -48,7 +49,7 @@ def over_sockets(seed: int, precision: float, console: Console) -> dict[str, Any
         target = Target(server.base_url, "stub")
         workload = make_workload({"kind": "random", "input": 8, "output": 1}, 1000)
         files = RunFiles(folder)
-        answer = measure_configuration(Subject(target, workload, "queue", options, files, progress))
+        answer = measure_configuration(Subject(HttpServer(target), workload, "queue", options, files, progress))
         if answer is None:
             raise SystemExit("no load point produced a valid result: " + files.read_points()[-1].reason)
         points = len(files.read_points()) - 1  # the probe is none

@@ -147,7 +147,7 @@ class Child(Engine):
     def generate(self, specs: Sequence[RequestSpec], stream: bool = False) -> dict[str, float]:
         """What cpu_child.py answers; exits if tokens are missing."""
         output = specs[0].output_tokens
-        asked = {"prompts": [spec.prompt_ids for spec in specs], "output": output, "stream": stream}
+        asked = {"prompts": [list(spec.prompt_ids or ()) for spec in specs], "output": output, "stream": stream}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asked).encode() + b"\n")
         self.process.stdin.flush()

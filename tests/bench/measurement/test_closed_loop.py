@@ -13,6 +13,7 @@ import pytest
 from bench.errors import BenchError
 from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
 from bench.measurement.load_point import LoadPoint, PointPlan, PointState
+from bench.measurement.server import HttpServer
 from bench.results import PointRecord, RunFiles
 from bench.search.windows import TimeBudget, Timing
 from bench.target import Target
@@ -25,7 +26,7 @@ WORKLOAD = {"kind": "random", "input": 20, "output": 5}
 
 def closed_point(url: str, budget: TimeBudget) -> ClosedPoint:
     workload = make_workload(WORKLOAD, 1000)
-    return ClosedPoint(Target(url, "stub"), workload, "c", MetricsReader(url), 0, 0.1, budget.left_s)
+    return ClosedPoint(HttpServer(Target(url, "stub")), workload, "c", MetricsReader(url), 0, 0.1, budget.left_s)
 
 
 def test_figures_and_files_of_a_closed_loop(queue_server: Any, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_starved_generator_is_not_a_slow_server(queue_server: Any, hogged_core
         os.sched_setaffinity(0, {hogged_core})
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         reader = MetricsReader(server.base_url)
-        point = LoadPoint(Target(server.base_url, "stub"), workload, "c", reader, 0, 0.2, lambda: 60.0)
+        point = LoadPoint(HttpServer(Target(server.base_url, "stub")), workload, "c", reader, 0, 0.2, lambda: 60.0)
         plan = PointPlan(20.0, "fixed", 0, Timing(0.5, 3.0, 20.0), 0.5, cut_overload=False)
         rows.append(point.run(plan, lambda _: None)[0])
 

@@ -11,6 +11,7 @@ import pytest
 from bench.measurement.closed_loop import ClosedPoint, measure_closed_loop
 from bench.measurement.energy import EnergyError, EnergyReader, GpuReading, Reading, record_energy, window_energy
 from bench.measurement.load_point import LoadPoint, PointPlan
+from bench.measurement.server import HttpServer
 from bench.results import RunFiles
 from bench.search.windows import TimeBudget, Timing
 from bench.target import Target
@@ -118,7 +119,7 @@ PLAN = PointPlan(20.0, "fixed", 0, Timing(0.3, 1.5, 5.0), 0.1, cut_overload=Fals
 def measured(server: ServerProcess, energy: EnergyReader) -> LoadPoint:
     workload = make_workload({"kind": "random", "input": 20, "output": 5}, 1000)
     target, reader = Target(server.base_url, "stub"), MetricsReader(server.base_url)
-    return LoadPoint(target, workload, "c", reader, 0, 0.2, lambda: 60.0, energy=energy)
+    return LoadPoint(HttpServer(target), workload, "c", reader, 0, 0.2, lambda: 60.0, energy=energy)
 
 
 def test_the_window_of_a_real_load_point(queue_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
@@ -156,7 +157,8 @@ def test_a_closed_loop(queue_server: Callable[..., ServerProcess], tmp_path: Pat
     server, budget = queue_server("--slots", "8", "--service", "0.1"), TimeBudget(60.0)
     workload = make_workload({"kind": "random", "input": 20, "output": 5}, 1000)
     point = ClosedPoint(
-        Target(server.base_url, "stub"), workload, "c", MetricsReader(server.base_url), 0, 0.1, budget.left_s,
+        HttpServer(Target(server.base_url, "stub")), workload, "c", MetricsReader(server.base_url), 0, 0.1,
+        budget.left_s,
         energy=EnergyReader(Constant(80.0), every_s=0.05),
     )  # fmt: skip
     record, _ = measure_closed_loop(point, RunFiles(tmp_path), QuietProgress(), 4, 24, budget)

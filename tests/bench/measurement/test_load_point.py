@@ -1,6 +1,7 @@
 import pytest
 
 from bench.measurement.load_point import LoadPoint, PointPlan, PointState, Watch, drain, point_id
+from bench.measurement.server import HttpServer
 from bench.search.windows import Timing
 from bench.target import Target
 from bench.target.metrics import MetricsReader, ServerState
@@ -79,7 +80,7 @@ def test_a_point_against_a_real_queue(queue_server) -> None:  # type: ignore[no-
     server = queue_server("--slots", "4", "--service", "0.1")
     workload = make_workload({"kind": "random", "input": 20, "output": 5}, 1000)
     with MetricsReader(server.base_url) as reader:
-        point = LoadPoint(Target(server.base_url, "stub"), workload, "c", reader, 0, 0.2, lambda: 60.0)
+        point = LoadPoint(HttpServer(Target(server.base_url, "stub")), workload, "c", reader, 0, 0.2, lambda: 60.0)
         easy = plan(rate=20.0, phase="fixed", timing=Timing(0.3, 2.0, 5.0), latency_s=0.1)
         row, requests = point.run(easy, lambda _: None)
         assert (row.valid, row.sustained, row.preemptions, row.failed) == (True, True, 0, 0)
@@ -104,7 +105,7 @@ def test_a_point_against_a_real_queue(queue_server) -> None:  # type: ignore[no-
         assert over.binding in ("batch slots", "compute")  # cut so early, it may have one reading of the server only
         assert over.window_s < 5.0  # cut short
         assert any(r.status == "cut short" for r in cut)
-        assert drain(reader, 1.0)
+        assert drain(reader, 1.0, HttpServer(Target(server.base_url, "stub")))
         state = reader.latest
         assert state is not None
         assert (state.running, state.waiting) == (0, 0)

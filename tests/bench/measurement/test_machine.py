@@ -15,6 +15,7 @@ from rich.console import Console
 from bench.measurement.load_point import LoadPoint, PointPlan
 from bench.measurement.machine import Counters, CpuShares, MachineReader, record_shares, shares
 from bench.measurement.progress import point_line, points_table
+from bench.measurement.server import HttpServer
 from bench.results import PointRecord, RunFiles
 from bench.search.windows import Timing
 from bench.target import Target
@@ -121,7 +122,7 @@ def test_a_process_that_computes_disturbs_a_real_load_point(
     reader = MetricsReader(server.base_url)
     machine = MachineReader(server.base_url)
     target = Target(server.base_url, "stub")
-    point = LoadPoint(target, workload, "c", reader, 0, 0.2, lambda: 60.0, machine=machine)
+    point = LoadPoint(HttpServer(target), workload, "c", reader, 0, 0.2, lambda: 60.0, machine=machine)
     row: PointRecord = point.run(
         PointPlan(10.0, "fixed", 0, Timing(0.2, 1.5, 5.0), 0.1, cut_overload=False), lambda _: None
     )[0]

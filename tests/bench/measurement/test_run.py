@@ -8,6 +8,7 @@ import pytest
 from bench.errors import BenchError
 from bench.measurement.load_point import PointPlan
 from bench.measurement.run import BenchOptions, LostServerError, Subject, measure_configuration, measure_ladder
+from bench.measurement.server import HttpServer
 from bench.results import Answer, PointRecord, RunFiles
 from bench.target import Target
 from bench.target.server import ServerProcess
@@ -36,7 +37,7 @@ def measure(
 ) -> tuple[Answer | None, list[PointRecord], Counting]:
     progress, files = Counting(), RunFiles(folder)
     chosen = BenchOptions(**({"precision": 0.2, "max_minutes": 2.0} | options))  # type: ignore[arg-type]
-    subject = Subject(Target(server.base_url, "stub"), SHORT, "c", chosen, files, progress)
+    subject = Subject(HttpServer(Target(server.base_url, "stub")), SHORT, "c", chosen, files, progress)
     answer = measure_configuration(subject, finished or [])
     return answer, files.read_points(), progress
 
@@ -148,7 +149,7 @@ def test_time_out_reports_the_bracket(queue_server: Start, tmp_path: Path) -> No
 def test_a_ladder_alone_at_given_rates(queue_server: Start, tmp_path: Path) -> None:
     server, files = queue_server("--slots", "4", "--service", "0.1"), RunFiles(tmp_path)
     options = BenchOptions(precision=0.2, ladder_rates=[10.0, 80.0], window_s=1.0)
-    subject = Subject(Target(server.base_url, "stub"), SHORT, "c", options, files, QuietProgress())
+    subject = Subject(HttpServer(Target(server.base_url, "stub")), SHORT, "c", options, files, QuietProgress())
     rows = measure_ladder(subject)
     assert [(r.phase, r.rate, r.sustained) for r in rows] == [("ladder", 10.0, True), ("ladder", 80.0, False)]
     assert rows[1].window_s == pytest.approx(1.0)  # overloaded, and yet not cut

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
+from bench.measurement.server import HttpServer
 from bench.results import Answer, RunFiles, ServerState, Summary
 from bench.target import Target
 from bench.target.server import ServerProcess
@@ -44,7 +45,9 @@ def test_a_run_keeps_what_the_server_said_during_each_point(
     server, files = queue_server("--slots", "2", "--service", "0.1"), RunFiles(tmp_path)
     workload = make_workload({"kind": "random", "input": 20, "output": 5}, 1000)
     options = BenchOptions(precision=0.2, rates=[10.0, 40.0], window_s=1.5)
-    measure_configuration(Subject(Target(server.base_url, "stub"), workload, "c", options, files, QuietProgress()))
+    measure_configuration(
+        Subject(HttpServer(Target(server.base_url, "stub")), workload, "c", options, files, QuietProgress())
+    )
     points = [p for p in files.read_points() if p.phase == "fixed"]
     assert len(points) == 2
     for point in points:

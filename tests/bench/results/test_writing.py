@@ -9,6 +9,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
+from bench.measurement.server import HttpServer
 from bench.results import RequestRecord, RunFiles
 from bench.results.vllm_json import save_vllm_result
 from bench.results.writing import CannotWriteError, check_folder, replace_file
@@ -94,7 +95,7 @@ def test_a_run_ends_with_what_it_found(queue_server: Callable[..., ServerProcess
     workload = make_workload({"kind": "random", "input": 20, "output": 5}, 1000)
     options = BenchOptions(precision=0.2, rates=[10.0, 15.0, 20.0], window_s=1.0)
     progress = Filling()
-    subject = Subject(Target(server.base_url, "stub"), workload, "c", options, files, progress)
+    subject = Subject(HttpServer(Target(server.base_url, "stub")), workload, "c", options, files, progress)
     with pytest.raises(CannotWriteError, match=r"out cannot be written: .*\(--out\)") as caught:
         measure_configuration(subject)
     assert caught.value.answer.rate == 15.0  # the last one measured counts, though it isn't on disk

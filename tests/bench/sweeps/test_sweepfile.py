@@ -222,3 +222,31 @@ def test_a_trace_of_all_workloads_gives_lengths_too(write: Callable[..., Path], 
     ):
         with pytest.raises(BenchError, match=words):
             read_sweep(write(workloads=wrong))
+
+
+def test_simulated_configurations_have_limits_of_their_own(write: Callable[..., Path]) -> None:
+    configurations = {
+        "real": {"model": "m"}, "h100": {"model": "m", "serve": {"device": "sim:h100"}, "note": "a few words"},
+    }  # fmt: skip
+    plan = read_sweep(write(configurations=configurations))
+    assert [c.is_simulated for c in plan.configurations] == [False, True]
+    assert not plan.is_simulated
+    assert plan.workloads[0].options.max_virtual_minutes == 1440
+    measured = read_sweep(write(configurations={"real": {"model": "m"}}))
+    assert plan.max_minutes() == measured.max_minutes()
+    assert "--device sim:h100" in plan.configurations[1].shown(100)
+
+
+def test_one_device_for_all_replaces_those_of_the_file(write: Callable[..., Path]) -> None:
+    configurations = {"a": {"serve": {"device": "cpu", "tp": 2}}, "b": None}
+    plan = read_sweep(write(model="m", serve={"device": "cuda"}, configurations=configurations), "sim:b200")
+    assert [c.serve for c in plan.configurations] == [{"device": "sim:b200", "tp": 2}, {"device": "sim:b200"}]
+    with pytest.raises(BenchError, match=r"configurations.four.command: --device sim:b200 needs Redline's own"):
+        read_sweep(write(), "sim:b200")
+
+
+def test_fields_about_servers_are_refused_on_simulated_hardware(write: Callable[..., Path]) -> None:
+    entry = {"model": "m", "serve": {"device": "sim:h100"}}
+    for key, value in {"api_key": "k", "headers": {"a": "b"}, "energy_gpus": "all", "vocab_size": 100}.items():
+        with pytest.raises(BenchError, match=rf"configurations.x.{key} has no meaning on simulated hardware"):
+            read_sweep(write(configurations={"x": entry | {key: value}}))

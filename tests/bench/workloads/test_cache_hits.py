@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench.measurement.load_point import LoadPoint, PointPlan
+from bench.measurement.server import HttpServer
 from bench.results import PointRecord
 from bench.search.windows import Timing
 from bench.target import Target
@@ -47,7 +48,7 @@ def rows_at(url: str, spec: dict[str, Any], rates: list[float], configuration: s
     workload = make_workload(spec, 30_000, server_encoder(Target(url, "stub")))
     found = []
     with MetricsReader(url) as reader:
-        point = LoadPoint(Target(url, "stub"), workload, configuration, reader, 7, 0.2, lambda: 60.0)
+        point = LoadPoint(HttpServer(Target(url, "stub")), workload, configuration, reader, 7, 0.2, lambda: 60.0)
         for rate in rates:
             repeat = rates[: len(found)].count(rate)
             row, requests = point.run(

@@ -3,39 +3,12 @@
 import numpy as np
 import pytest
 
-from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.policy import ChunkedPrefill, FirstComeFirstServed, MixedBatches, PrefillFirst, Watermark
 from engine.core.scheduler import Scheduler
-from engine.hardware.description import read_hardware
-from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.simulation import Reply, Simulation
-from engine.hardware.step_time import DecoderShape, StepTime, StepWork
-from engine.hardware.virtual_engine import VirtualClock
-
-H100 = read_hardware("h100")
-LLAMA_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)
-STEP_TIME = StepTime(H100, LLAMA_8B)
-REQUEST_S = 0.018
-
-
-def simulation(
-    num_blocks: int = 4000,
-    budget: int = 2048,
-    caching: bool = False,
-    ablations: frozenset[str] = frozenset(),
-    **options: object,
-) -> Simulation:
-    config = ResolvedConfig(
-        max_model_len=4096, max_num_seqs=32, max_num_batched_tokens=2048, block_size=16, num_blocks=num_blocks,
-        enable_prefix_caching=caching,
-    )  # fmt: skip
-    host = SimulatedHost(H100.host.v1, 1, overlaps=True)
-
-    def make_executor(clock: VirtualClock) -> SimulatedExecutor:
-        return SimulatedExecutor(clock, STEP_TIME, host, 32, LLAMA_8B.vocab_size)
-
-    return Simulation(config, make_executor, request_s=REQUEST_S, **options)  # type: ignore[arg-type]
+from engine.hardware.step_time import StepWork
+from tests.simulated_server import HOST, REQUEST_S, STEP_TIME, simulation
 
 
 def prompt(seed: int, length: int) -> np.ndarray:
@@ -51,13 +24,14 @@ def finish(server: Simulation) -> list[Reply]:
 
 def run(server: Simulation, count: int = 24, every_s: float = 0.02) -> list[Reply]:
     """Requests at equal intervals, to the end of the last."""
-    handles = []
+    replies = []
     for number in range(count):
         while server.now() < number * every_s:
             server.run_until(number * every_s)
-        handles.append(server.submit(prompt(number, 200 + 10 * number), 300))
+        replies.append(server.submit(prompt(number, 200 + 10 * number), 300))
     finish(server)
-    return server.take(handles)
+    server.take(replies)
+    return replies
 
 
 def times(replies: list[Reply]) -> list[float]:
@@ -67,13 +41,12 @@ def times(replies: list[Reply]) -> list[float]:
 
 def test_the_cost_of_a_request_delays_its_first_token_and_nothing_else() -> None:
     server = simulation()
-    handle = server.submit(prompt(0, 1000), 4)
-    (ended,) = finish(server)
-    (reply,) = server.take([handle])
-    assert (ended.handle, reply.count, reply.prompt_tokens, reply.cached_tokens) == (handle, 4, 1000, 0)
+    reply = server.submit(prompt(0, 1000), 4)
+    assert finish(server) == [reply]
+    server.take([reply])
+    assert (reply.ended, reply.count, reply.prompt_tokens, reply.cached_tokens) == (True, 4, 1000, 0)
     assert reply.times is not None
-    host = SimulatedHost(H100.host.v1, 1, overlaps=True)
-    first = host.with_host(STEP_TIME.seconds(StepWork(chunks=[(1000, 0)], sampled=1)), 1)
+    first = HOST.with_host(STEP_TIME.seconds(StepWork(chunks=[(1000, 0)], sampled=1)), 1)
     assert reply.times.first_s == pytest.approx(REQUEST_S + first)
     assert len(reply.times.gaps_s) == 3
     assert reply.times.last_s == pytest.approx(reply.times.first_s + reply.times.gaps_s.sum())
@@ -81,13 +54,11 @@ def test_the_cost_of_a_request_delays_its_first_token_and_nothing_else() -> None
 
 def test_the_end_of_a_request_ends_the_wait() -> None:
     server = simulation()
-    server.submit(prompt(0, 100), 2)
-    server.submit(prompt(1, 100), 40)
-    (first,) = server.run_until(1000)
-    assert first.handle == 0
+    short, long = server.submit(prompt(0, 100), 2), server.submit(prompt(1, 100), 40)
+    assert server.run_until(1000) == [short]
     assert server.now() < 0.1
-    server.submit(prompt(2, 100), 1)
-    assert {reply.handle for reply in finish(server)} == {1, 2}
+    third = server.submit(prompt(2, 100), 1)
+    assert finish(server) == [third, long]
     assert server.run_until(2000.0) == []
     assert server.now() == 2000.0
 
@@ -111,27 +82,29 @@ def test_counters_are_the_cores() -> None:
 
 def test_aborted_requests_free_their_place() -> None:
     server = simulation(num_blocks=100)
-    handles = [server.submit(prompt(seed, 1000), 1000) for seed in range(3)]
+    replies = [server.submit(prompt(seed, 1000), 1000) for seed in range(3)]
     server.run_until(0.5)
     late = server.submit(prompt(9, 10), 5)
     (before,) = server.stats()
     assert (before.running, before.waiting) == (1, 2)
-    server.abort([*handles, late])
+    server.abort([*replies, late])
     (after,) = server.stats()
     assert (after.running, after.waiting) == (0, 0)
     assert server.run_until(10.0) == []
-    replies = server.take([*handles, late])
+    server.take([*replies, late])
     assert replies[0].times is not None
-    assert [reply.times for reply in replies[1:]] == [None] * 3
+    assert replies[0].count == len(replies[0].times.gaps_s) + 1
+    assert [reply.times for reply in (*replies[1:], late)] == [None] * 3
+    assert not any(reply.ended for reply in (*replies, late))
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_nothing_else() -> None:
     server = simulation()
     long, short = server.submit(prompt(0, 5000), 5), server.submit(prompt(1, 50), 5)
-    replies = {reply.handle: reply for reply in finish(server)}
-    assert replies[long].refused
-    assert "5000 tokens" in replies[long].error
-    assert replies[short].count == 5
+    finish(server)
+    assert long.refused
+    assert "5000 tokens" in long.error
+    assert (short.count, short.error) == (5, "")
 
 
 def test_replicas_share_the_load() -> None:

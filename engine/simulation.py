@@ -1,0 +1,99 @@
+"""An engine on simulated hardware in virtual time: what `redline bench`, `sweep` and `plan` see of it."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.engine_plan import EnginePlan, plan_engine
+from engine.errors import ConfigError
+from engine.hardware.accuracy import simulation_mark
+from engine.hardware.simulation import Simulation
+from engine.hardware.start import simulated_executor, used_hardware
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedEngine:
+    """A server without HTTP, and what is known of it.
+
+    model: its name. title: of the hardware. described: the engine in one line. resolved: its choices as plain data, as
+    a server reports them. mark: what result files say about the simulation. warnings: for the user.
+    """
+
+    simulation: Simulation
+    model: str
+    title: str
+    described: str
+    vocab_size: int
+    resolved: dict[str, Any]
+    mark: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def simulate(config: EngineConfig) -> SimulatedEngine:
+    """The engine of a configuration whose device is `sim:NAME`; its time begins at 0.
+
+    Raises ConfigError for options that can't be simulated, ModelError for a model that can't be read, OutOfMemoryError
+    if one request of max-model-len does not fit.
+    """
+    plan = plan_engine(config)
+    config, resolved, model_info = plan.config, plan.resolution.config, plan.model_info
+    if resolved.pools:
+        raise ConfigError(f"{config.name} pools, which is not simulated: choose a model that generates")
+    hardware = used_hardware(config)
+    costs = hardware.host.v0 if config.engine == "v0" else hardware.host.v1
+    simulation = Simulation(
+        resolved,
+        lambda clock: simulated_executor(config, resolved, model_info, clock),
+        request_s=costs.request_ms * 1e-3,
+        replicas=config.data_parallel_size,
+        routing=config.routing,
+        seed=config.seed,
+    )
+    return SimulatedEngine(
+        simulation, config.name, hardware.title, _described(plan), model_info.vocab_size, _resolved(plan),
+        simulation_mark(config.simulated), plan.resolution.warnings,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def without_core_log() -> Iterator[None]:
+    """Nothing about preemptions on the screen: they are in the results."""
+    log = logging.getLogger("redline.core")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _described(plan: EnginePlan) -> str:
+    config, resolved = plan.config, plan.resolution.config
+    tokens = (resolved.num_blocks - 1) * resolved.block_size
+    replicas = f"{config.data_parallel_size} replicas of " if config.data_parallel_size > 1 else ""
+    return (
+        f"{plan.resolution.device}: {replicas}{config.name}, {config.engine}, "
+        f"up to {resolved.max_num_seqs} requests of {resolved.max_model_len:,} tokens, "
+        f"{resolved.max_num_batched_tokens:,} tokens a step, {tokens:,} tokens of KV cache"
+    )
+
+
+def _resolved(plan: EnginePlan) -> dict[str, Any]:
+    config, resolved = plan.config, plan.resolution.config
+    return {
+        "device": plan.resolution.device,
+        "engine": config.engine,
+        "dtype": plan.model_info.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "data_parallel_size": config.data_parallel_size,
+        "max_model_len": resolved.max_model_len,
+        "max_num_seqs": resolved.max_num_seqs,
+        "max_num_batched_tokens": resolved.max_num_batched_tokens,
+        "block_size": resolved.block_size,
+        "num_gpu_blocks": resolved.num_blocks - 1,
+        "enable_prefix_caching": resolved.enable_prefix_caching,
+        "ablations": ",".join(sorted(resolved.ablations)),
+    }
