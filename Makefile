@@ -53,6 +53,10 @@ bench-simulation: $(VENV)/installed-dev  ## CPU time and memory of simulations i
 bench-statistics: $(VENV)/installed-dev  ## Intervals and verdicts against simulations of known truth: results/bench-statistics.json
 	$(BIN)/python -m tests.perf.bench_statistics
 
+.PHONY: sim-check
+sim-check: $(VENV)/installed-dev  ## The latency model against published measurements, DATA=FILE: results/sim-check.json
+	$(BIN)/python -m tests.perf.sim_check $(DATA)
+
 test: lint unit  ## The whole suite: linters, types, import contracts, tests
 
 # The site is built here and not among the tests: links and docstrings are checked like code, in seconds, before the tests.

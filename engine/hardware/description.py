@@ -30,16 +30,21 @@ class Peaks(Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     bf16: Positive
     fp8: Positive | None = None
+    fp4: Positive | None = None
 
 
 class Gemm(Struct, frozen=True, forbid_unknown_fields=True):
-    """How close matrix products come to the peak and to the bandwidth; see `engine.hardware.gemm`."""
+    """How close matrix products come to the peak and to the bandwidth; see `engine.hardware.gemm`.
+
+    `quantize_bytes` moves for each number of the input, to quantize it before the product.
+    """
 
     launch_us: NotNegative
     compute: Part
     memory: Part
     sharpness: Annotated[float, Meta(ge=1)]
     half_depth: NotNegative
+    quantize_bytes: NotNegative = 0.0
 
 
 class GemmTable(Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +60,7 @@ class Gemms(Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     bf16: Gemm | None = None
     fp8: Gemm | None = None
+    fp4: Gemm | None = None
     bf16_table: GemmTable | None = None
 
 
@@ -74,12 +80,21 @@ class DecodeAttentions(Struct, frozen=True, forbid_unknown_fields=True):
     fp8: DecodeAttention | None = None
 
 
+class TowerAttention(Struct, frozen=True, forbid_unknown_fields=True):
+    """Parts of the bf16 peak, by the patches that attend to each other."""
+
+    source: str
+    patches: tuple[int, ...]
+    compute: tuple[Part, ...]
+
+
 class Attention(Struct, frozen=True, forbid_unknown_fields=True):
-    """`prompt` is a part of the bf16 peak."""
+    """`prompt` is a part of the bf16 peak. Without `tower`, vision towers have no times."""
 
     source: str
     decode: DecodeAttentions
     prompt: Part
+    tower: TowerAttention | None = None
 
 
 class AllReduce(Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,9 +138,19 @@ class HostCosts(Struct, frozen=True, forbid_unknown_fields=True):
         return self.step_ms * 1e-3 + each * 1e-6 * requests
 
 
+class Processing(Struct, frozen=True, forbid_unknown_fields=True):
+    """CPU time of a picture from its file to the tower's input: it is decoded, resized and divided into patches."""
+
+    source: str
+    megapixel_ms: NotNegative
+
+
 class Host(Struct, frozen=True, forbid_unknown_fields=True):
+    """Without `processing`, the pictures of requests take no time before the engine."""
+
     v1: HostCosts
     v0: HostCosts
+    processing: Processing | None = None
 
 
 class EngineDefaults(Struct, frozen=True, forbid_unknown_fields=True):
@@ -230,14 +255,17 @@ def _check(hardware: Hardware, file: str) -> None:
     if products is not None and list(products.rows) != sorted({row for row in products.rows if row > 0}):
         raise ConfigError(f"{file}: gemm.bf16_table.rows must be positive numbers in ascending order")
     parts = (hardware.memory_gb, hardware.bandwidth_tb_s, hardware.peak_tflops, hardware.gemm, hardware.attention)
-    for part in (*parts, table, hardware.layer, host.v1, host.v0):
-        if part.source not in hardware.sources:
+    tower = hardware.attention.tower
+    for part in (*parts, table, hardware.layer, host.v1, host.v0, tower, host.processing):
+        if part is not None and part.source not in hardware.sources:
             raise ConfigError(f"{file}: sources has no {part.source}")
     if list(table.elements) != sorted(set(table.elements)) or len(table.elements) < 2:
         raise ConfigError(f"{file}: all_reduce.elements must be two or more numbers in ascending order")
     for ranks, times in table.ranks.items():
         if len(times) != len(table.elements):
             raise ConfigError(f"{file}: all_reduce.ranks.{ranks} needs {len(table.elements)} times, one for each size")
+    if tower and (list(tower.patches) != sorted(set(tower.patches)) or len(tower.patches) != len(tower.compute)):
+        raise ConfigError(f"{file}: attention.tower needs patches in ascending order, and compute for each of them")
     for version in ("v1", "v0"):
         if 1 not in getattr(hardware.host, version).request_us:
             raise ConfigError(f"{file}: host.{version}.request_us needs a value for 1 rank")

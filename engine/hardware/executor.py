@@ -61,6 +61,7 @@ class SimulatedExecutor:
         self._live = np.zeros(max_num_seqs, bool)
         self._computed = np.zeros(max_num_seqs, np.int64)
         self._known = np.zeros(max_num_seqs, np.int64)
+        self._inputs: dict[int, list[int]] = {}  # by slot: tokens of each of its pictures
         self._busy_until = 0.0
         self._results: dict[int, tuple[float, bytes]] = {}  # of steps that weren't sampled yet: seconds, encoded result
         self._due: deque[tuple[float, bytes, Future[bytes]]] = deque()
@@ -94,6 +95,10 @@ class SimulatedExecutor:
     def shutdown(self) -> None:
         self._due.clear()
 
+    def occupy(self, seconds: float) -> None:
+        """The engine's loop does something else for a time, e.g. process a picture: the next step waits for it."""
+        self._busy_until = max(self._busy_until, self._clock.now()) + seconds
+
     @property
     def next_due(self) -> float | None:
         """When the next result is due; None if no step is in flight."""
@@ -117,6 +122,8 @@ class SimulatedExecutor:
             self._known[added.slot] = len(int32s(added.tokens))
             self._computed[added.slot] = added.num_computed_tokens
             self._tokens.assign(added)
+            if added.mm_inputs:
+                self._inputs[added.slot] = [one.length for one in added.mm_inputs]
 
     def _run(self, message: StepMessage) -> tuple[float, bytes]:
         counts = self._live.astype(np.int64)
@@ -134,6 +141,7 @@ class SimulatedExecutor:
             context=int(self._computed[single].sum()),
             chunks=[(int(counts[slot]), int(before[slot])) for slot in np.flatnonzero(counts > 1)],
             sampled=len(slots),
+            pictures=[self._inputs[slot][number] for slot, number in message.encoder_inputs],
         )
         device_s = self._step_time.seconds(work)
         tokens = self._tokens.next(slots, self._known[slots])

@@ -6,8 +6,9 @@ from typing import Protocol
 from engine.errors import ConfigError
 from engine.hardware.description import Gemm, GemmTable, Hardware
 
-# A quantized product first converts its input: 3 bytes for each element, at this part of the bandwidth.
-CONVERTED_BYTES, CONVERSION_MEMORY = 3, 0.7
+# Bytes of a number; those of fp4 share a scale of one byte among 16.
+ITEM_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5 + 1 / 16}
+QUANTIZE_MEMORY = 0.7  # part of the bandwidth at which inputs are quantized
 
 
 class Products(Protocol):
@@ -49,7 +50,7 @@ class MeasuredProducts:
 
 
 class GemmModel:
-    """Times of products of one dtype of the weights: bf16 or fp8. Raises ConfigError if the hardware has no such ones.
+    """Times of products of one dtype of the weights: bf16, fp8 or fp4. Raises ConfigError if the hardware has none.
 
     A roofline with a smooth corner: launch + (compute^s + memory^s)^(1/s). Computing takes 1 + half_depth / k times as
     long where the shared dimension k is short.
@@ -65,16 +66,16 @@ class GemmModel:
         self._launch = fit.launch_us * 1e-6
         self._rate = fit.compute * peak * 1e12
         self._bandwidth = fit.memory * hardware.bandwidth
-        self._conversion = 0.0 if dtype == "bf16" else CONVERTED_BYTES / (CONVERSION_MEMORY * hardware.bandwidth)
+        self._quantize = fit.quantize_bytes / (QUANTIZE_MEMORY * hardware.bandwidth)
         self._sharpness, self._half_depth = fit.sharpness, fit.half_depth
-        self._itemsize = 2 if dtype == "bf16" else 1
+        self._item_bytes = ITEM_BYTES[dtype]
 
     def seconds(self, m: int, k: int, n: int) -> float:
         """An m x k matrix of activations by a k x n matrix of weights, with a bfloat16 result."""
         compute = 2 * m * n * k / self._rate * (1 + self._half_depth / k)
-        memory = (self._itemsize * (n * k + m * k) + 2 * m * n) / self._bandwidth
+        memory = (self._item_bytes * (n * k + m * k) + 2 * m * n) / self._bandwidth
         s = self._sharpness
         # The larger factor is taken out, so that the powers neither underflow nor overflow.
         most = max(compute, memory)
         corner = most * ((compute / most) ** s + (memory / most) ** s) ** (1 / s)
-        return self._launch + self._conversion * m * k + corner
+        return self._launch + self._quantize * m * k + corner

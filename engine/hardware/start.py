@@ -1,5 +1,7 @@
 """Makes the executor of a configuration on simulated hardware."""
 
+import json
+
 from msgspec.structs import replace
 
 from engine.clock import Clock
@@ -8,6 +10,8 @@ from engine.hardware.description import Hardware, read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.shape import decoder_shape
 from engine.hardware.step_time import StepTime
+from engine.hardware.towers import TowerShape, tower_shape
+from engine.model.config.file_names import CONFIG
 from engine.model.model_info import ModelInfo
 
 SYNCHRONOUS = {"no-run-ahead", "full-state"}  # ablations with which the device waits for the host (engine.core.policy)
@@ -23,9 +27,16 @@ def simulated_executor(
     hardware, ranks = used_hardware(config), config.tensor_parallel_size
     costs = hardware.host.v0 if config.engine == "v0" else hardware.host.v1
     host = SimulatedHost(costs, ranks, overlaps=not resolved.ablations & SYNCHRONOUS)
-    step_time = StepTime(hardware, decoder_shape(config, model_info), ranks)
+    step_time = StepTime(hardware, decoder_shape(config, model_info), ranks, _tower(model_info))
     sizes = resolved.max_num_seqs, model_info.vocab_size
     return SimulatedExecutor(clock, step_time, host, *sizes, config.simulated_tokens)
+
+
+def _tower(model_info: ModelInfo) -> TowerShape | None:
+    if model_info.mm is None:
+        return None
+    path = model_info.path
+    return tower_shape(json.loads((path if path.is_file() else path / CONFIG).read_text()))
 
 
 def used_hardware(config: EngineConfig) -> Hardware:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from engine.errors import ConfigError
 from engine.hardware.description import AllReduce, Hardware
 from engine.hardware.gemm import products_of
+from engine.hardware.towers import TowerShape, TowerTime
 
 LOGIT_PASSES = 4  # over float32 logits: written once, read by the sampler three times
 
@@ -36,13 +37,15 @@ class StepWork:
     """What a step computes.
 
     decodes: requests with one token. context: tokens that all of these attend to. chunks: of each other request, its
-    tokens and the tokens before them. sampled: requests that get a token.
+    tokens and the tokens before them. sampled: requests that get a token. pictures: those that are encoded, as numbers
+    of their tokens in the prompt.
     """
 
     decodes: int = 0
     context: int = 0
     chunks: list[tuple[int, int]] = field(default_factory=list)
     sampled: int = 0
+    pictures: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -52,8 +55,9 @@ class StepWork:
 class StepTime:
     """Times of the steps of a model on some ranks of a device. Raises ConfigError if they can't hold it."""
 
-    def __init__(self, hardware: Hardware, shape: DecoderShape, ranks: int = 1):
+    def __init__(self, hardware: Hardware, shape: DecoderShape, ranks: int = 1, tower: TowerShape | None = None):
         check_ranks(hardware, shape, ranks)
+        self._tower = TowerTime(hardware, tower) if tower is not None else None
         self._hardware, self._shape, self._ranks = hardware, shape, ranks
         self._products = products_of(hardware, shape.gemm_dtype)
         self._head_products = products_of(hardware, "bf16")
@@ -70,7 +74,13 @@ class StepTime:
         self._by_sampled: dict[int, float] = {}
 
     def seconds(self, work: StepWork) -> float:
-        """Of the device, all layers and the head."""
+        """Of the device: the pictures, all layers and the head."""
+        if work.pictures:
+            assert self._tower is not None, "a step encodes pictures for a model without a tower"
+            return sum(map(self._tower.seconds, work.pictures)) + self._decoder(work)
+        return self._decoder(work)
+
+    def _decoder(self, work: StepWork) -> float:
         tokens = work.tokens
         if not tokens:
             return 0.0

@@ -27,6 +27,7 @@ from engine.multimodal.processors.image_processor import (
     check_pixels,
     load_image_processor,
 )
+from engine.multimodal.processors.squares import fit
 from engine.multimodal.processors.video_frames import VIDEO_FRAMES, read_video_options
 from engine.multimodal.types import MediaKind, Video
 from engine.text import first_line
@@ -175,19 +176,6 @@ def pixel_limits(options: Mapping[str, Any], own: tuple[int, int]) -> tuple[int,
             OPTIONS,
         )
     return fewest, most
-
-
-def fit(height: int, width: int, factor: int, limits: tuple[int, int]) -> tuple[int, int]:
-    """The multiples of `factor` nearest to a height and width, scaled if they have too few or too many pixels."""
-    fewest, most = limits
-    rows, columns = round(height / factor), round(width / factor)
-    if rows * columns * factor * factor > most:
-        scale = math.sqrt(height * width / most)
-        rows, columns = (max(1, math.floor(side / scale / factor)) for side in (height, width))
-    elif rows * columns * factor * factor < fewest:
-        scale = math.sqrt(fewest / (height * width))
-        rows, columns = (math.ceil(side * scale / factor) for side in (height, width))
-    return rows * factor, columns * factor
 
 
 def most_squares(factor: int, limits: tuple[float, float]) -> int:

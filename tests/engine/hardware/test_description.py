@@ -30,8 +30,8 @@ def test_unknown_names_are_refused_with_those_that_are_known() -> None:
         ("{value: 84.9, source: memory}", "{value: 84.9, source: web}", "sources has no web"),
         ("bandwidth_tb_s", "bandwidth", "missing required field `bandwidth_tb_s`|unknown field `bandwidth`"),
         ("[8192, 524288,", "[524288, 8192,", "ascending order"),
-        ("2: [4.4, 8.4,", "2: [8.4,", r"all_reduce.ranks.2 needs 5 times"),
-        ("{1: 15, 2: 47}", "{2: 47}", "host.v1.request_us needs a value for 1 rank"),
+        ("2: [2.9, 5.5,", "2: [5.5,", r"all_reduce.ranks.2 needs 5 times"),
+        ("{1: 10, 2: 77}", "{2: 77}", "host.v1.request_us needs a value for 1 rank"),
         ("title:", "- title:", "is not a hardware description"),
     ],
 )

@@ -74,9 +74,9 @@ def test_steps_that_are_not_captured_wait_for_their_launches() -> None:
 def test_an_all_reduce_is_interpolated_in_logarithms() -> None:
     table = H100.all_reduce
     assert all_reduce_seconds(table, 1, 1_000_000) == 0
-    assert all_reduce_seconds(table, 2, 1) == all_reduce_seconds(table, 2, 8192) == pytest.approx(4.4e-6)
-    assert all_reduce_seconds(table, 2, 1 << 20) == pytest.approx((8.4 * 20) ** 0.5 * 1e-6)
-    assert all_reduce_seconds(table, 4, 2 * 33_554_432) == pytest.approx(650e-6)
+    assert all_reduce_seconds(table, 2, 1) == all_reduce_seconds(table, 2, 8192) == pytest.approx(2.9e-6)
+    assert all_reduce_seconds(table, 2, 1 << 20) == pytest.approx((5.5 * 13) ** 0.5 * 1e-6)
+    assert all_reduce_seconds(table, 4, 2 * 33_554_432) == pytest.approx(2 * 213e-6)
 
 
 def test_what_the_hardware_does_not_have_is_refused() -> None:

@@ -12,7 +12,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from engine.errors import ModelError, RequestError
 from engine.multimodal.processors.qwen2_vl import make
-from engine.multimodal.processors.qwen_vision import fit, patches_of
+from engine.multimodal.processors.qwen_vision import patches_of
+from engine.multimodal.processors.squares import fit
 from engine.multimodal.types import Processor, Video
 from tests.engine.multimodal.tiny_vision import hf_config, picture, write_model
 
