@@ -129,6 +129,20 @@ class Results:
         """The title of a figure about one workload, which the title of the results may name already."""
         return self.title if workload in self.title else f"{self.title}: {workload}"
 
+    def narrowed(self, workloads: Sequence[str]) -> "Results":
+        """What was measured on some workloads, for a figure of them; everything if no workload has its own model."""
+        if not any(self.model_of(workload) for workload in self.workloads):
+            return self
+        series = {key: one for key, one in self.series.items() if key[1] in workloads}
+        configurations = [name for name in self.configurations if any(name == key[0] for key in series)]
+        chosen = [workload for workload in self.workloads if workload in workloads]
+        return replace(self, configurations=configurations, workloads=chosen, series=series)
+
+    def model_of(self, workload: str) -> str:
+        """The model that a sweep sets for a workload; "" if it has that of its configuration."""
+        specs = (run.summary.workloads.get(workload, {}) for run in self.runs)
+        return next((str(spec["model"]) for spec in specs if spec.get("model")), "")
+
     @property
     def failures(self) -> dict[str, str]:
         return {k: v for run in self.runs for k, v in run.summary.failures.items()}
@@ -175,18 +189,22 @@ def newest(root: Path) -> Path:
 
 
 def model_names(results: Results, configurations: Sequence[str] | None = None) -> list[str]:
-    """The models of the configurations, each once; dummy weights are marked."""
-    names: dict[str, None] = {}
-    for configuration in configurations or results.configurations:
+    """The models of workloads or else of the configurations, each once; dummy weights are marked."""
+    own = [results.model_of(workload) for workload in results.workloads]
+    names = {_model_name(name): None for name in own if name}
+    for configuration in (configurations or results.configurations) if not all(own) else ():
         details = results.details(configuration)
-        name = str(details.get("model") or "")
-        if Path(name).is_absolute():  # the path is irrelevant in a figure
-            name = Path(name).name
+        name = _model_name(str(details.get("model") or ""))
         if name and _has_random_weights(details.get("serve")):
             name += " (random weights)"
         if name:
             names[name] = None
     return list(names)
+
+
+def _model_name(name: str) -> str:
+    """A model without its folder, which is irrelevant in a figure."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def hardware_lines(results: Results) -> list[str]:

@@ -13,7 +13,7 @@ from plots.ablation import Ablation, ablation_figure, ablations
 from plots.compare import Comparison, compare
 from plots.data import OFFLINE, ReportError, Results, Series, load
 from plots.latency import latency_figure
-from plots.offline import offline_figure
+from plots.offline import offline_figure, offline_points
 from plots.page import page
 from plots.percentiles import percentile_figure
 from plots.style import save
@@ -81,7 +81,7 @@ class _Pictures:
 
 
 def _draw_summaries(results: Results, pictures: _Pictures) -> None:
-    offline = offline_figure(results)
+    offline = offline_figure(results.narrowed([workload for _, workload in offline_points(results)]))
     if offline is not None:
         pictures.add("offline", "Offline throughput by share of repeated requests", offline)
     served = {
@@ -90,12 +90,17 @@ def _draw_summaries(results: Results, pictures: _Pictures) -> None:
     measured = [workload for workload, points in served.items() if points]
     for workload in measured:
         caption = f"P99 ITL and P99 TTFT against request rate, {workload}"
-        pictures.add(f"latency-{slug(workload)}", caption, latency_figure(results, workload))
-    if any(s.answer for s in results.series.values()):
-        caption = "Output throughput at the highest sustained rate"
-        pictures.add("throughput", caption, throughput_figure(results))
+        pictures.add(f"latency-{slug(workload)}", caption, latency_figure(results.narrowed([workload]), workload))
+    answered = [w for w in results.workloads if any(s.answer for s in results.of_workload(w))]
+    models: dict[str, list[str]] = {results.model_of(workload): [] for workload in answered}
+    for model, workloads in models.items():
+        workloads += [workload for workload in answered if results.model_of(workload) == model]
+        of_model = f" of {model}" if len(models) > 1 else ""
+        caption = f"Output throughput at the highest sustained rate{of_model}"
+        name = f"throughput-{slug(model)}" if len(models) > 1 else "throughput"
+        pictures.add(name, caption, throughput_figure(results.narrowed(workloads), of_model))
     for workload in measured:
-        figure = percentile_figure(results, workload)
+        figure = percentile_figure(results.narrowed([workload]), workload)
         if figure is not None:
             pictures.add(f"percentiles-{slug(workload)}", f"Distribution of ITL and TTFT, {workload}", figure)
 
@@ -107,7 +112,7 @@ def _draw_timelines(results: Results, pictures: _Pictures, requested: list[tuple
         if default is not None and all(default is not point for _, point in requested):
             chosen.append((series, default))
     for series, point in chosen:
-        figure = timeline_figure(results, series, point)
+        figure = timeline_figure(results.narrowed([series.workload]), series, point)
         if figure is not None:
             caption = f"Timeline of {series.configuration}, {series.workload}, {point.rate:.3g} req/s ({point.phase})"
             pictures.add(f"timeline-{slug(point.point_id)}", caption, figure)

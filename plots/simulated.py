@@ -59,20 +59,24 @@ def hardware_texts(summary: Summary) -> list[str]:
 
 def error_texts(summaries: Iterable[Summary]) -> list[str]:
     """What is known about the errors of the simulated latencies, one text per hardware."""
-    return [f"Errors of simulated latencies on {mark['title']}: {_errors(mark)}" for mark in marks(summaries)]
+    return [error_text(mark) for mark in marks(summaries)]
 
 
-def _errors(mark: dict[str, Any]) -> str:
+def error_text(mark: dict[str, Any]) -> str:
+    """What is known about the errors on the hardware of a mark."""
     known = mark.get("errors") or {}
     parts = [
         f"{label} {known[key]['median']:.1%} (median), {known[key]['p90']:.0%} (P90)"
         for key, label in _METRICS
         if key in known
     ]
-    return ", ".join(parts) if parts else "not known"
+    return f"Errors of simulated latencies on {mark['title']}: {', '.join(parts) if parts else 'not known'}"
 
 
 def _marked(summary: Summary) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """The configurations with their marks; None: it was measured."""
+    """The configurations with their marks; None: it was measured. Simulated ones that never ran are left out."""
     for name, details in summary.configurations.items():
-        yield name, details.get(SIMULATED)
+        serve, mark = details.get("serve"), details.get(SIMULATED)
+        if mark is None and isinstance(serve, dict) and str(serve.get("device")).startswith("sim:"):
+            continue
+        yield name, mark

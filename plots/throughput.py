@@ -13,9 +13,12 @@ from plots.data import Results, run_facts
 from plots.style import MUTED, STYLE, WIDTH_IN, framed_figure, linear_y, palette, span, wrapped
 
 
-def throughput_figure(results: Results) -> Figure:
-    """One group of bars per workload, each bar with its value and its difference from the baseline."""
-    workloads = [w for w in results.workloads if results.of_workload(w)]
+def throughput_figure(results: Results, of_model: str = "") -> Figure:
+    """One group of bars per workload, each bar with its value and its difference from the baseline.
+
+    `of_model` follows the title, if there is a figure for each of several models.
+    """
+    workloads = [w for w in results.workloads if any(s.answer for s in results.of_workload(w))]
     configurations = results.configurations
     looks = palette(configurations)
     with matplotlib.rc_context(STYLE):
@@ -25,7 +28,7 @@ def throughput_figure(results: Results) -> Figure:
         head, foot = 0.5 + 0.24 * legend_rows, 0.45 + 0.17 * len(footer)
         height = 3.2 + head + foot
         handles = [Patch(color=looks[configuration][0], label=configuration) for configuration in configurations]
-        title = f"{results.title}: throughput at the highest sustained rate"
+        title = f"{results.title}: throughput at the highest sustained rate{of_model}"
         look = {"ncols": columns, "handlelength": 1.1, "handleheight": 1.0, "labelspacing": 0.5}
         figure = framed_figure(title, handles, footer, height, **look)
         axes = figure.subplots()

@@ -6,7 +6,7 @@ import pytest
 
 from bench.results import RunFiles
 from cli.report import show_report
-from plots.data import hardware_lines, load
+from plots.data import hardware_lines, load, model_names
 from plots.latency import caption
 from plots.report import write_report
 from plots.simulated import error_texts
@@ -52,6 +52,14 @@ def test_titles_and_captions_name_the_simulated_hardware(simulated: Path) -> Non
     assert known in "  ".join(caption(results, results.workloads[0]))
 
 
+def test_a_simulated_configuration_that_never_ran_does_not_count_as_measured(simulated: Path) -> None:
+    files = RunFiles(simulated)
+    summary = files.read_summary()
+    summary.configurations["v2"] = {"model": "m", "serve": {"device": "sim:h100"}}
+    files.write_summary(summary)
+    assert "partly" not in load([simulated]).title
+
+
 def test_simulated_beside_measured_results_are_marked_one_by_one(
     simulated: Path, make_run: Callable[..., Path]
 ) -> None:
@@ -81,3 +89,38 @@ def test_page_markdown_and_terminal_carry_the_mark(simulated: Path, capsys: pyte
     assert "simulated NVIDIA H100 SXM 80 GB" in (simulated / "comparison.md").read_text().splitlines()[0]
     show_report((simulated,), None)
     assert "simulated NVIDIA H100 SXM 80 GB" in capsys.readouterr().out
+
+
+MODELS = {"500/2000": "org/small", "2048/128": "org/large"}
+
+
+@pytest.fixture
+def of_models(make_run: Callable[..., Path]) -> Path:
+    """A sweep whose workloads have models of their own; one configuration is measured on one of them only."""
+    folder = make_run("models", PAIR | {"extra": Server(5.0)}, {"500/2000": 1.0, "2048/128": 0.5})
+    files = RunFiles(folder)
+    summary = files.read_summary()
+    for name, model in MODELS.items():
+        summary.workloads[name]["model"] = model
+    summary.answers = [a for a in summary.answers if (a.configuration, a.workload) != ("extra", "500/2000")]
+    files.write_summary(summary)
+    files.write_points([p for p in files.read_points() if (p.configuration, p.workload) != ("extra", "500/2000")])
+    return folder
+
+
+def test_each_model_of_a_sweep_has_its_own_throughput_figure(of_models: Path) -> None:
+    report = write_report([of_models])
+    assert {path.name for path in report.files if path.name.startswith("throughput") and path.suffix == ".png"} == {
+        "throughput-org-small.png", "throughput-org-large.png",
+    }  # fmt: skip
+    results = load([of_models])
+    small = results.narrowed(["500/2000"])
+    assert (small.configurations, small.workloads) == (["v1", "v0"], ["500/2000"])
+    assert model_names(small) == ["org/small"]
+    assert model_names(results) == ["org/small", "org/large"]
+    assert "Model: org/small" in "  ".join(caption(small, "500/2000"))
+
+
+def test_results_without_models_of_workloads_stay_whole(simulated: Path) -> None:
+    results = load([simulated])
+    assert results.narrowed(results.workloads[:1]) is results
