@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -19,6 +19,9 @@ from bench.workloads.encoding import local_encoder, local_tokenizer
 from cli.bench_run import make_summary, measure, options_of
 from cli.workload import vocabulary_of
 from engine.config import SIMULATED
+
+if TYPE_CHECKING:
+    from engine.simulation import SimulatedEngine
 
 # Of virtual time, which costs little: as much as a search with full windows takes for long outputs of large models.
 MAX_VIRTUAL_MINUTES = 1440.0
@@ -94,6 +97,14 @@ def run_simulated(ctx: click.Context, console: Console, files: RunFiles, spec: d
 
     with without_core_log():
         return measure(console, subject, summary, params, simulated.model, note)
+
+
+def make_engine(model: str, flags: list[str]) -> "SimulatedEngine":
+    """The engine that flags of `redline serve` describe; they have a simulated device. Raises ConfigError."""
+    from cli.serve import engine_config
+    from engine.simulation import simulate
+
+    return simulate(engine_config(model, flags))
 
 
 def _encoder(params: dict[str, Any], spec: dict[str, Any]) -> Encode | None:

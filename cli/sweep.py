@@ -9,6 +9,7 @@ from cli.exit_codes import FAILED, FAILED_REQUESTS
 from cli.options import RESULTS_ROOT, GroupedCommand, option, with_options
 from cli.screen import verbatim_console
 from engine.config import SIMULATED
+from engine.host import cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,10 @@ SWEEP_OPTIONS = (
         default_text="results/NAME", help="Folder of the result files and the report.",
     ),
     option(
+        "Options", "--jobs", type=click.IntRange(1, 256), metavar="N", default_text="number of cores",
+        help="Number of processes that simulate, one workload each. Only for sweeps that are simulated as a whole.",
+    ),
+    option(
         "Options", "--fresh", is_flag=True,
         help="Delete the results of an earlier sweep in the folder first. Needed if the sweep file has changed.",
     ),
@@ -38,7 +43,13 @@ SWEEP_OPTIONS = (
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @with_options(*SWEEP_OPTIONS)
 def command(
-    file: Path | None, preset_name: str | None, device: str | None, dry_run: bool, out: Path | None, fresh: bool
+    file: Path | None,
+    preset_name: str | None,
+    device: str | None,
+    dry_run: bool,
+    out: Path | None,
+    jobs: int | None,
+    fresh: bool,
 ) -> int:
     """Measure every configuration of FILE on every workload of FILE, and draw the report.
 
@@ -63,7 +74,7 @@ def command(
         _list_presets(console)
         return 0
     if file is None:
-        known = presets()
+        known = presets(simulated=device is not None)
         if preset_name not in known:
             raise click.BadParameter(f"{preset_name!r} is not one of {', '.join(known)}", param_hint="--preset")
         file = known[preset_name]
@@ -77,25 +88,27 @@ def command(
     if dry_run:
         _show_plan(console, plan, folder)
         return 0
-    return _run(console, plan, folder, fresh)
+    return _run(console, plan, folder, jobs, fresh)
 
 
-def _run(console: "Console", plan: "SweepPlan", folder: Path, fresh: bool) -> int:
+def _run(console: "Console", plan: "SweepPlan", folder: Path, jobs: int | None, fresh: bool) -> int:
     from bench.measurement.progress import SweepProgress
     from bench.results import RunFiles
+    from bench.sweeps.parallel import run_in_processes
     from bench.sweeps.sweep import run_sweep
     from cli.report import show_report
-    from cli.serve import engine_config
-    from engine.simulation import simulate, without_core_log
+    from cli.simulated import make_engine
+    from engine.simulation import without_core_log
     from plots.data import ReportError
 
     console.print(f"{plan.title}: {_limit(plan)}, results in {folder}")
-    names = [c.name for c in plan.configurations], [w.name for w in plan.workloads]
-    with without_core_log(), SweepProgress(console, *names) as progress:
+    runs = {w.name: [c.name for c in plan.of_workload(w)] for w in plan.workloads}
+    with without_core_log(), SweepProgress(console, [c.name for c in plan.configurations], runs) as progress:
         try:
-            summary = run_sweep(
-                plan, folder, progress, lambda model, flags: simulate(engine_config(model, flags)), fresh=fresh
-            )
+            if plan.is_simulated:
+                summary = run_in_processes(plan, folder, progress, make_engine, jobs or cores(), fresh=fresh)
+            else:
+                summary = run_sweep(plan, folder, progress, make_engine, fresh=fresh)
         except KeyboardInterrupt:
             console.print("\ninterrupted; run the same command to continue", style="bold")
             raise
@@ -146,7 +159,7 @@ def _show_plan(console: "Console", plan: "SweepPlan", folder: Path) -> None:
     console.print(plan.title, style="bold")
     number = 0
     for workload in plan.workloads:
-        for configuration in plan.configurations:
+        for configuration in plan.of_workload(workload):
             number += 1
             console.print(f"\n{number}. {configuration.name} / {workload.name}", style="bold")
             console.print(f"   {configuration.shown(workload.max_tokens)}", soft_wrap=True)
@@ -169,6 +182,8 @@ def _limit(plan: "SweepPlan") -> str:
 def _method(workload: "SweepWorkload") -> str:
     """How a workload is measured, in words."""
     options = workload.options
+    if options.offline:
+        return f"{options.offline} requests at once"
     if options.rates:
         rounds = f" in {options.rounds} rounds" if options.rounds > 1 else ""
         return f"{', '.join(f'{rate:g}' for rate in options.rates)} req/s{rounds}"

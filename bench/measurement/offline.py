@@ -1,11 +1,13 @@
 """Offline throughput: all requests are given to an engine in this process at once, without a server."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bench.errors import BenchError
+from bench.measurement.server import ServerUnderTest
 from bench.results import PointRecord, RequestRecord, slug, utc_now
 from bench.search.bracket import round_rate
 from bench.statistics.intervals import percentile, percentile_interval
@@ -39,6 +41,14 @@ class OfflineEngine(Protocol):
         """
         ...
 
+    def now(self) -> float:
+        """Seconds on the clock of the measurement."""
+        ...
+
+    def date(self) -> str:
+        """Date and time, ISO 8601."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class OfflinePoint:
@@ -61,10 +71,10 @@ class OfflinePoint:
         seed = point_seed(self.seed, self.workload.name, float(self.count), _SEED_REPEAT + self.repeat)
         self.engine.run(self.workload.requests(_WARMUP_REQUESTS, seed + 1), lambda: None)
         specs = self.workload.requests(self.count, seed)
-        started = utc_now()
-        began = time.perf_counter()
+        started = self.engine.date()
+        began = self.engine.now()
         finished = self.engine.run(specs, done)
-        seconds = time.perf_counter() - began
+        seconds = self.engine.now() - began
         record = self._record(finished, specs, seconds)
         record.seed, record.started = seed, started
         return record, _requests(finished, specs)
@@ -129,6 +139,12 @@ class LLMEngine:
     def __exit__(self, *_: object) -> None:
         self._llm.close()
 
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def date(self) -> str:
+        return utc_now()
+
     @property
     def vocab_size(self) -> int:
         return self._llm.vocab_size
@@ -157,6 +173,40 @@ class LLMEngine:
             )
             for one in outputs
         ]  # fmt: skip
+
+
+class ServedOffline:
+    """A server that is given all requests at once; implements `OfflineEngine`."""
+
+    def __init__(self, server: ServerUnderTest):
+        self._server = server
+        self.now, self.date = server.now, server.date
+
+    def run(self, specs: Sequence[RequestSpec], done: Callable[[], None]) -> list[Finished]:
+        recording = self._server.run_closed_loop(
+            list(specs), len(specs), observer=_Observer(done), time_limit_s=math.inf, chunks_per_s=1.0
+        )
+        requests = recording.records((0.0, math.inf))
+        failed = next((one for one in requests if one.status != "ok"), None)
+        if failed is not None:
+            raise BenchError(f"a request failed: {failed.error or failed.status}")
+        return [
+            Finished(one.input_tokens, one.output_tokens, one.cached_tokens, one.ttft_s or 0.0, one.e2e_s or 0.0)
+            for one in requests
+        ]
+
+
+class _Observer:
+    """Implements `bench.loadgen.Observer`: waits for all requests."""
+
+    def __init__(self, done: Callable[[], None]):
+        self._done, self._seen = done, 0
+
+    def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:  # noqa: ARG002
+        for _ in range(finished - self._seen):
+            self._done()
+        self._seen = finished
+        return True
 
 
 def with_repeats(spec: dict[str, object], repeats: Sequence[int]) -> list[dict[str, object]]:

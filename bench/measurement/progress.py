@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -70,9 +70,10 @@ class ConsoleProgress:
 class SweepProgress(ConsoleProgress):
     """As ConsoleProgress; on a terminal it also shows the table of all runs during the whole sweep."""
 
-    def __init__(self, console: Console, configurations: Sequence[str], workloads: Sequence[str]):
+    def __init__(self, console: Console, configurations: Sequence[str], runs: Mapping[str, Sequence[str]]):
+        """`runs`: the configurations that are measured, by workload."""
         super().__init__(console)
-        self._states = {c: dict.fromkeys(workloads, "waiting") for c in configurations}
+        self._states = {c: {w: "waiting" if c in runs[w] else "–" for w in runs} for c in configurations}
         self._run = "", ""
 
     def __enter__(self) -> "SweepProgress":

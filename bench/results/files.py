@@ -37,6 +37,7 @@ class RunFiles:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        self.keeps_requests = True  # whether a file of each load point's requests and readings is written
         self.unwritten = ""  # why a load point could not be written
         self.added: set[str] = set()  # ids of the load points of this run
         self._kept: dict[str, tuple[PointRecord, list[RequestRecord]]] = {}  # load points that could not be written
@@ -64,8 +65,9 @@ class RunFiles:
         self.added.add(point.point_id)
         try:
             with writing(self.folder, FLAG):
-                self._write_records(REQUESTS_FOLDER, point.point_id, RequestRecord, requests)
-                if readings:
+                if self.keeps_requests:
+                    self._write_records(REQUESTS_FOLDER, point.point_id, RequestRecord, requests)
+                if readings and self.keeps_requests:
                     self._write_records(METRICS_FOLDER, point.point_id, ServerState, readings)
                 else:
                     (self.folder / METRICS_FOLDER / f"{point.point_id}.parquet").unlink(missing_ok=True)

@@ -38,6 +38,11 @@ class Configuration:
     served_model: str = ""  # model name to request, if the server has several
     target_fields: dict[str, Any] = field(default_factory=dict)  # further fields of its Target
     energy_gpus: Gpus | None = None  # as of find_energy()
+    own_serve: dict[str, Any] = field(default_factory=dict)  # the flags in `serve` that only this configuration has
+
+    def of_workload(self, model: str | None, serve: dict[str, Any]) -> "Configuration":
+        """The configuration for a workload with a model and flags of its own; flags of the configuration win."""
+        return replace(self, model=model or self.model, serve=self.serve | serve | self.own_serve)
 
     @property
     def is_simulated(self) -> bool:
@@ -111,7 +116,8 @@ def model_len(max_tokens: int) -> int:
     return math.ceil(round(1.1 * max_tokens, 6))
 
 
-def read_configuration(name: str, entry: Any, data: dict[str, Any]) -> Configuration:
+def read_configuration(name: str, entry: Any, data: dict[str, Any], *, needs_model: bool = True) -> Configuration:
+    """Read one configuration; `needs_model` is False if every workload has a model of its own."""
     where = f"configurations.{name}"
     entry = {} if entry is None else entry
     if not isinstance(entry, dict):
@@ -119,9 +125,10 @@ def read_configuration(name: str, entry: Any, data: dict[str, Any]) -> Configura
     only_known(entry, _FIELDS, where)
     command, url = entry.get("command"), entry.get("url")
     model = entry.get("model", None if url and command is None else data.get("model"))
-    serve = {} if command is not None or url else _flags(data.get("serve"), "serve")
-    serve |= _flags(entry.get("serve"), f"{where}.serve")
-    if command is None and not model and not url:
+    serve = {} if command is not None or url else flags_of(data.get("serve"), "serve")
+    own_serve = flags_of(entry.get("serve"), f"{where}.serve")
+    serve |= own_serve
+    if command is None and not model and not url and needs_model:
         raise BenchError(f"{where} needs one of model, command or url")
     if url is not None and (not isinstance(url, str) or (command is None and ("serve" in entry or "{port}" in url))):
         raise BenchError(
@@ -148,6 +155,7 @@ def read_configuration(name: str, entry: Any, data: dict[str, Any]) -> Configura
         served_model=str(served or ""),
         target_fields=_target_fields(entry, where),
         energy_gpus=_gpus(entry.get("energy_gpus"), f"{where}.energy_gpus"),
+        own_serve=own_serve,
     )
     if configuration.is_simulated:
         for key in sorted(entry.keys() - _OF_SIMULATED):
@@ -183,7 +191,7 @@ def _target_fields(entry: dict[str, Any], where: str) -> dict[str, Any]:
     return found | {"headers": tuple((str(name), str(value)) for name, value in headers.items())}
 
 
-def _flags(entry: Any, where: str) -> dict[str, Any]:
+def flags_of(entry: Any, where: str) -> dict[str, Any]:
     """Flags of `redline serve` in one spelling, so that a configuration's flags replace the common ones."""
     if not isinstance(entry, dict | None):
         raise BenchError(f"{where} must have flags and their values, such as {{max-num-seqs: 16}}")

@@ -10,11 +10,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.measurement.offline import OfflinePoint, ServedOffline
 from bench.measurement.progress import Progress
 from bench.measurement.run import BenchOptions, Subject, measure_configuration, measure_ladder
 from bench.results import (
@@ -29,28 +30,18 @@ from bench.results import (
     slug,
     utc_now,
 )
-from bench.results.writing import CannotWriteError, check_folder, replace_file, writing
+from bench.results.writing import CannotWriteError, check_folder
 from bench.sweeps.configurations import Configuration, model_len
 from bench.sweeps.starting import Simulate, Started, started
+from bench.sweeps.state import STATE_FILE, SweepState
 from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
 from bench.workloads.arrivals import Arrivals
 
-STATE_FILE = "sweep.json"
 LOGS_FOLDER = "logs"
 _SEARCH_SHARE = 0.5  # limit of the search, of the time of one configuration on one workload; the rest is the ladder's
 _LADDER_LOW, _LADDER_HIGH = 0.25, 1.5  # x the lowest and the highest of the rates found
 _LADDER_POINTS = 6
 _EVEN_UP_TO = 2.0  # ratio of the rates found up to which the ladder has even steps
-
-
-@dataclass(slots=True)
-class _State:
-    """What is needed to continue an interrupted sweep, besides summary and load points; written to sweep.json."""
-
-    plan: str  # a hash of the sweep file, since the file itself may contain keys
-    ladder_rates: dict[str, list[float]] = field(default_factory=dict)  # workload -> requests/s
-    ladders: list[list[str]] = field(default_factory=list)  # [configuration, workload] for each finished round
-    searched_s: dict[str, float] = field(default_factory=dict)  # "configuration / workload" -> seconds of its search
 
 
 def run_sweep(
@@ -112,17 +103,23 @@ class _Sweep:
         self.summary.failures.clear()  # failed runs are tried again
         self._save()
         for workload in self._plan.workloads:
-            for configuration in self._plan.configurations:
+            for configuration in self._plan.of_workload(workload):
                 self._show_answer(configuration, workload)
         for workload in self._plan.workloads:
+            configurations = self._plan.of_workload(workload)
+            if workload.options.offline:
+                for configuration in configurations:
+                    if not any(p.valid for p in self._points(configuration, workload)):
+                        self._step(configuration, workload, "offline")
+                continue
             fixed = workload.options.rates
-            searched = [] if fixed else self._plan.configurations[: 1 if workload.options.search == "first" else None]
+            searched = [] if fixed else configurations[: 1 if workload.options.search == "first" else None]
             for configuration in searched:
                 if not self._answered(configuration, workload):
                     self._step(configuration, workload, "search")
             ladder = self._ladder_rates(workload)
             for number in range(workload.options.rounds) if fixed or ladder else ():
-                for configuration in self._plan.configurations:
+                for configuration in configurations:
                     if self._is_due(configuration, workload, number, configuration in searched):
                         self._step(configuration, workload, "rates" if fixed else "ladder", ladder)
         self.summary.finished = utc_now()
@@ -145,9 +142,12 @@ class _Sweep:
         what = _key(configuration, workload)
         self._progress.message(f"\n{what}: {stage}")
         self._progress.run_state(configuration.name, workload.name, f"{stage}: starting the server")
+        self._files.keeps_requests = workload.options.requests
         try:
             with self._server(configuration, workload, stage) as server:
-                if ladder is None:
+                if workload.options.offline:
+                    self._measure_offline(configuration, workload, server)
+                elif ladder is None:
                     self._measure(configuration, workload, server)
                 else:
                     self._measure_ladder(configuration, workload, server, ladder)
@@ -210,6 +210,22 @@ class _Sweep:
         self._state.ladders.append([configuration.name, workload.name])
         self._show_answer(configuration, workload)
 
+    def _measure_offline(self, configuration: Configuration, workload: SweepWorkload, server: Started) -> None:
+        count = workload.options.offline
+        assert count is not None
+        if not configuration.is_simulated:
+            raise BenchError(
+                "offline needs simulated hardware (--device sim:NAME); others have redline bench --offline"
+            )
+        engine = ServedOffline(server.under_test)
+        point = OfflinePoint(engine, server.requests, configuration.name, count, self._plan.seed)
+        record, requests = point.run(lambda: None)
+        self._files.add_point(record, requests)
+        if not record.valid:
+            raise BenchError(record.reason)
+        self._progress.message(f"{configuration.name}: {record.achieved_rate:.3g} req/s offline")
+        self._progress.run_state(configuration.name, workload.name, f"{record.achieved_rate:.3g} req/s offline")
+
     def _subject(self, configuration: Configuration, server: Started, options: BenchOptions) -> Subject:
         return Subject(
             server.under_test, server.requests, configuration.name, options, self._files, self._progress, server.meter
@@ -239,7 +255,8 @@ class _Sweep:
         log = self._folder / LOGS_FOLDER / f"{slug(_key(configuration, workload))}-{stage}.log"
         with started(configuration, workload, log, self._progress.message, self._simulate) as server:
             known = self.summary.configurations[configuration.name]
-            known |= {"model": known["model"] or server.model} | server.known
+            model = {} if workload.model else {"model": known["model"] or server.model}
+            known |= model | server.known
             known.setdefault("resolved", {})[workload.name] = server.resolved
             yield server
 
@@ -287,21 +304,16 @@ class _Sweep:
             self.summary.workloads[workload.name]["ladder_rates"] = self._state.ladder_rates[workload.name]
         return self._state.ladder_rates.get(workload.name)
 
-    def _open_state(self) -> _State:
-        path = self._folder / STATE_FILE
-        plan = _digest(self._plan)
-        if not path.exists():
+    def _open_state(self) -> SweepState:
+        state, plan = SweepState.read(self._folder), _digest(self._plan)
+        if state is None:
             for name in (SUMMARY_FILE, POINTS_FILE):
                 if (self._folder / name).exists():
                     raise BenchError(
                         f"{self._folder} contains other results: choose another folder with --out, or discard them "
                         "with --fresh"
                     )
-            return _State(plan)
-        try:
-            state = _State(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise BenchError(f"{path} cannot be read ({error}): start over with --fresh") from None
+            return SweepState(plan)
         if state.plan != plan:
             raise BenchError(
                 f"{self._folder} contains results of another version of this sweep: choose another folder with --out, "
@@ -323,10 +335,7 @@ class _Sweep:
 
     def _save(self) -> None:
         # The state first: a folder with a summary but without a state is rejected as containing other results.
-        fields = {name: getattr(self._state, name) for name in ("plan", "ladder_rates", "ladders", "searched_s")}
-        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-        with writing(self._folder / STATE_FILE, FLAG):
-            replace_file(self._folder / STATE_FILE, lambda part: part.write_text(text))
+        self._state.write(self._folder)
         self._files.write_summary(self.summary)
 
 
@@ -342,7 +351,9 @@ def _describe(workload: SweepWorkload) -> dict[str, Any]:
         "arrivals": asdict(options.arrivals) if options.arrivals != Arrivals() else None,
     }
     known = {key: value for key, value in fields.items() if value is not None}
-    return {**workload.spec, "max_model_len": model_len(workload.max_tokens), "options": known}
+    own = {"model": workload.model, "serve": workload.serve or None, "offline": options.offline}
+    described = {key: value for key, value in own.items() if value is not None}
+    return {**workload.spec, **described, "max_model_len": model_len(workload.max_tokens), "options": known}
 
 
 def _digest(plan: SweepPlan) -> str:

@@ -12,6 +12,9 @@ configurations:
 workloads:
   - {kind: random, input: 500, output: 2000}      # as in make_workload(); optionally name, and options of its own
   - {preset: visionarena-sample, output: 32}      # a workload preset, or a file
+  - {kind: random, input: 500, output: 2000, model: m, serve: {tp: 4}, configurations: [caching]}
+                                                  # a model, flags and a choice of configurations of its own
+  - {kind: images, offline: 200}                  # all requests at once, without a server; on simulated hardware
 options: {precision: 10%, max_minutes: 15}        # on simulated hardware (device: sim:h100) max_virtual_minutes: 1440
                                                   # also arrivals: gamma, burstiness: 0.5, or trace: FILE
                                                   # ladder: false, or multiples of the lowest rate found: [0.75, 1]
@@ -29,7 +32,7 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.results import PointRecord
-from bench.sweeps.configurations import Configuration, integer, only_known, positive, read_configuration
+from bench.sweeps.configurations import Configuration, flags_of, integer, only_known, positive, read_configuration
 from bench.workloads import ANY_VOCABULARY, Encode, Workload, known_fields, make_workload, needs_vocabulary
 from bench.workloads.arrivals import MOST_RATE, Arrivals
 from bench.workloads.presets import read_workload, read_yaml
@@ -41,7 +44,13 @@ _TOP = frozenset({"title", "description", "seed", "model", "serve", "configurati
 _TRACE = ("trace", "trace_unit", "skip_bad_rows")
 _ARRIVALS = frozenset({"arrivals", "burstiness", *_TRACE})
 _LIMITS = {"max_minutes", "max_virtual_minutes"}
-_OPTIONS = _ARRIVALS | _LIMITS | {"precision", "window", "rates", "search", "ladder", "rounds", "limits"}
+_OF_SWEEP = ("name", "preset", "model", "serve", "configurations")  # fields of a workload that make_workload() lacks
+_OPTIONS = (
+    _ARRIVALS
+    | _LIMITS
+    | {"offline", "requests"}
+    | {"precision", "window", "rates", "search", "ladder", "rounds", "limits"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class SweepOptions:
     rounds: int = 1  # of ladder or rates, with configurations interleaved, so that drift affects all equally
     limits: dict[str, float] = field(default_factory=dict)  # column of points.csv -> highest allowed value
     arrivals: Arrivals = field(default_factory=Arrivals)
+    offline: int | None = None  # number of requests that are submitted at once, instead of a search
+    requests: bool = True  # whether every request is written to a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,9 @@ class SweepWorkload:
     spec: dict[str, Any]
     max_tokens: int
     options: SweepOptions
+    model: str | None = None  # instead of that of the configurations
+    serve: dict[str, Any] = field(default_factory=dict)  # flags of `redline serve` on this workload
+    only: tuple[str, ...] = ()  # names of the configurations that are measured on it; (): all
 
     @property
     def needs_vocabulary(self) -> bool:
@@ -106,6 +120,11 @@ class SweepPlan:
         measured = [not configuration.is_simulated for configuration in self.configurations]
         return sum(_max_minutes(w.options, measured) for w in self.workloads)
 
+    def of_workload(self, workload: SweepWorkload) -> list[Configuration]:
+        """The configurations that are measured on a workload, with what the workload sets."""
+        chosen = [one for one in self.configurations if not workload.only or one.name in workload.only]
+        return [one.of_workload(workload.model, workload.serve) for one in chosen]
+
     @property
     def is_simulated(self) -> bool:
         """Whether all configurations are."""
@@ -122,9 +141,10 @@ def _max_minutes(options: SweepOptions, measured: list[bool]) -> float:
     return minutes + (searches + rounds * configurations) * START_MINUTES
 
 
-def presets() -> dict[str, Path]:
-    """The preset sweeps by name."""
-    files = sorted((datasets_folder() / "presets").glob("*.yaml"))
+def presets(*, simulated: bool = False) -> dict[str, Path]:
+    """The preset sweeps by name; with `simulated` those for simulated hardware, which have its models, come first."""
+    folder = datasets_folder() / "presets"
+    files = sorted(folder.glob("*.yaml")) + (sorted((folder / "simulated").glob("*.yaml")) if simulated else [])
     return {path.stem: path for path in files if "configurations" in _load(path)}
 
 
@@ -173,7 +193,7 @@ def _plan(name: str, data: dict[str, Any]) -> SweepPlan:
     if not isinstance(workloads, list) or not workloads:
         raise BenchError("workloads must be a list with at least one workload")
     options = _options(data.get("options") or {}, SweepOptions(), "options")
-    built = [_workload(entry, options, f"workloads[{i}]") for i, entry in enumerate(workloads)]
+    built = [_workload(entry, options, f"workloads[{i}]", configurations) for i, entry in enumerate(workloads)]
     names = [workload.name for workload in built]
     for doubled in {n for n in names if names.count(n) > 1}:
         raise BenchError(f"two workloads are named {doubled!r}: set `name` for one of them")
@@ -182,17 +202,20 @@ def _plan(name: str, data: dict[str, Any]) -> SweepPlan:
         title=str(data.get("title") or name),
         description=str(data.get("description") or ""),
         seed=seed,
-        configurations=[read_configuration(str(n), entry, data) for n, entry in configurations.items()],
+        configurations=[
+            read_configuration(str(n), entry, data, needs_model=any(one.model is None for one in built))
+            for n, entry in configurations.items()
+        ],
         workloads=built,
         data=data,
     )
 
 
-def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
+def _workload(entry: Any, options: SweepOptions, where: str, configurations: dict[Any, Any]) -> SweepWorkload:
     if not isinstance(entry, dict):
         raise BenchError(f"{where} must have fields such as kind, input and output, not {entry!r}")
     own = {key: value for key, value in entry.items() if key in _OPTIONS}
-    spec = {key: value for key, value in entry.items() if key not in _OPTIONS and key not in ("name", "preset")}
+    spec = {key: value for key, value in entry.items() if key not in _OPTIONS and key not in _OF_SWEEP}
     try:
         if "preset" in entry:
             spec = read_workload(str(entry["preset"])) | spec
@@ -200,8 +223,20 @@ def _workload(entry: Any, options: SweepOptions, where: str) -> SweepWorkload:
         workload = make_workload(spec, ANY_VOCABULARY)
     except BenchError as error:
         raise BenchError(f"{where}: {error}") from None
+    only = entry.get("configurations", [])
+    if not isinstance(only, list) or not set(map(str, only)) <= set(map(str, configurations)):
+        known = ", ".join(map(str, configurations))
+        raise BenchError(
+            f"{where}.configurations must be a list of configurations of the sweep ({known}), not {only!r}"
+        )
     return SweepWorkload(
-        str(entry.get("name") or workload.name), spec, workload.max_tokens, _options(own, options, where)
+        str(entry.get("name") or workload.name),
+        spec,
+        workload.max_tokens,
+        _options(own, options, where),
+        model=str(entry["model"]) if entry.get("model") else None,
+        serve=flags_of(entry.get("serve"), f"{where}.serve"),
+        only=tuple(map(str, only)),
     )
 
 
@@ -223,8 +258,10 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
     }  # fmt: skip
     changed: dict[str, Any] = {}
     for key, value in entry.items():
-        if key == "rounds":
+        if key in ("rounds", "offline"):
             changed[key] = integer(entry, key, where, least=1)
+        elif key == "requests":
+            changed[key] = _boolean(value, f"{where}.{key}")
         elif key in read:
             changed[key] = read[key](value, f"{where}.{key}")
         elif key not in _ARRIVALS:
@@ -241,6 +278,12 @@ def _checked(options: SweepOptions, where: str) -> SweepOptions:
             "ladder only"
         )
     return options
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise BenchError(f"{where} must be true or false, not {value!r}")
+    return value
 
 
 def _rates(value: Any, where: str) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """Offline points: what is recorded of requests that an engine runs at once."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.measurement.offline import Finished, LLMEngine, OfflinePoint, known_points, with_repeats
-from bench.results import RunFiles
+from bench.results import RunFiles, utc_now
 from bench.workloads import make_workload
 from bench.workloads.base import RequestSpec
 from tests.tiny import write_tiny
@@ -20,6 +21,7 @@ class Counted:
     def __init__(self, missing: int = 0):
         self.given: list[Sequence[RequestSpec]] = []
         self._missing = missing
+        self.now, self.date = time.perf_counter, utc_now
 
     def run(self, specs: Sequence[RequestSpec], done: Callable[[], None]) -> list[Finished]:
         self.given.append(specs)

@@ -40,7 +40,7 @@ def test_energy_has_columns_only_where_it_was_measured() -> None:
 
 def test_a_terminal_shows_the_table_of_runs_and_the_point_under_way() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with SweepProgress(console, ["on", "off"], ["500/2000", "2048/128"]) as progress:
+    with SweepProgress(console, ["on", "off"], {key: ["on", "off"] for key in ["500/2000", "2048/128"]}) as progress:
         progress.run_state("on", "500/2000", "search: starting the server")
         progress.point_started(PLAN)
         assert "search 4 req/s" in shown(progress.table())
@@ -76,7 +76,7 @@ def test_a_closed_loop_counts_its_requests() -> None:
 
 
 def test_a_pipe_gets_one_line_a_point() -> None:
-    for progress_of in (ConsoleProgress, lambda console: SweepProgress(console, ["c"], ["20/5"])):
+    for progress_of in (ConsoleProgress, lambda console: SweepProgress(console, ["c"], {"20/5": ["c"]})):
         console = Console(file=io.StringIO(), width=200)
         progress = progress_of(console)
         progress.run_state("c", "20/5", "search")

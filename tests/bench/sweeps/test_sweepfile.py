@@ -250,3 +250,50 @@ def test_fields_about_servers_are_refused_on_simulated_hardware(write: Callable[
     for key, value in {"api_key": "k", "headers": {"a": "b"}, "energy_gpus": "all", "vocab_size": 100}.items():
         with pytest.raises(BenchError, match=rf"configurations.x.{key} has no meaning on simulated hardware"):
             read_sweep(write(configurations={"x": entry | {key: value}}))
+
+
+SMALL = {**SHORT, "name": "a", "model": "small", "serve": {"tp": 2}, "configurations": ["v1"]}
+LARGE = {**SHORT, "name": "b", "model": "large", "serve": {"tp": 4}, "offline": 9, "requests": False}
+OF_MODELS = {"configurations": {"v0": {"serve": {"engine": "v0", "tp": 8}}, "v1": {}}, "serve": {"max-num-seqs": 8}}
+
+
+def test_workloads_may_have_models_flags_and_configurations_of_their_own(write: Callable[..., Path]) -> None:
+    plan = read_sweep(write(**OF_MODELS, workloads=[SMALL, LARGE]))
+    small, large = plan.workloads
+    (only,) = plan.of_workload(small)
+    assert (only.name, only.model, only.serve) == ("v1", "small", {"max-num-seqs": 8, "tp": 2})
+    v0, v1 = plan.of_workload(large)
+    assert (v0.name, v0.model, v0.serve) == ("v0", "large", {"max-num-seqs": 8, "tp": 8, "engine": "v0"})
+    assert v1.serve == {"max-num-seqs": 8, "tp": 4}
+    assert (small.options.offline, large.options.offline) == (None, 9)
+    assert (small.options.requests, large.options.requests) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"configurations": ["v2"]}, r"workloads\[0\].configurations must be a list .*v0, v1"),
+        ({"offline": 0}, r"workloads\[0\].offline must be an integer of at least 1"),
+        ({"requests": "some"}, r"workloads\[0\].requests must be true or false"),
+        ({"serve": [1]}, r"workloads\[0\].serve must have flags and their values"),
+        ({"model": None}, "configurations.v0 needs one of model, command or url"),
+    ],
+)
+def test_wrong_fields_of_workloads_are_named(write: Callable[..., Path], changed: dict[str, Any], error: str) -> None:
+    with pytest.raises(BenchError, match=error):
+        read_sweep(write(**OF_MODELS, workloads=[SMALL | changed, LARGE]))
+
+
+def test_presets_for_simulated_hardware_take_the_place_of_others_of_their_name() -> None:
+    plan = read_sweep(presets(simulated=True)["articles"], "sim:h100")
+    assert plan.is_simulated
+    assert plan.name == "articles"
+    models = {workload.model for workload in plan.workloads}
+    assert {"meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"} <= models
+    for workload in plan.workloads:
+        by_name = {one.name: one for one in plan.of_workload(workload)}
+        assert by_name["v0"].serve["engine"] == "v0"
+        assert by_name["v1"].serve["enable-prefix-caching"] is False
+        assert "--device" in by_name["v1"].arguments(workload.max_tokens)
+    assert presets()["articles"] != presets(simulated=True)["articles"]
+    assert presets()["demo"] == presets(simulated=True)["demo"]
