@@ -1,0 +1,1 @@
+"""Plans of deployments: how many of which hardware serve a load within latency limits, from simulations."""
