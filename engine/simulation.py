@@ -1,17 +1,22 @@
 """An engine on simulated hardware in virtual time: what `redline bench`, `sweep` and `plan` see of it."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.config import EngineConfig
+from engine.config import INLINE_PROCESSING, NO_FEATURE_CACHE, EngineConfig, ResolvedConfig
 from engine.engine_plan import EnginePlan, plan_engine
 from engine.errors import ConfigError
 from engine.hardware.accuracy import simulation_mark
-from engine.hardware.simulation import Simulation
+from engine.hardware.description import Hardware
+from engine.hardware.pictures import PictureProcessing
+from engine.hardware.simulation import PictureInputs, Simulation
 from engine.hardware.start import simulated_executor, used_hardware
+
+PROCESSORS = 8  # processes for pictures, without --mm-processors: a server with GPUs has cores enough for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +50,42 @@ def simulate(config: EngineConfig) -> SimulatedEngine:
     hardware = used_hardware(config)
     costs = hardware.host.v0 if config.engine == "v0" else hardware.host.v1
     simulation = Simulation(
-        resolved,
+        with_short_messages(resolved),
         lambda clock: simulated_executor(config, resolved, model_info, clock),
         request_s=costs.request_ms * 1e-3,
         replicas=config.data_parallel_size,
         routing=config.routing,
         seed=config.seed,
+        pictures=_pictures(plan, hardware),
     )
     return SimulatedEngine(
         simulation, config.name, hardware.title, _described(plan), model_info.vocab_size, _resolved(plan),
         simulation_mark(config.simulated), plan.resolution.warnings,
     )  # fmt: skip
+
+
+def with_short_messages(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The same engine without `full-state`: what its long messages cost is among the host's costs of the hardware.
+
+    The scheduler does the same with `no-run-ahead`, and the simulation takes a fifth of the time.
+    """
+    if "full-state" not in resolved.ablations:
+        return resolved
+    return replace(resolved, ablations=resolved.ablations - {"full-state"} | {"no-run-ahead"})
+
+
+def _pictures(plan: EnginePlan, hardware: Hardware) -> PictureInputs | None:
+    """What becomes of pictures; None if the model takes none, or the hardware has no times for their processing."""
+    info, config, ablations = plan.model_info, plan.config, plan.resolution.config.ablations
+    if info.mm is None or hardware.host.processing is None:
+        return None
+    path = info.path if info.path.is_file() else info.path / "config.json"
+    processing = PictureProcessing(
+        hardware.host.processing, config.mm_processors or PROCESSORS,
+        cached=NO_FEATURE_CACHE not in ablations and config.mm_cache_gb != 0,
+    )  # fmt: skip
+    placeholder = min(info.mm.embedding_ids)
+    return PictureInputs(json.loads(path.read_text()), placeholder, processing, inline=INLINE_PROCESSING in ablations)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bench.errors import BenchError
 from bench.loadgen import Observer
-from bench.simulation.prompts import prompt_ids
+from bench.simulation.prompts import pictures_of, prompt_ids
 from bench.simulation.recording import SentRequest, SimulatedRecording
 from bench.target.metrics import SCRAPE_EVERY_S
 from bench.workloads.base import RequestSpec
+from engine.errors import ConfigError
 from engine.hardware.simulation import Simulation
 
 TICK_S = 0.2  # between two calls of the observer, as in the load generator
@@ -69,7 +71,10 @@ class VirtualLoad:
     def _send(self) -> None:
         index = len(self._sent)
         spec = self._specs[index]
-        reply = self._simulation.submit(prompt_ids(spec), spec.output_tokens)
+        try:
+            reply = self._simulation.submit(prompt_ids(spec), spec.output_tokens, pictures_of(spec))
+        except ConfigError as error:
+            raise BenchError(str(error)) from None
         sent = SentRequest(index, self._simulation.now(), reply)
         self._sent.append(sent)
         self._open[reply.handle] = sent

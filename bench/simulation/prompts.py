@@ -1,5 +1,8 @@
-"""Prompts as token ids, for a server that has no tokenizer."""
+"""Prompts as token ids, and their images, for a server that has no tokenizer."""
 
+import base64
+import hashlib
+import io
 import math
 from collections.abc import Sequence
 
@@ -8,13 +11,14 @@ import numpy as np
 from bench.errors import BenchError
 from bench.workloads.base import RequestSpec
 from bench.workloads.chats import text_of
+from engine.hardware.pictures import Picture
 
 CHARACTERS_PER_TOKEN = 4  # of texts, as the workloads estimate it
 _MULTIPLIERS = np.array([1, 31, 961, 29791], np.uint32)  # powers of 31, as in common hashes of strings
 
 
 def prompt_ids(spec: RequestSpec) -> Sequence[int] | np.ndarray:
-    """The prompt of a request; of texts as many ids as they are estimated to have. Raises BenchError for images.
+    """The prompt of a request; of texts as many ids as they are estimated to have.
 
     Texts that begin alike have ids that begin alike, so that the prefix cache finds what it would find.
     """
@@ -34,13 +38,30 @@ def text_ids(text: str) -> np.ndarray:
     return (ids & 0x7FFFFFFF).astype(np.int32)
 
 
+def pictures_of(spec: RequestSpec) -> list[Picture]:
+    """The images of a request. Raises BenchError for other media."""
+    found = []
+    for message in spec.messages or []:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else []:
+            if part["type"] == "image_url":
+                found.append(_picture(part["image_url"]["url"]))
+            elif part["type"] != "text":
+                raise BenchError(
+                    f"the workload has {part['type']}, which simulated hardware does not compute: use a workload of "
+                    "texts, token ids or images (--workload)"
+                )
+    return found
+
+
+def _picture(url: str) -> Picture:
+    from PIL import Image
+
+    content = base64.b64decode(url.partition(",")[2])
+    with Image.open(io.BytesIO(content)) as opened:  # reads the header only
+        width, height = opened.size
+    return Picture(width, height, hashlib.blake2b(content, digest_size=16).digest())
+
+
 def _message_text(message: dict[str, object]) -> str:
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    others = {part["type"] for part in parts if part["type"] != "text"}
-    if others:
-        raise BenchError(
-            f"the workload has {', '.join(sorted(others))}, which simulated hardware does not compute: use a workload "
-            "of texts or token ids (--workload)"
-        )
-    return f"{message.get('role')}\n{text_of(content) or ''}\n"
+    return f"{message.get('role')}\n{text_of(message.get('content')) or ''}\n"

@@ -5,15 +5,17 @@ Each replica is the real core. What a server adds in front of it is the cost of 
 estimates and policies.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.columns import column, int32s
 from engine.config import ResolvedConfig
+from engine.errors import ConfigError
 from engine.frontend.routing import (
     Candidate,
     LoadEstimate,
@@ -25,12 +27,43 @@ from engine.frontend.routing import (
 )
 from engine.frontend.streams import RequestOptions
 from engine.hardware.executor import SimulatedExecutor
+from engine.hardware.pictures import Picture, PictureProcessing, with_pictures
 from engine.hardware.token_log import TokenLog, TokenTimes
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
-from engine.messages import Abort, AddRequest, FinishReason, Outputs, Sampling, decode_from_core, encode
+from engine.messages import Abort, AddRequest, FinishReason, MMInputRef, Outputs, Sampling, decode_from_core, encode
 from engine.stats import Stats
 
 _ENDED_WELL = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+class PictureInputs:
+    """What becomes of the pictures of requests before the core has them.
+
+    Args:
+        config: fields of the model's config.json.
+        placeholder: id of the token that stands for an embedding.
+        processing: of the pictures, by the processes beside the engine.
+        inline: the engine's loop processes them instead, and does nothing else meanwhile.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], placeholder: int, processing: PictureProcessing, *, inline: bool = False
+    ):
+        self._config, self._placeholder, self._processing, self._inline = config, placeholder, processing, inline
+
+    def place(
+        self, prompt: Sequence[int] | NDArray[np.int32], pictures: Sequence[Picture]
+    ) -> tuple[NDArray[np.int32], tuple[MMInputRef, ...]]:
+        """The prompt with its pictures, and what the core gets of them."""
+        return with_pictures(self._config, prompt, pictures, self._placeholder)
+
+    def ready(self, now: float, pictures: Sequence[Picture]) -> float:
+        """When the request can be sent to the core."""
+        return now if self._inline else self._processing.end(now, pictures)
+
+    def busy_seconds(self, pictures: Sequence[Picture]) -> float:
+        """For how long the engine's loop does nothing else when it gets them."""
+        return self._processing.seconds(pictures) if self._inline else 0.0
 
 
 @dataclass(slots=True)
@@ -44,6 +77,7 @@ class Reply:
     ended: bool = False  # with all its tokens, or an error; not if it was aborted
     error: str = ""  # why it was not served
     refused: bool = False  # because of what it asks for
+    pictures: Sequence[Picture] = ()
     times: TokenTimes | None = None  # set when the reply is taken; None: no token came
 
 
@@ -58,6 +92,7 @@ class SimulatedReplica:
         lengths: OutputLengthEstimate,
     ):
         self.log = TokenLog()
+        self.executor = executor
         self.engine = VirtualEngine(config, executor, clock, self._receive)
         self.prefixes = PrefixIndex(config.num_blocks // len(config.kv_windows))
         self.assigned_tokens = 0.0
@@ -120,6 +155,7 @@ class Simulation:
         replicas: int = 1,
         routing: str = "prefix",
         seed: int = 0,
+        pictures: PictureInputs | None = None,
     ):
         """
         Args:
@@ -129,8 +165,10 @@ class Simulation:
             replicas: their number.
             routing: one of `engine.config.ROUTINGS`.
             seed: of random routing.
+            pictures: what becomes of the pictures of requests; None: of a model that takes texts only.
         """
         self.config = config
+        self._pictures = pictures
         self._clock = VirtualClock()
         lengths = OutputLengthEstimate()
         self.replicas = [
@@ -138,19 +176,34 @@ class Simulation:
         ]
         self._policy = make_routing_policy(routing, seed)
         self._request_s = request_s
-        self._arriving: deque[tuple[float, Reply, AddRequest]] = deque()
+        self._arriving: list[tuple[float, int, Reply, AddRequest]] = []  # a heap
         self._submitted = 0
 
     def now(self) -> float:
         """Seconds since the start."""
         return self._clock.now()
 
-    def submit(self, prompt: Sequence[int] | NDArray[np.int32], max_tokens: int) -> Reply:
-        """Send a request now; its reply fills with time. It gets exactly `max_tokens` tokens, as with ignore_eos."""
-        reply = Reply(self._submitted, len(prompt))
+    def submit(
+        self, prompt: Sequence[int] | NDArray[np.int32], max_tokens: int, pictures: Sequence[Picture] = ()
+    ) -> Reply:
+        """Send a request now; its reply fills with time. It gets exactly `max_tokens` tokens, as with ignore_eos.
+
+        Raises ConfigError for pictures if the model takes none.
+        """
+        inputs: tuple[MMInputRef, ...] = ()
+        at = self.now()
+        if pictures:
+            if self._pictures is None:
+                raise ConfigError(
+                    "the model takes no pictures: choose another one, or a workload of texts (--workload)"
+                )
+            prompt, inputs = self._pictures.place(prompt, pictures)
+            at = self._pictures.ready(at, pictures)
+        reply = Reply(self._submitted, len(prompt), pictures=pictures)
         self._submitted += 1
-        message = AddRequest(reply.handle, column(prompt), min(max_tokens, self._room(len(prompt))), Sampling())
-        self._arriving.append((self.now() + self._request_s, reply, message))
+        most = min(max_tokens, self._room(len(prompt)))
+        message = AddRequest(reply.handle, column(prompt), most, Sampling(), mm_inputs=inputs)
+        heapq.heappush(self._arriving, (at + self._request_s, reply.handle, reply, message))
         return reply
 
     def _room(self, prompt_tokens: int) -> int:
@@ -181,8 +234,10 @@ class Simulation:
         """Hand requests that are due to replicas; returns these."""
         assigned = []
         while self._arriving and self._arriving[0][0] <= self.now():
-            _, reply, message = self._arriving.popleft()
+            _, _, reply, message = heapq.heappop(self._arriving)
             replica, cached = self._choose(message) if len(self.replicas) > 1 else (self.replicas[0], 0)
+            if self._pictures is not None and reply.pictures:
+                replica.executor.occupy(self._pictures.busy_seconds(reply.pictures))
             replica.add(reply, message, cached)
             assigned.append(replica)
         return assigned
@@ -211,7 +266,8 @@ class Simulation:
     def abort(self, replies: Sequence[Reply]) -> None:
         """End requests whose client has gone."""
         gone = {reply.handle for reply in replies}
-        self._arriving = deque(one for one in self._arriving if one[1].handle not in gone)
+        self._arriving = [one for one in self._arriving if one[1] not in gone]
+        heapq.heapify(self._arriving)
         for replica in self.replicas:
             replica.abort(replies)
 

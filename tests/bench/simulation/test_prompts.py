@@ -1,10 +1,8 @@
 import math
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.errors import BenchError
 from bench.simulation.prompts import prompt_ids, text_ids
 from bench.workloads.base import RequestSpec
 
@@ -30,9 +28,3 @@ def test_chats_and_ids() -> None:
     both = prompt_ids(RequestSpec(9, 1, messages=[turn, answer, turn]))
     assert list(both[: len(first) - 1]) == list(first[:-1])
     assert list(prompt_ids(RequestSpec(2, 1, prompt_ids=[5, 6]))) == [5, 6]
-
-
-def test_images_are_refused_by_name() -> None:
-    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
-    with pytest.raises(BenchError, match=r"the workload has image_url.*--workload"):
-        prompt_ids(RequestSpec(5, 1, messages=[image]))
