@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from engine.hardware.description import Hardware, HostCosts
+    from bench.measurement.host_costs import HostTimes
+    from engine.hardware.description import Hardware
+    from engine.hardware.profile_file import MeasuredArrivals
     from engine.profiling import Grid, MeasuredDevice
 
 CONCURRENCIES = (1, 8, 32)
@@ -30,7 +32,7 @@ def profile_machine(device: str, out: Path | None) -> None:
         out: the file to write; None: that of this machine in the user's cache.
     """
     from engine.hardware.description import THIS_MACHINE, Profiled, profile_file
-    from engine.hardware.profile_file import describe, write_description
+    from engine.hardware.profile_file import describe, fit_host, with_way_to_core, write_description
     from engine.hardware.profiled import profile_warnings
     from engine.host import cores, processor
     from engine.worker.threads import limit_libraries
@@ -45,12 +47,15 @@ def profile_machine(device: str, out: Path | None) -> None:
     console.print(f"measuring {processor() if kind == 'cpu' else 'the GPU'}: leave the machine alone meanwhile …")
     with _bar(console) as bar:
         measured = _measure_device(bar, grid, kind)
-        hosts = {engine: _measure_host(bar, grid, kind, engine, measured) for engine in ("v1", "v0")}
+        times = {engine: _measure_host(bar, grid, kind, engine) for engine in ("v1", "v0")}
     facts = Profiled(
         processor(), cores(), measured.kernels, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         metadata.version("redline-llm"), round(measured.busy, 4),
     )  # fmt: skip
+    hosts = {engine: fit_host(one.steps, one.first_token, measured.fit.step_s) for engine, one in times.items()}
     hardware = describe(measured.fit, hosts, facts, measured.defaults)
+    for engine, one in times.items():
+        hardware = with_way_to_core(hardware, grid.shapes[0], engine, _arrivals(one))
     write_description(path, hardware)
     name = THIS_MACHINE if out is None else str(path)
     _print(console, hardware)
@@ -90,12 +95,11 @@ def _measure_device(bar: "Progress", grid: "Grid", kind: str) -> "MeasuredDevice
     )
 
 
-def _measure_host(bar: "Progress", grid: "Grid", kind: str, engine: str, measured: "MeasuredDevice") -> "HostCosts":
-    """What the processes of one engine cost: steps over HTTP beside those of the device alone."""
+def _measure_host(bar: "Progress", grid: "Grid", kind: str, engine: str) -> "HostTimes":
+    """Steps and first tokens of one engine over HTTP, beside steps of the device alone."""
     from bench.measurement.host_costs import CONTEXT, INPUT, measure_host
     from bench.target import Target
     from bench.target.server import ServerProcess
-    from engine.hardware.profile_file import fit_host
     from engine.profiling import HostMeter
 
     task = bar.add_task(f"engine {engine} over HTTP", total=HOST_ROUNDS)
@@ -105,11 +109,21 @@ def _measure_host(bar: "Progress", grid: "Grid", kind: str, engine: str, measure
         flags = ["--load-format", "dummy", "--device", kind, "--engine", engine, "--served-model-name", NAME]
         server = ServerProcess.redline(str(meter.folder), flags, log, start_limit_s=START_LIMIT_S)
         stack.enter_context(server)
-        times = measure_host(
+        return measure_host(
             Target(server.base_url, NAME), meter.shape.vocab_size, meter.decode, meter.prompt, CONCURRENCIES,
             HOST_ROUNDS, lambda done: bar.update(task, completed=done),
         )  # fmt: skip
-    return fit_host(times.steps, times.first_token, measured.fit.step_s)
+
+
+def _arrivals(times: "HostTimes") -> "list[MeasuredArrivals]":
+    from bench.measurement.host_costs import INPUT
+    from engine.hardware.arrivals import ArrivingRequest
+    from engine.hardware.profile_file import MeasuredArrivals
+
+    return [
+        MeasuredArrivals([ArrivingRequest(at, INPUT, output) for at, output in one.requests], one.first_token)
+        for one in times.arrivals
+    ]
 
 
 def _print(console: "Console", hardware: "Hardware") -> None:
@@ -122,7 +136,10 @@ def _print(console: "Console", hardware: "Hardware") -> None:
         ("keys and values read", f"{attention.decode.bf16.memory * hardware.bandwidth / 1e9:.1f} GB/s"),
         ("attention of prompts", f"{attention.prompt * hardware.peak_tflops.bf16:.3g} TFLOP/s"),
         ("engine and front end", f"{costs.step_ms:.2f} ms a step, {costs.request_us[1]:.0f} µs for each request of it"),
-        ("a new request", f"{costs.admitted_ms:.2f} ms"),
+        (
+            "a new request",
+            f"{costs.admitted_ms:.2f} ms of the step that begins it, {costs.request_ms:.1f} ms on its way",
+        ),
     ]
     table = Table(
         title=hardware.title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False

@@ -2,21 +2,37 @@
 requests, whose steps are compared with the device's own times."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+
+import numpy as np
 
 from bench.errors import BenchError
-from bench.loadgen import run_closed_loop
+from bench.loadgen import run_closed_loop, run_load
 from bench.results import RequestRecord
 from bench.target import Target
-from bench.workloads import make_workload
+from bench.workloads import Workload, make_workload
 from bench.workloads.arrivals import point_seed
 
 INPUT, OUTPUT = 16, 80
 SETTLED = 32  # tokens of a request after which all requests decode
 CONTEXT = INPUT + (SETTLED + OUTPUT) // 2  # of the decodes between these, in the middle
 FIRST_TOKENS = 12  # requests in turn whose first token is timed
+STREAMS, STREAM_OUTPUT = 4, 440  # requests that decode while others arrive
+ARRIVING, ARRIVE_S = 24, (0.4, 3.0)  # requests of one token, and when they arrive
 LIMIT_S = 120.0
+_EVER = (-1.0, float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Requests that came while others decoded. requests: seconds after the first, and output tokens, of all of them.
+
+    first_token: the mean time of those of one token.
+    """
+
+    requests: tuple[tuple[float, int], ...]
+    first_token: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +45,7 @@ class HostTimes:
 
     steps: dict[int, float]
     first_token: float
+    arrivals: tuple[Arrivals, ...]
 
 
 class _Failed:
@@ -60,27 +77,53 @@ def measure_host(
     """
     steps: dict[int, list[float]] = {count: [] for count in concurrencies}
     first_tokens: list[float] = []
+    arrivals: list[Arrivals] = []
     for done in range(rounds):
         for count in concurrencies:
             gap = median(map(_gap, _load(target, vocabulary, count, count, OUTPUT, done)))
             steps[count].append(gap - device(count))
         alone = _load(target, vocabulary, 1, FIRST_TOKENS, 1, done)
         first_tokens.append(median(record.ttft_s or 0.0 for record in alone) - prompt())
+        arrivals.append(_arrivals(target, vocabulary, done))
         show(done + 1)
-    return HostTimes({count: median(found) for count, found in steps.items()}, median(first_tokens))
+    middle = {count: median(found) for count, found in steps.items()}
+    return HostTimes(middle, median(first_tokens), tuple(arrivals))
+
+
+def _arrivals(target: Target, vocabulary: int, seed: int) -> Arrivals:
+    """Some streams at once, then requests of one token at random times."""
+    random = np.random.default_rng(seed)
+    times = np.concatenate((np.zeros(STREAMS), np.sort(random.uniform(*ARRIVE_S, ARRIVING))))
+    outputs = [STREAM_OUTPUT] * STREAMS + [1] * ARRIVING
+    prompts = _workload(vocabulary, 1).requests(len(outputs), point_seed(seed, "arrivals", float(len(outputs))))
+    specs = [replace(prompt, output_tokens=output) for prompt, output in zip(prompts, outputs, strict=True)]
+    recording = run_load(target, specs, times, observer=_Failed(), time_limit_s=LIMIT_S)
+    records = recording.records(_EVER)
+    _check(records)
+    late = [record.ttft_s or 0.0 for record in records if record.asked_output_tokens == 1]
+    return Arrivals(tuple(zip(times.tolist(), outputs, strict=True)), fmean(late))
 
 
 def _load(
     target: Target, vocabulary: int, concurrency: int, requests: int, output: int, seed: int
 ) -> list[RequestRecord]:
-    workload = make_workload({"kind": "random", "input": INPUT, "output": output}, vocabulary)
+    workload = _workload(vocabulary, output)
     specs = workload.requests(requests, point_seed(seed, workload.name, float(concurrency)))
     recording = run_closed_loop(target, specs, concurrency, observer=_Failed(), time_limit_s=LIMIT_S)
-    records = recording.records((-1.0, float("inf")))
-    for record in records:
-        if record.status != "ok" or record.output_tokens != output:
-            raise BenchError(f"a request of the profile failed: {record.status} {record.error}".strip())
+    records = recording.records(_EVER)
+    _check(records)
     return records
+
+
+def _workload(vocabulary: int, output: int) -> Workload:
+    return make_workload({"kind": "random", "input": INPUT, "output": output}, vocabulary)
+
+
+def _check(records: Sequence[RequestRecord]) -> None:
+    """Raise BenchError for a request that failed."""
+    for record in records:
+        if record.status != "ok" or record.output_tokens != record.asked_output_tokens:
+            raise BenchError(f"a request of the profile failed: {record.status} {record.error}".strip())
 
 
 def _gap(record: RequestRecord) -> float:

@@ -1,12 +1,16 @@
 """The description that `redline profile` writes: from the fits to a file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from engine.errors import ConfigError
+from engine.hardware.arrivals import ArrivingRequest, mean_first_token
 from engine.hardware.description import (
     AllReduce,
     EngineDefaults,
@@ -19,12 +23,21 @@ from engine.hardware.description import (
 )
 from engine.hardware.device_fit import SOURCE, DeviceFit
 from engine.hardware.least_squares import nonnegative_least_squares
+from engine.hardware.step_time import DecoderShape
 from engine.host import total_memory
 
 HEAD = """\
 # Written by `redline profile`. Steps of small decoders with random weights were measured on this machine as its engine
 # runs them, and the constants below fitted to their times; see docs/simulation/profile.md.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredArrivals:
+    """Requests by time, and the mean time to the first token of those of one token, in seconds."""
+
+    requests: Sequence[ArrivingRequest]
+    first_token: float
 
 
 def fit_host(steps: Mapping[int, float], first_token: float, step_s: float) -> HostCosts:
@@ -47,6 +60,23 @@ def fit_host(steps: Mapping[int, float], first_token: float, step_s: float) -> H
         request_ms=0,
         admitted_ms=float(max(first_token - fixed - each, 0.0) * 1e3),
     )
+
+
+def with_way_to_core(
+    hardware: Hardware, shape: DecoderShape, engine: str, measured: Sequence[MeasuredArrivals]
+) -> Hardware:
+    """The description with the time of a request from its sending to the core, while the cores are busy.
+
+    It is what measured first tokens take longer than those of the description without it. Such a request waits for
+    cores in each process on its way, which it doesn't when it comes alone.
+
+    Args:
+        hardware: with a `request_ms` of 0.
+        engine: v1 or v0.
+    """
+    late = fmean(one.first_token - mean_first_token(hardware, shape, engine, one.requests) for one in measured)
+    costs = replace(getattr(hardware.host, engine), request_ms=max(late, 0.0) * 1e3)
+    return replace(hardware, host=replace(hardware.host, **{engine: costs}))
 
 
 def describe(

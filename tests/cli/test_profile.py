@@ -162,6 +162,7 @@ def test_a_file_that_is_no_table_is_reported_before_anything_is_measured(
 def test_a_reduced_profile_of_this_machine_can_be_simulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from bench.measurement import host_costs
     from cli import profile_machine
     from engine import profiling
     from tests.engine.test_profiling import SMALL
@@ -170,6 +171,7 @@ def test_a_reduced_profile_of_this_machine_can_be_simulated(
     monkeypatch.setattr(profiling, "CPU_GRID", SMALL)
     monkeypatch.setattr(profile_machine, "CONCURRENCIES", (1, 3))
     monkeypatch.setattr(profile_machine, "HOST_ROUNDS", 1)
+    monkeypatch.setattr(host_costs, "ARRIVE_S", (0.05, 0.3))
     assert main(["profile", "--device", "cpu", "--out", str(path)]) == 0
     assert f"description: {path} (use it with --device sim:{path})" in capsys.readouterr().out
     hardware = read_hardware(str(path))

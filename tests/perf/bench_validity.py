@@ -2,7 +2,7 @@
 
 First `redline profile`, unless PROFILE=old keeps the description of an earlier one. Then, for each of three workloads:
 the sustained rate, and latencies at five rates up to it, measured and simulated with the same requests. MODEL=…
-takes another model, MINUTES=3 is the time of a search, WORKLOADS=32/64,128/16 picks some. A workload that was
+takes another model, MINUTES=2.7 is the time of a search, WORKLOADS=32/64,128/16 picks some. A workload that was
 measured isn't measured again, so that an interrupted run goes on; delete results/bench-validity to start anew.
 STAGE=measure or STAGE=simulate does one half only. Prints a table, writes results/bench-validity.json, with the keys
 workload, metric, rate, measured, simulated and error, and docs/figures/bench-validity.png.
@@ -32,7 +32,7 @@ RESULTS = Path("results") / "bench-validity"
 PICTURE = Path("docs") / "figures" / "bench-validity.png"
 WORKLOADS = ("32/64", "128/16", "256/32")
 SHARES = (0.3, 0.5, 0.7, 0.85, 1.0)  # of the sustained rate
-RATES_MINUTES = 2.2
+RATES_MINUTES = 2.0
 PRECISION = "20%"  # of the searches, so that their windows decide in minutes
 METRICS = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 LIMITS = {"sustained": 0.10, "ttft_p50_ms": 0.15, "itl_p50_ms": 0.15}  # of the errors
@@ -120,7 +120,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    model, minutes = os.environ.get("MODEL", "smollm2-135m"), float(os.environ.get("MINUTES", "3"))
+    model, minutes = os.environ.get("MODEL", "smollm2-135m"), float(os.environ.get("MINUTES", "2.7"))
     stage = os.environ.get("STAGE", "measure,simulate")
     workloads = [name for name in os.environ.get("WORKLOADS", "").split(",") if name] or list(WORKLOADS)
     measured = Side("measured", ("--model", model))
