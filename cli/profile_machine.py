@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.profiling import Grid, MeasuredDevice
 
 CONCURRENCIES = (1, 8, 32)
-HOST_ROUNDS = 3
+HOST_ROUNDS = {"v1": 5, "v0": 3}
 START_LIMIT_S = 300.0
 NAME = "profile"  # under which the model is served
 
@@ -47,7 +47,7 @@ def profile_machine(device: str, out: Path | None) -> None:
     console.print(f"measuring {processor() if kind == 'cpu' else 'the GPU'}: leave the machine alone meanwhile …")
     with _bar(console) as bar:
         measured = _measure_device(bar, grid, kind)
-        times = {engine: _measure_host(bar, grid, kind, engine) for engine in ("v1", "v0")}
+        times = {engine: _measure_host(bar, grid, kind, engine) for engine in HOST_ROUNDS}
     facts = Profiled(
         processor(), cores(), measured.kernels, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         metadata.version("redline-llm"), round(measured.busy, 4),
@@ -102,7 +102,7 @@ def _measure_host(bar: "Progress", grid: "Grid", kind: str, engine: str) -> "Hos
     from bench.target.server import ServerProcess
     from engine.profiling import HostMeter
 
-    task = bar.add_task(f"engine {engine} over HTTP", total=HOST_ROUNDS)
+    task = bar.add_task(f"engine {engine} over HTTP", total=HOST_ROUNDS[engine])
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
         meter = stack.enter_context(HostMeter(grid, CONTEXT, INPUT, max(CONCURRENCIES), {"device": kind}))
@@ -111,7 +111,7 @@ def _measure_host(bar: "Progress", grid: "Grid", kind: str, engine: str) -> "Hos
         stack.enter_context(server)
         return measure_host(
             Target(server.base_url, NAME), meter.shape.vocab_size, meter.decode, meter.prompt, CONCURRENCIES,
-            HOST_ROUNDS, lambda done: bar.update(task, completed=done),
+            HOST_ROUNDS[engine], lambda done: bar.update(task, completed=done),
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@ requests, whose steps are compared with the device's own times."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 
@@ -18,8 +18,8 @@ INPUT, OUTPUT = 16, 80
 SETTLED = 32  # tokens of a request after which all requests decode
 CONTEXT = INPUT + (SETTLED + OUTPUT) // 2  # of the decodes between these, in the middle
 FIRST_TOKENS = 12  # requests in turn whose first token is timed
-STREAMS, STREAM_OUTPUT = 4, 440  # requests that decode while others arrive
-ARRIVING, ARRIVE_S = 24, (0.4, 3.0)  # requests of one token, and when they arrive
+STREAMS, STREAM_OUTPUT = 4, 280  # requests that decode while others arrive
+ARRIVING, ARRIVE_S = 16, (0.3, 2.0)  # requests of one token, and when they arrive
 LIMIT_S = 120.0
 _EVER = (-1.0, float("inf"))
 
@@ -28,7 +28,7 @@ _EVER = (-1.0, float("inf"))
 class Arrivals:
     """Requests that came while others decoded. requests: seconds after the first, and output tokens, of all of them.
 
-    first_token: the mean time of those of one token.
+    first_token: the median time of those of one token.
     """
 
     requests: tuple[tuple[float, int], ...]
@@ -64,7 +64,9 @@ def measure_host(
     rounds: int,
     show: Callable[[int], None],
 ) -> HostTimes:
-    """The medians over rounds, in which the server and the device by itself are measured in turn.
+    """Times over rounds, in which the server and the device by itself are measured in turn.
+
+    Disturbances only add time, to either of the two, so that the lower quartiles of both are compared.
 
     Args:
         target: a server that runs no other requests.
@@ -75,19 +77,25 @@ def measure_host(
 
     Raises BenchError if a request fails.
     """
-    steps: dict[int, list[float]] = {count: [] for count in concurrencies}
-    first_tokens: list[float] = []
-    arrivals: list[Arrivals] = []
+    gaps: dict[int, list[float]] = {count: [] for count in concurrencies}
+    alone: dict[int, list[float]] = {count: [] for count in concurrencies}
+    first_tokens, prompts, arrivals = [], [], []
     for done in range(rounds):
         for count in concurrencies:
-            gap = median(map(_gap, _load(target, vocabulary, count, count, OUTPUT, done)))
-            steps[count].append(gap - device(count))
-        alone = _load(target, vocabulary, 1, FIRST_TOKENS, 1, done)
-        first_tokens.append(median(record.ttft_s or 0.0 for record in alone) - prompt())
+            gaps[count].append(median(map(_gap, _load(target, vocabulary, count, count, OUTPUT, done))))
+            alone[count].append(device(count))
+        records = _load(target, vocabulary, 1, FIRST_TOKENS, 1, done)
+        first_tokens.append(median(record.ttft_s or 0.0 for record in records))
+        prompts.append(prompt())
         arrivals.append(_arrivals(target, vocabulary, done))
         show(done + 1)
-    middle = {count: median(found) for count, found in steps.items()}
-    return HostTimes(middle, median(first_tokens), tuple(arrivals))
+    steps = {count: _low(gaps[count]) - _low(alone[count]) for count in concurrencies}
+    return HostTimes(steps, _low(first_tokens) - _low(prompts), tuple(arrivals))
+
+
+def _low(values: Sequence[float]) -> float:
+    """The lower quartile."""
+    return float(np.quantile(values, 0.25))
 
 
 def _arrivals(target: Target, vocabulary: int, seed: int) -> Arrivals:
@@ -101,7 +109,7 @@ def _arrivals(target: Target, vocabulary: int, seed: int) -> Arrivals:
     records = recording.records(_EVER)
     _check(records)
     late = [record.ttft_s or 0.0 for record in records if record.asked_output_tokens == 1]
-    return Arrivals(tuple(zip(times.tolist(), outputs, strict=True)), fmean(late))
+    return Arrivals(tuple(zip(times.tolist(), outputs, strict=True)), median(late))
 
 
 def _load(

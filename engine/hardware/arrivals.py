@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 
 import numpy as np
 
@@ -24,10 +24,10 @@ class ArrivingRequest:
     output_tokens: int
 
 
-def mean_first_token(
+def median_first_token(
     hardware: Hardware, shape: DecoderShape, engine: str, requests: Sequence[ArrivingRequest]
 ) -> float:
-    """The mean time to the first token of the requests of one token, without what precedes the engine.
+    """The median time to the first token of the requests of one token, without what precedes the engine.
 
     Args:
         engine: v1 or v0.
@@ -52,7 +52,7 @@ def mean_first_token(
     while left:
         left -= len(simulation.run_until(simulation.now() + 1.0))
     replies = simulation.take(list(sent))
-    return fmean(
+    return median(
         reply.times.first_s - sent[reply.handle].at
         for reply in replies
         if reply.times is not None and sent[reply.handle].output_tokens == 1

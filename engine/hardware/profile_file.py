@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from engine.errors import ConfigError
-from engine.hardware.arrivals import ArrivingRequest, mean_first_token
+from engine.hardware.arrivals import ArrivingRequest, median_first_token
 from engine.hardware.description import (
     AllReduce,
     EngineDefaults,
@@ -34,7 +34,7 @@ HEAD = """\
 
 @dataclass(frozen=True, slots=True)
 class MeasuredArrivals:
-    """Requests by time, and the mean time to the first token of those of one token, in seconds."""
+    """Requests by time, and the median time to the first token of those of one token, in seconds."""
 
     requests: Sequence[ArrivingRequest]
     first_token: float
@@ -74,7 +74,7 @@ def with_way_to_core(
         hardware: with a `request_ms` of 0.
         engine: v1 or v0.
     """
-    late = fmean(one.first_token - mean_first_token(hardware, shape, engine, one.requests) for one in measured)
+    late = median(one.first_token - median_first_token(hardware, shape, engine, one.requests) for one in measured)
     costs = replace(getattr(hardware.host, engine), request_ms=max(late, 0.0) * 1e3)
     return replace(hardware, host=replace(hardware.host, **{engine: costs}))
 

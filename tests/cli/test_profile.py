@@ -170,7 +170,7 @@ def test_a_reduced_profile_of_this_machine_can_be_simulated(
     path = tmp_path / "mine.yaml"
     monkeypatch.setattr(profiling, "CPU_GRID", SMALL)
     monkeypatch.setattr(profile_machine, "CONCURRENCIES", (1, 3))
-    monkeypatch.setattr(profile_machine, "HOST_ROUNDS", 1)
+    monkeypatch.setattr(profile_machine, "HOST_ROUNDS", {"v1": 1, "v0": 1})
     monkeypatch.setattr(host_costs, "ARRIVE_S", (0.05, 0.3))
     assert main(["profile", "--device", "cpu", "--out", str(path)]) == 0
     assert f"description: {path} (use it with --device sim:{path})" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from engine.hardware.arrivals import ArrivingRequest, mean_first_token
+from engine.hardware.arrivals import ArrivingRequest, median_first_token
 from engine.hardware.profile_file import MeasuredArrivals, with_way_to_core
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
 from tests.engine.hardware.test_profile_file import description
@@ -19,19 +19,19 @@ def test_a_request_alone_takes_its_step_and_the_host(engine: str) -> None:
     costs = getattr(hardware.host, engine)
     expected = StepTime(hardware, SHAPE).seconds(StepWork(chunks=[(16, 0)], sampled=1))
     expected += costs.step_seconds(1, 1) + costs.admitted_ms * 1e-3
-    assert mean_first_token(hardware, SHAPE, engine, [ArrivingRequest(1.0, 16, 1)]) == pytest.approx(expected)
+    assert median_first_token(hardware, SHAPE, engine, [ArrivingRequest(1.0, 16, 1)]) == pytest.approx(expected)
 
 
 def test_among_others_it_waits_for_a_step() -> None:
     hardware = description()
-    alone = mean_first_token(hardware, SHAPE, "v1", [ArrivingRequest(0.0, 16, 1)])
-    assert mean_first_token(hardware, SHAPE, "v1", [*STREAMS, *LATE]) > alone
+    alone = median_first_token(hardware, SHAPE, "v1", [ArrivingRequest(0.0, 16, 1)])
+    assert median_first_token(hardware, SHAPE, "v1", [*STREAMS, *LATE]) > alone
 
 
 def test_what_measured_first_tokens_take_longer_is_the_way_to_the_core() -> None:
     hardware = description()
     requests = [*STREAMS, *LATE]
-    found = mean_first_token(hardware, SHAPE, "v1", requests)
+    found = median_first_token(hardware, SHAPE, "v1", requests)
     slow, fast = (MeasuredArrivals(requests, found + more) for more in (0.005, 0.003))
     changed = with_way_to_core(hardware, SHAPE, "v1", [slow, fast])
     assert changed.host.v1.request_ms == pytest.approx(4)
