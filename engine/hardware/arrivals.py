@@ -9,7 +9,7 @@ import numpy as np
 from engine.config import EngineConfig, ResolvedConfig
 from engine.hardware.description import Hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
-from engine.hardware.simulation import Simulation
+from engine.hardware.simulation import Reply, Simulation
 from engine.hardware.start import SYNCHRONOUS
 from engine.hardware.step_time import DecoderShape, StepTime
 from engine.hardware.virtual_engine import VirtualClock
@@ -42,20 +42,20 @@ def median_first_token(
 
     simulation = Simulation(config, make_executor)
     random = np.random.default_rng(0)
-    sent: dict[int, ArrivingRequest] = {}
+    replies: list[Reply] = []
     left = len(requests)
     for request in requests:
         while simulation.now() < request.at:
             left -= len(simulation.run_until(request.at))
         prompt = random.integers(0, shape.vocab_size, request.prompt_tokens, dtype=np.int32)
-        sent[simulation.submit(prompt, request.output_tokens)] = request
+        replies.append(simulation.submit(prompt, request.output_tokens))
     while left:
         left -= len(simulation.run_until(simulation.now() + 1.0))
-    replies = simulation.take(list(sent))
+    simulation.take(replies)
     return median(
-        reply.times.first_s - sent[reply.handle].at
-        for reply in replies
-        if reply.times is not None and sent[reply.handle].output_tokens == 1
+        reply.times.first_s - request.at
+        for request, reply in zip(requests, replies, strict=True)
+        if reply.times is not None and request.output_tokens == 1
     )
 
 

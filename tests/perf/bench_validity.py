@@ -39,6 +39,14 @@ LIMITS = {"sustained": 0.10, "ttft_p50_ms": 0.15, "itl_p50_ms": 0.15}  # of the 
 
 
 @dataclass(frozen=True, slots=True)
+class Sustained:
+    """A rate that was sustained, and the lowest that was not, if any."""
+
+    rate: float
+    failed: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Side:
     """One half: what is measured, or what is simulated."""
 
@@ -59,13 +67,14 @@ class Side:
                 sys.exit(f"{self.name} {workload}: redline bench ended with exit code {code}")
         return files
 
-    def sustained(self, workload: str, minutes: float) -> float:
-        options = ["--no-ladder", "--precision", PRECISION, "--max-minutes", f"{minutes:g}"]
-        answer = self.bench(workload, "search", options).read_summary().answers
-        rate = answer[0].rate if answer else None
-        if rate is None:
+    def sustained(self, workload: str, limits: list[str]) -> Sustained:
+        """The highest rate of a search that was sustained, and the lowest above it that was not."""
+        points = self.bench(workload, "search", ["--no-ladder", *limits]).read_points()
+        rates = [point.rate for point in points if point.verdict == "sustained"]
+        if not rates:
             sys.exit(f"{self.name} {workload}: no rate is sustained; raise MINUTES")
-        return rate
+        failed = [point.rate for point in points if point.verdict == "not sustained" and point.rate > max(rates)]
+        return Sustained(max(rates), min(failed, default=None))
 
     def points(self, workload: str, rates: list[float]) -> dict[float, PointRecord]:
         given = ",".join(f"{rate:g}" for rate in rates)
@@ -74,10 +83,12 @@ class Side:
 
 
 def rows_of(
-    workload: str, rates: tuple[float, float], points: list[tuple[PointRecord, PointRecord]]
+    workload: str, rates: tuple[Sustained, Sustained], points: list[tuple[PointRecord, PointRecord]]
 ) -> list[dict[str, Any]]:
     """Rows of the result file: sustained rates, then latencies; measured and simulated."""
-    rows = [_row(workload, "sustained", None, *rates)]
+    measured_rate, simulated_rate = rates
+    first = _row(workload, "sustained", None, measured_rate.rate, simulated_rate.rate)
+    rows = [first | {"measured_failed": measured_rate.failed, "simulated_failed": simulated_rate.failed}]
     for measured, simulated in points:
         for metric in METRICS:
             row = _row(workload, metric, measured.rate, getattr(measured, metric), getattr(simulated, metric))
@@ -107,7 +118,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             cells = [row for row in mine if row["rate"] == rate]
             table.add_row(f"{rate:g}", *(_cell(row) for row in cells))
         console.print(table)
-        console.print(f"sustained: {_cell(mine[0])} req/s\n")
+        failed = f"not {mine[0]['measured_failed'] or '?'}; simulated not {mine[0]['simulated_failed'] or '?'}"
+        console.print(f"sustained: {_cell(mine[0])} req/s; measured {failed}\n")
     for metric, limit in LIMITS.items():
         errors = [abs(row["error"]) for row in rows if row["metric"] == metric]
         within = sum(error <= limit for error in errors)
@@ -128,15 +140,18 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     if "measure" in stage and (os.environ.get("PROFILE") != "old" or not profile_file().exists()):
         subprocess.run([sys.executable, "-m", "cli.main", "profile"], check=True)
-    rates = {workload: measured.sustained(workload, minutes) for workload in workloads}
-    points = {name: measured.points(name, [round_rate(share * rates[name]) for share in SHARES]) for name in workloads}
+    limits = ["--precision", PRECISION, "--max-minutes", f"{minutes:g}"]
+    rates = {workload: measured.sustained(workload, limits) for workload in workloads}
+    points = {
+        name: measured.points(name, [round_rate(share * rates[name].rate) for share in SHARES]) for name in workloads
+    }
     if "simulate" not in stage:
         return
     rows: list[dict[str, Any]] = []
     for name in workloads:
         predicted = simulated.points(name, list(points[name]))
         pairs = [(point, predicted[rate]) for rate, point in points[name].items() if point.valid]
-        rows += rows_of(name, (rates[name], simulated.sustained(name, minutes)), pairs)
+        rows += rows_of(name, (rates[name], simulated.sustained(name, [])), pairs)
     told = {"model": model, "hardware": hardware(), "profiled": read_hardware(THIS_MACHINE).title}
     RESULTS.with_suffix(".json").write_text(json.dumps([row | told for row in rows], indent=1) + "\n")
     show(Console(highlight=False), rows)
