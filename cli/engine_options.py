@@ -42,7 +42,7 @@ class Device(click.ParamType):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not value.startswith(SIMULATED):
-            return str(click.Choice(DEVICES).convert(value, param, ctx))
+            return str(click.Choice((*DEVICES, f"{SIMULATED}NAME")).convert(value, param, ctx))
         return value
 
 

@@ -162,7 +162,7 @@ def divide_declared(config: EngineConfig, model_info: ModelInfo) -> Division:
     """
     ranks = config.tensor_parallel_size
     if model_info.mm is not None:
-        plan = plan_tensor_parallel(replace(config, load_format="dummy"), model_info)
+        plan = plan_tensor_parallel(replace(config, model=config.name, load_format="dummy"), model_info)
         return Division(plan.rank_info, plan.weight_bytes, plan.warnings)
     heads, kv_heads, inner = model_info.num_heads, model_info.num_kv_heads, model_info.intermediate_size
 

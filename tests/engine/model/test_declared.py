@@ -155,3 +155,10 @@ def test_ranks_of_a_model_with_an_encoder() -> None:
     divided = divide_declared(config, whole)
     assert divided.weight_bytes > whole.weight_bytes  # each rank has the tower
     assert divided.rank_info.num_heads * 2 == whole.num_heads
+
+
+def test_errors_name_the_model_as_it_was_given() -> None:
+    path = str(known_models()["molmo-small"])
+    config = configure(path, tensor_parallel_size=16, served_model_name="mine")
+    with pytest.raises(ConfigError, match=r"^mine can't be divided among ranks \(--tp 16\)"):
+        divide_declared(config, read_declared(config))
