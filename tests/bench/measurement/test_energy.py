@@ -147,7 +147,7 @@ def test_readings_that_fail_leave_the_cells_empty(queue_server: Callable[..., Se
     with EnergyReader(Constant(250.0, failing=True), every_s=0.05) as energy:
         point, _ = measured(queue_server(), energy).run(PLAN, lambda _: None)
         assert energy.problem == "NVML: GPU is lost"
-    assert (point.valid, point.mean_power_w) == (True, None)
+    assert (point.valid, point.mean_power_w) == (True, None), point.reason
     RunFiles(tmp_path).write_points([point])
     header, cells = ((tmp_path / "points.csv").read_text().splitlines()[i].split(",") for i in (0, -1))
     assert cells[header.index("joules_per_output_token")] == ""
