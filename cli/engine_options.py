@@ -181,13 +181,13 @@ ENGINE_OPTIONS = (
         "also considers which prompt tokens a replica has in its prefix cache; random takes any.",
     ),
     option(
-        SCHEDULING, "--max-num-seqs", type=SIZE, metavar="N", default_text="128, or the token budget if lower",
+        SCHEDULING, "--max-num-seqs", type=SIZE, metavar="N", default_text="96, or the token budget if lower",
         help="Maximum number of requests that run at the same time. Raise it if requests wait although the KV cache "
         "has room.",
     ),
     option(
         SCHEDULING, "--max-num-batched-tokens", type=SIZE, metavar="TOKENS",
-        default_text="--max-num-seqs + 16, at least 128",
+        default_text="--max-num-seqs + 16, at least 112",
         help="Token budget: maximum number of tokens that a step computes. A larger budget computes prompts in fewer "
         "steps, and each of these steps delays the running requests longer.",
     ),

@@ -120,8 +120,8 @@ def command(ctx: click.Context, **params: Any) -> int:
 
     \b
     For example:
-      redline plan --model meta-llama/Llama-3.1-8B-Instruct --input 500 --output 2000
-        --rate 40 --slo ttft_p99=2s --slo itl_p99=50ms --price h100=2.5
+      redline plan --model llama-3.1-8b --input 500 --output 2000 --rate 40
+        --slo ttft_p99=2s --slo itl_p99=50ms --price h100=2.5
 
     \b
     Exit codes:

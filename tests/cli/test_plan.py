@@ -1,3 +1,5 @@
+"""`redline plan`: the command of docs/simulation/plan.md, shorter; progress, and errors."""
+
 import re
 from pathlib import Path
 
