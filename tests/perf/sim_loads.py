@@ -101,14 +101,15 @@ class Client:
     def __init__(self, simulation: Simulation, case: Case):
         self.simulation = simulation
         self.sent: dict[int, float] = {}
+        self._replies: dict[int, Reply] = {}
         self._lengths, self._rng = lengths(case), np.random.default_rng(2)
 
     def send(self) -> int:
         prompt, output = next(self._lengths)
         tokens = self._rng.integers(0, 1000, prompt, dtype=np.int32)
-        handle = self.simulation.submit(tokens, output)
-        self.sent[handle] = self.simulation.now()
-        return handle
+        reply = self.simulation.submit(tokens, output)
+        self._replies[reply.handle], self.sent[reply.handle] = reply, self.simulation.now()
+        return reply.handle
 
     def wait(self, until: float = math.inf) -> list[Reply]:
         """Requests that ended, none if nothing ends until then. Raises RuntimeError for one that isn't served."""
@@ -120,7 +121,8 @@ class Client:
 
     def latencies(self, handles: list[int]) -> dict[str, float]:
         """Means over some requests, in milliseconds."""
-        replies = self.simulation.take(handles)
+        replies = [self._replies.pop(handle) for handle in handles]
+        self.simulation.take(replies)
         first, between, gaps, whole = [], [], [], []
         for one in replies:
             assert one.times is not None
