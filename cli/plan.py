@@ -69,9 +69,9 @@ class _Price(click.ParamType):
 
 
 PLAN_OPTIONS = (
-    option(LOAD, "--model", required=True, metavar="MODEL", help="Model to serve. Its weights are not needed."),
+    option(LOAD, "--model", metavar="MODEL", help="Model to serve. Its weights are not needed."),
     option(
-        LOAD, "--rate", type=Finite(0, MOST_RATE, min_open=True), required=True, metavar="REQ/S",
+        LOAD, "--rate", type=Finite(0, MOST_RATE, min_open=True), metavar="REQ/S",
         help="Request rate to serve.",
     ),
     option(
@@ -149,6 +149,9 @@ def command(ctx: click.Context, **params: Any) -> int:
 def _wanted(ctx: click.Context, params: dict[str, Any]) -> "Wanted":
     from bench.planning.options import Wanted
 
+    for name in ("model", "rate"):
+        if params[name] is None:
+            raise click.UsageError(f"--{name} is needed: a plan is for one model at one request rate")
     check_workload(ctx)
     flags = list(params["serve_flags"])
     for names, instead in (
