@@ -14,7 +14,7 @@ from cli.options import Finite, GroupedCommand, option, with_options
 from cli.params import LIMIT, SHARE
 from cli.screen import verbatim_console
 from cli.workload import WORKLOAD_OPTIONS, arrivals_of, check_workload, workload_spec
-from engine.hardware.description import hardware_names, read_hardware
+from engine.hardware.description import THIS_MACHINE, hardware_names, is_described, read_hardware
 from engine.host import cores
 
 if TYPE_CHECKING:
@@ -25,27 +25,40 @@ if TYPE_CHECKING:
 
 LOAD, DEPLOYMENTS, RESULTS = "Load and limits", "Deployments", "Results"
 TPS = (1, 2, 4, 8)
+LONGEST_COUNT = 4  # digits of a number of GPUs
 
 
-class _Names(click.ParamType):
-    """A,B,C."""
+class _HardwareNames(click.ParamType):
+    """h100,ours.yaml -> ("h100", "ours.yaml")."""
 
     name = "a,b,c"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:  # noqa: ARG002
-        return tuple(dict.fromkeys(part.strip() for part in str(value).split(",") if part.strip()))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else _words(value)
+        for name in names:
+            if not is_described(name):
+                known = ", ".join((*hardware_names(), THIS_MACHINE))
+                self.fail(f"no such hardware: {name!r}; known are {known}, or the path of a .yaml file", param, ctx)
+        return tuple(names)
 
 
-class _Numbers(_Names):
-    """1,2,4."""
+class _GpuCounts(click.ParamType):
+    """1,2,4 -> (1, 2, 4)."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+    name = "n,n,n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        words = super().convert(value, param, ctx)
-        if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        words = _words(value)
+        if not words or not all(word.isdecimal() and len(word) <= LONGEST_COUNT and int(word) for word in words):
             self.fail(f"{value!r} is not a list of numbers of GPUs such as 1,2,4", param, ctx)
         return tuple(map(int, words))
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    """The different words between commas."""
+    return tuple(dict.fromkeys(word.strip() for word in str(value).split(",") if word.strip()))
 
 
 class _Price(click.ParamType):
@@ -85,11 +98,11 @@ PLAN_OPTIONS = (
     ),
     option(LOAD, "--seed", type=int, metavar="N", default=0, help="Seed of arrival times and prompts."),
     option(
-        DEPLOYMENTS, "--hardware", type=_Names(), metavar="NAME,…", default_text="all that is shipped",
+        DEPLOYMENTS, "--hardware", type=_HardwareNames(), metavar="NAME,…", default_text="all that is shipped",
         help="Hardware to consider: names, or files of descriptions.",
     ),
     option(
-        DEPLOYMENTS, "--tp", type=_Numbers(), metavar="N,…", default=TPS, default_text="1,2,4,8",
+        DEPLOYMENTS, "--tp", type=_GpuCounts(), metavar="N,…", default=TPS, default_text="1,2,4,8",
         help="Numbers of GPUs of one replica to consider.",
     ),
     option(
@@ -134,7 +147,7 @@ def command(ctx: click.Context, **params: Any) -> int:
     wanted = _wanted(ctx, params)
     hardware = params["hardware"] or tuple(hardware_names())
     for name in hardware:
-        read_hardware(name)  # reports a wrong name before anything is simulated
+        read_hardware(name)  # reports a wrong description before anything is simulated
     for name in wanted.prices:
         if name not in hardware:
             raise click.BadParameter(

@@ -218,12 +218,17 @@ def description_path(name: str) -> Path:
     return Path(name) if name.endswith(".yaml") else datasets_folder() / "hardware" / f"{name}.yaml"
 
 
+def is_described(name: str) -> bool:
+    """Whether the file of a description exists."""
+    return os.path.isfile(description_path(name))  # unlike Path.is_file, also of names that no file can have
+
+
 def read_hardware(name: str) -> Hardware:
     """Read a description by its name, or from a file whose name ends in .yaml. Raises ConfigError."""
     path = description_path(name)
-    if name == THIS_MACHINE and not path.is_file():
+    if name == THIS_MACHINE and not is_described(name):
         raise ConfigError(f"--device sim:{name}: this machine hasn't been measured yet: run `redline profile` first")
-    if not path.is_file():
+    if not is_described(name):
         raise ConfigError(
             f"--device sim:{name}: no such hardware; known are {', '.join((*hardware_names(), THIS_MACHINE))}, or the "
             "path of a description that ends in .yaml"
