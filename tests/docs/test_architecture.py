@@ -3,7 +3,7 @@
 import ast
 import re
 
-from tests.docs.blocks import ROOT
+from tests.docs.blocks import DOCUMENTS, ROOT
 
 PREDICATES = {"_has_result", "_may_schedule", "_publisher.stats_are_due"}
 
@@ -22,6 +22,11 @@ def test_the_steps_of_a_step_are_its_methods() -> None:
     section = (ROOT / "ARCHITECTURE.md").read_text().split("\n## The path of a step\n")[1].split("\n## ")[0]
     listed = re.findall(r"^\d+\. `([\w.]+)`", section, re.MULTILINE)
     assert listed == [one for one in calls_of_step() if one not in PREDICATES]
+
+
+def test_no_document_has_a_conflict_of_a_merge() -> None:
+    marks = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
+    assert [page.name for page in DOCUMENTS if marks.search(page.read_text())] == []
 
 
 def test_structure_changes_lead_to_files_that_exist() -> None:
