@@ -15,6 +15,7 @@ from bench.measurement.run import LostServerError, Subject
 from bench.measurement.server import HttpServer
 from bench.results import FLAG, RunFiles
 from bench.results.writing import check_folder
+from bench.search.windows import MAX_VIRTUAL_MINUTES
 from bench.target import Target
 from bench.target.control import unused_proxy
 from bench.target.probe import ServerInfo, probe_server
@@ -28,7 +29,7 @@ from cli.offline import DEFAULT_REQUESTS, check_offline, run_offline
 from cli.options import RESULTS_ROOT, Finite, GroupedCommand, option, with_options
 from cli.params import GPUS, LIMIT, RATES, SHARE
 from cli.screen import verbatim_console
-from cli.simulated import MAX_VIRTUAL_MINUTES, check_simulated, run_simulated
+from cli.simulated import check_simulated, run_simulated
 from cli.target_options import TARGET, TARGET_OPTIONS, check_target, target_of
 from cli.workload import WORKLOAD_OPTIONS, check_workload, encoder_of, vocabulary_of, workload_spec
 

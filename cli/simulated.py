@@ -12,6 +12,7 @@ from bench.errors import BenchError
 from bench.measurement.progress import ConsoleProgress, duration
 from bench.measurement.run import Subject
 from bench.results import RunFiles
+from bench.search.windows import MAX_VIRTUAL_MINUTES
 from bench.target.probe import ServerInfo
 from bench.target.server import has_flag
 from bench.workloads import Encode, has_exact_lengths, make_workload, needs_vocabulary
@@ -22,9 +23,6 @@ from engine.config import SIMULATED
 
 if TYPE_CHECKING:
     from engine.simulation import SimulatedEngine
-
-# Of virtual time, which costs little: as much as a search with full windows takes for long outputs of large models.
-MAX_VIRTUAL_MINUTES = 1440.0
 
 # Parameters about servers over HTTP or about this machine, and their flags.
 _NOT_SIMULATED = {

@@ -1,9 +1,8 @@
 """An engine on simulated hardware in virtual time: what `redline bench`, `sweep` and `plan` see of it."""
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from engine.hardware.accuracy import simulation_mark
 from engine.hardware.description import Hardware
 from engine.hardware.pictures import PictureProcessing
 from engine.hardware.simulation import PictureInputs, Simulation
-from engine.hardware.start import simulated_executor, used_hardware
+from engine.hardware.start import config_fields, simulated_executor, used_hardware
 
 PROCESSORS = 8  # processes for pictures, without --mm-processors: a server with GPUs has cores enough for them
 
@@ -37,6 +36,9 @@ class SimulatedEngine:
     warnings: tuple[str, ...]
 
 
+Simulate = Callable[[str, list[str]], SimulatedEngine]  # model and flags of `redline serve` -> the engine
+
+
 def simulate(config: EngineConfig) -> SimulatedEngine:
     """The engine of a configuration whose device is `sim:NAME`; its time begins at 0.
 
@@ -48,11 +50,10 @@ def simulate(config: EngineConfig) -> SimulatedEngine:
     if resolved.pools:
         raise ConfigError(f"{config.name} pools, which is not simulated: choose a model that generates")
     hardware = used_hardware(config)
-    costs = hardware.host.v0 if config.engine == "v0" else hardware.host.v1
     simulation = Simulation(
         with_short_messages(resolved),
         lambda clock: simulated_executor(config, resolved, model_info, clock),
-        request_s=costs.request_ms * 1e-3,
+        request_s=hardware.host.of(config.engine).request_ms * 1e-3,
         replicas=config.data_parallel_size,
         routing=config.routing,
         seed=config.seed,
@@ -79,13 +80,12 @@ def _pictures(plan: EnginePlan, hardware: Hardware) -> PictureInputs | None:
     info, config, ablations = plan.model_info, plan.config, plan.resolution.config.ablations
     if info.mm is None or hardware.host.processing is None:
         return None
-    path = info.path if info.path.is_file() else info.path / "config.json"
     processing = PictureProcessing(
         hardware.host.processing, config.mm_processors or PROCESSORS,
         cached=NO_FEATURE_CACHE not in ablations and config.mm_cache_gb != 0,
     )  # fmt: skip
     placeholder = min(info.mm.embedding_ids)
-    return PictureInputs(json.loads(path.read_text()), placeholder, processing, inline=INLINE_PROCESSING in ablations)
+    return PictureInputs(config_fields(info), placeholder, processing, inline=INLINE_PROCESSING in ablations)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.errors import BenchError
 from bench.planning.options import Candidate, Wanted
-from bench.planning.replica import Found, Simulate, examine
+from bench.planning.replica import Found, examine
 from bench.planning.rows import PLAN_FILE, Row, read_rows, with_price, write_plan
 from bench.results import FLAG, SUMMARY_FILE, RunFiles, Summary
 from bench.results.environment import versions
@@ -15,6 +15,7 @@ from bench.results.writing import check_folder
 from bench.simulation.processes import run_all
 from bench.workloads import ANY_VOCABULARY, make_workload
 from engine.hardware.accuracy import description_version
+from engine.simulation import Simulate
 
 
 def make_plan(

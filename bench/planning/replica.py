@@ -12,21 +12,19 @@ from bench.measurement.run import BenchOptions, Subject, measure_configuration
 from bench.planning.options import Candidate, Wanted
 from bench.planning.rows import Row, binds
 from bench.results import Answer, PointRecord, RequestRecord, RunFiles, ServerState
-from bench.search.windows import WINDOW_LATENCIES
+from bench.search.windows import MAX_VIRTUAL_MINUTES, WINDOW_LATENCIES
 from bench.simulation import SimulatedServer
 from bench.workloads import Workload, make_workload
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.hardware.accuracy import description_version
 from engine.hardware.description import read_hardware
-from engine.simulation import SimulatedEngine, without_core_log
+from engine.simulation import Simulate, SimulatedEngine, without_core_log
 
 DOES_NOT_FIT = "does not fit"
 TOO_SLOW = "too slow at any rate"
-MAX_VIRTUAL_MINUTES = 1440.0
 _SHARE_REQUESTS = 1000  # least number of requests behind the latencies of a row, so that a P99 rests on ten
 _MORE_REPLICAS = 3  # tried in addition where the load of each one turns out to be too high
 
-Simulate = Callable[[str, list[str]], SimulatedEngine]  # model and flags of `redline serve` -> the engine
 Report = Callable[[str], None]
 
 

@@ -9,6 +9,8 @@ from bench.results import Phase
 from bench.search.bracket import CONFIRMATION_RUNS, Trial, bisections, round_rate
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # x the rate found
+# Limit in virtual time, which costs little: what a search with full windows takes for long outputs of large models.
+MAX_VIRTUAL_MINUTES = 1440.0
 WINDOW_LATENCIES = 5  # length of a full window in E2E latencies
 _WARMUP_LATENCIES = 1.25
 _OVERHEAD_S = 1.0  # between load points: connecting, draining, writing

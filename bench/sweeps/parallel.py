@@ -21,11 +21,10 @@ from bench.results import (
 )
 from bench.results.writing import check_folder, writing
 from bench.simulation.processes import Report, run_all
-from bench.sweeps.starting import Simulate
 from bench.sweeps.state import STATE_FILE, SweepState
 from bench.sweeps.sweep import discard, run_sweep
 from bench.sweeps.sweepfile import SweepPlan
-from engine.simulation import without_core_log
+from engine.simulation import Simulate, without_core_log
 
 PARTS_FOLDER = "parts"  # of an unfinished sweep: one folder per workload
 

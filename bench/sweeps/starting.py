@@ -20,10 +20,7 @@ from bench.target.reported_config import resolved_configuration
 from bench.workloads import Workload
 from bench.workloads.encoding import server_encoder
 from engine.errors import RedlineError
-from engine.simulation import SimulatedEngine
-
-# Model and flags of `redline serve` -> the engine on simulated hardware.
-Simulate = Callable[[str, list[str]], SimulatedEngine]
+from engine.simulation import Simulate
 
 
 @dataclass(frozen=True, slots=True)

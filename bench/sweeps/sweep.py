@@ -32,10 +32,11 @@ from bench.results import (
 )
 from bench.results.writing import CannotWriteError, check_folder
 from bench.sweeps.configurations import Configuration, model_len
-from bench.sweeps.starting import Simulate, Started, started
+from bench.sweeps.starting import Started, started
 from bench.sweeps.state import STATE_FILE, SweepState
 from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
 from bench.workloads.arrivals import Arrivals
+from engine.simulation import Simulate
 
 LOGS_FOLDER = "logs"
 _SEARCH_SHARE = 0.5  # limit of the search, of the time of one configuration on one workload; the rest is the ladder's

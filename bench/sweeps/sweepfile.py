@@ -32,6 +32,7 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.results import PointRecord
+from bench.search.windows import MAX_VIRTUAL_MINUTES
 from bench.sweeps.configurations import Configuration, flags_of, integer, only_known, positive, read_configuration
 from bench.workloads import ANY_VOCABULARY, Encode, Workload, known_fields, make_workload, needs_vocabulary
 from bench.workloads.arrivals import MOST_RATE, Arrivals
@@ -59,7 +60,7 @@ class SweepOptions:
 
     precision: float = 0.10
     max_minutes: float = 15.0  # of one configuration on one workload: search and ladder
-    max_virtual_minutes: float = 1440.0  # the same on simulated hardware, where time costs little
+    max_virtual_minutes: float = MAX_VIRTUAL_MINUTES  # the same on simulated hardware, where time costs little
     window_s: float | None = None
     rates: tuple[float, ...] | None = None  # instead of a search
     search: str = "all"  # or "first": only the first configuration

@@ -35,7 +35,7 @@ class SimulatedMachine:
         self._ranks = config.tensor_parallel_size
         refuse_tile_table(config, f"on {config.device}")
         _check(config, self.hardware)
-        self.defaults = _defaults(config, self.hardware)
+        self.defaults = defaults_of(self.hardware, config.engine)
 
     def available_memory(self) -> int:
         return self._ranks * self.hardware.memory_bytes
@@ -63,10 +63,11 @@ class SimulatedMachine:
         return [told, *profile_warnings(config.simulated, self.hardware)]
 
 
-def _defaults(config: EngineConfig, hardware: Hardware) -> Defaults:
+def defaults_of(hardware: Hardware, engine: str | None) -> Defaults:
+    """The values of options that were not given, of an engine: v1, v0, or None for the default, v1."""
     if hardware.defaults is not None:
         return Defaults(**structs.asdict(hardware.defaults))
-    if config.engine == "v0":
+    if engine == "v0":
         return V0
     # vLLM's condition: an A100, which multiplies no fp8, keeps the smaller values whatever its memory.
     large = hardware.memory_bytes >= LARGE_BYTES and hardware.peak_tflops.fp8 is not None

@@ -34,7 +34,7 @@ def median_first_token(
         requests: by time.
     """
     config = resolved_config(hardware, engine, requests)
-    costs = hardware.host.v0 if engine == "v0" else hardware.host.v1
+    costs = hardware.host.of(engine)
     host = SimulatedHost(costs, 1, overlaps=not config.ablations & SYNCHRONOUS)
 
     def make_executor(clock: VirtualClock) -> SimulatedExecutor:

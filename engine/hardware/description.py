@@ -152,6 +152,10 @@ class Host(Struct, frozen=True, forbid_unknown_fields=True):
     v0: HostCosts
     processing: Processing | None = None
 
+    def of(self, engine: str | None) -> HostCosts:
+        """The costs of an engine: v1, v0, or None for the default, v1."""
+        return self.v0 if engine == "v0" else self.v1
+
 
 class EngineDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """Values of options that the engine on this device has; see `engine.devices.machine.Defaults`."""

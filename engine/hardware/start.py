@@ -1,6 +1,7 @@
 """Makes the executor of a configuration on simulated hardware."""
 
 import json
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -25,18 +26,21 @@ def simulated_executor(
     Raises ConfigError if the hardware has no times for the model or for this number of ranks.
     """
     hardware, ranks = used_hardware(config), config.tensor_parallel_size
-    costs = hardware.host.v0 if config.engine == "v0" else hardware.host.v1
-    host = SimulatedHost(costs, ranks, overlaps=not resolved.ablations & SYNCHRONOUS)
+    host = SimulatedHost(hardware.host.of(config.engine), ranks, overlaps=not resolved.ablations & SYNCHRONOUS)
     step_time = StepTime(hardware, decoder_shape(config, model_info), ranks, _tower(model_info))
     sizes = resolved.max_num_seqs, model_info.vocab_size
     return SimulatedExecutor(clock, step_time, host, *sizes, config.simulated_tokens)
 
 
 def _tower(model_info: ModelInfo) -> TowerShape | None:
-    if model_info.mm is None:
-        return None
+    return None if model_info.mm is None else tower_shape(config_fields(model_info))
+
+
+def config_fields(model_info: ModelInfo) -> dict[str, Any]:
+    """The fields of the model's config.json."""
     path = model_info.path
-    return tower_shape(json.loads((path if path.is_file() else path / CONFIG).read_text()))
+    fields: dict[str, Any] = json.loads((path if path.is_file() else path / CONFIG).read_text())
+    return fields
 
 
 def used_hardware(config: EngineConfig) -> Hardware:

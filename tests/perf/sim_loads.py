@@ -7,6 +7,7 @@ from statistics import fmean
 import numpy as np
 
 from engine.config import EngineConfig, ResolvedConfig
+from engine.devices.simulated import defaults_of
 from engine.errors import ConfigError
 from engine.hardware.description import Hardware, read_hardware
 from engine.hardware.engines import OtherEngine, read_engine
@@ -14,12 +15,12 @@ from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.gemm import ITEM_BYTES
 from engine.hardware.simulation import Reply, Simulation
 from engine.hardware.step_time import DecoderShape, StepTime
+from engine.simulation import without_core_log
 from tests.perf.sim_rows import Case
 
 BLOCK = 16
 IN_FRONT = {"inline-frontend", "inline-processing"}  # parts of V0 whose time is among its host costs
 UTILIZATION, RESERVED = 0.9, 4e9  # of the memory; bytes of each rank for the runtime, graphs and activations
-LARGE_MEMORY = 70e9  # from here on, vLLM's defaults on all but the A100 are the larger ones
 WAVES, SIMULATED_WAVES = 10, 3  # requests of a closed loop by their concurrency: measured as a rule, and simulated
 RATE_SECONDS, RATE_WARMUP = 120.0, 20.0
 
@@ -27,7 +28,7 @@ RATE_SECONDS, RATE_WARMUP = 120.0, 20.0
 def simulate(case: Case) -> dict[str, float]:
     """What a client would measure, in milliseconds and per second. Raises ConfigError for what has no times."""
     hardware, other = _hardware(case)
-    costs = hardware.host.v0 if case.engine == "v0" else other.host if other else hardware.host.v1
+    costs = other.host if other else hardware.host.of(case.engine)
     config = resolved(case, hardware, other)
     host = SimulatedHost(costs, case.ranks, overlaps=case.engine != "v0")
     step_time = StepTime(hardware, case.shape, case.ranks)
@@ -37,7 +38,8 @@ def simulate(case: Case) -> dict[str, float]:
         request_s=costs.request_ms * 1e-3,
     )
     drive = {"closed": closed_loop, "at once": at_once, "rate": at_rate}[case.load]
-    return drive(simulation, case)
+    with without_core_log():
+        return drive(simulation, case)
 
 
 def _hardware(case: Case) -> tuple[Hardware, OtherEngine | None]:
@@ -65,8 +67,8 @@ def resolved(case: Case, hardware: Hardware, other: OtherEngine | None) -> Resol
     longest = case.input + case.output if case.spread else 4096
     if tokens < longest:
         raise ConfigError(f"the memory has room for {max(tokens, 0):,} tokens, a request has {longest:,}")
-    large = hardware.memory_bytes > LARGE_MEMORY and hardware.peak_tflops.fp8 is not None and case.engine != "v0"
-    rows = 1024 if large else 256
+    defaults = defaults_of(hardware, case.engine)
+    rows = defaults.max_num_seqs
     if case.load == "closed":
         rows = min(rows, int(case.value))
     if other is not None and other.whole_requests:
@@ -76,7 +78,7 @@ def resolved(case: Case, hardware: Hardware, other: OtherEngine | None) -> Resol
     return ResolvedConfig(
         max_model_len=longest,
         max_num_seqs=rows,
-        max_num_batched_tokens=max(8192 if large else 2048, longest if case.engine == "v0" else 0),
+        max_num_batched_tokens=max(defaults.max_num_batched_tokens, longest if case.engine == "v0" else 0),
         block_size=BLOCK,
         num_blocks=tokens // BLOCK + 2,
         enable_prefix_caching=False,
