@@ -38,22 +38,25 @@ def profile_machine(device: str, out: Path | None) -> None:
     from engine.worker.threads import limit_libraries
 
     limit_libraries()  # before torch is imported
-    from engine.profiling import grid_for
+    from engine.profiling import find_device
 
     console = verbatim_console(file_width=100)
-    grid, kind = grid_for(device)
+    found = find_device(device)
+    grid, kind = found.grid, found.kind
     path = out or profile_file()
     _check_writable(path)
-    console.print(f"measuring {processor() if kind == 'cpu' else 'the GPU'}: leave the machine alone meanwhile …")
+    console.print(f"measuring {found.title}: leave the machine alone meanwhile …")
     with _bar(console) as bar:
         measured = _measure_device(bar, grid, kind)
         times = {engine: _measure_host(bar, grid, kind, engine) for engine in HOST_ROUNDS}
     facts = Profiled(
         processor(), cores(), measured.kernels, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        metadata.version("redline-llm"), round(measured.busy, 4),
+        metadata.version("redline-llm"), round(measured.busy, 4), found.kind,
     )  # fmt: skip
     hosts = {engine: fit_host(one.steps, one.first_token, measured.fit.step_s) for engine, one in times.items()}
-    hardware = describe(measured.fit, hosts, facts, measured.defaults)
+    hardware = describe(
+        measured.fit, hosts, facts, measured.defaults, title=found.title, memory_bytes=found.memory_bytes
+    )
     for engine, one in times.items():
         hardware = with_way_to_core(hardware, grid.shapes[0], engine, _arrivals(one))
     write_description(path, hardware)

@@ -13,10 +13,13 @@ import psutil
 
 from engine.config import EngineConfig
 from engine.devices import machine_for
+from engine.devices.cpu import CpuMachine
+from engine.devices.cuda import CudaMachine
 from engine.errors import ConfigError
-from engine.hardware.description import EngineDefaults
+from engine.hardware.description import DeviceKind, EngineDefaults
 from engine.hardware.device_fit import DeviceFit, MeasuredStep, fit_device
 from engine.hardware.step_time import DecoderShape
+from engine.host import cores, processor
 from engine.worker.step_meter import Composition, StepMeter
 
 HOST_REPEATS = 12  # of a step whose time is taken from a server's
@@ -100,13 +103,25 @@ class MeasuredDevice:
     busy: float
 
 
-def grid_for(device: str) -> tuple[Grid, str]:
-    """The grid for a device type or `auto`, and the device type, cpu or cuda. Raises ConfigError if there is none."""
+@dataclass(frozen=True, slots=True)
+class ProfiledDevice:
+    """What is measured. memory_bytes: free before anything runs on it."""
+
+    kind: DeviceKind
+    title: str
+    memory_bytes: int
+    grid: Grid
+
+
+def find_device(device: str) -> ProfiledDevice:
+    """The device of a type, or of `auto`. Raises ConfigError if there is none that can be measured."""
     options: dict[str, Any] = {"device": device}
     machine = machine_for(EngineConfig(model="profile", **options))
-    if machine.torch_type not in ("", "cuda"):
-        raise ConfigError(f"--device {device} can't be profiled: use cpu or cuda")
-    return (GPU_GRID, "cuda") if machine.torch_type else (CPU_GRID, "cpu")
+    if isinstance(machine, CudaMachine):
+        return ProfiledDevice("cuda", machine.gpu, machine.available_memory(), GPU_GRID)
+    if isinstance(machine, CpuMachine):
+        return ProfiledDevice("cpu", f"{processor()}, {cores()} threads", machine.available_memory(), CPU_GRID)
+    raise ConfigError(f"--device {device} can't be profiled: use cpu or cuda")
 
 
 def measure_device(grid: Grid, show: Show, options: dict[str, Any] | None = None) -> MeasuredDevice:

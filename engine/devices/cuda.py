@@ -67,6 +67,11 @@ class CudaMachine:
         if self._quantization == "fp8":
             _check_fp8(facts)
 
+    @property
+    def gpu(self) -> str:
+        """The name of the first GPU."""
+        return self._facts.name
+
     def available_memory(self) -> int:
         """Free memory when the engine started: each rank can take what the GPU with the least has."""
         return self._ranks * (self._facts.free_bytes or 0)

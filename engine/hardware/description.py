@@ -3,7 +3,7 @@
 import functools
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 Positive = Annotated[float, Meta(gt=0)]
 Part = Annotated[float, Meta(gt=0, le=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
+DeviceKind = Literal["cpu", "cuda"]
 THIS_MACHINE = "this-machine"  # the name of the description that `redline profile` writes
 
 
@@ -168,7 +169,10 @@ class EngineDefaults(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profiled(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where and when `redline profile` measured a description. busy: the share of the cores that others used, 0..1."""
+    """Where and when `redline profile` measured a description.
+
+    processor, threads: of the host. busy: the share of the cores that others used, 0..1. device: what ran the steps.
+    """
 
     processor: str
     threads: int
@@ -176,6 +180,7 @@ class Profiled(Struct, frozen=True, forbid_unknown_fields=True):
     date: str
     version: str
     busy: NotNegative
+    device: DeviceKind = "cpu"
 
 
 class Hardware(Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,6 +207,11 @@ class Hardware(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def memory_bytes(self) -> int:
         return int(self.memory_gb.value * 1e9)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the steps run on the cores of the host, which the processes of all engines share."""
+        return self.profiled is not None and self.profiled.device == "cpu"
 
 
 def hardware_names() -> list[str]:

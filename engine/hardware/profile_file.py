@@ -24,7 +24,6 @@ from engine.hardware.description import (
 from engine.hardware.device_fit import SOURCE, DeviceFit
 from engine.hardware.least_squares import nonnegative_least_squares
 from engine.hardware.step_time import DecoderShape
-from engine.host import total_memory
 
 HEAD = """\
 # Written by `redline profile`. Steps of small decoders with random weights were measured on this machine as its engine
@@ -80,17 +79,29 @@ def with_way_to_core(
 
 
 def describe(
-    device: DeviceFit, hosts: Mapping[str, HostCosts], profiled: Profiled, defaults: EngineDefaults
+    device: DeviceFit,
+    hosts: Mapping[str, HostCosts],
+    profiled: Profiled,
+    defaults: EngineDefaults,
+    *,
+    title: str,
+    memory_bytes: int,
 ) -> Hardware:
-    """The description of this machine; `hosts` by engine, v1 and v0."""
+    """The description of the device that was measured.
+
+    Args:
+        hosts: by engine, v1 and v0.
+        title: what the device is called.
+        memory_bytes: free on the device before it was measured, which is what an engine takes its share of.
+    """
     sources = {
         SOURCE: f"redline profile {profiled.version}, {profiled.date}: median error {device.error:.1%} of the steps",
-        "none": "Not measured: ranks on one machine share its cores",
+        "none": "Not measured: steps were those of one rank",
     }
     return Hardware(
-        title=f"{profiled.processor}, {profiled.threads} threads",
+        title=title,
         sources=sources,
-        memory_gb=Quantity(total_memory() / 1e9, SOURCE),
+        memory_gb=Quantity(memory_bytes / 1e9, SOURCE),
         bandwidth_tb_s=Quantity(device.bandwidth / 1e12, SOURCE),
         peak_tflops=Peaks(SOURCE, bf16=device.peak / 1e12),
         gemm=device.gemm,

@@ -13,7 +13,7 @@ from engine.devices.probe import DeviceFacts
 from engine.devices.tile_files import default_file, read_table
 from engine.hardware.description import read_hardware
 from engine.hardware.step_time import StepTime, StepWork
-from engine.host import processor
+from engine.host import cores, processor
 from engine.kernels.tile_table import Tile
 
 SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--block-size", "8"]
@@ -177,6 +177,8 @@ def test_a_reduced_profile_of_this_machine_can_be_simulated(
     hardware = read_hardware(str(path))
     assert hardware.profiled is not None
     assert hardware.profiled.processor == processor()
+    assert hardware.title == f"{processor()}, {cores()} threads"
+    assert hardware.is_cpu
     step = StepTime(hardware, SMALL.shapes[0]).seconds(StepWork(decodes=4, context=100, sampled=4))
     assert 0 < step + hardware.host.v1.step_seconds(4, 1) < 10
 

@@ -4,9 +4,21 @@ import dataclasses
 
 import pytest
 
+from engine.devices import cpu, cuda, probe
+from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError
 from engine.hardware.step_time import DecoderShape
-from engine.profiling import CPU_GRID, Grid, HostMeter, OtherLoad, grid_for, measure_device
+from engine.host import cores, processor
+from engine.profiling import (
+    CPU_GRID,
+    GPU_GRID,
+    Grid,
+    HostMeter,
+    OtherLoad,
+    ProfiledDevice,
+    find_device,
+    measure_device,
+)
 
 SMALL = Grid(
     shapes=(DecoderShape(6, 128, 256, 4, 2, 32, 512), DecoderShape(2, 256, 512, 4, 4, 64, 512)),
@@ -41,10 +53,19 @@ def test_steps_of_a_host_meter_are_those_of_servers() -> None:
         assert 0 < meter.prompt() < 10
 
 
-def test_devices_that_cannot_be_profiled_are_refused() -> None:
-    assert grid_for("cpu") == (CPU_GRID, "cpu")
-    with pytest.raises(ConfigError, match="--device"):
-        grid_for("mps")
+def test_the_device_that_is_measured_has_its_own_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available_memory", lambda: 3 << 30)
+    assert find_device("cpu") == ProfiledDevice("cpu", f"{processor()}, {cores()} threads", 3 << 30, CPU_GRID)
+    facts = DeviceFacts(name="NVIDIA H100 80GB HBM3", free_bytes=79 << 30, capability=(9, 0))
+    monkeypatch.setattr(cuda, "find_gpus", lambda _ranks: facts)
+    monkeypatch.setattr(cuda, "has_triton", lambda: True)
+    assert find_device("cuda") == ProfiledDevice("cuda", "NVIDIA H100 80GB HBM3", 79 << 30, GPU_GRID)
+
+
+def test_devices_that_cannot_be_profiled_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "ask", lambda _device, _ranks=1: DeviceFacts(name="some", free_bytes=1 << 30))
+    with pytest.raises(ConfigError, match=r"--device mps can't be profiled: use cpu or cuda"):
+        find_device("mps")
 
 
 def test_shapes_differ_in_what_the_fit_tells_apart() -> None:

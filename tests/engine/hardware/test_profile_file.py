@@ -37,7 +37,10 @@ def description(**facts: object) -> Hardware:
     device = fit_device(steps, CPU_GRID.rows)
     costs = fit_host({1: 0.001, 8: 0.0017, 32: 0.0041}, 0.004, device.step_s)
     profiled = Profiled(processor(), 2, "fused stack", "2026-11-29 12:00 UTC", "0.1.0", 0.0)
-    return describe(device, {"v1": costs, "v0": costs}, replace(profiled, **facts), DEFAULTS)
+    return describe(
+        device, {"v1": costs, "v0": costs}, replace(profiled, **facts), DEFAULTS, title=f"{processor()}, 2 threads",
+        memory_bytes=8 << 30,
+    )  # fmt: skip
 
 
 @given(fixed=st.floats(0, 0.01), each=st.floats(0, 1e-3), admitted=st.floats(0, 0.1), step=st.floats(0, 0.01))
