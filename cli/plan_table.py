@@ -9,6 +9,7 @@ from rich.text import Text
 
 from bench.planning.options import Candidate, Wanted
 from bench.planning.rows import Row, metric_name, ordered
+from engine.errors import ConfigError
 from engine.hardware.accuracy import simulation_mark
 from plots.simulated import error_text
 
@@ -75,8 +76,21 @@ def show_plan(console: Console, wanted: Wanted, rows: Sequence[Row], candidates:
     for row in ordered(rows):
         if row.replicas is None:
             console.print(row_line(row), soft_wrap=True, style="dim")
-    for name in dict.fromkeys(row.hardware for row in rows):
-        console.print(error_text(simulation_mark(name)), soft_wrap=True, style="yellow")
+    simulated = dict.fromkeys((row.hardware, _engine(wanted, row)) for row in rows)
+    for name, engine in simulated:
+        if engine is None:
+            continue
+        console.print(error_text(simulation_mark(name, engine)), soft_wrap=True, style="yellow")
+
+
+def _engine(wanted: Wanted, row: Row) -> str | None:
+    """The engine that was simulated: v1 or v0; None: the flags of its server were refused."""
+    from cli.serve import engine_config
+
+    try:
+        return engine_config(wanted.model, Candidate(row.hardware, row.tp).flags(wanted)).engine
+    except ConfigError:
+        return None
 
 
 def _table(wanted: Wanted, rows: Sequence[Row]) -> Table:

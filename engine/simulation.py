@@ -61,7 +61,7 @@ def simulate(config: EngineConfig) -> SimulatedEngine:
     )
     return SimulatedEngine(
         simulation, config.name, hardware.title, _described(plan), model_info.vocab_size, _resolved(plan),
-        simulation_mark(config.simulated), plan.resolution.warnings,
+        simulation_mark(config.simulated, config.engine), plan.resolution.warnings,
     )  # fmt: skip
 
 

@@ -10,12 +10,12 @@ _METRICS = (("tpot", "TPOT"), ("ttft", "TTFT"))
 
 
 def marks(summaries: Iterable[Summary]) -> list[dict[str, Any]]:
-    """The hardware of all simulated configurations, each once."""
+    """The hardware and the engine of all simulated configurations, each pair once."""
     found: dict[str, dict[str, Any]] = {}
     for summary in summaries:
         for _, mark in _marked(summary):
             if mark is not None:
-                found.setdefault(f"{mark['title']} {mark['description']}", mark)
+                found.setdefault(f"{mark['title']} {mark['description']} {mark.get('engine')}", mark)
     return list(found.values())
 
 
@@ -54,23 +54,28 @@ def label_marks(summaries: Sequence[Summary]) -> list[dict[str, str]]:
 
 def hardware_texts(summary: Summary) -> list[str]:
     """The simulated hardware of a run, with the version of its description."""
-    return [f"{SIMULATED} {mark['title']} (description {mark['description']})" for mark in marks([summary])]
+    texts = (f"{SIMULATED} {mark['title']} (description {mark['description']})" for mark in marks([summary]))
+    return list(dict.fromkeys(texts))
 
 
 def error_texts(summaries: Iterable[Summary]) -> list[str]:
-    """What is known about the errors of the simulated latencies, one text per hardware."""
+    """What is known about the errors of the simulated latencies, one text per hardware and engine."""
     return [error_text(mark) for mark in marks(summaries)]
 
 
 def error_text(mark: dict[str, Any]) -> str:
-    """What is known about the errors on the hardware of a mark."""
+    """What is known about the errors of an engine on the hardware of a mark, and what was not validated."""
     known = mark.get("errors") or {}
     parts = [
         f"{label} {known[key]['median']:.1%} (median), {known[key]['p90']:.0%} (P90)"
         for key, label in _METRICS
         if key in known
     ]
-    return f"Errors of simulated latencies on {mark['title']}: {', '.join(parts) if parts else 'not known'}"
+    # Results of earlier versions name no engine; their errors are those of all engines and loads.
+    engine, loads = (f", {str(mark['engine']).upper()}", "closed loops: ") if "engine" in mark else ("", "")
+    found = f"{loads}{', '.join(parts)}" if parts else "not known"
+    note = f"; {mark['note']}" if mark.get("note") else ""
+    return f"Errors of simulated latencies on {mark['title']}{engine}: {found}{note}"
 
 
 def _marked(summary: Summary) -> Iterator[tuple[str, dict[str, Any] | None]]:

@@ -6,6 +6,7 @@ from engine.config import EngineConfig
 from engine.devices.cuda import RUNTIME_BYTES
 from engine.devices.machine import Defaults, bytes_per_token, refuse_tile_table
 from engine.errors import ConfigError
+from engine.hardware.accuracy import unvalidated
 from engine.hardware.description import Hardware, read_hardware
 from engine.hardware.profiled import profile_warnings
 from engine.model.model_info import ModelInfo
@@ -59,8 +60,11 @@ class SimulatedMachine:
         return f"{config.device} (simulated: {count}{self.hardware.title})"
 
     def warnings(self, config: EngineConfig) -> list[str]:
-        told = f"--device {config.device} is simulated: tokens are random, and times are those of a latency model"
-        return [told, *profile_warnings(config.simulated, self.hardware)]
+        device = f"--device {config.device}"
+        found = [f"{device} is simulated: tokens are random, and times are those of a latency model"]
+        if note := unvalidated(self.hardware, config.engine):
+            found.append(f"{device}: {note}")
+        return [*found, *profile_warnings(config.simulated, self.hardware)]
 
 
 def defaults_of(hardware: Hardware, engine: str | None) -> Defaults:

@@ -9,14 +9,16 @@ from cli.report import show_report
 from plots.data import hardware_lines, load, model_names
 from plots.latency import caption
 from plots.report import write_report
-from plots.simulated import error_texts
+from plots.simulated import error_text, error_texts
 from tests.plots.made import Server
 
 H100 = {
-    "hardware": "h100", "title": "NVIDIA H100 SXM 80 GB", "description": "0123456789ab",
+    "hardware": "h100", "title": "NVIDIA H100 SXM 80 GB", "description": "0123456789ab", "engine": "v1",
     "errors": {"tpot": {"median": 0.045, "p90": 0.12, "rows": 300}},
 }  # fmt: skip
 H200 = H100 | {"hardware": "h200", "title": "NVIDIA H200 SXM 141 GB", "errors": {}}
+NOTE = "host costs of V0: read off a figure, not validated"
+V0 = H100 | {"engine": "v0", "errors": {}, "note": NOTE}
 PAIR = {"v1": Server(4.0), "v0": Server(3.0)}
 
 
@@ -31,7 +33,7 @@ def marked(folder: Path, **hardware: dict) -> Path:
 
 @pytest.fixture
 def simulated(make_run: Callable[..., Path]) -> Path:
-    return marked(make_run("simulated", PAIR), v1=H100, v0=H100)
+    return marked(make_run("simulated", PAIR), v1=H100, v0=V0)
 
 
 def test_the_summary_says_that_it_is_simulated(simulated: Path, make_run: Callable[..., Path]) -> None:
@@ -47,9 +49,11 @@ def test_titles_and_captions_name_the_simulated_hardware(simulated: Path) -> Non
     assert results.heading("500/2000").endswith("simulated NVIDIA H100 SXM 80 GB: 500/2000")
     assert results.configurations == ["v1", "v0"]  # the title says all
     assert hardware_lines(results) == ["simulated NVIDIA H100 SXM 80 GB (description 0123456789ab)"]
-    known = "Errors of simulated latencies on NVIDIA H100 SXM 80 GB: TPOT 4.5% (median), 12% (P90)"
-    assert error_texts(results.summaries) == [known]
-    assert known in "  ".join(caption(results, results.workloads[0]))
+    errors = "Errors of simulated latencies on NVIDIA H100 SXM 80 GB"
+    known = [f"{errors}, V1: closed loops: TPOT 4.5% (median), 12% (P90)", f"{errors}, V0: not known; {NOTE}"]
+    assert error_texts(results.summaries) == known
+    shown = " ".join(" ".join(caption(results, results.workloads[0])).split())
+    assert all(text in shown for text in known)
 
 
 def test_a_simulated_configuration_that_never_ran_does_not_count_as_measured(simulated: Path) -> None:
@@ -77,7 +81,7 @@ def test_several_simulated_devices_are_named_one_by_one(simulated: Path, make_ru
     assert results.title.endswith(", simulated NVIDIA H100 SXM 80 GB and NVIDIA H200 SXM 141 GB")
     assert results.configurations[0] == "simulated: v1 (simulated h100)"
     assert results.configurations[3] == "other: v0 (simulated h200)"
-    assert error_texts(results.summaries)[1].endswith("NVIDIA H200 SXM 141 GB: not known")
+    assert error_texts(results.summaries)[-1].endswith("NVIDIA H200 SXM 141 GB, V1: not known")
 
 
 def test_page_markdown_and_terminal_carry_the_mark(simulated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,9 +90,17 @@ def test_page_markdown_and_terminal_carry_the_mark(simulated: Path, capsys: pyte
     assert "simulated NVIDIA H100 SXM 80 GB</h1>" in page
     assert '<p class="facts">Simulated ' in page
     assert "TPOT 4.5%" in page
+    assert NOTE in page
     assert "simulated NVIDIA H100 SXM 80 GB" in (simulated / "comparison.md").read_text().splitlines()[0]
     show_report((simulated,), None)
-    assert "simulated NVIDIA H100 SXM 80 GB" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "simulated NVIDIA H100 SXM 80 GB" in shown
+    assert NOTE in shown
+
+
+def test_results_of_earlier_versions_name_no_engine_and_no_kind_of_load() -> None:
+    mark = {"title": "NVIDIA H100", "errors": {"ttft": {"median": 0.4, "p90": 1.6, "rows": 300}}}
+    assert error_text(mark) == "Errors of simulated latencies on NVIDIA H100: TTFT 40.0% (median), 160% (P90)"
 
 
 MODELS = {"500/2000": "org/small", "2048/128": "org/large"}
