@@ -32,7 +32,7 @@ def profile_machine(device: str, out: Path | None) -> None:
         out: the file to write; None: that of this machine in the user's cache.
     """
     from engine.hardware.description import THIS_MACHINE, Profiled, profile_file
-    from engine.hardware.profile_file import describe, fit_host, with_way_to_core, write_description
+    from engine.hardware.profile_file import describe, fit_host, with_request_latency, write_description
     from engine.hardware.profiled import profile_warnings
     from engine.host import cores, processor
     from engine.worker.threads import limit_libraries
@@ -58,7 +58,7 @@ def profile_machine(device: str, out: Path | None) -> None:
         measured.fit, hosts, facts, measured.defaults, title=found.title, memory_bytes=found.memory_bytes
     )
     for engine, one in times.items():
-        hardware = with_way_to_core(hardware, grid.shapes[0], engine, _arrivals(one))
+        hardware = with_request_latency(hardware, grid.shapes[0], engine, _arrivals(one))
     write_description(path, hardware)
     name = THIS_MACHINE if out is None else str(path)
     _print(console, hardware)

@@ -51,13 +51,7 @@ class CpuMachine:
         return {}
 
     def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
-        """From the shapes of activations, logits, and the generic backend's gathered keys and scores."""
-        logits = (
-            max_num_seqs * model_info.vocab_size * ITEMSIZE[model_info.dtype]
-            + min(max_num_seqs, SAMPLER_ROWS) * model_info.vocab_size * 4 * 4
-        )
-        activations = max_num_batched_tokens * bytes_per_token(model_info)
-        return activations + logits + gathered_attention_bytes(model_info, block_size)
+        return cpu_workspace(model_info, max_num_seqs, max_num_batched_tokens, block_size)
 
     def encoder_dtype(self, dtype: str) -> str:
         return encoder_dtype(dtype)
@@ -79,6 +73,16 @@ class CpuMachine:
         flags = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
         what = "ranks" if ranks > 1 else "replicas"
         return [*self._notes, f"{' '.join(flags)} on {cores()} cores: {what} share cores; use fewer"]
+
+
+def cpu_workspace(model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
+    """Of a step on the CPU: activations, logits, and the generic backend's gathered keys and scores."""
+    logits = (
+        max_num_seqs * model_info.vocab_size * ITEMSIZE[model_info.dtype]
+        + min(max_num_seqs, SAMPLER_ROWS) * model_info.vocab_size * 4 * 4
+    )
+    activations = max_num_batched_tokens * bytes_per_token(model_info)
+    return activations + logits + gathered_attention_bytes(model_info, block_size)
 
 
 def pytorch_warnings(dtype: str) -> list[str]:

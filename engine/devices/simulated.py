@@ -3,6 +3,7 @@
 from msgspec import structs
 
 from engine.config import EngineConfig
+from engine.devices.cpu import cpu_workspace
 from engine.devices.cuda import RUNTIME_BYTES
 from engine.devices.machine import Defaults, bytes_per_token, refuse_tile_table
 from engine.errors import ConfigError
@@ -11,12 +12,9 @@ from engine.hardware.description import Hardware, read_hardware
 from engine.hardware.profiled import profile_warnings
 from engine.model.model_info import ModelInfo
 
-# Defaults of vLLM: V1's on GPUs of the size of an H100 and on others, V0's on all.
-V1_LARGE = Defaults(
-    max_num_seqs=1024, max_num_batched_tokens=8192, min_chunk=256, block_size=16, memory_utilization=0.9
-)
-V1_SMALL = Defaults(max_num_seqs=256, max_num_batched_tokens=2048, min_chunk=256, block_size=16, memory_utilization=0.9)
-V0 = Defaults(max_num_seqs=256, max_num_batched_tokens=2048, min_chunk=256, block_size=16, memory_utilization=0.9)
+# Defaults of vLLM: V1's on GPUs of the size of an H100; V1's on others, and V0's on all.
+LARGE = Defaults(max_num_seqs=1024, max_num_batched_tokens=8192, min_chunk=256, block_size=16, memory_utilization=0.9)
+SMALL = Defaults(max_num_seqs=256, max_num_batched_tokens=2048, min_chunk=256, block_size=16, memory_utilization=0.9)
 LARGE_BYTES = 70e9
 # Of the sampler for each logit. With it, the KV cache of four published starts of vLLM on an H100 NVL is met within 1 %
 # (`tests/engine/devices/test_simulated.py`).
@@ -44,8 +42,10 @@ class SimulatedMachine:
     def environment(self, replica: int) -> dict[str, str]:  # noqa: ARG002
         return {}
 
-    def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:  # noqa: ARG002
-        """What vLLM finds when it runs its largest step: either the activations or the logits are the most."""
+    def workspace(self, model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:
+        """What the engine reserves on a CPU; else what vLLM finds in its largest step, activations or logits."""
+        if self.hardware.is_cpu:
+            return cpu_workspace(model_info, max_num_seqs, max_num_batched_tokens, block_size)
         activations = max_num_batched_tokens * bytes_per_token(model_info)
         return RUNTIME_BYTES + max(activations, max_num_seqs * model_info.vocab_size * LOGIT_BYTES)
 
@@ -72,10 +72,10 @@ def defaults_of(hardware: Hardware, engine: str | None) -> Defaults:
     if hardware.defaults is not None:
         return Defaults(**structs.asdict(hardware.defaults))
     if engine == "v0":
-        return V0
+        return SMALL
     # vLLM's condition: an A100, which multiplies no fp8, keeps the smaller values whatever its memory.
     large = hardware.memory_bytes >= LARGE_BYTES and hardware.peak_tflops.fp8 is not None
-    return V1_LARGE if large else V1_SMALL
+    return LARGE if large else SMALL
 
 
 def _check(config: EngineConfig, hardware: Hardware) -> None:
@@ -106,6 +106,11 @@ def _check(config: EngineConfig, hardware: Hardware) -> None:
         )
     if config.kv_cache_dtype == "fp8" and hardware.attention.decode.fp8 is None:
         raise ConfigError(f"--kv-cache-dtype fp8: {hardware.title} has no times for it: leave it out")
+    if hardware.is_cpu and config.data_parallel_size > 1:
+        raise ConfigError(
+            f"--dp {config.data_parallel_size} does not work on {device}: replicas on one machine share its cores and "
+            "its memory, and its description has times for one of them: leave it out"
+        )
     ranks = config.tensor_parallel_size
     if ranks > 1 and ranks not in hardware.all_reduce.ranks:
         known = ", ".join(map(str, (1, *sorted(hardware.all_reduce.ranks))))

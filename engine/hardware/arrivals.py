@@ -60,9 +60,13 @@ def median_first_token(
 
 
 def resolved_config(hardware: Hardware, engine: str, requests: Sequence[ArrivingRequest]) -> ResolvedConfig:
-    """That of an engine with the hardware's defaults, and room for all requests."""
+    """That of an engine with the hardware's defaults, and room for all requests.
+
+    Raises ValueError for hardware that `redline profile` didn't measure.
+    """
     defaults = hardware.defaults
-    assert defaults is not None, "only what was measured is compared"
+    if defaults is None:
+        raise ValueError(f"{hardware.title}: only a description that was measured can be compared with measurements")
     longest = max(request.prompt_tokens + request.output_tokens for request in requests)
     return ResolvedConfig(
         max_model_len=longest,

@@ -61,7 +61,7 @@ def fit_host(steps: Mapping[int, float], first_token: float, step_s: float) -> H
     )
 
 
-def with_way_to_core(
+def with_request_latency(
     hardware: Hardware, shape: DecoderShape, engine: str, measured: Sequence[MeasuredArrivals]
 ) -> Hardware:
     """The description with the time of a request from its sending to the core, while the cores are busy.

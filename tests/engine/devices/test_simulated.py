@@ -15,6 +15,7 @@ from engine.engine_plan import plan_engine
 from engine.errors import ConfigError
 from engine.hardware.profile_file import write_description
 from tests.engine.hardware.test_profile_file import DEFAULTS, description
+from tests.tiny import write_tiny
 
 
 def configure(device: str = "sim:h100", **options: Any) -> EngineConfig:
@@ -100,3 +101,31 @@ def test_a_machine_that_was_measured_keeps_its_defaults_and_is_doubted_if_it_was
     machine = SimulatedMachine(config)
     assert machine.defaults == Defaults(**structs.asdict(DEFAULTS))
     assert "others used 50% of the cores" in machine.warnings(config)[1]
+
+
+def test_the_kv_cache_of_a_measured_cpu_is_that_of_its_engine(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    write_description(path, description())
+    options: dict[str, Any] = {
+        "model": write_tiny(tmp_path), "dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 96,
+        "max_num_batched_tokens": 112,
+    }  # fmt: skip
+    memory = 64 << 20  # less than all requests could use
+    simulated = plan_engine(EngineConfig(device=f"sim:{path}", **options), memory)
+    real = plan_engine(EngineConfig(device="cpu", load_format="dummy", **options), memory)
+    lines = [{line.what: line.bytes for line in one.resolution.memory} for one in (simulated, real)]
+    assert lines[0]["workspace"] == lines[1]["workspace"]
+    assert lines[0]["KV cache"] == pytest.approx(lines[1]["KV cache"], rel=0.01)
+    assert lines[0]["KV cache"] < memory // 2
+    config = simulated.config
+    assert SimulatedMachine(config).available_memory() == pytest.approx(8 << 30, rel=1e-3)
+
+
+def test_replicas_that_would_share_the_cores_of_a_measured_cpu_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    write_description(path, description())
+    with pytest.raises(ConfigError, match=r"--dp 2 does not work on sim:.*mine.yaml: replicas .* share its cores"):
+        machine_for(configure(f"sim:{path}", data_parallel_size=2))
+    write_description(path, description(device="cuda"))
+    assert machine_for(configure(f"sim:{path}", data_parallel_size=2)).available_memory() > 0
+    assert machine_for(configure(data_parallel_size=2)).available_memory() == 84_900_000_000

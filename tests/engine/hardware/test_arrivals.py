@@ -4,7 +4,8 @@ import pytest
 from msgspec.structs import replace
 
 from engine.hardware.arrivals import ArrivingRequest, median_first_token
-from engine.hardware.profile_file import MeasuredArrivals, with_way_to_core
+from engine.hardware.description import read_hardware
+from engine.hardware.profile_file import MeasuredArrivals, with_request_latency
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
 from tests.engine.hardware.test_profile_file import description
 
@@ -28,13 +29,18 @@ def test_among_others_it_waits_for_a_step() -> None:
     assert median_first_token(hardware, SHAPE, "v1", [*STREAMS, *LATE]) > alone
 
 
-def test_what_measured_first_tokens_take_longer_is_the_way_to_the_core() -> None:
+def test_what_measured_first_tokens_take_longer_is_the_latency_of_a_request() -> None:
     hardware = description()
     requests = [*STREAMS, *LATE]
     found = median_first_token(hardware, SHAPE, "v1", requests)
     slow, fast = (MeasuredArrivals(requests, found + more) for more in (0.005, 0.003))
-    changed = with_way_to_core(hardware, SHAPE, "v1", [slow, fast])
+    changed = with_request_latency(hardware, SHAPE, "v1", [slow, fast])
     assert changed.host.v1.request_ms == pytest.approx(4)
     assert changed.host.v0 == hardware.host.v0
     assert replace(changed, host=hardware.host) == hardware
-    assert with_way_to_core(hardware, SHAPE, "v0", [MeasuredArrivals(requests, 0.0)]).host.v0.request_ms == 0
+    assert with_request_latency(hardware, SHAPE, "v0", [MeasuredArrivals(requests, 0.0)]).host.v0.request_ms == 0
+
+
+def test_hardware_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="only a description that was measured"):
+        median_first_token(read_hardware("h100"), SHAPE, "v1", LATE)
