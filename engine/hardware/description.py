@@ -12,7 +12,8 @@ from engine.data import datasets_folder
 from engine.errors import ConfigError
 
 Positive = Annotated[float, Meta(gt=0)]
-Part = Annotated[float, Meta(gt=0, le=1)]
+Count = Annotated[int, Meta(gt=0)]
+Fraction = Annotated[float, Meta(gt=0, le=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 DeviceKind = Literal["cpu", "cuda"]
 THIS_MACHINE = "this-machine"  # the name of the description that `redline profile` writes
@@ -41,8 +42,8 @@ class Gemm(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     launch_us: NotNegative
-    compute: Part
-    memory: Part
+    compute: Fraction
+    memory: Fraction
     sharpness: Annotated[float, Meta(ge=1)]
     half_depth: NotNegative
     quantize_bytes: NotNegative = 0.0
@@ -51,7 +52,7 @@ class Gemm(Struct, frozen=True, forbid_unknown_fields=True):
 class GemmTable(Struct, frozen=True, forbid_unknown_fields=True):
     """Measured products: picoseconds for each weight, by the rows of activations, ascending."""
 
-    rows: tuple[int, ...]
+    rows: tuple[Count, ...]
     weight_ps: tuple[Positive, ...]
 
 
@@ -69,7 +70,7 @@ class DecodeAttention(Struct, frozen=True, forbid_unknown_fields=True):
     """`compute`: scores take this part of the bf16 peak besides the reads; None: no time. `request_us`: of each."""
 
     launch_us: NotNegative
-    memory: Part
+    memory: Fraction
     compute: Positive | None = None
     request_us: NotNegative = 0
 
@@ -85,8 +86,8 @@ class TowerAttention(Struct, frozen=True, forbid_unknown_fields=True):
     """Parts of the bf16 peak, by the patches that attend to each other."""
 
     source: str
-    patches: tuple[int, ...]
-    compute: tuple[Part, ...]
+    patches: tuple[Count, ...]
+    compute: tuple[Fraction, ...]
 
 
 class Attention(Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,7 +95,7 @@ class Attention(Struct, frozen=True, forbid_unknown_fields=True):
 
     source: str
     decode: DecodeAttentions
-    prompt: Part
+    prompt: Fraction
     tower: TowerAttention | None = None
 
 
@@ -102,8 +103,8 @@ class AllReduce(Struct, frozen=True, forbid_unknown_fields=True):
     """Microseconds for a number of elements of two bytes, by the number of ranks."""
 
     source: str
-    elements: tuple[int, ...]
-    ranks: dict[int, tuple[Positive, ...]]
+    elements: tuple[Count, ...]
+    ranks: dict[Count, tuple[Positive, ...]]
 
 
 class Layer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,7 +129,7 @@ class HostCosts(Struct, frozen=True, forbid_unknown_fields=True):
 
     source: str
     step_ms: NotNegative
-    request_us: dict[int, NotNegative]
+    request_us: dict[Count, NotNegative]
     serial: Annotated[float, Meta(ge=0, le=1)]
     request_ms: NotNegative
     admitted_ms: NotNegative = 0
@@ -161,11 +162,11 @@ class Host(Struct, frozen=True, forbid_unknown_fields=True):
 class EngineDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """Values of options that the engine on this device has; see `engine.devices.machine.Defaults`."""
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    min_chunk: int
-    block_size: int
-    memory_utilization: Part
+    max_num_seqs: Count
+    max_num_batched_tokens: Count
+    min_chunk: Count
+    block_size: Count
+    memory_utilization: Fraction
 
 
 class Profiled(Struct, frozen=True, forbid_unknown_fields=True):
@@ -255,9 +256,11 @@ def _read(name: str, path: Path, _changed_ns: int) -> Hardware:
     import yaml
 
     try:
-        found: Any = yaml.safe_load(path.read_text())
+        found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         hardware = msgspec.convert(found, Hardware)
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except OSError as error:
+        raise ConfigError(f"--device sim:{name}: {path} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, msgspec.ValidationError, ValueError) as error:
         raise ConfigError(f"--device sim:{name}: {path.name} is not a hardware description: {error}") from error
     _check(hardware, path.name)
     return hardware
@@ -271,8 +274,8 @@ def _check(hardware: Hardware, file: str) -> None:
         raise ConfigError(f"{file}: gemm needs either bf16 or bf16_table")
     if products is not None and (not products.rows or len(products.rows) != len(products.weight_ps)):
         raise ConfigError(f"{file}: gemm.bf16_table needs one weight_ps for each of its rows, and at least one")
-    if products is not None and list(products.rows) != sorted({row for row in products.rows if row > 0}):
-        raise ConfigError(f"{file}: gemm.bf16_table.rows must be positive numbers in ascending order")
+    if products is not None and list(products.rows) != sorted(set(products.rows)):
+        raise ConfigError(f"{file}: gemm.bf16_table.rows must be in ascending order")
     parts = (hardware.memory_gb, hardware.bandwidth_tb_s, hardware.peak_tflops, hardware.gemm, hardware.attention)
     tower = hardware.attention.tower
     for part in (*parts, table, hardware.layer, host.v1, host.v0, tower, host.processing):
@@ -283,8 +286,15 @@ def _check(hardware: Hardware, file: str) -> None:
     for ranks, times in table.ranks.items():
         if len(times) != len(table.elements):
             raise ConfigError(f"{file}: all_reduce.ranks.{ranks} needs {len(table.elements)} times, one for each size")
-    if tower and (list(tower.patches) != sorted(set(tower.patches)) or len(tower.patches) != len(tower.compute)):
-        raise ConfigError(f"{file}: attention.tower needs patches in ascending order, and compute for each of them")
     for version in ("v1", "v0"):
         if 1 not in getattr(hardware.host, version).request_us:
             raise ConfigError(f"{file}: host.{version}.request_us needs a value for 1 rank")
+    if tower is not None:
+        _check_tower(tower, file)
+
+
+def _check_tower(tower: TowerAttention, file: str) -> None:
+    if not tower.patches or list(tower.patches) != sorted(set(tower.patches)):
+        raise ConfigError(f"{file}: attention.tower.patches must be one or more numbers in ascending order")
+    if len(tower.patches) != len(tower.compute):
+        raise ConfigError(f"{file}: attention.tower needs compute for each of its patches")

@@ -76,7 +76,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         (Gemms("profile", bf16_table=GemmTable((), ())), "and at least one"),
         (
             Gemms("profile", bf16_table=GemmTable((4, 2), (5.0, 6.0))),
-            "rows must be positive numbers in ascending order",
+            "rows must be in ascending order",
         ),
     ],
 )
