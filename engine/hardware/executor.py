@@ -28,7 +28,9 @@ class SimulatedHost:
     def with_host(self, device_s: float, requests: int, new: int = 0) -> float:
         """Seconds from the end of one step to the end of the next, which takes the device `device_s`.
 
-        `requests` are those of the step, `new` those that it begins.
+        Args:
+            requests: in the step.
+            new: admitted by it.
         """
         host = self.costs.step_seconds(requests, self.ranks)
         device_s += new * self.costs.admitted_ms * 1e-3
