@@ -10,12 +10,13 @@ from engine.config import INLINE_PROCESSING, NO_FEATURE_CACHE, EngineConfig, Res
 from engine.engine_plan import EnginePlan, plan_engine
 from engine.errors import ConfigError
 from engine.hardware.accuracy import simulation_mark
-from engine.hardware.description import Hardware
+from engine.hardware.description import Hardware, Processing
 from engine.hardware.pictures import PictureProcessing
 from engine.hardware.simulation import PictureInputs, Simulation
 from engine.hardware.start import config_fields, simulated_executor, used_hardware
 
 PROCESSORS = 8  # processes for pictures, without --mm-processors: a server with GPUs has cores enough for them
+NO_PROCESSING = Processing("", megapixel_ms=0)  # of hardware whose description has no times for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +77,21 @@ def with_short_messages(resolved: ResolvedConfig) -> ResolvedConfig:
 
 
 def _pictures(plan: EnginePlan, hardware: Hardware) -> PictureInputs | None:
-    """What becomes of pictures; None if the model takes none, or the hardware has no times for their processing."""
+    """What becomes of pictures; None if the model takes none."""
     info, config, ablations = plan.model_info, plan.config, plan.resolution.config.ablations
-    if info.mm is None or hardware.host.processing is None:
+    if info.mm is None:
         return None
-    processing = PictureProcessing(
-        hardware.host.processing, config.mm_processors or PROCESSORS,
-        cached=NO_FEATURE_CACHE not in ablations and config.mm_cache_gb != 0,
-    )  # fmt: skip
+    cached = NO_FEATURE_CACHE not in ablations and config.mm_cache_gb != 0
+    processing = PictureProcessing(hardware.host.processing or NO_PROCESSING, _processors(plan) or 1, cached=cached)
     placeholder = min(info.mm.embedding_ids)
     return PictureInputs(config_fields(info), placeholder, processing, inline=INLINE_PROCESSING in ablations)
+
+
+def _processors(plan: EnginePlan) -> int | None:
+    """Processes for pictures beside the engine; None if its loop processes them, or the model takes none."""
+    if plan.model_info.mm is None or INLINE_PROCESSING in plan.resolution.config.ablations:
+        return None
+    return plan.config.mm_processors or PROCESSORS
 
 
 @contextlib.contextmanager
@@ -104,16 +110,18 @@ def _described(plan: EnginePlan) -> str:
     config, resolved = plan.config, plan.resolution.config
     tokens = (resolved.num_blocks - 1) * resolved.block_size
     replicas = f"{config.data_parallel_size} replicas of " if config.data_parallel_size > 1 else ""
+    count = _processors(plan)
+    processes = f", {count} process{'es' if count > 1 else ''} for images" if count is not None else ""
     return (
         f"{plan.resolution.device}: {replicas}{config.name}, {config.engine}, "
         f"up to {resolved.max_num_seqs} requests of {resolved.max_model_len:,} tokens, "
-        f"{resolved.max_num_batched_tokens:,} tokens a step, {tokens:,} tokens of KV cache"
+        f"{resolved.max_num_batched_tokens:,} tokens a step, {tokens:,} tokens of KV cache{processes}"
     )
 
 
 def _resolved(plan: EnginePlan) -> dict[str, Any]:
     config, resolved = plan.config, plan.resolution.config
-    return {
+    found = {
         "device": plan.resolution.device,
         "engine": config.engine,
         "dtype": plan.model_info.dtype,
@@ -127,3 +135,5 @@ def _resolved(plan: EnginePlan) -> dict[str, Any]:
         "enable_prefix_caching": resolved.enable_prefix_caching,
         "ablations": ",".join(sorted(resolved.ablations)),
     }
+    count = _processors(plan)
+    return found if count is None else found | {"mm_processors": count}

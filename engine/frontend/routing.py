@@ -24,6 +24,7 @@ from engine.columns import column
 from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
 from engine.frontend.feature_cache import PromptInputs, placed_inputs
 from engine.frontend.streams import RequestOptions
+from engine.messages import MMInputRef
 
 PREFIX_WEIGHT = 2  # of a cached token of the prompt, against a token left to compute
 INITIAL_OUTPUT_TOKENS = 128.0  # expected of an output before any has ended
@@ -37,13 +38,20 @@ def prompt_block_hashes(
 
     There are none if the core replaces the placeholders of inputs.
     """
-    hashes: list[bytes] = []
     placed = [one for one in placed_inputs(inputs) if one.offset >= 0]
-    if len(placed) == len(inputs):
-        root = root_hash(options.cache_salt, options.adapter)
-        tokens = column(prompt)
-        refs = [one.input.ref_at(one.offset) for one in placed]
-        extend_hashes(hashes, root, tokens, block_size, mm_block_keys(refs, block_size, tokens) if refs else NO_KEYS)
+    if len(placed) < len(inputs):
+        return []
+    return block_hashes(prompt, options, block_size, [one.input.ref_at(one.offset) for one in placed])
+
+
+def block_hashes(
+    prompt: Sequence[int] | Int32s, options: RequestOptions, block_size: int, mm_inputs: Sequence[MMInputRef]
+) -> list[bytes]:
+    """The core's hashes of the full blocks of a prompt; `mm_inputs` by offset."""
+    hashes: list[bytes] = []
+    tokens = column(prompt)
+    keys = mm_block_keys(mm_inputs, block_size, tokens) if mm_inputs else NO_KEYS
+    extend_hashes(hashes, root_hash(options.cache_salt, options.adapter), tokens, block_size, keys)
     return hashes
 
 

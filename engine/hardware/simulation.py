@@ -21,9 +21,9 @@ from engine.frontend.routing import (
     LoadEstimate,
     OutputLengthEstimate,
     PrefixIndex,
+    block_hashes,
     cached_tokens,
     make_routing_policy,
-    prompt_block_hashes,
 )
 from engine.frontend.streams import RequestOptions
 from engine.hardware.executor import SimulatedExecutor
@@ -247,7 +247,7 @@ class Simulation:
         size, length = self.config.block_size, len(message.prompt) // 4
         hashes: list[bytes] = []
         if self._policy.by_prefix and self.config.enable_prefix_caching:
-            hashes = prompt_block_hashes(int32s(message.prompt), RequestOptions(), size)
+            hashes = block_hashes(int32s(message.prompt), RequestOptions(), size, message.mm_inputs)
         cached = [cached_tokens([hashes], [length], one.prefixes, size)[0] for one in self.replicas]
         candidates = [
             Candidate(one.tokens_left(), found, one.assigned_tokens)

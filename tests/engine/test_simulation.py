@@ -1,13 +1,18 @@
 """The engine that `redline bench`, `sweep` and `plan` simulate."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from engine.config import EngineConfig
+from engine.data import datasets_folder
 from engine.engine_plan import plan_engine
+from engine.hardware.pictures import Picture
 from engine.hardware.simulation import Simulation
 from engine.hardware.start import simulated_executor
-from engine.simulation import with_short_messages
+from engine.simulation import SimulatedEngine, simulate, with_short_messages
 
 LLAMA = "meta-llama/Meta-Llama-3.1-8B-Instruct"
 
@@ -36,3 +41,36 @@ def test_the_length_of_messages_has_no_influence_on_simulated_times(flags: dict)
     assert len(ends[0]) == 20
     assert ends[0] == ends[1]
     assert with_short_messages(short) is short
+
+
+def vision(device: str = "sim:h100", **options: Any) -> SimulatedEngine:
+    return simulate(EngineConfig(model="qwen2-vl-7b", device=device, max_model_len=4096, **options))
+
+
+def first_token(engine: SimulatedEngine) -> float:
+    """Of a request with a picture of 0.8 megapixels."""
+    server = engine.simulation
+    reply = server.submit([1, 2, 3], 2, [Picture(1000, 800, b"cat")])
+    while not reply.ended:
+        server.run_until(server.now() + 1)
+    server.take([reply])
+    assert reply.times is not None
+    return reply.times.first_s
+
+
+def test_the_processes_of_images_are_recorded() -> None:
+    usual, one, v0 = vision(), vision(mm_processors=1), vision(engine="v0")
+    assert (usual.resolved["mm_processors"], one.resolved["mm_processors"]) == (8, 1)
+    assert usual.described.endswith("tokens of KV cache, 8 processes for images")
+    assert one.described.endswith(", 1 process for images")
+    for without in (v0, simulate(EngineConfig(model=LLAMA, device="sim:h100", max_model_len=512))):
+        assert "mm_processors" not in without.resolved
+        assert without.described.endswith("tokens of KV cache")
+
+
+def test_without_times_of_processing_images_are_served_at_once(tmp_path: Path) -> None:
+    path, lines = tmp_path / "mine.yaml", (datasets_folder() / "hardware" / "h100.yaml").read_text().splitlines()
+    left = [line for line in lines if not line.startswith("  processing: {")]
+    assert len(left) == len(lines) - 1
+    path.write_text("\n".join(left))
+    assert first_token(vision()) - first_token(vision(f"sim:{path}")) == pytest.approx(0.065 * 0.8)

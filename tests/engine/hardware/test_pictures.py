@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 from engine.hardware.description import Processing, read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.pictures import Picture, PictureProcessing, picture_tokens, with_pictures
+from engine.hardware.simulation import PictureInputs, Simulation
 from engine.hardware.start import simulated_executor
 from engine.hardware.step_time import DecoderShape, StepTime
 from engine.hardware.towers import TowerTime, tower_shape
@@ -152,3 +153,26 @@ def arrival(data: bytes) -> float:
     message = decode_from_core(data)
     assert isinstance(message, Outputs)
     return message.at
+
+
+def test_replicas_tell_pictures_of_one_size_apart() -> None:
+    config = ResolvedConfig(
+        max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=4096, block_size=16, num_blocks=2000,
+        enable_prefix_caching=True,
+    )  # fmt: skip
+    host, step_time = SimulatedHost(H100.host.v1, 1, overlaps=True), StepTime(H100, SHAPE, tower=TOWER)
+    server = Simulation(
+        config,
+        lambda clock: SimulatedExecutor(clock, step_time, host, 8, SHAPE.vocab_size),
+        replicas=2,
+        pictures=PictureInputs(QWEN, QWEN["image_token_id"], PictureProcessing(Processing("", 0), 1)),
+    )
+    first = [server.submit([number], 5, [picture]) for number, picture in enumerate((CAT, DOG))]
+    while not all(reply.ended for reply in first):
+        server.run_until(server.now() + 1)
+    tokens = picture_tokens(QWEN, CAT.width, CAT.height)
+    assert [stats.prompt_tokens for stats in server.stats()] == [tokens + 1] * 2
+    again = [server.submit([number], 5, [picture]) for number, picture in enumerate((DOG, CAT))]
+    while not all(reply.ended for reply in again):
+        server.run_until(server.now() + 1)
+    assert [reply.cached_tokens for reply in again] == [tokens // 16 * 16] * 2
