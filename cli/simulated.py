@@ -91,7 +91,8 @@ def run_simulated(ctx: click.Context, console: Console, files: RunFiles, spec: d
     subject = Subject(server, workload, params["configuration"], options, files, progress)
 
     def note() -> str:
-        return f"simulated {duration(server.now())} in {duration(time.monotonic() - began)}"
+        took = f"simulated {duration(server.now())} in {duration(time.monotonic() - began)}"
+        return f"{took}\n{server.note}" if server.note else took
 
     with without_core_log():
         return measure(console, subject, summary, params, simulated.model, note)

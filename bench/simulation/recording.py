@@ -38,6 +38,7 @@ class SimulatedRecording:
     ):
         self._sent, self._specs, self._start_s = sent, specs, start_s
         self.cut_short = cut_short
+        self._longest = simulation.config.max_model_len
         simulation.take([one.reply for one in sent])
         longest = max((one.reply.count for one in sent), default=0)
         self._ones = np.ones(longest, np.int8)  # of which all lists of tokens per chunk are parts
@@ -46,9 +47,17 @@ class SimulatedRecording:
     def health(self) -> GeneratorHealth:
         return _HEALTH
 
+    @property
+    def cut_outputs(self) -> int:
+        """Requests whose outputs ended before their length because of --max-model-len."""
+        return sum(self._is_cut(one) for one in self._sent)
+
     def records(self, window: tuple[float, float]) -> list[RequestRecord]:
         """One record per request; `window` in seconds, by send times, without its end."""
         return [self._record(one, window) for one in self._sent]
+
+    def _is_cut(self, sent: SentRequest) -> bool:
+        return _status(sent.reply) == "ok" and sent.reply.count < self._specs[sent.index].output_tokens
 
     def _record(self, sent: SentRequest, window: tuple[float, float]) -> RequestRecord:
         spec, reply, times = self._specs[sent.index], sent.reply, sent.reply.times
@@ -65,7 +74,7 @@ class SimulatedRecording:
             cached_tokens=reply.cached_tokens,
             in_window=window[0] <= at_s < window[1],
             status=status,
-            error=reply.error,
+            error=f"the output was cut at --max-model-len {self._longest}" if self._is_cut(sent) else reply.error,
             chunk_gaps_s=times.gaps_s if times is not None else np.empty(0),
             chunk_tokens=self._ones[: reply.count],
         )

@@ -29,6 +29,15 @@ class SimulatedServer:
         self.of_hardware = f", {self.name}"
         self._simulation = simulation
         self._read: Callable[[], object] = lambda: None
+        self._cut_outputs = 0
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the loads so far; empty if nothing."""
+        if not self._cut_outputs:
+            return ""
+        length = self._simulation.config.max_model_len
+        return f"{self._cut_outputs} outputs were cut at --max-model-len {length}: raise it behind --"
 
     def now(self) -> float:
         return self._simulation.now()
@@ -60,7 +69,8 @@ class SimulatedServer:
         needed: int | None = None,
     ) -> SimulatedRecording:
         awaited = len(specs) if needed is None else needed
-        return VirtualLoad(self._simulation, specs, observer, time_limit_s, awaited, self._read).run_open(times)
+        load = VirtualLoad(self._simulation, specs, observer, time_limit_s, awaited, self._read)
+        return self._counted(load.run_open(times))
 
     def run_closed_loop(
         self,
@@ -71,6 +81,9 @@ class SimulatedServer:
         time_limit_s: float,
         chunks_per_s: float,  # noqa: ARG002 - decides the number of generator processes, of which there are none
     ) -> SimulatedRecording:
-        return VirtualLoad(self._simulation, specs, observer, time_limit_s, len(specs), self._read).run_closed(
-            concurrency
-        )
+        load = VirtualLoad(self._simulation, specs, observer, time_limit_s, len(specs), self._read)
+        return self._counted(load.run_closed(concurrency))
+
+    def _counted(self, recording: SimulatedRecording) -> SimulatedRecording:
+        self._cut_outputs += recording.cut_outputs
+        return recording

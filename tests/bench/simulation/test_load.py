@@ -119,3 +119,23 @@ def test_a_request_that_cannot_be_served_fails_as_over_http() -> None:
     assert (refused.status, served.status) == ("http 400", "ok")
     assert "5000 tokens" in refused.error
     assert refused.ttft_s is None
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_outputs_that_the_longest_length_cuts_are_told(closed: bool) -> None:
+    under_test, requests = server(), [*specs(2, output=20), *specs(1, output=5000), *specs(1, output=6000)]
+    if closed:
+        recording = under_test.run_closed_loop(
+            requests, 4, observer=Watcher(), time_limit_s=1000.0, chunks_per_s=1.0
+        )  # fmt: skip
+    else:
+        recording = open_loop(under_test, requests, [0.0, 0.1, 0.2, 0.3], time_limit_s=1000.0)
+    records = recording.records(EVER)
+    assert [record.status for record in records] == ["ok"] * 4
+    assert [record.output_tokens for record in records] == [20, 20, 4046, 4046]
+    cut = "the output was cut at --max-model-len 4096"
+    assert [record.error for record in records] == ["", "", cut, cut]
+    assert under_test.note == "2 outputs were cut at --max-model-len 4096: raise it behind --"
+    open_loop(under_test, specs(1), [0.0])
+    assert under_test.note.startswith("2 outputs")
+    assert server().note == ""
