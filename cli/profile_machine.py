@@ -38,7 +38,7 @@ def profile_machine(device: str, out: Path | None) -> None:
     from engine.worker.threads import limit_libraries
 
     limit_libraries()  # before torch is imported
-    from engine.profiling import find_device
+    from engine.profiling import OtherLoad, find_device
 
     console = verbatim_console(file_width=100)
     found = find_device(device)
@@ -46,12 +46,14 @@ def profile_machine(device: str, out: Path | None) -> None:
     path = out or profile_file()
     _check_writable(path)
     console.print(f"measuring {found.title}: leave the machine alone meanwhile …")
+    load = OtherLoad()
     with _bar(console) as bar:
         measured = _measure_device(bar, grid, kind)
         times = {engine: _measure_host(bar, grid, kind, engine) for engine in HOST_ROUNDS}
+    busy = load.share()  # the servers and load generators have ended, so that they count as own
     facts = Profiled(
         processor(), cores(), measured.kernels, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        metadata.version("redline-llm"), round(measured.busy, 4), found.kind,
+        metadata.version("redline-llm"), round(busy, 4), found.kind,
     )  # fmt: skip
     hosts = {engine: fit_host(one.steps, one.first_token, measured.fit.step_s) for engine, one in times.items()}
     hardware = describe(

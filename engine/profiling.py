@@ -94,13 +94,12 @@ GPU_GRID = Grid(
 
 @dataclass(frozen=True, slots=True)
 class MeasuredDevice:
-    """What was found. defaults: of the engine's options on it; busy: the share of the cores that others used."""
+    """What was found. defaults: of the engine's options on it."""
 
     fit: DeviceFit
     steps: list[MeasuredStep]
     kernels: str
     defaults: EngineDefaults
-    busy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def measure_device(grid: Grid, show: Show, options: dict[str, Any] | None = None
         options: fields of EngineConfig, such as `device`.
     """
     times: dict[tuple[DecoderShape, Composition], list[float]] = defaultdict(list)
-    load, total = OtherLoad(), len(grid.shapes) * grid.rounds
+    total = len(grid.shapes) * grid.rounds
     with ExitStack() as stack:
         show(0, total, "starting")
         meters = [
@@ -144,11 +143,14 @@ def measure_device(grid: Grid, show: Show, options: dict[str, Any] | None = None
         show(total, total, "done")
     steps = [MeasuredStep(shape, one.work(grid.repeats // 2), median(found)) for (shape, one), found in times.items()]
     defaults = EngineDefaults(**asdict(meters[0].defaults))
-    return MeasuredDevice(fit_device(steps, grid.rows), steps, meters[0].kernels, defaults, load.share())
+    return MeasuredDevice(fit_device(steps, grid.rows), steps, meters[0].kernels, defaults)
 
 
 class OtherLoad:
-    """The share of the cores that other processes and the hypervisor's other guests have used since it was made."""
+    """The share of the usable cores that other processes and guests of the machine have used since it was made.
+
+    Processes that this one started are its own, once they have ended and been waited for.
+    """
 
     def __init__(self) -> None:
         self._before = _core_seconds()
@@ -159,10 +161,19 @@ class OtherLoad:
 
 
 def _core_seconds() -> tuple[float, float, float]:
-    """Seconds of all cores so far: passed, used by anybody, used by this process."""
-    cpu, own = psutil.cpu_times(), os.times()
-    used = cpu.user + cpu.system + getattr(cpu, "nice", 0.0) + getattr(cpu, "steal", 0.0)
-    return time.monotonic() * (psutil.cpu_count() or 1), used, own.user + own.system
+    """Seconds of the usable cores so far: passed, used by anybody, used by this process and its children."""
+    usable, own = _usable_times(), os.times()
+    used = sum(cpu.user + cpu.system + getattr(cpu, "nice", 0.0) + getattr(cpu, "steal", 0.0) for cpu in usable)
+    own_s = own.user + own.system + own.children_user + own.children_system
+    return time.monotonic() * len(usable), used, own_s
+
+
+def _usable_times() -> list[Any]:
+    """The times of the cores on which this process may run; of all where the system has no affinity."""
+    times: list[Any] = psutil.cpu_times(percpu=True)
+    if not hasattr(os, "sched_getaffinity"):
+        return times
+    return [times[core] for core in sorted(os.sched_getaffinity(0)) if core < len(times)]
 
 
 class HostMeter(StepMeter):
@@ -185,18 +196,3 @@ class HostMeter(StepMeter):
     def prompt(self) -> float:
         """Seconds of a step that computes a prompt, and nothing else."""
         return median(self.seconds(self._prompt, HOST_REPEATS))
-
-
-def measure_shape(meter: StepMeter, grid: Grid, show: Callable[[int], None]) -> list[MeasuredStep]:
-    """The median time of each step of the grid on one shape."""
-    times: dict[int, list[float]] = defaultdict(list)
-    compositions = grid.compositions
-    for done in range(grid.rounds):
-        for number, composition in enumerate(compositions):
-            times[number] += meter.seconds(composition, grid.repeats)
-        show(done + 1)
-    middle = grid.repeats // 2
-    return [
-        MeasuredStep(meter.shape, composition.work(middle), median(times[number]))
-        for number, composition in enumerate(compositions)
-    ]

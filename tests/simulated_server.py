@@ -5,7 +5,7 @@ from engine.hardware.description import read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.simulation import Simulation
 from engine.hardware.step_time import DecoderShape, StepTime
-from engine.hardware.virtual_engine import VirtualClock
+from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 
 H100 = read_hardware("h100")
 LLAMA_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)
@@ -26,3 +26,12 @@ def simulation(num_blocks: int = 4000, *, caching: bool = False, **options: obje
         return SimulatedExecutor(clock, STEP_TIME, HOST, SLOTS, LLAMA_8B.vocab_size)
 
     return Simulation(config, make_executor, request_s=REQUEST_S, **options)  # type: ignore[arg-type]
+
+
+def run_engine(engine: VirtualEngine, clock: VirtualClock, until: float) -> None:
+    """Do everything that happens up to a time, and move the clock there."""
+    engine.turn()
+    while (event := engine.next_event) is not None and event <= until:
+        clock.move_to(event)
+        engine.turn()
+    clock.move_to(until)

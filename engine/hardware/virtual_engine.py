@@ -23,7 +23,7 @@ class VirtualClock:
 
 
 class VirtualEngine:
-    """One replica. `send(front_end, message)` takes an encoded FromCore, within `run_until` or `turn`."""
+    """One replica. `send(front_end, message)` takes an encoded FromCore, within `turn`."""
 
     def __init__(
         self,
@@ -41,14 +41,6 @@ class VirtualEngine:
         self._executor.pump()
         while self.core.step(now) and self._executor.pump():
             pass
-
-    def run_until(self, time: float) -> None:
-        """Do everything that happens up to a time, and move the clock there."""
-        self.turn()
-        while (event := self.next_event) is not None and event <= time:
-            self._clock.move_to(event)
-            self.turn()
-        self._clock.move_to(time)
 
     @property
     def next_event(self) -> float | None:

@@ -4,6 +4,7 @@ interpreted kernels on the stand-in."""
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,8 +173,19 @@ def test_a_reduced_profile_of_this_machine_can_be_simulated(
     monkeypatch.setattr(profile_machine, "CONCURRENCIES", (1, 3))
     monkeypatch.setattr(profile_machine, "HOST_ROUNDS", {"v1": 1, "v0": 1})
     monkeypatch.setattr(host_costs, "ARRIVE_S", (0.05, 0.3))
+    measure, measured = profile_machine._measure_host, list[str]()
+
+    def measure_host(*arguments: Any) -> Any:
+        measured.append(arguments[-1])
+        return measure(*arguments)
+
+    # Others use much of the cores, but only while engines are measured over HTTP.
+    monkeypatch.setattr(profile_machine, "_measure_host", measure_host)
+    monkeypatch.setattr(profiling.OtherLoad, "share", lambda _: 0.31 if measured == ["v1", "v0"] else 0.0)
     assert main(["profile", "--device", "cpu", "--out", str(path)]) == 0
-    assert f"description: {path} (use it with --device sim:{path})" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"description: {path} (use it with --device sim:{path})" in shown
+    assert "others used 31% of the cores when it was measured" in shown
     hardware = read_hardware(str(path))
     assert hardware.profiled is not None
     assert hardware.profiled.processor == processor()

@@ -1,9 +1,12 @@
 """A profile of this machine in a reduced form: its own steps are predicted in order of size."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from engine import profiling
 from engine.devices import cpu, cuda, probe
 from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError
@@ -42,7 +45,6 @@ def test_a_small_grid_is_measured_and_fitted() -> None:
     assert table.weight_ps[0] <= table.weight_ps[1] <= table.weight_ps[2]
     assert measured.fit.bandwidth > 1e6
     assert measured.kernels
-    assert 0 <= measured.busy <= 1
     assert measured.defaults.block_size == 32
 
 
@@ -77,3 +79,24 @@ def test_shapes_differ_in_what_the_fit_tells_apart() -> None:
 def test_load_of_others_is_a_share() -> None:
     load = OtherLoad()
     assert 0 <= load.share() <= 1
+
+
+def test_what_this_process_and_its_children_use_is_not_the_load_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now: dict[str, Any] = {"passed": 100.0, "used": [50.0, 70.0, 9.0], "own": 20.0, "children": 30.0}
+
+    def times() -> SimpleNamespace:
+        return SimpleNamespace(user=now["own"], system=0.0, children_user=now["children"], children_system=1.0)
+
+    monkeypatch.setattr(profiling.time, "monotonic", lambda: now["passed"])
+    monkeypatch.setattr(profiling.os, "times", times)
+    monkeypatch.setattr(profiling.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(
+        profiling.psutil, "cpu_times", lambda percpu: [SimpleNamespace(user=used, system=0.0) for used in now["used"]]
+    )
+    load = OtherLoad()
+    # In 10 s, two cores are used for 14 s, 11 s of them by this process and by children that have ended; the third core
+    # is not for this process.
+    now |= {"passed": 110.0, "used": [58.0, 76.0, 19.0], "own": 22.0, "children": 39.0}
+    assert load.share() == pytest.approx(3 / 20)
+    now |= {"children": 80.0}  # of children that began before
+    assert load.share() == 0

@@ -23,6 +23,7 @@ from engine.messages import AddRequest, Outputs, Sampling, decode_from_core, enc
 from engine.model.declared import read_declared
 from engine.multimodal.processors.crops import CropSettings, kept_cells, select_tiling
 from tests.engine.hardware.model_configs import CONFIGS, LLAVA
+from tests.simulated_server import run_engine
 
 H100 = read_hardware("h100")
 QWEN = CONFIGS["qwen2-vl-7b"]
@@ -80,9 +81,9 @@ class Served:
         prompt, inputs = with_pictures(QWEN, tokens, pictures, QWEN["image_token_id"])
         sent = self.clock.now()
         self.engine.core.receive(encode(AddRequest(handle, prompt.tobytes(), 3, Sampling(), mm_inputs=inputs)))
-        self.engine.run_until(sent)
+        run_engine(self.engine, self.clock, sent)
         while (event := self.engine.next_event) is not None:
-            self.engine.run_until(event)
+            run_engine(self.engine, self.clock, event)
         return self.first[handle] - sent
 
     def _receive(self, _: int, data: bytes) -> None:
@@ -145,7 +146,7 @@ def test_a_configuration_of_a_model_with_pictures_has_its_tower() -> None:
     engine = VirtualEngine(resolved, executor, clock, lambda _, data: times.append(arrival(data)))
     prompt, inputs = with_pictures(QWEN, [1, 2, 3], [CAT], QWEN["image_token_id"])
     engine.core.receive(encode(AddRequest(0, prompt.tobytes(), 1, Sampling(), mm_inputs=inputs)))
-    engine.run_until(1.0)
+    run_engine(engine, clock, 1.0)
     assert max(times) > tower_seconds(CAT)
 
 

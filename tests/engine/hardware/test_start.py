@@ -12,6 +12,7 @@ from engine.hardware.start import simulated_executor, used_hardware
 from engine.hardware.step_time import DecoderShape
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import AddRequest, Outputs, Sampling, decode_from_core, encode
+from tests.simulated_server import run_engine
 
 
 def shape(**options: Any) -> DecoderShape:
@@ -40,7 +41,7 @@ def seconds(engine: str = "v1", **options: Any) -> float:
 
     virtual = VirtualEngine(resolved, executor, clock, send)
     virtual.core.receive(encode(AddRequest(1, bytes(4 * 100), 200, Sampling())))
-    virtual.run_until(10)
+    run_engine(virtual, clock, 10)
     (end,) = ended
     return end
 

@@ -12,6 +12,7 @@ from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import AddRequest, FinishReason, Outputs, Sampling, decode_from_core, encode
+from tests.simulated_server import run_engine
 
 H100 = read_hardware("h100")
 LLAMA_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)
@@ -39,9 +40,9 @@ class Served:
         self.engine.core.receive(encode(AddRequest(handle, tokens.tobytes(), output, Sampling())))
 
     def finish(self) -> None:
-        self.engine.run_until(self.clock.now())
+        run_engine(self.engine, self.clock, self.clock.now())
         while (event := self.engine.next_event) is not None:
-            self.engine.run_until(event)
+            run_engine(self.engine, self.clock, event)
 
     def _receive(self, _: int, data: bytes) -> None:
         message = decode_from_core(data)
@@ -72,7 +73,7 @@ def test_a_request_alone_takes_the_time_of_its_steps() -> None:
 def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
     served = Served(budget=512)
     served.add(0, 100, 40)
-    served.engine.run_until(0.05)
+    run_engine(served.engine, served.clock, 0.05)
     served.add(1, 2000, 1)
     served.finish()
     gaps = np.diff(served.times[0])
@@ -84,7 +85,7 @@ def run(num_blocks: int, ablations: frozenset[str] = frozenset()) -> Served:
     served = Served(num_blocks, ablations=ablations)
     for handle in range(24):
         served.add(handle, 200 + 10 * handle, 300)
-        served.engine.run_until(0.02 * (handle + 1))
+        run_engine(served.engine, served.clock, 0.02 * (handle + 1))
     served.finish()
     return served
 
