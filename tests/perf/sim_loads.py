@@ -10,12 +10,12 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.devices.simulated import defaults_of
 from engine.errors import ConfigError
 from engine.hardware.description import Hardware, read_hardware
-from engine.hardware.engines import OtherEngine, read_engine
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.gemm import ITEM_BYTES
 from engine.hardware.simulation import Reply, Simulation
 from engine.hardware.step_time import DecoderShape, StepTime
 from engine.simulation import without_core_log
+from tests.perf.sim_engines import OtherEngine, read_engine
 from tests.perf.sim_rows import Case
 
 BLOCK = 16

@@ -53,7 +53,7 @@ class NotSimulatedError(Exception):
 class Case:
     """One load on one server.
 
-    engine: a name in `engine.hardware.engines`, or v1 or v0. spread: lengths are uniform from this part of the length
+    engine: a name in `tests.perf.sim_engines`, or v1 or v0. spread: lengths are uniform from this part of the length
     up to it; 0: exponential with it as the mean. load: closed, at-once or rate. value: concurrency, requests or
     requests/s.
     """

@@ -1,18 +1,20 @@
-"""What other engines do differently on the same hardware, as data: `datasets/hardware/engines/NAME.yaml`.
+"""What other engines do differently on the same hardware, as data: `tests/perf/engines/NAME.yaml`.
 
 A description of hardware has the times of V1. Published measurements are of other engines too, whose kernels and
 processes cost less or more; with these files the latency model is checked against them.
 """
 
 import functools
+from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from engine.data import datasets_folder
 from engine.errors import ConfigError
 from engine.hardware.description import AllReduce, Gemm, Hardware, HostCosts, NotNegative, Positive
+
+FOLDER = Path(__file__).parent / "engines"
 
 
 class Kernels(Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,13 +76,13 @@ class OtherEngine(Struct, frozen=True, forbid_unknown_fields=True):
 
 def engine_names() -> list[str]:
     """The other engines that are known."""
-    return sorted(path.stem for path in (datasets_folder() / "hardware" / "engines").glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 @functools.cache
 def read_engine(name: str) -> OtherEngine:
     """Raises ConfigError for an engine that isn't known, and for a file that doesn't describe one."""
-    path = datasets_folder() / "hardware" / "engines" / f"{name}.yaml"
+    path = FOLDER / f"{name}.yaml"
     if name not in engine_names():
         raise ConfigError(f"no engine {name} is known; known are v1, v0, {', '.join(engine_names())}")
     import yaml

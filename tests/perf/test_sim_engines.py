@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.data import datasets_folder
 from engine.errors import ConfigError
-from engine.hardware import engines
 from engine.hardware.description import hardware_names, read_hardware
-from engine.hardware.engines import engine_names, read_engine
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
+from tests.perf import sim_engines
+from tests.perf.sim_engines import FOLDER, engine_names, read_engine
 
 SHAPE = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256, gemm_dtype="fp8", kv_dtype="fp8")
 DECODES = StepWork(decodes=32, context=64_000, sampled=32)
@@ -50,11 +49,9 @@ def test_unknown_engines_are_refused_with_those_that_are_known() -> None:
     ],
 )
 def test_errors_name_the_file(old: str, new: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "hardware" / "engines"
-    folder.mkdir(parents=True)
-    text = (datasets_folder() / "hardware" / "engines" / "sglang.yaml").read_text()
+    text = (FOLDER / "sglang.yaml").read_text()
     assert old in text
-    (folder / "other.yaml").write_text(text.replace(old, new, 1))
-    monkeypatch.setattr(engines, "datasets_folder", lambda: tmp_path)
+    (tmp_path / "other.yaml").write_text(text.replace(old, new, 1))
+    monkeypatch.setattr(sim_engines, "FOLDER", tmp_path)
     with pytest.raises(ConfigError, match=rf"other\.yaml.*{error}"):
         read_engine("other")
