@@ -18,11 +18,11 @@ import numpy as np
 
 from engine.hardware.description import Attention, DecodeAttention, DecodeAttentions, Gemms, GemmTable, Layer
 from engine.hardware.least_squares import Floats, nonnegative_least_squares
-from engine.hardware.step_time import LOGIT_PASSES, DecoderShape, StepWork
+from engine.hardware.step_time import LOGIT_PASSES, DecoderShape, StepWork, layer_elements, layer_weights
 
 SOURCE = "profile"  # the key of the source of all that is measured
 CACHE_MEMORY = 4.0  # activations in caches pass at most at this multiple of the memory's bandwidth
-LAYER, NUMBERS, REQUEST, KV_BYTES, DECODE_OPERATIONS, PROMPT_OPERATIONS, STEP = range(-7, 0)  # columns
+LAYER, ELEMENTS, REQUEST, KV_BYTES, DECODE_OPERATIONS, PROMPT_OPERATIONS, STEP = range(-7, 0)  # columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,12 @@ def fit_device(steps: Sequence[MeasuredStep], rows: Sequence[int]) -> DeviceFit:
     """
     if not steps:
         raise ValueError("no steps to fit to")
-    matrix = np.array([_terms(step, rows) for step in steps])
+    matrix = np.array([step_terms(step, rows) for step in steps])
     measured = np.array([step.seconds for step in steps])
     bandwidth, peak = (max(values) for values in zip(*map(_reached, steps), strict=True))
     # No part can be faster than this; what is left is fitted.
     least = np.zeros(matrix.shape[1])
-    least[NUMBERS], least[KV_BYTES], least[PROMPT_OPERATIONS] = 1 / (CACHE_MEMORY * bandwidth), 1 / bandwidth, 1 / peak
+    least[ELEMENTS], least[KV_BYTES], least[PROMPT_OPERATIONS] = 1 / (CACHE_MEMORY * bandwidth), 1 / bandwidth, 1 / peak
     relative = matrix / measured[:, None]
     found = least + nonnegative_least_squares(relative, 1 - relative @ least)
     each = np.maximum(np.cumsum(found[: len(rows)]), 1e-15)
@@ -77,7 +77,7 @@ def fit_device(steps: Sequence[MeasuredStep], rows: Sequence[int]) -> DeviceFit:
         ),
         layer=Layer(
             SOURCE, small_kernels_us=constants[LAYER] * 1e6,
-            small_kernels_memory=1 / (constants[NUMBERS] * bandwidth),
+            small_kernels_memory=1 / (constants[ELEMENTS] * bandwidth),
             eager_us=0, captured_tokens=0,
         ),
         step_s=constants[STEP],
@@ -108,23 +108,15 @@ def _reached(step: MeasuredStep) -> tuple[float, float]:
     return 2 * (layers + head * (work.sampled > 0)) / step.seconds, operations / step.seconds
 
 
-def layer_weights(shape: DecoderShape) -> int:
-    """Weights of the products of a layer."""
-    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return shape.hidden_size * (2 * query + 2 * key_value + 3 * shape.intermediate_size)
-
-
-def _terms(step: MeasuredStep, rows: Sequence[int]) -> Floats:
+def step_terms(step: MeasuredStep, rows: Sequence[int]) -> Floats:
     """What each constant is multiplied with in the time of a step."""
     shape, work, layers = step.shape, step.work, step.shape.num_layers
-    tokens = work.tokens
-    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    numbers = 8 * shape.hidden_size + 3 * shape.intermediate_size + 3 * (query + 2 * key_value)
+    tokens, query = work.tokens, shape.num_heads * shape.head_dim
     products = layers * layer_weights(shape) * _increments(tokens, rows)
     products += shape.vocab_size * shape.hidden_size * _increments(work.sampled, rows)
     rest = np.zeros(7)
     rest[LAYER] = layers
-    rest[NUMBERS] = 2 * layers * tokens * numbers + 4 * LOGIT_PASSES * work.sampled * shape.vocab_size
+    rest[ELEMENTS] = 2 * layers * tokens * layer_elements(shape) + 4 * LOGIT_PASSES * work.sampled * shape.vocab_size
     rest[REQUEST] = layers * work.decodes
     rest[KV_BYTES] = layers * work.context * shape.kv_bytes
     rest[DECODE_OPERATIONS] = layers * work.context * 4 * query

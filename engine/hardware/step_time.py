@@ -98,16 +98,11 @@ class StepTime:
         if (known := self._by_tokens.get(tokens)) is not None:
             return known
         shape, ranks, hardware = self._shape, self._ranks, self._hardware
-        hidden, inner, query = shape.hidden_size, shape.intermediate_size // ranks, shape.num_heads * shape.head_dim
-        key_value = max(shape.num_kv_heads // ranks, 1) * shape.head_dim
-        products = (
-            (hidden, query // ranks + 2 * key_value), (query // ranks, hidden), (hidden, 2 * inner), (inner, hidden)
-        )  # fmt: skip
-        seconds = sum(self._products.seconds(tokens, k, n) for k, n in products)
-        numbers = 8 * hidden + 3 * inner + 3 * (query // ranks + 2 * key_value)
+        seconds = sum(self._products.seconds(tokens, k, n) for k, n in layer_products(shape, ranks))
         seconds += hardware.layer.small_kernels_us * 1e-6
-        seconds += 2 * tokens * numbers / (hardware.layer.small_kernels_memory * hardware.bandwidth)
-        seconds += 2 * all_reduce_seconds(hardware.all_reduce, ranks, tokens * hidden)
+        elements = tokens * layer_elements(shape, ranks)
+        seconds += 2 * elements / (hardware.layer.small_kernels_memory * hardware.bandwidth)
+        seconds += 2 * all_reduce_seconds(hardware.all_reduce, ranks, tokens * shape.hidden_size)
         self._by_tokens[tokens] = seconds
         return seconds
 
@@ -128,6 +123,29 @@ class StepTime:
         )
         self._by_sampled[sampled] = seconds
         return seconds
+
+
+def layer_products(shape: DecoderShape, ranks: int = 1) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of the weights of a layer's products on one rank: QKV, output, gate and up, down."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size // ranks
+    query, key_value = _heads(shape, ranks)
+    return (hidden, query + 2 * key_value), (query, hidden), (hidden, 2 * inner), (inner, hidden)
+
+
+def layer_weights(shape: DecoderShape) -> int:
+    """Weights of the products of a layer, on all ranks."""
+    return sum(k * n for k, n in layer_products(shape))
+
+
+def layer_elements(shape: DecoderShape, ranks: int = 1) -> int:
+    """Activations of a token that the small kernels of a layer read or write on one rank."""
+    query, key_value = _heads(shape, ranks)
+    return 8 * shape.hidden_size + 3 * (shape.intermediate_size // ranks) + 3 * (query + 2 * key_value)
+
+
+def _heads(shape: DecoderShape, ranks: int) -> tuple[int, int]:
+    """Elements of a token's queries and of its keys on one rank, which has at least one head of keys."""
+    return shape.num_heads * shape.head_dim // ranks, max(shape.num_kv_heads // ranks, 1) * shape.head_dim
 
 
 def all_reduce_seconds(table: AllReduce, ranks: int, elements: int) -> float:

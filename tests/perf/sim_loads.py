@@ -13,7 +13,7 @@ from engine.hardware.description import Hardware, read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.gemm import ITEM_BYTES
 from engine.hardware.simulation import Reply, Simulation
-from engine.hardware.step_time import DecoderShape, StepTime
+from engine.hardware.step_time import DecoderShape, StepTime, layer_weights
 from engine.simulation import without_core_log
 from tests.perf.sim_engines import OtherEngine, read_engine
 from tests.perf.sim_rows import Case
@@ -52,10 +52,8 @@ def _hardware(case: Case) -> tuple[Hardware, OtherEngine | None]:
 
 def weight_bytes(shape: DecoderShape) -> float:
     """Of all ranks together; embeddings and head in bf16."""
-    query = shape.num_heads * shape.head_dim
-    attention = shape.hidden_size * (2 * query + 2 * shape.num_kv_heads * shape.head_dim)
-    layer = attention + 3 * shape.hidden_size * shape.intermediate_size
-    return shape.num_layers * layer * ITEM_BYTES[shape.gemm_dtype] + 4 * shape.vocab_size * shape.hidden_size
+    layers = shape.num_layers * layer_weights(shape)
+    return layers * ITEM_BYTES[shape.gemm_dtype] + 4 * shape.vocab_size * shape.hidden_size
 
 
 def resolved(case: Case, hardware: Hardware, other: OtherEngine | None) -> ResolvedConfig:

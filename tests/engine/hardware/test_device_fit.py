@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from engine.hardware import device_fit
 from engine.hardware.description import (
     DecodeAttention,
     DecodeAttentions,
@@ -12,8 +15,8 @@ from engine.hardware.description import (
     Hardware,
     read_hardware,
 )
-from engine.hardware.device_fit import DeviceFit, MeasuredStep, fit_device
-from engine.hardware.step_time import DecoderShape, StepTime
+from engine.hardware.device_fit import DeviceFit, MeasuredStep, fit_device, step_terms
+from engine.hardware.step_time import DecoderShape, StepTime, StepWork
 from engine.profiling import CPU_GRID
 
 H100 = read_hardware("h100")
@@ -96,3 +99,55 @@ def test_no_part_beats_the_limits_of_the_machine() -> None:
 def test_no_steps_are_an_error() -> None:
     with pytest.raises(ValueError, match="no steps"):
         fit_device([], ROWS)
+
+
+constants = st.floats(0.1, 10)
+shapes = st.builds(
+    DecoderShape,
+    num_layers=st.integers(1, 40),
+    hidden_size=st.integers(64, 4096),
+    intermediate_size=st.integers(64, 8192),
+    num_heads=st.sampled_from([4, 8, 12]),
+    num_kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([32, 64, 128]),
+    vocab_size=st.integers(100, 150_000),
+)
+works = st.builds(
+    StepWork,
+    decodes=st.integers(1, 200),
+    context=st.integers(0, 100_000),
+    chunks=st.lists(st.tuples(st.integers(2, 600), st.integers(0, 4000)), max_size=3),
+    sampled=st.integers(0, 700),
+)
+
+
+@given(
+    shape=shapes, work=works, layer=constants, elements=constants, request=constants, kv=constants, decode=constants,
+    prompt=constants, slower=st.lists(constants, min_size=len(ROWS), max_size=len(ROWS)),
+)  # fmt: skip
+def test_the_terms_of_the_fit_are_those_of_the_latency_model(
+    shape: DecoderShape, work: StepWork, layer: float, elements: float, request: float, kv: float, decode: float,
+    prompt: float, slower: list[float],
+) -> None:  # fmt: skip
+    weight_ps = np.cumsum(slower)
+    hardware = made(
+        Gemms("kernels", bf16_table=GemmTable(ROWS, tuple(weight_ps.tolist()))),
+        DecodeAttention(launch_us=0, memory=0.1 * kv, compute=decode, request_us=request),
+        layer,
+    )
+    hardware = replace(
+        hardware,
+        attention=replace(hardware.attention, prompt=0.1 * prompt),
+        layer=replace(hardware.layer, small_kernels_memory=elements),
+    )
+    bandwidth, peak = hardware.bandwidth, hardware.peak_tflops.bf16 * 1e12
+    found = np.zeros(len(ROWS) + 7)
+    found[: len(ROWS)] = np.array(slower) * 1e-12
+    found[device_fit.LAYER], found[device_fit.ELEMENTS] = layer * 1e-6, 1 / (elements * bandwidth)
+    found[device_fit.REQUEST], found[device_fit.KV_BYTES] = request * 1e-6, 1 / (0.1 * kv * bandwidth)
+    found[device_fit.DECODE_OPERATIONS] = 1 / (decode * peak)
+    found[device_fit.PROMPT_OPERATIONS] = 1 / (0.1 * prompt * peak)
+    terms = step_terms(MeasuredStep(shape, work, 1.0), ROWS)
+    assert terms @ found == pytest.approx(StepTime(hardware, shape).seconds(work), rel=1e-9)
+    found[device_fit.STEP] = STEP_S
+    assert terms @ found == pytest.approx(StepTime(hardware, shape).seconds(work) + STEP_S, rel=1e-9)
