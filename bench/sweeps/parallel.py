@@ -1,5 +1,6 @@
 """Runs a sweep on simulated hardware in several processes, one workload in each at a time."""
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from bench.sweeps.sweep import discard, run_sweep
 from bench.sweeps.sweepfile import SweepPlan
 from engine.simulation import Simulate, without_core_log
 
-PARTS_FOLDER = "parts"  # of an unfinished sweep: one folder per workload
+PARTS_FOLDER = ".redline-parts"  # of an unfinished sweep: one folder per workload; no folder of a user has this name
 
 
 def run_in_processes(
@@ -34,26 +35,33 @@ def run_in_processes(
 ) -> Summary:
     """As `run_sweep`, with the same results, for a sweep whose configurations are all simulated.
 
-    An interrupted run leaves a folder for each workload, from which the next one continues; in the end they become one.
+    An interrupted run leaves a folder for each workload, from which the next one continues, with any number of
+    processes; in the end they become one.
 
     Args:
         simulate: a function of a module, since it is called in other processes.
         processes: at most.
     """
     check_folder(folder, FLAG)
+    parts = folder / PARTS_FOLDER
     if fresh:
         discard(folder)
-        shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
-    begun = any((folder / name).exists() for name in (STATE_FILE, SUMMARY_FILE, POINTS_FILE))
-    if begun or processes == 1 or len(plan.workloads) == 1:
+        shutil.rmtree(parts, ignore_errors=True)
+    if (folder / SUMMARY_FILE).exists():  # written last when parts become one
+        summary = run_sweep(plan, folder, progress, simulate)
+        shutil.rmtree(parts, ignore_errors=True)
+        return summary
+    begun = any((folder / name).exists() for name in (STATE_FILE, POINTS_FILE))
+    if not parts.exists() and (begun or processes == 1 or len(plan.workloads) == 1):
         return run_sweep(plan, folder, progress, simulate)
-    with writing(folder / PARTS_FOLDER, FLAG):
-        (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    with writing(parts, FLAG):
+        parts.mkdir(parents=True, exist_ok=True)
     # Those with the longest requests take longest: they begin first, so that no process idles in the end.
     workloads = sorted(plan.workloads, key=lambda workload: -workload.max_tokens)
-    jobs = [(replace(plan, workloads=[one]), folder / PARTS_FOLDER / slug(one.name), simulate) for one in workloads]
-    for _ in run_all(_run_part, jobs, processes, lambda _, call: _pass_on(progress, call)):
-        pass
+    jobs = [(replace(plan, workloads=[one]), parts / slug(one.name), simulate) for one in workloads]
+    with contextlib.closing(run_all(_run_part, jobs, processes, lambda _, call: _pass_on(progress, call))) as results:
+        for _ in results:
+            pass
     return _join(plan, folder)
 
 

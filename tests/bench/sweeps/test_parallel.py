@@ -1,12 +1,13 @@
 """A sweep on simulated hardware in several processes gives what one process gives."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from bench.results import RunFiles
+from bench.results import RunFiles, slug
 from bench.sweeps.parallel import PARTS_FOLDER, run_in_processes
 from bench.sweeps.sweep import run_sweep
 from bench.sweeps.sweepfile import SweepPlan, read_sweep
@@ -70,3 +71,44 @@ def test_a_run_that_failed_is_tried_again(plan: SweepPlan, tmp_path: Path) -> No
     first = run_in_processes(plan, folder, QuietProgress(), refuse, 2)
     assert set(first.failures.values()) == {"refused"}
     assert json.loads((folder / "summary.json").read_text())["failures"] == first.failures
+
+
+class InterruptedProgress(QuietProgress):
+    """Ctrl-C after the first load point of a search."""
+
+    def message(self, text: str) -> None:
+        super().message(text)
+        if "✓ search" in text:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_continued_by_any_number_of_processes(plan: SweepPlan, tmp_path: Path) -> None:
+    folder = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        run_in_processes(plan, folder, InterruptedProgress(), make_engine, 2)
+    kept = [point for part in (folder / PARTS_FOLDER).iterdir() for point in RunFiles(part).read_points()]
+    assert any(point.phase == "search" for point in kept)
+    assert not (folder / "summary.json").exists()
+    continued = run_in_processes(plan, folder, QuietProgress(), make_engine, 1)
+    assert continued.failures == {}
+    assert [bool(answer.rate) for answer in continued.answers] == [True, True]
+    points = {repr(point) for point in RunFiles(folder).read_points()}
+    assert {repr(point) for point in kept if point.valid} <= points
+    assert not (folder / PARTS_FOLDER).exists()
+
+
+def test_parts_that_were_not_quite_joined_are_joined(plan: SweepPlan, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    for one in plan.workloads:
+        run_sweep(replace(plan, workloads=[one]), folder / PARTS_FOLDER / slug(one.name), QuietProgress(), refuse)
+    RunFiles(folder).write_points([])  # the first file of the whole sweep
+    joined = run_in_processes(plan, folder, QuietProgress(), refuse, 2)
+    assert len(joined.failures) == 5
+    assert not (folder / PARTS_FOLDER).exists()
+
+
+def test_folders_of_others_are_kept(plan: SweepPlan, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "list.txt").write_text("screws")
+    run_in_processes(plan, tmp_path, QuietProgress(), refuse, 2, fresh=True)
+    assert (tmp_path / "parts" / "list.txt").read_text() == "screws"
