@@ -1,5 +1,6 @@
 """`redline plan`: how many of which GPU serve a load within latency limits, from simulations."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,14 @@ from cli.options import Finite, GroupedCommand, option, with_options
 from cli.params import LIMIT, SHARE
 from cli.screen import verbatim_console
 from cli.workload import WORKLOAD_OPTIONS, arrivals_of, check_workload, workload_spec
+from engine.errors import ConfigError
 from engine.hardware.description import THIS_MACHINE, hardware_names, is_described, read_hardware
 from engine.host import cores
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.planning.options import Candidate, Wanted
+    from bench.planning.options import Candidate, PlanRequest
     from bench.planning.rows import Row
 
 LOAD, DEPLOYMENTS, RESULTS = "Load and limits", "Deployments", "Results"
@@ -144,23 +146,24 @@ def command(ctx: click.Context, **params: Any) -> int:
     """
     from bench.planning.options import Candidate
 
-    wanted = _wanted(ctx, params)
+    request = _plan_request(ctx, params)
     hardware = params["hardware"] or tuple(hardware_names())
     for name in hardware:
         read_hardware(name)  # reports a wrong description before anything is simulated
-    for name in wanted.prices:
+    for name in request.prices:
         if name not in hardware:
             raise click.BadParameter(
                 f"{name!r} is not among the hardware of this plan: {', '.join(hardware)}", param_hint="--price"
             )
     candidates = [Candidate(name, tp) for name in hardware for tp in params["tp"]]
+    _check_flags(request, candidates)
     console = verbatim_console(file_width=140, highlight=False)
-    rows = _examine(console, wanted, candidates, params)
+    rows = _examine(console, request, candidates, params)
     return 0 if any(row.replicas is not None for row in rows) else FAILED
 
 
-def _wanted(ctx: click.Context, params: dict[str, Any]) -> "Wanted":
-    from bench.planning.options import Wanted
+def _plan_request(ctx: click.Context, params: dict[str, Any]) -> "PlanRequest":
+    from bench.planning.options import PlanRequest
 
     for name in ("model", "rate"):
         if params[name] is None:
@@ -178,14 +181,29 @@ def _wanted(ctx: click.Context, params: dict[str, Any]) -> "Wanted":
     spec = workload_spec(ctx)
     if not has_flag(flags, "--max-model-len"):
         flags += ["--max-model-len", str(math.ceil(1.1 * make_workload(spec, ANY_VOCABULARY).max_tokens))]
-    return Wanted(
+    return PlanRequest(
         model=params["model"], workload=spec, rate=params["rate"], limits=dict(params["limits"]), flags=tuple(flags),
         prices=dict(params["prices"]), precision=params["precision"], seed=params["seed"], arrivals=arrivals_of(params),
     )  # fmt: skip
 
 
+def _check_flags(request: "PlanRequest", candidates: list["Candidate"]) -> None:
+    """Raise ConfigError for flags of the engine that are wrong for every candidate, before processes are started."""
+    from cli.simulated import parse_flags
+
+    errors = []
+    for candidate in candidates:
+        try:
+            parse_flags(request.model, candidate.flags(request))
+        except ConfigError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
+
+
 def _examine(
-    console: "Console", wanted: "Wanted", candidates: list["Candidate"], params: dict[str, Any]
+    console: "Console", request: "PlanRequest", candidates: list["Candidate"], params: dict[str, Any]
 ) -> list["Row"]:
     """Show the progress, and in the end the table; that of the rows so far if it is interrupted."""
     from bench.planning.plan import make_plan
@@ -193,17 +211,22 @@ def _examine(
     from cli.simulated import make_engine
 
     rows: list[Row] = []
+    status = Status(console, candidates)
+    found = make_plan(
+        request, candidates, make_engine, status.show, folder=params["out"], processes=params["jobs"] or cores()
+    )
+    ended = "ended by an error"
     try:
-        with Status(console, candidates) as status:
-            found = make_plan(
-                wanted, candidates, make_engine, status.show, folder=params["out"],
-                processes=params["jobs"] or cores(),
-            )  # fmt: skip
+        with status, contextlib.closing(found):
             for row in found:
                 rows.append(row)
                 status.done(row, row_line(row))
+        ended = ""
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
     finally:
-        show_plan(console, wanted, rows, len(candidates))
+        show_plan(console, request, rows, len(candidates), ended)
         if params["out"] is not None and rows:
             console.print(f"results: {params['out']}", soft_wrap=True)
     return rows

@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bench.planning.options import Candidate, Wanted
+from bench.planning.options import Candidate, PlanRequest
 from bench.planning.rows import Row, metric_name, ordered
 from engine.errors import ConfigError
 from engine.hardware.accuracy import simulation_mark
@@ -59,41 +59,46 @@ def row_line(row: Row) -> str:
     """A finished candidate in one line."""
     name = Candidate(row.hardware, row.tp).name
     if row.replicas is None:
-        return f"{name}: {row.binds}: {_short(row.note)}"
-    return f"{name}: {row.rate_per_replica:.3g} req/s per replica, {row.gpus} GPUs; binds: {row.binds}"
+        return f"{name}: {row.limited_by}: {_short(row.note)}"
+    return f"{name}: {row.rate_per_replica:.3g} req/s per replica, {row.gpus} GPUs; limited by: {row.limited_by}"
 
 
-def show_plan(console: Console, wanted: Wanted, rows: Sequence[Row], candidates: int) -> None:
-    """Print the table of all deployments that serve the load, and below it why others don't."""
+def show_plan(console: Console, request: PlanRequest, rows: Sequence[Row], candidates: int, ended: str) -> None:
+    """Print the table of all deployments that serve the load, and below it why others don't.
+
+    Args:
+        candidates: number of them.
+        ended: how the plan ended before all of them were examined, in a word or two; "": it did not.
+    """
     if not rows:
         return
     serving = [row for row in ordered(rows) if row.replicas is not None]
     console.print()
-    if len(rows) < candidates:
-        console.print(f"interrupted: {len(rows)} of {candidates} are done; with --out, the same command continues")
+    if ended:
+        console.print(f"{ended}: {len(rows)} of {candidates} are done; with --out, the same command continues")
     if serving:
-        console.print(_table(wanted, serving))
+        console.print(_table(request, serving))
     for row in ordered(rows):
         if row.replicas is None:
             console.print(row_line(row), soft_wrap=True, style="dim")
-    simulated = dict.fromkeys((row.hardware, _engine(wanted, row)) for row in rows)
+    simulated = dict.fromkeys((row.hardware, _engine(request, row)) for row in rows)
     for name, engine in simulated:
         if engine is None:
             continue
         console.print(error_text(simulation_mark(name, engine)), soft_wrap=True, style="yellow")
 
 
-def _engine(wanted: Wanted, row: Row) -> str | None:
+def _engine(request: PlanRequest, row: Row) -> str | None:
     """The engine that was simulated: v1 or v0; None: the flags of its server were refused."""
-    from cli.serve import engine_config
+    from cli.simulated import parse_flags
 
     try:
-        return engine_config(wanted.model, Candidate(row.hardware, row.tp).flags(wanted)).engine
+        return parse_flags(request.model, Candidate(row.hardware, row.tp).flags(request)).engine
     except ConfigError:
         return None
 
 
-def _table(wanted: Wanted, rows: Sequence[Row]) -> Table:
+def _table(request: PlanRequest, rows: Sequence[Row]) -> Table:
     priced = any(row.dollars_per_hour is not None for row in rows)
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("hardware", lambda row: row.title),
@@ -108,16 +113,18 @@ def _table(wanted: Wanted, rows: Sequence[Row]) -> Table:
             ("$ per M\ntokens", lambda row: _number(row.dollars_per_million_total, ".3g")),
         ]
     columns += [
-        ("a replica\nreq/s, most", lambda row: _number(row.rate_per_replica, ".3g")),
-        ("its load\nreq/s", lambda row: _number(row.load_per_replica, ".3g")),
+        ("max req/s\nper replica", lambda row: _number(row.rate_per_replica, ".3g")),
+        ("load\nper replica", lambda row: _number(row.load_per_replica, ".3g")),
         ("TTFT P99\nms", lambda row: _number(row.ttft_p99_ms, ".0f")),
         ("ITL P99\nms", lambda row: _number(row.itl_p99_ms, ".1f")),
         ("output\ntok/s", lambda row: _number(row.output_tok_s, ",.0f")),
-        ("binds", lambda row: row.binds),
+        ("limited by", lambda row: row.limited_by),
     ]
-    table = Table(title=_title(wanted), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title=_title(request), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for heading, _ in columns:
-        table.add_column(Text(heading), justify="left" if heading in ("hardware", "binds") else "right", no_wrap=True)
+        table.add_column(
+            Text(heading), justify="left" if heading in ("hardware", "limited by") else "right", no_wrap=True
+        )
     table.add_column("")
     for number, row in enumerate(rows):
         best = ("cheapest" if priced else "fewest GPUs") if number == 0 else ""
@@ -125,11 +132,11 @@ def _table(wanted: Wanted, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _title(wanted: Wanted) -> str:
-    limits = ", ".join(f"{metric_name(column)} up to {limit:g} ms" for column, limit in wanted.limits.items())
-    lengths = [str(wanted.workload[key]) for key in ("input", "output") if key in wanted.workload]
-    workload = "/".join(lengths) if len(lengths) == 2 else str(wanted.workload.get("kind"))
-    return f"{wanted.model}, {workload} at {wanted.rate:g} req/s{', ' if limits else ''}{limits}; simulated"
+def _title(request: PlanRequest) -> str:
+    limits = ", ".join(f"{metric_name(column)} up to {limit:g} ms" for column, limit in request.limits.items())
+    lengths = [str(request.workload[key]) for key in ("input", "output") if key in request.workload]
+    workload = "/".join(lengths) if len(lengths) == 2 else str(request.workload.get("kind"))
+    return f"{request.model}, {workload} at {request.rate:g} req/s{', ' if limits else ''}{limits}; simulated"
 
 
 def _number(value: float | None, spec: str) -> str:

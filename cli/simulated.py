@@ -20,8 +20,10 @@ from bench.workloads.encoding import local_encoder, local_tokenizer
 from cli.bench_run import make_summary, measure, options_of
 from cli.workload import vocabulary_of
 from engine.config import SIMULATED
+from engine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from engine.config import EngineConfig
     from engine.simulation import SimulatedEngine
 
 # Parameters about servers over HTTP or about this machine, and their flags.
@@ -100,10 +102,19 @@ def run_simulated(ctx: click.Context, console: Console, files: RunFiles, spec: d
 
 def make_engine(model: str, flags: list[str]) -> "SimulatedEngine":
     """The engine that flags of `redline serve` describe; they have a simulated device. Raises ConfigError."""
-    from cli.serve import engine_config
     from engine.simulation import simulate
 
-    return simulate(engine_config(model, flags))
+    return simulate(parse_flags(model, flags))
+
+
+def parse_flags(model: str, flags: list[str]) -> "EngineConfig":
+    """The configuration that flags of `redline serve` describe. Raises ConfigError, also for flags that don't exist."""
+    from cli.serve import engine_config
+
+    try:
+        return engine_config(model, flags)
+    except click.ClickException as error:  # has the context of a command, which can't be sent to another process
+        raise ConfigError(error.format_message().rstrip(".")) from None
 
 
 def _encoder(params: dict[str, Any], spec: dict[str, Any]) -> Encode | None:

@@ -9,7 +9,7 @@ from bench.workloads.arrivals import Arrivals
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PlanRequest:
     """The load to serve, and the limits of its latencies."""
 
     model: str
@@ -39,6 +39,6 @@ class Candidate:
     def name(self) -> str:
         return f"{self.hardware} TP{self.tp}"
 
-    def flags(self, wanted: Wanted) -> list[str]:
+    def flags(self, request: PlanRequest) -> list[str]:
         """Of `redline serve`."""
-        return [*wanted.flags, "--device", f"sim:{self.hardware}", "--tensor-parallel-size", str(self.tp)]
+        return [*request.flags, "--device", f"sim:{self.hardware}", "--tensor-parallel-size", str(self.tp)]

@@ -1,4 +1,4 @@
-"""Finds what one replica sustains within the limits, and how it answers at its share of the wanted load."""
+"""Finds what one replica sustains within the limits, and how it answers at its share of the load."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 from bench.errors import BenchError
 from bench.measurement.load_point import PointPlan, PointState
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
-from bench.planning.options import Candidate, Wanted
-from bench.planning.rows import Row, binds
+from bench.planning.options import Candidate, PlanRequest
+from bench.planning.rows import DOES_NOT_FIT, FAILED, NOT_SUPPORTED, Row, limited_by
 from bench.results import Answer, PointRecord, RequestRecord, RunFiles, ServerState
 from bench.search.windows import MAX_VIRTUAL_MINUTES, WINDOW_LATENCIES
 from bench.simulation import SimulatedServer
@@ -20,7 +20,6 @@ from engine.hardware.accuracy import description_version
 from engine.hardware.description import read_hardware
 from engine.simulation import Simulate, SimulatedEngine, without_core_log
 
-DOES_NOT_FIT = "does not fit"
 TOO_SLOW = "too slow at any rate"
 _SHARE_REQUESTS = 1000  # least number of requests behind the latencies of a row, so that a P99 rests on ten
 _MORE_REPLICAS = 3  # tried in addition where the load of each one turns out to be too high
@@ -29,7 +28,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Examined:
     """What came of a candidate: its row, its load points, and what the result files say about it."""
 
     row: Row
@@ -38,64 +37,66 @@ class Found:
     described: dict[str, Any] | None = None  # None: it was not simulated
 
 
-def examine(report: Report, candidate: Candidate, wanted: Wanted, simulate: Simulate) -> Found:
+def examine(report: Report, candidate: Candidate, request: PlanRequest, simulate: Simulate) -> Examined:
     """Simulate a candidate; `report` receives a few words about what it does.
 
     Raises ModelError if the model can't be read, InterruptedRunError on Ctrl-C.
     """
     name = candidate.hardware
-    row = Row(name, read_hardware(name).title, candidate.tp, description_version(name), DOES_NOT_FIT)
+    row = Row(name, read_hardware(name).title, candidate.tp, description_version(name), FAILED)
     try:
-        engine = simulate(wanted.model, candidate.flags(wanted))
+        engine = simulate(request.model, candidate.flags(request))
     except (ConfigError, OutOfMemoryError) as error:
-        return Found(replace(row, note=" ".join(str(error).split())), [])
+        cause = DOES_NOT_FIT if isinstance(error, OutOfMemoryError) else NOT_SUPPORTED
+        return Examined(replace(row, limited_by=cause, note=" ".join(str(error).split())), [])
     try:
         with without_core_log():
-            return _Replica(candidate, wanted, engine, report).examine(row)
+            return _Replica(candidate, request, engine, report).examine(row)
     except BenchError as error:
-        return Found(replace(row, binds="failed", note=" ".join(str(error).split())), [])
+        return Examined(replace(row, note=" ".join(str(error).split())), [])
 
 
 class _Replica:
-    def __init__(self, candidate: Candidate, wanted: Wanted, engine: SimulatedEngine, report: Report):
-        self._wanted, self._engine, self._name = wanted, engine, candidate.name
+    def __init__(self, candidate: Candidate, request: PlanRequest, engine: SimulatedEngine, report: Report):
+        self._request, self._engine, self._name = request, engine, candidate.name
         self._files = _KeptPoints()
         self._progress = _Progress(report)
-        self._workload: Workload = make_workload(wanted.workload, engine.vocab_size)
+        self._workload: Workload = make_workload(request.workload, engine.vocab_size)
         self._server = SimulatedServer(engine.simulation, engine.title)
 
-    def examine(self, row: Row) -> Found:
+    def examine(self, row: Row) -> Examined:
         answer = measure_configuration(self._subject())
         described = {
-            "model": self._engine.model, "server": "redline", "serve": list(self._wanted.flags),
+            "model": self._engine.model, "server": "redline", "serve": list(self._request.flags),
             "simulated": self._engine.mark, "resolved": {self._workload.name: self._engine.resolved},
         }  # fmt: skip
         if answer is None:
-            return Found(replace(row, binds="failed", note=self._last_reason()), self._files.points, None, described)
-        failed = next((p for p in self._files.points if p.rate == answer.high and p.sustained is False), None)
-        row = replace(row, binds=binds(failed, self._wanted.limits, answer.binding), note=answer.note)
+            return Examined(replace(row, note=self._last_reason()), self._files.points, None, described)
+        failures = [p for p in self._files.points if p.rate == answer.high and p.sustained is False]
+        failed = max(failures, key=lambda point: point.requests, default=None)  # the run that `binding` is from
+        row = replace(row, limited_by=limited_by(failed, self._request.limits, answer.binding), note=answer.note)
         if answer.rate is None:
             row = replace(row, note=f"{TOO_SLOW}: {self._last_reason()}")
-            return Found(row, self._files.points, answer, described)
+            return Examined(row, self._files.points, answer, described)
         row = self._share(replace(row, rate_per_replica=answer.rate), answer.rate)
-        return Found(row, self._files.points, answer, described)
+        return Examined(row, self._files.points, answer, described)
 
     def _share(self, row: Row, sustained: float) -> Row:
-        """The row with the replicas that serve the wanted rate, and the latencies of each at its share."""
-        replicas = math.ceil(self._wanted.rate / sustained - 1e-9)
+        """The row with the replicas that serve the whole rate, and the latencies of each at its share."""
+        replicas = math.ceil(self._request.rate / sustained - 1e-9)
         for more in range(_MORE_REPLICAS + 1):
-            point = self._at(self._wanted.rate / (replicas + more), more)
+            point = self._at(self._request.rate / (replicas + more), more)
             if point.sustained is not False:  # an undecided one is below a rate that was confirmed
                 return self._served(row, point, replicas + more)
-        return replace(row, binds="failed", note=f"not sustained at its share of the load: {point.reason}")
+        return replace(row, limited_by=FAILED, note=f"not sustained at its share of the load: {point.reason}")
 
     def _served(self, row: Row, point: PointRecord, replicas: int) -> Row:
-        each = self._wanted.rate / point.achieved_rate
+        each = self._request.rate / point.achieved_rate
         return replace(
             row,
             replicas=replicas,
             gpus=replicas * row.tp,
-            load_per_replica=self._wanted.rate / replicas,
+            load_per_replica=self._request.rate / replicas,
             output_tok_s=point.output_tok_s * each,
             total_tok_s=(point.output_tok_s + point.input_tok_s) * each,
             ttft_p50_ms=point.ttft_p50_ms,
@@ -118,10 +119,10 @@ class _Replica:
         return found[-1]
 
     def _subject(self, **rates: Any) -> Subject:
-        wanted = self._wanted
+        request = self._request
         options = BenchOptions(
-            seed=wanted.seed, precision=wanted.precision, max_minutes=MAX_VIRTUAL_MINUTES, limits=wanted.limits,
-            arrivals=wanted.arrivals, ladder=False, **rates,
+            seed=request.seed, precision=request.precision, max_minutes=MAX_VIRTUAL_MINUTES, limits=request.limits,
+            arrivals=request.arrivals, ladder=False, **rates,
         )  # fmt: skip
         return Subject(self._server, self._workload, self._name, options, self._files, self._progress)
 

@@ -13,6 +13,7 @@ from bench.results import FLAG, PointRecord
 from bench.results.writing import replace_file, writing
 
 PLAN_FILE, TABLE_FILE = "plan.json", "plan.csv"
+DOES_NOT_FIT, NOT_SUPPORTED, FAILED = "does not fit", "not supported", "failed"  # why a candidate serves no load
 # Bindings of load points in the words of a plan; of latency limits the metric is named instead.
 _BINDINGS = {
     "KV cache": "KV capacity",
@@ -31,15 +32,15 @@ class Row:
     title: str  # of the hardware
     tp: int
     description: str  # version of the description of the hardware
-    binds: str  # what keeps a replica from more load
+    limited_by: str  # what keeps a replica from a higher rate, or why no load is served
     note: str = ""
     rate_per_replica: float | None = None  # highest rate within the limits, requests/s
     replicas: int | None = None  # --dp
     gpus: int | None = None
-    load_per_replica: float | None = None  # requests/s of each replica at the wanted rate
-    output_tok_s: float | None = None  # of all replicas at the wanted rate
+    load_per_replica: float | None = None  # requests/s of each replica at the rate to serve
+    output_tok_s: float | None = None  # of all replicas at the rate to serve
     total_tok_s: float | None = None  # the same with the tokens of prompts
-    ttft_p50_ms: float | None = None  # latencies at the wanted rate
+    ttft_p50_ms: float | None = None  # latencies at the rate to serve
     ttft_p99_ms: float | None = None
     itl_p50_ms: float | None = None
     itl_p99_ms: float | None = None
@@ -51,8 +52,8 @@ class Row:
     dollars_per_million_total: float | None = None  # of prompts and outputs
 
 
-def binds(failed: PointRecord | None, limits: dict[str, float], binding: str) -> str:
-    """What keeps a replica from more load, from the load point above its highest rate."""
+def limited_by(failed: PointRecord | None, limits: dict[str, float], binding: str) -> str:
+    """What keeps a replica from a higher rate, from the load point above its highest one."""
     if failed is not None and failed.binding == "latency limit":
         broken = [column for column, limit in limits.items() if not getattr(failed, column) <= limit]
         return ", ".join(metric_name(column) for column in broken)
@@ -93,9 +94,19 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def write_plan(folder: Path, digest: str, wanted: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write plan.json and plan.csv. Raises CannotWriteError."""
-    data = {"digest": digest, "simulated": True, "wanted": wanted, "rows": [asdict(row) for row in ordered(rows)]}
+def write_plan(
+    folder: Path, digest: str, request: dict[str, Any], hardware: dict[str, dict[str, Any]], rows: Sequence[Row]
+) -> None:
+    """Write plan.json and plan.csv. Raises CannotWriteError.
+
+    Args:
+        digest: of the request, see `PlanRequest.digest`.
+        request: as plain data.
+        hardware: the marks of simulated hardware, with the errors of its latencies, by name.
+        rows: in any order.
+    """
+    data = {"digest": digest, "simulated": True, "request": request, "hardware": dict(sorted(hardware.items()))}
+    data["rows"] = [asdict(row) for row in ordered(rows)]
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     with writing(folder / PLAN_FILE, FLAG):
         replace_file(folder / PLAN_FILE, lambda part: part.write_text(text, encoding="utf-8"))
@@ -112,19 +123,21 @@ def write_plan(folder: Path, digest: str, wanted: dict[str, Any], rows: Sequence
         replace_file(folder / TABLE_FILE, write)
 
 
-def read_rows(folder: Path, digest: str) -> list[Row]:
-    """The rows of an interrupted plan; none if there is no plan. Raises BenchError if it is another one."""
+def read_plan(folder: Path, digest: str) -> tuple[list[Row], dict[str, dict[str, Any]]]:
+    """The rows of an interrupted plan, and the marks of their hardware; none if there is no plan.
+
+    Raises BenchError if it is another plan.
+    """
     path = folder / PLAN_FILE
     if not path.exists():
-        return []
+        return [], {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in data["rows"]]
+        if data["digest"] != digest:
+            raise BenchError(f"{folder} contains another plan: choose another folder with --out, or delete it")
+        return [Row(**row) for row in data["rows"]], data["hardware"]
     except (ValueError, TypeError, KeyError) as error:
         raise BenchError(f"{path} cannot be read ({error}): choose another folder with --out") from None
-    if data.get("digest") != digest:
-        raise BenchError(f"{folder} contains another plan: choose another folder with --out, or delete it")
-    return rows
 
 
 def _cell(value: object) -> str:

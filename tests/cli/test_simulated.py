@@ -114,19 +114,24 @@ def test_other_wrong_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "device", "flags", "words"),
+    ("model", "device", "flags", "words", "code"),
     [
-        (LLAMA_8B, "sim:h99", [], "no such hardware; known are a100, b200, h100, h200"),
-        (LLAMA_70B, "sim:h100", [], "--device sim:b200"),
-        (LLAMA_8B, "sim:h100", ["--tp", "3"], "--tp 3"),
-        (LLAMA_8B, "sim:h100", ["--speculative", "ngram"], "--speculative ngram does not work on sim:h100"),
-        (LLAMA_8B, "sim:h100", ["--max-model-len", "50"], "exceed --max-model-len 50"),
+        (LLAMA_8B, "sim:h99", [], "no such hardware; known are a100, b200, h100, h200", 2),
+        (LLAMA_70B, "sim:h100", [], "--device sim:b200", 1),
+        (LLAMA_8B, "sim:h100", ["--tp", "3"], "--tp 3", 2),
+        (LLAMA_8B, "sim:h100", ["--speculative", "ngram"], "--speculative ngram does not work on sim:h100", 2),
+        (LLAMA_8B, "sim:h100", ["--max-model-len", "50"], "exceed --max-model-len 50", 1),
+        (LLAMA_8B, "sim:h100", ["--no-such-flag"], "--no-such-flag", 2),
     ],
 )
-def test_what_cannot_be_simulated_is_one_line(model: str, device: str, flags: list[str], words: str) -> None:
-    done = run("--", *flags, model=model, device=device)
-    assert done.exit_code != 0
-    assert words in str(done.exception or done.output)
+def test_what_cannot_be_simulated_is_one_line(
+    model: str, device: str, flags: list[str], words: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["bench", "--device", device, "--model", model, *SHORT, "--out", str(tmp_path), "--", *flags]
+    assert main(given) == code
+    complaint = capsys.readouterr().err
+    assert words in complaint
+    assert len(complaint.splitlines()) == 1
 
 
 SWEEP = """
@@ -171,3 +176,12 @@ def test_presets_run_on_simulated_hardware_without_a_change() -> None:
         plan = read_sweep(path, "sim:h100")
         assert plan.is_simulated
         assert plan.max_minutes() == 0
+
+
+def test_flags_that_do_not_exist_fail_their_run_alone(tmp_path: Path) -> None:
+    file = tmp_path / "pair.yaml"
+    file.write_text(SWEEP.format(model=LLAMA_8B).replace("engine: v0", "no-such-flag: 3"))
+    assert main(["sweep", str(file), "--device", "sim:h100", "--out", str(tmp_path / "out")]) == 1
+    summary = RunFiles(tmp_path / "out").read_summary()
+    assert list(summary.failures) == ["v0 / 100/20"]
+    assert "--no-such-flag" in summary.failures["v0 / 100/20"]

@@ -7,8 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import BenchError
-from bench.planning.options import Candidate, Wanted
-from bench.planning.rows import Row, binds, metric_name, ordered, read_rows, with_price, write_plan
+from bench.planning.options import Candidate, PlanRequest
+from bench.planning.rows import (
+    DOES_NOT_FIT,
+    FAILED,
+    NOT_SUPPORTED,
+    Row,
+    limited_by,
+    metric_name,
+    ordered,
+    read_plan,
+    with_price,
+    write_plan,
+)  # fmt: skip
 from tests.plots.made import Server, make_point
 
 SERVING = Row(
@@ -52,42 +63,50 @@ def test_the_cheapest_is_first_and_those_that_cannot_serve_are_last(given_rows: 
 def test_a_latency_limit_is_named() -> None:
     point, _ = make_point(Server(4.0), "v1", "w", 5.0, "search", 50)
     point = replace(point, binding="latency limit", itl_p99_ms=60.0, ttft_p99_ms=100.0)
-    assert binds(point, {"itl_p99_ms": 50.0, "ttft_p99_ms": 200.0}, "latency limit") == "ITL P99"
-    assert binds(point, {"itl_p99_ms": 50.0, "ttft_p99_ms": 90.0}, "latency limit") == "ITL P99, TTFT P99"
-    assert binds(replace(point, binding="KV cache"), {}, "KV cache") == "KV capacity"
-    assert binds(None, {}, "not reached") == "not reached"
+    assert limited_by(point, {"itl_p99_ms": 50.0, "ttft_p99_ms": 200.0}, "latency limit") == "ITL P99"
+    assert limited_by(point, {"itl_p99_ms": 50.0, "ttft_p99_ms": 90.0}, "latency limit") == "ITL P99, TTFT P99"
+    assert limited_by(replace(point, binding="KV cache"), {}, "KV cache") == "KV capacity"
+    assert limited_by(None, {}, "not reached") == "not reached"
     assert metric_name("e2e_p50_ms") == "E2E P50"
 
 
 def test_files_have_all_rows_and_are_read_again(tmp_path: Path) -> None:
-    write_plan(tmp_path, "digest", {"rate": 12.0}, [UNFIT, SERVING])
-    assert read_rows(tmp_path, "digest") == [SERVING, UNFIT]
+    marks = {"h100": {"title": "NVIDIA H100", "errors": {"tpot": {"median": 0.04, "p90": 0.1, "rows": 9}}}}
+    write_plan(tmp_path, "digest", {"rate": 12.0}, marks, [UNFIT, SERVING])
+    assert read_plan(tmp_path, "digest") == ([SERVING, UNFIT], marks)
     with (tmp_path / "plan.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["hardware"] for row in table] == ["h100", "a100"]
     assert table[0]["output_tok_s"] == "24000"
     assert table[1]["replicas"] == ""
     with pytest.raises(BenchError, match="another plan"):
-        read_rows(tmp_path, "other")
+        read_plan(tmp_path, "other")
 
 
 def test_broken_files_are_reported(tmp_path: Path) -> None:
-    assert read_rows(tmp_path, "digest") == []
+    assert read_plan(tmp_path, "digest") == ([], {})
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(BenchError, match="cannot be read"):
-        read_rows(tmp_path, "digest")
+        read_plan(tmp_path, "digest")
 
 
 def test_the_digest_ignores_prices_only() -> None:
-    wanted = Wanted("m", {"kind": "random", "input": 5, "output": 5}, 4.0, {"ttft_p99_ms": 100.0})
-    assert wanted.digest("1") == replace(wanted, prices={"h100": 2.0}).digest("1")
-    for other in (replace(wanted, rate=5.0), replace(wanted, limits={}), replace(wanted, flags=("--x",))):
-        assert other.digest("1") != wanted.digest("1")
-    assert wanted.digest("2") != wanted.digest("1")
+    request = PlanRequest("m", {"kind": "random", "input": 5, "output": 5}, 4.0, {"ttft_p99_ms": 100.0})
+    assert request.digest("1") == replace(request, prices={"h100": 2.0}).digest("1")
+    for other in (replace(request, rate=5.0), replace(request, limits={}), replace(request, flags=("--x",))):
+        assert other.digest("1") != request.digest("1")
+    assert request.digest("2") != request.digest("1")
 
 
 def test_flags_of_a_candidate() -> None:
-    wanted = Wanted("m", {}, 1.0, {}, flags=("--max-model-len", "64"))
-    assert Candidate("h100", 4).flags(wanted) == [
+    request = PlanRequest("m", {}, 1.0, {}, flags=("--max-model-len", "64"))
+    assert Candidate("h100", 4).flags(request) == [
         "--max-model-len", "64", "--device", "sim:h100", "--tensor-parallel-size", "4",
     ]  # fmt: skip
+
+
+def test_the_page_explains_every_word_for_what_limits_a_replica() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "simulation" / "plan.md").read_text()
+    bindings = ("KV cache", "batch slots", "compute", "not reached", "undecided")
+    for word in (*(limited_by(None, {}, binding) for binding in bindings), DOES_NOT_FIT, NOT_SUPPORTED, FAILED):
+        assert f"| {word} |" in page

@@ -102,7 +102,7 @@ def test_parts_that_were_not_quite_joined_are_joined(plan: SweepPlan, tmp_path: 
     for one in plan.workloads:
         run_sweep(replace(plan, workloads=[one]), folder / PARTS_FOLDER / slug(one.name), QuietProgress(), refuse)
     RunFiles(folder).write_points([])  # the first file of the whole sweep
-    joined = run_in_processes(plan, folder, QuietProgress(), refuse, 2)
+    joined = run_in_processes(plan, folder, QuietProgress(), refuse, 1)
     assert len(joined.failures) == 5
     assert not (folder / PARTS_FOLDER).exists()
 
