@@ -72,10 +72,11 @@ def error_text(mark: dict[str, Any]) -> str:
         if key in known
     ]
     # Results of earlier versions name no engine; their errors are those of all engines and loads.
-    engine, loads = (f", {str(mark['engine']).upper()}", "closed loops: ") if "engine" in mark else ("", "")
-    found = f"{loads}{', '.join(parts)}" if parts else "not known"
+    engine = f", {str(mark['engine']).upper()}" if "engine" in mark else ""
+    loads = " in closed loops" if engine and parts else ""
     note = f"; {mark['note']}" if mark.get("note") else ""
-    return f"Errors of simulated latencies on {mark['title']}{engine}: {found}{note}"
+    found = ", ".join(parts) or "not known"
+    return f"Errors of simulated latencies on {mark['title']}{engine}{loads}: {found}{note}"
 
 
 def _marked(summary: Summary) -> Iterator[tuple[str, dict[str, Any] | None]]:

@@ -50,7 +50,7 @@ def test_titles_and_captions_name_the_simulated_hardware(simulated: Path) -> Non
     assert results.configurations == ["v1", "v0"]  # the title says all
     assert hardware_lines(results) == ["simulated NVIDIA H100 SXM 80 GB (description 0123456789ab)"]
     errors = "Errors of simulated latencies on NVIDIA H100 SXM 80 GB"
-    known = [f"{errors}, V1: closed loops: TPOT 4.5% (median), 12% (P90)", f"{errors}, V0: not known; {NOTE}"]
+    known = [f"{errors}, V1 in closed loops: TPOT 4.5% (median), 12% (P90)", f"{errors}, V0: not known; {NOTE}"]
     assert error_texts(results.summaries) == known
     shown = " ".join(" ".join(caption(results, results.workloads[0])).split())
     assert all(text in shown for text in known)
