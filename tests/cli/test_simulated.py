@@ -46,6 +46,15 @@ def test_given_rates_end_with_an_answer_and_files_that_say_what_was_simulated(tm
     assert all(p.valid and p.running_max for p in points[1:])
 
 
+def test_v0_says_that_its_costs_are_not_validated(tmp_path: Path) -> None:
+    done = run("--rate", "40", "--window", "3", "--out", tmp_path, "--", "--engine", "v0")
+    assert done.exit_code == 0, done.output
+    mark = json.loads((tmp_path / "summary.json").read_text())["configurations"]["bench"]["simulated"]
+    assert (mark["engine"], mark["errors"]) == ("v0", {})
+    assert mark["note"].endswith("not validated")
+    assert f"warning: --device sim:h100: {mark['note']}" in done.output
+
+
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("first", "second"):
         assert run("--rate", "40", "--window", "3", "--out", tmp_path / name).exit_code == 0
@@ -86,6 +95,17 @@ def test_limits_and_data_of_texts(tmp_path: Path) -> None:
     (point,) = (p for p in RunFiles(tmp_path / "out").read_points() if p.phase == "fixed")
     assert point.binding == "latency limit"
     assert point.prefix_hit_rate is not None
+
+
+def test_outputs_that_the_longest_length_cuts_are_told(tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    data.write_text(json.dumps({"prompt": "What is a cache? " * 30, "output_tokens": 400}) + "\n")
+    done = run_workload(data, "--rate", "5", "--window", "3", "--out", tmp_path / "out", "--", "--max-model-len", "300")
+    assert "warning: the first request: the output was cut at --max-model-len 300" in done.output
+    assert "outputs were cut at --max-model-len 300: raise it behind --" in done.output
+    (point,) = (p for p in RunFiles(tmp_path / "out").read_points() if p.phase == "fixed")
+    assert not point.valid
+    assert "did not have the requested length" in point.reason
 
 
 def run_workload(data: Path, *arguments: str | Path) -> Result:
