@@ -15,7 +15,7 @@ from bench.measurement.run import LostServerError, Subject
 from bench.measurement.server import HttpServer
 from bench.results import FLAG, RunFiles
 from bench.results.writing import check_folder
-from bench.search.windows import MAX_VIRTUAL_MINUTES
+from bench.search.windows import MAX_VIRTUAL_MINUTES, VIRTUAL_WARMUP_LATENCIES, WARMUP_LATENCIES
 from bench.target import Target
 from bench.target.control import unused_proxy
 from bench.target.probe import ServerInfo, probe_server
@@ -72,6 +72,12 @@ MEASUREMENT_OPTIONS = (
         MEASUREMENT, "--window", type=Finite(0, 1e7, min_open=True), metavar="SECONDS",
         default_text="planned from precision, latency and time left",
         help="Length of each measurement window. Raise it if windows are too short to decide.",
+    ),
+    option(
+        MEASUREMENT, "--warmup", type=Finite(0, 1e7), metavar="SECONDS",
+        default_text=f"{WARMUP_LATENCIES:g} × the expected latency, {VIRTUAL_WARMUP_LATENCIES:g} × with --device",
+        help="Length of the load before each window, which is not evaluated. Raise it if rates fail because the batch "
+        "is not yet steady, as with long outputs.",
     ),
     option(
         MEASUREMENT, "--ladder/--no-ladder", default=True,

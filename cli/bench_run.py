@@ -25,6 +25,7 @@ def options_of(params: dict[str, Any]) -> BenchOptions:
         rates=rates_of(params),
         ladder=params["ladder"],
         window_s=params["window"],
+        warmup_s=params["warmup"],
         limits=dict(params["limits"]),
         arrivals=arrivals_of(params),
     )

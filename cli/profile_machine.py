@@ -13,13 +13,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from bench.measurement.host_costs import HostTimes
     from engine.hardware.description import Hardware
-    from engine.hardware.profile_file import MeasuredArrivals
+    from engine.hardware.host_fit import MeasuredLoad
     from engine.profiling import Grid, MeasuredDevice
 
-CONCURRENCIES = (1, 8, 32)
-HOST_ROUNDS = {"v1": 5, "v0": 3}
+HOST_ROUNDS = {"v1": 3, "v0": 2}
+RATES = (0.1, 0.5, 0.9)  # of loads, as parts of the rate that a few decoding requests alone would take
 START_LIMIT_S = 300.0
 NAME = "profile"  # under which the model is served
 
@@ -32,7 +31,8 @@ def profile_machine(device: str, out: Path | None) -> None:
         out: the file to write; None: that of this machine in the user's cache.
     """
     from engine.hardware.description import THIS_MACHINE, Profiled, profile_file
-    from engine.hardware.profile_file import describe, fit_host, with_request_latency, write_description
+    from engine.hardware.host_fit import fit_host
+    from engine.hardware.profile_file import describe, write_description
     from engine.hardware.profiled import profile_warnings
     from engine.host import cores, processor
     from engine.worker.threads import limit_libraries
@@ -49,18 +49,15 @@ def profile_machine(device: str, out: Path | None) -> None:
     load = OtherLoad()
     with _bar(console) as bar:
         measured = _measure_device(bar, grid, kind)
-        times = {engine: _measure_host(bar, grid, kind, engine) for engine in HOST_ROUNDS}
+        loads = {engine: _measure_loads(bar, grid, measured, kind, engine) for engine in HOST_ROUNDS}
     busy = load.share()  # the servers and load generators have ended, so that they count as own
     facts = Profiled(
         processor(), cores(), measured.kernels, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         metadata.version("redline-llm"), round(busy, 4), found.kind,
     )  # fmt: skip
-    hosts = {engine: fit_host(one.steps, one.first_token, measured.fit.step_s) for engine, one in times.items()}
-    hardware = describe(
-        measured.fit, hosts, facts, measured.defaults, title=found.title, memory_bytes=found.memory_bytes
-    )
-    for engine, one in times.items():
-        hardware = with_request_latency(hardware, grid.shapes[0], engine, _arrivals(one))
+    hardware = describe(measured.fit, facts, measured.defaults, title=found.title, memory_bytes=found.memory_bytes)
+    for engine, one in loads.items():
+        hardware = fit_host(hardware, grid.shapes[0], engine, one)
     write_description(path, hardware)
     name = THIS_MACHINE if out is None else str(path)
     _print(console, hardware)
@@ -100,34 +97,33 @@ def _measure_device(bar: "Progress", grid: "Grid", kind: str) -> "MeasuredDevice
     )
 
 
-def _measure_host(bar: "Progress", grid: "Grid", kind: str, engine: str) -> "HostTimes":
-    """Steps and first tokens of one engine over HTTP, beside steps of the device alone."""
-    from bench.measurement.host_costs import CONTEXT, INPUT, measure_host
+def _measure_loads(
+    bar: "Progress", grid: "Grid", measured: "MeasuredDevice", kind: str, engine: str
+) -> "list[MeasuredLoad]":
+    """Latencies of loads on a server with one engine."""
+    from bench.measurement.host_costs import INPUT, OUTPUT, measure_loads
     from bench.target import Target
     from bench.target.server import ServerProcess
-    from engine.profiling import HostMeter
+    from engine.hardware.host_fit import MeasuredLoad
+    from engine.hardware.loads import Latencies, TimedRequest
+    from engine.profiling import SpeedMeter
 
     task = bar.add_task(f"engine {engine} over HTTP", total=HOST_ROUNDS[engine])
     with ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
-        meter = stack.enter_context(HostMeter(grid, CONTEXT, INPUT, max(CONCURRENCIES), {"device": kind}))
+        meter = stack.enter_context(SpeedMeter(grid, measured, {"device": kind}))
         flags = ["--load-format", "dummy", "--device", kind, "--engine", engine, "--served-model-name", NAME]
+        flags += ["--no-enable-prefix-caching"]
         server = ServerProcess.redline(str(meter.folder), flags, log, start_limit_s=START_LIMIT_S)
         stack.enter_context(server)
-        return measure_host(
-            Target(server.base_url, NAME), meter.shape.vocab_size, meter.decode, meter.prompt, CONCURRENCIES,
-            HOST_ROUNDS[engine], lambda done: bar.update(task, completed=done),
+        rates = [share * meter.tokens_per_s / OUTPUT for share in RATES]
+        loads = measure_loads(
+            Target(server.base_url, NAME), meter.shape.vocab_size, rates, HOST_ROUNDS[engine], meter.speed,
+            lambda done: bar.update(task, completed=done),
         )  # fmt: skip
-
-
-def _arrivals(times: "HostTimes") -> "list[MeasuredArrivals]":
-    from bench.measurement.host_costs import INPUT
-    from engine.hardware.arrivals import ArrivingRequest
-    from engine.hardware.profile_file import MeasuredArrivals
-
     return [
-        MeasuredArrivals([ArrivingRequest(at, INPUT, output) for at, output in one.requests], one.first_token)
-        for one in times.arrivals
+        MeasuredLoad([TimedRequest(at, INPUT, OUTPUT) for at in one.at], Latencies.of(one.first_token, one.per_token))
+        for one in loads
     ]
 
 

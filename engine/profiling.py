@@ -22,7 +22,7 @@ from engine.hardware.step_time import DecoderShape
 from engine.host import cores, processor
 from engine.worker.step_meter import Composition, StepMeter
 
-HOST_REPEATS = 12  # of a step whose time is taken from a server's
+SPEED_REQUESTS, SPEED_STEPS = 8, 24  # of the steps that tell the device's speed
 Show = Callable[[int, int, str], None]  # rounds done, rounds in all, what is measured
 
 
@@ -176,23 +176,27 @@ def _usable_times() -> list[Any]:
     return [times[core] for core in sorted(os.sched_getaffinity(0)) if core < len(times)]
 
 
-class HostMeter(StepMeter):
-    """Steps of the first shape of a grid, as servers of the same model run them.
+class SpeedMeter(StepMeter):
+    """The device's speed at any time, from one kind of step; `folder` is for a server of the same model.
 
     Args:
-        context: of the requests that decode, in tokens.
-        prompt: tokens of a prompt.
-        most: requests of the largest step.
+        grid: its first shape is used.
+        measured: with what the grid's steps took.
     """
 
-    def __init__(self, grid: Grid, context: int, prompt: int, most: int, options: dict[str, Any] | None = None):
-        self._context, self._prompt = context, Composition(chunks=((prompt, 0),))
-        super().__init__(grid.shapes[0], [Composition(most, context), self._prompt], HOST_REPEATS, options)
+    def __init__(self, grid: Grid, measured: MeasuredDevice, options: dict[str, Any] | None = None):
+        self._composition = next(one for one in grid.compositions if one.decodes == SPEED_REQUESTS)
+        work = self._composition.work(grid.repeats // 2)
+        self.described_s = next(
+            one.seconds for one in measured.steps if one.shape == grid.shapes[0] and one.work == work
+        )
+        super().__init__(grid.shapes[0], [self._composition], SPEED_STEPS, options)
 
-    def decode(self, count: int) -> float:
-        """Seconds of a step in which so many requests decode."""
-        return median(self.seconds(Composition(count, self._context), HOST_REPEATS))
+    def speed(self) -> float:
+        """1 as it was measured, more if it is faster."""
+        return self.described_s / median(self.seconds(self._composition, SPEED_STEPS))
 
-    def prompt(self) -> float:
-        """Seconds of a step that computes a prompt, and nothing else."""
-        return median(self.seconds(self._prompt, HOST_REPEATS))
+    @property
+    def tokens_per_s(self) -> float:
+        """Of SPEED_REQUESTS requests that decode."""
+        return SPEED_REQUESTS / self.described_s

@@ -3,17 +3,17 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from engine.config import INLINE_PROCESSING, NO_FEATURE_CACHE, EngineConfig, ResolvedConfig
+from engine.config import INLINE_PROCESSING, NO_FEATURE_CACHE, EngineConfig
 from engine.engine_plan import EnginePlan, plan_engine
 from engine.errors import ConfigError
 from engine.hardware.accuracy import simulation_mark
 from engine.hardware.description import Hardware, Processing
 from engine.hardware.pictures import PictureProcessing
 from engine.hardware.simulation import PictureInputs, Simulation
-from engine.hardware.start import config_fields, simulated_executor, used_hardware
+from engine.hardware.start import config_fields, simulated_executor, used_hardware, with_short_messages
 
 PROCESSORS = 8  # processes for pictures, without --mm-processors: a server with GPUs has cores enough for them
 NO_PROCESSING = Processing("", megapixel_ms=0)  # of hardware whose description has no times for it
@@ -64,16 +64,6 @@ def simulate(config: EngineConfig) -> SimulatedEngine:
         simulation, config.name, hardware.title, _described(plan), model_info.vocab_size, _resolved(plan),
         simulation_mark(config.simulated, config.engine), plan.resolution.warnings,
     )  # fmt: skip
-
-
-def with_short_messages(resolved: ResolvedConfig) -> ResolvedConfig:
-    """The same engine without `full-state`: what its long messages cost is among the host's costs of the hardware.
-
-    The scheduler does the same with `no-run-ahead`, and the simulation takes a fifth of the time.
-    """
-    if "full-state" not in resolved.ablations:
-        return resolved
-    return replace(resolved, ablations=resolved.ablations - {"full-state"} | {"no-run-ahead"})
 
 
 def _pictures(plan: EnginePlan, hardware: Hardware) -> PictureInputs | None:

@@ -38,6 +38,7 @@ class BenchOptions:
     ladder_rates: Sequence[float] | None = None  # None: 0.25 … 1.5 x the rate found
     round: int = 0  # of several rounds over the ladder or the given rates; each has other requests
     window_s: float | None = None  # None: planned from precision and time
+    warmup_s: float | None = None  # None: planned from the expected latency
     limits: Mapping[str, float] = field(default_factory=dict)  # column of PointRecord -> highest allowed value
     arrivals: Arrivals = field(default_factory=Arrivals)
 
@@ -121,7 +122,10 @@ def _open_run(subject: Subject, finished: Sequence[PointRecord]) -> Iterator["_R
             server, subject.workload, subject.configuration, reader, options.seed, options.precision, budget.left_s,
             options.limits, options.arrivals, lambda: budget.stopped, server.open_machine(), energy,
         )  # fmt: skip
-        planner = Planner(budget, options.precision, options.ladder and options.rates is None, options.window_s)
+        planner = Planner(
+            budget, options.precision, options.ladder and options.rates is None, options.window_s,
+            server.warmup_latencies, options.warmup_s,
+        )  # fmt: skip
         known = {r.point_id: r for r in finished if _reusable(r)}
         run = _Run(point, planner, subject.files, subject.progress, known)
         yield run

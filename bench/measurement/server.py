@@ -12,6 +12,7 @@ import numpy as np
 from bench.loadgen import GeneratorHealth, Observer, processes_for, run_closed_loop, run_load
 from bench.measurement.machine import CounterReader, MachineReader
 from bench.results import RequestRecord, utc_now
+from bench.search.windows import WARMUP_LATENCIES
 from bench.target import Target
 from bench.target.metrics import MetricsReader, StateReader
 from bench.workloads.base import RequestSpec
@@ -51,6 +52,11 @@ class ServerUnderTest(Protocol):
     @property
     def of_hardware(self) -> str:
         """What follows a title: the simulated hardware; "" for a server that is measured."""
+        ...
+
+    @property
+    def warmup_latencies(self) -> float:
+        """Length of the warm-up before a window, in expected E2E latencies."""
         ...
 
     def now(self) -> float:
@@ -100,6 +106,7 @@ class HttpServer:
     """A server over HTTP, in real time, loaded by the load generator."""
 
     of_time = of_hardware = ""
+    warmup_latencies = WARMUP_LATENCIES
 
     def __init__(self, target: Target):
         self.target = target

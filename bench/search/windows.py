@@ -12,7 +12,9 @@ LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # x the rate found
 # Limit in virtual time, which costs little: what a search with full windows takes for long outputs of large models.
 MAX_VIRTUAL_MINUTES = 1440.0
 WINDOW_LATENCIES = 5  # length of a full window in E2E latencies
-_WARMUP_LATENCIES = 1.25
+WARMUP_LATENCIES = 1.25
+# With long outputs a batch takes several latencies to become steady; in virtual time the wait costs little.
+VIRTUAL_WARMUP_LATENCIES = 3.0
 _OVERHEAD_S = 1.0  # between load points: connecting, draining, writing
 _SEARCH_SHARE, _CONFIRM_SHARE = 0.68, 0.85  # of the limit, if a ladder follows
 _LEAST_LATENCIES, _LEAST_REQUESTS = 1.5, 5  # a shorter window is not worth measuring
@@ -56,6 +58,8 @@ class Planner:
     precision: float
     ladder: bool
     window_s: float | None = None  # --window: used for all load points
+    warmup_latencies: float = WARMUP_LATENCIES
+    warmup_s: float | None = None  # --warmup: used for all load points
 
     def full_window(self, rate: float, latency_s: float) -> float:
         """The window for the precision in seconds: at least 5 x the E2E latency and (2 / precision)^2 requests."""
@@ -124,13 +128,15 @@ class Planner:
         if self.budget.left_s() <= 0 or left_s < least + overhead:
             return None
         window = max(1, round(rate * window)) / rate  # the number of arrivals, rate x length, must be an integer
-        warmup = _WARMUP_LATENCIES * latency_s
         # The last requests of the window need one latency more, and longer if they queue.
-        return Timing(warmup, window, max(3 * latency_s, 0.5 * window))
+        return Timing(self._warmup(latency_s), window, max(3 * latency_s, 0.5 * window))
 
     def _overhead(self, latency_s: float) -> float:
         """Seconds of a load point outside its window."""
-        return (_WARMUP_LATENCIES + 1) * latency_s + _OVERHEAD_S
+        return self._warmup(latency_s) + latency_s + _OVERHEAD_S
+
+    def _warmup(self, latency_s: float) -> float:
+        return self.warmup_latencies * latency_s if self.warmup_s is None else self.warmup_s
 
     def _least(self, rate: float, latency_s: float) -> float:
         return max(_LEAST_LATENCIES * latency_s, _LEAST_REQUESTS / rate)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from bench.loadgen import Observer
+from bench.search.windows import VIRTUAL_WARMUP_LATENCIES
 from bench.simulation.load import VirtualLoad
 from bench.simulation.reader import SimulationReader
 from bench.simulation.recording import SimulatedRecording
@@ -23,6 +24,7 @@ class SimulatedServer:
 
     fixes_lengths = True
     of_time = " of virtual time"
+    warmup_latencies = VIRTUAL_WARMUP_LATENCIES
 
     def __init__(self, simulation: Simulation, hardware: str):
         self.name = f"simulated {hardware}"

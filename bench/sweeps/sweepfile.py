@@ -50,7 +50,7 @@ _OPTIONS = (
     _ARRIVALS
     | _LIMITS
     | {"offline", "requests"}
-    | {"precision", "window", "rates", "search", "ladder", "rounds", "limits"}
+    | {"precision", "window", "warmup", "rates", "search", "ladder", "rounds", "limits"}
 )
 
 
@@ -62,6 +62,7 @@ class SweepOptions:
     max_minutes: float = 15.0  # of one configuration on one workload: search and ladder
     max_virtual_minutes: float = MAX_VIRTUAL_MINUTES  # the same on simulated hardware, where time costs little
     window_s: float | None = None
+    warmup_s: float | None = None
     rates: tuple[float, ...] | None = None  # instead of a search
     search: str = "all"  # or "first": only the first configuration
     ladder: bool | tuple[float, ...] = True  # or multiples of the lowest rate found
@@ -266,7 +267,7 @@ def _options(entry: Any, defaults: SweepOptions, where: str) -> SweepOptions:
         elif key in read:
             changed[key] = read[key](value, f"{where}.{key}")
         elif key not in _ARRIVALS:
-            changed["window_s" if key == "window" else key] = positive(value, f"{where}.{key}")
+            changed[f"{key}_s" if key in ("window", "warmup") else key] = positive(value, f"{where}.{key}")
     if entry.keys() & _ARRIVALS:
         changed["arrivals"] = _arrivals(entry, where)
     return _checked(replace(defaults, **changed), where)

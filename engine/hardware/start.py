@@ -1,9 +1,10 @@
 """Makes the executor of a configuration on simulated hardware."""
 
+import dataclasses
 import json
 from typing import Any
 
-from msgspec.structs import replace
+import msgspec
 
 from engine.clock import Clock
 from engine.config import EngineConfig, ResolvedConfig
@@ -47,5 +48,15 @@ def used_hardware(config: EngineConfig) -> Hardware:
     """The hardware as a configuration uses it."""
     hardware = read_hardware(config.simulated)
     if config.enforce_eager:
-        return replace(hardware, layer=replace(hardware.layer, captured_tokens=0))
+        return msgspec.structs.replace(hardware, layer=msgspec.structs.replace(hardware.layer, captured_tokens=0))
     return hardware
+
+
+def with_short_messages(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The same engine without `full-state`: what its long messages cost is among the host's costs of the hardware.
+
+    The scheduler does the same with `no-run-ahead`, and the simulation takes a fifth of the time.
+    """
+    if "full-state" not in resolved.ablations:
+        return resolved
+    return dataclasses.replace(resolved, ablations=resolved.ablations - {"full-state"} | {"no-run-ahead"})

@@ -170,17 +170,17 @@ def test_a_reduced_profile_of_this_machine_can_be_simulated(
 
     path = tmp_path / "mine.yaml"
     monkeypatch.setattr(profiling, "CPU_GRID", SMALL)
-    monkeypatch.setattr(profile_machine, "CONCURRENCIES", (1, 3))
+    monkeypatch.setattr(profile_machine, "RATES", (0.001, 0.003))
     monkeypatch.setattr(profile_machine, "HOST_ROUNDS", {"v1": 1, "v0": 1})
-    monkeypatch.setattr(host_costs, "ARRIVE_S", (0.05, 0.3))
-    measure, measured = profile_machine._measure_host, list[str]()
+    monkeypatch.setattr(host_costs, "ARRIVE_S", 0.5)
+    measure, measured = profile_machine._measure_loads, list[str]()
 
-    def measure_host(*arguments: Any) -> Any:
+    def measure_loads(*arguments: Any) -> Any:
         measured.append(arguments[-1])
         return measure(*arguments)
 
     # Others use much of the cores, but only while engines are measured over HTTP.
-    monkeypatch.setattr(profile_machine, "_measure_host", measure_host)
+    monkeypatch.setattr(profile_machine, "_measure_loads", measure_loads)
     monkeypatch.setattr(profiling.OtherLoad, "share", lambda _: 0.31 if measured == ["v1", "v0"] else 0.0)
     assert main(["profile", "--device", "cpu", "--out", str(path)]) == 0
     shown = capsys.readouterr().out

@@ -44,6 +44,12 @@ def test_given_rates_end_with_an_answer_and_files_that_say_what_was_simulated(tm
     points = RunFiles(tmp_path).read_points()
     assert [p.phase for p in points] == ["probe", "fixed", "fixed"]
     assert all(p.valid and p.running_max for p in points[1:])
+    assert points[1].warmup_s == pytest.approx(3 * points[0].e2e_p50_ms / 1e3, rel=0.01)
+
+
+def test_the_warmup_can_be_given(tmp_path: Path) -> None:
+    assert run("--rate", "40", "--window", "3", "--warmup", "2", "--out", tmp_path).exit_code == 0
+    assert [p.warmup_s for p in RunFiles(tmp_path).read_points() if p.phase == "fixed"] == [2.0]
 
 
 def test_v0_says_that_its_costs_are_not_validated(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from engine.profiling import (
     CPU_GRID,
     GPU_GRID,
     Grid,
-    HostMeter,
     OtherLoad,
     ProfiledDevice,
+    SpeedMeter,
     find_device,
     measure_device,
 )
+from engine.worker.step_meter import Composition
 
 SMALL = Grid(
     shapes=(DecoderShape(6, 128, 256, 4, 2, 32, 512), DecoderShape(2, 256, 512, 4, 4, 64, 512)),
@@ -48,11 +49,15 @@ def test_a_small_grid_is_measured_and_fitted() -> None:
     assert measured.defaults.block_size == 32
 
 
-def test_steps_of_a_host_meter_are_those_of_servers() -> None:
-    with HostMeter(SMALL, 20, 16, 4, {"device": "cpu"}) as meter:
-        assert 0 < meter.decode(1) < 10
-        assert 0 < meter.decode(4) < 10
-        assert 0 < meter.prompt() < 10
+def test_the_speed_is_that_of_a_step_against_the_same_step_before() -> None:
+    measured = measure_device(SMALL, lambda *_: None, {"device": "cpu"})
+    with SpeedMeter(SMALL, measured, {"device": "cpu"}) as meter:
+        step = Composition(8, 20).work(SMALL.repeats // 2)
+        assert meter.described_s == next(
+            one.seconds for one in measured.steps if one.shape == SMALL.shapes[0] and one.work == step
+        )
+        assert meter.speed() > 0
+        assert meter.tokens_per_s == pytest.approx(8 / meter.described_s)
 
 
 def test_the_device_that_is_measured_has_its_own_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:

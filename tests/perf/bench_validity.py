@@ -2,7 +2,7 @@
 
 First `redline profile`, unless PROFILE=old keeps the description of an earlier one. Then, for each of three workloads:
 the sustained rate, and latencies at five rates up to it, measured and simulated with the same requests. MODEL=…
-takes another model, MINUTES=6 is the time of a search, WORKLOADS=32/64,128/16 picks some. A workload that was
+takes another model, MINUTES=5 is the time of a search, WORKLOADS=32/64,128/16 picks some. A workload that was
 measured isn't measured again, so that an interrupted run goes on; delete results/bench-validity to start anew.
 STAGE=measure or STAGE=simulate does one half only. Prints a table, writes results/bench-validity.json, with the keys
 workload, metric, rate, measured, simulated and error, and docs/figures/bench-validity.png.
@@ -24,6 +24,7 @@ from rich.table import Table
 from bench.results import PointRecord, RunFiles
 from bench.results.environment import hardware
 from bench.search.bracket import round_rate
+from cli.exit_codes import FAILED_REQUESTS, UNDECIDED
 from engine.hardware.description import THIS_MACHINE, profile_file, read_hardware
 from plots.style import save
 from tests.perf.validity_figure import validity_figure
@@ -32,7 +33,8 @@ RESULTS = Path("results") / "bench-validity"
 PICTURE = Path("docs") / "figures" / "bench-validity.png"
 WORKLOADS = ("32/64", "128/16", "256/32")
 SHARES = (0.3, 0.5, 0.7, 0.85, 1.0)  # of the sustained rate
-RATES_MINUTES = 3.0
+PRECISION = "15%"  # of the searches
+EQUAL_LOADS = ("--warmup", "5", "--window", "30")  # the same requests at the same times, measured and simulated
 METRICS = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 LIMITS = {"sustained": 0.10, "ttft_p50_ms": 0.15, "itl_p50_ms": 0.15}  # of the errors
 
@@ -56,16 +58,16 @@ class Side:
     def bench(self, workload: str, part: str, options: list[str]) -> RunFiles:
         """One run of `redline bench`, unless an earlier one was completed."""
         folder = RESULTS / f"{self.name}-{workload.replace('/', '-')}-{part}"
-        files = RunFiles(folder)
-        if not (folder / "summary.json").exists():
+        ended = folder / "exit_code"
+        if not ended.exists():
             shutil.rmtree(folder, ignore_errors=True)
             given, made = workload.split("/")
             command = [sys.executable, "-m", "cli.main", "bench", "--input", given, "--output", made, *self.flags]
-            # 0: sustained; 1 and 3: none of the rates is, or none is decided, which is an answer too.
             code = subprocess.run([*command, *options, "--out", str(folder)], check=False).returncode
-            if not (folder / "summary.json").exists():
+            if code not in (0, FAILED_REQUESTS, UNDECIDED):  # no answer is one too
                 sys.exit(f"{self.name} {workload}: redline bench ended with exit code {code}")
-        return files
+            ended.write_text(f"{code}\n")
+        return RunFiles(folder)
 
     def sustained(self, workload: str, limits: list[str]) -> Sustained:
         """What the search of `redline bench` answers."""
@@ -76,7 +78,7 @@ class Side:
 
     def points(self, workload: str, rates: list[float]) -> dict[float, PointRecord]:
         given = ",".join(f"{rate:g}" for rate in rates)
-        files = self.bench(workload, "rates", ["--rates", given, "--max-minutes", f"{RATES_MINUTES:g}"])
+        files = self.bench(workload, "rates", ["--rates", given, *EQUAL_LOADS])
         return {point.rate: point for point in files.read_points() if point.phase == "fixed"}
 
 
@@ -92,6 +94,9 @@ def rows_of(
         | {"measured_confirmed": measured_rate.confirmed}
     ]
     for measured, simulated in points:
+        if not measured.valid:
+            rows.append({"workload": workload, "rate": measured.rate, "metric": "none", "reason": measured.reason})
+            continue
         for metric in METRICS:
             row = _row(workload, metric, measured.rate, getattr(measured, metric), getattr(simulated, metric))
             rows.append(row | {"disturbed": measured.disturbed})
@@ -118,7 +123,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         mine = [row for row in rows if row["workload"] == workload]
         for rate in dict.fromkeys(row["rate"] for row in mine if row["rate"]):
             cells = [row for row in mine if row["rate"] == rate]
-            table.add_row(f"{rate:g}", *(_cell(row) for row in cells))
+            table.add_row(f"{rate:g}", *(row.get("reason") or _cell(row) for row in cells))
         console.print(table)
         failed = f"not {mine[0]['measured_failed'] or '?'}; simulated not {mine[0]['simulated_failed'] or '?'}"
         doubt = "" if mine[0]["measured_confirmed"] else ", not confirmed"
@@ -135,7 +140,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    model, minutes = os.environ.get("MODEL", "smollm2-135m"), float(os.environ.get("MINUTES", "6"))
+    model, minutes = os.environ.get("MODEL", "smollm2-135m"), float(os.environ.get("MINUTES", "5"))
     stage = os.environ.get("STAGE", "measure,simulate")
     workloads = [name for name in os.environ.get("WORKLOADS", "").split(",") if name] or list(WORKLOADS)
     measured = Side("measured", ("--model", model))
@@ -143,17 +148,19 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     if "measure" in stage and (os.environ.get("PROFILE") != "old" or not profile_file().exists()):
         subprocess.run([sys.executable, "-m", "cli.main", "profile"], check=True)
-    limits = ["--max-minutes", f"{minutes:g}"]
+    limits = ["--precision", PRECISION, "--max-minutes", f"{minutes:g}"]
     rates = {workload: measured.sustained(workload, limits) for workload in workloads}
     points = {
         name: measured.points(name, [round_rate(share * rates[name].rate) for share in SHARES]) for name in workloads
     }
     if "simulate" not in stage:
         return
+    for folder in RESULTS.glob(f"{simulated.name}-*"):  # of an earlier profile
+        shutil.rmtree(folder)
     rows: list[dict[str, Any]] = []
     for name in workloads:
         predicted = simulated.points(name, list(points[name]))
-        pairs = [(point, predicted[rate]) for rate, point in points[name].items() if point.valid]
+        pairs = [(point, predicted[rate]) for rate, point in points[name].items()]
         rows += rows_of(name, (rates[name], simulated.sustained(name, [])), pairs)
     told = {"model": model, "hardware": hardware(), "profiled": read_hardware(THIS_MACHINE).title}
     RESULTS.with_suffix(".json").write_text(json.dumps([row | told for row in rows], indent=1) + "\n")

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,25 @@ def test_windows_are_full_where_time_allows_and_hold_whole_requests() -> None:
     assert lengths.window_s * 4.1 == pytest.approx(400)
     assert lengths.warmup_s == 2.5
     assert lengths.drain_s >= 6
+
+
+def test_a_warmup_that_is_given_comes_before_every_window_and_a_server_may_want_a_longer_one() -> None:
+    plan, _ = planner(100_000.0)
+    for changed, warmup_s in ((replace(plan, warmup_s=7.0), 7.0), (replace(plan, warmup_latencies=3.0), 6.0)):
+        timings = (
+            changed.search_timing(Trial(4.0, "search"), 2.0),
+            changed.fixed_timing(4.0, 2.0, 1),
+            changed.ladder_timing(4.0, 4.0, 2.0, 1),
+        )
+        assert [one and one.warmup_s for one in timings] == [warmup_s] * 3
+
+
+def test_a_long_warmup_is_planned_within_the_limit() -> None:
+    plan, _ = planner(100.0)
+    assert replace(plan, warmup_s=98.0).fixed_timing(4.0, 2.0, 1) is None
+    timing = replace(plan, warmup_s=60.0).fixed_timing(4.0, 2.0, 1)
+    assert timing is not None
+    assert timing.window_s <= 40.0
 
 
 def test_a_doubling_point_is_short_and_a_bisection_is_not() -> None:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from engine.errors import ConfigError
@@ -19,7 +18,8 @@ from engine.hardware.description import (
     read_hardware,
 )
 from engine.hardware.device_fit import MeasuredStep, fit_device
-from engine.hardware.profile_file import describe, fit_host, write_description
+from engine.hardware.host_fit import with_costs
+from engine.hardware.profile_file import describe, write_description
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
 from engine.host import processor
 from engine.profiling import CPU_GRID
@@ -35,26 +35,12 @@ def description(**facts: object) -> Hardware:
         for one in CPU_GRID.compositions
     ]
     device = fit_device(steps, CPU_GRID.rows)
-    costs = fit_host({1: 0.001, 8: 0.0017, 32: 0.0041}, 0.004, device.step_s)
     profiled = Profiled(processor(), 2, "fused stack", "2026-11-29 12:00 UTC", "0.1.0", 0.0)
-    return describe(
-        device, {"v1": costs, "v0": costs}, replace(profiled, **facts), DEFAULTS, title=f"{processor()}, 2 threads",
-        memory_bytes=8 << 30,
-    )  # fmt: skip
-
-
-@given(fixed=st.floats(0, 0.01), each=st.floats(0, 1e-3), admitted=st.floats(0, 0.1), step=st.floats(0, 0.01))
-def test_costs_of_the_host_are_found(fixed: float, each: float, admitted: float, step: float) -> None:
-    times = {count: fixed + each * count for count in (1, 8, 32)}
-    costs = fit_host(times, fixed + each + admitted, step)
-    assert costs.step_seconds(5, 1) == pytest.approx(step + fixed + 5 * each, rel=1e-6, abs=1e-8)
-    assert costs.admitted_ms == pytest.approx(admitted * 1e3, rel=1e-6, abs=1e-5)
-    assert costs.serial == 1
-
-
-def test_a_server_that_seems_faster_than_its_device_costs_nothing() -> None:
-    costs = fit_host({1: -0.001, 8: -0.0002}, -0.5, 0.0)
-    assert (costs.step_ms, costs.request_us, costs.admitted_ms) == (0, {1: 0}, 0)
+    hardware = describe(
+        device, replace(profiled, **facts), DEFAULTS, title=f"{processor()}, 2 threads", memory_bytes=8 << 30
+    )
+    costs = np.array([1.0, 90.0, 3.0, 2.0])
+    return with_costs(with_costs(hardware, "v1", costs), "v0", costs)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
