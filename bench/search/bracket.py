@@ -154,8 +154,8 @@ class Bracket:
     def _votes(self) -> dict[float, int]:
         """For each rate, the number of runs that sustained it minus those that did not.
 
-        Runs with short windows count only if the rate has no run with a whole window. A run that was undecided in the
-        longest window counts as not sustained; other undecided runs do not count.
+        Runs with short windows count only if the rate has no run with a whole window. A rate whose every run was
+        undecided, one of them in the longest window that time allowed, counts as not sustained.
 
         Example: a rate with whole runs "sustained", "not sustained" and a short run "not sustained" has 0 votes.
         """
@@ -164,7 +164,7 @@ class Bracket:
         short: dict[float, int] = {}
         judged = {record.rate for record in self.records if record.sustained is not None}
         for record in self.counted:
-            if record.undecided and not any(record is other for other in self.open_records):
+            if record.undecided and (record.rate in judged or not any(record is one for one in self.open_records)):
                 continue
             invalid = record.sustained is None and not record.undecided
             if invalid and (record.binding != "client" or record.rate in judged):

@@ -113,6 +113,19 @@ def test_where_no_window_decides_the_answer_says_so_and_no_rate_counts_as_sustai
     assert len(rows) < 100
 
 
+def test_a_rate_that_was_sustained_stays_so_if_the_time_is_too_short_to_decide_it_again() -> None:
+    def measure(trial: Trial) -> PointRecord | None:
+        if trial.phase == "confirm" and (trial.repeat > 1 or trial.window_s):
+            return None  # no time for a further or a longer window
+        window_s = 50.0 if trial.phase == "confirm" else 400.0
+        return undecided_below(5.0, 350)(replace(trial, window_s=window_s))
+
+    answer, rows = find_sustained(measure, start_rate=4.0, precision=0.5)
+    assert [(r.rate, r.phase, r.undecided) for r in rows][-1] == (4.0, "confirm", True)
+    assert (answer.rate, answer.confirmed) == (4.0, False)
+    assert "not confirmed" in answer.line()
+
+
 def test_where_the_time_is_over_before_any_rate_is_decided_the_rest_goes_to_the_lowest() -> None:
     decides = undecided_below(5.0, 350)
 
