@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.profiling import Grid, MeasuredDevice
 
 HOST_ROUNDS = {"v1": 3, "v0": 2}
-RATES = (0.1, 0.5, 0.9)  # of loads, as parts of the rate that a few decoding requests alone would take
+RATES = (0.1, 0.5, 0.9, 1.8)  # of loads, in terms of the rate that a few decoding requests alone would take
 START_LIMIT_S = 300.0
 NAME = "profile"  # under which the model is served
 

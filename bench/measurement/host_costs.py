@@ -13,7 +13,7 @@ from bench.workloads import make_workload
 from bench.workloads.arrivals import point_seed
 
 INPUT, OUTPUT = 48, 64
-ARRIVE_S = 7.0  # during which requests of a load arrive
+ARRIVE_S = 5.0  # during which requests of a load arrive
 FEWEST = 4  # requests of a load
 WARM_UP = 4  # requests at once before the first load
 LIMIT_S = 120.0

@@ -17,7 +17,7 @@ from engine.hardware.step_time import DecoderShape
 START = (1.0, 30.0, 1.0, 3.0)
 DIFFERENCES = (0.4, 20.0, 0.5, 1.5)  # for the derivatives; smaller ones would show single requests
 HOLD = 0.02  # weight of the distance to the values before, in DIFFERENCES: what loads don't tell apart stays
-ROUNDS = 6
+ROUNDS, LEAST_GAIN = 6, 0.02  # at most; and of the squares, below which a further one is not worth its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def fit_host(hardware: Hardware, shape: DecoderShape, engine: str, loads: Sequen
     """The hardware with costs of an engine that minimize the squares of the relative errors of both latencies.
 
     The processes run on the cores of the device, so that all of their time delays its steps. Gauss-Newton steps with
-    derivatives of simulations; the best of ROUNDS is taken.
+    derivatives of simulations, while they help.
 
     Args:
         hardware: described but for these costs.
@@ -52,8 +52,11 @@ def fit_host(hardware: Hardware, shape: DecoderShape, engine: str, loads: Sequen
     best, best_costs = np.inf, costs
     for _ in range(ROUNDS):
         now = errors(costs)
-        if (size := float(now @ now)) < best:
+        before, size = best, float(now @ now)
+        if size < best:
             best, best_costs = size, costs
+        if size > (1 - LEAST_GAIN) * before:
+            break
         slopes = np.stack([(errors(costs + one) - now) / step for one, step in zip(np.diag(steps), steps, strict=True)])
         matrix = np.vstack((slopes.T, HOLD * np.diag(1 / steps)))
         costs = nonnegative_least_squares(matrix, np.concatenate((slopes.T @ costs - now, HOLD * costs / steps)))

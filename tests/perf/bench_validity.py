@@ -1,9 +1,9 @@
-"""`make bench-validity`: what --device sim:this-machine predicts, beside what `redline bench` measures on this machine.
+"""`make bench-validity`: what a profile of this machine predicts, beside what `redline bench` measures on this machine.
 
-First `redline profile`, unless PROFILE=old keeps the description of an earlier one. Then, for each of three workloads:
-the sustained rate, and latencies at five rates up to it, measured and simulated with the same requests. MODEL=…
-takes another model, MINUTES=5 is the time of a search, WORKLOADS=32/64,128/16 picks some. A workload that was
-measured isn't measured again, so that an interrupted run goes on; delete results/bench-validity to start anew.
+For each of three workloads: `redline profile`, since a machine's speed changes within minutes; then the sustained rate,
+and latencies at five rates up to it, measured and simulated with the same requests. MODEL=… takes another model,
+MINUTES=5 is the time of a search, WORKLOADS=32/64,128/16 picks some. What was measured isn't measured again, so that an
+interrupted run goes on; delete results/bench-validity to start anew.
 STAGE=measure or STAGE=simulate does one half only. Prints a table, writes results/bench-validity.json, with the keys
 workload, metric, rate, measured, simulated and error, and docs/figures/bench-validity.png.
 """
@@ -25,7 +25,7 @@ from bench.results import PointRecord, RunFiles
 from bench.results.environment import hardware
 from bench.search.bracket import round_rate
 from cli.exit_codes import FAILED_REQUESTS, UNDECIDED
-from engine.hardware.description import THIS_MACHINE, profile_file, read_hardware
+from engine.hardware.description import read_hardware
 from plots.style import save
 from tests.perf.validity_figure import validity_figure
 
@@ -80,6 +80,11 @@ class Side:
         given = ",".join(f"{rate:g}" for rate in rates)
         files = self.bench(workload, "rates", ["--rates", given, *EQUAL_LOADS])
         return {point.rate: point for point in files.read_points() if point.phase == "fixed"}
+
+
+def profile_of(workload: str) -> Path:
+    """The description of this machine just before a workload was measured."""
+    return RESULTS / f"profile-{workload.replace('/', '-')}.yaml"
 
 
 def rows_of(
@@ -144,25 +149,25 @@ def main() -> None:
     stage = os.environ.get("STAGE", "measure,simulate")
     workloads = [name for name in os.environ.get("WORKLOADS", "").split(",") if name] or list(WORKLOADS)
     measured = Side("measured", ("--model", model))
-    simulated = Side("simulated", ("--model", model, "--device", f"sim:{THIS_MACHINE}"))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if "measure" in stage and (os.environ.get("PROFILE") != "old" or not profile_file().exists()):
-        subprocess.run([sys.executable, "-m", "cli.main", "profile"], check=True)
     limits = ["--precision", PRECISION, "--max-minutes", f"{minutes:g}"]
-    rates = {workload: measured.sustained(workload, limits) for workload in workloads}
-    points = {
-        name: measured.points(name, [round_rate(share * rates[name].rate) for share in SHARES]) for name in workloads
-    }
+    found: dict[str, tuple[Sustained, dict[float, PointRecord]]] = {}
+    for name in workloads:
+        if not profile_of(name).exists():
+            subprocess.run([sys.executable, "-m", "cli.main", "profile", "--out", str(profile_of(name))], check=True)
+        rate = measured.sustained(name, limits)
+        found[name] = rate, measured.points(name, [round_rate(share * rate.rate) for share in SHARES])
     if "simulate" not in stage:
         return
-    for folder in RESULTS.glob(f"{simulated.name}-*"):  # of an earlier profile
+    for folder in RESULTS.glob("simulated-*"):  # of an earlier version
         shutil.rmtree(folder)
     rows: list[dict[str, Any]] = []
-    for name in workloads:
-        predicted = simulated.points(name, list(points[name]))
-        pairs = [(point, predicted[rate]) for rate, point in points[name].items()]
-        rows += rows_of(name, (rates[name], simulated.sustained(name, [])), pairs)
-    told = {"model": model, "hardware": hardware(), "profiled": read_hardware(THIS_MACHINE).title}
+    for name, (rate, points) in found.items():
+        simulated = Side("simulated", ("--model", model, "--device", f"sim:{profile_of(name)}"))
+        predicted = simulated.points(name, list(points))
+        pairs = [(point, predicted[at]) for at, point in points.items()]
+        rows += rows_of(name, (rate, simulated.sustained(name, [])), pairs)
+    told = {"model": model, "hardware": hardware(), "profiled": read_hardware(str(profile_of(workloads[0]))).title}
     RESULTS.with_suffix(".json").write_text(json.dumps([row | told for row in rows], indent=1) + "\n")
     show(Console(highlight=False), rows)
     for path in save(validity_figure(rows, model, hardware()["cpu"]), PICTURE):
