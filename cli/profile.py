@@ -60,7 +60,7 @@ HEADS = ("heads", "kv_heads", "head_dim")
 def command(**params: Any) -> None:
     """Measure this machine, so that --device sim:this-machine predicts what it does.
 
-    Steps of small models with random weights are measured by themselves and over HTTP, which takes about three minutes.
+    Steps of small models with random weights are measured by themselves and over HTTP, which takes about four minutes.
     A hardware description is fitted to them: see docs/simulation/profile.md. Leave the machine alone meanwhile.
 
     With --tune, measure the attention kernels of MODEL on this machine's GPU instead, and choose their tiles. Only the

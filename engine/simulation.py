@@ -11,11 +11,11 @@ from engine.engine_plan import EnginePlan, plan_engine
 from engine.errors import ConfigError
 from engine.hardware.accuracy import simulation_mark
 from engine.hardware.description import Hardware, Processing
-from engine.hardware.pictures import PictureProcessing
-from engine.hardware.simulation import PictureInputs, Simulation
+from engine.hardware.images import ImageProcessing
+from engine.hardware.simulation import ImageInputs, Simulation
 from engine.hardware.start import config_fields, simulated_executor, used_hardware, with_short_messages
 
-PROCESSORS = 8  # processes for pictures, without --mm-processors: a server with GPUs has cores enough for them
+PROCESSORS = 8  # processes for images, without --mm-processors: a server with GPUs has cores enough for them
 NO_PROCESSING = Processing("", megapixel_ms=0)  # of hardware whose description has no times for it
 
 
@@ -58,7 +58,7 @@ def simulate(config: EngineConfig) -> SimulatedEngine:
         replicas=config.data_parallel_size,
         routing=config.routing,
         seed=config.seed,
-        pictures=_pictures(plan, hardware),
+        images=_images(plan, hardware),
     )
     return SimulatedEngine(
         simulation, config.name, hardware.title, _described(plan), model_info.vocab_size, _resolved(plan),
@@ -66,19 +66,19 @@ def simulate(config: EngineConfig) -> SimulatedEngine:
     )  # fmt: skip
 
 
-def _pictures(plan: EnginePlan, hardware: Hardware) -> PictureInputs | None:
-    """What becomes of pictures; None if the model takes none."""
+def _images(plan: EnginePlan, hardware: Hardware) -> ImageInputs | None:
+    """What becomes of images; None if the model takes none."""
     info, config, ablations = plan.model_info, plan.config, plan.resolution.config.ablations
     if info.mm is None:
         return None
     cached = NO_FEATURE_CACHE not in ablations and config.mm_cache_gb != 0
-    processing = PictureProcessing(hardware.host.processing or NO_PROCESSING, _processors(plan) or 1, cached=cached)
+    processing = ImageProcessing(hardware.host.processing or NO_PROCESSING, _processors(plan) or 1, cached=cached)
     placeholder = min(info.mm.embedding_ids)
-    return PictureInputs(config_fields(info), placeholder, processing, inline=INLINE_PROCESSING in ablations)
+    return ImageInputs(config_fields(info), placeholder, processing, inline=INLINE_PROCESSING in ablations)
 
 
 def _processors(plan: EnginePlan) -> int | None:
-    """Processes for pictures beside the engine; None if its loop processes them, or the model takes none."""
+    """Processes for images beside the engine; None if its loop processes them, or the model takes none."""
     if plan.model_info.mm is None or INLINE_PROCESSING in plan.resolution.config.ablations:
         return None
     return plan.config.mm_processors or PROCESSORS

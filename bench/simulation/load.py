@@ -7,7 +7,7 @@ import numpy as np
 
 from bench.errors import BenchError
 from bench.loadgen import Observer
-from bench.simulation.prompts import pictures_of, prompt_ids
+from bench.simulation.prompts import images_of, prompt_ids
 from bench.simulation.recording import SentRequest, SimulatedRecording
 from bench.target.metrics import SCRAPE_EVERY_S
 from bench.workloads.base import RequestSpec
@@ -72,7 +72,7 @@ class VirtualLoad:
         index = len(self._sent)
         spec = self._specs[index]
         try:
-            reply = self._simulation.submit(prompt_ids(spec), spec.output_tokens, pictures_of(spec))
+            reply = self._simulation.submit(prompt_ids(spec), spec.output_tokens, images_of(spec))
         except ConfigError as error:
             raise BenchError(str(error)) from None
         sent = SentRequest(index, self._simulation.now(), reply)

@@ -11,7 +11,7 @@ import numpy as np
 from bench.errors import BenchError
 from bench.workloads.base import RequestSpec
 from bench.workloads.chats import text_of
-from engine.hardware.pictures import Picture
+from engine.hardware.images import SimulatedImage
 
 CHARACTERS_PER_TOKEN = 4  # of texts, as the workloads estimate it
 _MULTIPLIERS = np.array([1, 31, 961, 29791], np.uint32)  # powers of 31, as in common hashes of strings
@@ -38,14 +38,14 @@ def text_ids(text: str) -> np.ndarray:
     return (ids & 0x7FFFFFFF).astype(np.int32)
 
 
-def pictures_of(spec: RequestSpec) -> list[Picture]:
+def images_of(spec: RequestSpec) -> list[SimulatedImage]:
     """The images of a request. Raises BenchError for other media."""
     found = []
     for message in spec.messages or []:
         content = message.get("content")
         for part in content if isinstance(content, list) else []:
             if part["type"] == "image_url":
-                found.append(_picture(part["image_url"]["url"]))
+                found.append(_image(part["image_url"]["url"]))
             elif part["type"] != "text":
                 raise BenchError(
                     f"the workload has {part['type']}, which simulated hardware does not compute: use a workload of "
@@ -54,13 +54,13 @@ def pictures_of(spec: RequestSpec) -> list[Picture]:
     return found
 
 
-def _picture(url: str) -> Picture:
+def _image(url: str) -> SimulatedImage:
     from PIL import Image
 
     content = base64.b64decode(url.partition(",")[2])
     with Image.open(io.BytesIO(content)) as opened:  # reads the header only
         width, height = opened.size
-    return Picture(width, height, hashlib.blake2b(content, digest_size=16).digest())
+    return SimulatedImage(width, height, hashlib.blake2b(content, digest_size=16).digest())
 
 
 def _message_text(message: dict[str, object]) -> str:

@@ -141,14 +141,14 @@ class HostCosts(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Processing(Struct, frozen=True, forbid_unknown_fields=True):
-    """CPU time of a picture from its file to the tower's input: it is decoded, resized and divided into patches."""
+    """CPU time of an image from its file to the tower's input: it is decoded, resized and divided into patches."""
 
     source: str
     megapixel_ms: NotNegative
 
 
 class Host(Struct, frozen=True, forbid_unknown_fields=True):
-    """Without `processing`, the pictures of requests take no time before the engine."""
+    """Without `processing`, the images of requests take no time before the engine."""
 
     v1: HostCosts
     v0: HostCosts

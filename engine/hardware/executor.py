@@ -63,7 +63,7 @@ class SimulatedExecutor:
         self._live = np.zeros(max_num_seqs, bool)
         self._computed = np.zeros(max_num_seqs, np.int64)
         self._known = np.zeros(max_num_seqs, np.int64)
-        self._inputs: dict[int, list[int]] = {}  # by slot: tokens of each of its pictures
+        self._inputs: dict[int, list[int]] = {}  # by slot: tokens of each of its images
         self._busy_until = 0.0
         self._results: dict[int, tuple[float, bytes]] = {}  # of steps that weren't sampled yet: seconds, encoded result
         self._due: deque[tuple[float, bytes, Future[bytes]]] = deque()
@@ -98,7 +98,7 @@ class SimulatedExecutor:
         self._due.clear()
 
     def occupy(self, seconds: float) -> None:
-        """The engine's loop does something else for a time, e.g. process a picture: the next step waits for it."""
+        """The engine's loop does something else for a time, e.g. process an image: the next step waits for it."""
         self._busy_until = max(self._busy_until, self._clock.now()) + seconds
 
     @property
@@ -143,7 +143,7 @@ class SimulatedExecutor:
             context=int(self._computed[single].sum()),
             chunks=[(int(counts[slot]), int(before[slot])) for slot in np.flatnonzero(counts > 1)],
             sampled=len(slots),
-            pictures=[self._inputs[slot][number] for slot, number in message.encoder_inputs],
+            images=[self._inputs[slot][number] for slot, number in message.encoder_inputs],
         )
         device_s = self._step_time.seconds(work)
         tokens = self._tokens.next(slots, self._known[slots])

@@ -27,7 +27,7 @@ from engine.frontend.routing import (
 )
 from engine.frontend.streams import RequestOptions
 from engine.hardware.executor import SimulatedExecutor
-from engine.hardware.pictures import Picture, PictureProcessing, with_pictures
+from engine.hardware.images import SimulatedImage, ImageProcessing, with_images
 from engine.hardware.token_log import TokenLog, TokenTimes
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import Abort, AddRequest, FinishReason, MMInputRef, Outputs, Sampling, decode_from_core, encode
@@ -36,34 +36,34 @@ from engine.stats import Stats
 _ENDED_WELL = (FinishReason.STOP, FinishReason.LENGTH)
 
 
-class PictureInputs:
-    """What becomes of the pictures of requests before the core has them.
+class ImageInputs:
+    """What becomes of the images of requests before the core has them.
 
     Args:
         config: fields of the model's config.json.
         placeholder: id of the token that stands for an embedding.
-        processing: of the pictures, by the processes beside the engine.
+        processing: of the images, by the processes beside the engine.
         inline: the engine's loop processes them instead, and does nothing else meanwhile.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], placeholder: int, processing: PictureProcessing, *, inline: bool = False
+        self, config: Mapping[str, Any], placeholder: int, processing: ImageProcessing, *, inline: bool = False
     ):
         self._config, self._placeholder, self._processing, self._inline = config, placeholder, processing, inline
 
     def place(
-        self, prompt: Sequence[int] | NDArray[np.int32], pictures: Sequence[Picture]
+        self, prompt: Sequence[int] | NDArray[np.int32], images: Sequence[SimulatedImage]
     ) -> tuple[NDArray[np.int32], tuple[MMInputRef, ...]]:
-        """The prompt with its pictures, and what the core gets of them."""
-        return with_pictures(self._config, prompt, pictures, self._placeholder)
+        """The prompt with its images, and what the core gets of them."""
+        return with_images(self._config, prompt, images, self._placeholder)
 
-    def ready(self, now: float, pictures: Sequence[Picture]) -> float:
+    def ready(self, now: float, images: Sequence[SimulatedImage]) -> float:
         """When the request can be sent to the core."""
-        return now if self._inline else self._processing.end(now, pictures)
+        return now if self._inline else self._processing.end(now, images)
 
-    def busy_seconds(self, pictures: Sequence[Picture]) -> float:
+    def busy_seconds(self, images: Sequence[SimulatedImage]) -> float:
         """For how long the engine's loop does nothing else when it gets them."""
-        return self._processing.seconds(pictures) if self._inline else 0.0
+        return self._processing.seconds(images) if self._inline else 0.0
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Reply:
     ended: bool = False  # with all its tokens, or an error; not if it was aborted
     error: str = ""  # why it was not served
     refused: bool = False  # because of what it asks for
-    pictures: Sequence[Picture] = ()
+    images: Sequence[SimulatedImage] = ()
     times: TokenTimes | None = None  # set when the reply is taken; None: no token came
 
 
@@ -155,7 +155,7 @@ class Simulation:
         replicas: int = 1,
         routing: str = "prefix",
         seed: int = 0,
-        pictures: PictureInputs | None = None,
+        images: ImageInputs | None = None,
     ):
         """
         Args:
@@ -165,10 +165,10 @@ class Simulation:
             replicas: their number.
             routing: one of `engine.config.ROUTINGS`.
             seed: of random routing.
-            pictures: what becomes of the pictures of requests; None: of a model that takes texts only.
+            images: what becomes of the images of requests; None: of a model that takes texts only.
         """
         self.config = config
-        self._pictures = pictures
+        self._images = images
         self._clock = VirtualClock()
         lengths = OutputLengthEstimate()
         self.replicas = [
@@ -184,22 +184,22 @@ class Simulation:
         return self._clock.now()
 
     def submit(
-        self, prompt: Sequence[int] | NDArray[np.int32], max_tokens: int, pictures: Sequence[Picture] = ()
+        self, prompt: Sequence[int] | NDArray[np.int32], max_tokens: int, images: Sequence[SimulatedImage] = ()
     ) -> Reply:
         """Send a request now; its reply fills with time. It gets exactly `max_tokens` tokens, as with ignore_eos.
 
-        Raises ConfigError for pictures if the model takes none.
+        Raises ConfigError for images if the model takes none.
         """
         inputs: tuple[MMInputRef, ...] = ()
         at = self.now()
-        if pictures:
-            if self._pictures is None:
+        if images:
+            if self._images is None:
                 raise ConfigError(
-                    "the model takes no pictures: choose another one, or a workload of texts (--workload)"
+                    "the model takes no images: choose another one, or a workload of texts (--workload)"
                 )
-            prompt, inputs = self._pictures.place(prompt, pictures)
-            at = self._pictures.ready(at, pictures)
-        reply = Reply(self._submitted, len(prompt), pictures=pictures)
+            prompt, inputs = self._images.place(prompt, images)
+            at = self._images.ready(at, images)
+        reply = Reply(self._submitted, len(prompt), images=images)
         self._submitted += 1
         most = min(max_tokens, self._room(len(prompt)))
         message = AddRequest(reply.handle, column(prompt), most, Sampling(), mm_inputs=inputs)
@@ -236,8 +236,8 @@ class Simulation:
         while self._arriving and self._arriving[0][0] <= self.now():
             _, _, reply, message = heapq.heappop(self._arriving)
             replica, cached = self._choose(message) if len(self.replicas) > 1 else (self.replicas[0], 0)
-            if self._pictures is not None and reply.pictures:
-                replica.executor.occupy(self._pictures.busy_seconds(reply.pictures))
+            if self._images is not None and reply.images:
+                replica.executor.occupy(self._images.busy_seconds(reply.images))
             replica.add(reply, message, cached)
             assigned.append(replica)
         return assigned

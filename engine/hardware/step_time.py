@@ -37,7 +37,7 @@ class StepWork:
     """What a step computes.
 
     decodes: requests with one token. context: tokens that all of these attend to. chunks: of each other request, its
-    tokens and the tokens before them. sampled: requests that get a token. pictures: those that are encoded, as numbers
+    tokens and the tokens before them. sampled: requests that get a token. images: those that are encoded, as numbers
     of their tokens in the prompt.
     """
 
@@ -45,7 +45,7 @@ class StepWork:
     context: int = 0
     chunks: list[tuple[int, int]] = field(default_factory=list)
     sampled: int = 0
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -74,10 +74,10 @@ class StepTime:
         self._by_sampled: dict[int, float] = {}
 
     def seconds(self, work: StepWork) -> float:
-        """Of the device: the pictures, all layers and the head."""
-        if work.pictures:
-            assert self._tower is not None, "a step encodes pictures for a model without a tower"
-            return sum(map(self._tower.seconds, work.pictures)) + self._decoder(work)
+        """Of the device: the images, all layers and the head."""
+        if work.images:
+            assert self._tower is not None, "a step encodes images for a model without a tower"
+            return sum(map(self._tower.seconds, work.images)) + self._decoder(work)
         return self._decoder(work)
 
     def _decoder(self, work: StepWork) -> float:

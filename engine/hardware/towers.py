@@ -1,4 +1,4 @@
-"""Vision towers: their shapes, and how long they take for the pictures that a step encodes."""
+"""Vision towers: their shapes, and how long they take for the images that a step encodes."""
 
 import math
 from collections.abc import Mapping
@@ -13,22 +13,22 @@ from engine.hardware.gemm import products_of
 
 # CLIP ViT-L/14 with 336 pixels: 24 x 24 patches and the class token; the outputs of the last layer aren't used.
 CLIP_PATCHES, CLIP_LAYERS, CLIP_HIDDEN, CLIP_INTERMEDIATE = 577, 23, 1024, 4096
-MOLMO_CROPS = 12  # of a picture, at most, besides the whole picture
+MOLMO_CROPS = 12  # of an image, at most, besides the whole image
 MOLMO_SIDE, MOLMO_STEP = 12, 8  # embeddings of a crop in each direction, and from one crop to the next
 
 
 @dataclass(frozen=True, slots=True)
 class TowerShape:
-    """What the time of a picture depends on.
+    """What the time of an image depends on.
 
     Args:
         layers: that are computed.
         hidden_size: numbers of a patch.
         intermediate_size: of the MLP; with `gated`, it has three products and not two.
         merged: patches of an embedding.
-        crop: patches of a crop, in a tower of which all pictures have one size; 0: a picture is one sequence.
+        crop: patches of a crop, in a tower of which all images have one size; 0: an image is one sequence.
         connector: products for each embedding after the tower, as numbers in and out.
-        breaks: a picture has a token after each row.
+        breaks: an image has a token after each row.
     """
 
     layers: int
@@ -41,7 +41,7 @@ class TowerShape:
     breaks: bool = False
 
     def sequences(self, tokens: int) -> tuple[int, int]:
-        """Of a picture with so many tokens in the prompt: sequences of patches, and patches in each."""
+        """Of an image with so many tokens in the prompt: sequences of patches, and patches in each."""
         if self.crop:
             return (_molmo_crops(tokens) if self.merged > 1 else max(round(tokens / self.crop), 1)), self.crop
         embeddings = tokens - math.isqrt(tokens) if self.breaks else tokens
@@ -91,12 +91,12 @@ def tower_shape(config: Mapping[str, Any]) -> TowerShape | None:
 
 
 def clip_patches(vision: Mapping[str, Any]) -> int:
-    """Patches of a picture in a tower of one size, by the fields of its config."""
+    """Patches of an image in a tower of one size, by the fields of its config."""
     return (vision.get("image_size", 336) // vision.get("patch_size", 14)) ** 2
 
 
 class TowerTime:
-    """Times of pictures; each rank encodes all of them, for towers aren't divided. Raises ConfigError without any."""
+    """Times of images; each rank encodes all of them, for towers aren't divided. Raises ConfigError without any."""
 
     def __init__(self, hardware: Hardware, shape: TowerShape):
         if hardware.attention.tower is None:
@@ -107,7 +107,7 @@ class TowerTime:
         self._by_tokens: dict[int, float] = {}
 
     def seconds(self, tokens: int) -> float:
-        """Of a picture with so many tokens in the prompt."""
+        """Of an image with so many tokens in the prompt."""
         if (known := self._by_tokens.get(tokens)) is not None:
             return known
         shape, layer = self.shape, self._hardware.layer
@@ -132,14 +132,14 @@ class TowerTime:
 
 
 def _molmo_crops(tokens: int) -> int:
-    """Crops of a picture of Molmo, the whole picture among them; 2 off where ways to cut it have the same tokens."""
+    """Crops of an image of Molmo, the whole image among them; 2 off where ways to cut it have the same tokens."""
     tilings = [(i, j) for i in range(1, MOLMO_CROPS + 1) for j in range(1, MOLMO_CROPS // i + 1)]
     rows, columns = min(tilings, key=lambda one: abs(molmo_tokens(*one) - tokens))
     return 1 + rows * columns
 
 
 def molmo_tokens(rows: int, columns: int) -> int:
-    """Tokens of a picture that is cut into rows x columns crops: of the whole picture, and of the crops."""
+    """Tokens of an image that is cut into rows x columns crops: of the whole image, and of the crops."""
     margin = MOLMO_SIDE - MOLMO_STEP
     whole = 2 + MOLMO_SIDE * (MOLMO_SIDE + 1)
     return whole + 2 + (MOLMO_STEP * rows + margin) * (MOLMO_STEP * columns + margin + 1)

@@ -9,7 +9,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.data import datasets_folder
 from engine.engine_plan import plan_engine
-from engine.hardware.pictures import Picture
+from engine.hardware.images import SimulatedImage
 from engine.hardware.simulation import Simulation
 from engine.hardware.start import simulated_executor
 from engine.simulation import SimulatedEngine, simulate, with_short_messages
@@ -48,9 +48,9 @@ def vision(device: str = "sim:h100", **options: Any) -> SimulatedEngine:
 
 
 def first_token(engine: SimulatedEngine) -> float:
-    """Of a request with a picture of 0.8 megapixels."""
+    """Of a request with an image of 0.8 megapixels."""
     server = engine.simulation
-    reply = server.submit([1, 2, 3], 2, [Picture(1000, 800, b"cat")])
+    reply = server.submit([1, 2, 3], 2, [SimulatedImage(1000, 800, b"cat")])
     while not reply.ended:
         server.run_until(server.now() + 1)
     server.take([reply])

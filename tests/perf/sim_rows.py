@@ -111,7 +111,7 @@ def _case(row: dict[str, str], published: tuple[tuple[str, float], ...]) -> Case
     load, value = _load(row)
     lengths, spread = _lengths(row)
     if "-VL-" in row["model"]:
-        raise NotSimulatedError("the pictures of its load and their sizes are not in the file")
+        raise NotSimulatedError("the images of its load and their sizes are not in the file")
     if not row["tp"].isdigit():
         raise NotSimulatedError(f"{row['tp']} ranks")
     return Case(

@@ -1,4 +1,4 @@
-"""Times of pictures follow from their patches and the shape of the tower."""
+"""Times of images follow from their patches and the shape of the tower."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def test_a_tower_without_times_is_refused_with_those_that_have_some() -> None:
         TowerTime(without, shape_of(LLAVA))
 
 
-def test_patches_follow_from_the_tokens_of_a_picture() -> None:
+def test_patches_follow_from_the_tokens_of_a_image() -> None:
     assert shape_of(CONFIGS["qwen2-vl-7b"]).sequences(300) == (1, 1200)
     assert shape_of(CONFIGS["pixtral-12b"]).sequences(64 * 65) == (1, 64 * 64)
     assert shape_of(LLAVA).sequences(576) == (1, 577)
@@ -49,19 +49,19 @@ def test_patches_follow_from_the_tokens_of_a_picture() -> None:
 
 
 @given(rows=st.integers(1, 12), columns=st.integers(1, 12))
-def test_the_tokens_of_a_picture_of_molmo_say_how_it_is_cut(rows: int, columns: int) -> None:
+def test_the_tokens_of_a_image_of_molmo_say_how_it_is_cut(rows: int, columns: int) -> None:
     if rows * columns <= 12:
         count, _ = shape_of(CONFIGS["molmo-72b"]).sequences(molmo_tokens(rows, columns))
         assert abs(count - (1 + rows * columns)) <= 2  # 10 x 1 crops have as many tokens as 3 x 4
 
 
 @given(name=st.sampled_from(["qwen2-vl-7b", "pixtral-12b"]), tokens=st.integers(1, 5000), more=st.integers(1, 5000))
-def test_larger_pictures_never_take_less_time(name: str, tokens: int, more: int) -> None:
+def test_larger_images_never_take_less_time(name: str, tokens: int, more: int) -> None:
     tower = TowerTime(H100, shape_of(CONFIGS[name]))
     assert tower.seconds(tokens + more) >= tower.seconds(tokens) > 0
 
 
-def test_a_picture_takes_at_least_the_time_of_its_operations() -> None:
+def test_a_image_takes_at_least_the_time_of_its_operations() -> None:
     shape = shape_of(CONFIGS["qwen2-vl-7b"])
     patches = 4 * 1280
     layer = 2 * patches * (4 * 1280**2 + 2 * 1280 * 5120) + 4 * patches**2 * 1280
@@ -69,10 +69,10 @@ def test_a_picture_takes_at_least_the_time_of_its_operations() -> None:
     assert least < TowerTime(H100, shape).seconds(1280) < 4 * least
 
 
-def test_pictures_add_to_a_step() -> None:
+def test_images_add_to_a_step() -> None:
     step_time = StepTime(H100, QWEN, tower=shape_of(CONFIGS["qwen2-vl-7b"]))
     text = StepWork(chunks=[(700, 0)], sampled=1)
-    both = StepWork(chunks=[(700, 0)], sampled=1, pictures=[300, 350])
+    both = StepWork(chunks=[(700, 0)], sampled=1, images=[300, 350])
     tower = TowerTime(H100, shape_of(CONFIGS["qwen2-vl-7b"]))
     added = tower.seconds(300) + tower.seconds(350)
     assert step_time.seconds(both) == pytest.approx(step_time.seconds(text) + added)

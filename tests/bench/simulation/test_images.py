@@ -7,7 +7,7 @@ import pytest
 from bench.errors import BenchError
 from bench.measurement.offline import Finished, ServedOffline
 from bench.simulation import SimulatedServer
-from bench.simulation.prompts import pictures_of
+from bench.simulation.prompts import images_of
 from bench.workloads import make_workload
 from bench.workloads.base import RequestSpec
 from cli.simulated import make_engine
@@ -26,13 +26,13 @@ def served(model: str, flags: list[str], count: int = 30, **fields: object) -> t
 
 def test_images_are_read_from_requests() -> None:
     spec = make_workload({"kind": "images", "images": 2, "image_size": "64x48"}, 1000).requests(2, 1)
-    first, second = pictures_of(spec[0])
+    first, second = images_of(spec[0])
     assert (first.width, first.height) == (64, 48)
-    assert len({one.content for request in spec for one in pictures_of(request)}) == 4
+    assert len({one.content for request in spec for one in images_of(request)}) == 4
     assert second.content != first.content
     sound = RequestSpec(1, 1, messages=[{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}])
     with pytest.raises(BenchError, match="input_audio, which simulated hardware does not compute"):
-        pictures_of(sound)
+        images_of(sound)
 
 
 def test_prompts_have_the_tokens_of_their_images() -> None:
@@ -54,5 +54,5 @@ def test_images_cost_time_and_caches_save_it() -> None:
 
 
 def test_a_model_of_texts_refuses_images() -> None:
-    with pytest.raises(BenchError, match="takes no pictures"):
+    with pytest.raises(BenchError, match="takes no images"):
         served("meta-llama/Meta-Llama-3.1-8B-Instruct", [], count=1)

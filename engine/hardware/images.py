@@ -1,4 +1,4 @@
-"""Pictures of simulated requests: their tokens in the prompt, what the core gets of them, and their processing."""
+"""Images of simulated requests: their tokens in the prompt, what the core gets of them, and their processing."""
 
 import heapq
 import math
@@ -18,12 +18,12 @@ from engine.multimodal.processors.squares import fit
 
 MOLMO_CROP = (336, 14, 4, 4)  # pixels of a crop and of a patch, patches of its two margins
 QWEN_SQUARE = 28  # pixels of an embedding's square
-QWEN_PIXELS = (4 * QWEN_SQUARE**2, 1280 * QWEN_SQUARE**2)  # the fewest and most of a picture
+QWEN_PIXELS = (4 * QWEN_SQUARE**2, 1280 * QWEN_SQUARE**2)  # the fewest and most of an image
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture of a request: its size in pixels, and what tells equal ones; those are encoded once."""
+class SimulatedImage:
+    """An image of a request: its size in pixels, and what tells equal ones; those are encoded once."""
 
     width: int
     height: int
@@ -34,10 +34,10 @@ class Picture:
         return self.width * self.height / 1e6
 
 
-def picture_tokens(config: Mapping[str, Any], width: int, height: int) -> int:
-    """Tokens of a picture in the prompt, by the fields of the model's config.json, as its processor makes them.
+def image_tokens(config: Mapping[str, Any], width: int, height: int) -> int:
+    """Tokens of an image in the prompt, by the fields of the model's config.json, as its processor makes them.
 
-    Raises ConfigError for a model whose pictures aren't known.
+    Raises ConfigError for a model whose images aren't known.
     """
     family, vision = config.get("model_type", ""), config.get("vision_config") or {}
     if family == "molmo":
@@ -52,7 +52,7 @@ def picture_tokens(config: Mapping[str, Any], width: int, height: int) -> int:
         return rows * columns // QWEN_SQUARE**2
     if family == "llava":
         return clip_patches(vision)
-    raise ConfigError(f"the latency model doesn't know how many tokens a picture of {family or 'this model'} has")
+    raise ConfigError(f"the latency model doesn't know how many tokens an image of {family or 'this model'} has")
 
 
 def _molmo(width: int, height: int) -> int:
@@ -60,10 +60,10 @@ def _molmo(width: int, height: int) -> int:
     return molmo_tokens(*select_tiling(height, width, settings, MOLMO_CROPS))
 
 
-def with_pictures(
-    config: Mapping[str, Any], prompt: Sequence[int] | Int32s, pictures: Sequence[Picture], placeholder: int
+def with_images(
+    config: Mapping[str, Any], prompt: Sequence[int] | Int32s, images: Sequence[SimulatedImage], placeholder: int
 ) -> tuple[Int32s, tuple[MMInputRef, ...]]:
-    """A prompt with pictures before its text, and what an AddRequest says of them.
+    """A prompt with images before its text, and what an AddRequest says of them.
 
     Args:
         config: fields of the model's config.json.
@@ -71,17 +71,17 @@ def with_pictures(
         placeholder: the id of the token that stands for an embedding.
     """
     inputs, at = [], 0
-    for one in pictures:
-        length = picture_tokens(config, one.width, one.height)
+    for one in images:
+        length = image_tokens(config, one.width, one.height)
         inputs.append(MMInputRef(one.content, at, length))
         at += length
     return np.concatenate([np.full(at, placeholder, np.int32), np.asarray(prompt, np.int32)]), tuple(inputs)
 
 
-class PictureProcessing:
-    """When the pictures of a request are processed: by a number of processes, first come first served.
+class ImageProcessing:
+    """When the images of a request are processed: by a number of processes, first come first served.
 
-    A picture that was processed before is found in the feature cache and takes no time.
+    An image that was processed before is found in the feature cache and takes no time.
     """
 
     def __init__(self, costs: Processing, processes: int, *, cached: bool = True):
@@ -89,14 +89,14 @@ class PictureProcessing:
         self._free = [0.0] * processes  # a heap: when each process has nothing left to do
         self._seen: set[bytes] | None = set() if cached else None
 
-    def seconds(self, pictures: Sequence[Picture]) -> float:
-        """CPU time of pictures, of those that aren't in the feature cache; from now on they are."""
-        return sum(map(self._seconds, pictures))
+    def seconds(self, images: Sequence[SimulatedImage]) -> float:
+        """CPU time of images, of those that aren't in the feature cache; from now on they are."""
+        return sum(map(self._seconds, images))
 
-    def end(self, now: float, pictures: Sequence[Picture]) -> float:
-        """When the last picture of a request is ready, if it arrives now."""
+    def end(self, now: float, images: Sequence[SimulatedImage]) -> float:
+        """When the last image of a request is ready, if it arrives now."""
         ready = now
-        for one in pictures:
+        for one in images:
             if not (seconds := self._seconds(one)):
                 continue
             done = max(heapq.heappop(self._free), now) + seconds
@@ -104,9 +104,9 @@ class PictureProcessing:
             ready = max(ready, done)
         return ready
 
-    def _seconds(self, picture: Picture) -> float:
+    def _seconds(self, image: SimulatedImage) -> float:
         if self._seen is not None:
-            if picture.content in self._seen:
+            if image.content in self._seen:
                 return 0.0
-            self._seen.add(picture.content)
-        return self._costs.megapixel_ms * 1e-3 * picture.megapixels
+            self._seen.add(image.content)
+        return self._costs.megapixel_ms * 1e-3 * image.megapixels
