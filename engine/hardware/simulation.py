@@ -27,7 +27,7 @@ from engine.frontend.routing import (
 )
 from engine.frontend.streams import RequestOptions
 from engine.hardware.executor import SimulatedExecutor
-from engine.hardware.images import SimulatedImage, ImageProcessing, with_images
+from engine.hardware.images import ImageProcessing, SimulatedImage, with_images
 from engine.hardware.token_log import TokenLog, TokenTimes
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import Abort, AddRequest, FinishReason, MMInputRef, Outputs, Sampling, decode_from_core, encode
@@ -194,9 +194,7 @@ class Simulation:
         at = self.now()
         if images:
             if self._images is None:
-                raise ConfigError(
-                    "the model takes no images: choose another one, or a workload of texts (--workload)"
-                )
+                raise ConfigError("the model takes no images: choose another one, or a workload of texts (--workload)")
             prompt, inputs = self._images.place(prompt, images)
             at = self._images.ready(at, images)
         reply = Reply(self._submitted, len(prompt), images=images)

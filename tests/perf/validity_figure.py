@@ -27,7 +27,7 @@ def validity_figure(rows: list[dict[str, Any]], model: str, processor: str) -> F
             ]
         )
         figure = framed_figure(
-            "Measured, and simulated with the descriptions of `redline profile`", _handles(), footer, height, ncols=4
+            "Measured, and simulated from a profile of this machine", _handles(), footer, height, ncols=4
         )
         for line, workload in enumerate(workloads):
             bottom = _FOOT_IN + _ROW_IN * (len(workloads) - 1 - line) + 0.45

@@ -13,7 +13,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.errors import ConfigError
 from engine.hardware.description import Processing, read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
-from engine.hardware.images import SimulatedImage, ImageProcessing, image_tokens, with_images
+from engine.hardware.images import ImageProcessing, SimulatedImage, image_tokens, with_images
 from engine.hardware.simulation import ImageInputs, Simulation
 from engine.hardware.start import simulated_executor
 from engine.hardware.step_time import DecoderShape, StepTime
