@@ -75,9 +75,8 @@ MEASUREMENT_OPTIONS = (
     ),
     option(
         MEASUREMENT, "--warmup", type=Finite(0, 1e7), metavar="SECONDS",
-        default_text=f"{WARMUP_LATENCIES:g} × the expected latency, {VIRTUAL_WARMUP_LATENCIES:g} × with --device",
-        help="Length of the load before each window, which is not evaluated. Raise it if rates fail because the batch "
-        "is not yet steady, as with long outputs.",
+        default_text=f"{WARMUP_LATENCIES:g} × latency, {VIRTUAL_WARMUP_LATENCIES:g} × with --device",
+        help="Load before each window. Raise it if the batch is not steady by then, as with long outputs.",
     ),
     option(
         MEASUREMENT, "--ladder/--no-ladder", default=True,

@@ -15,6 +15,7 @@ from bench.planning.options import PlanRequest
 from bench.planning.rows import Row
 from cli.main import main
 from cli.plan_table import show_plan
+from tests.interrupts import interruptible
 
 LLAMA = "meta-llama/Meta-Llama-3.1-8B-Instruct"
 LOAD = ["plan", "--model", LLAMA, "--input", "256", "--output", "16", "--rate", "300", "--precision", "20%"]
@@ -79,9 +80,10 @@ def test_ctrl_c_in_a_terminal_keeps_what_is_done(tmp_path: Path) -> None:
     flags = ["--hardware", "h100", "--tp", "64,1,2", "--jobs", "2", "--out", str(tmp_path)]
     load = ["plan", "--model", LLAMA, "--input", "500", "--output", "2000", "--rate", "40"]
     command = [sys.executable, "-u", "-m", "cli.main", *load, *flags]
-    with subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipe = subprocess.PIPE
+    with interruptible():
+        process = subprocess.Popen(command, start_new_session=True, stdout=pipe, stderr=pipe, text=True)
+    with process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline().startswith("h100 TP64: not supported")
