@@ -43,7 +43,7 @@ def offline_figure(results: Results) -> Figure | None:
         title = f"{results.title}: {TITLE if groups != workloads else 'throughput'}"
         figure = framed_figure(title, handles, footer, height, ncols=len(configurations), handlelength=1.1)
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.075, right=0.985, top=1 - (head + 0.12) / height, bottom=foot / height)
+        figure.subplots_adjust(left=0.09, right=0.985, top=1 - (head + 0.12) / height, bottom=foot / height)
         _draw_bars(axes, points, configurations, workloads)
         axes.set_xticks(range(len(workloads)), groups)
         axes.set_xlabel("Requests that repeat an earlier one" if groups != workloads else "")

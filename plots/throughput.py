@@ -32,7 +32,7 @@ def throughput_figure(results: Results, of_model: str = "") -> Figure:
         look = {"ncols": columns, "handlelength": 1.1, "handleheight": 1.0, "labelspacing": 0.5}
         figure = framed_figure(title, handles, footer, height, **look)
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.075, right=0.985, top=1 - (head + 0.12) / height, bottom=foot / height)
+        figure.subplots_adjust(left=0.09, right=0.985, top=1 - (head + 0.12) / height, bottom=foot / height)
         _draw_bars(axes, results, workloads)
         return figure
 

@@ -229,3 +229,12 @@ def test_numbers_as_people_write_them() -> None:
     assert span([40, 40]) == "40"
     assert span([1200, 40]) == "40–1,200"
     assert set(TWO) == {"prefix caching on", "prefix caching off"}
+
+
+def test_long_numbers_leave_room_for_the_label_of_their_axis(demo: Path) -> None:
+    files = RunFiles(demo)
+    summary = files.read_summary()
+    for answer in summary.answers:
+        answer.output_tok_s = 12_345.0
+    files.write_summary(summary)
+    assert_nothing_clipped(throughput_figure(load([demo])))
