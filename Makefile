@@ -167,7 +167,7 @@ bench-rates: install  ## The highest sustained rate of Redline and vLLM (VLLM_PY
 	$(BIN)/python -m tests.perf.bench_rates
 
 .PHONY: bench-validity
-bench-validity: install  ## What --device sim:this-machine predicts beside what is measured, 40 minutes: docs/figures/bench-validity.png
+bench-validity: install  ## What a profile of this machine predicts beside what is measured, 40 minutes: docs/figures/bench-validity.png
 	$(BIN)/python -m tests.perf.bench_validity
 
 .PHONY: parity

@@ -56,6 +56,7 @@ def profile_machine(device: str, out: Path | None) -> None:
         metadata.version("redline-llm"), round(busy, 4), found.kind,
     )  # fmt: skip
     hardware = describe(measured.fit, facts, measured.defaults, title=found.title, memory_bytes=found.memory_bytes)
+    console.print("fitting the costs of the engines to the loads, half a minute …")
     for engine, one in loads.items():
         hardware = fit_host(hardware, grid.shapes[0], engine, one)
     write_description(path, hardware)

@@ -147,7 +147,7 @@ def measure_device(grid: Grid, show: Show, options: dict[str, Any] | None = None
 
 
 class OtherLoad:
-    """The share of the usable cores that other processes and guests of the machine have used since it was made.
+    """The share of the usable cores that other processes and the hypervisor's other guests have used since it was made.
 
     Processes that this one started are its own, once they have ended and been waited for.
     """

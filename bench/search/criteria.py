@@ -194,10 +194,15 @@ def _doubt(
     worst = max(known, key=lambda t: t.slope + t.noise, default=None)
     latency = f", latencies {worst.slope:+.2g} ±{worst.noise:.2g} s/s" if worst is not None else ""
     return (
-        f"too few requests ({e.flow.arrived()}) to detect an overload of {e.precision:.0%}, which adds {shown:.2g} "
-        f"requests to the backlog and {share:.2g} s/s to latencies; measured: backlog {growth:+.0f} "
+        f"too few requests ({e.flow.arrived()}) to detect an overload of {e.precision:.0%}, which adds "
+        f"{plain_count(shown)} requests to the backlog and {share:.2g} s/s to latencies; measured: backlog {growth:+.0f} "
         f"±{max(noise, e.flow.spread()):.0f}{latency}"
     )
+
+
+def plain_count(value: float) -> str:
+    """A number of requests with two digits if it is small, and without an exponent if it is large."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-import msgspec
+from msgspec import structs
 
 from engine.clock import Clock
 from engine.config import EngineConfig, ResolvedConfig
@@ -48,7 +48,7 @@ def used_hardware(config: EngineConfig) -> Hardware:
     """The hardware as a configuration uses it."""
     hardware = read_hardware(config.simulated)
     if config.enforce_eager:
-        return msgspec.structs.replace(hardware, layer=msgspec.structs.replace(hardware.layer, captured_tokens=0))
+        return structs.replace(hardware, layer=structs.replace(hardware.layer, captured_tokens=0))
     return hardware
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.search.criteria import Evidence, Flow, binding, judge, overload, tolerance, window_latencies
+from bench.search.criteria import Evidence, Flow, binding, judge, overload, plain_count, tolerance, window_latencies
 from bench.search.trend import WindowLatencies
 from bench.target.metrics import WindowState
 from tests.bench.queue_model import KINDS, queue, verdict_of
@@ -118,6 +118,13 @@ def demo_latencies(rising: bool) -> tuple[Flow, WindowLatencies]:
     flow = Flow(arrivals, np.sort(arrivals + wait + 1.5), 0.0, 14 / 1.32)
     inside = (arrivals >= 0) & (arrivals < 14 / 1.32)
     return flow, WindowLatencies(arrivals[inside], wait[inside], wait[inside] + 1.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.23, "0.23"), (2.16, "2.2"), (36.4, "36"), (134.1, "134"), (2040, "2040")]
+)
+def test_counts_in_reasons_are_plain_numbers(value: float, text: str) -> None:
+    assert plain_count(value) == text
 
 
 def test_a_window_whose_tolerance_is_as_large_as_an_overload_is_undecided() -> None:
