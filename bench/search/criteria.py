@@ -195,8 +195,8 @@ def _doubt(
     latency = f", latencies {worst.slope:+.2g} ±{worst.noise:.2g} s/s" if worst is not None else ""
     return (
         f"too few requests ({e.flow.arrived()}) to detect an overload of {e.precision:.0%}, which adds "
-        f"{plain_count(shown)} requests to the backlog and {share:.2g} s/s to latencies; measured: backlog {growth:+.0f} "
-        f"±{max(noise, e.flow.spread()):.0f}{latency}"
+        f"{plain_count(shown)} requests to the backlog and {share:.2g} s/s to latencies; measured: backlog "
+        f"{growth:+.0f} ±{max(noise, e.flow.spread()):.0f}{latency}"
     )
 
 
