@@ -116,7 +116,11 @@ class Batch:
 
 
 def load(isa: str) -> ctypes.CDLL:
-    """The kernels of an instruction set of build.ISAS, compiled if needed. Raises BuildError."""
+    """The kernels of an instruction set of build.ISAS, compiled if needed, in a process that may use it.
+
+    Raises BuildError.
+    """
+    build.request_permission(isa)
     return _open(build.library(isa))
 
 

@@ -49,9 +49,22 @@ def missing_features(isa: str) -> list[str]:
     """CPU features that an instruction set needs and this machine lacks."""
     needs = ISAS[isa][1]
     lacks = sorted(needs - cpu_features())
-    if not lacks and "amx_tile" in needs and not _may_use_tiles():
+    if not lacks and not _permitted(isa):
         return ["the system's permission to use AMX"]
     return lacks
+
+
+def request_permission(isa: str) -> None:
+    """Request what the system grants per process: without it, the first tile instruction would end the process.
+
+    Raises BuildError if the system refuses.
+    """
+    if not _permitted(isa):
+        raise BuildError("the system refuses this process the tile registers of AMX (arch_prctl, ARCH_REQ_XCOMP_PERM)")
+
+
+def _permitted(isa: str) -> bool:
+    return "amx_tile" not in ISAS[isa][1] or _may_use_tiles()
 
 
 def supported_isas() -> list[str]:

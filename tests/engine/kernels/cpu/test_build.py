@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.kernels.cpu import build
+from engine.kernels.cpu import bindings, build
 from engine.kernels.cpu.build import BuildError
 
 ISA = next(iter(build.supported_isas()), None)
@@ -87,6 +87,26 @@ def test_tiles_need_the_systems_permission_too(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif({"avx2", "amx_tile"} & build.cpu_features() != {"avx2"}, reason="it may have AMX")
 def test_a_machine_without_tiles_is_not_permitted_them() -> None:
     assert not build._may_use_tiles()
+
+
+def test_loading_requests_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that loads the kernels may be another one than the process that looked for features."""
+    assert ISA is not None
+    requests: list[bool] = []
+    compiled = build.library(ISA)
+    monkeypatch.setattr(build, "_may_use_tiles", lambda: requests.append(True) or True)
+    monkeypatch.setattr(build, "library", lambda isa: compiled)
+    if ISA != "amx":
+        bindings.load(ISA)
+        assert requests == [], "only tiles need a permission"
+    assert bindings.load("amx").redline_stack
+    assert requests == [True]
+
+
+def test_without_the_permission_tiles_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_may_use_tiles", lambda: False)
+    with pytest.raises(BuildError, match=r"refuses this process the tile registers of AMX .*ARCH_REQ_XCOMP_PERM"):
+        bindings.load("amx")
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
