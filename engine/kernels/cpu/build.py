@@ -1,4 +1,7 @@
-"""Compiles the kernels for an instruction set. The library is cached under a hash of its sources and flags."""
+"""Compiles the kernels for an instruction set, when they are first used or for a wheel.
+
+The library's name has a hash of its sources and flags, so one that was compiled from others is never loaded.
+"""
 
 import contextlib
 import ctypes
@@ -10,13 +13,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.errors import RedlineError
 
 SOURCES = Path(__file__).parent
 MAIN = "kernels.cpp"
+PREBUILT = "prebuilt"  # beside the sources in a wheel: libraries that were compiled with it
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-Wno-uninitialized")
 
 # Instruction sets, newest first: compiler flags, and the CPU features that they need, by their names in /proc/cpuinfo.
@@ -24,16 +29,24 @@ _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 _HAS_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 _HAS_BF16 = _HAS_AVX512 | {"avx512_bf16", "avx512_vnni"}
-ISAS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
-    "amx": ((*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _HAS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}),
-    "avx512-bf16": (_BF16, _HAS_BF16),
-    "avx512": (_AVX512, _HAS_AVX512),
-    "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "bmi2", "f16c"})),
+BY_MACHINE: dict[str, dict[str, tuple[tuple[str, ...], frozenset[str]]]] = {
+    "x86_64": {
+        "amx": ((*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _HAS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}),
+        "avx512-bf16": (_BF16, _HAS_BF16),
+        "avx512": (_AVX512, _HAS_AVX512),
+        "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "bmi2", "f16c"})),
+    },
 }
+ISAS = {isa: facts for isas in BY_MACHINE.values() for isa, facts in isas.items()}
 
 
 class BuildError(RedlineError):
     """The kernels can't be compiled or loaded here."""
+
+
+def isas_of_architecture() -> list[str]:
+    """The instruction sets of this machine's architecture, newest first, whether or not this CPU has them."""
+    return list(BY_MACHINE.get(platform.machine(), ()))
 
 
 def cpu_features() -> frozenset[str]:
@@ -80,13 +93,17 @@ def _may_use_tiles() -> bool:
 
 
 def library(isa: str, folder: Path | None = None) -> Path:
-    """The compiled kernels of an instruction set, from `folder` (default: the user's cache), or compiled now.
+    """The compiled kernels of an instruction set: those of the wheel, or from `folder` (default: the user's cache).
 
-    Raises BuildError without a compiler, with the compiler's first error, or if the library can't be stored.
+    They are compiled if they are at neither place. Raises BuildError without a compiler, with the compiler's first
+    error, or if the library can't be stored.
     """
+    name = _name(isa)
+    if (SOURCES / PREBUILT / name).exists():
+        return SOURCES / PREBUILT / name
     try:
         folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
-        path = folder / f"{isa}-{_digest(isa)}.so"
+        path = folder / name
         if not path.exists():
             _compile(isa, path)
     except (OSError, RuntimeError) as error:  # no home folder, or it can't be written to
@@ -94,18 +111,39 @@ def library(isa: str, folder: Path | None = None) -> Path:
     return path
 
 
-def _digest(isa: str) -> str:
-    """A hash of everything that the library is compiled from."""
+def prebuild(isas: Sequence[str], folder: Path) -> dict[str, BuildError]:
+    """Compile the kernels of instruction sets into a folder, for a wheel. Returns the errors of those that failed."""
+
+    def failure(isa: str) -> BuildError | None:
+        try:
+            _run(_compiler(), isa, folder / _name(isa))
+        except BuildError as error:
+            return error
+        return None
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as compilers:
+        failures = zip(isas, compilers.map(failure, isas), strict=True)
+        return {isa: error for isa, error in failures if error}
+
+
+def _name(isa: str) -> str:
+    """The name of a library, with a hash of everything that it is compiled from."""
     digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS, *ISAS[isa][0])).encode())
     for source in [*sorted(SOURCES.glob("*.h")), SOURCES / MAIN]:
         digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+    return f"{isa}-{digest.hexdigest()[:16]}.so"
+
+
+def _compiler() -> str:
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        raise BuildError("there is no C++ compiler (c++, g++ or clang++) to compile the CPU kernels")
+    return found
 
 
 def _compile(isa: str, path: Path) -> None:
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise BuildError("there is no C++ compiler (c++, g++ or clang++) to compile the CPU kernels")
+    compiler = _compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         if path.exists():  # another rank or server has compiled it in the meantime
