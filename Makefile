@@ -162,6 +162,10 @@ bench-ranks: install  ## Bytes and time to tell the ranks of a step, V1 and V0, 
 bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, where named: results/bench-cpu.json
 	$(BIN)/python -m tests.perf.bench_cpu
 
+.PHONY: bench-neighbor
+bench-neighbor: install  ## Redline on the CPU beside a neighbor that takes half of each core, and vLLM (VLLM_PYTHON=…): docs/figures/bench-neighbor.png
+	$(BIN)/python -m tests.perf.bench_neighbor
+
 .PHONY: bench-rates
 bench-rates: install  ## The highest sustained rate of Redline and vLLM (VLLM_PYTHON=…) on this CPU: results/bench-rates
 	$(BIN)/python -m tests.perf.bench_rates

@@ -3,12 +3,13 @@
     parent ──options on stdin, then lines──► child
     parent ◄──Loading, Up, Failure────────── child   (frames on a pipe; ranks send them over their socket)
 
-A child's stdin stays open as long as its parent lives, so a child whose parent is gone ends too. Children are plain
-processes instead of `multiprocessing` ones, so that a user's script needs no `__main__` guard.
+A child's stdin stays open as long as its parent lives, so a child whose parent is gone ends too, even a stopped one.
+Children are plain processes instead of `multiprocessing` ones, so that a user's script needs no `__main__` guard.
 """
 
 import contextlib
 import faulthandler
+import fcntl
 import logging
 import os
 import signal
@@ -238,6 +239,7 @@ def process_state(pid: int) -> str:
 def read_options(kind: type[Options]) -> Options | None:
     """Read the options from stdin, and leave signals to the parent. None if the parent is gone."""
     leave_signals_to_parent()
+    _go_on_without_parent()
     with os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
         data = read_frame(stdin)
     return None if data is None else msgspec.msgpack.decode(data, type=kind)
@@ -314,6 +316,20 @@ def leave_signals_to_parent() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # dumps stacks, also of threads that don't return to Python
+
+
+def _go_on_without_parent() -> None:
+    """Have Linux continue this process once the other end of stdin closes: a stopped process can't notice that.
+
+    The signal also comes with each line that the parent writes. PR_SET_PDEATHSIG is no alternative: it comes when the
+    thread that started this process ends, and `LLM` may be made in a thread of a user's program.
+    """
+    if sys.platform != "linux":
+        return
+    stdin = sys.stdin.fileno()
+    fcntl.fcntl(stdin, fcntl.F_SETSIG, signal.SIGCONT)
+    fcntl.fcntl(stdin, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(stdin, fcntl.F_SETFL, fcntl.fcntl(stdin, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:

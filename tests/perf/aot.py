@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 
 from tests.perf.aot_cases import Case, cases
+from tests.perf.child_processes import start_child
 
 ROOT = Path(__file__).parents[2]
 RESULTS, ROWS, TABLE = (
@@ -85,7 +86,7 @@ def _compile(
     # Triton 3.10 turns the fusion of products and sums off by default.
     environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.perf.aot_compile"]
-    with subprocess.Popen(
+    with start_child(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         process.stdin.write("\n".join(case.name for case in chosen))  # type: ignore[union-attr]

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tests.perf.child_processes import start_child
 from tests.perf.client_tools import INPUT, Reported, Run, Tool, redline_command, tools
 
 HERE = Path(__file__).parent
@@ -85,7 +86,7 @@ class KnownServer:
         self._command = [*pinned(core), str(BUILD / "known_server"), "--log", str(self.log), *flags]
 
     def __enter__(self) -> "KnownServer":
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        self._process = start_child(self._command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
         return self
@@ -164,7 +165,7 @@ def build() -> None:
 @contextlib.contextmanager
 def computing(core: int) -> Iterator[None]:
     """Another process that never sleeps on this core: a fair scheduler leaves half of it to whoever else wants it."""
-    process = subprocess.Popen([*pinned(core), sys.executable, "-c", "while True: pass"])
+    process = start_child([*pinned(core), sys.executable, "-c", "while True: pass"])
     try:
         yield
     finally:
@@ -195,7 +196,7 @@ def measure(tool: Tool, streams: int, rounds: int, *flags: str, case: str = CASE
 
 def start(command: Sequence[str]) -> subprocess.Popen[str]:
     """A client in a session of its own, so that all its processes are known."""
-    return subprocess.Popen(
+    return start_child(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
     )
 

@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from tests.perf import core_cells as cells
 from tests.perf import core_frontend as front
+from tests.perf.child_processes import run_child
 
 HERE = Path(__file__).parent
 RESULTS = Path("results") / "bench-core.json"
@@ -173,7 +173,7 @@ def vllm_rows(python: str, steps: int) -> list[dict[str, Any]]:
         "rows": ROWS, "steps": steps, "block_size": cells.BLOCK_SIZE, "admission_tokens": ADMISSION_TOKENS,
     }  # fmt: skip
     command = [python, str(HERE / "core_vllm.py"), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=VLLM_LIMIT_S)
+    done = run_child(command, capture_output=True, text=True, timeout=VLLM_LIMIT_S)
     if done.returncode:
         sys.exit(f"VLLM_PYTHON={python}: vLLM's scheduler could not be driven:\n{done.stderr[-2000:]}")
     found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -10,7 +10,6 @@ they are read. Prints a table and writes results/bench-load.json.
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +21,8 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from tests.perf.child_processes import run_child
 
 RESULTS = Path("results") / "bench-load.json"
 WAYS = (
@@ -143,7 +144,7 @@ def main() -> None:
         for number in range(rounds):
             for way in WAYS:
                 command = [sys.executable, "-m", "tests.perf.bench_load", way, folder]
-                result = subprocess.run(command, capture_output=True, text=True, check=True)
+                result = run_child(command, capture_output=True, text=True, check=True)
                 found[way].append(json.loads(result.stdout.splitlines()[-1]))
                 console.print(f"round {number + 1}  {way:36} {found[way][-1]['seconds']:.2f} s")
     embedding = 32000 * 2048 * 2  # stays in bfloat16

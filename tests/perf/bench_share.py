@@ -33,6 +33,7 @@ from bench.target import Target
 from bench.target.server import free_port
 from bench.workloads import make_workload
 from tests.perf.bar_charts import save_figure
+from tests.perf.child_processes import start_child
 from tests.perf.share_figure import share_figure
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +119,7 @@ def serve(
     log = folder / "server.log"
     with log.open("wb") as sink:
         variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=sink, stderr=subprocess.STDOUT)
+        process = start_child(command, cwd=folder, env=variables, stdout=sink, stderr=subprocess.STDOUT)
     try:
         wait_until_up(url, process, log)
         worker = json.loads((folder / "worker.json").read_text())

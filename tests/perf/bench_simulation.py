@@ -11,7 +11,6 @@ import cProfile
 import json
 import pstats
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from bench.workloads import make_workload
 from engine.config import EngineConfig
 from engine.simulation import simulate
 from tests.bench.quiet_progress import QuietProgress
+from tests.perf.child_processes import run_child
 
 MODEL = "meta-llama/Meta-Llama-3.1-8B-Instruct"
 # Name, concurrency, requests, input, output, simulated seconds at most, and the limits: CPU seconds, GB.
@@ -69,7 +69,7 @@ def run(name: str) -> dict[str, Any]:
 
 def in_process(name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.perf.bench_simulation", "--case", name]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, Any] = json.loads(run_child(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 

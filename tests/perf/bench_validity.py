@@ -11,7 +11,6 @@ workload, metric, rate, measured, simulated and error, and docs/figures/bench-va
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from bench.search.bracket import round_rate
 from cli.exit_codes import FAILED_REQUESTS, UNDECIDED
 from engine.hardware.description import read_hardware
 from plots.style import save
+from tests.perf.child_processes import run_child
 from tests.perf.validity_figure import validity_figure
 
 RESULTS = Path("results") / "bench-validity"
@@ -63,7 +63,7 @@ class Side:
             shutil.rmtree(folder, ignore_errors=True)
             given, made = workload.split("/")
             command = [sys.executable, "-m", "cli.main", "bench", "--input", given, "--output", made, *self.flags]
-            code = subprocess.run([*command, *options, "--out", str(folder)], check=False).returncode
+            code = run_child([*command, *options, "--out", str(folder)], check=False).returncode
             if code not in (0, FAILED_REQUESTS, UNDECIDED):  # no answer is one too
                 sys.exit(f"{self.name} {workload}: redline bench ended with exit code {code}")
             ended.write_text(f"{code}\n")
@@ -154,7 +154,7 @@ def main() -> None:
     found: dict[str, tuple[Sustained, dict[float, PointRecord]]] = {}
     for name in workloads:
         if not profile_of(name).exists():
-            subprocess.run([sys.executable, "-m", "cli.main", "profile", "--out", str(profile_of(name))], check=True)
+            run_child([sys.executable, "-m", "cli.main", "profile", "--out", str(profile_of(name))], check=True)
         rate = measured.sustained(name, limits)
         found[name] = rate, measured.points(name, [round_rate(share * rate.rate) for share in SHARES])
     if "simulate" not in stage:

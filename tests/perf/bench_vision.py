@@ -12,7 +12,6 @@ Each part goes on where it was interrupted. Results and figures are in results/b
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from engine.devices.cpu import encoder_dtype
+from tests.perf.child_processes import run_child
 from tests.perf.client_tools import VLLM_MAIN
 from tests.perf.cpu_peers import core_range, vllm_preload
 from tests.perf.vision_folder import write_folder
@@ -108,7 +108,7 @@ def molmo() -> list[str]:
 
 
 def redline(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "cli.main", *arguments], check=False)
+    done = run_child([sys.executable, "-m", "cli.main", *arguments], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -6,7 +6,6 @@ The core is played back: its messages are made ahead, and only what the front en
 import asyncio
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from engine.frontend.tokenizer import Tokenizer
 from engine.frontend.tokenizer_backends import FastBackend
 from engine.messages import AddRequest, Finished, FinishReason, Outputs, Ready, ToCore, encode
 from engine.stats import Stats
+from tests.perf.child_processes import start_child
 
 ROOT = Path(__file__).parents[2]
 WARM_UP_STEPS = 20
@@ -201,7 +201,7 @@ async def _over_sockets(streams: int, steps: int, pause_s: float) -> tuple[float
     while not server.started:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    reader = subprocess.Popen([sys.executable, "-c", READER, str(port), str(streams), json.dumps(BODY)])
+    reader = start_child([sys.executable, "-c", READER, str(port), str(streams), json.dumps(BODY)])
     try:
         while len(front_end.core.handles) < streams:
             await asyncio.sleep(0.01)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.perf.child_processes import run_child
+
 HERE = Path(__file__).parent
 BUILD = Path("build") / "perf"
 READ_BYTES = 300_000_000
@@ -56,7 +58,7 @@ def measure_machine(threads: int) -> Machine:
 
 
 def _number(command: list[str]) -> float:
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout.split()[-1])
+    return float(run_child(command, check=True, capture_output=True, text=True, timeout=300).stdout.split()[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Engines as processes, for `make bench-cpu`: started, held still while others run, measured, and ended."""
 
-import ctypes
 import json
 import os
 import re
@@ -21,12 +20,11 @@ from bench.loadgen import Recording, run_closed_loop, run_load
 from bench.target import Target
 from bench.target.server import free_port
 from bench.workloads.base import RequestSpec
+from tests.perf.child_processes import GroupEnd, start_child
 
 START_LIMIT_S = 900.0  # a first start may compile
 RUN_LIMIT_S = 1200.0
 _GRACE_S = (30.0, 10.0)  # after SIGINT, SIGTERM
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
 class Engine:
@@ -40,19 +38,20 @@ class Engine:
         self._env = env
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._group_end: GroupEnd | None = None
 
     def start(self) -> None:
         began = time.monotonic()
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = start_child(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=self._stdout(log),
                 stderr=log,
                 env={**os.environ, **self._env},
                 start_new_session=True,
-                preexec_fn=_prepare,
             )
+        self._group_end = GroupEnd(self._process.pid)
         try:
             self._await_first_token(began + START_LIMIT_S)
         except BaseException:
@@ -125,6 +124,8 @@ class Engine:
             self._signal(signal.SIGKILL)
             process.wait()
             self._process = None
+            if self._group_end is not None:
+                self._group_end.close()
 
     def _end(self, number: int) -> None:
         self._signal(number)
@@ -224,12 +225,3 @@ class Watch:
 
     def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:
         return not failed
-
-
-def _prepare() -> None:
-    """Between fork and exec: to end with this run, however that ends, and to hear SIGINT also in a shell's background.
-
-    Linux only, as all that reads /proc.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.perf.child_processes import start_child
 from tests.serving import free_port
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "serving" / "dashboards" / "redline.json"
@@ -74,7 +75,7 @@ def prometheus(folder: Path, url: str) -> Iterator[Prometheus]:
         str(shutil.which("prometheus")), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
     ]  # fmt: skip
-    process = subprocess.Popen(command)
+    process = start_child(command)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             _wait(client, process)

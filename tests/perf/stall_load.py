@@ -18,6 +18,7 @@ from typing import Any, Self
 import httpx
 
 from bench.workloads.images import SyntheticImages
+from tests.perf.child_processes import end_with_parent
 
 SIZE = 1275, 1650
 DIFFERENT = 8  # pictures that are encoded; each one that is sent also has bytes of its own
@@ -151,6 +152,7 @@ class LoadBeside(NoLoad):
 
 
 def _keep_decoding(given: list[bytes], core: int, count: Any) -> None:
+    end_with_parent()
     from engine.media.images import decode_image
     from engine.media.limits import MediaLimits
 

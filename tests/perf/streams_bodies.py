@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
+from tests.perf.child_processes import end_with_parent
+
 MEGABYTES = 40
 SIZE = MEGABYTES * 1_000_000
 TIMES, APART_S = 5, 1.0  # a body is sent so often, at such distances
@@ -84,6 +86,7 @@ class Sender:
 
 
 def _send_all(pipe: Connection, url: str, name: str) -> None:
+    end_with_parent()
     body = BODIES[name]
     data = json.dumps(body.make(), separators=(",", ":")).encode()
     answers = []

@@ -13,6 +13,8 @@ from typing import Self
 
 import psutil
 
+from tests.perf.child_processes import end_with_parent
+
 PERIOD_S = 0.1
 READ_EVERY = 5  # requests between two readings of the memory
 LIMIT_S = 60.0  # for one answer
@@ -68,6 +70,7 @@ class Watch:
 
 
 def _watch(pipe: Connection, host: str, port: int, pid: int) -> None:
+    end_with_parent()
     pipe.send(None)
     seen, count, due = Seen(), 0, time.monotonic()
     connection = http.client.HTTPConnection(host, port, timeout=LIMIT_S)
