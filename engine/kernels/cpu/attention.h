@@ -77,20 +77,22 @@ template <class T> class Attention {
         if (plan.parts > 1) plan.acc.take(work * plan.parts);
     }
 
-    // One op: all threads of the team call it.
+    // All threads of the team call it.
     void run(Team& team, const Layer& layer, Plan& plan) const {
         if (plan.parts > 1) return run_parts(team, layer, plan);
         const std::vector<Queries>& tiles = plan.tiles;
         const long tasks = long(tiles.size()) * shape_.kv_heads;
         // With few tasks, a thread that takes its next one ahead leaves another thread idle.
         const bool ahead = tasks >= 8 * team.size();
-        for (long task = team.next(), after; task < tasks; task = after) {
-            if (ahead && (after = team.next()) < tasks)
+        long done = 0;
+        for (long task = team.next(tasks), after; task < tasks; task = after, done++) {
+            if (ahead && (after = team.next(tasks)) < tasks)
                 prefetch_first(layer, tiles[after / shape_.kv_heads], int(after % shape_.kv_heads));
             for (int fold = 0; fold < folds(shape_); fold++)
                 attend_whole(layer, work_of(tiles, task * folds(shape_) + fold));
-            if (!ahead) after = team.next();
+            if (!ahead) after = team.next(tasks);
         }
+        team.finish(tasks, done);
     }
 
   private:
@@ -161,23 +163,22 @@ template <class T> class Attention {
 
     void run_parts(Team& team, const Layer& layer, Plan& plan) const {
         const long count = long(plan.tiles.size()) * shape_.kv_heads * folds(shape_);
-        for (long task; (task = team.next()) < count * plan.parts;) {
+        team.all(count * plan.parts, [&](long task) {
             const Work work = work_of(plan.tiles, task / plan.parts);
             const int part = int(task % plan.parts);
-            if (part < begin(layer, work.tile) / PART || part * PART >= work.end()) continue;
+            if (part < begin(layer, work.tile) / PART || part * PART >= work.end()) return;
             QueryRows queries;
             load_queries(layer, work, queries);
             attend_part(layer, work, queries, part, plan.acc.get()[task]);
-        }
-        team.barrier();
-        for (long number; (number = team.next()) < count;) {
+        });
+        team.all(count, [&](long number) {
             const Work work = work_of(plan.tiles, number);
             const int first = begin(layer, work.tile) / PART;
             Accumulator& acc = plan.acc.get()[number * plan.parts + first];
             for (int part = first + 1; part * PART < work.end(); part++)
                 merge(acc, plan.acc.get()[number * plan.parts + part], work.rows());
             write(layer, work, acc);
-        }
+        });
     }
 
     void attend_whole(const Layer& layer, const Work& work) const {

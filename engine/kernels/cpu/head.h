@@ -112,7 +112,7 @@ template <class H> class Head {
 
     void take(const double* uniforms) { uniforms_ = uniforms; }
 
-    // Ops: all threads of the team call each one, with a barrier in between.
+    // Ops: all threads of the team call each one.
     void weigh(Team& team) const {
         const Weigh weigh{value_.get(), column_.get(), weight_.get(), scale_.get(), allowed_.get(), samples_, w_.outputs};
         linear<H>(team, w_, x_, samples_, weigh);
@@ -120,20 +120,20 @@ template <class H> class Head {
 
     void pick(Team& team, int32_t* out) const {
         std::vector<float> weights(pairs_);
-        for (long s; (s = team.next()) < samples_;) {
+        team.all(samples_, [&](long s) {
             const long greedy = greedy_pair(s);
             out[s] = scale_.get()[s] > 0 ? draw(s, value_.get()[greedy], weights.data()) : column_.get()[greedy];
-        }
+        });
     }
 
     void greedy(Team& team, const Greedy& out) const {
         std::vector<float> weights(pairs_);
-        for (long s; (s = team.next()) < samples_;) {
+        team.all(samples_, [&](long s) {
             const long at = greedy_pair(s);
             out.top[s] = value_.get()[at];
             out.token[s] = column_.get()[at];
             out.weight[s] = scale_.get()[s] > 0 ? pair_weights(s, out.top[s], weights.data()) : 0;
-        }
+        });
     }
 
   private:

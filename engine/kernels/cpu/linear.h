@@ -196,10 +196,9 @@ template <class T, class Finish>
 void linear(Team& team, const Linear& w, const Activations& x, long count, const Finish& finish) {
     constexpr int most = max_rows<T>();
     alignas(64) float buffer[most * WIDTH];
-    Tiles tiles;
     const long panels = ceil_div(w.outputs, LANES), pairs = ceil_div(panels, PANELS);
     const long tasks = pairs * ceil_div(count, SLAB);
-    for (long task; (task = team.next()) < tasks;) {
+    const auto compute = [&](Tiles& tiles, long task) {
         const long slab = task / pairs * SLAB, panel = task % pairs * PANELS;
         const int width = panels - panel < PANELS ? 1 : PANELS;
         const long height = count - slab < SLAB ? count - slab : SLAB, blocks = ceil_div(height, most);
@@ -218,7 +217,13 @@ void linear(Team& team, const Linear& w, const Activations& x, long count, const
             if (w.bias) add_bias(w.bias, tile);
             finish(tile);
         }
+    };
+    long done = 0;
+    {
+        Tiles tiles;  // released before the thread waits for the others
+        for (long task; (task = team.next(tasks)) < tasks; done++) compute(tiles, task);
     }
+    team.finish(tasks, done);
 }
 
 struct Store {

@@ -175,7 +175,6 @@ template <class W, class H, class T> class Stack : public AnyStack {
             if (const LowRank* adapter = adapters.find(t, layer, place))
                 project_down<W>(*adapter, x, t, w.inputs, projected_.get() + t * adapters.max_rank);
         });
-        team_.barrier();
         const auto call = [](const void* self, const Tile& tile) { (*static_cast<const Finish*>(self))(tile); };
         linear<W>(team_, w, x, tokens(), AddUp{adapters, layer, place, projected_.get(), &finish, call});
     }
@@ -288,14 +287,14 @@ template <class W, class H, class T> class Stack : public AnyStack {
 
     void choose(int thread) {
         const int size = spec_.hidden;
-        for (long s; (s = team_.next()) < step_->samples;) {
+        team_.all(step_->samples, [&](long s) {
             const long t = step_->sampled[s];
             alignas(64) float row[MAX_HIDDEN];
             std::memcpy(row, x_.get() + t * size, size * sizeof(float));
             if (spec_.partial)
                 for (int i = 0; i < size; i++) row[i] += partial_.get()[t * size + i];
             normalize_row(row, spec_.final_norm, chosen_, s);
-        }
+        });
         done(HEAD, thread);
     }
 
@@ -308,7 +307,6 @@ template <class W, class H, class T> class Stack : public AnyStack {
     void all_greedy(int thread) {
         mark(thread);
         head_.weigh(team_);
-        team_.barrier();
         head_.greedy(team_, greedy_);
         done(HEAD, thread);
     }
@@ -322,7 +320,6 @@ template <class W, class H, class T> class Stack : public AnyStack {
     void all_tokens(int thread) {
         mark(thread);
         head_.weigh(team_);
-        team_.barrier();
         head_.pick(team_, tokens_);
         done(HEAD, thread);
     }
@@ -337,9 +334,8 @@ template <class W, class H, class T> class Stack : public AnyStack {
         if (thread == 0) begun_ = Time::now();
     }
 
-    // Ends an op, on all threads.
+    // Adds the time since the last call or `mark` to an op's.
     void done(Op op, int thread) {
-        team_.barrier();
         if (thread != 0) return;
         const auto now = Time::now();
         seconds[op] += std::chrono::duration<double>(now - begun_).count();
