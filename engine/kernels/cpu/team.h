@@ -1,13 +1,40 @@
-// Threads that work on a step together. The tasks of an op are handed out as threads become free; the op ends for all of
-// them once all of its tasks are done.
+// Threads that work on a step together. The tasks of an op are handed out as threads become free; the op ends for all
+// of them once all of its tasks are done.
 //
 // No thread waits for another one that has no task, so a thread that another program keeps from its core delays nobody
-// unless it was interrupted within a task. When it runs again, it passes over the ops that were done without it; if the
-// whole job is over, it leaves it.
+// unless it was interrupted within a task. When it runs again, it passes over the ops that were done without it; if
+// the whole job is over, it leaves it.
 //
-// Example: two threads, ops of three tasks. Thread 1 is interrupted while it waits for the end of op 7. Thread 0 finishes
-// op 7, computes all tasks of op 8, and takes task 0 of op 9. Thread 1 runs again: op 7 is over; it asks for a task of
-// op 8, but tasks of op 9 are handed out by now, so op 8 is over too; it gets task 1 of op 9.
+// Ops. They are numbered over the life of a team. `round_` is the number of the op under way, `handed_` the same
+// number with the count of tasks handed out, `done_` the count of tasks done, `op_` the number of the op that a thread
+// has come to.
+//
+// - A task is taken by a compare-and-swap on both halves of `handed_`, so a thread takes tasks of its own op only.
+// - A thread adds the tasks that it has done to `done_` when none is left. Whoever completes the count prepares the
+//   next op and sets `round_`, last. An op with a task that is not done yet can't end, so nobody adds to another op's
+//   `done_`.
+// - `done_` is acquired and released by everyone who adds, `round_` released by the one who ends the op and acquired
+//   by all others, also by those that pass the op over. So whoever comes to an op sees what tasks of earlier ops have
+//   written. Taking a task needs no order of its own.
+//
+// Jobs. The thread that calls `run` opens the job, takes part in it from beginning to end, and closes it. Other
+// threads enter at any time before that, at the first op. What belongs to a job must stay as it is until they are out
+// again:
+//
+// - Each has a Place. It enters by IN, then looks whether the job is open; the caller closes the job, then looks at
+//   the places. Both are sequentially consistent, so one of them sees the other.
+// - The caller waits for a thread that is IN, which has no task left and is on its way to the end. A thread that waits
+//   for the end of an op reads nothing of the job, which it declares by WAITING. It may be asleep or kept from its
+//   core, so the caller does not wait for it, but sets it OUT; when it runs again, it can't return to IN, and an
+//   exception takes it out of the job's frames. Frames of a job must not touch in their destructors what belongs to
+//   the job.
+//
+// Numbers of ops have 32 bits. A thread that is IN can't fall behind by a whole job. One that was set OUT while it
+// waited may; if it should find its old number again, it waits for the next op, and then leaves.
+//
+// Example: two threads, ops of three tasks. Thread 1 is interrupted while it waits for the end of op 7. Thread 0
+// finishes op 7, computes all tasks of op 8, and takes task 0 of op 9. Thread 1 runs again: op 7 is over; it asks for
+// a task of op 8, but tasks of op 9 are handed out by now, so op 8 is over too; it gets task 1 of op 9.
 //
 // Between steps threads sleep. Within a step they spin for about 100 microseconds first, since ops follow each other
 // closely; no longer, since another process may need the core.
@@ -129,6 +156,8 @@ class Team {
     static void pause() {
 #if defined(__x86_64__)
         _mm_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("isb");  // `yield` takes no time on most processors
 #endif
     }
 
