@@ -26,7 +26,7 @@ from cli.vllm_options import notes as vllm_notes
 from engine.api.http_options import HttpOptions, Limits
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.log_format import VARIABLE, is_json
+from engine.log_format import VARIABLE, is_json, log_to_stderr
 from engine.phases import Phases, process_start
 from engine.signals import EndRequests, EndSignal
 from engine.text import human_bytes
@@ -126,10 +126,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     # Imported here because `redline serve --help` needs none of it.
     from engine.api.keys import read_keys
     from engine.api.ports import StartingResponder, bind_all
-    from engine.api.server_run import ServeOptions, ServerRun
     from engine.api.tls import read_certificate
-    from engine.api.tracing import check_installed
-    from engine.frontend.logs import log_to_stderr
     from engine.host import allow_open_files
     from engine.start import start_engine
 
@@ -137,6 +134,8 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     if serving.http.limits.max_requests_per_key is not None and not keys:
         raise ConfigError("--max-requests-per-key needs API keys: give --api-key or --api-key-file")
     if serving.otlp_traces_endpoint is not None:
+        from engine.api.tracing import check_installed
+
         check_installed()
     http = replace(serving.http, api_keys=keys, media=config.media_options)
     tls = read_certificate(http.ssl_certfile, http.ssl_keyfile)
@@ -157,6 +156,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
             config,
             progress=progress.show_phase,
             loading=progress.show_bytes,
+            meanwhile=import_server,
             front_ends=serving.api_servers,
             step_timeout_s=serving.step_timeout,
             phases=phases,
@@ -165,6 +165,8 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         log.info("serving %s", engine.config.name, extra={"fields": start_fields(engine)})
     else:
         show_start(console, engine)
+    from engine.api.server_run import ServeOptions, ServerRun
+
     options = ServeOptions(
         http,
         not serving.disable_log_stats,
@@ -174,6 +176,11 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         serving.restart_on_failure,
     )
     return ServerRun(engine, listeners, options, show_line, phases).run()
+
+
+def import_server() -> None:
+    """Import the HTTP server, which takes about as long as a core takes to import torch."""
+    import engine.api.server_run  # noqa: F401
 
 
 class StartProgress:

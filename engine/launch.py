@@ -204,9 +204,8 @@ def build_core_server(
 
     phases.end("import the engine")
     if not config.simulated:
-        from engine.pretrained import import_libraries
+        import torch  # noqa: F401
 
-        import_libraries()
         phases.end("import torch")
     plan = plan_engine(config, memory)
     config, model_info, resolution = plan.config, plan.model_info, plan.resolution

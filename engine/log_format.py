@@ -49,6 +49,16 @@ def log_everything(level: int, **fields: Any) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
+def log_to_stderr() -> None:
+    """Write Redline's log of this process to stderr, without the logs of libraries."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(make_formatter())
+    redline = logging.getLogger("redline")
+    redline.handlers = [handler]
+    redline.propagate = False
+    redline.setLevel(logging.INFO)
+
+
 def is_json() -> bool:
     """Whether log lines are JSON."""
     return os.environ.get(VARIABLE) == "json"

@@ -14,12 +14,6 @@ NO_REMOTE_CODE: dict[str, Any] = {"trust_remote_code": False}
 AUTO_MAP = "auto_map"
 
 
-def import_libraries() -> None:
-    """Import what configurations of models are read with, which takes far longer than reading them."""
-    import transformers.activations
-    import transformers.models.auto.modeling_auto  # noqa: F401
-
-
 def custom_code(declared: dict[str, Any], auto_class: str) -> str | None:
     """The code that a JSON file's `auto_map` names for one of transformers' Auto classes; None if there is none."""
     named = declared.get(AUTO_MAP)

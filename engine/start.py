@@ -1,18 +1,16 @@
-"""Starts an engine: the EngineCores in processes of their own, while this process loads the tokenizer."""
+"""Starts an engine: the EngineCores in processes of their own, while this process imports and loads the front end.
+
+Modules of the front end are imported only once the cores have been started, so that both proceed at the same time.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
-from engine.frontend.connect import CoreAddress, EngineClient, connect
-from engine.frontend.front_end_stats import Board
-from engine.frontend.generation_defaults import GenerationDefaults, read_generation
-from engine.frontend.mm_pipeline import MMOptions, make_mm_options
-from engine.frontend.tokenizer import Tokenizer, load_tokenizer, read_json, text_config
 from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.model.config.file_names import CONFIG, PARAMS
@@ -20,6 +18,13 @@ from engine.model.resolve import cached_tokenizer, resolve_model, resolve_tokeni
 from engine.multimodal.feature_files import cache_bytes
 from engine.phases import Phases
 from engine.replicas import start_cores, stop_all, wait_all_ready
+
+if TYPE_CHECKING:
+    from engine.frontend.connect import CoreAddress, EngineClient
+    from engine.frontend.front_end_stats import Board
+    from engine.frontend.generation_defaults import GenerationDefaults
+    from engine.frontend.mm_pipeline import MMOptions
+    from engine.frontend.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,9 @@ class Engine:
     config: EngineConfig  # with model and tokenizer as folders
     cores: list[CoreProcess]
     readies: list[Ready]
-    tokenizer: Tokenizer
+    tokenizer: "Tokenizer"
     warnings: tuple[str, ...]
-    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    generation: "GenerationDefaults"
 
     @property
     def ready(self) -> Ready:
@@ -39,21 +44,27 @@ class Engine:
         return self.readies[0]
 
     @property
-    def mm(self) -> MMOptions | None:
+    def mm(self) -> "MMOptions | None":
         """How front ends prepare multimodal inputs; None if the model takes none, or if the core processes them."""
         if self.ready.mm is None or self.ready.processes_inline:
             return None
+        from engine.frontend.mm_pipeline import make_mm_options
+
         return make_mm_options(self.config)
 
-    def addresses(self, front_end: int = 0) -> tuple[CoreAddress, ...]:
+    def addresses(self, front_end: int = 0) -> "tuple[CoreAddress, ...]":
         """The addresses at which a front end reaches the cores."""
+        from engine.frontend.connect import CoreAddress
+
         pairs = zip(self.cores, self.readies, strict=True)
         return tuple(
             CoreAddress(ready, core.endpoints.to_core, core.endpoints.from_core[front_end]) for core, ready in pairs
         )
 
-    def connect(self, boards: Sequence[Board] = ()) -> EngineClient:
+    def connect(self, boards: "Sequence[Board]" = ()) -> "EngineClient":
         """Make the client of the first front end; `open()` it inside an event loop."""
+        from engine.frontend.connect import connect
+
         config = self.config
         options: dict[str, Any] = {"seed": config.seed, "routing": config.routing, "boards": boards, "mm": self.mm}
         return connect(self.addresses(), self.tokenizer, **options)
@@ -84,6 +95,7 @@ def start_engine(
     *,
     progress: Callable[[str], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
     front_ends: int = 1,
     step_timeout_s: float = STEP_TIMEOUT_S,
     phases: Phases | None = None,
@@ -93,6 +105,7 @@ def start_engine(
     Args:
         progress: called with a line for each phase that takes time.
         loading: called, possibly from another thread, with the bytes of weights read so far and in total.
+        meanwhile: called while the cores start.
         phases: of the start so far.
     """
     phases = Phases() if phases is None else phases
@@ -102,21 +115,20 @@ def start_engine(
         tokenizer_path = resolve_tokenizer(config.tokenizer, progress, weights=not simulated)
     else:  # a config that ships has none beside it
         tokenizer_path = (cached_tokenizer(config.model) if path.is_file() else None) or path
-    # A stand-in replaces a model's missing tokenizer, but never one that was given by --tokenizer.
-    stand_in = declared_vocab_size(path) if config.tokenizer is None else None
-    generation = read_generation(config.generation_config, path, config.override_generation_config)
-    config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.names)
     cache_bytes(config.mm_cache_gb)  # its error needs no model
+    given = config
+    config = replace(config, model=str(path), tokenizer=str(tokenizer_path), served_model_name=config.names)
     cores = start_cores(config, front_ends=front_ends, step_timeout_s=step_timeout_s)
     try:
-        tokenizer, warnings = load_tokenizer(tokenizer_path, stand_in, config.tokenizer_mode, config.chat_template)
+        tokenizer, generation, warnings = _load_front_end(given, path, tokenizer_path)
+        meanwhile()
         readies = wait_all_ready(cores, progress, loading)
     except BaseException:
         stop_all(cores)
         raise
     slowest, ready = max(zip(cores, readies, strict=True), key=lambda pair: pair[0].spawned + total_of(pair[1]))
     phases.end("find the model", slowest.spawned - phases.began)
-    phases.add(dict(ready.seconds), "load the tokenizer")  # which is loaded meanwhile
+    phases.add(dict(ready.seconds), "load the front end")  # which is loaded meanwhile
     if tokenizer.vocab_size > ready.prompt_vocab_size:
         warnings.append(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {ready.prompt_vocab_size}: "
@@ -127,6 +139,20 @@ def start_engine(
     return Engine(config, list(cores), list(readies), tokenizer, (*core_warnings, *warnings), generation)
 
 
+def _load_front_end(
+    config: EngineConfig, path: Path, tokenizer_path: Path
+) -> "tuple[Tokenizer, GenerationDefaults, list[str]]":
+    """The tokenizer, the sampling defaults, and warnings. `config` is as the user gave it."""
+    from engine.frontend.generation_defaults import read_generation
+    from engine.frontend.tokenizer import load_tokenizer
+
+    generation = read_generation(config.generation_config, path, config.override_generation_config)
+    # A stand-in replaces a model's missing tokenizer, but never one that was given by --tokenizer.
+    stand_in = declared_vocab_size(path) if config.tokenizer is None else None
+    tokenizer, warnings = load_tokenizer(tokenizer_path, stand_in, config.tokenizer_mode, config.chat_template)
+    return tokenizer, generation, warnings
+
+
 def total_of(ready: Ready) -> float:
     """Seconds from the start of a core's process until it was up."""
     return sum(seconds for _, seconds in ready.seconds)
@@ -134,6 +160,8 @@ def total_of(ready: Ready) -> float:
 
 def declared_vocab_size(path: Path) -> int | None:
     """The vocabulary size in config.json or params.json, if there is one. The core reports errors in these files."""
+    from engine.frontend.tokenizer import read_json, text_config
+
     config = (read_json(path / CONFIG) or read_json(path / PARAMS)) if path.is_dir() else read_json(path)
     size = config.get("vocab_size") or text_config(config).get("vocab_size")
     return int(size) if isinstance(size, int | float) and math.isfinite(size) else None

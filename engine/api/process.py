@@ -123,7 +123,7 @@ def main() -> int:
         return 1
     import uvloop
 
-    from engine.frontend.logs import log_to_stderr
+    from engine.log_format import log_to_stderr
 
     log_to_stderr()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from engine.frontend.listener import ClientListener, OutputRecord
-from engine.log_format import is_json, make_formatter
+from engine.log_format import is_json
 from engine.stats import Stats
 
 log = logging.getLogger("redline.stats")
@@ -71,13 +71,3 @@ def log_request(record: OutputRecord) -> None:
     fields = msgspec.to_builtins(record)
     extra = {"message": f"{record.request} ended", "request": fields} if is_json() else {}
     request_log.info("%s", msgspec.json.encode(record).decode(), extra={"fields": extra})
-
-
-def log_to_stderr() -> None:
-    """Write Redline's log of this process to stderr, without the logs of libraries."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(make_formatter())
-    redline = logging.getLogger("redline")
-    redline.handlers = [handler]
-    redline.propagate = False
-    redline.setLevel(logging.INFO)

@@ -16,6 +16,7 @@ from engine.model.checkpoints.safetensors_headers import StoredTensor, read_head
 from engine.model.config.config_json import ORIGINAL, read_config_json
 from engine.model.config.file_names import is_mistral_format
 from engine.model.config.mistral_params import read_mistral_params
+from engine.model.config.plain_config import PlainConfig
 from engine.model.config.unsupported import unsupported_reason
 from engine.model.families import Family, family_of, is_encoder, lost_positions
 from engine.model.kv_groups import KVGroups, group_layers, layer_windows
@@ -65,7 +66,7 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
     Raises ModelError for a model that can't be read or run, ConfigError for a length or dtype that it can't have.
     """
     path = resolve_model(config.model, dummy=config.load_format == "dummy")
-    hf_config = read_hf_config(path, config)
+    hf_config = read_hf_config(path, config, plain=config.load_format != "dummy")
     pooling = read_pooling(config, path, hf_config)
     reason = unsupported_reason(hf_config)
     if reason is not None:
@@ -74,6 +75,8 @@ def read_model_info(config: EngineConfig) -> ModelInfo:
         hf_config = with_tied_head(hf_config)
     _check_stored_quantization(config, hf_config)
     tensors = checkpoint_tensors(config, path, hf_config)
+    if not tensors and isinstance(hf_config, PlainConfig):
+        hf_config = read_hf_config(path, config)  # a class is built to count parameters
     parameters = sum(tensor.numel for tensor in tensors.values())
     dtype = _dtype(config, hf_config, tensors)
     decoder = hf_config.get_text_config(decoder=True)
@@ -196,10 +199,11 @@ def kv_head_bytes(cache_dtype: str, head_dim: int) -> int:
     return head_dim + 4 if cache_dtype in KV_CACHE_DTYPES else head_dim * ITEMSIZE[cache_dtype]
 
 
-def read_hf_config(path: Path, config: EngineConfig) -> Any:
+def read_hf_config(path: Path, config: EngineConfig, *, plain: bool = False) -> Any:
     """The model's transformers config, with --hf-overrides and --num-layers applied.
 
-    Raises ModelError if it can't be read, ConfigError if a flag does not apply to it.
+    With `plain` it may be a `PlainConfig`, with which no class can be built. Raises ModelError if it can't be read,
+    ConfigError if a flag does not apply to it.
     """
     mistral = is_mistral_format(path, config.tokenizer_mode)
     if mistral and config.hf_overrides:
@@ -209,7 +213,7 @@ def read_hf_config(path: Path, config: EngineConfig) -> Any:
     if mistral:
         hf_config = read_mistral_params(path, config.model)
     else:
-        hf_config = read_config_json(path, config.model, _hf_overrides(config))
+        hf_config = read_config_json(path, config.model, _hf_overrides(config), plain=plain)
     if config.num_layers is not None:
         if config.load_format != "dummy":
             raise ConfigError("--num-layers needs --load-format dummy")

@@ -8,11 +8,12 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.devices.cpu import pytorch_warnings
 from engine.errors import ConfigError
 from engine.host import threads_per_rank
-from engine.kernels.cpu import bindings, build
+from engine.kernels.cpu import bindings, build, packed_files
 from engine.kernels.cpu.bindings import Stack
 from engine.kernels.cpu.build import BuildError
 from engine.model.loading.meta_model import MetaModel
-from engine.model.loading.open_model import fill_and_check, kv_layout
+from engine.model.loading.open_model import Progress, fill_and_check, kv_layout, open_model
+from engine.model.loading.outline import open_outline
 from engine.model.model_info import ModelInfo
 from engine.model.runtime.attention_interface import KVCache
 from engine.multimodal.families import MM_FAMILIES
@@ -36,6 +37,23 @@ class BuiltBackend:
     cores: tuple[int, ...] = ()  # of the rank's threads; the calling thread belongs on the first. Empty: any core
 
 
+def open_for_backend(
+    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, progress: Progress | None = None
+) -> MetaModel:
+    """Open the model of a single rank: as an outline if the fused stack will run it, else as transformers' class.
+
+    Arguments as of `build_backend` and `open_model`, whose errors it raises.
+    """
+    isas, _ = _isas_to_try(config)
+    outline = open_outline(config, model_info, progress) if isas else None
+    if outline is not None:
+        refused = _refusal(outline, _formats(config, model_info), resolved.block_size)
+        if refused is None and _first_compiled(config, isas)[0] is not None:
+            return outline
+        outline.close()
+    return open_model(config, model_info, progress)
+
+
 def build_backend(
     config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel
 ) -> BuiltBackend:
@@ -49,9 +67,7 @@ def build_backend(
     """
     isas, reason = _isas_to_try(config)
     unsupported = False
-    formats = StackFormats(
-        model_info.dtype, config.quantization or model_info.dtype, config.kv_cache_dtype or model_info.dtype
-    )
+    formats = _formats(config, model_info)
     if isas:
         refusal = _refusal(meta_model, formats, resolved.block_size)
         unsupported = refusal is not None
@@ -82,6 +98,11 @@ def _generic(meta_model: MetaModel, decoder: nn.Module, cache: KVCache) -> Model
     return MMGenericBackend(decoder, cache, meta_model.vocab_shard, family)
 
 
+def _formats(config: EngineConfig, model_info: ModelInfo) -> StackFormats:
+    dtype = model_info.dtype
+    return StackFormats(dtype, config.quantization or dtype, config.kv_cache_dtype or dtype)
+
+
 def _refusal(meta_model: MetaModel, formats: StackFormats, block_size: int) -> str | None:
     """Why the rank's shard of the model can't use the fused stack; None if it can."""
     family = MM_FAMILIES.get(meta_model.model.config.model_type)
@@ -110,6 +131,7 @@ def _build_fused(
         partial=part is not None,
         first_token=0 if part is None else part.first,
         fill=meta_model.fill,
+        packed_folder=packed_files.default_folder(),
     )
     meta_model.fill()  # the towers
     threads = threads_per_rank(config.total_ranks)

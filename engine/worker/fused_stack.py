@@ -6,6 +6,7 @@
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_int32
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from engine.heap import trim_heap
 from engine.kernels.cpu.bindings import Layer, Linear, StackSpec
 from engine.kernels.cpu.huge_pages import Arena, lazy_zeros
-from engine.kernels.cpu.packing import LANES, Concatenated, Interleaved, Weight, pack
+from engine.kernels.cpu.packed_files import PackedFiles
+from engine.kernels.cpu.packing import LANES, Concatenated, Interleaved, Weight
 from engine.kernels.quantization import GROUPS
 from engine.model.families import Family, family_of
 from engine.model.kv_groups import KVGroups
@@ -93,12 +95,13 @@ class Packer:
     """Builds the structures of the kernels, and owns the arrays that they point to."""
 
     kind: str  # format of the layers' weights, see engine.kernels.cpu.packing
+    files: PackedFiles
     owners: list[Any] = field(default_factory=list)
     arena: Arena = field(default_factory=Arena)
 
     def linear(self, weight: Weight, bias: Tensor | None = None, kind: str = "") -> Linear:
         """Pack a weight [outputs, inputs]."""
-        packed = pack(weight, kind or self.kind, self.arena.empty)
+        packed = self.files.pack(weight, kind or self.kind, self.arena.empty)
         scales = None if packed.scales is None else self._at(packed.scales)
         return Linear(self._at(packed.panels), scales, self.floats(bias), *weight.shape)
 
@@ -124,7 +127,7 @@ class Packer:
         return values.data_ptr()
 
 
-def make_spec(
+def make_spec(  # noqa: PLR0913  (most are keywords with defaults)
     model: Any,
     formats: StackFormats,
     num_blocks: int,
@@ -134,6 +137,7 @@ def make_spec(
     partial: bool,
     first_token: int = 0,
     fill: Callable[[nn.Module], None] = lambda _: None,
+    packed_folder: Path | None = None,
 ) -> tuple[StackSpec, list[Any]]:
     """Pack a transformers model, or a rank's shard of it, and allocate its KV cache. The model loses its weights.
 
@@ -142,10 +146,11 @@ def make_spec(
         partial: whether several ranks share the model.
         first_token: the first token id of the rank's part of the vocabulary.
         fill: loads the weights of a module that has none yet. One linear at a time is in memory twice.
+        packed_folder: where packed weights are kept for the next start; None: nowhere.
 
     Returns the spec, and the arrays that it points to.
     """
-    packer, inner, lm_head = Packer(formats.weights), model.model, model.lm_head
+    packer, inner, lm_head = Packer(formats.weights, PackedFiles(packed_folder)), model.model, model.lm_head
     for part in (inner.embed_tokens, inner.norm, lm_head):
         fill(part)
     embedding, final_norm = _embedding(packer, model, formats), packer.floats(inner.norm.weight)
@@ -166,6 +171,7 @@ def make_spec(
         layers[i] = _layer(packer, layer, keys, keys + cache_bytes, fill)
         layers[i].window, layers[i].group = groups.windows[group], group
         trim_heap()
+    packer.files.close()
     rotary = inner.rotary_emb
     packer.owners.append(layers)
     spec = StackSpec(

@@ -63,11 +63,13 @@ def start_worker(
     import torch
 
     from engine.model.loading.open_model import open_model
+    from engine.worker.backend_builder import open_for_backend
     from engine.worker.runner import build_runner
 
     torch.set_num_threads(threads_per_rank(config.total_ranks))
     phases.end("import torch")
-    meta_model = open_model(config, model_info, progress)
+    opened = open_for_backend(config, model_info, resolved, progress) if place is None else None
+    meta_model = opened or open_model(config, model_info, progress)
     worker: Runner | Follower | PoolingRunner
     built: BuiltBackend | BuiltPooling
     if model_info.pooling is not None:

@@ -1,7 +1,7 @@
 """Packs weights into the layouts of the C++ kernels (see formats.h), plain or quantized."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,17 +71,27 @@ class Packed:
 
 def pack(weight: Weight, kind: str, empty: Empty = torch.empty) -> Packed:
     """Pack a weight [outputs, inputs] as float32, bfloat16, int8 or int4. `empty` allocates its panels."""
-    outputs, inputs = weight.shape
-    band = max(1, BAND_ELEMENTS // (2 * LANES * inputs)) * 2 * LANES
     packed: list[Tensor] = []
-    for first in range(0, outputs, band):
-        columns = _columns(weight[first : min(first + band, outputs)], kind)
+    first = 0
+    for band in bands(weight):
+        columns = _columns(band, kind)
         if not packed:
             allocators: tuple[Empty, Empty] = empty, torch.empty
-            packed = [_panels(outputs, some, allocate) for some, allocate in zip(columns, allocators, strict=False)]
+            packed = [
+                _panels(weight.shape[0], some, allocate) for some, allocate in zip(columns, allocators, strict=False)
+            ]
         for panels, some in zip(packed, columns, strict=True):
             _put(panels, first // LANES, some)
+        first += len(band)
     return Packed(*packed)
+
+
+def bands(weight: Weight) -> Iterator[Tensor]:
+    """The rows of a weight in pieces, each of whole pairs of panels but the last one."""
+    outputs, inputs = weight.shape
+    rows = max(1, BAND_ELEMENTS // (2 * LANES * inputs)) * 2 * LANES
+    for first in range(0, outputs, rows):
+        yield weight[first : min(first + rows, outputs)]
 
 
 def _columns(weight: Tensor, kind: str) -> list[Tensor]:

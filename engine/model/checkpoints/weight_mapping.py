@@ -13,6 +13,7 @@ A stored tensor may also hold several parameters (queries, keys and values): the
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from typing import Any
 from engine.errors import ModelError
 
 Shape = tuple[int, ...]
+
+# Tensors of old checkpoints that the class computes itself.
+COMPUTED = re.compile(r"inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,17 @@ def map_weights(model: Any, stored: Mapping[str, Shape], shapes: dict[str, Shape
     for name, placed in placements.items():
         _check_cover(name, placed, shapes[name])
     return WeightMapping(placements, unused)
+
+
+def map_exactly(stored: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> WeightMapping | None:
+    """Place tensors of a checkpoint that has the names and shapes of a class: None if any is named or shaped otherwise.
+
+    Arguments as of `map_weights`.
+    """
+    used = {name: shape for name, shape in stored.items() if not COMPUTED.search(name)}
+    if any(shapes.get(name) != shape for name, shape in used.items()):
+        return None
+    return WeightMapping({name: [Placement(name, (0,) * len(shape), shape)] for name, shape in used.items()}, [])
 
 
 def _whole(name: str, shape: Shape, target: str, expected: Shape) -> Placement:

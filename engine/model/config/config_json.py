@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.model.config.file_names import CONFIG
+from engine.model.config.plain_config import plain_config
 from engine.pretrained import AUTO_MAP, custom_code
 from engine.text import first_line
 
@@ -73,7 +74,7 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
                dict: "an object", type(None): "null"}  # fmt: skip
 
 
-def read_config_json(path: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Any:
+def read_config_json(path: Path, name: str, overrides: Mapping[str, Any] | None = None, *, plain: bool = False) -> Any:
     """Read the transformers config of a model.
 
     Raises ModelError if it can't be read, or if the model needs custom code.
@@ -82,9 +83,12 @@ def read_config_json(path: Path, name: str, overrides: Mapping[str, Any] | None 
         path: the model's folder, or a config file alone.
         name: the model as the user named it, for errors.
         overrides: fields that the user changes; an object replaces the whole object of the file.
+        plain: whether a `PlainConfig` will do, with which no class can be built.
     """
     file = path / CONFIG if path.is_dir() else path
     fields = _overridden(_read_object(file, name), overrides or {})
+    if plain and (found := plain_config(fields)) is not None:
+        return found
     try:
         return _make_config(fields, str(path))
     except _CustomCodeError as error:

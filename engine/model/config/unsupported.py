@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine.model.checkpoints.quantized import quantization_config, unsupported_quantization
-from engine.model.families import family_of, is_encoder
+from engine.model.families import FAMILIES, family_of, is_encoder
 from engine.multimodal.families import MM_FAMILIES
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -63,6 +63,8 @@ def _unsupported_rope(hf_config: Any) -> str | None:
 
 
 def _unsupported_class(hf_config: Any) -> str | None:
+    if hf_config.model_type in FAMILIES:  # known to have one: the import takes seconds
+        return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if hf_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

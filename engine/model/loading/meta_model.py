@@ -92,7 +92,7 @@ class MetaModel:
     """A model of transformers with parameters on the meta device, and the source of their values.
 
     Args:
-        model: an instance of transformers' class.
+        model: an instance of transformers' class, or an `Outline`.
         source: fills the parameters.
         keep_float32: names of parameters and buffers that stay float32 whatever the model's dtype is.
     """

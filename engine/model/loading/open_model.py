@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,10 +14,10 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.kernels.attention import Layout, Ragged, Workspace
 from engine.model.checkpoints.reader import Reader
-from engine.model.checkpoints.weight_mapping import WeightMapping, map_weights
+from engine.model.checkpoints.weight_mapping import COMPUTED, WeightMapping, map_weights
 from engine.model.composed_decoder import build_composite
-from engine.model.loading.meta_model import MetaModel, first_paths, parameters_on_meta
-from engine.model.loading.weight_sources import CheckpointSource, RandomSource
+from engine.model.loading.meta_model import MetaModel, parameters_on_meta
+from engine.model.loading.weight_sources import CheckpointSource, RandomSource, checkpoint_source, share_tied
 from engine.model.model_info import ModelInfo, checkpoint_tensors, longrope_original_length, read_hf_config
 from engine.model.pooling import with_tied_head
 from engine.model.runtime import attention_interface
@@ -33,9 +32,6 @@ Progress = Callable[[int, int], None]  # bytes read, bytes in all
 TOWER_ATTENTION = "sdpa"  # of encoders
 HEAD = "score.weight"  # of decoders with a classification head
 PROBE = 4  # tokens of the check
-PROGRESS_INTERVAL = 0.1  # seconds between two reports of progress, at least
-# Tensors of old checkpoints that the class computes itself.
-COMPUTED = re.compile(r"inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
 
 log = logging.getLogger("redline.worker")
 
@@ -108,28 +104,13 @@ def _checkpoint_source(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         mapping = map_weights(model, {name: tensor.shape for name, tensor in stored.items()}, shapes)
-        _share_tied(mapping, model)
+        if missing := share_tied(mapping, model):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelError(f"the checkpoint lacks {missing[0]}{more}")
     except ModelError as error:
         raise ModelError(f"{config.model}: the weights can't be loaded: {error}") from error
     _warn_unused(mapping, model, config.model)
-    if progress is None:
-        return CheckpointSource(stored, mapping)
-    used = {placement.stored for placements in mapping.placements.values() for placement in placements}
-    return CheckpointSource(stored, mapping, _ProgressMeter(sum(stored[name].nbytes for name in used), progress).add)
-
-
-def _share_tied(mapping: WeightMapping, model: Any) -> None:
-    """Give the first of tied parameters the placements of whichever the checkpoint names.
-
-    Raises ModelError if a parameter has no placements under any of its names.
-    """
-    first = first_paths(model.state_dict(keep_vars=True))
-    for name, placements in list(mapping.placements.items()):
-        mapping.placements.setdefault(first[name], placements)
-    missing = sorted(name for name in first if first[name] not in mapping.placements)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"the checkpoint lacks {missing[0]}{more}")
+    return checkpoint_source(stored, mapping, progress)
 
 
 def _warn_unused(mapping: WeightMapping, model: Any, name: str) -> None:
@@ -161,23 +142,6 @@ def read_head(config: EngineConfig, model_info: ModelInfo) -> torch.Tensor:
     with contextlib.closing(Reader()) as reader:
         reader.copy(stored, (0, 0), head)
     return head
-
-
-class _ProgressMeter:
-    """Adds up bytes and reports them at intervals."""
-
-    def __init__(self, total: int, progress: Progress):
-        self._total = total
-        self._progress = progress
-        self._done = 0
-        self._reported_at = 0.0
-
-    def add(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._reported_at >= PROGRESS_INTERVAL or self._done == self._total:
-            self._reported_at = now
-            self._progress(self._done, self._total)
 
 
 @contextlib.contextmanager

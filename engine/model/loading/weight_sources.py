@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ from engine.model.checkpoints.mistral_tensors import CheckpointTensor
 from engine.model.checkpoints.reader import Reader
 from engine.model.checkpoints.weight_mapping import Placement, WeightMapping
 from engine.model.checkpoints.weight_memory import WeightMemory
-from engine.model.loading.meta_model import ShardSlice, TargetParameter
+from engine.model.loading.meta_model import ShardSlice, TargetParameter, first_paths
+
+PROGRESS_INTERVAL = 0.1  # seconds between two reports of progress, at least
 
 
 class CheckpointSource:
@@ -77,6 +80,44 @@ def _overlaps(placement: Placement, shard: ShardSlice | None) -> Iterator[tuple[
         if low < high:
             yield before + low - begin, low - first, high - low, dim
         before += length
+
+
+def checkpoint_source(
+    stored: dict[str, CheckpointTensor], mapping: WeightMapping, progress: Callable[[int, int], None] | None
+) -> CheckpointSource:
+    """The source of a checkpoint; `progress` is called with the bytes read and the total."""
+    if progress is None:
+        return CheckpointSource(stored, mapping)
+    used = {placement.stored for placements in mapping.placements.values() for placement in placements}
+    return CheckpointSource(stored, mapping, _ProgressMeter(sum(stored[name].nbytes for name in used), progress).add)
+
+
+def share_tied(mapping: WeightMapping, model: nn.Module) -> list[str]:
+    """Give the first of tied parameters the placements of whichever the checkpoint names.
+
+    Returns the parameters that have no placements under any of their names.
+    """
+    first = first_paths(model.state_dict(keep_vars=True))
+    for name, placements in list(mapping.placements.items()):
+        mapping.placements.setdefault(first[name], placements)
+    return sorted(name for name in first if first[name] not in mapping.placements)
+
+
+class _ProgressMeter:
+    """Adds up bytes and reports them at intervals."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None]):
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._reported_at = 0.0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._reported_at >= PROGRESS_INTERVAL or self._done == self._total:
+            self._reported_at = now
+            self._progress(self._done, self._total)
 
 
 class RandomSource:

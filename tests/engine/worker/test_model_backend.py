@@ -1,16 +1,18 @@
 """Which kernels compute a model, and the warnings if they are not the best ones."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.devices import cpu
 from engine.errors import ConfigError
-from engine.kernels.cpu import build
+from engine.kernels.cpu import build, packed_files
 from engine.kernels.cpu.build import BuildError
 from engine.messages import Sampling
-from tests.engine.worker.driver import Driver, Request, build_model
+from tests.engine.worker.driver import VOCAB, Driver, Request, build_model
 from tests.engine.worker.parity import Reference, compare, serve
 
 ISA = next(iter(build.supported_isas()), None)
@@ -179,3 +181,30 @@ def test_what_a_row_samples_does_not_depend_on_its_neighbours(
         outputs.append([request.output[:24] for request in requests])
     assert outputs[0] == outputs[1] == outputs[2]
     assert outputs[0][0] != outputs[0][1]
+
+
+@needs_kernels
+def test_a_checkpoint_that_was_replaced_is_not_read_from_packed_files(
+    tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logprobs(folder: Path | None) -> list[dict[int, float]]:
+        monkeypatch.setattr(packed_files, "default_folder", lambda: folder)
+        request = Request([1, 2, 3], Sampling(logprobs=VOCAB))
+        make_driver(tmp_path, block_size=16, dtype="bfloat16", quantization="int4").run([request], 4, seed=0)
+        return request.logprobs
+
+    model = build_model("llama", tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    file, kept = tmp_path / "model.safetensors", tmp_path / "packed"
+    before, status = logprobs(kept), file.stat()
+    names = set(kept.iterdir())
+    assert names
+    assert logprobs(kept) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[7, 9] += 2
+    model.save_pretrained(tmp_path)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+    after = logprobs(kept)
+    assert after != before
+    assert after == logprobs(None)
+    assert len(set(kept.iterdir()) - names) == 1, "only that weight was packed anew"
