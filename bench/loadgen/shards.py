@@ -6,6 +6,7 @@ its counts five times a second. The parent adds them up for the observer, and se
 
 import contextlib
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
+from bench.child_processes import end_with_parent
 from bench.errors import BenchError
 from bench.loadgen.job import Counts, Job, Observer, Start
 from bench.loadgen.loop import Loop
@@ -93,7 +95,7 @@ def _children(processes: int, requests: int) -> Iterator[list[_Shard]]:
     try:
         for number in range(processes):
             ours, theirs = Pipe()
-            command = [sys.executable, "-m", "bench.loadgen.shards", str(theirs.fileno())]
+            command = [sys.executable, "-m", "bench.loadgen.shards", str(theirs.fileno()), str(os.getpid())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             theirs.close()
             shards.append(_Shard(process, ours, range(number, requests, processes)))
@@ -200,7 +202,8 @@ def _child(pipe: Connection) -> None:
 
 
 def main() -> None:
-    """Run a child: python -m bench.loadgen.shards FD."""
+    """Run a child: python -m bench.loadgen.shards FD PARENT."""
+    end_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent handles it
     try:
         _child(Connection(int(sys.argv[1])))

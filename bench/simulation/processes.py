@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
 import time
@@ -11,6 +12,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from bench.child_processes import end_with_parent
 from bench.errors import BenchError
 
 Result = TypeVar("Result")
@@ -103,7 +105,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.number = -1
         self.connection, other_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(other_end, function), daemon=True)
+        self.process = context.Process(target=_work, args=(other_end, function, os.getpid()), daemon=True)
         with _without_interrupts():
             self.process.start()
         other_end.close()
@@ -144,8 +146,9 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: Connection, function: Callable[..., Any]) -> None:
-    """Run jobs from a connection until its other end is closed, also by the end of the process that has it."""
+def _work(connection: Connection, function: Callable[..., Any], parent: int) -> None:
+    """Run jobs from a connection until its other end is closed, or the process that has it ends."""
+    end_with_parent(parent)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             job = connection.recv()

@@ -1,7 +1,6 @@
 """Starts a server for a run, waits until it is healthy, and stops it with all its processes."""
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -10,16 +9,16 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
 
+from bench.child_processes import GroupEnd, before_exec
 from bench.errors import BenchError
 
 _GRACE_S = (20.0, 5.0, 5.0)  # after SIGINT, SIGTERM, SIGKILL
 _EXIT_WAIT_S = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 class ServerProcess:
@@ -51,6 +50,7 @@ class ServerProcess:
         self._verify = verify  # of health requests, as _headers
         self._headers = dict(headers or {})
         self._process: subprocess.Popen[bytes] | None = None
+        self._group_end: GroupEnd | None = None  # a server that is stopped does not get the death signal
 
     @classmethod
     def redline(
@@ -80,7 +80,6 @@ class ServerProcess:
     def start(self) -> None:
         """Start and wait until GET /health responds with 200."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        prepare = _prepare_child()
         with self.log.open("wb") as out:
             try:
                 self._process = subprocess.Popen(
@@ -89,10 +88,11 @@ class ServerProcess:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=prepare,
+                    preexec_fn=before_exec(signal.SIGTERM),  # it ends its own processes
                 )
             except OSError as error:
                 raise BenchError(f"cannot start {self.command[0]!r}: {error.strerror or error}") from None
+        self._group_end = GroupEnd(self._process.pid, signal.SIGCONT)
         try:
             self._wait()
         except BaseException:
@@ -159,6 +159,9 @@ class ServerProcess:
             # Also after a second Ctrl-C, and for child processes that outlived the server.
             self._signal(signal.SIGKILL)
             process.wait()
+            if self._group_end is not None:
+                self._group_end.close()
+                self._group_end = None
 
     def _signal(self, number: int) -> None:
         assert self._process is not None
@@ -219,19 +222,3 @@ def serve_flags(options: dict[str, object]) -> list[str]:
         elif value is not None:
             flags += [f"--{hyphened}", str(value)]
     return flags
-
-
-def _prepare_child() -> Callable[[], object]:
-    """What the child does between fork and exec: reset SIGINT, and request SIGTERM when this process dies (Linux).
-
-    A background job of a shell ignores SIGINT, and its children inherit that; the server is stopped with SIGINT.
-    """
-    # Loaded here: after the fork only the call itself is safe.
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def before_exec() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-    return before_exec

@@ -109,13 +109,17 @@ def test_a_process_of_the_pool_that_is_killed_fails_only_its_request(served: Ser
     assert served.metric("redline:mm_pool_failures_total") == len(causes)
 
 
-def test_nothing_is_left_in_shared_memory_after_the_server_is_killed(served: Served) -> None:
+def test_nothing_is_left_after_the_server_is_killed(served: Served) -> None:
     """Last, since the others need the server."""
     text_of(ask(served, 1))
     found = feature_folders(served)
     assert found
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    for process in family:
+        process.suspend()
     served.process.kill()
     deadline = time.monotonic() + 20
     while any(folder.exists() for folder in found) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [folder for folder in found if folder.exists()]
+    assert not psutil.wait_procs(family, timeout=20)[1], "stopped processes outlive it"

@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.gpu.child import DEVICE_FAULT
 from tests.gpu.rows import MARK, Row, line, write_files
+from tests.perf.child_processes import start_child
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = {1: 360.0, 2: 600.0}
@@ -104,7 +105,7 @@ class Check:
         command = self.command(left, folder)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "PYTHONUNBUFFERED": "1"}
         log = (self._out / "gpu-check.log").open("ab")
-        with log, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log) as child:
+        with log, start_child(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log) as child:
             timer = threading.Timer(limit_s, child.kill)
             timer.start()
             assert child.stdout is not None

@@ -27,6 +27,7 @@ from bench.workloads import make_workload
 from tests.bench.queue_model import SimulatedBench
 from tests.bench.quiet_progress import QuietProgress
 from tests.perf.bench_statistics import WRONG_SUSTAINED, most_wrong, verdict_rows, verdict_table
+from tests.perf.child_processes import end_with_parent
 
 STUB = Path(__file__).parents[1] / "bench" / "queue_server.py"
 SOCKET_SLOTS, SOCKET_SERVICE_S = 64, 0.2  # 320 requests/s: a sixth of what the stub can answer
@@ -95,7 +96,7 @@ def main() -> int:
     rows = [simulated(slots, seed, precision) for slots in given.slots for seed in range(given.seeds)]
     rows += [over_sockets(seed, precision, console) for seed in range(given.socket_seeds)]
     console.print(table(rows))
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, initializer=end_with_parent) as pool:
         windows = verdict_rows(pool, given.windows)
     console.print(verdict_table(windows))
     wrong = most_wrong(windows)

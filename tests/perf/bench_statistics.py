@@ -24,6 +24,7 @@ from rich.table import Table
 from bench.statistics.intervals import joined_gaps, percentile_interval
 from tests.bench.queue_model import KINDS, verdict_of
 from tests.bench.step_model import streams, true_percentile
+from tests.perf.child_processes import end_with_parent
 
 STEPS = {1: 4000, 8: 2000, 32: 2000, 128: 1000, 256: 1000}  # of a window, by requests at a time
 WRONG_SUSTAINED = 0.05  # of windows above the capacity, at most
@@ -128,7 +129,7 @@ def main() -> int:
     parser.add_argument("--verdicts", type=int, default=60, help="windows a row of the verdicts")
     given = parser.parse_args()
     console = Console(width=120)
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, initializer=end_with_parent) as pool:
         rows = interval_rows(pool, given.runs)
         console.print(interval_table(rows))
         console.print()

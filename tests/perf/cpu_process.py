@@ -16,11 +16,12 @@ from typing import Any
 import httpx
 import psutil
 
+from bench.child_processes import GroupEnd
 from bench.loadgen import Recording, run_closed_loop, run_load
 from bench.target import Target
 from bench.target.server import free_port
 from bench.workloads.base import RequestSpec
-from tests.perf.child_processes import GroupEnd, start_child
+from tests.perf.child_processes import start_child
 
 START_LIMIT_S = 900.0  # a first start may compile
 RUN_LIMIT_S = 1200.0
@@ -51,7 +52,7 @@ class Engine:
                 env={**os.environ, **self._env},
                 start_new_session=True,
             )
-        self._group_end = GroupEnd(self._process.pid)
+        self._group_end = GroupEnd(self._process.pid, signal.SIGKILL)
         try:
             self._await_first_token(began + START_LIMIT_S)
         except BaseException:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from engine.errors import ConfigError
 from engine.host import cores
+from tests.perf.child_processes import end_with_parent
 from tests.perf.sim_loads import simulate
 from tests.perf.sim_rows import Case, Skipped, read_cases
 
@@ -121,7 +122,7 @@ def check(cases: list[Case]) -> tuple[list[Comparison], list[Skipped]]:
     """All figures of the cases, and those that have none."""
     comparisons: list[Comparison] = []
     skipped: list[Skipped] = []
-    with ProcessPoolExecutor(cores()) as pool:
+    with ProcessPoolExecutor(cores(), initializer=end_with_parent) as pool:
         for case, found in zip(cases, pool.map(compare, cases), strict=True):
             server = f"{case.model}, {case.hardware}, {case.engine} {case.version}, {case.load}"
             if isinstance(found, str):

@@ -22,10 +22,11 @@ print(child.pid, flush=True)
 """
 STOPPED = """
 import os, signal
-from tests.perf.child_processes import GroupEnd, start_child
+from bench.child_processes import GroupEnd
+from tests.perf.child_processes import start_child
 # an engine with a child of its own, both stopped
 engine = start_child(["sh", "-c", "sleep 600 & echo $!; wait"], start_new_session=True, stdout=-1)
-end = GroupEnd(engine.pid)
+end = GroupEnd(engine.pid, signal.SIGKILL)
 grandchild = int(engine.stdout.readline())
 os.killpg(engine.pid, signal.SIGSTOP)
 print(engine.pid, grandchild, flush=True)
@@ -57,10 +58,11 @@ def test_children_end_with_a_killed_benchmark(program: str) -> None:
 
 def test_a_group_is_left_alone_after_close() -> None:
     code = """
-    import time
-    from tests.perf.child_processes import GroupEnd, start_child
+    import signal, time
+    from bench.child_processes import GroupEnd
+    from tests.perf.child_processes import start_child
     child = start_child(["sleep", "600"], start_new_session=True)
-    GroupEnd(child.pid).close()
+    GroupEnd(child.pid, signal.SIGKILL).close()
     time.sleep(0.3)
     assert child.poll() is None
     child.kill()

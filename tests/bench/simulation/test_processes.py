@@ -102,12 +102,17 @@ def test_ctrl_c_in_a_terminal_interrupts_jobs_once(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_jobs_end_with_the_process_that_began_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+def test_jobs_end_with_the_process_that_began_them(stopped: bool, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench.simulation.interrupted_jobs", str(tmp_path)]
     with subprocess.Popen(command, start_new_session=True) as process:
-        wait_until(lambda: {"begun-0", "begun-1"} <= set(names_in(tmp_path)), process)
+        begun = [tmp_path / f"begun-{number}" for number in (0, 1)]
+        wait_until(lambda: all(path.exists() and path.read_text() for path in begun), process)
+        workers = [int(path.read_text()) for path in begun]
+        if stopped:
+            for pid in workers:
+                os.kill(pid, signal.SIGSTOP)
         process.kill()
-    workers = [int((tmp_path / f"begun-{number}").read_text()) for number in (0, 1)]
     wait_until(lambda: not any(is_running(pid) for pid in workers))
 
 

@@ -75,7 +75,8 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
-def test_the_server_ends_when_the_run_is_killed_outright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+def test_the_server_ends_when_the_run_is_killed_outright(stopped: bool, tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom bench.target.server import ServerProcess\n"
         f"server = ServerProcess([sys.executable, {STUB!r}, '--port', '{{port}}'], {str(tmp_path / 'log')!r})\n"
@@ -85,6 +86,8 @@ def test_the_server_ends_when_the_run_is_killed_outright(tmp_path: Path) -> None
         assert run.stdout is not None
         pid = int(run.stdout.readline())
         assert _runs(pid)
+        if stopped:
+            psutil.Process(pid).suspend()
         os.kill(run.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while _runs(pid) and time.monotonic() < deadline:

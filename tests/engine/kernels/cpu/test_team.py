@@ -1,5 +1,6 @@
 """Threads of a step that are interrupted: a signal handler keeps one from running, as another program would."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 from engine.kernels.cpu.build import SOURCES
 
 PROGRAM = Path(__file__).parent / "interrupted.cpp"
-FLAGS = ("-O1", "-std=c++20", "-pthread", "-march=x86-64-v3", "-Wno-psabi")
+ISA = ("-march=x86-64-v3",) if platform.machine() == "x86_64" else ()
+FLAGS = ("-O1", "-std=c++20", "-pthread", "-Wno-psabi", *ISA)
 SANITIZED = ("-g", "-fsanitize=thread")
 
 
