@@ -181,7 +181,7 @@ template <class H> class Head {
         const int columns = int(w_.outputs - column < WIDTH ? w_.outputs - column : WIDTH);
         alignas(64) float logits[WIDTH] = {};
         Tiles tiles;
-        product<H>(tiles, w_, panels_of<H>(w_, panel), x_.from(s), 1, panel, int(ceil_div(columns, LANES)), logits);
+        product<H>(tiles, w_, panels_of<H>(w_, panel, panel), x_.from(s), 1, panel, int(ceil_div(columns, LANES)), logits);
         if (w_.bias) add_bias(w_.bias, {s, 1, column, int(round_up(columns, LANES)), logits});
         double before = 0;
         int32_t last = column_.get()[pair * samples_ + s];

@@ -7,6 +7,7 @@
 // bits alone and in a batch.
 #pragma once
 
+#include <climits>
 #include <utility>
 
 #include "formats.h"
@@ -24,24 +25,45 @@ constexpr int PAIR_ROWS = 3;
 constexpr int QUAD_ROWS = 1;
 #endif
 
-// The panels to multiply, and those to prefetch meanwhile, at the same pace. The hardware prefetcher stops at the end of a
-// page, and blocks of the cache are pages apart. They are prefetched to the core's second cache: prefetches to the first
-// one wait for its few fill buffers, which halves the bandwidth of a core (measured on Zen 4: 11 and 21 GB/s).
+// The panels to multiply, and what is prefetched meanwhile, at the same pace: `next`, and for linears from step `turn` on
+// `then`. A step is a unit, or a group of quantized weights. The hardware prefetcher stops at the end of a page, and
+// neither blocks of the cache nor the panels of a thread follow each other in memory. Prefetches go to the core's second
+// cache: those to the first one wait for its few fill buffers, which halves the bandwidth of a core (measured on Zen 4: 11
+// and 21 GB/s).
 struct Panels {
     const uint32_t* at[QUAD];
     const uint32_t* next[QUAD];
+    const uint32_t* then[QUAD];
+    long turn = LONG_MAX;
     long prefetch_words = LANES;  // per unit
 
     Panels() {}
-    Panels(const uint32_t* first, long apart)
-        : at{first, first + apart}, next{first + PREFETCH_DISTANCE, first + apart + PREFETCH_DISTANCE} {}
+    Panels(const uint32_t* first, long apart) : at{first, first + apart} {}
 
+    // Prefetches panels from `first` on at another pace.
     void prefetch_from(const uint32_t* first, long apart, long words) {
         for (int p = 0; p < PANELS; p++) next[p] = first + p * apart;
+        turn = LONG_MAX;
         prefetch_words = words;
     }
 
-    static constexpr int PREFETCH_DISTANCE = 512;  // words within the same panel: half a page
+    // Prefetches what follows in `most` words: the rest of these panels, of `steps` steps, then the panels from `later` on.
+    void prefetch_ahead(const uint32_t* later, long apart, long steps, long most) {
+        const long words = apart / steps, distance = most < apart ? most / words : steps;
+        turn = steps - distance;
+        for (int p = 0; p < PANELS; p++) {
+            next[p] = at[p] + distance * words;
+            then[p] = later + p * apart - turn * words;
+        }
+    }
+
+    // What is left from step `turn` on, a unit each.
+    Panels rest() const {
+        Panels b = *this;
+        for (int p = 0; p < PANELS; p++) b.at[p] += turn * LANES, b.next[p] = then[p] + turn * prefetch_words;
+        b.turn = LONG_MAX;
+        return b;
+    }
 };
 
 // a: rows of `stride` units; b: one, two or four panels; out: rows of `apart` elements.
@@ -101,7 +123,7 @@ INLINE void multiply(int rows, int count, const uint32_t* a, long stride, const 
     if (count == PANELS && rows <= PAIR_ROWS) return micro_for<T, PANELS, ADD>(rows)(a, stride, b, units, out, apart);
     for (int p = 0; p < count; p++) {
         Panels one = b;
-        one.at[0] = b.at[p], one.next[0] = b.next[p];
+        one.at[0] = b.at[p], one.next[0] = b.next[p], one.then[0] = b.then[p];
         micro_for<T, 1, ADD>(rows)(a, stride, one, units, static_cast<uint32_t*>(out) + p * LANES, apart);
     }
 }

@@ -132,7 +132,8 @@ template <int COUNT, bool TALL> INLINE void load_sides(const uint32_t* a, long s
     if constexpr (TALL) TILE_LOAD(5, a + TILE * stride + unit, stride * 4);
     TILE_LOAD(6, b.at[0] + unit * LANES, TILE_BYTES);
     if constexpr (COUNT == 2) TILE_LOAD(7, b.at[1] + unit * LANES, TILE_BYTES);
-    for (int p = 0; p < COUNT; p++) prefetch(b.next[p] + unit * b.prefetch_words, TILE * b.prefetch_words);
+    const uint32_t* const* next = unit < b.turn ? b.next : b.then;
+    for (int p = 0; p < COUNT; p++) prefetch(next[p] + unit * b.prefetch_words, TILE * b.prefetch_words);
 }
 
 // As `multiply`, for a multiple of TILE units.
