@@ -182,6 +182,10 @@ parity: $(VENV)/installed-dev  ## Every family of models against plain transform
 bench-load: install  ## Seconds and peak memory of loading 2 GB, beside transformers: results/bench-load.json
 	$(BIN)/python -m tests.perf.bench_load
 
+.PHONY: bench-start
+bench-start: install  ## Seconds and CPU seconds of a CPU server's start to its first token: results/bench-start.json
+	$(BIN)/python -m tests.perf.bench_start
+
 .PHONY: bench-routing
 bench-routing: install  ## Routing by prefix beside least-loaded and random, two replicas: results/bench-routing.json
 	$(BIN)/python -m tests.perf.bench_routing
