@@ -41,9 +41,10 @@ struct BF16 {
 };
 
 // Quantized weights: unsigned integers in groups of inputs, with SCALES bfloat16 numbers per group and column. Activations
-// are int8 in the same groups, with a scale for each group of a row, and -OFFSET times the sum of the group.
+// are int8 in the same groups, with a scale for each group of a row.
 //
-// int8: weight = (integer - OFFSET) * scale. A word of a panel is a unit.
+// int8: weight = (integer - OFFSET) * scale; OFFSET is multiplied by the sum of the group's activations. A word of a panel is
+//       a unit.
 // int4: weight = integer * scale + minimum; the minimum is multiplied by the sum of the group's activations. A word is two
 //       units, the first one in the lower halves of its bytes.
 struct I8 {
@@ -53,7 +54,7 @@ struct I8 {
 };
 
 struct I4 {
-    static constexpr int PER_UNIT = 4, PER_WORD = 8, GROUP = 32, SCALES = 2, OFFSET = -1;
+    static constexpr int PER_UNIT = 4, PER_WORD = 8, GROUP = 32, SCALES = 2, OFFSET = 0;
     static constexpr bool QUANTIZED = true;
     typedef int8_t Element;
 };

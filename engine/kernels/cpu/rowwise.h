@@ -34,9 +34,12 @@ template <class T> INLINE void narrow(const float* from, int size, typename T::E
 
 // Writes a row of `size` floats as activations of a product.
 template <class T>
-INLINE void encode(const float* row, int size, typename T::Element* out, float* scales, int32_t* offsets) {
+INLINE void encode(const float* row, int size, typename T::Element* out, float* scales, uint32_t* offsets) {
     if constexpr (T::QUANTIZED)
-        for (int i = 0; i < size; i += T::GROUP) *offsets++ = -T::OFFSET * quantize(row + i, T::GROUP, out + i, scales++);
+        for (int i = 0; i < size; i += T::GROUP, scales++) {
+            const int32_t sum = quantize(row + i, T::GROUP, out + i, scales);
+            *offsets++ = T::OFFSET ? uint32_t(-T::OFFSET * sum) : as_bits(*scales * float(sum));
+        }
     else
         narrow<T>(row, size, out);
 }
@@ -82,6 +85,20 @@ INLINE void rotate(float* head, int dim, const float* cosine, const float* sine)
 }
 
 // For the layouts see attention.h.
+
+// Element 0 of a token's value; for the others add value_offset.
+template <class T>
+INLINE typename T::Element* value_of(const Shape& shape, int kv_head, long block, int offset, uint32_t* cache) {
+    uint32_t* words = cache + shape.block_at(block, kv_head, T::PER_UNIT);
+    const int first = offset / T::PER_UNIT * T::PER_UNIT * LANES + offset % T::PER_UNIT;
+    return reinterpret_cast<typename T::Element*>(words) + first;
+}
+
+// The distance of element d of a value from element 0.
+template <class T> INLINE long value_offset(const Shape& shape, int d) {
+    return d / LANES * (long(shape.block_size) * LANES) + d % LANES * T::PER_UNIT;
+}
+
 template <class T>
 INLINE void write_key(const float* head, const Shape& shape, int kv_head, CachePosition at, uint32_t* cache) {
     typename T::Element row[MAX_HEAD_DIM];
@@ -98,26 +115,26 @@ INLINE void write_key(const float* head, const Shape& shape, int kv_head, CacheP
     for (long u = 0; u < units; u++) panel[u * LANES] = load<uint32_t>(row + u * T::PER_UNIT) ^ flip;
 }
 
-// Element 0 of a token's value; for the others add value_offset.
+// Values beyond a row's end are multiplied by a weight of zero, so leftovers of another row must not be infinite or NaN. The
+// token that begins a run of CLEARED tokens of a block clears those that the step does not write.
+constexpr int CLEARED = 32;  // a multiple of what attention multiplies at a time
+
+// tokens: of the row in this step, from this one on.
 template <class T>
-INLINE typename T::Element* value_of(const Shape& shape, int kv_head, long block, int offset, uint32_t* cache) {
-    uint32_t* words = cache + shape.block_at(block, kv_head, T::PER_UNIT);
-    const int first = offset / T::PER_UNIT * T::PER_UNIT * LANES + offset % T::PER_UNIT;
-    return reinterpret_cast<typename T::Element*>(words) + first;
-}
-
-// The distance of element d of a value from element 0.
-template <class T> INLINE long value_offset(const Shape& shape, int d) {
-    return d / LANES * (long(shape.block_size) * LANES) + d % LANES * T::PER_UNIT;
-}
-
-// Values beyond a row's end are multiplied by a weight of zero, so leftovers of another row must not be infinite or NaN.
-template <class T> INLINE void clear_values(const Shape& shape, int kv_head, CachePosition at, uint32_t* cache) {
-    if constexpr (!T::QUANTIZED)
-        for (int offset = at.offset + 1; offset % LANES; offset++) {
-            auto value = value_of<T>(shape, kv_head, at.block, offset, cache);
+INLINE void clear_values(const Shape& shape, int kv_head, CachePosition at, long tokens, uint32_t* cache) {
+    if constexpr (T::QUANTIZED) return;
+    if (at.offset % CLEARED) return;
+    const int end = at.offset + CLEARED < shape.block_size ? at.offset + CLEARED : shape.block_size;
+    for (long offset = at.offset + tokens; offset < end;) {
+        auto value = value_of<T>(shape, kv_head, at.block, int(offset), cache);
+        if (offset % T::PER_UNIT) {  // the rest of a unit
             for (int d = 0; d < shape.head_dim; d++) value[value_offset<T>(shape, d)] = 0;
+            offset++;
+        } else {
+            for (int d = 0; d < shape.head_dim; d += LANES) store(value + value_offset<T>(shape, d), u32x16{});
+            offset += T::PER_UNIT;
         }
+    }
 }
 
 template <class T>
@@ -129,6 +146,7 @@ INLINE void write_value(const float* head, const Shape& shape, int kv_head, Cach
     } else {
         narrow<T>(head, shape.head_dim, row);
     }
-    auto value = value_of<T>(shape, kv_head, at.block, at.offset, cache);
-    for (int d = 0; d < shape.head_dim; d++) value[value_offset<T>(shape, d)] = row[d];
+    auto value = value_of<T>(shape, kv_head, at.block, at.offset - at.offset % T::PER_UNIT, cache);
+    for (int d = 0; d < shape.head_dim; d += LANES)
+        store_in_words(row + d, at.offset % T::PER_UNIT, value + value_offset<T>(shape, d));
 }

@@ -99,7 +99,13 @@ INLINE uint16_t to_bf16(float x) {  // rounds to nearest, ties to even; NaN stay
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-INLINE f32x16 from_bf16(u16x16 x) { return (f32x16)(convert<u32x16>(x) << 16); }
+INLINE f32x16 from_bf16(u16x16 x) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);  // GCC 12 would convert it half by half
+#else
+    return (f32x16)(convert<u32x16>(x) << 16);
+#endif
+}
 
 INLINE u16x16 to_bf16(f32x16 x) {
 #if defined(__AVX512BF16__)
@@ -133,6 +139,23 @@ INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
     acc += (f32x16)(b & 0xFFFF0000u) * as_float(a & 0xFFFF0000u);
     return acc;
 #endif
+}
+
+// Writes element `at` of each of 16 words, and no other byte of them.
+template <class E> INLINE void store_in_words(const E* from, int at, void* words) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(E) == 2) {
+        const __m512i whole = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        const __m512i moved = _mm512_sll_epi32(whole, _mm_cvtsi32_si128(16 * at));
+        return _mm512_mask_storeu_epi16(words, 0x55555555u << at, moved);
+    }
+    if constexpr (sizeof(E) == 1) {
+        const __m512i whole = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        const __m512i moved = _mm512_sll_epi32(whole, _mm_cvtsi32_si128(8 * at));
+        return _mm512_mask_storeu_epi8(words, 0x1111111111111111u << at, moved);
+    }
+#endif
+    for (int i = 0; i < LANES; i++) static_cast<E*>(words)[i * (4 / sizeof(E)) + at] = from[i];
 }
 
 // ---------------------------------------------------------------------------------------------------------------- int8

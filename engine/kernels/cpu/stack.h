@@ -63,12 +63,13 @@ template <class W, class H, class T> class Stack : public AnyStack {
     template <class F> struct Operand {
         Buffer<typename F::Element> units;
         Buffer<float> scales;
-        Buffer<int32_t> offsets;
+        Buffer<uint32_t> offsets;
 
         void take(size_t rows, long width) {
             units.take(rows * width);
-            scales.take(rows * groups(width));
-            offsets.take(rows * groups(width));
+            const size_t read = (rows + TILE - 1) * groups(width);  // see Activations
+            scales.take(read);
+            offsets.take(read);
         }
 
         static long groups(long width) {
@@ -86,7 +87,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
             std::memcpy(units.get() + to * width, from.units.get() + row * width, width * sizeof *units.get());
             if constexpr (F::QUANTIZED) {
                 std::memcpy(scales.get() + to * count, from.scales.get() + row * count, count * sizeof(float));
-                std::memcpy(offsets.get() + to * count, from.offsets.get() + row * count, count * sizeof(int32_t));
+                std::memcpy(offsets.get() + to * count, from.offsets.get() + row * count, count * sizeof(uint32_t));
             }
         }
 
@@ -255,10 +256,10 @@ template <class W, class H, class T> class Stack : public AnyStack {
                 else
                     write_key<T>(head, shape_, h - spec_.heads, at, layer.keys);
             }
-            const bool last = position + 1 == batch.computed[row] + batch.counts[row];
+            const long left = batch.computed[row] + batch.counts[row] - position;  // tokens of the row in this step
             for (int h = 0; h < spec_.kv_heads; h++, head += dim) {
                 write_value<T>(head, shape_, h, at, layer.values);
-                if (last) clear_values<T>(shape_, h, at, layer.values);
+                clear_values<T>(shape_, h, at, left, layer.values);
             }
         });
     }

@@ -19,8 +19,8 @@ struct alignas(64) TileShapes {
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
 
-    void set(int tile, int count) {
-        bytes[tile] = count ? TILE_BYTES : 0;
+    void set(int tile, int count, int units = TILE) {
+        bytes[tile] = uint16_t(count ? units * 4 : 0);
         rows[tile] = uint8_t(count);
     }
 };
@@ -34,7 +34,8 @@ struct SoftwareTiles {
     uint32_t at[8][TILE][TILE];
 
     void load(int tile, const void* from, long apart) {
-        for (int r = 0; r < shapes.rows[tile]; r++) std::memcpy(at[tile][r], static_cast<const char*>(from) + r * apart, 64);
+        for (int r = 0; r < shapes.rows[tile]; r++)
+            std::memcpy(at[tile][r], static_cast<const char*>(from) + r * apart, shapes.bytes[tile]);
     }
 
     void put(int tile, void* to, long apart) {
@@ -51,12 +52,12 @@ struct SoftwareTiles {
                 }
     }
 
-    void dot_i8(int sum, int left, int right) {  // signed by unsigned
+    void dot_signed(int sum, int left, int right) {
         for (int r = 0; r < shapes.rows[left]; r++)
-            for (int u = 0; u < TILE; u++)
+            for (int u = 0; u < shapes.rows[right]; u++)
                 for (int c = 0; c < TILE; c++)
                     for (int i = 0; i < 32; i += 8)
-                        at[sum][r][c] += int8_t(at[left][r][u] >> i) * int32_t(at[right][u][c] >> i & 255);
+                        at[sum][r][c] += int8_t(at[left][r][u] >> i) * int8_t(at[right][u][c] >> i);
     }
 };
 
@@ -65,11 +66,12 @@ inline thread_local SoftwareTiles software_tiles;
 #define TILES
 #define TILE_SHAPE(shapes) software_tiles.shapes = shapes
 #define TILE_RELEASE()
+#define TILE_FENCE()
 #define TILE_ZERO(tile) std::memset(software_tiles.at[tile], 0, sizeof software_tiles.at[tile])
 #define TILE_LOAD(tile, from, apart) software_tiles.load(tile, from, apart)
 #define TILE_STORE(tile, to, apart) software_tiles.put(tile, to, apart)
 #define TILE_DOT_BF16(sum, left, right) software_tiles.dot_bf16(sum, left, right)
-#define TILE_DOT_I8(sum, left, right) software_tiles.dot_i8(sum, left, right)
+#define TILE_DOT_SIGNED(sum, left, right) software_tiles.dot_signed(sum, left, right)
 
 #elif defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
@@ -77,11 +79,13 @@ inline thread_local SoftwareTiles software_tiles;
 // Not _tile_loadconfig: some compilers assume that it reads 8 bytes only, and never store the others.
 #define TILE_SHAPE(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory")
 #define TILE_RELEASE() _tile_release()
+// Between stores and the loads of a tile from there: to some compilers these are no reads of memory.
+#define TILE_FENCE() __asm__ volatile("" ::: "memory")
 #define TILE_ZERO(tile) _tile_zero(tile)
 #define TILE_LOAD(tile, from, apart) _tile_loadd(tile, from, apart)
 #define TILE_STORE(tile, to, apart) _tile_stored(tile, to, apart)
 #define TILE_DOT_BF16(sum, left, right) _tile_dpbf16ps(sum, left, right)
-#define TILE_DOT_I8(sum, left, right) _tile_dpbsud(sum, left, right)
+#define TILE_DOT_SIGNED(sum, left, right) _tile_dpbssd(sum, left, right)
 
 #endif
 
@@ -94,15 +98,17 @@ class Tiles {
         if (rows_) TILE_RELEASE();
     }
 
-    // For 1 to 32 rows of activations.
-    void shape(int rows) {
+    // For 1 to 32 rows of activations, and so many units of both sides at a time.
+    void shape(int rows, int units = TILE) {
         if (rows == rows_) return;
         rows_ = rows;
         const int upper = rows < TILE ? rows : TILE;
         TileShapes shapes;
-        for (int tile : {0, 1, 4}) shapes.set(tile, upper);
-        for (int tile : {2, 3, 5}) shapes.set(tile, rows - upper);
-        for (int tile : {6, 7}) shapes.set(tile, TILE);
+        for (int tile : {0, 1}) shapes.set(tile, upper);
+        for (int tile : {2, 3}) shapes.set(tile, rows - upper);
+        shapes.set(4, upper, units);
+        shapes.set(5, rows - upper, units);
+        for (int tile : {6, 7}) shapes.set(tile, units);
         TILE_SHAPE(shapes);
     }
 
@@ -149,17 +155,6 @@ template <int COUNT, bool TALL> void tiled_bf16(const uint32_t* a, long stride, 
     store_sums<COUNT, TALL>(out);
 }
 
-// The integer sums of one quantization group, which is one tile of units.
-template <int COUNT, bool TALL> void tiled_i8(const uint32_t* a, long stride, const Panels& b, long unit, int32_t* out) {
-    zero_sums<COUNT, TALL>();
-    load_sides<COUNT, TALL>(a, stride, b, unit);
-    TILE_DOT_I8(0, 4, 6);
-    if constexpr (COUNT == 2) TILE_DOT_I8(1, 4, 7);
-    if constexpr (TALL) TILE_DOT_I8(2, 5, 6);
-    if constexpr (TALL && COUNT == 2) TILE_DOT_I8(3, 5, 7);
-    store_sums<COUNT, TALL>(out);
-}
-
 INLINE void multiply_tiled(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, float* out) {
     const long whole = units / TILE * TILE;
     if (rows > TILE)
@@ -175,13 +170,6 @@ INLINE void multiply_tiled(int rows, int count, const uint32_t* a, long stride, 
     }
 }
 
-INLINE void multiply_tiled(int rows, int count, const uint32_t* a, long stride, const Panels& b, long unit, int32_t* out) {
-    if (rows > TILE)
-        (count == 2 ? tiled_i8<2, true> : tiled_i8<1, true>)(a, stride, b, unit, out);
-    else
-        (count == 2 ? tiled_i8<2, false> : tiled_i8<1, false>)(a, stride, b, unit, out);
-}
-
 #else
 
 // Declared for code that is never called without tiles.
@@ -190,6 +178,5 @@ struct Tiles {
 };
 
 void multiply_tiled(int rows, int count, const uint32_t* a, long stride, const Panels& b, long units, float* out);
-void multiply_tiled(int rows, int count, const uint32_t* a, long stride, const Panels& b, long unit, int32_t* out);
 
 #endif
