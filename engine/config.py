@@ -39,7 +39,9 @@ AUTO_LENGTH = -1  # of max_model_len: the longest that fits in memory
 MISTRAL = "mistral"
 TOKENIZER_MODES: tuple[str, ...] = ("auto", "slow", MISTRAL)
 # ISAs of the CPU, the kernels of GPUs, and those of all devices.
-KERNELS: tuple[str, ...] = ("auto", "amx", "avx512-bf16", "avx512", "avx2", "triton", "torch")
+KERNELS: tuple[str, ...] = (
+    "auto", "amx", "avx512-bf16", "avx512", "avx2", "neon-bf16", "neon-dotprod", "neon", "triton", "torch",
+)  # fmt: skip
 
 ENGINES: tuple[str, ...] = ("v1", "v0")
 SPECULATORS: tuple[str, ...] = ("ngram",)

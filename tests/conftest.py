@@ -56,7 +56,7 @@ SLOW = (
     "engine/worker/test_prompt_logprobs.py", "engine/kernels/triton/test_attention.py",
     "engine/worker/test_device_runner.py", "engine/worker/test_graphs.py", "engine/worker/test_triton_products.py",
     "engine/worker/test_triton_backend.py", "engine/test_documented_python.py", "cli/test_lora_served.py",
-    "engine/kernels/cpu/test_stack.py", "engine/model/lora/test_lora_packing.py",
+    "engine/kernels/cpu/test_stack.py", "engine/kernels/cpu/test_portable.py", "engine/model/lora/test_lora_packing.py",
     "engine/worker/test_triton_stack.py", "engine/worker/test_device_ranks.py",
     "engine/worker/test_device_rank_processes.py", "engine/worker/test_device_loading.py",
     "engine/worker/test_device_families.py", "engine/worker/test_rank_graphs.py",

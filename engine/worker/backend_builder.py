@@ -154,7 +154,7 @@ def _isas_to_try(config: EngineConfig) -> tuple[list[str], str | None]:
         return [], "--kernels torch"
     if config.kernels == "auto":
         isas = build.supported_isas()
-        return isas, None if isas else "the CPU kernels need AVX2"
+        return isas, None if isas else "the CPU kernels need AVX2 or NEON"
     missing = build.missing_features(config.kernels)
     if missing:
         raise ConfigError(f"--kernels {config.kernels}: this machine lacks {', '.join(missing)}; auto chooses the best")

@@ -54,7 +54,7 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2")
+@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2 or NEON")
 @pytest.mark.parametrize("quantization", [None, "int4"])
 def test_a_core_imports_no_class_that_its_kernels_replace(quantization: str | None, tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0}

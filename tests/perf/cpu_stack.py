@@ -42,7 +42,7 @@ def make(folder: Path, form: StackFormats, num_blocks: int) -> tuple[Stack, int]
     """A stack with the best kernels of this machine, and its vocabulary's size."""
     isas = build.supported_isas()
     if not isas:
-        raise SystemExit("the CPU kernels need AVX2")
+        raise SystemExit("the CPU kernels need AVX2 or NEON")
     model = load(folder, form.dtype)
     groups = group_layers(layer_windows(model.config, model.config.max_position_embeddings))
     spec, owners = fused_stack.make_spec(model, form, num_blocks, BLOCK, groups, partial=False)

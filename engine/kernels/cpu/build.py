@@ -29,12 +29,20 @@ _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 _HAS_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 _HAS_BF16 = _HAS_AVX512 | {"avx512_bf16", "avx512_vnni"}
+# GCC 12's first scheduling pass would load operands so early that the sums of a product no longer fit the registers.
+_ARM = ("-fno-schedule-insns",)
+_HAS_DOTPROD = frozenset({"asimd", "atomics", "asimddp"})
 BY_MACHINE: dict[str, dict[str, tuple[tuple[str, ...], frozenset[str]]]] = {
     "x86_64": {
         "amx": ((*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _HAS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}),
         "avx512-bf16": (_BF16, _HAS_BF16),
         "avx512": (_AVX512, _HAS_AVX512),
         "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "bmi2", "f16c"})),
+    },
+    "aarch64": {
+        "neon-bf16": (("-march=armv8.2-a+dotprod+bf16+i8mm", *_ARM), _HAS_DOTPROD | {"bf16", "i8mm"}),
+        "neon-dotprod": (("-march=armv8.2-a+dotprod", *_ARM), _HAS_DOTPROD),
+        "neon": (("-march=armv8-a", *_ARM), frozenset({"asimd"})),
     },
 }
 ISAS = {isa: facts for isas in BY_MACHINE.values() for isa, facts in isas.items()}
@@ -55,7 +63,8 @@ def cpu_features() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+    features = (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(features, ()))
 
 
 def missing_features(isa: str) -> list[str]:
@@ -81,7 +90,7 @@ def _permitted(isa: str) -> bool:
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that this machine supports, newest first. Without AVX2 there is none: torch is faster."""
+    """The instruction sets that this machine supports, newest first. x86-64 without AVX2 has none: torch is faster."""
     return [isa for isa in ISAS if not missing_features(isa)]
 
 

@@ -1,5 +1,5 @@
 // The inner loop of all matrix products. The sums of a block of rows by columns stay in registers: with AVX-512 up to 12
-// rows by 32 columns, or 6 by 64; otherwise up to 6 rows by 16 columns, 3 by 32 or 1 by 64.
+// rows by 32 columns, or 6 by 64; otherwise up to 6 rows by 16 columns, 3 by 32 (NEON: 2) or 1 by 64.
 //
 //     out[r][c] (+)= sum over units u, in their order, of a[r][u] * panel[c / 16][u][c % 16]
 //
@@ -19,6 +19,10 @@ constexpr int QUAD = 4;
 constexpr int MAX_ROWS = 12;  // 24 sums of 16 lanes in 32 registers
 constexpr int PAIR_ROWS = 12;
 constexpr int QUAD_ROWS = 6;   // few rows take four panels: the sums of two would wait for each other
+#elif NEON
+constexpr int MAX_ROWS = 6;  // 24 sums of 4 lanes in 32 registers
+constexpr int PAIR_ROWS = 2;
+constexpr int QUAD_ROWS = 1;
 #else
 constexpr int MAX_ROWS = 6;  // 12 sums of 8 lanes in 16 registers
 constexpr int PAIR_ROWS = 3;

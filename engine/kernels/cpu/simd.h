@@ -2,6 +2,9 @@
 #pragma once
 
 #include "vectors.h"
+#if NEON
+#include "neon.h"
+#endif
 
 // Prefetch memory. Blocks of the cache are pages apart, so the hardware prefetcher does not find the next one.
 INLINE void prefetch(const uint32_t* from, long words) {
@@ -46,7 +49,7 @@ INLINE float reduce_max(f32x16 v) {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-#else
+#elif !NEON
 template <class Combine> INLINE float reduce(f32x16 v, const Combine& combine) {
     float x[LANES];
     store(x, v);
@@ -110,6 +113,10 @@ INLINE f32x16 from_bf16(u16x16 x) {
 INLINE u16x16 to_bf16(f32x16 x) {
 #if defined(__AVX512BF16__)
     return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    u16x16 out;
+    for (int p = 0; p < PARTS; p++) out.part[p] = (u16x16::Part)to_bf16((float32x4_t)x.part[p]);
+    return out;
 #else
     u32x16 bits = (u32x16)x;
     u32x16 rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
@@ -133,6 +140,11 @@ INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
         acc.part[p] += (f32x16::Part)(b.part[p] << 16) * (f32x16::Part)low;
         acc.part[p] += (f32x16::Part)(b.part[p] & 0xFFFF0000u) * (f32x16::Part)high;
     }
+    return acc;
+#elif NEON
+    const auto row = (uint32x4_t)broadcast(a);
+    for (int p = 0; p < PARTS; p++)
+        acc.part[p] = (f32x16::Part)dot_pairs((float32x4_t)acc.part[p], (uint32x4_t)b.part[p], row);
     return acc;
 #else
     acc += (f32x16)(b << 16) * as_float(a << 16);
@@ -190,6 +202,11 @@ INLINE i32x16 dot_quads(i32x16 acc, u32x16 b, uint32_t a) {
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, _mm512_set1_epi32(int(a)));
 #elif AVX2_ONLY
     return dot_bytes<false>(acc, b, a);
+#elif NEON
+    const auto row = (int8x16_t)broadcast(a);
+    for (int p = 0; p < PARTS; p++)
+        acc.part[p] = (i32x16::Part)dot_bytes((int32x4_t)acc.part[p], (uint8x16_t)b.part[p], row);
+    return acc;
 #else
     for (int i = 0; i < 4; i++) acc += (i32x16)(b >> 8 * i & 255) * int32_t(int8_t(a >> 8 * i));
     return acc;
@@ -203,6 +220,11 @@ INLINE i32x16 dot_small_quads(i32x16 acc, u32x16 b, uint32_t a) {
     for (int p = 0; p < PARTS; p++)
         acc.part[p] += (i32x16::Part)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)b.part[p], row), ones);
     return acc;
+#elif NEON
+    const auto row = (int8x16_t)broadcast(a);
+    for (int p = 0; p < PARTS; p++)
+        acc.part[p] = (i32x16::Part)dot_small_bytes((int32x4_t)acc.part[p], (uint8x16_t)b.part[p], row);
+    return acc;
 #else
     return dot_quads(acc, b, a);
 #endif
@@ -214,6 +236,11 @@ INLINE i32x16 dot_quads_unsigned(i32x16 acc, u32x16 b, uint32_t a) {
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
 #elif AVX2_ONLY
     return dot_bytes<true>(acc, b, a);
+#elif NEON
+    const auto row = (uint8x16_t)broadcast(a);
+    for (int p = 0; p < PARTS; p++)
+        acc.part[p] = (i32x16::Part)dot_bytes((int32x4_t)acc.part[p], row, (int8x16_t)b.part[p]);
+    return acc;
 #else
     for (int i = 0; i < 4; i++) acc += ((i32x16)(b << (24 - 8 * i)) >> 24) * int32_t(a >> 8 * i & 255);
     return acc;

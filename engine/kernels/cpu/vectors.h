@@ -4,6 +4,7 @@
 // vectors in memory. There a vector is a structure of parts that each fit a register, and operations work part by part:
 //
 //     AVX2, f32x16:  part 0: lanes 0..7 | part 1: lanes 8..15        u16x16:  two parts of 8 lanes, 16 bytes each
+//     NEON, f32x16:  four parts of 4 lanes                           u16x16:  four parts of 4 lanes, 8 bytes each
 //
 // Kernels use only the types and functions below, and are written once.
 #pragma once
@@ -14,12 +15,16 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define AVX2_ONLY 1
+#elif defined(__aarch64__)
+#define NEON 1
 #endif
 
 constexpr int LANES = 16;
@@ -139,19 +144,28 @@ template <class E> INLINE Parts<E> select(i32x16 mask, Parts<E> a, Parts<E> b)
 
 #if defined(__AVX2__)
 // The lowest byte of each word.
-INLINE uint64_t lowest_bytes(__m256i words) {
+typedef __m256i Words;
+
+INLINE uint64_t lowest_bytes(Words words) {
     const __m256i picked = _mm256_shuffle_epi8(words, _mm256_set1_epi32(0x0C080400));
     const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(picked), _mm256_extracti128_si256(picked, 1));
     return uint64_t(_mm_cvtsi128_si64(both));
+}
+#elif NEON
+typedef uint32x4_t Words;
+
+INLINE uint32_t lowest_bytes(Words words) {
+    const uint16x4_t halves = vmovn_u32(words);
+    return vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
 }
 #endif
 
 template <class To, class E> INLINE To convert(Parts<E> v) {
     To out;
     for (int p = 0; p < PARTS; p++) {
-#if defined(__AVX2__)
-        if constexpr (sizeof(typename To::Part) == 8) {  // GCC 12 would move byte by byte
-            out.part[p] = (typename To::Part)lowest_bytes((__m256i)v.part[p]);
+#if AVX2_ONLY || NEON
+        if constexpr (sizeof(typename To::Part) == PART_LANES) {  // GCC 12 would move byte by byte
+            out.part[p] = (typename To::Part)lowest_bytes((Words)v.part[p]);
             continue;
         }
 #endif

@@ -144,7 +144,7 @@ def in_a_burst(driver: Driver, prompt: list[int]) -> list[int]:
     return [int32s(decode_result(result.result(PATIENCE_S)).tokens).tolist()[0] for result in results]
 
 
-@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2")
+@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2 or NEON")
 @pytest.mark.parametrize("guesses", [{}, {"speculative": "ngram", "num_speculative_tokens": 3}])
 def test_followers_on_the_fused_stack_make_the_same_tokens(guesses: dict[str, Any], tmp_path: Path) -> None:
     model = build_model("llama", tmp_path / "model", head_dim=16, intermediate_size=64)

@@ -38,7 +38,7 @@ from tests.engine.worker.mm_models import MM_MODELS
 from tests.engine.worker.mm_parity import FUSED, fused_rows
 
 ISAS = build.supported_isas()
-pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2")
+pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2 or NEON")
 
 BLOCK, BLOCKS, THREADS = 16, 64, 2
 LAYERS = 3

@@ -17,7 +17,7 @@ from tests.engine.worker.parity import Reference, compare, serve
 
 ISA = next(iter(build.supported_isas()), None)
 
-needs_kernels = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2")
+needs_kernels = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2 or NEON")
 
 
 @needs_kernels

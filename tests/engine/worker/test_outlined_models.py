@@ -40,7 +40,7 @@ def logprobs(driver: Driver) -> list[list[dict[int, float]]]:
     return [request.logprobs for request in requests]
 
 
-@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2")
+@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2 or NEON")
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_the_bits_are_those_of_the_class(
     case: str, tmp_path: Path, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch

@@ -24,7 +24,7 @@ WAYS: list[dict[str, Any]] = [
     {"block_size": 16, "size": 2, "ablate": DRIVEN},
 ]
 
-needs_kernels = pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2")
+needs_kernels = pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2 or NEON")
 Scored = dict[int, dict[int, tuple[list[int], list[float], int]]]  # by request and position
 
 
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 @pytest.fixture(scope="module", params=WAYS, ids=["torch", "fused", "speculative", "two ranks"])
 def driver(request: pytest.FixtureRequest, model: tuple[Path, Any]) -> Iterator[Driver]:
     if request.param.get("kernels") != "torch" and not build.supported_isas():
-        pytest.skip("the CPU kernels need AVX2")
+        pytest.skip("the CPU kernels need AVX2 or NEON")
     found = start(model[0], **{"size": 1, **request.param})
     yield found
     found.executor.shutdown()

@@ -13,7 +13,7 @@ from engine.kernels.cpu.build import BuildError
 
 ISA = next(iter(build.supported_isas()), None)
 
-pytestmark = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2")
+pytestmark = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2 or NEON")
 
 
 @pytest.fixture
@@ -73,6 +73,21 @@ def test_a_machine_without_any_level_has_none(monkeypatch: pytest.MonkeyPatch) -
     assert build.supported_isas() == []
     monkeypatch.setattr(build, "cpu_features", lambda: frozenset({"avx2", "fma", "bmi2", "f16c"}))
     assert build.supported_isas() == ["avx2"]
+
+
+def test_features_of_arm_have_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = "fp asimd evtstrm aes atomics fphp asimdhp cpuid asimdrdm asimddp"  # of Neoverse N1
+    monkeypatch.setattr(Path, "read_text", lambda _: f"processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: {features}\n\n")
+    assert build.supported_isas() == ["neon-dotprod", "neon"]
+    assert build.missing_features("neon-bf16") == ["bf16", "i8mm"]
+    assert "avx2" in build.missing_features("avx2")
+
+
+def test_wheels_have_the_instruction_sets_of_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, isas in {"x86_64": ["amx", "avx512-bf16", "avx512", "avx2"], "riscv64": []}.items():
+        monkeypatch.setattr(build.platform, "machine", lambda name=machine: name)
+        assert build.isas_of_architecture() == isas
+    assert sorted(build.ISAS) == sorted(isa for isas in build.BY_MACHINE.values() for isa in isas)
 
 
 def test_tiles_need_the_systems_permission_too(monkeypatch: pytest.MonkeyPatch) -> None:

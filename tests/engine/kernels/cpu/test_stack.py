@@ -38,7 +38,7 @@ def software_tiles() -> Iterator[None]:
 BLOCKS = 24
 THREADS = 2
 
-pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2")
+pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2 or NEON")
 
 
 @dataclasses.dataclass(frozen=True)

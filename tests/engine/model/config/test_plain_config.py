@@ -199,7 +199,7 @@ def test_what_is_known_of_a_model_is_the_same(
     assert read_model_info(config) == found
 
 
-@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2")
+@pytest.mark.skipif(not build.supported_isas(), reason="the CPU kernels need AVX2 or NEON")
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_nothing_else_is_read_of_a_config(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}

@@ -23,7 +23,7 @@ from tests.perf.cpu_stack import batch_of
 SHAPE = Shape("qwen3", 64, 2, 2, 64, 128, 100, None)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2")
+pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU kernels need AVX2 or NEON")
 
 
 def draw(seed: int, ranks: dict[str, int]) -> list[dict[str, LowRank]]:
