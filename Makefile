@@ -163,7 +163,7 @@ bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, w
 	$(BIN)/python -m tests.perf.bench_cpu
 
 .PHONY: bench-neighbor
-bench-neighbor: install  ## Redline on the CPU beside a neighbor that takes half of each core, and vLLM (VLLM_PYTHON=…): docs/figures/bench-neighbor.png
+bench-neighbor: install  ## Redline and vLLM (VLLM_PYTHON=…) on the CPU beside another program on its cores: docs/figures/bench-neighbor.png
 	$(BIN)/python -m tests.perf.bench_neighbor
 
 .PHONY: bench-rates

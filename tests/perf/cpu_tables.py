@@ -88,7 +88,9 @@ def show(console: Console, rows: list[Row]) -> None:
     if machine is not None:
         hardware, read, gemm = machine["hardware"], machine["read_gb_s"], machine["gemm_tflop_s"]
         console.print(
-            f"{hardware['cpu']}, {hardware['cores']} cores: {read:.1f} GB/s read, {gemm:.2f} TFLOP/s in bf16 products"
+            f"{hardware['cpu']}, {hardware['cores']} cores: {read:.1f} GB/s read, {gemm:.2f} TFLOP/s in bf16 products; "
+            f"before and after: {shown(machine['read_gb_s_before'])} and {shown(machine['read_gb_s_after'])} GB/s, "
+            f"{machine['gemm_tflop_s_before']:.2f} and {machine['gemm_tflop_s_after']:.2f} TFLOP/s"
         )
     if any(row["workload"] in OFFLINE for row in rows):
         console.print(offline_table(rows))

@@ -1,6 +1,9 @@
-"""A neighbor on a machine: on each core a process that computes for 5 ms and then sleeps for 5 ms, over and over.
+"""A neighbor on a machine: one process on each core, which always computes or only half of the time.
 
-Where it is alone it takes half of each core; beside others it gets what the system's scheduler gives it.
+    half   computes for 5 ms and then sleeps for 5 ms, over and over
+    busy   computes all the time
+
+Beside others it gets what the system's scheduler gives it.
 """
 
 import os
@@ -13,7 +16,8 @@ from pathlib import Path
 from tests.perf.child_processes import start_child
 
 ROOT = Path(__file__).parents[2]
-BUSY_S = SLEEP_S = 5e-3
+BUSY_S = 5e-3
+PAUSE_S = {"half": 5e-3, "busy": 0.0}
 
 
 class Neighbor:
@@ -33,12 +37,12 @@ class Neighbor:
 
 
 @contextmanager
-def neighbor(cores: Sequence[int]) -> Iterator[Neighbor]:
-    """One process on each of these cores, none for none; yields once all of them run."""
+def neighbor(kind: str, cores: Sequence[int]) -> Iterator[Neighbor]:
+    """A process of this kind on each of these cores, none for none; yields once all of them run."""
     processes = []
     try:
         for core in cores:
-            processes.append(start_child([sys.executable, "-m", "tests.perf.neighbor", str(core)], cwd=ROOT))
+            processes.append(start_child([sys.executable, "-m", "tests.perf.neighbor", kind, str(core)], cwd=ROOT))
         for process in processes:
             while not _is_on_one_core(process.pid) and process.poll() is None:
                 time.sleep(0.01)
@@ -56,14 +60,15 @@ def _is_on_one_core(pid: int) -> bool:
     return len(os.sched_getaffinity(pid)) == 1
 
 
-def compute_and_sleep(core: int) -> None:
-    os.sched_setaffinity(0, {core})
+def compute(pause_s: float) -> None:
     while True:
         end = time.process_time() + BUSY_S
         while time.process_time() < end:
             pass
-        time.sleep(SLEEP_S)
+        if pause_s:
+            time.sleep(pause_s)
 
 
 if __name__ == "__main__":
-    compute_and_sleep(int(sys.argv[1]))
+    os.sched_setaffinity(0, {int(sys.argv[2])})
+    compute(PAUSE_S[sys.argv[1]])

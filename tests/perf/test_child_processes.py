@@ -34,7 +34,7 @@ print(engine.pid, grandchild, flush=True)
 NEIGHBOR = """
 import os
 from tests.perf.neighbor import neighbor
-beside = neighbor(sorted(os.sched_getaffinity(0))[:1])
+beside = neighbor("half", sorted(os.sched_getaffinity(0))[:1])
 print(*beside.__enter__()._pids, flush=True)
 """
 
