@@ -187,7 +187,7 @@ ENGINE_OPTIONS = (
     ),
     option(
         SCHEDULING, "--max-num-batched-tokens", type=SIZE, metavar="TOKENS",
-        default_text="--max-num-seqs + 16, at least 112",
+        default_text="--max-num-seqs + 16, at least 112; on AMX tiles up to 512",
         help="Token budget: maximum number of tokens that a step computes. A larger budget computes prompts in fewer "
         "steps, and each of these steps delays the running requests longer.",
     ),

@@ -46,11 +46,17 @@ def start_rows(engine: Any) -> list[tuple[str, str, str]]:
         ("maximum request length", f"{ready.max_model_len:,} tokens", "--max-model-len"),
         ("requests of that length", f"{ready.sequences:,} at once", "--kv-cache-memory-bytes, --max-num-seqs"),
         ("running requests", f"at most {ready.max_num_seqs:,}", "--max-num-seqs"),
-        ("token budget", f"{ready.max_num_batched_tokens:,} tokens per step", "--max-num-batched-tokens"),
+        token_budget(ready),
         ("prefix caching", "on" if ready.prefix_caching else "off", "--no-enable-prefix-caching"),
         *sampling_defaults(engine),
         *baseline(engine.config, ready),
     ]
+
+
+def token_budget(ready: Any) -> tuple[str, str, str]:
+    """The line for the tokens of a step, and why they are so many."""
+    source = f" ({ready.budget_source})" if ready.budget_source else ""
+    return "token budget", f"{ready.max_num_batched_tokens:,} tokens per step{source}", "--max-num-batched-tokens"
 
 
 def pooling(ready: Any) -> list[tuple[str, str, str]]:

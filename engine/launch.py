@@ -283,6 +283,7 @@ def _ready(
         mm=None if model_info.mm is None else model_info.mm.spec,
         pooling=model_info.pooling,
         simulated=resolution.simulated,
+        budget_source=resolution.budget_source,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig, window_blocks
 from engine.devices import machine_for
-from engine.devices.machine import Defaults, Machine
+from engine.devices.machine import Machine
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.messages import MemoryLine
 from engine.model.declared import divide_declared
@@ -30,6 +30,7 @@ class Resolution:
     device: str
     sequences: int  # requests of max-model-len that fit at once
     simulated: str = ""  # the hardware that is simulated, in words; empty: the device is real
+    budget_source: str = ""  # why the token budget is what it is, in words; empty: it was given
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,8 @@ def resolve(
     machine = machine or machine_for(config)
     if model_info.pooling is not None and machine.torch_type:
         raise ConfigError(f"embeddings and scores are computed on the CPU only: use --device cpu for {config.model}")
-    batch = _batch_sizes(config, model_info, machine.defaults)
-    max_num_seqs, budget = batch
+    batch = _batch_sizes(config, model_info, machine)
+    max_num_seqs, budget, budget_source = batch
     block_size = config.block_size or machine.defaults.block_size
     ranks, warnings = config.tensor_parallel_size, list(model_info.warnings)
     if ranks == 1:
@@ -104,7 +105,9 @@ def resolve(
     warnings += _too_large_inputs(model_info, budget)
     warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs) if per_request else max_num_seqs
-    return Resolution(resolved, lines, tuple(warnings), machine.describe(config), sequences, machine.simulated)
+    return Resolution(
+        resolved, lines, tuple(warnings), machine.describe(config), sequences, machine.simulated, budget_source
+    )
 
 
 def _num_blocks(config: EngineConfig, memory: _Budget, per_request: int, max_num_seqs: int) -> int:
@@ -120,11 +123,11 @@ def _resolved(
     config: EngineConfig,
     model_info: ModelInfo,
     machine: Machine,
-    batch: tuple[int, int],
+    batch: tuple[int, int, str],
     num_blocks: int,
     encoder_cache_tokens: int,
 ) -> ResolvedConfig:
-    """The configuration of one replica; `batch` has its requests and its tokens of a step."""
+    """The configuration of one replica; `batch` has its requests and its tokens of a step first."""
     whole_prompts = model_info.pooling is not None and model_info.pooling.whole_prompts
     prefix_caching = config.enable_prefix_caching and "no-prefix-cache" not in config.ablations and not whole_prompts
     return ResolvedConfig(
@@ -211,8 +214,12 @@ def with_measured(
     return dataclasses.replace(resolution, config=resolved, memory=lines, sequences=sequences)
 
 
-def _batch_sizes(config: EngineConfig, model_info: ModelInfo, defaults: Defaults) -> tuple[int, int]:
-    """max_num_seqs and max_num_batched_tokens. If only one is given, the other adapts: each request needs one token."""
+def _batch_sizes(config: EngineConfig, model_info: ModelInfo, machine: Machine) -> tuple[int, int, str]:
+    """max_num_seqs, max_num_batched_tokens, and where the latter comes from, in words; empty: it was given.
+
+    If only one is given, the other adapts: each request needs one token.
+    """
+    defaults = machine.defaults
     max_num_seqs, budget = config.max_num_seqs, config.max_num_batched_tokens
     if max_num_seqs is None:
         max_num_seqs = min(defaults.max_num_seqs, budget or defaults.max_num_seqs)
@@ -224,10 +231,15 @@ def _batch_sizes(config: EngineConfig, model_info: ModelInfo, defaults: Defaults
                 f"{why}without chunking a step must hold a whole prompt: --max-num-batched-tokens ({budget}) must not "
                 f"be below --max-model-len ({model_info.max_model_len})"
             )
-        return max_num_seqs, budget or max(MIN_UNCHUNKED_TOKENS, max_num_seqs, model_info.max_model_len)
+        whole = max(MIN_UNCHUNKED_TOKENS, max_num_seqs, model_info.max_model_len)
+        return max_num_seqs, budget or whole, "" if budget else "a whole prompt"
     unsplit = 0 if model_info.mm is None else model_info.mm.unsplit_tokens  # beside one token of each request
-    chunk = max(defaults.min_chunk, unsplit)
-    return max_num_seqs, budget or max(defaults.max_num_batched_tokens, max_num_seqs + chunk)
+    if budget is not None:
+        return max_num_seqs, budget, ""
+    chunk, found = max(defaults.min_chunk, unsplit), machine.step_tokens(config, model_info)
+    if max_num_seqs + chunk > found.count:
+        return max_num_seqs, max_num_seqs + chunk, f"one for each request, and {chunk} of prompts"
+    return max_num_seqs, found.count, found.source
 
 
 def _too_much(lines: tuple[MemoryLine, ...], available: int, replicas: int) -> list[str]:

@@ -220,6 +220,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     mm: MMSpec | None = None  # None: the model takes texts only
     pooling: PoolingSpec | None = None  # None: the model generates
     simulated: str = ""  # the hardware that is simulated, in words; empty: the device is real
+    budget_source: str = ""  # where max_num_batched_tokens comes from, in words; empty: it was given
 
     @property
     def prompt_vocab_size(self) -> int:

@@ -10,8 +10,10 @@ from engine.config import EngineConfig
 from engine.devices import probe
 from engine.devices.machine import (
     Defaults,
+    StepTokens,
     activation_bytes,
     check_options,
+    default_step_tokens,
     gathered_attention_bytes,
     refuse_quantized,
     refuse_tile_table,
@@ -107,6 +109,9 @@ class CudaMachine:
         if self._quantization == "fp8":
             return tokens * (max(model_info.hidden_size, model_info.intermediate_size) + 4)
         return INTEGER_PRODUCTS_BYTES
+
+    def step_tokens(self, config: EngineConfig, model_info: ModelInfo) -> StepTokens:  # noqa: ARG002
+        return default_step_tokens(self.defaults)
 
     def encoder_dtype(self, dtype: str) -> str:
         return dtype

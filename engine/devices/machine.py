@@ -23,6 +23,14 @@ class Defaults:
     memory_utilization: float  # fraction of the available memory that the engine may take
 
 
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """Tokens that a step may compute if the user does not say how many."""
+
+    count: int
+    source: str  # why so many, in words
+
+
 class Machine(Protocol):
     """Used in the EngineCore's process before a model is loaded."""
 
@@ -47,6 +55,10 @@ class Machine(Protocol):
         """Upper bound of the bytes that a step allocates on one rank; `model_info` is the rank's."""
         ...
 
+    def step_tokens(self, config: EngineConfig, model_info: ModelInfo) -> StepTokens:
+        """The default token budget, before there is room for a token of each request."""
+        ...
+
     def encoder_dtype(self, dtype: str) -> str:
         """The dtype of the encoders of multimodal inputs of a model of this dtype."""
         ...
@@ -62,6 +74,11 @@ class Machine(Protocol):
     def warnings(self, config: EngineConfig) -> list[str]:
         """What the user should know about this configuration on this device."""
         ...
+
+
+def default_step_tokens(defaults: Defaults) -> StepTokens:
+    """Those of a device whose budget does not depend on the model."""
+    return StepTokens(defaults.max_num_batched_tokens, "default")
 
 
 def check_options(config: EngineConfig, device: str, kernels: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from msgspec import structs
 from engine.config import EngineConfig
 from engine.devices.cpu import cpu_workspace
 from engine.devices.cuda import RUNTIME_BYTES
-from engine.devices.machine import Defaults, bytes_per_token, refuse_tile_table
+from engine.devices.machine import Defaults, StepTokens, bytes_per_token, default_step_tokens, refuse_tile_table
 from engine.errors import ConfigError
 from engine.hardware.accuracy import unvalidated
 from engine.hardware.description import Hardware, read_hardware
@@ -48,6 +48,9 @@ class SimulatedMachine:
             return cpu_workspace(model_info, max_num_seqs, max_num_batched_tokens, block_size)
         activations = max_num_batched_tokens * bytes_per_token(model_info)
         return RUNTIME_BYTES + max(activations, max_num_seqs * model_info.vocab_size * LOGIT_BYTES)
+
+    def step_tokens(self, config: EngineConfig, model_info: ModelInfo) -> StepTokens:  # noqa: ARG002
+        return default_step_tokens(self.defaults)
 
     def encoder_dtype(self, dtype: str) -> str:
         return dtype

@@ -3,8 +3,10 @@
 from engine.config import EngineConfig
 from engine.devices.machine import (
     Defaults,
+    StepTokens,
     activation_bytes,
     check_options,
+    default_step_tokens,
     gathered_attention_bytes,
     refuse_quantized,
     refuse_tile_table,
@@ -48,6 +50,9 @@ class TorchMachine:
         return activation_bytes(model_info, max_num_seqs, max_num_batched_tokens) + gathered_attention_bytes(
             model_info, block_size
         )
+
+    def step_tokens(self, config: EngineConfig, model_info: ModelInfo) -> StepTokens:  # noqa: ARG002
+        return default_step_tokens(self.defaults)
 
     def encoder_dtype(self, dtype: str) -> str:
         return dtype

@@ -92,7 +92,8 @@ class StepMeter:
         resolved = resolve(config, self._info, machine=machine).config
         self._executor = make_executor(config, self._info, resolved)
         self.kernels = self._executor.kernels
-        self.defaults = machine.defaults
+        budget = machine.step_tokens(config, self._info).count
+        self.defaults = replace(machine.defaults, max_num_batched_tokens=budget)
         num_blocks = self._executor.num_blocks or resolved.num_blocks
         self._random = np.random.default_rng(1)
         # In an order of their own: requests that ran before have left the free blocks in disorder.

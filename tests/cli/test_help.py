@@ -7,7 +7,7 @@ import pytest
 
 from cli.main import COMMANDS, redline
 from cli.options import GroupedOption
-from engine.devices.cpu import CpuMachine
+from engine.devices.cpu import MAX_STEP_TOKENS, CpuMachine
 
 SCREEN_LINES = 40
 
@@ -71,7 +71,8 @@ def test_defaults_of_the_device_are_those_of_the_help() -> None:
     assert shown["max_num_seqs"].startswith(f"{known.max_num_seqs},")
     assert (
         shown["max_num_batched_tokens"]
-        == f"--max-num-seqs + {known.min_chunk}, at least {known.max_num_batched_tokens}"
+        == f"--max-num-seqs + {known.min_chunk}, at least {known.max_num_batched_tokens}; on AMX tiles up to "
+        f"{MAX_STEP_TOKENS}"
     )
     assert shown["block_size"] == str(known.block_size)
     assert shown["gpu_memory_utilization"] == str(known.memory_utilization)
