@@ -217,7 +217,18 @@ struct Add {
     }
 };
 
+#if defined(TILES) && defined(__AVX512F__)
+// On processors with tiles a division takes 16 cycles a vector, an estimate of 14 bits and a Newton step about 4. The
+// relative error is below 2e-7. On a Zen 4 the division is as fast.
+INLINE f32x16 silu(f32x16 x) {
+    const f32x16 power = x * -1.44269504f, most = splat(126.0f);  // a larger divisor has no estimate
+    const f32x16 divisor = 1.0f + exp2_of(select(power > most, most, power));
+    const f32x16 estimate = (f32x16)_mm512_rcp14_ps((__m512)divisor);
+    return x * (estimate * (2.0f - divisor * estimate));
+}
+#else
 INLINE f32x16 silu(f32x16 x) { return x / (1.0f + exp2_of(x * -1.44269504f)); }
+#endif
 
 // silu(gate) * up; panels of gate and up alternate.
 template <class T> struct SwiGLU {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -189,6 +189,8 @@ def long_lived(isa: str, form: str) -> Served:
     others=st.lists(st.integers(1, 300), max_size=4),
     place=st.integers(0, 4),
 )
+@example(cuts=[40, 1092], others=[], place=0)  # 8 tokens: quantized weights are multiplied without tiles
+@example(cuts=[1091], others=[], place=0)  # 9: with tiles
 def test_the_same_bits_alone_in_a_batch_and_in_chunks(
     isa: str, form: str, cuts: list[int], others: list[int], place: int
 ) -> None:
