@@ -7,8 +7,8 @@
 #endif
 
 // Prefetch memory. Blocks of the cache are pages apart, so the hardware prefetcher does not find the next one.
-INLINE void prefetch(const uint32_t* from, long words) {
-    for (long i = 0; i < words; i += 16) __builtin_prefetch(from + i, 0, 2);
+INLINE void prefetch(const void* from, long words) {
+    for (long i = 0; i < words; i += 16) __builtin_prefetch(static_cast<const uint32_t*>(from) + i, 0, 2);
 }
 
 INLINE f32x16 splat(float x) { return f32x16{} + x; }
@@ -62,8 +62,10 @@ INLINE float sum(f32x16 v) { return reduce(v, [](float a, float b) { return a + 
 INLINE float reduce_max(f32x16 v) { return reduce(v, [](float a, float b) { return max_of(a, b); }); }
 #endif
 
-// 2^x; 0 below 2^-126. Relative error below 2e-7 (Taylor polynomial of degree 6 on [-0.5, 0.5]).
-INLINE f32x16 exp2_of(f32x16 x) {
+// 2^x; 0 below 2^-126. The relative error is below 2e-7 with DEGREE 6 (Taylor polynomial on [-0.5, 0.5]), below 4e-6 with 4
+// (interpolation at Chebyshev nodes), which is enough for what is rounded to bfloat16.
+template <int DEGREE = 6> INLINE f32x16 exp2_of(f32x16 x) {
+    static_assert(DEGREE == 6 || DEGREE == 4);
 #if defined(__AVX512F__)
     const f32x16 whole = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const f32x16 f = x - whole;
@@ -76,12 +78,20 @@ INLINE f32x16 exp2_of(f32x16 x) {
     const i32x16 whole = (i32x16)shifted - 0x4B400000;
     const f32x16 f = x - (shifted - 12582912.0f);
 #endif
-    f32x16 p = splat(1.5403530e-4f);
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
+    f32x16 p;
+    if constexpr (DEGREE == 6) {
+        p = splat(1.5403530e-4f);
+        p = p * f + 1.3333558e-3f;
+        p = p * f + 9.6181291e-3f;
+        p = p * f + 5.5504109e-2f;
+        p = p * f + 2.4022651e-1f;
+        p = p * f + 6.9314718e-1f;
+    } else {
+        p = splat(9.6663685e-3f);
+        p = p * f + 5.5921976e-2f;
+        p = p * f + 2.4022349e-1f;
+        p = p * f + 6.9312105e-1f;
+    }
     p = p * f + 1.0f;
 #if defined(__AVX512F__)
     const __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);

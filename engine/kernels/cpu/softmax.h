@@ -16,28 +16,33 @@ inline void Attention<T>::clear(Accumulator& acc, int rows) const {
 
 template <class T>
 inline void Attention<T>::weigh(
-    const Layer& layer, const Queries& tile, const QueryRows& queries, int span, int tokens, const Scores& scores,
-    float* probs, Accumulator& acc
+    const Layer& layer, const Work& work, const QueryRows& queries, int first, const Scores& scores, Weight* weights,
+    Accumulator& acc
 ) const {
+    constexpr int DEGREE = std::is_same_v<T, F32> ? 6 : 4;
     const float factor = shape_.scaling * 1.44269504f;  // weights are powers of two
     for (int r = 0; r < queries.rows; r++) {
-        const int position = tile.position + r / queries.group;
+        const int position = work.tile().position + r / queries.group - first;  // within the span
         const int oldest = layer.window ? position - layer.window : -1;
         f32x16 score[SPAN / LANES], top = splat(NO_SCORE);
-        for (int t = 0; t < tokens; t += LANES) {
+#pragma GCC unroll 8
+        for (int t = 0; t < SPAN; t += LANES) {
             f32x16 s = load<f32x16>(&scores[r][t]) * factor;
-            const int first = span + t;
-            if (first + LANES - 1 > position) s = select(lane_numbers() > position - first, splat(MASKED), s);
-            if (first <= oldest) s = select(lane_numbers() <= oldest - first, splat(MASKED), s);
+            if (t + LANES - 1 > position) s = select(lane_numbers() > position - t, splat(MASKED), s);
+            if (t <= oldest) s = select(lane_numbers() <= oldest - t, splat(MASKED), s);
             score[t / LANES] = s;
             top = max_of(top, s);
         }
         const float before = acc.top[r], now = max_of(before, reduce_max(top));
         f32x16 weight{};
-        for (int t = 0; t < tokens; t += LANES) {
-            const f32x16 prob = exp2_of(score[t / LANES] - now);
+#pragma GCC unroll 8
+        for (int t = 0; t < SPAN; t += LANES) {
+            const f32x16 prob = exp2_of<DEGREE>(score[t / LANES] - now);
             weight += prob;
-            store(probs + r * SPAN + t, prob);
+            if constexpr (T::QUANTIZED)
+                store(weights + r * SPAN + t, prob);
+            else
+                T::narrow(weights + r * SPAN + t, prob);
         }
         if (now > before) {
             const f32x16 rescale = exp2_of(splat(before - now));

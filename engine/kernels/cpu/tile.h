@@ -44,7 +44,7 @@ struct SoftwareTiles {
 
     void dot_bf16(int sum, int left, int right) {
         for (int r = 0; r < shapes.rows[left]; r++)
-            for (int u = 0; u < TILE; u++)
+            for (int u = 0; u < shapes.rows[right]; u++)
                 for (int c = 0; c < TILE; c++) {
                     const uint32_t a = at[left][r][u], b = at[right][u][c];
                     float total = as_float(at[sum][r][c]) + as_float(a << 16) * as_float(b << 16);
@@ -52,12 +52,12 @@ struct SoftwareTiles {
                 }
     }
 
-    void dot_signed(int sum, int left, int right) {
+    template <class L, class R> void dot_bytes(int sum, int left, int right) {
         for (int r = 0; r < shapes.rows[left]; r++)
             for (int u = 0; u < shapes.rows[right]; u++)
                 for (int c = 0; c < TILE; c++)
                     for (int i = 0; i < 32; i += 8)
-                        at[sum][r][c] += int8_t(at[left][r][u] >> i) * int8_t(at[right][u][c] >> i);
+                        at[sum][r][c] += int32_t(L(at[left][r][u] >> i)) * int32_t(R(at[right][u][c] >> i));
     }
 };
 
@@ -71,7 +71,9 @@ inline thread_local SoftwareTiles software_tiles;
 #define TILE_LOAD(tile, from, apart) software_tiles.load(tile, from, apart)
 #define TILE_STORE(tile, to, apart) software_tiles.put(tile, to, apart)
 #define TILE_DOT_BF16(sum, left, right) software_tiles.dot_bf16(sum, left, right)
-#define TILE_DOT_SIGNED(sum, left, right) software_tiles.dot_signed(sum, left, right)
+#define TILE_DOT_SIGNED(sum, left, right) (software_tiles.dot_bytes<int8_t, int8_t>(sum, left, right))
+#define TILE_DOT_SIGNED_UNSIGNED(sum, left, right) (software_tiles.dot_bytes<int8_t, uint8_t>(sum, left, right))
+#define TILE_DOT_UNSIGNED_SIGNED(sum, left, right) (software_tiles.dot_bytes<uint8_t, int8_t>(sum, left, right))
 
 #elif defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
@@ -86,6 +88,8 @@ inline thread_local SoftwareTiles software_tiles;
 #define TILE_STORE(tile, to, apart) _tile_stored(tile, to, apart)
 #define TILE_DOT_BF16(sum, left, right) _tile_dpbf16ps(sum, left, right)
 #define TILE_DOT_SIGNED(sum, left, right) _tile_dpbssd(sum, left, right)
+#define TILE_DOT_SIGNED_UNSIGNED(sum, left, right) _tile_dpbsud(sum, left, right)
+#define TILE_DOT_UNSIGNED_SIGNED(sum, left, right) _tile_dpbusd(sum, left, right)
 
 #endif
 

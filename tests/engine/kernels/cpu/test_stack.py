@@ -244,6 +244,16 @@ def test_quantised_stacks_compute_what_their_weights_say(isa: str, form: str, mo
     assert error < most
 
 
+def fill_values(served: Served, num_blocks: int, blocks: list[int], bits: int) -> None:
+    """Set all values of some blocks of the cache: `bits` of float32, or of bfloat16 if they fit 16."""
+    spec = served.stack._spec
+    dtype = np.uint32 if bits >> 16 else np.uint16
+    region = spec.layer[0].values - spec.layer[0].keys
+    for layer in range(spec.layers):
+        cache = np.ctypeslib.as_array((ctypes.c_uint8 * region).from_address(spec.layer[layer].values))
+        cache.view(dtype).reshape(num_blocks, -1)[blocks] = bits
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("form", ["float32", "bfloat16"])
 def test_what_another_row_left_in_a_block_does_no_harm(isa: str, form: str) -> None:
@@ -252,13 +262,7 @@ def test_what_another_row_left_in_a_block_does_no_harm(isa: str, form: str) -> N
     served = long_lived(isa, form)
     blocks = served.blocks_for(37, 250)
     clean = served.run([(ids, 0, blocks)])[0]
-    spec = served.stack._spec
-    itemsize = 4 if form == "float32" else 2
-    region = spec.layer[0].values - spec.layer[0].keys
-    for layer in range(spec.layers):
-        cache = np.ctypeslib.as_array((ctypes.c_uint8 * region).from_address(spec.layer[layer].values))
-        numbers = cache.view(np.uint32 if itemsize == 4 else np.uint16).reshape(300, -1)
-        numbers[blocks] = 0x7F800000 if itemsize == 4 else 0x7F80
+    fill_values(served, 300, blocks, 0x7F800000 if form == "float32" else 0x7F80)
     assert (served.run([(ids, 0, blocks)])[0] == clean).all()
     for end in (20, 30):  # in chunks, of which the first ones end before the last of the infinities
         served.run([(ids[:end], 0, blocks)])
