@@ -358,7 +358,7 @@ template <class T> class Attention {
     // Scores of the tokens from `first` on to weights, not yet normalized, 0 for tokens that a query does not see. What was
     // accumulated before is rescaled to the new highest score.
     void weigh(
-        const Layer& layer, const Work& work, const QueryRows& queries, int first, const Scores& scores, Weight* weights,
+        const Layer& layer, const Work& work, const QueryRows& queries, int first, Scores& scores, Weight* weights,
         Accumulator& acc
     ) const;
 

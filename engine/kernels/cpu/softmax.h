@@ -16,28 +16,32 @@ inline void Attention<T>::clear(Accumulator& acc, int rows) const {
 
 template <class T>
 inline void Attention<T>::weigh(
-    const Layer& layer, const Work& work, const QueryRows& queries, int first, const Scores& scores, Weight* weights,
+    const Layer& layer, const Work& work, const QueryRows& queries, int first, Scores& scores, Weight* weights,
     Accumulator& acc
 ) const {
     constexpr int DEGREE = std::is_same_v<T, F32> ? 6 : 4;
     const float factor = shape_.scaling * 1.44269504f;  // weights are powers of two
+    float tops[ROWS];
+    // Rows in two passes: a row's weights need its highest score, which takes a chain of shuffles.
     for (int r = 0; r < queries.rows; r++) {
         const int position = work.tile().position + r / queries.group - first;  // within the span
         const int oldest = layer.window ? position - layer.window : -1;
-        f32x16 score[SPAN / LANES], top = splat(NO_SCORE);
+        f32x16 top = splat(NO_SCORE);
 #pragma GCC unroll 8
         for (int t = 0; t < SPAN; t += LANES) {
-            f32x16 s = load<f32x16>(&scores[r][t]) * factor;
-            if (t + LANES - 1 > position) s = select(lane_numbers() > position - t, splat(MASKED), s);
-            if (t <= oldest) s = select(lane_numbers() <= oldest - t, splat(MASKED), s);
-            score[t / LANES] = s;
+            f32x16 s = load<f32x16>(&scores[r][t]);
+            if (t + LANES - 1 > position) store(&scores[r][t], s = select(lane_numbers() > position - t, splat(MASKED), s));
+            if (t <= oldest) store(&scores[r][t], s = select(lane_numbers() <= oldest - t, splat(MASKED), s));
             top = max_of(top, s);
         }
-        const float before = acc.top[r], now = max_of(before, reduce_max(top));
+        tops[r] = max_of(acc.top[r], reduce_max(top) * factor);
+    }
+    for (int r = 0; r < queries.rows; r++) {
+        const float before = acc.top[r], now = tops[r];
         f32x16 weight{};
 #pragma GCC unroll 8
         for (int t = 0; t < SPAN; t += LANES) {
-            const f32x16 prob = exp2_of<DEGREE>(score[t / LANES] - now);
+            const f32x16 prob = exp2_of<DEGREE>(load<f32x16>(&scores[r][t]) * factor - now);
             weight += prob;
             if constexpr (T::QUANTIZED)
                 store(weights + r * SPAN + t, prob);
