@@ -65,7 +65,7 @@ class TileProducts {
     static int panels_at_once(int rows, int left) { return std::min(left, rows > TILE ? PANELS : QUAD); }
 
     template <class P> void multiply(int, int count, const uint32_t* a, const Runs& b, void* out) const {
-        __asm__ volatile("" ::: "memory");  // the compiler does not know that loads of tiles read memory
+        TILE_FENCE();
         const auto to = static_cast<uint32_t*>(out);
         if (rows_ > TILE) return (count == 2 ? tall<P, 2> : tall<P, 1>)(a, b, depth_, to);
         static constexpr decltype(&flat<P, 1>) kernels[] = {flat<P, 1>, flat<P, 2>, flat<P, 3>, flat<P, 4>};
