@@ -47,8 +47,9 @@ def open_for_backend(
     isas, _ = _isas_to_try(config)
     outline = open_outline(config, model_info, progress) if isas else None
     if outline is not None:
-        refused = _refusal(outline, _formats(config, model_info), resolved.block_size)
-        if refused is None and _first_compiled(config, isas)[0] is not None:
+        formats = _formats(config, model_info)
+        refused = _refusal(outline, formats, resolved.block_size)
+        if refused is None and _first_compiled(config, isas, formats)[0] is not None:
             return outline
         outline.close()
     return open_model(config, model_info, progress)
@@ -71,7 +72,7 @@ def build_backend(
     if isas:
         refusal = _refusal(meta_model, formats, resolved.block_size)
         unsupported = refusal is not None
-        isa, reason = (None, refusal) if unsupported else _first_compiled(config, isas)
+        isa, reason = (None, refusal) if unsupported else _first_compiled(config, isas, formats)
         if isa is not None:
             return _build_fused(config, model_info, resolved, meta_model, formats, isa)
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
@@ -161,12 +162,12 @@ def _isas_to_try(config: EngineConfig) -> tuple[list[str], str | None]:
     return [config.kernels], None
 
 
-def _first_compiled(config: EngineConfig, isas: list[str]) -> tuple[str | None, str | None]:
+def _first_compiled(config: EngineConfig, isas: list[str], formats: StackFormats) -> tuple[str | None, str | None]:
     """The first instruction set that the compiler can compile (an old one lacks the newest), or the first cause."""
     causes = []
     for isa in isas:
         try:
-            bindings.load(isa)
+            bindings.load(isa, formats.weights, formats.cache)
         except BuildError as error:
             if config.kernels != "auto":
                 raise ConfigError(f"--kernels {isa}: {error}") from error

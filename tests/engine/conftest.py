@@ -1,13 +1,14 @@
 """Starts executors for the tests of the worker and ends them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig
+from engine.kernels.cpu import build
 from engine.memory import resolve
 from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
@@ -30,6 +31,15 @@ def make_driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
         return Driver(executor, rows=rows, block_size=block_size, num_blocks=num_blocks, windows=windows)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _whole_kernels() -> Iterator[None]:
+    """Tests need all stacks: compiling a library of all of them takes less time than one for each."""
+    library = build.library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "library", lambda isa, folder=None, stack=None: library(isa, folder))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

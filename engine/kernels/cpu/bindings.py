@@ -115,13 +115,13 @@ class Batch:
         )  # fmt: skip
 
 
-def load(isa: str) -> ctypes.CDLL:
+def load(isa: str, weights: str, cache: str) -> ctypes.CDLL:
     """The kernels of an instruction set of build.ISAS, compiled if needed, in a process that may use it.
 
-    Raises BuildError.
+    They have the stack of these formats (see FORMATS), others perhaps. Raises BuildError.
     """
     build.request_permission(isa)
-    return _open(build.library(isa))
+    return _open(build.library(isa, stack=(FORMATS[weights], FORMATS[cache])))
 
 
 @functools.cache
@@ -161,7 +161,7 @@ class Stack:
     def __init__(
         self, spec: StackSpec, weights: str, cache: str, threads: int, isa: str, owners: Any, cores: Sequence[int] = ()
     ):
-        self._functions = load(isa)
+        self._functions = load(isa, weights, cache)
         self._owners = (spec, owners)
         self._spec = spec
         pinned = np.array(cores, dtype=np.int32)

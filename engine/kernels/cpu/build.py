@@ -101,20 +101,24 @@ def _may_use_tiles() -> bool:
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
-def library(isa: str, folder: Path | None = None) -> Path:
+def library(isa: str, folder: Path | None = None, stack: tuple[int, int] | None = None) -> Path:
     """The compiled kernels of an instruction set: those of the wheel, or from `folder` (default: the user's cache).
 
-    They are compiled if they are at neither place. Raises BuildError without a compiler, with the compiler's first
-    error, or if the library can't be stored.
+    They are compiled if they are at neither place: of all stacks, or only of one, which takes a third of the time.
+    Raises BuildError without a compiler, with the compiler's first error, or if the library can't be stored.
+
+    Args:
+        stack: the numbers of its formats, of weights and cache; None: all stacks.
     """
-    name = _name(isa)
-    if (SOURCES / PREBUILT / name).exists():
-        return SOURCES / PREBUILT / name
+    whole = _name(isa)
+    if (SOURCES / PREBUILT / whole).exists():
+        return SOURCES / PREBUILT / whole
+    only = () if stack is None else (f"-DREDLINE_STACK={stack[0]},{stack[1]}",)
     try:
         folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
-        path = folder / name
+        path = folder / (whole if (folder / whole).exists() else _name(isa, only))
         if not path.exists():
-            _compile(isa, path)
+            _compile(isa, path, only)
     except (OSError, RuntimeError) as error:  # no home folder, or it can't be written to
         raise BuildError(f"the CPU kernels can't be stored: {error} (XDG_CACHE_HOME sets another folder)") from error
     return path
@@ -136,9 +140,9 @@ def prebuild(isas: Sequence[str], folder: Path) -> dict[str, BuildError]:
         return {isa: error for isa, error in failures if error}
 
 
-def _name(isa: str) -> str:
+def _name(isa: str, only: Sequence[str] = ()) -> str:
     """The name of a library, with a hash of everything that it is compiled from."""
-    digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS, *ISAS[isa][0])).encode())
+    digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS, *ISAS[isa][0], *only)).encode())
     for source in [*sorted(SOURCES.glob("*.h")), SOURCES / MAIN]:
         digest.update(source.read_bytes())
     return f"{isa}-{digest.hexdigest()[:16]}.so"
@@ -151,13 +155,13 @@ def _compiler() -> str:
     return found
 
 
-def _compile(isa: str, path: Path) -> None:
+def _compile(isa: str, path: Path, only: Sequence[str]) -> None:
     compiler = _compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         if path.exists():  # another rank or server has compiled it in the meantime
             return
-        _run(compiler, isa, path)
+        _run(compiler, isa, path, only)
 
 
 @contextlib.contextmanager
@@ -172,10 +176,10 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _run(compiler: str, isa: str, path: Path) -> None:
+def _run(compiler: str, isa: str, path: Path, only: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         compiled = Path(scratch) / path.name
-        command = [compiler, *FLAGS, *ISAS[isa][0], "-o", str(compiled), str(SOURCES / MAIN)]
+        command = [compiler, *FLAGS, *ISAS[isa][0], *only, "-o", str(compiled), str(SOURCES / MAIN)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode:
             complaint = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())

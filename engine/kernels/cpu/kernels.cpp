@@ -4,15 +4,37 @@
 
 enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
 
-static AnyStack* make(const Spec* spec, int weights, int cache, int threads, const int32_t* cores) {
-    if (weights == FLOAT32 && cache == FLOAT32) return new Stack<F32, F32, F32>(*spec, threads, cores);
-    if (weights == BFLOAT16 && cache == BFLOAT16) return new Stack<BF16, BF16, BF16>(*spec, threads, cores);
-    if (weights == BFLOAT16 && cache == INT8) return new Stack<BF16, BF16, C8>(*spec, threads, cores);
-    if (weights == INT8 && cache == INT8) return new Stack<I8, I8, C8>(*spec, threads, cores);
-    if (weights == INT4 && cache == INT8) return new Stack<I4, I8, C8>(*spec, threads, cores);
-    if (weights == INT8 && cache == BFLOAT16) return new Stack<I8, I8, BF16>(*spec, threads, cores);
-    if (weights == INT4 && cache == BFLOAT16) return new Stack<I4, I8, BF16>(*spec, threads, cores);
-    return nullptr;
+// A library that is compiled for one pair of formats has the stack of that pair only: each takes seconds to compile.
+#ifdef REDLINE_STACK
+constexpr int ONLY[2] = {REDLINE_STACK};
+constexpr bool compiled(int weights, int cache) { return weights == ONLY[0] && cache == ONLY[1]; }
+#else
+constexpr bool compiled(int, int) { return true; }
+#endif
+
+struct Wanted {
+    int weights, cache;
+    const Spec& spec;
+    int threads;
+    const int32_t* cores;
+
+    // The stack of these formats, or null if another one is wanted.
+    template <int WEIGHTS, int CACHE, class... Formats> AnyStack* make() const {
+        if constexpr (compiled(WEIGHTS, CACHE)) {
+            if (weights == WEIGHTS && cache == CACHE) return new Stack<Formats...>(spec, threads, cores);
+        }
+        return nullptr;
+    }
+};
+
+static AnyStack* make(const Wanted& wanted) {
+    if (auto made = wanted.make<FLOAT32, FLOAT32, F32, F32, F32>()) return made;
+    if (auto made = wanted.make<BFLOAT16, BFLOAT16, BF16, BF16, BF16>()) return made;
+    if (auto made = wanted.make<BFLOAT16, INT8, BF16, BF16, C8>()) return made;
+    if (auto made = wanted.make<INT8, INT8, I8, I8, C8>()) return made;
+    if (auto made = wanted.make<INT4, INT8, I4, I8, C8>()) return made;
+    if (auto made = wanted.make<INT8, BFLOAT16, I8, I8, BF16>()) return made;
+    return wanted.make<INT4, BFLOAT16, I4, I8, BF16>();
 }
 
 extern "C" {
@@ -20,7 +42,7 @@ extern "C" {
 // Null if there is no such stack, or no memory or threads for it.
 AnyStack* redline_stack(const Spec* spec, int weights, int cache, int threads, const int32_t* cores) {
     try {
-        return make(spec, weights, cache, threads, cores);
+        return make({weights, cache, *spec, threads, cores});
     } catch (const std::exception&) {
         return nullptr;
     }

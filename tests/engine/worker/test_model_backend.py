@@ -87,7 +87,7 @@ def test_a_slow_dtype_is_a_warning_only_with_torch(
 def test_without_a_compiler_torch_computes_and_warns(
     tmp_path: Path, make_driver: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_level: str) -> Path:
+    def fail(*_: object, **__: object) -> Path:
         raise BuildError("there is no C++ compiler")
 
     monkeypatch.setattr(build, "library", fail)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from engine.kernels.cpu import bindings, build
-from engine.kernels.cpu.build import BuildError
+from engine.kernels.cpu.build import BuildError, library
 
 ISA = next(iter(build.supported_isas()), None)
+FORMATS = "bfloat16", "bfloat16"
 
 pytestmark = pytest.mark.skipif(ISA is None, reason="the CPU kernels need AVX2 or NEON")
 
@@ -51,6 +52,22 @@ def test_the_second_one_finds_what_the_first_one_made(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PATH", os.devnull)  # no compiler is needed any more
     assert build.library(ISA, tmp_path) == made
     assert [path.name for path in tmp_path.iterdir()] == [made.name], "nothing else is left"
+
+
+@pytest.mark.usefixtures("small_source")
+def test_a_start_compiles_the_stack_that_it_needs_unless_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ISA is not None
+    (build.SOURCES / build.MAIN).write_text("constexpr int only[] = {REDLINE_STACK};\nstatic_assert(only[1] == 2);\n")
+    one, other = library(ISA, tmp_path, (1, 2)), library(ISA, tmp_path, (3, 2))
+    assert one != other
+    (build.SOURCES / build.MAIN).write_text("#ifdef REDLINE_STACK\n#error not whole\n#endif\n")
+    whole = library(ISA, tmp_path)
+    assert library(ISA, tmp_path, (1, 2)) == whole
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DANOTHER_VERSION"))
+    with pytest.raises(BuildError, match="not whole"):
+        library(ISA, tmp_path, (1, 2))
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,18 +127,18 @@ def test_loading_requests_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[bool] = []
     compiled = build.library(ISA)
     monkeypatch.setattr(build, "_may_use_tiles", lambda: requests.append(True) or True)
-    monkeypatch.setattr(build, "library", lambda isa: compiled)
+    monkeypatch.setattr(build, "library", lambda isa, stack: compiled)
     if ISA != "amx":
-        bindings.load(ISA)
+        bindings.load(ISA, *FORMATS)
         assert requests == [], "only tiles need a permission"
-    assert bindings.load("amx").redline_stack
+    assert bindings.load("amx", *FORMATS).redline_stack
     assert requests == [True]
 
 
 def test_without_the_permission_tiles_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_may_use_tiles", lambda: False)
     with pytest.raises(BuildError, match=r"refuses this process the tile registers of AMX .*ARCH_REQ_XCOMP_PERM"):
-        bindings.load("amx")
+        bindings.load("amx", *FORMATS)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
