@@ -137,8 +137,8 @@ def main() -> None:
             with empty_cache(model) as environment:
                 measure(version, form, environment)
     else:
-        for version, folder in versions.items():  # fills the caches
-            start(version, folder, "int4", model, {})
+        for form, (version, folder) in itertools.product(FORMS, versions.items()):  # fills the caches
+            start(version, folder, form, model, {})
         for _, form, version in itertools.product(range(rounds), FORMS, versions):
             measure(version, form, {})
     Console(width=200).print(table_of(starts))
