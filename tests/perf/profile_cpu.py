@@ -2,7 +2,7 @@
 
 For batches of rows that decode at several contexts, and for chunks of a prompt: the median of several runs beside the
 limit (see cpu_limits.py), and the time of each op. The machine is measured before and after each of them: it is shared,
-and its limits move. A limit takes the better of the two.
+and its limits move. A limit takes the mean of the two.
 
 Writes results/profile-cpu.json, rows: form, rows, context, tokens (of each row), step_ms, limit_ms, attention_limit_ms
 (with attention's own products), each op's ms, and read_gb_s and gemm_tflop_s, each before and after; and the figure
@@ -25,7 +25,7 @@ from bench.results.environment import hardware
 from engine.host import cores
 from engine.kernels.cpu.bindings import Stack
 from plots.style import COLORS, MARKERS, STYLE, WIDTH_IN, footnote, headline, plain, save
-from tests.perf.cpu_limits import Machine, MachineProbe, Shape, best_of
+from tests.perf.cpu_limits import Machine, MachineProbe, Shape, mean_of
 from tests.perf.cpu_stack import BLOCK, FORMS, batch_of, folder_of, make
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def show(row: dict[str, Any]) -> None:
 
 def limits(shape: Shape, before: Machine, after: Machine, rows: int, context: int, tokens: int) -> dict[str, Any]:
     """The least times of a point, ms, and what the machine showed before and after it."""
-    machine = best_of(before, after)
+    machine = mean_of(before, after)
     if tokens == 1:
         both = [shape.step_s(machine, rows, context, attention=attention) for attention in (False, True)]
     else:
