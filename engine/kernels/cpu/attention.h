@@ -4,8 +4,9 @@
 //
 //     keys:    panels of 16 tokens, D/E units each        values:  panels of 16 elements, B/E units of tokens each
 //
-// and in int8 the scales of its tokens. So scores and weighted sums of values are products like any other. All query heads
-// of a kv head are computed together, so its keys and values are read once.
+// and in int8 the scales of its tokens. So scores and weighted sums of values are products like any other, computed in
+// vectors (attention_products.h) or on AMX tiles (attention_tiles.h). All query heads of a kv head are computed together, so
+// its keys and values are read once.
 //
 // Softmax is computed online (as in FlashAttention), SPAN tokens at a time. The sum over a row's keys is split at multiples
 // of PART tokens, and parts are merged in order, so a token's result has the same bits alone, in a batch or in a chunk.
