@@ -7,12 +7,15 @@ Beside others it gets what the system's scheduler gives it.
 """
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
+from bench.child_processes import end_with_parent
 from tests.perf.child_processes import start_child
 
 ROOT = Path(__file__).parents[2]
@@ -39,28 +42,28 @@ class Neighbor:
 @contextmanager
 def neighbor(kind: str, cores: Sequence[int]) -> Iterator[Neighbor]:
     """A process of this kind on each of these cores, none for none; yields once all of them run."""
-    processes = []
+    if not cores:
+        yield Neighbor([])
+        return
+    command = [sys.executable, "-m", "tests.perf.neighbor", kind, *map(str, cores)]
+    # As one program in a session of its own, as the engines are: schedulers share cores among sessions first.
+    process = start_child(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
     try:
-        for core in cores:
-            processes.append(start_child([sys.executable, "-m", "tests.perf.neighbor", kind, str(core)], cwd=ROOT))
-        for process in processes:
-            while not _is_on_one_core(process.pid) and process.poll() is None:
-                time.sleep(0.01)
-        yield Neighbor([process.pid for process in processes])
-        ended = [process.returncode for process in processes if process.poll() is not None]
-        if ended:
-            sys.exit(f"{len(ended)} of {len(processes)} processes of the neighbor ended by themselves: {ended[0]}")
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        if len(pids) != len(cores):
+            sys.exit("the neighbor did not start")
+        yield Neighbor(pids)
+        if process.poll() is not None:
+            sys.exit(f"the neighbor ended by itself, with exit code {process.returncode}")
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
-def _is_on_one_core(pid: int) -> bool:
-    return len(os.sched_getaffinity(pid)) == 1
-
-
-def compute(pause_s: float) -> None:
+def compute(core: int, pause_s: float) -> NoReturn:
+    os.sched_setaffinity(0, {core})
     while True:
         end = time.process_time() + BUSY_S
         while time.process_time() < end:
@@ -69,6 +72,18 @@ def compute(pause_s: float) -> None:
             time.sleep(pause_s)
 
 
+def start(kind: str, cores: Sequence[int]) -> None:
+    """Compute on the first core, and in a child on each other one; says the ids of all processes."""
+    parent, pids = os.getpid(), []
+    for core in cores[1:]:
+        pid = os.fork()
+        if pid == 0:
+            end_with_parent(parent)
+            compute(core, PAUSE_S[kind])
+        pids.append(pid)
+    print(parent, *pids, flush=True)
+    compute(cores[0], PAUSE_S[kind])
+
+
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {int(sys.argv[2])})
-    compute(PAUSE_S[sys.argv[1]])
+    start(sys.argv[1], [int(core) for core in sys.argv[2:]])

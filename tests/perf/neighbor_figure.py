@@ -29,10 +29,9 @@ def neighbor_figure(rows: list[dict[str, Any]]) -> Figure:
         figure, panels, height = bar_figure(places, _BAR_IN, len(footer), boxes)
         _draw(panels[0], rows, places, "output_tok_s", "Throughput", "output tokens/s")
         _draw(panels[1], rows, places, "itl_p99_ms", "P99 ITL", "ms")
-        for number, (row, place) in enumerate(zip(rows, places, strict=True)):
-            alone = rows[number // count * count]
-            if row is not alone:
-                fair = alone["output_tok_s"] * row["left"]
+        for row, place in zip(rows, places, strict=True):
+            if row["neighbor"] != "none":
+                fair = _fair_rate(row)
                 panels[0].plot([fair, fair], [place - 0.46, place + 0.46], color=MUTED, linewidth=1.6)
             else:
                 panels[0].annotate(
@@ -45,28 +44,35 @@ def neighbor_figure(rows: list[dict[str, Any]]) -> Figure:
         return figure
 
 
+def _fair_rate(row: dict[str, Any]) -> float:
+    """Throughput alone times the share of the cores' time that the neighbor left over."""
+    return float(row["output_tok_s"] / row["kept"] * row["left"])
+
+
 def _draw(axes: Axes, rows: list[dict[str, Any]], places: list[float], key: str, title: str, unit: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(unit)
     for row, place in zip(rows, places, strict=True):
-        beside = row["neighbor"] != "none"
+        beside = row["neighbor"] != "none" and key == "output_tok_s"
+        end = max(row[key], _fair_rate(row)) if beside else row[key]
         axes.barh(place, row[key], 0.86, color=KINDS[row["neighbor"]][1])
-        kept = f" ({row['kept']:.0%})" if beside and key == "output_tok_s" else ""
+        kept = f" ({row['kept']:.0%})" if beside else ""
         text = f"{plain(row[key])}{kept}"
-        axes.annotate(text, (row[key], place), (6, 0), textcoords="offset points", fontsize=9, va="center")
+        axes.annotate(text, (end, place), (6, 0), textcoords="offset points", fontsize=9, va="center")
     axes.set_xlim(0, 1.35 * max(row[key] for row in rows))
 
 
 def _caption(rows: list[dict[str, Any]]) -> list[str]:
-    def got(kind: str) -> str:
-        shares = [row["neighbor_share"] for row in rows if row["neighbor"] == kind]
+    def got(engine: str, kind: str) -> str:
+        shares = [row["neighbor_share"] for row in rows if (row["engine"], row["neighbor"]) == (engine, kind)]
         return f"{min(shares):.0%} to {max(shares):.0%}"
 
-    first = rows[0]
+    first, engines = rows[0], dict.fromkeys(row["engine"] for row in rows)
+    shares = "; ".join(f"beside {NAMES[name]} {got(name, 'half')} and {got(name, 'busy')}" for name in engines)
     facts = [
         f"Model: {first['model']}; requests of 128/128 tokens over HTTP",
-        f"Neighbor: one process on each core; the first computes for 5 ms and sleeps for 5 ms and got {got('half')} of "
-        f"the cores' time, the second got {got('busy')}",
+        "Neighbor: one process on each core, which computes for 5 ms and sleeps for 5 ms, or always computes",
+        f"It got of the cores' time: {shares}",
         "Line: what the rest of the cores' time would give",
         f"Hardware: {first['hardware']}; medians of {first['rounds']} runs",
     ]
