@@ -15,7 +15,8 @@ WORKLOADS=single,online-4 workloads, MODEL=… another model; REQUESTS=8 caps th
 What the machine itself allows (cpu_limits.py) is measured before all engines, before each round, and after them.
 
 Prints tables and writes results/bench-cpu.json after each turn: a run that is interrupted or killed loses nothing that
-it has measured. `complete` is false in all rows until the run has come to its end.
+it has measured. `complete` is false in all rows until the run has come to its end. If a request of an engine fails, its
+turn counts for nothing, `failures` says why, and the run goes on.
 """
 
 import signal
@@ -36,7 +37,7 @@ from bench.workloads.base import RequestSpec
 from tests.perf.cpu_limits import measure_machine
 from tests.perf.cpu_peers import Subject, asked_engines, cores, subjects
 from tests.perf.cpu_plan import BATCH, Plan, Workload, make_plan
-from tests.perf.cpu_process import Child, Engine, Server
+from tests.perf.cpu_process import Child, Engine, RequestsFailed, Server
 from tests.perf.cpu_results import Form, Results
 from tests.perf.cpu_tables import show
 
@@ -186,6 +187,10 @@ class Run:
             if number == 0:
                 measure(engine, workload, plan.specs(workload, -2, WARM_UP_TOKENS), -2)
             run = measure(engine, workload, plan.specs(workload, number), number)
+        except RequestsFailed as error:
+            form.failures.setdefault(workload.name, []).append(str(error).partition(";")[0])
+            self._add(f"{what} failed: {error}")
+            return
         finally:
             engine.pause()
         form.runs.setdefault(workload.name, []).append(run)

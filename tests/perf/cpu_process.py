@@ -6,12 +6,11 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import psutil
@@ -26,6 +25,10 @@ from tests.perf.child_processes import start_child
 START_LIMIT_S = 900.0  # a first start may compile
 RUN_LIMIT_S = 1200.0
 _GRACE_S = (30.0, 10.0)  # after SIGINT, SIGTERM
+
+
+class RequestsFailed(SystemExit):
+    """Requests of an engine failed; it can take others. Ends a benchmark that doesn't catch it."""
 
 
 class Engine:
@@ -71,9 +74,9 @@ class Engine:
         assert self._process is not None, f"{self.name} was not started"
         return self._process
 
-    def fail(self, what: str) -> None:
+    def fail(self, what: str, error: type[SystemExit] = SystemExit) -> NoReturn:
         text = self._log.read_text(errors="replace")[-3000:]
-        sys.exit(f"{self.name}: {what}; the end of what it said:\n{text}")
+        raise error(f"{self.name}: {what}; the end of what it said:\n{text}")
 
     def pause(self) -> None:
         """Loaded, but without any use of the processor."""
@@ -155,7 +158,7 @@ class Child(Engine):
         self.process.stdin.flush()
         answer = self._answer(time.monotonic() + RUN_LIMIT_S)
         if answer["tokens"] != len(specs) * output:
-            self.fail(f"{answer['tokens']} tokens instead of {len(specs) * output}")
+            self.fail(f"{answer['tokens']} tokens instead of {len(specs) * output}", RequestsFailed)
         return answer
 
     def _answer(self, deadline: float) -> dict[str, Any]:
@@ -217,7 +220,7 @@ class Server(Engine):
         bad = [row for row in rows if row.status != "ok" or row.output_tokens != row.asked_output_tokens]
         if bad or len(rows) != requests:
             first = f": {bad[0].status} {bad[0].error} after {bad[0].output_tokens} tokens" if bad else ""
-            self.fail(f"{len(bad)} of {requests} requests failed or are short of tokens{first}")
+            self.fail(f"{len(bad)} of {requests} requests failed or are short of tokens{first}", RequestsFailed)
         return recording
 
 

@@ -28,6 +28,7 @@ class Form:
     idle_cpu_percent: float = 0.0
     first_start_s: float = 0.0
     runs: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # by workload
+    failures: dict[str, list[str]] = field(default_factory=dict)  # turns that failed, by workload
 
 
 class Results:
@@ -61,7 +62,9 @@ def rows_of(form: Form, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if not form.runs and not form.first_start_s:
         return
     told = form.engine.versions | ({"build": subject.version} if subject.version else {})
-    for workload, runs in (form.runs or {ALONE: []}).items():
+    workloads = dict.fromkeys((*form.runs, *form.failures)) or (ALONE,)
+    for workload in workloads:
+        runs = form.runs.get(workload, [])
         middle = {key: round(median(run[key] for run in runs), 3) for key in (runs[0] if runs else ())}
         rates = [run["output_tok_s"] for run in runs]
         yield {
@@ -81,6 +84,7 @@ def rows_of(form: Form, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "itl_p99_ms": middle.get("itl_p99_ms"),
             "tokens_per_chunk": middle.get("tokens_per_chunk"),
             "rounds": len(runs),
+            "failures": form.failures.get(workload, []),
             "form": "server" if isinstance(form.engine, Server) else "python",
             "versions": told,
             "settings": subject.settings,

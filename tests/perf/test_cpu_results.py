@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.perf.bench_cpu import Run
 from tests.perf.cpu_limits import Machine
 from tests.perf.cpu_peers import Subject
 from tests.perf.cpu_plan import BATCH, WORKLOADS, Plan
+from tests.perf.cpu_process import RequestsFailed
 from tests.perf.cpu_results import ALONE, Form, Results
 from tests.perf.cpu_tables import show
 
@@ -58,6 +60,33 @@ def test_what_was_measured_is_in_the_file_before_the_end(results: Results, forms
     limits = [row for row in stored(tmp_path) if row["engine"] == "limit"]
     assert [row["workload"] for row in limits] == [workload.name for workload in WORKLOADS[:3]]
     assert {(row["read_gb_s_before"], row["read_gb_s_after"]) for row in limits} == {(40.0, None)}
+
+
+def test_a_failed_turn_is_named_beside_the_others(results: Results, forms: list[Form], tmp_path: Path) -> None:
+    forms[0].runs[BATCH.name] = [{"output_tok_s": 1000.0}]
+    forms[0].failures[BATCH.name] = ["redline bfloat16: 1 of 64 requests failed"]
+    forms[1].first_start_s = 30.0
+    forms[1].failures["single"] = ["vllm bfloat16: 1 of 1 requests failed"]
+    results.write()
+    assert of_engines(stored(tmp_path)) == [("redline", BATCH.name, 1000.0), ("vllm", "single", None)]
+    assert [(row["rounds"], len(row["failures"])) for row in stored(tmp_path)] == [(1, 1), (0, 1)]
+    show(Console(file=io.StringIO()), results.rows)
+
+
+def test_requests_that_fail_do_not_end_the_run(forms: list[Form], results: Results, monkeypatch: Any) -> None:
+    def failing(self: Any, specs: Any) -> None:
+        self.fail("1 of 64 requests failed", RequestsFailed)
+
+    server = forms[0].engine
+    server._log.touch()
+    for name in ("pause", "resume"):
+        monkeypatch.setattr(type(server), name, lambda self: None)
+    monkeypatch.setattr(type(server), "all_at_once", failing)
+    run = Run(results._plan, forms, (), Console(file=io.StringIO()))
+    run.results = results
+    run._turn(forms[0], BATCH, 1)
+    assert forms[0].failures == {BATCH.name: ["redline bfloat16: 1 of 64 requests failed"]}
+    assert forms[0].runs == {}
 
 
 def test_a_run_that_has_ended_says_so(results: Results, forms: list[Form], tmp_path: Path) -> None:
