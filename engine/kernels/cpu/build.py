@@ -135,7 +135,7 @@ def prebuild(isas: Sequence[str], folder: Path) -> dict[str, BuildError]:
         return None
 
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as compilers:
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
         failures = zip(isas, compilers.map(failure, isas), strict=True)
         return {isa: error for isa, error in failures if error}
 

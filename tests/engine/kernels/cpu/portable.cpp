@@ -59,7 +59,7 @@ class Model {
         for (Layer& layer : layers_) {
             layer = {linear(form.weights, HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM, true),
                      linear(form.weights, HEADS * HEAD_DIM, HIDDEN, false), linear(form.weights, HIDDEN, 2 * MIDDLE, false),
-                     linear(form.weights, MIDDLE, HIDDEN, false), norm_, norm_, nullptr, nullptr, zeros(words), zeros(words),
+                     linear(form.weights, MIDDLE, HIDDEN, false), norm_, norm_, nullptr, nullptr, used(words), used(words),
                      &layer == layers_ ? 0 : WINDOW, 0, 1};
             if (&layer != layers_) layer.query_norm = layer.key_norm = norm_;
         }
@@ -140,7 +140,13 @@ class Model {
     static uint32_t pair(float low, float high) { return to_bf16(low) | uint32_t(to_bf16(high)) << 16; }
 
     std::vector<uint32_t>& keep(long words) { return kept_.emplace_back(words); }
-    uint32_t* zeros(long words) { return keep(words).data(); }
+
+    // A cache in which other rows left the worst: infinity in bfloat16, NaN in float32.
+    uint32_t* used(long words) {
+        std::vector<uint32_t>& cache = keep(words);
+        std::fill(cache.begin(), cache.end(), 0x7F807F80u);
+        return cache.data();
+    }
 
     Random random_{11};
     float frequencies_[HEAD_DIM / 2], norm_[HIDDEN];
