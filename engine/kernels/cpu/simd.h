@@ -120,13 +120,10 @@ INLINE f32x16 from_bf16(u16x16 x) {
 #endif
 }
 
+#if !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 INLINE u16x16 to_bf16(f32x16 x) {
 #if defined(__AVX512BF16__)
     return (u16x16)_mm512_cvtneps_pbh((__m512)x);
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    u16x16 out;
-    for (int p = 0; p < PARTS; p++) out.part[p] = (u16x16::Part)to_bf16((float32x4_t)x.part[p]);
-    return out;
 #else
     u32x16 bits = (u32x16)x;
     u32x16 rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
@@ -134,6 +131,7 @@ INLINE u16x16 to_bf16(f32x16 x) {
     return convert<u16x16>(rounded);
 #endif
 }
+#endif
 
 #if AVX2_ONLY
 // A word in all lanes of a part; a broadcast load if it comes from memory.
@@ -152,9 +150,8 @@ INLINE f32x16 dot_pairs(f32x16 acc, u32x16 b, uint32_t a) {
     }
     return acc;
 #elif NEON
-    const auto row = (uint32x4_t)broadcast(a);
     for (int p = 0; p < PARTS; p++)
-        acc.part[p] = (f32x16::Part)dot_pairs((float32x4_t)acc.part[p], (uint32x4_t)b.part[p], row);
+        acc.part[p] = (f32x16::Part)dot_pairs((float32x4_t)acc.part[p], (uint32x4_t)b.part[p], row_of(a));
     return acc;
 #else
     acc += (f32x16)(b << 16) * as_float(a << 16);
@@ -213,9 +210,8 @@ INLINE i32x16 dot_quads(i32x16 acc, u32x16 b, uint32_t a) {
 #elif AVX2_ONLY
     return dot_bytes<false>(acc, b, a);
 #elif NEON
-    const auto row = (int8x16_t)broadcast(a);
     for (int p = 0; p < PARTS; p++)
-        acc.part[p] = (i32x16::Part)dot_bytes((int32x4_t)acc.part[p], (uint8x16_t)b.part[p], row);
+        acc.part[p] = (i32x16::Part)dot_signed_row((int32x4_t)acc.part[p], (uint8x16_t)b.part[p], row_of(a));
     return acc;
 #else
     for (int i = 0; i < 4; i++) acc += (i32x16)(b >> 8 * i & 255) * int32_t(int8_t(a >> 8 * i));
@@ -231,9 +227,8 @@ INLINE i32x16 dot_small_quads(i32x16 acc, u32x16 b, uint32_t a) {
         acc.part[p] += (i32x16::Part)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)b.part[p], row), ones);
     return acc;
 #elif NEON
-    const auto row = (int8x16_t)broadcast(a);
     for (int p = 0; p < PARTS; p++)
-        acc.part[p] = (i32x16::Part)dot_small_bytes((int32x4_t)acc.part[p], (uint8x16_t)b.part[p], row);
+        acc.part[p] = (i32x16::Part)dot_small((int32x4_t)acc.part[p], (int8x16_t)b.part[p], row_of(a));
     return acc;
 #else
     return dot_quads(acc, b, a);
@@ -247,9 +242,8 @@ INLINE i32x16 dot_quads_unsigned(i32x16 acc, u32x16 b, uint32_t a) {
 #elif AVX2_ONLY
     return dot_bytes<true>(acc, b, a);
 #elif NEON
-    const auto row = (uint8x16_t)broadcast(a);
     for (int p = 0; p < PARTS; p++)
-        acc.part[p] = (i32x16::Part)dot_bytes((int32x4_t)acc.part[p], row, (int8x16_t)b.part[p]);
+        acc.part[p] = (i32x16::Part)dot_unsigned_row((int32x4_t)acc.part[p], (int8x16_t)b.part[p], row_of(a));
     return acc;
 #else
     for (int i = 0; i < 4; i++) acc += ((i32x16)(b << (24 - 8 * i)) >> 24) * int32_t(a >> 8 * i & 255);
