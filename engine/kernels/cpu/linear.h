@@ -2,6 +2,7 @@
 #pragma once
 
 #include "grouped.h"
+#include "next_blocks.h"
 #include "team.h"
 
 // out = in x weights + bias. `panels` have the layout of formats.h, padded with zeros to whole panels. `scales`, bfloat16
@@ -139,7 +140,8 @@ INLINE void multiply_unpacked(
 // next.
 template <class T, class Finish>
 INLINE void multiply_pair(
-    Tiles& tiles, const Linear& w, const Activations& x, long slab, long height, long pair, long later, const Finish& finish
+    Tiles& tiles, const Linear& w, const Activations& x, long slab, long height, long pair, long later,
+    const NextBlocks& cache, const Finish& finish
 ) {
 #if defined(TILES)
     if constexpr (T::QUANTIZED)
@@ -149,14 +151,18 @@ INLINE void multiply_pair(
     alignas(64) float buffer[most * WIDTH];
     const long panels = ceil_div(w.outputs, LANES), panel = pair * PANELS, blocks = ceil_div(height, most);
     const int width = panels - panel < PANELS ? 1 : PANELS;
+    const long cached = std::min(cache.count, blocks / 2), rest = blocks - cached, steps = w.inputs / T::PER_WORD;
     for (long block = 0; block < blocks; block++) {
         const long first = slab + height * block / blocks, end = slab + height * (block + 1) / blocks;
         const Tile tile{first, int(end - first), panel * LANES, width * LANES, buffer};
         Panels b = panels_of<T>(w, panel, later * PANELS);
-        if (blocks > 1) {
-            // A part of the next panels with each block of rows. The current ones are in the caches.
-            const long pace = ceil_div(LANES, blocks), words = w.inputs / T::PER_WORD;
-            b.prefetch_from(w.panels + later * PANELS * words * LANES + block * words * pace, words * LANES, pace);
+        // With each block of rows a part of the next panels, then blocks of the cache. The current panels are in the caches.
+        if (block >= rest) {
+            cache.prefetch(block - rest, steps, b);
+        } else if (blocks > 1) {
+            const long pace = ceil_div(LANES, rest), words = steps * LANES;
+            const uint32_t* next = w.panels + later * PANELS * words + block * steps * pace;
+            b.prefetch_from(next, next + words, pace);
         }
         product<T>(tiles, w, b, x.from(first), tile.rows, panel, width, buffer);
         if (w.bias) add_bias(w.bias, tile);
@@ -164,9 +170,11 @@ INLINE void multiply_pair(
     }
 }
 
-// An op: all threads of the team call it. `finish` gets each part of the result once.
+// An op: all threads of the team call it. `finish` gets each part of the result once. cache: what to prefetch meanwhile.
 template <class T, class Finish>
-void linear(Team& team, const Linear& w, const Activations& x, long count, const Finish& finish) {
+void linear(
+    Team& team, const Linear& w, const Activations& x, long count, const Finish& finish, const NextBlocks& cache = {}
+) {
     const Division division(w.outputs, panel_words<T>(w) * 4, count, team.size());
     long done = 0;
     {
@@ -175,9 +183,10 @@ void linear(Team& team, const Linear& w, const Activations& x, long count, const
             const long slab = task / division.bands * SLAB, height = count - slab < SLAB ? count - slab : SLAB;
             const long first = task % division.bands * division.some;
             const long end = first + division.some < division.pairs ? first + division.some : division.pairs;
+            const NextBlocks own = cache.part(task, division.tasks);
             for (long pair = first; pair < end; pair++) {
                 const long later = pair + 1 < end ? pair + 1 : (task + team.size()) % division.bands * division.some;
-                multiply_pair<T>(tiles, w, x, slab, height, pair, later, finish);
+                multiply_pair<T>(tiles, w, x, slab, height, pair, later, own, finish);
             }
         }
     }

@@ -44,9 +44,9 @@ struct Panels {
     Panels() {}
     Panels(const uint32_t* first, long apart) : at{first, first + apart} {}
 
-    // Prefetches panels from `first` on at another pace.
-    void prefetch_from(const uint32_t* first, long apart, long words) {
-        for (int p = 0; p < PANELS; p++) next[p] = first + p * apart;
+    // Prefetches from two places at another pace.
+    void prefetch_from(const uint32_t* first, const uint32_t* second, long words) {
+        next[0] = first, next[1] = second;
         turn = LONG_MAX;
         prefetch_words = words;
     }

@@ -112,6 +112,17 @@ template <class W, class H, class T> class Stack : public AnyStack {
         if (spec_.partial) partial_.take(tokens * spec_.hidden);
         if (step_->adapters.table) projected_.take(tokens * step_->adapters.max_rank);
         Attention<T>::plan(shape_, step_->batch, team_.size(), plan_);
+        list_all_blocks();
+    }
+
+    void list_all_blocks() {
+        for (auto& blocks : blocks_) blocks.clear();
+        if (tokens() < NextBlocks::MIN_ROWS) return;
+        for (const Layer& layer : layers_) {
+            if (size_t(layer.group) >= blocks_.size()) blocks_.resize(layer.group + 1);
+            std::vector<int32_t>& blocks = blocks_[layer.group];
+            if (blocks.empty()) list_blocks(step_->batch.of(layer.group), spec_.block_size, layer.window, blocks);
+        }
     }
 
     void parts(int thread) {
@@ -171,13 +182,33 @@ template <class W, class H, class T> class Stack : public AnyStack {
     template <class Finish>
     void adapted(const Linear& w, int layer, AdaptedLinear place, const Activations& x, const Finish& finish) {
         const Adapters& adapters = step_->adapters;
-        if (!adapters.table) return linear<W>(team_, w, x, tokens(), finish);
+        const NextBlocks cache = next_blocks(layer, place);
+        if (!adapters.table) return linear<W>(team_, w, x, tokens(), finish, cache);
         team_.each(tokens(), [&](long t) {
             if (const LowRank* adapter = adapters.find(t, layer, place))
                 project_down<W>(*adapter, x, t, w.inputs, projected_.get() + t * adapters.max_rank);
         });
         const auto call = [](const void* self, const Tile& tile) { (*static_cast<const Finish*>(self))(tile); };
-        linear<W>(team_, w, x, tokens(), AddUp{adapters, layer, place, projected_.get(), &finish, call});
+        linear<W>(team_, w, x, tokens(), AddUp{adapters, layer, place, projected_.get(), &finish, call}, cache);
+    }
+
+    // A linear's share of the blocks that the next attention reads: by its pairs of panels.
+    NextBlocks next_blocks(int number, AdaptedLinear place) const {
+        static constexpr AdaptedLinear order[] = {AT_OUTPUT, AT_GATE_UP, AT_DOWN, AT_QKV};  // from attention to attention
+        const int reader = place == AT_QKV ? number : number + 1;
+        if (reader == spec_.layers || tokens() < NextBlocks::MIN_ROWS) return {};
+        const Layer& layer = layers_[reader];
+        const Linear* linears[] = {&layer.qkv, &layer.output, &layer.gate_up, &layer.down};
+        long before = 0, own = 0, all = 0;
+        for (AdaptedLinear one : order) {
+            if (one == place) before = all, own = linears[one]->outputs;
+            all += linears[one]->outputs;
+        }
+        const std::vector<int32_t>& blocks = blocks_[layer.group];
+        const long words = spec_.kv_heads * shape_.block_words(T::PER_UNIT);
+        const long count = std::min(long(blocks.size()), NextBlocks::MAX_WORDS / (2 * words)), first = count * before / all;
+        const NextBlocks share{blocks.data(), first, count * (before + own) / all - first, layer.keys, layer.values, words};
+        return share.fit(linears[place]->inputs / W::PER_WORD) ? share : NextBlocks{};
     }
 
     void embed(int thread) {
@@ -355,6 +386,7 @@ template <class W, class H, class T> class Stack : public AnyStack {
     float* logits_ = nullptr;
     int32_t* tokens_ = nullptr;
     typename Attention<T>::Plan plan_;
+    std::vector<std::vector<int32_t>> blocks_;  // of the cache that the batch reads, by KV group
     Buffer<float> x_, wide_, cosine_, sine_, partial_, projected_, query_scale_;
     Buffer<int32_t> query_offset_;
     Operand<W> left_;
