@@ -29,6 +29,7 @@ class Target:
 
 
 VLLM, LIMIT, Q4_1 = ("vllm", "bfloat16"), ("limit", "bfloat16"), ("llama.cpp", "Q4_1")
+OWN = ("redline", "bfloat16")
 RATE = "output_tok_s"
 TARGETS = (
     Target("128/128x64, × vLLM", "bfloat16", "128/128x64", RATE, 1.5, 1.3, VLLM),
@@ -38,7 +39,9 @@ TARGETS = (
     Target("one stream, share of the limit", "bfloat16", "single", RATE, 0.9, None, LIMIT),
     Target("int8, 128/128x64, × vLLM bf16", "int8", "128/128x64", RATE, 2.2, 1.6, VLLM),
     Target("int8, one stream, × vLLM bf16", "int8", "single", RATE, 3.0, None, VLLM),
-    Target("int4, one stream, × llama.cpp Q4_1", "int4", "single", RATE, 1.0, None, Q4_1),
+    Target("int4, one stream, × llama.cpp Q4_1", "int4", "single", RATE, 1.2, None, Q4_1),
+    Target("int4, 128/128x64, × own bf16", "int4", "128/128x64", RATE, 1.0, None, OWN),
+    Target("int4, 500/128x32, × own bf16", "int4", "500/128x32", RATE, 1.0, None, OWN),
     Target("4 req/s, ITL P99, × vLLM", "bfloat16", "online-4", "itl_p99_ms", 0.6, None, VLLM, at_most=True),
     Target("4 req/s, TTFT P50, × vLLM", "bfloat16", "online-4", "ttft_p50_ms", 1.0, None, VLLM, at_most=True),
     Target("4 req/s, output rate, × vLLM", "bfloat16", "online-4", RATE, 1.0, None, VLLM),
