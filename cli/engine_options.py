@@ -100,9 +100,10 @@ ENGINE_OPTIONS = (
         help="Tokens of sim:NAME: random ones, or those of the prompt.",
     ),
     option(
-        DEVICE, "--kernels", default="auto", type=click.Choice(KERNELS),
-        help="Kernels: of the CPU by instruction set, triton on GPUs, torch on all devices, several times slower. auto "
-        "takes the best that the device and the model support.",
+        DEVICE, "--kernels", default="auto", type=click.Choice(KERNELS), metavar="NAME",
+        help="Kernels: of the CPU by instruction set (amx, avx512-bf16, avx512, avx2, neon-bf16, neon-dotprod, neon), "
+        "triton on GPUs, torch on all devices, several times slower. auto takes the best that the device and the model "
+        "support.",
     ),
     option(
         DEVICE, "--tile-table", type=click.Path(dir_okay=False), metavar="FILE",
