@@ -74,12 +74,17 @@ def online(engine: Server, rate: float, specs: list[RequestSpec], seed: int) -> 
         print(f"{engine.name}: the load generator did not keep up: {recording.health.reason}", file=sys.stderr)
     rows = recording.records((-1.0, float("inf")))
     found = latencies(rows, wall_s(rows))
+    ttft = float(np.percentile(found.ttft, 50))
+    return {**token_figures(rows), "ttft_p50_ms": ttft, "tokens_per_chunk": found.tokens_per_chunk}
+
+
+def token_figures(rows: Sequence[Any]) -> dict[str, float]:
+    """Throughput and times between tokens of a run over HTTP."""
+    itl = latencies(rows, wall_s(rows)).itl
     return {
         "output_tok_s": sum(row.output_tokens for row in rows) / wall_s(rows),
-        "ttft_p50_ms": float(np.percentile(found.ttft, 50)),
-        "itl_p50_ms": float(np.percentile(found.itl, 50)),
-        "itl_p99_ms": float(np.percentile(found.itl, 99)),
-        "tokens_per_chunk": found.tokens_per_chunk,
+        "itl_p50_ms": float(np.percentile(itl, 50)),
+        "itl_p99_ms": float(np.percentile(itl, 99)),
     }
 
 

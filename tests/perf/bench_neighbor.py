@@ -16,7 +16,6 @@ workload. Prints a table, and writes results/bench-neighbor.json after each turn
 """
 
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -26,17 +25,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from bench.results.environment import hardware
 from bench.results.writing import replace_file
-from bench.statistics.latencies import latencies
 from bench.workloads import make_workload
 from bench.workloads.arrivals import point_seed
-from engine.model.resolve import resolve_model
 from tests.perf.bar_charts import save_figure
-from tests.perf.bench_cpu import all_started, wall_s
+from tests.perf.bench_cpu import all_started, token_figures
 from tests.perf.cpu_peers import asked_engines, cores, subjects
+from tests.perf.cpu_plan import asked_model, asked_rounds, asked_workloads
 from tests.perf.cpu_process import Server
 from tests.perf.cpu_results import Form
 from tests.perf.neighbor import neighbor
@@ -61,13 +57,8 @@ class Plan:
 
 
 def make_plan() -> Plan:
-    workloads = tuple(filter(None, os.environ.get("WORKLOADS", "").split(","))) or tuple(REQUESTS)
-    for name in workloads:
-        if name not in REQUESTS:
-            sys.exit(f"WORKLOADS={name}: choose from {', '.join(REQUESTS)}")
-    model = resolve_model(os.environ.get("MODEL", "smollm2-135m"))
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    return Plan(model, vocabulary, int(os.environ.get("ROUNDS", "3")), workloads)
+    workloads = asked_workloads(REQUESTS)
+    return Plan(*asked_model(), asked_rounds(), workloads)
 
 
 def make_forms(plan: Plan, folder: Path) -> list[Form]:
@@ -84,13 +75,7 @@ def measure(server: Server, workload: str, plan: Plan, seed: int, beside: str) -
     with neighbor(beside, () if beside == "none" else cores()) as other:
         rows = server.all_at_once(specs).records((-1.0, float("inf")))
         share = other.share()
-    found = latencies(rows, wall_s(rows))
-    return {
-        "output_tok_s": sum(row.output_tokens for row in rows) / wall_s(rows),
-        "itl_p50_ms": float(np.percentile(found.itl, 50)),
-        "itl_p99_ms": float(np.percentile(found.itl, 99)),
-        "neighbor_share": share,
-    }
+    return {**token_figures(rows), "neighbor_share": share}
 
 
 def take_turns(forms: Sequence[Form], plan: Plan) -> Runs:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.target.server import free_port
+from tests.perf.child_processes import start_child
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("results") / "bench-start.json"
@@ -55,7 +56,7 @@ def start(version: str, folder: Path, form: str, model: str, environment: dict[s
     command = [sys.executable, "-m", "cli.main", "serve", model, "--port", str(port), *FORMS[form]]
     environment = {**os.environ, **environment, "PYTHONPATH": str(folder)}
     began = time.monotonic()
-    with subprocess.Popen(
+    with start_child(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as server:
         try:

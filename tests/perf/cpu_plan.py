@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +50,35 @@ class Plan:
         return make_workload(kind, self.vocabulary).requests(count, point_seed(seed, workload.name, workload.rate or 0))
 
 
-def make_plan() -> Plan:
-    asked = os.environ.get("WORKLOADS", "").split(",") if os.environ.get("WORKLOADS") else []
-    known = {workload.name: workload for workload in WORKLOADS}
+def asked_workloads(known: Iterable[str]) -> tuple[str, ...]:
+    """The workloads that the environment names, or all of them."""
+    names = tuple(known)
+    asked = tuple(filter(None, os.environ.get("WORKLOADS", "").split(",")))
     for name in asked:
-        if name not in known:
-            sys.exit(f"WORKLOADS={name}: choose from {', '.join(known)}")
+        if name not in names:
+            sys.exit(f"WORKLOADS={name}: choose from {', '.join(names)}")
+    return asked or names
+
+
+def asked_model() -> tuple[Path, int]:
+    """The folder of the model that the environment names, and its vocabulary size."""
     model = resolve_model(os.environ.get("MODEL", "smollm2-135m"))
+    return model, json.loads((model / "config.json").read_text())["vocab_size"]
+
+
+def asked_rounds() -> int:
+    return int(os.environ.get("ROUNDS", "3"))
+
+
+def make_plan() -> Plan:
+    known = {workload.name: workload for workload in WORKLOADS}
+    workloads = asked_workloads(known)
+    model, vocabulary = asked_model()
     cap = os.environ.get("REQUESTS")
     return Plan(
         model=model,
-        vocabulary=json.loads((model / "config.json").read_text())["vocab_size"],
-        rounds=int(os.environ.get("ROUNDS", "3")),
-        workloads=tuple(known[name] for name in asked) or WORKLOADS,
+        vocabulary=vocabulary,
+        rounds=asked_rounds(),
+        workloads=tuple(known[name] for name in workloads),
         cap=int(cap) if cap else None,
     )

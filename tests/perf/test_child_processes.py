@@ -72,3 +72,10 @@ def test_a_group_is_left_alone_after_close() -> None:
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "-9", done.stderr
+
+
+def test_benchmarks_start_no_process_that_could_outlive_them() -> None:
+    programs = [path for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("test_")]
+    assert len(programs) > 50
+    starting = {path.name for path in programs if "subprocess.Popen(" in path.read_text()}
+    assert starting == {"child_processes.py"}

@@ -165,7 +165,7 @@ template <class T> class Attention {
 
     // The first token that the first query of a tile can see.
     static int begin(const Layer& layer, const Queries& tile) {
-        return layer.window && tile.position >= layer.window ? tile.position - layer.window + 1 : 0;
+        return first_seen(tile.position, layer.window);
     }
 
     // Finds the span that begins with token `first`, as far as the row reaches.

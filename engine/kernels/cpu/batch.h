@@ -45,6 +45,9 @@ struct Ragged {
     }
 };
 
+// The first token that the query at a position sees. window: tokens that it sees, 0 for all.
+inline int first_seen(int position, int window) { return window && position >= window ? position - window + 1 : 0; }
+
 // Consecutive tokens of a row whose queries are computed together.
 struct Queries {
     int32_t row;

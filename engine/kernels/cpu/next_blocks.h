@@ -43,11 +43,11 @@ struct NextBlocks {
     }
 };
 
-// The blocks of a batch that a layer reads, row by row. window: tokens that a query sees, 0 for all.
+// The blocks of a batch that a layer reads, row by row. window: see first_seen.
 inline void list_blocks(const Ragged& batch, int block_size, int window, std::vector<int32_t>& out) {
     out.clear();
     for (int i = 0; i < batch.rows; i++) {
-        const int begin = window && batch.computed[i] >= window ? batch.computed[i] - window + 1 : 0;
+        const int begin = first_seen(batch.computed[i], window);
         const int32_t* table = batch.tables + long(i) * batch.table_width;
         const long end = ceil_div(batch.computed[i] + batch.counts[i], block_size);
         out.insert(out.end(), table + begin / block_size, table + end);
