@@ -20,11 +20,12 @@ from msgspec.structs import replace
 from engine import children
 from engine.children import Failure, Loading, RankHandle, ReportingChild, Up
 from engine.clock import Clock, MonotonicClock
-from engine.config import STEP_TIMEOUT_S, EngineConfig, ResolvedConfig
+from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.log_format import log_everything
 from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import FeatureFolder, remove_stale_features
 from engine.phases import Phases
+from engine.resolved_config import ResolvedConfig
 from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import dataclasses
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from engine.config import KV_ALLOCATION, EngineConfig, ResolvedConfig, window_blocks
+from engine.config import KV_ALLOCATION, EngineConfig, window_blocks
 from engine.devices import machine_for
 from engine.devices.machine import Machine
 from engine.errors import ConfigError, OutOfMemoryError
@@ -12,6 +12,7 @@ from engine.messages import MemoryLine
 from engine.model.declared import divide_declared
 from engine.model.model_info import ITEMSIZE, ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
+from engine.resolved_config import ResolvedConfig
 from engine.text import human_bytes
 
 WORKSPACE = "workspace"  # the line of what steps allocate

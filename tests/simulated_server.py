@@ -1,11 +1,11 @@
 """Servers on simulated hardware for tests: a Llama-3.1-8B on an H100, with few slots and blocks."""
 
-from engine.config import ResolvedConfig
 from engine.hardware.description import read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.simulation import Simulation
 from engine.hardware.step_time import DecoderShape, StepTime
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
+from engine.resolved_config import ResolvedConfig
 
 H100 = read_hardware("h100")
 LLAMA_8B = DecoderShape(32, 4096, 14336, 32, 8, 128, 128256)

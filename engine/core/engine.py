@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.clock import Clock
-from engine.config import ResolvedConfig
 from engine.core.adapters import AdapterRegistry
 from engine.core.feature_mirror import FeatureMirror, MirrorMissError
 from engine.core.front_ends import EndedFrontEnds
@@ -35,6 +34,7 @@ from engine.messages import (
     decode_result,
     encode,
 )
+from engine.resolved_config import ResolvedConfig
 
 log = logging.getLogger("redline.core")
 

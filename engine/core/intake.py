@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.config import ResolvedConfig
 from engine.core.request import Request
 from engine.errors import INTERRUPTS, RedlineError, cause_of
 from engine.messages import (
@@ -23,6 +22,7 @@ from engine.messages import (
     UtilityResult,
     decode_to_core,
 )
+from engine.resolved_config import ResolvedConfig
 
 log = logging.getLogger("redline.core")
 

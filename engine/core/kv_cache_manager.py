@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import ResolvedConfig, window_blocks
+from engine.config import window_blocks
 from engine.core.block_pool import NULL_BLOCK, BlockPool
+from engine.resolved_config import ResolvedConfig
 
 
 @dataclass(slots=True)

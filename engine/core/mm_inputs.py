@@ -23,11 +23,11 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from engine.config import ResolvedConfig
 from engine.core.hashing import joint_range
 from engine.core.request import Request
 from engine.core.unconfirmed_inputs import UnconfirmedInputs
 from engine.messages import MMInputRef
+from engine.resolved_config import ResolvedConfig
 
 
 class EncoderCache:

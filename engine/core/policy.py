@@ -18,9 +18,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import ResolvedConfig, watermark_blocks
+from engine.config import watermark_blocks
 from engine.core.slots import Slots
 from engine.core.waiting_queue import PriorityQueue, WaitingQueue, priority_key
+from engine.resolved_config import ResolvedConfig
 
 # One step runs while the next one is scheduled and submitted, so that the device never waits for the scheduler.
 STEPS_IN_FLIGHT = 2

@@ -3,13 +3,13 @@
 import numpy as np
 
 from engine.columns import float32s
-from engine.config import ResolvedConfig
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.steps import ScheduledStep, StepOutcome
 from engine.messages import Finished, FinishReason, StepResult
 from engine.pooling import Pooled
+from engine.resolved_config import ResolvedConfig
 
 
 def make_scheduler(config: ResolvedConfig, features: FeatureMirror | None) -> Scheduler:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from engine.columns import int32s
-from engine.config import ResolvedConfig
 from engine.core.hashing import NO_KEYS, extend_hashes, mm_block_keys, root_hash
 from engine.messages import AddRequest
+from engine.resolved_config import ResolvedConfig
 
 MOST_INTERVALS = 64  # reported of one request
 

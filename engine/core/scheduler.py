@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.columns import int32s
-from engine.config import ResolvedConfig
 from engine.core.counters import Counters
 from engine.core.draft_tokens import DraftTokenTracker
 from engine.core.feature_mirror import FeatureMirror
@@ -25,6 +24,7 @@ from engine.core.slots import Slots
 from engine.core.step_builder import FullStateStepBuilder, StepBuilder
 from engine.core.steps import ScheduledStep, StepOutcome
 from engine.messages import Admitted, Finished, FinishReason, StepReports, StepResult
+from engine.resolved_config import ResolvedConfig
 from engine.stats import Stats
 
 

@@ -10,7 +10,6 @@ import zmq
 
 from engine.children import RankHandle
 from engine.clock import Clock
-from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.grammar_compiler import Vocabulary
@@ -20,6 +19,7 @@ from engine.core.watchdog import Watchdog, WatchedExecutor
 from engine.errors import RedlineError, cause_of
 from engine.messages import Dead, Hung, encode
 from engine.multimodal.feature_files import unlink_features
+from engine.resolved_config import ResolvedConfig
 
 log = logging.getLogger("redline.core")
 

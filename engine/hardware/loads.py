@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.hardware.description import Hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
@@ -13,6 +13,7 @@ from engine.hardware.simulation import Reply, Simulation
 from engine.hardware.start import SYNCHRONOUS, with_short_messages
 from engine.hardware.step_time import DecoderShape, StepTime
 from engine.hardware.virtual_engine import VirtualClock
+from engine.resolved_config import ResolvedConfig
 
 
 @dataclass(frozen=True, slots=True)

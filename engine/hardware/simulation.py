@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.columns import column, int32s
-from engine.config import ResolvedConfig
 from engine.errors import ConfigError
 from engine.frontend.routing import (
     Candidate,
@@ -31,6 +30,7 @@ from engine.hardware.images import ImageProcessing, SimulatedImage, with_images
 from engine.hardware.token_log import TokenLog, TokenTimes
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import Abort, AddRequest, FinishReason, MMInputRef, Outputs, Sampling, decode_from_core, encode
+from engine.resolved_config import ResolvedConfig
 from engine.stats import Stats
 
 _ENDED_WELL = (FinishReason.STOP, FinishReason.LENGTH)

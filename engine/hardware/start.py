@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import structs
 
 from engine.clock import Clock
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.hardware.description import Hardware, read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.shape import decoder_shape
@@ -15,6 +15,7 @@ from engine.hardware.step_time import StepTime
 from engine.hardware.towers import TowerShape, tower_shape
 from engine.model.config.file_names import CONFIG
 from engine.model.model_info import ModelInfo
+from engine.resolved_config import ResolvedConfig
 
 SYNCHRONOUS = {"no-run-ahead", "full-state"}  # ablations with which the device waits for the host (engine.core.policy)
 

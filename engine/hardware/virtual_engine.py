@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.hardware.executor import SimulatedExecutor
+from engine.resolved_config import ResolvedConfig
 
 
 class VirtualClock:

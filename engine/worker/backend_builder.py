@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.devices.cpu import pytorch_warnings
 from engine.errors import ConfigError
 from engine.host import threads_per_rank
@@ -17,6 +17,7 @@ from engine.model.loading.outline import open_outline
 from engine.model.model_info import ModelInfo
 from engine.model.runtime.attention_interface import KVCache
 from engine.multimodal.families import MM_FAMILIES
+from engine.resolved_config import ResolvedConfig
 from engine.worker import fused_stack
 from engine.worker.fused_backend import FusedBackend
 from engine.worker.fused_stack import StackFormats

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.config import ResolvedConfig
 from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import kv_layout
 from engine.model.model_info import ITEMSIZE, ModelInfo
 from engine.model.rotary_axes import uses_mrope
 from engine.model.runtime.attention_interface import KVCache
 from engine.model.runtime.vocab_shard import VocabShard
+from engine.resolved_config import ResolvedConfig
 from engine.worker.adapter_manager import AdapterSharding
 from engine.worker.device import Device
 from engine.worker.device_attention import Attention, GroupWindow, TorchAttention

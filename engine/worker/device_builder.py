@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.devices.machine import refuse_quantized
 from engine.errors import ConfigError
 from engine.messages import MemoryLine
@@ -16,6 +16,7 @@ from engine.model.model_info import ModelInfo
 from engine.model.runtime.attention_interface import lazy_zeros
 from engine.model.sharding.tp_plan import TPPlan
 from engine.multimodal.families import MM_FAMILIES
+from engine.resolved_config import ResolvedConfig
 from engine.worker.adapter_manager import adapter_sharding
 from engine.worker.device import Device
 from engine.worker.device_assembly import Assembly, BackendParts, LoadedModel

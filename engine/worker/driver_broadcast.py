@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.arrays import Float32s, Float64s, Int64s
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.errors import RedlineError
 from engine.kernels.attention import Span
 from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import TPPlan
+from engine.resolved_config import ResolvedConfig
 from engine.worker import prompt_logprobs
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding
 from engine.worker.backend_builder import BuiltBackend

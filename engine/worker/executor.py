@@ -5,10 +5,11 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from engine.children import RankHandle
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.devices import machine_for
 from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
+from engine.resolved_config import ResolvedConfig
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from engine.worker.rank_protocol import DeviceKind

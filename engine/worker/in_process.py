@@ -4,8 +4,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.model.model_info import ModelInfo
+from engine.resolved_config import ResolvedConfig
 from engine.worker.graph_capture import GraphCapture
 from engine.worker.worker_start import StartReport, start_worker
 

@@ -20,9 +20,10 @@ from typing import Any
 import msgspec
 
 from engine.children import ChildProcess, Failure, Loading, Up, decode_report
-from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
+from engine.config import DRIVER_BROADCAST, EngineConfig
 from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.model.model_info import ModelInfo
+from engine.resolved_config import ResolvedConfig
 from engine.worker.graph_capture import GraphCapture
 from engine.worker.rank_protocol import (
     Call,

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.arrays import Float32s, Int64s
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.devices.cpu import pytorch_warnings
 from engine.heap import large_allocations_mapped
 from engine.messages import SlotAssignment, StepMessage, StepResult, encode
 from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import read_head
 from engine.model.model_info import ModelInfo
+from engine.resolved_config import ResolvedConfig
 from engine.worker.backend_builder import build_backend
 from engine.worker.fused_backend import FusedBackend
 from engine.worker.generic_backend import GenericBackend

@@ -17,11 +17,12 @@ import msgspec
 
 from engine import children
 from engine.children import Failure, Loading, Up
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.errors import RedlineError, cause_of
 from engine.log_format import log_everything
 from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo
+from engine.resolved_config import ResolvedConfig
 from engine.worker.rank_protocol import (
     Call,
     CallResult,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from engine.arrays import Float32s, Float64s, Int64s
 from engine.columns import column, int32s
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.devices.cpu import encoder_dtype
 from engine.grammar import TokenMasks
 from engine.heap import large_allocations_mapped
@@ -21,6 +21,7 @@ from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
 from engine.model.runtime.rank_group import RankGroup
 from engine.model.sharding.tp_plan import TPPlan
+from engine.resolved_config import ResolvedConfig
 from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding, adapter_sharding
 from engine.worker.backend_builder import BuiltBackend, build_backend

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.config import DRIVER_BROADCAST, EngineConfig, ResolvedConfig
+from engine.config import DRIVER_BROADCAST, EngineConfig
 from engine.host import threads_per_rank
 from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
 from engine.model.sharding.tp_plan import plan_tensor_parallel
 from engine.phases import Phases
+from engine.resolved_config import ResolvedConfig
 from engine.worker.rank_protocol import DeviceKind
 from engine.worker.threads import limit_libraries, pin_thread
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from engine.columns import column
-from engine.config import ResolvedConfig
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.steps import ScheduledStep
 from engine.messages import AddRequest, FinishReason, Sampling, StepResult, make_handle
+from engine.resolved_config import ResolvedConfig
 
 
 def request(sequence: int) -> Request:

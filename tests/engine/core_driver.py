@@ -8,7 +8,6 @@ import numpy as np
 
 from engine.clock import FakeClock
 from engine.columns import column, int32s, int64s
-from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.grammars import GrammarManager
 from engine.messages import (
@@ -22,6 +21,7 @@ from engine.messages import (
     encode,
     make_handle,
 )
+from engine.resolved_config import ResolvedConfig
 from engine.stats import Stats
 from tests.engine.fake_executor import FakeExecutor
 

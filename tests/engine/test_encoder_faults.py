@@ -20,9 +20,9 @@ from PIL import Image
 
 from engine.clock import MonotonicClock
 from engine.columns import column, int32s, int64s
-from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.messages import AddRequest, Finished, FinishReason, Outputs, Sampling, decode_from_core, encode
+from engine.resolved_config import ResolvedConfig
 from tests.engine.worker.device_driver import start_executor
 from tests.engine.worker.mm_driver import BLOCK, ROWS, MMRequest, Prompts, start
 from tests.engine.worker.mm_models import MM_MODELS

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.devices import machine_for
 from engine.memory import resolve, with_measured
 from engine.messages import MemoryLine
 from engine.model.model_info import read_model_info
+from engine.resolved_config import ResolvedConfig
 from engine.worker.executor import make_executor
 from tests.gpu.environment import Environment
 from tests.gpu.step_driver import StepDriver, wait_for_graphs

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from engine.columns import column
-from engine.config import ResolvedConfig
 from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result, encode
+from engine.resolved_config import ResolvedConfig
 from tests.gpu.rows import SkipError
 
 Submitted = tuple[Future[None], Future[bytes]]

@@ -15,7 +15,6 @@ import numpy as np
 
 from engine.clock import FakeClock
 from engine.columns import column, int32s
-from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.request import Request
 from engine.messages import (
@@ -30,6 +29,7 @@ from engine.messages import (
     encode,
     make_handle,
 )
+from engine.resolved_config import ResolvedConfig
 
 BLOCK_SIZE = 16
 VOCABULARY = 30_000

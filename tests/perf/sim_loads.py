@@ -6,7 +6,7 @@ from statistics import fmean
 
 import numpy as np
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.devices.simulated import defaults_of
 from engine.errors import ConfigError
 from engine.hardware.description import Hardware, read_hardware
@@ -14,6 +14,7 @@ from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.gemm import ITEM_BYTES
 from engine.hardware.simulation import Reply, Simulation
 from engine.hardware.step_time import DecoderShape, StepTime, layer_weights
+from engine.resolved_config import ResolvedConfig
 from engine.simulation import without_core_log
 from tests.perf.sim_engines import OtherEngine, read_engine
 from tests.perf.sim_rows import Case

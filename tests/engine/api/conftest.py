@@ -18,7 +18,6 @@ from engine.api.app import create_app
 from engine.api.http_options import HttpOptions
 from engine.api.state import ApiState
 from engine.clock import FakeClock
-from engine.config import ResolvedConfig
 from engine.core.engine import EngineCore
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.grammars import GrammarManager
@@ -36,6 +35,7 @@ from engine.messages import Ready
 from engine.multimodal.feature_files import FeatureFolder
 from engine.multimodal.hashing import InputHasher
 from engine.multimodal.types import MMSpec
+from engine.resolved_config import ResolvedConfig
 from tests.engine.api import tiny_processor
 from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import FakeExecutor

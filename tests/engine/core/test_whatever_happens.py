@@ -8,9 +8,10 @@ from typing import Any
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from engine.config import ABLATIONS, ResolvedConfig
+from engine.config import ABLATIONS
 from engine.core.policy import MAX_BURST
 from engine.messages import FinishReason, MMInputRef
+from engine.resolved_config import ResolvedConfig
 from tests.engine.core_driver import Driver, resolved
 from tests.engine.fake_executor import expected_tokens
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.hardware.description import Processing, read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
@@ -22,6 +22,7 @@ from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import AddRequest, Outputs, Sampling, decode_from_core, encode
 from engine.model.declared import read_declared
 from engine.multimodal.processors.crops import CropSettings, kept_cells, select_tiling
+from engine.resolved_config import ResolvedConfig
 from tests.engine.hardware.model_configs import CONFIGS, LLAVA
 from tests.simulated_server import run_engine
 

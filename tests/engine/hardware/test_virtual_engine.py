@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from engine.columns import int32s, int64s
-from engine.config import ResolvedConfig
 from engine.hardware.description import read_hardware
 from engine.hardware.executor import SimulatedExecutor, SimulatedHost
 from engine.hardware.step_time import DecoderShape, StepTime, StepWork
 from engine.hardware.virtual_engine import VirtualClock, VirtualEngine
 from engine.messages import AddRequest, FinishReason, Outputs, Sampling, decode_from_core, encode
+from engine.resolved_config import ResolvedConfig
 from tests.simulated_server import run_engine
 
 H100 = read_hardware("h100")

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.clock import MonotonicClock
 from engine.columns import column, int32s, int64s
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.core.engine import EngineCore
 from engine.core.grammars import GrammarManager
 from engine.frontend.grammar_vocabulary import GrammarVocabulary
@@ -22,6 +22,7 @@ from engine.grammar import Grammar
 from engine.memory import resolve
 from engine.messages import AddRequest, Outputs, Sampling, decode_from_core, encode
 from engine.model.model_info import ModelInfo, read_model_info
+from engine.resolved_config import ResolvedConfig
 from engine.stats import Stats
 from engine.worker.device import Device
 from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor

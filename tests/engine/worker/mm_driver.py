@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 from safetensors.numpy import save_file
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.core.hashing import joint_range
 from engine.memory import resolve
 from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage
 from engine.model.model_info import read_hf_config, read_model_info
 from engine.multimodal.families import MM_FAMILIES, embedding_ids
 from engine.multimodal.types import Processed
+from engine.resolved_config import ResolvedConfig
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import VOCAB, Driver, Prefixes, Request

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from engine.config import EngineConfig, ResolvedConfig
+from engine.config import EngineConfig
 from engine.messages import decode_result
 from engine.model.model_info import ModelInfo
+from engine.resolved_config import ResolvedConfig
 from engine.worker.device import Device
 from engine.worker.in_process import InProcessDeviceExecutor
 from engine.worker.worker_start import StartReport

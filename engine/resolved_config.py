@@ -1,0 +1,33 @@
+"""The configuration of the scheduler and the workers; `engine.memory` makes it of an `EngineConfig`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """The configuration of the scheduler and the workers, with every choice made."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int  # includes the null block, number 0
+    kv_windows: tuple[int, ...] = (0,)  # of each KV group: tokens that a query sees, its own included; 0: all
+    enable_prefix_caching: bool
+    encoder_cache_tokens: int = 0  # embeddings that stay on the device; 0: as the token budget
+    scheduling_policy: str = "fcfs"
+    ablations: frozenset[str] = frozenset()
+    draft_tokens: int = 0  # most draft tokens per decoding request and step
+    scheduler_steps: int = 1  # v0 only: decode steps per run of the scheduler
+    tile_table: str = ""  # the file with measured tiles of attention; empty: those that come with the kernels
+    pools: bool = False  # requests end with the vector of their prompt, and sample no tokens
+    whole_prompts: bool = False  # each prompt is computed in one step, as its vector depends on all hidden states
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ablations", frozenset(self.ablations))  # messages carry lists
+        object.__setattr__(self, "kv_windows", tuple(self.kv_windows))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a request; the vector of a prompt counts as one more."""
+        return self.max_model_len + self.pools
