@@ -142,6 +142,10 @@ bench-pause: install  ## Gaps of 16 streams while long prompts come in, beside v
 bench-structured: install  ## CPU time and ITL with and without grammars, and the cost of a mask, MODEL=… ROUNDS=12: results/bench-structured.json
 	$(BIN)/python -m tests.perf.bench_structured
 
+.PHONY: check-deploy
+check-deploy: $(VENV)/installed-dev  ## Dockerfile, Compose files, Kubernetes manifests and Ray cluster: linter, schemas, what they name
+	$(PYTEST) tests/deploy
+
 .PHONY: fuzz-api
 fuzz-api: $(VENV)/installed-dev  ## schemathesis over the server's OpenAPI document, EXAMPLES=2000: results/fuzz-api.json
 	$(BIN)/python -m tests.perf.fuzz_api
