@@ -194,6 +194,10 @@ bench-start: install  ## Seconds and CPU seconds of a CPU server's start to its 
 bench-routing: install  ## Routing by prefix beside least-loaded and random, two replicas: results/bench-routing.json
 	$(BIN)/python -m tests.perf.bench_routing
 
+.PHONY: bench-replicas
+bench-replicas: $(VENV)/installed-dev  ## Replicas killed every 5 s, added and drained under load: results/bench-replicas.json
+	$(BIN)/python -m tests.perf.bench_replicas
+
 .PHONY: profile-cpu accuracy-cpu
 profile-cpu: install  ## A step of the fused stack against the machine's limit: results/profile-cpu.json, docs/figures/
 	$(BIN)/python -m tests.perf.profile_cpu

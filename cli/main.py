@@ -15,6 +15,7 @@ from engine.signals import EndSignal, exit_code_of
 
 COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
+    "scale": "Add replicas to a running server, or drain some.",
     "bench": "Find the highest request rate that a server sustains.",
     "sweep": "Measure several configurations on several workloads.",
     "plan": "Find out how many of which GPU serve a load, by simulation.",

@@ -118,7 +118,7 @@ class Serving:
     log_format: str
     otlp_traces_endpoint: str | None
     step_timeout: float  # seconds
-    restart_on_failure: int
+    restart_on_failure: int | None
 
 
 def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:

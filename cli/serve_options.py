@@ -86,7 +86,8 @@ SERVER_OPTIONS = (
         help="Serve a page at / to try the model and watch the server, and the API's documentation at /docs.",
     ),
     option(
-        SERVER, "--restart-on-failure", default=0, type=click.IntRange(0, 100), metavar="COUNT",
+        SERVER, "--restart-on-failure", type=click.IntRange(0, 100), metavar="COUNT",
+        default_text="5 for several replicas, 0 for one",
         help="Restart an engine that ended by itself, up to COUNT times within 10 minutes for each replica. Its "
         "running requests fail with the cause. With 0, a replica stays down, and the server exits with the last one.",
     ),

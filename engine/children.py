@@ -1,7 +1,7 @@
 """Child processes: one protocol for the EngineCore, the API processes and the ranks.
 
     parent ──options on stdin, then lines──► child
-    parent ◄──Loading, Up, Failure────────── child   (frames on a pipe; ranks send them over their socket)
+    parent ◄──Loading, Up, Note, Failure──── child   (frames on a pipe; ranks send them over their socket)
 
 A child's stdin stays open as long as its parent lives, so a child whose parent is gone ends too, even a stopped one.
 Children are plain processes instead of `multiprocessing` ones, so that a user's script needs no `__main__` guard.
@@ -66,7 +66,20 @@ class Failure(msgspec.Struct, tag="failure"):
         return result
 
 
-Report: TypeAlias = Loading | Up | Failure
+class Note(msgspec.Struct, tag="note"):
+    """What a child says to its parent while it runs, encoded."""
+
+    body: msgspec.Raw
+
+    @classmethod
+    def of(cls, body: Any) -> "Note":
+        return cls(msgspec.Raw(msgspec.msgpack.encode(body)))
+
+    def read(self, kind: Any) -> Any:
+        return msgspec.msgpack.decode(self.body, type=kind)
+
+
+Report: TypeAlias = Loading | Up | Note | Failure
 Send: TypeAlias = Callable[[Report], None]
 
 encode_report = msgspec.msgpack.Encoder().encode

@@ -118,11 +118,11 @@ class CoreProcess:
             self._up = True
             ready: Ready = report.read(Ready)
             return ready
-        self._failure = report
+        self._failure = failure = report if isinstance(report, Failure) else None
         self._expected_end = True
         self._child.wait()
         self._clean()
-        raise self._child.error(report, named=False)
+        raise self._child.error(failure, named=False)
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call back from a thread, with the cause in one line, if the core exits unexpectedly."""
@@ -136,9 +136,16 @@ class CoreProcess:
 
         threading.Thread(target=wait, name="core-watch", daemon=True).start()
 
-    def successor(self) -> "CoreProcess":
-        """A new core with the same options, at addresses of its own; the caller must `stop` this one."""
-        return CoreProcess(self._config, **self._arguments)
+    def successor(
+        self, config: EngineConfig | None = None, environment: Mapping[str, str] | None = None
+    ) -> "CoreProcess":
+        """A new core, at addresses of its own: with the same options, or of another replica of the same server.
+
+        In place of this one, the caller must `stop` this one.
+        """
+        if config is None:
+            return CoreProcess(self._config, **self._arguments)
+        return CoreProcess(config, **self._arguments | {"memory": None, "environment": environment})
 
     def stop(self) -> None:
         """End the core, and with it all requests; safe to call twice."""

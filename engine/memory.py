@@ -16,6 +16,7 @@ from engine.resolved_config import ResolvedConfig
 from engine.text import human_bytes
 
 WORKSPACE = "workspace"  # the line of what steps allocate
+KV_CACHE = "KV cache"
 ENCODER_FLAGS = "--max-num-batched-tokens, --mm-processor-kwargs"
 MIN_UNCHUNKED_TOKENS = 512  # lower bound of a step's token budget without chunked prefill
 MAX_TOKENS_IN_FLIGHT = 64  # of a request: a window keeps the blocks that tokens without a result attend to
@@ -99,7 +100,7 @@ def resolve(
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
         *encoders,
-        MemoryLine("KV cache", num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
+        MemoryLine(KV_CACHE, num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
     )
     if not memory.block:
         lines = lines[:-1]

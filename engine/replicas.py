@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from engine.config import EngineConfig
+from engine.errors import OutOfMemoryError
 from engine.launch import CoreProcess
 from engine.messages import Ready
+from engine.text import human_bytes
 
 
 def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float) -> tuple[CoreProcess, ...]:
@@ -37,6 +39,45 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
         stop_all(started)
         raise
     return tuple(started)
+
+
+def start_another(first: CoreProcess, ready: Ready, config: EngineConfig, number: int, count: int) -> CoreProcess:
+    """Start the core of a replica that is added while others serve; it has the sizes of the first.
+
+    Args:
+        first: the core of replica 0, which may have ended.
+        ready: its report.
+        config: of the engine.
+        number: of the new replica.
+        count: replicas that there will be.
+
+    Raises OutOfMemoryError if the memory that they share is too small, ConfigError if there are too few devices.
+    """
+    from engine.devices import machine_for
+    from engine.memory import KV_CACHE
+
+    count = max(count, number + 1)
+    kv_bytes = sum(line.bytes for line in ready.memory if line.what == KV_CACHE)
+    one = replace(
+        config,
+        data_parallel_size=count,
+        replica=number,
+        max_model_len=ready.max_model_len,
+        max_num_seqs=ready.max_num_seqs,
+        max_num_batched_tokens=ready.max_num_batched_tokens,
+        block_size=ready.block_size,
+        kv_cache_memory_bytes=kv_bytes * count or None,
+    )
+    machine = machine_for(one)
+    environment = machine.environment(number)
+    if not environment and not config.simulated:
+        needed, available = sum(line.bytes for line in ready.memory), count * machine.available_memory()
+        if needed > available:
+            raise OutOfMemoryError(
+                f"one more replica needs {human_bytes(needed)}, but {human_bytes(available)} are free: "
+                "use a lower --dp, or start the server with a smaller --kv-cache-memory-bytes"
+            )
+    return first.successor(one, environment)
 
 
 def wait_all_ready(

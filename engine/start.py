@@ -4,11 +4,11 @@ Modules of the front end are imported only once the cores have been started, so 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.launch import CoreProcess
@@ -17,14 +17,15 @@ from engine.model.config.file_names import CONFIG, PARAMS
 from engine.model.resolve import cached_tokenizer, resolve_model, resolve_tokenizer
 from engine.multimodal.feature_files import cache_bytes
 from engine.phases import Phases
-from engine.replicas import start_cores, stop_all, wait_all_ready
+from engine.replicas import start_another, start_cores, stop_all, wait_all_ready
 
 if TYPE_CHECKING:
-    from engine.frontend.connect import CoreAddress, EngineClient
-    from engine.frontend.front_end_stats import Board
+    from engine.frontend.connect import EngineClient, SupervisedClient
+    from engine.frontend.front_end_stats import Boards
     from engine.frontend.generation_defaults import GenerationDefaults
     from engine.frontend.mm_pipeline import MMOptions
     from engine.frontend.tokenizer import Tokenizer
+    from engine.frontend.transport import CoreAddress
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Engine:
     """Running EngineCores, one for each replica, and what a front end needs to use them."""
 
     config: EngineConfig  # with model and tokenizer as folders
-    cores: list[CoreProcess]
-    readies: list[Ready]
+    cores: dict[int, CoreProcess]  # by replica; one that ended stays until another takes its place
+    readies: dict[int, Ready]
     tokenizer: "Tokenizer"
     warnings: tuple[str, ...]
     generation: "GenerationDefaults"
@@ -52,26 +53,30 @@ class Engine:
 
         return make_mm_options(self.config)
 
-    def addresses(self, front_end: int = 0) -> "tuple[CoreAddress, ...]":
-        """The addresses at which a front end reaches the cores."""
-        from engine.frontend.connect import CoreAddress
+    def address(self, replica: int, front_end: int = 0) -> "CoreAddress":
+        """The addresses at which a front end reaches a core."""
+        from engine.frontend.transport import CoreAddress
 
-        pairs = zip(self.cores, self.readies, strict=True)
-        return tuple(
-            CoreAddress(ready, core.endpoints.to_core, core.endpoints.from_core[front_end]) for core, ready in pairs
-        )
+        endpoints = self.cores[replica].endpoints
+        return CoreAddress(self.readies[replica], endpoints.to_core, endpoints.from_core[front_end])
 
-    def connect(self, boards: "Sequence[Board]" = ()) -> "EngineClient":
-        """Make the client of the first front end; `open()` it inside an event loop."""
+    def connect(self) -> "EngineClient":
+        """Make the client of the only front end; `open()` it inside an event loop."""
         from engine.frontend.connect import connect
 
-        config = self.config
-        options: dict[str, Any] = {"seed": config.seed, "routing": config.routing, "boards": boards, "mm": self.mm}
-        return connect(self.addresses(), self.tokenizer, **options)
+        config, cores = self.config, [self.address(replica) for replica in self.readies]
+        return connect(cores, self.tokenizer, seed=config.seed, routing=config.routing, mm=self.mm)
+
+    def supervise(self, boards: "Boards") -> "SupervisedClient":
+        """Make the client of a server's first front end, whose replicas may come and go."""
+        from engine.frontend.connect import supervise
+
+        config, cores = self.config, {replica: self.address(replica) for replica in self.readies}
+        return supervise(cores, self.tokenizer, boards, seed=config.seed, routing=config.routing, mm=self.mm)
 
     def watch(self, on_death: Callable[[int, str], None]) -> None:
         """Call back from a thread, with the replica and the cause in one line, if a core exits unexpectedly."""
-        for replica, core in enumerate(self.cores):
+        for replica, core in self.cores.items():
             core.watch(partial(on_death, replica))
 
     def restart(self, replica: int, on_death: Callable[[int, str], None]) -> None:
@@ -79,15 +84,27 @@ class Engine:
 
         Raises the RedlineError of a core that can't be started.
         """
-        ended, core = self.cores[replica], self.cores[replica].successor()
+        self._take_place(replica, self.cores[replica].successor(), on_death)
+
+    def add(self, replica: int, count: int, on_death: Callable[[int, str], None]) -> None:
+        """Start the core of one more replica, of `count`, and block until it is up; it has the sizes of the first.
+
+        Raises OutOfMemoryError if the machine has too little memory left, the RedlineError of a core that can't be
+        started otherwise.
+        """
+        self._take_place(replica, start_another(self.cores[0], self.ready, self.config, replica, count), on_death)
+
+    def _take_place(self, replica: int, core: CoreProcess, on_death: Callable[[int, str], None]) -> None:
+        ended = self.cores.get(replica)
         self.cores[replica] = core  # from here on, `stop` ends it
-        ended.stop()
+        if ended is not None:
+            ended.stop()
         self.readies[replica] = core.wait_ready()
         core.watch(partial(on_death, replica))
 
     def stop(self) -> None:
         """End all cores; safe to call twice."""
-        stop_all(self.cores)
+        stop_all(list(self.cores.values()))
 
 
 def start_engine(
@@ -136,7 +153,9 @@ def start_engine(
         )
     generation.add_eos_ids(tokenizer, ready.vocab_size)
     core_warnings = dict.fromkeys(warning for ready in readies for warning in ready.warnings)
-    return Engine(config, list(cores), list(readies), tokenizer, (*core_warnings, *warnings), generation)
+    return Engine(
+        config, dict(enumerate(cores)), dict(enumerate(readies)), tokenizer, (*core_warnings, *warnings), generation
+    )
 
 
 def _load_front_end(

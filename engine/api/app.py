@@ -34,6 +34,7 @@ from engine.api.responses.endpoints import (
     list_input_items,
     retrieve_response,
 )
+from engine.api.scaling import scale, scale_state
 from engine.api.scores import RERANK_PATHS, SCORE_PATHS, rerank, score
 from engine.api.server_page import docs_page, server_page
 from engine.api.state import ApiState
@@ -83,6 +84,8 @@ def api_routes(state: ApiState) -> list[tuple[str, str, Endpoint]]:
         ("POST", "/reset_prefix_cache", reset_prefix_cache),
         ("POST", "/v1/load_lora_adapter", for_models(load_adapter, (GENERATES,), kind)),
         ("POST", "/v1/unload_lora_adapter", for_models(unload_adapter, (GENERATES,), kind)),
+        ("POST", "/scale", scale),
+        ("GET", "/scale", scale_state),
         ("GET", "/health", health),
         ("GET", "/ping", health),
         ("POST", "/ping", health),
@@ -186,21 +189,23 @@ async def model_cards(state: ApiState) -> list[dict[str, Any]]:
 
 
 async def health(state: ApiState, _request: Request) -> Response:
-    """200 while the engine runs steps or is idle, 503 with the cause if it is dead or a step hangs.
+    """200 while the engine runs steps or is idle, 503 with the cause if it is dead, is restarted, or a step hangs.
 
     With replicas, the status is degraded, and still 200, while some of them are ok.
     """
     client, core = state.client, state.client.total_stats.core
     age = max(0.0, client.clock.now() - core.last_step_at) if core.steps else None
     known: dict[str, Any] = {"running": core.running, "waiting": core.waiting, "last_step_age_s": age}
-    if client.replicas:
-        known["replicas"] = [replica.health() for replica in client.replicas]
+    if states := client.replica_states():
+        known["replicas"] = states
     if client.dead is not None:
         return json_response({"status": "dead", "cause": client.dead, **known}, 503)
+    if client.unavailable:
+        return json_response({"status": "restarting", "cause": client.unavailable, **known}, 503)
     if client.hung:
         return json_response({"status": "hung", "cause": client.hung, **known}, 503)
-    all_ok = all(replica["status"] == "ok" for replica in known.get("replicas", ()))
-    return json_response({"status": "ok" if all_ok else "degraded", **known})
+    degraded = any(replica["status"] in ("dead", "hung", "restarting") for replica in states)
+    return json_response({"status": "degraded" if degraded else "ok", **known})
 
 
 async def load(state: ApiState, _request: Request) -> Response:

@@ -99,9 +99,8 @@ def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
     if limits.max_queue is None:
         return
     stats = client.total_stats
-    waiting, slots = stats.core.waiting, client.ready.max_num_seqs
-    if client.replicas:
-        slots *= sum(replica.dead is None for replica in client.replicas)
+    waiting, slots = stats.core.waiting, client.ready.max_num_seqs * len(client.serving)
+    outputs += client.num_held
     # Open requests are counted at once, waiting ones only with the core's next message.
     queue = max(stats.live + outputs - slots, waiting + outputs if waiting else 0)
     if queue <= limits.max_queue:

@@ -23,6 +23,7 @@ from engine.api.pooling_protocol import (
 from engine.api.protocol import CompletionRequest, DetokenizeRequest
 from engine.api.responses.protocol import ResponsesRequest
 from engine.api.responses.schemas import RESPONSES_API
+from engine.api.scaling import ScaleRequest
 from engine.api.scores import RERANK_PATHS, SCORE_PATHS
 
 VERSION = "3.1.0"
@@ -99,6 +100,8 @@ ROUTES: tuple[Route, ...] = (
     Route("post", "/reset_prefix_cache", "Empty the prefix cache", "PrefixCacheReset"),
     Route("post", "/v1/load_lora_adapter", "Load a LoRA adapter", "Text", LoadRequest, (TEXT,)),
     Route("post", "/v1/unload_lora_adapter", "Unload a LoRA adapter", "Text", UnloadRequest, (TEXT,)),
+    Route("post", "/scale", "Add or drain replicas", "Scaling", ScaleRequest),
+    Route("get", "/scale", "How far that is", "Scaling"),
     Route("get", "/health", "The state of the engine", "Health"),
     Route("get", "/ping", "The same, under the path that some platforms expect", "Health"),
     Route("post", "/ping", "The same", "Health"),
@@ -151,7 +154,9 @@ def operation(route: Route) -> dict[str, Any]:
     if parameters := re.findall(r"\{(\w+)\}", route.path):
         found["parameters"] = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in parameters]
     if route.response == "Health":
-        found["responses"]["503"] = response("The engine is gone or hangs; `cause` is the reason.", "Health", (JSON,))
+        found["responses"]["503"] = response(
+            "The engine is gone, is restarted, or hangs; `cause` is the reason.", "Health", (JSON,)
+        )
     errors, schema = (ERRORS | MORE_ERRORS, "MessagesError") if route.anthropic else (ERRORS, "Error")
     for status, description in errors.items():
         found["responses"].setdefault(str(status), response(description, schema, (JSON,)))

@@ -55,6 +55,8 @@ PROMPT_LOGPROBS: Schema = listed(
 )
 ABOUT_PROMPT: dict[str, Schema] = {"prompt_logprobs": PROMPT_LOGPROBS, "prompt_token_ids": listed(COUNT)}
 
+REPLICA: Schema = record({"replica": COUNT, "status": STRING}, {"process": INTEGER, "cause": STRING})
+
 RESPONSES: dict[str, Schema] = {
     "Error": record(
         {
@@ -153,15 +155,24 @@ RESPONSES: dict[str, Schema] = {
     "Anything": {"type": "object"},
     "Health": record(
         {
-            "status": {"enum": ["ok", "degraded", "hung", "dead"]},
+            "status": {"enum": ["ok", "degraded", "restarting", "hung", "dead"]},
             "running": COUNT,
             "waiting": COUNT,
             "last_step_age_s": nullable(NUMBER),
         },
         {
             "cause": STRING,
-            "replicas": listed(record({"replica": COUNT, "process": INTEGER, "status": STRING}, {"cause": STRING})),
+            "replicas": listed(REPLICA),
         },
+    ),
+    "Scaling": record(
+        {
+            "revision": COUNT,
+            "data_parallel_size": COUNT,
+            "done": BOOLEAN,
+            "error": nullable(STRING),
+            "replicas": listed(REPLICA),
+        }
     ),
     "Ready": record({"status": {"const": "ready"}}),
     "Version": record({"version": STRING}, {"simulated": STRING}),

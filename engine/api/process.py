@@ -1,7 +1,8 @@
 """A further API process of a server: `python -m engine.api.process`, started and ended by the first (see `run`).
 
 It has its own front-end number and listening socket, and shares the counters. After its options it gets lines on stdin:
-`core-lost REPLICA CAUSE`, `core-up REPLICA ADDRESS`, `finish`, or `end CAUSE`. It ends by itself only if it fails.
+`replica EVENT`, `scale STATE` (both encoded), `finish`, or `end CAUSE`. It sends notes: Drained, ScaleAsked. It ends by
+itself only if it fails.
 """
 
 import asyncio
@@ -10,20 +11,22 @@ import contextlib
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from engine import children
 from engine.api.http_options import HttpOptions
-from engine.children import Failure, ReportingChild, Up
-from engine.frontend.connect import CoreAddress
+from engine.api.scale_state import RemoteScaling, ScaleState
+from engine.children import Failure, Note, Report, ReportingChild, Up
 from engine.frontend.mm_pipeline import MMOptions
+from engine.frontend.replica_events import ReplicaEvent
+from engine.frontend.transport import CoreAddress
 
 if TYPE_CHECKING:
-    from engine.frontend.connect import EngineClient
+    from engine.frontend.connect import SupervisedClient
 
 
 class ApiProcessOptions(children.PipeOptions):
@@ -36,7 +39,6 @@ class ApiProcessOptions(children.PipeOptions):
     tokenizer_mode: str
     chat_template: str | None
     seed: int
-    cores: tuple[CoreAddress, ...]  # of all replicas
     routing: str
     sampling_defaults: dict[str, int | float]
     eos_ids: tuple[int, ...]  # in addition to the tokenizer's
@@ -47,31 +49,54 @@ class ApiProcessOptions(children.PipeOptions):
     mm: MMOptions | None = None
     first_sequence: int = 1  # of its requests; the successor of a dead process continues far above
     listener: int = -1
-    boards: tuple[int, ...] = ()
+    boards: int = -1
+    cores: dict[int, CoreAddress] = msgspec.field(default_factory=dict)  # by replica, those that do not serve included
+    events: tuple[ReplicaEvent, ...] = ()  # what must be known of replicas besides
+    scale_state: ScaleState = ScaleState(0, 1)
     response_folder: str = ""  # of the sockets by which API processes share responses
     key_loads: int = -1  # the requests of each API key, if they are limited
 
 
+class Drained(msgspec.Struct, tag="drained"):
+    """A draining replica gets no requests from this process, and has none of it."""
+
+    replica: int
+
+
+class ScaleAsked(msgspec.Struct, tag="scale"):
+    """A client has asked for a number of replicas; `number` is that of its request."""
+
+    number: int
+    target: int
+
+
+ApiNote: TypeAlias = Drained | ScaleAsked
+
 # ----------------------------------------------------------------------------------------------------- in the parent
+
+
+def _ignore(_note: ApiNote) -> None:
+    """A note that comes while the server starts: it has none to drain."""
 
 
 class ApiProcess(ReportingChild):
     """A further API process, as the first one sees it."""
 
-    def __init__(self, options: ApiProcessOptions, listener: socket.socket, boards: Sequence[int]):
+    def __init__(self, options: ApiProcessOptions, listener: socket.socket, boards: int):
         self._stopping = False
-        options.listener, options.boards = listener.fileno(), tuple(boards)
+        self.on_note: Callable[[ApiNote], None] = _ignore  # called from a thread
+        options.listener, options.boards = listener.fileno(), boards
         super().__init__(
             "engine.api.process",
             options,
             name=f"API process {options.front_end}",
-            inherit=(listener.fileno(), *boards, *([options.key_loads] if options.key_loads >= 0 else [])),
+            inherit=(listener.fileno(), boards, *([options.key_loads] if options.key_loads >= 0 else [])),
             memory_advice="lower --api-servers or --kv-cache-memory-bytes",
         )
 
     def wait_up(self) -> None:
         """Block until it is ready to serve; raises its RedlineError if it is not."""
-        report = self.next_report()
+        report = self._next_report()
         if not isinstance(report, Up):
             self.wait()
             raise self.error(report if isinstance(report, Failure) else None)
@@ -80,25 +105,31 @@ class ApiProcess(ReportingChild):
         """Call back from a thread when it has ended: with the cause, or None after `finish` or `end`."""
 
         def wait() -> None:
-            report = self.next_report()
+            report = self._next_report()
             self.wait()
             error = self.error(report if isinstance(report, Failure) else None)
             on_end(None if self._stopping else str(error))
 
         threading.Thread(target=wait, name="api-watch", daemon=True).start()
 
+    def _next_report(self) -> Report | None:
+        """The next report that is no note."""
+        while isinstance(report := self.next_report(), Note):
+            self.on_note(report.read(ApiNote))
+        return report
+
     def finish(self) -> None:
         """Let it end when its requests are done."""
         self._stopping = True
         self.send_line("finish")
 
-    def core_lost(self, replica: int, cause: str) -> None:
-        """Notify it that a replica is gone while others continue to serve."""
-        self.send_line(f"core-lost {replica} {' '.join(cause.split())}")
+    def announce(self, event: ReplicaEvent) -> None:
+        """Notify it of a change of a replica."""
+        self.send_line(f"replica {_encoded(event)}")
 
-    def core_up(self, replica: int, core: CoreAddress) -> None:
-        """Notify it that a replica has a new core."""
-        self.send_line(f"core-up {replica} {base64.b64encode(msgspec.msgpack.encode(core)).decode()}")
+    def announce_state(self, state: ScaleState) -> None:
+        """Notify it how many replicas there are to be."""
+        self.send_line(f"scale {_encoded(state)}")
 
     def end(self, cause: str) -> None:
         """Have it report the cause to its clients, and end."""
@@ -111,6 +142,10 @@ class ApiProcess(ReportingChild):
         self.kill()
         self.wait()
         self.close()
+
+
+def _encoded(message: Any) -> str:
+    return base64.b64encode(msgspec.msgpack.encode(message)).decode()
 
 
 # ------------------------------------------------------------------------------------------------------ in the child
@@ -130,45 +165,46 @@ def main() -> int:
     def run() -> None:
         client = connect(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(options, client, lambda: send(Up())))
+            runner.run(serve(options, client, send))
 
     with children.reports_to(options.report_fd) as send:
         return children.run_reporting(run, send, "the API process")
 
 
-def connect(options: ApiProcessOptions) -> "EngineClient":
-    from engine.frontend.connect import connect
-    from engine.frontend.front_end_stats import Board
+def connect(options: ApiProcessOptions) -> "SupervisedClient":
+    from engine.frontend.connect import supervise
+    from engine.frontend.front_end_stats import Boards
     from engine.frontend.generation_defaults import GenerationDefaults
     from engine.frontend.tokenizer import load_tokenizer
 
-    vocab_size = options.cores[0].ready.vocab_size
+    vocab_size = next(iter(options.cores.values())).ready.vocab_size
     folder = Path(options.tokenizer)
     tokenizer, _ = load_tokenizer(folder, vocab_size, options.tokenizer_mode, options.chat_template)
     GenerationDefaults(eos_ids=options.eos_ids).add_eos_ids(tokenizer, vocab_size)
-    return connect(
+    return supervise(
         options.cores,
         tokenizer,
+        Boards(options.front_ends, options.boards),
         front_end=options.front_end,
         first_sequence=options.first_sequence,
         seed=options.seed,
         routing=options.routing,
-        boards=[Board(options.front_ends, board) for board in options.boards],
         mm=options.mm,
     )
 
 
-async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable[[], None]) -> None:
+async def serve(options: ApiProcessOptions, supervised: "SupervisedClient", send: children.Send) -> None:
     """Serve HTTP until the parent's `finish` or `end`."""
     from engine.api.http_server import ERROR_GRACE_S, HttpServer
     from engine.api.key_limit import KeyLoads
     from engine.api.state import ApiState
     from engine.api.tracing import make_traces
-    from engine.frontend.connect import reconnect
     from engine.frontend.logs import RequestLog
 
     loop = asyncio.get_running_loop()
     traces = None if options.traces_endpoint is None else make_traces(options.traces_endpoint)
+    client = supervised.router
+    client.on_drained = lambda replica: send(Note.of(Drained(replica)))
     client.open(RequestLog(logged=options.log_requests, traced=None if traces is None else traces.add))
     state = ApiState(
         client,
@@ -181,18 +217,21 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
     )
     if options.key_loads >= 0:
         state.key_loads = KeyLoads(options.front_ends, len(options.http.api_keys), options.key_loads)
+    scaling = state.scaling = RemoteScaling(
+        options.front_end, options.scale_state, lambda number, target: send(Note.of(ScaleAsked(number, target)))
+    )
+    for event in options.events:
+        supervised.apply(event)
     server = HttpServer(state, socket.socket(fileno=options.listener))
 
     def execute(line: str) -> None:
-        word, _, cause = line.partition(" ")
-        if word == "core-lost":
-            replica, _, cause = cause.partition(" ")
-            client.core_lost(int(replica), cause)
-        elif word == "core-up":
-            replica, _, core = cause.partition(" ")
-            reconnect(client, int(replica), msgspec.msgpack.decode(base64.b64decode(core), type=CoreAddress))
+        word, _, rest = line.partition(" ")
+        if word == "replica":
+            supervised.apply(msgspec.msgpack.decode(base64.b64decode(rest), type=ReplicaEvent))
+        elif word == "scale":
+            scaling.state_changed(msgspec.msgpack.decode(base64.b64decode(rest), type=ScaleState))
         elif word == "end":
-            client.fail_all(cause)
+            client.fail_all(rest)
             server.end(ERROR_GRACE_S)
         else:
             server.finish()
@@ -203,7 +242,7 @@ async def serve(options: ApiProcessOptions, client: "EngineClient", up: Callable
 
     def on_listening(_url: str) -> None:
         children.freeze_heap()
-        up()
+        send(Up())
 
     children.end_with_parent(on_line)
     try:

@@ -1,7 +1,8 @@
 """The further API processes of a server: started, watched, restarted when one ends by itself, and ended together.
 
-They hold no state of the engine. When one ends, the core aborts its requests and the others continue to serve. Its
-listening socket stays open here, so that connections wait for its successor instead of being refused.
+They hold no state of the engine; each is notified of all changes of replicas from its start on. When one ends, the core
+aborts its requests and the others continue to serve. Its listening socket stays open here, so that connections wait for
+its successor instead of being refused.
 """
 
 import asyncio
@@ -9,18 +10,21 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
 from engine.api.http_server import FORCED_GRACE_S
 from engine.api.key_limit import KeyLoads
-from engine.api.process import ApiProcess, ApiProcessOptions
+from engine.api.process import ApiProcess, ApiProcessOptions, Drained, ScaleAsked
 from engine.api.restarts import RestartPolicy
+from engine.api.scale_state import ScaleState
 from engine.errors import RedlineError
-from engine.frontend.connect import CoreAddress, EngineClient
-from engine.frontend.front_end_stats import Board
+from engine.frontend.front_end_stats import Boards
+from engine.frontend.replica_events import ReplicaEvent
+from engine.frontend.router import Router
+from engine.frontend.transport import CoreAddress
 
 log = logging.getLogger("redline.api")
 
@@ -29,20 +33,50 @@ GENERATION = 1 << 40
 ABORT_TIMEOUT_S = 2.0  # for the cores to confirm that they have aborted a process's requests
 
 
+class Replicas(Protocol):
+    """The part of a ReplicaSet that API processes use."""
+
+    state: ScaleState
+
+    def addresses(self, front_end: int) -> dict[int, CoreAddress]: ...
+
+    def events(self) -> Iterable[ReplicaEvent]: ...
+
+    def drained(self, front_end: int, number: int) -> None: ...
+
+    def front_end_ended(self, front_end: int) -> None: ...
+
+    def scale_for(self, target: int, asked: tuple[int, int]) -> ScaleState: ...
+
+
 class _Place:
     """A front-end number and its socket, with the process that has them now."""
 
-    def __init__(self, options: ApiProcessOptions, listener: socket.socket, boards: Sequence[Board]):
+    def __init__(self, options: ApiProcessOptions, listener: socket.socket, boards: Boards, replicas: Replicas):
         self.options = options
         self.listener = listener
-        self.descriptors = [board.descriptor for board in boards]
+        self.boards = boards
+        self.replicas = replicas
+        self.restarts = RestartPolicy()
         self.process = self.start()
         self.up = False
-        self.restarts = RestartPolicy()
-        self.restarted: dict[int, CoreAddress] = {}  # cores by replica, since the start of the server
+
+    @property
+    def front_end(self) -> int:
+        return self.options.front_end
 
     def start(self) -> ApiProcess:
-        return ApiProcess(self.options, self.listener, self.descriptors)
+        """Start a process that knows the replicas as they are now; it must be notified of what follows."""
+        cores = self.replicas.addresses(self.front_end)
+        for replica in cores:
+            self.boards[replica].take_over(self.front_end)
+        options = msgspec.structs.replace(
+            self.options,
+            cores=cores,
+            events=tuple(self.replicas.events()),
+            scale_state=self.replicas.state,
+        )
+        return ApiProcess(options, self.listener, self.boards.descriptor)
 
 
 class ApiProcesses:
@@ -52,21 +86,22 @@ class ApiProcesses:
         self,
         options: Sequence[ApiProcessOptions],
         listeners: Sequence[socket.socket],
-        boards: Sequence[Board],
+        boards: Boards,
+        replicas: Replicas,
         key_loads: KeyLoads | None = None,
     ):
         """Start one process for each of `options` and `listeners`; `wait_up` waits for them.
 
-        `boards` and `key_loads` are the counters that all API processes share.
+        `boards` and `key_loads` are the counters that all API processes share; `replicas` are those of the server.
         """
         self._boards = boards
+        self._replicas = replicas
         self._key_loads = key_loads
         self._places: list[_Place] = []
         self._stopping = False
-        self._lost: dict[int, str] = {}  # causes by replica
         self._watched: list[asyncio.Future[None]] = []
         for one, listener in zip(options, listeners, strict=True):
-            self._places.append(_Place(one, listener, boards))
+            self._places.append(_Place(one, listener, boards, replicas))
 
     def wait_up(self) -> None:
         """Block until all are ready to serve; raises the RedlineError of one that is not."""
@@ -74,20 +109,34 @@ class ApiProcesses:
             place.process.wait_up()
             place.up = True
 
-    def watch(self, client: EngineClient, die: Callable[[str], None]) -> None:
+    def watch(self, client: Router, die: Callable[[str], None]) -> None:
         """In the event loop: restart processes that end by themselves; if too often, call `die` with the cause."""
+        for place in self._places:
+            self._listen(place)
         self._watched = [asyncio.ensure_future(self._keep(place, client, die)) for place in self._places]
 
     async def ended(self) -> None:
         """Wait until all have ended and none is restarted."""
         await asyncio.gather(*self._watched)
 
-    async def _keep(self, place: _Place, client: EngineClient, die: Callable[[str], None]) -> None:
+    def _listen(self, place: _Place) -> None:
+        """Do what a process asks for."""
+
+        def on_note(note: Drained | ScaleAsked) -> None:
+            if isinstance(note, Drained):
+                self._replicas.drained(place.front_end, note.replica)
+            else:
+                self._replicas.scale_for(note.target, (place.front_end, note.number))
+
+        place.process.on_note = threadsafe(on_note)
+
+    async def _keep(self, place: _Place, client: Router, die: Callable[[str], None]) -> None:
         while True:
             cause = await self._end_of(place)
             place.up = False
             if cause is None or self._stopping:
                 return
+            self._replicas.front_end_ended(place.front_end)
             pause = place.restarts.next_pause(time.monotonic())
             if pause is None:
                 die(f"{cause}; {place.restarts.why_not()}")
@@ -98,6 +147,7 @@ class ApiProcesses:
             if self._stopping:
                 return
             place.process = place.start()
+            self._listen(place)
 
     async def _end_of(self, place: _Place) -> str | None:
         """Wait for the end of a process, which may still be starting; the cause, or None after `finish` or `end`."""
@@ -108,10 +158,6 @@ class ApiProcesses:
             except RedlineError as error:
                 return str(error)
             place.up = True
-            for replica, cause in self._lost.items():
-                process.core_lost(replica, cause)
-            for replica, core in place.restarted.items():  # it may have started with the core's predecessor
-                process.core_up(replica, core)
             if self._stopping:
                 process.finish()
             if place.restarts.has_ended:
@@ -120,40 +166,39 @@ class ApiProcesses:
         process.watch(threadsafe(lambda cause: None if ended.done() else ended.set_result(cause)))
         return await ended
 
-    async def _forget_requests(self, place: _Place, client: EngineClient) -> None:
+    async def _forget_requests(self, place: _Place, client: Router) -> None:
         """Have the cores abort the requests of a process that ended, and give its successor new handles."""
         options = place.options
         if self._key_loads is not None:
             self._key_loads.clear(options.front_end)
-        for board in self._boards:
-            board.stats[options.front_end].live = 0
-            board.stats[options.front_end].load = 0
+        for core in client.cores:
+            self._boards[core.replica].take_over(options.front_end)
         first = options.first_sequence // GENERATION * GENERATION + GENERATION
         place.options = msgspec.structs.replace(options, first_sequence=first)
-        cores = client.replicas or (client,)
-        calls = [
-            core.call_utility("drop_front_end", front_end=options.front_end, first_sequence=first) for core in cores
-        ]
+        arguments = {"front_end": options.front_end, "first_sequence": first}
+        calls = [core.call_utility("drop_front_end", **arguments) for core in client.cores]
         # A core that is gone has no requests. A core that hangs gets the message when it continues.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), ABORT_TIMEOUT_S)
 
-    # ----------------------------------------------------------------------------------------------------- the end
+    # -------------------------------------------------------------------------------------------------- replicas
 
-    def core_lost(self, replica: int, cause: str) -> None:
-        """Notify all that a replica is gone while others continue to serve."""
-        self._lost[replica] = cause
+    @property
+    def running(self) -> list[int]:
+        """The front-end numbers of the processes that may serve requests, or soon will."""
+        return [place.front_end for place in self._places if place.process.returncode is None]
+
+    def announce(self, event: Callable[[int], ReplicaEvent]) -> None:
+        """Notify all of a change of a replica; `event` makes what a front end is sent."""
         for place in self._places:
-            if place.up:
-                place.process.core_lost(replica, cause)
+            place.process.announce(event(place.front_end))
 
-    def core_up(self, replica: int, addresses: Sequence[CoreAddress]) -> None:
-        """Notify all that a replica has a new core; `addresses` are those of the further processes, in order."""
-        self._lost.pop(replica, None)
-        for place, core in zip(self._places, addresses, strict=True):
-            place.restarted[replica] = core
-            if place.up:
-                place.process.core_up(replica, core)
+    def announce_state(self, state: ScaleState) -> None:
+        """Notify all how many replicas there are to be."""
+        for place in self._places:
+            place.process.announce_state(state)
+
+    # ----------------------------------------------------------------------------------------------------- the end
 
     def finish(self) -> None:
         """Let all end when their requests are done."""

@@ -25,12 +25,11 @@ class Readiness:
     async def check(self) -> None:
         """Raise ApiError 503, with the cause, unless at least one engine has produced a token and does not hang."""
         client = self._client
-        if cause := client.dead or client.hung:
+        if cause := client.dead or client.unavailable or client.hung:
             raise _not_ready(cause)
         waiting = []
-        for replica in client.replicas or (client,):
-            assert isinstance(replica, CoreClient)
-            if replica.dead is not None or replica.hung:
+        for replica in client.serving:
+            if replica.hung:
                 continue
             if (
                 replica.total_stats.core.generation_tokens

@@ -2,9 +2,10 @@
 
 from collections import deque
 
-MAX_RESTARTS = 5  # of an API process within the period
+MAX_RESTARTS = 5  # of an API process, or a replica of several, within the period
 RESTART_PERIOD_S = 600.0
-BACK_OFF_S = 0.5  # before the first restart; doubled before each further one
+BACK_OFF_S = 0.5  # before the first restart; doubled before each further one that follows without any work done
+MAX_BACK_OFF_S = 30.0
 
 
 class RestartPolicy:
@@ -14,14 +15,19 @@ class RestartPolicy:
     def __init__(self, limit: int = MAX_RESTARTS):
         self.limit = limit
         self._ends: deque[float] = deque()  # times at which the process ended by itself
+        self._in_a_row = 0  # of these, the last ones before which it had not worked
 
-    def next_pause(self, now: float) -> float | None:
-        """The process has ended: seconds until it is to be started again; None if it ended too often."""
+    def next_pause(self, now: float, *, worked: bool = False) -> float | None:
+        """The process has ended: seconds until it is to be started again; None if it ended too often.
+
+        `worked`: it had done work since its start, so the pause is the shortest.
+        """
         self._ends.append(now)
         while now - self._ends[0] > RESTART_PERIOD_S:
             self._ends.popleft()
         count = len(self._ends)
-        return None if count > self.limit else BACK_OFF_S * 2.0 ** (count - 1)
+        self._in_a_row = 1 if worked else min(self._in_a_row + 1, count)
+        return None if count > self.limit else min(BACK_OFF_S * 2.0 ** (self._in_a_row - 1), MAX_BACK_OFF_S)
 
     @property
     def has_ended(self) -> bool:

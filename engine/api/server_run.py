@@ -4,7 +4,6 @@ import asyncio
 import logging
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,24 +15,24 @@ from engine.api.http_options import HttpOptions
 from engine.api.http_server import ERROR_GRACE_S, FORCED_GRACE_S, HttpServer
 from engine.api.key_limit import KeyLoads
 from engine.api.process import ApiProcessOptions
-from engine.api.processes import ApiProcesses, threadsafe
-from engine.api.restarts import RestartPolicy
+from engine.api.processes import ApiProcesses
+from engine.api.replica_set import ReplicaSet
+from engine.api.restarts import MAX_RESTARTS
 from engine.api.state import ApiState
 from engine.api.tracing import make_traces
 from engine.config import SHUTDOWN_TIMEOUT_S
-from engine.errors import EngineDeadError, RedlineError
-from engine.frontend.connect import EngineClient, reconnect
+from engine.errors import EngineDeadError
 from engine.frontend.core_client import STOPPED
-from engine.frontend.front_end_stats import Board
+from engine.frontend.front_end_stats import Boards
 from engine.frontend.listener import ClientListener, OutputRecord
 from engine.frontend.logs import PERIOD_S, RequestLog, StatsLog
+from engine.frontend.router import Router
 from engine.phases import Phases, ledger_line
 from engine.signals import EndRequests, exit_code_of
 from engine.socket_folder import SocketFolder
 from engine.start import Engine
 
 log = logging.getLogger("redline.stats")
-serve_log = logging.getLogger("redline.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +44,15 @@ class ServeOptions:
     log_requests: bool = True
     traces_endpoint: str | None = None  # of an OpenTelemetry collector
     shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S  # for running requests, after the first signal
-    restart_on_failure: int = 0  # restarts of each core within RESTART_PERIOD_S
+    # Restarts of each core within RESTART_PERIOD_S; None: MAX_RESTARTS with several replicas, else none.
+    restart_on_failure: int | None = None
 
 
 class ServerRun(ClientListener):
     """Serves an engine on its listening sockets, one API process each. This process is the first of them."""
 
-    _client: EngineClient  # this and the next, once the event loop runs
+    _client: Router  # this and the next, once the event loop runs
     _http: HttpServer
-    _core_lost_threadsafe: Callable[[int, str], None]
-    _core_up_threadsafe: Callable[[int], None]
 
     def __init__(
         self,
@@ -71,17 +69,19 @@ class ServerRun(ClientListener):
         self._show_line = show_line
         self._phases = phases
         self._created = int(time.time())
-        self._boards = [Board(len(listeners)) for _ in engine.cores]
+        self._boards = Boards(len(listeners))
         endpoint = options.traces_endpoint
         self._traces = None if endpoint is None else make_traces(endpoint)
         self._records = RequestLog(logged=options.log_requests, traced=self._traces.add if self._traces else None)
-        self._restarts = [RestartPolicy(options.restart_on_failure) for _ in engine.cores]
+        limit = options.restart_on_failure
+        if limit is None:
+            limit = MAX_RESTARTS if len(engine.cores) > 1 else 0
+        self._replicas = ReplicaSet(engine, self._boards, limit)
         keys = len(options.http.api_keys)
         limited = options.http.limits.max_requests_per_key is not None and keys
         self._key_loads = KeyLoads(len(listeners), keys) if limited else None
         self._folder = SocketFolder() if self._others else None  # by which API processes share responses
-        self._lost: set[int] = set()  # replicas
-        self._processes = ApiProcesses((), (), ())
+        self._processes = ApiProcesses((), (), self._boards, self._replicas)
         self._cause_of_death: str | None = None
         self._signals = EndRequests()
         self._stopping = False  # at once, without waiting for requests
@@ -112,7 +112,6 @@ class ServerRun(ClientListener):
                 tokenizer_mode=engine.config.tokenizer_mode,
                 chat_template=engine.config.chat_template,
                 seed=engine.config.seed,
-                cores=engine.addresses(front_end),
                 routing=engine.config.routing,
                 sampling_defaults=engine.generation.sampling,
                 eos_ids=engine.generation.eos_ids,
@@ -126,7 +125,7 @@ class ServerRun(ClientListener):
             )
             for front_end in range(1, 1 + len(self._others))
         ]
-        self._processes = ApiProcesses(options, self._others, self._boards, self._key_loads)
+        self._processes = ApiProcesses(options, self._others, self._boards, self._replicas, self._key_loads)
         self._processes.wait_up()
         self._phases.end("start API processes")
 
@@ -134,21 +133,19 @@ class ServerRun(ClientListener):
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
-        self._client = self._engine.connect(self._boards)
+        supervised = self._engine.supervise(self._boards)
+        self._client = supervised.router
         config, defaults = self._engine.config, self._engine.generation.sampling
         folder = self._folder.path if self._folder else ""
         state = ApiState(
             self._client, config.names, self._options.http, self._created, defaults, response_folder=folder
         )
-        state.key_loads = self._key_loads
+        state.key_loads, state.scaling = self._key_loads, self._replicas
         self._http = HttpServer(state, self._listener)
         self._client.open(self)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        on_core_lost = threadsafe(lambda lost: self._on_core_lost(*lost))
-        self._core_lost_threadsafe = lambda replica, cause: on_core_lost((replica, cause))
-        self._core_up_threadsafe = threadsafe(self._on_core_up)
-        self._engine.watch(self._core_lost_threadsafe)
+        self._replicas.open(supervised, self._processes, self._die)
         self._processes.watch(self._client, self._die)
         logging_stats = asyncio.ensure_future(self._log_stats())
         try:
@@ -202,56 +199,12 @@ class ServerRun(ClientListener):
 
     def _stop(self, cause: str, grace_s: float) -> None:
         self._stopping = True
+        self._replicas.end()
         self._client.fail_all(cause)
         self._http.end(grace_s)
         self._processes.end(cause, grace_s)
 
     # -------------------------------------------------------------------------------------------------------- deaths
-
-    def _on_core_lost(self, replica: int, cause: str) -> None:
-        """A core is gone: it is started again if that is allowed; with the last one the server ends."""
-        policy = self._restarts[replica]
-        if policy.limit and not self._signals.count and not self._stopping:
-            pause = policy.next_pause(time.monotonic())
-            if pause is not None:
-                cause = f"{cause}; it is restarted (--restart-on-failure)"
-                serve_log.error("replica %d: %s", replica, cause)
-                self._client.core_lost(replica, cause)
-                self._processes.core_lost(replica, cause)
-                asyncio.get_running_loop().call_later(pause, self._restart, replica)
-                return
-            cause = f"{cause}; {policy.why_not()}"
-        self._lost.add(replica)
-        count = len(self._engine.cores)
-        if len(self._lost) == count:
-            self._die(cause if count == 1 else f"no replica is left; replica {replica}: {cause}")
-            return
-        self._client.core_lost(replica, cause)
-        self._processes.core_lost(replica, cause)
-
-    def _restart(self, replica: int) -> None:
-        """Start a new core, on a thread: nothing waits for it when the server ends meanwhile."""
-
-        def run() -> None:
-            try:
-                self._engine.restart(replica, self._core_lost_threadsafe)
-            except RedlineError as error:
-                self._core_lost_threadsafe(replica, f"its restart failed: {error}")
-            else:
-                self._core_up_threadsafe(replica)
-
-        if not self._signals.count and not self._stopping and self._cause_of_death is None:
-            threading.Thread(target=run, name="core-restart", daemon=True).start()
-
-    def _on_core_up(self, replica: int) -> None:
-        """A restarted core serves."""
-        if self._signals.count or self._stopping or self._cause_of_death is not None:
-            return
-        self._boards[replica].stats[0].count_event("restart")
-        reconnect(self._client, replica, self._engine.addresses()[replica])
-        front_ends = range(1, 1 + len(self._others))
-        self._processes.core_up(replica, [self._engine.addresses(number)[replica] for number in front_ends])
-        serve_log.warning("replica %d serves again, as process %d", replica, self._engine.readies[replica].process_id)
 
     def _die(self, cause: str) -> None:
         self._client.fail_all(cause)
@@ -267,12 +220,12 @@ class ServerRun(ClientListener):
         self._records.output_recorded(record)
 
     def core_died(self, cause: str) -> None:
-        if not self._options.restart_on_failure:  # otherwise the end of its process decides, see `_on_core_lost`
-            self._end_with(cause)
+        self._end_with(cause)
 
     def _end_with(self, cause: str) -> None:
         if self._cause_of_death is not None or self._stopping:
             return
         self._cause_of_death = cause
+        self._replicas.end()
         self._http.end(ERROR_GRACE_S)
         self._processes.end(cause, ERROR_GRACE_S)

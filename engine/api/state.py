@@ -19,6 +19,7 @@ from engine.api.limits import check_count, check_queue, check_request, check_tex
 from engine.api.pooling_protocol import PoolingRequest
 from engine.api.protocol import CompletionRequest, SampledRequest
 from engine.api.response_peers import SharedResponses
+from engine.api.scale_state import Scaling
 from engine.errors import RequestError
 from engine.frontend.answer_format import AnswerFormat
 from engine.frontend.beam_search import BeamStream
@@ -66,6 +67,7 @@ class ApiState:
     resolve: Resolver | None = None  # replaces the system's lookup of the hosts of media
     key_loads: KeyLoads | None = None  # requests of each API key, if they are limited
     process: int = 0  # the number of this API process
+    scaling: Scaling | None = None  # of the replicas; None: they stay as they are
     response_folder: str = ""  # of the sockets by which API processes share responses; empty: there is one process
 
     def __post_init__(self) -> None:

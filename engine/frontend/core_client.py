@@ -17,9 +17,10 @@ from engine.frontend.front_end_stats import Board, FrontEndStats
 from engine.frontend.listener import ClientListener
 from engine.frontend.mm_pipeline import MMPipeline
 from engine.frontend.output_processor import OutputProcessor
-from engine.frontend.prompts import Prompt, check_prompt, length_of
+from engine.frontend.prompts import Prompt, length_of
+from engine.frontend.request_checks import check_fields, check_ids
 from engine.frontend.sampling_params import SEED_MASK, SamplingParams, make_request
-from engine.frontend.simulated import check_simulated, refused_grammar, with_stop_ids
+from engine.frontend.simulated import refused_grammar, with_stop_ids
 from engine.frontend.streams import Origin, Output, RequestOptions, RequestStream
 from engine.frontend.token_filters import bad_word_ids
 from engine.frontend.tokenizer import Tokenizer
@@ -44,7 +45,6 @@ log = logging.getLogger("redline.client")
 
 NO_OPTIONS, UNKNOWN_ORIGIN = RequestOptions(), Origin()
 STOPPED = "the server was stopped before this request finished"
-PRIORITIES = range(-(2**63), 2**63)
 # Errors of msgspec. UnicodeEncodeError, for a lone surrogate, is a ValueError.
 UNENCODABLE = (OverflowError, TypeError, ValueError)
 
@@ -52,8 +52,11 @@ UNENCODABLE = (OverflowError, TypeError, ValueError)
 class CoreClient(OutputProcessor):
     """One front end of one core; lives in one event loop. Other threads may only call `core_lost_threadsafe`."""
 
-    replicas: tuple["CoreClient", ...] = ()  # of several cores, the client of each (see `Router`)
-    routing = ""  # how requests are assigned to replicas
+    # Of several cores, see `Router`.
+    replicas: tuple["CoreClient", ...] = ()
+    routing = ""
+    unavailable = ""
+    num_held = 0
 
     def __init__(  # noqa: PLR0913  (most are keywords with defaults)
         self,
@@ -138,36 +141,20 @@ class CoreClient(OutputProcessor):
             RequestError: a prompt or a parameter can't be served.
             EngineDeadError: the core is gone.
         """
-        self.check_request(prompts, params, options.priority)
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
+        self.check_fields(prompts, params, options.priority)
         assert len(inputs) in (0, len(prompts)), "inputs are given for all prompts or for none"
         stream = RequestStream(prompts, params, self, self.clock.now(), origin, options, inputs, second_segments)
         self.submit(stream)
         return stream
 
-    def check_request(self, prompts: Sequence[Prompt], params: SamplingParams, priority: int) -> None:
-        """Raise RequestError for a request that can't be served, EngineDeadError if the core is gone."""
-        if self.dead is not None:
-            raise EngineDeadError(self.dead)
-        if params.use_beam_search:
-            raise RequestError("use_beam_search is a field of the HTTP API only", "use_beam_search")
-        if priority and self.ready.scheduling_policy != "priority":
-            raise RequestError(
-                f"priority is {priority}, but this server schedules by arrival: "
-                "start it with --scheduling-policy priority",
-                "priority",
-            )
-        if priority not in PRIORITIES:
-            raise RequestError(f"priority must be a 64-bit integer, not {priority}", "priority")
-        for prompt in prompts:
-            if isinstance(prompt, list):
-                self.check_prompt(prompt)
-            else:
-                assert self.ready.inline, "this core does not tokenize"
-        params.check_vocabulary(self.ready.vocab_size)
-        check_simulated(self.ready, params)
+    def check_fields(self, prompts: Sequence[Prompt], params: SamplingParams, priority: int) -> None:
+        """Raise RequestError for a request that can't be served."""
+        check_fields(self.ready, prompts, params, priority)
 
     def submit(self, stream: RequestStream) -> None:
-        """Send a stream's outputs to the core, all or none; `check_request` has accepted them.
+        """Send a stream's outputs to the core, all or none; `check_fields` has accepted them.
 
         Raises RequestError if a value can't be encoded.
         """
@@ -241,8 +228,7 @@ class CoreClient(OutputProcessor):
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raise RequestError for a prompt that is empty, too long, or holds ids outside the vocabulary."""
-        pools = self.ready.pooling is not None
-        check_prompt(prompt, self.ready.max_model_len, self.ready.prompt_vocab_size, pools=pools)
+        check_ids(self.ready, prompt)
 
     def _draw_seed(self, seed: int | None, choice: int, sequence: int) -> int:
         if seed is not None and choice == 0:
@@ -285,6 +271,20 @@ class CoreClient(OutputProcessor):
     def total_stats(self) -> FrontEndStats:
         """The stats of all front ends of the core together, now."""
         return self.stats if self.board is None or self.alone else self.board.total()
+
+    @property
+    def serving(self) -> list["CoreClient"]:
+        """The clients of the cores that take requests, see `Router`."""
+        return [self] if self.dead is None else []
+
+    def replica_states(self) -> list[dict[str, Any]]:
+        """The states of several replicas, see `Router`."""
+        return []
+
+    @property
+    def num_live(self) -> int:
+        """Outputs that the core has still to end."""
+        return len(self._live)
 
     def health(self) -> dict[str, Any]:
         """The state of the replica: its number, process, status (ok, hung or dead), cause, and load."""
@@ -382,6 +382,11 @@ class CoreClient(OutputProcessor):
             assert ready.mm is not None, "the model takes no multimodal inputs"
             self.features.attach(self.replica, ready.mm.folder, transport.send)
         transport.open(self.deliver)
+
+    def core_removed(self) -> None:
+        """The core was stopped: it has no streams, and its counters are kept."""
+        self.fail_all(f"{self.name} was removed")
+        self._transport.close()
 
     def core_lost_threadsafe(self, replica: int, cause: str) -> None:
         """`core_lost`, from any thread; for `Engine.watch`."""

@@ -31,20 +31,28 @@ MM_COUNTERS = ("queries", "hits", "bytes", "jobs", "failures", "seconds", "waiti
 # Requests with a grammar, and those whose grammar had been compiled for an earlier one.
 GRAMMAR_COUNTERS = ("requests", "hits")
 
-# Layout of a block, an array of float64: time of the core's last message, its stats (those of multimodal inputs last),
-# number of open requests, tokens left to compute for them, finished requests by reason, events, counters of multimodal
-# inputs, counters of grammars, histograms.
+MOST_REPLICAS = 64  # of a server; the memory of one that never was is never touched
+
+# Layout of a block, an array of float64: time of the core's last message, number of cores before this one, stats of the
+# core (those of multimodal inputs last), counters of the cores before it in the same order, number of open requests,
+# tokens left to compute for them, finished requests by reason, events, counters of multimodal inputs, counters of
+# grammars, histograms.
 _CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats)[:-1])
 _MM_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(MMStats))
+_CORE_NAMES = (*Stats.__struct_fields__[:-1], *MMStats.__struct_fields__)
 _COUNTERS = (
     "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "num_draft_tokens",
     "num_accepted_tokens",
 )  # fmt: skip
 _MM_CORE_GAUGES = ("mirror_bytes", "encoder_embeddings")
-_AT = 0
-_CORE = slice(1, 1 + len(_CORE_KINDS))
+_IS_COUNTER = [
+    name in _COUNTERS or (name in MMStats.__struct_fields__ and name not in _MM_CORE_GAUGES) for name in _CORE_NAMES
+]
+_AT, _GENERATION = 0, 1
+_CORE = slice(2, 2 + len(_CORE_KINDS))
 _CORE_MM = slice(_CORE.stop, _CORE.stop + len(_MM_KINDS))
-_LIVE = _CORE_MM.stop
+_ENDED = slice(_CORE_MM.stop, _CORE_MM.stop + len(_CORE_KINDS) + len(_MM_KINDS))
+_LIVE = _ENDED.stop
 _LOAD = _LIVE + 1
 _FINISHED = _LOAD + 1
 _EVENTS = _FINISHED + len(REASONS)
@@ -147,18 +155,44 @@ class FrontEndStats:
             cells[index] = value
 
     def core_replaced(self) -> None:
-        """A new core counts from zero."""
-        self._tokens = 0.0
+        """A new core counts from zero; what the earlier ones counted is kept."""
+        cells = self._cells
+        for index, value in enumerate(self._ended_counters(cells[_GENERATION] + 1), _ENDED.start):
+            cells[index] = value
+        for name, index in zip(_CORE_NAMES, range(_CORE.start, _CORE_MM.stop), strict=True):
+            if name != "last_step_at":
+                cells[index] = 0.0
+        cells[_GENERATION] += 1
+        cells[_AT] = self._tokens = 0.0
+
+    def _ended_counters(self, generation: float) -> list[float]:
+        """What the cores before the one of this number counted, if that is the last one that this front end knows, or
+        the next."""
+        cells = self._cells
+        if cells[_GENERATION] == generation:
+            return list(cells[_ENDED])
+        return [
+            ended + (now if counts else 0.0)
+            for ended, now, counts in zip(cells[_ENDED], cells[_CORE.start : _CORE_MM.stop], _IS_COUNTER, strict=True)
+        ]
+
+    def begin_as(self, other: "FrontEndStats") -> None:
+        """Take over what another front end knows of the core; nothing is open any longer."""
         for index in range(_LIVE):
-            self._cells[index] = 0.0
+            self._cells[index] = other._cells[index]
+        self.live, self.load = 0, 0.0
 
     @property
     def core(self) -> Stats:
-        numbers = [kind(value) for kind, value in zip(_CORE_KINDS, self._cells[_CORE], strict=True)]
-        cells = self._cells[_CORE_MM]
-        mm = MMStats(*(kind(value) for kind, value in zip(_MM_KINDS, cells, strict=True))) if any(cells) else None
-        numbers.append(mm)
-        return Stats(*numbers)
+        """The last stats of the core that runs now."""
+        return _stats(self._cells[_CORE.start : _CORE_MM.stop])
+
+    @property
+    def all_cores(self) -> Stats:
+        """The same, with counters that include those of the cores before it."""
+        cells = self._cells
+        pairs = zip(cells[_CORE.start : _CORE_MM.stop], cells[_ENDED], strict=True)
+        return _stats([now + ended for now, ended in pairs])
 
     @property
     def live(self) -> int:
@@ -222,9 +256,13 @@ class FrontEndStats:
                 total._cells[index] += one._cells[index]
         for index in range(_STEP_TOKENS, BLOCK_CELLS):
             total._cells[index] = every[0]._cells[index]
-        newest = max(every, key=lambda one: one._cells[_AT])
-        for index in range(_LIVE):
+        # A front end that does not know a new core yet has the stats of its predecessor.
+        newest = max(every, key=lambda one: (one._cells[_GENERATION], one._cells[_AT]))
+        for index in range(_ENDED.start):
             total._cells[index] = newest._cells[index]
+        ended = [one._ended_counters(newest._cells[_GENERATION]) for one in every]
+        for index, values in enumerate(zip(*ended, strict=True), _ENDED.start):
+            total._cells[index] = max(values)  # they may have read different last messages of a core
         return total
 
     @classmethod
@@ -234,7 +272,7 @@ class FrontEndStats:
         for one in every:
             for index in range(_LIVE, BLOCK_CELLS):
                 total._cells[index] += one._cells[index]
-        cores = [one.core for one in every]
+        cores = [one.all_cores for one in every]
         living = [core for core, is_dead in zip(cores, dead, strict=True) if not is_dead]
         added = {name: sum(getattr(core, name) for core in cores) for name in _COUNTERS}
         added |= {name: sum(getattr(core, name) for core in living) for name in ("running", "waiting", "step_tokens")}
@@ -247,8 +285,19 @@ class FrontEndStats:
             total._cells[index] = value
         for name, index in zip(MMStats.__struct_fields__, range(_CORE_MM.start, _CORE_MM.stop), strict=True):
             counted = [not gone or name not in _MM_CORE_GAUGES for gone in dead]
-            total._cells[index] = sum(one._cells[index] for one, counts in zip(every, counted, strict=True) if counts)
+            ended = index - _CORE.start + _ENDED.start
+            total._cells[index] = sum(
+                one._cells[index] + one._cells[ended] for one, counts in zip(every, counted, strict=True) if counts
+            )
         return total
+
+
+def _stats(numbers: Sequence[float]) -> Stats:
+    """The stats from numbers, those of multimodal inputs last."""
+    core, mm = numbers[: len(_CORE_KINDS)], numbers[len(_CORE_KINDS) :]
+    fields = [kind(value) for kind, value in zip(_CORE_KINDS, core, strict=True)]
+    given = MMStats(*(kind(value) for kind, value in zip(_MM_KINDS, mm, strict=True))) if any(mm) else None
+    return Stats(*fields, given)
 
 
 def _numbers(stats: Stats) -> tuple[float, ...]:
@@ -267,19 +316,40 @@ def shared_cells(size: int, descriptor: int | None) -> tuple[int, memoryview]:
 
 
 class Board:
-    """The stats of all front ends of one core, in memory that their processes share."""
+    """The stats of all front ends of one core."""
 
-    def __init__(self, front_ends: int, descriptor: int | None = None):
-        """`descriptor` is that of a board made by another process; None makes one."""
-        self.descriptor, shared = shared_cells(front_ends * BLOCK_BYTES, descriptor)
+    def __init__(self, front_ends: int, shared: memoryview | None = None):
+        """`shared` is memory that processes share; None makes memory of this process."""
+        cells = memoryview(bytearray(front_ends * BLOCK_BYTES)) if shared is None else shared
         self.stats = tuple(
-            FrontEndStats(shared[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES].cast("d"))
+            FrontEndStats(cells[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES].cast("d"))
             for number in range(front_ends)
         )
+
+    def take_over(self, front_end: int) -> None:
+        """The process of a front end is replaced: its successor begins with what the first front end knows."""
+        self.stats[front_end].begin_as(self.stats[0])
 
     def total(self) -> FrontEndStats:
         """Sums over all front ends, now."""
         return FrontEndStats.sum_front_ends(self.stats)
+
+
+class Boards:
+    """The boards of all replicas that a server may have, in memory that its processes share."""
+
+    def __init__(self, front_ends: int, descriptor: int | None = None):
+        """`descriptor` is that of boards made by another process; None makes them."""
+        self.front_ends = front_ends
+        self._size = front_ends * BLOCK_BYTES
+        self.descriptor, self._shared = shared_cells(MOST_REPLICAS * self._size, descriptor)
+        self._boards: dict[int, Board] = {}  # made on demand: each reads its memory
+
+    def __getitem__(self, replica: int) -> Board:
+        if replica not in self._boards:
+            begin = replica * self._size
+            self._boards[replica] = Board(self.front_ends, self._shared[begin : begin + self._size])
+        return self._boards[replica]
 
     def close(self) -> None:
         """Close the descriptor; the memory remains mapped while it is used."""

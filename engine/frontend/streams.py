@@ -175,6 +175,7 @@ class RequestStream:
         self.sink: Callable[[], bool] | None = None
         self.client = client  # of the core that runs it
         self.moved = False  # it was retried on another replica
+        self.held = False  # it waits for a replica that is being started
         self._ready: list[Output] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -232,7 +233,7 @@ class RequestStream:
         """Whether more deltas may come; raises the error that ended the stream, if any."""
         if self._error is not None:
             raise self._error
-        return bool(self.live)
+        return bool(self.live) or self.held
 
     def take_deltas(self) -> list[Delta]:
         """Take the new deltas."""
@@ -255,7 +256,7 @@ class RequestStream:
         return self.take_deltas()
 
     def close(self) -> None:
-        if self.live:
+        if self.live or self.held:
             self.client.abort(self)
 
     def release_inputs(self) -> None:

@@ -6,13 +6,25 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
 import zmq
 
-from engine.messages import ToCore, encode
+from engine.messages import Ready, ToCore, encode
 
 log = logging.getLogger("redline.client")
 
 TURN_S = 0.01  # for messages, one after the other, before other tasks of the event loop run; a message is read whole
+
+
+class CoreAddress(msgspec.Struct):
+    """The addresses at which one front end reaches a core, and the core's report."""
+
+    ready: Ready
+    to_core: str = ""  # empty: the core is gone
+    from_core: str = ""
+
+    def make_transport(self) -> "Transport":
+        return ZmqTransport(self.to_core, self.from_core) if self.to_core else NoTransport()
 
 
 class Transport(Protocol):
@@ -81,6 +93,18 @@ class ZmqTransport:
         # The descriptor signals new messages only, not those that are left.
         assert self._loop is not None
         self._loop.call_soon(self._read)
+
+
+class NoTransport:
+    """The transport of a client whose core is gone."""
+
+    def open(self, deliver: Callable[[bytes], None]) -> None:
+        """Nothing arrives."""
+
+    def send(self, message: ToCore) -> None:  # noqa: ARG002
+        raise AssertionError("a message for a core that is gone")
+
+    def close(self) -> None: ...
 
 
 def _drop(_data: bytes) -> None:

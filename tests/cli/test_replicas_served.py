@@ -90,6 +90,7 @@ def test_two_replicas_serve_and_each_that_dies_takes_its_own_alone(
     model: str, tmp_path: Path, alone: dict[str, list[int]]
 ):
     flags = (*DUMMY, "--dp", "2", "--api-servers", "2", "--max-model-len", "4K", "--served-model-name", "tiny")
+    flags += ("--restart-on-failure", "0")
     with serve(tmp_path, model, *flags, "--kv-cache-memory-bytes", "32MiB") as server:
         assert re.search(r"replicas +2, routing prefix; the values below are per replica", server.output())
         assert re.search(r"KV cache +16\.0 MiB", server.output())

@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -92,7 +93,12 @@ class Replicas(Router):
         self.ready = ready
         self.alone = True
         self.routing = "prefix"
-        self.replicas = tuple(SimpleNamespace(total_stats=FrontEndStats(), dead=None) for _ in range(2))
+        self._two = tuple(SimpleNamespace(total_stats=FrontEndStats(), dead=None, replica=one) for one in range(2))
+
+    cores = replicas = property(lambda self: self._two)
+
+    def replica_states(self) -> list[dict[str, Any]]:
+        return [{"replica": number, "status": "ok"} for number in range(2)]
 
 
 async def test_the_metrics_page_lists_exactly_what_is_exported() -> None:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.api.restarts import BACK_OFF_S, RESTART_PERIOD_S, RestartPolicy
+from engine.api.restarts import BACK_OFF_S, MAX_BACK_OFF_S, RESTART_PERIOD_S, RestartPolicy
 
 
 def test_pauses_double_until_it_has_ended_too_often():
@@ -28,3 +28,16 @@ def test_never_more_than_the_limit_within_a_period(limit: int, gaps: list[float]
         if policy.next_pause(now) is not None:
             started.append(now)
         assert sum(now - at <= RESTART_PERIOD_S for at in started) <= limit
+
+
+def test_what_has_worked_is_started_again_soon():
+    policy = RestartPolicy(100)
+    assert [policy.next_pause(float(at), worked=True) for at in range(20)] == [BACK_OFF_S] * 20
+    assert policy.next_pause(20.0) == 2 * BACK_OFF_S
+    assert policy.next_pause(21.0) == 4 * BACK_OFF_S
+    assert policy.next_pause(22.0, worked=True) == BACK_OFF_S
+
+
+def test_pauses_are_bounded():
+    policy = RestartPolicy(100)
+    assert max(policy.next_pause(float(at)) or 0 for at in range(100)) == MAX_BACK_OFF_S

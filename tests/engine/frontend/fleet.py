@@ -26,7 +26,14 @@ class Fleet:
     """Replicas whose steps take a second; made inside an event loop, and stepped only by `turn` and `run`."""
 
     def __init__(
-        self, count: int, routing: str = "prefix", seed: int = 0, boards: list[Board] | None = None, **more: Any
+        self,
+        count: int,
+        routing: str = "prefix",
+        seed: int = 0,
+        boards: list[Board] | None = None,
+        *,
+        supervised: bool = False,
+        **more: Any,
     ):
         self.config = config = resolved(**more)
         self.clock = FakeClock()
@@ -35,22 +42,32 @@ class Fleet:
         self.transports: list[InlineTransport] = []
         self.added: list[list[AddRequest]] = [[] for _ in range(count)]  # what each core was sent
         self.read: dict[int, list[int]] = {}  # tokens by id of the stream, one output each
-        ready = Ready(
+        self.ready = Ready(
             "fake", "fake", "float32", VOCABULARY, config.max_model_len, config.max_num_seqs,
             config.max_num_batched_tokens, config.block_size, config.num_blocks - 1, True,
         )  # fmt: skip
-        replicas, numbers = [], itertools.count(1)
-        for number in range(count):
-            core, worker, transport = self._start(number)
-            board = boards[number] if boards else None
-            replicas.append(
-                CoreClient(ready, TOKENIZER, transport, self.clock, board=board, numbers=numbers, replica=number)
-            )
-            self.cores.append(core)
-            self.workers.append(worker)
-            self.transports.append(transport)
-        self.router = Router(replicas, routing, seed)
+        self._boards, self._numbers = boards, itertools.count(1)
+        replicas = [self._make(number) for number in range(count)]
+        self.router = Router(replicas, routing, seed, supervised=supervised)
         self.router.open()
+
+    def _make(self, number: int) -> CoreClient:
+        """A core, and its client."""
+        core, worker, transport = self._start(number)
+        self.cores.append(core)
+        self.workers.append(worker)
+        self.transports.append(transport)
+        board = self._boards[number] if self._boards else None
+        return CoreClient(
+            self.ready, TOKENIZER, transport, self.clock, board=board, numbers=self._numbers, replica=number
+        )
+
+    def grow(self) -> None:
+        """One more replica."""
+        number = len(self.cores)
+        self.router.core_starting(number)
+        self.added.append([])
+        self.router.core_added(self._make(number))
 
     def _start(self, number: int) -> tuple[EngineCore, FakeExecutor, InlineTransport]:
         worker = FakeExecutor(self.clock, self.config.block_size, lambda *_: 1.0)
@@ -63,11 +80,11 @@ class Fleet:
     def restart(self, number: int) -> None:
         """A new core in place of one that was killed."""
         self.cores[number], self.workers[number], self.transports[number] = self._start(number)
-        self.router.core_up(number, self.router.replicas[number].ready, self.transports[number])
+        self.router.core_up(number, self.router.cores[number].ready, self.transports[number])
 
     def _receiver(self, number: int, core: EngineCore) -> Any:
         def receive(data: bytes) -> None:
-            assert self.router.replicas[number].dead is None, "a message for a replica that is gone"
+            assert self.router.cores[number].dead is None, "a message for a replica that is gone"
             message = decode_to_core(data)
             if isinstance(message, AddRequest):
                 self.added[number].append(message)
@@ -102,7 +119,7 @@ class Fleet:
 
     @property
     def living(self) -> list[int]:
-        return [replica.replica for replica in self.router.replicas if replica.dead is None]
+        return [client.replica for client in self.router.cores if client.dead is None]
 
     def turn(self) -> bool:
         """Let all that live do what they can, then go on to what is due next; False if nothing was left to do."""

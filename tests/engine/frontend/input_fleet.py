@@ -266,13 +266,13 @@ class InputFleet:
                 request.cancel()
         for transport in old.transports:
             transport.deliver = None
-        for one in old.router.replicas:
+        for one in old.router.cores:
             one._transport = _Nowhere()  # type: ignore[assignment]
         self.requests = [one for one in self.requests if one[0] != number]
         await asyncio.sleep(0)
         old.cache.close()
         late = [transport.messages for transport in old.transports]
-        first = (int(next(old.router.replicas[0]._numbers)) // GENERATION + 1) * GENERATION
+        first = (int(next(old.router.cores[0]._numbers)) // GENERATION + 1) * GENERATION
         for replica in self.living:
             self.cores[replica]._drop_front_end(number, first)
         new = self.front_ends[number] = FrontEnd(self, number, first)

@@ -2,7 +2,7 @@
 
 import os
 
-from engine.frontend.front_end_stats import REASONS, TOKENS, Board, FrontEndStats
+from engine.frontend.front_end_stats import MOST_REPLICAS, REASONS, TOKENS, Board, Boards, FrontEndStats
 from engine.stats import Stats
 
 
@@ -32,12 +32,12 @@ def test_a_step_s_tokens_are_what_the_counters_grew_by():
 
 
 def test_who_takes_over_a_front_end_s_counters_goes_on_from_them():
-    board = Board(2)
-    board.stats[1].record_core(1.0, Stats(generation_tokens=1000))
-    [_, successor] = Board(2, os.dup(board.descriptor)).stats
+    boards = Boards(2)
+    boards[0].stats[1].record_core(1.0, Stats(generation_tokens=1000))
+    [_, successor] = Boards(2, os.dup(boards.descriptor))[0].stats
     successor.record_core(2.0, Stats(generation_tokens=1003))
     assert (successor.step_tokens.total, sum(successor.step_tokens.counts)) == (1003, 2), "steps of 1000 and 3 tokens"
-    board.close()
+    boards.close()
 
 
 def test_front_ends_add_up_and_the_newest_word_of_the_core_holds():
@@ -64,16 +64,35 @@ def test_steps_that_all_front_ends_hear_of_count_once():
     assert board.total().step_tokens.total == 8
 
 
-def test_another_process_reads_and_writes_the_same_board():
-    ours = Board(2)
-    theirs = Board(2, os.dup(ours.descriptor))
-    theirs.stats[1].count_finished("length")
-    theirs.stats[1].record_core(2.0, Stats(waiting=4))
-    assert ours.total().finished == {"length": 1}
-    assert ours.total().core.waiting == 4
-    assert ours.stats[0].finished == {}
-    for board in (ours, theirs):
-        board.close()
+def test_another_process_reads_and_writes_the_same_boards():
+    ours = Boards(2)
+    theirs = Boards(2, os.dup(ours.descriptor))
+    last = MOST_REPLICAS - 1
+    theirs[last].stats[1].count_finished("length")
+    theirs[last].stats[1].record_core(2.0, Stats(waiting=4))
+    assert ours[last].total().finished == {"length": 1}
+    assert ours[last].total().core.waiting == 4
+    assert ours[last].stats[0].finished == {}
+    assert not any(ours[number].total().finished for number in range(last)), "each replica has its own"
+    for boards in (ours, theirs):
+        boards.close()
+
+
+def test_counters_go_on_when_a_core_is_replaced():
+    board = Board(2)
+    for front_end, tokens in zip(board.stats, (100, 98), strict=True):  # one has missed the last message
+        front_end.record_core(1.0, Stats(running=3, generation_tokens=tokens, steps=10, last_step_at=1.0))
+    seen = [board.total().all_cores.generation_tokens]
+    for front_end in reversed(board.stats):  # one after the other learns of the new core
+        front_end.core_replaced()
+        seen.append(board.total().all_cores.generation_tokens)
+    board.stats[1].record_core(2.0, Stats(generation_tokens=5, steps=1, last_step_at=2.0))
+    seen.append(board.total().all_cores.generation_tokens)
+    assert seen == [100, 100, 100, 105]
+    total = board.total()
+    assert (total.core.generation_tokens, total.core.steps, total.core.running) == (5, 1, 0)
+    summed = FrontEndStats.sum_replicas([total, total], [False, True])
+    assert (summed.core.generation_tokens, summed.core.steps) == (210, 22), "a dead replica keeps its counters"
 
 
 def test_every_reason_has_a_counter_of_its_own():

@@ -121,14 +121,14 @@ async def test_a_request_that_can_not_begin_again_elsewhere_fails_alone(monkeypa
     fleet = Fleet(2, routing="least-loaded")
     streams = [fleet.add([number] * 3) for number in range(4)]
     unlucky = next(stream for stream in streams if fleet.place(stream) == 0)
-    submit = fleet.router.replicas[1].submit
+    submit = fleet.router.cores[1].submit
 
     def picky(stream: RequestStream) -> None:
         if stream is unlucky:
             raise OverflowError("no")
         submit(stream)
 
-    monkeypatch.setattr(fleet.router.replicas[1], "submit", picky)
+    monkeypatch.setattr(fleet.router.cores[1], "submit", picky)
     fleet.kill(0)
     fleet.run()
     with pytest.raises(RequestError.__base__, match="could not be retried elsewhere"):

@@ -32,7 +32,7 @@ async def call(fleet: Fleet, method: str, **arguments: Any) -> Any:
 
 
 def health(fleet: Fleet) -> list[dict[str, Any]]:
-    return [replica.health() for replica in fleet.router.replicas]
+    return [replica.health() for replica in fleet.router.cores]
 
 
 async def test_a_prefix_goes_where_it_is_held_and_another_one_where_less_is_to_do():
@@ -282,7 +282,7 @@ async def test_a_grammar_is_compiled_by_all_replicas_and_counted_once():
 
     assert [await check("0+"), await check("0+")] == ["", ""]
     assert "unclosed group" in await check("a(")
-    fleet.router.replicas[0].hung = "a step takes long"
+    fleet.router.cores[0].hung = "a step takes long"
     assert await check("1+") == ""
     stats = fleet.router.total_stats
     assert (stats.grammars("requests"), stats.grammars("hits")) == (4, 1)
@@ -348,9 +348,9 @@ def let(fleet: Fleet, asked: list[Asked], happened: tuple[Any, ...]) -> None:
     if what == "add":
         prompt, length = more[0] + more[1], more[2]
         asked.append(Asked(fleet.add(prompt, length), expected_tokens(prompt, length)))
-        place = fleet.router.replicas[fleet.place(asked[-1].stream)]
+        place = fleet.router.cores[fleet.place(asked[-1].stream)]
         assert place.dead is None
-        assert not place.hung or all(one.hung for one in fleet.router.replicas if one.dead is None)
+        assert not place.hung or all(one.hung for one in fleet.router.cores if one.dead is None)
     elif what == "turn":
         for _ in range(more[0]):
             fleet.turn()

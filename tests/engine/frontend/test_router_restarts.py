@@ -22,8 +22,8 @@ async def test_a_replica_that_is_started_again_serves_and_has_cached_nothing():
     with pytest.raises(EngineDeadError, match="it was killed"):
         assert not running.is_open
     fleet.restart(first)
-    assert [one["status"] for one in map(CoreClient.health, fleet.router.replicas)] == ["ok", "ok"]
-    assert fleet.router.replicas[first].total_stats.core.generation_tokens == 0
+    assert [one["status"] for one in map(CoreClient.health, fleet.router.cores)] == ["ok", "ok"]
+    assert fleet.router.cores[first].total_stats.core.generation_tokens == 0
     streams = [fleet.add([number] * 8) for number in range(4)]
     assert {fleet.place(stream) for stream in streams} == {0, 1}
     fleet.run()

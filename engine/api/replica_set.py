@@ -1,0 +1,291 @@
+"""The replicas of a server, in its first API process: started again when they die, added and drained while it serves.
+
+A replica has a number, which another one gets once it is gone. All front ends learn of each change in the same order
+(`engine.frontend.replica_events`). A replica is drained when every API process has reported that it sends no more
+requests there and that none is left.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, TypeAlias
+
+from engine.api.processes import ApiProcesses, threadsafe
+from engine.api.restarts import RestartPolicy
+from engine.api.scale_state import ScaleState
+from engine.errors import RedlineError, cause_of
+from engine.frontend.connect import SupervisedClient
+from engine.frontend.front_end_stats import Boards
+from engine.frontend.replica_events import (
+    ReplicaDraining,
+    ReplicaEvent,
+    ReplicaLost,
+    ReplicaRemoved,
+    ReplicaStarting,
+    ReplicaUp,
+)
+from engine.frontend.transport import CoreAddress
+from engine.start import Engine
+
+log = logging.getLogger("redline.serve")
+
+Status: TypeAlias = Literal["up", "starting", "restarting", "draining", "ending", "dead", "removed"]
+ACTIVE: tuple[Status, ...] = ("up", "starting", "restarting")
+FREE: tuple[Status, ...] = ("dead", "removed")
+
+
+class _Replica:
+    """The state of one number."""
+
+    def __init__(self, number: int, limit: int, status: Status = "starting"):
+        self.number = number
+        self.status: Status = status
+        self.cause = ""  # of its death
+        self.restarts = RestartPolicy(limit)
+        self.attempt = 0  # the number of its core; reports about an earlier one are late
+        self.is_starting = False  # a thread starts its core
+        self.undrained: set[int] = set()  # front ends that may still have requests there
+
+
+class ReplicaSet:
+    """All replicas of a server; lives in the event loop of its first API process."""
+
+    _client: SupervisedClient  # this and the rest, once the event loop runs
+    _processes: ApiProcesses
+    _die: Callable[[str], None]
+    _post_lost: Callable[[tuple[int, int, str]], None]
+    _post_up: Callable[[tuple[int, int]], None]
+    _post_failed: Callable[[tuple[int, int, str]], None]
+    _post_stopped: Callable[[tuple[int, int]], None]
+
+    def __init__(self, engine: Engine, boards: Boards, limit: int):
+        """`limit` is the number of restarts of each replica within `engine.api.restarts.RESTART_PERIOD_S`."""
+        self._engine = engine
+        self._boards = boards
+        self._limit = limit
+        self._replicas = {number: _Replica(number, limit, "up") for number in engine.cores}
+        self._ended = False
+        self.state = ScaleState(0, len(self._replicas))
+
+    def open(self, client: SupervisedClient, processes: ApiProcesses, die: Callable[[str], None]) -> None:
+        """Start to watch the cores; called inside the event loop.
+
+        Args:
+            client: of this process.
+            processes: the further API processes.
+            die: called with the cause if no replica is left.
+        """
+        self._client, self._processes, self._die = client, processes, die
+        self._post_lost, self._post_up = threadsafe(self._on_lost), threadsafe(self._on_up)
+        self._post_failed, self._post_stopped = threadsafe(self._on_failed), threadsafe(self._on_stopped)
+        client.router.on_drained = partial(self.drained, 0)
+        self._engine.watch(lambda number, cause: self._post_lost((number, 0, cause)))
+
+    def end(self) -> None:
+        """The server ends: nothing is started any longer."""
+        self._ended = True
+
+    # ---------------------------------------------------------------------------------------------------- front ends
+
+    def addresses(self, front_end: int) -> dict[int, CoreAddress]:
+        """The cores by replica for a front end that begins; those that do not serve have no address."""
+        engine, serving = self._engine, ("up", "draining", "ending")
+        return {
+            number: engine.address(number, front_end)
+            if self._replicas[number].status in serving
+            else CoreAddress(ready)
+            for number, ready in engine.readies.items()
+        }
+
+    def events(self) -> Iterator[ReplicaEvent]:
+        """What a front end that begins must know besides."""
+        for number, one in self._replicas.items():
+            served = number in self._engine.readies
+            if one.status == "starting":
+                if served:
+                    yield ReplicaRemoved(number)
+                yield ReplicaStarting(number)
+            elif one.status in ("restarting", "dead"):
+                yield ReplicaLost(number, one.cause, one.status == "restarting")
+            elif one.status in ("draining", "ending"):
+                yield ReplicaDraining(number)
+            elif one.status == "removed" and served:
+                yield ReplicaRemoved(number)
+
+    def drained(self, front_end: int, number: int) -> None:
+        """A front end has no requests on a draining replica."""
+        one = self._replicas[number]
+        one.undrained.discard(front_end)
+        if one.status == "draining" and not one.undrained:
+            one.status = "ending"
+            self._stop_core(one)
+
+    def front_end_ended(self, front_end: int) -> None:
+        """An API process has ended, and its requests with it."""
+        for one in self._replicas.values():
+            if one.status == "draining":
+                self.drained(front_end, one.number)
+
+    def _announce(self, event: ReplicaEvent) -> None:
+        self._client.apply(event)
+        self._processes.announce(lambda _: event)
+
+    # -------------------------------------------------------------------------------------------------------- deaths
+
+    def _on_lost(self, lost: tuple[int, int, str]) -> None:
+        """A core is gone: it is started again if that is allowed; with the last one the server ends."""
+        number, attempt, cause = lost
+        one = self._replicas[number]
+        if self._ended or attempt != one.attempt or one.status in ("ending", "dead", "removed"):
+            return
+        if one.status == "starting":
+            self._on_failed(lost)
+            return
+        if one.status == "draining":
+            self._announce(ReplicaLost(number, cause, False))
+            one.status = "ending"
+            self._stop_core(one)
+            return
+        if self._limit:
+            worked = one.status == "up" and self._boards[number].total().core.steps > 0
+            pause = one.restarts.next_pause(time.monotonic(), worked=worked)
+            if pause is not None:
+                one.status, one.cause = "restarting", f"{cause}; it is restarted (--restart-on-failure)"
+                log.error("replica %d: %s", number, one.cause)
+                self._announce(ReplicaLost(number, one.cause, True))
+                one.attempt += 1
+                asyncio.get_running_loop().call_later(pause, self._restart, one, one.attempt)
+                return
+            cause = f"{cause}; {one.restarts.why_not()}"
+        one.status, one.cause = "dead", cause
+        if not any(other.status in ACTIVE for other in self._replicas.values()):
+            count = len(self._replicas)
+            self._die(cause if count == 1 else f"no replica is left; replica {number}: {cause}")
+            return
+        self._announce(ReplicaLost(number, cause, False))
+
+    def _restart(self, one: _Replica, attempt: int) -> None:
+        if not self._ended and one.attempt == attempt:
+            self._start(one, partial(self._engine.restart, one.number))
+
+    # -------------------------------------------------------------------------------------------------------- starts
+
+    def _start(self, one: _Replica, start: Callable[[Callable[[int, str], None]], None]) -> None:
+        """Start a core on a thread: nothing waits for it when the server ends meanwhile."""
+        number, attempt, one.is_starting = one.number, one.attempt, True
+
+        def run() -> None:
+            try:
+                start(lambda replica, cause: self._post_lost((replica, attempt, cause)))
+            except Exception as error:
+                cause = str(error) if isinstance(error, RedlineError) else cause_of(error)
+                self._post_failed((number, attempt, cause))
+            else:
+                self._post_up((number, attempt))
+
+        threading.Thread(target=run, name="core-start", daemon=True).start()
+
+    def _on_up(self, started: tuple[int, int]) -> None:
+        number, attempt = started
+        one = self._replicas[number]
+        if self._ended or attempt != one.attempt:
+            return
+        one.is_starting = False
+        if one.status == "ending":  # it is not wanted any longer
+            self._stop_core(one)
+            return
+        if one.status not in ("starting", "restarting"):  # it has ended already
+            return
+        if one.status == "restarting":
+            self._boards[number].stats[0].count_event("restart")
+            log.warning("replica %d serves again, as process %d", number, self._engine.readies[number].process_id)
+        else:
+            log.info("replica %d serves, as process %d", number, self._engine.readies[number].process_id)
+        one.status = "up"
+        self._client.apply(ReplicaUp(number, self._engine.address(number)))
+        self._processes.announce(lambda front_end: ReplicaUp(number, self._engine.address(number, front_end)))
+
+    def _on_failed(self, failed: tuple[int, int, str]) -> None:
+        number, attempt, cause = failed
+        one = self._replicas[number]
+        if self._ended or attempt != one.attempt:
+            return
+        one.is_starting = False
+        if one.status == "restarting":
+            self._on_lost((number, attempt, f"its restart failed: {cause}"))
+            return
+        starting, one.status = one.status == "starting", "removed"
+        self._announce(ReplicaRemoved(number))
+        if starting:
+            active = sum(other.status in ACTIVE for other in self._replicas.values())
+            log.error("replica %d could not be started: %s", number, cause)
+            self._change(active, f"replica {number} could not be started: {cause}", self.state.asked)
+
+    # ------------------------------------------------------------------------------------------------- their number
+
+    async def scale(self, target: int) -> ScaleState:
+        """Begin to add or to drain replicas; see `Scaling`."""
+        return self.scale_for(target, (0, 0))
+
+    def scale_for(self, target: int, asked: tuple[int, int]) -> ScaleState:
+        """The same, for the request `asked` of a front end."""
+        active = [one for one in self._replicas.values() if one.status in ACTIVE]
+        log.warning("scaling from %d to %d replicas", len(active), target)
+        for _ in range(target - len(active)):
+            self._add(target)
+        # Those that do not serve yet go first, then those that came last.
+        active.sort(key=lambda one: (one.status == "up", -one.number))
+        for one in active[: max(0, len(active) - target)]:
+            self._remove(one)
+        return self._change(target, "", asked)
+
+    def _change(self, target: int, error: str, asked: tuple[int, int]) -> ScaleState:
+        self.state = ScaleState(self.state.revision + 1, target, error, asked)
+        self._processes.announce_state(self.state)
+        return self.state
+
+    def _add(self, count: int) -> None:
+        free = (number for number, one in self._replicas.items() if one.status in FREE)
+        number = min(free, default=len(self._replicas))
+        earlier = self._replicas.get(number)
+        one = self._replicas[number] = _Replica(number, self._limit)
+        one.attempt = 0 if earlier is None else earlier.attempt + 1
+        self._announce(ReplicaStarting(number))
+        self._start(one, partial(self._engine.add, number, count))
+
+    def _remove(self, one: _Replica) -> None:
+        if one.status == "up":
+            one.status = "draining"
+            one.undrained = {0, *self._processes.running}
+            self._announce(ReplicaDraining(one.number))
+        elif one.is_starting:
+            one.status = "ending"
+            self._stop_core(one, expect_end=False)  # `_on_failed` follows
+        else:  # it waits until it is to be restarted
+            one.attempt += 1
+            one.status = "removed"
+            self._announce(ReplicaRemoved(one.number))
+
+    def _stop_core(self, one: _Replica, *, expect_end: bool = True) -> None:
+        """Stop the core of a replica on a thread; `expect_end`: it is removed then."""
+        core, number, attempt = self._engine.cores.get(one.number), one.number, one.attempt
+
+        def run() -> None:
+            if core is not None:
+                core.stop()
+            if expect_end:
+                self._post_stopped((number, attempt))
+
+        threading.Thread(target=run, name="core-stop", daemon=True).start()
+
+    def _on_stopped(self, stopped: tuple[int, int]) -> None:
+        number, attempt = stopped
+        one = self._replicas[number]
+        if self._ended or attempt != one.attempt:
+            return
+        one.status = "removed"
+        log.warning("replica %d was removed", number)
+        self._announce(ReplicaRemoved(number))

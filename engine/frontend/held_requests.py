@@ -1,0 +1,51 @@
+"""Requests that no replica can take while one is being started: they wait here, in the order of their arrival."""
+
+from collections.abc import Callable
+
+from engine.errors import EngineDeadError, RedlineError, cause_of
+from engine.frontend.streams import RequestStream
+
+
+class HeldRequests:
+    """The client of streams that wait for a replica; lives in the event loop of its router."""
+
+    def __init__(self) -> None:
+        self.touched: list[RequestStream] = []  # always empty: these streams have no output
+        self._streams: dict[int, RequestStream] = {}  # by id
+
+    @property
+    def num_outputs(self) -> int:
+        """The outputs that wait."""
+        return sum(len(stream.prompts) * stream.params.n for stream in self._streams.values())
+
+    def add(self, stream: RequestStream) -> None:
+        """Hold a stream, none of whose outputs is with a core."""
+        stream.client, stream.held = self, True
+        self._streams[id(stream)] = stream
+
+    def abort(self, stream: RequestStream) -> None:
+        """Its reader has left."""
+        self._remove(stream)
+        stream.release_inputs()
+        stream.wake()
+
+    def submit_all(self, submit: Callable[[RequestStream], None]) -> None:
+        """A replica serves: submit all; a stream that can't be submitted fails."""
+        for stream in list(self._streams.values()):
+            self._remove(stream)
+            try:
+                submit(stream)
+            except Exception as error:  # only this stream fails
+                stream.release_inputs()
+                stream.fail(error if isinstance(error, RedlineError) else RedlineError(cause_of(error)))
+
+    def fail_all(self, cause: str) -> None:
+        """No replica is going to serve."""
+        for stream in list(self._streams.values()):
+            self._remove(stream)
+            stream.release_inputs()
+            stream.fail(EngineDeadError(cause))
+
+    def _remove(self, stream: RequestStream) -> None:
+        del self._streams[id(stream)]
+        stream.held = False

@@ -1,0 +1,54 @@
+"""What the core of a replica that is added later gets: the sizes of the first one."""
+
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import OutOfMemoryError
+from engine.messages import MemoryLine, Ready
+from engine.replicas import start_another
+
+GIB = 1 << 30
+READY = Ready(
+    "/m", "cpu", "float32", 320, 128, 4, 64, 16, 9, True,
+    memory=(MemoryLine("weights", GIB, ""), MemoryLine("KV cache", 2 * GIB, "")),
+)  # fmt: skip
+
+
+class Core:
+    """In place of a process: what it would be started with."""
+
+    def successor(self, config: EngineConfig, environment: Any) -> Any:
+        return config, environment
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The free memory of the machine, in bytes."""
+    free = [64 * GIB]
+    monkeypatch.setattr("engine.devices.cpu.available_memory", lambda: free[0])
+    return free
+
+
+@pytest.mark.usefixtures("free")
+def test_it_has_the_sizes_of_the_first():
+    config = EngineConfig(model="/m", device="cpu")
+    added, environment = start_another(Core(), READY, config, 2, 3)  # type: ignore[arg-type, misc]
+    assert (added.replica, added.data_parallel_size, environment) == (2, 3, {})
+    assert (added.max_model_len, added.max_num_seqs, added.max_num_batched_tokens) == (128, 4, 64)
+    assert added.block_size == 16
+    assert added.kv_cache_memory_bytes // added.data_parallel_size == 2 * GIB
+
+
+@pytest.mark.usefixtures("free")
+def test_its_number_may_be_higher_than_the_number_of_replicas():
+    """Others are being drained."""
+    added, _ = start_another(Core(), READY, EngineConfig(model="/m", device="cpu"), 5, 2)  # type: ignore[arg-type, misc]
+    assert (added.replica, added.data_parallel_size) == (5, 6)
+
+
+def test_memory_that_is_not_there_is_an_error(free: list[int]):
+    free[0] = GIB
+    with pytest.raises(OutOfMemoryError, match=r"needs 3\.0 GiB, but 1\.0 GiB are free: use a lower --dp"):
+        start_another(Core(), READY, EngineConfig(model="/m", device="cpu"), 1, 2)  # type: ignore[arg-type]
