@@ -4,6 +4,7 @@ This is the only module that imports both the core and the worker. `engine.child
 child.
 """
 
+import dataclasses
 import logging
 import os
 import sys
@@ -136,15 +137,13 @@ class CoreProcess:
 
         threading.Thread(target=wait, name="core-watch", daemon=True).start()
 
-    def successor(
-        self, config: EngineConfig | None = None, environment: Mapping[str, str] | None = None
-    ) -> "CoreProcess":
-        """A new core, at addresses of its own: with the same options, or of another replica of the same server.
+    def successor(self, adapters: tuple[tuple[str, str], ...]) -> "CoreProcess":
+        """A new core with the same options but for its adapters, at addresses of its own; the caller must `stop` this
+        one."""
+        return CoreProcess(dataclasses.replace(self._config, adapters=adapters), **self._arguments)
 
-        In place of this one, the caller must `stop` this one.
-        """
-        if config is None:
-            return CoreProcess(self._config, **self._arguments)
+    def sibling(self, config: EngineConfig, environment: Mapping[str, str]) -> "CoreProcess":
+        """The core of another replica of the same server."""
         return CoreProcess(config, **self._arguments | {"memory": None, "environment": environment})
 
     def stop(self) -> None:

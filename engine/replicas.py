@@ -77,7 +77,7 @@ def start_another(first: CoreProcess, ready: Ready, config: EngineConfig, number
                 f"one more replica needs {human_bytes(needed)}, but {human_bytes(available)} are free: "
                 "use a lower --dp, or start the server with a smaller --kv-cache-memory-bytes"
             )
-    return first.successor(one, environment)
+    return first.sibling(one, environment)
 
 
 def wait_all_ready(

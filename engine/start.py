@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
 from engine.launch import CoreProcess
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from engine.frontend.mm_pipeline import MMOptions
     from engine.frontend.tokenizer import Tokenizer
     from engine.frontend.transport import CoreAddress
+
+Adapters: TypeAlias = tuple[tuple[str, str], ...]  # names and folders
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,25 @@ class Engine:
         for replica, core in self.cores.items():
             core.watch(partial(on_death, replica))
 
-    def restart(self, replica: int, on_death: Callable[[int, str], None]) -> None:
-        """Replace the core of a replica, which has ended, and block until the new one is up; `on_death` as of `watch`.
+    def restart(self, replica: int, adapters: Adapters, on_death: Callable[[int, str], None]) -> None:
+        """Replace the core of a replica, which has ended, and block until the new one is up.
+
+        Args:
+            adapters: those that it loads.
+            on_death: as of `watch`.
 
         Raises the RedlineError of a core that can't be started.
         """
-        self._take_place(replica, self.cores[replica].successor(), on_death)
+        self._take_place(replica, self.cores[replica].successor(adapters), on_death)
 
-    def add(self, replica: int, count: int, on_death: Callable[[int, str], None]) -> None:
+    def add(self, replica: int, count: int, adapters: Adapters, on_death: Callable[[int, str], None]) -> None:
         """Start the core of one more replica, of `count`, and block until it is up; it has the sizes of the first.
 
         Raises OutOfMemoryError if the machine has too little memory left, the RedlineError of a core that can't be
-        started otherwise.
+        started otherwise. Other arguments as of `restart`.
         """
-        self._take_place(replica, start_another(self.cores[0], self.ready, self.config, replica, count), on_death)
+        config = replace(self.config, adapters=adapters)
+        self._take_place(replica, start_another(self.cores[0], self.ready, config, replica, count), on_death)
 
     def _take_place(self, replica: int, core: CoreProcess, on_death: Callable[[int, str], None]) -> None:
         ended = self.cores.get(replica)

@@ -6,6 +6,7 @@ requests there and that none is left.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from engine.api.restarts import RestartPolicy
 from engine.api.scale_state import ScaleState
 from engine.errors import RedlineError, cause_of
 from engine.frontend.connect import SupervisedClient
-from engine.frontend.front_end_stats import Boards
+from engine.frontend.front_end_stats import MOST_REPLICAS, Boards
 from engine.frontend.replica_events import (
     ReplicaDraining,
     ReplicaEvent,
@@ -35,6 +36,8 @@ log = logging.getLogger("redline.serve")
 Status: TypeAlias = Literal["up", "starting", "restarting", "draining", "ending", "dead", "removed"]
 ACTIVE: tuple[Status, ...] = ("up", "starting", "restarting")
 FREE: tuple[Status, ...] = ("dead", "removed")
+# Starts a core with adapters, by name and folder; calls back if it ends, with the replica and the cause.
+Start: TypeAlias = Callable[[tuple[tuple[str, str], ...], Callable[[int, str], None]], None]
 
 
 class _Replica:
@@ -67,6 +70,8 @@ class ReplicaSet:
         self._boards = boards
         self._limit = limit
         self._replicas = {number: _Replica(number, limit, "up") for number in engine.cores}
+        self._adapters = dict(engine.config.adapters)  # as the replicas had them last
+        self._tasks: set[asyncio.Future[None]] = set()
         self._ended = False
         self.state = ScaleState(0, len(self._replicas))
 
@@ -91,29 +96,23 @@ class ReplicaSet:
     # ---------------------------------------------------------------------------------------------------- front ends
 
     def addresses(self, front_end: int) -> dict[int, CoreAddress]:
-        """The cores by replica for a front end that begins; those that do not serve have no address."""
-        engine, serving = self._engine, ("up", "draining", "ending")
+        """The cores by replica for a front end that begins; those that it is not to use have no address."""
         return {
-            number: engine.address(number, front_end)
-            if self._replicas[number].status in serving
+            number: self._engine.address(number, front_end)
+            if self._replicas[number].status == "up"
             else CoreAddress(ready)
-            for number, ready in engine.readies.items()
+            for number, ready in list(self._engine.readies.items())
         }
 
     def events(self) -> Iterator[ReplicaEvent]:
         """What a front end that begins must know besides."""
         for number, one in self._replicas.items():
-            served = number in self._engine.readies
-            if one.status == "starting":
-                if served:
-                    yield ReplicaRemoved(number)
-                yield ReplicaStarting(number)
-            elif one.status in ("restarting", "dead"):
+            if one.status in ("restarting", "dead"):
                 yield ReplicaLost(number, one.cause, one.status == "restarting")
-            elif one.status in ("draining", "ending"):
-                yield ReplicaDraining(number)
-            elif one.status == "removed" and served:
+            elif one.status != "up" and number in self._engine.readies:
                 yield ReplicaRemoved(number)
+            if one.status == "starting":
+                yield ReplicaStarting(number)
 
     def drained(self, front_end: int, number: int) -> None:
         """A front end has no requests on a draining replica."""
@@ -161,6 +160,7 @@ class ReplicaSet:
                 return
             cause = f"{cause}; {one.restarts.why_not()}"
         one.status, one.cause = "dead", cause
+        self._stop_core(one, expect_end=False)  # for its sockets
         if not any(other.status in ACTIVE for other in self._replicas.values()):
             count = len(self._replicas)
             self._die(cause if count == 1 else f"no replica is left; replica {number}: {cause}")
@@ -173,13 +173,22 @@ class ReplicaSet:
 
     # -------------------------------------------------------------------------------------------------------- starts
 
-    def _start(self, one: _Replica, start: Callable[[Callable[[int, str], None]], None]) -> None:
-        """Start a core on a thread: nothing waits for it when the server ends meanwhile."""
-        number, attempt, one.is_starting = one.number, one.attempt, True
+    def _start(self, one: _Replica, start: Start) -> None:
+        """Start the core of a replica."""
+        one.is_starting = True
+        task = asyncio.ensure_future(self._start_on_thread(one.number, one.attempt, start))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _start_on_thread(self, number: int, attempt: int, start: Start) -> None:
+        """Start a core with the adapters that the others have. Nothing waits for the thread when the server ends."""
+        with contextlib.suppress(RedlineError):  # no other one answers
+            self._adapters = await self._client.router.call_utility("adapters")
+        adapters = tuple(self._adapters.items())
 
         def run() -> None:
             try:
-                start(lambda replica, cause: self._post_lost((replica, attempt, cause)))
+                start(adapters, lambda replica, cause: self._post_lost((replica, attempt, cause)))
             except Exception as error:
                 cause = str(error) if isinstance(error, RedlineError) else cause_of(error)
                 self._post_failed((number, attempt, cause))
@@ -233,6 +242,12 @@ class ReplicaSet:
     def scale_for(self, target: int, asked: tuple[int, int]) -> ScaleState:
         """The same, for the request `asked` of a front end."""
         active = [one for one in self._replicas.values() if one.status in ACTIVE]
+        ending = sum(one.status in ("draining", "ending") for one in self._replicas.values())
+        if target + ending > MOST_REPLICAS:
+            error = (
+                f"{target} replicas and {ending} that end are more than {MOST_REPLICAS}: wait until these have ended"
+            )
+            return self._change(len(active), error, asked)
         log.warning("scaling from %d to %d replicas", len(active), target)
         for _ in range(target - len(active)):
             self._add(target)

@@ -19,7 +19,7 @@ READY = Ready(
 class Core:
     """In place of a process: what it would be started with."""
 
-    def successor(self, config: EngineConfig, environment: Any) -> Any:
+    def sibling(self, config: EngineConfig, environment: Any) -> Any:
         return config, environment
 
 
