@@ -61,7 +61,7 @@ async def test_a_probe_that_fails_says_why(server: InLoop, monkeypatch: pytest.M
     def refuse(*_: object) -> None:
         raise RequestError("no room")
 
-    monkeypatch.setattr(server.client, "check_request", refuse)
+    monkeypatch.setattr(server.client, "check_fields", refuse)
     answer = await server.http.get("/ready")
     assert (answer.status_code, answer.json()["error"]["message"]) == (503, "not ready: a probe failed: no room")
 
