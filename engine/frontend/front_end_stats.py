@@ -296,8 +296,8 @@ def _stats(numbers: Sequence[float]) -> Stats:
     """The stats from numbers, those of multimodal inputs last."""
     core, mm = numbers[: len(_CORE_KINDS)], numbers[len(_CORE_KINDS) :]
     fields = [kind(value) for kind, value in zip(_CORE_KINDS, core, strict=True)]
-    given = MMStats(*(kind(value) for kind, value in zip(_MM_KINDS, mm, strict=True))) if any(mm) else None
-    return Stats(*fields, given)
+    fields.append(MMStats(*(kind(value) for kind, value in zip(_MM_KINDS, mm, strict=True))) if any(mm) else None)
+    return Stats(*fields)
 
 
 def _numbers(stats: Stats) -> tuple[float, ...]:
