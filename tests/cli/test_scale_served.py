@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from cli.main import main
+from tests.docs.blocks import BLOCKS
 from tests.perf.bench_replicas import health_of, run_part, scale, settle
 from tests.perf.replica_load import Kill, Load, kill_replicas, serving
 from tests.serving import Served, serve
@@ -30,6 +31,8 @@ def test_no_request_is_lost_while_replicas_are_added_and_drained(model: str):
     seen: list[int] = []
 
     async def up_and_down(served: Served, _load: Load) -> list[Kill]:
+        [documented] = [one for one in BLOCKS if one.page == "docs/serving/index.md" and "redline scale" in one.text]
+        assert documented.commands == ["redline scale http://localhost:8000 --dp 3"]
         for replicas in (3, 1):
             assert f"{replicas} replica" in await scale(served.url, replicas)
             await settle(served, replicas)
@@ -43,7 +46,7 @@ def test_no_request_is_lost_while_replicas_are_added_and_drained(model: str):
 
 
 def test_what_can_not_be_done_is_refused_and_the_server_goes_on(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     with serve(tmp_path, model, *DUMMY, "--api-key", "secret") as server:
         server.client.headers["Authorization"] = "Bearer secret"
@@ -54,7 +57,8 @@ def test_what_can_not_be_done_is_refused_and_the_server_goes_on(
             assert answer.status_code == 400
             assert message in answer.json()["error"]["message"]
             assert answer.json()["error"]["param"] == "data_parallel_size"
-        assert main(["scale", server.url, "--dp", "1", "--api-key", "secret"]) == 0
+        monkeypatch.setenv("REDLINE_API_KEY", "secret")
+        assert main(["scale", server.url, "--dp", "1"]) == 0
         assert capsys.readouterr().out == "1 replica serves\n"
         state = server.client.get("/scale").json()
         assert (state["done"], state["data_parallel_size"], state["error"]) == (True, 1, None)
