@@ -3,10 +3,10 @@
 CURVE encrypts, and authenticates both ends: servers (the sockets that bind) accept the run's client key only, clients
 connect to the run's server key only. Whoever has the secret has all keys.
 
-    gate = Gate(context, secret)                           secure_client(socket, secret)
-    gate.secure(socket)                                    connections = Connections(socket)
-    connections = Connections(socket)                      socket.connect(address)
-    port = socket.bind_to_random_port("tcp://10.0.0.1")    connections.wait_accepted(address, 10.0)
+    gate = Gate(context, secret)               secure_client(socket, secret)
+    gate.secure(socket)                        connections = Connections(socket)
+    connections = Connections(socket)          connect(socket, address)
+    address = bind(socket, "10.0.0.1")         connections.wait_accepted(address, 10.0)
 """
 
 import hashlib
@@ -51,7 +51,7 @@ _CHANGES = {
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: Change.REFUSED,  # the other end has closed the connection
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: Change.REFUSED,
     zmq.Event.HANDSHAKE_FAILED_AUTH: Change.REFUSED,
-    zmq.Event.DISCONNECTED: Change.LOST,  # follows a refusal too
+    zmq.Event.DISCONNECTED: Change.LOST,
     zmq.Event.MONITOR_STOPPED: Change.UNWATCHED,
 }
 
@@ -103,19 +103,29 @@ def secure_client(socket: "zmq.Socket[Any]", secret: str) -> None:
 class Connections:
     """What happens to the connections of a socket. Made before the socket is bound or connected, closed before it is.
 
+    A connection that is refused is not reported as lost besides.
+
     Attributes:
         socket: readable when there is a change, for a poller.
     """
 
     def __init__(self, socket: "zmq.Socket[Any]"):
         self._watched = socket
+        self._refused = 0  # connections whose end was not seen yet
         self.socket: zmq.Socket[bytes] = socket.get_monitor_socket(sum(_CHANGES))
 
     def next_change(self, timeout_s: float | None = None) -> Change | None:
         """Wait for the next change; None: there is none in time."""
-        if not self.socket.poll(None if timeout_s is None else max(0, round(timeout_s * 1000))):
-            return None
-        return _CHANGES[zmq.Event(recv_monitor_message(self.socket)["event"])]
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.socket.poll(None if deadline is None else max(0, round((deadline - time.monotonic()) * 1000))):
+            change = _CHANGES[zmq.Event(recv_monitor_message(self.socket)["event"])]
+            if change is Change.REFUSED:
+                self._refused += 1
+            elif change is Change.LOST and self._refused:
+                self._refused -= 1
+                continue
+            return change
+        return None
 
     def wait_accepted(self, address: str, timeout_s: float) -> None:
         """Wait until a client's connection is accepted.
@@ -138,6 +148,20 @@ class Connections:
         self.socket.close()
 
 
+def bind(socket: "zmq.Socket[Any]", host: str) -> str:
+    """Bind a socket to a free port of an interface, given by its address; the ZeroMQ address of the port."""
+    address = tcp_address(host, 0)
+    socket.setsockopt(zmq.IPV6, "[" in address)
+    socket.bind(address)
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def connect(socket: "zmq.Socket[Any]", address: str) -> None:
+    """Connect a socket to a ZeroMQ address, which may be of version 6."""
+    socket.setsockopt(zmq.IPV6, "[" in address)
+    socket.connect(address)
+
+
 def tcp_address(host: str, port: int) -> str:
     """The ZeroMQ address of a port; `host` is a name or an address of version 4 or 6."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
@@ -148,7 +172,6 @@ def _send_heartbeats(socket: "zmq.Socket[Any]") -> None:
     socket.setsockopt(zmq.HEARTBEAT_IVL, round(HEARTBEAT_S * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(SILENCE_S * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TTL, round((HEARTBEAT_S + SILENCE_S) * 1000))
-    socket.setsockopt(zmq.IPV6, 1)
 
 
 def _key_pair(secret: str, role: str) -> tuple[bytes, bytes]:

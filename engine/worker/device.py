@@ -109,5 +109,5 @@ class Device(Protocol):
         ...
 
     def join(self, rank: int, size: int, store: str) -> RankGroup:
-        """Join the other ranks of a model, which find each other by the file `store`."""
+        """Join the other ranks of a model, which find each other at `store` (see rank_store.py)."""
         ...

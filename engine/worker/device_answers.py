@@ -1,13 +1,13 @@
 """The answers of a rank on an asynchronous device, from a thread that waits for the device."""
 
-import socket
 import threading
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
 from engine.worker.device_runner import PendingResult
-from engine.worker.rank_protocol import FrameKind, send
+from engine.worker.rank_links import RankEnd
+from engine.worker.rank_protocol import FrameKind
 
 JOIN_S = 1.0  # for the thread, once something else has failed
 
@@ -20,12 +20,12 @@ class DeviceAnswers:
     context raises the error.
 
     Args:
-        parent: the rank's socket.
+        end: of the rank's link.
         sends: false for ranks that only notice the failure of their device.
     """
 
-    def __init__(self, parent: socket.socket, *, sends: bool):
-        self._parent = parent
+    def __init__(self, end: RankEnd, *, sends: bool):
+        self._end = end
         self._sends = sends
         self._answers: SimpleQueue[tuple[FrameKind, bytes | PendingResult] | None] = SimpleQueue()
         self._sending = threading.Lock()
@@ -62,7 +62,7 @@ class DeviceAnswers:
                     if self._given_up:
                         return
                     if self._sends:
-                        send(self._parent, kind, encoded)
+                        self._end.send(kind, encoded)
         except BaseException as error:
             self._error = error
-            self._parent.shutdown(socket.SHUT_RD)  # ends the other thread's wait for commands
+            self._end.interrupt()

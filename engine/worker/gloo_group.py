@@ -1,4 +1,4 @@
-"""Collectives between the ranks of one machine: torch's gloo on the loopback interface."""
+"""Collectives between ranks by torch's gloo: on the loopback interface, or on the addresses of their machines."""
 
 import datetime
 from typing import Any
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.worker.rank_protocol import PeerLostError
+from engine.worker.rank_store import open_store
 
 # Ranks do the same work at the same time, so a rank waits this long only for one that hangs.
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -19,7 +20,13 @@ def _lost(error: RuntimeError) -> PeerLostError:
 
 
 class GlooGroup:
-    """Implements `engine.model.runtime.rank_group.RankGroup`. The constructor returns once all ranks have joined."""
+    """Implements `engine.model.runtime.rank_group.RankGroup`. The constructor returns once all ranks have joined.
+
+    Args:
+        store: where they find each other, see rank_store.py.
+
+    Raises PeerLostError if they don't.
+    """
 
     timeout = TIMEOUT
 
@@ -27,10 +34,11 @@ class GlooGroup:
         self.rank, self.size = rank, size
         gloo: Any = dist.ProcessGroupGloo  # init_process_group has no option for the interface
         options = gloo._Options()
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = self.timeout
         try:
-            self._group = gloo(dist.FileStore(store, size), rank, size, options)
+            joined_at, address = open_store(store, size)
+            options._devices = [gloo.create_device(hostname=address)]
+            self._group = gloo(joined_at, rank, size, options)
         except RuntimeError as error:
             raise _lost(error) from error
 

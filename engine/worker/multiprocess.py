@@ -1,14 +1,12 @@
-"""The executor of several ranks on one machine: processes that get the same step messages and keep the same state.
+"""The executor of several ranks: processes that get the same step messages and keep the same state.
 
-With `--ablate driver-broadcast` only rank 0 gets them, and broadcasts inputs to the others (see driver_broadcast.py).
+How they are reached is up to the links (see rank_links.py); this module has the order of commands and results, and what
+happens when a rank is gone. With `--ablate driver-broadcast` only rank 0 gets commands, and broadcasts inputs to the
+others (see driver_broadcast.py).
 """
 
-import contextlib
 import dataclasses
 import logging
-import selectors
-import socket
-import tempfile
 import threading
 import time
 from collections import deque
@@ -19,45 +17,32 @@ from typing import Any
 
 import msgspec
 
-from engine.children import ChildProcess, Failure, Loading, Up, decode_report
+from engine.children import Failure, Up, decode_report
 from engine.config import DRIVER_BROADCAST, EngineConfig
 from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.model.model_info import ModelInfo
 from engine.resolved_config import ResolvedConfig
 from engine.worker.graph_capture import GraphCapture
+from engine.worker.local_links import LocalLinks
+from engine.worker.rank_links import Gone, LinkedRank, RankLinks
 from engine.worker.rank_protocol import (
     Call,
     CallResult,
     DeviceKind,
+    Frame,
     FrameKind,
     PeerLostError,
     RankOptions,
-    receive,
     sample_body,
-    split_command,
 )
-from engine.worker.ring import Ring
 from engine.worker.worker_start import StartReport
 
 log = logging.getLogger("redline.core")
 
 SHUTDOWN_S = 3.0  # for the step in progress, before ranks are killed
 CAUSE_S = 2.0  # after a rank has lost another one, for that one's own report
-
-
-class RankProcess(ChildProcess):
-    """A rank; `socket` is the executor's end."""
-
-    def __init__(self, options: RankOptions, socket: socket.socket, inherit: Sequence[int]):
-        super().__init__(
-            "engine.worker.rank",
-            options,
-            name=f"rank {options.rank}",
-            inherit=inherit,
-            memory_advice="lower --kv-cache-memory-bytes",
-        )
-        self.number = options.rank
-        self.socket = socket
+KILL_S = 2.0  # for the end of a rank that was killed, which can't be noticed if its machine is gone
+ANSWERING_RANK = 0
 
 
 class MultiprocessExecutor:
@@ -68,9 +53,10 @@ class MultiprocessExecutor:
     order.
 
     Args:
-        folder: for the file by which the ranks find each other; None: the system's folder for temporary files.
+        folder: for files of the ranks on this machine; None: the system's folder for temporary files.
         progress: called from a thread with the bytes of weights that rank 0 has read so far and reads in total.
         device: what the ranks run on; None: the CPU.
+        links: to the ranks; None: to processes of this machine.
 
     Raises the RedlineError of a rank that can't start.
     """
@@ -84,6 +70,7 @@ class MultiprocessExecutor:
         folder: str | None = None,
         progress: Callable[[int, int], None] | None = None,
         device: DeviceKind | None = None,
+        links: RankLinks | None = None,
     ) -> None:
         began = time.monotonic()
         self.ended: Future[None] = Future()
@@ -91,35 +78,36 @@ class MultiprocessExecutor:
         self._error: RedlineError | None = None
         self._closing = False
         self._progress = progress
-        self._device = device
         self._num_steps = 0
         self._capture: GraphCapture | None = None
         self._pending: deque[Future[Any]] = deque()
         self._outbox: SimpleQueue[tuple[FrameKind, bytes] | None] = SimpleQueue()
-        # The first ranks get commands: only rank 0 if it drives the others, otherwise all.
-        self._ring_readers = 1 if DRIVER_BROADCAST in config.ablations else config.tensor_parallel_size
-        self._ring = Ring(self._ring_readers)
-        self._started: Future[StartReport] = Future()
-        self.ranks: list[RankProcess] = []
+        self._links = LocalLinks(folder) if links is None else links
+        self._started: Future[list[StartReport]] = Future()
         self._threads = [
             threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
             for run, name in ((self._send_all, "ranks-output"), (self._receive_all, "ranks-input"))
         ]
-        with tempfile.TemporaryDirectory(prefix="redline-ranks-", dir=folder) as store:
-            try:
-                for number in range(config.tensor_parallel_size):
-                    self.ranks.append(self._start_rank(number, config, model_info, resolved, f"{store}/store"))
-                for thread in self._threads:
-                    thread.start()
-                report = self._started.result()
-            except BaseException:
-                self.shutdown()
-                raise
+        self._options = rank_options(config, model_info, resolved, device)
+        try:
+            self._links.start(self._options)
+            for thread in self._threads:
+                thread.start()
+            reports = self._started.result()
+        except BaseException:
+            self.shutdown()
+            raise
+        report = reports[0]
         self.seconds = {"start ranks": time.monotonic() - began - sum(report.seconds.values()), **report.seconds}
-        self.kernels, self.warnings = report.kernels, report.warnings
+        self.kernels, self.warnings = report.kernels, (*report.warnings, *_differences(reports))
         self.num_blocks, self.memory = report.num_blocks, report.memory
         if report.captures:
             self._capture = GraphCapture(self.call, lambda: self._num_steps)
+
+    @property
+    def ranks(self) -> Sequence[LinkedRank]:
+        """In order of their numbers."""
+        return self._links.ranks
 
     def submit(self, step: bytes) -> "Future[None]":
         """Queue an encoded StepMessage; its forward pass starts once the steps before it are done."""
@@ -131,32 +119,32 @@ class MultiprocessExecutor:
         return self._command(FrameKind.SAMPLE, sample_body(step, masks))
 
     def call(self, method: str, arguments: dict[str, Any]) -> "Future[Any]":
-        """Execute a call on all ranks between two steps; resolves to rank 0's result, or its RedlineError."""
+        """Execute a call on all ranks between two steps; resolves to one rank's result, or its RedlineError."""
         result: Future[Any] = Future()
         command = self._command(FrameKind.CALL, msgspec.msgpack.encode(Call(method, arguments)))
         command.add_done_callback(lambda done: _unpack_result(done, result))
         return result
 
     def shutdown(self) -> None:
-        """End the ranks once the step in progress is done, or by force; queued steps are dropped."""
+        """End the ranks once the step in progress is done, or by force, and drop queued steps; may be called twice."""
         if self._capture is not None:
             self._capture.close()
         with self._lock:
+            if self._closing:
+                return
             self._closing = True
             dropped, self._pending = list(self._pending), deque()
         for future in dropped:
             future.cancel()
         self._outbox.put(None)
-        self._ring.close()
-        for rank in self.ranks:
-            if rank.socket.fileno() >= 0:
-                _close_output(rank.socket)
+        self._links.stop()
+        if self._threads[0].ident is None:
+            self._links.end()
         self._reap(SHUTDOWN_S)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        for rank in self.ranks:
-            rank.socket.close()
+        self._links.close()
 
     def _command(self, kind: FrameKind, body: bytes) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -171,26 +159,6 @@ class MultiprocessExecutor:
             future.set_exception(error)
         return future
 
-    def _start_rank(
-        self, number: int, config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, store: str
-    ) -> RankProcess:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            reads_ring = number < self._ring_readers
-            options = RankOptions(
-                rank=number,
-                config=config.describe(),
-                model_info={**dataclasses.asdict(model_info), "path": str(model_info.path)},
-                resolved=dataclasses.asdict(resolved),
-                store=store,
-                socket_fd=theirs.fileno(),
-                ring_fd=self._ring.descriptor if reads_ring else None,
-                ring_readers=self._ring_readers,
-                device=self._device,
-            )
-            inherit = (theirs.fileno(), self._ring.descriptor) if reads_ring else (theirs.fileno(),)
-            return RankProcess(options, ours, inherit)
-
     # ------------------------------------------------------------------------------------------------------- threads
 
     def _guard(self, run: Callable[[], None]) -> None:
@@ -204,43 +172,36 @@ class MultiprocessExecutor:
             self._fail(EngineDeadError(f"the ranks can't be reached any more: {cause_of(error)}"))
 
     def _send_all(self) -> None:
-        while (command := self._outbox.get()) is not None:
-            for header, body in split_command(*command, self._ring.size // 2):
-                if not self._ring.write(body):
-                    return
-                for rank in self.ranks[: self._ring_readers]:
-                    try:
-                        rank.socket.sendall(header)
-                    except OSError:  # it is gone: the other thread finds the cause
-                        return
+        while (command := self._outbox.get()) is not None and not self._closing:
+            if not self._links.send(*command):
+                break
+        self._links.end()
 
     def _receive_all(self) -> None:
-        up: dict[int, Up] = {}
-        with selectors.DefaultSelector() as selector:
-            for rank in self.ranks:
-                selector.register(rank.socket, selectors.EVENT_READ, rank)
-            while True:
-                rank, frame = _next_frame(selector)
-                if frame is None:
-                    failure = None
-                    break
-                kind, body = frame
-                if kind is not FrameKind.REPORT:
-                    self._resolve(None if kind is FrameKind.FORWARD_DONE else body)
-                    continue
-                report = decode_report(body)
-                if isinstance(report, Failure):
-                    failure = report
-                    break
-                if isinstance(report, Loading):
-                    if self._progress is not None:
-                        self._progress(report.done, report.total)
-                    continue
-                up[rank.number] = report
-                if len(up) == len(self.ranks):
-                    self._started.set_result(up[0].read(StartReport))
-            if not self._closing:
-                self._fail(self._cause(selector, rank, failure))
+        up: dict[int, StartReport] = {}
+        while (received := self._links.next_frame()) is not None:
+            number, frame = received
+            if isinstance(frame, Gone):
+                self._lose(number, frame)
+                break
+            kind, body = frame
+            if kind is not FrameKind.REPORT:
+                self._resolve(None if kind is FrameKind.FORWARD_DONE else body)
+                continue
+            report = decode_report(body)
+            if isinstance(report, Failure):
+                self._lose(number, report)
+                break
+            if isinstance(report, Up):
+                up[number] = report.read(StartReport)
+                if len(up) == len(self._options):
+                    self._started.set_result([report for _, report in sorted(up.items())])
+            elif self._progress is not None:
+                self._progress(report.done, report.total)
+
+    def _lose(self, number: int, ended: Failure | Gone) -> None:
+        if not self._closing:
+            self._fail(self._cause(number, ended))
 
     def _resolve(self, value: bytes | None) -> None:
         """Resolve the oldest pending future."""
@@ -249,23 +210,30 @@ class MultiprocessExecutor:
         if future is not None and future.set_running_or_notify_cancel():
             future.set_result(value)
 
-    def _cause(self, selector: selectors.BaseSelector, rank: RankProcess, failure: Failure | None) -> RedlineError:
+    def _cause(self, number: int, ended: Failure | Gone) -> RedlineError:
         """The cause, from the first rank that failed or ended. If it only lost another rank, from that one."""
-        deadline = time.monotonic() + CAUSE_S
-        selector.unregister(rank.socket)
-        while failure is not None and failure.kind == PeerLostError.__name__:
+        deadline, known = time.monotonic() + CAUSE_S, {number}
+        while isinstance(ended, Failure) and ended.kind == PeerLostError.__name__:
             try:
-                other, frame = _next_frame(selector, deadline - time.monotonic())
+                received = self._links.next_frame(deadline - time.monotonic())
             except TimeoutError:
                 break
-            report = None if frame is None else _failure_in(*frame)
-            if frame is None or report is not None:
-                rank, failure = other, report
-                selector.unregister(rank.socket)
-        if failure is None and not rank.wait(CAUSE_S):
+            if received is None:
+                break
+            other, frame = received
+            found = frame if isinstance(frame, Gone) else _failure_in(frame)
+            if found is not None and other not in known:
+                number, ended = other, found
+                known.add(other)
+        rank = self.ranks[number]
+        if isinstance(ended, Failure):
+            return rank.error(ended)
+        if not rank.wait(CAUSE_S):
             rank.kill()
+            if ended.why:
+                return EngineDeadError(f"{rank.name} {ended.why}")
             rank.wait()
-        return rank.error(failure)
+        return rank.error(None)
 
     def _fail(self, error: RedlineError) -> None:
         with self._lock:
@@ -274,7 +242,7 @@ class MultiprocessExecutor:
             self._error = error
             pending, self._pending = list(self._pending), deque()
         self._outbox.put(None)
-        self._ring.close()
+        self._links.stop()
         self._reap(0.0)
         if not self._started.done():
             self._started.set_exception(error)
@@ -289,8 +257,39 @@ class MultiprocessExecutor:
         for rank in self.ranks:
             if not rank.wait(max(0.0, deadline - time.monotonic())):
                 rank.kill()
-                rank.wait()
+        for rank in self.ranks:
+            rank.wait(KILL_S)
             rank.close()
+
+
+def rank_options(
+    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, device: DeviceKind | None
+) -> list[RankOptions]:
+    """The options of all ranks, without their links."""
+    driven = DRIVER_BROADCAST in config.ablations
+    return [
+        RankOptions(
+            rank=number,
+            config=config.describe(),
+            model_info={**dataclasses.asdict(model_info), "path": str(model_info.path)},
+            resolved=dataclasses.asdict(resolved),
+            answers=number == ANSWERING_RANK,
+            receives=number == 0 or not driven,
+            device=device,
+        )
+        for number in range(config.tensor_parallel_size)
+    ]
+
+
+def _differences(reports: Sequence[StartReport]) -> list[str]:
+    """The warning that machines of different kinds compute with different kernels."""
+    ranks: dict[str, list[str]] = {}
+    for number, report in enumerate(reports):
+        ranks.setdefault(report.kernels, []).append(str(number))
+    if len(ranks) == 1:
+        return []
+    found = "; ".join(f"ranks {', '.join(numbers)}: {kernels}" for kernels, numbers in ranks.items())
+    return [f"ranks compute with different kernels ({found}): the slowest decides; --kernels chooses the same for all"]
 
 
 def _unpack_result(done: "Future[bytes]", result: "Future[Any]") -> None:
@@ -311,22 +310,6 @@ def _unpack_result(done: "Future[bytes]", result: "Future[Any]") -> None:
     result.set_exception(error)
 
 
-def _failure_in(kind: FrameKind, body: bytes) -> Failure | None:
-    report = decode_report(body) if kind is FrameKind.REPORT else None
+def _failure_in(frame: Frame) -> Failure | None:
+    report = decode_report(frame[1]) if frame[0] is FrameKind.REPORT else None
     return report if isinstance(report, Failure) else None
-
-
-def _next_frame(
-    selector: selectors.BaseSelector, timeout: float | None = None
-) -> tuple[RankProcess, tuple[FrameKind, bytes] | None]:
-    """The next frame of any rank; None: that rank has ended. Raises TimeoutError if there is none in time."""
-    ready = selector.select(timeout)
-    if not ready:
-        raise TimeoutError
-    rank: RankProcess = ready[0][0].data
-    return rank, receive(rank.socket)
-
-
-def _close_output(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the other end is gone already
-        end.shutdown(socket.SHUT_WR)

@@ -1,4 +1,4 @@
-"""Collectives between the GPUs of one machine, by NCCL, or RCCL on GPUs by AMD.
+"""Collectives between GPUs, by NCCL, or RCCL on GPUs by AMD.
 
 They are enqueued on the current stream of the calling thread, as kernels are, and can be captured with these. Tensors
 of the host, which few calls have, go over gloo. A rank that is lost is found by its socket (see
@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.errors import EngineDeadError
 from engine.text import first_line
 from engine.worker.gloo_group import TIMEOUT, GlooGroup
+from engine.worker.rank_store import open_store
 
 # Threads of torch that watch the group through its store, whose file is deleted once the ranks have joined.
 SETTINGS = {"TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
@@ -25,7 +26,7 @@ class NcclGroup:
     It may exist once in a process. Raises EngineDeadError if the ranks can't reach each other.
 
     Args:
-        store: a file that doesn't exist yet, the same for all ranks.
+        store: where the ranks find each other, see rank_store.py; a file must not exist yet.
         device: the rank's device, which is the calling thread's current one.
         backend: of torch.distributed for the device.
     """
@@ -38,7 +39,7 @@ class NcclGroup:
         try:
             dist.init_process_group(
                 backend,
-                store=dist.FileStore(f"{store}-{backend}", size),
+                store=open_store(f"{store}-{backend}", size)[0],
                 rank=rank,
                 world_size=size,
                 timeout=TIMEOUT,

@@ -1,14 +1,14 @@
 """`python -m engine.worker.rank`: one of several ranks in a process of its own.
 
 All ranks get the same commands and keep the same state of requests. They choose tokens together (see
-`engine.model.runtime`), so each knows the tokens of all requests without a message. Only rank 0 sends results. With
+`engine.model.runtime`), so each knows the tokens of all requests without a message. Only one rank sends results. With
 `--ablate driver-broadcast` only rank 0 gets commands, see `engine.worker.driver_broadcast`.
 """
 
 import logging
-import socket
+import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,25 +16,24 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from engine import children
-from engine.children import Failure, Loading, Up
+from engine.children import Failure, Loading, Report, Up, encode_report
 from engine.config import EngineConfig
 from engine.errors import RedlineError, cause_of
 from engine.log_format import log_everything
 from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo
 from engine.resolved_config import ResolvedConfig
+from engine.worker.local_links import LocalEnd
+from engine.worker.rank_links import RankEnd
 from engine.worker.rank_protocol import (
     Call,
     CallResult,
     FrameKind,
     PeerLostError,
     RankOptions,
+    TcpLink,
     read_sample,
-    receive_command,
-    send,
-    send_report,
 )
-from engine.worker.ring import RingReader
 from engine.worker.worker_start import RankPlace, StartReport, device_start, start_worker
 
 if TYPE_CHECKING:
@@ -50,31 +49,55 @@ def main() -> int:
         return 1
     log_everything(logging.WARNING, rank=options.rank)
     children.end_with_parent()
-    with socket.socket(fileno=options.socket_fd) as parent:
-        report = partial(send_report, parent)
-        return children.run_reporting(lambda: run(parent, options), report, expected=(PeerLostError,))
+    try:
+        end = open_end(options)
+    except RedlineError as error:  # the executor is out of reach, the rank's host is not
+        with children.reports_to(options.report_fd) as report:
+            report(Failure.of(error))
+        return error.exit_code
+    with closing(end):
+        return children.run_reporting(lambda: run(end, options), partial(_send_report, end), expected=(PeerLostError,))
 
 
-def run(parent: socket.socket, options: RankOptions) -> None:
-    """Start the rank and serve until the executor closes its end of the socket."""
-    ring = None if options.ring_fd is None else RingReader(options.ring_fd, options.rank, options.ring_readers)
-    worker, report = start(options, lambda *loaded: send_report(parent, Loading(*loaded)))
+def open_end(options: RankOptions) -> RankEnd:
+    """The rank's end of its link. Raises RedlineError if the executor can't be reached."""
+    if isinstance(options.link, TcpLink):
+        from engine.worker.tcp_links import TcpEnd
+
+        return TcpEnd(options.link, options.rank, _end_without_executor)
+    assert options.link is not None
+    return LocalEnd.of(options.link)
+
+
+def _end_without_executor() -> None:
+    log.error("the executor can't be reached any more")
+    os._exit(1)  # other threads may wait for other ranks
+
+
+def run(end: RankEnd, options: RankOptions) -> None:
+    """Start the rank and serve until the executor ends it."""
+    worker, report = start(options, lambda *loaded: _send_report(end, Loading(*loaded)))
     children.freeze_heap()
-    send_report(parent, Up.of(report))
+    _send_report(end, Up.of(report))
     with suppress(BrokenPipeError):  # the executor is gone
-        if ring is None:
+        if not options.receives:
             cast("Follower", worker).follow()
         elif options.device is None:
-            serve(parent, ring, worker, partial(send, parent) if options.rank == 0 else _drop)
+            serve(end, worker, end.send if options.answers else _drop)
         else:
             from engine.worker.device_answers import DeviceAnswers
 
-            with DeviceAnswers(parent, sends=options.rank == 0) as answers:
-                serve(parent, ring, worker, answers.put)
+            with DeviceAnswers(end, sends=options.answers) as answers:
+                serve(end, worker, answers.put)
+
+
+def _send_report(end: RankEnd, report: Report) -> None:
+    with suppress(BrokenPipeError):  # the executor is gone
+        end.send(FrameKind.REPORT, encode_report(report))
 
 
 def _drop(_kind: FrameKind, _answer: bytes) -> None:
-    """The answer of a rank that rank 0 speaks for."""
+    """The answer of a rank that another one speaks for."""
 
 
 def start(options: RankOptions, progress: Callable[[int, int], None]) -> tuple[Any, StartReport]:
@@ -90,14 +113,14 @@ def start(options: RankOptions, progress: Callable[[int, int], None]) -> tuple[A
     return start_worker(config, model_info, resolved, shown, place)
 
 
-def serve(parent: socket.socket, ring: RingReader, runner: Any, answer: Callable[[FrameKind, Any], None]) -> None:
-    """Execute commands until the executor closes its end of the socket.
+def serve(end: RankEnd, runner: Any, answer: Callable[[FrameKind, Any], None]) -> None:
+    """Execute commands until the executor ends the rank.
 
     Args:
         runner: a Runner, or a DeviceRunner, whose results are not computed yet.
         answer: called with the answer to each command.
     """
-    while (command := receive_command(parent, ring)) is not None:
+    while (command := end.receive()) is not None:
         kind, body = command
         if kind is FrameKind.FORWARD:
             runner.forward(body)

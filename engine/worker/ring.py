@@ -19,7 +19,7 @@ FULL_POLL_S = 0.0005  # the ring is full only if a rank lags by megabytes
 
 
 class Ring:
-    """The writer's end. A message longer than `size` is split, see `engine.worker.rank_protocol.split_command`."""
+    """The writer's end. A message longer than `size` is split, see `engine.worker.local_links.split_command`."""
 
     def __init__(self, readers: int, size: int = SIZE):
         self.size = size

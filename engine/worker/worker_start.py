@@ -45,7 +45,7 @@ class RankPlace:
     """The place of a rank among several."""
 
     rank: int
-    store: str  # the file by which the ranks find each other
+    store: str  # where the ranks find each other, see rank_store.py
 
 
 def start_worker(

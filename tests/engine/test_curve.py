@@ -29,8 +29,7 @@ class Ends:
         self.server = self.context.socket(zmq.PULL)
         self.gate.secure(self.server)
         self.connections = Connections(self.server)
-        port = self.server.bind_to_random_port(f"tcp://{HOST}")
-        self.address = curve.tcp_address(HOST, port)
+        self.address = curve.bind(self.server, HOST)
         self._open: list[Any] = [self.connections, self.server]
 
     def client(self) -> "zmq.Socket[Any]":
@@ -61,7 +60,7 @@ def test_who_has_the_secret_is_accepted_by_both_ends(ends: Ends) -> None:
     client = ends.client()
     secure_client(client, SECRET)
     connections = ends.watched(client)
-    client.connect(ends.address)
+    curve.connect(client, ends.address)
     connections.wait_accepted(ends.address, PATIENCE_S)
     assert ends.connections.next_change(PATIENCE_S) is Change.ACCEPTED
     client.send(b"a step")
@@ -72,7 +71,7 @@ def test_another_secret_is_refused_and_both_ends_notice(ends: Ends) -> None:
     client = ends.client()
     secure_client(client, new_secret())
     connections = ends.watched(client)
-    client.connect(ends.address)
+    curve.connect(client, ends.address)
     client.send(b"a step", zmq.NOBLOCK)
     with pytest.raises(RefusedError, match=rf"^{ends.address} refuses the connection: it has another secret$"):
         connections.wait_accepted(ends.address, PATIENCE_S)
@@ -85,7 +84,7 @@ def test_the_key_of_the_server_is_not_enough(ends: Ends) -> None:
     secure_client(client, SECRET)
     client.curve_publickey, client.curve_secretkey = zmq.curve_keypair()
     connections = ends.watched(client)
-    client.connect(ends.address)
+    curve.connect(client, ends.address)
     with pytest.raises(RefusedError, match="another secret"):
         connections.wait_accepted(ends.address, PATIENCE_S)
     assert not ends.server.poll(100)
@@ -108,7 +107,7 @@ def test_an_address_where_nothing_answers_is_named(ends: Ends) -> None:
     secure_client(client, SECRET)
     connections = ends.watched(client)
     ends.server.unbind(ends.address)
-    client.connect(ends.address)
+    curve.connect(client, ends.address)
     with pytest.raises(UnreachableError, match=rf"^{ends.address} can't be reached: nothing has answered for 0.3 s$"):
         connections.wait_accepted(ends.address, 0.3)
 
@@ -133,7 +132,7 @@ def test_the_loss_of_the_other_end_is_noticed(
     quick = ends.context.socket(zmq.PULL)
     ends.gate.secure(quick)
     connections = Connections(quick)
-    address = curve.tcp_address(HOST, quick.bind_to_random_port(f"tcp://{HOST}"))
+    address = curve.bind(quick, HOST)
     child = subprocess.Popen([sys.executable, "-c", CHILD, SECRET, address])
     try:
         assert connections.next_change(PATIENCE_S) is Change.ACCEPTED
@@ -149,6 +148,22 @@ def test_the_loss_of_the_other_end_is_noticed(
 def test_a_secret_that_can_be_guessed_is_refused() -> None:
     with zmq.Context() as context, pytest.raises(ConfigError, match="at least 32 characters, not 6"):
         Gate(context, "secret")
+
+
+def test_version_6_works_as_version_4(ends: Ends) -> None:
+    server, client = ends.context.socket(zmq.PULL), ends.client()
+    ends.gate.secure(server)
+    try:
+        address = curve.bind(server, "::1")
+    except zmq.ZMQError as error:
+        server.close()
+        pytest.skip(f"this machine has no loopback address of version 6: {error}")
+    secure_client(client, SECRET)
+    curve.connect(client, address)
+    client.send(b"a step")
+    assert server.poll(PATIENCE_MS)
+    assert (server.recv(), address.startswith("tcp://[::1]:")) == (b"a step", True)
+    server.close()
 
 
 def test_addresses_of_version_6_are_in_brackets() -> None:

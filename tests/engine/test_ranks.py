@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,8 @@ from engine.messages import (
     encode,
     make_handle,
 )
-from engine.model.model_info import read_model_info
+from engine.model.model_info import ModelInfo, read_model_info
+from engine.resolved_config import ResolvedConfig
 from engine.stats import Stats
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
@@ -78,8 +80,19 @@ class Served:
         self.stats = message.stats or self.stats
 
 
-def serve_all(folder: Path, size: int, **flags: Any) -> tuple[list[list[int]], Stats, Recording]:
-    """The tokens of all prompts, which come at once, to fewer blocks than those that have rows will need."""
+def start_ranks(config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig) -> Any:
+    """The executor of a configuration on this machine."""
+    several = config.tensor_parallel_size > 1
+    return (MultiprocessExecutor if several else InProcessExecutor)(config, model_info, resolved)
+
+
+def serve_all(
+    folder: Path, size: int, start: Callable[..., Any] = start_ranks, **flags: Any
+) -> tuple[list[list[int]], Stats, Recording]:
+    """The tokens of all prompts, which come at once, to fewer blocks than those that have rows will need.
+
+    `start` makes the executor, with the arguments of `start_ranks`.
+    """
     config = EngineConfig(
         model=str(folder), tensor_parallel_size=size, dtype="float32", max_num_seqs=ROWS, block_size=BLOCK,
         **{"max_num_batched_tokens": BUDGET} | flags,
@@ -88,7 +101,7 @@ def serve_all(folder: Path, size: int, **flags: Any) -> tuple[list[list[int]], S
     config = dataclasses.replace(config, kv_cache_memory_bytes=model_info.kv_bytes_per_token * BLOCK * BLOCKS)
     resolved = resolve(config, model_info).config
     assert resolved.num_blocks == BLOCKS
-    executor = Recording((MultiprocessExecutor if size > 1 else InProcessExecutor)(config, model_info, resolved))
+    executor = Recording(start(config, model_info, resolved))
     served = Served()
     try:
         core = EngineCore(resolved, executor, MonotonicClock(), served.hear)
@@ -119,11 +132,15 @@ def chunks_of_prompts(messages: list[StepMessage]) -> int:
     return found
 
 
+def build_divisible(folder: Path) -> None:
+    """A model of heads and an MLP that four ranks can divide, and the fused stack can take."""
+    build_model("llama", folder, head_dim=16, num_key_value_heads=4, intermediate_size=64)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of heads and an MLP that four ranks can divide, and the fused stack can take."""
     folder = tmp_path_factory.mktemp("model")
-    build_model("llama", folder, head_dim=16, num_key_value_heads=4, intermediate_size=64)
+    build_divisible(folder)
     return folder
 
 

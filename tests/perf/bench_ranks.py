@@ -3,14 +3,16 @@
 Real ranks in processes of their own run a tiny model; the real scheduler plans steps in which every row decodes.
 Measured are, for a step,
 
-    bytes   what each rank but the first is sent: V1's orders, heads included, or V0's description and tensors
+    bytes   what each rank but the first is sent: V1's orders, heads included, or V0's description and tensors; over
+            TCP with what ZeroMQ and its encryption add
     µs      from the moment a step is planned to the moment the last rank has its inputs and begins to compute: V1's
             orders to all ranks, each of which builds its inputs, or V0's order to rank 0, which builds and broadcasts
 
-`v0-joined` is V0 with a step's tensors laid end to end in one broadcast, as nobody had it: it shows what of V0's time
-is the number of tensors. Steps run one at a time, so that nothing hides behind the step before. All take turns, --steps
-each, --rounds times; medians over all steps are reported, with the lowest and highest median of a turn. Prints a table,
-writes results/bench-ranks.json and the figure.
+`v1-tcp` is V1 with ranks that are reached over TCP, as those of other machines are; here all are on the loopback
+interface. `v0-joined` is V0 with a step's tensors laid end to end in one broadcast, as nobody had it: it shows what of
+V0's time is the number of tensors. Steps run one at a time, so that nothing hides behind the step before. All take
+turns, --steps each, --rounds times; medians over all steps are reported, with the lowest and highest median of a turn.
+Prints a table, writes results/bench-ranks.json and the figure.
 """
 
 import argparse
@@ -39,13 +41,20 @@ from engine.core.steps import ScheduledStep
 from engine.memory import resolve
 from engine.messages import AddRequest, Sampling, decode_result, encode, make_handle
 from engine.model.model_info import read_model_info
+from engine.worker.local_links import LocalLinks
 from engine.worker.multiprocess import MultiprocessExecutor
-from engine.worker.rank_protocol import FrameKind, frame, sample_body
+from engine.worker.rank_protocol import sample_body
+from engine.worker.tcp_links import TcpLinks
+from tests.engine.worker.loopback_hosts import LoopbackHosts
 from tests.perf.bar_charts import save_figure
 from tests.perf.ranks_figure import ranks_figure
+from tests.perf.ranks_rank import FOLDER
 
 DRIVEN = ("driver-broadcast",)
-WAYS: dict[str, tuple[str, ...]] = {"v1": (), "v0": DRIVEN, "v0-joined": DRIVEN}
+WAYS: dict[str, tuple[str, ...]] = {"v1": (), "v1-tcp": (), "v0": DRIVEN, "v0-joined": DRIVEN}
+HEADER = 5  # bytes on a rank's socket, see engine.worker.local_links
+# Of a message in ZeroMQ's CURVE, and of the head of its frame, which is longer from 256 bytes on (ZMTP 3.1, RFC 26).
+ENCRYPTED, FRAME, LONG_FRAME = 33, 2, 9
 CONTEXT = 512  # tokens of a row, about
 BLOCK_SIZE = 16
 BUDGET = 2048
@@ -68,18 +77,19 @@ class Told:
 class Engine:
     """A scheduler and its ranks; steps one at a time."""
 
-    def __init__(self, folder: Path, model: Path, ranks: int, rows: int, ablate: tuple[str, ...]):
-        self.folder = folder
+    def __init__(self, folder: Path, model: Path, ranks: int, rows: int, way: str):
+        self.folder, self.tcp = folder, way == "v1-tcp"
         length = CONTEXT + 256
         config = EngineConfig(
             model=str(model), tensor_parallel_size=ranks, max_num_seqs=rows, max_num_batched_tokens=BUDGET,
-            block_size=BLOCK_SIZE, max_model_len=length, dtype="float32", load_format="dummy", ablate=ablate,
+            block_size=BLOCK_SIZE, max_model_len=length, dtype="float32", load_format="dummy", ablate=WAYS[way],
         )  # fmt: skip
         model_info = read_model_info(config)
         blocks = rows * length // BLOCK_SIZE + 1
         config = dataclasses.replace(config, kv_cache_memory_bytes=blocks * BLOCK_SIZE * model_info.kv_bytes_per_token)
         self.config = resolve(config, model_info).config
-        self.executor = MultiprocessExecutor(config, model_info, self.config, folder=str(folder))
+        links = TcpLinks(LoopbackHosts()) if self.tcp else LocalLinks(str(folder))
+        self.executor = MultiprocessExecutor(config, model_info, self.config, links=links)
         self.scheduler = Scheduler(self.config)
         self._clock = MonotonicClock()
         self._handles = iter(range(1 << 30))
@@ -105,8 +115,8 @@ class Engine:
         self.executor.submit(message)
         result = self.executor.sample(plan.step).result(PATIENCE_S)
         self.scheduler.update(plan, decode_result(result))
-        orders = frame(FrameKind.FORWARD, message) + frame(FrameKind.SAMPLE, sample_body(plan.step))
-        return plan, planned, len(orders)
+        sizes = len(message), len(sample_body(plan.step))
+        return plan, planned, sum(map(bytes_over_tcp, sizes)) if self.tcp else sum(HEADER + size for size in sizes)
 
     def measure(self, steps: int, told: Told) -> list[int]:
         """Run so many steps; their numbers."""
@@ -129,11 +139,21 @@ class Engine:
         return logs
 
 
+def bytes_over_tcp(body: int) -> int:
+    """The bytes of a command with a body of so many, as they leave the executor's machine."""
+    message = 1 + body + ENCRYPTED
+    return message + (FRAME if message < 256 else LONG_FRAME)
+
+
 @contextmanager
-def noting_ranks() -> Iterator[None]:
-    """Executors start ranks that note what they see (see ranks_rank.py)."""
+def noting_ranks(folder: Path) -> Iterator[None]:
+    """Executors start ranks that note what they see in a folder (see ranks_rank.py)."""
     spawn = children.spawn
-    children.spawn = lambda module, *given: spawn("tests.perf.ranks_rank", *given)
+
+    def start(_module: str, options: Any, inherit: Any = (), environment: Any = None) -> Any:
+        return spawn("tests.perf.ranks_rank", options, inherit, {**(environment or {}), FOLDER: str(folder)})
+
+    children.spawn = start
     try:
         yield
     finally:
@@ -146,10 +166,10 @@ def run_all(ranks: int, sizes: list[int], rounds: int, steps: int) -> list[dict[
         model = Path(name)
         (model / "config.json").write_text(json.dumps(MODEL))
         engines, told = {}, {way: Told() for way in WAYS}
-        for way, ablate in WAYS.items():
+        for way in WAYS:
             (folder := model / way).mkdir()
-            with noting_ranks():
-                engines[way] = Engine(folder, model, ranks, max(sizes), ablate)
+            with noting_ranks(folder):
+                engines[way] = Engine(folder, model, ranks, max(sizes), way)
             ends.callback(engines[way].end)
         measured: dict[tuple[int, str], list[list[int]]] = {}
         for size in sizes:
@@ -170,7 +190,7 @@ def row_of(
 ) -> dict[str, Any]:
     times = [[(max(log[step][0] for log in logs) - told.planned_ns[step]) / 1e3 for step in turn] for turn in turns]
     steps = [step for turn in turns for step in turn]
-    sent = [told.order_bytes[step] if way == "v1" else logs[1][step][1] for step in steps]
+    sent = [logs[1][step][1] if WAYS[way] else told.order_bytes[step] for step in steps]
     middles = [median(turn) for turn in times]
     every = [one for turn in times for one in turn]
     return {

@@ -13,6 +13,7 @@ from tests.perf.bar_charts import add_texts, bar_figure
 
 WAYS = {
     "v1": ("V1: one message, each rank builds its inputs", COLORS[0]),
+    "v1-tcp": ("V1: the same over TCP, encrypted", COLORS[2]),
     "v0": ("V0: rank 0 builds and broadcasts all inputs", COLORS[1]),
     "v0-joined": ("V0: the same in one broadcast", "#fdba74"),
 }
@@ -34,7 +35,7 @@ def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_time(panels[1], rows, places)
         _name(panels[0], rows, places)
         handles = [(color, name) for name, color in WAYS.values()]
-        add_texts(figure, "Cost of sending a step to all ranks, V1 and V0", handles, 3, footer, height)
+        add_texts(figure, "Cost of sending a step to all ranks, V1 and V0", handles, 2, footer, height)
         return figure
 
 

@@ -1,12 +1,12 @@
 """A rank of bench_ranks.py: the real one, which also notes when it has a step's inputs and what was broadcast for them.
 
-Leaves rank-N.bin at its end, in the folder that the executor was given: int64[steps, 3], the step, ns of the monotonic
-clock when the rank begins to compute it, and the bytes of what was broadcast since the step before. In a folder called
-…joined what V0 broadcasts tensor by tensor goes in one piece.
+Leaves rank-N.bin at its end, in the folder that FOLDER names: int64[steps, 3], the step, ns of the monotonic clock when
+the rank begins to compute it, and the bytes of what was broadcast since the step before. In a folder called …joined
+what V0 broadcasts tensor by tensor goes in one piece.
 """
 
 import dataclasses
-import socket
+import os
 import sys
 import time
 from array import array
@@ -16,8 +16,11 @@ from typing import Any
 import torch
 
 from engine.worker import gloo_group, rank, runner
+from engine.worker.rank_links import RankEnd
 from engine.worker.rank_protocol import RankOptions
 from engine.worker.slots import StepBatch
+
+FOLDER = "REDLINE_BENCH_RANKS"  # environment variable
 
 
 class _Noted:
@@ -58,10 +61,10 @@ def note(log: array, joined: bool) -> None:
     gloo_group.GlooGroup.broadcast = counted  # type: ignore[method-assign]
 
 
-def run(parent: socket.socket, options: RankOptions) -> None:
-    log, folder = array("q"), Path(options.store).parent.parent
+def run(end: RankEnd, options: RankOptions) -> None:
+    log, folder = array("q"), Path(os.environ[FOLDER])
     note(log, folder.name.endswith("joined"))
-    plain_run(parent, options)
+    plain_run(end, options)
     (folder / f"rank-{options.rank}.bin").write_bytes(log.tobytes())
 
 

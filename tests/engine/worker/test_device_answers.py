@@ -14,7 +14,8 @@ from engine.columns import int32s
 from engine.messages import decode_result
 from engine.worker.device_answers import DeviceAnswers
 from engine.worker.device_runner import PendingResult
-from engine.worker.rank_protocol import FrameKind, receive
+from engine.worker.local_links import LocalEnd, receive_frame
+from engine.worker.rank_protocol import FrameKind
 from tests.engine.worker.stand_in_device import StandInDevice
 
 Ends = tuple[socket.socket, socket.socket]
@@ -48,26 +49,26 @@ def test_answers_leave_in_order(ends: Ends) -> None:
     executor, rank = ends
     device = StandInDevice()
     device.gate.clear()
-    with DeviceAnswers(rank, sends=True) as answers:
+    with DeviceAnswers(LocalEnd(rank, None), sends=True) as answers:
         answers.put(FrameKind.FORWARD_DONE, b"")
         answers.put(FrameKind.STEP_RESULT, pending(device, 1))
         answers.put(FrameKind.FORWARD_DONE, b"")
         answers.put(FrameKind.CALL_RESULT, b"called")
-        assert receive(executor) == (FrameKind.FORWARD_DONE, b"")
+        assert receive_frame(executor) == (FrameKind.FORWARD_DONE, b"")
         time.sleep(0.1)
         assert is_silent(executor), "the device computes the step"
         device.gate.set()
-        kind, body = receive(executor) or (None, b"")
+        kind, body = receive_frame(executor) or (None, b"")
         assert (kind, int32s(decode_result(body).tokens).tolist()) == (FrameKind.STEP_RESULT, [41])
-        assert receive(executor) == (FrameKind.FORWARD_DONE, b"")
+        assert receive_frame(executor) == (FrameKind.FORWARD_DONE, b"")
         answers.put(FrameKind.STEP_RESULT, pending(device, 2))
-    assert receive(executor) == (FrameKind.CALL_RESULT, b"called")
-    assert (receive(executor) or (None,))[0] is FrameKind.STEP_RESULT, "the end waits for answers that were put"
+    assert receive_frame(executor) == (FrameKind.CALL_RESULT, b"called")
+    assert (receive_frame(executor) or (None,))[0] is FrameKind.STEP_RESULT, "the end waits for answers that were put"
 
 
 def test_other_ranks_are_silent(ends: Ends) -> None:
     executor, rank = ends
-    with DeviceAnswers(rank, sends=False) as answers:
+    with DeviceAnswers(LocalEnd(rank, None), sends=False) as answers:
         answers.put(FrameKind.STEP_RESULT, pending(StandInDevice(), 1))
     assert is_silent(executor)
 
@@ -79,7 +80,7 @@ def test_a_device_that_fails_ends_the_wait_for_commands(sends: bool, ends: Ends)
     device.failure = RuntimeError("an illegal access")
 
     def serve() -> None:
-        with DeviceAnswers(rank, sends=sends) as answers:
+        with DeviceAnswers(LocalEnd(rank, None), sends=sends) as answers:
             answers.put(FrameKind.STEP_RESULT, pending(device, 1))
             assert rank.recv(1) == b"", "as if the executor had closed its end"
 
@@ -94,7 +95,7 @@ def test_after_another_error_nothing_is_sent_any_more(ends: Ends) -> None:
     device.gate.clear()
 
     def fail() -> None:
-        with DeviceAnswers(rank, sends=True) as answers:
+        with DeviceAnswers(LocalEnd(rank, None), sends=True) as answers:
             answers.put(FrameKind.STEP_RESULT, pending(device, 1))
             raise ValueError("a step that can't be run")
 
@@ -109,7 +110,7 @@ def test_after_another_error_nothing_is_sent_any_more(ends: Ends) -> None:
 def test_tokens_that_the_host_knows_need_no_device(ends: Ends) -> None:
     executor, rank = ends
     device: Any = StandInDevice()
-    with DeviceAnswers(rank, sends=True) as answers:
+    with DeviceAnswers(LocalEnd(rank, None), sends=True) as answers:
         answers.put(FrameKind.STEP_RESULT, PendingResult(7, device, 0.0, np.array([3, 4]), None))
-    _, body = receive(executor) or (None, b"")
+    _, body = receive_frame(executor) or (None, b"")
     assert int32s(decode_result(body).tokens).tolist() == [3, 4]

@@ -16,7 +16,7 @@ from engine.worker.rank_protocol import DeviceKind
 from tests.engine.worker.device_driver import CoreDriver, configure, start_executor
 from tests.engine.worker.driver import build_model
 from tests.engine.worker.test_device_runner import ON_HOST, SAMPLINGS, mixed_requests
-from tests.engine.worker.test_multiprocess import PATIENCE_S, gone, pids_of, submit
+from tests.engine.worker.test_multiprocess import PATIENCE_S, exit_codes, gone, pids_of, submit
 
 OPTIONS = {"rows": 4, "max_num_batched_tokens": 16, "max_model_len": 100, "num_blocks": 120}
 FIRST = SlotAssignment(0, 1, column([1, 2, 3]), 3, 0, (column(range(1, 21)),), Sampling())
@@ -61,7 +61,7 @@ def test_ranks_give_the_tokens_of_one(use_triton: bool, count: int, new: int, tm
         "start ranks", "import torch", "open model", "join ranks", "load weights", "prepare kernels"
     }  # fmt: skip
     executor.shutdown()
-    assert [rank.returncode for rank in executor.ranks] == [0, 0], "none had to be ended by force"
+    assert exit_codes(executor) == [0, 0], "none had to be ended by force"
     assert not executor.ended.done()
 
 

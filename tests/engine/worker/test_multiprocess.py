@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from engine.children import ChildProcess
 from engine.columns import column, int32s
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, ModelError
@@ -22,23 +23,32 @@ from engine.messages import Sampling, SlotAssignment, StepMessage, decode_result
 from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
+from engine.worker.rank_links import RankLinks
+from engine.worker.tcp_links import TcpLinks
 from tests.engine.worker.driver import BASE, MODELS, Driver, Request, build_model
+from tests.engine.worker.loopback_hosts import LoopbackHosts
 
 BLOCK, BLOCKS, ROWS = 4, 1200, 5
 DRIVEN = ("driver-broadcast",)
 PATIENCE_S = 60.0
 
 
-def start(folder: Path, size: int, block_size: int = BLOCK, **options: Any) -> Driver:
+def start(
+    folder: Path, size: int, block_size: int = BLOCK, *, links: RankLinks | None = None, **options: Any
+) -> Driver:
     options = {"dtype": "float32", "max_num_seqs": ROWS, **options}
     config = EngineConfig(model=str(folder), tensor_parallel_size=size, block_size=block_size, **options)
     model_info = read_model_info(config)
     config = dataclasses.replace(config, kv_cache_memory_bytes=model_info.kv_bytes_per_token * block_size * BLOCKS)
     resolved = resolve(config, model_info).config
     assert resolved.num_blocks == BLOCKS
-    executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, model_info, resolved)
+    executor: Any = (
+        InProcessExecutor(config, model_info, resolved)
+        if size == 1
+        else MultiprocessExecutor(config, model_info, resolved, links=links)
+    )
     return Driver(
-        executor,  # type: ignore[arg-type]
+        executor,
         rows=config.max_num_seqs,
         block_size=block_size,
         num_blocks=BLOCKS,
@@ -65,6 +75,14 @@ def pids_of(executor: MultiprocessExecutor) -> list[int]:
     return [rank.pid for rank in executor.ranks]
 
 
+def exit_codes(executor: MultiprocessExecutor) -> list[int | None]:
+    codes = []
+    for rank in executor.ranks:
+        assert isinstance(rank, ChildProcess)
+        codes.append(rank.returncode)
+    return codes
+
+
 def gone(pid: int) -> bool:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -77,11 +95,17 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "ablate"),
-    [("llama", 2, ()), ("qwen2", 2, ()), ("qwen3", 4, ()), ("llama", 4, DRIVEN), ("qwen2", 2, DRIVEN)],
+    ("kind", "size", "ablate", "tcp"),
+    [
+        ("llama", 2, (), False),
+        ("qwen2", 2, (), True),
+        ("qwen3", 4, (), False),
+        ("llama", 4, DRIVEN, True),
+        ("qwen2", 2, DRIVEN, False),
+    ],
 )
 def test_ranks_give_the_tokens_of_one(
-    kind: str, size: int, ablate: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, size: int, ablate: tuple[str, ...], tcp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size == 4:
         monkeypatch.setitem(MODELS, kind, {**MODELS[kind], "num_key_value_heads": 4})
@@ -92,7 +116,7 @@ def test_ranks_give_the_tokens_of_one(
     finally:
         alone.executor.shutdown()
     assert len({token for tokens in expected for token in tokens}) > 20
-    ranks = start(tmp_path, size, ablate=ablate)
+    ranks = start(tmp_path, size, ablate=ablate, links=over_tcp() if tcp else None)
     executor = ranks.executor
     assert isinstance(executor, MultiprocessExecutor)
     pids = pids_of(executor)
@@ -107,7 +131,7 @@ def test_ranks_give_the_tokens_of_one(
         executor.shutdown()
     assert len(pids) == size
     assert all(gone(pid) for pid in pids)
-    assert [rank.returncode for rank in executor.ranks] == [0] * size, "none had to be ended by force"
+    assert exit_codes(executor) == [0] * size, "none had to be ended by force"
     assert not executor.ended.done()
     with pytest.raises(EngineDeadError, match="shut down"):
         executor.sample(0).result(PATIENCE_S)
@@ -119,9 +143,15 @@ def dummy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=[(), DRIVEN], ids=["all receive", "rank 0 drives"])
+def over_tcp() -> TcpLinks:
+    return TcpLinks(LoopbackHosts())
+
+
+@pytest.fixture(params=[((), None), (DRIVEN, None), ((), over_tcp)], ids=["all receive", "rank 0 drives", "over TCP"])
 def ranks(dummy: Path, request: pytest.FixtureRequest) -> Iterator[MultiprocessExecutor]:
-    executor: Any = start(dummy, 2, load_format="dummy", ablate=request.param).executor
+    ablate, make_links = request.param
+    links = None if make_links is None else make_links()
+    executor: Any = start(dummy, 2, load_format="dummy", ablate=ablate, links=links).executor
     yield executor
     executor.shutdown()
 
@@ -177,7 +207,7 @@ def test_a_killed_rank_fails_what_is_pending_and_is_named(ranks: MultiprocessExe
 def test_a_step_that_was_not_sampled_keeps_no_rank_from_its_end(ranks: MultiprocessExecutor) -> None:
     ranks.submit(encode(StepMessage(0, assigned_slots=(FIRST,), chunks=column([[0, 3]])))).result(PATIENCE_S)
     ranks.shutdown()
-    assert -signal.SIGKILL not in [rank.returncode for rank in ranks.ranks]
+    assert -signal.SIGKILL not in exit_codes(ranks)
 
 
 def test_an_error_in_the_ranks_is_shown_with_its_rank(ranks: MultiprocessExecutor) -> None:
@@ -196,7 +226,7 @@ def test_a_thread_that_fails_fails_what_is_pending_and_ends_the_ranks(
         def broken(_: bytes) -> bool:
             raise OSError("no memory to share")
 
-        monkeypatch.setattr(executor._ring, "write", broken)
+        monkeypatch.setattr(executor._links._ring, "write", broken)
         for future in submit(executor, StepMessage(0)):
             with pytest.raises(EngineDeadError, match="the ranks can't be reached any more: OSError: no memory to sh"):
                 future.result(PATIENCE_S)

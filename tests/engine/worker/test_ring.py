@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.worker.rank_protocol import FrameKind, receive_command, split_command
+from engine.worker.local_links import LocalEnd, split_command
+from engine.worker.rank_protocol import FrameKind
 from engine.worker.ring import Ring, RingReader
 
 
@@ -74,7 +75,8 @@ def test_orders_of_any_length_pass(length: int) -> None:
     sender = threading.Thread(target=send)
     sender.start()
     with theirs:
-        orders = [receive_command(theirs, reader) for _ in range(3)]
+        end = LocalEnd(theirs, reader)
+        orders = [end.receive() for _ in range(3)]
     sender.join()
     assert orders == [(FrameKind.FORWARD, body), (FrameKind.SAMPLE, body), None]
     ring.close()
