@@ -25,6 +25,17 @@ class Observer(Protocol):
         ...
 
 
+class Running(Protocol):
+    """A load that runs: a `Loop`, or several of them in processes of their own."""
+
+    hold: bool  # continue when no request is awaited: another part of the load still waits for one of its own
+
+    @property
+    def awaited(self) -> int:
+        """How many of the first requests, which the load waits for, have not ended; 0 or less: it may end."""
+        ...
+
+
 @dataclass(slots=True)
 class Counts:
     sent: int = 0
@@ -43,6 +54,11 @@ class Start:
     @classmethod
     def soon(cls, lead_ns: int = LEAD_NS) -> "Start":
         return cls(time.monotonic_ns() + lead_ns, time.time_ns() + lead_ns)
+
+    @classmethod
+    def at(cls, real_ns: int) -> "Start":
+        """A time on the real-time clock of this host."""
+        return cls(time.monotonic_ns() + real_ns - time.time_ns(), real_ns)
 
 
 @dataclass(frozen=True, slots=True)

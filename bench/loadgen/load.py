@@ -1,13 +1,13 @@
 """Sends the requests of one load point, from one or several generator processes, and returns one recording."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from bench.loadgen.job import Job, Observer, Start
-from bench.loadgen.loop import Loop
-from bench.loadgen.process import generating, run_loop
-from bench.loadgen.recording import Recording
+from bench.loadgen.job import Job, Observer, Running, Start
+from bench.loadgen.process import run_here
+from bench.loadgen.recording import Load, Recording
 from bench.loadgen.request import encode_request, resolve
 from bench.loadgen.shards import run_shards
 from bench.target.target import Target
@@ -42,14 +42,10 @@ def run_load(
 
     Raises BenchError if the host is not found or a generator process fails.
     """
-    if len(specs) != len(times):
-        raise ValueError(f"{len(specs)} requests for {len(times)} arrival times")
+    job = open_job(target, specs, times, time_limit_s, needed)
     if processes is None:
-        span_s = max(1.0, float(times[-1] - times[0])) if len(times) else 1.0
-        processes = processes_for(sum(spec.output_tokens for spec in specs) / span_s)
-    offsets = np.round(np.asarray(times, dtype=np.float64) * 1e9).astype(np.int64).tolist()
-    awaited = len(specs) if needed is None else needed
-    return _run(target, specs, offsets, time_limit_s, awaited, None, observer, processes)
+        processes = processes_for(expected_chunks_per_s(specs, times))
+    return _run(job, specs, processes, observer, target)
 
 
 def run_closed_loop(
@@ -67,9 +63,25 @@ def run_closed_loop(
     arrival of the end of the previous response. Several processes divide requests and concurrency among them. Ends
     early as run_load() does.
     """
+    job = closed_job(target, specs, concurrency, time_limit_s)
+    return _run(job, specs, min(processes, concurrency), observer, target)
+
+
+def open_job(
+    target: Target, specs: list[RequestSpec], times: np.ndarray, time_limit_s: float, needed: int | None
+) -> Job:
+    """The job of `run_load`."""
+    if len(specs) != len(times):
+        raise ValueError(f"{len(specs)} requests for {len(times)} arrival times")
+    offsets = np.round(np.asarray(times, dtype=np.float64) * 1e9).astype(np.int64).tolist()
+    return _job(target, specs, offsets, time_limit_s, len(specs) if needed is None else needed)
+
+
+def closed_job(target: Target, specs: list[RequestSpec], concurrency: int, time_limit_s: float) -> Job:
+    """The job of `run_closed_loop`."""
     if concurrency < 1:
         raise ValueError(f"a concurrency of {concurrency}")
-    return _run(target, specs, [], time_limit_s, len(specs), concurrency, observer, min(processes, concurrency))
+    return _job(target, specs, [], time_limit_s, len(specs), concurrency)
 
 
 def processes_for(chunks_per_s: float) -> int:
@@ -77,22 +89,42 @@ def processes_for(chunks_per_s: float) -> int:
     return max(1, min(cores(), math.ceil(chunks_per_s / CHUNKS_PER_CORE)))
 
 
-def _run(
+def expected_chunks_per_s(specs: list[RequestSpec], times: np.ndarray) -> float:
+    """The chunks per second of an open loop if each token is a chunk and the server keeps up."""
+    span_s = max(1.0, float(times[-1] - times[0])) if len(times) else 1.0
+    return sum(spec.output_tokens for spec in specs) / span_s
+
+
+def run_job(
+    job: Job,
+    processes: int,
+    observer: Observer,
+    target: Target,
+    begin: Callable[[], Start] | None = None,
+    attach: Callable[[Running], None] | None = None,
+) -> Load:
+    """Run a job on this host, on several processes if it has enough requests for them.
+
+    `begin` and `attach` are as of `run_here`; without `begin` the load starts as soon as it can.
+    """
+    if processes > 1 and len(job.payloads) >= processes:
+        return run_shards(job, processes, observer, begin or Start.soon, attach, target=target)
+    return run_here(job, observer, begin or (lambda: Start.soon(job.lead_ns)), attach)
+
+
+def _job(
     target: Target,
     specs: list[RequestSpec],
     offsets_ns: list[int],
     time_limit_s: float,
     needed: int,
-    concurrency: int | None,
-    observer: Observer,
-    processes: int,
-) -> Recording:
+    concurrency: int | None = None,
+) -> Job:
     address = resolve(target)
     payloads = [encode_request(target, address, spec) for spec in specs]
-    job = Job(address, payloads, offsets_ns, time_limit_s, needed, concurrency)
-    if processes > 1 and len(specs) >= processes:
-        return run_shards(job, specs, processes, observer, target=target)
-    with generating(len(specs)):
-        loop = Loop(job, observer, Start.soon(job.lead_ns))
-        use = run_loop(loop)
-    return Recording(loop.streams, specs, loop.start_ns, use, cut_short=loop.cut_short)
+    return Job(address, payloads, offsets_ns, time_limit_s, needed, concurrency)
+
+
+def _run(job: Job, specs: list[RequestSpec], processes: int, observer: Observer, target: Target) -> Recording:
+    load = run_job(job, processes, observer, target)
+    return Recording(load.streams, specs, load.start_ns, load.use, cut_short=load.cut_short)

@@ -3,11 +3,31 @@
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from bench.loadgen.job import Job, Observer, Running, Start
 from bench.loadgen.loop import Loop
-from bench.loadgen.recording import GeneratorUse
+from bench.loadgen.recording import GeneratorUse, Load
 from engine.host import allow_open_files
+
+
+def run_here(
+    job: Job, observer: Observer, begin: Callable[[], Start], attach: Callable[[Running], None] | None = None
+) -> Load:
+    """Run a job in this process.
+
+    Args:
+        job: what is sent.
+        observer: called during the load; may end it.
+        begin: called once the process is prepared; returns time 0.
+        attach: called with the load before it runs, for an observer that controls it.
+    """
+    with generating(len(job.payloads)):
+        loop = Loop(job, observer, begin())
+        if attach is not None:
+            attach(loop)
+        use = run_loop(loop)
+    return Load(loop.streams, loop.start_ns, use, loop.cut_short)
 
 
 def run_loop(loop: Loop) -> GeneratorUse:

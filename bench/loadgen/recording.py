@@ -1,5 +1,6 @@
 """The recording of a load point: raw bytes with timestamps, parsed into request records after the load."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +34,36 @@ class GeneratorUse:
     processes: int = 1
 
 
+def merged_use(uses: Sequence[GeneratorUse]) -> GeneratorUse:
+    """The use of several loads that ran together."""
+    return GeneratorUse(
+        cpu_s=sum(use.cpu_s for use in uses),
+        cpu_share=max((use.cpu_share for use in uses), default=0.0),
+        starved_share=max((use.starved_share for use in uses), default=0.0),
+        processes=sum(use.processes for use in uses),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the loops of one load recorded; streams in the order of the requests."""
+
+    streams: list[Stream]
+    start_ns: int  # time 0, on the real-time clock
+    use: GeneratorUse
+    cut_short: bool  # requests were open when it ended
+
+
+@dataclass(frozen=True, slots=True)
+class HostClock:
+    """The clock of a generator on another host beside the clock here, compared before and after a load; seconds."""
+
+    generator: str  # HOST:PORT
+    offset_s: float  # its time minus the time here, before the load
+    drift_s: float  # what the offset changed by until after the load; NaN: the generator was lost
+    error_s: float  # what is left of the difference at most, after the offset is subtracted; NaN as drift_s
+
+
 @dataclass(frozen=True, slots=True)
 class GeneratorHealth:
     """Whether the generator kept up; times in seconds."""
@@ -47,6 +78,8 @@ class GeneratorHealth:
     starved_share: float = 0.0  # of the time, ready to run while another process had the core
     processes: int = 1
     chunks: int = 0  # read
+    fault: str = ""  # why the load was not the one that was requested, whatever the generator did: it is invalid
+    clocks: tuple[HostClock, ...] = ()  # of generators on other hosts
 
     @property
     def cpu_us_per_chunk(self) -> float:
@@ -68,13 +101,23 @@ class Recording:
     """The recording of one load point, requests in the order of their intended times."""
 
     def __init__(
-        self, streams: list[Stream], specs: list[RequestSpec], start_ns: int, use: GeneratorUse, *, cut_short: bool
+        self,
+        streams: list[Stream],
+        specs: list[RequestSpec],
+        start_ns: int,
+        use: GeneratorUse,
+        *,
+        cut_short: bool,
+        fault: str = "",
+        clocks: tuple[HostClock, ...] = (),
     ):
         self._streams = [s for s in streams if s.begun]
         self._specs = specs
         self._start_ns = start_ns
         self._use = use
         self.cut_short = cut_short
+        self._fault = fault
+        self._clocks = clocks
         self.requested = len(streams)
         self.sent = sum(s.sent_ns > 0 for s in streams)
 
@@ -102,6 +145,8 @@ class Recording:
             starved_share=self._use.starved_share,
             processes=self._use.processes,
             chunks=sum(len(r.reads) for r in self._readings),
+            fault=self._fault,
+            clocks=self._clocks,
         )
 
     def _faults(self, slip_s: float, lag_s: float) -> list[str]:

@@ -11,20 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
 from bench.child_processes import end_with_parent
 from bench.errors import BenchError
-from bench.loadgen.job import Counts, Job, Observer, Start
-from bench.loadgen.loop import Loop
-from bench.loadgen.process import generating, run_loop
-from bench.loadgen.recording import GeneratorUse, Recording
+from bench.loadgen.job import Counts, Job, Observer, Running, Start
+from bench.loadgen.process import run_here
+from bench.loadgen.recording import GeneratorUse, Load, merged_use
 from bench.loadgen.request import resolve
 from bench.loadgen.stream import Stream
 from bench.target.target import Target
-from bench.workloads.base import RequestSpec
 
 _START_LIMIT_S = 60.0
 _TICK_S = 0.2
@@ -45,9 +43,32 @@ class _Shard:
     cut_short: bool = False
 
 
-def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Observer, *, target: Target) -> Recording:
-    """Run a job on several processes. Raises BenchError if one of them dies, since a part of the load is missing."""
-    with _children(processes, len(specs)) as shards:
+class _Shards:
+    """All children as one load that runs."""
+
+    def __init__(self, shards: list[_Shard]):
+        self._shards = shards
+        self.hold = False
+
+    @property
+    def awaited(self) -> int:
+        return sum(max(0, shard.awaited) for shard in self._shards)
+
+
+def run_shards(
+    job: Job,
+    processes: int,
+    observer: Observer,
+    begin: Callable[[], Start],
+    attach: Callable[[Running], None] | None = None,
+    *,
+    target: Target,
+) -> Load:
+    """Run a job on several processes; other arguments as of `run_here`.
+
+    Raises BenchError if one of them dies, since a part of the load is missing.
+    """
+    with _children(processes, len(job.payloads)) as shards:
         for number, shard in enumerate(shards):
             # A TLS context cannot be pickled: each child resolves the address itself.
             part = dataclasses.replace(_part(job, shard.part, number, processes), address=None)  # type: ignore[arg-type]
@@ -56,23 +77,19 @@ def run_shards(job: Job, specs: list[RequestSpec], processes: int, observer: Obs
             if not shard.pipe.poll(_START_LIMIT_S):
                 raise BenchError(f"a generator process did not start within {_START_LIMIT_S:.0f} s")
             _receive(shard)
-        start = Start.soon()
+        start, running = begin(), _Shards(shards)
+        if attach is not None:
+            attach(running)
         for shard in shards:
             shard.pipe.send(start)
         try:
-            _supervise(shards, observer, start)
+            _supervise(shards, observer, start, running)
         except BaseException:
             _send_all(shards, _CUT)
             raise
-    streams = _merged(shards, len(specs))
-    uses = [s.use for s in shards if s.use is not None]
-    use = GeneratorUse(
-        cpu_s=sum(u.cpu_s for u in uses),
-        cpu_share=max(u.cpu_share for u in uses),
-        starved_share=max(u.starved_share for u in uses),
-        processes=processes,
-    )
-    return Recording(streams, specs, start.real_ns, use, cut_short=any(s.cut_short for s in shards))
+    streams = _merged(shards, len(job.payloads))
+    use = merged_use([s.use for s in shards if s.use is not None])
+    return Load(streams, start.real_ns, use, any(s.cut_short for s in shards))
 
 
 def _part(job: Job, part: range, number: int, processes: int) -> Job:
@@ -111,7 +128,7 @@ def _children(processes: int, requests: int) -> Iterator[list[_Shard]]:
                 shard.process.wait()
 
 
-def _supervise(shards: list[_Shard], observer: Observer, start: Start) -> None:
+def _supervise(shards: list[_Shard], observer: Observer, start: Start, running: Running) -> None:
     """Add up the children's counts until each has sent its recording."""
     word = ""  # sent to the children
     next_tick = 0.0
@@ -125,7 +142,7 @@ def _supervise(shards: list[_Shard], observer: Observer, start: Start) -> None:
             if not _observe(shards, observer, start) and not word:
                 word = _CUT
                 _send_all(shards, word)
-        if not word and all(s.awaited <= 0 for s in shards):
+        if not word and not running.hold and running.awaited <= 0:
             word = _ENOUGH
             _send_all(shards, word)
     _observe(shards, observer, start)
@@ -175,30 +192,38 @@ class _Reporter:
 
     def __init__(self, pipe: Connection):
         self._pipe = pipe
-        self.loop: Loop | None = None
+        self._running: Running | None = None
+        self._counts = Counts()
+
+    def begin(self) -> Start:
+        self._pipe.send("ready")
+        start: Start = self._pipe.recv()
+        return start
+
+    def attach(self, running: Running) -> None:
+        running.hold = True
+        self._running = running
 
     def tick(self, now_s: float, sent: int, first_token: int, finished: int, failed: int) -> bool:  # noqa: ARG002
-        assert self.loop is not None
-        self._pipe.send((Counts(sent, first_token, finished, failed), self.loop.awaited))
+        assert self._running is not None
+        self._counts = Counts(sent, first_token, finished, failed)
+        self._pipe.send((self._counts, self._running.awaited))
         while self._pipe.poll():
             word = self._pipe.recv()
             if word == _CUT:
                 return False
-            self.loop.hold = False
+            self._running.hold = False
         return True
+
+    def end(self, load: Load) -> None:
+        self._pipe.send((self._counts, 0, load.streams, load.use, load.cut_short))
 
 
 def _child(pipe: Connection) -> None:
     job, target = pipe.recv()
+    reporter = _Reporter(pipe)
     job = dataclasses.replace(job, address=resolve(target))
-    with generating(len(job.payloads)):
-        pipe.send("ready")
-        reporter = _Reporter(pipe)
-        loop = Loop(job, reporter, pipe.recv())
-        loop.hold = True
-        reporter.loop = loop
-        use = run_loop(loop)
-    pipe.send((loop.counts, loop.awaited, loop.streams, use, loop.cut_short))
+    reporter.end(run_here(job, reporter, reporter.begin, reporter.attach))
 
 
 def main() -> None:

@@ -60,9 +60,12 @@ class ClosedPoint(LoadPoint):
         record.point_id = point_id(self.configuration, self.workload.name, "closed", concurrency, 0)
         record.completed, record.achieved_rate, record.rate = done, rate, round_rate(rate)
         record.seed, record.started, record.concurrency = seed, started, concurrency
-        record.reason = _fault(requests, count, recording.health.reason, watch.cut, fixed=self.server.fixes_lengths)
+        health = recording.health
+        record.reason = health.fault or _fault(
+            requests, count, health.reason, watch.cut, fixed=self.server.fixes_lengths
+        )
         record.valid = not record.reason
-        record.binding = "client" if recording.health.saturated else ""
+        record.binding = "client" if health.saturated and not health.fault else ""
         record.provisional = False
         if record.valid:
             record.reason = f"concurrency {concurrency}"

@@ -1,5 +1,6 @@
 """One load point: sends a workload at one rate, watches the server, and reduces the responses to one record."""
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.generators import LostGeneratorError
 from bench.loadgen import GeneratorHealth
 from bench.measurement.energy import EnergyReader, record_energy
+from bench.measurement.generator_columns import generator_columns
 from bench.measurement.machine import CounterReader, Counters, record_shares
 from bench.measurement.server import LoadRecording, ServerUnderTest
 from bench.results import Phase, PointRecord, RequestRecord, slug
@@ -187,7 +190,8 @@ class LoadPoint:
         limit_s = self.drain_limit_s
         drain(self.reader, limit_s, self.server)
         if recording.cut_short and self.left_s() > 0:
-            self._settle(seed, limit_s)
+            with contextlib.suppress(LostGeneratorError):  # this load point is measured; the next one reports it
+                self._settle(seed, limit_s)
             self.reader.read()  # so that the counters of the next load point begin after it
         return record, requests
 
@@ -265,6 +269,7 @@ class LoadPoint:
             missed_lengths=sum(r.output_tokens != r.asked_output_tokens for r in done) if fixed else 0,
             requests=len(inside),
             client_fault=measured.health.reason,
+            load_fault=measured.health.fault,
             cut="time" if cut == INTERRUPTED else cut,
             limits={column: (getattr(record, column), allowed) for column, allowed in self.limits.items()},
             latencies=window_latencies(measured.requests, measured.ended_s),
@@ -311,7 +316,7 @@ class LoadPoint:
             failures=failure_kinds(requests),
             goodput=goodput(requests, self.limits, window_s),
             **_latency_columns(samples),
-            **_generator_columns(measured.health),
+            **generator_columns(measured.health),
         )
 
 
@@ -325,19 +330,6 @@ def _latency_columns(samples: Latencies) -> dict[str, Any]:
             steps = samples.itl_steps if name == "itl" else None
             columns[f"{name}_p99_low_ms"], columns[f"{name}_p99_high_ms"] = percentile_interval(values, 99, steps)
     return columns
-
-
-def _generator_columns(health: GeneratorHealth) -> dict[str, Any]:
-    """The columns of PointRecord about the load generator."""
-    return {
-        "lateness_p99_ms": health.lateness_p99_s * 1e3,
-        "generator_processes": health.processes,
-        "generator_cpu_share": health.cpu_share,
-        "generator_starved_share": health.starved_share,
-        "generator_us_per_chunk": health.cpu_us_per_chunk,
-        "loop_lag_p99_ms": health.loop_lag_p99_s * 1e3,
-        "coalesced_reads": health.coalesced_reads,
-    }
 
 
 def failure_kinds(requests: list[RequestRecord]) -> str:

@@ -71,10 +71,16 @@ def record_shares(record: PointRecord, before: Counters | None, after: Counters 
 
 
 class MachineReader:
-    """Counters of this machine for the server at `base_url`."""
+    """Counters of this machine for a server.
 
-    def __init__(self, base_url: str):
+    Args:
+        base_url: of the server.
+        generators: ids of processes on this machine that generate load and were not started by this one.
+    """
+
+    def __init__(self, base_url: str, generators: Iterable[int] = ()):
         _, host, self._port = origin(base_url)
+        self._generators = tuple(generators)
         self.is_local = _is_this_machine(host)
 
     def read(self) -> Counters | None:
@@ -91,8 +97,16 @@ class MachineReader:
             steal_s=sum(getattr(t, "steal", 0.0) for t in ticks),
             server_s=sum(map(_cpu_s, server)),
             # With children: generator processes have ended by the second reading.
-            generator_s=own.user + own.system + own.children_user + own.children_system,
+            generator_s=own.user + own.system + own.children_user + own.children_system + self._others_s(),
         )
+
+    def _others_s(self) -> float:
+        """CPU seconds of generators that were not started by this process."""
+        found = 0.0
+        for pid in self._generators:
+            with contextlib.suppress(psutil.Error):
+                found += _cpu_s(psutil.Process(pid))
+        return found
 
     def server_pids(self) -> frozenset[int]:
         """The server's processes; empty if they cannot be found or run on another machine."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from bench.errors import BenchError
+from bench.generators import LostGeneratorError
 from bench.measurement.energy import EnergyMeter, EnergyReader
 from bench.measurement.load_point import LoadPoint, PointPlan, point_id
 from bench.measurement.progress import Progress, duration
@@ -65,7 +66,7 @@ class InterruptedRunError(KeyboardInterrupt):
 
 
 class LostServerError(BenchError):
-    """The server stopped answering; `answer` is what was found until then."""
+    """The server stopped answering, or a generator is gone; `answer` is what was found until then."""
 
     def __init__(self, message: str, answer: Answer | None = None):
         super().__init__(message)
@@ -174,7 +175,7 @@ class _Run:
         self._reported: set[str] = set()  # notes
         self.records: list[PointRecord] = []
         self.answer: Answer | None = None
-        self.lost = ""  # why the server is considered gone
+        self.lost = ""  # why the server, or a generator, is considered gone
         self.unwritten = ""  # why results can no longer be written
 
     def owns(self, record: PointRecord) -> bool:
@@ -333,7 +334,11 @@ class _Run:
             return None
         plan = PointPlan(rate, phase, repeat, timing, latency_s, cut_overload=phase in ("search", "confirm"))
         self._progress.point_started(plan)
-        record, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
+        try:
+            record, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
+        except LostGeneratorError as error:
+            self.lost = str(error)
+            return None
         self.records.append(record)
         try:  # saved before it is printed: stdout may be a closed pipe
             self._files.add_point(record, requests, self._point.reader.readings())

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bench.generators import Generators
 from bench.loadgen import GeneratorHealth, Observer, processes_for, run_closed_loop, run_load
 from bench.measurement.machine import CounterReader, MachineReader
 from bench.results import RequestRecord, utc_now
@@ -103,13 +104,19 @@ class ServerUnderTest(Protocol):
 
 
 class HttpServer:
-    """A server over HTTP, in real time, loaded by the load generator."""
+    """A server over HTTP, in real time, loaded by the load generator.
+
+    Args:
+        target: the server.
+        generators: hosts that generate the load; None: this process and its children do.
+    """
 
     of_time = of_hardware = ""
     warmup_latencies = WARMUP_LATENCIES
 
-    def __init__(self, target: Target):
+    def __init__(self, target: Target, generators: Generators | None = None):
         self.target = target
+        self._generators = generators
 
     @property
     def name(self) -> str:
@@ -132,7 +139,7 @@ class HttpServer:
         return MetricsReader(self.target)
 
     def open_machine(self) -> MachineReader:
-        return MachineReader(self.target.base_url)
+        return MachineReader(self.target.base_url, self._generators.pids_here() if self._generators else ())
 
     def run_load(
         self,
@@ -143,7 +150,8 @@ class HttpServer:
         time_limit_s: float,
         needed: int | None = None,
     ) -> LoadRecording:
-        return run_load(self.target, specs, times, observer=observer, time_limit_s=time_limit_s, needed=needed)
+        run = run_load if self._generators is None else self._generators.run_load
+        return run(self.target, specs, times, observer=observer, time_limit_s=time_limit_s, needed=needed)
 
     def run_closed_loop(
         self,
@@ -154,6 +162,11 @@ class HttpServer:
         time_limit_s: float,
         chunks_per_s: float,
     ) -> LoadRecording:
+        if self._generators is not None:
+            return self._generators.run_closed_loop(
+                self.target, specs, concurrency,
+                observer=observer, time_limit_s=time_limit_s, chunks_per_s=chunks_per_s,
+            )  # fmt: skip
         return run_closed_loop(
             self.target, specs, concurrency,
             observer=observer, time_limit_s=time_limit_s, processes=processes_for(chunks_per_s),

@@ -123,6 +123,9 @@ class PointRecord:
     disturbed: bool = False  # the two together exceed DISTURBED_SHARE
     mean_power_w: float | None = None  # of the server's GPUs over the window; None: not measured
     joules_per_output_token: float | None = None  # their energy / output tokens of the window
+    generators: str = ""  # on other hosts, HOST:PORT:OFFSET:DRIFT of their clocks in ms, joined by ";"; DRIFT or "lost"
+    clock_drift_ms: float | None = None  # of the generator whose clock moved most; None: no generators on other hosts
+    clock_error_ms: float | None = None  # up to which their clocks are known: above 1 ms the load point is invalid
 
     @property
     def disturbance(self) -> str:

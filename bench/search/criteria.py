@@ -118,6 +118,7 @@ class Evidence:
     missed_lengths: int = 0  # requests of the window whose output did not have the requested length
     requests: int = 0  # in the window
     client_fault: str = ""  # why the load generator cannot be trusted, else ""
+    load_fault: str = ""  # why the load was not the one that was requested, else ""
     cut: str = ""  # why the load point ended early: the overload that was seen, or "time"; else ""
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # column -> (measured, allowed)
     latencies: WindowLatencies | None = None  # None: derived from arrivals and completions
@@ -227,6 +228,8 @@ def _broken_rule(e: Evidence, growth: float, noise: float, seen: str) -> tuple[s
 
 
 def _invalid(e: Evidence) -> Verdict | None:
+    if e.load_fault:
+        return Verdict(False, None, e.load_fault)
     if e.client_fault:
         return Verdict(False, None, f"the load generator was the bottleneck: {e.client_fault}", "client")
     if e.cut == "time":
