@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from bench.errors import BenchError
+from bench.generators import Generators
 from bench.measurement.nvml import find_energy
 from bench.measurement.progress import ConsoleProgress
 from bench.measurement.run import LostServerError, Subject
@@ -26,6 +27,7 @@ from bench.workloads.arrivals import MOST_RATE
 from cli.bench_run import make_summary, measure, options_of
 from cli.closed import REQUESTS_PER_STREAM, check_closed
 from cli.offline import DEFAULT_REQUESTS, check_offline, run_offline
+from cli.generator_options import GENERATOR_OPTIONS, generators_of
 from cli.options import RESULTS_ROOT, Finite, GroupedCommand, option, with_options
 from cli.params import GPUS, LIMIT, RATES, SHARE
 from cli.screen import verbatim_console
@@ -133,7 +135,9 @@ RESULTS_OPTIONS = (
 
 
 @click.command(cls=GroupedCommand, context_settings={"max_content_width": 110})
-@with_options(*TARGET_OPTIONS, *TOKENIZER_OPTIONS, *WORKLOAD_OPTIONS, *MEASUREMENT_OPTIONS, *RESULTS_OPTIONS)
+@with_options(
+    *TARGET_OPTIONS, *TOKENIZER_OPTIONS, *WORKLOAD_OPTIONS, *MEASUREMENT_OPTIONS, *GENERATOR_OPTIONS, *RESULTS_OPTIONS
+)  # fmt: skip
 @click.argument("serve_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- SERVE_FLAGS]")
 @click.pass_context
 def command(ctx: click.Context, **params: Any) -> None:
@@ -169,22 +173,41 @@ def command(ctx: click.Context, **params: Any) -> None:
     most = make_workload(spec, ANY_VOCABULARY).max_tokens  # reports a wrong workload before a server is contacted
     if params["device"] is not None:
         ctx.exit(run_simulated(ctx, console, files, spec, most))
+    with generators_of(params, params["seed"]) as generators:
+        ctx.exit(_measure(console, files, params, spec, most, generators))
+
+
+def _measure(
+    console: Console,
+    files: RunFiles,
+    params: dict[str, Any],
+    spec: dict[str, Any],
+    most_tokens: int,
+    generators: Generators | None,
+) -> int:
+    """Measure a running server, or start one for the run; returns the exit code.
+
+    Args:
+        params: the command's parameters.
+        spec: the workload, as in make_workload().
+        most_tokens: of its longest request.
+        generators: on other hosts, connected.
+    """
     if params["model"] is None:
-        ctx.exit(_run(console, files, params, spec, probe_server(target_of(params))))
+        return _run(console, files, params, spec, probe_server(target_of(params)), generators)
     flags = list(params["serve_flags"])
     if not has_flag(flags, "--max-model-len"):
-        flags += ["--max-model-len", str(math.ceil(1.1 * most))]
+        flags += ["--max-model-len", str(math.ceil(1.1 * most_tokens))]
     if params["api_key"] and not has_flag(flags, "--api-key"):
         flags += ["--api-key", params["api_key"]]
-    server = ServerProcess.redline(params["model"], flags, folder / "server.log")
+    server = ServerProcess.redline(params["model"], flags, files.folder / "server.log")
     console.print(f"starting redline serve {params['model']} {' '.join(_without_secrets(flags))} …", highlight=False)
     with server:
         try:
             info = probe_server(target_of(params, server.base_url))
-            code = _run(console, files, params, spec, info, serve=_without_secrets(flags))
+            return _run(console, files, params, spec, info, generators, serve=_without_secrets(flags))
         except LostServerError as error:
             raise (BenchError(f"the server exited: {server.cause()}") if server.ends() else error) from None
-    ctx.exit(code)
 
 
 def _run(
@@ -193,6 +216,7 @@ def _run(
     params: dict[str, Any],
     spec: dict[str, Any],
     info: ServerInfo,
+    generators: Generators | None,
     serve: list[str] | None = None,
 ) -> int:
     """Measure a server over HTTP, print and write; returns the exit code.
@@ -201,6 +225,7 @@ def _run(
         params: the command's parameters.
         spec: the workload, as in make_workload().
         info: what the probe found out about the server.
+        generators: on other hosts, connected.
         serve: flags of the server if it was started for this run, without secrets.
     """
     target = info.target
@@ -214,6 +239,9 @@ def _run(
             f"requests of up to {workload.max_tokens} tokens exceed the server's maximum of {info.max_model_len} "
             "tokens: raise --max-model-len of the server, or lower --input, --output or max_tokens of the workload"
         )
+    if generators is not None:
+        generators.check(target)
+        console.print(generators.described(), highlight=False, soft_wrap=True)
     options = options_of(params)
     resolved = resolved_configuration(target)
     energy = find_energy(params["energy_gpus"], target, str(resolved.get("device", "")))
@@ -222,8 +250,10 @@ def _run(
     name = params["configuration"]
     described = _described(params, info.kind, target, serve)
     described |= {"energy": energy.described, "resolved": {workload.name: resolved}}
+    described |= {"generators": generators.names} if generators is not None else {}
     summary = make_summary(name, described, target.model, workload, options)
-    subject = Subject(HttpServer(target), workload, name, options, files, ConsoleProgress(console), energy.meter)
+    server = HttpServer(target, generators)
+    subject = Subject(server, workload, name, options, files, ConsoleProgress(console), energy.meter)
     return measure(console, subject, summary, params, target.model)
 
 

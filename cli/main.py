@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "scale": "Add replicas to a running server, or drain some.",
     "bench": "Find the highest request rate that a server sustains.",
+    "generate": "Generate load for redline bench on other hosts.",
     "sweep": "Measure several configurations on several workloads.",
     "plan": "Find out how many of which GPU serve a load, by simulation.",
     "profile": "Measure this machine, so that it can be simulated; or tune its GPU.",

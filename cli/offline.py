@@ -26,7 +26,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "caches off": {"enable_prefix_caching": False, "mm_cache_gb": 0.0, "ablate": ("no-encoder-cache",)},
     "caches on": {},
 }
-_ONLINE = ("rate", "rates", "concurrency", "trace", "window", "warmup", "save_vllm_json")
+_ONLINE = ("rate", "rates", "concurrency", "trace", "window", "warmup", "generators", "save_vllm_json")
 
 
 def check_offline(ctx: click.Context, params: dict[str, Any]) -> None:

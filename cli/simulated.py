@@ -31,6 +31,7 @@ _NOT_SIMULATED = {
     "url": "--url", "served_model": "--served-model", "api_key": "--api-key", "ca": "--ca", "insecure": "--insecure",
     "headers": "--header", "extra_body": "--extra-body", "ignore_eos": "--ignore-eos",
     "stream_options": "--stream-options", "offline": "--offline", "energy_gpus": "--energy-gpus",
+    "generators": "--generators",
 }  # fmt: skip
 
 

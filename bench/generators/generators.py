@@ -72,6 +72,12 @@ class Generators:
     def names(self) -> list[str]:
         return [generator.name for generator in self._all]
 
+    def described(self) -> str:
+        """The generators and their cores, in words."""
+        known = [(one.name, one.welcome.cores) for one in self._all if one.welcome is not None]
+        shown = (f"{name} ({cores} core{'s' if cores > 1 else ''})" for name, cores in known)
+        return f"generators: {', '.join(shown)}"
+
     def pids_here(self) -> list[int]:
         """Processes of generators on this machine."""
         known = [generator.welcome for generator in self._all if generator.welcome is not None]

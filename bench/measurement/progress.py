@@ -28,6 +28,10 @@ class Progress(Protocol):
 
     def point_finished(self, record: PointRecord) -> None: ...
 
+    def point_dropped(self) -> None:
+        """The load point that was started is not measured."""
+        ...
+
     def run_state(self, configuration: str, workload: str, state: str) -> None:
         """The state of one run of a sweep, in a few words; later `point_…` calls belong to this run."""
         ...
@@ -58,10 +62,13 @@ class ConsoleProgress:
             self._live.update(_state_view(plan, state), refresh=True)
 
     def point_finished(self, record: PointRecord) -> None:
+        self.point_dropped()
+        self._console.print(point_line(record), soft_wrap=True)
+
+    def point_dropped(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        self._console.print(point_line(record), soft_wrap=True)
 
     def run_state(self, configuration: str, workload: str, state: str) -> None:
         pass
@@ -115,6 +122,9 @@ class SweepProgress(ConsoleProgress):
 
     def point_finished(self, record: PointRecord) -> None:
         self._console.print(point_line(record), soft_wrap=True)
+        self._show()
+
+    def point_dropped(self) -> None:
         self._show()
 
     def _show(self, *below: RenderableType) -> None:

@@ -338,6 +338,7 @@ class _Run:
             record, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
         except LostGeneratorError as error:
             self.lost = str(error)
+            self._progress.point_dropped()
             return None
         self.records.append(record)
         try:  # saved before it is printed: stdout may be a closed pipe

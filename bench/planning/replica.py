@@ -164,5 +164,8 @@ class _Progress:
     def point_finished(self, record: PointRecord) -> None:
         """The next one is reported when it starts."""
 
+    def point_dropped(self) -> None:
+        """Simulations have no generators that could be lost."""
+
     def run_state(self, configuration: str, workload: str, state: str) -> None:
         """There is one run."""

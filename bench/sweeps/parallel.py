@@ -90,6 +90,9 @@ class _Reported:
     def point_finished(self, record: PointRecord) -> None:
         self._report(("message", f"{' / '.join(self._run)}: {point_line(record).plain}"))
 
+    def point_dropped(self) -> None:
+        """Simulations have no generators that could be lost."""
+
     def run_state(self, configuration: str, workload: str, state: str) -> None:
         self._run = configuration, workload
         self._report(("run_state", configuration, workload, state))

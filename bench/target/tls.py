@@ -8,18 +8,18 @@ from pathlib import Path
 from bench.errors import BenchError
 
 
-def tls_context(ca: str | None = None, *, insecure: bool = False) -> ssl.SSLContext:
+def tls_context(ca: str | None = None, *, insecure: bool = False, flag: str = "--ca") -> ssl.SSLContext:
     """The TLS context of connections to a server; raises BenchError naming a file that cannot be read.
 
     Trusted are the certificates of `ca` (a PEM file or a folder of hashed certificates), else of SSL_CERT_FILE or
-    SSL_CERT_DIR, else the system's and certifi's. `insecure` skips the verification.
+    SSL_CERT_DIR, else the system's and certifi's. `insecure` skips the verification; `flag` names `ca` in errors.
     """
     if insecure:
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     elif ca is not None:
-        context = _ca_context(ca, "--ca")
+        context = _ca_context(ca, flag)
     elif named := next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None):
         context = _ca_context(os.environ[named], named)
     else:

@@ -20,5 +20,8 @@ class QuietProgress:
     def point_finished(self, record: PointRecord) -> None:
         pass
 
+    def point_dropped(self) -> None:
+        pass
+
     def run_state(self, configuration: str, workload: str, state: str) -> None:
         pass
