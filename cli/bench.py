@@ -26,8 +26,8 @@ from bench.workloads import ANY_VOCABULARY, has_exact_lengths, make_workload
 from bench.workloads.arrivals import MOST_RATE
 from cli.bench_run import make_summary, measure, options_of
 from cli.closed import REQUESTS_PER_STREAM, check_closed
-from cli.offline import DEFAULT_REQUESTS, check_offline, run_offline
 from cli.generator_options import GENERATOR_OPTIONS, generators_of
+from cli.offline import DEFAULT_REQUESTS, check_offline, run_offline
 from cli.options import RESULTS_ROOT, Finite, GroupedCommand, option, with_options
 from cli.params import GPUS, LIMIT, RATES, SHARE
 from cli.screen import verbatim_console

@@ -76,7 +76,7 @@ GENERATOR_OPTIONS = (
 )  # fmt: skip
 
 
-def generators_of(params: Mapping[str, Any], seed: int) -> "contextlib.AbstractContextManager[Generators | None]":
+def generators_of(params: Mapping[str, Any], seed: int) -> "Generators | contextlib.nullcontext[None]":
     """The generators that the flags name, connected; None without any. Raises BenchError, or UsageError."""
     if not params["generators"]:
         for name in ("generator_token_file", "generator_ca"):

@@ -1,11 +1,12 @@
 """`redline sweep`: measures configurations on workloads, each on a server of its own, and draws the report."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.exit_codes import FAILED, FAILED_REQUESTS
+from cli.generator_options import GENERATOR_OPTIONS, generators_of
 from cli.options import RESULTS_ROOT, GroupedCommand, option, with_options
 from cli.screen import verbatim_console
 from engine.config import SIMULATED
@@ -14,6 +15,7 @@ from engine.host import cores
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bench.generators import Generators
     from bench.sweeps.sweepfile import SweepPlan, SweepWorkload
 
 
@@ -41,7 +43,7 @@ SWEEP_OPTIONS = (
 
 @click.command(name="sweep", cls=GroupedCommand)
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@with_options(*SWEEP_OPTIONS)
+@with_options(*SWEEP_OPTIONS, *GENERATOR_OPTIONS)
 def command(
     file: Path | None,
     preset_name: str | None,
@@ -50,6 +52,7 @@ def command(
     out: Path | None,
     jobs: int | None,
     fresh: bool,
+    **generator_params: Any,
 ) -> int:
     """Measure every configuration of FILE on every workload of FILE, and draw the report.
 
@@ -88,10 +91,20 @@ def command(
     if dry_run:
         _show_plan(console, plan, folder)
         return 0
-    return _run(console, plan, folder, jobs, fresh)
+    if plan.is_simulated and generator_params["generators"]:
+        raise click.UsageError("--generators: all configurations of this sweep are simulated, without a load generator")
+    with generators_of(generator_params, plan.seed) as generators:
+        return _run(console, plan, folder, jobs, fresh, generators)
 
 
-def _run(console: "Console", plan: "SweepPlan", folder: Path, jobs: int | None, fresh: bool) -> int:
+def _run(
+    console: "Console",
+    plan: "SweepPlan",
+    folder: Path,
+    jobs: int | None,
+    fresh: bool,
+    generators: "Generators | None",
+) -> int:
     from bench.measurement.progress import SweepProgress
     from bench.results import RunFiles
     from bench.sweeps.parallel import run_in_processes
@@ -102,13 +115,15 @@ def _run(console: "Console", plan: "SweepPlan", folder: Path, jobs: int | None, 
     from plots.data import ReportError
 
     console.print(f"{plan.title}: {_limit(plan)}, results in {folder}")
+    if generators is not None:
+        console.print(generators.described())
     runs = {w.name: [c.name for c in plan.of_workload(w)] for w in plan.workloads}
     with without_core_log(), SweepProgress(console, [c.name for c in plan.configurations], runs) as progress:
         try:
             if plan.is_simulated:
                 summary = run_in_processes(plan, folder, progress, make_engine, jobs or cores(), fresh=fresh)
             else:
-                summary = run_sweep(plan, folder, progress, make_engine, fresh=fresh)
+                summary = run_sweep(plan, folder, progress, make_engine, generators, fresh=fresh)
         except KeyboardInterrupt:
             console.print("\ninterrupted; run the same command to continue", style="bold")
             raise

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.generators import Generators
 from bench.measurement.energy import EnergyMeter
 from bench.measurement.nvml import find_energy
 from bench.measurement.run import LostServerError
@@ -42,6 +43,7 @@ def started(
     log: Path,
     show: Callable[[str], None],
     simulate: Simulate | None,
+    generators: Generators | None,
 ) -> Iterator[Started]:
     """The configuration's server for a workload; it is stopped at the end.
 
@@ -51,6 +53,7 @@ def started(
         log: file for the server's output.
         show: called with messages.
         simulate: makes the engine of a configuration on simulated hardware; None: the sweep has none.
+        generators: hosts that send the load; None: this one does.
     """
     shown = configuration.shown(workload.max_tokens)
     if configuration.is_simulated:
@@ -61,7 +64,7 @@ def started(
     server = configuration.server(workload.max_tokens, log)
     with server:
         try:
-            yield _probed(configuration, workload, server.base_url, show)
+            yield _probed(configuration, workload, server.base_url, show, generators)
         except LostServerError:
             if not server.ends():
                 raise
@@ -69,7 +72,11 @@ def started(
 
 
 def _probed(
-    configuration: Configuration, workload: SweepWorkload, base_url: str, show: Callable[[str], None]
+    configuration: Configuration,
+    workload: SweepWorkload,
+    base_url: str,
+    show: Callable[[str], None],
+    generators: Generators | None,
 ) -> Started:
     info = probe_server(configuration.target(base_url))
     target = info.target
@@ -77,6 +84,8 @@ def _probed(
     for note in (*info.notes, unused_proxy(target)):
         if note:
             show(note)
+    if generators is not None:
+        generators.check(target)
     vocabulary = configuration.vocab_size or info.vocab_size
     if vocabulary is None and workload.needs_vocabulary:
         raise BenchError(
@@ -85,8 +94,9 @@ def _probed(
     resolved = resolved_configuration(target)
     energy = find_energy(configuration.energy_gpus, target, str(resolved.get("device", "")))
     requests = workload.build(vocabulary, server_encoder(target))
-    known = {"server": info.kind, "energy": energy.described}
-    return Started(HttpServer(target), requests, info.model, resolved, known, energy.meter)
+    known: dict[str, Any] = {"server": info.kind, "energy": energy.described}
+    known |= {"generators": generators.names} if generators is not None else {}
+    return Started(HttpServer(target, generators), requests, info.model, resolved, known, energy.meter)
 
 
 def _simulated(

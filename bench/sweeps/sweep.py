@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.generators import Generators
 from bench.measurement.offline import OfflinePoint, ServedOffline
 from bench.measurement.progress import Progress
 from bench.measurement.run import BenchOptions, Subject, measure_configuration, measure_ladder
@@ -46,18 +47,26 @@ _EVEN_UP_TO = 2.0  # ratio of the rates found up to which the ladder has even st
 
 
 def run_sweep(
-    plan: SweepPlan, folder: Path, progress: Progress, simulate: Simulate | None = None, *, fresh: bool = False
+    plan: SweepPlan,
+    folder: Path,
+    progress: Progress,
+    simulate: Simulate | None = None,
+    generators: Generators | None = None,
+    *,
+    fresh: bool = False,
 ) -> Summary:
     """Measure what is not measured yet; failed runs and their causes are in the summary's `failures`.
 
-    `simulate` makes the engines of configurations on simulated hardware; it is needed if there are any. Raises
-    BenchError if `folder` has results of another sweep and `fresh` is not set, CannotWriteError if it cannot be written
-    to, InterruptedRunError on Ctrl-C.
+    `simulate` makes the engines of configurations on simulated hardware; it is needed if there are any. `generators`
+    send the load of the others; without them this process and its children do.
+
+    Raises BenchError if `folder` has results of another sweep and `fresh` is not set, CannotWriteError if it cannot be
+    written to, InterruptedRunError on Ctrl-C.
     """
     check_folder(folder, FLAG)
     if fresh:
         discard(folder)
-    sweep = _Sweep(plan, folder, progress, simulate)
+    sweep = _Sweep(plan, folder, progress, simulate, generators)
     sweep.run()
     return sweep.summary
 
@@ -91,9 +100,17 @@ def common_ladder(found: Sequence[float], shares: Sequence[float] = ()) -> list[
 
 
 class _Sweep:
-    def __init__(self, plan: SweepPlan, folder: Path, progress: Progress, simulate: Simulate | None):
+    def __init__(
+        self,
+        plan: SweepPlan,
+        folder: Path,
+        progress: Progress,
+        simulate: Simulate | None,
+        generators: Generators | None,
+    ):
         self._plan = plan
         self._simulate = simulate
+        self._generators = generators
         self._folder = folder
         self._files = RunFiles(folder)
         self._progress = progress
@@ -255,7 +272,8 @@ class _Sweep:
     def _server(self, configuration: Configuration, workload: SweepWorkload, stage: str) -> Iterator[Started]:
         """Start the configuration's server, and note in the summary what it reports; stops the server at the end."""
         log = self._folder / LOGS_FOLDER / f"{slug(_key(configuration, workload))}-{stage}.log"
-        with started(configuration, workload, log, self._progress.message, self._simulate) as server:
+        show, simulate, generators = self._progress.message, self._simulate, self._generators
+        with started(configuration, workload, log, show, simulate, generators) as server:
             known = self.summary.configurations[configuration.name]
             model = {} if workload.model else {"model": known["model"] or server.model}
             known |= model | server.known
