@@ -117,6 +117,10 @@ gpu-wheels: $(VENV)/installed  ## The wheels that a GPU machine without a networ
 bench-client: install  ## What load generators report against a server with a known schedule: results/bench-client.json
 	$(BIN)/python -m tests.perf.bench_client
 
+.PHONY: bench-generators
+bench-generators: install  ## What two generators report together against a known schedule: results/bench-generators.json
+	$(BIN)/python -m tests.perf.bench_generators
+
 bench-core: $(VENV)/installed-dev  ## CPU time of the engine itself, no model behind it: results/bench-core.json
 	$(BIN)/python -m tests.perf.bench_core
 

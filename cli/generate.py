@@ -47,12 +47,12 @@ def command(listen: Address, token_file: Path | None, ssl_certfile: str | None, 
     from bench.generators.listener import Listener, address_of
     from engine.api.tls import read_certificate
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # even if the parent shell ignores Ctrl-C
-        signal.signal(number, _end)
     token = read_token(token_file, "--token-file")
     tls = read_certificate(ssl_certfile, ssl_keyfile)
     host, port = listen
     listener = Listener(host, port, token, tls, _show)
+    for number in (signal.SIGINT, signal.SIGTERM):  # even if the parent shell ignores Ctrl-C
+        signal.signal(number, _end)
     _show(f"waiting for runs on {address_of(host, listener.port)}{', with TLS' if tls is not None else ''}")
     listener.serve()
 

@@ -1,6 +1,7 @@
 """`redline generate --listen`: accepts runs that have the token, and generates the loads of one at a time."""
 
 import contextlib
+import os
 import queue
 import socket
 import ssl
@@ -43,7 +44,8 @@ class Listener:
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=64)
         except OSError as error:
-            reason = error.strerror or error
+            known = error.errno is not None and not isinstance(error, socket.gaierror)
+            reason = os.strerror(error.errno) if known else error.strerror or error
             raise BenchError(f"cannot listen on {address_of(host, port)}: {reason} (--listen)") from None
         self.port: int = self._socket.getsockname()[1]
         self._acceptor = threading.Thread(target=self._accept, daemon=True)

@@ -1,6 +1,7 @@
 """`redline generate`, and `redline bench` and `redline sweep` that let it send their load."""
 
 import math
+import shlex
 import signal
 import socket
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -19,15 +21,18 @@ from bench.target.server import ServerProcess
 from cli.generator_options import AddressType
 from cli.main import main
 from tests.bench.generators.process import TOKEN, GeneratorProcess
+from tests.docs.blocks import BLOCKS
+from tests.docs.runner import run_command
 
-pytestmark = pytest.mark.usefixtures("patient_generator", "patient_clocks")
+pytestmark = pytest.mark.usefixtures("patient_generator", "_prepared")
 
 STUB = Path(__file__).parents[1] / "bench" / "queue_server.py"
 SIZES = ["--input", "20", "--output", "5"]
 
 
 @pytest.fixture
-def patient_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token of the runs, and no limit for clocks: on a busy machine a round trip may take long."""
     monkeypatch.setattr(clocks, "LIMIT_S", math.inf)
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
 
@@ -171,6 +176,27 @@ def test_errors_are_one_line(
     monkeypatch.delenv(TOKEN_VARIABLE)
     assert "generators need a token: give --token-file, or set REDLINE_" in error(["generate", "--listen", "h:0"], 1)
     assert "generators need a token: give --generator-token-file, or" in error([*bench, *named(pair)], 1)
+
+
+def test_the_blocks_of_the_page(stub: ServerProcess, tmp_path: Path) -> None:
+    """Those of docs/measuring/hosts.md, one after the other, with other ports."""
+    blocks = [one for one in BLOCKS if one.page == "docs/measuring/hosts.md" and one.tested_by]
+    assert len(blocks) == 3
+    generators = []
+    for command in [command for block in blocks for command in block.commands]:
+        if command.startswith("redline generate"):
+            flags = shlex.split(command)[2:]
+            assert flags[:2] == ["--listen", "127.0.0.1:7070"]
+            flags[flags.index("--token-file") + 1] = str(tmp_path / "token")
+            generators.append(GeneratorProcess(*flags[2:], token=""))
+            continue
+        for generator in generators:
+            command = command.replace("127.0.0.1:7070", generator.address)
+        done = run_command(command, "bash", tmp_path, httpx.URL(stub.base_url).port)
+        assert done.succeeded, done.output
+    for generator in generators:
+        assert any("requests sent" in line for line in generator.lines)
+        generator.kill()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
