@@ -192,7 +192,10 @@ def test_the_blocks_of_the_page(stub: ServerProcess, tmp_path: Path) -> None:
             continue
         for generator in generators:
             command = command.replace("127.0.0.1:7070", generator.address)
-        done = run_command(command, "bash", tmp_path, httpx.URL(stub.base_url).port)
+        for _ in range(3):  # a busy machine can make a load point invalid
+            done = run_command(command, "bash", tmp_path, httpx.URL(stub.base_url).port)
+            if done.succeeded:
+                break
         assert done.succeeded, done.output
     for generator in generators:
         assert any("requests sent" in line for line in generator.lines)
