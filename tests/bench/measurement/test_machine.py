@@ -155,6 +155,26 @@ def test_the_servers_own_processes_are_no_others(start: Callable[[str], subproce
     assert listener.pid == server.pid
 
 
+def test_generators_that_other_commands_started_are_no_others(start: Callable[[str], subprocess.Popen[str]]) -> None:
+    server, generator = start(LISTEN + "import time; time.sleep(60)"), start("print(flush=True)\n" + SPIN)
+    assert server.stdout is not None
+    assert generator.stdout is not None
+    port = int(server.stdout.readline())
+    generator.stdout.readline()
+    machine = MachineReader(f"http://127.0.0.1:{port}", [generator.pid, 2**30])  # the second one is gone
+    before = machine.read()
+    time.sleep(1.0)
+    after = machine.read()
+    assert before is not None
+    assert after is not None
+    used = after.generator_s - before.generator_s
+    assert used > 0.2
+    unknown, known = (shares(before, replace(after, generator_s=after.generator_s - s)).others for s in (used, 0.0))
+    assert unknown is not None
+    assert known is not None
+    assert known < unknown
+
+
 def test_a_server_elsewhere_says_nothing() -> None:
     assert MachineReader("http://192.0.2.1:8000").read() is None
     assert MachineReader("http://127.0.0.1:1").read() is None

@@ -76,6 +76,8 @@ def test_without_a_preemption_counter_the_reason_says_so() -> None:
     ("fields", "words"),
     [
         ({"client_fault": "used 99% of its core"}, "load generator was the bottleneck"),
+        ({"load_fault": "generator h:1 was lost"}, "generator h:1 was lost"),
+        ({"load_fault": "generator h:1 was lost", "client_fault": "sent late"}, "generator h:1 was lost"),
         ({"missed_lengths": 5}, "5 of 400 outputs did not have the requested length"),
         ({"requests": 0}, "no request was due within the window"),
         ({"cut": "time"}, "before its window was over"),
