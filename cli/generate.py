@@ -12,7 +12,7 @@ from engine.signals import EndSignal
 
 GENERATE_OPTIONS = (
     option(
-        "Options", "--listen", type=AddressType(least_port=0), required=True, metavar="HOST:PORT",
+        "Options", "--listen", type=AddressType(least_port=0), default="127.0.0.1:7070", metavar="HOST:PORT",
         help="Address to listen on, such as 0.0.0.0:7070 for all IPv4 addresses of this host. Port 0 is a free one.",
     ),
     option(

@@ -33,7 +33,8 @@ _TICK_S = 0.1
 _END_LIMIT_S = 30.0  # from the message that ends a load to its end
 _NAMES = ("sent", "first_token", "finished", "failed")
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Generators:

@@ -44,8 +44,9 @@ class Listener:
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=64)
         except OSError as error:
-            known = error.errno is not None and not isinstance(error, socket.gaierror)
-            reason = os.strerror(error.errno) if known else error.strerror or error
+            # `create_server` adds the address to the text of the system, but not to that of a name that is not found.
+            named = isinstance(error, socket.gaierror) or error.errno is None
+            reason = error.strerror if named else os.strerror(error.errno or 0)
             raise BenchError(f"cannot listen on {address_of(host, port)}: {reason} (--listen)") from None
         self.port: int = self._socket.getsockname()[1]
         self._acceptor = threading.Thread(target=self._accept, daemon=True)

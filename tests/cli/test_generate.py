@@ -172,7 +172,7 @@ def test_errors_are_one_line(
     assert "all configurations of this sweep are simulated" in error(sweep, 2)
     busy = error(["generate", "--listen", pair[0].address], 1)
     assert busy == f"cannot listen on {pair[0].address}: Address already in use (--listen)\n"
-    assert "Missing option '--listen'" in error(["generate"], 2)
+    assert "'7070' is not an address: use HOST:PORT" in error(["generate", "--listen", "7070"], 2)
     monkeypatch.delenv(TOKEN_VARIABLE)
     assert "generators need a token: give --token-file, or set REDLINE_" in error(["generate", "--listen", "h:0"], 1)
     assert "generators need a token: give --generator-token-file, or" in error([*bench, *named(pair)], 1)

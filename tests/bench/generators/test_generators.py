@@ -19,6 +19,7 @@ from bench.generators.clocks import RoundTrip
 from bench.generators.listener import Listener
 from bench.generators.messages import Recorded
 from bench.loadgen import Recording, run_closed_loop, run_load
+from bench.loadgen.response import read_head
 from bench.loadgen.stream import Stream
 from bench.results import RequestRecord
 from bench.target import Target
@@ -310,6 +311,7 @@ def test_a_stream_on_another_clock_is_the_same_stream() -> None:
     stream.ends.append(len(stream.response))
     stream.stamps.append(10**18 + 50)
     stream.read_ns.append(10**18 + 60)
+    stream.head = read_head(stream.response)
     same, moved = Recorded.of(stream).stream(0), Recorded.of(stream).stream(1000)
     for other, by in ((same, 0), (moved, 1000)):
         assert (other.index, other.response, other.ends) == (3, stream.response, stream.ends)
@@ -375,7 +377,7 @@ def test_a_run_that_is_gone_ends_its_load(known_server: Any, monkeypatch: pytest
             "on http" in line and "2 of 2 requests sent, 2 completed, 0 failed" in line for line in process.lines
         ):
             time.sleep(0.02)
-    assert sum("closed the connection" in line for line in process.lines) >= 1
+    assert any("closed the connection" in line or "broke the connection" in line for line in process.lines)
 
 
 def test_a_loop_here_is_as_before(known_server: Any) -> None:
