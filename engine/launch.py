@@ -1,33 +1,28 @@
-"""The EngineCore's process: started and ended by its parent, built in the child.
+"""The EngineCore's process: core and executor are built, and the core serves until its parent ends it.
 
-This is the only module that imports both the core and the worker. `engine.children` has the protocol between parent and
-child.
+This is the only module that imports both the core and the worker.
 """
 
-import dataclasses
 import logging
 import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import zmq
 from msgspec.structs import replace
 
 from engine import children
-from engine.children import Failure, Loading, RankHandle, ReportingChild, Up
+from engine.children import Failure, Loading, RankHandle, Up
 from engine.clock import Clock, MonotonicClock
-from engine.config import STEP_TIMEOUT_S, EngineConfig
+from engine.config import EngineConfig
+from engine.core_process import CoreOptions, Endpoints
 from engine.log_format import log_everything
-from engine.messages import Ready, Shutdown, encode
-from engine.multimodal.feature_files import FeatureFolder, remove_stale_features
+from engine.messages import Ready
+from engine.multimodal.feature_files import FeatureFolder
 from engine.phases import Phases
 from engine.resolved_config import ResolvedConfig
-from engine.socket_folder import SocketFolder
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
@@ -37,144 +32,6 @@ if TYPE_CHECKING:
     from engine.memory import Resolution
     from engine.model.model_info import ModelInfo
     from engine.worker.executor import StartedExecutor
-
-STOP_GRACE_S = 5.0  # before the child is killed
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoints:
-    """ZeroMQ addresses: the core binds `to_core`, front end i binds `from_core[i]`, the other side connects."""
-
-    to_core: str
-    from_core: tuple[str, ...]
-
-    @property
-    def folder(self) -> str:
-        """The folder of the sockets, which the parent removes."""
-        return os.path.dirname(self.to_core.removeprefix("ipc://"))
-
-
-class CoreOptions(children.PipeOptions):
-    config: dict[str, Any]
-    to_core: str
-    from_core: tuple[str, ...]
-    step_timeout_s: float
-    memory: int | None  # bytes that the engine may use; None: what is free
-    environment: dict[str, str]  # variables to set, see `engine.devices.machine.Machine.environment`
-    spawned: float  # when the parent starts the process, on the monotonic clock
-
-
-class CoreProcess:
-    """The EngineCore in a process of its own.
-
-    Args:
-        step_timeout_s: timeout of the core's watchdog; 0: no watchdog.
-        memory: bytes that the core may use if other cores start at the same time; None: what is free then.
-        environment: variables that the core and its ranks have besides those of this process.
-    """
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        front_ends: int = 1,
-        step_timeout_s: float = STEP_TIMEOUT_S,
-        memory: int | None = None,
-        environment: Mapping[str, str] | None = None,
-    ):
-        self._arguments: dict[str, Any] = {
-            "front_ends": front_ends,
-            "step_timeout_s": step_timeout_s,
-            "memory": memory,
-            "environment": environment,
-        }
-        self._config = config
-        self.spawned = time.monotonic()
-        self._folder = SocketFolder()
-        self.endpoints = Endpoints(
-            f"ipc://{self._folder.path}/core", tuple(f"ipc://{self._folder.path}/front-{i}" for i in range(front_ends))
-        )
-        self._expected_end = False
-        self._up = False
-        self._failure: Failure | None = None
-        to_core, from_core = self.endpoints.to_core, self.endpoints.from_core
-        self._child = ReportingChild(
-            "engine.launch",
-            CoreOptions(
-                config.describe(), to_core, from_core, step_timeout_s, memory, dict(environment or {}), self.spawned
-            ),
-            name="the EngineCore",
-            memory_advice="lower --kv-cache-memory-bytes",
-        )
-
-    def wait_ready(self, loading: Callable[[int, int], None] | None = None) -> Ready:
-        """Block until the core is up. If it fails to start, its error is raised here.
-
-        `loading` is called with the bytes of weights read so far and in total.
-        """
-        while isinstance(report := self._child.next_report(), Loading):
-            if loading is not None:
-                loading(report.done, report.total)
-        if isinstance(report, Up):
-            self._up = True
-            ready: Ready = report.read(Ready)
-            return ready
-        self._failure = failure = report if isinstance(report, Failure) else None
-        self._expected_end = True
-        self._child.wait()
-        self._clean()
-        raise self._child.error(failure, named=False)
-
-    def watch(self, on_death: Callable[[str], None]) -> None:
-        """Call back from a thread, with the cause in one line, if the core exits unexpectedly."""
-
-        def wait() -> None:
-            report = self._child.next_report()
-            self._failure = report if isinstance(report, Failure) else None
-            self._child.wait()
-            if not self._expected_end:
-                on_death(str(self._child.error(self._failure, named=False)))
-
-        threading.Thread(target=wait, name="core-watch", daemon=True).start()
-
-    def successor(self, adapters: tuple[tuple[str, str], ...]) -> "CoreProcess":
-        """A new core with the same options but for its adapters, at addresses of its own; the caller must `stop` this
-        one."""
-        return CoreProcess(dataclasses.replace(self._config, adapters=adapters), **self._arguments)
-
-    def sibling(self, config: EngineConfig, environment: Mapping[str, str]) -> "CoreProcess":
-        """The core of another replica of the same server."""
-        return CoreProcess(config, **self._arguments | {"memory": None, "environment": environment})
-
-    def stop(self) -> None:
-        """End the core, and with it all requests; safe to call twice."""
-        self._expected_end = True
-        if not self._up:  # it has no request, and does not read messages yet
-            self._child.kill()
-            self._child.wait()
-        elif self._child.returncode is None:
-            self._send_shutdown()
-            if not self._child.wait(STOP_GRACE_S):
-                self._child.kill()
-                self._child.wait()
-        self._clean()
-
-    def _send_shutdown(self) -> None:
-        context = zmq.Context()
-        socket = context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.LINGER, 1000)
-        socket.connect(self.endpoints.to_core)
-        socket.send(encode(Shutdown()))
-        socket.close()
-        context.term()
-
-    def _clean(self) -> None:
-        self._child.close()
-        self._folder.remove()
-        remove_stale_features()  # of a core that was killed
-
-
-# ------------------------------------------------------------------------------------------------------ in the child
 
 
 @dataclass(frozen=True, slots=True)

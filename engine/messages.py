@@ -5,7 +5,7 @@ Columns of numbers are little-endian bytes (`engine.columns`). An absent optiona
     front end ──AddRequest, Abort, FreeFeatures, …────────► EngineCore ──StepMessage──► workers
     front end ◄─Ready, Outputs, UtilityResult, Hung, Dead── EngineCore ◄──StepResult─── workers
 
-The core's parent gets Ready when the core is up (see `engine.launch`) and passes it on to the front ends.
+The core's parent gets Ready when the core is up (see `engine.core_process`) and passes it on to the front ends.
 """
 
 from collections.abc import Callable

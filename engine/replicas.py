@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from engine.config import EngineConfig
+from engine.core_process import CoreProcess
 from engine.errors import OutOfMemoryError
-from engine.launch import CoreProcess
 from engine.messages import Ready
 from engine.text import human_bytes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
-from engine.launch import CoreProcess
+from engine.core_process import CoreProcess
 from engine.messages import Ready
 from engine.model.config.file_names import CONFIG, PARAMS
 from engine.model.resolve import cached_tokenizer, resolve_model, resolve_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from engine.config import EngineConfig
-from engine.launch import CoreProcess
+from engine.core_process import CoreProcess
 from tests.engine.worker.driver import BASE
 
 
