@@ -100,7 +100,7 @@ def _wait(server: ControlClient, url: str, state: dict[str, Any], timeout: float
 def _summary(state: dict[str, Any]) -> str:
     statuses = sorted({replica["status"] for replica in state["replicas"]})
     counts = ", ".join(f"{_count(state, status)} {status}" for status in statuses)
-    return f"{state['data_parallel_size']} replicas wanted: {counts}"
+    return f"replicas: {state['data_parallel_size']} wanted; {counts}"
 
 
 def _count(state: dict[str, Any], *statuses: str) -> int:
