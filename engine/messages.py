@@ -345,6 +345,19 @@ class StepMessage(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return [StepMessage(step=self.step + later, chunks=self.chunks) for later in range(1, self.num_steps)]
 
 
+COPY_IN, COPY_OUT = 0, 1
+
+
+class CopyingStep(StepMessage, array_like=True, frozen=True, gc=False):
+    """A step that copies KV blocks to or from host blocks first. All others are sent as StepMessage, without a field.
+
+    `block_copies`: int32[n, 3], executed in order before the forward pass: COPY_OUT of the KV cache or COPY_IN, block
+    of the KV cache, host block.
+    """
+
+    block_copies: bytes = b""
+
+
 class StepReports(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What else the core must know about a step."""
 
@@ -374,4 +387,5 @@ def encode(message: ToCore | FromCore | StepMessage | StepResult) -> bytes:
 decode_to_core: Callable[[bytes], ToCore] = msgspec.msgpack.Decoder(ToCore).decode
 decode_from_core: Callable[[bytes], FromCore] = msgspec.msgpack.Decoder(FromCore).decode
 decode_step: Callable[[bytes], StepMessage] = msgspec.msgpack.Decoder(StepMessage).decode
+decode_copying_step: Callable[[bytes], CopyingStep] = msgspec.msgpack.Decoder(CopyingStep).decode  # reads both
 decode_result: Callable[[bytes], StepResult] = msgspec.msgpack.Decoder(StepResult).decode

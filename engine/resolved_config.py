@@ -15,6 +15,9 @@ class ResolvedConfig:
     kv_windows: tuple[int, ...] = (0,)  # of each KV group: tokens that a query sees, its own included; 0: all
     enable_prefix_caching: bool
     encoder_cache_tokens: int = 0  # embeddings that stay on the device; 0: as the token budget
+    kv_block_bytes: int = 0  # of a KV block on one rank
+    host_blocks: int = 0  # KV blocks in main memory that keep what the KV cache evicts (--kv-spill); 0: none
+    disk_blocks: int = 0  # KV blocks in files, likewise
     scheduling_policy: str = "fcfs"
     ablations: frozenset[str] = frozenset()
     draft_tokens: int = 0  # most draft tokens per decoding request and step

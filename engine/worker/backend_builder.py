@@ -1,7 +1,9 @@
 """Chooses the model backend of a rank, and builds it with its weights and KV cache."""
 
+from ctypes import c_uint8
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from engine.config import EngineConfig
@@ -22,6 +24,7 @@ from engine.worker import fused_stack
 from engine.worker.fused_backend import FusedBackend
 from engine.worker.fused_stack import StackFormats
 from engine.worker.generic_backend import GenericBackend
+from engine.worker.kv_blocks import CPUBlocks, KVBlocks, cache_parts
 from engine.worker.mm_generic_backend import MMGenericBackend
 from engine.worker.model_backend import ModelBackend
 from engine.worker.page_supply import PageSupply
@@ -33,6 +36,7 @@ class BuiltBackend:
     """A model backend and what the start table reports about it."""
 
     backend: ModelBackend
+    blocks: KVBlocks
     kernels: str
     warnings: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()  # of the rank's threads; the calling thread belongs on the first. Empty: any core
@@ -90,7 +94,13 @@ def build_backend(
     if config.kernels == "auto" and not unsupported:
         warnings.insert(0, f"{reason}: falling back to PyTorch, which is several times slower")
     backend = _generic(meta_model, model, cache)
-    return BuiltBackend(backend, f"torch ({reason})", tuple(warnings))
+    blocks = CPUBlocks([part.numpy() for part in cache_parts(cache)], _rank(meta_model))
+    return BuiltBackend(backend, blocks, f"torch ({reason})", tuple(warnings))
+
+
+def _rank(meta_model: MetaModel) -> int:
+    """The number of the rank in its replica."""
+    return 0 if meta_model.vocab_shard is None else meta_model.vocab_shard.group.rank
 
 
 def _generic(meta_model: MetaModel, decoder: nn.Module, cache: KVCache) -> ModelBackend:
@@ -137,7 +147,7 @@ def _build_fused(
     )
     meta_model.fill()  # the towers
     threads = threads_per_rank(config.total_ranks)
-    rank = config.first_rank + (0 if part is None else part.group.rank)
+    rank = config.first_rank + _rank(meta_model)
     cores = cores_of_rank(threads, rank, config.total_ranks)
     stack = Stack(spec, formats.weights, formats.cache, threads, isa, owners, cores)
     keys, values = spec.layer[0].keys, spec.layer[0].values
@@ -147,7 +157,9 @@ def _build_fused(
     family = MM_FAMILIES.get(meta_model.model.config.model_type)
     adds = family is not None and family.added
     backend = FusedBackend(stack, spec, meta_model.decoder, part, pages, adds_inputs=adds)
-    return BuiltBackend(backend, f"{isa}, fused stack", cores=cores)
+    memory = (c_uint8 * (regions * region_bytes)).from_address(keys)
+    blocks = CPUBlocks(np.frombuffer(memory, np.uint8).reshape(regions, resolved.num_blocks, -1), _rank(meta_model))
+    return BuiltBackend(backend, blocks, f"{isa}, fused stack", cores=cores)
 
 
 def _isas_to_try(config: EngineConfig) -> tuple[list[str], str | None]:

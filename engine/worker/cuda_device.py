@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.model.runtime.rank_group import RankGroup
+from engine.text import human_bytes
 from engine.worker.device import Columns, DeviceMemory
 from engine.worker.nccl_group import NcclGroup
 from engine.worker.torch_device import StagedColumns
@@ -166,6 +168,18 @@ class CudaDevice:
 
     def fetch(self, tensor: Tensor) -> _PinnedCopy:
         return _PinnedCopy(tensor)
+
+    def register_host(self, memory: Tensor) -> None:
+        """Pin it, so that copies don't wait. Raises ConfigError if the driver refuses."""
+        error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(error):
+            raise ConfigError(
+                f"--kv-spill: {human_bytes(memory.nbytes)} of host memory can't be pinned ({error}): lower host=, or "
+                "raise the limit of locked memory (ulimit -l)"
+            )
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record `run` in a CUDA graph. All graphs share one memory pool, so the largest must be captured first.

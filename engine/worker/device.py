@@ -85,6 +85,14 @@ class Device(Protocol):
         """Enqueue a copy of a tensor to the host; the tensor may be overwritten by work that is enqueued later."""
         ...
 
+    def register_host(self, memory: Tensor) -> None:
+        """Prepare memory of the host, which stays, for `copy`."""
+        ...
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Enqueue a copy between the device and memory that is registered; both are contiguous."""
+        ...
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record the work that `run` enqueues, and return a function that enqueues it again.
 

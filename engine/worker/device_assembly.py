@@ -17,12 +17,14 @@ from engine.worker.adapter_manager import AdapterSharding
 from engine.worker.device import Device
 from engine.worker.device_attention import Attention, GroupWindow, TorchAttention
 from engine.worker.device_backend import DeviceBackend
+from engine.worker.device_kv_blocks import DeviceBlocks
 from engine.worker.device_logits import DeviceLogits
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.device_steps import EagerSteps, Pad
 from engine.worker.encoder_faults import agreement
 from engine.worker.graphs import StepGraphs
+from engine.worker.kv_blocks import cache_parts
 from engine.worker.mm_device_slots import MMDeviceSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.step_inputs import DeviceState, InputStager, StepKernels
@@ -123,7 +125,8 @@ class Assembly:
         graphs = None
         if pad is not None and self.capture and device.captures:
             graphs = StepGraphs(device, eager, sizes, pad, self.agree)
-        runner = DeviceRunner(device, backend, slots, graphs or eager, self.sharding)
+        blocks = DeviceBlocks(device, cache_parts(cache), 0 if self.shard is None else self.shard.group.rank)
+        runner = DeviceRunner(device, backend, slots, graphs or eager, self.sharding, blocks)
         return Assembled(runner, eager, sizes, pad, graphs)
 
     def _make_slots(self) -> DeviceSlots:

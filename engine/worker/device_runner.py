@@ -26,6 +26,7 @@ from engine.worker.device import Device, Fetched, Mark
 from engine.worker.device_backend import DeviceBackend
 from engine.worker.device_slots import AppendedTokens, DeviceSlots
 from engine.worker.device_steps import DeviceSteps
+from engine.worker.kv_blocks import KVBlocks
 from engine.worker.runner import reindexed
 from engine.worker.slots import StepBatch
 from engine.worker.step_inputs import StepInputs
@@ -70,9 +71,10 @@ class DeviceRunner(StepRunner[_Enqueued]):
         slots: DeviceSlots,
         steps: DeviceSteps,
         sharding: AdapterSharding | None = None,
+        blocks: KVBlocks | None = None,
     ):
         adapters = AdapterManager(backend, slots.adapter_slots, sharding)
-        super().__init__({**adapters.calls, "capture_graph": self._capture_graph})
+        super().__init__({**adapters.calls, "capture_graph": self._capture_graph}, blocks)
         self._device = device
         self._backend = backend
         self._slots = slots

@@ -26,6 +26,7 @@ from engine.worker import prompt_logprobs, sampler
 from engine.worker.adapter_manager import AdapterManager, AdapterSharding, adapter_sharding
 from engine.worker.backend_builder import BuiltBackend, build_backend
 from engine.worker.encoder_faults import agreement
+from engine.worker.kv_blocks import KVBlocks
 from engine.worker.mm_slots import MMSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.model_backend import ModelBackend
@@ -54,8 +55,14 @@ class SamplingPlan:
 class Runner(StepRunner[SamplingPlan]):
     """The state of one rank: the requests that run, the model backend, and a step that waits to be sampled."""
 
-    def __init__(self, backend: ModelBackend, slots: WorkerSlots, sharding: AdapterSharding | None = None):
-        super().__init__(AdapterManager(backend, slots.adapter_slots, sharding).calls)
+    def __init__(
+        self,
+        backend: ModelBackend,
+        slots: WorkerSlots,
+        sharding: AdapterSharding | None = None,
+        blocks: KVBlocks | None = None,
+    ):
+        super().__init__(AdapterManager(backend, slots.adapter_slots, sharding).calls, blocks)
         self._backend = backend
         self._slots = slots
         self._seconds = 0.0
@@ -142,7 +149,7 @@ def build_runner(
     built, sharding = build_parts(config, model_info, resolved, meta_model, tp_plan)
     shard = meta_model.vocab_shard
     slots = build_slots(resolved, model_info, meta_model, None if shard is None else shard.group)
-    return Runner(built.backend, slots, sharding), built
+    return Runner(built.backend, slots, sharding, built.blocks), built
 
 
 def build_parts(

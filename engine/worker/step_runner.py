@@ -7,7 +7,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from engine.messages import StepMessage, decode_step
+from engine.columns import int32s
+from engine.messages import StepMessage, decode_copying_step
+from engine.worker.kv_blocks import KVBlocks
 from engine.worker.slots import StepBatch
 
 T = TypeVar("T")
@@ -20,10 +22,12 @@ class StepRunner(ABC, Generic[T]):
 
     Args:
         calls: by method.
+        blocks: of the KV cache; None: none are ever copied.
     """
 
-    def __init__(self, calls: Mapping[str, Callable[..., Any]]):
-        self._calls = calls
+    def __init__(self, calls: Mapping[str, Callable[..., Any]], blocks: KVBlocks | None = None):
+        self._blocks = blocks
+        self._calls = calls if blocks is None else {**calls, **blocks.calls}
         self._pending: tuple[StepBatch, T] | None = None
         self._following: deque[StepMessage] = deque()  # later steps of a burst
 
@@ -39,7 +43,10 @@ class StepRunner(ABC, Generic[T]):
             raise RuntimeError(f"step {self._pending[0].step} hasn't been sampled")
         if self._following:
             raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
-        first = decode_step(message)
+        first = decode_copying_step(message)
+        if first.block_copies:
+            assert self._blocks is not None, "this worker copies no KV blocks"
+            self._blocks.copy(int32s(first.block_copies, 3))
         self._following.extend(first.later_steps())
         self._pending = self._advance(first)
 

@@ -100,6 +100,12 @@ class TorchDevice:
     def fetch(self, tensor: Tensor) -> HostCopy:
         return HostCopy(tensor.to("cpu", copy=True))
 
+    def register_host(self, memory: Tensor) -> None:
+        """Nothing: its copies wait."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 

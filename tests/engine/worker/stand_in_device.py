@@ -272,6 +272,18 @@ class StandInDevice:
         self.most_unready = max(self.most_unready, len(self._copies))
         return copy
 
+    def register_host(self, memory: Tensor) -> None:
+        assert not self._worlds.has(memory), "memory of the device is registered"
+        self._registered = memory
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        host, own = (source, target) if self._worlds.has(target) else (target, source)
+        begin, end = self._registered.data_ptr(), self._registered.data_ptr() + self._registered.nbytes
+        assert self._worlds.has(own)
+        assert begin <= host.data_ptr() <= end - host.nbytes, "the host's side of a copy is not registered"
+        with _disable_current_modes():
+            target.copy_(source)
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         run()
         with Tape() as tape:

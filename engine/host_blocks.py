@@ -1,0 +1,57 @@
+"""KV blocks in main memory that the EngineCore and all ranks of a replica share.
+
+    rank 0: block 0, block 1, … │ rank 1: block 0, block 1, … │ …
+
+Ranks copy blocks between it and their KV cache, in the order of steps. The core's process reads and writes its files
+from here, so no bytes of blocks travel in messages. The memory has no name in any file system, and ends with the last
+process that maps it.
+"""
+
+import mmap
+import os
+import weakref
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import ConfigError
+
+ATTACH = "attach_host_blocks"  # the call by which a rank maps the blocks: path, num_blocks, block_bytes
+
+
+class HostBlocks:
+    """The core's side: `num_blocks` blocks of `block_bytes` on each of `ranks` ranks. Pages are allocated when used.
+
+    Raises ConfigError where the system has no memory of this kind.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int, ranks: int):
+        if not hasattr(os, "memfd_create"):
+            raise ConfigError("--kv-spill needs Linux: leave the flag out")
+        self.num_blocks, self.block_bytes, self.ranks = num_blocks, block_bytes, ranks
+        self._descriptor = os.memfd_create("redline-kv-blocks")
+        os.ftruncate(self._descriptor, num_blocks * block_bytes * ranks)
+        self._memory = memoryview(mmap.mmap(self._descriptor, 0))
+        weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def path(self) -> str:
+        """Where processes of this machine and user can map it while this one runs; see `map_rank`."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def parts(self, block: int) -> list[memoryview]:
+        """The bytes of a block on each rank; writable."""
+        size, stride = self.block_bytes, self.num_blocks * self.block_bytes
+        begins = (rank * stride + block * size for rank in range(self.ranks))
+        return [self._memory[begin : begin + size] for begin in begins]
+
+
+def map_rank(path: str, rank: int, num_blocks: int, block_bytes: int) -> NDArray[np.uint8]:
+    """A rank's side: its part of all blocks, uint8[num_blocks, block_bytes]."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        memory = mmap.mmap(descriptor, 0)
+    finally:
+        os.close(descriptor)
+    size = num_blocks * block_bytes
+    return np.frombuffer(memory, np.uint8, size, rank * size).reshape(num_blocks, block_bytes)
