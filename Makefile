@@ -202,6 +202,10 @@ bench-routing: install  ## Routing by prefix beside least-loaded and random, two
 bench-replicas: $(VENV)/installed-dev  ## Replicas killed every 5 s, added and drained under load: results/bench-replicas.json
 	$(BIN)/python -m tests.perf.bench_replicas
 
+.PHONY: bench-kv
+bench-kv: install  ## Conversations of four times the KV cache, with and without --kv-spill: docs/figures/bench-kv.png
+	$(BIN)/python -m tests.perf.bench_kv
+
 .PHONY: profile-cpu accuracy-cpu
 profile-cpu: install  ## A step of the fused stack against the machine's limit: results/profile-cpu.json, docs/figures/
 	$(BIN)/python -m tests.perf.profile_cpu

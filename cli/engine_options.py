@@ -229,6 +229,11 @@ ENGINE_OPTIONS = (
         help="Reuse the KV cache of earlier requests whose prompts begin with the same tokens.",
     ),
     option(
+        MEMORY, "--kv-spill", metavar="host=SIZE[,disk=PATH:SIZE]", default_text="none",
+        help="Keep KV cache blocks that are evicted in host memory, such as host=4GiB, and in files too, such as "
+        "host=4GiB,disk=/path:50GiB. Prefix caching finds them there. Sizes are of all replicas together.",
+    ),
+    option(
         BASELINE, "--engine", type=click.Choice(ENGINES), default_text="v1, or v0 with one of its options below",
         help="Engine architecture of vLLM to follow. v0 is a baseline for comparisons: it switches off all parts of V1 "
         "that --ablate lists.",

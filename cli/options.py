@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from engine.config import AUTO_LENGTH
+from engine.text import parse_size
 
 RESULTS_ROOT = Path("results")  # of the folders that bench and sweep write
 
@@ -148,22 +148,14 @@ class Size(click.ParamType):
     """An integer with an optional unit: 8k is 8,000 and 8K is 8,192; the same for m/M and g/G, and KiB, GB, …"""
 
     name = "size"
-    pattern = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)(i?[bB])?")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = self.pattern.fullmatch(str(value).replace(",", "").strip())
-        if match is None:
-            self.fail(f"{value!r} is not a valid size: use a number such as 4096, 4k or 2GiB", param, ctx)
-        number, unit, suffix = match.groups()
-        binary = suffix in ("iB", "ib") or (unit.isupper() and not suffix)
-        size = float(number) * (1024 if binary else 1000) ** ("", "k", "m", "g", "t").index(unit.lower())
-        if not size < 2**63:
-            self.fail(f"{value!r} is too large", param, ctx)
-        if size != int(size):
-            self.fail(f"{value!r} is not an integer", param, ctx)
-        return int(size)
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class JsonObject(click.ParamType):

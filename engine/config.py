@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from engine.errors import ConfigError
+from engine.kv_spill import check_kv_spill
 from engine.media.limits import MediaOptions, make_limits, parse_per_prompt
 from engine.pooling import CONVERSIONS, RUNNERS, check_pooler_config
 
@@ -112,6 +113,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float | None = None  # fraction of the free memory that the engine may take
     enable_prefix_caching: bool = True
+    kv_spill: str | None = None  # where evicted blocks stay, see engine.kv_spill; None: nowhere
     seed: int = 0
     load_format: LoadFormat = "auto"
     device: str = "auto"  # of DEVICES, or SIMULATED and the hardware
@@ -246,6 +248,9 @@ class EngineConfig:
         for ablation in self.ablate:
             if ablation not in ABLATIONS:
                 raise ConfigError(f"--ablate must be one of {', '.join(ABLATIONS)}, not {ablation!r}")
+        cached = self.enable_prefix_caching and "no-prefix-cache" not in self.ablations
+        driven = DRIVER_BROADCAST in self.ablations
+        check_kv_spill(self.kv_spill, simulated=bool(self.simulated), prefix_caching=cached, driven=driven)
         if self.engine == "v1" and self.num_scheduler_steps is not None:
             raise ConfigError(
                 "--num-scheduler-steps is an option of V0: V1 always schedules a step while the previous one runs, and "

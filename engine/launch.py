@@ -26,6 +26,7 @@ from engine.resolved_config import ResolvedConfig
 
 if TYPE_CHECKING:
     from engine.core.server import CoreServer
+    from engine.core.spill_start import SpillStore
     from engine.engine_plan import EnginePlan
     from engine.frontend.grammar_vocabulary import GrammarVocabulary
     from engine.frontend.inline_front_end import InlineTexts
@@ -42,6 +43,7 @@ class BuiltCore:
     ready: Ready
     ranks: tuple[RankHandle, ...]  # empty if this process is the only rank
     features: FeatureFolder | None  # of a model that takes multimodal inputs
+    spill: "SpillStore | None"  # with --kv-spill
 
 
 def build_core_server(
@@ -95,8 +97,16 @@ def build_core_server(
         server.core.load_adapter(name, path).result()
     if config.adapters:
         phases.end("load adapters")
+    spill = None
+    if resolved.host_blocks:
+        from engine.core.spill_start import SpillStore
+        from engine.kv_format import KVLayout
+
+        layout = KVLayout.of(config, resolved, str(model_info.path), model_info.dtype, executor.kernels)
+        spill = SpillStore(config, resolved, layout, executor, server.core.scheduler, server.wake)
+        phases.end("attach host blocks")
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
-    return BuiltCore(server, ready, tuple(executor.ranks), features)
+    return BuiltCore(server, ready, tuple(executor.ranks), features, spill)
 
 
 def _start_executor(
@@ -225,6 +235,8 @@ def _run(options: CoreOptions, send: children.Send) -> None:
     finally:
         if built.features is not None:
             built.features.remove()
+        if built.spill is not None:
+            built.spill.close()
 
 
 if __name__ == "__main__":

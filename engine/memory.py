@@ -8,6 +8,9 @@ from engine.config import KV_ALLOCATION, EngineConfig, window_blocks
 from engine.devices import machine_for
 from engine.devices.machine import Machine
 from engine.errors import ConfigError, OutOfMemoryError
+from engine.kv_format import HEADER_BYTES
+from engine.kv_spill import FLAG as KV_SPILL
+from engine.kv_spill import blocks_per_replica, parse_kv_spill
 from engine.messages import MemoryLine
 from engine.model.declared import divide_declared
 from engine.model.model_info import ITEMSIZE, ModelInfo
@@ -96,6 +99,7 @@ def resolve(
     if num_blocks < per_request + 1:
         raise OutOfMemoryError(_too_little(config, model_info, num_blocks, budget, block_size, memory))
     resolved = _resolved(config, model_info, machine, batch, num_blocks, encoder_cache_tokens)
+    resolved = _with_spill(config, resolved, memory.block)
     lines = (
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
@@ -151,6 +155,21 @@ def _resolved(
     )
 
 
+def _with_spill(config: EngineConfig, resolved: ResolvedConfig, block_bytes: int) -> ResolvedConfig:
+    """The configuration with the blocks of each tier of --kv-spill; `block_bytes` are those of all ranks."""
+    resolved = dataclasses.replace(resolved, kv_block_bytes=block_bytes // config.tensor_parallel_size)
+    if config.kv_spill is None:
+        return resolved
+    if resolved.pools:
+        raise ConfigError(f"{KV_SPILL} does not work with a model that pools: leave the flag out")
+    spill, replicas = parse_kv_spill(config.kv_spill), config.data_parallel_size
+    host_blocks = blocks_per_replica(spill.host_bytes, replicas, block_bytes, "host=")
+    disk_blocks = 0
+    if spill.disk_path:
+        disk_blocks = blocks_per_replica(spill.disk_bytes, replicas, block_bytes + HEADER_BYTES, "disk=")
+    return dataclasses.replace(resolved, host_blocks=host_blocks, disk_blocks=disk_blocks)
+
+
 def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int, dtype: str) -> list[MemoryLine]:
     """What multimodal inputs need: towers and embeddings are on each rank; `dtype` is that of the towers."""
     mm = model_info.mm
@@ -198,6 +217,8 @@ def with_measured(
 ) -> Resolution:
     """What the workers found when they measured: the number of KV blocks, and lines in place of the workspace's.
 
+    Host blocks get a line too: they are not the device's.
+
     Args:
         measured: of one of the ranks; the start table shows the sum over all.
     """
@@ -213,6 +234,9 @@ def with_measured(
         resolved = dataclasses.replace(resolved, num_blocks=num_blocks)
         per_request = block_limits(resolved)[0] - 1
         sequences = min((num_blocks - 1) // per_request, resolved.max_num_seqs)
+    if resolved.host_blocks:
+        host_bytes = resolved.host_blocks * resolved.kv_block_bytes * ranks
+        lines = (*lines, MemoryLine("evicted KV blocks, in host memory", host_bytes, KV_SPILL))
     return dataclasses.replace(resolution, config=resolved, memory=lines, sequences=sequences)
 
 

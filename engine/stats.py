@@ -15,6 +15,22 @@ class MMStats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     encoder_embeddings: int = 0  # on the device
 
 
+class SpillStats(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Gauges and counters of `--kv-spill`, in KV blocks."""
+
+    host_blocks: int = 0  # that there are
+    host_used: int = 0  # of them, those with content
+    disk_blocks: int = 0  # the most files
+    disk_used: int = 0  # whole files
+    spilled: int = 0  # copied to host memory
+    lost: int = 0  # evicted while no host block could be reused
+    host_hits: int = 0  # copied back, found in host memory
+    disk_hits: int = 0  # copied back, first read from a file
+    disk_written: int = 0
+    disk_read: int = 0
+    disk_faults: int = 0  # files that could not be written, or read as they were written
+
+
 class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Gauges, and counters since the EngineCore started."""
 
@@ -32,3 +48,4 @@ class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     mm: MMStats | None = None  # None: no request had multimodal inputs
+    spill: SpillStats | None = None  # None: without --kv-spill

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.api.mm_metrics import collect_inputs
+from engine.api.spill_metrics import collect_spill
 from engine.api.state import ApiState
 from engine.frontend.core_client import CoreClient
 from engine.frontend.front_end_stats import REASONS, FrontEndStats, Histogram
@@ -38,6 +39,8 @@ class EngineCollector(Collector):
         yield from self._grammars(stats)
         if self._ready.mm is not None:
             yield from collect_inputs(self._model, stats)
+        if core.spill is not None:
+            yield from collect_spill(self._model, core.spill)
         yield self._cache_info()
         yield self._engine_info()
         if self._client.replicas:

@@ -15,7 +15,7 @@ so the first block in use is 17 // 4 = 4. Blocks 0 to 3 are freed; of a cached p
 A cached prefix needs all its blocks in groups with full attention, and the last ones in groups with a window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +42,9 @@ class KVCacheManager:
     `block_tables`: of each slot and KV group.
     """
 
-    def __init__(self, config: ResolvedConfig):
+    def __init__(self, config: ResolvedConfig, pool: BlockPool | None = None):
         slots = config.max_num_seqs
-        self.pool = BlockPool(config.num_blocks)
+        self.pool = BlockPool(config.num_blocks) if pool is None else pool
         self.num_groups = len(config.kv_windows)
         self.num_blocks = np.zeros(slots, np.int32)
         self.block_tables: list[list[list[int]]] = [[] for _ in range(slots)]
@@ -70,7 +70,7 @@ class KVCacheManager:
             tables[group] = self.pool.get_cached(self._group_hashes(hashes[:count], group))
             count = len(tables[group])
         if self._windowed_groups:
-            count = self._longest_end_in_all_windows(hashes, count)
+            count = self._longest_end_in_all_windows(hashes, count, self.pool.block_of)
             tables = [table[:count] for table in tables]
             for group, window, _ in self._windowed_groups:
                 first = first_blocks[group] = self._first_attended_block(count * self._block_size, window)
@@ -86,22 +86,27 @@ class KVCacheManager:
         suffix = self._suffixes[group]
         return [one + suffix for one in hashes] if suffix else hashes
 
-    def _longest_end_in_all_windows(self, hashes: Sequence[bytes], count: int) -> int:
-        """The longest prefix, up to `count` blocks, whose last blocks are cached for every window."""
+    def _longest_end_in_all_windows(self, hashes: Sequence[bytes], count: int, cached: Container[bytes]) -> int:
+        """The longest prefix, up to `count` blocks, whose last blocks are cached for every window.
+
+        `cached`: the hashes of cached blocks, with the suffixes of groups.
+        """
         before = -1
         while count != before:  # a prefix shortened for one window may end where another has no blocks
             before = count
             for group, window, _ in self._windowed_groups:
-                count = self._longest_end_in_window(hashes, count, group, window)
+                count = self._longest_end_in_window(hashes, count, group, window, cached)
         return count
 
-    def _longest_end_in_window(self, hashes: Sequence[bytes], count: int, group: int, window: int) -> int:
+    def _longest_end_in_window(
+        self, hashes: Sequence[bytes], count: int, group: int, window: int, cached: Container[bytes]
+    ) -> int:
         """The longest prefix, up to `count` blocks, for which all blocks that its next token attends to are cached."""
-        block_of, suffix = self.pool.block_of, self._suffixes[group]
+        suffix = self._suffixes[group]
         end = count
         while end:
             first, block = self._first_attended_block(end * self._block_size, window), end
-            while block > first and hashes[block - 1] + suffix in block_of:
+            while block > first and hashes[block - 1] + suffix in cached:
                 block -= 1
             if block == first:
                 break
@@ -116,6 +121,7 @@ class KVCacheManager:
         """How many free blocks it takes to admit a request of `num_tokens`."""
         total = -(-num_tokens // self._block_size)
         needed = sum(self._table_lengths(total, prefix.first_blocks)) - self.num_groups * prefix.num_blocks
+        # Null blocks in the places of blocks that are not in the KV cache yet are counted too, as none is ever held.
         for table, first in zip(prefix.tables, prefix.first_blocks, strict=True):
             needed += self.pool.count_free(table[first:])
         return needed
@@ -130,12 +136,16 @@ class KVCacheManager:
     def allocate(self, slot: int, num_tokens: int, prefix: CachedPrefix) -> None:
         """Give a slot the blocks of a cached prefix and new ones for the rest of `num_tokens`."""
         total = -(-num_tokens // self._block_size)
-        for table, first in zip(prefix.tables, prefix.first_blocks, strict=True):
-            self.pool.touch(table[first:])
+        self._hold(prefix)
         for table, length in zip(prefix.tables, self._table_lengths(total, prefix.first_blocks), strict=True):
             table += self.pool.allocate(length - len(table))
         self.num_blocks[slot] = total
         self.block_tables[slot], self._first_blocks[slot] = prefix.tables, prefix.first_blocks
+
+    def _hold(self, prefix: CachedPrefix) -> None:
+        """Add a reference to each block of a cached prefix."""
+        for table, first in zip(prefix.tables, prefix.first_blocks, strict=True):
+            self.pool.touch(table[first:])
 
     # ------------------------------------------------------------------------------------------------------- growth
 
@@ -194,6 +204,12 @@ class KVCacheManager:
         """Take blocks out of the prefix cache, in all groups."""
         for group in range(self.num_groups):
             self.pool.forget(self._group_hashes(hashes, group))
+
+    def reset_cache(self) -> int:
+        """Empty the prefix cache; returns how many blocks were cached."""
+        count = len(self.pool.block_of)
+        self.pool.reset_cache()
+        return count
 
     def free(self, slot: int) -> None:
         """Free all blocks of a slot."""

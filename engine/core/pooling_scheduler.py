@@ -6,6 +6,7 @@ from engine.columns import float32s
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
+from engine.core.spill_scheduler import SpillScheduler
 from engine.core.steps import ScheduledStep, StepOutcome
 from engine.messages import Finished, FinishReason, StepResult
 from engine.pooling import Pooled
@@ -14,7 +15,9 @@ from engine.resolved_config import ResolvedConfig
 
 def make_scheduler(config: ResolvedConfig, features: FeatureMirror | None) -> Scheduler:
     """The scheduler of a configuration."""
-    return PoolingScheduler(config, features) if config.pools else Scheduler(config, features)
+    if config.pools:
+        return PoolingScheduler(config, features)
+    return SpillScheduler(config, features) if config.host_blocks else Scheduler(config, features)
 
 
 class PoolingScheduler(Scheduler):

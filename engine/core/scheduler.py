@@ -31,7 +31,8 @@ from engine.stats import Stats
 class Scheduler:
     """Decides what each step computes; knows requests, slots and blocks, but neither models nor sockets."""
 
-    def __init__(self, config: ResolvedConfig, features: FeatureMirror | None = None):
+    def __init__(self, config: ResolvedConfig, features: FeatureMirror | None = None, kv: KVCacheManager | None = None):
+        """`kv`: in place of a KVCacheManager."""
         self.config = config
         self.features = features or FeatureMirror()
         self.max_num_batched_tokens = config.max_num_batched_tokens
@@ -39,7 +40,7 @@ class Scheduler:
         self.waiting = policy.queue_order.make_queue()
         self.requests: dict[int, Request] = {}
         self.slots = Slots(config.max_num_seqs, config.max_model_len)
-        self.kv = KVCacheManager(config)
+        self.kv = kv or KVCacheManager(config)
         self.pool = self.kv.pool
         self.encoder_cache = EncoderCacheManager.from_resolved(config)
         self.admitted: list[Admitted] = []  # since the caller last took them
@@ -47,7 +48,7 @@ class Scheduler:
         self._now = 0.0  # of the step being scheduled
         self._prefilling: dict[int, None] = {}  # slots with more than one token to compute, oldest first
         builder = FullStateStepBuilder if policy.full_state else StepBuilder
-        self._builder = builder(self.slots, self.kv, self.encoder_cache)
+        self._builder: StepBuilder = builder(self.slots, self.kv, self.encoder_cache)
         self._drafts: DraftTokenTracker | None = None
         if config.draft_tokens:
             self._drafts = DraftTokenTracker(self.slots, self.kv.num_blocks, config.draft_tokens, config.block_size)
@@ -379,9 +380,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> int:
         """Empty the prefix cache; returns how many blocks were cached."""
-        count = len(self.pool.block_of)
-        self.pool.reset_cache()
-        return count
+        return self.kv.reset_cache()
 
     def check(self) -> None:
         """Assert the invariants between steps."""

@@ -85,6 +85,10 @@ class CoreServer:
         """Unlink a feature file on a thread: freeing its memory takes long enough to delay a step."""
         self._unlinker.submit(unlink_features, path)
 
+    def wake(self) -> None:
+        """Make the loop turn. May be called from any thread."""
+        self._wake.set()
+
     def fail(self, error: BaseException | None) -> None:
         """End `run` with this error, even while no step is in flight. May be called from any thread."""
         self._failure = error

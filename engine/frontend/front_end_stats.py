@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from engine.stats import MMStats, Stats
+from engine.stats import MMStats, SpillStats, Stats
 
 SECONDS_TO_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160)
 SECONDS_BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -34,24 +34,25 @@ GRAMMAR_COUNTERS = ("requests", "hits")
 MOST_REPLICAS = 64  # of a server; the memory of one that never was is never touched
 
 # Layout of a block, an array of float64: time of the core's last message, number of cores before this one, stats of the
-# core (those of multimodal inputs last), counters of the cores before it in the same order, number of open requests,
-# tokens left to compute for them, finished requests by reason, events, counters of multimodal inputs, counters of
-# grammars, histograms.
-_CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats)[:-1])
+# core (those of multimodal inputs and of --kv-spill last), counters of the cores before it in the same order, number of
+# open requests, tokens left to compute for them, finished requests by reason, events, counters of multimodal inputs,
+# counters of grammars, histograms.
+_CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats)[:-2])
 _MM_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(MMStats))
-_CORE_NAMES = (*Stats.__struct_fields__[:-1], *MMStats.__struct_fields__)
+_PART_NAMES = (*MMStats.__struct_fields__, *SpillStats.__struct_fields__)
+_CORE_NAMES = (*Stats.__struct_fields__[:-2], *_PART_NAMES)
 _COUNTERS = (
     "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "num_draft_tokens",
     "num_accepted_tokens",
 )  # fmt: skip
-_MM_CORE_GAUGES = ("mirror_bytes", "encoder_embeddings")
-_IS_COUNTER = [
-    name in _COUNTERS or (name in MMStats.__struct_fields__ and name not in _MM_CORE_GAUGES) for name in _CORE_NAMES
-]
+_PART_GAUGES = ("mirror_bytes", "encoder_embeddings", "host_blocks", "host_used", "disk_blocks", "disk_used")
+_IS_COUNTER = [name in _COUNTERS or (name in _PART_NAMES and name not in _PART_GAUGES) for name in _CORE_NAMES]
 _AT, _GENERATION = 0, 1
 _CORE = slice(2, 2 + len(_CORE_KINDS))
 _CORE_MM = slice(_CORE.stop, _CORE.stop + len(_MM_KINDS))
-_ENDED = slice(_CORE_MM.stop, _CORE_MM.stop + len(_CORE_KINDS) + len(_MM_KINDS))
+_CORE_SPILL = slice(_CORE_MM.stop, _CORE_MM.stop + len(SpillStats.__struct_fields__))
+_ALL_CORE = slice(_CORE.start, _CORE_SPILL.stop)
+_ENDED = slice(_ALL_CORE.stop, _ALL_CORE.stop + len(_CORE_NAMES))
 _LIVE = _ENDED.stop
 _LOAD = _LIVE + 1
 _FINISHED = _LOAD + 1
@@ -149,17 +150,25 @@ class FrontEndStats:
         if tokens > self._tokens:
             self.step_tokens.observe(tokens - self._tokens)
             self._tokens = tokens
+        self._cells[_AT] = at
+        self._write_core(stats)
+
+    def _write_core(self, stats: Stats) -> None:
         cells = self._cells
-        cells[_AT] = at
-        for index, value in enumerate(_numbers(stats), _CORE.start):
+        *numbers, mm, spill = msgspec.structs.astuple(stats)
+        for index, value in enumerate(numbers, _CORE.start):
             cells[index] = value
+        for part, begin in ((mm, _CORE_MM.start), (spill, _CORE_SPILL.start)):
+            if part is not None:
+                for index, value in enumerate(msgspec.structs.astuple(part), begin):
+                    cells[index] = value
 
     def core_replaced(self) -> None:
         """A new core counts from zero; what the earlier ones counted is kept."""
         cells = self._cells
         for index, value in enumerate(self._ended_counters(cells[_GENERATION] + 1), _ENDED.start):
             cells[index] = value
-        for name, index in zip(_CORE_NAMES, range(_CORE.start, _CORE_MM.stop), strict=True):
+        for name, index in zip(_CORE_NAMES, range(_ALL_CORE.start, _ALL_CORE.stop), strict=True):
             if name != "last_step_at":
                 cells[index] = 0.0
         cells[_GENERATION] += 1
@@ -173,7 +182,7 @@ class FrontEndStats:
             return list(cells[_ENDED])
         return [
             ended + (now if counts else 0.0)
-            for ended, now, counts in zip(cells[_ENDED], cells[_CORE.start : _CORE_MM.stop], _IS_COUNTER, strict=True)
+            for ended, now, counts in zip(cells[_ENDED], cells[_ALL_CORE], _IS_COUNTER, strict=True)
         ]
 
     def begin_as(self, other: "FrontEndStats") -> None:
@@ -185,13 +194,13 @@ class FrontEndStats:
     @property
     def core(self) -> Stats:
         """The last stats of the core that runs now."""
-        return _stats(self._cells[_CORE.start : _CORE_MM.stop])
+        return _stats(self._cells[_ALL_CORE])
 
     @property
     def all_cores(self) -> Stats:
         """The same, with counters that include those of the cores before it."""
         cells = self._cells
-        pairs = zip(cells[_CORE.start : _CORE_MM.stop], cells[_ENDED], strict=True)
+        pairs = zip(cells[_ALL_CORE], cells[_ENDED], strict=True)
         return _stats([now + ended for now, ended in pairs])
 
     @property
@@ -281,10 +290,9 @@ class FrontEndStats:
             last_step_at=max(core.last_step_at for core in cores),
             **added,
         )
-        for index, value in enumerate(_numbers(summed), _CORE.start):
-            total._cells[index] = value
-        for name, index in zip(MMStats.__struct_fields__, range(_CORE_MM.start, _CORE_MM.stop), strict=True):
-            counted = [not gone or name not in _MM_CORE_GAUGES for gone in dead]
+        total._write_core(summed)
+        for index, name in enumerate(_PART_NAMES, _CORE_MM.start):
+            counted = [not gone or name not in _PART_GAUGES for gone in dead]
             ended = index - _CORE.start + _ENDED.start
             total._cells[index] = sum(
                 one._cells[index] + one._cells[ended] for one, counts in zip(every, counted, strict=True) if counts
@@ -293,17 +301,13 @@ class FrontEndStats:
 
 
 def _stats(numbers: Sequence[float]) -> Stats:
-    """The stats from numbers, those of multimodal inputs last."""
-    core, mm = numbers[: len(_CORE_KINDS)], numbers[len(_CORE_KINDS) :]
+    """The stats from numbers, those of multimodal inputs and of --kv-spill last."""
+    ends = len(_CORE_KINDS), len(_CORE_KINDS) + len(_MM_KINDS)
+    core, mm, spill = numbers[: ends[0]], numbers[ends[0] : ends[1]], numbers[ends[1] :]
     fields = [kind(value) for kind, value in zip(_CORE_KINDS, core, strict=True)]
     fields.append(MMStats(*(kind(value) for kind, value in zip(_MM_KINDS, mm, strict=True))) if any(mm) else None)
+    fields.append(SpillStats(*map(int, spill)) if any(spill) else None)
     return Stats(*fields)
-
-
-def _numbers(stats: Stats) -> tuple[float, ...]:
-    """The stats as numbers; those of multimodal inputs last, if there are any."""
-    *numbers, mm = msgspec.structs.astuple(stats)
-    return (*numbers, *(msgspec.structs.astuple(mm) if mm is not None else ()))
 
 
 def shared_cells(size: int, descriptor: int | None) -> tuple[int, memoryview]:

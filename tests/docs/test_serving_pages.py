@@ -24,6 +24,7 @@ from engine.frontend.router import Router
 from engine.messages import MMSpec, Ready
 from engine.model.families import FAMILIES
 from engine.multimodal.families import MM_FAMILIES
+from engine.stats import SpillStats, Stats
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = ROOT / "docs" / "serving"
@@ -87,13 +88,15 @@ def test_the_flags_page_lists_all_parts_that_can_be_ablated() -> None:
 
 
 class Replicas(Router):
-    """Two replicas without processes."""
+    """Two replicas without processes, with --kv-spill."""
 
     def __init__(self, ready: Ready):
         self.ready = ready
         self.alone = True
         self.routing = "prefix"
-        self._two = tuple(SimpleNamespace(total_stats=FrontEndStats(), dead=None, replica=one) for one in range(2))
+        stats = FrontEndStats()
+        stats.record_core(1.0, Stats(spill=SpillStats(host_blocks=1)))
+        self._two = tuple(SimpleNamespace(total_stats=stats, dead=None, replica=one) for one in range(2))
 
     cores = replicas = property(lambda self: self._two)
 

@@ -23,13 +23,15 @@ from engine.columns import column, int32s
 from engine.grammar import TokenMasks
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.messages import (
+    COPY_OUT,
+    CopyingStep,
     MMInputRef,
     Sampling,
     StepMessage,
     StepReports,
     StepResult,
+    decode_copying_step,
     decode_result,
-    decode_step,
     encode,
 )
 
@@ -141,6 +143,10 @@ class FakeExecutor:
         self._block_size = block_size
         self._seconds = seconds
         self._kv: dict[int, bytes] = {}
+        self.host: dict[int, list[bytes | None]] = {}  # entries of host blocks
+        self.copied_in: dict[int, int] = {}  # the last step that copies to or from each host block
+        self.copied_out: dict[int, int] = {}  # the last step that copies to it
+        self.delivered = 0  # the last step whose result is known
         self._busy_until = 0.0
         self._sampled: dict[int, bytes] = {}
         self._due: deque[tuple[float, int, Future[bytes]]] = deque()
@@ -151,8 +157,9 @@ class FakeExecutor:
         self._owners: dict[int, list[int]] = {}  # of steps that aren't sampled yet: the slot of each token
 
     def submit(self, step: bytes) -> Future[None]:
-        message = decode_step(step)
+        message = decode_copying_step(step)
         self.steps.append(message)
+        self._copy(message)
         self._apply(message)
         for one in (message, *message.later_steps()):
             self._sampled[one.step] = self._run(one)
@@ -199,10 +206,23 @@ class FakeExecutor:
         """Deliver what is due by now."""
         while self._due and self._due[0][0] <= self._clock.now():
             _, step, result = self._due.popleft()
+            self.delivered = step
             if self.failure is not None:
                 result.set_exception(self.failure)
             else:
                 result.set_result(self._sampled.pop(step))
+
+    def _copy(self, message: CopyingStep) -> None:
+        size = self._block_size
+        for direction, block, host_block in int32s(message.block_copies, 3).tolist():
+            entries = range(block * size, (block + 1) * size)
+            if direction == COPY_OUT:
+                self.host[host_block] = [self._kv.get(entry) for entry in entries]
+                self.copied_out[host_block] = message.step
+            else:
+                for entry, state in zip(entries, self.host[host_block], strict=True):
+                    self._kv[entry] = state or b"nothing"
+            self.copied_in[host_block] = message.step
 
     def _apply(self, message: StepMessage) -> None:
         for freed in int32s(message.freed_slots).tolist():

@@ -3,7 +3,7 @@
 import os
 
 from engine.frontend.front_end_stats import MOST_REPLICAS, REASONS, TOKENS, Board, Boards, FrontEndStats
-from engine.stats import Stats
+from engine.stats import MMStats, SpillStats, Stats
 
 
 def test_a_histogram_counts_by_upper_bound():
@@ -22,6 +22,27 @@ def test_the_core_s_stats_come_back_as_they_were():
     stats.record_core(13.0, given)
     assert stats.core == given
     assert isinstance(stats.core.running, int)
+
+
+def test_parts_of_the_stats_that_only_some_cores_have():
+    for parts in (
+        {},
+        {"spill": SpillStats(8, 3, spilled=5)},
+        {"mm": MMStats(4)},
+        {"mm": MMStats(4), "spill": SpillStats(8)},
+    ):
+        stats = FrontEndStats()
+        stats.record_core(13.0, Stats(running=1, **parts))
+        assert stats.core == Stats(running=1, **parts)
+
+
+def test_replicas_add_up_and_a_dead_one_has_no_blocks_left():
+    replicas = [FrontEndStats(), FrontEndStats()]
+    for replica in replicas:
+        replica.record_core(1.0, Stats(spill=SpillStats(host_blocks=8, host_used=3, spilled=5, disk_used=2)))
+    living = FrontEndStats.sum_replicas(replicas, [False, False]).core.spill
+    assert living == SpillStats(host_blocks=16, host_used=6, spilled=10, disk_used=4)
+    assert FrontEndStats.sum_replicas(replicas, [True, False]).core.spill == SpillStats(8, 3, 0, 2, spilled=10)
 
 
 def test_a_step_s_tokens_are_what_the_counters_grew_by():

@@ -1,0 +1,229 @@
+"""--kv-spill with real models, memory and files: the tokens of a KV cache that holds everything."""
+
+import dataclasses
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.clock import MonotonicClock
+from engine.columns import column, int32s, int64s
+from engine.config import EngineConfig
+from engine.core.engine import EngineCore
+from engine.core.spill_start import PREFIX, SpillStore
+from engine.errors import ConfigError
+from engine.kv_format import KVLayout
+from engine.memory import resolve
+from engine.messages import AddRequest, FinishReason, Outputs, Sampling, decode_from_core, encode
+from engine.model.model_info import read_model_info
+from engine.stats import SpillStats, Stats
+from engine.worker.in_process import InProcessExecutor
+from engine.worker.multiprocess import MultiprocessExecutor
+from redline import LLM, SamplingParams
+from tests.engine.worker.driver import build_model
+from tests.tiny import write_tiny
+
+PATIENCE_S = 90.0
+BLOCK, BLOCKS, NEW = 16, 18, 12
+# Each takes 7 blocks; the pool holds two.
+PROMPTS = [[(7 * i + 13 * number) % 120 + 1 for i in range(90 + number)] for number in range(8)]
+
+
+class Served:
+    """A core over real ranks, with as many KV blocks as a request needs and some, unless `blocks` says otherwise."""
+
+    def __init__(self, folder: Path, size: int = 1, blocks: int = BLOCKS, kv_spill: str | None = None, **flags: Any):
+        config = EngineConfig(
+            model=str(folder), tensor_parallel_size=size, max_num_seqs=2, block_size=BLOCK, kv_spill=kv_spill,
+            max_model_len=128, **{"max_num_batched_tokens": 24, "dtype": "float32"} | flags,
+        )  # fmt: skip
+        info = read_model_info(config)
+        config = dataclasses.replace(config, kv_cache_memory_bytes=info.kv_bytes_per_token * BLOCK * blocks)
+        resolved = resolve(config, info).config
+        self.executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, info, resolved)
+        self.core = EngineCore(resolved, self.executor, MonotonicClock(), self._receive)
+        self.store = None
+        if kv_spill is not None:
+            layout = KVLayout.of(config, resolved, str(info.path), info.dtype, self.executor.kernels)
+            self.store = SpillStore(config, resolved, layout, self.executor, self.core.scheduler, lambda: None)
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.stats = Stats()
+        self._reasons: dict[int, FinishReason] = {}
+        self._handle = 0
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.executor.shutdown()
+        if self.store is not None:
+            self.store.close()
+
+    @property
+    def spill(self) -> SpillStats:
+        assert self.stats.spill is not None
+        return self.stats.spill
+
+    def run(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The tokens of some prompts, which come at once."""
+        first = self._handle
+        for prompt in prompts:
+            self.core.receive(encode(AddRequest(self._handle, column(prompt), NEW, Sampling())))
+            self._handle += 1
+        deadline = time.monotonic() + PATIENCE_S
+        while self.core.has_work:
+            assert time.monotonic() < deadline, f"{len(self._reasons) - first} of {len(prompts)} are done"
+            if not self.core.step(time.monotonic()):
+                time.sleep(0.0002)
+            self.core.scheduler.check()
+        assert {self._reasons[handle] for handle in range(first, self._handle)} == {FinishReason.LENGTH}
+        return [self.tokens[handle] for handle in range(first, self._handle)]
+
+    def write_files(self, count: int) -> None:
+        """Wait until so many blocks have been written."""
+        deadline = time.monotonic() + PATIENCE_S
+        disk = self.core.scheduler.tiers.disk  # type: ignore[attr-defined]
+        while disk.num_written < count:
+            assert time.monotonic() < deadline, f"{disk.num_written} files were written"
+            self.core.step(time.monotonic())
+            time.sleep(0.001)
+
+    def _receive(self, _: int, data: bytes) -> None:
+        message = decode_from_core(data)
+        assert isinstance(message, Outputs)
+        for handle, token in zip(int64s(message.handles).tolist(), int32s(message.tokens).tolist(), strict=True):
+            self.tokens[handle].append(token)
+        self._reasons |= {one.handle: FinishReason(one.reason) for one in message.finished}
+        self.stats = message.stats or self.stats
+
+
+def sizes(folder: Path, blocks: int, **flags: Any) -> int:
+    """Bytes of so many blocks."""
+    config = EngineConfig(model=str(folder), **{"dtype": "float32"} | flags)
+    return read_model_info(config).kv_bytes_per_token * BLOCK * blocks
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_model("llama", folder, head_dim=16, num_key_value_heads=4, intermediate_size=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    with Served(model, blocks=200) as served:
+        tokens = served.run(PROMPTS)
+    assert len({token for output in tokens for token in output}) > 20, "a model that repeats itself proves nothing"
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [(1, {}), (1, {"kernels": "torch"}), (2, {})],
+    ids=["fused stack", "torch", "tp 2"],
+)
+def test_tokens_are_those_of_a_large_cache(
+    size: int, flags: dict[str, Any], model: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    given = f"host={sizes(model, 20)},disk={tmp_path}:{sizes(model, 300)}"
+    with Served(model, size, kv_spill=given, **flags) as served:
+        assert served.run(PROMPTS) == expected
+        served.write_files(20)
+        before = served.stats.prefix_hits
+        assert served.run(PROMPTS) == expected
+        assert served.stats.prefix_hits - before > 6 * 80, "nearly all of each prompt was found"
+        assert served.spill.host_hits > 0
+        assert served.spill.disk_hits > 0
+        assert served.spill.disk_faults == 0
+        assert len(os.listdir(tmp_path)) == 1
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "kv_cache_dtype": "int8"}])
+def test_other_formats_of_the_cache(flags: dict[str, Any], model: Path) -> None:
+    """Host memory alone. The stack computes the same bits from a cached prefix as without."""
+    with Served(model, blocks=200, **flags) as served:
+        expected = served.run(PROMPTS)
+    with Served(model, kv_spill=f"host={sizes(model, 100)}", **flags) as served:
+        assert [served.run(PROMPTS), served.run(PROMPTS)] == [expected, expected]
+        assert served.spill.host_hits > 30
+        assert served.spill.lost == 0
+
+
+def test_groups_with_windows(tmp_path: Path) -> None:
+    build_model("qwen2", tmp_path, head_dim=16, hidden_size=64)
+    with Served(tmp_path, blocks=600) as served:
+        expected = served.run(PROMPTS)
+    with Served(tmp_path, blocks=60, kv_spill=f"host={sizes(tmp_path, 300)}") as served:
+        assert [served.run(PROMPTS), served.run(PROMPTS)] == [expected, expected]
+        assert served.spill.host_hits > 0
+
+
+def test_damaged_files_are_computed_again(model: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    given = f"host={sizes(model, 16)},disk={tmp_path}:{sizes(model, 300)}"
+    with Served(model, kv_spill=given) as served:
+        assert served.run(PROMPTS) == expected
+        served.write_files(30)
+        paths = sorted(tmp_path.glob(f"{PREFIX}*/*"))
+        files = [path for path in paths if path.name != "owner.lock"]
+        assert len(files) >= 30
+        for number, path in enumerate(files):
+            if number % 3 == 0:
+                data = bytearray(path.read_bytes())
+                data[len(data) * (number % 5) // 5] ^= 1
+                path.write_bytes(data)
+            elif number % 3 == 1:
+                os.truncate(path, os.path.getsize(path) * (number % 4) // 4)
+        assert served.run(PROMPTS) == expected
+        assert served.spill.disk_faults > 0
+        assert served.run(PROMPTS) == expected
+
+
+def test_an_engine_starts_with_it_and_removes_its_files(tmp_path: Path) -> None:
+    model, files = tmp_path / "model", tmp_path / "files"
+    stale = files / f"{PREFIX}stale"
+    for folder in (model, stale):
+        folder.mkdir(parents=True)
+    (stale / "owner.lock").touch()  # of a process that is gone
+    write_tiny(model)
+    size = sizes(model, 1)
+    options = {
+        "load_format": "dummy", "dtype": "float32", "block_size": BLOCK, "max_model_len": 128, "max_num_seqs": 2,
+        "kv_cache_memory_bytes": BLOCKS * size,
+    }  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    with LLM(str(model), **options) as llm:
+        expected = [one.outputs[0].token_ids for one in llm.generate(PROMPTS, params)]
+    with LLM(str(model), **options, kv_spill=f"host={40 * size},disk={files}:{300 * size}") as llm:
+        assert [path.name != stale.name for path in files.glob(f"{PREFIX}*")] == [True]
+        for _ in range(2):
+            assert [one.outputs[0].token_ids for one in llm.generate(PROMPTS, params)] == expected
+        assert len(list(files.glob(f"{PREFIX}*/*"))) > 1
+    assert not os.listdir(files)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("host=1", "host= is too small: a KV block has [0-9,]+ bytes"),
+        ("host=1GiB,disk={folder}:1", "disk= is too small: a KV block has [0-9,]+ bytes"),
+        ("host=1000TiB", "host=: 1000.0 TiB are needed for each replica, but only .* of memory are free: lower host="),
+        ("host=64MiB,disk={file}/below:1GiB", "disk=: .*/below can't be used: Not a directory"),
+    ],
+)
+def test_what_can_not_be_had_is_named(given: str, said: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    spill = given.format(folder=tmp_path, file=tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=f"--kv-spill {said}"), Served(tmp_path, load_format="dummy", kv_spill=spill):
+        pass
+
+
+def test_models_that_pool_are_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", runner="pooling", kv_spill="host=1GiB")
+    with pytest.raises(ConfigError, match="--kv-spill does not work with a model that pools"):
+        resolve(config, read_model_info(config))
