@@ -8,6 +8,7 @@ from engine.config import KV_ALLOCATION, EngineConfig, window_blocks
 from engine.devices import machine_for
 from engine.devices.machine import Machine
 from engine.errors import ConfigError, OutOfMemoryError
+from engine.host import available_memory
 from engine.kv_format import HEADER_BYTES
 from engine.kv_spill import FLAG as KV_SPILL
 from engine.kv_spill import blocks_per_replica, parse_kv_spill
@@ -99,7 +100,6 @@ def resolve(
     if num_blocks < per_request + 1:
         raise OutOfMemoryError(_too_little(config, model_info, num_blocks, budget, block_size, memory))
     resolved = _resolved(config, model_info, machine, batch, num_blocks, encoder_cache_tokens)
-    resolved = _with_spill(config, resolved, memory.block)
     lines = (
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
@@ -108,6 +108,10 @@ def resolve(
     )
     if not memory.block:
         lines = lines[:-1]
+    on_host = machine.torch_type == ""
+    free = available * replicas if on_host else available_memory()
+    planned = sum(line.bytes for line in lines) * replicas if on_host else 0
+    resolved = _with_spill(config, resolved, memory.block, free - planned)
     warnings += _too_large_inputs(model_info, budget)
     warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs) if per_request else max_num_seqs
@@ -155,14 +159,24 @@ def _resolved(
     )
 
 
-def _with_spill(config: EngineConfig, resolved: ResolvedConfig, block_bytes: int) -> ResolvedConfig:
-    """The configuration with the blocks of each tier of --kv-spill; `block_bytes` are those of all ranks."""
+def _with_spill(config: EngineConfig, resolved: ResolvedConfig, block_bytes: int, free: int) -> ResolvedConfig:
+    """The configuration with the blocks of each tier of --kv-spill.
+
+    Args:
+        block_bytes: of a block on all ranks.
+        free: bytes of host memory that nothing else is planned for, for all replicas.
+    """
     resolved = dataclasses.replace(resolved, kv_block_bytes=block_bytes // config.tensor_parallel_size)
     if config.kv_spill is None:
         return resolved
     if resolved.pools:
         raise ConfigError(f"{KV_SPILL} does not work with a model that pools: leave the flag out")
     spill, replicas = parse_kv_spill(config.kv_spill), config.data_parallel_size
+    if spill.host_bytes > free:
+        raise ConfigError(
+            f"{KV_SPILL} host= is {human_bytes(spill.host_bytes)}, but only {human_bytes(max(free, 0))} of memory are "
+            "free beside what the engine needs: lower host="
+        )
     host_blocks = blocks_per_replica(spill.host_bytes, replicas, block_bytes, "host=")
     disk_blocks = 0
     if spill.disk_path:

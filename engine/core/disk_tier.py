@@ -77,6 +77,11 @@ class DiskTier:
         self._files.read(key, block, self._reporter(True, key))
         return True
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way, or waits to be written."""
+        return not (self._unwritten or self._writing or self._reading)
+
     def touch(self, keys: Sequence[bytes]) -> None:
         """Files of a prompt are used, in the order of its tokens: the first ones are removed last."""
         for key in reversed(keys):

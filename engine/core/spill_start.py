@@ -9,13 +9,11 @@ from engine.core.protocols import Executor
 from engine.core.scheduler import Scheduler
 from engine.core.spill_scheduler import SpillScheduler
 from engine.errors import ConfigError
-from engine.host import available_memory
 from engine.host_blocks import ATTACH, HostBlocks
 from engine.kv_format import KVLayout
 from engine.kv_spill import FLAG, parse_kv_spill
 from engine.owned_folder import OwnedFolder
 from engine.resolved_config import ResolvedConfig
-from engine.text import human_bytes
 
 PREFIX = "redline-kv-"
 
@@ -41,17 +39,11 @@ class SpillStore:
             scheduler: of its core.
             wake: makes the core's loop turn; called from any thread.
 
-        Raises ConfigError if the memory, or the folder, can't be had.
+        Raises ConfigError if the folder can't be used, or the system has no such memory.
         """
         assert config.kv_spill is not None
         assert isinstance(scheduler, SpillScheduler)
-        spill, host_bytes = parse_kv_spill(config.kv_spill), resolved.host_blocks * layout.payload_bytes
-        free = available_memory()
-        if host_bytes > free:
-            raise ConfigError(
-                f"{FLAG} host=: {human_bytes(host_bytes)} are needed for each replica, but only {human_bytes(free)} of "
-                "memory are free: lower host="
-            )
+        spill = parse_kv_spill(config.kv_spill)
         self.host = HostBlocks(resolved.host_blocks, layout.block_bytes, layout.ranks)
         arguments = {"path": self.host.path, "num_blocks": self.host.num_blocks, "block_bytes": layout.block_bytes}
         executor.call(ATTACH, arguments).result()
