@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from engine.api.processes import ApiProcesses, threadsafe
-from engine.api.restarts import RestartPolicy
+from engine.api.restarts import MAX_RESTARTS, RestartPolicy
 from engine.api.scale_state import ScaleState
 from engine.errors import RedlineError, cause_of
 from engine.frontend.connect import SupervisedClient
@@ -43,11 +43,11 @@ Start: TypeAlias = Callable[[tuple[tuple[str, str], ...], Callable[[int, str], N
 class _Replica:
     """The state of one number."""
 
-    def __init__(self, number: int, limit: int, status: Status = "starting"):
+    def __init__(self, number: int, status: Status = "starting"):
         self.number = number
         self.status: Status = status
         self.cause = ""  # of its death
-        self.restarts = RestartPolicy(limit)
+        self.restarts = RestartPolicy()
         self.attempt = 0  # the number of its core; reports about an earlier one are late
         self.is_starting = False  # a thread starts its core
         self.undrained: set[int] = set()  # front ends that may still have requests there
@@ -64,12 +64,13 @@ class ReplicaSet:
     _post_failed: Callable[[tuple[int, int, str]], None]
     _post_stopped: Callable[[tuple[int, int]], None]
 
-    def __init__(self, engine: Engine, boards: Boards, limit: int):
-        """`limit` is the number of restarts of each replica within `engine.api.restarts.RESTART_PERIOD_S`."""
+    def __init__(self, engine: Engine, boards: Boards, limit: int | None):
+        """`limit` is the number of restarts of each replica within `engine.api.restarts.RESTART_PERIOD_S`; None:
+        MAX_RESTARTS while there are several, else none."""
         self._engine = engine
         self._boards = boards
-        self._limit = limit
-        self._replicas = {number: _Replica(number, limit, "up") for number in engine.cores}
+        self._given_limit = limit
+        self._replicas = {number: _Replica(number, "up") for number in engine.cores}
         self._adapters = dict(engine.config.adapters)  # as the replicas had them last
         self._tasks: set[asyncio.Future[None]] = set()
         self._ended = False
@@ -134,6 +135,12 @@ class ReplicaSet:
 
     # -------------------------------------------------------------------------------------------------------- deaths
 
+    @property
+    def _limit(self) -> int:
+        if self._given_limit is not None:
+            return self._given_limit
+        return MAX_RESTARTS if self.state.target > 1 else 0
+
     def _on_lost(self, lost: tuple[int, int, str]) -> None:
         """A core is gone: it is started again if that is allowed; with the last one the server ends."""
         number, attempt, cause = lost
@@ -148,7 +155,8 @@ class ReplicaSet:
             one.status = "ending"
             self._stop_core(one)
             return
-        if self._limit:
+        if limit := self._limit:
+            one.restarts.limit = limit
             worked = one.status == "up" and self._boards[number].total().core.steps > 0
             pause = one.restarts.next_pause(time.monotonic(), worked=worked)
             if pause is not None:
@@ -266,7 +274,7 @@ class ReplicaSet:
         free = (number for number, one in self._replicas.items() if one.status in FREE)
         number = min(free, default=len(self._replicas))
         earlier = self._replicas.get(number)
-        one = self._replicas[number] = _Replica(number, self._limit)
+        one = self._replicas[number] = _Replica(number)
         one.attempt = 0 if earlier is None else earlier.attempt + 1
         self._announce(ReplicaStarting(number))
         self._start(one, partial(self._engine.add, number, count))

@@ -17,7 +17,6 @@ from engine.api.key_limit import KeyLoads
 from engine.api.process import ApiProcessOptions
 from engine.api.processes import ApiProcesses
 from engine.api.replica_set import ReplicaSet
-from engine.api.restarts import MAX_RESTARTS
 from engine.api.state import ApiState
 from engine.api.tracing import make_traces
 from engine.config import SHUTDOWN_TIMEOUT_S
@@ -44,8 +43,7 @@ class ServeOptions:
     log_requests: bool = True
     traces_endpoint: str | None = None  # of an OpenTelemetry collector
     shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S  # for running requests, after the first signal
-    # Restarts of each core within RESTART_PERIOD_S; None: MAX_RESTARTS with several replicas, else none.
-    restart_on_failure: int | None = None
+    restart_on_failure: int | None = None  # restarts of each core, see ReplicaSet
 
 
 class ServerRun(ClientListener):
@@ -73,10 +71,7 @@ class ServerRun(ClientListener):
         endpoint = options.traces_endpoint
         self._traces = None if endpoint is None else make_traces(endpoint)
         self._records = RequestLog(logged=options.log_requests, traced=self._traces.add if self._traces else None)
-        limit = options.restart_on_failure
-        if limit is None:
-            limit = MAX_RESTARTS if len(engine.cores) > 1 else 0
-        self._replicas = ReplicaSet(engine, self._boards, limit)
+        self._replicas = ReplicaSet(engine, self._boards, options.restart_on_failure)
         keys = len(options.http.api_keys)
         limited = options.http.limits.max_requests_per_key is not None and keys
         self._key_loads = KeyLoads(len(listeners), keys) if limited else None

@@ -1,0 +1,202 @@
+"""Which replicas a server has: whatever dies, fails to start or is not wanted, none is left over and none missing."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.api.replica_set import ReplicaSet
+from engine.api.restarts import MAX_RESTARTS
+from engine.errors import OutOfMemoryError
+from engine.frontend.front_end_stats import Boards
+from engine.frontend.replica_events import (
+    ReplicaDraining,
+    ReplicaEvent,
+    ReplicaLost,
+    ReplicaRemoved,
+    ReplicaStarting,
+    ReplicaUp,
+)
+from engine.frontend.transport import CoreAddress
+from engine.messages import Ready
+
+READY = Ready("fake", "fake", "float32", 300, 128, 4, 64, 16, 10, True)
+WAIT_S = 30.0
+
+
+class Core:
+    """In place of an EngineCore."""
+
+    def __init__(self) -> None:
+        self.up = self.stopped = False
+        self.on_death: Callable[[str], None] = lambda _: None
+        self.may_start = threading.Event()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.may_start.set()
+
+
+class Engine:
+    """Starts cores on the threads of a ReplicaSet; `held`: only when a test lets them."""
+
+    def __init__(self, count: int) -> None:
+        self.config: Any = SimpleNamespace(adapters=(("dutch", "/lora"),))
+        self.readies = dict.fromkeys(range(count), READY)
+        self.cores: dict[int, Core] = {number: Core() for number in range(count)}
+        self.all = list(self.cores.values())
+        self.adapters: list[Any] = []
+        self.fails = self.held = False
+
+    def address(self, replica: int, front_end: int = 0) -> CoreAddress:
+        return CoreAddress(READY, f"core {replica}", f"front {front_end}")
+
+    def watch(self, on_death: Callable[[int, str], None]) -> None:
+        for number, core in self.cores.items():
+            core.up, core.on_death = True, lambda cause, number=number: on_death(number, cause)
+
+    def restart(self, replica: int, adapters: Any, on_death: Callable[[int, str], None]) -> None:
+        self.adapters.append(adapters)
+        core, ended = Core(), self.cores.get(replica)
+        self.all.append(core)
+        self.cores[replica] = core
+        if ended is not None:
+            ended.stop()
+        if self.held:
+            assert core.may_start.wait(WAIT_S)
+        if self.fails or core.stopped:
+            core.stopped = True
+            raise OutOfMemoryError("there is too little memory")
+        core.on_death = lambda cause: on_death(replica, cause)
+        self.readies[replica] = READY
+        core.up = True
+
+    def add(self, replica: int, _count: int, adapters: Any, on_death: Callable[[int, str], None]) -> None:
+        self.restart(replica, adapters, on_death)
+
+    @property
+    def running(self) -> int:
+        return sum(core.up and not core.stopped for core in self.all)
+
+
+class Server:
+    """A ReplicaSet, with one front end that has no requests unless it is `busy`."""
+
+    def __init__(self, count: int, limit: int | None = None) -> None:
+        self.engine = Engine(count)
+        self.events: list[ReplicaEvent] = []
+        self.busy = False
+        self.died: list[str] = []
+        self.replicas = ReplicaSet(self.engine, Boards(1), limit)  # type: ignore[arg-type]
+        self.router: Any = SimpleNamespace(on_drained=None, call_utility=self._call)
+        processes = SimpleNamespace(announce=lambda _: None, announce_state=lambda _: None, running=[])
+        self.replicas.open(self, processes, self.died.append)  # type: ignore[arg-type]
+
+    async def _call(self, method: str) -> dict[str, str]:
+        assert method == "adapters"
+        return {"french": "/other"}
+
+    def apply(self, event: ReplicaEvent) -> None:
+        self.events.append(event)
+        if isinstance(event, ReplicaDraining) and not self.busy:
+            self.router.on_drained(event.replica)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not holds():
+                await asyncio.sleep(0.002)
+
+    def seen(self, kind: type[Any]) -> list[int]:
+        return [event.replica for event in self.events if isinstance(event, kind)]
+
+
+async def test_replicas_are_added_and_removed_and_numbers_are_used_again():
+    server = Server(1)
+    state = await server.replicas.scale(3)
+    assert (state.revision, state.target) == (1, 3)
+    await server.until(lambda: server.engine.running == 3 and len(server.seen(ReplicaUp)) == 2)
+    assert server.seen(ReplicaStarting) == [1, 2]
+    assert server.engine.adapters == [(("french", "/other"),)] * 2, "they have what the others have"
+    await server.replicas.scale(1)
+    await server.until(lambda: sorted(server.seen(ReplicaRemoved)) == [1, 2])
+    assert server.engine.running == 1
+    await server.replicas.scale(2)
+    await server.until(lambda: server.engine.running == 2)
+    assert server.seen(ReplicaStarting) == [1, 2, 1]
+
+
+async def test_a_replica_that_can_not_be_started_is_an_error_and_the_others_stay():
+    server = Server(1)
+    server.engine.fails = True
+    await server.replicas.scale(2)
+    await server.until(lambda: bool(server.replicas.state.error))
+    assert "replica 1 could not be started: there is too little memory" in server.replicas.state.error
+    assert (server.replicas.state.target, server.engine.running, server.seen(ReplicaRemoved)) == (1, 1, [1])
+
+
+async def test_a_start_that_is_not_wanted_any_longer_ends():
+    server = Server(1)
+    server.engine.held = True
+    await server.replicas.scale(2)
+    await server.until(lambda: 1 in server.engine.cores)
+    await server.replicas.scale(1)
+    await server.until(lambda: server.seen(ReplicaRemoved) == [1])
+    assert server.engine.running == 1
+    assert not server.replicas.state.error
+
+
+async def test_a_replica_that_dies_while_it_is_drained_is_not_started_again():
+    server = Server(2)
+    server.busy = True
+    await server.replicas.scale(1)
+    assert server.seen(ReplicaDraining) == [1]
+    server.engine.cores[1].on_death("it was killed")
+    await server.until(lambda: server.seen(ReplicaRemoved) == [1])
+    assert [event.restarting for event in server.events if isinstance(event, ReplicaLost)] == [False]
+
+
+@pytest.mark.parametrize(("count", "limit", "restarts"), [(2, None, MAX_RESTARTS), (1, None, 0), (1, 2, 2), (2, 0, 0)])
+async def test_a_core_is_started_again_as_often_as_allowed(
+    count: int, limit: int | None, restarts: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("engine.api.restarts.BACK_OFF_S", 0.0)
+    server = Server(count, limit)
+    last = count - 1
+    for number in range(restarts):
+        server.engine.cores[last].on_death("it was killed")
+        await server.until(lambda expected=number + 1: server.seen(ReplicaUp) == [last] * expected)
+    server.engine.cores[last].on_death("it was killed")
+    if count == 1:
+        await server.until(lambda: bool(server.died))
+    else:
+        await server.until(lambda: len(server.seen(ReplicaLost)) == restarts + 1)
+        assert not server.died
+        await server.replicas.scale(count)  # by hand, it is started again
+        await server.until(lambda: server.engine.running == count)
+    assert len(server.seen(ReplicaUp)) == restarts + (count > 1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_whatever_happens_there_are_as_many_as_were_asked_for(seed: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.api.restarts.BACK_OFF_S", 0.0)
+    luck, server = random.Random(seed), Server(2, 100)
+    for _ in range(60):
+        act = luck.random()
+        running = [core for core in server.engine.cores.values() if core.up and not core.stopped]
+        if act < 0.3:
+            await server.replicas.scale(luck.randint(1, 5))
+        elif act < 0.6 and len(running) > 1:
+            luck.choice(running).on_death("it was killed")
+        elif act < 0.7:
+            server.engine.fails = luck.random() < 0.3
+        await asyncio.sleep(luck.choice((0, 0, 0.003)))
+    server.engine.fails = False
+    await server.replicas.scale(3)
+    await server.until(lambda: server.engine.running == 3)
+    await asyncio.sleep(0.05)
+    assert server.engine.running == 3
+    assert not server.died
