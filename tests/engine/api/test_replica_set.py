@@ -36,6 +36,10 @@ class Core:
         self.on_death: Callable[[str], None] = lambda _: None
         self.may_start = threading.Event()
 
+    def kill(self) -> None:
+        self.stopped = True
+        self.on_death("it was killed")
+
     def stop(self) -> None:
         self.stopped = True
         self.may_start.set()
@@ -154,7 +158,7 @@ async def test_a_replica_that_dies_while_it_is_drained_is_not_started_again():
     server.busy = True
     await server.replicas.scale(1)
     assert server.seen(ReplicaDraining) == [1]
-    server.engine.cores[1].on_death("it was killed")
+    server.engine.cores[1].kill()
     await server.until(lambda: server.seen(ReplicaRemoved) == [1])
     assert [event.restarting for event in server.events if isinstance(event, ReplicaLost)] == [False]
 
@@ -167,9 +171,9 @@ async def test_a_core_is_started_again_as_often_as_allowed(
     server = Server(count, limit)
     last = count - 1
     for number in range(restarts):
-        server.engine.cores[last].on_death("it was killed")
+        server.engine.cores[last].kill()
         await server.until(lambda expected=number + 1: server.seen(ReplicaUp) == [last] * expected)
-    server.engine.cores[last].on_death("it was killed")
+    server.engine.cores[last].kill()
     if count == 1:
         await server.until(lambda: bool(server.died))
     else:
@@ -190,7 +194,7 @@ async def test_whatever_happens_there_are_as_many_as_were_asked_for(seed: int, m
         if act < 0.3:
             await server.replicas.scale(luck.randint(1, 5))
         elif act < 0.6 and len(running) > 1:
-            luck.choice(running).on_death("it was killed")
+            luck.choice(running).kill()
         elif act < 0.7:
             server.engine.fails = luck.random() < 0.3
         await asyncio.sleep(luck.choice((0, 0, 0.003)))
