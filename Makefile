@@ -166,6 +166,10 @@ bench-share: install  ## How much of a step passes outside the device, by model 
 bench-ranks: install  ## Bytes and time to tell the ranks of a step, V1 and V0, TP 2 and 4: docs/figures/bench-ranks.png
 	$(BIN)/python -m tests.perf.bench_ranks
 
+.PHONY: bench-stages
+bench-stages: install  ## One rank, TP 2 and PP 2 on the same cores: results/bench-stages.json
+	$(BIN)/python -m tests.perf.bench_stages
+
 .PHONY: bench-cpu
 bench-cpu: install  ## Redline on the CPU beside vLLM, OpenVINO and llama.cpp, where named: results/bench-cpu.json
 	$(BIN)/python -m tests.perf.bench_cpu

@@ -172,6 +172,10 @@ ENGINE_OPTIONS = (
         help="Number of tensor-parallel ranks: processes that each compute a part of every layer.",
     ),
     option(
+        PARALLEL, "-pp", "--pp", "--pipeline-parallel-size", "pipeline_parallel_size", default=1, type=int, metavar="N",
+        help="Number of pipeline stages: processes that each compute some of the layers, --tp of them a stage.",
+    ),
+    option(
         PARALLEL, "-dp", "--dp", "--data-parallel-size", "data_parallel_size", default=1, type=int, metavar="N",
         help="Number of replicas of the model. Replicas share the cores and the memory of the machine; --max-num-seqs "
         "and --max-num-batched-tokens apply to each of them.",

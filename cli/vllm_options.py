@@ -103,7 +103,6 @@ REFUSED = (
     _refused("--media-io-kwargs", why="use --video-frames for the number of frames"),
     _refused("--trust-remote-code/--no-trust-remote-code", why=NO_CODE, switch=True),
     _refused("--code-revision", why=NO_CODE),
-    _refused("--pipeline-parallel-size", "-pp", why="not implemented; use --tp", neutral=("1",)),
     _refused("--distributed-executor-backend", why=ONE_MACHINE, neutral=("mp", "uni")),
     _refused("--nnodes", why=ONE_MACHINE, neutral=("1",)),
     _refused("--headless", why=ONE_MACHINE, switch=True),

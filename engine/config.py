@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from engine.errors import ConfigError
 from engine.kv_spill import check_kv_spill
 from engine.media.limits import MediaOptions, make_limits, parse_per_prompt
+from engine.pipeline_options import check_stages
 from engine.pooling import CONVERSIONS, RUNNERS, check_pooler_config
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -97,6 +98,7 @@ class EngineConfig:
     chat_template: str | None = None  # Jinja, in place of the model's
     hf_overrides: str | Mapping[str, Any] | None = None  # fields of config.json, or JSON text
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1  # stages, which divide the layers
     data_parallel_size: int = 1  # replicas behind one front end, which share cores and memory
     replica: int = 0  # the number of this one; set by engine.replicas
     routing: str = "prefix"  # of ROUTINGS
@@ -159,6 +161,7 @@ class EngineConfig:
                     f"{flag(name)} must be one of {', '.join(filter(None, allowed))}, not {getattr(self, name)!r}"
                 )
         self._check_engine()
+        check_stages(self)
 
     def _check_numbers(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -297,14 +300,24 @@ class EngineConfig:
         return self.device.removeprefix(SIMULATED) if self.device.startswith(SIMULATED) else ""
 
     @property
+    def num_ranks(self) -> int:
+        """The number of ranks of a replica: those of the first pipeline stage, then those of the next."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def answering_rank(self) -> int:
+        """The rank whose results the executor gets: the first one of the last stage, which samples."""
+        return self.num_ranks - self.tensor_parallel_size
+
+    @property
     def total_ranks(self) -> int:
         """The number of ranks of all replicas, which share the cores."""
-        return self.data_parallel_size * self.tensor_parallel_size
+        return self.data_parallel_size * self.num_ranks
 
     @property
     def first_rank(self) -> int:
         """The number of this replica's first rank, counted over all replicas."""
-        return self.replica * self.tensor_parallel_size
+        return self.replica * self.num_ranks
 
     def describe(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -341,7 +354,7 @@ def read_overrides(text: str, option: str = "--hf-overrides") -> dict[str, Any]:
 
 
 _AT_LEAST_ONE = (
-    "tensor_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens",
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens",
     "num_layers", "num_speculative_tokens", "mm_processors",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -364,5 +377,10 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 
 def flag(field: str) -> str:
     """The command-line flag of a field."""
-    names = {"tensor_parallel_size": "--tp", "data_parallel_size": "--dp", "kv_cache_memory_bytes": KV_ALLOCATION}
+    names = {
+        "tensor_parallel_size": "--tp",
+        "pipeline_parallel_size": "--pp",
+        "data_parallel_size": "--dp",
+        "kv_cache_memory_bytes": KV_ALLOCATION,
+    }
     return names.get(field, "--" + field.replace("_", "-"))

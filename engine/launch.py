@@ -78,7 +78,7 @@ def build_core_server(
     phases.end("read the configuration")
     clock = MonotonicClock()
     executor = _start_executor(plan, endpoints, clock, progress)
-    resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.tensor_parallel_size)
+    resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.num_ranks)
     resolved = resolution.config
     phases.add(executor.seconds, "start the executor")
     ready, features = _ready(config, model_info, resolution, executor), None

@@ -15,7 +15,9 @@ from engine.kv_spill import blocks_per_replica, parse_kv_spill
 from engine.messages import MemoryLine
 from engine.model.declared import divide_declared
 from engine.model.model_info import ITEMSIZE, ModelInfo
+from engine.model.sharding.pipeline_plan import plan_pipeline
 from engine.model.sharding.tp_plan import plan_tensor_parallel
+from engine.pipeline_options import check_stages_of_model
 from engine.resolved_config import ResolvedConfig
 from engine.text import human_bytes
 
@@ -73,19 +75,19 @@ def resolve(
     machine = machine or machine_for(config)
     if model_info.pooling is not None and machine.torch_type:
         raise ConfigError(f"embeddings and scores are computed on the CPU only: use --device cpu for {config.model}")
+    check_stages_of_model(config, takes_inputs=model_info.mm is not None, device=machine.torch_type)
     batch = _batch_sizes(config, model_info, machine)
     max_num_seqs, budget, budget_source = batch
     block_size = config.block_size or machine.defaults.block_size
-    ranks, warnings = config.tensor_parallel_size, list(model_info.warnings)
+    ranks, warnings = config.num_ranks, list(model_info.warnings)
     if ranks == 1:
         workspace = machine.workspace(model_info, max_num_seqs, budget, block_size)
     else:  # ranks share the machine: from here on figures are sums over ranks
-        divide = divide_declared if config.simulated else plan_tensor_parallel
-        tp_plan = divide(config, model_info)
-        warnings += tp_plan.warnings
-        workspace = ranks * machine.workspace(tp_plan.rank_info, max_num_seqs, budget, block_size)
-        kv_bytes = ranks * tp_plan.rank_info.kv_bytes_per_token
-        model_info = dataclasses.replace(model_info, weight_bytes=tp_plan.weight_bytes, kv_bytes_per_token=kv_bytes)
+        of_ranks = _divide(config, model_info)
+        warnings += of_ranks.warnings
+        per_rank = (machine.workspace(one, max_num_seqs, budget, block_size) for one in of_ranks.stages)
+        workspace = config.tensor_parallel_size * sum(per_rank)
+        model_info = of_ranks.sums(model_info, config.tensor_parallel_size)
     replicas = config.data_parallel_size
     available = machine.available_memory() if available is None else available
     fraction = config.gpu_memory_utilization or machine.defaults.memory_utilization
@@ -118,6 +120,32 @@ def resolve(
     return Resolution(
         resolved, lines, tuple(warnings), machine.describe(config), sequences, machine.simulated, budget_source
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """The model as its ranks run it: what a rank of each pipeline stage has, and the weights of all ranks in bytes."""
+
+    stages: tuple[ModelInfo, ...]
+    weight_bytes: int
+    warnings: tuple[str, ...]
+
+    def sums(self, model_info: ModelInfo, ranks: int) -> ModelInfo:
+        """The model with the bytes of all ranks together; `ranks`: of each stage."""
+        kv_bytes = ranks * sum(one.kv_bytes_per_token for one in self.stages)
+        return dataclasses.replace(model_info, weight_bytes=self.weight_bytes, kv_bytes_per_token=kv_bytes)
+
+
+def _divide(config: EngineConfig, model_info: ModelInfo) -> _Ranks:
+    info, weight_bytes, warnings = model_info, model_info.weight_bytes, tuple[str, ...]()
+    if config.tensor_parallel_size > 1:
+        tp_plan = (divide_declared if config.simulated else plan_tensor_parallel)(config, model_info)
+        info, weight_bytes, warnings = tp_plan.rank_info, tp_plan.weight_bytes, tp_plan.warnings
+    if config.pipeline_parallel_size == 1:
+        return _Ranks((info,), weight_bytes, warnings)
+    plan = plan_pipeline(config, model_info)
+    stages = tuple(plan.rank_info(stage.number, info) for stage in plan.stages)
+    return _Ranks(stages, int(weight_bytes * sum(plan.shares)), warnings)
 
 
 def _num_blocks(config: EngineConfig, memory: _Budget, per_request: int, max_num_seqs: int) -> int:
@@ -156,6 +184,7 @@ def _resolved(
         tile_table=machine.tile_table,
         pools=model_info.pooling is not None,
         whole_prompts=whole_prompts,
+        pipeline_stages=config.pipeline_parallel_size,
     )
 
 

@@ -25,6 +25,7 @@ class ResolvedConfig:
     tile_table: str = ""  # the file with measured tiles of attention; empty: those that come with the kernels
     pools: bool = False  # requests end with the vector of their prompt, and sample no tokens
     whole_prompts: bool = False  # each prompt is computed in one step, as its vector depends on all hidden states
+    pipeline_stages: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablations", frozenset(self.ablations))  # messages carry lists
@@ -34,3 +35,11 @@ class ResolvedConfig:
     def most_tokens(self) -> int:
         """Tokens of a request; the vector of a prompt counts as one more."""
         return self.max_model_len + self.pools
+
+    @property
+    def most_steps_in_flight(self) -> int:
+        """Steps that may be submitted and not yet booked: each stage runs one, and another one waits for the first.
+
+        That one is scheduled and submitted while the others run, so that no stage waits for the scheduler.
+        """
+        return self.pipeline_stages + 1

@@ -187,7 +187,9 @@ class EngineCore:
     def _may_schedule(self, now: float) -> bool:
         """Whether another step may be submitted now; see `engine.core.step_timer`."""
         in_flight = len(self._in_flight)
-        return in_flight < self._max_in_flight and (not in_flight or now >= self._timer.next_schedule_at)
+        return in_flight < self._max_in_flight and (
+            in_flight < self.config.pipeline_stages or now >= self._timer.next_schedule_at
+        )
 
     def _schedule_step(self, now: float) -> ScheduledStep | None:
         scheduler = self.scheduler
@@ -208,14 +210,15 @@ class EngineCore:
     def _sample_next(self, now: float) -> None:
         """Sample the newest step, unless slots with a grammar sample in it and earlier steps are in flight.
 
-        Its masks need their tokens. Meanwhile the workers compute its forward pass.
+        Its masks need their tokens. Meanwhile the workers compute its forward pass. With pipeline stages these tokens
+        are known, since no slot decodes ahead of them.
         """
         newest = self._in_flight[-1] if self._in_flight else None
         if newest is None or newest.result is not None:
             return
         slots, masks = self.scheduler.slots, b""
         if slots.constrained[newest.step.slots].any():
-            if len(self._in_flight) > 1:
+            if len(self._in_flight) > 1 and self.scheduler.policy.decodes_ahead:
                 return
             masks, ended = self._grammars.masks(slots, newest.step)
             if ended:

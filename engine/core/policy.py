@@ -6,7 +6,7 @@ for ablations.
     decision        V1                       ablation or option
     batch_order     MixedBatches             PrefillFirst              prefill-first
     chunking        ChunkedPrefill           WholePrompts              no-chunking, pooling of all hidden states
-    bursts          LatencyBoundBursts       FixedBursts               no-run-ahead, full-state, --speculative
+    bursts          LatencyBoundBursts       FixedBursts               no-run-ahead, full-state, --speculative, --pp
     watermark       Watermark(0)             Watermark(1 %)            watermark
     queue_order     FirstComeFirstServed     PriorityOrder             --scheduling-policy priority
 """
@@ -22,9 +22,6 @@ from engine.config import watermark_blocks
 from engine.core.slots import Slots
 from engine.core.waiting_queue import PriorityQueue, WaitingQueue, priority_key
 from engine.resolved_config import ResolvedConfig
-
-# One step runs while the next one is scheduled and submitted, so that the device never waits for the scheduler.
-STEPS_IN_FLIGHT = 2
 
 # A burst has as many steps as end within this time, so a request that arrives in the meantime waits no longer. More
 # than 8 steps save hardly anything more.
@@ -204,14 +201,17 @@ class SchedulingPolicy:
     queue_order: QueueOrder
     steps_in_flight: int
     full_state: bool  # each step message has the full state of its requests
+    decodes_ahead: bool  # a slot may be scheduled again before the token of its last step is known
 
     @classmethod
     def from_resolved(cls, config: ResolvedConfig) -> "SchedulingPolicy":
         ablations = config.ablations
         # A message with the full state needs the sampled tokens of the previous step.
         run_ahead = not ablations & {"no-run-ahead", "full-state"}
-        # A burst requires that each of its steps yields one token, which isn't so with draft tokens.
-        bursts = run_ahead and not config.draft_tokens
+        # A burst requires that each of its steps yields one token, which isn't so with draft tokens, and that a rank
+        # knows this token, which isn't so if another pipeline stage samples it.
+        one_stage = config.pipeline_stages == 1
+        bursts = run_ahead and not config.draft_tokens and one_stage
         whole_prompts = config.whole_prompts or "no-chunking" in ablations
         return cls(
             batch_order=PrefillFirst() if "prefill-first" in ablations else MixedBatches(),
@@ -219,6 +219,7 @@ class SchedulingPolicy:
             bursts=LatencyBoundBursts() if bursts else FixedBursts(config.scheduler_steps),
             watermark=Watermark(watermark_blocks(config.num_blocks) if "watermark" in ablations else 0),
             queue_order=PriorityOrder() if config.scheduling_policy == "priority" else FirstComeFirstServed(),
-            steps_in_flight=STEPS_IN_FLIGHT if run_ahead else 1,
+            steps_in_flight=config.most_steps_in_flight if run_ahead else 1,
             full_state="full-state" in ablations,
+            decodes_ahead=one_stage,
         )

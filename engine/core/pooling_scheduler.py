@@ -4,6 +4,7 @@ import numpy as np
 
 from engine.columns import float32s
 from engine.core.feature_mirror import FeatureMirror
+from engine.core.pipeline_scheduler import PipelineScheduler
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.spill_scheduler import SpillScheduler
@@ -17,6 +18,8 @@ def make_scheduler(config: ResolvedConfig, features: FeatureMirror | None) -> Sc
     """The scheduler of a configuration."""
     if config.pools:
         return PoolingScheduler(config, features)
+    if config.pipeline_stages > 1:
+        return PipelineScheduler(config, features)
     return SpillScheduler(config, features) if config.host_blocks else Scheduler(config, features)
 
 

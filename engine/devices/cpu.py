@@ -74,7 +74,7 @@ class CpuMachine:
             return default_step_tokens(self.defaults)
         each = QUANTIZED_BYTES[config.quantization] if config.quantization else ITEMSIZE[model_info.dtype]
         per_token = 2 * model_info.weight_bytes / each
-        threads = config.tensor_parallel_size * threads_per_rank(config.total_ranks, cores())
+        threads = config.num_ranks * threads_per_rank(config.total_ranks, cores())
         fitting = int(STEP_SECONDS * TILE_OPERATIONS * threads / per_token) // STEP_MULTIPLE * STEP_MULTIPLE
         least = self.defaults.max_num_batched_tokens
         if fitting <= least:
@@ -90,16 +90,20 @@ class CpuMachine:
         return config.checks_stored()
 
     def describe(self, config: EngineConfig) -> str:
-        ranks, threads = config.tensor_parallel_size, threads_per_rank(config.total_ranks, cores())
+        ranks, threads = config.num_ranks, threads_per_rank(config.total_ranks, cores())
         each = f"{threads} thread{'s' if threads > 1 else ''}"
         return f"cpu ({each})" if ranks == 1 else f"cpu ({ranks} ranks of {each})"
 
     def warnings(self, config: EngineConfig) -> list[str]:
         if config.total_ranks <= cores():
             return self._notes
-        ranks, replicas = config.tensor_parallel_size, config.data_parallel_size
-        flags = [f"--tp {ranks}"] * (ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
-        what = "ranks" if ranks > 1 else "replicas"
+        counts = {
+            "--tp": config.tensor_parallel_size,
+            "--pp": config.pipeline_parallel_size,
+            "--dp": config.data_parallel_size,
+        }
+        flags = [f"{flag} {count}" for flag, count in counts.items() if count > 1]
+        what = "ranks" if config.num_ranks > 1 else "replicas"
         return [*self._notes, f"{' '.join(flags)} on {cores()} cores: {what} share cores; use fewer"]
 
 

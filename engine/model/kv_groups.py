@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.model.families import family_of
 
+NOWHERE = (-1, -1)
 MOST_PADDING = 0.15  # missing layers of groups, as a fraction of all layers; fewer groups need fewer block tables
 
 
@@ -25,7 +26,7 @@ class KVGroups:
     Args:
         windows: tokens that a query sees, its own included, per group; 0 for all.
         group_size: layers whose keys and values a block can hold.
-        places: group of each layer, and its index within the group.
+        places: group of each layer, and its index within the group; NOWHERE for layers of other pipeline stages.
     """
 
     windows: tuple[int, ...]
@@ -51,6 +52,20 @@ def group_layers(windows: Sequence[int]) -> KVGroups:
             places[layer] = len(group_windows) + i // group_size, i % group_size
         group_windows += [window] * -(-len(layers) // group_size)
     return KVGroups(tuple(group_windows), group_size, tuple(places))
+
+
+def groups_of_stage(groups: KVGroups, layers: range) -> KVGroups:
+    """The groups as a pipeline stage stores them: the block tables of all layers, and places for its own layers only.
+
+    Example: for the layers 2 and 3 of the model above a block holds one layer, since they are in different groups.
+    """
+    sizes = [0] * len(groups.windows)
+    places = [NOWHERE] * len(groups.places)
+    for layer in layers:
+        group = groups.places[layer][0]
+        places[layer] = group, sizes[group]
+        sizes[group] += 1
+    return KVGroups(groups.windows, max(sizes, default=0), tuple(places))
 
 
 def layer_windows(hf_config: Any, max_model_len: int) -> tuple[int, ...]:

@@ -19,10 +19,11 @@ from engine.model.config.mistral_params import read_mistral_params
 from engine.model.config.plain_config import PlainConfig
 from engine.model.config.unsupported import unsupported_reason
 from engine.model.families import Family, family_of, is_encoder, lost_positions
-from engine.model.kv_groups import KVGroups, group_layers, layer_windows
+from engine.model.kv_groups import KVGroups, group_layers, groups_of_stage, layer_windows
 from engine.model.mm_facts import MMFacts, read_mm_facts
 from engine.model.pooling import read_pooling, with_tied_head
 from engine.model.resolve import resolve_model
+from engine.model.stage import Stage
 from engine.multimodal.families import MM_FAMILIES
 from engine.pooling import PoolingSpec
 from engine.pretrained import AUTO_MAP, build_causal_lm, build_encoder
@@ -54,10 +55,17 @@ class ModelInfo:
     mm: MMFacts | None = None  # None: the model takes texts only
     pooling: PoolingSpec | None = None  # None: the model generates
     stored_fp8: bool = False  # as simulated hardware runs it; elsewhere the weights of a checkpoint are dequantized
+    stage: Stage | None = None  # of a rank with --pp: which of the `num_layers` layers it has; None: all
 
     @property
     def kv_groups(self) -> KVGroups:
-        return group_layers(self.windows)
+        groups = group_layers(self.windows)
+        return groups if self.stage is None else groups_of_stage(groups, self.stage.layers)
+
+    @property
+    def layers(self) -> range:
+        """The numbers of the layers that are computed."""
+        return range(self.num_layers) if self.stage is None else self.stage.layers
 
 
 def read_model_info(config: EngineConfig) -> ModelInfo:

@@ -85,6 +85,7 @@ def _check_options(config: EngineConfig, *, encoder: bool) -> None:
         "--speculative": config.speculative,
         "--lora": config.adapters,
         "--tp": config.tensor_parallel_size > 1,
+        "--pp": config.pipeline_parallel_size > 1,
         "--quantization": encoder and config.quantization,
         "--kv-cache-dtype": encoder and config.kv_cache_dtype,
         "--num-layers": encoder and config.num_layers,

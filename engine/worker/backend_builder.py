@@ -2,9 +2,9 @@
 
 from ctypes import c_uint8
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import nn
 
 from engine.config import EngineConfig
 from engine.devices.cpu import pytorch_warnings
@@ -29,6 +29,9 @@ from engine.worker.mm_generic_backend import MMGenericBackend
 from engine.worker.model_backend import ModelBackend
 from engine.worker.page_supply import PageSupply
 from engine.worker.threads import cores_of_rank
+
+if TYPE_CHECKING:
+    from engine.worker.stage_links import StageLinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,18 @@ def open_for_backend(
 
 
 def build_backend(
-    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    links: "StageLinks | None" = None,
 ) -> BuiltBackend:
     """Build the fused stack if --kernels, the machine and the model allow it, else the generic backend.
 
     Args:
         model_info: of the rank.
         meta_model: the rank's shard of the model, before it is filled.
+        links: to the other pipeline stages; None: there are none.
 
     Raises ConfigError for kernels that this machine can't run, and for options that only the C++ kernels have.
     """
@@ -79,7 +87,7 @@ def build_backend(
         unsupported = refusal is not None
         isa, reason = (None, refusal) if unsupported else _first_compiled(config, isas, formats)
         if isa is not None:
-            return _build_fused(config, model_info, resolved, meta_model, formats, isa)
+            return _build_fused(config, model_info, resolved, meta_model, formats, isa, links)
     for flag, value in (("--quantization", config.quantization), ("--kv-cache-dtype", config.kv_cache_dtype)):
         if value is not None:
             raise ConfigError(f"{flag} {value} needs the C++ CPU kernels: {reason}")
@@ -88,12 +96,11 @@ def build_backend(
             f"--deterministic needs the C++ CPU kernels: {reason}. With PyTorch the size of the batch decides in which "
             "order numbers are added up"
         )
-    model = fill_and_check(meta_model, config, model_info)
     cache = KVCache(model_info.kv_groups, resolved.num_blocks, kv_layout(model_info, resolved.block_size))
+    backend = _build_generic(config, model_info, meta_model, cache, links)
     warnings = pytorch_warnings(model_info.dtype)
     if config.kernels == "auto" and not unsupported:
         warnings.insert(0, f"{reason}: falling back to PyTorch, which is several times slower")
-    backend = _generic(meta_model, model, cache)
     blocks = CPUBlocks([part.numpy() for part in cache_parts(cache)], _rank(meta_model))
     return BuiltBackend(backend, blocks, f"torch ({reason})", tuple(warnings))
 
@@ -103,7 +110,22 @@ def _rank(meta_model: MetaModel) -> int:
     return 0 if meta_model.vocab_shard is None else meta_model.vocab_shard.group.rank
 
 
-def _generic(meta_model: MetaModel, decoder: nn.Module, cache: KVCache) -> ModelBackend:
+def _build_generic(
+    config: EngineConfig,
+    model_info: ModelInfo,
+    meta_model: MetaModel,
+    cache: KVCache,
+    links: "StageLinks | None",
+) -> ModelBackend:
+    if links is not None:
+        from engine.model.sharding.stage_model import connect_stage
+        from engine.worker.stage_backends import GenericStageBackend
+
+        states, width = connect_stage(meta_model, links.stage), model_info.hidden_size
+        stage_decoder = fill_and_check(meta_model, config, model_info)
+        shard = meta_model.vocab_shard
+        return GenericStageBackend(stage_decoder, cache, shard, states=states, links=links, width=width)
+    decoder = fill_and_check(meta_model, config, model_info)
     family = MM_FAMILIES.get(meta_model.model.config.model_type)
     if family is None:
         return GenericBackend(decoder, cache, meta_model.vocab_shard)
@@ -132,6 +154,7 @@ def _build_fused(
     meta_model: MetaModel,
     formats: StackFormats,
     isa: str,
+    links: "StageLinks | None",
 ) -> BuiltBackend:
     part = meta_model.vocab_shard
     spec, owners = fused_stack.make_spec(
@@ -144,10 +167,14 @@ def _build_fused(
         first_token=0 if part is None else part.first,
         fill=meta_model.fill,
         packed_folder=packed_files.default_folder(),
+        stage=model_info.stage,
     )
-    meta_model.fill()  # the towers
+    if links is None:
+        meta_model.fill()  # the towers, which models with stages don't have
     threads = threads_per_rank(config.total_ranks)
     rank = config.first_rank + _rank(meta_model)
+    if links is not None:
+        rank += links.stage.number * config.tensor_parallel_size
     cores = cores_of_rank(threads, rank, config.total_ranks)
     stack = Stack(spec, formats.weights, formats.cache, threads, isa, owners, cores)
     keys, values = spec.layer[0].keys, spec.layer[0].values
@@ -156,7 +183,13 @@ def _build_fused(
     pages = PageSupply(owners, keys, regions, region_bytes, region_bytes // resolved.num_blocks)
     family = MM_FAMILIES.get(meta_model.model.config.model_type)
     adds = family is not None and family.added
-    backend = FusedBackend(stack, spec, meta_model.decoder, part, pages, adds_inputs=adds)
+    backend: ModelBackend
+    if links is None:
+        backend = FusedBackend(stack, spec, meta_model.decoder, part, pages, adds_inputs=adds)
+    else:
+        from engine.worker.stage_backends import FusedStageBackend
+
+        backend = FusedStageBackend(stack, spec, meta_model.decoder, part, pages, links=links)
     memory = (c_uint8 * (regions * region_bytes)).from_address(keys)
     blocks = CPUBlocks(np.frombuffer(memory, np.uint8).reshape(regions, resolved.num_blocks, -1), _rank(meta_model))
     return BuiltBackend(backend, blocks, f"{isa}, fused stack", cores=cores)

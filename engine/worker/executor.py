@@ -61,7 +61,7 @@ def make_executor(
     if machine.torch_type:
         share = config.gpu_memory_utilization or machine.defaults.memory_utilization
         device = DeviceKind(machine.torch_type, machine.kernels == "triton", share)
-    if config.tensor_parallel_size > 1:
+    if config.num_ranks > 1:
         return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress, device=device)
     if device is not None:
         return InProcessDeviceExecutor(config, model_info, resolved, start=device_start(device), progress=progress)

@@ -22,6 +22,7 @@ from engine.model.families import Family, family_of
 from engine.model.kv_groups import KVGroups
 from engine.model.model_info import kv_head_bytes
 from engine.model.rotary_axes import rotary_axes
+from engine.model.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,7 @@ def make_spec(  # noqa: PLR0913  (most are keywords with defaults)
     first_token: int = 0,
     fill: Callable[[nn.Module], None] = lambda _: None,
     packed_folder: Path | None = None,
+    stage: Stage | None = None,
 ) -> tuple[StackSpec, list[Any]]:
     """Pack a transformers model, or a rank's shard of it, and allocate its KV cache. The model loses its weights.
 
@@ -147,16 +149,12 @@ def make_spec(  # noqa: PLR0913  (most are keywords with defaults)
         first_token: the first token id of the rank's part of the vocabulary.
         fill: loads the weights of a module that has none yet. One linear at a time is in memory twice.
         packed_folder: where packed weights are kept for the next start; None: nowhere.
+        stage: the pipeline stage whose layers the model has; None: all.
 
     Returns the spec, and the arrays that it points to.
     """
-    packer, inner, lm_head = Packer(formats.weights, PackedFiles(packed_folder)), model.model, model.lm_head
-    for part in (inner.embed_tokens, inner.norm, lm_head):
-        fill(part)
-    embedding, final_norm = _embedding(packer, model, formats), packer.floats(inner.norm.weight)
-    vocabulary, embedded = len(lm_head.weight), len(inner.embed_tokens.weight)
-    head = packer.linear(lm_head.weight.detach(), kind=formats.head)
-    release(inner.embed_tokens, lm_head)
+    packer, inner = Packer(formats.weights, PackedFiles(packed_folder)), model.model
+    ends = _pack_ends(packer, model, formats, fill, stage)
     first = inner.layers[0].self_attn
     head_dim = first.head_dim
     heads, kv_heads = (proj.weight.shape[0] // head_dim for proj in (first.q_proj, first.k_proj))
@@ -166,7 +164,7 @@ def make_spec(  # noqa: PLR0913  (most are keywords with defaults)
     cache = lazy_zeros(2 * groups.group_size * cache_bytes)  # one allocation, so that all its pages can be huge pages
     packer.owners.append(cache)
     for i, layer in enumerate(inner.layers):
-        group, index = groups.places[i]
+        group, index = groups.places[i if stage is None else stage.begin + i]
         keys = cache.ctypes.data + 2 * index * cache_bytes
         layers[i] = _layer(packer, layer, keys, keys + cache_bytes, fill)
         layers[i].window, layers[i].group = groups.windows[group], group
@@ -177,10 +175,10 @@ def make_spec(  # noqa: PLR0913  (most are keywords with defaults)
     spec = StackSpec(
         hidden=model.config.hidden_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         intermediate=intermediate, layers=len(inner.layers),
-        vocabulary=vocabulary, block_size=block_size, partial=int(partial), first_token=first_token, embedded=embedded,
-        epsilon=inner.norm.variance_epsilon, scaling=first.scaling, rotary_scaling=rotary.attention_scaling,
-        frequencies=packer.floats(rotary.inv_freq), axes=packer.axes(rotary), embedding=embedding,
-        final_norm=final_norm, layer=layers, head=head,
+        vocabulary=ends.vocabulary, block_size=block_size, partial=int(partial), first_token=first_token,
+        embedded=ends.embedded, epsilon=inner.norm.variance_epsilon, scaling=first.scaling,
+        rotary_scaling=rotary.attention_scaling, frequencies=packer.floats(rotary.inv_freq), axes=packer.axes(rotary),
+        embedding=ends.embedding, final_norm=ends.final_norm, layer=layers, head=ends.head,
     )  # fmt: skip
     return spec, packer.owners
 
@@ -192,10 +190,42 @@ def release(*parts: nn.Module) -> None:
             parameter.data = parameter.new_empty(0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """What a stack has before its layers and behind them; see `Spec` in spec.h."""
+
+    embedding: int | None
+    embedded: int
+    final_norm: int | None
+    vocabulary: int
+    head: Linear
+
+
+def _pack_ends(
+    packer: Packer, model: Any, formats: StackFormats, fill: Callable[[nn.Module], None], stage: Stage | None
+) -> _Ends:
+    """Pack embedding, final norm and head, as far as the stage has them.
+
+    A stack without an embedding embeds no token: its hidden states are put in. One without a head runs no last part.
+    """
+    inner, lm_head = model.model, model.lm_head
+    embeds, chooses = stage is None or stage.is_first, stage is None or stage.is_last
+    for part, needed in ((inner.embed_tokens, embeds), (inner.norm, chooses), (lm_head, chooses)):
+        if needed:
+            fill(part)
+    embedding = _embedding(packer, model, formats) if embeds else None
+    final_norm = packer.floats(inner.norm.weight) if chooses else None
+    vocabulary, embedded = len(lm_head.weight), len(inner.embed_tokens.weight)
+    head = packer.linear(lm_head.weight.detach(), kind=formats.head) if chooses else Linear()
+    release(inner.embed_tokens, lm_head)
+    return _Ends(embedding, embedded if embeds else 0, final_norm, vocabulary, head)
+
+
 def _embedding(packer: Packer, model: Any, formats: StackFormats) -> int | None:
     """The address of the embedding; None if it is tied to a head that is not quantized."""
     weight = model.model.embed_tokens.weight.detach()
-    if formats.head == formats.dtype and weight.data_ptr() == model.lm_head.weight.data_ptr():
+    head = model.lm_head.weight  # on the meta device in a pipeline stage without a head
+    if formats.head == formats.dtype and weight.data_ptr() == head.data_ptr():
         return None
     # A copy: a view of the checkpoint would keep all of its pages in memory.
     copied = packer.arena.empty(weight.shape, DTYPES[formats.dtype]).copy_(weight)

@@ -15,7 +15,8 @@ TIMEOUT = datetime.timedelta(minutes=10)
 NO_TIMEOUT = datetime.timedelta(days=3650)  # for messages that follow a request, which may never come
 
 
-def _lost(error: RuntimeError) -> PeerLostError:
+def lost(error: RuntimeError) -> PeerLostError:
+    """The error of a collective, or of a message to or from another rank."""
     return PeerLostError("lost another rank: " + (str(error).splitlines() or ["no reason given"])[0])
 
 
@@ -40,7 +41,7 @@ class GlooGroup:
             options._devices = [gloo.create_device(hostname=address)]
             self._group = gloo(joined_at, rank, size, options)
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
 
     def close(self) -> None:
         """End its threads. A thread that releases a tensor after the interpreter has ended would crash the process."""
@@ -52,7 +53,7 @@ class GlooGroup:
         try:
             self._group.allreduce([tensor]).wait()
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class GlooGroup:
         try:
             self._group.allgather([parts], [tensor]).wait()
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
         return torch.cat(parts, -1)
 
     def smallest(self, number: int) -> int:
@@ -73,7 +74,7 @@ class GlooGroup:
         try:
             self._group.allreduce([found], options).wait()
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
         return int(found)
 
     def broadcast(self, tensors: list[Tensor], timeout: datetime.timedelta = TIMEOUT) -> list[Tensor]:
@@ -85,5 +86,5 @@ class GlooGroup:
             for work in [self._group.broadcast([tensor], options) for tensor in tensors]:
                 work.wait()
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
         return tensors

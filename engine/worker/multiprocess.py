@@ -42,7 +42,6 @@ log = logging.getLogger("redline.core")
 SHUTDOWN_S = 3.0  # for the step in progress, before ranks are killed
 CAUSE_S = 2.0  # after a rank has lost another one, for that one's own report
 KILL_S = 2.0  # for the end of a rank that was killed, which can't be noticed if its machine is gone
-ANSWERING_RANK = 0
 
 
 class MultiprocessExecutor:
@@ -50,7 +49,7 @@ class MultiprocessExecutor:
 
     Once a rank is gone, `ended` and all futures, pending and later ones, fail with an EngineDeadError that names it.
     One thread sends commands, so that a busy rank never blocks the caller. One receives the results, which come in
-    order.
+    order from one rank (`EngineConfig.answering_rank`).
 
     Args:
         folder: for files of the ranks on this machine; None: the system's folder for temporary files.
@@ -273,11 +272,11 @@ def rank_options(
             config=config.describe(),
             model_info={**dataclasses.asdict(model_info), "path": str(model_info.path)},
             resolved=dataclasses.asdict(resolved),
-            answers=number == ANSWERING_RANK,
+            answers=number == config.answering_rank,
             receives=number == 0 or not driven,
             device=device,
         )
-        for number in range(config.tensor_parallel_size)
+        for number in range(config.num_ranks)
     ]
 
 

@@ -1,8 +1,9 @@
 """`python -m engine.worker.rank`: one of several ranks in a process of its own.
 
 All ranks get the same commands and keep the same state of requests. They choose tokens together (see
-`engine.model.runtime`), so each knows the tokens of all requests without a message. Only one rank sends results. With
-`--ablate driver-broadcast` only rank 0 gets commands, see `engine.worker.driver_broadcast`.
+`engine.model.runtime`), so each knows the tokens of all requests without a message. Only one rank sends results. In a
+pipeline stage other than the last one tokens come from that one, see `engine.worker.stage_runners`. With `--ablate
+driver-broadcast` only rank 0 gets commands, see `engine.worker.driver_broadcast`.
 """
 
 import logging
@@ -101,7 +102,10 @@ def _drop(_kind: FrameKind, _answer: bytes) -> None:
 
 
 def start(options: RankOptions, progress: Callable[[int, int], None]) -> tuple[Any, StartReport]:
-    """Start the worker: a Runner or, with `--ablate driver-broadcast`, a Follower; on a device a DeviceRunner."""
+    """Start the worker: a Runner, a StageRunner or, with `--ablate driver-broadcast`, a Follower.
+
+    On a device it is a DeviceRunner.
+    """
     config, resolved = EngineConfig(**options.config), ResolvedConfig(**options.resolved)
     given = options.model_info
     mm = msgspec.convert(given["mm"], MMFacts | None)

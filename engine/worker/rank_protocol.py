@@ -82,7 +82,7 @@ class RankOptions(PipeOptions):
     """What a rank is to run; config, model_info and resolved are the fields of those classes.
 
     Args:
-        answers: whether it sends the answers to commands; one rank does.
+        answers: whether it sends the answers to commands; one rank does (`EngineConfig.answering_rank`).
         receives: whether it receives commands; otherwise they come from rank 0.
         store: where the ranks find each other, see rank_store.py; set by the links, as `link` is.
         device: None: the CPU.

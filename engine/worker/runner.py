@@ -3,6 +3,7 @@
 import contextlib
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -32,6 +33,9 @@ from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.model_backend import ModelBackend
 from engine.worker.slots import StepBatch, WorkerSlots
 from engine.worker.step_runner import StepRunner
+
+if TYPE_CHECKING:
+    from engine.worker.stage_links import StageLinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +98,15 @@ class Runner(StepRunner[SamplingPlan]):
                 tokens, each = self._slots.append_accepted(batch, tokens)
                 counts, logprobs = column(each), reindexed(logprobs, np.cumsum(each) - each)
             else:
-                self._slots.append_tokens(batch.sampling, tokens)
+                self._append(batch, tokens)
         scored = prompt_logprobs.score(self._backend, batch, self._slots) if len(batch.scored_at) else ()
         seconds = self._seconds + time.perf_counter() - began
         reports = self._slots.take_reports()
         return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, reports, scored))
+
+    def _append(self, batch: StepBatch, tokens: Int64s) -> None:
+        """Append one token to each slot that samples."""
+        self._slots.append_tokens(batch.sampling, tokens)
 
     def _plan_sampling(self, batch: StepBatch) -> SamplingPlan:
         """Plan how tokens are chosen: for each slot by its own parameters only, so that batching does not matter."""
@@ -153,11 +161,19 @@ def build_runner(
 
 
 def build_parts(
-    config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel, tp_plan: TPPlan | None
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: MetaModel,
+    tp_plan: TPPlan | None,
+    links: "StageLinks | None" = None,
 ) -> tuple[BuiltBackend, AdapterSharding | None]:
-    """Build a rank's model backend, and with several ranks the sharding of adapters."""
+    """Build a rank's model backend, and with several ranks the sharding of adapters.
+
+    `links`: to the other pipeline stages; None: there are none.
+    """
     with large_allocations_mapped(), contextlib.closing(meta_model):
-        built = build_backend(config, model_info, resolved, meta_model)
+        built = build_backend(config, model_info, resolved, meta_model, links)
     return built, adapter_sharding(meta_model, tp_plan)
 
 

@@ -3,6 +3,7 @@
 import atexit
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,19 +12,24 @@ from engine.config import DRIVER_BROADCAST, EngineConfig
 from engine.host import threads_per_rank
 from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
+from engine.model.sharding.pipeline_plan import PipelinePlan, plan_pipeline
 from engine.model.sharding.tp_plan import plan_tensor_parallel
+from engine.model.stage import Stage
 from engine.phases import Phases
 from engine.resolved_config import ResolvedConfig
 from engine.worker.rank_protocol import DeviceKind
 from engine.worker.threads import limit_libraries, pin_thread
 
 if TYPE_CHECKING:
+    from engine.model.loading.meta_model import MetaModel
     from engine.worker.backend_builder import BuiltBackend
     from engine.worker.device import Device
     from engine.worker.device_runner import DeviceRunner
     from engine.worker.driver_broadcast import Follower
     from engine.worker.pooling_runner import BuiltPooling, PoolingRunner
     from engine.worker.runner import Runner
+    from engine.worker.stage_links import StageLinks
+    from engine.worker.stage_runners import StageRunner
 
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -54,7 +60,7 @@ def start_worker(
     resolved: ResolvedConfig,
     progress: Progress | None = None,
     place: RankPlace | None = None,
-) -> "tuple[Runner | Follower | PoolingRunner, StartReport]":
+) -> "tuple[Runner | Follower | PoolingRunner | StageRunner, StartReport]":
     """Load a rank's part of the model and allocate its KV cache; with a place, also join the other ranks.
 
     The calling thread must be the one that runs steps: it may be pinned to a core.
@@ -69,9 +75,13 @@ def start_worker(
 
     torch.set_num_threads(threads_per_rank(config.total_ranks))
     phases.end("import torch")
-    opened = open_for_backend(config, model_info, resolved, progress) if place is None else None
+    stages = _plan_stages(config, model_info)
+    if stages is not None and progress is not None:
+        progress = partial(_report_share, progress, stages.shares[0])
+    # Only the class has a plan by which tensor-parallel ranks divide it.
+    opened = open_for_backend(config, model_info, resolved, progress) if config.tensor_parallel_size == 1 else None
     meta_model = opened or open_model(config, model_info, progress)
-    worker: Runner | Follower | PoolingRunner
+    worker: Runner | Follower | PoolingRunner | StageRunner
     built: BuiltBackend | BuiltPooling
     if model_info.pooling is not None:
         from engine.worker.pooling_runner import build_pooling_runner
@@ -82,24 +92,68 @@ def start_worker(
         phases.end("open model")
         worker, built = build_runner(config, model_info, resolved, meta_model)
     else:
-        from engine.model.sharding.shard_model import shard_model
-        from engine.worker.driver_broadcast import build_driven
-        from engine.worker.gloo_group import GlooGroup
-
-        tp_plan = plan_tensor_parallel(config, model_info)
-        phases.end("open model")
-        group = GlooGroup(place.rank, tp_plan.size, place.store)
-        atexit.register(group.close)
-        phases.end("join ranks")
-        shard_model(meta_model, tp_plan, group)
-        if DRIVER_BROADCAST in config.ablations:
-            worker, built = build_driven(config, tp_plan.rank_info, resolved, meta_model, tp_plan, group)
-        else:
-            worker, built = build_runner(config, tp_plan.rank_info, resolved, meta_model, tp_plan)
+        worker, built = _build_placed(config, model_info, resolved, meta_model, place, stages, phases)
     pin_thread(built.cores)
     phases.end("load weights", meta_model.seconds)
     phases.end("prepare kernels")
     return worker, StartReport(phases.seconds, built.kernels, built.warnings)
+
+
+def _plan_stages(config: EngineConfig, model_info: ModelInfo) -> PipelinePlan | None:
+    """How pipeline stages divide the model; None with one stage."""
+    return plan_pipeline(config, model_info) if config.pipeline_parallel_size > 1 else None
+
+
+def _report_share(progress: Progress, share: float, done: int, total: int) -> None:
+    """Report the progress of a stage that reads a share of the weights."""
+    own = int(total * min(share, 1.0))
+    progress(min(done, own), own)
+
+
+def _build_placed(
+    config: EngineConfig,
+    model_info: ModelInfo,
+    resolved: ResolvedConfig,
+    meta_model: "MetaModel",
+    place: RankPlace,
+    stages: PipelinePlan | None,
+    phases: Phases,
+) -> "tuple[Runner | Follower | StageRunner, BuiltBackend]":
+    """Join the other ranks, and build the runner of this rank's part of the model."""
+    from engine.worker.gloo_group import GlooGroup
+    from engine.worker.runner import build_runner
+
+    ranks = config.tensor_parallel_size
+    number, rank = divmod(place.rank, ranks)
+    tp_plan = plan_tensor_parallel(config, model_info) if ranks > 1 else None
+    phases.end("open model")
+    group = GlooGroup(rank, ranks, f"{place.store}-{number}") if ranks > 1 else None
+    links = None if stages is None else _join_stages(stages.stages[number], resolved, f"{place.store}-stages-{rank}")
+    if group is not None:
+        atexit.register(group.close)
+    phases.end("join ranks")
+    if tp_plan is not None and group is not None:
+        from engine.model.sharding.shard_model import shard_model
+
+        shard_model(meta_model, tp_plan, group)
+        model_info = tp_plan.rank_info
+    if stages is not None and links is not None:
+        from engine.worker.stage_start import build_stage_runner
+
+        return build_stage_runner(config, stages.rank_info(number, model_info), resolved, meta_model, tp_plan, links)
+    if tp_plan is not None and group is not None and DRIVER_BROADCAST in config.ablations:
+        from engine.worker.driver_broadcast import build_driven
+
+        return build_driven(config, model_info, resolved, meta_model, tp_plan, group)
+    return build_runner(config, model_info, resolved, meta_model, tp_plan)
+
+
+def _join_stages(stage: Stage, resolved: ResolvedConfig, store: str) -> "StageLinks":
+    from engine.worker.stage_links import StageGroup, StageLinks
+
+    group = StageGroup(stage.number, stage.count, store)
+    atexit.register(group.close)
+    return StageLinks(stage, group, resolved.most_steps_in_flight)
 
 
 def device_start(

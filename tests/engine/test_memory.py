@@ -199,6 +199,21 @@ def test_ranks_share_the_machine(kind: str, tmp_path: Path, free) -> None:
     assert lines[1]["workspace"] < lines[4]["workspace"] < 4 * lines[1]["workspace"]
 
 
+def test_stages_share_the_machine(tmp_path: Path, free) -> None:
+    """All stages together hold the model once, but for an embedding that is also the head."""
+    free(1 << 40)
+    config = make_folder(tmp_path, "llama")
+    model_info = read_model_info(config)
+    alone = resolve(config, model_info)
+    two = resolve(dataclasses.replace(config, pipeline_parallel_size=2), model_info)
+    assert two.config.pipeline_stages == 2
+    weights, alone_weights = (one.memory[0].bytes for one in (two, alone))
+    assert weights == pytest.approx(alone_weights, rel=5e-3)
+    assert two.memory[-1].bytes // two.config.num_blocks == alone.memory[-1].bytes // alone.config.num_blocks
+    workspace, alone_workspace = (one.memory[1].bytes for one in (two, alone))
+    assert workspace == 2 * alone_workspace
+
+
 def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_folder(tmp_path, "llama")
     model_info = read_model_info(config)

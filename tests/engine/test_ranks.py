@@ -1,4 +1,4 @@
-"""The EngineCore over real ranks: --tp 1, 2 and 4 say the same, through all that a scheduler does to a request."""
+"""The EngineCore over real ranks: --tp 1, 2 and 4 and pipeline stages say the same, whatever a scheduler does."""
 
 import dataclasses
 import time
@@ -82,7 +82,7 @@ class Served:
 
 def start_ranks(config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig) -> Any:
     """The executor of a configuration on this machine."""
-    several = config.tensor_parallel_size > 1
+    several = config.num_ranks > 1
     return (MultiprocessExecutor if several else InProcessExecutor)(config, model_info, resolved)
 
 
@@ -155,8 +155,15 @@ def expected(model: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("size", "flags"),
-    [(2, {}), (4, {}), (2, {"engine": "v0", "enable_chunked_prefill": True})],
-    ids=["tp 2", "tp 4", "tp 2 of V0"],
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"engine": "v0", "enable_chunked_prefill": True}),
+        (1, {"pipeline_parallel_size": 3}),
+        (2, {"pipeline_parallel_size": 2}),
+        (1, {"pipeline_parallel_size": 2, "kernels": "torch"}),
+    ],
+    ids=["tp 2", "tp 4", "tp 2 of V0", "pp 3", "tp 2 and pp 2", "pp 2 without C++"],
 )
 def test_ranks_say_what_one_says(size: int, flags: dict[str, Any], model: Path, expected: list[list[int]]) -> None:
     tokens, stats, executor = serve_all(model, size, **flags)
@@ -166,4 +173,5 @@ def test_ranks_say_what_one_says(size: int, flags: dict[str, Any], model: Path, 
     assert stats.preemptions > 0
     if "engine" not in flags:  # V0 had none of these by default
         assert stats.prefix_hits >= 3 * len(SHARED[:40]) // BLOCK * BLOCK
-        assert max(executor.in_flight) > 0, "no step was handed over before the one before it was done"
+        stages = flags.get("pipeline_parallel_size", 1)
+        assert max(executor.in_flight) >= stages, "no step was handed over before the ones before it were done"

@@ -41,14 +41,19 @@ def expected(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("flags", "victim"),
-    [((), 1), (("--engine", "v0", "--enable-chunked-prefill"), 1), (("--ablate", "driver-broadcast"), 0)],
-    ids=["V1", "V0", "rank 0 drives"],
+    [
+        (("--tp", "2"), 1),
+        (("--tp", "2", "--engine", "v0", "--enable-chunked-prefill"), 1),
+        (("--tp", "2", "--ablate", "driver-broadcast"), 0),
+        (("--pp", "2"), 1),
+    ],
+    ids=["V1", "V0", "rank 0 drives", "pipeline stages"],
 )
 def test_two_ranks_serve_and_one_killed_ends_the_server(
     flags: tuple[str, ...], victim: int, folder: Path, expected: list[int], tmp_path: Path
 ) -> None:
-    with serve(tmp_path, str(folder), "--tp", "2", "--load-format", "dummy", *FLAGS, *flags) as server:
-        assert ("driver-broadcast" in server.output()) == bool(flags)
+    with serve(tmp_path, str(folder), "--load-format", "dummy", *FLAGS, *flags) as server:
+        assert ("driver-broadcast" in server.output()) == (len(flags) > 2)
         body = {"model": str(folder), "prompt": PROMPT, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
         answer = server.post("/v1/completions", **body, return_token_ids=True)
         assert answer["choices"][0]["token_ids"] == expected

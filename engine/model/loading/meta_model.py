@@ -137,6 +137,13 @@ class MetaModel:
                 owner, _, last = path.rpartition(".")
                 self.model.get_submodule(owner)._parameters[last] = smaller
 
+    def replace(self, module: nn.Module, by: nn.Module) -> None:
+        """Put a module without weights in the place of one whose weights are not needed."""
+        path = self._paths[module]
+        owner, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(owner), name, by)
+        self._paths[by] = path
+
     @contextlib.contextmanager
     def zeros(self, zeros: Allocate) -> Iterator[None]:
         """A context in which the parameters, none of which is filled yet, are zeros.

@@ -184,6 +184,8 @@ def check_attention(
 ) -> tuple[tuple[int, int | None], ...]:
     """Run a few tokens through a small cache: only this shows that all layers of a class use the attention interface.
 
+    Of a pipeline stage these are its own layers; logits are checked where the stage has the head.
+
     Returns the KV groups and windows that the layers use, None for full attention. Raises ModelError if the model does
     not fit.
     """
@@ -199,16 +201,20 @@ def check_attention(
         "input_ids": torch.arange(PROBE)[None] % model_info.vocab_size,
         "position_ids": torch.from_numpy(positions)[None],
         "use_cache": False,
-        "logits_to_keep": torch.tensor([PROBE - 1]),
     }
     refusal = f"{config.model} can't be run: {_does_not_fit(model_info)}"
+    shape: tuple[int, ...] | None = None
     try:
-        logits = attention_interface.run_model(meta_model.decoder, context, arguments).logits
+        if model_info.stage is not None and not model_info.stage.is_last:
+            attention_interface.run_model(meta_model.decoder.base_model, context, arguments)
+        else:
+            arguments["logits_to_keep"] = torch.tensor([PROBE - 1])
+            shape = tuple(attention_interface.run_model(meta_model.decoder, context, arguments).logits.shape)
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ModelError(f"{refusal}: {first_line(error)}") from error
-    if context.layers_seen != set(range(model_info.num_layers)) or tuple(logits.shape) != (1, 1, num_logits):
+    if context.layers_seen != set(model_info.layers) or shape not in (None, (1, 1, num_logits)):
         raise ModelError(
-            f"{refusal}: {len(context.layers_seen)} of {model_info.num_layers} layers use it, logits have shape "
-            f"{tuple(logits.shape)}"
+            f"{refusal}: {len(context.layers_seen)} of {len(model_info.layers)} layers use it, logits have shape "
+            f"{shape}"
         )
     return tuple(context.plans)

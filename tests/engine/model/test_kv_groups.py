@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.model.families import FAMILIES
-from engine.model.kv_groups import MOST_PADDING, group_layers, layer_windows
+from engine.model.kv_groups import MOST_PADDING, NOWHERE, group_layers, groups_of_stage, layer_windows
 from engine.model.loading.open_model import fill_and_check, open_model
 from engine.model.model_info import read_hf_config, read_model_info
 from engine.model.runtime import attention_interface
@@ -39,6 +39,24 @@ def test_each_layer_has_a_place_of_its_own(windows: list[int]) -> None:
         assert 0 <= index < found.group_size
     assert len(found.windows) * found.group_size <= (1 + MOST_PADDING) * len(windows)
     assert list(found.windows) == sorted(found.windows)
+
+
+@given(st.lists(st.sampled_from([0, 0, 8, 16]), min_size=1, max_size=40), st.data())
+def test_a_stage_stores_its_own_layers_in_the_groups_of_all(windows: list[int], data: st.DataObject) -> None:
+    whole = group_layers(windows)
+    begin = data.draw(st.integers(0, len(windows) - 1))
+    layers = range(begin, data.draw(st.integers(begin + 1, len(windows))))
+    found = groups_of_stage(whole, layers)
+    assert found.windows == whole.windows, "block tables are the same in all stages"
+    assert found.group_size <= min(whole.group_size, len(layers))
+    for layer, (group, index) in enumerate(found.places):
+        if layer not in layers:
+            assert (group, index) == NOWHERE
+            continue
+        assert group == whole.places[layer][0]
+        assert 0 <= index < found.group_size
+    own = found.places[layers.start : layers.stop]
+    assert len(set(own)) == len(own)
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))

@@ -44,7 +44,7 @@ def start(
     assert resolved.num_blocks == BLOCKS
     executor: Any = (
         InProcessExecutor(config, model_info, resolved)
-        if size == 1
+        if config.num_ranks == 1
         else MultiprocessExecutor(config, model_info, resolved, links=links)
     )
     return Driver(
@@ -95,17 +95,24 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "ablate", "tcp"),
+    ("kind", "size", "stages", "ablate", "tcp"),
     [
-        ("llama", 2, (), False),
-        ("qwen2", 2, (), True),
-        ("qwen3", 4, (), False),
-        ("llama", 4, DRIVEN, True),
-        ("qwen2", 2, DRIVEN, False),
+        ("llama", 2, 1, (), False),
+        ("qwen2", 2, 1, (), True),
+        ("qwen3", 4, 1, (), False),
+        ("llama", 4, 1, DRIVEN, True),
+        ("qwen2", 2, 1, DRIVEN, False),
+        ("qwen3", 2, 2, (), True),
     ],
 )
 def test_ranks_give_the_tokens_of_one(
-    kind: str, size: int, ablate: tuple[str, ...], tcp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    size: int,
+    stages: int,
+    ablate: tuple[str, ...],
+    tcp: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if size == 4:
         monkeypatch.setitem(MODELS, kind, {**MODELS[kind], "num_key_value_heads": 4})
@@ -116,7 +123,7 @@ def test_ranks_give_the_tokens_of_one(
     finally:
         alone.executor.shutdown()
     assert len({token for tokens in expected for token in tokens}) > 20
-    ranks = start(tmp_path, size, ablate=ablate, links=over_tcp() if tcp else None)
+    ranks = start(tmp_path, size, ablate=ablate, links=over_tcp() if tcp else None, pipeline_parallel_size=stages)
     executor = ranks.executor
     assert isinstance(executor, MultiprocessExecutor)
     pids = pids_of(executor)
@@ -129,9 +136,9 @@ def test_ranks_give_the_tokens_of_one(
         }  # fmt: skip
     finally:
         executor.shutdown()
-    assert len(pids) == size
+    assert len(pids) == size * stages
     assert all(gone(pid) for pid in pids)
-    assert exit_codes(executor) == [0] * size, "none had to be ended by force"
+    assert exit_codes(executor) == [0] * size * stages, "none had to be ended by force"
     assert not executor.ended.done()
     with pytest.raises(EngineDeadError, match="shut down"):
         executor.sample(0).result(PATIENCE_S)
