@@ -1,14 +1,43 @@
 """What pipeline stages (`--pp`) don't work with; each refusal names the flag to change."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 from engine.errors import ConfigError
 
-if TYPE_CHECKING:
-    from engine.config import EngineConfig
+
+class StageOptions(Protocol):
+    """The fields of `engine.config.EngineConfig` that matter to pipeline stages."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def pipeline_parallel_size(self) -> int: ...
+
+    @property
+    def speculative(self) -> str | None: ...
+
+    @property
+    def adapters(self) -> Sequence[tuple[str, str]]: ...
+
+    @property
+    def kv_spill(self) -> str | None: ...
+
+    @property
+    def engine(self) -> str | None: ...
+
+    @property
+    def ablate(self) -> Sequence[str]: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def simulated(self) -> str: ...
 
 
-def check_stages(config: "EngineConfig") -> None:
+def check_stages(config: StageOptions) -> None:
     """Raise ConfigError if an option does not work with the number of pipeline stages."""
     stages = config.pipeline_parallel_size
     if stages == 1:
@@ -27,7 +56,7 @@ def check_stages(config: "EngineConfig") -> None:
             raise ConfigError(f"--pp {stages} does not work with {flag}: {reason}; use --tp, or leave out {flag}")
 
 
-def check_stages_of_model(config: "EngineConfig", *, takes_inputs: bool, device: str) -> None:
+def check_stages_of_model(config: StageOptions, *, takes_inputs: bool, device: str) -> None:
     """Raise ConfigError if the model or the device does not work with the number of pipeline stages.
 
     Args:
