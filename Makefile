@@ -198,6 +198,10 @@ bench-load: install  ## Seconds and peak memory of loading 2 GB, beside transfor
 bench-start: install  ## Seconds and CPU seconds of a CPU server's start to its first token: results/bench-start.json
 	$(BIN)/python -m tests.perf.bench_start
 
+.PHONY: bench-kv-transfer
+bench-kv-transfer: install  ## ITL and TTFT with prefill and decode replicas, beside --dp 2: results/bench-kv-transfer.json
+	$(BIN)/python -m tests.perf.bench_kv_transfer
+
 .PHONY: bench-routing
 bench-routing: install  ## Routing by prefix beside least-loaded and random, two replicas: results/bench-routing.json
 	$(BIN)/python -m tests.perf.bench_routing

@@ -181,6 +181,15 @@ ENGINE_OPTIONS = (
         "and --max-num-batched-tokens apply to each of them.",
     ),
     option(
+        PARALLEL, "--prefill-replicas", default=0, type=int, metavar="P",
+        help="Replicas that only compute prompts, for --decode-replicas D others that generate the outputs. They take "
+        "the place of --dp P+D.",
+    ),
+    option(
+        PARALLEL, "--decode-replicas", default=0, type=int, metavar="D",
+        help="Replicas that continue the prompts computed by --prefill-replicas.",
+    ),
+    option(
         PARALLEL, "--routing", default="prefix", type=click.Choice(ROUTINGS),
         help="How requests are assigned to replicas. least-loaded takes the replica with the least work left; prefix "
         "also considers which prompt tokens a replica has in its prefix cache; random takes any.",

@@ -83,7 +83,12 @@ def replicas(config: EngineConfig) -> list[tuple[str, str, str]]:
     count = config.data_parallel_size
     if count == 1:
         return []
-    return [("replicas", f"{count}, routing {config.routing}; the values below are per replica", "--dp, --routing")]
+    flags = "--dp, --routing"
+    roles = ""
+    if config.prefill_replicas:
+        roles = f" ({config.prefill_replicas} for prompts, {config.decode_replicas} for outputs)"
+        flags = "--prefill-replicas, --decode-replicas, --routing"
+    return [("replicas", f"{count}{roles}, routing {config.routing}; the values below are per replica", flags)]
 
 
 def inputs(engine: Any) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from engine.disaggregation import check_disaggregation, count_replicas
 from engine.errors import ConfigError
 from engine.kv_spill import check_kv_spill
 from engine.media.limits import MediaOptions, make_limits, parse_per_prompt
@@ -101,6 +102,8 @@ class EngineConfig:
     pipeline_parallel_size: int = 1  # stages, which divide the layers
     data_parallel_size: int = 1  # replicas behind one front end, which share cores and memory
     replica: int = 0  # the number of this one; set by engine.replicas
+    prefill_replicas: int = 0  # of the replicas, those that only compute prompts; 0: each replica does everything
+    decode_replicas: int = 0  # the others
     routing: str = "prefix"  # of ROUTINGS
     generation_config: str = "auto"  # source of sampling defaults: auto (the model), none, or a folder
     override_generation_config: dict[str, Any] | None = None  # fields that replace those of the file
@@ -150,6 +153,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablate", tuple(self.ablate))  # messages carry lists
         object.__setattr__(self, "adapters", tuple((name, path) for name, path in self.adapters))
+        if self.prefill_replicas or self.decode_replicas:
+            count = count_replicas(self.prefill_replicas, self.decode_replicas, self.data_parallel_size)
+            object.__setattr__(self, "data_parallel_size", count)
         self._normalize()
         names = [name for name, _ in self.adapters]
         if len({*names, *self.names}) < len(names) + len(self.names):
@@ -162,6 +168,8 @@ class EngineConfig:
                 )
         self._check_engine()
         check_stages(self)
+        if self.prefill_replicas:
+            check_disaggregation(self)
 
     def _check_numbers(self) -> None:
         for name in _AT_LEAST_ONE:

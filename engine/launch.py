@@ -25,6 +25,7 @@ from engine.phases import Phases
 from engine.resolved_config import ResolvedConfig
 
 if TYPE_CHECKING:
+    from engine.core.block_link import BlockLink
     from engine.core.server import CoreServer
     from engine.core.spill_start import SpillStore
     from engine.engine_plan import EnginePlan
@@ -44,6 +45,7 @@ class BuiltCore:
     ranks: tuple[RankHandle, ...]  # empty if this process is the only rank
     features: FeatureFolder | None  # of a model that takes multimodal inputs
     spill: "SpillStore | None"  # with --kv-spill
+    link: "BlockLink | None"  # to other replicas, with prefill/decode disaggregation
 
 
 def build_core_server(
@@ -97,16 +99,21 @@ def build_core_server(
         server.core.load_adapter(name, path).result()
     if config.adapters:
         phases.end("load adapters")
-    spill = None
-    if resolved.host_blocks:
+    spill = link = None
+    if resolved.host_blocks or resolved.role:
+        from engine.core.block_link import BlockLink
         from engine.core.spill_start import SpillStore
         from engine.kv_format import KVLayout
 
         layout = KVLayout.of(config, resolved, str(model_info.path), model_info.dtype, executor.kernels)
-        spill = SpillStore(config, resolved, layout, executor, server.core.scheduler, server.wake)
+        if resolved.role:
+            link = BlockLink(server.core, layout, executor, endpoints.folder, server.wake)
+            ready = replace(ready, role=resolved.role, kv_address=link.address)
+        else:
+            spill = SpillStore(config, resolved, layout, executor, server.core.scheduler, server.wake)
         phases.end("attach host blocks")
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
-    return BuiltCore(server, ready, tuple(executor.ranks), features, spill)
+    return BuiltCore(server, ready, tuple(executor.ranks), features, spill, link)
 
 
 def _start_executor(
@@ -237,6 +244,8 @@ def _run(options: CoreOptions, send: children.Send) -> None:
             built.features.remove()
         if built.spill is not None:
             built.spill.close()
+        if built.link is not None:
+            built.link.close()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from engine.config import KV_ALLOCATION, EngineConfig, window_blocks
 from engine.devices import machine_for
 from engine.devices.machine import Machine
+from engine.disaggregation import num_transfer_blocks, refusal, role_of
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.host import available_memory
 from engine.kv_format import HEADER_BYTES
@@ -76,6 +77,8 @@ def resolve(
     if model_info.pooling is not None and machine.torch_type:
         raise ConfigError(f"embeddings and scores are computed on the CPU only: use --device cpu for {config.model}")
     check_stages_of_model(config, takes_inputs=model_info.mm is not None, device=machine.torch_type)
+    if model_info.pooling is not None and role_of(config):
+        raise refusal("a model that pools generates nothing after its prompt: use --dp")
     batch = _batch_sizes(config, model_info, machine)
     max_num_seqs, budget, budget_source = batch
     block_size = config.block_size or machine.defaults.block_size
@@ -98,14 +101,17 @@ def resolve(
         model_info.kv_bytes_per_token * block_size,
     )  # fmt: skip
     per_request = max_blocks(model_info.max_model_len, model_info.kv_groups.windows, budget, block_size)
-    num_blocks = _num_blocks(config, memory, per_request, max_num_seqs)
+    num_blocks = _num_blocks(config, memory, per_request, max_num_seqs, shared=not machine.torch_type)
+    transfer_blocks = num_transfer_blocks(num_blocks, per_request) if role_of(config) else 0
     if num_blocks < per_request + 1:
         raise OutOfMemoryError(_too_little(config, model_info, num_blocks, budget, block_size, memory))
     resolved = _resolved(config, model_info, machine, batch, num_blocks, encoder_cache_tokens)
+    resolved = dataclasses.replace(resolved, role=role_of(config), transfer_blocks=transfer_blocks)
     lines = (
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
         *encoders,
+        *_transfer_lines(transfer_blocks * memory.block),
         MemoryLine(KV_CACHE, num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
     )
     if not memory.block:
@@ -148,13 +154,19 @@ def _divide(config: EngineConfig, model_info: ModelInfo) -> _Ranks:
     return _Ranks(stages, int(weight_bytes * sum(plan.shares)), warnings)
 
 
-def _num_blocks(config: EngineConfig, memory: _Budget, per_request: int, max_num_seqs: int) -> int:
-    """The KV blocks of a replica; of an encoder, which has no KV cache, the null block only."""
+def _num_blocks(config: EngineConfig, memory: _Budget, per_request: int, max_num_seqs: int, *, shared: bool) -> int:
+    """The KV blocks of a replica; of an encoder, which has no KV cache, the null block only.
+
+    `shared`: the KV cache is in the memory of the host, where the blocks of prompts in transfer are too.
+    """
     if not memory.block:
         return 1
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes // config.data_parallel_size // memory.block
-    return min(memory.kv_cache // memory.block, max_num_seqs * per_request + 1)
+    most = memory.kv_cache // memory.block
+    if role_of(config) and shared:
+        most -= num_transfer_blocks(most, per_request)
+    return min(most, max_num_seqs * per_request + 1)
 
 
 def _resolved(
@@ -211,6 +223,11 @@ def _with_spill(config: EngineConfig, resolved: ResolvedConfig, block_bytes: int
     if spill.disk_path:
         disk_blocks = blocks_per_replica(spill.disk_bytes, replicas, block_bytes + HEADER_BYTES, "disk=")
     return dataclasses.replace(resolved, host_blocks=host_blocks, disk_blocks=disk_blocks)
+
+
+def _transfer_lines(size: int) -> list[MemoryLine]:
+    """The line for prompts on their way between replicas, if there are any; `size` in bytes."""
+    return [MemoryLine("prompts in transfer", size, KV_ALLOCATION)] if size else []
 
 
 def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int, dtype: str) -> list[MemoryLine]:

@@ -17,6 +17,7 @@ import msgspec
 from engine.arrays import Int32s
 from engine.columns import int32s, unpack_table
 from engine.grammar import Grammar
+from engine.kv_transfer import KVPush, PrefillEnded, PrefillWanted
 from engine.logprob_columns import PromptLogprobs, TokenLogprobs
 from engine.multimodal.types import MediaKind, MMSpec
 from engine.pooling import Pooled, PoolingSpec
@@ -149,6 +150,8 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
     grammar: Grammar | None = None
     second_segment: int = 0  # pooling of a pair of texts: position of the first token of type 1; 0: there is none
     reasoning: ReasoningBudget | None = None  # excludes a grammar
+    remote_prefill: bool = False  # blocks of the prompt that are missing may be requested with a PrefillWanted
+    push: KVPush | None = None  # only the blocks of the prompt are wanted, and sent there
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -177,7 +180,7 @@ class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     drain_s: float = 0.0
 
 
-ToCore = AddRequest | Abort | Utility | Shutdown | FreeFeatures
+ToCore = AddRequest | Abort | Utility | Shutdown | FreeFeatures | PrefillEnded
 
 
 # ---------------------------------------------------------------------------------------------- EngineCore -> front end
@@ -221,6 +224,8 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     pooling: PoolingSpec | None = None  # None: the model generates
     simulated: str = ""  # the hardware that is simulated, in words; empty: the device is real
     budget_source: str = ""  # where max_num_batched_tokens comes from, in words; empty: it was given
+    role: str = ""  # see engine.disaggregation
+    kv_address: str = ""  # where a decode replica receives the blocks of prompts
 
     @property
     def prompt_vocab_size(self) -> int:
@@ -272,6 +277,7 @@ class Outputs(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
     texts: tuple[str, ...] | None = None  # inline front end: one for each handle
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()  # complete with a request's first token at the latest
     pooled: tuple[Pooled, ...] = ()
+    prefills: tuple[PrefillWanted, ...] = ()
 
 
 class UtilityResult(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=False):

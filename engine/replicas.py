@@ -56,11 +56,13 @@ def start_another(first: CoreProcess, ready: Ready, config: EngineConfig, number
     from engine.devices import machine_for
     from engine.memory import KV_CACHE
 
-    count = max(count, number + 1)
+    prefill = config.prefill_replicas
+    count = max(count, number + 1, prefill + 1 if prefill else 1)
     kv_bytes = sum(line.bytes for line in ready.memory if line.what == KV_CACHE)
     one = replace(
         config,
         data_parallel_size=count,
+        decode_replicas=count - prefill if prefill else 0,
         replica=number,
         max_model_len=ready.max_model_len,
         max_num_seqs=ready.max_num_seqs,

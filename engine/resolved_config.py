@@ -24,6 +24,8 @@ class ResolvedConfig:
     scheduler_steps: int = 1  # v0 only: decode steps per run of the scheduler
     tile_table: str = ""  # the file with measured tiles of attention; empty: those that come with the kernels
     pools: bool = False  # requests end with the vector of their prompt, and sample no tokens
+    role: str = ""  # see engine.disaggregation
+    transfer_blocks: int = 0  # host blocks for blocks of prompts on their way to or from other replicas
     whole_prompts: bool = False  # each prompt is computed in one step, as its vector depends on all hidden states
     pipeline_stages: int = 1
 

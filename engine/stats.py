@@ -47,5 +47,11 @@ class Stats(msgspec.Struct, array_like=True, frozen=True, gc=False):
     last_step_at: float = 0.0  # the core's clock
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    # With prefill/decode disaggregation:
+    kv_transfers: int = 0  # prompts requested from prefill replicas whose blocks arrived, or are lost
+    kv_transfers_lost: int = 0  # of them, those of which blocks were lost or could not be used
+    kv_blocks_sent: int = 0
+    kv_blocks_received: int = 0
+    kv_blocks_rejected: int = 0  # of them, those that could not be used
     mm: MMStats | None = None  # None: no request had multimodal inputs
     spill: SpillStats | None = None  # None: without --kv-spill

@@ -37,6 +37,8 @@ class EngineCollector(Collector):
         yield from self._overload(stats)
         yield from self._histograms(stats)
         yield from self._grammars(stats)
+        if self._ready.role:
+            yield from self._transfers(core)
         if self._ready.mm is not None:
             yield from collect_inputs(self._model, stats)
         if core.spill is not None:
@@ -73,6 +75,19 @@ class EngineCollector(Collector):
             ("spec_decode_num_accepted_tokens", "Draft tokens accepted.", core.num_accepted_tokens),
         ):
             family = CounterMetricFamily(PREFIX + name, what, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
+
+    def _transfers(self, core: Stats) -> Iterator[Metric]:
+        """Of prompts between prefill and decode replicas."""
+        for name, what, value in (
+            ("transfers", "Prompts computed by prefill replicas for decode replicas.", core.kv_transfers),
+            ("transfers_lost", "Of these, those with blocks that were lost or refused.", core.kv_transfers_lost),
+            ("blocks_sent", "KV blocks sent by prefill replicas.", core.kv_blocks_sent),
+            ("blocks_received", "KV blocks received by decode replicas.", core.kv_blocks_received),
+            ("blocks_rejected", "Of these, those that could not be used.", core.kv_blocks_rejected),
+        ):
+            family = CounterMetricFamily(f"redline:kv_{name}", what, labels=["model_name"])
             family.add_metric([self._model], value)
             yield family
 

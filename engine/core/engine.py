@@ -28,6 +28,7 @@ from engine.messages import (
     Finished,
     FinishReason,
     FreeFeatures,
+    Shutdown,
     StepResult,
     Utility,
     UtilityResult,
@@ -271,9 +272,13 @@ class EngineCore:
             elif isinstance(arrival, RejectedCall):
                 self._send(arrival.front_end, encode(arrival.answer))
             else:
-                self._draining_until = now + arrival.drain_s
+                self._receive_other(arrival, now)
         self._publisher.publish(now, ended)
         return moved
+
+    def _receive_other(self, arrival: Arrival, now: float) -> None:
+        assert isinstance(arrival, Shutdown), "this core exchanges no blocks with others"
+        self._draining_until = now + arrival.drain_s
 
     def _add(self, arrival: Request | TextRequest) -> list[Finished]:
         """Queue a request. An error ends this request only."""
@@ -291,10 +296,11 @@ class EngineCore:
             raise
         except BaseException as error:
             request = reject(arrival.handle, error)
-        if isinstance(request, RejectedRequest):
-            return [request.as_finished()]
-        rejected = self.scheduler.add(request)
+        rejected = request.as_finished() if isinstance(request, RejectedRequest) else self._queue(request)
         return [rejected] if rejected else []
+
+    def _queue(self, request: Request) -> Finished | None:
+        return self.scheduler.add(request)
 
     def _add_with_inputs(self, arrival: Request | TextRequest) -> list[Finished]:
         """Queue a request with multimodal inputs, whose features stay in the mirror even if it can't be served."""

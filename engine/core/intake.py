@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from engine.core.incoming_blocks import ArrivedBlocks
 from engine.core.request import Request
 from engine.errors import INTERRUPTS, RedlineError, cause_of
+from engine.kv_transfer import PrefillEnded
 from engine.messages import (
     Abort,
     AddRequest,
@@ -63,7 +65,10 @@ class RejectedCall:
     answer: UtilityResult
 
 
-Arrival = Request | TextRequest | RejectedRequest | RejectedCall | Abort | Utility | FreeFeatures | Shutdown
+Arrival = (
+    Request | TextRequest | RejectedRequest | RejectedCall | Abort | Utility | FreeFeatures | Shutdown | PrefillEnded
+    | ArrivedBlocks
+)  # fmt: skip
 
 
 class Intake:

@@ -82,6 +82,10 @@ class KVCacheManager:
     def empty_prefix(self) -> CachedPrefix:
         return CachedPrefix(0, [[] for _ in range(self.num_groups)], [0] * self.num_groups)
 
+    def key(self, block_hash: bytes, group: int) -> bytes:
+        """What a block of a KV group is cached under."""
+        return block_hash + self._suffixes[group]
+
     def _group_hashes(self, hashes: Sequence[bytes], group: int) -> Sequence[bytes]:
         suffix = self._suffixes[group]
         return [one + suffix for one in hashes] if suffix else hashes
@@ -146,6 +150,22 @@ class KVCacheManager:
         """Add a reference to each block of a cached prefix."""
         for table, first in zip(prefix.tables, prefix.first_blocks, strict=True):
             self.pool.touch(table[first:])
+
+    def add_cached(self, prefix: CachedPrefix, keys: Sequence[bytes]) -> list[int]:
+        """Enter content into the prefix cache that the next step writes into the returned blocks, which are free then.
+
+        Args:
+            prefix: stays cached.
+            keys: of content that is not cached.
+        """
+        pairs = zip(prefix.tables, prefix.first_blocks, strict=True)
+        kept = [block for table, first in pairs for block in table[first:]]
+        self.pool.touch(kept)
+        blocks = self.pool.allocate(len(keys))
+        self.pool.cache(blocks, keys)
+        self.pool.free(blocks)
+        self.pool.free(kept)
+        return blocks
 
     # ------------------------------------------------------------------------------------------------------- growth
 

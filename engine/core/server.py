@@ -10,6 +10,7 @@ import zmq
 
 from engine.children import RankHandle
 from engine.clock import Clock
+from engine.core.disaggregated_core import DisaggregatedCore
 from engine.core.engine import EngineCore
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.grammar_compiler import Vocabulary
@@ -61,7 +62,8 @@ class CoreServer:
         self._unlinker = ThreadPoolExecutor(1, thread_name_prefix="core-files")
         features = None if feature_folder is None else FeatureMirror(feature_folder, self._unlink)
         self._grammars = grammars = GrammarManager(load_vocabulary, self._wake.set)
-        self.core = EngineCore(config, self._executor, clock, self._post, len(from_core), inline, features, grammars)
+        core_type = DisaggregatedCore if config.role else EngineCore
+        self.core = core_type(config, self._executor, clock, self._post, len(from_core), inline, features, grammars)
         self._watchdog: Watchdog | None = None
         self._sender = self._thread(self._send_all, "core-output")
         self._receiver = self._thread(self._receive_all, "core-input")

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from engine.clock import MonotonicClock
 from engine.frontend.core_client import CoreClient
+from engine.frontend.disaggregation import DisaggregatedClient, DisaggregatedRouter
 from engine.frontend.front_end_stats import Boards, MMCounters
 from engine.frontend.mm_pipeline import MMOptions, MMPipeline
 from engine.frontend.replica_events import (
@@ -54,7 +55,8 @@ class ClientMaker:
 
     def make(self, core: CoreAddress, replica: int | None) -> CoreClient:
         """The client of a core; `replica` None: there is one core."""
-        return CoreClient(
+        client_type = DisaggregatedClient if core.ready.role else CoreClient
+        return client_type(
             core.ready,
             self._tokenizer,
             core.make_transport(),
@@ -68,6 +70,11 @@ class ClientMaker:
         )
 
 
+def router_type(ready: Ready) -> type[Router]:
+    """The router of an engine, by the report of one of its cores."""
+    return DisaggregatedRouter if ready.role else Router
+
+
 class SupervisedClient:
     """The client of a front end of a server, whose replicas come and go (see `engine.api.replica_set`)."""
 
@@ -76,7 +83,7 @@ class SupervisedClient:
         self._maker = maker
         alone = len(cores) == 1
         clients = [maker.make(cores[number], None if alone and not number else number) for number in sorted(cores)]
-        self.router = Router(clients, routing, seed, supervised=True)
+        self.router = router_type(clients[0].ready)(clients, routing, seed, supervised=True)
 
     def apply(self, event: ReplicaEvent) -> None:
         """A replica came or went; called inside the event loop."""
@@ -112,7 +119,8 @@ def connect(
     maker = ClientMaker(cores[0].ready, tokenizer, seed=seed, mm=mm)
     if len(cores) == 1:
         return maker.make(cores[0], None)
-    return Router([maker.make(core, number) for number, core in enumerate(cores)], routing, seed)
+    clients = [maker.make(core, number) for number, core in enumerate(cores)]
+    return router_type(cores[0].ready)(clients, routing, seed)
 
 
 def supervise(

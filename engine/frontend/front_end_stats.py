@@ -43,7 +43,8 @@ _PART_NAMES = (*MMStats.__struct_fields__, *SpillStats.__struct_fields__)
 _CORE_NAMES = (*Stats.__struct_fields__[:-2], *_PART_NAMES)
 _COUNTERS = (
     "preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens", "steps", "num_draft_tokens",
-    "num_accepted_tokens",
+    "num_accepted_tokens", "kv_transfers", "kv_transfers_lost", "kv_blocks_sent", "kv_blocks_received",
+    "kv_blocks_rejected",
 )  # fmt: skip
 _PART_GAUGES = ("mirror_bytes", "encoder_embeddings", "host_blocks", "host_used", "disk_blocks", "disk_used")
 _IS_COUNTER = [name in _COUNTERS or (name in _PART_NAMES and name not in _PART_GAUGES) for name in _CORE_NAMES]

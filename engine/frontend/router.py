@@ -49,6 +49,8 @@ def _ignore(_replica: int) -> None:
 class Router:
     """Several replicas of one engine, seen as one; lives in one event loop as its clients do."""
 
+    tracker_type = ReplicaTracker
+
     def __init__(self, clients: Sequence[CoreClient], routing: str, seed: int = 0, *, supervised: bool = False):
         """Make a router; `open` starts it.
 
@@ -70,7 +72,7 @@ class Router:
         self.on_drained: Callable[[int], None] = _ignore  # called with a draining replica that has no streams here
         self._supervised = supervised
         self._output_length = OutputLengthEstimate()
-        self._trackers = {client.replica: ReplicaTracker(self, client, self._output_length) for client in clients}
+        self._trackers = {client.replica: self.tracker_type(self, client, self._output_length) for client in clients}
         self._starting: set[int] = set()  # numbers of replicas that have never served
         self._held = HeldRequests()
         self._last_death = ""
@@ -146,11 +148,15 @@ class Router:
 
     def _submit(self, stream: RequestStream) -> None:
         """Assign a stream to a replica, or hold it until there is one."""
-        able = responsive([tracker for tracker in self.trackers if tracker.takes_requests])
+        able = self._able([tracker for tracker in self.trackers if tracker.takes_requests])
         if able:
             self._route(stream, able)
         else:
             self._held.add(stream)
+
+    def _able(self, serving: Sequence[ReplicaTracker]) -> Sequence[ReplicaTracker]:
+        """Those of the replicas that take requests to which the next one may go."""
+        return responsive(serving)
 
     def _route(self, stream: RequestStream, able: Sequence[ReplicaTracker]) -> None:
         """Assign a stream to the replica that the routing policy chooses."""
@@ -255,7 +261,7 @@ class Router:
     def core_added(self, client: CoreClient) -> None:
         """A replica serves for the first time."""
         self._starting.discard(client.replica)
-        tracker = self._trackers[client.replica] = ReplicaTracker(self, client, self._output_length)
+        tracker = self._trackers[client.replica] = self.tracker_type(self, client, self._output_length)
         for number, one in self._trackers.items():
             one.client.name = f"replica {number}"
         if self._is_open:

@@ -52,6 +52,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     priority: int = 0
     adapter: str = ""
+    remote_prefill: bool = False  # set by the router, see AddRequest
 
     def __post_init__(self) -> None:
         for field in ("cache_salt", "adapter"):

@@ -27,6 +27,7 @@ from engine.worker.device_backend import DeviceBackend
 from engine.worker.device_slots import AppendedTokens, DeviceSlots
 from engine.worker.device_steps import DeviceSteps
 from engine.worker.kv_blocks import KVBlocks
+from engine.worker.rank_barrier import barrier_calls
 from engine.worker.runner import reindexed
 from engine.worker.slots import StepBatch
 from engine.worker.step_inputs import StepInputs
@@ -74,7 +75,8 @@ class DeviceRunner(StepRunner[_Enqueued]):
         blocks: KVBlocks | None = None,
     ):
         adapters = AdapterManager(backend, slots.adapter_slots, sharding)
-        super().__init__({**adapters.calls, "capture_graph": self._capture_graph}, blocks)
+        calls = {**adapters.calls, **barrier_calls(sharding), "capture_graph": self._capture_graph}
+        super().__init__(calls, blocks)
         self._device = device
         self._backend = backend
         self._slots = slots

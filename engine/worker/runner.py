@@ -31,6 +31,7 @@ from engine.worker.kv_blocks import KVBlocks
 from engine.worker.mm_slots import MMSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.model_backend import ModelBackend
+from engine.worker.rank_barrier import barrier_calls
 from engine.worker.slots import StepBatch, WorkerSlots
 from engine.worker.step_runner import StepRunner
 
@@ -66,7 +67,8 @@ class Runner(StepRunner[SamplingPlan]):
         sharding: AdapterSharding | None = None,
         blocks: KVBlocks | None = None,
     ):
-        super().__init__(AdapterManager(backend, slots.adapter_slots, sharding).calls, blocks)
+        adapters = AdapterManager(backend, slots.adapter_slots, sharding)
+        super().__init__({**adapters.calls, **barrier_calls(sharding)}, blocks)
         self._backend = backend
         self._slots = slots
         self._seconds = 0.0

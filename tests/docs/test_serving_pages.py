@@ -105,7 +105,7 @@ class Replicas(Router):
 
 
 async def test_the_metrics_page_lists_exactly_what_is_exported() -> None:
-    ready = Ready("/m", "cpu", "float32", 300, 128, 4, 64, 16, 10, True, mm=MMSpec("m", {}, {}))
+    ready = Ready("/m", "cpu", "float32", 300, 128, 4, 64, 16, 10, True, mm=MMSpec("m", {}, {}), role="decode")
     exported = generate_latest(make_registry(SimpleNamespace(client=Replicas(ready), model="m"))).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", exported, re.MULTILINE))
     labels: dict[str, set[str]] = {name: set() for name in kinds}

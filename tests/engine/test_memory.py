@@ -61,6 +61,23 @@ def test_the_pool_is_what_remains(free) -> None:
     assert all(line.flag.startswith("--") for line in found.memory)
 
 
+def test_prompts_in_transfer_have_a_share_of_the_memory(free) -> None:
+    free(2 * GIB)
+    roles: dict[str, Any] = {"prefill_replicas": 1, "decode_replicas": 1}
+    plain = resolve(EngineConfig(model="m", max_num_seqs=128, data_parallel_size=2), make_facts())
+    found = resolve(EngineConfig(model="m", max_num_seqs=128, replica=1, **roles), make_facts())
+    lines = {line.what: line.bytes for line in found.memory}
+    block_bytes = make_facts().kv_bytes_per_token * found.config.block_size
+    assert (found.config.role, plain.config.role, plain.config.transfer_blocks) == ("decode", "", 0)
+    assert lines["prompts in transfer"] == found.config.transfer_blocks * block_bytes
+    assert found.config.transfer_blocks >= found.config.num_blocks // 8
+    assert sum(lines.values()) <= sum(line.bytes for line in plain.memory)
+    assert found.memory[-1].what == "KV cache"
+    given = resolve(EngineConfig(model="m", kv_cache_memory_bytes=GIB // 2, **roles), make_facts())
+    assert given.config.num_blocks == GIB // 4 // block_bytes
+    assert given.config.transfer_blocks * given.config.block_size >= make_facts().max_model_len
+
+
 def with_inputs(tokens: int, unsplit: int = 0) -> ModelInfo:
     spec = MMSpec("llava", {"image": 7}, {"image": tokens})
     return make_facts(mm=MMFacts(spec, frozenset({7}), 2048, 5 << 20, unsplit))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
+from engine.disaggregation import DECODE, PREFILL, role_of
 from engine.errors import OutOfMemoryError
 from engine.messages import MemoryLine, Ready
 from engine.replicas import start_another
@@ -46,6 +47,14 @@ def test_its_number_may_be_higher_than_the_number_of_replicas():
     """Others are being drained."""
     added, _ = start_another(Core(), READY, EngineConfig(model="/m", device="cpu"), 5, 2)  # type: ignore[arg-type, misc]
     assert (added.replica, added.data_parallel_size) == (5, 6)
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize(("number", "count", "role"), [(3, 4, DECODE), (2, 3, DECODE), (1, 1, PREFILL)])
+def test_the_number_decides_about_the_role(number: int, count: int, role: str):
+    config = EngineConfig(model="/m", device="cpu", prefill_replicas=2, decode_replicas=1)
+    added, _ = start_another(Core(), READY, config, number, count)  # type: ignore[arg-type, misc]
+    assert role_of(added) == role
 
 
 def test_memory_that_is_not_there_is_an_error(free: list[int]):
