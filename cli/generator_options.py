@@ -60,7 +60,7 @@ class AddressesType(click.ParamType):
 GENERATOR_OPTIONS = (
     option(
         GENERATORS, "--generators", type=AddressesType(), metavar="HOST:PORT,…",
-        help="Let these hosts send the load, on which `redline generate` runs. They divide the requests of the same "
+        help="Hosts that send the load; `redline generate` runs on each. They divide the requests of the same "
         "schedule, and their records are merged.",
     ),
     option(

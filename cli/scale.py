@@ -28,13 +28,13 @@ TARGET, CHANGE = "Server", "Change"
     type=click.IntRange(1),
     required=True,
     metavar="N",
-    help="Replicas that the server is to have.",
+    help="Number of replicas that the server shall have.",
 )
 @option(
     CHANGE,
     "--wait/--no-wait",
     default=True,
-    help="Wait until the new replicas serve and those that go are drained.",
+    help="Wait until new replicas serve and surplus ones are drained.",
 )
 @option(
     CHANGE,
@@ -42,7 +42,7 @@ TARGET, CHANGE = "Server", "Change"
     type=Finite(0, min_open=True),
     metavar="SECONDS",
     default_text="none",
-    help="Most time to wait. The change goes on if it takes longer.",
+    help="Longest time to wait; the change goes on after it.",
 )
 @option(TARGET, "--api-key", envvar="REDLINE_API_KEY", metavar="KEY", help="API key to send as a bearer token.")
 @option(
@@ -59,8 +59,8 @@ def command(
 ) -> int:
     """Change the number of replicas of the server at URL while it serves.
 
-    Replicas are added, or drained: they get no new requests, and end when those that they have are done. No request is
-    lost.
+    New replicas are started. Surplus ones are drained: they get no new requests, and end when their last one is done.
+    No request is lost.
     """
     if insecure and ca is not None:
         raise click.UsageError("use --ca or --insecure, not both")

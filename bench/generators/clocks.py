@@ -60,6 +60,6 @@ def clock_fault(clock: HostClock) -> str:
     if not clock.error_s > LIMIT_S:
         return ""
     return (
-        f"the clock of generator {clock.generator} is known to {clock.error_s * 1e3:.2f} ms only (it moved by "
+        f"the clock of generator {clock.generator} is known only to within {clock.error_s * 1e3:.2f} ms (it moved by "
         f"{clock.drift_s * 1e3:+.2f} ms during the load); the limit is {LIMIT_S * 1e3:g} ms"
     )

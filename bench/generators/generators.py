@@ -91,8 +91,8 @@ class Generators:
         for generator in self._all:
             if generator.welcome is not None and generator.welcome.machine != machine():
                 raise BenchError(
-                    f"generator {generator.name} is another machine, from which {target.base_url} cannot be reached: "
-                    "measure a running server by an address that all machines can reach (--url)"
+                    f"generator {generator.name} is on another machine, which cannot reach {target.base_url}: "
+                    "give an address of the server that all machines can reach (--url)"
                 )
 
     def run_load(

@@ -252,9 +252,7 @@ class ReplicaSet:
         active = [one for one in self._replicas.values() if one.status in ACTIVE]
         ending = sum(one.status in ("draining", "ending") for one in self._replicas.values())
         if target + ending > MOST_REPLICAS:
-            error = (
-                f"{target} replicas and {ending} that end are more than {MOST_REPLICAS}: wait until these have ended"
-            )
+            error = f"{target} replicas and {ending} ending ones exceed {MOST_REPLICAS}: wait until these have ended"
             return self._change(len(active), error, asked)
         log.warning("scaling from %d to %d replicas", len(active), target)
         for _ in range(target - len(active)):

@@ -42,6 +42,7 @@ FIRING: dict[str, list[tuple[str, str, str]]] = {
     ],
     "RedlineInputsWait": [("redline:mm_pool_waiting", "", "2x30")],
     "RedlineMirrorDrift": [("redline:mm_mirror_misses_total", "", "0x20 1x10")],
+    "RedlineKVSpillFaults": [("redline:kv_spill_faults_total", 'tier="disk"', "0x20 1x10")],
 }
 # A server with load and without troubles.
 HEALTHY = [
@@ -64,6 +65,7 @@ HEALTHY = [
     ),
     ("redline:mm_pool_waiting", "", "0 5 0x28"),
     ("redline:mm_mirror_misses_total", "", "0x30"),
+    ("redline:kv_spill_faults_total", 'tier="disk"', "0x30"),
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_a_fault_names_generator_and_numbers() -> None:
     assert clock_fault(host_clock("10.0.0.5:7070", near, near)) == ""
     fault = clock_fault(host_clock("10.0.0.5:7070", near, moved))
     assert fault == (
-        "the clock of generator 10.0.0.5:7070 is known to 1.85 ms only (it moved by +1.80 ms during the load); "
+        "the clock of generator 10.0.0.5:7070 is known only to within 1.85 ms (it moved by +1.80 ms during the load); "
         "the limit is 1 ms"
     )
     assert math.isclose(host_clock("x", near, moved).offset_s, 0.0)
