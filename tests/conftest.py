@@ -50,6 +50,7 @@ SLOW = (
     "cli/test_bench.py", "engine/api/test_slow_reader.py",
     "engine/test_ranks.py", "bench/loadgen/test_loop.py", "engine/test_loading.py", "cli/test_sweep.py",
     "cli/test_workload.py", "plots/test_percentiles.py", "cli/test_target_options.py", "plots/test_ablation.py",
+    "bench/generators/test_generators.py", "cli/test_generate.py",
     "bench/loadgen/test_closed_loop.py", "engine/test_llm.py", "engine/test_launch.py", "plots/test_timeline.py",
     "engine/test_encoder_faults.py", "engine/test_llm_media.py", "engine/test_mistral_images.py",
     "engine/model/checkpoints/test_mistral_tensors.py",
