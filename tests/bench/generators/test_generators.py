@@ -1,6 +1,8 @@
 """Loads of several generators against a server that logs what it truly sent: the schedule and the record of one."""
 
+import contextlib
 import json
+import socket
 import ssl
 import struct
 import subprocess
@@ -212,11 +214,29 @@ def test_one_run_at_a_time(known_server: Any, listeners: Callable[..., list[List
         assert recording.sent == 2
 
 
+def test_strangers_do_not_keep_a_run_out(known_server: Any, listeners: Callable[..., list[Listener]]) -> None:
+    """Some say nothing, some speak another protocol; a run that comes after them is served."""
+    (listener,) = listeners(1)
+    strangers = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(8)]
+    for stranger in strangers[:4]:
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    with Generators([("127.0.0.1", listener.port)], TOKEN.encode()) as mine:
+        mine.connect()
+        target = Target(known_server.url, json.dumps({}))
+        recording = mine.run_load(target, specs(2), np.zeros(2), observer=Counting(), time_limit_s=60)
+        assert recording.sent == 2
+        for stranger in strangers[:4]:
+            stranger.settimeout(30)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+    for stranger in strangers:
+        stranger.close()
+
+
 def test_all_that_cannot_be_used_are_named(listeners: Callable[..., list[Listener]]) -> None:
     good, (other,) = listeners(1)[0], listeners(1)
-    closed = remote.socket.create_server(("127.0.0.1", 0))
-    port = closed.getsockname()[1]
-    closed.close()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
     with (
         Generators([("127.0.0.1", one) for one in (good.port, port)], TOKEN.encode()) as mine,
         pytest.raises(LostGeneratorError) as failure,
