@@ -28,6 +28,7 @@ from bench.target import Target
 from bench.workloads import RequestSpec
 from bench.workloads.arrivals import Arrivals
 from tests.bench.generators.process import TOKEN, GeneratorProcess
+from tests.bench.loadgen.conftest import KnownServer
 
 pytestmark = pytest.mark.usefixtures("patient_generator", "patient_clocks")
 
@@ -372,6 +373,23 @@ def test_tls(known_server: Any, listeners: Callable[..., list[Listener]], tmp_pa
             pytest.raises(LostGeneratorError, match=message),
         ):
             mine.connect()
+
+
+def test_generators_trust_the_certificates_of_the_run(generators: Connect, tmp_path: Path) -> None:
+    """Those of --ca, whose file they do not have."""
+    certificate, key = make_certificate(tmp_path, "server")
+    server = KnownServer(tmp_path, (Path(certificate), Path(key)))
+    mine = generators(2)
+    try:
+        for ca, expected in ((certificate, "ok"), (None, "connection")):
+            target = Target(server.url, json.dumps({}), ca=ca)
+            recording = mine.run_load(target, specs(4), np.zeros(4), observer=Counting(), time_limit_s=60)
+            assert [r.status for r in recording.records(EVER)] == [expected] * 4
+        target = Target(server.url, json.dumps({}), ca=str(tmp_path))
+        with pytest.raises(BenchError, match=r"--ca .* is a folder: with --generators it must be one PEM file"):
+            mine.run_load(target, specs(4), np.zeros(4), observer=Counting(), time_limit_s=60)
+    finally:
+        server.stop()
 
 
 def test_a_run_that_is_gone_ends_its_load(known_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
