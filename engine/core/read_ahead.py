@@ -3,9 +3,9 @@
     arrival ──► backlog ──► reading ──► the scheduler's queue ──► slot
                    └ while requests before it have claimed half of the host blocks
 
-What was read for a request stays in host memory until it gets a slot. The scheduler does not see requests before that,
-so others overtake them. The blocks of a request that returns after a preemption were in use a moment ago: it does not
-wait again.
+What is read for a request, and what it needs besides of host memory, stays there until the request gets a slot. The
+scheduler does not see requests while they wait, so others overtake them. The blocks of a request that returns after a
+preemption were in use a moment ago: it does not wait again.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ from engine.core.waiting_queue import WaitingQueue
 
 @dataclass(slots=True)
 class _Reading:
-    """The blocks of a request: keys on their way, and host blocks that have arrived, each with a pin."""
+    """The blocks of a request: keys on their way, and host blocks that are there, each with a pin."""
 
     request: Request
     missing: set[bytes]
@@ -101,20 +101,30 @@ class ReadAheadQueue:
 
     def _begin(self, request: Request, *, must_wait: bool = False) -> bool:
         """Begin to read a request's blocks, or queue it if there are none; False if it belongs in the backlog."""
-        keys = self._kv.find_in_files(self._prefix_hashes(request))
+        keys = self._kv.find_outside(self._prefix_hashes(request))
+        host = self._kv.host
+        if all(key in host.block_of for key in keys):
+            self._ready.append(request)
+            return True
         fits = not self._num_claimed or self._num_claimed + len(keys) <= self._most_claimed
-        if keys and (must_wait or not fits):
+        if must_wait or not fits:
             return False
+        keys = keys[: self._most_claimed]
+        self._reading[request.handle] = reading = _Reading(request, set())
+        for key in keys:  # first: reading the others reuses host blocks
+            if (block := host.find(key)) is not None:
+                host.pin(block)
+                reading.arrived.append(block)
         begun = []
-        for key in keys[: self._most_claimed]:
-            if not self._disk.read(key):
-                break
-            begun.append(key)
+        for key in keys:
+            if key not in host.block_of:
+                if not self._disk.read(key):
+                    break
+                begun.append(key)
         self._disk.touch(begun)
-        if begun:
-            self._reading[request.handle] = _Reading(request, set(begun))
-            self._num_claimed += len(begun)
-        else:
+        reading.missing.update(begun)
+        self._num_claimed += reading.num_claimed
+        if not reading.missing:
             self._ready.append(request)
         return True
 

@@ -87,14 +87,14 @@ class TieredKVCacheManager(KVCacheManager):
             tables.append(table)
         return TieredPrefix(count, tables, first_blocks, in_host)
 
-    def find_in_files(self, hashes: Sequence[bytes]) -> list[bytes]:
-        """The keys of blocks to read for the longest prefix that all tiers have, in the order of its tokens."""
+    def find_outside(self, hashes: Sequence[bytes]) -> list[bytes]:
+        """The keys of what the KV cache lacks of the longest prefix that all tiers have, in the order of its tokens."""
         count = self._longest_prefix(hashes, self._all)
         missing = [
             (index, group, key)
             for group, first in enumerate(self._first_blocks_at(count))
             for index, key in enumerate(self._group_hashes(hashes[first:count], group), first)
-            if key not in self._near
+            if key not in self.pool.block_of
         ]
         return [key for _, _, key in sorted(missing)]
 

@@ -192,7 +192,9 @@ def main() -> None:
                 shown = "  ".join(f"{key} {value:.3f}" for key, value in run.items())
                 console.print(f"round {turn + 1}  {server:22} {shown}")
     told = {"conversations": conversations, "turns": TURNS, "input": INPUT, "output": OUTPUT, "requests": requests}
-    told |= {"rounds": rounds, "kv_blocks": sizes.pool, "working_set": sizes.working_set, "hardware": hardware()}
+    own = hardware()
+    machine = f"{own['cpu']}, {own['cores']} core{'s' if own['cores'] > 1 else ''}"
+    told |= {"rounds": rounds, "kv_blocks": sizes.pool, "working_set": sizes.working_set, "hardware": machine}
     rows = rows_of(runs, told)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")

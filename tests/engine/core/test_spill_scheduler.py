@@ -222,3 +222,36 @@ def test_each_request_gets_its_own_tokens(
             assert b"fault" not in driver.files.contents[key]
     assert driver.scheduler.pool.num_free == resolved_config.num_blocks - 1, "every block came back"
     assert not driver.scheduler.requests
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=6, max_size=25), st.sampled_from([8, 12, 20]), st.sampled_from([6, 100]),
+    st.sampled_from([(0,), (9,), (0, 9)]), st.booleans(), st.booleans(), st.randoms(),
+)  # fmt: skip
+def test_prompts_that_come_back_through_all_tiers(
+    numbers: list[int], host_blocks: int, disk_blocks: int, windows: tuple[int, ...], faults: bool, together: bool,
+    luck: Random,
+) -> None:  # fmt: skip
+    """Few prompts, each of which takes most of the pool, so that blocks often go to files and back."""
+    groups = len(windows)
+    driver = make(host_blocks * groups, disk_blocks * groups, num_blocks=BLOCKS * groups + 1, kv_windows=windows)
+    if faults:
+        driver.files.fails = lambda: luck.random() < 0.2
+    handles = []
+    for number in numbers:
+        handles.append((number, driver.add(prompt_of(number), 6)))
+        if not together:
+            driver.run()
+            driver.settle()
+    driver.luck = luck if together else None
+    driver.run()
+    for number, handle in handles:
+        assert driver.tokens[handle] == expected_tokens(prompt_of(number), 6)
+    spill = driver.tiers.stats()
+    if not faults and not together and disk_blocks == 100 and host_blocks == 20:  # half of it holds a prompt
+        seen: set[int] = set()
+        for number, handle in handles:
+            assert driver.cached[handle] == (28 if number in seen else 0), "all is found, wherever it went"
+            seen.add(number)
+    event(f"host hits: {spill.host_hits > 0}, disk hits: {spill.disk_hits > 0}, broken: {spill.disk_faults > 0}")
