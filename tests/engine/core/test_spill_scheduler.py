@@ -185,7 +185,7 @@ def spill_configs(draw: Any) -> tuple[ResolvedConfig, int]:
     return changed, draw(st.sampled_from([0, 0, 1, 4, 100]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     requests, requests, spill_configs(), st.sampled_from([0.001, 1.0]), st.lists(st.booleans(), max_size=30),
     st.randoms(), st.booleans(),
@@ -224,7 +224,7 @@ def test_each_request_gets_its_own_tokens(
     assert not driver.scheduler.requests
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=6, max_size=25), st.sampled_from([8, 12, 20]), st.sampled_from([6, 100]),
     st.sampled_from([(0,), (9,), (0, 9)]), st.booleans(), st.booleans(), st.randoms(),
