@@ -1,7 +1,7 @@
 """`make bench-kv-transfer`: ITL and TTFT with prefill and decode replicas, beside two replicas that do both.
 
 Real servers of a small Llama with random weights: `--prefill-replicas 1 --decode-replicas 1` and `--dp 2`. STREAMS=8
-streams run all the time while prompts of PROMPT=1024 tokens, each with an output of 16, arrive with a pause of GAP=0.5
+streams run all the time while prompts of PROMPT=1024 tokens, each with an output of 16, arrive with a pause of GAP=1
 seconds between two of them. The gaps between tokens of the streams are ITL; TTFT is that of the prompts. Both servers
 get the same requests, in turns, in ROUNDS=3; values are medians over rounds. Each server's outputs must be equal.
 Prints a table and writes results/bench-kv-transfer.json.
@@ -122,7 +122,7 @@ def main() -> None:
     prompt, streams, rounds = (
         int(os.environ.get(*given)) for given in (("PROMPT", "1024"), ("STREAMS", "8"), ("ROUNDS", "3"))
     )
-    gap_s = float(os.environ.get("GAP", "0.5"))
+    gap_s = float(os.environ.get("GAP", "1.0"))
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     transfers = {}
     with ExitStack() as stack:
