@@ -23,6 +23,7 @@ from engine.config import (
     STORED_QUANTIZATIONS,
     TOKENIZER_MODES,
 )
+from engine.executor_backend import BACKEND_ALIASES, EXECUTOR_BACKENDS, MP
 from engine.pooling import CONVERSIONS, RUNNERS
 
 MODEL, DEVICE, MODEL_FILES = "Model", "Device and precision", "Model files"
@@ -188,6 +189,20 @@ ENGINE_OPTIONS = (
     option(
         PARALLEL, "--decode-replicas", default=0, type=int, metavar="D",
         help="Replicas that continue the prompts computed by --prefill-replicas.",
+    ),
+    option(
+        PARALLEL, "--distributed-executor-backend", default=MP,
+        type=click.Choice((*EXECUTOR_BACKENDS, *BACKEND_ALIASES)), metavar=f"[{'|'.join(EXECUTOR_BACKENDS)}]",
+        help="Where ranks run: on this machine (mp), or on the nodes of a Ray cluster (ray), which this machine must "
+        "have joined.",
+    ),
+    option(
+        PARALLEL, "--ray-address", metavar="HOST:PORT", default_text="RAY_ADDRESS, or the cluster of this machine",
+        help="Head of the Ray cluster.",
+    ),
+    option(
+        PARALLEL, "--distribute-weights/--no-distribute-weights", default=False,
+        help="Send the files of the model to the Ray nodes that lack them. They are kept for later starts.",
     ),
     option(
         PARALLEL, "--routing", default="prefix", type=click.Choice(ROUTINGS),

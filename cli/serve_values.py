@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from engine.config import MISTRAL, read_overrides
+from engine.config import MISTRAL
+from engine.json_options import read_overrides
 
 TEMPLATE_MARKS = ("{{", "{%", "{#")
 

@@ -45,7 +45,7 @@ GRAPHS = "which steps are captured follows from --max-num-seqs and --max-num-bat
 ADAPTERS = "adapters of any number and rank are served, within memory"
 IN_CPU_MEMORY = "weights and KV cache are in CPU memory, and preempted requests are recomputed"
 NO_CODE = "code that comes with a model is never run; models that transformers has a class for need none"
-ONE_MACHINE = "a server runs on one machine"
+ONE_COMMAND = "one command serves; other machines are nodes of a Ray cluster (--distributed-executor-backend ray)"
 NO_PLUGINS = "no external code is loaded into the server"
 ONE_BACKEND = "llguidance is the only backend"
 NO_CLIENT_CERTIFICATES = "client certificates are not checked; a reverse proxy can check them"
@@ -103,9 +103,8 @@ REFUSED = (
     _refused("--media-io-kwargs", why="use --video-frames for the number of frames"),
     _refused("--trust-remote-code/--no-trust-remote-code", why=NO_CODE, switch=True),
     _refused("--code-revision", why=NO_CODE),
-    _refused("--distributed-executor-backend", why=ONE_MACHINE, neutral=("mp", "uni")),
-    _refused("--nnodes", why=ONE_MACHINE, neutral=("1",)),
-    _refused("--headless", why=ONE_MACHINE, switch=True),
+    _refused("--nnodes", why=ONE_COMMAND, neutral=("1",)),
+    _refused("--headless", why=ONE_COMMAND, switch=True),
     _refused("--kv-transfer-config", why="the KV cache is not sent to other servers"),
     _refused("--enable-expert-parallel", "-ep", why="experts are divided among ranks by --tp only", switch=True),
     _refused("--speculative-config", "-sc", why=SPECULATION),

@@ -1,7 +1,6 @@
 """The configuration of an engine. The command line or the Python API makes it once; it never changes."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Any, Literal, get_args
 
 from engine.disaggregation import check_disaggregation, count_replicas
 from engine.errors import ConfigError
+from engine.executor_backend import BACKEND_ALIASES, EXECUTOR_BACKENDS, MP, check_backend
+from engine.json_options import read_overrides
 from engine.kv_spill import check_kv_spill
 from engine.media.limits import MediaOptions, make_limits, parse_per_prompt
 from engine.pipeline_options import check_stages
@@ -104,6 +105,10 @@ class EngineConfig:
     replica: int = 0  # the number of this one; set by engine.replicas
     prefill_replicas: int = 0  # of the replicas, those that only compute prompts; 0: each replica does everything
     decode_replicas: int = 0  # the others
+    distributed_executor_backend: str = MP  # of EXECUTOR_BACKENDS
+    ray_address: str | None = None  # HOST:PORT of the cluster's head; None: see engine.ray_cluster
+    distribute_weights: bool = False  # nodes get the files of the model from this machine
+    host_ranks: tuple[int, int] | None = None  # the first rank of a rank's host, and how many; set by its links
     routing: str = "prefix"  # of ROUTINGS
     generation_config: str = "auto"  # source of sampling defaults: auto (the model), none, or a folder
     override_generation_config: dict[str, Any] | None = None  # fields that replace those of the file
@@ -170,6 +175,7 @@ class EngineConfig:
         check_stages(self)
         if self.prefill_replicas:
             check_disaggregation(self)
+        check_backend(self)
 
     def _check_numbers(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -204,6 +210,8 @@ class EngineConfig:
             raise ConfigError("--served-model-name must not be empty")
         object.__setattr__(self, "served_model_name", names or None)
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        backend = self.distributed_executor_backend
+        object.__setattr__(self, "distributed_executor_backend", BACKEND_ALIASES.get(backend, backend))
         if self.kv_cache_dtype == "auto":
             object.__setattr__(self, "kv_cache_dtype", None)
         if self.kv_cache_dtype in KV_CACHE_DTYPE_ALIASES:
@@ -319,12 +327,16 @@ class EngineConfig:
 
     @property
     def total_ranks(self) -> int:
-        """The number of ranks of all replicas, which share the cores."""
+        """The number of ranks that share the cores: those of all replicas, or those on the rank's host."""
+        if self.host_ranks is not None:
+            return self.host_ranks[1]
         return self.data_parallel_size * self.num_ranks
 
     @property
     def first_rank(self) -> int:
-        """The number of this replica's first rank, counted over all replicas."""
+        """The number of this replica's first rank, counted over all ranks that share the cores."""
+        if self.host_ranks is not None:
+            return -self.host_ranks[0]
         return self.replica * self.num_ranks
 
     def describe(self) -> dict[str, Any]:
@@ -350,23 +362,13 @@ class EngineConfig:
         )
 
 
-def read_overrides(text: str, option: str = "--hf-overrides") -> dict[str, Any]:
-    """Parse fields of config.json from JSON text."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{option} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{option} must be a JSON object, not {text}")
-    return found
-
-
 _AT_LEAST_ONE = (
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs", "max_num_batched_tokens",
     "num_layers", "num_speculative_tokens", "mm_processors",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": DTYPES,
+    "distributed_executor_backend": EXECUTOR_BACKENDS,
     "load_format": LOAD_FORMATS,
     "device": (*DEVICES, f"{SIMULATED}NAME"),
     "simulated_tokens": SIMULATED_TOKENS,

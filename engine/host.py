@@ -47,6 +47,17 @@ def total_memory(root: Path = ROOT) -> int:
     return min(psutil.virtual_memory().total, *limits, 1 << 62)
 
 
+def shared_host(root: Path = ROOT) -> str:
+    """What processes have in common that share cores and memory: the running system and, in containers, the container.
+
+    Several nodes of a cluster may be on one host. A container has a namespace of control groups and limits of its own.
+    """
+    boot = "".join(_lines(root / "proc/sys/kernel/random/boot_id")) or platform.node()
+    with contextlib.suppress(OSError):
+        return f"{boot} {os.readlink(root / 'proc/self/ns/cgroup')}"
+    return boot
+
+
 def allow_open_files(count: int) -> None:
     """Raise the soft limit of open files of this process, and of those that it starts, to `count` as far as allowed.
 

@@ -3,6 +3,7 @@
 This is the only module that imports both the core and the worker.
 """
 
+import dataclasses
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from engine.children import Failure, Loading, RankHandle, Up
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.core_process import CoreOptions, Endpoints
+from engine.executor_backend import RAY, check_inputs
 from engine.log_format import log_everything
 from engine.messages import Ready
 from engine.multimodal.feature_files import FeatureFolder
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from engine.memory import Resolution
     from engine.model.model_info import ModelInfo
     from engine.worker.executor import StartedExecutor
+    from engine.worker.ray_hosts import RayHosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,6 @@ def build_core_server(
 
     limit_libraries()  # before anything below imports torch
     from engine.core.server import CoreServer
-    from engine.engine_plan import plan_engine
     from engine.memory import with_measured
 
     phases.end("import the engine")
@@ -75,11 +77,10 @@ def build_core_server(
         import torch  # noqa: F401
 
         phases.end("import torch")
-    plan = plan_engine(config, memory)
+    plan, hosts = _plan(config, memory, phases)
     config, model_info, resolution = plan.config, plan.model_info, plan.resolution
-    phases.end("read the configuration")
     clock = MonotonicClock()
-    executor = _start_executor(plan, endpoints, clock, progress)
+    executor = _start_executor(plan, endpoints, clock, progress, hosts)
     resolution = with_measured(resolution, executor.num_blocks, executor.memory, config.num_ranks)
     resolved = resolution.config
     phases.add(executor.seconds, "start the executor")
@@ -116,8 +117,32 @@ def build_core_server(
     return BuiltCore(server, ready, tuple(executor.ranks), features, spill, link)
 
 
+def _plan(config: EngineConfig, memory: int | None, phases: Phases) -> "tuple[EnginePlan, RayHosts | None]":
+    """Plan the engine, and reserve the machines of its ranks; None if all ranks run on this one."""
+    from engine.engine_plan import plan_engine
+
+    hosts = None
+    if config.distributed_executor_backend == RAY:
+        from engine.worker.executor import reserve_hosts
+
+        hosts = reserve_hosts(config)
+        memory = hosts.available_memory
+        phases.end("reserve Ray nodes")
+    plan = plan_engine(config, memory)
+    check_inputs(config, plan.model_info.mm is not None)
+    if hosts is not None:
+        device = f"{plan.resolution.device} on {hosts.description}"
+        plan = dataclasses.replace(plan, resolution=dataclasses.replace(plan.resolution, device=device))
+    phases.end("read the configuration")
+    return plan, hosts
+
+
 def _start_executor(
-    plan: "EnginePlan", endpoints: Endpoints, clock: Clock, progress: Callable[[int, int], None] | None
+    plan: "EnginePlan",
+    endpoints: Endpoints,
+    clock: Clock,
+    progress: Callable[[int, int], None] | None,
+    hosts: "RayHosts | None",
 ) -> "StartedExecutor":
     config, model_info, resolved = plan.config, plan.model_info, plan.resolution.config
     if config.simulated:
@@ -127,7 +152,7 @@ def _start_executor(
         return RealTimeExecutor(simulated_executor(config, resolved, model_info, clock), clock)
     from engine.worker.executor import make_executor
 
-    return make_executor(config, model_info, resolved, folder=endpoints.folder, progress=progress)
+    return make_executor(config, model_info, resolved, folder=endpoints.folder, progress=progress, hosts=hosts)
 
 
 def _ready(

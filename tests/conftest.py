@@ -38,7 +38,8 @@ MOST_WORKERS = 8
 # Files that take 20 s or more on one core, the longest first. Workers begin with them, so that none ends with one, and
 # `make test-fast` leaves them out.
 SLOW = (
-    "engine/test_served_parity.py", "engine/worker/test_multiprocess.py", "engine/worker/test_parity.py",
+    "engine/test_served_parity.py", "engine/worker/test_ray_hosts.py", "engine/worker/test_multiprocess.py",
+    "engine/worker/test_parity.py",
     "bench/sweeps/test_sweep.py", "engine/test_ranks_served.py", "cli/test_replicas_served.py",
     "cli/test_scale_served.py",
     "bench/sweeps/test_sweep_rounds.py", "bench/measurement/test_run.py", "cli/test_serve_processes.py",

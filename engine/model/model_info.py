@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import AUTO_LENGTH, KV_CACHE_DTYPES, EngineConfig, read_overrides
+from engine.config import AUTO_LENGTH, KV_CACHE_DTYPES, EngineConfig
 from engine.errors import ConfigError, ModelError
+from engine.json_options import read_overrides
 from engine.model import molmo
 from engine.model.checkpoints.mistral_tensors import CheckpointTensor, as_transformers_tensors
 from engine.model.checkpoints.quantized import merge_quantized, quantization_config

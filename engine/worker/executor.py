@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.children import RankHandle
 from engine.config import EngineConfig
 from engine.devices import machine_for
+from engine.errors import ConfigError
+from engine.executor_backend import BACKEND, RAY
 from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
 from engine.resolved_config import ResolvedConfig
@@ -14,6 +16,9 @@ from engine.worker.in_process import InProcessDeviceExecutor, InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from engine.worker.rank_protocol import DeviceKind
 from engine.worker.worker_start import device_start
+
+if TYPE_CHECKING:
+    from engine.worker.ray_hosts import RayHosts
 
 Progress = Callable[[int, int], None]
 
@@ -42,6 +47,15 @@ class StartedExecutor(Protocol):
     def shutdown(self) -> None: ...
 
 
+def reserve_hosts(config: EngineConfig) -> "RayHosts":
+    """Reserve the machines of the ranks, before memory is planned. Raises ConfigError if there are none."""
+    if machine_for(config).torch_type:
+        raise ConfigError(f"{BACKEND} {RAY} runs ranks on the CPU only: give --device cpu")
+    from engine.worker.ray_hosts import RayHosts
+
+    return RayHosts(config)
+
+
 def make_executor(
     config: EngineConfig,
     model_info: ModelInfo,
@@ -49,18 +63,26 @@ def make_executor(
     *,
     folder: str | None = None,
     progress: Progress | None = None,
+    hosts: "RayHosts | None" = None,
 ) -> StartedExecutor:
     """Start the ranks: load the model and allocate the KV cache. Raises the RedlineError of a rank that can't start.
 
     Args:
         folder: for files by which ranks find each other; None: the system's folder for temporary files.
         progress: called from a thread with the bytes of weights read so far and in total.
+        hosts: of ranks on other machines, see `reserve_hosts`; the executor releases them. None: this machine.
     """
     machine = machine_for(config)
     device = None
     if machine.torch_type:
         share = config.gpu_memory_utilization or machine.defaults.memory_utilization
         device = DeviceKind(machine.torch_type, machine.kernels == "triton", share)
+    if hosts is not None:
+        from engine.worker.tcp_links import TcpLinks
+
+        hosts.provide_model(model_info.path, distribute=config.distribute_weights)
+        links = TcpLinks(hosts)
+        return MultiprocessExecutor(config, model_info, resolved, progress=progress, device=device, links=links)
     if config.num_ranks > 1:
         return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress, device=device)
     if device is not None:

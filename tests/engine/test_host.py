@@ -164,3 +164,18 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_processes_of_one_container_share_a_host(tmp_path: Path) -> None:
+    def machine(name: str, boot: str, namespace: str) -> Path:
+        root = tmp_path / name
+        (root / "proc/sys/kernel/random").mkdir(parents=True)
+        (root / "proc/sys/kernel/random/boot_id").write_text(f"{boot}\n")
+        (root / "proc/self/ns").mkdir(parents=True)
+        (root / "proc/self/ns/cgroup").symlink_to(f"cgroup:[{namespace}]")
+        return root
+
+    first = host.shared_host(machine("a", "boot 1", "4026531835"))
+    assert host.shared_host(machine("b", "boot 1", "4026531835")) == first
+    assert host.shared_host(machine("container", "boot 1", "4026532000")) != first
+    assert host.shared_host(machine("another", "boot 2", "4026531835")) != first

@@ -1,0 +1,238 @@
+"""The hosts of ranks that run on the nodes of a Ray cluster: each rank has an actor that starts its process.
+
+A placement group reserves a CPU of Ray for each rank; a rank uses its share of all cores of its node. Ray starts the
+actors and notices when they end. Steps and their results go by TCP links, not by Ray.
+"""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.children import Failure
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineDeadError, ModelError, RedlineError
+from engine.host import shared_host
+from engine.ray_cluster import connect_ray
+from engine.text import first_line
+from engine.worker.rank_host import HostFacts, RankHost, fair_memory, host_facts, ranks_beside
+from engine.worker.rank_protocol import RankOptions
+from engine.worker.ray_copies import send_copies
+
+PLACE_S = 30.0  # for the placement group
+START_S = 60.0  # for an actor to start, or to start the process of its rank
+ASK_S = 1.0  # for an actor's answer
+THREADS = 4  # of an actor, so that it answers while something waits for the end of its rank
+
+
+@dataclass(slots=True)
+class _Node:
+    """A node of the cluster; `answers` is false once an actor on it has not answered."""
+
+    identity: str
+    address: str
+    answers: bool = True
+
+
+@dataclass(slots=True)
+class _Place:
+    """An actor, its node, and what it reported."""
+
+    actor: Any
+    node: _Node
+    facts: HostFacts
+
+
+class RayRank:
+    """Implements `engine.worker.rank_links.LinkedRank`, by the rank's actor."""
+
+    def __init__(self, ray: Any, place: _Place, pid: int, name: str):
+        self.pid = pid
+        self.name = name
+        self._ray = ray
+        self._place = place
+        self._error: RedlineError | None = None
+
+    @property
+    def state(self) -> str:
+        return self._ask("state") or ""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        while self._error is None:
+            wait_s = START_S if timeout_s is None else timeout_s
+            ended = self._ask("ended", wait_s, within_s=wait_s + ASK_S)
+            if ended is not None:
+                self._error = Failure(*ended).error()
+            if timeout_s is not None or not self._place.node.answers:
+                break
+        return self._error is not None
+
+    def error(self, failure: Failure | None) -> RedlineError:
+        if failure is not None:
+            error = failure.error()
+            return type(error)(f"{self.name}: {error}")
+        return self._error or EngineDeadError(f"{self.name} can't be asked how it ended")
+
+    def dump_stacks(self) -> None:
+        self._ask("dump_stacks")
+
+    def kill(self) -> None:
+        """The process ends with its actor, which Ray ends even if it does not answer."""
+        self._ray.kill(self._place.actor)
+
+    def close(self) -> None:
+        self._ray.kill(self._place.actor)
+
+    def _ask(self, method: str, *arguments: Any, within_s: float = ASK_S) -> Any:
+        """The answer of the actor; None if there is none, which is remembered of its node."""
+        node, exceptions = self._place.node, self._ray.exceptions
+        if not node.answers:
+            return None
+        try:
+            return self._ray.get(getattr(self._place.actor, method).remote(*arguments), timeout=within_s)
+        except exceptions.ActorDiedError:
+            if self._error is None:
+                self._error = EngineDeadError(f"{self.name} ended with its Ray actor: the actor or its node was killed")
+        except exceptions.RayError:  # no answer in time, or no connection to the node
+            node.answers = False
+        return None
+
+
+class RayHosts:
+    """Implements `engine.worker.tcp_links.RankHosts`. The constructor reserves the nodes and starts the actors.
+
+    Ranks of one host have consecutive numbers, those of this machine the first.
+
+    Raises ConfigError if there is no cluster, if it is too small or busy, or if its nodes run other versions.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self._ray = ray = connect_ray(config.ray_address)
+        self.address = str(ray.util.get_node_ip_address())
+        self._group = None
+        self._models: dict[str, str] = {}  # the model's folder by host, where it is a copy
+        try:
+            self._group = self._reserve(config.num_ranks)
+            self._places = self._start_actors(config.num_ranks)
+            self._check_versions()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def available_memory(self) -> int:
+        """Free bytes for all ranks together, see `engine.worker.rank_host.fair_memory`."""
+        return fair_memory([place.facts for place in self._places])
+
+    @property
+    def description(self) -> str:
+        """The nodes, in words."""
+        return f"Ray nodes {', '.join(dict.fromkeys(place.node.address for place in self._places))}"
+
+    def address_of(self, rank: int) -> str:
+        return self._places[rank].node.address
+
+    def provide_model(self, path: Path, *, distribute: bool) -> None:
+        """Make sure that each node has the files of the model: at the same path or, if they are distributed, a copy.
+
+        Raises ModelError if a node has none.
+        """
+        actors = {place.facts.host: place.actor for place in self._places}
+        actors.pop(shared_host(), None)
+        if distribute:
+            copies = send_copies(self._ray, list(actors.values()), path)
+            self._models = {host: str(copy) for host, copy in zip(actors, copies, strict=True)}
+            return
+        for place in self._places:
+            if not self._ray.get(place.actor.has_folder.remote(str(path)), timeout=START_S):
+                raise ModelError(
+                    f"node {place.node.address} has no {path}: copy the model there, or give --distribute-weights"
+                )
+
+    def start(self, options: RankOptions) -> RayRank:
+        place = self._places[options.rank]
+        host_ranks = ranks_beside([one.facts for one in self._places], options.rank)
+        options.config = {**options.config, "host_ranks": host_ranks}
+        model = self._models.get(place.facts.host, options.model_info["path"])
+        options.model_info = {**options.model_info, "path": model}
+        started = place.actor.start.remote(msgspec.msgpack.encode(options))
+        try:
+            pid, name = self._ray.get(started, timeout=START_S)
+        except self._ray.exceptions.RayError as error:
+            raise EngineDeadError(
+                f"rank {options.rank} can't be started on node {place.node.address}: {_cause(error)}"
+            ) from error
+        return RayRank(self._ray, place, pid, name)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+            self._group = None
+        self._ray.shutdown()
+
+    def _reserve(self, ranks: int) -> Any:
+        """The placement group, once the cluster has room for it."""
+        ray = self._ray
+        there, nodes = int(ray.cluster_resources().get("CPU", 0)), sum(node["Alive"] for node in ray.nodes())
+        if there < ranks:
+            raise ConfigError(
+                f"the Ray cluster has {there} CPUs on {nodes} nodes, and {ranks} ranks need one each: add nodes "
+                "with `ray start --address=HOST:PORT`, or lower --tp or --pp"
+            )
+        # Each node adds memory bandwidth, of which ranks on the CPU have never enough.
+        group = ray.util.placement_group([{"CPU": 1}] * ranks, strategy="SPREAD")
+        if not group.wait(PLACE_S):
+            free = int(ray.available_resources().get("CPU", 0))
+            ray.util.remove_placement_group(group)
+            raise ConfigError(
+                f"{free} of the Ray cluster's {there} CPUs are free, and {ranks} ranks need one each: end other "
+                "jobs (`ray list actors` shows them), or lower --tp or --pp"
+            )
+        return group
+
+    def _start_actors(self, ranks: int) -> list[_Place]:
+        ray = self._ray
+        strategy = importlib.import_module("ray.util.scheduling_strategies").PlacementGroupSchedulingStrategy
+        table = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        known = {node["NodeID"]: _Node(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes()}
+        actors = []
+        for number in range(ranks):
+            node = known[table[number]]
+            actor = ray.remote(RankHost).options(
+                num_cpus=1,
+                max_concurrency=THREADS,
+                scheduling_strategy=strategy(self._group, placement_group_bundle_index=number),
+            )
+            actors.append((node, actor.remote(f"node {node.address}")))
+        places = [self._place(node, actor, actor.facts.remote()) for node, actor in actors]
+        here, this_host = ray.get_runtime_context().get_node_id(), shared_host()
+
+        def nearness(place: _Place) -> tuple[bool, str, bool, str]:
+            host, node = place.facts.host, place.node.identity
+            return host != this_host, host, node != here, node
+
+        return sorted(places, key=nearness)
+
+    def _place(self, node: _Node, actor: Any, facts: Any) -> _Place:
+        try:
+            return _Place(actor, node, self._ray.get(facts, timeout=START_S))
+        except self._ray.exceptions.RayError as error:
+            raise ConfigError(
+                f"Redline can't be started on node {node.address} of the Ray cluster: {_cause(error)}. It must be "
+                "installed there for the Python that runs Ray"
+            ) from error
+
+    def _check_versions(self) -> None:
+        here = host_facts().versions
+        for place in self._places:
+            if place.facts.versions != here:
+                raise ConfigError(
+                    f"node {place.node.address} runs {place.facts.versions}, this machine {here}: install the same"
+                )
+
+
+def _cause(error: BaseException) -> str:
+    """The cause of an error of Ray, whose message is a traceback of the actor, in one line."""
+    return first_line(getattr(error, "cause", None) or error)

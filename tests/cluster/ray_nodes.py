@@ -1,0 +1,180 @@
+"""Two nodes of a Ray cluster on this machine, one core each, as two machines would be."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.serving import free_port
+
+START_S = 120.0
+ROOT = Path(__file__).parents[2]
+SUBNET = "10.213.77"
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_infeasible_task_early_exit": "0", "RAY_TMPDIR": "/tmp",
+}  # fmt: skip
+
+
+@dataclass
+class Node:
+    """One node: its address, and what a command begins with to run on its machine."""
+
+    address: str
+    prefix: Sequence[str] = ()
+    process: "subprocess.Popen[bytes] | None" = None
+    family: list[psutil.Process] = field(default_factory=list)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the node that run."""
+        assert self.process is not None
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        known = {one.pid for one in found}
+        return found + [one for one in self.family if one.pid not in known and one.is_running()]
+
+    def ranks(self) -> list[psutil.Process]:
+        return [one for one in self.processes() if "engine.worker.rank" in _command(one)]
+
+    def kill(self) -> None:
+        """End all processes of the node at once, as if its machine were gone."""
+        assert self.process is not None
+        family = self.processes()
+        for one in family:
+            one.suspend()  # so that none can notice the end of another
+        for one in family:
+            one.kill()
+        self.process.kill()
+        self.process.wait()
+        psutil.wait_procs(family, 10)
+
+
+@dataclass
+class Cluster:
+    """`address` is that of the head, HOST:PORT; commands that use the cluster run on the head's machine."""
+
+    address: str
+    nodes: tuple[Node, Node]
+    environment: dict[str, str]
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command of Python on the head's machine."""
+        return [*self.nodes[0].prefix, sys.executable, *arguments]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@functools.cache
+def no_namespaces() -> str:
+    """Why machines with network namespaces of their own can't be made here; empty if they can."""
+    if shutil.which("ip") is None:
+        return "the command `ip` is missing"
+    tried = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True, check=False)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+@contextmanager
+def machines() -> Iterator[tuple[Node, Node]]:
+    """Two machines: network namespaces with addresses of their own, or else two addresses of the loopback interface."""
+    if no_namespaces():
+        yield Node("127.0.0.2"), Node("127.0.0.3")
+        return
+    made: list[list[str]] = []
+    names = [f"redline-{os.getpid()}-{i}" for i in range(2)]
+    bridge = f"rl{os.getpid() % 100000}"
+    commands = [["ip", "link", "add", bridge, "type", "bridge"], ["ip", "link", "set", bridge, "up"]]
+    for number, name in enumerate(names):
+        inside, outside = f"{bridge}i{number}", f"{bridge}o{number}"
+        commands += [
+            ["ip", "netns", "add", name],
+            ["ip", "link", "add", inside, "type", "veth", "peer", "name", outside],
+            ["ip", "link", "set", inside, "netns", name],
+            ["ip", "link", "set", outside, "master", bridge, "up"],
+            ["ip", "-n", name, "addr", "add", f"{SUBNET}.{number + 1}/24", "dev", inside],
+            ["ip", "-n", name, "link", "set", inside, "up"],
+            ["ip", "-n", name, "link", "set", "lo", "up"],
+        ]
+    try:
+        for one in commands:
+            subprocess.run(one, check=True, capture_output=True)
+            made.append(one)
+        yield (
+            Node(f"{SUBNET}.1", ("ip", "netns", "exec", names[0])),
+            # Also with limits of its own: a node that shares neither cores nor memory with the first.
+            Node(f"{SUBNET}.2", ("ip", "netns", "exec", names[1], "unshare", "-C")),
+        )
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
+
+
+@contextmanager
+def ray_nodes(environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})) -> Iterator[Cluster]:
+    """A cluster of two nodes, each with one core; all processes end with the context.
+
+    Args:
+        environments: variables of the nodes besides those of this process.
+    """
+    with machines() as nodes, tempfile.TemporaryDirectory(prefix="rl-ray-", ignore_cleanup_errors=True) as folder:
+        port = free_port()
+        address = f"{nodes[0].address}:{port}"
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        shared = {**os.environ, **QUIET, "PYTHONPATH": python_path}
+        try:
+            for number, node in enumerate(nodes):
+                where = (
+                    ["--head", f"--port={port}", "--include-dashboard=false"]
+                    if number == 0
+                    else [f"--address={address}"]
+                )
+                _start(node, where, f"{folder}/{number}", {**shared, **environments[number]})
+            yield Cluster(address, nodes, {**shared, **environments[0]})
+        finally:
+            for node in reversed(nodes):
+                if node.process is not None:
+                    node.kill()
+
+
+def _start(node: Node, where: list[str], folder: str, environment: Mapping[str, str]) -> None:
+    log = Path(f"{folder}.log")
+    ports = {
+        name: free_port()
+        for name in (
+            "dashboard-agent-listen-port",
+            "dashboard-agent-grpc-port",
+            "runtime-env-agent-port",
+            "metrics-export-port",
+        )
+    }
+    command = [
+        *node.prefix, sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block", "--num-cpus=1",
+        f"--node-ip-address={node.address}", f"--object-store-memory={80 << 20}", "--disable-usage-stats",
+        "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}",
+        *(f"--{name}={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+    with log.open("wb") as sink:
+        node.process = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    deadline = time.monotonic() + START_S
+    while "Ray runtime started" not in (shown := log.read_text(errors="replace")):
+        assert node.process.poll() is None, f"the node ended:\n{shown}"
+        assert time.monotonic() < deadline, f"the node is not up:\n{shown}"
+        time.sleep(0.1)
+    node.family = psutil.Process(node.process.pid).children(recursive=True)

@@ -1,0 +1,109 @@
+"""Copies of a model's files: complete and right, or not there."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import ModelError
+from engine.worker import model_copy
+from engine.worker.model_copy import ModelCopy, copy_key, list_files, read_pieces
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "model"
+    (made / "1_Pooling").mkdir(parents=True)
+    (made / ".cache").mkdir()
+    (made / "config.json").write_text("{}")
+    (made / "model.safetensors").write_bytes(os.urandom(1000))
+    (made / "1_Pooling" / "config.json").write_text('{"a": 1}')
+    (made / "README.md").write_text("not needed")
+    (made / ".cache" / "other.json").write_text("not needed")
+    return made
+
+
+def send(folder: Path, copy: ModelCopy, spoil: str = "") -> Path:
+    files, sums = list_files(folder), {}
+    copy.begin(files)
+    for file in files:
+        for at, piece in read_pieces(folder / file.name):
+            copy.write(file.name, at, bytes(len(piece)) if file.name == spoil else piece)
+        sums[file.name] = hashlib.sha256((folder / file.name).read_bytes()).hexdigest()
+    return copy.finish(sums)
+
+
+def test_a_copy_has_the_files_that_a_model_is_loaded_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_copy, "PIECE_BYTES", 64)
+    files = list_files(folder)
+    names = ["1_Pooling/config.json", "config.json", "model.safetensors"]
+    assert [file.name for file in files] == names
+    copy = ModelCopy(copy_key(folder, files), tmp_path / "copies")
+    assert copy.folder is None
+    made = send(folder, copy)
+    assert copy.folder == made
+    for name in names:
+        assert (made / name).read_bytes() == (folder / name).read_bytes()
+    assert [path.name for path in (tmp_path / "copies").iterdir()] == [made.name]
+
+
+@given(st.sampled_from(["config.json", "model.safetensors"]), st.integers(0, 10**9))
+def test_changed_files_have_another_key(name: str, seconds: int) -> None:
+    files = [model_copy.ModelFile("config.json", 2, 5), model_copy.ModelFile("model.safetensors", 1000, 6)]
+    changed = [
+        model_copy.ModelFile(one.name, one.size, one.changed_ns + 1 + seconds) if one.name == name else one
+        for one in files
+    ]
+    assert copy_key(Path("/models/a"), files) != copy_key(Path("/models/a"), changed)
+    assert copy_key(Path("/models/a"), files) != copy_key(Path("/models/b"), files)
+
+
+def test_bytes_that_changed_on_their_way_leave_no_copy(folder: Path, tmp_path: Path) -> None:
+    copy = ModelCopy("key", tmp_path / "copies")
+    with pytest.raises(ModelError, match=r"model.safetensors arrived with other bytes than were sent"):
+        send(folder, copy, spoil="model.safetensors")
+    assert list((tmp_path / "copies").iterdir()) == []
+
+
+def test_of_two_starts_at_once_each_gets_a_copy(folder: Path, tmp_path: Path) -> None:
+    first, second = (ModelCopy("key", tmp_path / "copies") for _ in range(2))
+    second.begin(list_files(folder))
+    second.drop()
+    made = send(folder, first)
+    assert send(folder, second) == made
+    assert [path.name for path in (tmp_path / "copies").iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/config.json"])
+def test_names_outside_of_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    copy = ModelCopy("key", tmp_path)
+    copy.begin([])
+    with pytest.raises(ModelError, match="lies outside"):
+        copy.write(name, 0, b"x")
+    copy.drop()
+
+
+def test_what_a_killed_start_left_is_removed(folder: Path, tmp_path: Path) -> None:
+    old, new = (ModelCopy("key", tmp_path / "copies") for _ in range(2))
+    old.begin([])
+    [left] = (tmp_path / "copies").iterdir()
+    os.utime(left, (0, 0))
+    new.begin([])
+    assert not left.exists()
+    new.drop()
+
+
+def test_a_folder_without_files_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"{tmp_path} is no folder with files of a model"):
+        list_files(tmp_path)
+
+
+def test_too_small_a_disk_is_named(folder: Path, tmp_path: Path) -> None:
+    huge = [model_copy.ModelFile("model.safetensors", 1 << 60, 0)]
+    with pytest.raises(ModelError, match=r"bytes free, the files need 1152921504606846976"):
+        ModelCopy("key", tmp_path / "copies").begin(huge)

@@ -1,0 +1,159 @@
+"""Ranks on two Ray nodes of this machine: the tokens of one rank, and an end that names rank and node."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.errors import ConfigError
+from engine.ray_cluster import connect_ray
+from tests.cluster.ray_nodes import ROOT, Cluster, no_namespaces, ray_nodes
+from tests.engine.test_ranks import NEW, PROMPTS, SHARED, build_divisible, serve_all
+from tests.engine.worker.driver import BASE
+from tests.engine.worker.test_multiprocess import gone
+
+PATIENCE_S = 120.0
+WITHIN_S = 10.0  # from a death to the error with its cause
+
+
+@pytest.fixture(scope="module")
+def second_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's cache on the second node, with the kernels that are compiled already."""
+    folder = tmp_path_factory.mktemp("cache")
+    here = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redline" / "kernels"
+    here.mkdir(parents=True, exist_ok=True)
+    (folder / "redline").mkdir()
+    (folder / "redline" / "kernels").symlink_to(here)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(second_cache: Path) -> Iterator[Cluster]:
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    with ray_nodes(({}, {"XDG_CACHE_HOME": str(second_cache)})) as started:
+        yield started
+
+
+@contextmanager
+def running(cluster: Cluster, module: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A command on the head's machine; it and what it has started end with the context."""
+    process = subprocess.Popen(
+        cluster.command("-m", module, *arguments), cwd=ROOT, env=cluster.environment, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.communicate()
+        for one in family:
+            if one.is_running():
+                one.kill()
+
+
+def last_line(process: "subprocess.Popen[str]") -> Any:
+    """The last line that a command prints, decoded, once it has ended."""
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err[-4000:]
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def test_ranks_on_two_nodes_say_what_one_says_until_one_is_killed(
+    cluster: Cluster, second_cache: Path, tmp_path: Path
+) -> None:
+    """Pipeline stages, then tensor parallelism; with weights that are sent, if the nodes are machines of their own."""
+    build_divisible(tmp_path)
+    expected, _, _ = serve_all(tmp_path, 1)
+    with running(cluster, "tests.cluster.tokens", str(tmp_path), cluster.address) as process:
+        stages, found = (json.loads(read_line(process)) for _ in range(2))
+        [rank] = cluster.nodes[1].ranks()
+        assert_ends(process, lambda: os.kill(rank.pid, signal.SIGKILL), cluster, rank, "was killed by SIGKILL")
+    sent = {path.name for path in second_cache.glob("redline/distributed/*/*")}
+    assert ({"config.json", "model.safetensors"} <= sent) == (not no_namespaces())
+    for one in (stages, found):
+        assert one["nodes"] == [node.address for node in cluster.nodes]
+        assert one["tokens"] == expected
+        assert [len(output) for output in one["tokens"]] == [NEW] * len(PROMPTS)
+        assert one["chunks"] > 3
+        assert one["preemptions"] > 0
+        assert one["prefix_hits"] >= len(SHARED)
+        assert one["in_flight"] > 0
+    assert stages["in_flight"] > 1, "each stage has a step"
+
+
+def test_too_small_a_cluster_is_an_error_of_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
+    backend = ["--distributed-executor-backend", "ray", "--ray-address", cluster.address]
+    with running(
+        cluster, "cli.main", "serve", str(tmp_path), "--load-format", "dummy", "--tp", "4", *backend
+    ) as process:
+        _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("redline: error: the Ray cluster has 2 CPUs on 2 nodes, and 4 ranks need one each")
+
+
+# It leaves no cluster: the last of those that need one.
+def test_a_node_that_is_gone_ends_the_engine_with_its_cause(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
+    with running(cluster, "tests.cluster.serving_until_lost", str(tmp_path), cluster.address) as process:
+        assert read_line(process) == "generating\n"
+        [rank] = cluster.nodes[1].ranks()
+        assert_ends(process, cluster.nodes[1].kill, cluster, rank, "(can't be reached any more|ended with)")
+
+
+def assert_ends(
+    process: "subprocess.Popen[str]", kill: Callable[[], None], cluster: Cluster, rank: psutil.Process, how: str
+) -> None:
+    """Kill something of the second node: the command ends in time, and says how that node's rank ended."""
+    [other] = cluster.nodes[0].ranks()
+    killed = time.monotonic()
+    kill()
+    found = last_line(process)
+    cause = rf"^rank 1 on node {cluster.nodes[1].address} \(process {rank.pid}\) {how}"
+    assert re.search(cause, found["error"]), found["error"]
+    print(f"{found['error']}: after {found['at'] - killed:.2f} s")
+    assert found["at"] - killed < WITHIN_S
+    assert gone(other.pid)
+
+
+def read_line(process: "subprocess.Popen[str]") -> str:
+    """The first line that is not Ray's."""
+    assert process.stdout is not None
+    while (line := process.stdout.readline()).startswith("("):
+        pass
+    if not line:
+        pytest.fail(process.communicate(timeout=PATIENCE_S)[1][-4000:])
+    return line
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"needs Ray: pip install 'redline-llm\[ray\]'"):
+        connect_ray(None)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (
+            "127.0.0.1:1",
+            r"^--ray-address 127.0.0.1:1 can't be reached \(.*refused\): is the head of the cluster running",
+        ),
+        ("head", r"^--ray-address must be HOST:PORT, such as 10.0.0.1:6379, not 'head'"),
+    ],
+)
+def test_a_head_out_of_reach_is_named(address: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        connect_ray(address)
