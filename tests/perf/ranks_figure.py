@@ -12,10 +12,10 @@ from plots.style import COLORS, INK, STYLE, plain, wrapped
 from tests.perf.bar_charts import add_texts, bar_figure
 
 WAYS = {
-    "v1": ("V1: one message, each rank builds its inputs", COLORS[0]),
-    "v1-tcp": ("V1: the same over TCP, encrypted", COLORS[2]),
-    "v0": ("V0: rank 0 builds and broadcasts all inputs", COLORS[1]),
-    "v0-joined": ("V0: the same in one broadcast", "#fdba74"),
+    "v1": ("V1: one message", COLORS[0]),
+    "v1-tcp": ("V1: over TCP, encrypted", COLORS[2]),
+    "v0": ("V0: broadcasts of all inputs", COLORS[1]),
+    "v0-joined": ("V0: in one broadcast", "#fdba74"),
 }
 _BAR_IN, _APART, _FURTHER = 0.27, 0.5, 1.3  # height of a bar; space between batch sizes and between ranks, in bars
 _NAMES_IN = 1.75
@@ -35,7 +35,7 @@ def ranks_figure(rows: list[dict[str, Any]]) -> Figure:
         _draw_time(panels[1], rows, places)
         _name(panels[0], rows, places)
         handles = [(color, name) for name, color in WAYS.values()]
-        add_texts(figure, "Cost of sending a step to all ranks, V1 and V0", handles, 2, footer, height)
+        add_texts(figure, "Cost of sending a step to all ranks, V1 and V0", handles, 4, footer, height)
         return figure
 
 
@@ -100,6 +100,7 @@ def _caption(rows: list[dict[str, Any]]) -> list[str]:
     ]
     reading = [
         "Steps run one at a time, without V1's run-ahead and bursts",
+        "V1: each rank builds its inputs from one message, in shared memory or over TCP",
         "V0 (--ablate driver-broadcast): rank 0 broadcasts a description of the batch, then each tensor, over gloo",
     ]
     return [*wrapped(facts), *wrapped(reading)]
