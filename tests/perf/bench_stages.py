@@ -30,6 +30,7 @@ LOADS: dict[str, tuple[int, int, int]] = {
     "prompts": (8, 512, 1),
 }
 MODEL, VOCABULARY = "smollm2-135m", 49_152
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}  # that two ranks can divide
 
 
 def measure(llm: LLM, load: str, seed: int) -> float:
@@ -48,7 +49,8 @@ def run(model: str, rounds: int) -> dict[tuple[str, str], list[float]]:
     found: dict[tuple[str, str], list[float]] = {(way, load): [] for way in WAYS for load in LOADS}
     for turn in range(rounds):
         for way, options in WAYS.items():
-            with LLM(model, load_format="dummy", max_model_len=1024, max_num_seqs=16, **options) as llm:
+            fixed: dict[str, Any] = {"load_format": "dummy", "hf_overrides": HEADS, "max_model_len": 1024}
+            with LLM(model, max_num_seqs=16, **fixed, **options) as llm:
                 for load in LOADS:
                     measure(llm, load, 1_000_000 + turn)  # the pages of the cache, and durations of steps
                     found[way, load].append(measure(llm, load, turn))
