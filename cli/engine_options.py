@@ -193,8 +193,8 @@ ENGINE_OPTIONS = (
     option(
         PARALLEL, "--distributed-executor-backend", default=MP,
         type=click.Choice((*EXECUTOR_BACKENDS, *BACKEND_ALIASES)), metavar=f"[{'|'.join(EXECUTOR_BACKENDS)}]",
-        help="Where ranks run: on this machine (mp), or on the nodes of a Ray cluster (ray), which this machine must "
-        "have joined.",
+        help="Where ranks, or replicas, run: on this machine (mp), or on the nodes of a Ray cluster (ray), of which it "
+        "must be one.",
     ),
     option(
         PARALLEL, "--ray-address", metavar="HOST:PORT", default_text="RAY_ADDRESS, or the cluster of this machine",

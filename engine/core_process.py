@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 
@@ -20,6 +20,9 @@ from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import remove_stale_features
 from engine.socket_folder import SocketFolder
 
+if TYPE_CHECKING:
+    from engine.frontend.transport import CoreAddress
+
 STOP_GRACE_S = 5.0  # before the child is killed
 
 
@@ -29,6 +32,11 @@ class Endpoints:
 
     to_core: str
     from_core: tuple[str, ...]
+
+    @classmethod
+    def in_folder(cls, folder: str, front_ends: int) -> "Endpoints":
+        """Unix sockets in a folder."""
+        return cls(f"ipc://{folder}/core", tuple(f"ipc://{folder}/front-{number}" for number in range(front_ends)))
 
     @property
     def folder(self) -> str:
@@ -46,8 +54,41 @@ class CoreOptions(children.PipeOptions):
     spawned: float  # when the parent starts the process, on the monotonic clock
 
 
+class Core(Protocol):
+    """An EngineCore, wherever it runs, as its server sees it."""
+
+    spawned: float  # when it was started, on the monotonic clock
+
+    def wait_ready(self, loading: Callable[[int, int], None] | None = None) -> Ready:
+        """Block until it is up. If it fails to start, its error is raised here.
+
+        `loading` is called with the bytes of weights read so far and in total.
+        """
+        ...
+
+    def address(self, front_end: int, ready: Ready) -> "CoreAddress":
+        """The addresses at which a front end reaches it; it has reported `ready`."""
+        ...
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """Call back from a thread, with the cause in one line, if it exits unexpectedly."""
+        ...
+
+    def successor(self, adapters: tuple[tuple[str, str], ...]) -> "Core":
+        """A new core with the same options but for its adapters; the caller must `stop` this one."""
+        ...
+
+    def sibling(self, config: EngineConfig, environment: Mapping[str, str]) -> "Core":
+        """The core of another replica of the same server."""
+        ...
+
+    def stop(self) -> None:
+        """End it, and with it all requests; safe to call twice."""
+        ...
+
+
 class CoreProcess:
-    """The EngineCore in a process of its own.
+    """The EngineCore in a process of its own; implements Core.
 
     Args:
         step_timeout_s: timeout of the core's watchdog; 0: no watchdog.
@@ -73,9 +114,7 @@ class CoreProcess:
         self._config = config
         self.spawned = time.monotonic()
         self._folder = SocketFolder()
-        self.endpoints = Endpoints(
-            f"ipc://{self._folder.path}/core", tuple(f"ipc://{self._folder.path}/front-{i}" for i in range(front_ends))
-        )
+        self.endpoints = Endpoints.in_folder(self._folder.path, front_ends)
         self._expected_end = False
         self._up = False
         self._failure: Failure | None = None
@@ -106,6 +145,12 @@ class CoreProcess:
         self._child.wait()
         self._clean()
         raise self._child.error(failure, named=False)
+
+    def address(self, front_end: int, ready: Ready) -> "CoreAddress":
+        """The addresses at which a front end reaches the core, which has reported `ready`."""
+        from engine.frontend.transport import CoreAddress
+
+        return CoreAddress(ready, self.endpoints.to_core, self.endpoints.from_core[front_end])
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call back from a thread, with the cause in one line, if the core exits unexpectedly."""

@@ -35,6 +35,9 @@ class BackendOptions(Protocol):
     @property
     def data_parallel_size(self) -> int: ...
 
+    @property
+    def prefill_replicas(self) -> int: ...
+
 
 def check_backend(config: BackendOptions) -> None:
     """Raise ConfigError for options that don't work with the backend."""
@@ -45,10 +48,19 @@ def check_backend(config: BackendOptions) -> None:
         return
     if config.simulated:
         raise ConfigError(f"{BACKEND} {RAY} does not work with simulated hardware, which runs in one process")
-    if config.num_ranks == 1:
-        raise ConfigError(f"{BACKEND} {RAY} divides a model over the nodes of a Ray cluster: give --tp or --pp")
+    if config.num_ranks == 1 and config.data_parallel_size == 1:
+        raise ConfigError(
+            f"{BACKEND} {RAY} divides a model over the nodes of a Ray cluster (--tp, --pp), or runs replicas there "
+            "(--dp): give one of these flags"
+        )
     if config.data_parallel_size > 1:
-        raise ConfigError(f"{BACKEND} {RAY} does not work with --dp: start a server for each replica")
+        for flag, given in (
+            ("--tp or --pp", config.num_ranks > 1),
+            ("--distribute-weights", config.distribute_weights),
+            ("--prefill-replicas", config.prefill_replicas > 0),
+        ):
+            if given:
+                raise ConfigError(f"{BACKEND} {RAY} does not run replicas (--dp) with {flag}: leave one of them out")
     if config.kv_spill:
         raise ConfigError(f"{BACKEND} {RAY} does not work with --kv-spill: ranks share its memory with the EngineCore")
     if (config.ray_address or "").startswith("ray://"):

@@ -5,15 +5,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from engine.config import EngineConfig
-from engine.core_process import CoreProcess
+from engine.core_process import Core, CoreProcess
 from engine.errors import OutOfMemoryError
+from engine.executor_backend import RAY
 from engine.messages import Ready
 from engine.text import human_bytes
 
 
-def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float) -> tuple[CoreProcess, ...]:
+def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float) -> tuple[Core, ...]:
     """Start all cores at the same time; `wait_all_ready` waits for them."""
     count = config.data_parallel_size
+    if on_ray_nodes(config):
+        from engine.ray_replicas import start_ray_cores
+
+        return tuple(start_ray_cores(config, front_ends, step_timeout_s))
     if count == 1:
         return (CoreProcess(config, front_ends=front_ends, step_timeout_s=step_timeout_s),)
     from engine.devices import machine_for
@@ -41,7 +46,12 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
     return tuple(started)
 
 
-def start_another(first: CoreProcess, ready: Ready, config: EngineConfig, number: int, count: int) -> CoreProcess:
+def on_ray_nodes(config: EngineConfig) -> bool:
+    """Whether the replicas run on the nodes of a Ray cluster."""
+    return config.distributed_executor_backend == RAY and config.data_parallel_size > 1
+
+
+def start_another(first: Core, ready: Ready, config: EngineConfig, number: int, count: int) -> Core:
     """Start the core of a replica that is added while others serve; it has the sizes of the first.
 
     Args:
@@ -70,6 +80,8 @@ def start_another(first: CoreProcess, ready: Ready, config: EngineConfig, number
         block_size=ready.block_size,
         kv_cache_memory_bytes=kv_bytes * count or None,
     )
+    if on_ray_nodes(config):  # which has its own memory
+        return first.sibling(one, {})
     machine = machine_for(one)
     environment = machine.environment(number)
     if not environment and not config.simulated:
@@ -83,7 +95,7 @@ def start_another(first: CoreProcess, ready: Ready, config: EngineConfig, number
 
 
 def wait_all_ready(
-    cores: Sequence[CoreProcess],
+    cores: Sequence[Core],
     progress: Callable[[str], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
 ) -> tuple[Ready, ...]:
@@ -116,7 +128,7 @@ def wait_all_ready(
         pool.shutdown(wait=False)
 
 
-def stop_all(cores: Sequence[CoreProcess]) -> None:
+def stop_all(cores: Sequence[Core]) -> None:
     """End all cores at the same time; safe to call twice."""
     if len(cores) == 1:
         cores[0].stop()

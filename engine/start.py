@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from engine.config import STEP_TIMEOUT_S, EngineConfig
-from engine.core_process import CoreProcess
+from engine.core_process import Core
 from engine.messages import Ready
 from engine.model.config.file_names import CONFIG, PARAMS
 from engine.model.resolve import cached_tokenizer, resolve_model, resolve_tokenizer
 from engine.multimodal.feature_files import cache_bytes
 from engine.phases import Phases
-from engine.replicas import start_another, start_cores, stop_all, wait_all_ready
+from engine.replicas import on_ray_nodes, start_another, start_cores, stop_all, wait_all_ready
 
 if TYPE_CHECKING:
     from engine.frontend.connect import EngineClient, SupervisedClient
@@ -35,7 +35,7 @@ class Engine:
     """Running EngineCores, one for each replica, and what a front end needs to use them."""
 
     config: EngineConfig  # with model and tokenizer as folders
-    cores: dict[int, CoreProcess]  # by replica; one that ended stays until another takes its place
+    cores: dict[int, Core]  # by replica; one that ended stays until another takes its place
     readies: dict[int, Ready]
     tokenizer: "Tokenizer"
     warnings: tuple[str, ...]
@@ -57,10 +57,7 @@ class Engine:
 
     def address(self, replica: int, front_end: int = 0) -> "CoreAddress":
         """The addresses at which a front end reaches a core."""
-        from engine.frontend.transport import CoreAddress
-
-        endpoints = self.cores[replica].endpoints
-        return CoreAddress(self.readies[replica], endpoints.to_core, endpoints.from_core[front_end])
+        return self.cores[replica].address(front_end, self.readies[replica])
 
     def connect(self) -> "EngineClient":
         """Make the client of the only front end; `open()` it inside an event loop."""
@@ -101,7 +98,7 @@ class Engine:
         config = replace(self.config, adapters=adapters)
         self._take_place(replica, start_another(self.cores[0], self.ready, config, replica, count), on_death)
 
-    def _take_place(self, replica: int, core: CoreProcess, on_death: Callable[[int, str], None]) -> None:
+    def _take_place(self, replica: int, core: Core, on_death: Callable[[int, str], None]) -> None:
         ended = self.cores.get(replica)
         self.cores[replica] = core  # from here on, `stop` ends it
         if ended is not None:
@@ -147,6 +144,10 @@ def start_engine(
         tokenizer, generation, warnings = _load_front_end(given, path, tokenizer_path)
         meanwhile()
         readies = wait_all_ready(cores, progress, loading)
+        if on_ray_nodes(config):
+            from engine.ray_replicas import check_equal
+
+            check_equal(readies)
     except BaseException:
         stop_all(cores)
         raise

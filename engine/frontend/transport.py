@@ -17,14 +17,25 @@ TURN_S = 0.01  # for messages, one after the other, before other tasks of the ev
 
 
 class CoreAddress(msgspec.Struct):
-    """The addresses at which one front end reaches a core, and the core's report."""
+    """The addresses at which one front end reaches a core, and the core's report.
+
+    Args:
+        to_core: empty if the core is gone.
+        from_core: of a core on another machine, the name of the front end's connection.
+        secret: of the connections to a core on another machine.
+    """
 
     ready: Ready
-    to_core: str = ""  # empty: the core is gone
+    to_core: str = ""
     from_core: str = ""
+    secret: str = ""
 
     def make_transport(self) -> "Transport":
-        return ZmqTransport(self.to_core, self.from_core) if self.to_core else NoTransport()
+        if not self.to_core:
+            return NoTransport()
+        if self.secret:
+            return TcpTransport(self.to_core, self.from_core, self.secret)
+        return ZmqTransport(self.to_core, self.from_core)
 
 
 class Transport(Protocol):
@@ -45,17 +56,21 @@ class ZmqTransport:
     """ZeroMQ sockets served by the event loop that `open` runs in."""
 
     def __init__(self, to_core: str, from_core: str):
-        self._context = zmq.Context()
-        self._inbound = self._context.socket(zmq.PULL)
-        self._inbound.set_hwm(0)
-        self._inbound.bind(from_core)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._inbound, self._outbound = self._connect(to_core, from_core)
         self._descriptor = int(self._inbound.getsockopt(zmq.FD))
-        self._outbound = self._context.socket(zmq.PUSH)
-        self._outbound.set_hwm(0)
-        self._outbound.setsockopt(zmq.LINGER, 0)
-        self._outbound.connect(to_core)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deliver: Callable[[bytes], None] = _drop
+
+    def _connect(self, to_core: str, from_core: str) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
+        """The sockets to read from and to write to."""
+        inbound, outbound = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
+        inbound.set_hwm(0)
+        inbound.bind(from_core)
+        outbound.set_hwm(0)
+        outbound.setsockopt(zmq.LINGER, 0)
+        outbound.connect(to_core)
+        return inbound, outbound
 
     def open(self, deliver: Callable[[bytes], None]) -> None:
         self._deliver = deliver
@@ -93,6 +108,31 @@ class ZmqTransport:
         # The descriptor signals new messages only, not those that are left.
         assert self._loop is not None
         self._loop.call_soon(self._read)
+
+
+class TcpTransport(ZmqTransport):
+    """One connection to a core on another machine (see `engine.gateway`), for both directions."""
+
+    def __init__(self, address: str, name: str, secret: str):
+        self._secret = secret
+        super().__init__(address, name)
+
+    def _connect(self, to_core: str, from_core: str) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
+        from engine.curve import secure_client
+
+        socket = self._context.socket(zmq.DEALER)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IDENTITY, from_core.encode())
+        secure_client(socket, self._secret)
+        socket.connect(to_core)
+        return socket, socket
+
+    def send(self, message: ToCore) -> None:
+        super().send(message)
+        # Reading the events of a socket, as sending does, may hide that a message has come.
+        if self._loop is not None:
+            self._loop.call_soon(self._read)
 
 
 class NoTransport:

@@ -125,11 +125,14 @@ def machines() -> Iterator[tuple[Node, Node]]:
 
 
 @contextmanager
-def ray_nodes(environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})) -> Iterator[Cluster]:
-    """A cluster of two nodes, each with one core; all processes end with the context.
+def ray_nodes(
+    environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}), cpus: tuple[int, int] = (1, 1)
+) -> Iterator[Cluster]:
+    """A cluster of two nodes; all processes end with the context.
 
     Args:
         environments: variables of the nodes besides those of this process.
+        cpus: of each node.
     """
     with machines() as nodes, tempfile.TemporaryDirectory(prefix="rl-ray-", ignore_cleanup_errors=True) as folder:
         port = free_port()
@@ -143,7 +146,7 @@ def ray_nodes(environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {
                     if number == 0
                     else [f"--address={address}"]
                 )
-                _start(node, where, f"{folder}/{number}", {**shared, **environments[number]})
+                _start(node, where, f"{folder}/{number}", {**shared, **environments[number]}, cpus[number])
             yield Cluster(address, nodes, {**shared, **environments[0]})
         finally:
             for node in reversed(nodes):
@@ -151,7 +154,7 @@ def ray_nodes(environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {
                     node.kill()
 
 
-def _start(node: Node, where: list[str], folder: str, environment: Mapping[str, str]) -> None:
+def _start(node: Node, where: list[str], folder: str, environment: Mapping[str, str], cpus: int) -> None:
     log = Path(f"{folder}.log")
     ports = {
         name: free_port()
@@ -163,7 +166,7 @@ def _start(node: Node, where: list[str], folder: str, environment: Mapping[str, 
         )
     }
     command = [
-        *node.prefix, sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block", "--num-cpus=1",
+        *node.prefix, sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block", f"--num-cpus={cpus}",
         f"--node-ip-address={node.address}", f"--object-store-memory={80 << 20}", "--disable-usage-stats",
         "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}",
         *(f"--{name}={port}" for name, port in ports.items()),
