@@ -56,7 +56,7 @@ STAGES: dict[int, tuple[Group, ...]] = {
         Group(tuple((f"parity: {one}", f"parity: {two}") for one, two in zip(FUSED, GENERIC, strict=True)), 100),
         Group((("load", "steps", "attention speed", "idle", "profile"),), 150),
         Group((("serve: 500/200, 64 at a time", "serve: 500/200, 256 at a time", "serve: 2048/128"),), 170),
-        Group((("out of memory",), ("ranks",)), 30),
+        Group((("out of memory",), ("ranks",), ("KV blocks",)), 30),
         Group((("resources",),), 40),
     ),
     2: (

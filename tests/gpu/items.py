@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from tests.gpu import fact_items, kernel_items, model_items, parity_items, rank_items, serve_items, tool_items
+from tests.gpu import (
+    block_items,
+    fact_items,
+    kernel_items,
+    model_items,
+    parity_items,
+    rank_items,
+    serve_items,
+    tool_items,
+)
 
 ITEMS: dict[str, Callable[..., Any]] = {
     "facts": fact_items.facts,
@@ -17,6 +26,7 @@ ITEMS: dict[str, Callable[..., Any]] = {
     "serve": serve_items.serve_load,
     "out of memory": fact_items.out_of_memory,
     "ranks": rank_items.ranks,
+    "KV blocks": block_items.kv_blocks,
     "resources": tool_items.resources,
     "tiles": tool_items.tiles,
     "sanitizer": tool_items.sanitizer,

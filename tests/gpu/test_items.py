@@ -49,6 +49,11 @@ def test_a_rank_that_is_alone(tmp_path: Path) -> None:
     assert named["captured sum and gather of one rank"].measured == "right"
 
 
+def test_kv_blocks_go_to_host_memory_and_back(tmp_path: Path) -> None:
+    named = {row.name: row for row in run(tmp_path, "KV blocks")}
+    assert named["bytes in host memory"].measured == named["bytes on the device"].measured == "right"
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["rotary and cache", "attention", "attention variants", "8-bit caches", "sampling"])
 def test_other_kernels_are_right(kind: str, tmp_path: Path) -> None:
