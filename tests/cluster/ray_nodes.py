@@ -82,10 +82,28 @@ def _command(process: psutil.Process) -> list[str]:
 @functools.cache
 def no_namespaces() -> str:
     """Why machines with network namespaces of their own can't be made here; empty if they can."""
-    if shutil.which("ip") is None:
-        return "the command `ip` is missing"
-    tried = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True, check=False)
-    return tried.stderr.strip() if tried.returncode else ""
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "the commands `ip` and `unshare` are missing"
+    name = f"rlp{os.getpid()}"
+    try:
+        _run("ip", "netns", "add", name)
+        _run("ip", "link", "add", name, "type", "bridge")
+        _run("ip", "netns", "exec", name, "unshare", "-C", "true")
+    except subprocess.CalledProcessError as error:
+        return f"{' '.join(error.cmd)}: {error.stderr.strip()}"
+    finally:
+        _remove([name], [name])
+    return ""
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _remove(links: Sequence[str], namespaces: Sequence[str]) -> None:
+    """The links first: connections that are not closed keep a namespace for minutes."""
+    for what in (*(("link", name) for name in links), *(("netns", name) for name in namespaces)):
+        subprocess.run(["ip", what[0], "delete", what[1]], check=False, capture_output=True)
 
 
 @contextmanager
@@ -94,7 +112,6 @@ def machines() -> Iterator[tuple[Node, Node]]:
     if no_namespaces():
         yield Node("127.0.0.2"), Node("127.0.0.3")
         return
-    made: list[list[str]] = []
     names = [f"redline-{os.getpid()}-{i}" for i in range(2)]
     bridge = f"rl{os.getpid() % 100000}"
     commands = [["ip", "link", "add", bridge, "type", "bridge"], ["ip", "link", "set", bridge, "up"]]
@@ -111,17 +128,14 @@ def machines() -> Iterator[tuple[Node, Node]]:
         ]
     try:
         for one in commands:
-            subprocess.run(one, check=True, capture_output=True)
-            made.append(one)
+            _run(*one)
         yield (
             Node(f"{SUBNET}.1", ("ip", "netns", "exec", names[0])),
             # Also with limits of its own: a node that shares neither cores nor memory with the first.
             Node(f"{SUBNET}.2", ("ip", "netns", "exec", names[1], "unshare", "-C")),
         )
     finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
+        _remove([f"{bridge}o{number}" for number in range(len(names))] + [bridge], names)
 
 
 @contextmanager
