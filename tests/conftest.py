@@ -63,6 +63,7 @@ SLOW = (
     "engine/worker/test_triton_stack.py", "engine/worker/test_device_ranks.py",
     "engine/worker/test_device_rank_processes.py", "engine/worker/test_device_loading.py",
     "engine/worker/test_device_families.py", "engine/worker/test_rank_graphs.py",
+    "docs/test_more_machines.py",
     "engine/worker/test_mm_parity.py", "engine/worker/test_mm_shapes.py", "engine/worker/test_mm_device.py",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import ModelError
+from engine.text import human_bytes
 
 PIECE_BYTES = 8 << 20
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.model.v*")  # that a model is loaded from
@@ -44,7 +45,7 @@ def list_files(folder: Path) -> list[ModelFile]:
         stat = path.stat()
         found.append(ModelFile(str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
     if not found:
-        raise ModelError(f"--distribute-weights: {folder} is no folder with files of a model")
+        raise ModelError(f"--distribute-weights: {folder} is not a folder with the files of a model")
     return found
 
 
@@ -90,7 +91,10 @@ class ModelCopy:
                 shutil.rmtree(path, ignore_errors=True)
         needed, free = sum(file.size for file in files), shutil.disk_usage(self._parent).free
         if needed > free:
-            raise ModelError(f"--distribute-weights: {self._parent} has {free} bytes free, the files need {needed}")
+            raise ModelError(
+                f"--distribute-weights: {self._parent} has {human_bytes(free)} free, and the files need "
+                f"{human_bytes(needed)}"
+            )
         self._unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._parent))
         for file in files:
             path = self._path(file.name)
@@ -123,7 +127,7 @@ class ModelCopy:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
                 self.drop()
-                raise ModelError(f"--distribute-weights: {name} arrived with other bytes than were sent")
+                raise ModelError(f"--distribute-weights: {name} was damaged on its way: its checksum is wrong")
         target = self._parent / self._key
         try:
             self._unfinished.rename(target)

@@ -19,6 +19,7 @@ from tests.serving import free_port
 START_S = 120.0
 ROOT = Path(__file__).parents[2]
 SUBNET = "10.213.77"
+STARTS = (("--head", "--port=PORT", "--include-dashboard=false"), ("--address=HOST:PORT",))
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_infeasible_task_early_exit": "0", "RAY_TMPDIR": "/tmp",
 }  # fmt: skip
@@ -140,13 +141,16 @@ def machines() -> Iterator[tuple[Node, Node]]:
 
 @contextmanager
 def ray_nodes(
-    environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}), cpus: tuple[int, int] = (1, 1)
+    environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+    cpus: tuple[int, int] = (1, 1),
+    starts: Sequence[Sequence[str]] = STARTS,
 ) -> Iterator[Cluster]:
     """A cluster of two nodes; all processes end with the context.
 
     Args:
         environments: variables of the nodes besides those of this process.
         cpus: of each node.
+        starts: what `ray start` is given for each node; HOST and PORT are those of the head.
     """
     with machines() as nodes, tempfile.TemporaryDirectory(prefix="rl-ray-", ignore_cleanup_errors=True) as folder:
         port = free_port()
@@ -155,11 +159,7 @@ def ray_nodes(
         shared = {**os.environ, **QUIET, "PYTHONPATH": python_path}
         try:
             for number, node in enumerate(nodes):
-                where = (
-                    ["--head", f"--port={port}", "--include-dashboard=false"]
-                    if number == 0
-                    else [f"--address={address}"]
-                )
+                where = [one.replace("HOST", nodes[0].address).replace("PORT", str(port)) for one in starts[number]]
                 _start(node, where, f"{folder}/{number}", {**shared, **environments[number]}, cpus[number])
             yield Cluster(address, nodes, {**shared, **environments[0]})
         finally:

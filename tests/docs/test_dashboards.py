@@ -37,7 +37,7 @@ class Exported:
 
 def exported_text() -> str:
     """The metrics of a server with replicas and inputs, and those of one API process."""
-    ready = Ready("/m", "cpu", "float32", 300, 128, 4, 64, 16, 10, True, mm=MMSpec("m", {}, {}))
+    ready = Ready("/m", "cpu", "float32", 300, 128, 4, 64, 16, 10, True, mm=MMSpec("m", {}, {}), role="decode")
 
     async def export() -> str:
         return generate_latest(make_registry(SimpleNamespace(client=Replicas(ready), model="m"))).decode()
