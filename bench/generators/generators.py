@@ -16,7 +16,7 @@ import numpy as np
 from bench.errors import BenchError
 from bench.generators.channel import ChannelError
 from bench.generators.clocks import clock_fault, host_clock
-from bench.generators.handshake import machine
+from bench.generators.handshake import network, processes
 from bench.generators.messages import Cut, Enough, Prepare
 from bench.generators.remote import Generator, LostGeneratorError, Part, offsets_of, use_of
 from bench.generators.split import divide
@@ -80,19 +80,19 @@ class Generators:
         return f"generators: {', '.join(shown)}"
 
     def pids_here(self) -> list[int]:
-        """Processes of generators on this machine."""
+        """Processes of generators that this process sees."""
         known = [generator.welcome for generator in self._all if generator.welcome is not None]
-        return [welcome.pid for welcome in known if welcome.machine == machine()]
+        return [welcome.pid for welcome in known if welcome.processes == processes()]
 
     def check(self, target: Target) -> None:
         """Raise BenchError if a generator certainly cannot send requests to the target as it is addressed."""
         if not _is_loopback(target):
             return
         for generator in self._all:
-            if generator.welcome is not None and generator.welcome.machine != machine():
+            if generator.welcome is not None and generator.welcome.network != network():
                 raise BenchError(
-                    f"generator {generator.name} is on another machine, which cannot reach {target.base_url}: "
-                    "give an address of the server that all machines can reach (--url)"
+                    f"generator {generator.name} is on another host, which cannot reach {target.base_url}: "
+                    "give an address of the server that all hosts can reach (--url)"
                 )
 
     def run_load(

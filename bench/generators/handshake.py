@@ -53,12 +53,22 @@ def read_token(file: Path | None, flag: str) -> bytes:
     return token
 
 
-def machine() -> str:
-    """A name of this machine until it is started again; equal in all its containers."""
+def network() -> str:
+    """A name of what 127.0.0.1 is here: a machine until it is started again, or one of its containers."""
+    return _place("net")
+
+
+def processes() -> str:
+    """A name of the machine or container within which process ids have a meaning."""
+    return _place("pid")
+
+
+def _place(namespace: str) -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return f"{socket.gethostname()}-{uuid.getnode()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path(f'/proc/self/ns/{namespace}').stat().st_ino}"
+    except OSError:  # not Linux
+        return f"{socket.gethostname()}/{uuid.getnode()}"
 
 
 def join(channel: Channel, token: bytes) -> Welcome:
@@ -96,7 +106,7 @@ def admit(channel: Channel, token: bytes) -> Welcome:
         channel.send(Refused("it has another token (--generator-token-file of the run, --token-file of the generator)"))
         raise ChannelError("does not have the token")
     channel.most_bytes = MOST_BYTES
-    return Welcome(_code(token, _OF_GENERATOR, hello.nonce, nonce), machine(), os.getpid(), cores())
+    return Welcome(_code(token, _OF_GENERATOR, hello.nonce, nonce), network(), processes(), os.getpid(), cores())
 
 
 def _next(channel: Channel) -> AnyMessage:

@@ -37,7 +37,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     """From the generator: that it has the token too, and what it is."""
 
     code: bytes
-    machine: str  # equal on one machine until it is started again
+    network: str  # equal for processes that have the same loopback interface
+    processes: str  # equal for processes that know each other by the same ids
     pid: int
     cores: int
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import ssl
 import struct
@@ -272,11 +273,13 @@ def test_what_a_generator_cannot_do_is_said(
 def test_servers_that_other_machines_cannot_reach(generators: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = generators(1)
     mine.check(Target("http://127.0.0.1:8000"))
-    monkeypatch.setattr(module, "machine", lambda: "another one")
+    assert mine.pids_here() == [os.getpid()]
+    for place in ("network", "processes"):
+        monkeypatch.setattr(module, place, lambda: "another one")
     mine.check(Target("http://192.0.2.1:8000"))
     mine.check(Target("http://server:8000"))
     for url in ("http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000"):
-        with pytest.raises(BenchError, match=r"is on another machine, which cannot reach http://.*:8000: .*--url"):
+        with pytest.raises(BenchError, match=r"is on another host, which cannot reach http://.*:8000: .*--url"):
             mine.check(Target(url))
     assert mine.pids_here() == []
 

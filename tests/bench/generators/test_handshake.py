@@ -10,7 +10,7 @@ import pytest
 from bench.errors import BenchError
 from bench.generators import handshake
 from bench.generators.channel import Channel, ChannelError
-from bench.generators.handshake import RefusedError, admit, join, machine, read_token
+from bench.generators.handshake import RefusedError, admit, join, network, processes, read_token
 from bench.generators.messages import Challenge, Hello, Ping, Welcome
 
 RIGHT, WRONG = b"the token of this run", b"another token of 20 bytes"
@@ -48,7 +48,8 @@ def test_with_the_token_both_know_each_other() -> None:
     joined, admitted = meet(lambda channel: join(channel, RIGHT), welcoming)
     assert isinstance(joined, Welcome)
     assert joined == admitted
-    assert joined.machine == machine()
+    assert (joined.network, joined.processes) == (network(), processes())
+    assert network() != processes()
     assert joined.cores >= 1
 
 
@@ -68,7 +69,7 @@ def test_a_generator_without_the_token_is_not_used() -> None:
         assert isinstance(hello, Hello)
         channel.send(Challenge(handshake.VERSION, b"n" * 32))
         channel.receive(5.0)
-        channel.send(Welcome(b"c" * 32, "m", 1, 1))
+        channel.send(Welcome(b"c" * 32, "n", "p", 1, 1))
 
     joined, _ = meet(lambda channel: join(channel, RIGHT), pretend)
     assert isinstance(joined, ChannelError)
