@@ -37,8 +37,8 @@ class Listener:
         self._tls = tls
         self._show = show
         self._admitted: queue.Queue[Channel | None] = queue.Queue()
-        self._free = threading.Lock()  # held from the admission of a run to its end
-        self._run = ""  # the one that holds it
+        self._lock = threading.Lock()
+        self._run = ""  # the run that is served, from its admission to its end; guarded by the lock
         self._strangers = threading.Semaphore(_MOST_STRANGERS)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -61,7 +61,7 @@ class Listener:
                 self._show(f"run {channel.peer}: {error}")
             finally:
                 channel.close()
-                self._free.release()
+                self._end_run()
 
     def close(self) -> None:
         """Accept no more runs; `serve` returns when the run that it serves has ended."""
@@ -89,25 +89,24 @@ class Listener:
         finally:
             self._strangers.release()
         if channel is not None:
-            self._run = peer
             self._admitted.put(channel)
 
     def _admit(self, sock: socket.socket, peer: str) -> Channel | None:
-        """A channel that holds `_free`; None if the handshake failed, or another run holds it."""
+        """The channel of a run that is served from now on; None if the handshake failed, or another run is served."""
         try:
             if self._tls is not None:
                 sock.settimeout(LIMIT_S)
                 sock = self._tls.wrap_socket(sock, server_side=True)
             channel = Channel(sock, peer)
             welcome = admit(channel, self._token)
-            if not self._free.acquire(blocking=False):
-                reason = f"it generates the load of another run ({self._run})"
+            if other := self._begin_run(peer):
+                reason = f"it generates the load of another run ({other})"
                 channel.send(Refused(reason, busy=True))
                 raise ChannelError(f"refused, {reason}")
             try:
                 channel.send(welcome)
             except ChannelError:
-                self._free.release()
+                self._end_run()
                 raise
         except (ChannelError, OSError) as error:  # ssl.SSLError is an OSError
             self._show(f"connection of {peer}: {error}")
@@ -115,6 +114,17 @@ class Listener:
             return None
         self._show(f"run {peer}: connected")
         return channel
+
+    def _begin_run(self, peer: str) -> str:
+        """Make a run the one that is served, unless another one is: returns that one, or ""."""
+        with self._lock:
+            other = self._run
+            self._run = other or peer
+        return other
+
+    def _end_run(self) -> None:
+        with self._lock:
+            self._run = ""
 
 
 def address_of(host: str, port: int) -> str:
