@@ -6,6 +6,7 @@ import queue
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 
 from bench.errors import BenchError
@@ -14,6 +15,7 @@ from bench.generators.handshake import LIMIT_S, admit
 from bench.generators.messages import Refused
 from bench.generators.session import Session
 
+_AFTER_ERROR_S = 0.1  # of accepting a connection
 _MOST_STRANGERS = 16  # connections at once that have not proved that they have the token
 
 
@@ -40,6 +42,7 @@ class Listener:
         self._lock = threading.Lock()
         self._run = ""  # the run that is served, from its admission to its end; guarded by the lock
         self._strangers = threading.Semaphore(_MOST_STRANGERS)
+        self._closed = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=64)
@@ -65,6 +68,7 @@ class Listener:
 
     def close(self) -> None:
         """Accept no more runs; `serve` returns when the run that it serves has ended."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # ends `accept`, which closing alone does not
         self._socket.close()
@@ -75,7 +79,10 @@ class Listener:
             try:
                 sock, address = self._socket.accept()
             except OSError:
-                return  # closed
+                if self._closed:
+                    return
+                time.sleep(_AFTER_ERROR_S)  # too many open files, for example
+                continue
             peer = address_of(address[0], address[1])
             if not self._strangers.acquire(blocking=False):
                 sock.close()
