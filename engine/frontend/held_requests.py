@@ -1,5 +1,6 @@
 """Requests that no replica can take while one is being started: they wait here, in the order of their arrival."""
 
+import asyncio
 from collections.abc import Callable
 
 from engine.errors import EngineDeadError, RedlineError, cause_of
@@ -12,6 +13,7 @@ class HeldRequests:
     def __init__(self) -> None:
         self.touched: list[RequestStream] = []  # always empty: these streams have no output
         self._streams: dict[int, RequestStream] = {}  # by id
+        self._waiters: list[asyncio.Future[None]] = []
 
     @property
     def num_outputs(self) -> int:
@@ -29,8 +31,15 @@ class HeldRequests:
         stream.release_inputs()
         stream.wake()
 
+    async def wait(self) -> None:
+        """Wait until a replica serves, or until none is going to."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
     def submit_all(self, submit: Callable[[RequestStream], None]) -> None:
         """A replica serves: submit all; a stream that can't be submitted fails."""
+        self._wake()
         for stream in list(self._streams.values()):
             self._remove(stream)
             try:
@@ -41,10 +50,17 @@ class HeldRequests:
 
     def fail_all(self, cause: str) -> None:
         """No replica is going to serve."""
+        self._wake()
         for stream in list(self._streams.values()):
             self._remove(stream)
             stream.release_inputs()
             stream.fail(EngineDeadError(cause))
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():  # the caller may have been canceled
+                waiter.set_result(None)
+        self._waiters.clear()
 
     def _remove(self, stream: RequestStream) -> None:
         del self._streams[id(stream)]

@@ -201,6 +201,8 @@ class Router:
         """See `CoreClient.check_grammar`. All replicas compile it, since each of them may get the request."""
         if refused := refused_grammar(self.ready):
             return refused
+        while self.unavailable:  # as the request itself would
+            await self._held.wait()
         arguments = {"kind": grammar.kind, "text": grammar.text}
         answers = await self._calls.call_responsive("check_grammar", arguments)
         checks = msgspec.convert(answers, list[GrammarCheck])

@@ -1,11 +1,13 @@
 """Replicas that are started again, added and drained while requests come: none is lost."""
 
+import asyncio
 import random
 
 import pytest
 
 from engine.errors import EngineDeadError, RequestError
 from engine.frontend.streams import RequestStream
+from engine.grammar import Grammar
 from engine.messages import Dead
 from tests.engine.fake_executor import expected_tokens
 from tests.engine.frontend.fleet import Fleet
@@ -78,6 +80,28 @@ async def test_held_requests_are_checked_and_can_be_aborted():
     fleet.router.close()
     with pytest.raises(EngineDeadError):
         assert not other.is_open
+
+
+async def test_the_check_of_a_grammar_waits_too():
+    fleet = Fleet(1, supervised=True)
+    fleet.router.core_lost(0, "it was killed", restarting=True)
+    asked = asyncio.ensure_future(fleet.router.check_grammar(Grammar("regex", "0+")))
+    given_up = asyncio.ensure_future(fleet.router.check_grammar(Grammar("regex", "1+")))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    given_up.cancel()
+    assert not asked.done()
+    fleet.restart(0)
+    while not asked.done():
+        await asyncio.sleep(0.001)
+        fleet.turn()
+    assert asked.result() == ""
+    fleet.router.core_lost(0, "it was killed", restarting=True)
+    lost = asyncio.ensure_future(fleet.router.check_grammar(Grammar("regex", "2+")))
+    await asyncio.sleep(0)
+    fleet.router.core_lost(0, "it ended 2 times and is not restarted")
+    with pytest.raises(EngineDeadError, match="it was killed"):
+        await lost
 
 
 async def test_an_added_replica_takes_requests():
