@@ -41,7 +41,7 @@ SLOW = (
     "engine/test_served_parity.py", "engine/worker/test_ray_hosts.py", "engine/worker/test_multiprocess.py",
     "engine/worker/test_parity.py",
     "bench/sweeps/test_sweep.py", "engine/test_ranks_served.py", "cli/test_replicas_served.py",
-    "cli/test_scale_served.py",
+    "cli/test_scale_served.py", "engine/test_ray_replicas.py",
     "bench/sweeps/test_sweep_rounds.py", "bench/measurement/test_run.py", "cli/test_serve_processes.py",
     "engine/test_vision_served.py", "cli/test_serve_engine.py", "cli/test_serve.py",
     "bench/workloads/test_cache_hits.py",

@@ -26,6 +26,15 @@ def test_replicas_that_are_lost_are_started_again_and_elsewhere(tmp_path: Path) 
         alone = [answer.outputs[0].token_ids for answer in llm.generate(PROMPTS, params)]
     signal_file, log = tmp_path / "node-is-gone", tmp_path / "output"
     with ray_nodes(cpus=(2, 1)) as cluster, log.open("w") as sink:
+        flags = ("--dp", "4", "--distributed-executor-backend", "ray", "--ray-address", cluster.address, "--port", "0")
+        refused = subprocess.run(
+            cluster.command("-m", "cli.main", "serve", model, "--load-format", "dummy", *flags),
+            env=cluster.environment, capture_output=True, text=True, timeout=START_S, check=False,
+        )  # fmt: skip
+        assert refused.returncode == 2
+        assert (
+            "the Ray cluster has 3 CPUs, and each of 4 replicas needs one: add nodes" in refused.stderr.splitlines()[-1]
+        )
         command = cluster.command("-m", "tests.cluster.serving_replicas", model, cluster.address, str(signal_file))
         process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=cluster.environment)
         try:
