@@ -11,8 +11,9 @@ ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
 ARG DEVICE
-# Wheels of PyTorch without CUDA's libraries; those with them are PyPI's, for both architectures.
-ARG CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# An index with wheels of PyTorch without CUDA's libraries, which makes the image for CPUs several GB smaller; the wheels
+# of pip's own index have them. PyTorch's installation page names one.
+ARG CPU_TORCH_INDEX
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
@@ -23,7 +24,7 @@ WORKDIR /src
 
 # PyTorch, then the other dependencies: layers that a change of the sources leaves as they are.
 COPY versions/tested.txt versions/
-RUN if [ "$DEVICE" = cpu ]; then \
+RUN if [ "$DEVICE" = cpu ] && [ -n "${CPU_TORCH_INDEX:-}" ]; then \
         pip install --no-cache-dir --constraint versions/tested.txt --index-url "$CPU_TORCH_INDEX" torch; \
     else \
         pip install --no-cache-dir --constraint versions/tested.txt torch; \
