@@ -130,11 +130,18 @@ class TcpLinks:
             for peer in self._peers:
                 if peer.connections.socket in ready:
                     _note(peer)
-            if self._results in ready:
-                number, kind = _SENT.unpack_from(data := self._results.recv())
+            if self._results in ready and (data := self._next_result()) is not None:
+                number, kind = _SENT.unpack_from(data)
                 return number, (FrameKind(kind), data[_SENT.size :])
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError
+
+    def _next_result(self) -> bytes | None:
+        """None: a connection that was refused has made the socket readable."""
+        try:
+            return self._results.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
 
     def stop(self) -> None:
         os.write(self._stop, b"\0")
