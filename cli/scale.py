@@ -11,6 +11,7 @@ from bench.target import Target
 from bench.target.control import ControlClient
 from cli.exit_codes import FAILED
 from cli.options import Finite, GroupedCommand, option
+from engine.frontend.front_end_stats import MOST_REPLICAS
 
 POLL_S = 0.5
 REQUEST_S = 15.0
@@ -25,7 +26,7 @@ TARGET, CHANGE = "Server", "Change"
     "--dp",
     "--data-parallel-size",
     "replicas",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_REPLICAS),
     required=True,
     metavar="N",
     help="Number of replicas that the server shall have.",
