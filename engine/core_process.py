@@ -78,8 +78,8 @@ class Core(Protocol):
         """A new core with the same options but for its adapters; the caller must `stop` this one."""
         ...
 
-    def sibling(self, config: EngineConfig, environment: Mapping[str, str]) -> "Core":
-        """The core of another replica of the same server."""
+    def sibling(self, config: EngineConfig, environment: Mapping[str, str], memory: int | None) -> "Core":
+        """The core of another replica of the same server; `memory` as of CoreProcess."""
         ...
 
     def stop(self) -> None:
@@ -169,9 +169,9 @@ class CoreProcess:
         one."""
         return CoreProcess(dataclasses.replace(self._config, adapters=adapters), **self._arguments)
 
-    def sibling(self, config: EngineConfig, environment: Mapping[str, str]) -> "CoreProcess":
+    def sibling(self, config: EngineConfig, environment: Mapping[str, str], memory: int | None) -> "CoreProcess":
         """The core of another replica of the same server."""
-        return CoreProcess(config, **self._arguments | {"memory": None, "environment": environment})
+        return CoreProcess(config, **self._arguments | {"memory": memory, "environment": environment})
 
     def stop(self) -> None:
         """End the core, and with it all requests; safe to call twice."""

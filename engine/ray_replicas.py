@@ -201,7 +201,12 @@ class RayCore:
         self.stop()
         return self._another(replace(self._config, adapters=adapters))
 
-    def sibling(self, config: EngineConfig, environment: Mapping[str, str]) -> "RayCore":  # noqa: ARG002
+    def sibling(
+        self,
+        config: EngineConfig,
+        environment: Mapping[str, str],  # noqa: ARG002
+        memory: int | None,  # noqa: ARG002
+    ) -> "RayCore":
         """The core of another replica of the same server."""
         return self._another(config)
 

@@ -81,17 +81,18 @@ def start_another(first: Core, ready: Ready, config: EngineConfig, number: int, 
         kv_cache_memory_bytes=kv_bytes * count or None,
     )
     if on_ray_nodes(config):  # which has its own memory
-        return first.sibling(one, {})
+        return first.sibling(one, {}, None)
     machine = machine_for(one)
-    environment = machine.environment(number)
+    environment, available = machine.environment(number), None
     if not environment and not config.simulated:
+        # Its share is what is free now: the other replicas have theirs already.
         needed, available = sum(line.bytes for line in ready.memory), count * machine.available_memory()
         if needed > available:
             raise OutOfMemoryError(
                 f"one more replica needs {human_bytes(needed)}, but {human_bytes(available)} are free: "
                 "use a lower --dp, or start the server with a smaller --kv-cache-memory-bytes"
             )
-    return first.sibling(one, environment)
+    return first.sibling(one, environment, available)
 
 
 def wait_all_ready(

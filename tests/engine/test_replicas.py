@@ -20,7 +20,10 @@ READY = Ready(
 class Core:
     """In place of a process: what it would be started with."""
 
-    def sibling(self, config: EngineConfig, environment: Any) -> Any:
+    memory: int | None = None
+
+    def sibling(self, config: EngineConfig, environment: Any, memory: int | None) -> Any:
+        self.memory = memory
         return config, environment
 
 
@@ -40,6 +43,13 @@ def test_it_has_the_sizes_of_the_first():
     assert (added.max_model_len, added.max_num_seqs, added.max_num_batched_tokens) == (128, 4, 64)
     assert added.block_size == 16
     assert added.kv_cache_memory_bytes // added.data_parallel_size == 2 * GIB
+
+
+@pytest.mark.usefixtures("free")
+def test_its_share_of_the_memory_is_what_the_others_left():
+    core = Core()
+    start_another(core, READY, EngineConfig(model="/m", device="cpu"), 1, 2)  # type: ignore[arg-type]
+    assert core.memory == 64 * GIB
 
 
 @pytest.mark.usefixtures("free")
