@@ -102,19 +102,31 @@ def build_core_server(
         phases.end("load adapters")
     spill = link = None
     if resolved.host_blocks or resolved.role:
-        from engine.core.block_link import BlockLink
-        from engine.core.spill_start import SpillStore
-        from engine.kv_format import KVLayout
-
-        layout = KVLayout.of(config, resolved, str(model_info.path), model_info.dtype, executor.kernels)
-        if resolved.role:
-            link = BlockLink(server.core, layout, executor, endpoints.folder, server.wake)
-            ready = replace(ready, role=resolved.role, kv_address=link.address)
-        else:
-            spill = SpillStore(config, resolved, layout, executor, server.core.scheduler, server.wake)
+        spill, link = _attach_host_blocks(config, resolved, model_info, executor, server, endpoints.folder)
         phases.end("attach host blocks")
+    if link is not None:
+        ready = replace(ready, role=resolved.role, kv_address=link.address)
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
     return BuiltCore(server, ready, tuple(executor.ranks), features, spill, link)
+
+
+def _attach_host_blocks(
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    model_info: "ModelInfo",
+    executor: "StartedExecutor",
+    server: "CoreServer",
+    folder: str,
+) -> "tuple[SpillStore | None, BlockLink | None]":
+    """Where KV blocks go outside of the KV cache: other replicas with a role, else the tiers of --kv-spill."""
+    from engine.core.block_link import BlockLink
+    from engine.core.spill_start import SpillStore
+    from engine.kv_format import KVLayout
+
+    layout = KVLayout.of(config, resolved, str(model_info.path), model_info.dtype, executor.kernels)
+    if resolved.role:
+        return None, BlockLink(server.core, layout, executor, folder, server.wake)
+    return SpillStore(config, resolved, layout, executor, server.core.scheduler, server.wake), None
 
 
 def _plan(config: EngineConfig, memory: int | None, phases: Phases) -> "tuple[EnginePlan, RayHosts | None]":

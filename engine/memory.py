@@ -111,11 +111,8 @@ def resolve(
         MemoryLine("weights", model_info.weight_bytes, "--dtype, --quantization"),
         MemoryLine(WORKSPACE, workspace, "--max-num-batched-tokens, --max-num-seqs"),
         *encoders,
-        *_transfer_lines(transfer_blocks * memory.block),
-        MemoryLine(KV_CACHE, num_blocks * memory.block, f"{KV_ALLOCATION}, --gpu-memory-utilization"),
+        *_block_lines(num_blocks * memory.block, transfer_blocks * memory.block),
     )
-    if not memory.block:
-        lines = lines[:-1]
     on_host = machine.torch_type == ""
     free = available * replicas if on_host else available_memory()
     planned = sum(line.bytes for line in lines) * replicas if on_host else 0
@@ -225,9 +222,14 @@ def _with_spill(config: EngineConfig, resolved: ResolvedConfig, block_bytes: int
     return dataclasses.replace(resolved, host_blocks=host_blocks, disk_blocks=disk_blocks)
 
 
-def _transfer_lines(size: int) -> list[MemoryLine]:
-    """The line for prompts on their way between replicas, if there are any; `size` in bytes."""
-    return [MemoryLine("prompts in transfer", size, KV_ALLOCATION)] if size else []
+def _block_lines(cache: int, transfers: int) -> list[MemoryLine]:
+    """What KV blocks need, in bytes: prompts on their way between replicas, and the KV cache, if the model has one."""
+    lines = []
+    if transfers:
+        lines.append(MemoryLine("prompts in transfer", transfers, KV_ALLOCATION))
+    if cache:
+        lines.append(MemoryLine(KV_CACHE, cache, f"{KV_ALLOCATION}, --gpu-memory-utilization"))
+    return lines
 
 
 def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int, dtype: str) -> list[MemoryLine]:

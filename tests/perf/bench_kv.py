@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.loadgen.load import run_closed_loop, run_load
-from bench.loadgen.recording import Recording
+from bench.loadgen.load import run_load
 from bench.results.environment import hardware
 from bench.statistics.latencies import latencies
 from bench.target.target import Target
@@ -36,7 +34,7 @@ from bench.workloads import make_workload
 from bench.workloads.arrivals import arrival_times, point_seed
 from bench.workloads.base import RequestSpec
 from tests.perf.bar_charts import save_figure
-from tests.perf.bench_routing import LLAMA
+from tests.perf.bench_routing import LLAMA, capacity, checked
 from tests.perf.cpu_process import RUN_LIMIT_S, Watch
 from tests.perf.kv_figure import OFF, kv_figure
 from tests.serving import Served, serve
@@ -92,22 +90,6 @@ def workload(conversations: int, count: int, seed: int) -> list[RequestSpec]:
     return make_workload(kind, LLAMA["vocab_size"]).requests(count, seed)
 
 
-def checked(recording: Recording, requests: int) -> Recording:
-    bad = [row for row in recording.records((-1.0, float("inf"))) if row.status != "ok"]
-    if bad or recording.cut_short:
-        sys.exit(f"{len(bad)} of {requests} requests failed: {bad[0].error if bad else 'the run was cut short'}")
-    return recording
-
-
-def fill(served: Served, specs: list[RequestSpec]) -> float:
-    """Serve requests from empty caches as fast as possible; returns requests a second."""
-    served.client.post("/reset_prefix_cache", json={}).raise_for_status()
-    began = time.monotonic()
-    target = Target(served.url, "model")
-    checked(run_closed_loop(target, specs, 2 * ROWS, observer=Watch(), time_limit_s=RUN_LIMIT_S), len(specs))
-    return len(specs) / (time.monotonic() - began)
-
-
 def spill_hits(served: Served) -> dict[str, float]:
     """Blocks found in host memory and in files; none without the flag."""
     text = served.client.get("/metrics").text
@@ -121,7 +103,7 @@ def measure(
     served: Served, filling: list[RequestSpec], specs: list[RequestSpec], rate: float, seed: int
 ) -> dict[str, float]:
     """One run: the share of prompt tokens that were found, ms, and the share of those found outside of the KV cache."""
-    fill(served, filling)
+    capacity(served, filling, 2 * ROWS)
     before = {name: served.metric(metric) for name, metric in COUNTERS.items()}
     tiers = spill_hits(served)
     times = arrival_times(rate, len(specs) / rate, point_seed(seed, "arrivals", rate))
@@ -181,7 +163,7 @@ def main() -> None:
             )
             for server, flags in sizes.flags.items()
         }
-        most = fill(servers[OFF], workload(conversations, conversations + requests, 99))
+        most = capacity(servers[OFF], workload(conversations, conversations + requests, 99), 2 * ROWS)
         console.print(f"without the flag {most:.1f} requests/s; {sizes.pool} blocks, working set {sizes.working_set}")
         order = list(servers)
         for turn in range(rounds):
