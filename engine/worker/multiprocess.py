@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from engine.children import Failure, Up, decode_report
+from engine.children import Failure, Loading, Up, decode_report
 from engine.config import DRIVER_BROADCAST, EngineConfig
 from engine.errors import EngineDeadError, RedlineError, cause_of
 from engine.model.model_info import ModelInfo
@@ -195,7 +195,7 @@ class MultiprocessExecutor:
                 up[number] = report.read(StartReport)
                 if len(up) == len(self._options):
                     self._started.set_result([report for _, report in sorted(up.items())])
-            elif self._progress is not None:
+            elif isinstance(report, Loading) and self._progress is not None:
                 self._progress(report.done, report.total)
 
     def _lose(self, number: int, ended: Failure | Gone) -> None:
