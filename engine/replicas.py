@@ -8,8 +8,11 @@ from engine.config import EngineConfig
 from engine.core_process import Core, CoreProcess
 from engine.errors import OutOfMemoryError
 from engine.executor_backend import RAY
+from engine.host import available_memory
 from engine.messages import Ready
 from engine.text import human_bytes
+
+PROCESS_BYTES = 192 << 20  # of PyTorch and the other libraries in each process, which the lines of a plan do not have
 
 
 def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float) -> tuple[Core, ...]:
@@ -49,6 +52,24 @@ def start_cores(config: EngineConfig, *, front_ends: int, step_timeout_s: float)
 def on_ray_nodes(config: EngineConfig) -> bool:
     """Whether the replicas run on the nodes of a Ray cluster."""
     return config.distributed_executor_backend == RAY and config.data_parallel_size > 1
+
+
+def check_room(ready: Ready, config: EngineConfig, count: int) -> None:
+    """Raise OutOfMemoryError if `count` more replicas, which start together, don't fit into the memory that all share.
+
+    `start_another` looks at one of them only. `ready` is the report of a replica that serves. Replicas on GPUs, on
+    other machines or on simulated hardware share no memory.
+    """
+    if on_ray_nodes(config) or ready.simulated or not ready.device.startswith("cpu"):
+        return
+    processes = 1 + (config.num_ranks if config.num_ranks > 1 else 0)
+    needed = count * (sum(line.bytes for line in ready.memory) + processes * PROCESS_BYTES)
+    if needed > (free := available_memory()):
+        more = f"{count} more replicas need" if count > 1 else "one more replica needs"
+        raise OutOfMemoryError(
+            f"{more} {human_bytes(needed)}, but {human_bytes(free)} are free: use a lower --dp, or start the server "
+            "with a smaller --kv-cache-memory-bytes"
+        )
 
 
 def start_another(first: Core, ready: Ready, config: EngineConfig, number: int, count: int) -> Core:

@@ -17,7 +17,7 @@ from engine.model.config.file_names import CONFIG, PARAMS
 from engine.model.resolve import cached_tokenizer, resolve_model, resolve_tokenizer
 from engine.multimodal.feature_files import cache_bytes
 from engine.phases import Phases
-from engine.replicas import on_ray_nodes, start_another, start_cores, stop_all, wait_all_ready
+from engine.replicas import check_room, on_ray_nodes, start_another, start_cores, stop_all, wait_all_ready
 
 if TYPE_CHECKING:
     from engine.frontend.connect import EngineClient, SupervisedClient
@@ -77,6 +77,10 @@ class Engine:
         """Call back from a thread, with the replica and the cause in one line, if a core exits unexpectedly."""
         for replica, core in self.cores.items():
             core.watch(partial(on_death, replica))
+
+    def check_room(self, count: int) -> None:
+        """Raise OutOfMemoryError if the machine has too little memory for `count` more replicas."""
+        check_room(self.ready, self.config, count)
 
     def restart(self, replica: int, adapters: Adapters, on_death: Callable[[int, str], None]) -> None:
         """Replace the core of a replica, which has ended, and block until the new one is up.

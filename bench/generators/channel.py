@@ -66,7 +66,7 @@ class Channel:
                 if not self._wait(wanted, _SEND_LIMIT_S):
                     raise ChannelError(f"did not take any data for {_SEND_LIMIT_S:.0f} s") from None
             except (OSError, ValueError) as error:
-                raise ChannelError(_cause(error)) from None
+                raise ChannelError(broken(error)) from None
 
     def receive(self, limit_s: float | None) -> AnyMessage | None:
         """The next message; None if none is complete within `limit_s` seconds. Raises ChannelError."""
@@ -81,7 +81,7 @@ class Channel:
                 self._wait(select.POLLIN, left)
                 continue
             except (OSError, ValueError) as error:
-                raise ChannelError(_cause(error)) from None
+                raise ChannelError(broken(error)) from None
             if not data:
                 raise ChannelError("closed the connection")
             self._buffer += data
@@ -126,7 +126,10 @@ def _set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _GONE_MS)
 
 
-def _cause(error: Exception) -> str:
+def broken(error: Exception) -> str:
+    """Why a connection is of no use any more, after the name of the peer."""
+    if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+        return "does not use TLS"
     if isinstance(error, ssl.SSLError):
         return f"broke the TLS connection ({(error.reason or str(error)).replace('_', ' ').lower()})"
     return f"broke the connection ({str(getattr(error, 'strerror', None) or error).lower()})"

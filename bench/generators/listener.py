@@ -1,7 +1,6 @@
 """`redline generate --listen`: accepts runs that have the token, and generates the loads of one at a time."""
 
 import contextlib
-import os
 import queue
 import socket
 import ssl
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from bench.errors import BenchError
-from bench.generators.channel import Channel, ChannelError
+from bench.generators.channel import Channel, ChannelError, broken
 from bench.generators.handshake import LIMIT_S, admit
 from bench.generators.messages import Refused
 from bench.generators.session import Session
@@ -47,9 +46,8 @@ class Listener:
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=64)
         except OSError as error:
-            # `create_server` adds the address to the text of the system, but not to that of a name that is not found.
-            named = isinstance(error, socket.gaierror) or error.errno is None
-            reason = error.strerror if named else os.strerror(error.errno or 0)
+            # `create_server` adds the address to the text of the system.
+            reason = (error.strerror or str(error)).partition(" (while attempting")[0]
             raise BenchError(f"cannot listen on {address_of(host, port)}: {reason} (--listen)") from None
         self.port: int = self._socket.getsockname()[1]
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
@@ -116,7 +114,7 @@ class Listener:
                 self._end_run()
                 raise
         except (ChannelError, OSError) as error:  # ssl.SSLError is an OSError
-            self._show(f"connection of {peer}: {error}")
+            self._show(f"connection of {peer}: {error if isinstance(error, ChannelError) else broken(error)}")
             sock.close()
             return None
         self._show(f"run {peer}: connected")

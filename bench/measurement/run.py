@@ -58,7 +58,7 @@ class Subject:
 
 
 class InterruptedRunError(KeyboardInterrupt):
-    """Ctrl-C; `answer` is what was found until then, and everything measured is on disk."""
+    """Ctrl-C; `answer` is what was found until then, None if nothing; everything measured is on disk."""
 
     def __init__(self, answer: Answer | None):
         super().__init__("interrupted")
@@ -66,7 +66,7 @@ class InterruptedRunError(KeyboardInterrupt):
 
 
 class LostServerError(BenchError):
-    """The server stopped answering, or a generator is gone; `answer` is what was found until then."""
+    """The server stopped answering, or a generator is gone; `answer` as of InterruptedRunError."""
 
     def __init__(self, message: str, answer: Answer | None = None):
         super().__init__(message)
@@ -131,11 +131,11 @@ def _open_run(subject: Subject, finished: Sequence[PointRecord]) -> Iterator["_R
         run = _Run(point, planner, subject.files, subject.progress, known)
         yield run
     if run.unwritten:
-        raise CannotWriteError(run.unwritten, run.answer)
+        raise CannotWriteError(run.unwritten, run.answer_so_far)
     if run.lost:
-        raise LostServerError(run.lost, run.answer)
+        raise LostServerError(run.lost, run.answer_so_far)
     if budget.stopped:
-        raise InterruptedRunError(run.answer)
+        raise InterruptedRunError(run.answer_so_far)
 
 
 @contextlib.contextmanager
@@ -177,6 +177,11 @@ class _Run:
         self.answer: Answer | None = None
         self.lost = ""  # why the server, or a generator, is considered gone
         self.unwritten = ""  # why results can no longer be written
+
+    @property
+    def answer_so_far(self) -> Answer | None:
+        """The answer of a run that ends early; None if no load point is valid, so that nothing is known of any rate."""
+        return self.answer if any(r.valid for r in self.records if r.phase != "probe") else None
 
     def owns(self, record: PointRecord) -> bool:
         return record.configuration == self._point.configuration and record.workload == self._point.workload.name

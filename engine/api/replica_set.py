@@ -254,6 +254,11 @@ class ReplicaSet:
         if target + ending > MOST_REPLICAS:
             error = f"{target} replicas and {ending} ending ones exceed {MOST_REPLICAS}: wait until these have ended"
             return self._change(len(active), error, asked)
+        if target > len(active):
+            try:
+                self._engine.check_room(target - len(active))
+            except RedlineError as refusal:
+                return self._change(len(active), str(refusal), asked)
         log.warning("scaling from %d to %d replicas", len(active), target)
         for _ in range(target - len(active)):
             self._add(target)

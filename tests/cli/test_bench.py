@@ -114,6 +114,21 @@ def test_ctrl_c_reports_what_is_there_and_exits_130(stub: ServerProcess, tmp_pat
     assert RunFiles(out).read_summary().finished is not None
 
 
+def test_ctrl_c_in_the_first_load_point_says_nothing_about_its_rate(stub: ServerProcess, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = redline("--url", stub.base_url, *QUICK, "--rates", "10,15", "--window", "30", "--out", str(out))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not RunFiles(out).read_points() and time.monotonic() < deadline:  # the probe
+            time.sleep(0.1)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        stdout, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stdout.strip().splitlines()[-1] == "no load point produced a valid result"
+    assert RunFiles(out).read_summary().answers == []
+
+
 def test_failed_requests_are_told_by_kind_and_in_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """`redline generate`, and `redline bench` and `redline sweep` that let it send their load."""
 
 import math
+import re
 import shlex
 import signal
 import socket
@@ -172,6 +173,8 @@ def test_errors_are_one_line(
     assert "all configurations of this sweep are simulated" in error(sweep, 2)
     busy = error(["generate", "--listen", pair[0].address], 1)
     assert busy == f"cannot listen on {pair[0].address}: Address already in use (--listen)\n"
+    unknown = error(["generate", "--listen", "host.invalid:7070"], 1)
+    assert re.fullmatch(r"cannot listen on host\.invalid:7070: .*name.* \(--listen\)\n", unknown, re.IGNORECASE)
     assert "'7070' is not an address: use HOST:PORT" in error(["generate", "--listen", "7070"], 2)
     monkeypatch.delenv(TOKEN_VARIABLE)
     assert "generators need a token: give --token-file, or set REDLINE_" in error(["generate", "--listen", "h:0"], 1)

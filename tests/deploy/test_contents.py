@@ -53,6 +53,19 @@ def test_servers_listen_for_others() -> None:
         assert words[words.index("--host") + 1] == "0.0.0.0"
 
 
+def test_a_server_on_several_nodes_waits_for_a_cpu_for_each_of_its_ranks() -> None:
+    """It ends if the nodes that have joined have fewer."""
+    [script] = [words[-1] for _, words in own_commands() if "ray start --head" in words[-1]]
+    [loop] = re.findall(r"^until \[ .* -ge (\d+) \]; do", script, re.MULTILINE)
+    [serve] = [words for words in split_commands(script, "bash") if words[:2] == ("redline", "serve")]
+    cpus = sum(
+        one["spec"]["replicas"] * int(one["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+        for path, one in manifests()
+        if path.parent.name == "ray" and one["kind"] == "Deployment"
+    )
+    assert int(loop) == int(serve[serve.index("--tp") + 1]) <= cpus
+
+
 def names(kind: str) -> set[str]:
     """Names of all objects of a kind; of ConfigMaps, those that kustomize makes."""
     found = {one["metadata"]["name"] for _, one in manifests() if one["kind"] == kind}

@@ -1,9 +1,11 @@
 """docs/serving/more-machines.md: its commands serve a model on two machines, and the files that it names exist."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.ray_nodes import Cluster, Node, ray_nodes
-from tests.deploy.manifests import KUSTOMIZATIONS
+from tests.deploy.manifests import KUSTOMIZATIONS, own_commands
 from tests.docs.blocks import BLOCKS, ROOT
 from tests.serving import START_S, free_port
 
@@ -78,11 +80,23 @@ def answer(cluster: Cluster, serve: str, request: str, folder: Path) -> str:
     return str(choices[0]["text"])
 
 
+def waits_for_nodes(cluster: Cluster) -> str:
+    """Run what the Kubernetes manifest does before it starts a server; what it printed if it failed."""
+    [script] = [words[-1] for _, words in own_commands() if "ray start --head" in words[-1]]
+    waiting = script[script.index("cpus()") : script.index("exec redline serve")]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {**cluster.environment, "RAY_ADDRESS": cluster.address, "PATH": path}
+    command = on(cluster.nodes[0], "bash", "-ec", waiting)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_S)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
 @pytest.mark.real
 def test_the_commands_serve_a_model_on_two_machines(tmp_path: Path) -> None:
     head, join, ranks, request, replicas = commands()
     starts = [[*start_options(head), "--include-dashboard=false"], start_options(join)]
     with ray_nodes(cpus=(1, 2), starts=starts) as cluster:
+        assert waits_for_nodes(cluster) == ""
         texts = [
             answer(cluster, serve, request, tmp_path / name)
             for name, serve in (("ranks", ranks), ("replicas", replicas))

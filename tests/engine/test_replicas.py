@@ -1,14 +1,16 @@
 """What the core of a replica that is added later gets: the sizes of the first one."""
 
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.config import EngineConfig
 from engine.disaggregation import DECODE, PREFILL, role_of
 from engine.errors import OutOfMemoryError
 from engine.messages import MemoryLine, Ready
-from engine.replicas import start_another
+from engine.replicas import PROCESS_BYTES, check_room, start_another
 
 GIB = 1 << 30
 READY = Ready(
@@ -71,3 +73,14 @@ def test_memory_that_is_not_there_is_an_error(free: list[int]):
     free[0] = GIB
     with pytest.raises(OutOfMemoryError, match=r"needs 3\.0 GiB, but 1\.0 GiB are free: use a lower --dp"):
         start_another(Core(), READY, EngineConfig(model="/m", device="cpu"), 1, 2)  # type: ignore[arg-type]
+
+
+def test_replicas_that_start_together_must_fit_together(monkeypatch: pytest.MonkeyPatch):
+    each = 3 * GIB + PROCESS_BYTES
+    monkeypatch.setattr("engine.replicas.available_memory", lambda: 4 * each)
+    config = EngineConfig(model="/m", device="cpu")
+    check_room(READY, config, 4)
+    with pytest.raises(OutOfMemoryError, match=r"5 more replicas need 15\.9 GiB, but 12\.8 GiB are free: use a lower"):
+        check_room(READY, config, 5)
+    check_room(msgspec.structs.replace(READY, device="cuda (NVIDIA H100)"), config, 60)  # each has memory of its own
+    check_room(READY, replace(config, data_parallel_size=2, distributed_executor_backend="ray"), 60)

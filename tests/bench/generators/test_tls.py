@@ -1,6 +1,8 @@
 """Generators over TLS, and against servers whose certificates only the run has."""
 
 import json
+import queue
+import re
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -53,6 +55,19 @@ def test_tls(known_server: Any, listeners: Callable[..., list[Listener]], tmp_pa
             pytest.raises(LostGeneratorError, match=message),
         ):
             mine.connect()
+
+
+def test_a_generator_says_that_a_run_does_not_use_tls(tmp_path: Path) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(*make_certificate(tmp_path, "mine"))
+    lines: queue.Queue[str] = queue.Queue()
+    listener = Listener("127.0.0.1", 0, TOKEN.encode(), server, lines.put)
+    try:
+        with Generators([("127.0.0.1", listener.port)], TOKEN.encode()) as mine, pytest.raises(LostGeneratorError):
+            mine.connect()
+        assert re.fullmatch(r"connection of 127\.0\.0\.1:\d+: does not use TLS", lines.get(timeout=60))
+    finally:
+        listener.close()
 
 
 def test_generators_trust_the_certificates_of_the_run(generators: Connect, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class Engine:
         self.all = list(self.cores.values())
         self.adapters: list[Any] = []
         self.fails = self.held = False
+        self.room = 64
 
     def address(self, replica: int, front_end: int = 0) -> CoreAddress:
         return CoreAddress(READY, f"core {replica}", f"front {front_end}")
@@ -78,6 +79,10 @@ class Engine:
         core.on_death = lambda cause: on_death(replica, cause)
         self.readies[replica] = READY
         core.up = True
+
+    def check_room(self, count: int) -> None:
+        if count > self.room:
+            raise OutOfMemoryError("there is too little memory")
 
     def add(self, replica: int, _count: int, adapters: Any, on_death: Callable[[int, str], None]) -> None:
         self.restart(replica, adapters, on_death)
@@ -140,6 +145,16 @@ async def test_a_replica_that_can_not_be_started_is_an_error_and_the_others_stay
     await server.until(lambda: bool(server.replicas.state.error))
     assert "replica 1 could not be started: there is too little memory" in server.replicas.state.error
     assert (server.replicas.state.target, server.engine.running, server.seen(ReplicaRemoved)) == (1, 1, [1])
+
+
+async def test_replicas_that_do_not_fit_together_are_an_error_before_one_starts():
+    server = Server(2)
+    server.engine.room = 3
+    state = await server.replicas.scale(6)
+    assert (state.revision, state.target, state.error) == (1, 2, "there is too little memory")
+    assert (len(server.engine.all), server.events) == (2, [])
+    assert (await server.replicas.scale(5)).error == ""
+    await server.until(lambda: server.engine.running == 5)
 
 
 async def test_a_start_that_is_not_wanted_any_longer_ends():
