@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.config import KV_ALLOCATION, EngineConfig, window_blocks
 from engine.devices import machine_for
-from engine.devices.machine import Machine
+from engine.devices.machine import Machine, replica_flags
 from engine.disaggregation import num_transfer_blocks, refusal, role_of
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.host import available_memory
@@ -118,7 +118,7 @@ def resolve(
     planned = sum(line.bytes for line in lines) * replicas if on_host else 0
     resolved = _with_spill(config, resolved, memory.block, free - planned)
     warnings += _too_large_inputs(model_info, budget)
-    warnings += [*_too_much(lines, available, replicas), *machine.warnings(config)]
+    warnings += [*_too_much(lines, available, config), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs) if per_request else max_num_seqs
     return Resolution(
         resolved, lines, tuple(warnings), machine.describe(config), sequences, machine.simulated, budget_source
@@ -330,13 +330,13 @@ def _batch_sizes(config: EngineConfig, model_info: ModelInfo, machine: Machine) 
     return max_num_seqs, found.count, found.source
 
 
-def _too_much(lines: tuple[MemoryLine, ...], available: int, replicas: int) -> list[str]:
+def _too_much(lines: tuple[MemoryLine, ...], available: int, config: EngineConfig) -> list[str]:
     """The warning that more memory is planned than is free, which --kv-cache-memory-bytes allows."""
-    total = sum(line.bytes for line in lines)
+    total, replicas = sum(line.bytes for line in lines), config.data_parallel_size
     if total <= available:
         return []
     planned, free = human_bytes(total * replicas), human_bytes(available * replicas)
-    flags = f"{KV_ALLOCATION} or --dp" if replicas > 1 else KV_ALLOCATION
+    flags = " or ".join([KV_ALLOCATION, *replica_flags(config)])
     return [f"{planned} of memory are planned, but only {free} are free: lower {flags}"]
 
 
@@ -369,8 +369,7 @@ def _too_little(
         ways.append(f"--max-model-len {fits}")
     if not ways:
         ways.append(f"a machine with {human_bytes(replicas * (fixed + needed))} free, or a smaller model")
-    if replicas > 1:
-        ways.append("a lower --dp")
+    ways += [f"a lower {flag}" for flag in replica_flags(config)]
     return (
         f"one request of {model_info.max_model_len} tokens needs {human_bytes(needed)} of KV cache, but {given} "
         f"{max(fits, 0)} tokens: use {' or '.join(ways)}"

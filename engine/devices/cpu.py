@@ -11,6 +11,7 @@ from engine.devices.machine import (
     default_step_tokens,
     gathered_attention_bytes,
     refuse_tile_table,
+    replica_flags,
 )
 from engine.errors import ConfigError
 from engine.host import available_memory, cores, threads_per_rank
@@ -97,14 +98,14 @@ class CpuMachine:
     def warnings(self, config: EngineConfig) -> list[str]:
         if config.total_ranks <= cores():
             return self._notes
-        counts = {
-            "--tp": config.tensor_parallel_size,
-            "--pp": config.pipeline_parallel_size,
-            "--dp": config.data_parallel_size,
-        }
-        flags = [f"{flag} {count}" for flag, count in counts.items() if count > 1]
+        ranks = {"--tp": config.tensor_parallel_size, "--pp": config.pipeline_parallel_size}
+        flags = [f"{flag} {count}" for flag, count in ranks.items() if count > 1]
+        flags += [f"{flag} {count}" for flag, count in replica_flags(config).items()]
         what = "ranks" if config.num_ranks > 1 else "replicas"
-        return [*self._notes, f"{' '.join(flags)} on {cores()} cores: {what} share cores; use fewer"]
+        return [
+            *self._notes,
+            f"{' '.join(flags)} on {cores()} core{'s' if cores() > 1 else ''}: {what} share cores; use fewer",
+        ]
 
 
 def cpu_workspace(model_info: ModelInfo, max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> int:

@@ -17,6 +17,7 @@ from engine.devices.machine import (
     gathered_attention_bytes,
     refuse_quantized,
     refuse_tile_table,
+    replica_flags,
 )
 from engine.devices.probe import DeviceFacts
 from engine.devices.tile_files import find_table
@@ -53,6 +54,7 @@ class CudaMachine:
         check_options(config, self.torch_type, ("auto", "triton", "torch"))
         self._facts = facts
         self._ranks, self._replicas = config.tensor_parallel_size, config.data_parallel_size
+        self._replica_flags = [f"{flag} {count}" for flag, count in replica_flags(config).items()]
         self._check_count(1)
         self._reason = _no_triton(facts, has_triton)
         if config.kernels == "triton" and self._reason:
@@ -89,7 +91,7 @@ class CudaMachine:
     def _check_count(self, replicas: int) -> None:
         needed, visible = self._ranks * replicas, self._facts.count
         if needed > visible:
-            flags = [f"--tp {self._ranks}"] * (self._ranks > 1) + [f"--dp {replicas}"] * (replicas > 1)
+            flags = [f"--tp {self._ranks}"] * (self._ranks > 1) + self._replica_flags * (replicas > 1)
             are = "is" if visible == 1 else "are"
             raise ConfigError(f"{' with '.join(flags)} needs {needed} GPUs, {visible} {are} visible")
 

@@ -31,6 +31,13 @@ class StepTokens:
     source: str  # why so many, in words
 
 
+def replica_flags(config: EngineConfig) -> dict[str, int]:
+    """The flags that give the number of replicas, with their values; empty if there is one replica."""
+    if config.prefill_replicas:
+        return {"--prefill-replicas": config.prefill_replicas, "--decode-replicas": config.decode_replicas}
+    return {"--dp": config.data_parallel_size} if config.data_parallel_size > 1 else {}
+
+
 class Machine(Protocol):
     """Used in the EngineCore's process before a model is loaded."""
 

@@ -10,6 +10,7 @@ from engine.devices.machine import (
     gathered_attention_bytes,
     refuse_quantized,
     refuse_tile_table,
+    replica_flags,
 )
 from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError
@@ -32,9 +33,9 @@ class TorchMachine:
         if facts.error:
             raise ConfigError(f"--device {config.device}: {facts.error}: use --device cpu")
         check_options(config, self.torch_type, ("auto", "torch"))
-        for flag, count in (("--tp", config.tensor_parallel_size), ("--dp", config.data_parallel_size)):
-            if count > 1:
-                raise ConfigError(f"{flag} {count} does not work on {config.device}: use --device cpu or cuda")
+        ranks = {"--tp": config.tensor_parallel_size} if config.tensor_parallel_size > 1 else {}
+        for flag, count in (ranks | replica_flags(config)).items():
+            raise ConfigError(f"{flag} {count} does not work on {config.device}: use --device cpu or cuda")
         refuse_quantized(config.checks_stored(), f"they run on cuda, not on {self.torch_type}")
         refuse_tile_table(config, f"on {self.torch_type}")
         self._facts = facts

@@ -280,6 +280,17 @@ def test_more_replicas_than_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch,
         assert told == [f"--dp 3 on {cores} cores: replicas share cores; use fewer"] * warned
 
 
+def test_messages_name_the_flags_that_gave_the_number_of_replicas(monkeypatch: pytest.MonkeyPatch, free) -> None:
+    free(64 * GIB)
+    monkeypatch.setattr(cpu, "cores", lambda: 1)
+    config = EngineConfig(model="m", prefill_replicas=1, decode_replicas=2)
+    given = "--prefill-replicas 1 --decode-replicas 2"
+    assert f"{given} on 1 core: replicas share cores; use fewer" in resolve(config, make_facts()).warnings
+    small = dataclasses.replace(config, kv_cache_memory_bytes=3)
+    with pytest.raises(OutOfMemoryError, match=r"or a lower --prefill-replicas or a lower --decode-replicas$"):
+        resolve(small, make_facts())
+
+
 def test_undivided_attention_is_warned_of(tmp_path: Path) -> None:
     config = dataclasses.replace(make_folder(tmp_path, "flex_olmo"), tensor_parallel_size=2)
     assert any("keeps the KV cache of all heads" in line for line in resolve(config, read_model_info(config)).warnings)
