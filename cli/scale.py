@@ -8,7 +8,7 @@ import httpx
 
 from bench.errors import BenchError
 from bench.target import Target
-from bench.target.control import ControlClient
+from bench.target.control import ControlClient, reason_of
 from cli.exit_codes import FAILED
 from cli.options import Finite, GroupedCommand, option
 from engine.frontend.front_end_stats import MOST_REPLICAS
@@ -66,6 +66,7 @@ def command(
     if insecure and ca is not None:
         raise click.UsageError("use --ca or --insecure, not both")
     target = Target(url, "", api_key, (), ca, insecure)
+    url = target.base_url  # without a password
     with ControlClient(target, timeout_s=REQUEST_S) as server:
         state = _answer(server, url, replicas)
         if wait:
@@ -113,7 +114,7 @@ def _answer(server: ControlClient, url: str, replicas: int | None = None) -> dic
     try:
         answer = server.get("/scale") if replicas is None else server.post("/scale", {"data_parallel_size": replicas})
     except httpx.HTTPError as error:
-        raise BenchError(f"{url} does not answer: {error}") from error
+        raise BenchError(f"{url} does not answer: {reason_of(error)}") from error
     if answer.status_code != 200:
         raise BenchError(f"{url} refused: {_message(answer)}")
     state: dict[str, Any] = answer.json()

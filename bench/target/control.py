@@ -78,12 +78,18 @@ def _bypasses_proxy(host: str, proxies: dict[str, str]) -> bool:
     return bool(urllib.request.proxy_bypass_environment(host, proxies))  # type: ignore[attr-defined]
 
 
+def reason_of(error: httpx.HTTPError) -> str:
+    """Why there is no response, in words."""
+    reason = str(error) or type(error).__name__
+    return "it does not use TLS: use http:// in place of https://" if "WRONG_VERSION_NUMBER" in reason else reason
+
+
 def unreachable(target: Target, error: httpx.HTTPError, timeout_s: float) -> BenchError:
     """The error for a request without a response; names the flag to change."""
     url = target.base_url
     if isinstance(error, httpx.TimeoutException):
         return BenchError(f"the server at {url} did not answer within {timeout_s:g} s (--url)")
-    reason = str(error) or type(error).__name__
+    reason = reason_of(error)
     flags = "--ca or --insecure" if "certificate" in reason.lower() else "--url"
     proxy = unused_proxy(target)
     return BenchError(f"cannot reach a server at {url}: {reason}{'; ' + proxy if proxy else ''} ({flags})")

@@ -60,9 +60,12 @@ def test_what_can_not_be_done_is_refused_and_the_server_goes_on(
         monkeypatch.setenv("REDLINE_API_KEY", "secret")
         assert main(["scale", server.url, "--dp", "1"]) == 0
         assert capsys.readouterr().out == "1 replica serves\n"
+        assert main(["scale", server.url.replace("http:", "https:"), "--dp", "2"]) == 1
+        assert "does not answer: it does not use TLS: use http:// in place of https://" in capsys.readouterr().err
         state = server.client.get("/scale").json()
         assert (state["done"], state["data_parallel_size"], state["error"]) == (True, 1, None)
-    assert main(["scale", server.url, "--dp", "2"]) == 1
-    assert "does not answer" in capsys.readouterr().err
+    assert main(["scale", server.url.replace("//", "//me:password@"), "--dp", "2"]) == 1
+    assert f"{server.url} does not answer" in (said := capsys.readouterr().err)
+    assert "password" not in said
     with pytest.raises(httpx.TransportError):
         httpx.get(server.url)
