@@ -13,7 +13,10 @@ from engine.model.loading.meta_model import MetaModel
 from engine.model.lora.lora_weights import Adapter, read_adapter, shard_adapter
 from engine.model.runtime.vocab_shard import VocabShard
 from engine.model.sharding.tp_plan import TPPlan
+from engine.worker.model_copy import ModelCopy
 from engine.worker.rank_protocol import PeerLostError
+
+LOAD_ADAPTER = "load_adapter"  # the call: key, path, copy
 
 log = logging.getLogger("redline.worker")
 
@@ -63,15 +66,22 @@ class AdapterManager:
         self._backend = backend
         self._slots = slots
         self._sharding = sharding
-        self.calls: dict[str, Callable[..., Any]] = {"load_adapter": self.load, "unload_adapter": self.unload}
+        self.calls: dict[str, Callable[..., Any]] = {LOAD_ADAPTER: self.load, "unload_adapter": self.unload}
 
-    def load(self, key: str, path: str) -> int:
-        """Load an adapter and return its bytes on this rank. Raises ModelError, on all ranks if one fails."""
+    def load(self, key: str, path: str, copy: str = "") -> int:
+        """Load an adapter and return its bytes on this rank. Raises ModelError, on all ranks if one fails.
+
+        Args:
+            key: see above.
+            path: of its folder.
+            copy: the key of a copy, which is read if this machine has one, see model_copy.py; empty: there is none.
+        """
         slot = next(i for i in range(len(self._slots)) if i not in self._slots.values())
         error: ModelError | None = None
         size = 0
         try:
-            size = self._add(slot, path)
+            copied = ModelCopy(copy).folder if copy else None
+            size = self._add(slot, copied or Path(path))
         except PeerLostError:
             raise
         except ModelError as problem:
@@ -87,8 +97,8 @@ class AdapterManager:
         self._slots[key] = slot
         return size
 
-    def _add(self, slot: int, path: str) -> int:
-        adapter = read_adapter(Path(path))
+    def _add(self, slot: int, path: Path) -> int:
+        adapter = read_adapter(path)
         if self._sharding is not None:
             adapter = self._sharding.shard(adapter)
         self._backend.add_adapter(slot, adapter)

@@ -78,11 +78,15 @@ def make_executor(
         share = config.gpu_memory_utilization or machine.defaults.memory_utilization
         device = DeviceKind(machine.torch_type, machine.kernels == "triton", share)
     if hosts is not None:
+        from engine.worker.hosted_executor import HostedExecutor
         from engine.worker.tcp_links import TcpLinks
 
-        hosts.provide_model(model_info.path, distribute=config.distribute_weights)
-        links = TcpLinks(hosts)
-        return MultiprocessExecutor(config, model_info, resolved, progress=progress, device=device, links=links)
+        distribute = config.distribute_weights
+        hosts.provide_model(model_info.path, distribute=distribute)
+        return HostedExecutor(
+            config, model_info, resolved, progress=progress, device=device, links=TcpLinks(hosts), hosts=hosts,
+            distribute=distribute,
+        )  # fmt: skip
     if config.num_ranks > 1:
         return MultiprocessExecutor(config, model_info, resolved, folder=folder, progress=progress, device=device)
     if device is not None:

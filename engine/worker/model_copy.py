@@ -1,8 +1,9 @@
-"""Copies of a model's files on machines that lack them (`--distribute-weights`).
+"""The files of a model or a LoRA adapter on other machines: whether they are the same, and copies of them.
 
-The machine with the files lists them and sends them in pieces, with the SHA-256 of each file at the end. A copy lies
-under a key made of the names, sizes and times of the files, so that a later start of the same files sends nothing. It
-becomes visible once it is complete and its sums are right.
+Without `--distribute-weights` the files must be at the same path on each machine. With it, the machine with the files
+lists them and sends them in pieces, with the SHA-256 of each file at the end. A copy lies under a key made of the
+names, sizes and times of the files, so that a later start of the same files sends nothing. It becomes visible once it
+is complete and its sums are right.
 """
 
 import hashlib
@@ -20,6 +21,8 @@ from engine.text import human_bytes
 
 PIECE_BYTES = 8 << 20
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.model.v*")  # that a model is loaded from
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # see `engine.model.lora.lora_weights`
+SAMPLE_BYTES, SAMPLES = 64 << 10, 16  # of a large file, to compare it
 ABANDONED_S = 24 * 3600  # age of an unfinished copy whose writer was killed
 
 _UNFINISHED = ".unfinished-"
@@ -38,15 +41,69 @@ def list_files(folder: Path) -> list[ModelFile]:
 
     Raises ModelError if it is no folder, or has none.
     """
-    paths = {path for pattern in PATTERNS for path in folder.rglob(pattern) if path.is_file()}
-    hidden = {path for path in paths if any(part.startswith(".") for part in path.relative_to(folder).parts)}
-    found = []
-    for path in sorted(paths - hidden):
-        stat = path.stat()
-        found.append(ModelFile(str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
-    if not found:
+    found = [_describe(folder, name) for name in names_of_model(folder)]
+    if not found or folder.is_file():
         raise ModelError(f"--distribute-weights: {folder} is not a folder with the files of a model")
     return found
+
+
+def list_adapter(folder: Path) -> list[ModelFile]:
+    """The files of a LoRA adapter; empty if it lacks one. Nothing below the folder is read: clients choose it."""
+    whole = all((folder / name).is_file() for name in ADAPTER_FILES)
+    return [_describe(folder, name) for name in ADAPTER_FILES] if whole else []
+
+
+def names_of_model(path: Path) -> list[str]:
+    """The files of a model below its path, in order; "" for a model that is one file."""
+    if path.is_file():
+        return [""]
+    paths = {found for pattern in PATTERNS for found in path.rglob(pattern) if found.is_file()}
+    names = sorted(found.relative_to(path) for found in paths)
+    return [str(name) for name in names if not any(part.startswith(".") for part in name.parts)]
+
+
+def _describe(folder: Path, name: str) -> ModelFile:
+    stat = (folder / name).stat()
+    return ModelFile(name, stat.st_size, stat.st_mtime_ns)
+
+
+def quick_sums(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """A checksum of each file that exists: of its size, and of samples of its bytes if it is large.
+
+    Two models of one shape differ in most bytes of their weights, so samples suffice to distinguish them.
+    """
+    return {name: _quick_sum(path / name) for name in names if (path / name).is_file()}
+
+
+def _quick_sum(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(file.read())
+            return digest.hexdigest()
+        for number in range(SAMPLES):
+            file.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_same(node: str, path: Path, what: str, own: dict[str, str], found: dict[str, str] | None) -> None:
+    """Raise ModelError if a node has other files than this machine.
+
+    Args:
+        node: its address.
+        path: of the files, on both.
+        what: "model" or "adapter".
+        own, found: the checksums of this machine and of the node; None: the node has nothing at that path.
+    """
+    advice = f"copy the {what} there, or give --distribute-weights"
+    if found is None:
+        raise ModelError(f"node {node} has no {path}: {advice}")
+    other = [name or path.name for name, checksum in own.items() if found.get(name) != checksum]
+    if other:
+        some = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
+        raise ModelError(f"node {node} has other files in {path} than this machine ({some}): {advice}")
 
 
 def copy_key(folder: Path, files: Sequence[ModelFile]) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 
 import engine
-from engine.errors import RedlineError
+from engine.errors import ConfigError, RedlineError
 from engine.host import available_memory, cores, shared_host
 from engine.worker.hosted_rank import HostedRank
-from engine.worker.model_copy import ModelCopy, ModelFile
+from engine.worker.model_copy import ModelCopy, ModelFile, quick_sums
 from engine.worker.rank_protocol import RankOptions
 
 
@@ -55,6 +55,12 @@ def ranks_beside(ranks: Sequence[HostFacts], rank: int) -> tuple[int, int]:
     return hosts.index(hosts[rank]), hosts.count(hosts[rank])
 
 
+def check_versions(node: str, found: HostFacts, here: HostFacts) -> None:
+    """Raise ConfigError if a node, given by its address, runs other versions than this machine."""
+    if found.versions != here.versions:
+        raise ConfigError(f"node {node} runs {found.versions}, this machine {here.versions}: install the same")
+
+
 class RankHost:
     """One rank's host. Methods may be called from several threads.
 
@@ -72,9 +78,9 @@ class RankHost:
     def facts(self) -> HostFacts:
         return host_facts()
 
-    def has_folder(self, path: str) -> bool:
-        """Whether this machine has a folder, or a file, at a path."""
-        return Path(path).exists()
+    def quick_sums(self, path: str, names: list[str]) -> dict[str, str] | None:
+        """Checksums of files below a path, see `engine.worker.model_copy`; None if there is nothing at the path."""
+        return quick_sums(Path(path), names) if Path(path).exists() else None
 
     def find_copy(self, key: str) -> str | None:
         """The folder of a complete copy of a model (see model_copy.py); None if there is none."""

@@ -1,26 +1,26 @@
-"""Sends a model's files to the Ray nodes that lack them (`--distribute-weights`), through Ray's object store."""
+"""Sends the files of a model or an adapter to the Ray nodes that lack them, through Ray's object store."""
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
 from engine.text import first_line
-from engine.worker.model_copy import copy_key, list_files, read_pieces
+from engine.worker.model_copy import ModelFile, copy_key, read_pieces
 
 IN_FLIGHT = 4  # pieces that are read but not yet written on all nodes
 ANSWER_S = 300.0  # for a node to write a piece, or to check a copy
 
 
-def send_copies(ray: Any, actors: list[Any], folder: Path) -> list[Path]:
-    """Copy a model's files to the machines of actors (see `engine.worker.rank_host.RankHost`); where the copies lie.
+def send_copies(ray: Any, actors: list[Any], folder: Path, files: Sequence[ModelFile]) -> list[Path]:
+    """Copy files below a folder to the machines of actors (see `engine.worker.rank_host.RankHost`); where they lie.
 
     A machine that has the copy of an earlier start gets nothing.
 
-    Raises ModelError if there is nothing to copy, if a disk is too small, or if bytes changed on their way.
+    Raises ModelError if a disk is too small, or if bytes changed on their way.
     """
-    files = list_files(folder)
     key = copy_key(folder, files)
     found: list[str | None] = ray.get([actor.find_copy.remote(key) for actor in actors], timeout=ANSWER_S)
     missing = [actor for actor, copy in zip(actors, found, strict=True) if copy is None]

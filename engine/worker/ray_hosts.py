@@ -13,11 +13,20 @@ import msgspec
 
 from engine.children import Failure
 from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineDeadError, ModelError, RedlineError
+from engine.errors import ConfigError, EngineDeadError, RedlineError
 from engine.host import shared_host
 from engine.ray_cluster import connect_ray
 from engine.text import first_line
-from engine.worker.rank_host import HostFacts, RankHost, fair_memory, host_facts, ranks_beside
+from engine.worker.model_copy import (
+    ModelFile,
+    check_same,
+    copy_key,
+    list_adapter,
+    list_files,
+    names_of_model,
+    quick_sums,
+)
+from engine.worker.rank_host import HostFacts, RankHost, check_versions, fair_memory, host_facts, ranks_beside
 from engine.worker.rank_protocol import RankOptions
 from engine.worker.ray_copies import send_copies
 
@@ -116,7 +125,9 @@ class RayHosts:
         try:
             self._group = self._reserve(config.num_ranks)
             self._places = self._start_actors(config.num_ranks)
-            self._check_versions()
+            here = host_facts()
+            for place in self._places:
+                check_versions(place.node.address, place.facts, here)
         except BaseException:
             self.close()
             raise
@@ -137,19 +148,50 @@ class RayHosts:
     def provide_model(self, path: Path, *, distribute: bool) -> None:
         """Make sure that each node has the files of the model: at the same path or, if they are distributed, a copy.
 
-        Raises ModelError if a node has none.
+        Raises ModelError if a node has none, or other files.
         """
-        actors = {place.facts.host: place.actor for place in self._places}
-        actors.pop(shared_host(), None)
         if distribute:
-            copies = send_copies(self._ray, list(actors.values()), path)
-            self._models = {host: str(copy) for host, copy in zip(actors, copies, strict=True)}
-            return
-        for place in self._places:
-            if not self._ray.get(place.actor.has_folder.remote(str(path)), timeout=START_S):
-                raise ModelError(
-                    f"node {place.node.address} has no {path}: copy the model there, or give --distribute-weights"
-                )
+            self._models = {host: str(copy) for host, copy in self._send(path, list_files(path)).items()}
+        else:
+            self._check_files(path, names_of_model(path), "model")
+
+    def provide_adapter(self, path: Path, *, distribute: bool) -> str:
+        """The same of a LoRA adapter; the key of the copies (see model_copy.py), empty if there are none.
+
+        Whether the files are an adapter is for the ranks to find out.
+        """
+        files = list_adapter(path)
+        if not files:
+            return ""
+        if distribute:
+            self._send(path, files)
+            return copy_key(path, files)
+        self._check_files(path, [file.name for file in files], "adapter")
+        return ""
+
+    @property
+    def _other_hosts(self) -> dict[str, _Place]:
+        """A place on each host but this one."""
+        places = {place.facts.host: place for place in self._places}
+        places.pop(shared_host(), None)
+        return places
+
+    def _send(self, path: Path, files: list[ModelFile]) -> dict[str, Path]:
+        """Send files to the other hosts; where they lie there."""
+        others = self._other_hosts
+        copies = send_copies(self._ray, [place.actor for place in others.values()], path, files)
+        return dict(zip(others, copies, strict=True))
+
+    def _check_files(self, path: Path, names: list[str], what: str) -> None:
+        others = self._other_hosts.values()
+        own = quick_sums(path, names) if others else {}
+        asked = [(place.node.address, place.actor.quick_sums.remote(str(path), names)) for place in others]
+        for address, answer in asked:
+            try:
+                found = self._ray.get(answer, timeout=START_S)
+            except self._ray.exceptions.RayError as error:
+                raise EngineDeadError(f"node {address} can't be asked for its files: {_cause(error)}") from error
+            check_same(address, path, what, own, found)
 
     def start(self, options: RankOptions) -> RayRank:
         place = self._places[options.rank]
@@ -223,14 +265,6 @@ class RayHosts:
                 f"Redline can't be started on node {node.address} of the Ray cluster: {_cause(error)}. It must be "
                 "installed there for the Python that runs Ray"
             ) from error
-
-    def _check_versions(self) -> None:
-        here = host_facts().versions
-        for place in self._places:
-            if place.facts.versions != here:
-                raise ConfigError(
-                    f"node {place.node.address} runs {place.facts.versions}, this machine {here}: install the same"
-                )
 
 
 def _cause(error: BaseException) -> str:

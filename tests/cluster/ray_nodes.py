@@ -44,6 +44,11 @@ class Node:
         known = {one.pid for one in found}
         return found + [one for one in self.family if one.pid not in known and one.is_running()]
 
+    def own_view(self, path: Path) -> Path:
+        """Where this machine's own folder at a path is seen from here."""
+        assert self.process is not None
+        return Path(f"/proc/{self.process.pid}/root{path}")
+
     def ranks(self) -> list[psutil.Process]:
         return [one for one in self.processes() if "engine.worker.rank" in _command(one)]
 
@@ -108,8 +113,11 @@ def _remove(links: Sequence[str], namespaces: Sequence[str]) -> None:
 
 
 @contextmanager
-def machines() -> Iterator[tuple[Node, Node]]:
-    """Two machines: network namespaces with addresses of their own, or else two addresses of the loopback interface."""
+def machines(hidden: Path | None = None) -> Iterator[tuple[Node, Node]]:
+    """Two machines: network namespaces with addresses of their own, or else two addresses of the loopback interface.
+
+    `hidden`: a folder in whose place the second one has an empty folder, which it alone sees.
+    """
     if no_namespaces():
         yield Node("127.0.0.2"), Node("127.0.0.3")
         return
@@ -133,10 +141,17 @@ def machines() -> Iterator[tuple[Node, Node]]:
         yield (
             Node(f"{SUBNET}.1", ("ip", "netns", "exec", names[0])),
             # Also with limits of its own: a node that shares neither cores nor memory with the first.
-            Node(f"{SUBNET}.2", ("ip", "netns", "exec", names[1], "unshare", "-C")),
+            Node(f"{SUBNET}.2", ("ip", "netns", "exec", names[1], "unshare", "-C", *_hiding(hidden))),
         )
     finally:
         _remove([f"{bridge}o{number}" for number in range(len(names))] + [bridge], names)
+
+
+def _hiding(folder: Path | None) -> tuple[str, ...]:
+    """The beginning of a command that is executed in a mount namespace of its own with another, empty folder."""
+    if folder is None:
+        return ()
+    return "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)
 
 
 @contextmanager
@@ -144,6 +159,7 @@ def ray_nodes(
     environments: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
     cpus: tuple[int, int] = (1, 1),
     starts: Sequence[Sequence[str]] = STARTS,
+    hidden: Path | None = None,
 ) -> Iterator[Cluster]:
     """A cluster of two nodes; all processes end with the context.
 
@@ -151,8 +167,9 @@ def ray_nodes(
         environments: variables of the nodes besides those of this process.
         cpus: of each node.
         starts: what `ray start` is given for each node; HOST and PORT are those of the head.
+        hidden: see `machines`.
     """
-    with machines() as nodes, tempfile.TemporaryDirectory(prefix="rl-ray-", ignore_cleanup_errors=True) as folder:
+    with machines(hidden) as nodes, tempfile.TemporaryDirectory(prefix="rl-ray-", ignore_cleanup_errors=True) as folder:
         port = free_port()
         address = f"{nodes[0].address}:{port}"
         python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))

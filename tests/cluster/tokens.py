@@ -1,7 +1,7 @@
-"""`python -m tests.cluster.tokens FOLDER HOST:PORT`: what two ranks on a Ray cluster say, as lines of JSON.
+"""`python -m tests.cluster.tokens FOLDER ADAPTER HOST:PORT`: what two ranks on a Ray cluster say, as lines of JSON.
 
-The first line is of two pipeline stages, the second of two tensor-parallel ranks. These go on until one is lost: the
-cause, with its time on the monotonic clock, is the last line.
+The first line is of two pipeline stages, the second of two tensor-parallel ranks with the LoRA adapter of that folder.
+These go on until one is lost: the cause, with its time on the monotonic clock, is the last line.
 """
 
 import json
@@ -23,7 +23,7 @@ class Kept:
     def shutdown(self) -> None: ...
 
 
-def main(folder: str, address: str) -> None:
+def main(folder: str, adapter: str, address: str) -> None:
     nodes: list[str] = []
     executors: list[Any] = []
 
@@ -35,8 +35,8 @@ def main(folder: str, address: str) -> None:
         return executor if config.pipeline_parallel_size > 1 else Kept(executor)
 
     backend = {"distributed_executor_backend": "ray", "ray_address": address, "distribute_weights": True}
-    for tp, pp in ((1, 2), (2, 1)):
-        tokens, stats, executor = serve_all(Path(folder), tp, start, pipeline_parallel_size=pp, **backend)
+    for tp, pp, used in ((1, 2, ""), (2, 1, adapter)):
+        tokens, stats, executor = serve_all(Path(folder), tp, start, adapter=used, pipeline_parallel_size=pp, **backend)
         found = {
             "tokens": tokens, "nodes": nodes, "preemptions": stats.preemptions, "prefix_hits": stats.prefix_hits,
             "chunks": chunks_of_prompts(executor.messages), "in_flight": max(executor.in_flight),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.clock import MonotonicClock
 from engine.columns import column, int32s, int64s
@@ -87,11 +88,11 @@ def start_ranks(config: EngineConfig, model_info: ModelInfo, resolved: ResolvedC
 
 
 def serve_all(
-    folder: Path, size: int, start: Callable[..., Any] = start_ranks, **flags: Any
+    folder: Path, size: int, start: Callable[..., Any] = start_ranks, adapter: str = "", **flags: Any
 ) -> tuple[list[list[int]], Stats, Recording]:
     """The tokens of all prompts, which come at once, to fewer blocks than those that have rows will need.
 
-    `start` makes the executor, with the arguments of `start_ranks`.
+    `start` makes the executor, with the arguments of `start_ranks`. `adapter`: the folder of one that all use.
     """
     config = EngineConfig(
         model=str(folder), tensor_parallel_size=size, dtype="float32", max_num_seqs=ROWS, block_size=BLOCK,
@@ -106,8 +107,11 @@ def serve_all(
     try:
         core = EngineCore(resolved, executor, MonotonicClock(), served.hear)
         deadline = time.monotonic() + PATIENCE_S
+        if adapter:
+            core.load_adapter("one", adapter).result()
+        name = "one" if adapter else ""
         for i, prompt in enumerate(PROMPTS):
-            core.receive(encode(AddRequest(make_handle(0, i), column(prompt), NEW, Sampling())))
+            core.receive(encode(AddRequest(make_handle(0, i), column(prompt), NEW, Sampling(), adapter=name)))
         while core.has_work:
             assert time.monotonic() < deadline, f"{len(served.reasons)} of {len(PROMPTS)} are done"
             if not core.step(time.monotonic()):
@@ -132,9 +136,9 @@ def chunks_of_prompts(messages: list[StepMessage]) -> int:
     return found
 
 
-def build_divisible(folder: Path) -> None:
+def build_divisible(folder: Path) -> torch.nn.Module:
     """A model of heads and an MLP that four ranks can divide, and the fused stack can take."""
-    build_model("llama", folder, head_dim=16, num_key_value_heads=4, intermediate_size=64)
+    return build_model("llama", folder, head_dim=16, num_key_value_heads=4, intermediate_size=64)
 
 
 @pytest.fixture(scope="module")

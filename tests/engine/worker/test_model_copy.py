@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelError
 from engine.worker import model_copy
-from engine.worker.model_copy import ModelCopy, copy_key, list_files, read_pieces
+from engine.worker.model_copy import (
+    ModelCopy,
+    check_same,
+    copy_key,
+    list_adapter,
+    list_files,
+    names_of_model,
+    quick_sums,
+    read_pieces,
+)
 
 
 @pytest.fixture
@@ -107,3 +117,69 @@ def test_too_small_a_disk_is_named(folder: Path, tmp_path: Path) -> None:
     huge = [model_copy.ModelFile("model.safetensors", 1 << 60, 0)]
     with pytest.raises(ModelError, match=r" free, and the files need 1048576.0 TiB"):
         ModelCopy("key", tmp_path / "copies").begin(huge)
+
+
+@given(st.binary(max_size=3000), st.integers(0, 2999), st.integers(1, 255))
+def test_changed_bytes_of_small_files_are_noticed(data: bytes, at: int, change: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(data)
+        before = quick_sums(path, [""])
+        assert quick_sums(path, [""]) == before
+        changed = bytearray(data)
+        if at < len(data):
+            changed[at] ^= change
+        else:
+            changed.append(change)
+        path.write_bytes(changed)
+        assert quick_sums(path, [""]) != before
+
+
+def test_other_weights_in_large_files_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_copy, "SAMPLE_BYTES", 64)
+    one, two = bytearray(os.urandom(100_000)), bytearray(os.urandom(100_000))
+    one[:5000] = two[:5000] = bytes(5000)  # what two models have in common
+    (tmp_path / "one").write_bytes(one)
+    (tmp_path / "two").write_bytes(two)
+    sums = quick_sums(tmp_path, ["one", "two", "three"])
+    assert set(sums) == {"one", "two"}
+    assert sums["one"] != sums["two"]
+
+
+def test_the_files_to_compare_are_those_that_are_copied(folder: Path) -> None:
+    assert names_of_model(folder) == [file.name for file in list_files(folder)]
+    assert names_of_model(folder / "model.safetensors") == [""]
+    assert names_of_model(folder / "none") == []
+
+
+def test_an_adapter_has_two_files_and_nothing_below_is_searched(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("adapter_config.json", "below/adapter_model.safetensors", "other.safetensors"):
+        (tmp_path / name).write_text(name)
+    assert list_adapter(tmp_path) == []
+    os.mkfifo(tmp_path / "adapter_model.safetensors")
+    assert list_adapter(tmp_path) == []
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").write_text("x")
+    found = [(file.name, file.size) for file in list_adapter(tmp_path)]
+    assert found == [("adapter_config.json", 19), ("adapter_model.safetensors", 1)]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, r"^node 10.0.0.2 has no /models/m: copy the model there, or give --distribute-weights$"),
+        ({}, r"has other files in /models/m than this machine \(0, 1, 2, …\): copy the model there"),
+        ({"0": "a", "1": "b", "2": "a", "3": "a"}, r"other files in /models/m than this machine \(1\): "),
+    ],
+)
+def test_a_node_with_other_files_is_named(found: dict[str, str] | None, words: str) -> None:
+    own = {str(number): "a" for number in range(4)}
+    check_same("10.0.0.2", Path("/models/m"), "model", own, {**own, "more": "b"})
+    with pytest.raises(ModelError, match=words):
+        check_same("10.0.0.2", Path("/models/m"), "model", own, found)
+
+
+def test_one_file_that_differs_has_its_name() -> None:
+    with pytest.raises(ModelError, match=r"than this machine \(m.gguf\)"):
+        check_same("10.0.0.2", Path("/models/m.gguf"), "model", {"": "a"}, {"": "b"})

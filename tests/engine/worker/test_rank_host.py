@@ -1,12 +1,15 @@
 """What a rank's node reports, what ranks get of their nodes, and a rank that its host starts."""
 
 import time
+from pathlib import Path
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.worker.rank_host import HostFacts, RankHost, fair_memory, host_facts, ranks_beside
+from engine.errors import ConfigError
+from engine.worker.rank_host import HostFacts, RankHost, check_versions, fair_memory, host_facts, ranks_beside
 from engine.worker.rank_protocol import RankOptions, TcpLink
 
 PATIENCE_S = 60.0
@@ -71,3 +74,20 @@ def test_a_rank_is_killed_by_its_host() -> None:
     kind, message = host.ended(PATIENCE_S) or ("", "")
     assert kind == "EngineDeadError"
     assert "was killed by SIGKILL" in message
+
+
+def test_a_node_with_other_versions_is_named() -> None:
+    here = host_facts()
+    check_versions("10.0.0.2", here, here)
+    other = msgspec.structs.replace(here, versions="Redline 0.1, Python 3.14.0")
+    with pytest.raises(ConfigError) as raised:
+        check_versions("10.0.0.2", other, here)
+    expected = f"node 10.0.0.2 runs Redline 0.1, Python 3.14.0, this machine {here.versions}: install the same"
+    assert str(raised.value) == expected
+
+
+def test_a_host_sums_up_the_files_that_it_has(tmp_path: Path) -> None:
+    host = RankHost("node 10.0.0.2")
+    assert host.quick_sums(str(tmp_path / "none"), ["a"]) is None
+    (tmp_path / "a").write_bytes(b"1")
+    assert set(host.quick_sums(str(tmp_path), ["a", "b"]) or {}) == {"a"}

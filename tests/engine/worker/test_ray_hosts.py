@@ -20,6 +20,7 @@ from engine.ray_cluster import connect_ray
 from tests.cluster.ray_nodes import ROOT, Cluster, no_namespaces, ray_nodes
 from tests.engine.test_ranks import NEW, PROMPTS, SHARED, build_divisible, serve_all
 from tests.engine.worker.driver import BASE
+from tests.engine.worker.lora_files import write_adapter
 from tests.engine.worker.test_multiprocess import gone
 
 PATIENCE_S = 120.0
@@ -38,9 +39,15 @@ def second_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(second_cache: Path) -> Iterator[Cluster]:
+def first_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose content the second node lacks, if the nodes are machines of their own."""
+    return tmp_path_factory.mktemp("first-only")
+
+
+@pytest.fixture(scope="module")
+def cluster(second_cache: Path, first_only: Path) -> Iterator[Cluster]:
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    with ray_nodes(({}, {"XDG_CACHE_HOME": str(second_cache)})) as started:
+    with ray_nodes(({}, {"XDG_CACHE_HOME": str(second_cache)}), hidden=first_only) as started:
         yield started
 
 
@@ -70,26 +77,54 @@ def last_line(process: "subprocess.Popen[str]") -> Any:
 
 
 def test_ranks_on_two_nodes_say_what_one_says_until_one_is_killed(
-    cluster: Cluster, second_cache: Path, tmp_path: Path
+    cluster: Cluster, second_cache: Path, first_only: Path
 ) -> None:
-    """Pipeline stages, then tensor parallelism; with weights that are sent, if the nodes are machines of their own."""
-    build_divisible(tmp_path)
-    expected, _, _ = serve_all(tmp_path, 1)
-    with running(cluster, "tests.cluster.tokens", str(tmp_path), cluster.address) as process:
+    """Pipeline stages, then tensor parallelism with an adapter; files are sent if the nodes are two machines."""
+    folder, adapter = first_only / "model", first_only / "adapter"
+    write_adapter(adapter, build_divisible(folder), ("q_proj", "down_proj"), 1)
+    expected, with_adapter = (serve_all(folder, 1, adapter=used)[0] for used in ("", str(adapter)))
+    assert expected != with_adapter
+    with running(cluster, "tests.cluster.tokens", str(folder), str(adapter), cluster.address) as process:
         stages, found = (json.loads(read_line(process)) for _ in range(2))
         [rank] = cluster.nodes[1].ranks()
         assert_ends(process, lambda: os.kill(rank.pid, signal.SIGKILL), cluster, rank, "was killed by SIGKILL")
     sent = {path.name for path in second_cache.glob("redline/distributed/*/*")}
-    assert ({"config.json", "model.safetensors"} <= sent) == (not no_namespaces())
+    assert ({"config.json", "model.safetensors", "adapter_model.safetensors"} <= sent) == (not no_namespaces())
+    assert stages["tokens"] == expected
+    assert found["tokens"] == with_adapter
     for one in (stages, found):
         assert one["nodes"] == [node.address for node in cluster.nodes]
-        assert one["tokens"] == expected
         assert [len(output) for output in one["tokens"]] == [NEW] * len(PROMPTS)
         assert one["chunks"] > 3
         assert one["preemptions"] > 0
         assert one["prefix_hits"] >= len(SHARED)
         assert one["in_flight"] > 0
     assert stages["in_flight"] > 1, "each stage has a step"
+
+
+@pytest.mark.skipif(bool(no_namespaces()), reason="the nodes need machines of their own")
+def test_files_that_a_node_lacks_or_has_otherwise_are_named(cluster: Cluster, first_only: Path, tmp_path: Path) -> None:
+    """Without --distribute-weights."""
+    missing, other, adapter = first_only / "missing", first_only / "other", first_only / "lora"
+    (tmp_path / "config.json").write_text("{}")
+    for folder in (missing, other, cluster.nodes[1].own_view(other)):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"other" if folder in (missing, other) else b"bytes")
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).touch()
+    paths = [f"model:{missing}", f"model:{other}", f"model:{tmp_path}", f"adapter:{adapter}", f"adapter:{tmp_path}"]
+    with running(cluster, "tests.cluster.provided", str(tmp_path), cluster.address, *paths) as process:
+        errors = last_line(process)
+    node, advice = f"node {cluster.nodes[1].address} has", "or give --distribute-weights"
+    assert errors == [
+        f"{node} no {missing}: copy the model there, {advice}",
+        f"{node} other files in {other} than this machine (model.safetensors): copy the model there, {advice}",
+        "",
+        f"{node} no {adapter}: copy the adapter there, {advice}",
+        "",
+    ]
 
 
 def test_too_small_a_cluster_is_an_error_of_one_line(cluster: Cluster, tmp_path: Path) -> None:
