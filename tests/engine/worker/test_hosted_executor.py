@@ -1,6 +1,7 @@
 """Adapters of ranks on several machines: their files are provided before ranks load them."""
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ class Hosts(LoopbackHosts):
     def __init__(self) -> None:
         super().__init__()
         self.provided: list[tuple[Path, bool]] = []
+        self.copies: list[Path] = []
         self.error: Exception | None = None
         self.may_go_on = threading.Event()
         self.may_go_on.set()
@@ -42,7 +44,8 @@ class Hosts(LoopbackHosts):
         copy.begin(files)
         for file in files:
             copy.write(file.name, 0, (path / file.name).read_bytes())
-        copy.finish({file.name: hashlib.sha256((path / file.name).read_bytes()).hexdigest() for file in files})
+        sums = {file.name: hashlib.sha256((path / file.name).read_bytes()).hexdigest() for file in files}
+        self.copies.append(copy.finish(sums))
         for file in files:
             (path / file.name).unlink()  # as on a machine that lacks them
         return copy_key(path, files)
@@ -58,13 +61,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HostedEx
     )  # fmt: skip
     info = read_model_info(config)
     hosts = Hosts()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        executor = HostedExecutor(
-            config, info, resolve(config, info).config, links=TcpLinks(hosts), hosts=hosts, distribute=True
-        )
-        yield executor, hosts, lambda name: write_adapter(folder / name, model, ("q_proj",), 1)
-        executor.shutdown()
+    executor = HostedExecutor(
+        config, info, resolve(config, info).config, links=TcpLinks(hosts), hosts=hosts, distribute=True
+    )
+    yield executor, hosts, lambda name: write_adapter(folder / name, model, ("q_proj",), 1)
+    executor.shutdown()
+    for copy in hosts.copies:
+        shutil.rmtree(copy)
 
 
 Running = tuple[HostedExecutor, Hosts, Callable[[str], Path]]
