@@ -68,12 +68,3 @@ def check_backend(config: BackendOptions) -> None:
             f"--ray-address {config.ray_address}: the engine can't be a Ray client; run it on a node of the cluster, "
             "and give HOST:PORT"
         )
-
-
-def check_inputs(config: BackendOptions, takes_media: bool) -> None:
-    """Raise ConfigError for a model that does not run on several machines: one that takes more than texts."""
-    if config.distributed_executor_backend == RAY and takes_media:
-        raise ConfigError(
-            f"{BACKEND} {RAY} does not serve models that take images, audio or video: their features are passed to "
-            f"ranks in shared memory; use {BACKEND} {MP}"
-        )

@@ -19,7 +19,7 @@ from engine.children import Failure, Loading, RankHandle, Up
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.core_process import CoreOptions, Endpoints
-from engine.executor_backend import RAY, check_inputs
+from engine.executor_backend import RAY
 from engine.log_format import log_everything
 from engine.messages import Ready
 from engine.multimodal.feature_files import FeatureFolder
@@ -141,7 +141,6 @@ def _plan(config: EngineConfig, memory: int | None, phases: Phases) -> "tuple[En
         memory = hosts.available_memory
         phases.end("reserve Ray nodes")
     plan = plan_engine(config, memory)
-    check_inputs(config, plan.model_info.mm is not None)
     if hosts is not None:
         device = f"{plan.resolution.device} on {hosts.description}"
         plan = dataclasses.replace(plan, resolution=dataclasses.replace(plan.resolution, device=device))

@@ -28,6 +28,7 @@ from engine.worker.device_slots import AppendedTokens, DeviceSlots
 from engine.worker.device_steps import DeviceSteps
 from engine.worker.kv_blocks import KVBlocks
 from engine.worker.rank_barrier import barrier_calls
+from engine.worker.rank_protocol import Features
 from engine.worker.runner import reindexed
 from engine.worker.slots import StepBatch
 from engine.worker.step_inputs import StepInputs
@@ -112,6 +113,9 @@ class DeviceRunner(StepRunner[_Enqueued]):
                 self._sample_ahead(batch, inputs, result)
         result.ended = self._device.clock()
         return result
+
+    def put_features(self, features: Features) -> None:
+        self._slots.put_features(features)
 
     def _capture_graph(self) -> int:
         """Capture one of the steps that are left, unless a step waits to be sampled; returns how many are left."""

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from engine.messages import MMInputRef
 from engine.model.encoders.base import EncodedInput, Encoder
+from engine.worker.rank_protocol import Features
 
 
 class EncoderCache:
@@ -35,6 +36,7 @@ class EncoderCache:
         self._dtype = dtype
         self._hidden, self._layers = hidden, layers
         self._encoded: dict[bytes, EncodedInput] = {}
+        self._features: dict[str, list[bytes]] = {}  # by path, of inputs that are not encoded yet
 
     def __getitem__(self, key: bytes) -> EncodedInput:
         return self._encoded[key]
@@ -43,10 +45,23 @@ class EncoderCache:
         for key in keys:
             del self._encoded[key]
 
+    def put_features(self, features: Features) -> None:
+        """Keep the features of an input, which is encoded next, in place of a file of this machine."""
+        self._features.setdefault(features.path, []).append(features.data)
+
+    def _read(self, path: str) -> dict[str, Tensor]:
+        if path not in self._features:
+            return load_file(path)
+        received = self._features[path]
+        data = received.pop()
+        if not received:
+            del self._features[path]
+        return load(data)
+
     def encode(self, mm_input: MMInputRef, count: int) -> None:
         """Read the features of an input and encode them. Raises RuntimeError unless there are `count` embeddings."""
         try:
-            tensors = load_file(mm_input.features)
+            tensors = self._read(mm_input.features)
         except (OSError, SafetensorError) as error:
             raise RuntimeError(f"the features of a multimodal input can't be read: {error}") from error
         found = self._encoder.encode({name: self._place(tensor) for name, tensor in tensors.items()})

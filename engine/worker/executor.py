@@ -79,12 +79,14 @@ def make_executor(
         device = DeviceKind(machine.torch_type, machine.kernels == "triton", share)
     if hosts is not None:
         from engine.worker.hosted_executor import HostedExecutor
+        from engine.worker.media_links import MediaLinks
         from engine.worker.tcp_links import TcpLinks
 
         distribute = config.distribute_weights
         hosts.provide_model(model_info.path, distribute=distribute)
+        links = TcpLinks(hosts) if model_info.mm is None else MediaLinks(hosts)
         return HostedExecutor(
-            config, model_info, resolved, progress=progress, device=device, links=TcpLinks(hosts), hosts=hosts,
+            config, model_info, resolved, progress=progress, device=device, links=links, hosts=hosts,
             distribute=distribute,
         )  # fmt: skip
     if config.num_ranks > 1:

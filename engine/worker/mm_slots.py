@@ -27,6 +27,7 @@ from engine.worker.encoder_cache import EncoderCache
 from engine.worker.encoder_faults import Agree, agreement, error_of
 from engine.worker.mm_rows import MMRows
 from engine.worker.mrope import GridInput, rotary_positions, runs_of
+from engine.worker.rank_protocol import Features
 from engine.worker.slots import StepBatch, WorkerSlots
 
 
@@ -94,6 +95,9 @@ class MMSlots(WorkerSlots):
         if rows is None and rotary is None:
             return batch
         return dataclasses.replace(batch, mm=rows, rotary_positions=rotary)
+
+    def put_features(self, features: Features) -> None:
+        self.encoder_cache.put_features(features)
 
     def take_reports(self) -> StepReports | None:
         """As in the base class; also whether inputs were encoded."""

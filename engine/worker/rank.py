@@ -29,6 +29,7 @@ from engine.worker.rank_links import RankEnd
 from engine.worker.rank_protocol import (
     Call,
     CallResult,
+    Features,
     FrameKind,
     PeerLostError,
     RankOptions,
@@ -131,6 +132,8 @@ def serve(end: RankEnd, runner: Any, answer: Callable[[FrameKind, Any], None]) -
             answer(FrameKind.FORWARD_DONE, b"")
         elif kind is FrameKind.CALL:
             answer(FrameKind.CALL_RESULT, execute(runner, body))
+        elif kind is FrameKind.FEATURES:
+            runner.put_features(msgspec.msgpack.decode(body, type=Features))
         else:
             answer(FrameKind.STEP_RESULT, runner.sample(*read_sample(body)))
     runner.close()

@@ -1,6 +1,7 @@
 """The protocol between an executor and its ranks.
 
 executor ──FORWARD (a StepMessage), SAMPLE, CALL──────────► ranks that receive commands
+executor ──FEATURES (see media_links.py)──────────────────► the same, on other machines
 executor ◄──FORWARD_DONE, STEP_RESULT, CALL_RESULT───────── the rank that answers
 executor ◄──REPORT (see `engine.children`)───────────────── every rank
 
@@ -32,6 +33,7 @@ class FrameKind(IntEnum):
     CALL = 6
     CALL_RESULT = 7
     END = 8  # the last command, where a link does not end by being closed
+    FEATURES = 9  # of an input that the next step encodes, where ranks can't read the core's files; has no answer
 
 
 Frame: TypeAlias = tuple[FrameKind, bytes]
@@ -102,6 +104,13 @@ class RankOptions(PipeOptions):
 class Call(msgspec.Struct):
     method: str
     arguments: dict[str, Any]
+
+
+class Features(msgspec.Struct, array_like=True):
+    """The content of a feature file, and its path where the core runs."""
+
+    path: str
+    data: bytes
 
 
 class CallResult(msgspec.Struct):

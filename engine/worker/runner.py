@@ -32,6 +32,7 @@ from engine.worker.mm_slots import MMSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.model_backend import ModelBackend
 from engine.worker.rank_barrier import barrier_calls
+from engine.worker.rank_protocol import Features
 from engine.worker.slots import StepBatch, WorkerSlots
 from engine.worker.step_runner import StepRunner
 
@@ -105,6 +106,9 @@ class Runner(StepRunner[SamplingPlan]):
         seconds = self._seconds + time.perf_counter() - began
         reports = self._slots.take_reports()
         return encode(StepResult(step, column(tokens), counts, logprobs, seconds, drafted, reports, scored))
+
+    def put_features(self, features: Features) -> None:
+        self._slots.put_features(features)
 
     def _append(self, batch: StepBatch, tokens: Int64s) -> None:
         """Append one token to each slot that samples."""

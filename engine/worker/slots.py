@@ -22,6 +22,7 @@ from engine.columns import column, int32s
 from engine.messages import Sampling, SlotAssignment, StepMessage, StepReports
 from engine.worker.mm_rows import MMRows
 from engine.worker.ngram_proposer import drafts_per_request, propose
+from engine.worker.rank_protocol import Features
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,9 @@ class WorkerSlots:
             return None
         rejected, self._rejected = self._rejected, []
         return StepReports(column(rejected))
+
+    def put_features(self, features: Features) -> None:
+        """Keep the features of an input until it is encoded; slots without an encoder have no use for them."""
 
     def output_tokens(self, slot: int) -> Int32s:
         """The slot's tokens without its prompt; a view."""

@@ -10,6 +10,7 @@ import torch
 from engine.columns import int32s
 from engine.messages import StepMessage, decode_copying_step
 from engine.worker.kv_blocks import KVBlocks
+from engine.worker.rank_protocol import Features
 from engine.worker.slots import StepBatch
 
 T = TypeVar("T")
@@ -49,6 +50,9 @@ class StepRunner(ABC, Generic[T]):
             self._blocks.copy(int32s(first.block_copies, 3))
         self._following.extend(first.later_steps())
         self._pending = self._advance(first)
+
+    def put_features(self, features: Features) -> None:
+        """Keep the features of an input until it is encoded. A rank without an encoder has no use for them."""
 
     @property
     def waits_to_be_sampled(self) -> bool:

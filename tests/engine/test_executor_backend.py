@@ -6,7 +6,6 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.executor_backend import check_inputs
 
 RAY = {"distributed_executor_backend": "ray"}
 
@@ -49,13 +48,6 @@ def test_ranks_run_on_this_machine_unless_ray_is_asked_for() -> None:
 def test_what_does_not_work_names_its_flag(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config(**options)
-
-
-def test_models_that_take_media_need_one_machine() -> None:
-    check_inputs(config(), takes_media=True)
-    check_inputs(config(**RAY), takes_media=False)
-    with pytest.raises(ConfigError, match="does not serve models that take images, audio or video"):
-        check_inputs(config(**RAY), takes_media=True)
 
 
 def test_a_rank_shares_the_cores_of_its_host_with_the_ranks_there() -> None:

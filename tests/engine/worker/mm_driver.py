@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from engine.config import EngineConfig
 from engine.core.hashing import joint_range
 from engine.memory import resolve
 from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage
-from engine.model.model_info import read_hf_config, read_model_info
+from engine.model.model_info import ModelInfo, read_hf_config, read_model_info
 from engine.multimodal.families import MM_FAMILIES, embedding_ids
 from engine.multimodal.types import Processed
 from engine.resolved_config import ResolvedConfig
@@ -23,6 +24,8 @@ from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import VOCAB, Driver, Prefixes, Request
 from tests.engine.worker.mm_model import MMModel
+
+Executors = Callable[[EngineConfig, ModelInfo, ResolvedConfig], Any]
 
 ROWS, BLOCK, BLOCKS = 6, 4, 2000
 RESIDENT = 1  # inputs that the driver keeps in the encoder cache while no request needs them
@@ -179,8 +182,11 @@ class Prompts:
         ]
 
 
-def start(folder: Path, ranks: int = 1, block: int = BLOCK, **options: Any) -> MMDriver:
-    """Start an executor on a model's folder; `driver.executor.shutdown()` ends it."""
+def start(folder: Path, ranks: int = 1, block: int = BLOCK, make: Executors | None = None, **options: Any) -> MMDriver:
+    """Start an executor on a model's folder; `driver.executor.shutdown()` ends it.
+
+    `make`: of the configuration, the model and the resolved configuration; None: on this machine.
+    """
     options = {"dtype": "float32", "kernels": "torch", **options}
     config = EngineConfig(
         model=str(folder), tensor_parallel_size=ranks, max_num_seqs=ROWS, block_size=block, **options
@@ -190,5 +196,5 @@ def start(folder: Path, ranks: int = 1, block: int = BLOCK, **options: Any) -> M
     resolved = dataclasses.replace(
         resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), model_info).config, num_blocks=BLOCKS
     )
-    executor = (MultiprocessExecutor if ranks > 1 else InProcessExecutor)(config, model_info, resolved)
+    executor = (make or (MultiprocessExecutor if ranks > 1 else InProcessExecutor))(config, model_info, resolved)
     return MMDriver(executor, resolved)

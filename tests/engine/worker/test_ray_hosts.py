@@ -21,6 +21,9 @@ from tests.cluster.ray_nodes import ROOT, Cluster, no_namespaces, ray_nodes
 from tests.engine.test_ranks import NEW, PROMPTS, SHARED, build_divisible, serve_all
 from tests.engine.worker.driver import BASE
 from tests.engine.worker.lora_files import write_adapter
+from tests.engine.worker.mm_driver import Prompts
+from tests.engine.worker.mm_models import MM_MODELS
+from tests.engine.worker.mm_parity import MMReference
 from tests.engine.worker.test_multiprocess import gone
 
 PATIENCE_S = 120.0
@@ -125,6 +128,14 @@ def test_files_that_a_node_lacks_or_has_otherwise_are_named(cluster: Cluster, fi
         f"{node} no {adapter}: copy the adapter there, {advice}",
         "",
     ]
+
+
+def test_images_reach_a_rank_that_does_not_see_their_features(cluster: Cluster, first_only: Path) -> None:
+    entry, folder = MM_MODELS["llava"], first_only / "llava"
+    reference = MMReference(entry.build(folder), entry)
+    expected = [reference.run(request)[0] for request in Prompts(folder, entry).samples()]
+    with running(cluster, "tests.cluster.media", str(folder), cluster.address) as process:
+        assert last_line(process) == expected
 
 
 def test_too_small_a_cluster_is_an_error_of_one_line(cluster: Cluster, tmp_path: Path) -> None:
