@@ -58,11 +58,10 @@ def check_backend(config: BackendOptions) -> None:
             ("--tp or --pp", config.num_ranks > 1),
             ("--distribute-weights", config.distribute_weights),
             ("--prefill-replicas", config.prefill_replicas > 0),
+            ("--kv-spill", config.kv_spill),
         ):
             if given:
                 raise ConfigError(f"{BACKEND} {RAY} does not run replicas (--dp) with {flag}: leave one of them out")
-    if config.kv_spill:
-        raise ConfigError(f"{BACKEND} {RAY} does not work with --kv-spill: ranks share its memory with the EngineCore")
     if (config.ray_address or "").startswith("ray://"):
         raise ConfigError(
             f"--ray-address {config.ray_address}: the engine can't be a Ray client; run it on a node of the cluster, "

@@ -1,4 +1,4 @@
-"""KV blocks in main memory that the EngineCore and all ranks of a replica share.
+"""KV blocks in main memory, which the EngineCore and all ranks of a replica share if they are on one machine.
 
     rank 0: block 0, block 1, … │ rank 1: block 0, block 1, … │ …
 
@@ -55,3 +55,19 @@ def map_rank(path: str, rank: int, num_blocks: int, block_bytes: int) -> NDArray
         os.close(descriptor)
     size = num_blocks * block_bytes
     return np.frombuffer(memory, np.uint8, size, rank * size).reshape(num_blocks, block_bytes)
+
+
+class OwnHostBlocks:
+    """The part of a rank on another machine than its core, which shares it with nobody. Pages are allocated when used.
+
+    Attributes:
+        array: uint8[num_blocks, block_bytes]; block_bytes: of a block on this rank.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int):
+        memory = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.array: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(num_blocks, block_bytes)
+
+    def parts(self, block: int) -> list[memoryview]:
+        """The bytes of a block; writable."""
+        return [memoryview(self.array[block])]

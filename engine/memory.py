@@ -9,6 +9,7 @@ from engine.devices import machine_for
 from engine.devices.machine import Machine, replica_flags
 from engine.disaggregation import num_transfer_blocks, refusal, role_of
 from engine.errors import ConfigError, OutOfMemoryError
+from engine.executor_backend import RAY
 from engine.host import available_memory
 from engine.kv_format import HEADER_BYTES
 from engine.kv_spill import FLAG as KV_SPILL
@@ -218,7 +219,8 @@ def _with_spill(config: EngineConfig, resolved: ResolvedConfig, block_bytes: int
     host_blocks = blocks_per_replica(spill.host_bytes, replicas, block_bytes, "host=")
     disk_blocks = 0
     if spill.disk_path:
-        disk_blocks = blocks_per_replica(spill.disk_bytes, replicas, block_bytes + HEADER_BYTES, "disk=")
+        files = config.num_ranks if config.distributed_executor_backend == RAY else 1  # of a block
+        disk_blocks = blocks_per_replica(spill.disk_bytes, replicas, block_bytes + files * HEADER_BYTES, "disk=")
     return dataclasses.replace(resolved, host_blocks=host_blocks, disk_blocks=disk_blocks)
 
 

@@ -19,7 +19,7 @@ MOST_WRITES = 4  # at once: each keeps a host block from being reused
 
 
 class Files(Protocol):
-    """Reads and writes the files of blocks; see `engine.core.block_files`.
+    """Reads and writes the files of blocks; see `engine.block_files`, `engine.core.rank_files`.
 
     `done` is called once for each read or write, from any thread, with the cause if it failed, else with "".
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.arrays import Int32s
 from engine.host_blocks import ATTACH, map_rank
 from engine.worker.device import Device
-from engine.worker.kv_blocks import check_size, runs
+from engine.worker.kv_blocks import Bytes, check_size, runs
 
 STAGED_BYTES = 64 << 20  # of the buffer on the device
 
@@ -42,7 +42,15 @@ class DeviceBlocks:
     def attach(self, path: str, num_blocks: int, block_bytes: int) -> None:
         """Map the host blocks."""
         check_size(block_bytes, [part.shape[1] for part in self._parts])
-        self._host = torch.from_numpy(map_rank(path, self._rank, num_blocks, block_bytes))
+        self.use(map_rank(path, self._rank, num_blocks, block_bytes))
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(part.shape[1] for part in self._parts)
+
+    def use(self, host: Bytes) -> None:
+        num_blocks, block_bytes = host.shape
+        self._host = torch.from_numpy(host)
         self._device.register_host(self._host)
         staged = max(1, min(STAGED_BYTES // block_bytes, num_blocks))
         self._staged = self._device.zeros((staged, block_bytes), torch.uint8)

@@ -29,6 +29,15 @@ class KVBlocks(Protocol):
         """By method, for the runner."""
         ...
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block on this rank."""
+        ...
+
+    def use(self, host: Bytes) -> None:
+        """Copy to and from these host blocks, uint8[blocks, block_bytes]."""
+        ...
+
     def copy(self, copies: Int32s) -> None:
         """Execute copies in order: [n, 3], see `CopyingStep`."""
         ...
@@ -54,7 +63,14 @@ class CPUBlocks:
     def attach(self, path: str, num_blocks: int, block_bytes: int) -> None:
         """Map the host blocks."""
         check_size(block_bytes, [part.shape[1] for part in self._parts])
-        self._host = map_rank(path, self._rank, num_blocks, block_bytes)
+        self.use(map_rank(path, self._rank, num_blocks, block_bytes))
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(part.shape[1] for part in self._parts)
+
+    def use(self, host: Bytes) -> None:
+        self._host = host
 
     def copy(self, copies: Int32s) -> None:
         assert self._host is not None, "no host blocks are attached"

@@ -80,6 +80,7 @@ class MultiprocessExecutor:
         self._num_steps = 0
         self._capture: GraphCapture | None = None
         self._pending: deque[Future[Any]] = deque()
+        self._on_blocks: Callable[[int, bytes], None] | None = None
         self._outbox: SimpleQueue[tuple[FrameKind, bytes] | None] = SimpleQueue()
         self._links = LocalLinks(folder) if links is None else links
         self._started: Future[list[StartReport]] = Future()
@@ -123,6 +124,14 @@ class MultiprocessExecutor:
         command = self._command(FrameKind.CALL, msgspec.msgpack.encode(Call(method, arguments)))
         command.add_done_callback(lambda done: _unpack_result(done, result))
         return result
+
+    def order_blocks(self, order: bytes) -> None:
+        """See `engine.core.rank_files.BlockRanks`. Nothing happens once the ranks have ended."""
+        self._outbox.put((FrameKind.BLOCKS, order))
+
+    def listen_for_blocks(self, listener: Callable[[int, bytes], None]) -> None:
+        """See `engine.core.rank_files.BlockRanks`."""
+        self._on_blocks = listener
 
     def shutdown(self) -> None:
         """End the ranks once the step in progress is done, or by force, and drop queued steps; may be called twice."""
@@ -184,6 +193,10 @@ class MultiprocessExecutor:
                 self._lose(number, frame)
                 break
             kind, body = frame
+            if kind is FrameKind.BLOCKS_DONE:
+                assert self._on_blocks is not None, "nothing was ordered"
+                self._on_blocks(number, body)
+                continue
             if kind is not FrameKind.REPORT:
                 self._resolve(None if kind is FrameKind.FORWARD_DONE else body)
                 continue

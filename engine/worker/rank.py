@@ -25,6 +25,7 @@ from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo
 from engine.resolved_config import ResolvedConfig
 from engine.worker.local_links import LocalEnd
+from engine.worker.own_blocks import OwnBlocks
 from engine.worker.rank_links import RankEnd
 from engine.worker.rank_protocol import (
     Call,
@@ -84,13 +85,15 @@ def run(end: RankEnd, options: RankOptions) -> None:
     with suppress(BrokenPipeError):  # the executor is gone
         if not options.receives:
             cast("Follower", worker).follow()
-        elif options.device is None:
-            serve(end, worker, end.send if options.answers else _drop)
-        else:
+            return
+        with closing(OwnBlocks(options.rank, worker.blocks, partial(end.send, FrameKind.BLOCKS_DONE))) as blocks:
+            if options.device is None:
+                serve(end, worker, end.send if options.answers else _drop, blocks)
+                return
             from engine.worker.device_answers import DeviceAnswers
 
             with DeviceAnswers(end, sends=options.answers) as answers:
-                serve(end, worker, answers.put)
+                serve(end, worker, answers.put, blocks)
 
 
 def _send_report(end: RankEnd, report: Report) -> None:
@@ -118,12 +121,13 @@ def start(options: RankOptions, progress: Callable[[int, int], None]) -> tuple[A
     return start_worker(config, model_info, resolved, shown, place)
 
 
-def serve(end: RankEnd, runner: Any, answer: Callable[[FrameKind, Any], None]) -> None:
+def serve(end: RankEnd, runner: Any, answer: Callable[[FrameKind, Any], None], blocks: OwnBlocks) -> None:
     """Execute commands until the executor ends the rank.
 
     Args:
         runner: a Runner, or a DeviceRunner, whose results are not computed yet.
         answer: called with the answer to each command.
+        blocks: executes orders about host blocks that the core does not share.
     """
     while (command := end.receive()) is not None:
         kind, body = command
@@ -132,6 +136,8 @@ def serve(end: RankEnd, runner: Any, answer: Callable[[FrameKind, Any], None]) -
             answer(FrameKind.FORWARD_DONE, b"")
         elif kind is FrameKind.CALL:
             answer(FrameKind.CALL_RESULT, execute(runner, body))
+        elif kind is FrameKind.BLOCKS:
+            blocks.execute(body)
         elif kind is FrameKind.FEATURES:
             runner.put_features(msgspec.msgpack.decode(body, type=Features))
         else:

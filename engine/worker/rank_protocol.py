@@ -1,9 +1,9 @@
 """The protocol between an executor and its ranks.
 
 executor ──FORWARD (a StepMessage), SAMPLE, CALL──────────► ranks that receive commands
-executor ──FEATURES (see media_links.py)──────────────────► the same, on other machines
+executor ──FEATURES (see media_links.py), BLOCKS──────────► the same, on other machines
 executor ◄──FORWARD_DONE, STEP_RESULT, CALL_RESULT───────── the rank that answers
-executor ◄──REPORT (see `engine.children`)───────────────── every rank
+executor ◄──REPORT (see `engine.children`), BLOCKS_DONE──── every rank
 
 All ranks receive commands, unless rank 0 drives the others (see driver_broadcast.py).
 """
@@ -34,6 +34,8 @@ class FrameKind(IntEnum):
     CALL_RESULT = 7
     END = 8  # the last command, where a link does not end by being closed
     FEATURES = 9  # of an input that the next step encodes, where ranks can't read the core's files; has no answer
+    BLOCKS = 10  # a BlockOrder (see `engine.block_orders`), where ranks share no memory with the core
+    BLOCKS_DONE = 11  # from every rank
 
 
 Frame: TypeAlias = tuple[FrameKind, bytes]

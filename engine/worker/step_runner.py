@@ -27,7 +27,7 @@ class StepRunner(ABC, Generic[T]):
     """
 
     def __init__(self, calls: Mapping[str, Callable[..., Any]], blocks: KVBlocks | None = None):
-        self._blocks = blocks
+        self.blocks = blocks
         self._calls = calls if blocks is None else {**calls, **blocks.calls}
         self._pending: tuple[StepBatch, T] | None = None
         self._following: deque[StepMessage] = deque()  # later steps of a burst
@@ -46,8 +46,8 @@ class StepRunner(ABC, Generic[T]):
             raise RuntimeError(f"step {self._following[0].step} hasn't been sampled")
         first = decode_copying_step(message)
         if first.block_copies:
-            assert self._blocks is not None, "this worker copies no KV blocks"
-            self._blocks.copy(int32s(first.block_copies, 3))
+            assert self.blocks is not None, "this worker copies no KV blocks"
+            self.blocks.copy(int32s(first.block_copies, 3))
         self._following.extend(first.later_steps())
         self._pending = self._advance(first)
 

@@ -40,7 +40,10 @@ def test_ranks_run_on_this_machine_unless_ray_is_asked_for() -> None:
             {**RAY, "tensor_parallel_size": 1, "prefill_replicas": 1, "decode_replicas": 1},
             "does not run replicas .* with --prefill-replicas",
         ),
-        ({**RAY, "kv_spill": "host=1GiB"}, "does not work with --kv-spill"),
+        (
+            {**RAY, "tensor_parallel_size": 1, "data_parallel_size": 2, "kv_spill": "host=1GiB"},
+            "does not run replicas .* with --kv-spill",
+        ),
         ({**RAY, "device": "sim:h100"}, "does not work with simulated hardware"),
         ({**RAY, "ray_address": "ray://10.0.0.1:10001"}, "can't be a Ray client; run it on a node of the cluster"),
     ],

@@ -4,38 +4,64 @@ import dataclasses
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.block_files import PREFIX
 from engine.clock import MonotonicClock
 from engine.columns import column, int32s, int64s
 from engine.config import EngineConfig
 from engine.core.engine import EngineCore
-from engine.core.spill_start import PREFIX, SpillStore
+from engine.core.spill_start import SpillStore
 from engine.errors import ConfigError
+from engine.executor_backend import RAY
 from engine.kv_format import KVLayout
 from engine.memory import resolve
 from engine.messages import AddRequest, FinishReason, Outputs, Sampling, decode_from_core, encode
-from engine.model.model_info import read_model_info
+from engine.model.model_info import ModelInfo, read_model_info
+from engine.resolved_config import ResolvedConfig
 from engine.stats import SpillStats, Stats
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
+from engine.worker.tcp_links import TcpLinks
 from redline import LLM, SamplingParams
 from tests.engine.worker.driver import build_model
+from tests.engine.worker.loopback_hosts import LoopbackHosts
 from tests.tiny import write_tiny
 
 PATIENCE_S = 90.0
 BLOCK, BLOCKS, NEW = 16, 18, 12
+OVER_TCP = {"distributed_executor_backend": RAY}
 # Each takes 7 blocks; the pool holds two.
 PROMPTS = [[(7 * i + 13 * number) % 120 + 1 for i in range(90 + number)] for number in range(8)]
 
 
-class Served:
-    """A core over real ranks, with as many KV blocks as a request needs and some, unless `blocks` says otherwise."""
+def start_ranks(config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig) -> Any:
+    """The executor of a configuration, with all ranks on this machine; over TCP for the backend of several machines."""
+    if config.num_ranks == 1:
+        return InProcessExecutor(config, model_info, resolved)
+    several = config.distributed_executor_backend == RAY
+    return MultiprocessExecutor(config, model_info, resolved, links=TcpLinks(LoopbackHosts()) if several else None)
 
-    def __init__(self, folder: Path, size: int = 1, blocks: int = BLOCKS, kv_spill: str | None = None, **flags: Any):
+
+class Served:
+    """A core over real ranks, with as many KV blocks as a request needs and some, unless `blocks` says otherwise.
+
+    `start` makes the executor, with the arguments of `start_ranks`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int = 1,
+        blocks: int = BLOCKS,
+        kv_spill: str | None = None,
+        start: Callable[..., Any] = start_ranks,
+        **flags: Any,
+    ):
         config = EngineConfig(
             model=str(folder), tensor_parallel_size=size, max_num_seqs=2, block_size=BLOCK, kv_spill=kv_spill,
             max_model_len=128, **{"max_num_batched_tokens": 24, "dtype": "float32"} | flags,
@@ -43,7 +69,7 @@ class Served:
         info = read_model_info(config)
         config = dataclasses.replace(config, kv_cache_memory_bytes=info.kv_bytes_per_token * BLOCK * blocks)
         resolved = resolve(config, info).config
-        self.executor = (MultiprocessExecutor if size > 1 else InProcessExecutor)(config, info, resolved)
+        self.executor = start(config, info, resolved)
         self.core = EngineCore(resolved, self.executor, MonotonicClock(), self._receive)
         self.store = None
         if kv_spill is not None:
@@ -127,8 +153,8 @@ def expected(model: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("size", "flags"),
-    [(1, {}), (1, {"kernels": "torch"}), (2, {})],
-    ids=["fused stack", "torch", "tp 2"],
+    [(1, {}), (1, {"kernels": "torch"}), (2, {}), (2, OVER_TCP)],
+    ids=["fused stack", "torch", "tp 2", "tp 2 over TCP"],
 )
 def test_tokens_are_those_of_a_large_cache(
     size: int, flags: dict[str, Any], model: Path, expected: list[list[int]], tmp_path: Path
@@ -143,7 +169,7 @@ def test_tokens_are_those_of_a_large_cache(
         assert served.spill.host_hits > 0
         assert served.spill.disk_hits > 0
         assert served.spill.disk_faults == 0
-        assert len(os.listdir(tmp_path)) == 1
+        assert len(os.listdir(tmp_path)) == (size if flags == OVER_TCP else 1), "ranks elsewhere have their own folders"
     assert not os.listdir(tmp_path)
 
 
@@ -167,9 +193,13 @@ def test_groups_with_windows(tmp_path: Path) -> None:
         assert served.spill.host_hits > 0
 
 
-def test_damaged_files_are_computed_again(model: Path, expected: list[list[int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "flags"), [(1, {}), (2, OVER_TCP)], ids=["", "tp 2 over TCP"])
+def test_damaged_files_are_computed_again(
+    size: int, flags: dict[str, Any], model: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Of several ranks, the parts of different blocks on each."""
     given = f"host={sizes(model, 16)},disk={tmp_path}:{sizes(model, 300)}"
-    with Served(model, kv_spill=given) as served:
+    with Served(model, size, kv_spill=given, **flags) as served:
         assert served.run_in_turn(PROMPTS) == expected
         paths = sorted(tmp_path.glob(f"{PREFIX}*/*"))
         files = [path for path in paths if path.name != "owner.lock"]
@@ -207,6 +237,14 @@ def test_an_engine_starts_with_it_and_removes_its_files(tmp_path: Path) -> None:
             assert [one.outputs[0].token_ids for one in llm.generate(PROMPTS, params)] == expected
         assert len(list(files.glob(f"{PREFIX}*/*"))) > 1
     assert not os.listdir(files)
+
+
+def test_a_folder_that_a_rank_elsewhere_can_not_use_is_named(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    given = f"host={sizes(model, 20)},disk={tmp_path / 'file' / 'below'}:1GiB"
+    named = r"^rank \d \(process \d+\): --kv-spill disk=: .*/below can't be used: Not a directory"
+    with pytest.raises(ConfigError, match=named), Served(model, 2, kv_spill=given, **OVER_TCP):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ import pytest
 from engine.errors import ConfigError
 from engine.ray_cluster import connect_ray
 from tests.cluster.ray_nodes import ROOT, Cluster, no_namespaces, ray_nodes
+from tests.engine.test_kv_spill_served import PROMPTS as SPILLED
+from tests.engine.test_kv_spill_served import Served
 from tests.engine.test_ranks import NEW, PROMPTS, SHARED, build_divisible, serve_all
 from tests.engine.worker.driver import BASE
 from tests.engine.worker.lora_files import write_adapter
@@ -136,6 +138,19 @@ def test_images_reach_a_rank_that_does_not_see_their_features(cluster: Cluster, 
     expected = [reference.run(request)[0] for request in Prompts(folder, entry).samples()]
     with running(cluster, "tests.cluster.media", str(folder), cluster.address) as process:
         assert last_line(process) == expected
+
+
+def test_each_node_keeps_the_evicted_blocks_of_its_rank(cluster: Cluster, first_only: Path) -> None:
+    folder, files = first_only / "spilled", first_only / "files"
+    build_divisible(folder)
+    with Served(folder, blocks=200) as served:
+        expected = served.run(SPILLED)
+    with running(cluster, "tests.cluster.spilled", str(folder), cluster.address, str(files)) as process:
+        found = last_line(process)
+    assert found["tokens"] == [expected, expected]
+    assert found["hits"] > 0
+    assert found["folders"] == (2 if no_namespaces() else 1)
+    assert not [*files.iterdir(), *cluster.nodes[1].own_view(files).iterdir()]
 
 
 def test_too_small_a_cluster_is_an_error_of_one_line(cluster: Cluster, tmp_path: Path) -> None:

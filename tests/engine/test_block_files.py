@@ -7,7 +7,7 @@ from threading import Event
 
 import pytest
 
-from engine.core.block_files import BlockFiles
+from engine.block_files import BlockFiles
 from engine.host_blocks import HostBlocks
 from engine.kv_format import HEADER_BYTES
 

@@ -2,16 +2,40 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
-from engine.errors import RedlineError, cause_of
-from engine.host_blocks import HostBlocks
+from engine.errors import ConfigError, RedlineError, cause_of
 from engine.kv_format import HEADER_BYTES, TruncatedBlockError, pack_header, read_header
+from engine.kv_spill import FLAG
+from engine.owned_folder import OwnedFolder
+
+PREFIX = "redline-kv-"
+
+
+class BlockMemory(Protocol):
+    """Host blocks, see `engine.host_blocks`."""
+
+    def parts(self, block: int) -> Sequence[memoryview]:
+        """The bytes of a block; writable."""
+        ...
+
+
+def open_folder(path: str) -> OwnedFolder:
+    """A folder for the files of one core or rank, which also removes those of processes that were killed.
+
+    Raises ConfigError if the path can't be used.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        return OwnedFolder(path, PREFIX)
+    except OSError as error:
+        raise ConfigError(f"{FLAG} disk=: {path} can't be used: {error.strerror or error}") from error
 
 
 class BlockFiles:
-    """Implements `engine.core.disk_tier.Files`: one thread reads, one writes and removes.
+    """Implements `engine.core.disk_tier.Files` for the process that calls it: one thread reads, one writes and removes.
 
     Args:
         folder: exists.
@@ -19,7 +43,7 @@ class BlockFiles:
         fingerprint: of the engine's `KVLayout`.
     """
 
-    def __init__(self, folder: str, host: HostBlocks, fingerprint: bytes):
+    def __init__(self, folder: str, host: BlockMemory, fingerprint: bytes):
         self._folder, self._host, self._fingerprint = folder, host, fingerprint
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="kv-reads")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-writes")
