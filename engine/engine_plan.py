@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from engine.config import SIMULATED, EngineConfig
 from engine.devices import machine_for, model_info_for
+from engine.devices.machine import Machine
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.hardware.description import hardware_names
 from engine.length import fit_length
@@ -24,17 +25,18 @@ class EnginePlan:
     resolution: Resolution
 
 
-def plan_engine(config: EngineConfig, memory: int | None = None) -> EnginePlan:
+def plan_engine(config: EngineConfig, memory: int | None = None, machine: Machine | None = None) -> EnginePlan:
     """Plan one replica.
 
     Args:
         memory: bytes that the replica may use; None: its share of what is free now.
+        machine: that it runs on; None: that of `--device`.
 
     Raises ConfigError for options that the device doesn't have, ModelError for a model that can't be read,
     OutOfMemoryError if one request of max-model-len does not fit; the messages have what works.
     """
     try:
-        return _plan(config, memory)
+        return _plan(config, memory, machine)
     except OutOfMemoryError as error:
         others = [*_more_ranks(config), *_larger_hardware(config)] if config.simulated else []
         if not others:
@@ -42,9 +44,9 @@ def plan_engine(config: EngineConfig, memory: int | None = None) -> EnginePlan:
         raise OutOfMemoryError(f"{error}, or {' or '.join(others)}") from error
 
 
-def _plan(config: EngineConfig, memory: int | None) -> EnginePlan:
-    machine = machine_for(config)  # first: its errors need no model
-    config, memory = fit_length(machine.adapt(config), memory)
+def _plan(config: EngineConfig, memory: int | None, machine: Machine | None = None) -> EnginePlan:
+    machine = machine or machine_for(config)  # first: its errors need no model
+    config, memory = fit_length(machine.adapt(config), memory, machine)
     model_info = model_info_for(config)
     return EnginePlan(config, model_info, resolve(config, model_info, memory, machine))
 

@@ -133,14 +133,14 @@ def _plan(config: EngineConfig, memory: int | None, phases: Phases) -> "tuple[En
     """Plan the engine, and reserve the machines of its ranks; None if all ranks run on this one."""
     from engine.engine_plan import plan_engine
 
-    hosts = None
+    hosts = machine = None
     if config.distributed_executor_backend == RAY:
         from engine.worker.executor import reserve_hosts
 
         hosts = reserve_hosts(config)
-        memory = hosts.available_memory
+        memory, machine = hosts.available_memory, hosts.machine
         phases.end("reserve Ray nodes")
-    plan = plan_engine(config, memory)
+    plan = plan_engine(config, memory, machine)
     if hosts is not None:
         device = f"{plan.resolution.device} on {hosts.description}"
         plan = dataclasses.replace(plan, resolution=dataclasses.replace(plan.resolution, device=device))

@@ -5,20 +5,24 @@ from bisect import bisect_left
 
 from engine.config import AUTO_LENGTH, EngineConfig
 from engine.devices import machine_for, model_info_for
+from engine.devices.machine import Machine
 from engine.errors import OutOfMemoryError
 from engine.memory import resolve
 
 
-def fit_length(config: EngineConfig, available: int | None = None) -> tuple[EngineConfig, int | None]:
+def fit_length(
+    config: EngineConfig, available: int | None = None, machine: Machine | None = None
+) -> tuple[EngineConfig, int | None]:
     """Replace AUTO_LENGTH by the model's maximum length, or by the longest that fits.
 
     `available` is the memory in bytes that one replica may use; None: its share of what is free now. That number is
     returned with the config, so that the memory plan uses the same one. A config with a length is returned unchanged.
+    `machine`: that it runs on; None: that of `--device`.
     Raises OutOfMemoryError if not even one block of tokens fits.
     """
     if config.max_model_len != AUTO_LENGTH:
         return config, available
-    machine = machine_for(config)
+    machine = machine or machine_for(config)
     if available is None:
         available = machine.available_memory()
     model_info = model_info_for(config)

@@ -3,7 +3,7 @@
 import ctypes
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -140,6 +140,19 @@ def find_gpus(ranks: int) -> DeviceFacts:
     """The first GPUs, one for each rank, or why none can be used."""
     missing = _missing_software() or old_driver(probe.torch_build(), probe.driver_version)
     return DeviceFacts(error=missing) if missing else probe.ask("cuda", ranks)
+
+
+def of_ranks(gpus: Sequence[DeviceFacts]) -> DeviceFacts:
+    """What is known of the GPUs of ranks on several machines, given that of each rank."""
+    capabilities = [one.capability for one in gpus if one.capability is not None]
+    return DeviceFacts(
+        name=gpus[0].name,
+        free_bytes=min(one.free_bytes or 0 for one in gpus),
+        capability=min(capabilities) if capabilities else None,
+        count=len(gpus),
+        differ=len({one.name for one in gpus}) > 1,
+        driver=gpus[0].driver,
+    )
 
 
 def gpu_with_triton() -> DeviceFacts:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine.children import RankHandle
 from engine.config import EngineConfig
 from engine.devices import machine_for
-from engine.errors import ConfigError
-from engine.executor_backend import BACKEND, RAY
 from engine.messages import MemoryLine
 from engine.model.model_info import ModelInfo
 from engine.resolved_config import ResolvedConfig
@@ -49,8 +47,6 @@ class StartedExecutor(Protocol):
 
 def reserve_hosts(config: EngineConfig) -> "RayHosts":
     """Reserve the machines of the ranks, before memory is planned. Raises ConfigError if there are none."""
-    if machine_for(config).torch_type:
-        raise ConfigError(f"{BACKEND} {RAY} runs ranks on the CPU only: give --device cpu")
     from engine.worker.ray_hosts import RayHosts
 
     return RayHosts(config)
@@ -72,11 +68,11 @@ def make_executor(
         progress: called from a thread with the bytes of weights read so far and in total.
         hosts: of ranks on other machines, see `reserve_hosts`; the executor releases them. None: this machine.
     """
-    machine = machine_for(config)
+    machine = machine_for(config) if hosts is None else hosts.machine
     device = None
     if machine.torch_type:
         share = config.gpu_memory_utilization or machine.defaults.memory_utilization
-        device = DeviceKind(machine.torch_type, machine.kernels == "triton", share)
+        device = DeviceKind(machine.torch_type, machine.kernels == "triton", share, alone=hosts is not None)
     if hosts is not None:
         from engine.worker.hosted_executor import HostedExecutor
         from engine.worker.media_links import MediaLinks

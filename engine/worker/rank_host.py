@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 import engine
+from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError, RedlineError
 from engine.host import available_memory, cores, shared_host
 from engine.worker.hosted_rank import HostedRank
@@ -78,6 +79,13 @@ class RankHost:
     def facts(self) -> HostFacts:
         return host_facts()
 
+    def gpu(self) -> DeviceFacts:
+        """The GPU that Ray has reserved for the rank, the only one that processes of this actor see."""
+        from engine.devices import cuda
+
+        _show_package()
+        return cuda.find_gpus(1)
+
     def quick_sums(self, path: str, names: list[str]) -> dict[str, str] | None:
         """Checksums of files below a path, see `engine.worker.model_copy`; None if there is nothing at the path."""
         return quick_sums(Path(path), names) if Path(path).exists() else None
@@ -102,9 +110,7 @@ class RankHost:
 
     def start(self, options: bytes) -> tuple[int, str]:
         """Start the rank with encoded RankOptions; its process id and its name in messages."""
-        # The process must find the package where this one has, however it did.
-        found_at = [str(Path(engine.__path__[0]).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(found_at))
+        _show_package()
         self._rank = HostedRank(msgspec.msgpack.decode(options, type=RankOptions), self._name)
         return self._rank.pid, self._rank.name
 
@@ -135,3 +141,9 @@ class RankHost:
     def _running(self) -> HostedRank:
         assert self._rank is not None, "the rank was not started"
         return self._rank
+
+
+def _show_package() -> None:
+    """Have processes that are started find the package where this one has, however it did."""
+    found_at = [str(Path(engine.__path__[0]).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(found_at))

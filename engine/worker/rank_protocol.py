@@ -48,11 +48,13 @@ class DeviceKind(msgspec.Struct):
         torch_type: the device type of torch.
         use_triton: whether with the kernels in Triton, else with those in torch.
         memory_utilization: see `engine.worker.device_builder.build_device_runner`.
+        alone: whether a rank sees its own device only, not those of the other ranks too.
     """
 
     torch_type: str
     use_triton: bool
     memory_utilization: float | None = None
+    alone: bool = False
 
 
 class LocalLink(msgspec.Struct, tag="local"):

@@ -1,7 +1,8 @@
 """The hosts of ranks that run on the nodes of a Ray cluster: each rank has an actor that starts its process.
 
-A placement group reserves a CPU of Ray for each rank; a rank uses its share of all cores of its node. Ray starts the
-actors and notices when they end. Steps and their results go by TCP links, not by Ray.
+A placement group reserves a CPU of Ray for each rank, and on GPUs a GPU. A rank on the CPU uses its share of all cores
+of its node, one on a GPU sees no other. Ray starts the actors and notices when they end. Steps and their results go by
+TCP links, not by Ray.
 """
 
 import importlib
@@ -13,6 +14,9 @@ import msgspec
 
 from engine.children import Failure
 from engine.config import EngineConfig
+from engine.devices import probe
+from engine.devices.machine import Machine
+from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError, EngineDeadError, RedlineError
 from engine.host import shared_host
 from engine.ray_cluster import connect_ray
@@ -29,6 +33,7 @@ from engine.worker.model_copy import (
 from engine.worker.rank_host import HostFacts, RankHost, check_versions, fair_memory, host_facts, ranks_beside
 from engine.worker.rank_protocol import RankOptions
 from engine.worker.ray_copies import send_copies
+from engine.worker.ray_devices import GPUS, Resources, choose, machine_of
 
 PLACE_S = 30.0  # for the placement group
 START_S = 60.0  # for an actor to start, or to start the process of its rank
@@ -114,8 +119,13 @@ class RayHosts:
 
     Ranks of one host have consecutive numbers, those of this machine the first.
 
+    Attributes:
+        machine: what the ranks run on, for planning.
+
     Raises ConfigError if there is no cluster, if it is too small or busy, or if its nodes run other versions.
     """
+
+    machine: Machine
 
     def __init__(self, config: EngineConfig):
         self._ray = ray = connect_ray(config.ray_address)
@@ -123,18 +133,22 @@ class RayHosts:
         self._group = None
         self._models: dict[str, str] = {}  # the model's folder by host, where it is a copy
         try:
-            self._group = self._reserve(config.num_ranks)
-            self._places = self._start_actors(config.num_ranks)
+            resources = choose(config, int(ray.cluster_resources().get("GPU", 0)))
+            self._group = self._reserve(config.num_ranks, resources)
+            self._places = self._start_actors(config.num_ranks, resources)
             here = host_facts()
             for place in self._places:
                 check_versions(place.node.address, place.facts, here)
+            self.machine = machine_of(config, self._find_gpus() if resources is GPUS else [])
         except BaseException:
             self.close()
             raise
 
     @property
     def available_memory(self) -> int:
-        """Free bytes for all ranks together, see `engine.worker.rank_host.fair_memory`."""
+        """Free bytes for all ranks together: on GPUs theirs, else see `engine.worker.rank_host.fair_memory`."""
+        if self.machine.torch_type:
+            return self.machine.available_memory()
         return fair_memory([place.facts for place in self._places])
 
     @property
@@ -214,27 +228,37 @@ class RayHosts:
             self._group = None
         self._ray.shutdown()
 
-    def _reserve(self, ranks: int) -> Any:
+    def _reserve(self, ranks: int, resources: Resources) -> Any:
         """The placement group, once the cluster has room for it."""
-        ray = self._ray
-        there, nodes = int(ray.cluster_resources().get("CPU", 0)), sum(node["Alive"] for node in ray.nodes())
+        ray, scarce = self._ray, resources.scarce
+        there, nodes = int(ray.cluster_resources().get(scarce, 0)), sum(node["Alive"] for node in ray.nodes())
         if there < ranks:
             raise ConfigError(
-                f"the Ray cluster has {there} CPUs on {nodes} nodes, and {ranks} ranks need one each: add nodes "
+                f"the Ray cluster has {there} {scarce}s on {nodes} nodes, and {ranks} ranks need one each: add nodes "
                 "with `ray start --address=HOST:PORT`, or lower --tp or --pp"
             )
-        # Each node adds memory bandwidth, of which ranks on the CPU have never enough.
-        group = ray.util.placement_group([{"CPU": 1}] * ranks, strategy="SPREAD")
+        group = ray.util.placement_group([resources.of_rank] * ranks, strategy=resources.strategy)
         if not group.wait(PLACE_S):
-            free = int(ray.available_resources().get("CPU", 0))
+            free = int(ray.available_resources().get(scarce, 0))
             ray.util.remove_placement_group(group)
             raise ConfigError(
-                f"{free} of the Ray cluster's {there} CPUs are free, and {ranks} ranks need one each: end other "
+                f"{free} of the Ray cluster's {there} {scarce}s are free, and {ranks} ranks need one each: end other "
                 "jobs (`ray list actors` shows them), or lower --tp or --pp"
             )
         return group
 
-    def _start_actors(self, ranks: int) -> list[_Place]:
+    def _find_gpus(self) -> list[tuple[str, DeviceFacts]]:
+        """The GPU of each rank, and the address of its node."""
+        asked = [place.actor.gpu.remote() for place in self._places]
+        found = []
+        for place, answer in zip(self._places, asked, strict=True):
+            try:
+                found.append((place.node.address, self._ray.get(answer, timeout=probe.TIMEOUT_S + START_S)))
+            except self._ray.exceptions.RayError as error:
+                raise ConfigError(f"node {place.node.address} can't be asked for its GPU: {_cause(error)}") from error
+        return found
+
+    def _start_actors(self, ranks: int, resources: Resources) -> list[_Place]:
         ray = self._ray
         strategy = importlib.import_module("ray.util.scheduling_strategies").PlacementGroupSchedulingStrategy
         table = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
@@ -243,7 +267,8 @@ class RayHosts:
         for number in range(ranks):
             node = known[table[number]]
             actor = ray.remote(RankHost).options(
-                num_cpus=1,
+                num_cpus=resources.of_rank["CPU"],
+                num_gpus=resources.of_rank.get("GPU", 0),
                 max_concurrency=THREADS,
                 scheduling_strategy=strategy(self._group, placement_group_bundle_index=number),
             )

@@ -171,7 +171,7 @@ def device_start(
         from engine.worker.device_builder import build_device_runner
 
         phases.end("import torch")
-        device = _make_device(kind.torch_type, 0 if place is None else place.rank)
+        device = _make_device(kind.torch_type, 0 if place is None or kind.alone else place.rank)
         meta_model = open_model(config, model_info, progress)
         tp_plan = None if place is None else plan_tensor_parallel(config, model_info)
         phases.end("open model")
@@ -194,12 +194,12 @@ def device_start(
     return start
 
 
-def _make_device(torch_type: str, rank: int) -> "Device":
-    """A rank's device: the GPU of its number among those that are visible."""
+def _make_device(torch_type: str, number: int) -> "Device":
+    """A rank's device: with several of the type, the one of this number among those that are visible."""
     if torch_type == "cuda":
         from engine.worker.cuda_device import CudaDevice
 
-        return CudaDevice(rank)
+        return CudaDevice(number)
     from engine.worker.torch_device import TorchDevice
 
     return TorchDevice(torch_type)

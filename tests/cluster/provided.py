@@ -15,7 +15,7 @@ from engine.worker.ray_hosts import RayHosts
 
 def main(folder: str, address: str, *paths: str) -> None:
     config = EngineConfig(
-        model=folder, tensor_parallel_size=2, distributed_executor_backend="ray", ray_address=address
+        model=folder, tensor_parallel_size=2, device="cpu", distributed_executor_backend="ray", ray_address=address
     )  # fmt: skip
     hosts = RayHosts(config)
     provide = {"model": hosts.provide_model, "adapter": hosts.provide_adapter}

@@ -160,6 +160,7 @@ def ray_nodes(
     cpus: tuple[int, int] = (1, 1),
     starts: Sequence[Sequence[str]] = STARTS,
     hidden: Path | None = None,
+    gpus: int = 0,
 ) -> Iterator[Cluster]:
     """A cluster of two nodes; all processes end with the context.
 
@@ -168,6 +169,7 @@ def ray_nodes(
         cpus: of each node.
         starts: what `ray start` is given for each node; HOST and PORT are those of the head.
         hidden: see `machines`.
+        gpus: that each node claims to have.
     """
     with machines(hidden) as nodes, tempfile.TemporaryDirectory(prefix="rl-ray-", ignore_cleanup_errors=True) as folder:
         port = free_port()
@@ -177,6 +179,7 @@ def ray_nodes(
         try:
             for number, node in enumerate(nodes):
                 where = [one.replace("HOST", nodes[0].address).replace("PORT", str(port)) for one in starts[number]]
+                where.append(f"--num-gpus={gpus}")
                 _start(node, where, f"{folder}/{number}", {**shared, **environments[number]}, cpus[number])
             yield Cluster(address, nodes, {**shared, **environments[0]})
         finally:

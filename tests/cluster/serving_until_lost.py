@@ -14,7 +14,7 @@ from redline import LLM, SamplingParams
 def main(folder: str, address: str) -> None:
     with LLM(
         folder, load_format="dummy", dtype="float32", kv_cache_memory_bytes=4 << 20, tensor_parallel_size=2,
-        distributed_executor_backend="ray", ray_address=address,
+        device="cpu", distributed_executor_backend="ray", ray_address=address,
     ) as llm:  # fmt: skip
         print("generating", flush=True)
         try:

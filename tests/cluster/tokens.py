@@ -34,7 +34,12 @@ def main(folder: str, adapter: str, address: str) -> None:
         executors.append(executor)
         return executor if config.pipeline_parallel_size > 1 else Kept(executor)
 
-    backend = {"distributed_executor_backend": "ray", "ray_address": address, "distribute_weights": True}
+    backend = {
+        "device": "cpu",
+        "distributed_executor_backend": "ray",
+        "ray_address": address,
+        "distribute_weights": True,
+    }
     for tp, pp, used in ((1, 2, ""), (2, 1, adapter)):
         tokens, stats, executor = serve_all(Path(folder), tp, start, adapter=used, pipeline_parallel_size=pp, **backend)
         found = {

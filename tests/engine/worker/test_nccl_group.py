@@ -8,6 +8,7 @@ import pytest
 
 from engine.errors import EngineDeadError
 from engine.worker.nccl_group import NcclGroup
+from engine.worker.rank_store import LOOPBACK, StoreServer
 
 RANK = """
 import sys
@@ -29,15 +30,18 @@ group.close()
 EXPECTED = "[[1, 2, 11, 12], [3, 4, 13, 14]] [[12, 14], [16, 18]] 6"
 
 
-def test_collectives_of_the_device_and_of_the_host_give_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tcp", [False, True], ids=["one machine", "several machines"])
+def test_collectives_of_the_device_and_of_the_host_give_the_same(tcp: bool, tmp_path: Path) -> None:
+    server = StoreServer(LOOPBACK) if tcp else None
+    place = str(tmp_path / "store") if server is None else server.place(LOOPBACK)
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), place], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=120)[0].splitlines() for rank in ranks] == [[EXPECTED] * 2] * 2
     assert [rank.returncode for rank in ranks] == [0, 0]
+    if server is not None:
+        server.close()
 
 
 def test_a_build_of_torch_without_the_backend_is_named(tmp_path: Path) -> None:

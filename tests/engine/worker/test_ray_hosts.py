@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from engine.devices.probe import torch_build
 from engine.errors import ConfigError
 from engine.ray_cluster import connect_ray
 from tests.cluster.ray_nodes import ROOT, Cluster, no_namespaces, ray_nodes
@@ -52,7 +53,7 @@ def first_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(second_cache: Path, first_only: Path) -> Iterator[Cluster]:
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    with ray_nodes(({}, {"XDG_CACHE_HOME": str(second_cache)}), hidden=first_only) as started:
+    with ray_nodes(({}, {"XDG_CACHE_HOME": str(second_cache)}), hidden=first_only, gpus=1) as started:
         yield started
 
 
@@ -163,6 +164,20 @@ def test_too_small_a_cluster_is_an_error_of_one_line(cluster: Cluster, tmp_path:
     assert process.returncode == 2
     last = err.strip().splitlines()[-1]
     assert last.startswith("redline: error: the Ray cluster has 2 CPUs on 2 nodes, and 4 ranks need one each")
+
+
+@pytest.mark.skipif("cuda" in torch_build(), reason="this build of PyTorch may find a GPU")
+def test_gpus_that_can_not_be_used_name_their_node(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
+    flags = ["--load-format", "dummy", "--tp", "2", "--device", "cuda"]
+    backend = ["--distributed-executor-backend", "ray", "--ray-address", cluster.address]
+    with running(cluster, "cli.main", "serve", str(tmp_path), *flags, *backend) as process:
+        _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 2
+    last = err.strip().splitlines()[-1]
+    assert re.search(r"^redline: error: node [\d.]+: the installed PyTorch \(.*\) was built without CUDA: use", last), (
+        err
+    )
 
 
 # It leaves no cluster: the last of those that need one.
