@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.block_orders import (
     BlockOrder,
@@ -69,7 +69,8 @@ class RankFiles:
         executor.listen_for_blocks(self._note)
         opened: Future[str] = Future()
         self._order(lambda number: OpenBlocks(number, num_blocks, fingerprint, disk_path), opened.set_result)
-        wait((opened, executor.ended), return_when=FIRST_COMPLETED)
+        either: list[Future[Any]] = [opened, executor.ended]
+        wait(either, return_when=FIRST_COMPLETED)
         if not opened.done():
             executor.ended.result()
         if cause := opened.result():

@@ -6,7 +6,9 @@ an engine that needs it on two nodes, or an empty text.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -18,7 +20,7 @@ def main(folder: str, address: str, *paths: str) -> None:
         model=folder, tensor_parallel_size=2, device="cpu", distributed_executor_backend="ray", ray_address=address
     )  # fmt: skip
     hosts = RayHosts(config)
-    provide = {"model": hosts.provide_model, "adapter": hosts.provide_adapter}
+    provide: dict[str, Callable[..., Any]] = {"model": hosts.provide_model, "adapter": hosts.provide_adapter}
     errors = []
     for one in paths:
         kind, _, path = one.partition(":")
