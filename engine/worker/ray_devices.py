@@ -60,4 +60,7 @@ def machine_of(config: EngineConfig, gpus: Sequence[tuple[str, DeviceFacts]]) ->
     for address, facts in gpus:
         if facts.error:
             raise ConfigError(f"node {address}: {facts.error}: use --device cpu")
-    return CudaMachine(config, cuda.of_ranks([facts for _, facts in gpus]), cuda.has_triton())
+    machine = CudaMachine(config, cuda.of_ranks([facts for _, facts in gpus]), cuda.has_triton())
+    if config.tile_table is None:
+        machine.tile_table = ""  # the one in this user's cache may be missing on other nodes
+    return machine

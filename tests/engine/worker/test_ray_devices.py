@@ -1,5 +1,6 @@
 """What ranks on a Ray cluster run on, and the machine that memory is planned for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.devices import cuda, probe
 from engine.devices.probe import DeviceFacts
+from engine.devices.tile_files import default_file, write_table
 from engine.errors import ConfigError
+from engine.kernels.tile_table import Tile, TileTable
 from engine.worker.rank_protocol import DeviceKind
 from engine.worker.ray_devices import CPUS, GPUS, choose, machine_of
 
@@ -70,6 +73,19 @@ def test_memory_is_planned_for_the_gpu_with_the_least() -> None:
     assert machine.available_memory() == 2 * (30 << 30)
     assert any("different GPUs" in warning for warning in machine.warnings(config(device="cuda")))
     assert "2 x H100, compute capability 8.0" in machine.describe(config(device="cuda"))
+
+
+def test_tiles_of_this_user_are_not_used_since_other_nodes_may_lack_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    table = TileTable("sm_90", {("16-bit", 128, "decode"): Tile(16, 128, 4, 2, 4)})
+    write_table(default_file(H100.name), table)
+    gpus = [("10.0.0.1", H100), ("10.0.0.2", H100)]
+    given = str(default_file(H100.name))
+    assert machine_of(config(device="cuda"), gpus).tile_table == ""
+    monkeypatch.setattr(cuda, "has_triton", lambda: True)
+    assert machine_of(config(device="cuda", tile_table=given), gpus).tile_table == given
 
 
 def test_a_gpu_that_can_not_be_used_names_its_node() -> None:
