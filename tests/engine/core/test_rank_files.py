@@ -122,6 +122,7 @@ def test_a_block_comes_back_from_the_files_of_all_ranks(
     assert ranks.content(2) == content
     assert len(list(folder.glob("*/*"))) == 2 * len(SIZES), "a file and a lock for each rank"
     files.remove(b"key")
+    assert cause_of(files.write, b"other", host_blocks[0]) == ""  # which comes after the removal
     assert cause_of(files.read, b"key", host_blocks[1]).startswith("rank ")
     ranks.close()
     assert not os.listdir(folder)
