@@ -109,8 +109,8 @@ def test_ranks_on_two_nodes_say_what_one_says_until_one_is_killed(
 
 
 @pytest.mark.skipif(bool(no_namespaces()), reason="the nodes need machines of their own")
-def test_files_that_a_node_lacks_or_has_otherwise_are_named(cluster: Cluster, first_only: Path, tmp_path: Path) -> None:
-    """Without --distribute-weights."""
+def test_what_a_node_lacks_is_named(cluster: Cluster, first_only: Path, tmp_path: Path) -> None:
+    """Files, without --distribute-weights: none, or others. GPUs that this build of PyTorch can't use."""
     missing, other, adapter = first_only / "missing", first_only / "other", first_only / "lora"
     (tmp_path / "config.json").write_text("{}")
     for folder in (missing, other, cluster.nodes[1].own_view(other)):
@@ -122,7 +122,7 @@ def test_files_that_a_node_lacks_or_has_otherwise_are_named(cluster: Cluster, fi
         (adapter / name).touch()
     paths = [f"model:{missing}", f"model:{other}", f"model:{tmp_path}", f"adapter:{adapter}", f"adapter:{tmp_path}"]
     with running(cluster, "tests.cluster.provided", str(tmp_path), cluster.address, *paths) as process:
-        errors = last_line(process)
+        *errors, gpu = last_line(process)
     node, advice = f"node {cluster.nodes[1].address} has", "or give --distribute-weights"
     assert errors == [
         f"{node} no {missing}: copy the model there, {advice}",
@@ -131,23 +131,22 @@ def test_files_that_a_node_lacks_or_has_otherwise_are_named(cluster: Cluster, fi
         f"{node} no {adapter}: copy the adapter there, {advice}",
         "",
     ]
+    if "cuda" not in torch_build():
+        assert re.search(
+            r"^node [\d.]+: the installed PyTorch \(.*\) was built without CUDA: use --device cpu$", gpu
+        ), gpu
 
 
-def test_images_reach_a_rank_that_does_not_see_their_features(cluster: Cluster, first_only: Path) -> None:
-    entry, folder = MM_MODELS["llava"], first_only / "llava"
-    reference = MMReference(entry.build(folder), entry)
-    expected = [reference.run(request)[0] for request in Prompts(folder, entry).samples()]
-    with running(cluster, "tests.cluster.media", str(folder), cluster.address) as process:
-        assert last_line(process) == expected
-
-
-def test_each_node_keeps_the_evicted_blocks_of_its_rank(cluster: Cluster, first_only: Path) -> None:
-    folder, files = first_only / "spilled", first_only / "files"
+def test_ranks_share_nothing_with_their_core(cluster: Cluster, first_only: Path) -> None:
+    """The second rank does not see feature files, and each node keeps the evicted blocks of its rank."""
+    entry, images, folder, files = (MM_MODELS["llava"], *(first_only / name for name in ("llava", "spilled", "files")))
+    reference = MMReference(entry.build(images), entry)
     build_divisible(folder)
     with Served(folder, blocks=200) as served:
         expected = served.run(SPILLED)
-    with running(cluster, "tests.cluster.spilled", str(folder), cluster.address, str(files)) as process:
+    with running(cluster, "tests.cluster.apart", cluster.address, str(images), str(folder), str(files)) as process:
         found = last_line(process)
+    assert found["of images"] == [reference.run(request)[0] for request in Prompts(images, entry).samples()]
     assert found["tokens"] == [expected, expected]
     assert found["hits"] > 0
     assert found["folders"] == (2 if no_namespaces() else 1)
@@ -164,20 +163,6 @@ def test_too_small_a_cluster_is_an_error_of_one_line(cluster: Cluster, tmp_path:
     assert process.returncode == 2
     last = err.strip().splitlines()[-1]
     assert last.startswith("redline: error: the Ray cluster has 2 CPUs on 2 nodes, and 4 ranks need one each")
-
-
-@pytest.mark.skipif("cuda" in torch_build(), reason="this build of PyTorch may find a GPU")
-def test_gpus_that_can_not_be_used_name_their_node(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
-    flags = ["--load-format", "dummy", "--tp", "2", "--device", "cuda"]
-    backend = ["--distributed-executor-backend", "ray", "--ray-address", cluster.address]
-    with running(cluster, "cli.main", "serve", str(tmp_path), *flags, *backend) as process:
-        _, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 2
-    last = err.strip().splitlines()[-1]
-    assert re.search(r"^redline: error: node [\d.]+: the installed PyTorch \(.*\) was built without CUDA: use", last), (
-        err
-    )
 
 
 # It leaves no cluster: the last of those that need one.
