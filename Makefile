@@ -199,7 +199,7 @@ bench-start: install  ## Seconds and CPU seconds of a CPU server's start to its 
 	$(BIN)/python -m tests.perf.bench_start
 
 .PHONY: bench-kv-transfer
-bench-kv-transfer: install  ## ITL and TTFT with prefill and decode replicas, beside --dp 2: results/bench-kv-transfer.json
+bench-kv-transfer: install  ## ITL and TTFT with prefill and decode replicas, beside --dp 2: docs/figures/bench-kv-transfer.png
 	$(BIN)/python -m tests.perf.bench_kv_transfer
 
 .PHONY: bench-routing

@@ -1,7 +1,7 @@
 """Base of the horizontal bar charts that `make bench-…` draws from a list of records."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,38 @@ def bar_figure(
         axes.grid(axis="y", visible=False)
         panels.append(axes)
     return figure, panels, height
+
+
+def name_rows(axes: Axes, names: Sequence[str], places: Sequence[float]) -> None:
+    """Write the names of rows to the left of a panel."""
+    for name, place in zip(names, places, strict=True):
+        axes.annotate(
+            name, (0, place), (-9, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", ha="right",
+            va="center", fontsize=9.5,
+        )  # fmt: skip
+
+
+def draw_rounds(
+    axes: Axes, records: Sequence[dict[str, Any]], places: Sequence[float], metric: str, percentiles: Mapping[str, str]
+) -> None:
+    """Draw two percentiles of each record: the value of each round, and their median.
+
+    Args:
+        metric: a record has the median of p50 in ms as METRIC_p50_ms, and that of each round in METRIC_p50_ms_rounds.
+        percentiles: their colors, by name.
+    """
+    for row, place in zip(records, places, strict=True):
+        for (name, color), offset in zip(percentiles.items(), (-0.16, 0.16), strict=True):
+            each, value = row[f"{metric}_{name}_ms_rounds"], row[f"{metric}_{name}_ms"]
+            axes.plot(each, [place + offset] * len(each), "o", color=color, markersize=4, alpha=0.6)
+            axes.plot([value], [place + offset], "|", color=color, markersize=11, markeredgewidth=2.2)
+            axes.annotate(
+                f"P{name[1:]} {value:.0f}", (max(each), place + offset), (7, 0), textcoords="offset points",
+                fontsize=8.5, va="center",
+            )  # fmt: skip
+    longest = max(max(row[f"{metric}_{name}_ms_rounds"]) for row in records for name in percentiles)
+    axes.set_xlim(0, 1.25 * longest)
+    axes.set_xlabel("ms: rounds •, their median |")
 
 
 def add_texts(

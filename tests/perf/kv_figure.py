@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots.style import COLORS, STYLE, wrapped
-from tests.perf.bar_charts import add_texts, bar_figure
+from tests.perf.bar_charts import add_texts, bar_figure, draw_rounds, name_rows
 
 OFF = "dropped"  # what becomes of evicted blocks without the flag
 TIERS = {"KV cache": COLORS[0], "host memory": COLORS[1], "files": COLORS[2]}
@@ -21,12 +21,9 @@ def kv_figure(records: list[dict[str, Any]]) -> Figure:
         footer = _caption(records)
         figure, panels, height = bar_figure(places, _ROW_IN, len(footer), ((_NAMES_IN, 3.0), (_NAMES_IN + 3.5, 4.0)))
         _draw_hits(panels[0], records, places)
-        _draw_ttft(panels[1], records, places)
-        for row, place in zip(records, places, strict=True):
-            panels[0].annotate(
-                row["server"], (0, place), (-9, 0), xycoords=panels[0].get_yaxis_transform(),
-                textcoords="offset points", ha="right", va="center", fontsize=9.5,
-            )  # fmt: skip
+        panels[1].set_title("Time to the first token")
+        draw_rounds(panels[1], records, places, "ttft", {"p50": COLORS[0], "p95": COLORS[0]})
+        name_rows(panels[0], [row["server"] for row in records], places)
         handles = [(color, f"found in {name}") for name, color in TIERS.items()]
         add_texts(
             figure, "Conversations of four times the KV cache, by where evicted blocks go", handles, 3, footer, height
@@ -45,22 +42,6 @@ def _draw_hits(axes: Axes, records: list[dict[str, Any]], places: list[float]) -
         axes.annotate(f"{left:.0f} %", (left, place), (5, 0), textcoords="offset points", fontsize=9, va="center")
     axes.set_xlim(0, 115)
     axes.set_xlabel("%")
-
-
-def _draw_ttft(axes: Axes, records: list[dict[str, Any]], places: list[float]) -> None:
-    axes.set_title("Time to the first token")
-    for row, place in zip(records, places, strict=True):
-        for name, offset in (("p50", -0.16), ("p95", 0.16)):
-            each = row[f"ttft_{name}_ms_rounds"]
-            axes.plot(each, [place + offset] * len(each), "o", color=COLORS[0], markersize=4, alpha=0.6)
-            value = row[f"ttft_{name}_ms"]
-            axes.plot([value], [place + offset], "|", color=COLORS[0], markersize=11, markeredgewidth=2.2)
-            axes.annotate(
-                f"P{name[1:]} {value:.0f}", (max(each), place + offset), (7, 0), textcoords="offset points",
-                fontsize=8.5, va="center",
-            )  # fmt: skip
-    axes.set_xlim(0, 1.25 * max(max(row["ttft_p95_ms_rounds"]) for row in records))
-    axes.set_xlabel("ms: rounds •, their median |")
 
 
 def _caption(records: list[dict[str, Any]]) -> list[str]:
