@@ -14,6 +14,7 @@ from engine.children import Failure, Report, ReportingChild, encode_report
 from engine.core_process import CoreOptions, Endpoints
 from engine.gateway import Gateway
 from engine.host import available_memory, shared_host
+from engine.kv_transfer import KVTcp
 from engine.multimodal.feature_files import remove_stale_features
 from engine.socket_folder import SocketFolder
 
@@ -51,9 +52,11 @@ class CoreHost:
         self._folder = SocketFolder()
         endpoints = Endpoints.in_folder(self._folder.path, front_ends)
         self._gateway = Gateway(host, secret, endpoints.to_core, endpoints.from_core)
+        addresses = endpoints.to_core, endpoints.from_core
+        kv_tcp = KVTcp(host, secret)
         self._child = ReportingChild(
             "engine.launch",
-            CoreOptions(config, endpoints.to_core, endpoints.from_core, step_timeout_s, memory, {}, time.monotonic()),
+            CoreOptions(config, *addresses, step_timeout_s, memory, {}, time.monotonic(), kv_tcp),
             name=f"the EngineCore on {self._node}",
             memory_advice="lower --kv-cache-memory-bytes",
         )

@@ -16,6 +16,7 @@ import zmq
 from engine import children
 from engine.children import Failure, Loading, ReportingChild, Up
 from engine.config import STEP_TIMEOUT_S, EngineConfig
+from engine.kv_transfer import KVTcp
 from engine.messages import Ready, Shutdown, encode
 from engine.multimodal.feature_files import remove_stale_features
 from engine.socket_folder import SocketFolder
@@ -52,6 +53,7 @@ class CoreOptions(children.PipeOptions):
     memory: int | None  # bytes that the engine may use; None: what is free
     environment: dict[str, str]  # variables to set, see `engine.devices.machine.Machine.environment`
     spawned: float  # when the parent starts the process, on the monotonic clock
+    kv_tcp: KVTcp | None = None  # if other replicas run elsewhere
 
 
 class Core(Protocol):

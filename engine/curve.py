@@ -87,7 +87,7 @@ class Gate:
         socket.curve_server = True
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN.encode())
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without the thread nobody is let in
-        _send_heartbeats(socket)
+        send_heartbeats(socket)
 
     def close(self) -> None:
         self._thread.stop()
@@ -97,7 +97,7 @@ def secure_client(socket: "zmq.Socket[Any]", secret: str) -> None:
     """Make a socket a client of the run, before it connects."""
     socket.curve_publickey, socket.curve_secretkey = _key_pair(secret, "client")
     socket.curve_serverkey = _key_pair(secret, "server")[0]
-    _send_heartbeats(socket)
+    send_heartbeats(socket)
 
 
 class Connections:
@@ -167,7 +167,7 @@ def tcp_address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def _send_heartbeats(socket: "zmq.Socket[Any]") -> None:
+def send_heartbeats(socket: "zmq.Socket[Any]") -> None:
     """Have the loss of the other end noticed, even if its machine is gone: heartbeats are sent by ZeroMQ's thread."""
     socket.setsockopt(zmq.HEARTBEAT_IVL, round(HEARTBEAT_S * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(SILENCE_S * 1000))

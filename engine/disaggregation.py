@@ -22,6 +22,9 @@ class Options(Protocol):
     def replica(self) -> int: ...
 
     @property
+    def role(self) -> str: ...
+
+    @property
     def enable_prefix_caching(self) -> bool: ...
 
     @property
@@ -31,16 +34,13 @@ class Options(Protocol):
     def pipeline_parallel_size(self) -> int: ...
 
     @property
-    def kv_spill(self) -> str | None: ...
-
-    @property
     def ablations(self) -> frozenset[str]: ...
 
 
 def role_of(config: Options) -> str:
     """PREFILL or DECODE; empty: each replica does both."""
-    if not config.prefill_replicas:
-        return ""
+    if config.role or not config.prefill_replicas:
+        return config.role
     return PREFILL if config.replica < config.prefill_replicas else DECODE
 
 
@@ -70,8 +70,6 @@ def check_disaggregation(config: Options) -> None:
         raise refusal("simulated hardware has no KV blocks to send: leave out --device sim:")
     if config.pipeline_parallel_size > 1:
         raise refusal("a block is not the same on all pipeline stages: use --tp in place of --pp")
-    if config.kv_spill is not None:
-        raise refusal("its host blocks hold prompts in transfer: leave out --kv-spill")
     if config.ablations:
         raise refusal("it needs all parts of V1: leave out --ablate, or --engine v0")
 

@@ -35,9 +35,6 @@ class BackendOptions(Protocol):
     @property
     def data_parallel_size(self) -> int: ...
 
-    @property
-    def prefill_replicas(self) -> int: ...
-
 
 def check_backend(config: BackendOptions) -> None:
     """Raise ConfigError for options that don't work with the backend."""
@@ -57,7 +54,6 @@ def check_backend(config: BackendOptions) -> None:
         for flag, given in (
             ("--tp or --pp", config.num_ranks > 1),
             ("--distribute-weights", config.distribute_weights),
-            ("--prefill-replicas", config.prefill_replicas > 0),
             ("--kv-spill", config.kv_spill),
         ):
             if given:

@@ -53,7 +53,7 @@ class ForeignBlockError(KVBlockError):
 class KVLayout:
     """All that decides what the bytes of a block mean, besides the tokens in its key."""
 
-    model: str  # where its weights are from
+    model: str  # the fingerprint of its files
     dtype: str
     cache_dtype: str
     kernels: str  # in words, see `StartReport.kernels`: each has a layout of its own

@@ -20,7 +20,15 @@ from typing import TypeAlias
 import msgspec
 
 WAIT_FOR_RANKS = "wait_for_ranks"  # a call of all ranks, which ends once each has done all that came before it
+QUEUED_MESSAGES = 8  # with blocks, at each end of a connection
 Place: TypeAlias = tuple[int, int]  # of a block of a prompt: its KV group, and its number in the prompt
+
+
+class KVTcp(msgspec.Struct, frozen=True):
+    """Of a replica whose blocks go to or come from other machines: over TCP, with the keys of the run."""
+
+    host: str  # the address of its machine, as the others reach it
+    secret: str  # see `engine.curve`
 
 
 class KVPush(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -20,6 +20,7 @@ from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.core_process import CoreOptions, Endpoints
 from engine.executor_backend import RAY
+from engine.kv_transfer import KVTcp
 from engine.log_format import log_everything
 from engine.messages import Ready
 from engine.multimodal.feature_files import FeatureFolder
@@ -57,6 +58,7 @@ def build_core_server(
     progress: Callable[[int, int], None] | None = None,
     memory: int | None = None,
     phases: Phases | None = None,
+    kv_tcp: KVTcp | None = None,
 ) -> BuiltCore:
     """Plan memory, load the model, and build the core's server.
 
@@ -64,6 +66,7 @@ def build_core_server(
         progress: called with the bytes of weights read so far and in total.
         memory: bytes that the engine may use; None: what is free.
         phases: of the start so far.
+        kv_tcp: how other replicas are reached if they run elsewhere.
     """
     phases = Phases() if phases is None else phases
     from engine.worker.threads import limit_libraries
@@ -102,10 +105,11 @@ def build_core_server(
         phases.end("load adapters")
     spill = link = None
     if resolved.host_blocks or resolved.role:
-        spill, link = _attach_host_blocks(config, resolved, model_info, executor, server, endpoints.folder)
+        where = kv_tcp or endpoints.folder
+        spill, link = _attach_host_blocks(config, resolved, model_info, executor, server, where)
         phases.end("attach host blocks")
     if link is not None:
-        ready = replace(ready, role=resolved.role, kv_address=link.address)
+        ready = replace(ready, role=resolved.role, kv_address=link.address, kv_layout=link.layout)
     executor.ended.add_done_callback(lambda ended: server.fail(ended.exception()))
     return BuiltCore(server, ready, tuple(executor.ranks), features, spill, link)
 
@@ -116,17 +120,23 @@ def _attach_host_blocks(
     model_info: "ModelInfo",
     executor: "StartedExecutor",
     server: "CoreServer",
-    folder: str,
+    where: str | KVTcp,
 ) -> "tuple[SpillStore | None, BlockLink | None]":
-    """Where KV blocks go outside of the KV cache: other replicas with a role, else the tiers of --kv-spill."""
+    """Where KV blocks go outside of the KV cache: the tiers of --kv-spill, and other replicas with a role."""
     from engine.core.block_link import BlockLink
     from engine.core.spill_start import SpillStore
     from engine.kv_format import KVLayout
+    from engine.model.fingerprint import files_fingerprint
 
-    layout = KVLayout.of(config, resolved, str(model_info.path), model_info.dtype, executor.kernels)
+    model = files_fingerprint(model_info.path)
+    layout = KVLayout.of(config, resolved, model, model_info.dtype, executor.kernels)
+    spill = link = None
+    if resolved.host_blocks:
+        spill = SpillStore(config, resolved, layout, executor, server.core.scheduler, server.wake)
     if resolved.role:
-        return None, BlockLink(server.core, layout, executor, folder, server.wake)
-    return SpillStore(config, resolved, layout, executor, server.core.scheduler, server.wake), None
+        memory = None if spill is None else spill.host
+        link = BlockLink(server.core, layout, executor, memory, where, server.wake)
+    return spill, link
 
 
 def _plan(config: EngineConfig, memory: int | None, phases: Phases) -> "tuple[EnginePlan, RayHosts | None]":
@@ -259,7 +269,11 @@ def _run(options: CoreOptions, send: children.Send) -> None:
     phases.end("start the EngineCore's process")
     endpoints = Endpoints(options.to_core, options.from_core)
     config = EngineConfig(**options.config)
-    built = build_core_server(config, endpoints, lambda *loaded: send(Loading(*loaded)), options.memory, phases)
+
+    def loading(done: int, total: int) -> None:
+        send(Loading(done, total))
+
+    built = build_core_server(config, endpoints, loading, options.memory, phases, options.kv_tcp)
 
     def give_up(cause: str) -> None:
         # A hanging step can't be waited for: report the cause, then end the ranks and this process at once.

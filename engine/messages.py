@@ -44,6 +44,7 @@ class FinishReason(IntEnum):
     NOT_SERVED = 5  # its adapter is not served (any longer)
     SHUT_DOWN = 6  # it arrived while the engine was shutting down
     NOT_ENCODED = 7  # a multimodal input could not be encoded
+    UNREACHABLE = 8  # of a prompt that another replica wants: its blocks can't be sent there
 
 
 class Sampling(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -226,6 +227,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     budget_source: str = ""  # where max_num_batched_tokens comes from, in words; empty: it was given
     role: str = ""  # see engine.disaggregation
     kv_address: str = ""  # where a decode replica receives the blocks of prompts
+    kv_layout: str = ""  # of the blocks of a replica with a role; those of others must have the same
 
     @property
     def prompt_vocab_size(self) -> int:

@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.core_host import CoreHost
 from engine.core_process import STOP_GRACE_S
 from engine.curve import Change, Connections, new_secret, secure_client
+from engine.disaggregation import role_of
 from engine.errors import ConfigError, EngineDeadError, OutOfMemoryError, RedlineError
 from engine.executor_backend import BACKEND, MP, RAY
 from engine.frontend.transport import CoreAddress
@@ -62,7 +63,7 @@ class RayNodes:
         if there < count:
             raise ConfigError(
                 f"the Ray cluster has {there} CPUs, and each of {count} replicas needs one: add nodes with `ray start "
-                "--address=HOST:PORT`, or lower --dp"
+                "--address=HOST:PORT`, or start fewer replicas"
             )
         options = ray.remote(CoreHost).options(num_cpus=1, max_concurrency=THREADS, scheduling_strategy="SPREAD")
         actors = [options.remote() for _ in range(count)]
@@ -81,7 +82,7 @@ class RayNodes:
             free = int(ray.available_resources().get("CPU", 0))
             raise ConfigError(
                 f"no node of the Ray cluster takes a replica: {free} CPUs are free, and each replica needs one: end "
-                "other jobs (`ray list actors` shows them), or lower --dp"
+                "other jobs (`ray list actors` shows them), or start fewer replicas"
             ) from error
         except ray.exceptions.RayError as error:
             cause = first_line(getattr(error, "cause", None) or error)
@@ -270,12 +271,18 @@ def _on_node(error: RedlineError, node: str) -> RedlineError:
 
 
 def on_host(config: EngineConfig, number: int, count: int, replicas: int) -> EngineConfig:
-    """The configuration of a core that is one of `count` on its host, and of `replicas` in all."""
+    """The configuration of a core that is one of `count` on its host, and of `replicas` in all.
+
+    Its role is that of `config.replica`, its number among all.
+    """
     kv_bytes = config.kv_cache_memory_bytes
     return replace(
         config,
         data_parallel_size=count,
         replica=number,
+        role=role_of(config),
+        prefill_replicas=0,
+        decode_replicas=0,
         distributed_executor_backend=MP,
         ray_address=None,
         kv_cache_memory_bytes=None if kv_bytes is None else kv_bytes * count // replicas,
@@ -291,18 +298,27 @@ def start_ray_cores(config: EngineConfig, front_ends: int, step_timeout_s: float
     places = nodes.place(count)
     on_hosts = Counter(place.host for place in places)
     cores = []
-    for place in places:
+    for number, place in enumerate(places):
         host, shared = place.host, on_hosts[place.host]
-        one = on_host(config, nodes.host_used(host), shared, count)
+        one = on_host(replace(config, replica=number), nodes.host_used(host), shared, count)
         cores.append(RayCore(nodes, place, one, front_ends, step_timeout_s, place.memory // shared))
     return cores
 
 
 def check_equal(readies: Sequence[Ready]) -> None:
-    """Raise ConfigError if replicas on different hosts accept requests of different lengths."""
+    """Raise ConfigError if replicas on different hosts accept requests of different lengths, or if blocks that one
+    computes are of no use to another."""
     lengths = sorted({ready.max_model_len for ready in readies})
     if len(lengths) > 1:
         raise ConfigError(
             f"the nodes have room for requests of {' and '.join(map(str, lengths))} tokens: give --max-model-len "
             f"{lengths[0]}"
         )
+    layouts = {ready.kv_layout: ready for ready in readies}
+    if len(layouts) > 1:
+        kernels = sorted({f"{ready.kernels} in {ready.dtype}" for ready in readies})
+        if len(kernels) > 1:
+            cause = f"the nodes compute with {' and '.join(kernels)}: give --kernels torch and a --dtype"
+        else:
+            cause = "the nodes have different files of the model: copy them from one machine to the others"
+        raise ConfigError(f"prefill and decode replicas can't exchange KV blocks: {cause}")

@@ -107,7 +107,12 @@ class Engine:
         self.cores[replica] = core  # from here on, `stop` ends it
         if ended is not None:
             ended.stop()
-        self.readies[replica] = core.wait_ready()
+        ready = core.wait_ready()
+        if on_ray_nodes(self.config):
+            from engine.ray_replicas import check_equal
+
+            check_equal([self.ready, ready])
+        self.readies[replica] = ready
         core.watch(partial(on_death, replica))
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ be used to the loop.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import zmq
 
 from engine.core.incoming_blocks import ArrivedBlocks, IncomingBlocks
+from engine.curve import Change, Connections, Gate, bind
 from engine.errors import RedlineError, cause_of
 from engine.host_blocks import HostBlocks
 from engine.kv_format import KVBlockError, read_header
-from engine.kv_transfer import BlocksHeader, Place, decode_header
+from engine.kv_transfer import QUEUED_MESSAGES, BlocksHeader, KVTcp, Place, decode_header
 
 log = logging.getLogger("redline.core")
 
@@ -24,7 +26,7 @@ class BlockReceiver:
     """Binds an address and receives until it is closed.
 
     Args:
-        address: to bind; `address` has it with the port that was chosen.
+        where: the address of a Unix socket, or the machine, of which a free port is bound; `address` has the result.
         memory: the host blocks.
         incoming: the blocks that are expected.
         fingerprint: of the layout of blocks, see `engine.kv_format`.
@@ -33,7 +35,7 @@ class BlockReceiver:
 
     def __init__(
         self,
-        address: str,
+        where: str | KVTcp,
         memory: HostBlocks,
         incoming: IncomingBlocks,
         fingerprint: bytes,
@@ -43,30 +45,54 @@ class BlockReceiver:
         self._incoming = incoming
         self._fingerprint = fingerprint
         self._deliver = deliver
-        self._context = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0")  # type: ignore[union-attr]
+        self._socket.set_hwm(QUEUED_MESSAGES)
+        self._connections = Connections(self._socket)
+        self._gate: Gate | None = None
+        if isinstance(where, KVTcp):
+            self._gate = Gate(self._context, where.secret)
+            self._gate.secure(self._socket)
+            self.address = bind(self._socket, where.host)
+            log.info("KV blocks of prompts are received at %s", self.address)
+        else:
+            self._socket.bind(where)
+            self.address = where
+        self._stopped, self._stop = os.pipe()
         self._thread = threading.Thread(target=self._receive_all, name="core-block-input", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Receive no more."""
-        self._context.term()
+        os.write(self._stop, b"\0")
         self._thread.join()
+        if self._gate is not None:
+            self._gate.close()
+        self._context.term()
+        os.close(self._stop)
+        os.close(self._stopped)
 
     def _receive_all(self) -> None:
-        while True:
-            try:
-                frames = self._socket.recv_multipart(copy=False)
-            except zmq.ContextTerminated:
-                self._socket.close(linger=0)
-                return
-            try:
-                self._deliver(self.read([frame.buffer for frame in frames]))
-            except Exception as error:  # its request is computed here once the prefill has ended
-                log.error("a message with %d frames of KV blocks could not be read: %s", len(frames), cause_of(error))
+        poller = zmq.Poller()
+        for one in (self._stopped, self._connections.socket, self._socket):
+            poller.register(one, zmq.POLLIN)
+        while self._stopped not in (ready := dict(poller.poll())):
+            if self._connections.socket in ready and self._connections.next_change(0.0) is Change.REFUSED:
+                log.warning("a connection to %s was refused: the other end has another secret", self.address)
+            if self._socket in ready:
+                self._receive()
+        self._connections.close()
+        self._socket.close(linger=0)
+
+    def _receive(self) -> None:
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:  # a connection that was refused has made the socket readable
+            return
+        try:
+            self._deliver(self.read([frame.buffer for frame in frames]))
+        except Exception as error:  # its request is computed here once the prefill has ended
+            log.error("a message with %d frames of KV blocks could not be read: %s", len(frames), cause_of(error))
 
     def read(self, frames: list[Any]) -> ArrivedBlocks:
         """Put the blocks of a message into host blocks. Raises RedlineError if its frames do not fit together."""

@@ -32,10 +32,15 @@ from engine.messages import COPY_OUT, CopyingStep, Finished, FinishReason, Outpu
 
 
 class DisaggregatedCore(EngineCore):
-    """`send_blocks` is set before the first request: it sends a shipment, once that is in its host blocks."""
+    """Of a prefill replica two functions are set before the first request.
+
+    send_blocks: sends a shipment, once that is in its host blocks.
+    link_fault: why nothing can be sent to an address for now; empty: it can.
+    """
 
     scheduler: DisaggregatedScheduler
     send_blocks: Callable[[Shipment], None]
+    link_fault: Callable[[str], str]
 
     def __init__(self, *args: Any, **options: Any):
         """Arguments as of EngineCore."""
@@ -73,7 +78,7 @@ class DisaggregatedCore(EngineCore):
         incoming = self.scheduler.incoming
         ended = [one for request in incoming.take_released() if (one := self._queue_released(request))]
         self._publisher.publish(now, ended)
-        for wanted in incoming.take_wanted():
+        for wanted in incoming.take_wanted(now):
             self._send(front_end_of(wanted.handle), encode(Outputs(at=now, prefills=(wanted,))))
             moved = True
         return moved
@@ -89,8 +94,11 @@ class DisaggregatedCore(EngineCore):
     def _queue(self, request: Request) -> Finished | None:
         if request.message.remote_prefill and self.scheduler.wait_for_blocks(request):
             return None
+        push = request.message.push
+        if push is not None and (cause := self.link_fault(push.address)):
+            return Finished(request.handle, FinishReason.UNREACHABLE, error=cause)
         rejected = super()._queue(request)
-        if rejected is None and request.message.push is not None:
+        if rejected is None and push is not None:
             self.scheduler.push_blocks(request)
         return rejected
 

@@ -1,6 +1,7 @@
 """The scheduler of a replica with prefill/decode disaggregation: its prompts are sent block by block, or arrive."""
 
 import math
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
@@ -10,6 +11,7 @@ from engine.core.kv_cache_manager import CachedPrefix
 from engine.core.outgoing_blocks import OutgoingBlocks
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
+from engine.core.spill_scheduler import SpillScheduler
 from engine.disaggregation import DECODE, PREFILL
 from engine.kv_transfer import Place, missing_places, num_shared_blocks
 from engine.messages import COPY_IN, Admitted, Finished, FinishReason
@@ -26,7 +28,7 @@ class DisaggregatedScheduler(Scheduler):
 
     def __init__(self, config: ResolvedConfig, features: FeatureMirror | None = None):
         super().__init__(config, features)
-        host_blocks = range(config.transfer_blocks)
+        host_blocks = range(config.host_blocks, config.host_blocks + config.transfer_blocks)
         self.incoming = IncomingBlocks(host_blocks if config.role == DECODE else ())
         self.outgoing = OutgoingBlocks(host_blocks if config.role == PREFILL else ())
         self._copies: list[tuple[int, int, int]] = []  # of the next step, see CopyingStep
@@ -37,8 +39,12 @@ class DisaggregatedScheduler(Scheduler):
         if not request.reads_prefix_cache:
             return False
         end = num_shared_blocks(request.num_prompt_tokens, self.config.block_size)
-        cached = self.kv.find_cached_prefix(request.block_hashes[:end]).num_blocks
+        cached = self._num_cached_blocks(request.block_hashes[:end])
         return end - cached > MAX_LOCAL_BLOCKS and self.incoming.wait(request, cached, self._missing(request, cached))
+
+    def _num_cached_blocks(self, hashes: Sequence[bytes]) -> int:
+        """The length of the longest prefix that needs not be computed."""
+        return self.kv.find_cached_prefix(hashes).num_blocks
 
     def push_blocks(self, request: Request) -> None:
         """Send the blocks of a request's prompt as they are computed."""
@@ -94,7 +100,11 @@ class DisaggregatedScheduler(Scheduler):
         content = {transfer.keys[place]: host for place, host in host_blocks.items() if place[1] < lost}
         missing = [key for key in content if key not in self.pool.block_of]
         blocks = self.kv.add_cached(prefix, missing)
-        self._copies += [(COPY_IN, block, content[key]) for block, key in zip(blocks, missing, strict=True)]
+        self._add_copies([(COPY_IN, block, content[key]) for block, key in zip(blocks, missing, strict=True)])
+
+    def _add_copies(self, copies: list[tuple[int, int, int]]) -> None:
+        """Add to the copies of the next step."""
+        self._copies += copies
 
     def _count_admission(self, request: Request, num_cached: int, now: float) -> None:
         if request.message.push is not None:
@@ -117,3 +127,17 @@ class DisaggregatedScheduler(Scheduler):
             else:
                 self.outgoing.cancel(request.handle)
         return super()._finish(request, reason, stop_id, error)
+
+
+class DisaggregatedSpillScheduler(DisaggregatedScheduler, SpillScheduler):
+    """With `--kv-spill`: what a replica keeps outside of its KV cache is not sent to it.
+
+    Host blocks of the tiers come first, then those of transfers. A block that arrived is copied to the KV cache, and
+    spilled when that evicts it. All copies of a step are in one list, in the order in which they were decided.
+    """
+
+    def _num_cached_blocks(self, hashes: Sequence[bytes]) -> int:
+        return self.tiers.num_cached_blocks(hashes)
+
+    def _add_copies(self, copies: list[tuple[int, int, int]]) -> None:
+        self.tiers.add_copies(copies)

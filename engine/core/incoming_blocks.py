@@ -7,6 +7,7 @@ prompts don't pile up here while this replica has no room for them; later ones w
 A thread puts blocks into host blocks as they arrive (`put`). All else is called by the core's loop.
 """
 
+import logging
 import math
 import threading
 from collections import deque
@@ -17,6 +18,8 @@ import msgspec
 
 from engine.core.request import Request
 from engine.kv_transfer import Place, PrefillEnded, PrefillWanted
+
+log = logging.getLogger("redline.core")
 
 # After the end of a prefill, for the blocks on their way: longer than any queue between two cores takes to drain.
 ARRIVAL_S = 5.0
@@ -44,7 +47,9 @@ class Transfer:
     arrived: set[Place] = field(default_factory=set)
     is_requested: bool = False
     is_released: bool = False  # its requests wait no longer
+    requested_at: float = 0.0  # on the core's clock, as the next two
     deadline: float = math.inf  # the blocks that have not arrived by then are lost
+    latest: float = math.inf  # that blocks which arrive move it to: computing a prompt is better then
     cached_tokens: int = 0  # of the prompt, found in the prefix cache of the prefill replica
 
     @property
@@ -105,14 +110,14 @@ class IncomingBlocks:
         self._of[request.handle] = transfer
         return True
 
-    def take_wanted(self) -> list[PrefillWanted]:
-        """The prefills to request now."""
+    def take_wanted(self, now: float) -> list[PrefillWanted]:
+        """The prefills to request now; `now` is the core's clock."""
         wanted = []
         while self._unrequested and len(self._unrequested[0].keys) <= len(self._free):
             transfer = self._unrequested.popleft()
             with self._lock:
                 transfer.host_blocks = {place: self._free.pop() for place in transfer.keys}
-            transfer.is_requested = True
+            transfer.is_requested, transfer.requested_at = True, now
             wanted.append(PrefillWanted(transfer.handle, transfer.cached_blocks))
         return wanted
 
@@ -133,7 +138,7 @@ class IncomingBlocks:
         request = transfer.requests.pop(handle)
         is_here = not transfer.is_released or request in self._released
         if not transfer.requests or (transfer.is_requested and transfer.handle == handle):
-            self._release(transfer)
+            self._release(transfer, "the request for which they were asked has ended")
         elif transfer.handle == handle:
             transfer.handle = next(iter(transfer.requests))
         if not transfer.requests:
@@ -170,9 +175,9 @@ class IncomingBlocks:
         transfer.cached_tokens = arrived.cached_tokens
         transfer.arrived.update(place for place in places if place in transfer.host_blocks)
         if transfer.deadline < math.inf:
-            transfer.deadline = now + ARRIVAL_S
+            transfer.deadline = min(now + ARRIVAL_S, transfer.latest)
         if transfer.is_complete or rejected:
-            self._release(transfer)
+            self._release(transfer, "blocks that arrived can't be used")
 
     def end(self, ended: PrefillEnded, now: float) -> None:
         """No more blocks are sent for a request."""
@@ -180,21 +185,24 @@ class IncomingBlocks:
         if transfer is None or transfer.is_released or transfer.handle != ended.handle:
             return
         transfer.deadline = now + ARRIVAL_S
+        transfer.latest = transfer.deadline + now - transfer.requested_at
         if ended.cause:
-            self._release(transfer)
+            self._release(transfer, ended.cause)
 
     def expire(self, now: float) -> None:
         """Give up the blocks that have not arrived in time."""
         for transfer in [one for one in self._by_end.values() if one.deadline <= now]:
-            self._release(transfer)
+            slow = transfer.deadline == transfer.latest
+            why = "they take longer to arrive than to compute" if slow else f"none has arrived for {ARRIVAL_S:g} s"
+            self._release(transfer, why)
 
     @property
     def next_deadline(self) -> float:
         """When `expire` has something to do; infinite: never."""
         return min((transfer.deadline for transfer in self._by_end.values()), default=math.inf)
 
-    def _release(self, transfer: Transfer) -> None:
-        """The requests of a transfer wait no longer, whatever has arrived."""
+    def _release(self, transfer: Transfer, why: str) -> None:
+        """The requests of a transfer wait no longer, whatever has arrived; `why`, if blocks are missing."""
         if transfer.is_released:
             return
         transfer.is_released = True
@@ -203,7 +211,10 @@ class IncomingBlocks:
             self._unrequested.remove(transfer)
         elif transfer.requests:
             self.counters.transfers += 1
-            self.counters.lost += not transfer.is_complete
+            if not transfer.is_complete:
+                self.counters.lost += 1
+                missing = len(transfer.keys) - len(transfer.arrived)
+                log.warning("%d KV blocks of a prompt are computed here: %s", missing, why)
         self._released += transfer.requests.values()
         lost = [place for place in transfer.host_blocks if place not in transfer.arrived]
         with self._lock:

@@ -159,7 +159,7 @@ class KVCacheManager:
             keys: of content that is not cached.
         """
         pairs = zip(prefix.tables, prefix.first_blocks, strict=True)
-        kept = [block for table, first in pairs for block in table[first:]]
+        kept = [block for table, first in pairs for block in table[first:] if block != NULL_BLOCK]
         self.pool.touch(kept)
         blocks = self.pool.allocate(len(keys))
         self.pool.cache(blocks, keys)

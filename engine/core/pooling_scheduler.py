@@ -3,7 +3,7 @@
 import numpy as np
 
 from engine.columns import float32s
-from engine.core.disaggregated_scheduler import DisaggregatedScheduler
+from engine.core.disaggregated_scheduler import DisaggregatedScheduler, DisaggregatedSpillScheduler
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.pipeline_scheduler import PipelineScheduler
 from engine.core.request import Request
@@ -22,7 +22,7 @@ def make_scheduler(config: ResolvedConfig, features: FeatureMirror | None) -> Sc
     if config.pipeline_stages > 1:
         return PipelineScheduler(config, features)
     if config.role:
-        return DisaggregatedScheduler(config, features)
+        return (DisaggregatedSpillScheduler if config.host_blocks else DisaggregatedScheduler)(config, features)
     return SpillScheduler(config, features) if config.host_blocks else Scheduler(config, features)
 
 

@@ -22,7 +22,11 @@ from engine.resolved_config import ResolvedConfig
 
 
 class SpillStore:
-    """The memory and the files of one core. `close` removes the files of its own process; ranks remove theirs."""
+    """The memory and the files of one core. `close` removes the files of its own process; ranks remove theirs.
+
+    host: the host blocks, of which those for prompts that go to other replicas, or come from there, are the last. It is
+    None if ranks have their own.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class SpillStore:
         assert config.kv_spill is not None
         assert isinstance(scheduler, SpillScheduler)
         spill = parse_kv_spill(config.kv_spill)
+        self.host: HostBlocks | None = None
         self._folder: OwnedFolder | None = None
         self._files: BlockFiles | None = None
         disk_path = spill.disk_path if resolved.disk_blocks else ""
@@ -55,7 +60,8 @@ class SpillStore:
             ranks = cast(BlockRanks, executor)
             files = RankFiles(ranks, resolved.host_blocks, layout.fingerprint, disk_path)
         else:
-            host = HostBlocks(resolved.host_blocks, layout.block_bytes, layout.ranks)
+            num_blocks = resolved.host_blocks + resolved.transfer_blocks
+            self.host = host = HostBlocks(num_blocks, layout.block_bytes, layout.ranks)
             arguments = {"path": host.path, "num_blocks": host.num_blocks, "block_bytes": layout.block_bytes}
             executor.call(ATTACH, arguments).result()
             if disk_path:

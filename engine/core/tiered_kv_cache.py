@@ -98,6 +98,10 @@ class TieredKVCacheManager(KVCacheManager):
         ]
         return [key for _, _, key in sorted(missing)]
 
+    def num_cached_blocks(self, hashes: Sequence[bytes]) -> int:
+        """The blocks of the longest prefix that all tiers have."""
+        return self._longest_prefix(hashes, self._all)
+
     def _longest_prefix(self, hashes: Sequence[bytes], cached: Container[bytes]) -> int:
         """The blocks of the longest prefix that a slot can begin with, given the cached keys."""
         count = len(hashes)
@@ -141,6 +145,19 @@ class TieredKVCacheManager(KVCacheManager):
             self.num_disk_hits += was_read
             self.num_host_hits += not was_read
         self.pool.cache(blocks, [key for _, _, key in prefix.in_host])
+
+    def add_cached(self, prefix: CachedPrefix, keys: Sequence[bytes]) -> list[int]:
+        sources = [self.host.block_of[key] for _, _, key in prefix.in_host] if isinstance(prefix, TieredPrefix) else []
+        for source in sources:  # what is evicted for the new content must not take their place
+            self.host.pin(source)
+        blocks = super().add_cached(prefix, keys)
+        for source in sources:
+            self.host.unpin(source)
+        return blocks
+
+    def add_copies(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Add copies between blocks and host blocks of others to the step that is being scheduled."""
+        self._copies += copies
 
     def _spill(self, block: int, key: bytes) -> None:
         """Keep a block that is evicted."""

@@ -36,6 +36,8 @@ class Prefill:
     handle: int  # in the prefill replica
     output: Output  # of the decode replica
     decode: "DisaggregatedTracker"
+    push: KVPush
+    tried: "tuple[DisaggregatedTracker, ...]"  # prefill replicas, the computing one last; the others could not send it
     count: int = 0  # tokens that have arrived; see `engine.frontend.routing.CountedOutput`
 
 
@@ -132,9 +134,19 @@ class DisaggregatedTracker(ReplicaTracker):
 
     # --------------------------------------------------------------------------------------------- of a prefill replica
 
-    def start_prefill(self, decode: "DisaggregatedTracker", output: Output, push: KVPush, cached: int) -> None:
-        """Compute a prompt, of which `cached` tokens should be in the prefix cache. Raises what sending does."""
-        prefill = Prefill(self.client.start_prefill(output, push), output, decode)
+    def start_prefill(
+        self,
+        decode: "DisaggregatedTracker",
+        output: Output,
+        push: KVPush,
+        cached: int,
+        tried: "tuple[DisaggregatedTracker, ...]",
+    ) -> None:
+        """Compute a prompt, of which `cached` tokens should be in the prefix cache. Raises what sending does.
+
+        `tried`: other replicas, which could not send it.
+        """
+        prefill = Prefill(self.client.start_prefill(output, push), output, decode, push, (*tried, self))
         missing = output.stream.prompt_lengths[output.prompt] - cached
         self.prefills[prefill.handle] = prefill
         decode.wanted[output.handle] = self, prefill
@@ -148,6 +160,11 @@ class DisaggregatedTracker(ReplicaTracker):
         if prefill is None:
             return
         cause = ""
+        if finished.reason == FinishReason.UNREACHABLE:
+            self._forget(prefill)
+            cause = finished.error
+            self._router.start_prefill(prefill.decode, prefill.output, prefill.push, prefill.tried, cause)
+            return
         if finished.reason != FinishReason.LENGTH:
             cause = finished.error or "the prefill was aborted"
             if finished.reason in (FinishReason.FAILED, FinishReason.NOT_ENCODED):
@@ -156,9 +173,12 @@ class DisaggregatedTracker(ReplicaTracker):
 
     def end_prefill(self, prefill: Prefill, cause: str) -> None:
         """A prefill has ended; with a cause: without all blocks."""
+        self._forget(prefill)
+        prefill.decode.client.report_prefill(PrefillEnded(prefill.output.handle, cause))
+
+    def _forget(self, prefill: Prefill) -> None:
         self.remove_prefill(prefill)
         del prefill.decode.wanted[prefill.output.handle]
-        prefill.decode.client.report_prefill(PrefillEnded(prefill.output.handle, cause))
 
     def remove_prefill(self, prefill: Prefill) -> None:
         """Forget a prefill that this replica computed."""
@@ -189,12 +209,23 @@ class DisaggregatedRouter(Router):
         trackers = (cast(DisaggregatedTracker, one) for one in self.trackers if one.takes_requests)
         return [one for one in trackers if one.is_prefill and not one.client.hung]
 
-    def start_prefill(self, decode: DisaggregatedTracker, output: Output, push: KVPush) -> None:
-        """Have a prefill replica compute the prompt of an output."""
-        able, cause = self._prefill_replicas(), "no prefill replica is left"
-        if able:
+    def start_prefill(
+        self,
+        decode: DisaggregatedTracker,
+        output: Output,
+        push: KVPush,
+        tried: tuple[DisaggregatedTracker, ...] = (),
+        cause: str = "no prefill replica is left",
+    ) -> None:
+        """Have a prefill replica compute the prompt of an output.
+
+        Args:
+            tried: those that could not send it.
+            cause: why the decode replica has to compute it if there is no other.
+        """
+        if able := [one for one in self._prefill_replicas() if one not in tried]:
             try:
-                self._choose_prefill(able, decode, output, push)
+                self._choose_prefill(able, decode, output, push, tried)
                 return
             except INTERRUPTS:
                 raise
@@ -204,7 +235,12 @@ class DisaggregatedRouter(Router):
         decode.client.report_prefill(PrefillEnded(output.handle, cause))
 
     def _choose_prefill(
-        self, able: Sequence[DisaggregatedTracker], decode: DisaggregatedTracker, output: Output, push: KVPush
+        self,
+        able: Sequence[DisaggregatedTracker],
+        decode: DisaggregatedTracker,
+        output: Output,
+        push: KVPush,
+        tried: tuple[DisaggregatedTracker, ...],
     ) -> None:
         stream, number = output.stream, output.prompt
         prompt, length = stream.prompts[number], stream.prompt_lengths[number]
@@ -219,7 +255,7 @@ class DisaggregatedRouter(Router):
                 for one, tokens in zip(able, cached, strict=True)
             ]
         )
-        able[position].start_prefill(decode, output, push, cached[position])
+        able[position].start_prefill(decode, output, push, cached[position], tried)
         able[position].prefixes.record(hashes)
 
     def replica_died(self, tracker: ReplicaTracker, cause: str) -> None:

@@ -66,13 +66,21 @@ def test_prompts_are_computed_by_one_replica_and_continued_by_the_other(
         assert "no replica is left" in server.output().splitlines()[-1]
 
 
-def test_replicas_of_several_ranks_in_the_python_api(model: str, alone: dict[str, list[int]]):
+def test_replicas_of_several_ranks_with_kv_spill_in_the_python_api(model: str, alone: dict[str, list[int]]):
+    """The KV cache of each holds two prompts, and host memory all of them, beside those that are sent."""
     roles: dict[str, Any] = {"prefill_replicas": 1, "decode_replicas": 1, "tensor_parallel_size": 2}
-    with LLM(model, load_format="dummy", max_model_len=4096, dtype="float32", **roles) as llm:
+    sizes: dict[str, Any] = {"max_model_len": 1024, "kv_cache_memory_bytes": 550 << 10, "kv_spill": "host=64MiB"}
+    with LLM(model, load_format="dummy", dtype="float32", **roles, **sizes) as llm:
         params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
         assert [one.outputs[0].token_ids for one in llm.generate(PROMPTS, params)] == list(alone.values())
         core = llm._client.total_stats.core
         assert (core.kv_transfers, core.kv_transfers_lost) == (len(PROMPTS), 0)
+        sent = core.kv_blocks_sent
+        assert [one.outputs[0].token_ids for one in llm.generate(PROMPTS, params)] == list(alone.values())
+        core = llm._client.total_stats.core
+        assert core.kv_blocks_sent == sent, "the decode replica has found all of them"
+        assert core.spill is not None
+        assert core.spill.host_hits > 0
 
 
 def test_one_role_alone_is_refused(model: str):

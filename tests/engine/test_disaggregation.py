@@ -1,7 +1,9 @@
 """What --prefill-replicas and --decode-replicas mean, and what they are not combined with."""
 
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,8 @@ from engine.config import EngineConfig
 from engine.disaggregation import DECODE, PREFILL, num_transfer_blocks, role_of
 from engine.errors import ConfigError
 from engine.kv_transfer import missing_places, num_shared_blocks
+from engine.messages import Ready
+from engine.ray_replicas import check_equal, on_host
 
 BOTH = {"prefill_replicas": 2, "decode_replicas": 1}
 
@@ -36,7 +40,6 @@ def test_the_first_replicas_compute_prompts():
         ({**BOTH, "replica": 3}, "replica must be below"),
         ({**BOTH, "enable_prefix_caching": False}, "leave out --no-enable-prefix-caching"),
         ({**BOTH, "device": "sim:h100"}, "simulated hardware has no KV blocks"),
-        ({**BOTH, "kv_spill": "host=1GiB"}, "leave out --kv-spill"),
         ({**BOTH, "pipeline_parallel_size": 2}, "use --tp in place of --pp"),
         ({**BOTH, "ablate": ("no-run-ahead",)}, "leave out --ablate"),
         ({**BOTH, "engine": "v0"}, "--engine v0"),
@@ -45,6 +48,29 @@ def test_the_first_replicas_compute_prompts():
 def test_what_does_not_fit_is_refused_with_the_flag(fields: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         config(**fields)
+
+
+def test_a_replica_on_a_host_keeps_the_role_of_its_number_among_all():
+    """Two cores of three share a host; one that replaces another has its role, wherever it runs."""
+    given = config(**BOTH, kv_cache_memory_bytes=300, distributed_executor_backend="ray")
+    placed = [on_host(replace(given, replica=number), number % 2, 2, 3) for number in range(3)]
+    assert [role_of(one) for one in placed] == [PREFILL, PREFILL, DECODE]
+    assert [(one.replica, one.data_parallel_size) for one in placed] == [(0, 2), (1, 2), (0, 2)]
+    assert EngineConfig(**placed[2].describe()) == placed[2]
+    successor = on_host(placed[2], 3, 4, 2)
+    assert (role_of(successor), successor.replica, successor.kv_cache_memory_bytes) == (DECODE, 3, 400)
+    assert role_of(on_host(config(data_parallel_size=2), 0, 1, 2)) == ""
+
+
+def test_replicas_whose_blocks_differ_can_not_exchange_them():
+    ready = Ready("/m", "cpu", "float32", 320, 128, 4, 64, 16, 9, True, kernels="avx2", kv_layout="a")
+    check_equal([ready, ready])
+    with pytest.raises(ConfigError, match="different files of the model: copy them"):
+        check_equal([ready, msgspec.structs.replace(ready, kv_layout="b")])
+    with pytest.raises(ConfigError, match="with avx2 in float32 and avx512 in float32: give --kernels torch"):
+        check_equal([ready, msgspec.structs.replace(ready, kv_layout="b", kernels="avx512")])
+    with pytest.raises(ConfigError, match="room for requests of 64 and 128 tokens: give --max-model-len 64"):
+        check_equal([ready, msgspec.structs.replace(ready, max_model_len=64)])
 
 
 def test_one_prompt_always_fits_in_transfer():

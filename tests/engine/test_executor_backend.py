@@ -19,6 +19,8 @@ def test_ranks_run_on_this_machine_unless_ray_is_asked_for() -> None:
     assert config(distributed_executor_backend="uni").distributed_executor_backend == "mp"
     assert config(**RAY).distributed_executor_backend == "ray"
     assert config(**RAY, tensor_parallel_size=1, data_parallel_size=2).data_parallel_size == 2
+    roles = config(**RAY, tensor_parallel_size=1, prefill_replicas=1, decode_replicas=2)
+    assert roles.data_parallel_size == 3
 
 
 @pytest.mark.parametrize(
@@ -35,10 +37,6 @@ def test_ranks_run_on_this_machine_unless_ray_is_asked_for() -> None:
         (
             {**RAY, "tensor_parallel_size": 1, "data_parallel_size": 2, "distribute_weights": True},
             "does not run replicas .* with --distribute-weights",
-        ),
-        (
-            {**RAY, "tensor_parallel_size": 1, "prefill_replicas": 1, "decode_replicas": 1},
-            "does not run replicas .* with --prefill-replicas",
         ),
         (
             {**RAY, "tensor_parallel_size": 1, "data_parallel_size": 2, "kv_spill": "host=1GiB"},

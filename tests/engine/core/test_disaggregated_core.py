@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
 from engine.clock import FakeClock
@@ -30,9 +31,10 @@ class Pair:
         self.tokens: list[int] = []
         self.ended: dict[int, Finished] = {}
         self.sent_at: list[float] = []
+        self.fault = ""  # of the connection
         self.prefill, self.computing = self._make(PREFILL, self._on_prefill)
         self.decode, self.waiting = self._make(DECODE, self._on_decode)
-        self.prefill.send_blocks = self._send
+        self.prefill.send_blocks, self.prefill.link_fault = self._send, lambda _: self.fault
         self.message = AddRequest(
             WAITS, column(PROMPT), 5, Sampling(), mm_inputs=(INPUT,), remote_prefill=True
         )  # fmt: skip
@@ -109,3 +111,16 @@ def test_nothing_is_sent_of_a_prompt_whose_input_can_not_be_encoded():
     assert pair.tokens == expected_tokens(PROMPT, 5, mm_inputs=(INPUT,))
     assert not pair.prefill.has_work
     assert not pair.prefill.scheduler.outgoing._pushes
+
+
+def test_nothing_is_computed_for_a_replica_that_can_not_be_reached(caplog: pytest.LogCaptureFixture):
+    pair = Pair()
+    pair.fault = "the connection to decode is lost"
+    pair.run()
+    assert pair.ended[COMPUTES].reason == FinishReason.UNREACHABLE
+    assert pair.ended[COMPUTES].error == pair.fault
+    assert not pair.computing.steps
+    assert pair.tokens == expected_tokens(PROMPT, 5, mm_inputs=(INPUT,))
+    assert pair.clock.now() == 7.0, "three steps for the prompt and four for the other tokens: it has not waited"
+    assert pair.decode.scheduler.stats(0.0).kv_transfers_lost == 1
+    assert f"8 KV blocks of a prompt are computed here: {pair.fault}" in caplog.text

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from engine.clock import FakeClock
 from engine.core.disaggregated_core import DisaggregatedCore
+from engine.core.disaggregated_scheduler import DisaggregatedSpillScheduler
 from engine.core.incoming_blocks import ArrivedBlocks
 from engine.core.outgoing_blocks import Shipment
 from engine.disaggregation import DECODE, PREFILL
@@ -22,6 +23,7 @@ from engine.frontend.tokenizer_backends import StandInBackend
 from engine.kv_format import CorruptBlockError
 from engine.kv_transfer import Place
 from engine.messages import Ready
+from tests.engine.core.spill_driver import FakeFiles
 from tests.engine.core_driver import next_wait, resolved
 from tests.engine.fake_executor import VOCABULARY, FakeExecutor
 from tests.engine.inline_transport import InlineTransport
@@ -45,6 +47,8 @@ class DisaggregatedFleet:
     Args:
         delay: turns that the next shipment takes; None: it is lost.
         damage: whether the next block is damaged on its way.
+        fault: why the first replica can't reach the second one; empty: it can.
+        disk_blocks: files of each replica; it has `host_blocks` too.
     """
 
     def __init__(
@@ -53,10 +57,14 @@ class DisaggregatedFleet:
         decode: int = 1,
         delay: Callable[[], int | None] = lambda: 0,
         damage: Callable[[], bool] = lambda: False,
+        fault: Callable[[int, int], str] = lambda _first, _second: "",
+        disk_blocks: int = 0,
         **more: Any,
     ):
         self.clock = FakeClock()
-        self._delay, self._damage = delay, damage
+        self._disk_blocks = disk_blocks
+        self.files: list[FakeFiles] = []
+        self._delay, self._damage, self._fault = delay, damage, fault
         self.parcels: deque[Parcel] = deque()
         self.cores: list[DisaggregatedCore] = []
         self.workers: list[FakeExecutor] = []
@@ -81,6 +89,11 @@ class DisaggregatedFleet:
         )
         core = DisaggregatedCore(config, worker, self.clock, transport.from_core)
         core.send_blocks = lambda shipment: self._send(worker, core, shipment)
+        core.link_fault = lambda address: self._fault(number, int(address))
+        if self._disk_blocks:
+            assert isinstance(core.scheduler, DisaggregatedSpillScheduler)
+            self.files.append(FakeFiles(worker))
+            core.scheduler.use_disk(self._disk_blocks, self.files[-1])
         transport.receive = core.receive
         self.workers.append(worker)
         ready = Ready(
@@ -173,6 +186,8 @@ class DisaggregatedFleet:
             moved |= self.cores[number].step(now)
             self.cores[number].scheduler.check()
         moved |= self._deliver()
+        for files in self.files:
+            files.pump(1)
         if moved:
             return True
         waits = [next_wait(self.cores[number], self.workers[number], now) for number in living]
@@ -195,6 +210,8 @@ class DisaggregatedFleet:
             scheduler = self.cores[number].scheduler
             incoming, outgoing = scheduler.incoming, scheduler.outgoing
             assert not scheduler.requests
+            if isinstance(scheduler, DisaggregatedSpillScheduler):
+                assert not any(scheduler.tiers.host._pins), "host blocks of the tiers are left pinned"
             assert not incoming.waiting
             assert len(incoming._free) == incoming.capacity, "host blocks of a transfer are left"
             assert len(set(incoming._free)) == incoming.capacity, "a host block is free twice"

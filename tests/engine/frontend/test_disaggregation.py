@@ -1,6 +1,7 @@
 """Prefill and decode replicas together: tokens as without, whatever is lost on the way and whichever replica dies."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 from random import Random
 from typing import Any
@@ -119,7 +120,7 @@ async def test_a_prompt_too_long_for_the_room_is_computed_by_the_decode_replica(
 
 
 @pytest.mark.parametrize("lost", ["all", "damaged", "one"])
-async def test_what_is_lost_is_computed_again(lost: str):
+async def test_what_is_lost_is_computed_again(lost: str, caplog: pytest.LogCaptureFixture):
     shipments = iter(range(100))
     fleet = DisaggregatedFleet(
         delay=lambda: None if lost == "all" or (lost == "one" and next(shipments) == 1) else 0,
@@ -132,6 +133,13 @@ async def test_what_is_lost_is_computed_again(lost: str):
     assert (core.kv_transfers, core.kv_transfers_lost) == (1, 1)
     assert core.kv_blocks_rejected == (4 if lost == "damaged" else 0)
     waited = fleet.clock.now() > ARRIVAL_S + 3
+    causes = re.findall(r"(\d+) KV blocks of a prompt are computed here: (.*)", caplog.text)
+    missing, cause = {
+        "all": ("9", "none has arrived for 5 s"),
+        "damaged": ("9", "blocks that arrived can't be used"),
+        "one": ("4", "none has arrived for 5 s"),
+    }[lost]
+    assert causes == [(missing, cause)]
     assert waited == (lost != "damaged"), "a damaged block is known at once, a lost one once it is late"
     fleet.check_idle()
 
@@ -142,6 +150,45 @@ async def test_blocks_that_come_late_are_waited_for():
     fleet.run()
     assert fleet.take(stream) == expected_tokens(LONG, 4)
     assert fleet.router.total_stats.core.kv_transfers_lost == 0
+
+
+@pytest.mark.parametrize("disk_blocks", [0, 100])
+async def test_what_a_replica_keeps_outside_of_its_kv_cache_is_not_sent_again(disk_blocks: int):
+    """The KV cache of each replica holds two prompts, host memory three or all."""
+    host_blocks = 100 if not disk_blocks else 30
+    fleet = DisaggregatedFleet(num_blocks=25, host_blocks=host_blocks, disk_blocks=disk_blocks)
+    prompts = [[start, *LONG] for start in range(6)]
+    for sent in (len(prompts) * 9, len(prompts) * 9):
+        for prompt in prompts:
+            stream = fleet.add(prompt)
+            fleet.run()
+            assert fleet.take(stream) == expected_tokens(prompt, 4)
+            for files in fleet.files:
+                files.pump(100)
+        assert fleet.router.total_stats.core.kv_blocks_sent == sent, "not a second time"
+    assert fleet.router.total_stats.core.kv_transfers_lost == 0
+    spill = fleet.cores[1].scheduler.stats(0.0).spill
+    assert spill is not None
+    assert spill.host_hits + spill.disk_hits >= 6 * 9 - 24
+    assert (spill.disk_hits > 0) == (disk_blocks > 0)
+    fleet.check_idle()
+
+
+async def test_a_file_that_is_broken_is_computed_where_the_blocks_that_follow_arrive():
+    fleet = DisaggregatedFleet(num_blocks=25, host_blocks=10, disk_blocks=100)
+    for start in range(4):
+        fleet.add([start, *LONG])
+        fleet.run()
+        fleet.files[1].pump(100)
+    fleet.files[1].fails = lambda: True
+    longer = [0, *LONG, *range(60, 85)]
+    stream = fleet.add(longer, max_tokens=1)
+    fleet.run()
+    assert fleet.take(stream) == expected_tokens(longer, 1)
+    assert fleet.router.total_stats.core.kv_blocks_sent == 4 * 9 + 6, "those that follow the first nine"
+    fleet.files[1].fails = lambda: False
+    fleet.run()
+    fleet.check_idle()
 
 
 async def test_the_death_of_a_prefill_replica_costs_no_request():
@@ -165,6 +212,41 @@ async def test_the_death_of_a_prefill_replica_costs_no_request():
     fleet.run()
     assert fleet.take(again) == expected_tokens([9, *LONG], 4)
     assert fleet.router.total_stats.core.kv_blocks_sent == before + 9
+    fleet.check_idle()
+
+
+async def test_a_replica_that_can_not_be_reached_computes_its_prompts_at_once(caplog: pytest.LogCaptureFixture):
+    """And the prefill replica serves the others."""
+    cut = True
+    fleet = DisaggregatedFleet(
+        decode=2, fault=lambda _, decode: "the network is cut" if cut and decode == 1 else "", transfer_blocks=64
+    )
+    prompts = [[start, *LONG] for start in range(4)]
+    streams = [fleet.add(prompt) for prompt in prompts]
+    assert sorted(map(fleet.place, streams)) == [1, 1, 2, 2]
+    fleet.run()
+    assert [fleet.take(one) for one in streams] == [expected_tokens(prompt, 4) for prompt in prompts]
+    core = fleet.router.total_stats.core
+    assert (core.kv_transfers, core.kv_transfers_lost) == (4, 2)
+    assert caplog.text.count("9 KV blocks of a prompt are computed here: the network is cut") == 2
+    assert fleet.clock.now() < 15, "nothing waited for blocks that can't come"
+    cut = False
+    again = [fleet.add([start, *LONG]) for start in range(4, 6)]
+    fleet.run()
+    assert [fleet.take(one) for one in again] == [expected_tokens([start, *LONG], 4) for start in range(4, 6)]
+    assert fleet.router.total_stats.core.kv_transfers_lost == 2
+    fleet.check_idle()
+
+
+async def test_another_prefill_replica_computes_what_one_can_not_send():
+    fleet = DisaggregatedFleet(prefill=3, fault=lambda prefill, _: "cut" if prefill < 2 else "", transfer_blocks=64)
+    prompts = [[start, *LONG] for start in range(4)]
+    streams = [fleet.add(prompt) for prompt in prompts]
+    fleet.run()
+    assert [fleet.take(one) for one in streams] == [expected_tokens(prompt, 4) for prompt in prompts]
+    core = fleet.router.total_stats.core
+    assert (core.kv_transfers, core.kv_transfers_lost) == (4, 0)
+    assert [computed(fleet, number) for number in range(3)] == [0, 0, sum(map(len, prompts))]
     fleet.check_idle()
 
 
@@ -249,23 +331,36 @@ def traffic(draw: Any) -> Iterator[Any]:
     st.integers(0, 2**32),
     st.sampled_from([0.0, 0.1, 0.5]),
     st.sampled_from([(0,), (0, 6), (9,)]),
-    st.sampled_from([65, 130]),
+    st.sampled_from([40, 65, 130]),
+    st.sampled_from([(0, 0), (9, 0), (9, 40)]),
     st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), max_size=3),
 )
 def test_each_request_gets_its_own_tokens(
-    requests: Any, seed: int, faults: float, windows: tuple[int, ...], blocks: int, deaths: list[tuple[int, int]]
+    requests: Any,
+    seed: int,
+    faults: float,
+    windows: tuple[int, ...],
+    blocks: int,
+    tiers: tuple[int, int],
+    deaths: list[tuple[int, int]],
 ):
-    asyncio.run(play(requests, Random(seed), faults, windows, blocks, dict(deaths)))
+    asyncio.run(play(requests, Random(seed), faults, windows, (blocks, *tiers), dict(deaths)))
 
 
 async def play(
-    requests: Any, luck: Random, faults: float, windows: tuple[int, ...], blocks: int, deaths: dict[int, int]
+    requests: Any,
+    luck: Random,
+    faults: float,
+    windows: tuple[int, ...],
+    blocks: tuple[int, int, int],
+    deaths: dict[int, int],
 ) -> None:
+    """`blocks`: of the KV cache, host memory and files."""
     fleet = DisaggregatedFleet(
         2, 2,
         delay=lambda: None if luck.random() < faults else luck.randint(0, 3),
         damage=lambda: luck.random() < faults / 4,
-        num_blocks=blocks, kv_windows=windows,
+        num_blocks=blocks[0], host_blocks=blocks[1], disk_blocks=blocks[2], kv_windows=windows,
     )  # fmt: skip
     arrivals = sorted(enumerate(requests), key=lambda pair: pair[1][2])
     streams: dict[int, Any] = {}
@@ -298,4 +393,6 @@ async def play(
         assert got == expected or (aborted is not None and got == expected[: len(got)])
     core = fleet.router.total_stats.core
     event(f"transfers: {core.kv_transfers > 0}, lost: {core.kv_transfers_lost > 0}, failed requests: {failed > 0}")
+    spills = [stats.spill for number in fleet.living if (stats := fleet.cores[number].scheduler.stats(0.0)).spill]
+    event(f"blocks found in host memory or files: {any(one and one.host_hits + one.disk_hits for one in spills)}")
     fleet.check_idle()
