@@ -178,7 +178,7 @@ class BlockSender:
         """Send as much as the connection takes now."""
         if peer.accept_by < math.inf:
             return
-        while peer.shipments and peer.socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:  # type: ignore[operator]
+        while peer.shipments and peer.socket.poll(0, zmq.POLLOUT):
             shipment = peer.shipments[0]
             begin, end = peer.num_sent, min(peer.num_sent + self._per_message, len(shipment.keys))
             peer.socket.send_multipart(self._frames(shipment, begin, end), zmq.NOBLOCK)

@@ -146,7 +146,7 @@ class FakeExecutor:
         self.host: dict[int, list[bytes | None]] = {}  # entries of host blocks
         self.copied_in: dict[int, int] = {}  # the last step that copies to or from each host block
         self.copied_out: dict[int, int] = {}  # the last step that copies to it
-        self.delivered = 0  # the last step whose result is known
+        self.delivered = 0  # the last step whose result is known; those that only copy have negative numbers
         self._busy_until = 0.0
         self._sampled: dict[int, bytes] = {}
         self._due: deque[tuple[float, int, Future[bytes]]] = deque()
@@ -206,7 +206,7 @@ class FakeExecutor:
         """Deliver what is due by now."""
         while self._due and self._due[0][0] <= self._clock.now():
             _, step, result = self._due.popleft()
-            self.delivered = step
+            self.delivered = max(self.delivered, step)
             if self.failure is not None:
                 result.set_exception(self.failure)
             else:
