@@ -175,8 +175,8 @@ async def test_what_a_replica_keeps_outside_of_its_kv_cache_is_not_sent_again(di
 
 
 async def test_a_file_that_is_broken_is_computed_where_the_blocks_that_follow_arrive():
-    fleet = DisaggregatedFleet(num_blocks=25, host_blocks=10, disk_blocks=100)
-    for start in range(4):
+    fleet = DisaggregatedFleet(num_blocks=25, host_blocks=30, disk_blocks=100)
+    for start in range(6):
         fleet.add([start, *LONG])
         fleet.run()
         fleet.files[1].pump(100)
@@ -185,7 +185,10 @@ async def test_a_file_that_is_broken_is_computed_where_the_blocks_that_follow_ar
     stream = fleet.add(longer, max_tokens=1)
     fleet.run()
     assert fleet.take(stream) == expected_tokens(longer, 1)
-    assert fleet.router.total_stats.core.kv_blocks_sent == 4 * 9 + 6, "those that follow the first nine"
+    assert fleet.router.total_stats.core.kv_blocks_sent == 6 * 9 + 6, "those that follow the first nine"
+    spill = fleet.cores[1].scheduler.stats(0.0).spill
+    assert spill is not None
+    assert spill.disk_faults > 0
     fleet.files[1].fails = lambda: False
     fleet.run()
     fleet.check_idle()
