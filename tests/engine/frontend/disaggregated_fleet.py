@@ -205,7 +205,12 @@ class DisaggregatedFleet:
         raise AssertionError("it never ends")
 
     def check_idle(self) -> None:
-        """Nothing of any request is left."""
+        """Nothing of any request is left, once files are written."""
+        for _ in range(20):
+            for files in self.files:
+                files.pump(100)
+            for number in self.living:
+                self.cores[number].step(self.clock.now())
         for number in self.living:
             scheduler = self.cores[number].scheduler
             incoming, outgoing = scheduler.incoming, scheduler.outgoing
