@@ -1,25 +1,16 @@
-"""Generators in this process or in processes of their own, and the server with a known schedule."""
+"""Generators in threads of this process."""
 
 import math
 import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 from bench.generators import Generators, clocks
 from bench.generators.listener import Listener
 from tests.bench.generators.process import TOKEN
-from tests.bench.loadgen.conftest import KnownServer
-
-
-@pytest.fixture
-def known_server(tmp_path: Path) -> Iterator[KnownServer]:
-    server = KnownServer(tmp_path)
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from bench.target import Target
 from bench.workloads import RequestSpec
 from tests.bench.generators.process import TOKEN
 from tests.bench.generators.test_generators import EVER, Connect, Counting, specs
-from tests.bench.loadgen.conftest import KnownServer
+from tests.bench.loadgen.process import KnownServer
 
 pytestmark = pytest.mark.usefixtures("patient_generator", "patient_clocks")
 
