@@ -23,7 +23,7 @@ from bench.generators.split import divide
 from bench.loadgen import Observer, Recording
 from bench.loadgen.job import LEAD_NS, Job, Start
 from bench.loadgen.load import closed_job, expected_chunks_per_s, open_job
-from bench.loadgen.recording import HostClock, merged_use
+from bench.loadgen.recording import HostClock, HostPart, merged_use
 from bench.loadgen.stream import Stream
 from bench.target import Target
 from bench.workloads.base import RequestSpec
@@ -186,7 +186,7 @@ class Generators:
         """One recording of all parts; requests of a lost generator are missing from it."""
         streams = [Stream(index, b"", start.real_ns) for index in range(len(specs))]
         faults: list[str] = []
-        clocks: list[HostClock] = []
+        hosts: list[HostPart] = []
         for generator, part in parts.items():
             for stream in part.streams or ():
                 streams[stream.index] = stream
@@ -196,15 +196,12 @@ class Generators:
                     f"generator {generator.name} was lost during the load: it {part.lost}; what it recorded of its "
                     f"{len(part.indices)} requests is missing"
                 )
-            if part.before is not None and part.after is not None and not part.lost:
-                clocks.append(host_clock(generator.name, part.before, part.after))
-            elif part.before is not None:
-                clocks.append(HostClock(generator.name, part.before.offset_ns / 1e9, float("nan"), float("nan")))
-        faults += [fault for clock in clocks if (fault := clock_fault(clock))]
+            hosts.append(_host_part(generator, part))
+        faults += [fault for host in hosts if (fault := clock_fault(host.clock))]
         ended = [part.ended for part in parts.values() if part.ended is not None]
         return Recording(
             streams, specs, start.real_ns, merged_use([use_of(one) for one in ended]),
-            cut_short=cut or any(one.cut_short for one in ended), fault="; ".join(faults), clocks=tuple(clocks),
+            cut_short=cut or any(one.cut_short for one in ended), fault="; ".join(faults), parts=hosts,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -215,6 +212,16 @@ class Generators:
         except BaseException:
             self.close()
             raise
+
+
+def _host_part(generator: Generator, part: Part) -> HostPart:
+    """What a recording says of a generator."""
+    assert part.before is not None
+    unknown = float("nan")
+    clock = HostClock(generator.name, part.before.offset_ns / 1e9, unknown, unknown)
+    if part.lost or part.after is None or part.ended is None:
+        return HostPart(clock, part.indices, None)
+    return HostPart(host_clock(generator.name, part.before, part.after), part.indices, use_of(part.ended))
 
 
 class _Watch:

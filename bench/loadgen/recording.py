@@ -65,6 +65,28 @@ class HostClock:
 
 
 @dataclass(frozen=True, slots=True)
+class HostPart:
+    """The part of a load that a generator on another host has sent."""
+
+    clock: HostClock
+    indices: Sequence[int]  # of its requests
+    use: GeneratorUse | None  # None: it was lost
+
+
+@dataclass(frozen=True, slots=True)
+class HostHealth:
+    """What one generator on another host did; times in seconds, of the requests and reads that it recorded."""
+
+    clock: HostClock
+    requests: int
+    sent: int  # or tried
+    lateness_p99_s: float  # 0 if nothing was recorded, as `loop_lag_p99_s`
+    loop_lag_p99_s: float
+    chunks: int
+    use: GeneratorUse | None
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratorHealth:
     """Whether the generator kept up; times in seconds."""
 
@@ -79,7 +101,12 @@ class GeneratorHealth:
     processes: int = 1
     chunks: int = 0  # read
     fault: str = ""  # why the load was not the one that was requested, whatever the generator did: it is invalid
-    clocks: tuple[HostClock, ...] = ()  # of generators on other hosts
+    hosts: tuple[HostHealth, ...] = ()  # generators on other hosts
+
+    @property
+    def clocks(self) -> list[HostClock]:
+        """Of the generators on other hosts."""
+        return [host.clock for host in self.hosts]
 
     @property
     def cpu_us_per_chunk(self) -> float:
@@ -109,7 +136,7 @@ class Recording:
         *,
         cut_short: bool,
         fault: str = "",
-        clocks: tuple[HostClock, ...] = (),
+        parts: Sequence[HostPart] = (),
     ):
         self._streams = [s for s in streams if s.begun]
         self._specs = specs
@@ -117,7 +144,8 @@ class Recording:
         self._use = use
         self.cut_short = cut_short
         self._fault = fault
-        self._clocks = clocks
+        self._parts = parts
+        self._owners = {index: part.clock.generator for part in parts for index in part.indices}
         self.requested = len(streams)
         self.sent = sum(s.sent_ns > 0 for s in streams)
 
@@ -128,14 +156,13 @@ class Recording:
     @cached_property
     def health(self) -> GeneratorHealth:
         sent = [s for s in self._streams if s.sent_ns]
-        lateness = _p99([s.sent_ns - (s.freed_ns or s.intended_ns) for s in sent])
         # A server that is slow to accept also delays requests; the generator's delay begins with the connection.
         slip = _p99([s.sent_ns - max(s.freed_ns or s.intended_ns, s.ready_ns) for s in sent])
-        lag = _p99(np.concatenate([_lags(s) for s in self._streams]) if self._streams else [])
+        lag = _lag_p99(self._streams)
         coalesced = sum(_coalesced(r.reads) for r in self._readings)
         causes = self._faults(slip, lag)
         return GeneratorHealth(
-            lateness_p99_s=lateness,
+            lateness_p99_s=_lateness_p99(sent),
             loop_lag_p99_s=lag,
             cpu_share=self._use.cpu_share,
             coalesced_reads=coalesced,
@@ -146,7 +173,21 @@ class Recording:
             processes=self._use.processes,
             chunks=sum(len(r.reads) for r in self._readings),
             fault=self._fault,
-            clocks=self._clocks,
+            hosts=tuple(self._host(part) for part in self._parts),
+        )
+
+    def _host(self, part: HostPart) -> HostHealth:
+        mine = set(part.indices)
+        pairs = [(s, r) for s, r in zip(self._streams, self._readings, strict=True) if s.index in mine]
+        streams = [stream for stream, _ in pairs]
+        return HostHealth(
+            clock=part.clock,
+            requests=len(part.indices),
+            sent=len(streams),
+            lateness_p99_s=_lateness_p99([s for s in streams if s.sent_ns]),
+            loop_lag_p99_s=_lag_p99(streams),
+            chunks=sum(len(reading.reads) for _, reading in pairs),
+            use=part.use,
         )
 
     def _faults(self, slip_s: float, lag_s: float) -> list[str]:
@@ -200,6 +241,7 @@ class Recording:
             error=reading.error,
             chunk_gaps_s=(np.diff(arrivals) / 1e9).tolist(),
             chunk_tokens=list(response.tokens),
+            generator=self._owners.get(stream.index, ""),
         )
 
 
@@ -249,8 +291,13 @@ def _judge(
     return None
 
 
-def _lags(stream: Stream) -> np.ndarray:
-    return np.array(stream.read_ns, dtype=np.int64) - np.array(stream.stamps, dtype=np.int64)
+def _lateness_p99(sent: Sequence[Stream]) -> float:
+    return _p99([s.sent_ns - (s.freed_ns or s.intended_ns) for s in sent])
+
+
+def _lag_p99(streams: Sequence[Stream]) -> float:
+    lags = [np.array(s.read_ns, dtype=np.int64) - np.array(s.stamps, dtype=np.int64) for s in streams]
+    return _p99(np.concatenate(lags) if lags else [])
 
 
 def _coalesced(reads: np.ndarray) -> int:

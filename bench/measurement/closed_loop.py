@@ -6,7 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.errors import BenchError
-from bench.measurement.load_point import INTERRUPTED, LoadPoint, Measured, PointPlan, PointState, Watch, drain, point_id
+from bench.measurement.generator_columns import generator_records
+from bench.measurement.load_point import (
+    INTERRUPTED,
+    LoadPoint,
+    Measured,
+    PointPlan,
+    PointRecords,
+    PointState,
+    Watch,
+    drain,
+    point_id,
+)
 from bench.measurement.machine import record_shares
 from bench.measurement.progress import Progress
 from bench.measurement.run import InterruptedRunError, LostServerError, stop_on_interrupt
@@ -25,9 +36,7 @@ _SEED_REPEAT = 3000  # differs from those of all open-loop points
 class ClosedPoint(LoadPoint):
     """A load point with a fixed concurrency."""
 
-    def run_closed(
-        self, plan: PointPlan, chunks_per_s: float, show: Callable[[PointState], None]
-    ) -> tuple[PointRecord, list[RequestRecord]]:
+    def run_closed(self, plan: PointPlan, chunks_per_s: float, show: Callable[[PointState], None]) -> PointRecords:
         """Send the plan's requests. Every request counts, including the ramp at the beginning and at the end.
 
         Args:
@@ -72,7 +81,7 @@ class ClosedPoint(LoadPoint):
         record_shares(record, before, after)
         self.record_energy(record, watch.started_at)
         drain(self.reader, self.drain_limit_s, self.server)
-        return record, requests
+        return PointRecords(record, requests, generator_records(record.point_id, health))
 
 
 def measure_closed_loop(
@@ -86,13 +95,14 @@ def measure_closed_loop(
     """
     budget.start()
     with stop_on_interrupt(budget), point.reader, point.energy:
-        alone, records = point.probe(lambda _: None, max(1.0, budget.left_s()))
+        probe = point.probe(lambda _: None, max(1.0, budget.left_s()))
+        alone, records = probe.point, probe.requests
         if not records or records[0].status != "ok":
             if budget.stopped:
                 raise InterruptedRunError(None)
             cause = f"{records[0].status} {records[0].error}".strip() if records else "no answer"
             raise BenchError(f"the first request to {point.server.name} failed with {cause}")
-        _save(files, alone, records)
+        _save(files, probe)
         for note in point.notes():
             progress.message(note)
         if records[0].error:
@@ -106,8 +116,9 @@ def measure_closed_loop(
         )
         progress.point_started(plan)
         chunks_per_s = concurrency * _chunks_per_s(records[0])
-        record, requests = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
-        _save(files, record, requests)
+        loop = point.run_closed(plan, chunks_per_s, lambda state: progress.point_tick(plan, state))
+        record, requests = loop.point, loop.requests
+        _save(files, loop)
         progress.point_finished(record)
         if point.energy.problem:
             progress.message(f"warning: a reading of the energy failed: {point.energy.problem}")
@@ -116,9 +127,9 @@ def measure_closed_loop(
     return record, requests
 
 
-def _save(files: RunFiles, record: PointRecord, requests: list[RequestRecord]) -> None:
+def _save(files: RunFiles, records: PointRecords) -> None:
     with contextlib.suppress(CannotWriteError):  # kept in memory by `files`, which sets `unwritten`
-        files.add_point(record, requests)
+        files.add_point(records.point, records.requests, generators=records.generators)
 
 
 def _chunks_per_s(record: RequestRecord) -> float:

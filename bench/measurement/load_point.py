@@ -6,17 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.generators import LostGeneratorError
 from bench.loadgen import GeneratorHealth
 from bench.measurement.energy import EnergyReader, record_energy
-from bench.measurement.generator_columns import generator_columns
+from bench.measurement.generator_columns import generator_columns, generator_records
 from bench.measurement.machine import CounterReader, Counters, record_shares
 from bench.measurement.server import LoadRecording, ServerUnderTest
-from bench.results import Phase, PointRecord, RequestRecord, slug
+from bench.results import GeneratorRecord, Phase, PointRecord, RequestRecord, slug
 from bench.search.bracket import round_rate
 from bench.search.criteria import Evidence, Verdict, flow_of, judge, overload, tolerance, window_latencies
 from bench.search.windows import Timing, is_provisional, phase_repeat
@@ -145,6 +145,14 @@ class Measured:
     ended_s: float
 
 
+class PointRecords(NamedTuple):
+    """The records of one load point."""
+
+    point: PointRecord
+    requests: list[RequestRecord]
+    generators: list[GeneratorRecord]  # on other hosts
+
+
 @dataclass(frozen=True, slots=True)
 class LoadPoint:
     """What the load points of one configuration and workload have in common; run() measures one."""
@@ -170,7 +178,7 @@ class LoadPoint:
             notes = [trace.summary(), trace.skipped, *notes]
         return [note for note in notes if note]
 
-    def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> tuple[PointRecord, list[RequestRecord]]:
+    def run(self, plan: PointPlan, show: Callable[[PointState], None]) -> PointRecords:
         """Send the requests, wait for the responses, judge. The server is drained when this returns."""
         seed = point_seed(self.seed, self.workload.name, plan.rate, phase_repeat(plan.phase, plan.repeat))
         times, needed = _times(plan, seed, self.arrivals)
@@ -193,7 +201,7 @@ class LoadPoint:
             with contextlib.suppress(LostGeneratorError):  # this load point is measured; the next one reports it
                 self._settle(seed, limit_s)
             self.reader.read()  # so that the counters of the next load point begin after it
-        return record, requests
+        return PointRecords(record, requests, generator_records(record.point_id, recording.health))
 
     def record_energy(self, record: PointRecord, started_at: float) -> None:
         """Set the columns about energy of a load point that just ended.
@@ -221,7 +229,7 @@ class LoadPoint:
         watch = Watch(_ALONE, self.reader, lambda _: None, self.left_s, clock=self.server.now)
         self.server.run_load([spec], np.zeros(1), observer=watch, time_limit_s=limit_s)
 
-    def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> tuple[PointRecord, list[RequestRecord]]:
+    def probe(self, show: Callable[[PointState], None], time_limit_s: float) -> PointRecords:
         """Measure one request alone; the rate is 1 / its E2E latency."""
         seed = point_seed(self.seed, self.workload.name, 0.0, phase_repeat("probe", 0))
         watch = Watch(_ALONE, self.reader, show, self.left_s, clock=self.server.now)
@@ -237,7 +245,7 @@ class LoadPoint:
         record.seed, record.started, record.reason = seed, started, "one request alone"
         record.valid = all(r.status == "ok" for r in requests) and bool(requests)
         record.completed = sum(r.status == "ok" for r in requests)
-        return record, requests
+        return PointRecords(record, requests, generator_records(record.point_id, recording.health))
 
     def _reduce(
         self, plan: PointPlan, recording: LoadRecording, watch: Watch, seed: int, started: str

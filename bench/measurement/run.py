@@ -214,14 +214,14 @@ class _Run:
     def _new_probe(self) -> PointRecord:
         self._progress.message(f"probe: sending one request of {self._point.workload.name} …")
         limit_s = min(_PROBE_LIMIT_S, max(self._planner.budget.left_s(), 1.0))
-        record, requests = self._point.probe(lambda _: None, limit_s)
+        record, requests, generators = self._point.probe(lambda _: None, limit_s)
         if record.valid and record.e2e_p50_ms < _SECOND_PROBE_BELOW_S * 1e3:
             # The first request included the server's warm-up.
-            record, requests = self._point.probe(lambda _: None, limit_s)
+            record, requests, generators = self._point.probe(lambda _: None, limit_s)
         try:
             self._check_probe(record, requests, limit_s)
         finally:
-            self._files.add_point(record, requests)
+            self._files.add_point(record, requests, generators=generators)
         if not self._point.reader.available:
             self._progress.message(
                 "the server has no /metrics with known metric names: rates are judged by backlog and completions, "
@@ -340,14 +340,14 @@ class _Run:
         plan = PointPlan(rate, phase, repeat, timing, latency_s, cut_overload=phase in ("search", "confirm"))
         self._progress.point_started(plan)
         try:
-            record, requests = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
+            record, requests, generators = self._point.run(plan, lambda state: self._progress.point_tick(plan, state))
         except LostGeneratorError as error:
             self.lost = str(error)
             self._progress.point_dropped()
             return None
         self.records.append(record)
         try:  # saved before it is printed: stdout may be a closed pipe
-            self._files.add_point(record, requests, self._point.reader.readings())
+            self._files.add_point(record, requests, self._point.reader.readings(), generators)
         except CannotWriteError as error:
             self.unwritten = str(error)  # this load point counts and is the last one
         self._progress.point_finished(record)

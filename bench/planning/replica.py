@@ -11,7 +11,7 @@ from bench.measurement.load_point import PointPlan, PointState
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
 from bench.planning.options import Candidate, PlanRequest
 from bench.planning.rows import DOES_NOT_FIT, FAILED, NOT_SUPPORTED, Row, limited_by
-from bench.results import Answer, PointRecord, RequestRecord, RunFiles, ServerState
+from bench.results import Answer, GeneratorRecord, PointRecord, RequestRecord, RunFiles, ServerState
 from bench.search.windows import MAX_VIRTUAL_MINUTES, WINDOW_LATENCIES
 from bench.simulation import SimulatedServer
 from bench.workloads import Workload, make_workload
@@ -142,6 +142,7 @@ class _KeptPoints(RunFiles):
         point: PointRecord,
         requests: list[RequestRecord],  # noqa: ARG002
         readings: Sequence[ServerState] = (),  # noqa: ARG002
+        generators: Sequence[GeneratorRecord] = (),  # noqa: ARG002
     ) -> None:
         self.points.append(point)
 

@@ -1,10 +1,29 @@
 """Result files: their records, and reading and writing them. `plots` imports only this and the statistics of bench."""
 
 from bench.results.environment import utc_now
-from bench.results.files import FLAG, METRICS_FOLDER, POINTS_FILE, REQUESTS_FOLDER, SUMMARY_FILE, RunFiles, slug
-from bench.results.records import DISTURBED_SHARE, Answer, Phase, PointRecord, RequestRecord, ServerState, Summary
+from bench.results.files import (
+    FLAG,
+    GENERATORS_FILE,
+    METRICS_FOLDER,
+    POINTS_FILE,
+    REQUESTS_FOLDER,
+    SUMMARY_FILE,
+    RunFiles,
+    slug,
+)
+from bench.results.records import (
+    DISTURBED_SHARE,
+    Answer,
+    GeneratorRecord,
+    Phase,
+    PointRecord,
+    RequestRecord,
+    ServerState,
+    Summary,
+)
 
 __all__ = [
-    "DISTURBED_SHARE", "FLAG", "METRICS_FOLDER", "POINTS_FILE", "REQUESTS_FOLDER", "SUMMARY_FILE", "Answer", "Phase",
-    "PointRecord", "RequestRecord", "RunFiles", "ServerState", "Summary", "slug", "utc_now",
+    "DISTURBED_SHARE", "FLAG", "GENERATORS_FILE", "METRICS_FOLDER", "POINTS_FILE", "REQUESTS_FOLDER", "SUMMARY_FILE",
+    "Answer", "GeneratorRecord", "Phase", "PointRecord", "RequestRecord", "RunFiles", "ServerState", "Summary", "slug",
+    "utc_now",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 results/NAME/
     summary.json                 versions, hardware, seed, configurations, one answer per (configuration, workload)
     points.csv                   one PointRecord per load point
+    generators.csv               one GeneratorRecord per load point and generator on another host, if there are any
     requests/POINT_ID.parquet    one RequestRecord per request
     metrics/POINT_ID.parquet     one ServerState per reading of the server's metrics, if it has any
 """
@@ -13,18 +14,21 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import pandas as pd
 
-from bench.results.records import Answer, PointRecord, RequestRecord, ServerState, Summary
+from bench.results.records import Answer, GeneratorRecord, PointRecord, RequestRecord, ServerState, Summary
 from bench.results.writing import CannotWriteError, replace_file, writing
 
 POINTS_FILE = "points.csv"
+GENERATORS_FILE = "generators.csv"
 SUMMARY_FILE = "summary.json"
 REQUESTS_FOLDER = "requests"
 METRICS_FOLDER = "metrics"
 FLAG = "--out"
+
+Record = TypeVar("Record")
 
 
 def slug(name: str) -> str:
@@ -55,7 +59,11 @@ class RunFiles:
         return Summary(**data)
 
     def add_point(
-        self, point: PointRecord, requests: list[RequestRecord], readings: Sequence[ServerState] = ()
+        self,
+        point: PointRecord,
+        requests: list[RequestRecord],
+        readings: Sequence[ServerState] = (),
+        generators: Sequence[GeneratorRecord] = (),
     ) -> None:
         """Write the requests first, then the load point, so that a point in points.csv always has its requests.
 
@@ -71,6 +79,7 @@ class RunFiles:
                     self._write_records(METRICS_FOLDER, point.point_id, ServerState, readings)
                 else:
                     (self.folder / METRICS_FOLDER / f"{point.point_id}.parquet").unlink(missing_ok=True)
+                self._write_generators(point.point_id, generators)
                 others = [
                     p for p in self.read_points() if p.point_id not in self._kept and p.point_id != point.point_id
                 ]
@@ -86,37 +95,58 @@ class RunFiles:
             frame = frame.astype(float)  # a missing metric is a column of NaN, not one without a type
         replace_file(self.folder / folder / f"{point_id}.parquet", frame.to_parquet)
 
+    def _write_generators(self, point_id: str, generators: Sequence[GeneratorRecord]) -> None:
+        known = self.read_generators()
+        others = [one for one in known if one.point_id != point_id]
+        if generators or len(others) < len(known):
+            self._write_table(GENERATORS_FILE, GeneratorRecord, [*others, *generators])
+
     def write_points(self, points: list[PointRecord]) -> None:
-        names = [f.name for f in dataclasses.fields(PointRecord)]
+        self._write_table(POINTS_FILE, PointRecord, points)
+
+    def _write_table(self, file: str, kind: type, records: Sequence[Any]) -> None:
+        names = [f.name for f in dataclasses.fields(kind)]
 
         def write(part: Path) -> None:
             with part.open("w", newline="", encoding="utf-8") as f:
                 writer = csv.writer(f)
                 writer.writerow(names)
-                for point in points:
-                    writer.writerow([_cell(getattr(point, name)) for name in names])
+                for record in records:
+                    writer.writerow([_cell(getattr(record, name)) for name in names])
 
-        with writing(self.folder / POINTS_FILE, FLAG):
-            replace_file(self.folder / POINTS_FILE, write)
+        with writing(self.folder / file, FLAG):
+            replace_file(self.folder / file, write)
 
     def read_points(self) -> list[PointRecord]:
         """The load points of points.csv, and those that could not be written to it."""
-        path = self.folder / POINTS_FILE
         kept = [point for point, _ in self._kept.values()]
-        if not path.exists():
-            return kept
-        kinds = get_type_hints(PointRecord)
-        with path.open(newline="", encoding="utf-8-sig") as f:  # spreadsheets add a byte order mark
-            records = [PointRecord(**{k: _value(v, kinds[k]) for k, v in row.items()}) for row in csv.DictReader(f)]
+        records = self._read_table(POINTS_FILE, PointRecord)
         return [*(record for record in records if record.point_id not in self._kept), *kept]
+
+    def read_generators(self) -> list[GeneratorRecord]:
+        """The parts of generators on other hosts in the load points of generators.csv."""
+        return self._read_table(GENERATORS_FILE, GeneratorRecord)
+
+    def _read_table(self, file: str, kind: type[Record]) -> list[Record]:
+        path = self.folder / file
+        if not path.exists():
+            return []
+        kinds = get_type_hints(kind)
+        with path.open(newline="", encoding="utf-8-sig") as f:  # spreadsheets add a byte order mark
+            return [kind(**{k: _value(v, kinds[k]) for k, v in row.items()}) for row in csv.DictReader(f)]
 
     def requests_path(self, point_id: str) -> Path:
         return self.folder / REQUESTS_FOLDER / f"{point_id}.parquet"
 
     def read_requests(self, point_id: str) -> pd.DataFrame:
+        """The requests of a load point; columns that the file of an older version lacks have their defaults."""
         if point_id in self._kept:
             return _frame(RequestRecord, self._kept[point_id][1])
-        return pd.read_parquet(self.requests_path(point_id))
+        frame = pd.read_parquet(self.requests_path(point_id))
+        for column in dataclasses.fields(RequestRecord):
+            if column.default is not dataclasses.MISSING and column.name not in frame:
+                frame[column.name] = column.default
+        return frame
 
     def read_metrics(self, point_id: str) -> pd.DataFrame | None:
         """The readings of the server's metrics during a load point, columns of ServerState; None if there are none."""

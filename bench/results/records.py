@@ -1,4 +1,4 @@
-"""The records of result files: one per request, per load point, per reading of the metrics, and one summary per run."""
+"""The records of result files: one per request, load point, generator and reading of the metrics, and a summary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ class RequestRecord:
     # Between arrivals of chunks; arrays where a load point has many requests with long outputs.
     chunk_gaps_s: Sequence[float] | NDArray[np.float64] = field(default_factory=list)
     chunk_tokens: Sequence[int] | NDArray[np.int8] = field(default_factory=list)  # of each chunk, including the first
+    generator: str = ""  # HOST:PORT of the generator that sent it; "": the run itself, or an older file
 
     @property
     def decode_s(self) -> float:
@@ -43,6 +44,27 @@ class RequestRecord:
     def later_tokens(self) -> int:
         """Tokens of all chunks but the first."""
         return int(np.sum(self.chunk_tokens[1:]))
+
+
+@dataclass(slots=True)
+class GeneratorRecord:
+    """The part of one generator on another host in a load point; None: it was lost, or sent nothing."""
+
+    point_id: str
+    generator: str  # HOST:PORT
+    requests: int  # of its part of the schedule, warm-up included
+    sent: int  # of those: sent, or tried
+    lateness_p99_ms: float | None  # as in PointRecord, as all that follow
+    loop_lag_p99_ms: float | None
+    processes: int | None
+    cpu_s: float | None  # of all its processes
+    cpu_share: float | None  # of one core, the busiest process
+    starved_share: float | None
+    us_per_chunk: float | None
+    clock_offset_ms: float  # its clock minus that of the run, before the load
+    clock_drift_ms: float | None
+    clock_error_ms: float | None
+    lost: bool
 
 
 @dataclass(frozen=True, slots=True)

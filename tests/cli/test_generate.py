@@ -80,6 +80,17 @@ def test_given_rates_from_two_generators(
     rows = files.read_requests(points[0].point_id)
     assert rows["index"].tolist() == sorted(rows["index"])
     assert rows.intended_s.is_monotonic_increasing
+    parts = [one for one in files.read_generators() if one.point_id == points[0].point_id]
+    assert [one.generator for one in parts] == [one.address for one in pair]
+    assert {one.generator: one.sent for one in parts} == rows.generator.value_counts().to_dict()
+    for part in parts:
+        assert part.requests >= part.sent > 0
+        assert part.lateness_p99_ms is not None
+        assert part.us_per_chunk is not None
+        assert (part.processes, part.lost) == (1, False)
+    assert [f"{one.generator}:{one.clock_offset_ms:+.3f}" for one in parts] == [
+        text.rpartition(":")[0] for text in points[0].generators.split(";")
+    ]
     assert any("requests sent" in line for line in pair[0].lines)
 
 
@@ -142,6 +153,10 @@ def test_a_killed_generator_is_named_and_what_was_measured_is_kept(
     assert points[2].generators.count(":lost") == 1
     rows = files.read_requests(points[2].point_id)
     assert (rows.status == "ok").sum() >= 1
+    assert set(rows.generator) == {kept.address}
+    gone = [one for one in files.read_generators() if one.lost]
+    assert [(one.point_id, one.generator, one.sent) for one in gone] == [(points[2].point_id, lost.address, 0)]
+    assert (gone[0].cpu_s, gone[0].clock_drift_ms, gone[0].lateness_p99_ms) == (None, None, None)
 
 
 def test_errors_are_one_line(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.results import Answer, PointRecord, RequestRecord, ServerState, Summary
+from bench.results import Answer, GeneratorRecord, PointRecord, RequestRecord, ServerState, Summary
 from bench.sweeps.sweepfile import _OPTIONS as SWEEP_OPTIONS
 from bench.target import target
 from bench.workloads import WORKLOAD_KINDS
@@ -36,6 +36,7 @@ def fields(kind: type) -> list[str]:
     ("heading", "kind"),
     [
         ("points.csv", PointRecord),
+        ("generators.csv", GeneratorRecord),
         ("requests/POINT_ID.parquet", RequestRecord),
         ("metrics/POINT_ID.parquet", ServerState),
     ],

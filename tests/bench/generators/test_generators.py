@@ -82,6 +82,14 @@ def test_several_generators_send_the_schedule_of_one(known_server: Any, generato
         assert (health.fault, health.processes) == ("", max(1, len(health.clocks)))
         assert len(health.clocks) == (0 if name == "here" else int(name))
         assert all(clock.error_s >= abs(clock.drift_s) for clock in health.clocks)
+        assert [host.requests for host in health.hosts] == [24 // len(health.hosts)] * len(health.hosts)
+        assert sum(host.chunks for host in health.hosts) == (health.chunks if health.hosts else 0)
+        assert max((host.lateness_p99_s for host in health.hosts), default=health.lateness_p99_s) > 0
+        owners = {one: {row.index for row in rows if row.generator == one} for one in {row.generator for row in rows}}
+        parts = {host.clock.generator: set(part) for host, part in zip(
+            health.hosts, module.divide(24, max(1, len(health.hosts)), 5), strict=False
+        )}  # fmt: skip
+        assert owners == (parts or {"": set(range(24))})
     assert found["1"] == found["2"] == found["3"] == found["here"]
 
 

@@ -138,7 +138,7 @@ def test_a_load_that_ends_before_its_window(queue_server: Callable[..., ServerPr
     with EnergyReader(Constant(100.0), every_s=0.05) as energy:
         point = replace(measured(queue_server(), energy), arrivals=Arrivals("constant"))
         plan = PointPlan(1.0, "fixed", 0, Timing(0.2, 1.9, 0.0), 0.1, cut_overload=False)
-        record, _ = point.run(plan, lambda _: None)
+        record, *_ = point.run(plan, lambda _: None)
     assert record.requests >= 1
     assert record.mean_power_w == pytest.approx(100, rel=0.02)
 

@@ -82,7 +82,7 @@ def test_a_point_against_a_real_queue(queue_server) -> None:  # type: ignore[no-
     with MetricsReader(server.base_url) as reader:
         point = LoadPoint(HttpServer(Target(server.base_url, "stub")), workload, "c", reader, 0, 0.2, lambda: 60.0)
         easy = plan(rate=20.0, phase="fixed", timing=Timing(0.3, 2.0, 5.0), latency_s=0.1)
-        row, requests = point.run(easy, lambda _: None)
+        row, requests, _ = point.run(easy, lambda _: None)
         assert (row.valid, row.sustained, row.preemptions, row.failed) == (True, True, 0, 0)
         assert row.requests == 40
         assert sum(r.in_window for r in requests) == 40
@@ -97,10 +97,10 @@ def test_a_point_against_a_real_queue(queue_server) -> None:  # type: ignore[no-
         assert row.running_max is not None
         assert 1 <= row.running_max <= 4
         assert row.provisional  # 20 % asks for 100 requests
-        again, _ = point.run(plan(rate=20.0, phase="fixed", repeat=1, timing=Timing(0.3, 1.0, 5.0)), lambda _: None)
+        again, *_ = point.run(plan(rate=20.0, phase="fixed", repeat=1, timing=Timing(0.3, 1.0, 5.0)), lambda _: None)
         assert again.seed != row.seed
         hard = plan(rate=100.0, timing=Timing(0.3, 6.0, 5.0), latency_s=0.1)
-        over, cut = point.run(hard, lambda _: None)
+        over, cut, _ = point.run(hard, lambda _: None)
         assert (over.valid, over.sustained) == (True, False)
         assert over.binding in ("batch slots", "compute")  # cut so early, it may have one reading of the server only
         assert over.window_s < 5.0  # cut short

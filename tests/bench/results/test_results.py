@@ -8,11 +8,12 @@ import pandas as pd
 
 from bench.measurement.run import BenchOptions, Subject, measure_configuration
 from bench.measurement.server import HttpServer
-from bench.results import Answer, RunFiles, ServerState, Summary
+from bench.results import Answer, GeneratorRecord, RunFiles, ServerState, Summary
 from bench.target import Target
 from bench.target.server import ServerProcess
 from bench.workloads import make_workload
 from tests.bench.quiet_progress import QuietProgress
+from tests.bench.records import plain_point, plain_request
 from tests.plots.made import Server, make_point
 
 
@@ -90,3 +91,42 @@ def test_files_of_before_there_were_undecided_verdicts_are_read(tmp_path: Path) 
     del data["answers"][0]["undecided"]
     (tmp_path / "summary.json").write_text(json.dumps(data))
     assert files.read_summary().answers[0].undecided is None
+
+
+def test_requests_of_before_there_were_generators_are_read(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    rows = [plain_request(index=index, generator=f"host{index}:7070") for index in range(2)]
+    files.add_point(plain_point(), rows)
+    assert files.read_requests("p")["generator"].tolist() == ["host0:7070", "host1:7070"]
+    path = files.requests_path("p")
+    pd.read_parquet(path).drop(columns=["generator", "error"]).to_parquet(path)
+    older = files.read_requests("p")
+    assert older["generator"].tolist() == older["error"].tolist() == ["", ""]
+    assert older["ttft_s"].tolist() == [row.ttft_s for row in rows]
+
+
+def generator(point_id: str, name: str, **fields: object) -> GeneratorRecord:
+    plain: dict[str, object] = {
+        "requests": 9, "sent": 8, "lateness_p99_ms": 0.25, "loop_lag_p99_ms": 0.125, "processes": 2, "cpu_s": 1.5,
+        "cpu_share": 0.5, "starved_share": 0.0, "us_per_chunk": 12.5, "clock_offset_ms": -3.5, "clock_drift_ms": 0.5,
+        "clock_error_ms": 0.75, "lost": False,
+    }  # fmt: skip
+    return GeneratorRecord(point_id, name, **(plain | fields))  # type: ignore[arg-type]
+
+
+def test_generators_come_back_as_they_were_written(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    files.add_point(plain_point(point_id="alone"), [])
+    assert files.read_generators() == []
+    assert not (tmp_path / "generators.csv").exists()
+    unknown = dict.fromkeys(("processes", "cpu_s", "cpu_share", "starved_share", "us_per_chunk", "clock_drift_ms"))
+    lost = generator("b", "h2:1", sent=0, lateness_p99_ms=None, loop_lag_p99_ms=None, lost=True, **unknown)
+    first, second = generator("a", "h1:1"), generator("b", "h1:1")
+    files.add_point(plain_point(point_id="a"), [], generators=[first])
+    files.add_point(plain_point(point_id="b"), [], generators=[second, lost])
+    assert files.read_generators() == [first, second, lost]
+    again = generator("a", "h3:1", requests=1)
+    files.add_point(plain_point(point_id="a"), [], generators=[again])
+    assert files.read_generators() == [second, lost, again]
+    files.add_point(plain_point(point_id="b"), [])
+    assert files.read_generators() == [again]

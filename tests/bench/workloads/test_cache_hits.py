@@ -51,7 +51,7 @@ def rows_at(url: str, spec: dict[str, Any], rates: list[float], configuration: s
         point = LoadPoint(HttpServer(Target(url, "stub")), workload, configuration, reader, 7, 0.2, lambda: 60.0)
         for rate in rates:
             repeat = rates[: len(found)].count(rate)
-            row, requests = point.run(
+            row, requests, _ = point.run(
                 PointPlan(rate, "fixed", repeat, Timing(0.1, 0.5, 2.0), 0.1, cut_overload=False), lambda _: None
             )
             assert [r.status for r in requests if r.in_window] == ["ok"] * row.requests
