@@ -2,6 +2,7 @@
 
 import math
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def command(ctx: click.Context, **params: Any) -> None:
     most = make_workload(spec, ANY_VOCABULARY).max_tokens  # reports a wrong workload before a server is contacted
     if params["device"] is not None:
         ctx.exit(run_simulated(ctx, console, files, spec, most))
-    with generators_of(params, params["seed"]) as generators:
+    with generators_of(params, params["seed"], partial(console.print, highlight=False, soft_wrap=True)) as generators:
         ctx.exit(_measure(console, files, params, spec, most, generators))
 
 

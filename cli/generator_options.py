@@ -3,13 +3,13 @@
 import contextlib
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import option
+from cli.options import Finite, option
 
 if TYPE_CHECKING:
     from bench.generators import Generators
@@ -73,21 +73,35 @@ GENERATOR_OPTIONS = (
         help="Connect to the generators with TLS, and trust these CA certificates in PEM format; `system` means those "
         "of the system.",
     ),
+    option(
+        GENERATORS, "--generator-timeout", type=Finite(0, 1e5), metavar="SECONDS", default_text="30",
+        help="How long the run waits for a generator that cannot be reached: it may be starting, or start again.",
+    ),
 )  # fmt: skip
 
 
-def generators_of(params: Mapping[str, Any], seed: int) -> "Generators | contextlib.nullcontext[None]":
-    """The generators that the flags name, connected; None without any. Raises BenchError, or UsageError."""
+def generators_of(
+    params: Mapping[str, Any], seed: int, show: Callable[[str], None]
+) -> "Generators | contextlib.nullcontext[None]":
+    """The generators that the flags name, connected; None without any. Raises BenchError, or UsageError.
+
+    Args:
+        params: the command's parameters.
+        seed: of the run.
+        show: called with lines about generators that cannot be reached, also later; from several threads.
+    """
     if not params["generators"]:
-        for name in ("generator_token_file", "generator_ca"):
+        for name in ("generator_token_file", "generator_ca", "generator_timeout"):
             if params[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --generators")
         return contextlib.nullcontext(None)
-    from bench.generators import Generators
+    from bench.generators import WAIT_LIMIT_S, Generators, Waiting
     from bench.generators.handshake import read_token
 
     token = read_token(params["generator_token_file"], TOKEN_FLAG)
-    generators = Generators(params["generators"], token, _tls(params["generator_ca"]), seed)
+    limit_s = params["generator_timeout"]
+    waiting = Waiting(WAIT_LIMIT_S if limit_s is None else limit_s, show)
+    generators = Generators(params["generators"], token, _tls(params["generator_ca"]), seed, waiting)
     try:
         generators.connect()
     except BaseException:

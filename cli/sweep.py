@@ -1,5 +1,6 @@
 """`redline sweep`: measures configurations on workloads, each on a server of its own, and draws the report."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def command(
         return 0
     if plan.is_simulated and generator_params["generators"]:
         raise click.UsageError("--generators: all configurations of this sweep are simulated, without a load generator")
-    with generators_of(generator_params, plan.seed) as generators:
+    with generators_of(generator_params, plan.seed, partial(console.print, soft_wrap=True)) as generators:
         return _run(console, plan, folder, jobs, fresh, generators)
 
 

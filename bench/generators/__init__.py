@@ -8,6 +8,6 @@ session.py     a generator: its loads for a run
 """
 
 from bench.generators.generators import Generators
-from bench.generators.remote import LostGeneratorError
+from bench.generators.remote import WAIT_LIMIT_S, LostGeneratorError, Waiting
 
-__all__ = ["Generators", "LostGeneratorError"]
+__all__ = ["WAIT_LIMIT_S", "Generators", "LostGeneratorError", "Waiting"]

@@ -18,7 +18,7 @@ from bench.generators.channel import ChannelError
 from bench.generators.clocks import clock_fault, host_clock
 from bench.generators.handshake import network, processes
 from bench.generators.messages import Cut, Enough, Prepare
-from bench.generators.remote import Generator, LostGeneratorError, Part, offsets_of, use_of
+from bench.generators.remote import Generator, LostGeneratorError, Part, Waiting, offsets_of, use_of
 from bench.generators.split import divide
 from bench.loadgen import Observer, Recording
 from bench.loadgen.job import LEAD_NS, Job, Start
@@ -45,12 +45,19 @@ class Generators:
         token: of the run.
         tls: None: connections are not encrypted.
         seed: decides which generator sends which request.
+        waiting: for generators that cannot be reached; None: for the usual time, without a word.
     """
 
     def __init__(
-        self, addresses: Sequence[tuple[str, int]], token: bytes, tls: ssl.SSLContext | None = None, seed: int = 0
+        self,
+        addresses: Sequence[tuple[str, int]],
+        token: bytes,
+        tls: ssl.SSLContext | None = None,
+        seed: int = 0,
+        waiting: Waiting | None = None,
     ):
-        self._all = [Generator(host, port, token, tls) for host, port in addresses]
+        self._waiting = waiting or Waiting()
+        self._all = [Generator(host, port, token, tls, self._waiting) for host, port in addresses]
         self._seed = seed
 
     def __enter__(self) -> "Generators":
@@ -61,11 +68,13 @@ class Generators:
 
     def connect(self) -> None:
         """Connect to all generators; raises LostGeneratorError that names all that fail."""
+        self._waiting.ended.clear()
         failed = [error for error in _together(_connected, self._all) if error is not None]
         if failed:
             raise LostGeneratorError("; ".join(str(error) for error in failed))
 
     def close(self) -> None:
+        self._waiting.ended.set()
         for generator in self._all:
             generator.close()
 
@@ -150,6 +159,7 @@ class Generators:
         return {one: Part(indices) for one, indices in zip(self._all, divided, strict=False) if indices}
 
     def _prepare(self, parts: dict[Generator, Part], job: Job, target: Target, chunks_per_s: float) -> None:
+        self._waiting.ended.clear()
         ca = _certificates(target)
         pairs: list[tuple[Generator, Part, Prepare]] = []
         for number, (generator, part) in enumerate(parts.items()):

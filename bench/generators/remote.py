@@ -2,8 +2,9 @@
 
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +35,7 @@ from bench.loadgen.recording import GeneratorUse
 from bench.loadgen.stream import Stream
 
 CONNECT_LIMIT_S = 5.0
-AGAIN_LIMIT_S = 15.0  # to connect again to a generator that was lost: it may be starting
+WAIT_LIMIT_S = 30.0  # for a generator that cannot be reached, or was lost: it may be starting
 _BUSY_LIMIT_S = 2.0  # to connect to a generator that has another run
 _AGAIN_EVERY_S = 0.5
 _READY_LIMIT_S = 120.0  # for names, files of certificates, and processes
@@ -45,6 +46,34 @@ _RECORDING_LIMIT_S = 60.0  # between two messages with recordings
 
 class LostGeneratorError(BenchError):
     """A generator cannot be reached, or refuses this run."""
+
+
+class _UnreachableError(Exception):
+    """Nothing accepts connections at the address, or the name is not known; `advice` is what to check."""
+
+    def __init__(self, error: OSError, port: int):
+        super().__init__(f"cannot be reached: {str(error.strerror or error).lower()}")
+        if isinstance(error, socket.gaierror):
+            self.advice = "check its name in --generators"
+        elif isinstance(error, ConnectionRefusedError):
+            self.advice = f"check that `redline generate --listen 0.0.0.0:{port}` runs there"
+        else:
+            self.advice = "check its address in --generators, and firewalls between the hosts"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How a run waits for generators that it cannot reach.
+
+    Args:
+        limit_s: for each connection.
+        show: called with lines about it, from several threads.
+        ended: set when the run ends: it waits no longer.
+    """
+
+    limit_s: float = WAIT_LIMIT_S
+    show: Callable[[str], None] = lambda _: None
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True)
@@ -74,14 +103,16 @@ class Generator:
         port: the same.
         token: of this run.
         tls: None: the connection is not encrypted.
+        waiting: shared by the generators of the run.
     """
 
-    def __init__(self, host: str, port: int, token: bytes, tls: ssl.SSLContext | None):
+    def __init__(self, host: str, port: int, token: bytes, tls: ssl.SSLContext | None, waiting: Waiting):
         self.name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.welcome: Welcome | None = None  # of the last connection
         self._host, self._port = host, port
         self._token = token
         self._tls = tls
+        self._waiting = waiting
         self._channel: Channel | None = None
 
     @property
@@ -93,17 +124,24 @@ class Generator:
     def connect(self) -> None:
         """Connect unless there is a connection. Raises LostGeneratorError.
 
-        It tries again for a while if there was a connection, or if the generator is still busy: with a run that just
-        ended, for example.
+        It tries again for a while if nothing listens there yet, if there was a connection, or if the generator is still
+        busy: with a run that just ended, for example.
         """
-        began = time.monotonic()
+        began, said = time.monotonic(), ""
         while self._channel is None:
             try:
                 self._channel = self._connect()
-            except (ChannelError, OSError) as error:
-                if time.monotonic() >= began + self._patience_s(error):
+            except (ChannelError, OSError, _UnreachableError) as error:
+                limit_s = self._patience_s(error)
+                left_s = began + limit_s - time.monotonic()
+                if left_s <= 0 or self._waiting.ended.is_set():
                     raise LostGeneratorError(f"generator {self.name} {self._cause(error)}") from None
-                time.sleep(_AGAIN_EVERY_S)
+                if str(error) != said:
+                    said = str(error)
+                    self._waiting.show(f"waiting at most {limit_s:g} s for generator {self.name}: it {said}")
+                self._waiting.ended.wait(min(left_s, _AGAIN_EVERY_S))
+        if said:
+            self._waiting.show(f"generator {self.name}: connected after {time.monotonic() - began:.0f} s")
 
     def close(self) -> None:
         if self._channel is not None:
@@ -181,7 +219,10 @@ class Generator:
         return answer.received_ns, answer.sent_ns
 
     def _connect(self) -> Channel:
-        sock = socket.create_connection((self._host, self._port), CONNECT_LIMIT_S)
+        try:
+            sock = socket.create_connection((self._host, self._port), CONNECT_LIMIT_S)
+        except OSError as error:
+            raise _UnreachableError(error, self._port) from None
         try:
             if self._tls is not None:
                 sock = self._tls.wrap_socket(sock, server_hostname=self._host)
@@ -196,12 +237,16 @@ class Generator:
         """How long connecting is tried again after an error."""
         if isinstance(error, RefusedError) and not error.busy:
             return 0.0
-        if self.welcome is not None:
-            return AGAIN_LIMIT_S
+        if self.welcome is not None or isinstance(error, _UnreachableError):
+            return self._waiting.limit_s
         return _BUSY_LIMIT_S if isinstance(error, RefusedError) else 0.0
 
     def _cause(self, error: Exception) -> str:
         """Why connecting failed, after the name of the generator."""
+        if isinstance(error, _UnreachableError):
+            limit_s = self._waiting.limit_s
+            waited = f" for {limit_s:g} s (--generator-timeout)" if limit_s else ""
+            return f"{error}{waited}; {error.advice}"
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"has a certificate that is not accepted: {error.verify_message} (--generator-ca)"
         if self._tls is not None and isinstance(error, ssl.SSLError | ConnectionResetError):
@@ -211,7 +256,7 @@ class Generator:
         if isinstance(error, ChannelError):
             # A generator with TLS closes a connection that does not begin with a handshake.
             return f"{error} (--generators; if it uses TLS, give --generator-ca)"
-        return f"cannot be reached: {str(getattr(error, 'strerror', None) or error).lower()} (--generators)"
+        return f"broke the connection: {str(getattr(error, 'strerror', None) or error).lower()} (--generators)"
 
 
 def use_of(ended: Ended) -> GeneratorUse:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from bench.generators import clocks, remote
+from bench.generators import clocks
 from bench.generators.handshake import TOKEN_VARIABLE
 from bench.results import RunFiles
 from bench.target.server import ServerProcess
@@ -122,9 +122,8 @@ def test_a_sweep_from_two_generators(pair: list[GeneratorProcess], tmp_path: Pat
 
 
 def test_a_killed_generator_is_named_and_what_was_measured_is_kept(
-    stub: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stub: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(remote, "AGAIN_LIMIT_S", 0.2)
     out = tmp_path / "out"
     load = [*SIZES, "--rates", "10,12,14", "--window", "2", "--precision", "20%", "--max-minutes", "2"]
     with GeneratorProcess() as kept, GeneratorProcess() as lost:
@@ -139,7 +138,19 @@ def test_a_killed_generator_is_named_and_what_was_measured_is_kept(
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
-        code = main(["bench", "--url", stub.base_url, *load, *named([kept, lost]), "--out", str(out)])
+        code = main(
+            [
+                "bench",
+                "--url",
+                stub.base_url,
+                *load,
+                *named([kept, lost]),
+                "--generator-timeout",
+                "0.2",
+                "--out",
+                str(out),
+            ]
+        )
         killer.join()
     said = capsys.readouterr()
     assert code == 1
@@ -172,14 +183,16 @@ def test_errors_are_one_line(
         assert main(arguments) == code
         return capsys.readouterr().err.removeprefix("redline: error: ")
 
-    unreachable = error([*bench, "--generators", f"127.0.0.1:{port}"], 1)
-    assert unreachable == f"generator 127.0.0.1:{port} cannot be reached: connection refused (--generators)\n"
+    unreachable = error([*bench, "--generators", f"127.0.0.1:{port}", "--generator-timeout", "0"], 1)
+    advice = f"check that `redline generate --listen 0.0.0.0:{port}` runs there"
+    assert unreachable == f"generator 127.0.0.1:{port} cannot be reached: connection refused; {advice}\n"
     (tmp_path / "token").write_text("a wrong token of the tests\n")
     wrong = error([*bench, *named(pair), "--generator-token-file", "token"], 1)
     assert wrong.count("refused this run: it has another token (--generator-token-file of the run, ") == 2
     assert "'host1' is not an address: use HOST:PORT" in error([*bench, "--generators", "host1"], 2)
     assert "h:1 is named twice" in error([*bench, "--generators", "h:1,g:2,h:1"], 2)
     assert "--generator-ca needs --generators" in error([*bench, "--generator-ca", "system"], 2)
+    assert "--generator-timeout needs --generators" in error([*bench, "--generator-timeout", "5"], 2)
     assert "cannot be read as certificates" in error([*bench, *named(pair), "--generator-ca", "none.pem"], 1)
     simulated = ["bench", "--device", "sim:h100", "--model", "m", *named(pair)]
     assert "--generators has no meaning with --device sim:h100" in error(simulated, 2)
