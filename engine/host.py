@@ -58,20 +58,24 @@ def shared_host(root: Path = ROOT) -> str:
     return boot
 
 
-def allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> int:
     """Raise the soft limit of open files of this process, and of those that it starts, to `count` as far as allowed.
 
-    Shells often set 1,024, and each connection of a client is an open file.
+    Shells often set 1,024, and each connection of a client is an open file. Returns how many of `count` may be open.
     """
     try:
         import resource
     except ImportError:  # not a Unix
-        return
+        return count
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):
+        return soft
+    return wanted
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

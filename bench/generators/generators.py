@@ -141,7 +141,7 @@ class Generators:
             for generator, part in parts.items():
                 with _lost_before(generator):
                     part.before = generator.compare_clocks()
-            start = Start.soon(LEAD_NS + _MARGIN_NS)
+            start = Start.soon(max(LEAD_NS, job.lead_ns) + _MARGIN_NS)
             for generator, part in parts.items():
                 with _lost_before(generator):
                     generator.begin(part, start.real_ns)

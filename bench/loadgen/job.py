@@ -12,6 +12,7 @@ LEAD_NS = 300_000_000  # from the start of the loop to time 0, for opening the f
 _SHORT_LEAD_NS = 30_000_000  # for a few connections to a server on this machine
 _FEW = 4
 OPEN_AHEAD_NS = 250_000_000  # a connection is opened this long before its request is due
+OPEN_EACH_NS = 200_000  # between two connections of a closed loop
 
 
 class Observer(Protocol):
@@ -53,12 +54,21 @@ class Start:
 
     @classmethod
     def soon(cls, lead_ns: int = LEAD_NS) -> "Start":
-        return cls(time.monotonic_ns() + lead_ns, time.time_ns() + lead_ns)
+        mono_ns, real_ns = _now()
+        return cls(mono_ns + lead_ns, real_ns + lead_ns)
 
     @classmethod
     def at(cls, real_ns: int) -> "Start":
         """A time on the real-time clock of this host."""
-        return cls(time.monotonic_ns() + real_ns - time.time_ns(), real_ns)
+        mono_ns, now_ns = _now()
+        return cls(mono_ns + real_ns - now_ns, real_ns)
+
+
+def _now() -> tuple[int, int]:
+    """The time on the monotonic and the real-time clock: of several readings, the one that took the least time."""
+    readings = [(time.monotonic_ns(), time.time_ns(), time.monotonic_ns()) for _ in range(5)]
+    before, real_ns, after = min(readings, key=lambda one: one[2] - one[0])
+    return (before + after) // 2, real_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +86,15 @@ class Job:
     concurrency: int | None = None
 
     @property
+    def most_open(self) -> int:
+        """The most connections that can be open at the same time."""
+        return len(self.payloads) if self.concurrency is None else min(self.concurrency, len(self.payloads))
+
+    @property
     def lead_ns(self) -> int:
-        """Time to open the first connections. They are spread over LEAD_NS, since a connection that does not fit into
-        the server's listen queue is retried only after a second."""
+        """Time to open the first connections. They are spread over it, since a connection that does not fit into the
+        server's listen queue is retried only after a second."""
         first = self.concurrency or bisect_right(self.offsets_ns, OPEN_AHEAD_NS)
-        return _SHORT_LEAD_NS if first <= _FEW and self.address.is_local else LEAD_NS
+        if first <= _FEW and self.address.is_local:
+            return _SHORT_LEAD_NS
+        return LEAD_NS + (self.concurrency or 0) * OPEN_EACH_NS

@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.loadgen.job import Job, Observer, Running, Start
-from bench.loadgen.process import run_here
+from bench.errors import BenchError
+from bench.loadgen.job import LEAD_NS, Job, Observer, Running, Start
+from bench.loadgen.process import OTHER_FILES, run_here
 from bench.loadgen.recording import Load, Recording
 from bench.loadgen.request import encode_request, resolve
 from bench.loadgen.shards import run_shards
 from bench.target.target import Target
 from bench.workloads.base import RequestSpec
-from engine.host import cores
+from engine.host import allow_open_files, cores
 
 CHUNKS_PER_CORE = 60_000  # per second; they take about two thirds of a core
 
@@ -105,11 +106,25 @@ def run_job(
 ) -> Load:
     """Run a job on this host, on several processes if it has enough requests for them.
 
-    `begin` and `attach` are as of `run_here`; without `begin` the load starts as soon as it can.
+    `begin` and `attach` are as of `run_here`; without `begin` the load starts as soon as it can. Raises BenchError if
+    a closed loop needs more open files than a process may have.
     """
+    if job.concurrency is not None:
+        _check_open_files(job.most_open, processes)
     if processes > 1 and len(job.payloads) >= processes:
-        return run_shards(job, processes, observer, begin or Start.soon, attach, target=target)
+        begin = begin or (lambda: Start.soon(max(LEAD_NS, job.lead_ns)))
+        return run_shards(job, processes, observer, begin, attach, target=target)
     return run_here(job, observer, begin or (lambda: Start.soon(job.lead_ns)), attach)
+
+
+def _check_open_files(streams: int, processes: int) -> None:
+    wanted = math.ceil(streams / processes) + OTHER_FILES
+    allowed = allow_open_files(wanted)
+    if allowed < wanted:
+        raise BenchError(
+            f"{streams} streams need {wanted} open files in a process, and {allowed} are allowed: raise the limit "
+            f"(`ulimit -n {wanted}`), lower --concurrency, or use more generators (--generators)"
+        )
 
 
 def _job(

@@ -1,16 +1,28 @@
 """The loop of one generator process: one thread, one epoll set, one connection per stream; nothing is parsed in it."""
 
+import errno
 import time
 
 from bench.loadgen.connection import BLOCKED, Connection, ReceiveBuffer, connect
-from bench.loadgen.job import OPEN_AHEAD_NS, Counts, Job, Observer, Start
+from bench.loadgen.job import Counts, Job, Observer, Start
 from bench.loadgen.poller import READ, WRITE, Poller
 from bench.loadgen.response import MalformedError, read_head
-from bench.loadgen.stream import State, Stream
+from bench.loadgen.schedule import Schedule
+from bench.loadgen.stream import GENERATOR, State, Stream
 
 _TICK_NS = 200_000_000
+_TICK_DELAY_NS = 100_000_000  # up to which a tick is put off because of sends …
+_TICK_LENGTH_NS = 3_000_000  # … that are due within this time
+_OPEN_DELAY_NS, _OPEN_LENGTH_NS = 5_000_000, 200_000  # the same for opening a connection
+_MOST_SENDS = 32  # in a row, so that many sends do not delay reads
+_MOST_CHECKS = 256  # streams per tick that are checked for an end that was missed
 _DONE_TIMEOUT_NS = 1_000_000_000  # wait for the end of a response after [DONE]
-_NEVER = 1 << 62
+# What this host lacks if a connection cannot be opened.
+_LACKS = {
+    errno.EMFILE: "too many open files: raise the limit of the generator (`ulimit -n`)",
+    errno.ENFILE: "too many open files on the host of the generator",
+    errno.EADDRNOTAVAIL: "no free port: widen net.ipv4.ip_local_port_range of the generator's host, or use more hosts",
+}
 
 
 class Loop:
@@ -35,20 +47,16 @@ class Loop:
         self.cut_short = False
         self._start = start
         self.start_ns = start.real_ns
-        total = len(job.payloads)
-        if job.concurrency is None:
-            offsets = list(job.offsets_ns)
-            self._due_mono = [start.mono_ns + offset for offset in offsets]
-        else:
-            first = min(job.concurrency, total)
-            offsets = [0] * total
-            self._due_mono = [start.mono_ns] * first + [_NEVER] * (total - first)
+        schedule = Schedule.of(job, start)
+        self._due_mono, self._open_mono, self._most_polled = schedule.due, schedule.opened, schedule.polled_ns
         self._limit_mono = start.mono_ns + round(min(job.time_limit_s, 1e9) * 1e9)
-        self._next_tick = start.mono_ns
+        self._next_tick, self._latest_tick = start.mono_ns, start.mono_ns + _TICK_DELAY_NS
         self._wake = 0
+        self._polled = 0  # before the wake-up
+        self._unchecked: list[Stream] = []  # for a missed end, since all were checked
         self.streams = [
             Stream(index, payload, start.real_ns + offset)
-            for index, (payload, offset) in enumerate(zip(job.payloads, offsets, strict=True))
+            for index, (payload, offset) in enumerate(zip(job.payloads, schedule.offsets, strict=True))
         ]
 
     def run(self) -> None:
@@ -61,7 +69,8 @@ class Loop:
                 break
             if self.awaited <= 0 and self._may_end():
                 break
-            for fd, mask in wait(self._wake):
+            polled = self._polled
+            for fd, mask in wait(self._wake, polled):
                 stream = live.get(fd)
                 if stream is None:
                     self._forget_idle(fd)
@@ -75,6 +84,8 @@ class Loop:
                     self._lost(stream, _cause(error))
                 except MalformedError as error:
                     self._fail(stream, "malformed stream", str(error))
+                if polled and clock() >= self._wake:
+                    break  # a send is due: the next wait returns what is left
             if self._free:
                 self._send_next()
         self._tick(clock())
@@ -102,8 +113,9 @@ class Loop:
     def _on_time(self, now: int) -> bool:
         """Do everything that is due, and set the time of the next wake-up; False if the load point is over."""
         self._open_and_send(now)
-        if now >= self._next_tick:
+        if now >= self._next_tick and not self._put_off_tick(now):
             self._next_tick = now + _TICK_NS
+            self._latest_tick = self._next_tick + _TICK_DELAY_NS
             self._close_lingering()
             if not self._tick(now):
                 return False
@@ -112,12 +124,23 @@ class Loop:
         self._plan_wake()
         return True
 
+    def _put_off_tick(self, now: int) -> bool:
+        """Move a tick behind the next send, which it would delay."""
+        if now >= self._latest_tick or not self._sends_within(now + _TICK_LENGTH_NS):
+            return False
+        self._next_tick = min(self._due_mono[self._due], self._latest_tick)
+        return True
+
+    def _sends_within(self, moment: int) -> bool:
+        return self._due < len(self.streams) and self._due_mono[self._due] < moment
+
     def _plan_wake(self) -> None:
         wake = min(self._next_tick, self._limit_mono)
+        self._polled = 0
         if self._opened < len(self.streams):
-            wake = min(wake, self._due_mono[self._opened] - OPEN_AHEAD_NS)
-        if self._due < len(self.streams):
-            wake = min(wake, self._due_mono[self._due])
+            wake = min(wake, self._open_mono[self._opened])
+        if self._sends_within(wake + _OPEN_LENGTH_NS):
+            wake, self._polled = self._due_mono[self._due], self._most_polled
         self._wake = wake
 
     def _tick(self, now: int) -> bool:
@@ -126,10 +149,8 @@ class Loop:
         return self._observer.tick(elapsed, counts.sent, counts.first_token, counts.finished, counts.failed)
 
     def _open_and_send(self, now: int) -> None:
-        while self._opened < len(self.streams) and self._due_mono[self._opened] - OPEN_AHEAD_NS <= now:
-            self._open(self.streams[self._opened])
-            self._opened += 1
-        while self._due < len(self.streams) and self._due_mono[self._due] <= now:
+        last = min(len(self.streams), self._due + _MOST_SENDS)
+        while self._due < last and self._due_mono[self._due] <= now:
             stream = self.streams[self._due]
             self._due += 1
             if self._closed_loop:
@@ -138,6 +159,14 @@ class Loop:
                 self._send(stream)
             elif stream.state is State.CLOSED:
                 self._free += self._closed_loop  # it failed before it was due
+        if self._most_polled and self._sends_within(now + _OPEN_LENGTH_NS):
+            now -= _OPEN_DELAY_NS
+        while self._opened < len(self.streams) and self._open_mono[self._opened] <= now:
+            stream = self.streams[self._opened]
+            self._opened += 1
+            self._open(stream)
+            if stream.index < self._due and stream.state is State.READY:
+                self._send(stream)  # it was due before it could be opened
         if self._free:
             self._send_next()
 
@@ -168,7 +197,8 @@ class Loop:
         try:
             stream.connection = connect(self._address, self._buffer)
         except OSError as error:
-            self._fail(stream, "connection", _cause(error))
+            lack = _LACKS.get(error.errno or 0)
+            self._fail(stream, GENERATOR if lack else "connection", lack or _cause(error))
             return
         stream.state = State.CONNECTING
         self._live[stream.connection.fileno()] = stream
@@ -298,13 +328,15 @@ class Loop:
 
     def _close_lingering(self) -> None:
         """End responses without further bytes: complete ones followed by extra bytes, and those with [DONE]."""
+        if not self._unchecked:
+            self._unchecked = list(self._live.values())
         now = time.time_ns()
-        quiet = [
-            s for s in self._live.values() if s.read_ns and s.read_ns[-1] < now - _TICK_NS and s.ending is not None
-        ]
-        for stream in quiet:
+        for _ in range(min(len(self._unchecked), _MOST_CHECKS)):
+            stream = self._unchecked.pop()
+            if stream.state is State.CLOSED or stream.ending is None or stream.read_ns[-1] >= now - _TICK_NS:
+                continue
             try:
-                followed = stream.ending.find(stream.response)  # type: ignore[union-attr]
+                followed = stream.ending.find(stream.response)
                 if followed or (stream.read_ns[-1] < now - _DONE_TIMEOUT_NS and stream.is_done()):
                     stream.unended = True
                     self._finish(stream, ended=True)

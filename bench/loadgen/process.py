@@ -10,6 +10,8 @@ from bench.loadgen.loop import Loop
 from bench.loadgen.recording import GeneratorUse, Load
 from engine.host import allow_open_files
 
+OTHER_FILES = 320  # open beside the connections of a load, at most
+
 
 def run_here(
     job: Job, observer: Observer, begin: Callable[[], Start], attach: Callable[[Running], None] | None = None
@@ -22,7 +24,7 @@ def run_here(
         begin: called once the process is prepared; returns time 0.
         attach: called with the load before it runs, for an observer that controls it.
     """
-    with generating(len(job.payloads)):
+    with generating(job.most_open):
         loop = Loop(job, observer, begin())
         if attach is not None:
             attach(loop)
@@ -43,12 +45,12 @@ def run_loop(loop: Loop) -> GeneratorUse:
 
 
 @contextlib.contextmanager
-def generating(requests: int) -> Iterator[None]:
+def generating(most_open: int) -> Iterator[None]:
     """Prepare the process for a loop: enough file descriptors, and no garbage collection.
 
     A full collection over the recorded streams would look like a stall of the server.
     """
-    allow_open_files(requests + 320)
+    allow_open_files(most_open + OTHER_FILES)
     was_on = gc.isenabled()
     gc.collect()
     gc.freeze()

@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.loadgen.response import Body, Head
 from bench.loadgen.sse import StreamedResponse, describe_non_stream, error_message, read_stream
-from bench.loadgen.stream import Stream
+from bench.loadgen.stream import GENERATOR, Stream
 from bench.results import RequestRecord
 from bench.workloads.base import RequestSpec
 
@@ -200,6 +200,9 @@ class Recording:
         closed_loop = any(s.freed_ns for s in self._streams)
         # In a closed loop a late send lowers the concurrency a little, but no latency counts from it.
         limit_s = DELAY_LIMIT_S if closed_loop else _within(DELAY_FLOOR_S, DELAY_SHARE * typical_s)
+        lacks = [s.failure[1] for s in self._streams if s.failure is not None and s.failure[0] == GENERATOR]
+        if lacks:
+            causes.append(f"could not open {len(lacks)} connections ({lacks[0]})")
         if slip_s > limit_s:
             causes.append(f"sent requests {slip_s * 1e3:.0f} ms late (P99)")
         limit_s = DELAY_LIMIT_S

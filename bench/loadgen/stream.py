@@ -6,6 +6,8 @@ from enum import Enum, auto
 from bench.loadgen.connection import Connection
 from bench.loadgen.response import Ending, Head, has_done
 
+GENERATOR = "generator"  # status of a request for which this host had no connection
+
 
 class State(Enum):
     """The state of a stream."""

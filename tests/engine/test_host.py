@@ -155,12 +155,12 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        host.allow_open_files(300)
+        assert host.allow_open_files(300) == 300
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
-        host.allow_open_files(200)
+        assert host.allow_open_files(200) == 200
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard), "it was lowered"
         if hard != resource.RLIM_INFINITY:
-            host.allow_open_files(2 * hard)
+            assert host.allow_open_files(2 * hard) == hard
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -13,7 +13,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.loadgen import connection, poller, run_load
-from bench.loadgen.job import LEAD_NS, Job
+from bench.loadgen.job import LEAD_NS, OPEN_EACH_NS, Job
 from bench.loadgen.request import Address
 from bench.target import Target
 from bench.workloads import RequestSpec
@@ -173,7 +173,7 @@ def test_few_connections_to_this_machine_need_little_lead() -> None:
     moments = [0, 100_000_000, 200_000_000, 220_000_000, 9_000_000_000]
     assert Job(near, [b""] * 5, moments, 1.0, 5).lead_ns < LEAD_NS / 5
     assert Job(near, [b""] * 6, [0, *moments], 1.0, 6).lead_ns == LEAD_NS
-    assert Job(near, [b""] * 9, [], 1.0, 9, concurrency=9).lead_ns == LEAD_NS
+    assert Job(near, [b""] * 9, [], 1.0, 9, concurrency=9).lead_ns == LEAD_NS + 9 * OPEN_EACH_NS
     assert Job(far, [b""], [0], 1.0, 1).lead_ns == LEAD_NS
     tls = Address("h", 1, "", ssl.create_default_context(), socket.AF_INET6, ("::1", 1, 0, 0))
     assert Job(tls, [b""], [0], 1.0, 1).lead_ns == LEAD_NS
