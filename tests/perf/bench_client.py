@@ -81,15 +81,21 @@ class Truth:
 class KnownServer:
     """The server on its own core, with the schedule given as flags."""
 
-    def __init__(self, folder: Path, core: int, *flags: str):
+    def __init__(self, folder: Path, core: int, *flags: str, host: str = "127.0.0.1"):
         self.log = folder / "sent.bin"
-        self._command = [*pinned(core), str(BUILD / "known_server"), "--log", str(self.log), *flags]
+        self._host = host
+        self._command = [*pinned(core), str(BUILD / "known_server"), "--log", str(self.log), "--host", host, *flags]
 
     def __enter__(self) -> "KnownServer":
         self._process = start_child(self._command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
-        self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+        self.url = f"http://{self._host}:{int(self._process.stdout.readline())}"
         return self
+
+    def cpu_s(self) -> float:
+        """CPU time until now."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGTERM)

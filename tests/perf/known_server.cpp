@@ -1,6 +1,6 @@
 // A streaming server with a known schedule, for checking what load generators report.
 //
-//   known_server --log FILE [--port 0] [--ttft-ms 50] [--itl-ms 20] [--tokens 64] [--per-chunk 1]
+//   known_server --log FILE [--host 127.0.0.1] [--port 0] [--ttft-ms 50] [--itl-ms 20] [--tokens 64] [--per-chunk 1]
 //                [--stall-ms 0 --stall-at K]
 //
 // Prints its port, answers until SIGTERM, then writes the log. Chunk k of a request is due at
@@ -45,7 +45,7 @@ constexpr int64_t kMillisecond = 1'000'000;
 constexpr int64_t kSpin = 200'000;  // ns of polling before a chunk is due: a timer alone wakes some 60 us late
 
 struct Options {
-  std::string log;
+  std::string log, host = "127.0.0.1";
   int port = 0;
   double ttft_ms = 50, itl_ms = 20, stall_ms = 0;
   long tokens = 64, per_chunk = 1, stall_at = 32;
@@ -100,7 +100,7 @@ class Server {
     setsockopt(listener_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     sockaddr_in address{};
     address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (inet_pton(AF_INET, options_.host.c_str(), &address.sin_addr) != 1) fail("--host");
     address.sin_port = htons(static_cast<uint16_t>(options_.port));
     if (bind(listener_, reinterpret_cast<sockaddr*>(&address), sizeof address)) fail("bind");
     if (listen(listener_, 4096)) fail("listen");
@@ -361,6 +361,7 @@ Options parse(int argc, char** argv) {
     }
     const char* value = argv[i + 1];
     if (name == "--log") o.log = value;
+    else if (name == "--host") o.host = value;
     else if (name == "--port") o.port = atoi(value);
     else if (name == "--ttft-ms") o.ttft_ms = atof(value);
     else if (name == "--itl-ms") o.itl_ms = atof(value);
