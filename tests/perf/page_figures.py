@@ -1,8 +1,9 @@
-"""`make page-figures`: pictures of the server's page and of the dashboard, from a server under load: docs/figures.
+"""`make page-figures`: pictures of the server's page and of the dashboard, from servers under load: docs/figures.
 
 A server with two replicas gets two kinds of load for five minutes, from `redline bench`. Meanwhile its page is open in
-a browser, at the widths of a desktop and of a phone, where a question about a picture is asked. The dashboard's
-queries are answered by Prometheus; its figure is left out where Prometheus is not installed.
+a browser, at the widths of a desktop and of a phone, where a question about a picture is asked. A second server, with a
+prefill and a decode replica, gets a light load of its own. The dashboard's queries about both servers are answered by
+Prometheus; its figure is left out where Prometheus is not installed.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,10 +33,11 @@ from training.pictures import load
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs" / "figures"
 MODEL = "smollm2-135m-vision"
-FLAGS = (
-    "--dp", "2", "--max-num-seqs", "8", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64MiB", "--speculative",
-    "ngram",
-)  # fmt: skip
+SIZES = ("--max-num-seqs", "8", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64MiB")
+FLAGS = ("--dp", "2", *SIZES, "--speculative", "ngram", "--kv-spill", "host=32MiB,disk=kv:1GiB")
+OTHER_MODEL = "smollm2-135m"
+OTHER_FLAGS = ("--prefill-replicas", "1", "--decode-replicas", "1", *SIZES)
+OTHER_LOAD = ("--workload", "shared-prefix", "--concurrency", "2")
 LOADS = (  # seconds, flags of `redline bench`
     (100, ("--workload", "shared-prefix", "--concurrency", "6")),
     (130, ("--workload", "visionarena-sample", "--concurrency", "24")),
@@ -57,22 +60,27 @@ def main() -> None:
         raise SystemExit("no browser is installed: apt-get install chromium")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url = stack.enter_context(serve(folder, MODEL, *FLAGS)).url
-        found = shutil.which("prometheus") and stack.enter_context(prometheus(folder, url))
+        flags = [flag.replace("disk=", f"disk={folder}/") for flag in FLAGS]
+        url = stack.enter_context(serve(folder, MODEL, *flags)).url
+        other = stack.enter_context(serve(folder, OTHER_MODEL, *OTHER_FLAGS)).url
+        found = shutil.which("prometheus") and stack.enter_context(prometheus(folder, url, other))
         start = time.time()
-        asyncio.run(take_pictures(url, folder))
+        asyncio.run(take_pictures(url, other, folder))
         if isinstance(found, Prometheus):
             draw_dashboard(found, start, time.time())
         else:
             Console().print("no dashboard: Prometheus is not installed")
 
 
-async def take_pictures(url: str, folder: Path) -> None:
+async def take_pictures(url: str, other: str, folder: Path) -> None:
     async with open_browser() as browser:
         pages = {name: await open_page(browser, url, *view) for name, view in VIEWS.items()}
         await asyncio.sleep(IDLE_S)
-        loading = asyncio.ensure_future(put_load(url, folder))
-        await asyncio.sleep(sum(seconds for seconds, _ in LOADS) - CHAT_S)
+        seconds = sum(seconds for seconds, _ in LOADS)
+        loading = asyncio.gather(
+            put_load(url, folder / "page", LOADS), put_load(other, folder / "other", [(seconds, OTHER_LOAD)])
+        )
+        await asyncio.sleep(seconds - CHAT_S)
         for page in pages.values():
             await ask(page)
         await asyncio.wait([loading], timeout=CHAT_S / 2)
@@ -122,9 +130,9 @@ async def ask(page: Page) -> None:
     await page.get_by_text(re.compile(r"\d output tokens")).wait_for(timeout=CHAT_S * 1000)
 
 
-async def put_load(url: str, folder: Path) -> None:
-    """All loads, one after another; each is ended by Ctrl-C."""
-    for number, (seconds, flags) in enumerate(LOADS):
+async def put_load(url: str, folder: Path, loads: Sequence[tuple[float, Sequence[str]]]) -> None:
+    """All loads of a server, one after another; each is ended by Ctrl-C."""
+    for number, (seconds, flags) in enumerate(loads):
         command = [sys.executable, "-m", "cli.main", "bench", "--url", url, *flags, "--num-requests", "10000"]
         process = await asyncio.create_subprocess_exec(
             *command, "--out", str(folder / f"load-{number}"), stdout=asyncio.subprocess.DEVNULL
@@ -149,6 +157,8 @@ def draw_dashboard(server: Prometheus, start: float, end: float) -> None:
     facts = (
         f"redline serve {MODEL} {' '.join(FLAGS)}",
         *(f"Load: redline bench {' '.join(flags)} for {seconds} s" for seconds, flags in LOADS),
+        f"Beside it: redline serve {OTHER_MODEL} {' '.join(OTHER_FLAGS)}",
+        f"Its load: redline bench {' '.join(OTHER_LOAD)}",
         f"Hardware: {machine['cpu']}, cores: {machine['cores']}",
         f"Drawn from the answers of Prometheus {server.version} to the queries of all panels, not by Grafana",
     )

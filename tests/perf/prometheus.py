@@ -65,10 +65,10 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus(folder: Path, url: str) -> Iterator[Prometheus]:
-    """Prometheus with its data in `folder`, which scrapes the server at `url`; it must be installed."""
+def prometheus(folder: Path, *urls: str) -> Iterator[Prometheus]:
+    """Prometheus with its data in `folder`, which scrapes the servers at `urls`; it must be installed."""
     config = folder / "prometheus.yml"
-    job = {"job_name": "redline", "static_configs": [{"targets": [url.removeprefix("http://")]}]}
+    job = {"job_name": "redline", "static_configs": [{"targets": [url.removeprefix("http://") for url in urls]}]}
     config.write_text(yaml.safe_dump({"global": {"scrape_interval": f"{SCRAPE_S}s"}, "scrape_configs": [job]}))
     port = free_port()
     command = [
