@@ -5,6 +5,7 @@ loop.py        the loop of one generator process            response.py        H
 shards.py      several processes, one recording             content_coding.py  gzip and deflate, read by read
 connection.py  sockets: plain with kernel timestamps, TLS   sse.py             server-sent events, tokens per chunk
 stream.py      one request on the wire                      poller.py          epoll with a precise deadline
+schedule.py    when requests are due, connections opened    job.py             what a process sends
 """
 
 from bench.loadgen.job import Observer
