@@ -42,6 +42,7 @@ class Loop:
         self._needed = job.needed  # index of the first stream that is not waited for
         self.awaited = job.needed  # number of streams before it that have not ended
         self.hold = False  # continue when none is awaited: another process still waits for one of its streams
+        self._first = min(job.concurrency or 0, len(job.payloads))  # closed loop: number of requests at time 0
         self._free = 0  # closed loop: number of requests that may be sent …
         self._freed_ns = 0  # … and when the last of them became possible
         self.cut_short = False
@@ -171,7 +172,9 @@ class Loop:
             self._send_next()
 
     def _send_next(self) -> None:
-        """Closed loop: send one request for each one that ended."""
+        """Closed loop: send one request for each one that ended, once the first ones are sent."""
+        if self._due < self._first:
+            return
         while self._free and self._due < len(self.streams):
             self._free -= 1
             stream = self.streams[self._due]

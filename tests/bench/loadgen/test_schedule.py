@@ -129,3 +129,24 @@ def test_many_requests_at_once_leave_time_for_reads(monkeypatch: pytest.MonkeyPa
         assert pass_at(loop, 0) <= (0 if most < 100 else 200)
         assert sum(what == "send" for what, _ in events) == most
     loop.close()
+
+
+def test_requests_that_end_during_the_first_sends_are_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that the concurrency is kept: every request that ended has another one in its place."""
+    events: list[tuple[str, int]] = []
+    monkeypatch.setattr(Loop, "_open", lambda self, stream: _ready(stream, events))
+
+    def send(self: Loop, stream: Any) -> None:
+        events.append(("send", stream.index))
+        if stream.index < 3:  # these end at once
+            self._drop(stream)
+
+    monkeypatch.setattr(Loop, "_send", send)
+    loop = Loop(Job(ADDRESS, [b""] * 100, [], 60.0, 100, concurrency=50), Ticks(), START)
+    pass_at(loop, -250)
+    for most in (32, 53, 53):
+        pass_at(loop, 0)
+        assert [index for what, index in events if what == "send"] == list(range(most))
+    loop.close()
