@@ -30,7 +30,7 @@ from tests.bench.generators.process import TOKEN, GeneratorProcess
 pytestmark = pytest.mark.usefixtures("patient_generator", "patient_clocks")
 
 EVER = (-1.0, float("inf"))
-SLACK_S = 0.25  # of a busy machine
+SLACK_S = 5.0  # of a busy machine
 
 Connect = Callable[..., Generators]
 
