@@ -80,7 +80,7 @@ def print_row(row: dict[str, Any]) -> None:
 def loads() -> list[tuple[str, tuple[str, ...]]]:
     few = [n for n in streams_asked() if n <= MOST_AT_ONCE]
     closed = [(f"{n} streams", ("--concurrency", str(n), "--num-requests", str(n * ROUNDS))) for n in few]
-    opened = [(f"{r:g} req/s", ("--rate", f"{r:g}", "--window", "6")) for r in asked("RATES", "20,100")]
+    opened = [(f"{r:g} req/s", ("--rate", f"{r:g}", "--window", "12")) for r in asked("RATES", "20,100")]
     return (closed + opened) * int(os.environ.get("RUNS", "1"))
 
 
