@@ -14,7 +14,8 @@ from tests.perf.prometheus import Line
 
 COLUMNS = 24  # of Grafana's grid
 UNIT_IN = 0.17  # height of a unit of Grafana's grid
-HEAD_IN, FOOT_IN = 0.5, 0.85
+HEAD_IN, FOOT_IN = 0.5, 1.25
+LONG_TITLE = 40  # characters
 LEFT_IN, TOP_IN, BOTTOM_IN, APART_IN = 0.52, 0.24, 0.42, 0.12  # within the place of a panel
 
 
@@ -52,10 +53,12 @@ def dashboard_figure(
 def _draw(axes: Axes, panel: dict[str, Any], lines: Sequence[Line], span: tuple[float, float]) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     scale, write = _unit(defaults["unit"], [value for line in lines for value in line.values])
-    axes.set_title(panel["title"])
-    for index, line in enumerate(lines):
+    axes.set_title(panel["title"], size=8.5 if len(panel["title"]) < LONG_TITLE else 7.5)
+    # Lines of several servers may have the same name.
+    colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(dict.fromkeys(one.name for one in lines))}
+    for line in lines:
         minutes = [(at - span[0]) / 60 for at in line.times]
-        axes.plot(minutes, [value * scale for value in line.values], color=COLORS[index % len(COLORS)], lw=1.1)
+        axes.plot(minutes, [value * scale for value in line.values], color=colors[line.name], lw=1.1)
     axes.set_xlim(0, (span[1] - span[0]) / 60)
     values = [value * scale for line in lines for value in line.values if math.isfinite(value)]
     top = defaults["max"] * scale if "max" in defaults else max(values, default=0) * 1.12 or 1
@@ -68,10 +71,10 @@ def _draw(axes: Axes, panel: dict[str, Any], lines: Sequence[Line], span: tuple[
     if not lines:
         axes.text(0.5, 0.5, "No data", transform=axes.transAxes, ha="center", va="center", color=MUTED)
         return
-    names = [axes.plot([], [], color=COLORS[i % len(COLORS)], lw=3)[0] for i in range(len(lines))]
+    marks = [axes.plot([], [], color=color, lw=3)[0] for color in colors.values()]
     axes.legend(
-        names, [line.name for line in lines], loc="upper left", bbox_to_anchor=(-0.02, -0.19), borderaxespad=0,
-        ncols=3 if len(lines) < 4 else 2, handlelength=1, columnspacing=1.2, labelspacing=0.25, fontsize=6.5,
+        marks, list(colors), loc="upper left", bbox_to_anchor=(-0.02, -0.19), borderaxespad=0,
+        ncols=2 if len(colors) in (4, 5) else 3, handlelength=1, columnspacing=1.2, labelspacing=0.25, fontsize=6.5,
     )  # fmt: skip
 
 

@@ -37,7 +37,8 @@ SIZES = ("--max-num-seqs", "8", "--max-model-len", "1024", "--kv-cache-memory-by
 FLAGS = ("--dp", "2", *SIZES, "--speculative", "ngram", "--kv-spill", "host=32MiB,disk=kv:1GiB")
 OTHER_MODEL = "smollm2-135m"
 OTHER_FLAGS = ("--prefill-replicas", "1", "--decode-replicas", "1", *SIZES)
-OTHER_LOAD = ("--workload", "shared-prefix", "--concurrency", "2")
+OTHER_LOAD = ("--workload", "shared-prefix", "--rate", "0.3")
+UNENDING = {"--concurrency": ("--num-requests", "10000"), "--rate": ("--window", "3600", "--max-minutes", "120")}
 LOADS = (  # seconds, flags of `redline bench`
     (100, ("--workload", "shared-prefix", "--concurrency", "6")),
     (130, ("--workload", "visionarena-sample", "--concurrency", "24")),
@@ -133,9 +134,10 @@ async def ask(page: Page) -> None:
 async def put_load(url: str, folder: Path, loads: Sequence[tuple[float, Sequence[str]]]) -> None:
     """All loads of a server, one after another; each is ended by Ctrl-C."""
     for number, (seconds, flags) in enumerate(loads):
-        command = [sys.executable, "-m", "cli.main", "bench", "--url", url, *flags, "--num-requests", "10000"]
+        command = [sys.executable, "-m", "cli.main", "bench", "--url", url, *flags]
+        more = [word for name, words in UNENDING.items() if name in flags for word in words]
         process = await asyncio.create_subprocess_exec(
-            *command, "--out", str(folder / f"load-{number}"), stdout=asyncio.subprocess.DEVNULL
+            *command, *more, "--out", str(folder / f"load-{number}"), stdout=asyncio.subprocess.DEVNULL
         )
         try:
             await asyncio.wait_for(process.wait(), seconds)
