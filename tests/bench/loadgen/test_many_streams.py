@@ -1,6 +1,7 @@
 """Loads with more streams than a host has files or ports for, and more than are checked at a time."""
 
 import errno
+import itertools
 import os
 import resource
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Files for some connections more than there are now, a limit that the load generator does not raise."""
     monkeypatch.setattr(process, "allow_open_files", lambda count: count)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    free = (number for number in itertools.count() if number not in used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, 8, None)), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
