@@ -125,7 +125,7 @@ def measured(server: ServerProcess, energy: EnergyReader) -> LoadPoint:
 def test_the_window_of_a_real_load_point(queue_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     meter = Constant(250.0)
     with EnergyReader(meter, every_s=0.05) as energy:
-        point, _ = measured(queue_server("--slots", "4", "--service", "0.1"), energy).run(PLAN, lambda _: None)
+        point = measured(queue_server("--slots", "4", "--service", "0.1"), energy).run(PLAN, lambda _: None).point
     assert meter.read_count > 10
     assert point.mean_power_w == pytest.approx(250, rel=0.02)
     assert point.joules_per_output_token == pytest.approx(250 / point.output_tok_s, rel=0.1)
@@ -145,7 +145,7 @@ def test_a_load_that_ends_before_its_window(queue_server: Callable[..., ServerPr
 
 def test_readings_that_fail_leave_the_cells_empty(queue_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     with EnergyReader(Constant(250.0, failing=True), every_s=0.05) as energy:
-        point, _ = measured(queue_server(), energy).run(PLAN, lambda _: None)
+        point = measured(queue_server(), energy).run(PLAN, lambda _: None).point
         assert energy.problem == "NVML: GPU is lost"
     assert (point.valid, point.mean_power_w) == (True, None), point.reason
     RunFiles(tmp_path).write_points([point])
