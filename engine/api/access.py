@@ -12,6 +12,9 @@ KEY = "redline.key"  # the number of a request's key, in its scope
 # Served without a key; the pages ask for one.
 OPEN_PATHS = frozenset({"/health", "/ping", "/load", "/ready", "/metrics", "/version", "/openapi.json", "/", "/docs"})
 
+NO_KEY = "an API key is required: send the header Authorization: Bearer KEY or X-API-Key: KEY"
+WRONG_KEY = "the API key is not one of this server's"
+
 
 class RequireKey:
     """Rejects requests without a key in `Authorization: Bearer KEY` or, as of Anthropic's clients, `X-API-Key`."""
@@ -22,23 +25,28 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and path_of(scope) not in OPEN_PATHS:
-            key = self._key_of(scope)
+            given = _keys_of(scope)
+            key = self._number(given)
             if key is None:
-                message = "an API key is required: send the header Authorization: Bearer KEY or X-API-Key: KEY"
+                message = WRONG_KEY if any(given) else NO_KEY
                 refusal = ApiError(401, message, code="invalid_api_key").response(scope)
                 await refusal(scope, receive, send)
                 return
             scope[KEY] = key
         await self._app(scope, receive, send)
 
-    def _key_of(self, scope: Scope) -> int | None:
-        """The number of the key that a request has; None if it has none that is right."""
-        headers = dict(scope["headers"])
-        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-        given = [headers.get(b"x-api-key", b"").strip(), bearer.strip() if scheme.lower() == b"bearer" else b""]
+    def _number(self, given: list[bytes]) -> int | None:
+        """The number of the first key that is right; None if none is."""
         # All keys are compared, so that the time does not depend on which one matches.
         right = [[hmac.compare_digest(one, key) for key in self._keys] for one in given]
         return next((found.index(True) for found in right if True in found), None)
+
+
+def _keys_of(scope: Scope) -> list[bytes]:
+    """What a request has in the two places for a key; empty if nothing."""
+    headers = dict(scope["headers"])
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    return [headers.get(b"x-api-key", b"").strip(), bearer.strip() if scheme.lower() == b"bearer" else b""]
 
 
 def is_simple(request: Request) -> bool:

@@ -13,7 +13,7 @@ from engine.frontend.connect import EngineClient
 from engine.frontend.front_end_stats import MOST_REPLICAS
 
 
-class ScaleRequest(msgspec.Struct, kw_only=True):
+class ScaleRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     data_parallel_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_REPLICAS)]
 
 

@@ -57,6 +57,10 @@ def test_what_can_not_be_done_is_refused_and_the_server_goes_on(
             assert answer.status_code == 400
             assert message in answer.json()["error"]["message"]
             assert answer.json()["error"]["param"] == "data_parallel_size"
+        answer = server.client.post("/scale", json={"data_parallel_size": 2, "replicas": 3})
+        assert (answer.status_code, "replicas is not supported here" in answer.text) == (400, True)
+        assert main(["scale", server.url, "--dp", "2", "--api-key", "wrong"]) == 1
+        assert "the API key is not one of this server's" in capsys.readouterr().err
         monkeypatch.setenv("REDLINE_API_KEY", "secret")
         assert main(["scale", server.url, "--dp", "1"]) == 0
         assert capsys.readouterr().out == "1 replica serves\n"

@@ -45,15 +45,16 @@ def test_a_key_that_protects_nothing_is_refused(
 
 async def test_each_of_several_keys_opens_the_server():
     async with in_loop(options=HttpOptions(api_keys=("one", "two"))) as server:
-        for header, status in (
-            ("Bearer one", 200),
-            ("bearer two", 200),
-            ("Bearer three", 401),
-            ("one", 401),
-            ("", 401),
+        for header, status, said in (
+            ("Bearer one", 200, '"model"'),
+            ("bearer two", 200, '"model"'),
+            ("Bearer three", 401, "the API key is not one of this server's"),
+            ("one", 401, "an API key is required"),
+            ("", 401, "an API key is required"),
         ):
             answer = await server.http.get("/v1/models", headers={"authorization": header})
             assert answer.status_code == status, header
+            assert said in answer.text
 
 
 async def test_only_pages_of_allowed_origins_may_call():
