@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -13,6 +14,7 @@ from engine.errors import ConfigError
 from engine.executor_backend import BACKEND, RAY
 from engine.text import first_line
 
+FLAG, VARIABLE = "--ray-address", "RAY_ADDRESS"
 REACH_S = 5.0  # for a connection to the head of the cluster
 
 log = logging.getLogger("redline.core")
@@ -26,8 +28,11 @@ def connect_ray(address: str | None) -> Any:
 
     Raises ConfigError if Ray is not installed, or if the cluster can't be reached.
     """
+    given_by = FLAG
+    if address is None and (found := os.environ.get(VARIABLE, "")) not in ("", "auto"):
+        address, given_by = found, VARIABLE
     if address is not None:
-        _check_reachable(address)
+        _check_reachable(address, given_by)
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
@@ -37,7 +42,7 @@ def connect_ray(address: str | None) -> Any:
             try:
                 ray.init(address=address or "auto", logging_level=logging.WARNING)
             except Exception as error:  # of many classes
-                where = f"--ray-address {address}" if address else "no Ray cluster is found"
+                where = f"{given_by} {address}" if address else "no Ray cluster is found"
                 raise ConfigError(
                     f"{where}: {first_line(error)}. Start a node on this machine: `ray start --head`, or `ray start "
                     "--address=HOST:PORT` for one of an existing cluster"
@@ -45,16 +50,19 @@ def connect_ray(address: str | None) -> Any:
     return ray
 
 
-def _check_reachable(address: str) -> None:
-    """Raise ConfigError if nothing listens at HOST:PORT: Ray itself would try for a minute, then end the process."""
+def _check_reachable(address: str, given_by: str) -> None:
+    """Raise ConfigError if nothing listens at HOST:PORT: Ray itself would try for a minute, then end the process.
+
+    `given_by` is the flag or the variable.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigError(f"--ray-address must be HOST:PORT, such as 10.0.0.1:6379, not {address!r}")
+        raise ConfigError(f"{given_by} must be HOST:PORT, such as 10.0.0.1:6379, not {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
     except OSError as error:
         raise ConfigError(
-            f"--ray-address {address} can't be reached ({error}): is the head of the cluster running (`ray start "
+            f"{given_by} {address} can't be reached ({error}): is the head of the cluster running (`ray start "
             f"--head --port={port}`), and may this machine connect to it?"
         ) from error
 

@@ -215,6 +215,9 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         ("head", r"^--ray-address must be HOST:PORT, such as 10.0.0.1:6379, not 'head'"),
     ],
 )
-def test_a_head_out_of_reach_is_named(address: str, words: str) -> None:
+def test_a_head_out_of_reach_is_named(address: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=words):
         connect_ray(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=words.replace("--ray-address", "RAY_ADDRESS")):
+        connect_ray(None)
