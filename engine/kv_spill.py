@@ -1,5 +1,6 @@
 """`--kv-spill`: where KV blocks stay when the KV cache evicts them."""
 
+import re
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
@@ -31,6 +32,8 @@ def parse_kv_spill(text: str) -> KVSpill:
     path, colon, size = place.rpartition(":")
     if tier.strip() != "disk" or not colon or not path.strip():
         raise ConfigError(f"{FLAG} takes disk=PATH:SIZE after host=, as in {FORM}, not {disk!r}")
+    if re.search(r":[^:]*,\s*disk=", path):  # the size of one part and the beginning of the next
+        raise ConfigError(f"{FLAG} takes one disk=, as in {FORM}, not {disk!r}")
     return KVSpill(host_bytes, path.strip(), _size(size, "disk="))
 
 

@@ -35,6 +35,7 @@ def test_sizes_and_paths_are_read(text: str, expected: KVSpill) -> None:
         ("host=1GiB,disk=/path", "takes disk=PATH:SIZE after host="),
         ("host=1GiB,disk=:5GiB", "takes disk=PATH:SIZE after host="),
         ("host=1GiB,disk=/path:lots", "disk=: 'lots' is not a valid size"),
+        ("host=1GiB,disk=/a:1GiB,disk=/b:1GiB", "takes one disk="),
         ("host=1GiB,tape=/path:5GiB", "takes disk=PATH:SIZE after host="),
     ],
 )
