@@ -21,6 +21,7 @@ from bench.measurement.progress import Progress
 from bench.measurement.run import BenchOptions, Subject, measure_configuration, measure_ladder
 from bench.results import (
     FLAG,
+    GENERATORS_FILE,
     METRICS_FOLDER,
     POINTS_FILE,
     REQUESTS_FOLDER,
@@ -75,7 +76,7 @@ def discard(folder: Path) -> None:
     """Remove the results of an earlier run; other files in the folder are kept."""
     if not any((folder / name).exists() for name in (STATE_FILE, SUMMARY_FILE, POINTS_FILE)):
         return  # a folder "logs" in it may not be ours
-    for name in (STATE_FILE, POINTS_FILE, SUMMARY_FILE):
+    for name in (STATE_FILE, POINTS_FILE, GENERATORS_FILE, SUMMARY_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in (REQUESTS_FOLDER, METRICS_FOLDER, LOGS_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -163,12 +163,14 @@ def test_a_changed_sweep_is_refused_unless_fresh(write: Callable[..., Path], tmp
     one = {"four": stub("--slots", "4")}
     sweep(write(configurations={"four": stub("--refuse", "x")}))
     (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "generators.csv").write_text("point_id,generator\n")
     changed = write(configurations=one, options=OPTIONS | {"rates": [25]})
     with pytest.raises(BenchError, match=r"another version of this sweep.*--fresh"):
         sweep(changed)
     sweep(changed, fresh=True)
     assert {rate for _, phase, rate in measured(tmp_path / "out") if phase == "fixed"} == {25.0}
     assert (tmp_path / "out" / "notes.txt").exists()
+    assert not (tmp_path / "out" / "generators.csv").exists()
 
 
 def test_somebody_elses_results_are_not_touched(write: Callable[..., Path], tmp_path: Path) -> None:
