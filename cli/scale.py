@@ -33,6 +33,15 @@ TARGET, CHANGE = "Server", "Change"
 )
 @option(
     CHANGE,
+    "--drain-timeout",
+    type=Finite(0),
+    metavar="SECONDS",
+    default_text="none",
+    help="Longest time that surplus replicas get for the requests that they have. Those without output move to other "
+    "replicas then, and the others end with an error.",
+)
+@option(
+    CHANGE,
     "--wait/--no-wait",
     default=True,
     help="Wait until new replicas serve and surplus ones are drained.",
@@ -56,23 +65,32 @@ TARGET, CHANGE = "Server", "Change"
 )
 @option(TARGET, "--insecure", is_flag=True, help="Skip the verification of the server's TLS certificate.")
 def command(
-    url: str, replicas: int, wait: bool, timeout: float | None, api_key: str | None, ca: str | None, insecure: bool
+    url: str,
+    replicas: int,
+    drain_timeout: float | None,
+    wait: bool,
+    timeout: float | None,
+    api_key: str | None,
+    ca: str | None,
+    insecure: bool,
 ) -> int:
     """Change the number of replicas of the server at URL while it serves.
 
     New replicas are started. Surplus ones are drained: they get no new requests, and end when their last one is done.
-    No request is lost.
+    No request is lost, unless --drain-timeout ends some.
     """
     if insecure and ca is not None:
         raise click.UsageError("use --ca or --insecure, not both")
     target = Target(url, "", api_key, (), ca, insecure)
     url = target.base_url  # without a password
     with ControlClient(target, timeout_s=REQUEST_S) as server:
-        state = _answer(server, url, replicas)
+        state = begun = _answer(server, url, {"data_parallel_size": replicas, "drain_timeout": drain_timeout})
         if wait:
-            state = _wait(server, url, state, timeout)
+            state = _wait_or_leave(server, url, state, timeout)
     if state["error"]:
         raise BenchError(state["error"])
+    if ended := state["timed_out"] - begun["timed_out"]:
+        click.echo(f"{ended} output{'s' if ended > 1 else ''} ended with an error (--drain-timeout)", err=True)
     serving = _count(state, "ok", "hung")
     if wait and serving < replicas:
         click.echo(f"{serving} of {replicas} replicas serve; see {url}/health", err=True)
@@ -81,9 +99,19 @@ def command(
     return 0
 
 
+def _wait_or_leave(server: ControlClient, url: str, state: dict[str, Any], timeout: float | None) -> dict[str, Any]:
+    """Poll until the change is done; Ctrl-C ends the command alone, not the change."""
+    try:
+        return _wait(server, url, state, timeout)
+    except KeyboardInterrupt:
+        again = f"redline scale {url} --dp {state['data_parallel_size']}"
+        click.echo(f"the change goes on; to wait for it again: {again}", err=True)
+        raise
+
+
 def _wait(server: ControlClient, url: str, state: dict[str, Any], timeout: float | None) -> dict[str, Any]:
     """Poll until the change is done; shows each step of it."""
-    revision, shown = state["revision"], ""
+    revision, wanted, shown = state["revision"], state["data_parallel_size"], ""
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         # A process that does not know of this change yet may answer.
@@ -91,7 +119,11 @@ def _wait(server: ControlClient, url: str, state: dict[str, Any], timeout: float
             if (now := _summary(state)) != shown:
                 click.echo(now, err=True)
                 shown = now
-            if state["done"] or state["error"]:
+            if state["error"]:
+                return state
+            if state["data_parallel_size"] != wanted:
+                raise BenchError(f"another command has changed the number of replicas: {now}")
+            if state["done"]:
                 return state
         if deadline is not None and time.monotonic() > deadline:
             raise BenchError(f"not done within {timeout:g} s: {shown}; the change goes on")
@@ -109,10 +141,10 @@ def _count(state: dict[str, Any], *statuses: str) -> int:
     return sum(replica["status"] in statuses for replica in state["replicas"])
 
 
-def _answer(server: ControlClient, url: str, replicas: int | None = None) -> dict[str, Any]:
-    """The state of the change; with `replicas`, begin one. Raises BenchError if the server refuses."""
+def _answer(server: ControlClient, url: str, change: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The state of the change; with `change`, begin one. Raises BenchError if the server refuses."""
     try:
-        answer = server.get("/scale") if replicas is None else server.post("/scale", {"data_parallel_size": replicas})
+        answer = server.get("/scale") if change is None else server.post("/scale", change)
     except httpx.HTTPError as error:
         raise BenchError(f"{url} does not answer: {reason_of(error)}") from error
     if answer.status_code != 200:

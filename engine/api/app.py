@@ -193,9 +193,10 @@ async def health(state: ApiState, _request: Request) -> Response:
 
     With replicas, the status is degraded, and still 200, while some of them are ok.
     """
-    client, core = state.client, state.client.total_stats.core
+    client, stats = state.client, state.client.total_stats
+    core = stats.core
     age = max(0.0, client.clock.now() - core.last_step_at) if core.steps else None
-    known: dict[str, Any] = {"running": core.running, "waiting": core.waiting, "last_step_age_s": age}
+    known: dict[str, Any] = {"running": core.running, "waiting": stats.num_waiting, "last_step_age_s": age}
     if states := client.replica_states():
         known["replicas"] = states
     if client.dead is not None:
@@ -210,7 +211,7 @@ async def health(state: ApiState, _request: Request) -> Response:
 
 async def load(state: ApiState, _request: Request) -> Response:
     """The requests that the server is working on, those that wait included."""
-    return json_response({"server_load": state.client.total_stats.live})
+    return json_response({"server_load": state.client.total_stats.num_open})
 
 
 async def ready(readiness: Readiness) -> Response:

@@ -99,17 +99,16 @@ def check_queue(client: EngineClient, limits: Limits, outputs: int) -> None:
     if limits.max_queue is None:
         return
     stats = client.total_stats
-    waiting, slots = stats.core.waiting, client.ready.max_num_seqs * len(client.serving)
-    outputs += client.num_held
+    waiting, slots = stats.num_waiting, client.ready.max_num_seqs * len(client.serving)
     # Open requests are counted at once, waiting ones only with the core's next message.
-    queue = max(stats.live + outputs - slots, waiting + outputs if waiting else 0)
+    queue = max(stats.num_open + outputs - slots, waiting + outputs if waiting else 0)
     if queue <= limits.max_queue:
         return
     wait = retry_after_s(stats.e2e, queue / max(slots, 1))
     client.stats.count_event("queue_full")
     raise ApiError(
         503,
-        f"the queue is full: {max(waiting, stats.live - slots, 0):,} waiting, at most {limits.max_queue:,} allowed "
+        f"the queue is full: {max(waiting, stats.num_open - slots, 0):,} waiting, at most {limits.max_queue:,} allowed "
         f"(--max-queue); try again in {wait} s",
         code="queue_full",
         headers={"Retry-After": str(wait)},

@@ -171,6 +171,7 @@ RESPONSES: dict[str, Schema] = {
             "data_parallel_size": COUNT,
             "done": BOOLEAN,
             "error": nullable(STRING),
+            "timed_out": COUNT,
             "replicas": listed(REPLICA),
         }
     ),

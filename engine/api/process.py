@@ -61,6 +61,7 @@ class Drained(msgspec.Struct, tag="drained"):
     """A draining replica gets no requests from this process, and has none of it."""
 
     replica: int
+    drain: int  # its number
 
 
 class ScaleAsked(msgspec.Struct, tag="scale"):
@@ -68,6 +69,7 @@ class ScaleAsked(msgspec.Struct, tag="scale"):
 
     number: int
     target: int
+    drain_timeout: float | None  # seconds
 
 
 ApiNote: TypeAlias = Drained | ScaleAsked
@@ -204,7 +206,7 @@ async def serve(options: ApiProcessOptions, supervised: "SupervisedClient", send
     loop = asyncio.get_running_loop()
     traces = None if options.traces_endpoint is None else make_traces(options.traces_endpoint)
     client = supervised.router
-    client.on_drained = lambda replica: send(Note.of(Drained(replica)))
+    client.on_drained = lambda replica, drain: send(Note.of(Drained(replica, drain)))
     client.open(RequestLog(logged=options.log_requests, traced=None if traces is None else traces.add))
     state = ApiState(
         client,
@@ -218,7 +220,7 @@ async def serve(options: ApiProcessOptions, supervised: "SupervisedClient", send
     if options.key_loads >= 0:
         state.key_loads = KeyLoads(options.front_ends, len(options.http.api_keys), options.key_loads)
     scaling = state.scaling = RemoteScaling(
-        options.front_end, options.scale_state, lambda number, target: send(Note.of(ScaleAsked(number, target)))
+        options.front_end, options.scale_state, lambda number, *asked: send(Note.of(ScaleAsked(number, *asked)))
     )
     for event in options.events:
         supervised.apply(event)

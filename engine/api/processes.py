@@ -42,11 +42,11 @@ class Replicas(Protocol):
 
     def events(self) -> Iterable[ReplicaEvent]: ...
 
-    def drained(self, front_end: int, number: int) -> None: ...
+    def drained(self, front_end: int, number: int, drain: int) -> None: ...
 
     def front_end_ended(self, front_end: int) -> None: ...
 
-    def scale_for(self, target: int, asked: tuple[int, int]) -> ScaleState: ...
+    def scale_for(self, target: int, drain_timeout: float | None, asked: tuple[int, int]) -> ScaleState: ...
 
 
 class _Place:
@@ -124,9 +124,9 @@ class ApiProcesses:
 
         def on_note(note: Drained | ScaleAsked) -> None:
             if isinstance(note, Drained):
-                self._replicas.drained(place.front_end, note.replica)
+                self._replicas.drained(place.front_end, note.replica, note.drain)
             else:
-                self._replicas.scale_for(note.target, (place.front_end, note.number))
+                self._replicas.scale_for(note.target, note.drain_timeout, (place.front_end, note.number))
 
         place.process.on_note = threadsafe(on_note)
 

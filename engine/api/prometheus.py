@@ -31,7 +31,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._client.total_stats
         core = stats.core
-        yield from self._gauges(core)
+        yield from self._gauges(stats, core)
         yield from self._counters(core)
         yield self._finished(stats)
         yield from self._overload(stats)
@@ -52,10 +52,10 @@ class EngineCollector(Collector):
             "redline:tasks", "Asyncio tasks of the API process that answers.", value=len(asyncio.all_tasks())
         )
 
-    def _gauges(self, core: Stats) -> Iterator[Metric]:
+    def _gauges(self, stats: FrontEndStats, core: Stats) -> Iterator[Metric]:
         for name, what, value in (
             ("num_requests_running", "Requests running (in a batch slot).", core.running),
-            ("num_requests_waiting", "Requests waiting to be scheduled.", core.waiting),
+            ("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_waiting),
             ("kv_cache_usage_perc", "Fraction of the KV cache in use, 0 to 1.", core.kv_cache_usage),
             ("gpu_cache_usage_perc", "The same, under its older name.", core.kv_cache_usage),
         ):
@@ -110,6 +110,7 @@ class EngineCollector(Collector):
         for name, what, event in (
             ("request_timeouts", "Requests that exceeded --request-timeout.", "timeout"),
             ("core_restarts", "Restarts of EngineCores (--restart-on-failure).", "restart"),
+            ("drain_timeouts", "Requests that ended with a drained replica (--drain-timeout).", "drain_timeout"),
         ):
             family = CounterMetricFamily(f"redline:{name}", what, labels=["model_name"])
             family.add_metric([self._model], stats.events(event))

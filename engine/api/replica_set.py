@@ -7,6 +7,7 @@ requests there and that none is left.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -21,6 +22,8 @@ from engine.errors import RedlineError, cause_of
 from engine.frontend.connect import SupervisedClient
 from engine.frontend.front_end_stats import MOST_REPLICAS, Boards
 from engine.frontend.replica_events import (
+    DrainCanceled,
+    DrainTimeout,
     ReplicaDraining,
     ReplicaEvent,
     ReplicaLost,
@@ -35,6 +38,7 @@ log = logging.getLogger("redline.serve")
 
 Status: TypeAlias = Literal["up", "starting", "restarting", "draining", "ending", "dead", "removed"]
 ACTIVE: tuple[Status, ...] = ("up", "starting", "restarting")
+DRAIN_REPORT_S = 5.0  # for front ends to report that the requests of a drain have ended, once its time limit has passed
 FREE: tuple[Status, ...] = ("dead", "removed")
 # Starts a core with adapters, by name and folder; calls back if it ends, with the replica and the cause.
 Start: TypeAlias = Callable[[tuple[tuple[str, str], ...], Callable[[int, str], None]], None]
@@ -50,6 +54,7 @@ class _Replica:
         self.restarts = RestartPolicy()
         self.attempt = 0  # the number of its core; reports about an earlier one are late
         self.is_starting = False  # a thread starts its core
+        self.drain = 0  # the number of its drain among all drains
         self.undrained: set[int] = set()  # front ends that may still have requests there
 
 
@@ -72,6 +77,7 @@ class ReplicaSet:
         self._given_limit = limit
         self._replicas = {number: _Replica(number, "up") for number in engine.cores}
         self._adapters = dict(engine.config.adapters)  # as the replicas had them last
+        self._drains = itertools.count(1)
         self._tasks: set[asyncio.Future[None]] = set()
         self._ended = False
         self.state = ScaleState(0, len(self._replicas))
@@ -100,7 +106,7 @@ class ReplicaSet:
         """The cores by replica for a front end that begins; those that it is not to use have no address."""
         return {
             number: self._engine.address(number, front_end)
-            if self._replicas[number].status == "up"
+            if self._replicas[number].status in ("up", "draining")
             else CoreAddress(ready)
             for number, ready in list(self._engine.readies.items())
         }
@@ -108,16 +114,21 @@ class ReplicaSet:
     def events(self) -> Iterator[ReplicaEvent]:
         """What a front end that begins must know besides."""
         for number, one in self._replicas.items():
+            served = number in self._engine.readies
             if one.status in ("restarting", "dead"):
                 yield ReplicaLost(number, one.cause, one.status == "restarting")
-            elif one.status != "up" and number in self._engine.readies:
+            elif one.status in ("draining", "ending") and served and not one.is_starting:
+                yield ReplicaDraining(number, one.drain)  # until it is removed, as for other front ends
+            elif one.status != "up" and served:
                 yield ReplicaRemoved(number)
-            if one.status == "starting":
+            if one.status == "starting" or (one.status == "ending" and one.is_starting):
                 yield ReplicaStarting(number)
 
-    def drained(self, front_end: int, number: int) -> None:
+    def drained(self, front_end: int, number: int, drain: int) -> None:
         """A front end has no requests on a draining replica."""
         one = self._replicas[number]
+        if drain != one.drain:  # it is late
+            return
         one.undrained.discard(front_end)
         if one.status == "draining" and not one.undrained:
             one.status = "ending"
@@ -127,7 +138,7 @@ class ReplicaSet:
         """An API process has ended, and its requests with it."""
         for one in self._replicas.values():
             if one.status == "draining":
-                self.drained(front_end, one.number)
+                self.drained(front_end, one.number, one.drain)
 
     def _announce(self, event: ReplicaEvent) -> None:
         self._client.apply(event)
@@ -243,29 +254,37 @@ class ReplicaSet:
 
     # ------------------------------------------------------------------------------------------------- their number
 
-    async def scale(self, target: int) -> ScaleState:
+    async def scale(self, target: int, drain_timeout: float | None = None) -> ScaleState:
         """Begin to add or to drain replicas; see `Scaling`."""
-        return self.scale_for(target, (0, 0))
+        return self.scale_for(target, drain_timeout, (0, 0))
 
-    def scale_for(self, target: int, asked: tuple[int, int]) -> ScaleState:
+    def scale_for(self, target: int, drain_timeout: float | None, asked: tuple[int, int]) -> ScaleState:
         """The same, for the request `asked` of a front end."""
-        active = [one for one in self._replicas.values() if one.status in ACTIVE]
-        ending = sum(one.status in ("draining", "ending") for one in self._replicas.values())
+        every = list(self._replicas.values())
+        active = [one for one in every if one.status in ACTIVE]
+        draining = [one for one in every if one.status == "draining"]
+        back = draining[: max(0, target - len(active))]
+        ending = len(draining) - len(back) + sum(one.status == "ending" for one in every)
         if target + ending > MOST_REPLICAS:
             error = f"{target} replicas and {ending} ending ones exceed {MOST_REPLICAS}: wait until these have ended"
             return self._change(len(active), error, asked)
-        if target > len(active):
+        added = max(0, target - len(active) - len(back))
+        if added:
             try:
-                self._engine.check_room(target - len(active))
+                self._engine.check_room(added)
             except RedlineError as refusal:
                 return self._change(len(active), str(refusal), asked)
         log.warning("scaling from %d to %d replicas", len(active), target)
-        for _ in range(target - len(active)):
+        for one in back:
+            self._take_back(one)
+        for _ in range(added):
             self._add(target)
         # Those that do not serve yet go first, then those that came last.
         active.sort(key=lambda one: (one.status == "up", -one.number))
         for one in active[: max(0, len(active) - target)]:
             self._remove(one)
+        if drain_timeout is not None:
+            self._limit_drains(drain_timeout)
         return self._change(target, "", asked)
 
     def _change(self, target: int, error: str, asked: tuple[int, int]) -> ScaleState:
@@ -285,8 +304,9 @@ class ReplicaSet:
     def _remove(self, one: _Replica) -> None:
         if one.status == "up":
             one.status = "draining"
+            one.drain = next(self._drains)
             one.undrained = {0, *self._processes.running}
-            self._announce(ReplicaDraining(one.number))
+            self._announce(ReplicaDraining(one.number, one.drain))
         elif one.is_starting:
             one.status = "ending"
             self._stop_core(one, expect_end=False)  # `_on_failed` follows
@@ -294,6 +314,30 @@ class ReplicaSet:
             one.attempt += 1
             one.status = "removed"
             self._announce(ReplicaRemoved(one.number))
+
+    def _take_back(self, one: _Replica) -> None:
+        """Have a draining replica serve again, which needs neither a start nor more memory."""
+        one.status = "up"
+        log.warning("replica %d is drained no longer", one.number)
+        self._announce(DrainCanceled(one.number))
+
+    def _limit_drains(self, seconds: float) -> None:
+        """End the requests of all draining replicas after so many seconds; the shortest limit of a drain holds."""
+        for one in self._replicas.values():
+            if one.status == "draining":
+                asyncio.get_running_loop().call_later(seconds, self._end_drain, one, one.drain, seconds)
+
+    def _end_drain(self, one: _Replica, drain: int, seconds: float) -> None:
+        if self._ended or one.status != "draining" or one.drain != drain:
+            return
+        limit = f"this request was not done within {seconds:g} s (redline scale --drain-timeout)"
+        self._announce(DrainTimeout(one.number, f"replica {one.number} was removed, and {limit}"))
+        asyncio.get_running_loop().call_later(DRAIN_REPORT_S, self._stop_drained, one, drain)
+
+    def _stop_drained(self, one: _Replica, drain: int) -> None:
+        """Stop a replica although a front end, which hangs, has not reported that its requests have ended."""
+        for front_end in list(one.undrained):
+            self.drained(front_end, one.number, drain)
 
     def _stop_core(self, one: _Replica, *, expect_end: bool = True) -> None:
         """Stop the core of a replica on a thread; `expect_end`: it is removed then."""

@@ -34,26 +34,30 @@ class Scaling(Protocol):
     @property
     def state(self) -> ScaleState: ...
 
-    async def scale(self, target: int) -> ScaleState:
-        """Begin to add or to drain replicas; returns the state right after that."""
+    async def scale(self, target: int, drain_timeout: float | None = None) -> ScaleState:
+        """Begin to add or to drain replicas; returns the state right after that.
+
+        `drain_timeout`: seconds after which the requests of all draining replicas are ended; None: no limit, or the one
+        that an earlier call has set.
+        """
         ...
 
 
 class RemoteScaling:
     """The scaling of a further API process, which asks the first one."""
 
-    def __init__(self, front_end: int, state: ScaleState, ask: Callable[[int, int], None]):
-        """`ask` sends the number of a request and a number of replicas to the first process."""
+    def __init__(self, front_end: int, state: ScaleState, ask: Callable[[int, int, float | None], None]):
+        """`ask` sends the number of a request and the arguments of `scale` to the first process."""
         self.state = state
         self._front_end = front_end
         self._ask = ask
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[ScaleState]] = {}
 
-    async def scale(self, target: int) -> ScaleState:
+    async def scale(self, target: int, drain_timeout: float | None = None) -> ScaleState:
         number = next(self._numbers)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._ask(number, target)
+        self._ask(number, target, drain_timeout)
         try:
             return await asyncio.wait_for(answer, ANSWER_S)
         except TimeoutError:

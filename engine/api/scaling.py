@@ -15,12 +15,13 @@ from engine.frontend.front_end_stats import MOST_REPLICAS
 
 class ScaleRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     data_parallel_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_REPLICAS)]
+    drain_timeout: Annotated[float, msgspec.Meta(ge=0)] | None = None  # seconds
 
 
 async def scale(state: ApiState, request: Request) -> Response:
     """Begin to add or to drain replicas."""
     body = await state.read(request, ScaleRequest)
-    return _response(state.client, await scaling_of(state).scale(body.data_parallel_size))
+    return _response(state.client, await scaling_of(state).scale(body.data_parallel_size, body.drain_timeout))
 
 
 async def scale_state(state: ApiState, _request: Request) -> Response:
@@ -42,6 +43,7 @@ def _response(client: EngineClient, scaling: ScaleState) -> Response:
         "data_parallel_size": scaling.target,
         "done": is_done(replicas),
         "error": scaling.error or None,
+        "timed_out": client.total_stats.events("drain_timeout"),
         "replicas": replicas,
     }
     return Response(msgspec.json.encode(body), media_type="application/json")

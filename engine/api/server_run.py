@@ -164,7 +164,8 @@ class ServerRun(ClientListener):
         lines = StatsLog(client.clock.now(), client.total_stats.core)
         while True:
             await asyncio.sleep(PERIOD_S)
-            line = lines.line(client.clock.now(), client.total_stats.core)
+            stats = client.total_stats
+            line = lines.line(client.clock.now(), stats.core, stats.held)
             if line is not None:
                 log.info(line)
 
@@ -177,7 +178,7 @@ class ServerRun(ClientListener):
             self._stop(STOPPED, FORCED_GRACE_S)
             return
         seconds = self._options.shutdown_timeout_s
-        if count := self._client.total_stats.live:
+        if count := self._client.total_stats.num_open:
             what = f"{count} running request{'s' if count > 1 else ''}"
             self._show_line(f"finishing {what}, within {seconds:g} s; Ctrl-C again ends at once")
         self._http.finish()
@@ -187,7 +188,7 @@ class ServerRun(ClientListener):
     def _on_timeout(self, seconds: float) -> None:
         if self._stopping or self._cause_of_death is not None:
             return
-        count = self._client.total_stats.live
+        count = self._client.total_stats.num_open
         what = f"{count} request{'' if count == 1 else 's'}"
         self._show_line(f"aborted {what} not finished after {seconds:g} s (--shutdown-timeout)")
         self._stop(f"{STOPPED}: it had {seconds:g} s (--shutdown-timeout)", ERROR_GRACE_S)

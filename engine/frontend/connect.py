@@ -10,6 +10,8 @@ from engine.frontend.disaggregation import DisaggregatedClient, DisaggregatedRou
 from engine.frontend.front_end_stats import Boards, MMCounters
 from engine.frontend.mm_pipeline import MMOptions, MMPipeline
 from engine.frontend.replica_events import (
+    DrainCanceled,
+    DrainTimeout,
     ReplicaDraining,
     ReplicaEvent,
     ReplicaLost,
@@ -94,7 +96,11 @@ class SupervisedClient:
             case ReplicaLost():
                 router.core_lost(replica, event.cause, restarting=event.restarting)
             case ReplicaDraining():
-                router.drain(replica)
+                router.drain(replica, event.drain)
+            case DrainTimeout():
+                router.end_drain(replica, event.cause)
+            case DrainCanceled():
+                router.cancel_drain(replica)
             case ReplicaRemoved():
                 router.core_removed(replica)
             case _ if router.knows(replica):

@@ -56,7 +56,6 @@ class CoreClient(OutputProcessor):
     replicas: tuple["CoreClient", ...] = ()
     routing = ""
     unavailable = ""
-    num_held = 0
 
     def __init__(  # noqa: PLR0913  (most are keywords with defaults)
         self,
@@ -295,16 +294,14 @@ class CoreClient(OutputProcessor):
         status = {"status": "hung", "cause": self.hung} if self.hung else {"status": "ok"}
         return state | status | {"running": core.running, "waiting": core.waiting}
 
-    def streams(self) -> list[RequestStream]:
-        """The streams with live outputs."""
-        return list({id(output.stream): output.stream for output in self._live.values()}.values())
-
     def release(self, stream: RequestStream) -> list[int]:
-        """Forget a stream that another replica takes over; returns the handles of its outputs."""
+        """Give up a stream that another replica takes over; returns the handles of its outputs."""
         handles = list(stream.live)
         for handle in handles:
             del self._live[handle], stream.live[handle]
         self.stats.live = len(self._live)
+        if handles and self.dead is None:
+            self._transport.send(Abort(tuple(handles)))
         return handles
 
     # ----------------------------------------------------------------------------------------------- from the core

@@ -264,3 +264,13 @@ class DisaggregatedRouter(Router):
         for prefill in list(tracker.prefills.values()):
             tracker.end_prefill(prefill, cause)
         super().replica_died(tracker, cause)
+
+    def end_drain(self, replica: int, cause: str) -> None:
+        """Also has decode replicas compute the prompts that a prefill replica has no time for."""
+        tracker = self._trackers[replica]
+        assert isinstance(tracker, DisaggregatedTracker)
+        if tracker.draining:
+            for prefill in list(tracker.prefills.values()):
+                tracker.client.abort_prefill(prefill.handle)
+                tracker.end_prefill(prefill, cause)
+        super().end_drain(replica, cause)

@@ -22,8 +22,9 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 REASONS = ("stop", "length", "abort", "error")
 # What happens to requests outside of the engine, and to a core: a request that exceeded --request-timeout, one that was
-# refused because of --max-queue or --max-requests-per-key, a core that was started again.
-EVENTS = ("timeout", "queue_full", "key_limit", "restart")
+# refused because of --max-queue or --max-requests-per-key, a core that was started again, an output that was ended with
+# its replica because a drain had a time limit.
+EVENTS = ("timeout", "queue_full", "key_limit", "restart", "drain_timeout")
 # Of the feature cache: inputs looked up, those found, bytes of its files. Of the pool: inputs processed, those that
 # failed, seconds of its processes, inputs that wait, processes.
 MM_COUNTERS = ("queries", "hits", "bytes", "jobs", "failures", "seconds", "waiting", "processes")
@@ -35,8 +36,8 @@ MOST_REPLICAS = 64  # of a server; the memory of one that never was is never tou
 
 # Layout of a block, an array of float64: time of the core's last message, number of cores before this one, stats of the
 # core (those of multimodal inputs and of --kv-spill last), counters of the cores before it in the same order, number of
-# open requests, tokens left to compute for them, finished requests by reason, events, counters of multimodal inputs,
-# counters of grammars, histograms.
+# requests that the core has, tokens left to compute for them, requests that wait until a replica serves, finished
+# requests by reason, events, counters of multimodal inputs, counters of grammars, histograms.
 _CORE_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(Stats)[:-2])
 _MM_KINDS: tuple[type, ...] = tuple(field.type for field in msgspec.structs.fields(MMStats))
 _PART_NAMES = (*MMStats.__struct_fields__, *SpillStats.__struct_fields__)
@@ -56,7 +57,8 @@ _ALL_CORE = slice(_CORE.start, _CORE_SPILL.stop)
 _ENDED = slice(_ALL_CORE.stop, _ALL_CORE.stop + len(_CORE_NAMES))
 _LIVE = _ENDED.stop
 _LOAD = _LIVE + 1
-_FINISHED = _LOAD + 1
+_HELD = _LOAD + 1
+_FINISHED = _HELD + 1
 _EVENTS = _FINISHED + len(REASONS)
 _INPUTS = slice(_EVENTS + len(EVENTS), _EVENTS + len(EVENTS) + len(MM_COUNTERS))
 _GRAMMARS = _INPUTS.stop
@@ -190,7 +192,7 @@ class FrontEndStats:
         """Take over what another front end knows of the core; nothing is open any longer."""
         for index in range(_LIVE):
             self._cells[index] = other._cells[index]
-        self.live, self.load = 0, 0.0
+        self.live, self.load, self.held = 0, 0.0, 0
 
     @property
     def core(self) -> Stats:
@@ -206,7 +208,7 @@ class FrontEndStats:
 
     @property
     def live(self) -> int:
-        """Requests that are open at the front end."""
+        """Requests of the front end that the core has."""
         return int(self._cells[_LIVE])
 
     @live.setter
@@ -222,6 +224,25 @@ class FrontEndStats:
     def load(self, tokens: float) -> None:
         self._cells[_LOAD] = tokens
 
+    @property
+    def held(self) -> int:
+        """Requests that wait at the front end until a replica serves; a router counts them for its first replica."""
+        return int(self._cells[_HELD])
+
+    @held.setter
+    def held(self, count: int) -> None:
+        self._cells[_HELD] = count
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have arrived and not ended."""
+        return self.live + self.held
+
+    @property
+    def num_waiting(self) -> int:
+        """Of these, those that are not in a batch slot, as far as the core has reported."""
+        return self.core.waiting + self.held
+
     def count_finished(self, reason: str) -> None:
         self._cells[_FINISHED + REASONS.index(reason)] += 1
 
@@ -231,9 +252,9 @@ class FrontEndStats:
         counts = self._cells[_FINISHED:_EVENTS]
         return Counter({reason: int(count) for reason, count in zip(REASONS, counts, strict=True) if count})
 
-    def count_event(self, event: str) -> None:
+    def count_event(self, event: str, count: int = 1) -> None:
         """Count one of EVENTS."""
-        self._cells[_EVENTS + EVENTS.index(event)] += 1
+        self._cells[_EVENTS + EVENTS.index(event)] += count
 
     def events(self, event: str) -> int:
         return int(self._cells[_EVENTS + EVENTS.index(event)])

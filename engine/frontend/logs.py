@@ -23,15 +23,19 @@ class StatsLog:
         self._before = core
         self._idle = True
 
-    def line(self, now: float, core: Stats) -> str | None:
-        """The line for the interval that ends now; None if the core is still idle."""
+    def line(self, now: float, core: Stats, held: int = 0) -> str | None:
+        """The line for the interval that ends now; None if the core is still idle.
+
+        `held`: requests that wait until a replica serves.
+        """
         before, elapsed = self._before, max(now - self._at, 1e-9)
+        waiting = core.waiting + held
         if core.steps < before.steps:
             before = core  # one was started again and counts from zero: this interval is unknown
         self._before, self._at = core, now
         prompt = core.prompt_tokens - before.prompt_tokens
         generated = core.generation_tokens - before.generation_tokens
-        if not (core.running or core.waiting or prompt or generated):
+        if not (core.running or waiting or prompt or generated):
             was_idle, self._idle = self._idle, True
             return None if was_idle else "idle: no request is running or waiting"
         self._idle = False
@@ -42,7 +46,7 @@ class StatsLog:
         drafts = f", {100 * accepted / drafted:.1f} % of {drafted} draft tokens accepted" if drafted else ""
         return (
             f"prompt {prompt / elapsed:.1f} tok/s, generation {generated / elapsed:.1f} tok/s, "
-            f"running {core.running}, waiting {core.waiting}, KV cache {100 * core.kv_cache_usage:.1f} %, "
+            f"running {core.running}, waiting {waiting}, KV cache {100 * core.kv_cache_usage:.1f} %, "
             f"prefix hits {hits}, preemptions {core.preemptions - before.preemptions}{drafts}"
         )
 

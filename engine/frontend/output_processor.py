@@ -63,6 +63,17 @@ class OutputProcessor:
         if handles and self.dead is None:
             self._transport.send(Abort(handles))
 
+    def streams(self) -> list[RequestStream]:
+        """The streams with live outputs."""
+        return list({id(output.stream): output.stream for output in self._live.values()}.values())
+
+    def end_streams(self, error: Exception) -> int:
+        """Fail all streams, here and in the core, which lives on; returns the number of their outputs."""
+        count = len(self._live)
+        for stream in self.streams():
+            self._fail_stream(stream, error)
+        return count
+
     def _process(self, message: Outputs) -> None:
         if message.stats is not None:
             self.stats.record_core(message.at, message.stats)
@@ -225,6 +236,7 @@ class OutputProcessor:
             record.error = self.dead
             self._report(record)
         else:
+            record.error = str(output.stream.error) if reason == "error" else None
             self._unreported[output.handle] = record, output.stream.arrived
 
     def _report(self, record: OutputRecord) -> None:

@@ -32,6 +32,20 @@ class ReplicaDraining(msgspec.Struct, tag="draining"):
     """A replica gets no more requests."""
 
     replica: int
+    drain: int  # the number of this drain, which front ends report when they have no requests there
+
+
+class DrainTimeout(msgspec.Struct, tag="drain-timeout"):
+    """The time limit of a drain has passed: its requests must end."""
+
+    replica: int
+    cause: str
+
+
+class DrainCanceled(msgspec.Struct, tag="drain-canceled"):
+    """A draining replica gets requests again."""
+
+    replica: int
 
 
 class ReplicaRemoved(msgspec.Struct, tag="removed"):
@@ -40,4 +54,6 @@ class ReplicaRemoved(msgspec.Struct, tag="removed"):
     replica: int
 
 
-ReplicaEvent: TypeAlias = ReplicaStarting | ReplicaUp | ReplicaLost | ReplicaDraining | ReplicaRemoved
+ReplicaEvent: TypeAlias = (
+    ReplicaStarting | ReplicaUp | ReplicaLost | ReplicaDraining | DrainTimeout | DrainCanceled | ReplicaRemoved
+)

@@ -30,12 +30,17 @@ class ReplicaTracker(ClientListener):
         groups = len(client.ready.kv_windows)  # a cached block of tokens takes a KV block in each group
         self.prefixes = PrefixIndex(client.ready.num_blocks // max(groups, 1))  # encoders have none
         self.assigned_tokens = 0.0  # in total, since the start
-        self.draining = False  # it gets no new requests, and is removed once those that it has are done
+        self.drain = 0  # the number of its drain; 0: it is not drained
         self.restarting = False  # its core is gone, and a new one is being started
         self.removed = False  # its counters are kept
         self._router = router
         self._output_length = output_length
         self._load = LoadEstimate()
+
+    @property
+    def draining(self) -> bool:
+        """Whether it gets no new requests, and is removed once those that it has are done."""
+        return self.drain > 0
 
     @property
     def takes_requests(self) -> bool:
@@ -46,13 +51,14 @@ class ReplicaTracker(ClientListener):
         state = self.client.health()
         if self.restarting:
             state["status"] = "restarting"
-        elif self.draining and self.client.dead is None:
+        elif self.draining:  # also if it has ended meanwhile, until it is removed
             state["status"] = "draining"
         return state
 
     def core_replaced(self) -> None:
         """A new core serves, with an empty prefix cache."""
-        self.draining = self.restarting = self.removed = False
+        self.drain = 0
+        self.restarting = self.removed = False
         self.prefixes.clear()
 
     def tokens_left(self) -> float:

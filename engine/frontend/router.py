@@ -42,7 +42,7 @@ log = logging.getLogger("redline.router")
 STARTING = "no replica serves yet"
 
 
-def _ignore(_replica: int) -> None:
+def _ignore(_replica: int, _drain: int) -> None:
     """The owner of a router whose replicas are never drained."""
 
 
@@ -69,12 +69,13 @@ class Router:
         self.routing = routing
         self.dead: str | None = None  # the cause, once no replica is left
         self.listener = ClientListener()
-        self.on_drained: Callable[[int], None] = _ignore  # called with a draining replica that has no streams here
+        # Called with a draining replica that has no streams here, and the number of its drain.
+        self.on_drained: Callable[[int, int], None] = _ignore
         self._supervised = supervised
         self._output_length = OutputLengthEstimate()
         self._trackers = {client.replica: self.tracker_type(self, client, self._output_length) for client in clients}
         self._starting: set[int] = set()  # numbers of replicas that have never served
-        self._held = HeldRequests()
+        self._held = HeldRequests(first.stats)
         self._last_death = ""
         self._policy = make_routing_policy(routing, seed)
         self._calls = ReplicaCalls(lambda: [tracker.client for tracker in self._living()], self._why_none)
@@ -135,11 +136,6 @@ class Router:
     def check_prompt(self, prompt: list[int]) -> None:
         """See `CoreClient.check_prompt`."""
         self.cores[0].check_prompt(prompt)
-
-    @property
-    def num_held(self) -> int:
-        """Outputs that wait here until a replica serves."""
-        return self._held.num_outputs
 
     @property
     def serving(self) -> list[CoreClient]:
@@ -294,16 +290,37 @@ class Router:
             tracker.removed, tracker.restarting = True, False
             tracker.client.core_removed()
 
-    def drain(self, replica: int) -> None:
+    def drain(self, replica: int, drain: int) -> None:
         """Give a replica no more requests; `on_drained` is called once it has no streams here."""
         tracker = self._trackers[replica]
-        tracker.draining = True
-        if not tracker.client.num_live:
-            self.replica_drained(tracker)
+        tracker.drain = drain
+        self._check_drained(tracker)
+
+    def end_drain(self, replica: int, cause: str) -> None:
+        """The time of a drain is up: streams without output move to other replicas, the others fail with the cause."""
+        tracker = self._trackers[replica]
+        if not tracker.draining or tracker.client.dead is not None:
+            return
+        streams = tracker.client.streams()
+        moved = sum(self._move(tracker, stream, retry=False) for stream in streams if stream.has_no_output)
+        ended = tracker.client.end_streams(EngineDeadError(cause))
+        self.stats.count_event("drain_timeout", ended)
+        log.warning("%s has no more time: moved requests: %d, ended outputs: %d", tracker.client.name, moved, ended)
+        if not ended:
+            self._check_drained(tracker)
+
+    def cancel_drain(self, replica: int) -> None:
+        """Give a draining replica requests again."""
+        self._trackers[replica].drain = 0
+        self._held.submit_all(self._submit)
 
     def replica_drained(self, tracker: ReplicaTracker) -> None:
         """A draining replica has no streams here any longer."""
-        self.on_drained(tracker.client.replica)
+        self.on_drained(tracker.client.replica, tracker.drain)
+
+    def _check_drained(self, tracker: ReplicaTracker) -> None:
+        if not tracker.client.num_live:
+            self.replica_drained(tracker)
 
     # --------------------------------------------------------------------------------------------------------- the end
 
@@ -343,20 +360,20 @@ class Router:
         if self.dead is None and not waiting and all(client.dead is not None for client in self.cores):
             self.fail_all(f"no replica is left; {cause}" if self.replicas else cause)
 
-    def _move(self, tracker: ReplicaTracker, stream: RequestStream) -> bool:
-        """Move a stream to another replica; False if there is none, or if the stream was moved before.
+    def _move(self, tracker: ReplicaTracker, stream: RequestStream, *, retry: bool = True) -> bool:
+        """Move a stream to another replica; False if there is none, or if it was retried before.
 
-        A second retry would let a request that kills its replica kill all of them.
+        A second retry would let a request that kills its replica kill all of them. `retry` False: its replica lives.
         """
-        if stream.moved or not (self.serving or self._supervised):
+        if (retry and stream.moved) or not (self.serving or self._supervised):
             return False
         try:
-            stream.moved = True
+            stream.moved |= retry
             tracker.release(stream)
             self._submit(stream)
         except Exception as error:  # only this stream fails
             log.exception("a request of %s could not be retried elsewhere", tracker.client.name)
-            dead = tracker.client.dead
+            dead = tracker.client.dead or f"{tracker.client.name} is removed"
             stream.release_inputs()
             stream.fail(RedlineError(f"{dead}; the request could not be retried elsewhere: {cause_of(error)}"))
             return False

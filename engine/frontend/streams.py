@@ -230,6 +230,11 @@ class RequestStream:
         return bool(self._ready)
 
     @property
+    def error(self) -> Exception | None:
+        """What ended the stream, unless it ended as it should, or has not ended."""
+        return self._error
+
+    @property
     def is_open(self) -> bool:
         """Whether more deltas may come; raises the error that ended the stream, if any."""
         if self._error is not None:

@@ -1,6 +1,7 @@
 """Transport of messages between a front end and the core."""
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -31,11 +32,17 @@ class CoreAddress(msgspec.Struct):
     secret: str = ""
 
     def make_transport(self) -> "Transport":
+        """Connect to the core. If it has ended meanwhile, messages are dropped until an event reports its end."""
         if not self.to_core:
             return NoTransport()
         if self.secret:
             return TcpTransport(self.to_core, self.from_core, self.secret)
-        return ZmqTransport(self.to_core, self.from_core)
+        try:
+            return ZmqTransport(self.to_core, self.from_core)
+        except zmq.ZMQError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return NoTransport()  # the folder of its sockets was removed
 
 
 class Transport(Protocol):
@@ -63,10 +70,14 @@ class ZmqTransport:
         self._deliver: Callable[[bytes], None] = _drop
 
     def _connect(self, to_core: str, from_core: str) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
-        """The sockets to read from and to write to."""
+        """The sockets to read from and to write to. Raises zmq.ZMQError if the core's folder is gone."""
         inbound, outbound = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
         inbound.set_hwm(0)
-        inbound.bind(from_core)
+        try:
+            inbound.bind(from_core)
+        except zmq.ZMQError:
+            self._context.destroy(linger=0)
+            raise
         outbound.set_hwm(0)
         outbound.setsockopt(zmq.LINGER, 0)
         outbound.connect(to_core)
@@ -141,8 +152,8 @@ class NoTransport:
     def open(self, deliver: Callable[[bytes], None]) -> None:
         """Nothing arrives."""
 
-    def send(self, message: ToCore) -> None:  # noqa: ARG002
-        raise AssertionError("a message for a core that is gone")
+    def send(self, message: ToCore) -> None:
+        """Nobody gets it: an event follows, which fails or moves what waits for an answer."""
 
     def close(self) -> None: ...
 

@@ -4,10 +4,17 @@ import asyncio
 import time
 from typing import Any
 
+import httpx
 import pytest
 
+from engine.api.app import create_app
+from engine.api.error_responses import ApiError
 from engine.api.http_options import HttpOptions, Limits
+from engine.api.limits import check_queue
+from engine.api.state import ApiState
+from engine.frontend.front_end_stats import Board
 from tests.engine.api.conftest import in_loop
+from tests.engine.frontend.fleet import Fleet
 
 CHAT = [{"role": "user", "content": "hi"}]
 LIMITS = Limits(max_prompts=3, max_n=2, max_stop=2, max_stop_token_ids=4)
@@ -121,6 +128,39 @@ async def test_without_a_queue_what_finds_a_slot_is_served():
         body = {"prompt": [1, 2, 3], "max_tokens": 30, "ignore_eos": True}
         answers = await asyncio.gather(*(server.http.post("/v1/completions", json=body) for _ in range(4)))
         assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503]
+
+
+async def test_requests_that_wait_for_a_replica_are_counted_once():
+    boards = [Board(2), Board(2)]
+    fleet = Fleet(2, boards=boards, supervised=True)
+    state = ApiState(fleet.router, ("fake",))
+    transport = httpx.ASGITransport(app=create_app(state))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+        async def counted() -> list[float]:
+            health, load = (await http.get("/health")).json(), (await http.get("/load")).json()
+            metrics = (await http.get("/metrics")).text
+            name = 'vllm:num_requests_waiting{model_name="fake"} '
+            [waiting] = [line for line in metrics.splitlines() if line.startswith(name)]
+            return [health["waiting"], load["server_load"], float(waiting.removeprefix(name))]
+
+        for number in range(2):
+            fleet.router.core_lost(number, "it was killed", restarting=True)
+        held = [fleet.add([1]), fleet.add([2])]
+        assert await counted() == [2, 2, 2]
+        boards[0].stats[1].held = 3  # of another front end
+        assert await counted() == [5, 5, 5]
+        check_queue(fleet.router, Limits(max_queue=6), 1)
+        with pytest.raises(ApiError, match="5 waiting, at most 5 allowed"):
+            check_queue(fleet.router, Limits(max_queue=5), 1)
+        boards[0].stats[1].held = 0
+        held.pop().close()
+        assert await counted() == [1, 1, 1]
+        fleet.restart(1)
+        assert await counted() == [0, 1, 0], "it is with a core, which has not reported it yet"
+        fleet.run()
+        assert len(fleet.take(held[0])) == 4
+        assert await counted() == [0, 0, 0]
 
 
 async def until(condition: Any) -> None:

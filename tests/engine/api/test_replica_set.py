@@ -14,6 +14,8 @@ from engine.api.restarts import MAX_RESTARTS
 from engine.errors import OutOfMemoryError
 from engine.frontend.front_end_stats import Boards
 from engine.frontend.replica_events import (
+    DrainCanceled,
+    DrainTimeout,
     ReplicaDraining,
     ReplicaEvent,
     ReplicaLost,
@@ -93,16 +95,16 @@ class Engine:
 
 
 class Server:
-    """A ReplicaSet, with one front end that has no requests unless it is `busy`."""
+    """A ReplicaSet, with a front end that has no requests unless it is `busy`; `others` are further ones."""
 
-    def __init__(self, count: int, limit: int | None = None) -> None:
+    def __init__(self, count: int, limit: int | None = None, others: tuple[int, ...] = ()) -> None:
         self.engine = Engine(count)
         self.events: list[ReplicaEvent] = []
         self.busy = False
         self.died: list[str] = []
         self.replicas = ReplicaSet(self.engine, Boards(1), limit)  # type: ignore[arg-type]
         self.router: Any = SimpleNamespace(on_drained=None, call_utility=self._call)
-        processes = SimpleNamespace(announce=lambda _: None, announce_state=lambda _: None, running=[])
+        processes = SimpleNamespace(announce=lambda _: None, announce_state=lambda _: None, running=list(others))
         self.replicas.open(self, processes, self.died.append)  # type: ignore[arg-type]
 
     async def _call(self, method: str) -> dict[str, str]:
@@ -112,7 +114,7 @@ class Server:
     def apply(self, event: ReplicaEvent) -> None:
         self.events.append(event)
         if isinstance(event, ReplicaDraining) and not self.busy:
-            self.router.on_drained(event.replica)
+            self.router.on_drained(event.replica, event.drain)
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(WAIT_S):
@@ -136,6 +138,17 @@ async def test_replicas_are_added_and_removed_and_numbers_are_used_again():
     await server.replicas.scale(2)
     await server.until(lambda: server.engine.running == 2)
     assert server.seen(ReplicaStarting) == [1, 2, 1]
+
+
+async def test_more_than_there_are_numbers_for_are_refused_until_the_others_have_ended():
+    server = Server(40)
+    await server.replicas.scale(1)
+    state = await server.replicas.scale(64)
+    assert state.error == "64 replicas and 39 ending ones exceed 64: wait until these have ended"
+    assert (state.target, state.revision) == (1, 2)
+    await server.until(lambda: len(server.seen(ReplicaRemoved)) == 39)
+    assert not (await server.replicas.scale(64)).error
+    await server.until(lambda: server.engine.running == 64)
 
 
 async def test_a_replica_that_can_not_be_started_is_an_error_and_the_others_stay():
@@ -166,6 +179,73 @@ async def test_a_start_that_is_not_wanted_any_longer_ends():
     await server.until(lambda: server.seen(ReplicaRemoved) == [1])
     assert server.engine.running == 1
     assert not server.replicas.state.error
+
+
+async def test_a_drain_ends_after_its_time_limit():
+    server = Server(3)
+    server.busy = True
+    await server.replicas.scale(1, 0.01)
+    await server.until(lambda: sorted(server.seen(DrainTimeout)) == [1, 2])
+    drains = {event.replica: event.drain for event in server.events if isinstance(event, ReplicaDraining)}
+    [cause] = {event.cause for event in server.events if isinstance(event, DrainTimeout) and event.replica == 1}
+    assert "replica 1 was removed" in cause
+    assert "within 0.01 s (redline scale --drain-timeout)" in cause
+    assert server.engine.running == 3, "until the front ends report"
+    for number, drain in drains.items():
+        server.replicas.drained(0, number, drain)
+    await server.until(lambda: sorted(server.seen(ReplicaRemoved)) == [1, 2])
+    assert server.engine.running == 1
+
+
+async def test_a_front_end_that_hangs_does_not_hold_up_a_drain_with_a_time_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.api.replica_set.DRAIN_REPORT_S", 0.0)
+    server = Server(2, others=(1,))
+    await server.replicas.scale(1)
+    assert server.seen(ReplicaDraining) == [1]
+    await server.replicas.scale(1, 0.0)  # a later command limits a drain that has begun
+    await server.until(lambda: server.seen(ReplicaRemoved) == [1])
+    assert server.engine.running == 1
+
+
+async def test_a_draining_replica_is_taken_back_before_another_is_started():
+    server = Server(3)
+    server.busy = True
+    await server.replicas.scale(1, 30.0)
+    server.engine.room = 0  # for another start
+    assert not (await server.replicas.scale(2)).error
+    assert server.seen(DrainCanceled) == [1]
+    assert not server.seen(ReplicaStarting)
+    late = next(event.drain for event in server.events if isinstance(event, ReplicaDraining) and event.replica == 1)
+    await server.replicas.scale(1)
+    server.replicas.drained(0, 1, late)
+    again = max(event.drain for event in server.events if isinstance(event, ReplicaDraining) and event.replica == 1)
+    assert again != late
+    server.engine.room = 1
+    await server.replicas.scale(4)
+    assert server.seen(DrainCanceled) == [1, 1, 2], "a report of an earlier drain does not count"
+    await server.until(lambda: server.engine.running == 4)
+    assert server.seen(ReplicaStarting) == [3]
+
+
+async def test_a_front_end_that_begins_learns_what_the_others_know():
+    server = Server(4)
+    server.busy = server.engine.held = True
+    await server.replicas.scale(3)
+    server.engine.cores[1].kill()
+    await server.until(lambda: server.seen(ReplicaLost) == [1])
+    lost, draining = server.replicas.events()
+    assert isinstance(lost, ReplicaLost)
+    assert (lost.replica, lost.restarting) == (1, True)
+    assert isinstance(draining, ReplicaDraining)
+    assert draining.replica == 3
+    addresses = server.replicas.addresses(1)
+    assert [number for number, one in addresses.items() if one.to_core] == [0, 2, 3], "the core that restarts has none"
+    server.replicas.drained(0, 3, draining.drain)
+    assert [one.replica for one in server.replicas.events() if isinstance(one, ReplicaDraining)] == [3], "it is ending"
+    await server.until(lambda: server.seen(ReplicaRemoved) == [3])
+    assert not [one for one in server.replicas.events() if isinstance(one, ReplicaDraining)]
+    for core in server.engine.all:
+        core.may_start.set()
 
 
 async def test_a_replica_that_dies_while_it_is_drained_is_not_started_again():
@@ -202,19 +282,21 @@ async def test_a_core_is_started_again_as_often_as_allowed(
 @pytest.mark.parametrize("seed", range(8))
 async def test_whatever_happens_there_are_as_many_as_were_asked_for(seed: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("engine.api.restarts.BACK_OFF_S", 0.0)
+    monkeypatch.setattr("engine.api.replica_set.DRAIN_REPORT_S", 0.0)
     luck, server = random.Random(seed), Server(2, 100)
     for _ in range(60):
         act = luck.random()
         running = [core for core in server.engine.cores.values() if core.up and not core.stopped]
         if act < 0.3:
-            await server.replicas.scale(luck.randint(1, 5))
+            server.busy = luck.random() < 0.5
+            await server.replicas.scale(luck.randint(1, 5), luck.choice((None, 0.0, 0.002)))
         elif act < 0.6 and len(running) > 1:
             luck.choice(running).kill()
         elif act < 0.7:
             server.engine.fails = luck.random() < 0.3
         await asyncio.sleep(luck.choice((0, 0, 0.003)))
     server.engine.fails = False
-    await server.replicas.scale(3)
+    await server.replicas.scale(3, 0.0)
     await server.until(lambda: server.engine.running == 3)
     await asyncio.sleep(0.05)
     assert server.engine.running == 3

@@ -253,6 +253,25 @@ async def test_another_prefill_replica_computes_what_one_can_not_send():
     fleet.check_idle()
 
 
+async def test_prompts_that_a_draining_prefill_replica_has_no_time_for_are_computed_elsewhere():
+    fleet = DisaggregatedFleet(prefill=2, transfer_blocks=64)
+    streams = [fleet.add([start, *LONG]) for start in range(4)]
+    for _ in range(3):
+        fleet.turn()
+    assert all(fleet.cores[number].scheduler.requests for number in (0, 1)), "both compute prompts"
+    drained: set[int] = set()
+    fleet.router.on_drained = lambda replica, _drain: drained.add(replica)
+    fleet.router.drain(0, 1)
+    assert not drained
+    fleet.router.end_drain(0, "its time is up")
+    assert drained == {0}
+    fleet.run()
+    assert [fleet.take(one) for one in streams] == [expected_tokens([start, *LONG], 4) for start in range(4)]
+    assert fleet.router.total_stats.core.kv_transfers_lost >= 1
+    assert fleet.router.total_stats.events("drain_timeout") == 0
+    fleet.check_idle()
+
+
 async def test_what_a_dead_decode_replica_has_not_begun_is_retried_elsewhere():
     fleet = DisaggregatedFleet(decode=2, delay=lambda: 3)
     begun, waiting = fleet.add(LONG, max_tokens=20), fleet.add([5, *LONG], max_tokens=20)

@@ -34,6 +34,24 @@ async def test_a_replica_that_is_started_again_serves_and_has_cached_nothing():
     assert fleet.router.total_stats.step_tokens.total > 0
 
 
+async def test_a_replica_that_is_started_again_is_used_at_once_until_the_load_is_even():
+    """All requests went to the other one meanwhile, which also has their prefixes cached."""
+    fleet = Fleet(2, supervised=True)
+    fleet.router.core_lost(0, "it was killed", restarting=True)
+    meanwhile = [fleet.add([number] * 8, max_tokens=40) for number in range(8)]
+    assert {fleet.place(stream) for stream in meanwhile} == {1}
+    fleet.turn()
+    fleet.restart(0)
+    others = [fleet.add([number] * 8, max_tokens=40) for number in range(8, 15)]
+    assert {fleet.place(stream) for stream in others} == {0}, "until it has as much left as the other one"
+    loads = [tracker.tokens_left() for tracker in fleet.router.trackers]
+    assert abs(loads[0] - loads[1]) <= 2 * 48
+    evenly = [fleet.place(fleet.add([number] * 8, max_tokens=40)) for number in range(15, 25)]
+    assert 4 <= evenly.count(0) <= 6
+    fleet.run()
+    assert all(len(fleet.take(stream)) == 40 for stream in (*meanwhile, *others))
+
+
 async def test_the_last_replica_can_be_started_again_too():
     fleet = Fleet(1)
     stream = fleet.add([1])
