@@ -211,6 +211,7 @@ def _ready(
         pooling=model_info.pooling,
         simulated=resolution.simulated,
         budget_source=resolution.budget_source,
+        spilled_blocks=(resolved.host_blocks, resolved.disk_blocks),
     )
 
 

@@ -1,11 +1,10 @@
 """Every message that crosses a process boundary: msgspec structs of columns.
 
 Columns of numbers are little-endian bytes (`engine.columns`). An absent optional part costs at most one byte.
+The core's parent gets Ready when the core is up (see `engine.core_process`) and passes it on to the front ends.
 
     front end ──AddRequest, Abort, FreeFeatures, …────────► EngineCore ──StepMessage──► workers
     front end ◄─Ready, Outputs, UtilityResult, Hung, Dead── EngineCore ◄──StepResult─── workers
-
-The core's parent gets Ready when the core is up (see `engine.core_process`) and passes it on to the front ends.
 """
 
 from collections.abc import Callable
@@ -228,6 +227,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     role: str = ""  # see engine.disaggregation
     kv_address: str = ""  # where a decode replica receives the blocks of prompts
     kv_layout: str = ""  # of the blocks of a replica with a role; those of others must have the same
+    spilled_blocks: tuple[int, int] = (0, 0)  # that host memory and files have room for (--kv-spill)
 
     @property
     def prompt_vocab_size(self) -> int:

@@ -27,8 +27,9 @@ class ReplicaTracker(ClientListener):
 
     def __init__(self, router: Owner, client: CoreClient, output_length: OutputLengthEstimate):
         self.client = client
-        groups = len(client.ready.kv_windows)  # a cached block of tokens takes a KV block in each group
-        self.prefixes = PrefixIndex(client.ready.num_blocks // max(groups, 1))  # encoders have none
+        ready = client.ready
+        groups = max(len(ready.kv_windows), 1)  # a cached block of tokens takes a KV block in each; encoders have none
+        self.prefixes = PrefixIndex(ready.num_blocks // groups, [count // groups for count in ready.spilled_blocks])
         self.assigned_tokens = 0.0  # in total, since the start
         self.drain = 0  # the number of its drain; 0: it is not drained
         self.restarting = False  # its core is gone, and a new one is being started

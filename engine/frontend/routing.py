@@ -10,7 +10,9 @@ that has it cached, until that replica has 2 m tokens more to compute than anoth
 caches the prefix too.
 
 The cached prefixes are estimated, not queried: the blocks that were assigned to a replica last, up to the size of its
-KV cache. A wrong estimate costs time, never correctness.
+KV cache, and those that it evicts from there, up to the sizes of host memory and files (`--kv-spill`). A wrong estimate
+costs time, never correctness. A block in host memory or in a file counts as one in the KV cache: to copy or read it
+takes a small part of the time to compute it.
 """
 
 import random
@@ -56,31 +58,66 @@ def block_hashes(
 
 
 class PrefixIndex:
-    """The blocks that a replica is expected to have cached: those recorded last, `capacity` at most."""
+    """The blocks that a replica is expected to have cached: those recorded last in its KV cache, and of those that left
+    it the last ones in each further tier, by the rules of `engine.core.tiered_kv_cache`."""
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, spilled: Sequence[int] = ()):
+        """`capacity`: blocks of the KV cache; `spilled`: of each further tier, host memory first."""
         self.capacity = capacity
         self._hashes: OrderedDict[bytes, None] = OrderedDict()  # least recently recorded first
+        self._tiers = [_Tier(blocks) for blocks in spilled if blocks]
 
     def __len__(self) -> int:
+        """Of them, those in the KV cache."""
         return len(self._hashes)
 
     def count_leading(self, hashes: Sequence[bytes]) -> int:
         """The number of a prompt's leading blocks that are cached."""
-        known = self._hashes
-        return next((count for count, one in enumerate(hashes) if one not in known), len(hashes))
+        return next((count for count, one in enumerate(hashes) if one not in self), len(hashes))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._hashes or any(key in tier.keys for tier in self._tiers)
 
     def record(self, hashes: Sequence[bytes]) -> None:
         """A prompt with these blocks was assigned. As in the core, its last blocks are evicted before its first."""
         known = self._hashes
         for one in reversed(hashes[: self.capacity]):
+            if self._tiers and one not in known:
+                self._fetch(one)
             known[one] = None
             known.move_to_end(one)
         while len(known) > self.capacity:
-            known.popitem(last=False)
+            evicted, _ = known.popitem(last=False)
+            for tier in self._tiers:
+                tier.use(evicted)
+
+    def _fetch(self, key: bytes) -> None:
+        """A block is used that the KV cache lacks. From a file it gets into host memory first."""
+        host, tiers = self._tiers[0], [tier for tier in self._tiers if key in tier.keys]
+        if tiers and host not in tiers:
+            tiers.append(host)
+        for tier in tiers:
+            tier.use(key)
 
     def clear(self) -> None:
         self._hashes.clear()
+        for tier in self._tiers:
+            tier.keys.clear()
+
+
+class _Tier:
+    """A place for blocks outside of the KV cache: the ones used last, `capacity` at most."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.keys: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
+
+    def use(self, key: bytes) -> None:
+        """A block is written here, or read from here."""
+        self.keys[key] = None
+        self.keys.move_to_end(key)
+        if len(self.keys) > self.capacity:
+            self.keys.popitem(last=False)
 
 
 class OutputLengthEstimate:

@@ -33,8 +33,10 @@ class Fleet:
         boards: list[Board] | None = None,
         *,
         supervised: bool = False,
+        spilled_blocks: tuple[int, int] = (0, 0),
         **more: Any,
     ):
+        """`spilled_blocks`: what the router is told of the tiers; `more` are fields of the cores' configuration."""
         self.config = config = resolved(**more)
         self.clock = FakeClock()
         self.cores: list[EngineCore] = []
@@ -45,6 +47,7 @@ class Fleet:
         self.ready = Ready(
             "fake", "fake", "float32", VOCABULARY, config.max_model_len, config.max_num_seqs,
             config.max_num_batched_tokens, config.block_size, config.num_blocks - 1, True,
+            spilled_blocks=spilled_blocks,
         )  # fmt: skip
         self._boards, self._numbers = boards, itertools.count(1)
         replicas = [self._make(number) for number in range(count)]
