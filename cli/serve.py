@@ -130,6 +130,7 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
     from engine.host import allow_open_files
     from engine.start import start_engine
 
+    check_replicas(config)
     keys = read_keys(serving.http.api_keys, serving.api_key_file)
     if serving.http.limits.max_requests_per_key is not None and not keys:
         raise ConfigError("--max-requests-per-key needs API keys: give --api-key or --api-key-file")
@@ -176,6 +177,19 @@ def serve(config: EngineConfig, serving: Serving, notes: list[str]) -> int:
         serving.restart_on_failure,
     )
     return ServerRun(engine, listeners, options, show_line, phases).run()
+
+
+def check_replicas(config: EngineConfig) -> None:
+    """Raise ConfigError for more replicas than front ends have counters for."""
+    from engine.frontend.front_end_stats import MOST_REPLICAS
+
+    if config.data_parallel_size > MOST_REPLICAS:
+        from engine.devices.machine import replica_flags
+
+        given = " ".join(f"{flag} {count}" for flag, count in replica_flags(config).items())
+        raise ConfigError(
+            f"{given}: a server has at most {MOST_REPLICAS} replicas; start several servers behind a load balancer"
+        )
 
 
 def import_server() -> None:
