@@ -19,7 +19,7 @@ os.environ["TRITON_INTERPRET"] = (
 )
 
 import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from bench.loadgen import recording  # noqa: E402
 from bench.measurement import machine  # noqa: E402
@@ -27,9 +27,9 @@ from engine import children  # noqa: E402
 from engine.host import cores  # noqa: E402
 from tests.engine.fork_server import ForkServer  # noqa: E402
 
-# Examples have no time limit: a busy machine would exceed it.
-settings.register_profile("no-deadline", parent=settings(), deadline=None)
-settings.load_profile("no-deadline")
+# Examples have no time limit, and neither has making them: a busy machine would exceed it.
+settings.register_profile("any-machine", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 TESTS = Path(__file__).parent
 # `make test-triton` also runs the cases marked `exhaustive`, and all of hypothesis' examples of kernels.
