@@ -44,8 +44,8 @@ def connect_ray(address: str | None) -> Any:
             except Exception as error:  # of many classes
                 where = f"{given_by} {address}" if address else "no Ray cluster is found"
                 raise ConfigError(
-                    f"{where}: {first_line(error)}. Start a node on this machine: `ray start --head`, or `ray start "
-                    "--address=HOST:PORT` for one of an existing cluster"
+                    f"{where}: {first_line(error).rstrip('.')}. Start a node on this machine: `ray start --head`, or "
+                    "`ray start --address=HOST:PORT` for one of an existing cluster"
                 ) from error
     return ray
 

@@ -150,6 +150,12 @@ def test_a_secret_that_can_be_guessed_is_refused() -> None:
         Gate(context, "secret")
 
 
+def test_a_library_that_can_not_encrypt_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq, "has", lambda feature: feature != "curve")
+    with zmq.Context() as context, pytest.raises(ConfigError, match=r"this build of ZeroMQ can't encrypt \(CURVE\)"):
+        Gate(context, "s" * 32)
+
+
 def test_version_6_works_as_version_4(ends: Ends) -> None:
     server, client = ends.context.socket(zmq.PULL), ends.client()
     ends.gate.secure(server)

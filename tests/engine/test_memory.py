@@ -17,6 +17,7 @@ from engine.memory import resolve
 from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo, read_model_info
 from engine.multimodal.types import MMSpec
+from engine.pooling import PoolingSpec
 from tests.engine.worker.driver import BASE
 
 GIB = 1 << 30
@@ -59,6 +60,21 @@ def test_the_pool_is_what_remains(free) -> None:
     assert lines["KV cache"] == found.config.num_blocks * block_bytes
     assert 0 <= GIB - sum(lines.values()) < block_bytes
     assert all(line.flag.startswith("--") for line in found.memory)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefill_replicas": 1, "decode_replicas": 1}, "--prefill-replicas does not work here: .*: use --dp"),
+        ({"kv_spill": "host=1MiB"}, "--kv-spill does not work with a model that pools: leave the flag out"),
+    ],
+)
+def test_what_models_that_pool_do_not_work_with(options: dict[str, Any], said: str, free) -> None:
+    free(2 * GIB)
+    facts = make_facts(pooling=PoolingSpec("embed", "last", 512))
+    assert resolve(EngineConfig(model="m"), facts).config.pools
+    with pytest.raises(ConfigError, match=said):
+        resolve(EngineConfig(model="m", **options), facts)
 
 
 def test_prompts_in_transfer_have_a_share_of_the_memory(free) -> None:
