@@ -1,5 +1,6 @@
 """Replicas under load: killed ones are started again, `redline scale` adds and drains them; nothing else is lost."""
 
+import asyncio
 import contextlib
 import json
 import random
@@ -29,8 +30,11 @@ WAIT_S = 60.0
 
 
 def test_only_what_ran_on_a_killed_replica_fails(model: str):
-    async def kill(served: Served, _load: Load) -> list[Kill]:
-        return await kill_replicas(health_of(served), 1.0, 2, random.Random(2))
+    async def kill(served: Served, load: Load) -> list[Kill]:
+        kills = await kill_replicas(health_of(served), 1.0, 2, random.Random(2))
+        while all(one.error for one in load.asked):  # on a slow machine none may have ended before
+            await asyncio.sleep(0.1)
+        return kills
 
     flags = (*DUMMY, "--dp", "2", "--api-servers", "2", "--restart-on-failure", "10")
     row, wrong = run_part("kill", model, flags, 4, TOKENS, 2, kill)
