@@ -55,6 +55,11 @@ def _check_reachable(address: str, given_by: str) -> None:
 
     `given_by` is the flag or the variable.
     """
+    if "://" in address:
+        raise ConfigError(
+            f"{given_by} {address}: the engine can't be a Ray client; run it on a node of the cluster, and give "
+            "HOST:PORT"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"{given_by} must be HOST:PORT, such as 10.0.0.1:6379, not {address!r}")

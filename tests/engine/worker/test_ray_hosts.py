@@ -212,6 +212,7 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
             "127.0.0.1:1",
             r"^--ray-address 127.0.0.1:1 can't be reached \(.*refused\): is the head of the cluster running",
         ),
+        ("ray://10.0.0.1:10001", r"^--ray-address ray://10.0.0.1:10001: the engine can't be a Ray client; run it on"),
         ("head", r"^--ray-address must be HOST:PORT, such as 10.0.0.1:6379, not 'head'"),
     ],
 )
