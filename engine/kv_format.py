@@ -59,8 +59,7 @@ class KVLayout:
     kernels: str  # in words, see `StartReport.kernels`: each has a layout of its own
     windows: tuple[int, ...]  # of the KV groups
     block_size: int  # in tokens
-    block_bytes: int  # of one rank
-    ranks: int
+    part_bytes: tuple[int, ...]  # of a block on each rank
 
     @classmethod
     def of(cls, config: EngineConfig, resolved: ResolvedConfig, model: str, dtype: str, kernels: str) -> "KVLayout":
@@ -72,8 +71,7 @@ class KVLayout:
             kernels=kernels,
             windows=resolved.kv_windows,
             block_size=resolved.block_size,
-            block_bytes=resolved.kv_block_bytes,
-            ranks=config.tensor_parallel_size,
+            part_bytes=resolved.kv_part_bytes,
         )
 
     @property
@@ -84,7 +82,7 @@ class KVLayout:
     @property
     def payload_bytes(self) -> int:
         """Bytes of a block on all ranks."""
-        return self.ranks * self.block_bytes
+        return sum(self.part_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from engine.model.declared import divide_declared
 from engine.model.model_info import ITEMSIZE, ModelInfo
 from engine.model.sharding.pipeline_plan import plan_pipeline
 from engine.model.sharding.tp_plan import plan_tensor_parallel
-from engine.pipeline_options import check_stages_of_model
+from engine.pipeline_options import check_stages_on
 from engine.resolved_config import ResolvedConfig
 from engine.text import human_bytes
 
@@ -77,25 +77,22 @@ def resolve(
     machine = machine or machine_for(config)
     if model_info.pooling is not None and machine.torch_type:
         raise ConfigError(f"embeddings and scores are computed on the CPU only: use --device cpu for {config.model}")
-    check_stages_of_model(config, takes_inputs=model_info.mm is not None, device=machine.torch_type)
+    check_stages_on(config, machine.torch_type)
     if model_info.pooling is not None and role_of(config):
         raise refusal("a model that pools generates nothing after its prompt: use --dp")
     batch = _batch_sizes(config, model_info, machine)
     max_num_seqs, budget, budget_source = batch
     block_size = config.block_size or machine.defaults.block_size
-    ranks, warnings = config.num_ranks, list(model_info.warnings)
-    if ranks == 1:
-        workspace = machine.workspace(model_info, max_num_seqs, budget, block_size)
-    else:  # ranks share the machine: from here on figures are sums over ranks
-        of_ranks = _divide(config, model_info)
-        warnings += of_ranks.warnings
-        per_rank = (machine.workspace(one, max_num_seqs, budget, block_size) for one in of_ranks.stages)
-        workspace = config.tensor_parallel_size * sum(per_rank)
-        model_info = of_ranks.sums(model_info, config.tensor_parallel_size)
+    of_ranks, ranks = _divide(config, model_info), config.tensor_parallel_size
+    warnings = [*model_info.warnings, *of_ranks.warnings]
+    # Ranks share the machine: from here on figures are sums over ranks.
+    workspace = ranks * sum(machine.workspace(one, max_num_seqs, budget, block_size) for one in of_ranks.stages)
+    model_info = of_ranks.sums(model_info, ranks)
     replicas = config.data_parallel_size
     available = machine.available_memory() if available is None else available
     fraction = config.gpu_memory_utilization or machine.defaults.memory_utilization
     encoder_cache_tokens = 0 if model_info.mm is None else max(budget, model_info.mm.most_tokens)
+    # Of pipeline stages only the first one encodes.
     encoders = _encoder_lines(model_info, encoder_cache_tokens, ranks, machine.encoder_dtype(model_info.dtype))
     memory = _Budget(
         available, fraction, model_info.weight_bytes, workspace, sum(line.bytes for line in encoders),
@@ -117,7 +114,8 @@ def resolve(
     on_host = machine.torch_type == ""
     free = available * replicas if on_host else available_memory()
     planned = sum(line.bytes for line in lines) * replicas if on_host else 0
-    resolved = _with_spill(config, resolved, memory.block, free - planned)
+    parts = of_ranks.part_bytes(ranks, block_size)
+    resolved = _with_spill(config, dataclasses.replace(resolved, kv_part_bytes=parts), free - planned)
     warnings += _too_large_inputs(model_info, budget)
     warnings += [*_too_much(lines, available, config), *machine.warnings(config)]
     sequences = min((num_blocks - 1) // per_request, max_num_seqs) if per_request else max_num_seqs
@@ -128,14 +126,21 @@ def resolve(
 
 @dataclass(frozen=True, slots=True)
 class _Ranks:
-    """The model as its ranks run it: what a rank of each pipeline stage has, and the weights of all ranks in bytes."""
+    """The model as its ranks run it: what a rank of each pipeline stage has, and the weights of all ranks in bytes.
+
+    `ranks` below: those of each stage, `--tp`.
+    """
 
     stages: tuple[ModelInfo, ...]
     weight_bytes: int
     warnings: tuple[str, ...]
 
+    def part_bytes(self, ranks: int, block_size: int) -> tuple[int, ...]:
+        """Bytes of a KV block on each rank."""
+        return tuple(one.kv_bytes_per_token * block_size for one in self.stages for _ in range(ranks))
+
     def sums(self, model_info: ModelInfo, ranks: int) -> ModelInfo:
-        """The model with the bytes of all ranks together; `ranks`: of each stage."""
+        """The model with the bytes of all ranks together."""
         kv_bytes = ranks * sum(one.kv_bytes_per_token for one in self.stages)
         return dataclasses.replace(model_info, weight_bytes=self.weight_bytes, kv_bytes_per_token=kv_bytes)
 
@@ -198,19 +203,17 @@ def _resolved(
     )
 
 
-def _with_spill(config: EngineConfig, resolved: ResolvedConfig, block_bytes: int, free: int) -> ResolvedConfig:
+def _with_spill(config: EngineConfig, resolved: ResolvedConfig, free: int) -> ResolvedConfig:
     """The configuration with the blocks of each tier of --kv-spill.
 
-    Args:
-        block_bytes: of a block on all ranks.
-        free: bytes of host memory that nothing else is planned for, for all replicas.
+    `free`: bytes of host memory that nothing else is planned for, for all replicas.
     """
-    resolved = dataclasses.replace(resolved, kv_block_bytes=block_bytes // config.tensor_parallel_size)
     if config.kv_spill is None:
         return resolved
     if resolved.pools:
         raise ConfigError(f"{KV_SPILL} does not work with a model that pools: leave the flag out")
     spill, replicas = parse_kv_spill(config.kv_spill), config.data_parallel_size
+    block_bytes = sum(resolved.kv_part_bytes)
     if spill.host_bytes > free:
         raise ConfigError(
             f"{KV_SPILL} host= is {human_bytes(spill.host_bytes)}, but only {human_bytes(max(free, 0))} of memory are "
@@ -235,7 +238,7 @@ def _block_lines(cache: int, transfers: int) -> list[MemoryLine]:
 
 
 def _encoder_lines(model_info: ModelInfo, cached_tokens: int, ranks: int, dtype: str) -> list[MemoryLine]:
-    """What multimodal inputs need: towers and embeddings are on each rank; `dtype` is that of the towers."""
+    """What multimodal inputs need: towers and embeddings are on each of `ranks`; `dtype` is that of the towers."""
     mm = model_info.mm
     if mm is None:
         return []
@@ -299,7 +302,7 @@ def with_measured(
         per_request = block_limits(resolved)[0] - 1
         sequences = min((num_blocks - 1) // per_request, resolved.max_num_seqs)
     if resolved.host_blocks:
-        host_bytes = resolved.host_blocks * resolved.kv_block_bytes * ranks
+        host_bytes = resolved.host_blocks * sum(resolved.kv_part_bytes)
         lines = (*lines, MemoryLine("evicted KV blocks, in host memory", host_bytes, KV_SPILL))
     return dataclasses.replace(resolution, config=resolved, memory=lines, sequences=sequences)
 

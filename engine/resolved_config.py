@@ -15,7 +15,7 @@ class ResolvedConfig:
     kv_windows: tuple[int, ...] = (0,)  # of each KV group: tokens that a query sees, its own included; 0: all
     enable_prefix_caching: bool
     encoder_cache_tokens: int = 0  # embeddings that stay on the device; 0: as the token budget
-    kv_block_bytes: int = 0  # of a KV block on one rank
+    kv_part_bytes: tuple[int, ...] = (0,)  # of a KV block on each rank
     host_blocks: int = 0  # KV blocks in main memory that keep what the KV cache evicts (--kv-spill); 0: none
     disk_blocks: int = 0  # KV blocks in files, likewise
     scheduling_policy: str = "fcfs"
@@ -32,6 +32,7 @@ class ResolvedConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ablations", frozenset(self.ablations))  # messages carry lists
         object.__setattr__(self, "kv_windows", tuple(self.kv_windows))
+        object.__setattr__(self, "kv_part_bytes", tuple(self.kv_part_bytes))
 
     @property
     def most_tokens(self) -> int:

@@ -44,9 +44,8 @@ class BlockLink:
         self._wake = wake
         self.layout = layout.fingerprint.hex()
         if memory is None:
-            memory = HostBlocks(core.config.transfer_blocks, layout.block_bytes, layout.ranks)
-            arguments = {"path": memory.path, "num_blocks": memory.num_blocks, "block_bytes": memory.block_bytes}
-            executor.call(ATTACH, arguments).result()
+            memory = HostBlocks(core.config.transfer_blocks, layout.part_bytes)
+            executor.call(ATTACH, memory.attachment).result()
         self._end: BlockReceiver | BlockSender
         if core.config.role == DECODE:
             incoming = core.scheduler.incoming

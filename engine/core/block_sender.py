@@ -74,7 +74,7 @@ class BlockSender:
         self._fingerprint = fingerprint
         self._sent = sent
         self._secret = secret
-        self._per_message = max(1, MESSAGE_BYTES // (memory.block_bytes * memory.ranks))
+        self._per_message = max(1, MESSAGE_BYTES // sum(memory.part_bytes))
         self._outbox: SimpleQueue[Shipment | None] = SimpleQueue()
         self._peers: dict[str, _Peer] = {}
         self._faults: dict[str, tuple[str, float]] = {}  # by address: the cause, and when it is tried again

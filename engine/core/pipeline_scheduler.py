@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.core.feature_mirror import FeatureMirror
 from engine.core.scheduler import Scheduler
+from engine.core.spill_scheduler import SpillScheduler
 from engine.core.steps import ScheduledStep, StepOutcome
 from engine.messages import StepResult
 from engine.resolved_config import ResolvedConfig
@@ -67,3 +68,7 @@ class PipelineScheduler(Scheduler):
     def update(self, step: ScheduledStep, result: StepResult) -> StepOutcome:
         self._decoding_steps.discard(step.step)
         return super().update(step, result)
+
+
+class PipelineSpillScheduler(PipelineScheduler, SpillScheduler):
+    """With `--kv-spill`: each stage copies its part of a block."""

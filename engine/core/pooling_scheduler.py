@@ -5,7 +5,7 @@ import numpy as np
 from engine.columns import float32s
 from engine.core.disaggregated_scheduler import DisaggregatedScheduler, DisaggregatedSpillScheduler
 from engine.core.feature_mirror import FeatureMirror
-from engine.core.pipeline_scheduler import PipelineScheduler
+from engine.core.pipeline_scheduler import PipelineScheduler, PipelineSpillScheduler
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.spill_scheduler import SpillScheduler
@@ -20,7 +20,7 @@ def make_scheduler(config: ResolvedConfig, features: FeatureMirror | None) -> Sc
     if config.pools:
         return PoolingScheduler(config, features)
     if config.pipeline_stages > 1:
-        return PipelineScheduler(config, features)
+        return (PipelineSpillScheduler if config.host_blocks else PipelineScheduler)(config, features)
     if config.role:
         return (DisaggregatedSpillScheduler if config.host_blocks else DisaggregatedScheduler)(config, features)
     return SpillScheduler(config, features) if config.host_blocks else Scheduler(config, features)

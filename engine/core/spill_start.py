@@ -60,10 +60,8 @@ class SpillStore:
             ranks = cast(BlockRanks, executor)
             files = RankFiles(ranks, resolved.host_blocks, layout.fingerprint, disk_path)
         else:
-            num_blocks = resolved.host_blocks + resolved.transfer_blocks
-            self.host = host = HostBlocks(num_blocks, layout.block_bytes, layout.ranks)
-            arguments = {"path": host.path, "num_blocks": host.num_blocks, "block_bytes": layout.block_bytes}
-            executor.call(ATTACH, arguments).result()
+            self.host = host = HostBlocks(resolved.host_blocks + resolved.transfer_blocks, layout.part_bytes)
+            executor.call(ATTACH, host.attachment).result()
             if disk_path:
                 self._folder = open_folder(disk_path)
                 files = self._files = BlockFiles(self._folder.path, host, layout.fingerprint)

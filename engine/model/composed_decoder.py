@@ -1,5 +1,6 @@
 """The decoder of a model with towers, in the form of a causal language model."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,3 +60,9 @@ class ComposedDecoder(nn.Module):
 def decoder_of(model: Any) -> Any:
     """The decoder of a model with towers; any other model itself."""
     return ComposedDecoder(model) if model.config.model_type in MM_FAMILIES else model
+
+
+def outer_modules(model: Any) -> Iterator[nn.Module]:
+    """All modules of a model outside its decoder and its head: towers and what is around them."""
+    others = {*decoder_of(model).modules()}
+    return (module for module in model.modules() if module not in others)

@@ -30,6 +30,7 @@ class MMFacts:
         unsplit_tokens: the most tokens of inputs that are computed in one step; 0: all inputs can be split.
         warnings: which kinds the model doesn't take for lack of a token.
         encoder_parameters: number of parameters outside the decoder and the head.
+        deepstack_layers: the first layers, after which features of inputs are added.
     """
 
     spec: MMSpec
@@ -39,6 +40,7 @@ class MMFacts:
     unsplit_tokens: int = 0
     encoder_parameters: int = 0
     warnings: tuple[str, ...] = ()
+    deepstack_layers: int = 0
 
     @property
     def most_tokens(self) -> int:
@@ -104,6 +106,7 @@ def read_mm_facts(
             f"{NAMES[kind][1]} are refused: the tokenizer has no token {text}, which stands for one in a prompt"
             for kind, text in absent.items()
         ),
+        deepstack_layers=layers - 1,
     )
 
 

@@ -21,6 +21,8 @@ MODES: dict[str, Method] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+# Flags that decoders have also if they pool.
+OF_DECODERS = ("--pp", "--quantization", "--kv-cache-dtype", "--num-layers")
 # Parts of V1 without which requests that pool do not run: the core would tokenize, or workers would keep no state.
 NEEDED = ("inline-frontend", "full-state")
 
@@ -86,13 +88,16 @@ def _check_options(config: EngineConfig, *, encoder: bool) -> None:
         "--lora": config.adapters,
         "--tp": config.tensor_parallel_size > 1,
         "--pp": config.pipeline_parallel_size > 1,
-        "--quantization": encoder and config.quantization,
-        "--kv-cache-dtype": encoder and config.kv_cache_dtype,
-        "--num-layers": encoder and config.num_layers,
+        "--quantization": config.quantization,
+        "--kv-cache-dtype": config.kv_cache_dtype,
+        "--num-layers": config.num_layers,
     }
+    if not encoder:
+        needless = {flag: value for flag, value in needless.items() if flag not in OF_DECODERS}
     for flag, value in needless.items():
         if value:
-            raise ConfigError(f"{flag} does not work with models that return embeddings or scores: leave it out")
+            which = " and are encoders" if flag in OF_DECODERS else ""
+            raise ConfigError(f"{flag} does not work with models that return embeddings or scores{which}: leave it out")
     for ablation in NEEDED:
         if ablation in config.ablations:
             given = "--engine v0" if config.engine == "v0" else f"--ablate {ablation}"

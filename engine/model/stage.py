@@ -5,19 +5,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One of `count` pipeline stages (`--pp`). The first one also embeds tokens, the last one has the head.
+    """One of `count` pipeline stages (`--pp`). The first one also embeds tokens, and encodes multimodal inputs.
 
     Args:
         number: from 0.
         count: of all stages.
         begin: its first layer.
         end: the layer after its last one.
+        pools: the model returns hidden states, so that the last stage does not need the head.
     """
 
     number: int
     count: int
     begin: int
     end: int
+    pools: bool = False
 
     @property
     def layers(self) -> range:
@@ -30,3 +32,7 @@ class Stage:
     @property
     def is_last(self) -> bool:
         return self.number == self.count - 1
+
+    @property
+    def has_head(self) -> bool:
+        return self.is_last and not self.pools

@@ -14,6 +14,7 @@ from engine.model.lora.lora_weights import Adapter, read_adapter, shard_adapter
 from engine.model.runtime.vocab_shard import VocabShard
 from engine.model.sharding.tp_plan import TPPlan
 from engine.worker.model_copy import ModelCopy
+from engine.worker.rank_causes import agreement
 from engine.worker.rank_protocol import PeerLostError
 
 LOAD_ADAPTER = "load_adapter"  # the call: key, path, copy
@@ -29,21 +30,39 @@ class HoldsAdapters(Protocol):
     def drop_adapter(self, slot: int) -> None: ...
 
 
+class AdapterRanks(Protocol):
+    """What a rank must know of the others that have the rest of the model. All ranks make the same calls."""
+
+    def own_part(self, adapter: Adapter) -> Adapter:
+        """Reduce an adapter to what this rank has of the model. Raises ModelError if it can't be divided."""
+        ...
+
+    def agree(self, cause: str) -> str:
+        """The first cause that a rank passes; "": each has passed ""."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSharding:
-    """How adapters are sharded for this rank."""
+    """How adapters are sharded for this rank; implements `AdapterRanks` for the ranks that share its layers."""
 
     tp_plan: TPPlan
     part: VocabShard
     base: str  # prefix of the base model's parameter paths
     model: nn.Module  # with the shapes of this rank's shard
 
-    def shard(self, adapter: Adapter) -> Adapter:
+    def own_part(self, adapter: Adapter) -> Adapter:
         return shard_adapter(adapter, self.tp_plan, self.part.group.rank, self.base, self.model)
 
-    def all_loaded(self, loaded: bool) -> bool:
-        """Whether every rank passed True; all ranks must call it."""
-        return self.part.group.smallest(int(loaded)) == 1
+    def agree(self, cause: str) -> str:
+        return agreement(self.part.group)([cause])[0]
+
+    def wait(self) -> None:
+        self.part.group.smallest(0)
 
 
 def adapter_sharding(meta_model: MetaModel, tp_plan: TPPlan | None) -> AdapterSharding | None:
@@ -59,17 +78,19 @@ class AdapterManager:
 
     Args:
         slots: slot by adapter key; "" stands for no adapter. Shared with the batch state, which reads it.
-        sharding: None with one rank.
+        ranks: None with one rank.
     """
 
-    def __init__(self, backend: HoldsAdapters, slots: dict[str, int], sharding: AdapterSharding | None):
+    def __init__(self, backend: HoldsAdapters, slots: dict[str, int], ranks: AdapterRanks | None):
         self._backend = backend
         self._slots = slots
-        self._sharding = sharding
+        self._ranks = ranks
         self.calls: dict[str, Callable[..., Any]] = {LOAD_ADAPTER: self.load, "unload_adapter": self.unload}
 
     def load(self, key: str, path: str, copy: str = "") -> int:
-        """Load an adapter and return its bytes on this rank. Raises ModelError, on all ranks if one fails.
+        """Load an adapter and return its bytes on this rank.
+
+        Raises ModelError, on all ranks if one fails: with the rank's own cause, or that of the first one that failed.
 
         Args:
             key: see above.
@@ -89,8 +110,9 @@ class AdapterManager:
         except Exception as problem:  # clients choose the files, so no error in them may end the rank
             log.exception("the adapter in %s could not be loaded", path)
             error = ModelError(f"{path}: the adapter could not be loaded: {cause_of(problem)}")
-        if self._sharding is not None and not self._sharding.all_loaded(error is None) and error is None:
-            error = ModelError("another rank could not load the adapter")
+        if self._ranks is not None:
+            cause = self._ranks.agree(str(error or ""))
+            error = error or (ModelError(f"another rank could not load the adapter: {cause}") if cause else None)
         if error is not None:
             self._backend.drop_adapter(slot)
             raise error
@@ -99,8 +121,8 @@ class AdapterManager:
 
     def _add(self, slot: int, path: Path) -> int:
         adapter = read_adapter(path)
-        if self._sharding is not None:
-            adapter = self._sharding.shard(adapter)
+        if self._ranks is not None:
+            adapter = self._ranks.own_part(adapter)
         self._backend.add_adapter(slot, adapter)
         return adapter.nbytes
 

@@ -13,6 +13,7 @@ from engine.host import threads_per_rank
 from engine.kernels.cpu import bindings, build, packed_files
 from engine.kernels.cpu.bindings import Stack
 from engine.kernels.cpu.build import BuildError
+from engine.model.composed_decoder import outer_modules
 from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import Progress, fill_and_check, kv_layout, open_model
 from engine.model.loading.outline import open_outline
@@ -101,13 +102,14 @@ def build_backend(
     warnings = pytorch_warnings(model_info.dtype)
     if config.kernels == "auto" and not unsupported:
         warnings.insert(0, f"{reason}: falling back to PyTorch, which is several times slower")
-    blocks = CPUBlocks([part.numpy() for part in cache_parts(cache)], _rank(meta_model))
+    blocks = CPUBlocks([part.numpy() for part in cache_parts(cache)], _rank(config, meta_model, links))
     return BuiltBackend(backend, blocks, f"torch ({reason})", tuple(warnings))
 
 
-def _rank(meta_model: MetaModel) -> int:
+def _rank(config: EngineConfig, meta_model: MetaModel, links: "StageLinks | None") -> int:
     """The number of the rank in its replica."""
-    return 0 if meta_model.vocab_shard is None else meta_model.vocab_shard.group.rank
+    rank = 0 if meta_model.vocab_shard is None else meta_model.vocab_shard.group.rank
+    return rank if links is None else links.stage.number * config.tensor_parallel_size + rank
 
 
 def _build_generic(
@@ -117,16 +119,18 @@ def _build_generic(
     cache: KVCache,
     links: "StageLinks | None",
 ) -> ModelBackend:
+    family = MM_FAMILIES.get(meta_model.model.config.model_type)
     if links is not None:
         from engine.model.sharding.stage_model import connect_stage
-        from engine.worker.stage_backends import GenericStageBackend
+        from engine.worker.stage_backends import GenericStageBackend, MMGenericStageBackend
 
         states, width = connect_stage(meta_model, links.stage), model_info.hidden_size
         stage_decoder = fill_and_check(meta_model, config, model_info)
+        of_family = () if family is None else (family,)
+        make = GenericStageBackend if family is None else MMGenericStageBackend
         shard = meta_model.vocab_shard
-        return GenericStageBackend(stage_decoder, cache, shard, states=states, links=links, width=width)
+        return make(stage_decoder, cache, shard, *of_family, states=states, links=links, width=width)
     decoder = fill_and_check(meta_model, config, model_info)
-    family = MM_FAMILIES.get(meta_model.model.config.model_type)
     if family is None:
         return GenericBackend(decoder, cache, meta_model.vocab_shard)
     return MMGenericBackend(decoder, cache, meta_model.vocab_shard, family)
@@ -169,13 +173,10 @@ def _build_fused(
         packed_folder=packed_files.default_folder(),
         stage=model_info.stage,
     )
-    if links is None:
-        meta_model.fill()  # the towers, which models with stages don't have
-    threads = threads_per_rank(config.total_ranks)
-    rank = config.first_rank + _rank(meta_model)
-    if links is not None:
-        rank += links.stage.number * config.tensor_parallel_size
-    cores = cores_of_rank(threads, rank, config.total_ranks)
+    if links is None or links.stage.is_first:
+        meta_model.fill_each(outer_modules(meta_model.model))
+    threads, rank = threads_per_rank(config.total_ranks), _rank(config, meta_model, links)
+    cores = cores_of_rank(threads, config.first_rank + rank, config.total_ranks)
     stack = Stack(spec, formats.weights, formats.cache, threads, isa, owners, cores)
     keys, values = spec.layer[0].keys, spec.layer[0].values
     region_bytes = values - keys
@@ -189,9 +190,9 @@ def _build_fused(
     else:
         from engine.worker.stage_backends import FusedStageBackend
 
-        backend = FusedStageBackend(stack, spec, meta_model.decoder, part, pages, links=links)
+        backend = FusedStageBackend(stack, spec, meta_model.decoder, part, pages, links=links, adds_inputs=adds)
     memory = (c_uint8 * (regions * region_bytes)).from_address(keys)
-    blocks = CPUBlocks(np.frombuffer(memory, np.uint8).reshape(regions, resolved.num_blocks, -1), _rank(meta_model))
+    blocks = CPUBlocks(np.frombuffer(memory, np.uint8).reshape(regions, resolved.num_blocks, -1), rank)
     return BuiltBackend(backend, blocks, f"{isa}, fused stack", cores=cores)
 
 

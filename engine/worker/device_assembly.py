@@ -22,11 +22,11 @@ from engine.worker.device_logits import DeviceLogits
 from engine.worker.device_runner import DeviceRunner
 from engine.worker.device_slots import DeviceSlots
 from engine.worker.device_steps import EagerSteps, Pad
-from engine.worker.encoder_faults import agreement
 from engine.worker.graphs import StepGraphs
 from engine.worker.kv_blocks import cache_parts
 from engine.worker.mm_device_slots import MMDeviceSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
+from engine.worker.rank_causes import agreement
 from engine.worker.step_inputs import DeviceState, InputStager, StepKernels
 from engine.worker.step_sizes import StepSizes
 

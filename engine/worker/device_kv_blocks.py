@@ -39,21 +39,21 @@ class DeviceBlocks:
     def calls(self) -> dict[str, Callable[..., Any]]:
         return {ATTACH: self.attach}
 
-    def attach(self, path: str, num_blocks: int, block_bytes: int) -> None:
+    def attach(self, path: str, num_blocks: int, part_bytes: Sequence[int]) -> None:
         """Map the host blocks."""
-        check_size(block_bytes, [part.shape[1] for part in self._parts])
-        self.use(map_rank(path, self._rank, num_blocks, block_bytes))
+        check_size(part_bytes[self._rank], [part.shape[1] for part in self._parts])
+        self.use(map_rank(path, self._rank, num_blocks, part_bytes))
 
     @property
     def block_bytes(self) -> int:
         return sum(part.shape[1] for part in self._parts)
 
     def use(self, host: Bytes) -> None:
-        num_blocks, block_bytes = host.shape
+        num_blocks, own = host.shape
         self._host = torch.from_numpy(host)
         self._device.register_host(self._host)
-        staged = max(1, min(STAGED_BYTES // block_bytes, num_blocks))
-        self._staged = self._device.zeros((staged, block_bytes), torch.uint8)
+        staged = max(1, min(STAGED_BYTES // own, num_blocks))
+        self._staged = self._device.zeros((staged, own), torch.uint8)
 
     def copy(self, copies: Int32s) -> None:
         assert self._staged is not None, "no host blocks are attached"

@@ -39,6 +39,7 @@ class FusedBackend:
         self.stack = stack
         self._spec = spec
         self._model = model  # for its shapes; the stack has its weights
+        self._layers = range(spec.layers)  # their numbers in the whole model
         self._adapters: dict[int, PackedAdapter] = {}  # by slot
         self._vocabulary_size = spec.vocabulary
         self._vocabulary = vocabulary
@@ -51,7 +52,8 @@ class FusedBackend:
         if self._vocabulary is None and batch.mm is None:
             self.stack.run(0, self.stack.last_part)
         else:
-            self._run_parts(batch.mm)
+            self._run_parts(batch.mm, 0, self.stack.last_part - 1)
+            self.stack.run(self.stack.last_part, self.stack.last_part)
 
     def hidden_states(self, batch: StepBatch, at: Int64s) -> Tensor:
         """Compute a step of one rank without logits.
@@ -61,6 +63,10 @@ class FusedBackend:
         assert self._vocabulary is None, "ranks that divide a model don't return hidden states"
         self._begin(batch)
         self.stack.run(0, self.stack.last_part - 1)
+        return self._normed(at)
+
+    def _normed(self, at: Int64s) -> Tensor:
+        """Hidden states of some tokens, behind the final norm, once all layers are computed."""
         hidden = torch.from_numpy(self.stack.hidden())[torch.from_numpy(at)]
         weight: Tensor = self._model.model.norm.weight  # type: ignore[union-attr, assignment]
         return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self._spec.epsilon) * weight.float()
@@ -73,10 +79,10 @@ class FusedBackend:
         self._pages.reach(int(batch.tables.max()))
         self.stack.begin(Batch.of(*columns, rotary=batch.rotary_positions), *self._adapters_of(batch))
 
-    def _run_parts(self, mm: MMRows | None) -> None:
-        """Run a step in pieces, between which ranks sum their partial results and inputs are put in."""
-        stack, begin = self.stack, 0
-        stops = range(stack.last_part) if self._vocabulary is not None else _parts_with_inputs(mm)
+    def _run_parts(self, mm: MMRows | None, first: int, last: int) -> None:
+        """Run parts before the head in pieces, after which ranks sum their partial results and inputs are put in."""
+        stack, begin = self.stack, first
+        stops = range(first, last + 1) if self._vocabulary is not None else _parts_with_inputs(mm)
         for stop in stops:
             stack.run(begin, stop)
             if self._vocabulary is not None:
@@ -84,7 +90,8 @@ class FusedBackend:
             if mm is not None:
                 self._put(mm, stop)
             begin = stop + 1
-        stack.run(begin, stack.last_part)
+        if begin <= last:
+            stack.run(begin, last)
 
     def _put(self, mm: MMRows, part: int) -> None:
         """Put in what belongs after a part: embeddings after the first one, deepstack features after layers."""
@@ -106,7 +113,7 @@ class FusedBackend:
 
     def add_adapter(self, slot: int, adapter: Adapter) -> None:
         check_adapter(adapter, self._model)
-        self._adapters[slot] = pack_adapter(by_layer(adapter, self._spec.layers), self._spec)
+        self._adapters[slot] = pack_adapter(by_layer(adapter, self._layers), self._spec)
 
     def drop_adapter(self, slot: int) -> None:
         self._adapters.pop(slot, None)

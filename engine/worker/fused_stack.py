@@ -209,12 +209,13 @@ def _pack_ends(
     A stack without an embedding embeds no token: its hidden states are put in. One without a head runs no last part.
     """
     inner, lm_head = model.model, model.lm_head
-    embeds, chooses = stage is None or stage.is_first, stage is None or stage.is_last
-    for part, needed in ((inner.embed_tokens, embeds), (inner.norm, chooses), (lm_head, chooses)):
+    embeds, ends = stage is None or stage.is_first, stage is None or stage.is_last
+    chooses = stage is None or stage.has_head
+    for part, needed in ((inner.embed_tokens, embeds), (inner.norm, ends), (lm_head, chooses)):
         if needed:
             fill(part)
     embedding = _embedding(packer, model, formats) if embeds else None
-    final_norm = packer.floats(inner.norm.weight) if chooses else None
+    final_norm = packer.floats(inner.norm.weight) if ends else None
     vocabulary, embedded = len(lm_head.weight), len(inner.embed_tokens.weight)
     head = packer.linear(lm_head.weight.detach(), kind=formats.head) if chooses else Linear()
     release(inner.embed_tokens, lm_head)

@@ -60,10 +60,10 @@ class CPUBlocks:
     def calls(self) -> dict[str, Callable[..., Any]]:
         return {ATTACH: self.attach}
 
-    def attach(self, path: str, num_blocks: int, block_bytes: int) -> None:
+    def attach(self, path: str, num_blocks: int, part_bytes: Sequence[int]) -> None:
         """Map the host blocks."""
-        check_size(block_bytes, [part.shape[1] for part in self._parts])
-        self.use(map_rank(path, self._rank, num_blocks, block_bytes))
+        check_size(part_bytes[self._rank], [part.shape[1] for part in self._parts])
+        self.use(map_rank(path, self._rank, num_blocks, part_bytes))
 
     @property
     def block_bytes(self) -> int:

@@ -29,8 +29,10 @@ class MMGenericBackend(GenericBackend):
         self._rows: MMRows | None = None  # of the step that is computed
         if family.deepstack:
             layers: Any = decoder.base_model.layers  # type: ignore[union-attr]
-            for i, layer in enumerate(layers):
-                layer.register_forward_hook(lambda _layer, _inputs, output, i=i: self._deepstack(i, output))
+            for i, layer in enumerate(layers):  # prepended: a pipeline stage sends the output with the features
+                layer.register_forward_hook(
+                    lambda _layer, _inputs, output, i=i: self._deepstack(i, output), prepend=True
+                )
 
     def _context(self, batch: StepBatch) -> ForwardContext:
         context = super()._context(batch)

@@ -9,7 +9,8 @@ Example: tokens 2 to 5 of a prompt are an image, of which token 4 is a line brea
 """
 
 import dataclasses
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +25,10 @@ from engine.kernels.attention import Span
 from engine.messages import MMInputRef, SlotAssignment, StepMessage, StepReports
 from engine.model.encoders.base import EncodedInput
 from engine.worker.encoder_cache import EncoderCache
-from engine.worker.encoder_faults import Agree, agreement, error_of
+from engine.worker.encoder_faults import error_of
 from engine.worker.mm_rows import MMRows
 from engine.worker.mrope import GridInput, rotary_positions, runs_of
+from engine.worker.rank_causes import Agree, agreement
 from engine.worker.rank_protocol import Features
 from engine.worker.slots import StepBatch, WorkerSlots
 
@@ -61,43 +63,54 @@ class _SlotInput:
         return self.ref.offset < end and self.ref.offset + self.ref.length > begin
 
 
-class MMSlots(WorkerSlots):
-    """Slots with inputs; a step also encodes those that the core asks for.
+@dataclass(frozen=True, slots=True)
+class _StepInputs:
+    """The inputs of a step's tokens.
 
-    Args:
-        cache: the embeddings.
-        input_tokens: how inputs lie in a prompt.
-        shape: arguments of the base class.
-        agree: see `engine.worker.encoder_faults.agreement`; None: there is one rank.
+    parts: of each an input, the range of its embeddings, and the indices in the batch of the tokens that stand for one.
+    spans: tokens that attend to each other.
     """
 
-    def __init__(
-        self, cache: EncoderCache, input_tokens: InputTokens, *shape: Any, agree: Agree | None = None, **more: Any
-    ):
+    parts: list[tuple[_SlotInput, int, int, Int64s]]
+    spans: tuple[Span, ...]
+
+
+class InputSlots(WorkerSlots):
+    """Slots whose prompts have inputs: where they lie, and what follows from that for rotary positions and attention.
+
+    Args:
+        input_tokens: how inputs lie in a prompt.
+        shape: arguments of the base class.
+    """
+
+    def __init__(self, input_tokens: InputTokens, *shape: Any, **more: Any):
         super().__init__(*shape, **more)
-        self._agree = agree or agreement()
         self._encoded: tuple[str, ...] = ()  # of the step that began last: see `StepReports.encoded`
-        self.encoder_cache = cache
         self._tokens_of_inputs = input_tokens
         self._inputs: dict[int, list[_SlotInput]] = {}  # by slot, only slots with inputs
         self._unfinished: set[int] = set()  # slots with an embedding that isn't computed yet
         self._rotary: dict[int, Int64s] = {}  # by slot, of prompts with inputs that are left to compute: [3, tokens]
         self._rotary_delta: Int64s = np.zeros(len(self.live), dtype=np.int64)
 
+    @abstractmethod
+    def _encode(self, inputs: list[_SlotInput]) -> list[str]:
+        """Encode the inputs that a step asks for; the cause of each that could not be encoded, else ""."""
+
+    @abstractmethod
+    def _make_rows(self, found: _StepInputs) -> MMRows | None:
+        """`StepBatch.mm`; None if the step has no input."""
+
     def begin_step(self, message: StepMessage) -> StepBatch:
-        """As in the base class; frees and encodes inputs, and adds the embeddings of the step's tokens."""
-        self.encoder_cache.free(message.free_encoder_keys)
+        """As in the base class; also encodes inputs, and adds what the step's tokens need of them."""
         batch = super().begin_step(message)
         if message.encoder_inputs:
-            self._encode([self._inputs[slot][index] for slot, index in message.encoder_inputs])
-        rows = self._find_rows(batch) if self._unfinished else None
+            asked = [self._inputs[slot][index] for slot, index in message.encoder_inputs]
+            self._encoded = tuple(self._encode(asked))
+        rows = self._make_rows(self._find_inputs(batch)) if self._unfinished else None
         rotary = self._find_rotary(batch) if self._tokens_of_inputs.mrope else None
         if rows is None and rotary is None:
             return batch
         return dataclasses.replace(batch, mm=rows, rotary_positions=rotary)
-
-    def put_features(self, features: Features) -> None:
-        self.encoder_cache.put_features(features)
 
     def take_reports(self) -> StepReports | None:
         """As in the base class; also whether inputs were encoded."""
@@ -106,14 +119,6 @@ class MMSlots(WorkerSlots):
             encoded, self._encoded = self._encoded, ()
             reports = msgspec.structs.replace(reports or StepReports(), encoded=encoded)
         return reports
-
-    def _encode(self, inputs: list[_SlotInput]) -> None:
-        """Encode inputs. One that can't be encoded, on any rank, is zeros until the core ends its requests."""
-        errors = self._agree([error_of(partial(self.encoder_cache.encode, one.ref, len(one.at))) for one in inputs])
-        for one, error in zip(inputs, errors, strict=True):
-            if error:
-                self.encoder_cache.put_zeros(one.ref.hash, len(one.at))
-        self._encoded = tuple(errors)
 
     def _assign(self, assignment: SlotAssignment) -> None:
         super()._assign(assignment)
@@ -150,29 +155,20 @@ class MMSlots(WorkerSlots):
         self._unfinished.discard(slot)
         self._rotary_delta[slot] = 0
 
-    def _find_rows(self, batch: StepBatch) -> MMRows | None:
-        """The embeddings of the step's tokens; slots whose last embedding is among them are finished."""
-        at, parts, spans = [], list[EncodedInput](), list[Span]()
+    def _find_inputs(self, batch: StepBatch) -> _StepInputs:
+        """The inputs of the step's tokens; slots whose last embedding is among them are finished."""
+        parts, spans, joint = list[tuple[_SlotInput, int, int, Int64s]](), list[Span](), self._tokens_of_inputs.joint
         for i in np.flatnonzero(np.isin(batch.slots, list(self._unfinished))).tolist():
             slot, computed = int(batch.slots[i]), int(batch.num_computed_tokens[i])
             inputs, end = self._inputs[slot], computed + int(batch.counts[i])
             for one in inputs:
                 low, high = np.searchsorted(one.at, (computed, end)).tolist()
-                if low < high or (self._tokens_of_inputs.joint and one.overlaps(computed, end)):
-                    at.append(one.at[low:high] - computed + batch.starts[i])
-                    parts.append(_part(self.encoder_cache[one.ref.hash], low, high))
-            spans += _spans(i, inputs, computed, end, joint=self._tokens_of_inputs.joint)
+                if low < high or (joint and one.overlaps(computed, end)):
+                    parts.append((one, low, high, one.at[low:high] - computed + batch.starts[i]))
+            spans += _spans(i, inputs, computed, end, joint=joint)
             if end > max(int(one.at[-1]) if len(one.at) else 0 for one in inputs):
                 self._unfinished.discard(slot)
-        if not at:
-            return None
-        deepstack = [part.deepstack for part in parts if part.deepstack is not None]
-        return MMRows(
-            np.concatenate(at),
-            torch.cat([part.embeddings for part in parts]),
-            torch.cat(deepstack, 1) if deepstack else None,
-            tuple(spans),
-        )
+        return _StepInputs(parts, tuple(spans))
 
     def _find_rotary(self, batch: StepBatch) -> Int64s:
         """`StepBatch.rotary_positions`."""
@@ -186,6 +182,75 @@ class MMSlots(WorkerSlots):
             if computed + count == rotary.shape[1]:  # from now on the slot's delta is enough
                 del self._rotary[slot]
         return found
+
+
+class MMSlots(InputSlots):
+    """Slots with inputs that this rank encodes.
+
+    Args:
+        cache: the embeddings.
+        input_tokens: how inputs lie in a prompt.
+        shape: arguments of the base class.
+        agree: see `engine.worker.rank_causes.agreement`; None: there is one rank.
+    """
+
+    def __init__(
+        self, cache: EncoderCache, input_tokens: InputTokens, *shape: Any, agree: Agree | None = None, **more: Any
+    ):
+        super().__init__(input_tokens, *shape, **more)
+        self._agree = agree or agreement()
+        self.encoder_cache = cache
+
+    def begin_step(self, message: StepMessage) -> StepBatch:
+        """As in the base class; also frees embeddings."""
+        self.encoder_cache.free(message.free_encoder_keys)
+        return super().begin_step(message)
+
+    def put_features(self, features: Features) -> None:
+        self.encoder_cache.put_features(features)
+
+    def _encode(self, inputs: list[_SlotInput]) -> list[str]:
+        """Encode inputs. One that can't be encoded, on any rank, is zeros until the core ends its requests."""
+        errors = self._agree([error_of(partial(self.encoder_cache.encode, one.ref, len(one.at))) for one in inputs])
+        for one, error in zip(inputs, errors, strict=True):
+            if error:
+                self.encoder_cache.put_zeros(one.ref.hash, len(one.at))
+        return errors
+
+    def _make_rows(self, found: _StepInputs) -> MMRows | None:
+        if not found.parts:
+            return None
+        parts = [_part(self.encoder_cache[one.ref.hash], low, high) for one, low, high, _ in found.parts]
+        deepstack = [part.deepstack for part in parts if part.deepstack is not None]
+        return MMRows(
+            np.concatenate([at for *_, at in found.parts]),
+            torch.cat([part.embeddings for part in parts]),
+            torch.cat(deepstack, 1) if deepstack else None,
+            found.spans,
+        )
+
+
+class LaterStageSlots(InputSlots):
+    """Slots of a pipeline stage that does not encode: the hidden states that it gets have the embeddings.
+
+    Args:
+        hidden: numbers of an embedding.
+        receive_causes: why each of that many inputs could not be encoded, from the stage that does.
+        input_tokens, shape: as of the base class.
+    """
+
+    def __init__(self, hidden: int, receive_causes: Callable[[int], list[str]], input_tokens: InputTokens, *shape: Any):
+        super().__init__(input_tokens, *shape)
+        self._receive_causes = receive_causes
+        self._no_embeddings = torch.empty(0, hidden)
+
+    def _encode(self, inputs: list[_SlotInput]) -> list[str]:
+        return self._receive_causes(len(inputs))
+
+    def _make_rows(self, found: _StepInputs) -> MMRows | None:
+        if not found.spans:
+            return None
+        return MMRows(np.zeros(0, dtype=np.int64), self._no_embeddings, spans=found.spans)
 
 
 def _part(encoded: EncodedInput, low: int, high: int) -> EncodedInput:

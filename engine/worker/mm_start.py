@@ -1,14 +1,14 @@
 """What a worker of a model with multimodal inputs is built of."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.model.composed_decoder import decoder_of
+from engine.model.composed_decoder import outer_modules
 from engine.model.mm_facts import MMFacts
 from engine.multimodal.families import MM_FAMILIES, joint_ids
 from engine.worker.encoder_cache import EncoderCache
@@ -21,14 +21,14 @@ def encoder_cache(
     """An empty encoder cache.
 
     Args:
-        model: an instance of transformers' class, filled.
+        model: an instance of transformers' class, filled; pipeline stages may lack its head.
         place: copies a tensor to the device of the model.
         dtype: of the encoder, whose parameters are converted; None: that of the model.
     """
     family = MM_FAMILIES[model.config.model_type]
-    embeddings: torch.dtype = model.get_output_embeddings().weight.dtype
+    embeddings: torch.dtype = model.get_input_embeddings().weight.dtype
     if dtype is not None:
-        for module in encoder_modules(model):
+        for module in outer_modules(model):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
             for name, buffer in module.named_buffers(recurse=False):
@@ -38,12 +38,6 @@ def encoder_cache(
     hidden: int = model.config.get_text_config(decoder=True).hidden_size
     layers = len(model.config.vision_config.deepstack_visual_indexes) if family.deepstack else 0
     return EncoderCache(encoder, place, embeddings, hidden, layers)
-
-
-def encoder_modules(model: Any) -> Iterator[nn.Module]:
-    """All modules of a model outside its decoder and its head."""
-    others = {*decoder_of(model).modules()}
-    return (module for module in model.modules() if module not in others)
 
 
 def input_tokens(model: Any, facts: MMFacts) -> InputTokens:

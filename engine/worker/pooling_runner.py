@@ -15,7 +15,7 @@ from engine.model.loading.meta_model import MetaModel
 from engine.model.loading.open_model import read_head
 from engine.model.model_info import ModelInfo
 from engine.resolved_config import ResolvedConfig
-from engine.worker.backend_builder import build_backend
+from engine.worker.backend_builder import BuiltBackend, build_backend
 from engine.worker.fused_backend import FusedBackend
 from engine.worker.generic_backend import GenericBackend
 from engine.worker.pooling_backend import DecoderPooling, EncoderPooling, PoolingBackend
@@ -73,9 +73,8 @@ def build_pooling_runner(
     config: EngineConfig, model_info: ModelInfo, resolved: ResolvedConfig, meta_model: MetaModel
 ) -> tuple[PoolingRunner, BuiltPooling]:
     """Load a model that pools, and allocate the KV cache of a decoder."""
-    spec = model_info.pooling
+    spec, slots = model_info.pooling, pooling_slots(resolved)
     assert spec is not None, "the model generates"
-    slots = PoolingSlots(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, len(resolved.kv_windows))
     with large_allocations_mapped(), contextlib.closing(meta_model):
         if spec.encoder:
             meta_model.fill()
@@ -83,7 +82,20 @@ def build_pooling_runner(
             encoder = EncoderPooling(meta_model.model, spec)
             return PoolingRunner(encoder, slots), BuiltPooling("torch (transformers' class)", warnings)
         built = build_backend(config, model_info, resolved, meta_model)
+    pooling = decoder_pooling(config, model_info, built)
+    return PoolingRunner(pooling, slots), BuiltPooling(built.kernels, built.warnings, built.cores)
+
+
+def pooling_slots(resolved: ResolvedConfig) -> PoolingSlots:
+    """The slots of a rank."""
+    groups = len(resolved.kv_windows)
+    return PoolingSlots(resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, groups)
+
+
+def decoder_pooling(config: EngineConfig, model_info: ModelInfo, built: BuiltBackend) -> DecoderPooling:
+    """What pools the hidden states of a decoder, which this rank has, or the last layers of it."""
+    spec = model_info.pooling
+    assert spec is not None, "the model generates"
     assert isinstance(built.backend, FusedBackend | GenericBackend), "multimodal models don't pool"
     head = read_head(config, model_info) if spec.task == "classify" else None
-    decoder = DecoderPooling(built.backend, spec, head)
-    return PoolingRunner(decoder, slots), BuiltPooling(built.kernels, built.warnings, built.cores)
+    return DecoderPooling(built.backend, spec, head)

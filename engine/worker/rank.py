@@ -23,6 +23,7 @@ from engine.errors import RedlineError, cause_of
 from engine.log_format import log_everything
 from engine.model.mm_facts import MMFacts
 from engine.model.model_info import ModelInfo
+from engine.pooling import PoolingSpec
 from engine.resolved_config import ResolvedConfig
 from engine.worker.local_links import LocalEnd
 from engine.worker.own_blocks import OwnBlocks
@@ -106,14 +107,14 @@ def _drop(_kind: FrameKind, _answer: bytes) -> None:
 
 
 def start(options: RankOptions, progress: Callable[[int, int], None]) -> tuple[Any, StartReport]:
-    """Start the worker: a Runner, a StageRunner or, with `--ablate driver-broadcast`, a Follower.
+    """Start the worker, see `engine.worker.worker_start.Worker`; with `--ablate driver-broadcast`, a Follower.
 
     On a device it is a DeviceRunner.
     """
     config, resolved = EngineConfig(**options.config), ResolvedConfig(**options.resolved)
     given = options.model_info
-    mm = msgspec.convert(given["mm"], MMFacts | None)
-    model_info = ModelInfo(**{**given, "path": Path(given["path"]), "mm": mm})
+    mm, pooling = msgspec.convert(given["mm"], MMFacts | None), msgspec.convert(given["pooling"], PoolingSpec | None)
+    model_info = ModelInfo(**{**given, "path": Path(given["path"]), "mm": mm, "pooling": pooling})
     place = RankPlace(options.rank, options.store)
     shown = progress if options.rank == 0 else None
     if options.device is not None:

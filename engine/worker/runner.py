@@ -20,18 +20,17 @@ from engine.logprob_columns import TokenLogprobs
 from engine.messages import StepMessage, StepResult, encode
 from engine.model.loading.meta_model import MetaModel
 from engine.model.model_info import ModelInfo
-from engine.model.runtime.rank_group import RankGroup
 from engine.model.sharding.tp_plan import TPPlan
 from engine.resolved_config import ResolvedConfig
 from engine.worker import prompt_logprobs, sampler
-from engine.worker.adapter_manager import AdapterManager, AdapterSharding, adapter_sharding
+from engine.worker.adapter_manager import AdapterManager, AdapterRanks, AdapterSharding, adapter_sharding
 from engine.worker.backend_builder import BuiltBackend, build_backend
-from engine.worker.encoder_faults import agreement
 from engine.worker.kv_blocks import KVBlocks
 from engine.worker.mm_slots import MMSlots
 from engine.worker.mm_start import encoder_cache, input_tokens
 from engine.worker.model_backend import ModelBackend
 from engine.worker.rank_barrier import barrier_calls
+from engine.worker.rank_causes import Agree, agreement
 from engine.worker.rank_protocol import Features
 from engine.worker.slots import StepBatch, WorkerSlots
 from engine.worker.step_runner import StepRunner
@@ -65,11 +64,11 @@ class Runner(StepRunner[SamplingPlan]):
         self,
         backend: ModelBackend,
         slots: WorkerSlots,
-        sharding: AdapterSharding | None = None,
+        ranks: AdapterRanks | None = None,
         blocks: KVBlocks | None = None,
     ):
-        adapters = AdapterManager(backend, slots.adapter_slots, sharding)
-        super().__init__({**adapters.calls, **barrier_calls(sharding)}, blocks)
+        adapters = AdapterManager(backend, slots.adapter_slots, ranks)
+        super().__init__({**adapters.calls, **barrier_calls(ranks)}, blocks)
         self._backend = backend
         self._slots = slots
         self._seconds = 0.0
@@ -98,7 +97,7 @@ class Runner(StepRunner[SamplingPlan]):
         if len(batch.sampling):
             tokens, logprobs = self._choose(batch, plan, TokenMasks(masks) if masks else None)
             if drafted:
-                tokens, each = self._slots.append_accepted(batch, tokens)
+                tokens, each = self._append_accepted(batch, tokens)
                 counts, logprobs = column(each), reindexed(logprobs, np.cumsum(each) - each)
             else:
                 self._append(batch, tokens)
@@ -113,6 +112,10 @@ class Runner(StepRunner[SamplingPlan]):
     def _append(self, batch: StepBatch, tokens: Int64s) -> None:
         """Append one token to each slot that samples."""
         self._slots.append_tokens(batch.sampling, tokens)
+
+    def _append_accepted(self, batch: StepBatch, tokens: Int64s) -> tuple[Int64s, Int64s]:
+        """Append the tokens of a step with draft tokens; see `WorkerSlots.append_accepted`."""
+        return self._slots.append_accepted(batch, tokens)
 
     def _plan_sampling(self, batch: StepBatch) -> SamplingPlan:
         """Plan how tokens are chosen: for each slot by its own parameters only, so that batching does not matter."""
@@ -162,7 +165,7 @@ def build_runner(
     """Build a rank's runner; `model_info` is the rank's, `tp_plan` is how ranks divide the model."""
     built, sharding = build_parts(config, model_info, resolved, meta_model, tp_plan)
     shard = meta_model.vocab_shard
-    slots = build_slots(resolved, model_info, meta_model, None if shard is None else shard.group)
+    slots = build_slots(resolved, model_info, meta_model, agreement(None if shard is None else shard.group))
     return Runner(built.backend, slots, sharding, built.blocks), built
 
 
@@ -184,16 +187,21 @@ def build_parts(
 
 
 def build_slots(
-    resolved: ResolvedConfig, model_info: ModelInfo, meta_model: MetaModel, group: RankGroup | None = None
+    resolved: ResolvedConfig, model_info: ModelInfo, meta_model: MetaModel, agree: Agree | None = None
 ) -> WorkerSlots:
-    """The slots of a rank; with an encoder, if the model takes multimodal inputs. `group`: ranks that encode alike."""
-    groups = len(resolved.kv_windows)
-    shape = resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
+    """The slots of a rank; with an encoder, if the model takes multimodal inputs. `agree`: see `MMSlots`."""
+    shape = slots_shape(resolved)
     if model_info.mm is None:
         return WorkerSlots(*shape)
     model, dtype = meta_model.model, getattr(torch, encoder_dtype(model_info.dtype))
     cache = encoder_cache(model, dtype=dtype)
-    return MMSlots(cache, input_tokens(model, model_info.mm), *shape, agree=agreement(group))
+    return MMSlots(cache, input_tokens(model, model_info.mm), *shape, agree=agree)
+
+
+def slots_shape(resolved: ResolvedConfig) -> tuple[int, int, int, int, int]:
+    """The arguments of `WorkerSlots`."""
+    groups = len(resolved.kv_windows)
+    return resolved.max_num_seqs, resolved.max_model_len, resolved.block_size, resolved.draft_tokens, groups
 
 
 def reindexed(logprobs: TokenLogprobs | None, to: Int64s) -> TokenLogprobs | None:

@@ -4,8 +4,9 @@
        ▲                          ▲                        │
        └──────────tokens──────────┴────────────────────────┘
 
-With `--tp` each rank of a stage exchanges them with the ranks that have its number in the other stages. Sending does
-not wait for the receiver, so a stage goes on with the next step.
+The first stage also sends the last one, which returns the results, why multimodal inputs could not be encoded. With
+`--tp` each rank of a stage exchanges them with the ranks that have its number in the other stages. Sending does not
+wait for the receiver, so a stage goes on with the next step.
 """
 
 import time
@@ -18,8 +19,9 @@ from torch import Tensor
 from engine.arrays import Int64s
 from engine.model.stage import Stage
 from engine.worker.gloo_group import GlooGroup, lost
+from engine.worker.rank_causes import CAUSE_BYTES, agreement, pack_causes, unpack_cause
 
-HIDDEN, TOKENS = 0, 1  # tags of messages; those of one tag arrive in order
+HIDDEN, TOKENS, CAUSES = 0, 1, 2  # tags of messages; those of one tag arrive in order
 
 
 class StageGroup(GlooGroup):
@@ -59,10 +61,11 @@ class StageLinks:
 
     def __init__(self, stage: Stage, group: StageGroup, most_in_flight: int):
         self.stage = stage
-        self.waited_s = 0.0  # in all, for hidden states
+        self.waited_s = 0.0  # in all, for hidden states and causes
         self._group = group
-        self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._most_sent = most_in_flight * (stage.number if stage.is_last else 1)
+        # By tag, what may be on its way, and how many messages at most.
+        self._sent: dict[int, deque[tuple[Any, Tensor]]] = {HIDDEN: deque(), TOKENS: deque(), CAUSES: deque()}
+        self._most_sent = {HIDDEN: most_in_flight, TOKENS: most_in_flight * stage.number, CAUSES: most_in_flight}
 
     def receive_hidden(self, out: Tensor) -> None:
         """Wait for the hidden states of the next step, [tokens, hidden], from the stage before."""
@@ -81,13 +84,37 @@ class StageLinks:
             self._send(copy, number, TOKENS)
 
     def receive_tokens(self, count: int) -> Int64s:
-        """Wait for the tokens of the oldest step whose tokens have not been received; `count`: how many it sampled."""
+        """Wait for the tokens of the oldest step whose tokens have not been received.
+
+        `count`: how many it sampled, behind draft tokens too.
+        """
         tokens = torch.empty(count, dtype=torch.int64)
         self._group.receive(tokens, self.stage.count - 1, TOKENS)
         found: Int64s = tokens.numpy()
         return found
 
+    def send_causes(self, causes: list[str]) -> None:
+        """Send why each input that a step asks for could not be encoded from the first stage to the last one."""
+        self._send(pack_causes(causes), self.stage.count - 1, CAUSES)
+
+    def receive_causes(self, count: int) -> list[str]:
+        """Wait for the causes of a step in the last stage; `count`: inputs that it asks for."""
+        packed = torch.empty(count, CAUSE_BYTES, dtype=torch.uint8)
+        began = time.perf_counter()
+        self._group.receive(packed, 0, CAUSES)
+        self.waited_s += time.perf_counter() - began
+        return [unpack_cause(one) for one in packed.numpy()]
+
+    def agree(self, cause: str) -> str:
+        """The first cause that a stage passes; "": each has passed "". All stages must call it."""
+        return agreement(self._group)([cause])[0]
+
+    def wait(self) -> None:
+        """Wait for all stages."""
+        self._group.smallest(0)
+
     def _send(self, tensor: Tensor, to: int, tag: int) -> None:
-        self._sent.append((self._group.send(tensor, to, tag), tensor))
-        while len(self._sent) > self._most_sent:
-            self._group.wait(self._sent.popleft()[0])
+        sent = self._sent[tag]
+        sent.append((self._group.send(tensor, to, tag), tensor))
+        while len(sent) > self._most_sent[tag]:
+            self._group.wait(sent.popleft()[0])

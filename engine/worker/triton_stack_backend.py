@@ -157,7 +157,7 @@ class StackAdapters:
         check_adapter(adapter, self._model)
         dtype, place = self._stack.embedding.dtype, self._device.place
         parts = {}
-        layers = by_layer(adapter, len(self._stack.layers))
+        layers = by_layer(adapter, range(len(self._stack.layers)))
         for number, (layer, changes) in enumerate(zip(self._stack.layers, layers, strict=True)):
             for linear in layer.linears:
                 merged = merge(changes, linear.outputs)

@@ -4,7 +4,7 @@ import atexit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from engine.worker.device_runner import DeviceRunner
     from engine.worker.driver_broadcast import Follower
     from engine.worker.pooling_runner import BuiltPooling, PoolingRunner
+    from engine.worker.pooling_stages import PoolingStageRunner
     from engine.worker.runner import Runner
     from engine.worker.stage_links import StageLinks
     from engine.worker.stage_runners import StageRunner
 
+    Worker: TypeAlias = Runner | Follower | PoolingRunner | StageRunner | PoolingStageRunner
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -60,7 +62,7 @@ def start_worker(
     resolved: ResolvedConfig,
     progress: Progress | None = None,
     place: RankPlace | None = None,
-) -> "tuple[Runner | Follower | PoolingRunner | StageRunner, StartReport]":
+) -> "tuple[Worker, StartReport]":
     """Load a rank's part of the model and allocate its KV cache; with a place, also join the other ranks.
 
     The calling thread must be the one that runs steps: it may be pinned to a core.
@@ -81,9 +83,9 @@ def start_worker(
     # Only the class has a plan by which tensor-parallel ranks divide it.
     opened = open_for_backend(config, model_info, resolved, progress) if config.tensor_parallel_size == 1 else None
     meta_model = opened or open_model(config, model_info, progress)
-    worker: Runner | Follower | PoolingRunner | StageRunner
+    worker: Worker
     built: BuiltBackend | BuiltPooling
-    if model_info.pooling is not None:
+    if model_info.pooling is not None and stages is None:
         from engine.worker.pooling_runner import build_pooling_runner
 
         phases.end("open model")
@@ -118,7 +120,7 @@ def _build_placed(
     place: RankPlace,
     stages: PipelinePlan | None,
     phases: Phases,
-) -> "tuple[Runner | Follower | StageRunner, BuiltBackend]":
+) -> "tuple[Worker, BuiltBackend]":
     """Join the other ranks, and build the runner of this rank's part of the model."""
     from engine.worker.gloo_group import GlooGroup
     from engine.worker.runner import build_runner

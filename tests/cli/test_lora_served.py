@@ -30,13 +30,16 @@ def adapters(model: tuple[Path, torch.nn.Module], tmp_path_factory: pytest.TempP
     return {name: write_adapter(folder / name, model[1], LLAMA, seed) for seed, name in enumerate(("one", "two"))}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[(), ("--pp", "2")], ids=["one rank", "pipeline stages"])
 def served(
-    model: tuple[Path, torch.nn.Module], adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    model: tuple[Path, torch.nn.Module],
+    adapters: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Served]:
     flags = (
         "--dtype", "float32", "--max-model-len", "128", "--api-servers", "2", "--served-model-name", "base",
-        "--lora", f"one={adapters['one']}", "--enable-runtime-lora",
+        "--lora", f"one={adapters['one']}", "--enable-runtime-lora", *request.param,
     )  # fmt: skip
     with serve(tmp_path_factory.mktemp("log"), str(model[0]), *flags) as running:
         yield running

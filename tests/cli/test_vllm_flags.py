@@ -165,7 +165,7 @@ def test_an_option_of_v0_falls_back_to_v0_and_says_so(flags: list[str], asked: A
         (["--lora-modules", '{"name": "a"}'], "NAME=PATH"),
         (["--trust-remote-code"], "--trust-remote-code is not supported: code that comes with a model is never run"),
         (["--pipeline-parallel-size", "0"], "--pp must be at least 1"),
-        (["-pp", "2", "--speculative", "ngram"], "--pp 2 does not work with --speculative"),
+        (["-pp", "2", "--ablate", "full-state"], "--pp 2 does not work with --ablate full-state"),
         (["--distributed-executor-backend", "ray"], "(--tp, --pp), or runs replicas there (--dp): give one"),
         (["--distributed-executor-backend", "external_launcher"], "'external_launcher' is not one of"),
         (["--ray-address", "10.0.0.1:6379"], "--ray-address needs --distributed-executor-backend ray"),

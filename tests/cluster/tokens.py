@@ -1,6 +1,7 @@
 """`python -m tests.cluster.tokens FOLDER ADAPTER HOST:PORT`: what two ranks on a Ray cluster say, as lines of JSON.
 
-The first line is of two pipeline stages, the second of two tensor-parallel ranks with the LoRA adapter of that folder.
+The first line is of two pipeline stages, the second of two tensor-parallel ranks, half of whose prompts use the LoRA
+adapter of that folder.
 These go on until one is lost: the cause, with its time on the monotonic clock, is the last line.
 """
 
@@ -40,8 +41,10 @@ def main(folder: str, adapter: str, address: str) -> None:
         "ray_address": address,
         "distribute_weights": True,
     }
-    for tp, pp, used in ((1, 2, ""), (2, 1, adapter)):
-        tokens, stats, executor = serve_all(Path(folder), tp, start, adapter=used, pipeline_parallel_size=pp, **backend)
+    for tp, pp, used in ((1, 2, {}), (2, 1, {"one": Path(adapter)})):
+        tokens, stats, executor = serve_all(
+            Path(folder), tp, start, adapters=used, pipeline_parallel_size=pp, **backend
+        )  # fmt: skip
         found = {
             "tokens": tokens, "nodes": nodes, "preemptions": stats.preemptions, "prefix_hits": stats.prefix_hits,
             "chunks": chunks_of_prompts(executor.messages), "in_flight": max(executor.in_flight),

@@ -13,6 +13,7 @@ from engine.memory import resolve
 from engine.model.model_info import read_model_info
 from engine.worker.in_process import InProcessExecutor
 from tests.engine.worker.driver import Driver
+from tests.engine.worker.stage_threads import staged_driver
 
 
 @pytest.fixture
@@ -29,6 +30,18 @@ def make_driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
         request.addfinalizer(executor.shutdown)
         windows = model_info.kv_groups.windows
         return Driver(executor, rows=rows, block_size=block_size, num_blocks=num_blocks, windows=windows)
+
+    return make
+
+
+@pytest.fixture
+def make_staged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Driver]:
+    """Start pipeline stages on a folder and wrap them into a driver; arguments as of `staged_driver`."""
+
+    def make(folder: Path, stages: int, **options: Any) -> Driver:
+        driver = staged_driver(folder, tmp_path_factory.mktemp("store") / "store", stages, **options)
+        request.addfinalizer(driver.executor.shutdown)
+        return driver
 
     return make
 

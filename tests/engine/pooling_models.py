@@ -22,6 +22,7 @@ from engine.messages import Finished, Outputs, decode_from_core, encode
 from engine.model.model_info import ModelInfo, read_model_info
 from engine.pooling import Pooled
 from engine.worker.in_process import InProcessExecutor
+from engine.worker.multiprocess import MultiprocessExecutor
 
 VOCABULARY = 128
 POSITIONS = 66
@@ -111,7 +112,8 @@ class PoolingEngine:
     def __init__(self, config: EngineConfig, send: Callable[[int, bytes], None] | None = None):
         self.model_info: ModelInfo = read_model_info(config)
         self.resolved = resolve(config, self.model_info, available=1 << 30).config
-        self.executor = InProcessExecutor(config, self.model_info, self.resolved)
+        several = config.num_ranks > 1
+        self.executor = (MultiprocessExecutor if several else InProcessExecutor)(config, self.model_info, self.resolved)
         self.clock = MonotonicClock()
         self.core = EngineCore(self.resolved, self.executor, self.clock, send or self._receive)
         self.cached: dict[int, int] = {}  # prompt tokens found in the prefix cache, by handle

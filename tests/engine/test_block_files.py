@@ -13,12 +13,12 @@ from engine.kv_format import HEADER_BYTES
 
 HERE, ELSEWHERE = b"fingerprint here", b"fingerprint else"
 KEY = b"the key of block"
-CONTENT = [bytes(range(100)), bytes(range(100, 200))]  # of each rank
+CONTENT = [bytes(range(60)), bytes(range(60, 200))]  # of each rank
 
 
 @pytest.fixture
 def host() -> HostBlocks:
-    made = HostBlocks(4, 100, 2)
+    made = HostBlocks(4, (60, 140))
     for part, content in zip(made.parts(1), CONTENT, strict=True):
         part[:] = content
     return made

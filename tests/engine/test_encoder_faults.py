@@ -128,8 +128,11 @@ def test_one_rank(changes: dict[str, Any], built: Built, tmp_path: Path) -> None
         driver.executor.shutdown()
 
 
-def test_ranks_in_processes(built: Built, tmp_path: Path) -> None:
-    driver = start(built[0], 2)
+@pytest.mark.parametrize(
+    ("ranks", "stages"), [(2, 1), (1, 2), (2, 2)], ids=["tp 2", "pp 2", "tp 2 and pp 2"]
+)  # fmt: skip
+def test_ranks_in_processes(ranks: int, stages: int, built: Built, tmp_path: Path) -> None:
+    driver = start(built[0], ranks, pipeline_parallel_size=stages)
     try:
         check_fault(driver.executor, driver.resolved, built, tmp_path)
     finally:

@@ -20,7 +20,7 @@ from engine.kv_format import (
 
 LAYOUT = KVLayout(
     model="m", dtype="bfloat16", cache_dtype="int8", kernels="avx2, fused stack", windows=(0, 9), block_size=16,
-    block_bytes=24, ranks=2,
+    part_bytes=(24, 16),
 )  # fmt: skip
 HERE = LAYOUT.fingerprint
 
@@ -65,7 +65,7 @@ def test_any_bytes_are_refused(data: bytes) -> None:
     "change",
     [
         {"model": "n"}, {"dtype": "float32"}, {"cache_dtype": "bfloat16"}, {"kernels": "torch"}, {"windows": (0,)},
-        {"block_size": 32}, {"block_bytes": 48}, {"ranks": 1},
+        {"block_size": 32}, {"part_bytes": (16, 24)}, {"part_bytes": (40,)},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

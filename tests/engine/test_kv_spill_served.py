@@ -153,8 +153,17 @@ def expected(model: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("size", "flags"),
-    [(1, {}), (1, {"kernels": "torch"}), (2, {}), (2, OVER_TCP)],
-    ids=["fused stack", "torch", "tp 2", "tp 2 over TCP"],
+    [
+        (1, {}),
+        (1, {"kernels": "torch"}),
+        (2, {}),
+        (2, OVER_TCP),
+        (1, {"pipeline_parallel_size": 2}),  # of one layer and of two
+        (2, {"pipeline_parallel_size": 2}),
+        (1, {"pipeline_parallel_size": 3, "kernels": "torch"}),
+        (1, {"pipeline_parallel_size": 2, **OVER_TCP}),
+    ],
+    ids=["fused stack", "torch", "tp 2", "tp 2 over TCP", "pp 2", "tp 2 and pp 2", "pp 3, torch", "pp 2 over TCP"],
 )
 def test_tokens_are_those_of_a_large_cache(
     size: int, flags: dict[str, Any], model: Path, expected: list[list[int]], tmp_path: Path
@@ -169,7 +178,8 @@ def test_tokens_are_those_of_a_large_cache(
         assert served.spill.host_hits > 0
         assert served.spill.disk_hits > 0
         assert served.spill.disk_faults == 0
-        assert len(os.listdir(tmp_path)) == (size if flags == OVER_TCP else 1), "ranks elsewhere have their own folders"
+        own = size * flags.get("pipeline_parallel_size", 1) if OVER_TCP.items() <= flags.items() else 1
+        assert len(os.listdir(tmp_path)) == own, "ranks elsewhere have their own folders"
     assert not os.listdir(tmp_path)
 
 
@@ -188,9 +198,11 @@ def test_groups_with_windows(tmp_path: Path) -> None:
     build_model("qwen2", tmp_path, head_dim=16, hidden_size=64)
     with Served(tmp_path, blocks=600) as served:
         expected = served.run(PROMPTS)
-    with Served(tmp_path, blocks=60, kv_spill=f"host={sizes(tmp_path, 300)}") as served:
-        assert [served.run(PROMPTS), served.run(PROMPTS)] == [expected, expected]
-        assert served.spill.host_hits > 0
+    for stages in (1, 2):
+        given = f"host={sizes(tmp_path, 300)}"
+        with Served(tmp_path, blocks=60, kv_spill=given, pipeline_parallel_size=stages) as served:
+            assert [served.run(PROMPTS), served.run(PROMPTS)] == [expected, expected]
+            assert served.spill.host_hits > 0
 
 
 @pytest.mark.parametrize(("size", "flags"), [(1, {}), (2, OVER_TCP)], ids=["", "tp 2 over TCP"])

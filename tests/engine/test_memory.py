@@ -120,6 +120,18 @@ def test_ranks_have_an_encoder_cache_each(tmp_path: Path) -> None:
     assert lines["encoder cache"] == 2 * 300 * 2048
 
 
+def test_one_stage_has_an_encoder_cache(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama", "num_key_value_heads": 2}))
+    config = EngineConfig(
+        model=str(tmp_path), load_format="dummy", tensor_parallel_size=2, pipeline_parallel_size=2,
+        max_num_batched_tokens=300,
+    )  # fmt: skip
+    facts = dataclasses.replace(read_model_info(config), mm=with_inputs(100).mm)
+    lines = {line.what: line.bytes for line in resolve(config, facts, 8 * GIB).memory}
+    assert lines["encoder cache"] == 2 * 300 * 2048
+    assert lines["encoder workspace"] == 2 * (5 << 20)
+
+
 def test_steps_hold_the_largest_input_that_cant_be_split(free) -> None:
     free(4 * GIB)
     found = resolve(EngineConfig(model="m", max_num_seqs=4), with_inputs(4000, unsplit=4000))
@@ -245,6 +257,23 @@ def test_stages_share_the_machine(tmp_path: Path, free) -> None:
     assert two.memory[-1].bytes // two.config.num_blocks == alone.memory[-1].bytes // alone.config.num_blocks
     workspace, alone_workspace = (one.memory[1].bytes for one in (two, alone))
     assert workspace == 2 * alone_workspace
+
+
+def test_each_rank_has_a_part_of_a_block(tmp_path: Path, free) -> None:
+    """Of the size of its stage's layers; together they are the block."""
+    free(1 << 40)
+    config = make_folder(tmp_path, "llama")
+    model_info = read_model_info(config)
+    block = model_info.kv_bytes_per_token * 32
+    for flags, parts in (
+        ({}, [3]),
+        ({"tensor_parallel_size": 2}, [1.5, 1.5]),
+        ({"pipeline_parallel_size": 2}, [1, 2]),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, [0.5, 0.5, 1, 1]),
+    ):
+        found = resolve(dataclasses.replace(config, block_size=32, **flags), model_info).config  # type: ignore[arg-type]
+        assert sorted(found.kv_part_bytes) == [part * block / 3 for part in parts]
+        assert sum(found.kv_part_bytes) == block
 
 
 def test_more_ranks_than_cores_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,13 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.memory import resolve
 from engine.model.model_info import read_model_info
-from engine.pipeline_options import check_stages_of_model
+from engine.pipeline_options import check_stages_on
 from tests.engine.worker.driver import BASE
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"speculative": "ngram"}, "--pp 2 does not work with --speculative: "),
-        ({"adapters": (("a", "/a"),)}, "--pp 2 does not work with --lora: "),
-        ({"kv_spill": "host=1GiB"}, "--pp 2 does not work with --kv-spill: "),
         ({"engine": "v0"}, "--pp 2 does not work with --engine v0: "),
         ({"ablate": ("full-state",)}, "--pp 2 does not work with --ablate full-state: "),
         ({"ablate": ("driver-broadcast",), "tensor_parallel_size": 2}, "--ablate driver-broadcast: "),
@@ -36,19 +33,18 @@ def test_one_stage_refuses_nothing() -> None:
     assert EngineConfig(model="m", speculative="ngram", ablate=("inline-frontend",)).num_ranks == 1
 
 
-def test_inputs_and_gpus_are_refused() -> None:
+def test_gpus_are_refused() -> None:
     config = EngineConfig(model="m", pipeline_parallel_size=2)
-    with pytest.raises(ConfigError, match="--pp 2 does not work with m, which takes images"):
-        check_stages_of_model(config, takes_inputs=True, device="")
     with pytest.raises(ConfigError, match="--pp 2 works on the CPU only: use --tp"):
-        check_stages_of_model(config, takes_inputs=False, device="cuda")
-    check_stages_of_model(EngineConfig(model="m"), takes_inputs=True, device="cuda")
+        check_stages_on(config, "cuda")
+    check_stages_on(config, "")
+    check_stages_on(EngineConfig(model="m"), "cuda")
 
 
-def test_models_that_pool_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "llama"}))
-    config = EngineConfig(model=str(tmp_path), load_format="dummy", runner="pooling", pipeline_parallel_size=2)
-    with pytest.raises(ConfigError, match="--pp does not work with models that return embeddings"):
+def test_encoders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "model_type": "bert"}))
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", pipeline_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"--pp does not work with models that .* are encoders: leave it out"):
         read_model_info(config)
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,10 +36,12 @@ from engine.stats import Stats
 from engine.worker.in_process import InProcessExecutor
 from engine.worker.multiprocess import MultiprocessExecutor
 from tests.engine.worker.driver import build_model
+from tests.engine.worker.lora_files import LLAMA, write_adapter
 
 PATIENCE_S = 90.0
 BLOCK, BLOCKS, ROWS, BUDGET, NEW = 16, 18, 6, 24, 40
 SHARED = [(7 * i) % 120 + 1 for i in range(48)]
+DRAFTING = {"speculative": "ngram", "num_speculative_tokens": 3}
 PROMPTS = [
     [3], [5, 6, 7], [i % 90 + 2 for i in range(90)], [*SHARED, 8], [i % 50 + 9 for i in range(30)],
     [*SHARED, 9, 10], [i % 70 + 3 for i in range(61)], [*SHARED, 11, 12, 13], [4] * 20, [*SHARED[:40], 1],
@@ -75,7 +79,10 @@ class Served:
     def hear(self, _: int, data: bytes) -> None:
         message = decode_from_core(data)
         assert isinstance(message, Outputs)
-        for handle, token in zip(int64s(message.handles).tolist(), int32s(message.tokens).tolist(), strict=True):
+        handles = int64s(message.handles)
+        if message.counts:
+            handles = np.repeat(handles, int32s(message.counts))
+        for handle, token in zip(handles.tolist(), int32s(message.tokens).tolist(), strict=True):
             self.tokens[handle].append(token)
         self.reasons |= {one.handle: one.reason for one in message.finished}
         self.stats = message.stats or self.stats
@@ -88,11 +95,20 @@ def start_ranks(config: EngineConfig, model_info: ModelInfo, resolved: ResolvedC
 
 
 def serve_all(
-    folder: Path, size: int, start: Callable[..., Any] = start_ranks, adapter: str = "", **flags: Any
+    folder: Path,
+    size: int,
+    start: Callable[..., Any] = start_ranks,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+    **flags: Any,
 ) -> tuple[list[list[int]], Stats, Recording]:
     """The tokens of all prompts, which come at once, to fewer blocks than those that have rows will need.
 
-    `start` makes the executor, with the arguments of `start_ranks`. `adapter`: the folder of one that all use.
+    Args:
+        folder: of the model.
+        size: `--tp`.
+        start: makes the executor, with the arguments of `start_ranks`.
+        adapters: folders by name; prompts have the base model and each of them in turn.
+        flags: others.
     """
     config = EngineConfig(
         model=str(folder), tensor_parallel_size=size, dtype="float32", max_num_seqs=ROWS, block_size=BLOCK,
@@ -106,11 +122,12 @@ def serve_all(
     served = Served()
     try:
         core = EngineCore(resolved, executor, MonotonicClock(), served.hear)
+        for name, adapter in adapters.items():
+            core.load_adapter(name, str(adapter)).result(PATIENCE_S)
         deadline = time.monotonic() + PATIENCE_S
-        if adapter:
-            core.load_adapter("one", adapter).result()
-        name = "one" if adapter else ""
+        names = ["", *adapters]
         for i, prompt in enumerate(PROMPTS):
+            name = names[i % len(names)]
             core.receive(encode(AddRequest(make_handle(0, i), column(prompt), NEW, Sampling(), adapter=name)))
         while core.has_work:
             assert time.monotonic() < deadline, f"{len(served.reasons)} of {len(PROMPTS)} are done"
@@ -166,8 +183,9 @@ def expected(model: Path) -> list[list[int]]:
         (1, {"pipeline_parallel_size": 3}),
         (2, {"pipeline_parallel_size": 2}),
         (1, {"pipeline_parallel_size": 2, "kernels": "torch"}),
+        (2, {"pipeline_parallel_size": 2, **DRAFTING}),
     ],
-    ids=["tp 2", "tp 4", "tp 2 of V0", "pp 3", "tp 2 and pp 2", "pp 2 without C++"],
+    ids=["tp 2", "tp 4", "tp 2 of V0", "pp 3", "tp 2 and pp 2", "pp 2 without C++", "draft tokens of stages"],
 )
 def test_ranks_say_what_one_says(size: int, flags: dict[str, Any], model: Path, expected: list[list[int]]) -> None:
     tokens, stats, executor = serve_all(model, size, **flags)
@@ -179,3 +197,17 @@ def test_ranks_say_what_one_says(size: int, flags: dict[str, Any], model: Path, 
         assert stats.prefix_hits >= 3 * len(SHARED[:40]) // BLOCK * BLOCK
         stages = flags.get("pipeline_parallel_size", 1)
         assert max(executor.in_flight) >= stages, "no step was handed over before the ones before it were done"
+    assert (stats.num_accepted_tokens > 0) == ("speculative" in flags)
+
+
+def test_stages_in_flight_with_adapters(tmp_path: Path) -> None:
+    """Prompts with an adapter and without one share steps; what the two have in common is not shared in the cache."""
+    model = build_model("llama", tmp_path / "model", head_dim=16)
+    adapters = {"one": write_adapter(tmp_path / "one", model, LLAMA, 1)}
+    alone, _, _ = serve_all(tmp_path / "model", 1, adapters=adapters)
+    tokens, stats, executor = serve_all(tmp_path / "model", 1, adapters=adapters, pipeline_parallel_size=3)
+    assert tokens == alone
+    assert stats.preemptions > 0
+    assert stats.prefix_hits > 0
+    assert max(executor.in_flight) >= 3
+    assert tokens != serve_all(tmp_path / "model", 1)[0], "the adapter changes nothing"

@@ -21,9 +21,9 @@ def kv_blocks(env: Environment) -> None:
     cache = [device.zeros((2 * count, part_bytes), torch.uint8) for _ in range(parts)]
     for part, values in zip(cache, known, strict=True):
         part[:count].copy_(values.to(env.torch_device))
-    host = HostBlocks(count, parts * part_bytes, 1)
+    host = HostBlocks(count, (parts * part_bytes,))
     blocks = DeviceBlocks(device, cache)
-    blocks.attach(host.path, count, parts * part_bytes)
+    blocks.attach(**host.attachment)
     order = torch.randperm(count, generator=generator).tolist()
     out = [(COPY_OUT, block, order[block]) for block in range(count)]
     back = [(COPY_IN, 2 * count - 1 - block, order[block]) for block in range(count)]

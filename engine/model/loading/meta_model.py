@@ -7,7 +7,7 @@ values. Buffers are real from the start, because the class computes them.
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -171,9 +171,13 @@ class MetaModel:
 
     def fill(self, part: nn.Module | None = None) -> None:
         """Fill a part of the model, None for all of it. Raises ModelError if the weights can't be read."""
+        self.fill_each((self.model if part is None else part).modules())
+
+    def fill_each(self, modules: Iterable[nn.Module]) -> None:
+        """Fill modules without those within them. Raises ModelError as `fill` does."""
         began = time.perf_counter()
         try:
-            for module in (self.model if part is None else part).modules():
+            for module in modules:
                 self._fill_module(module)
         except OSError as error:
             raise ModelError(f"the weights can't be read: {error}") from error

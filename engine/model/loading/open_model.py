@@ -205,7 +205,7 @@ def check_attention(
     refusal = f"{config.model} can't be run: {_does_not_fit(model_info)}"
     shape: tuple[int, ...] | None = None
     try:
-        if model_info.stage is not None and not model_info.stage.is_last:
+        if model_info.stage is not None and not model_info.stage.has_head:
             attention_interface.run_model(meta_model.decoder.base_model, context, arguments)
         else:
             arguments["logits_to_keep"] = torch.tensor([PROBE - 1])

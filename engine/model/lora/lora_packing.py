@@ -16,14 +16,17 @@ from engine.model.lora.lora_weights import Adapter, LowRank
 _LAYER = re.compile(r"model\.(?:language_model\.|text_model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 
 
-def by_layer(adapter: Adapter, layers: int) -> list[dict[str, LowRank]]:
-    """Group an adapter's linears by layer, keyed by name. Raises ModelError for a linear outside the layers."""
-    found: list[dict[str, LowRank]] = [{} for _ in range(layers)]
+def by_layer(adapter: Adapter, layers: range) -> list[dict[str, LowRank]]:
+    """Group an adapter's linears by layer, keyed by name. Raises ModelError for a linear outside the layers.
+
+    `layers`: the numbers of those that this rank has.
+    """
+    found: list[dict[str, LowRank]] = [{} for _ in layers]
     for path, part in adapter.linears.items():
         place = _LAYER.fullmatch(path)
-        if place is None or int(place[1]) >= layers:
+        if place is None or int(place[1]) not in layers:
             raise ModelError(f"the adapter changes {path}, which the C++ kernels do not support (--kernels torch does)")
-        found[int(place[1])][place[2]] = part
+        found[int(place[1]) - layers.start][place[2]] = part
     return found
 
 

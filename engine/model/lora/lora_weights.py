@@ -14,6 +14,7 @@ from engine.errors import ModelError
 from engine.model.composed_decoder import ComposedDecoder
 from engine.model.sharding.shard_model import output_ranges
 from engine.model.sharding.tp_plan import DIVIDED_INPUT, DIVIDED_OUTPUT, TPPlan
+from engine.model.stage import Stage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
@@ -163,6 +164,28 @@ def _check_shape(path: str, part: LowRank, outputs: int, inputs: int) -> None:
             f"the adapter's weights of {path} have shape {part.up.shape[0]} × {part.down.shape[1]}, "
             f"the model's {outputs} × {inputs}"
         )
+
+
+def stage_adapter(adapter: Adapter, stage: Stage, layers: str, num_layers: int) -> Adapter:
+    """Reduce an adapter to the layers of a pipeline stage. What is outside of all layers stays.
+
+    Raises ModelError for a layer that no stage has; what else does not fit is left to `check_adapter`.
+
+    Args:
+        adapter: the whole adapter.
+        stage: of this process.
+        layers: the path of the list of layers.
+        num_layers: of the whole model.
+    """
+    number = re.compile(rf"{re.escape(layers)}\.(\d+)\.")
+    linears = {}
+    for path, part in adapter.linears.items():
+        layer = number.match(path)
+        if layer is not None and int(layer[1]) >= num_layers:
+            raise ModelError(f"the adapter changes {path}, but the model has {num_layers} layers")
+        if layer is None or int(layer[1]) in stage.layers:
+            linears[path] = part
+    return Adapter(linears)
 
 
 def shard_adapter(adapter: Adapter, tp_plan: TPPlan, rank: int, prefix: str, model: Any) -> Adapter:

@@ -46,11 +46,15 @@ class PipelinePlan:
 
 @dataclass(frozen=True, slots=True)
 class _Bytes:
-    """Bytes of a model's weights. `everywhere`: what each stage has, such as tables of positions."""
+    """Bytes of a model's weights.
+
+    first: those of the first stage, the embedding and towers. everywhere: what each stage has, such as tables of
+    positions.
+    """
 
     layers: tuple[float, ...]
-    embedding: float
-    head: float
+    first: float
+    head: float  # of a model that pools: none is needed
     everywhere: float
     whole: float
 
@@ -58,21 +62,29 @@ class _Bytes:
 def plan_pipeline(config: EngineConfig, model_info: ModelInfo) -> PipelinePlan:
     """Divide the layers among `--pp` stages, so that the largest stage is as small as possible.
 
+    Layers to which features of inputs are added are all in the first stage, which has these features.
+
     Raises ConfigError if there are more stages than layers, ModelError if the names of weights show no layers.
     """
     count = config.pipeline_parallel_size
-    if count > model_info.num_layers:
+    together = max(1, 0 if model_info.mm is None else model_info.mm.deepstack_layers)
+    most = model_info.num_layers - together + 1
+    if count > most:
+        at_least = "each stage computes at least one layer"
+        if together > 1:
+            at_least += f", the first one the {together} to which features of images are added"
         raise ConfigError(
-            f"--pp {count}: each stage computes at least one layer, but {config.model} has {model_info.num_layers}; "
-            f"use --pp {model_info.num_layers} or less"
+            f"--pp {count}: {at_least}, but {config.model} has {model_info.num_layers}; use --pp {most} or less"
         )
     weights = _weigh(config, model_info)
-    ends = divide(weights.layers, count, weights.embedding, weights.head)
-    stages = tuple(Stage(number, count, begin, end) for number, (begin, end) in enumerate(pairwise((0, *ends))))
+    units = sum(weights.layers[:together]), *weights.layers[together:]
+    ends = [end + together - 1 for end in divide(units, count, weights.first, weights.head)]
+    pools = model_info.pooling is not None
+    stages = tuple(Stage(number, count, begin, end, pools) for number, (begin, end) in enumerate(pairwise((0, *ends))))
     held = [
         sum(weights.layers[stage.begin : stage.end])
         + weights.everywhere
-        + stage.is_first * weights.embedding
+        + stage.is_first * weights.first
         + stage.is_last * weights.head
         for stage in stages
     ]
@@ -112,12 +124,14 @@ def divide(layers: Sequence[float], count: int, first: float, last: float) -> tu
 
 def _weigh(config: EngineConfig, model_info: ModelInfo) -> _Bytes:
     layers = [0] * model_info.num_layers
-    embedding = head = everywhere = 0
+    embedding = towers = head = everywhere = 0
     for name, shape in weight_shapes(config, model_info).items():
         size, number = math.prod(shape), _LAYER.search(name)
         if number is not None:
             if int(number[1]) < len(layers):  # layers beyond are for predicting several tokens, and aren't loaded
                 layers[int(number[1])] += size
+        elif "/" in name:  # see `weight_shapes`
+            towers += size
         elif _EMBEDDING.search(name):
             embedding += size
         elif _HEAD.search(name):
@@ -132,9 +146,11 @@ def _weigh(config: EngineConfig, model_info: ModelInfo) -> _Bytes:
     head_item = item if kind is None else QUANTIZED_BYTES["int8" if kind == "int4" else kind]
     head_bytes = (head or embedding) * head_item
     counted = head_bytes if head or kind else 0.0  # a tied head that is not quantized is the embedding itself
-    of_layers = model_info.weight_bytes - (embedding + everywhere) * item - counted
+    of_layers = model_info.weight_bytes - (embedding + towers + everywhere) * item - counted
     per_element = max(of_layers, 1.0) / sum(layers)
+    if model_info.pooling is not None:
+        head_bytes = 0.0
     return _Bytes(
-        tuple(size * per_element for size in layers), embedding * item, head_bytes, everywhere * item,
+        tuple(size * per_element for size in layers), (embedding + towers) * item, head_bytes, everywhere * item,
         model_info.weight_bytes,
     )  # fmt: skip

@@ -35,7 +35,7 @@ class End:
     """The receiving side: it waits for four blocks."""
 
     def __init__(self, where: str | KVTcp, block_bytes: int = BYTES):
-        self.memory = HostBlocks(8, block_bytes, RANKS)
+        self.memory = HostBlocks(8, (block_bytes,) * RANKS)
         self.incoming = IncomingBlocks(range(8))
         request = Request(AddRequest(HANDLE, column(range(20)), 1, Sampling()), 64, 0.0)
         assert self.incoming.wait(request, 0, dict(KEYS))
@@ -53,7 +53,7 @@ class Sending:
     """The sending side: a sender, its memory, and the host blocks that it has returned."""
 
     def __init__(self, secret: str = "", blocks: int = 4, block_bytes: int = BYTES):
-        self.memory = HostBlocks(blocks, block_bytes, RANKS)
+        self.memory = HostBlocks(blocks, (block_bytes,) * RANKS)
         self.contents = [fill(self.memory, block) for block in range(blocks)]
         self.returned: list[int] = []
         self.sender = BlockSender(self.memory, FINGERPRINT, self.returned.extend, secret)

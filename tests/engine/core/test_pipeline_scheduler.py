@@ -47,7 +47,7 @@ class StagedExecutor(FakeExecutor):
 
 @st.composite
 def staged(draw: Any) -> ResolvedConfig:
-    config = draw(configs())
+    config = draw(configs(drafts=True))
     ablations = config.ablations - {"full-state", "driver-broadcast"}
     stages = draw(st.sampled_from([2, 3, 5]))
     return replace(config, pipeline_stages=stages, ablations=ablations, scheduler_steps=1)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from engine.core.pipeline_scheduler import PipelineScheduler
 from engine.core.pooling_scheduler import make_scheduler
 from engine.core.scheduler import Scheduler
 from engine.messages import CopyingStep, FinishReason, Utility, UtilityResult, encode
@@ -44,8 +45,10 @@ def test_without_the_flag_the_scheduler_is_the_plain_one() -> None:
     assert type(make_scheduler(resolved(), None)) is Scheduler
 
 
-def test_what_the_pool_evicts_is_found_in_host_memory() -> None:
-    driver = make()
+@pytest.mark.parametrize("stages", [1, 3])
+def test_what_the_pool_evicts_is_found_in_host_memory(stages: int) -> None:
+    driver = make(pipeline_stages=stages)
+    assert isinstance(driver.scheduler, PipelineScheduler) == (stages > 1)
     for number in range(4):  # each takes most of the pool
         assert serve(driver, prompt_of(number)) == 0
     assert [serve(driver, prompt_of(number)) for number in range(4)] == [28] * 4
@@ -181,7 +184,12 @@ def spill_configs(draw: Any) -> tuple[ResolvedConfig, int]:
     """A configuration with host blocks, and the number of files."""
     config = draw(configs(drafts=True))
     host_blocks = draw(st.sampled_from([1, 2, 5, 12, 60]))
-    changed = replace(config, host_blocks=host_blocks, enable_prefix_caching=True, ablations=config.ablations)
+    stages, ablations = draw(st.sampled_from([1, 1, 3])), config.ablations
+    if stages > 1:
+        config, ablations = replace(config, scheduler_steps=1), ablations - {"full-state", "driver-broadcast"}
+    changed = replace(
+        config, host_blocks=host_blocks, enable_prefix_caching=True, ablations=ablations, pipeline_stages=stages
+    )
     return changed, draw(st.sampled_from([0, 0, 1, 4, 100]))
 
 

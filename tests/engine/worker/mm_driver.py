@@ -196,5 +196,6 @@ def start(folder: Path, ranks: int = 1, block: int = BLOCK, make: Executors | No
     resolved = dataclasses.replace(
         resolve(dataclasses.replace(config, kv_cache_memory_bytes=pool), model_info).config, num_blocks=BLOCKS
     )
-    executor = (make or (MultiprocessExecutor if ranks > 1 else InProcessExecutor))(config, model_info, resolved)
+    several = config.num_ranks > 1
+    executor = (make or (MultiprocessExecutor if several else InProcessExecutor))(config, model_info, resolved)
     return MMDriver(executor, resolved)

@@ -20,6 +20,7 @@ from engine.worker.stage_links import StageGroup, StageLinks
 from engine.worker.stage_start import build_stage_runner
 from engine.worker.worker_start import StartReport
 from tests.engine.worker.driver import Driver
+from tests.engine.worker.mm_driver import BLOCK, BLOCKS, ROWS, MMDriver
 
 
 class PatientGroup(StageGroup):
@@ -97,6 +98,13 @@ def _last(results: "Sequence[Future[Any]]") -> "Future[Any]":
     for one in results:
         one.add_done_callback(done)
     return found
+
+
+def staged_mm_driver(folder: Path, store: Path, stages: int, *, block_size: int = BLOCK, **options: Any) -> MMDriver:
+    """The same of a model that takes multimodal inputs."""
+    options = {"dtype": "float32", "max_num_seqs": ROWS, "kernels": "torch", **options}
+    executor = StageThreads(folder, store, stages, num_blocks=BLOCKS, block_size=block_size, **options)
+    return MMDriver(executor, executor.resolved)
 
 
 def staged_driver(

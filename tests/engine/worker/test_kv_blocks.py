@@ -52,8 +52,7 @@ class Player:
     def __init__(self, executor: InProcessExecutor, block_size: int, groups: int, host: HostBlocks):
         self.block_size, self.groups = block_size, groups
         self._executor, self._step, self._freed = executor, 0, b""
-        arguments = {"path": host.path, "num_blocks": host.num_blocks, "block_bytes": host.block_bytes}
-        executor.call(ATTACH, arguments).result()
+        executor.call(ATTACH, host.attachment).result()
 
     def tables(self, first: int) -> list[list[int]]:
         """Blocks for one request, from `first` on."""
@@ -122,7 +121,7 @@ def test_on_the_cpu(
     executor = InProcessExecutor(config, model_info, resolved)
     request.addfinalizer(executor.shutdown)
     assert kernels in executor.kernels
-    host = HostBlocks(HOST_BLOCKS, model_info.kv_bytes_per_token * resolved.block_size, 1)
+    host = HostBlocks(HOST_BLOCKS, (model_info.kv_bytes_per_token * resolved.block_size,))
     check(Player(executor, resolved.block_size, len(resolved.kv_windows), host))
 
 
@@ -132,7 +131,7 @@ def test_on_a_device(kind: str, tmp_path: Path, request: pytest.FixtureRequest) 
     _, model_info, _ = configure(tmp_path)
     executor, resolved = start_executor(StandInDevice(), tmp_path)
     request.addfinalizer(executor.shutdown)
-    host = HostBlocks(HOST_BLOCKS, model_info.kv_bytes_per_token * resolved.block_size, 1)
+    host = HostBlocks(HOST_BLOCKS, (model_info.kv_bytes_per_token * resolved.block_size,))
     check(Player(executor, resolved.block_size, len(resolved.kv_windows), host))
 
 
@@ -143,7 +142,7 @@ def test_blocks_of_another_size_than_planned_are_refused(tmp_path: Path, request
     request.addfinalizer(executor.shutdown)
     size = model_info.kv_bytes_per_token * resolved.block_size
     with pytest.raises(RuntimeError, match=f"a KV block has {size} bytes on this rank, {size + 1} were planned"):
-        Player(executor, resolved.block_size, 1, HostBlocks(HOST_BLOCKS, size + 1, 1))
+        Player(executor, resolved.block_size, 1, HostBlocks(HOST_BLOCKS, (size + 1,)))
 
 
 # ----------------------------------------------------------------------------------------------------------- copies
@@ -171,9 +170,9 @@ def test_copies_are_executed_in_order(make: Callable[..., CPUBlocks | DeviceBloc
     parts = [luck.integers(0, 256, (BLOCKS, width), np.uint8) for width in WIDTHS]
     cache = [b"".join(bytes(part[block]) for part in parts) for block in range(BLOCKS)]
     hosts = [bytes(sum(WIDTHS))] * HOSTS
-    shared = HostBlocks(HOSTS, sum(WIDTHS), 2)
+    shared = HostBlocks(HOSTS, (7, sum(WIDTHS)))
     blocks = make(parts)
-    blocks.attach(shared.path, HOSTS, sum(WIDTHS))
+    blocks.attach(**shared.attachment)
     blocks.copy(int32s(column(copies), 3))
     for direction, block, host in copies:
         if direction == COPY_OUT:

@@ -88,20 +88,19 @@ def useless(model: torch.nn.Module, names: tuple[str, ...], folder: Path) -> dic
 
 
 @pytest.mark.parametrize(
-    ("kind", "names", "ablate"),
-    [("llama", LLAMA, ()), ("phi3", ("qkv_proj", "down_proj"), ()), ("llama", LLAMA, ("driver-broadcast",))],
+    ("kind", "names", "flags"),
+    [
+        ("llama", LLAMA, {"tensor_parallel_size": 2}),
+        ("phi3", ("qkv_proj", "down_proj"), {"tensor_parallel_size": 2}),
+        ("llama", LLAMA, {"tensor_parallel_size": 2, "ablate": ("driver-broadcast",)}),
+        ("llama", LLAMA, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+    ],
+    ids=["llama", "phi3", "rank 0 drives", "tp 2 and pp 2"],
 )
-def test_ranks_share_adapters(kind: str, names: tuple[str, ...], ablate: tuple[str, ...], tmp_path: Path) -> None:
+def test_ranks_share_adapters(kind: str, names: tuple[str, ...], flags: dict[str, Any], tmp_path: Path) -> None:
     model = build_model(kind, tmp_path / "model")
     folder = write_adapter(tmp_path / "one", model, names, 1)
-    config = EngineConfig(
-        model=str(tmp_path / "model"),
-        tensor_parallel_size=2,
-        max_num_seqs=6,
-        block_size=4,
-        dtype="float32",
-        ablate=ablate,
-    )
+    config = EngineConfig(model=str(tmp_path / "model"), max_num_seqs=6, block_size=4, dtype="float32", **flags)
     model_info = read_model_info(config)
     config = dataclasses.replace(config, kv_cache_memory_bytes=model_info.kv_bytes_per_token * 4 * 3000)
     executor = MultiprocessExecutor(config, model_info, resolve(config, model_info).config)

@@ -43,12 +43,16 @@ def readable_here_only(requests: list[MMRequest]) -> Iterator[None]:
             os.close(descriptor)
 
 
-@pytest.mark.parametrize("ablate", [(), ("driver-broadcast",)], ids=["", "rank 0 drives"])
-def test_the_tokens_are_those_of_one_rank(ablate: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [(2, {}), (2, {"ablate": ("driver-broadcast",)}), (1, {"pipeline_parallel_size": 2})],
+    ids=["", "rank 0 drives", "pipeline stages"],
+)
+def test_the_tokens_are_those_of_one_rank(ranks: int, flags: dict[str, Any], tmp_path: Path) -> None:
     entry = MM_MODELS["llava"]
     reference = MMReference(entry.build(tmp_path), entry)
     over_tcp: Any = functools.partial(MultiprocessExecutor, links=MediaLinks(LoopbackHosts()))
-    driver = start(tmp_path, 2, make=over_tcp, ablate=ablate)
+    driver = start(tmp_path, ranks, make=over_tcp, **flags)
     try:
         requests = Prompts(tmp_path, entry).samples()
         with readable_here_only(requests):

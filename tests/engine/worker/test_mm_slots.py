@@ -14,7 +14,7 @@ from engine.columns import column
 from engine.messages import MMInputRef, Sampling, SlotAssignment, StepMessage, StepReports
 from engine.model.encoders.base import EncodedInput
 from engine.worker.encoder_cache import EncoderCache
-from engine.worker.mm_slots import InputTokens, MMSlots
+from engine.worker.mm_slots import InputTokens, LaterStageSlots, MMSlots
 
 IMAGE, BREAK = 100, 101
 BLOCKS = (column(list(range(1, 9))),)
@@ -183,3 +183,43 @@ def test_a_fault_of_another_rank_counts(tmp_path: Path) -> None:
     assert batch.mm is not None
     assert batch.mm.embeddings.tolist() == [[0], [0]]
     assert both.take_reports() == StepReports(encoded=("no memory",))
+
+
+def test_a_later_stage_has_positions_and_spans_but_no_embeddings(tmp_path: Path) -> None:
+    """Both are those of the stage that encodes; what could not be encoded comes from it."""
+    options = {"mrope": True}
+    refs = (
+        image(tmp_path, 10, 1, 4, 4, grid=(1, 2, 2)),
+        image(tmp_path, 20, 6, 4, 4, grid=(1, 2, 2), bidirectional=True),
+    )
+    prompt = [1, *[IMAGE] * 4, 2, *[IMAGE] * 4, 3]
+    asked: list[int] = []
+
+    def causes(count: int) -> list[str]:
+        asked.append(count)
+        return ["", "a fault"][:count]
+
+    encoding = slots(**options)
+    later = LaterStageSlots(8, causes, InputTokens(np.array([IMAGE], dtype=np.int32), **options), 4, 64, 4)
+    messages = [
+        step(0, (0, 3), assigned_slots=(assign(0, prompt, refs),), encoder_inputs=((0, 0), (0, 1))),
+        step(1, (0, 8)),
+    ]
+    for message in messages:
+        wanted, found = encoding.begin_step(message), later.begin_step(message)
+        assert wanted.rotary_positions is not None
+        assert found.rotary_positions is not None
+        assert found.rotary_positions.tolist() == wanted.rotary_positions.tolist()
+        assert wanted.mm is not None
+        spans = [(one.row, one.positions.tolist()) for one in wanted.mm.spans]
+        if spans:
+            assert found.mm is not None
+            assert found.mm.embeddings.shape == (0, 8)
+            assert [(one.row, one.positions.tolist()) for one in found.mm.spans] == spans
+        else:
+            assert found.mm is None
+        if message.encoder_inputs:
+            assert later.take_reports() == StepReports(encoded=("", "a fault"))
+    assert later.take_reports() is None
+    assert asked == [2]
+    assert found.mm is not None

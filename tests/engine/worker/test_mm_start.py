@@ -8,9 +8,9 @@ import torch
 from safetensors.numpy import save_file
 
 from engine.messages import MMInputRef
-from engine.model.composed_decoder import decoder_of
+from engine.model.composed_decoder import decoder_of, outer_modules
 from engine.multimodal.families import MM_FAMILIES, embedding_ids
-from engine.worker.mm_start import encoder_cache, encoder_modules
+from engine.worker.mm_start import encoder_cache
 from tests.engine.worker.mm_models import MM_MODELS
 
 KINDS = ["llava", "qwen2_audio"]
@@ -37,7 +37,7 @@ def test_an_encoder_in_float32_beside_a_decoder_in_bfloat16(kind: str, tmp_path:
         model.to(torch.bfloat16)
         cache = encoder_cache(model, dtype=torch.float32)
         cache.encode(ref, count)
-    outside = [parameter for module in encoder_modules(model) for parameter in module.parameters(recurse=False)]
+    outside = [parameter for module in outer_modules(model) for parameter in module.parameters(recurse=False)]
     assert {parameter.dtype for parameter in outside} == {torch.float32}
     assert {parameter.dtype for parameter in decoder_of(model).parameters()} == {torch.bfloat16}
     expected, found = exact[b"key"].embeddings, cache[b"key"].embeddings

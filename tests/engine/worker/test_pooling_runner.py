@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.arrays import Float32s
+from engine.config import EngineConfig
+from engine.model.model_info import read_model_info
+from engine.model.sharding.pipeline_plan import plan_pipeline
 from tests.engine.pooling_models import (
     DECODERS,
     ENCODERS,
@@ -86,6 +89,50 @@ def test_a_causal_language_model_embeds_by_its_last_token(kernels: str, tmp_path
         assert_close(engine.pool(prompts), expected)
         assert max(engine.cached.values()) >= 32
         assert engine.core.scheduler.counters.steps > 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "kernels", "stages"),
+    [
+        ("qwen3", "lasttoken", "auto", 3),
+        ("qwen3", "mean_tokens", "auto", 2),
+        ("llama", "lasttoken", "torch", 2),
+        ("gpt2", "cls_token", "auto", 3),
+    ],
+)
+def test_the_last_pipeline_stage_pools(kind: str, mode: str, kernels: str, stages: int, tmp_path: Path) -> None:
+    """In chunks that follow each other through the stages, and after prefix hits."""
+    model = build(kind, tmp_path)
+    write_sentence_transformers(tmp_path, mode)
+    method = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}[mode]
+    options: dict[str, Any] = {"max_num_batched_tokens": 24} if method == "last" else {}
+    with pooling_engine(tmp_path, pipeline_parallel_size=stages, kernels=kernels, **options) as engine:
+        prefix = draw_prompts(1, 1, seed=3)[0] * 33
+        prompts = [prefix + one for one in draw_prompts(8, 30, seed=1)]
+        expected = [pooled(hidden_states(model, one), method) for one in prompts]
+        assert_close(engine.pool(prompts), expected)
+        assert_close(engine.pool(prompts), expected)
+        assert (max(engine.cached.values()) >= 32) == (method == "last")
+
+
+def test_no_pipeline_stage_has_the_head_of_a_model_that_pools(tmp_path: Path) -> None:
+    build("qwen3", tmp_path)
+    config = EngineConfig(model=str(tmp_path), dtype="float32", pipeline_parallel_size=2)
+    info = read_model_info(config)
+    plan = plan_pipeline(config, info)
+    assert [stage.has_head for stage in plan.stages] == [False, False]
+    held = sum(plan.rank_info(number, info).weight_bytes for number in range(2))
+    assert held == pytest.approx(info.weight_bytes + 32 * 4, abs=2), "the final norm is in both"
+
+
+def test_a_score_is_computed_by_the_last_stage(tmp_path: Path) -> None:
+    build("qwen3", tmp_path, "AutoModelForSequenceClassification", num_labels=1)
+    prompts = draw_prompts(5, 40)
+    with pooling_engine(tmp_path) as engine:
+        expected = engine.pool(prompts)
+    with pooling_engine(tmp_path, pipeline_parallel_size=2) as engine:
+        assert_close(engine.pool(prompts), expected)
+    assert len({float(one[0]) for one in expected}) == len(prompts)
 
 
 def test_quantized_weights_pool_too(tmp_path: Path) -> None:

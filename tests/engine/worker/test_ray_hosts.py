@@ -88,7 +88,7 @@ def test_ranks_on_two_nodes_say_what_one_says_until_one_is_killed(
     """Pipeline stages, then tensor parallelism with an adapter; files are sent if the nodes are two machines."""
     folder, adapter = first_only / "model", first_only / "adapter"
     write_adapter(adapter, build_divisible(folder), ("q_proj", "down_proj"), 1)
-    expected, with_adapter = (serve_all(folder, 1, adapter=used)[0] for used in ("", str(adapter)))
+    expected, with_adapter = (serve_all(folder, 1, adapters=used)[0] for used in ({}, {"one": adapter}))
     assert expected != with_adapter
     with running(cluster, "tests.cluster.tokens", str(folder), str(adapter), cluster.address) as process:
         stages, found = (json.loads(read_line(process)) for _ in range(2))

@@ -1,6 +1,6 @@
 """Pipeline stages give the tokens of plain transformers, for every family and in every way of serving."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from engine.columns import column
-from engine.errors import ConfigError
 from engine.kernels.cpu import build
 from engine.messages import Sampling, SlotAssignment, StepMessage
 from engine.model.families import FAMILIES
@@ -17,27 +16,11 @@ from engine.worker.slots import WorkerSlots
 from engine.worker.stage_runners import AwaitedTokens
 from tests.engine.worker.driver import MODELS, Driver, Request, build_model
 from tests.engine.worker.parity import CASES, NEW, Reference, compare, prompts, serve
-from tests.engine.worker.stage_threads import staged_driver
 from tests.engine.worker.test_multiprocess import make_requests
 
 MakeStaged = Callable[..., Driver]
 CASES_OF_FUSED = ("chunked", "preempted")
 ALL_CASES = {"llama", "gpt2", "gemma3_text"}
-
-
-@pytest.fixture
-def make_staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeStaged]:
-    """Start stages on a folder and wrap them into a driver."""
-    started: list[Driver] = []
-
-    def make(folder: Path, stages: int, **options: object) -> Driver:
-        driver = staged_driver(folder, tmp_path_factory.mktemp("store") / "store", stages, **options)  # type: ignore[arg-type]
-        started.append(driver)
-        return driver
-
-    yield make
-    for driver in started:
-        driver.executor.shutdown()
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
@@ -82,14 +65,20 @@ def test_drawn_tokens_and_penalties_are_those_of_one_rank(
     assert [one.output for one in found] == [one.output for one in alone]
 
 
-def test_adapters_are_refused_by_name(tmp_path: Path, make_staged: MakeStaged) -> None:
-    build_model("llama", tmp_path)
-    driver = make_staged(tmp_path, 2, kernels="torch")
-    with pytest.raises(ConfigError, match="LoRA adapters do not work with --pp"):
-        driver.executor.call("load_adapter", {"key": "a", "path": "/none"}).result(30)
-    request = Request([5, 6, 7])
-    driver.run([request], 4, seed=0)
-    assert len(request.output) == 4, "it goes on"
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_each_stage_proposes_the_same_draft_tokens(kernels: str, tmp_path: Path, make_staged: MakeStaged) -> None:
+    """Prompts that repeat themselves, so that some draft tokens are accepted and others are not."""
+    reference = Reference(build_model("llama", tmp_path, head_dim=16))
+    driver = make_staged(
+        tmp_path, 3, block_size=16, kernels=kernels, speculative="ngram", num_speculative_tokens=3
+    )  # fmt: skip
+    again = [prompt + reference.run(prompt)[0][:7] + prompt for prompt in prompts(1)[:4]]
+    requests = [Request(prompt) for prompt in (*again, *prompts(1))]
+    driver.run(requests, NEW, seed=5, preempt=0.4)
+    assert driver.drafted > 0
+    assert driver.preemptions > 0
+    for request in requests:
+        assert request.output[:NEW] == reference.run(request.prompt)[0]
 
 
 # ----------------------------------------------------------------------------------------------------- awaited tokens
@@ -129,7 +118,7 @@ def run_step(
     message = StepMessage(step, chunks=column(chunks), **changes)  # type: ignore[arg-type]
     awaited.receive_before(message)
     batch = slots.begin_step(message)
-    awaited.add(step, batch.sampling)
+    awaited.add(batch)
     return batch.sampling.tolist()
 
 
@@ -155,6 +144,34 @@ def test_a_slot_with_another_request_gets_no_token_of_the_last_one(
     assert run_step(slots, awaited, 3) == [0, 1]
     assert slots.known_tokens(0).tolist() == [7] * 5 + [60]
     assert slots.known_tokens(1).tolist() == [7, 7, 7, 51]
+
+
+def test_accepted_draft_tokens_are_those_of_the_last_stage() -> None:
+    """Of two slots with draft tokens one has another request by the time the tokens come."""
+    slots, sent = WorkerSlots(2, 64, 4, max_draft_tokens=2), Sent()
+    awaited = AwaitedTokens(slots, sent, 3)  # type: ignore[arg-type]
+    prompt = [5, 6, 7, 5, 6]
+    blocks = (column([*range(1, 12)]),)
+    both = tuple(
+        SlotAssignment(slot, 0, column([*prompt, 7]), len(prompt), len(prompt), blocks, Sampling()) for slot in range(2)
+    )
+    awaited.receive_before(first := StepMessage(1, assigned_slots=both))
+    batch = slots.begin_step(first)
+    assert batch.num_draft_tokens.tolist() == [2, 2]
+    assert batch.ids.tolist() == [7, 5, 6] * 2
+    awaited.add(batch)
+    other = SlotAssignment(0, 1, column([9] * 3), 3, 0, blocks, Sampling())
+    second = StepMessage(2, column([0]), (other,), chunks=column([[0, 3], [1, 0]]))
+    awaited.receive_before(second)
+    awaited.add(slots.begin_step(second))
+    sent.tokens = [[50, 51, 52, 5, 8, 53]]
+    third = StepMessage(3, chunks=column([[0, 0]]))
+    awaited.receive_before(third)
+    batch = slots.begin_step(third)
+    assert slots.known_tokens(0).tolist() == [9] * 3
+    assert slots.known_tokens(1).tolist() == [*prompt, 7, 5, 8]
+    assert batch.slots.tolist() == [1]
+    assert batch.num_computed_tokens.tolist() == [7]
 
 
 def test_what_no_step_needs_is_received_once_it_must_have_been_sent(

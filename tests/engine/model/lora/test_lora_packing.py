@@ -166,7 +166,8 @@ def test_an_adapter_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("decoder", ["", "language_model.", "text_model."])
 def test_the_layers_of_a_decoder_among_encoders(decoder: str) -> None:
     part = LowRank(torch.zeros(2, 4), torch.zeros(4, 2))
-    found = by_layer(Adapter({f"model.{decoder}layers.1.mlp.up_proj": part}), 2)
+    found = by_layer(Adapter({f"model.{decoder}layers.1.mlp.up_proj": part}), range(2))
     assert found == [{}, {"up_proj": part}]
+    assert by_layer(Adapter({f"model.{decoder}layers.1.mlp.up_proj": part}), range(1, 3)) == [{"up_proj": part}, {}]
     with pytest.raises(ModelError, match=r"vision_tower.*--kernels torch does"):
-        by_layer(Adapter({"model.vision_tower.layers.1.mlp.up_proj": part}), 2)
+        by_layer(Adapter({"model.vision_tower.layers.1.mlp.up_proj": part}), range(2))
