@@ -17,12 +17,12 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import ModelError
+from engine.model.fingerprint import file_fingerprint
 from engine.text import human_bytes
 
 PIECE_BYTES = 8 << 20
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.model.v*")  # that a model is loaded from
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # see `engine.model.lora.lora_weights`
-SAMPLE_BYTES, SAMPLES = 64 << 10, 16  # of a large file, to compare it
 ABANDONED_S = 24 * 3600  # age of an unfinished copy whose writer was killed
 
 _UNFINISHED = ".unfinished-"
@@ -67,25 +67,9 @@ def _describe(folder: Path, name: str) -> ModelFile:
     return ModelFile(name, stat.st_size, stat.st_mtime_ns)
 
 
-def quick_sums(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """A checksum of each file that exists: of its size, and of samples of its bytes if it is large.
-
-    Two models of one shape differ in most bytes of their weights, so samples suffice to distinguish them.
-    """
-    return {name: _quick_sum(path / name) for name in names if (path / name).is_file()}
-
-
-def _quick_sum(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= SAMPLES * SAMPLE_BYTES:
-            digest.update(file.read())
-            return digest.hexdigest()
-        for number in range(SAMPLES):
-            file.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+def fingerprints(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """The fingerprint of each file below a path that exists, see `engine.model.fingerprint`."""
+    return {name: file_fingerprint(path / name) for name in names if (path / name).is_file()}
 
 
 def check_same(node: str, path: Path, what: str, own: dict[str, str], found: dict[str, str] | None) -> None:
@@ -95,12 +79,12 @@ def check_same(node: str, path: Path, what: str, own: dict[str, str], found: dic
         node: its address.
         path: of the files, on both.
         what: "model" or "adapter".
-        own, found: the checksums of this machine and of the node; None: the node has nothing at that path.
+        own, found: the fingerprints of this machine and of the node; None: the node has nothing at that path.
     """
     advice = f"copy the {what} there, or give --distribute-weights"
     if found is None:
         raise ModelError(f"node {node} has no {path}: {advice}")
-    other = [name or path.name for name, checksum in own.items() if found.get(name) != checksum]
+    other = [name or path.name for name, fingerprint in own.items() if found.get(name) != fingerprint]
     if other:
         some = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
         raise ModelError(f"node {node} has other files in {path} than this machine ({some}): {advice}")

@@ -18,7 +18,7 @@ from engine.devices.probe import DeviceFacts
 from engine.errors import ConfigError, RedlineError
 from engine.host import available_memory, cores, shared_host
 from engine.worker.hosted_rank import HostedRank
-from engine.worker.model_copy import ModelCopy, ModelFile, quick_sums
+from engine.worker.model_copy import ModelCopy, ModelFile, fingerprints
 from engine.worker.rank_protocol import RankOptions
 
 
@@ -86,9 +86,9 @@ class RankHost:
         _show_package()
         return cuda.find_gpus(1)
 
-    def quick_sums(self, path: str, names: list[str]) -> dict[str, str] | None:
-        """Checksums of files below a path, see `engine.worker.model_copy`; None if there is nothing at the path."""
-        return quick_sums(Path(path), names) if Path(path).exists() else None
+    def fingerprints(self, path: str, names: list[str]) -> dict[str, str] | None:
+        """Fingerprints of files below a path, see `engine.worker.model_copy`; None if there is nothing at the path."""
+        return fingerprints(Path(path), names) if Path(path).exists() else None
 
     def find_copy(self, key: str) -> str | None:
         """The folder of a complete copy of a model (see model_copy.py); None if there is none."""

@@ -25,10 +25,10 @@ from engine.worker.model_copy import (
     ModelFile,
     check_same,
     copy_key,
+    fingerprints,
     list_adapter,
     list_files,
     names_of_model,
-    quick_sums,
 )
 from engine.worker.rank_host import HostFacts, RankHost, check_versions, fair_memory, host_facts, ranks_beside
 from engine.worker.rank_protocol import RankOptions
@@ -198,8 +198,8 @@ class RayHosts:
 
     def _check_files(self, path: Path, names: list[str], what: str) -> None:
         others = self._other_hosts.values()
-        own = quick_sums(path, names) if others else {}
-        asked = [(place.node.address, place.actor.quick_sums.remote(str(path), names)) for place in others]
+        own = fingerprints(path, names) if others else {}
+        asked = [(place.node.address, place.actor.fingerprints.remote(str(path), names)) for place in others]
         for address, answer in asked:
             try:
                 found = self._ray.get(answer, timeout=START_S)

@@ -15,10 +15,10 @@ from engine.worker.model_copy import (
     ModelCopy,
     check_same,
     copy_key,
+    fingerprints,
     list_adapter,
     list_files,
     names_of_model,
-    quick_sums,
     read_pieces,
 )
 
@@ -124,26 +124,19 @@ def test_changed_bytes_of_small_files_are_noticed(data: bytes, at: int, change: 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         path.write_bytes(data)
-        before = quick_sums(path, [""])
-        assert quick_sums(path, [""]) == before
+        before = fingerprints(path, [""])
+        assert fingerprints(path, [""]) == before
         changed = bytearray(data)
         if at < len(data):
             changed[at] ^= change
         else:
             changed.append(change)
         path.write_bytes(changed)
-        assert quick_sums(path, [""]) != before
+        assert fingerprints(path, [""]) != before
 
 
-def test_other_weights_in_large_files_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_copy, "SAMPLE_BYTES", 64)
-    one, two = bytearray(os.urandom(100_000)), bytearray(os.urandom(100_000))
-    one[:5000] = two[:5000] = bytes(5000)  # what two models have in common
-    (tmp_path / "one").write_bytes(one)
-    (tmp_path / "two").write_bytes(two)
-    sums = quick_sums(tmp_path, ["one", "two", "three"])
-    assert set(sums) == {"one", "two"}
-    assert sums["one"] != sums["two"]
+def test_only_files_that_exist_have_fingerprints(folder: Path) -> None:
+    assert set(fingerprints(folder, ["config.json", "none", "1_Pooling"])) == {"config.json"}
 
 
 def test_the_files_to_compare_are_those_that_are_copied(folder: Path) -> None:

@@ -86,8 +86,8 @@ def test_a_node_with_other_versions_is_named() -> None:
     assert str(raised.value) == expected
 
 
-def test_a_host_sums_up_the_files_that_it_has(tmp_path: Path) -> None:
+def test_a_host_has_fingerprints_of_its_files(tmp_path: Path) -> None:
     host = RankHost("node 10.0.0.2")
-    assert host.quick_sums(str(tmp_path / "none"), ["a"]) is None
+    assert host.fingerprints(str(tmp_path / "none"), ["a"]) is None
     (tmp_path / "a").write_bytes(b"1")
-    assert set(host.quick_sums(str(tmp_path), ["a", "b"]) or {}) == {"a"}
+    assert set(host.fingerprints(str(tmp_path), ["a", "b"]) or {}) == {"a"}
